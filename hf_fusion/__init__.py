@@ -1,0 +1,36 @@
+"""hf_fusion: fine-tuned models and LoRA adapters from the Hugging Face Hub, fused into single better models.
+
+The public names load on first use, so that `import hf_fusion` and `hf-fusion --help` stay instant.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# public name -> the module that defines it
+_PUBLIC = {
+    "FusionError": "errors",
+    "Expert": "experts",
+    "ExpertInfo": "experts",
+    "discover": "hub.discover",
+    "check_compatibility": "hub.compat",
+    "load_experts": "hub.load",
+    "publish": "hub.publish",
+    "fuse": "fuse",
+    "fit_fuser": "training.fuser",
+    "FoEConfig": "models.foe",
+    "FoEModel": "models.foe",
+    "FoEProcessor": "models.foe",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'hf_fusion' has no attribute {name!r}")
+    return getattr(import_module(f"hf_fusion.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

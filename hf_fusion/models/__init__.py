@@ -1,0 +1,1 @@
+"""What travels to the Hub: one flat, self-contained folder per family."""

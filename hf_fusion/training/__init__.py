@@ -1,0 +1,1 @@
+"""Fitting what a fused model learns: fusers, gates, routers."""
