@@ -1,0 +1,295 @@
+"""From loaded experts to the config of their fusion: who shares a base, a processor, a label."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .configuration_foe import FoEConfig
+from .experts_foe import AUTO_CLASSES
+
+GENERIC_LABEL = re.compile(r"LABEL_\d+")
+# names under which architectures keep the width of their last hidden state
+WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "hidden_sizes", "embed_dim", "projection_dim")
+# kept out of packed configs: a single fp16 sub-config would turn everything fp16; paths must not leak
+UNPACKED = ("dtype", "torch_dtype", "_name_or_path", "transformers_version", "auto_map")
+
+
+def head_of(model: PreTrainedModel) -> str:
+    """The key of `AUTO_CLASSES` that an expert's class belongs to.
+
+    Raises:
+        ValueError: for a class no Auto class of `AUTO_CLASSES` knows, custom code above all.
+    """
+    for head, auto_class in AUTO_CLASSES.items():
+        known = auto_class._model_mapping.get(type(model.config), None)
+        if known is not None and isinstance(model, known):
+            return head
+    raise ValueError(
+        f"{type(model).__name__} cannot be an expert of a FoE: it is none of {', '.join(AUTO_CLASSES)}, "
+        "or it is custom code, which cannot travel inside another model"
+    )
+
+
+def normalise(label: str) -> str:
+    """The form in which label names are compared: case, blanks, dashes and underscores do not count."""
+    return re.sub(r"[\s_\-]+", "_", label.strip().lower())
+
+
+def fuse_labels(
+    experts: Sequence[Any],
+    mode: str,
+    label_maps: Mapping[str, Mapping[str, str | None]] | None = None,
+    labels: Sequence[str] | None = None,
+) -> tuple[list[str], list[list[int]]]:
+    """One label space for all experts.
+
+    In output mode labels of one name are one label. In selection they are too if every expert has the same set;
+    otherwise an expert's labels are its own, named ``expert/label`` where two experts share a name.
+
+    Args:
+        experts: with `.name` and `.labels`.
+        mode: "output" or "selection".
+        label_maps: expert name -> {its label: fused label}; several of its labels may become one, None drops one.
+            Labels not mentioned keep their name.
+        labels: the fused labels in the order wanted; by default the order in which the experts name them.
+
+    Returns:
+        The fused labels, and for each expert the fused index of each of its labels (-1 where dropped).
+
+    Raises:
+        ValueError: for experts without label names, unknown names in `label_maps`, or labels outside `labels`.
+    """
+    label_maps = label_maps or {}
+    if unknown := set(label_maps) - {expert.name for expert in experts}:
+        raise ValueError(f"label_maps names {sorted(unknown)}, but the experts are {[e.name for e in experts]}")
+    renamed = [_rename(expert, dict(label_maps.get(expert.name, {}))) for expert in experts]
+    spaces = [{normalise(label) for label in row if label is not None} for row in renamed]
+    if mode == "selection" and any(space != spaces[0] for space in spaces):
+        counts = [sum(normalise(str(label)) in space for space in spaces) for row in renamed for label in row]
+        flat = iter(counts)
+        renamed = [
+            [f"{expert.name}/{label}" if next(flat) > 1 and label is not None else label for label in row]
+            for expert, row in zip(experts, renamed, strict=True)
+        ]
+    order = list(labels) if labels is not None else []
+    index = {normalise(label): i for i, label in enumerate(order)}
+    for row in renamed if labels is None else []:
+        for label in row:
+            if label is not None and normalise(label) not in index:
+                index[normalise(label)] = len(order)
+                order.append(label)
+    maps = []
+    for expert, row in zip(experts, renamed, strict=True):
+        if outside := [label for label in row if label is not None and normalise(label) not in index]:
+            raise ValueError(
+                f"{expert.name} has labels {outside} that are not among the fused labels {order}; map them with "
+                f"label_maps={{{expert.name!r}: {{{outside[0]!r}: ...}}}} (None drops one)"
+            )
+        maps.append([-1 if label is None else index[normalise(label)] for label in row])
+    return order, maps
+
+
+def _rename(expert: Any, mapping: dict[str, str | None]) -> list[str | None]:
+    """The expert's labels after its label map."""
+    if unknown := set(mapping) - set(expert.labels):
+        raise ValueError(f"label_maps[{expert.name!r}] names {sorted(unknown)}; its labels are {list(expert.labels)}")
+    unnamed = [label for label in expert.labels if GENERIC_LABEL.fullmatch(label) and label not in mapping]
+    if not expert.labels or unnamed:
+        raise ValueError(
+            f"{expert.name} has no names for its labels ({', '.join(unnamed) or 'none stored'}); say what they mean "
+            f"with label_maps={{{expert.name!r}: {{'LABEL_0': ...}}}}"
+        )
+    return [mapping.get(label, label) for label in expert.labels]
+
+
+def distinct_processors(processors: Sequence[Any]) -> tuple[list[Any], list[int]]:
+    """The processors that really differ, and for each expert the index of its own."""
+    distinct: dict[str, int] = {}
+    kept: list[Any] = []
+    for processor in processors:
+        signature = _signature(processor)
+        if signature not in distinct:
+            distinct[signature] = len(kept)
+            kept.append(processor)
+    return kept, [distinct[_signature(processor)] for processor in processors]
+
+
+def _signature(processor: Any) -> str:
+    """Equal for processors that treat every input alike."""
+    if hasattr(processor, "backend_tokenizer"):  # padding and truncation belong to the call, not to the tokenizer
+        backend = json.loads(processor.backend_tokenizer.to_str())
+        core = {key: value for key, value in backend.items() if key not in ("padding", "truncation")}
+        core |= {
+            "max": processor.model_max_length,
+            "side": processor.padding_side,
+            "pad": processor.pad_token,
+        }
+    else:
+        volatile = ("name_or_path", "image_processor_type", "_processor_class", "transformers_version")
+        core = {key: value for key, value in processor.to_dict().items() if key not in volatile}
+        core["class"] = type(processor).__name__
+    return json.dumps(core, sort_keys=True, default=str)
+
+
+def pack_config(config: PreTrainedConfig) -> dict[str, Any]:
+    """A config as the plain dict from which `AutoConfig.for_model` rebuilds it."""
+    packed = {**config.to_diff_dict(), "model_type": config.model_type}
+    for name in UNPACKED:
+        packed.pop(name, None)
+    return packed
+
+
+def feature_size(config: PreTrainedConfig) -> int:
+    """Width of the last hidden state.
+
+    Raises:
+        ValueError: where the config does not tell it.
+    """
+    text = config.get_text_config()
+    for source in (text, config):
+        for name in WIDTHS:
+            value = getattr(source, name, None)
+            if value is not None:
+                return value[-1] if isinstance(value, list | tuple) else value
+    raise ValueError(f"the width of {config.model_type}'s embedding is unknown; it has none of {', '.join(WIDTHS)}")
+
+
+def plan_backbones(experts: Sequence[Any]) -> tuple[list[dict[str, Any]], list[PreTrainedModel], list[int]]:
+    """Which experts share a transformer.
+
+    Returns:
+        The backbones as they are stored (all but ``inputs``), their models, and each expert's backbone. Adapters of one
+        base share a copy of it; a full model is its own backbone and is used as it is, not copied.
+    """
+    backbones: list[dict[str, Any]] = []
+    models: list[PreTrainedModel] = []
+    members: dict[int, list[Any]] = {}
+    of_expert: list[int] = []
+    of_base: dict[int, int] = {}
+    for expert in experts:
+        if expert.adapter is None or id(expert.model) not in of_base:
+            of_base[id(expert.model)] = len(models)
+            models.append(expert.model if expert.adapter is None else copy.deepcopy(expert.model))
+            backbones.append({"config": pack_config(expert.model.config), "head": head_of(expert.model)})
+        index = of_base[id(expert.model)]
+        members.setdefault(index, []).append(expert)
+        of_expert.append(index)
+    for index, backbone in enumerate(backbones):
+        adapters = [expert.adapter for expert in members[index] if expert.adapter is not None]
+        targets = sorted({path for adapter in adapters for path in adapter.lora})
+        backbone["ranks"] = {path: [_rank(adapter, path) for adapter in adapters] for path in targets}
+        # the modules that own a saved tensor: a linear of a head, mostly
+        backbone["saved"] = sorted({name.rpartition(".")[0] for adapter in adapters for name in adapter.saved})
+        backbone["num_labels"] = [max(1, len(expert.labels)) for expert in members[index]]
+    return backbones, models, of_expert
+
+
+def _rank(adapter: Any, path: str) -> int:
+    return adapter.lora[path][0].shape[0] if path in adapter.lora else 0
+
+
+def fill_adapters(backbone: nn.Module, plan: Mapping[str, Any], experts: Sequence[Any], base: nn.Module) -> None:
+    """Copies the adapters' tensors into a backbone built from `plan`, in place.
+
+    Raises:
+        ValueError: naming adapter and module where a shape does not fit the base.
+    """
+    with torch.no_grad():
+        for path in plan["ranks"]:
+            adapted = backbone.model.get_submodule(path)
+            start = 0
+            for expert in experts:
+                if path not in expert.adapter.lora:
+                    continue
+                a, b = expert.adapter.lora[path]
+                if a.shape[1] != adapted.lora_A.shape[1] or b.shape[0] != adapted.lora_B.shape[0]:
+                    raise ValueError(
+                        f"{expert.name}: LoRA on {path} maps {a.shape[1]} to {b.shape[0]} features, but the base maps "
+                        f"{adapted.lora_A.shape[1]} to {adapted.lora_B.shape[0]}"
+                    )
+                adapted.lora_A[start : start + len(a)] = a
+                adapted.lora_B[:, start : start + len(a)] = b
+                start += len(a)
+        for path in plan["saved"]:
+            for expert, variant in zip(experts, backbone.model.get_submodule(path).variants, strict=True):
+                own = {n.rpartition(".")[2]: t for n, t in expert.adapter.saved.items() if n.rpartition(".")[0] == path}
+                try:
+                    variant.load_state_dict(own or base.get_submodule(path).state_dict())
+                except RuntimeError as error:
+                    raise ValueError(f"{expert.name}: its copy of {path} does not fit the base: {error}") from error
+
+
+def plan_config(
+    experts: Sequence[Any],
+    mode: str,
+    label_maps: Mapping[str, Mapping[str, str | None]] | None,
+    labels: Sequence[str] | None,
+    costs: Sequence[float] | None,
+    **fields: Any,
+) -> tuple[FoEConfig, list[PreTrainedModel], list[Any]]:
+    """Everything about a fusion but its weights: config, the backbones' models, and the distinct processors."""
+    backbones, models, of_expert = plan_backbones(experts)
+    head = backbones[0]["head"]
+    generates = [backbone["head"] in ("causal-lm", "seq2seq-lm") for backbone in backbones]
+    if any(generates) and (len({b["head"] for b in backbones}) > 1 or mode == "output"):
+        raise ValueError(
+            f"experts with heads {sorted({b['head'] for b in backbones})} cannot be fused in mode {mode!r}: language "
+            "models are fused by mode='selection', among their own kind"
+        )
+    processors, inputs = distinct_processors([expert.processor for expert in experts])
+    for expert_inputs, backbone in zip(inputs, of_expert, strict=True):
+        backbones[backbone]["inputs"] = expert_inputs
+    if costs is None:
+        costs = [_parameters(expert) for expert in experts]
+    if len(costs) != len(experts) or min(costs) <= 0:
+        raise ValueError(f"costs must hold one positive number for each of the {len(experts)} experts, not {costs}")
+    rows = [
+        {
+            "name": expert.name,
+            "revision": expert.revision,
+            "license": expert.license,
+            "task": expert.task,
+            "labels": list(expert.labels),
+            "backbone": backbone,
+            "feature_size": feature_size(models[backbone].config),
+            "cost": float(cost),
+        }
+        for expert, backbone, cost in zip(experts, of_expert, costs, strict=True)
+    ]
+    config = FoEConfig(mode=mode, head=head, experts=rows, backbones=backbones, **fields)
+    if generates[0]:
+        config.vocabularies = [len(processor) for processor in processors]
+        config.is_encoder_decoder = head == "seq2seq-lm"
+        config.pad_token_id = processors[0].pad_token_id
+        return config, models, processors
+    regression = {
+        models[b].config.problem_type == "regression" or len(e.labels) == 1 for e, b in zip(experts, of_expert)
+    }
+    if regression == {True}:
+        fused, maps = list(labels or ["score"]), [[0] for _ in experts]
+        config.problem_type = "regression"
+    elif True in regression:
+        raise ValueError("regression and classification experts cannot be fused with each other")
+    else:
+        fused, maps = fuse_labels(experts, mode, label_maps, labels)
+        config.problem_type = "single_label_classification"
+    for row, label_map in zip(rows, maps, strict=True):
+        row["label_map"] = label_map
+    config.id2label = dict(enumerate(fused))
+    config.label2id = {label: index for index, label in enumerate(fused)}
+    return config, models, processors
+
+
+def _parameters(expert: Any) -> int:
+    """Parameters that work on an example: the model's, plus the adapter's."""
+    adapter = expert.adapter
+    extra = sum(a.numel() + b.numel() for a, b in adapter.lora.values()) if adapter else 0
+    return sum(p.numel() for p in expert.model.parameters()) + extra

@@ -1,0 +1,132 @@
+"""Frugal Fusion of Experts: which expert to ask next, and when to stop (FrugalFoE in arXiv 2310.01542).
+
+After querying the set S, the policy picks the superset that minimises the expected loss plus its cost,
+
+    E[loss(f_S'(X), Y) | outputs of S] + lambda * cost(S'),
+
+the expectation being the mean loss over the kappa validation points nearest to x in the outputs of S.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import combinations
+
+import torch
+from torch import nn
+
+MOST_ENUMERATED = 10  # with more experts, 2^K subsets are replaced by a sample of them
+SAMPLED_SUBSETS = 1024
+
+
+def candidate_subsets(num_experts: int, seed: int = 0) -> torch.Tensor:
+    """The sets of experts the policy chooses among, (M, K) bool: all of them up to ten experts.
+
+    Above ten: the single experts, and the prefixes of random orders (so that sets of every size, and the full set,
+    are there), 1,024 in all.
+    """
+    if num_experts <= MOST_ENUMERATED:
+        chosen = [c for size in range(1, num_experts + 1) for c in combinations(range(num_experts), size)]
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        singles = {(k,): None for k in range(num_experts)}
+        while len(singles) < SAMPLED_SUBSETS:
+            order = torch.randperm(num_experts, generator=generator).tolist()
+            singles.update({tuple(sorted(order[:size])): None for size in range(2, num_experts + 1)})
+        chosen = list(singles)
+    subsets = torch.zeros(len(chosen), num_experts, dtype=torch.bool)
+    for row, members in enumerate(chosen):
+        subsets[row, list(members)] = True
+    return subsets
+
+
+class FrugalPolicy(nn.Module):
+    """Validation outputs, and the loss of every candidate set on them: all that querying frugally needs.
+
+    Args:
+        rows: V, validation points kept.
+        num_experts: K.
+        num_outputs: C, width of an expert's output.
+        subsets: M, number of candidate sets.
+        neighbors: kappa.
+    """
+
+    def __init__(self, rows: int, num_experts: int, num_outputs: int, subsets: int, neighbors: int) -> None:
+        super().__init__()
+        self.neighbors = min(neighbors, rows)
+        self.register_buffer("outputs", torch.zeros(rows, num_experts, num_outputs))  # (V, K, C)
+        self.register_buffer("subsets", torch.zeros(subsets, num_experts, dtype=torch.bool))  # (M, K)
+        self.register_buffer("losses", torch.zeros(subsets, rows))  # (M, V)
+
+    @torch.no_grad()
+    def run(
+        self,
+        query: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        batch: int,
+        costs: torch.Tensor,
+        cost_weight: float,
+        budget: float = 1.0,
+        exclude: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries experts for `batch` examples until no further one pays.
+
+        Args:
+            query: (rows (n,), experts (n,)) -> outputs (n, C) of that expert for that row.
+            batch: B, number of examples.
+            costs: (K,) shares of the cost of all experts, summing to 1.
+            cost_weight: lambda, loss that the cost of all experts is worth.
+            budget: the cost no example may exceed; where even the cheapest expert costs more, it alone is queried.
+            exclude: (B,) index of the validation point each example is, so that it is not its own neighbour.
+
+        Returns:
+            outputs (B, K, C), zero where not queried, and order (B, K): 1 for the first expert queried, 2 for the
+            second, 0 for those not queried.
+        """
+        device, dtype = self.losses.device, self.losses.dtype
+        num_experts = self.subsets.shape[1]
+        outputs = torch.zeros(batch, *self.outputs.shape[1:], device=device, dtype=dtype)
+        order = torch.zeros(batch, num_experts, dtype=torch.long, device=device)
+        distance = torch.zeros(batch, self.outputs.shape[0], device=device, dtype=dtype)  # (B, V)
+        subset_costs = self.subsets.to(dtype) @ costs.to(device, dtype)  # (M,)
+        affordable = subset_costs <= max(budget, float(subset_costs.min())) + 1e-6
+        active = torch.arange(batch, device=device)
+        for step in range(1, num_experts + 1):
+            if step == 1:  # nothing is known yet: every validation point is as near as any other
+                expected = self.losses.mean(1).expand(len(active), -1)  # (A, M)
+            else:
+                expected = self._local_losses(distance[active], None if exclude is None else exclude[active])
+            chosen = self._choose(expected, order[active] > 0, affordable, subset_costs * cost_weight)
+            active, chosen = active[chosen >= 0], chosen[chosen >= 0]
+            if not len(active):
+                break
+            by_expert = torch.argsort(chosen, stable=True)  # examples that ask for the same expert run together
+            active, chosen = active[by_expert], chosen[by_expert]
+            answer = query(active, chosen).to(dtype)
+            outputs[active, chosen] = answer
+            order[active, chosen] = step
+            for expert in chosen.unique().tolist():
+                mine = chosen == expert
+                distance[active[mine]] += torch.cdist(answer[mine], self.outputs[:, expert]).square()
+        return outputs, order
+
+    def _local_losses(self, distance: torch.Tensor, exclude: torch.Tensor | None) -> torch.Tensor:
+        """Mean loss of each candidate set over the nearest validation points: (A, V) distances -> (A, M)."""
+        if exclude is not None:
+            distance = distance.scatter(1, exclude[:, None], float("inf"))
+        nearest = distance.topk(self.neighbors, dim=1, largest=False).indices  # (A, kappa)
+        return self.losses[:, nearest].mean(-1).T
+
+    def _choose(
+        self, expected: torch.Tensor, queried: torch.Tensor, affordable: torch.Tensor, penalty: torch.Tensor
+    ) -> torch.Tensor:
+        """The next expert of each example, -1 to stop; of the best superset, the member with the best local loss."""
+        missing = queried.float() @ (~self.subsets).float().T  # (A, M): queried experts a candidate lacks
+        objective = (expected + penalty).masked_fill((missing > 0) | ~affordable, float("inf"))
+        best = objective.argmin(1)
+        wanted = self.subsets[best] & ~queried & objective.isfinite().any(1, keepdim=True)  # (A, K)
+        single = self.subsets.sum(1) == 1
+        members = self.subsets[single].float().argmax(1)  # single sets, in the order of their expert
+        alone = torch.empty_like(queried, dtype=expected.dtype)
+        alone[:, members] = (expected + penalty)[:, single]
+        chosen = alone.masked_fill(~wanted, float("inf")).argmin(1)
+        return torch.where(wanted.any(1), chosen, -1)

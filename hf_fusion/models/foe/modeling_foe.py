@@ -1,0 +1,556 @@
+"""Fusion of Experts: learn to fuse the outputs of experts with complementary knowledge (arXiv 2310.01542).
+
+`FoEModel` fuses classifiers and regressors by their outputs, or selects among experts with different label spaces;
+`FoEForGeneration` selects among language models and lets the chosen one generate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import CausalLMOutput, SequenceClassifierOutput
+
+from .assembly_foe import fill_adapters, plan_config
+from .configuration_foe import FoEConfig
+from .experts_foe import AUTO_CLASSES, Backbone
+from .frugal_foe import FrugalPolicy
+from .processing_foe import FoEProcessor
+
+LEAST_PROBABILITY = 1e-8  # floor under the probability of labels the chosen expert does not know: losses stay finite
+
+
+class Fuser(nn.Module):
+    """The MLP that fuses: experts' outputs (or embeddings) -> fused outputs (or one score per expert)."""
+
+    def __init__(self, inputs: int, hidden: Sequence[int], outputs: int, dropout: float) -> None:
+        super().__init__()
+        widths = [inputs, *hidden]
+        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
+        self.output = nn.Linear(widths[-1], outputs)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, inputs) -> (B, outputs)."""
+        features = features.to(self.output.weight.dtype)
+        for linear in self.hidden:
+            features = self.dropout(torch.relu(linear(features)))
+        return self.output(features)
+
+
+class FoEModel(PreTrainedModel):
+    """Experts and the fuser that makes one model of them.
+
+    Build one with `from_experts`, fit it with `hf_fusion.fit_fuser`, load a published one with
+    ``AutoModel.from_pretrained(id, trust_remote_code=True)`` and feed it what its processor returns.
+    """
+
+    config_class = FoEConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    _auto_class = "AutoModel"
+    # Turns ids and folders into loaded experts; set where hf_fusion is installed, absent in a published model's code.
+    load_experts: ClassVar[Callable[..., list[Any]] | None] = None
+
+    def __init__(self, config: FoEConfig, models: Sequence[PreTrainedModel] | None = None) -> None:
+        super().__init__(config)
+        self.backbones = nn.ModuleList(
+            Backbone(
+                plan["head"],
+                config.backbone_config(index),
+                plan["ranks"],
+                plan["saved"],
+                plan["num_labels"],
+                models[index] if models else None,
+            )
+            for index, plan in enumerate(config.backbones)
+        )
+        experts, labels = config.num_experts, config.num_labels
+        if config.mode == "output":
+            inputs, outputs = experts * labels, labels
+        else:
+            sizes = [expert["feature_size"] for expert in config.experts]
+            inputs = sum(sizes) if config.features_from is None else sizes[config.features_from]
+            outputs = experts
+        self.fuser = Fuser(inputs, config.fuser_hidden, outputs, config.fuser_dropout)
+        if config.frugal:
+            sizes = {name: config.frugal[name] for name in ("rows", "subsets", "neighbors")}
+            self.policy = FrugalPolicy(num_experts=experts, num_outputs=labels, **sizes)
+        self.record_routing = False
+        self._trace: dict[str, Any] | None = None
+        self._label_maps: dict[tuple[int, torch.device], torch.Tensor] = {}
+        self._processor: FoEProcessor | None = None
+        self._source: tuple[str, dict[str, Any]] | None = None
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+            if module.bias is not None:
+                bound = module.in_features**-0.5
+                init.uniform_(module.bias, -bound, bound)
+
+    # ---------------------------------------------------------------- building, saving
+
+    @classmethod
+    def from_experts(
+        cls,
+        experts: Sequence[Any],
+        base: Any = None,
+        mode: str = "output",
+        label_maps: Mapping[str, Mapping[str, str | None]] | None = None,
+        labels: Sequence[str] | None = None,
+        costs: Sequence[float] | None = None,
+        features_from: int | None = None,
+        fuser_hidden: Sequence[int] | None = None,
+        fuser_dropout: float | None = None,
+    ) -> FoEModel:
+        """Builds a FoE whose fuser is still to be fitted.
+
+        Args:
+            experts: loaded experts, or ids ("owner/name@revision"), folders and transformers models, which need
+                hf_fusion installed to be resolved.
+            base: base of the adapters, if it is not the one they name.
+            mode: "output" fuses outputs over one label space; "selection" picks one expert per example.
+            label_maps: expert name -> {its label: fused label, or None to drop it}.
+            labels: the fused labels in the order wanted.
+            costs: cost of querying each expert, any unit (parameters by default, measured latency, a price).
+            features_from: in selection, take the fuser's features from this expert alone.
+            fuser_hidden: hidden widths of the fuser; (512, 512) by default, the paper's selection has (8192, 8192).
+            fuser_dropout: 0 by default in output mode, 0.5 in selection, as in the paper.
+
+        Raises:
+            ValueError: where experts do not fit together, naming the expert and the remedy.
+        """
+        if not experts:
+            raise ValueError("a fusion needs at least one expert; the list is empty")
+        if base is not None or not all(hasattr(expert, "adapter") for expert in experts):
+            if cls.load_experts is None:
+                raise ValueError("ids and folders can be resolved only with hf_fusion installed: pip install hf_fusion")
+            experts = cls.load_experts(experts, base=base)
+        if features_from is not None and not (mode == "selection" and 0 <= features_from < len(experts)):
+            raise ValueError(f"features_from={features_from} must be the index of an expert, in mode='selection'")
+        config, models, processors = plan_config(
+            experts,
+            mode,
+            label_maps,
+            labels,
+            costs,
+            features_from=features_from,
+            fuser_hidden=fuser_hidden,
+            fuser_dropout=(0.5 if mode == "selection" else 0.0) if fuser_dropout is None else fuser_dropout,
+        )
+        dtypes = {parameter.dtype for model in models for parameter in model.parameters()}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # one model has one dtype
+        family = FoEForGeneration if config.vocabularies else FoEModel
+        model = family(config, [inner.to(dtype) for inner in models])
+        for index, plan in enumerate(config.backbones):
+            own = [e for e, row in zip(experts, config.experts, strict=True) if row["backbone"] == index]
+            if plan["ranks"] or plan["saved"]:
+                fill_adapters(model.backbones[index], plan, own, own[0].model)
+        model.backbones.requires_grad_(False)
+        model._processor = FoEProcessor(processors, vocabularies=config.vocabularies)
+        return model.to(dtype).eval()
+
+    @property
+    def processor(self) -> FoEProcessor:
+        """The processor that feeds this model; a loaded model fetches it from where it came from.
+
+        Raises:
+            ValueError: for a model that came from nowhere.
+        """
+        if self._processor is None:
+            if self._source is None:
+                raise ValueError("this model was built without experts, so it has no processor")
+            source, hub = self._source
+            self._processor = FoEProcessor.from_pretrained(source, **hub)
+        return self._processor
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> FoEModel:
+        """As any model's; remembers where it came from, so that its processor can follow."""
+        names = ("revision", "token", "cache_dir", "local_files_only")
+        hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._source = (str(pretrained_model_name_or_path), hub)
+        return loaded
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As any model's; writes the processor and the code beside the weights."""
+        name = f"modeling_foe.{type(self).__name__}"
+        head = AUTO_CLASSES[self.config.head].__name__
+        self.config.auto_map = {"AutoConfig": "configuration_foe.FoEConfig", "AutoModel": name, head: name}
+        if self._processor is not None or self._source is not None:
+            self.processor.save_pretrained(save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    # ---------------------------------------------------------------- running experts
+
+    def _members(self, backbone: int) -> list[int]:
+        """Experts that live on a backbone, in its order."""
+        return [index for index, expert in enumerate(self.config.experts) if expert["backbone"] == backbone]
+
+    def _inputs_of(self, backbone: int, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs meant for one backbone, under the names its model knows."""
+        group = self.config.backbones[backbone]["inputs"]
+        last = max(plan["inputs"] for plan in self.config.backbones)
+        suffixes = {f"_{index}" for index in range(1, last + 1)}
+        if group == 0:
+            own = {k: v for k, v in inputs.items() if not any(k.endswith(suffix) for suffix in suffixes)}
+        else:
+            own = {k.removesuffix(f"_{group}"): v for k, v in inputs.items() if k.endswith(f"_{group}")}
+        own = {name: value for name, value in own.items() if value is not None}
+        if not own:
+            raise ValueError(
+                f"{self.config.experts[self._members(backbone)[0]]['name']} got no inputs: prepare them with "
+                "AutoProcessor.from_pretrained(id, trust_remote_code=True), which serves every expert"
+            )
+        return own
+
+    def _label_map(self, backbone: int, device: torch.device) -> torch.Tensor:
+        """One-hot maps from the experts' labels to the fused ones, (K_b, C_b, C); kept once made."""
+        if (backbone, device) not in self._label_maps:
+            maps = [self.config.experts[expert]["label_map"] for expert in self._members(backbone)]
+            own = max(len(label_map) for label_map in maps)
+            onehot = torch.zeros(len(maps), own, self.config.num_labels)
+            for index, label_map in enumerate(maps):
+                for label, fused in enumerate(label_map):
+                    if fused >= 0:
+                        onehot[index, label, fused] = 1
+            self._label_maps[backbone, device] = onehot.to(device)
+        return self._label_maps[backbone, device]
+
+    def _answer(
+        self, backbone: int, inputs: dict[str, Any], local: list[int], embed: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What experts of one backbone say about rows in `len(local)` equal groups.
+
+        Returns:
+            Their outputs in the fused label space (N, C): probabilities, or scores for regression; zeros for a row
+            whose logits are not finite, so that a broken expert counts as not queried. And the embeddings (N, d).
+        """
+        out = self.backbones[backbone](inputs, local, **({"output_hidden_states": True} if embed else {}))
+        logits = out.logits.float().view(len(local), -1, out.logits.shape[-1])  # (G, n, C_b)
+        onehot = self._label_map(backbone, logits.device)[local]  # (G, C_b, C)
+        logits = logits[..., : onehot.shape[1]]
+        if self.config.problem_type != "regression":
+            widths = [len(self.config.experts[member]["label_map"]) for member in self._members(backbone)]
+            if len(set(widths)) > 1:  # a padded head: its surplus columns are no labels
+                own = torch.tensor([widths[index] for index in local], device=logits.device)
+                surplus = torch.arange(logits.shape[-1], device=logits.device) >= own[:, None]
+                logits = logits.masked_fill(surplus[:, None], float("-inf"))
+            logits = logits.softmax(-1)
+        outputs = torch.bmm(logits, onehot).flatten(0, 1)  # (N, C)
+        outputs = torch.where(outputs.isfinite().all(-1, keepdim=True), outputs, 0.0)
+        return outputs, _pool(out.hidden_states[-1], inputs.get("attention_mask")) if embed else None
+
+    def expert_outputs(
+        self, inputs: Mapping[str, Any], embed: bool = False, experts: Sequence[int] | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Runs all experts, or those named, on every example.
+
+        Returns:
+            Their outputs in the fused label space (B, K, C), and with `embed` their embeddings, K of (B, d_k).
+        """
+        wanted = range(self.config.num_experts) if experts is None else experts
+        outputs: dict[int, torch.Tensor] = {}
+        embeddings: dict[int, torch.Tensor] = {}
+        for backbone in range(len(self.backbones)):
+            members = [index for index in self._members(backbone) if index in wanted]
+            if not members:
+                continue
+            own = _repeat(self._inputs_of(backbone, inputs), len(members))
+            local = [self._members(backbone).index(index) for index in members]
+            answers, embedded = self._answer(backbone, own, local, embed)
+            outputs.update(zip(members, answers.to(self.device).chunk(len(members))))
+            if embedded is not None:
+                embeddings.update(zip(members, embedded.to(self.device).chunk(len(members))))
+        return torch.stack([outputs[i] for i in wanted], 1), [embeddings[i] for i in wanted if embed]
+
+    def _query(self, inputs: Mapping[str, Any], rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """Outputs (n, C) of one expert per row: `experts[i]` for example `rows[i]`, a backbone's rows in one pass."""
+        outputs = torch.zeros(len(rows), self.config.num_labels, device=self.device)
+        for backbone in range(len(self.backbones)):
+            members = self._members(backbone)
+            mine = torch.isin(experts, torch.tensor(members, device=experts.device)).nonzero()[:, 0]
+            if not len(mine):
+                continue
+            mine = mine[torch.argsort(experts[mine], stable=True)]
+            chosen = [members.index(expert) for expert in experts[mine].tolist()]
+            local = [chosen[0]] if len(set(chosen)) == 1 else chosen  # one group, or one per row
+            answers, _ = self._answer(backbone, _take(self._inputs_of(backbone, inputs), rows[mine]), local)
+            outputs[mine] = answers.to(outputs.device)
+        return outputs
+
+    # ---------------------------------------------------------------- forward
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        budget: float | None = None,
+        return_dict: bool | None = None,
+        **inputs: Any,
+    ) -> SequenceClassifierOutput | tuple[torch.Tensor, ...]:
+        """Fused logits.
+
+        Args:
+            input_ids, attention_mask, pixel_values, inputs: what the processor returned.
+            labels: (B,) class indices, or (B,) targets for regression; adds the loss.
+            budget: in (0, 1]: query experts frugally, none of them for an example beyond this share of the cost of
+                all; None (and no `config.budget`) queries all experts.
+
+        Returns:
+            logits (B, C). In selection mode labels that the chosen expert does not know have probability 1e-8.
+
+        Raises:
+            ValueError: for a budget on a model that was not fitted frugally, or inputs an expert misses.
+        """
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "pixel_values": pixel_values,
+            **inputs,
+        }
+        budget = self.config.budget if budget is None else budget
+        if self.config.mode == "selection":
+            if budget is not None:
+                raise ValueError("a budget belongs to output fusion; in selection only the chosen expert answers")
+            logits = self._select_and_answer(given)
+        elif budget is None:
+            outputs, _ = self.expert_outputs(given)
+            order = torch.arange(1, outputs.shape[1] + 1, device=outputs.device).expand(outputs.shape[:2])
+            logits = self._fuse(outputs, order)
+        else:
+            outputs, order = self._run_frugally(given, budget)
+            logits = self._fuse(outputs, order)
+        loss = None if labels is None else self._loss(logits, labels)
+        if return_dict is False:
+            return (logits,) if loss is None else (loss, logits)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def _fuse(self, outputs: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        """(B, K, C) outputs, zero where not queried -> (B, C) logits."""
+        logits = self.fuser(outputs.flatten(1))
+        self._record(logits, order=order, outputs=outputs)
+        return logits
+
+    def _run_frugally(self, inputs: Mapping[str, Any], budget: float) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.config.frugal is None:
+            raise ValueError("this model was fitted without frugal=True, so it cannot keep to a budget")
+        if not 0 < budget <= 1:
+            raise ValueError(f"budget is {budget}; it is a share of the experts' cost in (0, 1]")
+        batch = len(next(value for value in inputs.values() if torch.is_tensor(value)))
+        return self.policy.run(
+            lambda rows, experts: self._query(inputs, rows, experts),
+            batch,
+            torch.tensor(self.config.cost_shares),
+            self.config.frugal["cost_weight"],
+            budget,
+        )
+
+    def _select_and_answer(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Logits of the expert that the fuser chooses for each example, (B, C)."""
+        source = self.config.features_from
+        outputs, embeddings = self.expert_outputs(inputs, embed=True, experts=None if source is None else [source])
+        scores = self.fuser(torch.cat(embeddings, 1))  # (B, K)
+        choice = scores.argmax(1)
+        rows = torch.arange(len(choice), device=choice.device)
+        if source is None:
+            answers = outputs[rows, choice]
+        else:  # the source has answered already; the others answer for the examples that are theirs
+            answers = outputs[:, 0].clone()
+            others = rows[choice != source]
+            if len(others):
+                answers[others] = self._query(inputs, others, choice[others])
+        order = nn.functional.one_hot(choice, self.config.num_experts)
+        self._record(answers, order=order, scores=scores)
+        if self.config.problem_type == "regression":
+            return answers
+        return answers.clamp(min=LEAST_PROBABILITY).log()
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if self.config.problem_type == "regression":
+            return nn.functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
+        return nn.functional.cross_entropy(logits, labels)
+
+    # ---------------------------------------------------------------- what happened, what it is
+
+    def _record(self, answers: torch.Tensor, **routing: torch.Tensor) -> None:
+        if self.record_routing:
+            self._trace = {"answers": answers.detach(), **{k: v.detach() for k, v in routing.items()}}
+
+    def routing_trace(self) -> dict[str, Any]:
+        """The routing of the last forward; set ``model.record_routing = True`` first.
+
+        Returns:
+            experts (names), cost_shares, order (B, K): 1 for the expert queried first, 0 for one not queried (in
+            selection: 1 for the chosen one), and outputs (B, K, C) in output mode or scores (B, K) in selection.
+        """
+        if self._trace is None:
+            raise ValueError("no routing was recorded: set model.record_routing = True, then run the model")
+        names = [expert["name"] for expert in self.config.experts]
+        return {"experts": names, "cost_shares": self.config.cost_shares, **self._trace}
+
+    def summary(self) -> dict[str, Any]:
+        """Experts, parameters (all, and those the fuser trains) and the share of the cost each expert stands for."""
+        return {
+            "mode": self.config.mode,
+            "experts": [expert["name"] for expert in self.config.experts],
+            "parameters": self.num_parameters(),
+            "trainable": sum(p.numel() for p in self.fuser.parameters()),
+            "cost_shares": dict(
+                zip([expert["name"] for expert in self.config.experts], self.config.cost_shares, strict=True)
+            ),
+        }
+
+
+class FoEForGeneration(FoEModel, GenerationMixin):
+    """Language models, of which the fuser chooses one per prompt to generate.
+
+    The features are the experts' embeddings of the prompt: of its last token for causal language models, the mean over
+    the encoder's states for sequence-to-sequence models (the paper's mean over decoding steps would have every expert
+    decode).
+    """
+
+    def prompt_embeddings(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Embeddings of prompts by all experts (or by `features_from`), (B, Σd)."""
+        source = self.config.features_from
+        parts = []
+        for backbone, module in enumerate(self.backbones):
+            members = [m for m in self._members(backbone) if source in (None, m)]
+            if not members:
+                continue
+            own = _repeat(self._inputs_of(backbone, inputs), len(members))
+            own = {name: own[name] for name in ("input_ids", "attention_mask") if name in own}
+            module.groups.experts = [self._members(backbone).index(m) for m in members]
+            encoder_decoder = self.config.is_encoder_decoder
+            body = module.model.get_encoder() if encoder_decoder else module.model.base_model
+            states = body(**own).last_hidden_state
+            pooled = _pool(states, own.get("attention_mask"), last=not encoder_decoder)
+            parts += zip(members, pooled.to(self.device).chunk(len(members)))
+        return torch.cat([part for _, part in sorted(parts, key=lambda part: part[0])], 1)
+
+    def select(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """The expert chosen for each prompt, (B,)."""
+        scores = self.fuser(self.prompt_embeddings(inputs))
+        choice = scores.argmax(1)
+        self._record(choice, order=nn.functional.one_hot(choice, self.config.num_experts), scores=scores)
+        return choice
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        choice: torch.Tensor | None = None,
+        **inputs: Any,
+    ) -> CausalLMOutput:
+        """Logits (B, T, V) of the expert chosen for each row.
+
+        Args:
+            labels: (B, T) token ids, -100 where no loss is wanted. A row's prompt ends before its first label.
+            choice: (B,) experts, to skip the choice.
+
+        Raises:
+            ValueError: where the experts' tokenizers differ: there are then no common logits, only `generate()`.
+        """
+        if len(self.config.vocabularies) > 1:
+            raise ValueError("experts with different tokenizers have no common logits; use generate()")
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
+        if choice is None:
+            prompt = dict(given)
+            if labels is not None and not self.config.is_encoder_decoder:
+                mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+                prompt["attention_mask"] = mask * ((labels != -100).cumsum(1) == 0)
+            choice = self.select(prompt)
+        if labels is not None and self.config.is_encoder_decoder:
+            given["labels"] = labels
+        logits: torch.Tensor | None = None
+        for expert in choice.unique().tolist():
+            rows = (choice == expert).nonzero()[:, 0]
+            backbone, local = self._place(expert)
+            out = self.backbones[backbone](_take(self._inputs_of(backbone, given), rows), [local]).logits
+            if logits is None:
+                logits = out.new_zeros(len(choice), *out.shape[1:])
+            logits[rows] = out
+        loss = None
+        if labels is not None:
+            shift = 0 if self.config.is_encoder_decoder else 1
+            predicted = logits[:, : logits.shape[1] - shift].flatten(0, 1).float()
+            loss = nn.functional.cross_entropy(predicted, labels[:, shift:].flatten(), ignore_index=-100)
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    def _place(self, expert: int) -> tuple[int, int]:
+        """An expert's backbone and its index there."""
+        backbone = self.config.experts[expert]["backbone"]
+        return backbone, self._members(backbone).index(expert)
+
+    @torch.no_grad()
+    def generate(
+        self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """Lets the chosen expert generate for each prompt; takes what any model's `generate` takes.
+
+        Returns:
+            Token ids (B, T), padded at the end. With several tokenizers, ids live in the concatenated vocabularies;
+            `FoEProcessor.batch_decode` reads them.
+        """
+        suffixes = tuple(f"_{index}" for index in range(1, len(self.config.vocabularies)))
+        names = [n for n in kwargs if n.endswith(suffixes) or n in ("input_ids", "attention_mask", "token_type_ids")]
+        given = {name: kwargs.pop(name) for name in names}
+        if inputs is not None:
+            given["input_ids"] = inputs
+        choice = self.select(given)
+        rows_of, sequences = [], []
+        for expert in choice.unique().tolist():
+            rows = (choice == expert).nonzero()[:, 0]
+            backbone, local = self._place(expert)
+            module = self.backbones[backbone]
+            module.groups.experts = [local]
+            own = _take(self._inputs_of(backbone, given), rows)
+            generated = module.model.generate(**own, generation_config=generation_config, **kwargs)
+            offset = sum(self.config.vocabularies[: self.config.backbones[backbone]["inputs"]])
+            rows_of.append(rows)
+            sequences.append(generated + offset)
+        length = max(sequence.shape[1] for sequence in sequences)
+        result = torch.full((len(choice), length), self.config.pad_token_id or 0, device=choice.device)
+        for rows, sequence in zip(rows_of, sequences, strict=True):
+            result[rows, : sequence.shape[1]] = sequence
+        return result
+
+
+def _repeat(inputs: dict[str, Any], times: int) -> dict[str, Any]:
+    """The batch once per expert, (B, ...) -> (times * B, ...)."""
+    if times == 1:
+        return inputs
+    return {k: v.repeat(times, *[1] * (v.dim() - 1)) if torch.is_tensor(v) else v for k, v in inputs.items()}
+
+
+def _take(inputs: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+    """Some rows of a batch."""
+    return {k: v[rows] if torch.is_tensor(v) else v for k, v in inputs.items()}
+
+
+def _pool(states: torch.Tensor, mask: torch.Tensor | None, last: bool = False) -> torch.Tensor:
+    """One vector per example: of its last real token, or the mean over real tokens (N, T, d) or pixels (N, d, H, W)."""
+    if states.dim() == 4:
+        return states.flatten(2).mean(-1)
+    if mask is None:
+        return states[:, -1] if last else states.mean(1)
+    if last:
+        position = torch.arange(mask.shape[1], device=mask.device).mul(mask.bool()).argmax(1)
+        return states[torch.arange(len(states), device=states.device), position]
+    weight = mask.to(states.dtype)[..., None]  # (N, T, 1)
+    return (states * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+__all__ = ["FoEForGeneration", "FoEModel"]

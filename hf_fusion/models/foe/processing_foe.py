@@ -1,0 +1,146 @@
+"""One processor for experts that each want their own tokenizer or image processor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoImageProcessor, AutoTokenizer, BatchEncoding
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import PushToHubMixin, cached_file
+
+PROCESSOR_FILE = "processor_config.json"
+# what a processor takes -> how to load it, and the file and auto class by which pipelines look for it
+LOADERS = {"text": AutoTokenizer, "image": AutoImageProcessor}
+PIPELINE_FILES = {
+    "text": ("tokenizer_config.json", {"AutoTokenizer": [None, "processing_foe.FoEProcessor"]}),
+    "image": ("preprocessor_config.json", {"AutoImageProcessor": "processing_foe.FoEProcessor"}),
+}
+
+
+class FoEProcessor(PushToHubMixin):
+    """Takes plain text or images and prepares them for every expert.
+
+    The inputs of processor 0 keep their names (``input_ids``, ``pixel_values``); those of processor g carry the suffix
+    ``_g`` (``input_ids_1``). With one processor this is its usual output, so a FoE whose experts share a tokenizer
+    also works with that tokenizer alone. With several it stands in for the tokenizer or image processor of a pipeline.
+
+    Args:
+        processors: the distinct processors of the experts, in the order of the model's backbones' ``inputs``.
+        kinds: "text" or "image" for each.
+        vocabularies: for language models, the vocabulary size of each processor. The fused vocabulary is their
+            concatenation: token ids of processor g are offset by the sizes before it.
+    """
+
+    _auto_class = "AutoProcessor"
+
+    def __init__(
+        self, processors: list[Any], kinds: list[str] | None = None, vocabularies: list[int] | None = None
+    ) -> None:
+        self.processors = processors
+        self.kinds = kinds or ["text" if hasattr(p, "tokenize") else "image" for p in processors]
+        self.vocabularies = vocabularies or []
+
+    def __call__(
+        self,
+        text: Any = None,
+        text_pair: Any = None,
+        images: Any = None,
+        return_tensors: str = "pt",
+        **kwargs: Any,
+    ) -> BatchEncoding:
+        """Prepares a batch (or one example) for all experts.
+
+        Args:
+            text: a string or a list of strings.
+            text_pair: second sentences; empty strings and None stand for "no second sentence".
+            images: PIL images or arrays.
+            kwargs: handed to the tokenizers; padding and truncation are on unless said otherwise.
+
+        Raises:
+            ValueError: if an expert wants text or images and gets none.
+        """
+        inputs: dict[str, Any] = {}
+        for index, (processor, kind) in enumerate(zip(self.processors, self.kinds)):
+            if (text if kind == "text" else images) is None:
+                raise ValueError(f"processor {index} takes {kind}, but none was given: pass {kind}=")
+            if kind == "text":
+                encoded = self._tokenize(processor, text, text_pair, return_tensors, kwargs)
+            else:
+                encoded = processor(images=images, return_tensors=return_tensors)
+            inputs.update({name if index == 0 else f"{name}_{index}": value for name, value in encoded.items()})
+        return BatchEncoding(inputs)
+
+    @staticmethod
+    def _tokenize(tokenizer: Any, text: Any, pair: Any, return_tensors: str, kwargs: dict[str, Any]) -> BatchEncoding:
+        options = {"padding": True, "truncation": tokenizer.model_max_length < 10**9, **kwargs}
+        if pair is None or isinstance(text, str):
+            return tokenizer(text, pair or None, return_tensors=return_tensors, **options)
+        # A pooled batch mixes single sentences and pairs; encoding "no pair" as a pair would add a separator.
+        padding = options.pop("padding")
+        rows = [tokenizer(a, b or None, **options) for a, b in zip(text, pair, strict=True)]
+        return tokenizer.pad(
+            {key: [row[key] for row in rows] for key in rows[0]}, padding, return_tensors=return_tensors
+        )
+
+    def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
+        """Text of generated sequences, each token decoded by the tokenizer its id belongs to."""
+        return [self.decode(sequence, **kwargs) for sequence in sequences]
+
+    def decode(self, sequence: Any, **kwargs: Any) -> str:
+        """Text of one generated sequence."""
+        ids = sequence.tolist() if hasattr(sequence, "tolist") else list(sequence)
+        start, parts = 0, []
+        for tokenizer, size in zip(self.processors, self.vocabularies or [max(ids, default=0) + 1]):
+            own = [token - start for token in ids if start <= token < start + size]
+            parts.append(tokenizer.decode(own, **kwargs))
+            start += size
+        return "".join(parts)
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Writes every processor and the code that loads them; one processor lies at the root as it always does."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        alone = len(self.processors) == 1
+        folders = ["" if alone else f"processor_{index}" for index in range(len(self.processors))]
+        for processor, name in zip(self.processors, folders):
+            processor.save_pretrained(folder / name)
+        config = {"folders": folders, "kinds": self.kinds, "vocabularies": self.vocabularies}
+        _write_json(folder / PROCESSOR_FILE, {**config, "auto_map": {"AutoProcessor": "processing_foe.FoEProcessor"}})
+        if not alone:
+            for kind in set(self.kinds):
+                file, auto_map = PIPELINE_FILES[kind]
+                _write_json(folder / file, {"auto_map": auto_map})
+        custom_object_save(self, folder)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> FoEProcessor:
+        """Loads from a folder or a Hub id; the usual Hub arguments (revision, token, cache_dir …) apply."""
+        hub = {
+            name: kwargs[name]
+            for name in ("cache_dir", "force_download", "token", "revision", "local_files_only")
+            if kwargs.get(name) is not None
+        }
+        source = str(pretrained_model_name_or_path)
+        config = json.loads(Path(cached_file(source, PROCESSOR_FILE, **hub)).read_text(encoding="utf-8"))
+        # Whoever runs this line trusts the repo's code already; without the flag AutoTokenizer would ask again.
+        processors = [
+            LOADERS[kind].from_pretrained(source, subfolder=folder, trust_remote_code=True, **hub)
+            for folder, kind in zip(config["folders"], config["kinds"], strict=True)
+        ]
+        return cls(processors, config["kinds"], config["vocabularies"])
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoProcessor") -> None:
+        """Part of the auto classes' protocol; the class already knows its own."""
+        cls._auto_class = auto_class
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+__all__ = ["FoEProcessor"]
