@@ -1,0 +1,238 @@
+"""PEFT LoRA adapters read as plain tensors, without importing peft.
+
+An adapter's update of a linear layer is ``scaling * B @ A``. The scaling (alpha, rank, rsLoRA and their
+patterns) is folded into B here, so that nothing downstream has to know how PEFT computes it.
+What cannot be written as ``W + B @ A`` is refused by the name of the adapter and of the field.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_fusion.errors import FusionError
+from hf_fusion.experts import Adapter
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."
+# These initialisations leave the base's weights as they are; PiSSA, OLoRA, CorDA, LoftQ … rewrite them.
+_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+# field -> (whether its value cannot be expressed, why)
+_REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "peft_type": (lambda v: v != "LORA", "only LoRA adapters can be fused"),
+    "use_dora": (bool, "DoRA rescales the base's weights"),
+    "lora_bias": (bool, "a bias on B has no place in B @ A"),
+    "init_lora_weights": (lambda v: v not in _PLAIN_INITS, "this initialisation changes the base's weights"),
+    "layer_replication": (bool, "replicated layers are another architecture"),
+    "target_parameters": (bool, "LoRA on bare parameters is not supported"),
+    "trainable_token_indices": (bool, "trained token embeddings are not supported"),
+    "use_qalora": (bool, "QALoRA pools its inputs"),
+    "alora_invocation_tokens": (bool, "activated LoRA changes with the prompt"),
+    "arrow_config": (bool, "Arrow is itself a router"),
+    "use_bdlora": (bool, "block-diagonal LoRA is not supported"),
+    "kasa_config": (bool, "KaSA decomposes the base's weights"),
+    "monteclora_config": (bool, "MonteCLoRA samples its weights"),
+    "velora_config": (bool, "VeLoRA is not supported"),
+}
+
+
+def config_problems(config: Mapping[str, Any]) -> list[str]:
+    """What in an ``adapter_config.json`` cannot be written as ``W + B @ A``: one line per field, or none."""
+    problems = [
+        f"{key}={config.get(key)!r}: {why}" for key, (refused, why) in _REFUSED.items() if refused(config.get(key))
+    ]
+    for key, kind in (
+        ("r", int),
+        ("lora_alpha", (int, float)),
+        ("rank_pattern", dict),
+        ("alpha_pattern", dict),
+    ):
+        value = config.get(key) or {} if key.endswith("pattern") else config.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            problems.append(f"{key}={value!r}: not a valid value")
+    rank = config.get("r")
+    if isinstance(rank, int) and rank < 1:
+        problems.append(f"r={rank}: a rank below 1 adapts nothing")
+    return problems
+
+
+def read_adapter(folder: str | Path, name: str, *, allow_pickle: bool = False) -> Adapter:
+    """Read a LoRA adapter from a folder.
+
+    Args:
+        folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+        name: what errors call it.
+        allow_pickle: also read ``adapter_model.bin`` where there are no safetensors.
+
+    Returns:
+        The adapter: per module path of the base ``A`` (r, d_in) and ``B`` (d_out, r) with the scaling folded
+        into B, the tensors of ``modules_to_save`` by their parameter names in the base, and the base's id.
+
+    Raises:
+        FusionError: naming the adapter and the field or tensor that cannot be expressed.
+    """
+    folder = Path(folder)
+    config = read_json(folder / CONFIG, name)
+    if problems := config_problems(config):
+        raise FusionError(f"Adapter {name} cannot be fused: {'; '.join(problems)}.")
+    tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in _tensors(folder, name, allow_pickle).items()}
+
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    saved: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise FusionError(f"Adapter {name} has NaN or Inf in {key}.")
+        if match := re.fullmatch(r"(.+)\.lora_([AB])\.weight", key):
+            halves.setdefault(match[1], {})[match[2]] = tensor
+        elif "lora_" in key:
+            raise FusionError(f"Adapter {name} holds {key}: only LoRA on linear layers can be fused.")
+        else:
+            saved[key.replace(".modules_to_save.", ".").replace(".base_layer.", ".")] = tensor
+    _refuse_trained_biases(config, saved, name)
+    if not halves:
+        raise FusionError(f"Adapter {name} holds no LoRA weights.")
+    return Adapter(
+        lora={path: _pair(config, path, pair, name) for path, pair in halves.items()},
+        saved=saved,
+        base=str(config.get("base_model_name_or_path") or ""),
+        base_revision=config.get("revision") or None,
+    )
+
+
+def _pair(
+    config: Mapping[str, Any], path: str, pair: Mapping[str, torch.Tensor], name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and scaled B of one module."""
+    if set(pair) != {"A", "B"}:
+        raise FusionError(f"Adapter {name} holds lora_{next(iter(pair))} of {path} without its other half.")
+    a, b = pair["A"], pair["B"]  # (r, d_in), (d_out, r)
+    if a.dim() != 2 or b.dim() != 2:
+        raise FusionError(f"Adapter {name} adapts {path}, which is not a linear layer (A has {a.dim()} dimensions).")
+    rank = _pattern(config, "rank_pattern", path, config["r"], name)
+    if not a.shape[0] == b.shape[1] == rank or rank < 1:
+        raise FusionError(
+            f"Adapter {name}: ranks of {path} disagree: A {list(a.shape)}, B {list(b.shape)}, config {rank}."
+        )
+    alpha = _pattern(config, "alpha_pattern", path, config["lora_alpha"], name)
+    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    if not math.isfinite(scaling):
+        raise FusionError(f"Adapter {name}: lora_alpha={alpha} of {path} is not a finite number.")
+    return a, b if scaling == 1 else (b.float() * scaling).to(b.dtype)
+
+
+def _pattern(config: Mapping[str, Any], key: str, path: str, default: Any, name: str) -> Any:
+    """The value of the first pattern matching a module path, as PEFT looks it up: a regex on its end."""
+    for pattern, value in (config.get(key) or {}).items():
+        try:
+            matches = re.match(rf"(.*\.)?({pattern})$", path)
+        except re.error:
+            raise FusionError(f"Adapter {name}: {key} has the invalid pattern {pattern!r}.") from None
+        if matches:
+            if not isinstance(value, (int, float)):
+                raise FusionError(f"Adapter {name}: {key}[{pattern!r}]={value!r} is not a number.")
+            return value
+    return default
+
+
+def _refuse_trained_biases(config: Mapping[str, Any], saved: Mapping[str, Any], name: str) -> None:
+    """With ``bias`` other than "none" PEFT also saves biases of the base, which B @ A cannot carry."""
+    modules = tuple(config.get("modules_to_save") or ())
+    biases = [key for key in saved if key.endswith(".bias") and not _under(key, modules)]
+    if config.get("bias", "none") != "none" and biases:
+        raise FusionError(f"Adapter {name}: bias={config['bias']!r} trained {biases[0]}, which B @ A cannot carry.")
+
+
+def _under(parameter: str, modules: tuple[str, ...]) -> bool:
+    """Whether a parameter lies in one of the modules, each named by the end of its path."""
+    return any(f".{module}." in f".{parameter}" for module in modules)
+
+
+def fit_problems(adapter: Adapter, base: torch.nn.Module) -> list[str]:
+    """Why an adapter does not fit a base (which may be on the meta device); empty if it does.
+
+    Every adapted module must be a linear layer of the base with A's and B's sizes, and every saved tensor one
+    of its parameters in the same shape. Only the class dimension of a head may differ.
+    """
+    shapes = {path: (a.shape[1], b.shape[0]) for path, (a, b) in adapter.lora.items()}
+    return shape_problems(shapes, {key: tuple(tensor.shape) for key, tensor in adapter.saved.items()}, base)
+
+
+def shape_problems(
+    lora: Mapping[str, tuple[int, int]], saved: Mapping[str, tuple[int, ...]], base: torch.nn.Module
+) -> list[str]:
+    """`fit_problems` from sizes: ``lora`` maps a module path to (d_in, d_out), ``saved`` a name to its shape."""
+    modules = dict(base.named_modules())
+    parameters = dict(base.named_parameters(remove_duplicate=False))  # tied ones by each of their names
+    classes = getattr(getattr(base, "config", None), "num_labels", None)
+    problems = []
+    for path, sizes in lora.items():
+        found = _linear_sizes(modules.get(path))
+        if path not in modules:
+            problems.append(f"adapts {path}, which the base does not have")
+        elif found is None:
+            problems.append(f"adapts {path}, which is not a linear layer")
+        elif found != sizes:
+            problems.append(f"{path} is {found[0]}→{found[1]} in the base, {sizes[0]}→{sizes[1]} in the adapter")
+    for key, shape in saved.items():
+        if key not in parameters:
+            problems.append(f"saves {key}, which the base does not have")
+            continue
+        expected = tuple(parameters[key].shape)
+        is_head = expected[:1] == (classes,) and len(shape) == len(expected) and shape[1:] == expected[1:]
+        if shape != expected and not is_head:
+            problems.append(f"{key} is {list(expected)} in the base, {list(shape)} in the adapter")
+    return problems
+
+
+def _linear_sizes(module: torch.nn.Module | None) -> tuple[int, int] | None:
+    """(d_in, d_out) of a Linear or of GPT-2's Conv1D, which stores its weight transposed; else None."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return None
+
+
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """A JSON object from a file, or a FusionError naming the expert and the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FusionError(f"{name}: {path.name} cannot be read ({error}).") from None
+    if not isinstance(content, dict):
+        raise FusionError(f"{name}: {path.name} is not a JSON object.")
+    return content
+
+
+def _tensors(folder: Path, name: str, allow_pickle: bool) -> dict[str, torch.Tensor]:
+    """All tensors of the adapter's one weight file."""
+    safe, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
+    if safe.exists():
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(safe)
+        except SafetensorError as error:
+            raise FusionError(f"Adapter {name}: {safe.name} cannot be read ({error}).") from None
+    if not pickled.exists():
+        raise FusionError(f"Adapter {name} has no adapter_model.safetensors.")
+    if not allow_pickle:
+        raise FusionError(
+            f"Adapter {name} has only pickle weights (adapter_model.bin).",
+            hint="pass allow_pickle=True if you trust its author",
+        )
+    import torch
+
+    return torch.load(pickled, map_location="cpu", weights_only=True)

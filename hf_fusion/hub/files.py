@@ -1,0 +1,253 @@
+"""Where an expert's files lie, which are needed, and how they get here: parallel, resumable, one bar."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from hf_fusion.errors import FusionError
+from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
+from hf_fusion.hub.adapters import read_json
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+SHA = re.compile(r"[0-9a-f]{40}")
+_REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+WORKERS = 8
+
+PROCESSOR_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+# Training leftovers that no loader reads.
+_SKIPPED = ("trainer_state.json", "optimizer.safetensors", "results.json")
+
+
+@dataclass
+class Source:
+    """One model's files: a repo at a commit, or a folder.
+
+    Attributes:
+        name: repo id, or the folder's name.
+        sizes: bytes of each file.
+        folder: where the files are; for a repo, once they are downloaded.
+        revision: commit sha of a repo, None for a folder.
+        pinned: whether the caller named that sha (a folder counts as pinned: it does not move by itself).
+        card: metadata of the README.
+        adapter: content of ``adapter_config.json``, None for a full model.
+    """
+
+    name: str
+    sizes: dict[str, int]
+    folder: Path | None = None
+    revision: str | None = None
+    pinned: bool = False
+    card: dict[str, Any] = field(default_factory=dict)
+    adapter: dict[str, Any] | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it was given as a folder."""
+        return self.revision is None
+
+
+def hub_api(api: HfApi | None) -> HfApi:
+    """The given client, or one for ``HF_ENDPOINT`` with the stored token."""
+    from huggingface_hub import HfApi
+
+    return api or HfApi()
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """``owner/name@revision`` → (id, revision or None).
+
+    Raises:
+        FusionError: where it is neither a repo id nor an existing folder.
+    """
+    repo, _, revision = name.partition("@")
+    if not _REPO_ID.fullmatch(repo) or ".." in repo:
+        raise FusionError(
+            f"{name!r} is neither a folder nor a repo id.",
+            hint="write owner/name, owner/name@revision or a folder",
+        )
+    return repo, revision or None
+
+
+@contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises about a repo into a FusionError that names it and the next step."""
+    import httpx2
+    from huggingface_hub import errors
+
+    # most particular first
+    rows: tuple[tuple[type[Exception], str, str | None], ...] = (
+        (errors.GatedRepoError, "is gated", "accept its terms on its page, then `hf auth login`"),
+        (
+            errors.RepositoryNotFoundError,
+            "was not found",
+            "check the id; a private repo needs `hf auth login`",
+        ),
+        (errors.RevisionNotFoundError, "has no such revision", "check the part after @"),
+        (errors.EntryNotFoundError, "lacks a file", None),
+        (errors.HFValidationError, "is not a valid repo id", "write owner/name"),
+        (errors.OfflineModeIsEnabled, "cannot be read offline", "unset HF_HUB_OFFLINE"),
+        (errors.HfHubHTTPError, "was refused by the Hub", None),
+        (httpx2.TransportError, "cannot be reached", "check the network and HF_ENDPOINT"),
+        (OSError, "cannot be read", None),
+    )
+    try:
+        yield
+    except tuple(row[0] for row in rows) as error:
+        what, hint = next((what, hint) for kind, what, hint in rows if isinstance(error, kind))
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FusionError(f"{name} {what} ({reason}).", hint=hint) from error
+
+
+def in_parallel(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """``[function(item) for item in items]`` in threads, for calls that wait for the network."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        return list(pool.map(function, items))
+
+
+def resolve(name: str | Path, api: HfApi) -> Source:
+    """Find a repo's commit and file list, or a folder's; reads no weights.
+
+    Args:
+        name: ``owner/name``, ``owner/name@revision`` or a folder.
+        api: the Hub's client.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return _resolve_folder(folder)
+    repo, revision = split_revision(str(name))
+    with explained(repo):
+        info = api.model_info(repo, revision=revision, files_metadata=True)
+        source = Source(
+            name=repo,
+            sizes={file.rfilename: file.size or 0 for file in info.siblings or []},
+            revision=info.sha,
+            pinned=bool(revision and SHA.fullmatch(revision)),
+            card=info.card_data.to_dict() if info.card_data else {},
+        )
+        if ADAPTER_CONFIG in source.sizes:
+            path = api.hf_hub_download(repo, ADAPTER_CONFIG, revision=source.revision, tqdm_class=_silent_bar())
+            source.adapter = read_json(Path(path), repo)
+    return source
+
+
+def _resolve_folder(folder: Path) -> Source:
+    from huggingface_hub import ModelCard
+
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    card: dict[str, Any] = {}
+    if "README.md" in sizes:
+        try:
+            card = ModelCard.load(folder / "README.md").data.to_dict()
+        except Exception as error:  # a broken card of a stranger must not hide working weights
+            raise FusionError(f"{folder.name}: the metadata of README.md cannot be read ({error}).") from None
+    source = Source(folder.resolve().name, sizes, folder=folder, pinned=True, card=card)
+    if ADAPTER_CONFIG in sizes:
+        source.adapter = read_json(folder / ADAPTER_CONFIG, source.name)
+    return source
+
+
+def weight_files(sizes: Mapping[str, int], stem: str, suffix: str) -> list[str]:
+    """The weight files at a repo's root: one ``stem.suffix``, or its index and shards; empty if none."""
+    if f"{stem}.{suffix}" in sizes:
+        return [f"{stem}.{suffix}"]
+    index = f"{stem}.{suffix}.index.json"
+    if index not in sizes:
+        return []
+    shard = re.compile(rf"{re.escape(stem)}-\d+-of-\d+\.{suffix}")
+    return [index, *sorted(file for file in sizes if shard.fullmatch(file))]
+
+
+def has_processor(sizes: Mapping[str, int]) -> bool:
+    """Whether tokenizer or image processor files are among a repo's files."""
+    return any(file in sizes for file in PROCESSOR_FILES + IMAGE_FILES)
+
+
+def pick_weights(source: Source, *, allow_pickle: bool) -> list[str]:
+    """The weight files to read, safetensors first.
+
+    Raises:
+        FusionError: if there are none, or only pickles and they were not asked for.
+    """
+    adapter = source.adapter is not None
+    safe = weight_files(source.sizes, "adapter_model" if adapter else "model", "safetensors")
+    if safe:
+        return safe
+    pickled = weight_files(source.sizes, "adapter_model" if adapter else "pytorch_model", "bin")
+    if not pickled:
+        raise FusionError(f"{source.name} has no weights (model.safetensors or adapter_model.safetensors).")
+    if not allow_pickle:
+        raise FusionError(
+            f"{source.name} has only pickle weights ({pickled[0]}).",
+            hint="pass allow_pickle=True if you trust its author",
+        )
+    return pickled
+
+
+def pick_small(source: Source, *, code: bool) -> list[str]:
+    """Configs and processor files at the root, and Python files where the expert's own code was agreed to."""
+    wanted = (".json", ".txt", ".model", ".jinja") + ((".py",) if code else ())
+    return [
+        file
+        for file in source.sizes
+        if "/" not in file and file.endswith(wanted) and not file.endswith(".index.json") and file not in _SKIPPED
+    ]
+
+
+def download(wanted: Sequence[tuple[Source, list[str]]], api: HfApi) -> None:
+    """Fetch all files of all sources at once and set each ``source.folder``.
+
+    Interrupted downloads resume, and files already in the cache are not fetched again. One progress bar over
+    all bytes on stderr, silent when piped.
+    """
+    from tqdm.auto import tqdm
+
+    jobs = [(source, file) for source, files in wanted for file in files if not source.is_local]
+    if not jobs:
+        return
+    total = sum(source.sizes[file] for source, file in jobs)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Downloading experts", disable=None) as bar:
+
+        def fetch(job: tuple[Source, str]) -> None:
+            source, file = job
+            with explained(source.name):
+                path = Path(
+                    api.hf_hub_download(source.name, file, revision=source.revision, tqdm_class=_silent_bar(bar))
+                )
+            source.folder = path.parent
+
+        in_parallel(fetch, jobs)
+        bar.update(max(0, total - bar.n))  # files that were in the cache
+
+
+def _silent_bar(shown: Any = None) -> type:
+    """A tqdm class that draws nothing itself and passes its progress on to ``shown``."""
+    from tqdm.auto import tqdm
+
+    class Forwarding(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})
+            self.update(kwargs.get("initial", 0))  # what an interrupted download had already
+
+        def update(self, n: float | None = 1) -> None:
+            if shown is not None and n:
+                shown.update(n)
+
+    return Forwarding

@@ -1,0 +1,107 @@
+"""Which head a checkpoint has: one table of architectures, tasks, PEFT task types and Auto classes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from hf_fusion.errors import FusionError
+
+
+@dataclass(frozen=True)
+class Head:
+    """One kind of head.
+
+    Attributes:
+        auto: name of the Auto class that builds it.
+        tasks: pipeline tags of such models, the usual one first.
+        suffixes: endings of the architecture names that have it.
+        peft: PEFT's ``task_type`` for it, None where PEFT has no word.
+    """
+
+    auto: str
+    tasks: tuple[str, ...]
+    suffixes: tuple[str, ...]
+    peft: str | None = None
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether its outputs are classes with names."""
+        return self.auto.endswith("Classification")
+
+    def auto_class(self) -> Any:
+        """The Auto class itself (imports transformers)."""
+        import transformers
+
+        return getattr(transformers, self.auto)
+
+
+# Looked up from the top: "Model" last, since "LMHeadModel" ends with it too.
+HEADS = (
+    Head(
+        "AutoModelForSequenceClassification",
+        ("text-classification",),
+        ("ForSequenceClassification",),
+        "SEQ_CLS",
+    ),
+    Head("AutoModelForTokenClassification", ("token-classification",), ("ForTokenClassification",), "TOKEN_CLS"),
+    Head("AutoModelForImageClassification", ("image-classification",), ("ForImageClassification",)),
+    Head("AutoModelForCausalLM", ("text-generation",), ("ForCausalLM", "LMHeadModel"), "CAUSAL_LM"),
+    Head(
+        "AutoModelForSeq2SeqLM",
+        ("text2text-generation", "summarization", "translation"),
+        ("ForConditionalGeneration",),
+        "SEQ_2_SEQ_LM",
+    ),
+    Head(
+        "AutoModel",
+        ("feature-extraction", "sentence-similarity", "image-feature-extraction"),
+        ("Model",),
+        "FEATURE_EXTRACTION",
+    ),
+)
+TASKS = tuple(task for head in HEADS for task in head.tasks)
+
+
+def head_of_task(task: str) -> Head:
+    """The head of a pipeline tag.
+
+    Raises:
+        FusionError: for a task that no expert can be loaded for.
+    """
+    for head in HEADS:
+        if task in head.tasks:
+            return head
+    raise FusionError(f"Task {task!r} is not supported.", hint=f"use one of: {', '.join(TASKS)}")
+
+
+def head_of_architecture(architecture: str | None) -> Head | None:
+    """The head of a class name such as ``BertForSequenceClassification``; None where it has none we know."""
+    return next((head for head in HEADS if (architecture or "").endswith(head.suffixes)), None)
+
+
+def head_of_adapter(config: dict[str, Any]) -> Head | None:
+    """The head an ``adapter_config.json`` was trained for, from ``task_type`` or ``auto_mapping``."""
+    task_type = config.get("task_type")
+    named = next((head for head in HEADS if task_type and head.peft == task_type), None)
+    mapping = config.get("auto_mapping") or {}
+    return named or head_of_architecture(mapping.get("base_model_class") if isinstance(mapping, dict) else None)
+
+
+def default_task(architecture: str | None) -> str | None:
+    """The usual pipeline tag of an architecture, or None."""
+    head = head_of_architecture(architecture)
+    return head.tasks[0] if head else None
+
+
+def label_names(config: dict[str, Any]) -> tuple[str, ...]:
+    """Class names of a ``config.json`` by index; empty where it names none, or only ``LABEL_0``, …"""
+    id2label = config.get("id2label")
+    if not isinstance(id2label, dict):
+        return ()
+    try:
+        names = tuple(str(name) for _, name in sorted(id2label.items(), key=lambda item: int(item[0])))
+    except ValueError:
+        return ()
+    return () if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names

@@ -1,0 +1,417 @@
+"""Experts from ids, folders or models, loaded safely: pinned commits, safetensors, no weight left random."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from hf_fusion.errors import FusionError
+from hf_fusion.experts import Adapter, Expert, ExpertInfo
+from hf_fusion.hub.adapters import fit_problems, read_adapter, read_json
+from hf_fusion.hub.files import (
+    IMAGE_FILES,
+    PROCESSOR_FILES,
+    Source,
+    download,
+    has_processor,
+    hub_api,
+    in_parallel,
+    pick_small,
+    pick_weights,
+    resolve,
+)
+from hf_fusion.hub.heads import (
+    Head,
+    default_task,
+    head_of_adapter,
+    head_of_architecture,
+    head_of_task,
+    label_names,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from huggingface_hub import HfApi
+    from transformers import PreTrainedModel
+
+    ExpertLike: TypeAlias = str | Path | ExpertInfo | PreTrainedModel | Expert
+
+logger = logging.getLogger(__name__)
+
+
+def load_experts(
+    experts: Sequence[ExpertLike],
+    base: str | Path | PreTrainedModel | None = None,
+    task: str | None = None,
+    *,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | str | None = None,
+    api: HfApi | None = None,
+) -> list[Expert]:
+    """Load experts, adapters of one base sharing one base model object.
+
+    Args:
+        experts: each an ``owner/name@revision``, ``owner/name`` (its newest commit), a folder, an `ExpertInfo`,
+            a loaded model or an `Expert`.
+        base: the base of all adapters, instead of the one each adapter records.
+        task: pipeline tag that decides the model class; default is each checkpoint's own architecture.
+            "feature-extraction" drops a head on purpose.
+        allow_pickle: also read ``.bin`` weights where there are no safetensors.
+        trust_remote_code: run experts' own code. Only for ids with a full commit sha, and for folders.
+        dtype: of all weights; default is each checkpoint's own.
+        api: the Hub's client; default honours ``HF_ENDPOINT`` and the stored token.
+
+    Returns:
+        One `Expert` each, in order. Adapters carry their base in ``model`` and their tensors in ``adapter``.
+
+    Raises:
+        FusionError: naming the expert and what is wrong with it.
+    """
+    loader = _Loader(hub_api(api), base, task, allow_pickle, trust_remote_code, dtype)
+    return loader.load(list(experts))
+
+
+class _Loader:
+    """One call of `load_experts`: resolve everything, download everything, then read it."""
+
+    def __init__(
+        self,
+        api: HfApi,
+        base: str | Path | PreTrainedModel | None,
+        task: str | None,
+        allow_pickle: bool,
+        trust_remote_code: bool,
+        dtype: torch.dtype | str | None,
+    ) -> None:
+        self.api, self.base, self.task = api, base, task
+        self.allow_pickle, self.trust_remote_code = allow_pickle, trust_remote_code
+        self.dtype = dtype or "auto"
+
+    def load(self, experts: list[ExpertLike]) -> list[Expert]:
+        """See `load_experts`."""
+        ids = {i: _name_of(e) for i, e in enumerate(experts) if isinstance(e, (str, Path, ExpertInfo))}
+        sources = dict(zip(ids, in_parallel(lambda name: resolve(name, self.api), ids.values()), strict=True))
+        bases = self._resolve_bases(sources)
+
+        # A base is downloaded whole for its adapters, only its processor for full experts that lack one.
+        wanted = [(source, self._files(source)) for source in sources.values()]
+        with_adapters = {id(bases[i]) for i, source in sources.items() if source.adapter is not None and i in bases}
+        for source in {id(source): source for source in bases.values()}.values():
+            small = pick_small(source, code=self._may_run_code(source))
+            wanted.append((source, self._files(source) if id(source) in with_adapters else small))
+        download(wanted, self.api)
+
+        loaded: list[Expert | None] = [
+            None if i in sources else _in_memory(expert, i) for i, expert in enumerate(experts)
+        ]
+        with _quiet():
+            for i, source in sources.items():
+                if source.adapter is None:
+                    loaded[i] = self._full(source, bases.get(i))
+            for group in _groups(sources, bases, self._head):
+                for i, expert in self._adapters({i: sources[i] for i in group}, bases.get(group[0])).items():
+                    loaded[i] = expert
+        return [expert for expert in loaded if expert is not None]
+
+    def _files(self, source: Source) -> list[str]:
+        small = pick_small(source, code=self._may_run_code(source))
+        return pick_weights(source, allow_pickle=self.allow_pickle) + small
+
+    def _may_run_code(self, source: Source) -> bool:
+        return self.trust_remote_code and source.pinned
+
+    def _resolve_bases(self, sources: dict[int, Source]) -> dict[int, Source]:
+        """The base of each adapter, and of each full expert that has to borrow its processor."""
+        names: dict[int, str] = {}
+        for i, source in sources.items():
+            if source.adapter is not None and not _is_model(self.base):
+                names[i] = str(self.base) if self.base is not None else _recorded_base(source)
+            elif source.adapter is None and not has_processor(source.sizes):
+                card_base = source.card.get("base_model")
+                card_base = card_base[0] if isinstance(card_base, list) and card_base else card_base
+                if isinstance(card_base, str):
+                    names[i] = card_base
+        unique = sorted(set(names.values()))
+        resolved = dict(zip(unique, in_parallel(lambda name: resolve(name, self.api), unique), strict=True))
+        for name, source in resolved.items():
+            if source.adapter is not None:
+                raise FusionError(f"The base {name} is itself an adapter.", hint="pass base= with a full model")
+        return {i: resolved[name] for i, name in names.items()}
+
+    def _head(self, source: Source, base_config: dict[str, Any]) -> Head:
+        """The head a source is loaded with: the caller's task, else what the files say."""
+        if self.task is not None:
+            return head_of_task(self.task)
+        config = _config(source)
+        if source.adapter is not None and (head := head_of_adapter(source.adapter)):
+            return head
+        for architecture in [*(config.get("architectures") or []), *(base_config.get("architectures") or [])]:
+            if head := head_of_architecture(architecture):
+                return head
+        found = ", ".join(config.get("architectures") or []) or "none"
+        raise FusionError(f"{source.name}: no model class for architecture {found}.", hint="pass task=…")
+
+    def _full(self, source: Source, base: Source | None) -> Expert:
+        head = self._head(source, {})
+        model, info = self._model(source, head)
+        # Asking for features drops a head; everything else must use every tensor and fill every parameter.
+        keeps_all = head.auto != "AutoModel"
+        _refuse_keys(source.name, "missing", info["missing_keys"])
+        _refuse_keys(source.name, "unexpected", info["unexpected_keys"] if keeps_all else ())
+        _refuse_not_finite(model, source.name)
+        labels = [model.config.id2label[k] for k in sorted(model.config.id2label)] if head.has_labels else []
+        return self._expert(source, base, model, head, labels)
+
+    def _adapters(self, sources: dict[int, Source], base: Source | None) -> dict[int, Expert]:
+        """The adapters of one base and one head, all on one model object."""
+        first = next(iter(sources.values()))
+        adapters = {i: read_adapter(_folder(s), s.name, allow_pickle=self.allow_pickle) for i, s in sources.items()}
+        base_config = _config(base) if base else {}
+        head = self._head(first, base_config)
+        unfilled: set[str] = set()
+        if base is None:
+            model: Any = self.base
+        else:
+            model, info = self._model(
+                base, head, num_labels=_common(_label_count(s, adapters[i]) for i, s in sources.items())
+            )
+            unfilled = set(info["missing_keys"])
+        _refuse_not_finite(model, base.name if base else "the base", skip=unfilled)
+
+        experts = {}
+        for i, source in sources.items():
+            adapter = self._cast(adapters[i])
+            if problems := fit_problems(adapter, model):
+                raise FusionError(f"Adapter {source.name} does not fit its base: {'; '.join(problems[:5])}.")
+            _refuse_keys(source.name, "missing in the adapter and in its base", unfilled - set(adapter.saved))
+            labels = _adapter_labels(source, adapter) if head.has_labels else []
+            experts[i] = self._expert(source, base, model, head, labels, adapter)
+        return experts
+
+    def _cast(self, adapter: Adapter) -> Adapter:
+        """The adapter in the asked dtype, if one was asked for."""
+        import torch
+
+        dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
+        if not isinstance(dtype, torch.dtype):
+            return adapter
+        lora = {path: (a.to(dtype), b.to(dtype)) for path, (a, b) in adapter.lora.items()}
+        return replace(adapter, lora=lora, saved={k: v.to(dtype) for k, v in adapter.saved.items()})
+
+    def _model(self, source: Source, head: Head, num_labels: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """The model of a folder and transformers' account of its keys."""
+        code = self._code_to_run(source)
+        has_safetensors = any(f.endswith((".safetensors", ".safetensors.index.json")) for f in source.sizes)
+        options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+        try:
+            return head.auto_class().from_pretrained(
+                _folder(source),
+                dtype=self.dtype,
+                use_safetensors=has_safetensors or not self.allow_pickle,
+                trust_remote_code=code,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
+            )
+        except FusionError:
+            raise
+        except Exception as error:  # transformers raises every kind; each is about this one checkpoint
+            logger.debug("loading %s", source.name, exc_info=True)
+            raise FusionError(f"{source.name} cannot be loaded as {head.auto}: {_first_line(error)}") from error
+
+    def _code_to_run(self, source: Source) -> bool:
+        """Whether this expert's own code is needed and may run."""
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        config = _config(source)
+        if not config.get("auto_map") or config.get("model_type") in CONFIG_MAPPING:
+            return False
+        refuse_code(source.name, config, agreed=self.trust_remote_code, pinned=source.pinned)
+        return True
+
+    def _expert(
+        self,
+        source: Source,
+        base: Source | None,
+        model: Any,
+        head: Head,
+        labels: list[str],
+        adapter: Adapter | None = None,
+    ) -> Expert:
+        processor = _processor(source, self._may_run_code(source))
+        if processor is None and base is not None:
+            processor = _processor(base, self._may_run_code(base))
+        license_id = source.card.get("license")
+        if adapter is not None and base is not None:
+            adapter.base, adapter.base_revision = (
+                base.name if not base.is_local else str(base.folder),
+                base.revision,
+            )
+        return Expert(
+            name=source.name,
+            model=model,
+            adapter=adapter,
+            processor=processor,
+            labels=labels,
+            revision=source.revision,
+            license=str(license_id).lower() if license_id else None,
+            task=self.task or source.card.get("pipeline_tag") or default_task(type(model).__name__) or head.tasks[0],
+        )
+
+
+def refuse_code(name: str, config: dict[str, Any], *, agreed: bool, pinned: bool) -> None:
+    """Raise unless an expert's own code was agreed to and cannot change: in its own repo, at a named commit."""
+    references = config["auto_map"].values() if isinstance(config.get("auto_map"), dict) else ()
+    if foreign := next((str(ref) for ref in references if "--" in str(ref)), None):
+        raise FusionError(f"{name} takes its code from another repo ({foreign}), which no commit pins.")
+    if not agreed:
+        raise FusionError(
+            f"{name} needs its own code to run.",
+            hint="read it, then pass trust_remote_code=True and owner/name@sha",
+        )
+    if not pinned:
+        raise FusionError(
+            f"{name} needs its own code to run, and no commit is named.",
+            hint=f"write {name}@<40-digit commit sha>",
+        )
+
+
+def _name_of(expert: str | Path | ExpertInfo) -> str | Path:
+    return expert.pinned if isinstance(expert, ExpertInfo) else expert
+
+
+def _is_model(base: object) -> bool:
+    return base is not None and not isinstance(base, (str, Path))
+
+
+def _recorded_base(source: Source) -> str:
+    """``owner/base[@revision]`` as an adapter records it. A path is believed only from a local folder."""
+    assert source.adapter is not None
+    base = str(source.adapter.get("base_model_name_or_path") or "")
+    revision = source.adapter.get("revision")
+    if source.is_local and base and Path(base).expanduser().is_dir():
+        return base
+    if not base or base.startswith(("/", ".", "~")) or base.count("/") > 1:
+        raise FusionError(f"Adapter {source.name} records {base!r} as its base.", hint="pass base=owner/name")
+    return f"{base}@{revision}" if revision else base
+
+
+def _groups(sources: dict[int, Source], bases: dict[int, Source], head: Any) -> list[list[int]]:
+    """Indices of adapters that share a base at one commit and a head."""
+    groups: dict[tuple[int, str], list[int]] = {}
+    for i, source in sources.items():
+        if source.adapter is not None:
+            base = bases.get(i)
+            key = (id(base), head(source, _config(base) if base else {}).auto)
+            groups.setdefault(key, []).append(i)
+    return list(groups.values())
+
+
+def _folder(source: Source) -> Path:
+    assert source.folder is not None, f"{source.name} was not downloaded"
+    return source.folder
+
+
+def _config(source: Source) -> dict[str, Any]:
+    """``config.json``; an adapter may do without."""
+    path = _folder(source) / "config.json"
+    if not path.exists():
+        if source.adapter is None:
+            raise FusionError(f"{source.name} has no config.json.")
+        return {}
+    return read_json(path, source.name)
+
+
+def _label_count(source: Source, adapter: Adapter) -> int | None:
+    """Classes of an adapter's head: its names, else the rows of a saved bias."""
+    if names := label_names(_config(source)):
+        return len(names)
+    biases = [tensor for key, tensor in adapter.saved.items() if key.endswith(".bias")]
+    return len(biases[-1]) if biases else None
+
+
+def _adapter_labels(source: Source, adapter: Adapter) -> list[str]:
+    """Class names from the adapter repo's ``config.json`` (PEFT stores none), else ``LABEL_0``, …"""
+    names = label_names(_config(source))
+    return list(names) or [f"LABEL_{i}" for i in range(_label_count(source, adapter) or 0)]
+
+
+def _common(values: Iterator[int | None]) -> int | None:
+    """The one value that all share, or None."""
+    distinct = set(values)
+    return distinct.pop() if len(distinct) == 1 else None
+
+
+def _processor(source: Source, code: bool) -> Any:
+    """The tokenizer or image processor of a folder, or None where it has neither."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    kinds = ((PROCESSOR_FILES, AutoTokenizer), (IMAGE_FILES, AutoImageProcessor))
+    auto = next((auto for files, auto in kinds if any(file in source.sizes for file in files)), None)
+    if auto is None:
+        return None
+    try:
+        return auto.from_pretrained(_folder(source), trust_remote_code=code, local_files_only=True)
+    except Exception as error:  # as for models: whatever it is, it is about this expert
+        raise FusionError(f"The processor of {source.name} cannot be loaded: {_first_line(error)}") from error
+
+
+def _in_memory(expert: Any, index: int) -> Expert:
+    """An `Expert` as it is, or one made of a loaded model."""
+    from transformers import PreTrainedModel
+
+    if isinstance(expert, Expert):
+        return expert
+    if not isinstance(expert, PreTrainedModel):
+        raise FusionError(
+            f"Expert {index} is a {type(expert).__name__}, not an id, folder, ExpertInfo or transformers model."
+        )
+    name = Path(expert.config.name_or_path or f"expert-{index}")
+    name_or_id = str(name) if name.as_posix().count("/") == 1 and not name.is_dir() else name.name
+    _refuse_not_finite(expert, name_or_id)
+    head = head_of_architecture(type(expert).__name__)
+    id2label: dict[Any, str] = (expert.config.id2label or {}) if head and head.has_labels else {}
+    return Expert(
+        name=name_or_id,
+        model=expert,
+        labels=[id2label[k] for k in sorted(id2label)],
+        task=head.tasks[0] if head else None,
+    )
+
+
+def _refuse_keys(name: str, what: str, keys: Any) -> None:
+    """A parameter the checkpoint does not fill would stay random; a tensor it does not use would be lost."""
+    if keys:
+        shown = ", ".join(sorted(map(str, keys))[:5])
+        raise FusionError(f"{name}: {len(keys)} weights are {what}: {shown}.", hint="check task=… and the checkpoint")
+
+
+def _refuse_not_finite(model: Any, name: str, skip: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and key not in skip and not tensor.isfinite().all():
+            raise FusionError(f"{name} has NaN or Inf in {key}.")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and no report of missing keys from transformers: both are ours to show, or to raise."""
+    from transformers.utils import logging as verbosity
+
+    level, bars = verbosity.get_verbosity(), verbosity.is_progress_bar_enabled()
+    verbosity.set_verbosity_error()
+    verbosity.disable_progress_bar()
+    try:
+        yield
+    finally:
+        verbosity.set_verbosity(level)
+        if bars:
+            verbosity.enable_progress_bar()

@@ -1,0 +1,203 @@
+"""Adapters read without peft equal what peft computes; what cannot be expressed is refused by name."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, GPT2Config
+
+from hf_fusion.errors import FusionError
+from hf_fusion.hub.adapters import config_problems, fit_problems, read_adapter
+
+BERT = BertConfig(
+    vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, num_labels=3
+)
+GPT2 = GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0)
+INPUT = torch.arange(2, 14).reshape(2, 6)
+
+
+def bert():
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_config(BERT).eval()
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(GPT2).eval()
+
+
+def save_adapter(folder, base, **options):
+    """A PEFT adapter with random weights in every tensor; gives back the PEFT model."""
+    peft_model = get_peft_model(base, LoraConfig(**options)).eval()
+    torch.manual_seed(1)
+    for name, parameter in peft_model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    peft_model.save_pretrained(folder)
+    return peft_model
+
+
+def merged(base, adapter):
+    """The base with ``W + B @ A`` in place of W, and with the saved tensors."""
+    state = base.state_dict()
+    for path, (a, b) in adapter.lora.items():
+        update = b @ a
+        weight = state[f"{path}.weight"]
+        state[f"{path}.weight"] = weight + (update if update.shape == weight.shape and "c_" not in path else update.T)
+    base.load_state_dict(state | adapter.saved)
+    return base
+
+
+MIXES = {
+    "plain": {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]},
+    "alpha below rank": {"r": 8, "lora_alpha": 1, "target_modules": ["query", "value", "dense"]},
+    "rslora": {"r": 8, "lora_alpha": 4, "use_rslora": True, "target_modules": ["query", "key"]},
+    "patterns": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["query", "value", "dense"],
+        "rank_pattern": {"query": 2, r"layer\.1\..*dense": 6, "layer.0.output.dense": 3},
+        "alpha_pattern": {"layer.0.attention.self.value": 32, "^bert.encoder.layer.1.attention.self.query": 5},
+    },
+    "rslora and patterns": {
+        "r": 4,
+        "use_rslora": True,
+        "target_modules": "all-linear",
+        "rank_pattern": {"query": 2},
+        "alpha_pattern": {"value": 3},
+    },
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_equals_peft(mix, tmp_path):
+    theirs = save_adapter(tmp_path, bert(), task_type="SEQ_CLS", **MIXES[mix])
+    adapter = read_adapter(tmp_path, "me/adapter")
+    assert set(adapter.saved) == {"classifier.weight", "classifier.bias"}
+    assert fit_problems(adapter, bert()) == []
+    with torch.no_grad():
+        ours = merged(bert(), adapter)(INPUT).logits
+        assert (ours - theirs(INPUT).logits).abs().max() <= 1e-6
+        assert (ours - bert()(INPUT).logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [True, False])
+def test_equals_peft_on_conv1d(fan_in_fan_out, tmp_path):
+    options = {"r": 4, "lora_alpha": 6, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": fan_in_fan_out}
+    theirs = save_adapter(tmp_path, gpt2(), task_type="CAUSAL_LM", **options)
+    adapter = read_adapter(tmp_path, "me/adapter")
+    a, b = adapter.lora["transformer.h.0.attn.c_attn"]
+    assert (a.shape, b.shape) == ((4, 16), (48, 4))
+    assert fit_problems(adapter, gpt2()) == []
+    with torch.no_grad():
+        difference = merged(gpt2(), adapter)(INPUT).logits - theirs(INPUT).logits
+    assert difference.abs().max() <= 1e-6
+
+
+def test_reads_base_and_revision(tmp_path):
+    save_adapter(tmp_path, bert(), **MIXES["plain"], revision="a" * 40)
+    edit(tmp_path, base_model_name_or_path="me/base")
+    adapter = read_adapter(tmp_path, "me/adapter")
+    assert (adapter.base, adapter.base_revision) == ("me/base", "a" * 40)
+
+
+def edit(folder, **fields):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"bias": "lora_only"}, "bias"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+    ],
+)
+def test_refuses_what_peft_can_do_but_b_a_cannot(options, field, tmp_path):
+    save_adapter(tmp_path, bert(), **MIXES["plain"], **options)
+    with pytest.raises(FusionError, match=rf"me/adapter.*{field}"):
+        read_adapter(tmp_path, "me/adapter")
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type='LOHA'"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"r": 0}, "r=0"),
+        ({"r": 5}, "ranks of .* disagree"),
+        ({"r": "4"}, "r='4'"),
+        ({"lora_alpha": None}, "lora_alpha"),
+        ({"lora_alpha": float("inf")}, "lora_alpha=inf"),
+        ({"rank_pattern": {"(": 2}}, r"invalid pattern '\('"),
+        ({"alpha_pattern": {"query": "8"}}, "alpha_pattern"),
+    ],
+)
+def test_refuses_config_by_field(fields, named, tmp_path):
+    save_adapter(tmp_path, bert(), **MIXES["plain"])
+    edit(tmp_path, **fields)
+    with pytest.raises(FusionError, match=f"me/adapter.*{named}"):
+        read_adapter(tmp_path, "me/adapter")
+
+
+def test_refuses_embeddings(tmp_path):
+    save_adapter(tmp_path, bert(), r=4, target_modules=["word_embeddings"])
+    with pytest.raises(FusionError, match="word_embeddings.*linear"):
+        read_adapter(tmp_path, "me/adapter")
+
+
+def test_names_nan(tmp_path):
+    save_adapter(tmp_path, bert(), **MIXES["plain"])
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = sorted(tensors)[0]
+    tensors[key].view(-1)[0] = float("nan")
+    save_file(tensors, path)
+    with pytest.raises(FusionError, match=f"me/adapter has NaN or Inf in {key.removeprefix('base_model.model.')}"):
+        read_adapter(tmp_path, "me/adapter")
+
+
+def test_broken_files_are_named(tmp_path):
+    save_adapter(tmp_path, bert(), **MIXES["plain"])
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"no header")
+    with pytest.raises(FusionError, match="me/adapter: adapter_model.safetensors cannot be read"):
+        read_adapter(tmp_path, "me/adapter")
+    (tmp_path / "adapter_config.json").write_text("[1]")
+    with pytest.raises(FusionError, match="adapter_config.json is not a JSON object"):
+        read_adapter(tmp_path, "me/adapter")
+
+
+def test_pickle_only_by_name(tmp_path):
+    save_adapter(tmp_path, bert(), **MIXES["plain"])
+    path = tmp_path / "adapter_model.safetensors"
+    torch.save(load_file(path), tmp_path / "adapter_model.bin")
+    expected = read_adapter(tmp_path, "me/adapter")
+    path.unlink()
+    with pytest.raises(FusionError, match="only pickle weights"):
+        read_adapter(tmp_path, "me/adapter")
+    read = read_adapter(tmp_path, "me/adapter", allow_pickle=True)
+    assert all(torch.equal(read.lora[path][1], b) for path, (_, b) in expected.lora.items())
+
+
+def test_fit_problems_name_the_module(tmp_path):
+    save_adapter(tmp_path, bert(), task_type="SEQ_CLS", **MIXES["plain"])
+    adapter = read_adapter(tmp_path, "me/adapter")
+    with torch.device("meta"):
+        wide = AutoModelForSequenceClassification.from_config(
+            BertConfig(**{**BERT.to_dict(), "hidden_size": 32, "num_labels": 3})
+        )
+        shallow = AutoModelForSequenceClassification.from_config(
+            BertConfig(**{**BERT.to_dict(), "num_hidden_layers": 1})
+        )
+        more_classes = AutoModelForSequenceClassification.from_config(BertConfig(**{**BERT.to_dict(), "num_labels": 7}))
+    assert any("query is 32→32 in the base, 16→16 in the adapter" in problem for problem in fit_problems(adapter, wide))
+    assert any("layer.1" in problem and "does not have" in problem for problem in fit_problems(adapter, shallow))
+    assert fit_problems(adapter, more_classes) == []  # only the class dimension differs
+
+
+def test_config_problems_empty_for_plain_lora():
+    assert config_problems(LoraConfig(r=4, target_modules=["query"]).to_dict() | {"peft_type": "LORA"}) == []
