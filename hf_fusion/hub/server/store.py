@@ -1,0 +1,152 @@
+"""The Hub's folder: all repos, found by kind and name; nothing in here trusts a name from a client.
+
+::
+
+    DIR/users.json            accounts, hashes of their tokens
+    DIR/repos/models/owner/name.git/   (datasets/, spaces/)
+    DIR/collections/owner/slug.json
+    DIR/tmp/                  unfinished writes, emptied at start
+"""
+
+from __future__ import annotations
+
+import fcntl
+import re
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from hf_fusion.errors import FusionError
+
+from .errors import HubError, repo_not_found
+from .repo import Repo
+from .users import NAME, Users
+
+KINDS = ("models", "datasets", "spaces")
+# First parts of the Hub's own addresses; an account of that name could not be reached.
+RESERVED = frozenset({"api", "models", "datasets", "spaces", "collections", "static", "xet", "lfs", "favicon.ico"})
+REPO_NAME = re.compile(rf"{NAME.pattern}/{NAME.pattern}", re.ASCII)
+
+
+def now() -> str:
+    """The time as the clients parse it: ``2026-01-31T12:00:00.123Z``."""
+    return stamp(time.time())
+
+
+def stamp(seconds: float) -> str:
+    """A time in seconds as the clients parse it."""
+    moment = datetime.fromtimestamp(seconds, timezone.utc)
+    return f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d}Z"
+
+
+class Store:
+    """All repos of one Hub folder. One process at a time may hold it.
+
+    Args:
+        root: the folder; created if missing.
+
+    Raises:
+        FusionError: another server holds the folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        self.scratch = self.root / "tmp"
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._hold = (self.root / "server.lock").open("w")
+        try:
+            fcntl.flock(self._hold, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._hold.close()
+            raise FusionError(
+                f"another Hub serves {root}", hint="stop it, or serve another folder: hf-fusion hub serve DIR"
+            ) from None
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir()
+        self.users = Users(self.root)
+        self._lock = threading.Lock()
+        self._repos = {kind: dict(self._scan(kind)) for kind in KINDS}
+
+    def close(self) -> None:
+        """Lets the folder go."""
+        self._hold.close()
+
+    def _scan(self, kind: str) -> Iterator[tuple[str, Repo]]:
+        for path in sorted((self.root / "repos" / kind).glob("*/*.git")):
+            name = f"{path.parent.name}/{path.stem}"
+            yield name.lower(), Repo(kind, name, path, self.scratch)
+
+    def _path(self, kind: str, name: str) -> Path:
+        """Where a repo lies. Every name that becomes a path passes here.
+
+        Raises:
+            HubError: 400 for a name that is none.
+        """
+        owner, _, own = name.partition("/")
+        if (
+            kind not in KINDS
+            or not REPO_NAME.fullmatch(name)
+            or max(len(owner), len(own)) > 96
+            or own.endswith((".git", "."))
+            or owner.lower() in RESERVED
+        ):
+            raise HubError(400, f"{name!r} is no repo name: owner/name with letters, digits, '-', '_', '.'")
+        return self.root / "repos" / kind / owner / f"{own}.git"
+
+    def all(self, kind: str) -> list[Repo]:
+        """Every repo of a kind."""
+        return list(self._repos[kind].values())
+
+    def get(self, kind: str, name: str) -> Repo:
+        """One repo; case does not matter.
+
+        Raises:
+            HubError: 404 RepoNotFound.
+        """
+        try:
+            return self._repos[kind][name.lower()]
+        except KeyError:
+            raise repo_not_found(name) from None
+
+    def create(self, kind: str, name: str, author: str, settings: dict[str, Any]) -> Repo:
+        """Makes a repo.
+
+        Raises:
+            FileExistsError: there is one of that name.
+        """
+        path = self._path(kind, name)
+        with self._lock:
+            if name.lower() in self._repos[kind]:
+                raise FileExistsError(name)
+            repo = Repo.create(kind, name, path, self.scratch, {"created": now(), **settings}, author)
+            self._repos[kind][name.lower()] = repo
+        return repo
+
+    def delete(self, repo: Repo) -> None:
+        """Removes a repo: first from sight in one step, then from disk."""
+        with self._lock:
+            self._repos[repo.kind].pop(repo.name.lower(), None)
+            doomed = self.scratch / f"deleted-{time.time_ns()}"
+            repo.path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def move(self, repo: Repo, name: str) -> Repo:
+        """Gives a repo another name.
+
+        Raises:
+            HubError: 409 if that is taken.
+        """
+        path = self._path(repo.kind, name)
+        with self._lock:
+            repos = self._repos[repo.kind]
+            if name.lower() in repos or path.exists():
+                raise HubError(409, f"{name} exists already")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            repo.path.rename(path)
+            del repos[repo.name.lower()]
+            repos[name.lower()] = moved = Repo(repo.kind, name, path, self.scratch)
+        return moved

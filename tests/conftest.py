@@ -1,0 +1,54 @@
+"""What all tests share: an embedded Hub, and clients that never see this machine's caches or tokens."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+# Read when huggingface_hub is imported, so it has to happen before any test module is.
+for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT"):
+    os.environ.pop(name, None)
+_home = tempfile.TemporaryDirectory(prefix="hf_home_")
+os.environ.update(HF_HOME=_home.name, HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    """One embedded Hub per test process. Tests stay apart by working under user names of their own."""
+    from hf_fusion.hub.server import HubServer
+
+    with HubServer(tmp_path_factory.mktemp("hub")) as server:
+        yield server
+
+
+@pytest.fixture
+def fresh_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs Python code in a new process with an empty HF_HOME: ``fresh_python(code, hub, token=None, **env)``.
+
+    HF_ENDPOINT is only read at import, so from_pretrained and load_dataset need a process of their own.
+    """
+
+    def run(code: str, hub, token: str | None = None, check: bool = True, **env: str):
+        home = Path(tempfile.mkdtemp(dir=tmp_path, prefix="hf_home_"))
+        given = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", **env}
+        if token:
+            given["HF_TOKEN"] = token
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, **given},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        if check:
+            assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-5000:]}"
+        return done
+
+    return run
