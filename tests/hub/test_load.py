@@ -1,0 +1,240 @@
+"""Loading from folders and from memory: the right class, shared bases, nothing random, nothing unsafe."""
+
+import json
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertTokenizer,
+    GPT2Config,
+    ViTConfig,
+    ViTImageProcessor,
+)
+
+from hf_fusion.errors import FusionError
+from hf_fusion.experts import Expert
+from hf_fusion.hub.load import load_experts
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+BERT = BertConfig(
+    vocab_size=8, **SIZES, id2label={0: "no", 1: "yes", 2: "maybe"}, label2id={"no": 0, "yes": 1, "maybe": 2}
+)
+GPT2 = GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0)
+VIT = ViTConfig(**SIZES, image_size=8, patch_size=4, id2label={0: "cat", 1: "dog"})
+
+
+def save_tokenizer(folder):
+    vocab = folder / "words.txt"
+    vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]))
+    BertTokenizer(vocab=str(vocab)).save_pretrained(folder)
+    vocab.unlink()
+
+
+def save_bert(folder, seed=0, processor=True, card=None, auto=AutoModelForSequenceClassification, config=BERT):
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    auto.from_config(config).save_pretrained(folder)
+    if processor:
+        save_tokenizer(folder)
+    if card:
+        (folder / "README.md").write_text(f"---\n{card}\n---\n")
+    return folder
+
+
+def save_adapter(folder, base, labels=("no", "yes"), seed=0, **options):
+    """An adapter of a saved BERT with a head for ``labels``, and the config.json that names them."""
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(labels))
+    settings = {"r": 2, "target_modules": ["query"], "task_type": "SEQ_CLS", **options}
+    peft_model = get_peft_model(model, LoraConfig(**settings))
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    peft_model.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"id2label": dict(enumerate(labels))}))
+    return peft_model.eval()
+
+
+def edit_config(folder, file="config.json", **fields):
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_full_model_from_folder(tmp_path):
+    folder = save_bert(tmp_path / "mood", card="license: Apache-2.0\npipeline_tag: text-classification")
+    (expert,) = load_experts([folder])
+    assert (expert.name, expert.revision, expert.adapter) == ("mood", None, None)
+    assert (expert.labels, expert.license, expert.task) == (["no", "yes", "maybe"], "apache-2.0", "text-classification")
+    assert type(expert.model).__name__ == "BertForSequenceClassification"
+    inputs = expert.processor(["good film", "bad"], padding=True, return_tensors="pt")
+    expected = AutoModelForSequenceClassification.from_pretrained(folder)(**inputs).logits
+    assert torch.equal(expert.model.eval()(**inputs).logits, expected)
+
+
+def test_class_follows_the_architecture_or_the_task(tmp_path):
+    save_bert(tmp_path / "mood")
+    AutoModelForCausalLM.from_config(GPT2).save_pretrained(tmp_path / "writer")
+    AutoModelForImageClassification.from_config(VIT).save_pretrained(tmp_path / "pets")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "pets")
+    writer, pets = load_experts([tmp_path / "writer", tmp_path / "pets"])
+    assert type(writer.model).__name__ == "GPT2LMHeadModel"
+    assert (writer.task, writer.labels, writer.processor) == ("text-generation", [], None)
+    assert (pets.task, pets.labels) == ("image-classification", ["cat", "dog"])
+    assert "ImageProcessor" in type(pets.processor).__name__
+    (features,) = load_experts([tmp_path / "mood"], task="feature-extraction")
+    assert type(features.model).__name__ == "BertModel"
+    assert features.labels == []
+    with pytest.raises(FusionError, match="'juggling' is not supported"):
+        load_experts([tmp_path / "mood"], task="juggling")
+
+
+def test_a_head_is_never_random(tmp_path):
+    save_bert(tmp_path / "trunk", auto=AutoModel)
+    with pytest.raises(FusionError, match="trunk: 2 weights are missing: classifier.bias, classifier.weight"):
+        load_experts([tmp_path / "trunk"], task="text-classification")
+    folder = save_bert(tmp_path / "mood")
+    edit_config(folder, num_hidden_layers=1)
+    with pytest.raises(FusionError, match=r"mood: 16 weights are unexpected: bert.encoder.layer.1"):
+        load_experts([folder])
+    edit_config(folder, num_hidden_layers=2, intermediate_size=48)
+    with pytest.raises(FusionError, match="mood cannot be loaded"):
+        load_experts([folder])
+
+
+def test_adapters_share_one_base(tmp_path):
+    base = save_bert(tmp_path / "base", auto=AutoModel)
+    labels = {"irony": ("plain", "ironic"), "topic": ("war", "peace", "love")}
+    theirs = {
+        name: save_adapter(tmp_path / name, base, names, seed=i) for i, (name, names) in enumerate(labels.items())
+    }
+    experts = load_experts([tmp_path / "irony", tmp_path / "topic"])
+    assert experts[0].model is experts[1].model
+    for expert in experts:
+        assert expert.labels == list(labels[expert.name])
+        assert expert.adapter.saved["classifier.weight"].shape == (len(expert.labels), 16)
+        assert expert.processor is not None
+        state = theirs[expert.name].get_base_model().state_dict()
+        assert torch.equal(expert.adapter.saved["classifier.bias"], state["classifier.modules_to_save.default.bias"])
+        assert torch.equal(expert.model.state_dict()["bert.pooler.dense.weight"], state["bert.pooler.dense.weight"])
+
+
+def test_base_override_and_loaded_base(tmp_path):
+    base = save_bert(tmp_path / "base", auto=AutoModel)
+    save_adapter(tmp_path / "irony", base)
+    edit_config(tmp_path / "irony", "adapter_config.json", base_model_name_or_path="nobody/nothing")
+    (expert,) = load_experts([tmp_path / "irony"], base=base)
+    assert expert.adapter.base == str(base)
+    model = AutoModelForSequenceClassification.from_pretrained(base)
+    (expert,) = load_experts([tmp_path / "irony"], base=model)
+    assert expert.model is model
+
+
+def test_adapter_that_does_not_fit(tmp_path):
+    base = save_bert(tmp_path / "base", auto=AutoModel)
+    save_adapter(tmp_path / "irony", base)
+    other = save_bert(tmp_path / "wide", auto=AutoModel, config=BertConfig(**{**BERT.to_dict(), "hidden_size": 32}))
+    with pytest.raises(FusionError, match=r"Adapter irony does not fit its base: .*query is 32→32 in the base, 16→16"):
+        load_experts([tmp_path / "irony"], base=other)
+
+
+def test_adapter_without_its_head(tmp_path):
+    """The base has no classifier and the adapter saved none: PEFT would run it with a random one."""
+    base = save_bert(tmp_path / "base", auto=AutoModel)
+    save_adapter(tmp_path / "irony", base)
+    path = tmp_path / "irony" / "adapter_model.safetensors"
+    save_file({key: value for key, value in load_file(path).items() if "lora" in key}, path)
+    with pytest.raises(FusionError, match=r"irony.*missing in the adapter and in its base: classifier.bias"):
+        load_experts([tmp_path / "irony"])
+
+
+def test_not_finite_weights_are_named(tmp_path):
+    folder = save_bert(tmp_path / "mood")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["bert.pooler.dense.bias"][3] = float("inf")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FusionError, match="mood has NaN or Inf in bert.pooler.dense.bias"):
+        load_experts([folder])
+
+
+def test_pickle_only_by_name(tmp_path):
+    folder = save_bert(tmp_path / "mood")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FusionError, match="mood has only pickle weights") as caught:
+        load_experts([folder])
+    assert "allow_pickle=True" in caught.value.hint
+    (expert,) = load_experts([folder], allow_pickle=True)
+    assert type(expert.model).__name__ == "BertForSequenceClassification"
+
+
+def test_own_code_needs_consent(tmp_path):
+    folder = save_bert(tmp_path / "mood")
+    marker = tmp_path / "ran"
+    (folder / "odd.py").write_text(
+        f"open({str(marker)!r}, 'w').close()\n"
+        "from transformers import BertConfig, BertForSequenceClassification\n"
+        "class OddConfig(BertConfig):\n    model_type = 'odd'\n"
+        "class OddForSequenceClassification(BertForSequenceClassification):\n    config_class = OddConfig\n"
+    )
+    auto_map = {"AutoConfig": "odd.OddConfig", "AutoModelForSequenceClassification": "odd.OddForSequenceClassification"}
+    edit_config(folder, model_type="odd", architectures=["OddForSequenceClassification"], auto_map=auto_map)
+    with pytest.raises(FusionError, match="mood needs its own code"):
+        load_experts([folder])
+    assert not marker.exists()
+    (expert,) = load_experts([folder], trust_remote_code=True)
+    assert type(expert.model).__name__ == "OddForSequenceClassification"
+    assert marker.exists()
+    edit_config(folder, auto_map={key: f"someone/else--{value}" for key, value in auto_map.items()})
+    with pytest.raises(FusionError, match="takes its code from another repo"):
+        load_experts([folder], trust_remote_code=True)
+
+
+def test_dtype(tmp_path):
+    base = save_bert(tmp_path / "base", auto=AutoModel)
+    save_adapter(tmp_path / "irony", base)
+    (expert,) = load_experts([tmp_path / "irony"], dtype=torch.bfloat16)
+    assert expert.model.dtype == torch.bfloat16
+    assert {a.dtype for pair in expert.adapter.lora.values() for a in pair} == {torch.bfloat16}
+
+
+def test_models_and_experts_in_memory(tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(BERT)
+    ready = Expert(name="ready", model=model)
+    loaded, same = load_experts([model, ready])
+    assert same is ready
+    assert (loaded.name, loaded.model, loaded.labels) == ("expert-0", model, ["no", "yes", "maybe"])
+    with pytest.raises(FusionError, match="Expert 0 is a int"):
+        load_experts([3])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [("{", "config.json cannot be read"), ("{}", "no model class for architecture none")]
+)
+def test_broken_config(content, reason, tmp_path):
+    folder = save_bert(tmp_path / "mood")
+    (folder / "config.json").write_text(content)
+    with pytest.raises(FusionError, match=f"mood.*{reason}"):
+        load_experts([folder])
+
+
+def test_says_nothing_on_stderr(tmp_path, capfd, caplog):
+    base = save_bert(tmp_path / "base", auto=AutoModel)
+    save_adapter(tmp_path / "irony", base)
+    capfd.readouterr()
+    with caplog.at_level(logging.WARNING):
+        load_experts([tmp_path / "irony"])
+    assert capfd.readouterr().err == ""
+
+
+def test_neither_folder_nor_id():
+    with pytest.raises(FusionError, match="neither a folder nor a repo id"):
+        load_experts(["../../etc/passwd"])
