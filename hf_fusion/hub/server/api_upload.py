@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import tempfile
 from pathlib import Path
@@ -24,7 +25,7 @@ from .access import (
     check_write,
     find,
 )
-from .commit_body import read_commit
+from .commit_body import is_large, read_commit
 from .errors import HubError
 from .files import IncomingFile
 from .repo import Repo, check_path
@@ -51,14 +52,10 @@ def preupload(body: Json, repo: ReadableRepo, revision: Revision, user: SignedIn
     answer = []
     for file in body.get("files", []):
         path = check_path(str(file["path"]))
-        there = files.get(path)
-        entry: dict[str, Any] = {
-            "path": path,
-            "uploadMode": "regular",
-            "shouldIgnore": ignored(path),
-        }
-        if there and not there.sha256:
-            entry["oid"] = there.oid
+        large = is_large(path, int(file["size"]), base64.b64decode(file["sample"]))
+        entry = {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": ignored(path)}
+        if (there := files.get(path)) and bool(there.sha256) == large:
+            entry["oid"] = there.sha256 or there.oid
         answer.append(entry)
     return {"files": answer}
 

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import api_download, api_misc, api_repos, api_upload
+from . import api_download, api_misc, api_repos, api_upload, xet
 from .errors import HubError, repo_not_found
 from .store import Store
 
@@ -58,7 +58,7 @@ def build_app(store: Store, requests: deque[Record]) -> ASGIApp:
     app = FastAPI(title="hf_fusion embedded Hub", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.store = store
     app.state.signer = Signer()
-    for module in (api_misc, api_upload, api_repos, api_download):
+    for module in (api_misc, api_upload, xet, api_repos, api_download):
         app.include_router(module.router)
     app.add_exception_handler(HubError, _refuse)
     app.add_exception_handler(RequestValidationError, _bad_request)
