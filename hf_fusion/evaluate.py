@@ -1,0 +1,258 @@
+"""Measures a fused model beside its experts and the baselines, on one data set, in one form: `Results`."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+
+from .baselines import max_confidence, mean_ensemble, oracle_expert
+from .metrics import load_metric
+from .training.fuser import COST_WEIGHTS, replay
+from .training.outputs import ExpertOutputs, collect_outputs
+
+Z95 = 1.959963984540054
+
+
+@dataclass
+class System:
+    """One line of a comparison.
+
+    Attributes:
+        name: what tables call it.
+        kind: "foe", "frugal", "expert", "baseline" or "oracle".
+        score: value of the metric.
+        ci95: 95 % interval (Wilson for shares, normal for means).
+        cost: mean share of the cost of querying every expert.
+    """
+
+    name: str
+    kind: str
+    score: float
+    ci95: tuple[float, float]
+    cost: float
+
+
+@dataclass
+class Results:
+    """What was measured, on what, by what; `results.json` beside a model, and the card's tables.
+
+    Attributes:
+        dataset: name, type and split.
+        n: examples.
+        metric: "accuracy", "mse" or "exact_match".
+        systems: the comparison.
+        selection_accuracy: share of examples whose domain's expert was chosen, where domains are known.
+        curve: points of the frugal variant's accuracy-cost curve: cost_weight, score, ci95, cost.
+        command: what to type to measure it again.
+        machine: what it ran on.
+    """
+
+    dataset: dict[str, str]
+    n: int
+    metric: str
+    systems: list[System]
+    selection_accuracy: float | None = None
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    command: str = ""
+    machine: str = ""
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON."""
+        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Results:
+        """Reads what `save` wrote."""
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        systems = [System(**{**row, "ci95": tuple(row["ci95"])}) for row in values.pop("systems")]
+        return cls(systems=systems, **values)
+
+    def best(self, kind: str) -> System:
+        """The system of that kind with the best score."""
+        return max(
+            (s for s in self.systems if s.kind == kind), key=lambda s: -s.score if self.metric == "mse" else s.score
+        )
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share measured on n examples (Wilson, 1927)."""
+    centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def evaluate_fusion(
+    model: Any,
+    dataset: datasets.Dataset,
+    *,
+    name: str = "",
+    split: str = "test",
+    command: str = "",
+    label_column: str = "label",
+    expert_column: str = "expert",
+    batch_size: int = 32,
+) -> Results:
+    """Measures the fusion, its frugal variant, every expert, mean ensemble, max confidence and the oracle expert.
+
+    Args:
+        model: a fitted FoE of classifiers or regressors.
+        dataset: labelled examples that nothing was fitted on, see `training.outputs.collect_outputs`.
+        name, split, command: recorded in the results.
+        label_column, expert_column: columns of `dataset`.
+        batch_size: examples per step.
+
+    Raises:
+        FusionError: for data without labels.
+    """
+    if model.config.vocabularies:
+        return _evaluate_generation(model, dataset, name, split, command, batch_size)
+    collected = collect_outputs(
+        model, dataset, label_column=label_column, expert_column=expert_column, batch_size=batch_size
+    )
+    if collected.labels is None or collected.outputs is None:
+        from .errors import FusionError
+
+        raise FusionError(f"the data set has no column {label_column!r} to measure against")
+    scorer = _Scorer(model, collected)
+    shares = model.config.cost_shares
+    systems = [scorer.system("FoE", "foe", *scorer.fused())]
+    curve: list[dict[str, Any]] = []
+    if model.config.frugal:
+        systems.append(scorer.system("FoE, frugal", "frugal", *scorer.frugal(model.config.frugal["cost_weight"])))
+        for weight in COST_WEIGHTS:
+            point = scorer.system("", "frugal", *scorer.frugal(weight))
+            curve.append({"cost_weight": weight, "score": point.score, "ci95": point.ci95, "cost": point.cost})
+    for index, expert in enumerate(model.config.experts):
+        systems.append(scorer.system(expert["name"], "expert", collected.outputs[:, index], shares[index]))
+    systems.append(scorer.system("mean ensemble", "baseline", mean_ensemble(collected.outputs), 1.0))
+    if not scorer.regression:
+        systems.append(scorer.system("max confidence", "baseline", max_confidence(collected.outputs), 1.0))
+        oracle = oracle_expert(collected.outputs, collected.labels, collected.experts)
+        cost = sum(shares[int(e)] for e in collected.experts) / len(collected) if collected.experts is not None else 1.0
+        systems.append(scorer.rate("oracle expert", "oracle", oracle, cost))
+    return Results(
+        dataset={"name": name, "type": name, "split": split},
+        n=len(collected),
+        metric=scorer.metric,
+        systems=systems,
+        selection_accuracy=scorer.selection_accuracy(),
+        curve=curve,
+        command=command,
+        machine=machine(),
+    )
+
+
+class _Scorer:
+    """Scores answers (N, C) of one collection of outputs."""
+
+    def __init__(self, model: Any, collected: ExpertOutputs) -> None:
+        self.model, self.collected = model, collected
+        self.regression = model.config.problem_type == "regression"
+        self.metric = "mse" if self.regression else "accuracy"
+        self._compute = load_metric(self.metric)
+        self._choice: torch.Tensor | None = None
+
+    def system(self, name: str, kind: str, answers: torch.Tensor, cost: float) -> System:
+        """Scores (N, C) answers by the metric."""
+        labels = self.collected.labels
+        if self.regression:
+            predictions = answers.squeeze(-1)
+            score = self._compute.compute(predictions=predictions.tolist(), references=labels.tolist())[self.metric]
+            half = Z95 * float((predictions - labels).square().std()) / math.sqrt(len(labels))
+            return System(name, kind, score, (score - half, score + half), cost)
+        predictions = answers.argmax(1)
+        score = self._compute.compute(predictions=predictions.tolist(), references=labels.tolist())[self.metric]
+        return System(name, kind, score, wilson(score, len(labels)), cost)
+
+    def rate(self, name: str, kind: str, right: torch.Tensor, cost: float) -> System:
+        """Scores which examples are right, (N,) bool."""
+        score = float(right.float().mean())
+        return System(name, kind, score, wilson(score, len(right)), cost)
+
+    @torch.no_grad()
+    def fused(self) -> tuple[torch.Tensor, float]:
+        """The fusion's answers and their mean cost, from the collected outputs."""
+        fuser = self.model.fuser.to("cpu")
+        scores = fuser(self.collected.features)
+        self.model.fuser.to(self.model.device)
+        if self.model.config.mode == "output":
+            return scores, 1.0
+        self._choice = scores.argmax(1)
+        shares, source = torch.tensor(self.model.config.cost_shares), self.model.config.features_from
+        if source is None:
+            cost = 1.0
+        else:  # the source always runs; the chosen one too, unless it is the source
+            cost = float((shares[source] + shares[self._choice] * (self._choice != source)).mean())
+        return self.collected.outputs[torch.arange(len(scores)), self._choice], cost
+
+    @torch.no_grad()
+    def frugal(self, cost_weight: float) -> tuple[torch.Tensor, float]:
+        """The frugal variant's answers and their mean cost at some lambda."""
+        shares = torch.tensor(self.model.config.cost_shares)
+        outputs, order = replay(self.model.policy.to("cpu"), self.collected.outputs, shares, cost_weight)
+        self.model.policy.to(self.model.device)
+        return self.model.fuser(outputs.flatten(1).to(self.model.device)).cpu(), float(
+            ((order > 0) * shares).sum(1).mean()
+        )
+
+    def selection_accuracy(self) -> float | None:
+        """How often the expert of the example's domain was chosen."""
+        if self._choice is None or self.collected.experts is None:
+            return None
+        return float((self._choice == self.collected.experts).float().mean())
+
+
+def _evaluate_generation(
+    model: Any, dataset: datasets.Dataset, name: str, split: str, command: str, batch_size: int
+) -> Results:
+    """Exact match of the fusion's and every expert's generations with column ``target``."""
+    metric = load_metric("exact_match")
+    shares = model.config.cost_shares
+    prompt = "prompt" if "prompt" in dataset.column_names else "text"
+
+    def generate(expert: int | None) -> list[str]:
+        texts: list[str] = []
+        for start in range(0, len(dataset), batch_size):
+            inputs = model.processor(text=dataset[prompt][start : start + batch_size]).to(model.device)
+            choice = None if expert is None else torch.full((len(inputs["input_ids"]),), expert, device=model.device)
+            texts += model.processor.batch_decode(
+                model.generate(**inputs, choice=choice, new_tokens_only=True, max_new_tokens=64),
+                skip_special_tokens=True,
+            )
+        return texts
+
+    systems = []
+    for index, label, kind in [
+        (None, "FoE", "foe"),
+        *((i, e["name"], "expert") for i, e in enumerate(model.config.experts)),
+    ]:
+        score = metric.compute(predictions=generate(index), references=list(dataset["target"]))["exact_match"]
+        cost = 1.0 if index is None else shares[index]
+        systems.append(System(label, kind, score, wilson(score, len(dataset)), cost))
+    return Results(
+        {"name": name, "type": name, "split": split},
+        len(dataset),
+        "exact_match",
+        systems,
+        command=command,
+        machine=machine(),
+    )
+
+
+def budgets_curve(results: Results) -> Sequence[tuple[float, float]]:
+    """The accuracy-cost curve as (cost, score), cheapest first."""
+    return sorted((point["cost"], point["score"]) for point in results.curve)
+
+
+def machine() -> str:
+    """One line on what this runs on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    return f"{platform.machine()}, {device}, Python {platform.python_version()}, torch {torch.__version__}"

@@ -1,0 +1,335 @@
+"""Fits a FoE's fuser on labelled examples, and the frugal variant beside it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+from torch import nn
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments, set_seed
+
+from ..errors import FusionError
+from ..models.foe.frugal_foe import FrugalPolicy, candidate_subsets
+from .outputs import ExpertOutputs, collect_outputs
+
+logger = logging.getLogger(__name__)
+
+FULL_SHARE = 0.5  # share of training rows that show the fuser all experts when it also learns to do with fewer
+COST_WEIGHTS = (0.0, *(2.0**power for power in range(-12, 6)))  # lambdas among which the default is chosen
+MOST_NEIGHBORS_FROM = 1500  # validation points kept in a frugal model
+
+
+@dataclass
+class Fit:
+    """What a fit came to.
+
+    Attributes:
+        train_rows, held_out_rows: examples the fuser learned from, and those that stopped it.
+        loss: held-out loss of the fuser that was kept.
+        accuracy: its held-out accuracy (of the choice of expert, in selection); None for regression.
+        cost_weight: lambda of the frugal variant, None without one.
+        missing_labels: fused labels that no training row had; the fuser cannot have learned them.
+    """
+
+    train_rows: int
+    held_out_rows: int
+    loss: float
+    accuracy: float | None
+    cost_weight: float | None
+    missing_labels: list[str]
+
+
+def fit_fuser(
+    model: Any,
+    dataset: datasets.Dataset,
+    *,
+    by: str = "domain",
+    frugal: bool = False,
+    neighbors: int = 10,
+    cost_weight: float | None = None,
+    tolerance: float = 0.005,
+    holdout: float = 0.25,
+    epochs: int = 60,
+    patience: int = 6,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 1e-4,
+    batch_size: int = 64,
+    seed: int = 0,
+    label_column: str = "label",
+    expert_column: str = "expert",
+    inference_batch_size: int = 32,
+) -> Fit:
+    """Fits `model`'s fuser in place; the experts stay as they are, and run once (their outputs are cached).
+
+    AdamW with a cosine schedule, as in the paper (arXiv 2310.01542), stopped early on the held-out loss. Runs on
+    transformers' Trainer, so `accelerate launch` spreads it over processes. The same seed gives the same weights.
+
+    Args:
+        model: a FoE from `FoEModel.from_experts`.
+        dataset: labelled examples, see `collect_outputs`.
+        by: in selection, which expert an example should choose: "domain" (column `expert_column`) or "loss" (the one
+            with the least loss on it).
+        frugal: also learn to answer from the outputs of few experts, and keep the validation points by which the
+            published model decides whom to ask.
+        neighbors: kappa of the frugal variant.
+        cost_weight: lambda of the frugal variant; by default the largest that loses at most `tolerance` accuracy
+            on the held-out rows.
+        tolerance: see `cost_weight`.
+        holdout: share of the rows that are held out.
+        epochs, patience: at most so many epochs; stop after so many without a better held-out loss.
+        learning_rate, weight_decay, batch_size, seed: of the fuser's training.
+        label_column, expert_column: columns of `dataset`.
+        inference_batch_size: examples per step while the experts run.
+
+    Raises:
+        FusionError: for data that is empty, unlabelled or too small to hold rows out of.
+    """
+    selection = model.config.mode == "selection"
+    if frugal and selection:
+        raise FusionError("frugal=True belongs to output fusion; in selection only the chosen expert answers")
+    if by not in ("domain", "loss"):
+        raise FusionError(f"by={by!r} must be 'domain' or 'loss'")
+    needs_losses = selection and by == "loss" and bool(model.config.vocabularies)
+    collected = collect_outputs(
+        model,
+        dataset,
+        label_column=label_column,
+        expert_column=expert_column,
+        losses=needs_losses,
+        batch_size=inference_batch_size,
+    )
+    targets = _selection_targets(collected, by) if selection else collected.labels
+    if targets is None:
+        raise FusionError(
+            f"the data set has no column {expert_column if selection else label_column!r} to learn from",
+            "name it: fit_fuser(..., label_column=...), or expert_column= in selection",
+        )
+    order = torch.randperm(len(collected), generator=torch.Generator().manual_seed(seed))
+    held = max(1, round(holdout * len(collected)))
+    if len(collected) - held < 1:
+        raise FusionError(f"{len(collected)} examples are too few to fit a fuser on and hold some out; give it more")
+    held_rows, train_rows = order[:held], order[held:]
+
+    set_seed(seed)
+    fuser = type(model.fuser)(
+        model.fuser.hidden[0].in_features,
+        model.config.fuser_hidden,
+        model.fuser.output.out_features,
+        model.config.fuser_dropout,
+    )
+    experts = model.config.num_experts if frugal else 0
+    task = _FuserTask(fuser, experts, model.config.problem_type == "regression" and not selection)
+    loss = _train(
+        task,
+        _Rows(collected.features[train_rows], targets[train_rows]),
+        _Rows(collected.features[held_rows], targets[held_rows]),
+        epochs=epochs,
+        patience=patience,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        batch_size=batch_size,
+        seed=seed,
+        use_cpu=model.device.type == "cpu",
+    )
+    fuser = task.fuser.to("cpu").eval()
+    with torch.no_grad():
+        right = fuser(collected.features[held_rows]).argmax(1) == targets[held_rows]
+    model.fuser.load_state_dict(fuser.state_dict())
+    model.eval()
+    seen = set(targets[train_rows].tolist()) if not task.regression else set()
+    names = [e["name"] for e in model.config.experts] if selection else list((model.config.id2label or {}).values())
+    missing = [] if task.regression else [name for index, name in enumerate(names) if index not in seen]
+    if missing:
+        logger.warning("no training row is labelled %s: the fuser cannot learn to answer it", ", ".join(missing))
+    if frugal:
+        cost_weight = _fit_frugal(model, fuser, collected, held_rows, neighbors, cost_weight, tolerance)
+    return Fit(
+        train_rows=len(train_rows),
+        held_out_rows=held,
+        loss=loss,
+        accuracy=None if task.regression else float(right.float().mean()),
+        cost_weight=cost_weight if frugal else None,
+        missing_labels=missing,
+    )
+
+
+def _selection_targets(collected: ExpertOutputs, by: str) -> torch.Tensor | None:
+    """The expert each example should choose."""
+    if by == "domain":
+        return collected.experts
+    if collected.losses is not None:
+        return collected.losses.argmin(1)
+    if collected.outputs is None or collected.labels is None:
+        return None
+    rows = torch.arange(len(collected))
+    return collected.outputs[rows, :, collected.labels].argmax(1)  # least loss = most probability on the true label
+
+
+class _FuserTask(nn.Module):
+    """The fuser with its loss, as the Trainer wants it.
+
+    With `experts` the fuser also sees random subsets of them, the others' outputs zeroed as if not queried, and so
+    becomes the f_S of every subset S at once.
+    """
+
+    def __init__(self, fuser: nn.Module, experts: int, regression: bool) -> None:
+        super().__init__()
+        self.fuser, self.experts, self.regression = fuser, experts, regression
+
+    def forward(self, features: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.training and self.experts:
+            features = features * self._random_subsets(len(features), features).repeat_interleave(
+                features.shape[1] // self.experts, 1
+            )
+        logits = self.fuser(features)
+        if self.regression:
+            loss = nn.functional.mse_loss(logits.squeeze(-1), labels)
+        else:
+            loss = nn.functional.cross_entropy(logits, labels)
+        return {"loss": loss, "logits": logits}
+
+    def _random_subsets(self, rows: int, like: torch.Tensor) -> torch.Tensor:
+        """(rows, K) of 0 and 1: all experts in half of the rows, else a random subset of random size."""
+        size = torch.randint(1, self.experts + 1, (rows, 1), device=like.device)
+        rank = torch.rand(rows, self.experts, device=like.device).argsort(1).argsort(1)
+        full = torch.rand(rows, 1, device=like.device) < FULL_SHARE
+        return ((rank < size) | full).to(like.dtype)
+
+
+class _Rows(torch.utils.data.Dataset):
+    """Features and targets, row by row."""
+
+    def __init__(self, features: torch.Tensor, targets: torch.Tensor) -> None:
+        self.features, self.targets = features, targets
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"features": self.features[index], "labels": self.targets[index]}
+
+
+def _train(
+    task: nn.Module, train: _Rows, held: _Rows, *, epochs: int, patience: int, seed: int, use_cpu: bool, **options: Any
+) -> float:
+    """Trains in place and leaves the best epoch's weights; returns the held-out loss."""
+    quiet = not sys.stderr.isatty()
+    with tempfile.TemporaryDirectory(prefix="hf_fusion_fit_") as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            num_train_epochs=epochs,
+            learning_rate=options["learning_rate"],
+            weight_decay=options["weight_decay"],
+            lr_scheduler_type="cosine",
+            per_device_train_batch_size=options["batch_size"],
+            per_device_eval_batch_size=4096,
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            save_only_model=True,
+            save_total_limit=1,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_loss",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=quiet,
+            use_cpu=use_cpu,
+            seed=seed,
+            data_seed=seed,
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+        )
+        trainer = Trainer(
+            model=task,
+            args=arguments,
+            train_dataset=train,
+            eval_dataset=held,
+            callbacks=[EarlyStoppingCallback(early_stopping_patience=patience)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        return float(trainer.evaluate()["eval_loss"])
+
+
+@torch.no_grad()
+def _fit_frugal(
+    model: Any,
+    fuser: nn.Module,
+    collected: ExpertOutputs,
+    held_rows: torch.Tensor,
+    neighbors: int,
+    cost_weight: float | None,
+    tolerance: float,
+) -> float:
+    """Gives the model its validation points and the losses of every subset on them; returns lambda."""
+    rows = held_rows[:MOST_NEIGHBORS_FROM]
+    outputs, labels = collected.outputs[rows], collected.labels[rows]
+    subsets = candidate_subsets(model.config.num_experts)
+    policy = FrugalPolicy(len(rows), outputs.shape[1], outputs.shape[2], len(subsets), neighbors)
+    policy.outputs.copy_(outputs)
+    policy.subsets.copy_(subsets)
+    regression = model.config.problem_type == "regression"
+    for index, subset in enumerate(subsets):
+        logits = fuser((outputs * subset[:, None]).flatten(1))
+        policy.losses[index] = (
+            (logits.squeeze(-1) - labels).square()
+            if regression
+            else nn.functional.cross_entropy(logits, labels, reduction="none")
+        )
+    costs = torch.tensor(model.config.cost_shares)
+    if cost_weight is None:
+        cost_weight = 0.0 if regression else _largest_cost_weight(policy, fuser, costs, labels, tolerance)
+    model.config.frugal = {
+        "neighbors": policy.neighbors,
+        "cost_weight": cost_weight,
+        "rows": len(rows),
+        "subsets": len(subsets),
+    }
+    model.policy = policy.to(model.device)
+    return cost_weight
+
+
+def _largest_cost_weight(
+    policy: FrugalPolicy, fuser: nn.Module, costs: torch.Tensor, labels: torch.Tensor, tolerance: float
+) -> float:
+    """The lambda that saves most while the held-out accuracy stays within `tolerance` of asking every expert."""
+    everyone = (fuser(policy.outputs.flatten(1)).argmax(1) == labels).float().mean()
+    best = 0.0
+    for weight in COST_WEIGHTS:
+        outputs, _ = replay(policy, policy.outputs, costs, weight, own_points=True)
+        accuracy = (fuser(outputs.flatten(1)).argmax(1) == labels).float().mean()
+        if accuracy >= everyone - tolerance:
+            best = weight
+    return best
+
+
+def replay(
+    policy: FrugalPolicy,
+    outputs: torch.Tensor,
+    costs: torch.Tensor,
+    cost_weight: float,
+    budget: float = 1.0,
+    own_points: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frugal querying where every expert's output is known already, to measure it without running a model.
+
+    Args:
+        outputs: (N, K, C) of all experts.
+        costs: (K,) shares.
+        own_points: the examples are the policy's validation points; each is then left out of its own neighbours.
+
+    Returns:
+        As `FrugalPolicy.run`: the outputs that were queried (N, K, C), and the order of the queries (N, K).
+    """
+    return policy.run(
+        lambda rows, experts: outputs[rows, experts],
+        len(outputs),
+        costs,
+        cost_weight,
+        budget,
+        torch.arange(len(outputs)) if own_points else None,
+    )

@@ -1,0 +1,269 @@
+"""What the experts say about a data set: computed once, cached on disk, split over processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import xxhash
+from accelerate import PartialState
+
+from ..errors import FusionError
+from ..models.foe.assembly_foe import normalise
+
+# data set column -> the processor's argument; the first ones found feed the model
+INPUT_COLUMNS = {"text": "text", "prompt": "text", "text_pair": "text_pair", "image": "images"}
+
+
+@dataclass
+class ExpertOutputs:
+    """Everything a fuser learns from, for N examples and K experts.
+
+    Attributes:
+        features: what the fuser reads, (N, K * C) outputs or (N, Σd) embeddings.
+        outputs: the experts' outputs in the fused label space, (N, K, C); None for language models.
+        labels: fused class index (or regression target) of each example, (N,); None where the data has none.
+        experts: index of the expert whose domain an example is, (N,); None where the data does not say.
+        losses: loss of each expert on each example, (N, K); None where it was not asked for.
+    """
+
+    features: torch.Tensor
+    outputs: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    experts: torch.Tensor | None = None
+    losses: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+def cache_folder() -> Path:
+    """Where outputs are kept: ``HF_FUSION_CACHE``, else ``hf_fusion`` beside the Hub's cache."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(os.environ.get("HF_FUSION_CACHE", Path(HF_HOME) / "hf_fusion"))
+
+
+def collect_outputs(
+    model: Any,
+    dataset: datasets.Dataset,
+    *,
+    label_column: str = "label",
+    expert_column: str = "expert",
+    losses: bool = False,
+    batch_size: int = 32,
+) -> ExpertOutputs:
+    """Runs all experts on a data set, once: the result is cached under the weights' and the data's fingerprints.
+
+    Args:
+        model: a FoE.
+        dataset: with the columns of `INPUT_COLUMNS` that the experts take, and labels or experts if they are known.
+        label_column: class names, or indices of the fused labels (or of the column's own ClassLabel names).
+        expert_column: name or index of the expert whose domain an example is.
+        losses: also the loss of each language model on column ``target``.
+        batch_size: examples a step.
+
+    Raises:
+        FusionError: for empty data, missing columns, or labels the model does not know.
+    """
+    if not len(dataset):
+        raise FusionError("the data set is empty: there is nothing to run the experts on")
+    columns = {column: name for column, name in INPUT_COLUMNS.items() if column in dataset.column_names}
+    if not columns:
+        raise FusionError(
+            f"the data set has columns {dataset.column_names}, none of {list(INPUT_COLUMNS)}",
+            "rename the one to read: dataset.rename_column('sentence', 'text')",
+        )
+    runner = _GenerationRunner(model, losses) if model.config.vocabularies else _ClassifierRunner(model)
+    rows = _run_cached(runner, dataset, columns, batch_size)
+    count, device = len(dataset), "cpu"
+    tensors = {name: torch.tensor(rows[name], device=device).view(count, -1) for name in rows}
+    outputs = tensors["outputs"].view(count, model.config.num_experts, -1) if "outputs" in tensors else None
+    experts = _expert_indices(model, dataset, expert_column)
+    return ExpertOutputs(
+        features=tensors["features"] if "features" in tensors else tensors["outputs"],
+        outputs=outputs,
+        labels=None if model.config.vocabularies else _label_indices(model, dataset, label_column, experts),
+        experts=experts,
+        losses=tensors.get("losses"),
+    )
+
+
+class _ClassifierRunner:
+    """Outputs of classifiers and regressors; embeddings too where the fuser selects."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.columns: tuple[str, ...] = ()
+
+    def __call__(self, batch: Mapping[str, list[Any]], columns: Mapping[str, str]) -> dict[str, Any]:
+        selection = self.model.config.mode == "selection"
+        inputs = _prepare(self.model, batch, columns)
+        outputs, embeddings = self.model.expert_outputs(inputs, embed=selection)
+        result = {"outputs": outputs.flatten(1).float().cpu().numpy()}
+        if selection:
+            source = self.model.config.features_from
+            features = torch.cat(embeddings, 1) if source is None else embeddings[source]
+            result["features"] = features.float().cpu().numpy()
+        return result
+
+
+class _GenerationRunner:
+    """Embeddings of prompts by language models and, if asked for, their losses on the targets."""
+
+    def __init__(self, model: Any, losses: bool) -> None:
+        if losses and len(model.config.vocabularies) > 1:
+            raise FusionError(
+                "the experts' tokenizers differ, so their losses cannot be compared",
+                "fit with the domain of each example: a column 'expert', and by='domain'",
+            )
+        self.model, self.columns = model, (("target",) if losses else ())
+
+    def __call__(self, batch: Mapping[str, list[Any]], columns: Mapping[str, str]) -> dict[str, Any]:
+        inputs = _prepare(self.model, batch, columns)
+        result = {"features": self.model.prompt_embeddings(inputs).float().cpu().numpy()}
+        if self.columns:
+            prompts = batch[next(iter(columns))]
+            result["losses"] = self._losses(prompts, batch["target"]).cpu().numpy()
+        return result
+
+    def _losses(self, prompts: list[str], targets: list[str]) -> torch.Tensor:
+        """Mean loss per target token of each expert, (B, K)."""
+        tokenizer = self.model.processor.processors[0]
+        if self.model.config.is_encoder_decoder:
+            inputs = tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")
+            labels = tokenizer(text_target=targets, padding=True, truncation=True, return_tensors="pt")["input_ids"]
+            labels = labels.masked_fill(labels == tokenizer.pad_token_id, -100)
+        else:
+            inputs, labels = _prompts_with_targets(tokenizer, prompts, targets)
+        inputs, labels = inputs.to(self.model.device), labels.to(self.model.device)
+        shift = 0 if self.model.config.is_encoder_decoder else 1
+        columns = []
+        for expert in range(self.model.config.num_experts):
+            choice = torch.full((len(prompts),), expert, device=self.model.device)
+            logits = self.model(**inputs, labels=labels, choice=choice).logits.float()
+            predicted = logits[:, : logits.shape[1] - shift].transpose(1, 2)
+            loss = torch.nn.functional.cross_entropy(predicted, labels[:, shift:], reduction="none", ignore_index=-100)
+            columns.append(loss.sum(1) / (labels[:, shift:] != -100).sum(1).clamp(min=1))
+        return torch.stack(columns, 1)
+
+
+def _prompts_with_targets(tokenizer: Any, prompts: list[str], targets: list[str]) -> tuple[Any, torch.Tensor]:
+    """Prompt and target as one right-padded sequence; the labels leave the prompt out."""
+    rows = []
+    for prompt, target in zip(prompts, targets, strict=True):
+        own, answer = tokenizer(prompt)["input_ids"], tokenizer(target, add_special_tokens=False)["input_ids"]
+        rows.append((own + answer, [-100] * len(own) + answer))
+    width = max(len(ids) for ids, _ in rows)
+    pad = tokenizer.pad_token_id or 0
+    inputs = {
+        "input_ids": torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in rows]),
+        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows]),
+    }
+    from transformers import BatchEncoding
+
+    return BatchEncoding(inputs), torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows])
+
+
+def _prepare(model: Any, batch: Mapping[str, list[Any]], columns: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """A batch of raw columns as the model's inputs."""
+    named = {name: batch[column] for column, name in columns.items()}
+    if "images" in named:
+        named["images"] = [image.convert("RGB") for image in named["images"]]
+    inputs = model.processor(**named)
+    return {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }
+
+
+def _run_cached(runner: Any, dataset: datasets.Dataset, columns: Mapping[str, str], batch_size: int) -> dict[str, Any]:
+    """Maps the runner over the data set; each process takes a contiguous part and reads all of them back."""
+    state = PartialState()
+    model = runner.model
+    needed = [*columns, *runner.columns]
+    identity = f"{_fingerprint(model)}-{dataset._fingerprint}-{needed}"
+    key = xxhash.xxh64(identity.encode()).hexdigest()
+    folder = cache_folder() / "outputs"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{key}-{rank}-of-{state.num_processes}.arrow" for rank in range(state.num_processes)]
+    own = dataset.select_columns(needed).shard(state.num_processes, state.process_index, contiguous=True)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        own.map(
+            lambda batch: runner(batch, columns),
+            batched=True,
+            batch_size=batch_size,
+            remove_columns=needed,
+            cache_file_name=str(files[state.process_index]),
+            new_fingerprint=f"{key}-{state.process_index}",
+            desc=f"{model.config.num_experts} experts",
+        )
+    model.train(training)
+    state.wait_for_everyone()
+    parts = [datasets.Dataset.from_file(str(file)) for file in files]
+    return datasets.concatenate_datasets(parts).with_format("numpy")[:]
+
+
+def _fingerprint(model: Any) -> str:
+    """Of the experts' weights and what becomes of their outputs."""
+    config = model.config
+    digest = xxhash.xxh64(f"{config.experts}{config.backbones}{config.mode}{config.features_from}{model.dtype}".encode())
+    for tensor in model.backbones.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _expert_indices(model: Any, dataset: datasets.Dataset, column: str) -> torch.Tensor | None:
+    """The expert column as indices; names are matched exactly, or by the part behind the owner."""
+    if column not in dataset.column_names:
+        return None
+    names = [expert["name"] for expert in model.config.experts]
+    index = {name.rpartition("/")[2]: i for i, name in enumerate(names)} | {name: i for i, name in enumerate(names)}
+    index |= {i: i for i in range(len(names))}
+    values = dataset[column]
+    if unknown := sorted({str(value) for value in values if value not in index}):
+        raise FusionError(f"column {column!r} names {unknown[:5]}, but the experts are {names}")
+    return torch.tensor([index[value] for value in values])
+
+
+def _label_indices(
+    model: Any, dataset: datasets.Dataset, column: str, experts: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The label column as fused class indices (or float targets for regression)."""
+    if column not in dataset.column_names:
+        return None
+    values = list(dataset[column])
+    if model.config.problem_type == "regression":
+        return torch.tensor([float(value) for value in values])
+    feature = dataset.features[column]
+    if hasattr(feature, "names"):
+        values = [feature.names[value] for value in values]
+    fused = {normalise(name): i for i, name in model.config.id2label.items()}
+    if not isinstance(values[0], str):
+        if unknown := sorted({v for v in values if not 0 <= v < len(fused)}):
+            raise FusionError(f"column {column!r} holds labels {unknown[:5]}, but the model has {len(fused)} labels")
+        return torch.tensor(values)
+    own: list[dict[str, int]] = [
+        {normalise(label): index for label, index in zip(e["labels"], e["label_map"], strict=True) if index >= 0}
+        for e in model.config.experts
+    ]
+    indices = [
+        (own[int(experts[row])] if experts is not None else fused).get(
+            normalise(value), fused.get(normalise(value), -1)
+        )
+        for row, value in enumerate(values)
+    ]
+    if -1 in indices:
+        unknown = sorted({value for value, index in zip(values, indices, strict=True) if index < 0})
+        raise FusionError(
+            f"column {column!r} holds labels {unknown[:5]} that the model does not know: {list(fused)[:20]}",
+            "drop those rows, or name the labels by label_maps when fusing",
+        )
+    return torch.tensor(indices)
