@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,9 @@ from hf_fusion.hub.adapters import read_json
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import ModelInfo
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -43,25 +47,56 @@ class Source:
     Attributes:
         name: repo id, or the folder's name.
         sizes: bytes of each file.
+        api: the Hub's client.
         folder: where the files are; for a repo, once they are downloaded.
         revision: commit sha of a repo, None for a folder.
         pinned: whether the caller named that sha (a folder counts as pinned: it does not move by itself).
         card: metadata of the README.
-        adapter: content of ``adapter_config.json``, None for a full model.
+        info: all that the Hub says about a repo, None for a folder.
     """
 
     name: str
     sizes: dict[str, int]
+    api: HfApi
     folder: Path | None = None
     revision: str | None = None
     pinned: bool = False
     card: dict[str, Any] = field(default_factory=dict)
-    adapter: dict[str, Any] | None = None
+    info: ModelInfo | None = None
+    _json: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def is_local(self) -> bool:
         """Whether it was given as a folder."""
         return self.revision is None
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is a PEFT adapter rather than a full model."""
+        return ADAPTER_CONFIG in self.sizes
+
+    @property
+    def adapter(self) -> dict[str, Any]:
+        """Content of ``adapter_config.json``, empty for a full model."""
+        return self.json(ADAPTER_CONFIG)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Content of ``config.json``, empty where there is none."""
+        return self.json("config.json")
+
+    def json(self, file: str) -> dict[str, Any]:
+        """Content of one small JSON file, fetched once; empty where the file is not there."""
+        if file not in self._json:
+            self._json[file] = self._read_json(file) if file in self.sizes else {}
+        return self._json[file]
+
+    def _read_json(self, file: str) -> dict[str, Any]:
+        if self.folder is not None:
+            return read_json(self.folder / file, self.name)
+        with explained(self.name):
+            path = self.api.hf_hub_download(self.name, file, revision=self.revision, tqdm_class=_silent_bar())
+        return read_json(Path(path), self.name)
 
 
 def hub_api(api: HfApi | None) -> HfApi:
@@ -112,8 +147,12 @@ def explained(name: str) -> Iterator[None]:
         yield
     except tuple(row[0] for row in rows) as error:
         what, hint = next((what, hint) for kind, what, hint in rows if isinstance(error, kind))
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FusionError(f"{name} {what} ({reason}).", hint=hint) from error
+        raise FusionError(f"{name} {what} ({first_line(error).rstrip('.')}).", hint=hint) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def in_parallel(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
@@ -131,37 +170,32 @@ def resolve(name: str | Path, api: HfApi) -> Source:
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return _resolve_folder(folder)
+        sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+        card = _local_card(folder) if "README.md" in sizes else {}
+        return Source(folder.resolve().name, sizes, api, folder=folder, pinned=True, card=card)
     repo, revision = split_revision(str(name))
     with explained(repo):
         info = api.model_info(repo, revision=revision, files_metadata=True)
-        source = Source(
-            name=repo,
-            sizes={file.rfilename: file.size or 0 for file in info.siblings or []},
-            revision=info.sha,
-            pinned=bool(revision and SHA.fullmatch(revision)),
-            card=info.card_data.to_dict() if info.card_data else {},
-        )
-        if ADAPTER_CONFIG in source.sizes:
-            path = api.hf_hub_download(repo, ADAPTER_CONFIG, revision=source.revision, tqdm_class=_silent_bar())
-            source.adapter = read_json(Path(path), repo)
-    return source
+    return Source(
+        name=repo,
+        sizes={file.rfilename: file.size or 0 for file in info.siblings or []},
+        api=api,
+        revision=info.sha,
+        pinned=bool(revision and SHA.fullmatch(revision)),
+        card=info.card_data.to_dict() if info.card_data else {},
+        info=info,
+    )
 
 
-def _resolve_folder(folder: Path) -> Source:
+def _local_card(folder: Path) -> dict[str, Any]:
+    """Metadata of a folder's README; empty where it cannot be parsed, as on the Hub."""
     from huggingface_hub import ModelCard
 
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
-    card: dict[str, Any] = {}
-    if "README.md" in sizes:
-        try:
-            card = ModelCard.load(folder / "README.md").data.to_dict()
-        except Exception as error:  # a broken card of a stranger must not hide working weights
-            raise FusionError(f"{folder.name}: the metadata of README.md cannot be read ({error}).") from None
-    source = Source(folder.resolve().name, sizes, folder=folder, pinned=True, card=card)
-    if ADAPTER_CONFIG in sizes:
-        source.adapter = read_json(folder / ADAPTER_CONFIG, source.name)
-    return source
+    try:
+        return ModelCard.load(folder / "README.md").data.to_dict()
+    except Exception as error:  # yaml, encoding, schema: none of it may hide weights that work
+        logger.warning("The metadata of %s/README.md cannot be read: %s", folder, error)
+        return {}
 
 
 def weight_files(sizes: Mapping[str, int], stem: str, suffix: str) -> list[str]:
@@ -186,11 +220,10 @@ def pick_weights(source: Source, *, allow_pickle: bool) -> list[str]:
     Raises:
         FusionError: if there are none, or only pickles and they were not asked for.
     """
-    adapter = source.adapter is not None
-    safe = weight_files(source.sizes, "adapter_model" if adapter else "model", "safetensors")
+    safe = weight_files(source.sizes, "adapter_model" if source.is_adapter else "model", "safetensors")
     if safe:
         return safe
-    pickled = weight_files(source.sizes, "adapter_model" if adapter else "pytorch_model", "bin")
+    pickled = weight_files(source.sizes, "adapter_model" if source.is_adapter else "pytorch_model", "bin")
     if not pickled:
         raise FusionError(f"{source.name} has no weights (model.safetensors or adapter_model.safetensors).")
     if not allow_pickle:
@@ -251,3 +284,19 @@ def _silent_bar(shown: Any = None) -> type:
                 shown.update(n)
 
     return Forwarding
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No bars and no report of missing keys from transformers: both are ours to show, or to raise."""
+    from transformers.utils import logging as verbosity
+
+    level, bars = verbosity.get_verbosity(), verbosity.is_progress_bar_enabled()
+    verbosity.set_verbosity_error()
+    verbosity.disable_progress_bar()
+    try:
+        yield
+    finally:
+        verbosity.set_verbosity(level)
+        if bars:
+            verbosity.enable_progress_bar()

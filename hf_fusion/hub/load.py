@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from safetensors import SafetensorError
+
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import Adapter, Expert, ExpertInfo
-from hf_fusion.hub.adapters import fit_problems, read_adapter, read_json
+from hf_fusion.hub.adapters import fit_problems, read_adapter
 from hf_fusion.hub.files import (
     IMAGE_FILES,
     PROCESSOR_FILES,
     Source,
     download,
+    first_line,
     has_processor,
     hub_api,
     in_parallel,
     pick_small,
     pick_weights,
+    quiet_transformers,
     resolve,
 )
+from hf_fusion.hub.headers import account, local_shapes, native_config
 from hf_fusion.hub.heads import (
     Head,
     default_task,
@@ -100,7 +104,7 @@ class _Loader:
 
         # A base is downloaded whole for its adapters, only its processor for full experts that lack one.
         wanted = [(source, self._files(source)) for source in sources.values()]
-        with_adapters = {id(bases[i]) for i, source in sources.items() if source.adapter is not None and i in bases}
+        with_adapters = {id(bases[i]) for i, source in sources.items() if source.is_adapter and i in bases}
         for source in {id(source): source for source in bases.values()}.values():
             small = pick_small(source, code=self._may_run_code(source))
             wanted.append((source, self._files(source) if id(source) in with_adapters else small))
@@ -109,9 +113,9 @@ class _Loader:
         loaded: list[Expert | None] = [
             None if i in sources else _in_memory(expert, i) for i, expert in enumerate(experts)
         ]
-        with _quiet():
+        with quiet_transformers():
             for i, source in sources.items():
-                if source.adapter is None:
+                if not source.is_adapter:
                     loaded[i] = self._full(source, bases.get(i))
             for group in _groups(sources, bases, self._head):
                 for i, expert in self._adapters({i: sources[i] for i in group}, bases.get(group[0])).items():
@@ -129,9 +133,9 @@ class _Loader:
         """The base of each adapter, and of each full expert that has to borrow its processor."""
         names: dict[int, str] = {}
         for i, source in sources.items():
-            if source.adapter is not None and not _is_model(self.base):
+            if source.is_adapter and not _is_model(self.base):
                 names[i] = str(self.base) if self.base is not None else _recorded_base(source)
-            elif source.adapter is None and not has_processor(source.sizes):
+            elif not source.is_adapter and not has_processor(source.sizes):
                 card_base = source.card.get("base_model")
                 card_base = card_base[0] if isinstance(card_base, list) and card_base else card_base
                 if isinstance(card_base, str):
@@ -139,7 +143,7 @@ class _Loader:
         unique = sorted(set(names.values()))
         resolved = dict(zip(unique, in_parallel(lambda name: resolve(name, self.api), unique), strict=True))
         for name, source in resolved.items():
-            if source.adapter is not None:
+            if source.is_adapter:
                 raise FusionError(f"The base {name} is itself an adapter.", hint="pass base= with a full model")
         return {i: resolved[name] for i, name in names.items()}
 
@@ -147,12 +151,14 @@ class _Loader:
         """The head a source is loaded with: the caller's task, else what the files say."""
         if self.task is not None:
             return head_of_task(self.task)
-        config = _config(source)
-        if source.adapter is not None and (head := head_of_adapter(source.adapter)):
+        config = source.config
+        if source.is_adapter and (head := head_of_adapter(source.adapter)):
             return head
         for architecture in [*(config.get("architectures") or []), *(base_config.get("architectures") or [])]:
             if head := head_of_architecture(architecture):
                 return head
+        if "config.json" not in source.sizes and not source.is_adapter:
+            raise FusionError(f"{source.name} has no config.json.")
         found = ", ".join(config.get("architectures") or []) or "none"
         raise FusionError(f"{source.name}: no model class for architecture {found}.", hint="pass task=…")
 
@@ -171,7 +177,7 @@ class _Loader:
         """The adapters of one base and one head, all on one model object."""
         first = next(iter(sources.values()))
         adapters = {i: read_adapter(_folder(s), s.name, allow_pickle=self.allow_pickle) for i, s in sources.items()}
-        base_config = _config(base) if base else {}
+        base_config = base.config if base else {}
         head = self._head(first, base_config)
         unfilled: set[str] = set()
         if base is None:
@@ -206,29 +212,45 @@ class _Loader:
     def _model(self, source: Source, head: Head, num_labels: int | None = None) -> tuple[Any, dict[str, Any]]:
         """The model of a folder and transformers' account of its keys."""
         code = self._code_to_run(source)
-        has_safetensors = any(f.endswith((".safetensors", ".safetensors.index.json")) for f in source.sizes)
-        options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+        options: dict[str, Any] = {}
+        safe = [file for file in pick_weights(source, allow_pickle=self.allow_pickle) if file.endswith(".safetensors")]
+        if safe and not code:
+            options["config"] = self._checked_config(source, head, safe, num_labels)
+        elif num_labels is not None:
+            options["num_labels"] = num_labels
         try:
             return head.auto_class().from_pretrained(
                 _folder(source),
                 dtype=self.dtype,
-                use_safetensors=has_safetensors or not self.allow_pickle,
+                use_safetensors=bool(safe),
                 trust_remote_code=code,
                 local_files_only=True,
                 output_loading_info=True,
                 **options,
             )
-        except FusionError:
-            raise
         except Exception as error:  # transformers raises every kind; each is about this one checkpoint
             logger.debug("loading %s", source.name, exc_info=True)
-            raise FusionError(f"{source.name} cannot be loaded as {head.auto}: {_first_line(error)}") from error
+            raise FusionError(f"{source.name} cannot be loaded as {head.auto}: {first_line(error)}") from error
+
+    def _checked_config(self, source: Source, head: Head, files: list[str], num_labels: int | None) -> Any:
+        """The config, once the file's headers hold the shapes it promises: before any memory is taken."""
+        try:
+            shapes = local_shapes(_folder(source), files)
+        except SafetensorError as error:
+            raise FusionError(f"{source.name}: the weights cannot be read ({error}).") from error
+        content = dict(source.config)
+        if num_labels is not None:  # the adapters' classes, not those the base was trained for
+            content |= {"num_labels": num_labels, "id2label": None, "label2id": None}
+        config = native_config(content, source.name, len(shapes))
+        if mismatched := account(config, head, shapes, source.name).mismatched:
+            raise FusionError(f"{source.name}: {'; '.join(mismatched[:5])}.")
+        return config
 
     def _code_to_run(self, source: Source) -> bool:
         """Whether this expert's own code is needed and may run."""
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-        config = _config(source)
+        config = source.config
         if not config.get("auto_map") or config.get("model_type") in CONFIG_MAPPING:
             return False
         refuse_code(source.name, config, agreed=self.trust_remote_code, pinned=source.pinned)
@@ -291,7 +313,6 @@ def _is_model(base: object) -> bool:
 
 def _recorded_base(source: Source) -> str:
     """``owner/base[@revision]`` as an adapter records it. A path is believed only from a local folder."""
-    assert source.adapter is not None
     base = str(source.adapter.get("base_model_name_or_path") or "")
     revision = source.adapter.get("revision")
     if source.is_local and base and Path(base).expanduser().is_dir():
@@ -305,9 +326,9 @@ def _groups(sources: dict[int, Source], bases: dict[int, Source], head: Any) -> 
     """Indices of adapters that share a base at one commit and a head."""
     groups: dict[tuple[int, str], list[int]] = {}
     for i, source in sources.items():
-        if source.adapter is not None:
+        if source.is_adapter:
             base = bases.get(i)
-            key = (id(base), head(source, _config(base) if base else {}).auto)
+            key = (id(base), head(source, base.config if base else {}).auto)
             groups.setdefault(key, []).append(i)
     return list(groups.values())
 
@@ -317,19 +338,9 @@ def _folder(source: Source) -> Path:
     return source.folder
 
 
-def _config(source: Source) -> dict[str, Any]:
-    """``config.json``; an adapter may do without."""
-    path = _folder(source) / "config.json"
-    if not path.exists():
-        if source.adapter is None:
-            raise FusionError(f"{source.name} has no config.json.")
-        return {}
-    return read_json(path, source.name)
-
-
 def _label_count(source: Source, adapter: Adapter) -> int | None:
     """Classes of an adapter's head: its names, else the rows of a saved bias."""
-    if names := label_names(_config(source)):
+    if names := label_names(source.config):
         return len(names)
     biases = [tensor for key, tensor in adapter.saved.items() if key.endswith(".bias")]
     return len(biases[-1]) if biases else None
@@ -337,7 +348,7 @@ def _label_count(source: Source, adapter: Adapter) -> int | None:
 
 def _adapter_labels(source: Source, adapter: Adapter) -> list[str]:
     """Class names from the adapter repo's ``config.json`` (PEFT stores none), else ``LABEL_0``, …"""
-    names = label_names(_config(source))
+    names = label_names(source.config)
     return list(names) or [f"LABEL_{i}" for i in range(_label_count(source, adapter) or 0)]
 
 
@@ -358,7 +369,7 @@ def _processor(source: Source, code: bool) -> Any:
     try:
         return auto.from_pretrained(_folder(source), trust_remote_code=code, local_files_only=True)
     except Exception as error:  # as for models: whatever it is, it is about this expert
-        raise FusionError(f"The processor of {source.name} cannot be loaded: {_first_line(error)}") from error
+        raise FusionError(f"The processor of {source.name} cannot be loaded: {first_line(error)}") from error
 
 
 def _in_memory(expert: Any, index: int) -> Expert:
@@ -395,23 +406,3 @@ def _refuse_not_finite(model: Any, name: str, skip: set[str] = frozenset()) -> N
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and key not in skip and not tensor.isfinite().all():
             raise FusionError(f"{name} has NaN or Inf in {key}.")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars and no report of missing keys from transformers: both are ours to show, or to raise."""
-    from transformers.utils import logging as verbosity
-
-    level, bars = verbosity.get_verbosity(), verbosity.is_progress_bar_enabled()
-    verbosity.set_verbosity_error()
-    verbosity.disable_progress_bar()
-    try:
-        yield
-    finally:
-        verbosity.set_verbosity(level)
-        if bars:
-            verbosity.enable_progress_bar()

@@ -105,7 +105,15 @@ def test_a_head_is_never_random(tmp_path):
     with pytest.raises(FusionError, match=r"mood: 16 weights are unexpected: bert.encoder.layer.1"):
         load_experts([folder])
     edit_config(folder, num_hidden_layers=2, intermediate_size=48)
-    with pytest.raises(FusionError, match="mood cannot be loaded"):
+    with pytest.raises(FusionError, match=r"mood: bert.encoder.layer.0.intermediate.dense.bias is \[24\], not \[48\]"):
+        load_experts([folder])
+
+
+@pytest.mark.parametrize("promise", [{"num_hidden_layers": 10**9}, {"num_labels": 10**12}, {"hidden_size": 2 * 10**9}])
+def test_absurd_configs_take_no_memory(promise, tmp_path):
+    folder = save_bert(tmp_path / "mood")
+    edit_config(folder, **promise, id2label=None)
+    with pytest.raises(FusionError, match="mood: "):
         load_experts([folder])
 
 

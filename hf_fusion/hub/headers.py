@@ -1,0 +1,139 @@
+"""Do a checkpoint's tensors fill the model its config promises? Answered from headers alone, without any weights.
+
+The tensors' names and shapes are given to transformers' own loader as tensors on the meta device, so every
+renaming it does (old layouts, prefixes, tied weights) counts as it would when loading.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_fusion.errors import FusionError
+from hf_fusion.hub.files import Source, explained, first_line, quiet_transformers
+from hf_fusion.hub.heads import Head
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Shapes = dict[str, tuple[int, ...]]
+
+# No real model has more classes, heads or experts than this; building one would only take memory.
+_MOST = 100_000
+
+
+@dataclass(frozen=True)
+class Account:
+    """What became of a checkpoint's tensors.
+
+    Attributes:
+        model: the promised model on the meta device.
+        missing: parameters that no tensor fills.
+        unexpected: tensors that the model does not use.
+        mismatched: one line per parameter whose tensor has another shape.
+    """
+
+    model: Any
+    missing: frozenset[str]
+    unexpected: frozenset[str]
+    mismatched: tuple[str, ...]
+
+
+def local_shapes(folder: Path, files: Iterable[str]) -> Shapes:
+    """Tensor name → shape of safetensors files in a folder."""
+    from safetensors import safe_open
+
+    shapes: Shapes = {}
+    for file in files:
+        with safe_open(folder / file, "pt") as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return shapes
+
+
+def hub_shapes(source: Source, files: Iterable[str]) -> Shapes:
+    """Tensor name → shape of a repo's safetensors files, by reading their first bytes."""
+    shapes: Shapes = {}
+    for file in files:
+        with explained(source.name):
+            header = source.api.parse_safetensors_file_metadata(source.name, file, revision=source.revision)
+        shapes |= {name: tuple(tensor.shape) for name, tensor in header.tensors.items()}
+    return shapes
+
+
+def native_config(config: Mapping[str, Any], name: str, tensors: int) -> PretrainedConfig:
+    """The config object of a model that transformers knows, after a look at its numbers.
+
+    Args:
+        config: content of ``config.json``.
+        name: what errors call the expert.
+        tensors: how many tensors the checkpoint holds; a model cannot have more layers.
+
+    Raises:
+        FusionError: for an unknown, quantized or absurdly large model.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise FusionError(f"{name}: transformers does not know model_type {model_type!r}.")
+    if config.get("quantization_config"):
+        raise FusionError(f"{name}: its weights are quantized.", hint="use the unquantized checkpoint")
+    for key, value in _numbers(config):
+        most = tensors if key.endswith(("layers", "n_layer")) else _MOST
+        if value > most:
+            raise FusionError(f"{name}: config.json promises {key}={value}, the weights are {tensors} tensors.")
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(dict(config))
+    except Exception as error:  # a stranger's config may fail in any way
+        raise FusionError(f"{name}: config.json is not valid ({first_line(error)}).") from error
+
+
+def _numbers(config: Mapping[str, Any]) -> Iterable[tuple[str, int]]:
+    """All counts in a config and in its nested configs."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _numbers(value)
+        elif isinstance(value, int) and re.fullmatch(r"num_\w+|n_\w+|\w*layers", str(key)):
+            yield str(key), value
+
+
+def meta_model(config: PretrainedConfig, head: Head, name: str) -> Any:
+    """The model of a config on the meta device: names and shapes, no memory.
+
+    Raises:
+        FusionError: naming the expert, if no such model can be built.
+    """
+    import torch
+
+    try:
+        with torch.device("meta"), quiet_transformers():
+            return head.auto_class().from_config(config)
+    except Exception as error:
+        raise FusionError(f"{name}: no {head.auto} can be built from config.json ({first_line(error)}).") from error
+
+
+def account(config: PretrainedConfig, head: Head, shapes: Shapes, name: str) -> Account:
+    """Load tensors of these names and shapes into the model of a config, without their values.
+
+    Raises:
+        FusionError: naming the expert, if no such model can be built.
+    """
+    import torch
+
+    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    model_class = type(meta_model(config, head, name))
+    with quiet_transformers():
+        model, info = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=torch.float32,
+            device_map="meta",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    mismatched = sorted(f"{key} is {[*found]}, not {[*expected]}" for key, found, expected in info["mismatched_keys"])
+    return Account(model, frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]), tuple(mismatched))
