@@ -7,7 +7,7 @@ import re
 from typing import Annotated
 from urllib.parse import unquote
 
-from fastapi import APIRouter, Header
+from fastapi import APIRouter, Header, Request
 from fastapi.responses import FileResponse, Response
 
 from .access import CurrentUser, Kind, Revision, StoreDep, check_gate, find
@@ -15,8 +15,12 @@ from .errors import HubError
 from .repo import File
 
 router = APIRouter()
-# A download of one of these counts as a download of the repo.
-COUNTED = {"config.json", "adapter_config.json", "README.md", "model_index.json"}
+# Fetching one of these counts as a download of the repo.
+COUNTED = {
+    "models": {"config.json", "adapter_config.json", "model_index.json"},
+    "datasets": {"README.md"},
+    "spaces": {"README.md"},
+}
 RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
 
@@ -31,6 +35,7 @@ class LargeFile(FileResponse):
 def resolve(
     owner: str,
     name: str,
+    request: Request,
     revision: Revision,
     path: str,
     store: StoreDep,
@@ -43,6 +48,8 @@ def resolve(
     check_gate(repo, user)
     sha = repo.resolve(revision)
     file = repo.file(sha, unquote(path))
+    if request.method == "GET" and file.path in COUNTED[repo.kind]:
+        repo.count_download()
     headers = {
         "X-Repo-Commit": sha,
         "ETag": f'"{file.sha256 or file.oid}"',

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+from urllib.parse import parse_qs
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Body, Depends, Request, Response
 
-from .access import SignedIn
+from .access import CurrentUser, Endpoint, SignedIn, StoreDep
+from .collections import Collection, Collections
+from .errors import HubError
+from .listing import Page
+from .users import User
 
 router = APIRouter()
+Json = Annotated[dict[str, Any], Body()]
 
 
 @router.get("/api/whoami-v2")
@@ -28,6 +34,119 @@ def whoami(user: SignedIn) -> dict[str, Any]:
 
 
 @router.head("/api/telemetry/{topic:path}")
+@router.post("/v1/telemetry")
 def telemetry() -> Response:
     """Clients announce themselves; nothing is kept."""
     return Response()
+
+
+# --- collections -------------------------------------------------------------------------------------------------
+
+
+def _visible(collection: Collection, user: User | None) -> bool:
+    return not collection["private"] or (user is not None and user.owns(collection["owner"]["name"]))
+
+
+def readable_collection(owner: str, slug: str, store: StoreDep, user: CurrentUser) -> Collection:
+    """The collection of a path, if the caller may see it."""
+    collection = store.collections.get(f"{owner}/{slug}")
+    if not _visible(collection, user):
+        raise HubError(404, f"there is no collection {owner}/{slug}")
+    return collection
+
+
+Readable = Annotated[Collection, Depends(readable_collection)]
+
+
+def writable_slug(collection: Readable, user: SignedIn) -> str:
+    """The slug of a collection the caller may change."""
+    if not user.owns(collection["owner"]["name"]):
+        raise HubError(403, f"{user.name} has no write access to {collection['slug']}")
+    return collection["slug"]
+
+
+Writable = Annotated[str, Depends(writable_slug)]
+
+
+def all_collections(store: StoreDep) -> Collections:
+    """The Hub's collections."""
+    return store.collections
+
+
+CollectionsDep = Annotated[Collections, Depends(all_collections)]
+
+
+@router.get("/api/collections")
+def list_collections(
+    collections: CollectionsDep,
+    user: CurrentUser,
+    request: Request,
+    response: Response,
+    endpoint: Endpoint,
+    limit: int = 100,
+    p: int = 0,
+) -> list[Collection]:
+    """Collections by owner or by what is in them, page by page; without `position`, which the client counts."""
+    query = parse_qs(request.url.query)
+    owners = set(query.get("owner", []))
+    wanted = set(query.get("item", []))
+    found = [
+        collection
+        for collection in collections.all()
+        if _visible(collection, user)
+        and (not owners or collection["owner"]["name"] in owners)
+        and wanted <= {f"{item['type']}s/{item['id']}" for item in collection["items"]}
+    ]
+    page = Page.of(found, p, limit)
+    if page.cursor:
+        others = "".join(f"&{name}={value}" for name in ("owner", "item") for value in query.get(name, []))
+        response.headers["Link"] = f'<{endpoint}/api/collections?limit={limit}&p={page.cursor}{others}>; rel="next"'
+    return [{name: value for name, value in c.items() if name != "position"} for c in page.items]
+
+
+@router.post("/api/collections")
+def create_collection(body: Json, collections: CollectionsDep, user: SignedIn) -> Collection:
+    """Makes a collection."""
+    owner = str(body.get("namespace") or user.name)
+    if not user.owns(owner):
+        raise HubError(403, f"{user.name} has no rights in the namespace {owner}")
+    if not (title := str(body.get("title") or "").strip()):
+        raise HubError(400, "a collection needs a title")
+    return collections.create(owner, title, body.get("description"), body.get("private") is True)
+
+
+@router.get("/api/collections/{owner}/{slug}")
+def get_collection(collection: Readable) -> Collection:
+    """One collection with its items."""
+    return collection
+
+
+@router.patch("/api/collections/{owner}/{slug}")
+def edit_collection(slug: Writable, body: Json, collections: CollectionsDep) -> dict[str, Collection]:
+    """Changes title, description, visibility, theme."""
+    return {"data": collections.edit(slug, **body)}
+
+
+@router.delete("/api/collections/{owner}/{slug}")
+def delete_collection(slug: Writable, collections: CollectionsDep) -> dict[str, Any]:
+    """Removes a collection."""
+    collections.delete(slug)
+    return {}
+
+
+@router.post("/api/collections/{owner}/{slug}/items")
+def add_item(slug: Writable, body: Json, collections: CollectionsDep) -> Collection:
+    """Puts a repo into a collection."""
+    return collections.add_item(slug, body.get("item") or {}, body.get("note"))
+
+
+@router.patch("/api/collections/{owner}/{slug}/items/{item}")
+def edit_item(slug: Writable, item: str, body: Json, collections: CollectionsDep) -> Collection:
+    """Changes an item's note or place."""
+    return collections.edit_item(slug, item, body.get("note"), body.get("position"))
+
+
+@router.delete("/api/collections/{owner}/{slug}/items/{item}")
+def delete_item(slug: Writable, item: str, collections: CollectionsDep) -> Collection:
+    """Takes an item out of a collection."""
+    return collections.delete_item(slug, item)

@@ -22,11 +22,11 @@ from .access import (
     find,
     may_read,
 )
+from .dates import stamp
 from .errors import HubError, entry_not_found
 from .info import describe
 from .listing import Page, matching, next_link, paginate, properties
 from .repo import File, Repo
-from .store import stamp
 
 router = APIRouter()
 Json = Annotated[dict[str, Any], Body()]

@@ -11,11 +11,11 @@ from collections import deque
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import api_download, api_misc, api_repos, api_upload, xet
+from . import api_download, api_git, api_misc, api_repos, api_upload, pages, xet
 from .errors import HubError, repo_not_found
 from .store import Store
 
@@ -58,7 +58,7 @@ def build_app(store: Store, requests: deque[Record]) -> ASGIApp:
     app = FastAPI(title="hf_fusion embedded Hub", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.store = store
     app.state.signer = Signer()
-    for module in (api_misc, api_upload, xet, api_repos, api_download):
+    for module in (api_misc, api_upload, xet, api_repos, api_download, api_git, pages):
         app.include_router(module.router)
     app.add_exception_handler(HubError, _refuse)
     app.add_exception_handler(RequestValidationError, _bad_request)
@@ -88,12 +88,14 @@ class _Outermost:
         await self._app({**scope, "path": path}, receive, record)
 
 
-def _refuse(request: Request, error: Exception) -> JSONResponse:
+def _refuse(request: Request, error: Exception) -> Response:
     assert isinstance(error, HubError)
+    if "text/html" in request.headers.get("accept", "") and not request.url.path.startswith("/api/"):
+        return pages.error_page(error)
     return JSONResponse(error.body, error.status, headers=error.headers)
 
 
-def _bad_request(request: Request, error: Exception) -> JSONResponse:
+def _bad_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     if first["loc"][0] == "path":
@@ -101,14 +103,14 @@ def _bad_request(request: Request, error: Exception) -> JSONResponse:
     return _refuse(request, HubError(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}"))
 
 
-def _not_found(request: Request, error: Exception) -> JSONResponse:
+def _not_found(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
         return _unknown_address(request)
     return _refuse(request, HubError(error.status_code, str(error.detail)))
 
 
-def _unknown_address(request: Request) -> JSONResponse:
+def _unknown_address(request: Request) -> Response:
     """Names without an owner ("gpt2") have no route; to a client that is a repo that does not exist."""
     path = request.url.path
     if "/resolve/" in path or path.startswith(("/api/models/", "/api/datasets/", "/api/spaces/")):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from . import card
+from .dates import stamp
 from .repo import Repo
-from .store import stamp
 
 MAX_METADATA = 1 << 22  # a README.md or config.json beyond this is not read for tags
 ARXIV = re.compile(r"arxiv\.org/(?:abs|pdf)/(\d{4}\.\d{4,5})|arXiv:(\d{4}\.\d{4,5})", re.IGNORECASE)
@@ -77,6 +79,7 @@ def facts(repo: Repo, sha: str) -> dict[str, Any]:
         "mask_token": None,
         "usedStorage": sum(file.size for file in repo.files(sha).values()),
         "sdk": metadata.get("sdk") or repo.settings.get("sdk"),
+        "safetensors": _parameters(repo, sha) if repo.kind == "models" else None,
         "models": card.strings(metadata.get("models")),
         "datasets": card.strings(metadata.get("datasets")),
         "lastModified": stamp(repo.commit_object(sha).commit_time),
@@ -107,7 +110,6 @@ def describe(repo: Repo, sha: str, blobs: bool = False) -> dict[str, Any]:
         "trendingScore": 0,
         "spaces": [],
         "siblings": siblings,
-        "safetensors": None,
         "gguf": None,
         "widgetData": None,
         "transformersInfo": None,
@@ -159,6 +161,38 @@ def _config(repo: Repo, sha: str) -> dict[str, Any]:
     if adapter:
         config["peft"] = {name: adapter.get(name) for name in ("base_model_name_or_path", "task_type")}
     return config
+
+
+def _parameters(repo: Repo, sha: str) -> dict[str, Any] | None:
+    """Parameters per dtype, from the headers of the safetensors files; None where there are none to read."""
+    counts: dict[str, int] = {}
+    for file in repo.files(sha).values():
+        if file.sha256 and file.path.endswith(".safetensors"):
+            for tensor in _safetensors_header(repo.large_path(file.sha256)).values():
+                if (shape := _shape(tensor)) is not None:
+                    counts[tensor["dtype"]] = counts.get(tensor["dtype"], 0) + math.prod(shape)
+    return {"parameters": counts, "total": sum(counts.values())} if counts else None
+
+
+def _shape(tensor: Any) -> list[int] | None:
+    """A header entry's shape, or None where it does not describe a tensor."""
+    if not isinstance(tensor, dict) or not isinstance(tensor.get("dtype"), str):
+        return None
+    shape = tensor.get("shape")
+    return shape if isinstance(shape, list) and all(isinstance(size, int) for size in shape) else None
+
+
+def _safetensors_header(path: Path) -> dict[str, Any]:
+    """Names, dtypes and shapes; empty for a file that is no safetensors file after all."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > MAX_METADATA:
+            return {}
+        try:
+            header = json.loads(file.read(size))
+        except (ValueError, RecursionError):
+            return {}
+    return header if isinstance(header, dict) else {}
 
 
 def _library(metadata: dict[str, Any], config: dict[str, Any]) -> str | None:

@@ -26,6 +26,7 @@ from .errors import HubError, entry_not_found, revision_not_found
 from .files import write_atomic, write_json
 
 SHA = re.compile(r"[0-9a-f]{40}")
+SHORT_SHA = re.compile(r"[0-9a-f]{7,39}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\nsize (\d{1,18})\n")
 REF_PART = re.compile(r"(?!\.)[A-Za-z0-9_.+@-]{1,100}(?<!\.)(?<!\.lock)", re.ASCII)
@@ -200,9 +201,18 @@ class Repo:
         for ref in candidates:
             if sha := self._read_ref(ref):
                 return sha
-        if SHA.fullmatch(revision) and isinstance(self.object(revision), Commit):
-            return revision
+        shas = [revision] if SHA.fullmatch(revision) else self._starting_with(revision)
+        commits = [sha for sha in shas if isinstance(self.object(sha), Commit)]
+        if len(commits) == 1:
+            return commits[0]
         raise revision_not_found(revision)
+
+    def _starting_with(self, start: str) -> list[str]:
+        """Ids of all objects that start so; none for less than seven characters, which say too little."""
+        if not SHORT_SHA.fullmatch(start):
+            return []
+        found = (self.path / "objects" / start[:2]).glob(f"{start[2:]}*")
+        return [start[:2] + path.name for path in found]
 
     def create_ref(self, prefix: str, name: str, sha: str, message: str | None = None, author: str = "") -> None:
         """Makes a branch (prefix "heads") or a tag ("tags", annotated where a message is given).

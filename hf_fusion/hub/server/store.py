@@ -16,12 +16,13 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from hf_fusion.errors import FusionError
 
+from .collections import Collections
+from .dates import now
 from .errors import HubError, repo_not_found
 from .repo import Repo
 from .users import NAME, Users
@@ -30,17 +31,6 @@ KINDS = ("models", "datasets", "spaces")
 # First parts of the Hub's own addresses; an account of that name could not be reached.
 RESERVED = frozenset({"api", "models", "datasets", "spaces", "collections", "static", "xet", "lfs", "favicon.ico"})
 REPO_NAME = re.compile(rf"{NAME.pattern}/{NAME.pattern}", re.ASCII)
-
-
-def now() -> str:
-    """The time as the clients parse it: ``2026-01-31T12:00:00.123Z``."""
-    return stamp(time.time())
-
-
-def stamp(seconds: float) -> str:
-    """A time in seconds as the clients parse it."""
-    moment = datetime.fromtimestamp(seconds, timezone.utc)
-    return f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d}Z"
 
 
 class Store:
@@ -68,6 +58,7 @@ class Store:
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir()
         self.users = Users(self.root)
+        self.collections = Collections(self.root, self.scratch)
         self._lock = threading.Lock()
         self._repos = {kind: dict(self._scan(kind)) for kind in KINDS}
 
