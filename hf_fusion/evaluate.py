@@ -222,11 +222,12 @@ def _evaluate_generation(
         texts: list[str] = []
         for start in range(0, len(dataset), batch_size):
             inputs = model.processor(text=dataset[prompt][start : start + batch_size]).to(model.device)
-            choice = None if expert is None else torch.full((len(inputs["input_ids"]),), expert, device=model.device)
-            texts += model.processor.batch_decode(
-                model.generate(**inputs, choice=choice, new_tokens_only=True, max_new_tokens=64),
-                skip_special_tokens=True,
-            )
+            rows = len(inputs["input_ids"])
+            choice = model.select(inputs) if expert is None else torch.full((rows,), expert, device=model.device)
+            sequences = model.generate(**inputs, choice=choice, max_new_tokens=64)
+            for chosen, sequence in zip(choice.tolist(), sequences, strict=True):
+                answer = sequence[_prompt_length(model, inputs, chosen) :]
+                texts.append(model.processor.decode(answer, skip_special_tokens=True))
         return texts
 
     systems = []
@@ -245,6 +246,14 @@ def _evaluate_generation(
         command=command,
         machine=machine(),
     )
+
+
+def _prompt_length(model: Any, inputs: Any, expert: int) -> int:
+    """Tokens that a decoder repeats before it answers."""
+    if model.config.is_encoder_decoder:
+        return 0
+    group = model.config.backbones[model.config.experts[expert]["backbone"]]["inputs"]
+    return inputs["input_ids" if group == 0 else f"input_ids_{group}"].shape[1]
 
 
 def budgets_curve(results: Results) -> Sequence[tuple[float, float]]:

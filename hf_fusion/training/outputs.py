@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +216,7 @@ def _fingerprint(model: Any) -> str:
     """Of the experts' weights and what becomes of their outputs."""
     config = model.config
     digest = xxhash.xxh64(f"{config.experts}{config.backbones}{config.mode}{config.features_from}{model.dtype}".encode())
-    for tensor in model.backbones.state_dict().values():
+    for tensor in chain.from_iterable(backbone.model.state_dict().values() for backbone in model.backbones):
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 

@@ -3,7 +3,8 @@
 from typing import Any
 
 from .configuration_foe import FoEConfig
-from .modeling_foe import FoEForGeneration, FoEModel
+from .generation_foe import FoEForGeneration
+from .modeling_foe import FoEModel
 from .processing_foe import FoEProcessor
 
 

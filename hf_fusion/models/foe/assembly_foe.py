@@ -266,6 +266,7 @@ def plan_config(
     ]
     config = FoEConfig(mode=mode, head=head, experts=rows, backbones=backbones, **fields)
     if generates[0]:
+        processors = [_for_generation(processor, head) for processor in processors]
         config.vocabularies = [len(processor) for processor in processors]
         config.is_encoder_decoder = head == "seq2seq-lm"
         config.pad_token_id = processors[0].pad_token_id
@@ -286,6 +287,16 @@ def plan_config(
     config.id2label = dict(enumerate(fused))
     config.label2id = {label: index for index, label in enumerate(fused)}
     return config, models, processors
+
+
+def _for_generation(tokenizer: Any, head: str) -> Any:
+    """A copy that can pad a batch of prompts: decoders continue from the right end, so padding goes to the left."""
+    tokenizer = copy.deepcopy(tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if head == "causal-lm":
+        tokenizer.padding_side = "left"
+    return tokenizer
 
 
 def _parameters(expert: Any) -> int:

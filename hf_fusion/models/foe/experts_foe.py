@@ -102,8 +102,11 @@ class PerExpert(nn.Module):
         return torch.cat([nn.functional.pad(output, (0, width - output.shape[-1])) for output in outputs])
 
 
-class Backbone(nn.Module):
-    """A transformer with its experts.
+class Backbone:
+    """A transformer with its experts: the model, and which rows of a batch are whose.
+
+    Not a module itself: transformers gathers tied weights and the like from direct children only, so the FoE registers
+    `model` as its own child.
 
     Args:
         head: key of `AUTO_CLASSES`.
@@ -123,7 +126,6 @@ class Backbone(nn.Module):
         num_labels: list[int],
         model: PreTrainedModel | None = None,
     ) -> None:
-        super().__init__()
         self.groups = Groups()
         self.model: PreTrainedModel = AUTO_CLASSES[head].from_config(config) if model is None else model
         for path, expert_ranks in ranks.items():
@@ -136,7 +138,7 @@ class Backbone(nn.Module):
             copies = [module.to_empty(device=like.device).to(like.dtype) for module in copies]
             self.model.set_submodule(path, PerExpert(copies, self.groups))
 
-    def forward(self, inputs: dict[str, torch.Tensor], experts: list[int], **kwargs: Any) -> Any:
+    def __call__(self, inputs: dict[str, torch.Tensor], experts: list[int], **kwargs: Any) -> Any:
         """Runs the model on rows that lie in `len(experts)` equal groups, group i being expert `experts[i]`'s."""
         self.groups.experts = experts
         return self.model(**inputs, **kwargs)
@@ -148,3 +150,28 @@ def _on_meta(head: str, config: PreTrainedConfig, num_labels: int) -> PreTrained
     resized.num_labels = num_labels
     with torch.device("meta"):
         return AUTO_CLASSES[head].from_config(resized)
+
+
+def repeat_rows(inputs: dict[str, Any], times: int) -> dict[str, Any]:
+    """The batch once per expert, (B, ...) -> (times * B, ...)."""
+    if times == 1:
+        return inputs
+    return {k: v.repeat(times, *[1] * (v.dim() - 1)) if torch.is_tensor(v) else v for k, v in inputs.items()}
+
+
+def take_rows(inputs: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+    """Some rows of a batch."""
+    return {k: v[rows] if torch.is_tensor(v) else v for k, v in inputs.items()}
+
+
+def pool_states(states: torch.Tensor, mask: torch.Tensor | None, last: bool = False) -> torch.Tensor:
+    """One vector per example: of its last real token, or the mean over real tokens (N, T, d) or pixels (N, d, H, W)."""
+    if states.dim() == 4:
+        return states.flatten(2).mean(-1)
+    if mask is None:
+        return states[:, -1] if last else states.mean(1)
+    if last:
+        position = torch.arange(mask.shape[1], device=mask.device).mul(mask.bool()).argmax(1)
+        return states[torch.arange(len(states), device=states.device), position]
+    weight = mask.to(states.dtype)[..., None]  # (N, T, 1)
+    return (states * weight).sum(1) / weight.sum(1).clamp(min=1)

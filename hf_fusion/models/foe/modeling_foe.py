@@ -1,7 +1,7 @@
 """Fusion of Experts: learn to fuse the outputs of experts with complementary knowledge (arXiv 2310.01542).
 
 `FoEModel` fuses classifiers and regressors by their outputs, or selects among experts with different label spaces;
-`FoEForGeneration` selects among language models and lets the chosen one generate.
+its subclass in `generation_foe` selects among language models.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import CausalLMOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .assembly_foe import fill_adapters, plan_config
 from .configuration_foe import FoEConfig
-from .experts_foe import AUTO_CLASSES, Backbone
+from .experts_foe import AUTO_CLASSES, Backbone, pool_states, repeat_rows, take_rows
 from .frugal_foe import FrugalPolicy
 from .processing_foe import FoEProcessor
 
@@ -59,7 +59,7 @@ class FoEModel(PreTrainedModel):
 
     def __init__(self, config: FoEConfig, models: Sequence[PreTrainedModel] | None = None) -> None:
         super().__init__(config)
-        self.backbones = nn.ModuleList(
+        self.backbones = [
             Backbone(
                 plan["head"],
                 config.backbone_config(index),
@@ -69,7 +69,9 @@ class FoEModel(PreTrainedModel):
                 models[index] if models else None,
             )
             for index, plan in enumerate(config.backbones)
-        )
+        ]
+        for index, backbone in enumerate(self.backbones):
+            self.add_module(f"backbone_{index}", backbone.model)
         experts, labels = config.num_experts, config.num_labels
         if config.mode == "output":
             inputs, outputs = experts * labels, labels
@@ -147,13 +149,16 @@ class FoEModel(PreTrainedModel):
         )
         dtypes = {parameter.dtype for model in models for parameter in model.parameters()}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # one model has one dtype
-        family = FoEForGeneration if config.vocabularies else FoEModel
+        family = FoEModel
+        if config.vocabularies:
+            from .generation_foe import FoEForGeneration as family
         model = family(config, [inner.to(dtype) for inner in models])
         for index, plan in enumerate(config.backbones):
             own = [e for e, row in zip(experts, config.experts, strict=True) if row["backbone"] == index]
             if plan["ranks"] or plan["saved"]:
                 fill_adapters(model.backbones[index], plan, own, own[0].model)
-        model.backbones.requires_grad_(False)
+        for backbone in model.backbones:
+            backbone.model.requires_grad_(False)
         model._processor = FoEProcessor(processors, vocabularies=config.vocabularies)
         return model.to(dtype).eval()
 
@@ -183,7 +188,7 @@ class FoEModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """As any model's; writes the processor and the code beside the weights."""
-        name = f"modeling_foe.{type(self).__name__}"
+        name = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
         head = AUTO_CLASSES[self.config.head].__name__
         self.config.auto_map = {"AutoConfig": "configuration_foe.FoEConfig", "AutoModel": name, head: name}
         if self._processor is not None or self._source is not None:
@@ -248,7 +253,7 @@ class FoEModel(PreTrainedModel):
             logits = logits.softmax(-1)
         outputs = torch.bmm(logits, onehot).flatten(0, 1)  # (N, C)
         outputs = torch.where(outputs.isfinite().all(-1, keepdim=True), outputs, 0.0)
-        return outputs, _pool(out.hidden_states[-1], inputs.get("attention_mask")) if embed else None
+        return outputs, pool_states(out.hidden_states[-1], inputs.get("attention_mask")) if embed else None
 
     def expert_outputs(
         self, inputs: Mapping[str, Any], embed: bool = False, experts: Sequence[int] | None = None
@@ -265,7 +270,7 @@ class FoEModel(PreTrainedModel):
             members = [index for index in self._members(backbone) if index in wanted]
             if not members:
                 continue
-            own = _repeat(self._inputs_of(backbone, inputs), len(members))
+            own = repeat_rows(self._inputs_of(backbone, inputs), len(members))
             local = [self._members(backbone).index(index) for index in members]
             answers, embedded = self._answer(backbone, own, local, embed)
             outputs.update(zip(members, answers.to(self.device).chunk(len(members))))
@@ -284,7 +289,7 @@ class FoEModel(PreTrainedModel):
             mine = mine[torch.argsort(experts[mine], stable=True)]
             chosen = [members.index(expert) for expert in experts[mine].tolist()]
             local = [chosen[0]] if len(set(chosen)) == 1 else chosen  # one group, or one per row
-            answers, _ = self._answer(backbone, _take(self._inputs_of(backbone, inputs), rows[mine]), local)
+            answers, _ = self._answer(backbone, take_rows(self._inputs_of(backbone, inputs), rows[mine]), local)
             outputs[mine] = answers.to(outputs.device)
         return outputs
 
@@ -413,144 +418,4 @@ class FoEModel(PreTrainedModel):
         }
 
 
-class FoEForGeneration(FoEModel, GenerationMixin):
-    """Language models, of which the fuser chooses one per prompt to generate.
-
-    The features are the experts' embeddings of the prompt: of its last token for causal language models, the mean over
-    the encoder's states for sequence-to-sequence models (the paper's mean over decoding steps would have every expert
-    decode).
-    """
-
-    def prompt_embeddings(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """Embeddings of prompts by all experts (or by `features_from`), (B, Σd)."""
-        source = self.config.features_from
-        parts = []
-        for backbone, module in enumerate(self.backbones):
-            members = [m for m in self._members(backbone) if source in (None, m)]
-            if not members:
-                continue
-            own = _repeat(self._inputs_of(backbone, inputs), len(members))
-            own = {name: own[name] for name in ("input_ids", "attention_mask") if name in own}
-            module.groups.experts = [self._members(backbone).index(m) for m in members]
-            encoder_decoder = self.config.is_encoder_decoder
-            body = module.model.get_encoder() if encoder_decoder else module.model.base_model
-            states = body(**own).last_hidden_state
-            pooled = _pool(states, own.get("attention_mask"), last=not encoder_decoder)
-            parts += zip(members, pooled.to(self.device).chunk(len(members)))
-        return torch.cat([part for _, part in sorted(parts, key=lambda part: part[0])], 1)
-
-    def select(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """The expert chosen for each prompt, (B,)."""
-        scores = self.fuser(self.prompt_embeddings(inputs))
-        choice = scores.argmax(1)
-        self._record(choice, order=nn.functional.one_hot(choice, self.config.num_experts), scores=scores)
-        return choice
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        choice: torch.Tensor | None = None,
-        **inputs: Any,
-    ) -> CausalLMOutput:
-        """Logits (B, T, V) of the expert chosen for each row.
-
-        Args:
-            labels: (B, T) token ids, -100 where no loss is wanted. A row's prompt ends before its first label.
-            choice: (B,) experts, to skip the choice.
-
-        Raises:
-            ValueError: where the experts' tokenizers differ: there are then no common logits, only `generate()`.
-        """
-        if len(self.config.vocabularies) > 1:
-            raise ValueError("experts with different tokenizers have no common logits; use generate()")
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
-        if choice is None:
-            prompt = dict(given)
-            if labels is not None and not self.config.is_encoder_decoder:
-                mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-                prompt["attention_mask"] = mask * ((labels != -100).cumsum(1) == 0)
-            choice = self.select(prompt)
-        if labels is not None and self.config.is_encoder_decoder:
-            given["labels"] = labels
-        logits: torch.Tensor | None = None
-        for expert in choice.unique().tolist():
-            rows = (choice == expert).nonzero()[:, 0]
-            backbone, local = self._place(expert)
-            out = self.backbones[backbone](_take(self._inputs_of(backbone, given), rows), [local]).logits
-            if logits is None:
-                logits = out.new_zeros(len(choice), *out.shape[1:])
-            logits[rows] = out
-        loss = None
-        if labels is not None:
-            shift = 0 if self.config.is_encoder_decoder else 1
-            predicted = logits[:, : logits.shape[1] - shift].flatten(0, 1).float()
-            loss = nn.functional.cross_entropy(predicted, labels[:, shift:].flatten(), ignore_index=-100)
-        return CausalLMOutput(loss=loss, logits=logits)
-
-    def _place(self, expert: int) -> tuple[int, int]:
-        """An expert's backbone and its index there."""
-        backbone = self.config.experts[expert]["backbone"]
-        return backbone, self._members(backbone).index(expert)
-
-    @torch.no_grad()
-    def generate(
-        self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any
-    ) -> torch.Tensor:
-        """Lets the chosen expert generate for each prompt; takes what any model's `generate` takes.
-
-        Returns:
-            Token ids (B, T), padded at the end. With several tokenizers, ids live in the concatenated vocabularies;
-            `FoEProcessor.batch_decode` reads them.
-        """
-        suffixes = tuple(f"_{index}" for index in range(1, len(self.config.vocabularies)))
-        names = [n for n in kwargs if n.endswith(suffixes) or n in ("input_ids", "attention_mask", "token_type_ids")]
-        given = {name: kwargs.pop(name) for name in names}
-        if inputs is not None:
-            given["input_ids"] = inputs
-        choice = self.select(given)
-        rows_of, sequences = [], []
-        for expert in choice.unique().tolist():
-            rows = (choice == expert).nonzero()[:, 0]
-            backbone, local = self._place(expert)
-            module = self.backbones[backbone]
-            module.groups.experts = [local]
-            own = _take(self._inputs_of(backbone, given), rows)
-            generated = module.model.generate(**own, generation_config=generation_config, **kwargs)
-            offset = sum(self.config.vocabularies[: self.config.backbones[backbone]["inputs"]])
-            rows_of.append(rows)
-            sequences.append(generated + offset)
-        length = max(sequence.shape[1] for sequence in sequences)
-        result = torch.full((len(choice), length), self.config.pad_token_id or 0, device=choice.device)
-        for rows, sequence in zip(rows_of, sequences, strict=True):
-            result[rows, : sequence.shape[1]] = sequence
-        return result
-
-
-def _repeat(inputs: dict[str, Any], times: int) -> dict[str, Any]:
-    """The batch once per expert, (B, ...) -> (times * B, ...)."""
-    if times == 1:
-        return inputs
-    return {k: v.repeat(times, *[1] * (v.dim() - 1)) if torch.is_tensor(v) else v for k, v in inputs.items()}
-
-
-def _take(inputs: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
-    """Some rows of a batch."""
-    return {k: v[rows] if torch.is_tensor(v) else v for k, v in inputs.items()}
-
-
-def _pool(states: torch.Tensor, mask: torch.Tensor | None, last: bool = False) -> torch.Tensor:
-    """One vector per example: of its last real token, or the mean over real tokens (N, T, d) or pixels (N, d, H, W)."""
-    if states.dim() == 4:
-        return states.flatten(2).mean(-1)
-    if mask is None:
-        return states[:, -1] if last else states.mean(1)
-    if last:
-        position = torch.arange(mask.shape[1], device=mask.device).mul(mask.bool()).argmax(1)
-        return states[torch.arange(len(states), device=states.device), position]
-    weight = mask.to(states.dtype)[..., None]  # (N, T, 1)
-    return (states * weight).sum(1) / weight.sum(1).clamp(min=1)
-
-
-__all__ = ["FoEForGeneration", "FoEModel"]
+__all__ = ["FoEModel"]
