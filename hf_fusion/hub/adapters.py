@@ -27,7 +27,6 @@ _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 # field -> (whether its value cannot be expressed, why)
 _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "peft_type": (lambda v: v != "LORA", "only LoRA adapters can be fused"),
     "use_dora": (bool, "DoRA rescales the base's weights"),
     "lora_bias": (bool, "a bias on B has no place in B @ A"),
     "init_lora_weights": (lambda v: v not in _PLAIN_INITS, "this initialisation changes the base's weights"),
@@ -46,6 +45,8 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 def config_problems(config: Mapping[str, Any]) -> list[str]:
     """What in an ``adapter_config.json`` cannot be written as ``W + B @ A``: one line per field, or none."""
+    if config.get("peft_type") != "LORA":
+        return [f"peft_type={config.get('peft_type')!r}: only LoRA adapters can be fused"]
     problems = [
         f"{key}={config.get(key)!r}: {why}" for key, (refused, why) in _REFUSED.items() if refused(config.get(key))
     ]

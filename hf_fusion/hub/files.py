@@ -198,6 +198,20 @@ def _local_card(folder: Path) -> dict[str, Any]:
         return {}
 
 
+def recorded_base(source: Source) -> str:
+    """``owner/base[@revision]`` as an adapter records it; a folder only if the adapter itself lies in one.
+
+    Raises:
+        FusionError: if it records nothing, or a path on its author's machine.
+    """
+    base, revision = source.adapter.get("base_model_name_or_path"), source.adapter.get("revision")
+    if source.is_local and isinstance(base, str) and base and Path(base).expanduser().is_dir():
+        return base
+    if not isinstance(base, str) or not _REPO_ID.fullmatch(base) or base.startswith("."):
+        raise FusionError(f"Adapter {source.name} records {base!r} as its base.", hint="pass base=owner/name")
+    return f"{base}@{revision}" if revision else base
+
+
 def weight_files(sizes: Mapping[str, int], stem: str, suffix: str) -> list[str]:
     """The weight files at a repo's root: one ``stem.suffix``, or its index and shards; empty if none."""
     if f"{stem}.{suffix}" in sizes:

@@ -81,6 +81,12 @@ def head_of_architecture(architecture: str | None) -> Head | None:
     return next((head for head in HEADS if (architecture or "").endswith(head.suffixes)), None)
 
 
+def architectures(config: dict[str, Any]) -> list[str]:
+    """The class names in a ``config.json``; empty where there are none."""
+    named = config.get("architectures")
+    return [str(name) for name in named] if isinstance(named, list) else []
+
+
 def head_of_adapter(config: dict[str, Any]) -> Head | None:
     """The head an ``adapter_config.json`` was trained for, from ``task_type`` or ``auto_mapping``."""
     task_type = config.get("task_type")
@@ -105,3 +111,8 @@ def label_names(config: dict[str, Any]) -> tuple[str, ...]:
     except ValueError:
         return ()
     return () if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
+
+
+def same_label(label: str) -> str:
+    """The form in which label names are compared: case, blanks, dashes and underscores do not count."""
+    return re.sub(r"[\s_\-]+", "_", label.strip().lower())

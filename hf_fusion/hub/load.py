@@ -25,11 +25,13 @@ from hf_fusion.hub.files import (
     pick_small,
     pick_weights,
     quiet_transformers,
+    recorded_base,
     resolve,
 )
 from hf_fusion.hub.headers import account, local_shapes, native_config
 from hf_fusion.hub.heads import (
     Head,
+    architectures,
     default_task,
     head_of_adapter,
     head_of_architecture,
@@ -134,7 +136,7 @@ class _Loader:
         names: dict[int, str] = {}
         for i, source in sources.items():
             if source.is_adapter and not _is_model(self.base):
-                names[i] = str(self.base) if self.base is not None else _recorded_base(source)
+                names[i] = str(self.base) if self.base is not None else recorded_base(source)
             elif not source.is_adapter and not has_processor(source.sizes):
                 card_base = source.card.get("base_model")
                 card_base = card_base[0] if isinstance(card_base, list) and card_base else card_base
@@ -154,12 +156,12 @@ class _Loader:
         config = source.config
         if source.is_adapter and (head := head_of_adapter(source.adapter)):
             return head
-        for architecture in [*(config.get("architectures") or []), *(base_config.get("architectures") or [])]:
+        for architecture in architectures(config) + architectures(base_config):
             if head := head_of_architecture(architecture):
                 return head
         if "config.json" not in source.sizes and not source.is_adapter:
             raise FusionError(f"{source.name} has no config.json.")
-        found = ", ".join(config.get("architectures") or []) or "none"
+        found = ", ".join(architectures(config)) or "none"
         raise FusionError(f"{source.name}: no model class for architecture {found}.", hint="pass task=…")
 
     def _full(self, source: Source, base: Source | None) -> Expert:
@@ -309,17 +311,6 @@ def _name_of(expert: str | Path | ExpertInfo) -> str | Path:
 
 def _is_model(base: object) -> bool:
     return base is not None and not isinstance(base, (str, Path))
-
-
-def _recorded_base(source: Source) -> str:
-    """``owner/base[@revision]`` as an adapter records it. A path is believed only from a local folder."""
-    base = str(source.adapter.get("base_model_name_or_path") or "")
-    revision = source.adapter.get("revision")
-    if source.is_local and base and Path(base).expanduser().is_dir():
-        return base
-    if not base or base.startswith(("/", ".", "~")) or base.count("/") > 1:
-        raise FusionError(f"Adapter {source.name} records {base!r} as its base.", hint="pass base=owner/name")
-    return f"{base}@{revision}" if revision else base
 
 
 def _groups(sources: dict[int, Source], bases: dict[int, Source], head: Any) -> list[list[int]]:

@@ -1,19 +1,17 @@
 """Loading from folders and from memory: the right class, shared bases, nothing random, nothing unsafe."""
 
-import json
 import logging
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_experts import BERT, SIZES, edit_json, save_adapter, save_bert
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     BertConfig,
-    BertTokenizer,
     GPT2Config,
     ViTConfig,
     ViTImageProcessor,
@@ -23,49 +21,8 @@ from hf_fusion.errors import FusionError
 from hf_fusion.experts import Expert
 from hf_fusion.hub.load import load_experts
 
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-BERT = BertConfig(
-    vocab_size=8, **SIZES, id2label={0: "no", 1: "yes", 2: "maybe"}, label2id={"no": 0, "yes": 1, "maybe": 2}
-)
 GPT2 = GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0)
 VIT = ViTConfig(**SIZES, image_size=8, patch_size=4, id2label={0: "cat", 1: "dog"})
-
-
-def save_tokenizer(folder):
-    vocab = folder / "words.txt"
-    vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]))
-    BertTokenizer(vocab=str(vocab)).save_pretrained(folder)
-    vocab.unlink()
-
-
-def save_bert(folder, seed=0, processor=True, card=None, auto=AutoModelForSequenceClassification, config=BERT):
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
-    auto.from_config(config).save_pretrained(folder)
-    if processor:
-        save_tokenizer(folder)
-    if card:
-        (folder / "README.md").write_text(f"---\n{card}\n---\n")
-    return folder
-
-
-def save_adapter(folder, base, labels=("no", "yes"), seed=0, **options):
-    """An adapter of a saved BERT with a head for ``labels``, and the config.json that names them."""
-    torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(labels))
-    settings = {"r": 2, "target_modules": ["query"], "task_type": "SEQ_CLS", **options}
-    peft_model = get_peft_model(model, LoraConfig(**settings))
-    for name, parameter in peft_model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    peft_model.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps({"id2label": dict(enumerate(labels))}))
-    return peft_model.eval()
-
-
-def edit_config(folder, file="config.json", **fields):
-    path = folder / file
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def test_full_model_from_folder(tmp_path):
@@ -101,10 +58,10 @@ def test_a_head_is_never_random(tmp_path):
     with pytest.raises(FusionError, match="trunk: 2 weights are missing: classifier.bias, classifier.weight"):
         load_experts([tmp_path / "trunk"], task="text-classification")
     folder = save_bert(tmp_path / "mood")
-    edit_config(folder, num_hidden_layers=1)
+    edit_json(folder / "config.json", num_hidden_layers=1)
     with pytest.raises(FusionError, match=r"mood: 16 weights are unexpected: bert.encoder.layer.1"):
         load_experts([folder])
-    edit_config(folder, num_hidden_layers=2, intermediate_size=48)
+    edit_json(folder / "config.json", num_hidden_layers=2, intermediate_size=48)
     with pytest.raises(FusionError, match=r"mood: bert.encoder.layer.0.intermediate.dense.bias is \[24\], not \[48\]"):
         load_experts([folder])
 
@@ -112,7 +69,7 @@ def test_a_head_is_never_random(tmp_path):
 @pytest.mark.parametrize("promise", [{"num_hidden_layers": 10**9}, {"num_labels": 10**12}, {"hidden_size": 2 * 10**9}])
 def test_absurd_configs_take_no_memory(promise, tmp_path):
     folder = save_bert(tmp_path / "mood")
-    edit_config(folder, **promise, id2label=None)
+    edit_json(folder / "config.json", **promise, id2label=None)
     with pytest.raises(FusionError, match="mood: "):
         load_experts([folder])
 
@@ -137,7 +94,7 @@ def test_adapters_share_one_base(tmp_path):
 def test_base_override_and_loaded_base(tmp_path):
     base = save_bert(tmp_path / "base", auto=AutoModel)
     save_adapter(tmp_path / "irony", base)
-    edit_config(tmp_path / "irony", "adapter_config.json", base_model_name_or_path="nobody/nothing")
+    edit_json(tmp_path / "irony" / "adapter_config.json", base_model_name_or_path="nobody/nothing")
     (expert,) = load_experts([tmp_path / "irony"], base=base)
     assert expert.adapter.base == str(base)
     model = AutoModelForSequenceClassification.from_pretrained(base)
@@ -193,14 +150,16 @@ def test_own_code_needs_consent(tmp_path):
         "class OddForSequenceClassification(BertForSequenceClassification):\n    config_class = OddConfig\n"
     )
     auto_map = {"AutoConfig": "odd.OddConfig", "AutoModelForSequenceClassification": "odd.OddForSequenceClassification"}
-    edit_config(folder, model_type="odd", architectures=["OddForSequenceClassification"], auto_map=auto_map)
+    edit_json(
+        folder / "config.json", model_type="odd", architectures=["OddForSequenceClassification"], auto_map=auto_map
+    )
     with pytest.raises(FusionError, match="mood needs its own code"):
         load_experts([folder])
     assert not marker.exists()
     (expert,) = load_experts([folder], trust_remote_code=True)
     assert type(expert.model).__name__ == "OddForSequenceClassification"
     assert marker.exists()
-    edit_config(folder, auto_map={key: f"someone/else--{value}" for key, value in auto_map.items()})
+    edit_json(folder / "config.json", auto_map={key: f"someone/else--{value}" for key, value in auto_map.items()})
     with pytest.raises(FusionError, match="takes its code from another repo"):
         load_experts([folder], trust_remote_code=True)
 

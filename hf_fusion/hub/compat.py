@@ -1,0 +1,398 @@
+"""Which experts fit, judged from configs and safetensors headers: no weights are read, nothing is run.
+
+Everything is gathered first, in parallel; then a row of small checks looks at the evidence, each giving
+reasons. An expert that cannot even be read is rejected with a reason too, never with an exception.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from hf_fusion.errors import FusionError
+from hf_fusion.experts import ExpertInfo
+from hf_fusion.hub.adapters import config_problems, shape_problems
+from hf_fusion.hub.discover import info_row
+from hf_fusion.hub.files import (
+    Source,
+    first_line,
+    has_processor,
+    hub_api,
+    in_parallel,
+    pick_weights,
+    recorded_base,
+    resolve,
+)
+from hf_fusion.hub.headers import Shapes, account, hub_shapes, native_config
+from hf_fusion.hub.heads import (
+    Head,
+    architectures,
+    head_of_adapter,
+    head_of_architecture,
+    head_of_task,
+    label_names,
+    same_label,
+)
+from hf_fusion.hub.licenses import forbids_derivatives
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+logger = logging.getLogger(__name__)
+
+
+class ReasonKind(str, Enum):
+    """Why an expert does not fit."""
+
+    ARCHITECTURE = "architecture"
+    BASE = "base"
+    BASE_REVISION = "base revision"
+    SHAPES = "shapes"
+    LABELS = "labels"
+    TOKENIZER = "tokenizer"
+    LICENSE = "license"
+    PICKLE = "pickle"
+    CUSTOM_CODE = "custom code"
+    GATES = "gates"
+    GATED = "gated"
+    LORA = "lora"
+    UNREADABLE = "unreadable"
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One reason against an expert.
+
+    Attributes:
+        kind: what it is about.
+        detail: what was found.
+        remedy: what to do about it, if anything can be done.
+    """
+
+    kind: ReasonKind
+    detail: str
+    remedy: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.kind.value}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """An expert that does not fit, and why."""
+
+    info: ExpertInfo
+    reasons: tuple[Reason, ...]
+
+
+@dataclass(frozen=True)
+class Compatibility:
+    """The verdict on a set of experts, in their order."""
+
+    accepted: list[ExpertInfo] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row per expert, the accepted first, each with its reasons ("" for accepted ones)."""
+        rows = [(info, "") for info in self.accepted]
+        rows += [(r.info, "; ".join(map(str, r.reasons))) for r in self.rejected]
+        return [{**info_row(info), "rejected": reasons} for info, reasons in rows]
+
+
+@dataclass(frozen=True)
+class Criteria:
+    """What the experts have to satisfy; see `check_compatibility`."""
+
+    task: str | None
+    base_model: str | None
+    base_revision: str | None
+    labels: frozenset[str] | None
+    trust_remote_code: bool
+    allow_pickle: bool
+    need_gates: bool
+
+
+@dataclass
+class Evidence:
+    """All that was read about one repo before judging it.
+
+    Attributes:
+        name: repo id.
+        source: its files, None if even they could not be listed.
+        shapes: tensor name → shape from the safetensors headers; empty for pickles.
+        unreadable: what could not be read, as a reason.
+    """
+
+    name: str
+    source: Source | None = None
+    shapes: Shapes = field(default_factory=dict)
+    unreadable: Reason | None = None
+
+
+def check_compatibility(
+    experts: Sequence[ExpertInfo],
+    task: str | None = None,
+    base_model: str | None = None,
+    base_revision: str | None = None,
+    labels: Collection[str] | None = None,
+    *,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    need_gates: bool = False,
+    api: HfApi | None = None,
+) -> Compatibility:
+    """Sort experts into those that fit and those that do not, each with its reasons.
+
+    Args:
+        experts: as `discover` gives them.
+        task: pipeline tag that all must have a head for.
+        base_model: the base that all must have been made from.
+        base_revision: its commit, where experts record one.
+        labels: names that every expert's labels must be among, ignoring case, blanks, dashes and underscores
+            (for output fusion).
+        trust_remote_code: accept experts that bring their own code.
+        allow_pickle: accept experts without safetensors.
+        need_gates: require PHATGOOSE gates.
+        api: the Hub's client; default honours ``HF_ENDPOINT`` and the stored token.
+    """
+    api = hub_api(api)
+    criteria = Criteria(
+        task=task,
+        base_model=base_model,
+        base_revision=base_revision,
+        labels=frozenset(map(same_label, labels)) if labels is not None else None,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+        need_gates=need_gates,
+    )
+    if task is not None:
+        head_of_task(task)  # a task nobody can have is the caller's mistake, not the experts'
+    gathered = in_parallel(lambda info: _gather(info.pinned, api), experts)
+    names = {name for evidence in gathered if (name := _base_name(evidence))}
+    bases = dict(zip(sorted(names), in_parallel(lambda name: _gather(name, api), sorted(names)), strict=True))
+
+    verdict = Compatibility()
+    for info, evidence in zip(experts, gathered, strict=True):
+        reasons = _judge(info, evidence, bases.get(_base_name(evidence) or ""), criteria)
+        if reasons:
+            verdict.rejected.append(Rejected(info, reasons))
+        else:
+            verdict.accepted.append(info)
+    return verdict
+
+
+def _gather(name: str, api: HfApi) -> Evidence:
+    """Read a repo's file list, configs and headers; what fails becomes a reason."""
+    evidence = Evidence(name.partition("@")[0])
+    try:
+        evidence.source = source = resolve(name, api)
+        for file in ("config.json", "adapter_config.json", "tokenizer_config.json"):
+            source.json(file)
+        weights = pick_weights(source, allow_pickle=True)
+        evidence.shapes = hub_shapes(source, [file for file in weights if file.endswith(".safetensors")])
+    except Exception as error:  # one broken repo must not stop the others
+        logger.debug("reading %s", name, exc_info=True)
+        evidence.unreadable = _unreadable(error)
+    return evidence
+
+
+def _unreadable(error: Exception) -> Reason:
+    from huggingface_hub.errors import GatedRepoError
+
+    message = error.message if isinstance(error, FusionError) else first_line(error)
+    hint = error.hint if isinstance(error, FusionError) else None
+    kind = ReasonKind.GATED if isinstance(error.__cause__, GatedRepoError) else ReasonKind.UNREADABLE
+    return Reason(kind, message, hint)
+
+
+def _base_name(evidence: Evidence) -> str | None:
+    """``owner/base[@revision]`` that an adapter needs, if it names a repo."""
+    if evidence.source is None or not evidence.source.is_adapter or evidence.unreadable:
+        return None
+    try:
+        return recorded_base(evidence.source)
+    except FusionError:
+        return None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One expert with everything the checks look at."""
+
+    info: ExpertInfo
+    source: Source
+    shapes: Shapes
+    base: Evidence | None
+    criteria: Criteria
+
+    @property
+    def head(self) -> Head | None:
+        """The head it has: an adapter's as trained, else by architecture; for adapters the base's at last."""
+        if self.info.is_adapter and (head := head_of_adapter(self.source.adapter)):
+            return head
+        base_config = self.base.source.config if self.base and self.base.source else {}
+        named = [*architectures(self.source.config), *(architectures(base_config) if self.info.is_adapter else ())]
+        return next((head for name in named if (head := head_of_architecture(name))), None)
+
+    @property
+    def needs_code(self) -> bool:
+        """Whether transformers alone cannot build it."""
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        config = self.source.config
+        return bool(config.get("auto_map")) and config.get("model_type") not in CONFIG_MAPPING
+
+
+def _judge(info: ExpertInfo, evidence: Evidence, base: Evidence | None, criteria: Criteria) -> tuple[Reason, ...]:
+    """All reasons against one expert."""
+    if evidence.unreadable is not None or evidence.source is None:
+        return (evidence.unreadable or Reason(ReasonKind.UNREADABLE, "its files could not be listed"),)
+    case = Case(info, evidence.source, evidence.shapes, base, criteria)
+    try:
+        return tuple(reason for check in CHECKS for reason in check(case))
+    except Exception as error:  # a config no check foresaw
+        logger.debug("judging %s", info.id, exc_info=True)
+        return (Reason(ReasonKind.UNREADABLE, first_line(error)),)
+
+
+def _check_pickle(case: Case) -> Iterator[Reason]:
+    if not case.shapes and not case.criteria.allow_pickle:
+        yield Reason(ReasonKind.PICKLE, "has only pickle weights", "allow_pickle=True, if you trust its author")
+
+
+def _check_code(case: Case) -> Iterator[Reason]:
+    foreign = [str(ref) for ref in (case.source.config.get("auto_map") or {}).values() if "--" in str(ref)]
+    if case.needs_code and foreign:
+        yield Reason(ReasonKind.CUSTOM_CODE, f"takes its code from another repo ({foreign[0]}), which no commit pins")
+    elif (case.needs_code or _tokenizer_needs_code(case)) and not case.criteria.trust_remote_code:
+        yield Reason(ReasonKind.CUSTOM_CODE, "needs its own code to run", "read it, then trust_remote_code=True")
+
+
+def _tokenizer_needs_code(case: Case) -> bool:
+    return bool(case.source.json("tokenizer_config.json").get("auto_map"))
+
+
+def _check_gates(case: Case) -> Iterator[Reason]:
+    if case.criteria.need_gates and not case.info.has_gates:
+        yield Reason(ReasonKind.GATES, "has no phatgoose_gates.safetensors", "train gates for it")
+
+
+def _check_license(case: Case) -> Iterator[Reason]:
+    if case.info.license and forbids_derivatives(case.info.license):
+        yield Reason(ReasonKind.LICENSE, f"{case.info.license} forbids sharing what is made from it")
+
+
+def _check_task(case: Case) -> Iterator[Reason]:
+    if case.head is None and not case.needs_code:
+        yield Reason(ReasonKind.ARCHITECTURE, f"no model class for {case.info.architecture or 'it'} is known")
+    elif case.criteria.task and case.head and case.head is not head_of_task(case.criteria.task):
+        found = case.info.architecture or case.head.tasks[0]
+        yield Reason(ReasonKind.ARCHITECTURE, f"{found} does no {case.criteria.task}")
+
+
+def _check_base(case: Case) -> Iterator[Reason]:
+    wanted, recorded = case.criteria.base_model, case.info.base_model
+    if wanted and recorded != wanted:
+        yield Reason(ReasonKind.BASE, f"was made from {recorded or 'an unknown base'}, not {wanted}")
+        return
+    commit, found = case.criteria.base_revision, case.info.base_revision
+    if commit and found and found != commit:
+        yield Reason(ReasonKind.BASE_REVISION, f"was made from commit {found[:7]} of its base, not {commit[:7]}")
+    if not case.info.is_adapter:
+        return
+    if case.base is None:
+        yield Reason(ReasonKind.BASE, f"records {recorded or 'nothing'!r} as its base", "base=owner/name")
+    elif case.base.unreadable is not None:
+        yield Reason(ReasonKind.BASE, f"its base: {case.base.unreadable.detail}", case.base.unreadable.remedy)
+
+
+def _check_lora(case: Case) -> Iterator[Reason]:
+    if case.info.is_adapter:
+        for problem in config_problems(case.source.adapter):
+            yield Reason(ReasonKind.LORA, problem)
+
+
+def _check_labels(case: Case) -> Iterator[Reason]:
+    if case.criteria.labels is None:
+        return
+    names = label_names(case.source.config)
+    if not names:
+        yield Reason(ReasonKind.LABELS, "names no labels", "id2label in its config.json")
+    elif other := [name for name in names if same_label(name) not in case.criteria.labels]:
+        shown = ", ".join(other[:5]) + (", …" if len(other) > 5 else "")
+        yield Reason(ReasonKind.LABELS, f"has other labels: {shown}", "a label map, or leave it out")
+
+
+def _check_tokenizer(case: Case) -> Iterator[Reason]:
+    base = case.base.source if case.base else None
+    if not has_processor(case.source.sizes) and not (base and has_processor(base.sizes)) and not case.info.base_model:
+        yield Reason(ReasonKind.TOKENIZER, "brings no tokenizer or image processor, and names no base that has one")
+
+
+def _check_shapes(case: Case) -> Iterator[Reason]:
+    if case.head is None or case.needs_code or not case.shapes:
+        return
+    compare = _adapter_shapes if case.info.is_adapter else _full_shapes
+    try:
+        details = compare(case, case.head)
+    except FusionError as error:
+        yield Reason(ReasonKind.ARCHITECTURE, error.message, error.hint)
+        return
+    if details:
+        more = f" and {len(details) - 3} more" if len(details) > 3 else ""
+        yield Reason(ReasonKind.SHAPES, "; ".join(details[:3]) + more)
+
+
+def _full_shapes(case: Case, head: Head) -> list[str]:
+    """Every tensor must find its parameter, and every parameter its tensor."""
+    config = native_config(case.source.config, case.info.id, len(case.shapes))
+    result = account(config, head, case.shapes, case.info.id)
+    unexpected = result.unexpected if head.auto != "AutoModel" else ()
+    return [
+        *result.mismatched,
+        *(f"{key} is missing" for key in sorted(result.missing)),
+        *(f"{key} is not part of the model" for key in sorted(unexpected)),
+    ]
+
+
+def _adapter_shapes(case: Case, head: Head) -> list[str]:
+    """Against the base's shapes; a head must come from the adapter or from the base."""
+    if case.base is None or case.base.source is None or case.base.unreadable is not None:
+        return []  # the base's own reason says it
+    config = native_config(case.base.source.config, case.base.name, len(case.base.shapes))
+    result = account(config, head, case.base.shapes, case.base.name)
+    lora, saved = adapter_shapes(case.shapes)
+    unfilled = sorted(result.missing - set(saved))
+    return shape_problems(lora, saved, result.model) + [f"{key} is neither in it nor in its base" for key in unfilled]
+
+
+def adapter_shapes(shapes: Shapes) -> tuple[dict[str, tuple[int, int]], Shapes]:
+    """From an adapter's tensor shapes: module path → (d_in, d_out), and the shapes of its saved tensors."""
+    lora: dict[str, tuple[int, int]] = {}
+    saved: Shapes = {}
+    for key, shape in ((key.removeprefix("base_model.model."), shape) for key, shape in shapes.items()):
+        if match := re.fullmatch(r"(.+)\.lora_([AB])\.weight", key):
+            d_in, d_out = lora.get(match[1], (0, 0))
+            lora[match[1]] = (shape[-1], d_out) if match[2] == "A" else (d_in, shape[0])
+        elif "lora_" not in key:
+            saved[key] = shape
+    return lora, saved
+
+
+# The order in which reasons are listed.
+CHECKS: tuple[Callable[[Case], Iterator[Reason]], ...] = (
+    _check_pickle,
+    _check_code,
+    _check_license,
+    _check_task,
+    _check_base,
+    _check_lora,
+    _check_gates,
+    _check_labels,
+    _check_tokenizer,
+    _check_shapes,
+)

@@ -1,0 +1,210 @@
+"""Which experts the Hub holds: from tags, an author, a base model, a task, a collection or plain ids."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, overload
+
+from hf_fusion.errors import FusionError
+from hf_fusion.experts import ExpertInfo
+from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
+from hf_fusion.hub.files import Source, explained, hub_api, in_parallel, resolve, weight_files
+from hf_fusion.hub.heads import architectures, default_task, head_of_adapter, label_names
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+logger = logging.getLogger(__name__)
+
+EXPERT_TAG = "hf-fusion-expert"
+GATES = "phatgoose_gates.safetensors"
+_BATCH = 32  # repos read at a time, so that a limit need not read everything
+
+
+@dataclass(frozen=True)
+class Experts(Sequence[ExpertInfo]):
+    """What `discover` found, in the Hub's order: a sequence that can be shown as a table."""
+
+    infos: tuple[ExpertInfo, ...] = ()
+
+    @overload
+    def __getitem__(self, index: int) -> ExpertInfo: ...
+    @overload
+    def __getitem__(self, index: slice) -> Experts: ...
+    def __getitem__(self, index: int | slice) -> ExpertInfo | Experts:
+        return Experts(self.infos[index]) if isinstance(index, slice) else self.infos[index]
+
+    def __len__(self) -> int:
+        return len(self.infos)
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row per expert, for printing."""
+        return [info_row(info) for info in self.infos]
+
+
+def info_row(info: ExpertInfo) -> dict[str, Any]:
+    """An expert as a row of a table."""
+    return {
+        "id": info.id,
+        "sha": info.sha[:7],
+        "task": info.task or "",
+        "kind": "adapter" if info.is_adapter else info.architecture or "",
+        "base": info.base_model or "",
+        "labels": ", ".join(info.labels),
+        "license": info.license or "",
+        "MB": round(info.size / 1e6, 1),
+    }
+
+
+def discover(
+    tags: str | Sequence[str] | None = EXPERT_TAG,
+    author: str | None = None,
+    base_model: str | None = None,
+    task: str | None = None,
+    collection: str | None = None,
+    ids: Sequence[str] | None = None,
+    limit: int | None = None,
+    api: HfApi | None = None,
+) -> Experts:
+    """Find experts and pin each to its present commit. Reads configs only, no weights.
+
+    Args:
+        tags: only repos with all of these tags. Repos named by ``ids`` or ``collection`` need none, nor do
+            adapters of ``base_model``: they are found by their ``adapter_config.json``.
+        author: only this user's or organisation's repos.
+        base_model: only experts of this base. Adapters that carry no tags are then looked for among the
+            repos that the Hub links to the base, and among all of ``author``'s.
+        task: only this pipeline tag, for example "text-classification".
+        collection: the models of this collection, by its slug ``owner/title-id``.
+        ids: these repos, each ``owner/name`` or ``owner/name@revision``.
+        limit: at most so many.
+        api: the Hub's client; default honours ``HF_ENDPOINT`` and the stored token.
+
+    Returns:
+        The experts found. Whether they fit together, `check_compatibility` tells.
+
+    Raises:
+        FusionError: if nothing narrows the search, or an id or collection does not exist.
+    """
+    api = hub_api(api)
+    if not (tags or author or base_model or collection or ids):
+        raise FusionError("Nothing narrows the search.", hint="pass tags=, author=, base_model=, collection= or ids=")
+
+    def wanted(info: ExpertInfo) -> bool:
+        return (
+            (author is None or info.id.partition("/")[0] == author)
+            and (base_model is None or info.base_model == base_model)
+            and (task is None or info.task == task)
+        )
+
+    def read(name: str) -> ExpertInfo | None:
+        try:
+            return read_info(resolve(name, api))
+        except FusionError as error:
+            if ids and name in ids:
+                raise
+            logger.warning("Left out: %s", error)  # gone or closed since it was listed
+            return None
+
+    named = [*(ids or ()), *(_collected(collection, api) if collection else ())]
+    candidates = iter(named) if named or collection else _listed(tags, author, base_model, api)
+    found: list[ExpertInfo] = []
+    while batch := list(islice(candidates, _BATCH)):
+        found += [info for info in in_parallel(read, batch) if info is not None and wanted(info)]
+        if limit is not None and len(found) >= limit:
+            break
+    return Experts(tuple(found[:limit]))
+
+
+def _collected(slug: str, api: HfApi) -> list[str]:
+    """Ids of the models in a collection."""
+    with explained(f"Collection {slug}"):
+        return [item.item_id for item in api.get_collection(slug).items if item.item_type == "model"]
+
+
+def _listed(tags: str | Sequence[str] | None, author: str | None, base_model: str | None, api: HfApi) -> Iterator[str]:
+    """Ids to look at, each once, the most downloaded first within each way of finding them."""
+    tags = [tags] if isinstance(tags, str) else list(tags or ())
+    searches: list[Iterable[str]] = []
+    if tags or not base_model:
+        searches.append(_search(api, filter=tags, author=author))
+    if base_model:
+        # What the Hub derived from a card, then adapters pushed without a card.
+        searches.append(_search(api, filter=[f"base_model:{base_model}"], author=author))
+        if author:
+            searches.append(_search(api, author=author, holding=ADAPTER_CONFIG))
+    seen: set[str] = set()
+    for search in searches:
+        for name in search:
+            if name not in seen:
+                seen.add(name)
+                yield name
+
+
+def _search(api: HfApi, holding: str | None = None, **filters: Any) -> Iterator[str]:
+    """Ids of `list_models`, only of repos that hold a file where one is named."""
+    with explained("The Hub"):
+        expand: list[Any] = ["sha"] if holding is None else ["sha", "siblings"]
+        for model in api.list_models(sort="downloads", expand=expand, **filters):
+            if holding is None or any(file.rfilename == holding for file in model.siblings or ()):
+                yield model.id
+
+
+def read_info(source: Source) -> ExpertInfo:
+    """What the Hub tells about one repo. Files that cannot be read leave their fields empty: it never raises."""
+    info = source.info
+    assert info is not None, "folders have no ExpertInfo"
+    config, adapter = _readable(source, "config.json"), _readable(source, ADAPTER_CONFIG)
+    architecture = next(iter(architectures(config)), None)
+    head = head_of_adapter(adapter) if source.is_adapter else None
+    return ExpertInfo(
+        id=info.id,
+        sha=source.revision or "",
+        task=info.pipeline_tag or (head.tasks[0] if head else default_task(architecture)),
+        architecture=None if source.is_adapter else architecture,
+        base_model=_base_of(source, adapter),
+        base_revision=_text(adapter.get("revision")),
+        labels=label_names(config),
+        license=_license(source.card.get("license")),
+        size=sum(size for file, size in source.sizes.items() if file in _weights(source)),
+        downloads=info.downloads or 0,
+        tags=tuple(info.tags or ()),
+        is_adapter=source.is_adapter,
+        has_gates=GATES in source.sizes,
+        gated=bool(info.gated),
+        private=bool(info.private),
+    )
+
+
+def _readable(source: Source, file: str) -> dict[str, Any]:
+    """A JSON file's content, empty where it is missing, gated or broken (`check_compatibility` says which)."""
+    try:
+        return source.json(file)
+    except FusionError:
+        return {}
+
+
+def _base_of(source: Source, adapter: dict[str, Any]) -> str | None:
+    """The base as the adapter's config, else the card names it."""
+    named = adapter.get("base_model_name_or_path") or source.card.get("base_model")
+    return _text(named[0] if isinstance(named, list) and named else named)
+
+
+def _weights(source: Source) -> list[str]:
+    stem, pickle = ("adapter_model",) * 2 if source.is_adapter else ("model", "pytorch_model")
+    return weight_files(source.sizes, stem, "safetensors") or weight_files(source.sizes, pickle, "bin")
+
+
+def _license(value: object) -> str | None:
+    """A card's licence; None for several, which say nothing definite."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    text = _text(value)
+    return text.lower() if text else None
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None

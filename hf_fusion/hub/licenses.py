@@ -1,0 +1,73 @@
+"""The licence of a model made from others: the strictest of theirs, where one of them can hold the rest.
+
+A rule of thumb from the licences' own texts, not legal advice; what the table does not know has to be decided by a
+person and given by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hf_fusion.errors import FusionError
+
+# Each may be redistributed under the terms of any that stands to its right.
+_FREE = (
+    *("cc0-1.0", "unlicense", "wtfpl", "pddl", "0bsd", "zlib", "isc", "mit", "bsd", "bsd-2-clause", "bsd-3-clause"),
+    *("cc-by-3.0", "cc-by-4.0", "apache-2.0"),
+)
+# Model licences with terms of their own: free parts may come in, other terms may not.
+_OWN_TERMS = (
+    *("openrail", "openrail++", "creativeml-openrail-m", "bigscience-openrail-m", "bigcode-openrail-m", "gemma"),
+    *("llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4"),
+)
+_NO_DERIVATIVES = ("cc-by-nd-3.0", "cc-by-nd-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0")
+
+# licence -> the licences whose works it can hold
+_HOLDS: dict[str, frozenset[str]] = {
+    **{name: frozenset(_FREE[:place]) for place, name in enumerate(_FREE)},
+    **{name: frozenset(_FREE) for name in _OWN_TERMS},
+    "mpl-2.0": frozenset(_FREE),
+    "lgpl-3.0": frozenset({*_FREE, "mpl-2.0"}),
+    "gpl-2.0": frozenset(_FREE) - {"apache-2.0"},
+    "gpl-3.0": frozenset({*_FREE, "mpl-2.0", "lgpl-3.0", "cc-by-sa-4.0"}),
+    "agpl-3.0": frozenset({*_FREE, "mpl-2.0", "lgpl-3.0", "gpl-3.0"}),
+    "cc-by-sa-3.0": frozenset(_FREE),
+    "cc-by-sa-4.0": frozenset({*_FREE, "cc-by-sa-3.0"}),
+    "cc-by-nc-3.0": frozenset(_FREE),
+    "cc-by-nc-4.0": frozenset({*_FREE, "cc-by-nc-3.0"}),
+    "cc-by-nc-sa-3.0": frozenset({*_FREE, "cc-by-nc-3.0"}),
+    "cc-by-nc-sa-4.0": frozenset({*_FREE, "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-sa-3.0"}),
+}
+
+
+def forbids_derivatives(license_id: str) -> bool:
+    """Whether a licence forbids sharing anything made from the work."""
+    return license_id.lower() in _NO_DERIVATIVES
+
+
+def combine(licenses: Mapping[str, str | None]) -> str:
+    """The licence for a model made of all these.
+
+    Args:
+        licenses: expert's name → its licence id, None where its card names none.
+
+    Returns:
+        The strictest of them, if it can hold all the others.
+
+    Raises:
+        FusionError: listing the experts whose licence is unknown, forbids derivatives, or clashes with another's.
+    """
+    known = {name: (license_id or "none").lower() for name, license_id in licenses.items()}
+    bad = {name: license_id for name, license_id in known.items() if license_id not in _HOLDS}
+    if bad or not known:
+        raise _undecided("The licence cannot be computed", bad)
+    distinct = set(known.values())
+    for license_id in distinct:
+        if distinct - {license_id} <= _HOLDS[license_id]:
+            return license_id
+    raise _undecided("These licences cannot be combined", known)
+
+
+def _undecided(what: str, licenses: Mapping[str, str]) -> FusionError:
+    listed = ", ".join(f"{name} ({license_id})" for name, license_id in licenses.items()) or "no experts"
+    return FusionError(f"{what}: {listed}.", hint="decide it yourself and pass --license ID (license=… in Python)")
