@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from ..errors import FusionError
 from ..models.foe.frugal_foe import FrugalPolicy, candidate_subsets
@@ -214,12 +214,34 @@ class _Rows(torch.utils.data.Dataset):
         return {"features": self.features[index], "labels": self.targets[index]}
 
 
+class _KeepBest(TrainerCallback):
+    """Keeps the weights of the epoch with the least held-out loss, in memory, and stops when none comes for long."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience, self.waited = patience, 0
+        self.loss, self.weights = float("inf"), {}
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, model: Any = None, **_: Any
+    ) -> None:
+        """After every epoch."""
+        self.waited += 1
+        if metrics["eval_loss"] < self.loss:
+            self.loss, self.waited = metrics["eval_loss"], 0
+            self.weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        control.should_training_stop = self.waited >= self.patience
+
+
 def _train(
     task: nn.Module, train: _Rows, held: _Rows, *, epochs: int, patience: int, seed: int, use_cpu: bool, **options: Any
 ) -> float:
-    """Trains in place and leaves the best epoch's weights; returns the held-out loss."""
-    quiet = not sys.stderr.isatty()
-    with tempfile.TemporaryDirectory(prefix="hf_fusion_fit_") as folder:
+    """Trains in place and leaves the best epoch's weights; returns the held-out loss.
+
+    Raises:
+        FusionError: where no epoch has a finite held-out loss.
+    """
+    best = _KeepBest(patience)
+    with tempfile.TemporaryDirectory(prefix="hf_fusion_fit_") as folder:  # the Trainer insists on one; nothing is saved
         arguments = TrainingArguments(
             output_dir=folder,
             num_train_epochs=epochs,
@@ -229,30 +251,25 @@ def _train(
             per_device_train_batch_size=options["batch_size"],
             per_device_eval_batch_size=4096,
             eval_strategy="epoch",
-            save_strategy="epoch",
-            save_only_model=True,
-            save_total_limit=1,
-            load_best_model_at_end=True,
-            metric_for_best_model="eval_loss",
+            save_strategy="no",
             logging_strategy="no",
             report_to="none",
-            disable_tqdm=quiet,
+            disable_tqdm=not sys.stderr.isatty(),
             use_cpu=use_cpu,
             seed=seed,
             data_seed=seed,
             dataloader_pin_memory=False,
             remove_unused_columns=False,
         )
-        trainer = Trainer(
-            model=task,
-            args=arguments,
-            train_dataset=train,
-            eval_dataset=held,
-            callbacks=[EarlyStoppingCallback(early_stopping_patience=patience)],
-        )
+        trainer = Trainer(model=task, args=arguments, train_dataset=train, eval_dataset=held, callbacks=[best])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        return float(trainer.evaluate()["eval_loss"])
+    if not best.weights:
+        raise FusionError(
+            "the fuser's held-out loss is not finite", "look for NaN or Inf in the labels and lower the rate"
+        )
+    task.load_state_dict(best.weights)
+    return best.loss
 
 
 @torch.no_grad()

@@ -215,7 +215,9 @@ def _run_cached(runner: Any, dataset: datasets.Dataset, columns: Mapping[str, st
 def _fingerprint(model: Any) -> str:
     """Of the experts' weights and what becomes of their outputs."""
     config = model.config
-    digest = xxhash.xxh64(f"{config.experts}{config.backbones}{config.mode}{config.features_from}{model.dtype}".encode())
+    digest = xxhash.xxh64(
+        f"{config.experts}{config.backbones}{config.mode}{config.features_from}{model.dtype}".encode()
+    )
     for tensor in chain.from_iterable(backbone.model.state_dict().values() for backbone in model.backbones):
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

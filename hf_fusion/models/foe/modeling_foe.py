@@ -243,7 +243,8 @@ class FoEModel(PreTrainedModel):
         out = self.backbones[backbone](inputs, local, **({"output_hidden_states": True} if embed else {}))
         logits = out.logits.float().view(len(local), -1, out.logits.shape[-1])  # (G, n, C_b)
         onehot = self._label_map(backbone, logits.device)[local]  # (G, C_b, C)
-        logits = logits[..., : onehot.shape[1]]
+        width = min(logits.shape[-1], onehot.shape[1])  # heads are as wide as the widest expert that was asked
+        logits, onehot = logits[..., :width], onehot[:, :width]
         if self.config.problem_type != "regression":
             widths = [len(self.config.experts[member]["label_map"]) for member in self._members(backbone)]
             if len(set(widths)) > 1:  # a padded head: its surplus columns are no labels
