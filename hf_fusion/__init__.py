@@ -17,7 +17,7 @@ _PUBLIC = {
     "check_compatibility": "hub.compat",
     "load_experts": "hub.load",
     "publish": "hub.publish",
-    "fuse": "fuse",
+    "fuse": "fusion",
     "fit_fuser": "training.fuser",
     "FoEConfig": "models.foe",
     "FoEModel": "models.foe",

@@ -1,0 +1,240 @@
+"""The verb: ``fuse(method, experts, …)``, its recipe, and the folder it is saved to."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from hf_fusion.errors import FusionError
+from hf_fusion.experts import Expert
+from hf_fusion.hub.adapters import read_json
+from hf_fusion.hub.heads import architectures
+from hf_fusion.hub.load import load_experts
+from hf_fusion.recipe import RECIPE_FILE, Recipe, RecipeExpert
+
+if TYPE_CHECKING:
+    import torch
+    from huggingface_hub import HfApi
+    from transformers import PreTrainedModel
+
+    from hf_fusion.hub.load import ExpertLike
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fuse.
+
+    Attributes:
+        module: where it is defined; imported when it is used.
+        function: dotted name in the module, called with loaded experts and the method's options.
+        weighs: whether experts carry weights.
+    """
+
+    module: str
+    function: str
+    weighs: bool = False
+
+    def load(self) -> Callable[..., PreTrainedModel]:
+        """The function itself."""
+        found: Any = import_module(self.module)
+        for part in self.function.split("."):
+            found = getattr(found, part)
+        return found
+
+
+RECIPE_ATTRIBUTE = "fusion_recipe"
+
+# A new method is one more row.
+METHODS = {
+    "foe": Method("hf_fusion.models.foe", "FoEModel.from_experts"),
+}
+
+
+def fuse(
+    method: str,
+    experts: Sequence[ExpertLike],
+    base: str | Path | PreTrainedModel | None = None,
+    *,
+    task: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    api: HfApi | None = None,
+    **parameters: Any,
+) -> PreTrainedModel:
+    """Make one model of several experts.
+
+    Args:
+        method: one of `METHODS`.
+        experts: as `load_experts` takes them.
+        base: the adapters' base, where it is not the one they record.
+        task: pipeline tag that decides the experts' model class.
+        dtype: of the weights; default is the checkpoints' own.
+        allow_pickle: see `load_experts`.
+        trust_remote_code: see `load_experts`.
+        api: the Hub's client.
+        parameters: the method's own options.
+
+    Returns:
+        The fused model. Its attribute ``fusion_recipe`` says what it was made of, with pinned commits.
+
+    Raises:
+        FusionError: for an unknown method or option, and for experts that cannot be loaded or fused.
+    """
+    build = _method(method, parameters).load()
+    loaded = load_experts(
+        experts,
+        base=base,
+        task=task,
+        dtype=dtype,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+        api=api,
+    )
+    try:
+        model = build(loaded, **parameters)
+    except ValueError as error:
+        raise FusionError(str(error)) from error
+    setattr(model, RECIPE_ATTRIBUTE, _recipe(method, loaded, parameters, dtype))
+    return model
+
+
+def fuse_recipe(
+    recipe: Recipe, *, allow_pickle: bool = False, trust_remote_code: bool = False, api: HfApi | None = None
+) -> PreTrainedModel:
+    """Make the model that a recipe describes; see `fuse`."""
+    method = _method(recipe.method, recipe.parameters)
+    parameters = dict(recipe.parameters)
+    weights = [expert.weight for expert in recipe.experts if expert.weight is not None]
+    if weights and not method.weighs:
+        raise FusionError(f"Method {recipe.method} does not weigh its experts.", hint="leave weight: out of the recipe")
+    if weights:
+        parameters["weights"] = weights
+    return fuse(
+        recipe.method,
+        [expert.model for expert in recipe.experts],
+        recipe.base,
+        dtype=recipe.dtype,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+        api=api,
+        **parameters,
+    )
+
+
+def save_fused(model: PreTrainedModel, folder: str | Path, recipe: Recipe | None = None) -> Path:
+    """Write a fused model with its processor and ``fusion.yaml``, all of it or nothing.
+
+    Everything is written beside the folder first and then moved into place. Files of an earlier save are replaced;
+    other files in the folder (a hand-written README, results) stay.
+
+    Args:
+        model: as `fuse` returned it, fitted or not.
+        folder: created if missing.
+        recipe: default is the one `fuse` left on the model.
+
+    Raises:
+        FusionError: if nothing says what the model was made of.
+    """
+    recipe = recipe or getattr(model, RECIPE_ATTRIBUTE, None)
+    if recipe is None:
+        raise FusionError("Nothing says what this model was made of.", hint="pass recipe=, or make it with fuse()")
+    folder = Path(folder).resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.parent / f".{folder.name}-{uuid4().hex[:8]}"
+    staging.mkdir()
+    try:
+        model.save_pretrained(staging)
+        processor = getattr(model, "processor", None)
+        if processor is not None:
+            processor.save_pretrained(staging)
+        recipe.save(staging / RECIPE_FILE)
+        _replace(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def load_fused(folder: str | Path) -> tuple[PreTrainedModel, Recipe]:
+    """Read back what `save_fused` wrote, with this package's own code rather than the folder's.
+
+    Returns:
+        The model, in evaluation mode, and its recipe.
+
+    Raises:
+        FusionError: if the folder holds no fused model.
+    """
+    import transformers
+
+    folder = Path(folder)
+    recipe = Recipe.load(folder)
+    if recipe.method not in METHODS:
+        raise FusionError(
+            f"{folder} was made by the unknown method {recipe.method!r}.", hint="pip install -U hf_fusion"
+        )
+    config = read_json(folder / "config.json", str(folder))
+    name = next(iter(architectures(config)), "")
+    home: Any = import_module(METHODS[recipe.method].module)
+    model_class = getattr(home, name, None) or getattr(transformers, name, None)
+    if model_class is None:
+        raise FusionError(f"{folder}: no model class {name!r} is known.")
+    model = model_class.from_pretrained(folder, local_files_only=True).eval()
+    setattr(model, RECIPE_ATTRIBUTE, recipe)
+    return model, recipe
+
+
+# What a save writes, and an earlier one may have left under other names (other shards, other code).
+_OURS = ("*.safetensors", "*.safetensors.index.json", "*.py")
+
+
+def _replace(staging: Path, folder: Path) -> None:
+    """Move a finished save into place. A folder that exists is swapped as a whole: no moment shows a mixture."""
+    if folder.exists():
+        new = {path.name for path in staging.iterdir()}
+        stale = {path.name for pattern in _OURS for path in folder.glob(pattern)}
+        for path in folder.iterdir():
+            if path.name not in new | stale:
+                copy = shutil.copytree if path.is_dir() else shutil.copy2
+                copy(path, staging / path.name)
+        old = staging.with_name(f"{staging.name}-old")
+        folder.rename(old)
+        staging.rename(folder)
+        shutil.rmtree(old)
+    else:
+        staging.rename(folder)
+
+
+def _method(name: str, parameters: dict[str, Any]) -> Method:
+    """The row of a method, once its name and its options are known to be right."""
+    if name not in METHODS:
+        raise FusionError(f"There is no method {name!r}.", hint=f"use one of: {', '.join(METHODS)}")
+    method = METHODS[name]
+    options = [option for option in inspect.signature(method.load()).parameters if option not in ("experts", "base")]
+    if unknown := [option for option in parameters if option not in options]:
+        raise FusionError(f"Method {name} has no parameter {unknown[0]!r}.", hint=f"use {', '.join(options)}")
+    return method
+
+
+def _recipe(method: str, experts: Sequence[Expert], parameters: dict[str, Any], dtype: Any) -> Recipe:
+    """What was fused, by the commits that were loaded."""
+    weights = parameters.get("weights") or [None] * len(experts)
+    bases = {_at(e.adapter.base, e.adapter.base_revision) for e in experts if e.adapter and e.adapter.base}
+    return Recipe(
+        method=method,
+        experts=tuple(
+            RecipeExpert(_at(e.name, e.revision), weight) for e, weight in zip(experts, weights, strict=True)
+        ),
+        base=bases.pop() if len(bases) == 1 else None,  # several are found through the adapters
+        parameters={key: value for key, value in parameters.items() if key != "weights" and value is not None},
+        dtype=str(dtype).removeprefix("torch.") if dtype and dtype != "auto" else None,
+    )
+
+
+def _at(name: str, revision: str | None) -> str:
+    return f"{name}@{revision}" if revision else name
