@@ -185,8 +185,8 @@ def _prepare(model: Any, batch: Mapping[str, list[Any]], columns: Mapping[str, s
 
 def _run_cached(runner: Any, dataset: datasets.Dataset, columns: Mapping[str, str], batch_size: int) -> dict[str, Any]:
     """Maps the runner over the data set; each process takes a contiguous part and reads all of them back."""
-    state = PartialState()
     model = runner.model
+    state = PartialState(cpu=model.device.type == "cpu")
     needed = [*columns, *runner.columns]
     identity = f"{_fingerprint(model)}-{dataset._fingerprint}-{needed}"
     key = xxhash.xxh64(identity.encode()).hexdigest()

@@ -7,7 +7,7 @@ import copy
 import datasets
 import pytest
 import torch
-from conftest import (
+from tiny import (
     TEXTS,
     bert,
     distilbert,

@@ -106,7 +106,9 @@ class FrugalPolicy(nn.Module):
             order[active, chosen] = step
             for expert in chosen.unique().tolist():
                 mine = chosen == expert
-                distance[active[mine]] += torch.cdist(answer[mine], self.outputs[:, expert]).square()
+                distance[active[mine]] += torch.cdist(
+                    answer[mine], self.outputs[:, expert], compute_mode="donot_use_mm_for_euclid_dist"
+                ).square()
         return outputs, order
 
     def _local_losses(self, distance: torch.Tensor, exclude: torch.Tensor | None) -> torch.Tensor:

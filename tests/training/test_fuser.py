@@ -1,0 +1,297 @@
+"""Fitting: what it learns, that it repeats itself, what it keeps, and what it does on several processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from tiny import make_tokenizer
+from transformers import BertConfig, BertForSequenceClassification
+
+from hf_fusion import Expert, FoEModel, FusionError, fit_fuser
+from hf_fusion.baselines import max_confidence, mean_ensemble, oracle_expert, single_experts
+from hf_fusion.evaluate import Results, evaluate_fusion, wilson
+from hf_fusion.training.outputs import collect_outputs
+
+LABELS = ["zero", "one", "two", "three"]
+
+
+class Halves:
+    """Two experts that each really know two of four classes, because they were trained on them."""
+
+    def __init__(self) -> None:
+        self.tokenizer = make_tokenizer()
+        words = ["fox dog", "gate router", "nine stitch", "model experts"]
+        torch.manual_seed(0)
+        noise = torch.randint(3, 250, (600,)).tolist()
+        rows = [(f"{words[i % 4]} {self.tokenizer.decode([noise[i]])}", i % 4) for i in range(600)]
+        self.data = datasets.Dataset.from_dict({"text": [r[0] for r in rows], "label": [LABELS[r[1]] for r in rows]})
+        self.experts = [
+            self._expert(f"me/{'-'.join(LABELS[c] for c in known)}", rows, known) for known in [(0, 1), (2, 3)]
+        ]
+
+    def _expert(self, name: str, rows: list, known: tuple[int, int]) -> Expert:
+        torch.manual_seed(known[0])
+        labels = [LABELS[c] for c in known]
+        config = BertConfig(
+            vocab_size=300,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=64,
+            id2label=dict(enumerate(labels)),
+            label2id={label: i for i, label in enumerate(labels)},
+        )
+        model = BertForSequenceClassification(config)
+        mine = [row for row in rows[:200] if row[1] in known]
+        inputs = self.tokenizer([row[0] for row in mine], padding=True, return_tensors="pt")
+        targets = torch.tensor([known.index(row[1]) for row in mine])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+        for _ in range(12):  # more would make them just as sure of classes they never saw
+            optimizer.zero_grad()
+            model(**inputs, labels=targets).loss.backward()
+            optimizer.step()
+        return Expert(name, model.eval(), processor=self.tokenizer, labels=labels)
+
+
+@pytest.fixture(scope="module")
+def halves() -> Halves:
+    return Halves()
+
+
+def test_the_fuser_learns_what_no_expert_knows(halves):
+    model = FoEModel.from_experts(halves.experts)
+    fit = fit_fuser(model, halves.data.select(range(200, 400)), epochs=30)
+    results = evaluate_fusion(model, halves.data.select(range(400, 600)))
+    assert fit.accuracy > 0.9
+    assert results.best("foe").score > results.best("expert").score + 0.3
+    assert results.best("foe").score >= results.best("baseline").score
+    assert results.best("oracle").score >= results.best("foe").score
+    inputs = model.processor(text=halves.data["text"][400:600])
+    labels = torch.tensor([LABELS.index(label) for label in halves.data["label"][400:600]])
+    with torch.no_grad():
+        accuracy = (model(**inputs).logits.argmax(1) == labels).float().mean()
+    assert results.best("foe").score == pytest.approx(float(accuracy), abs=1e-6)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_gives_others(halves):
+    weights = []
+    for seed in (1, 1, 2):
+        model = FoEModel.from_experts(halves.experts)
+        fit_fuser(model, halves.data, epochs=3, seed=seed, frugal=True)
+        weights.append(model.fuser.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not torch.equal(weights[0]["output.weight"], weights[2]["output.weight"])
+
+
+def test_expert_outputs_are_computed_once(halves, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_FUSION_CACHE", str(tmp_path))
+    model = FoEModel.from_experts(halves.experts)
+    first = collect_outputs(model, halves.data.select(range(50)))
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "outputs").iterdir()}
+    assert len(files) == 1
+    second = collect_outputs(model, halves.data.select(range(50)))
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "outputs").iterdir()} == files
+    assert torch.equal(first.features, second.features)
+    other = FoEModel.from_experts(halves.experts[::-1])  # other experts must not meet these outputs
+    assert not torch.equal(collect_outputs(other, halves.data.select(range(50))).features, first.features)
+
+
+def test_frugal_saves_and_a_budget_is_kept(halves):
+    model = FoEModel.from_experts(halves.experts, costs=[1.0, 3.0])
+    fit_fuser(model, halves.data.select(range(200, 400)), epochs=30, frugal=True)
+    results = evaluate_fusion(model, halves.data.select(range(400, 600)))
+    frugal = results.best("frugal")
+    assert frugal.cost < 1.0
+    assert frugal.score >= results.best("foe").score - 0.05
+    inputs = model.processor(text=halves.data["text"][400:464])
+    model.record_routing = True
+    for budget in (0.1, 0.3, 1.0):
+        with torch.no_grad():
+            logits = model(**inputs, budget=budget).logits
+        trace = model.routing_trace()
+        cost = ((trace["order"] > 0) * torch.tensor(trace["cost_shares"])).sum(1)
+        assert cost.max() <= max(budget, 0.25) + 1e-6  # the cheapest expert is always asked
+        assert (trace["order"] > 0).any(1).all()
+        assert trace["outputs"][trace["order"] == 0].eq(0).all()
+        # each example's answer is its own: alone it is the same
+        alone = model(**model.processor(text=[halves.data["text"][400]]), budget=budget).logits
+        torch.testing.assert_close(alone[0], logits[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="share of the experts' cost"):
+        model(**inputs, budget=1.5)
+
+
+def test_the_policy_does_what_the_formula_says(halves):
+    """Against a plain reading of the formula: one example, every superset, the nearest points by sorting."""
+    model = FoEModel.from_experts(halves.experts, costs=[1.0, 2.0])
+    fit_fuser(model, halves.data.select(range(200, 400)), epochs=5, frugal=True, cost_weight=0.05)
+    policy, weight = model.policy, model.config.frugal["cost_weight"]
+    collected = collect_outputs(model, halves.data.select(range(400, 440)))
+    costs = torch.tensor(model.config.cost_shares)
+    _, order = policy.run(lambda rows, experts: collected.outputs[rows, experts], 40, costs, weight)
+    for row in range(40):
+        queried: set[int] = set()
+        while True:
+            if queried:
+                near = sum((collected.outputs[row, k] - policy.outputs[:, k]).square().sum(-1) for k in queried)
+                points = near.argsort()[: policy.neighbors]
+            else:
+                points = torch.arange(len(policy.outputs))
+            value = {}
+            for index, subset in enumerate(policy.subsets):
+                members = set(subset.nonzero()[:, 0].tolist())
+                if queried <= members:
+                    value[frozenset(members)] = (
+                        policy.losses[index][points].mean() + weight * costs[list(members)].sum()
+                    )
+            best = min(value, key=lambda members: value[members])
+            if best == queried:
+                break
+            alone = {}
+            for index, subset in enumerate(policy.subsets):
+                if subset.sum() == 1 and int(subset.nonzero()) in best - queried:
+                    expert = int(subset.nonzero())
+                    alone[expert] = policy.losses[index][points].mean() + weight * costs[expert]
+            expert = min(alone, key=lambda k: alone[k])
+            queried.add(expert)
+            assert order[row, expert] == len(queried)
+        assert (order[row] > 0).sum() == len(queried)
+
+
+def test_more_than_ten_experts_choose_among_a_sample_of_subsets():
+    from hf_fusion.models.foe.frugal_foe import candidate_subsets
+
+    subsets = candidate_subsets(14)
+    assert len(subsets) >= 1024
+    assert len(subsets.unique(dim=0)) == len(subsets)
+    assert {*range(1, 15)} == set(subsets.sum(1).tolist())
+
+
+def test_selection_learns_the_domain_or_the_least_loss(halves):
+    data = halves.data.add_column("expert", [int(LABELS.index(label) > 1) for label in halves.data["label"]])
+    for by in ("domain", "loss"):
+        model = FoEModel.from_experts(halves.experts, mode="selection", fuser_dropout=0.1)
+        fit_fuser(model, data.select(range(200, 400)), by=by, epochs=30)
+        results = evaluate_fusion(model, data.select(range(400, 600)))
+        assert results.selection_accuracy > 0.85
+        assert results.best("foe").score > results.best("expert").score + 0.3
+    with pytest.raises(FusionError, match="belongs to output fusion"):
+        fit_fuser(model, data, frugal=True)
+
+
+def test_a_class_that_the_data_lacks_is_reported(halves, caplog):
+    model = FoEModel.from_experts(halves.experts)
+    fit = fit_fuser(model, halves.data.filter(lambda row: row["label"] != "two"), epochs=2)
+    assert fit.missing_labels == ["two"]
+    assert "two" in caplog.text
+
+
+def test_baselines_on_numbers_worked_out_by_hand():
+    outputs = torch.tensor([[[0.9, 0.1], [0.2, 0.8]], [[0.4, 0.6], [0.3, 0.7]], [[0.6, 0.4], [0.9, 0.1]]])
+    labels = torch.tensor([0, 0, 1])
+    torch.testing.assert_close(mean_ensemble(outputs)[0], torch.tensor([0.55, 0.45]))
+    assert max_confidence(outputs).argmax(1).tolist() == [0, 1, 0]
+    torch.testing.assert_close(single_experts(outputs, labels), torch.tensor([1 / 3, 0.0]))
+    assert oracle_expert(outputs, labels).tolist() == [True, False, False]
+    assert oracle_expert(outputs, labels, torch.tensor([1, 0, 0])).tolist() == [False, False, False]
+
+
+def test_wilson_interval_against_the_published_example():
+    """Agresti & Coull (1998): 0 of 20 has the 95 % interval (0, 0.161); 15 of 50 (0.191, 0.438)."""
+    assert wilson(0.0, 20) == pytest.approx((0.0, 0.161), abs=5e-4)
+    assert wilson(0.3, 50) == pytest.approx((0.191, 0.438), abs=5e-4)
+
+
+def test_results_survive_a_file(halves, tmp_path):
+    model = FoEModel.from_experts(halves.experts)
+    results = evaluate_fusion(model, halves.data.select(range(40)), name="words", command="pytest")
+    results.save(tmp_path / "results.json")
+    assert Results.load(tmp_path / "results.json") == results
+
+
+FIT = """
+import sys
+sys.path[:0] = [{tests!r}, {here!r}]
+import torch
+from test_fuser import Halves
+from hf_fusion import FoEModel, fit_fuser
+halves = Halves()
+model = FoEModel.from_experts(halves.experts)
+print("START", flush=True)
+fit = fit_fuser(model, halves.data, epochs=4, batch_size={batch})
+from accelerate import PartialState
+state = PartialState(cpu=True)
+if state.is_main_process:
+    torch.save({{**model.fuser.state_dict(), "processes": torch.tensor(state.num_processes)}}, {answer!r})
+"""
+
+
+def fit_code(tmp_path: Path, batch: int, name: str) -> Path:
+    here = Path(__file__).parent
+    script = tmp_path / f"{name}.py"
+    paths = {"tests": str(here.parent), "here": str(here), "answer": str(tmp_path / f"{name}.pt")}
+    script.write_text(FIT.format(batch=batch, **paths))
+    return script
+
+
+def test_two_processes_fit_what_one_does(tmp_path):
+    """`accelerate launch` over two CPU processes: half the batch each, the same gradient, the same fuser."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    launch += [
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]  # without a GPU this is torchrun on gloo
+    for name, processes, batch, arguments in (("one", 1, 64, []), ("two", 2, 32, launch)):
+        environment["HF_FUSION_CACHE"] = str(tmp_path / name)
+        command = [sys.executable, *arguments, str(fit_code(tmp_path, batch, name))]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert torch.load(tmp_path / f"{name}.pt").pop("processes") == processes
+    parts = sorted(file.name[-13:] for file in (tmp_path / "two" / "outputs").iterdir())
+    assert parts == ["0-of-2.arrow", "1-of-2.arrow"]
+    one, two = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
+    for name in set(one) - {
+        "processes"
+    }:  # the processes draw their batches from other parts of the shuffle, so close, not equal
+        difference = (one[name] - two[name]).norm() / one[name].norm()
+        assert difference < 0.2, name
+
+
+@pytest.mark.slow
+def test_a_killed_fit_runs_again(tmp_path):
+    """kill -9 at ten moments; the next run, on whatever the cache holds then, gives the very weights of a quiet one."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_FUSION_CACHE": str(tmp_path / "quiet")}
+    script = fit_code(tmp_path, 64, "fit")
+    subprocess.run([sys.executable, str(script)], env=environment, check=True, capture_output=True, timeout=240)
+    wanted = torch.load(tmp_path / "fit.pt")
+    environment["HF_FUSION_CACHE"] = str(tmp_path / "killed")
+    for attempt in range(10):
+        (tmp_path / "fit.pt").unlink(missing_ok=True)
+        process = subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "START\n"
+        time.sleep(0.15 * attempt)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run([sys.executable, str(script)], env=environment, check=True, capture_output=True, timeout=240)
+    again = torch.load(tmp_path / "fit.pt")
+    assert all(torch.equal(wanted[name], again[name]) for name in wanted)
