@@ -19,6 +19,7 @@ from .training.fuser import COST_WEIGHTS, replay
 from .training.outputs import ExpertOutputs, collect_outputs
 
 Z95 = 1.959963984540054
+RESULTS_FILE = "results.json"  # its name beside a model
 
 
 @dataclass
@@ -74,6 +75,19 @@ class Results:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
         systems = [System(**{**row, "ci95": tuple(row["ci95"])}) for row in values.pop("systems")]
         return cls(systems=systems, **values)
+
+    def table(self) -> list[dict[str, str]]:
+        """One row per system, for printing: score and interval as shares (or plain numbers), cost as a share."""
+        score = "{:.4g}" if self.metric == "mse" else "{:.1%}"
+        return [
+            {
+                "system": system.name,
+                self.metric: score.format(system.score).rjust(5),
+                "95 % interval": " – ".join(score.format(end) for end in system.ci95),
+                "cost": f"{system.cost:.0%}".rjust(4),
+            }
+            for system in self.systems
+        ]
 
     def best(self, kind: str) -> System:
         """The system of that kind with the best score."""

@@ -1,0 +1,152 @@
+"""From words on a command line to one command's `run`, and from any exception to one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import NoReturn
+
+from hf_fusion import __version__
+
+from .errors import explain
+from .output import FORMATS, Out
+
+# command -> what it does; the command's module in this folder has add_arguments(parser), run(args, out) and EXAMPLES
+COMMANDS = {
+    "discover": "find experts on the Hub and see which of them fit together",
+    "fuse": "make one model of several experts",
+    "fit": "teach a fused model on labelled examples",
+    "eval": "measure a fused model beside its experts",
+    "publish": "push a fused model with its card to the Hub",
+    "hub": "run a Hub of your own on this machine",
+    "demo": "see the whole way once, on real models and data",
+}
+INTERRUPTED, BROKEN_PIPE = 130, 141
+
+# How the libraries below are told to leave the terminal to us; they read it when they are imported.
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+NO_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: the words behind ``hf-fusion``; those of this process by default.
+
+    Returns:
+        The exit code: 0, 1 for an error, 130 when interrupted. Words that cannot be parsed exit with 2.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser(words[0] if words else None)
+    args = parser.parse_args(words)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    out = Out(args.format)
+    _hush(out, args.debug)
+    try:
+        command(args.command).run(args, out)
+    except KeyboardInterrupt:
+        out.log("Interrupted.")
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has gone, as in `hf-fusion discover | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        problem = explain(error, args.command)
+        out.error(problem.message, problem.hint)
+        return 1
+    return 0
+
+
+def command(name: str) -> ModuleType:
+    """The module of a command."""
+    return import_module(f"{__package__}.{name}")
+
+
+def build_parser(wanted: str | None = None) -> argparse.ArgumentParser:
+    """The parser: all commands with their one line, and the arguments of the one that is wanted."""
+    parser = _Parser(
+        prog="hf-fusion",
+        description="Turns experts from the Hugging Face Hub into single models better than any of their parts.",
+        epilog="Start here:  hf-fusion demo",
+    )
+    parser.add_argument("--version", action="version", version=f"hf_fusion {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, line in COMMANDS.items():
+        if name == wanted:
+            module = command(name)
+            chosen = commands.add_parser(
+                name,
+                help=line,
+                description=module.__doc__,
+                epilog=examples_text(module.EXAMPLES),
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+            )
+            module.add_arguments(chosen)
+            add_common(chosen)
+        else:  # its module is not even imported, so that every answer is instant
+            commands.add_parser(name, help=line)
+    return parser
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """What every command understands, behind its own arguments or those of its own commands."""
+    nested = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    for each in [sub for action in nested for sub in action.choices.values()] or [parser]:
+        each.epilog, each.formatter_class = parser.epilog, parser.formatter_class
+        group = each.add_argument_group("output")
+        group.add_argument("--format", choices=FORMATS, default="human", help="what stdout holds (default: human)")
+        group.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
+
+
+def examples_text(examples: Sequence[tuple[str, str]]) -> str:
+    """The end of a command's --help: (command line, what it does) pairs."""
+    return "examples:\n" + "\n".join(f"  # {what}\n  {line}" for line, what in examples)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers words it cannot parse as every other error: what is wrong, and what to type next."""
+
+    def error(self, message: str) -> NoReturn:
+        Out().error(message, f"{self.prog} --help")
+        sys.exit(2)
+
+
+class _Forward(logging.Handler):
+    """Shows the library's own log as warnings."""
+
+    def __init__(self, out: Out) -> None:
+        super().__init__(logging.WARNING)
+        self.out = out
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.out.warning(record.getMessage())
+
+
+def _hush(out: Out, debug: bool) -> None:
+    """Leaves the terminal to `out`: other libraries' chatter is off, their bars are on only where someone watches."""
+    if debug:
+        logging.basicConfig(level=logging.INFO)
+        logging.getLogger("hf_fusion").setLevel(logging.DEBUG)
+        return
+    logger = logging.getLogger("hf_fusion")
+    logger.handlers, logger.propagate = [_Forward(out)], False
+    warnings.filterwarnings("ignore")
+    for name, value in {**QUIET, **({} if out.watched else NO_BARS)}.items():
+        os.environ.setdefault(name, value)

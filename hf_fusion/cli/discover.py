@@ -1,0 +1,57 @@
+"""Find experts on the Hub: by tag, author, base model, task, collection or id."""
+
+from __future__ import annotations
+
+import argparse
+
+from .output import Out
+
+EXAMPLES = (
+    ("hf-fusion discover --author me", "every repo of one author that is tagged hf-fusion-expert"),
+    (
+        "hf-fusion discover --task image-classification --check --format quiet",
+        "pinned ids of the experts that fit together, ready for hf-fusion fuse --experts",
+    ),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where to look, and whether to judge."""
+    parser.add_argument("--tag", action="append", metavar="TAG", help="repos with this tag (default: hf-fusion-expert)")
+    parser.add_argument("--author", help="repos of this user or organisation")
+    parser.add_argument("--base-model", metavar="ID", help="experts made from this model")
+    parser.add_argument("--task", help="pipeline tag, for example text-classification")
+    parser.add_argument("--collection", metavar="SLUG", help="models of this collection")
+    parser.add_argument("--id", action="append", metavar="ID", help="this repo; may be repeated")
+    parser.add_argument("--limit", type=int, metavar="N", help="at most so many")
+    parser.add_argument("--check", action="store_true", help="tell which fit together and why others do not")
+    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="with --check: the labels experts may have")
+
+
+def run(args: argparse.Namespace, out: Out) -> None:
+    """Lists what was found; with --check the accepted ones, then the rejected ones with their reasons."""
+    from hf_fusion.hub.compat import check_compatibility
+    from hf_fusion.hub.discover import EXPERT_TAG, discover
+
+    experts = discover(
+        tags=args.tag or EXPERT_TAG,
+        author=args.author,
+        base_model=args.base_model,
+        task=args.task,
+        collection=args.collection,
+        ids=args.id,
+        limit=args.limit,
+    )
+    if not args.check:
+        out.table(experts.table() if out.mode != "quiet" else [{"id": info.pinned} for info in experts])
+        out.hint("hf-fusion discover --check …  tells which of them fit together")
+        return
+    verdict = check_compatibility(experts, task=args.task, base_model=args.base_model, labels=args.labels)
+    rows = verdict.table()
+    accepted = [info.pinned for info in verdict.accepted]
+    out.table(
+        [{"id": name} for name in accepted] if out.mode == "quiet" else rows,
+        title=f"{len(accepted)} of {len(experts)} experts fit",
+    )
+    if len(accepted) > 1:
+        out.hint(f"hf-fusion fuse --method foe --experts {' '.join(accepted)} --output fused")

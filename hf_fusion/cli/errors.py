@@ -1,0 +1,88 @@
+"""Any exception as what went wrong and what to type next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from hf_fusion.errors import FusionError
+
+
+def explain(error: Exception, command: str) -> FusionError:
+    """The error to show for an exception that stopped `command`."""
+    if isinstance(error, FusionError):
+        return error
+    for kind in type(error).__mro__:  # the most specific first
+        if kind.__name__ in _KNOWN:
+            return _KNOWN[kind.__name__](error, command)
+    return FusionError(
+        f"unexpected {type(error).__name__}: {_first_line(error)}", f"hf-fusion {command} … --debug shows where"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _repo(error: Any) -> str:
+    return getattr(error, "repo_id", None) or "that repo"
+
+
+def _no_repo(error: Exception, command: str) -> FusionError:
+    return FusionError(f"the Hub has no {_repo(error)}, or it is private", "hf auth whoami, and check the id")
+
+
+def _gated(error: Exception, command: str) -> FusionError:
+    return FusionError(f"{_repo(error)} is gated", "accept its terms on its page, then: hf auth login")
+
+
+def _no_revision(error: Exception, command: str) -> FusionError:
+    return FusionError(f"{_repo(error)} has no such revision", "leave @revision out for the newest")
+
+
+def _no_token(error: Exception, command: str) -> FusionError:
+    return FusionError("you are not logged in to the Hub", "hf auth login, or set HF_TOKEN")
+
+
+def _hub_refused(error: Any, command: str) -> FusionError:
+    if getattr(error.response, "status_code", None) in (401, 403):
+        return FusionError(f"the Hub refused: {_first_line(error)}", "hf auth login, or set HF_TOKEN")
+    return FusionError(f"the Hub answered with an error: {_first_line(error)}", "try again later")
+
+
+def _unreachable(error: Exception, command: str) -> FusionError:
+    from huggingface_hub.constants import ENDPOINT
+
+    return FusionError(
+        f"the Hub at {ENDPOINT} cannot be reached ({_first_line(error)})",
+        "check HF_ENDPOINT and the network, or run one here: hf-fusion hub serve hub",
+    )
+
+
+def _missing_module(error: Any, command: str) -> FusionError:
+    return FusionError(f"{command} needs {error.name}, which is not installed", f"pip install {error.name}")
+
+
+def _system(error: Any, command: str) -> FusionError:
+    if error.filename and error.strerror:
+        return FusionError(f"{error.filename}: {error.strerror}", f"hf-fusion {command} --help")
+    return FusionError(_first_line(error), f"hf-fusion {command} --help")
+
+
+def _bad_value(error: Exception, command: str) -> FusionError:
+    return FusionError(str(error).strip(), f"hf-fusion {command} --help")
+
+
+# exception class, by name so that nothing need be imported to compare -> how it is told
+_KNOWN: dict[str, Callable[[Any, str], FusionError]] = {
+    "GatedRepoError": _gated,
+    "RepositoryNotFoundError": _no_repo,
+    "RevisionNotFoundError": _no_revision,
+    "LocalTokenNotFoundError": _no_token,
+    "OfflineModeIsEnabled": _unreachable,
+    "HfHubHTTPError": _hub_refused,
+    "TransportError": _unreachable,
+    "ModuleNotFoundError": _missing_module,
+    "ValueError": _bad_value,
+    "OSError": _system,
+}

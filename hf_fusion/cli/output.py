@@ -1,0 +1,184 @@
+"""What commands say, in one place: data on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FORMATS = ("human", "json", "quiet")
+GREY, RED, YELLOW, GREEN, BOLD = "90", "31", "33", "32", "1"
+
+
+class Out:
+    """The one object through which a command speaks.
+
+    Args:
+        mode: "human" for people; "json" for one JSON document per call; "quiet" for bare ids, one per line.
+        stdout, stderr: where to; those of the process by default.
+    """
+
+    def __init__(self, mode: str = "human", stdout: TextIO | None = None, stderr: TextIO | None = None) -> None:
+        self.mode = mode
+        self.stdout = stdout or sys.stdout
+        self.stderr = stderr or sys.stderr
+
+    @property
+    def watched(self) -> bool:
+        """Somebody sees stderr: progress bars are welcome."""
+        return self.mode == "human" and self.stderr.isatty()
+
+    # ---------------------------------------------------------------- data: stdout
+
+    def table(
+        self,
+        rows: Sequence[dict[str, Any]],
+        title: str = "",
+        key: str | None = None,
+        data: Any = None,
+        aside: bool = False,
+    ) -> None:
+        """Rows with the same keys, as a table.
+
+        Args:
+            rows: the lines; the keys of the first are the columns, those empty in every row are left out.
+            title: above the table.
+            key: the column that is all of it in quiet mode; the first by default.
+            data: what json prints instead of the rows.
+            aside: shown to people only.
+        """
+        if aside and self.mode != "human":
+            return
+        if self.mode == "json":
+            self._json(list(rows) if data is None else data)
+        elif self.mode == "quiet":
+            for row in rows:
+                self._write(_plain(row[key or next(iter(row))]))
+        elif not rows:
+            self._write(f"{title}: none" if title else "none")
+        elif self.stdout.isatty():
+            self._rich().print(_rich_table(rows, title))
+        else:
+            self._write("\n".join([*([title] if title else []), *_padded(rows)]))
+
+    def dict(self, data: dict[str, Any], key: str | None = None) -> None:
+        """One thing with named values; quiet prints the value of `key`, the first by default."""
+        if self.mode == "json":
+            self._json(data)
+        elif self.mode == "quiet":
+            self._write(_plain(data[key or next(iter(data))]))
+        else:
+            width = max(map(len, data), default=0)
+            self._write("\n".join(f"  {name:{width}}  {_plain(value)}" for name, value in data.items()))
+
+    def result(self, message: str, **data: Any) -> None:
+        """What a command achieved, and the values that say where; quiet prints the first value."""
+        if self.mode == "human":
+            self._write(f"{self._colour('✓', GREEN, self.stdout)} {_plain(message)}")
+        if data:
+            self.dict(data)
+
+    # ---------------------------------------------------------------- everything else: stderr
+
+    @contextmanager
+    def step(self, number: int, total: int, title: str) -> Iterator[None]:
+        """One step of a long command: its title now, its time when it is done."""
+        began = perf_counter()
+        self.log(f"\n[{number}/{total}] {title}", BOLD)
+        yield
+        self.log(f"      {perf_counter() - began:.1f} s")
+
+    def log(self, message: str, colour: str = GREY) -> None:
+        """Progress in words; nothing in quiet mode."""
+        if self.mode != "quiet":
+            self._say(message, colour)
+
+    def hint(self, command: str) -> None:
+        """What to type next; nothing in quiet mode."""
+        self.log(f"→ {command}")
+
+    def warning(self, message: str) -> None:
+        """Something that did not stop the command."""
+        self._say(f"Warning: {message}", YELLOW)
+
+    def error(self, message: str, hint: str | None = None) -> None:
+        """What stopped the command, and what to type next."""
+        self._say(f"Error: {message}", RED)
+        if hint:
+            self._say(f"  → {hint}", GREY)
+
+    # ---------------------------------------------------------------- how
+
+    def _json(self, value: Any) -> None:
+        self._write(json.dumps(value, default=str, ensure_ascii=False))
+
+    def _write(self, text: str) -> None:
+        self._send(text, self.stdout)
+
+    def _say(self, message: str, colour: str) -> None:
+        text = "\n".join(map(_plain, message.splitlines()))
+        self._send(self._colour(text, colour, self.stderr), self.stderr)
+
+    @staticmethod
+    def _send(text: str, stream: TextIO) -> None:
+        encoding = stream.encoding or "utf-8"  # a pipe on Windows may not know "✓"
+        stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+        stream.flush()
+
+    def _colour(self, text: str, colour: str, stream: TextIO) -> str:
+        return f"\033[{colour}m{text}\033[0m" if self.mode == "human" and stream.isatty() else text
+
+    def _rich(self) -> Console:
+        from rich.console import Console
+
+        return Console(file=self.stdout, highlight=False)
+
+
+def _plain(value: Any) -> str:
+    """A value on one line without control characters: what comes from the Hub must not steer the terminal."""
+    if value is None:
+        return ""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_plain, value))
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
+
+
+def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, bool]:
+    """The columns that hold something, and whether all they hold is numbers."""
+    filled = [name for name in rows[0] if any(row[name] not in (None, "", [], ()) for row in rows)]
+    return {name: all(isinstance(row[name], (int, float)) for row in rows) for name in filled}
+
+
+def _padded(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines of plain text with aligned columns."""
+    columns = _columns(rows)
+    cells = [[name for name in columns], *([_plain(row[name]) for name in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if number else cell.ljust(width)
+            for cell, width, number in zip(line, widths, columns.values(), strict=True)
+        ).rstrip()
+        for line in cells
+    ]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def _rich_table(rows: Sequence[dict[str, Any]], title: str) -> Any:
+    """The same in colour, fitted to the width of the terminal."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, number in _columns(rows).items():
+        table.add_column(Text(name), justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_plain(row[name])) for name in _columns(rows)))
+    return table

@@ -1,0 +1,133 @@
+"""Pictures of results: pure functions from `Results` to a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_fusion.errors import FusionError
+
+if TYPE_CHECKING:
+    from hf_fusion.evaluate import Results, System
+
+# Okabe and Ito's colours, which colour-blind people tell apart; each kind also has its own marker.
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#7A7A7A"
+KINDS = {  # kind of a system -> colour, marker, size
+    "foe": (BLUE, "D", 9),
+    "frugal": (ORANGE, "o", 9),
+    "expert": (GREY, "o", 6),
+    "baseline": (GREEN, "s", 7),
+    "oracle": (PURPLE, "^", 8),
+}
+SCORES = {"accuracy": "accuracy", "exact_match": "exact match", "mse": "mean squared error"}
+LINE_HEIGHT = 0.042  # of a label, as a share of the plot's height: labels closer than that are moved apart
+
+
+def plot_accuracy_cost(results: Results, path: str | Path) -> Path:
+    """Draws the score of every system against what it costs, with 95 % intervals and the frugal curve.
+
+    Args:
+        results: as measured.
+        path: the picture; the ending decides the format.
+
+    Raises:
+        FusionError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise FusionError("pictures need matplotlib, which is not installed", "pip install matplotlib") from None
+    share = results.metric != "mse"
+    figure = Figure(figsize=(9, 5.2), dpi=160, layout="constrained")
+    axes = figure.add_subplot()
+    if results.curve:
+        points = sorted((point["cost"], point["score"]) for point in results.curve)
+        axes.plot(*zip(*points, strict=True), color=ORANGE, linewidth=1.6, alpha=0.7, zorder=2)
+        axes.plot(*zip(*points, strict=True), ".", color=ORANGE, markersize=5, alpha=0.7, zorder=2)
+    for system in results.systems:
+        colour, marker, size = KINDS[system.kind]
+        low, high = system.score - system.ci95[0], system.ci95[1] - system.score
+        axes.errorbar(
+            system.cost,
+            system.score,
+            yerr=[[max(0.0, low)], [max(0.0, high)]],
+            fmt=marker,
+            color=colour,
+            markersize=size,
+            markeredgecolor="white",
+            markeredgewidth=0.8,
+            elinewidth=1.2,
+            capsize=2.5,
+            zorder=4 if system.kind in ("foe", "frugal") else 3,
+        )
+    axes.set_xlim(-0.02, 1.42)  # room for the labels on the right
+    axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    if share:
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.set_ylim(top=min(1.03, axes.get_ylim()[1] + 0.03))
+    _label(axes, results.systems, share)
+    axes.set_xlabel("cost of an example, as a share of asking every expert", loc="left")
+    axes.set_title(_title(results), loc="left", fontsize=11, pad=12)
+    axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(length=0)
+    figure.savefig(path, facecolor="white")
+    return Path(path)
+
+
+def _title(results: Results) -> str:
+    where = f" on {results.dataset['name']}" if results.dataset.get("name") else ""
+    return f"{SCORES[results.metric].capitalize()} against cost{where}, {results.n:,} examples, 95 % intervals"
+
+
+def _label(axes: Any, systems: list[System], share: bool) -> None:
+    """Names beside the points; those that would cover each other are moved apart, with a line to their point."""
+    bottom, top = axes.get_ylim()
+    height = (top - bottom) * LINE_HEIGHT
+    for column in _columns(systems):
+        # Right of the frugal point runs its curve: the name goes below.
+        wanted = [system.score - (1.2 * height if system.kind == "frugal" else 0) for system in column]
+        for system, y in zip(column, _spread(wanted, height, bottom + height / 2, top - height / 2), strict=True):
+            x = max(other.cost for other in column) + 0.025
+            colour = KINDS[system.kind][0]
+            score = f"{system.score:.1%}" if share else f"{system.score:.3g}"
+            if system.kind != "frugal" and (abs(y - system.score) > height / 4 or x - system.cost > 0.04):
+                axes.plot([system.cost, x - 0.004], [system.score, y], color=colour, linewidth=0.6, alpha=0.6, zorder=1)
+            weight = "bold" if system.kind in ("foe", "frugal") else "normal"
+            axes.text(
+                x,
+                y,
+                f"{system.name.rpartition('/')[2]}  {score}",
+                color=colour if system.kind != "expert" else "#555555",
+                fontsize=8.5,
+                fontweight=weight,
+                verticalalignment="center",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+                zorder=5,
+            )
+
+
+def _columns(systems: list[System]) -> list[list[System]]:
+    """Systems whose labels stand above each other, lowest first: those of similar cost."""
+    columns: list[list[System]] = []
+    for system in sorted(systems, key=lambda s: s.cost):
+        if columns and system.cost - columns[-1][0].cost < 0.2:
+            columns[-1].append(system)
+        else:
+            columns.append([system])
+    return [sorted(column, key=lambda s: s.score) for column in columns]
+
+
+def _spread(wanted: list[float], height: float, bottom: float, top: float) -> list[float]:
+    """Positions near those wanted (ascending), at least `height` apart, between `bottom` and `top` if they fit."""
+    placed = list(wanted)
+    for _ in range(200):
+        for i in range(len(placed) - 1):
+            overlap = height - (placed[i + 1] - placed[i])
+            if overlap > 0:
+                placed[i] -= overlap / 2
+                placed[i + 1] += overlap / 2
+        placed = [min(max(y, bottom + i * height), top - (len(placed) - 1 - i) * height) for i, y in enumerate(placed)]
+    return placed

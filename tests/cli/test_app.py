@@ -1,0 +1,149 @@
+"""The parser, the help texts and what becomes of errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+from hf_fusion.cli.errors import explain
+from hf_fusion.cli.app import COMMANDS, build_parser, command, main
+from hf_fusion.errors import FusionError
+
+HEAVY = ("torch", "transformers", "datasets", "huggingface_hub", "rich", "fastapi")
+
+
+def test_help_is_instant_and_imports_nothing_heavy(hf_fusion):
+    began = time.perf_counter()
+    done = hf_fusion("--help")
+    assert time.perf_counter() - began < 0.5
+    assert done.returncode == 0
+    for name, line in COMMANDS.items():
+        assert name in done.stdout
+        assert line in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_no_help_imports_anything_heavy(words):
+    code = (
+        f"import sys\ntry:\n import hf_fusion.cli; hf_fusion.cli.main({words})\nfinally:\n print(sorted(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "usage: hf-fusion" in done.stdout
+    loaded = set(re.findall(r"'([^']+)'", done.stdout.splitlines()[-1]))
+    assert loaded.isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_shows_two_examples_that_parse(name, capsys):
+    module = command(name)
+    assert module.__doc__
+    assert len(module.EXAMPLES) >= 2
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for line, what in module.EXAMPLES:
+        assert line in text
+        assert what in text
+        words = shlex.split(re.sub(r"export \w+=\$\((.*)\)", r"\1", line))
+        assert words[:2] == ["hf-fusion", name]
+        assert build_parser(name).parse_args(words[1:]).command == name
+
+
+def test_without_a_command_the_help_is_shown(capsys):
+    assert main([]) == 0
+    assert "usage: hf-fusion" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["fues"], ["fuse"], ["hub", "serve"], ["discover", "--limit", "many"]], ids=" ".join)
+def test_words_that_cannot_be_parsed_end_with_the_help_to_read(words, hf_fusion):
+    done = hf_fusion(*words)
+    assert done.returncode == 2
+    error, hint = done.stderr.splitlines()
+    assert error.startswith("Error: ")
+    assert re.fullmatch(r"  → hf-fusion( \w+)* --help", hint)
+
+
+def test_an_error_is_one_line_with_a_hint_and_debug_shows_the_traceback(hf_fusion):
+    words = ("fuse", "nowhere.yaml", "--output", "fused")
+    done = hf_fusion(*words)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("Error: nowhere.yaml cannot be read")
+    assert "Traceback" not in done.stderr
+    debugged = hf_fusion(*words, "--debug")
+    assert debugged.returncode == 1
+    assert "Traceback" in debugged.stderr
+    assert "Error: nowhere.yaml cannot be read" in debugged.stderr
+
+
+def test_a_hub_that_does_not_answer_is_named(hf_fusion):
+    done = hf_fusion("discover", "--author", "me", HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: ")
+    assert "cannot be reached" in done.stderr
+    assert "  → " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_every_kind_of_exception_becomes_words_and_a_next_step():
+    missing = FileNotFoundError(2, "No such file or directory", "x.csv")
+    for error, expected in {
+        FusionError("it is so", "do this"): "it is so",
+        ValueError("bad\nworse"): "bad\nworse",
+        missing: "x.csv: No such file or directory",
+        ModuleNotFoundError("No module named 'mlxtend'", name="mlxtend"): "fit needs mlxtend, which is not installed",
+        KeyError("x"): "unexpected KeyError: 'x'",
+        RuntimeError(): "unexpected RuntimeError: RuntimeError",
+    }.items():
+        problem = explain(error, "fit")
+        assert problem.message == expected
+        assert problem.hint
+
+
+def test_interrupting_ends_with_130(tmp_path):
+    pipe = tmp_path / "recipe.yaml"
+    os.mkfifo(pipe)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hf_fusion.cli", "fuse", str(pipe), "--output", str(tmp_path / "fused")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with pipe.open("w"):  # opens when the command has begun to read, which then waits for us
+        process.send_signal(signal.SIGINT)
+        text, rest = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert (text, rest) == ("", "Interrupted.\n")
+
+
+def test_the_hub_serves_until_interrupted(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hf_fusion.cli", "hub", "serve", str(tmp_path / "hub"), "--format", "json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    endpoint = json.loads(process.stdout.readline())["endpoint"]
+    with urllib.request.urlopen(f"{endpoint}/api/models") as answer:
+        assert json.load(answer) == []
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "Traceback" not in rest
+
+
+def test_a_token_for_a_user_of_the_hub(hf_fusion):
+    done = hf_fusion("hub", "user", "hub", "me", "--format", "quiet")
+    assert done.returncode == 0
+    assert re.fullmatch(r"hf_\w{30,}\n", done.stdout)
+    assert done.stderr == ""

@@ -1,0 +1,103 @@
+"""`Out`: data on stdout, the rest on stderr, one document per call in json, bare ids in quiet."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+
+from hf_fusion.cli.output import Out
+
+ROWS = [
+    {"id": "me/low", "labels": ("zero", "one"), "MB": 0.5, "rejected": ""},
+    {"id": "me/h\x1b[31migh", "labels": (), "MB": 12.0, "rejected": "pickle"},
+]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def speak(mode: str, stream: type[io.StringIO] = io.StringIO) -> Out:
+    return Out(mode, stream(), stream())
+
+
+def said(out: Out) -> tuple[str, str]:
+    return out.stdout.getvalue(), out.stderr.getvalue()
+
+
+def test_a_table_for_people_is_aligned_and_cannot_steer_the_terminal():
+    out = speak("human")
+    out.table(ROWS, title="Experts")
+    text, rest = said(out)
+    assert rest == ""
+    assert text.splitlines() == [
+        "Experts",
+        "id               labels       MB  rejected",
+        "---------------  ---------  ----  --------",
+        "me/low           zero, one   0.5",
+        "me/h\\x1b[31migh             12.0  pickle",
+    ]
+
+
+def test_a_table_in_a_terminal_holds_the_same_cells():
+    out = speak("human", Terminal)
+    out.table(ROWS, title="Experts")
+    text, _ = said(out)
+    assert all(cell in text for cell in ("Experts", "me/low", "zero, one", "12.0", "pickle", "me/h\\x1b[31migh"))
+
+
+def test_a_column_that_is_empty_everywhere_is_left_out():
+    out = speak("human")
+    out.table([{"id": "a", "base": ""}, {"id": "b", "base": None}])
+    assert said(out)[0].split() == ["id", "--", "a", "b"]
+
+
+def test_json_is_one_document_with_raw_values():
+    out = speak("json")
+    out.table(ROWS)
+    assert json.loads(said(out)[0])[1]["MB"] == 12.0
+    out = speak("json")
+    out.table(ROWS, data={"n": 2})
+    assert json.loads(said(out)[0]) == {"n": 2}
+
+
+def test_quiet_prints_one_column_and_no_more():
+    out = speak("quiet")
+    out.table(ROWS, key="rejected")
+    out.result("Fused", folder="/somewhere", parameters=3)
+    out.hint("hf-fusion eval")
+    out.log("half way")
+    assert said(out) == ("\npickle\n/somewhere\n", "")
+
+
+@pytest.mark.parametrize("mode", ["human", "json", "quiet"])
+def test_warnings_and_errors_are_always_heard_on_stderr(mode):
+    out = speak(mode)
+    out.warning("no label 'nine'")
+    out.error("it is gone", "look elsewhere")
+    text, rest = said(out)
+    assert text == ""
+    assert rest.splitlines() == ["Warning: no label 'nine'", "Error: it is gone", "  → look elsewhere"]
+
+
+def test_what_is_aside_is_for_people_only():
+    for mode, shown in {"human": True, "json": False, "quiet": False}.items():
+        out = speak(mode)
+        out.table(ROWS, aside=True)
+        assert bool(said(out)[0]) is shown
+
+
+def test_colour_only_where_someone_sees_it():
+    for stream, coloured in {io.StringIO: False, Terminal: True}.items():
+        out = speak("human", stream)
+        out.error("red")
+        assert ("\x1b[31m" in said(out)[1]) is coloured
+
+
+def test_an_empty_table_says_so():
+    out = speak("human")
+    out.table([], title="Experts")
+    assert said(out)[0] == "Experts: none\n"
