@@ -267,7 +267,7 @@ def test_two_processes_fit_what_one_does(tmp_path):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-3000:]
         assert torch.load(tmp_path / f"{name}.pt").pop("processes") == processes
-    parts = sorted(file.name[-13:] for file in (tmp_path / "two" / "outputs").iterdir())
+    parts = sorted(file.name[-12:] for file in (tmp_path / "two" / "outputs").iterdir())
     assert parts == ["0-of-2.arrow", "1-of-2.arrow"]
     one, two = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
     for name in set(one) - {
