@@ -11,7 +11,7 @@ from fastapi import APIRouter, Header, Request
 from fastapi.responses import FileResponse, Response
 
 from .access import CurrentUser, Kind, Revision, StoreDep, check_gate, find
-from .errors import HubError
+from .errors import HubError, repo_not_found
 from .repo import File
 
 router = APIRouter()
@@ -62,7 +62,10 @@ def resolve(
     media_type = _media_type(file)
     if file.sha256:
         headers |= {"X-Linked-Size": str(file.size), "X-Linked-Etag": f'"{file.sha256}"'}
-        return LargeFile(repo.large_path(file.sha256), headers=headers, media_type=media_type)
+        large = repo.large_path(file.sha256)
+        if not large.exists():
+            raise repo_not_found(repo.name)  # deleted meanwhile
+        return LargeFile(large, headers=headers, media_type=media_type)
     return _part(repo.read(file), range_, headers, media_type)
 
 

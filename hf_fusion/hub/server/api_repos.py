@@ -24,7 +24,7 @@ from .access import (
 )
 from .dates import stamp
 from .errors import HubError, entry_not_found
-from .info import describe
+from .info import describe, describe_all
 from .listing import Page, matching, next_link, paginate, properties
 from .repo import File, Repo
 
@@ -129,8 +129,7 @@ def list_repos(
 ) -> list[dict[str, Any]]:
     """Repos the caller may see, filtered, sorted and page by page."""
     query = parse_qs(request.url.query)
-    repos = [repo for repo in store.all(kind) if may_read(repo, user)]
-    found = matching([describe(repo, repo.resolve("main")) for repo in repos], query)
+    found = matching(describe_all(repo for repo in store.all(kind) if may_read(repo, user)), query)
     page = paginate(found, query)
     if page.cursor:
         response.headers["Link"] = next_link(endpoint + request.url.path, query, page.cursor)

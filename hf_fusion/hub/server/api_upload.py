@@ -121,7 +121,7 @@ async def lfs_put(
             incoming.write(chunk)
             if incoming.size > size:
                 raise HubError(400, f"more than the {size} bytes that were announced")
-        await run_in_threadpool(incoming.publish, repo.large_path(oid), oid, size)
+        await run_in_threadpool(repo.add_large, incoming, oid, size)
     return {}
 
 

@@ -21,6 +21,8 @@ from .store import Store
 
 logger = logging.getLogger(__name__)
 Record = tuple[str, str, int]
+MAX_BODY = 64 << 20
+STREAMED = ("/commit/", "/lfs/", "/xet/")  # these go to disk as they come
 UPLOAD_SECONDS = 24 * 3600
 
 
@@ -67,7 +69,7 @@ def build_app(store: Store, requests: deque[Record]) -> ASGIApp:
 
 
 class _Outermost:
-    """Routes on the raw path, so that ``%2F`` within a part stays apart from ``/``, and records each answer."""
+    """Routes on the raw path, so that ``%2F`` stays apart from ``/``; records each answer; limits bodies."""
 
     def __init__(self, app: FastAPI, requests: deque[Record]) -> None:
         self._app = app
@@ -85,7 +87,23 @@ class _Outermost:
                 logger.debug("%s %s %s", scope["method"], path, message["status"])
             await send(message)
 
-        await self._app({**scope, "path": path}, receive, record)
+        limited = receive if any(part in path for part in STREAMED) else _limited(receive)
+        await self._app({**scope, "path": path}, limited, record)
+
+
+def _limited(receive: Receive) -> Receive:
+    """Bodies that are read into memory must be small."""
+    size = 0
+
+    async def count() -> Message:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > MAX_BODY:
+            raise HubError(413, f"more than {MAX_BODY} bytes")
+        return message
+
+    return count
 
 
 def _refuse(request: Request, error: Exception) -> Response:
@@ -105,7 +123,7 @@ def _bad_request(request: Request, error: Exception) -> Response:
 
 def _not_found(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    if error.status_code == 404:
+    if error.status_code in (404, 405):
         return _unknown_address(request)
     return _refuse(request, HubError(error.status_code, str(error.detail)))
 

@@ -30,6 +30,7 @@ class Collections:
 
     def __init__(self, root: Path, scratch: Path) -> None:
         self._root = root / "collections"
+        self._root.mkdir(exist_ok=True)
         self._scratch = scratch
         self._lock = threading.Lock()
         found = (json.loads(path.read_bytes()) for path in sorted(self._root.glob("*/*.json")))
@@ -132,7 +133,7 @@ class Collections:
 
     def _save(self, collection: Collection) -> Collection:
         collection = {**collection, "lastUpdated": now()}
-        write_json(self._path(collection["slug"]), collection, self._scratch)
+        write_json(self._path(collection["slug"]), collection, self._scratch, self._root)
         self._all[collection["slug"]] = collection
         return collection
 

@@ -127,7 +127,7 @@ def _store(repo: Repo, scratch: Path, path: str, content: Iterator[bytes]) -> st
         with IncomingFile(scratch) as incoming:
             for piece in (data, more or b"", *content):
                 incoming.write(piece)
-            incoming.publish(repo.large_path(incoming.sha256), incoming.sha256)
+            repo.add_large(incoming, incoming.sha256)
             return repo.add_blob(pointer(incoming.sha256, incoming.size))
     if match := POINTER.fullmatch(data):
         return _link(repo, path, match[1].decode(), int(match[2]))

@@ -14,29 +14,48 @@ from .errors import HubError
 COPY_BYTES = 1 << 20
 
 
-def publish(temporary: Path, final: Path) -> None:
-    """Moves a finished, fsynced file to its name in one step and makes the name itself durable."""
-    final.parent.mkdir(parents=True, exist_ok=True)
+def publish(temporary: Path, final: Path, root: Path) -> None:
+    """Moves a finished, fsynced file to its name in one step and makes the name itself durable.
+
+    Args:
+        temporary: on the same file system as ``final``.
+        final: where it goes; missing folders between ``root`` and it are made.
+        root: must exist, so that nothing is written into a repo that was deleted meanwhile.
+
+    Raises:
+        FileNotFoundError: ``root`` is gone.
+    """
+    for folder in reversed(final.relative_to(root).parents[:-1]):
+        if not (root / folder).exists():
+            (root / folder).mkdir(exist_ok=True)
+            _sync_folder((root / folder).parent)
     temporary.replace(final)
-    folder = os.open(final.parent, os.O_RDONLY)
+    _sync_folder(final.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
-def write_atomic(path: Path, data: bytes, scratch: Path) -> None:
-    """Writes ``data`` to ``path``: temporary file in ``scratch`` (same file system), fsync, rename."""
+def write_atomic(path: Path, data: bytes, scratch: Path, root: Path) -> None:
+    """Writes ``data`` to ``path`` below ``root``: temporary file in ``scratch`` (same file system), fsync, rename."""
     with tempfile.NamedTemporaryFile(dir=scratch, delete=False) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    publish(Path(file.name), path)
+    try:
+        publish(Path(file.name), path, root)
+    finally:
+        Path(file.name).unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any, scratch: Path) -> None:
-    """``write_atomic`` for JSON."""
-    write_atomic(path, json.dumps(value, indent=1).encode(), scratch)
+def write_json(path: Path, value: Any, scratch: Path, root: Path) -> None:
+    """`write_atomic` for JSON."""
+    write_atomic(path, json.dumps(value, indent=1).encode(), scratch, root)
 
 
 class IncomingFile:
@@ -64,8 +83,8 @@ class IncomingFile:
         """Of everything written so far."""
         return self._hash.hexdigest()
 
-    def publish(self, final: Path, sha256: str, size: int | None = None) -> None:
-        """Moves the file to ``final``.
+    def publish(self, final: Path, root: Path, sha256: str, size: int | None = None) -> None:
+        """Moves the file to ``final``, somewhere below ``root``.
 
         Raises:
             HubError: 400 if content or size are not what was announced.
@@ -78,7 +97,7 @@ class IncomingFile:
             )
         self._file.flush()
         os.fsync(self._file.fileno())
-        publish(Path(self._file.name), final)
+        publish(Path(self._file.name), final, root)
 
     def __exit__(self, *exc: object) -> None:
         self._file.close()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from . import card
 from .dates import stamp
+from .errors import HubError
 from .repo import Repo
 
 MAX_METADATA = 1 << 22  # a README.md or config.json beyond this is not read for tags
@@ -128,6 +131,15 @@ def describe(repo: Repo, sha: str, blobs: bool = False) -> dict[str, Any]:
         **{name: value for name, value in known.items() if name not in ("readme", "tags")},
         "tags": tags,
     }
+
+
+def describe_all(repos: Iterable[Repo]) -> list[dict[str, Any]]:
+    """Repos at their main branch; those deleted meanwhile are left out."""
+    found = []
+    for repo in repos:
+        with suppress(HubError, FileNotFoundError):
+            found.append(describe(repo, repo.resolve("main")))
+    return found
 
 
 def _blob(file: Any) -> dict[str, Any]:

@@ -16,13 +16,14 @@ from markdown_it import MarkdownIt
 
 from .access import Endpoint, Kind, StoreDep, find, may_read
 from .errors import HubError
-from .info import describe, facts
+from .info import describe, describe_all, facts
 from .listing import matching
 from .repo import Repo
 from .store import KINDS, Store
 
 router = APIRouter()
 SHOWN_REPOS, SHOWN_FILES, SHOWN_COMMITS = 200, 1000, 20
+SHOWN_CARD = 300_000  # characters
 # Cards come from strangers: no scripts, and no images from elsewhere that would tell who reads what.
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data:; "
@@ -65,7 +66,7 @@ def index(request: Request, store: StoreDep, author: str = "", q: str = "", kind
 
 
 def _public(store: Store, kind: str) -> list[dict[str, Any]]:
-    return [describe(repo, repo.resolve("main")) for repo in store.all(kind) if may_read(repo, None)]
+    return describe_all(repo for repo in store.all(kind) if may_read(repo, None))
 
 
 def _changed(repo: dict[str, Any]) -> str:
@@ -153,13 +154,16 @@ def _card(repo: Repo, sha: str, path: str) -> str:
     def follow(tag: str, attribute: str, value: str) -> str | None:
         if attribute not in ("href", "src"):
             return value
-        parts = urlsplit(value)
+        try:
+            parts = urlsplit(value)
+        except ValueError:
+            return None
         if parts.scheme or parts.netloc or value.startswith(("#", "/")):
             return value
         target = posixpath.normpath(unquote(parts.path))
         return None if target.startswith("..") else f"{path}/resolve/{sha}/{quote(target)}"
 
-    html = MARKDOWN.render(facts(repo, sha)["readme"])
+    html = MARKDOWN.render(facts(repo, sha)["readme"][:SHOWN_CARD])
     return nh3.clean(html, tags=CARD_TAGS, attribute_filter=follow, url_schemes={"http", "https", "mailto"})
 
 

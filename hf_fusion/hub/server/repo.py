@@ -22,8 +22,8 @@ from dulwich.index import commit_tree
 from dulwich.object_store import DiskObjectStore, iter_tree_contents
 from dulwich.objects import Blob, Commit, ObjectID, ShaFile, Tag, Tree
 
-from .errors import HubError, entry_not_found, revision_not_found
-from .files import write_atomic, write_json
+from .errors import HubError, entry_not_found, repo_not_found, revision_not_found
+from .files import IncomingFile, write_atomic, write_json
 
 SHA = re.compile(r"[0-9a-f]{40}")
 SHORT_SHA = re.compile(r"[0-9a-f]{7,39}")
@@ -131,7 +131,7 @@ class Repo:
         (draft / "refs" / "tags").mkdir()
         (draft / "HEAD").write_text("ref: refs/heads/main\n")
         (draft / "config").write_text("[core]\n\trepositoryformatversion = 0\n\tbare = true\n")
-        write_json(draft / "hub.json", settings, scratch)
+        write_json(draft / "hub.json", settings, scratch, draft)
         repo = Repo(kind, name, draft, scratch)
         blob = repo.add_blob(GITATTRIBUTES)
         repo.commit("main", Change({".gitattributes": blob}), "initial commit", author=author, first=True)
@@ -154,7 +154,7 @@ class Repo:
         """Updates and saves settings such as ``private`` and ``gated``."""
         with self._lock:
             self.settings = {**self.settings, **values}
-            write_json(self.path / "hub.json", self.settings, self._scratch)
+            self._write("hub.json", json.dumps(self.settings).encode())
 
     def count_download(self) -> None:
         """Adds one; the counter is the length of a file, so that it needs neither lock nor rewriting."""
@@ -251,7 +251,13 @@ class Repo:
             (self.path / "refs" / prefix / name).unlink()
 
     def _write_ref(self, ref: str, sha: str) -> None:
-        write_atomic(self.path / ref, f"{sha}\n".encode(), self._scratch)
+        self._write(ref, f"{sha}\n".encode())
+
+    def _write(self, name: str, data: bytes) -> None:
+        try:
+            write_atomic(self.path / name, data, self._scratch, self.path)
+        except FileNotFoundError:
+            raise repo_not_found(self.name) from None  # deleted or moved meanwhile
 
     # --- objects ---------------------------------------------------------------------------------------------
 
@@ -272,10 +278,21 @@ class Repo:
 
     def _add(self, obj: ShaFile) -> str:
         sha = obj.id.decode()
-        path = self.path / "objects" / sha[:2] / sha[2:]
-        if not path.exists():
-            write_atomic(path, obj.as_legacy_object(), self._scratch)
+        name = f"objects/{sha[:2]}/{sha[2:]}"
+        if not (self.path / name).exists():
+            self._write(name, obj.as_legacy_object())
         return sha
+
+    def add_large(self, incoming: IncomingFile, sha256: str, size: int | None = None) -> None:
+        """Keeps a large file that has arrived.
+
+        Raises:
+            HubError: 400 if it is not what was announced.
+        """
+        try:
+            incoming.publish(self.large_path(sha256), self.path, sha256, size)
+        except FileNotFoundError:
+            raise repo_not_found(self.name) from None
 
     def large_path(self, sha256: str) -> Path:
         """Where a large file lies, or will lie."""
@@ -318,8 +335,13 @@ class Repo:
 
     def read(self, file: File) -> bytes:
         """The content of a file that is not large; the pointer of one that is."""
-        blob = self.object(file.oid)
-        assert isinstance(blob, Blob)
+        return self.blob(file.oid)
+
+    def blob(self, oid: str) -> bytes:
+        """The content of a blob."""
+        blob = self.object(oid)
+        if not isinstance(blob, Blob):
+            raise repo_not_found(self.name)  # deleted meanwhile: a commit never names what is not there
         return blob.as_raw_string()
 
     def tree_id(self, sha: str, folder: str) -> str:
@@ -455,9 +477,7 @@ def _describe(repo: Repo, path: str, oid: str) -> File:
 
 @lru_cache(maxsize=1 << 16)
 def _blob_facts(repo: Repo, oid: str) -> tuple[int, str | None, int]:
-    blob = repo.object(oid)
-    assert isinstance(blob, Blob)
-    data = blob.as_raw_string()
+    data = repo.blob(oid)
     if match := POINTER.fullmatch(data):
         return int(match[2]), match[1].decode(), len(data)
     return len(data), None, 0

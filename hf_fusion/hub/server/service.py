@@ -7,6 +7,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -87,7 +88,8 @@ class HubServer:
         try:
             if on_ready:
                 on_ready(self.endpoint)
-            self._server.run([listener])
+            with suppress(KeyboardInterrupt):
+                self._server.run([listener])
         finally:
             self._close()
 

@@ -69,7 +69,7 @@ class Users:
                 json.dump(accounts, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
-            publish(draft, self._path)
+            publish(draft, self._path, self._path.parent)
 
     def new_token(self, name: str) -> str:
         """A fresh token for ``name``, which is created if new. The token is shown this once only."""

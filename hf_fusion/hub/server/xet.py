@@ -156,8 +156,7 @@ def _forget_idle(store: Store) -> None:
 def _assemble(shard: bytes, folder: Path, repo: Repo, scratch: Path) -> None:
     indexes: dict[str, list[Chunk]] = {}
     for wanted in read_shard(shard):
-        final = repo.large_path(wanted.sha256)
-        if final.exists():
+        if repo.large_path(wanted.sha256).exists():
             continue
         with IncomingFile(scratch) as incoming:
             for piece in wanted.pieces:
@@ -166,7 +165,7 @@ def _assemble(shard: bytes, folder: Path, repo: Repo, scratch: Path) -> None:
                     indexes[piece.xorb] = index_xorb(xorb)
                 for data in read_chunks(xorb, indexes[piece.xorb][piece.first : piece.last]):
                     incoming.write(data)
-            incoming.publish(final, wanted.sha256)
+            repo.add_large(incoming, wanted.sha256)
 
 
 # --- formats -----------------------------------------------------------------------------------------------------
