@@ -98,6 +98,11 @@ def image_processor(size: int) -> ViTImageProcessorPil:
     return ViTImageProcessorPil(size={"height": size, "width": size})
 
 
+def grey_processor(size: int) -> ViTImageProcessorPil:
+    """For experts with one channel."""
+    return ViTImageProcessorPil(size={"height": size, "width": size}, image_mean=[0.5], image_std=[0.5])
+
+
 def images(count: int = 4) -> list[Image.Image]:
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)) for _ in range(count)]

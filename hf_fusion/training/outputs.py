@@ -173,10 +173,7 @@ def _prompts_with_targets(tokenizer: Any, prompts: list[str], targets: list[str]
 
 def _prepare(model: Any, batch: Mapping[str, list[Any]], columns: Mapping[str, str]) -> dict[str, torch.Tensor]:
     """A batch of raw columns as the model's inputs."""
-    named = {name: batch[column] for column, name in columns.items()}
-    if "images" in named:
-        named["images"] = [image.convert("RGB") for image in named["images"]]
-    inputs = model.processor(**named)
+    inputs = model.processor(**{name: batch[column] for column, name in columns.items()})
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()

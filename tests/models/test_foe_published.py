@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from huggingface_hub import HfApi
-from tiny import TEXTS, bert, gpt2, image_processor, images, llama, make_tokenizer, resnet, t5, vit
+from tiny import TEXTS, bert, gpt2, grey_processor, image_processor, images, llama, make_tokenizer, resnet, t5, vit
 
 from hf_fusion import Expert, FoEModel
 
@@ -38,6 +38,7 @@ def image_model(tokenizer) -> tuple[FoEModel, dict]:
     experts = [
         Expert("me/vit", vit(ABC), processor=image_processor(16), labels=ABC),
         Expert("me/resnet", resnet(ABC), processor=image_processor(24), labels=ABC),
+        Expert("me/grey", vit(ABC, seed=2, channels=1), processor=grey_processor(16), labels=ABC),
     ]
     model = FoEModel.from_experts(experts)
     return model, dict(model.processor(images=images()))

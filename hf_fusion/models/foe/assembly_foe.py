@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_foe import FoEConfig
 from .experts_foe import AUTO_CLASSES
+from .processing_foe import FoEProcessor
 
 GENERIC_LABEL = re.compile(r"LABEL_\d+")
 # names under which architectures keep the width of their last hidden state
@@ -110,16 +111,21 @@ def _rename(expert: Any, mapping: dict[str, str | None]) -> list[str | None]:
     return [mapping.get(label, label) for label in expert.labels]
 
 
-def distinct_processors(processors: Sequence[Any]) -> tuple[list[Any], list[int]]:
-    """The processors that really differ, and for each expert the index of its own."""
-    distinct: dict[str, int] = {}
+def distinct_processors(experts: Sequence[Any]) -> tuple[list[Any], list[str | None], list[int]]:
+    """The processors that really differ, the PIL mode each of their experts wants, and for each expert its own."""
+    distinct: dict[tuple[str, str | None], int] = {}
     kept: list[Any] = []
-    for processor in processors:
-        signature = _signature(processor)
-        if signature not in distinct:
-            distinct[signature] = len(kept)
-            kept.append(processor)
-    return kept, [distinct[_signature(processor)] for processor in processors]
+    of_expert = []
+    for expert in experts:
+        mode = None
+        if not hasattr(expert.processor, "tokenize"):
+            mode = "L" if getattr(expert.model.config, "num_channels", 3) == 1 else "RGB"
+        key = (_signature(expert.processor), mode)
+        if key not in distinct:
+            distinct[key] = len(kept)
+            kept.append(expert.processor)
+        of_expert.append(distinct[key])
+    return kept, [mode for _, mode in distinct], of_expert
 
 
 def _signature(processor: Any) -> str:
@@ -234,8 +240,8 @@ def plan_config(
     labels: Sequence[str] | None,
     costs: Sequence[float] | None,
     **fields: Any,
-) -> tuple[FoEConfig, list[PreTrainedModel], list[Any]]:
-    """Everything about a fusion but its weights: config, the backbones' models, and the distinct processors."""
+) -> tuple[FoEConfig, list[PreTrainedModel], FoEProcessor]:
+    """Everything about a fusion but its weights: config, the backbones' models, and the processor that feeds them."""
     backbones, models, of_expert = plan_backbones(experts)
     head = backbones[0]["head"]
     generates = [backbone["head"] in ("causal-lm", "seq2seq-lm") for backbone in backbones]
@@ -244,7 +250,9 @@ def plan_config(
             f"experts with heads {sorted({b['head'] for b in backbones})} cannot be fused in mode {mode!r}: language "
             "models are fused by mode='selection', among their own kind"
         )
-    processors, inputs = distinct_processors([expert.processor for expert in experts])
+    if without := [expert.name for expert in experts if expert.processor is None]:
+        raise ValueError(f"{', '.join(without)}: no tokenizer or image processor, so nothing can feed these experts")
+    processors, modes, inputs = distinct_processors(experts)
     for expert_inputs, backbone in zip(inputs, of_expert, strict=True):
         backbones[backbone]["inputs"] = expert_inputs
     if costs is None:
@@ -270,7 +278,7 @@ def plan_config(
         config.vocabularies = [len(processor) for processor in processors]
         config.is_encoder_decoder = head == "seq2seq-lm"
         config.pad_token_id = processors[0].pad_token_id
-        return config, models, processors
+        return config, models, FoEProcessor(processors, vocabularies=config.vocabularies)
     regression = {
         models[b].config.problem_type == "regression" or len(e.labels) == 1 for e, b in zip(experts, of_expert)
     }
@@ -286,7 +294,7 @@ def plan_config(
         row["label_map"] = label_map
     config.id2label = dict(enumerate(fused))
     config.label2id = {label: index for index, label in enumerate(fused)}
-    return config, models, processors
+    return config, models, FoEProcessor(processors, modes=modes)
 
 
 def _for_generation(tokenizer: Any, head: str) -> Any:

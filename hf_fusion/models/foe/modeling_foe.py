@@ -137,7 +137,7 @@ class FoEModel(PreTrainedModel):
             experts = cls.load_experts(experts, base=base)
         if features_from is not None and not (mode == "selection" and 0 <= features_from < len(experts)):
             raise ValueError(f"features_from={features_from} must be the index of an expert, in mode='selection'")
-        config, models, processors = plan_config(
+        config, models, processor = plan_config(
             experts,
             mode,
             label_maps,
@@ -159,7 +159,7 @@ class FoEModel(PreTrainedModel):
                 fill_adapters(model.backbones[index], plan, own, own[0].model)
         for backbone in model.backbones:
             backbone.model.requires_grad_(False)
-        model._processor = FoEProcessor(processors, vocabularies=config.vocabularies)
+        model._processor = processor
         return model.to(dtype).eval()
 
     @property

@@ -31,16 +31,23 @@ class FoEProcessor(PushToHubMixin):
         kinds: "text" or "image" for each.
         vocabularies: for language models, the vocabulary size of each processor. The fused vocabulary is their
             concatenation: token ids of processor g are offset by the sizes before it.
+        modes: for each processor the PIL mode its experts want, "L" or "RGB": pipelines hand over RGB alone. None
+            leaves images as they come.
     """
 
     _auto_class = "AutoProcessor"
 
     def __init__(
-        self, processors: list[Any], kinds: list[str] | None = None, vocabularies: list[int] | None = None
+        self,
+        processors: list[Any],
+        kinds: list[str] | None = None,
+        vocabularies: list[int] | None = None,
+        modes: list[str | None] | None = None,
     ) -> None:
         self.processors = processors
         self.kinds = kinds or ["text" if hasattr(p, "tokenize") else "image" for p in processors]
         self.vocabularies = vocabularies or []
+        self.modes = modes or [None] * len(processors)
 
     def __call__(
         self,
@@ -68,7 +75,7 @@ class FoEProcessor(PushToHubMixin):
             if kind == "text":
                 encoded = self._tokenize(processor, text, text_pair, return_tensors, kwargs)
             else:
-                encoded = processor(images=images, return_tensors=return_tensors)
+                encoded = processor(images=_in_mode(images, self.modes[index]), return_tensors=return_tensors)
             inputs.update({name if index == 0 else f"{name}_{index}": value for name, value in encoded.items()})
         return BatchEncoding(inputs)
 
@@ -102,11 +109,11 @@ class FoEProcessor(PushToHubMixin):
         """Writes every processor and the code that loads them; one processor lies at the root as it always does."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        alone = len(self.processors) == 1
+        alone = len(self.processors) == 1 and self.modes[0] != "L"
         folders = ["" if alone else f"processor_{index}" for index in range(len(self.processors))]
         for processor, name in zip(self.processors, folders):
             processor.save_pretrained(folder / name)
-        config = {"folders": folders, "kinds": self.kinds, "vocabularies": self.vocabularies}
+        config = {"folders": folders, "kinds": self.kinds, "vocabularies": self.vocabularies, "modes": self.modes}
         _write_json(folder / PROCESSOR_FILE, {**config, "auto_map": {"AutoProcessor": "processing_foe.FoEProcessor"}})
         if not alone:
             for kind in set(self.kinds):
@@ -131,12 +138,19 @@ class FoEProcessor(PushToHubMixin):
             LOADERS[kind].from_pretrained(source, subfolder=folder, trust_remote_code=True, **hub)
             for folder, kind in zip(config["folders"], config["kinds"], strict=True)
         ]
-        return cls(processors, config["kinds"], config["vocabularies"])
+        return cls(processors, config["kinds"], config["vocabularies"], config["modes"])
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoProcessor") -> None:
         """Part of the auto classes' protocol; the class already knows its own."""
         cls._auto_class = auto_class
+
+
+def _in_mode(images: Any, mode: str | None) -> Any:
+    """PIL images in a mode; arrays and tensors as they are."""
+    if isinstance(images, (list, tuple)):
+        return [_in_mode(image, mode) for image in images]
+    return images.convert(mode) if mode and hasattr(images, "convert") else images
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
