@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hf_fusion.errors import FusionError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
 
 # end of a file's name -> the reader of `datasets.load_dataset`
 READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
@@ -25,7 +25,7 @@ def load_rows(source: str | Path, split: str = "train") -> Dataset:
     Raises:
         FusionError: there is no such file, folder, data set or split.
     """
-    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+    from datasets import Dataset, load_dataset, load_from_disk
     from datasets.exceptions import DatasetNotFoundError
 
     path = Path(source)
@@ -40,9 +40,7 @@ def load_rows(source: str | Path, split: str = "train") -> Dataset:
             return load_rows(files[0])
         if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
             saved = load_from_disk(str(path))
-            if isinstance(saved, Dataset):
-                return saved
-            return _split(saved, split, str(source)) if isinstance(saved, DatasetDict) else saved
+            return saved if isinstance(saved, Dataset) else _split(saved, split, str(source))
     elif "." in path.name and not path.exists() and (path.suffix in READERS or path.is_absolute()):
         raise FusionError(f"{path} does not exist", "--data FILE, FOLDER or a data set's id on the Hub")
     try:

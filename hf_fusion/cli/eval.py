@@ -43,6 +43,8 @@ def run(args: argparse.Namespace, out: Out) -> None:
     )
     path = Path(args.folder) / RESULTS_FILE
     results.save(path)
-    out.table(results.table(), title=f"{results.metric} on {results.n} examples", key=results.metric, data=asdict(results))
+    out.table(
+        results.table(), title=f"{results.metric} on {results.n} examples", key=results.metric, data=asdict(results)
+    )
     out.log(f"Written to {path}")
     out.hint(f"hf-fusion publish {args.folder} OWNER/NAME --dry-run")

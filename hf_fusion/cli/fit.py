@@ -33,7 +33,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
     """Loads, fits and writes back, all of it or nothing."""
     from hf_fusion.data import load_rows
     from hf_fusion.fusion import load_fused, save_fused
-    from hf_fusion.training import fit_fuser
+    from hf_fusion.training.fuser import fit_fuser
 
     model, recipe = load_fused(args.folder)
     rows = load_rows(args.data, args.split)

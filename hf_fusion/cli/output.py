@@ -67,6 +67,11 @@ class Out:
         else:
             self._write("\n".join([*([title] if title else []), *_padded(rows)]))
 
+    def text(self, text: str) -> None:
+        """Words for people; nothing in json and quiet mode."""
+        if self.mode == "human":
+            self._write("\n".join(map(_plain, text.splitlines())))
+
     def dict(self, data: dict[str, Any], key: str | None = None) -> None:
         """One thing with named values; quiet prints the value of `key`, the first by default."""
         if self.mode == "json":
@@ -158,7 +163,7 @@ def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, bool]:
 def _padded(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Lines of plain text with aligned columns."""
     columns = _columns(rows)
-    cells = [[name for name in columns], *([_plain(row[name]) for name in columns] for row in rows)]
+    cells = [list(columns), *([_plain(row[name]) for name in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines = [
         "  ".join(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -10,12 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from hf_fusion.cli.app import build_parser, command
+from hf_fusion.cli.output import Out
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
 def hf_fusion(tmp_path: Path) -> Run:
-    """``hf_fusion("fuse", "x", cwd=…, HF_ENDPOINT=…)`` runs a command away from the repo, with the given environment."""
+    """``hf_fusion("fuse", "x", cwd=…, HF_ENDPOINT=…)`` runs a command away from the repo, with that environment."""
 
     def run(*words: str, cwd: Path = tmp_path, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -26,5 +30,19 @@ def hf_fusion(tmp_path: Path) -> Run:
             text=True,
             timeout=300,
         )
+
+    return run
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """``here("eval", "fused", …)`` runs a command in this process, which is faster, and returns its stdout."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> str:
+        args = build_parser(words[0]).parse_args(words)
+        out = Out(args.format, io.StringIO(), io.StringIO())
+        command(args.command).run(args, out)
+        return out.stdout.getvalue()
 
     return run

@@ -14,8 +14,8 @@ import urllib.request
 
 import pytest
 
-from hf_fusion.cli.errors import explain
 from hf_fusion.cli.app import COMMANDS, build_parser, command, main
+from hf_fusion.cli.errors import explain
 from hf_fusion.errors import FusionError
 
 HEAVY = ("torch", "transformers", "datasets", "huggingface_hub", "rich", "fastapi")

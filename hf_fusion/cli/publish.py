@@ -1,0 +1,51 @@
+"""Push a fused model with its card to the Hub: shows the plan, asks, pushes; private unless said otherwise."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from hf_fusion.errors import FusionError
+
+from .output import Out
+
+EXAMPLES = (
+    ("hf-fusion publish fused me/fused --dry-run", "what would be pushed, and the card; nothing is sent"),
+    ("hf-fusion publish fused me/fused --public --yes", "to everybody, without asking"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to push where, and how much to ask."""
+    parser.add_argument("folder", metavar="DIR", help="a fused model's folder")
+    parser.add_argument("repo", metavar="REPO", help="owner/name; created if missing")
+    parser.add_argument("--public", action="store_true", help="a new repo is public (default: private)")
+    parser.add_argument("--license", metavar="ID", help="the model's licence, where the experts' cannot be combined")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan and the card, and stop")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def run(args: argparse.Namespace, out: Out) -> None:
+    """Plans; shows the plan; pushes once that is confirmed."""
+    from hf_fusion.hub.publish import plan, push
+
+    planned = plan(args.folder, args.repo, private=not args.public, license=args.license)
+    again = f"hf-fusion publish {args.folder} {args.repo}{' --public' if args.public else ''} --yes"
+    if args.dry_run:
+        out.text(f"{planned.card}\n")
+        out.dict(planned.summary() if out.mode != "json" else {**planned.summary(), "card": planned.card})
+        out.hint(again)
+        return
+    if not args.yes:
+        _confirm(planned.summary(), again, out)
+    published = push(planned)
+    out.result("Published", repo=published.repo_id, revision=published.sha, url=published.url)
+    out.hint(f"AutoModel.from_pretrained({published.repo_id!r}, revision={published.sha!r}, trust_remote_code=True)")
+
+
+def _confirm(summary: dict[str, object], again: str, out: Out) -> None:
+    if out.mode != "human" or not sys.stdin.isatty():
+        raise FusionError(f"nobody is there to confirm the push to {summary['repo']}", again)
+    out.dict(summary)
+    if input("Push? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise FusionError("not pushed", again)
