@@ -189,15 +189,15 @@ def load_fused(folder: str | Path) -> tuple[PreTrainedModel, Recipe]:
     return model, recipe
 
 
-# What a save writes, and an earlier one may have left under other names (other shards, other code).
-_OURS = ("*.safetensors", "*.safetensors.index.json", "*.py")
+# What an earlier save may have left and a loader would take for part of this one; and what was measured of it.
+STALE = ("*.safetensors", "*.safetensors.index.json", "*.py", "results.json")
 
 
 def _replace(staging: Path, folder: Path) -> None:
     """Move a finished save into place. A folder that exists is swapped as a whole: no moment shows a mixture."""
     if folder.exists():
         new = {path.name for path in staging.iterdir()}
-        stale = {path.name for pattern in _OURS for path in folder.glob(pattern)}
+        stale = {path.name for pattern in STALE for path in folder.glob(pattern)}
         for path in folder.iterdir():
             if path.name not in new | stale:
                 copy = shutil.copytree if path.is_dir() else shutil.copy2

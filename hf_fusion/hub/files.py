@@ -121,6 +121,14 @@ def split_revision(name: str) -> tuple[str, str | None]:
     return repo, revision or None
 
 
+# what to do about an HTTP status that the client has no exception for
+_HINTS = {
+    401: "hf auth login, or set HF_TOKEN",
+    403: "hf auth login with a token that may write there",
+    412: "it was changed meanwhile: run it again",
+}
+
+
 @contextmanager
 def explained(name: str) -> Iterator[None]:
     """Turn what huggingface_hub raises about a repo into a FusionError that names it and the next step."""
@@ -137,6 +145,7 @@ def explained(name: str) -> Iterator[None]:
         ),
         (errors.RevisionNotFoundError, "has no such revision", "check the part after @"),
         (errors.EntryNotFoundError, "lacks a file", None),
+        (errors.LocalTokenNotFoundError, "needs a token", "hf auth login, or set HF_TOKEN"),
         (errors.HFValidationError, "is not a valid repo id", "write owner/name"),
         (errors.OfflineModeIsEnabled, "cannot be read offline", "unset HF_HUB_OFFLINE"),
         (errors.HfHubHTTPError, "was refused by the Hub", None),
@@ -147,12 +156,15 @@ def explained(name: str) -> Iterator[None]:
         yield
     except tuple(row[0] for row in rows) as error:
         what, hint = next((what, hint) for kind, what, hint in rows if isinstance(error, kind))
+        if type(error) is errors.HfHubHTTPError:
+            hint = _HINTS.get(error.response.status_code)
         raise FusionError(f"{name} {what} ({first_line(error).rstrip('.')}).", hint=hint) from error
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's text, or its type where it has none; never a URL's query, which may sign it."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]*", r"\1", line)
 
 
 def in_parallel(function: Callable[[T], R], items: Iterable[T]) -> list[R]:

@@ -1,0 +1,379 @@
+"""Model cards: facts about a fused model, rendered by a template from ``model_cards/``.
+
+The text between the two markers is ours and is rewritten by every publish; everything around it belongs to whoever
+wrote it. All that comes from the Hub or from files is escaped before it gets into the card.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from hf_fusion.errors import FusionError
+from hf_fusion.hub.adapters import read_json
+from hf_fusion.hub.heads import HEADS, architectures, head_of_architecture
+from hf_fusion.recipe import Recipe
+
+if TYPE_CHECKING:
+    from hf_fusion.experts import ExpertInfo
+
+BEGIN, END = "<!-- hf-fusion:begin -->", "<!-- hf-fusion:end -->"
+README, RESULTS = "README.md", "results.json"
+TEMPLATES = Path(__file__).with_name("model_cards")
+
+# model_type of a family -> its template; every other model was merged into a plain one
+_TEMPLATES = {"foe": "foe.md.j2"}
+
+
+@dataclass(frozen=True)
+class CardExpert:
+    """One expert as the card shows it; ``cost`` is its share of the cost of asking all."""
+
+    id: str
+    sha: str
+    task: str | None = None
+    license: str | None = None
+    labels: tuple[str, ...] = ()
+    cost: float | None = None
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """All that a card says, as plain data.
+
+    Attributes:
+        repo_id: where the model is published.
+        family: "foe", or whatever else the config's model_type is.
+        auto_class: name of the Auto class that loads it with its head.
+        pipeline_tag: its task.
+        license: licence id.
+        experts: what it is made of.
+        recipe: text of ``fusion.yaml``.
+        base: ``owner/name@sha`` of the adapters' base.
+        revision: commit that the usage block pins, None before there is one.
+        results: what was measured (the content of ``results.json``), or None.
+        parameters: number of parameters.
+        options: the family's own settings, from its config.
+    """
+
+    repo_id: str
+    family: str
+    auto_class: str
+    pipeline_tag: str
+    license: str
+    experts: tuple[CardExpert, ...]
+    recipe: str
+    base: str | None = None
+    revision: str | None = None
+    results: dict[str, Any] | None = None
+    parameters: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> CardFacts:
+        """From JSON, as `dataclasses.asdict` wrote it."""
+        experts = tuple(CardExpert(**{**expert, "labels": tuple(expert["labels"])}) for expert in content["experts"])
+        return cls(**{**content, "experts": experts})
+
+
+def read_facts(
+    folder: Path, repo_id: str, experts: Sequence[ExpertInfo], license_id: str, results: Any = None
+) -> CardFacts:
+    """Gather a card's facts from a saved model.
+
+    Args:
+        folder: as `save_fused` wrote it.
+        repo_id: where it will be published.
+        experts: what the Hub says about the recipe's experts, in its order.
+        license_id: the model's licence.
+        results: a `Results`, its dict, or None for ``results.json`` in the folder, if there is one.
+    """
+    config, recipe = read_json(folder / "config.json", str(folder)), Recipe.load(folder)
+    auto_class = _auto_class(config)
+    rows = config.get("experts") or [{}] * len(experts)
+    total = sum(row.get("cost", 0) for row in rows)
+    return CardFacts(
+        repo_id=repo_id,
+        family=str(config.get("model_type")),
+        auto_class=auto_class,
+        pipeline_tag=next(head.tasks[0] for head in HEADS if head.auto == auto_class),
+        license=license_id,
+        experts=tuple(
+            CardExpert(
+                info.id,
+                info.sha,
+                info.task,
+                info.license,
+                tuple(row.get("labels") or info.labels),
+                row["cost"] / total if total else None,
+            )
+            for info, row in zip(experts, rows, strict=True)
+        ),
+        recipe=recipe.to_yaml(),
+        base=recipe.base,
+        results=_checked_results(results, folder),
+        parameters=_count_parameters(folder),
+        options={key: config.get(key) for key in ("mode", "features_from", "frugal")},
+    )
+
+
+def render_card(facts: CardFacts, existing: str = "") -> str:
+    """The README of a fused model.
+
+    Args:
+        facts: what to say.
+        existing: the present README; its text outside our markers and the metadata we do not set survive.
+
+    Raises:
+        FusionError: if the existing README's metadata or markers are broken.
+    """
+    head, body = _split(existing)
+    was_ours = bool(body) and BEGIN in body
+    ours = _metadata(facts)
+    if was_ours:
+        head.pop("model-index", None)  # an earlier version's results
+    tags = [*ours["tags"], *(tag for tag in _as_list(head.get("tags")) if tag not in ours["tags"])]
+    metadata = yaml.safe_dump({**head, **ours, "tags": tags}, sort_keys=False, allow_unicode=True, width=10_000)
+    return f"---\n{metadata}---\n{_insert(body, _render_body(facts))}"
+
+
+def pinned_revision(card: str) -> str | None:
+    """The commit that a card's usage block pins, if it is one of ours."""
+    match = re.search(r'^repo, revision = "[^"]+", "([0-9a-f]{40})"', card, re.MULTILINE)
+    return match[1] if match else None
+
+
+def usage_code(card: str) -> str:
+    """The Python of a card's usage block."""
+    match = re.search(r"^```python\n(.*?)^```", card, re.MULTILINE | re.DOTALL)
+    if match is None:
+        raise FusionError("The card has no usage block.")
+    return match[1]
+
+
+def _metadata(facts: CardFacts) -> dict[str, Any]:
+    """The YAML head: what the Hub indexes."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = facts.results or {}
+    measured = [
+        EvalResult(
+            task_type=facts.pipeline_tag,
+            dataset_type=str(results["dataset"].get("type") or results["dataset"]["name"]),
+            dataset_name=str(results["dataset"]["name"]),
+            dataset_split=str(results["dataset"]["split"]),
+            dataset_args={"n": results["n"]},
+            metric_type=str(results["metric"]),
+            metric_name=f"{results['metric']} ({system['name']})",
+            metric_value=round(system["score"], 4),
+        )
+        for system in results.get("systems", ())
+        if system["kind"] in ("foe", "frugal")
+    ]
+    base_models = [expert.id for expert in facts.experts] + ([_repo_id(facts.base)] if facts.base else [])
+    data = ModelCardData(
+        license=facts.license,
+        library_name="transformers",
+        pipeline_tag=facts.pipeline_tag,
+        tags=["hf-fusion", "merge", facts.family],
+        base_model=list(dict.fromkeys(base_models)),
+        base_model_relation="merge",
+        model_name=facts.repo_id.rpartition("/")[2] if measured else None,
+        eval_results=measured or None,
+    )
+    return data.to_dict()
+
+
+def _render_body(facts: CardFacts) -> str:
+    """The text between our markers."""
+    import jinja2
+
+    if facts.family not in _TEMPLATES:
+        raise FusionError(f"There is no card template for model_type {facts.family!r}.")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=False,
+        autoescape=False,  # Markdown, not HTML: every value goes through one of the filters below
+    )
+    environment.filters |= {
+        "md": escape_markdown,
+        "code": lambda text: str(text).replace("`", "'").replace("\n", " "),
+        "id": _repo_id,
+        "some": _some,
+        "percent": lambda share: "" if share is None else f"{share:.0%}".replace("%", " %"),
+        "millions": lambda count: f"{count / 1e6:,.1f} million",
+        "score": _score,
+    }
+    template = environment.get_template(_TEMPLATES[facts.family])
+    text = template.render(
+        facts=facts,
+        name=escape_markdown(facts.repo_id.rpartition("/")[2]),
+        usage=_fenced(_usage(facts), "python"),
+        recipe=_fenced(facts.recipe, "yaml"),
+    )
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How one kind of model is called: lines of Python."""
+
+    inputs: str
+    answer: str
+    imports: str = ""
+    pipeline: bool = True
+
+
+_CLASSES = "print([model.config.id2label[i] for i in model(**inputs).logits.argmax(-1).tolist()])"
+_TEXT = Usage("example = {text}\ninputs = processor([example])", _CLASSES)
+_GENERATION = Usage(
+    "inputs = processor([{text}])",
+    "print(processor.batch_decode(model.generate(**inputs, max_new_tokens=20), skip_special_tokens=True))",
+    pipeline=False,
+)
+_USAGE = {
+    "AutoModelForSequenceClassification": _TEXT,
+    "AutoModelForImageClassification": Usage(
+        'example = Image.new("RGB", (64, 64))  # your picture\ninputs = processor(images=[example])',
+        _CLASSES,
+        imports="from PIL import Image\n",
+    ),
+    "AutoModelForCausalLM": _GENERATION,
+    "AutoModelForSeq2SeqLM": _GENERATION,
+}
+
+
+def _usage(facts: CardFacts) -> str:
+    """The usage block: what a reader copies, and what a test runs."""
+    usage = _USAGE.get(facts.auto_class)
+    if usage is None:
+        raise FusionError(f"There is no usage block for {facts.auto_class}.")
+    revision = facts.revision or "main"
+    pipeline = f'pipe = pipeline("{facts.pipeline_tag}", model=repo, revision=revision, trust_remote_code=True)'
+    return (
+        f"{usage.imports}from transformers import {facts.auto_class}, AutoProcessor"
+        f"{', pipeline' if usage.pipeline else ''}\n\n"
+        f'repo, revision = "{facts.repo_id}", "{revision}"\n'
+        f"processor = AutoProcessor.from_pretrained(repo, revision=revision, trust_remote_code=True)\n"
+        f"model = {facts.auto_class}.from_pretrained(repo, revision=revision, trust_remote_code=True)\n\n"
+        + usage.inputs.format(text='"Some text to look at."')
+        + f"\n{usage.answer}\n"
+        + (f"\n{pipeline}\nprint(pipe(example))\n" if usage.pipeline else "")
+    )
+
+
+def _split(text: str) -> tuple[dict[str, Any], str]:
+    """Metadata and body of a README."""
+    match = re.match(r"\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", text, re.MULTILINE | re.DOTALL)
+    if match is None:
+        return {}, text.strip()
+    try:
+        head = yaml.safe_load(match[1]) or {}
+    except yaml.YAMLError as error:
+        raise FusionError(f"The metadata of {README} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(head, dict):
+        raise FusionError(f"The metadata of {README} is not a mapping.")
+    return head, text[match.end() :].strip()
+
+
+def _insert(body: str, ours: str) -> str:
+    """Put our text between the markers of a body; in front of it where it has none."""
+    block = f"{BEGIN}\n{ours}\n{END}"
+    begins = [match.start() for match in re.finditer(rf"^{re.escape(BEGIN)}\s*$", body, re.MULTILINE)]
+    ends = [match.end() for match in re.finditer(rf"^{re.escape(END)}\s*$", body, re.MULTILINE)]
+    if not begins and not ends:
+        return f"{block}\n\n{body}\n" if body else f"{block}\n"
+    if len(begins) != 1 or len(ends) != 1 or begins[0] > ends[0]:
+        raise FusionError(
+            f"{README} has {len(begins)} begin and {len(ends)} end markers.",
+            hint=f"leave one {BEGIN} and, after it, one {END}, or neither",
+        )
+    before, after = body[: begins[0]].strip(), body[ends[0] :].strip()
+    return "\n\n".join(part for part in (before, block, after) if part) + "\n"
+
+
+def escape_markdown(value: object) -> str:
+    """Text that shows as itself in Markdown: no markup, no HTML, no new table cell, no new line."""
+    text = " ".join(str("" if value is None else value).split())
+    return re.sub(r"[&<>|`*\[\]\\~#!$]", lambda match: f"&#{ord(match[0])};", text)
+
+
+# what a comparison needs to be shown, and what each of its systems needs
+_RESULT_KEYS = ("dataset", "n", "metric", "systems")
+_SYSTEM_KEYS = ("name", "kind", "score", "ci95", "cost")
+
+
+def _checked_results(given: Any, folder: Path) -> dict[str, Any] | None:
+    """The measurements as plain data, from what was given or from ``results.json``; None where there are none."""
+    if given is None and not (folder / RESULTS).exists():
+        return None
+    if given is None:
+        given = read_json(folder / RESULTS, str(folder))
+    content = dict(given) if isinstance(given, Mapping) else asdict(given)
+    lacking = [key for key in _RESULT_KEYS if key not in content]
+    lacking += [f"systems[].{key}" for key in _SYSTEM_KEYS if any(key not in s for s in content.get("systems", ()))]
+    lacking += [f"dataset.{key}" for key in ("name", "split") if key not in content.get("dataset", ())]
+    if lacking:
+        raise FusionError(f"The results lack {', '.join(lacking)}.", hint="hf-fusion eval writes them")
+    return {"command": "", "machine": "", **content}
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block whose fence is longer than any run of backticks inside."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    """The first few names, and how many there are."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown}, … ({len(names)})"
+
+
+def _score(system: Mapping[str, Any], metric: str) -> str:
+    """A score with half of its interval: a share in percent, other metrics as they are."""
+    low, high = system["ci95"]
+    half = (high - low) / 2
+    if metric == "mse":
+        return f"{system['score']:.4g} ± {half:.2g}"
+    return f"{system['score']:.1%} ± {half * 100:.1f}".replace("%", " %")
+
+
+def _auto_class(config: Mapping[str, Any]) -> str:
+    """The most particular Auto class that loads a model: from ``auto_map``, else from its architecture."""
+    heads = [name for name in config.get("auto_map") or () if name not in ("AutoConfig", "AutoModel")]
+    known = [name for name in heads if any(head.auto == name for head in HEADS)]
+    if known:
+        return known[0]
+    head = head_of_architecture(next(iter(architectures(dict(config))), None))
+    return head.auto if head else "AutoModel"
+
+
+def _count_parameters(folder: Path) -> int:
+    """Elements of all tensors, from the headers."""
+    from hf_fusion.hub.headers import local_shapes
+
+    shapes = local_shapes(folder, [path.name for path in folder.glob("*.safetensors")])
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _repo_id(pinned: str) -> str:
+    return pinned.partition("@")[0]
+
+
+def _as_list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def facts_from_json(path: str | Path) -> CardFacts:
+    """Facts as committed beside a golden card."""
+    return CardFacts.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))

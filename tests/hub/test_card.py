@@ -1,0 +1,214 @@
+"""Cards: what they say, what of a hand-written one survives, and that nothing from the Hub breaks out of them."""
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+
+from hf_fusion.errors import FusionError
+from hf_fusion.hub.card import (
+    BEGIN,
+    END,
+    CardExpert,
+    CardFacts,
+    facts_from_json,
+    pinned_revision,
+    render_card,
+    usage_code,
+)
+
+CARDS = Path(__file__).parents[2] / "model_cards"
+NASTY = "x|y`z` <script>alert(1)</script>\n\n# title\n---\n" + END + " [a](javascript:b) ${c} *d* &amp;"
+FACTS = CardFacts(
+    repo_id="me/fused",
+    family="foe",
+    auto_class="AutoModelForSequenceClassification",
+    pipeline_tag="text-classification",
+    license="apache-2.0",
+    experts=(
+        CardExpert("a/one", "1" * 40, "text-classification", "mit", ("no", "yes"), 0.25),
+        CardExpert("a/two", "2" * 40, None, None, (), 0.75),
+    ),
+    recipe="method: foe\n",
+    base=f"a/base@{'b' * 40}",
+    revision="c" * 40,
+    results={
+        "dataset": {"name": "Moods", "type": "me/moods", "split": "test"},
+        "n": 1234,
+        "metric": "accuracy",
+        "systems": [
+            {"name": "FoE", "kind": "foe", "score": 0.971, "ci95": [0.961, 0.981], "cost": 1.0},
+            {"name": "a/one", "kind": "expert", "score": 0.5, "ci95": [0.47, 0.53], "cost": 0.25},
+        ],
+        "command": "hf-fusion eval fused --data moods.parquet",
+        "machine": "2 cores",
+    },
+    parameters=22_700_000,
+    options={"mode": "output", "features_from": None, "frugal": None},
+)
+
+
+class Tags(HTMLParser):
+    """All tags and links of some HTML."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.names, self.links = [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.names.append(tag)
+        self.links += [value for key, value in attrs if key in ("href", "src")]
+
+
+def html_of(card):
+    return MarkdownIt("commonmark", {"html": True}).enable("table").render(ModelCard(card).text)
+
+
+def test_metadata_is_what_the_hub_indexes():
+    data = ModelCard(render_card(FACTS)).data
+    assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", "text-classification")
+    assert data.tags == ["hf-fusion", "merge", "foe"]
+    assert data.base_model == ["a/one", "a/two", "a/base"]
+    assert data.to_dict()["base_model_relation"] == "merge"
+    (result,) = data.eval_results  # only what this model itself scored
+    assert (result.metric_type, result.metric_value, result.dataset_split) == ("accuracy", 0.971, "test")
+    assert result.dataset_args == {"n": 1234}
+    assert "model-index" not in ModelCard(render_card(replace(FACTS, results=None))).data.to_dict()
+
+
+def test_says_what_was_measured_and_from_what():
+    card = render_card(FACTS)
+    assert "| **FoE** | 97.1 % ± 1.0 | 100 % |" in card
+    assert "| a/one | 50.0 % ± 3.0 | 25 % |" in card
+    assert "accuracy on 1234 examples of Moods (test)" in card
+    assert (
+        f"| [a/one](/a/one) | [1111111](/a/one/tree/{'1' * 40}) | text-classification | mit | no, yes | 25 % |" in card
+    )
+    assert pinned_revision(card) == "c" * 40
+    assert pinned_revision(render_card(replace(FACTS, revision=None))) is None
+    assert "Not measured." in render_card(replace(FACTS, results=None))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"mode": "output", "features_from": None, "frugal": {"neighbors": 10}}, "looks at the 10 validation examples"),
+        ({"mode": "selection", "features_from": None, "frugal": None}, "experts' embeddings of an example are"),
+        ({"mode": "selection", "features_from": 1, "frugal": None}, r"embedding of one expert \(a/two\) is taken"),
+    ],
+)
+def test_says_how_it_works(options, said):
+    assert re.search(said, render_card(replace(FACTS, options=options)))
+
+
+@pytest.mark.parametrize(
+    "auto_class",
+    [
+        "AutoModelForSequenceClassification",
+        "AutoModelForImageClassification",
+        "AutoModelForCausalLM",
+        "AutoModelForSeq2SeqLM",
+    ],
+)
+def test_usage_is_python(auto_class):
+    code = usage_code(render_card(replace(FACTS, auto_class=auto_class)))
+    compile(code, "usage", "exec")
+    assert f'revision = "me/fused", "{"c" * 40}"' in code
+
+
+def test_text_from_strangers_stays_text():
+    clean = Tags(html_of(render_card(FACTS)))
+    results = {
+        **FACTS.results,
+        "dataset": {"name": NASTY, "type": NASTY, "split": NASTY},
+        "command": NASTY,
+        "machine": NASTY,
+        "systems": [{**system, "name": NASTY} for system in FACTS.results["systems"]],
+    }
+    experts = tuple(replace(expert, task=NASTY, license=NASTY, labels=(NASTY, "yes")) for expert in FACTS.experts)
+    card = render_card(replace(FACTS, experts=experts, results=results, license=NASTY, recipe=f"x: '```'\n# {NASTY}\n"))
+    found = Tags(html_of(card))
+    assert set(found.names) <= set(clean.names)
+    assert found.names.count("td") == clean.names.count("td")
+    assert found.names.count("h1") == 1
+    assert found.links == clean.links
+    assert ModelCard(card).data.license == NASTY  # YAML holds it as a string, and nothing more
+    assert ModelCard(card).data.tags == ["hf-fusion", "merge", "foe"]
+
+
+def test_hand_written_text_and_metadata_survive():
+    written = f"""---
+language: de
+license: mit
+tags: [mine, merge]
+widget:
+- text: "a: b"
+---
+# My model
+
+Before.
+
+{BEGIN}
+old text of ours
+{END}
+
+After, with {BEGIN} in a sentence.
+"""
+    card = render_card(FACTS, written)
+    data = ModelCard(card).data.to_dict()
+    assert (data["language"], data["widget"], data["license"]) == ("de", [{"text": "a: b"}], "apache-2.0")
+    assert data["tags"] == ["hf-fusion", "merge", "foe", "mine"]
+    body = ModelCard(card).text
+    assert body.startswith("# My model\n\nBefore.\n\n" + BEGIN)
+    assert body.rstrip().endswith(f"{END}\n\nAfter, with {BEGIN} in a sentence.")
+    assert "old text of ours" not in card
+    assert render_card(FACTS, card) == card
+
+
+def test_a_card_without_markers_keeps_its_text():
+    card = render_card(FACTS, "All by hand.")
+    assert card.rstrip().endswith(f"{END}\n\nAll by hand.")
+    assert render_card(FACTS, card) == card
+
+
+def test_old_results_go_with_the_text_that_gave_them():
+    card = render_card(FACTS)
+    assert "model-index" not in ModelCard(render_card(replace(FACTS, results=None), card)).data.to_dict()
+    by_hand = "---\nmodel-index: [{name: x, results: []}]\n---\nhand"
+    assert yaml.safe_load(render_card(replace(FACTS, results=None), by_hand).split("---")[1])["model-index"]
+
+
+@pytest.mark.parametrize(
+    ("written", "reason"),
+    [
+        (f"{BEGIN}\nno end", "1 begin and 0 end markers"),
+        (f"{END}\n{BEGIN}", "1 begin and 1 end markers"),
+        (f"{BEGIN}\n{END}\n{BEGIN}\n{END}", "2 begin and 2 end markers"),
+        ("---\ntags: [\n---\ntext", "not valid YAML"),
+        ("---\n- a\n---\ntext", "not a mapping"),
+    ],
+)
+def test_broken_cards_are_not_guessed_at(written, reason):
+    with pytest.raises(FusionError, match=reason):
+        render_card(FACTS, written)
+
+
+def test_unknown_families_are_named():
+    with pytest.raises(FusionError, match="no card template for model_type 'bert'"):
+        render_card(replace(FACTS, family="bert"))
+
+
+@pytest.mark.parametrize("golden", sorted(CARDS.glob("*.json")), ids=lambda path: path.stem)
+def test_golden_cards(golden):
+    """Rendered by ``python model_cards/render.py``."""
+    assert render_card(facts_from_json(golden)) == golden.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_there_is_a_golden_card_per_template():
+    assert {path.stem for path in CARDS.glob("*.json")} == {path.name.split(".")[0] for path in CARDS.glob("*.j2")}
