@@ -135,7 +135,7 @@ def evaluate_fusion(
         from .errors import FusionError
 
         raise FusionError(f"the data set has no column {label_column!r} to measure against")
-    scorer = _Scorer(model, collected)
+    scorer = _Scorer(model, collected, collected.outputs, collected.labels)
     shares = model.config.cost_shares
     systems = [scorer.system("FoE", "foe", *scorer.fused())]
     curve: list[dict[str, Any]] = []
@@ -167,8 +167,8 @@ def evaluate_fusion(
 class _Scorer:
     """Scores answers (N, C) of one collection of outputs."""
 
-    def __init__(self, model: Any, collected: ExpertOutputs) -> None:
-        self.model, self.collected = model, collected
+    def __init__(self, model: Any, collected: ExpertOutputs, outputs: torch.Tensor, labels: torch.Tensor) -> None:
+        self.model, self.collected, self.outputs, self.labels = model, collected, outputs, labels
         self.regression = model.config.problem_type == "regression"
         self.metric = "mse" if self.regression else "accuracy"
         self._compute = load_metric(self.metric)
@@ -176,7 +176,7 @@ class _Scorer:
 
     def system(self, name: str, kind: str, answers: torch.Tensor, cost: float) -> System:
         """Scores (N, C) answers by the metric."""
-        labels = self.collected.labels
+        labels = self.labels
         if self.regression:
             predictions = answers.squeeze(-1)
             score = self._compute.compute(predictions=predictions.tolist(), references=labels.tolist())[self.metric]
@@ -205,13 +205,13 @@ class _Scorer:
             cost = 1.0
         else:  # the source always runs; the chosen one too, unless it is the source
             cost = float((shares[source] + shares[self._choice] * (self._choice != source)).mean())
-        return self.collected.outputs[torch.arange(len(scores)), self._choice], cost
+        return self.outputs[torch.arange(len(scores)), self._choice], cost
 
     @torch.no_grad()
     def frugal(self, cost_weight: float) -> tuple[torch.Tensor, float]:
         """The frugal variant's answers and their mean cost at some lambda."""
         shares = torch.tensor(self.model.config.cost_shares)
-        outputs, order = replay(self.model.policy.to("cpu"), self.collected.outputs, shares, cost_weight)
+        outputs, order = replay(self.model.policy.to("cpu"), self.outputs, shares, cost_weight)
         self.model.policy.to(self.model.device)
         return self.model.fuser(outputs.flatten(1).to(self.model.device)).cpu(), float(
             ((order > 0) * shares).sum(1).mean()

@@ -219,7 +219,8 @@ class _KeepBest(TrainerCallback):
 
     def __init__(self, patience: int) -> None:
         self.patience, self.waited = patience, 0
-        self.loss, self.weights = float("inf"), {}
+        self.loss = float("inf")
+        self.weights: dict[str, torch.Tensor] = {}
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Any = None, model: Any = None, **_: Any
@@ -284,6 +285,7 @@ def _fit_frugal(
 ) -> float:
     """Gives the model its validation points and the losses of every subset on them; returns lambda."""
     rows = held_rows[:MOST_NEIGHBORS_FROM]
+    assert collected.outputs is not None and collected.labels is not None  # fit_fuser has seen to it
     outputs, labels = collected.outputs[rows], collected.labels[rows]
     subsets = candidate_subsets(model.config.num_experts)
     policy = FrugalPolicy(len(rows), outputs.shape[1], outputs.shape[2], len(subsets), neighbors)

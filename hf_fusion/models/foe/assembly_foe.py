@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_foe import FoEConfig
-from .experts_foe import AUTO_CLASSES
+from .experts_foe import AUTO_CLASSES, Backbone
 from .processing_foe import FoEProcessor
 
 GENERIC_LABEL = re.compile(r"LABEL_\d+")
@@ -202,7 +202,7 @@ def _rank(adapter: Any, path: str) -> int:
     return adapter.lora[path][0].shape[0] if path in adapter.lora else 0
 
 
-def fill_adapters(backbone: nn.Module, plan: Mapping[str, Any], experts: Sequence[Any], base: nn.Module) -> None:
+def fill_adapters(backbone: Backbone, plan: Mapping[str, Any], experts: Sequence[Any], base: nn.Module) -> None:
     """Copies the adapters' tensors into a backbone built from `plan`, in place.
 
     Raises:
@@ -210,7 +210,7 @@ def fill_adapters(backbone: nn.Module, plan: Mapping[str, Any], experts: Sequenc
     """
     with torch.no_grad():
         for path in plan["ranks"]:
-            adapted = backbone.model.get_submodule(path)
+            adapted: Any = backbone.model.get_submodule(path)
             start = 0
             for expert in experts:
                 if path not in expert.adapter.lora:
@@ -225,7 +225,8 @@ def fill_adapters(backbone: nn.Module, plan: Mapping[str, Any], experts: Sequenc
                 adapted.lora_B[:, start : start + len(a)] = b
                 start += len(a)
         for path in plan["saved"]:
-            for expert, variant in zip(experts, backbone.model.get_submodule(path).variants, strict=True):
+            per_expert: Any = backbone.model.get_submodule(path)
+            for expert, variant in zip(experts, per_expert.variants, strict=True):
                 own = {n.rpartition(".")[2]: t for n, t in expert.adapter.saved.items() if n.rpartition(".")[0] == path}
                 try:
                     variant.load_state_dict(own or base.get_submodule(path).state_dict())
@@ -267,7 +268,7 @@ def plan_config(
             "task": expert.task,
             "labels": list(expert.labels),
             "backbone": backbone,
-            "feature_size": feature_size(models[backbone].config),
+            "feature_size": feature_size(models[backbone].config) if mode == "selection" else None,
             "cost": float(cost),
         }
         for expert, backbone, cost in zip(experts, of_expert, costs, strict=True)

@@ -19,7 +19,7 @@ class FoEConfig(PreTrainedConfig):
         head: what the experts are, one of `HEADS`.
         experts: one dict per expert: name, revision, license, task, labels (its own class names), label_map (fused
             class index of each of its classes, -1 for none), backbone (index into `backbones`), feature_size
-            (width of its embedding) and cost (any positive unit; parameters by default).
+            (width of its embedding; None in "output") and cost (any positive unit; parameters by default).
         backbones: one dict per transformer: config (of the inner model), inputs (index of the processor that feeds
             it), ranks (module path -> LoRA rank of each of its experts) and saved (module path -> head width of
             each of its experts). Full models have neither ranks nor saved.
@@ -36,9 +36,10 @@ class FoEConfig(PreTrainedConfig):
 
     mode: str = "output"
     head: str = "sequence-classification"
-    experts: list[dict[str, Any]] | None = None
-    backbones: list[dict[str, Any]] | None = None
-    fuser_hidden: list[int] | None = None
+    # None stands for an empty list: a config's defaults may not be mutable.
+    experts: list[dict[str, Any]] = None  # type: ignore[assignment]
+    backbones: list[dict[str, Any]] = None  # type: ignore[assignment]
+    fuser_hidden: list[int] = None  # type: ignore[assignment]
     fuser_dropout: float = 0.0
     features_from: int | None = None
     frugal: dict[str, Any] | None = None
@@ -60,17 +61,22 @@ class FoEConfig(PreTrainedConfig):
     @property
     def num_experts(self) -> int:
         """K, the number of experts."""
-        return len(self.experts or [])
+        return len(self.experts)
+
+    @property
+    def num_outputs(self) -> int:
+        """C, the width of an expert's output in the fused label space."""
+        return len(self.id2label or {})
 
     @property
     def cost_shares(self) -> list[float]:
         """Each expert's share of the cost of querying all of them; sums to 1."""
-        costs = [expert["cost"] for expert in self.experts or []]
+        costs = [expert["cost"] for expert in self.experts]
         return [cost / sum(costs) for cost in costs]
 
     def backbone_config(self, index: int) -> PreTrainedConfig:
         """The inner model's config, rebuilt from the plain dict that is stored."""
-        return AutoConfig.for_model(**(self.backbones or [])[index]["config"])
+        return AutoConfig.for_model(**self.backbones[index]["config"])
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The first backbone's text config for language models, which `generate()` asks for; else this config."""

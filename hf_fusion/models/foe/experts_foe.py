@@ -45,7 +45,7 @@ class AdaptedLinear(nn.Module):
     expert's columns, and `real` masks what a shorter expert borrows.
     """
 
-    def __init__(self, linear: nn.Module, ranks: list[int], groups: Groups) -> None:
+    def __init__(self, linear: Any, ranks: list[int], groups: Groups) -> None:
         super().__init__()
         d_out, d_in = linear.weight.shape
         if isinstance(linear, Conv1D):
@@ -53,7 +53,7 @@ class AdaptedLinear(nn.Module):
         self.linear = linear
         self.groups = groups
         self.ranks = ranks
-        like = {"dtype": linear.weight.dtype, "device": linear.weight.device}
+        like: dict[str, Any] = {"dtype": linear.weight.dtype, "device": linear.weight.device}
         self.lora_A = nn.Parameter(torch.empty(sum(ranks), d_in, **like), requires_grad=False)
         self.lora_B = nn.Parameter(torch.empty(d_out, sum(ranks), **like), requires_grad=False)
         widest, starts = max(ranks), [sum(ranks[:k]) for k in range(len(ranks))]

@@ -51,6 +51,10 @@ class FrugalPolicy(nn.Module):
         neighbors: kappa.
     """
 
+    outputs: torch.Tensor
+    subsets: torch.Tensor
+    losses: torch.Tensor
+
     def __init__(self, rows: int, num_experts: int, num_outputs: int, subsets: int, neighbors: int) -> None:
         super().__init__()
         self.neighbors = min(neighbors, rows)

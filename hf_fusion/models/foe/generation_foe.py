@@ -26,7 +26,7 @@ class FoEForGeneration(FoEModel, GenerationMixin):
     def prompt_embeddings(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Embeddings of prompts by all experts (or by `features_from`), (B, Σd)."""
         source = self.config.features_from
-        parts = []
+        parts: list[tuple[int, torch.Tensor]] = []
         for backbone, module in enumerate(self.backbones):
             members = [m for m in self._members(backbone) if source in (None, m)]
             if not members:
@@ -74,19 +74,18 @@ class FoEForGeneration(FoEModel, GenerationMixin):
         if choice is None:
             prompt = dict(given)
             if labels is not None and not self.config.is_encoder_decoder:
-                mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-                prompt["attention_mask"] = mask * ((labels != -100).cumsum(1) == 0)
+                before_answer = (labels != -100).cumsum(1) == 0
+                prompt["attention_mask"] = before_answer if attention_mask is None else attention_mask * before_answer
             choice = self.select(prompt)
         if labels is not None and self.config.is_encoder_decoder:
             given["labels"] = labels
-        logits: torch.Tensor | None = None
+        rows_of, answers = [], []
         for expert in choice.unique().tolist():
             rows = (choice == expert).nonzero()[:, 0]
             backbone, local = self._place(expert)
-            out = self.backbones[backbone](take_rows(self._inputs_of(backbone, given), rows), [local]).logits
-            if logits is None:
-                logits = out.new_zeros(len(choice), *out.shape[1:])
-            logits[rows] = out
+            rows_of.append(rows)
+            answers.append(self.backbones[backbone](take_rows(self._inputs_of(backbone, given), rows), [local]).logits)
+        logits = torch.cat(answers)[torch.cat(rows_of).argsort()]
         loss = None
         if labels is not None:
             shift = 0 if self.config.is_encoder_decoder else 1
@@ -126,7 +125,7 @@ class FoEForGeneration(FoEModel, GenerationMixin):
         for expert in choice.unique().tolist():
             rows = (choice == expert).nonzero()[:, 0]
             backbone, local = self._place(expert)
-            module = self.backbones[backbone]
+            module: Any = self.backbones[backbone]
             module.groups.experts = [local]
             own = take_rows(self._inputs_of(backbone, given), rows)
             generated = module.model.generate(**own, generation_config=generation_config, **kwargs)

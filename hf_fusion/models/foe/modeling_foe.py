@@ -72,12 +72,12 @@ class FoEModel(PreTrainedModel):
         ]
         for index, backbone in enumerate(self.backbones):
             self.add_module(f"backbone_{index}", backbone.model)
-        experts, labels = config.num_experts, config.num_labels
+        experts, labels = config.num_experts, config.num_outputs
         if config.mode == "output":
             inputs, outputs = experts * labels, labels
         else:
-            sizes = [expert["feature_size"] for expert in config.experts]
-            inputs = sum(sizes) if config.features_from is None else sizes[config.features_from]
+            widths = [expert["feature_size"] for expert in config.experts]
+            inputs = sum(widths) if config.features_from is None else widths[config.features_from]
             outputs = experts
         self.fuser = Fuser(inputs, config.fuser_hidden, outputs, config.fuser_dropout)
         if config.frugal:
@@ -152,7 +152,7 @@ class FoEModel(PreTrainedModel):
         family = FoEModel
         if config.vocabularies:
             from .generation_foe import FoEForGeneration as family
-        model = family(config, [inner.to(dtype) for inner in models])
+        model: Any = family(config, models).to(dtype)  # type: ignore[arg-type]  # the stubs lose `self`
         for index, plan in enumerate(config.backbones):
             own = [e for e, row in zip(experts, config.experts, strict=True) if row["backbone"] == index]
             if plan["ranks"] or plan["saved"]:
@@ -160,7 +160,7 @@ class FoEModel(PreTrainedModel):
         for backbone in model.backbones:
             backbone.model.requires_grad_(False)
         model._processor = processor
-        return model.to(dtype).eval()
+        return model.eval()
 
     @property
     def processor(self) -> FoEProcessor:
@@ -223,7 +223,7 @@ class FoEModel(PreTrainedModel):
         if (backbone, device) not in self._label_maps:
             maps = [self.config.experts[expert]["label_map"] for expert in self._members(backbone)]
             own = max(len(label_map) for label_map in maps)
-            onehot = torch.zeros(len(maps), own, self.config.num_labels)
+            onehot = torch.zeros(len(maps), own, self.config.num_outputs)
             for index, label_map in enumerate(maps):
                 for label, fused in enumerate(label_map):
                     if fused >= 0:
@@ -281,7 +281,7 @@ class FoEModel(PreTrainedModel):
 
     def _query(self, inputs: Mapping[str, Any], rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """Outputs (n, C) of one expert per row: `experts[i]` for example `rows[i]`, a backbone's rows in one pass."""
-        outputs = torch.zeros(len(rows), self.config.num_labels, device=self.device)
+        outputs = torch.zeros(len(rows), self.config.num_outputs, device=self.device)
         for backbone in range(len(self.backbones)):
             members = self._members(backbone)
             mine = torch.isin(experts, torch.tensor(members, device=experts.device)).nonzero()[:, 0]

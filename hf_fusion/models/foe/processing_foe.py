@@ -12,7 +12,7 @@ from transformers.utils import PushToHubMixin, cached_file
 
 PROCESSOR_FILE = "processor_config.json"
 # what a processor takes -> how to load it, and the file and auto class by which pipelines look for it
-LOADERS = {"text": AutoTokenizer, "image": AutoImageProcessor}
+LOADERS: dict[str, Any] = {"text": AutoTokenizer, "image": AutoImageProcessor}
 PIPELINE_FILES = {
     "text": ("tokenizer_config.json", {"AutoTokenizer": [None, "processing_foe.FoEProcessor"]}),
     "image": ("preprocessor_config.json", {"AutoImageProcessor": "processing_foe.FoEProcessor"}),
@@ -132,7 +132,7 @@ class FoEProcessor(PushToHubMixin):
             if kwargs.get(name) is not None
         }
         source = str(pretrained_model_name_or_path)
-        config = json.loads(Path(cached_file(source, PROCESSOR_FILE, **hub)).read_text(encoding="utf-8"))
+        config = json.loads(Path(str(cached_file(source, PROCESSOR_FILE, **hub))).read_text(encoding="utf-8"))
         # Whoever runs this line trusts the repo's code already; without the flag AutoTokenizer would ask again.
         processors = [
             LOADERS[kind].from_pretrained(source, subfolder=folder, trust_remote_code=True, **hub)
