@@ -86,6 +86,9 @@ def collect_outputs(
     tensors = {name: torch.tensor(rows[name], device=device).view(count, -1) for name in rows}
     outputs = tensors["outputs"].view(count, model.config.num_experts, -1) if "outputs" in tensors else None
     experts = _expert_indices(model, dataset, expert_column)
+    if "features" in tensors and not model.config.vocabularies and model.config.features_from is not None:
+        sizes = [expert["feature_size"] for expert in model.config.experts]
+        tensors["features"] = tensors["features"].split(sizes, 1)[model.config.features_from]
     return ExpertOutputs(
         features=tensors["features"] if "features" in tensors else tensors["outputs"],
         outputs=outputs,
@@ -108,9 +111,7 @@ class _ClassifierRunner:
         outputs, embeddings = self.model.expert_outputs(inputs, embed=selection)
         result = {"outputs": outputs.flatten(1).float().cpu().numpy()}
         if selection:
-            source = self.model.config.features_from
-            features = torch.cat(embeddings, 1) if source is None else embeddings[source]
-            result["features"] = features.float().cpu().numpy()
+            result["features"] = torch.cat(embeddings, 1).float().cpu().numpy()
         return result
 
 
@@ -212,9 +213,8 @@ def _run_cached(runner: Any, dataset: datasets.Dataset, columns: Mapping[str, st
 def _fingerprint(model: Any) -> str:
     """Of the experts' weights and what becomes of their outputs."""
     config = model.config
-    digest = xxhash.xxh64(
-        f"{config.experts}{config.backbones}{config.mode}{config.features_from}{model.dtype}".encode()
-    )
+    source = config.features_from if config.vocabularies else None  # classifiers' embeddings are all kept
+    digest = xxhash.xxh64(f"{config.experts}{config.backbones}{config.mode}{source}{model.dtype}".encode())
     for tensor in chain.from_iterable(backbone.model.state_dict().values() for backbone in model.backbones):
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -1,0 +1,126 @@
+"""Suites of text experts: which expert knows which classes of which data set, and which rows are whose.
+
+A data set is a folder with `train.parquet` and `test.parquet` (columns text, label and, for pairs,
+text_pair). Its train rows are divided once: most train the experts, the rest is kept to fit the fuser.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from hf_fusion.errors import FusionError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class TextExpert:
+    """One expert of a suite.
+
+    Attributes:
+        name: folder name of its adapter.
+        task: folder name of its data set.
+        classes: the class indices it knows, in the order of its head; None for all of them.
+    """
+
+    name: str
+    task: str
+    classes: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class TextSuite:
+    """Experts that are fused with each other.
+
+    Attributes:
+        name: what `--suite` calls it.
+        mode: the FoE mode that fuses them.
+        experts: its experts.
+        fit_share: share of the train rows that no expert sees: they fit the fuser.
+    """
+
+    name: str
+    mode: Literal["selection", "output"]
+    experts: tuple[TextExpert, ...]
+    fit_share: float = 0.15
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Its data sets, each once, in order."""
+        return tuple(dict.fromkeys(expert.task for expert in self.experts))
+
+
+def _partition(task: str, classes: int, groups: int) -> tuple[TextExpert, ...]:
+    """Shuffled classes dealt into equal groups: one expert per group, every class known by one expert."""
+    order = random.Random(SEED).sample(range(classes), classes)
+    return tuple(
+        TextExpert(f"{task}-group-{group}", task, tuple(sorted(order[group::groups]))) for group in range(groups)
+    )
+
+
+_EIGHT = ("sst2", "trec", "tweet_emotion", "banking77", "snips", "ag_news", "sms_spam", "mrpc")
+SUITES = {
+    suite.name: suite
+    for suite in (
+        TextSuite("tasks-8", "selection", tuple(TextExpert(task, task) for task in _EIGHT)),
+        TextSuite("banking-groups", "output", _partition("banking77", classes=77, groups=7), 0.4),
+    )
+}
+
+
+def splits(data_dir: str | Path, task: str, fit_share: float) -> tuple[Dataset, Dataset, Dataset]:
+    """The rows of a task: those that train experts, those that fit the fuser, and the test rows.
+
+    Train rows that occur among the test rows are dropped; the division of the others depends on
+    nothing but `SEED`.
+
+    Args:
+        data_dir: folder that holds the data sets.
+        task: folder name of the data set.
+        fit_share: share of its train rows kept for the fuser, see `TextSuite`.
+
+    Returns:
+        (train, fit, test), each with columns text, label and, for pairs, text_pair.
+
+    Raises:
+        FusionError: the data set is not there.
+    """
+    from datasets import Dataset
+
+    folder = Path(data_dir) / task
+    if not (folder / "train.parquet").is_file():
+        raise FusionError(
+            f"no data set {task!r} in {data_dir}: {folder / 'train.parquet'} is missing",
+            hint="--data DIR with one folder per data set, each with train.parquet and test.parquet",
+        )
+    train, test = (Dataset.from_parquet(str(folder / f"{part}.parquet")) for part in ("train", "test"))
+    seen = set(_texts(test))
+    train = train.select([row for row, texts in enumerate(_texts(train)) if texts not in seen])
+    train = train.shuffle(seed=SEED)
+    kept = round(len(train) * (1 - fit_share))
+    return train.select(range(kept)), train.select(range(kept, len(train))), test
+
+
+def known_rows(rows: Dataset, expert: TextExpert) -> Dataset:
+    """The rows whose class the expert knows, labelled with the class indices of its own head."""
+    from datasets import ClassLabel
+
+    if expert.classes is None:
+        return rows
+    index = {label: row for row, label in enumerate(expert.classes)}
+    names = [rows.features["label"].names[label] for label in expert.classes]
+    rows = rows.select([row for row, label in enumerate(rows["label"]) if label in index])
+    labels = [index[label] for label in rows["label"]]
+    return rows.remove_columns("label").add_column("label", labels).cast_column("label", ClassLabel(names=names))
+
+
+def _texts(rows: Dataset) -> list[tuple[str, ...]]:
+    """The text of every row, or both texts of a pair."""
+    columns = [rows[name] for name in ("text", "text_pair") if name in rows.column_names]
+    return list(zip(*columns, strict=True))
