@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -273,10 +274,10 @@ def pick_small(source: Source, *, code: bool) -> list[str]:
 def download(wanted: Sequence[tuple[Source, list[str]]], api: HfApi) -> None:
     """Fetch all files of all sources at once and set each ``source.folder``.
 
-    Interrupted downloads resume, and files already in the cache are not fetched again. One progress bar over
-    all bytes on stderr, silent when piped.
+    Run again after an interruption, it fetches what is not in the cache in full. One progress bar over all bytes
+    on stderr, silent when piped.
     """
-    from tqdm.auto import tqdm
+    from huggingface_hub.utils import tqdm  # silent under HF_HUB_DISABLE_PROGRESS_BARS
 
     jobs = [(source, file) for source, files in wanted for file in files if not source.is_local]
     if not jobs:
@@ -319,10 +320,19 @@ def quiet_transformers() -> Iterator[None]:
 
     level, bars = verbosity.get_verbosity(), verbosity.is_progress_bar_enabled()
     verbosity.set_verbosity_error()
-    verbosity.disable_progress_bar()
+    _show_bars(False)
     try:
         yield
     finally:
         verbosity.set_verbosity(level)
         if bars:
-            verbosity.enable_progress_bar()
+            _show_bars(True)
+
+
+def _show_bars(shown: bool) -> None:
+    """Turn transformers' bars on or off, without its warning where HF_HUB_DISABLE_PROGRESS_BARS decides."""
+    from transformers.utils import logging as verbosity
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (verbosity.enable_progress_bar if shown else verbosity.disable_progress_bar)()
