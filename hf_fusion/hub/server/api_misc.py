@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Annotated, Any
 from urllib.parse import parse_qs
 
-from fastapi import APIRouter, Body, Depends, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 
 from .access import CurrentUser, Endpoint, SignedIn, StoreDep
+from .bodies import CollectionBody, CollectionChange, ItemBody, ItemChange
 from .collections import Collection, Collections
 from .errors import HubError
 from .listing import Page
 from .users import User
 
 router = APIRouter()
-Json = Annotated[dict[str, Any], Body()]
 
 
 @router.get("/api/whoami-v2")
@@ -105,14 +105,12 @@ def list_collections(
 
 
 @router.post("/api/collections")
-def create_collection(body: Json, collections: CollectionsDep, user: SignedIn) -> Collection:
+def create_collection(body: CollectionBody, collections: CollectionsDep, user: SignedIn) -> Collection:
     """Makes a collection."""
-    owner = str(body.get("namespace") or user.name)
+    owner = body.namespace or user.name
     if not user.owns(owner):
         raise HubError(403, f"{user.name} has no rights in the namespace {owner}")
-    if not (title := str(body.get("title") or "").strip()):
-        raise HubError(400, "a collection needs a title")
-    return collections.create(owner, title, body.get("description"), body.get("private") is True)
+    return collections.create(owner, body.title, body.description, body.private)
 
 
 @router.get("/api/collections/{owner}/{slug}")
@@ -122,9 +120,9 @@ def get_collection(collection: Readable) -> Collection:
 
 
 @router.patch("/api/collections/{owner}/{slug}")
-def edit_collection(slug: Writable, body: Json, collections: CollectionsDep) -> dict[str, Collection]:
+def edit_collection(slug: Writable, body: CollectionChange, collections: CollectionsDep) -> dict[str, Collection]:
     """Changes title, description, visibility, theme."""
-    return {"data": collections.edit(slug, **body)}
+    return {"data": collections.edit(slug, body.model_dump(exclude_none=True))}
 
 
 @router.delete("/api/collections/{owner}/{slug}")
@@ -135,15 +133,15 @@ def delete_collection(slug: Writable, collections: CollectionsDep) -> dict[str, 
 
 
 @router.post("/api/collections/{owner}/{slug}/items")
-def add_item(slug: Writable, body: Json, collections: CollectionsDep) -> Collection:
+def add_item(slug: Writable, body: ItemBody, collections: CollectionsDep) -> Collection:
     """Puts a repo into a collection."""
-    return collections.add_item(slug, body.get("item") or {}, body.get("note"))
+    return collections.add_item(slug, body.item.type, body.item.id, body.note)
 
 
 @router.patch("/api/collections/{owner}/{slug}/items/{item}")
-def edit_item(slug: Writable, item: str, body: Json, collections: CollectionsDep) -> Collection:
+def edit_item(slug: Writable, item: str, body: ItemChange, collections: CollectionsDep) -> Collection:
     """Changes an item's note or place."""
-    return collections.edit_item(slug, item, body.get("note"), body.get("position"))
+    return collections.edit_item(slug, item, body.note, body.position)
 
 
 @router.delete("/api/collections/{owner}/{slug}/items/{item}")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 from urllib.parse import parse_qs, unquote, urlencode
 
-from fastapi import APIRouter, Body, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from .access import (
     CurrentUser,
@@ -22,14 +21,15 @@ from .access import (
     find,
     may_read,
 )
+from .bodies import BranchBody, MoveBody, RepoBody, SettingsBody, TagBody, UserBody
 from .dates import stamp
 from .errors import HubError, entry_not_found
 from .info import describe, describe_all
 from .listing import Page, matching, next_link, paginate, properties
 from .repo import File, Repo
+from .users import User
 
 router = APIRouter()
-Json = Annotated[dict[str, Any], Body()]
 TREE_PAGE, EXPANDED_TREE_PAGE = 1000, 50
 
 
@@ -38,72 +38,66 @@ def _address(endpoint: str, kind: str, name: str) -> str:
     return f"{endpoint}/{prefix}{name}"
 
 
-def _named(body: dict[str, Any], default_owner: str) -> tuple[str, str]:
-    """Kind and full name of the repo a JSON body speaks of."""
-    kind = f"{body.get('type') or 'model'}s"
-    return kind, f"{body.get('organization') or default_owner}/{body.get('name') or ''}"
+def _named(body: RepoBody, default_owner: str) -> tuple[str, str]:
+    """Kind and full name of the repo a body speaks of."""
+    return f"{body.type}s", f"{body.organization or default_owner}/{body.name}"
+
+
+def _check_namespace(user: User, name: str) -> None:
+    if not user.owns(namespace := name.split("/")[0]):
+        raise HubError(403, f"{user.name} has no rights in the namespace {namespace}")
 
 
 @router.post("/api/repos/create")
-def create_repo(body: Json, store: StoreDep, user: SignedIn, endpoint: Endpoint) -> dict[str, Any]:
+def create_repo(body: RepoBody, store: StoreDep, user: SignedIn, endpoint: Endpoint) -> dict[str, Any]:
     """Makes a repo in the caller's namespace or that of an organisation they belong to."""
     kind, name = _named(body, user.name)
-    if not user.owns(name.split("/")[0]):
-        raise HubError(403, f"{user.name} has no rights in the namespace {name.split('/')[0]}")
-    private = body.get("visibility") == "private" or body.get("private") is True
-    settings = {"private": private, "gated": False} | ({"sdk": body.get("sdk")} if kind == "spaces" else {})
+    _check_namespace(user, name)
+    settings: dict[str, Any] = {"private": body.private or body.visibility == "private", "gated": False}
+    if kind == "spaces":
+        settings["sdk"] = body.sdk
     url = _address(endpoint, kind, name)
     try:
         repo = store.create(kind, name, user.name, settings)
     except FileExistsError:
-        raise HubError(409, f"You already created this {kind[:-1]} repo: {name}", body={"url": url}) from None
+        raise HubError(409, f"You already created this {body.type} repo: {name}", body={"url": url}) from None
     return {"url": url, "name": repo.name, "id": repo.settings["created"]}
 
 
 @router.delete("/api/repos/delete")
-def delete_repo(body: Json, store: StoreDep, user: SignedIn) -> dict[str, Any]:
+def delete_repo(body: RepoBody, store: StoreDep, user: SignedIn) -> dict[str, Any]:
     """Removes a repo for good."""
     store.delete(check_write(find(store, *_named(body, user.name), user), user))
     return {}
 
 
 @router.post("/api/repos/move")
-def move_repo(body: Json, store: StoreDep, user: SignedIn) -> dict[str, Any]:
+def move_repo(body: MoveBody, store: StoreDep, user: SignedIn) -> dict[str, Any]:
     """Gives a repo another name, in any namespace the caller may write to."""
-    kind = f"{body.get('type') or 'model'}s"
-    repo = check_write(find(store, kind, str(body.get("fromRepo")), user), user)
-    target = str(body.get("toRepo"))
-    if not user.owns(target.split("/")[0]):
-        raise HubError(403, f"{user.name} has no rights in the namespace {target.split('/')[0]}")
-    store.move(repo, target)
+    repo = check_write(find(store, f"{body.type}s", body.fromRepo, user), user)
+    _check_namespace(user, body.toRepo)
+    store.move(repo, body.toRepo)
     return {}
 
 
 @router.put("/api/{kind}/{owner}/{name}/settings")
-def settings(body: Json, repo: WritableRepo) -> dict[str, Any]:
+def settings(body: SettingsBody, repo: WritableRepo) -> dict[str, Any]:
     """Changes visibility and gating."""
-    changes: dict[str, Any] = {}
-    if (visibility := body.get("visibility")) is not None:
-        changes["private"] = visibility == "private"
-    if isinstance(body.get("private"), bool):
-        changes["private"] = body["private"]
-    if (gated := body.get("gated")) is not None:
-        if gated not in ("auto", "manual", False):
-            raise HubError(400, '"gated" must be "auto", "manual" or false')
-        changes["gated"] = gated
+    changes: dict[str, Any] = body.model_dump(include={"gated", "private"}, exclude_none=True)
+    if body.visibility is not None:
+        changes["private"] = body.visibility == "private"
     repo.change_settings(**changes)
-    return {"private": repo.settings["private"], "gated": repo.settings["gated"]}
+    return {name: repo.settings[name] for name in ("private", "gated")}
 
 
 @router.post("/api/{kind}/{owner}/{name}/user-access-request/grant")
-def grant_access(body: Json, repo: WritableRepo, store: StoreDep) -> dict[str, Any]:
+def grant_access(body: UserBody, repo: WritableRepo, store: StoreDep) -> dict[str, Any]:
     """Lets a user read the files of a gated repo."""
-    user = str(body.get("user"))
-    if not store.users.exists(user):
-        raise HubError(404, f"there is no user {user}")
+    if not store.users.exists(body.user):
+        raise HubError(404, f"there is no user {body.user}")
     if not repo.settings.get("gated"):
         raise HubError(400, f"{repo.name} is not gated")
-    repo.change_settings(granted=sorted({*repo.settings.get("granted", ()), user}))
+    repo.change_settings(granted=sorted({*repo.settings.get("granted", ()), body.user}))
     return {}
 
 
@@ -208,12 +202,8 @@ def tree(
 @router.post("/api/{kind}/{owner}/{name}/paths-info/{rev}")
 async def paths_info(repo: ReadableRepo, revision: Revision, request: Request) -> list[dict[str, Any]]:
     """The named files and folders; those that do not exist are left out."""
-    body = await request.body()
-    if request.headers.get("content-type", "").startswith("application/json"):
-        form = json.loads(body)
-    else:
-        form = parse_qs(body.decode())
-    paths = [str(path).strip("/") for path in form.get("paths", [])]
+    form = parse_qs((await request.body()).decode(errors="replace"))
+    paths = [path.strip("/") for path in form.get("paths", [])]
     sha = repo.resolve(revision)
     files = repo.files(sha)
     entries = []
@@ -222,7 +212,7 @@ async def paths_info(repo: ReadableRepo, revision: Revision, request: Request) -
             entries.append(_entry(files[path]))
         elif path and any(name.startswith(f"{path}/") for name in files):
             entries.append(_folder(repo, sha, path))
-    if str(form.get("expand", ["false"])).lower().strip("[]'") == "true":
+    if form.get("expand", [""])[0].lower() == "true":
         _with_last_commits(repo, sha, entries)
     return entries
 
@@ -276,9 +266,9 @@ def commits(
 
 
 @router.post("/api/{kind}/{owner}/{name}/branch/{rev}")
-def create_branch(repo: WritableRepo, revision: Revision, user: SignedIn, body: Json) -> dict[str, Any]:
+def create_branch(repo: WritableRepo, revision: Revision, body: BranchBody) -> dict[str, Any]:
     """Makes a branch, at main or at the `startingPoint`."""
-    repo.create_ref("heads", revision, repo.resolve(body.get("startingPoint") or "main"))
+    repo.create_ref("heads", revision, repo.resolve(body.startingPoint))
     return {}
 
 
@@ -290,9 +280,9 @@ def delete_branch(repo: WritableRepo, revision: Revision) -> dict[str, Any]:
 
 
 @router.post("/api/{kind}/{owner}/{name}/tag/{rev}")
-def create_tag(repo: WritableRepo, revision: Revision, user: SignedIn, body: Json) -> dict[str, Any]:
+def create_tag(repo: WritableRepo, revision: Revision, user: SignedIn, body: TagBody) -> dict[str, Any]:
     """Tags a revision."""
-    repo.create_ref("tags", str(body.get("tag")), repo.resolve(revision), body.get("message"), user.name)
+    repo.create_ref("tags", body.tag, repo.resolve(revision), body.message, user.name)
     return {}
 
 

@@ -2,57 +2,60 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 from urllib.parse import unquote
 
 from dulwich.ignore import IgnoreFilter, read_ignore_patterns
-from fastapi import APIRouter, Body, Request
+from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse
+from fastapi.responses import FileResponse, JSONResponse
 
 from . import card
 from .access import (
+    CurrentUser,
     Endpoint,
     Kind,
     ReadableRepo,
     Revision,
     SignedIn,
     StoreDep,
+    check_gate,
     check_write,
     find,
+    signed_in,
 )
+from .bodies import CardBody, LfsBatchBody, LfsObject, PreuploadBody
 from .commit_body import is_large, read_commit
 from .errors import HubError
 from .files import IncomingFile
-from .repo import Repo, check_path
+from .repo import File, Repo, check_path
 from .users import User
 
 router = APIRouter()
-Json = Annotated[dict[str, Any], Body()]
 LFS_JSON = "application/vnd.git-lfs+json"
 
 
 @router.post("/api/validate-yaml")
-def validate_yaml(body: Json) -> JSONResponse:
+def validate_yaml(body: CardBody) -> JSONResponse:
     """Checks a card before it is pushed."""
-    errors, warnings = card.problems(str(body.get("content") or ""))
+    errors, warnings = card.problems(body.content)
     answer = {"errors": [{"message": m} for m in errors], "warnings": [{"message": m} for m in warnings]}
     return JSONResponse(answer, 400 if errors else 200)
 
 
 @router.post("/api/{kind}/{owner}/{name}/preupload/{rev}")
-def preupload(body: Json, repo: ReadableRepo, revision: Revision, user: SignedIn) -> dict[str, Any]:
+def preupload(body: PreuploadBody, repo: ReadableRepo, revision: Revision, user: SignedIn) -> dict[str, Any]:
     """Says for each file how to send it, whether .gitignore excludes it, and which version is there already."""
     files = repo.files(repo.resolve(revision))
-    ignored = _ignore_filter(repo, body, files)
+    ignored = _ignore_filter(repo, body.gitIgnore, files)
     answer = []
-    for file in body.get("files", []):
-        path = check_path(str(file["path"]))
-        large = is_large(path, int(file["size"]), base64.b64decode(file["sample"]))
+    for file in body.files:
+        path = check_path(file.path)
+        large = is_large(path, file.size, file.sample)
         entry = {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": ignored(path)}
         if (there := files.get(path)) and bool(there.sha256) == large:
             entry["oid"] = there.sha256 or there.oid
@@ -60,14 +63,13 @@ def preupload(body: Json, repo: ReadableRepo, revision: Revision, user: SignedIn
     return {"files": answer}
 
 
-def _ignore_filter(repo: Repo, body: dict[str, Any], files: dict[str, Any]) -> Any:
-    """Whether a path is excluded by the .gitignore of this push or of the repo."""
-    text = body.get("gitIgnore")
+def _ignore_filter(repo: Repo, text: str | None, files: dict[str, File]) -> Callable[[str], bool]:
+    """Whether a path is excluded by the .gitignore of this push (``text``) or else of the repo."""
     if text is None and (file := files.get(".gitignore")) and not file.sha256:
         text = repo.read(file).decode(errors="replace")
     if not text:
         return lambda path: False
-    patterns = IgnoreFilter(read_ignore_patterns(io.BytesIO(str(text).encode())))
+    patterns = IgnoreFilter(read_ignore_patterns(io.BytesIO(text.encode())))
 
     def ignored(path: str) -> bool:
         parts = path.split("/")
@@ -83,30 +85,44 @@ def _ignore_filter(repo: Repo, body: dict[str, Any], files: dict[str, Any]) -> A
 @router.post("/{owner}/{name}.git/info/lfs/objects/batch")
 @router.post("/{kind}/{owner}/{name}.git/info/lfs/objects/batch")
 def lfs_batch(
-    body: Json,
+    body: LfsBatchBody,
     owner: str,
     name: str,
     store: StoreDep,
-    user: SignedIn,
+    user: CurrentUser,
     request: Request,
     endpoint: Endpoint,
     kind: Kind = "models",
 ) -> JSONResponse:
-    """Tells where to send each large file; those already there need no sending."""
+    """Tells where to send each large file, or where to fetch it; those already there need no sending."""
     repo = find(store, kind, f"{unquote(owner)}/{unquote(name)}", user)
+    if body.operation == "upload":
+        signed_in(user)
+    else:
+        check_gate(repo, user)
     objects = []
-    for item in body.get("objects", []):
-        oid, size = str(item["oid"]), int(item["size"])
-        entry: dict[str, Any] = {"oid": oid, "size": size}
-        if not repo.large_path(oid).exists():
-            path = f"/lfs/{repo.kind}/{repo.name}/{oid}"
-            signed = request.app.state.signer.sign(f"{path}:{size}")
-            entry["actions"] = {
-                "upload": {"href": f"{endpoint}{path}?size={size}&signature={signed}"},
-                "verify": {"href": f"{endpoint}/lfs-verify/{repo.kind}/{repo.name}"},
-            }
-        objects.append(entry)
+    for item in body.objects:
+        path = f"/lfs/{repo.kind}/{repo.name}/{item.oid}"
+        signature = request.app.state.signer.sign(f"{body.operation}:{path}:{item.size}")
+        actions: dict[str, dict[str, str]] = {
+            body.operation: {"href": f"{endpoint}{path}?size={item.size}&signature={signature}"}
+        }
+        if body.operation == "upload":
+            actions["verify"] = {"href": f"{endpoint}/lfs-verify/{repo.kind}/{repo.name}"}
+        there = repo.large_path(item.oid).exists()
+        needed = there == (body.operation == "download")
+        objects.append({"oid": item.oid, "size": item.size, **({"actions": actions} if needed else {})})
     return JSONResponse({"transfer": "basic", "objects": objects}, media_type=LFS_JSON)
+
+
+@router.get("/lfs/{kind}/{owner}/{name}/{oid}")
+def lfs_get(
+    kind: Kind, owner: str, name: str, oid: str, size: int, signature: str, store: StoreDep, request: Request
+) -> FileResponse:
+    """Sends a large file to git-lfs."""
+    repo = store.get(kind, f"{owner}/{name}")
+    request.app.state.signer.check(f"download:/lfs/{repo.kind}/{repo.name}/{oid}:{size}", signature)
+    return FileResponse(repo.large_path(oid), media_type="application/octet-stream")
 
 
 @router.put("/lfs/{kind}/{owner}/{name}/{oid}")
@@ -115,7 +131,7 @@ async def lfs_put(
 ) -> dict[str, Any]:
     """Receives a large file; the signature in the address stands for the missing token."""
     repo = store.get(kind, f"{owner}/{name}")
-    request.app.state.signer.check(f"/lfs/{repo.kind}/{repo.name}/{oid}:{size}", signature)
+    request.app.state.signer.check(f"upload:/lfs/{repo.kind}/{repo.name}/{oid}:{size}", signature)
     with IncomingFile(store.scratch) as incoming:
         async for chunk in request.stream():
             incoming.write(chunk)
@@ -126,11 +142,11 @@ async def lfs_put(
 
 
 @router.post("/lfs-verify/{kind}/{owner}/{name}")
-def lfs_verify(body: Json, repo: ReadableRepo, user: SignedIn) -> dict[str, Any]:
+def lfs_verify(body: LfsObject, repo: ReadableRepo, user: SignedIn) -> dict[str, Any]:
     """Confirms that a large file arrived whole."""
-    path = repo.large_path(str(body.get("oid")))
-    if not path.exists() or path.stat().st_size != body.get("size"):
-        raise HubError(404, f"{body.get('oid')} has not arrived")
+    path = repo.large_path(body.oid)
+    if not path.exists() or path.stat().st_size != body.size:
+        raise HubError(404, f"{body.oid} has not arrived")
     return {}
 
 

@@ -14,8 +14,6 @@ from .errors import HubError
 from .files import write_json
 
 SLUG = re.compile(r"[a-z0-9-]{1,120}")
-ITEM_TYPES = ("model", "dataset", "space", "paper", "collection")
-EDITABLE = ("title", "description", "private", "theme", "position")
 
 Collection = dict[str, Any]
 
@@ -75,11 +73,10 @@ class Collections:
             }
             return self._save(collection)
 
-    def edit(self, slug: str, **values: Any) -> Collection:
+    def edit(self, slug: str, values: dict[str, Any]) -> Collection:
         """Changes a collection's own properties."""
         with self._lock:
-            known = {name: value for name, value in values.items() if name in EDITABLE}
-            return self._save({**self.get(slug), **known})
+            return self._save({**self.get(slug), **values})
 
     def delete(self, slug: str) -> None:
         """Removes a collection."""
@@ -88,15 +85,12 @@ class Collections:
             del self._all[slug]
             self._path(slug).unlink(missing_ok=True)
 
-    def add_item(self, slug: str, item: dict[str, Any], note: str | None) -> Collection:
+    def add_item(self, slug: str, kind: str, name: str, note: str | None) -> Collection:
         """Appends a repo.
 
         Raises:
             HubError: 409 if it is in already.
         """
-        kind, name = str(item.get("type")), str(item.get("id"))
-        if kind not in ITEM_TYPES:
-            raise HubError(400, f"{kind!r} is no type of item; possible: {', '.join(ITEM_TYPES)}")
         with self._lock:
             collection = self.get(slug)
             if any((other["type"], other["id"]) == (kind, name) for other in collection["items"]):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import mmap
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from . import card
 from .errors import HubError
@@ -90,31 +90,42 @@ def _read_line(
 
 def _lines(body: Path) -> Iterator[tuple[str, dict[str, Any], Iterator[bytes] | None]]:
     """Key and value of each line; the base64 of a file comes apart, as an iterator over its bytes."""
-    if body.stat().st_size == 0:
-        return
-    with body.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+    with body.open("rb") as file:
         start = 0
-        while start < len(text):
-            end = text.find(b"\n", start)
-            end = len(text) if end < 0 else end
-            if end > start:
-                # a quote within a JSON string is escaped, so this cannot match inside a path
-                match = CONTENT.search(text[start : min(start + CONTENT_WITHIN, end)])
-                if match:
-                    first = start + match.end()
-                    last = text.find(b'"', first, end)
-                    line = json.loads(text[start:first] + text[last:end])
-                    yield line["key"], line["value"], _decoded(text, first, last)
-                else:
-                    line = json.loads(text[start:end])
-                    yield line["key"], line["value"], None
+        while beginning := _read(file, start, start + CONTENT_WITHIN):
+            end = _find(file, b"\n", start)
+            # a quote within a JSON string is escaped, so this cannot match inside a path
+            match = CONTENT.search(beginning[: end - start])
+            if match:
+                first = start + match.end()
+                last = min(_find(file, b'"', first), end)
+                line = json.loads(beginning[: match.end()] + _read(file, last, end))
+                yield line["key"], line["value"], _decoded(file, first, last)
+            elif end > start:
+                line = json.loads(_read(file, start, end))
+                yield line["key"], line["value"], None
             start = end + 1
 
 
-def _decoded(text: mmap.mmap, start: int, end: int) -> Iterator[bytes]:
+def _read(file: IO[bytes], start: int, end: int) -> bytes:
+    file.seek(start)
+    return file.read(end - start)
+
+
+def _find(file: IO[bytes], byte: bytes, start: int) -> int:
+    """Where ``byte`` next stands, or the end of the file."""
+    file.seek(start)
+    while step := file.read(STEP):
+        if (found := step.find(byte)) >= 0:
+            return start + found
+        start += len(step)
+    return start
+
+
+def _decoded(file: IO[bytes], start: int, end: int) -> Iterator[bytes]:
     for position in range(start, end, STEP):
         try:
-            yield base64.b64decode(text[position : min(position + STEP, end)], validate=True)
+            yield base64.b64decode(_read(file, position, min(position + STEP, end)), validate=True)
         except binascii.Error as error:
             raise HubError(400, f"the commit holds a file that is no base64: {error}") from error
 
@@ -125,7 +136,7 @@ def _store(repo: Repo, scratch: Path, path: str, content: Iterator[bytes]) -> st
     more = next(content, None)
     if more is not None or is_large(path, len(data), data[:512]):
         with IncomingFile(scratch) as incoming:
-            for piece in (data, more or b"", *content):
+            for piece in chain((data, more or b""), content):
                 incoming.write(piece)
             repo.add_large(incoming, incoming.sha256)
             return repo.add_blob(pointer(incoming.sha256, incoming.size))

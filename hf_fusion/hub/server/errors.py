@@ -24,6 +24,7 @@ class HubError(Exception):
         headers: dict[str, str] | None = None,
         body: dict[str, Any] | None = None,
     ) -> None:
+        message = message.encode(errors="replace").decode()  # names from clients can hold half characters
         super().__init__(message)
         self.status = status
         self.message = message

@@ -11,11 +11,12 @@ from typing import IO, Any
 
 from .errors import HubError
 
-COPY_BYTES = 1 << 20
-
 
 def publish(temporary: Path, final: Path, root: Path) -> None:
-    """Moves a finished, fsynced file to its name in one step and makes the name itself durable.
+    """Moves a finished, fsynced file to its name in one step.
+
+    The name itself reaches the disk with the next `sync_folder`: file systems keep the order of renames. A commit
+    therefore pays for it once, after its branch moved.
 
     Args:
         temporary: on the same file system as ``final``.
@@ -26,14 +27,12 @@ def publish(temporary: Path, final: Path, root: Path) -> None:
         FileNotFoundError: ``root`` is gone.
     """
     for folder in reversed(final.relative_to(root).parents[:-1]):
-        if not (root / folder).exists():
-            (root / folder).mkdir(exist_ok=True)
-            _sync_folder((root / folder).parent)
+        (root / folder).mkdir(exist_ok=True)
     temporary.replace(final)
-    _sync_folder(final.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder, and everything renamed before, durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -54,8 +53,9 @@ def write_atomic(path: Path, data: bytes, scratch: Path, root: Path) -> None:
 
 
 def write_json(path: Path, value: Any, scratch: Path, root: Path) -> None:
-    """`write_atomic` for JSON."""
+    """`write_atomic` for JSON, durable at once."""
     write_atomic(path, json.dumps(value, indent=1).encode(), scratch, root)
+    sync_folder(path.parent)
 
 
 class IncomingFile:

@@ -23,7 +23,7 @@ from dulwich.object_store import DiskObjectStore, iter_tree_contents
 from dulwich.objects import Blob, Commit, ObjectID, ShaFile, Tag, Tree
 
 from .errors import HubError, entry_not_found, repo_not_found, revision_not_found
-from .files import IncomingFile, write_atomic, write_json
+from .files import IncomingFile, sync_folder, write_atomic, write_json
 
 SHA = re.compile(r"[0-9a-f]{40}")
 SHORT_SHA = re.compile(r"[0-9a-f]{7,39}")
@@ -155,6 +155,7 @@ class Repo:
         with self._lock:
             self.settings = {**self.settings, **values}
             self._write("hub.json", json.dumps(self.settings).encode())
+            sync_folder(self.path)
 
     def count_download(self) -> None:
         """Adds one; the counter is the length of a file, so that it needs neither lock nor rewriting."""
@@ -184,7 +185,7 @@ class Repo:
             sha = (self.path / ref).read_text().strip()
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
-        target = self.object(sha)
+        target = self.object(sha) if ref.startswith("refs/tags/") else None
         return target.object[1].decode() if isinstance(target, Tag) else sha
 
     def resolve(self, revision: str) -> str:
@@ -252,6 +253,7 @@ class Repo:
 
     def _write_ref(self, ref: str, sha: str) -> None:
         self._write(ref, f"{sha}\n".encode())
+        sync_folder((self.path / ref).parent)
 
     def _write(self, name: str, data: bytes) -> None:
         try:

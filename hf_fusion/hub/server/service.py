@@ -103,6 +103,8 @@ class HubServer:
             raise FusionError(
                 f"cannot listen on {self.host} port {self.port}: {error.strerror}", hint="choose another: --port 0"
             ) from error
+        # Accepted connections inherit it; asyncio does not see that this is TCP, and each answer would wait 40 ms.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.port = listener.getsockname()[1]
         config = uvicorn.Config(
             build_app(self._store, self.requests),

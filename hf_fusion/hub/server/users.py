@@ -16,7 +16,7 @@ from typing import Any
 
 from hf_fusion.errors import FusionError
 
-from .files import publish
+from .files import sync_folder
 
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.))*", re.ASCII)
 
@@ -69,7 +69,8 @@ class Users:
                 json.dump(accounts, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
-            publish(draft, self._path, self._path.parent)
+            draft.replace(self._path)
+            sync_folder(self._path.parent)
 
     def new_token(self, name: str) -> str:
         """A fresh token for ``name``, which is created if new. The token is shown this once only."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import filecmp
 import os
 import random
 import signal
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from hub_integrity import check
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, get_session
 from huggingface_hub.errors import HfHubHTTPError
 
 from hf_fusion.hub.server import HubServer, add_user
@@ -177,3 +179,42 @@ def test_kill_during_pushes(tmp_path, rounds):
 def contents(api: HfApi, folder: Path) -> dict[str, bytes]:
     api.snapshot_download("alice/m", local_dir=folder)
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != ".gitattributes"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
+def test_memory_does_not_grow_with_the_files(tmp_path):
+    """A file of 200 MB within a commit, and one of 200 MB through Xet, pass through a Hub that stays small."""
+    token = add_user(tmp_path, "alice")
+    process, endpoint = start(tmp_path, 0)
+    api = HfApi(endpoint=endpoint, token=token)
+    api.create_repo("alice/m")
+
+    def peak() -> int:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) // 1000
+
+    def body():
+        yield b'{"key": "header", "value": {"summary": "large"}}\n'
+        yield b'{"key": "file", "value": {"path": "a.bin", "encoding": "base64", "content": "'
+        for _ in range(200):
+            yield base64.b64encode(os.urandom(999_999))
+        yield b'"}}\n'
+
+    before = peak()
+    url = f"{endpoint}/api/models/alice/m/commit/main"
+    headers = {"Authorization": f"Bearer {token}"}
+    assert get_session().post(url, content=body(), headers=headers, timeout=120).status_code == 200
+    large = tmp_path / "b.bin"
+    with large.open("wb") as file:
+        for _ in range(200):
+            file.write(os.urandom(1_000_000))
+    api.upload_file(repo_id="alice/m", path_or_fileobj=large, path_in_repo="b.bin")
+    copy = Path(api.hf_hub_download("alice/m", "b.bin", cache_dir=tmp_path / "cache"))
+    assert filecmp.cmp(copy, large, shallow=False)
+    sizes = {entry.path: entry.size for entry in api.list_repo_tree("alice/m")}
+    assert sizes["a.bin"] == 200 * 999_999 and sizes["b.bin"] == 200_000_000
+    assert peak() - before < 150, f"from {before} to {peak()} MB"
+    process.kill()
+    process.wait()
+    assert check(tmp_path) == 3

@@ -321,6 +321,23 @@ def test_uploads_are_what_they_claim(hub, alice):
     assert verify().status_code == 200
 
 
+def test_git_lfs_fetches_what_was_pushed(hub, alice):
+    name, api = alice
+    repo = f"{name}/fetched"
+    api.create_repo(repo)
+    data = os.urandom(1000)
+    api.upload_file(repo_id=repo, path_or_fileobj=BytesIO(data), path_in_repo="w.bin")
+    oid = hashlib.sha256(data).hexdigest()
+    url = f"{hub.endpoint}/{repo}.git/info/lfs/objects/batch"
+    body = {"operation": "download", "objects": [{"oid": oid, "size": 1000}, {"oid": "0" * 64, "size": 1}]}
+    there, missing = get_session().post(url, json=body).json()["objects"]
+    href = there["actions"]["download"]["href"]
+    assert get_session().get(href).content == data and "actions" not in missing
+    assert get_session().put(href, content=data).status_code == 403
+    api.update_repo_settings(repo, gated="auto")
+    assert get_session().post(url, json=body).status_code == 401
+
+
 def test_xet_uploads_are_what_they_claim(hub, alice):
     name, api = alice
     repo = f"{name}/xet"
