@@ -1,11 +1,40 @@
-"""Render the golden cards: ``python model_cards/render.py`` writes NAME.md from each NAME.json here.
+"""Render the golden cards.
+
+    python model_cards/render.py                                       # NAME.md from each NAME.json here
+    python model_cards/render.py demo/foe-digits demo/foe-digits@SHA   # foe.json anew, from what the demo published
 
 Run it after changing a template; a test compares.
 """
 
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from hf_fusion.hub.card import facts_from_json, render_card
+from hf_fusion.experts import ExpertInfo
+from hf_fusion.hub.card import facts_from_json, read_facts, render_card
+from hf_fusion.hub.licenses import combine
 
-for facts in Path(__file__).parent.glob("*.json"):
-    facts.with_suffix(".md").write_text(render_card(facts_from_json(facts)), encoding="utf-8")
+HERE = Path(__file__).parent
+
+
+def take_facts(folder: Path, pinned: str) -> None:
+    """Write a family's JSON from the folder of a published model."""
+    rows = json.loads((folder / "config.json").read_text(encoding="utf-8"))["experts"]
+    experts = [
+        ExpertInfo(row["name"], row["revision"], task=row["task"], license=row["license"], labels=tuple(row["labels"]))
+        for row in rows
+    ]
+    repo_id, _, sha = pinned.partition("@")
+    facts = read_facts(folder, repo_id, experts, combine({info.id: info.license for info in experts}))
+    content = json.dumps(asdict(replace(facts, revision=sha)), indent=2, ensure_ascii=False)
+    (HERE / f"{facts.family}.json").write_text(f"{content}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        take_facts(Path(sys.argv[1]), sys.argv[2])
+    for path in HERE.glob("*.json"):
+        path.with_suffix(".md").write_text(render_card(facts_from_json(path)), encoding="utf-8")

@@ -210,6 +210,7 @@ def _render_body(facts: CardFacts) -> str:
         "some": _some,
         "percent": lambda share: "" if share is None else f"{share:.0%}".replace("%", " %"),
         "millions": lambda count: f"{count / 1e6:,.1f} million",
+        "count": "{:,}".format,
         "score": _score,
     }
     template = environment.get_template(_TEMPLATES[facts.family])
@@ -318,7 +319,7 @@ def _checked_results(given: Any, folder: Path) -> dict[str, Any] | None:
     if given is None:
         given = read_json(folder / RESULTS, str(folder))
     content = dict(given) if isinstance(given, Mapping) else asdict(given)
-    lacking = [key for key in _RESULT_KEYS if key not in content]
+    lacking = [key for key in _RESULT_KEYS if content.get(key) is None]
     lacking += [f"systems[].{key}" for key in _SYSTEM_KEYS if any(key not in s for s in content.get("systems", ()))]
     lacking += [f"dataset.{key}" for key in ("name", "split") if key not in content.get("dataset", ())]
     if lacking:

@@ -86,7 +86,7 @@ def test_says_what_was_measured_and_from_what():
     card = render_card(FACTS)
     assert "| **FoE** | 97.1 % ± 1.0 | 100 % |" in card
     assert "| a/one | 50.0 % ± 3.0 | 25 % |" in card
-    assert "accuracy on 1234 examples of Moods (test)" in card
+    assert "Scores are accuracy on 1,234 examples of Moods (test)" in card
     assert (
         f"| [a/one](/a/one) | [1111111](/a/one/tree/{'1' * 40}) | text-classification | mit | no, yes | 25 % |" in card
     )

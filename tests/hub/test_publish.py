@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, snapshot_download
-from tiny_experts import save_adapter, save_bert
-from transformers import AutoModel
+from tiny_experts import SIZES, save_adapter, save_bert
+from transformers import AutoModel, AutoModelForImageClassification, ViTConfig, ViTImageProcessor
 
 import hf_fusion
 from hf_fusion.errors import FusionError
 from hf_fusion.fusion import fuse, load_fused, save_fused
-from hf_fusion.hub.card import BEGIN, END, pinned_revision, usage_code
+from hf_fusion.hub.card import BEGIN, END, facts_from_json, pinned_revision, usage_code
 from hf_fusion.hub.publish import plan, publish, push
 from hf_fusion.recipe import Recipe, RecipeExpert
 
@@ -276,3 +276,30 @@ def _state(api, repo, expected, folder):
     assert {name: (folder / name).read_bytes() for name in expected} == expected
     assert load_fused(folder)
     return "whole"
+
+
+def test_golden_usage_runs(hub, fresh_python, tmp_path):
+    """The usage block of the committed card, on a model of its kind published under its name."""
+    golden = (Path(__file__).parents[2] / "model_cards" / "foe.md").read_text(encoding="utf-8")
+    facts = facts_from_json(Path(__file__).parents[2] / "model_cards" / "foe.json")
+    user = facts.repo_id.partition("/")[0]
+    api = HfApi(endpoint=hub.endpoint, token=hub.token(user))
+    experts = []
+    for number, labels in enumerate(expert.labels for expert in facts.experts[:2]):
+        names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        folder = tmp_path / f"expert-{number}"
+        AutoModelForImageClassification.from_config(
+            ViTConfig(**SIZES, image_size=8, patch_size=4, **names)
+        ).save_pretrained(folder)
+        ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
+        (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+        api.create_repo(f"{user}/expert-{number}")
+        api.upload_folder(repo_id=f"{user}/expert-{number}", folder_path=folder)
+        experts.append(f"{user}/expert-{number}")
+    done = publish(fuse("foe", experts, api=api), facts.repo_id, private=False, api=api)
+    code = usage_code(golden).replace(facts.revision, done.sha)
+    assert f'"{done.repo_id}", "{done.sha}"' in code
+    out = fresh_python(WITHOUT_PACKAGE + code, hub).stdout
+    answers = {label for expert in facts.experts[:2] for label in expert.labels}
+    assert any(label in out.splitlines()[0] for label in answers)
+    assert "score" in out.splitlines()[1]
