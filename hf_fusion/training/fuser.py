@@ -52,7 +52,7 @@ def fit_fuser(
     frugal: bool = False,
     neighbors: int = 10,
     cost_weight: float | None = None,
-    tolerance: float = 0.005,
+    tolerance: float = 0.01,
     holdout: float = 0.25,
     epochs: int = 60,
     patience: int = 6,
