@@ -31,11 +31,21 @@ serve(Path(sys.argv[1]), port=int(sys.argv[2]), on_ready=lambda endpoint: print(
 """
 
 
-def start(root: Path, port: int) -> tuple[subprocess.Popen, str]:
-    """The Hub in a process of its own, and its endpoint."""
-    command = [sys.executable, "-c", SERVE, str(root), str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    return process, process.stdout.readline().strip()
+@pytest.fixture
+def start():
+    """Starts the Hub in a process of its own: ``start(root, port)`` -> process and endpoint. None outlives the test."""
+    processes = []
+
+    def run(root: Path, port: int) -> tuple[subprocess.Popen, str]:
+        command = [sys.executable, "-c", SERVE, str(root), str(port)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        processes.append(process)
+        return process, process.stdout.readline().strip()
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
 def free_port() -> int:
@@ -86,7 +96,7 @@ def test_stopping_is_fast_even_with_open_connections(tmp_path):
         pass
 
 
-def test_the_command_ends_on_a_signal(tmp_path):
+def test_the_command_ends_on_a_signal(tmp_path, start):
     process, endpoint = start(tmp_path, 0)
     HfApi(endpoint=endpoint, token=add_user(tmp_path, "x")).create_repo("x/m")
     process.send_signal(signal.SIGINT)
@@ -132,7 +142,7 @@ def test_a_repo_deleted_during_a_push_does_not_come_back(alice, hub):
 
 
 @pytest.mark.parametrize("rounds", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_kill_during_pushes(tmp_path, rounds):
+def test_kill_during_pushes(tmp_path, start, rounds):
     """Killed at a random moment of a push, the Hub comes back with the old commit or the new one, and a retry works."""
     root, port = tmp_path / "hub", free_port()
     token = add_user(root, "alice")
@@ -183,7 +193,7 @@ def contents(api: HfApi, folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
-def test_memory_does_not_grow_with_the_files(tmp_path):
+def test_memory_does_not_grow_with_the_files(tmp_path, start):
     """A file of 200 MB within a commit, and one of 200 MB through Xet, pass through a Hub that stays small."""
     token = add_user(tmp_path, "alice")
     process, endpoint = start(tmp_path, 0)
