@@ -1,0 +1,250 @@
+"""Fusion of Experts: give one input to a published model and see who was asked, who said what, and what it cost.
+
+    MODEL_ID=owner/name python app.py
+
+It needs nothing but gradio, transformers and torch, and loads any published FoE by its id.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import curve
+import gradio as gr
+import page
+import widgets
+from model import LoadError, Served, load
+from PIL import Image
+from processing import InputError, Routing, read_data_url, to_data_url, to_mnist
+
+try:
+    import spaces
+except ImportError:
+    spaces = None
+
+logger = logging.getLogger(__name__)
+
+FOLDER = Path(__file__).parent
+MODEL_ID = os.environ.get("MODEL_ID", "hf-fusion/foe-digits")
+REVISION = os.environ.get("MODEL_REVISION") or None
+EXAMPLES = {path.stem.partition("-")[2]: path for path in sorted((FOLDER / "examples").glob("*.png"))}
+LONGEST_TEXT = 10_000
+FIRST = "seven"  # the example that the page opens with
+# ZeroGPU's decorator; `spaces` can also be this project's folder of that name, which has none
+on_gpu = spaces.GPU if hasattr(spaces, "GPU") else lambda function: function
+
+EMPTY = {
+    "digits": "Draw a digit on the pad, upload a picture of one, or pick an example.",
+    "image": "Upload a picture to see who of the experts says what.",
+    "text": "Write something, then ask the experts.",
+}
+
+
+@cache
+def served() -> Served:
+    """The model, loaded once."""
+    return load(MODEL_ID, REVISION)
+
+
+@on_gpu
+def ask(example: str | Image.Image, budget: float | None) -> Routing:
+    """The only function that needs a GPU."""
+    return served().ask(example, budget)
+
+
+def read_input(value: str | Image.Image | None) -> str | Image.Image:
+    """What the model is given for what the page or the API was given.
+
+    Raises:
+        InputError: for an empty or unreadable input.
+    """
+    if served().kind == "text":
+        text = str(value or "").strip()
+        if not text:
+            raise InputError("There is no text yet: write something first.")
+        if len(text) > LONGEST_TEXT:
+            raise InputError(f"That text is too long: {LONGEST_TEXT:,} characters are the most.")
+        return text
+    if not value:
+        raise InputError("There is no picture yet.")
+    picture = read_data_url(value) if isinstance(value, str) else value
+    return to_mnist(picture) if served().digits else picture.convert("RGB")
+
+
+def read_budget(budget: float | None) -> float | None:
+    """The budget, if the model can keep to one.
+
+    Raises:
+        InputError: for a budget outside (0, 1], or one this model cannot keep to.
+    """
+    if budget is None:
+        return None
+    if served().model.config.frugal is None:
+        raise InputError(
+            "This model always asks every expert: it was fitted without frugal=True. Leave the budget out."
+        )
+    if not 0 < budget <= 1:
+        raise InputError(f"The budget is {budget:g}; it is a share of the experts' cost, above 0 and at most 1.")
+    return float(budget)
+
+
+def predict(value: Any, budget: float | None = None) -> Routing:
+    """Asks the fused model about one text or picture.
+
+    Args:
+        value: a text, or a picture; what the model takes.
+        budget: share of the experts' whole cost, above 0 and at most 1, that the answer may take. Without one every
+            expert is asked.
+
+    Returns:
+        answer, confidence, labels and probabilities of the fused answer; cost as a share of asking every expert; and
+        experts, each with name, cost_share, order (0: not queried), score (in selection), labels (those it knows) and
+        probabilities (null: not queried).
+    """
+    try:
+        return ask(read_input(value), read_budget(budget))
+    except InputError as error:
+        raise gr.Error(str(error), title="That did not work") from error
+
+
+def show(value: Any, budget: float | None = None) -> tuple[str, str, str]:
+    """The page's parts for one input: answer, experts, results."""
+    results = served().results
+    try:
+        example = read_input(value)
+        routing = ask(example, read_budget(budget))
+    except InputError as error:
+        text = EMPTY[input_kind()] if not value else str(error)
+        title = "Nothing to answer yet" if not value else "That did not work"
+        return page.message(title, text), "", curve.results_panel(results)
+    except Exception as error:
+        logger.exception("the model failed")
+        raise gr.Error(f"The model could not answer: {type(error).__name__}: {error}") from error
+    picture = to_data_url(example) if isinstance(example, Image.Image) and served().digits else None
+    urls = served().expert_urls
+    return page.answer_panel(routing, picture), page.experts_panel(routing, urls), curve.results_panel(results, routing)
+
+
+def input_kind() -> str:
+    """ "digits", "image" or "text": which input the page shows."""
+    return "digits" if served().digits else served().kind
+
+
+def build() -> gr.Blocks:
+    """The page of the model named by MODEL_ID, or one that says why it cannot be served."""
+    with gr.Blocks(title="Fusion of Experts", analytics_enabled=False) as blocks:
+        try:
+            served()
+        except LoadError as error:
+            logger.error("%s", error)
+            hint = "Set MODEL_ID to a published Fusion of Experts in the Space's settings, then restart the Space."
+            gr.HTML(page.message("The model could not be loaded", str(error), hint), apply_default_css=False)
+            return blocks
+        config = served().model.config
+        gr.HTML(
+            page.header(
+                served().id,
+                served().url,
+                served().sha,
+                len(config.experts),
+                len(served().labels),
+                config.mode,
+                config.frugal is not None,
+            ),
+            apply_default_css=False,
+        )
+        pictures = {name: to_data_url(Image.open(path)) for name, path in EXAMPLES.items()}
+        first = pictures.get(FIRST, "") if input_kind() == "digits" else (served().examples or [""])[0]
+        parts = show(first) if input_kind() != "image" else show(None)
+        with gr.Row(elem_classes="foe-top"):
+            with gr.Column(scale=4, min_width=300, elem_classes="foe-input"):
+                given, triggers = _input(input_kind(), pictures, first)
+            with gr.Column(scale=8, min_width=300, elem_classes="foe-output"):
+                answer = gr.HTML(parts[0], apply_default_css=False, elem_classes="foe-fill")
+                budget: gr.components.Component = gr.State(None)
+                if config.frugal:
+                    budget = slider = widgets.budget()
+                    triggers.append(slider.input)
+        experts = gr.HTML(parts[1], apply_default_css=False)
+        results = gr.HTML(parts[2], apply_default_css=False)
+        for trigger in triggers:
+            trigger(
+                show,
+                [given, budget],
+                [answer, experts, results],
+                trigger_mode="always_last",
+                show_progress="minimal",
+                show_progress_on=answer,
+                api_visibility="private",
+            )
+        _api(served().kind)
+    return blocks
+
+
+def _input(kind: str, pictures: dict[str, str], first: str) -> tuple[gr.components.Component, list[Any]]:
+    """The input component for a kind of input, and the events that ask the experts."""
+    if kind == "digits":
+        pad = widgets.pad(pictures, first)
+        return pad, [pad.input]
+    if kind == "image":
+        image = gr.Image(type="pil", label="Picture", sources=["upload", "clipboard", "webcam"], height=320)
+        return image, [image.change]
+    text = gr.Textbox(first, label="Text", lines=7, max_length=LONGEST_TEXT, placeholder="Write something …")
+    button = gr.Button("Ask the experts", variant="primary")
+    triggers = [button.click, text.submit]
+    if served().examples:
+        examples = gr.Dataset(
+            label="Examples",
+            components=[gr.Textbox(visible=False)],
+            samples=[[example] for example in served().examples],
+            type="values",
+        )
+        picked = examples.click(lambda row: row[0], examples, text, api_visibility="private", show_progress="hidden")
+        triggers.append(picked.success)
+    return text, triggers
+
+
+def _api(kind: str) -> None:
+    """The one verb, with inputs a client can fill: a file where the page has a pad, a number where it has a slider."""
+    with gr.Row(visible=False):
+        value = gr.Image(type="pil", label="picture") if kind == "image" else gr.Textbox(label="text")
+        budget = gr.Number(None, label="budget")
+        gr.Button().click(predict, [value, budget], gr.JSON(label="routing"), api_name="predict")
+
+
+THEME = gr.themes.Base(
+    primary_hue="blue",
+    neutral_hue="stone",
+    # Gradio carries both fonts, so no page of ours asks Google; its semi-bold files lack letters, the bold ones do not
+    font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"],
+    font_mono=[gr.themes.LocalFont("IBM Plex Mono", weights=(400, 700)), "ui-monospace", "monospace"],
+).set(
+    body_background_fill="#f8f7f5",
+    body_background_fill_dark="#100f0e",
+    body_text_color="#1c1917",
+    body_text_color_dark="#f3f1ef",
+    body_text_color_subdued="#625d58",
+    body_text_color_subdued_dark="#aaa39d",
+    border_color_primary="#e2dfdb",
+    border_color_primary_dark="#37332f",
+    block_background_fill="#ffffff",
+    block_background_fill_dark="#1b1917",
+    block_radius="10px",
+    input_background_fill="#ffffff",
+    input_background_fill_dark="#1b1917",
+    button_large_radius="8px",
+    button_primary_background_fill="#0072b2",
+    button_primary_background_fill_dark="#0072b2",
+    button_primary_background_fill_hover="#00659e",
+    button_primary_background_fill_hover_dark="#00659e",
+    button_primary_text_color="#ffffff",
+)
+
+demo = build()
+
+if __name__ == "__main__":
+    demo.launch(theme=THEME, css_paths=FOLDER / "style.css")

@@ -1,0 +1,237 @@
+"""From a picture to what digit experts read, and from a model's trace to plain data: pure functions, no page."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+NUMERALS = dict(
+    zip(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"), map(str, range(10)))
+)
+SIDE, GLYPH = 28, 20  # MNIST: a glyph of at most 20 x 20, its centre of mass in the middle of 28 x 28
+INK = 0.25  # pixels above this share of the strongest one are ink
+FAINT = 16  # grey levels; a picture with less contrast than this is blank
+MOST_PIXELS = 25_000_000
+
+Routing = dict[str, Any]
+
+
+class InputError(ValueError):
+    """Something is wrong with what the user gave; the message is for them."""
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def are_digits(labels: Sequence[str]) -> bool:
+    """Whether every label is a digit, as a word or a numeral: then the input is a drawing in MNIST's manner."""
+    known = {*NUMERALS, *NUMERALS.values()}
+    return bool(labels) and all(label.strip().lower() in known for label in labels)
+
+
+def read_data_url(url: str) -> Image.Image:
+    """The picture in a ``data:image/…;base64,…`` URL.
+
+    Raises:
+        InputError: for anything else.
+    """
+    head, _, body = url.partition(",")
+    if not (head.startswith("data:image/") and head.endswith(";base64")):
+        raise InputError("That is not a picture.")
+    try:
+        picture = Image.open(io.BytesIO(base64.b64decode(body, validate=True)))
+        if picture.width * picture.height > MOST_PIXELS:
+            raise InputError("That picture is too large: 25 megapixels are the most.")
+        picture.load()
+    except (binascii.Error, UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise InputError("That picture cannot be read; PNG, JPEG and WebP can.") from error
+    return picture
+
+
+def to_data_url(picture: Image.Image) -> str:
+    """A PNG as a data URL."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def to_mnist(picture: Image.Image) -> Image.Image:
+    """A drawing or photo of one digit in MNIST's manner: 28 x 28, light on black, the glyph 20 high and centred.
+
+    A picture of 28 x 28 on a dark ground is such a digit already and stays as it is.
+
+    Raises:
+        InputError: for a blank picture.
+    """
+    grey = _grey(picture)
+    frame = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+    ground = float(np.median(frame))
+    if grey.shape == (SIDE, SIDE) and ground < 128:
+        return Image.fromarray(grey.round().astype(np.uint8))
+    ink = (ground - grey if ground >= 128 else grey - ground).clip(min=0)  # dark on light is inverted
+    if ink.max() < FAINT:
+        raise InputError("There is nothing to read yet: draw a digit, or pick an example.")
+    rows, columns = np.nonzero(ink > INK * ink.max())
+    glyph = Image.fromarray(
+        (ink[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] / ink.max() * 255).astype(np.uint8)
+    )
+    scale = GLYPH / max(glyph.size)
+    small = glyph.resize([max(1, round(side * scale)) for side in glyph.size], Image.Resampling.LANCZOS)
+    weight = np.asarray(small, dtype=float)
+    # where the glyph's corner goes, so that its centre of mass lies in the middle; kept inside the frame
+    left, top = (
+        int(np.clip(round(SIDE / 2 - float((np.arange(length) + 0.5) @ mass / mass.sum())), 0, SIDE - length))
+        for length, mass in ((small.width, weight.sum(0)), (small.height, weight.sum(1)))
+    )
+    canvas = Image.new("L", (SIDE, SIDE))
+    canvas.paste(small, (left, top))
+    return canvas
+
+
+def _grey(picture: Image.Image) -> np.ndarray:
+    """Grey levels (H, W) as floats; what is transparent becomes a ground that contrasts with the rest."""
+    picture = ImageOps.exif_transpose(picture)
+    picture.thumbnail((512, 512))
+    pixels = np.asarray(picture.convert("RGBA"), dtype=float)
+    grey, alpha = pixels[..., :3] @ (0.299, 0.587, 0.114), pixels[..., 3] / 255
+    if alpha.min() < 1:
+        light = alpha.sum() > 0 and float((grey * alpha).sum() / alpha.sum()) >= 128
+        grey = grey * alpha + (0 if light else 255) * (1 - alpha)
+    return grey
+
+
+# ---------------------------------------------------------------- routing
+
+
+def read_routing(config: Any, trace: Mapping[str, Any], logits: Any, budget: float | None) -> Routing:
+    """What a FoE did with one example, as plain data; this is also what the API answers.
+
+    Args:
+        config: the model's: experts, id2label, mode, problem_type, features_from.
+        trace: ``model.routing_trace()`` after a forward of one example.
+        logits: (C,) fused logits; None for a language model, whose trace holds no answers.
+        budget: the one asked for; None where every expert was.
+
+    Returns:
+        answer, confidence, labels, probabilities (one per label), cost (share of asking every expert), budget, mode,
+        axis (where bars begin and end), and experts: name, cost_share, order (1 for the first asked, 0 for one that
+        was not), score (how well it fits, in selection), labels (those it knows), probabilities (one per label, None
+        for a label it does not know; None altogether if it was not asked or gave no finite answer).
+    """
+    regression, selection = config.problem_type == "regression", config.mode == "selection"
+    labels = [] if logits is None else [str(config.id2label[index]) for index in range(len(logits))]
+    order = [int(step) for step in trace["order"][0]]
+    scores = _softmax(trace["scores"][0].tolist()) if selection else [None] * len(order)
+    fused = [] if logits is None else logits.tolist() if regression else _softmax(logits.tolist())
+    experts = []
+    for index, (row, share) in enumerate(zip(config.experts, trace["cost_shares"], strict=True)):
+        known = sorted({fused for fused in row["label_map"] or [] if fused >= 0})
+        outputs = None
+        if order[index] and labels:
+            outputs = fused if selection else trace["outputs"][0, index].tolist()
+            if not selection and not regression and not any(outputs):
+                outputs = None  # logits that were not finite count as not queried
+        experts.append(
+            {
+                "name": str(row["name"]),
+                "revision": row.get("revision"),
+                "cost_share": float(share),
+                "order": order[index],
+                "score": scores[index],
+                "labels": [labels[label] for label in known] if labels else [],
+                "probabilities": outputs and [value if place in known else None for place, value in enumerate(outputs)],
+            }
+        )
+    best = max(range(len(fused)), key=fused.__getitem__) if fused else None
+    everything = [*fused, *(v for e in experts for v in e["probabilities"] or [] if v is not None)]
+    return {
+        "answer": None if best is None else f"{fused[0]:.2f}" if regression else labels[best],
+        "confidence": None if best is None or regression else fused[best],
+        "labels": labels,
+        "probabilities": fused,
+        "cost": _cost(experts, config) if selection else sum(e["cost_share"] for e in experts if e["order"]),
+        "budget": budget,
+        "mode": config.mode,
+        "axis": [min(0.0, *everything), max(1.0, *everything)] if regression else [0.0, 1.0],
+        "experts": experts,
+    }
+
+
+def _cost(experts: Sequence[Mapping[str, Any]], config: Any) -> float:
+    """In selection: every expert embeds the input, or one does and the chosen one follows."""
+    if config.features_from is None:
+        return 1.0
+    return sum(e["cost_share"] for i, e in enumerate(experts) if e["order"] or i == config.features_from)
+
+
+def _softmax(values: Sequence[float]) -> list[float]:
+    powers = [math.exp(value - max(values)) for value in values]
+    return [power / sum(powers) for power in powers]
+
+
+def shown_labels(routing: Routing, most: int = 10) -> tuple[list[int], int]:
+    """The labels that get a bar, the same and in the same order for everyone, and how many are summed up as others.
+
+    Up to `most` + 1 labels are all shown; of more, the `most` that anyone gives the highest probability. In selection
+    only the chosen expert's labels count.
+    """
+    labels = list(range(len(routing["labels"])))
+    if routing["mode"] == "selection":
+        known = {label for expert in routing["experts"] if expert["order"] for label in expert["labels"]}
+        labels = [index for index in labels if routing["labels"][index] in known]
+    if len(labels) <= most + 1:
+        return labels, 0
+    rows = [routing["probabilities"], *(e["probabilities"] for e in routing["experts"] if e["probabilities"])]
+    height = {label: max(row[label] or 0.0 for row in rows) for label in labels}
+    kept = sorted(sorted(labels, key=height.__getitem__, reverse=True)[:most])
+    return kept, len(labels) - most
+
+
+# ---------------------------------------------------------------- results
+
+
+def read_results(values: Any) -> dict[str, Any] | None:
+    """What `results.json` holds, as far as it is sound: systems and curve with finite scores and costs, or None."""
+    if not isinstance(values, dict):
+        return None
+    systems = [
+        {"name": str(row.get("name")), "kind": str(row.get("kind")), **numbers}
+        for row in _rows(values.get("systems"))
+        if (numbers := _numbers(row))
+    ]
+    curve = sorted((numbers for row in _rows(values.get("curve")) if (numbers := _numbers(row))), key=_by_cost)
+    if not systems:
+        return None
+    dataset = values.get("dataset")
+    return {
+        "metric": str(values.get("metric", "accuracy")),
+        "n": values.get("n") if isinstance(values.get("n"), int) else 0,
+        "dataset": str(dataset.get("name") or "") if isinstance(dataset, dict) else "",
+        "systems": systems,
+        "curve": curve,
+    }
+
+
+def _rows(values: Any) -> list[dict[str, Any]]:
+    return [row for row in values if isinstance(row, dict)] if isinstance(values, list) else []
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """score, cost and ci95 of a row, or None where they are not finite numbers."""
+    try:
+        score, cost = float(row["score"]), float(row["cost"])
+        low, high = (float(bound) for bound in row.get("ci95") or (score, score))
+    except (KeyError, TypeError, ValueError):
+        return None
+    return {"score": score, "cost": cost, "ci95": (low, high)} if np.isfinite([score, cost, low, high]).all() else None
+
+
+def _by_cost(point: Mapping[str, float]) -> tuple[float, float]:
+    return point["cost"], point["score"]

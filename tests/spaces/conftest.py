@@ -1,0 +1,120 @@
+"""Spaces as they are deployed: a folder copied alone, in a process of its own that cannot import hf_fusion."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+
+SPACES = Path(__file__).parents[2] / "spaces"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+ALONE = "import sys; sys.modules['hf_fusion'] = None; sys.path.insert(0, '.')\n"
+RUN = ALONE + "import runpy; runpy.run_path('app.py', run_name='__main__')"
+START_SECONDS = 90
+
+
+@pytest.fixture(scope="module")
+def space_modules() -> Iterator[Callable[..., list[ModuleType]]]:
+    """``space_modules("foe", "page", …)`` imports a Space's own modules; other Spaces may use the same names."""
+    folders: list[Path] = []
+
+    def load(space: str, *modules: str) -> list[ModuleType]:
+        folders.append(SPACES / space)
+        sys.path.insert(0, str(folders[-1]))
+        return [importlib.import_module(module) for module in modules]
+
+    yield load
+    for folder in folders:
+        sys.path.remove(str(folder))
+        for path in folder.glob("*.py"):
+            sys.modules.pop(path.stem, None)
+
+
+@pytest.fixture
+def alone(hub, tmp_path) -> Callable[..., str]:
+    """``alone("foe", code, …)`` runs code in a copy of the Space's folder and gives what it prints."""
+
+    def run(space: str, code: str, **variables: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", ALONE + code],
+            cwd=copy_space(space, tmp_path),
+            env=space_environment(hub.endpoint, tmp_path / "home", **variables),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+
+    return run
+
+
+def copy_space(name: str, into: Path) -> Path:
+    """The Space's folder alone, as a Hub would clone it."""
+    return Path(shutil.copytree(SPACES / name, into / name, ignore=shutil.ignore_patterns("__pycache__")))
+
+
+def space_environment(endpoint: str, home: Path, **variables: str) -> dict[str, str]:
+    """What a Space's process sees: its Hub, an empty cache, its settings."""
+    given = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "GRADIO_ANALYTICS_ENABLED": "False", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **given, **variables}
+
+
+@pytest.fixture(scope="session")
+def run_space(hub, tmp_path_factory) -> Iterator[Callable[..., str]]:
+    """``run_space("foe", MODEL_ID=…)`` starts a Space and gives its URL; it stops when the tests end."""
+    processes: list[subprocess.Popen] = []
+
+    def run(name: str, **variables: str) -> str:
+        work = tmp_path_factory.mktemp("space")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        variables = {"GRADIO_SERVER_PORT": str(port), **variables}
+        log = (work / "log.txt").open("w")
+        process = subprocess.Popen(
+            [sys.executable, "-c", RUN],
+            cwd=copy_space(name, work),
+            env=space_environment(hub.endpoint, work / "home", **variables),
+            stdout=log,
+            stderr=log,
+        )
+        processes.append(process)
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                urlopen(url, timeout=5).close()
+                return url
+            except (URLError, OSError):
+                time.sleep(0.2)
+        raise AssertionError(f"the Space did not start:\n{(work / 'log.txt').read_text()[-4000:]}")
+
+    yield run
+    for process in processes:
+        process.terminate()
+        process.wait(timeout=10)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator:
+    """A headless Chromium; tests that need one are skipped where there is none."""
+    from playwright.sync_api import sync_playwright
+
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"no browser found: install one of {', '.join(BROWSERS)}")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
