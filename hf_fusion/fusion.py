@@ -101,7 +101,8 @@ def fuse(
         model = build(loaded, **parameters)
     except ValueError as error:
         raise FusionError(str(error)) from error
-    setattr(model, RECIPE_ATTRIBUTE, _recipe(method, loaded, parameters, dtype))
+    recorded = {"task": task, **parameters}
+    setattr(model, RECIPE_ATTRIBUTE, _recipe(method, loaded, recorded, dtype))
     return model
 
 
@@ -109,8 +110,9 @@ def fuse_recipe(
     recipe: Recipe, *, allow_pickle: bool = False, trust_remote_code: bool = False, api: HfApi | None = None
 ) -> PreTrainedModel:
     """Make the model that a recipe describes; see `fuse`."""
-    method = _method(recipe.method, recipe.parameters)
     parameters = dict(recipe.parameters)
+    task = parameters.pop("task", None)
+    method = _method(recipe.method, parameters)
     weights = [expert.weight for expert in recipe.experts if expert.weight is not None]
     if weights and not method.weighs:
         raise FusionError(f"Method {recipe.method} does not weigh its experts.", hint="leave weight: out of the recipe")
@@ -120,6 +122,7 @@ def fuse_recipe(
         recipe.method,
         [expert.model for expert in recipe.experts],
         recipe.base,
+        task=task,
         dtype=recipe.dtype,
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
@@ -131,8 +134,8 @@ def fuse_recipe(
 def save_fused(model: PreTrainedModel, folder: str | Path, recipe: Recipe | None = None) -> Path:
     """Write a fused model with its processor and ``fusion.yaml``, all of it or nothing.
 
-    Everything is written beside the folder first and then moved into place. Files of an earlier save are replaced;
-    other files in the folder (a hand-written README, results) stay.
+    Everything is written beside the folder first and then moved into place. Files of an earlier save
+    and its results are replaced; other files in the folder (a hand-written README) stay.
 
     Args:
         model: as `fuse` returned it, fitted or not.
@@ -150,10 +153,7 @@ def save_fused(model: PreTrainedModel, folder: str | Path, recipe: Recipe | None
     staging = folder.parent / f".{folder.name}-{uuid4().hex[:8]}"
     staging.mkdir()
     try:
-        model.save_pretrained(staging)
-        processor = getattr(model, "processor", None)
-        if processor is not None:
-            processor.save_pretrained(staging)
+        model.save_pretrained(staging)  # a family's model saves its processor too
         recipe.save(staging / RECIPE_FILE)
         _replace(staging, folder)
     finally:

@@ -59,6 +59,14 @@ def test_recipe_makes_the_same_model_again(owner, ids, tmp_path):
     assert all(torch.equal(tensor, state[key]) for key, tensor in again.state_dict().items())
 
 
+def test_recipe_keeps_the_task_and_opens_no_doors(owner, ids):
+    recipe = fuse("foe", ids, task="text-classification", api=owner.api).fusion_recipe
+    assert recipe.parameters == {"task": "text-classification"}
+    assert fuse_recipe(recipe, api=owner.api).fusion_recipe == recipe
+    with pytest.raises(FusionError, match="no parameter 'trust_remote_code'"):
+        fuse_recipe(Recipe("foe", recipe.experts, parameters={"trust_remote_code": True}), api=owner.api)
+
+
 def test_save_and_load(owner, ids, tmp_path):
     model = fuse("foe", ids, api=owner.api)
     (tmp_path / "fused").mkdir()
