@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from ..errors import FusionError
 from ..models.foe.frugal_foe import FrugalPolicy, candidate_subsets
+from .costs import measure_latency, set_costs
 from .outputs import ExpertOutputs, collect_outputs
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ def fit_fuser(
     frugal: bool = False,
     neighbors: int = 10,
     cost_weight: float | None = None,
+    costs: Sequence[float] | str | None = None,
     tolerance: float = 0.01,
     holdout: float = 0.25,
     epochs: int = 60,
@@ -79,6 +82,8 @@ def fit_fuser(
         neighbors: kappa of the frugal variant.
         cost_weight: lambda of the frugal variant; by default the largest that loses at most `tolerance` accuracy
             on the held-out rows.
+        costs: what asking each expert costs, if not what the model says already (its parameters): one number each,
+            or "latency" for the seconds measured here.
         tolerance: see `cost_weight`.
         holdout: share of the rows that are held out.
         epochs, patience: at most so many epochs; stop after so many without a better held-out loss.
@@ -94,6 +99,9 @@ def fit_fuser(
         raise FusionError("frugal=True belongs to output fusion; in selection only the chosen expert answers")
     if by not in ("domain", "loss"):
         raise FusionError(f"by={by!r} must be 'domain' or 'loss'")
+    if costs is not None:
+        seconds = measure_latency(model, dataset) if costs == "latency" else costs
+        set_costs(model, seconds)
     needs_losses = selection and by == "loss" and bool(model.config.vocabularies)
     collected = collect_outputs(
         model,

@@ -74,12 +74,7 @@ def collect_outputs(
     """
     if not len(dataset):
         raise FusionError("the data set is empty: there is nothing to run the experts on")
-    columns = {column: name for column, name in INPUT_COLUMNS.items() if column in dataset.column_names}
-    if not columns:
-        raise FusionError(
-            f"the data set has columns {dataset.column_names}, none of {list(INPUT_COLUMNS)}",
-            "rename the one to read: dataset.rename_column('sentence', 'text')",
-        )
+    columns = input_columns(dataset)
     runner = _GenerationRunner(model, losses) if model.config.vocabularies else _ClassifierRunner(model)
     rows = _run_cached(runner, dataset, columns, batch_size)
     count, device = len(dataset), "cpu"
@@ -107,7 +102,7 @@ class _ClassifierRunner:
 
     def __call__(self, batch: Mapping[str, list[Any]], columns: Mapping[str, str]) -> dict[str, Any]:
         selection = self.model.config.mode == "selection"
-        inputs = _prepare(self.model, batch, columns)
+        inputs = prepare(self.model, batch, columns)
         outputs, embeddings = self.model.expert_outputs(inputs, embed=selection)
         result = {"outputs": outputs.flatten(1).float().cpu().numpy()}
         if selection:
@@ -127,7 +122,7 @@ class _GenerationRunner:
         self.model, self.columns = model, (("target",) if losses else ())
 
     def __call__(self, batch: Mapping[str, list[Any]], columns: Mapping[str, str]) -> dict[str, Any]:
-        inputs = _prepare(self.model, batch, columns)
+        inputs = prepare(self.model, batch, columns)
         result = {"features": self.model.prompt_embeddings(inputs).float().cpu().numpy()}
         if self.columns:
             prompts = batch[next(iter(columns))]
@@ -172,7 +167,22 @@ def _prompts_with_targets(tokenizer: Any, prompts: list[str], targets: list[str]
     return BatchEncoding(inputs), torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows])
 
 
-def _prepare(model: Any, batch: Mapping[str, list[Any]], columns: Mapping[str, str]) -> dict[str, torch.Tensor]:
+def input_columns(dataset: datasets.Dataset) -> dict[str, str]:
+    """The columns that feed the experts -> the processor's argument for each.
+
+    Raises:
+        FusionError: where there is none.
+    """
+    columns = {column: name for column, name in INPUT_COLUMNS.items() if column in dataset.column_names}
+    if not columns:
+        raise FusionError(
+            f"the data set has columns {dataset.column_names}, none of {list(INPUT_COLUMNS)}",
+            "rename the one to read: dataset.rename_column('sentence', 'text')",
+        )
+    return columns
+
+
+def prepare(model: Any, batch: Mapping[str, list[Any]], columns: Mapping[str, str]) -> dict[str, torch.Tensor]:
     """A batch of raw columns as the model's inputs."""
     inputs = model.processor(**{name: batch[column] for column, name in columns.items()})
     return {

@@ -268,3 +268,12 @@ def test_unknown_labels_and_empty_data_are_refused(adapters):
     for columns, message in cases:
         with pytest.raises(FusionError, match=message):
             fit_fuser(model, datasets.Dataset.from_dict(columns))
+
+
+def test_only_the_fuser_trains(adapters, tmp_path):
+    FoEModel.from_experts(adapters).save_pretrained(tmp_path)
+    model = FoEModel.from_pretrained(tmp_path).train()
+    assert model.fuser.training
+    assert not any(module.training for module in model.backbone_0.modules())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trainable == model.summary()["trainable"] == sum(p.numel() for p in model.fuser.parameters())

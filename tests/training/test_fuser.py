@@ -295,3 +295,16 @@ def test_a_killed_fit_runs_again(tmp_path):
     subprocess.run([sys.executable, str(script)], env=environment, check=True, capture_output=True, timeout=240)
     again = torch.load(tmp_path / "fit.pt")
     assert all(torch.equal(wanted[name], again[name]) for name in wanted)
+
+
+def test_costs_are_measured_or_given(halves):
+    model = FoEModel.from_experts(halves.experts)
+    data = halves.data.select(range(60))
+    fit_fuser(model, data, epochs=1, costs=[1.0, 3.0])
+    assert model.config.cost_shares == [0.25, 0.75]
+    fit_fuser(model, data, epochs=1, costs="latency")
+    seconds = [expert["cost"] for expert in model.config.experts]
+    assert all(0 < cost < 1 for cost in seconds)
+    for wrong in ([1.0], [1.0, -1.0], "money"):
+        with pytest.raises(FusionError, match="one positive number for each"):
+            fit_fuser(model, data, costs=wrong)

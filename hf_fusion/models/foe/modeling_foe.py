@@ -72,6 +72,7 @@ class FoEModel(PreTrainedModel):
         ]
         for index, backbone in enumerate(self.backbones):
             self.add_module(f"backbone_{index}", backbone.model)
+        self._freeze_experts()
         experts, labels = config.num_experts, config.num_outputs
         if config.mode == "output":
             inputs, outputs = experts * labels, labels
@@ -96,6 +97,17 @@ class FoEModel(PreTrainedModel):
             if module.bias is not None:
                 bound = module.in_features**-0.5
                 init.uniform_(module.bias, -bound, bound)
+
+    def _freeze_experts(self) -> None:
+        for backbone in self.backbones:
+            backbone.model.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> FoEModel:
+        """Training mode for the fuser alone: the experts are frozen, their dropout stays off."""
+        super().train(mode)
+        for backbone in self.backbones:
+            backbone.model.eval()
+        return self
 
     # ---------------------------------------------------------------- building, saving
 
@@ -157,8 +169,6 @@ class FoEModel(PreTrainedModel):
             own = [e for e, row in zip(experts, config.experts, strict=True) if row["backbone"] == index]
             if plan["ranks"] or plan["saved"]:
                 fill_adapters(model.backbones[index], plan, own, own[0].model)
-        for backbone in model.backbones:
-            backbone.model.requires_grad_(False)
         model._processor = processor
         return model.eval()
 
@@ -184,6 +194,7 @@ class FoEModel(PreTrainedModel):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._source = (str(pretrained_model_name_or_path), hub)
+        model._freeze_experts()  # loading makes fresh parameters, which all want gradients
         return loaded
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:

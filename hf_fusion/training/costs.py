@@ -1,0 +1,49 @@
+"""What asking an expert costs: its parameters by default, measured latency, or a price the user names."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import torch
+
+from ..errors import FusionError
+from .outputs import input_columns, prepare
+
+
+def set_costs(model: Any, costs: Sequence[float] | str) -> None:
+    """Writes the experts' costs into the model's config, in any unit.
+
+    Raises:
+        FusionError: unless there is one positive number for each expert.
+    """
+    names = [expert["name"] for expert in model.config.experts]
+    if isinstance(costs, str) or len(costs) != len(names) or min(costs) <= 0:
+        raise FusionError(f"costs must hold one positive number for each of {names}, or be 'latency'; got {costs!r}")
+    for expert, cost in zip(model.config.experts, costs, strict=True):
+        expert["cost"] = float(cost)
+
+
+@torch.no_grad()
+def measure_latency(model: Any, dataset: datasets.Dataset, examples: int = 16, repeats: int = 3) -> list[float]:
+    """Seconds each expert of a FoE takes per example, the least of several runs on the model's device.
+
+    Args:
+        model: a FoE of classifiers or regressors.
+        dataset: with the columns the experts take.
+        examples: size of the batch that is timed.
+        repeats: runs per expert.
+    """
+    rows = dataset.select(range(min(examples, len(dataset))))
+    inputs = prepare(model, rows[:], input_columns(rows))
+    best = [float("inf")] * model.config.num_experts
+    for _ in range(repeats + 1):  # the first round warms up whatever needs it, and counts like the others
+        for expert in range(model.config.num_experts):
+            start = time.perf_counter()
+            model.expert_outputs(inputs, experts=[expert])
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            best[expert] = min(best[expert], time.perf_counter() - start)
+    return [seconds / len(rows) for seconds in best]
