@@ -1,0 +1,53 @@
+"""See the whole way once: real experts on a Hub become one model, published and loaded anywhere. Runs again freely."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from hf_fusion.errors import FusionError
+
+from .output import Out
+
+EXAMPLES = (
+    ("hf-fusion demo", "everything on this machine, in the folder ./demo"),
+    ("hf-fusion demo --real-hub --namespace me --yes", "the same on the Hub at HF_ENDPOINT, in your own namespace"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which demo, and where."""
+    from hf_fusion.demo import DEMOS
+
+    parser.add_argument("name", nargs="?", default="foe", choices=DEMOS, help="the family to show (default: foe)")
+    parser.add_argument("--folder", default="demo", metavar="DIR", help="holds everything (default: demo)")
+    parser.add_argument("--real-hub", action="store_true", help="use the Hub at HF_ENDPOINT instead of an embedded one")
+    parser.add_argument("--namespace", metavar="NAME", help="owner of the repos (default on the embedded Hub: demo)")
+    parser.add_argument("--yes", action="store_true", help="with --real-hub: do create the repos there")
+
+
+def run(args: argparse.Namespace, out: Out) -> None:
+    """Sets the stage and runs the demo."""
+    from importlib import import_module
+
+    if args.real_hub and not args.yes:
+        raise FusionError(
+            f"this would create about 15 public repos under {args.namespace or 'your name'} on the Hub",
+            "add --yes, or leave --real-hub out",
+        )
+    if not args.real_hub:  # nothing of the demo reaches the user's own cache; read when the Hub's client is imported
+        os.environ["HF_HOME"] = str(Path(args.folder).resolve() / "cache")
+    # Models as small as these gain nothing from a second thread, and lose much where another program wants it.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # a line per repo says enough
+
+    from hf_fusion.demo import DEMOS
+    from hf_fusion.demo.place import open_place
+
+    with open_place(Path(args.folder), args.namespace, args.real_hub) as place:
+        summary = import_module(DEMOS[args.name]).run(place, out)
+    if out.mode == "json":
+        out.dict(summary)
+    else:
+        out.result("Done", **{name: value for name, value in summary.items() if name != "measured"})

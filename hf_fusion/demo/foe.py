@@ -1,0 +1,227 @@
+"""The whole way once with a Fusion of Experts: handwritten digits, and experts that each know a part of them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_fusion.errors import FusionError
+
+from .digits import DIGITS, EXPERTS, LABEL_MAPS, digits, misfits
+from .place import Place, ask_a_stranger
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from hf_fusion.cli.output import Out
+    from hf_fusion.evaluate import Results
+    from hf_fusion.experts import Expert
+    from hf_fusion.hub.compat import Compatibility
+
+STEPS = 7
+TASK = "image-classification"
+NAME = "foe-digits"
+DATA = "MNIST and scanned digits"
+PICTURE = "accuracy-cost.png"
+PORT = 8765  # at which the next commands find the Hub again
+ASKED = 16  # images a stranger is asked about
+RIVALS = ("mean ensemble", "max confidence")
+
+
+def run(place: Place, out: Out) -> dict[str, Any]:
+    """Seeds a Hub, discovers, fuses, fits, measures, publishes, and loads the result in a fresh process.
+
+    Returns:
+        Where everything lies and what was measured.
+    """
+    with out.step(1, STEPS, f"A Hub at {place.endpoint}"):
+        where = f"kept in {place.folder / 'hub'}" if place.embedded else f"your repos go to {place.namespace}/…"
+        out.log(f"      {where}")
+
+    with out.step(2, STEPS, "Push experts that fit, and some that do not"):
+        for name, folder in EXPERTS.items():
+            _report_push(place.push(name, folder), place.repo(name), out)
+        for misfit in misfits(place.folder / "misfits"):
+            _report_push(place.push(misfit.name, misfit.folder, misfit.settings), place.repo(misfit.name), out)
+
+    with out.step(3, STEPS, "Discover them by their tag, and see who fits"):
+        verdict = _discover(place)
+        _show_verdict(verdict, out)
+
+    with out.step(4, STEPS, "Fuse, fit and measure"):
+        model, results, fused = _fuse_fit_measure(place, verdict, out)
+        out.table(results.table(), title=f"Accuracy on {results.n:,} held-out images", aside=True)
+        for line in _said(results):
+            out.log(f"      {line}")
+
+    with out.step(5, STEPS, f"Publish as {place.repo(NAME)}"):
+        from hf_fusion.hub.publish import publish
+
+        published = publish(fused, place.repo(NAME), private=not place.embedded, api=place.api)
+        assert published is not None  # nobody was asked to confirm
+        out.log(f"      {published.url}  at {published.sha[:12]}")
+
+    with out.step(6, STEPS, "Load it in a fresh process without hf_fusion"):
+        identical = _compare_with_stranger(place, model, published.repo_id, published.sha, out)
+
+    summary = {
+        "model": published.repo_id,
+        "revision": published.sha,
+        "folder": str(fused),
+        "plot": str(fused / PICTURE),
+        "identical": identical,
+    }
+    with out.step(7, STEPS, "What you have now, and what to type next"):
+        _show_next(place, fused, out)
+    return summary | {"measured": {s.name: {"accuracy": s.score, "cost": s.cost} for s in results.systems}}
+
+
+def _report_push(new: bool, repo: str, out: Out) -> None:
+    out.log(f"      {'pushed' if new else 'there already'}  {repo}")
+
+
+def _discover(place: Place) -> Compatibility:
+    """What anybody finds by the tag, judged for fusing their outputs over the ten digits."""
+    from hf_fusion.hub.compat import check_compatibility
+    from hf_fusion.hub.discover import discover
+
+    found = sorted(discover(author=place.namespace, api=place.anyone), key=lambda info: info.id)
+    labels = {*DIGITS, *(label for mapping in LABEL_MAPS.values() for label in mapping)}
+    return check_compatibility(found, task=TASK, labels=labels, api=place.anyone)
+
+
+def _show_verdict(verdict: Compatibility, out: Out) -> None:
+    """Two tables: who fits, and who does not and why."""
+    accepted = [
+        {
+            "expert": info.id,
+            "architecture": (info.architecture or "").removesuffix("ForImageClassification"),
+            "labels": info.labels,
+            "license": info.license,
+            "MB": round(info.size / 1e6, 2),
+        }
+        for info in verdict.accepted
+    ]
+    rejected = [{"rejected": entry.info.id, "reason": "; ".join(map(str, entry.reasons))} for entry in verdict.rejected]
+    out.table(accepted, title=f"{len(accepted)} fit, by their configs and the headers of their weights", aside=True)
+    out.table(rejected, title=f"{len(rejected)} do not", aside=True)
+
+
+def _fuse_fit_measure(place: Place, verdict: Compatibility, out: Out) -> tuple[Any, Results, Path]:
+    """The fitted model, what was measured, and the folder that holds both."""
+    from hf_fusion.evaluate import RESULTS_FILE, evaluate_fusion
+    from hf_fusion.fusion import fuse, save_fused
+    from hf_fusion.plots import plot_accuracy_cost
+    from hf_fusion.training.fuser import fit_fuser
+
+    maps = {place.repo(name): mapping for name, mapping in LABEL_MAPS.items()}
+    experts = _load(place, verdict, out)
+    model: Any = fuse("foe", experts, label_maps=maps, labels=list(DIGITS))
+    out.log(f"      fused {len(experts)} experts, {model.num_parameters() / 1e6:.1f} million parameters")
+    fit = fit_fuser(model, _rows(place, "train"), frugal=True)
+    out.log(
+        f"      fitted on {fit.train_rows:,} images that no expert saw; {fit.held_out_rows:,} more told when to stop"
+    )
+    results = evaluate_fusion(model, _rows(place, "test"), name=DATA, command="hf-fusion demo")
+    fused = save_fused(model, place.folder / NAME)
+    results.save(fused / RESULTS_FILE)
+    plot_accuracy_cost(results, fused / PICTURE)
+    return model, results, fused
+
+
+def _load(place: Place, verdict: Compatibility, out: Out) -> list[Expert]:
+    """The accepted experts, but for those that turn out to be broken once their weights are read."""
+    from hf_fusion.hub.load import load_experts
+
+    experts = []
+    for info in verdict.accepted:
+        try:
+            experts += load_experts([info], api=place.api)
+        except FusionError as error:
+            out.log(f"      left out: {error.message}")
+    return experts
+
+
+def _rows(place: Place, split: str) -> Dataset:
+    """The images to fit on ("train") or to measure on ("test"), kept as parquet for the commands one may type next."""
+    from hf_fusion.data import load_rows
+
+    folder = place.folder / "data"
+    if not (folder / "test.parquet").is_file():
+        folder.mkdir(exist_ok=True)
+        rows = digits()
+        rows["fit"].to_parquet(folder / "train.parquet")
+        rows["test"].to_parquet(folder / "test.parquet")
+    return load_rows(folder, split)
+
+
+def _said(results: Results) -> list[str]:
+    """The comparison in words."""
+    foe, frugal, best = results.best("foe"), results.best("frugal"), results.best("expert")
+    rivals = [system for system in results.systems if system.name in RIVALS]
+    against = [("the best expert", best), *((f"the {rival.name}", rival) for rival in rivals)]
+    gains = ", ".join(f"{100 * (foe.score - other.score):+.1f} points on {name}" for name, other in against)
+    return [
+        f"FoE {foe.score:.1%}: {gains}",
+        f"frugal {frugal.score:.1%} at {frugal.cost:.0%} of the cost",
+    ]
+
+
+def _compare_with_stranger(place: Place, model: Any, repo: str, revision: str, out: Out) -> bool:
+    """Whether a fresh process gets bit for bit the logits of the model in memory, and the same from a pipeline."""
+    import torch
+    from safetensors.torch import load_file
+
+    folder = place.folder / "asked"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    images = [row.convert("RGB") for row in _rows(place, "test").select(range(ASKED))["image"]]
+    for number, image in enumerate(images):
+        image.save(folder / f"{number:02}.png")
+    with torch.no_grad():
+        here = model(**model.processor(images=images)).logits
+    answers = ask_a_stranger(place, repo, revision, folder)["answers"]
+
+    top = here.softmax(-1).max(-1)
+    same = {
+        f"{name}.from_pretrained: logits": torch.equal(here, logits)
+        for name, logits in load_file(folder / "logits.safetensors").items()
+    }
+    same["pipeline: labels"] = [answer["label"] for answer in answers] == [
+        model.config.id2label[index] for index in top.indices.tolist()
+    ]
+    # One image at a time takes other paths through the processor than a batch: the last bits may differ.
+    same["pipeline: scores to 1e-5"] = torch.allclose(
+        top.values, torch.tensor([answer["score"] for answer in answers]), rtol=0, atol=1e-5
+    )
+    for what, identical in same.items():
+        out.log(f"      {what:56} {'identical' if identical else 'DIFFERENT'}")
+    return all(same.values())
+
+
+def _show_next(place: Place, fused: Path, out: Out) -> None:
+    """Where things lie, and commands that work as they stand."""
+    repo, near = place.repo(NAME), {name: _near(place.folder / name) for name in ("hub", "data", "asked")}
+    out.log(f"      {_near(fused)}: the model, its recipe, results.json and {PICTURE}")
+    out.log(f"      {near['data']}: the images it was fitted on (train) and measured on (test)")
+    lines = [f"hf-fusion eval {_near(fused)} --data {near['data']}"]
+    if place.embedded:
+        out.log(f"      {near['hub']}: the Hub, to look at in a browser and to load from")
+        lines += [
+            f"hf-fusion hub serve {near['hub']} --port {PORT} &",
+            f"export HF_ENDPOINT=http://127.0.0.1:{PORT}",
+        ]
+    lines += [
+        f"hf-fusion discover --author {place.namespace} --check",
+        f'python -c \'from transformers import pipeline; classify = pipeline("{TASK}", model="{repo}", '
+        f'trust_remote_code=True); print(classify("{near["asked"]}/00.png", top_k=2))\'',
+    ]
+    out.log("")
+    for line in lines:
+        out.hint(line)
+
+
+def _near(path: Path) -> str:
+    """A path as one would type it here."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
