@@ -147,7 +147,10 @@ class _Loader:
         for name, source in resolved.items():
             if source.is_adapter:
                 raise FusionError(f"The base {name} is itself an adapter.", hint="pass base= with a full model")
-        return {i: resolved[name] for i, name in names.items()}
+        # Names with and without a commit may mean the same one: it is loaded once.
+        distinct = {(source.name, source.revision, source.folder): source for source in resolved.values()}
+        sources_of = {name: distinct[s.name, s.revision, s.folder] for name, s in resolved.items()}
+        return {i: sources_of[name] for i, name in names.items()}
 
     def _head(self, source: Source, base_config: dict[str, Any]) -> Head:
         """The head a source is loaded with: the caller's task, else what the files say."""

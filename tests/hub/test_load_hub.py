@@ -55,6 +55,17 @@ def test_adapters_bring_their_base_once(hub, owner, tmp_path):
     assert all(sha in path for path in reads)
 
 
+def test_a_base_named_with_and_without_its_commit_is_one(owner, tmp_path):
+    base = save_bert(tmp_path / "base", auto=AutoModel)
+    sha = owner.push("base", base)
+    for name, revision in (("one", sha), ("two", None)):
+        save_adapter(tmp_path / name, base, base_name=f"{owner.name}/base", revision=revision)
+        owner.push(name, tmp_path / name)
+    one, two = load_experts([f"{owner.name}/one", f"{owner.name}/two"], api=owner.api)
+    assert one.model is two.model
+    assert two.adapter.base_revision == sha
+
+
 def test_a_full_expert_borrows_its_processor(hub, owner, tmp_path):
     owner.push("base", save_bert(tmp_path / "base"))
     owner.push("mood", save_bert(tmp_path / "mood", processor=False, card=f"base_model: {owner.name}/base"))
