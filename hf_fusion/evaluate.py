@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import datasets
 import torch
 
 from .baselines import max_confidence, mean_ensemble, oracle_expert
+from .errors import FusionError
 from .metrics import load_metric
 from .training.fuser import COST_WEIGHTS, replay
 from .training.outputs import ExpertOutputs, collect_outputs
@@ -132,8 +132,6 @@ def evaluate_fusion(
         model, dataset, label_column=label_column, expert_column=expert_column, batch_size=batch_size
     )
     if collected.labels is None or collected.outputs is None:
-        from .errors import FusionError
-
         raise FusionError(f"the data set has no column {label_column!r} to measure against")
     scorer = _Scorer(model, collected, collected.outputs, collected.labels)
     shares = model.config.cost_shares
@@ -268,11 +266,6 @@ def _prompt_length(model: Any, inputs: Any, expert: int) -> int:
         return 0
     group = model.config.backbones[model.config.experts[expert]["backbone"]]["inputs"]
     return inputs["input_ids" if group == 0 else f"input_ids_{group}"].shape[1]
-
-
-def budgets_curve(results: Results) -> Sequence[tuple[float, float]]:
-    """The accuracy-cost curve as (cost, score), cheapest first."""
-    return sorted((point["cost"], point["score"]) for point in results.curve)
 
 
 def machine() -> str:
