@@ -59,7 +59,7 @@ class Adapter:
     """A LoRA adapter as tensors on its base, with alpha, rsLoRA and rank patterns already folded in.
 
     Attributes:
-        lora: module path in the base -> (A of (r, d_in), B of (d_out, r)); the update is ``B @ A``, scaling folded into B.
+        lora: module path in the base -> (A of (r, d_in), B of (d_out, r)); the update is ``B @ A``, scaling folded in.
         saved: parameter name in the base -> the tensor that replaces it (PEFT's ``modules_to_save``).
         base: id or folder of the base model.
         base_revision: commit of the base, if the adapter records one.
