@@ -111,12 +111,12 @@ def predict(value: Any, budget: float | None = None) -> Routing:
         raise gr.Error(str(error), title="That did not work") from error
 
 
-def show(value: Any, budget: float | None = None) -> tuple[str, str, str]:
+def show(value: Any, budget: float | str | None = widgets.ALL) -> tuple[str, str, str]:
     """The page's parts for one input: answer, experts, results."""
     results = served().results
     try:
         example = read_input(value)
-        routing = ask(example, read_budget(budget))
+        routing = ask(example, None if budget in (None, widgets.ALL) else read_budget(float(budget)))
     except InputError as error:
         text = EMPTY[input_kind()] if not value else str(error)
         title = "Nothing to answer yet" if not value else "That did not work"
@@ -165,7 +165,7 @@ def build() -> gr.Blocks:
                 given, triggers = _input(input_kind(), pictures, first)
             with gr.Column(scale=8, min_width=300, elem_classes="foe-output"):
                 answer = gr.HTML(parts[0], apply_default_css=False, elem_classes="foe-fill")
-                budget: gr.components.Component = gr.State(None)
+                budget: gr.components.Component = gr.State(widgets.ALL)
                 if config.frugal:
                     budget = slider = widgets.budget()
                     triggers.append(slider.input)

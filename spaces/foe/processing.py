@@ -132,7 +132,7 @@ def read_routing(config: Any, trace: Mapping[str, Any], logits: Any, budget: flo
     fused = [] if logits is None else logits.tolist() if regression else _softmax(logits.tolist())
     experts = []
     for index, (row, share) in enumerate(zip(config.experts, trace["cost_shares"], strict=True)):
-        known = sorted({fused for fused in row["label_map"] or [] if fused >= 0})
+        known = sorted({fused for fused in row.get("label_map") or [] if fused >= 0})
         outputs = None
         if order[index] and labels:
             outputs = fused if selection else trace["outputs"][0, index].tolist()
@@ -159,7 +159,7 @@ def read_routing(config: Any, trace: Mapping[str, Any], logits: Any, budget: flo
         "cost": _cost(experts, config) if selection else sum(e["cost_share"] for e in experts if e["order"]),
         "budget": budget,
         "mode": config.mode,
-        "axis": [min(0.0, *everything), max(1.0, *everything)] if regression else [0.0, 1.0],
+        "axis": [math.floor(min(0.0, *everything)), math.ceil(max(1.0, *everything))] if regression else [0.0, 1.0],
         "experts": experts,
     }
 

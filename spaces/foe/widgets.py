@@ -7,6 +7,7 @@ from pathlib import Path
 
 import gradio as gr
 
+ALL = "all"  # the budget's value for "all experts"; Gradio would turn null into an empty text
 FOLDER = Path(__file__).parent
 
 PAD = """<div class="foe-pad"><canvas width="336" height="336" aria-label="Draw a digit here"></canvas>
@@ -33,11 +34,11 @@ def pad(examples: dict[str, str], value: str = "") -> gr.HTML:
 
 
 def budget() -> gr.HTML:
-    """A slider from 10 % to 100 % of the experts' cost, then "all experts"; its value is the share or None."""
-    return _widget(BUDGET, "budget.js", None)
+    """A slider from 10 % to 100 % of the experts' cost, then "all experts"; its value is the share or `ALL`."""
+    return _widget(BUDGET, "budget.js", ALL)
 
 
-def _widget(html: str, script: str, value: str | None) -> gr.HTML:
+def _widget(html: str, script: str, value: str) -> gr.HTML:
     # No `${value}` in the template: a new value then leaves the DOM, and so the drawing, alone.
     code = (FOLDER / script).read_text(encoding="utf-8")
     return gr.HTML(value, html_template=html, js_on_load=code, apply_default_css=False)

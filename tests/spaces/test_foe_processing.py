@@ -133,7 +133,16 @@ def test_routing_of_a_regression_has_a_score_and_no_confidence(processing):
     )
     values = {"cost_shares": [0.5, 0.5], "order": torch.tensor([[1, 2]]), "outputs": torch.tensor([[[3.0], [4.5]]])}
     routing = processing.read_routing(config, values, torch.tensor([3.75]), None)
-    assert (routing["answer"], routing["confidence"], routing["axis"]) == ("3.75", None, [0.0, 4.5])
+    assert (routing["answer"], routing["confidence"], routing["axis"]) == ("3.75", None, [0, 5])
+
+
+def test_routing_among_language_models_has_no_labels(processing):
+    config = SimpleNamespace(**{**vars(CONFIG), "mode": "selection", "experts": [{"name": "me/a"}, {"name": "me/b"}]})
+    values = {"cost_shares": [0.5, 0.5], "order": torch.tensor([[0, 1]]), "scores": torch.tensor([[0.0, 3.0]])}
+    routing = processing.read_routing(config, values, None, None)
+    assert (routing["answer"], routing["labels"], routing["probabilities"]) == (None, [], [])
+    assert [expert["order"] for expert in routing["experts"]] == [0, 1]
+    assert routing["experts"][1]["score"] == pytest.approx(0.9526, abs=1e-4)
 
 
 def test_of_many_labels_the_most_probable_are_shown(processing):
