@@ -19,6 +19,7 @@ _PUBLIC = {
     "publish": "hub.publish",
     "fuse": "fusion",
     "fit_fuser": "training.fuser",
+    "evaluate_fusion": "evaluate",
     "FoEConfig": "models.foe",
     "FoEModel": "models.foe",
     "FoEProcessor": "models.foe",

@@ -50,4 +50,4 @@ def run(args: argparse.Namespace, out: Out) -> None:
     if out.mode == "json":
         out.dict(summary)
     else:
-        out.result("Done", **{name: value for name, value in summary.items() if name != "measured"})
+        out.result("Done", **{name: value for name, value in summary.items() if not isinstance(value, dict)})

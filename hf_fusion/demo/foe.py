@@ -74,7 +74,10 @@ def run(place: Place, out: Out) -> dict[str, Any]:
     }
     with out.step(7, STEPS, "What you have now, and what to type next"):
         _show_next(place, fused, out)
-    return summary | {"measured": {s.name: {"accuracy": s.score, "cost": s.cost} for s in results.systems}}
+    return summary | {
+        "rejected": {entry.info.id: "; ".join(map(str, entry.reasons)) for entry in verdict.rejected},
+        "measured": {system.name: {"accuracy": system.score, "cost": system.cost} for system in results.systems},
+    }
 
 
 def _report_push(new: bool, repo: str, out: Out) -> None:

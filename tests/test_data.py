@@ -1,0 +1,68 @@
+"""Rows from files, folders and saved data sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from hf_fusion import FusionError
+from hf_fusion.data import load_rows
+
+TRAIN = {"text": ["good", "bad"], "label": [1, 0]}
+TEST = {"text": ["fine"], "label": [1]}
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "json", "jsonl"])
+def test_a_file_is_read_whole(tmp_path, suffix):
+    path = tmp_path / f"rows.{suffix}"
+    writer = "json" if suffix == "jsonl" else suffix
+    getattr(Dataset.from_dict(TRAIN), f"to_{writer}")(path)
+    assert load_rows(path, "any").to_dict() == TRAIN
+
+
+def test_a_folder_with_a_file_per_split(tmp_path):
+    Dataset.from_dict(TRAIN).to_parquet(tmp_path / "train.parquet")
+    Dataset.from_dict(TEST).to_csv(tmp_path / "test.csv")
+    assert load_rows(tmp_path).to_dict() == TRAIN
+    assert load_rows(str(tmp_path), "test").to_dict() == TEST
+
+
+def test_what_datasets_saved(tmp_path):
+    splits = DatasetDict({"train": Dataset.from_dict(TRAIN), "test": Dataset.from_dict(TEST)})
+    splits.save_to_disk(tmp_path / "both")
+    splits["test"].save_to_disk(tmp_path / "one")
+    assert load_rows(tmp_path / "both", "test").to_dict() == TEST
+    assert load_rows(tmp_path / "one").to_dict() == TEST
+    with pytest.raises(FusionError, match="has no split 'dev'"):
+        load_rows(tmp_path / "both", "dev")
+
+
+@pytest.mark.parametrize("name", ["gone.parquet", "folder", "notes.txt"])
+def test_what_is_not_there_or_not_data_is_named(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "notes.txt").write_text("words")
+    with pytest.raises(FusionError, match=Path(name).stem) as error:
+        load_rows(tmp_path / name)
+    assert error.value.hint
+
+
+def test_a_data_set_on_the_hub(hub, fresh_python):
+    token = hub.token("rows")
+    code = f"""
+from datasets import Dataset
+from hf_fusion.data import load_rows
+Dataset.from_dict({TRAIN}).push_to_hub("rows/words", split="train")
+print(load_rows("rows/words").to_dict())
+from hf_fusion import FusionError
+try:
+    load_rows("rows/nothing")
+except FusionError as error:
+    print(error.message)
+"""
+    done = fresh_python(code, hub, token=token)
+    assert done.stdout.splitlines()[-2:] == [
+        str(TRAIN),
+        "rows/nothing is no file, no folder with data, and no data set on the Hub",
+    ]

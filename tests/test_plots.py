@@ -1,0 +1,54 @@
+"""The picture of accuracy against cost."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from PIL import Image
+
+from hf_fusion.evaluate import Results, System, wilson
+from hf_fusion.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, _spread, plot_accuracy_cost
+
+
+def system(name: str, kind: str, score: float, cost: float) -> System:
+    return System(name, kind, score, wilson(score, 1000), cost)
+
+
+@pytest.fixture
+def results() -> Results:
+    systems = [
+        system("FoE", "foe", 0.97, 1.0),
+        system("FoE, frugal", "frugal", 0.96, 0.3),
+        *(system(f"me/expert-{i}", "expert", 0.4 + i / 100, 0.1 + i / 100) for i in range(6)),
+        system("mean ensemble", "baseline", 0.9, 1.0),
+        system("oracle expert", "oracle", 0.99, 1.0),
+    ]
+    curve = [{"cost_weight": 0.0, "score": 0.97, "cost": 0.6}, {"cost_weight": 1.0, "score": 0.8, "cost": 0.1}]
+    return Results({"name": "digits", "split": "test"}, 1000, "accuracy", systems, curve=curve)
+
+
+def test_every_kind_of_system_is_drawn_in_its_colour(results, tmp_path):
+    path = plot_accuracy_cost(results, tmp_path / "plot.png")
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    assert pixels.shape[1] > pixels.shape[0] > 500
+    for colour in (BLUE, ORANGE, GREEN, PURPLE, GREY):
+        wanted = np.array([round(255 * part) for part in to_rgb(colour)])
+        assert (np.abs(pixels - wanted).max(-1) <= 3).sum() > 50, colour
+
+
+def test_a_metric_without_shares_and_without_a_curve_is_drawn_too(results, tmp_path):
+    results.metric, results.curve = "mse", []
+    assert plot_accuracy_cost(results, tmp_path / "plot.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize("wanted", [[0.5] * 6, [0.0, 0.01, 0.5, 0.98, 0.99, 1.0], [0.1, 0.4, 0.7]])
+def test_labels_keep_their_order_their_distance_and_the_frame(wanted):
+    placed = _spread(wanted, height=0.1, bottom=0.05, top=0.95)
+    assert all(b - a >= 0.1 - 1e-6 for a, b in zip(placed, placed[1:], strict=False))
+    assert min(placed) >= 0.05 - 1e-9
+    assert max(placed) <= 0.95 + 1e-9
+
+
+def test_labels_that_are_far_apart_stay_where_they_are():
+    assert _spread([0.2, 0.5, 0.8], height=0.1, bottom=0.0, top=1.0) == [0.2, 0.5, 0.8]
