@@ -128,6 +128,17 @@ def test_frugal_saves_and_a_budget_is_kept(halves):
         model(**inputs, budget=1.5)
 
 
+def test_a_frugal_model_loads_in_bf16(halves, tmp_path):
+    model = FoEModel.from_experts(halves.experts)
+    fit_fuser(model, halves.data.select(range(200, 400)), epochs=10, frugal=True)
+    model.save_pretrained(tmp_path)
+    half = FoEModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    inputs = model.processor(text=halves.data["text"][400:440])
+    with torch.no_grad():
+        same = half(**inputs, budget=0.6).logits.argmax(1) == model(**inputs, budget=0.6).logits.argmax(1)
+    assert same.float().mean() > 0.9
+
+
 def test_the_policy_does_what_the_formula_says(halves):
     """Against a plain reading of the formula: one example, every superset, the nearest points by sorting."""
     model = FoEModel.from_experts(halves.experts, costs=[1.0, 2.0])

@@ -86,7 +86,8 @@ class FrugalPolicy(nn.Module):
             outputs (B, K, C), zero where not queried, and order (B, K): 1 for the first expert queried, 2 for the
             second, 0 for those not queried.
         """
-        device, dtype = self.losses.device, self.losses.dtype
+        device, dtype = self.losses.device, torch.float32  # a model loaded in bf16 still measures in fp32
+        points, losses = self.outputs.to(dtype), self.losses.to(dtype)
         num_experts = self.subsets.shape[1]
         outputs = torch.zeros(batch, *self.outputs.shape[1:], device=device, dtype=dtype)
         order = torch.zeros(batch, num_experts, dtype=torch.long, device=device)
@@ -96,9 +97,9 @@ class FrugalPolicy(nn.Module):
         active = torch.arange(batch, device=device)
         for step in range(1, num_experts + 1):
             if step == 1:  # nothing is known yet: every validation point is as near as any other
-                expected = self.losses.mean(1).expand(len(active), -1)  # (A, M)
+                expected = losses.mean(1).expand(len(active), -1)  # (A, M)
             else:
-                expected = self._local_losses(distance[active], None if exclude is None else exclude[active])
+                expected = self._local_losses(losses, distance[active], None if exclude is None else exclude[active])
             chosen = self._choose(expected, order[active] > 0, affordable, subset_costs * cost_weight)
             active, chosen = active[chosen >= 0], chosen[chosen >= 0]
             if not len(active):
@@ -111,16 +112,16 @@ class FrugalPolicy(nn.Module):
             for expert in chosen.unique().tolist():
                 mine = chosen == expert
                 distance[active[mine]] += torch.cdist(
-                    answer[mine], self.outputs[:, expert], compute_mode="donot_use_mm_for_euclid_dist"
+                    answer[mine], points[:, expert], compute_mode="donot_use_mm_for_euclid_dist"
                 ).square()
         return outputs, order
 
-    def _local_losses(self, distance: torch.Tensor, exclude: torch.Tensor | None) -> torch.Tensor:
+    def _local_losses(self, losses: torch.Tensor, distance: torch.Tensor, exclude: torch.Tensor | None) -> torch.Tensor:
         """Mean loss of each candidate set over the nearest validation points: (A, V) distances -> (A, M)."""
         if exclude is not None:
             distance = distance.scatter(1, exclude[:, None], float("inf"))
         nearest = distance.topk(self.neighbors, dim=1, largest=False).indices  # (A, kappa)
-        return self.losses[:, nearest].mean(-1).T
+        return losses[:, nearest].mean(-1).T
 
     def _choose(
         self, expected: torch.Tensor, queried: torch.Tensor, affordable: torch.Tensor, penalty: torch.Tensor
