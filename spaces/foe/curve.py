@@ -57,10 +57,11 @@ def _verdict(results: Results) -> Markup:
     named = {system["kind"]: system for system in results["systems"]}
     if not {"foe", "frugal"} <= named.keys() or results["metric"] != "accuracy":
         return Markup("")
-    points = 100 * (named["frugal"]["score"] - named["foe"]["score"])
+    points = round(100 * (named["frugal"]["score"] - named["foe"]["score"]), 1)
+    gap = f"{abs(points):.1f} points {'below' if points < 0 else 'above'}" if points else "as well as"
     return Markup(
-        '<p class="foe-lead">Asking frugally costs <b>{}</b> and answers <b>{:.1f} points {} asking everyone</b>.</p>'
-    ).format(percent(named["frugal"]["cost"]), abs(points), "below" if points < 0 else "above")
+        '<p class="foe-lead">Asking frugally costs <b>{}</b> and answers <b>{} asking everyone</b>.</p>'
+    ).format(percent(named["frugal"]["cost"]), gap)
 
 
 # ---------------------------------------------------------------- tables

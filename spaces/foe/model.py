@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, constants, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from PIL import Image
 from processing import Routing, are_digits, read_results, read_routing
 from transformers import AutoModel, AutoProcessor
@@ -26,7 +32,7 @@ REASONS: list[tuple[type[Exception], str]] = [
     ),
     (RevisionNotFoundError, "{id} has no revision {revision}."),
     (HFValidationError, "{id!r} is not a model id; one looks like owner/name."),
-    (OSError, "{id} could not be fetched from {endpoint}: {error}"),
+    (LocalEntryNotFoundError, "{endpoint} does not answer. Restart the Space once {id} can be fetched from there."),
 ]
 
 

@@ -10,6 +10,7 @@ from processing import Routing, shown_labels
 
 LABEL_WIDTHS = (4, 16)  # characters a column of names is wide, at least and at most
 LONG_ANSWER = 24  # characters; longer answers are set smaller
+NUMBERED = 0.03  # pieces of the cost strip at least this wide have room for their number
 TIGHT_LABEL = 6  # characters; with labels up to this length two experts fit side by side on a phone
 
 
@@ -166,7 +167,7 @@ def cost_strip(routing: Routing) -> Markup:
             expert["cost_share"],
             expert["name"],
             percent(expert["cost_share"]),
-            expert["order"] if one_by_one and expert["order"] else "",
+            expert["order"] if one_by_one and expert["order"] and expert["cost_share"] >= NUMBERED else "",
         )
         for expert in [*asked, *(e for e in experts if not e["order"])]
     ]

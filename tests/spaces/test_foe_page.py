@@ -150,6 +150,8 @@ def test_the_plot_has_a_table_beside_it(curve):
     table = re.findall(r'title="([^"]*)"><i></i>[^<]*</th><td>([\d.]+)</td><td>± ([\d.]+)</td><td>(\d+ %)', html)
     assert table[0] == ("FoE", "95.0", "1.0", "100 %") and len(table) == len(RESULTS["systems"])
     assert "costs <b>40 %</b>" in html and "0.7 points below" in html
+    level = [{**system, "score": 0.95} for system in RESULTS["systems"][:2]]
+    assert "as well as asking everyone" in curve.results_panel({**RESULTS, "systems": level})
     assert "budget 80 %" in html and "this input 75 %" in html
     assert "1 weaker system lies off this axis" in html  # me/birds, under the axis that begins at 0.6 or less
     assert "budget 80 %" not in curve.results_panel(RESULTS, routing(budget=None))

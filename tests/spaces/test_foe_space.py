@@ -288,4 +288,4 @@ except model.LoadError as error:
     print(error)
 """
     printed = alone("foe", code, HF_ENDPOINT="http://127.0.0.1:9")
-    assert "me/foe could not be fetched from http://127.0.0.1:9" in printed
+    assert "http://127.0.0.1:9 does not answer" in printed and "me/foe" in printed
