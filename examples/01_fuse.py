@@ -5,14 +5,14 @@
 It writes the folder fused/ and the picture accuracy-cost.png, and prints system, accuracy, 95 % interval and cost:
 
     FoE                       98.0%   97.2% – 98.6%  100%
-    FoE, frugal               98.0%   97.2% – 98.6%   32%
-    vit-mnist-low             42.8%   40.4% – 45.3%   12%
-    resnet-mnist-high         48.5%   46.0% – 50.9%   16%
+    FoE, frugal               98.1%   97.3% – 98.6%   29%
     convnextv2-digits-even    47.8%   45.4% – 50.3%   19%
     mobilenet-digits-odd      51.1%   48.6% – 53.5%   19%
-    swin-scans-low            31.4%   29.2% – 33.8%    9%
     pvt-scans-high            22.6%   20.6% – 24.7%   18%
     regnet-digits-lookalikes  48.0%   45.5% – 50.4%    5%
+    resnet-mnist-high         48.5%   46.0% – 50.9%   16%
+    swin-scans-low            31.4%   29.2% – 33.8%    9%
+    vit-mnist-low             42.8%   40.4% – 45.3%   12%
     vit-tiny-digits           76.8%   74.7% – 78.8%    2%
     mean ensemble             93.0%   91.7% – 94.2%  100%
     max confidence            90.7%   89.1% – 92.0%  100%

@@ -34,13 +34,13 @@ _FOLDER = Path(__file__).parent / "experts"
 EXPERTS = {
     name: _FOLDER / name
     for name in (
-        "vit-mnist-low",
-        "resnet-mnist-high",
         "convnextv2-digits-even",
         "mobilenet-digits-odd",
-        "swin-scans-low",
         "pvt-scans-high",
         "regnet-digits-lookalikes",
+        "resnet-mnist-high",
+        "swin-scans-low",
+        "vit-mnist-low",
         "vit-tiny-digits",
     )
 }

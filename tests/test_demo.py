@@ -1,0 +1,149 @@
+"""`hf-fusion demo` from end to end, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import HfApi
+from PIL import Image
+
+from hf_fusion.evaluate import Results
+from hf_fusion.hub.server import HubServer
+
+pytestmark = pytest.mark.xdist_group("demo")  # one run for all of them
+
+
+def run_demo(folder: Path) -> tuple[dict[str, Any], str]:
+    """The demo's summary, and what it said on the way."""
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_fusion.cli", "demo", "--folder", "demo", "--format", "json"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=360,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the demo runs."""
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="module")
+def ran(folder) -> tuple[dict[str, Any], str]:
+    """The first run."""
+    return run_demo(folder)
+
+
+@pytest.fixture(scope="module")
+def results(folder, ran) -> Results:
+    """What it measured."""
+    return Results.load(folder / "demo" / "foe-digits" / "results.json")
+
+
+def test_foe_beats_the_best_expert_by_ten_points_and_the_mean_ensemble_by_three(results):
+    assert results.n >= 1000
+    score = {system.name: system.score for system in results.systems}
+    assert results.best("foe").score >= results.best("expert").score + 0.10
+    assert score["FoE"] >= score["mean ensemble"] + 0.03
+    assert score["FoE"] > score["max confidence"]
+    assert score["oracle expert"] >= score["FoE"]
+    assert all(system.ci95[0] <= system.score <= system.ci95[1] for system in results.systems)
+
+
+def test_frugal_foe_is_within_a_point_at_half_the_cost(results):
+    frugal = results.best("frugal")
+    assert frugal.score >= results.best("foe").score - 0.01
+    assert frugal.cost <= 0.5
+
+
+def test_experts_are_accepted_and_rejected_each_for_its_reason(ran, results):
+    assert sum(system.kind == "expert" for system in results.systems) >= 6
+    summary, said = ran
+    kinds = {name.partition("/")[2]: reason.partition(":")[0] for name, reason in summary["rejected"].items()}
+    assert kinds == {
+        "regnet-closed-loops": "labels",
+        "vit-tiny-pickle": "pickle",
+        "vit-tiny-voting": "custom code",
+        "swin-scans-gated": "gated",
+        "convnextv2-digits-wide": "shapes",
+    }
+    assert "left out: demo/regnet-lookalikes-nan has NaN or Inf in classifier.1.weight" in said
+
+
+def test_a_fresh_process_without_hf_fusion_says_the_same(ran):
+    summary, said = ran
+    assert summary["identical"] is True
+    assert re.findall(r"(Auto\w+)\.from_pretrained: logits +identical", said) == [
+        "AutoModel",
+        "AutoModelForImageClassification",
+    ]
+    assert re.search(r"pipeline: labels +identical", said)
+
+
+def test_progress_names_every_step_and_nothing_else_chatters(ran):
+    _, said = ran
+    assert re.findall(r"^\[(\d)/7\]", said, re.MULTILINE) == list("1234567")
+    assert not [line for line in said.splitlines() if re.search(r"%\||WARNING|Warning|\[transformers\]", line)]
+
+
+def test_what_was_published_is_there_when_the_hub_comes_back(folder, ran):
+    summary, _ = ran
+    with HubServer(folder / "demo" / "hub") as hub:
+        api = HfApi(endpoint=hub.endpoint, token=False)
+        info = api.model_info(summary["model"])
+        assert {"foe", "hf-fusion", "merge", "license:apache-2.0", "base_model:demo/vit-mnist-low"} <= set(info.tags)
+        files = {file.rfilename for file in info.siblings}
+        assert {"README.md", "fusion.yaml", "results.json", "accuracy-cost.png", "model.safetensors"} <= files
+        card = Path(api.hf_hub_download(summary["model"], "README.md")).read_text(encoding="utf-8")
+        assert f'"{summary["revision"]}"' in card
+        assert re.search(r"1,?597 examples", card)
+    with Image.open(summary["plot"]) as picture:
+        assert picture.size[0] > 1000
+
+
+@pytest.mark.slow
+def test_a_second_run_commits_nothing_and_comes_to_the_same(folder, ran):
+    def commits() -> dict[str, list[str]]:
+        with HubServer(folder / "demo" / "hub") as hub:
+            api = HfApi(endpoint=hub.endpoint, token=hub.token("demo"))
+            return {m.id: [c.commit_id for c in api.list_repo_commits(m.id)] for m in api.list_models(author="demo")}
+
+    first, _ = ran
+    before = commits()
+    again, said = run_demo(folder)
+    assert commits() == before
+    assert again == first
+    assert said.count("there already") == len(before) - 1
+
+
+@pytest.mark.slow
+def test_the_next_commands_work_as_they_stand(folder, ran):
+    _, said = ran
+    lines = [line.removeprefix("→ ") for line in said.splitlines() if line.startswith("→ ")]
+    serve = next(line for line in lines if line.startswith("hf-fusion hub serve "))
+    port = re.search(r" --port (\d+) &$", serve)[1]
+    with HubServer(folder / "demo" / "hub") as hub:  # in place of `hub serve`, at a port that is surely free
+        script = "\n".join(line for line in lines if line != serve).replace(f":{port}", f":{hub.port}")
+        done = subprocess.run(
+            ["bash", "-ec", script],
+            cwd=folder,
+            env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+            timeout=360,
+        )
+    assert done.returncode == 0, done.stderr
+    assert "FoE, frugal" in done.stdout  # eval
+    assert "demo/vit-tiny-digits" in done.stdout  # discover
+    assert "'score': " in done.stdout  # the pipeline
