@@ -127,23 +127,41 @@ def test_a_second_run_commits_nothing_and_comes_to_the_same(folder, ran):
     assert said.count("there already") == len(before) - 1
 
 
-@pytest.mark.slow
-def test_the_next_commands_work_as_they_stand(folder, ran):
-    _, said = ran
-    lines = [line.removeprefix("→ ") for line in said.splitlines() if line.startswith("→ ")]
-    serve = next(line for line in lines if line.startswith("hf-fusion hub serve "))
+def run_lines(lines: list[str], folder: Path) -> str:
+    """Runs shell commands where the demo ran; the line that serves its Hub is taken over by this process."""
+    serve = next(line for line in lines if line.startswith("hf-fusion hub serve demo/hub "))
     port = re.search(r" --port (\d+) &$", serve)[1]
-    with HubServer(folder / "demo" / "hub") as hub:  # in place of `hub serve`, at a port that is surely free
-        script = "\n".join(line for line in lines if line != serve).replace(f":{port}", f":{hub.port}")
+    with HubServer(folder / "demo" / "hub") as hub:
         done = subprocess.run(
-            ["bash", "-ec", script],
+            ["bash", "-ec", "\n".join(line for line in lines if line != serve).replace(f":{port}", f":{hub.port}")],
             cwd=folder,
-            env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+            env={
+                **os.environ,
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "HF_HOME": str(folder / "home"),
+                "OMP_NUM_THREADS": "1",
+            },
             capture_output=True,
             text=True,
             timeout=360,
         )
     assert done.returncode == 0, done.stderr
-    assert "FoE, frugal" in done.stdout  # eval
-    assert "demo/vit-tiny-digits" in done.stdout  # discover
-    assert "'score': " in done.stdout  # the pipeline
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_next_commands_work_as_they_stand(folder, ran):
+    _, said = ran
+    printed = run_lines([line.removeprefix("→ ") for line in said.splitlines() if line.startswith("→ ")], folder)
+    assert "FoE, frugal" in printed  # eval
+    assert "demo/vit-tiny-digits" in printed  # discover
+    assert "'score': " in printed  # the pipeline
+
+
+@pytest.mark.slow
+def test_the_readmes_commands_work_on_what_the_demo_left(folder, ran):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    printed = run_lines(re.search(r"^```sh\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)[1].splitlines(), folder)
+    assert "swin-scans-low" in printed
+    assert "accuracy on 1597 examples" in printed
+    assert "Published" in printed

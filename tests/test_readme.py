@@ -1,0 +1,157 @@
+"""README, CONTRIBUTING and the examples: every block of code and every number in them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_fusion.cli.app import build_parser
+from hf_fusion.evaluate import Results
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+EXAMPLES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "examples").glob("0*.py"))}
+
+pytestmark = pytest.mark.xdist_group("readme")  # the blocks build on each other
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The code blocks of a document in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def python(*words: str | Path, cwd: Path) -> str:
+    """Runs Python in a new process and returns what it prints."""
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def expected(example: str) -> list[str]:
+    """The output that an example's docstring shows: the indented lines behind its command."""
+    docstring = EXAMPLES[example].split('"""')[1]
+    return [line.strip() for line in re.findall(r"^    (.+)$", docstring, re.MULTILINE)][1:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the examples run, one after the other."""
+    return tmp_path_factory.mktemp("examples")
+
+
+@pytest.fixture(scope="module")
+def fused(folder) -> tuple[Path, str]:
+    """What the first example makes, and what it prints."""
+    return folder / "fused", python(ROOT / "examples" / "01_fuse.py", cwd=folder)
+
+
+def test_the_readmes_eight_lines_make_the_model_and_the_picture(fused, folder):
+    code = blocks(README, "python")[0]
+    assert code in EXAMPLES["01_fuse.py"]  # which has run
+    lines = [line for line in code.splitlines() if line]
+    assert len([line for line in lines if not line.startswith(("from", "import"))]) <= 8
+    assert (folder / "accuracy-cost.png").stat().st_size > 10_000
+    assert (fused[0] / "model.safetensors").is_file()
+
+
+def test_whoever_loads_it_needs_transformers_alone(fused, folder):
+    code = blocks(README, "python")[1]
+    (folder / "use.py").write_text(
+        f"import sys\nsys.modules['hf_fusion'] = None\n{code}\nprint(type(classify.model))\n"
+    )
+    assert "FoEModel" in python("use.py", cwd=folder)
+
+
+def test_the_first_example_prints_what_it_says(fused):
+    said, shown = fused[1].splitlines(), expected("01_fuse.py")
+    assert [line.split("  ")[0] for line in said] == [line.split("  ")[0] for line in shown]
+    for line, wanted in zip(said, shown, strict=True):
+        for number, other in zip(re.findall(r"([\d.]+)%", line), re.findall(r"([\d.]+)%", wanted), strict=True):
+            assert abs(float(number) - float(other)) <= 5, line
+
+
+def test_the_second_example_prints_what_it_says(folder):
+    assert [line.strip() for line in python(ROOT / "examples" / "02_discover.py", cwd=folder).splitlines()] == expected(
+        "02_discover.py"
+    )
+
+
+def test_the_third_example_prints_what_it_says(fused, folder):
+    said = python(ROOT / "examples" / "03_use.py", fused[0], cwd=folder).splitlines()
+    assert [line.rpartition(" asked ")[0].split() for line in said] == [
+        line.rpartition(" asked ")[0].split() for line in expected("03_use.py")
+    ]
+    asked = [int(line.rpartition(" ")[2]) for line in said]
+    assert asked[0] == 8 > asked[1] >= asked[2] >= 1
+
+
+def test_every_example_names_its_exact_command():
+    assert len(EXAMPLES) >= 3
+    for name, text in EXAMPLES.items():
+        assert f"\n    python examples/{name}" in text.split('"""')[1]
+
+
+def test_the_table_is_what_was_measured():
+    results = Results.load(ROOT / "docs" / "results.json")
+    rows = [[row["system"].rpartition("/")[2], *list(row.values())[1:]] for row in results.table()]
+    assert "\n".join(f"| {' | '.join(map(str.strip, row))} |" for row in rows) in README
+    assert f"n = {results.n:,}" in README
+    assert f"`{results.command}`" in README
+    prose = " ".join(README.split()).replace("1 CPU thread,", "1 CPU threads,")
+    assert results.machine in prose
+
+
+def test_every_path_in_the_tree_exists():
+    tree = re.search(r"^## Where things are\n\n```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)[1]
+    parents: list[str] = []
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        names = [word for word in re.split(r"\s{2,}", line.strip())[0].split() if re.search(r"[./]", word)]
+        assert names, line
+        for name in names:
+            assert Path(ROOT, *parents[:depth], name).exists(), line
+        parents[depth:] = [names[0]]
+
+
+def test_every_link_leads_somewhere():
+    for text in (README, CONTRIBUTING):
+        for target in re.findall(r"\]\(([^)]+)\)", text):
+            assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_every_command_shown_can_be_parsed():
+    lines = [line for block in blocks(README, "sh") for line in block.splitlines() if line.startswith("hf-fusion ")]
+    assert len(lines) >= 6
+    for line in lines:
+        words = shlex.split(line.removesuffix(" &"))
+        assert build_parser(words[1]).parse_args(words[1:]).command == words[1]
+
+
+def test_the_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = set(re.findall(r"make ([a-z-]+)", README + CONTRIBUTING))
+    assert named >= {"demo", "test", "check", "test-all", "bench", "constraints"}
+    for target in named:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+@pytest.mark.parametrize(
+    ("number", "printed"), [(0, "ViTForImageClassification"), (1, "('sst2', 'tweet_emotion')")], ids=["method", "suite"]
+)
+def test_the_blocks_of_contributing_run(number, printed, tmp_path):
+    (tmp_path / "block.py").write_text(blocks(CONTRIBUTING, "python")[number], encoding="utf-8")
+    assert python("block.py", cwd=tmp_path).strip() == printed
