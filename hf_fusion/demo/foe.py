@@ -122,11 +122,13 @@ def _fuse_fit_measure(place: Place, verdict: Compatibility, out: Out) -> tuple[A
     experts = _load(place, verdict, out)
     model: Any = fuse("foe", experts, label_maps=maps, labels=list(DIGITS))
     out.log(f"      fused {len(experts)} experts, {model.num_parameters() / 1e6:.1f} million parameters")
-    fit = fit_fuser(model, _rows(place, "train"), frugal=True)
+    train, test = _rows(place, "train"), _rows(place, "test")
+    out.log(f"      running them on {len(train):,} images to fit on and {len(test):,} to measure on …")
+    fit = fit_fuser(model, train, frugal=True)
     out.log(
         f"      fitted on {fit.train_rows:,} images that no expert saw; {fit.held_out_rows:,} more told when to stop"
     )
-    results = evaluate_fusion(model, _rows(place, "test"), name=DATA, command="hf-fusion demo")
+    results = evaluate_fusion(model, test, name=DATA, command="hf-fusion demo")
     fused = save_fused(model, place.folder / NAME)
     results.save(fused / RESULTS_FILE)
     plot_accuracy_cost(results, fused / PICTURE)

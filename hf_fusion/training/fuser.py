@@ -12,7 +12,8 @@ from typing import Any
 import datasets
 import torch
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.utils.logging import is_progress_bar_enabled
 
 from ..errors import FusionError
 from ..models.foe.frugal_foe import FrugalPolicy, candidate_subsets
@@ -241,6 +242,13 @@ class _KeepBest(TrainerCallback):
         control.should_training_stop = self.waited >= self.patience
 
 
+class _Bar(ProgressCallback):
+    """The Trainer's bar without the figures it prints beside it."""
+
+    def on_log(self, *args: Any, **_: Any) -> None:
+        """Prints nothing."""
+
+
 def _train(
     task: nn.Module, train: _Rows, held: _Rows, *, epochs: int, patience: int, seed: int, use_cpu: bool, **options: Any
 ) -> float:
@@ -263,7 +271,7 @@ def _train(
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
-            disable_tqdm=not sys.stderr.isatty(),
+            disable_tqdm=True,
             use_cpu=use_cpu,
             seed=seed,
             data_seed=seed,
@@ -272,6 +280,8 @@ def _train(
         )
         trainer = Trainer(model=task, args=arguments, train_dataset=train, eval_dataset=held, callbacks=[best])
         trainer.remove_callback(PrinterCallback)
+        if sys.stderr.isatty() and is_progress_bar_enabled():
+            trainer.add_callback(_Bar())
         trainer.train()
     if not best.weights:
         raise FusionError(
