@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -210,7 +211,9 @@ def _show_next(place: Place, fused: Path, out: Out) -> None:
     repo, near = place.repo(NAME), {name: _near(place.folder / name) for name in ("hub", "data", "asked")}
     out.log(f"      {_near(fused)}: the model, its recipe, results.json and {PICTURE}")
     out.log(f"      {near['data']}: the images it was fitted on (train) and measured on (test)")
-    lines = [f"hf-fusion eval {_near(fused)} --data {near['data']}"]
+    activate = Path(sys.executable).parent / "activate"
+    lines = [f"source {_near(activate)}"] if shutil.which("hf-fusion") is None and activate.is_file() else []
+    lines += [f"hf-fusion eval {_near(fused)} --data {near['data']}"]
     if place.embedded:
         out.log(f"      {near['hub']}: the Hub, to look at in a browser and to load from")
         lines += [
