@@ -31,7 +31,7 @@ from .access import (
 from .bodies import CardBody, LfsBatchBody, LfsObject, PreuploadBody
 from .commit_body import is_large, read_commit
 from .errors import HubError
-from .files import IncomingFile
+from .files import IncomingFile, size_of
 from .repo import File, Repo, check_path
 from .users import User
 
@@ -144,8 +144,7 @@ async def lfs_put(
 @router.post("/lfs-verify/{kind}/{owner}/{name}")
 def lfs_verify(body: LfsObject, repo: ReadableRepo, user: SignedIn) -> dict[str, Any]:
     """Confirms that a large file arrived whole."""
-    path = repo.large_path(body.oid)
-    if not path.exists() or path.stat().st_size != body.size:
+    if size_of(repo.large_path(body.oid)) != body.size:
         raise HubError(404, f"{body.oid} has not arrived")
     return {}
 

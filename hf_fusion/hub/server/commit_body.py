@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from . import card
 from .errors import HubError
-from .files import IncomingFile
+from .files import IncomingFile, size_of
 from .repo import LARGE_SUFFIXES, POINTER, Change, Repo, check_path, pointer
 
 LARGE_BYTES = 10 << 20  # git itself gets slow with more
@@ -149,7 +149,7 @@ def _store(repo: Repo, scratch: Path, path: str, content: Iterator[bytes]) -> st
 
 def _link(repo: Repo, path: str, sha256: str, size: int | None) -> str:
     """A pointer to a large file, which must have arrived before."""
-    large = repo.large_path(sha256)
-    if not large.exists() or size not in (None, large.stat().st_size):
+    found = size_of(repo.large_path(sha256))
+    if found is None or size not in (None, found):
         raise HubError(400, f"{path} points to {sha256}, which was never uploaded")
-    return repo.add_blob(pointer(sha256, large.stat().st_size))
+    return repo.add_blob(pointer(sha256, found))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,8 +28,17 @@ def publish(temporary: Path, final: Path, root: Path) -> None:
         FileNotFoundError: ``root`` is gone.
     """
     for folder in reversed(final.relative_to(root).parents[:-1]):
-        (root / folder).mkdir(exist_ok=True)
+        with suppress(FileExistsError):  # exist_ok=True looks again, and fails if it has been deleted in between
+            (root / folder).mkdir()
     temporary.replace(final)
+
+
+def size_of(path: Path) -> int | None:
+    """Bytes of a file, None if there is none (any more)."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 def sync_folder(folder: Path) -> None:

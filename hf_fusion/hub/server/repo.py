@@ -252,12 +252,13 @@ class Repo:
             (self.path / "refs" / prefix / name).unlink()
 
     def _write_ref(self, ref: str, sha: str) -> None:
-        self._write(ref, f"{sha}\n".encode())
-        sync_folder((self.path / ref).parent)
+        self._write(ref, f"{sha}\n".encode(), durable=True)
 
-    def _write(self, name: str, data: bytes) -> None:
+    def _write(self, name: str, data: bytes, durable: bool = False) -> None:
         try:
             write_atomic(self.path / name, data, self._scratch, self.path)
+            if durable:
+                sync_folder((self.path / name).parent)
         except FileNotFoundError:
             raise repo_not_found(self.name) from None  # deleted or moved meanwhile
 
