@@ -111,10 +111,16 @@ def check_gate(repo: Repo, user: User | None) -> None:
 
 
 def readable(
-    kind: Kind, owner: Annotated[str, Path()], name: Annotated[str, Path()], store: StoreDep, user: CurrentUser
+    request: Request,
+    kind: Kind,
+    owner: Annotated[str, Path()],
+    name: Annotated[str, Path()],
+    store: StoreDep,
+    user: CurrentUser,
 ) -> Repo:
     """The repo of an API path, if the caller may see it."""
-    return find(store, kind, f"{unquote(owner)}/{unquote(name)}", user)
+    request.state.repo = repo = find(store, kind, f"{unquote(owner)}/{unquote(name)}", user)
+    return repo
 
 
 ReadableRepo = Annotated[Repo, Depends(readable)]

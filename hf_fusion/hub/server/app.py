@@ -65,6 +65,8 @@ def build_app(store: Store, requests: deque[Record]) -> ASGIApp:
     app.add_exception_handler(HubError, _refuse)
     app.add_exception_handler(RequestValidationError, _bad_request)
     app.add_exception_handler(HTTPException, _not_found)
+    for missing in (FileNotFoundError, KeyError):
+        app.add_exception_handler(missing, _vanished)
     return _Outermost(app, requests)
 
 
@@ -126,6 +128,14 @@ def _not_found(request: Request, error: Exception) -> Response:
     if error.status_code in (404, 405):
         return _unknown_address(request)
     return _refuse(request, HubError(error.status_code, str(error.detail)))
+
+
+def _vanished(request: Request, error: Exception) -> Response:
+    """A file or an object was missing: because the repo was deleted under the request, else by a mistake of ours."""
+    repo = getattr(request.state, "repo", None)
+    if repo is None or request.app.state.store.holds(repo):
+        raise error
+    return _refuse(request, repo_not_found(repo.name))
 
 
 def _unknown_address(request: Request) -> Response:

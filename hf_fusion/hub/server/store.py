@@ -103,6 +103,10 @@ class Store:
         except KeyError:
             raise repo_not_found(name) from None
 
+    def holds(self, repo: Repo) -> bool:
+        """The repo is still there: neither deleted nor moved, nor replaced by another of its name."""
+        return self._repos[repo.kind].get(repo.name.lower()) is repo
+
     def create(self, kind: str, name: str, author: str, settings: dict[str, Any]) -> Repo:
         """Makes a repo.
 
