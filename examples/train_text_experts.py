@@ -93,7 +93,8 @@ def train(suite: TextSuite, expert: TextExpert, data: Path, folder: Path, rank: 
     set_seed(SEED)
     how = TRAINING.get(suite.name) or TRAINING.get(expert.task) or Training()
     train_rows, _, test_rows = splits(data, expert.task, suite.fit_share)
-    train_rows, test_rows = known_rows(train_rows, expert), known_rows(test_rows, expert)
+    train_rows = known_rows(train_rows, expert)
+    test_rows = test_rows if expert.shots else known_rows(test_rows, expert)
     train_rows = train_rows.select(range(min(how.rows, len(train_rows))))
     names = train_rows.features["label"].names
 

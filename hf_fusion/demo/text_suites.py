@@ -7,6 +7,7 @@ text_pair). Its train rows are divided once: most train the experts, the rest is
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -27,11 +28,13 @@ class TextExpert:
         name: folder name of its adapter.
         task: folder name of its data set.
         classes: the class indices it knows, in the order of its head; None for all of them.
+        shots: with shots its head has every class, and it saw this many rows of each class not in `classes`.
     """
 
     name: str
     task: str
     classes: tuple[int, ...] | None = None
+    shots: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,14 @@ class TextSuite:
         mode: the FoE mode that fuses them.
         experts: its experts.
         fit_share: share of the train rows that no expert sees: they fit the fuser.
+        fuser_hidden: widths of the fuser's hidden layers; few rows want a small fuser.
     """
 
     name: str
     mode: Literal["selection", "output"]
     experts: tuple[TextExpert, ...]
     fit_share: float = 0.15
+    fuser_hidden: tuple[int, ...] = (512, 512)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -64,12 +69,21 @@ def _partition(task: str, classes: int, groups: int) -> tuple[TextExpert, ...]:
     )
 
 
+def _specialists(task: str, classes: int, shots: int) -> tuple[TextExpert, ...]:
+    """As many experts as classes: each knows two classes well, each class is known well by two experts."""
+    return tuple(
+        TextExpert(f"{task}-specialist-{first}", task, (first, (first + 1) % classes), shots)
+        for first in range(classes)
+    )
+
+
 _EIGHT = ("sst2", "trec", "tweet_emotion", "banking77", "snips", "ag_news", "sms_spam", "mrpc")
 SUITES = {
     suite.name: suite
     for suite in (
-        TextSuite("tasks-8", "selection", tuple(TextExpert(task, task) for task in _EIGHT)),
+        TextSuite("tasks-8", "selection", tuple(TextExpert(task, task) for task in _EIGHT), fuser_hidden=(512,)),
         TextSuite("banking-groups", "output", _partition("banking77", classes=77, groups=7), 0.4),
+        TextSuite("snips-specialists", "output", _specialists("snips", classes=7, shots=8), 0.3),
     )
 }
 
@@ -108,16 +122,25 @@ def splits(data_dir: str | Path, task: str, fit_share: float) -> tuple[Dataset, 
 
 
 def known_rows(rows: Dataset, expert: TextExpert) -> Dataset:
-    """The rows whose class the expert knows, labelled with the class indices of its own head."""
+    """The rows an expert is trained on, labelled with the class indices of its own head."""
     from datasets import ClassLabel
 
     if expert.classes is None:
         return rows
+    if expert.shots:
+        seen: Counter[int] = Counter()
+        kept = []
+        for row, label in enumerate(rows["label"]):
+            seen[label] += 1
+            if label in expert.classes or seen[label] <= expert.shots:
+                kept.append(row)
+        return rows.select(kept)
     index = {label: row for row, label in enumerate(expert.classes)}
     names = [rows.features["label"].names[label] for label in expert.classes]
     rows = rows.select([row for row, label in enumerate(rows["label"]) if label in index])
     labels = [index[label] for label in rows["label"]]
-    return rows.remove_columns("label").add_column("label", labels).cast_column("label", ClassLabel(names=names))
+    rows = rows.remove_columns("label").add_column("label", labels)
+    return rows.cast_column("label", ClassLabel(names=names))
 
 
 def _texts(rows: Dataset) -> list[tuple[str, ...]]:

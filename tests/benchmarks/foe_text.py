@@ -71,7 +71,7 @@ def by_length(rows: Dataset) -> Dataset:
 
 
 def build(suite: TextSuite, experts: Sequence[Any], **options: Any) -> FoEModel:
-    return FoEModel.from_experts(experts, mode=suite.mode, **options)
+    return FoEModel.from_experts(experts, mode=suite.mode, fuser_hidden=suite.fuser_hidden, **options)
 
 
 def linear_probe(fit: Dataset, test: Dataset) -> float:
