@@ -96,7 +96,7 @@ def test_hostile_card(hub, alice):
     api.upload_file(repo_id=repo, path_or_fileobj=HOSTILE.encode(), path_in_repo="README.md")
     answer = page(hub, f"/{repo}")
     card = answer.text.split('class="card">')[1].split("</section>")[0]
-    assert "Harmless title" in card and "49" not in card
+    assert "Harmless title" in card and "{{ 7 * 7 }}" in card
     assert "<b>bold</b>" in card
     tags = " ".join(re.findall(r"<[^>]*>", card))
     for harm in (
