@@ -72,6 +72,20 @@ class Adapter:
 
 
 @dataclass
+class Gates:
+    """What PHATGOOSE routes by: one vector per linear that an expert adapts.
+
+    Attributes:
+        vectors: module path in the base -> gate vector (d_in,).
+        kind: where they come from: "trained" (`train_gates`), "average" (`average_activation`) or "arrow"
+            (`arrow_prototypes`).
+    """
+
+    vectors: dict[str, torch.Tensor]
+    kind: str = "trained"
+
+
+@dataclass
 class Expert:
     """A loaded expert.
 
@@ -79,6 +93,7 @@ class Expert:
         name: repo id or folder name; what cards, tables and traces call it.
         model: the full model, or for an adapter its base (one shared object for all adapters of that base).
         adapter: the LoRA adapter, or None for a full model.
+        gates: the adapter's gates, or None where it has none.
         processor: tokenizer or image processor, or None.
         labels: class names ordered by class index; empty for experts without a classification head.
         revision: commit sha on the Hub, None for folders and in-memory models.
@@ -89,6 +104,7 @@ class Expert:
     name: str
     model: PreTrainedModel
     adapter: Adapter | None = None
+    gates: Gates | None = None
     processor: Any = None
     labels: list[str] = field(default_factory=list)
     revision: str | None = None
