@@ -93,20 +93,20 @@ class Expert:
         name: repo id or folder name; what cards, tables and traces call it.
         model: the full model, or for an adapter its base (one shared object for all adapters of that base).
         adapter: the LoRA adapter, or None for a full model.
-        gates: the adapter's gates, or None where it has none.
         processor: tokenizer or image processor, or None.
         labels: class names ordered by class index; empty for experts without a classification head.
         revision: commit sha on the Hub, None for folders and in-memory models.
         license: licence id of its card, if any.
         task: pipeline tag, if known.
+        gates: the adapter's gates, or None where it has none.
     """
 
     name: str
     model: PreTrainedModel
     adapter: Adapter | None = None
-    gates: Gates | None = None
     processor: Any = None
     labels: list[str] = field(default_factory=list)
     revision: str | None = None
     license: str | None = None
     task: str | None = None
+    gates: Gates | None = None
