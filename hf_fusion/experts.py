@@ -79,10 +79,12 @@ class Gates:
         vectors: module path in the base -> gate vector (d_in,).
         kind: where they come from: "trained" (`train_gates`), "average" (`average_activation`) or "arrow"
             (`arrow_prototypes`).
+        facts: what is known of their training: "steps", "examples", "loss_before", "loss_after".
     """
 
     vectors: dict[str, torch.Tensor]
     kind: str = "trained"
+    facts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass

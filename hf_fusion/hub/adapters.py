@@ -175,7 +175,7 @@ def shape_problems(
     classes = getattr(getattr(base, "config", None), "num_labels", None)
     problems = []
     for path, sizes in lora.items():
-        found = _linear_sizes(modules.get(path))
+        found = linear_sizes(modules.get(path))
         if path not in modules:
             problems.append(f"adapts {path}, which the base does not have")
         elif found is None:
@@ -193,7 +193,7 @@ def shape_problems(
     return problems
 
 
-def _linear_sizes(module: torch.nn.Module | None) -> tuple[int, int] | None:
+def linear_sizes(module: torch.nn.Module | None) -> tuple[int, int] | None:
     """(d_in, d_out) of a Linear or of GPT-2's Conv1D, which stores its weight transposed; else None."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,13 +11,13 @@ from typing import Any
 import datasets
 import torch
 from torch import nn
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.utils.logging import is_progress_bar_enabled
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from ..errors import FusionError
 from ..models.foe.frugal_foe import FrugalPolicy, candidate_subsets
 from .costs import measure_latency, set_costs
 from .outputs import ExpertOutputs, collect_outputs
+from .progress import set_progress
 
 logger = logging.getLogger(__name__)
 
@@ -243,13 +242,6 @@ class _KeepBest(TrainerCallback):
         control.should_training_stop = self.waited >= self.patience
 
 
-class _Bar(ProgressCallback):
-    """The Trainer's bar without the figures it prints beside it."""
-
-    def on_log(self, *args: Any, **_: Any) -> None:
-        """Prints nothing."""
-
-
 def _train(
     task: nn.Module, train: _Rows, held: _Rows, *, epochs: int, patience: int, seed: int, use_cpu: bool, **options: Any
 ) -> float:
@@ -280,9 +272,7 @@ def _train(
             remove_unused_columns=False,
         )
         trainer = Trainer(model=task, args=arguments, train_dataset=train, eval_dataset=held, callbacks=[best])
-        trainer.remove_callback(PrinterCallback)
-        if sys.stderr.isatty() and is_progress_bar_enabled():
-            trainer.add_callback(_Bar())
+        set_progress(trainer)
         trainer.train()
     if not best.weights:
         raise FusionError(

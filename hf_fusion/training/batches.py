@@ -1,0 +1,148 @@
+"""Examples as batches for one expert, whatever its head: tokens or pixels in, labels for its own loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import FusionError
+from ..hub.heads import head_of_architecture, same_label
+from .prompts import encode_prompts
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ..experts import Expert
+
+
+@dataclass
+class Examples:
+    """A data set as an expert reads it.
+
+    Attributes:
+        rows: one example each; a list or a `datasets.Dataset`.
+        collate: rows → the model's inputs, with ``labels``.
+        loss: (model, inputs) → the expert's own loss.
+    """
+
+    rows: Any
+    collate: Callable[[list[Any]], Any]
+    loss: Callable[[Any, Any], torch.Tensor]
+
+
+def read_examples(expert: Expert, dataset: Dataset, max_length: int) -> Examples:
+    """Encodes a data set for an expert.
+
+    Args:
+        expert: with its processor.
+        dataset: columns ``prompt`` and ``target`` for a language model, ``text`` (and ``text_pair``) or ``image`` with
+            ``label`` for a classifier.
+        max_length: the longest sequence, in tokens.
+
+    Raises:
+        FusionError: for empty data, missing columns, labels the expert does not have, an expert without a processor
+            or with a head that has no loss here.
+    """
+    if not len(dataset):
+        raise FusionError(f"the data set for {expert.name} is empty")
+    if expert.processor is None:
+        raise FusionError(
+            f"{expert.name} has no tokenizer or image processor, and neither has its base",
+            hint="save one in its folder: AutoTokenizer.from_pretrained(base).save_pretrained(folder)",
+        )
+    head = head_of_architecture(type(expert.model).__name__)
+    read = _READERS.get(head.auto if head else "")
+    if read is None:
+        raise FusionError(
+            f"{expert.name} is a {type(expert.model).__name__}: only language models, text and image classifiers "
+            "can be taught here"
+        )
+    return read(expert, dataset, max_length)
+
+
+def _generation(expert: Expert, dataset: Dataset, max_length: int) -> Examples:
+    """Language models: the loss is that of the target's tokens."""
+    from transformers import DataCollatorForSeq2Seq
+
+    seq2seq = expert.model.config.is_encoder_decoder
+    rows = encode_prompts(dataset, expert.processor, is_encoder_decoder=seq2seq, max_length=max_length)
+    tokenizer = expert.processor
+    if tokenizer.pad_token_id is None:
+        raise FusionError(f"the tokenizer of {expert.name} has no padding token", hint="tokenizer.pad_token = …")
+    collate = DataCollatorForSeq2Seq(tokenizer, model=expert.model if seq2seq else None)
+    return Examples(rows, collate, lambda model, inputs: model(**inputs, use_cache=False).loss)
+
+
+def _text_classes(expert: Expert, dataset: Dataset, max_length: int) -> Examples:
+    """Text classifiers, on one text or a pair."""
+    from transformers import DataCollatorWithPadding
+
+    _require(dataset, "text", "label")
+    columns = [name for name in ("text", "text_pair") if name in dataset.column_names]
+    texts = expert.processor(*(list(dataset[name]) for name in columns), truncation=True, max_length=max_length)
+    labels = _class_indices(expert, dataset)
+    rows = [{**{key: texts[key][i] for key in texts}, "labels": labels[i]} for i in range(len(labels))]
+    return Examples(rows, DataCollatorWithPadding(expert.processor), _class_loss)
+
+
+def _image_classes(expert: Expert, dataset: Dataset, max_length: int) -> Examples:
+    """Image classifiers; images become pixels batch by batch."""
+    _require(dataset, "image", "label")
+    labels = _class_indices(expert, dataset)
+    kept = dataset.select_columns("image").add_column("labels", labels)
+
+    def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
+        pixels = expert.processor(images=[row["image"] for row in rows], return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
+
+    return Examples(kept, collate, _class_loss)
+
+
+_READERS: dict[str, Callable[[Expert, Dataset, int], Examples]] = {
+    "AutoModelForCausalLM": _generation,
+    "AutoModelForSeq2SeqLM": _generation,
+    "AutoModelForSequenceClassification": _text_classes,
+    "AutoModelForImageClassification": _image_classes,
+}
+
+
+def _class_loss(model: Any, inputs: Any) -> torch.Tensor:
+    """Cross entropy, or the squared error of a regressor; the model's own would trust the base's class count."""
+    labels = inputs["labels"]
+    logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits.float()
+    if labels.is_floating_point():
+        return nn.functional.mse_loss(logits.squeeze(-1), labels.float())
+    return nn.functional.cross_entropy(logits, labels)
+
+
+def _require(dataset: Dataset, *columns: str) -> None:
+    if missing := [name for name in columns if name not in dataset.column_names]:
+        raise FusionError(
+            f"the data set has columns {dataset.column_names}, but no {' and no '.join(missing)}",
+            hint=f"dataset.rename_column('sentence', {missing[0]!r})",
+        )
+
+
+def _class_indices(expert: Expert, dataset: Dataset) -> list[Any]:
+    """Column ``label`` as indices of the expert's classes; names are matched, a ClassLabel's by its names."""
+    values = list(dataset["label"])
+    names = getattr(dataset.features["label"], "names", None)
+    if names and expert.labels:
+        values = [names[value] if value >= 0 else str(value) for value in values]
+    if isinstance(values[0], float):
+        return values
+    known: dict[Any, int] = {same_label(name): index for index, name in enumerate(expert.labels)}
+    if not isinstance(values[0], str):
+        known = {index: index for index in range(len(expert.labels) or (expert.model.config.num_labels or 0))}
+    indices = [known.get(same_label(value) if isinstance(value, str) else value, -1) for value in values]
+    if -1 in indices:
+        unknown = sorted({value for value, index in zip(values, indices, strict=True) if index < 0})
+        raise FusionError(
+            f"column 'label' holds {unknown[:5]}, but the labels of {expert.name} are {list(known)[:20]}",
+            hint="drop those rows, or rename the labels",
+        )
+    return indices

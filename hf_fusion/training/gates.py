@@ -1,0 +1,383 @@
+"""PHATGOOSE's gates: trained for one adapter alone, and the two stand-ins that need no training.
+
+A gate is one vector per linear that an adapter updates (and per linear head that it saves). It is learned after the
+adapter and apart from all others, so that anyone may publish it beside the adapter (arXiv 2402.05859).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from ..errors import FusionError
+from ..experts import Adapter, Expert, Gates
+from ..hub.gates import gate_sizes
+from ..hub.load import load_experts
+from .batches import Examples, read_examples
+from .progress import set_progress
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+    from ..hub.load import ExpertLike
+
+logger = logging.getLogger(__name__)
+
+PROBE_BATCHES = 4  # batches on which the loss is taken before and after
+CHECKPOINTS = 10  # about so many are written over a run
+RUN_FILE = "gate_training.json"  # says whose checkpoints lie in a folder
+
+# (module, inputs, output, A of (r, d_in) or None for a saved head, B of (d_out, r) or None) -> the output instead
+Update = Callable[[str, torch.Tensor, torch.Tensor, Any, Any], torch.Tensor]
+
+
+def train_gates(
+    expert: ExpertLike,
+    dataset: Dataset,
+    *,
+    base: str | Path | PreTrainedModel | None = None,
+    steps: int = 100,
+    learning_rate: float = 5e-3,
+    warmup: float = 0.06,
+    batch_size: int = 16,
+    max_length: int = 512,
+    seed: int = 0,
+    output_dir: str | Path | None = None,
+    **training_arguments: Any,
+) -> Gates:
+    """Trains the gates of one adapter; its weights and the base's stay as they are.
+
+    Every adapted linear becomes ``y = Wx + σ(vᵀx)·BAx``, every saved linear head ``y = σ(vᵀx)·(Wx + b)``, with v = 0
+    at first; only v is trained, on the adapter's own loss: AdamW without decay, clipped at 1, warm-up then constant
+    (arXiv 2402.05859). The base runs as it does in use, without dropout. On transformers' Trainer, so
+    `accelerate launch` spreads it over processes. The same seed gives the same gates.
+
+    Args:
+        expert: an adapter, as `load_experts` takes it.
+        dataset: what the adapter was trained on, or like it. Columns ``prompt`` and ``target`` for language models
+            (the loss is the target's), ``text`` (``text_pair``) or ``image`` with ``label`` for classifiers.
+        base: the adapter's base, where it is not the one it records.
+        steps: optimizer steps.
+        learning_rate: after warm-up.
+        warmup: share of the steps in which the rate rises from 0.
+        batch_size: examples a step, per process.
+        max_length: the longest sequence, in tokens; long prompts lose their beginning.
+        seed: of the order of the examples.
+        output_dir: checkpoints (of the gates alone) are kept there, and a run that was interrupted goes on from them.
+        training_arguments: more of transformers' ``TrainingArguments``, such as ``bf16=True`` or ``use_cpu=True``.
+
+    Returns:
+        The gates, fp32 on the CPU, with the loss before and after in ``facts``.
+
+    Raises:
+        FusionError: for an expert that is no adapter, data it cannot learn from, or a loss that is not finite.
+    """
+    loaded = _adapter_of(expert, base)
+    with tempfile.TemporaryDirectory(prefix="hf_fusion_gates_") as scratch:
+        arguments = TrainingArguments(
+            **{
+                "output_dir": str(output_dir or scratch),
+                "max_steps": steps,
+                "learning_rate": learning_rate,
+                "lr_scheduler_type": "constant_with_warmup",
+                "warmup_steps": warmup,
+                "weight_decay": 0.0,
+                "max_grad_norm": 1.0,
+                "per_device_train_batch_size": batch_size,
+                "save_strategy": "steps" if output_dir else "no",
+                "save_steps": max(1, steps // CHECKPOINTS),
+                "save_total_limit": 2,
+                "logging_strategy": "no",
+                "report_to": "none",
+                "disable_tqdm": True,
+                "seed": seed,
+                "data_seed": seed,
+                "remove_unused_columns": False,
+                "dataloader_pin_memory": False,
+                **training_arguments,
+            }
+        )
+        arguments._n_gpu = min(1, arguments.n_gpu)  # one GPU a process: DataParallel would not see the base
+        needed = steps * arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+        chosen = dataset.shuffle(seed).select(range(min(needed, len(dataset))))
+        examples = read_examples(loaded, chosen, max_length)
+        checkpoint = None
+        if output_dir:
+            settings = {"learning_rate": learning_rate, "batch_size": batch_size, "max_length": max_length}
+            checkpoint = _checkpoint(Path(output_dir), loaded, {**settings, "seed": seed})
+        with _on_device(loaded.model, arguments.device):
+            return _train(loaded, examples, arguments, checkpoint)
+
+
+def average_activation(
+    expert: ExpertLike,
+    dataset: Dataset,
+    *,
+    base: str | Path | PreTrainedModel | None = None,
+    examples: int = 1000,
+    batch_size: int = 16,
+    max_length: int = 512,
+) -> Gates:
+    """The mean input of every adapted linear, as gates: the paper's baseline that needs data but no training.
+
+    The adapter is on. All tokens of prompt and target count alike; there is no padding, since only examples of equal
+    lengths share a batch.
+
+    Args:
+        expert: an adapter, as `load_experts` takes it.
+        dataset: see `train_gates`.
+        base: the adapter's base, where it is not the one it records.
+        examples: the first so many are read.
+        batch_size: at most so many at once.
+        max_length: the longest sequence, in tokens.
+
+    Raises:
+        FusionError: see `train_gates`.
+    """
+    loaded = _adapter_of(expert, base)
+    read = read_examples(loaded, dataset.select(range(min(examples, len(dataset)))), max_length)
+    sums: dict[str, torch.Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def add_up(path: str, x: torch.Tensor, output: torch.Tensor, a: Any, b: Any) -> torch.Tensor:
+        tokens = x.reshape(-1, x.shape[-1])  # (N, d_in)
+        sums[path] = sums.get(path, 0) + tokens.sum(0, dtype=torch.float64)
+        counts[path] = counts.get(path, 0) + len(tokens)
+        return output if a is None else output + nn.functional.linear(nn.functional.linear(x, a), b)
+
+    device = loaded.model.device
+    with torch.no_grad(), _adapted(loaded, add_up):
+        for rows in _equal_lengths(read.rows, batch_size):
+            read.loss(loaded.model, _to(read.collate(rows), device, loaded.model.dtype))
+    return Gates({path: (sums[path] / counts[path]).float().cpu() for path in sums}, kind="average")
+
+
+def arrow_prototypes(expert: ExpertLike, *, base: str | Path | PreTrainedModel | None = None) -> Gates:
+    """The direction that every adapted linear amplifies most, as gates: Arrow's prototypes (arXiv 2405.11157).
+
+    That is the top right-singular vector of ``ΔW = BA`` (of the weight, for a saved head), of unit length and with its
+    largest entry positive; zero where ΔW is. ΔW itself is never built.
+
+    Args:
+        expert: an adapter, as `load_experts` takes it.
+        base: the adapter's base, where it is not the one it records.
+
+    Raises:
+        FusionError: for an expert that is no adapter.
+    """
+    loaded = _adapter_of(expert, base)
+    adapter = loaded.adapter
+    assert adapter is not None  # _adapter_of has seen to it
+    vectors = {}
+    for path, size in gate_sizes(adapter, loaded.model).items():
+        if path in adapter.lora:
+            a, b = (half.double() for half in adapter.lora[path])
+        else:
+            weight = adapter.saved[f"{path}.weight"].double()
+            weight = weight if weight.shape[1] == size else weight.T
+            a, b = weight, torch.eye(len(weight), dtype=torch.float64, device=weight.device)
+        vectors[path] = _top_direction(a, b).float().cpu()
+    return Gates(vectors, kind="arrow")
+
+
+def _top_direction(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Top right-singular vector of ``b @ a``, (d_in,), by the singular values of an (r, r) core."""
+    basis, upper = torch.linalg.qr(a.T)  # (d_in, r), (r, r)
+    _, values, right = torch.linalg.svd(torch.linalg.qr(b).R @ upper.T)
+    vector = basis @ right[0]
+    return vector * vector[vector.abs().argmax()].sign() * (values[0] > 0)
+
+
+def _adapter_of(expert: ExpertLike, base: Any) -> Expert:
+    loaded = load_experts([expert], base=base)[0]
+    if loaded.adapter is None:
+        raise FusionError(
+            f"{loaded.name} is a full model: only LoRA adapters have gates", hint="pass an adapter's id or folder"
+        )
+    return loaded
+
+
+def _gated(
+    gates: Mapping[str, nn.Parameter], path: str, x: torch.Tensor, output: torch.Tensor, a: Any, b: Any
+) -> torch.Tensor:
+    """``y = Wx + σ(vᵀx)·BAx``, or ``σ(vᵀx)·y`` for a saved head; x (…, d_in), output (…, d_out)."""
+    gate = torch.sigmoid(nn.functional.linear(x, gates[path].to(x.device, x.dtype)[None]))  # (…, 1)
+    if a is None:
+        return output * gate
+    return output + nn.functional.linear(nn.functional.linear(x, a) * gate, b)
+
+
+@contextmanager
+def _adapted(expert: Expert, update: Update) -> Iterator[None]:
+    """The base with an adapter on it, `update` deciding what each adapted linear gives; afterwards as before.
+
+    The base's own modules stay in place: forward hooks do the work, and saved tensors stand in for the base's.
+    """
+    model, adapter = expert.model, expert.adapter
+    assert adapter is not None  # _adapter_of has seen to it
+    modules = dict(model.named_modules())
+    training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
+    replaced: list[tuple[nn.Module, str, nn.Parameter | None]] = []
+    handles = []
+    try:
+        model.eval().requires_grad_(False)
+        for name, tensor in adapter.saved.items():
+            owner, _, key = name.rpartition(".")
+            old = modules[owner]._parameters[key]
+            replaced.append((modules[owner], key, old))
+            modules[owner]._parameters[key] = nn.Parameter(_like(tensor, old), requires_grad=False)
+        for path in gate_sizes(adapter, model):
+            halves = adapter.lora.get(path, (None, None))
+            a, b = (half if half is None else _like(half, modules[path].weight) for half in halves)
+            handles.append(modules[path].register_forward_hook(partial(_hook, update, path, a, b)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, key, old in reversed(replaced):
+            module._parameters[key] = old
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        model.train(training)
+
+
+def _hook(update: Update, path: str, a: Any, b: Any, module: nn.Module, inputs: Any, output: Any) -> torch.Tensor:
+    return update(path, inputs[0], output, a, b)
+
+
+def _like(tensor: torch.Tensor, other: Any) -> torch.Tensor:
+    """A tensor on another's device and in its dtype."""
+    return tensor.detach().to(other.device, other.dtype if other.is_floating_point() else tensor.dtype)
+
+
+@contextmanager
+def _on_device(model: Any, device: torch.device) -> Iterator[None]:
+    """A model on a device for a while; one that is spread over several stays where it is."""
+    before = model.device
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1 or before == device:
+        yield
+        return
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(before)
+
+
+class _GateTask(nn.Module):
+    """The gates with the expert's loss, as the Trainer wants it: what it optimises, spreads and saves is the gates.
+
+    The model is reached through `loss` and is no part of this module.
+    """
+
+    accepts_loss_kwargs = False  # the loss is a mean over the batch
+
+    def __init__(self, gates: Mapping[str, nn.Parameter], loss: Callable[[Any], torch.Tensor]) -> None:
+        super().__init__()
+        self.gates = nn.ParameterList(gates.values())  # a ParameterDict takes no dots in its keys
+        self.loss = loss
+
+    def forward(self, **inputs: Any) -> dict[str, torch.Tensor]:
+        return {"loss": self.loss(inputs)}
+
+
+def _train(expert: Expert, examples: Examples, arguments: TrainingArguments, checkpoint: str | None) -> Gates:
+    """Trains new gates on an expert whose base lies on the Trainer's device."""
+    assert expert.adapter is not None  # _adapter_of has seen to it
+    sizes = gate_sizes(expert.adapter, expert.model)
+    gates = {path: nn.Parameter(torch.zeros(size, device=arguments.device)) for path, size in sizes.items()}
+    task = _GateTask(gates, partial(examples.loss, expert.model))
+    rows = examples.rows
+    probe = [rows[i] for i in range(min(len(rows), PROBE_BATCHES * arguments.per_device_train_batch_size))]
+    with _adapted(expert, partial(_gated, gates)):
+        trainer = Trainer(model=task, args=arguments, train_dataset=rows, data_collator=examples.collate)
+        set_progress(trainer)
+        before = _mean_loss(trainer, examples, probe)
+        if not torch.isfinite(before):
+            raise FusionError(
+                f"the loss of {expert.name} on this data is not finite", hint="look for NaN in its inputs"
+            )
+        trainer.train(resume_from_checkpoint=checkpoint)
+        after = _mean_loss(trainer, examples, probe)
+    vectors = {path: gate.detach().float().cpu() for path, gate in gates.items()}
+    if not torch.isfinite(after) or not all(vector.isfinite().all() for vector in vectors.values()):
+        raise FusionError(f"the gates of {expert.name} became NaN or Inf in training", hint="lower learning_rate")
+    return Gates(
+        vectors,
+        "trained",
+        {
+            "steps": float(trainer.state.global_step),
+            "examples": float(len(rows)),
+            "loss_before": float(before),
+            "loss_after": float(after),
+        },
+    )
+
+
+@torch.no_grad()
+def _mean_loss(trainer: Trainer, examples: Examples, rows: list[Any]) -> torch.Tensor:
+    """Mean loss over batches of some rows, with the gates as they are."""
+    size = trainer.args.per_device_train_batch_size
+    losses = []
+    with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+        for start in range(0, len(rows), size):
+            batch = trainer._prepare_inputs(examples.collate(rows[start : start + size]))
+            losses.append(trainer.model(**batch)["loss"].float())
+    return torch.stack(losses).mean()
+
+
+def _checkpoint(folder: Path, expert: Expert, settings: dict[str, Any]) -> str | None:
+    """The newest whole checkpoint of this very run in a folder, or None where there is none.
+
+    Raises:
+        FusionError: where the folder holds the checkpoints of another adapter or of other settings.
+    """
+    assert expert.adapter is not None  # _adapter_of has seen to it
+    run = {"expert": expert.name, "adapter": _digest(expert.adapter), **settings}
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]  # the last file of each
+    if whole and (other := json.loads((folder / RUN_FILE).read_text())) != run:
+        differing = ", ".join(f"{key}={other.get(key)!r}" for key in run if other.get(key) != run[key])
+        raise FusionError(f"{folder} holds checkpoints of another run ({differing})", hint="use another output_dir")
+    (folder / RUN_FILE).write_text(json.dumps(run))
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+
+
+def _digest(adapter: Adapter) -> str:
+    """Of an adapter's tensors."""
+    digest = hashlib.sha256()
+    halves = {f"{path}.{side}": half for path, pair in adapter.lora.items() for side, half in zip("AB", pair)}
+    for name, tensor in sorted({**halves, **adapter.saved}.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _equal_lengths(rows: Any, batch_size: int) -> Iterator[list[Any]]:
+    """Batches whose rows are equally long in everything, so that nothing is padded."""
+    groups: dict[tuple[int, ...], list[Any]] = {}
+    for index in range(len(rows)):
+        row = rows[index]
+        lengths = tuple(len(value) for value in row.values() if isinstance(value, list))
+        group = groups.setdefault(lengths, [])
+        group.append(row)
+        if len(group) == batch_size:
+            yield groups.pop(lengths)
+    yield from groups.values()
+
+
+def _to(inputs: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Inputs on a device; pixels in the model's dtype, regression labels too."""
+    return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in inputs.items()}
