@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="at most so many")
     parser.add_argument("--check", action="store_true", help="tell which fit together and why others do not")
     parser.add_argument("--labels", nargs="+", metavar="LABEL", help="with --check: the labels experts may have")
+    parser.add_argument("--gates", action="store_true", help="with --check: only adapters with PHATGOOSE gates")
 
 
 def run(args: argparse.Namespace, out: Out) -> None:
@@ -46,7 +47,9 @@ def run(args: argparse.Namespace, out: Out) -> None:
         out.table(experts.table() if out.mode != "quiet" else [{"id": info.pinned} for info in experts])
         out.hint("hf-fusion discover --check …  tells which of them fit together")
         return
-    verdict = check_compatibility(experts, task=args.task, base_model=args.base_model, labels=args.labels)
+    verdict = check_compatibility(
+        experts, task=args.task, base_model=args.base_model, labels=args.labels, need_gates=args.gates
+    )
     rows = verdict.table()
     accepted = [info.pinned for info in verdict.accepted]
     out.table(

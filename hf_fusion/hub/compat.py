@@ -27,6 +27,7 @@ from hf_fusion.hub.files import (
     recorded_base,
     resolve,
 )
+from hf_fusion.hub.gates import GATES_FILE, gate_problem
 from hf_fusion.hub.headers import Shapes, account, hub_shapes, native_config
 from hf_fusion.hub.heads import (
     Head,
@@ -124,12 +125,14 @@ class Evidence:
         name: repo id.
         source: its files, None if even they could not be listed.
         shapes: tensor name → shape from the safetensors headers; empty for pickles.
+        gates: module path → shape of its gate, where gates are asked for and there.
         unreadable: what could not be read, as a reason.
     """
 
     name: str
     source: Source | None = None
     shapes: Shapes = field(default_factory=dict)
+    gates: Shapes = field(default_factory=dict)
     unreadable: Reason | None = None
 
 
@@ -171,7 +174,7 @@ def check_compatibility(
     )
     if task is not None:
         head_of_task(task)  # a task nobody can have is the caller's mistake, not the experts'
-    gathered = in_parallel(lambda info: _gather(info.pinned, api), experts)
+    gathered = in_parallel(lambda info: _gather(info.pinned, api, gates=need_gates), experts)
     names = {name for evidence in gathered if (name := _base_name(evidence))}
     bases = dict(zip(sorted(names), in_parallel(lambda name: _gather(name, api), sorted(names)), strict=True))
 
@@ -185,7 +188,7 @@ def check_compatibility(
     return verdict
 
 
-def _gather(name: str, api: HfApi) -> Evidence:
+def _gather(name: str, api: HfApi, gates: bool = False) -> Evidence:
     """Read a repo's file list, configs and headers; what fails becomes a reason."""
     evidence = Evidence(name.partition("@")[0])
     try:
@@ -194,6 +197,8 @@ def _gather(name: str, api: HfApi) -> Evidence:
             source.json(file)
         weights = pick_weights(source, allow_pickle=True)
         evidence.shapes = hub_shapes(source, [file for file in weights if file.endswith(".safetensors")])
+        if gates and source.is_adapter and GATES_FILE in source.sizes:
+            evidence.gates = hub_shapes(source, [GATES_FILE])
     except Exception as error:  # one broken repo must not stop the others
         logger.debug("reading %s", name, exc_info=True)
         evidence.unreadable = _unreadable(error)
@@ -226,6 +231,7 @@ class Case:
     info: ExpertInfo
     source: Source
     shapes: Shapes
+    gates: Shapes
     base: Evidence | None
     criteria: Criteria
 
@@ -251,7 +257,7 @@ def _judge(info: ExpertInfo, evidence: Evidence, base: Evidence | None, criteria
     """All reasons against one expert."""
     if evidence.unreadable is not None or evidence.source is None:
         return (evidence.unreadable or Reason(ReasonKind.UNREADABLE, "its files could not be listed"),)
-    case = Case(info, evidence.source, evidence.shapes, base, criteria)
+    case = Case(info, evidence.source, evidence.shapes, evidence.gates, base, criteria)
     try:
         return tuple(reason for check in CHECKS for reason in check(case))
     except Exception as error:  # a config no check foresaw
@@ -277,8 +283,18 @@ def _tokenizer_needs_code(case: Case) -> bool:
 
 
 def _check_gates(case: Case) -> Iterator[Reason]:
-    if case.criteria.need_gates and not case.info.has_gates:
-        yield Reason(ReasonKind.GATES, "has no phatgoose_gates.safetensors", "train gates for it")
+    if not case.criteria.need_gates:
+        return
+    if not case.info.is_adapter:
+        yield Reason(ReasonKind.GATES, "is a full model: only adapters have gates")
+        return
+    remedy = f"hf-fusion fit gates {case.info.id} --data … --push"
+    lora, saved = adapter_shapes(case.shapes)
+    sizes = {path: d_in for path, (d_in, _) in lora.items()}
+    if not case.info.has_gates:
+        yield Reason(ReasonKind.GATES, f"has no {GATES_FILE}", remedy)
+    elif problem := gate_problem(case.gates, sizes, also={name.removesuffix(".weight") for name in saved}):
+        yield Reason(ReasonKind.GATES, f"{GATES_FILE} {problem}", remedy)
 
 
 def _check_license(case: Case) -> Iterator[Reason]:

@@ -12,6 +12,7 @@ from hf_fusion.errors import FusionError
 from hf_fusion.experts import ExpertInfo
 from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
 from hf_fusion.hub.files import Source, explained, hub_api, in_parallel, resolve, weight_files
+from hf_fusion.hub.gates import GATES_FILE
 from hf_fusion.hub.heads import architectures, default_task, head_of_adapter, label_names
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EXPERT_TAG = "hf-fusion-expert"
-GATES = "phatgoose_gates.safetensors"
 _BATCH = 32  # repos read at a time, so that a limit need not read everything
 
 
@@ -173,7 +173,7 @@ def read_info(source: Source) -> ExpertInfo:
         downloads=info.downloads or 0,
         tags=tuple(info.tags or ()),
         is_adapter=source.is_adapter,
-        has_gates=GATES in source.sizes,
+        has_gates=GATES_FILE in source.sizes,
         gated=bool(info.gated),
         private=bool(info.private),
     )

@@ -1,16 +1,27 @@
-"""PHATGOOSE's gates beside an adapter: the file ``phatgoose_gates.safetensors`` and the tag that finds it."""
+"""PHATGOOSE's gates beside an adapter: the file ``phatgoose_gates.safetensors``, written and read with care.
+
+One tensor (d_in,) per linear that the adapter updates or saves whole, keyed by the linear's path in the base. The
+metadata says where the gates come from; a file without any counts as trained.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
-from hf_fusion.experts import Adapter
+from hf_fusion.errors import FusionError
+from hf_fusion.experts import Adapter, Gates
 from hf_fusion.hub.adapters import linear_sizes
 
 if TYPE_CHECKING:
     import torch
 
 GATES_FILE, GATES_TAG = "phatgoose_gates.safetensors", "phatgoose-gates"
+KINDS = ("trained", "average", "arrow")
+FACTS = ("steps", "examples", "loss_before", "loss_after")
+HALF_ERROR = 1e-3  # relative; the most that half precision may cost a gate
 
 
 def gate_sizes(adapter: Adapter, base: torch.nn.Module) -> dict[str, int]:
@@ -19,3 +30,117 @@ def gate_sizes(adapter: Adapter, base: torch.nn.Module) -> dict[str, int]:
     saved = {name.removesuffix(".weight") for name in adapter.saved if name.endswith(".weight")}
     sizes = {path: linear_sizes(modules.get(path)) for path in {*adapter.lora, *saved}}
     return {path: size[0] for path, size in sorted(sizes.items()) if size is not None}
+
+
+def save_gates(gates: Gates, folder: str | Path) -> Path:
+    """Write gates into an adapter's folder, all of the file or nothing.
+
+    They are kept in half precision where that changes no gate by more than a thousandth of its length (the router
+    reads their direction only), else in single.
+
+    Args:
+        gates: vectors of (d_in,), by module path.
+        folder: created if missing.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        FusionError: for gates with NaN or Inf, or none at all.
+    """
+    from safetensors.torch import save_file
+
+    if not gates.vectors:
+        raise FusionError("There are no gates to save.")
+    for path, vector in gates.vectors.items():
+        if vector.dim() != 1 or not vector.isfinite().all():
+            raise FusionError(f"The gate of {path} is no vector of finite numbers.", hint="train the gates again")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / GATES_FILE
+    staging = folder / f".{GATES_FILE}-{uuid4().hex[:8]}"
+    metadata = {"format": "pt", "kind": gates.kind, **{name: repr(value) for name, value in gates.facts.items()}}
+    try:
+        save_file(stored(gates), staging, metadata=metadata)
+        staging.replace(target)
+    finally:
+        staging.unlink(missing_ok=True)
+    return target
+
+
+def stored(gates: Gates) -> dict[str, torch.Tensor]:
+    """The gates as their file holds them: all in half precision, or all in single."""
+    single = {path: vector.detach().float().cpu().contiguous() for path, vector in gates.vectors.items()}
+    half = {path: vector.half() for path, vector in single.items()}
+    lossless = all(
+        (half[path].float() - vector).norm() <= HALF_ERROR * vector.norm() for path, vector in single.items()
+    )
+    return half if lossless else single
+
+
+def read_gates(folder: str | Path, name: str, adapter: Adapter, base: torch.nn.Module) -> Gates | None:
+    """Read the gates in an adapter's folder; shapes are checked before any tensor is read.
+
+    Args:
+        folder: the adapter's.
+        name: what errors call the adapter.
+        adapter: whose gates they must be.
+        base: its base model, which tells linears from other modules.
+
+    Returns:
+        The gates, fp32; None where the folder has no such file.
+
+    Raises:
+        FusionError: naming the adapter and the module whose gate is missing, unknown, misshapen or not finite.
+    """
+    file = Path(folder) / GATES_FILE
+    return parse_gates(file, name, gate_sizes(adapter, base)) if file.exists() else None
+
+
+def parse_gates(file: Path, name: str, sizes: Mapping[str, int]) -> Gates:
+    """A gates file whose modules and lengths must be `sizes`; see `read_gates`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as tensors:
+            metadata = tensors.metadata() or {}
+            shapes = {path: tuple(tensors.get_slice(path).get_shape()) for path in tensors.keys()}  # noqa: SIM118
+            if problem := gate_problem(shapes, sizes):
+                raise FusionError(f"{name}: {GATES_FILE} {problem}.", hint=f"hf-fusion fit gates {name} --data …")
+            vectors = {path: tensors.get_tensor(path).float() for path in sizes}
+    except (SafetensorError, OSError) as error:
+        raise FusionError(f"{name}: {GATES_FILE} cannot be read ({error}).") from None
+    for path, vector in vectors.items():
+        if not vector.isfinite().all():
+            raise FusionError(f"{name} has NaN or Inf in the gate of {path}.")
+    kind = metadata.get("kind", "")
+    return Gates(vectors, kind if kind in KINDS else "trained", _facts(metadata))
+
+
+def gate_problem(shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int], also: Collection[str] = ()) -> str:
+    """What is wrong with gates of these shapes for modules of these sizes, as the rest of a sentence; "" if nothing.
+
+    Args:
+        shapes: module path → shape of its gate.
+        sizes: module path → d_in, one for each gate there must be.
+        also: modules that may have a gate.
+    """
+    if missing := sorted(sizes.keys() - shapes.keys()):
+        return f"lacks a gate for {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
+    if unknown := sorted(shapes.keys() - sizes.keys() - set(also)):
+        return f"has a gate for {unknown[0]}, which the adapter does not adapt"
+    for path, size in sizes.items():
+        if shapes[path] != (size,):
+            return f"has a gate of shape {list(shapes[path])} for {path}, whose input has {size} features"
+    return ""
+
+
+def _facts(metadata: Mapping[str, str]) -> dict[str, float]:
+    """The facts in a file's metadata; what is no number is left out."""
+    facts = {}
+    for name in FACTS:
+        try:
+            facts[name] = float(metadata[name])
+        except (KeyError, ValueError):
+            continue
+    return facts

@@ -28,6 +28,7 @@ from hf_fusion.hub.files import (
     recorded_base,
     resolve,
 )
+from hf_fusion.hub.gates import GATES_FILE, read_gates
 from hf_fusion.hub.headers import account, local_shapes, native_config
 from hf_fusion.hub.heads import (
     Head,
@@ -57,6 +58,7 @@ def load_experts(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     dtype: torch.dtype | str | None = None,
+    gates: bool = True,
     api: HfApi | None = None,
 ) -> list[Expert]:
     """Load experts, adapters of one base sharing one base model object.
@@ -70,6 +72,7 @@ def load_experts(
         allow_pickle: also read ``.bin`` weights where there are no safetensors.
         trust_remote_code: run experts' own code. Only for ids with a full commit sha, and for folders.
         dtype: of all weights; default is each checkpoint's own.
+        gates: also read the adapters' PHATGOOSE gates, where there are any.
         api: the Hub's client; default honours ``HF_ENDPOINT`` and the stored token.
 
     Returns:
@@ -78,7 +81,7 @@ def load_experts(
     Raises:
         FusionError: naming the expert and what is wrong with it.
     """
-    loader = _Loader(hub_api(api), base, task, allow_pickle, trust_remote_code, dtype)
+    loader = _Loader(hub_api(api), base, task, allow_pickle, trust_remote_code, dtype, gates)
     return loader.load(list(experts))
 
 
@@ -93,8 +96,9 @@ class _Loader:
         allow_pickle: bool,
         trust_remote_code: bool,
         dtype: torch.dtype | str | None,
+        gates: bool,
     ) -> None:
-        self.api, self.base, self.task = api, base, task
+        self.api, self.base, self.task, self.gates = api, base, task, gates
         self.allow_pickle, self.trust_remote_code = allow_pickle, trust_remote_code
         self.dtype = dtype or "auto"
 
@@ -126,7 +130,8 @@ class _Loader:
 
     def _files(self, source: Source) -> list[str]:
         small = pick_small(source, code=self._may_run_code(source))
-        return pick_weights(source, allow_pickle=self.allow_pickle) + small
+        gates = [GATES_FILE] if self.gates and source.is_adapter and GATES_FILE in source.sizes else []
+        return pick_weights(source, allow_pickle=self.allow_pickle) + small + gates
 
     def _may_run_code(self, source: Source) -> bool:
         return self.trust_remote_code and source.pinned
@@ -201,7 +206,9 @@ class _Loader:
                 raise FusionError(f"Adapter {source.name} does not fit its base: {'; '.join(problems[:5])}.")
             _refuse_keys(source.name, "missing in the adapter and in its base", unfilled - set(adapter.saved))
             labels = _adapter_labels(source, adapter) if head.has_labels else []
-            experts[i] = self._expert(source, base, model, head, labels, adapter)
+            expert = self._expert(source, base, model, head, labels, adapter)
+            gates = read_gates(_folder(source), source.name, adapter, model) if self.gates else None
+            experts[i] = replace(expert, gates=gates)
         return experts
 
     def _cast(self, adapter: Adapter) -> Adapter:

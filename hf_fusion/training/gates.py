@@ -201,7 +201,7 @@ def _top_direction(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _adapter_of(expert: ExpertLike, base: Any) -> Expert:
-    loaded = load_experts([expert], base=base)[0]
+    loaded = load_experts([expert], base=base, gates=False)[0]  # broken ones must not stop those that replace them
     if loaded.adapter is None:
         raise FusionError(
             f"{loaded.name} is a full model: only LoRA adapters have gates", hint="pass an adapter's id or folder"

@@ -132,10 +132,20 @@ def test_custom_code(judge, tmp_path):
     assert "someone/else--odd.Odd" in judge(folder, trust_remote_code=True)[ReasonKind.CUSTOM_CODE]
 
 
-def test_gates(judge, tmp_path):
-    folder = save_bert(tmp_path / "full")
-    assert set(judge(folder, need_gates=True)) == {ReasonKind.GATES}
-    save_file({"layer": torch.ones(2)}, folder / "phatgoose_gates.safetensors")
+def test_gates(judge, owner, tmp_path):
+    assert "full model" in judge(save_bert(tmp_path / "full"), need_gates=True)[ReasonKind.GATES]
+    folder = based(owner, tmp_path)
+    assert judge(folder) == {}
+    assert judge(folder, need_gates=True) == {ReasonKind.GATES: "has no phatgoose_gates.safetensors"}
+    paths = [f"bert.encoder.layer.{index}.attention.self.query" for index in (0, 1)]
+    for vectors, detail in [
+        ({paths[0]: torch.ones(16)}, f"lacks a gate for {paths[1]}"),
+        ({path: torch.ones(9) for path in paths}, f"has a gate of shape [9] for {paths[0]}"),
+        ({path: torch.ones(16) for path in [*paths, "bert.pooler.dense"]}, "has a gate for bert.pooler.dense"),
+    ]:
+        save_file(vectors, folder / "phatgoose_gates.safetensors")
+        assert detail in judge(folder, need_gates=True)[ReasonKind.GATES]
+    save_file({path: torch.ones(16) for path in [*paths, "classifier"]}, folder / "phatgoose_gates.safetensors")
     assert judge(folder, need_gates=True) == {}
 
 

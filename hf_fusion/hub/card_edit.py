@@ -1,0 +1,92 @@
+"""Small changes to a README of somebody else's: a tag, a section. Every other byte stays as it is."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from hf_fusion.errors import FusionError
+
+_HEAD = re.compile(r"(\s*---[ \t]*\r?\n)(.*?)^---[ \t]*(?:\r?\n|\Z)", re.MULTILINE | re.DOTALL)
+
+
+def add_tag(text: str, tag: str) -> str:
+    """A README with one more tag in its metadata, which it gets if it has none.
+
+    Args:
+        text: the README.
+        tag: without characters that mean something in YAML.
+
+    Raises:
+        FusionError: for metadata that is not valid YAML, or written in a way that takes no tag.
+    """
+    newline = "\r\n" if "\r\n" in text else "\n"
+    match = _HEAD.match(text)
+    if match is None:
+        return newline.join(("---", "tags:", f"- {tag}", "---", "")) + (newline + text if text else "")
+    before = _parse(match[2])
+    tags = before.get("tags")
+    present = tags if isinstance(tags, list) else [] if tags is None else [tags]
+    if tag in present:
+        return text
+    head = _with_tag(match[2], tag, newline)
+    if _parse(head) != {**before, "tags": [tag, *present]}:  # an alias, say
+        raise FusionError("The tags of README.md are written in a way that cannot be added to.", hint=f"add {tag!r}")
+    return text[: match.start(2)] + head + text[match.end(2) :]
+
+
+def _with_tag(head: str, tag: str, newline: str) -> str:
+    """YAML with the tag in front of the others, whichever way these are written."""
+    root = yaml.compose(head, Loader=yaml.SafeLoader)
+    pairs = root.value if isinstance(root, yaml.MappingNode) else ()
+    node = next((value for key, value in pairs if key.value == "tags"), None)
+    if node is None:
+        gap = "" if not head or head.endswith("\n") else newline
+        return f"{head}{gap}tags:{newline}- {tag}{newline}"
+    start, end = node.start_mark.index, node.end_mark.index
+    if isinstance(node, yaml.SequenceNode) and not node.flow_style:
+        return f"{head[:start]}- {tag}{newline}{' ' * node.start_mark.column}{head[start:]}"
+    if isinstance(node, yaml.SequenceNode):
+        return f"{head[: start + 1]}{tag}{', ' if node.value else ''}{head[start + 1 :]}"
+    if start == end:  # nothing behind the colon
+        return f"{head[:start]} [{tag}]{head[end:]}"
+    known = head[start:end] if yaml.safe_load(head[start:end]) is not None else ""
+    return f"{head[:start]}[{tag}{', ' if known else ''}{known}]{head[end:]}"
+
+
+def _parse(head: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(head)
+    except yaml.YAMLError as error:
+        raise FusionError(f"The metadata of README.md is not valid YAML: {' '.join(str(error).split())}") from None
+    if content is not None and not isinstance(content, dict):
+        raise FusionError("The metadata of README.md is not a mapping.")
+    return content or {}
+
+
+def put_section(text: str, name: str, section: str) -> str:
+    """A README with a section between markers of a name; at its end, or in place of the one that is there.
+
+    Args:
+        text: the README.
+        name: of the markers ``<!-- name:begin -->`` and ``<!-- name:end -->``.
+        section: Markdown, without the markers.
+
+    Raises:
+        FusionError: for markers without their counterpart.
+    """
+    newline = "\r\n" if "\r\n" in text else "\n"
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    block = f"{begin}\n{section.strip()}\n{end}".replace("\n", newline)
+    begins, ends = (list(re.finditer(rf"^{re.escape(mark)}[ \t]*\r?$", text, re.MULTILINE)) for mark in (begin, end))
+    if not begins and not ends:
+        gap = newline * max(0, 2 - (len(text) - len(text.rstrip("\r\n"))) // len(newline)) if text else ""
+        return f"{text}{gap}{block}{newline}"
+    if len(begins) != 1 or len(ends) != 1 or begins[0].start() > ends[0].start():
+        raise FusionError(
+            f"README.md has {len(begins)} begin and {len(ends)} end markers of {name}.",
+            hint=f"leave one {begin} and, after it, one {end}, or neither",
+        )
+    return text[: begins[0].start()] + block + text[ends[0].start() + len(end) :]

@@ -1,0 +1,136 @@
+"""Gates pushed into their adapter's repo: the file, the tag and a paragraph of the card, in one commit."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_fusion.errors import FusionError
+from hf_fusion.experts import Gates
+from hf_fusion.hub.card import README
+from hf_fusion.hub.card_edit import add_tag, put_section
+from hf_fusion.hub.compat import adapter_shapes
+from hf_fusion.hub.files import Source, explained, hub_api, resolve, weight_files
+from hf_fusion.hub.gates import GATES_FILE, GATES_TAG, gate_problem, parse_gates, save_gates, stored
+from hf_fusion.hub.headers import hub_shapes
+from hf_fusion.hub.publish import PublishResult
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+# kind of gates -> what the card says of them; {training} is what is known of it
+_ORIGIN = {
+    "trained": "They were trained after the adapter, with everything else frozen{training}.",
+    "average": "They are the mean input of each linear, over examples of the adapter's data; nothing was trained.",
+    "arrow": "They are the direction that each update amplifies most (Arrow); nothing was trained.",
+}
+_SECTION = """\
+## PHATGOOSE gates
+
+`{file}` holds one vector for each of the {count} linears that this adapter changes. By them a router chooses among \
+adapters of the same base for every token, at every linear ([PHATGOOSE](https://arxiv.org/abs/2402.05859)). {origin}
+
+```python
+import hf_fusion
+
+experts = ["{repo}"]  # and others with gates: hf_fusion.discover(tags="{tag}", base_model=...)
+model = hf_fusion.fuse("phatgoose", experts)
+```"""
+
+
+def push_gates(gates: Gates, repo_id: str, *, revision: str | None = None, api: HfApi | None = None) -> PublishResult:
+    """Add gates to an adapter's repo, so that others find it by the tag ``phatgoose-gates`` and route to it.
+
+    One commit adds or replaces the file, the tag and a paragraph of the card; every other byte of the repo stays.
+    Pushing the same gates again changes nothing. Gates of an earlier push are replaced.
+
+    Args:
+        gates: of this adapter, as `train_gates` returns them.
+        repo_id: ``owner/name`` of the adapter.
+        revision: branch to push to; default is the repo's main one.
+        api: the Hub's client; default honours ``HF_ENDPOINT`` and the stored token.
+
+    Returns:
+        Where the gates lie now.
+
+    Raises:
+        FusionError: if the repo is no adapter, the gates are not its own, its card cannot be edited, or the Hub
+            refuses, also because somebody else pushed in between.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    api = hub_api(api)
+    source = resolve(f"{repo_id}@{revision}" if revision else repo_id, api)
+    if source.is_local or not source.is_adapter:
+        raise FusionError(f"{repo_id} is not an adapter's repo on the Hub.", hint="write owner/name of the adapter")
+    _check(gates, source)
+    card = _card(source)
+    edited = put_section(add_tag(card, GATES_TAG), GATES_TAG, _section(gates, repo_id))
+    operations = [] if edited == card else [CommitOperationAdd(README, edited.encode())]
+    sha = str(source.revision)
+    with tempfile.TemporaryDirectory(prefix="hf-fusion-") as folder, explained(repo_id):
+        file = save_gates(gates, folder)
+        if not _has_gates(source, gates):
+            operations.append(CommitOperationAdd(GATES_FILE, file))
+        if operations:
+            sha = api.create_commit(
+                repo_id,
+                operations,
+                commit_message="Add PHATGOOSE gates",
+                revision=revision,
+                parent_commit=sha,
+            ).oid
+    assert source.info is not None  # not a folder
+    return PublishResult(repo_id, sha, f"{api.endpoint}/{repo_id}", bool(source.info.private))
+
+
+def _check(gates: Gates, source: Source) -> None:
+    """Refuses gates of another adapter, by the shapes in the weights' header; pickled weights have none to look at."""
+    files = weight_files(source.sizes, "adapter_model", "safetensors")
+    if not files:
+        return
+    lora, saved = adapter_shapes(hub_shapes(source, files))
+    sizes = {path: d_in for path, (d_in, _) in lora.items()}
+    shapes = {path: tuple(vector.shape) for path, vector in gates.vectors.items()}
+    heads = {name.replace(".modules_to_save.", ".").removesuffix(".weight") for name in saved}
+    if problem := gate_problem(shapes, sizes, also=heads):
+        raise FusionError(f"These are not the gates of {source.name}: the set {problem}.", hint="train them for it")
+
+
+def _card(source: Source) -> str:
+    """The README at the source's commit, byte for byte; empty where there is none."""
+    if README not in source.sizes:
+        return ""
+    with explained(source.name):
+        content = Path(source.api.hf_hub_download(source.name, README, revision=source.revision)).read_bytes()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise FusionError(f"README.md of {source.name} is not UTF-8 ({error}).", hint="save it as UTF-8") from None
+
+
+def _has_gates(source: Source, gates: Gates) -> bool:
+    """Whether the repo holds these very gates already."""
+    if GATES_FILE not in source.sizes:
+        return False
+    file = Path(source.api.hf_hub_download(source.name, GATES_FILE, revision=source.revision))
+    ours = stored(gates)
+    try:
+        there = parse_gates(file, source.name, {path: len(vector) for path, vector in ours.items()})
+    except FusionError:  # broken, or of other modules: to be replaced
+        return False
+    same = all(there.vectors[path].equal(vector.float()) for path, vector in ours.items())
+    return same and (there.kind, there.facts) == (gates.kind, gates.facts)
+
+
+def _section(gates: Gates, repo_id: str) -> str:
+    """The card's paragraph: what the gates are, where they come from, how to use them."""
+    facts, training = gates.facts, ""
+    if {"steps", "examples"} <= facts.keys():
+        training = f", in {facts['steps']:.0f} steps on {facts['examples']:,.0f} examples"
+    if {"loss_before", "loss_after"} <= facts.keys():
+        training += f" (the adapter's loss with its gates half open, {facts['loss_before']:.3f}, "
+        training += f"became {facts['loss_after']:.3f})"
+    origin = _ORIGIN[gates.kind].format(training=training)
+    return _SECTION.format(file=GATES_FILE, count=len(gates.vectors), origin=origin, repo=repo_id, tag=GATES_TAG)
