@@ -209,14 +209,31 @@ def _adapter_of(expert: ExpertLike, base: Any) -> Expert:
     return loaded
 
 
-def _gated(
-    gates: Mapping[str, nn.Parameter], path: str, x: torch.Tensor, output: torch.Tensor, a: Any, b: Any
-) -> torch.Tensor:
-    """``y = Wx + σ(vᵀx)·BAx``, or ``σ(vᵀx)·y`` for a saved head; x (…, d_in), output (…, d_out)."""
-    gate = torch.sigmoid(nn.functional.linear(x, gates[path].to(x.device, x.dtype)[None]))  # (…, 1)
-    if a is None:
-        return output * gate
-    return output + nn.functional.linear(nn.functional.linear(x, a) * gate, b)
+@contextmanager
+def gated(expert: Expert, device: torch.device | None = None) -> Iterator[dict[str, nn.Parameter]]:
+    """An adapter on its base with a gate in front of every update, all zero at first; afterwards the base is as before.
+
+    Args:
+        expert: an adapter whose base is at hand.
+        device: of the gates; default is the base's.
+
+    Yields:
+        Module path → gate (d_in,), fp32, the only parameters that want a gradient.
+    """
+    assert expert.adapter is not None, f"{expert.name} is no adapter"
+    sizes = gate_sizes(expert.adapter, expert.model)
+    gates = {
+        path: nn.Parameter(torch.zeros(size, device=device or expert.model.device)) for path, size in sizes.items()
+    }
+
+    def update(path: str, x: torch.Tensor, output: torch.Tensor, a: Any, b: Any) -> torch.Tensor:
+        gate = torch.sigmoid(nn.functional.linear(x, gates[path].to(x.device, x.dtype)[None]))  # (…, 1)
+        if a is None:
+            return output * gate
+        return output + nn.functional.linear(nn.functional.linear(x, a) * gate, b)
+
+    with _adapted(expert, update):
+        yield gates
 
 
 @contextmanager
@@ -295,13 +312,10 @@ class _GateTask(nn.Module):
 
 def _train(expert: Expert, examples: Examples, arguments: TrainingArguments, checkpoint: str | None) -> Gates:
     """Trains new gates on an expert whose base lies on the Trainer's device."""
-    assert expert.adapter is not None  # _adapter_of has seen to it
-    sizes = gate_sizes(expert.adapter, expert.model)
-    gates = {path: nn.Parameter(torch.zeros(size, device=arguments.device)) for path, size in sizes.items()}
-    task = _GateTask(gates, partial(examples.loss, expert.model))
     rows = examples.rows
     probe = [rows[i] for i in range(min(len(rows), PROBE_BATCHES * arguments.per_device_train_batch_size))]
-    with _adapted(expert, partial(_gated, gates)):
+    with gated(expert, arguments.device) as gates:
+        task = _GateTask(gates, partial(examples.loss, expert.model))
         trainer = Trainer(model=task, args=arguments, train_dataset=rows, data_collator=examples.collate)
         set_progress(trainer)
         before = _mean_loss(trainer, examples, probe)
