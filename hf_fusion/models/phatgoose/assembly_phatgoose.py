@@ -1,0 +1,249 @@
+"""What a router is put together from: experts as tensors, checked, and where their tensors go."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+from transformers.pytorch_utils import Conv1D
+
+from .configuration_phatgoose import PhatgooseConfig
+from .routing_phatgoose import ABSENT, RoutedHead, RoutedLinears
+
+# head of a router -> the Auto class of its base
+AUTO_CLASSES: dict[str, Any] = {
+    "causal-lm": AutoModelForCausalLM,
+    "seq2seq-lm": AutoModelForSeq2SeqLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
+    "image-classification": AutoModelForImageClassification,
+    "features": AutoModel,
+}
+# Linears of one block that read the same input. Where none of these names is known, every linear is by itself.
+SHARED_INPUT = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("gate_proj", "up_proj"),
+    ("wi_0", "wi_1"),
+)
+CROSS_ATTENTION = re.compile(r"cross|EncDec|encoder_attn")  # its keys and values read the encoder's states
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+@dataclass
+class Entry:
+    """An expert ready to be put in place.
+
+    Attributes:
+        row: what the config says of it, but for its profile.
+        lora: module path -> gate (d_in,), A (r, d_in), B (r, d_out).
+        heads: module path -> gate (d_in,), weight (C, d_in), bias (C,).
+        replaced: other saved parameters by name.
+    """
+
+    row: dict[str, Any]
+    lora: dict[str, Tensors] = field(default_factory=dict)
+    heads: dict[str, Tensors] = field(default_factory=dict)
+    replaced: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def head_of(model: Any) -> str:
+    """The head of a base, one of `AUTO_CLASSES`.
+
+    Raises:
+        ValueError: for a class that no Auto class gives back.
+    """
+    for head, auto in AUTO_CLASSES.items():
+        known = auto._model_mapping.get(type(model.config), ())
+        if type(model) in (known if isinstance(known, (tuple, list)) else (known,)):
+            return head
+    raise ValueError(f"{type(model).__name__} cannot be routed: none of {', '.join(AUTO_CLASSES)} gives it back")
+
+
+def linear_sizes(linear: Any) -> tuple[int, int]:
+    """(d_in, d_out) of a linear, or of GPT-2's Conv1D, which stores its weight transposed."""
+    rows, columns = linear.weight.shape
+    return (rows, columns) if isinstance(linear, Conv1D) else (columns, rows)
+
+
+def module_sets(config: PhatgooseConfig) -> Iterator[tuple[list[str], bool]]:
+    """Paths of routed linears that read the same input, and whether that input may be padded by the attention mask."""
+    sets: dict[tuple[str, Any], list[str]] = {}
+    for path in dict.fromkeys(path for profile in config.profiles for path in profile["ranks"]):
+        parent, _, name = path.rpartition(".")
+        names = next((names for names in SHARED_INPUT if name in names), (name,))
+        if CROSS_ATTENTION.search(parent) and len(names) == 3:
+            names = names[:1] if name == names[0] else names[1:]
+        sets.setdefault((parent, names), []).append(path)
+    for (parent, names), paths in sets.items():
+        in_decoder = config.is_encoder_decoder and "decoder" in parent.split(".")
+        reads_encoder = not in_decoder or bool(CROSS_ATTENTION.search(parent) and len(names) == 2)
+        yield sorted(paths, key=lambda path: names.index(path.rpartition(".")[2])), reads_encoder
+
+
+def entries_of(experts: Sequence[Any], base: Any, config: PhatgooseConfig, taken: Sequence[str]) -> list[Entry]:
+    """Loaded experts as entries, once everything about them is known to fit.
+
+    Raises:
+        ValueError: naming the expert and what does not fit.
+    """
+    entries = []
+    names = list(taken)
+    for expert in experts:
+        adapter, gates, name = expert.adapter, expert.gates, expert.name
+        if adapter is None:
+            raise ValueError(f"{name} is a full model; PHATGOOSE routes among LoRA adapters")
+        if name in names:
+            raise ValueError(f"there are two experts called {name}")
+        names.append(name)
+        known = config.base.get("id"), config.base.get("revision")
+        if adapter.base and known[0] and adapter.base != known[0]:
+            raise ValueError(f"{name} adapts {adapter.base}, the others {known[0]}")
+        if adapter.base_revision and known[1] and adapter.base_revision != known[1]:
+            raise ValueError(f"{name} adapts {adapter.base} at {adapter.base_revision}, the others at {known[1]}")
+        if gates is None:
+            raise ValueError(
+                f"{name} has no gates: train them with hf_fusion.train_gates, or pass missing_gates='arrow'"
+            )
+        row = {"name": name, "revision": expert.revision, "license": expert.license, "task": expert.task}
+        entry = Entry({**row, "gates": gates.kind, "labels": []})
+        for path, (a, b) in adapter.lora.items():
+            _check_linear(name, path, a, b, base)
+            gate = _gate(name, path, a.shape[1], gates, config.routing)
+            entry.lora[path] = (gate, a, b.t())
+        for path, weight, bias in _saved_heads(adapter.saved, base, name, entry.replaced):
+            gate = _gate(name, path, weight.shape[1], gates, config.routing)
+            entry.heads[path] = (gate, weight, bias)
+            entry.row["labels"] = list(expert.labels)
+        entries.append(entry)
+    return entries
+
+
+def _check_linear(name: str, path: str, a: torch.Tensor, b: torch.Tensor, base: Any) -> None:
+    try:
+        linear = base.get_submodule(path)
+    except AttributeError:
+        raise ValueError(f"{name} adapts {path}, which the base does not have") from None
+    if not isinstance(linear, (nn.Linear, Conv1D)):
+        raise ValueError(f"{name} adapts {path}, which is not a linear layer but {type(linear).__name__}")
+    sizes, rank = linear_sizes(linear), a.shape[0]
+    if a.dim() != 2 or b.dim() != 2 or (a.shape[1], b.shape[0]) != sizes or b.shape[1] != rank:
+        raise ValueError(f"{name}: A {list(a.shape)} and B {list(b.shape)} of {path} do not fit {sizes[0]}→{sizes[1]}")
+    if not 1 <= rank <= max(sizes):
+        raise ValueError(f"{name}: rank {rank} of {path} is not within 1 and {max(sizes)}, the width of the linear")
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise ValueError(f"{name} has NaN or Inf in {path}")
+
+
+def _gate(name: str, path: str, width: int, gates: Any, routing: str) -> torch.Tensor:
+    """The gate of one linear as it is stored: standardised (mean and std over d_in) and divided by √d_in."""
+    gate = gates.vectors.get(path)
+    if gate is None:
+        raise ValueError(f"{name} has no gate for {path}, which it adapts")
+    if gate.shape != (width,) or not gate.isfinite().all():
+        raise ValueError(f"{name}: the gate of {path} is {list(gate.shape)}, not {width} finite numbers")
+    if routing == "arrow":
+        return gate.float()
+    return nn.functional.layer_norm(gate.float(), (width,)) / width**0.5
+
+
+def _saved_heads(
+    saved: dict[str, torch.Tensor], base: Any, name: str, replaced: dict[str, torch.Tensor]
+) -> Iterator[Tensors | tuple[str, torch.Tensor, torch.Tensor]]:
+    """Saved linears as (path, weight, bias); every other saved parameter goes into `replaced`."""
+    parameters = dict(base.named_parameters(remove_duplicate=False))
+    for key, tensor in saved.items():
+        path, _, leaf = key.rpartition(".")
+        module = base.get_submodule(path) if key in parameters or path in dict(base.named_modules()) else None
+        if isinstance(module, (nn.Linear, RoutedHead)):
+            if leaf == "weight":
+                bias = saved.get(f"{path}.bias")
+                yield path, tensor, tensor.new_zeros(len(tensor)) if bias is None else bias
+        elif key not in parameters or parameters[key].shape != tensor.shape:
+            raise ValueError(f"{name} saves {key}, which the base does not have in this shape")
+        else:
+            replaced[key] = tensor
+
+
+def complete(entries: Sequence[Entry], base: Any) -> None:
+    """Gives experts without a head the base's where others brought theirs; refuses what cannot be shared.
+
+    Raises:
+        ValueError: where saved parameters differ that are not linears.
+    """
+    for path in dict.fromkeys(path for entry in entries for path in entry.heads):
+        for entry in entries:
+            if path not in entry.heads:
+                head = base.get_submodule(path)
+                if not isinstance(head, nn.Linear):
+                    raise ValueError(f"{entry.row['name']} has no {path}, which the other experts bring along")
+                bias = head.bias if head.bias is not None else head.weight.new_zeros(len(head.weight))
+                entry.heads[path] = (head.weight.new_zeros(head.in_features), head.weight.detach(), bias.detach())
+                entry.row["labels"] = [base.config.id2label[i] for i in sorted(base.config.id2label)]
+    own = dict(base.named_parameters(remove_duplicate=False))
+    for name in dict.fromkeys(name for entry in entries for name in entry.replaced):
+        values = [entry.replaced.get(name, own[name]) for entry in entries]
+        if different := next((i for i, value in enumerate(values) if not torch.equal(value, values[0])), 0):
+            raise ValueError(
+                f"{entries[0].row['name']} and {entries[different].row['name']} differ in {name}, "
+                "which is no linear and cannot be routed"
+            )
+
+
+def plan_profiles(entries: Sequence[Entry]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The config's rows and its distinct profiles."""
+    rows, profiles = [], []
+    for entry in entries:
+        profile = {
+            "ranks": {path: len(a) for path, (_, a, _) in entry.lora.items()},
+            "saved": {path: len(weight) for path, (_, weight, _) in entry.heads.items()},
+        }
+        if profile not in profiles:
+            profiles.append(profile)
+        rows.append({**entry.row, "profile": profiles.index(profile)})
+    return rows, profiles
+
+
+def label_union(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Class names of all experts that brought a head, each once, in order."""
+    return list(dict.fromkeys(label for row in rows for label in row["labels"]))
+
+
+def fill_linears(group: RoutedLinears, paths: Sequence[str], entries: Sequence[Entry]) -> None:
+    """Copies experts into the linears they adapt."""
+    for index, entry in enumerate(entries):
+        for member, path in enumerate(paths):
+            if path in entry.lora:
+                for target, source in zip(group.slot(member, index), entry.lora[path], strict=True):
+                    target.copy_(source)
+
+
+def fill_head(
+    head: RoutedHead, path: str, entries: Sequence[Entry], rows_of: Callable[[int, str, int], list[int]]
+) -> None:
+    """Copies experts' heads into the rows of the labels they know."""
+    head.bias.fill_(ABSENT)
+    for index, entry in enumerate(entries):
+        rows = rows_of(index, path, head.bias.shape[1])
+        gate, weight, bias = entry.heads[path]
+        head.gates[index].copy_(gate)
+        head.weight[index, rows] = weight.to(head.weight.dtype)
+        head.bias[index, rows] = bias.to(head.bias.dtype)
+
+
+__all__ = ["AUTO_CLASSES", "Entry", "entries_of", "head_of", "linear_sizes", "module_sets"]

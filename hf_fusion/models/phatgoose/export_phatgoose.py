@@ -1,0 +1,106 @@
+"""A router's experts as one PEFT adapter: a way into servers that know no routing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from safetensors.torch import save_file
+
+from .assembly_phatgoose import Entry
+from .configuration_phatgoose import PhatgooseConfig
+
+TASK_TYPES = {
+    "causal-lm": "CAUSAL_LM",
+    "seq2seq-lm": "SEQ_2_SEQ_LM",
+    "sequence-classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+}
+
+
+def save_merged_adapter(
+    folder: Path, entries: Sequence[Entry], weights: Sequence[float], config: PhatgooseConfig, rank: int | None
+) -> Path:
+    """Writes the adapter ΔW = Σ_e weight_e · B_e A_e; see `PhatgooseRouter.to_adapter`.
+
+    Raises:
+        ValueError: if experts brought heads with different labels.
+    """
+    used = [(entry, weight) for entry, weight in zip(entries, weights, strict=True) if weight]
+    if not used:
+        raise ValueError("all weights are 0: nothing is left to export")
+    if len({tuple(entry.row["labels"]) for entry, _ in used}) > 1:
+        raise ValueError("these experts have different labels, which no single head can serve")
+    tensors, ranks = {}, {}
+    for path in dict.fromkeys(path for entry, _ in used for path in entry.lora):
+        parts = [(entry.lora[path], weight) for entry, weight in used if path in entry.lora]
+        a = torch.cat([a for (_, a, _), _ in parts])  # (ΣR, d_in)
+        b = torch.cat([b.float() * weight for (_, _, b), weight in parts]).t()  # (d_out, ΣR)
+        if rank is not None and rank < len(a):
+            a, b = _truncated(a.float(), b, rank)
+        ranks[path] = len(a)
+        tensors[f"base_model.model.{path}.lora_A.weight"] = a.to(parts[0][0][1].dtype).contiguous()
+        tensors[f"base_model.model.{path}.lora_B.weight"] = b.to(parts[0][0][2].dtype).contiguous()
+    heads = used[0][0].heads
+    total = sum(weight for _, weight in used)
+    for path in heads:
+        for index, leaf in ((1, "weight"), (2, "bias")):
+            mean = sum(entry.heads[path][index].float() * (weight / total) for entry, weight in used)
+            assert isinstance(mean, torch.Tensor)
+            tensors[f"base_model.model.{path}.{leaf}"] = mean.to(heads[path][index].dtype).contiguous()
+    _write(folder, tensors, _adapter_config(config, ranks, list(heads)))
+    return folder
+
+
+def _truncated(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best B A of a smaller rank, by the SVD of its core: B A is never built."""
+    q_b, r_b = torch.linalg.qr(b)
+    q_a, r_a = torch.linalg.qr(a.t())
+    u, s, vt = torch.linalg.svd(r_b @ r_a.t(), full_matrices=False)
+    root = s[:rank].sqrt()
+    return (root[:, None] * vt[:rank]) @ q_a.t(), (q_b @ u[:, :rank]) * root
+
+
+def _adapter_config(config: PhatgooseConfig, ranks: dict[str, int], heads: list[str]) -> dict[str, Any]:
+    """PEFT's config; alpha equals the rank everywhere, so the scaling is 1."""
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    others = {path: own for path, own in ranks.items() if own != rank}
+    return {
+        "peft_type": "LORA",
+        "task_type": TASK_TYPES.get(config.head),
+        "base_model_name_or_path": config.base.get("id"),
+        "revision": config.base.get("revision"),
+        "inference_mode": True,
+        "bias": "none",
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": list(ranks),
+        "modules_to_save": heads or None,
+        "fan_in_fan_out": config.backbone.get("model_type") == "gpt2",
+    }
+
+
+def _write(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    """Both files at once: the folder appears when it is whole."""
+    if folder.exists():
+        raise ValueError(f"{folder} exists already")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.with_name(f".{folder.name}-{uuid4().hex[:8]}")
+    staging.mkdir()
+    try:
+        save_file(tensors, staging / "adapter_model.safetensors", metadata={"format": "pt"})
+        (staging / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+__all__ = ["save_merged_adapter"]

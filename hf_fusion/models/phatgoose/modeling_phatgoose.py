@@ -1,0 +1,445 @@
+"""PHATGOOSE: route every token, at every linear, among LoRA experts by gates trained post hoc (arXiv 2402.05859)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+
+from .assembly_phatgoose import (
+    AUTO_CLASSES,
+    Entry,
+    complete,
+    entries_of,
+    fill_head,
+    fill_linears,
+    head_of,
+    label_union,
+    linear_sizes,
+    module_sets,
+    plan_profiles,
+)
+from .configuration_phatgoose import PhatgooseConfig
+from .export_phatgoose import save_merged_adapter
+from .reference_phatgoose import load_by_reference
+from .routing_phatgoose import RoutedHead, RoutedLinears, Routing
+from .trace_phatgoose import RoutingTrace
+
+
+class PhatgooseRouter(PreTrainedModel):
+    """A base and LoRA experts, among which every token is routed at every linear.
+
+    Build one with `from_experts`, or load a published one with ``AutoModel.from_pretrained(id,
+    trust_remote_code=True)`` or the base's own Auto class. It is used as its base is: same inputs, same outputs.
+    """
+
+    config_class = PhatgooseConfig
+    base_model_prefix = ""
+    _auto_class = "AutoModel"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+    # Turns ids and folders into loaded experts with gates; absent in a published model's code.
+    load_experts: ClassVar[Callable[..., list[Any]] | None] = None
+
+    def __init__(self, config: PhatgooseConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        if backbone is None:
+            backbone = AUTO_CLASSES[config.head].from_config(config.backbone_config())
+        self.backbone: Any = backbone
+        self.routing = Routing()
+        self.record_routing: int = 0
+        self._handles: list[Any] = []
+        self._groups: list[tuple[list[str], RoutedLinears]] = []
+        self._heads: dict[str, RoutedHead] = {}
+        self._trace: RoutingTrace | None = None
+        self._processor: Any = None
+        self._source: tuple[str, dict[str, Any]] | None = None
+        self.main_input_name = backbone.main_input_name
+        self._install(None)
+        reader = backbone.get_encoder() if config.is_encoder_decoder else backbone
+        reader.register_forward_pre_hook(self._begin, with_kwargs=True)
+        self.post_init()
+
+    # ---------------------------------------------------------------- building
+
+    @classmethod
+    def from_experts(
+        cls,
+        experts: Sequence[Any],
+        base: Any = None,
+        top_k: int = 2,
+        temperature: float = 1.0,
+        routing: str = "phatgoose",
+        missing_gates: str | None = None,
+        base_by_reference: bool = False,
+    ) -> PhatgooseRouter:
+        """Builds a router of LoRA adapters of one base.
+
+        Args:
+            experts: loaded adapters with gates, or ids ("owner/name@revision") and folders, which need hf_fusion
+                installed to be resolved.
+            base: the adapters' base, if it is not the one they name. Its weights are shared, not copied.
+            top_k: experts that each token meets at each linear.
+            temperature: divides the scores before the softmax.
+            routing: see `PhatgooseConfig`. "arrow" replaces all gates by Arrow prototypes.
+            missing_gates: "arrow" to give experts that have no gates Arrow prototypes; by default they are refused.
+            base_by_reference: save experts and gates only; the base is fetched at its pinned revision.
+
+        Raises:
+            ValueError: where experts do not fit together, naming the expert and the reason.
+        """
+        if not experts:
+            raise ValueError("a router needs at least one expert; the list is empty")
+        if top_k > len(experts):
+            raise ValueError(f"top_k={top_k}, but there are only {len(experts)} experts")
+        wanted = "arrow" if routing == "arrow" else missing_gates
+        resolved = base is None and all(getattr(expert, "adapter", None) is not None for expert in experts)
+        if not resolved or (wanted and any(routing == "arrow" or expert.gates is None for expert in experts)):
+            if cls.load_experts is None:
+                raise ValueError("ids, folders and missing gates need hf_fusion installed: pip install hf_fusion")
+            experts = cls.load_experts(experts, base=base, prototypes=wanted, all_prototypes=routing == "arrow")
+        model = experts[0].model
+        head = head_of(model)
+        config = PhatgooseConfig(
+            head=head,
+            backbone={k: v for k, v in model.config.to_dict().items() if k not in ("dtype", "_name_or_path")},
+            base={"id": experts[0].adapter.base, "revision": experts[0].adapter.base_revision},
+            base_by_reference=base_by_reference,
+            top_k=top_k,
+            temperature=temperature,
+            routing=routing,
+            is_encoder_decoder=bool(model.config.is_encoder_decoder),
+        )
+        if base_by_reference and not (config.base["id"] and config.base["revision"]):
+            raise ValueError("base_by_reference needs a base with a pinned revision: base='owner/name@<commit sha>'")
+        family = PhatgooseForGeneration if head in ("causal-lm", "seq2seq-lm") else PhatgooseRouter
+        # The structure is copied, the parameters are not: a base may be larger than what is free.
+        tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        router: Any = family(config, copy.deepcopy(model, tensors))
+        router.add_experts(experts)
+        router._processor = experts[0].processor
+        return router.eval()
+
+    def add_experts(self, experts: Sequence[Any]) -> None:
+        """Adds loaded adapters with gates (`hf_fusion.load_experts` gives them) to this router.
+
+        Raises:
+            ValueError: where one does not fit, or bears a taken name; the router is then as it was.
+        """
+        entries = self._entries() + entries_of(experts, self.backbone, self.config, self.experts)
+        self._rebuild(entries)
+
+    def remove_experts(self, names: Sequence[str]) -> None:
+        """Removes experts by name; the others and their order stay.
+
+        Raises:
+            ValueError: for an unknown name, or if none would be left.
+        """
+        if unknown := [name for name in names if name not in self.experts]:
+            raise ValueError(f"there is no expert {unknown[0]!r}; there are {', '.join(self.experts)}")
+        entries = [entry for entry in self._entries() if entry.row["name"] not in names]
+        if not entries:
+            raise ValueError("a router needs at least one expert")
+        self._rebuild(entries)
+
+    @property
+    def experts(self) -> list[str]:
+        """Names of the experts, in order."""
+        return [expert["name"] for expert in self.config.experts]
+
+    def _entries(self) -> list[Entry]:
+        """The experts as they lie in this model: views of their tensors."""
+        entries = [Entry({**row}) for row in self.config.experts]
+        for paths, group in self._groups:
+            for index, expert in enumerate(group.experts):
+                for member, path in enumerate(paths):
+                    if group.ranks[member][index]:
+                        entries[expert].lora[path] = tuple(t.detach() for t in group.slot(member, index))
+        for path, head in self._heads.items():
+            for index, expert in enumerate(head.experts):
+                rows = self._rows_of(expert, path, head.bias.shape[1])
+                weights = (head.gates[index], head.weight[index, rows], head.bias[index, rows])
+                entries[expert].heads[path] = tuple(t.detach() for t in weights)
+        for entry in entries:
+            entry.replaced = {name: self.backbone.get_parameter(name).detach() for name in self.config.replaced}
+        return entries
+
+    def _rows_of(self, expert: int, path: str, width: int) -> list[int]:
+        """The outputs of a fused head that are an expert's own, in the order of its own head."""
+        labels, union = self.config.experts[expert]["labels"], list(self.config.id2label.values())
+        own = self.config.profile(expert)["saved"][path]
+        return [union.index(label) for label in labels] if len(labels) == own <= width else list(range(own))
+
+    def _rebuild(self, entries: Sequence[Entry]) -> None:
+        """Makes this the router of these experts."""
+        with torch.no_grad():
+            complete(entries, self.backbone)
+            rows, profiles = plan_profiles(entries)
+            self.config.experts, self.config.profiles = rows, profiles
+            self.config.top_k = min(self.config.top_k, len(rows))
+            replaced = {name: tensor for entry in entries for name, tensor in entry.replaced.items()}
+            for name, tensor in replaced.items():
+                owner, _, leaf = name.rpartition(".")
+                setattr(self.backbone.get_submodule(owner), leaf, nn.Parameter(tensor.clone()))
+            self.config.replaced = sorted({*self.config.replaced, *replaced})
+            if union := label_union(rows):
+                names = dict(enumerate(union))
+                for config in (self.config, self.backbone.config):
+                    config.id2label, config.label2id = names, {label: i for i, label in names.items()}
+                self.config.backbone |= {"id2label": names, "label2id": self.config.label2id}
+                self.backbone.num_labels = len(union)
+            self._install(entries)
+
+    def _install(self, entries: Sequence[Entry] | None) -> None:
+        """Puts routed modules where the config wants them, filled from entries, or empty to be loaded."""
+        for handle in self._handles:
+            handle.remove()
+        for paths, _ in self._groups:
+            del self.backbone.get_submodule(paths[0]).experts
+        self._handles, self._groups = [], []
+        config, backbone = self.config, self.backbone
+        like = {"dtype": backbone.dtype}
+        symmetric = [row["gates"] == "arrow" for row in config.experts]
+        for paths, reads_encoder in module_sets(config):
+            ranks = [[config.profile(e)["ranks"].get(path, 0) for e in range(config.num_experts)] for path in paths]
+            members = [e for e in range(config.num_experts) if any(own[e] for own in ranks)]
+            linears = [backbone.get_submodule(path) for path in paths]
+            sizes = [linear_sizes(linear) for linear in linears]
+            group = RoutedLinears(
+                sizes[0][0],
+                [d_out for _, d_out in sizes],
+                members,
+                [[own[e] for e in members] for own in ranks],
+                [symmetric[e] for e in members],
+                self.routing,
+                reads_encoder,
+                {**like, "device": linears[0].weight.device},
+            )
+            if entries is not None:
+                fill_linears(group, paths, [entries[e] for e in members])
+            linears[0].add_module("experts", group)
+            for member, linear in enumerate(linears):
+                self._handles.append(linear.register_forward_hook(partial(_add_update, group, member)))
+            self._groups.append((paths, group))
+        self._heads = {}
+        for path in dict.fromkeys(path for profile in config.profiles for path in profile["saved"]):
+            self._heads[path] = head = self._head(path, symmetric, like)
+            if entries is not None:
+                fill_head(head, path, entries, self._rows_of)
+            backbone.set_submodule(path, head)
+
+    def _head(self, path: str, symmetric: Sequence[bool], like: Mapping[str, Any]) -> RoutedHead:
+        """An empty routed head in place of a base's head."""
+        config, old = self.config, self.backbone.get_submodule(path)
+        d_in = old.gates.shape[1] if isinstance(old, RoutedHead) else linear_sizes(old)[0]
+        widths = {config.profile(e)["saved"].get(path) for e in range(config.num_experts)}
+        labels = [row["labels"] for row in config.experts]
+        is_final = widths <= {len(own) for own in labels}
+        mixes = is_final and any(own != labels[0] for own in labels)
+        width = len(config.id2label) if is_final else max(width for width in widths if width)
+        where = {**like, "device": next(old.parameters()).device}
+        return RoutedHead(d_in, width, range(config.num_experts), symmetric, self.routing, mixes, where)
+
+    # ---------------------------------------------------------------- running
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base's forward: same arguments, same outputs."""
+        return self.backbone(*args, **kwargs)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What has to be known before tokens are routed: options, padding, and whether this is a new sequence."""
+        state, config = self.routing, self.config
+        state.top_k, state.temperature, state.rule = config.top_k, config.temperature, config.routing
+        mask, state.tokens = kwargs.get("attention_mask"), None
+        inputs = next(
+            (kwargs[k] for k in ("input_ids", "inputs_embeds") if kwargs.get(k) is not None), *args[:1] or [None]
+        )
+        is_padded_batch = isinstance(mask, torch.Tensor) and mask.dim() == 2 and inputs is not None
+        if is_padded_batch and not torch.compiler.is_compiling() and inputs.shape[:2] == mask.shape and not mask.all():
+            state.tokens, state.shape = mask.flatten().nonzero()[:, 0], tuple(mask.shape)
+        if self.record_routing:
+            cache = kwargs.get("past_key_values")
+            if state.trace is None or cache is None or not cache.get_seq_length():
+                paths = {id(group): paths for paths, group in self._groups}
+                paths |= {id(head): [path] for path, head in self._heads.items()}
+                self._trace = RoutingTrace(self.experts, paths, int(self.record_routing))
+            state.trace = self._trace
+        else:
+            state.trace = None
+
+    @contextmanager
+    def using(self, weights: torch.Tensor | Sequence[float] | str | None) -> Iterator[PhatgooseRouter]:
+        """Within this context the gates are not asked.
+
+        Args:
+            weights: an expert's name: it alone; (E,) or (B, E): these weights for every linear and every token;
+                None: the base alone, whose heads, where experts brought their own, are routed still.
+        """
+        if isinstance(weights, str):
+            if weights not in self.experts:
+                raise ValueError(f"there is no expert {weights!r}; there are {', '.join(self.experts)}")
+            weights = [float(weights == name) for name in self.experts]
+        given = None if weights is None else torch.as_tensor(weights, dtype=torch.float32, device=self.device)
+        if given is not None and given.shape[-1] != len(self.experts):
+            raise ValueError(f"{given.shape[-1]} weights were given, but there are {len(self.experts)} experts")
+        before = self.routing.given, self.routing.off
+        self.routing.given = None if given is None else given.view(-1, given.shape[-1])
+        self.routing.off = weights is None
+        try:
+            yield self
+        finally:
+            self.routing.given, self.routing.off = before
+
+    def routing_trace(self) -> RoutingTrace:
+        """The routing of the last sequences; set ``model.record_routing = 4096`` (tokens to keep) first.
+
+        A forward without a cache starts a new trace, one that goes on with a cache continues it: after `generate()`
+        the trace holds the prompt and every token that was read again. With beams, rows are the beams of the moment.
+
+        Raises:
+            ValueError: where nothing was recorded.
+        """
+        if self._trace is None or not self._trace.modules:
+            raise ValueError("no routing was recorded: set model.record_routing = 4096, then run the model")
+        return self._trace
+
+    def summary(self) -> dict[str, Any]:
+        """Experts, parameters in all and of the experts, routed linears, and what a token costs beside the base."""
+        base = extra = 0
+        for paths, group in self._groups:
+            sizes = [linear_sizes(self.backbone.get_submodule(path)) for path in paths]
+            base += sum(d_in * d_out for d_in, d_out in sizes)
+            extra += group.gates.numel() + self.config.top_k * group.widest * sum(map(sum, sizes))
+        routed = [*(group for _, group in self._groups), *self._heads.values()]
+        return {
+            "experts": self.experts,
+            "gates": [row["gates"] for row in self.config.experts],
+            "top_k": self.config.top_k,
+            "parameters": self.num_parameters(),
+            "expert_parameters": sum(p.numel() for module in routed for p in module.parameters()),
+            "routed_linears": sum(len(paths) for paths, _ in self._groups),
+            "relative_cost": 1 + extra / max(base, 1),
+        }
+
+    # ---------------------------------------------------------------- loading, saving
+
+    @property
+    def processor(self) -> Any:
+        """The tokenizer or image processor; a loaded model fetches it from where it came from."""
+        if self._processor is None and self._source is not None:
+            from transformers import AutoImageProcessor, AutoTokenizer
+
+            auto = AutoImageProcessor if self.main_input_name == "pixel_values" else AutoTokenizer
+            try:
+                self._processor = auto.from_pretrained(self._source[0], **self._source[1])
+            except (OSError, ValueError):  # a repo without one
+                return None
+        return self._processor
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As any model's; a base stored by reference is fetched at its pinned revision.
+
+        Raises:
+            ValueError: for a file that lacks weights of experts.
+        """
+        names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+        hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        config = kwargs.get("config")
+        if not isinstance(config, PhatgooseConfig):
+            config = PhatgooseConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        wants_info = kwargs.pop("output_loading_info", False)
+        if config.base_by_reference:
+            kwargs = load_by_reference(pretrained_model_name_or_path, config, hub, kwargs)
+            model, info = super().from_pretrained(None, *args, output_loading_info=True, **kwargs)
+        else:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"{pretrained_model_name_or_path} lacks {len(missing)} weights, first {missing[0]}")
+        model._source = (str(pretrained_model_name_or_path), hub)
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As any model's; writes the processor and the code beside the weights."""
+        name = f"modeling_phatgoose.{type(self).__name__}"
+        head = AUTO_CLASSES[self.config.head].__name__
+        self.config.auto_map = {"AutoConfig": "configuration_phatgoose.PhatgooseConfig", "AutoModel": name, head: name}
+        if self.processor is not None:
+            self.processor.save_pretrained(save_directory)
+        if self.config.base_by_reference and kwargs.get("state_dict") is None:
+            kwargs["state_dict"] = {key: tensor for key, tensor in self.state_dict().items() if self._is_own(key)}
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _is_own(self, key: str) -> bool:
+        """Whether a tensor belongs to the experts rather than to the base."""
+        path = key.removeprefix("backbone.")
+        return ".experts." in path or path in self.config.replaced or path.rpartition(".")[0] in self._heads
+
+    def to_adapter(
+        self, folder: str | Path, weights: Mapping[str, float] | None = None, rank: int | None = None
+    ) -> Path:
+        """Writes one PEFT adapter that is a weighted mean of the experts, for servers that know no routing.
+
+        Args:
+            folder: written whole or not at all.
+            weights: weight of each expert by name; default is 1/E each. `RoutingTrace.usage()` fits.
+            rank: cut to this rank by SVD; default is exact, the sum of the experts' ranks.
+
+        Returns:
+            The folder.
+        """
+        weights = weights if weights is not None else dict.fromkeys(self.experts, 1 / len(self.experts))
+        if unknown := [name for name in weights if name not in self.experts]:
+            raise ValueError(f"there is no expert {unknown[0]!r}; there are {', '.join(self.experts)}")
+        entries = self._entries()
+        return save_merged_adapter(
+            Path(folder), entries, [weights.get(n, 0.0) for n in self.experts], self.config, rank
+        )
+
+
+class PhatgooseForGeneration(PhatgooseRouter, GenerationMixin):
+    """A router of language models: `generate()` is the base's own, every step of it routed."""
+
+    def __init__(self, config: PhatgooseConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config, backbone)
+        self.generation_config = copy.deepcopy(self.backbone.generation_config)
+
+    @torch.no_grad()
+    def generate(self, *args: Any, generation_config: Any = None, **kwargs: Any) -> Any:
+        """As the base's `generate()`: caches, beams, sampling, streaming."""
+        return self.backbone.generate(*args, generation_config=generation_config or self.generation_config, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As the base's."""
+        return self.backbone.prepare_inputs_for_generation(*args, **kwargs)
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """As the base's, for sequence-to-sequence models."""
+        return self.backbone.prepare_decoder_input_ids_from_labels(labels=labels)
+
+    def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The base's encoder."""
+        return self.backbone.get_encoder(*args, **kwargs)
+
+    def get_decoder(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The base's decoder."""
+        return self.backbone.get_decoder(*args, **kwargs)
+
+
+def _add_update(
+    group: RoutedLinears, member: int, linear: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor
+) -> torch.Tensor:
+    """Forward hook of a routed linear."""
+    return group.add_update(member, args[0], output)
+
+
+__all__ = ["PhatgooseForGeneration", "PhatgooseRouter"]

@@ -1,0 +1,41 @@
+"""Routers that hold their base by reference: the repo has experts and gates, the base comes from its own."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from safetensors.torch import load_file
+from transformers.utils.hub import cached_file
+
+from .assembly_phatgoose import AUTO_CLASSES
+from .configuration_phatgoose import PhatgooseConfig
+
+INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+
+
+def load_by_reference(
+    name: Any, config: PhatgooseConfig, hub: dict[str, Any], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments for `from_pretrained` with all weights in them: the base's at its pinned revision, the repo's own."""
+    dtype = kwargs.get("dtype") or kwargs.pop("torch_dtype", None) or "auto"
+    if dtype == "auto":
+        dtype = config.dtype or "auto"
+    where = {key: hub[key] for key in ("token", "cache_dir", "local_files_only") if key in hub}
+    base = AUTO_CLASSES[config.head].from_pretrained(
+        config.base["id"], revision=config.base["revision"], config=config.backbone_config(), dtype=dtype, **where
+    )
+    state = {f"backbone.{key}": tensor for key, tensor in base.state_dict().items()}
+    index = cached_file(name, INDEX, _raise_exceptions_for_missing_entries=False, **hub)
+    files = [WEIGHTS]
+    if index:
+        with open(index, encoding="utf-8") as file:  # noqa: PTH123 (a cached path is a string)
+            files = sorted(set(json.load(file)["weight_map"].values()))
+    for file in files:
+        state |= load_file(cached_file(name, file, **hub))
+    drop = (*hub, "config", "dtype", "torch_dtype")
+    rest = {key: value for key, value in kwargs.items() if key not in drop}
+    return {**rest, "config": config, "state_dict": state, "dtype": dtype}
+
+
+__all__ = ["load_by_reference"]

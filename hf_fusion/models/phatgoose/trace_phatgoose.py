@@ -1,0 +1,114 @@
+"""The routing of tokens as data: who was chosen at every linear, with which weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+class RoutingTrace:
+    """Choices of the last sequences that a router ran, forward by forward; `PhatgooseRouter.routing_trace` gives it.
+
+    Tokens read by an encoder (and by the decoder's view of it) and tokens written by a decoder are counted apart:
+    linears differ in how many tokens they saw.
+
+    Args:
+        experts: names.
+        paths: id of a routed module -> the module paths of its linears.
+        max_tokens: tokens (rows times positions) kept per linear; the oldest forwards are dropped first.
+
+    Attributes:
+        dropped: tokens that were dropped for lack of room, per linear.
+    """
+
+    def __init__(self, experts: Sequence[str], paths: dict[int, list[str]], max_tokens: int) -> None:
+        self.experts, self.max_tokens = list(experts), max_tokens
+        self._paths = paths
+        self._parts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self.dropped: dict[str, int] = {}
+
+    def add(
+        self,
+        group: Any,
+        members: slice,
+        choice: torch.Tensor,
+        weight: torch.Tensor,
+        real: torch.Tensor | None,
+        shape: Sequence[int],
+    ) -> None:
+        """Keeps the choices (N, m, k) that a routed module made for real tokens of a batch of this shape."""
+        numbers = torch.tensor(group.experts, device=choice.device)
+        choice, weight = numbers[choice].to(torch.int16), weight.detach().to(torch.float32)
+        if real is not None:  # padding meets nobody
+            everyone = (int(torch.tensor(shape).prod()), *choice.shape[1:])
+            choice = choice.new_full(everyone, -1).index_copy_(0, real, choice)
+            weight = weight.new_zeros(everyone).index_copy_(0, real, weight)
+        rows = shape[0] if len(shape) > 1 else choice.shape[0]
+        for index, path in enumerate(self._paths[id(group)][members]):
+            part = (choice[:, index].cpu().view(rows, -1, choice.shape[-1]), weight[:, index].cpu())
+            parts = self._parts.setdefault(path, [])
+            if parts and parts[-1][0].shape[0] != rows:
+                parts.clear()  # another batch
+            parts.append((part[0], part[1].view_as(part[0])))
+            while len(parts) > 1 and sum(c[..., 0].numel() for c, _ in parts) > self.max_tokens:
+                self.dropped[path] = self.dropped.get(path, 0) + parts.pop(0)[0][..., 0].numel()
+
+    @property
+    def modules(self) -> list[str]:
+        """Module paths of the linears that routed something."""
+        return list(self._parts)
+
+    def choices(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Experts (B, T, k), -1 on padding, and their weights (B, T, k), at one linear."""
+        choice, weight = zip(*self._parts[module], strict=True)
+        width = max(part.shape[-1] for part in choice)
+        pad = [(0, width - part.shape[-1]) for part in choice]
+        return (
+            torch.cat([torch.nn.functional.pad(part, p, value=-1) for part, p in zip(choice, pad, strict=True)], 1),
+            torch.cat([torch.nn.functional.pad(part, p) for part, p in zip(weight, pad, strict=True)], 1),
+        )
+
+    def expert_weights(self, module: str) -> torch.Tensor:
+        """Weights of all experts at one linear, (B, T, E); zeros on padding."""
+        choice, weight = self.choices(module)
+        dense = torch.zeros(*choice.shape[:2], len(self.experts))
+        return dense.scatter_add_(2, choice.long().clamp(min=0), weight.masked_fill(choice < 0, 0))
+
+    def mean_weights(self, modules: Sequence[str] | None = None) -> torch.Tensor:
+        """Mean weights of the experts for each token over linears, (B, T, E).
+
+        Args:
+            modules: linears that saw the same tokens; by default all that saw as many as the last one did.
+        """
+        if modules is None:
+            last = self.choices(self.modules[-1])[0].shape[:2]
+            modules = [module for module in self.modules if self.choices(module)[0].shape[:2] == last]
+        return torch.stack([self.expert_weights(module) for module in modules]).mean(0)
+
+    def usage(self) -> dict[str, float]:
+        """Share of all routing weight that each expert got; sums to 1."""
+        total = sum(self.expert_weights(module).sum((0, 1)) for module in self.modules)
+        assert isinstance(total, torch.Tensor)
+        return dict(zip(self.experts, (total / total.sum().clamp(min=1e-9)).tolist(), strict=True))
+
+    def entropy(self) -> dict[str, float]:
+        """Per linear: entropy in nats of the experts' mean weights over tokens; 0 where one expert serves all."""
+        shares = {module: self.expert_weights(module).sum((0, 1)) for module in self.modules}
+        return {module: float(torch.special.entr(share / share.sum()).sum()) for module, share in shares.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain lists, for JSON."""
+        choices = {module: self.choices(module) for module in self.modules}
+        return {
+            "experts": self.experts,
+            "modules": {
+                module: {"experts": choice.tolist(), "weights": weight.round(decimals=4).tolist()}
+                for module, (choice, weight) in choices.items()
+            },
+            "dropped": self.dropped,
+        }
+
+
+__all__ = ["RoutingTrace"]
