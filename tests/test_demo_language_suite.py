@@ -1,0 +1,116 @@
+"""The suite of small language tasks: its rows, their splits, and SmolLM2 itself."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+
+from hf_fusion.demo.language_suite import HELD_IN, HELD_OUT, TASKS, Generated, rows
+from hf_fusion.errors import FusionError
+
+GENERATED = [name for name, task in TASKS.items() if isinstance(task.source, Generated)]
+
+
+def _contents(data: Dataset, name: str) -> list[str]:
+    """The prompts without markup and instruction."""
+    found = []
+    for index, prompt in enumerate(data["prompt"]):
+        wording = TASKS[name].instructions[index % len(TASKS[name].instructions)]
+        question = re.fullmatch(r"<\|im_start\|>user\n(.*)<\|im_end\|>\n<\|im_start\|>assistant\n", prompt, re.DOTALL)
+        assert question, prompt
+        before, after = wording.split("{}")
+        assert question[1].startswith(before) and question[1].endswith(after)
+        found.append(question[1][len(before) : len(question[1]) - len(after)])
+    return found
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_generated_rows(name):
+    train, test = rows(name, "train", 60), rows(name, "test", 30)
+    assert (len(train), len(test)) == (60, 30)
+    assert train.column_names == ["task", "prompt", "target"]
+    assert set(train["task"]) == {name}
+    assert rows(name, "test", 12)[:] == test[:12], "the same rows each time, in the same order"
+    assert not set(_contents(train, name)) & set(_contents(rows(name, "test", 400), name))
+    assert max(len(prompt + target) for prompt, target in zip(train["prompt"], train["target"])) < 260
+    assert all(target.strip() == target != "" for target in train["target"])
+
+
+def test_answers_are_right():
+    for name, answer in {
+        "word-sorting": lambda values: ", ".join(sorted(values)),
+        "word-reversal": lambda values: ", ".join(reversed(values)),
+        "longest-word": lambda values: max(values, key=len),
+        "word-initials": lambda values: " ".join(value[0] for value in values).upper(),
+        "number-sorting": lambda values: ", ".join(sorted(values, key=int)),
+        "number-range": lambda values: f"{min(values, key=int)} and {max(values, key=int)}",
+    }.items():
+        data = rows(name, "test", 20)
+        assert data["target"] == [answer(content.split(", ")) for content in _contents(data, name)], name
+    sums = rows("chain-sum", "test", 20)
+    assert [int(target) for target in sums["target"]] == [eval(content) for content in _contents(sums, "chain-sum")]
+    filtering = rows("number-filtering", "test", 20)
+    for question, target in zip(_contents(filtering, "number-filtering"), filtering["target"]):
+        action, bound, limit, listed = re.fullmatch(r"(\w+) all numbers (\w+) than (\d+): (.*)", question).groups()
+        meets = {n: int(n) > int(limit) if bound == "larger" else int(n) < int(limit) for n in listed.split(", ")}
+        kept = [n for n, fits in meets.items() if fits == (action == "Keep")]
+        assert target == (", ".join(kept) or "none")
+
+
+def test_tasks_share_their_content():
+    lists = {name: set(_contents(rows(name, "train", 300), name)) for name in ("word-sorting", "word-reversal")}
+    assert lists["word-sorting"] == lists["word-reversal"]
+
+
+def test_stored_rows(tmp_path):
+    folder = tmp_path / "banking77"
+    folder.mkdir()
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["card_arrival", "Lost_card"])})
+    texts = [f"question {number}" for number in range(20)]
+    labels = [number % 2 for number in range(20)]
+    Dataset.from_dict({"text": texts, "label": labels}, features=features).to_parquet(folder / "train.parquet")
+    Dataset.from_dict({"text": texts[:5], "label": labels[:5]}, features=features).to_parquet(folder / "test.parquet")
+    train, test = (rows("banking-intent", split, 100, tmp_path) for split in ("train", "test"))
+    assert sorted(_contents(test, "banking-intent")) == texts[:5]
+    assert sorted(_contents(train, "banking-intent")) == sorted(texts[5:])
+    for content, target in zip(_contents(train, "banking-intent"), train["target"]):
+        assert target == ["card arrival", "lost card"][int(content.split()[1]) % 2]
+
+
+def test_restaurant_rows(tmp_path):
+    folder = tmp_path / "e2e_nlg"
+    folder.mkdir()
+    data = {
+        "prompt": ["name[Cocum], customer rating[3 out of 5], area[city centre]", "name[Zizzi], area[riverside]"],
+        "target": ["Cocum, rated 3 out of 5, lies in the city centre.", "Zizzi lies by the river."],
+    }
+    for split in ("train", "test"):
+        Dataset.from_dict(data if split == "test" else {key: [] for key in data}).to_parquet(
+            folder / f"{split}.parquet"
+        )
+    rating = rows("restaurant-rating", "test", 10, tmp_path)
+    assert rating["target"] == ["3 out of 5"]  # the other row has no rating
+    assert data["target"][0] in rating["prompt"][0]
+    area = rows("restaurant-area", "test", 10, tmp_path)
+    assert sorted(area["target"]) == ["city centre", "riverside"]
+    described = rows("restaurant-description", "test", 10, tmp_path)
+    assert sorted(described["target"]) == sorted(data["target"])
+
+
+def test_what_is_missing_is_named(tmp_path):
+    with pytest.raises(FusionError, match="word-sorting"):
+        rows("word-sorting-2", "train", 3)
+    with pytest.raises(FusionError, match="banking77"):
+        rows("banking-intent", "train", 3)
+    with pytest.raises(FusionError, match="bbh/navigate"):
+        rows("navigate", "test", 3, tmp_path)
+
+
+def test_held_in_and_held_out():
+    assert set(HELD_IN) | set(HELD_OUT) == set(TASKS)
+    assert not set(HELD_IN) & set(HELD_OUT)
+    assert all(TASKS[name].held_in for name in HELD_IN)
+    assert not any(TASKS[name].held_in for name in HELD_OUT)
+    assert len(HELD_IN) >= 8
