@@ -32,6 +32,7 @@ from transformers import (
 
 from hf_fusion.demo.language_suite import HELD_IN, TASKS, LanguageTask, rows
 from hf_fusion.demo.smollm2 import SMOLLM2, smollm2_folder
+from hf_fusion.evaluate import wilson
 from hf_fusion.hub.card_edit import add_tag
 from hf_fusion.hub.gates import GATES_FILE, GATES_TAG, save_gates
 from hf_fusion.training.gates import train_gates
@@ -64,7 +65,7 @@ TRAINING = {  # by task, where it differs
     "word-reversal": Training(steps=200),
     "word-initials": Training(steps=120),
     "number-range": Training(steps=120),
-    "chain-sum": Training(steps=250),
+    "chain-sum": Training(steps=200),
     "restaurant-description": Training(steps=120),
     "restaurant-rating": Training(steps=120),
     "restaurant-area": Training(steps=120),
@@ -178,9 +179,14 @@ def train(task: LanguageTask, data: Path | None, folder: Path) -> str:
 def measure(model: PeftModel, test_rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: LanguageTask) -> str:
     """The task's metric with its 95 % interval, as text."""
     exact, share = target_scores(model, encode_prompts(test_rows, tokenizer), tokenizer)
-    values = (share if task.metric == "tokens" else exact).double()
-    half = 1.96 * values.std() / len(values) ** 0.5
-    return f"{100 * values.mean():.1f} ± {100 * half:.1f} %"
+    if task.metric == "exact":
+        mean = float(exact.double().mean())
+        low, high = wilson(mean, len(exact))
+    else:
+        mean = float(share.mean())
+        half = 1.96 * float(share.std()) / len(share) ** 0.5
+        low, high = mean - half, mean + half
+    return f"{mean:.1%} ({low:.1%} to {high:.1%})"
 
 
 def save(model: PeftModel, card: str, folder: Path) -> None:

