@@ -1,16 +1,26 @@
-"""Teach a fused model what it has to learn; the experts in it stay as they are."""
+"""Teach a fused model, or an adapter's gates, what it has to learn; the experts themselves stay as they are."""
 
 from __future__ import annotations
 
 import argparse
+import shutil
 from dataclasses import asdict
+from pathlib import Path
+
+from hf_fusion.errors import FusionError
 
 from .output import Out
 
 EXAMPLES = (
     ("hf-fusion fit fuser fused --data train.parquet --frugal", "fit the fuser, and learn to ask fewer experts"),
     ("hf-fusion fit fuser fused --data me/rows --split train --by loss", "choose by least loss, on a Hub data set"),
+    ("hf-fusion fit gates my-adapter --data train.parquet", "train an adapter's PHATGOOSE gates, into its folder"),
+    (
+        "hf-fusion fit gates me/my-adapter --data me/rows --push",
+        "the same for one on the Hub, and add them to its repo",
+    ),
 )
+CHECKPOINTS = "gate_checkpoints"  # in the output folder while gates are trained
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,19 +28,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parts = parser.add_subparsers(dest="part", required=True, metavar="PART", title="what to fit")
     fuser = parts.add_parser("fuser", help="the fuser of a Fusion of Experts")
     fuser.add_argument("folder", metavar="MODEL_DIR", help="a folder that hf-fusion fuse wrote; it is updated")
-    fuser.add_argument("--data", required=True, help="a parquet, csv or json file, a folder, or a Hub data set's id")
-    fuser.add_argument("--split", default="train", help="of a folder or Hub data set (default: train)")
+    _add_data(fuser)
     fuser.add_argument("--frugal", action="store_true", help="also learn to answer from few of the experts")
     fuser.add_argument(
         "--by", choices=("domain", "loss"), default="domain", help="in selection, the expert to choose is that of ..."
     )
     fuser.add_argument("--label-column", default="label", metavar="NAME", help="column of the labels (default: label)")
     fuser.add_argument("--expert-column", default="expert", metavar="NAME", help="column of the domains")
-    fuser.add_argument("--seed", type=int, default=0, help="the same seed gives the same weights (default: 0)")
+    gates = parts.add_parser("gates", help="the PHATGOOSE gates of one LoRA adapter")
+    gates.add_argument("adapter", metavar="ADAPTER", help="an adapter's folder, or owner/name on the Hub")
+    _add_data(gates)
+    gates.add_argument("--base", metavar="ID", help="the adapter's base, where it is not the one it records")
+    gates.add_argument("--steps", type=int, default=100, metavar="N", help="optimizer steps (default: 100)")
+    gates.add_argument("--learning-rate", type=float, default=5e-3, metavar="X", help="default: 0.005")
+    gates.add_argument("--batch-size", type=int, default=16, metavar="N", help="examples a step (default: 16)")
+    gates.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of an example (default: 512)")
+    gates.add_argument("--output", metavar="DIR", help="where the gates go (default: the adapter's folder)")
+    gates.add_argument("--push", action="store_true", help="add them to the adapter's repo, its tags and its card")
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, help="a parquet, csv or json file, a folder, or a Hub data set's id")
+    parser.add_argument("--split", default="train", help="of a folder or Hub data set (default: train)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same weights (default: 0)")
 
 
 def run(args: argparse.Namespace, out: Out) -> None:
     """Loads, fits and writes back, all of it or nothing."""
+    {"fuser": _fit_fuser, "gates": _fit_gates}[args.part](args, out)
+
+
+def _fit_fuser(args: argparse.Namespace, out: Out) -> None:
     from hf_fusion.data import load_rows
     from hf_fusion.fusion import load_fused, save_fused
     from hf_fusion.training.fuser import fit_fuser
@@ -49,3 +77,40 @@ def run(args: argparse.Namespace, out: Out) -> None:
     folder = save_fused(model, args.folder, recipe)
     out.result("Fitted", folder=str(folder), **asdict(fit))
     out.hint(f"hf-fusion eval {args.folder} --data {args.data} --split test")
+
+
+def _fit_gates(args: argparse.Namespace, out: Out) -> None:
+    is_folder = Path(args.adapter).is_dir()
+    folder = Path(args.output or args.adapter) if args.output or is_folder else None
+    if args.push and is_folder:
+        raise FusionError(f"{args.adapter} is a folder, not a repo", "hf-fusion fit gates owner/name --data … --push")
+    if folder is None and not args.push:
+        again = f"hf-fusion fit gates {args.adapter} --data {args.data}"
+        raise FusionError("nothing says where the gates go", f"{again} --output DIR, or --push")
+
+    from hf_fusion.data import load_rows
+    from hf_fusion.hub.gates import save_gates
+    from hf_fusion.hub.publish_gates import push_gates
+    from hf_fusion.training.gates import train_gates
+
+    gates = train_gates(
+        args.adapter,
+        load_rows(args.data, args.split),
+        base=args.base,
+        steps=args.steps,
+        learning_rate=args.learning_rate,
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        seed=args.seed,
+        output_dir=folder / CHECKPOINTS if folder else None,
+    )
+    where: dict[str, str] = {}
+    if folder:
+        where["file"] = str(save_gates(gates, folder).resolve())
+        shutil.rmtree(folder / CHECKPOINTS)
+    if args.push:
+        repo, _, revision = args.adapter.partition("@")
+        pushed = push_gates(gates, repo, revision=revision or None)
+        where |= {"repo": pushed.repo_id, "revision": pushed.sha, "url": pushed.url}
+    out.result("Trained", **where, gates=len(gates.vectors), **gates.facts)
+    out.hint(f"hf-fusion fuse --method phatgoose --experts {args.adapter} OTHERS --output fused")

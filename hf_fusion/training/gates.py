@@ -84,6 +84,9 @@ def train_gates(
     Raises:
         FusionError: for an expert that is no adapter, data it cannot learn from, or a loss that is not finite.
     """
+    for name, value in {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}.items():
+        if not value > 0:
+            raise FusionError(f"{name}={value} trains nothing", hint=f"a {name} above 0")
     loaded = _adapter_of(expert, base)
     with tempfile.TemporaryDirectory(prefix="hf_fusion_gates_") as scratch:
         arguments = TrainingArguments(
@@ -364,7 +367,9 @@ def _checkpoint(folder: Path, expert: Expert, settings: dict[str, Any]) -> str |
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]  # the last file of each
     if whole and (other := json.loads((folder / RUN_FILE).read_text())) != run:
         differing = ", ".join(f"{key}={other.get(key)!r}" for key in run if other.get(key) != run[key])
-        raise FusionError(f"{folder} holds checkpoints of another run ({differing})", hint="use another output_dir")
+        raise FusionError(
+            f"{folder} holds checkpoints of another run ({differing})", hint="use another output_dir, or remove it"
+        )
     (folder / RUN_FILE).write_text(json.dumps(run))
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
