@@ -55,7 +55,7 @@ LORA = {
 class Training:
     """How one expert is trained."""
 
-    steps: int = 150
+    steps: int = 100
     batch_size: int = 16
     learning_rate: float = 2e-3
 
@@ -63,13 +63,12 @@ class Training:
 TRAINING = {  # by task, where it differs
     "word-sorting": Training(steps=200),
     "word-reversal": Training(steps=200),
-    "word-initials": Training(steps=120),
-    "number-range": Training(steps=120),
-    "chain-sum": Training(steps=200),
-    "restaurant-description": Training(steps=120),
+    "word-initials": Training(steps=80),
+    "number-range": Training(steps=80),
+    "chain-sum": Training(steps=120),
+    "restaurant-description": Training(steps=80),
     "restaurant-rating": Training(steps=120),
-    "restaurant-area": Training(steps=120),
-    "banking-intent": Training(steps=200),
+    "banking-intent": Training(steps=150),
 }
 
 METRICS = {"exact": "right answers (greedy)", "tokens": "right next tokens"}
