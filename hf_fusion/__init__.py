@@ -25,6 +25,8 @@ _PUBLIC = {
     "arrow_prototypes": "training.gates",
     "push_gates": "hub.publish_gates",
     "evaluate_fusion": "evaluate",
+    "evaluate_routing": "evaluate_suite",
+    "SuiteResults": "suite_results",
     "FoEConfig": "models.foe",
     "FoEModel": "models.foe",
     "FoEProcessor": "models.foe",

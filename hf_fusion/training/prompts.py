@@ -5,6 +5,8 @@ Batches are padded by transformers' own ``DataCollatorForSeq2Seq(tokenizer)``, f
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,7 +100,6 @@ def target_scores(
     from transformers import DataCollatorForSeq2Seq
 
     collate = DataCollatorForSeq2Seq(tokenizer, model=model if model.config.is_encoder_decoder else None)
-    shift = 0 if model.config.is_encoder_decoder else 1  # a causal model's logits speak of the next position
     rows = [dict(row) for row in encoded]
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
     exact, share = torch.zeros(len(rows), dtype=torch.bool), torch.zeros(len(rows))
@@ -106,16 +107,27 @@ def target_scores(
     model.eval()
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
-        batch = collate([rows[row] for row in indices]).to(model.device)
-        labels = batch.pop("labels")
-        predicted = model(**batch).logits.argmax(-1)  # (B, T)
-        predicted, labels = predicted[:, : labels.shape[1] - shift], labels[:, shift:]
-        counted = labels != IGNORED
-        right = (predicted == labels) & counted  # (B, T)
-        exact[indices] = (right == counted).all(1).cpu()
-        share[indices] = (right.sum(1) / counted.sum(1)).cpu()
+        scores = score_targets(model, collate([rows[row] for row in indices]).to(model.device))
+        exact[indices], share[indices] = (score.cpu() for score in scores)
     model.train(training)
     return exact, share
+
+
+@torch.no_grad()
+def score_targets(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`target_scores` of one padded batch (with ``labels``), as it comes from the collator: (B,) bool, (B,) float."""
+    inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
+    labels = batch["labels"]
+    if not model.config.is_encoder_decoder:
+        labels = labels[:, 1:]  # a causal model's logits speak of the next position
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:  # none are wanted of the prompts
+            first = int((labels != IGNORED).any(0).nonzero()[0])
+            labels = labels[:, first:]
+            inputs["logits_to_keep"] = labels.shape[1] + 1
+    predicted = model(**inputs).logits.argmax(-1)[:, : labels.shape[1]]  # (B, T)
+    counted = labels != IGNORED
+    right = (predicted == labels) & counted
+    return (right == counted).all(1), right.sum(1) / counted.sum(1)
 
 
 def exact_matches(model: Any, encoded: Dataset, tokenizer: Any, batch_size: int = 32) -> torch.Tensor:

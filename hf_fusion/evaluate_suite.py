@@ -1,0 +1,344 @@
+"""Measures PHATGOOSE beside every baseline of its paper on a suite of tasks, none of which it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .errors import FusionError
+from .evaluate import machine
+from .experts import Expert
+from .hub.load import load_experts
+from .models.phatgoose import PhatgooseRouter
+from .retrieval import Embedder, Retrieval, TextEmbedder
+from .suite_results import (
+    HELD_IN,
+    HELD_OUT,
+    Metric,
+    SuiteResults,
+    SuiteSystem,
+    SuiteTask,
+    lead_of,
+    mean_of,
+    score_of,
+)
+from .training.batches import Examples, read_examples
+from .training.gates import average_activation
+from .training.prompts import score_targets
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+    from .hub.load import ExpertLike
+
+PHATGOOSE, ORACLE, HINDSIGHT = "PHATGOOSE", "oracle", "best in hindsight"
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a router is set up to be one of the systems.
+
+    Attributes:
+        kind: see `SuiteSystem`.
+        router: whose gates and rule, a key of `_ROUTERS`.
+        within: (evaluation, router, rows of a task, row numbers of a batch) → the context its forward runs in.
+    """
+
+    kind: str
+    router: str = "own"
+    within: Callable[[_Evaluation, PhatgooseRouter, str, list[int]], AbstractContextManager[Any]] = (
+        lambda evaluation, router, task, rows: nullcontext()
+    )
+
+
+# Gates and rule of a router -> how it is built of the experts.
+_ROUTERS: dict[str, Callable[[_Evaluation], PhatgooseRouter]] = {
+    "own": lambda evaluation: evaluation.build(evaluation.experts),
+    "average": lambda evaluation: evaluation.build(evaluation.with_average_gates()),
+    "arrow": lambda evaluation: evaluation.build(evaluation.experts, routing="arrow"),
+    "uniform": lambda evaluation: evaluation.build(evaluation.experts, routing="uniform"),
+}
+_WAYS: dict[str, _Way] = {
+    "base": _Way("base", within=lambda evaluation, router, task, rows: router.using(None)),
+    PHATGOOSE: _Way("router"),
+    "retrieval": _Way(
+        "baseline",
+        within=lambda evaluation, router, task, rows: router.using(evaluation.retrieved(task)[rows]),
+    ),
+    "average activation": _Way("baseline", "average"),
+    "Arrow": _Way("baseline", "arrow"),
+    "merged": _Way(
+        "baseline",
+        within=lambda evaluation, router, task, rows: router.using([1 / len(router.experts)] * len(router.experts)),
+    ),
+    "uniform": _Way("baseline", "uniform", lambda evaluation, router, task, rows: evaluation.drawn(task, rows)),
+}
+SYSTEMS = (*_WAYS, "experts", ORACLE)
+"""What can be compared: "experts" are all single experts, with the best one in hindsight."""
+
+
+def evaluate_routing(
+    experts: Sequence[ExpertLike],
+    suite: Mapping[str, Dataset],
+    *,
+    train_rows: Mapping[str, Dataset],
+    owners: Mapping[str, str],
+    systems: Sequence[str] | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    base: str | Path | PreTrainedModel | None = None,
+    top_k: int = 2,
+    temperature: float = 1.0,
+    missing_gates: str | None = None,
+    embedder: Embedder | None = None,
+    examples: int = 1000,
+    batch_size: int = 32,
+    max_length: int = 512,
+    seed: int = 0,
+    command: str = "",
+) -> SuiteResults:
+    """Measures PHATGOOSE, its baselines, every expert and the oracle on each task of a suite.
+
+    One forward per batch and system: a language model's greedy answer is its target if and only if each of the target's
+    tokens is the likeliest after those before it; a classifier's answer is the likeliest of all experts' labels.
+    Nothing but the oracle and the single experts is told which task it sees.
+
+    Args:
+        experts: adapters with gates, as `load_experts` takes them; where the base lies is where it runs.
+        suite: task → test rows; columns ``prompt`` and ``target``, or ``text`` (or ``image``) and ``label``.
+        train_rows: expert → rows it was trained on, for retrieval and average activation.
+        owners: task → the expert that was trained on it; tasks without one are held out.
+        systems: some of `SYSTEMS`; by default all (but the base, where experts bring heads that it does not have).
+        metrics: task → "exact" (default) or "tokens", for language models.
+        base: the adapters' base, where it is not the one they record.
+        top_k, temperature, missing_gates: see `PhatgooseRouter.from_experts`.
+        embedder: makes embeddings of texts for retrieval; by default all-MiniLM-L6-v2, from the Hub.
+        examples: how many training rows of each expert retrieval and average activation see.
+        batch_size: rows a step, taken in order of length.
+        max_length: the longest sequence, in tokens.
+        seed: of the rows drawn from `train_rows` and of uniform routing.
+        command: recorded in the results.
+
+    Raises:
+        FusionError: for unknown systems, tasks or experts, empty or missing rows, and experts that do not fit together.
+    """
+    loaded = load_experts(list(experts), base=base)
+    evaluation = _Evaluation(
+        loaded,
+        suite,
+        train_rows,
+        owners,
+        metrics or {},
+        {"top_k": top_k, "temperature": temperature, "missing_gates": missing_gates},
+        embedder,
+        examples,
+        batch_size,
+        max_length,
+        seed,
+    )
+    tasks, scores = evaluation.run(systems)
+    settings = {
+        **evaluation.options,
+        "gates": sorted({expert.gates.kind if expert.gates else "none" for expert in loaded}),
+        "examples": examples,
+        "seed": seed,
+        "dtype": str(loaded[0].model.dtype).removeprefix("torch."),
+    }
+    return SuiteResults(tasks, _compared(tasks, scores, evaluation.names), settings, command, machine())
+
+
+@dataclass
+class _Evaluation:
+    """One call of `evaluate_routing`: its arguments, and what is made of them once."""
+
+    experts: list[Expert]
+    suite: Mapping[str, Dataset]
+    train_rows: Mapping[str, Dataset]
+    owners: Mapping[str, str]
+    metrics: Mapping[str, Metric]
+    options: dict[str, Any]
+    embedder: Embedder | None
+    examples: int
+    batch_size: int
+    max_length: int
+    seed: int
+    _retrieval: Retrieval | None = None
+    _retrieved: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """The experts' names."""
+        return [expert.name for expert in self.experts]
+
+    def run(self, systems: Sequence[str] | None) -> tuple[list[SuiteTask], dict[str, dict[str, torch.Tensor]]]:
+        """The tasks, and the rows' scores: system → task → (N,)."""
+        wanted = self._checked(systems)
+        ways = {name: way for name, way in _WAYS.items() if name in wanted}
+        singles = {name: _Way("expert", within=partial(_alone, name)) for name in self.names}
+        kinds = dict.fromkeys(["own", *(way.router for way in ways.values())])
+        routers = {kind: _ROUTERS[kind](self) for kind in kinds}
+        tasks = []
+        scores: dict[str, dict[str, torch.Tensor]] = {}
+        for task, rows in self.suite.items():
+            owner = self.owners.get(task)
+            own = singles if "experts" in wanted else {}
+            if ORACLE in wanted and owner is not None:
+                own = own or {owner: singles[owner]}
+            values, metric = self._scores(task, rows, {**ways, **own}, routers)
+            tasks.append(SuiteTask(task, metric, len(rows), owner))
+            for name, value in values.items():
+                if "experts" in wanted or name not in singles:
+                    scores.setdefault(name, {})[task] = value
+            if ORACLE in wanted and owner is not None:
+                scores.setdefault(ORACLE, {})[task] = values[owner]
+            if "experts" in wanted:
+                best = max(self.names, key=lambda name: float(values[name].mean()))
+                scores.setdefault(HINDSIGHT, {})[task] = values[best]
+        return tasks, scores
+
+    @torch.no_grad()
+    def _scores(
+        self, task: str, rows: Dataset, ways: Mapping[str, _Way], routers: Mapping[str, PhatgooseRouter]
+    ) -> tuple[dict[str, torch.Tensor], Metric]:
+        """Every system's scores of one task's rows, (N,) each; a batch is prepared once for all of them."""
+        own = routers["own"]
+        speaks = own.config.head in ("causal-lm", "seq2seq-lm")
+        metric = self.metrics.get(task, "exact") if speaks else "accuracy"
+        read = self._read(own, rows)
+        scores = {name: torch.zeros(len(rows)) for name in ways}
+        for numbers in _batches(read.rows, self.batch_size):
+            batch = dict(read.collate([read.rows[number] for number in numbers]))
+            batch = {name: value.to(own.device) for name, value in batch.items()}
+            for name, way in ways.items():
+                router = routers[way.router]
+                with way.within(self, router, task, numbers):
+                    scores[name][numbers] = _score(router.backbone, batch, metric).float().cpu()
+        return scores, metric
+
+    def _read(self, router: PhatgooseRouter, rows: Dataset) -> Examples:
+        """Rows as the router reads them: labels are those of all experts."""
+        labels = list((router.config.id2label or {}).values()) if _has_heads(self.experts) else []
+        whole = Expert("the router", router.backbone, processor=self.experts[0].processor, labels=labels)
+        return read_examples(whole, rows, self.max_length)
+
+    def build(self, experts: Sequence[Expert], **options: Any) -> PhatgooseRouter:
+        """A router of the experts; all share the parameters of the base."""
+        try:
+            return PhatgooseRouter.from_experts(experts, **self.options, **options)
+        except ValueError as error:
+            raise FusionError(str(error)) from error
+
+    def with_average_gates(self) -> list[Expert]:
+        """The experts with average activations for gates."""
+        sampled = self._sampled()
+        return [
+            replace(expert, gates=average_activation(expert, sampled[expert.name], max_length=self.max_length))
+            for expert in self.experts
+        ]
+
+    def retrieved(self, task: str) -> torch.Tensor:
+        """The retrieved expert of each row of a task as weights, (N, E)."""
+        if self._retrieval is None:
+            self._retrieval = Retrieval(self._sampled(), self.embedder or TextEmbedder())
+        if task not in self._retrieved:
+            choice = self._retrieval.choose(self.suite[task])
+            self._retrieved[task] = torch.nn.functional.one_hot(choice, len(self.experts)).float()
+        return self._retrieved[task]
+
+    def _sampled(self) -> dict[str, Dataset]:
+        """So many training rows of each expert, in the experts' order."""
+        rows = {name: self.train_rows[name].shuffle(seed=self.seed) for name in self.names}
+        return {name: own.select(range(min(self.examples, len(own)))) for name, own in rows.items()}
+
+    def drawn(self, task: str, rows: Sequence[int]) -> AbstractContextManager[None]:
+        """Chance of its own for each batch, whatever else is measured."""
+        return _seeded(hash((self.seed, list(self.suite).index(task), min(rows))))
+
+    def _checked(self, systems: Sequence[str] | None) -> list[str]:
+        """The systems to run, once everything that was given is known to fit."""
+        heads = _has_heads(self.experts)
+        wanted = list(systems) if systems is not None else [name for name in SYSTEMS if name != "base" or not heads]
+        known = f"there are {', '.join(self.names)}"
+        if unknown := [name for name in wanted if name not in SYSTEMS]:
+            raise FusionError(f"no system {unknown[0]!r}; there are {', '.join(SYSTEMS)}")
+        if "base" in wanted and heads:
+            raise FusionError("the experts bring their own heads, without which their base has no answers")
+        if taken := [name for name in self.names if name in (*SYSTEMS, HINDSIGHT)]:
+            raise FusionError(f"an expert cannot be called {taken[0]!r} here: a system bears this name")
+        if not self.suite:
+            raise FusionError("the suite has no tasks")
+        if empty := [task for task, rows in self.suite.items() if not len(rows)]:
+            raise FusionError(f"the task {empty[0]} has no rows")
+        for task, owner in self.owners.items():
+            if task not in self.suite:
+                raise FusionError(f"{owner} is said to own {task!r}, which is no task of the suite")
+            if owner not in self.names:
+                raise FusionError(f"{task} is said to be owned by {owner!r}, which is no expert; {known}")
+        needing = [name for name in ("retrieval", "average activation") if name in wanted]
+        if needing and (missing := [name for name in self.names if not len(self.train_rows.get(name, ()))]):
+            raise FusionError(
+                f"{needing[0]} needs rows that {missing[0]} was trained on",
+                hint=f"train_rows={{{missing[0]!r}: …}}, or leave {' and '.join(needing)} out of systems",
+            )
+        return wanted
+
+
+def _alone(
+    name: str, evaluation: _Evaluation, router: PhatgooseRouter, task: str, rows: list[int]
+) -> AbstractContextManager[Any]:
+    """One expert for everything."""
+    return router.using(name)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Torch's chance starts from this seed, and goes on as before afterwards."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _has_heads(experts: Sequence[Expert]) -> bool:
+    return any(expert.adapter is not None and expert.adapter.saved for expert in experts)
+
+
+def _score(model: Any, batch: Mapping[str, torch.Tensor], metric: Metric) -> torch.Tensor:
+    """The score of each row of a batch, (B,)."""
+    if metric != "accuracy":
+        exact, share = score_targets(model, batch)
+        return exact if metric == "exact" else share
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return model(**inputs).logits.argmax(-1) == batch["labels"]
+
+
+def _batches(rows: Any, size: int) -> Iterator[list[int]]:
+    """Row numbers in batches; of sequences, those of like length together."""
+    order = list(range(len(rows)))
+    if "input_ids" in rows[0]:
+        order.sort(key=lambda row: len(rows[row]["input_ids"]))
+    yield from (order[start : start + size] for start in range(0, len(order), size))
+
+
+def _compared(
+    tasks: Sequence[SuiteTask], scores: Mapping[str, Mapping[str, torch.Tensor]], experts: Sequence[str]
+) -> list[SuiteSystem]:
+    """The systems with their intervals, means and distances to the router."""
+    systems = []
+    for name, own in scores.items():
+        kind = _WAYS[name].kind if name in _WAYS else "expert" if name in experts else "oracle"
+        system = SuiteSystem(name, kind, {t.name: score_of(own[t.name], t.metric) for t in tasks if t.name in own})
+        for group in (HELD_IN, HELD_OUT):
+            members = [task.name for task in tasks if task.group == group]
+            if members and set(members) <= own.keys():
+                system.means[group] = mean_of([system.scores[task] for task in members])
+                if PHATGOOSE in scores and name != PHATGOOSE:
+                    router = [scores[PHATGOOSE][task] for task in members]
+                    system.lead[group] = lead_of(router, [own[task] for task in members])
+        systems.append(system)
+    return systems
