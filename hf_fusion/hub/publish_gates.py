@@ -11,7 +11,7 @@ from hf_fusion.experts import Gates
 from hf_fusion.hub.card import README
 from hf_fusion.hub.card_edit import add_tag, put_section
 from hf_fusion.hub.compat import adapter_shapes
-from hf_fusion.hub.files import Source, explained, hub_api, resolve, weight_files
+from hf_fusion.hub.files import Source, explained, hub_api, recorded_base, resolve, weight_files
 from hf_fusion.hub.gates import GATES_FILE, GATES_TAG, gate_problem, parse_gates, save_gates, stored
 from hf_fusion.hub.headers import hub_shapes
 from hf_fusion.hub.publish import PublishResult
@@ -34,7 +34,8 @@ adapters of the same base for every token, at every linear ([PHATGOOSE](https://
 ```python
 import hf_fusion
 
-experts = ["{repo}"]  # and others with gates: hf_fusion.discover(tags="{tag}", base_model=...)
+found = hf_fusion.discover(tags="{tag}"{base})
+experts = hf_fusion.check_compatibility(found, need_gates=True).accepted
 model = hf_fusion.fuse("phatgoose", experts)
 ```"""
 
@@ -66,7 +67,7 @@ def push_gates(gates: Gates, repo_id: str, *, revision: str | None = None, api: 
         raise FusionError(f"{repo_id} is not an adapter's repo on the Hub.", hint="write owner/name of the adapter")
     _check(gates, source)
     card = _card(source)
-    edited = put_section(add_tag(card, GATES_TAG), GATES_TAG, _section(gates, repo_id))
+    edited = put_section(add_tag(card, GATES_TAG), GATES_TAG, _section(gates, source))
     operations = [] if edited == card else [CommitOperationAdd(README, edited.encode())]
     sha = str(source.revision)
     with tempfile.TemporaryDirectory(prefix="hf-fusion-") as folder, explained(repo_id):
@@ -124,8 +125,12 @@ def _has_gates(source: Source, gates: Gates) -> bool:
     return same and (there.kind, there.facts) == (gates.kind, gates.facts)
 
 
-def _section(gates: Gates, repo_id: str) -> str:
+def _section(gates: Gates, source: Source) -> str:
     """The card's paragraph: what the gates are, where they come from, how to use them."""
+    try:
+        base = f', base_model="{recorded_base(source).partition("@")[0]}"'
+    except FusionError:  # trained from a folder; whoever uses it has to know the base
+        base = ""
     facts, training = gates.facts, ""
     if {"steps", "examples"} <= facts.keys():
         training = f", in {facts['steps']:.0f} steps on {facts['examples']:,.0f} examples"
@@ -133,4 +138,4 @@ def _section(gates: Gates, repo_id: str) -> str:
         training += f" (the adapter's loss with its gates half open, {facts['loss_before']:.3f}, "
         training += f"became {facts['loss_after']:.3f})"
     origin = _ORIGIN[gates.kind].format(training=training)
-    return _SECTION.format(file=GATES_FILE, count=len(gates.vectors), origin=origin, repo=repo_id, tag=GATES_TAG)
+    return _SECTION.format(file=GATES_FILE, count=len(gates.vectors), origin=origin, tag=GATES_TAG, base=base)
