@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -34,16 +35,18 @@ class Method:
         module: where it is defined; imported when it is used.
         function: dotted name in the module, called with loaded experts and the method's options.
         weighs: whether experts carry weights.
+        check: dotted name of a function with the same arguments, called before anything is loaded, if there is one.
     """
 
     module: str
     function: str
     weighs: bool = False
+    check: str = ""
 
-    def load(self) -> Callable[..., PreTrainedModel]:
-        """The function itself."""
+    def load(self, name: str = "") -> Callable[..., PreTrainedModel]:
+        """The function itself, or another one of its module."""
         found: Any = import_module(self.module)
-        for part in self.function.split("."):
+        for part in (name or self.function).split("."):
             found = getattr(found, part)
         return found
 
@@ -53,6 +56,9 @@ RECIPE_ATTRIBUTE = "fusion_recipe"
 # A new method is one more row.
 METHODS = {
     "foe": Method("hf_fusion.models.foe", "FoEModel.from_experts"),
+    "phatgoose": Method(
+        "hf_fusion.models.phatgoose", "PhatgooseRouter.from_experts", check="PhatgooseRouter.check_options"
+    ),
 }
 
 
@@ -87,7 +93,10 @@ def fuse(
     Raises:
         FusionError: for an unknown method or option, and for experts that cannot be loaded or fused.
     """
-    build = _method(method, parameters).load()
+    row = _method(method, parameters)
+    with _explained():
+        if row.check:
+            row.load(row.check)(experts, **parameters)
     loaded = load_experts(
         experts,
         base=base,
@@ -97,13 +106,20 @@ def fuse(
         trust_remote_code=trust_remote_code,
         api=api,
     )
-    try:
-        model = build(loaded, **parameters)
-    except ValueError as error:
-        raise FusionError(str(error)) from error
+    with _explained():
+        model = row.load()(loaded, **parameters)
     recorded = {"task": task, **parameters}
     setattr(model, RECIPE_ATTRIBUTE, _recipe(method, loaded, recorded, dtype))
     return model
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """A family, which knows nothing of this package, raises ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise FusionError(str(error)) from error
 
 
 def fuse_recipe(
@@ -184,7 +200,7 @@ def load_fused(folder: str | Path) -> tuple[PreTrainedModel, Recipe]:
     model_class = getattr(home, name, None) or getattr(transformers, name, None)
     if model_class is None:
         raise FusionError(f"{folder}: no model class {name!r} is known.")
-    model = model_class.from_pretrained(folder, local_files_only=True).eval()
+    model = model_class.from_pretrained(folder).eval()  # a base by reference is fetched
     setattr(model, RECIPE_ATTRIBUTE, recipe)
     return model, recipe
 

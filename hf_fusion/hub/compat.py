@@ -295,6 +295,11 @@ def _check_gates(case: Case) -> Iterator[Reason]:
         yield Reason(ReasonKind.GATES, f"has no {GATES_FILE}", remedy)
     elif problem := gate_problem(case.gates, sizes, also={name.removesuffix(".weight") for name in saved}):
         yield Reason(ReasonKind.GATES, f"{GATES_FILE} {problem}", remedy)
+    for key, shape in case.shapes.items():
+        path = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        if path in lora and shape[0] > max(lora[path]):
+            yield Reason(ReasonKind.LORA, f"rank {shape[0]} of {path} is more than its width")
+            return
 
 
 def _check_license(case: Case) -> Iterator[Reason]:

@@ -95,10 +95,7 @@ class PhatgooseRouter(PreTrainedModel):
         Raises:
             ValueError: where experts do not fit together, naming the expert and the reason.
         """
-        if not experts:
-            raise ValueError("a router needs at least one expert; the list is empty")
-        if top_k > len(experts):
-            raise ValueError(f"top_k={top_k}, but there are only {len(experts)} experts")
+        cls.check_options(experts, top_k, temperature, routing, missing_gates)
         wanted = "arrow" if routing == "arrow" else missing_gates
         resolved = base is None and all(getattr(expert, "adapter", None) is not None for expert in experts)
         if not resolved or (wanted and any(routing == "arrow" or expert.gates is None for expert in experts)):
@@ -126,6 +123,31 @@ class PhatgooseRouter(PreTrainedModel):
         router.add_experts(experts)
         router._processor = experts[0].processor
         return router.eval()
+
+    @staticmethod
+    def check_options(
+        experts: Sequence[Any],
+        top_k: int = 2,
+        temperature: float = 1.0,
+        routing: str = "phatgoose",
+        missing_gates: str | None = None,
+        **others: Any,
+    ) -> None:
+        """What of the arguments of `from_experts` can be known to be wrong before anything is loaded.
+
+        Raises:
+            ValueError: naming it.
+        """
+        if not experts:
+            raise ValueError("a router needs at least one expert; the list is empty")
+        for name, value, kinds in (("top_k", top_k, int), ("temperature", temperature, (int, float))):
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}, not a{' whole' * (kinds is int)} number")
+        PhatgooseConfig(top_k=top_k, temperature=temperature, routing=routing)
+        if top_k > len(experts):
+            raise ValueError(f"top_k={top_k}, but there are only {len(experts)} experts")
+        if missing_gates not in (None, "arrow"):
+            raise ValueError(f"missing_gates is {missing_gates!r}; only 'arrow' can stand in for gates")
 
     def add_experts(self, experts: Sequence[Any]) -> None:
         """Adds loaded adapters with gates (`hf_fusion.load_experts` gives them) to this router.
