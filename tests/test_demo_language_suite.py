@@ -54,7 +54,6 @@ def test_answers_are_right():
     for name, answer in {
         "word-sorting": lambda values: ", ".join(sorted(values)),
         "word-reversal": lambda values: ", ".join(reversed(values)),
-        "longest-word": lambda values: max(values, key=len),
         "word-initials": lambda values: " ".join(value[0] for value in values).upper(),
         "number-sorting": lambda values: ", ".join(sorted(values, key=int)),
         "number-range": lambda values: f"{min(values, key=int)} and {max(values, key=int)}",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -177,14 +177,20 @@ def _distinct(drawn: Iterator[Row | None], size: int, taken: set[str]) -> Iterat
         yield row
 
 
-def _words(answer: Callable[[list[str]], str | None]) -> Generated:
+def _joined(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))
+
+
+_NUMBERS = {"min_numbers": 3, "max_numbers": 4, "max_decimals": 0, "min_value": 0, "max_value": 99}
+
+
+def _words(answer: Callable[[list[str]], str]) -> Generated:
     """Three or four different words in small letters; the answer is a function of them."""
 
     def row(item: Mapping[str, Any]) -> Row | None:
         words = [word.lower() for word in item["metadata"]["words"]]
         usable = len(set(words)) == len(words) and min(map(len, words)) > 2
-        solved = answer(words) if usable else None
-        return None if solved is None else (", ".join(words), solved)
+        return (_joined(words), answer(words)) if usable else None
 
     return Generated("word_sequence_reversal", row, {"min_words": 3, "max_words": 4})
 
@@ -194,21 +200,9 @@ def _numbers(answer: Callable[[list[int]], str]) -> Generated:
 
     def row(item: Mapping[str, Any]) -> Row | None:
         numbers = [int(float(number)) for number in item["metadata"]["original_numbers"]]
-        if len(set(numbers)) < len(numbers):
-            return None
-        return ", ".join(map(str, numbers)), answer(numbers)
+        return (_joined(numbers), answer(numbers)) if len(set(numbers)) == len(numbers) else None
 
-    limits = {"min_numbers": 3, "max_numbers": 4, "max_decimals": 0, "min_value": 0, "max_value": 99}
-    return Generated("number_sorting", row, limits)
-
-
-def _longest(words: list[str]) -> str | None:
-    *_, second, first = sorted(words, key=len)
-    return first if len(first) > len(second) else None
-
-
-def _joined(values: Any) -> str:
-    return ", ".join(map(str, values))
+    return Generated("number_sorting", row, _NUMBERS)
 
 
 def _filtering(item: Mapping[str, Any]) -> Row:
@@ -216,10 +210,6 @@ def _filtering(item: Mapping[str, Any]) -> Row:
     action, bound = facts["operation"].split("_")
     question = f"{action.capitalize()} all numbers {bound} than {facts['filter_value']}: "
     return question + _joined(facts["original_numbers"]), _joined(facts["result"]) or "none"
-
-
-def _whole(item: Mapping[str, Any]) -> Row:
-    return item["question"].strip(), item["answer"]
 
 
 def _bbh(item: Mapping[str, Any]) -> Row:
@@ -256,11 +246,6 @@ _HELD_IN = (
         _words(lambda words: _joined(words[::-1])),
     ),
     LanguageTask(
-        "longest-word",
-        ("Which of these words is the longest? {}", "Find the longest word: {}", "Pick the word of most letters: {}"),
-        _words(_longest),
-    ),
-    LanguageTask(
         "word-initials",
         ("Write the first letters of these words: {}", "Give the initials: {}", "Which letters begin these words? {}"),
         _words(lambda words: " ".join(word[0].upper() for word in words)),
@@ -285,20 +270,6 @@ _HELD_IN = (
         ),
     ),
     LanguageTask(
-        "spell-backward",
-        ("Spell this word backward: {}", "Write the letters in reverse: {}", "Turn this word around: {}"),
-        Generated(
-            "spell_backward",
-            lambda item: (item["metadata"]["word"].lower(), item["answer"].lower()),
-            {"min_word_len": 3, "max_word_len": 4},
-        ),
-    ),
-    LanguageTask(
-        "family-relationships",
-        ("{}",),
-        Generated("family_relationships", _whole, {"min_family_size": 3, "max_family_size": 4}),
-    ),
-    LanguageTask(
         "restaurant-description",
         ("Describe this restaurant: {}", "Write a sentence from this data: {}", "Put this data into words: {}"),
         Stored("e2e_nlg", _describe),
@@ -309,18 +280,6 @@ _HELD_IN = (
         "restaurant-rating",
         ("What rating does it have? {}", "Extract the customer rating: {}", "How do customers rate this place? {}"),
         _restaurant("customer rating"),
-        license="cc-by-sa-4.0",
-    ),
-    LanguageTask(
-        "restaurant-area",
-        ("In which area is it? {}", "Extract the area: {}", "Where does this place lie? {}"),
-        _restaurant("area"),
-        license="cc-by-sa-4.0",
-    ),
-    LanguageTask(
-        "restaurant-price",
-        ("What is its price range? {}", "Extract the price range: {}", "How expensive is this place? {}"),
-        _restaurant("priceRange"),
         license="cc-by-sa-4.0",
     ),
     LanguageTask(
@@ -346,11 +305,7 @@ _HELD_OUT = (
     LanguageTask(
         "number-filtering",
         ("{}",),
-        Generated(
-            "number_filtering",
-            _filtering,
-            {"min_numbers": 3, "max_numbers": 4, "max_decimals": 0, "min_value": 0, "max_value": 99},
-        ),
+        Generated("number_filtering", _filtering, _NUMBERS),
         held_in=False,
     ),
     LanguageTask(
@@ -374,6 +329,13 @@ _HELD_OUT = (
         ("Sort these numbers in descending order: {}",),
         _numbers(lambda numbers: _joined(sorted(numbers, reverse=True))),
         held_in=False,
+    ),
+    LanguageTask(
+        "restaurant-area",
+        ("In which area is it? {}", "Extract the area: {}", "Where does this place lie? {}"),
+        _restaurant("area"),
+        held_in=False,
+        license="cc-by-sa-4.0",
     ),
 )
 
