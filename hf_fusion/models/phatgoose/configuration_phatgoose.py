@@ -30,8 +30,8 @@ class PhatgooseConfig(PreTrainedConfig):
         profiles: what an expert adapts, each distinct profile once: "ranks" (module path -> LoRA rank) and "saved"
             (module path of a head -> its number of outputs).
         replaced: parameters of the base that an expert's saved ones stand in for.
-        top_k: experts that each token meets at each linear.
-        temperature: divides the scores before the softmax; the paper has 1.
+        num_experts_per_tok: top-k, the experts that each token meets at each linear.
+        router_temperature: divides the scores before the softmax; the paper has 1.
         routing: "phatgoose" scores by standardised gates and inputs, "arrow" by |x·v|, "uniform" draws experts at
             random; the latter two are baselines.
     """
@@ -46,8 +46,8 @@ class PhatgooseConfig(PreTrainedConfig):
     experts: list[dict[str, Any]] = None  # type: ignore[assignment]
     profiles: list[dict[str, Any]] = None  # type: ignore[assignment]
     replaced: list[str] = None  # type: ignore[assignment]
-    top_k: int = 2
-    temperature: float = 1.0
+    num_experts_per_tok: int = 2  # not top_k and temperature: generate() takes those for its own
+    router_temperature: float = 1.0
     routing: str = "phatgoose"
     is_encoder_decoder: bool = False
 
@@ -61,10 +61,10 @@ class PhatgooseConfig(PreTrainedConfig):
         for name, value, allowed in (("head", self.head, HEADS), ("routing", self.routing, ROUTINGS)):
             if value not in allowed:
                 raise ValueError(f"PhatgooseConfig.{name} is {value!r}; it must be one of {', '.join(allowed)}")
-        if self.top_k < 1:
-            raise ValueError(f"PhatgooseConfig.top_k is {self.top_k}; each token needs at least one expert")
-        if not self.temperature > 0:
-            raise ValueError(f"PhatgooseConfig.temperature is {self.temperature}; it must be above 0")
+        if self.num_experts_per_tok < 1:
+            raise ValueError(f"top_k is {self.num_experts_per_tok}; each token needs at least one expert")
+        if not self.router_temperature > 0:
+            raise ValueError(f"the router's temperature is {self.router_temperature}; it must be above 0")
 
     @property
     def num_experts(self) -> int:

@@ -109,8 +109,8 @@ class PhatgooseRouter(PreTrainedModel):
             backbone={k: v for k, v in model.config.to_dict().items() if k not in ("dtype", "_name_or_path")},
             base={"id": experts[0].adapter.base, "revision": experts[0].adapter.base_revision},
             base_by_reference=base_by_reference,
-            top_k=top_k,
-            temperature=temperature,
+            num_experts_per_tok=top_k,
+            router_temperature=temperature,
             routing=routing,
             is_encoder_decoder=bool(model.config.is_encoder_decoder),
         )
@@ -205,7 +205,7 @@ class PhatgooseRouter(PreTrainedModel):
             complete(entries, self.backbone)
             rows, profiles = plan_profiles(entries)
             self.config.experts, self.config.profiles = rows, profiles
-            self.config.top_k = min(self.config.top_k, len(rows))
+            self.config.num_experts_per_tok = min(self.config.num_experts_per_tok, len(rows))
             replaced = {name: tensor for entry in entries for name, tensor in entry.replaced.items()}
             for name, tensor in replaced.items():
                 owner, _, leaf = name.rpartition(".")
@@ -278,7 +278,11 @@ class PhatgooseRouter(PreTrainedModel):
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What has to be known before tokens are routed: options, padding, and whether this is a new sequence."""
         state, config = self.routing, self.config
-        state.top_k, state.temperature, state.rule = config.top_k, config.temperature, config.routing
+        state.top_k, state.temperature, state.rule = (
+            config.num_experts_per_tok,
+            config.router_temperature,
+            config.routing,
+        )
         mask, state.tokens = kwargs.get("attention_mask"), None
         inputs = next(
             (kwargs[k] for k in ("input_ids", "inputs_embeds") if kwargs.get(k) is not None), *args[:1] or [None]
@@ -338,12 +342,12 @@ class PhatgooseRouter(PreTrainedModel):
         for paths, group in self._groups:
             sizes = [linear_sizes(self.backbone.get_submodule(path)) for path in paths]
             base += sum(d_in * d_out for d_in, d_out in sizes)
-            extra += group.gates.numel() + self.config.top_k * group.widest * sum(map(sum, sizes))
+            extra += group.gates.numel() + self.config.num_experts_per_tok * group.widest * sum(map(sum, sizes))
         routed = [*(group for _, group in self._groups), *self._heads.values()]
         return {
             "experts": self.experts,
             "gates": [row["gates"] for row in self.config.experts],
-            "top_k": self.config.top_k,
+            "top_k": self.config.num_experts_per_tok,
             "parameters": self.num_parameters(),
             "expert_parameters": sum(p.numel() for module in routed for p in module.parameters()),
             "routed_linears": sum(len(paths) for paths, _ in self._groups),
@@ -431,14 +435,20 @@ class PhatgooseRouter(PreTrainedModel):
 class PhatgooseForGeneration(PhatgooseRouter, GenerationMixin):
     """A router of language models: `generate()` is the base's own, every step of it routed."""
 
-    def __init__(self, config: PhatgooseConfig, backbone: PreTrainedModel | None = None) -> None:
-        super().__init__(config, backbone)
-        self.generation_config = copy.deepcopy(self.backbone.generation_config)
+    @property
+    def generation_config(self) -> Any:
+        """The base's, which `generate()` reads."""
+        return self.backbone.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        if "backbone" in self._modules:  # PreTrainedModel sets one before there is a base
+            self.backbone.generation_config = value
 
     @torch.no_grad()
-    def generate(self, *args: Any, generation_config: Any = None, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the base's `generate()`: caches, beams, sampling, streaming."""
-        return self.backbone.generate(*args, generation_config=generation_config or self.generation_config, **kwargs)
+        return self.backbone.generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As the base's."""

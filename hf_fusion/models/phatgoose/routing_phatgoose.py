@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,10 @@ class Routed(NamedTuple):
     x: torch.Tensor  # (N, d_in)
     choice: torch.Tensor  # (N, m, k), an index into the experts of these linears
     weight: torch.Tensor  # (N, m, k), sums to 1 over the experts that adapt the linear
-    hidden: torch.Tensor | None  # (N, m, k * r), A x times the weight, where it is made for all m at once
+    # Where A x is made for all m at once: per linear (N·k·r,), rows of its B and A x times the weight.
+    rows: tuple[torch.Tensor, ...] = ()
+    hidden: tuple[torch.Tensor, ...] = ()
+    bags: torch.Tensor | None = None  # (N,), where each token's part of these begins
 
 
 @dataclass
@@ -51,6 +55,15 @@ class Routing:
     tokens: torch.Tensor | None = None
     shape: tuple[int, ...] = ()
     trace: Any = None
+    _steps: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+    def steps(self, count: int, width: int) -> torch.Tensor:
+        """0, width, 2 width, …, count · width on the CPU: made once per size, since small calls live off that."""
+        if len(self._steps) > 256:
+            self._steps.clear()
+        if (count, width) not in self._steps:
+            self._steps[count, width] = torch.arange(0, count * width + 1, width)
+        return self._steps[count, width]
 
     def real(self, x: torch.Tensor) -> torch.Tensor | None:
         """Positions of the real tokens of `x`, where it has the padded shape."""
@@ -141,7 +154,7 @@ class RoutedLinears(nn.Module):
         flat = [rank for own in ranks for rank in own]
         self.widest = max(flat)
         self.even = min(flat) == self.widest  # every expert adapts every linear with the same rank
-        self.starts = [sum(flat[:slot]) for slot in range(len(flat))]
+        self.starts = list(accumulate(flat, initial=0))[:-1]
         self._tables: dict[tuple[torch.device, torch.dtype], dict[str, Any]] = {}
         self._shared: tuple[torch.Tensor, Routed] | None = None
 
@@ -160,13 +173,13 @@ class RoutedLinears(nn.Module):
             where: dict[str, Any] = {"device": like.device}
             absent = [ABSENT * (rank == 0) for rank in flat]
             symmetric = self.symmetric * len(self.ranks)
-            own = [start - self.starts[slot - slot % len(self.experts)] for slot, start in enumerate(self.starts)]
+            ranks, within = torch.tensor(flat, **where)[:, None], torch.arange(self.widest, **where)
+            rows = torch.tensor(self.starts, **where)[:, None] + within
             self._tables[key] = {
-                "start": torch.tensor(self.starts, **where),
-                "own": torch.tensor(own, **where),
+                # Rows of A of each pair of linear and expert; one of a lower rank borrows some, which `own` cancels.
+                "rows": rows.clamp_(max=sum(flat) - 1),
+                "own": (within < ranks).to(like.dtype),
                 "offset": torch.arange(0, len(flat), len(self.experts), **where)[:, None],
-                "rank": torch.tensor(flat, **where),
-                "within": torch.arange(self.widest, **where),
                 "experts": torch.tensor(self.experts, **where),
                 "bias": torch.tensor(absent, dtype=like.dtype, **where) if any(absent) else None,
                 "symmetric": torch.tensor(symmetric, **where) if any(symmetric) else None,
@@ -177,11 +190,10 @@ class RoutedLinears(nn.Module):
         """The update of one linear for its input (..., d_in): (N, d_out), N the real tokens."""
         routed = self.route(member, x)
         index = member - routed.first
+        if routed.hidden:
+            rows, hidden = routed.rows[index], routed.hidden[index]
+            return torch.embedding_bag(self.lora_B[member], rows, routed.bags, False, 0, False, hidden)[0]
         choice, weight = routed.choice[:, index], routed.weight[:, index]
-        if routed.hidden is not None:
-            hidden = routed.hidden[:, index].contiguous()
-            rows = self._rows_of_b(member, choice)
-            return F.embedding_bag(rows, self.lora_B[member], per_sample_weights=hidden, mode="sum")
         if choice.numel() <= FEW or torch.compiler.is_compiling():
             return self._gathered(member, routed.x, choice, weight)
         return self._grouped(member, routed.x, choice, weight)
@@ -215,16 +227,16 @@ class RoutedLinears(nn.Module):
                 table if table is None else table[slots] for table in (tables["bias"], tables["symmetric"])
             )
             scores = score(flat, self.gates[slots], state.rule, bias, symmetric)
-            choice, weight = state.weigh(scores.view(len(flat), count, experts))
+            choice, weight = state.weigh(scores.view(-1, count, experts))
         if state.trace is not None:
             state.trace.add(self, members, choice, weight, real, x.shape[:-1])
-        hidden = None
         eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
         # sampled_addmm refuses a row that wants more entries than it has (experts of few rows that borrow many).
-        fits = choice[0].numel() * self.widest <= len(self.lora_A) if len(flat) else False
+        each = count * choice.shape[-1] * self.widest
+        fits = each * flat.shape[0] > 0 and each <= self.lora_A.shape[0]
         if eager and fits and flat.device.type == "cpu" and flat.dtype in SPARSE_DTYPES:
-            hidden = self._hidden(members, flat, choice, weight)
-        return Routed(members.start, flat, choice, weight, hidden)
+            return Routed(members.start, flat, choice, weight, *self._hidden(members, flat, choice, weight))
+        return Routed(members.start, flat, choice, weight)
 
     def _given(
         self, x: torch.Tensor, real: torch.Tensor | None, tables: Mapping[str, Any]
@@ -238,50 +250,50 @@ class RoutedLinears(nn.Module):
 
     def _slots(self, choice: torch.Tensor, first: int) -> torch.Tensor:
         """Experts chosen at m linears from `first` on, (N, m, k), as indices into all pairs of linear and expert."""
+        if len(self.ranks) == 1:
+            return choice
         return choice + self.tables(self.lora_A)["offset"][first : first + choice.shape[1]]
 
-    def _rows(self, slots: torch.Tensor, start: str, size: int) -> torch.Tensor:
-        """Rows that belong to slots, (..., k) -> (..., k·r); an expert of a lower rank borrows some, masked later."""
-        tables = self.tables(self.lora_A)
-        begin = slots * self.widest if self.even else tables[start][slots]
-        rows = (begin[..., None] + tables["within"]).flatten(-2)
-        return rows if self.even else rows.clamp_(max=size - 1)
-
-    def _rows_of_b(self, member: int, choice: torch.Tensor) -> torch.Tensor:
-        """Rows of one linear's B that belong to chosen experts, (N, k) -> (N, k·r)."""
-        slots = choice if self.even else choice + member * len(self.experts)
-        return self._rows(slots, "own", len(self.lora_B[member]))
-
     def _weighted(self, product: torch.Tensor, slots: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """A x, (..., k, r), times the experts' weights (..., k); borrowed rows become 0. Returns (..., k·r)."""
-        hidden = product * weight[..., None].to(product.dtype)
-        if not self.even:
-            tables = self.tables(self.lora_A)
-            hidden = hidden * (tables["within"] < tables["rank"][slots][..., None])
-        return hidden.flatten(-2)
+        """A x, (..., k, r), times the experts' weights (..., k); rows that were borrowed become 0."""
+        hidden = product * weight.unsqueeze(-1)
+        return hidden if self.even else hidden * self.tables(product)["own"][slots]
 
-    def _hidden(self, members: slice, x: torch.Tensor, choice: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """A x of the chosen experts alone, times their weights: a product computed where it is wanted (SDDMM)."""
+    def _rows_of_b(self, rows: torch.Tensor, member: int) -> torch.Tensor:
+        """Rows of A as rows of one linear's B."""
+        if member:
+            rows = rows - self.starts[member * len(self.experts)]
+        return rows if self.even else rows.clamp(0, self.lora_B[member].shape[0] - 1)
+
+    def _hidden(self, members: slice, x: torch.Tensor, choice: torch.Tensor, weight: torch.Tensor) -> tuple[Any, ...]:
+        """A x of the chosen experts alone, times their weights: a product computed where it is wanted (SDDMM).
+
+        Returns:
+            The last three fields of `Routed`.
+        """
         slots = self._slots(choice, members.start)
-        rows = self._rows(slots, "start", len(self.lora_A))
-        each = rows.shape[1] * rows.shape[2]
-        wanted = torch.sparse_csr_tensor(
-            torch.arange(0, rows.numel() + 1, each),
-            rows.view(-1),
-            torch.zeros(rows.numel(), dtype=x.dtype),
-            (len(x), len(self.lora_A)),
-            check_invariants=False,
-        )
-        product = torch.sparse.sampled_addmm(wanted, x, self.lora_A.t(), beta=0).values()
-        return self._weighted(product.view(*choice.shape, self.widest), slots, weight)
+        rows = torch.embedding(self.tables(x)["rows"], slots)  # (N, m, k, r)
+        tokens, count = choice.shape[:2]
+        values = x.new_zeros(rows.numel())
+        each = self.routing.steps(tokens, values.shape[0] // tokens)
+        lora_A = self.lora_A
+        size = (tokens, lora_A.shape[0])
+        wanted = torch.sparse_csr_tensor(each, rows.view(-1), values, size, check_invariants=False)
+        product = torch.sparse.sampled_addmm(wanted, x, lora_A.t(), beta=0).values()
+        hidden = self._weighted(product.view(rows.shape), slots, weight)
+        if len(self.ranks) == 1:
+            return (self._rows_of_b(rows.view(-1), 0),), (hidden.view(-1),), each[:-1]
+        rows_of, hidden_of = (part.transpose(0, 1).reshape(count, -1).unbind() for part in (rows, hidden))
+        rows_of = tuple(self._rows_of_b(own, members.start + index) for index, own in enumerate(rows_of))
+        return rows_of, hidden_of, self.routing.steps(tokens, values.shape[0] // (tokens * count))[:-1]
 
     def _gathered(self, member: int, x: torch.Tensor, choice: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """For few tokens: each pair of token and expert fetches its own A and B."""
         slots = self._slots(choice[:, None], member)[:, 0]  # (N, k)
-        rows = self._rows(slots, "start", len(self.lora_A))
+        rows = self.tables(x)["rows"][slots].flatten(1)
         product = torch.bmm(self.lora_A[rows], x[..., None]).view(*choice.shape, self.widest)
-        hidden = self._weighted(product, slots, weight)
-        return torch.bmm(hidden[:, None], self.lora_B[member][self._rows_of_b(member, choice)])[:, 0]
+        hidden = self._weighted(product, slots, weight).flatten(1)
+        return torch.bmm(hidden[:, None], self.lora_B[member][self._rows_of_b(rows, member)])[:, 0]
 
     def _grouped(self, member: int, x: torch.Tensor, choice: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """For many tokens: pairs are sorted by expert, and each active expert is one product."""
@@ -289,7 +301,7 @@ class RoutedLinears(nn.Module):
         order = choice.flatten().argsort(stable=True)
         token = order // k
         counts = choice.flatten().bincount(minlength=experts)
-        weight = weight.flatten()[order, None].to(x.dtype)
+        weight = weight.flatten()[order, None]
         x = x[token]
         if x.is_cuda and self.even and x.dtype is torch.bfloat16:
             until = counts.cumsum(0).int()
