@@ -40,6 +40,7 @@ class PhatgooseRouter(PreTrainedModel):
     trust_remote_code=True)`` or the base's own Auto class. It is used as its base is: same inputs, same outputs.
     """
 
+    config: PhatgooseConfig
     config_class = PhatgooseConfig
     base_model_prefix = ""
     _auto_class = "AutoModel"
@@ -143,7 +144,7 @@ class PhatgooseRouter(PreTrainedModel):
         for name, value, kinds in (("top_k", top_k, int), ("temperature", temperature, (int, float))):
             if not isinstance(value, kinds) or isinstance(value, bool):
                 raise ValueError(f"{name} is {value!r}, not a{' whole' * (kinds is int)} number")
-        PhatgooseConfig(top_k=top_k, temperature=temperature, routing=routing)
+        PhatgooseConfig(num_experts_per_tok=top_k, router_temperature=temperature, routing=routing)
         if top_k > len(experts):
             raise ValueError(f"top_k={top_k}, but there are only {len(experts)} experts")
         if missing_gates not in (None, "arrow"):
@@ -283,10 +284,10 @@ class PhatgooseRouter(PreTrainedModel):
             config.router_temperature,
             config.routing,
         )
-        mask, state.tokens = kwargs.get("attention_mask"), None
-        inputs = next(
-            (kwargs[k] for k in ("input_ids", "inputs_embeds") if kwargs.get(k) is not None), *args[:1] or [None]
-        )
+        mask: Any = kwargs.get("attention_mask")
+        state.tokens = None
+        given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]]
+        inputs: Any = next((value for value in given if value is not None), None)
         is_padded_batch = isinstance(mask, torch.Tensor) and mask.dim() == 2 and inputs is not None
         if is_padded_batch and not torch.compiler.is_compiling() and inputs.shape[:2] == mask.shape and not mask.all():
             state.tokens, state.shape = mask.flatten().nonzero()[:, 0], tuple(mask.shape)
@@ -384,11 +385,8 @@ class PhatgooseRouter(PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         if config.base_by_reference:
             kwargs = load_by_reference(pretrained_model_name_or_path, config, hub, kwargs)
-            model, info = super().from_pretrained(None, *args, output_loading_info=True, **kwargs)
-        else:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
+        source = None if config.base_by_reference else pretrained_model_name_or_path
+        model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"{pretrained_model_name_or_path} lacks {len(missing)} weights, first {missing[0]}")
         model._source = (str(pretrained_model_name_or_path), hub)
