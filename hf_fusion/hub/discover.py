@@ -54,6 +54,7 @@ def info_row(info: ExpertInfo) -> dict[str, Any]:
         "kind": "adapter" if info.is_adapter else info.architecture or "",
         "base": info.base_model or "",
         "labels": ", ".join(info.labels),
+        "gates": "yes" if info.has_gates else "",
         "license": info.license or "",
         "MB": round(info.size / 1e6, 1),
     }

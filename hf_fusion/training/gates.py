@@ -22,6 +22,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..errors import FusionError
 from ..experts import Adapter, Expert, Gates
+from ..hub.adapters import read_json
 from ..hub.gates import gate_sizes
 from ..hub.load import load_experts
 from .batches import Examples, read_examples
@@ -186,19 +187,19 @@ def arrow_prototypes(expert: ExpertLike, *, base: str | Path | PreTrainedModel |
     vectors = {}
     for path, size in gate_sizes(adapter, loaded.model).items():
         if path in adapter.lora:
-            a, b = (half.double() for half in adapter.lora[path])
+            vector = _top_direction(*adapter.lora[path])
         else:
-            weight = adapter.saved[f"{path}.weight"].double()
-            weight = weight if weight.shape[1] == size else weight.T
-            a, b = weight, torch.eye(len(weight), dtype=torch.float64, device=weight.device)
-        vectors[path] = _top_direction(a, b).float().cpu()
+            weight = adapter.saved[f"{path}.weight"]
+            vector = _top_direction(weight if weight.shape[1] == size else weight.T)  # GPT-2's are transposed
+        vectors[path] = vector.float().cpu()
     return Gates(vectors, kind="arrow")
 
 
-def _top_direction(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Top right-singular vector of ``b @ a``, (d_in,), by the singular values of an (r, r) core."""
-    basis, upper = torch.linalg.qr(a.T)  # (d_in, r), (r, r)
-    _, values, right = torch.linalg.svd(torch.linalg.qr(b).R @ upper.T)
+def _top_direction(a: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
+    """Top right-singular vector of ``b @ a`` or of ``a`` alone, (d_in,), in double precision."""
+    basis, upper = torch.linalg.qr(a.double().T)  # (d_in, r), (r, r)
+    core = upper.T if b is None else torch.linalg.qr(b.double()).R @ upper.T
+    _, values, right = torch.linalg.svd(core, full_matrices=False)
     vector = basis @ right[0]
     return vector * vector[vector.abs().argmax()].sign() * (values[0] > 0)
 
@@ -335,8 +336,8 @@ def _train(expert: Expert, examples: Examples, arguments: TrainingArguments, che
         vectors,
         "trained",
         {
-            "steps": float(trainer.state.global_step),
-            "examples": float(len(rows)),
+            "steps": trainer.state.global_step,
+            "examples": len(rows),
             "loss_before": float(before),
             "loss_after": float(after),
         },
@@ -364,14 +365,18 @@ def _checkpoint(folder: Path, expert: Expert, settings: dict[str, Any]) -> str |
     assert expert.adapter is not None  # _adapter_of has seen to it
     run = {"expert": expert.name, "adapter": _digest(expert.adapter), **settings}
     folder.mkdir(parents=True, exist_ok=True)
+    file = folder / RUN_FILE
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]  # the last file of each
-    if whole and (other := json.loads((folder / RUN_FILE).read_text())) != run:
+    if not whole:
+        file.write_text(json.dumps(run))
+        return None
+    other = read_json(file, str(folder)) if file.exists() else {}
+    if other != run:
         differing = ", ".join(f"{key}={other.get(key)!r}" for key in run if other.get(key) != run[key])
         raise FusionError(
             f"{folder} holds checkpoints of another run ({differing})", hint="use another output_dir, or remove it"
         )
-    (folder / RUN_FILE).write_text(json.dumps(run))
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
 
 
 def _digest(adapter: Adapter) -> str:

@@ -8,7 +8,7 @@ from tiny_experts import LABELS, save_adapter, save_bert
 from transformers import AutoModel
 
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.discover import discover
+from hf_fusion.hub.discover import discover, info_row
 
 CARD = "license: MIT\ntags: [hf-fusion-expert, mood]\npipeline_tag: text-classification\nbase_model: some/base"
 
@@ -83,6 +83,7 @@ def test_gates_private_and_gated(owner, anyone, tmp_path):
     assert (seen.id, seen.gated, seen.license, seen.labels) == (f"{owner.name}/terms", True, "mit", ())
     terms, secret = sorted(discover(author=owner.name, api=owner.api), key=lambda info: info.private)
     assert (secret.private, secret.gated, secret.has_gates) == (True, False, True)
+    assert info_row(secret)["gates"] == "yes"
     assert (terms.private, terms.gated) == (False, True)
 
 

@@ -275,6 +275,9 @@ def test_an_interrupted_run_goes_on(tmp_path):
     expert.adapter.lora[next(iter(expert.adapter.lora))][0].add_(1)
     with pytest.raises(FusionError, match="another run"):
         train_gates(expert, WORDS, output_dir=folder, **options)
+    (folder / "gate_training.json").unlink()
+    with pytest.raises(FusionError, match="another run"):
+        train_gates(expert, WORDS, output_dir=folder, **options)
 
 
 def test_what_cannot_be_trained_is_named():
