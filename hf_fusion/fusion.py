@@ -206,7 +206,7 @@ def load_fused(folder: str | Path) -> tuple[PreTrainedModel, Recipe]:
 
 
 # What an earlier save may have left and a loader would take for part of this one; and what was measured of it.
-STALE = ("*.safetensors", "*.safetensors.index.json", "*.py", "results.json")
+STALE = ("*.safetensors", "*.safetensors.index.json", "*.py", "results.json", "routing.json", "routing.png")
 
 
 def _replace(staging: Path, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of results: pure functions from `Results` to a file."""
+"""Pictures of results: pure functions from what was measured to a file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from hf_fusion.errors import FusionError
 
 if TYPE_CHECKING:
     from hf_fusion.evaluate import Results, System
+    from hf_fusion.routing_map import RoutingMap
 
 # Okabe and Ito's colours, which colour-blind people tell apart; each kind also has its own marker.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#7A7A7A"
@@ -33,13 +34,8 @@ def plot_accuracy_cost(results: Results, path: str | Path) -> Path:
     Raises:
         FusionError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise FusionError("pictures need matplotlib, which is not installed", "pip install matplotlib") from None
     share = results.metric != "mse"
-    figure = Figure(figsize=(9, 5.2), dpi=160, layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = _figure(9, 5.2)
     if results.curve:
         points = sorted((point["cost"], point["score"]) for point in results.curve)
         axes.plot(*zip(*points, strict=True), color=ORANGE, linewidth=1.6, alpha=0.7, zorder=2)
@@ -75,6 +71,57 @@ def plot_accuracy_cost(results: Results, path: str | Path) -> Path:
     axes.tick_params(length=0)
     figure.savefig(path, facecolor="white")
     return Path(path)
+
+
+def plot_routing(routing: RoutingMap, path: str | Path) -> Path:
+    """Draws how much of the routing each expert gets on each task, as a heat map with numbers.
+
+    Args:
+        routing: as measured; the cells of tasks' own experts are framed.
+        path: the picture; the ending decides the format.
+
+    Raises:
+        FusionError: matplotlib is not installed.
+    """
+    experts = [name.rpartition("/")[2] for name in routing.experts]
+    figure, axes = _figure(max(6.4, 2.6 + 0.62 * len(experts)), 1.9 + 0.36 * len(routing.tasks))
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.patches import Rectangle
+
+    most = max(map(max, routing.weights))
+    colours = LinearSegmentedColormap.from_list("weight", ["#FFFFFF", "#9CCBE6", BLUE, "#003B5C"])
+    axes.imshow(routing.weights, cmap=colours, vmin=0, vmax=most, aspect="auto")
+    for y, (task, row) in enumerate(zip(routing.tasks, routing.weights, strict=True)):
+        for x, weight in enumerate(row):
+            colour = "white" if weight > 0.55 * most else "#222222"
+            axes.text(x, y, f"{100 * weight:.0f}", color=colour, fontsize=8.5, ha="center", va="center")
+            if routing.owners.get(task) == routing.experts[x]:
+                frame = Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=ORANGE, linewidth=2, clip_on=False)
+                axes.add_patch(frame)
+    axes.set_xticks(range(len(experts)), experts, rotation=40, ha="right", rotation_mode="anchor", fontsize=8.5)
+    axes.set_yticks(range(len(routing.tasks)), [task.rpartition("/")[2] for task in routing.tasks], fontsize=8.5)
+    framed = "; framed: the expert of this task" if routing.owners else ""
+    figure.suptitle(
+        f"Routing weight of each expert, in % per task\n"
+        f"{sum(routing.n):,} examples, all tokens and linears; by chance {100 / len(experts):.0f}{framed}",
+        x=0.01,
+        ha="left",
+        fontsize=9,
+    )
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    figure.savefig(path, facecolor="white")
+    return Path(path)
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    """An empty figure of so many inches and its axes."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise FusionError("pictures need matplotlib, which is not installed", "pip install matplotlib") from None
+    figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
+    return figure, figure.add_subplot()
 
 
 def _title(results: Results) -> str:

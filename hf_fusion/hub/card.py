@@ -18,6 +18,7 @@ import yaml
 
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.adapters import read_json
+from hf_fusion.hub.card_families import FAMILIES, Family
 from hf_fusion.hub.heads import HEADS, architectures, head_of_architecture
 from hf_fusion.recipe import Recipe
 
@@ -25,16 +26,13 @@ if TYPE_CHECKING:
     from hf_fusion.experts import ExpertInfo
 
 BEGIN, END = "<!-- hf-fusion:begin -->", "<!-- hf-fusion:end -->"
-README, RESULTS = "README.md", "results.json"
+README, RESULTS, ROUTING = "README.md", "results.json", "routing.json"
 TEMPLATES = Path(__file__).with_name("model_cards")
-
-# model_type of a family -> its template; every other model was merged into a plain one
-_TEMPLATES = {"foe": "foe.md.j2"}
 
 
 @dataclass(frozen=True)
 class CardExpert:
-    """One expert as the card shows it; ``cost`` is its share of the cost of asking all."""
+    """One expert as the card shows it: ``cost`` as a share of asking all, ``gates`` by where they come from."""
 
     id: str
     sha: str
@@ -42,6 +40,7 @@ class CardExpert:
     license: str | None = None
     labels: tuple[str, ...] = ()
     cost: float | None = None
+    gates: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,7 @@ class CardFacts:
         results: what was measured (the content of ``results.json``), or None.
         parameters: number of parameters.
         options: the family's own settings, from its config.
+        routing: where tokens of each task go (the content of ``routing.json``), or None.
     """
 
     repo_id: str
@@ -75,6 +75,7 @@ class CardFacts:
     results: dict[str, Any] | None = None
     parameters: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+    routing: dict[str, Any] | None = None
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> CardFacts:
@@ -96,7 +97,7 @@ def read_facts(
         results: a `Results`, its dict, or None for ``results.json`` in the folder, if there is one.
     """
     config, recipe = read_json(folder / "config.json", str(folder)), Recipe.load(folder)
-    auto_class = _auto_class(config)
+    auto_class, family = _auto_class(config), _family(str(config.get("model_type")))
     rows = config.get("experts") or [{}] * len(experts)
     total = sum(row.get("cost", 0) for row in rows)
     return CardFacts(
@@ -113,14 +114,16 @@ def read_facts(
                 info.license,
                 tuple(row.get("labels") or info.labels),
                 row["cost"] / total if total else None,
+                row.get("gates"),
             )
             for info, row in zip(experts, rows, strict=True)
         ),
         recipe=recipe.to_yaml(),
         base=recipe.base,
-        results=_checked_results(results, folder),
+        results=_checked_results(results, folder, family),
         parameters=_count_parameters(folder),
-        options={key: config.get(key) for key in ("mode", "features_from", "frugal")},
+        options=family.options(config, folder),
+        routing=read_json(folder / ROUTING, str(folder)) if (folder / ROUTING).exists() else None,
     )
 
 
@@ -162,20 +165,18 @@ def _metadata(facts: CardFacts) -> dict[str, Any]:
     """The YAML head: what the Hub indexes."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    results = facts.results or {}
     measured = [
         EvalResult(
             task_type=facts.pipeline_tag,
-            dataset_type=str(results["dataset"].get("type") or results["dataset"]["name"]),
-            dataset_name=str(results["dataset"]["name"]),
-            dataset_split=str(results["dataset"]["split"]),
-            dataset_args={"n": results["n"]},
-            metric_type=str(results["metric"]),
-            metric_name=f"{results['metric']} ({system['name']})",
-            metric_value=round(system["score"], 4),
+            dataset_type=entry.kind,
+            dataset_name=entry.dataset,
+            dataset_split=entry.split,
+            dataset_args={"n": entry.n},
+            metric_type=entry.metric,
+            metric_name=f"{entry.metric} ({entry.system})",
+            metric_value=round(entry.score, 4),
         )
-        for system in results.get("systems", ())
-        if system["kind"] in ("foe", "frugal")
+        for entry in (_family(facts.family).measured(facts.results) if facts.results else ())
     ]
     base_models = [expert.id for expert in facts.experts] + ([_repo_id(facts.base)] if facts.base else [])
     data = ModelCardData(
@@ -195,8 +196,7 @@ def _render_body(facts: CardFacts) -> str:
     """The text between our markers."""
     import jinja2
 
-    if facts.family not in _TEMPLATES:
-        raise FusionError(f"There is no card template for model_type {facts.family!r}.")
+    family = _family(facts.family)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
@@ -212,63 +212,23 @@ def _render_body(facts: CardFacts) -> str:
         "millions": lambda count: f"{count / 1e6:,.1f} million",
         "count": "{:,}".format,
         "score": _score,
+        "alt": _alt,
     }
-    template = environment.get_template(_TEMPLATES[facts.family])
+    template = environment.get_template(family.template)
     text = template.render(
         facts=facts,
         name=escape_markdown(facts.repo_id.rpartition("/")[2]),
-        usage=_fenced(_usage(facts), "python"),
+        usage=_fenced(family.usage(facts), "python"),
         recipe=_fenced(facts.recipe, "yaml"),
+        **family.view(facts),
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
-@dataclass(frozen=True)
-class Usage:
-    """How one kind of model is called: lines of Python."""
-
-    inputs: str
-    answer: str
-    imports: str = ""
-    pipeline: bool = True
-
-
-_CLASSES = "print([model.config.id2label[i] for i in model(**inputs).logits.argmax(-1).tolist()])"
-_TEXT = Usage("example = {text}\ninputs = processor([example])", _CLASSES)
-_GENERATION = Usage(
-    "inputs = processor([{text}])",
-    "print(processor.batch_decode(model.generate(**inputs, max_new_tokens=20), skip_special_tokens=True))",
-    pipeline=False,
-)
-_USAGE = {
-    "AutoModelForSequenceClassification": _TEXT,
-    "AutoModelForImageClassification": Usage(
-        'example = Image.new("RGB", (64, 64))  # your picture\ninputs = processor(images=[example])',
-        _CLASSES,
-        imports="from PIL import Image\n",
-    ),
-    "AutoModelForCausalLM": _GENERATION,
-    "AutoModelForSeq2SeqLM": _GENERATION,
-}
-
-
-def _usage(facts: CardFacts) -> str:
-    """The usage block: what a reader copies, and what a test runs."""
-    usage = _USAGE.get(facts.auto_class)
-    if usage is None:
-        raise FusionError(f"There is no usage block for {facts.auto_class}.")
-    revision = facts.revision or "main"
-    pipeline = f'pipe = pipeline("{facts.pipeline_tag}", model=repo, revision=revision, trust_remote_code=True)'
-    return (
-        f"{usage.imports}from transformers import {facts.auto_class}, AutoProcessor"
-        f"{', pipeline' if usage.pipeline else ''}\n\n"
-        f'repo, revision = "{facts.repo_id}", "{revision}"\n'
-        f"processor = AutoProcessor.from_pretrained(repo, revision=revision, trust_remote_code=True)\n"
-        f"model = {facts.auto_class}.from_pretrained(repo, revision=revision, trust_remote_code=True)\n\n"
-        + usage.inputs.format(text='"Some text to look at."')
-        + f"\n{usage.answer}\n"
-        + (f"\n{pipeline}\nprint(pipe(example))\n" if usage.pipeline else "")
-    )
+def _family(model_type: str) -> Family:
+    if model_type not in FAMILIES:
+        raise FusionError(f"There is no card template for model_type {model_type!r}.")
+    return FAMILIES[model_type]
 
 
 def _split(text: str) -> tuple[dict[str, Any], str]:
@@ -307,22 +267,14 @@ def escape_markdown(value: object) -> str:
     return re.sub(r"[&<>|`*\[\]\\~#!$]", lambda match: f"&#{ord(match[0])};", text)
 
 
-# what a comparison needs to be shown, and what each of its systems needs
-_RESULT_KEYS = ("dataset", "n", "metric", "systems")
-_SYSTEM_KEYS = ("name", "kind", "score", "ci95", "cost")
-
-
-def _checked_results(given: Any, folder: Path) -> dict[str, Any] | None:
+def _checked_results(given: Any, folder: Path, family: Family) -> dict[str, Any] | None:
     """The measurements as plain data, from what was given or from ``results.json``; None where there are none."""
     if given is None and not (folder / RESULTS).exists():
         return None
     if given is None:
         given = read_json(folder / RESULTS, str(folder))
     content = dict(given) if isinstance(given, Mapping) else asdict(given)
-    lacking = [key for key in _RESULT_KEYS if content.get(key) is None]
-    lacking += [f"systems[].{key}" for key in _SYSTEM_KEYS if any(key not in s for s in content.get("systems", ()))]
-    lacking += [f"dataset.{key}" for key in ("name", "split") if key not in content.get("dataset", ())]
-    if lacking:
+    if lacking := family.lacking(content):
         raise FusionError(f"The results lack {', '.join(lacking)}.", hint="hf-fusion eval writes them")
     return {"command": "", "machine": "", **content}
 
@@ -347,6 +299,17 @@ def _score(system: Mapping[str, Any], metric: str) -> str:
     if metric == "mse":
         return f"{system['score']:.4g} ± {half:.2g}"
     return f"{system['score']:.1%} ± {half * 100:.1f}".replace("%", " %")
+
+
+def _alt(routing: Mapping[str, Any], most: int = 8) -> str:
+    """The picture of a routing in words: who gets most on each task."""
+    rows = list(zip(routing["tasks"], routing["weights"], strict=True))
+    shown = [
+        f"{task}: {routing['experts'][row.index(max(row))].rpartition('/')[2]} {max(row):.0%}".replace("%", " %")
+        for task, row in rows[:most]
+    ]
+    more = "" if len(rows) <= most else f"; and {len(rows) - most} tasks more"
+    return f"Heat map of tasks and experts. The expert with the most weight on {'; '.join(shown)}{more}"
 
 
 def _auto_class(config: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import ExpertInfo
 from hf_fusion.fusion import STALE, save_fused
+from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.card import README, CardFacts, pinned_revision, read_facts, render_card
 from hf_fusion.hub.discover import read_info
 from hf_fusion.hub.files import explained, hub_api, in_parallel, resolve, weight_files
@@ -128,7 +129,9 @@ def plan(
     with explained(repo_id):
         exists = api.repo_exists(repo_id)
         private = bool(api.model_info(repo_id).private) if exists else private
-    closed = [info.id for info in (*experts, *bases) if info.private or info.gated]
+    # A base by reference stays in its own repo, behind its own gate.
+    held = experts if read_json(folder / "config.json", str(folder)).get("base_by_reference") else [*experts, *bases]
+    closed = [info.id for info in held if info.private or info.gated]
     if closed and not private:
         raise FusionError(
             f"{repo_id} is public, but it would hold the weights of private or gated experts: {', '.join(closed)}.",

@@ -1,0 +1,220 @@
+"""What is particular to the card of each family: its settings, its measurements, and how it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_fusion.errors import FusionError
+
+if TYPE_CHECKING:
+    from hf_fusion.hub.card import CardFacts
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One score of the model itself, as the Hub indexes it."""
+
+    dataset: str
+    kind: str  # of the data set: its id, or its name again
+    split: str
+    n: int
+    metric: str
+    system: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of `FAMILIES`.
+
+    Attributes:
+        template: its file in ``model_cards/``.
+        options: (config, folder) → the settings that the template speaks of.
+        lacking: results → names of what they lack to be shown.
+        measured: results → the model's own scores.
+        usage: facts → the usage block: what a reader copies, and what a test runs.
+        view: facts → what else the template is given.
+    """
+
+    template: str
+    options: Callable[[Mapping[str, Any], Path], dict[str, Any]]
+    lacking: Callable[[Mapping[str, Any]], list[str]]
+    measured: Callable[[Mapping[str, Any]], list[Measured]]
+    usage: Callable[[CardFacts], str]
+    view: Callable[[CardFacts], dict[str, Any]] = lambda facts: {}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How one kind of model is called: lines of Python. ``{text}`` is an example."""
+
+    inputs: str
+    answer: str
+    imports: str = ""
+    processor: str = "AutoTokenizer"
+    pipeline: bool = True
+
+
+def _row(table: Mapping[str, Usage], auto_class: str) -> Usage:
+    if auto_class not in table:
+        raise FusionError(f"There is no usage block for {auto_class}.")
+    return table[auto_class]
+
+
+_PICTURE = 'example = Image.new("RGB", (64, 64))  # your picture\n'
+_IMAGE_IMPORT = "from PIL import Image\n"
+_CLASSES = "print([model.config.id2label[i] for i in model(**inputs).logits.argmax(-1).tolist()])"
+
+# ---------------------------------------------------------------- Fusion of Experts
+
+_FOE_GENERATION = Usage(
+    "inputs = processor([{text}])",
+    "print(processor.batch_decode(model.generate(**inputs, max_new_tokens=20), skip_special_tokens=True))",
+    pipeline=False,
+)
+_FOE_USAGE = {
+    "AutoModelForSequenceClassification": Usage("example = {text}\ninputs = processor([example])", _CLASSES),
+    "AutoModelForImageClassification": Usage(
+        f"{_PICTURE}inputs = processor(images=[example])", _CLASSES, imports=_IMAGE_IMPORT
+    ),
+    "AutoModelForCausalLM": _FOE_GENERATION,
+    "AutoModelForSeq2SeqLM": _FOE_GENERATION,
+}
+
+
+def _foe_usage(facts: CardFacts) -> str:
+    usage, revision = _row(_FOE_USAGE, facts.auto_class), facts.revision or "main"
+    pipeline = f'pipe = pipeline("{facts.pipeline_tag}", model=repo, revision=revision, trust_remote_code=True)'
+    return (
+        f"{usage.imports}from transformers import {facts.auto_class}, AutoProcessor"
+        f"{', pipeline' if usage.pipeline else ''}\n\n"
+        f'repo, revision = "{facts.repo_id}", "{revision}"\n'
+        f"processor = AutoProcessor.from_pretrained(repo, revision=revision, trust_remote_code=True)\n"
+        f"model = {facts.auto_class}.from_pretrained(repo, revision=revision, trust_remote_code=True)\n\n"
+        + usage.inputs.format(text='"Some text to look at."')
+        + f"\n{usage.answer}\n"
+        + (f"\n{pipeline}\nprint(pipe(example))\n" if usage.pipeline else "")
+    )
+
+
+def _foe_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    return {key: config.get(key) for key in ("mode", "features_from", "frugal")}
+
+
+def _foe_lacking(results: Mapping[str, Any]) -> list[str]:
+    lacking = [key for key in ("dataset", "n", "metric", "systems") if results.get(key) is None]
+    lacking += _lacking_each(results, "systems", ("name", "kind", "score", "ci95", "cost"))
+    return lacking + [f"dataset.{key}" for key in ("name", "split") if key not in results.get("dataset", ())]
+
+
+def _foe_measured(results: Mapping[str, Any]) -> list[Measured]:
+    data, own = results["dataset"], [s for s in results["systems"] if s["kind"] in ("foe", "frugal")]
+    name, kind, split = (str(data[key]) for key in ("name", "type" if data.get("type") else "name", "split"))
+    metric = str(results["metric"])
+    return [Measured(name, kind, split, results["n"], metric, system["name"], system["score"]) for system in own]
+
+
+# ---------------------------------------------------------------- PHATGOOSE
+
+_ROUTED_GENERATION = Usage(
+    'inputs = processor({text}, return_tensors="pt")',
+    "answer = model.generate(**inputs, max_new_tokens=20)\n"
+    "print(processor.decode(answer[0], skip_special_tokens=True))",
+)
+_ROUTED_TEXT = Usage('inputs = processor([{text}], return_tensors="pt")', _CLASSES)
+_ROUTED_USAGE = {
+    "AutoModelForCausalLM": _ROUTED_GENERATION,
+    "AutoModelForSeq2SeqLM": _ROUTED_GENERATION,
+    "AutoModelForSequenceClassification": _ROUTED_TEXT,
+    "AutoModelForTokenClassification": Usage(_ROUTED_TEXT.inputs, _CLASSES.replace(".tolist()", "[0].tolist()")),
+    "AutoModelForImageClassification": Usage(
+        f'{_PICTURE}inputs = processor(images=[example], return_tensors="pt")',
+        _CLASSES,
+        imports=_IMAGE_IMPORT,
+        processor="AutoImageProcessor",
+    ),
+    "AutoModel": Usage(_ROUTED_TEXT.inputs, "print(model(**inputs).last_hidden_state.shape)"),
+}
+
+
+def _routed_usage(facts: CardFacts) -> str:
+    usage, revision = _row(_ROUTED_USAGE, facts.auto_class), facts.revision or "main"
+    example = (facts.routing or {}).get("example") or "Some text to look at."
+    return (
+        f"{usage.imports}from transformers import {facts.auto_class}, {usage.processor}\n\n"
+        f'repo, revision = "{facts.repo_id}", "{revision}"\n'
+        f"processor = {usage.processor}.from_pretrained(repo, revision=revision)\n"
+        f"model = {facts.auto_class}.from_pretrained(repo, revision=revision, trust_remote_code=True)\n\n"
+        "model.record_routing = 4096  # tokens to keep; 0, the default, costs nothing\n"
+        + usage.inputs.format(text=repr(str(example)))
+        + f"\n{usage.answer}\n"
+        "print(model.routing_trace().usage())  # whom its tokens met\n"
+    )
+
+
+def _routed_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """From the config, and from the model it describes, built without memory."""
+    import torch
+
+    from hf_fusion.models.phatgoose import PhatgooseConfig, PhatgooseRouter
+
+    with torch.device("meta"):
+        summary = PhatgooseRouter(PhatgooseConfig.from_pretrained(folder)).summary()
+    known = ("parameters", "expert_parameters", "routed_linears", "relative_cost")
+    given = ("num_experts_per_tok", "router_temperature", "routing", "base_by_reference", "head")
+    return {key: config.get(key) for key in given} | {key: summary[key] for key in known}
+
+
+def _routed_lacking(results: Mapping[str, Any]) -> list[str]:
+    lacking = [key for key in ("tasks", "systems") if results.get(key) is None]
+    lacking += _lacking_each(results, "tasks", ("name", "metric", "n", "owner"))
+    return lacking + _lacking_each(results, "systems", ("name", "kind", "scores", "means"))
+
+
+# a task's metric in results → its name on the Hub
+_METRICS = {"exact": "exact_match", "tokens": "token_accuracy", "accuracy": "accuracy"}
+
+
+def _routed_measured(results: Mapping[str, Any]) -> list[Measured]:
+    found = []
+    for system in (system for system in results["systems"] if system["kind"] == "router"):
+        for task in (task for task in results["tasks"] if task["name"] in system["scores"]):
+            name, metric = str(task["name"]), _METRICS[task["metric"]]
+            score = system["scores"][name]["score"]
+            found.append(Measured(name, name, "test", task["n"], metric, str(system["name"]), score))
+    return found
+
+
+def _routed_view(facts: CardFacts) -> dict[str, Any]:
+    """Groups of tasks, the systems that are compared by task, and what the table of experts needs."""
+    results = facts.results or {"tasks": [], "systems": []}
+    groups: dict[str, list[Any]] = {"held-in": [], "held-out": []}
+    for task in results["tasks"]:
+        groups["held-out" if task["owner"] is None else "held-in"].append(task)
+    return {
+        "groups": [
+            {"name": name, "tasks": tasks, "n": sum(task["n"] for task in tasks)}
+            for name, tasks in groups.items()
+            if tasks
+        ],
+        "compared": [system for system in results["systems"] if system["kind"] in ("base", "router", "baseline")],
+        "labelled": any(expert.labels for expert in facts.experts),
+        "gates": {expert.gates for expert in facts.experts},
+    }
+
+
+def _lacking_each(results: Mapping[str, Any], key: str, names: tuple[str, ...]) -> list[str]:
+    """Of some names, those that not every entry of a list has."""
+    return [f"{key}[].{name}" for name in names if any(name not in entry for entry in results.get(key) or ())]
+
+
+# model_type of a family → its row; every other model was merged into a plain one
+FAMILIES = {
+    "foe": Family("foe.md.j2", _foe_options, _foe_lacking, _foe_measured, _foe_usage),
+    "phatgoose": Family(
+        "phatgoose.md.j2", _routed_options, _routed_lacking, _routed_measured, _routed_usage, _routed_view
+    ),
+}

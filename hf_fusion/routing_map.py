@@ -1,0 +1,109 @@
+"""Where the tokens of each task go: tasks × experts, measured on a router, as data for pictures and cards."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .experts import Expert
+from .training.batches import read_examples
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+ROUTING_FILE, ROUTING_PICTURE = "routing.json", "routing.png"  # their names beside a model
+
+
+@dataclass
+class RoutingMap:
+    """Mean routing weight of every expert on every task, over all linears and all tokens that are no padding.
+
+    Attributes:
+        experts: names, E of them.
+        tasks: names, T of them.
+        weights: T rows of E shares, each row adds up to 1.
+        n: examples of each task.
+        owners: task → the expert that was trained on it, where there is one.
+        example: a prompt of the first task, or None where tasks have no prompts.
+    """
+
+    experts: list[str]
+    tasks: list[str]
+    weights: list[list[float]]
+    n: list[int]
+    owners: dict[str, str]
+    example: str | None = None
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON."""
+        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> RoutingMap:
+        """Reads what `save` wrote."""
+        return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+
+    def owner_weight(self) -> float | None:
+        """Mean weight that a task's own expert gets, over the tasks that have one; 1/E by chance."""
+        own = [
+            row[self.experts.index(self.owners[task])]
+            for task, row in zip(self.tasks, self.weights, strict=True)
+            if task in self.owners
+        ]
+        return sum(own) / len(own) if own else None
+
+
+@torch.no_grad()
+def map_routing(
+    router: Any,
+    suite: Mapping[str, Dataset],
+    *,
+    owners: Mapping[str, str] | None = None,
+    batch_size: int = 16,
+    max_length: int = 512,
+) -> RoutingMap:
+    """Runs a router over tasks and adds up whom it asked.
+
+    Args:
+        router: a `PhatgooseRouter`.
+        suite: task → rows, as `hf_fusion.evaluate_routing` takes them; the targets are read along with the prompts.
+        owners: task → the expert that was trained on it.
+        batch_size: rows a step.
+        max_length: the longest sequence, in tokens.
+
+    Raises:
+        FusionError: for rows that the router cannot read.
+    """
+    labels = list((router.config.id2label or {}).values())
+    reader = Expert("the router", router.backbone, processor=router.processor, labels=labels)
+    before, router.record_routing = router.record_routing, sys.maxsize
+    weights = []
+    try:
+        for rows in suite.values():
+            read = read_examples(reader, rows, max_length)
+            total = torch.zeros(len(router.experts))
+            for start in range(0, len(rows), batch_size):
+                batch = dict(read.collate([read.rows[i] for i in range(start, min(start + batch_size, len(rows)))]))
+                batch.pop("labels")
+                router(**{name: value.to(router.device) for name, value in batch.items()})
+                trace = router.routing_trace()
+                for module in trace.modules:
+                    total += trace.expert_weights(module).sum((0, 1))
+            weights.append((total / total.sum()).tolist())
+    finally:
+        router.record_routing = before
+    first = next(iter(suite.values()))
+    return RoutingMap(
+        experts=list(router.experts),
+        tasks=list(suite),
+        weights=weights,
+        n=[len(rows) for rows in suite.values()],
+        owners=dict(owners or {}),
+        example=first[0]["prompt"] if "prompt" in first.column_names else None,
+    )
