@@ -164,7 +164,7 @@ def _gate(name: str, path: str, width: int, gates: Any, routing: str) -> torch.T
 
 def _saved_heads(
     saved: dict[str, torch.Tensor], base: Any, name: str, replaced: dict[str, torch.Tensor]
-) -> Iterator[Tensors | tuple[str, torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Saved linears as (path, weight, bias); every other saved parameter goes into `replaced`."""
     parameters = dict(base.named_parameters(remove_duplicate=False))
     for key, tensor in saved.items():
@@ -197,7 +197,7 @@ def complete(entries: Sequence[Entry], base: Any) -> None:
                 entry.row["labels"] = [base.config.id2label[i] for i in sorted(base.config.id2label)]
     own = dict(base.named_parameters(remove_duplicate=False))
     for name in dict.fromkeys(name for entry in entries for name in entry.replaced):
-        values = [entry.replaced.get(name, own[name]) for entry in entries]
+        values = [entry.replaced[name] if name in entry.replaced else own[name] for entry in entries]
         if different := next((i for i, value in enumerate(values) if not torch.equal(value, values[0])), 0):
             raise ValueError(
                 f"{entries[0].row['name']} and {entries[different].row['name']} differ in {name}, "

@@ -196,7 +196,7 @@ class PhatgooseRouter(PreTrainedModel):
 
     def _rows_of(self, expert: int, path: str, width: int) -> list[int]:
         """The outputs of a fused head that are an expert's own, in the order of its own head."""
-        labels, union = self.config.experts[expert]["labels"], list(self.config.id2label.values())
+        labels, union = self.config.experts[expert]["labels"], label_union(self.config.experts)
         own = self.config.profile(expert)["saved"][path]
         return [union.index(label) for label in labels] if len(labels) == own <= width else list(range(own))
 
@@ -266,7 +266,7 @@ class PhatgooseRouter(PreTrainedModel):
         labels = [row["labels"] for row in config.experts]
         is_final = widths <= {len(own) for own in labels}
         mixes = is_final and any(own != labels[0] for own in labels)
-        width = len(config.id2label) if is_final else max(width for width in widths if width)
+        width = len(label_union(config.experts)) if is_final else max(width for width in widths if width)
         where = {**like, "device": next(old.parameters()).device}
         return RoutedHead(d_in, width, range(config.num_experts), symmetric, self.routing, mixes, where)
 
@@ -386,7 +386,8 @@ class PhatgooseRouter(PreTrainedModel):
         if config.base_by_reference:
             kwargs = load_by_reference(pretrained_model_name_or_path, config, hub, kwargs)
         source = None if config.base_by_reference else pretrained_model_name_or_path
-        model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"{pretrained_model_name_or_path} lacks {len(missing)} weights, first {missing[0]}")
         model._source = (str(pretrained_model_name_or_path), hub)

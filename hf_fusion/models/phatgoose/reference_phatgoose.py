@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
@@ -27,12 +28,9 @@ def load_by_reference(
     )
     state = {f"backbone.{key}": tensor for key, tensor in base.state_dict().items()}
     index = cached_file(name, INDEX, _raise_exceptions_for_missing_entries=False, **hub)
-    files = [WEIGHTS]
-    if index:
-        with open(index, encoding="utf-8") as file:  # noqa: PTH123 (a cached path is a string)
-            files = sorted(set(json.load(file)["weight_map"].values()))
-    for file in files:
-        state |= load_file(cached_file(name, file, **hub))
+    files = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()) if index else {WEIGHTS}
+    for file in sorted(files):
+        state |= load_file(str(cached_file(name, file, **hub)))
     drop = (*hub, "config", "dtype", "torch_dtype")
     rest = {key: value for key, value in kwargs.items() if key not in drop}
     return {**rest, "config": config, "state_dict": state, "dtype": dtype}

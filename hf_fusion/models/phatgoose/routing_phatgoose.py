@@ -190,7 +190,7 @@ class RoutedLinears(nn.Module):
         """The update of one linear for its input (..., d_in): (N, d_out), N the real tokens."""
         routed = self.route(member, x)
         index = member - routed.first
-        if routed.hidden:
+        if routed.bags is not None:
             rows, hidden = routed.rows[index], routed.hidden[index]
             return torch.embedding_bag(self.lora_B[member], rows, routed.bags, False, 0, False, hidden)[0]
         choice, weight = routed.choice[:, index], routed.weight[:, index]
