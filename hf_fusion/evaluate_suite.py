@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from .errors import FusionError
 from .evaluate import machine
@@ -105,8 +106,9 @@ def evaluate_routing(
 ) -> SuiteResults:
     """Measures PHATGOOSE, its baselines, every expert and the oracle on each task of a suite.
 
-    One forward per batch and system: a language model's greedy answer is its target if and only if each of the target's
-    tokens is the likeliest after those before it; a classifier's answer is the likeliest of all experts' labels.
+    One forward per batch and system (blocks below all adapters run once for all systems): a language model's greedy
+    answer is its target if and only if each of the target's tokens is the likeliest after those before it; a
+    classifier's answer is the likeliest of all experts' labels.
     Nothing but the oracle and the single experts is told which task it sees.
 
     Args:
@@ -212,13 +214,15 @@ class _Evaluation:
         metric = self.metrics.get(task, "exact") if speaks else "accuracy"
         read = self._read(own, rows)
         scores = {name: torch.zeros(len(rows)) for name in ways}
-        for numbers in _batches(read.rows, self.batch_size):
-            batch = dict(read.collate([read.rows[number] for number in numbers]))
-            batch = {name: value.to(own.device) for name, value in batch.items()}
-            for name, way in ways.items():
-                router = routers[way.router]
-                with way.within(self, router, task, numbers):
-                    scores[name][numbers] = _score(router.backbone, batch, metric).float().cpu()
+        with _same_start(routers.values()) as remembered:
+            for numbers in _batches(read.rows, self.batch_size):
+                batch = dict(read.collate([read.rows[number] for number in numbers]))
+                batch = {name: value.to(own.device) for name, value in batch.items()}
+                remembered.clear()
+                for name, way in ways.items():
+                    router = routers[way.router]
+                    with way.within(self, router, task, numbers):
+                        scores[name][numbers] = _score(router.backbone, batch, metric).float().cpu()
         return scores, metric
 
     def _read(self, router: PhatgooseRouter, rows: Dataset) -> Examples:
@@ -302,6 +306,43 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+@contextmanager
+def _same_start(routers: Iterable[PhatgooseRouter]) -> Iterator[dict[int, Any]]:
+    """Blocks before the first that an expert adapts give every system the same: here they run once for all of them.
+
+    Yields:
+        What they gave, by block; to be cleared before the next batch.
+    """
+    remembered: dict[int, Any] = {}
+
+    def run(index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if index not in remembered:
+            remembered[index] = forward(*args, **kwargs)
+        return remembered[index]
+
+    blocks = [block for router in routers for block in enumerate(_unchanged_blocks(router))]
+    for index, block in blocks:
+        block.forward = partial(run, index, block.forward)
+    try:
+        yield remembered
+    finally:
+        for _, block in blocks:
+            del block.forward
+
+
+def _unchanged_blocks(router: PhatgooseRouter) -> list[Any]:
+    """The blocks of a router before the first that an expert adapts, where nothing before them is adapted either."""
+    paths = {path for profile in router.config.profiles for path in profile["ranks"]}
+    if router.config.is_encoder_decoder:  # its decoder reads what an adapted encoder gave
+        return []
+    for name, module in router.backbone.named_modules():
+        inside = [path.removeprefix(f"{name}.") for path in paths if path.startswith(f"{name}.")]
+        if isinstance(module, nn.ModuleList) and inside:
+            first = min(int(path.split(".")[0]) for path in inside)
+            return list(module[:first]) if len(inside) == len(paths) else []
+    return []
 
 
 def _has_heads(experts: Sequence[Expert]) -> bool:

@@ -14,7 +14,7 @@ from transformers import DataCollatorForSeq2Seq
 
 from hf_fusion import Expert, FusionError, SuiteResults, average_activation, evaluate_routing, train_gates
 from hf_fusion.evaluate import wilson
-from hf_fusion.evaluate_suite import SYSTEMS
+from hf_fusion.evaluate_suite import SYSTEMS, _same_start, _unchanged_blocks
 from hf_fusion.experts import Gates
 from hf_fusion.hub.adapters import read_adapter
 from hf_fusion.models.phatgoose import PhatgooseRouter
@@ -57,9 +57,10 @@ def experts(base, tmp_path_factory) -> list[Expert]:
     for seed, task in enumerate(TASKS):
         folder = tmp_path_factory.mktemp(task)
         torch.manual_seed(seed)
-        model = get_peft_model(
-            tiny.llama(), LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"])
-        )
+        # the upper block alone: the lower one runs once for all systems
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        config = LoraConfig(r=8, lora_alpha=16, target_modules=targets, layers_to_transform=[1])
+        model = get_peft_model(tiny.llama(), config)
         batch = DataCollatorForSeq2Seq(TOKENIZER)(
             [dict(row) for row in encode_prompts(rows_of(task, WORDS), TOKENIZER)]
         )
@@ -192,7 +193,8 @@ def test_results_survive_json_and_tell_everything_in_text(results, tmp_path):
     assert results.settings["top_k"] == 2 and results.settings["gates"] == ["trained"]
     table = results.table()
     assert [row["task"] for row in table] == ["the", "nine", "mean, held-in", "both", "mean, held-out"]
-    assert table[0]["oracle"] == f"100.0 ({100 * wilson(1, 8)[0]:.0f} to 100)"
+    low, high = wilson(results["oracle"].scores["the"].score, 8)
+    assert table[0]["oracle"].endswith(f" ({100 * low:.0f} to {100 * high:.0f})")
     assert table[3]["oracle"] == "–"
     assert list(results.table(experts=True)[0]) == ["task", "n", "the", "nine"]
     text = results.text()
@@ -236,6 +238,24 @@ def test_intervals_of_means_hold_what_they_promise():
         leads += low <= float((rates - others).mean()) <= high
     assert 0.92 <= covered / 400 <= 0.98
     assert 0.92 <= leads / 400 <= 0.98
+
+
+def test_only_blocks_below_all_adapters_run_once(experts):
+    assert len(_unchanged_blocks(PhatgooseRouter.from_experts(experts))) == 1
+    router = PhatgooseRouter.from_experts(experts)
+    inputs = TOKENIZER("name the fox", return_tensors="pt")
+    with torch.no_grad():
+        want = router(**inputs).logits
+        with _same_start([router]) as remembered:
+            assert torch.equal(router(**inputs).logits, want)
+            assert list(remembered) == [0]
+            remembered[0] = remembered[0] + 1
+            assert not torch.allclose(router(**inputs).logits, want)
+        assert torch.equal(router(**inputs).logits, want)
+    lower = tiny.adapter(tiny.llama(), 4, None, 0, ["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"])
+    gates = Gates({path: torch.ones(32) for path in lower.lora})
+    whole = Expert("whole", experts[0].model, lower, TOKENIZER, gates=gates)
+    assert _unchanged_blocks(PhatgooseRouter.from_experts([*experts, whole])) == []
 
 
 def test_the_embedder_ignores_padding(tmp_path):

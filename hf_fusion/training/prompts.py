@@ -116,8 +116,8 @@ def target_scores(
 @torch.no_grad()
 def score_targets(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """`target_scores` of one padded batch (with ``labels``), as it comes from the collator: (B,) bool, (B,) float."""
-    inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
-    labels = batch["labels"]
+    inputs: dict[str, Any] = {**batch, "use_cache": False}
+    labels = inputs.pop("labels")
     if not model.config.is_encoder_decoder:
         labels = labels[:, 1:]  # a causal model's logits speak of the next position
         if "logits_to_keep" in inspect.signature(model.forward).parameters:  # none are wanted of the prompts
