@@ -66,7 +66,7 @@ TRAINING = {  # by task, where it differs
     "word-initials": Training(steps=80),
     "number-range": Training(steps=80),
     "chain-sum": Training(steps=120),
-    "restaurant-description": Training(steps=80),
+    "restaurant-description": Training(steps=60),
     "restaurant-rating": Training(steps=120),
     "banking-intent": Training(steps=150),
 }
