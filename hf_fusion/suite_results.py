@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,12 +112,16 @@ class SuiteResults:
         return cls(tasks, systems, **values)
 
     def table(self, experts: bool = False) -> list[dict[str, str]]:
-        """One row per task and one per mean, one column per system.
+        """One row per task and one per mean, one column per system; of the experts the best one on held-in tasks.
 
         Args:
             experts: the single experts, without intervals, instead of the other systems.
         """
         shown = [system for system in self.systems if (system.kind == "expert") == experts]
+        singles = [system for system in self.systems if system.kind == "expert" and HELD_IN in system.means]
+        if singles and not experts:
+            best = max(singles, key=lambda system: system.means[HELD_IN].score)
+            shown.append(replace(best, name=f"best single: {best.name}"))
         rows: list[dict[str, str]] = []
         for group in (HELD_IN, HELD_OUT):
             tasks = [task for task in self.tasks if task.group == group]

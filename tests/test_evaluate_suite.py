@@ -197,6 +197,8 @@ def test_results_survive_json_and_tell_everything_in_text(results, tmp_path):
     assert table[0]["oracle"].endswith(f" ({100 * low:.0f} to {100 * high:.0f})")
     assert table[3]["oracle"] == "–"
     assert list(results.table(experts=True)[0]) == ["task", "n", "the", "nine"]
+    best = max(TASKS, key=lambda expert: results[expert].means["held-in"].score)
+    assert table[2][f"best single: {best}"] == str(results[best].means["held-in"])
     text = results.text()
     assert all(system.name in text for system in results.systems)
     lead = results["merged"].lead["held-in"]
@@ -266,6 +268,29 @@ def test_the_embedder_ignores_padding(tmp_path):
     together, alone = embed(texts), torch.cat([embed([text]) for text in texts])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(together.norm(dim=1), torch.ones(3))
+
+
+def test_an_encoder_decoder_is_measured_as_it_answers():
+    base = tiny.t5()
+    experts = []
+    for seed in range(2):
+        lora = tiny.adapter(base, 4, None, seed, [".q", ".v", ".wo"])
+        generator = torch.Generator().manual_seed(seed)
+        gates = Gates({path: torch.randn(a.shape[1], generator=generator) for path, (a, _) in lora.lora.items()})
+        experts.append(Expert(f"expert-{seed}", base, lora, TOKENIZER, gates=gates))
+    rows = SUITE["the"]
+    router = PhatgooseRouter.from_experts(experts)
+    with torch.no_grad():  # its own first tokens are the targets, so that some answers are right
+        inputs = TOKENIZER(list(rows["prompt"]), padding=True, return_tensors="pt")
+        said = TOKENIZER.batch_decode(router.generate(**inputs, max_new_tokens=3)[:, 1:])
+    suite = {"t": rows.remove_columns("target").add_column("target", said)}
+    results = evaluate_routing(
+        experts, suite, train_rows={}, owners={}, systems=["base", "PHATGOOSE", "merged"], metrics={"t": "tokens"}
+    )
+    _, share = target_scores(router, encode_prompts(suite["t"], TOKENIZER, is_encoder_decoder=True), TOKENIZER)
+    assert float(share.mean()) > 0
+    assert results["PHATGOOSE"].scores["t"].score == pytest.approx(float(share.mean()))
+    assert set(results["merged"].means) == {"held-out"}
 
 
 # ---------------------------------------------------------------- classifiers
