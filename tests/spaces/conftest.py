@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -19,9 +20,11 @@ import pytest
 
 SPACES = Path(__file__).parents[2] / "spaces"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-ALONE = "import sys; sys.modules['hf_fusion'] = None; sys.path.insert(0, '.')\n"
+# a Space has neither hf_fusion nor peft
+ALONE = "import sys; sys.modules['hf_fusion'] = sys.modules['peft'] = None; sys.path.insert(0, '.')\n"
 RUN = ALONE + "import runpy; runpy.run_path('app.py', run_name='__main__')"
 START_SECONDS = 90
+SHOWN = ".foe-section, .foe-message, .pg-section, .pg-message"  # what a page shows once it is there
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +121,25 @@ def browser() -> Iterator:
         chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield chromium
         chromium.close()
+
+
+@pytest.fixture
+def visit(browser):
+    """Opens a page; at the end it must not have written an error to the console or asked another host."""
+    pages, errors, hosts = [], [], set()
+
+    def open_page(url: str, width: int = 1280, scheme: str = "light"):
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page.on("console", lambda entry: errors.append(entry.text) if entry.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("request", lambda request: hosts.add(re.sub(r"^(\w+:(//[^:/]*)?).*", r"\1", request.url)))
+        pages.append(page)
+        page.goto(url)
+        page.wait_for_selector(SHOWN)
+        return page
+
+    yield open_page
+    hacked = [page.evaluate("window.hacked") for page in pages]
+    for page in pages:
+        page.close()
+    assert errors == [] and hosts <= {"http://127.0.0.1", "data:", "blob:"} and not any(hacked)

@@ -1,0 +1,272 @@
+"""PHATGOOSE: give a prompt to a published router and see which expert each token met at every linear.
+
+    MODEL_ID=owner/name python app.py
+
+It needs nothing but gradio, transformers and torch, and loads any router of a causal language model by its id.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import page
+from gradio.utils import get_upload_folder
+from model import BASE, MERGED, MOST_CHARACTERS, ROUTED, Answer, InputError, LoadError, Served, Writer, load
+from routing import to_data
+
+try:
+    import spaces
+except ImportError:
+    spaces = None
+
+logger = logging.getLogger(__name__)
+
+FOLDER = Path(__file__).parent
+MODEL_ID = os.environ.get("MODEL_ID", "hf-fusion/phatgoose-smollm2")
+REVISION = os.environ.get("MODEL_REVISION") or None
+TEMPLATE = os.environ.get("PROMPT_TEMPLATE") or None
+ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
+HOUR = 3600  # seconds that a visitor's routing and its file are kept
+KEPT = 48  # answers; the same prompt always gets the same one
+# ZeroGPU's decorator; `spaces` can also be this project's folder of that name, which has none
+on_gpu = spaces.GPU if hasattr(spaces, "GPU") else lambda function: function
+_kept: dict[tuple[str, Writer], Answer] = {}
+
+
+@cache
+def served() -> Served:
+    """The model, loaded once."""
+    return load(MODEL_ID, REVISION, TEMPLATE)
+
+
+@on_gpu
+def ask(prompt: str, writer: Writer) -> Iterator[Answer]:
+    """The only function that needs a GPU."""
+    yield from served().ask(prompt, writer)
+
+
+def answers(prompt: str, writer: Writer = ROUTED) -> Iterator[Answer]:
+    """An answer as it grows, or at once where it is kept; the last one is complete.
+
+    Raises:
+        InputError: for an empty prompt, and one that is too long.
+    """
+    answer = _kept.get((prompt, writer))
+    if answer:
+        yield answer
+        return
+    for answer in ask(prompt, writer):
+        yield answer
+    assert answer is not None
+    _kept[prompt, writer] = answer
+    while len(_kept) > KEPT:
+        _kept.pop(next(iter(_kept)))
+
+
+def generate(prompt: str) -> dict[str, Any]:
+    """Answers a prompt and tells how every token was routed.
+
+    Args:
+        prompt: what is asked; the Space puts it into the form that the model knows.
+
+    Returns:
+        model and revision; prompt and answer; experts; tokens, each with its text, its part (prompt or answer), its
+        dominant expert and that one's weight; usage, the share of all weight by expert; entropy by linear; and modules,
+        for each linear the experts and weights of each token.
+    """
+    try:
+        *_, last = answers(prompt)
+    except InputError as error:
+        raise gr.Error(str(error), title="That did not work") from error
+    return data_of(last)
+
+
+def data_of(answer: Answer) -> dict[str, Any]:
+    """A complete routed answer, for JSON."""
+    assert answer.routing is not None
+    head = {"model": served().id, "revision": served().sha, "prompt": answer.prompt, "answer": answer.text}
+    return head | to_data(answer.routing)
+
+
+def trace_file(answer: Answer) -> Path:
+    """The same as a file to download; Gradio deletes it with its cache."""
+    path = Path(tempfile.mkdtemp(dir=get_upload_folder())) / "routing.json"
+    path.write_text(json.dumps(data_of(answer)), encoding="utf-8")
+    return path
+
+
+# ---------------------------------------------------------------- what the page asks for
+
+
+def run(prompt: str) -> Iterator[tuple[Any, ...]]:
+    """Answer, its data, one token, overview and download, as the answer grows."""
+    names = served().names
+    try:
+        for answer in answers(prompt):
+            if not answer.done:
+                yield page.streaming(answer.prompt, answer.text), None, gr.skip(), gr.skip(), gr.skip()
+    except InputError as error:
+        title = "That did not work" if prompt.strip() else "Nothing to answer yet"
+        yield page.message(title, str(error)), None, "", "", gr.DownloadButton(interactive=False)
+        return
+    except Exception as error:
+        logger.exception("the model failed")
+        raise gr.Error(f"The model could not answer: {type(error).__name__}: {error}") from error
+    routing = answer.routing
+    assert routing is not None
+    chosen = page.first_choice(routing)
+    yield (
+        page.answer(routing, names, chosen),
+        answer,
+        page.inspector(routing, names, chosen),
+        page.overview(routing, names),
+        gr.DownloadButton(value=trace_file(answer), interactive=True),
+    )
+
+
+def inspect(answer: Answer | None, event: gr.EventData) -> str:
+    """The routing of the token that was clicked."""
+    token = event._data.get("token") if isinstance(event._data, dict) else None
+    if answer is None or answer.routing is None:
+        return page.message("This answer is gone", "Its routing was kept for an hour: run the prompt again.")
+    if not isinstance(token, int) or not 0 <= token < len(answer.routing.pieces):
+        raise gr.Error(f"There is no token {token}.")
+    return page.inspector(answer.routing, served().names, token)
+
+
+def compare(answer: Answer | None, expert: int) -> Iterator[str]:
+    """The same prompt by the router, the base, the merged mean and one expert, one after the other."""
+    if answer is None:
+        yield ""
+        return
+    others: list[Writer] = [BASE, MERGED, int(expert)]
+    texts: dict[Writer, Answer] = {}
+    for writer in others:
+        for text in answers(answer.prompt, writer):
+            texts[writer] = text
+            yield _comparison(answer, others, texts)
+
+
+def _comparison(answer: Answer, others: list[Writer], texts: dict[Writer, Answer]) -> str:
+    names = served().names
+    heads = {
+        BASE: ("Base", "no expert at all"),
+        MERGED: ("Merged", f"the mean of all {page.count(len(names), 'expert')}, for every token"),
+    }
+    rows = [("PHATGOOSE", "every token to its experts", answer.text, True)]
+    for writer in others:
+        title, note = heads.get(writer) or (names[int(writer)], "this expert alone, for every token")
+        text = texts.get(writer)
+        rows.append((title, note, text and text.text, bool(text and text.done)))
+    return page.comparison(rows)
+
+
+# ---------------------------------------------------------------- the page
+
+
+def build() -> gr.Blocks:
+    """The page of the router named by MODEL_ID, or one that says why it cannot be served."""
+    with gr.Blocks(title="PHATGOOSE", analytics_enabled=False, delete_cache=(HOUR, HOUR)) as blocks:
+        try:
+            model = served()
+        except LoadError as error:
+            logger.error("%s", error)
+            hint = "Set MODEL_ID to a published router in the Space's settings, then restart the Space."
+            gr.HTML(page.message("The model could not be loaded", str(error), hint), apply_default_css=False)
+            return blocks
+        facts = model.model.summary()
+        head = page.header(model.id, model.url, model.sha, len(model.names), facts["routed_linears"], facts["top_k"])
+        gr.HTML(head, apply_default_css=False)
+        state = gr.State(None, time_to_live=HOUR)
+        with gr.Row(elem_classes="pg-top"):
+            with gr.Column(scale=4, min_width=300):
+                prompt = gr.Textbox(
+                    model.examples[0],
+                    label="Prompt",
+                    lines=4,
+                    max_length=MOST_CHARACTERS,
+                    placeholder="Ask something …",
+                )
+                button = gr.Button("Run", variant="primary")
+                examples = gr.Dataset(
+                    label="Examples",
+                    components=[gr.Textbox(visible=False)],
+                    samples=[[example] for example in model.examples],
+                    type="values",
+                )
+            with gr.Column(scale=8, min_width=300):
+                script = (FOLDER / "tokens.js").read_text(encoding="utf-8")
+                tokens = gr.HTML(page.streaming("", ""), js_on_load=script, apply_default_css=False)
+                download = gr.DownloadButton("Download the routing (JSON)", size="sm", interactive=False)
+        inspector = gr.HTML("", apply_default_css=False)
+        overview = gr.HTML("", apply_default_css=False)
+        gr.HTML(page.comparison_head(), apply_default_css=False)
+        expert = gr.Dropdown(
+            [(f"{number} {name}", number - 1) for number, name in enumerate(model.names, 1)],
+            value=model.best,
+            label="Expert alone",
+            info="The best one alone by what was measured is chosen at first." if model.measured else None,
+        )
+        comparison = gr.HTML("", apply_default_css=False)
+
+        hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        picked = examples.click(lambda row: row[0], examples, prompt, **hidden)
+        outputs, inputs = [tokens, state, inspector, overview, download], [state, expert]
+        compared = []
+        for trigger in (blocks.load, button.click, prompt.submit, picked.success):
+            ran = trigger(run, prompt, outputs, **ONE_AT_A_TIME, **hidden)
+            compared.append(ran.then(compare, inputs, comparison, **ONE_AT_A_TIME, **hidden))
+        gr.on([button.click, prompt.submit, examples.click], None, cancels=compared)
+        expert.input(compare, inputs, comparison, trigger_mode="always_last", **ONE_AT_A_TIME, **hidden)
+        tokens.select(inspect, state, inspector, trigger_mode="always_last", concurrency_limit=None, **hidden)
+        _api()
+    return blocks
+
+
+def _api() -> None:
+    """The one verb for clients."""
+    with gr.Row(visible=False):
+        prompt = gr.Textbox(label="prompt")
+        gr.Button().click(generate, prompt, gr.JSON(label="routing"), api_name="generate", **ONE_AT_A_TIME)
+
+
+THEME = gr.themes.Base(
+    primary_hue="blue",
+    neutral_hue="stone",
+    # Gradio carries both fonts, so no page of ours asks Google; its semi-bold files lack letters, the bold ones do not
+    font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"],
+    font_mono=[gr.themes.LocalFont("IBM Plex Mono", weights=(400, 700)), "ui-monospace", "monospace"],
+).set(
+    body_background_fill="#f8f7f5",
+    body_background_fill_dark="#100f0e",
+    body_text_color="#1c1917",
+    body_text_color_dark="#f3f1ef",
+    body_text_color_subdued="#625d58",
+    body_text_color_subdued_dark="#aaa39d",
+    border_color_primary="#e2dfdb",
+    border_color_primary_dark="#37332f",
+    block_background_fill="#ffffff",
+    block_background_fill_dark="#1b1917",
+    block_radius="10px",
+    input_background_fill="#ffffff",
+    input_background_fill_dark="#1b1917",
+    button_large_radius="8px",
+    button_primary_background_fill="#0072b2",
+    button_primary_background_fill_dark="#0072b2",
+    button_primary_background_fill_hover="#00659e",
+    button_primary_background_fill_hover_dark="#00659e",
+    button_primary_text_color="#ffffff",
+)
+
+demo = build()
+
+if __name__ == "__main__":
+    demo.launch(theme=THEME, css_paths=FOLDER / "style.css")

@@ -1,0 +1,314 @@
+"""A published router of language models, loaded by its id; it writes an answer as a stream, and tells how it routed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from routing import Routing, read_trace, short_names, split_text
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+
+NEW_TOKENS = 64
+LONGEST_PROMPT = 1024  # tokens
+MOST_CHARACTERS = 20_000
+MOST_EXAMPLES = 8
+EXAMPLES = [
+    "Sort these words alphabetically: pear, fig, apple",
+    "What is 17 + 25?",
+    "Tell me in one sentence what a router is.",
+]
+# How a question is put, by what a tokenizer's chat template contains; one without system message, as adapters are
+# trained: SmolLM2's own template would add one.
+DIALECTS = {"<|im_start|>": "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"}
+# the first that fits tells what went wrong: error, message
+REASONS: list[tuple[type[Exception], str]] = [
+    (GatedRepoError, "{id} is gated: accept its terms with the account behind this Space's HF_TOKEN."),
+    (
+        RepositoryNotFoundError,
+        "There is no model {id} that this Space can see. A private one needs the secret HF_TOKEN.",
+    ),
+    (RevisionNotFoundError, "{id} has no revision {revision}."),
+    (HFValidationError, "{id!r} is neither a folder nor a model id; an id looks like owner/name."),
+    (LocalEntryNotFoundError, "{endpoint} does not answer. Restart the Space once {id} can be fetched from there."),
+]
+
+# who writes: the router itself, the base alone, the mean of all experts, or the expert of that index
+Writer = str | int
+ROUTED, BASE, MERGED = "routed", "base", "merged"
+
+
+class LoadError(RuntimeError):
+    """The model cannot be served; the message says why."""
+
+
+class InputError(ValueError):
+    """A prompt that cannot be answered; the message is for the person who gave it."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer so far.
+
+    Attributes:
+        prompt: as it was given.
+        text: of the answer.
+        done: whether it is complete.
+        routing: of prompt and answer, once a routed answer is complete.
+    """
+
+    prompt: str
+    text: str = ""
+    done: bool = False
+    routing: Routing | None = None
+
+
+@dataclass
+class Served:
+    """A loaded router and what its page needs.
+
+    Attributes:
+        id, sha: what was loaded; a folder has no sha.
+        model, tokenizer: from `AutoModelForCausalLM` and `AutoTokenizer`.
+        template: the prompt's form, with {} for what is asked; None: the tokenizer's chat template.
+        examples: prompts to click.
+        best: index of the expert that was measured to be the best alone, 0 where none was.
+        measured: whether one was.
+    """
+
+    id: str
+    sha: str
+    model: Any
+    tokenizer: Any
+    template: str | None
+    examples: list[str]
+    best: int
+    measured: bool
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def url(self) -> str:
+        """Its page on the Hub; none for a folder."""
+        return f"{constants.ENDPOINT}/{self.id}" if self.sha else ""
+
+    @property
+    def names(self) -> list[str]:
+        """The experts, by short names."""
+        return short_names(self.model.experts)
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Tokens that a prompt may have, and that are written at most."""
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_PROMPT * 2
+        new = min(NEW_TOKENS, context // 2)
+        return min(LONGEST_PROMPT, context - new), new
+
+    def read(self, prompt: str | None) -> torch.Tensor:
+        """The tokens of a prompt in the form that the model knows, (1, T).
+
+        Raises:
+            InputError: for an empty prompt, and one that is too long.
+        """
+        prompt, tokenizer, most = (prompt or "").strip(), self.tokenizer, self.limits[0]
+        if not prompt:
+            raise InputError("There is no prompt yet: write something first.")
+        if len(prompt) > MOST_CHARACTERS:
+            raise InputError(f"That prompt is too long: {MOST_CHARACTERS:,} characters are the most.")
+        if self.template is None:
+            question = [{"role": "user", "content": prompt}]
+            given = tokenizer.apply_chat_template(
+                question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        else:
+            given = tokenizer(self.template.replace("{}", prompt, 1), return_tensors="pt")
+        ids = given["input_ids"]
+        if ids.shape[1] > most:
+            raise InputError(f"That prompt is too long: it has {ids.shape[1]:,} tokens, {most:,} are the most.")
+        return ids
+
+    def ask(self, prompt: str, writer: Writer = ROUTED) -> Iterator[Answer]:
+        """The answer as it grows; the last one is complete.
+
+        Args:
+            writer: `ROUTED`, `BASE`, `MERGED` or the index of an expert.
+
+        Raises:
+            InputError: see `read`.
+        """
+        ids = self.read(prompt)
+        stopped = threading.Event()
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        done: dict[str, Any] = {}
+
+        def write() -> None:
+            try:
+                with self._lock:  # options and trace belong to the model
+                    done.update(self._write(ids, writer, streamer, stopped))
+            except BaseException as error:
+                done["error"] = error
+            finally:
+                streamer.end()
+
+        thread = threading.Thread(target=write, daemon=True)
+        thread.start()
+        text = ""
+        try:
+            for part in streamer:
+                text += part
+                yield Answer(prompt, text)
+        finally:  # also when nobody wants to read on
+            stopped.set()
+            thread.join()
+        if "error" in done:
+            raise done["error"]
+        yield Answer(prompt, text, done=True, routing=done["routing"])
+
+    @torch.no_grad()
+    def _write(self, ids: torch.Tensor, writer: Writer, streamer: Any, stopped: threading.Event) -> dict[str, Any]:
+        model, count = self.model, len(self.model.experts)
+        settings = copy.deepcopy(model.generation_config)
+        settings.update(max_new_tokens=self.limits[1], do_sample=False)
+        stop = StoppingCriteriaList([_Stopped(stopped)])
+        options = {"generation_config": settings, "streamer": streamer, "stopping_criteria": stop}
+        given = ids.to(model.device)
+        inputs = {"input_ids": given, "attention_mask": torch.ones_like(given)}
+        if writer != ROUTED:
+            mean = [1 / count] * count
+            with model.using({BASE: None, MERGED: mean}[writer] if isinstance(writer, str) else model.experts[writer]):
+                model.generate(**inputs, **options)
+            return {"routing": None}
+        model.record_routing = sum(self.limits)
+        try:
+            written = model.generate(**inputs, **options)[0].tolist()
+            trace = model.routing_trace()
+        finally:
+            model.record_routing = 0
+        tokenizer = self.tokenizer
+        markup = set(tokenizer.all_special_ids)
+        pieces = split_text(written, lambda part: tokenizer.decode(part, clean_up_tokenization_spaces=False))
+        return {"routing": read_trace(trace, pieces, [token in markup for token in written], ids.shape[1])}
+
+
+class _Stopped(StoppingCriteria):
+    """Ends an answer that nobody waits for any more."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
+def load(model_id: str, revision: str | None = None, template: str | None = None) -> Served:
+    """Loads a published router, or one in a folder; everything comes from one commit.
+
+    Args:
+        template: the prompt's form, with {} for what is asked.
+
+    Raises:
+        LoadError: with a message for the page.
+    """
+    try:
+        is_folder = Path(model_id).is_dir()
+        wanted = {"revision": revision, "allow_patterns": ["*.json", "README.md"]}
+        folder = Path(model_id if is_folder else snapshot_download(model_id, **wanted))
+        sha = "" if is_folder else folder.name
+        _check(model_id, _read_json(folder / "config.json"))
+        pinned = {"trust_remote_code": True} | ({} if is_folder else {"revision": sha})
+        tokenizer = AutoTokenizer.from_pretrained(model_id, **pinned)
+        model = AutoModelForCausalLM.from_pretrained(model_id, **pinned).eval()
+    except LoadError:
+        raise
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        reason = next((text for kind, text in REASONS if isinstance(error, kind)), "{id} could not be loaded: {error}")
+        fields = {"id": model_id, "revision": revision or "main", "endpoint": constants.ENDPOINT}
+        raise LoadError(reason.format(error=f"{type(error).__name__}: {first}", **fields)) from error
+    if template and "{}" not in template:
+        raise LoadError(f"PROMPT_TEMPLATE is {template!r}; it needs a {{}} where the prompt goes.")
+    best = best_expert(_read_json(folder / "results.json"), model.experts)
+    return Served(
+        id=model_id,
+        sha=sha,
+        model=model.to("cuda") if torch.cuda.is_available() else model,
+        tokenizer=tokenizer,
+        template=template or _template(tokenizer.chat_template),
+        examples=read_examples(_read_json(folder / "examples.json")) or _widget_texts(folder / "README.md") or EXAMPLES,
+        best=best or 0,
+        measured=best is not None,
+    )
+
+
+def _check(model_id: str, config: Any) -> None:
+    """Refuses what is no router of a causal language model, before its weights are fetched."""
+    if not isinstance(config, dict) or config.get("model_type") != "phatgoose":
+        raise LoadError(f"{model_id} is not a PHATGOOSE router: its config.json does not say model_type phatgoose.")
+    if (head := config.get("head", "causal-lm")) != "causal-lm":
+        raise LoadError(f"{model_id} has no causal head but one for {head}; this page streams what a model writes.")
+
+
+def _template(chat_template: str | None) -> str | None:
+    """The prompt's form where nobody set one: the prompt itself where the tokenizer knows no chat."""
+    if not chat_template:
+        return "{}"
+    return next((form for mark, form in DIALECTS.items() if mark in chat_template), None)
+
+
+def best_expert(results: Any, experts: list[str]) -> int | None:
+    """Index of the expert with the best score alone, from the content of results.json; None where none was measured.
+
+    Args:
+        results: holds `systems`, each with a name and either a score or the means over groups of tasks.
+    """
+    rows = results.get("systems") if isinstance(results, dict) else None
+    names = {**{name: i for i, name in enumerate(short_names(experts))}, **{n: i for i, n in enumerate(experts)}}
+    scores = {}
+    for row in rows if isinstance(rows, list) else []:
+        if isinstance(row, dict) and row.get("name") in names:
+            means = row.get("means")
+            mean = means.get("held-in") if isinstance(means, dict) else None
+            score = mean.get("score") if isinstance(mean, dict) else row.get("score")
+            if isinstance(score, (int, float)):
+                scores[names[row["name"]]] = score
+    return max(scores, key=lambda expert: scores[expert]) if scores else None
+
+
+def read_examples(given: Any) -> list[str]:
+    """Prompts from the content of examples.json: texts, or objects with a "prompt" or "text"."""
+    rows = given if isinstance(given, list) else []
+    texts = [row.get("prompt", row.get("text")) if isinstance(row, dict) else row for row in rows]
+    return [text for text in texts if isinstance(text, str) and text.strip()][:MOST_EXAMPLES]
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _widget_texts(card: Path) -> list[str]:
+    """Prompts from the card's `widget`, the Hub's own place for them."""
+    if not card.is_file():
+        return []
+    head = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    return read_examples(head.get("widget"))

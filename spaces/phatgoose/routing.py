@@ -1,0 +1,166 @@
+"""What a router did with one prompt, as plain data: who was chosen for every token at every linear."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+LONGEST_CHARACTER = 4  # bytes in UTF-8, and so tokens
+LAYER = re.compile(r"\.(\d+)\.")
+HEAD = "head"  # what a module outside the layers is counted to
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The routing of one prompt and its answer: T tokens, M linears, at most k experts each.
+
+    Attributes:
+        pieces: text of each token; empty where a character goes on in the next one.
+        special: which tokens are markup.
+        prompt: how many tokens are the prompt.
+        experts, modules: names.
+        choice: (T, M, k) experts, -1 where nobody was asked: the last token is written and never read.
+        weight: (T, M, k), their weights.
+        usage: share of all weight that each expert got.
+        entropy: of each linear, in nats: how evenly it spread these tokens.
+    """
+
+    pieces: list[str]
+    special: list[bool]
+    prompt: int
+    experts: list[str]
+    modules: list[str]
+    choice: torch.Tensor
+    weight: torch.Tensor
+    usage: list[float]
+    entropy: list[float]
+
+    def at(self, token: int) -> torch.Tensor:
+        """Weights of all experts for one token, (M, E)."""
+        choice = self.choice[token].long()
+        dense = torch.zeros(len(self.modules), len(self.experts))
+        return dense.scatter_add_(1, choice.clamp(min=0), self.weight[token].masked_fill(choice < 0, 0.0))
+
+    def means(self) -> torch.Tensor:
+        """Mean weights of the experts over the linears that read a token, (T, E); zeros where none did."""
+        tokens = len(self.pieces)
+        choice, weight = self.choice.reshape(tokens, -1).long(), self.weight.reshape(tokens, -1)
+        total = torch.zeros(tokens, len(self.experts))
+        total.scatter_add_(1, choice.clamp(min=0), weight.masked_fill(choice < 0, 0.0))
+        return total / (self.choice >= 0).any(-1).sum(1, keepdim=True).clamp(min=1)
+
+    def dominant(self) -> list[tuple[int, float] | None]:
+        """For each token the expert of the largest mean weight and that weight; None where nobody was asked."""
+        shares, experts = self.means().max(1)
+        return [(e, s) if s > 0 else None for e, s in zip(experts.tolist(), shares.tolist(), strict=True)]
+
+    def layers(self) -> dict[str, list[int]]:
+        """Layer -> its linears, as indices into `modules`, both in the order in which they run."""
+        layers: dict[str, list[int]] = {}
+        for index, module in enumerate(self.modules):
+            layers.setdefault(layer_of(module), []).append(index)
+        return layers
+
+    def layer_entropy(self) -> dict[str, float]:
+        """Mean entropy of each layer's linears."""
+        return {
+            layer: sum(self.entropy[index] for index in indices) / len(indices)
+            for layer, indices in self.layers().items()
+        }
+
+
+def read_trace(trace: Any, pieces: Sequence[str], special: Sequence[bool], prompt: int) -> Routing:
+    """A model's `RoutingTrace` beside the tokens it is about.
+
+    Linears that saw fewer tokens saw the later ones: a routed head reads only what it writes from.
+    """
+    parts = [tuple(part[0] for part in trace.choices(module)) for module in trace.modules]
+    read = max(len(choice) for choice, _ in parts)
+    most = max(choice.shape[1] for choice, _ in parts)
+    choices = torch.full((len(pieces), len(parts), most), -1, dtype=torch.int16)
+    weights = torch.zeros(len(pieces), len(parts), most)
+    for index, (choice, weight) in enumerate(parts):
+        places = slice(read - len(choice), read), index, slice(choice.shape[1])
+        choices[places], weights[places] = choice, weight
+    usage, entropy = trace.usage(), trace.entropy()
+    return Routing(
+        pieces=list(pieces),
+        special=list(special),
+        prompt=prompt,
+        experts=list(trace.experts),
+        modules=list(trace.modules),
+        choice=choices,
+        weight=weights,
+        usage=[usage[name] for name in trace.experts],
+        entropy=[entropy[module] for module in trace.modules],
+    )
+
+
+def to_data(routing: Routing) -> dict[str, Any]:
+    """Everything, for JSON: each token's text and dominant expert, each linear's choices and weights token by token."""
+    experts = routing.experts
+    tokens = [
+        {
+            "text": piece,
+            "part": "prompt" if index < routing.prompt else "answer",
+            "expert": top and experts[top[0]],
+            "weight": top and round(top[1], 4),
+        }
+        for index, (piece, top) in enumerate(zip(routing.pieces, routing.dominant(), strict=True))
+    ]
+    weights = routing.weight.round(decimals=4)
+    return {
+        "experts": experts,
+        "tokens": tokens,
+        "usage": dict(zip(experts, routing.usage, strict=True)),
+        "entropy": dict(zip(routing.modules, routing.entropy, strict=True)),
+        "modules": {
+            module: {"experts": routing.choice[:, index].tolist(), "weights": weights[:, index].tolist()}
+            for index, module in enumerate(routing.modules)
+        },
+    }
+
+
+def layer_of(module: str) -> str:
+    """The number of the layer that a module belongs to, or `HEAD`."""
+    found = LAYER.search(module)
+    return found.group(1) if found else HEAD
+
+
+def kind_of(module: str) -> str:
+    """A module's path within its layer: "self_attn.q_proj"."""
+    found = LAYER.search(module)
+    return module[found.end() :] if found else module
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Names without what they all begin with: owners, a project's prefix."""
+    start = ""
+    if len(names) > 1:
+        letters = zip(*names, strict=False)
+        same = next((i for i, column in enumerate(letters) if len(set(column)) > 1), min(map(len, names)))
+        start = re.match(r"(.*[/_-])?", names[0][:same]).group(0)  # type: ignore[union-attr]
+    shorter = [name[len(start) :].rpartition("/")[2] for name in names]
+    unique = all(shorter) and len(set(shorter)) == len(names)
+    return shorter if unique else list(names)
+
+
+def split_text(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
+    """The text that each token adds; "" where a character ends in a later one.
+
+    A token is decoded behind the one before it: alone it would lose its leading space in some tokenizers.
+    """
+    pieces: list[str] = []
+    start = read = 0
+    for end in range(1, len(ids) + 1):
+        text = decode(ids[start:end])
+        if text.endswith("\ufffd") and end - read < LONGEST_CHARACTER and end < len(ids):
+            pieces.append("")
+            continue
+        pieces.append(text[len(decode(ids[start:read])) :])
+        start, read = read, end
+    return pieces
