@@ -106,6 +106,11 @@ def trace_file(answer: Answer) -> Path:
 # ---------------------------------------------------------------- what the page asks for
 
 
+def begin(prompt: str) -> tuple[str, str]:
+    """What is shown at once, while others may still be served."""
+    return page.streaming(prompt, ""), ""
+
+
 def run(prompt: str) -> Iterator[tuple[Any, ...]]:
     """Answer, its data, one token, overview and download, as the answer grows."""
     names = served().names
@@ -157,15 +162,15 @@ def compare(answer: Answer | None, expert: int) -> Iterator[str]:
 
 def _comparison(answer: Answer, others: list[Writer], texts: dict[Writer, Answer]) -> str:
     names = served().names
-    heads = {
+    heads: dict[Writer, tuple[str, str]] = {
         BASE: ("Base", "no expert at all"),
         MERGED: ("Merged", f"the mean of all {page.count(len(names), 'expert')}, for every token"),
     }
-    rows = [("PHATGOOSE", "every token to its experts", answer.text, True)]
+    rows: list[tuple[str, str, str | None, bool]] = [("PHATGOOSE", "every token to its experts", answer.text, True)]
     for writer in others:
         title, note = heads.get(writer) or (names[int(writer)], "this expert alone, for every token")
-        text = texts.get(writer)
-        rows.append((title, note, text and text.text, bool(text and text.done)))
+        given = texts.get(writer)
+        rows.append((title, note, given.text if given else None, bool(given and given.done)))
     return page.comparison(rows)
 
 
@@ -222,8 +227,9 @@ def build() -> gr.Blocks:
         outputs, inputs = [tokens, state, inspector, overview, download], [state, expert]
         compared = []
         for trigger in (blocks.load, button.click, prompt.submit, picked.success):
-            ran = trigger(run, prompt, outputs, **ONE_AT_A_TIME, **hidden)
-            compared.append(ran.then(compare, inputs, comparison, **ONE_AT_A_TIME, **hidden))
+            begun = trigger(begin, prompt, [tokens, comparison], queue=False, **hidden)
+            ran = begun.then(run, prompt, outputs, **ONE_AT_A_TIME, **hidden)
+            compared.append(ran.success(compare, inputs, comparison, **ONE_AT_A_TIME, **hidden))
         gr.on([button.click, prompt.submit, examples.click], None, cancels=compared)
         expert.input(compare, inputs, comparison, trigger_mode="always_last", **ONE_AT_A_TIME, **hidden)
         tokens.select(inspect, state, inspector, trigger_mode="always_last", concurrency_limit=None, **hidden)

@@ -229,8 +229,8 @@ def load(model_id: str, revision: str | None = None, template: str | None = None
     """
     try:
         is_folder = Path(model_id).is_dir()
-        wanted = {"revision": revision, "allow_patterns": ["*.json", "README.md"]}
-        folder = Path(model_id if is_folder else snapshot_download(model_id, **wanted))
+        texts = ["*.json", "README.md"]
+        folder = Path(model_id if is_folder else snapshot_download(model_id, revision=revision, allow_patterns=texts))
         sha = "" if is_folder else folder.name
         _check(model_id, _read_json(folder / "config.json"))
         pinned = {"trust_remote_code": True} | ({} if is_folder else {"revision": sha})

@@ -54,7 +54,7 @@ def message(title: str, text: str, hint: str = "") -> Markup:
 
 # ---------------------------------------------------------------- experts' looks
 
-LOOK = Markup('class="pg-e{dashed}" style="--c:var(--e{colour});--a:{strength:.0f}%"')
+LOOK = Markup('class="pg-e{dashed}" style="--c:var(--e{colour});--a:{share:.2f}"')
 BADGE = Markup("<b {look}>{number}</b>")
 
 
@@ -64,7 +64,7 @@ def look(expert: int | None, share: float = 1.0) -> Markup:
         return Markup('class="pg-e none"')
     has_own = expert < MOST_COLUMNS
     colour = str(expert % COLOURS) if has_own else "-rest"
-    return LOOK.format(dashed=" dashed" if has_own and expert >= COLOURS else "", colour=colour, strength=100 * share)
+    return LOOK.format(dashed=" dashed" if has_own and expert >= COLOURS else "", colour=colour, share=share)
 
 
 def badge(expert: int) -> Markup:
@@ -82,10 +82,10 @@ ANSWER = Markup(
 CURSOR = Markup('<i class="pg-cursor" aria-hidden="true"></i>')
 TOKEN = Markup(
     '<span role="button" tabindex="{tab}" data-token="{index}" data-number="{number}" title="{title}" {look}>'
-    "{piece}</span>"
+    "{piece}</span>{end}"
 )
-SILENT = Markup('<span title="{title}" {look}>{piece}</span>')
-BREAK = Markup('<i class="pg-break"></i>\n')
+SILENT = Markup('<span title="{title}" {look}>{piece}</span>{end}')
+BREAK = Markup('<i class="pg-break"></i>')
 LEGEND = Markup(
     '<div class="pg-legend"><ul>{rows}</ul><p class="pg-note">A token has the colour of the expert with the most weight'
     " over all linears, the stronger the more"
@@ -122,13 +122,14 @@ def answer(routing: Routing, names: Sequence[str], chosen: int) -> Markup:
 
 def _token(routing: Routing, index: int, top: tuple[int, float] | None, names: Sequence[str], chosen: int) -> Markup:
     text = routing.pieces[index]
-    piece = BREAK.join(text.split("\n"))
+    end = "\n" if text.endswith("\n") else ""  # behind the element, so that it ends where its line does
+    piece = (BREAK + "\n").join(text.removesuffix("\n").split("\n")) + (BREAK if end else "")
     if not text:
         piece = Markup('<i class="pg-part"></i>')
     elif routing.special[index]:
         piece = Markup("<small>{}</small>").format(piece)
     if top is None:
-        return SILENT.format(title="the last token: written, but not read again", look=look(None), piece=piece)
+        return SILENT.format(title="the last token: written, but not read again", look=look(None), piece=piece, end=end)
     expert, share = top
     title = f"{expert + 1} {names[expert]}, {percent(share)} of the weight"
     return TOKEN.format(
@@ -138,6 +139,7 @@ def _token(routing: Routing, index: int, top: tuple[int, float] | None, names: S
         title=title,
         look=look(expert, share),
         piece=piece,
+        end=end,
     )
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import combinations
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tiny import make_tokenizer
 
+SPACE = Path(__file__).parents[2] / "spaces" / "phatgoose"
 EVIL = "<img src=x onerror=alert(1)>\"'{{evil}}${evil}"
 NAMES = ["sport", "art", "law"]
 MODULES = [f"model.layers.{layer}.{path}" for layer in (0, 1) for path in ("self_attn.q_proj", "mlp.up_proj")]
@@ -123,7 +127,7 @@ def test_tokens_have_their_experts_colour_number_and_share(page, made):
         ("3 law, 100 % of the weight", "2"),
     ]
     assert re.findall(r'tabindex="(-?\d)"', html) == ["-1", "0", "-1"]
-    assert "<small>&lt;s&gt;</small>" in html and 'a<i class="pg-break"></i>\nb' in html
+    assert "<small>&lt;s&gt;</small>" in html and 'a<i class="pg-break"></i>\nb</span>' in html
     assert html.count("not read again") == 2  # the last token's title and the legend
     assert re.findall(r'data-number="(\d)"', html) == ["1", "3", "3"]
     legend = html[html.index("pg-legend") :]
@@ -212,3 +216,47 @@ def test_no_text_becomes_markup(page, routing, made):
     )
     assert "<img" not in html and "&lt;img" in html
     assert not re.search(r"[\w-]+=\"[^\"]*'", html)  # nor does a quote end an attribute
+
+
+# ---------------------------------------------------------------- colours, as the style sheet has them
+
+INK_AND_CARD = {"light": ("#1c1917", "#ffffff"), "dark": ("#f3f1ef", "#1b1917")}  # of the app's theme
+# What eyes without one kind of cone see, in linear RGB (Machado, Oliveira, Fernandes, 2009)
+EYES = {
+    "all cones": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "no red": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "no green": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+    "no blue": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+}
+
+
+def rgb(colour: str) -> np.ndarray:
+    return np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+
+
+def linear(colour: np.ndarray) -> np.ndarray:
+    return np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
+
+
+def lab(light: np.ndarray) -> np.ndarray:
+    """CIE Lab of linear RGB."""
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    x, y, z = np.cbrt(to_xyz @ light.clip(0.001, 1) / [0.9505, 1, 1.089])
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_can_be_told_apart_and_text_on_them_read(scheme):
+    blocks = (SPACE / "style.css").read_text().split("}")
+    css = blocks[["light", "dark"].index(scheme)]
+    colours = [rgb(colour) for colour in re.findall(r"--e[\w-]+: (#\w{6});", css)]
+    assert len(colours) == 9
+    for eye in map(np.array, EYES.values()):
+        seen = [lab(eye @ linear(colour)) for colour in colours]
+        assert min(np.linalg.norm(a - b) for a, b in combinations(seen, 2)) > 12
+    most = int(re.search(r"--most: (\d+)%", css).group(1)) / 100
+    assert all(f'"{colour}"' in (SPACE / "app.py").read_text() for colour in INK_AND_CARD[scheme])
+    ink, card = map(rgb, INK_AND_CARD[scheme])
+    for colour in colours:
+        text, ground = (linear(c) @ [0.2126, 0.7152, 0.0722] for c in (ink, most * colour + (1 - most) * card))
+        assert (max(text, ground) + 0.05) / (min(text, ground) + 0.05) >= 4.5  # WCAG 2, AA

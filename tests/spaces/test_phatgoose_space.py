@@ -69,9 +69,10 @@ def served(model, folder):
 @torch.no_grad()
 def plain_answer(router: Any, prompt: str, tokens: int) -> tuple[torch.Tensor, str]:
     """Ids of prompt and answer, and the answer's text, without the Space's code."""
-    ids = router.processor(prompt, return_tensors="pt").input_ids
+    tokenizer = make_tokenizer()
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
     written = router.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens)[0]
-    return written, router.processor.decode(written[ids.shape[1] :], skip_special_tokens=True)
+    return written, tokenizer.decode(written[ids.shape[1] :], skip_special_tokens=True)
 
 
 # ---------------------------------------------------------------- the model, without a page
@@ -202,9 +203,13 @@ def text_of(page, selector: str) -> str:
     return page.locator(selector).first.text_content()
 
 
+def wait_for_tokens(page, prompt: str) -> None:
+    page.locator(".pg-prompt:has([data-token])", has_text=prompt[:20]).wait_for(timeout=30_000)
+
+
 def wait_until_done(page, prompt: str) -> None:
     """The prompt's answer is coloured, and the other three are complete."""
-    page.locator(".pg-prompt:has([data-token])", has_text=prompt[:20]).wait_for(timeout=30_000)
+    wait_for_tokens(page, prompt)
     page.wait_for_function(
         """answer => {
           const cards = [...document.querySelectorAll(".pg-compare .pg-card")];
@@ -293,4 +298,4 @@ def test_tokens_are_routed_in_the_browser(url, router, visit):
     page.locator(".pg-message", has_text="too long").wait_for()
     assert page.locator(".pg-heat").count() == 0  # nothing is left of the answer before
     page.get_by_text(EXAMPLES[1], exact=True).click()
-    wait_until_done(page, EXAMPLES[1])
+    wait_for_tokens(page, EXAMPLES[1])
