@@ -44,7 +44,7 @@ def _hook(result: Reference, path: str, own: list[int], experts: Sequence[Expert
             scores = torch.stack([normalise(x) @ gate / len(x) ** 0.5 for gate in gates])
             probabilities = torch.exp(scores - scores.max()) / torch.exp(scores - scores.max()).sum()
             order = sorted(range(len(own)), key=lambda e: -float(probabilities[e]))[:top_k]
-            # The paper's code adds 1e-6 to this sum against division by 0; a softmax over the chosen needs no such guard.
+            # The paper's code adds 1e-6 against division by 0, which a softmax over the chosen does not need.
             total = sum(probabilities[e] for e in order)
             for e in order:
                 a, b = loras[e]
