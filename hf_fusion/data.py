@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,3 +57,41 @@ def _split(splits: DatasetDict, split: str, source: str) -> Dataset:
     if split not in splits:
         raise FusionError(f"{source} has no split {split!r}", f"--split {next(iter(splits), 'train')}")
     return splits[split]
+
+
+def split_tasks(
+    rows: Dataset, experts: Sequence[str], task_column: str = "task", expert_column: str = "expert"
+) -> tuple[dict[str, Dataset], dict[str, str]]:
+    """Rows of several tasks, apart.
+
+    Args:
+        rows: with a column that names the task of each; without one they are all one task.
+        experts: names of the experts, ``owner/name`` or ``name``.
+        task_column: names the task.
+        expert_column: names the expert that was trained on the task, by ``owner/name`` or ``name``; empty, or missing
+            altogether, where there is none.
+
+    Returns:
+        Task → its rows, in the order of their first ones; and task → its expert, for the tasks that have one.
+
+    Raises:
+        FusionError: rows of one task name several experts, or one that is not there.
+    """
+    if task_column not in rows.column_names:
+        rows = rows.add_column(task_column, ["all"] * len(rows))
+    tasks = list(rows[task_column])
+    places = {task: [i for i, other in enumerate(tasks) if other == task] for task in dict.fromkeys(tasks)}
+    suite = {str(task): rows.select(own) for task, own in places.items()}
+    if expert_column not in rows.column_names:
+        return suite, {}
+    known = {short: name for name in experts for short in (name, name.rpartition("/")[2])}
+    owners: dict[str, str] = {}
+    for task, own in suite.items():
+        named = sorted({name for name in own[expert_column] if name})
+        if len(named) > 1:
+            raise FusionError(f"rows of the task {task!r} name several experts: {', '.join(named)}")
+        if named and named[0] not in known:
+            raise FusionError(f"{task!r} is said to be of {named[0]!r}; the experts are {', '.join(experts)}")
+        if named:
+            owners[task] = known[named[0]]
+    return suite, owners

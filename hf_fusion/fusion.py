@@ -109,7 +109,8 @@ def fuse(
     with _explained():
         model = row.load()(loaded, **parameters)
     recorded = {"task": task, **parameters}
-    setattr(model, RECIPE_ATTRIBUTE, _recipe(method, loaded, recorded, dtype))
+    names = [_named(*pair) for pair in zip(experts, loaded, strict=True)]
+    setattr(model, RECIPE_ATTRIBUTE, _recipe(method, names, loaded, recorded, dtype))
     return model
 
 
@@ -237,15 +238,22 @@ def _method(name: str, parameters: dict[str, Any]) -> Method:
     return method
 
 
-def _recipe(method: str, experts: Sequence[Expert], parameters: dict[str, Any], dtype: Any) -> Recipe:
-    """What was fused, by the commits that were loaded."""
+def _named(given: ExpertLike, expert: Expert) -> str:
+    """What finds an expert again: its id at the commit that was loaded, or its folder."""
+    if isinstance(given, (str, Path)) and expert.revision is None:
+        return str(Path(given).resolve())
+    return _at(expert.name, expert.revision)
+
+
+def _recipe(
+    method: str, names: Sequence[str], experts: Sequence[Expert], parameters: dict[str, Any], dtype: Any
+) -> Recipe:
+    """What was fused, by names that find it again."""
     weights = parameters.get("weights") or [None] * len(experts)
     bases = {_at(e.adapter.base, e.adapter.base_revision) for e in experts if e.adapter and e.adapter.base}
     return Recipe(
         method=method,
-        experts=tuple(
-            RecipeExpert(_at(e.name, e.revision), weight) for e, weight in zip(experts, weights, strict=True)
-        ),
+        experts=tuple(RecipeExpert(name, weight) for name, weight in zip(names, weights, strict=True)),
         base=bases.pop() if len(bases) == 1 else None,  # several are found through the adapters
         parameters={key: value for key, value in parameters.items() if key != "weights" and value is not None},
         dtype=str(dtype).removeprefix("torch.") if dtype and dtype != "auto" else None,

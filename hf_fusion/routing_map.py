@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Mapping
@@ -82,6 +83,8 @@ def map_routing(
     """
     labels = list((router.config.id2label or {}).values())
     reader = Expert("the router", router.backbone, processor=router.processor, labels=labels)
+    speaks = "logits_to_keep" in inspect.signature(router.backbone.forward).parameters
+    unread = {"logits_to_keep": 1, "use_cache": False} if speaks else {}  # nobody looks at the answers
     before, router.record_routing = router.record_routing, sys.maxsize
     weights = []
     try:
@@ -91,7 +94,7 @@ def map_routing(
             for start in range(0, len(rows), batch_size):
                 batch = dict(read.collate([read.rows[i] for i in range(start, min(start + batch_size, len(rows)))]))
                 batch.pop("labels")
-                router(**{name: value.to(router.device) for name, value in batch.items()})
+                router(**{name: value.to(router.device) for name, value in batch.items()}, **unread)
                 trace = router.routing_trace()
                 for module in trace.modules:
                     total += trace.expert_weights(module).sum((0, 1))

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from hf_fusion import FusionError
-from hf_fusion.data import load_rows
+from hf_fusion.data import load_rows, split_tasks
 
 TRAIN = {"text": ["good", "bad"], "label": [1, 0]}
 TEST = {"text": ["fine"], "label": [1]}
@@ -52,7 +52,7 @@ def test_a_data_set_on_the_hub(hub, fresh_python):
     token = hub.token("rows")
     code = f"""
 from datasets import Dataset
-from hf_fusion.data import load_rows
+from hf_fusion.data import load_rows, split_tasks
 Dataset.from_dict({TRAIN}).push_to_hub("rows/words", split="train")
 print(load_rows("rows/words").to_dict())
 from hf_fusion import FusionError
@@ -66,3 +66,22 @@ except FusionError as error:
         str(TRAIN),
         "rows/nothing is no file, no folder with data, and no data set on the Hub",
     ]
+
+
+def test_tasks_come_apart_and_find_their_experts():
+    rows = Dataset.from_dict(
+        {
+            "task": ["sums", "words", "sums", "riddles"],
+            "expert": ["me/adder", "speller", "adder", None],
+            "prompt": ["1", "2", "3", "4"],
+        }
+    )
+    suite, owners = split_tasks(rows.select([0, 1, 3]), ["me/adder", "me/speller"])
+    assert {task: own["prompt"][:] for task, own in suite.items()} == {"sums": ["1"], "words": ["2"], "riddles": ["4"]}
+    assert owners == {"sums": "me/adder", "words": "me/speller"}
+    with pytest.raises(FusionError, match="'sums' name several experts: adder, me/adder"):
+        split_tasks(rows, ["me/adder", "me/speller"])
+    with pytest.raises(FusionError, match="'words' is said to be of 'speller'; the experts are me/adder"):
+        split_tasks(rows.select([1]), ["me/adder"])
+    suite, owners = split_tasks(rows.select_columns("prompt"), ["me/adder"])
+    assert (list(suite), len(suite["all"]), owners) == (["all"], 4, {})

@@ -1,4 +1,4 @@
-"""The picture of accuracy against cost."""
+"""The pictures: accuracy against cost, and where the tokens of tasks go."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from hf_fusion.evaluate import Results, System, wilson
-from hf_fusion.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, _spread, plot_accuracy_cost
+from hf_fusion.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, _spread, plot_accuracy_cost, plot_routing
+from hf_fusion.routing_map import RoutingMap
 
 
 def system(name: str, kind: str, score: float, cost: float) -> System:
@@ -52,3 +53,40 @@ def test_labels_keep_their_order_their_distance_and_the_frame(wanted):
 
 def test_labels_that_are_far_apart_stay_where_they_are():
     assert _spread([0.2, 0.5, 0.8], height=0.1, bottom=0.0, top=1.0) == [0.2, 0.5, 0.8]
+
+
+def routing(weights: list[list[float]]) -> RoutingMap:
+    experts = [f"me/expert-{i}" for i in range(len(weights[0]))]
+    tasks = [f"task {i}" for i in range(len(weights))]
+    return RoutingMap(experts, tasks, weights, [10] * len(tasks), {})
+
+
+def colours(path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def amount(pixels: np.ndarray, colour: str) -> int:
+    wanted = np.array([round(255 * part) for part in to_rgb(colour)])
+    return int((np.abs(pixels - wanted).max(-1) <= 3).sum())
+
+
+def test_the_cells_are_as_dark_as_their_weights_and_owners_are_framed(tmp_path):
+    weights = [[0.9, 0.1, 0.0], [0.1, 0.9, 0.0]]
+    plain = colours(plot_routing(routing(weights), tmp_path / "plain.png"))
+    owned = routing(weights)
+    owned.owners = {"task 0": "me/expert-0", "task 1": "me/expert-2"}
+    framed = colours(plot_routing(owned, tmp_path / "framed.png"))
+    assert amount(plain, ORANGE) == 0 < amount(framed, ORANGE)
+    assert owned.owner_weight() == pytest.approx(0.45)
+    assert routing(weights).owner_weight() is None
+    darkest = amount(plain, "#003B5C")
+    assert darkest > 10_000  # two cells of 0.9
+    assert (
+        amount(colours(plot_routing(routing([[0.9, 0.1, 0], [0.5, 0.5, 0]]), tmp_path / "1.png")), "#003B5C") < darkest
+    )
+
+
+def test_many_experts_make_a_wide_picture_and_few_one_that_holds_its_title(tmp_path):
+    wide = colours(plot_routing(routing([[1 / 16] * 16] * 20), tmp_path / "wide.png"))
+    small = colours(plot_routing(routing([[1.0]]), tmp_path / "small.png"))
+    assert wide.shape[1] > 1800 > small.shape[1] > 900

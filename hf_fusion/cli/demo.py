@@ -11,7 +11,8 @@ from hf_fusion.errors import FusionError
 from .output import Out
 
 EXAMPLES = (
-    ("hf-fusion demo", "everything on this machine, in the folder ./demo"),
+    ("hf-fusion demo", "a Fusion of Experts, everything on this machine, in the folder ./demo"),
+    ("hf-fusion demo phatgoose", "a language model that routes every token among LoRA experts"),
     ("hf-fusion demo --real-hub --namespace me --yes", "the same on the Hub at HF_ENDPOINT, in your own namespace"),
 )
 
@@ -20,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which demo, and where."""
     from hf_fusion.demo import DEMOS
 
-    parser.add_argument("name", nargs="?", default="foe", choices=DEMOS, help="the family to show (default: foe)")
+    shown = "; ".join(f"{name}: {demo.shows}" for name, demo in DEMOS.items())
+    parser.add_argument("name", nargs="?", default="foe", choices=DEMOS, help=f"{shown} (default: foe)")
     parser.add_argument("--folder", default="demo", metavar="DIR", help="holds everything (default: demo)")
     parser.add_argument("--real-hub", action="store_true", help="use the Hub at HF_ENDPOINT instead of an embedded one")
     parser.add_argument("--namespace", metavar="NAME", help="owner of the repos (default on the embedded Hub: demo)")
@@ -38,15 +40,18 @@ def run(args: argparse.Namespace, out: Out) -> None:
         )
     if not args.real_hub:  # nothing of the demo reaches the user's own cache; read when the Hub's client is imported
         os.environ["HF_HOME"] = str(Path(args.folder).resolve() / "cache")
-    # Models as small as these gain nothing from a second thread, and lose much where another program wants it.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # a line per repo says enough
-
     from hf_fusion.demo import DEMOS
+
+    demo = DEMOS[args.name]
+    if demo.one_thread:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ[bars] = "1"  # a line per repo says enough
+
     from hf_fusion.demo.place import open_place
 
     with open_place(Path(args.folder), args.namespace, args.real_hub) as place:
-        summary = import_module(DEMOS[args.name]).run(place, out)
+        summary = import_module(demo.module).run(place, out)
     if out.mode == "json":
         out.dict(summary)
     else:

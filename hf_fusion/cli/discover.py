@@ -12,6 +12,10 @@ EXAMPLES = (
         "hf-fusion discover --task image-classification --check --format quiet",
         "pinned ids of the experts that fit together, ready for hf-fusion fuse --experts",
     ),
+    (
+        "hf-fusion discover --tag phatgoose-gates --base-model me/base --check --gates",
+        "adapters of one base that PHATGOOSE can route among, and why others are not among them",
+    ),
 )
 
 
@@ -57,4 +61,5 @@ def run(args: argparse.Namespace, out: Out) -> None:
         title=f"{len(accepted)} of {len(experts)} experts fit",
     )
     if len(accepted) > 1:
-        out.hint(f"hf-fusion fuse --method foe --experts {' '.join(accepted)} --output fused")
+        method = "phatgoose" if args.gates else "foe"
+        out.hint(f"hf-fusion fuse --method {method} --experts {' '.join(accepted)} --output fused")

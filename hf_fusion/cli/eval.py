@@ -1,12 +1,18 @@
-"""Measure a fused model beside its experts, their ensembles and the oracle expert; writes results.json."""
+"""Measure a fused model beside its experts and simpler ways to use them; writes results.json."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .output import Out
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from hf_fusion.recipe import Recipe
 
 EXAMPLES = (
     ("hf-fusion eval fused --data test.parquet", "on a file"),
@@ -20,31 +26,72 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="a parquet, csv or json file, a folder, or a Hub data set's id")
     parser.add_argument("--split", default="test", help="of a folder or Hub data set (default: test)")
     parser.add_argument("--label-column", default="label", metavar="NAME", help="column of the labels (default: label)")
-    parser.add_argument("--expert-column", default="expert", metavar="NAME", help="column of the domains")
+    parser.add_argument("--expert-column", default="expert", metavar="NAME", help="column of the domains' experts")
+    parser.add_argument("--task-column", default="task", metavar="NAME", help="PHATGOOSE: column of the tasks")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="examples per step (default: 32)")
 
 
 def run(args: argparse.Namespace, out: Out) -> None:
     """Measures, writes and shows."""
     from hf_fusion.data import load_rows
-    from hf_fusion.evaluate import RESULTS_FILE, evaluate_fusion
+    from hf_fusion.evaluate import RESULTS_FILE
+    from hf_fusion.recipe import Recipe
+
+    recipe = Recipe.load(Path(args.folder))
+    measure = {"phatgoose": _routing}.get(recipe.method, _fusion)
+    command = f"hf-fusion eval {args.folder} --data {args.data} --split {args.split}"
+    results, title = measure(args, load_rows(args.data, args.split), recipe, command)
+    path = Path(args.folder) / RESULTS_FILE
+    results.save(path)
+    out.table(results.table(), title=title, key=getattr(results, "metric", None), data=asdict(results))
+    out.log(f"Written to {path}")
+    out.hint(f"hf-fusion publish {args.folder} OWNER/NAME --dry-run")
+
+
+def _fusion(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: str) -> tuple[Any, str]:
+    """A Fusion of Experts."""
+    from hf_fusion.evaluate import evaluate_fusion
     from hf_fusion.fusion import load_fused
 
-    model, _ = load_fused(args.folder)
     results = evaluate_fusion(
-        model,
-        load_rows(args.data, args.split),
+        load_fused(args.folder)[0],
+        rows,
         name=args.data,
         split=args.split,
-        command=f"hf-fusion eval {args.folder} --data {args.data} --split {args.split}",
+        command=command,
         label_column=args.label_column,
         expert_column=args.expert_column,
         batch_size=args.batch_size,
     )
-    path = Path(args.folder) / RESULTS_FILE
-    results.save(path)
-    out.table(
-        results.table(), title=f"{results.metric} on {results.n} examples", key=results.metric, data=asdict(results)
+    return results, f"{results.metric} on {results.n} examples"
+
+
+def _routing(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: str) -> tuple[Any, str]:
+    """A PHATGOOSE router, task by task; where the tokens of each went is kept beside it, as data and as a picture."""
+    from hf_fusion.data import split_tasks
+    from hf_fusion.evaluate_suite import evaluate_routing
+    from hf_fusion.fusion import load_fused
+    from hf_fusion.hub.load import load_experts
+    from hf_fusion.plots import plot_routing
+    from hf_fusion.routing_map import ROUTING_FILE, ROUTING_PICTURE, map_routing
+
+    experts = load_experts([expert.model for expert in recipe.experts], base=recipe.base, dtype=recipe.dtype)
+    suite, owners = split_tasks(rows, [expert.name for expert in experts], args.task_column, args.expert_column)
+    heads = any(expert.adapter and expert.adapter.saved for expert in experts)
+    given = {
+        key: recipe.parameters[key] for key in ("top_k", "temperature", "missing_gates") if key in recipe.parameters
+    }
+    results = evaluate_routing(
+        experts,
+        suite,
+        train_rows={},
+        owners=owners,
+        systems=["PHATGOOSE", "Arrow", "merged", "uniform", "experts", "oracle", *([] if heads else ["base"])],
+        batch_size=args.batch_size,
+        command=command,
+        **given,
     )
-    out.log(f"Written to {path}")
-    out.hint(f"hf-fusion publish {args.folder} OWNER/NAME --dry-run")
+    routing = map_routing(load_fused(args.folder)[0], suite, owners=owners, batch_size=args.batch_size)
+    routing.save(Path(args.folder) / ROUTING_FILE)
+    plot_routing(routing, Path(args.folder) / ROUTING_PICTURE)
+    return results, f"right answers in % on {len(rows)} examples, with 95 % intervals"

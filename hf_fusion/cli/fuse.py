@@ -12,8 +12,11 @@ from .output import Out
 
 EXAMPLES = (
     ("hf-fusion fuse --method foe --experts me/low me/high --output fused", "a Fusion of Experts of two ids"),
+    ("hf-fusion fuse --method phatgoose --experts me/sums me/sorting --output fused", "LoRA experts, routed by gates"),
     ("hf-fusion fuse fusion.yaml --output fused", "what a recipe describes"),
 )
+# method -> what to do with its model first; others are ready
+NEXT = {"foe": "hf-fusion fit fuser {} --data DATA"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +51,8 @@ def run(args: argparse.Namespace, out: Out) -> None:
         model = fuse(args.method, args.experts, args.base, dtype=args.dtype, **trust, **_parameters(args.set))
     folder = save_fused(model, Path(args.output))
     out.result("Fused", folder=str(folder), parameters=model.num_parameters())
-    out.hint(f"hf-fusion fit fuser {args.output} --data DATA")
+    method = Recipe.load(folder).method
+    out.hint(NEXT.get(method, "hf-fusion eval {} --data DATA").format(args.output))
 
 
 def _parameters(given: list[str]) -> dict[str, Any]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
 
 from .digits import DIGITS, EXPERTS, LABEL_MAPS, digits, misfits
-from .place import Place, ask_a_stranger
+from .place import Place, ask_a_stranger, hub_lines, near, report_push, shell_lines
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,7 +24,6 @@ TASK = "image-classification"
 NAME = "foe-digits"
 DATA = "MNIST and scanned digits"
 PICTURE = "accuracy-cost.png"
-PORT = 8765  # at which the next commands find the Hub again
 ASKED = 16  # images a stranger is asked about
 RIVALS = ("mean ensemble", "max confidence")
 
@@ -42,9 +40,9 @@ def run(place: Place, out: Out) -> dict[str, Any]:
 
     with out.step(2, STEPS, "Push experts that fit, and some that do not"):
         for name, folder in EXPERTS.items():
-            _report_push(place.push(name, folder), place.repo(name), out)
+            report_push(place.push(name, folder), place.repo(name), out)
         for misfit in misfits(place.folder / "misfits"):
-            _report_push(place.push(misfit.name, misfit.folder, misfit.settings), place.repo(misfit.name), out)
+            report_push(place.push(misfit.name, misfit.folder, misfit.settings), place.repo(misfit.name), out)
 
     with out.step(3, STEPS, "Discover them by their tag, and see who fits"):
         verdict = _discover(place)
@@ -79,10 +77,6 @@ def run(place: Place, out: Out) -> dict[str, Any]:
         "rejected": {entry.info.id: "; ".join(map(str, entry.reasons)) for entry in verdict.rejected},
         "measured": {system.name: {"accuracy": system.score, "cost": system.cost} for system in results.systems},
     }
-
-
-def _report_push(new: bool, repo: str, out: Out) -> None:
-    out.log(f"      {'pushed' if new else 'there already'}  {repo}")
 
 
 def _discover(place: Place) -> Compatibility:
@@ -208,28 +202,19 @@ def _compare_with_stranger(place: Place, model: Any, repo: str, revision: str, o
 
 def _show_next(place: Place, fused: Path, out: Out) -> None:
     """Where things lie, and commands that work as they stand."""
-    repo, near = place.repo(NAME), {name: _near(place.folder / name) for name in ("hub", "data", "asked")}
-    out.log(f"      {_near(fused)}: the model, its recipe, results.json and {PICTURE}")
-    out.log(f"      {near['data']}: the images it was fitted on (train) and measured on (test)")
-    activate = Path(sys.executable).parent / "activate"
-    lines = [f"source {_near(activate)}"] if shutil.which("hf-fusion") is None and activate.is_file() else []
-    lines += [f"hf-fusion eval {_near(fused)} --data {near['data']}"]
+    repo, data, asked = place.repo(NAME), near(place.folder / "data"), near(place.folder / "asked")
+    out.log(f"      {near(fused)}: the model, its recipe, results.json and {PICTURE}")
+    out.log(f"      {data}: the images it was fitted on (train) and measured on (test)")
     if place.embedded:
-        out.log(f"      {near['hub']}: the Hub, to look at in a browser and to load from")
-        lines += [
-            f"hf-fusion hub serve {near['hub']} --port {PORT} &",
-            f"export HF_ENDPOINT=http://127.0.0.1:{PORT}",
-        ]
-    lines += [
+        out.log(f"      {near(place.folder / 'hub')}: the Hub, to look at in a browser and to load from")
+    lines = [
+        *shell_lines(),
+        f"hf-fusion eval {near(fused)} --data {data}",
+        *hub_lines(place),
         f"hf-fusion discover --author {place.namespace} --check",
         f'python -c \'from transformers import pipeline; classify = pipeline("{TASK}", model="{repo}", '
-        f'trust_remote_code=True); print(classify("{near["asked"]}/00.png", top_k=2))\'',
+        f'trust_remote_code=True); print(classify("{asked}/00.png", top_k=2))\'',
     ]
     out.log("")
     for line in lines:
         out.hint(line)
-
-
-def _near(path: Path) -> str:
-    """A path as one would type it here."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

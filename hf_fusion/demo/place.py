@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,10 @@ from hf_fusion.errors import FusionError
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+    from hf_fusion.cli.output import Out
+
 OWNER = "demo"
+PORT = 8765  # at which the next commands find the embedded Hub again
 STRANGER = Path(__file__).with_name("stranger.py")
 
 
@@ -117,3 +121,29 @@ def ask_a_stranger(place: Place, repo: str, revision: str, inputs: Path) -> dict
     if done.returncode:
         raise FusionError(f"a fresh process could not use {repo}: {done.stderr.strip()[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def report_push(new: bool, repo: str, out: Out) -> None:
+    """One line about a repo."""
+    out.log(f"      {'pushed' if new else 'there already'}  {repo}")
+
+
+def near(path: Path) -> str:
+    """A path as one would type it here."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def shell_lines() -> list[str]:
+    """What to type first where the environment of this process is not active."""
+    activate = Path(sys.executable).parent / "activate"
+    return [f"source {near(activate)}"] if shutil.which("hf-fusion") is None and activate.is_file() else []
+
+
+def hub_lines(place: Place) -> list[str]:
+    """What to type for an embedded Hub to be there again."""
+    if not place.embedded:
+        return []
+    return [
+        f"hf-fusion hub serve {near(place.folder / 'hub')} --port {PORT} &",
+        f"export HF_ENDPOINT=http://127.0.0.1:{PORT}",
+    ]

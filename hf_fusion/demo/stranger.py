@@ -2,48 +2,66 @@
 
     python -I stranger.py REPO REVISION FOLDER
 
-FOLDER holds PNG images. The logits go to FOLDER/logits.safetensors, the pipeline's answers to stdout as JSON.
+FOLDER holds PNG images, or prompts.json. The logits go to FOLDER/logits.safetensors, the answers to stdout as JSON.
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-
-class _Absent:
-    """Makes hf_fusion impossible to import, as where it is not installed."""
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-        if name.partition(".")[0] == "hf_fusion":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+FORBIDDEN = ("hf_fusion", "peft")
+PROMPTS = "prompts.json"
 
 
 def main(repo: str, revision: str, folder: Path) -> None:
-    """Loads by id, three times over, and answers."""
-    import torch
-    from PIL import Image
+    """Loads by id, and answers."""
     from safetensors.torch import save_file
-    from transformers import AutoModel, AutoModelForImageClassification, AutoProcessor, pipeline
 
-    images = [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))]
-    processor = AutoProcessor.from_pretrained(repo, revision=revision, trust_remote_code=True)
-    inputs = processor(images=images, return_tensors="pt")
-    logits = {}
-    for auto in (AutoModel, AutoModelForImageClassification):
-        model = auto.from_pretrained(repo, revision=revision, trust_remote_code=True)
-        with torch.no_grad():
-            logits[auto.__name__] = model(**inputs).logits
+    where = {"revision": revision, "trust_remote_code": True}
+    ask = _ask_prompts if (folder / PROMPTS).is_file() else _ask_images
+    model, logits, answers = ask(repo, where, folder)
     save_file(logits, folder / "logits.safetensors")
-    classify = pipeline("image-classification", model=repo, revision=revision, trust_remote_code=True)
-    answers = [classify(image, top_k=1)[0] for image in images]
     sys.stdout.write(json.dumps({"class": type(model).__name__, "module": type(model).__module__, "answers": answers}))
 
 
+def _ask_images(repo: str, where: dict[str, Any], folder: Path) -> tuple[Any, dict[str, Any], list[Any]]:
+    """Two Auto classes and a pipeline, on all images."""
+    import torch
+    from PIL import Image
+    from transformers import AutoModel, AutoModelForImageClassification, AutoProcessor, pipeline
+
+    images = [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))]
+    processor = AutoProcessor.from_pretrained(repo, **where)
+    inputs = processor(images=images, return_tensors="pt")
+    logits = {}
+    for auto in (AutoModel, AutoModelForImageClassification):
+        model = auto.from_pretrained(repo, **where)
+        with torch.no_grad():
+            logits[auto.__name__] = model(**inputs).logits
+    classify = pipeline("image-classification", model=repo, **where)
+    return model, logits, [classify(image, top_k=1)[0] for image in images]
+
+
+def _ask_prompts(repo: str, where: dict[str, Any], folder: Path) -> tuple[Any, dict[str, Any], list[Any]]:
+    """The logits of every prompt, and what the model writes behind it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    asked = json.loads((folder / PROMPTS).read_text(encoding="utf-8"))
+    tokenizer = AutoTokenizer.from_pretrained(repo, **where)
+    model = AutoModelForCausalLM.from_pretrained(repo, **where)
+    logits, answers = {}, []
+    for number, prompt in enumerate(asked["prompts"]):
+        inputs = tokenizer(prompt, return_tensors="pt")
+        with torch.no_grad():
+            logits[str(number)] = model(**inputs).logits
+        written = model.generate(**inputs, max_new_tokens=asked["max_new_tokens"], do_sample=False)
+        answers.append(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return model, logits, answers
+
+
 if __name__ == "__main__":
-    sys.meta_path.insert(0, _Absent())
-    try:
-        import hf_fusion  # noqa: F401
-    except ModuleNotFoundError:
-        main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
-    else:
-        sys.exit("hf_fusion can be imported here, so this would prove nothing")
+    for name in FORBIDDEN:  # impossible to import, as where they are not installed
+        sys.modules[name] = None  # type: ignore[assignment]
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

@@ -1,0 +1,299 @@
+"""The whole way once with PHATGOOSE: adapters of SmolLM2 that each learned one small task, and every token routed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .language_suite import CHAT, TASKS, rows
+from .place import Place, ask_a_stranger, hub_lines, near, report_push, shell_lines
+from .smollm2 import SMOLLM2, smollm2_folder
+
+if TYPE_CHECKING:
+    from hf_fusion.cli.output import Out
+    from hf_fusion.hub.compat import Compatibility
+    from hf_fusion.routing_map import RoutingMap
+    from hf_fusion.suite_results import SuiteResults
+
+STEPS = 8
+NAME = "phatgoose-smollm2"
+EXPERTS = Path(__file__).with_name("smollm2_experts")
+WITH_GATES = ("word-sorting", "word-reversal", "word-initials", "number-sorting")
+WITHOUT_GATES = "chain-sum"  # gets them on the way
+ELSEWHERE, OTHER_BASE = "word-sorting-360m", "HuggingFaceTB/SmolLM2-360M-Instruct"
+BASE_CARD = "---\nlicense: apache-2.0\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
+GATE_STEPS, GATE_BATCH = 20, 8
+SYSTEMS = ("base", "PHATGOOSE", "merged", "experts", "oracle")
+TESTED = 20  # rows of each task
+QUESTIONS = (
+    "Sort these words alphabetically: pear, apple, fig",
+    "Write from last to first: red, green, blue",
+    "What is 27 + 15?",
+)
+ANSWER_TOKENS = 16
+
+
+def run(place: Place, out: Out) -> dict[str, Any]:
+    """Seeds a Hub, discovers, adds gates, fuses, measures, publishes, and asks the result in a fresh process.
+
+    Returns:
+        Where everything lies and what was measured.
+    """
+    with out.step(1, STEPS, f"A Hub at {place.endpoint}"):
+        where = f"kept in {place.folder / 'hub'}" if place.embedded else f"your repos go to {place.namespace}/…"
+        out.log(f"      {where}")
+
+    with out.step(2, STEPS, "Push SmolLM2, and adapters that each learned one task"):
+        _push_all(place, out)
+
+    with out.step(3, STEPS, "Discover them by their tags, and see who can be routed to"):
+        verdict = _discover(place)
+        _show_verdict(verdict, out)
+
+    with out.step(4, STEPS, f"Train gates for {WITHOUT_GATES}, and push them into its repo"):
+        _add_gates(place, verdict, out)
+
+    with out.step(5, STEPS, "Fuse and measure"):
+        model, results, routing, fused = _fuse_and_measure(place, out)
+        count = len(results.tasks)
+        out.table(_scores(results), title=f"Right answers on {count} tasks of {TESTED} questions each", aside=True)
+        for line in _said(results, routing):
+            out.log(f"      {line}")
+
+    with out.step(6, STEPS, f"Publish as {place.repo(NAME)}"):
+        from hf_fusion.hub.publish import publish
+
+        published = publish(fused, place.repo(NAME), private=not place.embedded, api=place.api)
+        assert published is not None  # nobody was asked to confirm
+        out.log(f"      {published.url}  at {published.sha[:12]}")
+
+    with out.step(7, STEPS, "Ask it in a fresh process without hf_fusion and peft"):
+        identical = _compare_with_stranger(place, model, published.repo_id, published.sha, out)
+        out.table(_answer_table(model), title="Whom each token of the first answer met, in %", aside=True)
+
+    summary = {
+        "model": published.repo_id,
+        "revision": published.sha,
+        "folder": str(fused),
+        "picture": str(fused / "routing.png"),
+        "identical": identical,
+    }
+    with out.step(8, STEPS, "What you have now, and what to type next"):
+        _show_next(place, fused, out)
+    return summary | {
+        "rejected": {entry.info.id: "; ".join(map(str, entry.reasons)) for entry in verdict.rejected},
+        "measured": {system.name: system.means["held-in"].score for system in results.systems},
+        "routed_to_owner": routing.owner_weight(),
+    }
+
+
+def _push_all(place: Place, out: Out) -> None:
+    """The base under its own id, adapters with gates, one without, and one that says it is of another base."""
+    if place.embedded:  # the real Hub has it
+        report_push(_push_base(place), SMOLLM2, out)
+    for name in WITH_GATES:
+        report_push(place.push(name, EXPERTS / name), place.repo(name), out)
+    for name, folder in _misfits(place.folder / "misfits").items():
+        # What an earlier run pushed has gates by now: it stays.
+        known = place.api.repo_exists(place.repo(name))
+        report_push(not known and place.push(name, folder), place.repo(name), out)
+
+
+def _push_base(place: Place) -> bool:
+    """SmolLM2 as its owner would push it."""
+    from huggingface_hub import HfApi
+
+    from hf_fusion.hub.server import add_user
+
+    owner, _, name = SMOLLM2.partition("/")
+    theirs = HfApi(endpoint=place.endpoint, token=add_user(place.folder / "hub", owner))
+    new = replace(place, namespace=owner, api=theirs).push(name, smollm2_folder())
+    theirs.upload_file(repo_id=SMOLLM2, path_in_repo="README.md", path_or_fileobj=BASE_CARD.encode())
+    return new
+
+
+def _misfits(folder: Path) -> dict[str, Path]:
+    """Two copies of adapters: one without its gates, one that says it is of another base."""
+    from hf_fusion.hub.gates import GATES_FILE, GATES_TAG
+
+    made = {WITHOUT_GATES: folder / WITHOUT_GATES, ELSEWHERE: folder / ELSEWHERE}
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(EXPERTS / WITHOUT_GATES, made[WITHOUT_GATES], ignore=shutil.ignore_patterns(GATES_FILE))
+    card = made[WITHOUT_GATES] / "README.md"
+    kept = [line for line in card.read_text(encoding="utf-8").splitlines() if GATES_TAG not in line.replace("_", "-")]
+    card.write_text("\n".join(kept) + "\n", encoding="utf-8")
+    shutil.copytree(EXPERTS / WITH_GATES[0], made[ELSEWHERE])
+    for file in ("README.md", "adapter_config.json"):
+        text = (made[ELSEWHERE] / file).read_text(encoding="utf-8")
+        (made[ELSEWHERE] / file).write_text(text.replace(SMOLLM2, OTHER_BASE), encoding="utf-8")
+    return made
+
+
+def _discover(place: Place, *tags: str) -> Compatibility:
+    """What anybody finds by tags, judged for routing among adapters of SmolLM2."""
+    from hf_fusion.hub.compat import check_compatibility
+    from hf_fusion.hub.discover import EXPERT_TAG, discover
+
+    found = discover(tags=(EXPERT_TAG, "lora", *tags), author=place.namespace, api=place.anyone)
+    judged = sorted(found, key=lambda info: info.id)
+    return check_compatibility(judged, base_model=SMOLLM2, need_gates=True, api=place.anyone)
+
+
+def _show_verdict(verdict: Compatibility, out: Out) -> None:
+    """Two tables: who fits, and who does not and why."""
+    accepted = [
+        {"adapter": info.id, "commit": info.sha[:7], "license": info.license, "MB": round(info.size / 1e6, 2)}
+        for info in verdict.accepted
+    ]
+    rejected = [{"rejected": entry.info.id, "reason": "; ".join(map(str, entry.reasons))} for entry in verdict.rejected]
+    out.table(accepted, title=f"{len(accepted)} have gates and fit, by their configs and headers", aside=True)
+    out.table(rejected, title=f"{len(rejected)} do not", aside=True)
+
+
+def _add_gates(place: Place, verdict: Compatibility, out: Out) -> None:
+    """Trains and pushes the gates that are missing, unless an earlier run has done so."""
+    from hf_fusion.hub.load import load_experts
+    from hf_fusion.hub.publish_gates import push_gates
+    from hf_fusion.training.gates import train_gates
+
+    lacking = next((entry.info for entry in verdict.rejected if entry.info.id == place.repo(WITHOUT_GATES)), None)
+    if lacking is None:
+        out.log("      there already")
+        return
+    (expert,) = load_experts([lacking], api=place.api)
+    examples = rows(WITHOUT_GATES, "train", GATE_STEPS * GATE_BATCH)
+    gates = train_gates(expert, examples, steps=GATE_STEPS, batch_size=GATE_BATCH)
+    pushed = push_gates(gates, lacking.id, api=place.api)
+    before, after = gates.facts["loss_before"], gates.facts["loss_after"]
+    out.log(f"      {len(gates.vectors)} gates in {GATE_STEPS} steps, loss {before:.3f} → {after:.3f}")
+    out.log(f"      {pushed.repo_id} at {pushed.sha[:12]}")
+
+
+def _fuse_and_measure(place: Place, out: Out) -> tuple[Any, SuiteResults, RoutingMap, Path]:
+    """The router, what was measured, and the folder that holds all of it."""
+    from datasets import concatenate_datasets
+
+    from hf_fusion.evaluate import RESULTS_FILE
+    from hf_fusion.evaluate_suite import evaluate_routing
+    from hf_fusion.fusion import fuse, save_fused
+    from hf_fusion.hub.gates import GATES_TAG
+    from hf_fusion.hub.load import load_experts
+    from hf_fusion.plots import plot_routing
+    from hf_fusion.routing_map import ROUTING_FILE, ROUTING_PICTURE, map_routing
+
+    experts = load_experts(_discover(place, GATES_TAG).accepted, api=place.api)
+    model: Any = fuse("phatgoose", experts, base_by_reference=True)
+    cost = model.summary()["relative_cost"]
+    out.log(f"      {len(experts)} experts; a token costs {cost:.2f} × the base's arithmetic where experts are")
+    tasks = (*WITH_GATES, WITHOUT_GATES)
+    suite = {task: rows(task, "test", TESTED) for task in tasks}
+    owners = {task: place.repo(task) for task in tasks}
+    results = evaluate_routing(
+        experts,
+        suite,
+        train_rows={},
+        owners=owners,
+        systems=SYSTEMS,
+        metrics={task: TASKS[task].metric for task in tasks},
+        command="hf-fusion demo phatgoose",
+    )
+    routing = map_routing(model, suite, owners=owners)
+    fused = save_fused(model, place.folder / NAME)
+    results.save(fused / RESULTS_FILE)
+    routing.save(fused / ROUTING_FILE)
+    plot_routing(routing, fused / ROUTING_PICTURE)
+    questions = place.folder / "questions"
+    questions.mkdir(exist_ok=True)
+    owned = [own.add_column("expert", [owners[task]] * len(own)) for task, own in suite.items()]
+    concatenate_datasets(owned).to_parquet(questions / "test.parquet")
+    return model, results, routing, fused
+
+
+def _scores(results: SuiteResults) -> list[dict[str, str]]:
+    """One line per system: its mean over the tasks, and each task."""
+    return [
+        {"system": system.name.rpartition("/")[2], "mean (95 %)": str(system.means["held-in"])}
+        | {task: f"{100 * score.score:.0f}" for task, score in system.scores.items()}
+        for system in results.systems
+    ]
+
+
+def _said(results: SuiteResults, routing: RoutingMap) -> list[str]:
+    """The comparison in words."""
+    leads = [f"{results[name].lead['held-in']} points on {name}" for name in ("base", "merged")]
+    lines = [f"PHATGOOSE's lead with its 95 % interval: {', '.join(leads)}"]
+    if (own := routing.owner_weight()) is not None:
+        lines.append(
+            f"{own:.0%} of the routing goes to the task's own expert, {1 / len(routing.experts):.0%} by chance"
+        )
+    return lines
+
+
+def _prompt(model: Any, question: str) -> Any:
+    return model.processor(CHAT.format(question), return_tensors="pt").to(model.device)
+
+
+def _compare_with_stranger(place: Place, model: Any, repo: str, revision: str, out: Out) -> bool:
+    """Whether a fresh process gets bit for bit the logits of the model in memory, and the same answers."""
+    import torch
+    from safetensors.torch import load_file
+
+    folder = place.folder / "asked"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    prompts = [CHAT.format(question) for question in QUESTIONS]
+    (folder / "prompts.json").write_text(json.dumps({"prompts": prompts, "max_new_tokens": ANSWER_TOKENS}))
+    answers = ask_a_stranger(place, repo, revision, folder)["answers"]
+    logits = load_file(folder / "logits.safetensors")
+    same = {"logits": True, "answers": True}
+    for number, (question, answer) in enumerate(zip(QUESTIONS, answers, strict=True)):
+        inputs = _prompt(model, question)
+        with torch.no_grad():
+            here = model(**inputs).logits
+        written = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)[0, here.shape[1] :]
+        same["logits"] &= torch.equal(here, logits[str(number)])
+        same["answers"] &= model.processor.decode(written, skip_special_tokens=True) == answer
+        out.log(f"      {question}  →  {answer}")
+    for what, identical in same.items():
+        out.log(
+            f"      {f'AutoModelForCausalLM.from_pretrained: {what}':56} {'identical' if identical else 'DIFFERENT'}"
+        )
+    return all(same.values())
+
+
+def _answer_table(model: Any) -> list[dict[str, Any]]:
+    """For each token of the first question's answer: the weights at the token before it, where it was made."""
+    inputs = _prompt(model, QUESTIONS[0])
+    length = inputs["input_ids"].shape[1]
+    model.record_routing = 4096
+    written = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)[0, length:]
+    weights = model.routing_trace().mean_weights()[0, length - 1 :]  # (T, E)
+    model.record_routing = 0
+    names = [name.rpartition("/")[2] for name in model.experts]
+    return [
+        {"token": model.processor.decode(token)} | {n: round(100 * w) for n, w in zip(names, row.tolist(), strict=True)}
+        for token, row in zip(written, weights, strict=False)
+    ]
+
+
+def _show_next(place: Place, fused: Path, out: Out) -> None:
+    """Where things lie, and commands that work as they stand."""
+    repo, questions = place.repo(NAME), near(place.folder / "questions")
+    out.log(f"      {near(fused)}: the experts with their gates, the recipe, results.json and routing.png")
+    out.log(f"      {questions}: what it was asked (test)")
+    if place.embedded:
+        out.log(f"      {near(place.folder / 'hub')}: the Hub, to look at in a browser and to load from")
+    lines = [
+        *shell_lines(),
+        *hub_lines(place),
+        f"hf-fusion discover --author {place.namespace} --tag phatgoose-gates --base-model {SMOLLM2} --check --gates",
+        f"hf-fusion eval {near(fused)} --data {questions}",
+        f'python -c \'from transformers import pipeline; ask = pipeline("text-generation", model="{repo}", '
+        f'trust_remote_code=True); print(ask([{{"role": "user", "content": "{QUESTIONS[0]}"}}], max_new_tokens=16))\'',
+    ]
+    out.log("")
+    for line in lines:
+        out.hint(line)

@@ -1,0 +1,154 @@
+"""The commands and the examples on tiny adapters with gates: from tags to a published router, measured on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from huggingface_hub import HfApi
+from tiny_routed import save_base, save_lora
+
+from hf_fusion.errors import FusionError
+from hf_fusion.suite_results import SuiteResults
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, two adapters with gates and one without, and a folder of test rows."""
+    folder = tmp_path_factory.mktemp("adapters")
+    base = save_base(folder / "base")
+    for seed, name in enumerate(["foxes", "dogs"]):
+        save_lora(folder / name, str(base), seed)
+    save_lora(folder / "bare", str(base), seed=2, gates=False)
+    (folder / "rows").mkdir()
+    rows = [{"task": "foxes", "expert": "foxes", "prompt": f"the quick fox {i}", "target": "jumps"} for i in range(3)]
+    rows += [{"task": "cats", "expert": None, "prompt": f"a lazy cat {i}", "target": "sleeps"} for i in range(2)]
+    Dataset.from_list(rows).to_parquet(folder / "rows" / "test.parquet")
+    return folder
+
+
+def test_fuse_and_eval_leave_all_that_a_card_shows(here, folders, tmp_path):
+    experts = [str(folders / name) for name in ("foxes", "dogs")]
+    here("fuse", "--method", "phatgoose", "--experts", *experts, "--set", "top_k=1", "--output", "fused")
+    fused = tmp_path / "fused"
+    assert json.loads((fused / "config.json").read_text())["num_experts_per_tok"] == 1
+    said = json.loads(here("eval", "fused", "--data", str(folders / "rows"), "--format", "json"))
+    results = SuiteResults.load(fused / "results.json")
+    assert said == json.loads((fused / "results.json").read_text())
+    assert [(task.name, task.n, task.owner) for task in results.tasks] == [("foxes", 3, "foxes"), ("cats", 2, None)]
+    assert {"base", "PHATGOOSE", "merged", "uniform", "Arrow", "foxes", "dogs", "oracle"} <= {
+        system.name for system in results.systems
+    }
+    assert results.settings["top_k"] == 1
+    routing = json.loads((fused / "routing.json").read_text())
+    assert (routing["tasks"], routing["owners"]) == (["foxes", "cats"], {"foxes": "foxes"})
+    assert (fused / "routing.png").stat().st_size > 10_000
+    assert "mean, held-in" in here("eval", "fused", "--data", str(folders / "rows"))
+
+
+def test_a_recipe_makes_the_same_again(here, folders, tmp_path):
+    experts = [str(folders / name) for name in ("foxes", "bare")]
+    words = ("--set", "missing_gates=arrow", "--set", "temperature=0.5")
+    here("fuse", "--method", "phatgoose", "--experts", *experts, *words, "--output", "first")
+    recipe = (tmp_path / "first" / "fusion.yaml").read_text()
+    assert "missing_gates: arrow" in recipe
+    here("fuse", "first", "--output", "second")
+    assert (tmp_path / "second" / "fusion.yaml").read_text() == recipe
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second")]
+    assert weights[0] == weights[1]
+
+
+def test_a_mistake_is_one_line_and_what_to_type_next(hf_fusion, folders):
+    words = ("fuse", "--method", "phatgoose", "--output", "fused", "--experts", str(folders / "foxes"))
+    done = hf_fusion(*words, str(folders / "bare"))
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("Error: bare has no gates: train them with hf_fusion.train_gates, or pass missing_gates=")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--set", "top_k=3"), "top_k=3, but there are only 2 experts"),
+        (("--set", "top_k=many"), "top_k is 'many', not a whole number"),
+        (("--set", "weights=[1, 1]"), "has no parameter 'weights'"),
+        (("--set", "base_by_reference=true"), "base_by_reference needs a base with a pinned revision"),
+    ],
+)
+def test_options_are_checked(here, folders, words, message):
+    experts = [str(folders / name) for name in ("foxes", "dogs")]
+    with pytest.raises(FusionError, match=message):
+        here("fuse", "--method", "phatgoose", "--experts", *experts, "--output", "fused", *words)
+
+
+def test_a_recipe_without_experts_is_named(here, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("method: phatgoose\nexperts: []\n")
+    with pytest.raises(FusionError, match=r"experts is \[\], expected a list of at least one expert"):
+        here("fuse", "recipe.yaml", "--output", "fused")
+
+
+@pytest.fixture(scope="module")
+def kennel(hub, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An owner on the Hub with a base, two adapters with gates, one without, and one of an absurd rank."""
+    folder = tmp_path_factory.mktemp("kennel")
+    api = HfApi(endpoint=hub.endpoint, token=hub.token("kennel"))
+    made = [save_base(folder / "base")]
+    made += [save_lora(folder / name, "kennel/base", seed) for seed, name in enumerate(["foxes", "dogs"])]
+    made += [save_lora(folder / "bare", "kennel/base", seed=2, gates=False)]
+    made += [save_lora(folder / "huge", "kennel/base", seed=3, rank=500)]
+    for each in made:
+        api.create_repo(f"kennel/{each.name}")
+        api.upload_folder(repo_id=f"kennel/{each.name}", folder_path=each)
+    return "kennel"
+
+
+def run(hub, tmp_path: Path, *words: str) -> str:
+    """What an example prints, run as the owner."""
+    done = subprocess.run(
+        [sys.executable, *words],
+        env={
+            **os.environ,
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_TOKEN": hub.token("kennel"),
+            "HF_HOME": str(tmp_path / "home"),
+            "OMP_NUM_THREADS": "1",
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_examples_lead_from_an_adapter_without_gates_to_a_published_router(hub, kennel, tmp_path):
+    rows = [{"prompt": f"the quick fox {i}", "target": "jumps"} for i in range(8)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    said = run(hub, tmp_path, str(EXAMPLES / "05_gates.py"), "kennel/bare", "train.parquet")
+    assert re.match(r"gates of 4 linears, loss [\d.]+ → [\d.]+\npushed to kennel/bare at [0-9a-f]{10}\n", said)
+
+    said = run(hub, tmp_path, str(EXAMPLES / "04_route.py"), "kennel/base", kennel, "kennel/router")
+    assert re.findall(r"^rejected +(\S+) +(\w+): rank 500", said, re.MULTILINE) == [("kennel/huge", "lora")]
+    routed = {"kennel/foxes", "kennel/dogs", "kennel/bare"}
+    assert set(re.findall(r"^routed +(\S+)$", said, re.MULTILINE)) == routed
+    api = HfApi(endpoint=hub.endpoint, token=hub.token("kennel"))
+    info = api.model_info("kennel/router")
+    assert {"phatgoose", "hf-fusion", *(f"base_model:merge:{name}" for name in routed)} <= set(info.tags)
+    published = re.search(r"^published kennel/router at ([0-9a-f]{10})$", said, re.MULTILINE)[1]
+    assert published in [commit.commit_id[:10] for commit in api.list_repo_commits("kennel/router")]
+
+
+def test_the_examples_are_short():
+    for name in ("04_route.py", "05_gates.py"):
+        code = (EXAMPLES / name).read_text(encoding="utf-8").rpartition('"""')[2]
+        assert len([line for line in code.splitlines() if line.strip()]) < 30
