@@ -88,10 +88,15 @@ def plot_routing(routing: RoutingMap, path: str | Path) -> Path:
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.patches import Rectangle
 
-    most = max(map(max, routing.weights))
+    places = {name: place for place, name in enumerate(routing.experts)}
+    order = sorted(  # each task in the row of its expert, then those of nobody
+        range(len(routing.tasks)), key=lambda row: places.get(routing.owners.get(routing.tasks[row], ""), len(places))
+    )
+    tasks, weights = [routing.tasks[row] for row in order], [routing.weights[row] for row in order]
+    most = max(map(max, weights))
     colours = LinearSegmentedColormap.from_list("weight", ["#FFFFFF", "#9CCBE6", BLUE, "#003B5C"])
-    axes.imshow(routing.weights, cmap=colours, vmin=0, vmax=most, aspect="auto")
-    for y, (task, row) in enumerate(zip(routing.tasks, routing.weights, strict=True)):
+    axes.imshow(weights, cmap=colours, vmin=0, vmax=most, aspect="auto")
+    for y, (task, row) in enumerate(zip(tasks, weights, strict=True)):
         for x, weight in enumerate(row):
             colour = "white" if weight > 0.55 * most else "#222222"
             axes.text(x, y, f"{100 * weight:.0f}", color=colour, fontsize=8.5, ha="center", va="center")
@@ -99,7 +104,7 @@ def plot_routing(routing: RoutingMap, path: str | Path) -> Path:
                 frame = Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=ORANGE, linewidth=2, clip_on=False)
                 axes.add_patch(frame)
     axes.set_xticks(range(len(experts)), experts, rotation=40, ha="right", rotation_mode="anchor", fontsize=8.5)
-    axes.set_yticks(range(len(routing.tasks)), [task.rpartition("/")[2] for task in routing.tasks], fontsize=8.5)
+    axes.set_yticks(range(len(tasks)), [task.rpartition("/")[2] for task in tasks], fontsize=8.5)
     framed = "; framed: the expert of this task" if routing.owners else ""
     figure.suptitle(
         f"Routing weight of each expert, in % per task\n"

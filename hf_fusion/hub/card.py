@@ -212,6 +212,7 @@ def _render_body(facts: CardFacts) -> str:
         "millions": lambda count: f"{count / 1e6:,.1f} million",
         "count": "{:,}".format,
         "score": _score,
+        "interval": _interval,
         "alt": _alt,
     }
     template = environment.get_template(family.template)
@@ -299,6 +300,12 @@ def _score(system: Mapping[str, Any], metric: str) -> str:
     if metric == "mse":
         return f"{system['score']:.4g} ± {half:.2g}"
     return f"{system['score']:.1%} ± {half * 100:.1f}".replace("%", " %")
+
+
+def _interval(score: Mapping[str, Any]) -> str:
+    """A share with its interval, which need not lie evenly around it."""
+    low, high = (round(100 * end) for end in score["ci95"])
+    return f"{100 * score['score']:.1f} % ({low}–{high})"
 
 
 def _alt(routing: Mapping[str, Any], most: int = 8) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,11 +121,11 @@ def _foe_measured(results: Mapping[str, Any]) -> list[Measured]:
 # ---------------------------------------------------------------- PHATGOOSE
 
 _ROUTED_GENERATION = Usage(
-    'inputs = processor({text}, return_tensors="pt")',
+    'example = {text}\ninputs = processor(example, return_tensors="pt")',
     "answer = model.generate(**inputs, max_new_tokens=20)\n"
     "print(processor.decode(answer[0], skip_special_tokens=True))",
 )
-_ROUTED_TEXT = Usage('inputs = processor([{text}], return_tensors="pt")', _CLASSES)
+_ROUTED_TEXT = Usage('example = {text}\ninputs = processor(example, return_tensors="pt")', _CLASSES)
 _ROUTED_USAGE = {
     "AutoModelForCausalLM": _ROUTED_GENERATION,
     "AutoModelForSeq2SeqLM": _ROUTED_GENERATION,
@@ -149,7 +150,7 @@ def _routed_usage(facts: CardFacts) -> str:
         f"processor = {usage.processor}.from_pretrained(repo, revision=revision)\n"
         f"model = {facts.auto_class}.from_pretrained(repo, revision=revision, trust_remote_code=True)\n\n"
         "model.record_routing = 4096  # tokens to keep; 0, the default, costs nothing\n"
-        + usage.inputs.format(text=repr(str(example)))
+        + usage.inputs.format(text=json.dumps(str(example), ensure_ascii=False))
         + f"\n{usage.answer}\n"
         "print(model.routing_trace().usage())  # whom its tokens met\n"
     )

@@ -1,0 +1,114 @@
+"""PHATGOOSE's card: what it says of routing, measurements and bases, and that nothing from the Hub breaks out of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from test_card import NASTY, Tags, html_of
+
+from hf_fusion.hub.card import facts_from_json, pinned_revision, render_card, usage_code
+
+FACTS = facts_from_json(Path(__file__).parents[2] / "model_cards" / "phatgoose.json")
+
+
+def with_options(**options):
+    return render_card(replace(FACTS, options={**FACTS.options, **options}))
+
+
+def test_says_what_was_measured_with_intervals():
+    card = render_card(FACTS)
+    router = next(system for system in FACTS.results["systems"] if system["kind"] == "router")
+    mean = router["means"]["held-in"]
+    low, high = (round(100 * end) for end in mean["ci95"])
+    assert f"| **PHATGOOSE** | {100 * mean['score']:.1f} % ({low}–{high}) |" in card
+    assert "| task | n | metric | base | PHATGOOSE | merged | its own expert |" in card
+    assert {entry.dataset_name for entry in ModelCard(card).data.eval_results} == set(router["scores"])
+    assert pinned_revision(card) == FACTS.revision
+    assert f"`{FACTS.results['command']}` on {FACTS.results['machine']}".replace("+", "+") in card
+    assert "Not measured." in render_card(replace(FACTS, results=None))
+
+
+def test_held_out_tasks_have_a_table_of_their_own():
+    results = json.loads(json.dumps(FACTS.results))
+    task = results["tasks"][0]
+    task["owner"], task["metric"] = None, "tokens"
+    for system in results["systems"]:
+        system["means"]["held-out"] = {"score": 0.123, "ci95": [0.1, 0.15]}
+    card = render_card(replace(FACTS, results=results))
+    assert f"Mean over 1 held-out tasks ({task['n']} examples), which no expert was trained on:" in card
+    assert "| **PHATGOOSE** | 12.3 % (10–15) |" in card
+    assert f"| {task['name']} | {task['n']} | tokens |" in card
+    names = {entry.dataset_name: entry.metric_type for entry in ModelCard(card).data.eval_results}
+    assert names[task["name"]] == "token_accuracy"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"routing": "arrow"}, "absolute values of its products"),
+        ({"routing": "uniform"}, "drawn at random"),
+        ({"router_temperature": 0.5}, "softmax of these scores at temperature 0.5;"),
+        ({"num_experts_per_tok": 1}, "every token meets the 1 of them"),
+        ({"base_by_reference": False}, "of them experts and gates. At the linears"),
+    ],
+)
+def test_says_how_it_works(options, said):
+    assert said in with_options(**options)
+    assert said not in render_card(FACTS)
+
+
+def test_says_where_gates_come_from_and_what_labels_there_are():
+    kinds = ("arrow", "average", "trained")
+    experts = tuple(
+        replace(expert, gates=kind, labels=("no", "yes")) for expert, kind in zip(FACTS.experts, kinds, strict=False)
+    )
+    card = render_card(replace(FACTS, experts=experts))
+    for said in ("Arrow gates are", "Average gates are", "Trained gates came"):
+        assert said in card
+    assert "| no, yes | arrow |" in card
+    assert "| labels |" not in render_card(FACTS)
+
+
+@pytest.mark.parametrize(
+    "auto_class",
+    [
+        "AutoModelForCausalLM",
+        "AutoModelForSeq2SeqLM",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+        "AutoModelForImageClassification",
+        "AutoModel",
+    ],
+)
+def test_usage_is_python(auto_class):
+    code = usage_code(render_card(replace(FACTS, auto_class=auto_class)))
+    compile(code, "usage", "exec")
+    assert f'"{FACTS.repo_id}", "{FACTS.revision}"' in code
+
+
+def test_text_from_strangers_stays_text():
+    clean = Tags(html_of(render_card(FACTS)))
+    results = json.loads(json.dumps(FACTS.results))
+    for system in results["systems"]:
+        system["name"] = NASTY
+    routing = {**FACTS.routing, "example": NASTY, "tasks": [NASTY for _ in FACTS.routing["tasks"]]}
+    routing["experts"] = [NASTY for _ in routing["experts"]]
+    experts = tuple(replace(expert, task=NASTY, license=NASTY, gates=NASTY) for expert in FACTS.experts)
+    changed = {"results": {**results, "command": NASTY, "machine": NASTY}, "routing": routing, "experts": experts}
+    card = render_card(replace(FACTS, **changed, license=NASTY))
+    found = Tags(html_of(card))
+    assert set(found.names) <= set(clean.names)
+    assert found.names.count("td") == clean.names.count("td")
+    assert found.links == clean.links
+    compile(usage_code(card), "usage", "exec")
+
+
+def test_hand_written_text_survives():
+    card = render_card(FACTS, "---\nlanguage: de\n---\nAll by hand.")
+    assert card.rstrip().endswith("All by hand.")
+    assert ModelCard(card).data.to_dict()["language"] == "de"
+    assert render_card(FACTS, card) == card
