@@ -25,7 +25,7 @@ class Score:
     ci95: tuple[float, float]
 
     def __str__(self) -> str:
-        return f"{100 * self.score:.1f} ({100 * self.ci95[0]:.0f} to {100 * self.ci95[1]:.0f})"
+        return f"{100 * self.score:.1f} ({round(100 * self.ci95[0])} to {round(100 * self.ci95[1])})"
 
 
 @dataclass
@@ -140,7 +140,8 @@ class SuiteResults:
             for system in self.systems
             if system.lead
         ]
-        return "\n\n".join(aligned(rows) for rows in (self.table(), leads, self.table(experts=True)) if rows)
+        singles = self.table(experts=True) if any(system.kind == "expert" for system in self.systems) else []
+        return "\n\n".join(aligned(rows) for rows in (self.table(), leads, singles) if rows)
 
 
 def _scores(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Score]:
