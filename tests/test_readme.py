@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -10,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi
+from tiny_routed import save_base, save_lora
 
 from hf_fusion.cli.app import build_parser
 from hf_fusion.evaluate import Results
@@ -27,12 +30,12 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def python(*words: str | Path, cwd: Path) -> str:
+def python(*words: str | Path, cwd: Path, **env: str) -> str:
     """Runs Python in a new process and returns what it prints."""
     done = subprocess.run(
         [sys.executable, *map(str, words)],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
         capture_output=True,
         text=True,
         timeout=300,
@@ -74,6 +77,28 @@ def test_whoever_loads_it_needs_transformers_alone(fused, folder):
         f"import sys\nsys.modules['hf_fusion'] = None\n{code}\nprint(type(classify.model))\n"
     )
     assert "FoEModel" in python("use.py", cwd=folder)
+
+
+def test_the_blocks_of_phatgoose_make_a_router_of_adapters_on_the_hub(hub, tmp_path):
+    """Word for word, with a tiny model in the place of SmolLM2."""
+    base = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    folders = {
+        base: save_base(tmp_path / "base"),
+        "me/word-reversal": save_lora(tmp_path / "word-reversal", base, gates=False),
+        "me/word-sorting": save_lora(tmp_path / "word-sorting", base, seed=1),
+    }
+    for repo, folder in folders.items():
+        api = HfApi(endpoint=hub.endpoint, token=hub.token(repo.partition("/")[0]))
+        api.create_repo(repo)
+        api.upload_folder(repo_id=repo, folder_path=folder)
+    gates, fuse, use = blocks(README, "python")[2:]
+    (tmp_path / "block.py").write_text(f"{gates}\n{fuse}\nprint(router.experts)\n{use}", encoding="utf-8")
+    own = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": hub.token("me")}
+    experts, answer = python("block.py", cwd=tmp_path, **own).strip().split("\n", 1)
+    assert set(ast.literal_eval(experts)) == {"me/word-reversal", "me/word-sorting"}
+    usage = ast.literal_eval(re.search(r"{'me/.*}$", answer)[0])
+    assert sum(usage.values()) == pytest.approx(1)
+    assert HfApi(endpoint=hub.endpoint, token=hub.token("me")).model_info("me/router").private
 
 
 def test_the_first_example_prints_what_it_says(fused):
@@ -129,8 +154,10 @@ def test_every_path_in_the_tree_exists():
 
 def test_every_link_leads_somewhere():
     for text in (README, CONTRIBUTING):
+        titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        anchors = ["#" + re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
         for target in re.findall(r"\]\(([^)]+)\)", text):
-            assert target.startswith("https://") or (ROOT / target).exists(), target
+            assert target.startswith("https://") or target in anchors or (ROOT / target).exists(), target
 
 
 def test_every_command_shown_can_be_parsed():
