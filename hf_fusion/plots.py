@@ -21,6 +21,7 @@ KINDS = {  # kind of a system -> colour, marker, size
     "oracle": (PURPLE, "^", 8),
 }
 SCORES = {"accuracy": "accuracy", "exact_match": "exact match", "mse": "mean squared error"}
+TOKENS = {"answers": "tokens of the answers", "all": "all tokens"}
 LINE_HEIGHT = 0.042  # of a label, as a share of the plot's height: labels closer than that are moved apart
 
 
@@ -108,7 +109,8 @@ def plot_routing(routing: RoutingMap, path: str | Path) -> Path:
     framed = "; framed: the expert of this task" if routing.owners else ""
     figure.suptitle(
         f"Routing weight of each expert, in % per task\n"
-        f"{sum(routing.n):,} examples, all tokens and linears; by chance {100 / len(experts):.0f}{framed}",
+        f"{sum(routing.n):,} examples, {TOKENS[routing.tokens]}, all linears; "
+        f"by chance {100 / len(experts):.0f}{framed}",
         x=0.01,
         ha="left",
         fontsize=9,

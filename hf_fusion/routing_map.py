@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional as F
 
 from .experts import Expert
 from .training.batches import read_examples
+from .training.prompts import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,7 +25,7 @@ ROUTING_FILE, ROUTING_PICTURE = "routing.json", "routing.png"  # their names bes
 
 @dataclass
 class RoutingMap:
-    """Mean routing weight of every expert on every task, over all linears and all tokens that are no padding.
+    """Mean routing weight of every expert on every task, over all linears and some tokens.
 
     Attributes:
         experts: names, E of them.
@@ -31,6 +33,7 @@ class RoutingMap:
         weights: T rows of E shares, each row adds up to 1.
         n: examples of each task.
         owners: task → the expert that was trained on it, where there is one.
+        tokens: which ones were counted: those of the "answers" (where each of them was decided on), or "all".
         example: a prompt of the first task, or None where tasks have no prompts.
     """
 
@@ -39,6 +42,7 @@ class RoutingMap:
     weights: list[list[float]]
     n: list[int]
     owners: dict[str, str]
+    tokens: str = "all"
     example: str | None = None
 
     def save(self, path: str | Path) -> None:
@@ -71,6 +75,9 @@ def map_routing(
 ) -> RoutingMap:
     """Runs a router over tasks and adds up whom it asked.
 
+    Of a causal language model's tokens those count that decide on the target's; of any other model's all, but for
+    padding.
+
     Args:
         router: a `PhatgooseRouter`.
         suite: task → rows, as `hf_fusion.evaluate_routing` takes them; the targets are read along with the prompts.
@@ -81,10 +88,11 @@ def map_routing(
     Raises:
         FusionError: for rows that the router cannot read.
     """
-    labels = list((router.config.id2label or {}).values())
-    reader = Expert("the router", router.backbone, processor=router.processor, labels=labels)
-    speaks = "logits_to_keep" in inspect.signature(router.backbone.forward).parameters
-    unread = {"logits_to_keep": 1, "use_cache": False} if speaks else {}  # nobody looks at the answers
+    classes = list((router.config.id2label or {}).values())
+    reader = Expert("the router", router.backbone, processor=router.processor, labels=classes)
+    writes = router.config.head == "causal-lm"
+    can_skip = "logits_to_keep" in inspect.signature(router.backbone.forward).parameters
+    unread = {"logits_to_keep": 1, "use_cache": False} if can_skip else {}  # nobody looks at the logits
     before, router.record_routing = router.record_routing, sys.maxsize
     weights = []
     try:
@@ -93,11 +101,13 @@ def map_routing(
             total = torch.zeros(len(router.experts))
             for start in range(0, len(rows), batch_size):
                 batch = dict(read.collate([read.rows[i] for i in range(start, min(start + batch_size, len(rows)))]))
-                batch.pop("labels")
+                labels = batch.pop("labels")
                 router(**{name: value.to(router.device) for name, value in batch.items()}, **unread)
                 trace = router.routing_trace()
+                # (B, T): the next token is one of the target's
+                counted = F.pad(labels[:, 1:] != IGNORED, (0, 1)) if writes else ...
                 for module in trace.modules:
-                    total += trace.expert_weights(module).sum((0, 1))
+                    total += trace.expert_weights(module)[counted].flatten(0, -2).sum(0)
             weights.append((total / total.sum()).tolist())
     finally:
         router.record_routing = before
@@ -108,5 +118,6 @@ def map_routing(
         weights=weights,
         n=[len(rows) for rows in suite.values()],
         owners=dict(owners or {}),
+        tokens="answers" if writes else "all",
         example=first[0]["prompt"] if "prompt" in first.column_names else None,
     )

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from demo_runs import commits, printed_lines, run_demo, run_lines
 from huggingface_hub import HfApi
 from PIL import Image
 
@@ -18,19 +15,6 @@ from hf_fusion.evaluate import Results
 from hf_fusion.hub.server import HubServer
 
 pytestmark = pytest.mark.xdist_group("demo")  # one run for all of them
-
-
-def run_demo(folder: Path) -> tuple[dict[str, Any], str]:
-    """The demo's summary, and what it said on the way."""
-    done = subprocess.run(
-        [sys.executable, "-m", "hf_fusion.cli", "demo", "--folder", "demo", "--format", "json"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=360,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout), done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -114,45 +98,18 @@ def test_what_was_published_is_there_when_the_hub_comes_back(folder, ran):
 
 @pytest.mark.slow
 def test_a_second_run_commits_nothing_and_comes_to_the_same(folder, ran):
-    def commits() -> dict[str, list[str]]:
-        with HubServer(folder / "demo" / "hub") as hub:
-            api = HfApi(endpoint=hub.endpoint, token=hub.token("demo"))
-            return {m.id: [c.commit_id for c in api.list_repo_commits(m.id)] for m in api.list_models(author="demo")}
-
     first, _ = ran
-    before = commits()
+    before = commits(folder)
     again, said = run_demo(folder)
-    assert commits() == before
+    assert commits(folder) == before
     assert again == first
     assert said.count("there already") == len(before) - 1
-
-
-def run_lines(lines: list[str], folder: Path) -> str:
-    """Runs shell commands where the demo ran; the line that serves its Hub is taken over by this process."""
-    serve = next(line for line in lines if line.startswith("hf-fusion hub serve demo/hub "))
-    port = re.search(r" --port (\d+) &$", serve)[1]
-    with HubServer(folder / "demo" / "hub") as hub:
-        done = subprocess.run(
-            ["bash", "-ec", "\n".join(line for line in lines if line != serve).replace(f":{port}", f":{hub.port}")],
-            cwd=folder,
-            env={
-                **os.environ,
-                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-                "HF_HOME": str(folder / "home"),
-                "OMP_NUM_THREADS": "1",
-            },
-            capture_output=True,
-            text=True,
-            timeout=360,
-        )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.slow
 def test_the_next_commands_work_as_they_stand(folder, ran):
     _, said = ran
-    printed = run_lines([line.removeprefix("→ ") for line in said.splitlines() if line.startswith("→ ")], folder)
+    printed = run_lines(printed_lines(said), folder)
     assert "FoE, frugal" in printed  # eval
     assert "demo/vit-tiny-digits" in printed  # discover
     assert "'score': " in printed  # the pipeline

@@ -93,8 +93,10 @@ def fit_fuser(
         inference_batch_size: examples per step while the experts run.
 
     Raises:
-        FusionError: for data that is empty, unlabelled or too small to hold rows out of.
+        FusionError: for data that is empty, unlabelled or too small to hold rows out of, or a model without a fuser.
     """
+    if not hasattr(model, "fuser"):
+        raise FusionError(f"{type(model).__name__} has no fuser to fit", hint="it is ready as it is: hf-fusion eval")
     selection = model.config.mode == "selection"
     if frugal and selection:
         raise FusionError("frugal=True belongs to output fusion; in selection only the chosen expert answers")

