@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from test_card import NASTY, Tags, html_of
+from tiny import adapter, bert, image_processor, make_tokenizer, t5, vit
 
-from hf_fusion.hub.card import facts_from_json, pinned_revision, render_card, usage_code
+from hf_fusion import Expert, ExpertInfo, Gates
+from hf_fusion.fusion import save_fused
+from hf_fusion.hub.card import facts_from_json, pinned_revision, read_facts, render_card, usage_code
+from hf_fusion.models.phatgoose import PhatgooseRouter
+from hf_fusion.recipe import Recipe, RecipeExpert
 
 FACTS = facts_from_json(Path(__file__).parents[2] / "model_cards" / "phatgoose.json")
 
@@ -112,3 +120,44 @@ def test_hand_written_text_survives():
     assert card.rstrip().endswith("All by hand.")
     assert ModelCard(card).data.to_dict()["language"] == "de"
     assert render_card(FACTS, card) == card
+
+
+def routed(base, processor, classes=None, targets=("q_proj", "v_proj", "query", "value", ".q", ".v")):
+    """A router of two random adapters of a base."""
+    experts = []
+    for seed, name in enumerate(["me/one", "me/two"]):
+        lora = adapter(base, 4, classes, seed, targets)
+        modules = dict(base.named_modules())
+        paths = [*lora.lora, *(["classifier"] if classes else [])]
+        gates = Gates({path: torch.randn(modules[path].in_features) for path in paths})
+        labels = [f"label {i}" for i in range(classes or 0)]
+        experts.append(Expert(name, base, lora, processor, labels, gates=gates))
+    return PhatgooseRouter.from_experts(experts)
+
+
+@pytest.mark.parametrize(
+    ("build", "auto", "printed"),
+    [
+        (lambda: routed(t5(), make_tokenizer()), "AutoModelForSeq2SeqLM", ""),
+        (
+            lambda: routed(bert(["x", "y"]), make_tokenizer(), 3),
+            "AutoModelForSequenceClassification",
+            r"\['label \d'\]",
+        ),
+        (lambda: routed(vit(["x", "y"]), image_processor(16)), "AutoModelForImageClassification", r"\['[xy]'\]"),
+    ],
+    ids=["t5", "bert", "vit"],
+)
+def test_the_usage_of_every_kind_of_model_runs(build, auto, printed, tmp_path, capsys):
+    """As it stands, but for the place the model is loaded from."""
+    model = build()
+    recipe = Recipe("phatgoose", tuple(RecipeExpert(f"{name}@{'1' * 40}") for name in model.experts))
+    folder = save_fused(model, tmp_path / "fused", recipe)
+    infos = [ExpertInfo(name, "1" * 40, license="mit") for name in model.experts]
+    facts = read_facts(folder, "me/fused", infos, "mit")
+    assert (facts.auto_class, facts.options["relative_cost"]) == (auto, model.summary()["relative_cost"])
+    code = usage_code(render_card(facts))
+    exec(compile(code.replace('"me/fused"', repr(str(folder))), "usage", "exec"), {})  # noqa: S102
+    *_, answer, usage = capsys.readouterr().out.splitlines()
+    assert re.search(printed, answer)
+    assert sum(ast.literal_eval(usage).values()) == pytest.approx(1)

@@ -115,6 +115,8 @@ class PhatgooseRouter(PreTrainedModel):
             routing=routing,
             is_encoder_decoder=bool(model.config.is_encoder_decoder),
         )
+        if head.endswith("classification"):  # the base's classes, where experts bring none of their own
+            config.id2label, config.label2id = model.config.id2label, model.config.label2id
         if base_by_reference and not (config.base["id"] and config.base["revision"]):
             raise ValueError("base_by_reference needs a base with a pinned revision: base='owner/name@<commit sha>'")
         family = PhatgooseForGeneration if head in ("causal-lm", "seq2seq-lm") else PhatgooseRouter
