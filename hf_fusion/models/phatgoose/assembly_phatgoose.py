@@ -52,7 +52,7 @@ class Entry:
     Attributes:
         row: what the config says of it, but for its profile.
         lora: module path -> gate (d_in,), A (r, d_in), B (r, d_out).
-        heads: module path -> gate (d_in,), weight (C, d_in), bias (C,).
+        heads: module path -> weight (C, d_in), bias (C,).
         replaced: other saved parameters by name.
     """
 
@@ -127,8 +127,7 @@ def entries_of(experts: Sequence[Any], base: Any, config: PhatgooseConfig, taken
             gate = _gate(name, path, a.shape[1], gates, config.routing)
             entry.lora[path] = (gate, a, b.t())
         for path, weight, bias in _saved_heads(adapter.saved, base, name, entry.replaced):
-            gate = _gate(name, path, weight.shape[1], gates, config.routing)
-            entry.heads[path] = (gate, weight, bias)
+            entry.heads[path] = (weight, bias)
             entry.row["labels"] = list(expert.labels)
         entries.append(entry)
     return entries
@@ -193,7 +192,7 @@ def complete(entries: Sequence[Entry], base: Any) -> None:
                 if not isinstance(head, nn.Linear):
                     raise ValueError(f"{entry.row['name']} has no {path}, which the other experts bring along")
                 bias = head.bias if head.bias is not None else head.weight.new_zeros(len(head.weight))
-                entry.heads[path] = (head.weight.new_zeros(head.in_features), head.weight.detach(), bias.detach())
+                entry.heads[path] = (head.weight.detach(), bias.detach())
                 entry.row["labels"] = [base.config.id2label[i] for i in sorted(base.config.id2label)]
     own = dict(base.named_parameters(remove_duplicate=False))
     for name in dict.fromkeys(name for entry in entries for name in entry.replaced):
@@ -211,7 +210,7 @@ def plan_profiles(entries: Sequence[Entry]) -> tuple[list[dict[str, Any]], list[
     for entry in entries:
         profile = {
             "ranks": {path: len(a) for path, (_, a, _) in entry.lora.items()},
-            "saved": {path: len(weight) for path, (_, weight, _) in entry.heads.items()},
+            "saved": {path: len(weight) for path, (weight, _) in entry.heads.items()},
         }
         if profile not in profiles:
             profiles.append(profile)
@@ -240,8 +239,7 @@ def fill_head(
     head.bias.fill_(ABSENT)
     for index, entry in enumerate(entries):
         rows = rows_of(index, path, head.bias.shape[1])
-        gate, weight, bias = entry.heads[path]
-        head.gates[index].copy_(gate)
+        weight, bias = entry.heads[path]
         head.weight[index, rows] = weight.to(head.weight.dtype)
         head.bias[index, rows] = bias.to(head.bias.dtype)
 

@@ -50,7 +50,7 @@ def save_merged_adapter(
     heads = used[0][0].heads
     total = sum(weight for _, weight in used)
     for path in heads:
-        for index, leaf in ((1, "weight"), (2, "bias")):
+        for index, leaf in enumerate(("weight", "bias")):
             mean = sum(entry.heads[path][index].float() * (weight / total) for entry, weight in used)
             assert isinstance(mean, torch.Tensor)
             tensors[f"base_model.model.{path}.{leaf}"] = mean.to(heads[path][index].dtype).contiguous()

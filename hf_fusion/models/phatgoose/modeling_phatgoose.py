@@ -190,7 +190,7 @@ class PhatgooseRouter(PreTrainedModel):
         for path, head in self._heads.items():
             for index, expert in enumerate(head.experts):
                 rows = self._rows_of(expert, path, head.bias.shape[1])
-                weights = (head.gates[index], head.weight[index, rows], head.bias[index, rows])
+                weights = (head.weight[index, rows], head.bias[index, rows])
                 entries[expert].heads[path] = tuple(t.detach() for t in weights)
         for entry in entries:
             entry.replaced = {name: self.backbone.get_parameter(name).detach() for name in self.config.replaced}
@@ -255,22 +255,22 @@ class PhatgooseRouter(PreTrainedModel):
             self._groups.append((paths, group))
         self._heads = {}
         for path in dict.fromkeys(path for profile in config.profiles for path in profile["saved"]):
-            self._heads[path] = head = self._head(path, symmetric, like)
+            self._heads[path] = head = self._head(path, like)
             if entries is not None:
                 fill_head(head, path, entries, self._rows_of)
             backbone.set_submodule(path, head)
 
-    def _head(self, path: str, symmetric: Sequence[bool], like: Mapping[str, Any]) -> RoutedHead:
+    def _head(self, path: str, like: Mapping[str, Any]) -> RoutedHead:
         """An empty routed head in place of a base's head."""
         config, old = self.config, self.backbone.get_submodule(path)
-        d_in = old.gates.shape[1] if isinstance(old, RoutedHead) else linear_sizes(old)[0]
+        d_in = old.weight.shape[2] if isinstance(old, RoutedHead) else linear_sizes(old)[0]
         widths = {config.profile(e)["saved"].get(path) for e in range(config.num_experts)}
         labels = [row["labels"] for row in config.experts]
         is_final = widths <= {len(own) for own in labels}
         mixes = is_final and any(own != labels[0] for own in labels)
         width = len(label_union(config.experts)) if is_final else max(width for width in widths if width)
         where = {**like, "device": next(old.parameters()).device}
-        return RoutedHead(d_in, width, range(config.num_experts), symmetric, self.routing, mixes, where)
+        return RoutedHead(d_in, width, config.num_experts, self.routing, mixes, where)
 
     # ---------------------------------------------------------------- running
 
@@ -287,7 +287,8 @@ class PhatgooseRouter(PreTrainedModel):
             config.routing,
         )
         mask: Any = kwargs.get("attention_mask")
-        state.tokens = None
+        state.tokens = state.tally = None
+        state.counts_for = config.num_experts if self._heads else 0
         given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]]
         inputs: Any = next((value for value in given if value is not None), None)
         is_padded_batch = isinstance(mask, torch.Tensor) and mask.dim() == 2 and inputs is not None
@@ -297,7 +298,6 @@ class PhatgooseRouter(PreTrainedModel):
             cache = kwargs.get("past_key_values")
             if state.trace is None or cache is None or not cache.get_seq_length():
                 paths = {id(group): paths for paths, group in self._groups}
-                paths |= {id(head): [path] for path, head in self._heads.items()}
                 self._trace = RoutingTrace(self.experts, paths, int(self.record_routing))
             state.trace = self._trace
         else:
@@ -367,7 +367,7 @@ class PhatgooseRouter(PreTrainedModel):
 
             auto = AutoImageProcessor if self.main_input_name == "pixel_values" else AutoTokenizer
             try:
-                self._processor = auto.from_pretrained(self._source[0], **self._source[1])
+                self._processor = auto.from_pretrained(self._source[0], trust_remote_code=False, **self._source[1])
             except (OSError, ValueError):  # a repo without one
                 return None
         return self._processor

@@ -45,6 +45,8 @@ class Routing:
         tokens: flat positions of the tokens that are no padding, or None where all are real.
         shape: (B, T) that `tokens` is about.
         trace: receives every choice while it is set.
+        counts_for: number of experts, where heads follow what the linears chose; else 0.
+        tally: (B, E) weight that the linears gave each expert in this forward, for these heads.
     """
 
     top_k: int = 2
@@ -55,6 +57,8 @@ class Routing:
     tokens: torch.Tensor | None = None
     shape: tuple[int, ...] = ()
     trace: Any = None
+    counts_for: int = 0
+    tally: torch.Tensor | None = None
     _steps: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
     def steps(self, count: int, width: int) -> torch.Tensor:
@@ -75,6 +79,16 @@ class Routing:
         if self.temperature != 1:
             values = values / self.temperature
         return choice, values.softmax(-1)
+
+    def count(
+        self, experts: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor | None, shape: torch.Size
+    ) -> None:
+        """Adds the choices (N, m, k) of tokens, the real ones of a batch of this shape, to their examples' tally."""
+        if self.tally is None:
+            self.tally = weight.new_zeros(shape[0], self.counts_for)
+        each = shape.numel() // shape[0]
+        tokens = torch.arange(weight.shape[0], device=weight.device) if tokens is None else tokens
+        self.tally.index_put_(((tokens // each)[:, None, None], experts), weight.detach(), accumulate=True)
 
     def weigh_given(self, experts: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The given weights of some experts (E_m,), for each of N tokens: (N, k) twice."""
@@ -228,6 +242,8 @@ class RoutedLinears(nn.Module):
             )
             scores = score(flat, self.gates[slots], state.rule, bias, symmetric)
             choice, weight = state.weigh(scores.view(-1, count, experts))
+        if state.counts_for:
+            state.count(tables["experts"][choice], weight, real, x.shape[:-1])
         if state.trace is not None:
             state.trace.add(self, members, choice, weight, real, x.shape[:-1])
         eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
@@ -327,13 +343,14 @@ class RoutedLinears(nn.Module):
 
 
 class RoutedHead(nn.Module):
-    """Heads that came whole with the experts (PEFT's ``modules_to_save``), routed like any linear.
+    """Heads that came whole with the experts (PEFT's ``modules_to_save``).
 
-    With one label space the heads' outputs are weighted; with several, the experts' probabilities are, in the union
-    of the labels: a class that an expert does not know gets nothing from it.
+    A head serves an example as its expert served the example's tokens: its weight is the expert's share of all the
+    weight that the linears gave, among the top-k. A gate of its own would decide by one vector where they decide by
+    many. With one label space the heads' outputs are weighted; with several, the experts' probabilities are, in the
+    union of the labels: a class that an expert does not know gets nothing from it.
 
     Parameters:
-        gates: (E, d_in).
         weight: (E, C, d_in).
         bias: (E, C); `ABSENT` for a class that an expert does not know.
     """
@@ -342,38 +359,33 @@ class RoutedHead(nn.Module):
         self,
         d_in: int,
         d_out: int,
-        experts: Sequence[int],
-        symmetric: Sequence[bool],
+        experts: int,
         routing: Routing,
         mixes_probabilities: bool,
         like: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         like = like or {}
-        self.experts, self.symmetric, self.routing = list(experts), list(symmetric), routing
-        self.mixes_probabilities = mixes_probabilities
-        self.gates = nn.Parameter(torch.zeros(len(experts), d_in, **like))
-        self.weight = nn.Parameter(torch.zeros(len(experts), d_out, d_in, **like))
-        self.bias = nn.Parameter(torch.zeros(len(experts), d_out, **like))
+        self.experts, self.routing, self.mixes_probabilities = list(range(experts)), routing, mixes_probabilities
+        self.weight = nn.Parameter(torch.zeros(experts, d_out, d_in, **like))
+        self.bias = nn.Parameter(torch.zeros(experts, d_out, **like))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., d_in) -> (..., C)."""
-        state = self.routing
+        """(B, ..., d_in) -> (B, ..., C)."""
+        state, experts = self.routing, len(self.experts)
         flat = x.reshape(-1, x.shape[-1]).to(self.weight.dtype)
+        weights = state.given if state.given is not None and not state.off else state.tally
+        if weights is None:  # the base alone: nobody was chosen
+            weights = flat.new_ones(1, experts)
+        weight, choice = weights.topk(min(state.top_k, experts) if weights is state.tally else experts, dim=-1)
+        weight = weight / weight.sum(-1, keepdim=True)
+        dense = torch.zeros_like(weights, dtype=flat.dtype).scatter(-1, choice, weight.to(flat.dtype))
+        dense = dense.repeat_interleave(flat.shape[0] // dense.shape[0], 0)  # (N, E)
         outputs = torch.einsum("nd,ecd->nec", flat, self.weight) + self.bias
-        if state.off or state.given is None:
-            symmetric = torch.tensor(self.symmetric, device=x.device) if any(self.symmetric) else None
-            choice, weight = state.weigh(score(flat, self.gates, state.rule, None, symmetric))
-        else:
-            choice, weight = state.weigh_given(torch.tensor(self.experts, device=x.device), len(flat))
-        if state.trace is not None:
-            state.trace.add(self, slice(0, 1), choice[:, None], weight[:, None], None, x.shape[:-1])
-        weights = torch.zeros(len(flat), len(self.experts), dtype=flat.dtype, device=flat.device)
-        weights = weights.scatter(1, choice, weight.to(flat.dtype))
         if self.mixes_probabilities:
-            outputs = torch.einsum("nec,ne->nc", outputs.softmax(-1), weights).clamp(min=1e-30).log()
+            outputs = torch.einsum("nec,ne->nc", outputs.softmax(-1), dense).clamp(min=1e-30).log()
         else:
-            outputs = torch.einsum("nec,ne->nc", outputs, weights)
+            outputs = torch.einsum("nec,ne->nc", outputs, dense)
         return outputs.view(*x.shape[:-1], -1)
 
 
