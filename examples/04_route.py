@@ -1,6 +1,6 @@
 """From a tag on the Hub to one published model that routes every token among the adapters that bear it.
 
-    python examples/04_route.py HuggingFaceTB/SmolLM2-135M-Instruct demo demo/router
+    python examples/04_route.py HuggingFaceTB/SmolLM2-135M-Instruct demo demo/my-router
 
 That is a base, an author whose adapters are looked for, and where to publish. On the Hub that `hf-fusion demo phatgoose`
 leaves behind (`hf-fusion hub serve demo/hub`, then HF_ENDPOINT and HF_TOKEN) it prints, with other commits:
@@ -10,7 +10,7 @@ leaves behind (`hf-fusion hub serve demo/hub`, then HF_ENDPOINT and HF_TOKEN) it
     routed    demo/word-initials
     routed    demo/word-reversal
     routed    demo/word-sorting
-    published demo/router at 0123456789
+    published demo/my-router at 0123456789
 """
 
 import sys

@@ -2,7 +2,7 @@
 
     python model_cards/render.py                                       # NAME.md from each NAME.json here
     python model_cards/render.py demo/foe-digits demo/foe-digits@SHA   # foe.json anew, from what the demo published
-    python model_cards/render.py demo/phatgoose-smollm2 demo/phatgoose-smollm2@SHA
+    python model_cards/render.py demo/router demo/phatgoose-smollm2@SHA
 
 Run it after changing a template; a test compares.
 """

@@ -22,7 +22,7 @@ def run_demo(folder: Path, *words: str) -> tuple[dict[str, Any], str]:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr
@@ -56,7 +56,7 @@ def run_lines(lines: list[str], folder: Path) -> str:
             },
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=900,
         )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -35,7 +35,7 @@ def ran(folder) -> tuple[dict[str, Any], str]:
 
 
 def test_the_router_leads_the_base_the_mean_and_every_expert(folder, ran):
-    results = SuiteResults.load(folder / "demo" / "phatgoose-smollm2" / "results.json")
+    results = SuiteResults.load(folder / "demo" / "router" / "results.json")
     assert sum(task.n for task in results.tasks) == 100
     for system in results.systems:
         if system.kind in ("base", "baseline", "expert"):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hf_fusion.suite_results import SuiteResults
 
 STEPS = 8
-NAME = "phatgoose-smollm2"
+NAME, FOLDER = "phatgoose-smollm2", "router"
 EXPERTS = Path(__file__).with_name("smollm2_experts")
 WITH_GATES = ("word-sorting", "word-reversal", "word-initials", "number-sorting")
 WITHOUT_GATES = "chain-sum"  # gets them on the way
@@ -201,7 +201,7 @@ def _fuse_and_measure(place: Place, out: Out) -> tuple[Any, SuiteResults, Routin
         command="hf-fusion demo phatgoose",
     )
     routing = map_routing(model, suite, owners=owners)
-    fused = save_fused(model, place.folder / NAME)
+    fused = save_fused(model, place.folder / FOLDER)
     results.save(fused / RESULTS_FILE)
     routing.save(fused / ROUTING_FILE)
     plot_routing(routing, fused / ROUTING_PICTURE)

@@ -25,7 +25,7 @@ from hf_fusion.hub.files import (
     in_parallel,
     pick_weights,
     recorded_base,
-    resolve,
+    resolve_repo,
 )
 from hf_fusion.hub.gates import GATES_FILE, gate_problem
 from hf_fusion.hub.headers import Shapes, account, hub_shapes, native_config
@@ -192,7 +192,7 @@ def _gather(name: str, api: HfApi, gates: bool = False) -> Evidence:
     """Read a repo's file list, configs and headers; what fails becomes a reason."""
     evidence = Evidence(name.partition("@")[0])
     try:
-        evidence.source = source = resolve(name, api)
+        evidence.source = source = resolve_repo(name, api)
         for file in ("config.json", "adapter_config.json", "tokenizer_config.json"):
             source.json(file)
         weights = pick_weights(source, allow_pickle=True)

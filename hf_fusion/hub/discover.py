@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import ExpertInfo
 from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
-from hf_fusion.hub.files import Source, explained, hub_api, in_parallel, resolve, weight_files
+from hf_fusion.hub.files import Source, explained, hub_api, in_parallel, resolve_repo, weight_files
 from hf_fusion.hub.gates import GATES_FILE
 from hf_fusion.hub.heads import architectures, default_task, head_of_adapter, label_names
 
@@ -103,7 +103,7 @@ def discover(
 
     def read(name: str) -> ExpertInfo | None:
         try:
-            return read_info(resolve(name, api))
+            return read_info(resolve_repo(name, api))
         except FusionError as error:
             if ids and name in ids:
                 raise

@@ -186,7 +186,12 @@ def resolve(name: str | Path, api: HfApi) -> Source:
         sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
         card = _local_card(folder) if "README.md" in sizes else {}
         return Source(folder.resolve().name, sizes, api, folder=folder, pinned=True, card=card)
-    repo, revision = split_revision(str(name))
+    return resolve_repo(str(name), api)
+
+
+def resolve_repo(name: str, api: HfApi) -> Source:
+    """`resolve` for ``owner/name[@revision]`` on the Hub, even if there is a folder of that name."""
+    repo, revision = split_revision(name)
     with explained(repo):
         info = api.model_info(repo, revision=revision, files_metadata=True)
     return Source(

@@ -8,6 +8,7 @@ from tiny_experts import LABELS, save_adapter, save_bert
 from transformers import AutoModel
 
 from hf_fusion.errors import FusionError
+from hf_fusion.hub.compat import check_compatibility
 from hf_fusion.hub.discover import discover, info_row
 
 CARD = "license: MIT\ntags: [hf-fusion-expert, mood]\npipeline_tag: text-classification\nbase_model: some/base"
@@ -35,6 +36,14 @@ def test_by_tag_pins_and_reads(owner, shelf, tmp_path):
     assert {"hf-fusion-expert", "mood"} <= set(info.tags)
     assert found.table()[0]["labels"] == "no, yes, maybe"
     assert discover(tags=["hf-fusion-expert", "other"], author=owner.name, api=owner.api).table() == []
+
+
+def test_a_folder_of_the_same_name_is_not_meant(owner, shelf, tmp_path, monkeypatch):
+    (tmp_path / "here" / owner.name / "full").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    (info,) = discover(author=owner.name, api=owner.api)
+    assert info.sha == shelf["full"]
+    assert check_compatibility([info], api=owner.api).accepted == [info]
 
 
 def test_untagged_adapters_of_a_base(owner, shelf):

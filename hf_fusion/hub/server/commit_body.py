@@ -20,7 +20,7 @@ from .repo import LARGE_SUFFIXES, POINTER, Change, Repo, check_path, pointer
 LARGE_BYTES = 10 << 20  # git itself gets slow with more
 CONTENT = re.compile(rb'"content"\s*:\s*"')
 CONTENT_WITHIN = 1 << 14  # the content's key comes within the first bytes of its line
-STEP = 4 << 20  # base64 characters decoded at once; a multiple of 4
+STEP = 4 * -(-LARGE_BYTES // 3)  # base64 characters decoded at once: files that are not large need one step
 
 
 @dataclass

@@ -114,6 +114,18 @@ def test_unchanged_files_make_no_commit(alice):
     assert [c.title for c in api.list_repo_commits(repo)] == ["first", "initial commit"]
 
 
+@pytest.mark.parametrize("megabytes", [4, 11])
+def test_an_unchanged_text_file_makes_no_commit_however_large(alice, megabytes):
+    name, api = alice
+    repo = f"{name}/text-{megabytes}"
+    api.create_repo(repo)
+    upload = {"repo_id": repo, "path_in_repo": "tokenizer.json", "path_or_fileobj": b"[1, 2]\n" * (megabytes * 150_000)}
+    first = api.upload_file(**upload)
+    assert api.upload_file(**upload).oid == first.oid
+    (entry,) = api.get_paths_info(repo, ["tokenizer.json"])
+    assert (entry.lfs is not None) == (megabytes > 10)
+
+
 def test_copy_and_delete(alice, tmp_path):
     name, api = alice
     repo = f"{name}/moves"
@@ -284,7 +296,7 @@ def test_broken_base64(raw):
 
 def test_a_regular_file_too_large_for_git_is_kept_beside_it(raw, tmp_path):
     api, repo, send = raw
-    data = os.urandom(7_000_000)  # more than one step of the base64 decoder
+    data = os.urandom(11_000_000)  # more than one step of the base64 decoder
     assert send(file("model.bin", data), file("big.txt", b"text " * 2_500_000)).status_code == 200
     tree = {f.path: f for f in api.list_repo_tree(repo)}
     assert tree["model.bin"].lfs.sha256 == hashlib.sha256(data).hexdigest() and tree["big.txt"].lfs
