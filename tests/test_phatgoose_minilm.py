@@ -53,4 +53,4 @@ def test_phatgoose_beats(results, rival):
 
 def test_phatgoose_reaches_its_share_of_the_oracle(results):
     held_in = {name: results[name].means["held-in"].score for name in ("PHATGOOSE", "oracle")}
-    assert held_in["PHATGOOSE"] >= 0.4 * held_in["oracle"]
+    assert held_in["PHATGOOSE"] >= 0.8 * held_in["oracle"]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -139,7 +138,7 @@ def ratios(base: PreTrainedModel, experts: int, with_arrow: bool, repeats: int) 
 
 
 def loading(base: PreTrainedModel, experts: int) -> dict[str, float]:
-    """Seconds to load a published router against reading its safetensors, and peak memory of a forward over weights."""
+    """Seconds to load a published router against reading its safetensors into memory."""
     from safetensors.torch import load_file
     from transformers import AutoModelForSeq2SeqLM
 
@@ -148,15 +147,13 @@ def loading(base: PreTrainedModel, experts: int) -> dict[str, float]:
         files = sorted(Path(folder).glob("*.safetensors"))
         size = sum(file.stat().st_size for file in files)
 
-        def read() -> None:
-            for file in files:
-                for tensor in load_file(file).values():
-                    tensor.sum()  # touch what a lazy read would leave on disk
+        def read() -> list[torch.Tensor]:
+            return [tensor.clone() for file in files for tensor in load_file(file).values()]
 
         def load() -> Any:
             model = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True)
             for tensor in model.state_dict().values():
-                tensor.sum()
+                tensor.sum()  # what was only mapped is read now
             return model
 
         best = {"read": float("inf"), "load": float("inf")}
@@ -168,17 +165,23 @@ def loading(base: PreTrainedModel, experts: int) -> dict[str, float]:
     return {"experts": experts, "MB": size / 1e6, **best, "load / read": best["load"] / best["read"]}
 
 
+def resident(field: str) -> int:
+    """VmRSS or VmHWM (the peak) of this process in bytes; Linux only."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
 def peak_memory(base: PreTrainedModel, experts: int) -> dict[str, float]:
-    """Peak resident memory while forwards run, over the memory of the weights; run in a process of its own."""
+    """Peak resident memory of a forward and a generation above what is resident before, over the weights."""
     router = router_of(base, experts)
-    weights = sum(p.numel() * p.element_size() for p in {id(p): p for p in router.parameters()}.values())
+    weights = sum(p.numel() * p.element_size() for p in router.parameters())
     own = jobs(router, base)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident("VmRSS")
     with torch.no_grad():
         own["forward"]()
         own["long"]()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"experts": experts, "weights MB": weights / 1e6, "extra / weights": (after - before) / weights}
+    return {"experts": experts, "weights MB": weights / 1e6, "extra / weights": (resident("VmHWM") - before) / weights}
 
 
 def main() -> None:

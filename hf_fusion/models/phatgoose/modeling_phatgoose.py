@@ -232,9 +232,10 @@ class PhatgooseRouter(PreTrainedModel):
         config, backbone = self.config, self.backbone
         like = {"dtype": backbone.dtype}
         symmetric = [row["gates"] == "arrow" for row in config.experts]
+        ranks_of = [config.profile(expert)["ranks"] for expert in range(config.num_experts)]
         for paths, reads_encoder in module_sets(config):
-            ranks = [[config.profile(e)["ranks"].get(path, 0) for e in range(config.num_experts)] for path in paths]
-            members = [e for e in range(config.num_experts) if any(own[e] for own in ranks)]
+            ranks = [[own.get(path, 0) for own in ranks_of] for path in paths]
+            members = [expert for expert, own in enumerate(zip(*ranks, strict=True)) if any(own)]
             linears = [backbone.get_submodule(path) for path in paths]
             sizes = [linear_sizes(linear) for linear in linears]
             group = RoutedLinears(
