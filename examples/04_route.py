@@ -3,7 +3,8 @@
     python examples/04_route.py HuggingFaceTB/SmolLM2-135M-Instruct demo demo/my-router
 
 That is a base, an author whose adapters are looked for, and where to publish. On the Hub that
-`hf-fusion demo phatgoose` leaves behind (`hf-fusion hub serve demo/hub`, then HF_ENDPOINT and HF_TOKEN) it prints, with other commits:
+`hf-fusion demo phatgoose` leaves behind (`hf-fusion hub serve demo/hub`, then HF_ENDPOINT and HF_TOKEN)
+it prints, with other commits:
 
     routed    demo/chain-sum
     routed    demo/number-sorting
