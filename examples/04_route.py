@@ -7,8 +7,8 @@ That is a base, an author whose adapters are looked for, and where to publish. O
 it prints, with other commits:
 
     routed    demo/chain-sum
+    routed    demo/number-range
     routed    demo/number-sorting
-    routed    demo/word-initials
     routed    demo/word-reversal
     routed    demo/word-sorting
     published demo/my-router at 0123456789

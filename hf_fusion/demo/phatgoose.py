@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 STEPS = 8
 NAME, FOLDER = "phatgoose-smollm2", "router"
 EXPERTS = Path(__file__).with_name("smollm2_experts")
-WITH_GATES = ("word-sorting", "word-reversal", "word-initials", "number-sorting")
+WITH_GATES = ("word-sorting", "word-reversal", "number-sorting", "number-range")
 WITHOUT_GATES = "chain-sum"  # gets them on the way
 ELSEWHERE, OTHER_BASE = "word-sorting-360m", "HuggingFaceTB/SmolLM2-360M-Instruct"
 BASE_CARD = "---\nlicense: apache-2.0\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
@@ -29,8 +29,8 @@ GATE_STEPS, GATE_BATCH = 20, 8
 SYSTEMS = ("base", "PHATGOOSE", "merged", "experts", "oracle")
 TESTED = 20  # rows of each task
 QUESTIONS = (
-    "Sort these words alphabetically: pear, apple, fig",
     "Write from last to first: red, green, blue",
+    "Which numbers are the extremes? 88, 14, 52, 61",
     "What is 27 + 15?",
 )
 ANSWER_TOKENS = 16

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 BEGIN, END = "<!-- hf-fusion:begin -->", "<!-- hf-fusion:end -->"
 README, RESULTS, ROUTING = "README.md", "results.json", "routing.json"
 TEMPLATES = Path(__file__).with_name("model_cards")
+UNBROKEN, DASH = "\u00a0", "–\u2060"  # a blank and a dash at which no line breaks
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,7 @@ def _render_body(facts: CardFacts) -> str:
         "count": "{:,}".format,
         "score": _score,
         "interval": _interval,
+        "cell": lambda score: _interval(score, "{:.0f}").replace(" %", "").replace(" ", UNBROKEN).replace("–", DASH),
         "alt": _alt,
     }
     template = environment.get_template(family.template)
@@ -302,10 +304,10 @@ def _score(system: Mapping[str, Any], metric: str) -> str:
     return f"{system['score']:.1%} ± {half * 100:.1f}".replace("%", " %")
 
 
-def _interval(score: Mapping[str, Any]) -> str:
+def _interval(score: Mapping[str, Any], form: str = "{:.1f}") -> str:
     """A share with its interval, which need not lie evenly around it."""
     low, high = (round(100 * end) for end in score["ci95"])
-    return f"{100 * score['score']:.1f} % ({low}–{high})"
+    return f"{form.format(100 * score['score'])} % ({low}–{high})"
 
 
 def _alt(routing: Mapping[str, Any], most: int = 8) -> str:
