@@ -201,7 +201,8 @@ def load_fused(folder: str | Path) -> tuple[PreTrainedModel, Recipe]:
     model_class = getattr(home, name, None) or getattr(transformers, name, None)
     if model_class is None:
         raise FusionError(f"{folder}: no model class {name!r} is known.")
-    model = model_class.from_pretrained(folder).eval()  # a base by reference is fetched
+    is_whole = not config.get("base_by_reference")  # else the base is fetched
+    model = model_class.from_pretrained(folder, **({"local_files_only": True} if is_whole else {})).eval()
     setattr(model, RECIPE_ATTRIBUTE, recipe)
     return model, recipe
 
