@@ -5,7 +5,7 @@
 Columns of the file: prompt and target for a language model, text and label for a classifier. One vector per linear is
 trained, everything else stays as it is; then the file, the tag and a paragraph of the card go into the adapter's repo:
 
-    gates of 112 linears, loss 0.836 → 0.662
+    gates of 112 linears, loss 0.745 → 0.518
     pushed to me/my-adapter at 0123456789
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ from hf_fusion.errors import FusionError
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
+
+logger = logging.getLogger(__name__)
 
 # end of a file's name -> the reader of `datasets.load_dataset`
 READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
@@ -75,7 +78,7 @@ def split_tasks(
         Task → its rows, in the order of their first ones; and task → its expert, for the tasks that have one.
 
     Raises:
-        FusionError: rows of one task name several experts, or one that is not there.
+        FusionError: rows of one task name several experts.
     """
     if task_column not in rows.column_names:
         rows = rows.add_column(task_column, ["all"] * len(rows))
@@ -91,7 +94,9 @@ def split_tasks(
         if len(named) > 1:
             raise FusionError(f"rows of the task {task!r} name several experts: {', '.join(named)}")
         if named and named[0] not in known:
-            raise FusionError(f"{task!r} is said to be of {named[0]!r}; the experts are {', '.join(experts)}")
-        if named:
+            logger.warning(
+                "%s is the task of %s, which is not among the experts: it counts as held out", task, named[0]
+            )
+        elif named:
             owners[task] = known[named[0]]
     return suite, owners

@@ -25,9 +25,9 @@ WITH_GATES = ("word-sorting", "word-reversal", "number-sorting", "number-range")
 WITHOUT_GATES = "chain-sum"  # gets them on the way
 ELSEWHERE, OTHER_BASE = "word-sorting-360m", "HuggingFaceTB/SmolLM2-360M-Instruct"
 BASE_CARD = "---\nlicense: apache-2.0\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
-GATE_STEPS, GATE_BATCH = 20, 8
+GATE_STEPS, GATE_BATCH = 30, 8
 SYSTEMS = ("base", "PHATGOOSE", "merged", "experts", "oracle")
-TESTED = 20  # rows of each task
+TESTED = 40  # rows of each task
 QUESTIONS = (
     "Write from last to first: red, green, blue",
     "Which numbers are the extremes? 88, 14, 52, 61",
