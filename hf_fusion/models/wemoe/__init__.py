@@ -1,0 +1,20 @@
+"""WEMoE: everything in this folder travels with a published model."""
+
+from typing import Any
+
+from .configuration_wemoe import WEMoEConfig
+from .modeling_wemoe import WEMoEForGeneration, WEMoEModel
+from .routing_wemoe import RoutingTrace
+
+
+def _load_experts(experts: Any, base: Any = None) -> tuple[list[Any], Any]:
+    """Where hf_fusion is installed, `from_experts` takes ids, folders and bare models."""
+    from hf_fusion.hub.load import load_experts
+
+    base = load_experts([base])[0] if base is not None else None
+    return load_experts(experts, base=base.model if base is not None else None), base
+
+
+WEMoEModel.load_experts = staticmethod(_load_experts)
+
+__all__ = ["RoutingTrace", "WEMoEConfig", "WEMoEForGeneration", "WEMoEModel"]

@@ -1,0 +1,319 @@
+"""What a model is put together from: the units that are up-scaled, and experts as differences from their base."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+from transformers.pytorch_utils import Conv1D
+
+# head -> the Auto class of such models
+AUTO_CLASSES: dict[str, Any] = {
+    "causal-lm": AutoModelForCausalLM,
+    "seq2seq-lm": AutoModelForSeq2SeqLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
+    "image-classification": AutoModelForImageClassification,
+    "features": AutoModel,
+}
+# The linears of one unit, from the module that holds them, in the order in which they run; the first row that fits.
+MODULES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "mlp": (
+        ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),  # Llama, Mistral, Qwen, Gemma
+        ("DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo"),  # T5 1.1, Flan-T5
+        ("DenseReluDense.wi", "DenseReluDense.wo"),  # T5
+        ("intermediate.dense", "output.dense"),  # BERT, RoBERTa, DeBERTa, older ViT, Swin
+        ("mlp.fc1", "mlp.fc2"),  # ViT, CLIP, SigLIP, Phi
+        ("mlp.c_fc", "mlp.c_proj"),  # GPT-2, StarCoder2
+        ("mlp.fc_in", "mlp.fc_out"),  # GPT-J, CodeGen
+        ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
+        ("mlp.up_proj", "mlp.down_proj"),  # Nemotron
+        ("ffn.lin1", "ffn.lin2"),  # DistilBERT
+        ("fc1", "fc2"),  # BART, OPT
+    ),
+    "attention": (
+        ("q_proj", "k_proj", "v_proj", "o_proj"),  # Llama, ViT
+        ("q_proj", "k_proj", "v_proj", "out_proj"),  # CLIP, BART, OPT
+        ("self.query", "self.key", "self.value", "output.dense"),  # BERT
+        ("attention.query", "attention.key", "attention.value", "output.dense"),  # older ViT
+        ("q_lin", "k_lin", "v_lin", "out_lin"),  # DistilBERT
+        ("attn.c_attn", "attn.c_proj"),  # GPT-2
+        ("q", "k", "v", "o"),  # T5
+    ),
+}
+UNRELATED = 1.0  # an expert as far from the base as this, relative to the base's norm, was not made from it
+
+
+@dataclass
+class Source:
+    """An expert as differences from the base.
+
+    Attributes:
+        row: what the config says of it.
+        tensors: name in the model -> the expert's own tensor, for all that it has.
+        lora: path of a linear -> A (r, d_in), B (d_out, r); what an adapter changes besides `tensors`.
+        distance: ‖τ‖² of all that was asked for; size: ‖θ0‖² of the same.
+    """
+
+    row: dict[str, Any]
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    lora: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    distance: float = 0.0
+    size: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """What errors and traces call it."""
+        return str(self.row["name"])
+
+    def vector(self, key: str, base: torch.Tensor, transposed: bool = False) -> torch.Tensor | None:
+        """The task vector of one tensor, fp32; None where the expert has the base's own.
+
+        Raises:
+            ValueError: for a tensor of another shape, NaN or Inf.
+        """
+        path, _, leaf = key.rpartition(".")
+        if key in self.tensors:
+            own = self.tensors[key]
+            if own.shape != base.shape:
+                raise ValueError(f"{self.name}: {key} is {list(own.shape)}, in the base {list(base.shape)}{_hint(key)}")
+            vector = own.float() - base.float()
+        elif leaf == "weight" and path in self.lora:
+            a, b = self.lora[path]
+            vector = b.float() @ a.float()
+            vector = vector.t() if transposed else vector
+            if vector.shape != base.shape:
+                raise ValueError(f"{self.name}: its update of {path} is {list(vector.shape)}, not {list(base.shape)}")
+        else:
+            return None
+        if not vector.isfinite().all():
+            raise ValueError(f"{self.name} has NaN or Inf in {key}")
+        self.distance += float(vector.norm()) ** 2
+        self.size += float(base.float().norm()) ** 2
+        return vector
+
+    def changes(self, path: str, base: torch.Tensor) -> bool:
+        """Whether the expert's weight of a linear differs from the base's."""
+        own = self.tensors.get(f"{path}.weight")
+        return path in self.lora or (own is not None and not torch.equal(own, base))
+
+    def check_relation(self) -> None:
+        """An expert that was fine-tuned lies near its base.
+
+        Raises:
+            ValueError: for one that does not.
+        """
+        relative = (self.distance / max(self.size, 1e-300)) ** 0.5
+        if relative >= UNRELATED:
+            raise ValueError(
+                f"{self.name} is as far from the base as a stranger ({relative:.2f} of the base's norm): "
+                "it was made from another one"
+            )
+
+
+def _hint(key: str) -> str:
+    return ": another vocabulary" if re.search(r"embed|wte|shared|lm_head", key) else ""
+
+
+def head_of(model: Any) -> str:
+    """The head of a model, one of `AUTO_CLASSES`.
+
+    Raises:
+        ValueError: for a class that no Auto class gives back.
+    """
+    for head, auto in AUTO_CLASSES.items():
+        known = auto._model_mapping.get(type(model.config), ())
+        if type(model) in (known if isinstance(known, (tuple, list)) else (known,)):
+            return head
+    raise ValueError(f"{type(model).__name__} cannot be fused: none of {', '.join(AUTO_CLASSES)} gives it back")
+
+
+def is_linear(module: Any) -> bool:
+    """Whether a module is a linear layer that can be up-scaled."""
+    return type(module) is nn.Linear or isinstance(module, Conv1D)
+
+
+def find_units(model: nn.Module, modules: str) -> list[tuple[str, list[str]]]:
+    """Names and linears of what shall share a router.
+
+    Args:
+        model: the dense model.
+        modules: "mlp", "attention", or a regular expression that finds paths of linears; what it finds in one module
+            is a unit, in the order of definition, which has to be the order in which it runs.
+
+    Raises:
+        ValueError: where nothing is found.
+    """
+    known = dict(model.named_modules())
+    linears = [path for path, module in known.items() if is_linear(module)]
+    units: dict[str, list[str]] = {}
+    if modules in MODULES:
+        taken: set[str] = set()
+        for names in MODULES[modules]:
+            for path in linears:
+                holder = path.removesuffix(names[0])
+                paths = [holder + name for name in names]
+                fits = path.endswith(f".{names[0]}") and all(name in linears for name in paths)
+                if fits and taken.isdisjoint(paths):
+                    units[holder] = paths
+                    taken.update(paths)
+    else:
+        for path in linears:
+            if re.search(modules, path):
+                units.setdefault(path.rpartition(".")[0], []).append(path)
+    if not units:
+        rows = "no MLP of a known manner" if modules == "mlp" else f"no linear that modules={modules!r} finds"
+        raise ValueError(f"{type(model).__name__} has {rows}; pass modules= with a regular expression for its linears")
+    order = {path: number for number, path in enumerate(known)}
+    return sorted(((name.rstrip("."), paths) for name, paths in units.items()), key=lambda unit: order[unit[1][0]])
+
+
+def part_of(base: Any, model: Any) -> str:
+    """The path at which a base holds a model of this class (CLIP's vision tower), "" where it holds none."""
+    if type(base) is type(model):
+        return ""
+    paths = [path for path, module in base.named_modules() if path and type(module) is type(model)]
+    return paths[0] if len(paths) == 1 else ""
+
+
+def renamed(tensors: Mapping[str, Any], model: Any, template: Any, part: str = "") -> dict[str, Any]:
+    """Tensors of a model by the names that a template has for them.
+
+    Models of one trunk may carry it by itself or under a prefix (BertModel, BertForSequenceClassification). A name that
+    the template does not have stays as it is.
+    """
+    known = template if isinstance(template, dict) else template.state_dict()
+    own, other = model.base_model_prefix, "" if isinstance(template, dict) else template.base_model_prefix
+    result = {}
+    for key, tensor in tensors.items():
+        bare = key.removeprefix(f"{own}.")
+        options = (f"{part}.{key}", key) if part else (key, bare, f"{other}.{key}", f"{other}.{bare}")
+        result[next((name for name in options if name in known), key)] = tensor
+    return result
+
+
+def head_paths(model: Any, head: str) -> list[str]:
+    """Modules of a classifier outside its trunk: what experts have their own copies of."""
+    if not head.endswith("classification"):
+        return []
+    trunk = next((name for name, child in model.named_children() if child is model.base_model), None)
+    if trunk is None:  # CLIPForImageClassification: its trunk bears another name than its prefix
+        trunk = next(name for name, child in model.named_children() if hasattr(child, "config"))
+    return [name for name, child in model.named_children() if name != trunk and any(True for _ in child.parameters())]
+
+
+def low_rank(vector: torch.Tensor, rank: int | None, energy: float | None) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """The best product of low rank: A (r, d_in) with orthonormal rows, B (r, d_out), and the share of ‖τ‖² it keeps.
+
+    Args:
+        vector: (d_out, d_in).
+        rank: largest rank, or None.
+        energy: the least rank that keeps this share, or None.
+    """
+    wide = vector.shape[0] < vector.shape[1]
+    matrix = vector.double()
+    gram = matrix @ matrix.t() if wide else matrix.t() @ matrix
+    values, vectors = torch.linalg.eigh(gram)  # ascending
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    total = float(values.sum())
+    kept = (values.cumsum(0) / max(total, 1e-300)).clamp(max=1.0)
+    count = len(values) if energy is None else int((kept < energy - 1e-12).sum()) + 1
+    count = max(1, min(count, len(values), rank if rank is not None else len(values)))
+    side = vectors[:, :count]
+    if wide:  # matrix = U S Vᵀ, side = U
+        b = side
+        a = side.t() @ matrix  # S Vᵀ
+        scale = a.norm(dim=1).clamp(min=1e-300)
+        a, b = a / scale[:, None], b * scale
+    else:
+        a, b = side.t(), matrix @ side
+    share = float(kept[count - 1]) if total > 0 else 1.0
+    return a.float().contiguous(), b.t().float().contiguous(), share
+
+
+def pruned(vector: torch.Tensor, density: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest entries of a task vector by magnitude: flat places, ascending, and entries."""
+    flat = vector.flatten()
+    count = max(1, round(density * flat.numel()))
+    places = flat.abs().topk(count, sorted=False).indices.sort().values
+    return places, flat[places]
+
+
+def check_experts(sources: Sequence[Source], base: Mapping[str, torch.Tensor], heads: Sequence[str]) -> None:
+    """Every full expert has every tensor of the base and no other; the base has all but heads.
+
+    Raises:
+        ValueError: naming the expert and the tensor.
+    """
+    own = tuple(f"{path}." for path in heads)
+    for source in sources:
+        if source.row["adapter"]:
+            continue
+        trunk = {key for key in source.tensors if not key.startswith(own)} if own else set(source.tensors)
+        prefix = f"{source.row['part']}." if source.row["part"] else ""
+        wanted = {key for key in base if key.startswith(prefix) and not (own and key.startswith(own))}
+        if missing := sorted(wanted - trunk):
+            raise ValueError(f"{source.name} lacks {len(missing)} tensors of the base, first {missing[0]}")
+        if extra := sorted(trunk - wanted):
+            raise ValueError(f"{source.name} has {len(extra)} tensors that the base does not have, first {extra[0]}")
+
+
+def check_ties(sources: Sequence[Source], groups: Sequence[list[str]]) -> None:
+    """What the model ties must be one tensor in every expert too.
+
+    Raises:
+        ValueError: naming the expert and both tensors.
+    """
+    for source in sources:
+        for first, *others in groups:
+            for other in others:
+                one, two = source.tensors.get(first), source.tensors.get(other)
+                if one is not None and two is not None and not torch.equal(one, two):
+                    raise ValueError(f"{source.name} has {other} apart from {first}; the base ties them")
+
+
+def tied_groups(state: Mapping[str, torch.Tensor]) -> list[list[str]]:
+    """Names that share one tensor."""
+    groups: dict[tuple[int, Any], list[str]] = {}
+    for name, tensor in state.items():
+        if tensor.numel():
+            groups.setdefault((tensor.data_ptr(), tensor.shape), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def merge_rest(
+    names: Sequence[str],
+    base: Mapping[str, torch.Tensor],
+    sources: Sequence[Source],
+    rule: Callable[[torch.Tensor, Sequence[torch.Tensor], float], torch.Tensor],
+    scaling: float,
+    transposed: Callable[[str], bool],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors that are not up-scaled, merged one by one in fp32; what no expert changed is the base's own."""
+    for name in names:
+        own = base[name]
+        if not own.is_floating_point():
+            yield name, own
+            continue
+        vectors = [source.vector(name, own, transposed(name)) for source in sources]
+        if all(vector is None or not vector.any() for vector in vectors):
+            yield name, own
+        else:
+            start = own.float()
+            full = [vector if vector is not None else torch.zeros_like(start) for vector in vectors]
+            yield name, rule(start, full, scaling).to(own.dtype)
+
+
+__all__ = ["AUTO_CLASSES", "MODULES", "Source"]

@@ -1,0 +1,318 @@
+"""From loaded experts to a plan: the dense model with its rest merged, and task vectors on demand."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from .assembly_wemoe import (
+    Source,
+    check_experts,
+    check_ties,
+    find_units,
+    head_of,
+    head_paths,
+    low_rank,
+    merge_rest,
+    part_of,
+    pruned,
+    renamed,
+    tied_groups,
+)
+from .configuration_wemoe import WEMoEConfig
+from .linears_wemoe import UpscaledLinear
+from .merging_wemoe import RULES
+
+HEADS = ("task", "shared", "base")
+
+
+@dataclass
+class Plan:
+    """All that a model is filled from.
+
+    Attributes:
+        config: of the model.
+        backbone: the dense model, the rest merged; its up-scaled linears are still the base's.
+        base: tensors of the base by the dense model's names.
+        sources: the experts.
+        processor: tokenizer or image processor.
+        factors: path -> (A, B) of each expert, for low rank.
+    """
+
+    config: WEMoEConfig
+    backbone: Any
+    base: Mapping[str, torch.Tensor]
+    sources: list[Source]
+    processor: Any
+    factors: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
+
+    def vectors(self, path: str, conv1d: bool) -> Iterator[torch.Tensor]:
+        """The experts' task vectors of a linear's weight, (d_out, d_in), one after the other."""
+        own = self.base[f"{path}.weight"]
+        for source in self.sources:
+            vector = source.vector(f"{path}.weight", own, conv1d)
+            vector = torch.zeros_like(own, dtype=torch.float32) if vector is None else vector
+            yield vector.t() if conv1d else vector
+
+    def fill(self, path: str, linear: UpscaledLinear) -> None:
+        """Fills one linear, tensor by tensor."""
+        weight = self.base[f"{path}.weight"]
+        vectors: Any = self.factors.pop(path, None)
+        if vectors is None:
+            vectors = self.vectors(path, linear.conv1d)
+        if linear.kind == "sparse":
+            vectors = (pruned(vector, self.config.density) for vector in vectors)
+        linear.fill(weight.t() if linear.conv1d else weight, vectors)
+        if linear.bias is not None:
+            own = self.base[f"{path}.bias"]
+            linear.bias[0].copy_(own)
+            for index, source in enumerate(self.sources, 1):
+                vector = source.vector(f"{path}.bias", own)
+                if vector is not None:
+                    linear.bias[index].copy_(vector)
+
+    def check(self) -> None:
+        """What is known once everything was read."""
+        for source in self.sources:
+            source.check_relation()
+
+
+def check_options(experts: Sequence[Any], **options: Any) -> None:
+    """What of the arguments of `from_experts` can be known to be wrong before anything is loaded.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if not experts:
+        raise ValueError("a fusion needs at least one expert; the list is empty")
+    known = ("task_vectors", "routing", "router_layers", "density")
+    WEMoEConfig(**{name: options[name] for name in known if name in options})
+    if options.get("heads", "task") not in HEADS:
+        raise ValueError(f"heads is {options['heads']!r}; it must be one of {', '.join(HEADS)}")
+    if options.get("merge", "task_arithmetic") not in RULES:
+        raise ValueError(f"merge is {options['merge']!r}; it must be one of {', '.join(RULES)}")
+    rank, energy = options.get("rank"), options.get("energy")
+    if options.get("task_vectors") == "low-rank":
+        if (rank is None) == (energy is None):
+            raise ValueError("task_vectors='low-rank' needs either rank= or energy=")
+        if rank is not None and (not isinstance(rank, int) or rank < 1):
+            raise ValueError(f"rank is {rank!r}; it must be a whole number above 0")
+        if energy is not None and not 0 < energy <= 1:
+            raise ValueError(f"energy is {energy!r}; it must be above 0 and at most 1")
+    elif rank is not None or energy is not None:
+        raise ValueError("rank and energy are for task_vectors='low-rank'")
+
+
+def make_plan(experts: Sequence[Any], base: Any, options: Mapping[str, Any]) -> Plan:
+    """Checks that loaded experts fit, and merges all that is not up-scaled.
+
+    Args:
+        experts: each with name, model, adapter, labels, revision, license, task and processor.
+        base: likewise, or None where all experts are adapters.
+        options: of `WEMoEModel.from_experts`.
+
+    Raises:
+        ValueError: naming the expert, the tensor and the reason.
+    """
+    base_model, config_base = _base_of(experts, base)
+    template, part = _template(experts, base_model)
+    head = head_of(template)
+    paths = head_paths(template, head)
+    state = template.state_dict()
+    known = renamed(base_model.state_dict(), base_model, template)
+    sources = [_source(expert, template, part, head) for expert in experts]
+    names = [source.name for source in sources]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"there are two experts called {twice}")
+    own = tuple(f"{path}." for path in paths)
+    if missing := sorted(key for key in state if key not in known and not (own and key.startswith(own))):
+        raise ValueError(
+            f"the base {type(base_model).__name__} lacks {len(missing)} tensors of the experts' "
+            f"{type(template).__name__}, first {missing[0]}"
+        )
+    known = {key: tensor for key, tensor in known.items() if key in state}
+    check_experts(sources, known, paths)
+    check_ties(sources, tied_groups(state if template is base_model else known))
+
+    units, modules = [], dict(template.named_modules())
+    for name, linears in find_units(template, options["modules"]):
+        if any(source.changes(path, known[f"{path}.weight"]) for source in sources for path in linears):
+            units.append({"name": name, "paths": linears, "sizes": [None] * len(linears)})
+    if not units:
+        raise ValueError("no expert differs from the base in what would be up-scaled")
+
+    heads = options["heads"] if paths else "base"
+    per_task = paths if heads == "task" else []
+    if heads == "shared" and len({tuple(source.row["labels"]) for source in sources}) > 1:
+        raise ValueError("experts have different labels: no single head can serve them; leave heads='task'")
+    if heads == "base" and paths and not all(f"{key}" in known for key in state):
+        raise ValueError("heads='base', but the base has no head")
+    config = _config(template, head, config_base, sources, units, per_task, options)
+    if options["shared_router"] and len(widths := {_sizes(modules[unit["paths"][0]])[0] for unit in units}) > 1:
+        raise ValueError(f"shared_router=True, but what routers read is {sorted(widths)} wide")
+
+    plan = Plan(config, None, known, sources, experts[0].processor or getattr(base, "processor", None))
+    _measure(plan, units, modules, options)
+    plan.backbone = _merged(plan, template, units, per_task, heads, options, modules)
+    return plan
+
+
+def _base_of(experts: Sequence[Any], base: Any) -> tuple[Any, dict[str, Any]]:
+    """The base's model, its id and revision."""
+    adapters = [expert for expert in experts if expert.adapter is not None]
+    for expert in adapters[1:]:
+        first = adapters[0].adapter
+        if base is None and expert.adapter.base and first.base and expert.adapter.base != first.base:
+            raise ValueError(f"{expert.name} adapts {expert.adapter.base}, the others {first.base}")
+        if base is None and expert.model is not adapters[0].model and type(expert.model) is type(adapters[0].model):
+            continue
+    if base is not None:
+        return base.model, {"id": base.name, "revision": base.revision}
+    if len(adapters) < len(experts):
+        full = next(expert.name for expert in experts if expert.adapter is None)
+        raise ValueError(f"{full} is a full model: pass base=, the model that it was fine-tuned from")
+    adapter = adapters[0].adapter
+    return adapters[0].model, {"id": adapter.base, "revision": adapter.base_revision}
+
+
+def _template(experts: Sequence[Any], base: Any) -> tuple[Any, str]:
+    """The model whose structure the fusion has, and where in it the experts are."""
+    models = [expert.model for expert in experts]
+    for expert in experts[1:]:
+        if type(expert.model) is not type(models[0]):
+            raise ValueError(
+                f"{expert.name} is a {type(expert.model).__name__}, {experts[0].name} a {type(models[0]).__name__}"
+            )
+    part = part_of(base, models[0])
+    same = type(base) is type(models[0]) and not head_of(base).endswith("classification")
+    return (base if part or same else models[0]), part
+
+
+def _source(expert: Any, template: Any, part: str, head: str) -> Source:
+    model, adapter = expert.model, expert.adapter
+    labels = list(expert.labels)
+    if head.endswith("classification") and not labels:
+        labels = [model.config.id2label[i] for i in sorted(model.config.id2label)]
+    row = {
+        "name": expert.name,
+        "revision": expert.revision,
+        "license": expert.license,
+        "task": expert.task,
+        "labels": labels,
+        "adapter": adapter is not None,
+        "part": part,
+    }
+    if adapter is None:
+        return Source(row, renamed(model.state_dict(), model, template, part))
+    lora = renamed({f"{path}.weight": pair for path, pair in adapter.lora.items()}, model, template, part)
+    heads = {
+        k: t for k, t in model.state_dict().items() if k.startswith(tuple(f"{p}." for p in head_paths(model, head)))
+    }
+    tensors = renamed({**heads, **adapter.saved}, model, template, part)
+    return Source(row, tensors, {key.removesuffix(".weight"): pair for key, pair in lora.items()})
+
+
+def _sizes(linear: Any) -> tuple[int, int]:
+    rows, columns = linear.weight.shape
+    return (rows, columns) if isinstance(linear, Conv1D) else (columns, rows)
+
+
+def _config(
+    template: Any,
+    head: str,
+    base: dict[str, Any],
+    sources: Sequence[Source],
+    units: list[dict[str, Any]],
+    per_task: list[str],
+    options: Mapping[str, Any],
+) -> WEMoEConfig:
+    names = [source.name for source in sources]
+    default = options["default_task"] or names[0]
+    if default not in names:
+        raise ValueError(f"default_task is {default!r}; it must be one of {', '.join(names)}")
+    passed = (
+        "task_vectors",
+        "density",
+        "routing",
+        "router_layers",
+        "shared_router",
+        "batch_reduce",
+        "scaling",
+        "merge",
+    )
+    config = WEMoEConfig(
+        head=head,
+        backbone={k: v for k, v in template.config.to_dict().items() if k not in ("dtype", "_name_or_path")},
+        base=base,
+        experts=[{k: v for k, v in source.row.items() if k != "part"} for source in sources],
+        units=units,
+        task_heads=per_task,
+        default_task=default if per_task else None,
+        num_experts_per_tok=options["top_k"],
+        gate_rank=options["gate_rank"],
+        is_encoder_decoder=bool(getattr(template.config, "is_encoder_decoder", False)),
+        **{name: options[name] for name in passed},
+    )
+    if head.endswith("classification"):
+        config.id2label, config.label2id = template.config.id2label, template.config.label2id
+    return config
+
+
+def _measure(plan: Plan, units: list[dict[str, Any]], modules: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """What a linear has to know before it is made: ranks, with the energy they keep, or numbers of entries."""
+    kind = plan.config.task_vectors
+    for unit in units:
+        for index, path in enumerate(unit["paths"]):
+            if kind == "sparse":
+                size = modules[path].weight.numel()
+                unit["sizes"][index] = len(plan.sources) * max(1, round(options["density"] * size))
+            elif kind == "low-rank":
+                vectors = plan.vectors(path, isinstance(modules[path], Conv1D))
+                parts = [low_rank(vector, options["rank"], options["energy"]) for vector in vectors]
+                plan.factors[path] = [(a, b) for a, b, _ in parts]
+                unit["sizes"][index] = [len(a) for a, _, _ in parts]
+                unit.setdefault("energy", []).append(sum(energy for _, _, energy in parts) / len(parts))
+
+
+def _merged(
+    plan: Plan,
+    template: Any,
+    units: Sequence[Mapping[str, Any]],
+    per_task: Sequence[str],
+    heads: str,
+    options: Mapping[str, Any],
+    modules: Mapping[str, Any],
+) -> Any:
+    """A copy of the template's structure with merged tensors; what stays as it is, is shared with it."""
+    upscaled = {f"{path}.{leaf}" for unit in units for path in unit["paths"] for leaf in ("weight", "bias")}
+    own = tuple(f"{path}." for path in per_task)
+    tensors = {**dict(template.named_parameters()), **dict(template.named_buffers())}
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors.values()}
+    saved = template.state_dict(keep_vars=True)
+    rest = [k for k in tensors if k in saved and k not in upscaled and not (own and k.startswith(own))]
+    sources = plan.sources if heads != "base" else [_without_heads(s, template, plan.config.head) for s in plan.sources]
+    transposed = lambda key: isinstance(modules.get(key.rpartition(".")[0]), Conv1D)  # noqa: E731
+    absent = {
+        key: torch.stack([s.tensors[key].float() for s in sources]).mean(0) for key in rest if key not in plan.base
+    }
+    known = {**plan.base, **{key: mean.to(saved[key].dtype) for key, mean in absent.items()}}
+    merged = merge_rest(rest, known, sources, RULES[options["merge"]], options["scaling"], transposed)
+    for key, tensor in merged:
+        tensor = tensor.to(tensors[key].dtype)
+        is_parameter = isinstance(tensors[key], torch.nn.Parameter)
+        memo[id(tensors[key])] = torch.nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+    return copy.deepcopy(template, memo)
+
+
+def _without_heads(source: Source, template: Any, head: str) -> Source:
+    own = tuple(f"{path}." for path in head_paths(template, head))
+    kept = {key: tensor for key, tensor in source.tensors.items() if not (own and key.startswith(own))}
+    return Source(source.row, kept, source.lora)
+
+
+__all__ = ["Plan", "check_options", "make_plan"]

@@ -1,0 +1,62 @@
+"""Heads of several tasks in one model: every expert keeps its own, with its own classes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class TaskHeads(nn.Module):
+    """One module per expert in place of a classifier's head; the active one answers.
+
+    Args:
+        head: the dense model's head.
+        classes: number of classes of each expert.
+    """
+
+    def __init__(self, head: nn.Module, classes: Sequence[int]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(_resized(head, count) for count in classes)
+        self.active = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the active head's."""
+        return self.heads[self.active](*args, **kwargs)
+
+    @torch.no_grad()
+    def fill(self, index: int, tensors: dict[str, torch.Tensor], name: str) -> None:
+        """Copies an expert's head, by the names that its tensors have inside of it.
+
+        Raises:
+            ValueError: for tensors that do not fit.
+        """
+        own = self.heads[index].state_dict()
+        for key, target in own.items():
+            if key not in tensors or tensors[key].shape != target.shape:
+                found = list(tensors[key].shape) if key in tensors else "missing"
+                raise ValueError(f"{name}: {key} of its head is {found}, not {list(target.shape)}")
+            if not tensors[key].isfinite().all():
+                raise ValueError(f"{name} has NaN or Inf in {key} of its head")
+            target.copy_(tensors[key])
+
+
+def _resized(head: nn.Module, classes: int) -> nn.Module:
+    """A copy of a head with so many outputs: those of its last linear."""
+    own = copy.deepcopy(head)
+    paths = [path for path, module in own.named_modules() if isinstance(module, nn.Linear)]
+    if not paths:
+        raise ValueError(f"a head of {type(head).__name__} has no linear layer: pass heads='shared'")
+    last: Any = own.get_submodule(paths[-1]) if paths[-1] else own
+    like = {"dtype": last.weight.dtype, "device": last.weight.device}
+    linear = nn.Linear(last.in_features, classes, bias=last.bias is not None, **like)
+    if not paths[-1]:
+        return linear
+    own.set_submodule(paths[-1], linear)
+    return own
+
+
+__all__ = ["TaskHeads"]

@@ -1,0 +1,52 @@
+"""Rules by which everything that is not up-scaled becomes one tensor.
+
+A rule is a plain function of one tensor of the base, the experts' differences from it and λ; a new one is one more row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+Rule = Callable[[torch.Tensor, Sequence[torch.Tensor], float], torch.Tensor]
+
+
+def task_arithmetic(base: torch.Tensor, vectors: Sequence[torch.Tensor], scaling: float) -> torch.Tensor:
+    """θ0 + λ Σ τ_i (Ilharco et al., 2023, arXiv 2212.04089)."""
+    merged = base.clone()
+    for vector in vectors:
+        merged.add_(vector, alpha=scaling)
+    return merged
+
+
+def simple_average(base: torch.Tensor, vectors: Sequence[torch.Tensor], scaling: float) -> torch.Tensor:
+    """The mean of the experts; λ does not count."""
+    return task_arithmetic(base, vectors, 1 / len(vectors))
+
+
+def ties(base: torch.Tensor, vectors: Sequence[torch.Tensor], scaling: float) -> torch.Tensor:
+    """θ0 + λ times the mean of what agrees (Yadav et al., 2023, arXiv 2306.01708).
+
+    The largest 20 % of every task vector are kept, the sign of their sum is elected, the kept entries of that sign are
+    averaged.
+    """
+    total = torch.zeros_like(base)
+    trimmed = []
+    for vector in vectors:
+        size = vector.abs()
+        least = size.flatten().kthvalue(max(1, vector.numel() - round(0.2 * vector.numel()) + 1)).values
+        trimmed.append(torch.where(size >= least, vector, 0.0))
+        total += trimmed[-1]
+    sign = total.sign()
+    agreeing, count = torch.zeros_like(base), torch.zeros_like(base)
+    for vector in trimmed:
+        agrees = (vector.sign() == sign) & (vector != 0)
+        agreeing += torch.where(agrees, vector, 0.0)
+        count += agrees
+    return base + scaling * agreeing / count.clamp(min=1)
+
+
+RULES: dict[str, Rule] = {"task_arithmetic": task_arithmetic, "simple_average": simple_average, "ties": ties}
+
+__all__ = ["RULES", "Rule"]

@@ -1,0 +1,494 @@
+"""WEMoE: one multi-task model from fine-tunes of one base, its MLPs merged anew for every input (arXiv 2402.00433)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .assembly_wemoe import AUTO_CLASSES
+from .build_wemoe import Plan, check_options, make_plan
+from .configuration_wemoe import WEMoEConfig
+from .heads_wemoe import TaskHeads
+from .linears_wemoe import UpscaledLinear
+from .routing_wemoe import Router, RoutingTrace, Scope, Shared, Unit
+
+Coefficients = torch.Tensor | Sequence[float] | Mapping[str, torch.Tensor | Sequence[float]] | str
+
+
+class WEMoEModel(PreTrainedModel):
+    """A dense model some of whose linears are merged anew for every sample, from a base and K task vectors.
+
+    Build one with `from_experts`, or load a published one with ``AutoModel.from_pretrained(id,
+    trust_remote_code=True)`` or the dense model's own Auto class. It is used as the dense model is: same inputs, same
+    outputs. Only the routers' parameters require gradients.
+    """
+
+    config: WEMoEConfig
+    config_class = WEMoEConfig
+    base_model_prefix = ""
+    _auto_class = "AutoModel"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+    # Turns ids, folders and models into loaded experts and their base; absent in a published model's code.
+    load_experts: ClassVar[Callable[..., tuple[list[Any], Any]] | None] = None
+
+    def __init__(self, config: WEMoEConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        if backbone is None:
+            backbone = AUTO_CLASSES[config.head].from_config(config.backbone_config())
+        self.backbone: Any = backbone
+        self.shared = Shared()
+        self.record_routing: bool = False
+        self.units: list[Unit] = []
+        self._trace: RoutingTrace | None = None
+        self._processor: Any = None
+        self._source: tuple[str, dict[str, Any]] | None = None
+        self.main_input_name = backbone.main_input_name
+        self._install()
+        self._answer_for(config.default_task)
+        self.post_init()
+        self._freeze()
+
+    # ---------------------------------------------------------------- building
+
+    @classmethod
+    def from_experts(
+        cls,
+        experts: Sequence[Any],
+        base: Any = None,
+        scaling: float = 0.3,
+        router_layers: int = 2,
+        modules: str = "mlp",
+        task_vectors: str = "exact",
+        rank: int | None = None,
+        energy: float | None = None,
+        density: float = 0.1,
+        routing: str = "wemoe",
+        top_k: int = 1,
+        gate_rank: int = 16,
+        shared_router: bool = False,
+        batch_reduce: bool = False,
+        heads: str = "task",
+        default_task: str | None = None,
+        merge: str = "task_arithmetic",
+    ) -> WEMoEModel:
+        """Builds a model of experts of one base.
+
+        Args:
+            experts: loaded full fine-tunes and LoRA adapters, or ids ("owner/name@revision") and folders, which need
+                hf_fusion installed to be resolved.
+            base: the model they were fine-tuned from; adapters record theirs.
+            scaling: λ of the rest, and every router's first coefficient.
+            router_layers: 0, 1 or 2.
+            modules: what is up-scaled: "mlp", "attention", or a regular expression for paths of linears.
+            task_vectors: how they are stored: "exact", "bfloat16", "sparse" (E-WEMoE) or "low-rank".
+            rank: largest rank of "low-rank"; energy: or the least rank that keeps this share of each ‖τ‖².
+            density: share of the entries that "sparse" keeps.
+            routing: "wemoe", or "smile": low-rank experts chosen token by token without any training.
+            top_k: experts that a token meets under "smile"; gate_rank: singular vectors that its gates read.
+            shared_router: one router for all layers, rather than one each.
+            batch_reduce: one merge for a whole batch: an output then depends on its neighbours.
+            heads: of classifiers: "task", every expert keeps its own; "shared", they are merged; "base".
+            default_task: the expert whose head answers where no ``task=`` is given; default is the first.
+            merge: rule for everything that is not up-scaled, one of `merging_wemoe.RULES`.
+
+        Raises:
+            ValueError: where experts do not fit together, naming the expert, the tensor and the reason.
+        """
+        options = {
+            name: value for name, value in locals().items() if name not in ("cls", "experts", "base", "__class__")
+        }
+        cls.check_options(experts, **options)
+        if not all(hasattr(expert, "adapter") for expert in experts) or not (base is None or hasattr(base, "adapter")):
+            if cls.load_experts is None:
+                raise ValueError("ids, folders and bare models need hf_fusion installed: pip install hf_fusion")
+            experts, base = cls.load_experts(experts, base)
+        plan = make_plan(experts, base, options)
+        family = WEMoEForGeneration if plan.config.head in ("causal-lm", "seq2seq-lm") else WEMoEModel
+        model: Any = family(plan.config, plan.backbone)
+        model._fill(plan)
+        model._processor = plan.processor
+        return model.eval()
+
+    check_options = staticmethod(check_options)
+
+    def _install(self) -> None:
+        """Puts up-scaled linears, routers and heads where the config wants them, to be filled or loaded."""
+        config, backbone = self.config, self.backbone
+        is_seq2seq = config.head == "seq2seq-lm"
+        decoder = next(iter([backbone.get_decoder()] if is_seq2seq else []), None)
+        in_decoder = {id(module) for module in decoder.modules()} if decoder is not None else set()
+        stacks = {path: module for path, module in backbone.named_modules() if isinstance(module, PreTrainedModel)}
+        scopes: dict[str, Scope] = {}
+        one: Router | None = None
+        for number, row in enumerate(config.units):
+            linears = []
+            for path, size in zip(row["paths"], row["sizes"], strict=True):
+                old = backbone.get_submodule(path)
+                d_out, d_in = old.weight.shape
+                if is_conv := isinstance(old, Conv1D):
+                    d_in, d_out = d_out, d_in
+                like = {"dtype": old.weight.dtype, "device": old.weight.device}
+                kind, has_bias = config.task_vectors, old.bias is not None
+                linear = UpscaledLinear(d_in, d_out, config.num_experts, kind, has_bias, size, like, is_conv)
+                backbone.set_submodule(path, linear)
+                linears.append(linear)
+            # The innermost stack around a unit is what gets its mask and its cache.
+            stack = max(
+                (path for path in stacks if f"{row['paths'][0]}.".startswith(f"{path}." if path else "")), key=len
+            )
+            if stack not in scopes:
+                kind = (
+                    "causal"
+                    if config.head == "causal-lm"
+                    else "decoder"
+                    if id(stacks[stack]) in in_decoder
+                    else "encoder"
+                )
+                scopes[stack] = Scope(stacks[stack], kind, self.shared)
+            router = None
+            if config.routing == "wemoe" and (one is None or not config.shared_router):
+                width, like = (
+                    linears[0].in_features,
+                    {"dtype": linears[0].weight.dtype, "device": linears[0].weight.device},
+                )
+                router = one = Router(width, config.num_experts, config.router_layers, config.scaling, like)
+                (self if config.shared_router else linears[0]).add_module("router", router)
+            elif config.routing == "wemoe":
+                router = one
+            self.units.append(Unit(number, row["name"], row["paths"], linears, router, scopes[stack]))
+        classes = [len(row["labels"]) for row in config.experts]
+        for path in config.task_heads:
+            backbone.set_submodule(path, TaskHeads(backbone.get_submodule(path), classes))
+
+    @torch.no_grad()
+    def _fill(self, plan: Plan) -> None:
+        for unit in self.units:
+            for path, linear in zip(unit.paths, unit.linears, strict=True):
+                plan.fill(path, linear)
+        for path in self.config.task_heads:
+            heads = self.backbone.get_submodule(path)
+            for index, source in enumerate(plan.sources):
+                own = {k.removeprefix(f"{path}."): t for k, t in source.tensors.items() if k.startswith(f"{path}.")}
+                heads.fill(index, own, source.name)
+        plan.check()
+
+    def _freeze(self) -> None:
+        """Only routers are trained."""
+        for name, parameter in self.named_parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(".router." in f".{name}")
+
+    # ---------------------------------------------------------------- running
+
+    @property
+    def experts(self) -> list[str]:
+        """Names of the experts, in order; they are the names of their tasks too."""
+        return [expert["name"] for expert in self.config.experts]
+
+    @property
+    def task(self) -> str | None:
+        """The expert whose head answers where no ``task=`` is given; may be set. None where heads are shared."""
+        return self.config.default_task
+
+    @task.setter
+    def task(self, name: str | None) -> None:
+        self._answer_for(name)
+        self.config.default_task = name
+
+    def _answer_for(self, task: str | None) -> None:
+        """Makes the heads, and the classes in the configs, those of an expert."""
+        if not self.config.task_heads or task is None:
+            return
+        index = self._index(task)
+        for path in self.config.task_heads:
+            self.backbone.get_submodule(path).active = index
+        labels = dict(enumerate(self.config.experts[index]["labels"]))
+        for config in (self.config, self.backbone.config):
+            config.id2label, config.label2id = labels, {label: i for i, label in labels.items()}
+        self.backbone.num_labels = len(labels)
+
+    def _index(self, name: str) -> int:
+        if name not in self.experts:
+            raise ValueError(f"there is no expert {name!r}; there are {', '.join(self.experts)}")
+        return self.experts.index(name)
+
+    def forward(
+        self, *args: Any, task: str | None = None, prompt_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """As the dense model's forward, same arguments and outputs.
+
+        Args:
+            args: of the dense model.
+            task: the expert whose head answers; default is `task`.
+            prompt_mask: (B, T), causal language models: the tokens that the routers read. Default is everything before
+                the first label where labels are given with a masked start (-100), and all real tokens elsewhere. With
+                it, scoring a prompt and its answer equals generating the answer.
+            kwargs: of the dense model.
+        """
+        shared, config = self.shared, self.config
+        shared.batch_reduce, shared.top_k, shared.gate_rank = (
+            config.batch_reduce,
+            config.num_experts_per_tok,
+            config.gate_rank,
+        )
+        if task is not None and not config.task_heads:
+            self._index(task)  # a shared head serves every task, but only those
+        shared.prompt_mask = prompt_mask if prompt_mask is not None else self._before_labels(kwargs)
+        self._begin_trace()
+        self._answer_for(task)
+        try:
+            return self.backbone(*args, **kwargs)
+        finally:
+            shared.prompt_mask = None
+            if task is not None:
+                self._answer_for(config.default_task)
+
+    def _begin_trace(self) -> None:
+        if self.record_routing:
+            self._trace = RoutingTrace(self.experts)
+        self.shared.trace = self._trace if self.record_routing else None
+
+    def _before_labels(self, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+        """Tokens before each row's first label; rows that are labelled from their first token on are read whole."""
+        labels = kwargs.get("labels")
+        if self.config.head != "causal-lm" or labels is None:
+            return None
+        before = (labels != -100).cumsum(1) == 0
+        mask = kwargs.get("attention_mask")
+        real = before if mask is None else before & mask.bool()
+        return before | ~real.any(1, keepdim=True)
+
+    @contextmanager
+    def using(self, coefficients: Coefficients) -> Iterator[WEMoEModel]:
+        """Within this context the routers are not asked.
+
+        Args:
+            coefficients: an expert's name: it alone; (K,) or (B, K) for every unit; or a dict of such by unit name (see
+                `routing_trace`), "" for all others.
+        """
+        before = self.shared.given
+        self.shared.given = self._given(coefficients)
+        try:
+            yield self
+        finally:
+            self.shared.given = before
+
+    def _given(self, coefficients: Coefficients) -> dict[str, torch.Tensor]:
+        if isinstance(coefficients, str):
+            index = self._index(coefficients)
+            coefficients = [float(k == index) for k in range(len(self.experts))]
+        table = coefficients if isinstance(coefficients, Mapping) else {"": coefficients}
+        known = [unit.name for unit in self.units]
+        if unknown := [name for name in table if name and name not in known]:
+            raise ValueError(f"there is no unit {unknown[0]!r}; there are {', '.join(known)}")
+        if missing := [name for name in known if name not in table and "" not in table]:
+            raise ValueError(f"no coefficients for {missing[0]}, and none for all others ('')")
+        given = {}
+        for name, value in table.items():
+            w = torch.as_tensor(value, dtype=torch.float32)
+            if w.shape[-1] != len(self.experts):
+                raise ValueError(f"{w.shape[-1]} coefficients were given, but there are {len(self.experts)} experts")
+            given[name] = w.view(-1, w.shape[-1])
+        return given
+
+    def routing_trace(self) -> RoutingTrace:
+        """Coefficients of the last forward, or of the prompts of the last `generate()`, by layer and sample.
+
+        Raises:
+            ValueError: where nothing was recorded.
+        """
+        if self._trace is None or not self._trace.layers:
+            raise ValueError("no routing was recorded: set model.record_routing = True, then run the model")
+        return self._trace
+
+    @torch.no_grad()
+    def merge_for(
+        self,
+        inputs: Mapping[str, Any] | None = None,
+        coefficients: Coefficients | None = None,
+        task: str | None = None,
+    ) -> PreTrainedModel:
+        """The plain dense model that an input would meet: one that any server runs.
+
+        Args:
+            inputs: of one forward; of several rows the coefficients are averaged.
+            coefficients: instead of inputs, as `using` takes them.
+            task: the expert whose head it gets; alone, its MLPs too.
+
+        Raises:
+            ValueError: where nothing says what to merge, and for SMILE, which merges nothing.
+        """
+        if self.config.routing == "smile":
+            raise ValueError("SMILE chooses experts token by token: no dense model does the same")
+        if inputs is not None and coefficients is not None:
+            raise ValueError("pass inputs or coefficients, not both")
+        if inputs is not None:
+            before, self.record_routing = self.record_routing, True
+            try:
+                self(**inputs)
+            finally:
+                self.record_routing = before
+            trace = self.routing_trace()
+            given = {name: trace.coefficients(name) for name in trace.layers}
+            if unread := [unit.name for unit in self.units if unit.name not in given]:
+                raise ValueError(f"these inputs do not reach {unread[0]}, so nothing says how to merge it")
+        elif coefficients is not None or task is not None:
+            given = self._given(coefficients if coefficients is not None else str(task))
+        else:
+            raise ValueError("pass inputs, coefficients or task: nothing says what to merge")
+        memo: dict[int, Any] = {}
+        for unit in self.units:
+            w = given.get(unit.name, given.get(""))
+            assert w is not None
+            for linear in unit.linears:
+                memo[id(linear)] = linear.dense(w.mean(0))
+        index = self._index(task or self.task or self.experts[0])
+        for path in self.config.task_heads:
+            heads = self.backbone.get_submodule(path)
+            memo[id(heads)] = copy.deepcopy(heads.heads[index])
+        model = copy.deepcopy(self.backbone, memo)
+        for module in model.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Scope)]:
+                    del hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+        if self.config.task_heads:
+            labels = dict(enumerate(self.config.experts[index]["labels"]))
+            model.config.id2label, model.config.label2id = labels, {label: i for i, label in labels.items()}
+            model.num_labels = len(labels)
+        return model.requires_grad_(True).eval()
+
+    def summary(self) -> dict[str, Any]:
+        """Experts, parameters (all, the routers' and those of up-scaled base weights), storage, and energy kept.
+
+        "relative_merge" is what merging adds to one token's products, in the up-scaled linears: divide by the tokens
+        of a sample. "energy" gives the share of ‖τ‖² that low rank keeps, by linear, averaged over the experts.
+        """
+        linears = [linear for unit in self.units for linear in unit.linears]
+        stored = sum(
+            p.numel() * p.element_size()
+            for linear in linears
+            for n, p in linear.named_parameters()
+            if "router" not in n
+        )
+        base = sum(linear.weight.numel() for linear in linears)
+        return {
+            "experts": self.experts,
+            "units": [unit.name for unit in self.units],
+            "upscaled_linears": len(linears),
+            "upscaled_parameters": base,
+            "parameters": self.num_parameters(),
+            "trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
+            "task_vectors": self.config.task_vectors,
+            "stored_bytes": stored,
+            "relative_merge": float(len(self.experts)) if self.config.task_vectors != "low-rank" else 0.0,
+            "energy": {p: e for row in self.config.units for p, e in zip(row["paths"], row.get("energy", []))},
+        }
+
+    # ---------------------------------------------------------------- loading, saving
+
+    @property
+    def processor(self) -> Any:
+        """The tokenizer or image processor; a loaded model fetches it from where it came from."""
+        if self._processor is None and self._source is not None:
+            from transformers import AutoImageProcessor, AutoTokenizer
+
+            auto = AutoImageProcessor if self.main_input_name == "pixel_values" else AutoTokenizer
+            try:
+                self._processor = auto.from_pretrained(self._source[0], trust_remote_code=False, **self._source[1])
+            except (OSError, ValueError):  # a repo without one
+                return None
+        return self._processor
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As any model's.
+
+        Raises:
+            ValueError: for files that lack weights or hold others.
+        """
+        names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+        hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        wants_info = kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        for what, keys in (("lacks", info["missing_keys"]), ("has unknown", info["unexpected_keys"])):
+            if keys:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} {what} weights, {len(keys)}, first {sorted(keys)[0]}"
+                )
+        model._freeze()
+        model._source = (str(pretrained_model_name_or_path), hub)
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As any model's; writes the processor and the code beside the weights."""
+        name = f"modeling_wemoe.{type(self).__name__}"
+        head = AUTO_CLASSES[self.config.head].__name__
+        self.config.auto_map = {"AutoConfig": "configuration_wemoe.WEMoEConfig", "AutoModel": name, head: name}
+        if self.processor is not None:
+            self.processor.save_pretrained(save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+class WEMoEForGeneration(WEMoEModel, GenerationMixin):
+    """A model of language models: every sequence keeps the coefficients and the merged weights of its prompt."""
+
+    @property
+    def generation_config(self) -> Any:
+        """The dense model's, which `generate()` reads."""
+        return self.backbone.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        if "backbone" in self._modules:  # PreTrainedModel sets one before there is a backbone
+            self.backbone.generation_config = value
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the dense model's `generate()`: caches, beams, sampling, streaming; routed by the prompts."""
+        config = self.config
+        shared = self.shared
+        shared.batch_reduce, shared.top_k, shared.gate_rank = (
+            config.batch_reduce,
+            config.num_experts_per_tok,
+            config.gate_rank,
+        )
+        given = next((v for v in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None), None)
+        generation = kwargs.get("generation_config") or self.generation_config
+        if kwargs.get("prefill_chunk_size") or getattr(generation, "prefill_chunk_size", None):
+            raise ValueError("a prompt read in chunks cannot be routed as a whole: leave prefill_chunk_size out")
+        self._begin_trace()
+        shared.prompts = None if given is None else (given.shape[0], given.shape[1])
+        try:
+            return self.backbone.generate(inputs, *args, **kwargs)
+        finally:
+            shared.prompts = None
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As the dense model's."""
+        return self.backbone.prepare_inputs_for_generation(*args, **kwargs)
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """As the dense model's, for sequence-to-sequence models."""
+        return self.backbone.prepare_decoder_input_ids_from_labels(labels=labels)
+
+    def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The dense model's encoder."""
+        return self.backbone.get_encoder(*args, **kwargs)
+
+    def get_decoder(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The dense model's decoder."""
+        return self.backbone.get_decoder(*args, **kwargs)
+
+
+__all__ = ["WEMoEForGeneration", "WEMoEModel"]

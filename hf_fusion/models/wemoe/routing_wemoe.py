@@ -1,0 +1,284 @@
+"""Who decides on the coefficients: routers, the tokens that they read, and what is kept of a prompt for decoding."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+PIN = "_wemoe_pin"  # attribute of a cache: the coefficients of the prompts that it holds
+
+
+class Router(nn.Module):
+    """Coefficients of K experts from the tokens of each sample (paper, section 3.2); nothing clamps them.
+
+    0 layers: a vector, all λ. 1: Linear(d, K). 2: Linear(d, d), ReLU, Linear(d, K). Last biases begin at λ.
+
+    The router's output is averaged over a sample's tokens; what is linear after the last ReLU is applied to the mean.
+    """
+
+    def __init__(self, width: int, experts: int, layers: int, scaling: float, like: dict[str, Any]) -> None:
+        super().__init__()
+        sizes = ((), (experts,), (width, experts))[layers]
+        linears = [nn.Linear(width, size, **like) for size in sizes]
+        for linear in linears:
+            nn.init.normal_(linear.weight, std=0.01)
+            nn.init.constant_(linear.bias, scaling if linear is linears[-1] else 0.0)
+        self.layers = nn.ModuleList(linears)
+        self.constant = None if layers else nn.Parameter(torch.full((experts,), scaling, **like))
+
+    def forward(self, x: torch.Tensor, share: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, T, d) and each token's share (B, T), or None where all count alike -> (B, K); of 0 layers (1, K)."""
+        if self.constant is not None:
+            return self.constant[None]
+        if len(self.layers) == 2:
+            x = self.layers[0](x)
+            x = F.relu(x) if x.requires_grad else x.relu_()
+        mean = x.mean(1) if share is None else torch.bmm(share[:, None].to(x.dtype), x)[:, 0]  # (B, d)
+        return self.layers[-1](mean)
+
+
+@dataclass
+class Pin:
+    """What a cache's sequences were routed to.
+
+    Attributes:
+        coefficients: number of a unit -> (B, K).
+        merged: path of a linear -> its merged weights (B, R, C).
+    """
+
+    coefficients: dict[int, torch.Tensor] = field(default_factory=dict)
+    merged: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Shared:
+    """What all units of one model share during a forward.
+
+    Attributes:
+        trace: receives coefficients while it is set.
+        given: unit name -> coefficients to use instead of the router's, "" for all others.
+        prompt_mask: (B, T) of the tokens that routers may read, or None for all.
+        prompts: (sequences, tokens) of the prompts while `generate()` runs.
+        batch_reduce: see the config; top_k and gate_rank too.
+    """
+
+    trace: Any = None
+    given: Mapping[str, torch.Tensor] | None = None
+    prompt_mask: torch.Tensor | None = None
+    prompts: tuple[int, int] | None = None
+    batch_reduce: bool = False
+    top_k: int = 1
+    gate_rank: int = 1
+
+
+class Scope:
+    """One transformer stack (an encoder, a decoder): which tokens its routers read, and whether a cache decides.
+
+    An encoder's routers read every real token. A causal language model's read the prompt: `Shared.prompt_mask`, or in
+    `generate()` its prompts, or else all that the first forward of a sequence reads. A sequence-to-sequence decoder's
+    read its first token, which knows the encoder's whole output and nothing of what is written later.
+
+    Args:
+        module: the stack.
+        kind: "encoder", "causal" or "decoder".
+        shared: what all units share.
+    """
+
+    def __init__(self, module: nn.Module, kind: str, shared: Shared) -> None:
+        self.kind, self.shared = kind, shared
+        self.names = list(inspect.signature(module.forward).parameters)
+        self.share: torch.Tensor | None = None  # (B, T), sums to 1 over a sample's tokens
+        self.pin: Pin | None = None
+        self.decodes = False
+        module.register_forward_pre_hook(self.begin, with_kwargs=True)
+        if kind != "encoder":
+            module.register_forward_hook(self.end)
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the stack."""
+        given = {**dict(zip(self.names, args)), **kwargs}
+        self.decodes, self.pin = False, None
+        if self.kind != "encoder":
+            cache: Any = given.get("past_key_values")
+            self.decodes = cache is not None and int(cache.get_seq_length()) > 0
+            self.pin = getattr(cache, PIN, None) if self.decodes else Pin()
+            if self.decodes:
+                if self.pin is None:
+                    raise ValueError(
+                        "past_key_values were not filled by this model: nothing says what they were routed to"
+                    )
+                return
+            if cache is not None:
+                setattr(cache, PIN, self.pin)
+        inputs = next((given[k] for k in ("inputs_embeds", "input_ids") if given.get(k) is not None), None)
+        self.share = None if inputs is None else self._share(inputs, given.get("attention_mask"))
+
+    def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the stack: a cache that it made itself takes the coefficients along."""
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None and self.pin is not None:
+            setattr(cache, PIN, self.pin)
+
+    def _share(self, inputs: torch.Tensor, mask: Any) -> torch.Tensor | None:
+        """Which share of the mean each token has."""
+        rows, tokens = inputs.shape[:2]
+        real = _real_tokens(mask, tokens)  # (B, T) or None
+        if self.kind == "decoder":
+            first = torch.zeros(rows, dtype=torch.long, device=inputs.device) if real is None else real.int().argmax(1)
+            return F.one_hot(first, tokens).to(torch.float32)
+        prompt = None
+        if self.kind == "causal":
+            if self.shared.prompt_mask is not None:
+                prompt = self.shared.prompt_mask.to(inputs.device).bool()
+                if tuple(prompt.shape) != (rows, tokens):
+                    raise ValueError(f"prompt_mask is {list(prompt.shape)}, the inputs are {[rows, tokens]}")
+            elif self.shared.prompts is not None and self.shared.prompts[1] < tokens:
+                prompt = (torch.arange(tokens, device=inputs.device) < self.shared.prompts[1]).expand(rows, tokens)
+        if prompt is not None:
+            real = prompt if real is None else real & prompt
+        if real is None:
+            return None
+        share = real.to(torch.float32)
+        return share / share.sum(1, keepdim=True).clamp(min=1)
+
+
+def _real_tokens(mask: Any, tokens: int) -> torch.Tensor | None:
+    """(B, T) of real tokens from a mask of 2 dimensions, or of 4, (B, 1, T, S), as its last query sees them."""
+    if isinstance(mask, dict):  # one per kind of attention
+        mask = mask.get("full_attention")
+    if not isinstance(mask, torch.Tensor):
+        return None
+    if mask.dim() == 4:
+        mask = mask[:, 0, -1]
+        mask = mask if mask.dtype is torch.bool else mask == 0
+    return mask[:, :tokens].bool() if mask.dim() == 2 and mask.shape[1] >= tokens else None
+
+
+class Unit:
+    """Linears that share a router: an MLP, or an attention.
+
+    Args:
+        number: its place in the config.
+        name: module path.
+        paths: of its linears, in the order in which they run; the first one reads what the router reads.
+        linears: the `UpscaledLinear`s.
+        router: its router; SMILE has none.
+        scope: the stack that it is a part of.
+    """
+
+    def __init__(
+        self, number: int, name: str, paths: list[str], linears: list[Any], router: Router | None, scope: Scope
+    ) -> None:
+        self.number, self.name, self.paths, self.linears = number, name, paths, linears
+        self.routers = (router,)  # in a tuple: it is the first linear's or the model's child, not this one's
+        self.scope = scope
+        self.w: torch.Tensor | None = None
+        for linear in linears:
+            linear.unit = self
+
+    def coefficients(self, linear: Any, x: torch.Tensor) -> torch.Tensor | None:
+        """Coefficients (B, K) for one of the linears, B a divisor of the rows of `x`; None where SMILE decides."""
+        shared = self.scope.shared
+        if self.routers[0] is None and shared.given is None:
+            return None
+        if linear is self.linears[0]:
+            self.w = self._route(x)
+        w = self.w
+        if w is None:
+            raise ValueError(
+                f"{self.paths[self.linears.index(linear)]} ran before {self.paths[0]}, whose input the router reads"
+            )
+        if linear is self.linears[-1]:
+            self.w = None
+        return w
+
+    def _route(self, x: torch.Tensor) -> torch.Tensor:
+        scope, shared = self.scope, self.scope.shared
+        if scope.decodes and shared.given is None:
+            assert scope.pin is not None
+            w = scope.pin.coefficients[self.number]
+            return w if x.shape[0] % w.shape[0] == 0 else w.repeat_interleave(x.shape[0] // w.shape[0], 0)
+        if shared.given is not None:
+            given = shared.given[self.name if self.name in shared.given else ""]
+            w = given.to(x.device)
+        else:
+            router = self.routers[0]
+            assert router is not None
+            tokens = x if x.dim() == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
+            share = scope.share
+            w = router(tokens, share if share is not None and share.shape == tokens.shape[:2] else None)
+            if shared.prompts is not None and w.shape[0] > shared.prompts[0]:
+                w = w[:: w.shape[0] // shared.prompts[0]]  # beams of one prompt are routed and merged once
+            if shared.batch_reduce:
+                w = w.mean(0, keepdim=True)
+        if len(w) > 1 and not (w.requires_grad or torch.compiler.is_compiling()) and w.device.type == "cpu":
+            w = w[:1] if bool((w == w[:1]).all()) else w
+        if shared.trace is not None:
+            shared.trace.add(self.name, w.detach(), x.shape[0] if shared.prompts is None else shared.prompts[0])
+        if scope.pin is not None:
+            scope.pin.coefficients[self.number] = w.detach()
+        return w
+
+    def kept(self, linear: Any, w: torch.Tensor) -> torch.Tensor | None:
+        """While a cache is decoded: merged weights (B, R, C), made once for each prompt."""
+        scope = self.scope
+        if not scope.decodes or scope.pin is None or scope.shared.given is not None:
+            return None
+        path = self.paths[self.linears.index(linear)]
+        if path not in scope.pin.merged:
+            scope.pin.merged[path] = linear.merge(w)
+        return scope.pin.merged[path]
+
+    def gates(self, hidden: torch.Tensor, ranks: list[int]) -> torch.Tensor:
+        """SMILE's weights (..., K) of each token, from V_iᵀ x side by side, (..., ΣR)."""
+        shared = self.scope.shared
+        leading = [part[..., : shared.gate_rank] for part in hidden.split(ranks, -1)]
+        scores = torch.stack([part.float().norm(dim=-1) for part in leading], -1)
+        values, choice = scores.softmax(-1).topk(min(shared.top_k, len(ranks)), dim=-1)
+        values = values / values.sum(-1, keepdim=True)
+        w = torch.zeros_like(scores).scatter(-1, choice, values)
+        if shared.trace is not None:
+            shared.trace.add(self.name, w.detach().flatten(1, -2).mean(1), hidden.shape[0])
+        return w.to(hidden.dtype)
+
+
+class RoutingTrace:
+    """Coefficients by layer and sample, of the last forward or of the prompts of the last `generate()`.
+
+    Args:
+        experts: names.
+    """
+
+    def __init__(self, experts: list[str]) -> None:
+        self.experts = experts
+        self._parts: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, w: torch.Tensor, rows: int) -> None:
+        """Keeps the coefficients (B, K) or, the same for all rows, (1, K) of a unit."""
+        w = w.to("cpu", torch.float32)
+        self._parts[name] = w.expand(rows, -1) if len(w) == 1 else w
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the units, in the order in which they ran."""
+        return list(self._parts)
+
+    def coefficients(self, layer: str | None = None) -> torch.Tensor:
+        """(B, K) of one layer, or (B, L, K) of all. SMILE's are means over the tokens of its last linear."""
+        return self._parts[layer] if layer is not None else torch.stack(list(self._parts.values()), 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain lists, for JSON."""
+        return {
+            "experts": self.experts,
+            "layers": {name: w.round(decimals=4).tolist() for name, w in self._parts.items()},
+        }
+
+
+__all__ = ["Pin", "Router", "RoutingTrace", "Scope", "Shared", "Unit"]

@@ -1,0 +1,96 @@
+"""WEMoEModel against a plain loop, for every architecture and storage; heads, generation, merging, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models.wemoe_reference import reference
+from tiny_fused import SHAPES, base_expert, experts_of
+
+from hf_fusion.models.wemoe import WEMoEModel
+
+
+def shuffled(model: WEMoEModel, seed: int = 0) -> WEMoEModel:
+    """Routers as adaptation leaves them: coefficients that differ from sample to sample and layer to layer."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".router." in f".{name}":
+                parameter.add_(
+                    torch.randn(parameter.shape, generator=generator) * (0.3 if parameter.dim() > 1 else 0.1)
+                )
+    return model
+
+
+def first(output) -> torch.Tensor:
+    """The tensor that a model of any kind answers with."""
+    for name in ("logits", "logits_per_image", "last_hidden_state"):
+        if getattr(output, name, None) is not None:
+            return getattr(output, name)
+    raise AssertionError(output)
+
+
+def plain(model: WEMoEModel, base, experts, units, inputs):
+    """The reference of a model, with the tokens that its routers have to read."""
+    routers = {}
+    for name, parameter in model.named_parameters():
+        path, router, leaf = name.removeprefix("backbone.").partition(".router.")
+        if router:
+            unit = next(unit for unit, paths in units.items() if path == paths[0])
+            routers.setdefault(unit, {})[leaf] = parameter
+    result = reference(base, [expert.model.state_dict() for expert in experts], units, routers, model.config.scaling)
+    for unit in units:
+        if "attention_mask" in inputs and "vision_model" not in unit:
+            share = inputs["attention_mask"].float()
+            if "decoder" in unit:
+                share = torch.zeros(inputs["decoder_input_ids"].shape)
+                share[:, 0] = 1
+            result.shares[unit] = share / share.sum(1, keepdim=True)
+    return result
+
+
+def fused(kind: str, layers: int = 2, **options):
+    build, units, inputs = SHAPES[kind]
+    base = build()
+    experts = experts_of(base)
+    heads = {} if options.get("heads") else {"heads": "shared"}
+    model = WEMoEModel.from_experts(experts, base_expert(base), router_layers=layers, **heads, **options)
+    return shuffled(model), base, experts, units, inputs
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_equals_the_plain_loop_sample_by_sample(kind, layers):
+    model, base, experts, units, inputs = fused(kind, layers)
+    assert [unit.name for unit in model.units] == list(units)
+    loop = plain(model, base, experts, units, inputs)
+    model.record_routing = True
+    with torch.no_grad():
+        got, want, untouched = (first(m(**inputs)) for m in (model, loop.model, base))
+    assert close(got, want) <= 1e-5
+    assert close(untouched, want) > 1e-2  # the experts do something
+    trace = model.routing_trace()
+    assert set(trace.layers) == set(units)
+    for unit, w in loop.coefficients.items():
+        assert close(trace.coefficients(unit), w.detach()) <= 1e-5
+        assert layers == 0 or float((w - w[:1]).abs().max()) > 1e-3  # samples differ
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_gradients_of_the_routers_are_the_loops(kind):
+    model, base, experts, units, inputs = fused(kind)
+    loop = plain(model, base, experts, units, inputs)
+    gradients = []
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    assert all(".router." in name for name, p in model.named_parameters() if p.requires_grad)
+    for m in (model, loop.model):
+        output = first(m(**inputs))
+        weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(3))
+        gradients.append(torch.autograd.grad((output * weight).sum(), parameters))
+    for name, got, want in zip([n for n, p in model.named_parameters() if p.requires_grad], *gradients):
+        assert close(got, want) <= 1e-4, name
+        assert float(want.abs().sum()) > 0
