@@ -23,6 +23,7 @@ _PUBLIC = {
     "train_gates": "training.gates",
     "average_activation": "training.gates",
     "arrow_prototypes": "training.gates",
+    "save_gates": "hub.gates",
     "push_gates": "hub.publish_gates",
     "evaluate_fusion": "evaluate",
     "evaluate_routing": "evaluate_suite",

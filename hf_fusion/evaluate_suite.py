@@ -96,7 +96,7 @@ def evaluate_routing(
     base: str | Path | PreTrainedModel | None = None,
     top_k: int = 2,
     temperature: float = 1.0,
-    missing_gates: str | None = None,
+    missing_gates: str | Mapping[str, str | Path] | None = None,
     embedder: Embedder | None = None,
     examples: int = 1000,
     batch_size: int = 32,

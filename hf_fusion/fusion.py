@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -56,9 +56,7 @@ RECIPE_ATTRIBUTE = "fusion_recipe"
 # A new method is one more row.
 METHODS = {
     "foe": Method("hf_fusion.models.foe", "FoEModel.from_experts"),
-    "phatgoose": Method(
-        "hf_fusion.models.phatgoose", "PhatgooseRouter.from_experts", check="PhatgooseRouter.check_options"
-    ),
+    "phatgoose": Method("hf_fusion.models.phatgoose", "PhatgooseRouter.from_experts", check="check_options"),
 }
 
 
@@ -256,9 +254,16 @@ def _recipe(
         method=method,
         experts=tuple(RecipeExpert(name, weight) for name, weight in zip(names, weights, strict=True)),
         base=bases.pop() if len(bases) == 1 else None,  # several are found through the adapters
-        parameters={key: value for key, value in parameters.items() if key != "weights" and value is not None},
+        parameters={key: _plain(v) for key, v in parameters.items() if key != "weights" and v is not None},
         dtype=str(dtype).removeprefix("torch.") if dtype and dtype != "auto" else None,
     )
+
+
+def _plain(value: Any) -> Any:
+    """An option as YAML has it: folders are text."""
+    if isinstance(value, Mapping):
+        return {key: _plain(own) for key, own in value.items()}
+    return str(value) if isinstance(value, Path) else value
 
 
 def _at(name: str, revision: str | None) -> str:

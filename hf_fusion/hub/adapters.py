@@ -111,7 +111,9 @@ def read_adapter(folder: str | Path, name: str, *, allow_pickle: bool = False) -
 def _pair(
     config: Mapping[str, Any], path: str, pair: Mapping[str, torch.Tensor], name: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and scaled B of one module."""
+    """A and scaled B of one module; B in single precision where its own dtype would round the scaling."""
+    import torch
+
     if set(pair) != {"A", "B"}:
         raise FusionError(f"Adapter {name} holds lora_{next(iter(pair))} of {path} without its other half.")
     a, b = pair["A"], pair["B"]  # (r, d_in), (d_out, r)
@@ -126,7 +128,9 @@ def _pair(
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     if not math.isfinite(scaling):
         raise FusionError(f"Adapter {name}: lora_alpha={alpha} of {path} is not a finite number.")
-    return a, b if scaling == 1 else (b.float() * scaling).to(b.dtype)
+    exact = b.float() * scaling
+    rounded = exact.to(b.dtype)  # half precision holds powers of 2 alone: PEFT scales outputs, which loses nothing in B
+    return a, rounded if torch.equal(rounded.float(), exact) else exact
 
 
 def _pattern(config: Mapping[str, Any], key: str, path: str, default: Any, name: str) -> Any:

@@ -165,8 +165,9 @@ def _routed_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     with torch.device("meta"):
         summary = PhatgooseRouter(PhatgooseConfig.from_pretrained(folder)).summary()
     known = ("parameters", "expert_parameters", "routed_linears", "relative_cost")
-    given = ("num_experts_per_tok", "router_temperature", "routing", "base_by_reference", "head")
-    return {key: config.get(key) for key in given} | {key: summary[key] for key in known}
+    given = ("router_temperature", "routing", "base_by_reference", "head")
+    options = {key: config.get(key) for key in given} | {key: summary[key] for key in known}
+    return options | {"num_experts_per_tok": summary["top_k"]}
 
 
 def _routed_lacking(results: Mapping[str, Any]) -> list[str]:

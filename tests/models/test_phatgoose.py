@@ -242,6 +242,9 @@ def test_experts_come_and_go():
         router.remove_experts([e.name for e in experts[2:]])
         assert router.experts == [e.name for e in experts[:2]]
         assert torch.equal(router(**inputs).logits, first)
+        router.remove_experts([experts[1].name])
+        router.add_experts(experts[1:2])
+        assert torch.equal(router(**inputs).logits, first)  # top_k is as it was
     with pytest.raises(ValueError, match="no expert 'nobody'"):
         router.remove_experts(["nobody"])
     with pytest.raises(ValueError, match="two experts called me/expert-0"):
@@ -317,6 +320,12 @@ def test_trace_of_a_generation():
     small = router.routing_trace()
     assert small.choices(path)[0].shape[1] <= 6
     assert small.dropped[path] > 0
+    router.record_routing = 10  # less than the prompt: the newest 5 positions of each row
+    router.generate(input_ids=IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    tiny = router.routing_trace()
+    for kept, whole in zip(tiny.choices(path), small.choices(path), strict=True):
+        assert torch.equal(kept, whole[:, -5:])
+    assert tiny.dropped[path] == 2 * 9 - 10
 
 
 def test_traced_and_untraced_answers_are_the_same():
@@ -408,3 +417,37 @@ def test_summary_counts():
     assert summary["routed_linears"] == 14
     assert summary["parameters"] == sum(p.numel() for p in router.parameters())
     assert summary["relative_cost"] > 1
+
+
+def test_routed_linears_compile_without_a_graph_break():
+    router = PhatgooseRouter.from_experts(experts_of(llama(), SHAPES["llama mixed"][1]))
+    block, x = router.backbone.model.layers[0].mlp, torch.randn(2, 40, 32)
+    with torch.no_grad():
+        want = block(x)
+        got = torch.compile(block, backend="eager", fullgraph=True)(x)  # a break would raise
+    torch._dynamo.reset()
+    assert torch.allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SHAPES)
+def test_models_compile_without_a_graph_break(kind):
+    build, rows, inputs = SHAPES[kind]
+    router = PhatgooseRouter.from_experts(experts_of(build(), rows))
+    real = MASK.bool() if kind in ("llama", "llama mixed", "gpt2") else slice(None)
+    with torch.no_grad():
+        want = router(**inputs).logits[real]
+        got = torch.compile(router, backend="aot_eager", fullgraph=True)(**inputs).logits[real]
+    torch._dynamo.reset()
+    assert float((got - want).norm() / want.norm()) < 1e-5
+
+
+@pytest.mark.slow
+def test_generation_with_a_static_cache_compiles():
+    router = PhatgooseRouter.from_experts(experts_of(llama(), SHAPES["llama mixed"][1]))
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    want = router.generate(input_ids=IDS.flip(1), attention_mask=MASK.flip(1), **options)
+    router.backbone.forward = torch.compile(router.backbone.forward, backend="aot_eager", fullgraph=True)
+    got = router.generate(input_ids=IDS.flip(1), attention_mask=MASK.flip(1), **options)
+    torch._dynamo.reset()
+    assert torch.equal(got, want)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +61,40 @@ class Entry:
     lora: dict[str, Tensors] = field(default_factory=dict)
     heads: dict[str, Tensors] = field(default_factory=dict)
     replaced: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def check_options(
+    experts: Sequence[Any],
+    top_k: int = 2,
+    temperature: float = 1.0,
+    routing: str = "phatgoose",
+    missing_gates: str | Mapping[str, str | Path] | None = None,
+    **others: Any,
+) -> None:
+    """What of the arguments of `PhatgooseRouter.from_experts` can be known to be wrong before anything is loaded.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if not experts:
+        raise ValueError("a router needs at least one expert; the list is empty")
+    for name, value, kinds in (("top_k", top_k, int), ("temperature", temperature, (int, float))):
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}, not a{' whole' * (kinds is int)} number")
+    PhatgooseConfig(num_experts_per_tok=top_k, router_temperature=temperature, routing=routing)
+    if top_k > len(experts):
+        raise ValueError(f"top_k={top_k}, but there are only {len(experts)} experts")
+    if missing_gates not in (None, "arrow") and not isinstance(missing_gates, Mapping):
+        raise ValueError(f"missing_gates is {missing_gates!r}, neither 'arrow' nor {{expert: folder of its gates}}")
+
+
+def readers_of(model: Any, is_encoder_decoder: bool) -> list[str]:
+    """Paths of the modules that read an input each: two in a model of texts and images, else the encoder or all."""
+    towers = ["vision_model", "text_model"]
+    if all(hasattr(model, tower) for tower in towers):
+        return towers
+    reader = model.get_encoder() if is_encoder_decoder else model
+    return [next(path for path, module in model.named_modules() if module is reader)]
 
 
 def head_of(model: Any) -> str:
@@ -118,7 +153,7 @@ def entries_of(experts: Sequence[Any], base: Any, config: PhatgooseConfig, taken
             raise ValueError(f"{name} adapts {adapter.base} at {adapter.base_revision}, the others at {known[1]}")
         if gates is None:
             raise ValueError(
-                f"{name} has no gates: train them with hf_fusion.train_gates, or pass missing_gates='arrow'"
+                f"{name} has no gates: train them with hf_fusion.train_gates, or pass missing_gates='arrow' when fusing"
             )
         row = {"name": name, "revision": expert.revision, "license": expert.license, "task": expert.task}
         entry = Entry({**row, "gates": gates.kind, "labels": []})
@@ -126,7 +161,7 @@ def entries_of(experts: Sequence[Any], base: Any, config: PhatgooseConfig, taken
             _check_linear(name, path, a, b, base)
             gate = _gate(name, path, a.shape[1], gates, config.routing)
             entry.lora[path] = (gate, a, b.t())
-        for path, weight, bias in _saved_heads(adapter.saved, base, name, entry.replaced):
+        for path, weight, bias in _saved_heads(adapter, base, name, entry.replaced):
             entry.heads[path] = (weight, bias)
             entry.row["labels"] = list(expert.labels)
         entries.append(entry)
@@ -162,18 +197,28 @@ def _gate(name: str, path: str, width: int, gates: Any, routing: str) -> torch.T
 
 
 def _saved_heads(
-    saved: dict[str, torch.Tensor], base: Any, name: str, replaced: dict[str, torch.Tensor]
+    adapter: Any, base: Any, name: str, replaced: dict[str, torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Saved linears as (path, weight, bias); every other saved parameter goes into `replaced`."""
-    parameters = dict(base.named_parameters(remove_duplicate=False))
+    """Saved linears as (path, weight, bias); every other saved parameter goes into `replaced`.
+
+    What is as the base has it counts as not saved, if it is no head of its own: PEFT saves whole embeddings, and what
+    lies under their LoRA, to be on the safe side.
+    """
+    saved: dict[str, torch.Tensor] = adapter.saved
+    parameters: dict[str, torch.Tensor] = dict(base.named_parameters(remove_duplicate=False))
     for key, tensor in saved.items():
         path, _, leaf = key.rpartition(".")
         module = base.get_submodule(path) if key in parameters or path in dict(base.named_modules()) else None
-        if isinstance(module, (nn.Linear, RoutedHead)):
+        is_head = isinstance(module, (nn.Linear, RoutedHead))
+        known = parameters.get(key)
+        is_same = known is not None and known.shape == tensor.shape and torch.equal(known, tensor.to(known.dtype))
+        if is_same and (not is_head or path in adapter.lora):
+            continue
+        if is_head:
             if leaf == "weight":
                 bias = saved.get(f"{path}.bias")
                 yield path, tensor, tensor.new_zeros(len(tensor)) if bias is None else bias
-        elif key not in parameters or parameters[key].shape != tensor.shape:
+        elif known is None or known.shape != tensor.shape:
             raise ValueError(f"{name} saves {key}, which the base does not have in this shape")
         else:
             replaced[key] = tensor
@@ -181,6 +226,8 @@ def _saved_heads(
 
 def complete(entries: Sequence[Entry], base: Any) -> None:
     """Gives experts without a head the base's where others brought theirs; refuses what cannot be shared.
+
+    An update of a linear that is a head here is folded into the expert's own.
 
     Raises:
         ValueError: where saved parameters differ that are not linears.
@@ -194,6 +241,11 @@ def complete(entries: Sequence[Entry], base: Any) -> None:
                 bias = head.bias if head.bias is not None else head.weight.new_zeros(len(head.weight))
                 entry.heads[path] = (head.weight.detach(), bias.detach())
                 entry.row["labels"] = [base.config.id2label[i] for i in sorted(base.config.id2label)]
+            if path in entry.lora:
+                _, a, b = entry.lora.pop(path)
+                own_weight, own_bias = entry.heads[path]
+                updated = own_weight.float() + b.float().t() @ a.float()
+                entry.heads[path] = (updated.to(own_weight.dtype), own_bias)
     own = dict(base.named_parameters(remove_duplicate=False))
     for name in dict.fromkeys(name for entry in entries for name in entry.replaced):
         values = [entry.replaced[name] if name in entry.replaced else own[name] for entry in entries]
@@ -244,4 +296,4 @@ def fill_head(
         head.bias[index, rows] = bias.to(head.bias.dtype)
 
 
-__all__ = ["AUTO_CLASSES", "Entry", "entries_of", "head_of", "linear_sizes", "module_sets"]
+__all__ = ["AUTO_CLASSES", "Entry", "check_options", "entries_of", "head_of", "linear_sizes", "module_sets"]

@@ -54,8 +54,17 @@ def save_merged_adapter(
             mean = sum(entry.heads[path][index].float() * (weight / total) for entry, weight in used)
             assert isinstance(mean, torch.Tensor)
             tensors[f"base_model.model.{path}.{leaf}"] = mean.to(heads[path][index].dtype).contiguous()
-    _write(folder, tensors, _adapter_config(config, ranks, list(heads)))
+    tensors |= {f"base_model.model.{name}": tensor.contiguous() for name, tensor in used[0][0].replaced.items()}
+    saved = [*heads, *(name.rpartition(".")[0] for name in used[0][0].replaced)]
+    _write(folder, tensors, _adapter_config(config, ranks, list(dict.fromkeys(map(_saved_module, saved)))))
     return folder
+
+
+def _saved_module(path: str) -> str:
+    """What PEFT has to save whole for a module: a head of several linears, which it would wrap by itself, as one."""
+    parts = path.split(".")
+    head = next((index for index, part in enumerate(parts) if part in ("classifier", "score")), len(parts) - 1)
+    return ".".join(parts[: head + 1])
 
 
 def _truncated(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

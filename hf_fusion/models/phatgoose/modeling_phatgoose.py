@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +17,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from .assembly_phatgoose import (
     AUTO_CLASSES,
     Entry,
+    check_options,
     complete,
     entries_of,
     fill_head,
@@ -25,6 +27,7 @@ from .assembly_phatgoose import (
     linear_sizes,
     module_sets,
     plan_profiles,
+    readers_of,
 )
 from .configuration_phatgoose import PhatgooseConfig
 from .export_phatgoose import save_merged_adapter
@@ -38,6 +41,10 @@ class PhatgooseRouter(PreTrainedModel):
 
     Build one with `from_experts`, or load a published one with ``AutoModel.from_pretrained(id,
     trust_remote_code=True)`` or the base's own Auto class. It is used as its base is: same inputs, same outputs.
+
+    `torch.compile` takes its forward as one graph, in training too, and `generate` with a static cache. A compiled
+    graph computes padding as well and fetches the A and B of each token's experts: memory grows with tokens times
+    top_k times rank. It does not take `using(weights)`; where experts bring heads, padding counts in their shares.
     """
 
     config: PhatgooseConfig
@@ -64,8 +71,12 @@ class PhatgooseRouter(PreTrainedModel):
         self._source: tuple[str, dict[str, Any]] | None = None
         self.main_input_name = backbone.main_input_name
         self._install(None)
-        reader = backbone.get_encoder() if config.is_encoder_decoder else backbone
-        reader.register_forward_pre_hook(self._begin, with_kwargs=True)
+        for path in readers_of(backbone, config.is_encoder_decoder):
+            module = backbone.get_submodule(path)
+            names = list(inspect.signature(module.forward).parameters)
+            module.register_forward_pre_hook(partial(self._begin, path, names), with_kwargs=True)
+        if config.is_encoder_decoder:
+            backbone.register_forward_pre_hook(self._begin_decoding, with_kwargs=True)
         self.post_init()
 
     # ---------------------------------------------------------------- building
@@ -78,7 +89,7 @@ class PhatgooseRouter(PreTrainedModel):
         top_k: int = 2,
         temperature: float = 1.0,
         routing: str = "phatgoose",
-        missing_gates: str | None = None,
+        missing_gates: str | Mapping[str, str | Path] | None = None,
         base_by_reference: bool = False,
     ) -> PhatgooseRouter:
         """Builds a router of LoRA adapters of one base.
@@ -90,19 +101,21 @@ class PhatgooseRouter(PreTrainedModel):
             top_k: experts that each token meets at each linear.
             temperature: divides the scores before the softmax.
             routing: see `PhatgooseConfig`. "arrow" replaces all gates by Arrow prototypes.
-            missing_gates: "arrow" to give experts that have no gates Arrow prototypes; by default they are refused.
+            missing_gates: what experts that have no gates get; by default they are refused. "arrow": Arrow prototypes;
+                {name of an expert: a folder that `save_gates` wrote, or "arrow"}: for these alone, such as the
+                average activations that `average_activation` takes of an expert's data. The config and the card
+                record of each expert where its gates come from.
             base_by_reference: save experts and gates only; the base is fetched at its pinned revision.
 
         Raises:
             ValueError: where experts do not fit together, naming the expert and the reason.
         """
-        cls.check_options(experts, top_k, temperature, routing, missing_gates)
-        wanted = "arrow" if routing == "arrow" else missing_gates
+        check_options(experts, top_k, temperature, routing, missing_gates)
         resolved = base is None and all(getattr(expert, "adapter", None) is not None for expert in experts)
-        if not resolved or (wanted and any(routing == "arrow" or expert.gates is None for expert in experts)):
+        if not resolved or missing_gates or routing == "arrow":
             if cls.load_experts is None:
                 raise ValueError("ids, folders and missing gates need hf_fusion installed: pip install hf_fusion")
-            experts = cls.load_experts(experts, base=base, prototypes=wanted, all_prototypes=routing == "arrow")
+            experts = cls.load_experts(experts, base, missing_gates, routing == "arrow")
         model = experts[0].model
         head = head_of(model)
         config = PhatgooseConfig(
@@ -127,33 +140,8 @@ class PhatgooseRouter(PreTrainedModel):
         router._processor = experts[0].processor
         return router.eval()
 
-    @staticmethod
-    def check_options(
-        experts: Sequence[Any],
-        top_k: int = 2,
-        temperature: float = 1.0,
-        routing: str = "phatgoose",
-        missing_gates: str | None = None,
-        **others: Any,
-    ) -> None:
-        """What of the arguments of `from_experts` can be known to be wrong before anything is loaded.
-
-        Raises:
-            ValueError: naming it.
-        """
-        if not experts:
-            raise ValueError("a router needs at least one expert; the list is empty")
-        for name, value, kinds in (("top_k", top_k, int), ("temperature", temperature, (int, float))):
-            if not isinstance(value, kinds) or isinstance(value, bool):
-                raise ValueError(f"{name} is {value!r}, not a{' whole' * (kinds is int)} number")
-        PhatgooseConfig(num_experts_per_tok=top_k, router_temperature=temperature, routing=routing)
-        if top_k > len(experts):
-            raise ValueError(f"top_k={top_k}, but there are only {len(experts)} experts")
-        if missing_gates not in (None, "arrow"):
-            raise ValueError(f"missing_gates is {missing_gates!r}; only 'arrow' can stand in for gates")
-
     def add_experts(self, experts: Sequence[Any]) -> None:
-        """Adds loaded adapters with gates (`hf_fusion.load_experts` gives them) to this router.
+        """Adds loaded adapters with gates, as `hf_fusion.load_experts` gives them; the same as to build it anew.
 
         Raises:
             ValueError: where one does not fit, or bears a taken name; the router is then as it was.
@@ -208,7 +196,6 @@ class PhatgooseRouter(PreTrainedModel):
             complete(entries, self.backbone)
             rows, profiles = plan_profiles(entries)
             self.config.experts, self.config.profiles = rows, profiles
-            self.config.num_experts_per_tok = min(self.config.num_experts_per_tok, len(rows))
             replaced = {name: tensor for entry in entries for name, tensor in entry.replaced.items()}
             for name, tensor in replaced.items():
                 owner, _, leaf = name.rpartition(".")
@@ -224,6 +211,7 @@ class PhatgooseRouter(PreTrainedModel):
 
     def _install(self, entries: Sequence[Entry] | None) -> None:
         """Puts routed modules where the config wants them, filled from entries, or empty to be loaded."""
+        self._trace = self.routing.trace = None  # it is about the modules of before
         for handle in self._handles:
             handle.remove()
         for paths, _ in self._groups:
@@ -279,30 +267,39 @@ class PhatgooseRouter(PreTrainedModel):
         """As the base's forward: same arguments, same outputs."""
         return self.backbone(*args, **kwargs)
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(
+        self, path: str, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """What has to be known before tokens are routed: options, padding, and whether this is a new sequence."""
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
         state, config = self.routing, self.config
-        state.top_k, state.temperature, state.rule = (
-            config.num_experts_per_tok,
-            config.router_temperature,
-            config.routing,
-        )
-        mask: Any = kwargs.get("attention_mask")
-        state.tokens = state.tally = None
+        state.tally = None
         state.counts_for = config.num_experts if self._heads else 0
-        given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]]
-        inputs: Any = next((value for value in given if value is not None), None)
+        inputs = (given.get(name) for name in ("input_ids", "inputs_embeds", self.main_input_name))
+        self._prepare(given.get("attention_mask"), next((value for value in inputs if value is not None), None))
+        if self.record_routing:
+            cache = given.get("past_key_values")
+            goes_on = cache is not None and cache.get_seq_length()
+            if state.trace is None or not state.trace.modules or not goes_on and state.trace.has_seen(path):
+                paths = {id(group): paths for paths, group in self._groups}
+                state.trace = self._trace = RoutingTrace(self.experts, paths, int(self.record_routing))
+        else:
+            state.trace = None
+
+    def _begin_decoding(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The padding of an input that the encoder read earlier: before its cross-attention first looks at it."""
+        cache, encoded = kwargs.get("past_key_values"), kwargs.get("encoder_outputs")
+        if encoded is not None and (cache is None or not cache.get_seq_length()):
+            self._prepare(kwargs.get("attention_mask"), encoded[0])
+
+    def _prepare(self, mask: Any, inputs: Any) -> None:
+        """Tells the linears the options, and which tokens of inputs (B, T, …) are real."""
+        state, config = self.routing, self.config
+        state.top_k, state.temperature = config.num_experts_per_tok, config.router_temperature
+        state.rule, state.tokens = config.routing, None
         is_padded_batch = isinstance(mask, torch.Tensor) and mask.dim() == 2 and inputs is not None
         if is_padded_batch and not torch.compiler.is_compiling() and inputs.shape[:2] == mask.shape and not mask.all():
             state.tokens, state.shape = mask.flatten().nonzero()[:, 0], tuple(mask.shape)
-        if self.record_routing:
-            cache = kwargs.get("past_key_values")
-            if state.trace is None or cache is None or not cache.get_seq_length():
-                paths = {id(group): paths for paths, group in self._groups}
-                self._trace = RoutingTrace(self.experts, paths, int(self.record_routing))
-            state.trace = self._trace
-        else:
-            state.trace = None
 
     @contextmanager
     def using(self, weights: torch.Tensor | Sequence[float] | str | None) -> Iterator[PhatgooseRouter]:
@@ -343,15 +340,16 @@ class PhatgooseRouter(PreTrainedModel):
     def summary(self) -> dict[str, Any]:
         """Experts, parameters in all and of the experts, routed linears, and what a token costs beside the base."""
         base = extra = 0
+        top_k = min(self.config.num_experts_per_tok, len(self.experts))
         for paths, group in self._groups:
             sizes = [linear_sizes(self.backbone.get_submodule(path)) for path in paths]
             base += sum(d_in * d_out for d_in, d_out in sizes)
-            extra += group.gates.numel() + self.config.num_experts_per_tok * group.widest * sum(map(sum, sizes))
+            extra += group.gates.numel() + top_k * group.widest * sum(map(sum, sizes))
         routed = [*(group for _, group in self._groups), *self._heads.values()]
         return {
             "experts": self.experts,
             "gates": [row["gates"] for row in self.config.experts],
-            "top_k": self.config.num_experts_per_tok,
+            "top_k": top_k,
             "parameters": self.num_parameters(),
             "expert_parameters": sum(p.numel() for module in routed for p in module.parameters()),
             "routed_linears": sum(len(paths) for paths, _ in self._groups),

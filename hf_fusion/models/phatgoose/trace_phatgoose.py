@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ class RoutingTrace:
     Args:
         experts: names.
         paths: id of a routed module -> the module paths of its linears.
-        max_tokens: tokens (rows times positions) kept per linear; the oldest forwards are dropped first.
+        max_tokens: tokens (rows times positions) kept per linear; the oldest positions are dropped first, all but one.
 
     Attributes:
         dropped: tokens that were dropped for lack of room, per linear.
@@ -26,7 +27,8 @@ class RoutingTrace:
     def __init__(self, experts: Sequence[str], paths: dict[int, list[str]], max_tokens: int) -> None:
         self.experts, self.max_tokens = list(experts), max_tokens
         self._paths = paths
-        self._parts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._parts: dict[str, deque[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._positions: dict[str, int] = {}
         self.dropped: dict[str, int] = {}
 
     def add(
@@ -46,14 +48,30 @@ class RoutingTrace:
             choice = choice.new_full(everyone, -1).index_copy_(0, real, choice)
             weight = weight.new_zeros(everyone).index_copy_(0, real, weight)
         rows = shape[0] if len(shape) > 1 else choice.shape[0]
+        most = max(1, self.max_tokens // rows)
         for index, path in enumerate(self._paths[id(group)][members]):
-            part = (choice[:, index].cpu().view(rows, -1, choice.shape[-1]), weight[:, index].cpu())
-            parts = self._parts.setdefault(path, [])
+            own = choice[:, index].cpu().view(rows, -1, choice.shape[-1])
+            part, unseen = (own, weight[:, index].cpu().view_as(own)), max(0, own.shape[1] - most)
+            if unseen:  # copies: a view would keep what it was cut from
+                part = part[0][:, unseen:].clone(), part[1][:, unseen:].clone()
+            parts = self._parts.setdefault(path, deque())
             if parts and parts[-1][0].shape[0] != rows:
                 parts.clear()  # another batch
-            parts.append((part[0], part[1].view_as(part[0])))
-            while len(parts) > 1 and sum(c[..., 0].numel() for c, _ in parts) > self.max_tokens:
-                self.dropped[path] = self.dropped.get(path, 0) + parts.pop(0)[0][..., 0].numel()
+                self._positions[path] = 0
+            parts.append(part)
+            surplus = max(0, self._positions.get(path, 0) + part[0].shape[1] - most)
+            self._positions[path] = self._positions.get(path, 0) + part[0].shape[1] - surplus
+            if unseen + surplus:
+                self.dropped[path] = self.dropped.get(path, 0) + (unseen + surplus) * rows
+            while surplus > 0:
+                choice_before, weight_before = parts.popleft()
+                if surplus < choice_before.shape[1]:
+                    parts.appendleft((choice_before[:, surplus:], weight_before[:, surplus:]))
+                surplus -= choice_before.shape[1]
+
+    def has_seen(self, path: str) -> bool:
+        """Whether linears of this module ("": of the model) have routed something."""
+        return any(f".{module}".startswith(f".{path}." if path else ".") for module in self._parts)
 
     @property
     def modules(self) -> list[str]:
