@@ -19,6 +19,10 @@ EXAMPLES = (
         "hf-fusion fit gates me/my-adapter --data me/rows --push",
         "the same for one on the Hub, and add them to its repo",
     ),
+    (
+        "hf-fusion fit gates you/adapter --data rows.parquet --kind average --output gates",
+        "stand-ins that need no training, for an adapter of somebody else",
+    ),
 )
 CHECKPOINTS = "gate_checkpoints"  # in the output folder while gates are trained
 
@@ -39,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gates.add_argument("adapter", metavar="ADAPTER", help="an adapter's folder, or owner/name on the Hub")
     _add_data(gates)
     gates.add_argument("--base", metavar="ID", help="the adapter's base, where it is not the one it records")
+    gates.add_argument(
+        "--kind", choices=("trained", "average"), default="trained", help="average: the mean inputs, without training"
+    )
     gates.add_argument("--steps", type=int, default=100, metavar="N", help="optimizer steps (default: 100)")
     gates.add_argument("--learning-rate", type=float, default=5e-3, metavar="X", help="default: 0.005")
     gates.add_argument("--batch-size", type=int, default=16, metavar="N", help="examples a step (default: 16)")
@@ -91,26 +98,34 @@ def _fit_gates(args: argparse.Namespace, out: Out) -> None:
     from hf_fusion.data import load_rows
     from hf_fusion.hub.gates import save_gates
     from hf_fusion.hub.publish_gates import push_gates
-    from hf_fusion.training.gates import train_gates
+    from hf_fusion.training.gates import average_activation, train_gates
 
-    gates = train_gates(
-        args.adapter,
-        load_rows(args.data, args.split),
-        base=args.base,
-        steps=args.steps,
-        learning_rate=args.learning_rate,
-        batch_size=args.batch_size,
-        max_length=args.max_length,
-        seed=args.seed,
-        output_dir=folder / CHECKPOINTS if folder else None,
-    )
+    rows = load_rows(args.data, args.split)
+    given = {"base": args.base, "batch_size": args.batch_size, "max_length": args.max_length}
+    if args.kind == "average":
+        gates = average_activation(args.adapter, rows, **given)
+    else:
+        gates = train_gates(
+            args.adapter,
+            rows,
+            steps=args.steps,
+            learning_rate=args.learning_rate,
+            seed=args.seed,
+            output_dir=folder / CHECKPOINTS if folder else None,
+            **given,
+        )
     where: dict[str, str] = {}
     if folder:
         where["file"] = str(save_gates(gates, folder).resolve())
-        shutil.rmtree(folder / CHECKPOINTS)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     if args.push:
         repo, _, revision = args.adapter.partition("@")
         pushed = push_gates(gates, repo, revision=revision or None)
         where |= {"repo": pushed.repo_id, "revision": pushed.sha, "url": pushed.url}
-    out.result("Trained", **where, gates=len(gates.vectors), **gates.facts)
-    out.hint(f"hf-fusion fuse --method phatgoose --experts {args.adapter} OTHERS --output fused")
+    out.result(
+        {"trained": "Trained", "average": "Averaged"}[args.kind], **where, gates=len(gates.vectors), **gates.facts
+    )
+    use = f"hf-fusion fuse --method phatgoose --experts {args.adapter} OTHERS --output fused"
+    name = Path(args.adapter).resolve().name if is_folder else args.adapter.partition("@")[0]
+    elsewhere = args.output and not args.push
+    out.hint(f"{use} --set 'missing_gates={{{name}: {args.output}}}'" if elsewhere else use)

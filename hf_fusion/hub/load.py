@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -194,7 +194,10 @@ class _Loader:
             model: Any = self.base
         else:
             model, info = self._model(
-                base, head, num_labels=_common(_label_count(s, adapters[i]) for i, s in sources.items())
+                base,
+                head,
+                num_labels=_common(_label_count(s, adapters[i]) for i, s in sources.items()),
+                adapters={source.name: adapters[i] for i, source in sources.items()},
             )
             unfilled = set(info["missing_keys"])
         _refuse_not_finite(model, base.name if base else "the base", skip=unfilled)
@@ -202,8 +205,7 @@ class _Loader:
         experts = {}
         for i, source in sources.items():
             adapter = self._cast(adapters[i])
-            if problems := fit_problems(adapter, model):
-                raise FusionError(f"Adapter {source.name} does not fit its base: {'; '.join(problems[:5])}.")
+            _refuse_misfits({source.name: adapter}, model)
             _refuse_keys(source.name, "missing in the adapter and in its base", unfilled - set(adapter.saved))
             labels = _adapter_labels(source, adapter) if head.has_labels else []
             expert = self._expert(source, base, model, head, labels, adapter)
@@ -221,13 +223,15 @@ class _Loader:
         lora = {path: (a.to(dtype), b.to(dtype)) for path, (a, b) in adapter.lora.items()}
         return replace(adapter, lora=lora, saved={k: v.to(dtype) for k, v in adapter.saved.items()})
 
-    def _model(self, source: Source, head: Head, num_labels: int | None = None) -> tuple[Any, dict[str, Any]]:
-        """The model of a folder and transformers' account of its keys."""
+    def _model(
+        self, source: Source, head: Head, num_labels: int | None = None, adapters: Mapping[str, Adapter] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """The model of a folder and transformers' account of its keys; adapters by name must fit it."""
         code = self._code_to_run(source)
         options: dict[str, Any] = {}
         safe = [file for file in pick_weights(source, allow_pickle=self.allow_pickle) if file.endswith(".safetensors")]
         if safe and not code:
-            options["config"] = self._checked_config(source, head, safe, num_labels)
+            options["config"] = self._checked_config(source, head, safe, num_labels, adapters or {})
         elif num_labels is not None:
             options["num_labels"] = num_labels
         try:
@@ -244,8 +248,10 @@ class _Loader:
             logger.debug("loading %s", source.name, exc_info=True)
             raise FusionError(f"{source.name} cannot be loaded as {head.auto}: {first_line(error)}") from error
 
-    def _checked_config(self, source: Source, head: Head, files: list[str], num_labels: int | None) -> Any:
-        """The config, once the file's headers hold the shapes it promises: before any memory is taken."""
+    def _checked_config(
+        self, source: Source, head: Head, files: list[str], num_labels: int | None, adapters: Mapping[str, Adapter]
+    ) -> Any:
+        """The config, once headers hold the shapes it promises and adapters fit them: before any memory is taken."""
         try:
             shapes = local_shapes(_folder(source), files)
         except SafetensorError as error:
@@ -254,8 +260,10 @@ class _Loader:
         if num_labels is not None:  # the adapters' classes, not those the base was trained for
             content |= {"num_labels": num_labels, "id2label": None, "label2id": None}
         config = native_config(content, source.name, len(shapes))
-        if mismatched := account(config, head, shapes, source.name).mismatched:
-            raise FusionError(f"{source.name}: {'; '.join(mismatched[:5])}.")
+        promised = account(config, head, shapes, source.name)
+        if promised.mismatched:
+            raise FusionError(f"{source.name}: {'; '.join(promised.mismatched[:5])}.")
+        _refuse_misfits(adapters, promised.model)
         return config
 
     def _code_to_run(self, source: Source) -> bool:
@@ -394,6 +402,12 @@ def _in_memory(expert: Any, index: int) -> Expert:
         labels=[id2label[k] for k in sorted(id2label)],
         task=head.tasks[0] if head else None,
     )
+
+
+def _refuse_misfits(adapters: Mapping[str, Adapter], base: Any) -> None:
+    for name, adapter in adapters.items():
+        if problems := fit_problems(adapter, base):
+            raise FusionError(f"Adapter {name} does not fit its base: {'; '.join(problems[:5])}.")
 
 
 def _refuse_keys(name: str, what: str, keys: Any) -> None:

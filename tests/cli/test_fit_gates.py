@@ -55,6 +55,16 @@ def test_gates_go_into_the_adapters_folder(here, place):
     assert [path.name for path in (place / "out").iterdir()] == [FILE]
 
 
+def test_average_activations_need_no_training_and_serve_an_adapter_that_is_not_ones_own(here, place):
+    words = ("adapter", "--data", "rows.jsonl", "--kind", "average", "--output", "gates", "--format", "json")
+    assert json.loads(here("fit", "gates", *words))["gates"] == 4
+    assert [path.name for path in (place / "gates").iterdir()] == [FILE]
+    chosen = ("--set", "top_k=1", "--set", "missing_gates={adapter: gates}", "--output", "fused")
+    here("fuse", "--method", "phatgoose", "--experts", "adapter", *chosen)
+    config = json.loads((place / "fused" / "config.json").read_text())
+    assert [expert["gates"] for expert in config["experts"]] == ["average"]
+
+
 def test_gates_go_into_the_adapters_repo(hf_fusion, hub, place):
     home = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(place / "home"), "HF_TOKEN": hub.token("gatekeeper")}
     api = HfApi(endpoint=hub.endpoint, token=home["HF_TOKEN"])

@@ -6,9 +6,11 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from tiny_routed import save_base, save_lora
 
+from hf_fusion import average_activation
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import Gates
 from hf_fusion.fusion import fuse, fuse_recipe, load_fused, save_fused
@@ -97,6 +99,41 @@ def test_missing_gates_are_refused_or_stood_in_for(folders):
     assert model.fusion_recipe.parameters == {"missing_gates": "arrow"}
 
 
+def test_a_mix_of_gates_is_recorded_and_its_recipe_makes_the_same_again(folders):
+    """One expert brings its own, one gets average activations from a folder, one Arrow prototypes."""
+    for seed, name in enumerate(("average", "bare"), 2):
+        save_lora(folders / name, str(folders / "base"), seed=seed, gates=False)
+    rows = Dataset.from_dict({"prompt": TEXTS, "target": TEXTS})
+    save_gates(average_activation(folders / "average", rows), folders / "gates")
+    experts = [folders / name for name in ("a", "average", "bare")]
+    model = fuse("phatgoose", experts, missing_gates={"average": folders / "gates", "bare": "arrow"})
+    assert [row["gates"] for row in model.config.experts] == ["trained", "average", "arrow"]
+    save_fused(model, folders / "fused")
+    assert torch.equal(logits(fuse_recipe(Recipe.load(folders / "fused"))), logits(model))
+    for given, message in {
+        "nobody": "missing_gates names nobody, but the experts are a, average, bare",
+        "a": "missing_gates names a, which has gates",
+    }.items():
+        with pytest.raises(FusionError, match=message):
+            fuse("phatgoose", experts, missing_gates={given: folders / "gates"})
+    with pytest.raises(FusionError, match="base holds no gates for bare"):
+        fuse("phatgoose", experts, missing_gates={"bare": folders / "base"})
+    with pytest.raises(FusionError, match="bare has no gates"):  # those that are not named are refused still
+        fuse("phatgoose", experts, missing_gates={"average": folders / "gates"})
+
+
+@pytest.mark.parametrize("misfit", ["shapes", "targets"])
+def test_an_adapter_that_does_not_fit_is_named_before_its_base_is_loaded(folders, misfit):
+    """The base's weights are NaN, but nobody has seen them yet."""
+    options, harm, message = MISFITS[misfit]
+    save_lora(folders / "bad", str(folders / "base"), **options)
+    harm(folders / "bad")
+    file = folders / "base" / "model.safetensors"
+    save_file({key: tensor * float("nan") for key, tensor in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(FusionError, match=message):
+        fuse("phatgoose", [folders / "a", folders / "bad"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -107,7 +144,7 @@ def test_missing_gates_are_refused_or_stood_in_for(folders):
         ({"temperature": "hot"}, "temperature is 'hot', not a number"),
         ({"temperature": 0}, "must be above 0"),
         ({"routing": "magic"}, "must be one of phatgoose, arrow, uniform"),
-        ({"missing_gates": "magic"}, "only 'arrow' can stand in"),
+        ({"missing_gates": "magic"}, "neither 'arrow' nor {expert: folder of its gates}"),
     ],
 )
 def test_wrong_options_are_named_before_anything_is_loaded(options, message):
