@@ -137,12 +137,25 @@ _ROUTED_USAGE = {
         imports=_IMAGE_IMPORT,
         processor="AutoImageProcessor",
     ),
-    "AutoModel": Usage(_ROUTED_TEXT.inputs, "print(model(**inputs).last_hidden_state.shape)"),
+}
+# what a router of features reads -> how it is called
+_ROUTED_FEATURES = {
+    "texts": Usage(_ROUTED_TEXT.inputs, "print(model(**inputs).last_hidden_state.shape)"),
+    "images": Usage(
+        _ROUTED_USAGE["AutoModelForImageClassification"].inputs,
+        "print(model(**inputs).last_hidden_state.shape)",
+        imports=_IMAGE_IMPORT,
+        processor="AutoImageProcessor",
+    ),
+    "texts and images": Usage(
+        _ROUTED_TEXT.inputs, "print(model.backbone.get_text_features(**inputs).pooler_output.shape)"
+    ),
 }
 
 
 def _routed_usage(facts: CardFacts) -> str:
-    usage, revision = _row(_ROUTED_USAGE, facts.auto_class), facts.revision or "main"
+    features = _ROUTED_FEATURES[facts.options.get("reads", "texts")]
+    usage, revision = _row({**_ROUTED_USAGE, "AutoModel": features}, facts.auto_class), facts.revision or "main"
     example = (facts.routing or {}).get("example") or "Some text to look at."
     return (
         f"{usage.imports}from transformers import {facts.auto_class}, {usage.processor}\n\n"
@@ -160,14 +173,16 @@ def _routed_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """From the config, and from the model it describes, built without memory."""
     import torch
 
-    from hf_fusion.models.phatgoose import PhatgooseConfig, PhatgooseRouter
+    from hf_fusion.models.phatgoose import PhatgooseConfig, PhatgooseRouter, readers_of
 
     with torch.device("meta"):
-        summary = PhatgooseRouter(PhatgooseConfig.from_pretrained(folder)).summary()
+        model = PhatgooseRouter(PhatgooseConfig.from_pretrained(folder))
+    summary, towers = model.summary(), len(readers_of(model.backbone, model.config.is_encoder_decoder))
     known = ("parameters", "expert_parameters", "routed_linears", "relative_cost")
     given = ("router_temperature", "routing", "base_by_reference", "head")
     options = {key: config.get(key) for key in given} | {key: summary[key] for key in known}
-    return options | {"num_experts_per_tok": summary["top_k"]}
+    reads = "texts and images" if towers > 1 else "images" if model.main_input_name == "pixel_values" else "texts"
+    return options | {"num_experts_per_tok": summary["top_k"], "reads": reads}
 
 
 def _routed_lacking(results: Mapping[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from models.test_phatgoose_bases import clip, clip_vision
 from test_card import NASTY, Tags, html_of
 from tiny import adapter, bert, image_processor, make_tokenizer, t5, vit
 
@@ -75,7 +76,7 @@ def test_says_where_gates_come_from_and_what_labels_there_are():
         replace(expert, gates=kind, labels=("no", "yes")) for expert, kind in zip(FACTS.experts, kinds, strict=False)
     )
     card = render_card(replace(FACTS, experts=experts))
-    for said in ("Arrow gates are", "Average gates are", "Trained gates came"):
+    for said in ("Arrow gates are", "Average gates are", "Trained gates were"):
         assert said in card
     assert "| no, yes | arrow |" in card
     assert "| labels |" not in render_card(FACTS)
@@ -145,8 +146,10 @@ def routed(base, processor, classes=None, targets=("q_proj", "v_proj", "query", 
             r"\['label \d'\]",
         ),
         (lambda: routed(vit(["x", "y"]), image_processor(16)), "AutoModelForImageClassification", r"\['[xy]'\]"),
+        (lambda: routed(clip_vision(), image_processor(16)), "AutoModel", r"torch.Size\(\[1, 5, 32\]\)"),
+        (lambda: routed(clip(), make_tokenizer()), "AutoModel", r"torch.Size\(\[1, 16\]\)"),
     ],
-    ids=["t5", "bert", "vit"],
+    ids=["t5", "bert", "vit", "clip's eye", "clip"],
 )
 def test_the_usage_of_every_kind_of_model_runs(build, auto, printed, tmp_path, capsys):
     """As it stands, but for the place the model is loaded from."""

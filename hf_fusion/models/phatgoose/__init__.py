@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .assembly_phatgoose import check_options
+from .assembly_phatgoose import check_options, readers_of
 from .configuration_phatgoose import PhatgooseConfig
 from .modeling_phatgoose import PhatgooseForGeneration, PhatgooseRouter
 from .trace_phatgoose import RoutingTrace
@@ -40,4 +40,11 @@ def _load_experts(experts: Any, base: Any = None, missing_gates: Any = None, all
 
 PhatgooseRouter.load_experts = staticmethod(_load_experts)
 
-__all__ = ["PhatgooseConfig", "PhatgooseForGeneration", "PhatgooseRouter", "RoutingTrace", "check_options"]
+__all__ = [
+    "PhatgooseConfig",
+    "PhatgooseForGeneration",
+    "PhatgooseRouter",
+    "RoutingTrace",
+    "check_options",
+    "readers_of",
+]

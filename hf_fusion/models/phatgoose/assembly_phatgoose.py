@@ -296,4 +296,13 @@ def fill_head(
         head.bias[index, rows] = bias.to(head.bias.dtype)
 
 
-__all__ = ["AUTO_CLASSES", "Entry", "check_options", "entries_of", "head_of", "linear_sizes", "module_sets"]
+__all__ = [
+    "AUTO_CLASSES",
+    "Entry",
+    "check_options",
+    "entries_of",
+    "head_of",
+    "linear_sizes",
+    "module_sets",
+    "readers_of",
+]
