@@ -31,6 +31,8 @@ _PUBLIC = {
     "FoEConfig": "models.foe",
     "FoEModel": "models.foe",
     "FoEProcessor": "models.foe",
+    "WEMoEConfig": "models.wemoe",
+    "WEMoEModel": "models.wemoe",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -36,12 +36,14 @@ class Method:
         function: dotted name in the module, called with loaded experts and the method's options.
         weighs: whether experts carry weights.
         check: dotted name of a function with the same arguments, called before anything is loaded, if there is one.
+        takes_base: whether it is given the loaded base, an `Expert`, as ``base=``; None where the caller named none.
     """
 
     module: str
     function: str
     weighs: bool = False
     check: str = ""
+    takes_base: bool = False
 
     def load(self, name: str = "") -> Callable[..., PreTrainedModel]:
         """The function itself, or another one of its module."""
@@ -57,6 +59,7 @@ RECIPE_ATTRIBUTE = "fusion_recipe"
 METHODS = {
     "foe": Method("hf_fusion.models.foe", "FoEModel.from_experts"),
     "phatgoose": Method("hf_fusion.models.phatgoose", "PhatgooseRouter.from_experts", check="check_options"),
+    "wemoe": Method("hf_fusion.models.wemoe", "WEMoEModel.from_experts", check="check_options", takes_base=True),
 }
 
 
@@ -77,7 +80,8 @@ def fuse(
     Args:
         method: one of `METHODS`.
         experts: as `load_experts` takes them.
-        base: the adapters' base, where it is not the one they record.
+        base: the adapters' base, where it is not the one they record; the base that full fine-tunes were made from,
+            for methods that merge them.
         task: pipeline tag that decides the experts' model class.
         dtype: of the weights; default is the checkpoints' own.
         allow_pickle: see `load_experts`.
@@ -95,20 +99,23 @@ def fuse(
     with _explained():
         if row.check:
             row.load(row.check)(experts, **parameters)
-    loaded = load_experts(
-        experts,
-        base=base,
-        task=task,
-        dtype=dtype,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-        api=api,
-    )
+    how: dict[str, Any] = {
+        "dtype": dtype,
+        "allow_pickle": allow_pickle,
+        "trust_remote_code": trust_remote_code,
+        "api": api,
+    }
+    recorded, given = {"task": task, **parameters}, None
+    if row.takes_base:
+        parameters["base"] = None
+        if base is not None:
+            [parameters["base"]] = load_experts([base], gates=False, **how)
+            given, base = _named(base, parameters["base"]), parameters["base"].model
+    loaded = load_experts(experts, base=base, task=task, **how)
     with _explained():
         model = row.load()(loaded, **parameters)
-    recorded = {"task": task, **parameters}
     names = [_named(*pair) for pair in zip(experts, loaded, strict=True)]
-    setattr(model, RECIPE_ATTRIBUTE, _recipe(method, names, loaded, recorded, dtype))
+    setattr(model, RECIPE_ATTRIBUTE, _recipe(method, names, loaded, recorded, dtype, given))
     return model
 
 
@@ -245,7 +252,12 @@ def _named(given: ExpertLike, expert: Expert) -> str:
 
 
 def _recipe(
-    method: str, names: Sequence[str], experts: Sequence[Expert], parameters: dict[str, Any], dtype: Any
+    method: str,
+    names: Sequence[str],
+    experts: Sequence[Expert],
+    parameters: dict[str, Any],
+    dtype: Any,
+    base: str | None = None,
 ) -> Recipe:
     """What was fused, by names that find it again."""
     weights = parameters.get("weights") or [None] * len(experts)
@@ -253,7 +265,7 @@ def _recipe(
     return Recipe(
         method=method,
         experts=tuple(RecipeExpert(name, weight) for name, weight in zip(names, weights, strict=True)),
-        base=bases.pop() if len(bases) == 1 else None,  # several are found through the adapters
+        base=base or (bases.pop() if len(bases) == 1 else None),  # several are found through the adapters
         parameters={key: _plain(v) for key, v in parameters.items() if key != "weights" and v is not None},
         dtype=str(dtype).removeprefix("torch.") if dtype and dtype != "auto" else None,
     )

@@ -68,13 +68,13 @@ class Plan:
         if linear.kind == "sparse":
             vectors = (pruned(vector, self.config.density) for vector in vectors)
         linear.fill(weight.t() if linear.conv1d else weight, vectors)
-        if linear.bias is not None:
+        if linear.biases is not None:
             own = self.base[f"{path}.bias"]
-            linear.bias[0].copy_(own)
+            linear.biases[0].copy_(own)
             for index, source in enumerate(self.sources, 1):
                 vector = source.vector(f"{path}.bias", own)
                 if vector is not None:
-                    linear.bias[index].copy_(vector)
+                    linear.biases[index].copy_(vector)
 
     def check(self) -> None:
         """What is known once everything was read."""

@@ -35,7 +35,7 @@ class UpscaledLinear(nn.Module):
         vectors: (K, R, C), bfloat16 as the bits of int16, which no loader casts ("bfloat16").
         index, values, counts: (n,), (n,), (blocks,): places within a block, entries, entries of each block ("sparse").
         lora_A, lora_B: (ΣR, d_in), (ΣR, d_out) ("low-rank"); rows of A are orthonormal within an expert.
-        bias: (K+1, d_out), or None.
+        biases: (K+1, d_out), or None.
 
     Args:
         d_in: width of the input.
@@ -83,7 +83,7 @@ class UpscaledLinear(nn.Module):
                 self.index = _frozen(size, **numbers)
                 self.values = _frozen(size, **like)
                 self.counts = _frozen(math.ceil(self.rows / self.step), **numbers)
-        self.bias = _frozen(experts + 1, d_out, **like) if has_bias else None
+        self.biases = _frozen(experts + 1, d_out, **like) if has_bias else None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -100,7 +100,7 @@ class UpscaledLinear(nn.Module):
             return self._low_rank(x, w)
         rows = x.reshape(w.shape[0], -1, self.in_features)  # (B, n, d_in)
         w = F.pad(w.to(x.dtype), (1, 0), value=1.0)  # (B, K+1): θ0 counts once
-        bias = None if self.bias is None else w @ self.bias.to(x.dtype)  # (B, d_out)
+        bias = None if self.biases is None else w @ self.biases.to(x.dtype)  # (B, d_out)
         kept = self.unit.kept(self, w)
         if kept is not None or torch.compiler.is_compiling():
             merged = kept if kept is not None else self.merge(w)  # (B, R, C)
@@ -120,8 +120,8 @@ class UpscaledLinear(nn.Module):
             w = w.view(x.shape[0], *(1 for _ in x.shape[1:-1]), -1)  # (N, 1, ..., K)
         hidden = hidden * w.repeat_interleave(self._ranks_on(x.device), -1)
         bias = None
-        if self.bias is not None:
-            bias = self.bias[0] + w @ self.bias[1:]
+        if self.biases is not None:
+            bias = self.biases[0] + w @ self.biases[1:]
         y = F.linear(x, self.base)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             y = y + hidden @ self.lora_B
@@ -161,7 +161,7 @@ class UpscaledLinear(nn.Module):
         entries = slice(first, self._starts()[number + 1])
         rest = block[1:].view(-1)
         rest.zero_()
-        rest.index_copy_(0, self.index[entries], self.values[entries].to(dtype))
+        rest.index_copy_(0, self.index[entries].long(), self.values[entries].to(dtype))
         return block
 
     def _starts(self) -> list[int]:
@@ -199,10 +199,10 @@ class UpscaledLinear(nn.Module):
         if self.conv1d:
             linear, weight = Conv1D(*sizes[::-1]), weight.t()
         else:
-            linear = nn.Linear(*sizes, bias=self.bias is not None, device="meta")
+            linear = nn.Linear(*sizes, bias=self.biases is not None, device="meta")
         linear.weight = nn.Parameter(weight.to(like.dtype).contiguous())
-        if self.bias is not None:
-            linear.bias = nn.Parameter((one @ self.bias.float()).to(like.dtype))
+        if self.biases is not None:
+            linear.bias = nn.Parameter((one @ self.biases.float()).to(like.dtype))
         return linear
 
     @torch.no_grad()
