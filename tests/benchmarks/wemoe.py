@@ -1,12 +1,12 @@
 """WEMoE's cost beside its dense base, in the same run: ViT-B/32 (CLIP's vision tower), 8 experts, 50 tokens.
 
-    python tests/benchmarks/wemoe.py [--batch 1 8 32] [--experts 8] [--repeats 7] [--storage exact bfloat16 ...]
+    python tests/benchmarks/wemoe.py [--batch 1 8 32] [--experts 8] [--repeats 7] [--storage exact bfloat16 …]
     python tests/benchmarks/wemoe.py --memory exact      # peak memory of a forward at batch 32
     python tests/benchmarks/wemoe.py --decode            # per token after the prompt, SmolLM2-135M's shape
 
-One thread, process CPU time, interleaved, minimum of several. Routers have 2 layers, coefficients differ by sample and
-layer. A step is a forward, the entropy of class probabilities, and a backward pass: into the routers for WEMoE, into all
-weights for the dense model.
+One thread, process CPU time, interleaved, minimum of several. Routers have 2 layers, coefficients differ by sample
+and layer. A step is a forward, the entropy of class probabilities, and a backward pass: into the routers for WEMoE,
+into all weights for the dense model.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def forwards(storages: Sequence[str], batches: Sequence[int], experts: int, repe
         pixels = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(3))
         with torch.no_grad():
             systems = {"dense": base, **models}
-            jobs = {name: (lambda model=model: model(pixel_values=pixels)) for name, model in systems.items()}
+            jobs = {name: partial(model, pixel_values=pixels) for name, model in systems.items()}
             times = measure(jobs, repeats)
         for storage in storages:
             report(storage, batch, times[storage] / times["dense"], times["dense"])

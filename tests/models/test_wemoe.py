@@ -16,9 +16,7 @@ def shuffled(model: WEMoEModel, seed: int = 0) -> WEMoEModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".router." in f".{name}":
-                parameter.add_(
-                    torch.randn(parameter.shape, generator=generator) * (0.3 if parameter.dim() > 1 else 0.1)
-                )
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return model
 
 
@@ -94,3 +92,82 @@ def test_gradients_of_the_routers_are_the_loops(kind):
     for name, got, want in zip([n for n, p in model.named_parameters() if p.requires_grad], *gradients):
         assert close(got, want) <= 1e-4, name
         assert float(want.abs().sum()) > 0
+
+
+def stored(kind: str, base: torch.nn.Module, experts, paths) -> list[dict[str, torch.Tensor]]:
+    """The experts' states as a storage keeps them, by textbook means."""
+    states = []
+    for expert in experts:
+        state = dict(expert.model.state_dict())
+        for key in (f"{path}.weight" for path in paths):
+            own = base.state_dict()[key]
+            tau = state[key] - own
+            if kind == "bfloat16":
+                tau = tau.bfloat16().float()
+            elif kind == "sparse":
+                least = tau.abs().flatten().sort(descending=True).values[round(0.1 * tau.numel()) - 1]
+                tau = torch.where(tau.abs() >= least, tau, 0.0)
+            elif kind == "low-rank":
+                u, s, vt = torch.linalg.svd(tau.double(), full_matrices=False)
+                tau = (u[:, :5] @ torch.diag(s[:5]) @ vt[:5]).float()
+            state[key] = own + tau
+        states.append(state)
+    return states
+
+
+STORAGES = {"bfloat16": {}, "sparse": {"density": 0.1}, "low-rank": {"rank": 5}}
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "t5"])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_storages_equal_the_loop_over_what_they_keep(storage, kind):
+    model, base, experts, units, inputs = fused(kind, task_vectors=storage, **STORAGES[storage])
+    states = stored(storage, base, experts, [path for paths in units.values() for path in paths])
+    for expert, state in zip(experts, states, strict=True):
+        expert.model.load_state_dict(state)
+    loop = plain(model, base, experts, units, inputs)
+    assert_same(model, loop.model, inputs)
+
+
+def assert_same(model, loop, inputs) -> None:
+    """Outputs and the routers' gradients."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = []
+    with torch.no_grad():
+        assert close(first(model(**inputs)), first(loop(**inputs))) <= 1e-5
+    for m in (model, loop):
+        output = first(m(**inputs))
+        weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(3))
+        gradients.append(torch.autograd.grad((output * weight).sum(), list(parameters.values())))
+    for name, got, want in zip(parameters, *gradients, strict=True):
+        assert close(got, want) <= 1e-4, name
+        assert float(want.abs().sum()) > 0
+
+
+ATTENTION = {
+    "bert": {
+        f"bert.encoder.layer.{i}.attention": ("self.query", "self.key", "self.value", "output.dense") for i in (0, 1)
+    },
+    "vit": {f"vit.layers.{i}.attention": ("q_proj", "k_proj", "v_proj", "o_proj") for i in (0, 1)},
+    "gpt2": {f"transformer.h.{i}": ("attn.c_attn", "attn.c_proj") for i in (0, 1)},
+    "llama": {f"model.layers.{i}.self_attn": ("q_proj", "k_proj", "v_proj", "o_proj") for i in (0, 1)},
+}
+
+
+@pytest.mark.parametrize("kind", ATTENTION)
+def test_attention_can_be_upscaled(kind):
+    model, base, experts, _, inputs = fused(kind, modules="attention")
+    units = {name: [f"{name}.{linear}" for linear in linears] for name, linears in ATTENTION[kind].items()}
+    assert {unit.name: unit.paths for unit in model.units} == units
+    assert_same(model, plain(model, base, experts, units, inputs).model, inputs)
+
+
+def test_a_pattern_and_a_shared_router():
+    model, base, experts, _, inputs = fused("llama", modules=r"\.(gate|up)_proj$", shared_router=True)
+    units = {f"model.layers.{i}.mlp": [f"model.layers.{i}.mlp.{n}_proj" for n in ("gate", "up")] for i in (0, 1)}
+    assert {unit.name: unit.paths for unit in model.units} == units
+    own = {name.removeprefix("router."): p for name, p in model.named_parameters() if name.startswith("router.")}
+    assert sum(p.numel() for p in own.values()) == model.summary()["trainable"]
+    loop = plain(model, base, experts, units, inputs)
+    loop.routers.update(dict.fromkeys(units, own))
+    assert_same(model, loop.model, inputs)

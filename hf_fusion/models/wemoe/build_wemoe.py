@@ -70,11 +70,7 @@ class Plan:
         linear.fill(weight.t() if linear.conv1d else weight, vectors)
         if linear.biases is not None:
             own = self.base[f"{path}.bias"]
-            linear.biases[0].copy_(own)
-            for index, source in enumerate(self.sources, 1):
-                vector = source.vector(f"{path}.bias", own)
-                if vector is not None:
-                    linear.biases[index].copy_(vector)
+            linear.fill_biases(own, [source.vector(f"{path}.bias", own) for source in self.sources])
 
     def check(self) -> None:
         """What is known once everything was read."""

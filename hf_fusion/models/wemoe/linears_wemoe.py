@@ -8,6 +8,7 @@ which only the coefficients need, merges the blocks again.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,12 +16,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-# Merged weights at a time, in elements, and samples that share a block: measured by tests/benchmarks/wemoe.py. On a CPU
-# a block has to stay in cache; on an accelerator it has to fill it.
-BLOCK = {"cpu": 2**20}
-SAMPLES = {"cpu": 8}
-BLOCK_ELSEWHERE, SAMPLES_ELSEWHERE = 2**27, 1024
-SPARSE_BLOCK = 2**17  # elements of a base's rows that one block of a pruned linear covers; fixed when it is stored
+# Elements of θ0 that a block covers, and samples that are merged at a time. On a CPU a block has to stay in cache, and
+# its rows have to be enough to multiply well (tests/benchmarks/wemoe.py); an accelerator wants few large calls.
+BLOCK, SAMPLES = 3 * 2**15, 8
+BLOCK_ELSEWHERE, SAMPLES_ELSEWHERE = 2**22, 32
 
 
 class UpscaledLinear(nn.Module):
@@ -30,12 +29,13 @@ class UpscaledLinear(nn.Module):
     of rows is then long enough to multiply well, and either fills its own part of the output or adds to all of it.
 
     Parameters, all frozen (ΣR is the sum of the experts' ranks here, n the number of kept entries):
-        stack: (K+1, R, C), θ0 and the task vectors ("exact").
-        base: (R, C), θ0 (all others); for low rank (d_out, d_in).
-        vectors: (K, R, C), bfloat16 as the bits of int16, which no loader casts ("bfloat16").
+        base: (R, C), θ0; for low rank (d_out, d_in).
+        vectors: (K, R, C), task vectors ("exact"); bfloat16 as the bits of int16, which no loader casts ("bfloat16").
         index, values, counts: (n,), (n,), (blocks,): places within a block, entries, entries of each block ("sparse").
-        lora_A, lora_B: (ΣR, d_in), (ΣR, d_out) ("low-rank"); rows of A are orthonormal within an expert.
-        biases: (K+1, d_out), or None.
+        lora_A: (ΣR, d_in), rows orthonormal within an expert ("low-rank").
+        lora_B: (ΣR, d_out), or (ΣR + K, d_out) where there is a bias: its task vectors come last, so that one product
+            adds both ("low-rank").
+        biases: (K+1, d_out), θ0 and the task vectors; (1, d_out) for low rank; or None.
 
     Args:
         d_in: width of the input.
@@ -65,31 +65,28 @@ class UpscaledLinear(nn.Module):
         self.by_input = d_in > d_out
         self.rows, self.columns = (d_in, d_out) if self.by_input else (d_out, d_in)
         self.unit: Any = None  # set by its `Unit`
-        bits = {**like, "dtype": torch.int16}
         numbers = {**like, "dtype": torch.int32}
-        if kind == "exact":
-            self.stack = _frozen(experts + 1, self.rows, self.columns, **like)
-        elif kind == "low-rank":
+        if kind == "low-rank":
             self.ranks = list(size)
             self.base = _frozen(d_out, d_in, **like)
             self.lora_A = _frozen(sum(self.ranks), d_in, **like)
-            self.lora_B = _frozen(sum(self.ranks), d_out, **like)
+            self.lora_B = _frozen(sum(self.ranks) + has_bias * experts, d_out, **like)
         else:
             self.base = _frozen(self.rows, self.columns, **like)
-            if kind == "bfloat16":
-                self.vectors = _frozen(experts, self.rows, self.columns, **bits)
-            else:
-                self.step = min(self.rows, max(1, SPARSE_BLOCK // self.columns))
-                self.index = _frozen(size, **numbers)
-                self.values = _frozen(size, **like)
-                self.counts = _frozen(math.ceil(self.rows / self.step), **numbers)
-        self.biases = _frozen(experts + 1, d_out, **like) if has_bias else None
+        if kind in ("exact", "bfloat16"):
+            own = like if kind == "exact" else {**like, "dtype": torch.int16}
+            self.vectors = _frozen(experts, self.rows, self.columns, **own)
+        elif kind == "sparse":
+            self.step = _rows(self.rows, self.columns, BLOCK)
+            self.index = _frozen(size, **numbers)
+            self.values = _frozen(size, **like)
+            self.counts = _frozen(math.ceil(self.rows / self.step), **numbers)
+        self.biases = _frozen(1 if kind == "low-rank" else experts + 1, d_out, **like) if has_bias else None
 
     @property
     def weight(self) -> torch.Tensor:
         """θ0 as nn.Linear has it, (d_out, d_in): some models look at its dtype."""
-        weight = self.stack[0] if self.kind == "exact" else self.base
-        weight = weight.t() if self.by_input and self.kind != "low-rank" else weight
+        weight = self.base.t() if self.by_input and self.kind != "low-rank" else self.base
         weight._is_hf_initialized = True  # type: ignore[attr-defined]  # a model that fills its linears leaves it alone
         return weight
 
@@ -98,9 +95,9 @@ class UpscaledLinear(nn.Module):
         w = self.unit.coefficients(self, x)  # (B, K), N a multiple of B; SMILE has none
         if self.kind == "low-rank":
             return self._low_rank(x, w)
+        w = w.to(x.dtype)
         rows = x.reshape(w.shape[0], -1, self.in_features)  # (B, n, d_in)
-        w = F.pad(w.to(x.dtype), (1, 0), value=1.0)  # (B, K+1): θ0 counts once
-        bias = None if self.biases is None else w @ self.biases.to(x.dtype)  # (B, d_out)
+        bias = None if self.biases is None else torch.addmm(self.biases[0], w, self.biases[1:])  # (B, d_out)
         kept = self.unit.kept(self, w)
         if kept is not None or torch.compiler.is_compiling():
             merged = kept if kept is not None else self.merge(w)  # (B, R, C)
@@ -119,16 +116,13 @@ class UpscaledLinear(nn.Module):
             w = w.to(x.dtype).repeat_interleave(x.shape[0] // w.shape[0], 0)
             w = w.view(x.shape[0], *(1 for _ in x.shape[1:-1]), -1)  # (N, 1, ..., K)
         hidden = hidden * w.repeat_interleave(self._ranks_on(x.device), -1)
-        bias = None
         if self.biases is not None:
-            bias = self.biases[0] + w @ self.biases[1:]
-        y = F.linear(x, self.base)
+            hidden = torch.cat([hidden, w.expand(*x.shape[:-1], -1)], -1)
+        y = F.linear(x, self.base, None if self.biases is None else self.biases[0])
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            y = y + hidden @ self.lora_B
-            return y if bias is None else y + bias
-        flat = y.view(-1, self.out_features)
-        flat.addmm_(hidden.view(-1, hidden.shape[-1]), self.lora_B)
-        return y if bias is None else y.add_(bias)
+            return y + hidden @ self.lora_B
+        y.view(-1, self.out_features).addmm_(hidden.view(-1, hidden.shape[-1]), self.lora_B)
+        return y
 
     def _ranks_on(self, device: torch.device) -> int | torch.Tensor:
         """The experts' ranks as `repeat_interleave` takes them."""
@@ -138,30 +132,24 @@ class UpscaledLinear(nn.Module):
 
     def steps(self, samples: int, device: str) -> tuple[int, int]:
         """Rows of a block, and samples merged at a time."""
-        count = min(samples, SAMPLES.get(device, SAMPLES_ELSEWHERE))
-        if self.kind == "sparse":
-            return self.step, count
-        rows = BLOCK.get(device, BLOCK_ELSEWHERE) // (count * self.columns)
-        return min(self.rows, max(16, rows // 16 * 16)), count
+        rows = _rows(self.rows, self.columns, BLOCK if device == "cpu" else BLOCK_ELSEWHERE)
+        rows = self.step if self.kind == "sparse" else rows
+        return rows, min(samples, SAMPLES if device == "cpu" else SAMPLES_ELSEWHERE)
 
     def block(self, start: int, stop: int, scratch: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        """θ0 and the task vectors of some rows, (K+1, rows · C). `scratch` is reused from call to call."""
+        """The task vectors of some rows, (K, rows · C). `scratch` is reused from call to call."""
         if self.kind == "exact":
-            return self.stack[:, start:stop].flatten(1)
+            return self.vectors[:, start:stop].flatten(1).to(dtype)
         size = (stop - start) * self.columns
         if not scratch:
-            scratch.append(self.base.new_empty(self.experts + 1, size, dtype=dtype))
-        block = scratch[0].view(-1)[: (self.experts + 1) * size].view(self.experts + 1, size)
-        block[0].copy_(self.base[start:stop].flatten())
+            scratch.append(self.base.new_empty(self.experts * size, dtype=dtype))
+        flat = scratch[0][: self.experts * size]
+        block = flat.view(self.experts, size)
         if self.kind == "bfloat16":
-            block[1:].copy_(self.vectors.view(torch.bfloat16)[:, start:stop].flatten(1))
-            return block
+            return block.copy_(self.vectors.view(torch.bfloat16)[:, start:stop].flatten(1))
         number = start // self.step
-        first = self._starts()[number]
-        entries = slice(first, self._starts()[number + 1])
-        rest = block[1:].view(-1)
-        rest.zero_()
-        rest.index_copy_(0, self.index[entries].long(), self.values[entries].to(dtype))
+        entries = slice(*self._starts()[number : number + 2])
+        flat.zero_().index_copy_(0, self.index[entries].long(), self.values[entries].to(dtype))
         return block
 
     def _starts(self) -> list[int]:
@@ -171,28 +159,27 @@ class UpscaledLinear(nn.Module):
         return self._known_starts
 
     def merge(self, w: torch.Tensor) -> torch.Tensor:
-        """Merged weights (B, R, C), whole, from coefficients (B, K+1) that begin with 1."""
-        if self.kind == "exact":
-            return (w @ self.stack.flatten(1).to(w.dtype)).view(-1, self.rows, self.columns)
-        if self.kind == "bfloat16":
-            change = w[:, 1:] @ self.vectors.view(torch.bfloat16).flatten(1).to(w.dtype)
-            return (self.base + change.view(-1, self.rows, self.columns)).to(w.dtype)
-        step, _ = self.steps(1, "")
-        scratch: list[torch.Tensor] = []
-        starts = range(0, self.rows, step)
-        parts = [w @ self.block(start, min(start + step, self.rows), scratch, w.dtype) for start in starts]
-        return torch.cat(parts, 1).view(-1, self.rows, self.columns)
+        """Merged weights (B, R, C), whole, from coefficients (B, K)."""
+        if self.kind in ("exact", "bfloat16"):
+            vectors = self.vectors if self.kind == "exact" else self.vectors.view(torch.bfloat16)
+            change = w @ vectors.flatten(1).to(w.dtype)
+        else:
+            scratch: list[torch.Tensor] = []
+            starts = range(0, self.rows, self.step)
+            blocks = (self.block(start, min(start + self.step, self.rows), scratch, w.dtype) for start in starts)
+            change = torch.cat([w @ block for block in blocks], 1)
+        return change.view(-1, self.rows, self.columns) + self.base.to(w.dtype)
 
     @torch.no_grad()
     def dense(self, w: torch.Tensor) -> nn.Module:
         """The plain linear that coefficients (K,) stand for."""
         like = self.weight
-        one = F.pad(w.to(like.device, torch.float32), (1, 0), value=1.0)
+        w = w.to(like.device, torch.float32)
         if self.kind == "low-rank":
-            scale = one[1:].repeat_interleave(torch.tensor(self.ranks, device=like.device))
-            weight = self.base.float() + (self.lora_B.t().float() * scale) @ self.lora_A.float()
+            scale = w.repeat_interleave(torch.tensor(self.ranks, device=like.device))
+            weight = self.base.float() + (self.lora_B[: len(scale)].t().float() * scale) @ self.lora_A.float()
         else:
-            weight = self.merge(one[None])[0]
+            weight = self.merge(w[None])[0]
             weight = weight.t() if self.by_input else weight
         sizes = self.in_features, self.out_features
         linear: Any
@@ -202,8 +189,24 @@ class UpscaledLinear(nn.Module):
             linear = nn.Linear(*sizes, bias=self.biases is not None, device="meta")
         linear.weight = nn.Parameter(weight.to(like.dtype).contiguous())
         if self.biases is not None:
-            linear.bias = nn.Parameter((one @ self.biases.float()).to(like.dtype))
+            base, change = self._bias_rows()
+            linear.bias = nn.Parameter((base.float() + w @ change.float()).to(like.dtype))
         return linear
+
+    @torch.no_grad()
+    def fill_biases(self, base: torch.Tensor, vectors: Sequence[torch.Tensor | None]) -> None:
+        """Takes the bias of the base (d_out,) and its task vectors, None for no change."""
+        own, changes = self._bias_rows()
+        own.copy_(base)
+        for change, vector in zip(changes, vectors, strict=True):
+            if vector is not None:
+                change.copy_(vector)
+
+    def _bias_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the bias of the base (d_out,) and its task vectors (K, d_out) lie."""
+        assert self.biases is not None
+        rest = self.lora_B[-self.experts :] if self.kind == "low-rank" else self.biases[1:]
+        return self.biases[0], rest
 
     @torch.no_grad()
     def fill(self, base: torch.Tensor, vectors: Any) -> None:
@@ -214,19 +217,15 @@ class UpscaledLinear(nn.Module):
                 B (r, d_out); sparse: flat places in (d_out, d_in) and entries.
         """
         turn = self._turned
-        if self.kind == "exact":
-            self.stack[0].copy_(turn(base))
-            for index, vector in enumerate(vectors, 1):
-                self.stack[index].copy_(turn(vector))
-            return
         self.base.copy_(base if self.kind == "low-rank" else turn(base))
-        if self.kind == "bfloat16":
+        if self.kind in ("exact", "bfloat16"):
+            own = self.vectors if self.kind == "exact" else self.vectors.view(torch.bfloat16)
             for index, vector in enumerate(vectors):
-                self.vectors.view(torch.bfloat16)[index].copy_(turn(vector))
+                own[index].copy_(turn(vector))
         elif self.kind == "low-rank":
             pairs = list(vectors)
             self.lora_A.copy_(torch.cat([a for a, _ in pairs]))
-            self.lora_B.copy_(torch.cat([b for _, b in pairs]))
+            self.lora_B[: sum(self.ranks)].copy_(torch.cat([b for _, b in pairs]))
         else:
             self._fill_sparse(list(vectors))
 
@@ -255,14 +254,19 @@ class UpscaledLinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, experts={self.experts}, task_vectors={self.kind}"
 
 
+def _rows(rows: int, columns: int, elements: int) -> int:
+    """Rows of a block that covers about so many elements."""
+    return min(rows, max(16, elements // columns // 16 * 16))
+
+
 def _frozen(*size: int, **like: Any) -> nn.Parameter:
     return nn.Parameter(torch.zeros(*size, **like), requires_grad=False)
 
 
 class _MergedProduct(torch.autograd.Function):
-    """y_b = x_b θ_bᵀ + bias_b with θ_b = Σ_k w_bk S_k, S the stack of θ0 and the task vectors.
+    """y_b = x_b θ_bᵀ + bias_b with θ_b = θ0 + Σ_k w_bk τ_k.
 
-    With G_b = ∂L/∂θ_b = (∂L/∂y_b)ᵀ x_b, the coefficients' gradient is ∂L/∂w_bk = ⟨G_b, S_k⟩; G is made block by block,
+    With G_b = ∂L/∂θ_b = (∂L/∂y_b)ᵀ x_b, the coefficients' gradient is ∂L/∂w_bk = ⟨G_b, τ_k⟩; G is made block by block,
     as θ is.
     """
 
@@ -291,7 +295,7 @@ class _MergedProduct(torch.autograd.Function):
         grad = grad.contiguous()
         grad_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         grad_w = torch.zeros_like(w) if ctx.needs_input_grad[1] else None
-        for start, stop, group, stack, merged in _blocks(linear, w, merge=grad_x is not None):
+        for start, stop, group, vectors, merged in _blocks(linear, w, merge=grad_x is not None):
             side = slice(start, stop)
             if linear.by_input:
                 inputs, outputs = x[group, :, side], grad[group]
@@ -305,31 +309,32 @@ class _MergedProduct(torch.autograd.Function):
                 left, right = outputs, inputs
             if grad_w is not None:
                 weight_grad = torch.bmm(left.transpose(1, 2), right)  # (b, rows, C)
-                grad_w[group].addmm_(weight_grad.flatten(1), stack.t())
+                grad_w[group].addmm_(weight_grad.flatten(1), vectors.t())
         grad_bias = grad.sum(1) if ctx.needs_input_grad[2] else None
         return grad_x, grad_w, grad_bias, None
 
 
 def _blocks(linear: UpscaledLinear, w: torch.Tensor, merge: bool = True) -> Any:
-    """Row blocks for groups of samples: (start, stop, samples, (K+1, rows · C), (b, rows, C)).
+    """Row blocks for groups of samples: (start, stop, samples, τ (K, rows · C), θ (b, rows, C)).
 
     What is yielded is overwritten by the next one.
     """
     step, count = linear.steps(len(w), w.device.type)
     scratch: list[torch.Tensor] = []
     room = w.new_empty(count * step * linear.columns) if merge else w
+    base = linear.base.to(w.dtype)
     for start in range(0, linear.rows, step):
         stop = min(start + step, linear.rows)
-        stack = linear.block(start, stop, scratch, w.dtype)
+        vectors = linear.block(start, stop, scratch, w.dtype)
         for first in range(0, len(w), count):
             group = slice(first, min(first + count, len(w)))
             size = group.stop - first, (stop - start) * linear.columns
             if not merge:
-                yield start, stop, group, stack, room
+                yield start, stop, group, vectors, room
                 continue
             into = room[: size[0] * size[1]].view(size)
-            torch.mm(w[group], stack, out=into)
-            yield start, stop, group, stack, into.view(size[0], stop - start, linear.columns)
+            torch.addmm(base[start:stop].flatten(), w[group], vectors, out=into)
+            yield start, stop, group, vectors, into.view(size[0], stop - start, linear.columns)
 
 
 __all__ = ["UpscaledLinear"]
