@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny import vit
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, GPT2Config
 
 from hf_fusion.errors import FusionError
@@ -115,6 +116,8 @@ def edit(folder, **fields):
         ({"lora_bias": True}, "lora_bias"),
         ({"bias": "lora_only"}, "bias"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"trainable_token_indices": {"word_embeddings": [1]}}, "trainable_token_indices"),
+        ({"target_parameters": ["intermediate.dense.weight"]}, "target_parameters"),
     ],
 )
 def test_refuses_what_peft_can_do_but_b_a_cannot(options, field, tmp_path):
@@ -128,6 +131,9 @@ def test_refuses_what_peft_can_do_but_b_a_cannot(options, field, tmp_path):
     [
         ({"peft_type": "LOHA"}, "peft_type='LOHA'"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights='corda'"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens"),
         ({"r": 0}, "r=0"),
         ({"r": 5}, "ranks of .* disagree"),
         ({"r": "4"}, "r='4'"),
@@ -147,6 +153,12 @@ def test_refuses_config_by_field(fields, named, tmp_path):
 def test_refuses_embeddings(tmp_path):
     save_adapter(tmp_path, bert(), r=4, target_modules=["word_embeddings"])
     with pytest.raises(FusionError, match="word_embeddings.*linear"):
+        read_adapter(tmp_path, "me/adapter")
+
+
+def test_refuses_convolutions(tmp_path):
+    save_adapter(tmp_path, vit(["x", "y"]), r=4, target_modules=["projection"])
+    with pytest.raises(FusionError, match="adapts .*projection, which is not a linear layer"):
         read_adapter(tmp_path, "me/adapter")
 
 
