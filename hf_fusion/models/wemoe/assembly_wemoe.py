@@ -110,13 +110,13 @@ class Source:
         return path in self.lora or (own is not None and not torch.equal(own, base))
 
     def check_relation(self) -> None:
-        """An expert that was fine-tuned lies near its base.
+        """An expert that was fine-tuned lies near its base; an adapter names its own.
 
         Raises:
             ValueError: for one that does not.
         """
         relative = (self.distance / max(self.size, 1e-300)) ** 0.5
-        if relative >= UNRELATED:
+        if relative >= UNRELATED and not self.row["adapter"]:
             raise ValueError(
                 f"{self.name} is as far from the base as a stranger ({relative:.2f} of the base's norm): "
                 "it was made from another one"
@@ -170,8 +170,12 @@ def find_units(model: nn.Module, modules: str) -> list[tuple[str, list[str]]]:
                     units[holder] = paths
                     taken.update(paths)
     else:
+        try:
+            pattern = re.compile(modules)
+        except re.error as error:
+            raise ValueError(f"modules={modules!r} is no name and not a regular expression ({error})") from None
         for path in linears:
-            if re.search(modules, path):
+            if pattern.search(path):
                 units.setdefault(path.rpartition(".")[0], []).append(path)
     if not units:
         rows = "no MLP of a known manner" if modules == "mlp" else f"no linear that modules={modules!r} finds"

@@ -86,6 +86,10 @@ def check_options(experts: Sequence[Any], **options: Any) -> None:
     """
     if not experts:
         raise ValueError("a fusion needs at least one expert; the list is empty")
+    for name in ("scaling", "density", "top_k", "gate_rank"):
+        value = options.get(name, 1)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}, not a number")
     known = ("task_vectors", "routing", "router_layers", "density")
     WEMoEConfig(**{name: options[name] for name in known if name in options})
     if options.get("heads", "task") not in HEADS:

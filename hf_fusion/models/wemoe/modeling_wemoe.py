@@ -160,7 +160,7 @@ class WEMoEModel(PreTrainedModel):
                     linears[0].in_features,
                     {"dtype": linears[0].weight.dtype, "device": linears[0].weight.device},
                 )
-                router = one = Router(width, config.num_experts, config.router_layers, config.scaling, like)
+                router = one = Router(width, config.num_experts, config.router_layers, config.scaling, like, number)
                 (self if config.shared_router else linears[0]).add_module("router", router)
             elif config.routing == "wemoe":
                 router = one

@@ -22,15 +22,21 @@ class Router(nn.Module):
     The router's output is averaged over a sample's tokens; what is linear after the last ReLU is applied to the mean.
     """
 
-    def __init__(self, width: int, experts: int, layers: int, scaling: float, like: dict[str, Any]) -> None:
+    def __init__(
+        self, width: int, experts: int, layers: int, scaling: float, like: dict[str, Any], seed: int = 0
+    ) -> None:
         super().__init__()
         sizes = ((), (experts,), (width, experts))[layers]
         linears = [nn.Linear(width, size, **like) for size in sizes]
-        for linear in linears:
-            nn.init.normal_(linear.weight, std=0.01)
-            nn.init.constant_(linear.bias, scaling if linear is linears[-1] else 0.0)
+        generator = torch.Generator().manual_seed(seed)  # its own: a recipe makes the same model again
+        with torch.no_grad():
+            for linear in linears if like["device"].type != "meta" else []:
+                linear.weight.copy_(0.01 * torch.randn(linear.weight.shape, generator=generator))
+                linear.bias.fill_(scaling if linear is linears[-1] else 0.0)
         self.layers = nn.ModuleList(linears)
         self.constant = None if layers else nn.Parameter(torch.full((experts,), scaling, **like))
+        for module in self.modules():  # or the model around it would begin anew with its own range
+            module._is_hf_initialized = True  # type: ignore[assignment]
 
     def forward(self, x: torch.Tensor, share: torch.Tensor | None = None) -> torch.Tensor:
         """(B, T, d) and each token's share (B, T), or None where all count alike -> (B, K); of 0 layers (1, K)."""

@@ -1,0 +1,461 @@
+"""What WEMoE is made of: coefficients, heads, adapters, towers, SMILE, plain models out of it, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from models.test_wemoe import close, first, fused, shuffled
+from tiny import adapter, bert, gpt2, llama, merged, names
+from tiny_fused import (
+    IDS,
+    MASK,
+    PIXELS,
+    SHAPES,
+    TEXT,
+    base_expert,
+    bert_base,
+    clip,
+    clip_vision,
+    experts_of,
+    fine_tuned,
+)
+from torch import nn
+from transformers import BertModel
+
+from hf_fusion import Expert
+from hf_fusion.models.wemoe import WEMoEModel
+
+LAYERS = [f"bert.encoder.layer.{i}" for i in (0, 1)]
+
+
+def arithmetic(base: nn.Module, experts, scaling: float = 0.3) -> nn.Module:
+    """Task arithmetic, the plain way."""
+    model = copy.deepcopy(base)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            own = base.state_dict()[name]
+            if tensor.is_floating_point():
+                tensor.copy_(own + scaling * sum(e.model.state_dict()[name] - own for e in experts))
+    return model
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_constant_routers_are_task_arithmetic(kind):
+    build, _, inputs = SHAPES[kind]
+    base = build()
+    experts = experts_of(base)
+    model = WEMoEModel.from_experts(experts, base_expert(base), router_layers=0, heads="shared")
+    dense = arithmetic(base, experts)
+    with torch.no_grad():
+        want = first(dense(**inputs))
+        assert close(first(model(**inputs)), want) <= 1e-5
+        merged = model.merge_for(coefficients=[0.3] * 3)
+    assert type(merged) is type(base)
+    assert merged.state_dict().keys() == base.state_dict().keys()
+    for name, tensor in dense.state_dict().items():
+        assert torch.allclose(merged.state_dict()[name], tensor, atol=1e-6), name
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_one_hot_coefficients_are_that_experts_mlps(kind):
+    model, base, experts, units, inputs = fused(kind)
+    for _index, expert in enumerate(experts):
+        dense = arithmetic(base, experts)
+        own = {
+            k: t
+            for k, t in expert.model.state_dict().items()
+            if k.startswith(tuple(p for u in units.values() for p in u))
+        }
+        dense.load_state_dict(own, strict=False)
+        assert len(own) >= 2 * len(units)
+        with torch.no_grad(), model.using(expert.name):
+            assert close(first(model(**inputs)), first(dense(**inputs))) <= 1e-5
+    rows = torch.eye(3)  # each sample its own expert
+    with torch.no_grad(), model.using(rows):
+        together = first(model(**inputs))
+    with torch.no_grad(), model.using(dict.fromkeys(units, rows)):
+        assert torch.equal(first(model(**inputs)), together)
+
+
+def test_an_input_finds_its_plain_model():
+    model, base, _, _, inputs = fused("bert")
+    with torch.no_grad():
+        want = model(**inputs).logits
+        for row in range(3):
+            alone = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+            dense = model.merge_for(alone)
+            assert type(dense) is type(base)
+            assert close(dense(**alone).logits[0], want[row]) <= 1e-5
+    with pytest.raises(ValueError, match="pass inputs, coefficients or task"):
+        model.merge_for()
+    with pytest.raises(ValueError, match="not both"):
+        model.merge_for(inputs, coefficients=[1, 0, 0])
+    with pytest.raises(ValueError, match="2 coefficients were given, but there are 3 experts"):
+        model.merge_for(coefficients=[1, 0])
+    with pytest.raises(ValueError, match="no unit 'bert'"):
+        model.merge_for(coefficients={"bert": [1, 0, 0]})
+    with pytest.raises(ValueError, match="no coefficients for bert.encoder.layer.1"):
+        model.merge_for(coefficients={LAYERS[0]: [1, 0, 0]})
+    dense = fused("clip")[0].merge_for(coefficients=[0.1, 0.2, 0.3])
+    assert first(dense(**SHAPES["clip"][2])).isfinite().all()
+    model, _, _, _, inputs = fused("t5")
+    encoded = model.get_encoder()(input_ids=IDS, attention_mask=MASK)
+    with pytest.raises(ValueError, match="these inputs do not reach encoder.block.0.layer.1"):
+        model.merge_for({"encoder_outputs": encoded, "decoder_input_ids": inputs["decoder_input_ids"]})
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit", "llama", "t5 gated"])
+@pytest.mark.parametrize("storage", ["exact", "low-rank"])
+def test_neighbours_and_padding_do_not_change_an_answer(kind, storage):
+    """Not bitwise, since products choose another kernel for another number of rows: the dense base's are not either."""
+    model, base, _, _, inputs = fused(kind, task_vectors=storage, **({"rank": 5} if storage == "low-rank" else {}))
+    assert apart(model, inputs) <= 1e-6 + apart(base, inputs)
+    double = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
+    assert apart(model.double(), double) <= 1e-13
+
+
+def apart(model: nn.Module, inputs: dict[str, torch.Tensor]) -> float:
+    """The largest difference that a sample alone, without its padding, makes to the sample in the batch."""
+    worst = 0.0
+    with torch.no_grad():
+        together = first(model(**inputs))
+        for row in range(3):
+            alone = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+            real = int(alone.get("attention_mask", torch.ones(1, 99)).sum())
+            cut = {k: t[:, :real] if k in ("input_ids", "attention_mask") else t for k, t in alone.items()}
+            got, want = first(model(**cut))[0], together[row]
+            worst = max(worst, close(got, want[: len(got)] if got.dim() > 1 else want))
+    return worst
+
+
+def test_routers_begin_at_task_arithmetic():
+    """Paper, section 3.2: weights N(0, 0.01²), last biases λ, all others 0; the same anew for the same experts."""
+    base = bert_base()
+    experts = experts_of(base)
+    model, again = (WEMoEModel.from_experts(experts, base_expert(base), scaling=0.25) for _ in range(2))
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(own) == 8
+    for name, parameter in own.items():
+        assert torch.equal(parameter, again.get_parameter(name))
+        if name.endswith("weight"):
+            assert float(parameter.std()) == pytest.approx(0.01, rel=0.3)
+        else:
+            assert torch.equal(parameter, torch.full_like(parameter, 0.25 if "layers.1.bias" in name else 0.0))
+
+
+def test_one_merge_for_a_batch_only_when_asked():
+    model, _, _, _, inputs = fused("bert")
+    with torch.no_grad():
+        apart = model(**inputs).logits
+        model.config.batch_reduce, model.record_routing = True, True
+        together = model(**inputs).logits
+        w = model.routing_trace().coefficients()
+    assert w.shape == (3, 2, 3)
+    assert torch.equal(w[0], w[1])
+    assert close(together, apart) > 1e-4
+    twice = {name: tensor[[1, 1]] for name, tensor in inputs.items()}
+    model.config.batch_reduce = False
+    with torch.no_grad():
+        assert close(model(**twice).logits[0], apart[1]) <= 1e-6
+
+
+def different_labels() -> tuple[nn.Module, list[Expert]]:
+    """Three classifiers on one trunk, with classes of their own."""
+    labels = (["a", "b"], ["b", "c", "d"], ["a", "e", "c", "f"])
+    base, experts = bert_base(), []
+    for k, own in enumerate(labels):
+        model = bert(own, seed=10 + k)
+        trunk = fine_tuned(base, k).bert
+        model.bert.load_state_dict(trunk.state_dict())
+        experts.append(Expert(f"me/task-{k}", model, labels=own))
+    return base, experts
+
+
+def test_every_task_keeps_its_head():
+    base, experts = different_labels()
+    trunk = BertModel(base.config).eval()
+    trunk.load_state_dict(base.bert.state_dict())
+    model = shuffled(WEMoEModel.from_experts(experts, Expert("me/trunk", trunk)))  # a base without a head
+    assert model.task == "me/task-0"
+    with torch.no_grad():
+        for expert in experts:
+            logits = model(**TEXT, task=expert.name).logits
+            assert logits.shape == (3, len(expert.labels))
+            dense = model.merge_for({k: t[:1] for k, t in TEXT.items()}, task=expert.name)
+            assert close(dense(**TEXT).logits[0], logits[0]) <= 1e-5
+            assert torch.equal(dense.classifier.weight, expert.model.classifier.weight)
+            assert list(dense.config.id2label.values()) == expert.labels
+            loss = model(**TEXT, task=expert.name, labels=torch.tensor([0, 1, len(expert.labels) - 1])).loss
+            assert loss.isfinite()
+        assert model(**TEXT).logits.shape == (3, 2)
+        assert model.config.id2label == {0: "a", 1: "b"}  # a task named in a call is forgotten after it
+        model.task = "me/task-2"
+        assert model(**TEXT).logits.shape == (3, 4)
+        assert list(model.config.id2label.values()) == ["a", "e", "c", "f"]
+    with pytest.raises(ValueError, match="no expert 'nobody'; there are me/task-0"):
+        model(**TEXT, task="nobody")
+    with pytest.raises(ValueError, match="have different labels: no single head"):
+        WEMoEModel.from_experts(experts, base_expert(base), heads="shared")
+    with pytest.raises(ValueError, match="the base has no head"):
+        WEMoEModel.from_experts(experts, Expert("me/trunk", trunk), heads="base")
+    with pytest.raises(ValueError, match="default_task is 'nobody'"):
+        WEMoEModel.from_experts(experts, base_expert(base), default_task="nobody")
+
+
+def test_adapters_are_experts_like_any_other():
+    base = bert_base()
+    adapters = [adapter(base, rank, 2, seed, ("query", "dense")) for seed, rank in enumerate((3, 5))]
+    for lora in adapters:
+        lora.lora = {path: (a * 0.3, b * 0.3) for path, (a, b) in lora.lora.items()}
+    loras = [Expert(f"me/{k}", base, lora, labels=["x", "y"]) for k, lora in enumerate(adapters)]
+    full = [Expert(f"me/{k}", merged(base, lora, ["x", "y"]), labels=["x", "y"]) for k, lora in enumerate(adapters)]
+    models = [
+        shuffled(WEMoEModel.from_experts(experts, given))
+        for experts, given in ((loras, None), (full, base_expert(base)), ([loras[0], full[1]], base_expert(base)))
+    ]
+    with torch.no_grad():
+        want = models[1](**TEXT, task="me/1").logits
+        for model in models:
+            assert close(model(**TEXT, task="me/1").logits, want) <= 1e-5
+    conv = gpt2()
+    lora = adapter(conv, 3, None, 0, ("c_fc", "c_proj"))
+    model = WEMoEModel.from_experts([Expert("me/0", conv, lora)])
+    with torch.no_grad(), model.using("me/0"):
+        dense = model.merge_for(task="me/0")
+        for path, (a, b) in lora.lora.items():
+            if "mlp" in path:
+                want = conv.get_submodule(path).weight + (b @ a).t()
+                assert torch.allclose(dense.get_submodule(path).weight, want, atol=1e-6)
+
+
+def test_towers_of_a_base_are_experts_too():
+    base = clip()
+    towers = [fine_tuned(clip_vision(), k) for k in range(2)]
+    start = clip_vision()
+    start.load_state_dict(base.vision_model.state_dict())
+    towers = [fine_tuned(start, k) for k in range(2)]
+    model = shuffled(WEMoEModel.from_experts([Expert(f"me/{k}", t) for k, t in enumerate(towers)], base_expert(base)))
+    assert [unit.name for unit in model.units] == [f"vision_model.encoder.layers.{i}" for i in (0, 1)]
+    whole = []
+    for tower in towers:  # the same as full models whose text tower is the base's
+        whole.append(copy.deepcopy(base))
+        whole[-1].vision_model.load_state_dict(tower.state_dict())
+    other = shuffled(WEMoEModel.from_experts([Expert(f"me/{k}", t) for k, t in enumerate(whole)], base_expert(base)))
+    inputs = {**TEXT, "pixel_values": PIXELS}
+    with torch.no_grad():
+        got = model(**inputs).logits_per_image
+        assert torch.equal(got, other(**inputs).logits_per_image)
+        assert close(got, base(**inputs).logits_per_image) > 1e-3
+
+
+def test_smile_token_by_token():
+    model, base, experts, units, inputs = fused(
+        "llama", task_vectors="low-rank", rank=6, routing="smile", top_k=2, gate_rank=4
+    )
+    assert model.summary()["trainable"] == 0
+    loop = arithmetic(base, experts)
+    for paths in units.values():
+        for path in paths:
+            linear = loop.get_submodule(path)
+            linear.weight.data.copy_(base.get_submodule(path).weight)
+            updates = [e.model.get_submodule(path).weight.detach() - linear.weight.detach() for e in experts]
+            factors = [torch.linalg.svd(u.double(), full_matrices=False) for u in updates]
+
+            def hook(module, args, output, factors=factors):
+                for token, x in zip(output.view(-1, output.shape[-1]), args[0].view(-1, args[0].shape[-1])):
+                    scores = torch.stack([(vt[:4].float() @ x).norm() for _, _, vt in factors]).softmax(0)
+                    chosen = scores.argsort(descending=True)[:2]
+                    for k in chosen:
+                        u, s, vt = factors[k]
+                        change = (u[:, :6] * s[:6]) @ vt[:6]
+                        token += scores[k] / scores[chosen].sum() * (change.float() @ x)
+                return output
+
+            linear.register_forward_hook(hook)
+    with torch.no_grad():
+        assert close(model(**inputs).logits[MASK.bool()], loop(**inputs).logits[MASK.bool()]) <= 1e-5
+    with pytest.raises(ValueError, match="no dense model does the same"):
+        model.merge_for(coefficients=[1, 0, 0])
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    assert torch.equal(*(model.generate(IDS[:2], use_cache=cached, **options) for cached in (True, False)))
+
+
+def test_energy_decides_the_rank():
+    model, base, experts, _, _ = fused("bert", task_vectors="low-rank", energy=0.7)
+    summary = model.summary()
+    path = "bert.encoder.layer.1.output.dense"
+    taus = [e.model.get_submodule(path).weight - base.get_submodule(path).weight for e in experts]
+    values = [torch.linalg.svdvals(tau.detach()) ** 2 for tau in taus]
+    kept = [v.cumsum(0) / v.sum() for v in values]
+    ranks = [int((k < 0.7).sum()) + 1 for k in kept]
+    assert model.units[1].linears[1].ranks == ranks
+    assert len(set(ranks)) > 0
+    want = sum(float(k[r - 1]) for k, r in zip(kept, ranks)) / 3
+    assert summary["energy"][path] == pytest.approx(want, abs=1e-5)
+    assert min(summary["energy"].values()) >= 0.7
+
+
+@pytest.mark.parametrize("rule", ["simple_average", "ties"])
+def test_the_rest_is_merged_by_a_rule(rule):
+    base = bert_base()
+    experts = experts_of(base)
+    model = WEMoEModel.from_experts(experts, base_expert(base), merge=rule)
+    key = "bert.encoder.layer.0.attention.self.query.weight"
+    own = base.state_dict()[key]
+    taus = torch.stack([e.model.state_dict()[key] - own for e in experts]).double()
+    if rule == "simple_average":
+        want = own + taus.mean(0)
+    else:
+        want = own.clone().double()
+        kept = []
+        for tau in taus:
+            threshold = tau.abs().flatten().sort(descending=True).values[round(0.2 * tau.numel()) - 1]
+            kept.append(torch.where(tau.abs() >= threshold, tau, 0.0))
+        for place in range(own.numel()):
+            entries = [float(k.flatten()[place]) for k in kept]
+            sign = sum(entries)
+            agreeing = [e for e in entries if e * sign > 0]
+            if agreeing:
+                want.view(-1)[place] += 0.3 * sum(agreeing) / len(agreeing)
+    assert torch.allclose(model.backbone.state_dict()[key].double(), want.double(), atol=1e-6)
+
+
+def test_base_and_experts_are_left_as_they_were():
+    base = bert_base()
+    experts = experts_of(base)
+    before = [copy.deepcopy(m.state_dict()) for m in (base, *(e.model for e in experts))]
+    model = shuffled(WEMoEModel.from_experts(experts, base_expert(base)))
+    model(**TEXT).logits.sum().backward()
+    for state, m in zip(before, (base, *(e.model for e in experts))):
+        assert all(torch.equal(tensor, m.state_dict()[name]) for name, tensor in state.items())
+        assert all(p.requires_grad and p.grad is None for p in m.parameters())
+
+
+def test_one_expert_and_32():
+    base = bert_base()
+    with torch.no_grad():
+        for count in (1, 32):
+            experts = experts_of(base, count, scale=0.02)
+            model = WEMoEModel.from_experts(experts, base_expert(base), router_layers=0, scaling=0.1, heads="shared")
+            assert close(model(**TEXT).logits, arithmetic(base, experts, 0.1)(**TEXT).logits) <= 1e-5
+
+
+def narrower(expert: Expert) -> Expert:
+    return replace(expert, model=bert(["x", "y"], hidden=16))
+
+
+def spoiled(expert: Expert, name: str) -> Expert:
+    with torch.no_grad():
+        expert.model.get_parameter(name).view(-1)[3] = float("nan")
+    return expert
+
+
+def other_vocabulary(expert: Expert) -> Expert:
+    expert.model.resize_token_embeddings(410, mean_resizing=False)
+    return expert
+
+
+def deeper(expert: Expert) -> Expert:
+    config = type(expert.model.config).from_dict({**expert.model.config.to_dict(), "num_hidden_layers": 3})
+    return replace(expert, model=type(expert.model)(config).eval())
+
+
+def shallower(expert: Expert) -> Expert:
+    config = type(expert.model.config).from_dict({**expert.model.config.to_dict(), "num_hidden_layers": 1})
+    return replace(expert, model=type(expert.model)(config).eval())
+
+
+DENSE = "bert.encoder.layer.1.output.dense.weight"
+EMBEDDING = "bert.embeddings.word_embeddings.weight"
+MISFITS = {
+    "other sizes": (narrower, r"me/expert-1: .* is \[.*\], in the base \["),
+    "other vocabulary": (
+        other_vocabulary,
+        f"me/expert-1: {EMBEDDING} is .410, 32., in the base .400, 32.: another voc",
+    ),
+    "NaN in an MLP": (lambda e: spoiled(e, DENSE), f"me/expert-1 has NaN or Inf in {DENSE}"),
+    "NaN in the rest": (lambda e: spoiled(e, EMBEDDING), f"me/expert-1 has NaN or Inf in {EMBEDDING}"),
+    "NaN in a head": (lambda e: spoiled(e, "classifier.weight"), "me/expert-1 has NaN or Inf in weight of its head"),
+    "another base": (
+        lambda e: replace(e, model=bert(["x", "y"], seed=77)),
+        "me/expert-1 is as far from the base as a stranger .1.3",
+    ),
+    "more layers": (deeper, "me/expert-1 has 16 tensors that the base does not have, first bert.encoder.layer.2"),
+    "fewer layers": (shallower, "me/expert-1 lacks 16 tensors of the base, first bert.encoder.layer.1"),
+    "other architecture": (
+        lambda e: replace(e, model=llama()),
+        "me/expert-1 is a LlamaForCausalLM, me/expert-0 a Bert",
+    ),
+    "twice": (lambda e: replace(e, name="me/expert-0"), "there are two experts called me/expert-0"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_what_does_not_fit_is_named(name):
+    base = bert_base()
+    experts = experts_of(base)
+    spoil, message = MISFITS[name]
+    experts[1] = spoil(experts[1])
+    with pytest.raises(ValueError, match=message):
+        WEMoEModel.from_experts(experts, base_expert(base))
+
+
+def test_tied_and_untied_heads():
+    tied = gpt2()
+    untied = copy.deepcopy(fine_tuned(tied, 0))
+    untied.config.tie_word_embeddings = False
+    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach() + 0.01)
+    experts = [Expert("me/tied", fine_tuned(tied, 1)), Expert("me/untied", untied)]
+    with pytest.raises(
+        ValueError, match="me/untied has lm_head.weight apart from transformer.wte.weight; the base ties"
+    ):
+        WEMoEModel.from_experts(experts, base_expert(tied))
+    fused_tied = WEMoEModel.from_experts(experts[:1], base_expert(tied)).backbone
+    assert fused_tied.lm_head.weight is fused_tied.transformer.wte.weight
+    torch.manual_seed(0)
+    base = type(tied)(type(tied.config).from_dict({**tied.config.to_dict(), "tie_word_embeddings": False})).eval()
+    model = WEMoEModel.from_experts([Expert("me/0", fine_tuned(base, 2))], base_expert(base), router_layers=0).backbone
+    assert not torch.equal(model.lm_head.weight, model.transformer.wte.weight)
+
+
+OPTIONS = {
+    "no experts": ({"experts": []}, "at least one expert; the list is empty"),
+    "no base": ({"base": None}, "me/expert-0 is a full model: pass base="),
+    "wrong base": (
+        {"base": base_expert(llama())},
+        "the base LlamaForCausalLM lacks .* tensors of the experts' BertFor",
+    ),
+    "router_layers": ({"router_layers": 3}, "router_layers is 3; it must be one of 0, 1, 2"),
+    "task_vectors": ({"task_vectors": "int4"}, "task_vectors is 'int4'; it must be one of exact"),
+    "low rank without a rank": ({"task_vectors": "low-rank"}, "needs either rank= or energy="),
+    "rank": ({"task_vectors": "low-rank", "rank": 0}, "rank is 0; it must be a whole number above 0"),
+    "energy": ({"task_vectors": "low-rank", "energy": 2}, "energy is 2; it must be above 0"),
+    "a rank for nothing": ({"rank": 4}, "rank and energy are for task_vectors='low-rank'"),
+    "density": ({"task_vectors": "sparse", "density": 0}, "density is 0; it must be above 0"),
+    "smile": ({"routing": "smile"}, "it needs task_vectors='low-rank'"),
+    "merge": ({"merge": "magic"}, "merge is 'magic'; it must be one of task_arithmetic"),
+    "heads": ({"heads": "magic"}, "heads is 'magic'; it must be one of task"),
+    "modules": ({"modules": "nothing"}, "no linear that modules='nothing' finds"),
+    "pattern": ({"modules": "("}, r"modules='\('.*not a regular expression"),
+    "scaling": ({"scaling": "much"}, "scaling is 'much', not a number"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_wrong_options_are_named(name):
+    base = bert_base()
+    options, message = OPTIONS[name]
+    given = {"experts": experts_of(base), "base": base_expert(base), **options}
+    with pytest.raises(ValueError, match=message):
+        WEMoEModel.from_experts(**given)
+
+
+def test_labels_of_bare_models_are_their_configs():
+    base = bert(["x", "y"])
+    model = fine_tuned(base, 0)
+    model.config.id2label = names(["p", "q"])["id2label"]
+    fused_model = WEMoEModel.from_experts([model], base)  # bare models: hf_fusion makes experts of them
+    assert fused_model.config.experts[0]["labels"] == ["p", "q"]
