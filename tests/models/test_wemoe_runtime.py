@@ -1,0 +1,157 @@
+"""WEMoE in the tools around it: bf16, gradient checkpointing, Trainer, torch.compile, device_map, copies, traces."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from models.test_wemoe import close, first, fused, plain
+from models.test_wemoe_experts import different_labels
+from tiny_fused import IDS, MASK, TEXT, base_expert
+from transformers import Trainer, TrainingArguments
+
+from hf_fusion.models.wemoe import WEMoEModel, linears_wemoe
+
+STORAGES = {"exact": {}, "bfloat16": {}, "sparse": {}, "low-rank": {"rank": 5}}
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_bfloat16_follows_float32(kind, storage, tmp_path):
+    model, _, _, _, inputs = fused(kind, task_vectors=storage, **STORAGES[storage])
+    model.save_pretrained(tmp_path)
+    half = WEMoEModel.from_pretrained(tmp_path, dtype=torch.bfloat16) if kind == "bert" else copy.deepcopy(model)
+    half = half.bfloat16()
+    real = MASK.bool() if kind == "llama" else slice(None)
+    with torch.no_grad():
+        want, got = (first(m(**inputs)) for m in (model, half))
+    assert got.dtype is torch.bfloat16
+    assert close(got.float()[real], want[real]) < 0.05
+    first(half(**inputs)).float().sum().backward()
+    gradients = [p.grad for p in half.parameters() if p.requires_grad]
+    assert all(g is not None and g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "t5"])
+def test_gradient_checkpointing_changes_nothing(kind):
+    model, _, _, _, inputs = fused(kind)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            model.train()
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+                elif isinstance(getattr(module, "dropout", None), float):  # T5's attention
+                    module.dropout = 0.0
+        first(model(**inputs, **({} if kind == "bert" else {"use_cache": False}))).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+        model.zero_grad()
+    for one, two in zip(*gradients):
+        assert close(two, one) <= 1e-5
+
+
+def test_blocks_of_any_size_give_the_same(monkeypatch):
+    """Rows that do not divide, and more samples than are merged at a time."""
+    model, base, experts, units, _ = fused("bert")
+    ids = torch.randint(1, 300, (11, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[::2, 4:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    results = []
+    for block, samples in ((32 * 24, 4), (10**6, 64)):
+        monkeypatch.setattr(linears_wemoe, "BLOCK", block)
+        monkeypatch.setattr(linears_wemoe, "SAMPLES", samples)
+        assert model.units[0].linears[0].steps(11, "cpu") == ((16, 4) if samples == 4 else (64, 11))
+        logits = model(**inputs).logits
+        logits.square().sum().backward()
+        results.append([logits.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+        model.zero_grad()
+    loop = plain(model, base, experts, units, inputs)
+    assert close(results[0][0], loop.model(**inputs).logits.detach()) <= 1e-5
+    for one, two in zip(*results):
+        assert close(one, two) <= 1e-4
+
+
+def test_trainer_moves_routers_alone(tmp_path):
+    base, experts = different_labels()
+    model = WEMoEModel.from_experts(experts, base_expert(base))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    rows = Dataset.from_dict({"input_ids": IDS.tolist(), "attention_mask": MASK.tolist(), "labels": [0, 1, 1]})
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=3, learning_rate=0.05, report_to=[], use_cpu=True, remove_unused_columns=False
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows.with_format("torch"))
+    result = trainer.train()
+    assert result.training_loss > 0
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+    trainer.save_model(str(tmp_path / "saved"))
+    again = WEMoEModel.from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(again(**TEXT).logits, model.eval()(**TEXT).logits)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("kind", ["vit", "llama"])
+def test_compiles_without_a_graph_break(kind, storage):
+    model, _, _, _, inputs = fused(kind, task_vectors=storage, **STORAGES[storage])
+    extra = {"use_cache": False} if kind == "llama" else {}
+    with torch.no_grad():
+        want = first(model(**inputs, **extra))
+        compiled = torch.compile(model.backbone, backend="eager", fullgraph=True)  # a break would raise
+        got = first(compiled(**inputs, **extra))
+    torch._dynamo.reset()
+    assert close(got, want) <= 1e-5
+
+
+def test_device_map_and_copies(tmp_path):
+    model, _, _, _, inputs = fused("llama", task_vectors="bfloat16")
+    model.save_pretrained(tmp_path)
+    placed = type(model).from_pretrained(tmp_path, device_map="cpu")
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        want = model(**inputs).logits
+        assert torch.equal(placed(**inputs).logits, want)
+        assert torch.equal(copied(**inputs).logits, want)
+        for unit in copied.units:
+            unit.routers[0].layers[1].bias.add_(1)
+        assert not torch.allclose(copied(**inputs).logits, want)
+        assert torch.equal(model(**inputs).logits, want)
+
+
+def test_a_trace_holds_coefficients_by_layer_and_sample():
+    model, _, _, units, inputs = fused("llama")
+    with torch.no_grad():
+        plain_logits = model(**inputs).logits
+        with pytest.raises(ValueError, match="record_routing"):
+            model.routing_trace()
+        model.record_routing = True
+        assert torch.equal(model(**inputs).logits, plain_logits)
+    trace = model.routing_trace()
+    assert trace.layers == list(units)
+    assert trace.experts == model.experts
+    assert trace.coefficients().shape == (3, 2, 3)
+    assert torch.equal(trace.coefficients()[:, 1], trace.coefficients("model.layers.1"))
+    model.generate(**inputs, num_beams=2, max_new_tokens=3, do_sample=False)
+    assert close(model.routing_trace().coefficients(), trace.coefficients()) <= 1e-5  # a row a prompt, not a beam
+    assert set(model.routing_trace().to_dict()) == {"experts", "layers"}
+
+
+def test_summary_counts():
+    model, base, _, units, _ = fused("llama")
+    summary = model.summary()
+    linears = [path for paths in units.values() for path in paths]
+    size = sum(base.get_submodule(path).weight.numel() for path in linears)
+    assert summary["upscaled_linears"] == len(linears)
+    assert summary["upscaled_parameters"] == size
+    assert summary["stored_bytes"] == 4 * 4 * size  # θ0 and three task vectors
+    assert summary["parameters"] == sum(p.numel() for p in model.parameters())
+    assert summary["trainable"] == 2 * (32 * 32 + 32 + 3 * 32 + 3)
+    half = fused("llama", task_vectors="bfloat16")[0].summary()
+    assert half["stored_bytes"] == (4 + 3 * 2) * size
+    sparse = fused("llama", task_vectors="sparse")[0].summary()
+    assert sparse["stored_bytes"] < 0.5 * summary["stored_bytes"]
