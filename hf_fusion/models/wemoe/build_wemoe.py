@@ -92,6 +92,8 @@ def check_options(experts: Sequence[Any], **options: Any) -> None:
             raise ValueError(f"{name} is {value!r}, not a number")
     known = ("task_vectors", "routing", "router_layers", "density")
     WEMoEConfig(**{name: options[name] for name in known if name in options})
+    if not isinstance(modules := options.get("modules", "mlp"), str):
+        raise ValueError(f"modules is {modules!r}, not a name or a regular expression")
     if options.get("heads", "task") not in HEADS:
         raise ValueError(f"heads is {options['heads']!r}; it must be one of {', '.join(HEADS)}")
     if options.get("merge", "task_arithmetic") not in RULES:
@@ -102,7 +104,7 @@ def check_options(experts: Sequence[Any], **options: Any) -> None:
             raise ValueError("task_vectors='low-rank' needs either rank= or energy=")
         if rank is not None and (not isinstance(rank, int) or rank < 1):
             raise ValueError(f"rank is {rank!r}; it must be a whole number above 0")
-        if energy is not None and not 0 < energy <= 1:
+        if energy is not None and not (isinstance(energy, (int, float)) and 0 < energy <= 1):
             raise ValueError(f"energy is {energy!r}; it must be above 0 and at most 1")
     elif rank is not None or energy is not None:
         raise ValueError("rank and energy are for task_vectors='low-rank'")
@@ -164,15 +166,15 @@ def make_plan(experts: Sequence[Any], base: Any, options: Mapping[str, Any]) -> 
 
 def _base_of(experts: Sequence[Any], base: Any) -> tuple[Any, dict[str, Any]]:
     """The base's model, its id and revision."""
-    adapters = [expert for expert in experts if expert.adapter is not None]
-    for expert in adapters[1:]:
-        first = adapters[0].adapter
-        if base is None and expert.adapter.base and first.base and expert.adapter.base != first.base:
-            raise ValueError(f"{expert.name} adapts {expert.adapter.base}, the others {first.base}")
-        if base is None and expert.model is not adapters[0].model and type(expert.model) is type(adapters[0].model):
-            continue
     if base is not None:
         return base.model, {"id": base.name, "revision": base.revision}
+    adapters = [expert for expert in experts if expert.adapter is not None]
+    for expert in adapters[1:]:
+        first, own = adapters[0].adapter, expert.adapter
+        if own.base and first.base and own.base != first.base:
+            raise ValueError(f"{expert.name} adapts {own.base}, the others {first.base}")
+        if own.base_revision and first.base_revision and own.base_revision != first.base_revision:
+            raise ValueError(f"{expert.name} adapts {own.base} at {own.base_revision}, not at {first.base_revision}")
     if len(adapters) < len(experts):
         full = next(expert.name for expert in experts if expert.adapter is None)
         raise ValueError(f"{full} is a full model: pass base=, the model that it was fine-tuned from")
