@@ -60,8 +60,9 @@ def close(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).norm() / want.norm())
 
 
-@pytest.mark.parametrize("layers", [0, 1, 2])
-@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize(
+    ("kind", "layers"), [*((kind, 2) for kind in SHAPES), ("bert", 0), ("bert", 1), ("gpt2", 1), ("t5", 0), ("t5", 1)]
+)
 def test_equals_the_plain_loop_sample_by_sample(kind, layers):
     model, base, experts, units, inputs = fused(kind, layers)
     assert [unit.name for unit in model.units] == list(units)
@@ -76,22 +77,8 @@ def test_equals_the_plain_loop_sample_by_sample(kind, layers):
     for unit, w in loop.coefficients.items():
         assert close(trace.coefficients(unit), w.detach()) <= 1e-5
         assert layers == 0 or float((w - w[:1]).abs().max()) > 1e-3  # samples differ
-
-
-@pytest.mark.parametrize("kind", SHAPES)
-def test_gradients_of_the_routers_are_the_loops(kind):
-    model, base, experts, units, inputs = fused(kind)
-    loop = plain(model, base, experts, units, inputs)
-    gradients = []
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    assert all(".router." in name for name, p in model.named_parameters() if p.requires_grad)
-    for m in (model, loop.model):
-        output = first(m(**inputs))
-        weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(3))
-        gradients.append(torch.autograd.grad((output * weight).sum(), parameters))
-    for name, got, want in zip([n for n, p in model.named_parameters() if p.requires_grad], *gradients):
-        assert close(got, want) <= 1e-4, name
-        assert float(want.abs().sum()) > 0
+    assert all(".router." in f".{name}" for name, p in model.named_parameters() if p.requires_grad)
+    assert_same(model, loop.model, inputs)
 
 
 def stored(kind: str, base: torch.nn.Module, experts, paths) -> list[dict[str, torch.Tensor]]:

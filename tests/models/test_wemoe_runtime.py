@@ -95,8 +95,16 @@ def test_trainer_moves_routers_alone(tmp_path):
         assert torch.equal(again(**TEXT).logits, model.eval()(**TEXT).logits)
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("kind", ["vit", "llama"])
+@pytest.mark.parametrize(
+    ("kind", "storage"),
+    [
+        ("vit", "exact"),
+        pytest.param("llama", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("llama", "exact", marks=pytest.mark.slow),
+        pytest.param("vit", "sparse", marks=pytest.mark.slow),
+        pytest.param("vit", "low-rank", marks=pytest.mark.slow),
+    ],
+)
 def test_compiles_without_a_graph_break(kind, storage):
     model, _, _, _, inputs = fused(kind, task_vectors=storage, **STORAGES[storage])
     extra = {"use_cache": False} if kind == "llama" else {}

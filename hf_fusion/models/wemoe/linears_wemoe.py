@@ -109,6 +109,13 @@ class UpscaledLinear(nn.Module):
 
     def _low_rank(self, x: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor:
         """x W0ᵀ + ((x Aᵀ) · w) B, the experts' A and B side by side."""
+        kept = self.unit.kept(self, w) if w is not None and len(w) == 1 else None  # of several, the factors are less
+        if w is not None and kept is not None:
+            bias = None
+            if self.biases is not None:
+                base, changes = self._bias_rows()
+                bias = torch.addmv(base, changes.t(), w[0].to(x.dtype))
+            return F.linear(x, kept[0], bias)
         hidden = F.linear(x, self.lora_A)  # (N, ..., ΣR)
         if w is None:
             w = self.unit.gates(hidden, self.ranks)  # (N, ..., K)
@@ -159,7 +166,11 @@ class UpscaledLinear(nn.Module):
         return self._known_starts
 
     def merge(self, w: torch.Tensor) -> torch.Tensor:
-        """Merged weights (B, R, C), whole, from coefficients (B, K)."""
+        """Merged weights (B, R, C), whole, from coefficients (B, K); low rank: (1, d_out, d_in) from (1, K)."""
+        if self.kind == "low-rank":
+            scale = w[0].repeat_interleave(self._ranks_on(w.device))
+            factor = self.lora_B[: len(scale)].t().to(w.dtype) * scale
+            return torch.addmm(self.base.to(w.dtype), factor, self.lora_A.to(w.dtype))[None]
         if self.kind in ("exact", "bfloat16"):
             vectors = self.vectors if self.kind == "exact" else self.vectors.view(torch.bfloat16)
             change = w @ vectors.flatten(1).to(w.dtype)
@@ -175,12 +186,8 @@ class UpscaledLinear(nn.Module):
         """The plain linear that coefficients (K,) stand for."""
         like = self.weight
         w = w.to(like.device, torch.float32)
-        if self.kind == "low-rank":
-            scale = w.repeat_interleave(torch.tensor(self.ranks, device=like.device))
-            weight = self.base.float() + (self.lora_B[: len(scale)].t().float() * scale) @ self.lora_A.float()
-        else:
-            weight = self.merge(w[None])[0]
-            weight = weight.t() if self.by_input else weight
+        weight = self.merge(w[None])[0]
+        weight = weight.t() if self.by_input and self.kind != "low-rank" else weight
         sizes = self.in_features, self.out_features
         linear: Any
         if self.conv1d:

@@ -238,7 +238,7 @@ class Unit:
             return None
         path = self.paths[self.linears.index(linear)]
         if path not in scope.pin.merged:
-            scope.pin.merged[path] = linear.merge(w)
+            scope.pin.merged[path] = linear.merge(w.to(linear.base.dtype))
         return scope.pin.merged[path]
 
     def gates(self, hidden: torch.Tensor, ranks: list[int]) -> torch.Tensor:
