@@ -34,6 +34,18 @@ def test_bfloat16_follows_float32(kind, storage, tmp_path):
     assert all(g is not None and g.isfinite().all() for g in gradients)
 
 
+@pytest.mark.parametrize("storage", STORAGES)
+def test_autocast_follows_float32(storage):
+    model, _, _, _, inputs = fused("bert", task_vectors=storage, **STORAGES[storage])
+    want = model(**inputs).logits.detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad():
+            assert close(model(**inputs).logits.float(), want) < 0.05
+        loss = model(**inputs).logits.float().square().sum()
+    loss.backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("kind", ["bert", "llama", "t5"])
 def test_gradient_checkpointing_changes_nothing(kind):
     model, _, _, _, inputs = fused(kind)

@@ -97,14 +97,18 @@ class UpscaledLinear(nn.Module):
             return self._low_rank(x, w)
         w = w.to(x.dtype)
         rows = x.reshape(w.shape[0], -1, self.in_features)  # (B, n, d_in)
-        bias = None if self.biases is None else torch.addmm(self.biases[0], w, self.biases[1:])  # (B, d_out)
+        biases = (
+            None if self.biases is None else self.biases.to(x.dtype)
+        )  # under autocast the input is the narrower one
+        bias = None if biases is None else torch.addmm(biases[0], w, biases[1:])  # (B, d_out)
         kept = self.unit.kept(self, w)
         if kept is not None or torch.compiler.is_compiling():
             merged = kept if kept is not None else self.merge(w)  # (B, R, C)
             y = torch.bmm(rows, merged if self.by_input else merged.transpose(1, 2))
             y = y if bias is None else y + bias[:, None]
         else:
-            y = _MergedProduct.apply(rows, w, bias, self)
+            with torch.autocast(x.device.type, enabled=False):
+                y = _MergedProduct.apply(rows, w, bias, self)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _low_rank(self, x: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor:
@@ -128,7 +132,7 @@ class UpscaledLinear(nn.Module):
         y = F.linear(x, self.base, None if self.biases is None else self.biases[0])
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return y + hidden @ self.lora_B
-        y.view(-1, self.out_features).addmm_(hidden.view(-1, hidden.shape[-1]), self.lora_B)
+        y.view(-1, self.out_features).addmm_(hidden.view(-1, hidden.shape[-1]).to(y.dtype), self.lora_B.to(y.dtype))
         return y
 
     def _ranks_on(self, device: torch.device) -> int | torch.Tensor:
