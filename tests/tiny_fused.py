@@ -16,6 +16,8 @@ from transformers import (
     CLIPTextConfig,
     CLIPVisionConfig,
     CLIPVisionModel,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -56,6 +58,19 @@ def bart() -> BartForConditionalGeneration:
         "forced_eos_token_id": None,
     }
     return BartForConditionalGeneration(BartConfig(d_model=32, vocab_size=300, **sides, **tokens)).eval()
+
+
+def opt() -> OPTForCausalLM:
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "ffn_dim": 64,
+    }
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return OPTForCausalLM(OPTConfig(vocab_size=300, dropout=0.0, **sizes, **tokens)).eval()
 
 
 def clip_vision() -> CLIPVisionModel:
@@ -124,6 +139,7 @@ SHAPES = {
     ),
     "gpt2": (gpt2, rows("transformer.h.{i}", "mlp.c_fc", "mlp.c_proj"), TEXT),
     "llama": (llama, rows("model.layers.{i}", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), TEXT),
+    "opt": (opt, rows("model.decoder.layers.{i}", "fc1", "fc2"), TEXT),
     "t5": (t5, {**rows("encoder.block.{i}.layer.1", *PLAIN), **rows("decoder.block.{i}.layer.2", *PLAIN)}, SEQ2SEQ),
     "t5 gated": (
         t5_gated,

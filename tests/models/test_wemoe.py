@@ -40,7 +40,7 @@ def plain(model: WEMoEModel, base, experts, units, inputs):
     for unit in units:
         if "attention_mask" in inputs and "vision_model" not in unit:
             share = inputs["attention_mask"].float()
-            if "decoder" in unit:
+            if "decoder_input_ids" in inputs and "decoder" in unit:
                 share = torch.zeros(inputs["decoder_input_ids"].shape)
                 share[:, 0] = 1
             result.shares[unit] = share / share.sum(1, keepdim=True)

@@ -16,7 +16,7 @@ GENERATION = {
     "answers": {"do_sample": True, "num_return_sequences": 2, "top_k": 5},
     "static cache": {"cache_implementation": "static", "do_sample": False},
 }
-LANGUAGE = ("llama", "gpt2", "t5", "t5 gated", "bart")
+LANGUAGE = ("llama", "gpt2", "opt", "t5", "t5 gated", "bart")
 
 
 def prompts(kind: str) -> dict[str, torch.Tensor]:

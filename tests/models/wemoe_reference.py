@@ -28,12 +28,14 @@ class Reference:
         shares: unit name -> (B, T) share of each token in the mean; absent where all count alike.
         routers: unit name -> its parameters by their last names ("layers.0.weight", "constant").
         coefficients: unit name -> (B, K) of the last forward.
+        batch: B, for models whose MLPs see batch and tokens as one dimension.
     """
 
     model: nn.Module
     routers: dict[str, dict[str, torch.Tensor]]
     shares: dict[str, torch.Tensor] = field(default_factory=dict)
     coefficients: dict[str, torch.Tensor] = field(default_factory=dict)
+    batch: int = 3
 
     def route(self, unit: str, x: torch.Tensor) -> torch.Tensor:
         own = self.routers[unit]
@@ -89,7 +91,8 @@ def reference(
 
 
 def _forward(result, unit, routes, weight, taus, bias, bias_taus):
-    def forward(x: torch.Tensor) -> torch.Tensor:
+    def forward(given: torch.Tensor) -> torch.Tensor:
+        x = given if given.dim() > 2 else given.view(result.batch, -1, given.shape[-1])
         if routes:
             result.coefficients[unit] = result.route(unit, x)
         outputs = []
@@ -99,6 +102,6 @@ def _forward(result, unit, routes, weight, taus, bias, bias_taus):
             if bias is not None:
                 y = y + bias + sum(w[k] * tau for k, tau in enumerate(bias_taus))
             outputs.append(y)
-        return torch.stack(outputs)
+        return torch.stack(outputs).view(*given.shape[:-1], -1)
 
     return forward

@@ -40,6 +40,7 @@ MODULES: dict[str, tuple[tuple[str, ...], ...]] = {
         ("mlp.fc_in", "mlp.fc_out"),  # GPT-J, CodeGen
         ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
         ("mlp.up_proj", "mlp.down_proj"),  # Nemotron
+        ("mlp.Wi", "mlp.Wo"),  # ModernBERT
         ("ffn.lin1", "ffn.lin2"),  # DistilBERT
         ("fc1", "fc2"),  # BART, OPT
     ),
@@ -47,7 +48,8 @@ MODULES: dict[str, tuple[tuple[str, ...], ...]] = {
         ("q_proj", "k_proj", "v_proj", "o_proj"),  # Llama, ViT
         ("q_proj", "k_proj", "v_proj", "out_proj"),  # CLIP, BART, OPT
         ("self.query", "self.key", "self.value", "output.dense"),  # BERT
-        ("attention.query", "attention.key", "attention.value", "output.dense"),  # older ViT
+        ("self.query_proj", "self.key_proj", "self.value_proj", "output.dense"),  # DeBERTa
+        ("attention.query_key_value", "attention.dense"),  # GPT-NeoX
         ("q_lin", "k_lin", "v_lin", "out_lin"),  # DistilBERT
         ("attn.c_attn", "attn.c_proj"),  # GPT-2
         ("q", "k", "v", "o"),  # T5

@@ -100,6 +100,7 @@ class Scope:
         self.kind, self.shared = kind, shared
         self.names = list(inspect.signature(module.forward).parameters)
         self.share: torch.Tensor | None = None  # (B, T), sums to 1 over a sample's tokens
+        self.rows: int | None = None  # B
         self.pin: Pin | None = None
         self.decodes = False
         module.register_forward_pre_hook(self.begin, with_kwargs=True)
@@ -124,6 +125,7 @@ class Scope:
                 setattr(cache, PIN, self.pin)
         inputs = next((given[k] for k in ("inputs_embeds", "input_ids") if given.get(k) is not None), None)
         self.share = None if inputs is None else self._share(inputs, given.get("attention_mask"))
+        self.rows = None if inputs is None else inputs.shape[0]
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the stack: a cache that it made itself takes the coefficients along."""
@@ -216,7 +218,8 @@ class Unit:
         else:
             router = self.routers[0]
             assert router is not None
-            tokens = x if x.dim() == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
+            rows = scope.rows if x.dim() == 2 and scope.rows else x.shape[0]  # OPT flattens batch and tokens
+            tokens = x if x.dim() == 3 else x.reshape(rows, -1, x.shape[-1])
             share = scope.share
             w = router(tokens, share if share is not None and share.shape == tokens.shape[:2] else None)
             if shared.prompts is not None and w.shape[0] > shared.prompts[0]:
