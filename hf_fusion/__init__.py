@@ -22,6 +22,8 @@ _PUBLIC = {
     "Gates": "experts",
     "train_gates": "training.gates",
     "average_activation": "training.gates",
+    "fit_whitening": "training.whitening",
+    "base_samples": "training.whitening",
     "arrow_prototypes": "training.gates",
     "save_gates": "hub.gates",
     "push_gates": "hub.publish_gates",

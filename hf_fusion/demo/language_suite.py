@@ -27,6 +27,7 @@ Row = tuple[str, str]  # what the instruction speaks of, and the right answer
 
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 """SmolLM2's chat markup around one question, without a system message."""
+END_OF_TURN = "<|im_end|>\n"
 
 TEST_ROWS = 400
 """Each task has at most so many test rows; their content is kept out of its train rows."""
@@ -160,6 +161,32 @@ def rows(task: str | LanguageTask, split: Split, size: int, data_dir: str | Path
             for index, (content, answer) in enumerate(chosen)
         ]
     )
+
+
+def conversations(task: str, size: int, data_dir: str | Path | None = None) -> Dataset:
+    """Test rows of a held-in task, each as the second question of a chat: the first is of another held-in task.
+
+    The first question comes with its right answer. Which of the other tasks it is of goes in turn, so that all do.
+
+    Args:
+        task: a name in `HELD_IN`.
+        size: at most so many rows.
+        data_dir: see `rows`.
+
+    Returns:
+        Columns as of `rows`, and ``first``, the task of the first question.
+    """
+    from datasets import Dataset
+
+    others = [name for name in HELD_IN if name != task]
+    earlier = {name: rows(name, "test", -(-size // len(others)), data_dir) for name in others}
+    chats = []
+    for index, row in enumerate(rows(task, "test", size, data_dir)):
+        first = others[index % len(others)]
+        opening = earlier[first][index // len(others) % len(earlier[first])]
+        prompt = f"{opening['prompt']}{opening['target']}{END_OF_TURN}{row['prompt']}"
+        chats.append({**row, "prompt": prompt, "first": first})
+    return Dataset.from_list(chats)
 
 
 def _distinct(drawn: Iterator[Row | None], size: int, taken: set[str]) -> Iterator[Row]:

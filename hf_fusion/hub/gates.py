@@ -6,6 +6,8 @@ metadata says where the gates come from; a file without any counts as trained.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,6 +62,8 @@ def save_gates(gates: Gates, folder: str | Path) -> Path:
     target = folder / GATES_FILE
     staging = folder / f".{GATES_FILE}-{uuid4().hex[:8]}"
     metadata = {"format": "pt", "kind": gates.kind, **{name: repr(value) for name, value in gates.facts.items()}}
+    if gates.offsets:
+        metadata["offsets"] = json.dumps(gates.offsets)
     try:
         save_file(stored(gates), staging, metadata=metadata)
         staging.replace(target)
@@ -114,7 +118,7 @@ def parse_gates(file: Path, name: str, sizes: Mapping[str, int]) -> Gates:
         if not vector.isfinite().all():
             raise FusionError(f"{name} has NaN or Inf in the gate of {path}.")
     kind = metadata.get("kind", "")
-    return Gates(vectors, kind if kind in KINDS else "trained", _facts(metadata))
+    return Gates(vectors, kind if kind in KINDS else "trained", _offsets(metadata, name, sizes), _facts(metadata))
 
 
 def gate_problem(shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int], also: Collection[str] = ()) -> str:
@@ -133,6 +137,19 @@ def gate_problem(shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]
         if shapes[path] != (size,):
             return f"has a gate of shape {list(shapes[path])} for {path}, whose input has {size} features"
     return ""
+
+
+def _offsets(metadata: Mapping[str, str], name: str, sizes: Mapping[str, int]) -> dict[str, float]:
+    """The offsets of whitened gates: one for each gate, or none at all."""
+    if "offsets" not in metadata:
+        return {}
+    try:
+        offsets = {path: float(value) for path, value in json.loads(metadata["offsets"]).items()}
+    except (ValueError, TypeError, AttributeError):
+        offsets = {}
+    if not sizes.keys() <= offsets.keys() or not all(map(math.isfinite, offsets.values())):
+        raise FusionError(f"{name}: {GATES_FILE} does not give each gate a finite offset.")
+    return {path: offsets[path] for path in sizes}
 
 
 def _facts(metadata: Mapping[str, str]) -> dict[str, float]:

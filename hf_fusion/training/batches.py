@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -146,3 +146,24 @@ def _class_indices(expert: Expert, dataset: Dataset) -> list[Any]:
             hint="drop those rows, or rename the labels",
         )
     return indices
+
+
+def equal_lengths(rows: Any, batch_size: int) -> Iterator[list[Any]]:
+    """Batches whose rows are equally long in everything, so that nothing is padded."""
+    groups: dict[tuple[int, ...], list[Any]] = {}
+    for index in range(len(rows)):
+        row = rows[index]
+        lengths = tuple(len(value) for value in row.values() if isinstance(value, list))
+        group = groups.setdefault(lengths, [])
+        group.append(row)
+        if len(group) == batch_size:
+            yield groups.pop(lengths)
+    yield from groups.values()
+
+
+def to_model(inputs: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    """Inputs where a model is; pixels in its dtype, regression labels too."""
+    return {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }

@@ -21,12 +21,13 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from ..errors import FusionError
-from ..experts import Adapter, Expert, Gates
+from ..experts import Expert, Gates
 from ..hub.adapters import read_json
 from ..hub.gates import gate_sizes
 from ..hub.load import load_experts
-from .batches import Examples, read_examples
+from .batches import Examples, equal_lengths, read_examples, to_model
 from .progress import set_progress
+from .whitening import Whitening, standardised
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,6 +56,7 @@ def train_gates(
     batch_size: int = 16,
     max_length: int = 512,
     seed: int = 0,
+    whitening: Whitening | None = None,
     output_dir: str | Path | None = None,
     **training_arguments: Any,
 ) -> Gates:
@@ -76,6 +78,8 @@ def train_gates(
         batch_size: examples a step, per process.
         max_length: the longest sequence, in tokens; long prompts lose their beginning.
         seed: of the order of the examples.
+        whitening: how the base's activations lie in general (`fit_whitening`). The gates then read whitened inputs,
+            ``σ(uᵀ Σ^(-1/2) (LN(x) - μ))``, which sets experts of like tasks apart; the paper's gates read x.
         output_dir: checkpoints (of the gates alone) are kept there, and a run that was interrupted goes on from them.
         training_arguments: more of transformers' ``TrainingArguments``, such as ``bf16=True`` or ``use_cpu=True``.
 
@@ -117,12 +121,18 @@ def train_gates(
         needed = steps * arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
         chosen = dataset.shuffle(seed).select(range(min(needed, len(dataset))))
         examples = read_examples(loaded, chosen, max_length)
+        _check_whitening(whitening, loaded)
         checkpoint = None
         if output_dir:
-            settings = {"learning_rate": learning_rate, "batch_size": batch_size, "max_length": max_length}
+            settings = {
+                "learning_rate": learning_rate,
+                "batch_size": batch_size,
+                "max_length": max_length,
+                "whitening": whitening and _digest(whitening.mean),
+            }
             checkpoint = _checkpoint(Path(output_dir), loaded, {**settings, "seed": seed})
         with _on_device(loaded.model, arguments.device):
-            return _train(loaded, examples, arguments, checkpoint)
+            return _train(loaded, examples, arguments, checkpoint, whitening)
 
 
 def average_activation(
@@ -133,6 +143,7 @@ def average_activation(
     examples: int = 1000,
     batch_size: int = 16,
     max_length: int = 512,
+    whitening: Whitening | None = None,
 ) -> Gates:
     """The mean input of every adapted linear, as gates: the paper's baseline that needs data but no training.
 
@@ -146,26 +157,31 @@ def average_activation(
         examples: the first so many are read.
         batch_size: at most so many at once.
         max_length: the longest sequence, in tokens.
+        whitening: see `train_gates`; the gates are then ``Σ^(-1/2)`` of the whitened means' directions.
 
     Raises:
         FusionError: see `train_gates`.
     """
     loaded = _adapter_of(expert, base)
+    _check_whitening(whitening, loaded)
     read = read_examples(loaded, dataset.select(range(min(examples, len(dataset)))), max_length)
     sums: dict[str, torch.Tensor] = {}
     counts: dict[str, int] = {}
 
     def add_up(path: str, x: torch.Tensor, output: torch.Tensor, a: Any, b: Any) -> torch.Tensor:
-        tokens = x.reshape(-1, x.shape[-1])  # (N, d_in)
+        tokens = (x if whitening is None else standardised(x)).reshape(-1, x.shape[-1])  # (N, d_in)
         sums[path] = sums.get(path, 0) + tokens.sum(0, dtype=torch.float64)
         counts[path] = counts.get(path, 0) + len(tokens)
         return output if a is None else output + nn.functional.linear(nn.functional.linear(x, a), b)
 
-    device = loaded.model.device
     with torch.no_grad(), _adapted(loaded, add_up):
-        for rows in _equal_lengths(read.rows, batch_size):
-            read.loss(loaded.model, _to(read.collate(rows), device, loaded.model.dtype))
-    return Gates({path: (sums[path] / counts[path]).float().cpu() for path in sums}, kind="average")
+        for rows in equal_lengths(read.rows, batch_size):
+            read.loss(loaded.model, to_model(read.collate(rows), loaded.model))
+    means = {path: (sums[path] / counts[path]).float().cpu() for path in sums}
+    if whitening is None:
+        return Gates(means, kind="average")
+    shifts = {path: whitening.factor[path] @ (mean - whitening.mean[path]) for path, mean in means.items()}
+    return _calibrated(shifts, whitening, "average")
 
 
 def arrow_prototypes(expert: ExpertLike, *, base: str | Path | PreTrainedModel | None = None) -> Gates:
@@ -214,12 +230,15 @@ def _adapter_of(expert: ExpertLike, base: Any) -> Expert:
 
 
 @contextmanager
-def gated(expert: Expert, device: torch.device | None = None) -> Iterator[dict[str, nn.Parameter]]:
+def gated(
+    expert: Expert, device: torch.device | None = None, whitening: Whitening | None = None
+) -> Iterator[dict[str, nn.Parameter]]:
     """An adapter on its base with a gate in front of every update, all zero at first; afterwards the base is as before.
 
     Args:
         expert: an adapter whose base is at hand.
         device: of the gates; default is the base's.
+        whitening: of what the gates read; without, they read the inputs as they are.
 
     Yields:
         Module path → gate (d_in,), fp32, the only parameters that want a gradient.
@@ -230,8 +249,18 @@ def gated(expert: Expert, device: torch.device | None = None) -> Iterator[dict[s
         path: nn.Parameter(torch.zeros(size, device=device or expert.model.device)) for path, size in sizes.items()
     }
 
+    factors, means = (
+        {path: tensor.to(gates[path].device) for path, tensor in tensors.items() if path in gates}
+        for tensors in ((whitening.factor, whitening.mean) if whitening else ({}, {}))
+    )
+
     def update(path: str, x: torch.Tensor, output: torch.Tensor, a: Any, b: Any) -> torch.Tensor:
-        gate = torch.sigmoid(nn.functional.linear(x, gates[path].to(x.device, x.dtype)[None]))  # (…, 1)
+        vector: torch.Tensor = gates[path]
+        bias, seen = None, x
+        if whitening:  # σ(uᵀ Σ^(-1/2) (LN(x) - μ)): one vector and one number take the place of the product with Σ
+            vector, seen = factors[path] @ vector, standardised(x)
+            bias = -(vector @ means[path]).to(x.device, x.dtype)[None]
+        gate = torch.sigmoid(nn.functional.linear(seen, vector.to(x.device, x.dtype)[None], bias))  # (…, 1)
         if a is None:
             return output * gate
         return output + nn.functional.linear(nn.functional.linear(x, a) * gate, b)
@@ -314,11 +343,17 @@ class _GateTask(nn.Module):
         return {"loss": self.loss(inputs)}
 
 
-def _train(expert: Expert, examples: Examples, arguments: TrainingArguments, checkpoint: str | None) -> Gates:
+def _train(
+    expert: Expert,
+    examples: Examples,
+    arguments: TrainingArguments,
+    checkpoint: str | None,
+    whitening: Whitening | None,
+) -> Gates:
     """Trains new gates on an expert whose base lies on the Trainer's device."""
     rows = examples.rows
     probe = [rows[i] for i in range(min(len(rows), PROBE_BATCHES * arguments.per_device_train_batch_size))]
-    with gated(expert, arguments.device) as gates:
+    with gated(expert, arguments.device, whitening) as gates:
         task = _GateTask(gates, partial(examples.loss, expert.model))
         trainer = Trainer(model=task, args=arguments, train_dataset=rows, data_collator=examples.collate)
         set_progress(trainer)
@@ -332,16 +367,39 @@ def _train(expert: Expert, examples: Examples, arguments: TrainingArguments, che
     vectors = {path: gate.detach().float().cpu() for path, gate in gates.items()}
     if not torch.isfinite(after) or not all(vector.isfinite().all() for vector in vectors.values()):
         raise FusionError(f"the gates of {expert.name} became NaN or Inf in training", hint="lower learning_rate")
-    return Gates(
-        vectors,
-        "trained",
-        {
-            "steps": trainer.state.global_step,
-            "examples": len(rows),
-            "loss_before": float(before),
-            "loss_after": float(after),
-        },
-    )
+    found = Gates(vectors) if whitening is None else _calibrated(vectors, whitening, "trained")
+    found.facts = {
+        "steps": trainer.state.global_step,
+        "examples": len(rows),
+        "loss_before": float(before),
+        "loss_after": float(after),
+    }
+    return found
+
+
+def _check_whitening(whitening: Whitening | None, expert: Expert) -> None:
+    assert expert.adapter is not None  # _adapter_of has seen to it
+    if whitening is None:
+        return
+    for path, size in gate_sizes(expert.adapter, expert.model).items():
+        if path not in whitening.mean or len(whitening.mean[path]) != size:
+            raise FusionError(
+                f"the whitening knows nothing of {path}, which {expert.name} adapts",
+                hint="fit_whitening(base, rows, modules=…) with all modules that the adapter adapts",
+            )
+
+
+def _calibrated(vectors: Mapping[str, torch.Tensor], whitening: Whitening, kind: str) -> Gates:
+    """Gates of whitened inputs as gates of standardised ones, with scores of mean 0 and variance 1 on the reference.
+
+    The length of a gate says how long it was trained, not how well it fits: as LN(v) does, this leaves its direction.
+    """
+    gates = Gates({}, kind)
+    for path, vector in vectors.items():
+        length = vector.norm()
+        gates.vectors[path] = whitening.factor[path] @ (vector / length if length > 0 else vector)
+        gates.offsets[path] = float(gates.vectors[path] @ whitening.mean[path])
+    return gates
 
 
 @torch.no_grad()
@@ -363,7 +421,8 @@ def _checkpoint(folder: Path, expert: Expert, settings: dict[str, Any]) -> str |
         FusionError: where the folder holds the checkpoints of another adapter or of other settings.
     """
     assert expert.adapter is not None  # _adapter_of has seen to it
-    run = {"expert": expert.name, "adapter": _digest(expert.adapter), **settings}
+    halves = {f"{path}.{side}": half for path, pair in expert.adapter.lora.items() for side, half in zip("AB", pair)}
+    run = {"expert": expert.name, "adapter": _digest({**halves, **expert.adapter.saved}), **settings}
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / RUN_FILE
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]  # the last file of each
@@ -379,29 +438,9 @@ def _checkpoint(folder: Path, expert: Expert, settings: dict[str, Any]) -> str |
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
 
 
-def _digest(adapter: Adapter) -> str:
-    """Of an adapter's tensors."""
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
-    halves = {f"{path}.{side}": half for path, pair in adapter.lora.items() for side, half in zip("AB", pair)}
-    for name, tensor in sorted({**halves, **adapter.saved}.items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _equal_lengths(rows: Any, batch_size: int) -> Iterator[list[Any]]:
-    """Batches whose rows are equally long in everything, so that nothing is padded."""
-    groups: dict[tuple[int, ...], list[Any]] = {}
-    for index in range(len(rows)):
-        row = rows[index]
-        lengths = tuple(len(value) for value in row.values() if isinstance(value, list))
-        group = groups.setdefault(lengths, [])
-        group.append(row)
-        if len(group) == batch_size:
-            yield groups.pop(lengths)
-    yield from groups.values()
-
-
-def _to(inputs: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Inputs on a device; pixels in the model's dtype, regression labels too."""
-    return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in inputs.items()}

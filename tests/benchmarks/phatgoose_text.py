@@ -1,5 +1,7 @@
 """PHATGOOSE on SmolLM2's experts beside every baseline, on held-in tasks (which one is not told) and held-out ones.
 
+Every held-in task is asked twice: alone, and as the second question of a chat whose first was of another task.
+
     python tests/benchmarks/phatgoose_text.py --data DIR                      # everything; hours on two cores, or:
     python tests/benchmarks/phatgoose_text.py --data DIR --device cuda        # minutes
     python tests/benchmarks/phatgoose_text.py --data DIR --n 40 --examples 100 --systems base PHATGOOSE retrieval oracle
@@ -23,25 +25,32 @@ import torch
 from datasets import Dataset, disable_progress_bars
 
 from hf_fusion import Expert, average_activation, evaluate_routing, load_experts
-from hf_fusion.demo.language_suite import CHAT, HELD_IN, HELD_OUT, TASKS, rows
+from hf_fusion.demo.language_suite import CHAT, END_OF_TURN, HELD_IN, HELD_OUT, TASKS, conversations, rows
 from hf_fusion.demo.minilm import minilm_folder
 from hf_fusion.demo.smollm2 import smollm2_folder
 from hf_fusion.evaluate_suite import SYSTEMS
 from hf_fusion.hub.gates import GATES_FILE
 from hf_fusion.models.phatgoose import PhatgooseRouter
 from hf_fusion.retrieval import TextEmbedder
-from hf_fusion.suite_results import aligned
+from hf_fusion.suite_results import SuiteResults, aligned, mean_of
 from hf_fusion.training.batches import read_examples
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 EXPERTS = ROOT / "hf_fusion" / "demo" / "smollm2_experts"
+SECOND = ", asked second"
 
 
 def questions(embed: TextEmbedder):
-    """An embedder of what the user asks, without the chat's markup, which is the same around every question."""
-    before, after = CHAT.split("{}")
-    return lambda texts: embed([text.removeprefix(before).removesuffix(after) for text in texts])
+    """An embedder of what was said, without the chat's markup, which is the same around every question."""
+    marks = [*CHAT.split("{}"), END_OF_TURN]
+
+    def plain(text: str) -> str:
+        for mark in marks:
+            text = text.replace(mark, " ")
+        return text.strip()
+
+    return lambda texts: embed([plain(text) for text in texts])
 
 
 # ---------------------------------------------------------------- diagnosis
@@ -132,6 +141,19 @@ def diagnose(
 # ---------------------------------------------------------------- the script
 
 
+def halves(results: SuiteResults) -> list[dict[str, str]]:
+    """Every system's mean over the held-in tasks, asked alone and asked second."""
+    table = []
+    for system in results.systems:
+        line = {"mean over held-in tasks": system.name}
+        for half in ("asked alone", "asked second"):
+            tasks = [t.name for t in results.tasks if t.owner and t.name.endswith(SECOND) == (half == "asked second")]
+            if tasks and set(tasks) <= system.scores.keys():
+                line[half] = str(mean_of([system.scores[task] for task in tasks]))
+        table.append(line)
+    return table
+
+
 def command(args: argparse.Namespace) -> str:
     """What to type to get these numbers again, without this machine's paths."""
     shown = {"n": args.n, "examples": args.examples, "top-k": args.top_k, "temperature": args.temperature}
@@ -167,6 +189,8 @@ def main() -> None:
     tasks = [task for task in (*names, *HELD_OUT) if not args.tasks or task in args.tasks]
     start = time.perf_counter()
     suite = {task: rows(task, "test", args.n, args.data) for task in tasks}
+    seconds = {task + SECOND: task for task in names if task in tasks}
+    suite |= {second: conversations(task, args.n, args.data) for second, task in seconds.items()}
     train = {name: rows(name, "train", args.examples, args.data) for name in names}
     print(f"{len(experts)} experts, {len(tasks)} tasks; rows made in {time.perf_counter() - start:.0f} s", flush=True)
     if args.diagnose:
@@ -180,9 +204,9 @@ def main() -> None:
             experts,
             suite,
             train_rows=train,
-            owners={name: name for name in names if name in tasks},
+            owners={name: name for name in names if name in tasks} | seconds,
             systems=args.systems,
-            metrics={task: TASKS[task].metric for task in tasks},
+            metrics={task: TASKS[seconds.get(task, task)].metric for task in suite},
             top_k=args.top_k,
             temperature=args.temperature,
             embedder=questions(embedder),
@@ -193,6 +217,7 @@ def main() -> None:
         path = args.output
         results.save(path)
         print(results.text())
+        print(f"\n{aligned(halves(results))}")
     print(f"\n{time.perf_counter() - start:.0f} s; written to {path}")
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hf_fusion import Expert
+from hf_fusion.experts import Gates
 
 
 def normalise(x: torch.Tensor) -> torch.Tensor:
@@ -34,14 +35,14 @@ def reference(base: nn.Module, experts: Sequence[Expert], top_k: int) -> Referen
 
 
 def _hook(result: Reference, path: str, own: list[int], experts: Sequence[Expert], top_k: int):
-    gates = [normalise(experts[index].gates.vectors[path]) for index in own]
+    known = [experts[index].gates for index in own]
     loras = [experts[index].adapter.lora[path] for index in own]
 
     @torch.no_grad()
     def hook(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
         inputs, outputs = args[0].reshape(-1, args[0].shape[-1]), output.clone().view(-1, output.shape[-1])
         for token, x in enumerate(inputs):
-            scores = torch.stack([normalise(x) @ gate / len(x) ** 0.5 for gate in gates])
+            scores = torch.stack([_score(normalise(x), gates, path) for gates in known])
             probabilities = torch.exp(scores - scores.max()) / torch.exp(scores - scores.max()).sum()
             order = sorted(range(len(own)), key=lambda e: -float(probabilities[e]))[:top_k]
             # The paper's code adds 1e-6 against division by 0, which a softmax over the chosen does not need.
@@ -54,3 +55,10 @@ def _hook(result: Reference, path: str, own: list[int], experts: Sequence[Expert
         return outputs.view_as(output)
 
     return hook
+
+
+def _score(x: torch.Tensor, gates: Gates, path: str) -> torch.Tensor:
+    """The paper's score of a standardised input; gates of whitened inputs are calibrated, not standardised."""
+    if path in gates.offsets:
+        return x @ gates.vectors[path] - gates.offsets[path]
+    return x @ normalise(gates.vectors[path]) / len(x) ** 0.5

@@ -52,7 +52,7 @@ class Entry:
 
     Attributes:
         row: what the config says of it, but for its profile.
-        lora: module path -> gate (d_in,), A (r, d_in), B (r, d_out).
+        lora: module path -> gate (d_in,), its bias (), A (r, d_in), B (r, d_out).
         heads: module path -> weight (C, d_in), bias (C,).
         replaced: other saved parameters by name.
     """
@@ -160,7 +160,7 @@ def entries_of(experts: Sequence[Any], base: Any, config: PhatgooseConfig, taken
         for path, (a, b) in adapter.lora.items():
             _check_linear(name, path, a, b, base)
             gate = _gate(name, path, a.shape[1], gates, config.routing)
-            entry.lora[path] = (gate, a, b.t())
+            entry.lora[path] = (*gate, a, b.t())
         for path, weight, bias in _saved_heads(adapter, base, name, entry.replaced):
             entry.heads[path] = (weight, bias)
             entry.row["labels"] = list(expert.labels)
@@ -184,16 +184,21 @@ def _check_linear(name: str, path: str, a: torch.Tensor, b: torch.Tensor, base: 
         raise ValueError(f"{name} has NaN or Inf in {path}")
 
 
-def _gate(name: str, path: str, width: int, gates: Any, routing: str) -> torch.Tensor:
-    """The gate of one linear as it is stored: standardised (mean and std over d_in) and divided by √d_in."""
+def _gate(name: str, path: str, width: int, gates: Any, routing: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gate of one linear as it is stored, and its bias.
+
+    It is standardised (mean and std over d_in) and divided by √d_in, if it is not calibrated already: then it comes
+    with an offset.
+    """
     gate = gates.vectors.get(path)
     if gate is None:
         raise ValueError(f"{name} has no gate for {path}, which it adapts")
     if gate.shape != (width,) or not gate.isfinite().all():
         raise ValueError(f"{name}: the gate of {path} is {list(gate.shape)}, not {width} finite numbers")
-    if routing == "arrow":
-        return gate.float()
-    return nn.functional.layer_norm(gate.float(), (width,)) / width**0.5
+    bias = torch.tensor(-gates.offsets.get(path, 0.0))
+    if routing == "arrow" or path in gates.offsets:
+        return gate.float(), bias
+    return nn.functional.layer_norm(gate.float(), (width,)) / width**0.5, bias
 
 
 def _saved_heads(
@@ -242,7 +247,7 @@ def complete(entries: Sequence[Entry], base: Any) -> None:
                 entry.heads[path] = (head.weight.detach(), bias.detach())
                 entry.row["labels"] = [base.config.id2label[i] for i in sorted(base.config.id2label)]
             if path in entry.lora:
-                _, a, b = entry.lora.pop(path)
+                *_, a, b = entry.lora.pop(path)
                 own_weight, own_bias = entry.heads[path]
                 updated = own_weight.float() + b.float().t() @ a.float()
                 entry.heads[path] = (updated.to(own_weight.dtype), own_bias)
@@ -261,7 +266,7 @@ def plan_profiles(entries: Sequence[Entry]) -> tuple[list[dict[str, Any]], list[
     rows, profiles = [], []
     for entry in entries:
         profile = {
-            "ranks": {path: len(a) for path, (_, a, _) in entry.lora.items()},
+            "ranks": {path: len(a) for path, (*_, a, _) in entry.lora.items()},
             "saved": {path: len(weight) for path, (weight, _) in entry.heads.items()},
         }
         if profile not in profiles:
@@ -276,7 +281,8 @@ def label_union(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def fill_linears(group: RoutedLinears, paths: Sequence[str], entries: Sequence[Entry]) -> None:
-    """Copies experts into the linears they adapt."""
+    """Copies experts into the linears they adapt; elsewhere they are absent."""
+    group.gate_bias.fill_(ABSENT)
     for index, entry in enumerate(entries):
         for member, path in enumerate(paths):
             if path in entry.lora:

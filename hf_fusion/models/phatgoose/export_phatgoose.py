@@ -39,14 +39,14 @@ def save_merged_adapter(
         raise ValueError("these experts have different labels, which no single head can serve")
     tensors, ranks = {}, {}
     for path in dict.fromkeys(path for entry, _ in used for path in entry.lora):
-        parts = [(entry.lora[path], weight) for entry, weight in used if path in entry.lora]
-        a = torch.cat([a for (_, a, _), _ in parts])  # (ΣR, d_in)
-        b = torch.cat([b.float() * weight for (_, _, b), weight in parts]).t()  # (d_out, ΣR)
+        parts = [(entry.lora[path][-2:], weight) for entry, weight in used if path in entry.lora]
+        a = torch.cat([a for (a, _), _ in parts])  # (ΣR, d_in)
+        b = torch.cat([b.float() * weight for (_, b), weight in parts]).t()  # (d_out, ΣR)
         if rank is not None and rank < len(a):
             a, b = _truncated(a.float(), b, rank)
         ranks[path] = len(a)
-        tensors[f"base_model.model.{path}.lora_A.weight"] = a.to(parts[0][0][1].dtype).contiguous()
-        tensors[f"base_model.model.{path}.lora_B.weight"] = b.to(parts[0][0][2].dtype).contiguous()
+        tensors[f"base_model.model.{path}.lora_A.weight"] = a.to(parts[0][0][0].dtype).contiguous()
+        tensors[f"base_model.model.{path}.lora_B.weight"] = b.to(parts[0][0][1].dtype).contiguous()
     heads = used[0][0].heads
     total = sum(weight for _, weight in used)
     for path in heads:

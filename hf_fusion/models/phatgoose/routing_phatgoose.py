@@ -101,29 +101,27 @@ class Routing:
 
 
 def score(
-    x: torch.Tensor, gates: torch.Tensor, rule: str, bias: torch.Tensor | None, symmetric: torch.Tensor | None
+    x: torch.Tensor, gates: torch.Tensor, bias: torch.Tensor, rule: str, symmetric: torch.Tensor | None
 ) -> torch.Tensor:
     """Scores of experts, (N, S), from inputs (N, d_in) and gates (S, d_in).
 
     PHATGOOSE's gates are standardised and divided by √d_in once and for all, so that LN(x)·LN(v)/√d_in is one
-    product (paper, section 3.2). Arrow prototypes have no sign: |x·v|.
+    product (paper, section 3.2); whitened ones come with the bias that centres their scores. Arrow prototypes have no
+    sign: |x·v|.
 
     Args:
-        bias: (S,) 0, or `ABSENT`; None where every expert adapts every linear.
+        bias: (S,), `ABSENT` for an expert that does not adapt the linear.
         symmetric: (S,) whose score is an absolute value, or None where none is.
     """
     if rule == "uniform":
-        scores = torch.rand(len(x), len(gates), dtype=x.dtype, device=x.device)
-        return scores if bias is None else scores + bias
+        return torch.rand(len(x), len(gates), dtype=x.dtype, device=x.device) + bias
     if rule == "arrow":
-        scores = F.linear(x, gates).abs()
-        return scores if bias is None else scores + bias
+        return F.linear(x, gates).abs() + bias
     x = F.layer_norm(x, x.shape[-1:])
     if symmetric is None:
         return F.linear(x, gates, bias)
     scores = F.linear(x, gates)
-    scores = torch.where(symmetric, scores.abs(), scores)
-    return scores if bias is None else scores + bias
+    return torch.where(symmetric, scores.abs(), scores) + bias
 
 
 class RoutedLinears(nn.Module):
@@ -131,6 +129,7 @@ class RoutedLinears(nn.Module):
 
     Parameters:
         gates: (M·E, d_in), the M linears' gates one after the other.
+        gate_bias: (M·E,), added to their scores: 0, less for whitened gates, `ABSENT` where there is no expert.
         lora_A: (ΣR, d_in), the rows of all linears' experts side by side, R the rank.
         lora_B: per linear (ΣR_m, d_out), the scaling folded in.
 
@@ -161,6 +160,7 @@ class RoutedLinears(nn.Module):
         self.symmetric = list(symmetric)
         like = like or {}
         self.gates = nn.Parameter(torch.zeros(len(ranks) * len(experts), d_in, **like))
+        self.gate_bias = nn.Parameter(torch.zeros(len(ranks) * len(experts), **like))
         self.lora_A = nn.Parameter(torch.zeros(sum(map(sum, ranks)), d_in, **like))
         self.lora_B = nn.ParameterList(
             torch.zeros(sum(own), width, **like) for own, width in zip(ranks, d_out, strict=True)
@@ -172,12 +172,13 @@ class RoutedLinears(nn.Module):
         self._tables: dict[tuple[torch.device, torch.dtype], dict[str, Any]] = {}
         self._shared: tuple[torch.Tensor, Routed] | None = None
 
-    def slot(self, member: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Views of one expert (by its index here) at one linear: gate (d_in,), A (r, d_in), B (r, d_out)."""
+    def slot(self, member: int, expert: int) -> tuple[torch.Tensor, ...]:
+        """Views of one expert (by its index here) at one linear: gate (d_in,), bias (), A (r, d_in), B (r, d_out)."""
         index, rank = member * len(self.experts) + expert, self.ranks[member][expert]
         start = self.starts[index]
         own = start - self.starts[member * len(self.experts)]
-        return self.gates[index], self.lora_A[start : start + rank], self.lora_B[member][own : own + rank]
+        lora = self.lora_A[start : start + rank], self.lora_B[member][own : own + rank]
+        return self.gates[index], self.gate_bias[index], *lora
 
     def tables(self, like: torch.Tensor) -> dict[str, Any]:
         """Small constant tensors, made once per device and dtype."""
@@ -185,7 +186,6 @@ class RoutedLinears(nn.Module):
         if key not in self._tables:
             flat = [rank for own in self.ranks for rank in own]
             where: dict[str, Any] = {"device": like.device}
-            absent = [ABSENT * (rank == 0) for rank in flat]
             symmetric = self.symmetric * len(self.ranks)
             ranks, within = torch.tensor(flat, **where)[:, None], torch.arange(self.widest, **where)
             rows = torch.tensor(self.starts, **where)[:, None] + within
@@ -195,7 +195,6 @@ class RoutedLinears(nn.Module):
                 "own": (within < ranks).to(like.dtype),
                 "offset": torch.arange(0, len(flat), len(self.experts), **where)[:, None],
                 "experts": torch.tensor(self.experts, **where),
-                "bias": torch.tensor(absent, dtype=like.dtype, **where) if any(absent) else None,
                 "symmetric": torch.tensor(symmetric, **where) if any(symmetric) else None,
             }
         return self._tables[key]
@@ -237,10 +236,8 @@ class RoutedLinears(nn.Module):
             choice, weight = (part[:, None].expand(-1, count, -1) for part in self._given(x, real, tables))
         else:
             slots = slice(members.start * experts, members.stop * experts)
-            bias, symmetric = (
-                table if table is None else table[slots] for table in (tables["bias"], tables["symmetric"])
-            )
-            scores = score(flat, self.gates[slots], state.rule, bias, symmetric)
+            symmetric = tables["symmetric"] if tables["symmetric"] is None else tables["symmetric"][slots]
+            scores = score(flat, self.gates[slots], self.gate_bias[slots], state.rule, symmetric)
             choice, weight = state.weigh(scores.view(-1, count, experts))
         if state.counts_for:
             state.count(tables["experts"][choice], weight, real, x.shape[:-1])
@@ -325,7 +322,7 @@ class RoutedLinears(nn.Module):
             b = self.lora_B[member].view(experts, self.widest, -1)
             update = F.grouped_mm(F.grouped_mm(x, a.mT, offs=until) * weight, b, offs=until)
         else:
-            slots = (self.slot(member, expert)[1:] for expert in range(experts))
+            slots = (self.slot(member, expert)[2:] for expert in range(experts))
             parts = zip(x.split(counts.tolist()), slots, strict=True)
             update = torch.cat([part @ a.t() @ b for part, (a, b) in parts if len(part)]) * weight
         return update.new_zeros(len(choice), update.shape[1]).index_add(0, token, update)

@@ -1,0 +1,163 @@
+"""Whitening: how a base's activations lie where nothing in particular is asked, so that gates see what is particular.
+
+The activations of a language model share most of what they are: a common direction and a few wide ones, whatever is
+said. Standardised inputs keep these, so a gate's score is mostly about them, and gates that were trained apart from
+each other rank by chance what all their experts share. Relative to reference rows, with mean 0 and covariance 1, the
+score is about what sets an input apart (the metric of linear discriminant analysis).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import FusionError
+from ..experts import Expert
+from ..hub.adapters import linear_sizes
+from .batches import equal_lengths, read_examples, to_model
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SHRINKAGE = 0.01  # share of the mean variance that is added to every direction: few rows leave some without any
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """A base's standardised inputs on reference rows, by module path; linears that read the same input share tensors.
+
+    Attributes:
+        mean: (d_in,), fp32.
+        factor: Σ^(-1/2), (d_in, d_in), fp32: ``factor @ (LN(x) - mean)`` has mean 0 and covariance 1.
+    """
+
+    mean: dict[str, torch.Tensor]
+    factor: dict[str, torch.Tensor]
+
+
+@torch.no_grad()
+def fit_whitening(
+    base: Expert,
+    rows: Dataset,
+    *,
+    modules: Collection[str],
+    batch_size: int = 16,
+    max_length: int = 512,
+) -> Whitening:
+    """Reads reference rows with a base alone.
+
+    Args:
+        base: the base as an expert: model and processor.
+        rows: what the model may be asked in general, with columns as in `train_gates`; labels do not matter.
+            `base_samples` makes some where there are none. A few thousand tokens per thousand features are enough.
+        modules: paths of the linears.
+        batch_size: at most so many rows at once; only rows of equal lengths share a batch, so nothing is padded.
+        max_length: the longest sequence, in tokens.
+
+    Raises:
+        FusionError: for modules that are no linears, and rows that the base cannot read.
+    """
+    found = dict(base.model.named_modules())
+    if unknown := sorted(path for path in modules if linear_sizes(found.get(path)) is None):
+        raise FusionError(f"{base.name} has no linear {unknown[0]}")
+    sums: dict[str, torch.Tensor] = {}
+    squares: dict[str, torch.Tensor] = {}
+    counts: dict[str, int] = {}
+    same: dict[str, str] = {}  # path -> the first path that read the same input
+    last: list[Any] = [None, ""]
+
+    def read(path: str, module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        if inputs[0] is last[0]:
+            same[path] = last[1]
+            return
+        last[:] = inputs[0], path
+        same[path] = path
+        x = standardised(inputs[0].reshape(-1, inputs[0].shape[-1]).float())  # (N, d_in)
+        sums[path] = sums.get(path, 0) + x.sum(0)
+        squares[path] = squares.get(path, 0) + x.t() @ x
+        counts[path] = counts.get(path, 0) + len(x)
+
+    examples = read_examples(base, rows, max_length)
+    handles = [found[path].register_forward_pre_hook(partial(read, path)) for path in modules]
+    try:
+        for batch in equal_lengths(examples.rows, batch_size):
+            inputs = to_model(examples.collate(batch), base.model)
+            examples.loss(base.model, inputs)
+            last[:] = None, ""
+    finally:
+        for handle in handles:
+            handle.remove()
+    mean = {path: (total / counts[path]).cpu() for path, total in sums.items()}
+    factor = {path: _inverse_root(squares[path].cpu() / counts[path], mean[path]) for path in mean}
+    return Whitening({path: mean[same[path]] for path in modules}, {path: factor[same[path]] for path in modules})
+
+
+def standardised(x: torch.Tensor) -> torch.Tensor:
+    """LN(x), without affine: what the router's scores read."""
+    return nn.functional.layer_norm(x, x.shape[-1:])
+
+
+def _inverse_root(second_moment: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Σ^(-1/2), symmetric, of the covariance with a little of its mean variance added to every direction."""
+    covariance = second_moment - torch.outer(mean, mean)
+    covariance.diagonal().add_(SHRINKAGE * covariance.diagonal().mean())
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp(min=torch.finfo(values.dtype).eps).rsqrt()) @ vectors.t()
+
+
+@torch.no_grad()
+def base_samples(
+    base: Expert, opening: str, turn: str, *, count: int = 128, tokens: int = 100, seed: int = 0
+) -> Dataset:
+    """Reference rows that a language model makes up: what follows `opening`, where a user would speak (Magpie's way).
+
+    Nothing but the base is needed, and everybody who has it gets the same rows (Magpie, arXiv 2406.08464).
+
+    Args:
+        base: a causal language model with its tokenizer.
+        opening: a chat's markup up to the user's first word.
+        turn: the markup between the user's words and the answer; what comes before it is the prompt. A sample
+            without it is a prompt that ends in the middle.
+        count: number of rows.
+        tokens: sampled of each, at temperature 1.
+        seed: of the samples.
+
+    Returns:
+        Columns ``prompt`` and ``target``.
+    """
+    from datasets import Dataset
+
+    model: Any = base.model
+    tokenizer = base.processor
+    start = tokenizer(opening, return_tensors="pt").input_ids.to(base.model.device)
+    texts: list[str] = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        while len(texts) < count:
+            batch = start.expand(min(32, count - len(texts)), -1)
+            sampled = model.generate(
+                input_ids=batch,
+                attention_mask=torch.ones_like(batch),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,  # goes on behind the end of a turn, so that answers are sampled as well
+            )
+            texts += [tokenizer.decode(row[start.shape[1] :]) for row in sampled]
+    rows = [text.partition(turn) for text in texts]
+    return Dataset.from_list(
+        [
+            {"prompt": opening + question + (turn if answer else ""), "target": answer}
+            for question, turn_, answer in rows
+        ]
+    )
+
+
+__all__ = ["Whitening", "base_samples", "fit_whitening", "standardised"]

@@ -1,0 +1,119 @@
+"""Whitening: reference rows have mean 0 and covariance 1, and gates of whitened inputs are calibrated on them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import datasets
+import pytest
+import torch
+from models.phatgoose_reference import normalise, reference
+from tiny import adapter, llama, make_tokenizer
+
+from hf_fusion import Expert, FusionError, average_activation, base_samples, fit_whitening, train_gates
+from hf_fusion.hub.gates import gate_sizes, read_gates, save_gates
+from hf_fusion.models.phatgoose import PhatgooseRouter
+from hf_fusion.training.prompts import encode_prompts
+
+WORDS = ["the quick brown fox", "experts are fused", "a stitch in time saves nine", "said the router to the gate"]
+NUMBERED = [f"{words} {i}" for i in range(12) for words in WORDS]
+REFERENCE = datasets.Dataset.from_dict({"prompt": NUMBERED, "target": ["so"] * 48})
+ROWS = datasets.Dataset.from_dict({"prompt": WORDS * 4, "target": [" and so on"] * 16})
+TARGETS = ("q_proj", "v_proj", "o_proj", "down_proj")
+
+
+def make(seed: int) -> Expert:
+    base = llama()
+    return Expert(f"me/expert-{seed}", base, adapter(base, 4, None, seed, TARGETS), make_tokenizer())
+
+
+def inputs_of(expert: Expert, path: str) -> torch.Tensor:
+    """Standardised inputs of a linear on all reference tokens, one row at a time, (N, d_in)."""
+    seen = []
+    linear = expert.model.get_submodule(path)
+    handle = linear.register_forward_pre_hook(lambda module, args: seen.extend(args[0][0]))
+    for row in encode_prompts(REFERENCE, expert.processor):
+        expert.model(input_ids=torch.tensor([row["input_ids"]]))
+    handle.remove()
+    return torch.stack([normalise(x) for x in seen])
+
+
+@pytest.fixture(scope="module")
+def expert():
+    return make(0)
+
+
+@pytest.fixture(scope="module")
+def whitening(expert):
+    return fit_whitening(replace(expert, adapter=None), REFERENCE, modules=gate_sizes(expert.adapter, expert.model))
+
+
+@torch.no_grad()
+def test_reference_rows_become_white(expert, whitening):
+    for path in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+        x = inputs_of(expert, path)
+        assert torch.allclose(whitening.mean[path], x.mean(0), atol=1e-5)
+        covariance = torch.cov(x.t(), correction=0)
+        shrunk = covariance + 0.01 * covariance.diagonal().mean() * torch.eye(len(covariance))
+        white = whitening.factor[path] @ shrunk @ whitening.factor[path]
+        assert torch.allclose(white, torch.eye(len(white)), atol=2e-2)
+    query, value = (f"model.layers.0.self_attn.{name}_proj" for name in "qv")
+    assert whitening.factor[query] is whitening.factor[value]  # they read the same
+
+
+@pytest.mark.parametrize("how", ["trained", "average"])
+def test_gates_are_calibrated_on_the_reference(expert, whitening, how):
+    if how == "trained":
+        gates = train_gates(expert, ROWS, steps=8, batch_size=4, whitening=whitening, use_cpu=True)
+        assert gates.facts["loss_after"] < gates.facts["loss_before"]
+    else:
+        gates = average_activation(expert, ROWS, whitening=whitening)
+    assert gates.kind == how and gates.offsets.keys() == gates.vectors.keys()
+    path = "model.layers.1.self_attn.q_proj"
+    with torch.no_grad():
+        scores = inputs_of(expert, path) @ gates.vectors[path] - gates.offsets[path]
+    assert abs(float(scores.mean())) < 1e-3
+    assert 0.7 < float(scores.std()) < 1.01  # shrinkage takes a little off where the reference hardly varies
+
+
+def test_a_router_of_whitened_gates_equals_the_plain_loop(whitening, tmp_path):
+    experts = []
+    for seed in range(3):
+        own = make(seed)
+        gates = average_activation(own, ROWS.shuffle(seed).select(range(3 + seed)), whitening=whitening)
+        save_gates(gates, tmp_path)
+        again = read_gates(tmp_path, own.name, own.adapter, own.model)
+        assert again.offsets == pytest.approx(gates.offsets)
+        experts.append(replace(own, gates=again))
+    router = PhatgooseRouter.from_experts(experts, top_k=2)
+    plain = reference(experts[0].model, experts, 2)
+    ids = torch.tensor([[5, 9, 33, 7, 100, 21]])
+    with torch.no_grad():
+        want, got = plain.model(input_ids=ids).logits, router(input_ids=ids).logits
+    assert float((got - want).norm() / want.norm()) <= 1e-5
+    router.save_pretrained(tmp_path / "router")
+    with torch.no_grad():
+        again = PhatgooseRouter.from_pretrained(tmp_path / "router")(input_ids=ids).logits
+    assert torch.equal(again, got)
+
+
+def test_what_does_not_fit_is_named(expert, whitening, tmp_path):
+    partial = replace(whitening, mean={}, factor={})
+    with pytest.raises(FusionError, match="knows nothing of model.layers.0.mlp.down_proj"):
+        train_gates(expert, ROWS, whitening=partial)
+    with pytest.raises(FusionError, match="no linear model.layers.7.nothing"):
+        fit_whitening(replace(expert, adapter=None), REFERENCE, modules=["model.layers.7.nothing"])
+    gates = average_activation(expert, ROWS, whitening=whitening)
+    gates.offsets.popitem()
+    save_gates(gates, tmp_path)
+    with pytest.raises(FusionError, match="does not give each gate a finite offset"):
+        read_gates(tmp_path, "me", expert.adapter, expert.model)
+
+
+def test_the_base_makes_up_reference_rows():
+    expert = make(0)
+    given = {"count": 5, "tokens": 6}
+    first, again, other = (base_samples(expert, "user: ", " bot: ", seed=seed, **given) for seed in (0, 0, 1))
+    assert first.to_list() == again.to_list() != other.to_list()
+    assert len(first) == 5 and set(first.column_names) == {"prompt", "target"}
+    assert all(prompt.startswith("user: ") for prompt in first["prompt"])
