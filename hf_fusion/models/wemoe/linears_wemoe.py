@@ -143,8 +143,8 @@ class UpscaledLinear(nn.Module):
 
     def steps(self, samples: int, device: str) -> tuple[int, int]:
         """Rows of a block, and samples merged at a time."""
-        rows = _rows(self.rows, self.columns, BLOCK if device == "cpu" else BLOCK_ELSEWHERE)
-        rows = self.step if self.kind == "sparse" else rows
+        elements = (BLOCK if samples > 1 else 2 * BLOCK) if device == "cpu" else BLOCK_ELSEWHERE
+        rows = self.step if self.kind == "sparse" else _rows(self.rows, self.columns, elements)
         return rows, min(samples, SAMPLES if device == "cpu" else SAMPLES_ELSEWHERE)
 
     def block(self, start: int, stop: int, scratch: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
