@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from hf_fusion.errors import FusionError
 
@@ -45,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gates.add_argument("--base", metavar="ID", help="the adapter's base, where it is not the one it records")
     gates.add_argument(
         "--kind", choices=("trained", "average"), default="trained", help="average: the mean inputs, without training"
+    )
+    gates.add_argument(
+        "--reference",
+        metavar="DATA",
+        help="rows of all that may be asked: gates then read whitened inputs",
     )
     gates.add_argument("--steps", type=int, default=100, metavar="N", help="optimizer steps (default: 100)")
     gates.add_argument("--learning-rate", type=float, default=5e-3, metavar="X", help="default: 0.005")
@@ -96,17 +102,24 @@ def _fit_gates(args: argparse.Namespace, out: Out) -> None:
         raise FusionError("nothing says where the gates go", f"{again} --output DIR, or --push")
 
     from hf_fusion.data import load_rows
-    from hf_fusion.hub.gates import save_gates
+    from hf_fusion.hub.gates import gate_sizes, save_gates
+    from hf_fusion.hub.load import load_experts
     from hf_fusion.hub.publish_gates import push_gates
     from hf_fusion.training.gates import average_activation, train_gates
+    from hf_fusion.training.whitening import fit_whitening
 
     rows = load_rows(args.data, args.split)
-    given = {"base": args.base, "batch_size": args.batch_size, "max_length": args.max_length}
+    given: dict[str, Any] = {"batch_size": args.batch_size, "max_length": args.max_length}
+    (adapter,) = load_experts([args.adapter], base=args.base, gates=False)
+    if args.reference and adapter.adapter is not None:
+        modules = gate_sizes(adapter.adapter, adapter.model)
+        reference = load_rows(args.reference, args.split)
+        given["whitening"] = fit_whitening(replace(adapter, adapter=None), reference, modules=modules, **given)
     if args.kind == "average":
-        gates = average_activation(args.adapter, rows, **given)
+        gates = average_activation(adapter, rows, **given)
     else:
         gates = train_gates(
-            args.adapter,
+            adapter,
             rows,
             steps=args.steps,
             learning_rate=args.learning_rate,

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from tiny import llama, make_tokenizer
 
 from hf_fusion import FusionError, load_experts
@@ -58,6 +59,10 @@ def test_gates_go_into_the_adapters_folder(here, place):
 def test_average_activations_need_no_training_and_serve_an_adapter_that_is_not_ones_own(here, place):
     words = ("adapter", "--data", "rows.jsonl", "--kind", "average", "--output", "gates", "--format", "json")
     assert json.loads(here("fit", "gates", *words))["gates"] == 4
+    whitened = ("--reference", "rows.jsonl", "--output", "whitened")
+    assert json.loads(here("fit", "gates", *words[:-4], *whitened, "--format", "json"))["gates"] == 4
+    with safe_open(place / "whitened" / FILE, "pt") as file:
+        assert len(json.loads(file.metadata()["offsets"])) == 4
     assert [path.name for path in (place / "gates").iterdir()] == [FILE]
     chosen = ("--set", "top_k=1", "--set", "missing_gates={adapter: gates}", "--output", "fused")
     here("fuse", "--method", "phatgoose", "--experts", "adapter", *chosen)
