@@ -11,11 +11,13 @@ runs of different tasks with OMP_NUM_THREADS=1 are faster than one run with two 
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -31,12 +33,12 @@ from transformers import (
     set_seed,
 )
 
-from hf_fusion.demo.language_suite import HELD_IN, TASKS, LanguageTask, rows
+from hf_fusion import Whitening, base_samples, fit_whitening, load_experts, train_gates
+from hf_fusion.demo.language_suite import CHAT, HELD_IN, TASKS, LanguageTask, rows
 from hf_fusion.demo.smollm2 import SMOLLM2, smollm2_folder
 from hf_fusion.evaluate import wilson
 from hf_fusion.hub.card_edit import add_tag
 from hf_fusion.hub.gates import GATES_FILE, GATES_TAG, save_gates
-from hf_fusion.training.gates import train_gates
 from hf_fusion.training.prompts import IGNORED, encode_prompts, target_scores
 
 DEFAULT_OUTPUT = Path(__file__).parents[1] / "hf_fusion" / "demo" / "smollm2_experts"
@@ -199,17 +201,33 @@ def save(model: PeftModel, card: str, folder: Path) -> None:
     partial.rename(folder)
 
 
-def add_gates(task: LanguageTask, data: Path | None, folder: Path) -> str:
+@cache
+def whitening() -> Whitening:
+    """How the base's activations lie on what it makes up itself; the same for all experts."""
+    (base,) = load_experts([smollm2_folder()])
+    adapted = tuple(f"layers.{layer}." for layer in LORA["layers_to_transform"])
+    modules = [
+        path
+        for path, _ in base.model.named_modules()
+        if path.endswith(tuple(LORA["target_modules"])) and any(layer in path for layer in adapted)
+    ]
+    return fit_whitening(base, base_samples(base, *CHAT.split("{}")), modules=modules)
+
+
+def add_gates(task: LanguageTask, data: Path | None, folder: Path, as_in_the_paper: bool) -> str:
     """Train an expert's gates on its own train rows, save them beside it, and return a line about them."""
-    how = TRAINING.get(task.name, Training())
     start = time.perf_counter()
-    train_rows = rows(task, "train", how.steps * how.batch_size, data)
-    gates = train_gates(folder, train_rows, base=smollm2_folder(), batch_size=8, use_cpu=True)
-    facts = gates.facts
-    loss = f"{facts['loss_before']:.3f} -> {facts['loss_after']:.3f}"
+    steps, how = (100, "as in the paper") if as_in_the_paper else (50, "on whitened inputs")
+    given = None if as_in_the_paper else whitening()
+    train_rows = rows(task, "train", 800, data)
+    gates = train_gates(
+        folder, train_rows, base=smollm2_folder(), steps=steps, batch_size=8, whitening=given, use_cpu=True
+    )
+    loss = f"{gates.facts['loss_before']:.3f} -> {gates.facts['loss_after']:.3f}"
     readme = folder / "README.md"
-    paragraph = f"\nIts gates (`{GATES_FILE}`) were trained for {facts['steps']:.0f} steps, loss {loss}.\n"
-    readme.write_text(add_tag(readme.read_text(encoding="utf-8"), GATES_TAG) + paragraph, encoding="utf-8")
+    card = re.sub(r"\nIts gates [^\n]*\n", "", readme.read_text(encoding="utf-8"))
+    paragraph = f"\nIts gates (`{GATES_FILE}`) were trained for {steps} steps {how}, loss {loss}.\n"
+    readme.write_text(add_tag(card, GATES_TAG) + paragraph, encoding="utf-8")
     save_gates(gates, folder)
     return f"{task.name}: gates, loss {loss}, in {time.perf_counter() - start:.0f} s"
 
@@ -219,6 +237,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with one folder per data set")
     parser.add_argument("--task", choices=HELD_IN, action="append", help="only this task; may be repeated")
     parser.add_argument("--gates", action="store_true", help="train each expert's gates as well")
+    parser.add_argument("--paper-gates", action="store_true", help="gates that read inputs as they are")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help=f"default: {DEFAULT_OUTPUT.name}")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -226,7 +245,7 @@ def main() -> None:
         if not (args.output / name).exists():
             print(train(TASKS[name], args.data, args.output / name), flush=True)
         if args.gates and not (args.output / name / GATES_FILE).exists():
-            print(add_gates(TASKS[name], args.data, args.output / name), flush=True)
+            print(add_gates(TASKS[name], args.data, args.output / name, args.paper_gates), flush=True)
     print(f"Experts: {args.output}")
 
 

@@ -22,6 +22,7 @@ _PUBLIC = {
     "Gates": "experts",
     "train_gates": "training.gates",
     "average_activation": "training.gates",
+    "Whitening": "training.whitening",
     "fit_whitening": "training.whitening",
     "base_samples": "training.whitening",
     "arrow_prototypes": "training.gates",

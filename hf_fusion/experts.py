@@ -79,8 +79,8 @@ class Gates:
         vectors: module path in the base -> gate vector (d_in,).
         kind: where they come from: "trained" (`train_gates`), "average" (`average_activation`) or "arrow"
             (`arrow_prototypes`).
-        offsets: of whitened gates, by module path: what is subtracted from their product with LN(x), so that scores on
-            reference text have mean 0 (and variance 1). Gates without are standardised by the router, as in the paper.
+        offsets: of whitened gates, by module path: what is subtracted from their product with LN(x) to make the score
+            a log-likelihood ratio. Gates without are standardised by the router, as in the paper.
         facts: what is known of their training: "steps", "examples", "loss_before", "loss_after".
     """
 

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 
 from hf_fusion.demo import language_suite
-from hf_fusion.demo.language_suite import HELD_IN, HELD_OUT, TASKS, Generated, rows
+from hf_fusion.demo.language_suite import HELD_IN, HELD_OUT, TASKS, Generated, conversations, rows
 from hf_fusion.demo.smollm2 import SMOLLM2, smollm2_folder
 from hf_fusion.errors import FusionError
 from hf_fusion.training.prompts import encode_prompts, target_scores
@@ -73,6 +73,19 @@ def test_answers_are_right():
 def test_tasks_share_their_content():
     lists = {name: set(_contents(rows(name, "train", 300), name)) for name in ("word-sorting", "word-reversal")}
     assert lists["word-sorting"] == lists["word-reversal"]
+
+
+def test_conversations():
+    suite = {name: rows(name, "test", 7) for name in ("word-sorting", "chain-sum", "number-range")}
+    chats = conversations(suite)
+    assert {name: len(own) for name, own in chats.items()} == dict.fromkeys(suite, 7)
+    for name, own in chats.items():
+        assert set(own["first"]) == suite.keys() - {name}
+        assert own["target"] == suite[name]["target"]
+        for row, alone in zip(own, suite[name]):
+            first, _, second = row["prompt"].rpartition("<|im_end|>\n<|im_start|>user\n")
+            assert f"<|im_start|>user\n{second}" == alone["prompt"]
+            assert any(first == earlier["prompt"] + earlier["target"] for earlier in suite[row["first"]])
 
 
 def test_stored_rows(tmp_path):

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rows of all that may be asked: gates then read whitened inputs",
     )
     gates.add_argument("--steps", type=int, default=100, metavar="N", help="optimizer steps (default: 100)")
-    gates.add_argument("--learning-rate", type=float, default=5e-3, metavar="X", help="default: 0.005")
+    gates.add_argument("--learning-rate", type=float, metavar="X", help="default: 0.005, with --reference 0.0001")
     gates.add_argument("--batch-size", type=int, default=16, metavar="N", help="examples a step (default: 16)")
     gates.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of an example (default: 512)")
     gates.add_argument("--output", metavar="DIR", help="where the gates go (default: the adapter's folder)")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -163,30 +163,30 @@ def rows(task: str | LanguageTask, split: Split, size: int, data_dir: str | Path
     )
 
 
-def conversations(task: str, size: int, data_dir: str | Path | None = None) -> Dataset:
-    """Test rows of a held-in task, each as the second question of a chat: the first is of another held-in task.
+def conversations(suite: Mapping[str, Dataset]) -> dict[str, Dataset]:
+    """Every row of every task as the second question of a chat: the first is of another task of the suite.
 
-    The first question comes with its right answer. Which of the other tasks it is of goes in turn, so that all do.
+    The first question comes with its right answer; it is of each of the other tasks in turn.
 
     Args:
-        task: a name in `HELD_IN`.
-        size: at most so many rows.
-        data_dir: see `rows`.
+        suite: task → its rows, as `rows` gives them; at least two tasks.
 
     Returns:
-        Columns as of `rows`, and ``first``, the task of the first question.
+        Task → as many rows, with a column ``first``, the task of the first question.
     """
     from datasets import Dataset
 
-    others = [name for name in HELD_IN if name != task]
-    earlier = {name: rows(name, "test", -(-size // len(others)), data_dir) for name in others}
-    chats = []
-    for index, row in enumerate(rows(task, "test", size, data_dir)):
-        first = others[index % len(others)]
-        opening = earlier[first][index // len(others) % len(earlier[first])]
-        prompt = f"{opening['prompt']}{opening['target']}{END_OF_TURN}{row['prompt']}"
-        chats.append({**row, "prompt": prompt, "first": first})
-    return Dataset.from_list(chats)
+    chats = {}
+    for task, own in suite.items():
+        others = [name for name in suite if name != task]
+        chats[task] = Dataset.from_list([_chat(row, index, others, suite) for index, row in enumerate(own)])
+    return chats
+
+
+def _chat(row: dict[str, Any], index: int, others: Sequence[str], suite: Mapping[str, Dataset]) -> dict[str, Any]:
+    first = others[index % len(others)]
+    opening = suite[first][index // len(others) % len(suite[first])]
+    return {**row, "prompt": f"{opening['prompt']}{opening['target']}{END_OF_TURN}{row['prompt']}", "first": first}
 
 
 def _distinct(drawn: Iterator[Row | None], size: int, taken: set[str]) -> Iterator[Row]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PROBE_BATCHES = 4  # batches on which the loss is taken before and after
+START_ROWS = 128  # of which the mean is taken that a whitened gate starts at
+START = 2.0  # logit of a whitened gate on its own tokens at first: they meet most of the update, and it can move
 CHECKPOINTS = 10  # about so many are written over a run
 RUN_FILE = "gate_training.json"  # says whose checkpoints lie in a folder
 
@@ -51,7 +53,7 @@ def train_gates(
     *,
     base: str | Path | PreTrainedModel | None = None,
     steps: int = 100,
-    learning_rate: float = 5e-3,
+    learning_rate: float | None = None,
     warmup: float = 0.06,
     batch_size: int = 16,
     max_length: int = 512,
@@ -73,13 +75,14 @@ def train_gates(
             (the loss is the target's), ``text`` (``text_pair``) or ``image`` with ``label`` for classifiers.
         base: the adapter's base, where it is not the one it records.
         steps: optimizer steps.
-        learning_rate: after warm-up.
+        learning_rate: after warm-up; default is 5e-3, with a whitening 1e-4.
         warmup: share of the steps in which the rate rises from 0.
         batch_size: examples a step, per process.
         max_length: the longest sequence, in tokens; long prompts lose their beginning.
         seed: of the order of the examples.
         whitening: how the base's activations lie in general (`fit_whitening`). The gates then read whitened inputs,
-            ``σ(uᵀ Σ^(-1/2) (LN(x) - μ))``, which sets experts of like tasks apart; the paper's gates read x.
+            ``σ(uᵀ Σ^(-1/2) (LN(x) - μ))``, and start at their mean, which sets experts of like tasks apart; the
+            paper's gates read x and start at 0.
         output_dir: checkpoints (of the gates alone) are kept there, and a run that was interrupted goes on from them.
         training_arguments: more of transformers' ``TrainingArguments``, such as ``bf16=True`` or ``use_cpu=True``.
 
@@ -89,6 +92,8 @@ def train_gates(
     Raises:
         FusionError: for an expert that is no adapter, data it cannot learn from, or a loss that is not finite.
     """
+    if learning_rate is None:
+        learning_rate = 5e-3 if whitening is None else 1e-4
     for name, value in {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}.items():
         if not value > 0:
             raise FusionError(f"{name}={value} trains nothing", hint=f"a {name} above 0")
@@ -157,7 +162,7 @@ def average_activation(
         examples: the first so many are read.
         batch_size: at most so many at once.
         max_length: the longest sequence, in tokens.
-        whitening: see `train_gates`; the gates are then ``Σ^(-1/2)`` of the whitened means' directions.
+        whitening: see `train_gates`; the gates are then those of linear discriminant analysis.
 
     Raises:
         FusionError: see `train_gates`.
@@ -165,6 +170,15 @@ def average_activation(
     loaded = _adapter_of(expert, base)
     _check_whitening(whitening, loaded)
     read = read_examples(loaded, dataset.select(range(min(examples, len(dataset)))), max_length)
+    means = _mean_inputs(loaded, read, range(len(read.rows)), batch_size, whitening)
+    return Gates(means, kind="average") if whitening is None else _calibrated(means, means, whitening, "average")
+
+
+@torch.no_grad()
+def _mean_inputs(
+    expert: Expert, read: Examples, rows: Iterable[int], batch_size: int, whitening: Whitening | None
+) -> dict[str, torch.Tensor]:
+    """Module path → mean of what its gate reads, (d_in,), fp32 on the CPU; the adapter is on."""
     sums: dict[str, torch.Tensor] = {}
     counts: dict[str, int] = {}
 
@@ -174,14 +188,13 @@ def average_activation(
         counts[path] = counts.get(path, 0) + len(tokens)
         return output if a is None else output + nn.functional.linear(nn.functional.linear(x, a), b)
 
-    with torch.no_grad(), _adapted(loaded, add_up):
-        for rows in equal_lengths(read.rows, batch_size):
-            read.loss(loaded.model, to_model(read.collate(rows), loaded.model))
+    with _adapted(expert, add_up):
+        for batch in equal_lengths([read.rows[row] for row in rows], batch_size):
+            read.loss(expert.model, to_model(read.collate(batch), expert.model))
     means = {path: (sums[path] / counts[path]).float().cpu() for path in sums}
     if whitening is None:
-        return Gates(means, kind="average")
-    shifts = {path: whitening.factor[path] @ (mean - whitening.mean[path]) for path, mean in means.items()}
-    return _calibrated(shifts, whitening, "average")
+        return means
+    return {path: whitening.factor[path] @ (mean - whitening.mean[path]) for path, mean in means.items()}
 
 
 def arrow_prototypes(expert: ExpertLike, *, base: str | Path | PreTrainedModel | None = None) -> Gates:
@@ -353,7 +366,14 @@ def _train(
     """Trains new gates on an expert whose base lies on the Trainer's device."""
     rows = examples.rows
     probe = [rows[i] for i in range(min(len(rows), PROBE_BATCHES * arguments.per_device_train_batch_size))]
+    means: dict[str, torch.Tensor] = {}
+    if whitening:
+        few = range(min(len(rows), START_ROWS))
+        means = _mean_inputs(expert, examples, few, arguments.per_device_train_batch_size, whitening)
     with gated(expert, arguments.device, whitening) as gates:
+        with torch.no_grad():
+            for path, mean in means.items():  # the own tokens' mean product with the gate is START
+                gates[path].copy_(START * mean / mean.square().sum().clamp(min=1e-12))
         task = _GateTask(gates, partial(examples.loss, expert.model))
         trainer = Trainer(model=task, args=arguments, train_dataset=rows, data_collator=examples.collate)
         set_progress(trainer)
@@ -367,7 +387,7 @@ def _train(
     vectors = {path: gate.detach().float().cpu() for path, gate in gates.items()}
     if not torch.isfinite(after) or not all(vector.isfinite().all() for vector in vectors.values()):
         raise FusionError(f"the gates of {expert.name} became NaN or Inf in training", hint="lower learning_rate")
-    found = Gates(vectors) if whitening is None else _calibrated(vectors, whitening, "trained")
+    found = Gates(vectors) if whitening is None else _calibrated(vectors, means, whitening, "trained")
     found.facts = {
         "steps": trainer.state.global_step,
         "examples": len(rows),
@@ -389,16 +409,25 @@ def _check_whitening(whitening: Whitening | None, expert: Expert) -> None:
             )
 
 
-def _calibrated(vectors: Mapping[str, torch.Tensor], whitening: Whitening, kind: str) -> Gates:
-    """Gates of whitened inputs as gates of standardised ones, with scores of mean 0 and variance 1 on the reference.
+def _calibrated(
+    vectors: Mapping[str, torch.Tensor], means: Mapping[str, torch.Tensor], whitening: Whitening, kind: str
+) -> Gates:
+    """Gates of whitened inputs z as gates of standardised ones, their scores made comparable between experts.
 
-    The length of a gate says how long it was trained, not how well it fits: as LN(v) does, this leaves its direction.
+    The length of a gate says how long it was trained, not how well it fits; as LN(v) does, this keeps its direction û
+    alone. Along it, reference tokens have mean 0 and variance 1, the expert's own a mean of a: the score is
+    ``a ûᵀz - a²/2``, the log-likelihood ratio of "one of mine" to "any" for normal distributions.
+
+    Args:
+        vectors: gates u of whitened inputs, (d_in,).
+        means: mean whitened inputs of the expert's own tokens, (d_in,).
     """
     gates = Gates({}, kind)
     for path, vector in vectors.items():
-        length = vector.norm()
-        gates.vectors[path] = whitening.factor[path] @ (vector / length if length > 0 else vector)
-        gates.offsets[path] = float(gates.vectors[path] @ whitening.mean[path])
+        direction = nn.functional.normalize(vector, dim=0)
+        mean = float((direction @ means[path]).clamp(min=0))
+        gates.vectors[path] = mean * (whitening.factor[path] @ direction)
+        gates.offsets[path] = float(gates.vectors[path] @ whitening.mean[path]) + mean**2 / 2
     return gates
 
 

@@ -190,7 +190,8 @@ def main() -> None:
     start = time.perf_counter()
     suite = {task: rows(task, "test", args.n, args.data) for task in tasks}
     seconds = {task + SECOND: task for task in names if task in tasks}
-    suite |= {second: conversations(task, args.n, args.data) for second, task in seconds.items()}
+    chats = conversations({task: suite[task] for task in seconds.values()}) if len(seconds) > 1 else {}
+    suite |= {second: chats[task] for second, task in seconds.items() if chats}
     train = {name: rows(name, "train", args.examples, args.data) for name in names}
     print(f"{len(experts)} experts, {len(tasks)} tasks; rows made in {time.perf_counter() - start:.0f} s", flush=True)
     if args.diagnose:
@@ -204,7 +205,8 @@ def main() -> None:
             experts,
             suite,
             train_rows=train,
-            owners={name: name for name in names if name in tasks} | seconds,
+            owners={name: name for name in names if name in tasks}
+            | {second: task for second, task in seconds.items() if chats},
             systems=args.systems,
             metrics={task: TASKS[seconds.get(task, task)].metric for task in suite},
             top_k=args.top_k,
