@@ -189,9 +189,10 @@ def main() -> None:
     tasks = [task for task in (*names, *HELD_OUT) if not args.tasks or task in args.tasks]
     start = time.perf_counter()
     suite = {task: rows(task, "test", args.n, args.data) for task in tasks}
-    seconds = {task + SECOND: task for task in names if task in tasks}
-    chats = conversations({task: suite[task] for task in seconds.values()}) if len(seconds) > 1 else {}
-    suite |= {second: chats[task] for second, task in seconds.items() if chats}
+    owned = [task for task in tasks if task in names]
+    seconds = {task + SECOND: task for task in owned if len(owned) > 1}
+    chats = conversations({task: suite[task] for task in seconds.values()})
+    suite |= {second: chats[task] for second, task in seconds.items()}
     train = {name: rows(name, "train", args.examples, args.data) for name in names}
     print(f"{len(experts)} experts, {len(tasks)} tasks; rows made in {time.perf_counter() - start:.0f} s", flush=True)
     if args.diagnose:
@@ -205,8 +206,7 @@ def main() -> None:
             experts,
             suite,
             train_rows=train,
-            owners={name: name for name in names if name in tasks}
-            | {second: task for second, task in seconds.items() if chats},
+            owners={name: name for name in owned} | seconds,
             systems=args.systems,
             metrics={task: TASKS[seconds.get(task, task)].metric for task in suite},
             top_k=args.top_k,
