@@ -147,7 +147,7 @@ def evaluate_routing(
     tasks, scores = evaluation.run(systems)
     settings = {
         **evaluation.options,
-        "gates": sorted({expert.gates.kind if expert.gates else "none" for expert in loaded}),
+        "gates": sorted({expert.gates.description if expert.gates else "none" for expert in loaded}),
         "examples": examples,
         "seed": seed,
         "dtype": str(loaded[0].model.dtype).removeprefix("torch."),

@@ -89,6 +89,11 @@ class Gates:
     offsets: dict[str, float] = field(default_factory=dict)
     facts: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def description(self) -> str:
+        """What cards and tables call them: the kind, and whether they read whitened inputs."""
+        return f"whitened {self.kind}" if self.offsets else self.kind
+
 
 @dataclass
 class Expert:

@@ -25,7 +25,8 @@ WITH_GATES = ("word-sorting", "word-reversal", "number-sorting", "number-range")
 WITHOUT_GATES = "chain-sum"  # gets them on the way
 ELSEWHERE, OTHER_BASE = "word-sorting-360m", "HuggingFaceTB/SmolLM2-360M-Instruct"
 BASE_CARD = "---\nlicense: apache-2.0\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
-GATE_STEPS, GATE_BATCH = 30, 8
+GATE_STEPS, GATE_BATCH = 20, 8
+SAMPLES, SAMPLE_TOKENS = 64, 64
 SYSTEMS = ("base", "PHATGOOSE", "merged", "experts", "oracle")
 TESTED = 40  # rows of each task
 QUESTIONS = (
@@ -155,17 +156,24 @@ def _show_verdict(verdict: Compatibility, out: Out) -> None:
 
 def _add_gates(place: Place, verdict: Compatibility, out: Out) -> None:
     """Trains and pushes the gates that are missing, unless an earlier run has done so."""
+    from hf_fusion.hub.gates import gate_sizes
     from hf_fusion.hub.load import load_experts
     from hf_fusion.hub.publish_gates import push_gates
     from hf_fusion.training.gates import train_gates
+    from hf_fusion.training.whitening import base_samples, fit_whitening
 
     lacking = next((entry.info for entry in verdict.rejected if entry.info.id == place.repo(WITHOUT_GATES)), None)
     if lacking is None:
         out.log("      there already")
         return
     (expert,) = load_experts([lacking], api=place.api)
+    assert expert.adapter is not None
+    base, modules = replace(expert, adapter=None), gate_sizes(expert.adapter, expert.model)
+    # The other experts' gates read whitened inputs too; theirs were whitened by more samples.
+    samples = base_samples(base, *CHAT.split("{}"), count=SAMPLES, tokens=SAMPLE_TOKENS)
+    whitening = fit_whitening(base, samples, modules=modules)
     examples = rows(WITHOUT_GATES, "train", GATE_STEPS * GATE_BATCH)
-    gates = train_gates(expert, examples, steps=GATE_STEPS, batch_size=GATE_BATCH)
+    gates = train_gates(expert, examples, steps=GATE_STEPS, batch_size=GATE_BATCH, whitening=whitening)
     pushed = push_gates(gates, lacking.id, api=place.api)
     before, after = gates.facts["loss_before"], gates.facts["loss_after"]
     out.log(f"      {len(gates.vectors)} gates in {GATE_STEPS} steps, loss {before:.3f} → {after:.3f}")

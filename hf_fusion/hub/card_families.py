@@ -219,7 +219,7 @@ def _routed_view(facts: CardFacts) -> dict[str, Any]:
         ],
         "compared": [system for system in results["systems"] if system["kind"] in ("base", "router", "baseline")],
         "labelled": any(expert.labels for expert in facts.experts),
-        "gates": {expert.gates for expert in facts.experts},
+        "gates": {word for expert in facts.experts for word in (expert.gates or "").split()},
     }
 
 

@@ -156,7 +156,7 @@ def entries_of(experts: Sequence[Any], base: Any, config: PhatgooseConfig, taken
                 f"{name} has no gates: train them with hf_fusion.train_gates, or pass missing_gates='arrow' when fusing"
             )
         row = {"name": name, "revision": expert.revision, "license": expert.license, "task": expert.task}
-        entry = Entry({**row, "gates": gates.kind, "labels": []})
+        entry = Entry({**row, "gates": gates.description, "labels": []})
         for path, (a, b) in adapter.lora.items():
             _check_linear(name, path, a, b, base)
             gate = _gate(name, path, a.shape[1], gates, config.routing)

@@ -25,8 +25,9 @@ class PhatgooseConfig(PreTrainedConfig):
         backbone: the config of the base, as a plain dict.
         base: id and revision of the base, where they are known.
         base_by_reference: the repo holds experts and gates only; the base is fetched at its pinned revision.
-        experts: one dict per expert: name, revision, license, task, gates ("trained", "average" or "arrow"), labels
-            (class names of its own head, if it has one) and profile (index into `profiles`).
+        experts: one dict per expert: name, revision, license, task, gates ("trained", "average" or "arrow", or
+            "whitened" and one of these), labels (class names of its own head, if it has one) and profile (index
+            into `profiles`).
         profiles: what an expert adapts, each distinct profile once: "ranks" (module path -> LoRA rank) and "saved"
             (module path of a head -> its number of outputs).
         replaced: parameters of the base that an expert's saved ones stand in for.
