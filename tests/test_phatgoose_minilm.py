@@ -11,12 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from benchmarks.phatgoose_minilm import OTHERS, TASKS, make_experts, measure, reference_rows, suite_rows
+from benchmarks.phatgoose_minilm import TASKS, make_experts, measure, suite_rows
 
 from hf_fusion import SuiteResults
 
 DATA = Path(os.environ.get("HF_FUSION_DATA", Path(__file__).parents[2] / "shared" / "data"))
-ABSENT = [task for task in (*TASKS, *OTHERS) if not (DATA / task / "train.parquet").is_file()]
+ABSENT = [task for task in TASKS if not (DATA / task / "train.parquet").is_file()]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.xdist_group("minilm"),  # one run for all of them
@@ -29,7 +29,7 @@ pytestmark = [
 def results(tmp_path_factory: pytest.TempPathFactory) -> SuiteResults:
     folder = tmp_path_factory.mktemp("experts")
     train_rows, test_rows = suite_rows(DATA, n=100)
-    make_experts(train_rows, reference_rows(DATA), folder)
+    make_experts(train_rows, folder)
     return measure(folder, train_rows, test_rows, examples=200)
 
 
