@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -419,10 +420,11 @@ def test_summary_counts():
     assert summary["relative_cost"] > 1
 
 
-def test_routed_linears_compile_without_a_graph_break():
+@pytest.mark.parametrize("alone", [False, True])
+def test_routed_linears_compile_without_a_graph_break(alone):
     router = PhatgooseRouter.from_experts(experts_of(llama(), SHAPES["llama mixed"][1]))
     block, x = router.backbone.model.layers[0].mlp, torch.randn(2, 40, 32)
-    with torch.no_grad():
+    with torch.no_grad(), router.using("me/expert-2") if alone else nullcontext():
         want = block(x)
         got = torch.compile(block, backend="eager", fullgraph=True)(x)  # a break would raise
     torch._dynamo.reset()
