@@ -44,7 +44,7 @@ class PhatgooseRouter(PreTrainedModel):
 
     `torch.compile` takes its forward as one graph, in training too, and `generate` with a static cache. A compiled
     graph computes padding as well and fetches the A and B of each token's experts: memory grows with tokens times
-    top_k times rank. It does not take `using(weights)`; where experts bring heads, padding counts in their shares.
+    top_k times rank. Where experts bring heads, padding counts in their shares.
     """
 
     config: PhatgooseConfig
