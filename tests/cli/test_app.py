@@ -118,6 +118,8 @@ def test_interrupting_ends_with_130(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background job ignores this signal, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with pipe.open("w"):  # opens when the command has begun to read, which then waits for us
         process.send_signal(signal.SIGINT)

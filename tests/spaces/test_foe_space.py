@@ -168,7 +168,8 @@ def test_predict_answers_like_the_model(digits, digits_url):
 def test_a_digit_is_answered_in_the_browser(digits, digits_url, visit):
     for width, scheme in SCREENS:
         page = visit(digits_url, width, scheme)
-        assert page.locator("[data-answer]").is_visible() and page.locator(".foe-plot").is_visible()
+        page.wait_for_selector("[data-answer]")
+        page.wait_for_selector(".foe-plot")
         assert_fits(page, width, scheme)
     page = visit(digits_url)
     expected = {digit: digits.ask(images=[Image.open(example(digit))]) for digit in range(10)}
