@@ -16,6 +16,7 @@ from tiny_routed import save_base, save_lora
 
 from hf_fusion.cli.app import build_parser
 from hf_fusion.evaluate import Results
+from hf_fusion.suite_results import SuiteResults
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -138,6 +139,20 @@ def test_the_table_is_what_was_measured():
     assert f"`{results.command}`" in README
     prose = " ".join(README.split()).replace("1 CPU thread,", "1 CPU threads,")
     assert results.machine in prose
+
+
+def test_phatgooses_table_is_what_was_measured():
+    results = SuiteResults.load(ROOT / "tests" / "benchmarks" / "results" / "phatgoose_text.json")
+    order = ("base", "PHATGOOSE", "retrieval", "average activation", "Arrow", "merged", "uniform")
+    for group in ("held-in", "held-out"):
+        n = sum(task.n for task in results.tasks if task.group == group)
+        cells = re.search(rf"^\| {group} \| {n} \| (.*) \|$", README, re.MULTILINE)[1].split(" | ")
+        for name, cell in zip(order, cells, strict=False):
+            mean = results[name].means[group]
+            shown, low, high = re.fullmatch(r"\**([\d.]+)\**(?: \((\d+)–(\d+)\))?", cell).groups()
+            assert shown == f"{100 * mean.score:.1f}", name
+            assert low is None or (int(low), int(high)) == tuple(round(100 * end) for end in mean.ci95), name
+    assert results.command.partition(" --top-k")[0].endswith("--n 40 --examples 300")
 
 
 def test_every_path_in_the_tree_exists():
