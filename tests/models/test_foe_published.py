@@ -69,7 +69,10 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# A fresh process takes ten seconds: these two go the way of the others.
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow) if k in ("image", "causal") else k for k in KINDS]
+)
 def test_a_fresh_process_answers_bit_for_bit_the_same(kind, hub, fresh_python, tokenizer, tmp_path):
     build, auto, generates = KINDS[kind]
     model, inputs = build(tokenizer)

@@ -43,9 +43,9 @@ def heads_of_different_labels():
 @pytest.mark.parametrize(
     ("kind", "generates"),
     [
-        ("llama mixed", False),
+        pytest.param("llama mixed", False, marks=pytest.mark.slow),
         ("llama", True),
-        ("gpt2", True),
+        pytest.param("gpt2", True, marks=pytest.mark.slow),
         ("t5", True),
         ("bert", False),
         ("vit", False),
@@ -81,7 +81,7 @@ def test_a_fresh_process_answers_bit_for_bit_the_same(kind, generates, hub, fres
         assert torch.equal(torch.load(tmp_path / "second.pt"), wanted)
 
 
-@pytest.mark.parametrize("build", [llama, t5], ids=["llama", "t5"])
+@pytest.mark.parametrize("build", [llama, pytest.param(t5, marks=pytest.mark.slow)], ids=["llama", "t5"])
 def test_a_base_by_reference_is_fetched_at_its_commit(build, hub, fresh_python, tmp_path):
     user = f"reference-{build.__name__}"
     api = HfApi(endpoint=hub.endpoint, token=hub.token(user))

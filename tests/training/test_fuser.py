@@ -252,6 +252,7 @@ def fit_code(tmp_path: Path, batch: int, name: str) -> Path:
     return script
 
 
+@pytest.mark.slow
 def test_two_processes_fit_what_one_does(tmp_path):
     """`accelerate launch` over two CPU processes: half the batch each, the same gradient, the same fuser."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
