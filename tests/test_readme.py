@@ -23,8 +23,6 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 EXAMPLES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "examples").glob("0*.py"))}
 
-pytestmark = pytest.mark.xdist_group("readme")  # the blocks build on each other
-
 
 def blocks(text: str, language: str) -> list[str]:
     """The code blocks of a document in one language."""
