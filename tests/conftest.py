@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ import pytest
 # Read when huggingface_hub is imported, so it has to happen before any test module is.
 for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT"):
     os.environ.pop(name, None)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 _home = tempfile.TemporaryDirectory(prefix="hf_home_")
 os.environ.update(HF_HOME=_home.name, HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
 
@@ -52,3 +54,19 @@ def fresh_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[st
         return done
 
     return run
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator:
+    """A headless Chromium, one per test process; tests that need one are skipped where there is none."""
+    from playwright.sync_api import sync_playwright
+
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"no browser found: install one of {', '.join(BROWSERS)}")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        )
+        yield chromium
+        chromium.close()

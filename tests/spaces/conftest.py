@@ -19,7 +19,6 @@ from urllib.request import urlopen
 import pytest
 
 SPACES = Path(__file__).parents[2] / "spaces"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # a Space has neither hf_fusion nor peft
 ALONE = "import sys; sys.modules['hf_fusion'] = sys.modules['peft'] = None; sys.path.insert(0, '.')\n"
 RUN = ALONE + "import runpy; runpy.run_path('app.py', run_name='__main__')"
@@ -107,20 +106,6 @@ def run_space(hub, tmp_path_factory) -> Iterator[Callable[..., str]]:
     for process in processes:
         process.terminate()
         process.wait(timeout=10)
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator:
-    """A headless Chromium; tests that need one are skipped where there is none."""
-    from playwright.sync_api import sync_playwright
-
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(f"no browser found: install one of {', '.join(BROWSERS)}")
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 
 import pytest
 from huggingface_hub import CommitOperationAdd, get_session
@@ -141,36 +140,26 @@ def test_files_cannot_act_as_pages(hub, alice):
 
 
 @pytest.mark.browser
-def test_in_a_browser(hub, alice, repo):
+def test_in_a_browser(hub, alice, repo, browser):
     """Nothing of a hostile card runs, pages fit a phone, and search works."""
-    chromium = shutil.which("chromium")
-    if not chromium:
-        pytest.skip("no Chromium")
-    from playwright.sync_api import sync_playwright
-
     name, api = alice
     api.create_repo(f"{name}/hostile")
     api.upload_file(repo_id=f"{name}/hostile", path_or_fileobj=HOSTILE.encode(), path_in_repo="README.md")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        )
-        for width, scheme in ((1200, "light"), (390, "dark")):
-            context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
-            tab = context.new_page()
-            foreign = []
-            tab.on("request", lambda r, seen=foreign: None if r.url.startswith(hub.endpoint) else seen.append(r.url))
-            tab.goto(f"{hub.endpoint}/{name}/hostile")
-            assert tab.title() == f"{name}/hostile"
-            assert tab.is_visible("text=Harmless title")
-            tab.goto(hub.endpoint)
-            tab.fill("input[type=search]", repo)
-            tab.press("input[type=search]", "Enter")
-            tab.click(f"text={repo.split('/')[1]}")
-            assert tab.url == f"{hub.endpoint}/{repo}"
-            assert tab.evaluate("document.documentElement.scrollWidth") <= width
-            background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
-            assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(18, 21, 27)"}[scheme]
-            assert [url for url in foreign if url.startswith("http") and "evil" not in url] == []
-            context.close()
-        browser.close()
+    for width, scheme in ((1200, "light"), (390, "dark")):
+        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        tab = context.new_page()
+        foreign = []
+        tab.on("request", lambda r, seen=foreign: None if r.url.startswith(hub.endpoint) else seen.append(r.url))
+        tab.goto(f"{hub.endpoint}/{name}/hostile")
+        assert tab.title() == f"{name}/hostile"
+        assert tab.is_visible("text=Harmless title")
+        tab.goto(hub.endpoint)
+        tab.fill("input[type=search]", repo)
+        tab.press("input[type=search]", "Enter")
+        tab.click(f"text={repo.split('/')[1]}")
+        assert tab.url == f"{hub.endpoint}/{repo}"
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(18, 21, 27)"}[scheme]
+        assert [url for url in foreign if url.startswith("http") and "evil" not in url] == []
+        context.close()
