@@ -99,6 +99,19 @@ def test_a_router_of_whitened_gates_equals_the_plain_loop(whitening, tmp_path):
     assert torch.equal(again, got)
 
 
+def test_uniform_routing_stays_uniform_whatever_the_gates(whitening):
+    experts = [
+        replace(own, gates=average_activation(own, ROWS.select(range(1 + seed)), whitening=whitening))
+        for seed, own in enumerate(map(make, range(4)))
+    ]
+    assert len({expert.gates.offsets["model.layers.1.mlp.down_proj"] for expert in experts}) == 4
+    router = PhatgooseRouter.from_experts(experts, top_k=1, routing="uniform")
+    router.record_routing = 4096
+    with torch.no_grad():
+        router(input_ids=torch.randint(3, 200, (8, 64)))
+    assert all(0.15 < share < 0.35 for share in router.routing_trace().usage().values())
+
+
 def test_what_does_not_fit_is_named(expert, whitening, tmp_path):
     partial = replace(whitening, mean={}, factor={})
     with pytest.raises(FusionError, match="knows nothing of model.layers.0.mlp.down_proj"):

@@ -188,17 +188,18 @@ def _gate(name: str, path: str, width: int, gates: Any, routing: str) -> tuple[t
     """The gate of one linear as it is stored, and its bias.
 
     It is standardised (mean and std over d_in) and divided by √d_in, if it is not calibrated already: then it comes
-    with an offset.
+    with an offset. Rules that do not read these gates have no bias either.
     """
     gate = gates.vectors.get(path)
     if gate is None:
         raise ValueError(f"{name} has no gate for {path}, which it adapts")
     if gate.shape != (width,) or not gate.isfinite().all():
         raise ValueError(f"{name}: the gate of {path} is {list(gate.shape)}, not {width} finite numbers")
-    bias = torch.tensor(-gates.offsets.get(path, 0.0))
-    if routing == "arrow" or path in gates.offsets:
-        return gate.float(), bias
-    return nn.functional.layer_norm(gate.float(), (width,)) / width**0.5, bias
+    if routing == "arrow":
+        return gate.float(), torch.zeros(())
+    if routing == "phatgoose" and path in gates.offsets:
+        return gate.float(), torch.tensor(-gates.offsets[path])
+    return nn.functional.layer_norm(gate.float(), (width,)) / width**0.5, torch.zeros(())
 
 
 def _saved_heads(
