@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def _fit_gates(args: argparse.Namespace, out: Out) -> None:
         raise FusionError("nothing says where the gates go", f"{again} --output DIR, or --push")
 
     from hf_fusion.data import load_rows
-    from hf_fusion.hub.gates import gate_sizes, save_gates
+    from hf_fusion.hub.gates import save_gates
     from hf_fusion.hub.load import load_experts
     from hf_fusion.hub.publish_gates import push_gates
     from hf_fusion.training.gates import average_activation, train_gates
@@ -111,10 +111,8 @@ def _fit_gates(args: argparse.Namespace, out: Out) -> None:
     rows = load_rows(args.data, args.split)
     given: dict[str, Any] = {"batch_size": args.batch_size, "max_length": args.max_length}
     (adapter,) = load_experts([args.adapter], base=args.base, gates=False)
-    if args.reference and adapter.adapter is not None:
-        modules = gate_sizes(adapter.adapter, adapter.model)
-        reference = load_rows(args.reference, args.split)
-        given["whitening"] = fit_whitening(replace(adapter, adapter=None), reference, modules=modules, **given)
+    if args.reference:
+        given["whitening"] = fit_whitening(adapter, load_rows(args.reference, args.split), **given)
     if args.kind == "average":
         gates = average_activation(adapter, rows, **given)
     else:

@@ -156,7 +156,6 @@ def _show_verdict(verdict: Compatibility, out: Out) -> None:
 
 def _add_gates(place: Place, verdict: Compatibility, out: Out) -> None:
     """Trains and pushes the gates that are missing, unless an earlier run has done so."""
-    from hf_fusion.hub.gates import gate_sizes
     from hf_fusion.hub.load import load_experts
     from hf_fusion.hub.publish_gates import push_gates
     from hf_fusion.training.gates import train_gates
@@ -167,11 +166,9 @@ def _add_gates(place: Place, verdict: Compatibility, out: Out) -> None:
         out.log("      there already")
         return
     (expert,) = load_experts([lacking], api=place.api)
-    assert expert.adapter is not None
-    base, modules = replace(expert, adapter=None), gate_sizes(expert.adapter, expert.model)
     # The other experts' gates read whitened inputs too; theirs were whitened by more samples.
-    samples = base_samples(base, *CHAT.split("{}"), count=SAMPLES, tokens=SAMPLE_TOKENS)
-    whitening = fit_whitening(base, samples, modules=modules)
+    samples = base_samples(expert, *CHAT.split("{}"), count=SAMPLES, tokens=SAMPLE_TOKENS)
+    whitening = fit_whitening(expert, samples)
     examples = rows(WITHOUT_GATES, "train", GATE_STEPS * GATE_BATCH)
     gates = train_gates(expert, examples, steps=GATE_STEPS, batch_size=GATE_BATCH, whitening=whitening)
     pushed = push_gates(gates, lacking.id, api=place.api)

@@ -148,10 +148,10 @@ def _class_indices(expert: Expert, dataset: Dataset) -> list[Any]:
     return indices
 
 
-def equal_lengths(rows: Any, batch_size: int) -> Iterator[list[Any]]:
-    """Batches whose rows are equally long in everything, so that nothing is padded."""
+def equal_lengths(rows: Any, batch_size: int, count: int | None = None) -> Iterator[list[Any]]:
+    """Batches of the first rows (all by default), each equally long in everything, so that nothing is padded."""
     groups: dict[tuple[int, ...], list[Any]] = {}
-    for index in range(len(rows)):
+    for index in range(len(rows) if count is None else min(count, len(rows))):
         row = rows[index]
         lengths = tuple(len(value) for value in row.values() if isinstance(value, list))
         group = groups.setdefault(lengths, [])

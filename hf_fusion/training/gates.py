@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -170,15 +170,15 @@ def average_activation(
     loaded = _adapter_of(expert, base)
     _check_whitening(whitening, loaded)
     read = read_examples(loaded, dataset.select(range(min(examples, len(dataset)))), max_length)
-    means = _mean_inputs(loaded, read, range(len(read.rows)), batch_size, whitening)
+    means = _mean_inputs(loaded, read, len(read.rows), batch_size, whitening)
     return Gates(means, kind="average") if whitening is None else _calibrated(means, means, whitening, "average")
 
 
 @torch.no_grad()
 def _mean_inputs(
-    expert: Expert, read: Examples, rows: Iterable[int], batch_size: int, whitening: Whitening | None
+    expert: Expert, read: Examples, count: int, batch_size: int, whitening: Whitening | None
 ) -> dict[str, torch.Tensor]:
-    """Module path → mean of what its gate reads, (d_in,), fp32 on the CPU; the adapter is on."""
+    """Module path → mean of what its gate reads on the first rows, (d_in,), fp32 on the CPU; the adapter is on."""
     sums: dict[str, torch.Tensor] = {}
     counts: dict[str, int] = {}
 
@@ -189,7 +189,7 @@ def _mean_inputs(
         return output if a is None else output + nn.functional.linear(nn.functional.linear(x, a), b)
 
     with _adapted(expert, add_up):
-        for batch in equal_lengths([read.rows[row] for row in rows], batch_size):
+        for batch in equal_lengths(read.rows, batch_size, count):
             read.loss(expert.model, to_model(read.collate(batch), expert.model))
     means = {path: (sums[path] / counts[path]).float().cpu() for path in sums}
     if whitening is None:
@@ -262,17 +262,21 @@ def gated(
         path: nn.Parameter(torch.zeros(size, device=device or expert.model.device)) for path, size in sizes.items()
     }
 
-    factors, means = (
-        {path: tensor.to(gates[path].device) for path, tensor in tensors.items() if path in gates}
-        for tensors in ((whitening.factor, whitening.mean) if whitening else ({}, {}))
-    )
+    white = {
+        path: (whitening.factor[path].to(gate.device), whitening.mean[path].to(gate.device))
+        for path, gate in gates.items()
+        if whitening
+    }
 
     def update(path: str, x: torch.Tensor, output: torch.Tensor, a: Any, b: Any) -> torch.Tensor:
         vector: torch.Tensor = gates[path]
         bias, seen = None, x
         if whitening:  # σ(uᵀ Σ^(-1/2) (LN(x) - μ)): one vector and one number take the place of the product with Σ
-            vector, seen = factors[path] @ vector, standardised(x)
-            bias = -(vector @ means[path]).to(x.device, x.dtype)[None]
+            factor, mean = white[path]
+            with torch.autocast(vector.device.type, enabled=False):  # differences of large numbers
+                vector = factor @ vector
+                bias = -(vector @ mean).to(x.device, x.dtype)[None]
+            seen = standardised(x)
         gate = torch.sigmoid(nn.functional.linear(seen, vector.to(x.device, x.dtype)[None], bias))  # (…, 1)
         if a is None:
             return output * gate
@@ -368,8 +372,7 @@ def _train(
     probe = [rows[i] for i in range(min(len(rows), PROBE_BATCHES * arguments.per_device_train_batch_size))]
     means: dict[str, torch.Tensor] = {}
     if whitening:
-        few = range(min(len(rows), START_ROWS))
-        means = _mean_inputs(expert, examples, few, arguments.per_device_train_batch_size, whitening)
+        means = _mean_inputs(expert, examples, START_ROWS, arguments.per_device_train_batch_size, whitening)
     with gated(expert, arguments.device, whitening) as gates:
         with torch.no_grad():
             for path, mean in means.items():  # the own tokens' mean product with the gate is START

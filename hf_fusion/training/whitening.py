@@ -19,10 +19,17 @@ from torch import nn
 from ..errors import FusionError
 from ..experts import Expert
 from ..hub.adapters import linear_sizes
+from ..hub.gates import gate_sizes
+from ..hub.load import load_experts
 from .batches import equal_lengths, read_examples, to_model
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from datasets import Dataset
+    from transformers import PreTrainedModel
+
+    from ..hub.load import ExpertLike
 
 SHRINKAGE = 0.01  # share of the mean variance that is added to every direction: few rows leave some without any
 
@@ -42,29 +49,38 @@ class Whitening:
 
 @torch.no_grad()
 def fit_whitening(
-    base: Expert,
+    expert: ExpertLike,
     rows: Dataset,
     *,
-    modules: Collection[str],
+    base: str | Path | PreTrainedModel | None = None,
+    modules: Collection[str] | None = None,
     batch_size: int = 16,
     max_length: int = 512,
 ) -> Whitening:
-    """Reads reference rows with a base alone.
+    """Reads reference rows with an adapter's base alone.
 
     Args:
-        base: the base as an expert: model and processor.
-        rows: what the model may be asked in general, with columns as in `train_gates`; labels do not matter.
-            `base_samples` makes some where there are none. A few thousand tokens per thousand features are enough.
-        modules: paths of the linears.
+        expert: an adapter, or its base, as `load_experts` takes it.
+        rows: what the model may be asked in general: column ``prompt``, ``text`` (and ``text_pair``) or ``image``;
+            labels are not looked at. `base_samples` makes some where there are none. A few thousand tokens per
+            thousand features are enough.
+        base: the adapter's base, where it is not the one it records.
+        modules: paths of the linears; default is those that the adapter adapts.
         batch_size: at most so many rows at once; only rows of equal lengths share a batch, so nothing is padded.
         max_length: the longest sequence, in tokens.
 
     Raises:
         FusionError: for modules that are no linears, and rows that the base cannot read.
     """
-    found = dict(base.model.named_modules())
+    (loaded,) = load_experts([expert], base=base, gates=False)
+    if modules is None:
+        if loaded.adapter is None:
+            raise FusionError(f"{loaded.name} is a full model", hint="say which linears: modules=…")
+        modules = gate_sizes(loaded.adapter, loaded.model)
+    model: Any = loaded.model
+    found = dict(model.named_modules())
     if unknown := sorted(path for path in modules if linear_sizes(found.get(path)) is None):
-        raise FusionError(f"{base.name} has no linear {unknown[0]}")
+        raise FusionError(f"{loaded.name} has no linear {unknown[0]}")
     sums: dict[str, torch.Tensor] = {}
     squares: dict[str, torch.Tensor] = {}
     counts: dict[str, int] = {}
@@ -82,12 +98,11 @@ def fit_whitening(
         squares[path] = squares.get(path, 0) + x.t() @ x
         counts[path] = counts.get(path, 0) + len(x)
 
-    examples = read_examples(base, rows, max_length)
+    examples = read_examples(loaded, _unlabelled(rows), max_length)
     handles = [found[path].register_forward_pre_hook(partial(read, path)) for path in modules]
     try:
         for batch in equal_lengths(examples.rows, batch_size):
-            inputs = to_model(examples.collate(batch), base.model)
-            examples.loss(base.model, inputs)
+            examples.loss(model, to_model(examples.collate(batch), model))
             last[:] = None, ""
     finally:
         for handle in handles:
@@ -95,6 +110,14 @@ def fit_whitening(
     mean = {path: (total / counts[path]).cpu() for path, total in sums.items()}
     factor = {path: _inverse_root(squares[path].cpu() / counts[path], mean[path]) for path in mean}
     return Whitening({path: mean[same[path]] for path in modules}, {path: factor[same[path]] for path in modules})
+
+
+def _unlabelled(rows: Dataset) -> Dataset:
+    """Rows with labels that every model can read: its loss is computed, and not looked at."""
+    if "label" in rows.column_names:
+        rows = rows.remove_columns("label")
+    rows = rows.add_column("label", [0] * len(rows))
+    return rows if "target" in rows.column_names else rows.add_column("target", [""] * len(rows))
 
 
 def standardised(x: torch.Tensor) -> torch.Tensor:
@@ -119,7 +142,7 @@ def base_samples(
     Nothing but the base is needed, and everybody who has it gets the same rows (Magpie, arXiv 2406.08464).
 
     Args:
-        base: a causal language model with its tokenizer.
+        base: a causal language model with its tokenizer; of an adapter, its base is read.
         opening: a chat's markup up to the user's first word.
         turn: the markup between the user's words and the answer; what comes before it is the prompt. A sample
             without it is a prompt that ends in the middle.
@@ -151,13 +174,8 @@ def base_samples(
                 min_new_tokens=tokens,  # goes on behind the end of a turn, so that answers are sampled as well
             )
             texts += [tokenizer.decode(row[start.shape[1] :]) for row in sampled]
-    rows = [text.partition(turn) for text in texts]
-    return Dataset.from_list(
-        [
-            {"prompt": opening + question + (turn if answer else ""), "target": answer}
-            for question, turn_, answer in rows
-        ]
-    )
+    parts = [text.partition(turn) for text in texts]
+    return Dataset.from_list([{"prompt": opening + ask + found, "target": answer} for ask, found, answer in parts])
 
 
 __all__ = ["Whitening", "base_samples", "fit_whitening", "standardised"]

@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 from models.phatgoose_reference import normalise, reference
-from tiny import adapter, llama, make_tokenizer
+from tiny import adapter, bert, llama, make_tokenizer
 
 from hf_fusion import Expert, FusionError, average_activation, base_samples, fit_whitening, train_gates
 from hf_fusion.hub.gates import gate_sizes, read_gates, save_gates
@@ -17,7 +17,7 @@ from hf_fusion.training.prompts import encode_prompts
 
 WORDS = ["the quick brown fox", "experts are fused", "a stitch in time saves nine", "said the router to the gate"]
 NUMBERED = [f"{words} {i}" for i in range(12) for words in WORDS]
-REFERENCE = datasets.Dataset.from_dict({"prompt": NUMBERED, "target": ["so"] * 48})
+REFERENCE = datasets.Dataset.from_dict({"prompt": NUMBERED, "target": [""] * 48})
 ROWS = datasets.Dataset.from_dict({"prompt": WORDS * 4, "target": [" and so on"] * 16})
 TARGETS = ("q_proj", "v_proj", "o_proj", "down_proj")
 
@@ -45,7 +45,7 @@ def expert():
 
 @pytest.fixture(scope="module")
 def whitening(expert):
-    return fit_whitening(replace(expert, adapter=None), REFERENCE, modules=gate_sizes(expert.adapter, expert.model))
+    return fit_whitening(expert, REFERENCE.remove_columns("target"))
 
 
 @torch.no_grad()
@@ -59,6 +59,16 @@ def test_reference_rows_become_white(expert, whitening):
         assert torch.allclose(white, torch.eye(len(white)), atol=2e-2)
     query, value = (f"model.layers.0.self_attn.{name}_proj" for name in "qv")
     assert whitening.factor[query] is whitening.factor[value]  # they read the same
+
+
+def test_reference_rows_of_a_classifier_need_no_labels():
+    base = bert(["x", "y"])
+    expert = Expert("me/bert", base, adapter(base, 4, 3, 0, ["query"]), make_tokenizer(), ["a", "b", "c"])
+    texts = datasets.Dataset.from_dict({"text": WORDS})
+    strange = texts.add_column("label", ["none of a, b and c"] * len(WORDS))
+    one, other = (fit_whitening(expert, rows) for rows in (texts, strange))
+    assert one.mean.keys() == gate_sizes(expert.adapter, base).keys()
+    assert all(torch.equal(one.factor[path], other.factor[path]) for path in one.factor)
 
 
 @pytest.mark.parametrize("how", ["trained", "average"])
@@ -117,7 +127,7 @@ def test_what_does_not_fit_is_named(expert, whitening, tmp_path):
     with pytest.raises(FusionError, match="knows nothing of model.layers.0.mlp.down_proj"):
         train_gates(expert, ROWS, whitening=partial)
     with pytest.raises(FusionError, match="no linear model.layers.7.nothing"):
-        fit_whitening(replace(expert, adapter=None), REFERENCE, modules=["model.layers.7.nothing"])
+        fit_whitening(expert, REFERENCE, modules=["model.layers.7.nothing"])
     gates = average_activation(expert, ROWS, whitening=whitening)
     gates.offsets.popitem()
     save_gates(gates, tmp_path)
