@@ -140,8 +140,10 @@ def test_the_table_is_what_was_measured():
 
 
 def test_phatgooses_table_is_what_was_measured():
-    results = SuiteResults.load(ROOT / "tests" / "benchmarks" / "results" / "phatgoose_text.json")
-    order = ("base", "PHATGOOSE", "retrieval", "average activation", "Arrow", "merged")
+    folder = ROOT / "tests" / "benchmarks" / "results"
+    results = SuiteResults.load(folder / "phatgoose_text.json")
+    results.systems += SuiteResults.load(folder / "phatgoose_text_uniform.json").systems
+    order = ("base", "PHATGOOSE", "retrieval", "average activation", "Arrow", "merged", "uniform")
     for group in ("held-in", "held-out"):
         n = sum(task.n for task in results.tasks if task.group == group)
         cells = re.search(rf"^\| {group} \| {n} \| (.*) \|$", README, re.MULTILINE)[1].split(" | ")
