@@ -42,6 +42,10 @@ class WEMoEConfig(PreTrainedConfig):
         merge: the rule by which the rest was merged.
         num_experts_per_tok: top-k of SMILE.
         gate_rank: leading singular vectors that SMILE's gates read.
+        adaptation: how the routers were adapted: "loss" ("entropy" of unlabelled rows, or "labels"), "diversity" (weight
+            of the term that spreads the answers), "steps", "rows" (task -> number of rows), "stopped" (why before the
+            last step, or None), "learning_rate" and "batch_size" (rows of each task and step). None: not adapted; every
+            router still gives λ, so the model answers as task arithmetic does.
     """
 
     model_type = "wemoe"
@@ -64,6 +68,7 @@ class WEMoEConfig(PreTrainedConfig):
     merge: str = "task_arithmetic"
     num_experts_per_tok: int = 1
     gate_rank: int = 16
+    adaptation: dict[str, Any] | None = None
     is_encoder_decoder: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
