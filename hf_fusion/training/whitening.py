@@ -21,7 +21,7 @@ from ..experts import Expert
 from ..hub.adapters import linear_sizes
 from ..hub.gates import gate_sizes
 from ..hub.load import load_experts
-from .batches import equal_lengths, read_examples, to_model
+from .batches import equal_lengths, read_examples, to_model, unlabelled
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -98,7 +98,7 @@ def fit_whitening(
         squares[path] = squares.get(path, 0) + x.t() @ x
         counts[path] = counts.get(path, 0) + len(x)
 
-    examples = read_examples(loaded, _unlabelled(rows), max_length)
+    examples = read_examples(loaded, unlabelled(rows), max_length)
     handles = [found[path].register_forward_pre_hook(partial(read, path)) for path in modules]
     try:
         for batch in equal_lengths(examples.rows, batch_size):
@@ -110,14 +110,6 @@ def fit_whitening(
     mean = {path: (total / counts[path]).cpu() for path, total in sums.items()}
     factor = {path: _inverse_root(squares[path].cpu() / counts[path], mean[path]) for path in mean}
     return Whitening({path: mean[same[path]] for path in modules}, {path: factor[same[path]] for path in modules})
-
-
-def _unlabelled(rows: Dataset) -> Dataset:
-    """Rows with labels that every model can read: its loss is computed, and not looked at."""
-    if "label" in rows.column_names:
-        rows = rows.remove_columns("label")
-    rows = rows.add_column("label", [0] * len(rows))
-    return rows if "target" in rows.column_names else rows.add_column("target", [""] * len(rows))
 
 
 def standardised(x: torch.Tensor) -> torch.Tensor:
