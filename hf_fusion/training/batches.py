@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,25 @@ def read_examples(expert: Expert, dataset: Dataset, max_length: int) -> Examples
     return read(expert, dataset, max_length)
 
 
+def zero_shot_examples(processor: Any, dataset: Dataset, prompts: Sequence[str]) -> Examples:
+    """Images for a model of images and texts (CLIP): a class is a text, its logits are ``logits_per_image``.
+
+    Args:
+        processor: of the model, `CLIPProcessor`.
+        dataset: column ``image``, and for fitting with labels ``label``, an index of `prompts`.
+        prompts: the text of each class, "a photo of a cat".
+    """
+    texts = dict(processor(text=list(prompts), padding=True, return_tensors="pt"))
+    columns = [name for name in ("image", "label") if name in dataset.column_names]
+
+    def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
+        pixels = processor(images=[row["image"].convert("RGB") for row in rows], return_tensors="pt")["pixel_values"]
+        labels = {"labels": torch.tensor([row["label"] for row in rows])} if "label" in columns else {}
+        return {**texts, "pixel_values": pixels, **labels}
+
+    return Examples(dataset.select_columns(columns), collate, _class_loss)
+
+
 def _generation(expert: Expert, dataset: Dataset, max_length: int) -> Examples:
     """Language models: the loss is that of the target's tokens."""
     from transformers import DataCollatorForSeq2Seq
@@ -113,10 +132,23 @@ _READERS: dict[str, Callable[[Expert, Dataset, int], Examples]] = {
 def _class_loss(model: Any, inputs: Any) -> torch.Tensor:
     """Cross entropy, or the squared error of a regressor; the model's own would trust the base's class count."""
     labels = inputs["labels"]
-    logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits.float()
+    logits = class_logits(model, inputs)
     if labels.is_floating_point():
         return nn.functional.mse_loss(logits.squeeze(-1), labels.float())
     return nn.functional.cross_entropy(logits, labels)
+
+
+def class_logits(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Logits of the classes, fp32, (B, C); labels among the inputs are not passed on.
+
+    Raises:
+        FusionError: for outputs that have none.
+    """
+    output = model(**{name: value for name, value in inputs.items() if name != "labels"})
+    for name in ("logits", "logits_per_image"):
+        if getattr(output, name, None) is not None:
+            return getattr(output, name).float()
+    raise FusionError(f"{type(output).__name__} has no logits: only classifiers choose among classes")
 
 
 def _require(dataset: Dataset, *columns: str) -> None:
@@ -148,6 +180,14 @@ def _class_indices(expert: Expert, dataset: Dataset) -> list[Any]:
     return indices
 
 
+def unlabelled(rows: Dataset) -> Dataset:
+    """Rows with labels that every model can read: what is made of the labels is not looked at."""
+    if "label" in rows.column_names:
+        rows = rows.remove_columns("label")
+    rows = rows.add_column("label", [0] * len(rows))
+    return rows if "target" in rows.column_names else rows.add_column("target", [""] * len(rows))
+
+
 def equal_lengths(rows: Any, batch_size: int, count: int | None = None) -> Iterator[list[Any]]:
     """Batches of the first rows (all by default), each equally long in everything, so that nothing is padded."""
     groups: dict[tuple[int, ...], list[Any]] = {}
@@ -167,11 +207,3 @@ def to_model(inputs: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
     }
-def unlabelled(rows: Dataset) -> Dataset:
-    """Rows with labels that every model can read: what is made of the labels is not looked at."""
-    if "label" in rows.column_names:
-        rows = rows.remove_columns("label")
-    rows = rows.add_column("label", [0] * len(rows))
-    return rows if "target" in rows.column_names else rows.add_column("target", [""] * len(rows))
-
-

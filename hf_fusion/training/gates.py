@@ -6,10 +6,7 @@ adapter and apart from all others, so that anyone may publish it beside the adap
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -22,11 +19,11 @@ from transformers import Trainer, TrainingArguments
 
 from ..errors import FusionError
 from ..experts import Expert, Gates
-from ..hub.adapters import read_json
 from ..hub.gates import gate_sizes
 from ..hub.load import load_experts
 from .batches import Examples, equal_lengths, read_examples, to_model
 from .progress import set_progress
+from .runs import Trained, digest, on_device, resumable, training_arguments
 from .whitening import Whitening, standardised
 
 if TYPE_CHECKING:
@@ -40,7 +37,6 @@ logger = logging.getLogger(__name__)
 PROBE_BATCHES = 4  # batches on which the loss is taken before and after
 START_ROWS = 128  # of which the mean is taken that a whitened gate starts at
 START = 2.0  # logit of a whitened gate on its own tokens at first: they meet most of the update, and it can move
-CHECKPOINTS = 10  # about so many are written over a run
 RUN_FILE = "gate_training.json"  # says whose checkpoints lie in a folder
 
 # (module, inputs, output, A of (r, d_in) or None for a saved head, B of (d_out, r) or None) -> the output instead
@@ -60,7 +56,7 @@ def train_gates(
     seed: int = 0,
     whitening: Whitening | None = None,
     output_dir: str | Path | None = None,
-    **training_arguments: Any,
+    **more: Any,
 ) -> Gates:
     """Trains the gates of one adapter; its weights and the base's stay as they are.
 
@@ -84,7 +80,7 @@ def train_gates(
             ``σ(uᵀ Σ^(-1/2) (LN(x) - μ))``, and start at their mean, which sets experts of like tasks apart; the
             paper's gates read x and start at 0.
         output_dir: checkpoints (of the gates alone) are kept there, and a run that was interrupted goes on from them.
-        training_arguments: more of transformers' ``TrainingArguments``, such as ``bf16=True`` or ``use_cpu=True``.
+        more: of transformers' ``TrainingArguments``, such as ``bf16=True`` or ``use_cpu=True``.
 
     Returns:
         The gates, fp32 on the CPU, with the loss before and after in ``facts``.
@@ -94,35 +90,9 @@ def train_gates(
     """
     if learning_rate is None:
         learning_rate = 5e-3 if whitening is None else 1e-4
-    for name, value in {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}.items():
-        if not value > 0:
-            raise FusionError(f"{name}={value} trains nothing", hint=f"a {name} above 0")
-    loaded = _adapter_of(expert, base)
-    with tempfile.TemporaryDirectory(prefix="hf_fusion_gates_") as scratch:
-        arguments = TrainingArguments(
-            **{
-                "output_dir": str(output_dir or scratch),
-                "max_steps": steps,
-                "learning_rate": learning_rate,
-                "lr_scheduler_type": "constant_with_warmup",
-                "warmup_steps": warmup,
-                "weight_decay": 0.0,
-                "max_grad_norm": 1.0,
-                "per_device_train_batch_size": batch_size,
-                "save_strategy": "steps" if output_dir else "no",
-                "save_steps": max(1, steps // CHECKPOINTS),
-                "save_total_limit": 2,
-                "logging_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
-                "seed": seed,
-                "data_seed": seed,
-                "remove_unused_columns": False,
-                "dataloader_pin_memory": False,
-                **training_arguments,
-            }
-        )
-        arguments._n_gpu = min(1, arguments.n_gpu)  # one GPU a process: DataParallel would not see the base
+    schedule = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": warmup, **more}
+    with training_arguments(output_dir, steps, learning_rate, batch_size, seed, **schedule) as arguments:
+        loaded = _adapter_of(expert, base)
         needed = steps * arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
         chosen = dataset.shuffle(seed).select(range(min(needed, len(dataset))))
         examples = read_examples(loaded, chosen, max_length)
@@ -133,10 +103,11 @@ def train_gates(
                 "learning_rate": learning_rate,
                 "batch_size": batch_size,
                 "max_length": max_length,
-                "whitening": whitening and _digest(whitening.mean),
+                "whitening": whitening and digest(whitening.mean),
+                "seed": seed,
             }
-            checkpoint = _checkpoint(Path(output_dir), loaded, {**settings, "seed": seed})
-        with _on_device(loaded.model, arguments.device):
+            checkpoint = resumable(Path(output_dir), RUN_FILE, {**_run_of(loaded), **settings})
+        with on_device(loaded.model, arguments.device):
             return _train(loaded, examples, arguments, checkpoint, whitening)
 
 
@@ -329,37 +300,6 @@ def _like(tensor: torch.Tensor, other: Any) -> torch.Tensor:
     return tensor.detach().to(other.device, other.dtype if other.is_floating_point() else tensor.dtype)
 
 
-@contextmanager
-def _on_device(model: Any, device: torch.device) -> Iterator[None]:
-    """A model on a device for a while; one that is spread over several stays where it is."""
-    before = model.device
-    if len(set(getattr(model, "hf_device_map", {}).values())) > 1 or before == device:
-        yield
-        return
-    model.to(device)
-    try:
-        yield
-    finally:
-        model.to(before)
-
-
-class _GateTask(nn.Module):
-    """The gates with the expert's loss, as the Trainer wants it: what it optimises, spreads and saves is the gates.
-
-    The model is reached through `loss` and is no part of this module.
-    """
-
-    accepts_loss_kwargs = False  # the loss is a mean over the batch
-
-    def __init__(self, gates: Mapping[str, nn.Parameter], loss: Callable[[Any], torch.Tensor]) -> None:
-        super().__init__()
-        self.gates = nn.ParameterList(gates.values())  # a ParameterDict takes no dots in its keys
-        self.loss = loss
-
-    def forward(self, **inputs: Any) -> dict[str, torch.Tensor]:
-        return {"loss": self.loss(inputs)}
-
-
 def _train(
     expert: Expert,
     examples: Examples,
@@ -377,7 +317,7 @@ def _train(
         with torch.no_grad():
             for path, mean in means.items():  # the own tokens' mean product with the gate is START
                 gates[path].copy_(START * mean / mean.square().sum().clamp(min=1e-12))
-        task = _GateTask(gates, partial(examples.loss, expert.model))
+        task = Trained(gates, partial(examples.loss, expert.model))
         trainer = Trainer(model=task, args=arguments, train_dataset=rows, data_collator=examples.collate)
         set_progress(trainer)
         before = _mean_loss(trainer, examples, probe)
@@ -446,33 +386,8 @@ def _mean_loss(trainer: Trainer, examples: Examples, rows: list[Any]) -> torch.T
     return torch.stack(losses).mean()
 
 
-def _checkpoint(folder: Path, expert: Expert, settings: dict[str, Any]) -> str | None:
-    """The newest whole checkpoint of this very run in a folder, or None where there is none.
-
-    Raises:
-        FusionError: where the folder holds the checkpoints of another adapter or of other settings.
-    """
+def _run_of(expert: Expert) -> dict[str, str]:
+    """What says that a run trains this adapter's gates."""
     assert expert.adapter is not None  # _adapter_of has seen to it
     halves = {f"{path}.{side}": half for path, pair in expert.adapter.lora.items() for side, half in zip("AB", pair)}
-    run = {"expert": expert.name, "adapter": _digest({**halves, **expert.adapter.saved}), **settings}
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / RUN_FILE
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]  # the last file of each
-    if not whole:
-        file.write_text(json.dumps(run))
-        return None
-    other = read_json(file, str(folder)) if file.exists() else {}
-    if other != run:
-        differing = ", ".join(f"{key}={other.get(key)!r}" for key in run if other.get(key) != run[key])
-        raise FusionError(
-            f"{folder} holds checkpoints of another run ({differing})", hint="use another output_dir, or remove it"
-        )
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
-
-
-def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return {"expert": expert.name, "adapter": digest({**halves, **expert.adapter.saved})}

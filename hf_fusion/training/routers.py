@@ -1,0 +1,391 @@
+"""Routers of a merged model learn, without labels or with them; its weights stay as they are.
+
+Without labels they make the answers sure: the mean entropy of each task's predictions falls (test-time adaptation;
+AdaMerging, arXiv 2310.02575; WEMoE, arXiv 2402.00433). That loss has a shortcut, one answer for everything; against it
+there are a term that keeps the answers spread, and a watch that stops in time.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from ..errors import FusionError
+from ..experts import Expert
+from .batches import Examples, class_logits, read_examples, to_model, unlabelled
+from .progress import set_progress
+from .runs import Trained, digest, on_device, resumable, training_arguments
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+WATCHED = 64  # rows of each task that the watch looks at; none of them is trained on where there are enough
+CHECKS = 20  # about so often does it look
+RUN_FILE = "router_training.json"  # says whose checkpoints lie in a folder
+
+
+@dataclass(frozen=True)
+class Health:
+    """What a task's answers look like on some rows.
+
+    Attributes:
+        confidence: mean probability of the likeliest class.
+        entropy: mean entropy of the predictions, in nats.
+        classes: effective number of classes among the answers, exp of the entropy of their mean: as many as there are
+            where all are given alike, 1 where one answer is given to everything.
+    """
+
+    confidence: float
+    entropy: float
+    classes: float
+
+
+@dataclass
+class Adaptation:
+    """What became of the routers.
+
+    Attributes:
+        loss: "entropy" or "labels".
+        diversity: weight of the term that keeps the answers spread.
+        learning_rate: the highest.
+        batch_size: rows of each task a step and process.
+        steps: after which the routers were taken.
+        rows: task -> rows it learned from.
+        stopped: why it ended before its last step, or None.
+        before: task -> its answers at first; after: with the routers as they are now.
+        history: what the watch saw: "step", and task -> `Health`.
+    """
+
+    loss: str
+    diversity: float
+    learning_rate: float
+    batch_size: int
+    steps: int = 0
+    rows: dict[str, int] = field(default_factory=dict)
+    stopped: str | None = None
+    before: dict[str, Health] = field(default_factory=dict)
+    after: dict[str, Health] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def for_config(self) -> dict[str, Any]:
+        """What the model's config keeps of it, and its card tells."""
+        names = ("loss", "diversity", "learning_rate", "batch_size", "steps", "rows", "stopped")
+        return {name: value for name, value in asdict(self).items() if name in names}
+
+
+def adapt_routers(
+    model: Any,
+    unlabelled_rows: Mapping[str, Dataset | Examples],
+    *,
+    steps: int = 300,
+    learning_rate: float = 1e-3,
+    batch_size: int = 16,
+    diversity: float = 1.0,
+    least_classes: float = 0.8,
+    max_length: int = 512,
+    seed: int = 0,
+    output_dir: str | Path | None = None,
+    **more: Any,
+) -> Adaptation:
+    """Test-time adaptation: the routers learn from rows without labels, several tasks at once.
+
+    The loss is summed over the tasks, ``mean_x H(p(y|x)) - diversity · H(mean_x p(y|x))``. With diversity 0 it is the
+    papers' entropy, known to collapse on hard tasks: every input gets one answer, surely. With 1 it is the mutual
+    information of rows and answers (information maximisation: Krause et al., 2010; SHOT, arXiv 2002.08546).
+
+    A watch looks at `WATCHED` rows of each task that are not learned from. Where the answers of a task narrow to less
+    than `least_classes` of the effective number that they had at first, training ends, and the routers go back to the
+    last state in which none had; `Adaptation.stopped` says so, and a warning.
+
+    On transformers' Trainer, with Adam: `accelerate launch` spreads it over processes. The same seed gives the same
+    routers.
+
+    Args:
+        model: a `WEMoEModel` of classifiers, or of CLIP; it is changed in place, and only its routers are.
+        unlabelled_rows: task (the name of its expert) -> rows with column ``text`` (and ``text_pair``) or ``image``;
+            labels are not looked at. For CLIP: `zero_shot_examples`.
+        steps: optimizer steps; a step takes `batch_size` rows of every task.
+        learning_rate: constant.
+        batch_size: rows of each task, per process.
+        diversity: see above.
+        least_classes: share of the effective number of classes below which the watch stops; 0 never does.
+        max_length: the longest sequence, in tokens.
+        seed: of the order of the rows.
+        output_dir: checkpoints (of the routers alone) are kept there, and a run that was interrupted goes on from them.
+        more: of transformers' ``TrainingArguments``, such as ``bf16=True`` or ``lr_scheduler_type="cosine"``.
+
+    Returns:
+        What became of it; ``model.config.adaptation`` keeps it for the card.
+
+    Raises:
+        FusionError: for a model without routers or classes, unknown tasks, rows it cannot read, a loss not finite.
+    """
+    if not diversity >= 0:
+        raise FusionError(f"diversity={diversity}", hint="0, the papers' loss, or more")
+    if not 0 <= least_classes < 1:
+        raise FusionError(f"least_classes={least_classes}", hint="at least 0 and below 1")
+    examples = {task: _read(model, task, rows, max_length, labelled=False) for task, rows in unlabelled_rows.items()}
+    facts = Adaptation("entropy", diversity, learning_rate, batch_size)
+    loss = partial(_information, model, diversity=diversity)
+    return _fit(model, examples, facts, loss, steps, seed, output_dir, least_classes, WATCHED, **more)
+
+
+def fit_routers(
+    model: Any,
+    labelled_rows: Mapping[str, Dataset | Examples],
+    *,
+    steps: int = 300,
+    learning_rate: float = 1e-3,
+    batch_size: int = 16,
+    max_length: int = 512,
+    seed: int = 0,
+    output_dir: str | Path | None = None,
+    **more: Any,
+) -> Adaptation:
+    """The routers learn from rows with labels: each task's own loss, summed over the tasks.
+
+    Args:
+        model: a `WEMoEModel`; it is changed in place, and only its routers are.
+        labelled_rows: task (the name of its expert) -> rows, columns ``prompt`` and ``target`` for language models,
+            ``text`` (``text_pair``) or ``image`` with ``label`` for classifiers.
+        steps, learning_rate, batch_size, max_length, seed, output_dir, more: see `adapt_routers`.
+
+    Raises:
+        FusionError: see `adapt_routers`.
+    """
+    examples = {task: _read(model, task, rows, max_length, labelled=True) for task, rows in labelled_rows.items()}
+    loss = partial(_supervised, model, examples)
+    facts = Adaptation("labels", 0.0, learning_rate, batch_size)
+    return _fit(model, examples, facts, loss, steps, seed, output_dir, **more)
+
+
+def _read(model: Any, task: str, rows: Any, max_length: int, labelled: bool) -> Examples:
+    """Rows of a task as its head reads them."""
+    if task not in model.experts:
+        raise FusionError(f"there is no expert {task!r}", hint=f"its tasks are {', '.join(model.experts)}")
+    if isinstance(rows, Examples):
+        return rows
+    if not labelled and model.config.head in ("causal-lm", "seq2seq-lm", "features"):
+        raise FusionError(
+            f"{type(model.backbone).__name__} has no classes whose entropy could fall",
+            hint="fit_routers(model, rows) learns from targets" if model.config.head != "features" else None,
+        )
+    labels = model.config.experts[model.experts.index(task)]["labels"]
+    if not labelled and len(labels) == 1:
+        raise FusionError(f"{task} is a regression: it has no classes whose entropy could fall")
+    expert = Expert(task, model.backbone, processor=model.processor, labels=list(labels))
+    return read_examples(expert, rows if labelled else unlabelled(rows), max_length)
+
+
+def _information(model: Any, batches: Mapping[str, Any], diversity: float) -> torch.Tensor:
+    """Sum over the tasks of mean entropy less diversity times the entropy of the mean."""
+    losses = []
+    with _one_merge(model):
+        for task, inputs in batches.items():
+            log = class_logits(partial(model, task=task), inputs).log_softmax(-1)  # (B, C)
+            loss = -(log.exp() * log).sum(-1).mean()
+            if diversity:
+                mean = log.logsumexp(0) - math.log(len(log))  # (C,), log of the mean prediction
+                loss = loss + diversity * (mean.exp() * mean).sum()
+            losses.append(loss)
+    return torch.stack(losses).sum()
+
+
+def _supervised(model: Any, examples: Mapping[str, Examples], batches: Mapping[str, Any]) -> torch.Tensor:
+    """Sum over the tasks of their own losses."""
+    with _one_merge(model):
+        losses = [examples[task].loss(partial(model, task=task), inputs) for task, inputs in batches.items()]
+    return torch.stack(losses).sum()
+
+
+def _one_merge(model: Any) -> Any:
+    """A model whose weights are the same for all inputs merges them once for a step."""
+    return getattr(model, "merged", nullcontext)()
+
+
+def _fit(
+    model: Any,
+    examples: Mapping[str, Examples],
+    facts: Adaptation,
+    loss: Callable[[Any], torch.Tensor],
+    steps: int,
+    seed: int,
+    output_dir: str | Path | None,
+    least_classes: float = 0.0,
+    watched: int = 0,
+    **more: Any,
+) -> Adaptation:
+    """Trains what requires a gradient, and takes it back where the watch says so."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trained:
+        raise FusionError("the model has no routers to train", hint="SMILE routes without; fuse with routing='wemoe'")
+    if not examples:
+        raise FusionError("there are no rows to learn from", hint="{task: rows}, a task for each expert")
+    own = {"lr_scheduler_type": "constant", "dataloader_drop_last": True, **more}
+    rows = _Rows(examples, watched, seed)
+    facts.rows = {task: len(places) for task, places in rows.places.items()}
+    with (
+        training_arguments(output_dir, steps, facts.learning_rate, facts.batch_size, seed, **own) as arguments,
+        on_device(model, arguments.device),
+    ):
+        watch = _Watch(model, examples, rows.watched, facts, trained, least_classes, max(1, steps // CHECKS))
+        trainer = Trainer(
+            model=Trained(trained, loss),
+            args=arguments,
+            train_dataset=rows,
+            data_collator=rows.collate,
+            callbacks=[watch],
+        )
+        set_progress(trainer)
+        watch.trainer = trainer
+        facts.before = watch.look()
+        checkpoint = None
+        if output_dir:
+            run = {"routers": digest(trained), "seed": seed, "least_classes": least_classes, **facts.for_config()}
+            checkpoint = resumable(Path(output_dir), RUN_FILE, {k: v for k, v in run.items() if k != "steps"})
+        trainer.train(resume_from_checkpoint=checkpoint)
+        watch.finish(trainer.state.global_step)
+        facts.after = watch.look()
+    model.zero_grad()
+    if facts.stopped:
+        logger.warning("%s", facts.stopped)
+    if hasattr(model.config, "adaptation"):
+        model.config.adaptation = facts.for_config()
+    return facts
+
+
+class _Rows(torch.utils.data.Dataset[Any]):
+    """Bundles of one row of each task; tasks with fewer rows begin anew.
+
+    Args:
+        examples: by task.
+        watched: rows of each that are kept apart; of a task with few rows a quarter.
+        seed: of their order.
+    """
+
+    def __init__(self, examples: Mapping[str, Examples], watched: int, seed: int) -> None:
+        self.examples = examples
+        self.places: dict[str, list[int]] = {}
+        self.watched: dict[str, list[int]] = {}
+        for number, (task, own) in enumerate(examples.items()):
+            generator = torch.Generator().manual_seed(1000 * seed + number)
+            order = torch.randperm(len(own.rows), generator=generator).tolist()
+            kept = min(watched, len(order) // 4)
+            self.watched[task] = order[:kept] or order[:watched]
+            self.places[task] = order[kept:]
+
+    def __len__(self) -> int:
+        """So many that every row of the largest task is seen in an epoch."""
+        return max(len(places) for places in self.places.values())
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """A row of each task."""
+        return {task: self.examples[task].rows[own[index % len(own)]] for task, own in self.places.items()}
+
+    def collate(self, bundles: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """A batch of each task."""
+        return {task: own.collate([bundle[task] for bundle in bundles]) for task, own in self.examples.items()}
+
+
+class _Watch(TrainerCallback):
+    """Looks at the answers from time to time; stops training where a task's become few, and where the loss is NaN."""
+
+    def __init__(
+        self,
+        model: Any,
+        examples: Mapping[str, Examples],
+        rows: Mapping[str, list[int]],
+        facts: Adaptation,
+        trained: Mapping[str, nn.Parameter],
+        least: float,
+        every: int,
+    ) -> None:
+        self.model, self.examples, self.rows, self.facts = model, examples, rows, facts
+        self.trained, self.least, self.every = trained, least, every
+        self.trainer: Any = None
+        self.good = self._state()
+        self.good_step = 0
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self.trained.items()}
+
+    @torch.no_grad()
+    def look(self) -> dict[str, Health]:
+        """The answers on the watched rows, by task; empty where nothing is watched."""
+        found = {}
+        size = 4 * self.facts.batch_size
+        with _one_merge(self.model), self.trainer.accelerator.autocast():
+            for task, places in self.rows.items():
+                logits = []
+                for start in range(0, len(places), size):
+                    rows = [self.examples[task].rows[place] for place in places[start : start + size]]
+                    inputs = to_model(self.examples[task].collate(rows), self.model.backbone)
+                    logits.append(class_logits(partial(self.model, task=task), inputs))
+                if logits:
+                    found[task] = health(torch.cat(logits))
+        return found
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A run that goes on does so from a good state."""
+        self.good, self.good_step = self._state(), state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Looks, before a checkpoint is written."""
+        step = state.global_step
+        if not all(parameter.isfinite().all() for parameter in self.trained.values()):
+            self._stop(control, f"the routers became NaN or Inf at step {step}")
+        elif self.least and (step % self.every == 0 or step == state.max_steps):
+            now = self.look()
+            self.facts.history.append({"step": step, **{task: asdict(own) for task, own in now.items()}})
+            narrow = {t: own for t, own in now.items() if own.classes < self.least * self.facts.before[t].classes}
+            if not narrow:
+                self.good, self.good_step = self._state(), step
+                return
+            task = min(narrow, key=lambda task: narrow[task].classes / self.facts.before[task].classes)
+            own, first = narrow[task], self.facts.before[task]
+            self._stop(
+                control,
+                f"stopped at step {step}: the answers to {task} collapse, {own.classes:.1f} effective classes instead "
+                f"of the {first.classes:.1f} at first, with a confidence of {own.confidence:.2f} after "
+                f"{first.confidence:.2f}",
+            )
+
+    def _stop(self, control: Any, why: str) -> None:
+        cure = "raise diversity or lower learning_rate" if self.facts.loss == "entropy" else "lower learning_rate"
+        self.facts.stopped = f"{why}; the routers are those of step {self.good_step}. To go further, {cure}"
+        control.should_training_stop, control.should_save = True, False
+
+    def finish(self, steps: int) -> None:
+        """Goes back to the last good state where training was stopped."""
+        self.facts.steps = steps
+        if self.facts.stopped:
+            self.facts.steps = self.good_step
+            with torch.no_grad():
+                for name, parameter in self.trained.items():
+                    parameter.copy_(self.good[name])
+
+
+def health(logits: torch.Tensor) -> Health:
+    """What answers look like, from their logits (N, C)."""
+    log = logits.float().log_softmax(-1)
+    mean = log.exp().mean(0)
+    return Health(
+        float(log.exp().amax(-1).mean()),
+        float(-(log.exp() * log).sum(-1).mean()),
+        float(torch.special.entr(mean).sum().exp()),
+    )
+
+
+__all__ = ["Adaptation", "Health", "adapt_routers", "fit_routers", "health"]
