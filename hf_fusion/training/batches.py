@@ -180,3 +180,30 @@ def _class_indices(expert: Expert, dataset: Dataset) -> list[Any]:
     return indices
 
 
+def unlabelled(rows: Dataset) -> Dataset:
+    """Rows with labels that every model can read: what is made of the labels is not looked at."""
+    if "label" in rows.column_names:
+        rows = rows.remove_columns("label")
+    rows = rows.add_column("label", [0] * len(rows))
+    return rows if "target" in rows.column_names else rows.add_column("target", [""] * len(rows))
+
+
+def equal_lengths(rows: Any, batch_size: int, count: int | None = None) -> Iterator[list[Any]]:
+    """Batches of the first rows (all by default), each equally long in everything, so that nothing is padded."""
+    groups: dict[tuple[int, ...], list[Any]] = {}
+    for index in range(len(rows) if count is None else min(count, len(rows))):
+        row = rows[index]
+        lengths = tuple(len(value) for value in row.values() if isinstance(value, list))
+        group = groups.setdefault(lengths, [])
+        group.append(row)
+        if len(group) == batch_size:
+            yield groups.pop(lengths)
+    yield from groups.values()
+
+
+def to_model(inputs: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    """Inputs where a model is; pixels in its dtype, regression labels too."""
+    return {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }
