@@ -30,9 +30,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from hf_fusion.evaluate import machine
 from hf_fusion.models.wemoe import WEMoEConfig, WEMoEForGeneration, WEMoEModel
 from hf_fusion.models.wemoe.assembly_wemoe import find_units
+from hf_fusion.models.wemoe.configuration_wemoe import LOW_RANK, TASK_VECTORS
 
 RANK, CLASSES, PROMPT, ANSWER = 32, 100, 64, 16
-STORAGES = ("exact", "bfloat16", "sparse", "low-rank")
 # what the project asks for, (storage or step, batch) -> most of the dense model's time
 BARS = {
     ("exact", 1): 1.9,
@@ -41,9 +41,9 @@ BARS = {
     ("bfloat16", 1): 1.6,
     ("bfloat16", 8): 1.5,
     ("bfloat16", 32): 1.6,
-    ("low-rank", 1): 1.4,
-    ("low-rank", 8): 1.3,
-    ("low-rank", 32): 1.3,
+    ("low-rank-bfloat16", 1): 1.4,
+    ("low-rank-bfloat16", 8): 1.3,
+    ("low-rank-bfloat16", 32): 1.3,
     ("exact step", 8): 3.0,
     ("exact step", 32): 3.0,
 }
@@ -70,8 +70,9 @@ def fused(base: PreTrainedModel, head: str, experts: int, storage: str) -> Any:
     units = []
     for name, paths in find_units(base, "mlp"):
         numbers = [base.get_submodule(path).weight.numel() for path in paths]
+        low_rank = [[RANK] * experts for _ in numbers]
         sizes: list[Any] = {
-            "low-rank": [[RANK] * experts for _ in numbers],
+            **dict.fromkeys(LOW_RANK, low_rank),
             "sparse": [experts * (number // 10) for number in numbers],
         }.get(storage, [None] * len(paths))
         units.append({"name": name, "paths": paths, "sizes": sizes})
@@ -100,7 +101,7 @@ def vectors(linear: Any, experts: int, generator: torch.Generator) -> Any:
     """Random task vectors of one linear, one after the other."""
     size = linear.out_features, linear.in_features
     for _ in range(experts):
-        if linear.kind == "low-rank":
+        if linear.is_low_rank:
             yield tuple(0.02 * torch.randn(RANK, width, generator=generator) for width in reversed(size))
         elif linear.kind == "sparse":
             number = size[0] * size[1]
@@ -218,11 +219,11 @@ def memory(storage: str, batch: int, experts: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 8, 32])
-    parser.add_argument("--storage", nargs="*", choices=STORAGES, default=list(STORAGES))
+    parser.add_argument("--storage", nargs="*", choices=TASK_VECTORS, default=list(TASK_VECTORS))
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--decode", action="store_true", help="only measure decoding")
-    parser.add_argument("--memory", choices=STORAGES, help="only measure memory, of one storage")
+    parser.add_argument("--memory", choices=TASK_VECTORS, help="only measure memory, of one storage")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"# {machine()}, {args.experts} experts")

@@ -108,11 +108,12 @@ def test_an_input_finds_its_plain_model():
 
 
 @pytest.mark.parametrize("kind", ["bert", "vit", "llama", "t5 gated"])
-@pytest.mark.parametrize("storage", ["exact", "low-rank"])
+@pytest.mark.parametrize("storage", ["exact", "low-rank", "low-rank-bfloat16"])
 def test_neighbours_and_padding_do_not_change_an_answer(kind, storage):
     """Not bitwise, since products choose another kernel for another number of rows: the dense base's are not either."""
-    model, base, _, _, inputs = fused(kind, task_vectors=storage, **({"rank": 5} if storage == "low-rank" else {}))
-    assert apart(model, inputs) <= 1e-6 + apart(base, inputs)
+    model, base, _, _, inputs = fused(kind, task_vectors=storage, **({"rank": 5} if storage != "exact" else {}))
+    rounding = 1e-4 if storage == "low-rank-bfloat16" else 1e-6  # a last bit of the change may fall otherwise
+    assert apart(model, inputs) <= rounding + apart(base, inputs)
     double = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
     assert apart(model.double(), double) <= 1e-13
 

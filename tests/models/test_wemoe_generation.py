@@ -68,16 +68,17 @@ def test_a_prompt_generates_what_the_dense_model_merged_for_it_generates(kind):
     assert torch.equal(alone[0, -6:], together[2, -6:])
 
 
-@pytest.mark.parametrize("storage", ["bfloat16", "sparse", "low-rank"])
+@pytest.mark.parametrize("storage", ["bfloat16", "sparse", "low-rank", "low-rank-bfloat16"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_storages_are_decoded_as_they_are_read(kind, storage):
-    model = fused(kind, task_vectors=storage, **({"rank": 5} if storage == "low-rank" else {}))[0]
+    model = fused(kind, task_vectors=storage, **({"rank": 5} if storage.startswith("low-rank") else {}))[0]
+    worst = 2**-9 if storage == "low-rank-bfloat16" else 1e-5  # one prompt is decoded with weights merged in fp32
     with torch.no_grad():
         for rows in (1, 3):  # low rank: one prompt is merged, several are not
             whole = model(input_ids=IDS[:rows], prompt_mask=torch.tensor([[1, 1, 1, 0, 0, 0]] * rows)).logits
             cache = model(input_ids=IDS[:rows, :3], use_cache=True).past_key_values
             got = model(input_ids=IDS[:rows, 3:], past_key_values=cache).logits
-            assert close(got, whole[:, 3:]) <= 1e-5
+            assert close(got, whole[:, 3:]) <= worst
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

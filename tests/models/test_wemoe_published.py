@@ -52,7 +52,7 @@ CASES = {
     "llama": {},
     "gpt2": {"task_vectors": "bfloat16"},
     "t5 gated": {"task_vectors": "low-rank", "energy": 0.6},
-    "bart": {},
+    "bart": {"task_vectors": "low-rank-bfloat16", "rank": 4},
     "bert": {"task_vectors": "sparse", "shared_router": True},
     "vit": {"task_vectors": "low-rank", "rank": 4, "routing": "smile"},
     "clip": {"modules": "attention"},

@@ -24,7 +24,7 @@ from .assembly_wemoe import (
     renamed,
     tied_groups,
 )
-from .configuration_wemoe import WEMoEConfig
+from .configuration_wemoe import LOW_RANK, WEMoEConfig
 from .linears_wemoe import UpscaledLinear
 from .merging_wemoe import RULES
 
@@ -99,9 +99,9 @@ def check_options(experts: Sequence[Any], **options: Any) -> None:
     if options.get("merge", "task_arithmetic") not in RULES:
         raise ValueError(f"merge is {options['merge']!r}; it must be one of {', '.join(RULES)}")
     rank, energy = options.get("rank"), options.get("energy")
-    if options.get("task_vectors") == "low-rank":
+    if (kind := options.get("task_vectors")) in LOW_RANK:
         if (rank is None) == (energy is None):
-            raise ValueError("task_vectors='low-rank' needs either rank= or energy=")
+            raise ValueError(f"task_vectors={kind!r} needs either rank= or energy=")
         if rank is not None and (not isinstance(rank, int) or rank < 1):
             raise ValueError(f"rank is {rank!r}; it must be a whole number above 0")
         if energy is not None and not (isinstance(energy, (int, float)) and 0 < energy <= 1):
@@ -110,13 +110,33 @@ def check_options(experts: Sequence[Any], **options: Any) -> None:
         raise ValueError("rank and energy are for task_vectors='low-rank'")
 
 
-def make_plan(experts: Sequence[Any], base: Any, options: Mapping[str, Any]) -> Plan:
-    """Checks that loaded experts fit, and merges all that is not up-scaled.
+@dataclass
+class Parts:
+    """Experts of one base, known to fit together.
+
+    Attributes:
+        template: the model whose structure a fusion of them has.
+        head: of it, one of `AUTO_CLASSES`.
+        paths: modules of a classifier that every expert has its own copy of.
+        base: tensors of the base by the template's names.
+        sources: the experts.
+        row: id and revision of the base.
+    """
+
+    template: Any
+    head: str
+    paths: list[str]
+    base: dict[str, torch.Tensor]
+    sources: list[Source]
+    row: dict[str, Any]
+
+
+def take_apart(experts: Sequence[Any], base: Any) -> Parts:
+    """Checks that loaded experts are of one base, and names their tensors alike.
 
     Args:
         experts: each with name, model, adapter, labels, revision, license, task and processor.
         base: likewise, or None where all experts are adapters.
-        options: of `WEMoEModel.from_experts`.
 
     Raises:
         ValueError: naming the expert, the tensor and the reason.
@@ -140,7 +160,23 @@ def make_plan(experts: Sequence[Any], base: Any, options: Mapping[str, Any]) -> 
     known = {key: tensor for key, tensor in known.items() if key in state}
     check_experts(sources, known, paths)
     check_ties(sources, tied_groups(state if template is base_model else known))
+    return Parts(template, head, paths, known, sources, config_base)
 
+
+def make_plan(experts: Sequence[Any], base: Any, options: Mapping[str, Any]) -> Plan:
+    """Checks that loaded experts fit, and merges all that is not up-scaled.
+
+    Args:
+        experts: each with name, model, adapter, labels, revision, license, task and processor.
+        base: likewise, or None where all experts are adapters.
+        options: of `WEMoEModel.from_experts`.
+
+    Raises:
+        ValueError: naming the expert, the tensor and the reason.
+    """
+    parts = take_apart(experts, base)
+    template, head, paths, known, sources = parts.template, parts.head, parts.paths, parts.base, parts.sources
+    state = template.state_dict()
     units, modules = [], dict(template.named_modules())
     for name, linears in find_units(template, options["modules"]):
         if any(source.changes(path, known[f"{path}.weight"]) for source in sources for path in linears):
@@ -154,7 +190,7 @@ def make_plan(experts: Sequence[Any], base: Any, options: Mapping[str, Any]) -> 
         raise ValueError("experts have different labels: no single head can serve them; leave heads='task'")
     if heads == "base" and paths and not all(f"{key}" in known for key in state):
         raise ValueError("heads='base', but the base has no head")
-    config = _config(template, head, config_base, sources, units, per_task, options)
+    config = _config(template, head, parts.row, sources, units, per_task, options)
     if options["shared_router"] and len(widths := {_sizes(modules[unit["paths"][0]])[0] for unit in units}) > 1:
         raise ValueError(f"shared_router=True, but what routers read is {sorted(widths)} wide")
 
@@ -273,7 +309,7 @@ def _measure(plan: Plan, units: list[dict[str, Any]], modules: Mapping[str, Any]
             if kind == "sparse":
                 size = modules[path].weight.numel()
                 unit["sizes"][index] = len(plan.sources) * max(1, round(options["density"] * size))
-            elif kind == "low-rank":
+            elif kind in LOW_RANK:
                 vectors = plan.vectors(path, isinstance(modules[path], Conv1D))
                 parts = [low_rank(vector, options["rank"], options["energy"]) for vector in vectors]
                 plan.factors[path] = [(a, b) for a, b, _ in parts]
@@ -317,4 +353,4 @@ def _without_heads(source: Source, template: Any, head: str) -> Source:
     return Source(source.row, kept, source.lora)
 
 
-__all__ = ["Plan", "check_options", "make_plan"]
+__all__ = ["Parts", "Plan", "check_options", "make_plan", "take_apart"]

@@ -14,7 +14,8 @@ HEADS = (
     "image-classification",
     "features",
 )
-TASK_VECTORS = ("exact", "bfloat16", "sparse", "low-rank")
+LOW_RANK = ("low-rank", "low-rank-bfloat16")
+TASK_VECTORS = ("exact", "bfloat16", "sparse", *LOW_RANK)
 ROUTINGS = ("wemoe", "smile")
 
 
@@ -31,7 +32,8 @@ class WEMoEConfig(PreTrainedConfig):
         task_heads: module paths that every expert has its own copy of.
         default_task: the expert whose head answers where no ``task=`` is given.
         task_vectors: how they are stored, one of `TASK_VECTORS`: in the model's dtype, in bfloat16 beside a base of the
-            model's dtype, pruned by magnitude to `density`, or as products of low rank.
+            model's dtype, pruned by magnitude to `density`, or as products of low rank, their factors in the model's
+            dtype or in bfloat16.
         density: share of the entries that "sparse" keeps.
         routing: "wemoe" has routers, one coefficient per sample; "smile" has none and chooses among low-rank experts
             token by token.
@@ -42,7 +44,7 @@ class WEMoEConfig(PreTrainedConfig):
         merge: the rule by which the rest was merged.
         num_experts_per_tok: top-k of SMILE.
         gate_rank: leading singular vectors that SMILE's gates read.
-        adaptation: how the routers were adapted: "loss" ("entropy" of unlabelled rows, or "labels"), "diversity" (weight
+        adaptation: how routers were adapted: "loss" ("entropy" of unlabelled rows, or "labels"), "diversity" (weight
             of the term that spreads the answers), "steps", "rows" (task -> number of rows), "stopped" (why before the
             last step, or None), "learning_rate" and "batch_size" (rows of each task and step). None: not adapted; every
             router still gives λ, so the model answers as task arithmetic does.
@@ -88,7 +90,7 @@ class WEMoEConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
         if not 0 < self.density <= 1:
             raise ValueError(f"density is {self.density}; it must be above 0 and at most 1")
-        if self.routing == "smile" and self.task_vectors != "low-rank":
+        if self.routing == "smile" and self.task_vectors not in LOW_RANK:
             raise ValueError("routing='smile' reads singular vectors: it needs task_vectors='low-rank'")
 
     @property

@@ -16,10 +16,14 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from .configuration_wemoe import LOW_RANK
+
 # Elements of θ0 that a block covers, and samples that are merged at a time. On a CPU a block has to stay in cache, and
 # its rows have to be enough to multiply well (tests/benchmarks/wemoe.py); an accelerator wants few large calls.
 BLOCK, SAMPLES = 3 * 2**15, 8
 BLOCK_ELSEWHERE, SAMPLES_ELSEWHERE = 2**22, 32
+# Whether this CPU multiplies bfloat16 itself (AMX comes with it); where it does not, fp32 is faster.
+CPU_HAS_BFLOAT16 = bool(torch.cpu._is_avx512_bf16_supported())
 
 
 class UpscaledLinear(nn.Module):
@@ -32,9 +36,9 @@ class UpscaledLinear(nn.Module):
         base: (R, C), θ0; for low rank (d_out, d_in).
         vectors: (K, R, C), task vectors ("exact"); bfloat16 as the bits of int16, which no loader casts ("bfloat16").
         index, values, counts: (n,), (n,), (blocks,): places within a block, entries, entries of each block ("sparse").
-        lora_A: (ΣR, d_in), rows orthonormal within an expert ("low-rank").
+        lora_A: (ΣR, d_in), rows orthonormal within an expert ("low-rank"; "low-rank-bfloat16" as bits of int16 too).
         lora_B: (ΣR, d_out), or (ΣR + K, d_out) where there is a bias: its task vectors come last, so that one product
-            adds both ("low-rank").
+            adds both; rounded as lora_A is.
         biases: (K+1, d_out), θ0 and the task vectors; (1, d_out) for low rank; or None.
 
     Args:
@@ -43,7 +47,7 @@ class UpscaledLinear(nn.Module):
         experts: K.
         kind: one of `configuration_wemoe.TASK_VECTORS`.
         has_bias: whether there is one.
-        size: "low-rank": rank of each expert; "sparse": number of kept entries; else not used.
+        size: low rank: rank of each expert; "sparse": number of kept entries; else not used.
         like: dtype and device.
         conv1d: the dense layer is GPT-2's Conv1D, which stores its weight transposed.
     """
@@ -65,35 +69,36 @@ class UpscaledLinear(nn.Module):
         self.by_input = d_in > d_out
         self.rows, self.columns = (d_in, d_out) if self.by_input else (d_out, d_in)
         self.unit: Any = None  # set by its `Unit`
+        self.is_low_rank = kind in LOW_RANK
         numbers = {**like, "dtype": torch.int32}
-        if kind == "low-rank":
+        own = {**like, "dtype": torch.int16} if kind.endswith("bfloat16") else like
+        if self.is_low_rank:
             self.ranks = list(size)
             self.base = _frozen(d_out, d_in, **like)
-            self.lora_A = _frozen(sum(self.ranks), d_in, **like)
-            self.lora_B = _frozen(sum(self.ranks) + has_bias * experts, d_out, **like)
+            self.lora_A = _frozen(sum(self.ranks), d_in, **own)
+            self.lora_B = _frozen(sum(self.ranks) + has_bias * experts, d_out, **own)
         else:
             self.base = _frozen(self.rows, self.columns, **like)
         if kind in ("exact", "bfloat16"):
-            own = like if kind == "exact" else {**like, "dtype": torch.int16}
             self.vectors = _frozen(experts, self.rows, self.columns, **own)
         elif kind == "sparse":
             self.step = _rows(self.rows, self.columns, BLOCK)
             self.index = _frozen(size, **numbers)
             self.values = _frozen(size, **like)
             self.counts = _frozen(math.ceil(self.rows / self.step), **numbers)
-        self.biases = _frozen(1 if kind == "low-rank" else experts + 1, d_out, **like) if has_bias else None
+        self.biases = _frozen(1 if self.is_low_rank else experts + 1, d_out, **like) if has_bias else None
 
     @property
     def weight(self) -> torch.Tensor:
         """θ0 as nn.Linear has it, (d_out, d_in): some models look at its dtype."""
-        weight = self.base.t() if self.by_input and self.kind != "low-rank" else self.base
+        weight = self.base.t() if self.by_input and not self.is_low_rank else self.base
         weight._is_hf_initialized = True  # type: ignore[attr-defined]  # a model that fills its linears leaves it alone
         return weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, ..., d_in) -> (N, ..., d_out), with the coefficients of this linear's unit."""
         w = self.unit.coefficients(self, x)  # (B, K), N a multiple of B; SMILE has none
-        if self.kind == "low-rank":
+        if self.is_low_rank:
             return self._low_rank(x, w)
         w = w.to(x.dtype)
         rows = x.reshape(w.shape[0], -1, self.in_features)  # (B, n, d_in)
@@ -118,9 +123,14 @@ class UpscaledLinear(nn.Module):
             bias = None
             if self.biases is not None:
                 base, changes = self._bias_rows()
-                bias = torch.addmv(base, changes.t(), w[0].to(x.dtype))
+                bias = torch.addmv(base.to(x.dtype), changes.t().to(x.dtype), w[0].to(x.dtype))
             return F.linear(x, kept[0], bias)
-        hidden = F.linear(x, self.lora_A)  # (N, ..., ΣR)
+        dtype = x.dtype
+        fast = CPU_HAS_BFLOAT16 or x.device.type != "cpu"
+        if self.kind == "low-rank-bfloat16" and dtype is not torch.float64 and fast:
+            dtype = torch.bfloat16  # of the change alone, which it rounds by 2^-9 of itself
+        lora_a, lora_b = _values(self.lora_A).to(dtype), _values(self.lora_B).to(dtype)
+        hidden = F.linear(x.to(dtype), lora_a)  # (N, ..., ΣR)
         if w is None:
             w = self.unit.gates(hidden, self.ranks)  # (N, ..., K)
         else:
@@ -129,10 +139,13 @@ class UpscaledLinear(nn.Module):
         hidden = hidden * w.repeat_interleave(self._ranks_on(x.device), -1)
         if self.biases is not None:
             hidden = torch.cat([hidden, w.expand(*x.shape[:-1], -1)], -1)
+        hidden = hidden.to(dtype)
         y = F.linear(x, self.base, None if self.biases is None else self.biases[0])
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return y + hidden @ self.lora_B
-        y.view(-1, self.out_features).addmm_(hidden.view(-1, hidden.shape[-1]).to(y.dtype), self.lora_B.to(y.dtype))
+            return y + (hidden @ lora_b).to(y.dtype)
+        if hidden.dtype is not y.dtype:
+            return y.add_(hidden @ lora_b)
+        y.view(-1, self.out_features).addmm_(hidden.view(-1, hidden.shape[-1]), lora_b)
         return y
 
     def _ranks_on(self, device: torch.device) -> int | torch.Tensor:
@@ -157,7 +170,7 @@ class UpscaledLinear(nn.Module):
         flat = scratch[0][: self.experts * size]
         block = flat.view(self.experts, size)
         if self.kind == "bfloat16":
-            return block.copy_(self.vectors.view(torch.bfloat16)[:, start:stop].flatten(1))
+            return block.copy_(_values(self.vectors)[:, start:stop].flatten(1))
         number = start // self.step
         entries = slice(*self._starts()[number : number + 2])
         flat.zero_().index_copy_(0, self.index[entries].long(), self.values[entries].to(dtype))
@@ -171,13 +184,12 @@ class UpscaledLinear(nn.Module):
 
     def merge(self, w: torch.Tensor) -> torch.Tensor:
         """Merged weights (B, R, C), whole, from coefficients (B, K); low rank: (1, d_out, d_in) from (1, K)."""
-        if self.kind == "low-rank":
+        if self.is_low_rank:
             scale = w[0].repeat_interleave(self._ranks_on(w.device))
-            factor = self.lora_B[: len(scale)].t().to(w.dtype) * scale
-            return torch.addmm(self.base.to(w.dtype), factor, self.lora_A.to(w.dtype))[None]
+            factor = _values(self.lora_B)[: len(scale)].t().to(w.dtype) * scale
+            return torch.addmm(self.base.to(w.dtype), factor, _values(self.lora_A).to(w.dtype))[None]
         if self.kind in ("exact", "bfloat16"):
-            vectors = self.vectors if self.kind == "exact" else self.vectors.view(torch.bfloat16)
-            change = w @ vectors.flatten(1).to(w.dtype)
+            change = w @ _values(self.vectors).flatten(1).to(w.dtype)
         else:
             scratch: list[torch.Tensor] = []
             starts = range(0, self.rows, self.step)
@@ -191,7 +203,7 @@ class UpscaledLinear(nn.Module):
         like = self.weight
         w = w.to(like.device, torch.float32)
         weight = self.merge(w[None])[0]
-        weight = weight.t() if self.by_input and self.kind != "low-rank" else weight
+        weight = weight.t() if self.by_input and not self.is_low_rank else weight
         sizes = self.in_features, self.out_features
         linear: Any
         if self.conv1d:
@@ -216,7 +228,7 @@ class UpscaledLinear(nn.Module):
     def _bias_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the bias of the base (d_out,) and its task vectors (K, d_out) lie."""
         assert self.biases is not None
-        rest = self.lora_B[-self.experts :] if self.kind == "low-rank" else self.biases[1:]
+        rest = _values(self.lora_B)[-self.experts :] if self.is_low_rank else self.biases[1:]
         return self.biases[0], rest
 
     @torch.no_grad()
@@ -228,15 +240,14 @@ class UpscaledLinear(nn.Module):
                 B (r, d_out); sparse: flat places in (d_out, d_in) and entries.
         """
         turn = self._turned
-        self.base.copy_(base if self.kind == "low-rank" else turn(base))
+        self.base.copy_(base if self.is_low_rank else turn(base))
         if self.kind in ("exact", "bfloat16"):
-            own = self.vectors if self.kind == "exact" else self.vectors.view(torch.bfloat16)
-            for index, vector in enumerate(vectors):
-                own[index].copy_(turn(vector))
-        elif self.kind == "low-rank":
+            for own, vector in zip(_values(self.vectors), vectors, strict=True):
+                own.copy_(turn(vector))
+        elif self.is_low_rank:
             pairs = list(vectors)
-            self.lora_A.copy_(torch.cat([a for a, _ in pairs]))
-            self.lora_B[: sum(self.ranks)].copy_(torch.cat([b for _, b in pairs]))
+            _values(self.lora_A).copy_(torch.cat([a for a, _ in pairs]))
+            _values(self.lora_B)[: sum(self.ranks)].copy_(torch.cat([b for _, b in pairs]))
         else:
             self._fill_sparse(list(vectors))
 
@@ -268,6 +279,11 @@ class UpscaledLinear(nn.Module):
 def _rows(rows: int, columns: int, elements: int) -> int:
     """Rows of a block that covers about so many elements."""
     return min(rows, max(16, elements // columns // 16 * 16))
+
+
+def _values(stored: torch.Tensor) -> torch.Tensor:
+    """What is stored as bits of int16, as bfloat16."""
+    return stored.view(torch.bfloat16) if stored.dtype is torch.int16 else stored
 
 
 def _frozen(*size: int, **like: Any) -> nn.Parameter:

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .assembly_wemoe import AUTO_CLASSES
 from .build_wemoe import Plan, check_options, make_plan
-from .configuration_wemoe import WEMoEConfig
+from .configuration_wemoe import LOW_RANK, WEMoEConfig
 from .heads_wemoe import TaskHeads
 from .linears_wemoe import UpscaledLinear
 from .routing_wemoe import Router, RoutingTrace, Scope, Shared, Unit
@@ -89,8 +89,9 @@ class WEMoEModel(PreTrainedModel):
             scaling: λ of the rest, and every router's first coefficient.
             router_layers: 0, 1 or 2.
             modules: what is up-scaled: "mlp", "attention", or a regular expression for paths of linears.
-            task_vectors: how they are stored: "exact", "bfloat16", "sparse" (E-WEMoE) or "low-rank".
-            rank: largest rank of "low-rank"; energy: or the least rank that keeps this share of each ‖τ‖².
+            task_vectors: how they are stored: "exact", "bfloat16", "sparse" (E-WEMoE), "low-rank", or
+                "low-rank-bfloat16": half the memory, and half the time where the CPU multiplies bfloat16.
+            rank: largest rank of low-rank ones; energy: or the least rank that keeps this share of each ‖τ‖².
             density: share of the entries that "sparse" keeps.
             routing: "wemoe", or "smile": low-rank experts chosen token by token without any training.
             top_k: experts that a token meets under "smile"; gate_rank: singular vectors that its gates read.
@@ -390,7 +391,7 @@ class WEMoEModel(PreTrainedModel):
             "trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
             "task_vectors": self.config.task_vectors,
             "stored_bytes": stored,
-            "relative_merge": float(len(self.experts)) if self.config.task_vectors != "low-rank" else 0.0,
+            "relative_merge": float(len(self.experts)) if self.config.task_vectors not in LOW_RANK else 0.0,
             "energy": {p: e for row in self.config.units for p, e in zip(row["paths"], row.get("energy", []))},
         }
 
