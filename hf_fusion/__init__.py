@@ -36,6 +36,9 @@ _PUBLIC = {
     "FoEProcessor": "models.foe",
     "WEMoEConfig": "models.wemoe",
     "WEMoEModel": "models.wemoe",
+    "adapt_routers": "training.routers",
+    "fit_routers": "training.routers",
+    "CoefficientMerge": "training.adamerging",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -1,0 +1,160 @@
+"""AdaMerging: how much of every task vector goes into a static merge, learned without labels (arXiv 2310.02575)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import FusionError
+from ..hub.load import load_experts
+from ..models.wemoe.build_wemoe import Parts, take_apart
+from ..models.wemoe.heads_wemoe import TaskHeads
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    from ..hub.load import ExpertLike
+
+GRANULARITIES = ("task", "layer")
+
+
+class CoefficientMerge(nn.Module):
+    """θ = θ0 + Σ_k λ_k τ_k with coefficients that are learned: `adapt_routers` and `fit_routers` do it.
+
+    One merge serves all inputs; of classifiers every expert keeps its own head. All of it is held in memory, K + 1
+    times the base.
+
+    Args:
+        experts: full fine-tunes and LoRA adapters, as `load_experts` takes them.
+        base: the model that they were fine-tuned from; adapters record theirs.
+        granularity: "task", one coefficient for each expert, or "layer", one for each expert and tensor.
+        scaling: every coefficient at first.
+
+    Attributes:
+        experts: names, which are those of the tasks.
+        tensors: names of the L tensors that any expert changed.
+        coefficients: (K,) or (L, K), fp32; all that requires gradients.
+
+    Raises:
+        FusionError: where experts do not fit together, naming the expert, the tensor and the reason.
+    """
+
+    def __init__(
+        self,
+        experts: Sequence[ExpertLike],
+        base: str | Path | PreTrainedModel | None = None,
+        granularity: str = "layer",
+        scaling: float = 0.3,
+    ) -> None:
+        super().__init__()
+        if granularity not in GRANULARITIES:
+            raise FusionError(f"granularity={granularity!r}", hint=f"one of {', '.join(GRANULARITIES)}")
+        if not experts:
+            raise FusionError("a fusion needs at least one expert; the list is empty")
+        start: Any = load_experts([base], gates=False)[0] if base is not None else None
+        loaded = load_experts(list(experts), base=start and start.model, gates=False)
+        self.processor = loaded[0].processor or (start and start.processor)
+        try:
+            self._take(take_apart(loaded, start))
+        except ValueError as error:  # a family, which knows nothing of this package, raises these
+            raise FusionError(str(error)) from error
+        size = (len(self.tensors), len(self.experts)) if granularity == "layer" else (len(self.experts),)
+        self.coefficients = nn.Parameter(torch.full(size, scaling))
+        self._merge: dict[str, torch.Tensor] | None = None
+        self.eval()
+
+    @torch.no_grad()
+    def _take(self, parts: Parts) -> None:
+        """The base in the structure of its experts, their heads, and the task vectors of everything else."""
+        rows = [source.row for source in parts.sources]
+        self.experts: list[str] = [source.name for source in parts.sources]
+        self.config = SimpleNamespace(head=parts.head, experts=rows, adaptation=None)
+        self.backbone: Any = copy.deepcopy(parts.template).requires_grad_(False)
+        for path in parts.paths:
+            heads = TaskHeads(self.backbone.get_submodule(path), [len(row["labels"]) for row in rows])
+            for index, source in enumerate(parts.sources):
+                own = {k.removeprefix(f"{path}."): t for k, t in source.tensors.items() if k.startswith(f"{path}.")}
+                heads.fill(index, own, source.name)
+            self.backbone.set_submodule(path, heads.requires_grad_(False))
+        self.heads = parts.paths
+        self.tensors: list[str] = []
+        modules = dict(self.backbone.named_modules())
+        for name, tensor in [*self.backbone.named_parameters(), *self.backbone.named_buffers()]:
+            if name not in parts.base:  # heads, and buffers that no checkpoint holds
+                continue
+            base = parts.base[name]
+            tensor.copy_(base)
+            if not base.is_floating_point():
+                continue
+            conv = isinstance(modules.get(name.rpartition(".")[0]), Conv1D)
+            vectors = [source.vector(name, base, conv) for source in parts.sources]
+            if any(vector is not None and vector.any() for vector in vectors):
+                full = [torch.zeros_like(base) if vector is None else vector.to(base.dtype) for vector in vectors]
+                self.register_buffer(f"vectors_{len(self.tensors)}", torch.stack(full), persistent=False)
+                self.tensors.append(name)
+        for source in parts.sources:
+            source.check_relation()
+
+    def forward(self, task: str | None = None, **inputs: Any) -> Any:
+        """As the dense model's, with the head of a task (default: the first)."""
+        index = self.experts.index(task or self.experts[0])
+        for path in self.heads:
+            self.backbone.get_submodule(path).active = index
+        merge = self._merge if self._merge is not None else self._merged()
+        return functional_call(self.backbone, merge, kwargs=inputs)
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Within this context the coefficients stay as they are: one merge serves all forwards, and their gradients."""
+        self._merge = self._merged()
+        try:
+            yield
+        finally:
+            self._merge = None
+
+    def _merged(self) -> dict[str, torch.Tensor]:
+        """Tensor name -> θ0 + Σ_k λ_k τ_k."""
+        found = {}
+        known = {**dict(self.backbone.named_parameters()), **dict(self.backbone.named_buffers())}
+        for number, name in enumerate(self.tensors):
+            vectors = getattr(self, f"vectors_{number}")  # (K, ...)
+            own = self.coefficients if self.coefficients.dim() == 1 else self.coefficients[number]
+            found[name] = known[name] + torch.tensordot(own.to(vectors.dtype), vectors, dims=1)
+        return found
+
+    @torch.no_grad()
+    def dense(self, task: str | None = None) -> PreTrainedModel:
+        """The plain merged model, with the head of a task (default: the first)."""
+        index = self.experts.index(task or self.experts[0])
+        memo: dict[int, Any] = {}
+        for path in self.heads:
+            heads = self.backbone.get_submodule(path)
+            memo[id(heads)] = copy.deepcopy(heads.heads[index])
+        model = copy.deepcopy(self.backbone, memo)
+        targets = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        for name, tensor in self._merged().items():
+            targets[name].copy_(tensor)
+        if self.heads:
+            labels = dict(enumerate(self.config.experts[index]["labels"]))
+            model.config.id2label, model.config.label2id = labels, {label: i for i, label in labels.items()}
+            model.num_labels = len(labels)
+        return model.requires_grad_(True).eval()
+
+    def table(self) -> Mapping[str, Mapping[str, float]]:
+        """Tensor -> expert -> coefficient; "" stands for all tensors where there is one for each expert."""
+        rows = self.coefficients.detach().cpu().view(-1, len(self.experts)).tolist()
+        names = self.tensors if self.coefficients.dim() == 2 else [""]
+        return {name: dict(zip(self.experts, row, strict=True)) for name, row in zip(names, rows, strict=True)}
+
+
+__all__ = ["CoefficientMerge"]

@@ -1,0 +1,276 @@
+"""Routers that learn: what moves and what does not, the watch that stops a collapse, resuming; AdaMerging's merges."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import datasets
+import pytest
+import torch
+from tiny import TEXTS, bert, gpt2, images, make_tokenizer, t5
+from tiny_fused import base_expert, bert_base, clip, experts_of
+from tiny_routed import save_base, save_lora
+from transformers import CLIPImageProcessorPil, CLIPProcessor
+
+from hf_fusion import CoefficientMerge, Expert, FusionError, WEMoEModel, adapt_routers, fit_routers
+from hf_fusion.training.batches import zero_shot_examples
+from hf_fusion.training.routers import _information, health
+
+REVIEWS = datasets.Dataset.from_dict(
+    {"text": [f"{text} {i}" for i in range(6) for text in TEXTS], "label": [0, 1, 1, 0] * 6}
+)
+WORDS = datasets.Dataset.from_dict(
+    {
+        "prompt": ["the quick brown", "experts are", "a stitch in time", "said the router"] * 4,
+        "target": [" fox jumps", " fused into one model", " saves nine", " to the gate"] * 4,
+    }
+)
+FEW = {"steps": 12, "batch_size": 4, "learning_rate": 1e-2}
+
+
+def classifiers(count: int = 2) -> list[Expert]:
+    found = experts_of(bert_base(), count, ["no", "yes"], scale=0.5)
+    for expert in found:
+        expert.processor = make_tokenizer()
+    return found
+
+
+def merged(**options) -> WEMoEModel:
+    return WEMoEModel.from_experts(classifiers(), base=base_expert(bert_base()), **options)
+
+
+def suite(model) -> dict[str, datasets.Dataset]:
+    return dict.fromkeys(model.experts, REVIEWS)
+
+
+def state(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("options", [{}, {"router_layers": 0}, {"shared_router": True}], ids=str)
+def test_only_routers_move_and_answers_become_surer(options):
+    model = merged(**options)
+    before = state(model)
+    facts = adapt_routers(model, suite(model), diversity=0, least_classes=0, **FEW)
+    moved = {name for name, tensor in model.state_dict().items() if not tensor.equal(before[name])}
+    assert moved
+    assert all("router." in name for name in moved)
+    assert facts.steps == 12
+    assert sum(h.entropy for h in facts.after.values()) < sum(h.entropy for h in facts.before.values())
+    assert model.config.adaptation["rows"] == dict.fromkeys(model.experts, 18)  # of 24 a quarter is watched
+    again = merged(**options)
+    adapt_routers(again, suite(again), diversity=0, least_classes=0, **FEW)
+    assert all(tensor.equal(again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("diversity", [0, 0.5])
+def test_the_loss_is_entropy_less_the_entropy_of_the_mean(diversity):
+    """Its gradient beside that of the formula in plain words, over both tasks, in rows of unlike lengths."""
+    model, plain = merged(router_layers=1), merged(router_layers=1)
+    tokens = make_tokenizer()(list(REVIEWS["text"][:4]), padding=True, return_tensors="pt")
+    total = torch.zeros(())
+    for task in plain.experts:
+        p = plain(**tokens, task=task).logits.softmax(-1)
+        total = total - (p * p.log()).sum(-1).mean() + diversity * (p.mean(0) * p.mean(0).log()).sum()
+    total.backward()
+    loss = _information(model, dict.fromkeys(model.experts, tokens), diversity)
+    loss.backward()
+    torch.testing.assert_close(loss, total)
+    for (name, own), wanted in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if own.requires_grad:
+            assert wanted.grad.norm() > 0, name
+            torch.testing.assert_close(own.grad, wanted.grad, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_the_watch_stops_a_collapse_and_goes_back():
+    model = merged()
+    start = state(model)
+    with_watch = adapt_routers(model, suite(model), diversity=0, least_classes=0.95, steps=60, learning_rate=0.1)
+    plain = merged()
+    without = adapt_routers(plain, suite(plain), diversity=0, least_classes=0, steps=60, learning_rate=0.1)
+    narrowest = lambda facts: min(facts.after[t].classes / facts.before[t].classes for t in facts.after)  # noqa: E731
+    assert narrowest(without) < 0.95  # the loss does collapse
+    assert without.stopped is None
+    assert "collapse" in with_watch.stopped
+    assert "raise diversity" in with_watch.stopped
+    assert narrowest(with_watch) >= 0.95
+    assert with_watch.steps < 60
+    assert model.config.adaptation["stopped"] == with_watch.stopped
+    if with_watch.steps == 0:
+        assert all(tensor.equal(start[name]) for name, tensor in model.state_dict().items())
+
+
+def test_diversity_keeps_the_answers_spread():
+    plain, spread = merged(), merged()
+    options = {"least_classes": 0, "steps": 60, "learning_rate": 0.1}
+    without = adapt_routers(plain, suite(plain), diversity=0, **options)
+    kept = adapt_routers(spread, suite(spread), diversity=1, **options)
+    for task in plain.experts:
+        assert kept.after[task].classes >= without.after[task].classes - 1e-3
+
+
+def test_an_interrupted_run_goes_on(tmp_path):
+    whole, killed = merged(), merged()
+    adapt_routers(whole, suite(whole), least_classes=0, **FEW)
+    folder = tmp_path / "run"
+    adapt_routers(killed, suite(killed), least_classes=0, output_dir=folder, **FEW)
+    newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    (newest / "trainer_state.json").unlink()  # killed while it wrote this one
+    again = merged()
+    adapt_routers(again, suite(again), least_classes=0, output_dir=folder, **FEW)
+    assert all(tensor.equal(again.state_dict()[name]) for name, tensor in whole.state_dict().items())
+    other = merged()
+    with pytest.raises(FusionError, match="holds checkpoints of another run"):
+        adapt_routers(other, suite(other), least_classes=0, output_dir=folder, **FEW | {"learning_rate": 0.5})
+
+
+def test_labels_teach_faster():
+    model = merged()
+    own = model.experts[0]
+    rows = REVIEWS.cast_column("label", datasets.ClassLabel(names=["no", "yes"]))
+
+    def right() -> float:
+        tokens = make_tokenizer()(list(REVIEWS["text"]), padding=True, return_tensors="pt")
+        with torch.no_grad():
+            log = model(**tokens, task=own).logits.log_softmax(-1)
+        return float(log[range(len(log)), REVIEWS["label"]].mean())
+
+    before = right()
+    facts = fit_routers(model, {own: rows}, steps=30, learning_rate=3e-2)
+    assert facts.loss == "labels"
+    assert right() > before + 0.01
+
+
+@pytest.mark.parametrize("base", [gpt2, t5], ids=["causal", "seq2seq"])
+def test_language_models_learn_from_targets(base):
+    experts = experts_of(base(), 2, scale=0.5)
+    for expert in experts:
+        expert.processor = make_tokenizer()
+    model = WEMoEModel.from_experts(experts, base=base_expert(base()), router_layers=1)
+    with pytest.raises(FusionError, match="has no classes whose entropy could fall") as error:
+        adapt_routers(model, {model.experts[0]: WORDS})
+    assert "fit_routers" in error.value.hint
+    before = state(model)
+    fit_routers(model, dict.fromkeys(model.experts, WORDS), **FEW)
+    moved = [name for name, tensor in model.state_dict().items() if not tensor.equal(before[name])]
+    assert moved
+    assert all("router." in name for name in moved)
+
+
+def test_clip_adapts_by_texts_for_classes():
+    base = clip()
+    experts = experts_of(base, 2)
+    model = WEMoEModel.from_experts(experts, base=base_expert(base), modules=r"vision_model.*fc[12]")
+    processor = CLIPProcessor(CLIPImageProcessorPil(size=16, crop_size=16), make_tokenizer())
+    pictures = datasets.Dataset.from_dict({"image": images(8)})
+    rows = zero_shot_examples(processor, pictures, ["a fox", "a dog", "the gate"])
+    facts = adapt_routers(model, dict.fromkeys(model.experts, rows), diversity=0, least_classes=0, **FEW)
+    assert all(facts.after[task].entropy < facts.before[task].entropy for task in model.experts)
+
+
+def test_bf16_and_a_spread_of_tasks_with_few_rows():
+    model = merged()
+    rows = {model.experts[0]: REVIEWS, model.experts[1]: REVIEWS.select(range(5))}
+    facts = adapt_routers(model, rows, diversity=0, least_classes=0, bf16=True, use_cpu=True, **FEW)
+    assert facts.rows == {model.experts[0]: 18, model.experts[1]: 4}
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_health():
+    assert health(torch.zeros(5, 4)).classes == pytest.approx(4)
+    one = health(torch.tensor([[50.0, 0.0], [50.0, 0.0]]))
+    assert (one.classes, one.confidence) == (pytest.approx(1), pytest.approx(1))
+    two = health(torch.tensor([[50.0, 0.0], [0.0, 50.0]]))
+    assert (two.classes, two.entropy) == (pytest.approx(2), pytest.approx(0, abs=1e-6))
+    assert health(torch.zeros(3, 2)).entropy == pytest.approx(math.log(2))
+
+
+def test_what_cannot_be_adapted_is_named():
+    model = merged()
+    with pytest.raises(FusionError, match="there is no expert 'sst2'") as error:
+        adapt_routers(model, {"sst2": REVIEWS})
+    assert model.experts[0] in error.value.hint
+    with pytest.raises(FusionError, match="no rows to learn from"):
+        adapt_routers(model, {})
+    for option in ({"steps": 0}, {"learning_rate": -1.0}, {"diversity": -1}, {"least_classes": 1}):
+        with pytest.raises(FusionError, match=f"{next(iter(option))}="):
+            adapt_routers(model, suite(model), **option)
+    with pytest.raises(FusionError, match="no text"):
+        adapt_routers(model, {model.experts[0]: REVIEWS.rename_column("text", "sentence")})
+    with pytest.raises(FusionError, match=r"holds \[7\]"):
+        fit_routers(model, {model.experts[0]: datasets.Dataset.from_dict({"text": TEXTS, "label": [0, 1, 7, 0]})})
+    smile = merged(task_vectors="low-rank", rank=4, routing="smile")
+    with pytest.raises(FusionError, match="no routers to train"):
+        adapt_routers(smile, suite(smile))
+    scorers = experts_of(bert(["score"]), 2, ["score"])
+    for expert in scorers:
+        expert.processor = make_tokenizer()
+    regression = WEMoEModel.from_experts(scorers, base=base_expert(bert(["score"])))
+    with pytest.raises(FusionError, match="is a regression"):
+        adapt_routers(regression, suite(regression))
+
+
+# ---------------------------------------------------------------- AdaMerging
+
+
+@pytest.mark.parametrize("granularity", ["task", "layer"])
+def test_coefficients_at_first_are_task_arithmetic(granularity):
+    experts, base = classifiers(3), bert_base()
+    model = CoefficientMerge(experts, base, granularity, scaling=0.4)
+    start, fine = base.state_dict(), [expert.model.state_dict() for expert in experts]
+    dense = model.dense(experts[1].name)
+    for name, tensor in dense.state_dict().items():
+        if name.startswith("classifier"):
+            assert tensor.equal(fine[1][name])
+        elif tensor.is_floating_point():
+            torch.testing.assert_close(tensor, start[name] + 0.4 * sum(own[name] - start[name] for own in fine))
+    tokens = make_tokenizer()(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(model(**tokens, task=experts[1].name).logits, dense(**tokens).logits)
+    assert len(model.table()) == (1 if granularity == "task" else len(model.tensors))
+
+
+@pytest.mark.parametrize("granularity", ["task", "layer"])
+def test_coefficients_are_learned_as_routers_are(granularity):
+    experts, base = classifiers(), bert_base()
+    model = CoefficientMerge(experts, base, granularity)
+    before = state(model)
+    facts = adapt_routers(model, suite(model), diversity=0, least_classes=0, **FEW)
+    moved = [name for name, tensor in model.state_dict().items() if not tensor.equal(before[name])]
+    assert moved == ["coefficients"]
+    assert sum(h.entropy for h in facts.after.values()) < sum(h.entropy for h in facts.before.values())
+    assert model.config.adaptation["steps"] == 12
+
+
+def test_the_coefficients_gradient_is_the_product_with_the_task_vector():
+    experts, base = classifiers(), bert_base()
+    model = CoefficientMerge(experts, base, "layer")
+    tokens = make_tokenizer()(TEXTS, padding=True, return_tensors="pt")
+    model(**tokens).logits.square().mean().backward()
+    dense = model.dense()
+    dense(**tokens).logits.square().mean().backward()
+    start, fine = base.state_dict(), [expert.model.state_dict() for expert in experts]
+    gradients = {name: parameter.grad for name, parameter in dense.named_parameters()}
+    for row, name in zip(model.coefficients.grad, model.tensors, strict=True):
+        wanted = torch.stack([(gradients[name] * (own[name] - start[name])).sum() for own in fine])
+        torch.testing.assert_close(row, wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_adapters_and_misfits(tmp_path):
+    base = save_base(tmp_path / "base")
+    for seed in range(2):
+        save_lora(tmp_path / str(seed), str(base), seed=seed, targets=("up_proj", "q_proj"), gates=False)
+    model = CoefficientMerge([tmp_path / "0", tmp_path / "1"], granularity="task")
+    assert model.coefficients.shape == (2,)
+    assert all("up_proj" in name or "q_proj" in name for name in model.tensors)
+    with pytest.raises(FusionError, match="granularity='tensor'"):
+        CoefficientMerge([tmp_path / "0"], granularity="tensor")
+    stranger = Expert("me/gpt2", gpt2(), processor=make_tokenizer())
+    with pytest.raises(FusionError, match="me/gpt2 is a GPT2LMHeadModel"):
+        CoefficientMerge([*classifiers(1), stranger], bert_base())
+    broken = copy.deepcopy(classifiers(1)[0])
+    with torch.no_grad():
+        broken.model.bert.encoder.layer[0].output.dense.weight[0, 0] = torch.nan
+    with pytest.raises(FusionError, match="has NaN or Inf"):
+        CoefficientMerge([broken], bert_base())
