@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -93,19 +94,30 @@ def test_trainer_moves_routers_alone(tmp_path):
     base, experts = different_labels()
     model = WEMoEModel.from_experts(experts, base_expert(base))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    rows = Dataset.from_dict({"input_ids": IDS.tolist(), "attention_mask": MASK.tolist(), "labels": [0, 1, 1]})
-    arguments = TrainingArguments(
-        str(tmp_path), max_steps=3, learning_rate=0.05, report_to=[], use_cpu=True, remove_unused_columns=False
-    )
-    trainer = Trainer(model, arguments, train_dataset=rows.with_format("torch"))
+    rows = {"text": ["a", "b", "c"], "input_ids": IDS.tolist(), "attention_mask": MASK.tolist(), "labels": [0, 1, 1]}
+    arguments = TrainingArguments(str(tmp_path), max_steps=3, learning_rate=0.05, report_to=[], use_cpu=True)
+    trainer = Trainer(model, arguments, train_dataset=Dataset.from_dict(rows))  # it drops "text" alone
     result = trainer.train()
     assert result.training_loss > 0
+    with torch.no_grad():
+        want = model.eval()(**TEXT, labels=torch.tensor(rows["labels"])).loss
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == pytest.approx(float(want), rel=1e-5)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
     trainer.save_model(str(tmp_path / "saved"))
     again = WEMoEModel.from_pretrained(tmp_path / "saved")
     with torch.no_grad():
         assert torch.equal(again(**TEXT).logits, model.eval()(**TEXT).logits)
+
+
+@pytest.mark.parametrize("kind", ["vit", "t5", "llama"])
+def test_forward_shows_the_dense_models_arguments(kind):
+    model, base, _, _, inputs = fused(kind)
+    dense = inspect.signature(base.forward).parameters
+    shown = inspect.signature(copy.deepcopy(model).forward).parameters
+    assert set(inputs) <= dense.keys() < shown.keys()
+    assert shown.keys() - dense.keys() == {"task", "prompt_mask"}
+    assert [shown[name].default for name in dense] == [parameter.default for parameter in dense.values()]
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -140,6 +142,22 @@ def head_of(model: Any) -> str:
         if type(model) in (known if isinstance(known, (tuple, list)) else (known,)):
             return head
     raise ValueError(f"{type(model).__name__} cannot be fused: none of {', '.join(AUTO_CLASSES)} gives it back")
+
+
+def with_arguments_of(dense: Any, model: Any) -> partial[Any]:
+    """A model's forward that shows the dense model's arguments before its own keywords.
+
+    The Trainer drops columns of a data set that `inspect.signature` does not name.
+    """
+    kinds = inspect.Parameter
+    shown = {name: p.replace(annotation=kinds.empty) for name, p in inspect.signature(dense.forward).parameters.items()}
+    own = inspect.signature(model.forward).parameters.values()
+    for parameter in own:
+        if parameter.kind is kinds.KEYWORD_ONLY and parameter.name not in ("labels", *shown):
+            shown[parameter.name] = parameter.replace(annotation=kinds.empty)
+    forward: Any = partial(type(model).forward, model)  # copied with the model, as a closure would not be
+    forward.__signature__ = inspect.Signature(sorted(shown.values(), key=lambda parameter: parameter.kind))
+    return forward
 
 
 def is_linear(module: Any) -> bool:

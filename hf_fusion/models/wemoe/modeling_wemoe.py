@@ -13,14 +13,12 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .assembly_wemoe import AUTO_CLASSES
+from .assembly_wemoe import AUTO_CLASSES, with_arguments_of
 from .build_wemoe import Plan, check_options, make_plan
 from .configuration_wemoe import LOW_RANK, WEMoEConfig
 from .heads_wemoe import TaskHeads
 from .linears_wemoe import UpscaledLinear
-from .routing_wemoe import Router, RoutingTrace, Scope, Shared, Unit
-
-Coefficients = torch.Tensor | Sequence[float] | Mapping[str, torch.Tensor | Sequence[float]] | str
+from .routing_wemoe import Coefficients, Router, RoutingTrace, Scope, Shared, Unit, by_unit, index_of
 
 
 class WEMoEModel(PreTrainedModel):
@@ -53,6 +51,7 @@ class WEMoEModel(PreTrainedModel):
         self._source: tuple[str, dict[str, Any]] | None = None
         self.main_input_name = backbone.main_input_name
         self._install()
+        self.forward = with_arguments_of(backbone, self)  # type: ignore[method-assign]
         self._answer_for(config.default_task)
         self.post_init()
         self._freeze()
@@ -209,7 +208,7 @@ class WEMoEModel(PreTrainedModel):
         """Makes the heads, and the classes in the configs, those of an expert."""
         if not self.config.task_heads or task is None:
             return
-        index = self._index(task)
+        index = index_of(task, self.experts)
         for path in self.config.task_heads:
             self.backbone.get_submodule(path).active = index
         labels = dict(enumerate(self.config.experts[index]["labels"]))
@@ -217,13 +216,13 @@ class WEMoEModel(PreTrainedModel):
             config.id2label, config.label2id = labels, {label: i for i, label in labels.items()}
         self.backbone.num_labels = len(labels)
 
-    def _index(self, name: str) -> int:
-        if name not in self.experts:
-            raise ValueError(f"there is no expert {name!r}; there are {', '.join(self.experts)}")
-        return self.experts.index(name)
-
     def forward(
-        self, *args: Any, task: str | None = None, prompt_mask: torch.Tensor | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        task: str | None = None,
+        prompt_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> Any:
         """As the dense model's forward, same arguments and outputs.
 
@@ -233,18 +232,16 @@ class WEMoEModel(PreTrainedModel):
             prompt_mask: (B, T), causal language models: the tokens that the routers read. Default is everything before
                 the first label where labels are given with a masked start (-100), and all real tokens elsewhere. With
                 it, scoring a prompt and its answer equals generating the answer.
+            labels: of the dense model.
             kwargs: of the dense model.
         """
         shared, config = self.shared, self.config
-        shared.batch_reduce, shared.top_k, shared.gate_rank = (
-            config.batch_reduce,
-            config.num_experts_per_tok,
-            config.gate_rank,
-        )
+        if labels is not None:
+            kwargs["labels"] = labels
         if task is not None and not config.task_heads:
-            self._index(task)  # a shared head serves every task, but only those
+            index_of(task, self.experts)  # a shared head serves every task, but only those
         shared.prompt_mask = prompt_mask if prompt_mask is not None else self._before_labels(kwargs)
-        self._begin_trace()
+        self._begin()
         self._answer_for(task)
         try:
             return self.backbone(*args, **kwargs)
@@ -253,10 +250,14 @@ class WEMoEModel(PreTrainedModel):
             if task is not None:
                 self._answer_for(config.default_task)
 
-    def _begin_trace(self) -> None:
+    def _begin(self) -> None:
+        """Tells the units the options, and where to record."""
+        shared, config = self.shared, self.config
+        shared.batch_reduce, shared.gate_rank = config.batch_reduce, config.gate_rank
+        shared.top_k = config.num_experts_per_tok
         if self.record_routing:
             self._trace = RoutingTrace(self.experts)
-        self.shared.trace = self._trace if self.record_routing else None
+        shared.trace = self._trace if self.record_routing else None
 
     def _before_labels(self, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
         """Tokens before each row's first label; rows that are labelled from their first token on are read whole."""
@@ -277,29 +278,14 @@ class WEMoEModel(PreTrainedModel):
                 `routing_trace`), "" for all others.
         """
         before = self.shared.given
-        self.shared.given = self._given(coefficients)
+        self.shared.given = self._by_unit(coefficients)
         try:
             yield self
         finally:
             self.shared.given = before
 
-    def _given(self, coefficients: Coefficients) -> dict[str, torch.Tensor]:
-        if isinstance(coefficients, str):
-            index = self._index(coefficients)
-            coefficients = [float(k == index) for k in range(len(self.experts))]
-        table = coefficients if isinstance(coefficients, Mapping) else {"": coefficients}
-        known = [unit.name for unit in self.units]
-        if unknown := [name for name in table if name and name not in known]:
-            raise ValueError(f"there is no unit {unknown[0]!r}; there are {', '.join(known)}")
-        if missing := [name for name in known if name not in table and "" not in table]:
-            raise ValueError(f"no coefficients for {missing[0]}, and none for all others ('')")
-        given = {}
-        for name, value in table.items():
-            w = torch.as_tensor(value, dtype=torch.float32)
-            if w.shape[-1] != len(self.experts):
-                raise ValueError(f"{w.shape[-1]} coefficients were given, but there are {len(self.experts)} experts")
-            given[name] = w.view(-1, w.shape[-1])
-        return given
+    def _by_unit(self, coefficients: Coefficients) -> dict[str, torch.Tensor]:
+        return by_unit(coefficients, self.experts, [unit.name for unit in self.units])
 
     def routing_trace(self) -> RoutingTrace:
         """Coefficients of the last forward, or of the prompts of the last `generate()`, by layer and sample.
@@ -343,7 +329,7 @@ class WEMoEModel(PreTrainedModel):
             if unread := [unit.name for unit in self.units if unit.name not in given]:
                 raise ValueError(f"these inputs do not reach {unread[0]}, so nothing says how to merge it")
         elif coefficients is not None or task is not None:
-            given = self._given(coefficients if coefficients is not None else str(task))
+            given = self._by_unit(coefficients if coefficients is not None else str(task))
         else:
             raise ValueError("pass inputs, coefficients or task: nothing says what to merge")
         memo: dict[int, Any] = {}
@@ -352,7 +338,7 @@ class WEMoEModel(PreTrainedModel):
             assert w is not None
             for linear in unit.linears:
                 memo[id(linear)] = linear.dense(w.mean(0))
-        index = self._index(task or self.task or self.experts[0])
+        index = index_of(task or self.task or self.experts[0], self.experts)
         for path in self.config.task_heads:
             heads = self.backbone.get_submodule(path)
             memo[id(heads)] = copy.deepcopy(heads.heads[index])
@@ -457,18 +443,12 @@ class WEMoEForGeneration(WEMoEModel, GenerationMixin):
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the dense model's `generate()`: caches, beams, sampling, streaming; routed by the prompts."""
-        config = self.config
         shared = self.shared
-        shared.batch_reduce, shared.top_k, shared.gate_rank = (
-            config.batch_reduce,
-            config.num_experts_per_tok,
-            config.gate_rank,
-        )
         given = next((v for v in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None), None)
         generation = kwargs.get("generation_config") or self.generation_config
         if kwargs.get("prefill_chunk_size") or getattr(generation, "prefill_chunk_size", None):
             raise ValueError("a prompt read in chunks cannot be routed as a whole: leave prefill_chunk_size out")
-        self._begin_trace()
+        self._begin()
         shared.prompts = None if given is None else (given.shape[0], given.shape[1])
         try:
             return self.backbone.generate(inputs, *args, **kwargs)

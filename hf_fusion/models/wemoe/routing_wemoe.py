@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,47 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+Coefficients = torch.Tensor | Sequence[float] | Mapping[str, torch.Tensor | Sequence[float]] | str
+
 PIN = "_wemoe_pin"  # attribute of a cache: the coefficients of the prompts that it holds
+
+
+def index_of(name: str, experts: Sequence[str]) -> int:
+    """The number of an expert.
+
+    Raises:
+        ValueError: for a name that no expert has.
+    """
+    if name not in experts:
+        raise ValueError(f"there is no expert {name!r}; there are {', '.join(experts)}")
+    return experts.index(name)
+
+
+def by_unit(coefficients: Coefficients, experts: Sequence[str], units: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Given coefficients as rows (B, K) or (1, K) by unit name, "" for all others.
+
+    Args:
+        coefficients: an expert's name: it alone; (K,) or (B, K) for every unit; or a dict of such by unit name.
+        experts: names.
+        units: names.
+
+    Raises:
+        ValueError: for an unknown name, a unit without coefficients, and another number than K.
+    """
+    if isinstance(coefficients, str):
+        coefficients = torch.eye(len(experts))[index_of(coefficients, experts)]
+    table = coefficients if isinstance(coefficients, Mapping) else {"": coefficients}
+    if unknown := [name for name in table if name and name not in units]:
+        raise ValueError(f"there is no unit {unknown[0]!r}; there are {', '.join(units)}")
+    if missing := [name for name in units if name not in table and "" not in table]:
+        raise ValueError(f"no coefficients for {missing[0]}, and none for all others ('')")
+    given = {}
+    for name, value in table.items():
+        w = torch.as_tensor(value, dtype=torch.float32)
+        if w.shape[-1] != len(experts):
+            raise ValueError(f"{w.shape[-1]} coefficients were given, but there are {len(experts)} experts")
+        given[name] = w.view(-1, w.shape[-1])
+    return given
 
 
 class Router(nn.Module):
@@ -290,4 +330,4 @@ class RoutingTrace:
         }
 
 
-__all__ = ["Pin", "Router", "RoutingTrace", "Scope", "Shared", "Unit"]
+__all__ = ["Coefficients", "Pin", "Router", "RoutingTrace", "Scope", "Shared", "Unit", "by_unit", "index_of"]
