@@ -30,6 +30,7 @@ _PUBLIC = {
     "push_gates": "hub.publish_gates",
     "evaluate_fusion": "evaluate",
     "evaluate_routing": "evaluate_suite",
+    "evaluate_merging": "evaluate_tasks",
     "SuiteResults": "suite_results",
     "FoEConfig": "models.foe",
     "FoEModel": "models.foe",

@@ -19,19 +19,13 @@ from .hub.load import load_experts
 from .models.phatgoose import PhatgooseRouter
 from .retrieval import Embedder, Retrieval, TextEmbedder
 from .suite_results import (
-    HELD_IN,
-    HELD_OUT,
     Metric,
     SuiteResults,
-    SuiteSystem,
     SuiteTask,
-    lead_of,
-    mean_of,
-    score_of,
+    compare,
 )
-from .training.batches import Examples, read_examples
+from .training.batches import Examples, like_lengths, read_examples, score_rows
 from .training.gates import average_activation
-from .training.prompts import score_targets
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -152,7 +146,8 @@ def evaluate_routing(
         "seed": seed,
         "dtype": str(loaded[0].model.dtype).removeprefix("torch."),
     }
-    return SuiteResults(tasks, _compared(tasks, scores, evaluation.names), settings, command, machine())
+    kinds = dict.fromkeys(evaluation.names, "expert") | {name: way.kind for name, way in _WAYS.items()}
+    return SuiteResults(tasks, compare(tasks, scores, kinds, PHATGOOSE), settings, command, machine())
 
 
 @dataclass
@@ -215,14 +210,14 @@ class _Evaluation:
         read = self._read(own, rows)
         scores = {name: torch.zeros(len(rows)) for name in ways}
         with _same_start(routers.values()) as remembered:
-            for numbers in _batches(read.rows, self.batch_size):
+            for numbers in like_lengths(read.rows, self.batch_size):
                 batch = dict(read.collate([read.rows[number] for number in numbers]))
                 batch = {name: value.to(own.device) for name, value in batch.items()}
                 remembered.clear()
                 for name, way in ways.items():
                     router = routers[way.router]
                     with way.within(self, router, task, numbers):
-                        scores[name][numbers] = _score(router.backbone, batch, metric).float().cpu()
+                        scores[name][numbers] = score_rows(router.backbone, batch, metric).float().cpu()
         return scores, metric
 
     def _read(self, router: PhatgooseRouter, rows: Dataset) -> Examples:
@@ -347,39 +342,3 @@ def _unchanged_blocks(router: PhatgooseRouter) -> list[Any]:
 
 def _has_heads(experts: Sequence[Expert]) -> bool:
     return any(expert.adapter is not None and expert.adapter.saved for expert in experts)
-
-
-def _score(model: Any, batch: Mapping[str, torch.Tensor], metric: Metric) -> torch.Tensor:
-    """The score of each row of a batch, (B,)."""
-    if metric != "accuracy":
-        exact, share = score_targets(model, batch)
-        return exact if metric == "exact" else share
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    return model(**inputs).logits.argmax(-1) == batch["labels"]
-
-
-def _batches(rows: Any, size: int) -> Iterator[list[int]]:
-    """Row numbers in batches; of sequences, those of like length together."""
-    order = list(range(len(rows)))
-    if "input_ids" in rows[0]:
-        order.sort(key=lambda row: len(rows[row]["input_ids"]))
-    yield from (order[start : start + size] for start in range(0, len(order), size))
-
-
-def _compared(
-    tasks: Sequence[SuiteTask], scores: Mapping[str, Mapping[str, torch.Tensor]], experts: Sequence[str]
-) -> list[SuiteSystem]:
-    """The systems with their intervals, means and distances to the router."""
-    systems = []
-    for name, own in scores.items():
-        kind = _WAYS[name].kind if name in _WAYS else "expert" if name in experts else "oracle"
-        system = SuiteSystem(name, kind, {t.name: score_of(own[t.name], t.metric) for t in tasks if t.name in own})
-        for group in (HELD_IN, HELD_OUT):
-            members = [task.name for task in tasks if task.group == group]
-            if members and set(members) <= own.keys():
-                system.means[group] = mean_of([system.scores[task] for task in members])
-                if PHATGOOSE in scores and name != PHATGOOSE:
-                    router = [scores[PHATGOOSE][task] for task in members]
-                    system.lead[group] = lead_of(router, [own[task] for task in members])
-        systems.append(system)
-    return systems

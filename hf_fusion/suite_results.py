@@ -194,3 +194,32 @@ def lead_of(own: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Score
     variance = sum(float(d.var(correction=0)) / len(d) for d in differences) / len(differences) ** 2
     half = Z95 * math.sqrt(variance)
     return Score(mean, (mean - half, mean + half))
+
+
+def compare(
+    tasks: Sequence[SuiteTask],
+    scores: Mapping[str, Mapping[str, torch.Tensor]],
+    kinds: Mapping[str, str],
+    leader: str,
+) -> list[SuiteSystem]:
+    """Systems with their intervals, their means, and how far the leader is ahead of each.
+
+    Args:
+        tasks: the suite.
+        scores: system → task → scores of its rows (N,).
+        kinds: system → kind, see `SuiteSystem`; default is "oracle".
+        leader: the system that the comparison is about.
+    """
+    systems = []
+    for name, own in scores.items():
+        kind = kinds.get(name, "oracle")
+        system = SuiteSystem(name, kind, {t.name: score_of(own[t.name], t.metric) for t in tasks if t.name in own})
+        for group in (HELD_IN, HELD_OUT):
+            members = [task.name for task in tasks if task.group == group]
+            if members and set(members) <= own.keys():
+                system.means[group] = mean_of([system.scores[task] for task in members])
+                if leader in scores and name != leader:
+                    ahead = [scores[leader][task] for task in members]
+                    system.lead[group] = lead_of(ahead, [own[task] for task in members])
+        systems.append(system)
+    return systems

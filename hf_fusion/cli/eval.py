@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="test", help="of a folder or Hub data set (default: test)")
     parser.add_argument("--label-column", default="label", metavar="NAME", help="column of the labels (default: label)")
     parser.add_argument("--expert-column", default="expert", metavar="NAME", help="column of the domains' experts")
-    parser.add_argument("--task-column", default="task", metavar="NAME", help="PHATGOOSE: column of the tasks")
+    parser.add_argument("--task-column", default="task", metavar="NAME", help="PHATGOOSE, WEMoE: column of the tasks")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="examples per step (default: 32)")
 
 
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
     from hf_fusion.recipe import Recipe
 
     recipe = Recipe.load(Path(args.folder))
-    measure = {"phatgoose": _routing}.get(recipe.method, _fusion)
+    measure = {"phatgoose": _routing, "wemoe": _merging}.get(recipe.method, _fusion)
     command = f"hf-fusion eval {args.folder} --data {args.data} --split {args.split}"
     results, title = measure(args, load_rows(args.data, args.split), recipe, command)
     path = Path(args.folder) / RESULTS_FILE
@@ -94,4 +94,31 @@ def _routing(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: s
     routing = map_routing(load_fused(args.folder)[0], suite, owners=owners, batch_size=args.batch_size)
     routing.save(Path(args.folder) / ROUTING_FILE)
     plot_routing(routing, Path(args.folder) / ROUTING_PICTURE)
+    return results, f"right answers in % on {len(rows)} examples, with 95 % intervals"
+
+
+def _merging(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: str) -> tuple[Any, str]:
+    """A WEMoE, task by task, beside its experts; the coefficients of each task are kept beside it, with a picture."""
+    from hf_fusion.coefficient_map import COEFFICIENT_FILE, COEFFICIENT_PICTURE, map_coefficients
+    from hf_fusion.data import split_tasks
+    from hf_fusion.evaluate_tasks import evaluate_merging
+    from hf_fusion.fusion import load_fused
+    from hf_fusion.plots import plot_coefficients
+
+    model: Any = load_fused(args.folder)[0]
+    suite, owners = split_tasks(rows, model.experts, args.task_column, args.expert_column)
+    short = {name.rpartition("/")[2]: name for name in model.experts}
+    owners = {task: owners.get(task) or short.get(task.rpartition("/")[2], "") for task in suite}
+    results = evaluate_merging(
+        model,
+        suite,
+        experts=[expert.model for expert in recipe.experts],
+        base=recipe.base,
+        owners=owners,
+        batch_size=args.batch_size,
+        command=command,
+    )
+    coefficients = map_coefficients(model, suite, owners=owners, batch_size=args.batch_size)
+    coefficients.save(Path(args.folder) / COEFFICIENT_FILE)
+    plot_coefficients(coefficients, Path(args.folder) / COEFFICIENT_PICTURE)
     return results, f"right answers in % on {len(rows)} examples, with 95 % intervals"

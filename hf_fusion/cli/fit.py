@@ -20,12 +20,15 @@ EXAMPLES = (
         "hf-fusion fit gates me/my-adapter --data me/rows --push",
         "the same for one on the Hub, and add them to its repo",
     ),
+    ("hf-fusion fit routers fused --data unlabelled.parquet", "adapt a WEMoE's routers; column task names the expert"),
+    ("hf-fusion fit routers fused --data rows.parquet --labels", "teach them by labels instead"),
     (
         "hf-fusion fit gates you/adapter --data rows.parquet --kind average --output gates",
         "stand-ins that need no training, for an adapter of somebody else",
     ),
 )
 CHECKPOINTS = "gate_checkpoints"  # in the output folder while gates are trained
+ROUTER_CHECKPOINTS = "{}-router-checkpoints"  # beside the model's folder while its routers are trained
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +62,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gates.add_argument("--output", metavar="DIR", help="where the gates go (default: the adapter's folder)")
     gates.add_argument("--push", action="store_true", help="add them to the adapter's repo, its tags and its card")
 
+    routers = parts.add_parser("routers", help="the routers of a WEMoE, on rows with or without labels")
+    routers.add_argument("folder", metavar="MODEL_DIR", help="a folder that hf-fusion fuse wrote; it is updated")
+    _add_data(routers)
+    routers.add_argument("--task-column", default="task", metavar="NAME", help="column that names the expert of a row")
+    routers.add_argument("--labels", action="store_true", help="learn from labels (default: from unlabelled rows)")
+    routers.add_argument("--steps", type=int, default=300, metavar="N", help="optimizer steps (default: 300)")
+    routers.add_argument("--learning-rate", type=float, default=1e-3, metavar="X", help="default: 0.001")
+    routers.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows of each task a step (16)")
+    routers.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of a row (default: 512)")
+    routers.add_argument(
+        "--diversity",
+        type=float,
+        metavar="X",
+        help="weight of what keeps answers spread (default: 1; 0: the paper)",
+    )
+    routers.add_argument(
+        "--least-classes", type=float, metavar="X", help="stop where fewer of the classes are answered (default: 0.8)"
+    )
+
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="a parquet, csv or json file, a folder, or a Hub data set's id")
@@ -68,7 +90,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: Out) -> None:
     """Loads, fits and writes back, all of it or nothing."""
-    {"fuser": _fit_fuser, "gates": _fit_gates}[args.part](args, out)
+    {"fuser": _fit_fuser, "gates": _fit_gates, "routers": _fit_routers}[args.part](args, out)
 
 
 def _fit_fuser(args: argparse.Namespace, out: Out) -> None:
@@ -140,3 +162,60 @@ def _fit_gates(args: argparse.Namespace, out: Out) -> None:
     name = Path(args.adapter).resolve().name if is_folder else args.adapter.partition("@")[0]
     elsewhere = args.output and not args.push
     out.hint(f"{use} --set 'missing_gates={{{name}: {args.output}}}'" if elsewhere else use)
+
+
+def _fit_routers(args: argparse.Namespace, out: Out) -> None:
+    spread = {
+        name: value
+        for name, value in {"diversity": args.diversity, "least_classes": args.least_classes}.items()
+        if value is not None
+    }
+    if args.labels and spread:
+        raise FusionError("--labels needs neither --diversity nor --least-classes", "leave them out")
+
+    from hf_fusion.data import load_rows, split_tasks
+    from hf_fusion.fusion import load_fused, save_fused
+    from hf_fusion.training.routers import adapt_routers, fit_routers
+
+    model, recipe = load_fused(args.folder)
+    if recipe.method != "wemoe":
+        raise FusionError(
+            f"{args.folder} was made by {recipe.method}: it has no routers", "hf-fusion fuse --method wemoe …"
+        )
+    experts: list[str] = getattr(model, "experts", [])
+    rows = load_rows(args.data, args.split)
+    if args.task_column not in rows.column_names:
+        raise FusionError(
+            f"{args.data} has columns {rows.column_names}, but no {args.task_column}",
+            f"add a column that names the expert of each row: one of {', '.join(experts)}",
+        )
+    suite, _ = split_tasks(rows, experts, args.task_column)
+    short = {known: name for name in experts for known in (name.rpartition("/")[2], name)}
+    folder = Path(args.folder).resolve()
+    checkpoints = folder.with_name(ROUTER_CHECKPOINTS.format(f".{folder.name}"))
+    facts = (fit_routers if args.labels else adapt_routers)(
+        model,
+        {short.get(task, task): own.remove_columns(args.task_column) for task, own in suite.items()},
+        steps=args.steps,
+        learning_rate=args.learning_rate,
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        seed=args.seed,
+        output_dir=checkpoints,
+        **spread,
+    )
+    save_fused(model, folder, recipe)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    answers = [
+        {
+            "task": task,
+            "rows": str(facts.rows[task]),
+            "confidence": f"{first.confidence:.2f} → {facts.after[task].confidence:.2f}",
+            "effective classes": f"{first.classes:.1f} → {facts.after[task].classes:.1f}",
+        }
+        for task, first in facts.before.items()
+    ]
+    if answers:
+        out.table(answers, title="The answers on rows that were not learned from, before → after", aside=True)
+    out.result("Adapted" if not args.labels else "Fitted", folder=str(folder), **facts.for_config())
+    out.hint(f"hf-fusion eval {args.folder} --data {args.data} --split test")

@@ -78,7 +78,8 @@ class CoefficientMerge(nn.Module):
         """The base in the structure of its experts, their heads, and the task vectors of everything else."""
         rows = [source.row for source in parts.sources]
         self.experts: list[str] = [source.name for source in parts.sources]
-        self.config = SimpleNamespace(head=parts.head, experts=rows, adaptation=None)
+        speaks_twice = bool(getattr(parts.template.config, "is_encoder_decoder", False))
+        self.config = SimpleNamespace(head=parts.head, experts=rows, adaptation=None, is_encoder_decoder=speaks_twice)
         self.backbone: Any = copy.deepcopy(parts.template).requires_grad_(False)
         for path in parts.paths:
             heads = TaskHeads(self.backbone.get_submodule(path), [len(row["labels"]) for row in rows])

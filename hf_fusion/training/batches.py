@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import FusionError
 from ..hub.heads import head_of_architecture, same_label
-from .prompts import encode_prompts
+from .prompts import encode_prompts, score_targets
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -151,6 +151,14 @@ def class_logits(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
     raise FusionError(f"{type(output).__name__} has no logits: only classifiers choose among classes")
 
 
+def score_rows(model: Any, batch: Mapping[str, Any], metric: str) -> torch.Tensor:
+    """The score of each row of a batch, (B,): "accuracy" of classes, "exact" or share of right "tokens" of answers."""
+    if metric != "accuracy":
+        exact, share = score_targets(model, batch)
+        return exact if metric == "exact" else share
+    return class_logits(model, batch).argmax(-1) == batch["labels"]
+
+
 def _require(dataset: Dataset, *columns: str) -> None:
     if missing := [name for name in columns if name not in dataset.column_names]:
         raise FusionError(
@@ -207,3 +215,11 @@ def to_model(inputs: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
     }
+
+
+def like_lengths(rows: Any, size: int) -> Iterator[list[int]]:
+    """Row numbers in batches; of sequences, those of like length together."""
+    order = list(range(len(rows)))
+    if "input_ids" in rows[0]:
+        order.sort(key=lambda row: len(rows[row]["input_ids"]))
+    yield from (order[start : start + size] for start in range(0, len(order), size))

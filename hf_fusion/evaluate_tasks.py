@@ -1,0 +1,179 @@
+"""Measures a merged model on the tasks of its experts, beside the experts themselves and simple merges of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .errors import FusionError
+from .evaluate import machine
+from .experts import Expert
+from .hub.load import load_experts
+from .suite_results import Metric, SuiteResults, SuiteTask, compare
+from .training.adamerging import CoefficientMerge
+from .training.batches import like_lengths, read_examples, score_rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+    from .hub.load import ExpertLike
+
+WEMOE, INDIVIDUAL = "WEMoE", "individual experts"
+
+
+@dataclass(frozen=True)
+class System:
+    """One of the systems of a comparison.
+
+    Attributes:
+        model: called with ``task=`` and the inputs of a batch; gives what the task's dense model gives.
+        kind: see `SuiteSystem`.
+        within: the context that its forwards run in.
+    """
+
+    model: Any
+    kind: str = "baseline"
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+# What a static merge of the experts is, from λ and K: the coefficient of every task vector.
+MERGES: dict[str, tuple[str, Callable[[float, int], float]]] = {
+    "base": ("base", lambda scaling, count: 0.0),
+    "simple average": ("baseline", lambda scaling, count: 1 / count),
+    "task arithmetic": ("baseline", lambda scaling, count: scaling),
+}
+
+
+def evaluate_merging(
+    model: Any,
+    suite: Mapping[str, Dataset],
+    *,
+    experts: Sequence[ExpertLike] = (),
+    base: str | Path | PreTrainedModel | None = None,
+    owners: Mapping[str, str] | None = None,
+    more: Mapping[str, System] | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    batch_size: int = 64,
+    max_length: int = 512,
+    settings: Mapping[str, Any] | None = None,
+    command: str = "",
+) -> SuiteResults:
+    """Measures a model on each task of a suite, with the task's own head.
+
+    A classifier's answer is the likeliest class; a language model's greedy answer is its target if and only if each of
+    the target's tokens is the likeliest after those before it.
+
+    Args:
+        model: a `WEMoEModel`; "WEMoE" in the results.
+        suite: task → test rows; columns ``text`` (``text_pair``) or ``image`` with ``label``, or ``prompt`` and
+            ``target``.
+        experts: what it was made of, as `load_experts` takes them; with them the base under the experts' heads, the
+            simple average, task arithmetic with the model's λ, and each expert on its own task are measured too.
+        base: what the experts were fine-tuned from.
+        owners: task → the expert whose task it is; default is the expert that bears the task's name.
+        more: further systems by name.
+        metrics: task → "exact" (default) or "tokens", for language models.
+        batch_size: rows a step, taken in order of length.
+        max_length: the longest sequence, in tokens.
+        settings: kept in the results.
+        command: kept in the results.
+
+    Raises:
+        FusionError: for an empty suite, tasks without an expert, and rows that cannot be read.
+    """
+    if not suite or any(not len(rows) for rows in suite.values()):
+        raise FusionError("the suite has no tasks, or a task without rows")
+    owners = owners or {task: task for task in suite}
+    for task in suite:
+        if owners.get(task) not in model.experts:
+            raise FusionError(
+                f"{task} is the task of none of the experts", hint=f"owners={{{task!r}: one of {model.experts}}}"
+            )
+    systems = {WEMOE: System(model, "router"), **(more or {})}
+    if experts:
+        systems |= _beside(model, experts, base)
+    tasks: list[SuiteTask] = []
+    scores: dict[str, dict[str, torch.Tensor]] = {name: {} for name in systems}
+    speaks = model.config.head in ("causal-lm", "seq2seq-lm")
+    for task, rows in suite.items():
+        owner = owners[task]
+        metric = (metrics or {}).get(task, "exact") if speaks else "accuracy"
+        tasks.append(SuiteTask(task, metric, len(rows), owner))
+        labels = list(model.config.experts[model.experts.index(owner)]["labels"])
+        read = read_examples(Expert(task, model.backbone, processor=model.processor, labels=labels), rows, max_length)
+        batches = [(numbers, [read.rows[n] for n in numbers]) for numbers in like_lengths(read.rows, batch_size)]
+        for name, system in systems.items():
+            values = torch.zeros(len(rows))
+            with torch.no_grad(), system.within():
+                for numbers, batch in batches:
+                    inputs = _inputs(read.collate(batch), model, owner, prompts=system.kind == "router" and speaks)
+                    values[numbers] = score_rows(system.model, inputs, metric).float().cpu()
+            scores[name][task] = values
+    kinds = {name: system.kind for name, system in systems.items()}
+    known = {"scaling": model.config.scaling, "adaptation": model.config.adaptation}
+    return SuiteResults(tasks, compare(tasks, scores, kinds, WEMOE), {**known, **(settings or {})}, command, machine())
+
+
+def _inputs(batch: Mapping[str, Any], model: Any, owner: str, prompts: bool) -> dict[str, Any]:
+    """A batch where the model is, with the task; of language models that route, with the tokens of their prompts."""
+    inputs: dict[str, Any] = {name: value.to(model.device) for name, value in batch.items()}
+    if prompts and model.config.head == "causal-lm":
+        inputs["prompt_mask"] = model._before_labels(inputs)
+    return {**inputs, "task": owner}
+
+
+def _beside(model: Any, experts: Sequence[ExpertLike], base: Any) -> dict[str, System]:
+    """The experts, each on its own task, and static merges of them."""
+    start: Any = load_experts([base], gates=False)[0] if base is not None else None
+    loaded = load_experts(list(experts), base=start and start.model, gates=False)
+    merge = CoefficientMerge(loaded, start and start.model, "layer", model.config.scaling).to(model.device)
+    if merge.experts != model.experts:
+        raise FusionError(f"the model is made of {model.experts}, not of {merge.experts}")
+    systems = {
+        name: System(merge, kind, lambda own=own: _held(merge, own(model.config.scaling, len(loaded))))
+        for name, (kind, own) in MERGES.items()
+    }
+    return {**systems, INDIVIDUAL: System(_Individual(merge, loaded), "oracle")}
+
+
+@contextmanager
+def _held(merge: CoefficientMerge, coefficient: float) -> Iterator[None]:
+    """One coefficient for everything, merged once."""
+    before = merge.coefficients.detach().clone()
+    with torch.no_grad():
+        merge.coefficients.fill_(coefficient)
+        with merge.merged():
+            yield
+        merge.coefficients.copy_(before)
+
+
+class _Individual:
+    """Each task's own expert, whole."""
+
+    def __init__(self, merge: CoefficientMerge, experts: Sequence[Expert]) -> None:
+        self.merge, self.config, self.forward = merge, merge.backbone.config, merge.backbone.forward
+        self.models: dict[str, Any] = {own.name: own.model for own in experts if own.adapter is None}
+
+    def __call__(self, task: str, **inputs: Any) -> Any:
+        if task not in self.models:
+            self.models = {task: self._adapted(task)}  # an adapter in its base, one at a time
+        return self.models[task](**inputs)
+
+    def _adapted(self, task: str) -> Any:
+        merge = self.merge
+        one_hot = merge.coefficients.new_tensor([float(name == task) for name in merge.experts])
+        before = merge.coefficients.detach().clone()
+        with torch.no_grad():
+            merge.coefficients.copy_(one_hot.expand_as(merge.coefficients))
+            model = merge.dense(task)
+            merge.coefficients.copy_(before)
+        return model
+
+
+__all__ = ["INDIVIDUAL", "WEMOE", "System", "evaluate_merging"]
