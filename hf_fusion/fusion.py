@@ -15,7 +15,7 @@ from uuid import uuid4
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import Expert
 from hf_fusion.hub.adapters import read_json
-from hf_fusion.hub.heads import architectures
+from hf_fusion.hub.heads import architectures, head_of_task
 from hf_fusion.hub.load import load_experts
 from hf_fusion.recipe import RECIPE_FILE, Recipe, RecipeExpert
 
@@ -109,7 +109,8 @@ def fuse(
     if row.takes_base:
         parameters["base"] = None
         if base is not None:
-            [parameters["base"]] = load_experts([base], gates=False, **how)
+            trunk = task if task and not head_of_task(task).has_labels else None  # a base may lack its experts' head
+            [parameters["base"]] = load_experts([base], task=trunk, gates=False, **how)
             given, base = _named(base, parameters["base"]), parameters["base"].model
     loaded = load_experts(experts, base=base, task=task, **how)
     with _explained():
@@ -213,7 +214,16 @@ def load_fused(folder: str | Path) -> tuple[PreTrainedModel, Recipe]:
 
 
 # What an earlier save may have left and a loader would take for part of this one; and what was measured of it.
-STALE = ("*.safetensors", "*.safetensors.index.json", "*.py", "results.json", "routing.json", "routing.png")
+STALE = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.py",
+    "results.json",
+    "routing.json",
+    "routing.png",
+    "coefficients.json",
+    "coefficients.png",
+)
 
 
 def _replace(staging: Path, folder: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
 
 if TYPE_CHECKING:
+    from hf_fusion.coefficient_map import CoefficientMap
     from hf_fusion.evaluate import Results, System
     from hf_fusion.routing_map import RoutingMap
 
@@ -20,6 +23,12 @@ KINDS = {  # kind of a system -> colour, marker, size
     "baseline": (GREEN, "s", 7),
     "oracle": (PURPLE, "^", 8),
 }
+# Experts by colour and marker: Okabe and Ito's eight, yellow darkened, black last; beyond them again with
+# other markers.
+EXPERTS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A800", "#222222"]
+MARKERS = "osD^vPX*"
+CONSTANT: dict[str, Any] = {"color": "#222222", "linewidth": 1.1, "linestyle": (0, (5, 3))}
+LEAST_SPAN = 0.2  # of the axis of coefficients
 SCORES = {"accuracy": "accuracy", "exact_match": "exact match", "mse": "mean squared error"}
 TOKENS = {"answers": "tokens of the answers", "all": "all tokens"}
 LINE_HEIGHT = 0.042  # of a label, as a share of the plot's height: labels closer than that are moved apart
@@ -121,13 +130,84 @@ def plot_routing(routing: RoutingMap, path: str | Path) -> Path:
     return Path(path)
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    """An empty figure of so many inches and its axes."""
+def plot_coefficients(found: CoefficientMap, path: str | Path) -> Path:
+    """Draws the coefficients of each expert by depth, one panel for each task.
+
+    Args:
+        found: as measured; the task's own expert has a thick line with filled markers. Where the map has a λ, a dashed
+            line marks it.
+        path: the picture; the ending decides the format.
+
+    Raises:
+        FusionError: matplotlib is not installed.
+    """
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
+
+    columns = min(4, len(found.tasks))
+    rows, legend_rows = math.ceil(len(found.tasks) / columns), math.ceil(len(found.experts) / 4)
+    figure = _blank(max(6.4, 0.6 + 2.7 * columns), 1.3 + 2.0 * rows + 0.22 * legend_rows)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    looks: list[dict[str, Any]] = [
+        {"color": EXPERTS[k % 8], "marker": MARKERS[(k + k // 8) % 8]} for k in range(len(found.experts))
+    ]
+    depth = range(1, len(found.layers) + 1)
+    starts = [place for place in depth[1:] if _stack(found.layers[place - 1]) != _stack(found.layers[place - 2])]
+    for axes, task, table in zip(panels.flat, found.tasks, found.coefficients, strict=False):
+        for expert, look, line in zip(found.experts, looks, zip(*table, strict=True), strict=True):
+            own = found.owners.get(task) == expert
+            more = {"linewidth": 2.6, "markersize": 6.5, "zorder": 4} if own else {"linewidth": 1, "markersize": 4}
+            axes.plot(depth, line, **look, **more, markerfacecolor=look["color"] if own else "white")
+        if found.scaling is not None:
+            axes.axhline(found.scaling, **CONSTANT, zorder=2)
+        for place in starts:  # a decoder's layers follow an encoder's
+            axes.axvline(place - 0.5, color=GREY, linewidth=1.3, linestyle=":", zorder=1)
+        axes.set_title(task.rpartition("/")[2], loc="left", fontsize=9.5, fontweight="bold", pad=5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(length=0, labelsize=8)
+    for axes in panels.flat[len(found.tasks) :]:
+        axes.set_visible(False)
+    low, high = panels[0, 0].get_ylim()
+    least = LEAST_SPAN - (high - low)  # or a mere 0.001 would look like a choice
+    panels[0, 0].set_ylim(low - max(0, least) / 2, high + max(0, least) / 2)
+    handles = [Line2D([], [], **look, markerfacecolor="white", linewidth=1, markersize=5) for look in looks]
+    names = [name.rpartition("/")[2] for name in found.experts]
+    if found.scaling is not None:
+        handles.append(Line2D([], [], **CONSTANT))
+        names.append(f"task arithmetic, {found.scaling:g}")
+    figure.legend(handles, names, loc="outside lower left", ncols=max(3, columns + 1), frameon=False, fontsize=8.5)
+    notes = ["thick: the expert of this task"] * bool(found.owners) + ["dotted: the decoder begins"] * bool(starts)
+    figure.suptitle(
+        "Mean coefficient of each expert by task, layer after layer\n" + "; ".join([f"{sum(found.n):,} rows", *notes]),
+        x=0.01,
+        ha="left",
+        fontsize=9.5,
+    )
+    figure.savefig(path, facecolor="white")
+    return Path(path)
+
+
+def _stack(layer: str) -> str:
+    """What stands before a layer's number: "encoder.block"."""
+    return re.split(r"\.\d+", layer)[0]
+
+
+def _blank(width: float, height: float) -> Any:
+    """An empty figure of so many inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise FusionError("pictures need matplotlib, which is not installed", "pip install matplotlib") from None
-    figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
+    return Figure(figsize=(width, height), dpi=160, layout="constrained")
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    """An empty figure of so many inches and its axes."""
+    figure = _blank(width, height)
     return figure, figure.add_subplot()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,17 +14,32 @@ import torch
 from torch.nn import functional as F
 
 from .experts import Expert
-from .training.batches import read_examples
+from .training.batches import Examples, read_examples, to_model
 from .training.prompts import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from typing_extensions import Self
 
 ROUTING_FILE, ROUTING_PICTURE = "routing.json", "routing.png"  # their names beside a model
 
 
+class JsonFile:
+    """A dataclass that is kept as JSON."""
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON."""
+        content: Any = self
+        Path(path).write_text(json.dumps(asdict(content), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads what `save` wrote."""
+        return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+
+
 @dataclass
-class RoutingMap:
+class RoutingMap(JsonFile):
     """Mean routing weight of every expert on every task, over all linears and some tokens.
 
     Attributes:
@@ -44,15 +59,6 @@ class RoutingMap:
     owners: dict[str, str]
     tokens: str = "all"
     example: str | None = None
-
-    def save(self, path: str | Path) -> None:
-        """Writes JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> RoutingMap:
-        """Reads what `save` wrote."""
-        return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
 
     def owner_weight(self) -> float | None:
         """Mean weight that a task's own expert gets, over the tasks that have one; 1/E by chance."""
@@ -88,8 +94,7 @@ def map_routing(
     Raises:
         FusionError: for rows that the router cannot read.
     """
-    classes = list((router.config.id2label or {}).values())
-    reader = Expert("the router", router.backbone, processor=router.processor, labels=classes)
+    labels = list((router.config.id2label or {}).values())
     writes = router.config.head == "causal-lm"
     can_skip = "logits_to_keep" in inspect.signature(router.backbone.forward).parameters
     unread = {"logits_to_keep": 1, "use_cache": False} if can_skip else {}  # nobody looks at the logits
@@ -97,15 +102,13 @@ def map_routing(
     weights = []
     try:
         for rows in suite.values():
-            read = read_examples(reader, rows, max_length)
             total = torch.zeros(len(router.experts))
-            for start in range(0, len(rows), batch_size):
-                batch = dict(read.collate([read.rows[i] for i in range(start, min(start + batch_size, len(rows)))]))
-                labels = batch.pop("labels")
-                router(**{name: value.to(router.device) for name, value in batch.items()}, **unread)
+            for batch in read_batches(router, rows, labels, batch_size, max_length):
+                targets = batch.pop("labels").cpu()
+                router(**batch, **unread)
                 trace = router.routing_trace()
                 # (B, T): the next token is one of the target's
-                counted = F.pad(labels[:, 1:] != IGNORED, (0, 1)) if writes else ...
+                counted = F.pad(targets[:, 1:] != IGNORED, (0, 1)) if writes else ...
                 for module in trace.modules:
                     total += trace.expert_weights(module)[counted].flatten(0, -2).sum(0)
             weights.append((total / total.sum()).tolist())
@@ -121,3 +124,26 @@ def map_routing(
         tokens="answers" if writes else "all",
         example=first[0]["prompt"] if "prompt" in first.column_names else None,
     )
+
+
+def read_batches(
+    model: Any, rows: Dataset | Examples, labels: Sequence[str], batch_size: int, max_length: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Rows of a task as inputs of a fused model, with ``labels``, on its device.
+
+    Args:
+        model: with ``backbone`` and ``processor``.
+        rows: as `read_examples` takes them, or what it made of them.
+        labels: the classes of the head that reads them.
+        batch_size: rows a step.
+        max_length: the longest sequence, in tokens.
+
+    Raises:
+        FusionError: for rows that the model cannot read.
+    """
+    if not isinstance(rows, Examples):
+        reader = Expert("the fused model", model.backbone, processor=model.processor, labels=list(labels))
+        rows = read_examples(reader, rows, max_length)
+    for start in range(0, len(rows.rows), batch_size):
+        indices = range(start, min(start + batch_size, len(rows.rows)))
+        yield to_model(rows.collate([rows.rows[i] for i in indices]), model)

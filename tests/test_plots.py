@@ -7,8 +7,20 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
+from hf_fusion.coefficient_map import CoefficientMap
 from hf_fusion.evaluate import Results, System, wilson
-from hf_fusion.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, _spread, plot_accuracy_cost, plot_routing
+from hf_fusion.plots import (
+    BLUE,
+    EXPERTS,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    _spread,
+    plot_accuracy_cost,
+    plot_coefficients,
+    plot_routing,
+)
 from hf_fusion.routing_map import RoutingMap
 
 
@@ -90,3 +102,41 @@ def test_many_experts_make_a_wide_picture_and_few_one_that_holds_its_title(tmp_p
     wide = colours(plot_routing(routing([[1 / 16] * 16] * 20), tmp_path / "wide.png"))
     small = colours(plot_routing(routing([[1.0]]), tmp_path / "small.png"))
     assert wide.shape[1] > 1800 > small.shape[1] > 900
+
+
+def coefficients(tasks: int, experts: int, layers: int = 3, **more) -> CoefficientMap:
+    values = np.random.default_rng(0).uniform(0, 1, (tasks, layers, experts)).tolist()
+    names = [f"me/expert-{k}" for k in range(experts)]
+    layer_names = [f"encoder.layer.{i}" for i in range(layers)]
+    given = {"owners": {}, "scaling": None, **more}
+    return CoefficientMap(names, layer_names, [f"task {t}" for t in range(tasks)], values, [10] * tasks, **given)
+
+
+def test_the_tasks_own_expert_has_the_thick_line_and_the_constant_is_drawn(tmp_path):
+    plain = colours(plot_coefficients(coefficients(1, 2), tmp_path / "plain.png"))
+    owned = colours(plot_coefficients(coefficients(1, 2, owners={"task 0": "me/expert-1"}), tmp_path / "owned.png"))
+    dashed = colours(plot_coefficients(coefficients(1, 2, scaling=0.3), tmp_path / "dashed.png"))
+    assert amount(owned, EXPERTS[1]) > 1.8 * amount(plain, EXPERTS[1])
+    assert amount(owned, EXPERTS[0]) < 1.2 * amount(plain, EXPERTS[0])
+    assert amount(plain, "#222222") < amount(dashed, "#222222") - 500
+
+
+def test_eight_experts_have_eight_colours_and_a_decoder_a_line_of_its_own(tmp_path):
+    path = plot_coefficients(coefficients(8, 8), tmp_path / "8.png")
+    pixels = colours(path)
+    assert all(amount(pixels, colour) > 500 for colour in EXPERTS)
+    assert pixels.shape[1] > pixels.shape[0] > 700
+    both = coefficients(1, 2, layers=4)
+    before = amount(colours(plot_coefficients(both, tmp_path / "one.png")), GREY)
+    both.layers = ["encoder.0", "encoder.1", "decoder.0", "decoder.1"]
+    assert amount(colours(plot_coefficients(both, tmp_path / "two.png")), GREY) > before + 50
+
+
+def test_coefficients_that_hardly_differ_look_alike(tmp_path):
+    """The axis is never so fine that noise looks like a choice."""
+    found = coefficients(1, 2)
+    found.coefficients = [[[0.3, 0.301], [0.301, 0.3], [0.3, 0.3]]]
+    pixels = colours(plot_coefficients(found, tmp_path / "flat.png"))
+    wanted = np.array([round(255 * part) for part in to_rgb(EXPERTS[1])])
+    rows = np.flatnonzero((np.abs(pixels - wanted).max(-1) <= 3)[: pixels.shape[0] * 2 // 3].any(1))
+    assert np.ptp(rows) < 0.1 * pixels.shape[0]
