@@ -2,7 +2,7 @@
 
     python model_cards/render.py                                       # NAME.md from each NAME.json here
     python model_cards/render.py demo/foe-digits demo/foe-digits@SHA   # foe.json anew, from what the demo published
-    python model_cards/render.py demo/router demo/phatgoose-smollm2@SHA
+    python model_cards/render.py demo/router demo/phatgoose-smollm2@SHA  # likewise, with its picture
 
 Run it after changing a template; a test compares.
 """
@@ -17,8 +17,8 @@ from pathlib import Path
 
 from hf_fusion.experts import ExpertInfo
 from hf_fusion.hub.card import facts_from_json, read_facts, render_card
+from hf_fusion.hub.card_families import FAMILIES
 from hf_fusion.hub.licenses import combine
-from hf_fusion.routing_map import ROUTING_PICTURE
 
 HERE = Path(__file__).parent
 
@@ -34,8 +34,8 @@ def take_facts(folder: Path, pinned: str) -> None:
     facts = read_facts(folder, repo_id, experts, combine({info.id: info.license for info in experts}))
     content = json.dumps(asdict(replace(facts, revision=sha)), indent=2, ensure_ascii=False)
     (HERE / f"{facts.family}.json").write_text(f"{content}\n", encoding="utf-8")
-    if facts.routing:
-        shutil.copy(folder / ROUTING_PICTURE, HERE)
+    if facts.routing:  # and so its picture
+        shutil.copy((folder / FAMILIES[facts.family].map).with_suffix(".png"), HERE)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hf_fusion.experts import ExpertInfo
 
 BEGIN, END = "<!-- hf-fusion:begin -->", "<!-- hf-fusion:end -->"
-README, RESULTS, ROUTING = "README.md", "results.json", "routing.json"
+README, RESULTS = "README.md", "results.json"
 TEMPLATES = Path(__file__).with_name("model_cards")
 UNBROKEN, DASH = "\u00a0", "–\u2060"  # a blank and a dash at which no line breaks
 
@@ -61,7 +61,7 @@ class CardFacts:
         results: what was measured (the content of ``results.json``), or None.
         parameters: number of parameters.
         options: the family's own settings, from its config.
-        routing: where tokens of each task go (the content of ``routing.json``), or None.
+        routing: what it does with each task (the content of the family's map), or None.
     """
 
     repo_id: str
@@ -99,6 +99,7 @@ def read_facts(
     """
     config, recipe = read_json(folder / "config.json", str(folder)), Recipe.load(folder)
     auto_class, family = _auto_class(config), _family(str(config.get("model_type")))
+    has_map = bool(family.map) and (folder / family.map).exists()
     rows = config.get("experts") or [{}] * len(experts)
     total = sum(row.get("cost", 0) for row in rows)
     return CardFacts(
@@ -124,7 +125,7 @@ def read_facts(
         results=_checked_results(results, folder, family),
         parameters=_count_parameters(folder),
         options=family.options(config, folder),
-        routing=read_json(folder / ROUTING, str(folder)) if (folder / ROUTING).exists() else None,
+        routing=read_json(folder / family.map, str(folder)) if has_map else None,
     )
 
 
@@ -215,7 +216,6 @@ def _render_body(facts: CardFacts) -> str:
         "score": _score,
         "interval": _interval,
         "cell": lambda score: _interval(score, "{:.0f}").replace(" %", "").replace(" ", UNBROKEN).replace("–", DASH),
-        "alt": _alt,
     }
     template = environment.get_template(family.template)
     text = template.render(
@@ -308,17 +308,6 @@ def _interval(score: Mapping[str, Any], form: str = "{:.1f}") -> str:
     """A share with its interval, which need not lie evenly around it."""
     low, high = (round(100 * end) for end in score["ci95"])
     return f"{form.format(100 * score['score'])} % ({low}–{high})"
-
-
-def _alt(routing: Mapping[str, Any], most: int = 8) -> str:
-    """The picture of a routing in words: who gets most on each task."""
-    rows = list(zip(routing["tasks"], routing["weights"], strict=True))
-    shown = [
-        f"{task}: {routing['experts'][row.index(max(row))].rpartition('/')[2]} {max(row):.0%}".replace("%", " %")
-        for task, row in rows[:most]
-    ]
-    more = "" if len(rows) <= most else f"; and {len(rows) - most} tasks more"
-    return f"Heat map of tasks and experts. The expert with the most weight on {'; '.join(shown)}{more}"
 
 
 def _auto_class(config: Mapping[str, Any]) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,8 @@ from hf_fusion.errors import FusionError
 
 if TYPE_CHECKING:
     from hf_fusion.hub.card import CardFacts
+
+MOST_TOLD = 8  # tasks of a picture that are told in words
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Family:
         measured: results → the model's own scores.
         usage: facts → the usage block: what a reader copies, and what a test runs.
         view: facts → what else the template is given.
+        map: name of the JSON file beside a model that says what it does with each task; its picture lies beside it.
     """
 
     template: str
@@ -46,6 +49,7 @@ class Family:
     measured: Callable[[Mapping[str, Any]], list[Measured]]
     usage: Callable[[CardFacts], str]
     view: Callable[[CardFacts], dict[str, Any]] = lambda facts: {}
+    map: str = ""
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,7 @@ def _routed_usage(facts: CardFacts) -> str:
     return (
         f"{usage.imports}from transformers import {facts.auto_class}, {usage.processor}\n\n"
         f'repo, revision = "{facts.repo_id}", "{revision}"\n'
-        f"processor = {usage.processor}.from_pretrained(repo, revision=revision)\n"
+        f"processor = {usage.processor}.from_pretrained(repo, revision=revision, trust_remote_code=True)\n"
         f"model = {facts.auto_class}.from_pretrained(repo, revision=revision, trust_remote_code=True)\n\n"
         "model.record_routing = 4096  # tokens to keep; 0, the default, costs nothing\n"
         + usage.inputs.format(text=json.dumps(str(example), ensure_ascii=False))
@@ -185,7 +189,7 @@ def _routed_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return options | {"num_experts_per_tok": summary["top_k"], "reads": reads}
 
 
-def _routed_lacking(results: Mapping[str, Any]) -> list[str]:
+def _suite_lacking(results: Mapping[str, Any]) -> list[str]:
     lacking = [key for key in ("tasks", "systems") if results.get(key) is None]
     lacking += _lacking_each(results, "tasks", ("name", "metric", "n", "owner"))
     return lacking + _lacking_each(results, "systems", ("name", "kind", "scores", "means"))
@@ -195,7 +199,7 @@ def _routed_lacking(results: Mapping[str, Any]) -> list[str]:
 _METRICS = {"exact": "exact_match", "tokens": "token_accuracy", "accuracy": "accuracy"}
 
 
-def _routed_measured(results: Mapping[str, Any]) -> list[Measured]:
+def _suite_measured(results: Mapping[str, Any]) -> list[Measured]:
     found = []
     for system in (system for system in results["systems"] if system["kind"] == "router"):
         for task in (task for task in results["tasks"] if task["name"] in system["scores"]):
@@ -205,8 +209,8 @@ def _routed_measured(results: Mapping[str, Any]) -> list[Measured]:
     return found
 
 
-def _routed_view(facts: CardFacts) -> dict[str, Any]:
-    """Groups of tasks, the systems that are compared by task, and what the table of experts needs."""
+def _suite_view(facts: CardFacts) -> dict[str, Any]:
+    """Groups of tasks, the systems that are compared by task, and whether experts have labels."""
     results = facts.results or {"tasks": [], "systems": []}
     groups: dict[str, list[Any]] = {"held-in": [], "held-out": []}
     for task in results["tasks"]:
@@ -219,8 +223,139 @@ def _routed_view(facts: CardFacts) -> dict[str, Any]:
         ],
         "compared": [system for system in results["systems"] if system["kind"] in ("base", "router", "baseline")],
         "labelled": any(expert.labels for expert in facts.experts),
-        "gates": {word for expert in facts.experts for word in (expert.gates or "").split()},
     }
+
+
+def _most_by_task(experts: Sequence[str], tasks: Sequence[str], rows: Sequence[Sequence[float]], form: str) -> str:
+    """A map of tasks × experts in words: who gets most on each of the first tasks."""
+    shown = [
+        f"{task}: {experts[row.index(max(row))].rpartition('/')[2]} {form.format(max(row))}".replace("%", " %")
+        for task, row in zip(tasks, map(list, rows), strict=True)
+    ]
+    more = "" if len(shown) <= MOST_TOLD else f"; and {len(shown) - MOST_TOLD} tasks more"
+    return "; ".join(shown[:MOST_TOLD]) + more
+
+
+def _routed_view(facts: CardFacts) -> dict[str, Any]:
+    """What the suite's tables need, the kinds of gates, and the picture in words."""
+    gates = {word for expert in facts.experts for word in (expert.gates or "").split()}
+    view, routing = _suite_view(facts) | {"gates": gates}, facts.routing
+    if routing:
+        most = _most_by_task(routing["experts"], routing["tasks"], routing["weights"], "{:.0%}")
+        view["alt"] = f"Heat map of tasks and experts. The expert with the most weight on {most}"
+    return view
+
+
+# ---------------------------------------------------------------- WEMoE
+
+_OF_TASK = (
+    "task = {task}  # whose head answers: one of model.experts\n"
+    "answer = model(**inputs, task=task).logits[0].argmax(-1)\n"
+    'labels = model.config.experts[model.experts.index(task)]["labels"]\n'
+)
+_MERGED_TEXT = Usage(_ROUTED_TEXT.inputs, _OF_TASK + "print(labels[int(answer)])")
+_MERGED_USAGE = {
+    "AutoModelForCausalLM": _ROUTED_GENERATION,
+    "AutoModelForSeq2SeqLM": _ROUTED_GENERATION,
+    "AutoModelForSequenceClassification": _MERGED_TEXT,
+    "AutoModelForTokenClassification": Usage(
+        _ROUTED_TEXT.inputs, _OF_TASK + "print([labels[i] for i in answer.tolist()])"
+    ),
+    "AutoModelForImageClassification": Usage(
+        _ROUTED_USAGE["AutoModelForImageClassification"].inputs,
+        _MERGED_TEXT.answer,
+        imports=_IMAGE_IMPORT,
+        processor="AutoImageProcessor",
+    ),
+}
+# whether and how task vectors are stored -> what the card says of it
+STORAGE = {
+    "exact": "in the model's own precision",
+    "bfloat16": "in bfloat16, beside a base in the model's own precision",
+    "sparse": "without all but the largest {density:.0%} of their entries",
+    "low-rank": "as products of rank {ranks}, which keep {energy:.1%} of their squared norm ({least:.1%} at least)",
+}
+STORAGE["low-rank-bfloat16"] = f"{STORAGE['low-rank']}, in bfloat16"
+
+
+def _merged_usage(facts: CardFacts) -> str:
+    reads = facts.options.get("reads", "texts")
+    features = _ROUTED_FEATURES[reads]
+    if reads == "texts and images":  # two towers, of which a call of one keeps no trace
+        image = _ROUTED_FEATURES["images"]
+        features = replace(image, answer="print(model.backbone.get_image_features(**inputs).pooler_output.shape)")
+    usage, revision = _row({**_MERGED_USAGE, "AutoModel": features}, facts.auto_class), facts.revision or "main"
+    if facts.auto_class.endswith("Classification") and not facts.options.get("task_heads"):
+        usage = replace(usage, answer=_ROUTED_USAGE[facts.auto_class].answer)  # one head for all
+    example = (facts.routing or {}).get("example") or "Some text to look at."
+    names = [expert.id for expert in facts.experts]
+    owned = next(iter((facts.routing or {}).get("owners", {}).values()), None)
+    task = owned if owned in names else facts.options.get("default_task") or names[0]
+    answer = usage.answer.replace("{task}", json.dumps(str(task), ensure_ascii=False))
+    traced = reads != "texts and images"
+    return (
+        f"{usage.imports}from transformers import {facts.auto_class}, {usage.processor}\n\n"
+        f'repo, revision = "{facts.repo_id}", "{revision}"\n'
+        f"processor = {usage.processor}.from_pretrained(repo, revision=revision, trust_remote_code=True)\n"
+        f"model = {facts.auto_class}.from_pretrained(repo, revision=revision, trust_remote_code=True)\n\n"
+        + ("model.record_routing = True  # keeps the coefficients of the last call\n" if traced else "")
+        + usage.inputs.format(text=json.dumps(str(example), ensure_ascii=False))
+        + f"\n{answer}\n"
+        + (
+            "means = model.routing_trace().coefficients().mean((0, 1))  # over samples and layers\n"
+            "print(dict(zip(model.experts, means.tolist())))\n"
+            if traced
+            else ""
+        )
+    )
+
+
+def _merged_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """From the config, and from the model it describes, built without memory."""
+    import torch
+
+    from hf_fusion.models.wemoe import WEMoEConfig, WEMoEModel
+
+    with torch.device("meta"):
+        model = WEMoEModel(WEMoEConfig.from_pretrained(folder))
+    own, summary = model.config, model.summary()
+    known = ("parameters", "upscaled_linears", "upscaled_parameters", "merged_parameters", "head_parameters")
+    given = ("head", "routing", "router_layers", "shared_router", "batch_reduce", "scaling", "merge", "adaptation")
+    options = {key: getattr(own, key) for key in given} | {key: summary[key] for key in known}
+    linears = [linear for unit in model.units for linear in unit.linears if linear.biases is not None]
+    options["upscaled_parameters"] += sum(linear.out_features for linear in linears)  # the base's biases
+    ranks = [rank for unit in own.units for size in unit["sizes"] for rank in (size if isinstance(size, list) else [])]
+    energy = list(summary["energy"].values()) or [1.0]
+    storage = STORAGE[own.task_vectors].format(
+        density=own.density,
+        ranks=f"{min(ranks, default=0)} to {max(ranks, default=0)}" if len(set(ranks)) > 1 else max(ranks, default=0),
+        energy=sum(energy) / len(energy),
+        least=min(energy),
+    )
+    towers = all(hasattr(model.backbone, f"get_{kind}_features") for kind in ("text", "image"))
+    reads = "texts and images" if towers else "images" if model.main_input_name == "pixel_values" else "texts"
+    return options | {
+        "router_parameters": summary["trainable"],
+        "units": len(summary["units"]),
+        "stored_bytes": summary["stored_bytes"],
+        "merges": summary["relative_merge"] > 0,
+        "storage": storage.replace("%", " %"),
+        "top_k": own.num_experts_per_tok,
+        "default_task": own.default_task,
+        "task_heads": bool(own.task_heads),
+        "adapters": sum(bool(row.get("adapter")) for row in own.experts),
+        "reads": reads,
+    }
+
+
+def _merged_view(facts: CardFacts) -> dict[str, Any]:
+    """What the suite's tables need, and the picture in words."""
+    view, found = _suite_view(facts), facts.routing
+    if found:
+        means = [[sum(layer) / len(rows) for layer in zip(*rows, strict=True)] for rows in found["coefficients"]]
+        most = _most_by_task(found["experts"], found["tasks"], means, "{:.2f}")
+        view["alt"] = f"Coefficients by layer, one panel a task. The expert with the largest mean on {most}"
+    return view
 
 
 def _lacking_each(results: Mapping[str, Any], key: str, names: tuple[str, ...]) -> list[str]:
@@ -232,6 +367,21 @@ def _lacking_each(results: Mapping[str, Any], key: str, names: tuple[str, ...]) 
 FAMILIES = {
     "foe": Family("foe.md.j2", _foe_options, _foe_lacking, _foe_measured, _foe_usage),
     "phatgoose": Family(
-        "phatgoose.md.j2", _routed_options, _routed_lacking, _routed_measured, _routed_usage, _routed_view
+        "phatgoose.md.j2",
+        _routed_options,
+        _suite_lacking,
+        _suite_measured,
+        _routed_usage,
+        _routed_view,
+        "routing.json",
+    ),
+    "wemoe": Family(
+        "wemoe.md.j2",
+        _merged_options,
+        _suite_lacking,
+        _suite_measured,
+        _merged_usage,
+        _merged_view,
+        "coefficients.json",
     ),
 }

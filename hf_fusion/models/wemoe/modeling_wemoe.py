@@ -355,8 +355,10 @@ class WEMoEModel(PreTrainedModel):
         return model.requires_grad_(True).eval()
 
     def summary(self) -> dict[str, Any]:
-        """Experts, parameters (all, the routers' and those of up-scaled base weights), storage, and energy kept.
+        """Experts, numbers of parameters by part, storage, and energy kept.
 
+        Weights of the base that are merged per sample are "upscaled", what was merged once is "merged", the routers are
+        "trainable", the heads of all tasks are "head_parameters"; the other "parameters" are task vectors.
         "relative_merge" is what merging adds to one token's products, in the up-scaled linears: divide by the tokens
         of a sample. "energy" gives the share of ‖τ‖² that low rank keeps, by linear, averaged over the experts.
         """
@@ -367,12 +369,15 @@ class WEMoEModel(PreTrainedModel):
             for n, p in linear.named_parameters()
             if "router" not in n
         )
-        base = sum(linear.weight.numel() for linear in linears)
+        heads = [p for path in self.config.task_heads for p in self.backbone.get_submodule(path).parameters()]
+        apart = {id(p) for p in [*heads, *(p for linear in linears for p in linear.parameters())]}
         return {
             "experts": self.experts,
             "units": [unit.name for unit in self.units],
             "upscaled_linears": len(linears),
-            "upscaled_parameters": base,
+            "upscaled_parameters": sum(linear.weight.numel() for linear in linears),
+            "merged_parameters": sum(p.numel() for p in self.backbone.parameters() if id(p) not in apart),
+            "head_parameters": sum(p.numel() for p in heads),
             "parameters": self.num_parameters(),
             "trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
             "task_vectors": self.config.task_vectors,
