@@ -90,6 +90,31 @@ def test_blocks_of_any_size_give_the_same(monkeypatch):
         assert close(one, two) <= 1e-4
 
 
+@pytest.mark.parametrize("storage", ["exact", "sparse"])
+def test_equal_coefficients_are_merged_once(storage, monkeypatch):
+    model, base, _, _, _ = fused("bert", task_vectors=storage)
+    embed = base.get_input_embeddings()(torch.randint(1, 300, (11, 6), generator=torch.Generator().manual_seed(0)))
+    given = torch.randn(3, 3, generator=torch.Generator().manual_seed(1))[[0, 1, 0, 2, 0, 1, 0, 0, 1, 2, 2]]
+    merged = []
+    product = linears_wemoe.UpscaledLinear._product
+    monkeypatch.setattr(
+        linears_wemoe.UpscaledLinear, "_product", lambda self, x, w: merged.append(len(w)) or product(self, x, w)
+    )
+    results = []
+    for rows in (slice(None), *(slice(row, row + 1) for row in range(11))):
+        x = embed[rows].detach().requires_grad_()
+        with model.using(given[rows]):
+            logits = model(inputs_embeds=x).logits
+        results.append((logits, torch.autograd.grad(logits.square().sum(), x)[0]))
+        if rows == slice(None):
+            assert merged == [2, 1] * 4  # two groups of 3 samples, one of 5, in 4 linears
+    for together, alone in zip(results[0], zip(*results[1:], strict=True), strict=True):
+        assert close(together, torch.cat(alone)) <= 1e-6
+    merged.clear()
+    model(inputs_embeds=embed[[0] * 11])  # the routers want each sample's own gradient
+    assert merged == [11] * 4
+
+
 def test_trainer_moves_routers_alone(tmp_path):
     base, experts = different_labels()
     model = WEMoEModel.from_experts(experts, base_expert(base))

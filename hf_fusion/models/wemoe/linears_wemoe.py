@@ -102,19 +102,30 @@ class UpscaledLinear(nn.Module):
             return self._low_rank(x, w)
         w = w.to(x.dtype)
         rows = x.reshape(w.shape[0], -1, self.in_features)  # (B, n, d_in)
-        biases = (
-            None if self.biases is None else self.biases.to(x.dtype)
-        )  # under autocast the input is the narrower one
-        bias = None if biases is None else torch.addmm(biases[0], w, biases[1:])  # (B, d_out)
         kept = self.unit.kept(self, w)
         if kept is not None or torch.compiler.is_compiling():
             merged = kept if kept is not None else self.merge(w)  # (B, R, C)
             y = torch.bmm(rows, merged if self.by_input else merged.transpose(1, 2))
+            bias = self._bias(w)
             y = y if bias is None else y + bias[:, None]
+        elif groups := _repeated(w):
+            parts = [self._product(rows[group].flatten(1, 2), w[group[:, 0]]) for group in groups]
+            order = torch.cat([group.flatten() for group in groups]).argsort()
+            y = torch.cat([part.view(-1, rows.shape[1], self.out_features) for part in parts])[order]
         else:
-            with torch.autocast(x.device.type, enabled=False):
-                y = _MergedProduct.apply(rows, w, bias, self)
+            y = self._product(rows, w)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _product(self, rows: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """(B, n, d_in) and (B, K) -> (B, n, d_out)."""
+        with torch.autocast(rows.device.type, enabled=False):
+            product: torch.Tensor = _MergedProduct.apply(rows, w, self._bias(w), self)
+        return product
+
+    def _bias(self, w: torch.Tensor) -> torch.Tensor | None:
+        """Merged biases (B, d_out); under autocast w is the narrower one."""
+        biases = None if self.biases is None else self.biases.to(w.dtype)
+        return None if biases is None else torch.addmm(biases[0], w, biases[1:])
 
     def _low_rank(self, x: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor:
         """x W0ᵀ + ((x Aᵀ) · w) B, the experts' A and B side by side."""
@@ -279,6 +290,21 @@ class UpscaledLinear(nn.Module):
 def _rows(rows: int, columns: int, elements: int) -> int:
     """Rows of a block that covers about so many elements."""
     return min(rows, max(16, elements // columns // 16 * 16))
+
+
+def _repeated(w: torch.Tensor) -> list[torch.Tensor]:
+    """Samples with equal coefficients, (groups, size) for every size that groups have.
+
+    Empty where groups are more than half of the samples: they are then not worth a copy of the inputs; where gradients
+    are wanted, which differ; and on an accelerator, which would have to be waited for.
+    """
+    if len(w) == 1 or w.requires_grad or w.device.type != "cpu":
+        return []
+    distinct, which, counts = w.unique(dim=0, return_inverse=True, return_counts=True)
+    if 2 * len(distinct) > len(w):
+        return []
+    order, starts = which.argsort(stable=True), counts.cumsum(0) - counts
+    return [order[starts[counts == size, None] + torch.arange(size)] for size in counts.unique().tolist()]
 
 
 def _values(stored: torch.Tensor) -> torch.Tensor:
