@@ -16,6 +16,7 @@ EXAMPLES = (
         "hf-fusion discover --tag phatgoose-gates --base-model me/base --check --gates",
         "adapters of one base that PHATGOOSE can route among, and why others are not among them",
     ),
+    ("hf-fusion discover --base-model me/base --check --merging", "experts that WEMoE can merge with their base"),
 )
 
 
@@ -31,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="tell which fit together and why others do not")
     parser.add_argument("--labels", nargs="+", metavar="LABEL", help="with --check: the labels experts may have")
     parser.add_argument("--gates", action="store_true", help="with --check: only adapters with PHATGOOSE gates")
+    parser.add_argument(
+        "--merging", action="store_true", help="with --check: only what can be merged with --base-model, as WEMoE does"
+    )
 
 
 def run(args: argparse.Namespace, out: Out) -> None:
@@ -52,7 +56,12 @@ def run(args: argparse.Namespace, out: Out) -> None:
         out.hint("hf-fusion discover --check …  tells which of them fit together")
         return
     verdict = check_compatibility(
-        experts, task=args.task, base_model=args.base_model, labels=args.labels, need_gates=args.gates
+        experts,
+        task=args.task,
+        base_model=args.base_model,
+        labels=args.labels,
+        need_gates=args.gates,
+        merging=args.merging,
     )
     rows = verdict.table()
     accepted = [info.pinned for info in verdict.accepted]
@@ -61,5 +70,6 @@ def run(args: argparse.Namespace, out: Out) -> None:
         title=f"{len(accepted)} of {len(experts)} experts fit",
     )
     if len(accepted) > 1:
-        method = "phatgoose" if args.gates else "foe"
-        out.hint(f"hf-fusion fuse --method {method} --experts {' '.join(accepted)} --output fused")
+        method = "phatgoose" if args.gates else "wemoe" if args.merging else "foe"
+        base = f" --base {args.base_model}" if args.merging and args.base_model else ""
+        out.hint(f"hf-fusion fuse --method {method} --experts {' '.join(accepted)}{base} --output fused")

@@ -28,8 +28,9 @@ from hf_fusion.hub.files import (
     resolve_repo,
 )
 from hf_fusion.hub.gates import GATES_FILE, gate_problem
-from hf_fusion.hub.headers import Shapes, account, hub_shapes, native_config
+from hf_fusion.hub.headers import Account, Shapes, account, hub_shapes, native_config
 from hf_fusion.hub.heads import (
+    HEADS,
     Head,
     architectures,
     head_of_adapter,
@@ -115,6 +116,7 @@ class Criteria:
     trust_remote_code: bool
     allow_pickle: bool
     need_gates: bool
+    merging: bool
 
 
 @dataclass
@@ -146,6 +148,7 @@ def check_compatibility(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     need_gates: bool = False,
+    merging: bool = False,
     api: HfApi | None = None,
 ) -> Compatibility:
     """Sort experts into those that fit and those that do not, each with its reasons.
@@ -160,6 +163,7 @@ def check_compatibility(
         trust_remote_code: accept experts that bring their own code.
         allow_pickle: accept experts without safetensors.
         need_gates: require PHATGOOSE gates.
+        merging: require weights that can be merged with those of `base_model`, tensor by tensor, and one class.
         api: the Hub's client; default honours ``HF_ENDPOINT`` and the stored token.
     """
     api = hub_api(api)
@@ -171,16 +175,19 @@ def check_compatibility(
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
         need_gates=need_gates,
+        merging=merging,
     )
     if task is not None:
         head_of_task(task)  # a task nobody can have is the caller's mistake, not the experts'
     gathered = in_parallel(lambda info: _gather(info.pinned, api, gates=need_gates), experts)
-    names = {name for evidence in gathered if (name := _base_name(evidence))}
+    names = {name for evidence in gathered if (name := _base_name(evidence, criteria))}
     bases = dict(zip(sorted(names), in_parallel(lambda name: _gather(name, api), sorted(names)), strict=True))
 
     verdict = Compatibility()
     for info, evidence in zip(experts, gathered, strict=True):
-        reasons = _judge(info, evidence, bases.get(_base_name(evidence) or ""), criteria)
+        reasons = _judge(info, evidence, bases.get(_base_name(evidence, criteria) or ""), criteria)
+        if merging and not reasons:
+            reasons = _another_class(info, verdict.accepted)
         if reasons:
             verdict.rejected.append(Rejected(info, reasons))
         else:
@@ -214,10 +221,21 @@ def _unreadable(error: Exception) -> Reason:
     return Reason(kind, message, hint)
 
 
-def _base_name(evidence: Evidence) -> str | None:
-    """``owner/base[@revision]`` that an adapter needs, if it names a repo."""
-    if evidence.source is None or not evidence.source.is_adapter or evidence.unreadable:
+def _another_class(info: ExpertInfo, accepted: Sequence[ExpertInfo]) -> tuple[Reason, ...]:
+    """A full model has the class of those before it."""
+    first = next((other for other in accepted if not other.is_adapter), None)
+    if info.is_adapter or first is None or info.architecture == first.architecture:
+        return ()
+    return (Reason(ReasonKind.ARCHITECTURE, f"is a {info.architecture}, {first.id} a {first.architecture}"),)
+
+
+def _base_name(evidence: Evidence, criteria: Criteria) -> str | None:
+    """``owner/base[@revision]`` that an adapter needs, if it names a repo; in merging, that of full models too."""
+    if evidence.source is None or evidence.unreadable:
         return None
+    if not evidence.source.is_adapter:
+        named = (criteria.base_model, criteria.base_revision)
+        return "@".join(filter(None, named)) if criteria.merging and criteria.base_model else None
     try:
         return recorded_base(evidence.source)
     except FusionError:
@@ -323,9 +341,11 @@ def _check_base(case: Case) -> Iterator[Reason]:
     commit, found = case.criteria.base_revision, case.info.base_revision
     if commit and found and found != commit:
         yield Reason(ReasonKind.BASE_REVISION, f"was made from commit {found[:7]} of its base, not {commit[:7]}")
-    if not case.info.is_adapter:
+    if not case.info.is_adapter and not case.criteria.merging:
         return
-    if case.base is None:
+    if case.base is None and not case.info.is_adapter:
+        yield Reason(ReasonKind.BASE, "is a full model", "base_model=, what it was fine-tuned from")
+    elif case.base is None:
         yield Reason(ReasonKind.BASE, f"records {recorded or 'nothing'!r} as its base", "base=owner/name")
     elif case.base.unreadable is not None:
         yield Reason(ReasonKind.BASE, f"its base: {case.base.unreadable.detail}", case.base.unreadable.remedy)
@@ -369,23 +389,35 @@ def _check_shapes(case: Case) -> Iterator[Reason]:
 
 
 def _full_shapes(case: Case, head: Head) -> list[str]:
-    """Every tensor must find its parameter, and every parameter its tensor."""
+    """Every tensor must find its parameter, and every parameter its tensor; in merging, those of the base too."""
+    from hf_fusion.hub.merging import merge_problems  # torch
+
     config = native_config(case.source.config, case.info.id, len(case.shapes))
     result = account(config, head, case.shapes, case.info.id)
     unexpected = result.unexpected if head.auto != "AutoModel" else ()
+    base = _base_account(case) if case.criteria.merging else None
     return [
+        *(merge_problems(result.model, base.model) if base else ()),
         *result.mismatched,
         *(f"{key} is missing" for key in sorted(result.missing)),
         *(f"{key} is not part of the model" for key in sorted(unexpected)),
     ]
 
 
+def _base_account(case: Case, head: Head | None = None) -> Account | None:
+    """The base under a head, by default its own; None where its own reason says what is wrong."""
+    base = case.base
+    if base is None or base.source is None or base.unreadable is not None:
+        return None
+    head = head or next(filter(None, map(head_of_architecture, architectures(base.source.config))), HEADS[-1])
+    return account(native_config(base.source.config, base.name, len(base.shapes)), head, base.shapes, base.name)
+
+
 def _adapter_shapes(case: Case, head: Head) -> list[str]:
     """Against the base's shapes; a head must come from the adapter or from the base."""
-    if case.base is None or case.base.source is None or case.base.unreadable is not None:
-        return []  # the base's own reason says it
-    config = native_config(case.base.source.config, case.base.name, len(case.base.shapes))
-    result = account(config, head, case.base.shapes, case.base.name)
+    result = _base_account(case, head)
+    if result is None:
+        return []
     lora, saved = adapter_shapes(case.shapes)
     unfilled = sorted(result.missing - set(saved))
     return shape_problems(lora, saved, result.model) + [f"{key} is neither in it nor in its base" for key in unfilled]

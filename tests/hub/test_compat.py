@@ -9,7 +9,14 @@ import torch
 from peft import LoHaConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_experts import BERT, LABELS, edit_json, save_adapter, save_bert
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, GPT2Config
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertConfig,
+    GPT2Config,
+)
 
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.compat import ReasonKind, check_compatibility
@@ -97,6 +104,39 @@ def test_shapes_of_an_adapter(judge, owner, tmp_path):
     path = adapter / "adapter_model.safetensors"
     save_file({key: value for key, value in load_file(path).items() if "lora" in key}, path)
     assert "classifier.bias is neither in it nor in its base" in judge(adapter)[ReasonKind.SHAPES]
+
+
+def test_what_merging_needs(judge, owner, tmp_path):
+    base = f"{owner.name}/base"
+    owner.push("base", save_bert(tmp_path / "base", auto=AutoModel))
+    card = f"{CARD}\nbase_model: {base}"
+    how = {"base_model": base, "merging": True}
+    tuned = save_bert(tmp_path / "tuned", seed=1, card=card)
+    assert judge(tuned, **how) == {}
+    assert judge(tuned, merging=True) == {ReasonKind.BASE: "is a full model"}
+    assert judge(save_bert(tmp_path / "stray", card=CARD), **how) == {
+        ReasonKind.BASE: f"was made from an unknown base, not {base}"
+    }
+    adapter = based(owner, tmp_path / "adapted")
+    assert judge(adapter, **how) == {}
+    for name, change, found in [
+        ("words", {"vocab_size": 9}, "embeddings.word_embeddings.weight is [9, 16], in the base [8, 16]"),
+        ("deep", {"num_hidden_layers": 3}, "has 16 tensors that the base does not have, first bert.encoder.layer.2"),
+        ("shallow", {"num_hidden_layers": 1}, "lacks 16 tensors of the base, first bert.encoder.layer.1"),
+    ]:
+        other = save_bert(tmp_path / name, card=card, config=BertConfig(**{**BERT.to_dict(), **change}))
+        assert judge(other) == {}
+        assert found in judge(other, **how)[ReasonKind.SHAPES]
+    tagger = save_bert(tmp_path / "tagger", auto=AutoModelForTokenClassification, card=card)
+    owner.push("tagger", tagger)
+    ids = [f"{owner.name}/{name}" for name in ("tuned", "irony", "tagger")]
+    verdict = check_compatibility(discover(ids=ids, api=owner.api), api=owner.api, **how)
+    assert [info.id for info in verdict.accepted] == ids[:2]
+    assert [str(reason) for reason in verdict.rejected[0].reasons] == [
+        f"architecture: is a BertForTokenClassification, {ids[0]} a BertForSequenceClassification"
+    ]
+    owner.api.delete_repo(base)
+    assert "was not found" in judge(tuned, **how)[ReasonKind.BASE]
 
 
 def test_labels(judge, tmp_path):
