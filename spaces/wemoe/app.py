@@ -1,0 +1,399 @@
+"""WEMoE: give an input to a published model and see which experts its layers were merged from, and what each would say.
+
+    MODEL_ID=owner/name python app.py
+
+It needs nothing but gradio, transformers and torch, and loads any classifier or language model by its id.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import batch
+import gradio as gr
+import page
+import plots
+from gradio.utils import get_upload_folder
+from model import (
+    CONSTANT,
+    MOST_CHARACTERS,
+    ROUTED,
+    Answer,
+    Example,
+    InputError,
+    LoadError,
+    Served,
+    Weights,
+    load,
+    read_image,
+)
+from PIL import Image
+
+try:
+    import spaces
+except ImportError:
+    spaces = None
+
+logger = logging.getLogger(__name__)
+
+FOLDER = Path(__file__).parent
+MODEL_ID = os.environ.get("MODEL_ID", "hf-fusion/wemoe-minilm")
+REVISION = os.environ.get("MODEL_REVISION") or None
+TEMPLATE = os.environ.get("PROMPT_TEMPLATE") or None
+ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
+HOUR = 3600  # seconds that a visitor's files are kept
+MOST_ROWS = {"text": 256, "image": 64, "language": 16}  # of a batch
+THUMBNAIL = 160  # pixels of the picture beside an answer
+EMPTY = {
+    "text": "Write something, or pick an example.",
+    "image": "Upload a picture, or pick an example.",
+    "language": "Write a prompt, or pick an example.",
+}
+# ZeroGPU's decorator; `spaces` can also be this project's folder of that name, which has none
+on_gpu = spaces.GPU if hasattr(spaces, "GPU") else lambda function: function
+
+
+@cache
+def served() -> Served:
+    """The model, loaded once."""
+    return load(MODEL_ID, REVISION, TEMPLATE)
+
+
+@on_gpu
+def ask(examples: list[Example], task: int, weights: Weights) -> list[Answer]:
+    """The only function that needs a GPU."""
+    return served().answer(examples, task, weights)
+
+
+def chosen(task: Any) -> int | None:
+    """The expert whose head answers, by number or name; None where there is one head for all.
+
+    Raises:
+        InputError: for an expert that is not there.
+    """
+    model = served()
+    if not model.has_heads:
+        return None
+    if task in (None, ""):
+        return model.model.experts.index(model.model.config.default_task)
+    known = {name: i for names in (model.names, model.model.experts) for i, name in enumerate(names)}
+    if isinstance(task, str) and task in known:
+        return known[task]
+    if not isinstance(task, int) or not 0 <= task < len(model.names):
+        raise InputError(f"There is no expert {task}; there are {', '.join(model.names)}.")
+    return task
+
+
+def read_input(*given: Any) -> Example:
+    """An example from what the page or the API was given: a text and maybe a second one, or a picture."""
+    if served().kind == "image":
+        return Example(image=None if given[0] is None else read_image(given[0]))
+    text, pair = (*given, None)[:2]
+    return Example((text or "").strip(), (pair or "").strip())
+
+
+def predict(*given: Any) -> dict[str, Any]:
+    """Answers one input.
+
+    Args:
+        given: a text (and a second one, for pairs) or a picture; and the expert whose head answers, by its name, where
+            each has its own. Without one the model's default answers.
+
+    Returns:
+        model and revision; answer; probabilities by label (empty for scores and written answers); coefficients, with
+        experts, the constant of task arithmetic, a coefficient for each expert by layer, and their means; and alone,
+        what task arithmetic and each expert alone answer.
+    """
+    try:
+        *inputs, task = given
+        example, own = read_input(*inputs), chosen(task)
+        served().check(example)
+    except InputError as error:
+        raise gr.Error(str(error), title="That did not work") from error
+    [answer] = ask([example], own or 0, ROUTED)
+    assert answer.coefficients is not None
+    everyone: list[Weights] = [CONSTANT, *range(len(served().names))]
+    said = [ask([example], own or 0, weights)[0].text for weights in everyone]
+    return {
+        "model": served().id,
+        "revision": served().sha,
+        "answer": answer.text,
+        "probabilities": dict(zip(answer.labels, answer.probabilities, strict=True)),
+        "coefficients": answer.coefficients.to_data(),
+        "alone": dict(zip(["task arithmetic", *served().names], said, strict=True)),
+    }
+
+
+# ---------------------------------------------------------------- what the page asks for
+
+
+def run(*given: Any) -> Iterator[tuple[Any, ...]]:
+    """Answer, coefficients, and what other weights say, one after the other."""
+    model, (*inputs, task) = served(), given
+    try:
+        example, own = read_input(*inputs), chosen(task)
+        model.check(example)
+    except InputError as error:
+        empty = not any(inputs)
+        yield page.message("Nothing to answer yet", EMPTY[model.kind]) if empty else _failed(error), "", ""
+        return
+    try:
+        [answer] = ask([example], own or 0, ROUTED)
+        head = "" if own is None else model.names[own]
+        first = page.answer_panel(answer, head, thumbnail(example.image))
+        assert answer.coefficients is not None
+        merged_from = plots.coefficients_panel(answer.coefficients, own, model.smile)
+        alone: list[Answer | None] = [None] * len(model.names)
+        constant: Answer | None = None
+        everyone: list[Weights] = [CONSTANT, *range(len(model.names))]
+        yield first, merged_from, page.others(model.names, constant, alone, own, model.constant, model.smile)
+        for weights in everyone:
+            [said] = ask([example], own or 0, weights)
+            if isinstance(weights, int):
+                alone[weights] = said
+            else:
+                constant = said
+            if model.kind == "language" or weights == everyone[-1]:  # classes come at once
+                yield gr.skip(), gr.skip(), page.others(model.names, constant, alone, own, model.constant, model.smile)
+    except Exception as error:
+        logger.exception("the model failed")
+        raise gr.Error(f"The model could not answer: {type(error).__name__}: {error}") from error
+
+
+def _failed(error: InputError) -> str:
+    return page.message("That did not work", str(error))
+
+
+def run_batch(lines: Any, file: Any, task: Any) -> tuple[Any, Any]:
+    """The table of many answers and its download."""
+    model, nothing = served(), gr.DownloadButton(interactive=False)
+    try:
+        if model.kind == "image":
+            examples = batch.read_pictures(file)
+        else:
+            examples = batch.read_csv(file) if file else batch.read_lines(lines)
+        if not examples:
+            return page.message("Nothing to answer yet", "Give some inputs first, one a line or as files."), nothing
+        if len(examples) > (most := MOST_ROWS[model.kind]):
+            raise InputError(f"Those are {len(examples):,} inputs; {most:,} are the most.")
+        own = chosen(task)
+        for number, example in enumerate(examples, 1):
+            try:
+                model.check(example)
+            except InputError as error:
+                raise InputError(f"Input {number}: {error}") from error
+    except InputError as error:
+        return _failed(error), nothing
+    try:
+        answers = ask(examples, own or 0, ROUTED)
+    except Exception as error:
+        logger.exception("the model failed")
+        raise gr.Error(f"The model could not answer: {type(error).__name__}: {error}") from error
+    head = "" if own is None else model.names[own]
+    cells = partial(plots.heat_cells, constant=model.constant)
+    path = Path(tempfile.mkdtemp(dir=get_upload_folder())) / "answers.csv"
+    path.write_text(batch.to_csv(examples, answers, head), encoding="utf-8")  # Gradio deletes it with its cache
+    return page.table(model.names, examples, answers, cells, head), gr.DownloadButton(value=path, interactive=True)
+
+
+def thumbnail(image: Image.Image | None) -> str:
+    """A small picture as a data URL, "" for none."""
+    if image is None:
+        return ""
+    small, buffer = image.convert("RGB"), io.BytesIO()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+# ---------------------------------------------------------------- the page
+
+
+def build() -> gr.Blocks:
+    """The page of the model named by MODEL_ID, or one that says why it cannot be served."""
+    with gr.Blocks(title="WEMoE", analytics_enabled=False, delete_cache=(HOUR, HOUR)) as blocks:
+        try:
+            model = served()
+        except LoadError as error:
+            logger.error("%s", error)
+            hint = "Set MODEL_ID to a published WEMoE in the Space's settings, then restart the Space."
+            gr.HTML(page.message("The model could not be loaded", str(error), hint), apply_default_css=False)
+            return blocks
+        facts = model.model.summary()
+        head = page.header(model.id, model.url, model.sha, len(model.names), len(facts["units"]), model.smile)
+        gr.HTML(head, apply_default_css=False)
+        with gr.Tabs():
+            with gr.Tab("One input"):
+                _one_input(blocks, model)
+            with gr.Tab("Many inputs"):
+                _many_inputs(model)
+            with gr.Tab("Parts"):
+                panel = page.facts_panel(model.model.config, facts, model.parts(), model.expert_urls)
+                gr.HTML(panel, apply_default_css=False)
+        _api(model)
+    return blocks
+
+
+def _task(model: Served) -> gr.components.Component:
+    """Whose head answers; nothing to choose where there is one for all."""
+    if not model.has_heads:
+        return gr.State(None)
+    return gr.Dropdown(
+        [(f"{number} {name}", number - 1) for number, name in enumerate(model.names, 1)],
+        value=chosen(model.examples[0].task if model.examples else None),
+        label="Task",
+        info="Whose head answers",
+    )
+
+
+def _one_input(blocks: gr.Blocks, model: Served) -> None:
+    """One input, its answer, its coefficients, and what others say."""
+    first = model.examples[0] if model.examples else Example()
+    hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    with gr.Row(elem_classes="we-top"):
+        with gr.Column(scale=4, min_width=300):
+            task = _task(model)
+            given = _inputs(model, first)
+            button = gr.Button("Run", variant="primary")
+            examples = _examples(model)
+        with gr.Column(scale=8, min_width=300):
+            answer = gr.HTML(page.busy(), apply_default_css=False)
+            others = gr.HTML("", apply_default_css=False)
+    merged_from = gr.HTML("", apply_default_css=False)
+
+    def pick(row: int) -> tuple[Any, ...]:
+        example = model.examples[row]
+        values = [example.image] if model.kind == "image" else [example.text, example.pair][: len(given)]
+        own = chosen(example.task) if example.task in [*model.names, *model.model.experts] else gr.skip()
+        return (*values, own)
+
+    inputs, outputs = [*given, task], [answer, merged_from, others]
+    triggers = [blocks.load, button.click]
+    triggers += [box.submit for box in given if isinstance(box, gr.Textbox)]
+    triggers += [task.input] if model.has_heads else []
+    if examples is not None:
+        triggers.append(examples.click(pick, examples, inputs, **hidden).success)
+    ran = [trigger(run, inputs, outputs, **ONE_AT_A_TIME, **hidden) for trigger in triggers]
+    again = [button.click, *([task.input] if model.has_heads else []), *([examples.click] if examples else [])]
+    gr.on(again, None, cancels=ran)
+
+
+def _inputs(model: Served, first: Example) -> list[Any]:
+    """The components for one input."""
+    if model.kind == "image":
+        return [gr.Image(first.image, type="pil", label="Picture", sources=["upload", "clipboard"], height=280)]
+    language = model.kind == "language"
+    text = gr.Textbox(
+        first.text,
+        label="Prompt" if language else "Text",
+        lines=4,
+        max_length=MOST_CHARACTERS,
+        placeholder="Write something …",
+    )
+    if language:
+        return [text]
+    pair = gr.Textbox(
+        first.pair, label="Second text", info="For tasks on pairs; else empty", lines=1, max_length=MOST_CHARACTERS
+    )
+    return [text, pair]
+
+
+def _examples(model: Served) -> gr.Dataset | None:
+    """Examples to click; each gives its number."""
+    if not model.examples:
+        return None
+    tasks = {name: number for names in (model.names, model.model.experts) for number, name in enumerate(names)}
+
+    def name(example: Example) -> str:
+        task = f"{model.names[tasks[example.task]]}: " if example.task in tasks else ""
+        return f"{task}{batch.shown(example)}"
+
+    return gr.Dataset(
+        label="Examples",
+        components=[gr.Textbox(visible=False)],
+        samples=[[name(example)] for example in model.examples],
+        type="index",
+    )
+
+
+def _many_inputs(model: Served) -> None:
+    """Many inputs, a table of answers, and the same as CSV."""
+    lines: Any = gr.State("")
+    with gr.Row(elem_classes="we-top"):
+        with gr.Column(scale=4, min_width=300):
+            task = _task(model)
+            if model.kind == "image":
+                file = gr.File(label="Pictures", file_count="multiple", file_types=["image"], height=180)
+            else:
+                tab = "A tab stands before a second text; or" if model.kind == "text" else "Or"
+                start = "\n".join("\t".join(filter(None, (e.text, e.pair))) for e in model.examples)
+                lines = gr.Textbox(start, label="Texts, one a line", info=f"{tab} a CSV file below", lines=8)
+                columns = "text and text_pair" if model.kind == "text" else "text"
+                file = gr.File(label=f"CSV with the columns {columns}", file_types=[".csv"], height=160)
+            button = gr.Button("Run all", variant="primary")
+            download = gr.DownloadButton("Download the table (CSV)", size="sm", interactive=False)
+        with gr.Column(scale=8, min_width=300):
+            most = f"{MOST_ROWS[model.kind]:,} are the most."
+            empty = page.message("Nothing to answer yet", "Give some inputs, then run.", most)
+            table = gr.HTML(empty, apply_default_css=False)
+    button.click(
+        run_batch,
+        [lines, file, task],
+        [table, download],
+        api_visibility="private",
+        show_progress_on=table,
+        **ONE_AT_A_TIME,
+    )
+
+
+def _api(model: Served) -> None:
+    """The one verb for clients."""
+    with gr.Row(visible=False):
+        if model.kind == "image":
+            given: list[Any] = [gr.Image(type="pil", label="picture")]
+        else:
+            given = [gr.Textbox(label="text")] + ([gr.Textbox(label="text_pair")] if model.kind == "text" else [])
+        given.append(gr.Textbox(label="task"))
+        gr.Button().click(predict, given, gr.JSON(label="answer"), api_name="predict", **ONE_AT_A_TIME)
+
+
+THEME = gr.themes.Base(
+    primary_hue="blue",
+    neutral_hue="stone",
+    # Gradio carries both fonts, so no page of ours asks Google; its semi-bold files lack letters, the bold ones do not
+    font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"],
+    font_mono=[gr.themes.LocalFont("IBM Plex Mono", weights=(400, 700)), "ui-monospace", "monospace"],
+).set(
+    body_background_fill="#f8f7f5",
+    body_background_fill_dark="#100f0e",
+    body_text_color="#1c1917",
+    body_text_color_dark="#f3f1ef",
+    body_text_color_subdued="#625d58",
+    body_text_color_subdued_dark="#aaa39d",
+    border_color_primary="#e2dfdb",
+    border_color_primary_dark="#37332f",
+    block_background_fill="#ffffff",
+    block_background_fill_dark="#1b1917",
+    block_radius="10px",
+    input_background_fill="#ffffff",
+    input_background_fill_dark="#1b1917",
+    button_large_radius="8px",
+    button_primary_background_fill="#0072b2",
+    button_primary_background_fill_dark="#0072b2",
+    button_primary_background_fill_hover="#00659e",
+    button_primary_background_fill_hover_dark="#00659e",
+    button_primary_text_color="#ffffff",
+)
+
+demo = build()
+
+if __name__ == "__main__":
+    demo.launch(theme=THEME, css_paths=FOLDER / "style.css")

@@ -1,0 +1,374 @@
+"""A published WEMoE, loaded by its id; it answers with its routers, with one constant, or with one expert alone."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from coefficients import Coefficients, read_trace, short_names
+from huggingface_hub import ModelCard, constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from PIL import Image, ImageOps
+
+NEW_TOKENS = 64
+LONGEST_INPUT = 1024  # tokens, where the model does not say
+MOST_CHARACTERS = 20_000
+MOST_PIXELS = 25_000_000
+MOST_EXAMPLES = 8
+TOGETHER = 16  # rows of a forward
+EXAMPLES = [
+    "A warm, funny film that knows exactly what it wants to be.",
+    "What is the largest lake in Africa?",
+    "My card was charged twice for the same purchase.",
+]
+# head → what the page gives it, and the Auto class that loads it
+HEADS = {
+    "sequence-classification": ("text", "AutoModelForSequenceClassification"),
+    "image-classification": ("image", "AutoModelForImageClassification"),
+    "causal-lm": ("language", "AutoModelForCausalLM"),
+    "seq2seq-lm": ("language", "AutoModelForSeq2SeqLM"),
+}
+# the first that fits tells what went wrong: error, message
+REASONS: list[tuple[type[Exception], str]] = [
+    (GatedRepoError, "{id} is gated: accept its terms with the account behind this Space's HF_TOKEN."),
+    (
+        RepositoryNotFoundError,
+        "There is no model {id} that this Space can see. A private one needs the secret HF_TOKEN.",
+    ),
+    (RevisionNotFoundError, "{id} has no revision {revision}."),
+    (HFValidationError, "{id!r} is neither a folder nor a model id; an id looks like owner/name."),
+    (LocalEntryNotFoundError, "{endpoint} does not answer. Restart the Space once {id} can be fetched from there."),
+]
+
+# whose weights answer: what the routers say, one constant for all experts, or the expert of that index alone
+Weights = str | int
+ROUTED, CONSTANT = "routed", "constant"
+
+
+class LoadError(RuntimeError):
+    """The model cannot be served; the message says why."""
+
+
+class InputError(ValueError):
+    """An input that cannot be answered; the message is for the person who gave it."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One input: a text, maybe with a second one, or a picture with the name of its file."""
+
+    text: str = ""
+    pair: str = ""
+    image: Image.Image | None = None
+    name: str = ""
+    task: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says of one input.
+
+    Attributes:
+        text: the class, the score of a regression, or what was written.
+        labels, probabilities: of all classes; empty for regressions and language models.
+        coefficients: where the routers decided.
+    """
+
+    text: str
+    labels: list[str] = field(default_factory=list)
+    probabilities: list[float] = field(default_factory=list)
+    coefficients: Coefficients | None = None
+
+    @property
+    def confidence(self) -> float | None:
+        """Probability of the class; None where there are none."""
+        return max(self.probabilities, default=None)
+
+
+@dataclass
+class Served:
+    """A loaded model and what its page needs.
+
+    Attributes:
+        id, sha: what was loaded; a folder has no sha.
+        model, processor: from their Auto classes.
+        kind: "text", "image" or "language", what it is.
+        template: a prompt's form, with {} for what is asked; None: the tokenizer's chat template.
+        examples: inputs to click.
+    """
+
+    id: str
+    sha: str
+    model: Any
+    processor: Any
+    kind: str
+    template: str | None
+    examples: list[Example]
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def url(self) -> str:
+        """Its page on the Hub; none for a folder."""
+        return f"{constants.ENDPOINT}/{self.id}" if self.sha else ""
+
+    @property
+    def names(self) -> list[str]:
+        """The experts, by short names."""
+        return short_names(self.model.experts)
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether every expert has a head of its own, so that one has to be chosen."""
+        return bool(self.model.config.task_heads)
+
+    @property
+    def smile(self) -> bool:
+        """Whether experts are chosen token by token, without routers."""
+        return bool(self.model.config.routing == "smile")
+
+    @property
+    def constant(self) -> float:
+        """Every coefficient of the model without routers."""
+        return 1 / len(self.model.experts) if self.smile else float(self.model.config.scaling)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that an input may have."""
+        own = self.model.backbone.config.get_text_config()
+        known = [getattr(self.processor, "model_max_length", None), getattr(own, "max_position_embeddings", None)]
+        most = min([n for n in known if isinstance(n, int) and 0 < n < 1_000_000], default=LONGEST_INPUT)
+        return most - (self.new_tokens if self.model.config.head == "causal-lm" else 0)
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens that are written at most."""
+        own = self.model.backbone.config.get_text_config()
+        context = getattr(own, "max_position_embeddings", None) or 2 * LONGEST_INPUT
+        return min(NEW_TOKENS, context // 2)
+
+    def check(self, example: Example) -> None:
+        """Refuses what cannot be answered.
+
+        Raises:
+            InputError: for an empty or too long text, and for no picture.
+        """
+        if self.kind == "image":
+            if example.image is None:
+                raise InputError("There is no picture yet.")
+            return
+        if not example.text:
+            raise InputError("There is no text yet: write something first.")
+        if len(example.text) + len(example.pair) > MOST_CHARACTERS:
+            raise InputError(f"That text is too long: {MOST_CHARACTERS:,} characters are the most.")
+        if (tokens := len(self._tokens(example)["input_ids"][0])) > self.longest:
+            raise InputError(f"That text is too long: it has {tokens:,} tokens, {self.longest:,} are the most.")
+
+    def answer(self, examples: Sequence[Example], task: int = 0, weights: Weights = ROUTED) -> list[Answer]:
+        """Answers to inputs that were checked.
+
+        Args:
+            task: the expert whose head answers, where each has one; an expert alone answers by its own.
+            weights: `ROUTED`, `CONSTANT` or the index of an expert.
+        """
+        if isinstance(weights, int):
+            task = weights
+        given = [self.constant] * len(self.model.experts) if weights == CONSTANT else None
+        alone = self.model.experts[weights] if isinstance(weights, int) else given
+        with self._lock, nullcontext() if alone is None else self.model.using(alone):  # the trace is the last call's
+            self.model.record_routing = weights == ROUTED
+            answers: list[Answer] = []
+            size = 1 if self.kind == "language" else TOGETHER
+            for start in range(0, len(examples), size):
+                answers += self._answer(examples[start : start + size], task, weights == ROUTED)
+        return answers
+
+    @torch.no_grad()
+    def _answer(self, examples: Sequence[Example], task: int, traced: bool) -> list[Answer]:
+        pairs = [bool(example.pair) for example in examples]
+        if len(set(pairs)) > 1:  # a text alone is not one with an empty second
+            return [answer for example in examples for answer in self._answer([example], task, traced)]
+        said = self._write(examples[0]) if self.kind == "language" else self._classify(examples, task)
+        trace: Sequence[Coefficients | None] = [None] * len(examples)
+        if traced:
+            trace = read_trace(self.model.routing_trace(), self.names, self.constant, len(examples))
+        return [Answer(*one, found) for one, found in zip(said, trace, strict=True)]
+
+    def _classify(self, examples: Sequence[Example], task: int) -> list[tuple[str, list[str], list[float]]]:
+        model = self.model
+        if self.kind == "image":
+            mode = "L" if getattr(model.backbone.config, "num_channels", 3) == 1 else "RGB"
+            images = [example.image.convert(mode) for example in examples if example.image]
+            inputs = {"pixel_values": self.processor(images=images, return_tensors="pt")["pixel_values"]}
+        else:
+            inputs = self._tokens(*examples)
+        logits = model(**_on(inputs, model), task=model.experts[task]).logits.float().cpu()  # (B, C)
+        labels = model.config.experts[task]["labels"] if self.has_heads else list(model.config.id2label.values())
+        if logits.shape[1] == 1:
+            return [(f"{value:.3g}", [], []) for value in logits[:, 0].tolist()]
+        names = [str(label) for label in labels]
+        return [(names[int(row.argmax())], names, row.tolist()) for row in logits.softmax(-1)]
+
+    def _write(self, example: Example) -> list[tuple[str, list[str], list[float]]]:
+        model, inputs = self.model, _on(self._tokens(example), self.model)
+        written = model.generate(**inputs, max_new_tokens=self.new_tokens, do_sample=False)[0]
+        if model.config.head == "causal-lm":
+            written = written[inputs["input_ids"].shape[1] :]
+        return [(self.processor.decode(written, skip_special_tokens=True).strip(), [], [])]
+
+    def _tokens(self, *examples: Example) -> dict[str, torch.Tensor]:
+        """Inputs of texts, with what their model knows of: ids, mask, and maybe types."""
+        texts = [example.text for example in examples]
+        if self.kind == "language" and self.template is None:
+            question = [{"role": "user", "content": texts[0]}]
+            given = self.processor.apply_chat_template(
+                question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        else:
+            form = self.template if self.kind == "language" and self.template else "{}"
+            pairs = [example.pair for example in examples]
+            both = ([form.replace("{}", text, 1) for text in texts], *([pairs] if any(pairs) else []))
+            given = self.processor(*both, padding=len(examples) > 1, return_tensors="pt")
+        return dict(given)
+
+    @property
+    def expert_urls(self) -> dict[str, str]:
+        """Pages of the experts that came from the Hub, at the commit that was fused."""
+        rows = self.model.config.experts
+        return {e["name"]: f"{constants.ENDPOINT}/{e['name']}/tree/{e['revision']}" for e in rows if e.get("revision")}
+
+    def parts(self) -> dict[str, int]:
+        """Numbers of parameters: what is routed, its task vectors, what is merged, heads and routers."""
+        facts = self.model.summary()
+        linears = [linear for unit in self.model.units for linear in unit.linears if linear.biases is not None]
+        known = ("merged_parameters", "head_parameters", "trainable")
+        upscaled = facts["upscaled_parameters"] + sum(linear.out_features for linear in linears)
+        rest = {name: facts[name] for name in known}
+        vectors = facts["parameters"] - upscaled - sum(rest.values())
+        return {"upscaled_parameters": upscaled, "task_vectors": vectors, **rest}
+
+
+def _on(inputs: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    """Inputs where a model is; pixels in its dtype."""
+    return {k: v.to(model.device, model.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+
+
+def read_image(given: Any) -> Image.Image:
+    """A picture, upright, from a path or as it is.
+
+    Raises:
+        InputError: naming the file that cannot be read.
+    """
+    try:
+        image = Image.open(given) if isinstance(given, (str, Path)) else given
+        if image.width * image.height > MOST_PIXELS:
+            raise InputError(f"That picture is too large: {MOST_PIXELS // 1_000_000} megapixels are the most.")
+        return ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{Path(str(given)).name} cannot be read; PNG, JPEG and WebP can.") from error
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load(model_id: str, revision: str | None = None, template: str | None = None) -> Served:
+    """Loads a published model, or one in a folder; everything comes from one commit.
+
+    Args:
+        template: a prompt's form, with {} for what is asked.
+
+    Raises:
+        LoadError: with a message for the page.
+    """
+    try:
+        is_folder = Path(model_id).is_dir()
+        texts = ["*.json", "README.md", "examples/*"]
+        folder = Path(model_id if is_folder else snapshot_download(model_id, revision=revision, allow_patterns=texts))
+        sha = "" if is_folder else folder.name
+        kind, auto = _check(model_id, _read_json(folder / "config.json"))
+        pinned = {"trust_remote_code": True} | ({} if is_folder else {"revision": sha})
+        reader = transformers.AutoImageProcessor if kind == "image" else transformers.AutoTokenizer
+        processor = reader.from_pretrained(model_id, **pinned)
+        model = getattr(transformers, auto).from_pretrained(model_id, **pinned).eval()
+    except LoadError:
+        raise
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        reason = next((text for kind, text in REASONS if isinstance(error, kind)), "{id} could not be loaded: {error}")
+        fields = {"id": model_id, "revision": revision or "main", "endpoint": constants.ENDPOINT}
+        raise LoadError(reason.format(error=f"{type(error).__name__}: {first}", **fields)) from error
+    if template and "{}" not in template:
+        raise LoadError(f"PROMPT_TEMPLATE is {template!r}; it needs a {{}} where the prompt goes.")
+    has_chat = bool(getattr(processor, "chat_template", None))
+    examples = read_examples(_read_json(folder / "examples.json"), folder) or _widget(folder / "README.md")
+    if kind != "image":
+        examples = examples or [Example(text) for text in EXAMPLES]
+    return Served(
+        id=model_id,
+        sha=sha,
+        model=model.to("cuda") if torch.cuda.is_available() else model,
+        processor=processor,
+        kind=kind,
+        template=template or (None if has_chat else "{}"),
+        examples=[example for example in examples if bool(example.image) == (kind == "image")],
+    )
+
+
+def _check(model_id: str, config: Any) -> tuple[str, str]:
+    """What the page gives a model and how it is loaded; refuses others before their weights are fetched."""
+    if not isinstance(config, dict) or config.get("model_type") != "wemoe":
+        raise LoadError(f"{model_id} is not a WEMoE: its config.json does not say model_type wemoe.")
+    head = config.get("head", "features")
+    if head not in HEADS:
+        raise LoadError(f"{model_id} is a model for {head}; this page shows {', '.join(HEADS)}.")
+    return HEADS[head]
+
+
+def read_examples(given: Any, folder: Path) -> list[Example]:
+    """Inputs from the content of examples.json.
+
+    Args:
+        given: texts, or objects with ``text`` (and ``text_pair``) or ``image``, and maybe ``task``: whose head answers.
+        folder: where pictures lie, ``examples/seven.png``.
+    """
+    found = []
+    for row in given if isinstance(given, list) else []:
+        row = row if isinstance(row, dict) else {"text": row}
+        text, pair, task = (
+            value if isinstance(value := row.get(k), str) else "" for k in ("text", "text_pair", "task")
+        )
+        path = folder / Path(str(row.get("image")))
+        if "image" in row and ".." not in path.parts and path.is_relative_to(folder) and path.is_file():
+            found.append(Example(image=read_image(path), name=path.name, task=task))
+        elif text.strip():
+            found.append(Example(text, pair, task=task))
+    return found[:MOST_EXAMPLES]
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _widget(card: Path) -> list[Example]:
+    """Inputs from the card's `widget`, the Hub's own place for them."""
+    if not card.is_file():
+        return []
+    head = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    return read_examples(head.get("widget"), card.parent)

@@ -1,0 +1,336 @@
+"""The page's parts as HTML, each a pure function of plain data; `Markup.format` escapes every text that goes in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from batch import shown
+from markupsafe import Markup
+from model import Answer, Example
+
+COLOURS = 8  # in style.css; experts beyond them have the same ones with dashed lines
+MOST_LOOKS = 16  # experts that have a look of their own
+MOST_BARS = 6  # classes of the answer
+FEW_BARS = 3  # classes of the others' answers
+LONG_ANSWER = 24  # characters; longer answers are set smaller
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """0.314 as "31 %"."""
+    return f"{100 * share:.{digits}f} %"
+
+
+def count(number: int, thing: str) -> str:
+    """3, "expert" as "3 experts"."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def join(parts: Iterable[Markup]) -> Markup:
+    """Pieces of HTML one after the other."""
+    return Markup("").join(parts)
+
+
+# ---------------------------------------------------------------- head and messages
+
+HEADER = Markup('<header class="we-head"><p class="we-kicker">{}</p><h1>{}<code>{}</code></h1><p>{}</p></header>')
+LINK = Markup('<a href="{}" target="_blank" rel="noopener">{}</a>')
+MESSAGE = Markup('<section class="we-card we-message" role="status"><h2>{}</h2><p>{}</p><p>{}</p></section>')
+BUSY = Markup('<section class="we-card we-message" aria-busy="true"><p class="we-wait">…</p></section>')
+PLACE = Markup('<section class="we-section"><h2>{}</h2><p class="we-note">{}</p></section>')
+
+
+def header(model_id: str, url: str, sha: str, experts: int, layers: int, smile: bool) -> Markup:
+    """Name of the model and one sentence on what it does."""
+    if smile:
+        does = (
+            f"{count(experts, 'expert')} of one base: in {count(layers, 'layer')} every token meets the nearest ones."
+        )
+    else:
+        does = (
+            f"{count(experts, 'expert')} of one base in one model: {count(layers, 'layer')} are merged anew for every"
+            " input, by coefficients that routers read from the input itself."
+        )
+    name = LINK.format(url, model_id) if url else model_id
+    return HEADER.format("SMILE" if smile else "WEMoE", name, sha[:7], does)
+
+
+def message(title: str, text: str, hint: str = "") -> Markup:
+    """Something to tell in place of a result."""
+    return MESSAGE.format(title, text, hint)
+
+
+def busy() -> Markup:
+    """The place of an answer that is on its way."""
+    return BUSY
+
+
+# ---------------------------------------------------------------- experts' looks
+
+LOOK = Markup('class="we-e{dashed}" style="--c:var(--e{colour})"')
+BADGE = Markup("<b {look}>{number}</b>")
+
+
+def look(expert: int) -> Markup:
+    """The attributes that colour an element as an expert's."""
+    has_own = expert < MOST_LOOKS
+    return LOOK.format(
+        dashed=" dashed" if has_own and expert >= COLOURS else "", colour=expert % COLOURS if has_own else "-rest"
+    )
+
+
+def badge(expert: int) -> Markup:
+    """An expert's number in its colour."""
+    return BADGE.format(look=look(expert), number=expert + 1)
+
+
+# ---------------------------------------------------------------- answers
+
+ANSWER = Markup(
+    '<section class="we-card we-answer" aria-live="polite"><div class="we-verdict">{seen}<div><p class="we-kicker">'
+    '{kicker}</p><p class="we-word{size}" data-answer>{text}</p>{sure}</div></div>{bars}</section>'
+)
+SEEN = Markup('<figure class="we-seen"><img src="{}" alt="The input"></figure>')
+SURE = Markup('<p class="we-sure">{} sure</p>')
+BARS = Markup('<ul class="we-bars">{}</ul>')
+BAR = Markup(
+    '<li class="{kind}"><span class="name" title="{name}">{name}</span><span class="track">'
+    '<i style="width:{width:.1f}%"></i></span><span class="number">{share}</span></li>'
+)
+OTHERS = Markup(
+    '<section class="we-others"><h2>The same input by other weights</h2><p class="we-note">{note}</p>'
+    '<div class="we-compare">{cards}</div></section>'
+)
+CARD = Markup(
+    '<article class="we-card{own}" aria-busy="{busy}"><h3>{badge}<span title="{title}">{title}</span></h3>'
+    '<p class="we-note">{note}</p>{body}</article>'
+)
+SAID = Markup('<p class="we-said">{}</p>{}')
+
+
+def answer_panel(answer: Answer, head: str, picture: str = "") -> Markup:
+    """The model's own answer, with its probabilities.
+
+    Args:
+        head: whose head answers, "" where there is one for all.
+        picture: data URL of the input.
+    """
+    kicker = "Answer" if not head else f"Answer, by the head of {head}"
+    return ANSWER.format(
+        seen=SEEN.format(picture) if picture else "",
+        kicker=kicker,
+        size=" long" if len(answer.text) > LONG_ANSWER else "",
+        text=answer.text or "(nothing)",
+        sure="" if answer.confidence is None else SURE.format(percent(answer.confidence, 1)),
+        bars=bars(answer, MOST_BARS),
+    )
+
+
+def bars(answer: Answer, most: int) -> Markup:
+    """The likeliest classes with their probabilities, then the sum of all others."""
+    if not answer.probabilities:
+        return Markup("")
+    order = sorted(range(len(answer.labels)), key=lambda i: -answer.probabilities[i])
+    rows = [_bar(answer.labels[i], answer.probabilities[i], "first" if i == order[0] else "") for i in order[:most]]
+    if rest := order[most:]:
+        rows.append(_bar(count(len(rest), "other"), sum(answer.probabilities[i] for i in rest), "rest"))
+    return BARS.format(join(rows))
+
+
+def _bar(name: str, share: float, kind: str) -> Markup:
+    return BAR.format(kind=kind, name=name, width=100 * share, share=percent(share))
+
+
+def others(
+    names: Sequence[str],
+    constant: Answer | None,
+    alone: Sequence[Answer | None],
+    task: int | None,
+    value: float,
+    smile: bool,
+) -> Markup:
+    """Answers by one constant, and by each expert alone.
+
+    Args:
+        names: of the experts.
+        constant: the answer with the same coefficient for all; None while it is on its way, and so for the others.
+        alone: of each expert.
+        task: the expert whose head answers above, if one was chosen.
+        value: the constant.
+        smile: whether there are no routers.
+    """
+    of_task = f", head of {names[task]}" if task is not None else ""
+    cards = [_card(None, "All alike" if smile else "Task arithmetic", f"{value:.3g} for all{of_task}", constant, False)]
+    for expert, answer in enumerate(alone):
+        own = expert == task
+        note = "the expert of this task" if own else "its own head" if task is not None else "alone"
+        cards.append(_card(expert, names[expert], note, answer, own))
+    note = (
+        "An expert alone has coefficient 1 in every layer that is merged, all others 0"
+        f"{', and answers by its own head' if task is not None else ''}; all else of the model stays as it is."
+    )
+    return OTHERS.format(note=note, cards=join(cards))
+
+
+def _card(expert: int | None, title: str, note: str, answer: Answer | None, own: bool) -> Markup:
+    if answer is None:
+        body = Markup('<p class="we-said we-wait">…</p>')
+    else:
+        body = SAID.format(answer.text or "(nothing)", bars(answer, FEW_BARS))
+    return CARD.format(
+        own=" own" if own else "",
+        busy="true" if answer is None else "false",
+        badge="" if expert is None else badge(expert),
+        title=title,
+        note=note,
+        body=body,
+    )
+
+
+# ---------------------------------------------------------------- many inputs
+
+TABLE = Markup(
+    '<section class="we-section" aria-live="polite"><div class="we-split"><h2>{title}</h2><p class="we-note">{note}</p>'
+    '</div><div class="we-scroll" tabindex="0" role="region" aria-label="Answers"><table class="we-heat we-rows">'
+    '<thead><tr><th scope="col">input</th><th scope="col">answer</th><th scope="col">sure</th>{head}</tr></thead>'
+    "<tbody>{rows}</tbody><tfoot>{foot}</tfoot></table></div></section>"
+)
+HEAD_CELL = Markup('<th scope="col" title="{name}">{badge}<span>{name}</span></th>')
+ROW = Markup(
+    '<tr><th scope="row" title="{full}">{text}</th><td class="said" title="{answer}">{answer}</td>'
+    "<td>{sure}</td>{cells}</tr>"
+)
+FOOT = Markup('<tr class="mean"><th scope="row">mean</th><td></td><td></td>{}</tr>')
+
+
+def table(
+    names: Sequence[str], examples: Sequence[Example], answers: Sequence[Answer], cells: Any, head: str
+) -> Markup:
+    """Answers to many inputs, with the mean coefficient of each expert.
+
+    Args:
+        cells: (rows of coefficients) → cells of a heat map for each, on one scale; `plots.heat_cells`.
+        head: whose head answered, "" where there is one for all.
+    """
+    means = [answer.coefficients.means() for answer in answers if answer.coefficients]
+    overall = [sum(column) / len(column) for column in zip(*means, strict=True)]
+    *colours, last = cells([*means, overall])
+    rows = [
+        ROW.format(
+            full=example.name or example.text,
+            text=shown(example),
+            answer=answer.text or "(nothing)",
+            sure="–" if answer.confidence is None else percent(answer.confidence),
+            cells=row,
+        )
+        for example, answer, row in zip(examples, answers, colours, strict=True)
+    ]
+    return TABLE.format(
+        title=count(len(rows), "answer"),
+        note="and the mean coefficient of each expert, over the layers" + (f"; by the head of {head}" if head else ""),
+        head=join(HEAD_CELL.format(name=name, badge=badge(expert)) for expert, name in enumerate(names)),
+        rows=join(rows),
+        foot=FOOT.format(last),
+    )
+
+
+# ---------------------------------------------------------------- what is routed, what is merged
+
+PARTS = Markup(
+    '<section class="we-section we-pair"><div class="we-card"><h2>What is routed, what is merged</h2>'
+    '<p class="we-note">{total} parameters, {megabytes:,.1f} MB of them in the layers that are {merged}</p>'
+    '<div class="we-strip" role="img" aria-label="Shares of the parameters; the table has the numbers">{strip}</div>'
+    '<table class="we-table"><thead><tr><th scope="col">part</th><th scope="col">parameters</th></tr></thead>'
+    '<tbody>{rows}</tbody></table></div><div class="we-card"><h2>Routers</h2><p class="we-text">{routers}</p><h3>Layers'
+    '</h3><p class="we-text">{layers}</p></div></section>'
+    '<section class="we-section we-card"><h2>Experts</h2><ol class="we-experts">{experts}</ol><p class="we-note">{base}'
+    "</p></section>"
+)
+PART = Markup(
+    '<tr><th scope="row"><i class="part-{key}"></i>{name}<small>{note}</small></th><td>{number:,}<small>{share}</small>'
+    "</td></tr>"
+)
+PIECE = Markup('<i class="part-{}" style="flex-grow:{}" title="{}: {}"></i>')
+EXPERT = Markup("<li>{badge}<div>{name}<small>{about}</small></div></li>")
+KINDS = {  # of stored task vectors
+    "exact": "in the model's own precision",
+    "bfloat16": "in bfloat16",
+    "sparse": "only their largest entries",
+    "low-rank": "as products of low rank",
+    "low-rank-bfloat16": "as products of low rank, in bfloat16",
+}
+
+
+def facts_panel(config: Any, summary: Mapping[str, Any], parts: Mapping[str, int], urls: Mapping[str, str]) -> Markup:
+    """Numbers of parameters by part, how the routers were adapted, and the experts.
+
+    Args:
+        config: the model's.
+        summary: `model.summary()`.
+        parts: `Served.parts()`.
+        urls: expert -> its page.
+    """
+    smile, total = config.routing == "smile", max(sum(parts.values()), 1)
+    kept = list(summary["energy"].values())
+    stored = KINDS.get(summary["task_vectors"], summary["task_vectors"])
+    stored += f", which keep {percent(sum(kept) / len(kept), 1)} of their energy" if kept else ""
+    how = config.merge.replace("_", " ") + ("" if config.merge == "simple_average" else f" with λ = {config.scaling:g}")
+    names = {
+        "upscaled_parameters": ("Routed: the base's weights", f"{count(summary['upscaled_linears'], 'linear')}"),
+        "task_vectors": ("Routed: task vectors", stored),
+        "merged_parameters": ("Merged once: everything else", how),
+        "head_parameters": ("Heads", "one for each expert"),
+        "trainable": ("Routers", "" if smile else _routers(config)),
+    }
+    rows = [
+        PART.format(key=key, name=names[key][0], note=names[key][1], number=number, share=percent(number / total, 1))
+        for key, number in parts.items()
+        if number
+    ]
+    strip = [PIECE.format(key, number, names[key][0], percent(number / total, 1)) for key, number in parts.items()]
+    experts = [
+        EXPERT.format(
+            badge=badge(index),
+            name=LINK.format(urls[row["name"]], row["name"]) if row["name"] in urls else row["name"],
+            about=" · ".join([row.get("license") or "no license named", *_labels(row)]),
+        )
+        for index, row in enumerate(config.experts)
+    ]
+    return PARTS.format(
+        total=f"{total:,}",
+        megabytes=summary["stored_bytes"] / 1e6,
+        merged="routed" if smile else "merged anew for every input",
+        strip=join(strip),
+        rows=join(rows),
+        routers=adaptation(config),
+        layers=", ".join(summary["units"]),
+        experts=join(experts),
+        base=f"All made from {config.base['id']}" if config.base.get("id") else "",
+    )
+
+
+def _routers(config: Any) -> str:
+    layers = ("a vector", "one linear layer", "two linear layers")[config.router_layers]
+    return f"{layers}, {'one for all layers' if config.shared_router else 'one in each layer'}"
+
+
+def _labels(row: Mapping[str, Any]) -> list[str]:
+    labels = [str(label) for label in row.get("labels") or ()]
+    shown_labels = ", ".join(labels[:FEW_BARS]) + (f", … ({len(labels)})" if len(labels) > FEW_BARS else "")
+    return [shown_labels] if labels else []
+
+
+def adaptation(config: Any) -> str:
+    """In one sentence how the routers came to what they say."""
+    if config.routing == "smile":
+        return "There are none: a token goes to the experts in whose leading directions most of it lies."
+    how = getattr(config, "adaptation", None)
+    if not how:
+        return (
+            f"Not adapted: every coefficient is about {config.scaling:g} whatever the input, "
+            "so the model answers as task arithmetic does."
+        )
+    rows = sum(how["rows"].values())
+    said = "Adapted to labels" if how["loss"] == "labels" else "Adapted without labels, so that answers become surer"
+    said += f": {how['steps']:,} steps on {count(rows, 'row')} of {count(len(how['rows']), 'task')}."
+    return f"{said} Stopped early: {how['stopped']}" if how.get("stopped") else said

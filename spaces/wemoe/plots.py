@@ -1,0 +1,173 @@
+"""Coefficients as HTML: a heat map with numbers, and lines by depth. Pure functions, as in page.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from coefficients import Coefficients
+from markupsafe import Markup
+from page import COLOURS, MOST_LOOKS, badge, join
+
+PLOT_HEIGHT = 320  # pixels, as in style.css
+LABEL_GAP = 24 / PLOT_HEIGHT  # share of the plot's height that a badge needs
+FEW_LAYERS = 12  # have room for all their names
+LEAST_SPAN = 0.2  # of the axis, or noise would look like a choice
+MOST_TICKS = 6
+STEPS = (0.05, 0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 25.0, 100.0)
+
+# ---------------------------------------------------------------- heat map
+
+MAP = Markup(
+    '<div class="we-card"><h3>Layer by layer</h3><p class="we-note"><i class="we-key more"></i>more than {constant:.3g}'
+    '<i class="we-key less"></i>less; {what}</p><div class="we-scroll" tabindex="0" role="region" '
+    'aria-label="Coefficients"><table class="we-heat"><thead><tr><th scope="col">layer</th>{head}</tr></thead>'
+    "<tbody>{rows}</tbody><tfoot>{foot}</tfoot></table></div></div>"
+)
+HEAD_CELL = Markup('<th scope="col" title="{name}">{badge}<span>{name}</span></th>')
+ROW = Markup('<tr><th scope="row">{}</th>{}</tr>')
+FOOT = Markup('<tr class="mean"><th scope="row">mean</th>{}</tr>')
+CELL = Markup('<td class="{side}" style="--a:{strength:.2f}">{number}</td>')
+
+
+def heat_map(found: Coefficients, smile: bool) -> Markup:
+    """Layers × experts with numbers, coloured by how far they are from the constant."""
+    *rows, mean = heat_cells([*found.values, found.means()], found.constant)
+    return MAP.format(
+        constant=found.constant,
+        what="what all experts alike would have" if smile else "the constant of task arithmetic",
+        head=join(HEAD_CELL.format(name=name, badge=badge(expert)) for expert, name in enumerate(found.experts)),
+        rows=join(ROW.format(name, row) for name, row in zip(found.layers, rows, strict=True)),
+        foot=FOOT.format(mean),
+    )
+
+
+def heat_cells(rows: Sequence[Sequence[float]], constant: float) -> list[Markup]:
+    """Cells of each row, all on one scale: full colour is the largest distance from the constant."""
+    most = max([abs(w - constant) for row in rows for w in row], default=0.0)
+    most = max(most, LEAST_SPAN / 2)
+    return [
+        join(
+            CELL.format(side="more" if w >= constant else "less", strength=abs(w - constant) / most, number=f"{w:.2f}")
+            for w in row
+        )
+        for row in rows
+    ]
+
+
+# ---------------------------------------------------------------- by depth
+
+DEPTH = Markup(
+    '<div class="we-card"><h3>By depth</h3><p class="we-note"><i class="we-key dash"></i>{constant:.3g}, {what}'
+    '{thick}</p><div class="we-plot" role="img" aria-label="Coefficients by layer; the table has the numbers">'
+    '<div class="scores">{ticks}</div><div class="area">{grid}<i class="constant" style="top:{where:.2f}%"></i>'
+    '<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">{lines}</svg>{points}</div>'
+    '<div class="ends">{ends}</div><div class="layers">{layers}</div></div></div>'
+)
+TICK = Markup('<span style="top:{:.2f}%">{}</span>')
+GRID = Markup('<i class="grid" style="top:{:.2f}%"></i>')
+LINE = Markup('<polyline class="{kind}" style="--c:var(--e{colour})" points="{points}"/>')
+POINT = Markup('<i class="point{own}" style="left:{x:.2f}%;top:{y:.2f}%;--c:var(--e{colour})" title="{title}"></i>')
+END = Markup('<span style="top:{:.2f}%" class="{}">{}<em title="{}">{}</em></span>')
+LAYER = Markup('<span style="left:{:.2f}%">{}</span>')
+
+
+def depth_plot(found: Coefficients, own: int | None, smile: bool) -> Markup:
+    """A line for each expert over the layers, with its number at the end, and the constant as a dashed line.
+
+    Args:
+        own: the expert of the task, whose line is thick.
+    """
+    low, high, ticks = axis([w for row in found.values for w in row] + [found.constant])
+
+    def y(w: float) -> float:
+        return 100 * (high - w) / (high - low)
+
+    depth = len(found.layers)
+    xs = [100 * (layer + 0.5) / depth for layer in range(depth)]
+    lines, points, last = [], [], []
+    order = sorted(range(len(found.experts)), key=lambda expert: expert == own)  # the task's own lies on top
+    for expert in order:
+        ws = [row[expert] for row in found.values]
+        colour = str(expert % COLOURS) if expert < MOST_LOOKS else "-rest"
+        kind = " ".join(["own"] * (expert == own) + ["dashed"] * (COLOURS <= expert < MOST_LOOKS))
+        path = [(0.0, ws[0]), *zip(xs, ws, strict=True), (100.0, ws[-1])] if depth == 1 else zip(xs, ws, strict=True)
+        lines.append(LINE.format(kind=kind, colour=colour, points=" ".join(f"{x:.2f},{y(w):.2f}" for x, w in path)))
+        points += [
+            POINT.format(
+                own=" own" if expert == own else "",
+                x=x,
+                y=y(w),
+                colour=colour,
+                title=f"layer {layer}: {expert + 1} {found.experts[expert]} {w:.2f}",
+            )
+            for x, w, layer in zip(xs, ws, found.layers, strict=True)
+        ]
+        last.append((y(ws[-1]) / 100, expert))
+    last.sort()
+    places = spread([place for place, _ in last], min(LABEL_GAP, 1 / len(last)))
+    return DEPTH.format(
+        constant=found.constant,
+        what="what all alike would have" if smile else "task arithmetic",
+        thick=f"; thick: {found.experts[own]}, the expert of this task" if own is not None else "",
+        ticks=join(TICK.format(y(tick), f"{tick:.4g}") for tick in ticks),
+        grid=join(GRID.format(y(tick)) for tick in ticks),
+        where=y(found.constant),
+        lines=join(lines),
+        points=join(points),
+        ends=join(
+            END.format(
+                100 * place, "own" if expert == own else "", badge(expert), found.experts[expert], found.experts[expert]
+            )
+            for place, (_, expert) in zip(places, last, strict=True)
+        ),
+        layers=join(LAYER.format(x, name) for x, name in zip(xs, axis_labels(found.layers), strict=True)),
+    )
+
+
+def axis(values: Sequence[float]) -> tuple[float, float, list[float]]:
+    """Lowest and highest coefficient drawn, and the ticks."""
+    low, high = min(values), max(values)
+    more = max(0.0, LEAST_SPAN - (high - low)) / 2
+    low, high = low - more, high + more
+    step = next((step for step in STEPS if (high - low) / step <= MOST_TICKS), (high - low) / MOST_TICKS)
+    first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
+    ticks = [round(index * step, 6) for index in range(first, last + 1)]
+    return ticks[0], ticks[-1], ticks
+
+
+def axis_labels(layers: Sequence[str]) -> list[str]:
+    """What stands under each layer: its name, or every fifth where they would not fit."""
+    step = 1 if len(layers) <= FEW_LAYERS else 5
+    return [layer if number % step == 0 else "" for number, layer in enumerate(layers)]
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Moves ascending places in [0, 1] apart until neighbours are `gap` apart, each group about its own middle."""
+    groups: list[list[float]] = []  # of labels that touch: where each would like to be
+    for place in places:
+        groups.append([place])
+        while len(groups) > 1 and _start(groups[-1], gap) - _start(groups[-2], gap) < gap * len(groups[-2]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    apart = [_start(group, gap) + gap * index for group in groups for index in range(len(group))]
+    apart = [min(place, 1 - gap * (len(apart) - 1 - index)) for index, place in enumerate(apart)]
+    return [max(place, gap * index) for index, place in enumerate(apart)]
+
+
+def _start(group: Sequence[float], gap: float) -> float:
+    return sum(group) / len(group) - gap * (len(group) - 1) / 2
+
+
+SECTION = Markup(
+    '<section class="we-section"><div class="we-split"><h2>What it was merged from</h2><p class="we-note">{}</p></div>'
+    '<div class="we-pair">{}{}</div></section>'
+)
+
+
+def coefficients_panel(found: Coefficients, own: int | None, smile: bool) -> Markup:
+    """The heat map beside the lines by depth."""
+    means = found.means()
+    most = max(range(len(means)), key=means.__getitem__)
+    least = min(range(len(means)), key=means.__getitem__)
+    ends = (f"{what} mean: {found.experts[k]} {means[k]:.2f}" for what, k in (("largest", most), ("smallest", least)))
+    return SECTION.format(", ".join(ends), heat_map(found, smile), depth_plot(found, own, smile))
