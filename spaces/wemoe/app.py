@@ -135,34 +135,49 @@ def predict(*given: Any) -> dict[str, Any]:
 # ---------------------------------------------------------------- what the page asks for
 
 
-def run(*given: Any) -> Iterator[tuple[Any, ...]]:
-    """Answer, coefficients, and what other weights say, one after the other."""
+def run(*given: Any) -> tuple[str, str, tuple[Example, int | None] | None]:
+    """Answer and coefficients; and what was asked, the input and the expert whose head answers."""
     model, (*inputs, task) = served(), given
     try:
         example, own = read_input(*inputs), chosen(task)
         model.check(example)
     except InputError as error:
         empty = not any(inputs)
-        yield page.message("Nothing to answer yet", EMPTY[model.kind]) if empty else _failed(error), "", ""
+        return page.message("Nothing to answer yet", EMPTY[model.kind]) if empty else _failed(error), "", None
+    [answer] = _asked([example], own or 0, ROUTED)
+    assert answer.coefficients is not None
+    head = "" if own is None else model.names[own]
+    return (
+        page.answer_panel(answer, head, thumbnail(example.image)),
+        plots.coefficients_panel(answer.coefficients, own, model.smile),
+        (example, own),
+    )
+
+
+def compare(asked: tuple[Example, int | None] | None) -> Iterator[str]:
+    """The same input by one constant and by each expert alone; of language models one after the other."""
+    if asked is None:
+        yield ""
         return
+    model, (example, own) = served(), asked
+    said: dict[Weights, Answer] = {}
+    everyone: list[Weights] = [CONSTANT, *range(len(model.names))]
+
+    def shown() -> str:
+        alone = [said.get(expert) for expert in range(len(model.names))]
+        return page.others(model.names, said.get(CONSTANT), alone, own, model.constant, model.smile)
+
+    for weights in everyone:
+        if model.kind == "language":  # classes come at once
+            yield shown()
+        [said[weights]] = _asked([example], own or 0, weights)
+    yield shown()
+
+
+def _asked(examples: list[Example], task: int, weights: Weights) -> list[Answer]:
+    """As `ask`; what goes wrong inside is told and logged."""
     try:
-        [answer] = ask([example], own or 0, ROUTED)
-        head = "" if own is None else model.names[own]
-        first = page.answer_panel(answer, head, thumbnail(example.image))
-        assert answer.coefficients is not None
-        merged_from = plots.coefficients_panel(answer.coefficients, own, model.smile)
-        alone: list[Answer | None] = [None] * len(model.names)
-        constant: Answer | None = None
-        everyone: list[Weights] = [CONSTANT, *range(len(model.names))]
-        yield first, merged_from, page.others(model.names, constant, alone, own, model.constant, model.smile)
-        for weights in everyone:
-            [said] = ask([example], own or 0, weights)
-            if isinstance(weights, int):
-                alone[weights] = said
-            else:
-                constant = said
-            if model.kind == "language" or weights == everyone[-1]:  # classes come at once
-                yield gr.skip(), gr.skip(), page.others(model.names, constant, alone, own, model.constant, model.smile)
+        return ask(examples, task, weights)
     except Exception as error:
         logger.exception("the model failed")
         raise gr.Error(f"The model could not answer: {type(error).__name__}: {error}") from error
@@ -192,11 +207,7 @@ def run_batch(lines: Any, file: Any, task: Any) -> tuple[Any, Any]:
                 raise InputError(f"Input {number}: {error}") from error
     except InputError as error:
         return _failed(error), nothing
-    try:
-        answers = ask(examples, own or 0, ROUTED)
-    except Exception as error:
-        logger.exception("the model failed")
-        raise gr.Error(f"The model could not answer: {type(error).__name__}: {error}") from error
+    answers = _asked(examples, own or 0, ROUTED)
     head = "" if own is None else model.names[own]
     cells = partial(plots.heat_cells, constant=model.constant)
     path = Path(tempfile.mkdtemp(dir=get_upload_folder())) / "answers.csv"
@@ -268,6 +279,7 @@ def _one_input(blocks: gr.Blocks, model: Served) -> None:
             answer = gr.HTML(page.busy(), apply_default_css=False)
             others = gr.HTML("", apply_default_css=False)
     merged_from = gr.HTML("", apply_default_css=False)
+    asked = gr.State(None, time_to_live=HOUR)
 
     def pick(row: int) -> tuple[Any, ...]:
         example = model.examples[row]
@@ -275,15 +287,18 @@ def _one_input(blocks: gr.Blocks, model: Served) -> None:
         own = chosen(example.task) if example.task in [*model.names, *model.model.experts] else gr.skip()
         return (*values, own)
 
-    inputs, outputs = [*given, task], [answer, merged_from, others]
-    triggers = [blocks.load, button.click]
-    triggers += [box.submit for box in given if isinstance(box, gr.Textbox)]
-    triggers += [task.input] if model.has_heads else []
+    inputs, outputs = [*given, task], [answer, merged_from, asked]
+    asking = [button.click, *([task.input] if model.has_heads else [])]
+    triggers = [blocks.load, *asking, *(box.submit for box in given if isinstance(box, gr.Textbox))]
     if examples is not None:
+        asking.append(examples.click)
         triggers.append(examples.click(pick, examples, inputs, **hidden).success)
-    ran = [trigger(run, inputs, outputs, **ONE_AT_A_TIME, **hidden) for trigger in triggers]
-    again = [button.click, *([task.input] if model.has_heads else []), *([examples.click] if examples else [])]
-    gr.on(again, None, cancels=ran)
+    compared = []
+    for trigger in triggers:
+        begun = trigger(page.busy, None, answer, queue=False, **hidden)  # others may still be served
+        ran = begun.then(run, inputs, outputs, **ONE_AT_A_TIME, **hidden)
+        compared.append(ran.success(compare, asked, others, **ONE_AT_A_TIME, **hidden))
+    gr.on(asking, None, cancels=compared)
 
 
 def _inputs(model: Served, first: Example) -> list[Any]:

@@ -145,19 +145,13 @@ class Served:
         return 1 / len(self.model.experts) if self.smile else float(self.model.config.scaling)
 
     @property
-    def longest(self) -> int:
-        """Tokens that an input may have."""
+    def limits(self) -> tuple[int, int]:
+        """Tokens that an input may have, and that are written at most."""
         own = self.model.backbone.config.get_text_config()
         known = [getattr(self.processor, "model_max_length", None), getattr(own, "max_position_embeddings", None)]
-        most = min([n for n in known if isinstance(n, int) and 0 < n < 1_000_000], default=LONGEST_INPUT)
-        return most - (self.new_tokens if self.model.config.head == "causal-lm" else 0)
-
-    @property
-    def new_tokens(self) -> int:
-        """Tokens that are written at most."""
-        own = self.model.backbone.config.get_text_config()
-        context = getattr(own, "max_position_embeddings", None) or 2 * LONGEST_INPUT
-        return min(NEW_TOKENS, context // 2)
+        context = min([n for n in known if isinstance(n, int) and 0 < n < 1_000_000], default=LONGEST_INPUT)
+        new = min(NEW_TOKENS, context // 2)
+        return context - (new if self.model.config.head == "causal-lm" else 0), new
 
     def check(self, example: Example) -> None:
         """Refuses what cannot be answered.
@@ -173,8 +167,9 @@ class Served:
             raise InputError("There is no text yet: write something first.")
         if len(example.text) + len(example.pair) > MOST_CHARACTERS:
             raise InputError(f"That text is too long: {MOST_CHARACTERS:,} characters are the most.")
-        if (tokens := len(self._tokens(example)["input_ids"][0])) > self.longest:
-            raise InputError(f"That text is too long: it has {tokens:,} tokens, {self.longest:,} are the most.")
+        tokens, most = len(self._tokens(example)["input_ids"][0]), self.limits[0]
+        if tokens > most:
+            raise InputError(f"That text is too long: it has {tokens:,} tokens, {most:,} are the most.")
 
     def answer(self, examples: Sequence[Example], task: int = 0, weights: Weights = ROUTED) -> list[Answer]:
         """Answers to inputs that were checked.
@@ -223,7 +218,7 @@ class Served:
 
     def _write(self, example: Example) -> list[tuple[str, list[str], list[float]]]:
         model, inputs = self.model, _on(self._tokens(example), self.model)
-        written = model.generate(**inputs, max_new_tokens=self.new_tokens, do_sample=False)[0]
+        written = model.generate(**inputs, max_new_tokens=self.limits[1], do_sample=False)[0]
         if model.config.head == "causal-lm":
             written = written[inputs["input_ids"].shape[1] :]
         return [(self.processor.decode(written, skip_special_tokens=True).strip(), [], [])]
