@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import Counter
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from datasets import Dataset
 from models.test_wemoe import close, first, fused, plain
 from models.test_wemoe_experts import different_labels
 from tiny_fused import IDS, MASK, TEXT, base_expert
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
 from hf_fusion.models.wemoe import WEMoEModel, linears_wemoe
@@ -165,6 +167,63 @@ def test_compiles_without_a_graph_break(kind, storage):
         got = first(compiled(**inputs, **extra))
     torch._dynamo.reset()
     assert close(got, want) <= (2**-10 if storage == "low-rank-bfloat16" else 1e-5)
+
+
+class Count(TorchDispatchMode):
+    """Counts calls by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "storage"),
+    [
+        ("llama", "sparse"),
+        pytest.param("llama", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("llama", "low-rank", marks=pytest.mark.slow),
+        pytest.param("llama", "low-rank-bfloat16", marks=pytest.mark.slow),
+        pytest.param("llama", "smile", marks=pytest.mark.slow),
+        pytest.param("t5", "exact", marks=pytest.mark.slow),
+    ],
+)
+def test_an_accelerator_gets_few_calls_and_is_never_waited_for(kind, storage):
+    """A device without values stands in for one: what would wait for a value of it raises."""
+    how = {"task_vectors": "low-rank", "energy": 0.6, "routing": "smile"} if storage == "smile" else {}
+    model, base, _, units, inputs = fused(kind, **(how or {"task_vectors": storage, **STORAGES[storage]}))
+    for dense in (model.backbone, base):
+        dense.set_attn_implementation("eager")
+    if kind == "t5":  # dense encoders look at a mask's values themselves
+        inputs = {name: tensor for name, tensor in inputs.items() if name != "attention_mask"}
+    model, base, calls = model.to("meta"), base.to("meta"), {}
+    for rows in (3, 30):
+        given = {
+            name: tensor.repeat(rows // 3, *[1] * (tensor.dim() - 1)).to("meta") for name, tensor in inputs.items()
+        }
+        with torch.no_grad(), Count() as calls[rows]:
+            output = first(model(**given))
+        with torch.no_grad(), Count() as calls["base"]:
+            assert first(base(**given)).shape == output.shape
+    assert calls[3].calls == calls[30].calls  # nothing is called for each sample
+    assert calls[3].calls.total() - calls["base"].calls.total() <= 30 * sum(map(len, units.values()))
+    output = first(model(**given))
+    if storage != "smile":
+        torch.autograd.grad(output.sum(), [p for p in model.parameters() if p.requires_grad])
+
+
+def test_rows_stored_apart_are_put_together(monkeypatch):
+    monkeypatch.setattr(linears_wemoe, "BLOCK", 16 * 32)
+    linear = fused("bert", task_vectors="sparse")[0].units[0].linears[0]
+    assert (linear.step, linear.rows, linear.experts) == (16, 64, 3)
+    apart = [linear.block(start, start + 16, [], torch.float32) for start in range(0, 64, 16)]
+    assert torch.equal(linear.block(0, 64, [], torch.float32), torch.cat(apart, 1))
+    assert torch.equal(linear.block(16, 64, [], torch.float32), torch.cat(apart[1:], 1))
+    assert all(block.any() for block in apart)
 
 
 def test_device_map_and_copies(tmp_path):

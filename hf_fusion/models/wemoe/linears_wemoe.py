@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_wemoe import LOW_RANK
 
@@ -118,7 +119,7 @@ class UpscaledLinear(nn.Module):
 
     def _product(self, rows: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """(B, n, d_in) and (B, K) -> (B, n, d_out)."""
-        with torch.autocast(rows.device.type, enabled=False):
+        with maybe_autocast(rows.device.type, enabled=False):
             product: torch.Tensor = _MergedProduct.apply(rows, w, self._bias(w), self)
         return product
 
@@ -147,7 +148,7 @@ class UpscaledLinear(nn.Module):
         else:
             w = w.to(x.dtype).repeat_interleave(x.shape[0] // w.shape[0], 0)
             w = w.view(x.shape[0], *(1 for _ in x.shape[1:-1]), -1)  # (N, 1, ..., K)
-        hidden = hidden * w.repeat_interleave(self._ranks_on(x.device), -1)
+        hidden = hidden * w.index_select(-1, self._owners(x.device))
         if self.biases is not None:
             hidden = torch.cat([hidden, w.expand(*x.shape[:-1], -1)], -1)
         hidden = hidden.to(dtype)
@@ -159,16 +160,22 @@ class UpscaledLinear(nn.Module):
         y.view(-1, self.out_features).addmm_(hidden.view(-1, hidden.shape[-1]), lora_b)
         return y
 
-    def _ranks_on(self, device: torch.device) -> int | torch.Tensor:
-        """The experts' ranks as `repeat_interleave` takes them."""
-        return self.ranks[0] if len(set(self.ranks)) == 1 else torch.tensor(self.ranks, device=device)
+    def _owners(self, device: torch.device) -> torch.Tensor:
+        """The expert of each row of the factors (ΣR,); made once, for a copy to a device would be waited for."""
+        known: torch.Tensor | None = getattr(self, "_known_owners", None)
+        if known is None or known.device != device:
+            owners = [expert for expert, rank in enumerate(self.ranks) for _ in range(rank)]
+            known = self._known_owners = torch.tensor(owners, device=device)
+        return known
 
     # ---------------------------------------------------------------- merging
 
     def steps(self, samples: int, device: str) -> tuple[int, int]:
         """Rows of a block, and samples merged at a time."""
         elements = (BLOCK if samples > 1 else 2 * BLOCK) if device == "cpu" else BLOCK_ELSEWHERE
-        rows = self.step if self.kind == "sparse" else _rows(self.rows, self.columns, elements)
+        rows = _rows(self.rows, self.columns, elements)
+        if self.kind == "sparse":  # what is stored together stays together
+            rows = min(self.rows, (rows // self.step if device != "cpu" else 1) * self.step)
         return rows, min(samples, SAMPLES if device == "cpu" else SAMPLES_ELSEWHERE)
 
     def block(self, start: int, stop: int, scratch: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -182,10 +189,24 @@ class UpscaledLinear(nn.Module):
         block = flat.view(self.experts, size)
         if self.kind == "bfloat16":
             return block.copy_(_values(self.vectors)[:, start:stop].flatten(1))
-        number = start // self.step
-        entries = slice(*self._starts()[number : number + 2])
-        flat.zero_().index_copy_(0, self.index[entries].long(), self.values[entries].to(dtype))
+        places, values = self._entries(start, stop)
+        flat.zero_().index_copy_(0, places, values.to(dtype))
         return block
+
+    def _entries(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Kept entries of some rows that were stored together, and their places in (K, rows · C)."""
+        first, last = start // self.step, math.ceil(stop / self.step)
+        known = [] if last - first == len(self.counts) else self._starts()
+        entries = slice(known[first], known[last]) if known else slice(None)
+        places, values = self.index[entries].long(), self.values[entries]
+        if last - first > 1:
+            counts = self.counts[first:last]
+            number = torch.arange(len(counts), device=counts.device)
+            number = number.repeat_interleave(counts, output_size=len(places))
+            size = (stop - start - number * self.step).clamp(max=self.step) * self.columns  # of an expert's rows
+            expert, place = places // size, places % size
+            places = expert * (stop - start) * self.columns + number * self.step * self.columns + place
+        return places, values
 
     def _starts(self) -> list[int]:
         """Where each block's entries begin; read once, for a call that asks the device would wait for it."""
@@ -196,15 +217,16 @@ class UpscaledLinear(nn.Module):
     def merge(self, w: torch.Tensor) -> torch.Tensor:
         """Merged weights (B, R, C), whole, from coefficients (B, K); low rank: (1, d_out, d_in) from (1, K)."""
         if self.is_low_rank:
-            scale = w[0].repeat_interleave(self._ranks_on(w.device))
+            scale = w[0].index_select(0, self._owners(w.device))
             factor = _values(self.lora_B)[: len(scale)].t().to(w.dtype) * scale
             return torch.addmm(self.base.to(w.dtype), factor, _values(self.lora_A).to(w.dtype))[None]
         if self.kind in ("exact", "bfloat16"):
             change = w @ _values(self.vectors).flatten(1).to(w.dtype)
         else:
             scratch: list[torch.Tensor] = []
-            starts = range(0, self.rows, self.step)
-            blocks = (self.block(start, min(start + self.step, self.rows), scratch, w.dtype) for start in starts)
+            step, _ = self.steps(len(w), w.device.type)
+            starts = range(0, self.rows, step)
+            blocks = (self.block(start, min(start + step, self.rows), scratch, w.dtype) for start in starts)
             change = torch.cat([w @ block for block in blocks], 1)
         return change.view(-1, self.rows, self.columns) + self.base.to(w.dtype)
 

@@ -285,7 +285,8 @@ class WEMoEModel(PreTrainedModel):
             self.shared.given = before
 
     def _by_unit(self, coefficients: Coefficients) -> dict[str, torch.Tensor]:
-        return by_unit(coefficients, self.experts, [unit.name for unit in self.units])
+        table = by_unit(coefficients, self.experts, [unit.name for unit in self.units])
+        return {name: w.to(self.device) for name, w in table.items()}  # once, not in every forward
 
     def routing_trace(self) -> RoutingTrace:
         """Coefficients of the last forward, or of the prompts of the last `generate()`, by layer and sample.

@@ -179,7 +179,7 @@ class Scope:
         real = _real_tokens(mask, tokens)  # (B, T) or None
         if self.kind == "decoder":
             first = torch.zeros(rows, dtype=torch.long, device=inputs.device) if real is None else real.int().argmax(1)
-            return F.one_hot(first, tokens).to(torch.float32)
+            return (torch.arange(tokens, device=inputs.device) == first[:, None]).to(torch.float32)
         prompt = None
         if self.kind == "causal":
             if self.shared.prompt_mask is not None:
