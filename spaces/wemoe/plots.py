@@ -48,7 +48,11 @@ def heat_cells(rows: Sequence[Sequence[float]], constant: float) -> list[Markup]
     most = max(most, LEAST_SPAN / 2)
     return [
         join(
-            CELL.format(side="more" if w >= constant else "less", strength=abs(w - constant) / most, number=f"{w:.2f}")
+            CELL.format(
+                side="more" if w >= constant else "less",
+                strength=abs(w - constant) / most,
+                number=f"{round(w, 2) + 0.0:.2f}",
+            )
             for w in row
         )
         for row in rows
