@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import FusionError
 from ..hub.load import load_experts
 from ..models.wemoe.build_wemoe import Parts, take_apart
-from ..models.wemoe.heads_wemoe import TaskHeads
+from ..models.wemoe.heads_wemoe import fill_heads, install_heads
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,12 +81,9 @@ class CoefficientMerge(nn.Module):
         speaks_twice = bool(getattr(parts.template.config, "is_encoder_decoder", False))
         self.config = SimpleNamespace(head=parts.head, experts=rows, adaptation=None, is_encoder_decoder=speaks_twice)
         self.backbone: Any = copy.deepcopy(parts.template).requires_grad_(False)
-        for path in parts.paths:
-            heads = TaskHeads(self.backbone.get_submodule(path), [len(row["labels"]) for row in rows])
-            for index, source in enumerate(parts.sources):
-                own = {k.removeprefix(f"{path}."): t for k, t in source.tensors.items() if k.startswith(f"{path}.")}
-                heads.fill(index, own, source.name)
-            self.backbone.set_submodule(path, heads.requires_grad_(False))
+        install_heads(self.backbone, parts.paths, [len(row["labels"]) for row in rows])
+        fill_heads(self.backbone, parts.paths, [source.tensors for source in parts.sources], self.experts)
+        self.backbone.requires_grad_(False)
         self.heads = parts.paths
         self.tensors: list[str] = []
         modules = dict(self.backbone.named_modules())

@@ -229,13 +229,20 @@ def renamed(tensors: Mapping[str, Any], model: Any, template: Any, part: str = "
 
 
 def head_paths(model: Any, head: str) -> list[str]:
-    """Modules of a classifier outside its trunk: what experts have their own copies of."""
+    """Modules of a classifier that experts have their own copies of; the last one gives the logits.
+
+    They are what lies outside of its trunk, and the trunk's pooler: what is the first layer of RoBERTa's head, BERT has
+    there, and every fine-tune makes it its own.
+    """
     if not head.endswith("classification"):
         return []
     trunk = next((name for name, child in model.named_children() if child is model.base_model), None)
     if trunk is None:  # CLIPForImageClassification: its trunk bears another name than its prefix
         trunk = next(name for name, child in model.named_children() if hasattr(child, "config"))
-    return [name for name, child in model.named_children() if name != trunk and any(True for _ in child.parameters())]
+    pooler = getattr(model.get_submodule(trunk), "pooler", None)
+    inside = [f"{trunk}.pooler"] if isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters()) else []
+    outside = [name for name, child in model.named_children() if name != trunk]
+    return inside + [name for name in outside if any(True for _ in model.get_submodule(name).parameters())]
 
 
 def low_rank(vector: torch.Tensor, rank: int | None, energy: float | None) -> tuple[torch.Tensor, torch.Tensor, float]:

@@ -247,12 +247,17 @@ def _source(expert: Any, template: Any, part: str, head: str) -> Source:
     }
     if adapter is None:
         return Source(row, renamed(model.state_dict(), model, template, part))
-    lora = renamed({f"{path}.weight": pair for path, pair in adapter.lora.items()}, model, template, part)
-    heads = {
-        k: t for k, t in model.state_dict().items() if k.startswith(tuple(f"{p}." for p in head_paths(model, head)))
-    }
-    tensors = renamed({**heads, **adapter.saved}, model, template, part)
-    return Source(row, tensors, {key.removesuffix(".weight"): pair for key, pair in lora.items()})
+    own = tuple(f"{path}." for path in head_paths(model, head))
+    heads = {key: tensor for key, tensor in model.state_dict().items() if own and key.startswith(own)}
+    heads |= adapter.saved
+    lora = {f"{path}.weight": pair for path, pair in adapter.lora.items()}
+    for key in [key for key in lora if key in heads]:  # its own copy of the module takes the update
+        a, b = lora.pop(key)
+        heads[key] = (heads[key].float() + b.float() @ a.float()).to(heads[key].dtype)
+    pairs = renamed(lora, model, template, part)
+    return Source(
+        row, renamed(heads, model, template, part), {key.removesuffix(".weight"): pair for key, pair in pairs.items()}
+    )
 
 
 def _sizes(linear: Any) -> tuple[int, int]:

@@ -15,12 +15,12 @@ class TaskHeads(nn.Module):
 
     Args:
         head: the dense model's head.
-        classes: number of classes of each expert.
+        classes: number of classes of each expert, or None for each where the module does not give the logits.
     """
 
-    def __init__(self, head: nn.Module, classes: Sequence[int]) -> None:
+    def __init__(self, head: nn.Module, classes: Sequence[int | None]) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(_resized(head, count) for count in classes)
+        self.heads = nn.ModuleList(copy.deepcopy(head) if count is None else _resized(head, count) for count in classes)
         self.active = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -44,6 +44,29 @@ class TaskHeads(nn.Module):
             target.copy_(tensors[key])
 
 
+def install_heads(model: Any, paths: Sequence[str], classes: Sequence[int]) -> None:
+    """Puts `TaskHeads` where a model has its head.
+
+    Args:
+        model: the dense model.
+        paths: of the modules that every expert has its own copy of; the last one gives the logits.
+        classes: number of classes of each expert.
+    """
+    for path in paths:
+        counts = list(classes) if path == paths[-1] else [None] * len(classes)
+        model.set_submodule(path, TaskHeads(model.get_submodule(path), counts))
+
+
+def fill_heads(
+    model: Any, paths: Sequence[str], tensors: Sequence[dict[str, torch.Tensor]], names: Sequence[str]
+) -> None:
+    """Copies every expert's own modules, by the names that its tensors have in the dense model."""
+    for path in paths:
+        for index, (own, name) in enumerate(zip(tensors, names, strict=True)):
+            inside = {k.removeprefix(f"{path}."): t for k, t in own.items() if k.startswith(f"{path}.")}
+            model.get_submodule(path).fill(index, inside, name)
+
+
 def _resized(head: nn.Module, classes: int) -> nn.Module:
     """A copy of a head with so many outputs: those of its last linear."""
     own = copy.deepcopy(head)
@@ -59,4 +82,4 @@ def _resized(head: nn.Module, classes: int) -> nn.Module:
     return own
 
 
-__all__ = ["TaskHeads"]
+__all__ = ["TaskHeads", "fill_heads", "install_heads"]

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from .assembly_wemoe import AUTO_CLASSES, with_arguments_of
 from .build_wemoe import Plan, check_options, make_plan
 from .configuration_wemoe import LOW_RANK, WEMoEConfig
-from .heads_wemoe import TaskHeads
+from .heads_wemoe import fill_heads, install_heads
 from .linears_wemoe import UpscaledLinear
 from .routing_wemoe import Coefficients, Router, RoutingTrace, Scope, Shared, Unit, by_unit, index_of
 
@@ -165,20 +165,15 @@ class WEMoEModel(PreTrainedModel):
             elif config.routing == "wemoe":
                 router = one
             self.units.append(Unit(number, row["name"], row["paths"], linears, router, scopes[stack]))
-        classes = [len(row["labels"]) for row in config.experts]
-        for path in config.task_heads:
-            backbone.set_submodule(path, TaskHeads(backbone.get_submodule(path), classes))
+        install_heads(backbone, config.task_heads, [len(row["labels"]) for row in config.experts])
 
     @torch.no_grad()
     def _fill(self, plan: Plan) -> None:
         for unit in self.units:
             for path, linear in zip(unit.paths, unit.linears, strict=True):
                 plan.fill(path, linear)
-        for path in self.config.task_heads:
-            heads = self.backbone.get_submodule(path)
-            for index, source in enumerate(plan.sources):
-                own = {k.removeprefix(f"{path}."): t for k, t in source.tensors.items() if k.startswith(f"{path}.")}
-                heads.fill(index, own, source.name)
+        tensors = [source.tensors for source in plan.sources]
+        fill_heads(self.backbone, self.config.task_heads, tensors, self.experts)
         plan.check()
 
     def _freeze(self) -> None:
