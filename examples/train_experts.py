@@ -73,13 +73,13 @@ TRAINING = {
     "banking77": Training(epochs=3, rows=9000),
     "cola": Training(epochs=3),
     "mrpc": Training(epochs=3, max_length=128),
-    "base": Training(epochs=12, learning_rate=1e-3, weight_decay=0.05),
-    "mnist": Training(learning_rate=3e-4),
-    "fashion_mnist": Training(epochs=3, learning_rate=3e-4),
-    "usps": Training(epochs=3, learning_rate=3e-4),
-    "pneumonia": Training(epochs=3, learning_rate=3e-4),
-    "cifar10": Training(epochs=10, rows=15_000, learning_rate=3e-4, weight_decay=0.05),
-    "digits": Training(epochs=8, learning_rate=3e-4),
+    "base": Training(epochs=10, learning_rate=1e-3, weight_decay=0.05),
+    "mnist": Training(learning_rate=2e-4),
+    "fashion_mnist": Training(learning_rate=2e-4),
+    "usps": Training(learning_rate=2e-4),
+    "pneumonia": Training(epochs=3, learning_rate=2e-4),
+    "cifar10": Training(epochs=8, rows=15_000, learning_rate=3e-4, weight_decay=0.05),
+    "digits": Training(epochs=6, learning_rate=2e-4),
 }
 
 VIT = {
@@ -278,6 +278,34 @@ def train(suite: MergingSuite, task: str, data: Path, folder: Path) -> str:
     return f"{task}: {score:.1%} of {len(test_rows)} test rows, trained in {seconds:.0f} s of CPU time"
 
 
+@torch.no_grad()
+def init_mimetic(model: ViTForImageClassification) -> None:
+    """Random weights that already attend as trained ones do (Trockman & Kolter, 2023, arXiv 2305.09828).
+
+    In every layer queries and keys of alike tokens meet (W_q W_kᵀ near the identity), values are subtracted
+    (W_v W_o near minus the identity), and positions are sinusoids. On few pictures a ViT learns faster from there.
+    """
+    d, heads = model.config.hidden_size, model.config.num_attention_heads
+    side = model.config.image_size // model.config.patch_size
+    frequencies = 10_000 ** (-torch.arange(d // 4) / (d // 4))
+    rows, columns = (
+        grid.reshape(-1, 1) * frequencies for grid in torch.meshgrid([torch.arange(side)] * 2, indexing="ij")
+    )
+    positions = torch.cat([columns.sin(), columns.cos(), rows.sin(), rows.cos()], dim=1)  # (side², d)
+    model.base_model.embeddings.position_embeddings[0, 1:] = 0.3 * positions
+    for layer in model.base_model.layers:
+        attention = layer.attention
+        for own in range(heads):
+            part = slice(own * d // heads, (own + 1) * d // heads)
+            u, s, v = torch.linalg.svd(0.7 * torch.randn(d, d) / d**0.5 + 0.7 * torch.eye(d))
+            root = s[: d // heads, None].sqrt()
+            attention.q_proj.weight[part] = root * u.t()[: d // heads]
+            attention.k_proj.weight[part] = root * v[: d // heads]
+        u, s, v = torch.linalg.svd(0.4 * torch.randn(d, d) / d**0.5 - 0.4 * torch.eye(d))
+        attention.v_proj.weight.copy_(s.sqrt()[:, None] * v)
+        attention.o_proj.weight.copy_(u * s.sqrt())
+
+
 def train_base(suite: MergingSuite, data: Path, folder: Path) -> str:
     """Pre-train the ViT that a suite's experts start from into `folder`, and return a line about it."""
     set_seed(SEED)
@@ -296,6 +324,7 @@ def train_base(suite: MergingSuite, data: Path, folder: Path) -> str:
         mirrored += [task in MIRRORED] * len(train_rows)
         names += [f"{task} {name}" for name in train_rows.features["label"].names]
     model = ViTForImageClassification(ViTConfig(**VIT, **labelled(names), attn_implementation="eager"))
+    init_mimetic(model)
     train_set = Images(torch.cat(parts["train"]), labels["train"], mirrored)
     score, seconds = fit(model, how, train_set, Images(torch.cat(parts["test"]), labels["test"]))
     card = BASE_CARD.format(
