@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,21 +136,10 @@ def _beside(model: Any, experts: Sequence[ExpertLike], base: Any) -> dict[str, S
     if merge.experts != model.experts:
         raise FusionError(f"the model is made of {model.experts}, not of {merge.experts}")
     systems = {
-        name: System(merge, kind, lambda own=own: _held(merge, own(model.config.scaling, len(loaded))))
+        name: System(merge, kind, lambda own=own: merge.using([own(model.config.scaling, len(loaded))] * len(loaded)))
         for name, (kind, own) in MERGES.items()
     }
     return {**systems, INDIVIDUAL: System(_Individual(merge, loaded), "oracle")}
-
-
-@contextmanager
-def _held(merge: CoefficientMerge, coefficient: float) -> Iterator[None]:
-    """One coefficient for everything, merged once."""
-    before = merge.coefficients.detach().clone()
-    with torch.no_grad():
-        merge.coefficients.fill_(coefficient)
-        with merge.merged():
-            yield
-        merge.coefficients.copy_(before)
 
 
 class _Individual:
@@ -166,14 +155,8 @@ class _Individual:
         return self.models[task](**inputs)
 
     def _adapted(self, task: str) -> Any:
-        merge = self.merge
-        one_hot = merge.coefficients.new_tensor([float(name == task) for name in merge.experts])
-        before = merge.coefficients.detach().clone()
-        with torch.no_grad():
-            merge.coefficients.copy_(one_hot.expand_as(merge.coefficients))
-            model = merge.dense(task)
-            merge.coefficients.copy_(before)
-        return model
+        with self.merge.using(task):
+            return self.merge.dense(task)
 
 
 __all__ = ["INDIVIDUAL", "WEMOE", "System", "evaluate_merging"]

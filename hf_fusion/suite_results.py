@@ -103,10 +103,15 @@ class SuiteResults:
     @classmethod
     def load(cls, path: str | Path) -> SuiteResults:
         """Reads what `save` wrote."""
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> SuiteResults:
+        """From the content of such a file."""
+        values = dict(given)
         tasks = [SuiteTask(**row) for row in values.pop("tasks")]
         systems = []
-        for row in values.pop("systems"):
+        for row in (dict(own) for own in values.pop("systems")):
             scores, means, lead = (_scores(row.pop(name)) for name in ("scores", "means", "lead"))
             systems.append(SuiteSystem(**row, scores=scores, means=means, lead=lead))
         return cls(tasks, systems, **values)

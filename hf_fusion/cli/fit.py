@@ -67,8 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_data(routers)
     routers.add_argument("--task-column", default="task", metavar="NAME", help="column that names the expert of a row")
     routers.add_argument("--labels", action="store_true", help="learn from labels (default: from unlabelled rows)")
-    routers.add_argument("--steps", type=int, default=300, metavar="N", help="optimizer steps (default: 300)")
-    routers.add_argument("--learning-rate", type=float, default=1e-3, metavar="X", help="default: 0.001")
+    routers.add_argument("--steps", type=int, default=100, metavar="N", help="optimizer steps (default: 100)")
+    routers.add_argument("--learning-rate", type=float, default=5e-4, metavar="X", help="default: 0.0005")
     routers.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows of each task a step (16)")
     routers.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of a row (default: 512)")
     routers.add_argument(
@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="weight of what keeps answers spread (default: 1; 0: the paper)",
     )
     routers.add_argument(
-        "--least-classes", type=float, metavar="X", help="stop where fewer of the classes are answered (default: 0.8)"
+        "--tolerance", type=float, metavar="X", help="stop where answers narrow, or leave the expert's, by more (0.1)"
     )
 
 
@@ -167,11 +167,11 @@ def _fit_gates(args: argparse.Namespace, out: Out) -> None:
 def _fit_routers(args: argparse.Namespace, out: Out) -> None:
     spread = {
         name: value
-        for name, value in {"diversity": args.diversity, "least_classes": args.least_classes}.items()
+        for name, value in {"diversity": args.diversity, "tolerance": args.tolerance}.items()
         if value is not None
     }
     if args.labels and spread:
-        raise FusionError("--labels needs neither --diversity nor --least-classes", "leave them out")
+        raise FusionError("--labels needs neither --diversity nor --tolerance", "leave them out")
 
     from hf_fusion.data import load_rows, split_tasks
     from hf_fusion.fusion import load_fused, save_fused
@@ -212,6 +212,7 @@ def _fit_routers(args: argparse.Namespace, out: Out) -> None:
             "rows": str(facts.rows[task]),
             "confidence": f"{first.confidence:.2f} → {facts.after[task].confidence:.2f}",
             "effective classes": f"{first.classes:.1f} → {facts.after[task].classes:.1f}",
+            "as the expert answers": f"{first.agreement:.0%} → {facts.after[task].agreement:.0%}",
         }
         for task, first in facts.before.items()
     ]

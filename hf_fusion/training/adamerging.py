@@ -120,6 +120,24 @@ class CoefficientMerge(nn.Module):
         finally:
             self._merge = None
 
+    @contextmanager
+    @torch.no_grad()
+    def using(self, coefficients: Sequence[float] | str) -> Iterator[None]:
+        """Within this context the learned coefficients are not used, and nothing learns.
+
+        Args:
+            coefficients: one for each expert; or an expert's name: it alone, whole.
+        """
+        if isinstance(coefficients, str):
+            coefficients = [float(name == coefficients) for name in self.experts]
+        before = self.coefficients.detach().clone()
+        self.coefficients.copy_(self.coefficients.new_tensor(list(coefficients)).expand_as(before))
+        try:
+            with self.merged():
+                yield
+        finally:
+            self.coefficients.copy_(before)
+
     def _merged(self) -> dict[str, torch.Tensor]:
         """Tensor name -> θ0 + Σ_k λ_k τ_k."""
         found = {}

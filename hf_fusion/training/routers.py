@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WATCHED = 64  # rows of each task that the watch looks at; none of them is trained on where there are enough
-CHECKS = 20  # about so often does it look
+CHECKS = 10  # so often does it look
+WATCH_FILE = "watch.pt"  # in a checkpoint: the best state so far
 RUN_FILE = "router_training.json"  # says whose checkpoints lie in a folder
 
 
@@ -45,11 +46,13 @@ class Health:
         entropy: mean entropy of the predictions, in nats.
         classes: effective number of classes among the answers, exp of the entropy of their mean: as many as there are
             where all are given alike, 1 where one answer is given to everything.
+        agreement: share of the rows that are answered as the task's own expert answers them.
     """
 
     confidence: float
     entropy: float
     classes: float
+    agreement: float
 
 
 @dataclass
@@ -61,7 +64,7 @@ class Adaptation:
         diversity: weight of the term that keeps the answers spread.
         learning_rate: the highest.
         batch_size: rows of each task a step and process.
-        steps: after which the routers were taken.
+        steps: after which the routers were taken; not more than were made.
         rows: task -> rows it learned from.
         stopped: why it ended before its last step, or None.
         before: task -> its answers at first; after: with the routers as they are now.
@@ -89,11 +92,11 @@ def adapt_routers(
     model: Any,
     unlabelled_rows: Mapping[str, Dataset | Examples],
     *,
-    steps: int = 300,
-    learning_rate: float = 1e-3,
+    steps: int = 100,
+    learning_rate: float = 5e-4,
     batch_size: int = 16,
     diversity: float = 1.0,
-    least_classes: float = 0.8,
+    tolerance: float = 0.1,
     max_length: int = 512,
     seed: int = 0,
     output_dir: str | Path | None = None,
@@ -105,9 +108,12 @@ def adapt_routers(
     papers' entropy, known to collapse on hard tasks: every input gets one answer, surely. With 1 it is the mutual
     information of rows and answers (information maximisation: Krause et al., 2010; SHOT, arXiv 2002.08546).
 
-    A watch looks at `WATCHED` rows of each task that are not learned from. Where the answers of a task narrow to less
-    than `least_classes` of the effective number that they had at first, training ends, and the routers go back to the
-    last state in which none had; `Adaptation.stopped` says so, and a warning.
+    A watch looks at `WATCHED` rows of each task that are not learned from, and at what the task's own expert, which is
+    in the model, makes of them. Two things go wrong: the answers of a task narrow to fewer classes than they had at
+    first and than the expert's have; or they agree less with the expert's than they did at first (classes that changed
+    places are as sure and as spread as before). Where either falls by more than `tolerance`, training ends;
+    `Adaptation.stopped` says so, and a warning. In any case the routers are in the end those of the look at which the
+    answers to all tasks agreed most with the experts'.
 
     On transformers' Trainer, with Adam: `accelerate launch` spreads it over processes. The same seed gives the same
     routers.
@@ -120,7 +126,8 @@ def adapt_routers(
         learning_rate: constant.
         batch_size: rows of each task, per process.
         diversity: see above.
-        least_classes: share of the effective number of classes below which the watch stops; 0 never does.
+        tolerance: share by which the effective number of classes, or the agreement with the expert, may fall before
+            the watch stops; with 1 nobody watches, and the routers are those of the last step.
         max_length: the longest sequence, in tokens.
         seed: of the order of the rows.
         output_dir: checkpoints (of the routers alone) are kept there, and a run that was interrupted goes on from them.
@@ -134,20 +141,20 @@ def adapt_routers(
     """
     if not diversity >= 0:
         raise FusionError(f"diversity={diversity}", hint="0, the papers' loss, or more")
-    if not 0 <= least_classes < 1:
-        raise FusionError(f"least_classes={least_classes}", hint="at least 0 and below 1")
+    if not 0 < tolerance <= 1:
+        raise FusionError(f"tolerance={tolerance}", hint="above 0, and 1 to let everything pass")
     examples = {task: _read(model, task, rows, max_length, labelled=False) for task, rows in unlabelled_rows.items()}
     facts = Adaptation("entropy", diversity, learning_rate, batch_size)
     loss = partial(_information, model, diversity=diversity)
-    return _fit(model, examples, facts, loss, steps, seed, output_dir, least_classes, WATCHED, **more)
+    return _fit(model, examples, facts, loss, steps, seed, output_dir, tolerance, WATCHED, **more)
 
 
 def fit_routers(
     model: Any,
     labelled_rows: Mapping[str, Dataset | Examples],
     *,
-    steps: int = 300,
-    learning_rate: float = 1e-3,
+    steps: int = 100,
+    learning_rate: float = 5e-4,
     batch_size: int = 16,
     max_length: int = 512,
     seed: int = 0,
@@ -223,7 +230,7 @@ def _fit(
     steps: int,
     seed: int,
     output_dir: str | Path | None,
-    least_classes: float = 0.0,
+    tolerance: float = 1.0,
     watched: int = 0,
     **more: Any,
 ) -> Adaptation:
@@ -240,7 +247,7 @@ def _fit(
         training_arguments(output_dir, steps, facts.learning_rate, facts.batch_size, seed, **own) as arguments,
         on_device(model, arguments.device),
     ):
-        watch = _Watch(model, examples, rows.watched, facts, trained, least_classes, max(1, steps // CHECKS))
+        watch = _Watch(model, examples, rows.watched, facts, trained, tolerance, max(1, steps // CHECKS))
         trainer = Trainer(
             model=Trained(trained, loss),
             args=arguments,
@@ -250,10 +257,10 @@ def _fit(
         )
         set_progress(trainer)
         watch.trainer = trainer
-        facts.before = watch.look()
+        watch.start()
         checkpoint = None
         if output_dir:
-            run = {"routers": digest(trained), "seed": seed, "least_classes": least_classes, **facts.for_config()}
+            run = {"routers": digest(trained), "seed": seed, "tolerance": tolerance, **facts.for_config()}
             checkpoint = resumable(Path(output_dir), RUN_FILE, {k: v for k, v in run.items() if k != "steps"})
         trainer.train(resume_from_checkpoint=checkpoint)
         watch.finish(trainer.state.global_step)
@@ -300,7 +307,7 @@ class _Rows(torch.utils.data.Dataset[Any]):
 
 
 class _Watch(TrainerCallback):
-    """Looks at the answers from time to time; stops training where a task's become few, and where the loss is NaN."""
+    """Looks at the answers from time to time; stops training where a task's go wrong, and where the routers are NaN."""
 
     def __init__(
         self,
@@ -309,58 +316,97 @@ class _Watch(TrainerCallback):
         rows: Mapping[str, list[int]],
         facts: Adaptation,
         trained: Mapping[str, nn.Parameter],
-        least: float,
+        tolerance: float,
         every: int,
     ) -> None:
         self.model, self.examples, self.rows, self.facts = model, examples, rows, facts
-        self.trained, self.least, self.every = trained, least, every
+        self.trained, self.tolerance, self.every = trained, tolerance, every
         self.trainer: Any = None
         self.good = self._state()
         self.good_step = 0
+        self.best = 0.0  # mean agreement of the good state
+        self.own: dict[str, torch.Tensor] = {}  # task -> logits of its expert
 
     def _state(self) -> dict[str, torch.Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.trained.items()}
 
-    @torch.no_grad()
+    def start(self) -> None:
+        """What the experts answer, and the model before it learns."""
+        for task in self.rows:
+            with self.model.using(task):
+                self.own |= self._logits([task])
+        self.facts.before = self.look()
+        self.best = _mean_agreement(self.facts.before)
+
     def look(self) -> dict[str, Health]:
         """The answers on the watched rows, by task; empty where nothing is watched."""
+        with _one_merge(self.model):
+            return {task: health(own, self.own[task]) for task, own in self._logits(self.rows).items()}
+
+    @torch.no_grad()
+    def _logits(self, tasks: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Of the watched rows of some tasks, (N, C)."""
         found = {}
         size = 4 * self.facts.batch_size
-        with _one_merge(self.model), self.trainer.accelerator.autocast():
-            for task, places in self.rows.items():
+        with self.trainer.accelerator.autocast():
+            for task in tasks:
                 logits = []
-                for start in range(0, len(places), size):
-                    rows = [self.examples[task].rows[place] for place in places[start : start + size]]
+                for start in range(0, len(self.rows[task]), size):
+                    rows = [self.examples[task].rows[place] for place in self.rows[task][start : start + size]]
                     inputs = to_model(self.examples[task].collate(rows), self.model.backbone)
                     logits.append(class_logits(partial(self.model, task=task), inputs))
                 if logits:
-                    found[task] = health(torch.cat(logits))
+                    found[task] = torch.cat(logits)
         return found
 
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The best state goes along with a checkpoint."""
+        if args.process_index == 0:
+            kept = {"good": self.good, "step": self.good_step, "best": self.best, "history": self.facts.history}
+            torch.save(kept, Path(args.output_dir) / f"checkpoint-{state.global_step}" / WATCH_FILE)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A run that goes on does so from a good state."""
-        self.good, self.good_step = self._state(), state.global_step
+        """A run that goes on takes it up again; killed before it was written, it starts from the checkpoint itself."""
+        if not state.global_step:
+            return
+        file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / WATCH_FILE
+        if file.exists():
+            kept = torch.load(file, map_location=next(iter(self.good.values())).device, weights_only=True)
+            self.good, self.good_step, self.best = kept["good"], kept["step"], kept["best"]
+            self.facts.history = kept["history"]
+        else:
+            self.good, self.good_step = self._state(), state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Looks, before a checkpoint is written."""
         step = state.global_step
         if not all(parameter.isfinite().all() for parameter in self.trained.values()):
             self._stop(control, f"the routers became NaN or Inf at step {step}")
-        elif self.least and (step % self.every == 0 or step == state.max_steps):
+        elif self.tolerance < 1 and (step % self.every == 0 or step == state.max_steps):
             now = self.look()
             self.facts.history.append({"step": step, **{task: asdict(own) for task, own in now.items()}})
-            narrow = {t: own for t, own in now.items() if own.classes < self.least * self.facts.before[t].classes}
-            if not narrow:
-                self.good, self.good_step = self._state(), step
-                return
-            task = min(narrow, key=lambda task: narrow[task].classes / self.facts.before[task].classes)
-            own, first = narrow[task], self.facts.before[task]
-            self._stop(
-                control,
-                f"stopped at step {step}: the answers to {task} collapse, {own.classes:.1f} effective classes instead "
-                f"of the {first.classes:.1f} at first, with a confidence of {own.confidence:.2f} after "
-                f"{first.confidence:.2f}",
+            wrong = next((why for task, own in now.items() if (why := self._wrong(task, own))), None)
+            agreement = _mean_agreement(now)
+            if wrong:
+                self._stop(control, f"stopped at step {step}: {wrong}")
+            elif agreement >= self.best:
+                self.good, self.good_step, self.best = self._state(), step, agreement
+
+    def _wrong(self, task: str, now: Health) -> str | None:
+        """What has gone wrong with the answers to a task, or None."""
+        first, expert, left = self.facts.before[task], health(self.own[task], self.own[task]), 1 - self.tolerance
+        sure = f"with a confidence of {now.confidence:.2f} after {first.confidence:.2f}"
+        if now.classes < left * min(first.classes, expert.classes):
+            return (
+                f"the answers to {task} collapse, {now.classes:.1f} effective classes instead of {first.classes:.1f} "
+                f"at first ({expert.classes:.1f} from its expert), {sure}"
             )
+        if now.agreement < left * first.agreement:
+            return (
+                f"the answers to {task} leave its expert, {now.agreement:.0%} agree instead of {first.agreement:.0%} "
+                f"at first, {sure}"
+            )
+        return None
 
     def _stop(self, control: Any, why: str) -> None:
         cure = "raise diversity or lower learning_rate" if self.facts.loss == "entropy" else "lower learning_rate"
@@ -368,23 +414,28 @@ class _Watch(TrainerCallback):
         control.should_training_stop, control.should_save = True, False
 
     def finish(self, steps: int) -> None:
-        """Goes back to the last good state where training was stopped."""
+        """Goes back to the best state, where somebody watched or training was stopped."""
         self.facts.steps = steps
-        if self.facts.stopped:
+        if self.facts.stopped or self.tolerance < 1:
             self.facts.steps = self.good_step
             with torch.no_grad():
                 for name, parameter in self.trained.items():
                     parameter.copy_(self.good[name])
 
 
-def health(logits: torch.Tensor) -> Health:
-    """What answers look like, from their logits (N, C)."""
+def _mean_agreement(found: Mapping[str, Health]) -> float:
+    return sum(own.agreement for own in found.values()) / max(1, len(found))
+
+
+def health(logits: torch.Tensor, expert: torch.Tensor) -> Health:
+    """What answers look like, from their logits (N, C), beside the expert's (N, C)."""
     log = logits.float().log_softmax(-1)
     mean = log.exp().mean(0)
     return Health(
         float(log.exp().amax(-1).mean()),
         float(-(log.exp() * log).sum(-1).mean()),
         float(torch.special.entr(mean).sum().exp()),
+        float((logits.argmax(-1) == expert.argmax(-1)).float().mean()),
     )
 
 

@@ -1,7 +1,9 @@
 """WEMoE on suites of real fine-tunes, before and after its routers adapt, beside static merges and the experts.
 
-    python tests/benchmarks/wemoe_suites.py --data DIR --suite minilm-8 --seeds 3 --limit 1000 --output FILE
-    python tests/benchmarks/wemoe_suites.py --data DIR --suite minilm-8 --transductive       # adapts on the test rows
+    python tests/benchmarks/wemoe_suites.py --data DIR --suite minilm-8 --output FILE
+    python tests/benchmarks/wemoe_suites.py --data DIR --suite minilm-8 --transductive     # adapts on the test rows
+    python tests/benchmarks/wemoe_suites.py --data DIR --suite vision-6 --corrupted 1 2 3 4 5
+    python tests/benchmarks/wemoe_suites.py --data DIR --suite vision-6 --adapt-on gaussian_noise:5 --transductive
 
 `examples/train_experts.py` trains the experts. Routers and coefficients learn without labels, from rows that neither
 trained the experts nor are tested. What does not depend on the seed is measured once.
@@ -15,6 +17,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,13 +27,96 @@ import torch
 from datasets import Dataset
 
 from hf_fusion import CoefficientMerge, WEMoEModel, adapt_routers
+from hf_fusion.corruptions import CORRUPTIONS, corrupt
 from hf_fusion.demo.merging_suites import SUITES, trained_experts
 from hf_fusion.evaluate_tasks import INDIVIDUAL, WEMOE, System, evaluate_merging
 from hf_fusion.hub.load import load_experts
 from hf_fusion.models.wemoe.merging_wemoe import RULES
 from hf_fusion.suite_results import HELD_IN, SuiteResults
 
-PLAIN = {"diversity": 0.0, "least_classes": 0.0}  # the papers' loss, unwatched
+UNADAPTED = "WEMoE, not adapted"
+
+
+class Suite:
+    """The experts and rows of one run, and what is made of them."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, suite = args, SUITES[args.suite]
+        base, folders = trained_experts(suite, args.experts)
+        [self.base] = load_experts([base], gates=False)
+        self.experts = load_experts(list(folders.values()))
+        parts = {task: suite.rows(args.data, task) for task in suite.tasks}
+        self.test = {task: _some(rows[2], args.limit) for task, rows in parts.items()}
+        self.adapt = self.test if args.transductive else {task: rows[1] for task, rows in parts.items()}
+        if args.adapt_on:
+            name, _, severity = args.adapt_on.partition(":")
+            self.adapt = corrupted(self.adapt, name, int(severity))
+            self.test = self.adapt if args.transductive else corrupted(self.test, name, int(severity))
+
+    def routers(self, seed: int, **options: Any) -> Any:
+        """A WEMoE, adapted unless it is told otherwise."""
+        args = self.args
+        model = WEMoEModel.from_experts(self.experts, base=self.base, scaling=args.scaling, modules=args.modules)
+        return self._adapted(model, seed, **options)
+
+    def coefficients(self, seed: int, granularity: str, **options: Any) -> Any:
+        """AdaMerging."""
+        return self._adapted(
+            CoefficientMerge(self.experts, self.base.model, granularity, self.args.scaling), seed, **options
+        )
+
+    def _adapted(self, model: Any, seed: int, **options: Any) -> Any:
+        if options.pop("skip", False):
+            return model, None
+        args = self.args
+        how = {"steps": args.steps, "batch_size": args.batch_size, "learning_rate": args.learning_rate, **options}
+        return model, adapt_routers(model, self.adapt, seed=seed, **how)
+
+    def static(self, rule: str, scaling: float) -> CoefficientMerge:
+        """A static merge by a rule that is no sum of whole task vectors."""
+        merge = CoefficientMerge(self.experts, self.base.model, "task", 0.0)
+        known = {**dict(merge.backbone.named_parameters()), **dict(merge.backbone.named_buffers())}
+        with torch.no_grad():
+            for number, tensor in enumerate(merge.tensors):
+                vectors = list(getattr(merge, f"vectors_{number}"))
+                known[tensor].copy_(RULES[rule](known[tensor].clone(), vectors, scaling))
+        return merge
+
+    def measure(self, seed: int, models: Mapping[str, Any], test: Mapping[str, Dataset], **settings: Any) -> Any:
+        """All models on some rows; with the first seed the experts and their simple merges as well."""
+        systems = {
+            name: System(model, "router" if isinstance(model, WEMoEModel) else "baseline",
+                         getattr(model, "merged", nullcontext))
+            for name, model in models.items()
+        }  # fmt: skip
+        args = self.args
+        return evaluate_merging(
+            systems.pop(WEMOE).model,
+            test,
+            experts=self.experts if seed == 0 else (),
+            base=self.base.model,
+            more=systems,
+            settings={"suite": args.suite, "seed": seed, "modules": args.modules, **settings},
+            command=args.command,
+        )
+
+
+# what is learned without labels; watched, with the term that keeps answers spread, unless it says otherwise
+PLAIN = {"diversity": 0.0, "tolerance": 1.0}
+LEARNED: dict[str, Callable[[Suite, int], Any]] = {
+    WEMOE: Suite.routers,
+    "WEMoE, plain entropy": partial(Suite.routers, **PLAIN),
+    "WEMoE, plain entropy, watched": partial(Suite.routers, diversity=0.0),
+    "AdaMerging, by task": partial(Suite.coefficients, granularity="task"),
+    "AdaMerging, by layer": partial(Suite.coefficients, granularity="layer"),
+    "AdaMerging, by layer, plain entropy": partial(Suite.coefficients, granularity="layer", **PLAIN),
+}
+# beside the simple average, and task arithmetic with the model's λ
+STATIC = {
+    "task arithmetic, λ .4": ("task_arithmetic", 0.4),
+    "TIES, λ .3": ("ties", 0.3),
+    "TIES, λ 1": ("ties", 1.0),
+}
 
 
 def main() -> None:
@@ -38,110 +124,93 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with one folder per data set")
     parser.add_argument("--suite", choices=SUITES, default="minilm-8")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--limit", type=int, default=1000, help="test rows of each task")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=16, help="rows of each task a step")
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--scaling", type=float, default=0.3)
     parser.add_argument("--modules", default="mlp")
     parser.add_argument("--transductive", action="store_true", help="adapt on the test rows themselves")
+    parser.add_argument("--adapt-on", help="NAME:SEVERITY, the corruption of the rows to adapt on and to test")
+    parser.add_argument("--corrupted", type=int, nargs="*", default=(), help="severities to test after clean rows")
     parser.add_argument("--learned", nargs="*", choices=LEARNED, default=list(LEARNED), help="what to adapt")
     parser.add_argument("--experts", type=Path, help="folder of the experts (default: where the example puts them)")
+    parser.add_argument("--join", type=Path, nargs="*", default=(), help="outputs of earlier runs of the same rows")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    command = f"python tests/benchmarks/wemoe_suites.py {shlex.join(sys.argv[1:])}"
-    suite = SUITES[args.suite]
-    base, folders = trained_experts(suite, args.experts)
-    parts = {task: suite.rows(args.data, task) for task in suite.tasks}
-    test = {task: _some(rows[2], args.limit) for task, rows in parts.items()}
-    adapt = {task: own.remove_columns("label") for task, own in (test.items() if args.transductive else
-             ((task, rows[1]) for task, rows in parts.items()))}  # fmt: skip
-    [start] = load_experts([base], gates=False)
-    experts = load_experts(list(folders.values()))
-    make = partial(WEMoEModel.from_experts, experts, base=start, scaling=args.scaling, modules=args.modules)
-    runs: list[SuiteResults] = []
-    for seed in range(args.seeds):
-        more, facts = {}, {}
+    args.command = f"python tests/benchmarks/wemoe_suites.py {shlex.join(sys.argv[1:])}"
+    suite = Suite(args)
+    runs = [SuiteResults.from_dict(run) for file in args.join for run in json.loads(file.read_text())["runs"]]
+    for seed in args.seeds:
+        models, facts = {}, {}
         for name in args.learned:
             began = time.process_time()
-            model, adaptation = LEARNED[name](make, experts, start, adapt, args, seed)
+            models[name], adaptation = LEARNED[name](suite, seed)
             facts[name] = {**adaptation.for_config(), "cpu_seconds": round(time.process_time() - began)}
             print(f"# seed {seed}, {name}: {json.dumps(facts[name])}", flush=True)
-            more[name] = (
-                System(model, "router") if isinstance(model, WEMoEModel) else System(model, within=model.merged)
-            )
-        lead = more.pop(WEMOE, None)
         if seed == 0:
-            more |= {"WEMoE, not adapted": System(make(), "router")} | _static(experts, start, args.scaling)
-        results = evaluate_merging(
-            lead.model if lead else make(),
-            test,
-            experts=experts if seed == 0 else (),
-            base=start.model,
-            more=more,
-            settings={"seed": seed, "suite": suite.name, "transductive": args.transductive, "adaptation": facts,
-                      "modules": args.modules},
-            command=command,
-        )  # fmt: skip
-        print(results.text(), flush=True)
-        runs.append(results)
-        if args.output:
-            args.output.write_text(json.dumps(_summary(runs, command), indent=1) + "\n", encoding="utf-8")
-    for name, row in _summary(runs, command)["systems"].items():
-        print(f"{name:32} {row['mean']:.1%} ± {row['spread']:.1%}  {row['normalised']:.1%} of the experts")
+            models[UNADAPTED], _ = suite.routers(seed, skip=True)
+            models |= {name: suite.static(*how) for name, how in STATIC.items()}
+        for test, condition in conditions(suite.test, args.corrupted):
+            results = suite.measure(
+                seed, models, test, condition=condition, adapted_on=args.adapt_on or "clean",
+                transductive=args.transductive, adaptations=facts,
+            )  # fmt: skip
+            print(f"\n{condition}, seed {seed}\n{results.text()}", flush=True)
+            runs.append(results)
+            if args.output:
+                write(args.output, runs)
+    if args.output:
+        write(args.output, runs)
+    for condition, systems in summary(runs)["conditions"].items():
+        for name, row in systems.items():
+            print(f"{condition:20} {name:36} {row['mean']:.1%} ± {row['spread']:.1%}  {row['normalised']:.1%}")
+
+
+def conditions(test: Mapping[str, Dataset], severities: Any) -> Any:
+    """Rows as they are, then under every corruption at some severities."""
+    yield test, "clean"
+    for severity in severities:
+        for name in CORRUPTIONS:
+            yield corrupted(test, name, severity), f"{name}:{severity}"
+
+
+def corrupted(rows: Mapping[str, Dataset], name: str, severity: int) -> dict[str, Dataset]:
+    """Rows under a corruption; the seed of an image is its number."""
+
+    def one(row: dict[str, Any], number: int) -> dict[str, Any]:
+        return {"image": corrupt(row["image"], name, severity, number)}
+
+    return {task: own.map(one, with_indices=True, keep_in_memory=True) for task, own in rows.items()}
+
+
+def write(file: Path, runs: list[SuiteResults]) -> None:
+    file.write_text(json.dumps(summary(runs), indent=1) + "\n", encoding="utf-8")
+
+
+def summary(runs: list[SuiteResults]) -> dict[str, Any]:
+    """By condition and system, over the seeds: mean, half of the range, and the share of the experts' mean."""
+    found: dict[str, dict[str, Any]] = {}
+    names = dict.fromkeys(run.settings["condition"] for run in runs)
+    for condition in names:
+        own = [run for run in runs if run.settings["condition"] == condition]
+        experts = own[0][INDIVIDUAL].means[HELD_IN].score if own[0].settings["seed"] == 0 else float("nan")
+        for name in dict.fromkeys(system.name for run in own for system in run.systems):
+            means = [s.means[HELD_IN].score for run in own for s in run.systems if s.name == name]
+            mean = sum(means) / len(means)
+            row = {"mean": mean, "spread": (max(means) - min(means)) / 2, "seeds": len(means)}
+            found.setdefault(condition, {})[name] = {**row, "normalised": mean / experts}
+    return {
+        "commands": list(dict.fromkeys(run.command for run in runs)),
+        "machine": runs[0].machine,
+        "conditions": found,
+        "runs": [asdict(run) for run in runs],
+    }
 
 
 def _some(rows: Dataset, limit: int) -> Dataset:
     return rows.shuffle(seed=0).select(range(min(limit, len(rows))))
-
-
-def _routers(make: Any, experts: Any, base: Any, rows: Any, args: Any, seed: int, **options: Any) -> Any:
-    model = make()
-    return model, adapt_routers(model, rows, steps=args.steps, batch_size=args.batch_size, seed=seed, **options)
-
-
-def _coefficients(granularity: str, make: Any, experts: Any, base: Any, rows: Any, args: Any, seed: int,
-                  **options: Any) -> Any:  # fmt: skip
-    model = CoefficientMerge(experts, base.model, granularity, args.scaling)
-    return model, adapt_routers(model, rows, steps=args.steps, batch_size=args.batch_size, seed=seed, **options)
-
-
-# what is learned without labels, each by the information loss with the watch unless it says otherwise
-LEARNED: dict[str, Callable[..., Any]] = {
-    WEMOE: _routers,
-    "WEMoE, plain entropy": partial(_routers, **PLAIN),
-    "WEMoE, plain entropy, watched": partial(_routers, diversity=0.0),
-    "AdaMerging, by task": partial(_coefficients, "task"),
-    "AdaMerging, by layer": partial(_coefficients, "layer"),
-    "AdaMerging, by layer, plain entropy": partial(_coefficients, "layer", **PLAIN),
-}
-
-
-def _static(experts: Any, base: Any, scaling: float) -> dict[str, System]:
-    """Static merges that are no sum of whole task vectors, or of another λ."""
-    found = {}
-    for name, rule, own in (("task arithmetic, λ .4", "task_arithmetic", 0.4), ("TIES, λ .3", "ties", 0.3),
-                            ("TIES, λ 1", "ties", 1.0)):  # fmt: skip
-        merge = CoefficientMerge(experts, base.model, "task", 0.0)
-        known = {**dict(merge.backbone.named_parameters()), **dict(merge.backbone.named_buffers())}
-        with torch.no_grad():
-            for number, tensor in enumerate(merge.tensors):
-                vectors = list(getattr(merge, f"vectors_{number}"))
-                known[tensor].copy_(RULES[rule](known[tensor].clone(), vectors, own))
-        found[name] = System(merge, within=merge.merged)
-    return found
-
-
-def _summary(runs: list[SuiteResults], command: str) -> Mapping[str, Any]:
-    """Over the seeds: means, half the range between the least and the largest, share of the experts' mean."""
-    experts = runs[0][INDIVIDUAL].means[HELD_IN].score
-    systems = {}
-    for name in dict.fromkeys(system.name for run in runs for system in run.systems):
-        means = [s.means[HELD_IN].score for run in runs for s in run.systems if s.name == name]
-        mean = sum(means) / len(means)
-        spread = (max(means) - min(means)) / 2
-        systems[name] = {"mean": mean, "spread": spread, "seeds": len(means), "normalised": mean / experts}
-    return {"command": command, "machine": runs[0].machine, "systems": systems, "runs": [asdict(run) for run in runs]}
 
 
 if __name__ == "__main__":

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from tiny import TEXTS, make_tokenizer
+from huggingface_hub import HfApi
+from tiny import TEXTS, bert, make_tokenizer
 from tiny_fused import bert_base, fine_tuned
 
 from hf_fusion.errors import FusionError
 from hf_fusion.suite_results import SuiteResults
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "06_merge.py"
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +47,12 @@ def fused(here, folders) -> None:
 
 def test_fuse_fit_and_eval_leave_all_that_a_card_shows(here, folders, tmp_path):
     fused(here, folders)
-    words = ("--steps", "4", "--batch-size", "4", "--least-classes", "0", "--diversity", "0.5")
+    words = ("--steps", "4", "--batch-size", "4", "--tolerance", "1", "--diversity", "0.5")
     said = here("fit", "routers", "fused", "--data", str(folders / "rows"), *words)
     assert "effective classes" in said
     config = json.loads((tmp_path / "fused" / "config.json").read_text())
     assert config["adaptation"] == {
-        "loss": "entropy", "diversity": 0.5, "learning_rate": 0.001, "batch_size": 4, "steps": 4,
+        "loss": "entropy", "diversity": 0.5, "learning_rate": 0.0005, "batch_size": 4, "steps": 4,
         "rows": {"foxes": 12, "dogs": 12}, "stopped": None,
     }  # fmt: skip
     assert not list(tmp_path.glob("*checkpoints*"))
@@ -79,3 +86,56 @@ def test_mistakes_are_named(here, folders, tmp_path):
     ]:
         with pytest.raises(FusionError, match=message):
             here("fit", "routers", *words)
+
+
+@pytest.fixture(scope="module")
+def pack(hub, folders, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An owner on the Hub with a base, two fine-tunes of it, and a model whose card only says that it is one."""
+    api = HfApi(endpoint=hub.endpoint, token=hub.token("pack"))
+    made = {name: folders / name for name in ("base", "foxes", "dogs")}
+    made["cats"] = tmp_path_factory.mktemp("pack") / "cats"
+    bert(["no", "yes"], hidden=16).save_pretrained(made["cats"])
+    make_tokenizer().save_pretrained(made["cats"])
+    for name, folder in made.items():
+        api.create_repo(f"pack/{name}")
+        api.upload_folder(repo_id=f"pack/{name}", folder_path=folder)
+        card = "---\nlicense: mit\n" + ("" if name == "base" else "base_model: pack/base\n") + "---\n"
+        api.upload_file(repo_id=f"pack/{name}", path_in_repo="README.md", path_or_fileobj=card.encode())
+    return "pack"
+
+
+def test_the_example_leads_from_fine_tunes_on_the_hub_to_a_published_model(hub, folders, pack, tmp_path):
+    rows = Dataset.from_parquet(str(folders / "rows" / "test.parquet"))
+    rows = rows.add_column("expert", list(rows["task"]))
+    for split in ("train", "test"):
+        rows.to_parquet(tmp_path / "rows" / f"{split}.parquet")
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE), "pack/base", pack, "rows", "pack/merged"],
+        env={
+            **os.environ,
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_TOKEN": hub.token(pack),
+            "HF_HOME": str(tmp_path / "home"),
+            "OMP_NUM_THREADS": "1",
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stdout
+    assert re.findall(r"^rejected +(\S+) +(\w+):", said, re.MULTILINE) == [("pack/cats", "shapes")]
+    docstring = EXAMPLE.read_text(encoding="utf-8").split('"""')[1]
+    scored = re.compile(r"^ *(\S.*?\S) +[\d.]+ \(\d+ to \d+\)$", re.MULTILINE)
+    assert scored.findall(said) == scored.findall(docstring) != []
+    api = HfApi(endpoint=hub.endpoint, token=hub.token(pack))
+    tags = {"wemoe", "hf-fusion", "base_model:merge:pack/foxes", "base_model:merge:pack/dogs"}
+    assert tags <= set(api.model_info("pack/merged").tags)
+    published = re.search(r"^published pack/merged at ([0-9a-f]{10})$", said, re.MULTILINE)[1]
+    assert published in [commit.commit_id[:10] for commit in api.list_repo_commits("pack/merged")]
+
+
+def test_the_example_is_short():
+    code = EXAMPLE.read_text(encoding="utf-8").rpartition('"""')[2]
+    assert len([line for line in code.splitlines() if line.strip()]) < 30
