@@ -21,7 +21,7 @@ EXAMPLES = (
         "the same for one on the Hub, and add them to its repo",
     ),
     ("hf-fusion fit routers fused --data unlabelled.parquet", "adapt a WEMoE's routers; column task names the expert"),
-    ("hf-fusion fit routers fused --data rows.parquet --labels", "teach them by labels instead"),
+    ("hf-fusion fit routers fused --data rows.parquet --loss labels", "teach them by labels instead"),
     (
         "hf-fusion fit gates you/adapter --data rows.parquet --kind average --output gates",
         "stand-ins that need no training, for an adapter of somebody else",
@@ -66,7 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     routers.add_argument("folder", metavar="MODEL_DIR", help="a folder that hf-fusion fuse wrote; it is updated")
     _add_data(routers)
     routers.add_argument("--task-column", default="task", metavar="NAME", help="column that names the expert of a row")
-    routers.add_argument("--labels", action="store_true", help="learn from labels (default: from unlabelled rows)")
+    routers.add_argument(
+        "--loss",
+        choices=("expert", "entropy", "labels"),
+        default="expert",
+        help="learn from the task's expert, from being sure (the paper), both without labels, or from labels",
+    )
     routers.add_argument("--steps", type=int, default=100, metavar="N", help="optimizer steps (default: 100)")
     routers.add_argument("--learning-rate", type=float, default=5e-4, metavar="X", help="default: 0.0005")
     routers.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows of each task a step (16)")
@@ -165,13 +170,15 @@ def _fit_gates(args: argparse.Namespace, out: Out) -> None:
 
 
 def _fit_routers(args: argparse.Namespace, out: Out) -> None:
-    spread = {
+    spread: dict[str, Any] = {
         name: value
         for name, value in {"diversity": args.diversity, "tolerance": args.tolerance}.items()
         if value is not None
     }
-    if args.labels and spread:
-        raise FusionError("--labels needs neither --diversity nor --tolerance", "leave them out")
+    if args.loss == "labels" and spread:
+        raise FusionError("--loss labels knows neither --diversity nor --tolerance", "leave them out")
+    if args.loss != "labels":
+        spread["loss"] = args.loss
 
     from hf_fusion.data import load_rows, split_tasks
     from hf_fusion.fusion import load_fused, save_fused
@@ -193,7 +200,7 @@ def _fit_routers(args: argparse.Namespace, out: Out) -> None:
     short = {known: name for name in experts for known in (name.rpartition("/")[2], name)}
     folder = Path(args.folder).resolve()
     checkpoints = folder.with_name(ROUTER_CHECKPOINTS.format(f".{folder.name}"))
-    facts = (fit_routers if args.labels else adapt_routers)(
+    facts = (fit_routers if args.loss == "labels" else adapt_routers)(
         model,
         {short.get(task, task): own.remove_columns(args.task_column) for task, own in suite.items()},
         steps=args.steps,
@@ -218,5 +225,5 @@ def _fit_routers(args: argparse.Namespace, out: Out) -> None:
     ]
     if answers:
         out.table(answers, title="The answers on rows that were not learned from, before → after", aside=True)
-    out.result("Adapted" if not args.labels else "Fitted", folder=str(folder), **facts.for_config())
+    out.result("Fitted" if args.loss == "labels" else "Adapted", folder=str(folder), **facts.for_config())
     out.hint(f"hf-fusion eval {args.folder} --data {args.data} --split test")

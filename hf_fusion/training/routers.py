@@ -1,8 +1,9 @@
 """Routers of a merged model learn, without labels or with them; its weights stay as they are.
 
-Without labels they make the answers sure: the mean entropy of each task's predictions falls (test-time adaptation;
-AdaMerging, arXiv 2310.02575; WEMoE, arXiv 2402.00433). That loss has a shortcut, one answer for everything; against it
-there are a term that keeps the answers spread, and a watch that stops in time.
+Without labels there are two ways. Each task's own expert is in the model, and can teach it. Or the answers are made
+sure: the mean entropy of each task's predictions falls (test-time adaptation; AdaMerging, arXiv 2310.02575; WEMoE,
+arXiv 2402.00433). That loss has a shortcut, one answer for everything; against it there are a term that keeps the
+answers spread, and a watch that stops in time.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Adaptation:
     """What became of the routers.
 
     Attributes:
-        loss: "entropy" or "labels".
+        loss: "expert", "entropy" or "labels".
         diversity: weight of the term that keeps the answers spread.
         learning_rate: the highest.
         batch_size: rows of each task a step and process.
@@ -92,6 +93,7 @@ def adapt_routers(
     model: Any,
     unlabelled_rows: Mapping[str, Dataset | Examples],
     *,
+    loss: str = "expert",
     steps: int = 100,
     learning_rate: float = 5e-4,
     batch_size: int = 16,
@@ -102,11 +104,14 @@ def adapt_routers(
     output_dir: str | Path | None = None,
     **more: Any,
 ) -> Adaptation:
-    """Test-time adaptation: the routers learn from rows without labels, several tasks at once.
+    """The routers learn from rows without labels, several tasks at once; the loss is summed over the tasks.
 
-    The loss is summed over the tasks, ``mean_x H(p(y|x)) - diversity · H(mean_x p(y|x))``. With diversity 0 it is the
-    papers' entropy, known to collapse on hard tasks: every input gets one answer, surely. With 1 it is the mutual
-    information of rows and answers (information maximisation: Krause et al., 2010; SHOT, arXiv 2002.08546).
+    "expert": ``mean_x KL(p_k(y|x) ‖ p(y|x))``. The teacher p_k is this model with the task's own expert alone in all
+    that is routed. A router, which is not told the task, learns to find out by its inputs whose they are.
+
+    "entropy": ``mean_x H(p(y|x)) - diversity · H(mean_x p(y|x))``, the papers' test-time adaptation. With diversity 0
+    it is their loss, known to collapse: every input gets one answer, surely. With 1 it is the mutual information of rows
+    and answers (information maximisation: Krause et al., 2010; SHOT, arXiv 2002.08546), which wants all classes alike.
 
     A watch looks at `WATCHED` rows of each task that are not learned from, and at what the task's own expert, which is
     in the model, makes of them. Two things go wrong: the answers of a task narrow to fewer classes than they had at
@@ -122,10 +127,11 @@ def adapt_routers(
         model: a `WEMoEModel` of classifiers, or of CLIP; it is changed in place, and only its routers are.
         unlabelled_rows: task (the name of its expert) -> rows with column ``text`` (and ``text_pair``) or ``image``;
             labels are not looked at. For CLIP: `zero_shot_examples`.
+        loss: "expert" or "entropy", see above.
         steps: optimizer steps; a step takes `batch_size` rows of every task.
         learning_rate: constant.
         batch_size: rows of each task, per process.
-        diversity: see above.
+        diversity: of "entropy", see above.
         tolerance: share by which the effective number of classes, or the agreement with the expert, may fall before
             the watch stops; with 1 nobody watches, and the routers are those of the last step.
         max_length: the longest sequence, in tokens.
@@ -139,14 +145,26 @@ def adapt_routers(
     Raises:
         FusionError: for a model without routers or classes, unknown tasks, rows it cannot read, a loss not finite.
     """
+    if loss not in LOSSES:
+        raise FusionError(f"loss={loss!r}", hint=f"one of {', '.join(LOSSES)}")
     if not diversity >= 0:
         raise FusionError(f"diversity={diversity}", hint="0, the papers' loss, or more")
     if not 0 < tolerance <= 1:
         raise FusionError(f"tolerance={tolerance}", hint="above 0, and 1 to let everything pass")
     examples = {task: _read(model, task, rows, max_length, labelled=False) for task, rows in unlabelled_rows.items()}
-    facts = Adaptation("entropy", diversity, learning_rate, batch_size)
-    loss = partial(_information, model, diversity=diversity)
-    return _fit(model, examples, facts, loss, steps, seed, output_dir, tolerance, WATCHED, **more)
+    facts = Adaptation(loss, diversity if loss == "entropy" else 0.0, learning_rate, batch_size)
+    return _fit(
+        model,
+        examples,
+        facts,
+        partial(LOSSES[loss], model, diversity),
+        steps,
+        seed,
+        output_dir,
+        tolerance,
+        WATCHED,
+        **more,
+    )
 
 
 def fit_routers(
@@ -196,7 +214,7 @@ def _read(model: Any, task: str, rows: Any, max_length: int, labelled: bool) -> 
     return read_examples(expert, rows if labelled else unlabelled(rows), max_length)
 
 
-def _information(model: Any, batches: Mapping[str, Any], diversity: float) -> torch.Tensor:
+def _information(model: Any, diversity: float, batches: Mapping[str, Any]) -> torch.Tensor:
     """Sum over the tasks of mean entropy less diversity times the entropy of the mean."""
     losses = []
     with _one_merge(model):
@@ -208,6 +226,28 @@ def _information(model: Any, batches: Mapping[str, Any], diversity: float) -> to
                 loss = loss + diversity * (mean.exp() * mean).sum()
             losses.append(loss)
     return torch.stack(losses).sum()
+
+
+def _teaching(model: Any, diversity: float, batches: Mapping[str, Any]) -> torch.Tensor:
+    """Sum over the tasks of the mean divergence from their own experts."""
+    taught = {}
+    with torch.no_grad():
+        for task, inputs in batches.items():
+            with model.using(task):
+                taught[task] = class_logits(partial(model, task=task), inputs).log_softmax(-1)  # (B, C)
+    losses = []
+    with _one_merge(model):
+        for task, inputs in batches.items():
+            log = class_logits(partial(model, task=task), inputs).log_softmax(-1)
+            losses.append(nn.functional.kl_div(log, taught[task], reduction="batchmean", log_target=True))
+    return torch.stack(losses).sum()
+
+
+# what rows without labels teach: (model, diversity, task -> inputs) -> loss
+LOSSES: dict[str, Callable[[Any, float, Mapping[str, Any]], torch.Tensor]] = {
+    "expert": _teaching,
+    "entropy": _information,
+}
 
 
 def _supervised(model: Any, examples: Mapping[str, Examples], batches: Mapping[str, Any]) -> torch.Tensor:

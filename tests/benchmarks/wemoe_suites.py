@@ -101,15 +101,16 @@ class Suite:
         )
 
 
-# what is learned without labels; watched, with the term that keeps answers spread, unless it says otherwise
-PLAIN = {"diversity": 0.0, "tolerance": 1.0}
+# what is learned without labels: from the experts, or by the papers' loss, watched or not
+PLAIN = {"loss": "entropy", "diversity": 0.0}
 LEARNED: dict[str, Callable[[Suite, int], Any]] = {
     WEMOE: Suite.routers,
-    "WEMoE, plain entropy": partial(Suite.routers, **PLAIN),
-    "WEMoE, plain entropy, watched": partial(Suite.routers, diversity=0.0),
+    "WEMoE, information": partial(Suite.routers, loss="entropy"),
+    "WEMoE, entropy": partial(Suite.routers, **PLAIN, tolerance=1.0),
+    "WEMoE, entropy, watched": partial(Suite.routers, **PLAIN),
     "AdaMerging, by task": partial(Suite.coefficients, granularity="task"),
     "AdaMerging, by layer": partial(Suite.coefficients, granularity="layer"),
-    "AdaMerging, by layer, plain entropy": partial(Suite.coefficients, granularity="layer", **PLAIN),
+    "AdaMerging, by layer, entropy": partial(Suite.coefficients, granularity="layer", **PLAIN, tolerance=1.0),
 }
 # beside the simple average, and task arithmetic with the model's λ
 STATIC = {

@@ -47,7 +47,7 @@ def fused(here, folders) -> None:
 
 def test_fuse_fit_and_eval_leave_all_that_a_card_shows(here, folders, tmp_path):
     fused(here, folders)
-    words = ("--steps", "4", "--batch-size", "4", "--tolerance", "1", "--diversity", "0.5")
+    words = ("--loss", "entropy", "--steps", "4", "--batch-size", "4", "--tolerance", "1", "--diversity", "0.5")
     said = here("fit", "routers", "fused", "--data", str(folders / "rows"), *words)
     assert "effective classes" in said
     config = json.loads((tmp_path / "fused" / "config.json").read_text())
@@ -68,7 +68,7 @@ def test_fuse_fit_and_eval_leave_all_that_a_card_shows(here, folders, tmp_path):
     assert (tmp_path / "fused" / "coefficients.png").stat().st_size > 5_000
     assert "deviates" not in said
     labelled = here(
-        "fit", "routers", "fused", "--data", str(folders / "rows" / "test.parquet"), "--labels", "--steps", "2",
+        "fit", "routers", "fused", "--data", str(folders / "rows" / "test.parquet"), "--loss", "labels", "--steps", "2",
         "--format", "json",
     )  # fmt: skip
     assert json.loads(labelled)["loss"] == "labels"
@@ -79,7 +79,7 @@ def test_mistakes_are_named(here, folders, tmp_path):
     fused(here, folders)
     data = ("--data", str(folders / "rows" / "test.parquet"))
     for words, message in [
-        (("fused", *data, "--labels", "--diversity", "1"), "--labels needs neither"),
+        (("fused", *data, "--loss", "labels", "--diversity", "1"), "--loss labels knows neither"),
         (("fused", *data, "--task-column", "expert"), "no expert"),
         (("fused", *data, "--task-column", "text"), "there is no expert"),
         (("fused", *data, "--steps", "0"), "steps=0 trains nothing"),

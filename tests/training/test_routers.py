@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessorPil, CLIPProcessor
 
 from hf_fusion import CoefficientMerge, Expert, FusionError, WEMoEModel, adapt_routers, fit_routers
 from hf_fusion.training.batches import zero_shot_examples
-from hf_fusion.training.routers import Adaptation, _information, _Watch, health
+from hf_fusion.training.routers import Adaptation, _information, _teaching, _Watch, health
 
 REVIEWS = datasets.Dataset.from_dict(
     {"text": [f"{text} {i}" for i in range(6) for text in TEXTS], "label": [0, 1, 1, 0] * 6}
@@ -52,7 +52,7 @@ def state(model) -> dict[str, torch.Tensor]:
 def test_only_routers_move_and_answers_become_surer(options):
     model = merged(**options)
     before = state(model)
-    facts = adapt_routers(model, suite(model), diversity=0, tolerance=1, **FEW)
+    facts = adapt_routers(model, suite(model), loss="entropy", diversity=0, tolerance=1, **FEW)
     moved = {name for name, tensor in model.state_dict().items() if not tensor.equal(before[name])}
     assert moved
     assert all("router." in name for name in moved)
@@ -60,7 +60,7 @@ def test_only_routers_move_and_answers_become_surer(options):
     assert sum(h.entropy for h in facts.after.values()) < sum(h.entropy for h in facts.before.values())
     assert model.config.adaptation["rows"] == dict.fromkeys(model.experts, 18)  # of 24 a quarter is watched
     again = merged(**options)
-    adapt_routers(again, suite(again), diversity=0, tolerance=1, **FEW)
+    adapt_routers(again, suite(again), loss="entropy", diversity=0, tolerance=1, **FEW)
     assert all(tensor.equal(again.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
@@ -74,7 +74,7 @@ def test_the_loss_is_entropy_less_the_entropy_of_the_mean(diversity):
         p = plain(**tokens, task=task).logits.softmax(-1)
         total = total - (p * p.log()).sum(-1).mean() + diversity * (p.mean(0) * p.mean(0).log()).sum()
     total.backward()
-    loss = _information(model, dict.fromkeys(model.experts, tokens), diversity)
+    loss = _information(model, diversity, dict.fromkeys(model.experts, tokens))
     loss.backward()
     torch.testing.assert_close(loss, total)
     for (name, own), wanted in zip(model.named_parameters(), plain.parameters(), strict=True):
@@ -86,7 +86,7 @@ def test_the_loss_is_entropy_less_the_entropy_of_the_mean(diversity):
 def test_the_watch_stops_a_collapse_and_goes_back():
     model, plain = merged(), merged()
     start = state(model)
-    options = {"diversity": 0, "steps": 60, "learning_rate": 0.1}
+    options = {"loss": "entropy", "diversity": 0, "steps": 60, "learning_rate": 0.1}
     watched = adapt_routers(model, suite(model), tolerance=0.05, **options)
     without = adapt_routers(plain, suite(plain), tolerance=1, **options)
     narrowest = lambda facts: min(facts.after[t].classes / facts.before[t].classes for t in facts.after)  # noqa: E731
@@ -99,6 +99,25 @@ def test_the_watch_stops_a_collapse_and_goes_back():
     assert model.config.adaptation["stopped"] == watched.stopped
     if watched.steps == 0:
         assert all(tensor.equal(start[name]) for name, tensor in model.state_dict().items())
+
+
+def test_experts_teach_by_their_answers():
+    """The loss is 0 where the model answers as the experts do, and their agreement rises."""
+    model = merged()
+    tokens = make_tokenizer()(list(REVIEWS["text"][:4]), padding=True, return_tensors="pt")
+    batches = {model.experts[0]: tokens}
+    with torch.no_grad(), model.using(model.experts[0]):
+        assert _teaching(model, 0.0, batches) == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        with model.using(model.experts[0]):
+            p = model(**tokens, task=model.experts[0]).logits.softmax(-1)
+        q = model(**tokens, task=model.experts[0]).logits.softmax(-1)
+        assert _teaching(model, 0.0, batches) == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-4)
+    facts = adapt_routers(model, suite(model), steps=40, learning_rate=1e-2, batch_size=8)
+    assert sum(h.agreement for h in facts.after.values()) > sum(h.agreement for h in facts.before.values())
+    merge = CoefficientMerge(classifiers(), bert_base())
+    facts = adapt_routers(merge, suite(merge), steps=40, learning_rate=3e-2, batch_size=8)
+    assert sum(h.agreement for h in facts.after.values()) > sum(h.agreement for h in facts.before.values())
 
 
 def test_classes_that_change_places_are_noticed():
@@ -114,7 +133,7 @@ def test_classes_that_change_places_are_noticed():
 
 def test_diversity_keeps_the_answers_spread():
     plain, spread = merged(), merged()
-    options = {"tolerance": 1, "steps": 60, "learning_rate": 0.1}
+    options = {"loss": "entropy", "tolerance": 1, "steps": 60, "learning_rate": 0.1}
     without = adapt_routers(plain, suite(plain), diversity=0, **options)
     kept = adapt_routers(spread, suite(spread), diversity=1, **options)
     for task in plain.experts:
@@ -176,14 +195,14 @@ def test_clip_adapts_by_texts_for_classes():
     processor = CLIPProcessor(CLIPImageProcessorPil(size=16, crop_size=16), make_tokenizer())
     pictures = datasets.Dataset.from_dict({"image": images(8)})
     rows = zero_shot_examples(processor, pictures, ["a fox", "a dog", "the gate"])
-    facts = adapt_routers(model, dict.fromkeys(model.experts, rows), diversity=0, tolerance=1, **FEW)
+    facts = adapt_routers(model, dict.fromkeys(model.experts, rows), loss="entropy", diversity=0, tolerance=1, **FEW)
     assert all(facts.after[task].entropy < facts.before[task].entropy for task in model.experts)
 
 
 def test_bf16_and_a_spread_of_tasks_with_few_rows():
     model = merged()
     rows = {model.experts[0]: REVIEWS, model.experts[1]: REVIEWS.select(range(5))}
-    facts = adapt_routers(model, rows, diversity=0, tolerance=1, bf16=True, use_cpu=True, **FEW)
+    facts = adapt_routers(model, rows, loss="entropy", diversity=0, tolerance=1, bf16=True, use_cpu=True, **FEW)
     assert facts.rows == {model.experts[0]: 18, model.experts[1]: 4}
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters() if p.requires_grad)
 
@@ -207,7 +226,7 @@ def test_what_cannot_be_adapted_is_named():
     assert model.experts[0] in error.value.hint
     with pytest.raises(FusionError, match="no rows to learn from"):
         adapt_routers(model, {})
-    for option in ({"steps": 0}, {"learning_rate": -1.0}, {"diversity": -1}, {"tolerance": 0}):
+    for option in ({"steps": 0}, {"loss": "sure"}, {"learning_rate": -1.0}, {"diversity": -1}, {"tolerance": 0}):
         with pytest.raises(FusionError, match=f"{next(iter(option))}="):
             adapt_routers(model, suite(model), **option)
     with pytest.raises(FusionError, match="no text"):
@@ -250,7 +269,7 @@ def test_coefficients_are_learned_as_routers_are(granularity):
     experts, base = classifiers(), bert_base()
     model = CoefficientMerge(experts, base, granularity)
     before = state(model)
-    facts = adapt_routers(model, suite(model), diversity=0, tolerance=1, **FEW)
+    facts = adapt_routers(model, suite(model), loss="entropy", diversity=0, tolerance=1, **FEW)
     moved = [name for name, tensor in model.state_dict().items() if not tensor.equal(before[name])]
     assert moved == ["coefficients"]
     assert sum(h.entropy for h in facts.after.values()) < sum(h.entropy for h in facts.before.values())
