@@ -110,8 +110,8 @@ def adapt_routers(
     that is routed. A router, which is not told the task, learns to find out by its inputs whose they are.
 
     "entropy": ``mean_x H(p(y|x)) - diversity · H(mean_x p(y|x))``, the papers' test-time adaptation. With diversity 0
-    it is their loss, known to collapse: every input gets one answer, surely. With 1 it is the mutual information of rows
-    and answers (information maximisation: Krause et al., 2010; SHOT, arXiv 2002.08546), which wants all classes alike.
+    it is their loss, known to collapse: every input gets one answer, surely. With 1 it is the mutual information of
+    rows and answers (information maximisation: SHOT, arXiv 2002.08546), which wants all classes alike.
 
     A watch looks at `WATCHED` rows of each task that are not learned from, and at what the task's own expert, which is
     in the model, makes of them. Two things go wrong: the answers of a task narrow to fewer classes than they had at
