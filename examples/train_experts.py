@@ -92,7 +92,7 @@ VIT = {
 }
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_convert_rgb": True}
 BASE_SHARES = {"cifar10": 0.6}  # of a task's train rows that pre-train the base, others 0.3: photographs need more
-MIRRORED = ("cifar10", "fashion_mnist")  # what stays of its class when mirrored
+MIRRORED = ("cifar10", "fashion_mnist", "pneumonia")  # what stays of its class when mirrored
 RIDGE = 1e-3  # weight of the squared norm, for features of unit variance, where a head is fitted alone
 SHIFT = 3  # px by which pictures are moved at most in training
 

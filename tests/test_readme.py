@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi
+from tiny import make_tokenizer
+from tiny_fused import bert_base, fine_tuned
 from tiny_routed import save_base, save_lora
 
 from hf_fusion.cli.app import build_parser
@@ -90,7 +93,7 @@ def test_the_blocks_of_phatgoose_make_a_router_of_adapters_on_the_hub(hub, tmp_p
         api = HfApi(endpoint=hub.endpoint, token=hub.token(repo.partition("/")[0]))
         api.create_repo(repo)
         api.upload_folder(repo_id=repo, folder_path=folder)
-    gates, fuse, use = blocks(README, "python")[2:]
+    gates, fuse, use = blocks(README, "python")[2:5]
     (tmp_path / "block.py").write_text(f"{gates}\n{fuse}\nprint(router.experts)\n{use}", encoding="utf-8")
     own = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": hub.token("me")}
     experts, answer = python("block.py", cwd=tmp_path, **own).strip().split("\n", 1)
@@ -98,6 +101,27 @@ def test_the_blocks_of_phatgoose_make_a_router_of_adapters_on_the_hub(hub, tmp_p
     usage = ast.literal_eval(re.search(r"{'me/.*}$", answer)[0])
     assert sum(usage.values()) == pytest.approx(1)
     assert HfApi(endpoint=hub.endpoint, token=hub.token("me")).model_info("me/router").private
+
+
+def test_the_blocks_of_wemoe_make_a_model_of_fine_tunes_on_the_hub(hub, tmp_path):
+    """Word for word, with a tiny model in the place of MiniLM."""
+    base, model = "sentence-transformers/all-MiniLM-L6-v2", bert_base()
+    fine_tunes = {f"me/{task}": fine_tuned(model, k) for k, task in enumerate(("sst2", "trec"))}
+    for repo, own in {base: model, **fine_tunes}.items():
+        folder = tmp_path / "pushed" / repo  # not where the block runs: a folder of that name would be taken for it
+        own.save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+        made_of = "" if repo == base else f"base_model: {base}\n"
+        (folder / "README.md").write_text(f"---\n{made_of}license: apache-2.0\n---\n")
+        api = HfApi(endpoint=hub.endpoint, token=hub.token(repo.partition("/")[0]))
+        api.create_repo(repo)
+        api.upload_folder(repo_id=repo, folder_path=folder)
+    make, use = blocks(README, "python")[5:]
+    (tmp_path / "block.py").write_text(f"{make}\nprint(model.experts)\n{use}", encoding="utf-8")
+    own = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": hub.token("me")}
+    experts, answer = python("block.py", cwd=tmp_path, **own).strip().split("\n", 1)
+    assert set(ast.literal_eval(experts)) == {"me/sst2", "me/trec"}
+    assert re.search(r"^[xy] torch.Size\(\[1, 2, 2\]\)$", answer, re.MULTILINE)
 
 
 def test_the_first_example_prints_what_it_says(fused):
@@ -153,6 +177,22 @@ def test_phatgooses_table_is_what_was_measured():
             assert shown == f"{100 * mean.score:.1f}", name
             assert low is None or (int(low), int(high)) == tuple(round(100 * end) for end in mean.ci95), name
     assert results.command.partition(" --top-k")[0].endswith("--n 40 --examples 300")
+
+
+def test_wemoes_table_is_what_was_measured():
+    found = json.loads((ROOT / "tests" / "benchmarks" / "results" / "wemoe_minilm8.json").read_text())
+    names = {
+        "individual experts": "individual experts", "WEMoE, two seeds": "WEMoE", "TIES, λ .3": "TIES, λ .3",
+        "base under the experts' heads": "base", "simple average": "simple average",
+        "WEMoE adapted by entropy alone": "WEMoE, entropy",
+        "task arithmetic, λ .3; WEMoE not adapted": "task arithmetic",
+    }  # fmt: skip
+    for shown, name in names.items():
+        row = found["conditions"]["clean"][name]
+        mean, share = re.search(
+            rf"^\| {re.escape(shown)} \| \**([\d.]+)\** \([^|]*\| ([\d.]+) \|$", README, re.M
+        ).groups()
+        assert (mean, share) == (f"{100 * row['mean']:.1f}", f"{100 * row['normalised']:.1f}"), shown
 
 
 def test_every_path_in_the_tree_exists():

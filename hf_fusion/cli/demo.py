@@ -13,6 +13,7 @@ from .output import Out
 EXAMPLES = (
     ("hf-fusion demo", "a Fusion of Experts, everything on this machine, in the folder ./demo"),
     ("hf-fusion demo phatgoose", "a language model that routes every token among LoRA experts"),
+    ("hf-fusion demo wemoe", "an image classifier whose weights are merged anew for every picture"),
     ("hf-fusion demo --real-hub --namespace me --yes", "the same on the Hub at HF_ENDPOINT, in your own namespace"),
 )
 

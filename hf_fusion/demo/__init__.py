@@ -15,4 +15,5 @@ class Demo(NamedTuple):
 DEMOS = {
     "foe": Demo("hf_fusion.demo.foe", "eight classifiers of digits that answer together", one_thread=True),
     "phatgoose": Demo("hf_fusion.demo.phatgoose", "adapters of SmolLM2, every token routed among them"),
+    "wemoe": Demo("hf_fusion.demo.wemoe", "fine-tunes of a ViT, merged anew for every picture", one_thread=True),
 }

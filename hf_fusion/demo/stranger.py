@@ -2,7 +2,8 @@
 
     python -I stranger.py REPO REVISION FOLDER
 
-FOLDER holds PNG images, or prompts.json. The logits go to FOLDER/logits.safetensors, the answers to stdout as JSON.
+FOLDER holds PNG images, with tasks.json where each is of a task, or prompts.json. The logits go to
+FOLDER/logits.safetensors, the answers to stdout as JSON.
 """
 
 import json
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 FORBIDDEN = ("hf_fusion", "peft")
-PROMPTS = "prompts.json"
+PROMPTS, TASKS = "prompts.json", "tasks.json"
 
 
 def main(repo: str, revision: str, folder: Path) -> None:
@@ -19,7 +20,8 @@ def main(repo: str, revision: str, folder: Path) -> None:
     from safetensors.torch import save_file
 
     where = {"revision": revision, "trust_remote_code": True}
-    ask = _ask_prompts if (folder / PROMPTS).is_file() else _ask_images
+    known = {PROMPTS: _ask_prompts, TASKS: _ask_tasks}
+    ask = next((known[name] for name in known if (folder / name).is_file()), _ask_images)
     model, logits, answers = ask(repo, where, folder)
     save_file(logits, folder / "logits.safetensors")
     sys.stdout.write(json.dumps({"class": type(model).__name__, "module": type(model).__module__, "answers": answers}))
@@ -41,6 +43,25 @@ def _ask_images(repo: str, where: dict[str, Any], folder: Path) -> tuple[Any, di
             logits[auto.__name__] = model(**inputs).logits
     classify = pipeline("image-classification", model=repo, **where)
     return model, logits, [classify(image, top_k=1)[0] for image in images]
+
+
+def _ask_tasks(repo: str, where: dict[str, Any], folder: Path) -> tuple[Any, dict[str, Any], list[Any]]:
+    """An Auto class and a pipeline, on the images of each task with the task's own head."""
+    import torch
+    from PIL import Image
+    from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+    processor = AutoImageProcessor.from_pretrained(repo, revision=where["revision"])
+    model = AutoModelForImageClassification.from_pretrained(repo, **where)
+    classify = pipeline("image-classification", model=repo, **where)
+    logits, answers = {}, []
+    for task, names in json.loads((folder / TASKS).read_text(encoding="utf-8")).items():
+        images = [Image.open(folder / name) for name in names]
+        with torch.no_grad():
+            logits[task] = model(**processor(images=images, return_tensors="pt"), task=task).logits
+        classify.model.task = task
+        answers += [classify(image, top_k=1)[0] for image in images]
+    return model, logits, answers
 
 
 def _ask_prompts(repo: str, where: dict[str, Any], folder: Path) -> tuple[Any, dict[str, Any], list[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -37,5 +38,7 @@ def _under_the_head_of(model: Any, base: Any) -> Any:
     """A model of an expert's class and the base's sizes: what of the base is not in it, such as a pooler, may lack."""
     if type(model.config) is not type(base.config):
         return model
+    config = copy.deepcopy(base.config)
+    config.num_labels = model.config.num_labels  # a base without a head has none
     with torch.device("meta"):
-        return type(model)._from_config(base.config)
+        return type(model)._from_config(config)

@@ -1,0 +1,265 @@
+"""The whole way once with WEMoE: fine-tunes of one small ViT, and weights merged anew for every picture."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .digit_tasks import BASE, FOLDER, TASKS, task_rows
+from .digits import EXPERTS
+from .place import OWNER, Place, ask_a_stranger, hub_lines, near, report_push, shell_lines
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from hf_fusion.cli.output import Out
+    from hf_fusion.experts import Expert
+    from hf_fusion.hub.compat import Compatibility
+    from hf_fusion.suite_results import SuiteResults
+
+STEPS = 9
+NAME, MERGED = "wemoe-digits", "merged"
+TAG = "digit-tasks"
+FINE_TUNES = {task: f"{BASE}-{task}" for task in TASKS}
+ELSEWHERE, OTHER_BASE = f"{BASE}-elsewhere", "vit-letters"
+SMALLER, OTHER = f"{BASE}-smaller", "vit-mnist-low"  # a ViT as well, of other sizes
+ADAPTED, TESTED = 600, 400  # pictures of each task
+MODULES = r"layers\.\d+\."  # so small a model changes its attention as much as its MLPs: all is routed
+ADAPT_STEPS, LEARNING_RATE = 100, 3e-3
+UNADAPTED, STATIC = "WEMoE, not adapted", "AdaMerging by layer"
+ASKED = 4  # pictures of each task that a stranger is asked about
+
+
+def run(place: Place, out: Out) -> dict[str, Any]:
+    """Seeds a Hub, discovers, fuses, adapts, measures, publishes, and asks the result in a fresh process.
+
+    Returns:
+        Where everything lies and what was measured.
+    """
+    with out.step(1, STEPS, f"A Hub at {place.endpoint}"):
+        where = f"kept in {place.folder / 'hub'}" if place.embedded else f"your repos go to {place.namespace}/…"
+        out.log(f"      {where}")
+
+    with out.step(2, STEPS, "Push a small ViT, its fine-tunes, and some that are none"):
+        for name, folder in _folders(place).items():
+            report_push(place.push(name, folder), place.repo(name), out)
+
+    with out.step(3, STEPS, "Discover them by their tags, and see whose weights can be merged"):
+        verdict = _discover(place)
+        _show_verdict(verdict, out)
+
+    with out.step(4, STEPS, "Fuse: every linear of its blocks becomes the base's and four task vectors"):
+        from hf_fusion.fusion import fuse
+
+        experts = [info.pinned for info in verdict.accepted]
+        model: Any = fuse("wemoe", experts, base=place.repo(BASE), modules=MODULES, api=place.api)
+        base = "{id}@{revision}".format(**model.config.base)
+        facts = model.summary()
+        out.log(f"      {facts['upscaled_linears']} linears with {facts['trainable']:,} parameters of routers to adapt")
+
+    with out.step(5, STEPS, f"Adapt its routers on {ADAPTED} pictures of each task, without labels"):
+        from hf_fusion.hub.load import load_experts
+
+        loaded, start = load_experts(experts, api=place.api), load_experts([base], api=place.api)[0].model
+        more = _adapt(place, model, loaded, start, out)
+
+    with out.step(6, STEPS, "Measure"):
+        results, merged = _measure(place, model, loaded, start, more)
+        out.table(_scores(results), title=f"Right answers in % on {TESTED} pictures of each task", aside=True)
+        leads = [f"{results[name].lead['held-in']} points on {name}" for name in ("task arithmetic", STATIC)]
+        out.log(f"      WEMoE's lead with its 95 % interval: {', '.join(leads)}")
+
+    with out.step(7, STEPS, f"Publish as {place.repo(NAME)}"):
+        from hf_fusion.hub.publish import publish
+
+        published = publish(merged, place.repo(NAME), private=not place.embedded, api=place.api)
+        assert published is not None  # nobody was asked to confirm
+        out.log(f"      {published.url}  at {published.sha[:12]}")
+
+    with out.step(8, STEPS, "Ask it in a fresh process without hf_fusion and peft"):
+        identical = _compare_with_stranger(place, model, published.repo_id, published.sha, out)
+
+    summary = {
+        "model": published.repo_id,
+        "revision": published.sha,
+        "folder": str(merged),
+        "picture": str(merged / "coefficients.png"),
+        "identical": identical,
+    }
+    with out.step(9, STEPS, "What you have now, and what to type next"):
+        _show_next(place, merged, out)
+    return summary | {
+        "rejected": {entry.info.id: "; ".join(map(str, entry.reasons)) for entry in verdict.rejected},
+        "measured": {system.name: system.means["held-in"].score for system in results.systems},
+    }
+
+
+def _folders(place: Place) -> dict[str, Path]:
+    """What is pushed: the base, its fine-tunes, a copy that says it is of another base, and one whose card is wrong."""
+    made = place.folder / "fine-tunes"
+    shutil.rmtree(made, ignore_errors=True)
+    shutil.copytree(FOLDER, made)
+    shutil.copytree(FOLDER / FINE_TUNES["digit"], made / ELSEWHERE)
+    shutil.copytree(EXPERTS[OTHER], made / SMALLER)
+    names = [BASE, *FINE_TUNES.values(), ELSEWHERE, SMALLER]
+    for name in names:
+        card = made / name / "README.md"
+        base = place.repo(OTHER_BASE if name == ELSEWHERE else BASE)
+        text = card.read_text(encoding="utf-8").replace(f"{OWNER}/{BASE}", base)
+        if name == SMALLER:
+            text = text.replace("---\n", f"---\nbase_model: {base}\n", 1).replace("- digits\n", f"- {TAG}\n")
+        card.write_text(text, encoding="utf-8")
+    return {name: made / name for name in names}
+
+
+def _discover(place: Place) -> Compatibility:
+    """What anybody finds by tags, judged for merging with the base."""
+    from hf_fusion.hub.compat import check_compatibility
+    from hf_fusion.hub.discover import EXPERT_TAG, discover
+
+    found = discover(tags=(EXPERT_TAG, TAG), author=place.namespace, api=place.anyone)
+    judged = sorted(found, key=lambda info: info.id)
+    return check_compatibility(judged, base_model=place.repo(BASE), merging=True, api=place.anyone)
+
+
+def _show_verdict(verdict: Compatibility, out: Out) -> None:
+    """Two tables: who fits, and who does not and why."""
+    accepted = [
+        {"fine-tune": info.id, "commit": info.sha[:7], "classes": len(info.labels), "MB": round(info.size / 1e6, 2)}
+        for info in verdict.accepted
+    ]
+    rejected = [{"rejected": entry.info.id, "reason": "; ".join(map(str, entry.reasons))} for entry in verdict.rejected]
+    out.table(accepted, title=f"{len(accepted)} can be merged, by their configs and headers", aside=True)
+    out.table(rejected, title=f"{len(rejected)} cannot", aside=True)
+
+
+def _adapt(place: Place, model: Any, experts: list[Expert], base: Any, out: Out) -> dict[str, Any]:
+    """Adapts the routers; returns what they are compared with: themselves before, and one merge, adapted likewise."""
+    from hf_fusion.evaluate_tasks import System
+    from hf_fusion.training.adamerging import CoefficientMerge
+    from hf_fusion.training.routers import adapt_routers
+
+    unlabelled = {
+        place.repo(FINE_TUNES[task]): own.remove_columns("label") for task, own in _rows(place, "train").items()
+    }
+    before = copy.deepcopy(model)
+    static = CoefficientMerge(experts, base)
+    for name, own in (("WEMoE", model), (STATIC, static)):
+        facts = adapt_routers(own, unlabelled, steps=ADAPT_STEPS, learning_rate=LEARNING_RATE, tolerance=0.5)
+        sure = [sum(health.confidence for health in own.values()) / len(own) for own in (facts.before, facts.after)]
+        out.log(f"      {name}: {facts.steps} steps, mean confidence {sure[0]:.2f} → {sure[1]:.2f}")
+    return {UNADAPTED: System(before), STATIC: System(static, within=static.merged)}
+
+
+def _rows(place: Place, split: str) -> dict[str, Dataset]:
+    """Task → its pictures; kept as parquet for the commands one may type next."""
+    from datasets import concatenate_datasets
+
+    suite = {
+        task: task_rows(task, "test", TESTED) if split == "test" else task_rows(task, "adapt", ADAPTED)
+        for task in TASKS
+    }
+    file = place.folder / "pictures" / f"{split}.parquet"
+    if not file.is_file():
+        file.parent.mkdir(exist_ok=True)
+        parts = []
+        for task, rows in suite.items():
+            names = [TASKS[task].labels[label] for label in rows["label"]]
+            own = rows.remove_columns("label")
+            own = own.add_column("label", names) if split == "test" else own
+            parts.append(own.add_column("task", [task] * len(own)).add_column("expert", [FINE_TUNES[task]] * len(own)))
+        concatenate_datasets(parts).to_parquet(file)
+    return suite
+
+
+def _measure(
+    place: Place, model: Any, experts: list[Expert], base: Any, more: dict[str, Any]
+) -> tuple[SuiteResults, Path]:
+    """What was measured, and the folder that holds it and the model."""
+    from hf_fusion.coefficient_map import COEFFICIENT_FILE, COEFFICIENT_PICTURE, map_coefficients
+    from hf_fusion.evaluate import RESULTS_FILE
+    from hf_fusion.evaluate_tasks import evaluate_merging
+    from hf_fusion.fusion import save_fused
+    from hf_fusion.plots import plot_coefficients
+
+    suite, owners = _rows(place, "test"), {task: place.repo(name) for task, name in FINE_TUNES.items()}
+    results = evaluate_merging(
+        model, suite, experts=experts, base=base, owners=owners, more=more, command="hf-fusion demo wemoe"
+    )
+    coefficients = map_coefficients(model, suite, owners=owners)
+    merged = save_fused(model, place.folder / MERGED)
+    results.save(merged / RESULTS_FILE)
+    coefficients.save(merged / COEFFICIENT_FILE)
+    plot_coefficients(coefficients, merged / COEFFICIENT_PICTURE)
+    return results, merged
+
+
+def _scores(results: SuiteResults) -> list[dict[str, str]]:
+    """One line per system: its mean over the tasks, and each task."""
+    return [
+        {"system": system.name, "mean (95 %)": str(system.means["held-in"])}
+        | {task: f"{100 * score.score:.0f}" for task, score in system.scores.items()}
+        for system in results.systems
+    ]
+
+
+def _compare_with_stranger(place: Place, model: Any, repo: str, revision: str, out: Out) -> bool:
+    """Whether a fresh process gets bit for bit the logits of the model in memory, and classifies as it does."""
+    import torch
+    from safetensors.torch import load_file
+
+    folder = place.folder / "asked"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    suite = {task: rows.select(range(ASKED)) for task, rows in _rows(place, "test").items()}
+    names = {place.repo(FINE_TUNES[task]): [f"{task}-{i}.png" for i in range(ASKED)] for task in suite}
+    for task, rows in suite.items():
+        for number, image in enumerate(rows["image"]):
+            image.save(folder / f"{task}-{number}.png")
+    (folder / "tasks.json").write_text(json.dumps(names))
+    answers = iter(ask_a_stranger(place, repo, revision, folder)["answers"])
+    logits = load_file(folder / "logits.safetensors")
+    same = {"logits": True, "answers": True}
+    for (task, rows), expert in zip(suite.items(), names, strict=True):
+        with torch.no_grad():
+            inputs = model.processor(images=list(rows["image"]), return_tensors="pt")
+            here = model(**inputs, task=expert).logits
+        labels = model.config.experts[model.experts.index(expert)]["labels"]
+        said = [answer["label"] for answer in (next(answers) for _ in range(ASKED))]
+        same["logits"] &= torch.equal(here, logits[expert])
+        same["answers"] &= said == [labels[chosen] for chosen in here.argmax(-1).tolist()]
+        right = [labels[label] for label in rows["label"]]
+        out.log(f"      {TASKS[task].question:28} {', '.join(said)}  (right: {', '.join(right)})")
+    for what, identical in zip(
+        ("AutoModelForImageClassification.from_pretrained: logits", 'pipeline("image-classification"): answers'),
+        same.values(),
+        strict=True,
+    ):
+        out.log(f"      {what:56} {'identical' if identical else 'DIFFERENT'}")
+    return all(same.values())
+
+
+def _show_next(place: Place, merged: Path, out: Out) -> None:
+    """Where things lie, and commands that work as they stand."""
+    repo, pictures = place.repo(NAME), near(place.folder / "pictures")
+    out.log(f"      {near(merged)}: base, task vectors and routers, the recipe, results.json and coefficients.png")
+    out.log(f"      {pictures}: pictures to adapt to (train, without labels) and to measure on (test)")
+    if place.embedded:
+        out.log(f"      {near(place.folder / 'hub')}: the Hub, to look at in a browser and to load from")
+    picture = near(place.folder / "asked" / "turned-0.png")
+    task = place.repo(FINE_TUNES["turned"])
+    lines = [
+        *shell_lines(),
+        *hub_lines(place),
+        f"hf-fusion discover --author {place.namespace} --base-model {place.repo(BASE)} --check --merging",
+        f"hf-fusion fit routers {near(merged)} --data {pictures} --task-column expert --steps 20",
+        f"hf-fusion eval {near(merged)} --data {pictures}",
+        f'python -c \'from transformers import pipeline; ask = pipeline("image-classification", model="{repo}", '
+        f'trust_remote_code=True); ask.model.task = "{task}"; print(ask("{picture}", top_k=1))\'',
+    ]
+    out.log("")
+    for line in lines:
+        out.hint(line)
