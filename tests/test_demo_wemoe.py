@@ -80,7 +80,7 @@ def test_a_fine_tune_does_on_test_rows_what_its_card_says(task):
     inputs = AutoImageProcessor.from_pretrained(FINE_TUNES[task])(images=list(rows["image"]), return_tensors="pt")
     with torch.inference_mode():
         right = model(**inputs).logits.argmax(-1) == torch.tensor(rows["label"])
-    card = ModelCard.load(FINE_TUNES[task])
+    card = ModelCard.load(FINE_TUNES[task] / "README.md")
     said, count = re.search(r"Right on \*\*([\d.]+)%\*\* of ([\d,]+) test pictures", card.content).groups()
     assert float(right.float().mean()) == pytest.approx(float(said) / 100, abs=0.005)
     assert int(count.replace(",", "")) == len(rows)
