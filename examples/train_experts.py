@@ -74,11 +74,11 @@ TRAINING = {
     "cola": Training(epochs=3),
     "mrpc": Training(epochs=3, max_length=128),
     "base": Training(epochs=10, learning_rate=1e-3, weight_decay=0.05),
-    "mnist": Training(epochs=3, rows=12_000, learning_rate=5e-4),
-    "fashion_mnist": Training(epochs=2, rows=12_000, learning_rate=5e-4),
+    "mnist": Training(epochs=5, rows=12_000, learning_rate=5e-4),
+    "fashion_mnist": Training(epochs=5, rows=12_000, learning_rate=5e-4),
     "usps": Training(epochs=3, learning_rate=5e-4),
     "pneumonia": Training(epochs=4, learning_rate=5e-4),
-    "cifar10": Training(epochs=6, rows=15_000, learning_rate=5e-4, weight_decay=0.05),
+    "cifar10": Training(epochs=12, rows=15_000, learning_rate=5e-4, weight_decay=0.05),
     "digits": Training(epochs=8, learning_rate=5e-4),
 }
 
