@@ -155,6 +155,7 @@ def test_without_measurements_there_is_no_picture_and_no_number():
         ({"adaptation": {**ADAPTATION, "loss": "labels"}}, "Its routers were adapted to the labels of 1,500 rows"),
         ({"adaptation": {**ADAPTATION, "stopped": "moods narrowed"}}, "It was stopped early: moods narrowed."),
         ({"adaptation": {**ADAPTATION, "diversity": 0}}, "(the mean entropy of their distributions) on 1,500 rows"),
+        ({"adaptation": {**ADAPTATION, "loss": "expert"}}, "(the mean divergence from its answers) on 1,500 rows"),
         ({"router_layers": 0}, "one coefficient for each expert, the same for every input"),
         ({"shared_router": True}, "two linear layers, one for all layers together |"),
         ({"batch_reduce": True}, "An input's answer depends on the batch it is in"),
