@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .data import owners_by_name
 from .routing_map import JsonFile, read_batches
 from .training.batches import Examples, unlabelled
 
@@ -60,17 +61,14 @@ def map_coefficients(
     Args:
         model: a `WEMoEModel`.
         suite: task → rows, as training takes them; of CLIP, `Examples` of `training.batches.zero_shot_examples`.
-        owners: task → the expert that was trained on it. Default: tasks that bear an expert's name, with or without
-            what stands before its last slash.
+        owners: task → the expert that was trained on it, where `owners_by_name` does not find it.
         batch_size: rows a step.
         max_length: the longest sequence, in tokens.
 
     Raises:
         FusionError: for rows that the model cannot read.
     """
-    if owners is None:
-        known = {name: expert for expert in model.experts for name in (expert, expert.rpartition("/")[2])}
-        owners = {task: known[task] for task in suite if task in known}
+    owners = owners_by_name(suite, model.experts) | dict(owners or {})
     writes = model.config.head in ("causal-lm", "seq2seq-lm")
     before, model.record_routing = model.record_routing, True
     coefficients, counts, layers = [], [], []
@@ -98,7 +96,7 @@ def map_coefficients(
         tasks=list(suite),
         coefficients=coefficients,
         n=counts,
-        owners=dict(owners),
+        owners=owners,
         scaling=None if model.config.routing == "smile" else model.config.scaling,
         example=first[0][column] if column else None,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,6 +62,12 @@ def _split(splits: DatasetDict, split: str, source: str) -> Dataset:
     return splits[split]
 
 
+def owners_by_name(tasks: Iterable[str], experts: Sequence[str]) -> dict[str, str]:
+    """Task → expert, for the tasks that bear an expert's name: ``owner/name``, or ``name`` alone."""
+    known = {name: expert for expert in experts for name in (expert.rpartition("/")[2], expert)}
+    return {task: known[task] for task in tasks if task in known}
+
+
 def split_tasks(
     rows: Dataset, experts: Sequence[str], task_column: str = "task", expert_column: str = "expert"
 ) -> tuple[dict[str, Dataset], dict[str, str]]:
@@ -87,16 +93,16 @@ def split_tasks(
     suite = {str(task): rows.select(own) for task, own in places.items()}
     if expert_column not in rows.column_names:
         return suite, {}
-    known = {short: name for name in experts for short in (name, name.rpartition("/")[2])}
     owners: dict[str, str] = {}
     for task, own in suite.items():
         named = sorted({name for name in own[expert_column] if name})
         if len(named) > 1:
             raise FusionError(f"rows of the task {task!r} name several experts: {', '.join(named)}")
-        if named and named[0] not in known:
+        found = owners_by_name(named, experts)
+        if named and not found:
             logger.warning(
                 "%s is the task of %s, which is not among the experts: it counts as held out", task, named[0]
             )
         elif named:
-            owners[task] = known[named[0]]
+            owners[task] = found[named[0]]
     return suite, owners

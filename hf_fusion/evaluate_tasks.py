@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .data import owners_by_name
 from .errors import FusionError
 from .evaluate import machine
 from .experts import Expert
 from .hub.load import load_experts
 from .suite_results import Metric, SuiteResults, SuiteTask, compare
-from .training.adamerging import CoefficientMerge
+from .training.adamerging import CoefficientMerge, merged_once
 from .training.batches import like_lengths, read_examples, score_rows
 
 if TYPE_CHECKING:
@@ -34,12 +36,12 @@ class System:
     Attributes:
         model: called with ``task=`` and the inputs of a batch; gives what the task's dense model gives.
         kind: see `SuiteSystem`.
-        within: the context that its forwards run in.
+        within: the context that its forwards run in, of the model.
     """
 
     model: Any
     kind: str = "baseline"
-    within: Callable[[], AbstractContextManager[Any]] = nullcontext
+    within: Callable[[Any], AbstractContextManager[Any]] = merged_once
 
 
 # What a static merge of the experts is, from λ and K: the coefficient of every task vector.
@@ -70,13 +72,13 @@ def evaluate_merging(
     the target's tokens is the likeliest after those before it.
 
     Args:
-        model: a `WEMoEModel`; "WEMoE" in the results.
+        model: a `WEMoEModel` or a `CoefficientMerge`; "WEMoE" in the results.
         suite: task → test rows; columns ``text`` (``text_pair``) or ``image`` with ``label``, or ``prompt`` and
             ``target``.
         experts: what it was made of, as `load_experts` takes them; with them the base under the experts' heads, the
             simple average, task arithmetic with the model's λ, and each expert on its own task are measured too.
         base: what the experts were fine-tuned from.
-        owners: task → the expert whose task it is; default is the expert that bears the task's name.
+        owners: task → the expert whose task it is, where `owners_by_name` does not find it.
         more: further systems by name.
         metrics: task → "exact" (default) or "tokens", for language models.
         batch_size: rows a step, taken in order of length.
@@ -89,7 +91,7 @@ def evaluate_merging(
     """
     if not suite or any(not len(rows) for rows in suite.values()):
         raise FusionError("the suite has no tasks, or a task without rows")
-    owners = owners or {task: task for task in suite}
+    owners = owners_by_name(suite, model.experts) | dict(owners or {})
     for task in suite:
         if owners.get(task) not in model.experts:
             raise FusionError(
@@ -110,7 +112,7 @@ def evaluate_merging(
         batches = [(numbers, [read.rows[n] for n in numbers]) for numbers in like_lengths(read.rows, batch_size)]
         for name, system in systems.items():
             values = torch.zeros(len(rows))
-            with torch.no_grad(), system.within():
+            with torch.no_grad(), system.within(system.model):
                 for numbers, batch in batches:
                     inputs = _inputs(read.collate(batch), model, owner, prompts=system.kind == "router" and speaks)
                     values[numbers] = score_rows(system.model, inputs, metric).float().cpu()
@@ -122,9 +124,9 @@ def evaluate_merging(
 
 def _inputs(batch: Mapping[str, Any], model: Any, owner: str, prompts: bool) -> dict[str, Any]:
     """A batch where the model is, with the task; of language models that route, with the tokens of their prompts."""
-    inputs: dict[str, Any] = {name: value.to(model.device) for name, value in batch.items()}
+    inputs: dict[str, Any] = {name: value.to(model.backbone.device) for name, value in batch.items()}
     if prompts and model.config.head == "causal-lm":
-        inputs["prompt_mask"] = model._before_labels(inputs)
+        inputs["prompt_mask"] = model.prompt_tokens(inputs)
     return {**inputs, "task": owner}
 
 
@@ -132,13 +134,13 @@ def _beside(model: Any, experts: Sequence[ExpertLike], base: Any) -> dict[str, S
     """The experts, each on its own task, and static merges of them."""
     start: Any = load_experts([base], gates=False)[0] if base is not None else None
     loaded = load_experts(list(experts), base=start and start.model, gates=False)
-    merge = CoefficientMerge(loaded, start and start.model, "layer", model.config.scaling).to(model.device)
+    merge = CoefficientMerge(loaded, start and start.model, "layer", model.config.scaling).to(model.backbone.device)
     if merge.experts != model.experts:
         raise FusionError(f"the model is made of {model.experts}, not of {merge.experts}")
-    systems = {
-        name: System(merge, kind, lambda own=own: merge.using([own(model.config.scaling, len(loaded))] * len(loaded)))
-        for name, (kind, own) in MERGES.items()
-    }
+    systems = {}
+    for name, (kind, coefficient) in MERGES.items():
+        given = [coefficient(model.config.scaling, len(loaded))] * len(loaded)
+        systems[name] = System(merge, kind, partial(CoefficientMerge.using, coefficients=given))
     return {**systems, INDIVIDUAL: System(_Individual(merge, loaded), "oracle")}
 
 

@@ -107,8 +107,6 @@ def _merging(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: s
 
     model: Any = load_fused(args.folder)[0]
     suite, owners = split_tasks(rows, model.experts, args.task_column, args.expert_column)
-    short = {name.rpartition("/")[2]: name for name in model.experts}
-    owners = {task: owners.get(task) or short.get(task.rpartition("/")[2], "") for task in suite}
     results = evaluate_merging(
         model,
         suite,

@@ -65,7 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     routers = parts.add_parser("routers", help="the routers of a WEMoE, on rows with or without labels")
     routers.add_argument("folder", metavar="MODEL_DIR", help="a folder that hf-fusion fuse wrote; it is updated")
     _add_data(routers)
-    routers.add_argument("--task-column", default="task", metavar="NAME", help="column that names the expert of a row")
+    routers.add_argument("--task-column", default="task", metavar="NAME", help="column of the tasks, named as experts")
+    routers.add_argument(
+        "--expert-column", default="expert", metavar="NAME", help="column of the tasks' experts, if any"
+    )
     routers.add_argument(
         "--loss",
         choices=("expert", "entropy", "labels"),
@@ -180,29 +183,29 @@ def _fit_routers(args: argparse.Namespace, out: Out) -> None:
     if args.loss != "labels":
         spread["loss"] = args.loss
 
-    from hf_fusion.data import load_rows, split_tasks
+    from hf_fusion.data import load_rows, owners_by_name, split_tasks
     from hf_fusion.fusion import load_fused, save_fused
     from hf_fusion.training.routers import adapt_routers, fit_routers
 
+    model: Any
     model, recipe = load_fused(args.folder)
     if recipe.method != "wemoe":
         raise FusionError(
             f"{args.folder} was made by {recipe.method}: it has no routers", "hf-fusion fuse --method wemoe …"
         )
-    experts: list[str] = getattr(model, "experts", [])
     rows = load_rows(args.data, args.split)
     if args.task_column not in rows.column_names:
         raise FusionError(
             f"{args.data} has columns {rows.column_names}, but no {args.task_column}",
-            f"add a column that names the expert of each row: one of {', '.join(experts)}",
+            f"add a column that names the expert of each row: one of {', '.join(model.experts)}",
         )
-    suite, _ = split_tasks(rows, experts, args.task_column)
-    short = {known: name for name in experts for known in (name.rpartition("/")[2], name)}
+    suite, owners = split_tasks(rows, model.experts, args.task_column, args.expert_column)
+    owners = owners_by_name(suite, model.experts) | owners
     folder = Path(args.folder).resolve()
     checkpoints = folder.with_name(ROUTER_CHECKPOINTS.format(f".{folder.name}"))
     facts = (fit_routers if args.loss == "labels" else adapt_routers)(
         model,
-        {short.get(task, task): own.remove_columns(args.task_column) for task, own in suite.items()},
+        {owners.get(task, task): own for task, own in suite.items()},
         steps=args.steps,
         learning_rate=args.learning_rate,
         batch_size=args.batch_size,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hf_fusion.errors import FusionError
 
 from .digits import DIGITS, EXPERTS, LABEL_MAPS, digits, misfits
-from .place import Place, ask_a_stranger, hub_lines, near, report_push, shell_lines
+from .place import Place, ask_a_stranger, hub_lines, near, publish_to, report_push, shell_lines
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,11 +55,7 @@ def run(place: Place, out: Out) -> dict[str, Any]:
             out.log(f"      {line}")
 
     with out.step(5, STEPS, f"Publish as {place.repo(NAME)}"):
-        from hf_fusion.hub.publish import publish
-
-        published = publish(fused, place.repo(NAME), private=not place.embedded, api=place.api)
-        assert published is not None  # nobody was asked to confirm
-        out.log(f"      {published.url}  at {published.sha[:12]}")
+        published = publish_to(place, fused, NAME, out)
 
     with out.step(6, STEPS, "Load it in a fresh process without hf_fusion"):
         identical = _compare_with_stranger(place, model, published.repo_id, published.sha, out)

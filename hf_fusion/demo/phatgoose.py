@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .language_suite import CHAT, TASKS, rows
-from .place import Place, ask_a_stranger, hub_lines, near, report_push, shell_lines
+from .place import Place, ask_a_stranger, hub_lines, near, publish_to, report_push, shell_lines
 from .smollm2 import SMOLLM2, smollm2_folder
 
 if TYPE_CHECKING:
@@ -65,11 +65,7 @@ def run(place: Place, out: Out) -> dict[str, Any]:
             out.log(f"      {line}")
 
     with out.step(6, STEPS, f"Publish as {place.repo(NAME)}"):
-        from hf_fusion.hub.publish import publish
-
-        published = publish(fused, place.repo(NAME), private=not place.embedded, api=place.api)
-        assert published is not None  # nobody was asked to confirm
-        out.log(f"      {published.url}  at {published.sha[:12]}")
+        published = publish_to(place, fused, NAME, out)
 
     with out.step(7, STEPS, "Ask it in a fresh process without hf_fusion and peft"):
         identical = _compare_with_stranger(place, model, published.repo_id, published.sha, out)

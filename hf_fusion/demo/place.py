@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
     from hf_fusion.cli.output import Out
+    from hf_fusion.hub.publish import PublishResult
 
 OWNER = "demo"
 PORT = 8765  # at which the next commands find the embedded Hub again
@@ -126,6 +127,16 @@ def ask_a_stranger(place: Place, repo: str, revision: str, inputs: Path) -> dict
 def report_push(new: bool, repo: str, out: Out) -> None:
     """One line about a repo."""
     out.log(f"      {'pushed' if new else 'there already'}  {repo}")
+
+
+def publish_to(place: Place, folder: Path, name: str, out: Out) -> PublishResult:
+    """Publishes a fused model's folder, and says where."""
+    from hf_fusion.hub.publish import publish
+
+    published = publish(folder, place.repo(name), private=not place.embedded, api=place.api)
+    assert published is not None  # nobody was asked to confirm
+    out.log(f"      {published.url}  at {published.sha[:12]}")
+    return published
 
 
 def near(path: Path) -> str:

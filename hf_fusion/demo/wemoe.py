@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .digit_tasks import BASE, FOLDER, TASKS, task_rows
 from .digits import EXPERTS
-from .place import OWNER, Place, ask_a_stranger, hub_lines, near, report_push, shell_lines
+from .place import OWNER, Place, ask_a_stranger, hub_lines, near, publish_to, report_push, shell_lines
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -72,11 +72,7 @@ def run(place: Place, out: Out) -> dict[str, Any]:
         out.log(f"      WEMoE's lead with its 95 % interval: {', '.join(leads)}")
 
     with out.step(7, STEPS, f"Publish as {place.repo(NAME)}"):
-        from hf_fusion.hub.publish import publish
-
-        published = publish(merged, place.repo(NAME), private=not place.embedded, api=place.api)
-        assert published is not None  # nobody was asked to confirm
-        out.log(f"      {published.url}  at {published.sha[:12]}")
+        published = publish_to(place, merged, NAME, out)
 
     with out.step(8, STEPS, "Ask it in a fresh process without hf_fusion and peft"):
         identical = _compare_with_stranger(place, model, published.repo_id, published.sha, out)
@@ -150,7 +146,7 @@ def _adapt(place: Place, model: Any, experts: list[Expert], base: Any, out: Out)
         facts = adapt_routers(own, unlabelled, steps=ADAPT_STEPS, learning_rate=LEARNING_RATE)
         sure = [sum(health.confidence for health in own.values()) / len(own) for own in (facts.before, facts.after)]
         out.log(f"      {name}: {facts.steps} steps, mean confidence {sure[0]:.2f} → {sure[1]:.2f}")
-    return {UNADAPTED: System(before), STATIC: System(static, within=static.merged)}
+    return {UNADAPTED: System(before), STATIC: System(static)}
 
 
 def _rows(place: Place, split: str) -> dict[str, Dataset]:
@@ -254,7 +250,7 @@ def _show_next(place: Place, merged: Path, out: Out) -> None:
         *shell_lines(),
         *hub_lines(place),
         f"hf-fusion discover --author {place.namespace} --base-model {place.repo(BASE)} --check --merging",
-        f"hf-fusion fit routers {near(merged)} --data {pictures} --task-column expert --steps 20",
+        f"hf-fusion fit routers {near(merged)} --data {pictures} --steps 20",
         f"hf-fusion eval {near(merged)} --data {pictures}",
         f'python -c \'from transformers import pipeline; ask = pipeline("image-classification", model="{repo}", '
         f'trust_remote_code=True); ask.model.task = "{task}"; print(ask("{picture}", top_k=1))\'',

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import FusionError
 from ..hub.load import load_experts
 from ..models.wemoe.build_wemoe import Parts, take_apart
-from ..models.wemoe.heads_wemoe import fill_heads, install_heads
+from ..models.wemoe.heads_wemoe import activate_heads, fill_heads, install_heads, with_one_head
+from ..models.wemoe.routing_wemoe import by_unit, index_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -70,6 +71,7 @@ class CoefficientMerge(nn.Module):
             raise FusionError(str(error)) from error
         size = (len(self.tensors), len(self.experts)) if granularity == "layer" else (len(self.experts),)
         self.coefficients = nn.Parameter(torch.full(size, scaling))
+        self.config.scaling = scaling
         self._merge: dict[str, torch.Tensor] | None = None
         self.eval()
 
@@ -105,65 +107,57 @@ class CoefficientMerge(nn.Module):
 
     def forward(self, task: str | None = None, **inputs: Any) -> Any:
         """As the dense model's, with the head of a task (default: the first)."""
-        index = self.experts.index(task or self.experts[0])
-        for path in self.heads:
-            self.backbone.get_submodule(path).active = index
-        merge = self._merge if self._merge is not None else self._merged()
-        return functional_call(self.backbone, merge, kwargs=inputs)
+        activate_heads(self.backbone, self.heads, index_of(task or self.experts[0], self.experts))
+        return functional_call(self.backbone, self._tensors(), kwargs=inputs)
 
     @contextmanager
     def merged(self) -> Iterator[None]:
         """Within this context the coefficients stay as they are: one merge serves all forwards, and their gradients."""
-        self._merge = self._merged()
+        before, self._merge = self._merge, self._merged(self.coefficients)
         try:
             yield
         finally:
-            self._merge = None
+            self._merge = before
 
     @contextmanager
-    @torch.no_grad()
     def using(self, coefficients: Sequence[float] | str) -> Iterator[None]:
-        """Within this context the learned coefficients are not used, and nothing learns.
+        """Within this context the learned coefficients are not used.
 
         Args:
             coefficients: one for each expert; or an expert's name: it alone, whole.
-        """
-        if isinstance(coefficients, str):
-            coefficients = [float(name == coefficients) for name in self.experts]
-        before = self.coefficients.detach().clone()
-        self.coefficients.copy_(self.coefficients.new_tensor(list(coefficients)).expand_as(before))
-        try:
-            with self.merged():
-                yield
-        finally:
-            self.coefficients.copy_(before)
 
-    def _merged(self) -> dict[str, torch.Tensor]:
-        """Tensor name -> θ0 + Σ_k λ_k τ_k."""
-        found = {}
+        Raises:
+            ValueError: for a name that no expert has, and another number of coefficients.
+        """
+        given = by_unit(coefficients, self.experts, [])[""][0]
+        with torch.no_grad():
+            before, self._merge = self._merge, self._merged(given.to(self.coefficients.device))
+        try:
+            yield
+        finally:
+            self._merge = before
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return self._merge if self._merge is not None else self._merged(self.coefficients)
+
+    def _merged(self, coefficients: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Tensor name -> θ0 + Σ_k λ_k τ_k, with coefficients (K,) or (L, K)."""
         known = {**dict(self.backbone.named_parameters()), **dict(self.backbone.named_buffers())}
-        for number, name in enumerate(self.tensors):
-            vectors = getattr(self, f"vectors_{number}")  # (K, ...)
-            own = self.coefficients if self.coefficients.dim() == 1 else self.coefficients[number]
-            found[name] = known[name] + torch.tensordot(own.to(vectors.dtype), vectors, dims=1)
-        return found
+        rows = coefficients.expand(len(self.tensors), -1)
+        vectors = (getattr(self, f"vectors_{number}") for number in range(len(self.tensors)))  # (K, ...) each
+        return {
+            name: known[name] + torch.tensordot(own.to(taus.dtype), taus, dims=1)
+            for name, own, taus in zip(self.tensors, rows, vectors, strict=True)
+        }
 
     @torch.no_grad()
     def dense(self, task: str | None = None) -> PreTrainedModel:
         """The plain merged model, with the head of a task (default: the first)."""
-        index = self.experts.index(task or self.experts[0])
-        memo: dict[int, Any] = {}
-        for path in self.heads:
-            heads = self.backbone.get_submodule(path)
-            memo[id(heads)] = copy.deepcopy(heads.heads[index])
-        model = copy.deepcopy(self.backbone, memo)
+        index = index_of(task or self.experts[0], self.experts)
+        model = with_one_head(self.backbone, self.heads, index, self.config.experts[index]["labels"], {})
         targets = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        for name, tensor in self._merged().items():
+        for name, tensor in self._tensors().items():
             targets[name].copy_(tensor)
-        if self.heads:
-            labels = dict(enumerate(self.config.experts[index]["labels"]))
-            model.config.id2label, model.config.label2id = labels, {label: i for i, label in labels.items()}
-            model.num_labels = len(labels)
         return model.requires_grad_(True).eval()
 
     def table(self) -> Mapping[str, Mapping[str, float]]:
@@ -173,4 +167,9 @@ class CoefficientMerge(nn.Module):
         return {name: dict(zip(self.experts, row, strict=True)) for name, row in zip(names, rows, strict=True)}
 
 
-__all__ = ["CoefficientMerge"]
+def merged_once(model: Any) -> AbstractContextManager[None]:
+    """A context in which a model whose weights serve all inputs merges them once; others do as ever."""
+    return model.merged() if isinstance(model, CoefficientMerge) else nullcontext()
+
+
+__all__ = ["CoefficientMerge", "merged_once"]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..errors import FusionError
 from ..experts import Expert
+from .adamerging import merged_once
 from .batches import Examples, class_logits, read_examples, to_model, unlabelled
 from .progress import set_progress
 from .runs import Trained, digest, on_device, resumable, training_arguments
@@ -204,12 +204,12 @@ def _read(model: Any, task: str, rows: Any, max_length: int, labelled: bool) -> 
         return rows
     if not labelled and model.config.head in ("causal-lm", "seq2seq-lm", "features"):
         raise FusionError(
-            f"{type(model.backbone).__name__} has no classes whose entropy could fall",
+            f"{type(model.backbone).__name__} has no classes that could be learned without labels",
             hint="fit_routers(model, rows) learns from targets" if model.config.head != "features" else None,
         )
     labels = model.config.experts[model.experts.index(task)]["labels"]
     if not labelled and len(labels) == 1:
-        raise FusionError(f"{task} is a regression: it has no classes whose entropy could fall")
+        raise FusionError(f"{task} is a regression: it has no classes that could be learned without labels")
     expert = Expert(task, model.backbone, processor=model.processor, labels=list(labels))
     return read_examples(expert, rows if labelled else unlabelled(rows), max_length)
 
@@ -217,7 +217,7 @@ def _read(model: Any, task: str, rows: Any, max_length: int, labelled: bool) -> 
 def _information(model: Any, diversity: float, batches: Mapping[str, Any]) -> torch.Tensor:
     """Sum over the tasks of mean entropy less diversity times the entropy of the mean."""
     losses = []
-    with _one_merge(model):
+    with merged_once(model):
         for task, inputs in batches.items():
             log = class_logits(partial(model, task=task), inputs).log_softmax(-1)  # (B, C)
             loss = -(log.exp() * log).sum(-1).mean()
@@ -236,7 +236,7 @@ def _teaching(model: Any, diversity: float, batches: Mapping[str, Any]) -> torch
             with model.using(task):
                 taught[task] = class_logits(partial(model, task=task), inputs).log_softmax(-1)  # (B, C)
     losses = []
-    with _one_merge(model):
+    with merged_once(model):
         for task, inputs in batches.items():
             log = class_logits(partial(model, task=task), inputs).log_softmax(-1)
             losses.append(nn.functional.kl_div(log, taught[task], reduction="batchmean", log_target=True))
@@ -252,14 +252,9 @@ LOSSES: dict[str, Callable[[Any, float, Mapping[str, Any]], torch.Tensor]] = {
 
 def _supervised(model: Any, examples: Mapping[str, Examples], batches: Mapping[str, Any]) -> torch.Tensor:
     """Sum over the tasks of their own losses."""
-    with _one_merge(model):
+    with merged_once(model):
         losses = [examples[task].loss(partial(model, task=task), inputs) for task, inputs in batches.items()]
     return torch.stack(losses).sum()
-
-
-def _one_merge(model: Any) -> Any:
-    """A model whose weights are the same for all inputs merges them once for a step."""
-    return getattr(model, "merged", nullcontext)()
 
 
 def _fit(
@@ -287,6 +282,7 @@ def _fit(
         training_arguments(output_dir, steps, facts.learning_rate, facts.batch_size, seed, **own) as arguments,
         on_device(model, arguments.device),
     ):
+        rows.least = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
         watch = _Watch(model, examples, rows.watched, facts, trained, tolerance, max(1, steps // CHECKS))
         trainer = Trainer(
             model=Trained(trained, loss),
@@ -308,8 +304,7 @@ def _fit(
     model.zero_grad()
     if facts.stopped:
         logger.warning("%s", facts.stopped)
-    if hasattr(model.config, "adaptation"):
-        model.config.adaptation = facts.for_config()
+    model.config.adaptation = facts.for_config()
     return facts
 
 
@@ -324,6 +319,7 @@ class _Rows(torch.utils.data.Dataset[Any]):
 
     def __init__(self, examples: Mapping[str, Examples], watched: int, seed: int) -> None:
         self.examples = examples
+        self.least = 1  # rows of a step: an epoch has no fewer
         self.places: dict[str, list[int]] = {}
         self.watched: dict[str, list[int]] = {}
         for number, (task, own) in enumerate(examples.items()):
@@ -334,8 +330,8 @@ class _Rows(torch.utils.data.Dataset[Any]):
             self.places[task] = order[kept:]
 
     def __len__(self) -> int:
-        """So many that every row of the largest task is seen in an epoch."""
-        return max(len(places) for places in self.places.values())
+        """So many that every row of the largest task is seen in an epoch, and that there is a step."""
+        return max(self.least, *(len(places) for places in self.places.values()))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """A row of each task."""
@@ -380,7 +376,7 @@ class _Watch(TrainerCallback):
 
     def look(self) -> dict[str, Health]:
         """The answers on the watched rows, by task; empty where nothing is watched."""
-        with _one_merge(self.model):
+        with merged_once(self.model):
             return {task: health(own, self.own[task]) for task, own in self._logits(self.rows).items()}
 
     @torch.no_grad()

@@ -17,7 +17,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -47,6 +46,7 @@ class Suite:
         self.experts = load_experts(list(folders.values()))
         parts = {task: suite.rows(args.data, task) for task in suite.tasks}
         self.test = {task: _some(rows[2], args.limit) for task, rows in parts.items()}
+        self.tune = {task: _some(rows[1], TUNED) for task, rows in parts.items()}
         self.adapt = self.test if args.transductive else {task: rows[1] for task, rows in parts.items()}
         if args.adapt_on:
             name, _, severity = args.adapt_on.partition(":")
@@ -61,9 +61,8 @@ class Suite:
 
     def coefficients(self, seed: int, granularity: str, **options: Any) -> Any:
         """AdaMerging."""
-        return self._adapted(
-            CoefficientMerge(self.experts, self.base.model, granularity, self.args.scaling), seed, **options
-        )
+        merge = CoefficientMerge(self.experts, self.base.model, granularity, self.args.scaling)
+        return self._adapted(merge, seed, learning_rate=COEFFICIENT_RATE, **options)
 
     def _adapted(self, model: Any, seed: int, **options: Any) -> Any:
         if options.pop("skip", False):
@@ -72,23 +71,28 @@ class Suite:
         how = {"steps": args.steps, "batch_size": args.batch_size, "learning_rate": args.learning_rate, **options}
         return model, adapt_routers(model, self.adapt, seed=seed, **how)
 
-    def static(self, rule: str, scaling: float) -> CoefficientMerge:
-        """A static merge by a rule that is no sum of whole task vectors."""
-        merge = CoefficientMerge(self.experts, self.base.model, "task", 0.0)
-        known = {**dict(merge.backbone.named_parameters()), **dict(merge.backbone.named_buffers())}
-        with torch.no_grad():
-            for number, tensor in enumerate(merge.tensors):
-                vectors = list(getattr(merge, f"vectors_{number}"))
-                known[tensor].copy_(RULES[rule](known[tensor].clone(), vectors, scaling))
-        return merge
+    def tuned(self, rule: str) -> tuple[float, CoefficientMerge]:
+        """The static merge by a rule, with the λ that is best on labelled rows that neither trained nor are tested."""
+        found, scores = {}, {}
+        for scaling in SCALINGS:
+            merge = CoefficientMerge(self.experts, self.base.model, "task", 0.0)
+            known = {**dict(merge.backbone.named_parameters()), **dict(merge.backbone.named_buffers())}
+            with torch.no_grad():
+                for number, tensor in enumerate(merge.tensors):
+                    vectors = list(getattr(merge, f"vectors_{number}"))
+                    known[tensor].copy_(RULES[rule](known[tensor].clone(), vectors, scaling))
+            scores[scaling] = evaluate_merging(merge, self.tune)[WEMOE].means[HELD_IN].score
+            if scores[scaling] == max(scores.values()):
+                found = {scaling: merge}
+        print(f"# {rule} on {TUNED} rows of each task kept apart: {scores}", flush=True)
+        return next(iter(found.items()))
 
     def measure(self, seed: int, models: Mapping[str, Any], test: Mapping[str, Dataset], **settings: Any) -> Any:
         """All models on some rows; with the first seed the experts and their simple merges as well."""
         systems = {
-            name: System(model, "router" if isinstance(model, WEMoEModel) else "baseline",
-                         getattr(model, "merged", nullcontext))
+            name: System(model, "router" if isinstance(model, WEMoEModel) else "baseline")
             for name, model in models.items()
-        }  # fmt: skip
+        }
         args = self.args
         return evaluate_merging(
             systems.pop(WEMOE).model,
@@ -112,12 +116,10 @@ LEARNED: dict[str, Callable[[Suite, int], Any]] = {
     "AdaMerging, by layer": partial(Suite.coefficients, granularity="layer"),
     "AdaMerging, by layer, entropy": partial(Suite.coefficients, granularity="layer", **PLAIN, tolerance=1.0),
 }
-# beside the simple average, and task arithmetic with the model's λ
-STATIC = {
-    "task arithmetic, λ .4": ("task_arithmetic", 0.4),
-    "TIES, λ .3": ("ties", 0.3),
-    "TIES, λ 1": ("ties", 1.0),
-}
+# beside the simple average and task arithmetic with the model's λ: rules at the best of some λ
+TUNABLE = {"task arithmetic": "task_arithmetic", "TIES": "ties"}
+SCALINGS, TUNED = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0), 100
+COEFFICIENT_RATE = 1e-2  # AdaMerging's: a coefficient moves by no more than its rate in a step
 
 
 def main() -> None:
@@ -152,7 +154,9 @@ def main() -> None:
             print(f"# seed {seed}, {name}: {json.dumps(facts[name])}", flush=True)
         if seed == 0:
             models[UNADAPTED], _ = suite.routers(seed, skip=True)
-            models |= {name: suite.static(*how) for name, how in STATIC.items()}
+            for name, rule in TUNABLE.items():
+                scaling, models[f"{name}, λ tuned"] = suite.tuned(rule)
+                facts[f"{name}, λ tuned"] = {"scaling": scaling}
         for test, condition in conditions(suite.test, args.corrupted):
             results = suite.measure(
                 seed, models, test, condition=condition, adapted_on=args.adapt_on or "clean",

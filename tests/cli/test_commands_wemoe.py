@@ -80,7 +80,7 @@ def test_mistakes_are_named(here, folders, tmp_path):
     data = ("--data", str(folders / "rows" / "test.parquet"))
     for words, message in [
         (("fused", *data, "--loss", "labels", "--diversity", "1"), "--loss labels knows neither"),
-        (("fused", *data, "--task-column", "expert"), "no expert"),
+        (("fused", *data, "--task-column", "domain"), "no domain"),
         (("fused", *data, "--task-column", "text"), "there is no expert"),
         (("fused", *data, "--steps", "0"), "steps=0 trains nothing"),
     ]:

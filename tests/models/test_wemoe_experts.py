@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from models.test_wemoe import close, first, fused, shuffled
-from tiny import adapter, bert, gpt2, llama, merged, names
+from tiny import adapter, bert, distilbert, gpt2, llama, merged, names
 from tiny_fused import (
     IDS,
     MASK,
@@ -204,6 +204,26 @@ def test_every_task_keeps_its_head():
         WEMoEModel.from_experts(experts, Expert("me/trunk", trunk), heads="base")
     with pytest.raises(ValueError, match="default_task is 'nobody'"):
         WEMoEModel.from_experts(experts, base_expert(base), default_task="nobody")
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+def test_what_stands_before_the_classifier_is_the_experts_own(kind):
+    """BERT's pooler, DistilBERT's first linear: of one width for all, whatever the number of classes behind it."""
+    build, path = {"bert": (bert, "bert.pooler.dense"), "distilbert": (distilbert, "pre_classifier")}[kind]
+    base = build(["x", "y"])
+    experts = []
+    for k, labels in enumerate((["a", "b"], ["c", "d", "e"])):
+        model = build(labels)
+        trunk = {name: tensor for name, tensor in base.state_dict().items() if not name.startswith("classifier")}
+        model.load_state_dict(trunk, strict=False)
+        experts.append(Expert(f"me/{k}", fine_tuned(model, k), labels=labels))
+    fused = WEMoEModel.from_experts(experts, base_expert(base))
+    for k, expert in enumerate(experts):
+        dense = fused.merge_for(task=expert.name)
+        assert dense.get_submodule(path).weight.equal(expert.model.get_submodule(path).weight)
+        assert dense(**TEXT).logits.shape == (3, 2 + k)
+        with torch.no_grad(), fused.using(expert.name):
+            assert close(fused(**TEXT, task=expert.name).logits, dense(**TEXT).logits) <= 1e-5
 
 
 def test_adapters_are_experts_like_any_other():

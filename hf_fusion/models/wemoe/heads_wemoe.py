@@ -67,6 +67,38 @@ def fill_heads(
             model.get_submodule(path).fill(index, inside, name)
 
 
+def activate_heads(model: Any, paths: Sequence[str], index: int) -> None:
+    """Lets one expert's modules answer."""
+    for path in paths:
+        model.get_submodule(path).active = index
+
+
+def name_classes(config: Any, labels: Sequence[str]) -> None:
+    """Makes the classes of a config, and their number, those of an expert."""
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
+
+
+def with_one_head(model: Any, paths: Sequence[str], index: int, labels: Sequence[str], memo: dict[int, Any]) -> Any:
+    """A copy of a model that has one expert's modules, and its classes, in place of all.
+
+    Args:
+        model: with `TaskHeads`.
+        paths: of them.
+        index: of the expert.
+        labels: of the expert.
+        memo: what else takes the place of a part in the copy, by the part's id (`copy.deepcopy`).
+    """
+    for path in paths:
+        heads = model.get_submodule(path)
+        memo[id(heads)] = copy.deepcopy(heads.heads[index])
+    alone = copy.deepcopy(model, memo)
+    if paths:
+        name_classes(alone.config, labels)
+        alone.num_labels = len(labels)
+    return alone
+
+
 def _resized(head: nn.Module, classes: int) -> nn.Module:
     """A copy of a head with so many outputs: those of its last linear."""
     own = copy.deepcopy(head)
@@ -82,4 +114,4 @@ def _resized(head: nn.Module, classes: int) -> nn.Module:
     return own
 
 
-__all__ = ["TaskHeads", "fill_heads", "install_heads"]
+__all__ = ["TaskHeads", "activate_heads", "fill_heads", "install_heads", "name_classes", "with_one_head"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from .assembly_wemoe import AUTO_CLASSES, with_arguments_of
 from .build_wemoe import Plan, check_options, make_plan
 from .configuration_wemoe import LOW_RANK, WEMoEConfig
-from .heads_wemoe import fill_heads, install_heads
+from .heads_wemoe import activate_heads, fill_heads, install_heads, name_classes, with_one_head
 from .linears_wemoe import UpscaledLinear
 from .routing_wemoe import Coefficients, Router, RoutingTrace, Scope, Shared, Unit, by_unit, index_of
 
@@ -204,11 +203,10 @@ class WEMoEModel(PreTrainedModel):
         if not self.config.task_heads or task is None:
             return
         index = index_of(task, self.experts)
-        for path in self.config.task_heads:
-            self.backbone.get_submodule(path).active = index
-        labels = dict(enumerate(self.config.experts[index]["labels"]))
+        activate_heads(self.backbone, self.config.task_heads, index)
+        labels = self.config.experts[index]["labels"]
         for config in (self.config, self.backbone.config):
-            config.id2label, config.label2id = labels, {label: i for i, label in labels.items()}
+            name_classes(config, labels)
         self.backbone.num_labels = len(labels)
 
     def forward(
@@ -235,7 +233,7 @@ class WEMoEModel(PreTrainedModel):
             kwargs["labels"] = labels
         if task is not None and not config.task_heads:
             index_of(task, self.experts)  # a shared head serves every task, but only those
-        shared.prompt_mask = prompt_mask if prompt_mask is not None else self._before_labels(kwargs)
+        shared.prompt_mask = prompt_mask if prompt_mask is not None else self.prompt_tokens(kwargs)
         self._begin()
         self._answer_for(task)
         try:
@@ -254,7 +252,7 @@ class WEMoEModel(PreTrainedModel):
             self._trace = RoutingTrace(self.experts)
         shared.trace = self._trace if self.record_routing else None
 
-    def _before_labels(self, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    def prompt_tokens(self, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
         """Tokens before each row's first label; rows that are labelled from their first token on are read whole."""
         labels = kwargs.get("labels")
         if self.config.head != "causal-lm" or labels is None:
@@ -335,19 +333,13 @@ class WEMoEModel(PreTrainedModel):
             for linear in unit.linears:
                 memo[id(linear)] = linear.dense(w.mean(0))
         index = index_of(task or self.task or self.experts[0], self.experts)
-        for path in self.config.task_heads:
-            heads = self.backbone.get_submodule(path)
-            memo[id(heads)] = copy.deepcopy(heads.heads[index])
-        model = copy.deepcopy(self.backbone, memo)
+        labels = self.config.experts[index]["labels"]
+        model = with_one_head(self.backbone, self.config.task_heads, index, labels, memo)
         for module in model.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Scope)]:
                     del hooks[key]
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
-        if self.config.task_heads:
-            labels = dict(enumerate(self.config.experts[index]["labels"]))
-            model.config.id2label, model.config.label2id = labels, {label: i for i, label in labels.items()}
-            model.num_labels = len(labels)
         return model.requires_grad_(True).eval()
 
     def summary(self) -> dict[str, Any]:
