@@ -14,6 +14,7 @@ from uuid import uuid4
 
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import Expert
+from hf_fusion.folders import replace_folder
 from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.heads import architectures, head_of_task
 from hf_fusion.hub.load import load_experts
@@ -178,7 +179,7 @@ def save_fused(model: PreTrainedModel, folder: str | Path, recipe: Recipe | None
     try:
         model.save_pretrained(staging)  # a family's model saves its processor too
         recipe.save(staging / RECIPE_FILE)
-        _replace(staging, folder)
+        replace_folder(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
@@ -211,36 +212,6 @@ def load_fused(folder: str | Path) -> tuple[PreTrainedModel, Recipe]:
     model = model_class.from_pretrained(folder, **({"local_files_only": True} if is_whole else {})).eval()
     setattr(model, RECIPE_ATTRIBUTE, recipe)
     return model, recipe
-
-
-# What an earlier save may have left and a loader would take for part of this one; and what was measured of it.
-STALE = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.py",
-    "results.json",
-    "routing.json",
-    "routing.png",
-    "coefficients.json",
-    "coefficients.png",
-)
-
-
-def _replace(staging: Path, folder: Path) -> None:
-    """Move a finished save into place. A folder that exists is swapped as a whole: no moment shows a mixture."""
-    if folder.exists():
-        new = {path.name for path in staging.iterdir()}
-        stale = {path.name for pattern in STALE for path in folder.glob(pattern)}
-        for path in folder.iterdir():
-            if path.name not in new | stale:
-                copy = shutil.copytree if path.is_dir() else shutil.copy2
-                copy(path, staging / path.name)
-        old = staging.with_name(f"{staging.name}-old")
-        folder.rename(old)
-        staging.rename(folder)
-        shutil.rmtree(old)
-    else:
-        staging.rename(folder)
 
 
 def _method(name: str, parameters: dict[str, Any]) -> Method:

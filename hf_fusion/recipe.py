@@ -7,6 +7,9 @@ experts:
   - {model: owner/expert-b@<sha>, weight: 0.5}
 parameters: {mode: output}
 dtype: bfloat16
+
+Static merges may also take layers from here and there (``slices``), and a tokenizer of all (``tokenizer``); the recipes
+of mergekit are read as they are.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from hf_fusion.errors import FusionError
 
 RECIPE_FILE = "fusion.yaml"
 DTYPES = ("float32", "float16", "bfloat16")
+# keys that a recipe of mergekit has and ours has not
+MERGEKIT = {"merge_method", "models", "base_model", "modules"}
 _PINNED = re.compile(r"[\w.-]+(/[\w.-]+)?@[0-9a-f]{40}")
 
 
@@ -34,10 +39,66 @@ class RecipeExpert:
     Attributes:
         model: ``owner/name@sha``, or a folder.
         weight: its share, for methods that weigh their experts.
+        parameters: what a static method lets every expert have of its own.
     """
 
     model: str
     weight: float | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that is its own, by the method's names."""
+        return self.parameters | ({} if self.weight is None else {"weight": self.weight})
+
+    def to_plain(self) -> Any:
+        """As written to YAML: the name alone where there is nothing else."""
+        own = {"model": self.model, "weight": self.weight, "parameters": self.parameters}
+        own = {key: value for key, value in own.items() if value not in (None, {})}
+        return own if len(own) > 1 else self.model
+
+
+@dataclass(frozen=True)
+class SliceSource:
+    """Layers of one model.
+
+    Attributes:
+        model: as the recipe's base or experts name it.
+        start: its first layer.
+        stop: the layer behind its last.
+        parameters: the method's, for this model in this slice.
+    """
+
+    model: str
+    start: int
+    stop: int
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Layers of the merged model, made of as many layers of each source.
+
+    Attributes:
+        sources: whose layers.
+        parameters: the method's, for this slice.
+    """
+
+    sources: tuple[SliceSource, ...]
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> int:
+        """How many layers it makes."""
+        return self.sources[0].stop - self.sources[0].start
+
+    def to_plain(self) -> dict[str, Any]:
+        """As written to YAML."""
+        sources = [
+            {"model": s.model, "layers": [s.start, s.stop]} | ({"parameters": s.parameters} if s.parameters else {})
+            for s in self.sources
+        ]
+        return {"sources": sources} | ({"parameters": self.parameters} if self.parameters else {})
 
 
 @dataclass(frozen=True)
@@ -50,6 +111,10 @@ class Recipe:
         base: ``owner/name@sha`` of the base, where the method or the adapters need one.
         parameters: the method's own options.
         dtype: "float32", "float16" or "bfloat16"; None keeps the checkpoints' own.
+        slices: of static merges: the merged model's layers, where they are not those of its models one by one.
+        tokenizer: of static merges: "union" of all, "base", or the model whose tokenizer the merged one has; None: that
+            of the base, or of the first expert.
+        chat_template: of static merges: a Jinja template, or the model whose template is taken.
     """
 
     method: str
@@ -57,6 +122,9 @@ class Recipe:
     base: str | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
     dtype: str | None = None
+    slices: tuple[Slice, ...] = ()
+    tokenizer: str | dict[str, Any] | None = None
+    chat_template: str | None = None
 
     @property
     def unpinned(self) -> list[str]:
@@ -66,18 +134,17 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """As written to YAML: plain values, without what is not set."""
-        experts = [
-            expert.model if expert.weight is None else {"model": expert.model, "weight": expert.weight}
-            for expert in self.experts
-        ]
         content = {
             "method": self.method,
             "base": self.base,
-            "experts": experts,
+            "experts": [expert.to_plain() for expert in self.experts],
+            "slices": [slice_.to_plain() for slice_ in self.slices],
             "parameters": self.parameters,
             "dtype": self.dtype,
+            "tokenizer": self.tokenizer,
+            "chat_template": self.chat_template,
         }
-        return {key: value for key, value in content.items() if value not in (None, {})}
+        return {key: value for key, value in content.items() if value not in (None, {}, [])}
 
     def to_yaml(self) -> str:
         """The text of ``fusion.yaml``."""
@@ -102,6 +169,10 @@ class Recipe:
             raise FusionError(f"{path} cannot be read ({error.strerror}).") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise FusionError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        if isinstance(content, Mapping) and MERGEKIT & content.keys():
+            from hf_fusion.merging.mergekit import from_mergekit  # only where it is one
+
+            return from_mergekit(content, str(path))
         return cls.from_dict(content, str(path))
 
     @classmethod
@@ -127,11 +198,17 @@ class Recipe:
         weighed = [expert for expert in experts if expert.weight is not None]
         if weighed and len(weighed) < len(experts):
             raise FusionError(f"{name}: experts have weights only partly; give one to each or to none.")
-        return cls(**{**content, "experts": experts, "parameters": dict(content.get("parameters") or {})})
+        slices = tuple(_slice(entry, f"slices[{i}]", name) for i, entry in enumerate(content.get("slices") or []))
+        parameters = dict(content.get("parameters") or {})
+        return cls(**{**content, "experts": experts, "slices": slices, "parameters": parameters})
 
 
 def _is_name(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip()) and "\n" not in value
+
+
+def _is_settings(value: object) -> bool:
+    return value is None or (isinstance(value, Mapping) and all(isinstance(key, str) for key in value))
 
 
 # key -> (whether a value will do, what is expected)
@@ -139,22 +216,51 @@ _VALUES: dict[str, tuple[Any, str]] = {
     "method": (_is_name, "the name of a method"),
     "experts": (lambda v: isinstance(v, list) and len(v) > 0, "a list of at least one expert"),
     "base": (lambda v: v is None or _is_name(v), "owner/name@sha"),
-    "parameters": (
-        lambda v: v is None or (isinstance(v, Mapping) and all(isinstance(key, str) for key in v)),
-        "names and values",
-    ),
+    "parameters": (_is_settings, "names and values"),
+    "slices": (lambda v: v is None or isinstance(v, list), "a list of slices"),
+    "tokenizer": (lambda v: v is None or _is_name(v) or isinstance(v, Mapping), "union, base or a model"),
+    "chat_template": (lambda v: v is None or isinstance(v, str), "a template, or the model that has it"),
     "dtype": (lambda v: v is None or v in DTYPES, f"one of {', '.join(DTYPES)}"),
 }
 
 
 def _expert(entry: object, key: str, name: str) -> RecipeExpert:
-    """One entry of ``experts``: a name, or a name with a weight."""
+    """One entry of ``experts``: a name, or a name with what is its own."""
     if _is_name(entry):
         return RecipeExpert(str(entry))
-    if not isinstance(entry, Mapping) or not _is_name(entry.get("model")) or set(entry) - {"model", "weight"}:
+    known = {"model", "weight", "parameters"}
+    if not isinstance(entry, Mapping) or not _is_name(entry.get("model")) or set(entry) - known:
         raise FusionError(f"{name}: {key} is {entry!r}, expected owner/name@sha or {{model: …, weight: …}}.")
     weight = entry.get("weight")
     is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight)
     if weight is not None and not is_number:
         raise FusionError(f"{name}: {key}.weight is {weight!r}, expected a number.")
-    return RecipeExpert(str(entry["model"]), None if weight is None else float(weight))
+    if not _is_settings(entry.get("parameters")):
+        raise FusionError(f"{name}: {key}.parameters is {entry['parameters']!r}, expected names and values.")
+    parameters = dict(entry.get("parameters") or {})
+    return RecipeExpert(str(entry["model"]), None if weight is None else float(weight), parameters)
+
+
+def _slice(entry: object, key: str, name: str) -> Slice:
+    """One entry of ``slices``: like many layers of one model or more."""
+    example = "expected {sources: [{model: …, layers: [first, behind the last]}]}"
+    if not isinstance(entry, Mapping) or set(entry) - {"sources", "parameters"} or not entry.get("sources"):
+        raise FusionError(f"{name}: {key} is {entry!r}, {example}.")
+    sources = []
+    for source in entry["sources"]:
+        layers = source.get("layers") if isinstance(source, Mapping) else None
+        match layers:
+            case [int(start), int(stop)] if 0 <= start < stop:
+                pass
+            case _:
+                raise FusionError(f"{name}: {key}.sources holds {source!r}, {example}.")
+        if set(source) - {"model", "layers", "parameters"}:
+            raise FusionError(f"{name}: {key}.sources holds {source!r}, {example}.")
+        if not _is_name(source.get("model")) or not _is_settings(source.get("parameters")):
+            raise FusionError(f"{name}: {key}.sources holds {source!r}, {example}.")
+        sources.append(SliceSource(str(source["model"]), start, stop, dict(source.get("parameters") or {})))
+    if len({source.stop - source.start for source in sources}) > 1:
+        raise FusionError(f"{name}: {key} takes unlike numbers of layers from its sources.")
+    if not _is_settings(entry.get("parameters")):
+        raise FusionError(f"{name}: {key}.parameters is {entry['parameters']!r}, expected names and values.")
+    return Slice(tuple(sources), dict(entry.get("parameters") or {}))

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import ExpertInfo
-from hf_fusion.fusion import STALE, save_fused
+from hf_fusion.folders import STALE
+from hf_fusion.fusion import save_fused
 from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.card import README, CardFacts, pinned_revision, read_facts, render_card
 from hf_fusion.hub.discover import read_info

@@ -1,0 +1,228 @@
+"""A checkpoint as what its headers say: every tensor's name, type, shape and place; values are read piece by piece.
+
+Safetensors come from strangers: everything a header says is checked before any of it is believed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_fusion.errors import FusionError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# safetensors' name of a type -> (torch's, bytes of an element); those of less than a byte are not merged
+DTYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+}
+FLOATS = tuple(name for name in DTYPES if name[0] in "FB" and name != "BOOL")
+MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies.
+
+    Attributes:
+        name: as the file calls it.
+        dtype: safetensors' name of its type, a key of `DTYPES`.
+        shape: its sizes.
+        file: the file that holds it.
+        start: offset of its first byte in the file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return DTYPES[self.dtype][1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return self.numel * self.itemsize
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it holds weights, rather than positions or masks."""
+        return self.dtype in FLOATS
+
+
+class Files:
+    """Open files, by path: each is opened once and read from any thread."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def read(self, entry: Entry, start: int, buffer: np.ndarray) -> None:
+        """Elements of a tensor from `start` on, as many as fit in a buffer of bytes.
+
+        Raises:
+            FusionError: the file ends before, or cannot be read.
+        """
+        with self._lock:
+            if entry.file not in self._open:
+                self._open[entry.file] = _opened(entry.file)
+        file, offset, view = self._open[entry.file], entry.start + start * entry.itemsize, buffer.data
+        while view:
+            try:
+                got = os.preadv(file, [view], offset)
+            except OSError as error:
+                raise FusionError(f"{entry.file}: {entry.name} cannot be read ({error.strerror})") from None
+            if not got:
+                raise FusionError(f"{entry.file} ends within {entry.name}", "fetch it again: it is cut off")
+            offset, view = offset + got, view[got:]
+
+    def close(self) -> None:
+        """Closes all files."""
+        for file in self._open.values():
+            os.close(file)
+        self._open.clear()
+
+
+def read_header(file: Path) -> dict[str, Entry]:
+    """What a safetensors file holds, by name, in the order of the file.
+
+    Raises:
+        FusionError: naming the file and what is wrong with it: a header that is cut off, too long, no JSON or that
+            names a tensor twice; a type that is not known; offsets that overlap, leave gaps or do not fit the shape.
+    """
+    try:
+        with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise _broken(file, f"its header of {length} bytes does not fit into its {size} bytes: it is cut off")
+            if length > MAX_HEADER:
+                raise _broken(file, f"its header of {length} bytes is longer than {MAX_HEADER}")
+            raw = stream.read(length)
+    except OSError as error:
+        raise FusionError(f"{file} cannot be read ({error.strerror})") from None
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise _broken(file, f"its header is not valid ({error})") from None
+    if not isinstance(header, dict):
+        raise _broken(file, "its header is not a JSON object")
+    header.pop("__metadata__", None)
+    found = [(_span(file, name, row), _entry(file, name, row, 8 + length)) for name, row in header.items()]
+    end = 0
+    for (start, stop), entry in sorted(found, key=lambda pair: pair[0]):
+        if start != end:
+            raise _broken(file, f"{entry.name} begins at byte {start} of the data, and what is before ends at {end}")
+        end = stop
+    if 8 + length + end != size:
+        raise _broken(file, f"its tensors end at byte {8 + length + end}, the file at {size}")
+    return {entry.name: entry for _, entry in sorted(found, key=lambda pair: pair[0])}
+
+
+def read_checkpoint(folder: Path, name: str) -> dict[str, Entry]:
+    """All tensors of a model's folder: of ``model.safetensors``, or of the shards that its index names.
+
+    Args:
+        folder: where the files lie.
+        name: what errors call the model.
+
+    Raises:
+        FusionError: there is neither, one of the files is broken, or the index does not tell what the shards hold.
+    """
+    if (folder / SINGLE).exists():
+        return read_header(folder / SINGLE)
+    if not (folder / INDEX).exists():
+        raise FusionError(f"{name} has no {SINGLE} and no {INDEX}", "only safetensors are merged")
+    try:
+        content = json.loads((folder / INDEX).read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        places = dict(content["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise FusionError(f"{name}: {INDEX} is not valid ({error})") from None
+    tensors: dict[str, Entry] = {}
+    for shard in sorted({str(place) for place in places.values()}):
+        if not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+            raise FusionError(f"{name}: {INDEX} names {shard!r}, which is no file beside it")
+        if not (folder / shard).exists():
+            raise FusionError(f"{name} lacks {shard}, which its {INDEX} names", "fetch it again")
+        for key, entry in read_header(folder / shard).items():
+            if places.get(key) == shard:
+                tensors[key] = entry
+    if missing := [key for key in places if key not in tensors]:
+        raise FusionError(f"{name}: {missing[0]} is not in {places[missing[0]]}, where its {INDEX} has it")
+    return tensors
+
+
+def _opened(file: Path) -> int:
+    try:
+        return os.open(file, os.O_RDONLY)
+    except OSError as error:
+        raise FusionError(f"{file} cannot be read ({error.strerror})") from None
+
+
+def _broken(file: Path, why: str) -> FusionError:
+    return FusionError(f"{file} is not a valid safetensors file: {why}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object that names nothing twice: readers disagree on which of the two counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
+
+
+def _span(file: Path, name: str, row: Any) -> tuple[int, int]:
+    """A tensor's bytes in the data: first, and behind the last."""
+    if not isinstance(row, Mapping) or not _counts(row.get("data_offsets")) or len(row["data_offsets"]) != 2:
+        raise _broken(file, f"{name} has no two data_offsets")
+    start, stop = row["data_offsets"]
+    return start, stop
+
+
+def _entry(file: Path, name: str, row: Mapping[str, Any], data: int) -> Entry:
+    if row.get("dtype") not in DTYPES:
+        raise _broken(file, f"{name} is of type {row.get('dtype')!r}; known are {', '.join(DTYPES)}")
+    if not _counts(row.get("shape")):
+        raise _broken(file, f"{name} has the shape {row.get('shape')!r}")
+    start, stop = row["data_offsets"]
+    entry = Entry(name, str(row["dtype"]), tuple(row["shape"]), file, data + start)
+    if stop - start != entry.nbytes:
+        raise _broken(
+            file, f"{name} takes {stop - start} bytes, {entry.dtype} {list(entry.shape)} needs {entry.nbytes}"
+        )
+    return entry
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in value)

@@ -1,0 +1,129 @@
+"""From a plan to a folder: tensor by tensor in threads, a chunk of each in memory, shard by shard on the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_fusion.errors import FusionError
+from hf_fusion.merging.checkpoint import Entry, Files
+from hf_fusion.merging.output import Shard, Spec, as_bytes, shard_name, shards_of, staging, write_index
+from hf_fusion.merging.tensors import CHUNK, Tensors, merge_tensors, scratch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One tensor of the merged model.
+
+    Attributes:
+        spec: its name, type and sizes.
+        make: opens what it is merged from and says how; or None: it is copied.
+        copied: the stored tensor it is a copy of, byte for byte.
+        described: all that decides its values, as plain data, for the digest of the merge.
+    """
+
+    spec: Spec
+    make: Callable[[], tuple[Tensors, Any]] | None = None
+    copied: Entry | None = None
+    described: Any = field(default=None, compare=False)
+
+
+def digest_of(targets: Iterable[Target], most: int) -> str:
+    """One word for everything that decides the bytes of a merge."""
+    rows = [(t.spec.name, t.spec.dtype, t.spec.shape, t.described) for t in targets]
+    return hashlib.sha256(json.dumps([most, rows], default=str).encode()).hexdigest()
+
+
+def write_tensors(
+    targets: Sequence[Target],
+    folder: Path,
+    files: Files,
+    *,
+    threads: int,
+    shard_bytes: int,
+    process: tuple[int, int] = (0, 1),
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[list[Spec]]:
+    """Writes all shards of a merged model that are not there yet.
+
+    Args:
+        targets: its tensors, in the order of the files.
+        folder: where the shards go; those with their final names are whole and kept.
+        files: what the inputs are read with.
+        threads: tensors that are merged at a time.
+        shard_bytes: most bytes of a file.
+        process: (number, count) of the processes that share the work: each writes every count-th shard.
+        progress: called with the bytes of each tensor that is done.
+
+    Returns:
+        What the files hold.
+
+    Raises:
+        FusionError: an input cannot be read, the disk is full, or a merged tensor is not finite.
+    """
+    by_name = {target.spec.name: target for target in targets}
+    shards = shards_of([target.spec for target in targets], shard_bytes)
+    own = [n for n in range(len(shards)) if n % process[1] == process[0]]
+    with ThreadPoolExecutor(threads) as pool:
+        for number in own:
+            file = folder / shard_name(number, len(shards))
+            if file.exists():
+                progress(sum(spec.nbytes for spec in shards[number]))
+                continue
+            shard = Shard(file, shards[number])
+            largest_first = sorted(shards[number], key=lambda spec: -spec.nbytes)
+            jobs = [pool.submit(_write, by_name[spec.name], shard, files, progress) for spec in largest_first]
+            done, rest = wait(jobs, return_when=FIRST_EXCEPTION)
+            for job in rest:
+                job.cancel()
+            for job in done:
+                job.result()
+            shard.finish()
+    return shards
+
+
+@torch.inference_mode()
+def _write(target: Target, shard: Shard, files: Files, progress: Callable[[int], None]) -> None:
+    """Merges one tensor into its place."""
+    spec = target.spec
+    if target.make is None:
+        assert target.copied is not None
+        _copy(target.copied, spec.name, shard, files)
+    else:
+        tensors, merged = target.make()
+        for start, values in merge_tensors(tensors, merged):
+            if not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):
+                raise _not_finite(tensors)
+            shard.write(spec.name, start, as_bytes(values, spec.dtype, scratch("raw", torch.uint8)))
+    progress(spec.nbytes)
+
+
+def _copy(entry: Entry, name: str, shard: Shard, files: Files) -> None:
+    for start in range(0, entry.numel, CHUNK):
+        raw = scratch("raw", torch.uint8)[: min(CHUNK, entry.numel - start) * entry.itemsize].numpy()
+        files.read(entry, start, raw)
+        shard.write(name, start, raw)
+
+
+def _not_finite(tensors: Tensors) -> FusionError:
+    """Which of the inputs holds NaN or Inf; or none of them does."""
+    for number, reader in enumerate([*([tensors.base] if tensors.base else []), *tensors.experts]):
+        if not bool(tensors.whole(reader).isfinite().all()):
+            what = "the base" if tensors.base and not number else f"expert {number + (0 if tensors.base else 1)}"
+            return FusionError(f"{tensors.name} of {what} has NaN or Inf")
+    return FusionError(f"{tensors.name} becomes NaN or Inf by this merge", "choose smaller weights")
+
+
+__all__ = ["Target", "digest_of", "np", "shutil", "staging", "write_index", "write_tensors"]

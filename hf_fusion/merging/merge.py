@@ -1,0 +1,195 @@
+"""The streaming verb: from a recipe of a static method to the folder of a merged model, without holding a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_fusion.errors import FusionError
+from hf_fusion.folders import replace_folder
+from hf_fusion.merging.engine import digest_of, write_tensors
+from hf_fusion.merging.output import SHARD_BYTES, disk_full_named, staging, write_index
+from hf_fusion.merging.plan import Plan, plan
+from hf_fusion.merging.sources import Model, open_models
+from hf_fusion.recipe import RECIPE_FILE, Recipe, RecipeExpert, Slice
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        folder: where the merged model lies.
+        recipe: what it was made of, pinned.
+        tensors: how many it has.
+        nbytes: bytes of its weights.
+        seconds: of the merge itself, reading and writing included.
+    """
+
+    folder: Path
+    recipe: Recipe
+    tensors: int
+    nbytes: int
+    seconds: float
+
+
+def merge(
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    threads: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    api: HfApi | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> MergeReport:
+    """Merges models into a folder that transformers loads: weights, configuration, tokenizer and ``fusion.yaml``.
+
+    Values pass through memory in chunks; no model is ever held. The same recipe with the same inputs gives the same
+    bytes, whatever the number of threads. Files appear in the folder when all of them are whole; a run that was killed
+    goes on with its unfinished shards when it is run again.
+
+    Args:
+        recipe: of a static method, see `hf_fusion.merging.methods.MERGE_METHODS`.
+        folder: an earlier merge in it is replaced.
+        threads: tensors merged at a time; default: one for each core.
+        shard_bytes: most bytes of a file of weights.
+        api: the Hub's client.
+        progress: called with the bytes that are done, and of all.
+
+    Raises:
+        FusionError: naming what cannot be merged, and what to do.
+    """
+    folder = Path(folder).resolve()
+    planned = plan_merge(recipe, api)
+    refuse_inputs(planned, folder)
+    digest = digest_of(planned.targets, shard_bytes)
+    before, done = torch.get_num_threads(), 0
+    torch.set_num_threads(1)  # tensors are merged side by side
+
+    def told(more: int) -> None:
+        nonlocal done
+        done += more
+        progress(done, planned.nbytes)
+
+    began = time.perf_counter()
+    try:
+        with staging(folder, digest, planned.nbytes) as place:
+            shards = write_tensors(
+                planned.targets,
+                place,
+                planned.files,
+                threads=threads or cores(),
+                shard_bytes=shard_bytes,
+                progress=told,
+            )
+            with disk_full_named(folder.parent):
+                write_index(place, shards)
+                write_small(planned, place)
+                (place / "digest").unlink()
+                replace_folder(place, folder)
+    finally:
+        planned.files.close()
+        torch.set_num_threads(before)
+    return MergeReport(folder, planned.recipe, len(planned.targets), planned.nbytes, time.perf_counter() - began)
+
+
+def plan_merge(recipe: Recipe, api: HfApi | None = None) -> Plan:
+    """Opens a recipe's models, fetching what is not here, and decides what becomes of every tensor.
+
+    Raises:
+        FusionError: naming what cannot be opened or merged.
+    """
+    names = [expert.model for expert in recipe.experts]
+    opened = open_models([*([recipe.base] if recipe.base else []), *names], api)
+    base = opened.pop(0) if recipe.base else None
+    planned = plan(recipe, base, opened)
+    planned.recipe = _pinned(recipe, base, opened)
+    return planned
+
+
+def refuse_inputs(planned: Plan, folder: Path) -> None:
+    """The output must not be one of the inputs, nor lie in one, nor hold one."""
+    for model in [*([planned.base] if planned.base else []), *planned.experts]:
+        own = model.folder.resolve()
+        if own == folder or folder in own.parents or own in folder.parents:
+            raise FusionError(f"the output {folder} overlaps the input {own}", "choose another --output")
+
+
+def write_small(planned: Plan, place: Path) -> None:
+    """Configuration, tokenizer and recipe."""
+    first = planned.first
+    for file in small_files(first.folder):
+        if file.name != "config.json":
+            shutil.copyfile(file, place / file.name)
+    (place / "config.json").write_text(json.dumps(merged_config(planned), indent=2) + "\n", encoding="utf-8")
+    planned.recipe.save(place / RECIPE_FILE)
+
+
+def merged_config(planned: Plan) -> dict[str, Any]:
+    """The first model's configuration, with the merged one's type and number of layers."""
+    config = dict(planned.first.config)
+    if planned.recipe.dtype:
+        config.pop("torch_dtype", None)
+        config["dtype"] = planned.recipe.dtype
+    if planned.layers is not None:
+        key = next((key for key in LAYER_KEYS if key in config), None)
+        if key is None:
+            raise FusionError(f"{planned.first.name}: config.json does not tell its number of layers")
+        config[key] = planned.layers
+    return config
+
+
+# what describes weights, or was measured of them, is not the merged model's
+_NOT_COPIED = ("adapter_config.json", "trainer_state.json", "results.json", "routing.json", "coefficients.json")
+
+
+def small_files(folder: Path) -> list[Path]:
+    """Configuration, tokenizer and code beside a model's weights.
+
+    Raises:
+        FusionError: one of them is a link to somewhere else: it would be published with the merged model.
+    """
+    wanted = (".json", ".txt", ".model", ".jinja", ".py")
+    found = []
+    for file in sorted(folder.iterdir()):
+        if not file.name.endswith(wanted) or file.name.endswith(".index.json") or file.name in _NOT_COPIED:
+            continue
+        home = folder.resolve()
+        # the Hub's cache keeps snapshots as links to its blobs
+        if file.resolve().parent not in (home, home.parent.parent / "blobs"):
+            raise FusionError(f"{file} is a link to {file.resolve()}, outside its model", "put the file itself there")
+        if file.is_file():
+            found.append(file)
+    return found
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _pinned(recipe: Recipe, base: Model | None, experts: list[Model]) -> Recipe:
+    """The recipe with every model by the name that finds it again."""
+    known = {expert.model: model.name for expert, model in zip(recipe.experts, experts, strict=True)}
+    if base is not None and recipe.base is not None:
+        known[recipe.base] = base.name
+
+    def slice_of(own: Slice) -> Slice:
+        return Slice(tuple(replace(s, model=known[s.model]) for s in own.sources), own.parameters)
+
+    rows = tuple(RecipeExpert(known[e.model], e.weight, e.parameters) for e in recipe.experts)
+    slices = tuple(map(slice_of, recipe.slices))
+    return replace(recipe, base=base.name if base else None, experts=rows, slices=slices)

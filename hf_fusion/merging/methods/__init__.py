@@ -1,0 +1,56 @@
+"""The static merging methods: a function each, in the file that its kind is named by, and one row here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal
+
+from hf_fusion.merging.schema import Parameter, parameters_of
+
+
+@dataclass(frozen=True)
+class MergeMethod:
+    """A static merging method.
+
+    Attributes:
+        place: its file in this folder, and the function there: (`Tensors`, parameters) -> `Combination`, a function
+            of a `Chunk`, or the merged tensor.
+        title: what cards and tables call it.
+        base: whether it needs the model that the experts were fine-tuned from; "" where it has no use for it.
+        experts: how many it merges: at least, at most (None: any number).
+        needs: what of a tensor is in memory at once: "chunks" of it, read once; chunks read twice or more for their
+            "norms" or their "thresholds"; or the "whole" of it, for all experts.
+        paper: arXiv number or address.
+        prepare: function in the same file that looks at all tensors of the models first, if there is one.
+    """
+
+    place: str
+    title: str
+    base: Literal["", "needed"]
+    experts: tuple[int, int | None]
+    needs: Literal["chunks", "norms", "thresholds", "whole"]
+    paper: str = ""
+    prepare: str = ""
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The function itself."""
+        module, _, name = self.place.partition(":")
+        return getattr(import_module(f"{__name__}.{module}"), name)
+
+    @property
+    def parameters(self) -> dict[str, Parameter]:
+        """Its parameters, by name."""
+        return parameters_of(self.function)
+
+
+# A new method is one more row.
+MERGE_METHODS = {
+    "linear": MergeMethod("linear:linear", "Linear (average)", "", (1, None), "chunks", "2203.05482"),
+    "task_arithmetic": MergeMethod(
+        "linear:task_arithmetic", "Task arithmetic", "needed", (1, None), "chunks", "2212.04089"
+    ),
+    "expo": MergeMethod("linear:expo", "ExPO", "needed", (1, 1), "chunks", "2404.16792"),
+}

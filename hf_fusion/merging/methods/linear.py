@@ -1,0 +1,58 @@
+"""Methods whose merged values are a sum of the inputs, each times a number: nothing else need be known of a tensor."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from hf_fusion.merging.schema import EachNumber, Range
+from hf_fusion.merging.tensors import Combination, Tensors
+
+__all__ = ["expo", "linear", "task_arithmetic"]
+
+
+def linear(tensors: Tensors, *, weight: EachNumber = (1.0,), normalize: bool = True) -> Combination:
+    """Σ w_i θ_i / Σ w_i: the average of the experts (Wortsman et al., 2022, arXiv 2203.05482).
+
+    Args:
+        tensors: two experts or more; a base does not count.
+        weight: w_i.
+        normalize: divides by the sum of the weights; without it, sums as they are. As in mergekit.
+
+    Raises:
+        ValueError: the weights' sum is 0 and should divide.
+    """
+    total = sum(weight) if normalize else 1.0
+    if abs(total) < 1e-8:
+        raise ValueError(f"the weights of {tensors.name} sum up to 0 (normalize: false sums them as they are)")
+    return Combination(0.0, [w / total for w in weight])
+
+
+def task_arithmetic(
+    tensors: Tensors, *, scaling: Annotated[float, Range()] = 0.3, weight: EachNumber = (1.0,), normalize: bool = False
+) -> Combination:
+    """θ0 + λ Σ w_i τ_i (Ilharco et al., 2023, arXiv 2212.04089).
+
+    Args:
+        tensors: a base and one expert or more.
+        scaling: λ.
+        weight: w_i.
+        normalize: divides the weights by their sum, as mergekit can.
+    """
+    factors = [scaling * w for w in shares(weight, normalize)]
+    return Combination(1 - sum(factors), factors)
+
+
+def expo(tensors: Tensors, *, scaling: Annotated[float, Range()] = 0.3) -> Combination:
+    """θ1 + α (θ1 - θ0): beyond the aligned model, away from the one it was aligned from (ExPO, arXiv 2404.16792).
+
+    Args:
+        tensors: the model before alignment as the base, the aligned one as the only expert.
+        scaling: α.
+    """
+    return Combination(-scaling, [1 + scaling])
+
+
+def shares(weight: EachNumber, normalize: bool) -> list[float]:
+    """Weights, divided by their sum where that is wanted and is not 0."""
+    total = sum(weight)
+    return [w / total for w in weight] if normalize and abs(total) > 1e-8 else list(weight)

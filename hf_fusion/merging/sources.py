@@ -1,0 +1,210 @@
+"""What is merged, opened: names, shapes and types of a model's tensors, and readers of their values."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_fusion.errors import FusionError
+from hf_fusion.experts import Adapter
+from hf_fusion.hub.adapters import read_adapter, read_json
+from hf_fusion.hub.files import Source, download, hub_api, in_parallel, pick_small, recorded_base, resolve, weight_files
+from hf_fusion.merging.checkpoint import Entry, Files, read_checkpoint
+from hf_fusion.merging.tensors import InMemory, Reader, Stored
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+
+@dataclass
+class Model:
+    """A base or an expert.
+
+    Attributes:
+        name: ``owner/name@sha`` or a folder: what finds it again.
+        folder: its files.
+        config: content of its ``config.json``.
+        entries: its tensors, by their names in its files; an adapter has those of its base.
+        license: of its card, if it has one.
+        adapter: the LoRA adapter that it is, on the model of `entries`.
+        parts: names of the base's tensors -> its own, once `align` has looked.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    entries: dict[str, Entry]
+    license: str | None = None
+    adapter: Adapter | None = None
+    names: dict[str, str] = field(default_factory=dict)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Sizes of one of its tensors."""
+        saved = self.adapter.saved.get(name) if self.adapter else None
+        return tuple(saved.shape) if saved is not None else self.entries[name].shape
+
+    def reader(self, name: str, files: Files) -> Reader:
+        """What reads one of its tensors."""
+        stored = Stored(self.entries[name], files)
+        if self.adapter is None:
+            return stored
+        if name in self.adapter.saved:
+            return InMemory(self.adapter.saved[name])
+        pair = self.adapter.lora.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        return Adapted(stored, *pair) if pair else stored
+
+
+class Adapted:
+    """W + B A: a linear layer's weight with a LoRA's update, a few rows at a time."""
+
+    def __init__(self, weight: Reader, a: torch.Tensor, b: torch.Tensor) -> None:
+        self.weight, self.shape = weight, weight.shape
+        # GPT-2's Conv1D stores (d_in, d_out): its update is the transposed one
+        conv = self.shape != (b.shape[0], a.shape[1])
+        self.left, self.right = (a.T, b.T) if conv else (b, a)
+        self.left, self.right = self.left.float(), self.right.float()
+
+    def read(self, start: int, out: torch.Tensor) -> None:
+        """Fills a flat float32 tensor with the values from `start` on."""
+        self.weight.read(start, out)
+        width = self.shape[1]
+        first, last = start // width, -(-(start + len(out)) // width)
+        update = (self.left[first:last] @ self.right).view(-1)  # rows first..last, flat
+        out.add_(update[start - first * width :][: len(out)])
+
+
+def open_models(names: Sequence[str], api: HfApi | None = None) -> list[Model]:
+    """Models from ids or folders: what is not here is fetched, all at once; no weights are read.
+
+    Args:
+        names: ``owner/name``, ``owner/name@revision`` or folders; LoRA adapters are opened on the base they record.
+        api: the Hub's client.
+
+    Raises:
+        FusionError: naming a model that cannot be found or read.
+    """
+    api = hub_api(api)
+    sources = dict(zip(names, in_parallel(lambda name: resolve(name, api), names), strict=True))
+    bases = {name: resolve(recorded_base(source), api) for name, source in sources.items() if source.is_adapter}
+    wanted = [*sources.values(), *bases.values()]
+    download([(source, _files(source)) for source in wanted], api)
+    opened: dict[Path, Model] = {}
+    for source in wanted:
+        if not source.is_adapter:
+            opened.setdefault(_folder(source), _model(source))
+    return [
+        _adapted(source, opened[_folder(bases[name])]) if source.is_adapter else opened[_folder(source)]
+        for name, source in sources.items()
+    ]
+
+
+def _files(source: Source) -> list[str]:
+    stem = "adapter_model" if source.is_adapter else "model"
+    weights = weight_files(source.sizes, stem, "safetensors")
+    if not weights:
+        raise FusionError(
+            f"{source.name} has no {stem}.safetensors", "only safetensors are merged; convert it, or load and save it"
+        )
+    return weights + pick_small(source, code=True)
+
+
+def _folder(source: Source) -> Path:
+    assert source.folder is not None
+    return source.folder
+
+
+def _model(source: Source) -> Model:
+    folder = _folder(source)
+    name = str(folder.resolve()) if source.is_local else f"{source.name}@{source.revision}"
+    config = read_json(folder / "config.json", source.name)
+    if config.get("quantization_config"):
+        raise FusionError(f"{source.name}: its weights are quantized", "use the unquantized checkpoint")
+    license_id = source.card.get("license")
+    return Model(
+        name, folder, config, read_checkpoint(folder, source.name), str(license_id).lower() if license_id else None
+    )
+
+
+def _adapted(source: Source, base: Model) -> Model:
+    folder = _folder(source)
+    adapter = read_adapter(folder, source.name)
+    adapter.base = base.name
+    name = str(folder.resolve()) if source.is_local else f"{source.name}@{source.revision}"
+    for path, (a, b) in adapter.lora.items():
+        entry = base.entries.get(f"{path}.weight")
+        if entry is None:
+            raise FusionError(f"{source.name} adapts {path}, which {base.name} does not have")
+        if entry.shape not in ((b.shape[0], a.shape[1]), (a.shape[1], b.shape[0])):
+            raise FusionError(
+                f"{source.name}: {path} is {list(entry.shape)} in {base.name}, the update is {[b.shape[0], a.shape[1]]}"
+            )
+    for key in adapter.saved:
+        if key not in base.entries:
+            raise FusionError(f"{source.name} saves {key}, which {base.name} does not have")
+    license_id = source.card.get("license")
+    return Model(name, folder, base.config, base.entries, str(license_id).lower() if license_id else None, adapter)
+
+
+# ---------------------------------------------------------------- one name for one tensor
+
+
+def align(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, str]:
+    """The other model's tensors by the names they have in the first.
+
+    A model with a head calls its body's tensors by a prefix (``bert.``, ``model.``) that the body alone does without.
+    Of all prefixes that one of the two has before some of its names, the one by which most names agree is taken.
+
+    Args:
+        first: a model's tensors by name.
+        other: another's.
+
+    Returns:
+        Name in the first -> name in the other, of those that agree.
+    """
+    prefixes = [""] + [
+        prefix for names in (first, other) for prefix, _ in Counter(n.partition(".")[0] + "." for n in names).items()
+    ]
+    best: dict[str, str] = {}
+    for prefix in prefixes:
+        for found in (
+            {name: prefix + name for name in first if prefix + name in other},
+            {name: name.removeprefix(prefix) for name in first if name.removeprefix(prefix) in other},
+        ):
+            if len(found) > len(best):
+                best = found
+    return best
+
+
+LAYER = re.compile(r"^(?P<stack>.*?\.?(?:layers|layer|h|blocks|block))\.(?P<number>\d+)\.(?P<rest>.+)$")
+"""A tensor of one of many like layers: the stack it belongs to, its number there, and its name within."""
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a tensor belongs to, counted within its stack."""
+    match = LAYER.match(name)
+    return int(match["number"]) if match else None
+
+
+def depths(names: Mapping[str, Any]) -> dict[str, float]:
+    """How deep every tensor lies: 0 in and before the first layer, 1 in and behind the last.
+
+    Tensors outside the layers are before them where they come to stand before the first tensor of a layer in reading
+    order of a model (embeddings), else behind (final norms, heads).
+    """
+    last: dict[str, int] = {}
+    for name in names:
+        if match := LAYER.match(name):
+            last[match["stack"]] = max(last.get(match["stack"], 0), int(match["number"]))
+    found = {}
+    for name in names:
+        if match := LAYER.match(name):
+            found[name] = int(match["number"]) / max(1, last[match["stack"]])
+        else:
+            found[name] = 0.0 if "embed" in name or re.search(r"\b(wte|wpe|shared)\b", name) else 1.0
+    return found

@@ -1,0 +1,235 @@
+"""One tensor of the base and of every expert, as a merging method sees it: in chunks, never whole unless asked for.
+
+A method is a function of `Tensors` and of its own parameters. It may look at the values first (`gram`, `sums`,
+`largest`: each reads them in chunks); then it returns what makes the merged values of a chunk, or the merged tensor:
+
+    def task_arithmetic(tensors, *, weight, scaling):
+        return Combination(1 - scaling * sum(weight), [scaling * w for w in weight])
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from hf_fusion.merging.checkpoint import DTYPES, Entry, Files
+
+CHUNK = 1 << 18
+"""Elements that are worked on at a time: a few chunks in single precision fit into a core's cache."""
+
+Merged = Callable[["Chunk"], torch.Tensor]
+"""What makes the merged values (size,) of a chunk, in single precision; called for a tensor's chunks in order."""
+
+
+class Reader(Protocol):
+    """A source of one tensor's values, seen flat."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the tensor."""
+
+    def read(self, start: int, out: torch.Tensor) -> None:
+        """Fills a flat float32 tensor with the values from `start` on."""
+
+
+class Stored:
+    """A tensor in a file."""
+
+    def __init__(self, entry: Entry, files: Files) -> None:
+        self.entry, self.files, self.shape = entry, files, entry.shape
+        self._dtype = getattr(torch, DTYPES[entry.dtype][0])
+
+    def read(self, start: int, out: torch.Tensor) -> None:
+        """Fills a flat float32 tensor with the values from `start` on."""
+        size = len(out)
+        if self._dtype is torch.float32:
+            self.files.read(self.entry, start, out.numpy().view(np.uint8))
+            return
+        for first in range(0, size, CHUNK):
+            raw = scratch("raw", torch.uint8)[: min(CHUNK, size - first) * self.entry.itemsize]
+            self.files.read(self.entry, start + first, raw.numpy())
+            out[first : first + CHUNK].copy_(raw.view(self._dtype))
+
+
+class InMemory:
+    """A tensor of a loaded model."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.shape, self._flat = tuple(tensor.shape), tensor.detach().reshape(-1)
+
+    def read(self, start: int, out: torch.Tensor) -> None:
+        """Fills a flat float32 tensor with the values from `start` on."""
+        out.copy_(self._flat[start : start + len(out)])
+
+
+class Chunk:
+    """Some consecutive elements of all inputs, in float32; tensors are good until the next chunk.
+
+    Attributes:
+        start: number of its first element.
+        size: number of its elements.
+        number: 0 for a tensor's first chunk.
+    """
+
+    def __init__(self, tensors: Tensors, number: int, start: int, size: int) -> None:
+        self.tensors, self.number, self.start, self.size = tensors, number, start, size
+        self._read: dict[int, torch.Tensor] = {}
+
+    @property
+    def base(self) -> torch.Tensor:
+        """Values of the base."""
+        return self._values(-1, self.tensors.the_base)
+
+    def expert(self, index: int) -> torch.Tensor:
+        """Values of an expert. Whoever writes into them writes into what `delta` starts from."""
+        return self._values(index, self.tensors.experts[index])
+
+    def delta(self, index: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The expert's values less the base's, in a tensor that the caller may write into."""
+        out = scratch(f"delta {index}")[: self.size] if out is None else out
+        return torch.sub(self.expert(index), self.base, out=out)
+
+    def random(self, index: int) -> np.ndarray:
+        """uint16 drawn uniformly for each element; the same for the same seed, tensor, expert and chunk."""
+        name = zlib.crc32(self.tensors.name.encode())
+        drawn = np.random.Generator(np.random.SFC64([self.tensors.seed, name, index, self.number]))
+        return drawn.integers(0, 1 << 64, -(-self.size // 4), dtype=np.uint64).view(np.uint16)[: self.size]
+
+    def _values(self, index: int, reader: Reader) -> torch.Tensor:
+        if index not in self._read:
+            values = scratch(f"values {index}")[: self.size]
+            reader.read(self.start, values)
+            self._read[index] = values
+        return self._read[index]
+
+
+Values = Callable[[Chunk, int], torch.Tensor]
+"""One number for every element of a chunk and one expert."""
+
+
+class Tensors:
+    """One tensor of the base and of every expert.
+
+    Args:
+        name: of the tensor.
+        base: the base's values, or None for methods without a base.
+        experts: the experts' values, all of one shape.
+        seed: of what is drawn at random.
+
+    Attributes:
+        shape: of each of them.
+        numel: number of their elements.
+    """
+
+    def __init__(self, name: str, base: Reader | None, experts: Sequence[Reader], seed: int = 0) -> None:
+        self.name, self.base, self.experts, self.seed = name, base, list(experts), seed
+        self.shape: tuple[int, ...] = (base or experts[0]).shape
+        self.numel = math.prod(self.shape)
+
+    def __len__(self) -> int:
+        """How many experts there are."""
+        return len(self.experts)
+
+    @property
+    def the_base(self) -> Reader:
+        """The base's values, where a method cannot do without."""
+        if self.base is None:
+            raise ValueError(f"{self.name} has no base")
+        return self.base
+
+    def chunks(self) -> Iterator[Chunk]:
+        """All elements, in order."""
+        for number, start in enumerate(range(0, self.numel, CHUNK)):
+            yield Chunk(self, number, start, min(CHUNK, self.numel - start))
+
+    def sample(self, pieces: int = 64) -> Iterator[Chunk]:
+        """About 1,024 elements from each of so many places."""
+        if self.numel <= pieces * 1024:
+            yield from self.chunks()
+            return
+        for number in range(pieces):
+            yield Chunk(self, -1 - number, number * (self.numel - 1024) // (pieces - 1), 1024)
+
+    def whole(self, reader: Reader) -> torch.Tensor:
+        """All values of an input, in its shape: for methods that cannot work in pieces."""
+        values = torch.empty(self.numel)
+        reader.read(0, values)
+        return values.view(self.shape)
+
+    def whole_deltas(self) -> torch.Tensor:
+        """The experts' values less the base's, all at once: (K, *shape)."""
+        deltas = torch.empty(len(self), self.numel)
+        base = self.whole(self.the_base).view(-1)
+        for own, reader in zip(deltas, self.experts, strict=True):
+            reader.read(0, own)
+            own.sub_(base)
+        return deltas.view(len(self), *self.shape)
+
+    def sums(self, of: Callable[[Chunk], torch.Tensor]) -> torch.Tensor:
+        """The sum over all chunks of what a function makes of each, in float64."""
+        return sum((of(chunk).double() for chunk in self.chunks()), start=torch.zeros((), dtype=torch.float64))
+
+    def gram(self, deltas: bool = True) -> torch.Tensor:
+        """Products of the experts with each other, (K, K) in float64.
+
+        Args:
+            deltas: of their differences from the base; else of their values.
+        """
+        count = len(self)
+
+        def products(chunk: Chunk) -> torch.Tensor:
+            rows = [chunk.delta(i) if deltas else chunk.expert(i) for i in range(count)]
+            return torch.stack([torch.dot(rows[i], rows[j]) for i in range(count) for j in range(i, count)])
+
+        upper = self.sums(products)
+        full = torch.zeros(count, count, dtype=torch.float64)
+        row, column = torch.triu_indices(count, count)
+        full[row, column] = full[column, row] = upper
+        return full
+
+
+class Combination:
+    """Merged values that are a sum of the inputs, each times a number of its own."""
+
+    def __init__(self, base: float, experts: Sequence[float]) -> None:
+        self.base, self.experts = base, experts
+
+    def __call__(self, chunk: Chunk) -> torch.Tensor:
+        """The merged values of a chunk, (size,)."""
+        total = scratch("total")[: chunk.size]
+        if self.base:
+            torch.mul(chunk.base, self.base, out=total)
+        else:
+            total.zero_()
+        for index, weight in enumerate(self.experts):
+            if weight:
+                total.add_(chunk.expert(index), alpha=weight)
+        return total
+
+
+_local = threading.local()
+
+
+def scratch(name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """This thread's buffer of that name: a chunk of float32, or the bytes of the widest chunk."""
+    buffers: dict[str, torch.Tensor] = _local.__dict__.setdefault("buffers", {})
+    if name not in buffers:
+        buffers[name] = torch.empty(CHUNK * (8 if dtype is torch.uint8 else 1), dtype=dtype)
+    return buffers[name]
+
+
+def merge_tensors(tensors: Tensors, merged: Merged | torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """(start, float32 values) of what a method returned, in order."""
+    if isinstance(merged, torch.Tensor):
+        flat = merged.reshape(-1)
+        for start in range(0, len(flat), CHUNK):
+            yield start, flat[start : start + CHUNK]
+        return
+    for chunk in tensors.chunks():
+        yield chunk.start, merged(chunk)

@@ -1,0 +1,78 @@
+"""The streaming engine on real files: what is written is what a method says, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import bert
+from transformers import AutoModelForSequenceClassification
+
+from hf_fusion import FusionError
+from hf_fusion.merging.merge import merge
+from hf_fusion.recipe import Recipe, RecipeExpert
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A base and two experts of one architecture, saved as transformers saves them."""
+    found = []
+    for seed, name in enumerate(("base", "one", "two")):
+        torch.manual_seed(seed)
+        bert(["no", "yes"], seed).save_pretrained(tmp_path / name)
+        found.append(tmp_path / name)
+    return found
+
+
+def recipe_of(method, folders, **parameters):
+    base, *experts = map(str, folders)
+    return Recipe(method, tuple(map(RecipeExpert, experts)), base, parameters)
+
+
+def weights(folder):
+    return {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
+
+
+def test_task_arithmetic_of_files(folders, tmp_path):
+    report = merge(recipe_of("task_arithmetic", folders, scaling=0.4), tmp_path / "out", threads=2)
+    base, one, two = map(weights, folders)
+    merged = weights(tmp_path / "out")
+    assert list(merged) and merged.keys() == base.keys()
+    for name, tensor in merged.items():
+        wanted = base[name].double() + 0.4 * (one[name].double() - base[name].double())
+        wanted += 0.4 * (two[name].double() - base[name].double())
+        torch.testing.assert_close(tensor.double(), wanted, rtol=1e-5, atol=1e-6)
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").num_parameters() == sum(
+        t.numel() for t in merged.values()
+    )
+    assert Recipe.load(tmp_path / "out") == report.recipe
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_same_bytes_whatever_the_threads_and_shards_hold_the_same(folders, tmp_path):
+    recipe = recipe_of("task_arithmetic", folders)
+    for name, options in {"a": {"threads": 1}, "b": {"threads": 4}, "c": {"shard_bytes": 20_000}}.items():
+        merge(recipe, tmp_path / name, **options)
+    one, other = (next((tmp_path / name).glob("*.safetensors")).read_bytes() for name in "ab")
+    assert one == other
+    index = json.loads((tmp_path / "c" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    whole, sharded = weights(tmp_path / "a"), weights(tmp_path / "c")
+    assert all(tensor.equal(sharded[name]) for name, tensor in whole.items())
+    assert (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "c").state_dict().keys()
+        == AutoModelForSequenceClassification.from_pretrained(tmp_path / "a").state_dict().keys()
+    )
+
+
+def test_nan_is_refused_by_name_and_nothing_is_left(folders, tmp_path):
+    file = folders[2] / "model.safetensors"
+    tensors = load_file(file)
+    name = next(key for key in tensors if key.endswith("query.weight"))
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(FusionError, match=f"{name} of expert 2 has NaN"):
+        merge(recipe_of("task_arithmetic", folders), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
