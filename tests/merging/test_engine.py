@@ -46,8 +46,6 @@ def test_task_arithmetic_of_files(folders, tmp_path):
         torch.testing.assert_close(tensor.double(), wanted, rtol=1e-5, atol=1e-6)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert loaded.num_parameters() == sum(t.numel() for t in merged.values())
-        t.numel() for t in merged.values()
-    )
     assert Recipe.load(tmp_path / "out") == report.recipe
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
@@ -62,10 +60,8 @@ def test_same_bytes_whatever_the_threads_and_shards_hold_the_same(folders, tmp_p
     assert len(set(index["weight_map"].values())) > 2
     whole, sharded = weights(tmp_path / "a"), weights(tmp_path / "c")
     assert all(tensor.equal(sharded[name]) for name, tensor in whole.items())
-    assert (
-        AutoModelForSequenceClassification.from_pretrained(tmp_path / "c").state_dict().keys()
-        == AutoModelForSequenceClassification.from_pretrained(tmp_path / "a").state_dict().keys()
-    )
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "c").state_dict()
+    assert all(tensor.equal(loaded[name]) for name, tensor in whole.items())
 
 
 def test_nan_is_refused_by_name_and_nothing_is_left(folders, tmp_path):
