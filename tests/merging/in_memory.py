@@ -40,7 +40,9 @@ def merged(
     arguments = arguments_at(known, [shared], [[settings] for settings in own], name, 0.0)
     tensors = Tensors(name, None if base is None else InMemory(base), list(map(InMemory, experts)), seed)
     with torch.inference_mode():
-        pieces = [(start, values.clone()) for start, values in merge_tensors(tensors, row.function(tensors, **arguments))]
+        pieces = [
+            (start, values.clone()) for start, values in merge_tensors(tensors, row.function(tensors, **arguments))
+        ]
     assert [start for start, _ in pieces] == [sum(len(v) for _, v in pieces[:i]) for i in range(len(pieces))]
     flat = torch.cat([values for _, values in pieces]) if pieces else torch.empty(0)
     assert flat.dtype == torch.float32
