@@ -9,11 +9,13 @@ import json
 import math
 import os
 import re
+import reprlib
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from hf_fusion.errors import FusionError
 
@@ -37,6 +39,9 @@ DTYPES = {
 }
 FLOATS = tuple(name for name in DTYPES if name[0] in "FB" and name != "BOOL")
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+MAX_NAME = 500  # characters of a tensor's name
+MAX_NUMEL = 1 << 62  # elements: what 64 bits can count
+MAX_DIMENSIONS = 64  # torch's own limit
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -118,7 +123,8 @@ def read_header(file: Path) -> dict[str, Entry]:
 
     Raises:
         FusionError: naming the file and what is wrong with it: a header that is cut off, too long, no JSON or that
-            names a tensor twice; a type that is not known; offsets that overlap, leave gaps or do not fit the shape.
+            names a tensor twice; a name that cannot be shown; a type that is not known; sizes that are none; offsets
+            that overlap, leave gaps or do not fit the shape.
     """
     try:
         with file.open("rb") as stream:
@@ -132,9 +138,9 @@ def read_header(file: Path) -> dict[str, Entry]:
     except OSError as error:
         raise FusionError(f"{file} cannot be read ({error.strerror})") from None
     try:
-        header = json.loads(raw, object_pairs_hook=_unique)
+        header = json.loads(raw.decode(), object_pairs_hook=_unique)  # UTF-8 alone, as safetensors reads it
     except (ValueError, RecursionError) as error:
-        raise _broken(file, f"its header is not valid ({error})") from None
+        raise _broken(file, f"its header is not valid ({_said(error)})") from None
     if not isinstance(header, dict):
         raise _broken(file, "its header is not a JSON object")
     header.pop("__metadata__", None)
@@ -159,27 +165,58 @@ def read_checkpoint(folder: Path, name: str) -> dict[str, Entry]:
     Raises:
         FusionError: there is neither, one of the files is broken, or the index does not tell what the shards hold.
     """
-    if (folder / SINGLE).exists():
+    if own_file(folder / SINGLE):
         return read_header(folder / SINGLE)
-    if not (folder / INDEX).exists():
+    if not own_file(folder / INDEX):
         raise FusionError(f"{name} has no {SINGLE} and no {INDEX}", "only safetensors are merged")
-    try:
-        content = json.loads((folder / INDEX).read_text(encoding="utf-8"), object_pairs_hook=_unique)
-        places = dict(content["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FusionError(f"{name}: {INDEX} is not valid ({error})") from None
+    places = _places(folder / INDEX, name)
     tensors: dict[str, Entry] = {}
-    for shard in sorted({str(place) for place in places.values()}):
-        if not re.fullmatch(r"[\w.-]+\.safetensors", shard):
-            raise FusionError(f"{name}: {INDEX} names {shard!r}, which is no file beside it")
-        if not (folder / shard).exists():
+    for shard in sorted(set(places.values())):
+        if not own_file(folder / shard):
             raise FusionError(f"{name} lacks {shard}, which its {INDEX} names", "fetch it again")
         for key, entry in read_header(folder / shard).items():
             if places.get(key) == shard:
                 tensors[key] = entry
-    if missing := [key for key in places if key not in tensors]:
-        raise FusionError(f"{name}: {missing[0]} is not in {places[missing[0]]}, where its {INDEX} has it")
+    if missing := next((key for key in places if key not in tensors), None):
+        raise FusionError(f"{name}: {shown(missing)} is not in {places[missing]}, where its {INDEX} has it")
     return tensors
+
+
+def own_file(file: Path) -> bool:
+    """Whether a file is there, in its model's folder or in the blobs of the Hub's cache, which keeps links to them.
+
+    Raises:
+        FusionError: it is a link to somewhere else: what lies there is not the model's to read, nor to publish.
+    """
+    # a link in a circle is no file; a pipe or a device would be waited for
+    if not file.is_file():
+        return False
+    home, target = file.parent.resolve(), file.resolve()
+    if target.parent not in (home, home.parent.parent / "blobs"):
+        raise FusionError(f"{file} is a link to {target}, outside its model", "put the file itself there")
+    return True
+
+
+def shown(text: object) -> str:
+    """What a file says, fit for one line of an error: short, and without characters that a terminal obeys."""
+    return text if isinstance(text, str) and text.isprintable() and len(text) <= MAX_NAME else reprlib.repr(text)
+
+
+def _places(index: Path, name: str) -> dict[str, str]:
+    """An index file's tensors, and the file beside it that holds each."""
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except OSError as error:
+        raise FusionError(f"{index} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise FusionError(f"{name}: {INDEX} is not valid ({_said(error)})", "fetch it again") from None
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise FusionError(f"{name}: {INDEX} has no weight_map of names and files", "fetch it again")
+    for place in places.values():
+        if not isinstance(place, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", place, re.ASCII):
+            raise FusionError(f"{name}: {INDEX} names {shown(place)}, which is no file beside it", "fetch it again")
+    return places
 
 
 def _opened(file: Path) -> int:
@@ -190,20 +227,27 @@ def _opened(file: Path) -> int:
 
 
 def _broken(file: Path, why: str) -> FusionError:
-    return FusionError(f"{file} is not a valid safetensors file: {why}")
+    return FusionError(f"{file} is not a valid safetensors file: {why}", "fetch it again, or save it again")
+
+
+def _said(error: Exception) -> str:
+    """What a parser says, in short: it may quote the file."""
+    return "nested too deeply" if isinstance(error, RecursionError) else shown(" ".join(str(error).split())[:200])
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object that names nothing twice: readers disagree on which of the two counts."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{shown(name)} is there twice")
     return found
 
 
 def _span(file: Path, name: str, row: Any) -> tuple[int, int]:
     """A tensor's bytes in the data: first, and behind the last."""
+    if not name or not name.isprintable() or len(name) > MAX_NAME:
+        raise _broken(file, f"{shown(name)} is no name of a tensor")
     if not isinstance(row, Mapping) or not _counts(row.get("data_offsets")) or len(row["data_offsets"]) != 2:
         raise _broken(file, f"{name} has no two data_offsets")
     start, stop = row["data_offsets"]
@@ -211,12 +255,14 @@ def _span(file: Path, name: str, row: Any) -> tuple[int, int]:
 
 
 def _entry(file: Path, name: str, row: Mapping[str, Any], data: int) -> Entry:
-    if row.get("dtype") not in DTYPES:
-        raise _broken(file, f"{name} is of type {row.get('dtype')!r}; known are {', '.join(DTYPES)}")
-    if not _counts(row.get("shape")):
-        raise _broken(file, f"{name} has the shape {row.get('shape')!r}")
+    dtype, shape = row.get("dtype"), row.get("shape")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _broken(file, f"{name} is of type {shown(dtype)}; known are {', '.join(DTYPES)}")
+    # sizes beside a 0 count too: such a tensor has no elements, but it has strides
+    if not _counts(shape) or len(shape) > MAX_DIMENSIONS or math.prod(max(1, n) for n in shape) > MAX_NUMEL:
+        raise _broken(file, f"{name} has the shape {shown(shape)}")
     start, stop = row["data_offsets"]
-    entry = Entry(name, str(row["dtype"]), tuple(row["shape"]), file, data + start)
+    entry = Entry(name, dtype, tuple(shape), file, data + start)
     if stop - start != entry.nbytes:
         raise _broken(
             file, f"{name} takes {stop - start} bytes, {entry.dtype} {list(entry.shape)} needs {entry.nbytes}"
@@ -224,5 +270,5 @@ def _entry(file: Path, name: str, row: Mapping[str, Any], data: int) -> Entry:
     return entry
 
 
-def _counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in value)
+def _counts(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n <= MAX_NUMEL for n in value)
