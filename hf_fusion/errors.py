@@ -1,5 +1,13 @@
 """The one exception of the package: it names the thing, the reason and the next command."""
 
+from __future__ import annotations
+
+import reprlib
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+_SHORT.maxlist = _SHORT.maxdict = _SHORT.maxtuple = 8
+
 
 class FusionError(Exception):
     """An error a user can act on.
@@ -16,3 +24,14 @@ class FusionError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n  → {self.hint}" if self.hint else self.message
+
+
+def shown(value: object) -> str:
+    """A value that a stranger wrote, as Python writes it: short, and without characters that a terminal obeys."""
+    return _SHORT.repr(value)
+
+
+def one_line(text: object) -> str:
+    """What a parser says, on one line: it may quote what a stranger wrote."""
+    line = " ".join(str(text).split())[:300]
+    return "".join(character if character.isprintable() else "?" for character in line)

@@ -23,7 +23,8 @@ from typing import Any
 
 import yaml
 
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, shown
+from hf_fusion.plain_yaml import read_yaml
 
 RECIPE_FILE = "fusion.yaml"
 DTYPES = ("float32", "float16", "bfloat16")
@@ -163,12 +164,7 @@ class Recipe:
         """
         path = Path(path)
         path = path / RECIPE_FILE if path.is_dir() else path
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise FusionError(f"{path} cannot be read ({error.strerror}).") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise FusionError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        content = read_yaml(path)
         if isinstance(content, Mapping) and MERGEKIT & content.keys():
             from hf_fusion.merging.mergekit import from_mergekit  # only where it is one
 
@@ -190,10 +186,10 @@ class Recipe:
             raise FusionError(f"{name} holds no recipe: keys and values are expected.")
         known = [f.name for f in fields(cls)]
         if unknown := [key for key in content if key not in known]:
-            raise FusionError(f"{name}: {unknown[0]!r} is not a key of a recipe.", hint=f"use {', '.join(known)}")
+            raise FusionError(f"{name}: {shown(unknown[0])} is not a key of a recipe.", hint=f"use {', '.join(known)}")
         for key, (is_valid, expected) in _VALUES.items():
             if not is_valid(content.get(key)):
-                raise FusionError(f"{name}: {key} is {content.get(key)!r}, expected {expected}.")
+                raise FusionError(f"{name}: {key} is {shown(content.get(key))}, expected {expected}.")
         experts = tuple(_expert(entry, f"experts[{i}]", name) for i, entry in enumerate(content["experts"]))
         weighed = [expert for expert in experts if expert.weight is not None]
         if weighed and len(weighed) < len(experts):
@@ -205,6 +201,12 @@ class Recipe:
 
 def _is_name(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip()) and "\n" not in value
+
+
+def is_number(value: object) -> bool:
+    """Whether a plain value is a number that a float holds: not NaN, Inf, true or false."""
+    # whole numbers of any length are exact in Python: one that no float reaches is as good as Inf
+    return type(value) is float and math.isfinite(value) or type(value) is int and abs(value) < 1 << 1023
 
 
 def _is_settings(value: object) -> bool:
@@ -230,13 +232,12 @@ def _expert(entry: object, key: str, name: str) -> RecipeExpert:
         return RecipeExpert(str(entry))
     known = {"model", "weight", "parameters"}
     if not isinstance(entry, Mapping) or not _is_name(entry.get("model")) or set(entry) - known:
-        raise FusionError(f"{name}: {key} is {entry!r}, expected owner/name@sha or {{model: …, weight: …}}.")
+        raise FusionError(f"{name}: {key} is {shown(entry)}, expected owner/name@sha or {{model: …, weight: …}}.")
     weight = entry.get("weight")
-    is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight)
-    if weight is not None and not is_number:
-        raise FusionError(f"{name}: {key}.weight is {weight!r}, expected a number.")
+    if weight is not None and not is_number(weight):
+        raise FusionError(f"{name}: {key}.weight is {shown(weight)}, expected a number.")
     if not _is_settings(entry.get("parameters")):
-        raise FusionError(f"{name}: {key}.parameters is {entry['parameters']!r}, expected names and values.")
+        raise FusionError(f"{name}: {key}.parameters is {shown(entry['parameters'])}, expected names and values.")
     parameters = dict(entry.get("parameters") or {})
     return RecipeExpert(str(entry["model"]), None if weight is None else float(weight), parameters)
 
@@ -244,23 +245,27 @@ def _expert(entry: object, key: str, name: str) -> RecipeExpert:
 def _slice(entry: object, key: str, name: str) -> Slice:
     """One entry of ``slices``: like many layers of one model or more."""
     example = "expected {sources: [{model: …, layers: [first, behind the last]}]}"
-    if not isinstance(entry, Mapping) or set(entry) - {"sources", "parameters"} or not entry.get("sources"):
-        raise FusionError(f"{name}: {key} is {entry!r}, {example}.")
+    if not isinstance(entry, Mapping) or set(entry) - {"sources", "parameters"}:
+        raise FusionError(f"{name}: {key} is {shown(entry)}, {example}.")
+    if not isinstance(entry.get("sources"), list) or not entry["sources"]:
+        raise FusionError(f"{name}: {key}.sources is {shown(entry.get('sources'))}, {example}.")
+    if not _is_settings(entry.get("parameters")):
+        raise FusionError(f"{name}: {key}.parameters is {shown(entry['parameters'])}, expected names and values.")
     sources = []
     for source in entry["sources"]:
-        layers = source.get("layers") if isinstance(source, Mapping) else None
-        match layers:
-            case [int(start), int(stop)] if 0 <= start < stop:
-                pass
-            case _:
-                raise FusionError(f"{name}: {key}.sources holds {source!r}, {example}.")
-        if set(source) - {"model", "layers", "parameters"}:
-            raise FusionError(f"{name}: {key}.sources holds {source!r}, {example}.")
-        if not _is_name(source.get("model")) or not _is_settings(source.get("parameters")):
-            raise FusionError(f"{name}: {key}.sources holds {source!r}, {example}.")
-        sources.append(SliceSource(str(source["model"]), start, stop, dict(source.get("parameters") or {})))
+        if not _is_source(source):
+            raise FusionError(f"{name}: {key}.sources holds {shown(source)}, {example}.")
+        start, stop = source["layers"]
+        sources.append(SliceSource(source["model"], start, stop, dict(source.get("parameters") or {})))
     if len({source.stop - source.start for source in sources}) > 1:
         raise FusionError(f"{name}: {key} takes unlike numbers of layers from its sources.")
-    if not _is_settings(entry.get("parameters")):
-        raise FusionError(f"{name}: {key}.parameters is {entry['parameters']!r}, expected names and values.")
     return Slice(tuple(sources), dict(entry.get("parameters") or {}))
+
+
+def _is_source(value: object) -> bool:
+    if not isinstance(value, Mapping) or set(value) - {"model", "layers", "parameters"}:
+        return False
+    match value.get("layers"):
+        case [start, stop] if type(start) is int and type(stop) is int and 0 <= start < stop:
+            return _is_name(value.get("model")) and _is_settings(value.get("parameters"))
+    return False

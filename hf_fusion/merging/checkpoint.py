@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import reprlib
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, one_line, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -197,11 +196,6 @@ def own_file(file: Path) -> bool:
     return True
 
 
-def shown(text: object) -> str:
-    """What a file says, fit for one line of an error: short, and without characters that a terminal obeys."""
-    return text if isinstance(text, str) and text.isprintable() and len(text) <= MAX_NAME else reprlib.repr(text)
-
-
 def _places(index: Path, name: str) -> dict[str, str]:
     """An index file's tensors, and the file beside it that holds each."""
     try:
@@ -231,8 +225,7 @@ def _broken(file: Path, why: str) -> FusionError:
 
 
 def _said(error: Exception) -> str:
-    """What a parser says, in short: it may quote the file."""
-    return "nested too deeply" if isinstance(error, RecursionError) else shown(" ".join(str(error).split())[:200])
+    return "it is nested too deeply" if isinstance(error, RecursionError) else one_line(error)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

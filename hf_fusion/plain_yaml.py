@@ -1,0 +1,68 @@
+"""YAML as plain data, from whoever wrote it: small, finite, and with nothing in it twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_fusion.errors import FusionError, one_line, shown
+
+MAX_BYTES = 500_000
+MAX_VALUES = 50_000  # aliases counted as often as they are used
+MAX_DEPTH = 50
+
+
+def read_yaml(path: Path) -> Any:
+    """The only document of a YAML file.
+
+    Raises:
+        FusionError: it cannot be read, is too large or not UTF-8, is not YAML, names a key twice (parsers disagree on
+            which counts), or holds itself or too much through aliases.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise FusionError(f"{path} cannot be read ({error.strerror}).", "check the path") from None
+    if len(raw) > MAX_BYTES:
+        raise FusionError(f"{path} is longer than {MAX_BYTES} bytes: no recipe is.", "check the path")
+    try:
+        loader = yaml.SafeLoader(raw.decode())
+        try:
+            root = loader.get_single_node()
+            _check(root)
+            return None if root is None else loader.construct_document(root)
+        finally:
+            loader.dispose()
+    except RecursionError:
+        reason = f"it is nested more than {MAX_DEPTH} deep"
+    # scalars that do not fit their tag (2001-99-99, !!bool x) fail in PyYAML's constructors, each in its own way
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = one_line(error)
+    raise FusionError(f"{path} is not valid YAML: {reason}", "correct it there")
+
+
+def _check(root: yaml.Node | None) -> None:
+    """Refuses what would not end, or not say one thing, before any value is made of it."""
+    pending = [] if root is None else [(root, 0)]
+    seen = 0
+    while pending:
+        node, depth = pending.pop()
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} deep, or holds itself")
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            keys: set[tuple[str, str]] = set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if (key.tag, key.value) in keys:
+                    raise ValueError(f"{shown(key.value)} is there twice, again in line {key.start_mark.line + 1}")
+                keys.add((key.tag, key.value))
+            children = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            children = node.value
+        seen += len(children)
+        if seen > MAX_VALUES:
+            raise ValueError(f"it holds more than {MAX_VALUES} values, aliases counted each time")
+        pending += [(child, depth + 1) for child in children]
