@@ -180,7 +180,7 @@ def _check(recipe: Recipe, method: MergeMethod, base: Model | None, experts: Seq
     if len(experts) < least or (most is not None and len(experts) > most):
         wanted = f"at least {least}" if most is None else f"{least}" if least == most else f"{least} to {most}"
         raise FusionError(f"{name} merges {wanted} experts, the recipe has {len(experts)}")
-    if method.base and base is None:
+    if method.base == "needed" and base is None:
         raise FusionError(f"{name} needs the base of its experts", "base: owner/name")
     if not method.base and base is not None:
         raise FusionError(f"{name} has no use for a base", "list it among the experts, or leave it out")

@@ -18,21 +18,25 @@ class MergeMethod:
         place: its file in this folder, and the function there: (`Tensors`, parameters) -> `Combination`, a function
             of a `Chunk`, or the merged tensor.
         title: what cards and tables call it.
-        base: whether it needs the model that the experts were fine-tuned from; "" where it has no use for it.
+        base: whether it needs the model that the experts were fine-tuned from, or takes it if it is there; "" where it
+            has no use for it.
         experts: how many it merges: at least, at most (None: any number).
         needs: what of a tensor is in memory at once: "chunks" of it, read once; chunks read twice or more for their
             "norms" or their "thresholds"; or the "whole" of it, for all experts.
         paper: arXiv number or address.
         prepare: function in the same file that looks at all tensors of the models first, if there is one.
+        merges: whole models, or LoRA adapters into one adapter (`hf_fusion.merging.adapters`): its function is then of
+            a module's factors.
     """
 
     place: str
     title: str
-    base: Literal["", "needed"]
+    base: Literal["", "optional", "needed"]
     experts: tuple[int, int | None]
     needs: Literal["chunks", "norms", "thresholds", "whole"]
     paper: str = ""
     prepare: str = ""
+    merges: Literal["models", "adapters"] = "models"
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -53,4 +57,5 @@ MERGE_METHODS = {
         "linear:task_arithmetic", "Task arithmetic", "needed", (1, None), "chunks", "2212.04089"
     ),
     "expo": MergeMethod("linear:expo", "ExPO", "needed", (1, 1), "chunks", "2404.16792"),
+    "lora": MergeMethod("lora:lora", "LoRA adapters as one", "", (1, None), "whole", merges="adapters"),
 }
