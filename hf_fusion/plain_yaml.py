@@ -9,9 +9,11 @@ import yaml
 
 from hf_fusion.errors import FusionError, one_line, shown
 
-MAX_BYTES = 500_000
+MAX_BYTES = 200_000
 MAX_VALUES = 50_000  # aliases counted as often as they are used
 MAX_DEPTH = 50
+MAX_DIGITS = 100  # of what is not a text; PyYAML's time for 1:1:1… grows with its square
+_TEXT = "tag:yaml.org,2002:str"
 
 
 def read_yaml(path: Path) -> Any:
@@ -52,6 +54,8 @@ def _check(root: yaml.Node | None) -> None:
         node, depth = pending.pop()
         if depth > MAX_DEPTH:
             raise ValueError(f"it is nested more than {MAX_DEPTH} deep, or holds itself")
+        if isinstance(node, yaml.ScalarNode) and node.tag != _TEXT and len(node.value) > MAX_DIGITS:
+            raise ValueError(f"{shown(node.value)} is longer than any number, line {node.start_mark.line + 1}")
         children: list[yaml.Node] = []
         if isinstance(node, yaml.MappingNode):
             keys: set[tuple[str, str]] = set()
