@@ -16,6 +16,7 @@ import torch
 from hf_fusion.errors import FusionError
 from hf_fusion.folders import replace_folder
 from hf_fusion.merging.engine import digest_of, write_tensors
+from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.merging.output import SHARD_BYTES, disk_full_named, staging, write_index
 from hf_fusion.merging.plan import Plan, plan
 from hf_fusion.merging.sources import Model, open_models
@@ -62,7 +63,8 @@ def merge(
     goes on with its unfinished shards when it is run again.
 
     Args:
-        recipe: of a static method, see `hf_fusion.merging.methods.MERGE_METHODS`.
+        recipe: of a static method, see `hf_fusion.merging.methods.MERGE_METHODS`. One that merges adapters into one
+            adapter is done by `hf_fusion.merging.adapters.merge_adapters`.
         folder: an earlier merge in it is replaced.
         threads: tensors merged at a time; default: one for each core.
         shard_bytes: most bytes of a file of weights.
@@ -72,6 +74,10 @@ def merge(
     Raises:
         FusionError: naming what cannot be merged, and what to do.
     """
+    if MERGE_METHODS[recipe.method].merges == "adapters":
+        from hf_fusion.merging.adapters import merge_adapters
+
+        return merge_adapters(recipe, folder, api=api)
     folder = Path(folder).resolve()
     planned = plan_merge(recipe, api)
     refuse_inputs(planned, folder)
@@ -112,6 +118,8 @@ def plan_merge(recipe: Recipe, api: HfApi | None = None) -> Plan:
     Raises:
         FusionError: naming what cannot be opened or merged.
     """
+    if MERGE_METHODS[recipe.method].merges == "adapters":
+        raise FusionError(f"{recipe.method} merges adapters, at once: there is no plan of it", "fuse without --dry-run")
     names = [expert.model for expert in recipe.experts]
     opened = open_models([*([recipe.base] if recipe.base else []), *names], api)
     base = opened.pop(0) if recipe.base else None

@@ -1,0 +1,258 @@
+"""Several LoRA adapters of one base as one adapter, which PEFT loads: no base is opened, no update is formed."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import torch
+
+from hf_fusion.errors import FusionError
+from hf_fusion.experts import Adapter
+from hf_fusion.folders import replace_folder
+from hf_fusion.hub.adapters import CONFIG, read_adapter
+from hf_fusion.hub.files import Source, download, hub_api, in_parallel, pick_small, resolve
+from hf_fusion.merging.merge import MergeReport
+from hf_fusion.merging.methods.linear import shares
+from hf_fusion.merging.methods.lora import Factors, lora
+from hf_fusion.merging.output import disk_full_named
+from hf_fusion.merging.schema import arguments_at, check_setting, parameters_of
+from hf_fusion.merging.sources import depths
+from hf_fusion.recipe import RECIPE_FILE, Recipe
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+WEIGHTS = "adapter_model.safetensors"
+# what of a first adapter's configuration is true of the merged one as well
+_KEPT = ("auto_mapping", "fan_in_fan_out", "task_type")
+
+
+@dataclass(frozen=True)
+class AdapterReport(MergeReport):
+    """What became of the adapters.
+
+    Attributes:
+        ranks: module path -> rank.
+        errors: module path -> ‖Σ w_i ΔW_i - ΔW‖ / ‖Σ w_i ΔW_i‖, of modules that were cut to a rank.
+        error: the same over all of those modules together; 0 for an exact merge.
+    """
+
+    ranks: dict[str, int]
+    errors: dict[str, float]
+    error: float
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """An adapter that is merged."""
+
+    name: str  # finds it again
+    source: Source
+    tensors: Adapter
+    config: Mapping[str, Any] = field(repr=False)
+
+
+def merge_adapters(recipe: Recipe, folder: str | Path, *, api: HfApi | None = None) -> AdapterReport:
+    """Merges LoRA adapters into one: Σ w_i ΔW_i, exactly by concatenation or cut to a rank; see `methods.lora.lora`.
+
+    The adapters may differ in rank, alpha, rsLoRA, patterns and modules. What they saved whole (PEFT's
+    ``modules_to_save``: heads) is kept where it is the same in all; else it becomes Σ w_i θ_i, for which every adapter
+    must have it and the weights must sum to 1: that is θ0 + Σ w_i (θ_i - θ0), whatever the base has there.
+
+    Args:
+        recipe: ``method: lora`` with adapters as experts. ``base`` names the base where it is not the one they record.
+            ``weight`` and ``rank`` may be given by module and layer like any static method's parameters. Weights
+            are stored in single precision unless ``dtype`` says otherwise.
+        folder: an earlier adapter in it is replaced.
+        api: the Hub's client.
+
+    Raises:
+        FusionError: an expert is no adapter that can be written as W + B A; the adapters' bases, sizes or saved modules
+            do not go together; a parameter is unknown or out of its range.
+    """
+    began = time.perf_counter()
+    folder = Path(folder).resolve()
+    known = parameters_of(lora)
+    for where, settings in [("parameters", recipe.parameters), *((e.model, e.settings) for e in recipe.experts)]:
+        for key, value in settings.items():
+            if key not in known:
+                raise FusionError(f"{where}: lora has no parameter {key!r}", f"use {', '.join(known)}")
+            if where != "parameters" and not known[key].per_expert:
+                raise FusionError(f"{where}: {key} is one for all experts", "give it under parameters:")
+            check_setting(known[key], value, where)
+    if recipe.slices or recipe.tokenizer or recipe.chat_template:
+        raise FusionError("adapters are merged without slices, tokenizer and chat_template", "leave them out")
+    opened = _opened(recipe, hub_api(api))
+    for adapter in opened:
+        own = adapter.source.folder.resolve() if adapter.source.folder else folder
+        if own == folder or folder in own.parents or own in folder.parents:
+            raise FusionError(f"the output {folder} overlaps the input {own}", "choose another --output")
+    factors = _factors(recipe, opened)
+    saved = _saved(recipe, opened)
+    dtype = getattr(torch, recipe.dtype or "float32")
+    experts = tuple(replace(e, model=o.name) for e, o in zip(recipe.experts, opened, strict=True))
+    pinned = replace(recipe, base=_base(recipe, opened), experts=experts)
+    nbytes = _write(folder, pinned, opened, factors, saved, dtype)
+    cut = {path: found for path, found in factors.items() if found.norm}
+    total = sum(found.norm for found in cut.values())
+    return AdapterReport(
+        folder,
+        pinned,
+        2 * len(factors) + len(saved),
+        nbytes,
+        time.perf_counter() - began,
+        ranks={path: len(found.a) for path, found in factors.items()},
+        errors={path: math.sqrt(found.lost / found.norm) for path, found in cut.items()},
+        error=math.sqrt(sum(found.lost for found in cut.values()) / total) if total else 0.0,
+    )
+
+
+def _opened(recipe: Recipe, api: HfApi) -> list[_Opened]:
+    """All adapters, fetched where they are not here; of their base nothing is read."""
+    names = [expert.model for expert in recipe.experts]
+    sources = in_parallel(lambda name: resolve(name, api), names)
+    for source in sources:
+        if not source.is_adapter:
+            raise FusionError(f"{source.name} is no adapter", "method: linear merges it with an adapter's whole model")
+        if WEIGHTS not in source.sizes:
+            raise FusionError(f"{source.name} has no {WEIGHTS}", "only safetensors are merged: load and save it")
+    download([(source, [WEIGHTS, *pick_small(source, code=False)]) for source in sources], api)
+    found = []
+    for source in sources:
+        assert source.folder is not None
+        name = str(source.folder.resolve()) if source.is_local else f"{source.name}@{source.revision}"
+        found.append(_Opened(name, source, read_adapter(source.folder, source.name), source.adapter))
+    return found
+
+
+def _base(recipe: Recipe, opened: Sequence[_Opened]) -> str | None:
+    """The one base of all adapters, ``owner/name[@revision]``.
+
+    Raises:
+        FusionError: they record several.
+    """
+    if recipe.base:
+        return recipe.base
+    recorded = {o.tensors.base: o.name for o in opened}
+    if len(recorded) > 1:
+        told = ", ".join(f"{name} of {base or 'nothing'}" for base, name in recorded.items())
+        raise FusionError(f"the adapters record several bases: {told}", "say which one they share: base: owner/name")
+    first = opened[0].tensors
+    return f"{first.base}@{first.base_revision}" if first.base and first.base_revision else first.base or None
+
+
+def _factors(recipe: Recipe, opened: Sequence[_Opened]) -> dict[str, Factors]:
+    """Module path -> its merged factors, of every module that any adapter adapts."""
+    paths = list(dict.fromkeys(path for o in opened for path in o.tensors.lora))
+    own = [[expert.settings] for expert in recipe.experts]
+    merged = {}
+    for name, depth in depths({f"{path}.weight": None for path in paths}).items():
+        path = name.removesuffix(".weight")
+        pairs = [o.tensors.lora.get(path) for o in opened]
+        sizes = {o.name: [p[1].shape[0], p[0].shape[1]] for o, p in zip(opened, pairs, strict=True) if p}
+        if len({tuple(size) for size in sizes.values()}) > 1:
+            told = ", ".join(f"{size} in {own}" for own, size in sizes.items())
+            raise FusionError(f"{path} is of several sizes, [out, in]: {told}: these adapters have no base in common")
+        merged[path] = lora(pairs, **arguments_at(parameters_of(lora), [recipe.parameters], own, name, depth))
+    return merged
+
+
+def _saved(recipe: Recipe, opened: Sequence[_Opened]) -> dict[str, torch.Tensor]:
+    """What adapters saved whole, by its parameter names in the base."""
+    names = dict.fromkeys(name for o in opened for name in o.tensors.saved)
+    own = [[expert.settings] for expert in recipe.experts]
+    found = {}
+    for name, depth in depths(names).items():
+        tensors = [o.tensors.saved.get(name) for o in opened]
+        if lacking := [o.name for o, tensor in zip(opened, tensors, strict=True) if tensor is None]:
+            has = next(o.name for o, tensor in zip(opened, tensors, strict=True) if tensor is not None)
+            raise FusionError(f"{has} saves {name} whole, {lacking[0]} does not", "leave one of them out")
+        given = [tensor for tensor in tensors if tensor is not None]
+        if shapes := {str(list(tensor.shape)) for tensor in given} - {str(list(given[0].shape))}:
+            raise FusionError(f"{name}, which the adapters save whole, is {list(given[0].shape)} and {min(shapes)}")
+        if all(torch.equal(tensor, given[0]) for tensor in given):
+            found[name] = given[0]
+            continue
+        arguments = arguments_at(parameters_of(lora), [recipe.parameters], own, name, depth)
+        weights = shares(arguments["weight"], arguments["normalize"])
+        if abs(sum(weights) - 1) > 1e-6:
+            raise FusionError(
+                f"the adapters save {name} whole, each its own, and their weights sum to {sum(weights):g}: what the"
+                " base has there would count, and it is not among them",
+                "set the parameter normalize: true, or weights that sum to 1",
+            )
+        found[name] = sum((t.double() * w for t, w in zip(given, weights, strict=True)), torch.zeros(())).float()
+    return found
+
+
+def _write(
+    folder: Path,
+    recipe: Recipe,
+    opened: Sequence[_Opened],
+    factors: Mapping[str, Factors],
+    saved: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+) -> int:
+    """Puts the adapter in its folder, all of it or nothing, and tells the bytes of its weights."""
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for path, found in factors.items():
+        tensors[f"base_model.model.{path}.lora_A.weight"] = found.a.to(dtype).contiguous()
+        tensors[f"base_model.model.{path}.lora_B.weight"] = found.b.to(dtype).contiguous()
+    for name, tensor in saved.items():
+        module, _, own = name.rpartition(".")
+        wrapped = ".base_layer" if module in factors else ""  # a head that PEFT stores beside the LoRA on it
+        tensors[f"base_model.model.{module}{wrapped}.{own}"] = tensor.to(dtype).contiguous()
+    broken = next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)
+    if broken:
+        raise FusionError(f"{broken} becomes NaN or Inf by this merge", "choose smaller weights, or dtype: float32")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    place = folder.with_name(f".{folder.name}-{uuid4().hex[:8]}")
+    place.mkdir()
+    try:
+        with disk_full_named(folder.parent):
+            first = opened[0].source
+            for file in pick_small(first, code=False):
+                if file not in (CONFIG, RECIPE_FILE) and first.folder is not None:
+                    shutil.copyfile(first.folder / file, place / file)
+            config = _config(recipe, opened, {path: len(found.a) for path, found in factors.items()})
+            (place / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            save_file(tensors, place / WEIGHTS, metadata={"format": "pt"})
+            recipe.save(place / RECIPE_FILE)
+            replace_folder(place, folder)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _config(recipe: Recipe, opened: Sequence[_Opened], ranks: Mapping[str, int]) -> dict[str, Any]:
+    """``adapter_config.json``: every module by its whole path, with alpha = rank, since B holds the scaling."""
+    first = opened[0].config
+    [(rank, _)] = Counter(ranks.values()).most_common(1)
+    others = {f"^{re.escape(path)}$": own for path, own in ranks.items() if own != rank}
+    base, _, revision = (recipe.base or "").partition("@")
+    modules = {module for o in opened for module in o.config.get("modules_to_save") or ()}
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base or None,
+        "revision": revision or None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(ranks),
+        "modules_to_save": sorted(modules) or None,
+        **{key: first[key] for key in _KEPT if key in first},
+    }
