@@ -47,3 +47,38 @@ def merged(
     flat = torch.cat([values for _, values in pieces]) if pieces else torch.empty(0)
     assert flat.dtype == torch.float32
     return flat.view(tensors.shape)
+
+
+def adversarial(experts: int) -> dict[str, tuple[torch.Tensor, list[torch.Tensor]]]:
+    """Tensors that methods stumble over, by what is odd about them: a base, and experts near to it."""
+    generator = torch.Generator().manual_seed(experts)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def near(base: torch.Tensor, distance: float = 0.3) -> list[torch.Tensor]:
+        return [base + distance * random(*base.shape) * base.abs().max() for _ in range(experts)]
+
+    base, other = random(13, 9), random(13, 9)
+    step, coarse = random(13, 9), random(40, 30)
+    vector, wide, kernel = random(77), random(9, 40), random(4, 3, 5, 2)
+    long = random(601, 877)  # two chunks and a rest, the edges of chunks within rows
+    return {
+        "random": (base, near(base)),
+        "close": (base, near(base, 1e-3)),
+        "zeros": (torch.zeros(6, 5), [torch.zeros(6, 5) for _ in range(experts)]),
+        "one is zero": (base, [torch.zeros(13, 9), *near(base)[1:]]),
+        "one stayed": (base, [base.clone(), *near(base)[1:]]),
+        "equal": (base, [other.clone() for _ in range(experts)]),
+        "opposite": (torch.zeros(13, 9), [other * (-1) ** i for i in range(experts)]),
+        "opposite deltas": (base, [base + step * (-1) ** i for i in range(experts)]),
+        "one element": (random(1), [random(1) for _ in range(experts)]),
+        "a number": (random(), [random() for _ in range(experts)]),
+        "huge": (base * 1e30, [e * 1e30 for e in near(base)]),
+        "tiny": (base * 1e-18, [e * 1e-18 for e in near(base)]),
+        "bf16": (coarse.bfloat16(), [e.bfloat16() for e in near(coarse, 0.02)]),
+        "vector": (vector, near(vector)),
+        "wide": (wide, near(wide)),
+        "4-D": (kernel, near(kernel)),
+        "chunks": (long, near(long, 0.01)),
+    }

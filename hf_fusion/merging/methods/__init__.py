@@ -58,4 +58,29 @@ MERGE_METHODS = {
     ),
     "expo": MergeMethod("linear:expo", "ExPO", "needed", (1, 1), "chunks", "2404.16792"),
     "lora": MergeMethod("lora:lora", "LoRA adapters as one", "", (1, None), "whole", merges="adapters"),
+    "slerp": MergeMethod("spherical:slerp", "SLERP", "", (2, 2), "norms", "https://doi.org/10.1145/325165.325242"),
+    "nuslerp": MergeMethod(
+        "spherical:nuslerp", "NuSLERP", "optional", (2, 2), "norms", "https://doi.org/10.1145/325165.325242"
+    ),
+    "multislerp": MergeMethod(
+        "spherical:multislerp",
+        "Multi-SLERP",
+        "optional",
+        (2, None),
+        "norms",
+        "https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
+    ),
+    "karcher": MergeMethod(
+        "spherical:karcher", "Karcher mean", "", (2, None), "norms", "https://doi.org/10.1002/cpa.3160300502"
+    ),
+    "nearswap": MergeMethod(
+        "spherical:nearswap",
+        "NearSwap",
+        "needed",
+        (1, 1),
+        "chunks",
+        "https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
+    ),
+    "model_stock": MergeMethod("norms:model_stock", "Model stock", "needed", (2, None), "norms", "2403.19522"),
+    "arcee_fusion": MergeMethod("norms:arcee_fusion", "Arcee Fusion", "needed", (1, 1), "whole"),
 }

@@ -1,0 +1,129 @@
+"""Methods that weigh the inputs by the angles between them, or by how much a tensor's values matter in it.
+
+The products of the experts with each other are all that such weights need: they are summed chunk by chunk, for the
+whole tensor, or for each of its rows (what runs along the last axis) or columns (along the first).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+
+from hf_fusion.merging.tensors import Chunk, Combination, Merged, Tensors
+
+__all__ = ["Per", "arcee_fusion", "combination", "grams", "model_stock"]
+
+Per = Literal["tensor", "row", "column"]
+
+
+def model_stock(tensors: Tensors, *, per: Per = "tensor", average: Literal["cosine", "angle"] = "cosine") -> Merged:
+    """r θ̄ + (1 - r) θ0 with r = K cos α / ((K - 1) cos α + 1): the average of the experts, drawn towards their base.
+
+    α is the angle between two task vectors. The farther apart they point, the less of them is kept: r falls from 1 at
+    cos α = 1 to 0 at a right angle, and below 0 where they point away from each other. Where they cancel out, the
+    denominator is 0 and the average is the base: so is what is merged. (Model Stock, arXiv 2403.19522, equation 6.)
+
+    Args:
+        tensors: a base and two experts or more.
+        per: one r for the whole tensor, for each of its rows, or for each of its columns. mergekit's
+            ``filter_wise: true`` is "row".
+        average: what is averaged over all pairs of more than two experts: "cosine" as in mergekit; "angle" as in
+            fusion_bench.
+    """
+    count = len(tensors)
+    gram = grams(tensors, True, per)  # (G, K, K)
+    norms = gram.diagonal(dim1=1, dim2=2).sqrt()
+    lengths = norms[:, :, None] * norms[:, None, :]
+    cosines = torch.where(lengths > 0, gram / lengths, 0.0).clamp(-1, 1)  # a task vector of 0 is at right angles to all
+    row, column = torch.triu_indices(count, count, offset=1)
+    pairs = cosines[:, row, column]
+    cosine = pairs.mean(1) if average == "cosine" else pairs.arccos().mean(1).cos()
+    below = (count - 1) * cosine + 1
+    ratio = torch.where(below > 1e-6, count * cosine / below, 0.0)  # (G,)
+    return combination(per, 1 - ratio, (ratio / count).expand(count, -1))
+
+
+def arcee_fusion(tensors: Tensors) -> torch.Tensor:
+    """θ0 + m ∘ τ, where m keeps what matters most: importance |τ| · KL is at least its median + 1.5 · (Q3 - Q1).
+
+    KL is the divergence KL(p + ε ‖ q + ε) of a row's softmax p from the base's q, with ε = 1e-8; a vector is one row.
+    Quantiles are the values at ⌊q (n - 1)⌋ in ascending order. As in mergekit's ``arcee_fusion``, whose quantiles of
+    more than a million values are those of a million drawn at random: these are exact.
+
+    Args:
+        tensors: a base and one expert.
+    """
+    base, own = tensors.whole(tensors.the_base), tensors.whole(tensors.experts[0])
+    if not tensors.numel:
+        return base
+    p, q = (values.softmax(-1).add_(1e-8) for values in (own, base))
+    divergence = (p * p.div(q).log_()).sum(-1)
+    del p, q
+    delta = own.sub_(base)
+    importance = delta.abs().mul_(divergence.unsqueeze(-1) if tensors.shape else divergence)
+    flat = importance.view(-1).numpy().copy()
+    places = [math.floor(share * (len(flat) - 1)) for share in (0.25, 0.5, 0.75)]
+    flat.partition(places)
+    lower, median, upper = (float(flat[place]) for place in places)
+    return base.add_(delta.mul_(importance >= median + 1.5 * (upper - lower)))
+
+
+def grams(tensors: Tensors, deltas: bool, per: Per) -> torch.Tensor:
+    """Products of the experts with each other.
+
+    Args:
+        tensors: the experts.
+        deltas: of their differences from the base; else of their values.
+        per: summed over the whole tensor, over each row, or over each column.
+
+    Returns:
+        (G, K, K) in float64: one matrix for each row or column, or one for all.
+    """
+    if per == "tensor":
+        return tensors.gram(deltas)[None]
+    count = len(tensors)
+    total = torch.zeros(_groups(tensors, per), count, count, dtype=torch.float64)
+    for chunk in tensors.chunks():
+        group = _group(chunk, per)
+        rows = [(chunk.delta(i) if deltas else chunk.expert(i)).double() for i in range(count)]
+        for i in range(count):
+            for j in range(i, count):
+                total[:, i, j].index_add_(0, group, rows[i] * rows[j])
+    return total.triu() + total.triu(1).mT
+
+
+def combination(per: Per, base: torch.Tensor, experts: torch.Tensor) -> Merged:
+    """A sum of the inputs, each times a number of its own for the tensor or for each row or column.
+
+    Args:
+        per: what has a number.
+        base: the base's numbers, (G,) float64.
+        experts: the experts', (K, G) float64.
+    """
+    if per == "tensor":
+        return Combination(float(base), experts[:, 0].tolist())
+
+    def merged(chunk: Chunk) -> torch.Tensor:
+        group = _group(chunk, per)
+        total = torch.zeros(chunk.size)
+        if chunk.tensors.base is not None:
+            total.addcmul_(chunk.base, base.float()[group])
+        for index, numbers in enumerate(experts.float()):
+            total.addcmul_(chunk.expert(index), numbers[group])
+        return total
+
+    return merged
+
+
+def _groups(tensors: Tensors, per: Per) -> int:
+    """How many rows or columns there are; a number is a vector of one element."""
+    size = (tensors.shape or (1,))[-1 if per == "row" else 0]
+    return tensors.numel // size if size else 0
+
+
+def _group(chunk: Chunk, per: Per) -> torch.Tensor:
+    """The number of each element's row or column, (size,)."""
+    place, groups = torch.arange(chunk.start, chunk.start + chunk.size), _groups(chunk.tensors, per)
+    return place // (chunk.tensors.numel // groups) if per == "row" else place % groups

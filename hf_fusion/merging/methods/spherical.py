@@ -1,0 +1,169 @@
+"""Methods that see tensors as directions and lengths: they go along arcs where a sum would cut through the sphere.
+
+Every point they come to is a sum of the inputs, each times a number that follows from the inputs' products with each
+other. So tensors are read twice, and are never whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+
+from hf_fusion.merging.methods.norms import Per, combination, grams
+from hf_fusion.merging.schema import EachNumber, Range
+from hf_fusion.merging.tensors import Chunk, Combination, Merged, Tensors
+
+__all__ = ["karcher", "multislerp", "nearswap", "nuslerp", "slerp"]
+
+
+def slerp(tensors: Tensors, *, t: Annotated[float, Range(0, 1)] = 0.5) -> Merged:
+    """sin((1 - t) α) / sin α θ1 + sin(t α) / sin α θ2, α being the angle between the two (Shoemake, 1985).
+
+    On a line, |cos α| > 0.9995, it is (1 - t) θ1 + t θ2: fine-tunes of one base mostly are. A tensor shorter than 1e-8
+    counts as being at right angles to any other. As in mergekit, whose ``base_model`` is the first expert, and in
+    fusion_bench.
+
+    Args:
+        tensors: two experts.
+        t: how far to go from the first to the second.
+    """
+    cosine = _cosines(grams(tensors, False, "tensor"))
+    return combination("tensor", torch.zeros(1), _arc(cosine, cosine.abs() > 0.9995, t))
+
+
+def nuslerp(tensors: Tensors, *, weight: EachNumber = (1.0,), per: Per = "tensor") -> Merged:
+    """SLERP of two experts, or of their task vectors if there is a base, with t = w_2 / (w_1 + w_2).
+
+    As mergekit's ``nuslerp``: it only goes straight where the angle cannot be told from 0 or a half turn, sin α < 1e-3
+    (mergekit: 1e-8, below the precision of float32, so that it divides rounding by rounding near a half turn).
+
+    Args:
+        tensors: two experts, and a base or none.
+        weight: w_i; t is 0.5 where their sum is 0.
+        per: one angle for the whole tensor, for each row, or for each column. mergekit's ``nuslerp_flatten: false``
+            is "row", and "column" with ``nuslerp_row_wise: true``.
+    """
+    has_base, total = tensors.base is not None, sum(weight)
+    cosine = _cosines(grams(tensors, has_base, per))
+    t = weight[1] / total if abs(total) > 1e-6 else 0.5
+    numbers = _arc(cosine, (1 - cosine * cosine).sqrt() < 1e-3, t)
+    return combination(per, 1 - numbers.sum(0) if has_base else torch.zeros_like(cosine), numbers)
+
+
+def multislerp(tensors: Tensors, *, weight: EachNumber = (1.0,), normalize: bool = True) -> Merged:
+    """(Σ w_i ‖v_i‖) m / ‖m‖ with m = Σ w_i v_i / ‖v_i‖: the experts' weighted mean direction, in their mean length.
+
+    v_i are the experts, or their task vectors if there is a base, to which the result is then added. This is all of
+    mergekit's ``multislerp``: it takes one step in the tangent space at m / ‖m‖ from there, and that step,
+    Σ w_i (u_i - ⟨u_i, m⟩ m / ‖m‖²) with u_i = v_i / ‖v_i‖, is m - m = 0. What is 0 has no direction; where all are,
+    nothing is added (mergekit refuses more than two).
+    https://goddard.blog/posts/multislerp-wow-what-a-cool-idea
+
+    Args:
+        tensors: two experts or more, and a base or none.
+        weight: w_i.
+        normalize: divides the weights by their sum; mergekit's ``normalize_weights``.
+
+    Raises:
+        ValueError: the weights' sum is 0 and should divide, or more than two directions balance out (two: the result
+            is Σ w_i v_i, as in mergekit).
+    """
+    has_base, total = tensors.base is not None, sum(weight)
+    if normalize and abs(total) < 1e-8:
+        raise ValueError(f"the weights of {tensors.name} sum up to 0 (normalize: false takes them as they are)")
+    weights = torch.tensor(weight, dtype=torch.float64) / (total if normalize else 1.0)
+    gram = tensors.gram(deltas=has_base)
+    lengths = gram.diagonal().sqrt()
+    shares = torch.where(lengths > 0, weights / lengths, 0.0)  # m = Σ shares_i v_i
+    mean, numbers = _norm(shares, gram), weights
+    if mean > 1e-3 * weights.abs().sum():  # below, rounding would be the direction
+        numbers = shares * (weights @ lengths) / mean
+    elif len(tensors) > 2 and bool(lengths.any()):
+        raise ValueError(f"the directions of {tensors.name} balance out under these weights: choose others")
+    if not has_base:
+        return Combination(0.0, numbers.tolist())
+    return lambda chunk: _moved(chunk, numbers.tolist())
+
+
+def _moved(chunk: Chunk, numbers: Sequence[float]) -> torch.Tensor:
+    """θ0 + Σ c_i τ_i, by the differences: a small one may be multiplied with a large number."""
+    total = torch.zeros(chunk.size)
+    for index, number in enumerate(numbers):
+        total.add_(chunk.delta(index), alpha=number)
+    return total.add_(chunk.base)
+
+
+def karcher(
+    tensors: Tensors, *, max_iter: Annotated[int, Range(0)] = 10, tol: Annotated[float, Range(0)] = 1e-5
+) -> Combination:
+    """The point of the sphere whose squared angles to all experts' directions are least, in their mean length.
+
+    From the normalized mean of the directions u_i on: T = mean of α_i / sin α_i (u_i - cos α_i u), the experts as seen
+    from u, then u ← cos ‖T‖ u + sin ‖T‖ T / ‖T‖, until ‖T‖ < tol (Karcher, 1977). As in mergekit: experts shorter than
+    tol have no direction, but count for the mean length.
+
+    Args:
+        tensors: two experts or more.
+        max_iter: steps at most.
+        tol: the step, in radians, below which the mean is found.
+    """
+    gram = tensors.gram(deltas=False)
+    lengths = gram.diagonal().sqrt()
+    seen = lengths > tol
+    if not bool(seen.any()):
+        return Combination(0.0, [0.0] * len(tensors))
+    cosines = (gram[seen][:, seen] / (lengths[seen, None] * lengths[seen])).clamp(-1, 1)
+    # points and steps are numbers of the u_i, of which they are sums
+    u = torch.ones(len(cosines), dtype=torch.float64) / len(cosines)
+    if _norm(u, cosines) < tol:
+        u = torch.zeros_like(u)
+        u[0] = 1
+    for _ in range(max_iter):
+        u = u / _norm(u, cosines)
+        cosine = (cosines @ u).clamp(-1, 1)
+        angle, sine = cosine.arccos(), (1 - cosine * cosine).sqrt()
+        # near the point's antipode every direction leads there: such an expert is passed over
+        pulls = (angle >= tol) & ((sine > 1e-3) | (cosine > 0))
+        stretch = torch.where(pulls, angle / sine, 0.0) / len(cosines)
+        step = stretch - (stretch @ cosine) * u
+        size = _norm(step, cosines)
+        if size < tol:
+            break
+        u = size.cos() * u + size.sin() / size * step
+    numbers = torch.zeros_like(lengths)
+    numbers[seen] = lengths.mean() * u / _norm(u, cosines) / lengths[seen]
+    return Combination(0.0, numbers.tolist())
+
+
+def nearswap(tensors: Tensors, *, t: Annotated[float, Range(0)] = 1e-3) -> Merged:
+    """θ0 + min(t, |τ|) sign τ: what is near goes over to the expert, what is far goes t towards it.
+
+    The interpolation with weight min(1, t / |τ|) of mergekit's ``nearswap`` and of
+    https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001.
+
+    Args:
+        tensors: a base and one expert.
+        t: how far a value moves at most.
+    """
+    return lambda chunk: chunk.delta(0).clamp_(-t, t).add_(chunk.base)
+
+
+def _cosines(gram: torch.Tensor) -> torch.Tensor:
+    """Of the angles between the first two, (G, K, K) -> (G,); what has no length is taken to have length 1."""
+    lengths = gram.diagonal(dim1=1, dim2=2).sqrt()
+    lengths = torch.where(lengths > 1e-8, lengths, 1.0)
+    return (gram[:, 0, 1] / (lengths[:, 0] * lengths[:, 1])).clamp(-1, 1)
+
+
+def _arc(cosine: torch.Tensor, is_line: torch.Tensor, t: float) -> torch.Tensor:
+    """What to multiply the two with, by the cosines between them: (G,) -> (2, G)."""
+    shares = torch.tensor([[1 - t], [t]], dtype=torch.float64)
+    angle = cosine.arccos()
+    return torch.where(is_line, shares, (shares * angle).sin() / angle.sin())
+
+
+def _norm(numbers: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
+    """The length of a sum of vectors, from the numbers they are multiplied with and their products with each other."""
+    return (numbers @ products @ numbers).clamp(min=0).sqrt()
