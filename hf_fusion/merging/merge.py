@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,8 +24,6 @@ from hf_fusion.recipe import RECIPE_FILE, Recipe, RecipeExpert, Slice
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-
-LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
 @dataclass(frozen=True)
@@ -142,22 +140,8 @@ def write_small(planned: Plan, place: Path) -> None:
     for file in small_files(first.folder):
         if file.name != "config.json":
             shutil.copyfile(file, place / file.name)
-    (place / "config.json").write_text(json.dumps(merged_config(planned), indent=2) + "\n", encoding="utf-8")
+    (place / "config.json").write_text(json.dumps(planned.config, indent=2) + "\n", encoding="utf-8")
     planned.recipe.save(place / RECIPE_FILE)
-
-
-def merged_config(planned: Plan) -> dict[str, Any]:
-    """The first model's configuration, with the merged one's type and number of layers."""
-    config = dict(planned.first.config)
-    if planned.recipe.dtype:
-        config.pop("torch_dtype", None)
-        config["dtype"] = planned.recipe.dtype
-    if planned.layers is not None:
-        key = next((key for key in LAYER_KEYS if key in config), None)
-        if key is None:
-            raise FusionError(f"{planned.first.name}: config.json does not tell its number of layers")
-        config[key] = planned.layers
-    return config
 
 
 # what describes weights, or was measured of them, is not the merged model's

@@ -3,112 +3,32 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hf_fusion.errors import FusionError
 from hf_fusion.merging.checkpoint import DTYPES, FLOATS, Files
+from hf_fusion.merging.configs import merged_config
 from hf_fusion.merging.engine import Target
 from hf_fusion.merging.methods import MERGE_METHODS, MergeMethod
+from hf_fusion.merging.origins import MISMATCHES, Mismatch, MismatchError, Origin, layers_of, mismatches_of, origins_of
 from hf_fusion.merging.output import Spec
 from hf_fusion.merging.schema import Parameter, Range, arguments_at, check_setting
-from hf_fusion.merging.sources import LAYER, Model, align, depths
+from hf_fusion.merging.sources import Model, align
 from hf_fusion.merging.tensors import Combination, Reader, Tensors
 
 if TYPE_CHECKING:
-    from hf_fusion.recipe import Recipe, Slice
+    from hf_fusion.merging.vocabulary import Vocabulary
+    from hf_fusion.recipe import Recipe
 
-MISMATCHES = ("base", "skip", "resize")
 # what every static method takes beside its own parameters
 COMMON = {
     "seed": Parameter("seed", int, 0, limits=Range(0, 2**63 - 1)),
     "mismatch": Parameter("mismatch", str, None, choices=MISMATCHES),
 }
-
-
-@dataclass(frozen=True)
-class Part:
-    """An expert's share in a merged tensor.
-
-    Attributes:
-        expert: its number in the recipe.
-        name: of its tensor, or None where it has none.
-        settings: its own, the most particular first.
-    """
-
-    expert: int
-    name: str | None
-    settings: tuple[Mapping[str, Any], ...]
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where the values of a merged tensor come from.
-
-    Attributes:
-        name: of the merged tensor.
-        first: the model that gives its sizes, the base or the first expert, and its tensor there.
-        parts: the experts.
-        depth: 0 for the first layer, 1 for the last.
-        settings: for all experts, the most particular first.
-    """
-
-    name: str
-    first: tuple[Model, str]
-    parts: tuple[Part, ...]
-    depth: float
-    settings: tuple[Mapping[str, Any], ...]
-
-
-@dataclass
-class Mismatch:
-    """Tensors of an expert that do not fit.
-
-    Attributes:
-        tensor: their name, layers as ``*``.
-        model: whose.
-        what: "missing", "extra" or the two shapes.
-        count: how many tensors.
-    """
-
-    tensor: str
-    model: str
-    what: str
-    count: int = 1
-    options: tuple[str, ...] = field(default=MISMATCHES)
-
-    def row(self) -> dict[str, Any]:
-        """As a line of a table."""
-        return {
-            "tensor": self.tensor,
-            "count": self.count,
-            "model": self.model,
-            "what": self.what,
-            "resolved by": " | ".join(self.options),
-        }
-
-
-class MismatchError(FusionError):
-    """The models' tensors do not match; `mismatches` lists how."""
-
-    def __init__(self, mismatches: Sequence[Mismatch]) -> None:
-        self.mismatches = list(mismatches)
-        rows = [m.row() for m in mismatches]
-        widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
-        lines = [{key: key for key in widths}, *rows]
-        table = "\n".join("  ".join(str(line[key]).ljust(widths[key]) for key in widths).rstrip() for line in lines)
-        usable = [option for option in MISMATCHES if all(option in m.options for m in mismatches)]
-        super().__init__(
-            f"the models' tensors do not match:\n{table}",
-            f"set the parameter mismatch to {' or '.join(usable)} (base: such tensors stay as the base, or the first"
-            " expert, has them; skip: experts that do not fit are left out of a tensor; resize: rows that an expert"
-            " lacks stay the base's)",
-        )
 
 
 @dataclass
@@ -123,7 +43,8 @@ class Plan:
         targets: the merged model's tensors.
         files: what the inputs are read with.
         dropped: tensors of experts that have no place in the merged model, as a table.
-        layers: how many layers a merged model of slices has; None where it has those of its models.
+        config: content of the merged model's ``config.json``.
+        vocabulary: the merged model's tokens, where the recipe asks for others than the first model's.
     """
 
     recipe: Recipe
@@ -133,11 +54,12 @@ class Plan:
     targets: list[Target]
     files: Files
     dropped: list[Mismatch]
-    layers: int | None = None
+    config: dict[str, Any]
+    vocabulary: Vocabulary | None = None
 
     @property
     def first(self) -> Model:
-        """The model whose names, sizes, configuration and tokenizer the merged one has."""
+        """The model whose names, configuration and, if not told otherwise, tokenizer the merged one has."""
         return self.base or self.experts[0]
 
     @property
@@ -146,17 +68,18 @@ class Plan:
         return sum(target.spec.nbytes for target in self.targets)
 
 
-def plan(recipe: Recipe, base: Model | None, experts: Sequence[Model]) -> Plan:
+def plan(recipe: Recipe, base: Model | None, experts: Sequence[Model], vocabulary: Vocabulary | None = None) -> Plan:
     """Decides for every tensor of the merged model what it is made from, and how.
 
     Args:
         recipe: of a static method.
         base: the opened base, where the recipe names one.
         experts: the opened experts, in the recipe's order.
+        vocabulary: that of the merged model, where the recipe asks for one.
 
     Raises:
         FusionError: the method does not go with so many experts, or without a base; a parameter is unknown or out of
-            its range.
+            its range; slices cannot be taken.
         MismatchError: the models' tensors do not match, and the recipe does not say what to do about it.
     """
     method = MERGE_METHODS[recipe.method]
@@ -164,22 +87,30 @@ def plan(recipe: Recipe, base: Model | None, experts: Sequence[Model]) -> Plan:
     files = Files()
     first = base or experts[0]
     names = [align(first.entries, expert.entries) for expert in experts]
-    mismatches = list(_mismatches(first, experts, names))
+    origins = list(origins_of(recipe, base, experts, names))
+    is_aligned = vocabulary.covers if vocabulary else lambda model, name: False
+    mismatches = mismatches_of(origins, experts, is_aligned, sliced=bool(recipe.slices))
     # an expert's tensors that have no place are only a problem while nobody said so
     if mismatches and not recipe.parameters.get("mismatch"):
         raise MismatchError(mismatches)
-    make = partial(_target, recipe=recipe, method=method, has_base=base is not None, experts=experts, files=files)
-    targets = [make(origin) for origin in _origins(recipe, first, experts, names)]
-    layers = sum(slice_.layers for slice_ in recipe.slices) or None
-    return Plan(recipe, method, base, list(experts), targets, files, mismatches, layers)
+    context = _Context(recipe, method, base, list(experts), names, files, vocabulary)
+    targets = [_target(origin, context) for origin in origins]
+    tokens = {"rows": vocabulary.rows, "token": vocabulary.number_of} if vocabulary else {}
+    config = merged_config(first, recipe.dtype, layers_of(recipe, base, experts), **tokens)
+    return Plan(recipe, method, base, list(experts), targets, files, mismatches, config, vocabulary)
 
 
 def _check(recipe: Recipe, method: MergeMethod, base: Model | None, experts: Sequence[Model]) -> None:
     name = recipe.method
     least, most = method.experts
-    if len(experts) < least or (most is not None and len(experts) > most):
-        wanted = f"at least {least}" if most is None else f"{least}" if least == most else f"{least} to {most}"
+    wanted = f"at least {least}" if most is None else f"{least}" if least == most else f"{least} to {most}"
+    if not recipe.slices and (len(experts) < least or (most is not None and len(experts) > most)):
         raise FusionError(f"{name} merges {wanted} experts, the recipe has {len(experts)}")
+    for number, slice_ in enumerate(recipe.slices):
+        count = sum(source.model != recipe.base for source in slice_.sources)
+        # one alone is passed on as it is, by any method
+        if count > 1 and (count < least or (most is not None and count > most)):
+            raise FusionError(f"{name} merges {wanted} experts, slices[{number}] has {count}")
     if method.base == "needed" and base is None:
         raise FusionError(f"{name} needs the base of its experts", "base: owner/name")
     if not method.base and base is not None:
@@ -200,135 +131,81 @@ def _check(recipe: Recipe, method: MergeMethod, base: Model | None, experts: Seq
                     raise FusionError(f"{where}: {key} is one for all experts", "give it under parameters:")
 
 
-def _mismatches(first: Model, experts: Sequence[Model], names: Sequence[Mapping[str, str]]) -> Iterator[Mismatch]:
-    """Tensors of experts that are not in the first model in the same shape, alike layers together."""
-    found: dict[tuple[str, str, str], Mismatch] = {}
-    for expert, known in zip(experts, names, strict=True):
-        if expert is first:
-            continue
-        rows: list[tuple[str, str, tuple[str, ...]]]
-        rows = [(name, "missing", ("base", "skip")) for name in first.entries if name not in known]
-        theirs = set(expert.entries) - set(known.values())
-        rows += [(name, "extra", MISMATCHES) for name in expert.entries if name in theirs]
-        for name, own in known.items():
-            left, right = first.shape(name), expert.shape(own)
-            if left != right:
-                is_longer = len(left) == len(right) and left[1:] == right[1:]
-                usable = MISMATCHES if is_longer else MISMATCHES[:2]
-                rows.append((name, f"{list(right)} against {list(left)}", usable))
-        for name, what, options in rows:
-            key = (re.sub(r"\.\d+\.", ".*.", name), expert.name, what)
-            found.setdefault(key, Mismatch(*key, count=0, options=options)).count += 1
-    yield from found.values()
+@dataclass(frozen=True)
+class _Context:
+    """What all targets of a plan are made with."""
+
+    recipe: Recipe
+    method: MergeMethod
+    base: Model | None
+    experts: list[Model]
+    names: Sequence[Mapping[str, str]]
+    files: Files
+    vocabulary: Vocabulary | None
+
+    def reader(self, origin: Origin, model: Model, name: str) -> Reader:
+        """What reads a model's tensor, with the merged model's tokens where it has a row for each."""
+        if self.vocabulary is None or not self.vocabulary.covers(*origin.first):
+            return model.reader(name, self.files)
+        holders = {id(origin.first[0]): origin.first, id(model): (model, name)}
+        first = self.base or self.experts[0]
+        for other, known in [(first, {origin.name: origin.name}), *zip(self.experts, self.names, strict=True)]:
+            own = known.get(origin.name)
+            if own in other.entries and other.shape(own)[1:] == model.shape(name)[1:]:
+                holders.setdefault(id(other), (other, own))
+        return self.vocabulary.reader(model, {key: m.reader(own, self.files) for key, (m, own) in holders.items()})
 
 
-def _origins(
-    recipe: Recipe, first: Model, experts: Sequence[Model], names: Sequence[Mapping[str, str]]
-) -> Iterator[Origin]:
-    """One for each tensor of the merged model, in the order of its files."""
-    if recipe.slices:
-        yield from _sliced(recipe, first, experts, names)
-        return
-    for name, depth in depths(first.entries).items():
-        parts = tuple(
-            Part(i, known.get(name), (expert.settings,))
-            for i, (known, expert) in enumerate(zip(names, recipe.experts, strict=True))
-        )
-        yield Origin(name, (first, name), parts, depth, (recipe.parameters,))
-
-
-def _sliced(
-    recipe: Recipe, first: Model, experts: Sequence[Model], names: Sequence[Mapping[str, str]]
-) -> Iterator[Origin]:
-    """The layers of each slice one after the other; what stands before them as the first slice has it, what stands
-    behind them as the last has it."""
-    by_name = {expert.model: i for i, expert in enumerate(recipe.experts)}
-    stacks = {match["stack"] for name in first.entries if (match := LAYER.match(name))}
-    if len(stacks) != 1:
-        raise FusionError(f"slices need a model with one stack of layers; {first.name} has {', '.join(sorted(stacks))}")
-    [stack] = stacks
-    inner = {match["rest"]: None for name in first.entries if (match := LAYER.match(name))}
-    last, number = sum(slice_.layers for slice_ in recipe.slices) - 1, 0
-
-    def origin(slice_: Slice, name: str, theirs: Callable[[int], str], depth: float) -> Origin:
-        sources = [(by_name.get(source.model), source) for source in slice_.sources]
-        parts = tuple(
-            Part(i, names[i].get(theirs(source.start)), (source.parameters, recipe.experts[i].settings))
-            for i, source in sources
-            if i is not None
-        )
-        is_base = recipe.base is not None
-        start = next((s.start for i, s in sources if i is None), sources[0][1].start)
-        one = first if is_base else experts[parts[0].expert]
-        own = theirs(start) if is_base else names[parts[0].expert].get(theirs(start), "")
-        if own not in one.entries:
-            raise FusionError(f"{one.name} has no {theirs(start)}, which a slice takes from it")
-        return Origin(name, (one, own), parts, depth, (slice_.parameters, recipe.parameters))
-
-    outside = {name: depth for name, depth in depths(first.entries).items() if not LAYER.match(name)}
-    for name, depth in outside.items():
-        if not depth:
-            yield origin(recipe.slices[0], name, lambda _, name=name: name, depth)
-    for slice_ in recipe.slices:
-        for offset in range(slice_.layers):
-            for rest in inner:
-                yield origin(
-                    slice_,
-                    f"{stack}.{number}.{rest}",
-                    lambda start, offset=offset, rest=rest: f"{stack}.{start + offset}.{rest}",
-                    number / max(1, last),
-                )
-            number += 1
-    for name, depth in outside.items():
-        if depth:
-            yield origin(recipe.slices[-1], name, lambda _, name=name: name, depth)
-
-
-def _target(
-    origin: Origin, *, recipe: Recipe, method: MergeMethod, has_base: bool, experts: Sequence[Model], files: Files
-) -> Target:
+def _target(origin: Origin, context: _Context) -> Target:
     """One tensor of the merged model."""
+    recipe, method, experts, vocabulary = context.recipe, context.method, context.experts, context.vocabulary
     first, own = origin.first
     entry, shape = first.entries[own], first.shape(own)
+    is_aligned = vocabulary is not None and vocabulary.covers(first, own)
     mismatch, seed = recipe.parameters.get("mismatch"), recipe.parameters.get("seed", 0)
-    spec = Spec(origin.name, _stored_as(recipe.dtype, entry.dtype), shape)
+    size = (vocabulary.rows, *shape[1:]) if vocabulary is not None and is_aligned else shape
+    spec = Spec(origin.name, _stored_as(recipe.dtype, entry.dtype), size)
+    described = vocabulary.digest if vocabulary is not None and is_aligned else None
     parts, unfit = [], False
     for part in origin.parts:
         theirs = experts[part.expert].shape(part.name) if part.name is not None else None
-        if theirs == shape or (mismatch == "resize" and theirs is not None and theirs[1:] == shape[1:]):
+        may_differ = is_aligned or mismatch == "resize"
+        if theirs == shape or (may_differ and theirs is not None and theirs[1:] == shape[1:]):
             parts.append(part)
         else:
             unfit = True
-    if not parts or not entry.is_float or (unfit and mismatch == "base"):
-        return _kept(spec, first, own, files)
+    # fewer than the method merges: what is there is passed on as it is
+    if len(parts) < (1 if context.base else method.experts[0]) or not entry.is_float or (unfit and mismatch == "base"):
+        return _kept(spec, origin, context, described)
     arguments = arguments_at(
         method.parameters, origin.settings, [part.settings for part in parts], origin.name, origin.depth
     )
 
     def make() -> tuple[Tensors, Any]:
-        reader = first.reader(own, files)
+        reader = context.reader(origin, first, own)
         readers: list[Reader] = []
         for part in parts:
-            theirs = experts[part.expert].reader(str(part.name), files)
-            readers.append(theirs if theirs.shape == shape else Resized(theirs, reader))
-        tensors = Tensors(origin.name, reader if has_base else None, readers, seed)
+            theirs = context.reader(origin, experts[part.expert], str(part.name))
+            readers.append(theirs if theirs.shape == size else Resized(theirs, reader))
+        tensors = Tensors(origin.name, reader if context.base else None, readers, seed)
         return tensors, method.function(tensors, **arguments)
 
     inputs = [first.name, own, *((experts[part.expert].name, part.name) for part in parts)]
-    return Target(spec, make, described=[recipe.method, arguments, seed, inputs])
+    return Target(spec, make, described=[recipe.method, arguments, seed, inputs, described])
 
 
-def _kept(spec: Spec, first: Model, own: str, files: Files) -> Target:
-    """A tensor as the first model has it, in the merged model's type."""
+def _kept(spec: Spec, origin: Origin, context: _Context, described: str | None) -> Target:
+    """A tensor as its first model has it, in the merged model's type."""
+    first, own = origin.first
     entry = first.entries[own]
-    if first.adapter is None and (not entry.is_float or entry.dtype == spec.dtype):
+    if not described and first.adapter is None and (not entry.is_float or entry.dtype == spec.dtype):
         spec = Spec(spec.name, entry.dtype, spec.shape)
         return Target(spec, copied=entry, described=[first.name, own])
 
     def make() -> tuple[Tensors, Any]:
-        return Tensors(spec.name, None, [first.reader(own, files)]), Combination(0.0, [1.0])
+        return Tensors(spec.name, None, [context.reader(origin, first, own)]), Combination(0.0, [1.0])
 
-    return Target(spec, make, described=[first.name, own])
+    return Target(spec, make, described=[first.name, own, described])
 
 
 class Resized:

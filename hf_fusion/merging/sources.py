@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,20 +191,20 @@ def layer_of(name: str) -> int | None:
     return int(match["number"]) if match else None
 
 
-def depths(names: Mapping[str, Any]) -> dict[str, float]:
-    """How deep every tensor lies: 0 in and before the first layer, 1 in and behind the last.
+def is_before_layers(name: str) -> bool:
+    """Whether a tensor outside of the layers comes before them (embeddings) rather than behind (final norms, heads)."""
+    return "embed_out" not in name and ("embed" in name or re.search(r"\b(wte|wpe|shared)\b", name) is not None)
 
-    Tensors outside the layers are before them where they come to stand before the first tensor of a layer in reading
-    order of a model (embeddings), else behind (final norms, heads).
-    """
+
+def depths(names: Iterable[str]) -> dict[str, float]:
+    """How deep every tensor lies in its stack of layers: 0 in the first, 1 in the last; 0 outside, as in mergekit."""
     last: dict[str, int] = {}
     for name in names:
         if match := LAYER.match(name):
             last[match["stack"]] = max(last.get(match["stack"], 0), int(match["number"]))
     found = {}
     for name in names:
-        if match := LAYER.match(name):
-            found[name] = int(match["number"]) / max(1, last[match["stack"]])
-        else:
-            found[name] = 0.0 if "embed" in name or re.search(r"\b(wte|wpe|shared)\b", name) else 1.0
+        match = LAYER.match(name)
+        end = last[match["stack"]] if match else 0
+        found[name] = int(match["number"]) / end if match and end else float(match is not None)
     return found

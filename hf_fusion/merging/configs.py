@@ -1,0 +1,101 @@
+"""The merged model's ``config.json``: the first model's, where the merge changes nothing of what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hf_fusion.errors import FusionError
+from hf_fusion.merging.sources import Model
+
+LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+def merged_config(
+    model: Model,
+    dtype: str | None,
+    layers: Sequence[tuple[Model, int]] | None = None,
+    rows: int | None = None,
+    token: Callable[[int], int | None] = lambda token: token,
+) -> dict[str, Any]:
+    """A configuration with the merged model's type, layers and vocabulary.
+
+    Args:
+        model: whose configuration it is otherwise.
+        dtype: of the merged weights; None: as they are stored.
+        layers: of each merged layer, the model and number that it comes from; None: the model's own.
+        rows: of the merged vocabulary's embeddings; None: the model's own.
+        token: the merged vocabulary's number of one of the model's tokens, None where it has it no more.
+
+    Raises:
+        FusionError: the configuration does not tell where its number of layers or tokens stands.
+    """
+    config = dict(model.config)
+    if dtype:
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtype
+    if layers is not None:
+        key, count = _layers(model)
+        config[key] = len(layers)
+        config |= {
+            key: [_of_layer(giver, key, number) for giver, number in layers]
+            for key, value in config.items()
+            if "layer" in key and isinstance(value, list) and len(value) == count
+        }
+    if rows is not None:
+        holder = vocabulary_config(config)
+        if holder is None:
+            raise FusionError(f"{model.name}: config.json does not tell the size of its vocabulary")
+        config = _with_rows(config, rows)
+        config = with_tokens(config, token)
+    return config
+
+
+def vocabulary_config(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The part of a configuration that tells ``vocab_size``: all of it, or that of its text model."""
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict) and type(part.get("vocab_size")) is int:
+            return part
+    return None
+
+
+def with_tokens(config: dict[str, Any], token: Callable[[int], int | None]) -> dict[str, Any]:
+    """A configuration whose special tokens (``eos_token_id`` and the like) have other numbers."""
+
+    def renumbered(value: Any) -> Any:
+        if isinstance(value, list):
+            return [found for found in map(renumbered, value) if found is not None] or None
+        return token(value) if type(value) is int and value >= 0 else value
+
+    return {
+        key: renumbered(value)
+        if key.endswith(("_token_id", "_token_ids"))
+        else with_tokens(value, token)
+        if key == "text_config"
+        else value
+        for key, value in config.items()
+    }
+
+
+def _with_rows(config: dict[str, Any], rows: int) -> dict[str, Any]:
+    if type(config.get("vocab_size")) is int:
+        config = config | {"vocab_size": rows}
+    if isinstance(config.get("text_config"), dict):
+        config = config | {"text_config": _with_rows(config["text_config"], rows)}
+    return config
+
+
+def _layers(model: Model) -> tuple[str, int]:
+    """The key that tells a model's number of layers, and that number."""
+    for key in LAYER_KEYS:
+        if type(model.config.get(key)) is int:
+            return key, model.config[key]
+    raise FusionError(f"{model.name}: config.json does not tell its number of layers")
+
+
+def _of_layer(model: Model, key: str, number: int) -> Any:
+    """What a model's configuration says of one of its layers."""
+    values = model.config.get(key)
+    if not isinstance(values, list) or len(values) != _layers(model)[1]:
+        raise FusionError(f"{model.name}: config.json has no {key} of each of its layers, which the first model's has")
+    return values[number]

@@ -1,0 +1,28 @@
+"""Layers of models put together as they are: frankenmerges and depth up-scaling."""
+
+from __future__ import annotations
+
+from hf_fusion.merging.schema import EachNumber
+from hf_fusion.merging.tensors import Combination, Tensors
+
+__all__ = ["passthrough"]
+
+
+def passthrough(tensors: Tensors, *, scale: EachNumber = (1.0,)) -> Combination:
+    """s θ: a tensor of one model as it is, for recipes of slices (mergekit's passthrough, "frankenmerge").
+
+    Depth up-scaling (SOLAR, Kim et al., 2023, arXiv 2312.15166) is such a recipe: of a model with n layers, all but the
+    last m are followed by all but the first m. SOLAR makes 48 layers of Mistral's 32, with m = 8, and trains on:
+
+        method: passthrough
+        experts: [mistralai/Mistral-7B-v0.1]
+        slices:
+          - sources: [{model: mistralai/Mistral-7B-v0.1, layers: [0, 24]}]
+          - sources: [{model: mistralai/Mistral-7B-v0.1, layers: [8, 32]}]
+
+    Args:
+        tensors: one expert; a base does not count.
+        scale: s. A layer whose ``o_proj`` and ``down_proj`` are scaled by 0 adds nothing to the residual stream: a
+            repeated layer can start as the identity (LLaMA Pro, arXiv 2401.02415).
+    """
+    return Combination(0.0, list(scale))

@@ -1,0 +1,277 @@
+"""Where every tensor of a merged model comes from: which one of which model, in whole models or in slices of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hf_fusion.errors import FusionError
+from hf_fusion.merging.sources import LAYER, Model, depths, is_before_layers, layer_of
+
+if TYPE_CHECKING:
+    from hf_fusion.recipe import Recipe, Slice, SliceSource
+
+MISMATCHES = ("base", "skip", "resize")
+
+
+@dataclass(frozen=True)
+class Part:
+    """An expert's share in a merged tensor.
+
+    Attributes:
+        expert: its number in the recipe.
+        name: of its tensor, or None where it has none.
+        settings: its own, the most particular first.
+    """
+
+    expert: int
+    name: str | None
+    settings: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the values of a merged tensor come from.
+
+    Attributes:
+        name: of the merged tensor.
+        first: the model that gives its sizes, the base or the first expert, and its tensor there.
+        parts: the experts.
+        depth: 0 outside of the layers and in the first, 1 in the last; of a slice, where there are slices.
+        settings: for all experts, the most particular first.
+    """
+
+    name: str
+    first: tuple[Model, str]
+    parts: tuple[Part, ...]
+    depth: float
+    settings: tuple[Mapping[str, Any], ...]
+
+
+@dataclass
+class Mismatch:
+    """Tensors of an expert that do not fit.
+
+    Attributes:
+        tensor: their name, layers as ``*``.
+        model: whose.
+        what: "missing", "extra" or the two shapes.
+        count: how many tensors.
+    """
+
+    tensor: str
+    model: str
+    what: str
+    count: int = 1
+    options: tuple[str, ...] = field(default=MISMATCHES)
+
+    def row(self) -> dict[str, Any]:
+        """As a line of a table."""
+        return {
+            "tensor": self.tensor,
+            "count": self.count,
+            "model": self.model,
+            "what": self.what,
+            "resolved by": " | ".join(self.options),
+        }
+
+
+class MismatchError(FusionError):
+    """The models' tensors do not match; `mismatches` lists how."""
+
+    def __init__(self, mismatches: Sequence[Mismatch]) -> None:
+        self.mismatches = list(mismatches)
+        rows = [m.row() for m in mismatches]
+        widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
+        lines = [{key: key for key in widths}, *rows]
+        table = "\n".join("  ".join(str(line[key]).ljust(widths[key]) for key in widths).rstrip() for line in lines)
+        usable = [option for option in MISMATCHES if all(option in m.options for m in mismatches)]
+        super().__init__(
+            f"the models' tensors do not match:\n{table}",
+            f"set the parameter mismatch to {' or '.join(usable)} (base: such tensors stay as the base, or the first"
+            " expert, has them; skip: experts that do not fit are left out of a tensor; resize: rows that an expert"
+            " lacks stay the base's)",
+        )
+
+
+def mismatches_of(
+    origins: Iterable[Origin],
+    experts: Sequence[Model],
+    is_aligned: Callable[[Model, str], bool],
+    *,
+    sliced: bool,
+) -> list[Mismatch]:
+    """What of the experts does not fit the tensors that it should be merged into; alike layers together.
+
+    Args:
+        origins: of all merged tensors.
+        experts: the opened experts.
+        is_aligned: whether a tensor has a row for every token, and tokens are aligned: the number of rows may differ.
+        sliced: whether only some layers of the experts are merged.
+    """
+    found: dict[tuple[str, str, str], Mismatch] = {}
+    used: list[set[str]] = [set() for _ in experts]
+
+    def note(name: str, expert: Model, what: str, options: tuple[str, ...]) -> None:
+        key = (re.sub(r"\.\d+\.", ".*.", name), expert.name, what)
+        found.setdefault(key, Mismatch(*key, count=0, options=options)).count += 1
+
+    for origin in origins:
+        model, own = origin.first
+        left, aligned = model.shape(own), is_aligned(model, own)
+        for part in origin.parts:
+            expert = experts[part.expert]
+            if part.name is None:
+                note(origin.name, expert, "missing", ("base", "skip"))
+                continue
+            used[part.expert].add(part.name)
+            right = expert.shape(part.name)
+            has_rows = len(left) == len(right) and left[1:] == right[1:]
+            if left != right and not (aligned and has_rows):
+                options = MISMATCHES if has_rows else MISMATCHES[:2]
+                note(origin.name, expert, f"{list(right)} against {list(left)}", options)
+    for expert, known in zip(experts, used, strict=True):
+        layers = {layer_of(name) for name in known} - {None}
+        for name in expert.entries:
+            if name not in known and (not sliced or layer_of(name) in layers):
+                note(name, expert, "extra", MISMATCHES)
+    return list(found.values())
+
+
+def origins_of(
+    recipe: Recipe, base: Model | None, experts: Sequence[Model], names: Sequence[Mapping[str, str]]
+) -> Iterator[Origin]:
+    """One for each tensor of the merged model, in the order of its files.
+
+    Args:
+        recipe: tells the slices, if there are any.
+        base: the opened base, where the recipe names one.
+        experts: the opened experts.
+        names: of each expert: name in the base, or in the first expert -> name in the expert.
+
+    Raises:
+        FusionError: a slice cannot be taken from its models.
+    """
+    if recipe.slices:
+        yield from _sliced(recipe, base, experts, names)
+        return
+    first = base or experts[0]
+    for name, depth in depths(first.entries).items():
+        parts = tuple(
+            Part(i, known.get(name), (expert.settings,))
+            for i, (known, expert) in enumerate(zip(names, recipe.experts, strict=True))
+        )
+        yield Origin(name, (first, name), parts, depth, (recipe.parameters,))
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """A source of a slice, opened."""
+
+    model: Model
+    expert: int | None  # None: the base
+    source: SliceSource
+    layers: Mapping[int, Mapping[str, str]]  # number -> name within the layer -> name
+
+
+def _sliced(
+    recipe: Recipe, base: Model | None, experts: Sequence[Model], names: Sequence[Mapping[str, str]]
+) -> Iterator[Origin]:
+    """The layers of each slice one after the other; what stands before them as the first slice has it, what stands
+    behind them as the last has it, as in mergekit."""
+    first = base or experts[0]
+    stack = _stack(first)[0]
+    slices = [(slice_, _opened(recipe, number, base, experts)) for number, slice_ in enumerate(recipe.slices)]
+
+    def origin(name: str, slice_: Slice, found: Sequence[tuple[_Layers, str | None]], depth: float) -> Origin:
+        giver, own = next((pair for pair in found if pair[0].expert is None), found[0])
+        if own is None:
+            raise FusionError(f"{giver.model.name} has no {name}, which a slice takes from it")
+        parts = tuple(
+            Part(source.expert, theirs, (source.source.parameters, recipe.experts[source.expert].settings))
+            for source, theirs in found
+            if source.expert is not None
+        )
+        return Origin(name, (giver.model, own), parts, depth, (slice_.parameters, recipe.parameters))
+
+    def outside(slice_: Slice, opened: Sequence[_Layers], wanted: Sequence[str]) -> Iterator[Origin]:
+        for name in wanted:
+            found = [(s, name if s.expert is None else names[s.expert].get(name)) for s in opened]
+            yield origin(name, slice_, found, 0.0)
+
+    others = [name for name in first.entries if not LAYER.match(name)]
+    yield from outside(*slices[0], [name for name in others if is_before_layers(name)])
+    number = 0
+    for slice_, opened in slices:
+        giver = next((s for s in opened if s.expert is None), opened[0])
+        for offset in range(slice_.layers):
+            rows = [(s, s.layers[s.source.start + offset]) for s in opened]
+            for rest in giver.layers[giver.source.start + offset]:
+                found = [(s, known.get(rest)) for s, known in rows]
+                depth = offset / (slice_.layers - 1) if slice_.layers > 1 else 1.0
+                yield origin(f"{stack}.{number}.{rest}", slice_, found, depth)
+            number += 1
+    yield from outside(*slices[-1], [name for name in others if not is_before_layers(name)])
+
+
+def layers_of(recipe: Recipe, base: Model | None, experts: Sequence[Model]) -> list[tuple[Model, int]] | None:
+    """Of each layer of the merged model: the model that gives its sizes, and its number there; None without slices."""
+    by_name = {expert.model: model for expert, model in zip(recipe.experts, experts, strict=True)}
+    found = []
+    for slice_ in recipe.slices:
+        giver = next((s for s in slice_.sources if s.model == recipe.base), slice_.sources[0])
+        model = base if giver.model == recipe.base and base is not None else by_name[giver.model]
+        found += [(model, number) for number in range(giver.start, giver.stop)]
+    return found or None
+
+
+def _opened(recipe: Recipe, number: int, base: Model | None, experts: Sequence[Model]) -> list[_Layers]:
+    """The sources of one slice.
+
+    Raises:
+        FusionError: naming a source that the recipe does not merge, or that has no such layers.
+    """
+    where = f"slices[{number}]"
+    by_name = {expert.model: i for i, expert in enumerate(recipe.experts)}
+    found = []
+    for source in recipe.slices[number].sources:
+        is_base = base is not None and source.model == recipe.base
+        if not is_base and source.model not in by_name:
+            raise FusionError(f"{where} names {source.model}, which is neither the base nor one of the experts")
+        index = None if is_base else by_name[source.model]
+        model = base if is_base and base is not None else experts[by_name[source.model]]
+        layers = _stack(model)[1]
+        if source.stop > len(layers):
+            raise FusionError(
+                f"{where} takes layers {source.start} to {source.stop - 1} of {source.model}, which has {len(layers)}",
+                f"at most [{source.start}, {len(layers)}]",
+            )
+        found.append(_Layers(model, index, source, layers))
+    if base is not None and all(source.expert is not None for source in found):
+        raise FusionError(
+            f"{where} has no layers of the base {recipe.base}, which {recipe.method} needs", "list them as a source"
+        )
+    return found
+
+
+def _stack(model: Model) -> tuple[str, dict[int, dict[str, str]]]:
+    """A model's one stack of layers: its name, and of each layer the names within -> the tensors' names.
+
+    Raises:
+        FusionError: there are several stacks, or none.
+    """
+    stacks: dict[str, dict[int, dict[str, str]]] = {}
+    for name in model.entries:
+        if match := LAYER.match(name):
+            stacks.setdefault(match["stack"], {}).setdefault(int(match["number"]), {})[match["rest"]] = name
+    if len(stacks) != 1:
+        told = f"has {' and '.join(sorted(stacks))}" if stacks else "has none"
+        raise FusionError(
+            f"slices need models with one stack of layers; {model.name} {told}", "merge whole models instead"
+        )
+    [(stack, layers)] = stacks.items()
+    if sorted(layers) != list(range(len(layers))):
+        raise FusionError(f"{model.name} lacks some of its layers {stack}.0 to {stack}.{max(layers)}")
+    return stack, layers
