@@ -15,12 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_fusion.errors import FusionError
-from hf_fusion.merging.checkpoint import Entry, Files
+from hf_fusion.errors import FusionError, one_line
+from hf_fusion.merging.checkpoint import DTYPES, Entry, Files
 from hf_fusion.merging.output import Shard, Spec, as_bytes, shard_name, shards_of, staging, write_index
 from hf_fusion.merging.tensors import CHUNK, Tensors, merge_tensors, scratch
 
 logger = logging.getLogger(__name__)
+
+NARROW = ("F16", "F8_E4M3", "F8_E5M2")
+"""Types that do not reach as far as the float32 that is merged in."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,10 @@ class Target:
     described: Any = field(default=None, compare=False)
 
 
-def digest_of(targets: Iterable[Target], most: int) -> str:
-    """One word for everything that decides the bytes of a merge."""
+def digest_of(targets: Iterable[Target], *more: Any) -> str:
+    """One word for everything that decides the bytes of a merge: its tensors, and more plain data."""
     rows = [(t.spec.name, t.spec.dtype, t.spec.shape, t.described) for t in targets]
-    return hashlib.sha256(json.dumps([most, rows], default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([*more, rows], default=str).encode()).hexdigest()
 
 
 def write_tensors(
@@ -82,15 +85,18 @@ def write_tensors(
             if file.exists():
                 progress(sum(spec.nbytes for spec in shards[number]))
                 continue
-            shard = Shard(file, shards[number])
             largest_first = sorted(shards[number], key=lambda spec: -spec.nbytes)
-            jobs = [pool.submit(_write, by_name[spec.name], shard, files, progress) for spec in largest_first]
-            done, rest = wait(jobs, return_when=FIRST_EXCEPTION)
-            for job in rest:
-                job.cancel()
-            for job in done:
-                job.result()
-            shard.finish()
+            with Shard(file, shards[number]) as shard:
+                jobs = [pool.submit(_write, by_name[spec.name], shard, files, progress) for spec in largest_first]
+                try:
+                    done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
+                finally:  # no thread may write any more when the file is closed
+                    for job in jobs:
+                        job.cancel()
+                    wait(jobs)
+                for job in done:
+                    job.result()
+                shard.finish()
     return shards
 
 
@@ -102,12 +108,23 @@ def _write(target: Target, shard: Shard, files: Files, progress: Callable[[int],
         assert target.copied is not None
         _copy(target.copied, spec.name, shard, files)
     else:
-        tensors, merged = target.make()
-        for start, values in merge_tensors(tensors, merged):
-            if not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):
-                raise _not_finite(tensors)
-            shard.write(spec.name, start, as_bytes(values, spec.dtype, scratch("raw", torch.uint8)))
+        try:
+            _merge(target.make, spec, shard)
+        except (ValueError, torch.linalg.LinAlgError) as error:  # a method's word for what it cannot merge
+            reason = one_line(error)
+            raise FusionError(reason if spec.name in reason else f"{spec.name}: {reason}") from error
     progress(spec.nbytes)
+
+
+def _merge(make: Callable[[], tuple[Tensors, Any]], spec: Spec, shard: Shard) -> None:
+    tensors, merged = make()
+    most = torch.finfo(getattr(torch, DTYPES[spec.dtype][0])).max if spec.dtype in NARROW else None
+    for start, values in merge_tensors(tensors, merged):
+        if not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):
+            raise _not_finite(tensors)
+        if most is not None and max(map(abs, values.aminmax())) > most:
+            raise FusionError(f"{spec.name} goes beyond {most:g}, the most that {spec.dtype} holds", "dtype: bfloat16")
+        shard.write(spec.name, start, as_bytes(values, spec.dtype, scratch("raw", torch.uint8)))
 
 
 def _copy(entry: Entry, name: str, shard: Shard, files: Files) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +18,9 @@ from hf_fusion.errors import FusionError
 from hf_fusion.folders import replace_folder
 from hf_fusion.merging.engine import digest_of, write_tensors
 from hf_fusion.merging.methods import MERGE_METHODS
-from hf_fusion.merging.output import SHARD_BYTES, disk_full_named, staging, write_index
+from hf_fusion.merging.output import SHARD_BYTES, disk_full_named, output_folder, place_of, staging, write_index
 from hf_fusion.merging.plan import Plan, plan
+from hf_fusion.merging.processes import Processes
 from hf_fusion.merging.sources import Model, open_models
 from hf_fusion.recipe import RECIPE_FILE, Recipe, RecipeExpert, Slice
 
@@ -58,13 +60,13 @@ def merge(
 
     Values pass through memory in chunks; no model is ever held. The same recipe with the same inputs gives the same
     bytes, whatever the number of threads. Files appear in the folder when all of them are whole; a run that was killed
-    goes on with its unfinished shards when it is run again.
+    goes on with its unfinished shards when it is run again. Under `accelerate launch` the processes share the shards.
 
     Args:
         recipe: of a static method, see `hf_fusion.merging.methods.MERGE_METHODS`. One that merges adapters into one
             adapter is done by `hf_fusion.merging.adapters.merge_adapters`.
         folder: an earlier merge in it is replaced.
-        threads: tensors merged at a time; default: one for each core.
+        threads: tensors that a process merges at a time; default: one for each core.
         shard_bytes: most bytes of a file of weights.
         api: the Hub's client.
         progress: called with the bytes that are done, and of all.
@@ -72,38 +74,48 @@ def merge(
     Raises:
         FusionError: naming what cannot be merged, and what to do.
     """
+    folder = output_folder(folder)
+    processes = Processes()
     if MERGE_METHODS[recipe.method].merges == "adapters":
         from hf_fusion.merging.adapters import merge_adapters
 
+        if processes.count > 1:
+            raise FusionError(f"{recipe.method} is the work of one process", "run it without accelerate launch")
         return merge_adapters(recipe, folder, api=api)
-    folder = Path(folder).resolve()
-    planned = plan_merge(recipe, api)
-    refuse_inputs(planned, folder)
-    digest = digest_of(planned.targets, shard_bytes)
+    with processes.step():
+        planned = plan_merge(recipe, api)
+        refuse_inputs(planned, folder)
     before, done = torch.get_num_threads(), 0
     torch.set_num_threads(1)  # tensors are merged side by side
 
     def told(more: int) -> None:
         nonlocal done
-        done += more
-        progress(done, planned.nbytes)
+        done += more * processes.count  # the others are about as far
+        progress(min(done, planned.nbytes), planned.nbytes)
 
     began = time.perf_counter()
     try:
-        with staging(folder, digest, planned.nbytes) as place:
-            shards = write_tensors(
-                planned.targets,
-                place,
-                planned.files,
-                threads=threads or cores(),
-                shard_bytes=shard_bytes,
-                progress=told,
-            )
-            with disk_full_named(folder.parent):
-                write_index(place, shards)
-                write_small(planned, place)
-                (place / "digest").unlink()
-                replace_folder(place, folder)
+        with ExitStack() as staged:
+            place = place_of(folder)
+            with processes.step():
+                if processes.is_main:
+                    digest = digest_of(planned.targets, shard_bytes, planned.recipe.to_dict(), stamps(planned))
+                    staged.enter_context(staging(folder, digest, planned.nbytes))
+            with processes.step():
+                shards = write_tensors(
+                    planned.targets,
+                    place,
+                    planned.files,
+                    threads=threads or max(1, cores() // processes.here),
+                    shard_bytes=shard_bytes,
+                    process=(processes.number, processes.count),
+                    progress=told,
+                )
+            with processes.step(), disk_full_named(folder.parent):
+                if processes.is_main:
+                    write_index(place, shards)
+                    write_small(planned, place)
+                    replace_folder(place, folder)
     finally:
         planned.files.close()
         torch.set_num_threads(before)
@@ -127,11 +139,24 @@ def plan_merge(recipe: Recipe, api: HfApi | None = None) -> Plan:
 
 
 def refuse_inputs(planned: Plan, folder: Path) -> None:
-    """The output must not be one of the inputs, nor lie in one, nor hold one."""
-    for model in [*([planned.base] if planned.base else []), *planned.experts]:
-        own = model.folder.resolve()
-        if own == folder or folder in own.parents or own in folder.parents:
+    """The output, and what is written beside it, must not be one of the inputs, nor lie in one, nor hold one."""
+    written = (folder, place_of(folder))
+    for own in {file.parent.resolve() for file in input_files(planned)}:
+        if any(own == place or place in own.parents for place in written) or own in folder.parents:
             raise FusionError(f"the output {folder} overlaps the input {own}", "choose another --output")
+
+
+def input_files(planned: Plan) -> set[Path]:
+    """All files whose weights are merged."""
+    models = [*([planned.base] if planned.base else []), *planned.experts]
+    adapters = {model.folder / "adapter_model.safetensors" for model in models if model.adapter}
+    return adapters | {entry.file for model in models for entry in model.entries.values()}
+
+
+def stamps(planned: Plan) -> list[tuple[str, int, int]]:
+    """By what is seen that inputs are not those of an earlier run: the sizes and times of their files."""
+    stats = [(str(file), file.stat()) for file in sorted(input_files(planned))]
+    return [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
 
 
 def write_small(planned: Plan, place: Path) -> None:

@@ -1,7 +1,8 @@
 """The files of a merged model: sizes are known before the first value, so shards are laid out first, then filled.
 
 Everything is written into a hidden folder beside the output and moved there when all of it is on the disk. A run that
-was killed leaves that folder; the next run of the same merge keeps its finished shards, any other begins anew.
+was killed leaves that folder; the next run of the same merge keeps its finished shards, any other begins anew. A run
+that fails leaves nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import numpy as np
 import torch
 
 from hf_fusion.errors import FusionError
+from hf_fusion.folders import STALE, restore_folder
 from hf_fusion.merging.checkpoint import DTYPES, INDEX, SINGLE, Entry
+from hf_fusion.recipe import RECIPE_FILE
 
 SHARD_BYTES = 5_000_000_000
 
@@ -65,7 +68,7 @@ def shard_name(number: int, count: int) -> str:
 
 
 class Shard:
-    """One file in the making.
+    """One file in the making: ``with Shard(…) as shard`` closes it, whole or not.
 
     Args:
         file: where it will lie; until it is whole it has another name.
@@ -88,10 +91,21 @@ class Shard:
             spec.name: Entry(spec.name, spec.dtype, spec.shape, file, data + start)
             for spec, start in zip(specs, starts, strict=True)
         }
-        self._file = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        with disk_full_named(file.parent):
-            self._reserve(8 + len(text) + end)
-            os.pwrite(self._file, len(text).to_bytes(8, "little") + text, 0)
+        self._begin, self._size = len(text).to_bytes(8, "little") + text, data + end
+
+    def __enter__(self) -> Shard:
+        with disk_full_named(self.file.parent):
+            self._file = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            try:
+                self._reserve(self._size)
+                self._put(self._begin, 0)
+            except BaseException:
+                os.close(self._file)
+                raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
 
     def _reserve(self, size: int) -> None:
         """Asks for all of the disk that is needed before any of it is filled."""
@@ -105,17 +119,18 @@ class Shard:
     def write(self, name: str, start: int, values: np.ndarray) -> None:
         """Puts a tensor's elements from `start` on, as bytes, in their place."""
         entry = self.entries[name]
-        offset, view = entry.start + start * entry.itemsize, values.data
         with disk_full_named(self.file.parent):
-            while view:
-                put = os.pwrite(self._file, view, offset)
-                offset, view = offset + put, view[put:]
+            self._put(values.data, entry.start + start * entry.itemsize)
+
+    def _put(self, view: memoryview | bytes, offset: int) -> None:
+        while view:
+            put = os.pwrite(self._file, view, offset)
+            offset, view = offset + put, view[put:]
 
     def finish(self) -> None:
         """The file is whole: it gets its name once its bytes are on the disk."""
         with disk_full_named(self.file.parent):
             os.fsync(self._file)
-            os.close(self._file)
             self._part.rename(self.file)
 
 
@@ -129,6 +144,40 @@ def write_index(folder: Path, shards: Sequence[Sequence[Spec]]) -> None:
     (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def output_folder(folder: str | Path) -> Path:
+    """Where a merged model will lie, links followed.
+
+    Raises:
+        FusionError: a folder cannot be written there as a whole, or what lies there is not an earlier merge.
+    """
+    given = Path(folder)
+    with disk_full_named(given):
+        if given.is_symlink() and not given.is_dir():
+            raise FusionError(f"{given} is a link to no folder", "remove it, or choose another --output")
+        try:
+            folder = given.resolve()
+        except RuntimeError:  # what Python before 3.13 says of links in a circle
+            raise FusionError(f"{given} lies behind links in a circle", "choose another --output") from None
+        if folder.exists() and not folder.is_dir():
+            raise FusionError(f"{given} is a file", "remove it, or choose another --output")
+        if os.path.ismount(folder):
+            raise FusionError(f"{given} is a mount point: no folder can be moved there", f"--output {given / 'merged'}")
+        if not folder.is_dir() or (folder / RECIPE_FILE).exists():
+            return folder
+        # a merge clears what a loader would take for part of the merged model
+        if foreign := next((path for pattern in STALE for path in folder.glob(pattern)), None):
+            raise FusionError(
+                f"{given} holds {foreign.name}, and no {RECIPE_FILE} of an earlier merge",
+                "remove it, or choose another --output",
+            )
+    return folder
+
+
+def place_of(folder: Path) -> Path:
+    """The hidden folder that a merge is written to."""
+    return folder.with_name(f".{folder.name}.merging")
+
+
 @contextmanager
 def staging(folder: Path, digest: str, needed: int) -> Iterator[Path]:
     """The hidden folder that a merge is written to, its own until it is done.
@@ -139,44 +188,73 @@ def staging(folder: Path, digest: str, needed: int) -> Iterator[Path]:
         needed: bytes that will be written.
 
     Raises:
-        FusionError: another process writes there now; or there is too little room on the disk.
+        FusionError: another process writes there now; it cannot be written; or there is too little room on the disk.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    place = folder.with_name(f".{folder.name}.merging")
-    lock = folder.with_name(f".{folder.name}.lock")
-    with lock.open("w") as held:
+    place = place_of(folder)
+    with disk_full_named(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # it says of which merge the hidden folder is the beginning
+        lock = folder.with_name(f".{folder.name}.lock")
+        held = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        if not _is_ours(held, lock):
+            raise FusionError(f"{folder} is being written by another process", "wait for it")
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise FusionError(f"{folder} is being written by another process", "wait for it") from None
-        try:
-            mark = place / "digest"
-            if place.exists() and (not mark.exists() or mark.read_text() != digest):
-                shutil.rmtree(place)
-            done = sum(file.stat().st_size for file in place.glob("*.safetensors")) if place.exists() else 0
-            free = shutil.disk_usage(folder.parent).free
-            if needed - done > free:
-                raise FusionError(
-                    f"{folder} needs {(needed - done) / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left",
-                    "free some, or choose another --output",
-                )
-            place.mkdir(exist_ok=True)
-            mark.write_text(digest)
+            with disk_full_named(folder.parent):
+                _begin(place, folder, held, digest, needed)
             yield place
-        finally:
+        except Exception:  # it would go wrong again; only who is killed, or stopped by hand, goes on where it was
+            shutil.rmtree(place, ignore_errors=True)
             lock.unlink(missing_ok=True)
+            raise
+        lock.unlink(missing_ok=True)
+    finally:
+        os.close(held)
+
+
+def _is_ours(held: int, lock: Path) -> bool:
+    """Locks an open file, unless another process holds it, or has just unlinked it."""
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(held), lock.lstat())
+    except OSError:
+        return False
+
+
+def _begin(place: Path, folder: Path, held: int, digest: str, needed: int) -> None:
+    """Clears what is not to be kept of an earlier run, and asks for room."""
+    restore_folder(place, folder)
+    if place.exists() and os.pread(held, len(digest) + 1, 0) != digest.encode():
+        shutil.rmtree(place)
+    place.mkdir(exist_ok=True)
+    done = 0
+    for path in place.iterdir():
+        if path.suffix == ".safetensors":
+            done += path.stat().st_size
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    free = shutil.disk_usage(place).free
+    if needed - done > free:
+        raise FusionError(
+            f"{folder} needs {(needed - done) / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB left",
+            "free some, or choose another --output",
+        )
+    os.ftruncate(held, 0)
+    os.pwrite(held, digest.encode(), 0)
 
 
 @contextmanager
 def disk_full_named(folder: Path) -> Iterator[None]:
-    """Turns the system's word for a full disk into an error that names the place and what to do."""
+    """Turns the system's word for a full disk, or a place that cannot be written, into an error with the next step."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        what, first = ("no room left on the disk", "free some") if is_full else ("cannot be written", "check it")
         raise FusionError(
-            f"{folder}: no room left on the disk ({error.strerror})", "free some, or choose another --output"
+            f"{folder}: {what} ({error.strerror or error})", f"{first}, or choose another --output"
         ) from None
 
 
