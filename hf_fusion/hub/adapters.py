@@ -213,7 +213,7 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     """A JSON object from a file, or a FusionError naming the expert and the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FusionError(f"{name}: {path.name} cannot be read ({error}).") from None
     if not isinstance(content, dict):
         raise FusionError(f"{name}: {path.name} is not a JSON object.")

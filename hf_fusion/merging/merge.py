@@ -16,8 +16,9 @@ import torch
 
 from hf_fusion.errors import FusionError
 from hf_fusion.folders import replace_folder
+from hf_fusion.merging.checkpoint import own_file
 from hf_fusion.merging.engine import digest_of, write_tensors
-from hf_fusion.merging.methods import MERGE_METHODS
+from hf_fusion.merging.methods import method_named
 from hf_fusion.merging.output import SHARD_BYTES, disk_full_named, output_folder, place_of, staging, write_index
 from hf_fusion.merging.plan import Plan, plan
 from hf_fusion.merging.processes import Processes
@@ -76,7 +77,7 @@ def merge(
     """
     folder = output_folder(folder)
     processes = Processes()
-    if MERGE_METHODS[recipe.method].merges == "adapters":
+    if method_named(recipe.method).merges == "adapters":
         from hf_fusion.merging.adapters import merge_adapters
 
         if processes.count > 1:
@@ -128,7 +129,7 @@ def plan_merge(recipe: Recipe, api: HfApi | None = None) -> Plan:
     Raises:
         FusionError: naming what cannot be opened or merged.
     """
-    if MERGE_METHODS[recipe.method].merges == "adapters":
+    if method_named(recipe.method).merges == "adapters":
         raise FusionError(f"{recipe.method} merges adapters, at once: there is no plan of it", "fuse without --dry-run")
     names = [expert.model for expert in recipe.experts]
     opened = open_models([*([recipe.base] if recipe.base else []), *names], api)
@@ -184,11 +185,7 @@ def small_files(folder: Path) -> list[Path]:
     for file in sorted(folder.iterdir()):
         if not file.name.endswith(wanted) or file.name.endswith(".index.json") or file.name in _NOT_COPIED:
             continue
-        home = folder.resolve()
-        # the Hub's cache keeps snapshots as links to its blobs
-        if file.resolve().parent not in (home, home.parent.parent / "blobs"):
-            raise FusionError(f"{file} is a link to {file.resolve()}, outside its model", "put the file itself there")
-        if file.is_file():
+        if own_file(file):
             found.append(file)
     return found
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hf_fusion.recipe import Recipe, Slice, SliceSource
 
 MISMATCHES = ("base", "skip", "resize")
+MOST_ROWS = 40  # of the table in an error
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,14 @@ class MismatchError(FusionError):
 
     def __init__(self, mismatches: Sequence[Mismatch]) -> None:
         self.mismatches = list(mismatches)
-        rows = [m.row() for m in mismatches]
+        rows = [m.row() for m in mismatches[:MOST_ROWS]]
         widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
         lines = [{key: key for key in widths}, *rows]
         table = "\n".join("  ".join(str(line[key]).ljust(widths[key]) for key in widths).rstrip() for line in lines)
         usable = [option for option in MISMATCHES if all(option in m.options for m in mismatches)]
+        more = f"\n… and {len(mismatches) - MOST_ROWS} more" if len(mismatches) > MOST_ROWS else ""
         super().__init__(
-            f"the models' tensors do not match:\n{table}",
+            f"the models' tensors do not match:\n{table}{more}",
             f"set the parameter mismatch to {' or '.join(usable)} (base: such tensors stay as the base, or the first"
             " expert, has them; skip: experts that do not fit are left out of a tensor; resize: rows that an expert"
             " lacks stay the base's)",
@@ -132,6 +134,9 @@ def mismatches_of(
             if left != right and not (aligned and has_rows):
                 options = MISMATCHES if has_rows else MISMATCHES[:2]
                 note(origin.name, expert, f"{list(right)} against {list(left)}", options)
+            elif expert.entries[part.name].is_float != model.entries[own].is_float:
+                types = f"{expert.entries[part.name].dtype} against {model.entries[own].dtype}"
+                note(origin.name, expert, types, MISMATCHES[:2])
     for expert, known in zip(experts, used, strict=True):
         layers = {layer_of(name) for name in known} - {None}
         for name in expert.entries:

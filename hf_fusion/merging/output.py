@@ -148,7 +148,7 @@ def output_folder(folder: str | Path) -> Path:
     """Where a merged model will lie, links followed.
 
     Raises:
-        FusionError: a folder cannot be written there as a whole, or what lies there is not an earlier merge.
+        FusionError: no folder can be put there as a whole.
     """
     given = Path(folder)
     with disk_full_named(given):
@@ -162,14 +162,6 @@ def output_folder(folder: str | Path) -> Path:
             raise FusionError(f"{given} is a file", "remove it, or choose another --output")
         if os.path.ismount(folder):
             raise FusionError(f"{given} is a mount point: no folder can be moved there", f"--output {given / 'merged'}")
-        if not folder.is_dir() or (folder / RECIPE_FILE).exists():
-            return folder
-        # a merge clears what a loader would take for part of the merged model
-        if foreign := next((path for pattern in STALE for path in folder.glob(pattern)), None):
-            raise FusionError(
-                f"{given} holds {foreign.name}, and no {RECIPE_FILE} of an earlier merge",
-                "remove it, or choose another --output",
-            )
     return folder
 
 
@@ -224,6 +216,13 @@ def _is_ours(held: int, lock: Path) -> bool:
 def _begin(place: Path, folder: Path, held: int, digest: str, needed: int) -> None:
     """Clears what is not to be kept of an earlier run, and asks for room."""
     restore_folder(place, folder)
+    # what a loader would take for part of the merged model goes when an earlier merge is replaced: no other's
+    stale = (path for pattern in STALE for path in folder.glob(pattern))
+    if not (folder / RECIPE_FILE).exists() and (foreign := next(stale, None)):
+        raise FusionError(
+            f"{folder} holds {foreign.name}, and no {RECIPE_FILE} of an earlier merge",
+            "choose another --output, or clear it",
+        )
     if place.exists() and os.pread(held, len(digest) + 1, 0) != digest.encode():
         shutil.rmtree(place)
     place.mkdir(exist_ok=True)

@@ -13,7 +13,7 @@ from hf_fusion.errors import FusionError
 from hf_fusion.merging.checkpoint import DTYPES, FLOATS, Files
 from hf_fusion.merging.configs import merged_config
 from hf_fusion.merging.engine import Target
-from hf_fusion.merging.methods import MERGE_METHODS, MergeMethod
+from hf_fusion.merging.methods import MergeMethod, method_named
 from hf_fusion.merging.origins import MISMATCHES, Mismatch, MismatchError, Origin, layers_of, mismatches_of, origins_of
 from hf_fusion.merging.output import Spec
 from hf_fusion.merging.schema import Parameter, Range, arguments_at, check_setting
@@ -82,7 +82,7 @@ def plan(recipe: Recipe, base: Model | None, experts: Sequence[Model], vocabular
             its range; slices cannot be taken.
         MismatchError: the models' tensors do not match, and the recipe does not say what to do about it.
     """
-    method = MERGE_METHODS[recipe.method]
+    method = method_named(recipe.method)
     _check(recipe, method, base, experts)
     files = Files()
     first = base or experts[0]
@@ -124,7 +124,10 @@ def _check(recipe: Recipe, method: MergeMethod, base: Model | None, experts: Seq
         for key, value in settings.items():
             if key not in allowed:
                 raise FusionError(f"{where}: {name} has no parameter {key!r}", f"use {', '.join(allowed)}")
-            check_setting(allowed[key], value, where)
+            if key in COMMON:  # one value for all tensors
+                allowed[key].checked(value, where)
+            else:
+                check_setting(allowed[key], value, where)
         if where not in ("parameters", "slices"):
             for key in settings:
                 if not known[key].per_expert:
@@ -168,9 +171,12 @@ def _target(origin: Origin, context: _Context) -> Target:
     described = vocabulary.digest if vocabulary is not None and is_aligned else None
     parts, unfit = [], False
     for part in origin.parts:
-        theirs = experts[part.expert].shape(part.name) if part.name is not None else None
-        may_differ = is_aligned or mismatch == "resize"
-        if theirs == shape or (may_differ and theirs is not None and theirs[1:] == shape[1:]):
+        if part.name is None or not experts[part.expert].entries[part.name].is_float:
+            unfit = True
+            continue
+        theirs = experts[part.expert].shape(part.name)
+        has_rows = len(theirs) == len(shape) and theirs[1:] == shape[1:]
+        if theirs == shape or (has_rows and (is_aligned or mismatch == "resize")):
             parts.append(part)
         else:
             unfit = True

@@ -15,7 +15,7 @@ from hf_fusion.errors import FusionError
 from hf_fusion.experts import Adapter
 from hf_fusion.hub.adapters import read_adapter, read_json
 from hf_fusion.hub.files import Source, download, hub_api, in_parallel, pick_small, recorded_base, resolve, weight_files
-from hf_fusion.merging.checkpoint import Entry, Files, read_checkpoint
+from hf_fusion.merging.checkpoint import Entry, Files, own_file, read_checkpoint
 from hf_fusion.merging.tensors import InMemory, Reader, Stored
 
 if TYPE_CHECKING:
@@ -90,18 +90,27 @@ def open_models(names: Sequence[str], api: HfApi | None = None) -> list[Model]:
         FusionError: naming a model that cannot be found or read.
     """
     api = hub_api(api)
-    sources = dict(zip(names, in_parallel(lambda name: resolve(name, api), names), strict=True))
+    unique = list(dict.fromkeys(names))
+    sources = dict(zip(unique, in_parallel(lambda name: resolve(name, api), unique), strict=True))
     bases = {name: resolve(recorded_base(source), api) for name, source in sources.items() if source.is_adapter}
+    for name, base in bases.items():
+        if base.is_adapter:
+            raise FusionError(f"{name} has {base.name} as its base, which is an adapter too", "merge that one first")
     wanted = [*sources.values(), *bases.values()]
-    download([(source, _files(source)) for source in wanted], api)
-    opened: dict[Path, Model] = {}
+    files = [(source, _files(source)) for source in wanted]
+    download(files, api)
+    for source, own in files:
+        for file in own:
+            own_file(_folder(source) / file)
+    models: dict[Path, Model] = {}
     for source in wanted:
         if not source.is_adapter:
-            opened.setdefault(_folder(source), _model(source))
-    return [
-        _adapted(source, opened[_folder(bases[name])]) if source.is_adapter else opened[_folder(source)]
+            models.setdefault(_folder(source), _model(source))
+    opened = {
+        name: _adapted(source, models[_folder(bases[name])]) if source.is_adapter else models[_folder(source)]
         for name, source in sources.items()
-    ]
+    }
+    return [opened[name] for name in names]
 
 
 def _files(source: Source) -> list[str]:
@@ -122,6 +131,8 @@ def _folder(source: Source) -> Path:
 def _model(source: Source) -> Model:
     folder = _folder(source)
     name = str(folder.resolve()) if source.is_local else f"{source.name}@{source.revision}"
+    if not own_file(folder / "config.json"):
+        raise FusionError(f"{source.name} has no config.json", "fetch it again, or save it again")
     config = read_json(folder / "config.json", source.name)
     if config.get("quantization_config"):
         raise FusionError(f"{source.name}: its weights are quantized", "use the unquantized checkpoint")
@@ -167,9 +178,9 @@ def align(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, str]:
     Returns:
         Name in the first -> name in the other, of those that agree.
     """
-    prefixes = [""] + [
-        prefix for names in (first, other) for prefix, _ in Counter(n.partition(".")[0] + "." for n in names).items()
-    ]
+    # a body's prefix is before most names: a model whose every name begins on its own is not tried in all ways
+    heads = (Counter(name.partition(".")[0] + "." for name in names).most_common(8) for names in (first, other))
+    prefixes = ["", *(prefix for found in heads for prefix, _ in found)]
     best: dict[str, str] = {}
     for prefix in prefixes:
         for found in (

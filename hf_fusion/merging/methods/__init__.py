@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
+from hf_fusion.errors import FusionError, shown
 from hf_fusion.merging.schema import Parameter, parameters_of
 
 
@@ -48,6 +49,17 @@ class MergeMethod:
     def parameters(self) -> dict[str, Parameter]:
         """Its parameters, by name."""
         return parameters_of(self.function)
+
+
+def method_named(name: str) -> MergeMethod:
+    """A row of `MERGE_METHODS`.
+
+    Raises:
+        FusionError: there is none of that name.
+    """
+    if name not in MERGE_METHODS:
+        raise FusionError(f"{shown(name)} is no static method", f"use {', '.join(MERGE_METHODS)}")
+    return MERGE_METHODS[name]
 
 
 # A new method is one more row.
