@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, shown
+
+MOST = 1 << 63  # of whole numbers; Python's have no end, a float's and torch's do
 
 
 class PerExpert:
@@ -79,15 +81,17 @@ class Parameter:
         Raises:
             FusionError: naming where it stands and what is expected.
         """
-        if self.kind is float and type(value) is int:
+        if self.kind is float and type(value) is int and abs(value) < MOST:
             value = float(value)
         good = type(value) is self.kind and (not self.choices or value in self.choices)
         if good and self.kind is float:
             good = math.isfinite(value)
+        if good and self.kind is int:
+            good = abs(value) < MOST
         if good and self.limits:
             good = self.limits.low <= value <= self.limits.high
         if not good:
-            raise FusionError(f"{where}: {self.name} is {value!r}, expected {self.expected}")
+            raise FusionError(f"{where}: {self.name} is {shown(value)}, expected {self.expected}")
         return value
 
 
@@ -159,13 +163,13 @@ def check_setting(parameter: Parameter, setting: Setting, where: str) -> None:
     if any(isinstance(entry, Mapping) for entry in setting):
         for entry in setting:
             if not isinstance(entry, Mapping) or set(entry) - {"filter", "value"} or "value" not in entry:
-                raise FusionError(f"{where}: {parameter.name} holds {entry!r}, expected {{filter: …, value: …}}")
+                raise FusionError(f"{where}: {parameter.name} holds {shown(entry)}, expected {{filter: …, value: …}}")
             if not isinstance(entry.get("filter"), (str, type(None))):
-                raise FusionError(f"{where}: {parameter.name} has the filter {entry['filter']!r}, expected a text")
+                raise FusionError(f"{where}: {parameter.name} has the filter {shown(entry['filter'])}, expected a text")
             check_setting(parameter, entry["value"], where)
         return
     if parameter.kind not in (float, int):
-        raise FusionError(f"{where}: {parameter.name} is {setting!r}, expected {parameter.expected}")
+        raise FusionError(f"{where}: {parameter.name} is {shown(setting)}, expected {parameter.expected}")
     for entry in setting:
         parameter.checked(entry, where)
 
