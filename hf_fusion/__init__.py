@@ -40,6 +40,10 @@ _PUBLIC = {
     "adapt_routers": "training.routers",
     "fit_routers": "training.routers",
     "CoefficientMerge": "training.adamerging",
+    "merge_adapters": "merging.adapters",
+    "measure_fisher": "training.statistics",
+    "measure_gram": "training.statistics",
+    "measure_gram_merged": "training.statistics",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -18,6 +18,8 @@ from hf_fusion.merging.origins import MISMATCHES, Mismatch, MismatchError, Origi
 from hf_fusion.merging.output import Spec
 from hf_fusion.merging.schema import Parameter, Range, arguments_at, check_setting
 from hf_fusion.merging.sources import Model, align
+from hf_fusion.merging.statistics import PARAMETER as STATISTICS
+from hf_fusion.merging.statistics import Measured, statistics_of
 from hf_fusion.merging.tensors import Combination, Reader, Tensors
 
 if TYPE_CHECKING:
@@ -93,7 +95,8 @@ def plan(recipe: Recipe, base: Model | None, experts: Sequence[Model], vocabular
     # an expert's tensors that have no place are only a problem while nobody said so
     if mismatches and not recipe.parameters.get("mismatch"):
         raise MismatchError(mismatches)
-    context = _Context(recipe, method, base, list(experts), names, files, vocabulary)
+    statistics = statistics_of(recipe, method.statistics, experts)
+    context = _Context(recipe, method, base, list(experts), names, files, vocabulary, statistics)
     targets = [_target(origin, context) for origin in origins]
     tokens = {"rows": vocabulary.rows, "token": vocabulary.number_of} if vocabulary else {}
     config = merged_config(first, recipe.dtype, layers_of(recipe, base, experts), **tokens)
@@ -116,7 +119,10 @@ def _check(recipe: Recipe, method: MergeMethod, base: Model | None, experts: Seq
     if not method.base and base is not None:
         raise FusionError(f"{name} has no use for a base", "list it among the experts, or leave it out")
     known = method.parameters
-    groups = [("parameters", recipe.parameters), *((e.model, e.settings) for e in recipe.experts)]
+    groups = [("parameters", recipe.parameters)]
+    for expert in recipe.experts:
+        apart = {STATISTICS} if method.statistics else set()
+        groups.append((expert.model, {k: v for k, v in expert.settings.items() if k not in apart}))
     for slice_ in recipe.slices:
         groups += [("slices", slice_.parameters), *(("slices", s.parameters) for s in slice_.sources)]
     for where, settings in groups:
@@ -145,6 +151,7 @@ class _Context:
     names: Sequence[Mapping[str, str]]
     files: Files
     vocabulary: Vocabulary | None
+    statistics: Sequence[Measured]
 
     def reader(self, origin: Origin, model: Model, name: str) -> Reader:
         """What reads a model's tensor, with the merged model's tokens where it has a row for each."""
@@ -193,10 +200,12 @@ def _target(origin: Origin, context: _Context) -> Target:
         for part in parts:
             theirs = context.reader(origin, experts[part.expert], str(part.name))
             readers.append(theirs if theirs.shape == size else Resized(theirs, reader))
-        tensors = Tensors(origin.name, reader if context.base else None, readers, seed)
+        measured = [context.statistics[p.expert].of(str(p.name), context.files) for p in parts if context.statistics]
+        tensors = Tensors(origin.name, reader if context.base else None, readers, seed, statistics=measured)
         return tensors, method.function(tensors, **arguments)
 
     inputs = [first.name, own, *((experts[part.expert].name, part.name) for part in parts)]
+    inputs += [context.statistics[part.expert].digest for part in parts if context.statistics]
     return Target(spec, make, described=[recipe.method, arguments, seed, inputs, described])
 
 

@@ -13,7 +13,9 @@ import math
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -68,6 +70,21 @@ class InMemory:
         out.copy_(self._flat[start : start + len(out)])
 
 
+@dataclass(frozen=True)
+class Statistic:
+    """What was measured of an expert on its own data, for one tensor; see `hf_fusion.training.statistics`.
+
+    Attributes:
+        reader: its diagonal Fisher information, in the tensor's shape; or the Gram matrix of a linear layer's inputs.
+        axis: the tensor's dimension that meets a Gram matrix: 1, but for Conv1D.
+        norm: of the Fisher information of all the model's tensors.
+    """
+
+    reader: Reader
+    axis: int = 1
+    norm: float = 0.0
+
+
 class Chunk:
     """Some consecutive elements of all inputs, in float32; tensors are good until the next chunk.
 
@@ -95,6 +112,13 @@ class Chunk:
         out = scratch(f"delta {index}")[: self.size] if out is None else out
         return torch.sub(self.expert(index), self.base, out=out)
 
+    def statistic(self, index: int) -> torch.Tensor:
+        """What was measured of an expert for these elements, in a tensor that the caller may write into."""
+        measured = self.tensors.statistics[index]
+        if measured is None:
+            raise ValueError(f"of {self.tensors.name} nothing was measured for expert {index + 1}")
+        return self._values(len(self.tensors) + index, measured.reader)
+
     def random(self, index: int) -> np.ndarray:
         """uint16 drawn uniformly for each element; the same for the same seed, tensor, expert and chunk."""
         name = zlib.crc32(self.tensors.name.encode())
@@ -121,14 +145,26 @@ class Tensors:
         base: the base's values, or None for methods without a base.
         experts: the experts' values, all of one shape.
         seed: of what is drawn at random.
+        model: all tensors of the models, for methods that look at more than one.
+        statistics: what was measured of each expert, for methods that need it; None where nothing was.
 
     Attributes:
         shape: of each of them.
         numel: number of their elements.
     """
 
-    def __init__(self, name: str, base: Reader | None, experts: Sequence[Reader], seed: int = 0) -> None:
+    def __init__(
+        self,
+        name: str,
+        base: Reader | None,
+        experts: Sequence[Reader],
+        seed: int = 0,
+        model: WholeModel | None = None,
+        statistics: Sequence[Statistic | None] = (),
+    ) -> None:
         self.name, self.base, self.experts, self.seed = name, base, list(experts), seed
+        self.statistics = list(statistics)
+        self.model = model or WholeModel(lambda: [self])
         self.shape: tuple[int, ...] = (base or experts[0]).shape
         self.numel = math.prod(self.shape)
 
@@ -150,7 +186,7 @@ class Tensors:
 
     def sample(self, pieces: int = 64) -> Iterator[Chunk]:
         """About 1,024 elements from each of so many places."""
-        if self.numel <= pieces * 1024:
+        if self.numel <= pieces * 1024 or pieces < 2:
             yield from self.chunks()
             return
         for number in range(pieces):
@@ -158,9 +194,9 @@ class Tensors:
 
     def whole(self, reader: Reader) -> torch.Tensor:
         """All values of an input, in its shape: for methods that cannot work in pieces."""
-        values = torch.empty(self.numel)
+        values = torch.empty(math.prod(reader.shape))
         reader.read(0, values)
-        return values.view(self.shape)
+        return values.view(reader.shape)
 
     def whole_deltas(self) -> torch.Tensor:
         """The experts' values less the base's, all at once: (K, *shape)."""
@@ -183,15 +219,56 @@ class Tensors:
         """
         count = len(self)
 
-        def products(chunk: Chunk) -> torch.Tensor:
-            rows = [chunk.delta(i) if deltas else chunk.expert(i) for i in range(count)]
+        def products(chunk: Chunk, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            rows = [(chunk.delta(i) if deltas else chunk.expert(i)).to(dtype) for i in range(count)]
             return torch.stack([torch.dot(rows[i], rows[j]) for i in range(count) for j in range(i, count)])
 
         upper = self.sums(products)
+        if not bool(upper.isfinite().all()):  # squares of huge values do not fit into float32
+            upper = self.sums(partial(products, dtype=torch.float64))
         full = torch.zeros(count, count, dtype=torch.float64)
         row, column = torch.triu_indices(count, count)
         full[row, column] = full[column, row] = upper
         return full
+
+
+class WholeModel:
+    """All tensors that are merged, one after the other, as if they were one.
+
+    Args:
+        opened: makes them.
+    """
+
+    def __init__(self, opened: Callable[[], Sequence[Tensors]]) -> None:
+        self._opened, self._lock = opened, threading.Lock()
+        self._known: dict[Any, Any] = {}
+
+    @cached_property
+    def tensors(self) -> list[Tensors]:
+        """One by one."""
+        return list(self._opened())
+
+    @property
+    def numel(self) -> int:
+        """Elements of one expert."""
+        return sum(one.numel for one in self.tensors)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """All elements, in order."""
+        for one in self.tensors:
+            yield from one.chunks()
+
+    def sample(self) -> Iterator[Chunk]:
+        """Some of them, from many places."""
+        for one in self.tensors:
+            yield from one.sample(8)
+
+    def once(self, key: Any, make: Callable[[WholeModel], Any]) -> Any:
+        """What a function makes of it, made by the first tensor that asks for it."""
+        with self._lock:
+            if key not in self._known:
+                self._known[key] = make(self)
+            return self._known[key]
 
 
 class Combination:
@@ -202,15 +279,16 @@ class Combination:
 
     def __call__(self, chunk: Chunk) -> torch.Tensor:
         """The merged values of a chunk, (size,)."""
-        total = scratch("total")[: chunk.size]
-        if self.base:
-            torch.mul(chunk.base, self.base, out=total)
-        else:
-            total.zero_()
-        for index, weight in enumerate(self.experts):
-            if weight:
-                total.add_(chunk.expert(index), alpha=weight)
-        return total
+        # all inputs pass through one buffer: the core's cache holds it, and would not hold one of each
+        total, values = scratch("total")[: chunk.size], scratch("one")[: chunk.size]
+        inputs = [(self.base, chunk.tensors.base), *zip(self.experts, chunk.tensors.experts, strict=True)]
+        is_first = True
+        for weight, reader in inputs:
+            if reader is not None and weight:
+                reader.read(chunk.start, values)
+                torch.mul(values, weight, out=total) if is_first else total.add_(values, alpha=weight)
+                is_first = False
+        return total.zero_() if is_first else total
 
 
 _local = threading.local()

@@ -26,6 +26,8 @@ class MergeMethod:
             "norms" or their "thresholds"; or the "whole" of it, for all experts.
         paper: arXiv number or address.
         prepare: function in the same file that looks at all tensors of the models first, if there is one.
+        statistics: what must have been measured of every expert on its own data, if anything: a folder that its
+            ``parameters: {statistics: FOLDER}`` names (`hf_fusion.training.statistics`).
         merges: whole models, or LoRA adapters into one adapter (`hf_fusion.merging.adapters`): its function is then of
             a module's factors.
     """
@@ -37,6 +39,7 @@ class MergeMethod:
     needs: Literal["chunks", "norms", "thresholds", "whole"]
     paper: str = ""
     prepare: str = ""
+    statistics: Literal["", "fisher", "gram"] = ""
     merges: Literal["models", "adapters"] = "models"
 
     @property
@@ -70,6 +73,8 @@ MERGE_METHODS = {
     ),
     "expo": MergeMethod("linear:expo", "ExPO", "needed", (1, 1), "chunks", "2404.16792"),
     "passthrough": MergeMethod("passthrough:passthrough", "Passthrough", "", (1, 1), "chunks", "2312.15166"),
+    "fisher": MergeMethod("statistics:fisher", "Fisher", "", (1, None), "chunks", "2111.09832", statistics="fisher"),
+    "regmean": MergeMethod("statistics:regmean", "RegMean", "", (1, None), "whole", "2212.09849", statistics="gram"),
     "lora": MergeMethod("lora:lora", "LoRA adapters as one", "", (1, None), "whole", merges="adapters"),
     "slerp": MergeMethod("spherical:slerp", "SLERP", "", (2, 2), "norms", "https://doi.org/10.1145/325165.325242"),
     "nuslerp": MergeMethod(
