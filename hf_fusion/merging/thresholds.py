@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from hf_fusion.merging.tensors import Chunk, Values, scratch
+from hf_fusion.merging.tensors import Chunk, Values
 
 _KEPT = 1 << 21
 """Values kept apart before equal ones are counted together."""
@@ -127,33 +127,36 @@ class _Search:
 
     def _count(self) -> None:
         """What was kept, as distinct values in ascending order with how often each came."""
-        values, counts = np.unique(np.concatenate([self.values, *self.kept]), return_inverse=True)
-        weights = np.concatenate([self.counts, np.ones(self.size, np.int64)])
-        self.values = values
-        self.counts = np.bincount(counts, weights, minlength=len(values)).astype(np.int64)
-        self.kept, self.size = [], 0
+        ordered = np.sort(np.concatenate(self.kept)) if self.kept else np.empty(0, np.float32)
+        first = np.flatnonzero(np.diff(ordered, prepend=np.float32(-1)))  # where each distinct value begins
+        counts = np.diff(first, append=len(ordered))
+        values, places = np.unique(np.concatenate([self.values, ordered[first]]), return_inverse=True)
+        self.counts = np.bincount(places, np.concatenate([self.counts, counts]), len(values)).astype(np.int64)
+        self.values, self.kept, self.size = values, [], 0
 
 
-class Keeper:
-    """Which elements are among the k largest, chunk by chunk in order.
+class Trim:
+    """Zeroes all but the k largest magnitudes, chunk by chunk in order.
 
     Args:
-        thresholds: as `largest` found them.
+        thresholds: of the magnitudes, as `largest` found them.
         ties: "exact" keeps k elements, of those equal to the threshold the first; "all" keeps every one that equals it.
     """
 
     def __init__(self, thresholds: Sequence[Threshold], ties: str) -> None:
-        self.values = [threshold.value for threshold in thresholds]
+        self.limits = [threshold.value for threshold in thresholds]
+        # everything above this is kept: the number just below the threshold
+        self.below = [float(np.nextafter(np.float32(limit), np.float32(0))) for limit in self.limits]
         self.left = [t.equal if ties == "exact" and t.equal < t.ties else None for t in thresholds]
 
-    def mask(self, values: torch.Tensor, index: int) -> torch.Tensor:
-        """Of an expert's values (size,), which are kept: 1.0 or 0.0."""
-        limit, left = self.values[index], self.left[index]
-        kept = scratch(f"kept {index}")[: len(values)]
-        torch.ge(values, limit, out=kept)
+    def __call__(self, values: torch.Tensor, index: int) -> torch.Tensor:
+        """An expert's next values (size,), trimmed in place."""
+        limit, left = self.limits[index], self.left[index]
+        if limit == math.inf:
+            return values.zero_()
+        torch.ops.aten.hardshrink.out(values, self.below[index], out=values)
         if left is not None:
-            equal = (values == limit).nonzero().view(-1)
-            if len(equal) > left:
-                kept[equal[left:]] = 0
+            equal = np.flatnonzero(np.abs(values.numpy()) == limit)
+            values[torch.from_numpy(equal[left:])] = 0
             self.left[index] = max(0, left - len(equal))
-        return kept
+        return values

@@ -25,7 +25,6 @@ class MergeMethod:
         needs: what of a tensor is in memory at once: "chunks" of it, read once; chunks read twice or more for their
             "norms" or their "thresholds"; or the "whole" of it, for all experts.
         paper: arXiv number or address.
-        prepare: function in the same file that looks at all tensors of the models first, if there is one.
         statistics: what must have been measured of every expert on its own data, if anything: a folder that its
             ``parameters: {statistics: FOLDER}`` names (`hf_fusion.training.statistics`).
         merges: whole models, or LoRA adapters into one adapter (`hf_fusion.merging.adapters`): its function is then of
@@ -38,7 +37,6 @@ class MergeMethod:
     experts: tuple[int, int | None]
     needs: Literal["chunks", "norms", "thresholds", "whole"]
     paper: str = ""
-    prepare: str = ""
     statistics: Literal["", "fisher", "gram"] = ""
     merges: Literal["models", "adapters"] = "models"
 
@@ -72,10 +70,10 @@ MERGE_METHODS = {
         "linear:task_arithmetic", "Task arithmetic", "needed", (1, None), "chunks", "2212.04089"
     ),
     "expo": MergeMethod("linear:expo", "ExPO", "needed", (1, 1), "chunks", "2404.16792"),
-    "passthrough": MergeMethod("passthrough:passthrough", "Passthrough", "", (1, 1), "chunks", "2312.15166"),
     "fisher": MergeMethod("statistics:fisher", "Fisher", "", (1, None), "chunks", "2111.09832", statistics="fisher"),
     "regmean": MergeMethod("statistics:regmean", "RegMean", "", (1, None), "whole", "2212.09849", statistics="gram"),
     "lora": MergeMethod("lora:lora", "LoRA adapters as one", "", (1, None), "whole", merges="adapters"),
+    "passthrough": MergeMethod("passthrough:passthrough", "Passthrough", "", (1, 1), "chunks", "2312.15166"),
     "slerp": MergeMethod("spherical:slerp", "SLERP", "", (2, 2), "norms", "https://doi.org/10.1145/325165.325242"),
     "nuslerp": MergeMethod(
         "spherical:nuslerp", "NuSLERP", "optional", (2, 2), "norms", "https://doi.org/10.1145/325165.325242"
@@ -101,4 +99,23 @@ MERGE_METHODS = {
     ),
     "model_stock": MergeMethod("norms:model_stock", "Model stock", "needed", (2, None), "norms", "2403.19522"),
     "arcee_fusion": MergeMethod("norms:arcee_fusion", "Arcee Fusion", "needed", (1, 1), "whole"),
+    "magnitude": MergeMethod("sparse:magnitude", "Magnitude pruning", "needed", (1, None), "thresholds", "2306.01708"),
+    "ties": MergeMethod("sparse:ties", "TIES", "needed", (1, None), "thresholds", "2306.01708"),
+    "dare_linear": MergeMethod(
+        "sparse:dare_linear", "DARE task arithmetic", "needed", (1, None), "chunks", "2311.03099"
+    ),
+    "dare_ties": MergeMethod("sparse:dare_ties", "DARE-TIES", "needed", (1, None), "thresholds", "2311.03099"),
+    "della_linear": MergeMethod(
+        "sparse:della_linear", "DELLA, no election", "needed", (1, None), "thresholds", "2406.11617"
+    ),
+    "della": MergeMethod("sparse:della", "DELLA", "needed", (1, None), "thresholds", "2406.11617"),
+    "breadcrumbs": MergeMethod("sparse:breadcrumbs", "Breadcrumbs", "needed", (1, None), "thresholds", "2312.06795"),
+    "breadcrumbs_ties": MergeMethod(
+        "sparse:breadcrumbs_ties", "Breadcrumbs with TIES", "needed", (1, None), "thresholds", "2312.06795"
+    ),
+    "sce": MergeMethod("sparse:sce", "SCE", "needed", (1, None), "thresholds", "2408.07990"),
+    "tsv_m": MergeMethod("spectral:tsv_m", "TSV-Merge", "needed", (1, None), "whole", "2412.00081"),
+    "iso_c": MergeMethod("spectral:iso_c", "Iso-C", "needed", (1, None), "whole", "2502.04959"),
+    "iso_cts": MergeMethod("spectral:iso_cts", "Iso-CTS", "needed", (1, None), "whole", "2502.04959"),
+    "wudi": MergeMethod("spectral:wudi", "WUDI", "needed", (1, None), "whole", "2503.08099"),
 }
