@@ -27,7 +27,7 @@ def read_yaml(path: Path) -> Any:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise FusionError(f"{path} cannot be read ({error.strerror}).", "check the path") from None
+        raise FusionError(f"{one_line(path)} cannot be read ({error.strerror}).", "check the path") from None
     if len(raw) > MAX_BYTES:
         raise FusionError(f"{path} is longer than {MAX_BYTES} bytes: no recipe is.", "check the path")
     try:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,8 @@ class Recipe:
             FusionError: naming the file, the key and the reason.
         """
         path = Path(path)
-        path = path / RECIPE_FILE if path.is_dir() else path
+        with suppress(OSError):  # longer than any path: reading it says so
+            path = path / RECIPE_FILE if path.is_dir() else path
         content = read_yaml(path)
         if isinstance(content, Mapping) and MERGEKIT & content.keys():
             from hf_fusion.merging.mergekit import from_mergekit  # only where it is one

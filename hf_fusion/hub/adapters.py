@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, one_line
 from hf_fusion.experts import Adapter
 
 if TYPE_CHECKING:
@@ -214,9 +214,10 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise FusionError(f"{name}: {path.name} cannot be read ({error}).") from None
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else one_line(error)
+        raise FusionError(f"{name}: {path.name} cannot be read ({why}).", hint="fetch it again") from None
     if not isinstance(content, dict):
-        raise FusionError(f"{name}: {path.name} is not a JSON object.")
+        raise FusionError(f"{name}: {path.name} is not a JSON object.", hint="fetch it again")
     return content
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hf_fusion.errors import FusionError, shown
+from hf_fusion.errors import FusionError, one_line, shown
 from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
 from hf_fusion.hub.adapters import read_json
 
@@ -185,7 +185,7 @@ def resolve(name: str | Path, api: HfApi) -> Source:
         folder = Path(name).expanduser()
         is_folder = folder.is_dir()
     except (OSError, RuntimeError) as error:  # longer than any path; the home of nobody
-        raise FusionError(f"{shown(str(name))} cannot be looked for ({error}).", hint="check the name") from None
+        raise FusionError(f"{shown(str(name))} is no model ({one_line(error)}).", hint="check the name") from None
     if is_folder:
         sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
         card = _local_card(folder) if "README.md" in sizes else {}

@@ -177,7 +177,9 @@ def read_checkpoint(folder: Path, name: str) -> dict[str, Entry]:
             if places.get(key) == shard:
                 tensors[key] = entry
     if missing := next((key for key in places if key not in tensors), None):
-        raise FusionError(f"{name}: {shown(missing)} is not in {places[missing]}, where its {INDEX} has it")
+        raise FusionError(
+            f"{name}: {shown(missing)} is not in {places[missing]}, where its {INDEX} has it", "fetch it again"
+        )
     return tensors
 
 

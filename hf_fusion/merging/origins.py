@@ -244,7 +244,9 @@ def _opened(recipe: Recipe, number: int, base: Model | None, experts: Sequence[M
     for source in recipe.slices[number].sources:
         is_base = base is not None and source.model == recipe.base
         if not is_base and source.model not in by_name:
-            raise FusionError(f"{where} names {source.model}, which is neither the base nor one of the experts")
+            raise FusionError(
+                f"{where} names {source.model}, which is neither the base nor one of the experts", "list it there"
+            )
         index = None if is_base else by_name[source.model]
         model = base if is_base and base is not None else experts[by_name[source.model]]
         layers = _stack(model)[1]

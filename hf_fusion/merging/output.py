@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, one_line
 from hf_fusion.folders import STALE, restore_folder
 from hf_fusion.merging.checkpoint import DTYPES, INDEX, SINGLE, Entry
 from hf_fusion.recipe import RECIPE_FILE
@@ -251,10 +251,9 @@ def disk_full_named(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        what, first = ("no room left on the disk", "free some") if is_full else ("cannot be written", "check it")
-        raise FusionError(
-            f"{folder}: {what} ({error.strerror or error})", f"{first}, or choose another --output"
-        ) from None
+        what, first = ("has no room left", "free some") if is_full else ("cannot be written", "look there")
+        what = f"{one_line(folder)} {what} ({error.strerror or one_line(error)})"
+        raise FusionError(what, f"{first}, or choose another --output") from None
 
 
 def as_bytes(values: torch.Tensor, dtype: str, buffer: torch.Tensor) -> np.ndarray:
