@@ -1,0 +1,302 @@
+"""Methods that take task vectors apart into singular directions, and WUDI, which needs the same products.
+
+No tensor is decomposed whole: the right singular vectors of τ are the eigenvectors of τᵀτ, which is summed up from
+blocks of rows, and the left ones are τ V Σ⁻¹. What these methods add to the base is then a sum of τ_i W_i with small
+square W_i, made a few rows at a time: an embedding costs what its parameters cost, and is never in memory. All of it is
+in float64, since squares lose half of the digits. Singular values below 1e-6 of the largest are rounding, and their
+vectors arbitrary: the released codes merge these like any others, here they are left out. LoRA experts have many.
+
+Tensors that are no matrices are merged as in the released codes: θ0 + λ mean τ_i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Annotated
+
+import torch
+from torch.nn.functional import pad
+
+from hf_fusion.merging.methods.linear import task_arithmetic
+from hf_fusion.merging.schema import EachNumber, Range
+from hf_fusion.merging.tensors import CHUNK, Chunk, Merged, Tensors
+
+__all__ = ["iso_c", "iso_cts", "tsv_m", "wudi"]
+
+Result = Merged | torch.Tensor
+
+_WIDEST = 1 << 15
+"""Columns of which a square matrix may be held."""
+
+
+def tsv_m(tensors: Tensors, *, scaling: Annotated[float, Range()] = 1.0, weight: EachNumber = (1.0,)) -> Result:
+    """θ0 + λ U⊥ Σ V⊥ᵀ (TSV-Merge, arXiv 2412.00081, algorithm 1).
+
+    Of each w_i τ_i = U_i Σ_i V_iᵀ the first ⌊r / K⌋ triplets are kept, r being the smaller side; U = [U_1 … U_K] and V
+    are replaced by the nearest orthogonal matrices U⊥ = U (UᵀU)^-½ and V⊥. Where U has no full rank (experts that are
+    equal), directions that it lacks stay out; the released code completes them by whatever its SVD returns. Matrices
+    with fewer rows or columns than there are experts, of which that code keeps nothing, are averaged.
+
+    Args:
+        tensors: a base and one expert or more.
+        scaling: λ; fusion_bench's single alpha.
+        weight: w_i; fusion_bench's list of alphas.
+    """
+    count = len(tensors)
+    if not _is_matrix(tensors) or min(tensors.shape) < count:
+        return _mean(tensors, scaling, weight)
+    deltas = _Deltas(tensors)
+    share = deltas.width // count
+    found = [_singular(gram, share) for gram in deltas.grams()]
+    values = torch.cat([w * sigma for w, (sigma, _) in zip(weight, found, strict=True)])
+    rights = torch.cat([v for _, v in found], 1)
+    own = torch.stack([v * _inverse(sigma) for sigma, v in found])
+    return deltas.merged(scaling * _orthogonal(deltas, own, torch.zeros_like(rights), values, rights))
+
+
+def iso_c(tensors: Tensors, *, scaling: Annotated[float, Range()] = 1.0) -> Result:
+    """θ0 + λ σ̄ U Vᵀ, where Σ τ_i = U Σ Vᵀ and σ̄ is the mean of its singular values (Iso-C, arXiv 2502.04959).
+
+    Args:
+        tensors: a base and one expert or more.
+        scaling: λ.
+    """
+    if not _is_matrix(tensors):
+        return _mean(tensors, scaling)
+    deltas = _Deltas(tensors, summed=True)
+    sigma, v = _singular(deltas.grams()[0], deltas.width)
+    return deltas.merged(scaling * sigma.mean() * ((v * _inverse(sigma)) @ v.T)[None])
+
+
+def iso_cts(
+    tensors: Tensors,
+    *,
+    scaling: Annotated[float, Range()] = 1.0,
+    common_space_fraction: Annotated[float, Range(0, 1)] = 0.8,
+) -> Result:
+    """θ0 + λ σ̄ U⊥ V⊥ᵀ of common and task-specific directions (Iso-CTS, arXiv 2502.04959, algorithm 2).
+
+    The common ones are the first k triplets of Σ τ_i; those of task i the first (r - k) / K triplets of
+    τ_i - U_k U_kᵀ τ_i. They are made orthogonal as in `tsv_m`, and σ̄ is the mean of their singular values.
+
+    Args:
+        tensors: a base and one expert or more.
+        scaling: λ.
+        common_space_fraction: k / r; rounded so that K divides r - k.
+    """
+    if not _is_matrix(tensors):
+        return _mean(tensors, scaling)
+    count, deltas = len(tensors), _Deltas(tensors)
+    share = round((deltas.width - int(deltas.width * common_space_fraction)) / count)
+    share = min(share, deltas.width // count)
+    common = deltas.width - share * count
+    grams, cross = deltas.grams(), deltas.grams(with_sum=True)  # τ_iᵀτ_i and (Σ τ_j)ᵀτ_i: (K, n, n)
+    sigma, v = _singular(cross.sum(0), common)
+    z = v * _inverse(sigma)  # U_k = (Σ τ_j) z
+    values, rights, own, shared = [], [], [], []
+    for gram, products in zip(grams, cross, strict=True):
+        if deltas.is_turned:  # U_k are the right vectors of what is turned: τ_i U_k U_kᵀ is taken off
+            left = torch.eye(deltas.width, dtype=torch.float64) - v @ v.T
+            sigma_i, v_i = _singular(left @ gram @ left, share, of=gram)
+            own.append(left @ v_i * _inverse(sigma_i))
+            shared.append(torch.zeros_like(v_i))
+        else:
+            seen = z.T @ products  # U_kᵀ τ_i
+            sigma_i, v_i = _singular(gram - seen.T @ seen, share, of=gram)
+            own.append(v_i * _inverse(sigma_i))
+            shared.append(-z @ (seen @ own[-1]))
+        values.append(sigma_i)
+        rights.append(v_i)
+    mean = torch.cat([*values, sigma]).mean().expand(deltas.width)
+    factors = _orthogonal(deltas, torch.stack(own), torch.cat([*shared, z], 1), mean, torch.cat([*rights, v], 1))
+    return deltas.merged(scaling * factors)
+
+
+def wudi(
+    tensors: Tensors,
+    *,
+    scaling: Annotated[float, Range()] = 1.0,
+    steps: Annotated[int, Range(0)] = 300,
+    learning_rate: Annotated[float, Range(0)] = 1e-5,
+) -> Merged:
+    """θ0 + λ τ with the τ that Adam finds for Σ ‖(τ - τ_i) τ_iᵀ‖² / ‖τ_i‖² from Σ τ_i on (WUDI, arXiv 2503.08099).
+
+    The loss's gradient is 2 (τ Σ G_i - Σ τ_i G_i) with G_i = τ_iᵀτ_i / ‖τ_i‖²: rows of τ do not depend on each other,
+    so they are optimized block by block, with one product a step. Adam is the released code's, β 0.9 and 0.999, ε 1e-8.
+    Experts that left a matrix as it was do not count (the released code divides by their norm).
+
+    Args:
+        tensors: a base and one expert or more.
+        scaling: λ; 1 in the released code.
+        steps: of Adam; 300 in the paper.
+        learning_rate: of Adam.
+    """
+    if not _is_matrix(tensors):
+        return _mean(tensors, scaling)
+    deltas = _Deltas(tensors, turn=False)
+    norms = tensors.gram().diagonal()
+    shares = torch.where(norms > 0, 1 / norms, 0.0)[:, None, None]
+    is_wide = deltas.rows < deltas.width
+    if is_wide:  # G_i have more elements than τ_i: only their sum is kept
+        whole = tensors.whole_deltas().mul_(shares.sqrt())
+        total = whole.view(-1, deltas.width).T @ whole.view(-1, deltas.width)
+    else:
+        grams = (deltas.grams() * shares).float()
+        total = grams.sum(0)
+
+    def optimized(block: torch.Tensor) -> torch.Tensor:
+        """(K, rows, columns) -> (rows, columns)."""
+        block = block.float()
+        wanted = torch.bmm(torch.bmm(block, whole.mT), whole) if is_wide else torch.bmm(block, grams)
+        wanted, tau = wanted.sum(0), block.sum(0)
+        mean, square, size = torch.zeros_like(tau), torch.zeros_like(tau), torch.empty_like(tau)
+        for step in range(1, steps + 1):
+            gradient = torch.addmm(wanted, tau, total, beta=-2, alpha=2)
+            mean.lerp_(gradient, 0.1)
+            square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+            torch.sqrt(square, out=size).mul_((1 - 0.999**step) ** -0.5).add_(1e-8)
+            tau.addcdiv_(mean, size, value=-learning_rate / (1 - 0.9**step))
+        return tau.mul_(scaling)
+
+    return lambda chunk: deltas.moved(chunk, optimized)
+
+
+class _Deltas:
+    """The experts' differences from the base as matrices that are not wider than high, a block of rows at a time.
+
+    Args:
+        tensors: whose.
+        summed: takes their sum for the only one.
+        turn: turns wide ones on their side, which takes all of them into memory.
+
+    Attributes:
+        is_turned: whether rows are the tensor's columns.
+        rows: how many.
+        width: how many columns, n below.
+    """
+
+    def __init__(self, tensors: Tensors, summed: bool = False, turn: bool = True) -> None:
+        self.tensors, self._summed = tensors, summed
+        self.rows, self.width = tensors.shape
+        self.is_turned = turn and self.rows < self.width
+        if self.is_turned:
+            self.rows, self.width = self.width, self.rows
+            self._turned = tensors.whole_deltas().mT
+        if self.width > _WIDEST:
+            raise ValueError(f"{tensors.name} has {self.width} rows and columns or more: too many for this method")
+
+    def block(self, first: int, last: int) -> torch.Tensor:
+        """Some rows of each: (K, last - first, n) in float64."""
+        if self.is_turned:
+            block = self._turned[:, first:last].double()
+        else:
+            start, size = first * self.width, (last - first) * self.width
+            values, base = torch.empty(len(self.tensors), size), torch.empty(size)
+            self.tensors.the_base.read(start, base)
+            for own, reader in zip(values, self.tensors.experts, strict=True):
+                reader.read(start, own)
+            block = values.sub_(base).double().view(len(self.tensors), last - first, self.width)
+        return block.sum(0, keepdim=True) if self._summed else block
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """All rows, in order."""
+        size = max(1, 4 * CHUNK // self.width)
+        for first in range(0, self.rows, size):
+            yield self.block(first, min(self.rows, first + size))
+
+    def grams(self, with_sum: bool = False) -> torch.Tensor:
+        """τ_iᵀτ_i; or (Σ τ_j)ᵀτ_i: (K, n, n)."""
+        total = torch.zeros(())
+        for block in self.blocks():
+            left = block.sum(0, keepdim=True).expand_as(block) if with_sum else block
+            total = total + torch.bmm(left.mT, block)
+        return total
+
+    def merged(self, factors: torch.Tensor) -> Result:
+        """θ0 + Σ τ_i W_i, from W: (K, n, n)."""
+        flat = factors.view(-1, self.width)  # Σ τ_i W_i as one product: (rows, K n) @ (K n, n)
+
+        def moves(block: torch.Tensor) -> torch.Tensor:
+            return block.transpose(0, 1).reshape(block.shape[1], -1) @ flat
+
+        if not self.is_turned:
+            return lambda chunk: self.moved(chunk, moves)
+        merged = self.tensors.whole(self.tensors.the_base)
+        first = 0
+        for block in self.blocks():
+            merged[:, first : first + block.shape[1]] += moves(block).T
+            first += block.shape[1]
+        return merged
+
+    def moved(self, chunk: Chunk, moves: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """The base's values of a chunk and what a function makes of the rows that it lies in."""
+        first, last = chunk.start // self.width, -(-(chunk.start + chunk.size) // self.width)
+        moved = moves(self.block(first, last)).reshape(-1)
+        return chunk.base + moved[chunk.start - first * self.width :][: chunk.size].float()
+
+
+def _is_matrix(tensors: Tensors) -> bool:
+    return len(tensors.shape) == 2 and tensors.numel > 0
+
+
+def _mean(tensors: Tensors, scaling: float, weight: EachNumber = (1.0,)) -> Merged:
+    """θ0 + λ mean w_i τ_i."""
+    count = len(tensors)
+    return task_arithmetic(tensors, scaling=scaling / count, weight=list(weight) * (count // len(weight)))
+
+
+def _singular(gram: torch.Tensor, most: int, of: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first singular values of a matrix and its right singular vectors; both 0 where the value is only rounding.
+
+    Args:
+        gram: its product τᵀτ, (n, n) float64.
+        most: how many.
+        of: what `gram` was made from by subtraction, whose rounding it has.
+
+    Returns:
+        (most,) and (n, most).
+    """
+    squares, vectors = torch.linalg.eigh(gram)
+    squares, vectors = squares.flip(0)[:most], vectors.flip(1)[:, :most]
+    is_real = squares > 1e-12 * torch.linalg.matrix_norm(gram if of is None else of)
+    return torch.where(is_real, squares, 0.0).sqrt(), vectors * is_real
+
+
+def _inverse(values: torch.Tensor) -> torch.Tensor:
+    """1 / x, and 0 for 0."""
+    return torch.where(values > 0, 1 / values, 0.0)
+
+
+def _orthogonal(
+    deltas: _Deltas, own: torch.Tensor, shared: torch.Tensor, values: torch.Tensor, rights: torch.Tensor
+) -> torch.Tensor:
+    """W_i that make Σ τ_i W_i = U⊥ diag(values) V⊥ᵀ, the nearest orthogonal matrices to U and V on both sides.
+
+    Args:
+        deltas: τ_i.
+        own: U = [τ_1 own_1 … τ_K own_K 0] + (Σ τ_i) shared: (K, n, c).
+        shared: (n, R).
+        values: (R,).
+        rights: V: (n, R).
+
+    Returns:
+        (K, n, n).
+    """
+    count, width, share = own.shape
+    total = torch.zeros(shared.shape[1], shared.shape[1], dtype=torch.float64)
+    has_shared = bool(shared.any())
+    for block in deltas.blocks():
+        left = torch.bmm(block, own).transpose(0, 1).reshape(block.shape[1], count * share)  # (rows, K c)
+        left = pad(left, (0, len(total) - count * share))
+        if has_shared:
+            left += block.sum(0) @ shared
+        total += left.T @ left
+    inner = (_inverse_root(total) * values) @ _inverse_root(rights.T @ rights) @ rights.T  # (R, n)
+    return torch.bmm(own, inner[: count * share].view(count, share, width)) + shared @ inner
+
+
+def _inverse_root(gram: torch.Tensor) -> torch.Tensor:
+    """(AᵀA)^-½ on the directions that A has."""
+    squares, vectors = torch.linalg.eigh(gram)
+    real = squares > 1e-10 * squares.max() if len(squares) else squares > 0
+    return (vectors * torch.where(real, squares, 1.0).rsqrt() * real) @ vectors.T
