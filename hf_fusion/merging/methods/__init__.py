@@ -118,4 +118,8 @@ MERGE_METHODS = {
     "iso_c": MergeMethod("spectral:iso_c", "Iso-C", "needed", (1, None), "whole", "2502.04959"),
     "iso_cts": MergeMethod("spectral:iso_cts", "Iso-CTS", "needed", (1, None), "whole", "2502.04959"),
     "wudi": MergeMethod("spectral:wudi", "WUDI", "needed", (1, None), "whole", "2503.08099"),
+    "emr": MergeMethod("emr:emr", "EMR", "needed", (1, None), "norms", "2405.17461"),
+    "recombination": MergeMethod(
+        "recombination:recombination", "Model recombination", "", (2, None), "chunks", "2406.03280"
+    ),
 }

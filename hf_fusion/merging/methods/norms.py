@@ -33,6 +33,8 @@ def model_stock(tensors: Tensors, *, per: Per = "tensor", average: Literal["cosi
             fusion_bench.
     """
     count = len(tensors)
+    if count == 1:  # the others lack this tensor
+        return Combination(0.0, [1.0])
     gram = grams(tensors, True, per)  # (G, K, K)
     norms = gram.diagonal(dim1=1, dim2=2).sqrt()
     lengths = norms[:, :, None] * norms[:, None, :]

@@ -45,6 +45,8 @@ def nuslerp(tensors: Tensors, *, weight: EachNumber = (1.0,), per: Per = "tensor
         per: one angle for the whole tensor, for each row, or for each column. mergekit's ``nuslerp_flatten: false``
             is "row", and "column" with ``nuslerp_row_wise: true``.
     """
+    if len(tensors) == 1:  # the other lacks this tensor
+        return Combination(0.0, [1.0])
     has_base, total = tensors.base is not None, sum(weight)
     cosine = _cosines(grams(tensors, has_base, per))
     t = weight[1] / total if abs(total) > 1e-6 else 0.5

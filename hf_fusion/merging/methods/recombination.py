@@ -1,0 +1,42 @@
+"""Model recombination: layers of several models, shuffled among them."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Annotated, Literal
+
+import numpy as np
+
+from hf_fusion.merging.schema import Range
+from hf_fusion.merging.sources import LAYER
+from hf_fusion.merging.tensors import Combination, Tensors
+
+__all__ = ["recombination"]
+
+
+def recombination(
+    tensors: Tensors, *, number: Annotated[int, Range(1)] = 1, unit: Literal["layer", "module", "tensor"] = "layer"
+) -> Combination:
+    """Every layer is that of one expert, drawn at random: K models become K others, of which one is written.
+
+    Of FusionBench (arXiv 2406.03280). The draw depends on the recipe's seed and on the layer alone, so the K models of
+    one seed hold every layer of every expert once.
+
+    Args:
+        tensors: two experts or more.
+        number: which of the K models, from 1 on.
+        unit: what stays together: a "layer" (outside of the layers, a module), a "module" such as a linear layer with
+            its bias, or a single "tensor", as in fusion_bench for whole models.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    count = len(tensors)
+    if number > count:
+        raise ValueError(f"{tensors.name} has {count} experts, and is to be made for number {number}")
+    layer, module = LAYER.match(tensors.name), tensors.name.rpartition(".")[0]
+    names = {"layer": f"{layer['stack']}.{layer['number']}" if layer else module, "module": module}
+    name = names.get(unit, tensors.name)
+    generator = np.random.Generator(np.random.SFC64([tensors.seed, zlib.crc32(name.encode())]))
+    chosen = int(generator.permutation(count)[number - 1])
+    return Combination(0.0, [float(index == chosen) for index in range(count)])
