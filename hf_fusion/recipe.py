@@ -132,7 +132,8 @@ class Recipe:
     def unpinned(self) -> list[str]:
         """Models that are not named by a full commit sha: folders, names alone, branches."""
         named = [expert.model for expert in self.experts] + ([self.base] if self.base else [])
-        return [name for name in named if not _PINNED.fullmatch(name)]
+        # base+adapter: both count
+        return [name for name in named if not all(_PINNED.fullmatch(part) for part in name.split("+"))]
 
     def to_dict(self) -> dict[str, Any]:
         """As written to YAML: plain values, without what is not set."""

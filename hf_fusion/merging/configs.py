@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
 from hf_fusion.merging.sources import Model
+
+if TYPE_CHECKING:
+    from hf_fusion.merging.vocabulary import Vocabulary
 
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
@@ -15,8 +18,7 @@ def merged_config(
     model: Model,
     dtype: str | None,
     layers: Sequence[tuple[Model, int]] | None = None,
-    rows: int | None = None,
-    token: Callable[[int], int | None] = lambda token: token,
+    vocabulary: Vocabulary | None = None,
 ) -> dict[str, Any]:
     """A configuration with the merged model's type, layers and vocabulary.
 
@@ -24,11 +26,10 @@ def merged_config(
         model: whose configuration it is otherwise.
         dtype: of the merged weights; None: as they are stored.
         layers: of each merged layer, the model and number that it comes from; None: the model's own.
-        rows: of the merged vocabulary's embeddings; None: the model's own.
-        token: the merged vocabulary's number of one of the model's tokens, None where it has it no more.
+        vocabulary: the merged one; None: the model's own.
 
     Raises:
-        FusionError: the configuration does not tell where its number of layers or tokens stands.
+        FusionError: the configuration does not tell its number of layers.
     """
     config = dict(model.config)
     if dtype:
@@ -42,12 +43,8 @@ def merged_config(
             for key, value in config.items()
             if "layer" in key and isinstance(value, list) and len(value) == count
         }
-    if rows is not None:
-        holder = vocabulary_config(config)
-        if holder is None:
-            raise FusionError(f"{model.name}: config.json does not tell the size of its vocabulary")
-        config = _with_rows(config, rows)
-        config = with_tokens(config, token)
+    if vocabulary is not None:
+        config = with_tokens(_with_rows(config, vocabulary.rows), vocabulary.number_of)
     return config
 
 

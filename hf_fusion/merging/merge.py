@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hf_fusion.errors import FusionError
 from hf_fusion.folders import replace_folder
+from hf_fusion.merging.chat_templates import with_template
 from hf_fusion.merging.checkpoint import own_file
+from hf_fusion.merging.configs import with_tokens
 from hf_fusion.merging.engine import digest_of, write_tensors
 from hf_fusion.merging.methods import method_named
 from hf_fusion.merging.output import SHARD_BYTES, disk_full_named, output_folder, place_of, staging, write_index
 from hf_fusion.merging.plan import Plan, plan
 from hf_fusion.merging.processes import Processes
 from hf_fusion.merging.sources import Model, open_models
+from hf_fusion.merging.vocabulary import TOKENIZER_FILES, read_vocabulary
 from hf_fusion.recipe import RECIPE_FILE, Recipe, RecipeExpert, Slice
 
 if TYPE_CHECKING:
@@ -134,7 +136,7 @@ def plan_merge(recipe: Recipe, api: HfApi | None = None) -> Plan:
     names = [expert.model for expert in recipe.experts]
     opened = open_models([*([recipe.base] if recipe.base else []), *names], api)
     base = opened.pop(0) if recipe.base else None
-    planned = plan(recipe, base, opened)
+    planned = plan(recipe, base, opened, read_vocabulary(recipe, base, opened, api))
     planned.recipe = _pinned(recipe, base, opened)
     return planned
 
@@ -162,11 +164,18 @@ def stamps(planned: Plan) -> list[tuple[str, int, int]]:
 
 def write_small(planned: Plan, place: Path) -> None:
     """Configuration, tokenizer and recipe."""
-    first = planned.first
-    for file in small_files(first.folder):
-        if file.name != "config.json":
-            shutil.copyfile(file, place / file.name)
-    (place / "config.json").write_text(json.dumps(planned.config, indent=2) + "\n", encoding="utf-8")
+    files = {file.name: file.read_bytes() for file in small_files(planned.first.folder)}
+    if planned.vocabulary is not None:
+        files = {name: raw for name, raw in files.items() if name not in TOKENIZER_FILES} | planned.vocabulary.files
+        if own := files.get("generation_config.json"):
+            moved = with_tokens(json.loads(own), planned.vocabulary.number_of)
+            files["generation_config.json"] = (json.dumps(moved, indent=2) + "\n").encode()
+    if planned.recipe.chat_template is not None:
+        models = {model.name: model for model in [*([planned.base] if planned.base else []), *planned.experts]}
+        files = with_template(files, planned.recipe.chat_template, models)
+    files["config.json"] = (json.dumps(planned.config, indent=2) + "\n").encode()
+    for name, raw in files.items():
+        (place / name).write_bytes(raw)
     planned.recipe.save(place / RECIPE_FILE)
 
 
@@ -204,6 +213,21 @@ def _pinned(recipe: Recipe, base: Model | None, experts: list[Model]) -> Recipe:
     def slice_of(own: Slice) -> Slice:
         return Slice(tuple(replace(s, model=known[s.model]) for s in own.sources), own.parameters)
 
+    def named(value: Any) -> Any:
+        """The tokenizer's models, wherever it names them as a source."""
+        if isinstance(value, dict):
+            return {
+                k: known.get(v, v) if k in ("source", "model") and isinstance(v, str) else named(v)
+                for k, v in value.items()
+            }
+        return value
+
     rows = tuple(RecipeExpert(known[e.model], e.weight, e.parameters) for e in recipe.experts)
-    slices = tuple(map(slice_of, recipe.slices))
-    return replace(recipe, base=base.name if base else None, experts=rows, slices=slices)
+    return replace(
+        recipe,
+        base=base.name if base else None,
+        experts=rows,
+        slices=tuple(map(slice_of, recipe.slices)),
+        tokenizer=named({"source": recipe.tokenizer})["source"] if recipe.tokenizer else None,
+        chat_template=known.get(recipe.chat_template, recipe.chat_template) if recipe.chat_template else None,
+    )

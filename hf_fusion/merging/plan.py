@@ -98,8 +98,7 @@ def plan(recipe: Recipe, base: Model | None, experts: Sequence[Model], vocabular
     statistics = statistics_of(recipe, method.statistics, experts)
     context = _Context(recipe, method, base, list(experts), names, files, vocabulary, statistics)
     targets = [_target(origin, context) for origin in origins]
-    tokens = {"rows": vocabulary.rows, "token": vocabulary.number_of} if vocabulary else {}
-    config = merged_config(first, recipe.dtype, layers_of(recipe, base, experts), **tokens)
+    config = merged_config(first, recipe.dtype, layers_of(recipe, base, experts), vocabulary)
     return Plan(recipe, method, base, list(experts), targets, files, mismatches, config, vocabulary)
 
 

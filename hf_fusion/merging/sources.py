@@ -83,16 +83,22 @@ def open_models(names: Sequence[str], api: HfApi | None = None) -> list[Model]:
     """Models from ids or folders: what is not here is fetched, all at once; no weights are read.
 
     Args:
-        names: ``owner/name``, ``owner/name@revision`` or folders; LoRA adapters are opened on the base they record.
+        names: ``owner/name``, ``owner/name@revision`` or folders; LoRA adapters are opened on the base they record, or
+            on the one before a plus: ``owner/base+owner/adapter``.
         api: the Hub's client.
 
     Raises:
         FusionError: naming a model that cannot be found or read.
     """
     api = hub_api(api)
-    unique = list(dict.fromkeys(names))
-    sources = dict(zip(unique, in_parallel(lambda name: resolve(name, api), unique), strict=True))
-    bases = {name: resolve(recorded_base(source), api) for name, source in sources.items() if source.is_adapter}
+    unique = {name: _parts(name) for name in names}
+    sources = dict(zip(unique, in_parallel(lambda parts: resolve(parts[1], api), unique.values()), strict=True))
+    for name, source in sources.items():
+        if unique[name][0] and not source.is_adapter:
+            raise FusionError(f"{name}: {source.name} is no LoRA adapter", "write owner/base+owner/adapter")
+    bases = {
+        n: resolve(unique[n][0] or recorded_base(source), api) for n, source in sources.items() if source.is_adapter
+    }
     for name, base in bases.items():
         if base.is_adapter:
             raise FusionError(f"{name} has {base.name} as its base, which is an adapter too", "merge that one first")
@@ -110,7 +116,16 @@ def open_models(names: Sequence[str], api: HfApi | None = None) -> list[Model]:
         name: _adapted(source, models[_folder(bases[name])]) if source.is_adapter else models[_folder(source)]
         for name, source in sources.items()
     }
+    for name, (base_name, _) in unique.items():
+        if base_name:
+            opened[name].name = f"{models[_folder(bases[name])].name}+{opened[name].name}"
     return [opened[name] for name in names]
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """(base, adapter) of ``base+adapter``; ("", name) of any other name."""
+    base, plus, adapter = name.partition("+")
+    return (base, adapter) if plus and not Path(name).expanduser().is_dir() else ("", name)
 
 
 def _files(source: Source) -> list[str]:

@@ -1,0 +1,140 @@
+"""``tokenizer.json`` with the tokens of several models: the base's keep their numbers, others come behind.
+
+mergekit adds all of these as added tokens, which are cut out of a text before anything else: a piece of another model's
+words would then split the base's. Here pieces enter the model of the tokenizer, with their merges or scores; only what
+was an added token stays one.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from hf_fusion.errors import FusionError, shown
+
+Content = dict[str, Any]
+
+
+def union(first: tuple[str, Content], others: Sequence[tuple[str, Content, int]]) -> Content:
+    """The first's tokenizer with the others' tokens behind its own.
+
+    Args:
+        first: its name and ``tokenizer.json``.
+        others: likewise, and the number of each one's rows: tokens from there on are not the model's.
+
+    Returns:
+        A new content; the first's own where nothing is to be added.
+
+    Raises:
+        FusionError: they split texts in different ways.
+    """
+    name, own = first
+    for other, content, _ in others:
+        if (here := _kind(own, name)) != (there := _kind(content, other)):
+            raise FusionError(
+                f"the tokenizers of {name} ({here}) and {other} ({there}) cannot be united",
+                "choose one of them: tokenizer: base, or a model",
+            )
+    known = set(_pieces(own)) | {token["content"] for token in own["added_tokens"]}
+    added = {token["content"]: token for token in own["added_tokens"]}
+    pieces: dict[str, tuple[Content, float]] = {}
+    more: dict[str, dict[str, Any]] = {}
+    for _, content, limit in others:
+        theirs = {token["content"]: token for token in content["added_tokens"] if token["id"] < limit}
+        for piece, (number, score) in sorted(_pieces(content).items(), key=lambda item: item[1][0]):
+            if piece not in known and piece not in theirs and number < limit:
+                pieces.setdefault(piece, (content, score))
+        for token in sorted(theirs.values(), key=lambda token: token["id"]):
+            if token["content"] not in added:
+                more.setdefault(token["content"], token)
+    pieces = {piece: found for piece, found in pieces.items() if piece not in more}
+    if not pieces and not more:
+        return own
+    merged = copy.deepcopy(own)
+    if pieces:
+        _enter(merged, pieces)
+    _append(merged, more.values())
+    return merged
+
+
+def add_tokens(content: Content, tokens: Iterable[str]) -> Content:
+    """The tokenizer with tokens that it lacks as added ones; its own content where it has them all."""
+    known = set(_pieces(content)) | {token["content"] for token in content["added_tokens"]}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+    more = [{"content": token, **flags} for token in tokens if token not in known]
+    if not more:
+        return content
+    merged = copy.deepcopy(content)
+    _append(merged, more)
+    return merged
+
+
+def _kind(content: Content, name: str) -> str:
+    """How a tokenizer makes tokens: those of unlike kinds have no token in common that means the same."""
+    model = content.get("model")
+    if not isinstance(model, dict) or not isinstance(content.get("added_tokens"), list):
+        raise FusionError(f"{name}: tokenizer.json has no model and added_tokens")
+    written = json.dumps([content.get("pre_tokenizer"), content.get("decoder")])
+    prefix = f" after {model['continuing_subword_prefix']}" if model.get("continuing_subword_prefix") else ""
+    return f"{'byte-level ' if 'ByteLevel' in written else ''}{model.get('type')}{prefix}"
+
+
+def _pieces(content: Content) -> dict[str, tuple[int, float]]:
+    """Tokens of the tokenizer's model: number and, where it has one, score."""
+    vocabulary = content["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        return {piece: (number, 0.0) for piece, number in vocabulary.items()}
+    return {piece: (number, score) for number, (piece, score) in enumerate(vocabulary)}
+
+
+def _enter(merged: Content, pieces: dict[str, tuple[Content, float]]) -> None:
+    """Puts pieces into the tokenizer's model, behind all tokens: added ones enter it too, to keep their numbers."""
+    model = merged["model"]
+    taken = {token["content"]: token["id"] for token in merged["added_tokens"]}
+    new = _next(merged)
+    if isinstance(model["vocab"], dict):
+        model["vocab"] |= taken
+        model["vocab"] |= {piece: new + number for number, piece in enumerate(pieces)}
+    else:
+        by_number = {number: content for content, number in taken.items()}
+        for number in range(len(model["vocab"]), new):
+            if number not in by_number:
+                raise FusionError(f"the first model's tokenizer.json has no token {number}: it cannot be united")
+            model["vocab"].append([by_number[number], 0.0])
+        model["vocab"] += [[piece, score] for piece, (_, score) in pieces.items()]
+    if "merges" in model:
+        contents = {id(content): content for content, _ in pieces.values()}
+        known = {tuple(_pair(merge)) for merge in model["merges"]}
+        written = isinstance(model["merges"][0], str) if model["merges"] else False
+        for content in contents.values():
+            for merge in content["model"]["merges"]:
+                pair = tuple(_pair(merge))
+                if "".join(pair) in pieces and pair not in known and all(part in model["vocab"] for part in pair):
+                    known.add(pair)
+                    model["merges"].append(" ".join(pair) if written else list(pair))
+
+
+def _pair(merge: Any) -> list[str]:
+    """Both halves: one text with a space between in older files, a list in newer."""
+    pair = merge.split(" ") if isinstance(merge, str) else merge
+    if not isinstance(pair, list) or len(pair) != 2:
+        raise FusionError(f"tokenizer.json has the merge {shown(merge)}")
+    return pair
+
+
+def _append(merged: Content, tokens: Iterable[dict[str, Any]]) -> None:
+    """Adds tokens; one that the tokenizer's model has as a piece keeps its number."""
+    new, pieces = _next(merged), _pieces(merged)
+    for token in tokens:
+        number = pieces[token["content"]][0] if token["content"] in pieces else new
+        new += number == new
+        merged["added_tokens"].append({**token, "id": number})
+    merged["added_tokens"].sort(key=lambda token: token["id"])
+
+
+def _next(content: Content) -> int:
+    """The first number that is free."""
+    numbers = [number for number, _ in _pieces(content).values()]
+    return max([*numbers, *(token["id"] for token in content["added_tokens"])], default=-1) + 1

@@ -1,0 +1,346 @@
+"""The merged model's tokens, where its models have different ones: embeddings are aligned by token, not by number.
+
+    tokenizer: union | base | owner/name
+    tokenizer: {source: union, tokens: {<|im_end|>: {source: owner/name, force: true}}, pad_to_multiple_of: 64}
+
+As in mergekit: a token that a model lacks gets, for that model, the row of the only model that has it; of the base; or
+the mean of those that have it. Rows added for padding are the mean of all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hf_fusion.errors import FusionError, one_line, shown
+from hf_fusion.hub.adapters import read_json
+from hf_fusion.hub.files import download, hub_api, pick_small, resolve
+from hf_fusion.merging.aligned import AVERAGE, ZERO, Aligned, Table
+from hf_fusion.merging.checkpoint import own_file
+from hf_fusion.merging.configs import vocabulary_config
+from hf_fusion.merging.sources import LAYER, Model
+from hf_fusion.merging.tensors import Reader
+from hf_fusion.merging.unions import add_tokens, union
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+    from hf_fusion.recipe import Recipe
+
+TOKENIZER = "tokenizer.json"
+# what a tokenizer consists of beside it; the first row says again what it holds, and would be out of date
+REDUNDANT = (
+    *("vocab.json", "merges.txt", "vocab.txt", "added_tokens.json"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
+TOKENIZER_FILES = (
+    TOKENIZER,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    *REDUNDANT,
+)
+MAX_HOLES = 1_000_000  # numbers without a token
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """Where a token's row comes from, as the recipe has it: a model's row, or zeros."""
+
+    token: int  # in the merged vocabulary
+    model: int | None  # id() of it; None: zeros
+    row: int
+    force: bool
+
+
+@dataclass
+class Vocabulary:
+    """The merged model's tokens.
+
+    Attributes:
+        rows: of its embeddings, padding included.
+        size: tokens, padding not included: the highest number and 1.
+        files: its tokenizer's files.
+        digest: one word for all that decides the embeddings.
+    """
+
+    rows: int
+    size: int
+    files: dict[str, bytes]
+    digest: str
+    _own: dict[int, np.ndarray]  # id() of a model -> its row for each token, -1 where it lacks it
+    _base: int | None
+    _rules: list[_Rule]
+    _numbers: dict[int, int | None] | None  # the first model's tokens -> ours; None: they stay
+    _tables: dict[tuple[int, ...], dict[int, Table]] = field(default_factory=dict)
+
+    def covers(self, model: Model, name: str) -> bool:
+        """Whether a tensor of a model has a row for each of its tokens."""
+        return _covers(model, name)
+
+    def number_of(self, token: int) -> int | None:
+        """What number a token of the first model has; None where it is gone."""
+        return token if self._numbers is None else self._numbers.get(token)
+
+    def reader(self, model: Model, readers: Mapping[int, Reader]) -> Reader:
+        """A model's tensor with a row for each of the merged model's tokens.
+
+        Args:
+            model: whose.
+            readers: of that tensor, in every model that has it; by the model's `id`.
+        """
+        known = tuple(sorted(key for key in readers if key in self._own))
+        if known not in self._tables:
+            self._tables[known] = self._made(known)
+        table = self._tables[known][id(model)]
+        return Aligned([readers[key] for key in known], table, self.rows, self.size)
+
+    def _made(self, known: Sequence[int]) -> dict[int, Table]:
+        """Of each model: where every row comes from."""
+        own = np.stack([self._own[key] for key in known])  # (models, tokens)
+        has = own >= 0
+        count = has.sum(0)
+        donor = np.where(count == 1, has.argmax(0), np.where(count, AVERAGE, ZERO))
+        if self._base in known:
+            base = known.index(self._base)
+            donor[has[base] & (count > 1)] = base
+        rows = np.where(donor >= 0, own[np.maximum(donor, 0), np.arange(self.size)], 0)
+        forced = np.zeros(self.size, bool)
+        for rule in self._rules:
+            if rule.model is not None and rule.model not in known:
+                raise FusionError("the tokenizer takes a row from a model that has no such tensor", "tie, or untie it")
+            donor[rule.token] = ZERO if rule.model is None else known.index(rule.model)
+            rows[rule.token], forced[rule.token] = rule.row, rule.force
+        tables = {}
+        for number, key in enumerate(known):
+            stays = has[number] & ~forced
+            models = np.where(stays, number, donor)
+            averaged = {
+                int(row): [(int(i), int(own[i, row])) for i in has[:, row].nonzero()[0]]
+                for row in (models == AVERAGE).nonzero()[0]
+            }
+            tables[key] = Table.of(models, np.where(stays, own[number], rows), averaged)
+        return tables
+
+
+def read_vocabulary(
+    recipe: Recipe, base: Model | None, experts: Sequence[Model], api: HfApi | None = None
+) -> Vocabulary | None:
+    """The vocabulary that a recipe asks for, or None: that of its base, or first expert, by number.
+
+    Args:
+        recipe: see its ``tokenizer``.
+        base: the opened base, where there is one.
+        experts: the opened experts.
+        api: the Hub's client, for a tokenizer that is none of the models'.
+
+    Raises:
+        FusionError: a model has no ``tokenizer.json``; their tokenizers cannot be united; the recipe's ``tokenizer``
+            has an unknown key, or a token that is nowhere.
+    """
+    if recipe.tokenizer is None:
+        return None
+    source, tokens, multiple = _asked(recipe.tokenizer)
+    first = base or experts[0]
+    models = list({id(model): model for model in ([base] if base else []) + list(experts)}.values())
+    named = {expert.model: model for expert, model in zip(recipe.experts, experts, strict=True)}
+    named |= {model.name: model for model in models} | ({recipe.base: base} if base and recipe.base else {})
+    read = {id(model): _read(model.folder, model.name) for model in models}
+    own_first = read[id(first)]
+    if own_first is None:
+        raise FusionError(f"{first.name} has no {TOKENIZER}", "load its tokenizer with transformers and save it")
+    limits = {id(model): _limit(model) for model in models}
+    for model in models:
+        if read[id(model)] is None and limits[id(model)] != limits[id(first)]:
+            raise FusionError(f"{model.name} has no {TOKENIZER}, and not as many tokens as {first.name}")
+    # as in mergekit, one without a tokenizer has that of the first
+    tokenizers = {key: found or own_first for key, found in read.items()}
+    folder, given = first.folder, own_first
+    if source not in ("union", "base"):
+        folder = named[source].folder if source in named else _fetched(source, api)
+        found = _read(folder, source)
+        if found is None:
+            raise FusionError(f"{source} has no {TOKENIZER}", "load its tokenizer with transformers and save it")
+        given = found
+    content = given.content
+    if source == "union":
+        others = [(m.name, tokenizers[id(m)].content, limits[id(m)]) for m in models if m is not first]
+        content = union((first.name, content), others)
+    content = add_tokens(content, tokens)
+    merged = given.numbers if content is given.content else _numbers(content, f"the merged {TOKENIZER}")
+    size = max(merged.values()) + 1
+    if size > len(merged) + MAX_HOLES:
+        raise FusionError(f"{source}: {TOKENIZER} numbers {len(merged)} tokens up to {size - 1}")
+    rows = -(-size // multiple) * multiple
+    own = {key: _rows(merged, tokenizers[key].numbers, limits[key], size) for key in tokenizers}
+    rules = [_rule(token, rule, merged, named, tokenizers, limits) for token, rule in tokens.items()]
+    moved = None
+    if folder != first.folder:
+        moved = {number: merged.get(token) for token, number in own_first.numbers.items()}
+    digest = hashlib.sha256(json.dumps([rows, sorted(merged.items()), _plain(rules, models)]).encode())
+    for one in own.values():
+        digest.update(one.tobytes())
+    files = _files(folder, content, content is not given.content)
+    return Vocabulary(rows, size, files, digest.hexdigest(), own, id(base) if base else None, rules, moved)
+
+
+def _plain(rules: Sequence[_Rule], models: Sequence[Model]) -> list[Any]:
+    """Rules as plain data."""
+    names = {id(model): model.name for model in models}
+    return [[rule.token, names.get(rule.model or 0), rule.row, rule.force] for rule in rules]
+
+
+def _asked(tokenizer: str | Mapping[str, Any]) -> tuple[str, dict[str, dict[str, Any]], int]:
+    """Source, tokens with where they come from, and what the number of rows is a multiple of."""
+    if isinstance(tokenizer, str):
+        return tokenizer, {}, 1
+    known = ("source", "tokens", "pad_to_multiple_of")
+    if unknown := [key for key in tokenizer if key not in known]:
+        raise FusionError(f"tokenizer: {shown(unknown[0])} is not supported", f"use {', '.join(known)}")
+    source: Any = tokenizer.get("source", "union")
+    tokens: Any = tokenizer.get("tokens") or {}
+    multiple = tokenizer.get("pad_to_multiple_of") or 1
+    if not isinstance(source, str) or not source:
+        raise FusionError(f"tokenizer: source is {shown(source)}, expected union, base or a model")
+    if type(multiple) is not int or not 1 <= multiple <= 1 << 16:
+        raise FusionError(f"tokenizer: pad_to_multiple_of is {shown(multiple)}, expected a whole number")
+    if not isinstance(tokens, Mapping):
+        raise FusionError(f"tokenizer: tokens is {shown(tokens)}, expected tokens and where they come from")
+    for token, rule in tokens.items():
+        if not isinstance(token, str) or not token:
+            raise FusionError(f"tokenizer: tokens has {shown(token)}, expected a text")
+        if not isinstance(rule, Mapping) or set(rule) - {"source", "force"} or "source" not in rule:
+            raise FusionError(f"tokenizer: tokens.{token} is {shown(rule)}, expected {{source: …, force: …}}")
+        if not isinstance(rule.get("force", False), bool):
+            raise FusionError(f"tokenizer: tokens.{token}.force is {shown(rule['force'])}, expected true or false")
+    return source, dict(tokens), multiple
+
+
+def _rule(
+    token: str,
+    rule: Mapping[str, Any],
+    merged: Mapping[str, int],
+    named: Mapping[str, Model],
+    tokenizers: Mapping[int, _Tokenizer],
+    limits: Mapping[int, int],
+) -> _Rule:
+    """Where a token's row comes from: a model's name, its token of another name or number, or zeros."""
+    where, force = f"tokenizer: tokens.{token}.source", bool(rule.get("force", False))
+    source: Any = rule["source"]
+    wanted: Any = token
+    if isinstance(source, Mapping):
+        keys = {"zero": {"kind"}, "model_token": {"kind", "model", "token", "token_id"}}
+        if source.get("kind") not in keys or set(source) - keys[source["kind"]]:
+            raise FusionError(
+                f"{where} is {shown(source)}, expected a model, {{kind: model_token, …}} or {{kind: zero}}"
+            )
+        if source["kind"] == "zero":
+            return _Rule(merged[token], None, 0, force)
+        if ("token" in source) == ("token_id" in source):
+            raise FusionError(f"{where} needs either token or token_id")
+        source, wanted = source.get("model"), source.get("token", source.get("token_id"))
+    if source not in named:
+        raise FusionError(f"{where} is {shown(source)}, which is not one of the merged models", "name it as they do")
+    key = id(named[source])
+    row = wanted if type(wanted) is int else tokenizers[key].numbers.get(str(wanted), -1)
+    if not 0 <= row < limits[key]:
+        raise FusionError(f"{where}: {source} has no token {shown(wanted)}")
+    return _Rule(merged[token], key, row, force)
+
+
+def _covers(model: Model, name: str) -> bool:
+    holder = vocabulary_config(model.config)
+    shape = model.entries[name].shape
+    if holder is None or not shape or shape[0] != holder["vocab_size"] or LAYER.match(name) or "position" in name:
+        return False
+    return len(shape) == 2 or (len(shape) == 1 and name.endswith("bias"))
+
+
+def _limit(model: Model) -> int:
+    """Rows of a model's embedding: tokens from there on it does not have, whatever its tokenizer says."""
+    rows = [model.shape(name)[0] for name in model.entries if _covers(model, name)]
+    if not rows:
+        raise FusionError(f"{model.name} has no embedding of its tokens: config.json and weights do not agree")
+    return min(rows)
+
+
+def _rows(merged: Mapping[str, int], own: Mapping[str, int], limit: int, size: int) -> np.ndarray:
+    """A model's row for each token, -1 where it has none."""
+    rows = np.full(size, -1, np.int64)
+    for token, number in merged.items():
+        row = own.get(token, -1)
+        rows[number] = row if row < limit else -1
+    return rows
+
+
+@dataclass(frozen=True)
+class _Tokenizer:
+    """A ``tokenizer.json``, and what number each token has."""
+
+    content: dict[str, Any]
+    numbers: dict[str, int]
+
+
+def _read(folder: Path, name: str) -> _Tokenizer | None:
+    """What a folder has, if anything."""
+    if not own_file(folder / TOKENIZER):
+        return None
+    content = read_json(folder / TOKENIZER, name)
+    return _Tokenizer(content, _numbers(content, name))
+
+
+def _numbers(content: dict[str, Any], name: str) -> dict[str, int]:
+    """What number each token has, added ones included.
+
+    Raises:
+        FusionError: the `tokenizers` library cannot read it, or gives added tokens other numbers than are written.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        numbers = dict(Tokenizer.from_str(json.dumps(content)).get_vocab(with_added_tokens=True))
+    except Exception as error:  # the library has no exception of its own
+        raise FusionError(f"{name}: {TOKENIZER} is not valid ({one_line(error)})") from None
+    for token in content.get("added_tokens") or []:
+        if numbers.get(token["content"]) != token["id"]:
+            raise FusionError(
+                f"{name}: {TOKENIZER} gives {shown(token['content'])} the number {token['id']}, and is read as"
+                f" {numbers.get(token['content'])}"
+            )
+    if not numbers:
+        raise FusionError(f"{name}: {TOKENIZER} has no tokens")
+    return numbers
+
+
+def _fetched(name: str, api: HfApi | None) -> Path:
+    """The folder of a tokenizer that is none of the models'."""
+    api = hub_api(api)
+    source = resolve(name, api)
+    download([(source, [file for file in pick_small(source, code=False) if file in TOKENIZER_FILES])], api)
+    if source.folder is None:
+        raise FusionError(f"{name} has no {TOKENIZER}", "load its tokenizer with transformers and save it")
+    return source.folder
+
+
+def _files(folder: Path, content: dict[str, Any], is_new: bool) -> dict[str, bytes]:
+    """A tokenizer's files by name; those that say again what ``tokenizer.json`` says are left out if that is new."""
+    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if own_file(folder / name)}
+    if is_new:
+        files = {name: raw for name, raw in files.items() if name not in REDUNDANT}
+        files[TOKENIZER] = json.dumps(content, ensure_ascii=False, indent=2).encode()
+        if "tokenizer_config.json" in files:
+            config = read_json(folder / "tokenizer_config.json", str(folder))
+            if isinstance(config.get("added_tokens_decoder"), dict):
+                config["added_tokens_decoder"] |= {
+                    str(token["id"]): {key: value for key, value in token.items() if key != "id"}
+                    for token in content["added_tokens"]
+                }
+                files["tokenizer_config.json"] = json.dumps(config, ensure_ascii=False, indent=2).encode()
+    return files
