@@ -181,16 +181,25 @@ def resolve(name: str | Path, api: HfApi) -> Source:
         name: ``owner/name``, ``owner/name@revision`` or a folder.
         api: the Hub's client.
     """
-    try:
-        folder = Path(name).expanduser()
-        is_folder = folder.is_dir()
-    except (OSError, RuntimeError) as error:  # longer than any path; the home of nobody
-        raise FusionError(f"{shown(str(name))} is no model ({one_line(error)}).", hint="check the name") from None
-    if is_folder:
+    folder = _folder(name)
+    if folder is not None:
         sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
         card = _local_card(folder) if "README.md" in sizes else {}
         return Source(folder.resolve().name, sizes, api, folder=folder, pinned=True, card=card)
     return resolve_repo(str(name), api)
+
+
+def _folder(name: str | Path) -> Path | None:
+    """The folder of that name, if there is one.
+
+    Raises:
+        FusionError: there cannot be one: the name is longer than any path, or in the home of nobody.
+    """
+    try:
+        folder = Path(name).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError) as error:
+        raise FusionError(f"{shown(str(name))} is no model ({one_line(error)}).", hint="check the name") from None
 
 
 def resolve_repo(name: str, api: HfApi) -> Source:
@@ -227,10 +236,10 @@ def recorded_base(source: Source) -> str:
         FusionError: if it records nothing, or a path on its author's machine.
     """
     base, revision = source.adapter.get("base_model_name_or_path"), source.adapter.get("revision")
-    if source.is_local and isinstance(base, str) and base and Path(base).expanduser().is_dir():
+    if source.is_local and isinstance(base, str) and base and _folder(base):
         return base
     if not isinstance(base, str) or not _REPO_ID.fullmatch(base) or base.startswith("."):
-        raise FusionError(f"Adapter {source.name} records {base!r} as its base.", hint="pass base=owner/name")
+        raise FusionError(f"Adapter {source.name} records {shown(base)} as its base.", hint="pass base=owner/name")
     return f"{base}@{revision}" if revision else base
 
 
