@@ -135,7 +135,8 @@ def evaluate_fusion(
         raise FusionError(f"the data set has no column {label_column!r} to measure against")
     scorer = _Scorer(model, collected, collected.outputs, collected.labels)
     shares = model.config.cost_shares
-    systems = [scorer.system("FoE", "foe", *scorer.fused())]
+    name_of_it = f"ensemble, {model.config.rule}" if model.config.rule else "FoE"
+    systems = [scorer.system(name_of_it, "foe", *scorer.fused())]
     curve: list[dict[str, Any]] = []
     if model.config.frugal:
         systems.append(scorer.system("FoE, frugal", "frugal", *scorer.frugal(model.config.frugal["cost_weight"])))

@@ -59,6 +59,7 @@ RECIPE_ATTRIBUTE = "fusion_recipe"
 # A new method is one more row.
 METHODS = {
     "foe": Method("hf_fusion.models.foe", "FoEModel.from_experts"),
+    "ensemble": Method("hf_fusion.models.foe", "FoEModel.ensemble", weighs=True),
     "phatgoose": Method("hf_fusion.models.phatgoose", "PhatgooseRouter.from_experts", check="check_options"),
     "wemoe": Method("hf_fusion.models.wemoe", "WEMoEModel.from_experts", check="check_options", takes_base=True),
 }

@@ -106,7 +106,7 @@ def _foe_usage(facts: CardFacts) -> str:
 
 
 def _foe_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    return {key: config.get(key) for key in ("mode", "features_from", "frugal")}
+    return {key: config.get(key) for key in ("mode", "features_from", "frugal", "rule", "over", "weights")}
 
 
 def _foe_lacking(results: Mapping[str, Any]) -> list[str]:

@@ -95,7 +95,7 @@ def fit_fuser(
     Raises:
         FusionError: for data that is empty, unlabelled or too small to hold rows out of, or a model without a fuser.
     """
-    if not hasattr(model, "fuser"):
+    if not list(getattr(model, "fuser", nn.Module()).parameters()):
         raise FusionError(f"{type(model).__name__} has no fuser to fit", hint="it is ready as it is: hf-fusion eval")
     selection = model.config.mode == "selection"
     if frugal and selection:

@@ -105,6 +105,8 @@ class _ClassifierRunner:
         inputs = prepare(self.model, batch, columns)
         outputs, embeddings = self.model.expert_outputs(inputs, embed=selection)
         result = {"outputs": outputs.flatten(1).float().cpu().numpy()}
+        if self.model.reads_logits:
+            result["features"] = self.model.expert_outputs(inputs, raw=True)[0].flatten(1).float().cpu().numpy()
         if selection:
             result["features"] = torch.cat(embeddings, 1).float().cpu().numpy()
         return result
@@ -224,7 +226,8 @@ def _fingerprint(model: Any) -> str:
     """Of the experts' weights and what becomes of their outputs."""
     config = model.config
     source = config.features_from if config.vocabularies else None  # classifiers' embeddings are all kept
-    digest = xxhash.xxh64(f"{config.experts}{config.backbones}{config.mode}{source}{model.dtype}".encode())
+    reads = "logits" if config.rule and model.reads_logits else ""
+    digest = xxhash.xxh64(f"{config.experts}{config.backbones}{config.mode}{source}{reads}{model.dtype}".encode())
     for tensor in chain.from_iterable(backbone.model.state_dict().values() for backbone in model.backbones):
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -30,6 +30,9 @@ class FoEConfig(PreTrainedConfig):
             points kept) and subsets (sets of experts whose loss is kept).
         budget: default budget of a forward, a share of the cost of all experts in (0, 1]; None queries all.
         vocabularies: in selection among language models, the vocabulary size of each processor.
+        rule: of an ensemble, "mean" or "max_model", instead of a fuser that is learned; None for a FoE.
+        over: what the rule is applied to, "logits" or "probabilities".
+        weights: of the rule "mean", one for each expert; None: alike.
     """
 
     model_type = "foe"
@@ -45,6 +48,9 @@ class FoEConfig(PreTrainedConfig):
     frugal: dict[str, Any] | None = None
     budget: float | None = None
     vocabularies: list[int] | None = None
+    rule: str | None = None
+    over: str = "logits"
+    weights: list[float] | None = None
     is_encoder_decoder: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -18,11 +18,10 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .assembly_foe import fill_adapters, plan_config
 from .configuration_foe import FoEConfig
+from .ensemble_foe import LEAST_PROBABILITY, FixedFuser, check_ensemble, fused_logits
 from .experts_foe import AUTO_CLASSES, Backbone, pool_states, repeat_rows, take_rows
 from .frugal_foe import FrugalPolicy
 from .processing_foe import FoEProcessor
-
-LEAST_PROBABILITY = 1e-8  # floor under the probability of labels the chosen expert does not know: losses stay finite
 
 
 class Fuser(nn.Module):
@@ -73,6 +72,7 @@ class FoEModel(PreTrainedModel):
         for index, backbone in enumerate(self.backbones):
             self.add_module(f"backbone_{index}", backbone.model)
         self._freeze_experts()
+        self.fuser: nn.Module
         experts, labels = config.num_experts, config.num_outputs
         if config.mode == "output":
             inputs, outputs = experts * labels, labels
@@ -80,7 +80,10 @@ class FoEModel(PreTrainedModel):
             widths = [expert["feature_size"] for expert in config.experts]
             inputs = sum(widths) if config.features_from is None else widths[config.features_from]
             outputs = experts
-        self.fuser = Fuser(inputs, config.fuser_hidden, outputs, config.fuser_dropout)
+        if config.rule:
+            self.fuser = FixedFuser(experts, config.rule, config.over, config.weights)
+        else:
+            self.fuser = Fuser(inputs, config.fuser_hidden, outputs, config.fuser_dropout)
         if config.frugal:
             sizes = {name: config.frugal[name] for name in ("rows", "subsets", "neighbors")}
             self.policy = FrugalPolicy(num_experts=experts, num_outputs=labels, **sizes)
@@ -141,24 +144,58 @@ class FoEModel(PreTrainedModel):
         Raises:
             ValueError: where experts do not fit together, naming the expert and the remedy.
         """
+        if features_from is not None and not (mode == "selection" and 0 <= features_from < len(experts)):
+            raise ValueError(f"features_from={features_from} must be the index of an expert, in mode='selection'")
+        dropout = (0.5 if mode == "selection" else 0.0) if fuser_dropout is None else fuser_dropout
+        fields = {"features_from": features_from, "fuser_hidden": fuser_hidden, "fuser_dropout": dropout}
+        return cls._built(experts, base, mode, label_maps, labels, costs, **fields)
+
+    @classmethod
+    def ensemble(
+        cls,
+        experts: Sequence[Any],
+        base: Any = None,
+        rule: str = "mean",
+        weights: Sequence[float] | None = None,
+        over: str = "logits",
+        label_maps: Mapping[str, Mapping[str, str | None]] | None = None,
+        labels: Sequence[str] | None = None,
+        costs: Sequence[float] | None = None,
+    ) -> FoEModel:
+        """Builds an ensemble of classifiers or regressors: ready as it is, nothing is fitted.
+
+        Over logits the rules are fusion_bench's simple and weighted ensembles and its max-model predictor. Labels of an
+        expert that become one label have the logarithm of the sum of their exponentials as its logit.
+
+        Args:
+            experts, base: as `from_experts` takes them.
+            rule: "mean", or "max_model": for each label the largest output of all experts.
+            weights: of the mean, a share for each expert, normalised; alike by default.
+            over: "logits", or "probabilities": softmaxes, where no expert outshouts the others by large logits, and
+                labels that an expert does not know count as 0. Of regression, scores.
+            label_maps, labels, costs: as `from_experts` takes them.
+
+        Raises:
+            ValueError: where experts do not fit together, naming the expert and the remedy.
+        """
+        own = None if weights is None else [float(weight) for weight in weights]
+        fields = {"rule": rule, "over": over, "weights": own, "fuser_hidden": []}
+        return cls._built(experts, base, "output", label_maps, labels, costs, **fields)
+
+    @classmethod
+    def _built(cls, experts: Sequence[Any], base: Any, mode: str, *arguments: Any, **fields: Any) -> FoEModel:
+        """A model of loaded experts, with a fuser as it begins."""
         if not experts:
             raise ValueError("a fusion needs at least one expert; the list is empty")
         if base is not None or not all(hasattr(expert, "adapter") for expert in experts):
             if cls.load_experts is None:
                 raise ValueError("ids and folders can be resolved only with hf_fusion installed: pip install hf_fusion")
             experts = cls.load_experts(experts, base=base)
-        if features_from is not None and not (mode == "selection" and 0 <= features_from < len(experts)):
-            raise ValueError(f"features_from={features_from} must be the index of an expert, in mode='selection'")
-        config, models, processor = plan_config(
-            experts,
-            mode,
-            label_maps,
-            labels,
-            costs,
-            features_from=features_from,
-            fuser_hidden=fuser_hidden,
-            fuser_dropout=(0.5 if mode == "selection" else 0.0) if fuser_dropout is None else fuser_dropout,
-        )
+        config, models, processor = plan_config(experts, mode, *arguments, **fields)
+        if config.rule is not None:
+            if config.problem_type == "regression":
+                config.over = "logits"
+            check_ensemble(config)
         dtypes = {parameter.dtype for model in models for parameter in model.parameters()}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # one model has one dtype
         family = FoEModel
@@ -243,13 +280,14 @@ class FoEModel(PreTrainedModel):
         return self._label_maps[backbone, device]
 
     def _answer(
-        self, backbone: int, inputs: dict[str, Any], local: list[int], embed: bool = False
+        self, backbone: int, inputs: dict[str, Any], local: list[int], embed: bool = False, raw: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What experts of one backbone say about rows in `len(local)` equal groups.
 
         Returns:
             Their outputs in the fused label space (N, C): probabilities, or scores for regression; zeros for a row
-            whose logits are not finite, so that a broken expert counts as not queried. And the embeddings (N, d).
+            whose logits are not finite, so that a broken expert counts as not queried. With `raw` logits, -inf for
+            such a row, and for labels that the expert does not know. And the embeddings (N, d).
         """
         out = self.backbones[backbone](inputs, local, **({"output_hidden_states": True} if embed else {}))
         logits = out.logits.float().view(len(local), -1, out.logits.shape[-1])  # (G, n, C_b)
@@ -262,18 +300,26 @@ class FoEModel(PreTrainedModel):
                 own = torch.tensor([widths[index] for index in local], device=logits.device)
                 surplus = torch.arange(logits.shape[-1], device=logits.device) >= own[:, None]
                 logits = logits.masked_fill(surplus[:, None], float("-inf"))
-            logits = logits.softmax(-1)
-        outputs = torch.bmm(logits, onehot).flatten(0, 1)  # (N, C)
-        outputs = torch.where(outputs.isfinite().all(-1, keepdim=True), outputs, 0.0)
+        if raw:
+            outputs = fused_logits(logits, onehot, self.config.problem_type == "regression").flatten(0, 1)  # (N, C)
+        else:
+            logits = logits if self.config.problem_type == "regression" else logits.softmax(-1)
+            outputs = torch.bmm(logits, onehot).flatten(0, 1)
+            outputs = torch.where(outputs.isfinite().all(-1, keepdim=True), outputs, 0.0)
         return outputs, pool_states(out.hidden_states[-1], inputs.get("attention_mask")) if embed else None
 
     def expert_outputs(
-        self, inputs: Mapping[str, Any], embed: bool = False, experts: Sequence[int] | None = None
+        self,
+        inputs: Mapping[str, Any],
+        embed: bool = False,
+        experts: Sequence[int] | None = None,
+        raw: bool = False,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Runs all experts, or those named, on every example.
 
         Returns:
-            Their outputs in the fused label space (B, K, C), and with `embed` their embeddings, K of (B, d_k).
+            Their outputs in the fused label space (B, K, C), with `raw` as logits, see `_answer`; with `embed` also
+            their embeddings, K of (B, d_k).
         """
         wanted = range(self.config.num_experts) if experts is None else experts
         outputs: dict[int, torch.Tensor] = {}
@@ -284,7 +330,7 @@ class FoEModel(PreTrainedModel):
                 continue
             own = repeat_rows(self._inputs_of(backbone, inputs), len(members))
             local = [self._members(backbone).index(index) for index in members]
-            answers, embedded = self._answer(backbone, own, local, embed)
+            answers, embedded = self._answer(backbone, own, local, embed, raw)
             outputs.update(zip(members, answers.to(self.device).chunk(len(members))))
             if embedded is not None:
                 embeddings.update(zip(members, embedded.to(self.device).chunk(len(members))))
@@ -343,7 +389,7 @@ class FoEModel(PreTrainedModel):
                 raise ValueError("a budget belongs to output fusion; in selection only the chosen expert answers")
             logits = self._select_and_answer(given)
         elif budget is None:
-            outputs, _ = self.expert_outputs(given)
+            outputs, _ = self.expert_outputs(given, raw=self.reads_logits)
             order = torch.arange(1, outputs.shape[1] + 1, device=outputs.device).expand(outputs.shape[:2])
             logits = self._fuse(outputs, order)
         else:
@@ -353,6 +399,11 @@ class FoEModel(PreTrainedModel):
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)
         return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether the fuser takes the experts' logits rather than their probabilities."""
+        return self.config.rule is not None and self.config.over == "logits"
 
     def _fuse(self, outputs: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         """(B, K, C) outputs, zero where not queried -> (B, C) logits."""
@@ -410,7 +461,8 @@ class FoEModel(PreTrainedModel):
 
         Returns:
             experts (names), cost_shares, order (B, K): 1 for the expert queried first, 0 for one not queried (in
-            selection: 1 for the chosen one), and outputs (B, K, C) in output mode or scores (B, K) in selection.
+            selection: 1 for the chosen one), and outputs (B, K, C), as the fuser reads them, in output mode or scores
+            (B, K) in selection.
         """
         if self._trace is None:
             raise ValueError("no routing was recorded: set model.record_routing = True, then run the model")
@@ -420,7 +472,7 @@ class FoEModel(PreTrainedModel):
     def summary(self) -> dict[str, Any]:
         """Experts, parameters (all, and those the fuser trains) and the share of the cost each expert stands for."""
         return {
-            "mode": self.config.mode,
+            "mode": self.config.rule or self.config.mode,
             "experts": [expert["name"] for expert in self.config.experts],
             "parameters": self.num_parameters(),
             "trainable": sum(p.numel() for p in self.fuser.parameters()),
