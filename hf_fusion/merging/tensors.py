@@ -298,7 +298,8 @@ def scratch(name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """This thread's buffer of that name: a chunk of float32, or the bytes of the widest chunk."""
     buffers: dict[str, torch.Tensor] = _local.__dict__.setdefault("buffers", {})
     if name not in buffers:
-        buffers[name] = torch.empty(CHUNK * (8 if dtype is torch.uint8 else 1), dtype=dtype)
+        with torch.inference_mode(False):  # of use in that mode and outside of it
+            buffers[name] = torch.empty(CHUNK * (8 if dtype is torch.uint8 else 1), dtype=dtype)
     return buffers[name]
 
 

@@ -165,8 +165,8 @@ def della(
         merge: see `ties`.
         rescale: a kept entry grows by 1 / its probability, "rate" (paper), or what is left to the tensor's former L1
             "norm" (mergekit), or stays, "none".
-        rank: among a "tensor"'s entries, where magnitudes that agree in their first 8 bits share a rank; or exactly, among
-            those of its "row" (paper, mergekit), several times as slow.
+        rank: among a "tensor"'s entries, where magnitudes that agree in their first 8 bits share a rank; or exactly,
+            among those of its "row" (paper, mergekit), several times as slow.
 
     Raises:
         ValueError: a probability would leave 0..1.
@@ -358,7 +358,7 @@ def _dropped(tensors: Tensors, drop_rate: Sequence[float], rescale: str) -> Valu
 def _pruned(tensors: Tensors, density: Sequence[float], epsilon: Sequence[float], rescale: str, rank: str) -> Values:
     """Entries that were not dropped, large ones less likely than small ones."""
     for share, reach in zip(density, epsilon):
-        if not (0 < share - reach and share + reach < 1):
+        if not (share - reach > 0 and share + reach < 1):
             raise ValueError(f"density {share} less and more epsilon {reach} must lie between 0 and 1")
     ranked = _rank_in_row(tensors) if rank == "row" else _rank_in_tensor(tensors)
 
@@ -379,21 +379,20 @@ def _pruned(tensors: Tensors, density: Sequence[float], epsilon: Sequence[float]
 def _rank_in_tensor(tensors: Tensors) -> Callable[[Chunk, int, torch.Tensor], torch.Tensor]:
     """Ranks from 0 to 1 among all entries, by a table over the first 16 bits of the magnitudes."""
 
-    def prefix(delta: torch.Tensor) -> np.ndarray:
-        """Sign gone, the exponent and 7 bits of a magnitude: they are ordered as the magnitudes are."""
-        return (delta.numpy().view(np.uint32) >> 16) & 0x7FFF
+    def prefix(delta: torch.Tensor) -> torch.Tensor:
+        """The exponent and 7 bits of a magnitude, as a whole number: they are ordered as the magnitudes are."""
+        bits = torch.abs(delta, out=scratch("prefix")[: len(delta)]).view(torch.int32)
+        return torch.bitwise_right_shift(bits, 16, out=bits)
 
-    counts = np.zeros((len(tensors), 1 << 15), np.int64)
+    counts = torch.zeros(len(tensors), 1 << 15, dtype=torch.int64)
     for chunk in tensors.chunks():
         for i, own in enumerate(counts):
-            own += np.bincount(prefix(chunk.delta(i)), minlength=1 << 15)
+            own.add_(torch.bincount(prefix(chunk.delta(i)), minlength=1 << 15))
     before = counts.cumsum(1) - counts
-    tables = ((before + (counts - 1) / 2) / max(1, tensors.numel - 1)).astype(np.float32)  # those of a bin share theirs
+    tables = ((before + (counts - 1) / 2) / max(1, tensors.numel - 1)).float()  # those of a bin share theirs
 
     def ranked(chunk: Chunk, index: int, delta: torch.Tensor) -> torch.Tensor:
-        ranks = scratch("ranks")[: chunk.size]
-        np.take(tables[index], prefix(delta), out=ranks.numpy(), mode="clip")
-        return ranks
+        return torch.index_select(tables[index], 0, prefix(delta), out=scratch("ranks")[: chunk.size])
 
     return ranked
 
