@@ -161,11 +161,11 @@ def read_and_write(recipe: Recipe, place: Path) -> float:
                 size = min(len(buffer), (entry.numel - start) * entry.itemsize)
                 files.read(entry, start, buffer[:size])
     specs = [Spec(entry.name, entry.dtype, entry.shape) for entry in entries[0].values()]
-    shard = Shard(place / "floor.safetensors", specs)
-    for spec in specs:
-        for start in range(0, spec.nbytes, len(buffer)):
-            shard.write(spec.name, start // 2, buffer[: min(len(buffer), spec.nbytes - start)])
-    shard.finish()
+    with Shard(place / "floor.safetensors", specs) as shard:
+        for spec in specs:
+            for start in range(0, spec.nbytes, len(buffer)):
+                shard.write(spec.name, start // 2, buffer[: min(len(buffer), spec.nbytes - start)])
+        shard.finish()
     files.close()
     seconds = time.process_time() - began
     (place / "floor.safetensors").unlink()
