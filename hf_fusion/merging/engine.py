@@ -33,12 +33,14 @@ class Target:
     Attributes:
         spec: its name, type and sizes.
         make: opens what it is merged from and says how; or None: it is copied.
+        inputs: opens what it is merged from alone.
         copied: the stored tensor it is a copy of, byte for byte.
         described: all that decides its values, as plain data, for the digest of the merge.
     """
 
     spec: Spec
     make: Callable[[], tuple[Tensors, Any]] | None = None
+    inputs: Callable[[], Tensors] | None = None
     copied: Entry | None = None
     described: Any = field(default=None, compare=False)
 

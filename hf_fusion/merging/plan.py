@@ -20,7 +20,7 @@ from hf_fusion.merging.schema import Parameter, Range, arguments_at, check_setti
 from hf_fusion.merging.sources import Model, align
 from hf_fusion.merging.statistics import PARAMETER as STATISTICS
 from hf_fusion.merging.statistics import Measured, statistics_of
-from hf_fusion.merging.tensors import Combination, Reader, Tensors
+from hf_fusion.merging.tensors import Combination, Reader, Tensors, WholeModel
 
 if TYPE_CHECKING:
     from hf_fusion.merging.vocabulary import Vocabulary
@@ -96,8 +96,10 @@ def plan(recipe: Recipe, base: Model | None, experts: Sequence[Model], vocabular
     if mismatches and not recipe.parameters.get("mismatch"):
         raise MismatchError(mismatches)
     statistics = statistics_of(recipe, method.statistics, experts)
-    context = _Context(recipe, method, base, list(experts), names, files, vocabulary, statistics)
-    targets = [_target(origin, context) for origin in origins]
+    targets: list[Target] = []
+    whole = WholeModel(lambda: [target.inputs() for target in targets if target.inputs])
+    context = _Context(recipe, method, base, list(experts), names, files, vocabulary, statistics, whole)
+    targets += [_target(origin, context) for origin in origins]
     config = merged_config(first, recipe.dtype, layers_of(recipe, base, experts), vocabulary)
     return Plan(recipe, method, base, list(experts), targets, files, mismatches, config, vocabulary)
 
@@ -151,6 +153,7 @@ class _Context:
     files: Files
     vocabulary: Vocabulary | None
     statistics: Sequence[Measured]
+    whole: WholeModel
 
     def reader(self, origin: Origin, model: Model, name: str) -> Reader:
         """What reads a model's tensor, with the merged model's tokens where it has a row for each."""
@@ -193,19 +196,23 @@ def _target(origin: Origin, context: _Context) -> Target:
         method.parameters, origin.settings, [part.settings for part in parts], origin.name, origin.depth
     )
 
-    def make() -> tuple[Tensors, Any]:
+    def opened() -> Tensors:
         reader = context.reader(origin, first, own)
         readers: list[Reader] = []
         for part in parts:
             theirs = context.reader(origin, experts[part.expert], str(part.name))
             readers.append(theirs if theirs.shape == size else Resized(theirs, reader))
         measured = [context.statistics[p.expert].of(str(p.name), context.files) for p in parts if context.statistics]
-        tensors = Tensors(origin.name, reader if context.base else None, readers, seed, statistics=measured)
+        base = reader if context.base else None
+        return Tensors(origin.name, base, readers, seed, context.whole, statistics=measured)
+
+    def make() -> tuple[Tensors, Any]:
+        tensors = opened()
         return tensors, method.function(tensors, **arguments)
 
     inputs = [first.name, own, *((experts[part.expert].name, part.name) for part in parts)]
     inputs += [context.statistics[part.expert].digest for part in parts if context.statistics]
-    return Target(spec, make, described=[recipe.method, arguments, seed, inputs, described])
+    return Target(spec, make, inputs=opened, described=[recipe.method, arguments, seed, inputs, described])
 
 
 def _kept(spec: Spec, origin: Origin, context: _Context, described: str | None) -> Target:

@@ -73,3 +73,15 @@ def test_nan_is_refused_by_name_and_nothing_is_left(folders, tmp_path):
     with pytest.raises(FusionError, match=f"{name} of expert 2 has NaN"):
         merge(recipe_of("task_arithmetic", folders), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_trimmed_over_the_whole_model(folders, tmp_path):
+    """TIES' trim as in the paper: the largest of all tensors together."""
+    base, one, _ = map(weights, folders)
+    recipe = recipe_of("ties", folders[:2], trim="model", density=0.1)
+    merge(recipe, tmp_path / "out", threads=3)
+    flat = torch.cat([(one[name] - base[name]).abs().flatten() for name in base])
+    limit = flat.sort(descending=True).values[int(0.1 * len(flat)) - 1]
+    for name, tensor in weights(tmp_path / "out").items():
+        delta = one[name] - base[name]
+        torch.testing.assert_close(tensor, base[name] + torch.where(delta.abs() >= limit, delta, 0.0), msg=name)

@@ -297,6 +297,9 @@ def _trimmed(tensors: Tensors, density: Sequence[float], trim: str, ties: str) -
     if trim == "tensor":
         return _largest_of(tensors, Chunk.delta, density, ties)
 
+    if any(len(one) != len(tensors) for one in tensors.model.tensors):
+        raise ValueError("trim: model needs every tensor in every expert; mismatch: base, or trim: tensor, do without")
+
     def found(model: object) -> list[Threshold]:
         counts = [_count(share, tensors.model.numel) for share in density]
         return largest(tensors.model, counts, _magnitude_of(Chunk.delta))
