@@ -15,6 +15,7 @@ import torch
 
 from hf_fusion.errors import FusionError
 from hf_fusion.folders import replace_folder
+from hf_fusion.hub.adapters import read_json
 from hf_fusion.merging.chat_templates import with_template
 from hf_fusion.merging.checkpoint import own_file
 from hf_fusion.merging.configs import with_tokens
@@ -23,7 +24,7 @@ from hf_fusion.merging.methods import method_named
 from hf_fusion.merging.output import SHARD_BYTES, disk_full_named, output_folder, place_of, staging, write_index
 from hf_fusion.merging.plan import Plan, plan
 from hf_fusion.merging.processes import Processes
-from hf_fusion.merging.sources import Model, open_models
+from hf_fusion.merging.sources import open_models
 from hf_fusion.merging.vocabulary import TOKENIZER_FILES, read_vocabulary
 from hf_fusion.recipe import RECIPE_FILE, Recipe, RecipeExpert, Slice
 
@@ -137,7 +138,7 @@ def plan_merge(recipe: Recipe, api: HfApi | None = None) -> Plan:
     opened = open_models([*([recipe.base] if recipe.base else []), *names], api)
     base = opened.pop(0) if recipe.base else None
     planned = plan(recipe, base, opened, read_vocabulary(recipe, base, opened, api))
-    planned.recipe = _pinned(recipe, base, opened)
+    planned.recipe = _pinned(planned)
     return planned
 
 
@@ -167,8 +168,9 @@ def write_small(planned: Plan, place: Path) -> None:
     files = {file.name: file.read_bytes() for file in small_files(planned.first.folder)}
     if planned.vocabulary is not None:
         files = {name: raw for name, raw in files.items() if name not in TOKENIZER_FILES} | planned.vocabulary.files
-        if own := files.get("generation_config.json"):
-            moved = with_tokens(json.loads(own), planned.vocabulary.number_of)
+        if "generation_config.json" in files:
+            own = read_json(planned.first.folder / "generation_config.json", planned.first.name)
+            moved = with_tokens(own, planned.vocabulary.number_of)
             files["generation_config.json"] = (json.dumps(moved, indent=2) + "\n").encode()
     if planned.recipe.chat_template is not None:
         models = {model.name: model for model in [*([planned.base] if planned.base else []), *planned.experts]}
@@ -204,9 +206,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _pinned(recipe: Recipe, base: Model | None, experts: list[Model]) -> Recipe:
+def _pinned(planned: Plan) -> Recipe:
     """The recipe with every model by the name that finds it again."""
-    known = {expert.model: model.name for expert, model in zip(recipe.experts, experts, strict=True)}
+    recipe, base, experts = planned.recipe, planned.base, planned.experts
+    known = {} if planned.vocabulary is None else dict(planned.vocabulary.pinned)
+    known |= {expert.model: model.name for expert, model in zip(recipe.experts, experts, strict=True)}
     if base is not None and recipe.base is not None:
         known[recipe.base] = base.name
 

@@ -69,6 +69,7 @@ class Vocabulary:
         size: tokens, padding not included: the highest number and 1.
         files: its tokenizer's files.
         digest: one word for all that decides the embeddings.
+        pinned: the tokenizer's model as the recipe names it -> what finds it again, where it is none of the models.
     """
 
     rows: int
@@ -79,6 +80,7 @@ class Vocabulary:
     _base: int | None
     _rules: list[_Rule]
     _numbers: dict[int, int | None] | None  # the first model's tokens -> ours; None: they stay
+    pinned: dict[str, str] = field(default_factory=dict)
     _tables: dict[tuple[int, ...], dict[int, Table]] = field(default_factory=dict)
 
     def covers(self, model: Model, name: str) -> bool:
@@ -162,9 +164,12 @@ def read_vocabulary(
             raise FusionError(f"{model.name} has no {TOKENIZER}, and not as many tokens as {first.name}")
     # as in mergekit, one without a tokenizer has that of the first
     tokenizers = {key: found or own_first for key, found in read.items()}
-    folder, given = first.folder, own_first
+    folder, given, pinned = first.folder, own_first, {}
     if source not in ("union", "base"):
-        folder = named[source].folder if source in named else _fetched(source, api)
+        if source in named:
+            folder = named[source].folder
+        else:
+            folder, pinned[source] = _fetched(source, api)
         found = _read(folder, source)
         if found is None:
             raise FusionError(f"{source} has no {TOKENIZER}", "load its tokenizer with transformers and save it")
@@ -188,7 +193,7 @@ def read_vocabulary(
     for one in own.values():
         digest.update(one.tobytes())
     files = _files(folder, content, content is not given.content)
-    return Vocabulary(rows, size, files, digest.hexdigest(), own, id(base) if base else None, rules, moved)
+    return Vocabulary(rows, size, files, digest.hexdigest(), own, id(base) if base else None, rules, moved, pinned)
 
 
 def _plain(rules: Sequence[_Rule], models: Sequence[Model]) -> list[Any]:
@@ -319,14 +324,14 @@ def _numbers(content: dict[str, Any], name: str) -> dict[str, int]:
     return numbers
 
 
-def _fetched(name: str, api: HfApi | None) -> Path:
-    """The folder of a tokenizer that is none of the models'."""
+def _fetched(name: str, api: HfApi | None) -> tuple[Path, str]:
+    """The folder of a tokenizer that is none of the models', and what finds it again."""
     api = hub_api(api)
     source = resolve(name, api)
     download([(source, [file for file in pick_small(source, code=False) if file in TOKENIZER_FILES])], api)
     if source.folder is None:
         raise FusionError(f"{name} has no {TOKENIZER}", "load its tokenizer with transformers and save it")
-    return source.folder
+    return source.folder, str(source.folder.resolve()) if source.is_local else f"{source.name}@{source.revision}"
 
 
 def _files(folder: Path, content: dict[str, Any], is_new: bool) -> dict[str, bytes]:

@@ -141,6 +141,19 @@ def test_the_base_and_one_of_the_experts(folders, tmp_path):
         torch.testing.assert_close(out[number], base[known[token]] if token in known else theirs[number])
 
 
+def test_a_tokenizer_that_is_none_of_the_models(folders, tmp_path):
+    (tmp_path / "alone").mkdir()
+    AutoTokenizer.from_pretrained(folders["science"]).save_pretrained(tmp_path / "alone")
+    recipe = recipe_of({name: folders[name] for name in ("base", "chat")}, str(tmp_path / "alone"))
+    report = merge(recipe, tmp_path / "out")
+    vocab = AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+    assert vocab == AutoTokenizer.from_pretrained(folders["science"]).get_vocab()
+    assert report.recipe.tokenizer == str(tmp_path / "alone")
+    out = weights(tmp_path / "out")["lm_head.weight"]
+    assert not out[vocab["<|mol|>"]].any()  # neither has it
+    assert out[vocab["Ġ"]].any()
+
+
 def test_special_tokens_get_the_numbers_of_the_tokenizer_that_is_taken(folders, tmp_path):
     """A model whose end of text has another number takes it along."""
     file = Path(folders["science"], "tokenizer.json")

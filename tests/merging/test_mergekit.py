@@ -1,0 +1,497 @@
+"""mergekit's recipes run unchanged: its examples, its defaults and conventions, and errors that name the key."""
+
+from __future__ import annotations
+
+import re
+from string import Template
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import llama, make_tokenizer, t5
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from hf_fusion import FusionError
+from hf_fusion.merging.merge import merge
+from hf_fusion.merging.mergekit import METHODS
+from hf_fusion.merging.methods import MERGE_METHODS
+from hf_fusion.recipe import Recipe
+
+LAYERS = 4
+
+# mergekit's examples/ at 0.1.4 and those of its README and docs; models are named by one letter, layers are a tenth
+EXAMPLES = {
+    "linear": """
+        models:
+          - model: $a
+            parameters:
+              weight: 1.0
+          - model: $b
+            parameters:
+              weight: 0.3
+          - model: $c
+            parameters:
+              weight: 0.5
+        merge_method: linear
+        dtype: float16
+        """,
+    "ties": """
+        models:
+          - model: $a
+            parameters:
+              density: [1, 0.7, 0.1] # density gradient
+              weight: 1.0
+          - model: $b
+            parameters:
+              density: 0.5
+              weight: [0, 0.3, 0.7, 1] # weight gradient
+          - model: $c
+            parameters:
+              density: 0.33
+              weight:
+                - filter: mlp
+                  value: 0.5
+                - value: 0
+        merge_method: ties
+        base_model: $base
+        parameters:
+          normalize: true
+          int8_mask: true
+        dtype: float16
+        """,
+    "gradient-slerp": """
+        slices:
+          - sources:
+              - model: $a
+                layer_range: [0, 4]
+              - model: $b
+                layer_range: [0, 4]
+        merge_method: slerp
+        base_model: $a
+        parameters:
+          t:
+            - filter: self_attn
+              value: [0, 0.5, 0.3, 0.7, 1]
+            - filter: mlp
+              value: [1, 0.5, 0.7, 0.3, 0]
+            - value: 0.5 # fallback for rest of tensors
+        dtype: float16
+        """,
+    "orcamini-platy-44layer": """
+        slices:
+          - sources:
+            - model: $a
+              layer_range: [0, 3]
+          - sources:
+            - model: $b
+              layer_range: [2, 4]
+        merge_method: passthrough
+        dtype: float16
+        """,
+    "bio-merge": """
+        models:
+          - model: $a
+            parameters:
+              density: 0.5
+              weight: 0.5
+          - model: $b
+            parameters:
+              density: 0.5
+              weight: 0.5
+        merge_method: ties
+        base_model: $base
+        parameters:
+          normalize: false
+          int8_mask: true
+        dtype: float16
+        """,
+    "arcee_fusion": """
+        models:
+          - model: $a
+          - model: $b
+        merge_method: arcee_fusion
+        base_model: $a
+        dtype: bfloat16
+        """,
+    "dare_ties with the base among the models": """
+        models:
+          - model: $base
+            # no parameters necessary for base model
+          - model: $a
+            parameters: {density: 0.53, weight: 0.4}
+          - model: $b
+            parameters: {density: 0.53, weight: 0.3}
+        merge_method: dare_ties
+        base_model: $base
+        parameters:
+          int8_mask: true
+        dtype: bfloat16
+        """,
+    "union": """
+        models:
+          - model: $a
+          - model: $b
+        merge_method: nuslerp
+        parameters:
+          weight: 0.5
+        tokenizer:
+          source: union
+          pad_to_multiple_of: 16
+        chat_template: chatml
+        """,
+    "model_stock": """
+        models: [{model: $a}, {model: $b}, {model: $c}]
+        merge_method: model_stock
+        base_model: $base
+        tokenizer_source: base
+        out_dtype: float32
+        """,
+}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A base of four layers and three fine-tunes of it, with a tokenizer."""
+    state = None
+    for seed, name in enumerate(("base", "a", "b", "c")):
+        model = llama(seed, vocabulary=len(make_tokenizer()))
+        model.config.num_hidden_layers = LAYERS
+        torch.manual_seed(seed)
+        model = type(model)(model.config)
+        if state is not None:
+            moved = {key: value + 0.02 * torch.randn_like(value) for key, value in state.items()}
+            model.load_state_dict(moved)
+        state = state or model.state_dict()
+        model.save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    return {name: str(tmp_path / name) for name in ("base", "a", "b", "c")}
+
+
+def weights(folder):
+    return load_file(f"{folder}/model.safetensors")
+
+
+def read(text, folders, tmp_path):
+    """A recipe of mergekit's, its models being folders."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(Template(text).safe_substitute(folders))
+    return Recipe.load(file)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_run_unchanged(name, folders, tmp_path):
+    recipe = read(EXAMPLES[name], folders, tmp_path)
+    report = merge(recipe, tmp_path / "out")
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert str(loaded.dtype).removeprefix("torch.") == (recipe.dtype or "float32")
+    assert loaded(torch.arange(9)[None]).logits.isfinite().all()
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+    again = Recipe.load(tmp_path / "out")  # as ours: the same bytes
+    assert again == report.recipe
+    merge(again, tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
+
+
+def test_defaults_are_mergekits(folders, tmp_path):
+    text = "merge_method: METHOD\nbase_model: $base\nmodels: [{model: $a}, {model: $b}]\n"
+
+    def parameters(method):
+        return read(text.replace("METHOD", method), folders, tmp_path).parameters
+
+    assert parameters("task_arithmetic") == {"scaling": 1.0, "normalize": False}
+    assert parameters("ties") == {"scaling": 1.0, "density": 1.0, "merge": "mean"}
+    assert parameters("dare_ties") == {"scaling": 1.0, "drop_rate": 0.0, "merge": "sum", "rescale": "norm"}
+    assert parameters("dare_linear") == {"scaling": 1.0, "drop_rate": 0.0, "normalize": False, "rescale": "norm"}
+    assert parameters("breadcrumbs") == {"scaling": 1.0, "density": 1.0, "gamma": 0.01, "normalize": False}
+    assert parameters("della") == {
+        "scaling": 1.0,
+        "density": 1.0,
+        "epsilon": 0.0,
+        "merge": "mean",
+        "rescale": "norm",
+        "rank": "row",
+    }
+    assert parameters("sce") == {"density": 1.0}
+
+
+def test_every_method_is_one_of_ours_with_parameters_it_has():
+    for method, parameters in METHODS.items():
+        known = MERGE_METHODS[method].parameters
+        for name, parameter in parameters.items():
+            ours = known[parameter.ours]
+            assert ours.per_expert == parameter.per_model, (method, name)
+            if parameter.default is not None:
+                ours.checked(parameter.value(parameter.default), method)
+    # fmt: off
+    assert set(METHODS) == {
+        "linear", "slerp", "nuslerp", "multislerp", "karcher", "nearswap", "arcee_fusion", "model_stock", "passthrough",
+        "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della",
+        "della_linear", "sce",
+    }
+    # fmt: on
+
+
+def test_what_a_filter_leaves_out_is_the_next_place_to_say(folders, tmp_path):
+    """A model's filter, then the parameters of all, then mergekit's default."""
+    text = """
+        models:
+          - model: $a
+            parameters: {weight: [{filter: mlp, value: 0.25}]}
+          - model: $b
+        merge_method: task_arithmetic
+        base_model: $base
+        parameters:
+          weight: [{filter: self_attn, value: 0.5}, {filter: lm_head, value: [0, 9]}, {value: 2.0}]
+          lambda: [{filter: norm, value: [0, 0.5, 2]}]
+        """
+    merge(read(text, folders, tmp_path), tmp_path / "out")
+    base, a, b, out = (weights(folder) for folder in (*list(folders.values())[:3], tmp_path / "out"))
+    rows = {
+        "model.layers.1.mlp.up_proj.weight": (0.25, 2.0, 1.0),
+        "model.layers.1.self_attn.q_proj.weight": (0.5, 0.5, 1.0),
+        # the second of four layers: a third of the way through 0, 0.5, 2
+        "model.layers.1.input_layernorm.weight": (2.0, 2.0, 1 / 3),
+        "model.layers.3.input_layernorm.weight": (2.0, 2.0, 2.0),
+        # outside of the layers, gradients are where they begin
+        "lm_head.weight": (0.0, 0.0, 1.0),
+        "model.norm.weight": (2.0, 2.0, 0.0),
+    }
+    for name, (of_a, of_b, scaling) in rows.items():
+        wanted = base[name] + scaling * (of_a * (a[name] - base[name]) + of_b * (b[name] - base[name]))
+        torch.testing.assert_close(out[name], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_where_the_base_stands(folders, tmp_path):
+    def read_as(method, models, rest=""):
+        listed = "".join(f"\n  - {{model: ${name}, parameters: {{weight: 1}}}}" for name in models)
+        return read(f"merge_method: {method}\nbase_model: $base\nmodels:{listed}\n{rest}", folders, tmp_path)
+
+    names = {folder: name for name, folder in folders.items()}
+
+    def placed(recipe):
+        return names.get(recipe.base), [names[expert.model] for expert in recipe.experts]
+
+    assert placed(read_as("ties", ["a", "base", "b"])) == ("base", ["a", "b"])
+    assert placed(read_as("nearswap", ["base", "a"])) == ("base", ["a"])
+    assert placed(read_as("nuslerp", ["a", "b"])) == ("base", ["a", "b"])
+    # those of two models begin with it; where it only lends its configuration, it comes first as well
+    assert placed(read_as("slerp", ["a", "base"], "parameters: {t: 0.3}")) == (None, ["base", "a"])
+    assert placed(read_as("slerp", ["a"])) == (None, ["base", "a"])
+    assert placed(read_as("linear", ["a", "base", "b"])) == (None, ["base", "a", "b"])
+    assert placed(read_as("linear", ["a"], "parameters: {weight: 0.5}")) == (None, ["base", "a"])
+    with pytest.raises(FusionError, match="base_model .* would be merged with the others, and has no weight"):
+        read_as("linear", ["a"])
+    text = """
+        merge_method: passthrough
+        base_model: $base
+        slices: [{sources: [{model: $a, layer_range: [0, 2]}]}, {sources: [{model: $b, layer_range: [1, 4]}]}]
+        """
+    assert placed(read(text, folders, tmp_path)) == (None, ["base", "a", "b"])
+    merge(read(text, folders, tmp_path), tmp_path / "out")
+    assert weights(tmp_path / "out")["lm_head.weight"].equal(weights(folders["b"])["lm_head.weight"])
+
+
+def test_values_are_read_as_leniently_as_mergekit_reads_them(folders, tmp_path, caplog):
+    text = """
+        models: [{model: $a, parameters: {weight: "0.5", density: 0.3}}, {model: $b, parameters: {weight: 1}}]
+        merge_method: linear
+        parameters: {normalize: 0, int8_mask: true, lambda: 2}
+        dtype: torch.bfloat16
+        """
+    recipe = read(text, folders, tmp_path)
+    assert [expert.settings for expert in recipe.experts] == [{"weight": 0.5}, {"weight": 1.0}]
+    assert recipe.parameters == {"normalize": False} and recipe.dtype == "bfloat16"
+    [record] = caplog.records
+    assert "linear has no use for int8_mask, lambda, density: left out" in record.getMessage()
+    text = "merge_method: nearswap\nbase_model: $base\nmodels: [{model: $a}]\nparameters: {t: 1e-4}\n"
+    assert read(text, folders, tmp_path).parameters == {"t": 1e-4}
+    text = "merge_method: karcher\nmodels: [{model: $a}, {model: $b}]\nparameters: {max_iter: 5.0}\n"
+    assert read(text, folders, tmp_path).parameters == {"max_iter": 5, "tol": 1e-5}
+    text = "merge_method: nuslerp\nmodels: [{model: $a}, {model: $b}]\nparameters: {nuslerp_flatten: SWITCHES}\n"
+    for flat, row_wise, per in ((True, True, "tensor"), (False, False, "row"), (False, True, "column")):
+        switches = f"{flat}, nuslerp_row_wise: {row_wise}".lower()
+        assert read(text.replace("SWITCHES", switches), folders, tmp_path).parameters == {"per": per}
+
+
+def test_models_with_a_revision_an_adapter_or_as_mappings(folders, tmp_path):
+    text = """
+        merge_method: linear
+        models:
+          - model: owner/name@main
+          - model: {path: owner/other, revision: v2}
+          - model: {model: {path: owner/base, revision: v3}, lora: owner/adapter}
+          - model: owner/base@v3+owner/adapter@main
+        """
+    assert [expert.model for expert in read(text, folders, tmp_path).experts] == [
+        "owner/name@main",
+        "owner/other@v2",
+        "owner/base@v3+owner/adapter",
+        "owner/base@v3+owner/adapter@main",
+    ]
+
+
+def test_an_adapter_on_the_model_before_the_plus(folders, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = AutoModelForCausalLM.from_pretrained(folders["base"])
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path / "lora")
+    # trained on base, put on a
+    text = "merge_method: linear\nmodels: [{model: $a+LORA, parameters: {weight: 1}}]\n"
+    report = merge(read(text.replace("LORA", str(tmp_path / "lora")), folders, tmp_path), tmp_path / "out")
+    assert report.recipe.experts[0].model == f"{folders['a']}+{tmp_path / 'lora'}"
+    a, out = weights(folders["a"]), weights(tmp_path / "out")
+    for name, parameter in adapted.named_parameters():
+        if "lora_A" in name:
+            path = name.removeprefix("base_model.model.").removesuffix(".lora_A.default.weight")
+            update = 2 * adapted.get_submodule(f"base_model.model.{path}").lora_B["default"].weight @ parameter
+            torch.testing.assert_close(out[f"{path}.weight"], a[f"{path}.weight"] + update, rtol=1e-5, atol=1e-6)
+    assert out["lm_head.weight"].equal(a["lm_head.weight"])
+    with pytest.raises(FusionError, match="b is no LoRA adapter"):
+        merge(read(text.replace("LORA", folders["b"]), folders, tmp_path), tmp_path / "other")
+
+
+def test_modules_of_a_model_with_one_stack(folders, tmp_path):
+    text = """
+        merge_method: linear
+        modules:
+          default:
+            slices:
+              - sources:
+                - {model: $a, layer_range: [0, 2], parameters: {weight: 1}}
+                - {model: $b, layer_range: [2, 4]}
+            parameters: {weight: [{filter: mlp, value: 3}]}
+        parameters: {weight: 2}
+        """
+    recipe = read(text, folders, tmp_path)
+    assert recipe.parameters["weight"] == [{"filter": "mlp", "value": 3.0}, {"value": 2.0}]
+    assert [source.parameters for source in recipe.slices[0].sources] == [{"weight": 1.0}, {}]
+    merge(recipe, tmp_path / "out")
+    a, b, out = (weights(folder) for folder in (folders["a"], folders["b"], tmp_path / "out"))
+    name = "model.layers.{}.mlp.up_proj.weight"
+    wanted = (a[name.format(0)] + 3 * b[name.format(2)]) / 4
+    torch.testing.assert_close(out[name.format(0)], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_modules_of_an_encoder_and_a_decoder(tmp_path):
+    for seed, name in enumerate("ab"):
+        t5(seed).save_pretrained(tmp_path / name)
+    folders = {name: str(tmp_path / name) for name in "ab"}
+    text = """
+        merge_method: linear
+        modules:
+          encoder:
+            models: [{model: $a, parameters: {weight: 3}}, {model: $b, parameters: {weight: 1}}]
+          decoder:
+            models: [{model: $a}, {model: $b, parameters: {weight: [0, 1]}}]
+            parameters: {normalize: false}
+          shared:
+            models: [{model: $a}, {model: $b}]
+        parameters: {weight: 1}
+        """
+    merge(read(text, folders, tmp_path), tmp_path / "out")
+    a, b, out = (weights(folder) for folder in (*folders.values(), tmp_path / "out"))
+    shares = {
+        "encoder.block.1.layer.0.SelfAttention.q.weight": (0.75, 0.25),
+        "decoder.block.0.layer.0.SelfAttention.q.weight": (1.0, 0.0),
+        "decoder.block.1.layer.1.EncDecAttention.q.weight": (1.0, 1.0),
+        "shared.weight": (0.5, 0.5),
+    }
+    for name, (of_a, of_b) in shares.items():
+        torch.testing.assert_close(out[name], of_a * a[name] + of_b * b[name], rtol=1e-5, atol=1e-6)
+    assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").config.num_layers == 2
+    with pytest.raises(FusionError, match="modules lacks decoder"):
+        read("merge_method: linear\nmodules: {encoder: {models: [{model: a}]}}\n", folders, tmp_path)
+    with pytest.raises(FusionError, match=r"modules\.encoder merges other models than modules\.decoder"):
+        read(text.replace("{model: $b, parameters: {weight: 1}}", "{model: c}"), folders, tmp_path)
+
+
+GOOD = """
+merge_method: task_arithmetic
+base_model: base
+models:
+  - model: a
+    parameters: {weight: 1}
+  - model: b
+parameters: {lambda: 0.5}
+dtype: float16
+"""
+WRONG = {
+    "merge_method: ranked_ties": "merge_method 'ranked_ties' is not supported",
+    "merge_method: [ties]": r"merge_method is \['ties'\], expected the name of a method",
+    "out_path: ./models/x": "out_path is not supported",
+    "slices: [{sources: []}]": r"exactly one of models, slices and modules is expected",
+    "dtype: int64": "dtype is 'int64', expected one of float32, float16, bfloat16",
+    "dtype: 16": "dtype is 16, expected a text",
+    "base_model: a@b@c": "base_model is 'a@b@c', expected",
+    "base_model: {path: base, override_architecture: X}": "base_model.override_architecture is not supported",
+    "parameters: {lamda: 0.5}": "parameters.lamda is no parameter of task_arithmetic",
+    "parameters: {lambda: x}": "parameters.lambda is 'x', expected a number",
+    "parameters: {lambda: }": "parameters.lambda is None, expected a number",
+    "parameters: {lambda: []}": r"parameters.lambda is \[\], expected a value, a gradient or filters",
+    "parameters: {lambda: [0, {value: 1}]}": r"parameters.lambda\[0\] is 0, expected \{filter, value\}",
+    "parameters: {lambda: [{pattern: mlp, value: 1}]}": r"parameters.lambda\[0\].pattern is not supported",
+    "parameters: {lambda: [{filter: mlp}]}": r"parameters.lambda\[0\] is .*expected \{filter: a part",
+    "parameters: {lambda: {filter: mlp, value: 1}}": "parameters.lambda is .*expected a number, a gradient or filters",
+    "parameters: {lambda: .nan}": "parameters.lambda is nan, expected a number",
+    "parameters: [lambda]": r"parameters is \['lambda'\], expected names and values",
+    "parameters: {normalize: 2}": "parameters.normalize is 2, expected true or false",
+    "models: {a: 1}": r"models is \{'a': 1\}, expected a list",
+    "models: [a]": r"models\[0\] is 'a', expected \{model, parameters\}",
+    "models: [{model: a, layer_range: [0, 2]}]": r"models\[0\].layer_range is not supported",
+    "models: [{parameters: {weight: 1}}]": r"models\[0\].model is None, expected",
+    "models: [{model: a+b+c}]": r"models\[0\].model is 'a\+b\+c', expected",
+    "tokenizer_source: union\ntokenizer: {source: base}": "tokenizer_source and tokenizer are the same: give one",
+    "tokenizer: union": "tokenizer is 'union', expected {source",
+    "tokenizer: {source: union, vocab: 3}": "tokenizer.vocab is not supported",
+    "tokenizer: {tokens: {x: union}}": "tokenizer.tokens.x is 'union', expected {source",
+    "chat_template: 3": "chat_template is 3, expected a text",
+    "modules: {text_decoder: {models: [{model: a}]}}": "modules.text_decoder is not supported",
+    "modules: {default: {}}": "modules.default needs either models or slices",
+}
+SLICES = {
+    "layer_range: [2, 2]": r"slices\[0\].sources\[0\].layer_range is \[2, 2\], expected \[first, behind the last\]",
+    "layer_range: [0.0, 2.0]": r"layer_range is \[0.0, 2.0\], expected",
+    "layer_range: [0, 3]": r"slices\[0\] takes unlike numbers of layers",
+    "layer_range: [0, 2], residual: 1": r"sources\[0\].residual is not supported",
+}
+
+
+@pytest.mark.parametrize("change", WRONG)
+def test_what_is_wrong_or_not_supported_is_named(change, tmp_path):
+    text = GOOD
+    for line in change.splitlines():
+        key = line.partition(":")[0]
+        if key == "modules":
+            text = re.sub(r"^models:(\n[ ].*)*", "", text, flags=re.M)
+        text = re.sub(rf"^{key}:.*(\n[ ].*)*", "", text, flags=re.M) + f"\n{line}\n"
+    with pytest.raises(FusionError, match=WRONG[change]) as error:
+        read(text, {}, tmp_path)
+    assert str(tmp_path / "recipe.yaml") in error.value.message
+
+
+@pytest.mark.parametrize("change", SLICES)
+def test_slices_that_are_not_valid_are_named(change, tmp_path):
+    text = "merge_method: slerp\nslices: [{sources: [{model: a, CHANGE}, {model: b, layer_range: [0, 2]}]}]\n"
+    with pytest.raises(FusionError, match=SLICES[change]):
+        read(text.replace("CHANGE", change), {}, tmp_path)
+
+
+def test_a_recipe_that_is_not_one_document(tmp_path):
+    for text, message in {
+        f"{GOOD}---\n{GOOD}": "expected a single document",
+        f"{GOOD}dtype: float32\n": "'dtype' is there twice",
+        "merge_method: linear\nmodels: &all [*all]\n": "not valid YAML",
+    }.items():
+        with pytest.raises(FusionError, match=message):
+            read(text, {}, tmp_path)
+
+
+def test_a_good_one_is_good(tmp_path):
+    recipe = read(GOOD, {}, tmp_path)
+    assert (recipe.method, recipe.base, recipe.dtype) == ("task_arithmetic", "base", "float16")
+    assert recipe.parameters == {"scaling": 0.5, "normalize": False}
