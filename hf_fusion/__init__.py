@@ -44,6 +44,9 @@ _PUBLIC = {
     "measure_fisher": "training.statistics",
     "measure_gram": "training.statistics",
     "measure_gram_merged": "training.statistics",
+    "search_weights": "training.search",
+    "lorahub": "training.search",
+    "greedy_soup": "training.search",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -129,10 +129,10 @@ def measure_fisher(
     read = _read(loaded, rows, max_length, labelled=generates or labels == "true")
     chosen = _chosen(read, examples, seed)
     generator = torch.Generator().manual_seed(seed)
-    tensors = {name: tensor.requires_grad_() for name, tensor in _parameters(loaded).items()}
+    tensors = {name: tensor.requires_grad_() for name, tensor in parameters_of(loaded).items()}
     squares = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    model = partial(_run, loaded.model, tensors)
-    with _evaluating(loaded.model):
+    model = partial(run_with, loaded.model, tensors)
+    with evaluating(loaded.model):
         for row in chosen:
             inputs = _inputs(read, [row], loaded.model)
             log = _log_probabilities(model, inputs, loaded.model.config.is_encoder_decoder if generates else None)
@@ -151,7 +151,7 @@ def measure_fisher(
     return Statistics("fisher", loaded.name, len(chosen), found, places, {"labels": labels, "seed": seed})
 
 
-def _run(model: Any, tensors: Mapping[str, torch.Tensor], **inputs: Any) -> Any:
+def run_with(model: Any, tensors: Mapping[str, torch.Tensor], **inputs: Any) -> Any:
     """A model with other parameters, and its buffers in single precision as well."""
     buffers = {name: own.float() for name, own in model.named_buffers() if own.is_floating_point()}
     return functional_call(model, {**buffers, **tensors}, kwargs=inputs)
@@ -238,7 +238,7 @@ def measure_gram(
     """
     (loaded,) = load_experts([expert], base=base, gates=False)
     batches = _batches(loaded, rows, examples, batch_size, max_length, seed)
-    found = _gram(loaded, _parameters(loaded), batches, lambda path: True)
+    found = _gram(loaded, parameters_of(loaded), batches, lambda path: True)
     found.facts["seed"] = seed
     return found
 
@@ -280,7 +280,7 @@ def measure_gram_merged(
         raise FusionError(f"{len(experts)} experts, and rows for {len(rows)}", "one data set for each, in order")
     loaded = load_experts(list(experts), base=base, gates=False)
     read = [_batches(e, own, examples, batch_size, max_length, seed) for e, own in zip(loaded, rows, strict=True)]
-    parameters = [_parameters(expert) for expert in loaded]
+    parameters = [parameters_of(expert) for expert in loaded]
     found = [Statistics("gram", expert.name, 0, {}, {}, {"tokens": {}, "seed": seed}) for expert in loaded]
     merged: dict[str, torch.Tensor] = {}
     for layer, names in _layers(parameters[0]).items():
@@ -377,11 +377,11 @@ def _gram(
         handles.append(model.get_submodule(last).register_forward_hook(stop))
     examples = 0
     try:
-        with _evaluating(model):
+        with evaluating(model):
             for inputs in batches:
                 examples += len(inputs["labels"])
                 with suppress(_Ran):
-                    _run(model, tensors, **{k: v for k, v in inputs.items() if k != "labels"})
+                    run_with(model, tensors, **{k: v for k, v in inputs.items() if k != "labels"})
                 before[:] = None, ""
     finally:
         for handle in handles:
@@ -421,7 +421,7 @@ def _inputs(read: Examples, rows: list[Any], model: Any) -> dict[str, torch.Tens
     return {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
 
 
-def _parameters(expert: Expert) -> dict[str, torch.Tensor]:
+def parameters_of(expert: Expert) -> dict[str, torch.Tensor]:
     """An expert's parameters in single precision, those of an adapter in place of its base's.
 
     Raises:
@@ -442,7 +442,7 @@ def _parameters(expert: Expert) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Without dropout, for a while."""
     was_training = model.training
     model.eval()
@@ -452,4 +452,12 @@ def _evaluating(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-__all__ = ["Statistics", "measure_fisher", "measure_gram", "measure_gram_merged"]
+__all__ = [
+    "Statistics",
+    "evaluating",
+    "measure_fisher",
+    "measure_gram",
+    "measure_gram_merged",
+    "parameters_of",
+    "run_with",
+]
