@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import resource
 import struct
 from pathlib import Path
 
@@ -106,3 +107,20 @@ def is_clear(error: FusionError) -> None:
     assert error.message.isprintable() and 10 < len(error.message) < 1500, error.message
     # the next step: a hint, or what is expected
     assert (error.hint or "").isprintable() and (error.hint or ", expected " in error.message), error.message
+
+
+def weights_of(folder: Path) -> dict[str, bytes]:
+    """All files of a merged model, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def merge_here(recipe: str, out: str, options: dict, most_bytes: int | None = None, told=None) -> None:
+    """A merge as the only work of a process, which may not write files of more bytes; its error goes to a pipe."""
+    if most_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+    try:
+        merge(Recipe.load(recipe), out, api=NOWHERE, **options)
+    except FusionError as error:
+        if told is None:
+            raise
+        told.send((error.message, error.hint))
