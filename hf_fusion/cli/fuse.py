@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
 
 from .output import Out
 
+if TYPE_CHECKING:
+    from hf_fusion.recipe import Recipe
+
 EXAMPLES = (
     ("hf-fusion fuse --method foe --experts me/low me/high --output fused", "a Fusion of Experts of two ids"),
     ("hf-fusion fuse --method phatgoose --experts me/sums me/sorting --output fused", "LoRA experts, routed by gates"),
-    ("hf-fusion fuse fusion.yaml --output fused", "what a recipe describes"),
+    ("hf-fusion fuse --method ties --base me/base --experts me/a me/b --set density=0.3 --output merged", "a merge"),
+    ("hf-fusion fuse recipe.yaml --output merged --dry-run", "what a recipe (ours, or mergekit's) would take"),
+    ("hf-fusion fuse fusion.yaml --output fused --push me/fused", "what a recipe describes, published"),
 )
 # method -> what to do with its model first; others are ready
 NEXT = {"foe": "hf-fusion fit fuser {} --data DATA"}
@@ -21,17 +26,24 @@ NEXT = {"foe": "hf-fusion fit fuser {} --data DATA"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A recipe, or a method and experts."""
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a fusion.yaml, or a folder that holds one")
+    parser.add_argument(
+        "recipe", nargs="?", metavar="RECIPE", help="a fusion.yaml, a folder that holds one, or mergekit's"
+    )
     parser.add_argument("--method", help="how to fuse, where there is no recipe")
     parser.add_argument("--experts", nargs="+", default=[], metavar="ID", help="owner/name[@revision], or folders")
-    parser.add_argument("--base", metavar="ID", help="base of the adapters, if it is not the one they name")
+    parser.add_argument("--base", metavar="ID", help="base of the experts; of adapters, if it is not the one they name")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="an option of the method, as in YAML"
     )
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="dtype of the fused model")
     parser.add_argument("--allow-pickle", action="store_true", help="read .bin weights where there is nothing else")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code of experts with a pinned sha")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write the model to")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write the model to")
+    parser.add_argument("--push", metavar="REPO", help="then publish it, with its card, as owner/name")
+    merging = parser.add_argument_group("static merges")
+    merging.add_argument("--dry-run", action="store_true", help="only tell what it would read, write and take")
+    merging.add_argument("--threads", type=int, metavar="N", help="tensors merged at a time (default: one a core)")
+    merging.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="most GB of a file (default: 5)")
 
 
 def run(args: argparse.Namespace, out: Out) -> None:
@@ -41,18 +53,92 @@ def run(args: argparse.Namespace, out: Out) -> None:
     if not args.recipe and not (args.method and args.experts):
         raise FusionError("--method and --experts belong together", "hf-fusion fuse --help")
 
-    from hf_fusion.fusion import fuse, fuse_recipe, save_fused
-    from hf_fusion.recipe import Recipe
+    from hf_fusion.merging.methods import MERGE_METHODS
+    from hf_fusion.recipe import Recipe, RecipeExpert
 
-    trust = {"allow_pickle": args.allow_pickle, "trust_remote_code": args.trust_remote_code}
     if args.recipe:
-        model = fuse_recipe(Recipe.load(args.recipe), **trust)
+        recipe = Recipe.load(args.recipe)
     else:
-        model = fuse(args.method, args.experts, args.base, dtype=args.dtype, **trust, **_parameters(args.set))
+        experts = tuple(map(RecipeExpert, args.experts))
+        recipe = Recipe(args.method, experts, args.base, _parameters(args.set), args.dtype)
+    if recipe.method in MERGE_METHODS:
+        _merge(recipe, args, out)
+    elif args.dry_run:
+        raise FusionError(f"--dry-run is for static merges; {recipe.method} loads its experts", "leave it out")
+    else:
+        _fuse(recipe, args, out)
+    if args.push and not args.dry_run:
+        from hf_fusion.hub.publish import publish
+
+        pushed = publish(args.output, args.push)
+        if pushed is not None:
+            out.result("Published", url=pushed.url, revision=pushed.sha)
+
+
+def _fuse(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
+    """A model of its own kind, of loaded experts."""
+    from hf_fusion.fusion import fuse_recipe, save_fused
+
+    model = fuse_recipe(recipe, allow_pickle=args.allow_pickle, trust_remote_code=args.trust_remote_code)
     folder = save_fused(model, Path(args.output))
     out.result("Fused", folder=str(folder), parameters=model.num_parameters())
-    method = Recipe.load(folder).method
-    out.hint(NEXT.get(method, "hf-fusion eval {} --data DATA").format(args.output))
+    out.hint(NEXT.get(recipe.method, "hf-fusion eval {} --data DATA").format(args.output))
+
+
+def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
+    """A plain model of the experts' own kind, without loading them."""
+    from tqdm import tqdm
+
+    from hf_fusion.merging.merge import cores, merge, plan_merge
+
+    if args.threads is not None and args.threads < 1:
+        raise FusionError(f"--threads {args.threads}: at least one is needed")
+    if not args.shard_gb > 0:
+        raise FusionError(f"--shard-gb {args.shard_gb:g}: a file holds something")
+    if args.dry_run:
+        from hf_fusion.merging.estimate import estimate
+
+        planned = plan_merge(recipe)
+        models = [*([planned.base] if planned.base else []), *planned.experts]
+        rows = [
+            {
+                "model": model.name,
+                "as": "base" if model is planned.base else "expert",
+                "tensors": len(model.entries),
+                "MB": round(sum(entry.nbytes for entry in model.entries.values()) / 1e6, 1),
+            }
+            for model in models
+        ]
+        taken = estimate(planned, args.threads or cores())
+        planned.files.close()
+        if planned.dropped:
+            out.table([mismatch.row() for mismatch in planned.dropped], "Tensors that do not match", aside=True)
+        facts = {
+            "method": planned.method.title,
+            "tensors": len(planned.targets),
+            "read_mb": round(taken.read / 1e6, 1),
+            "written_mb": round(taken.written / 1e6, 1),
+            "peak_memory_mb": round(taken.memory / 1e6),
+            "seconds": round(taken.seconds, 1),
+        }
+        out.table(rows, "Inputs", aside=True)
+        out.dict(facts if out.mode != "json" else {**facts, "inputs": rows})
+        return
+    with tqdm(unit="B", unit_scale=True, desc="Merging", disable=not out.watched) as bar:
+
+        def shown(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        report = merge(recipe, args.output, threads=args.threads, shard_bytes=int(args.shard_gb * 1e9), progress=shown)
+    out.result(
+        "Merged",
+        folder=str(report.folder),
+        tensors=report.tensors,
+        mb=round(report.nbytes / 1e6, 1),
+        seconds=round(report.seconds, 1),
+    )
+    out.hint(f"hf-fusion eval {args.output} --data DATA")
 
 
 def _parameters(given: list[str]) -> dict[str, Any]:

@@ -1,0 +1,72 @@
+"""What a merge will take, before it is made: bytes from the headers, seconds from one tensor merged for a trial."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+
+from hf_fusion.merging.engine import Target
+from hf_fusion.merging.plan import Plan
+from hf_fusion.merging.tensors import CHUNK, merge_tensors
+
+_TRIAL = 1 << 22  # elements: enough to be timed, little to wait for
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a merge will take.
+
+    Attributes:
+        read: bytes of all inputs.
+        written: bytes of the merged weights.
+        memory: bytes at its peak, of the whole process.
+        seconds: of the merge, if the disk is as fast as its cache.
+    """
+
+    read: int
+    written: int
+    memory: int
+    seconds: float
+
+
+def estimate(plan: Plan, threads: int) -> Estimate:
+    """What a planned merge will take on this machine.
+
+    One tensor of a middling size is merged and thrown away; the others are taken to cost as much for each element.
+    """
+    merged = [target for target in plan.targets if target.make is not None]
+    models = [*([plan.base] if plan.base else []), *plan.experts]
+    read = sum(entry.nbytes for model in models for entry in model.entries.values())
+    inputs = len(models)
+    if plan.method.needs == "whole":  # all inputs of one tensor at once, and about as much to work with
+        widest = sorted((_numel(target) for target in merged), reverse=True)[:threads]
+        working = 4 * (2 * inputs + 2) * sum(widest)
+    else:
+        working = 4 * CHUNK * (2 * inputs + 8) * threads
+    seconds = 0.0
+    if merged:
+        trial = min(merged, key=lambda target: abs(_numel(target) - _TRIAL))
+        began = time.perf_counter()
+        with torch.inference_mode():
+            assert trial.make is not None
+            for _ in merge_tensors(*trial.make()):
+                pass
+        spent = time.perf_counter() - began
+        seconds = spent * sum(map(_numel, merged)) / max(1, _numel(trial)) / threads
+    return Estimate(read, plan.nbytes, _resident() + working, seconds)
+
+
+def _numel(target: Target) -> int:
+    count = 1
+    for size in target.spec.shape:
+        count *= size
+    return count
+
+
+def _resident() -> int:
+    """Bytes of memory that this process has now."""
+    with open("/proc/self/statm") as stream:  # noqa: PTH123
+        return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
