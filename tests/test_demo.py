@@ -15,6 +15,9 @@ from hf_fusion.evaluate import Results
 from hf_fusion.hub.server import HubServer
 
 
+pytestmark = pytest.mark.slow  # what it trains, README's eight lines train in the timed suite
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the demo runs."""
@@ -94,7 +97,6 @@ def test_what_was_published_is_there_when_the_hub_comes_back(folder, ran):
         assert picture.size[0] > 1000
 
 
-@pytest.mark.slow
 def test_a_second_run_commits_nothing_and_comes_to_the_same(folder, ran):
     first, _ = ran
     before = commits(folder)
@@ -104,7 +106,6 @@ def test_a_second_run_commits_nothing_and_comes_to_the_same(folder, ran):
     assert said.count("there already") == len(before) - 1
 
 
-@pytest.mark.slow
 def test_the_next_commands_work_as_they_stand(folder, ran):
     _, said = ran
     printed = run_lines(printed_lines(said), folder)
@@ -113,7 +114,6 @@ def test_the_next_commands_work_as_they_stand(folder, ran):
     assert "'score': " in printed  # the pipeline
 
 
-@pytest.mark.slow
 def test_the_readmes_commands_work_on_what_the_demo_left(folder, ran):
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     printed = run_lines(re.search(r"^```sh\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)[1].splitlines(), folder)

@@ -157,7 +157,7 @@ def test_in_a_browser(hub, alice, repo, browser):
         tab.fill("input[type=search]", repo)
         tab.press("input[type=search]", "Enter")
         tab.click(f"text={repo.split('/')[1]}")
-        assert tab.url == f"{hub.endpoint}/{repo}"
+        tab.wait_for_url(f"{hub.endpoint}/{repo}")
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
         background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
         assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(18, 21, 27)"}[scheme]
