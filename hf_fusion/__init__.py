@@ -40,6 +40,7 @@ _PUBLIC = {
     "adapt_routers": "training.routers",
     "fit_routers": "training.routers",
     "CoefficientMerge": "training.adamerging",
+    "ConcreteMerge": "training.concrete",
     "merge_adapters": "merging.adapters",
     "measure_fisher": "training.statistics",
     "measure_gram": "training.statistics",

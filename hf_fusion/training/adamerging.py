@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -167,9 +167,14 @@ class CoefficientMerge(nn.Module):
         return {name: dict(zip(self.experts, row, strict=True)) for name, row in zip(names, rows, strict=True)}
 
 
+def objective_of(model: Any, loss: Callable[[Any], torch.Tensor]) -> Callable[[Any], torch.Tensor]:
+    """What is minimised for a model to have a small loss of batches: the loss itself, but for `ConcreteMerge`."""
+    return model.objective(loss) if hasattr(model, "objective") else loss
+
+
 def merged_once(model: Any) -> AbstractContextManager[None]:
     """A context in which a model whose weights serve all inputs merges them once; others do as ever."""
     return model.merged() if isinstance(model, CoefficientMerge) else nullcontext()
 
 
-__all__ = ["CoefficientMerge", "merged_once"]
+__all__ = ["CoefficientMerge", "merged_once", "objective_of"]

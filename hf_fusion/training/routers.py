@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..errors import FusionError
 from ..experts import Expert
-from .adamerging import merged_once
+from .adamerging import merged_once, objective_of
 from .batches import Examples, class_logits, read_examples, to_model, unlabelled
 from .progress import set_progress
 from .runs import Trained, digest, on_device, resumable, training_arguments
@@ -285,7 +285,7 @@ def _fit(
         rows.least = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
         watch = _Watch(model, examples, rows.watched, facts, trained, tolerance, max(1, steps // CHECKS))
         trainer = Trainer(
-            model=Trained(trained, loss),
+            model=Trained(trained, objective_of(model, loss)),
             args=arguments,
             train_dataset=rows,
             data_collator=rows.collate,
