@@ -51,11 +51,19 @@ class Processes:
             failed = error
         told = [None if failed is None else one_line(getattr(failed, "message", failed))]
         if self.count > 1:
-            from accelerate.utils import gather_object
-
-            told = gather_object(told)
+            told = self._gather(told)
         if failed is not None:
             raise failed
         for number, reason in enumerate(told):
             if reason is not None:
                 raise FusionError(f"process {number} of {self.count} failed: {reason}")
+
+    def _gather(self, own: list[str | None]) -> list[str | None]:
+        """What every process has to tell, in all of them."""
+        from accelerate.utils import gather_object
+
+        try:
+            return gather_object(own)
+        except RuntimeError as error:  # torch's word for a connection that is gone
+            reason = f"another of {self.count} processes is gone ({one_line(error)})"
+            raise FusionError(reason, "see what it said; run it again") from None

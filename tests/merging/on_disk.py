@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import multiprocessing
+import os
 import resource
 import struct
 from pathlib import Path
@@ -114,8 +116,19 @@ def weights_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def merge_here(recipe: str, out: str, options: dict, most_bytes: int | None = None, told=None) -> None:
-    """A merge as the only work of a process, which may not write files of more bytes; its error goes to a pipe."""
+def started_quickly() -> multiprocessing.context.BaseContext:
+    """Starts processes that have imported what a merge needs already."""
+    context = multiprocessing.get_context("forkserver")
+    # all that this file imports; itself it is not on the path of that process
+    context.set_forkserver_preload(["hf_fusion.merging.merge", "safetensors.torch", "huggingface_hub", "pytest"])
+    return context
+
+
+def merge_here(
+    recipe: str, out: str, options: dict, most_bytes: int | None = None, told=None, environment: dict | None = None
+) -> None:
+    """A merge as the only work of a process that may write files of so many bytes; its error, or None, goes to a pipe."""
+    os.environ.update(environment or {})
     if most_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
     try:
@@ -124,3 +137,6 @@ def merge_here(recipe: str, out: str, options: dict, most_bytes: int | None = No
         if told is None:
             raise
         told.send((error.message, error.hint))
+    else:
+        if told is not None:
+            told.send(None)

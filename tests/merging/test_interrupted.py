@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from on_disk import is_clear, merge_here, model, models, recipe_of, weights_of
+from on_disk import is_clear, merge_here, model, models, recipe_of, started_quickly, weights_of
 
 from hf_fusion import FusionError
 from hf_fusion.merging.checkpoint import INDEX
@@ -48,11 +48,7 @@ def wanted(recipe, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def processes():
-    """Starts processes that have imported what a merge needs already."""
-    context = multiprocessing.get_context("forkserver")
-    # all that on_disk imports; itself it is not on the path of that process
-    context.set_forkserver_preload(["hf_fusion.merging.merge", "safetensors.torch", "huggingface_hub", "pytest"])
-    return context
+    return started_quickly()
 
 
 def is_absent_or_whole(out: Path) -> bool:

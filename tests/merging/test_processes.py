@@ -1,0 +1,124 @@
+"""Shards divided over processes: the same bytes, and what fails on one fails on all."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from on_disk import merge_here, models, recipe_of, started_quickly, weights_of
+from safetensors.torch import load_file, save_file
+
+from hf_fusion.merging.checkpoint import SINGLE
+from hf_fusion.merging.merge import merge
+from hf_fusion.merging.output import place_of
+
+OPTIONS = {"shard_bytes": 20_000, "threads": 1}  # a shard for each tensor
+SHAPES = {f"layers.{i}.weight": (64, 64) for i in range(7)}
+RUN = """
+import sys
+sys.path[:0] = sys.argv[3:]
+from on_disk import merge_here
+merge_here(sys.argv[1], sys.argv[2], {"shard_bytes": 20_000, "threads": 1})
+"""
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return models(tmp_path / "inputs", shapes=SHAPES)
+
+
+def together(recipes, out):
+    """Runs as many processes as there are recipes, with torchrun's words: what each has to tell, or None."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(len(recipes)), "LOCAL_WORLD_SIZE": str(len(recipes)), "MASTER_ADDR": "127.0.0.1"}
+    started = []
+    for number, recipe in enumerate(recipes):
+        ours, theirs = multiprocessing.Pipe()
+        rank = {"RANK": str(number), "LOCAL_RANK": str(number), "MASTER_PORT": str(port)}
+        args = (str(recipe), str(out), OPTIONS, None, theirs, {**shared, **rank})
+        process = started_quickly().Process(target=merge_here, args=args)
+        process.start()
+        started.append((process, ours))
+    return started
+
+
+def told(started):
+    for process, _ in started:
+        process.join(60)
+        assert process.exitcode == 0
+    ends = [pipe.recv() for _, pipe in started]
+    return [end and end[0] for end in ends]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_bytes_of_one_process(count, folders, tmp_path):
+    recipe_of(folders, "dare_ties", seed=5).save(tmp_path / "recipe.yaml")
+    assert told(together([tmp_path / "recipe.yaml"] * count, tmp_path / "many")) == [None] * count
+    merge(recipe_of(folders, "dare_ties", seed=5), tmp_path / "one", **OPTIONS)
+    assert weights_of(tmp_path / "many") == weights_of(tmp_path / "one")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_what_fails_on_one_fails_on_all(failing, folders, tmp_path):
+    """NaN in a tensor of a shard that one process writes; the other hears of it, and nothing is left."""
+    file = folders[1] / SINGLE
+    tensors = load_file(file)
+    tensors[f"layers.{4 + failing}.weight"][0, 0] = float("nan")
+    save_file(tensors, file)
+    recipe_of(folders).save(tmp_path / "recipe.yaml")
+    errors = told(together([tmp_path / "recipe.yaml"] * 2, tmp_path / "out"))
+    assert errors[failing] == f"layers.{4 + failing}.weight of expert 1 has NaN or Inf"
+    assert errors[1 - failing] == f"process {failing} of 2 failed: {errors[failing]}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["inputs", "recipe.yaml"]
+
+
+def test_an_input_that_one_machine_lacks(folders, tmp_path):
+    recipe_of(folders).save(tmp_path / "recipe.yaml")
+    recipe_of([*folders, tmp_path / "nowhere"]).save(tmp_path / "other.yaml")
+    errors = told(together([tmp_path / "recipe.yaml", tmp_path / "other.yaml"], tmp_path / "out"))
+    assert "nowhere" in errors[1] and errors[0] == f"process 1 of 2 failed: {errors[1]}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["inputs", "other.yaml", "recipe.yaml"]
+
+
+def test_an_output_that_only_the_main_process_looks_at(folders, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "work.py").write_text("mine")
+    recipe_of(folders).save(tmp_path / "recipe.yaml")
+    errors = told(together([tmp_path / "recipe.yaml"] * 2, tmp_path / "out"))
+    assert "holds work.py" in errors[0] and errors[1] == f"process 0 of 2 failed: {errors[0]}"
+
+
+def test_a_process_that_is_killed_is_not_waited_for(tmp_path):
+    folders = models(tmp_path / "inputs", shapes={f"layers.{i}.weight": (256, 256) for i in range(40)})
+    recipe_of(folders, "dare_ties").save(tmp_path / "recipe.yaml")
+    started = together([tmp_path / "recipe.yaml"] * 2, tmp_path / "out")
+    began = time.monotonic()
+    while not list(place_of(tmp_path / "out").glob("*.safetensors")):
+        assert time.monotonic() - began < 30
+    os.kill(started[1][0].pid, signal.SIGKILL)
+    [error] = told(started[:1])
+    assert "another of 2 processes is gone" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["inputs", "recipe.yaml"]
+
+
+@pytest.mark.slow
+def test_accelerate_launch(folders, tmp_path):
+    """`--multi_gpu` without a GPU is torchrun on gloo."""
+    recipe_of(folders, "dare_ties", seed=5).save(tmp_path / "recipe.yaml")
+    (tmp_path / "run.py").write_text(RUN)
+    launch = "-m accelerate.commands.launch --num_machines 1 --mixed_precision no --dynamo_backend no --multi_gpu"
+    launch += " --num_processes 2 --main_process_port 0"
+    own = [tmp_path / "run.py", tmp_path / "recipe.yaml", tmp_path / "many", *filter(None, sys.path)]
+    done = subprocess.run([sys.executable, *launch.split(), *own], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    merge(recipe_of(folders, "dare_ties", seed=5), tmp_path / "one", **OPTIONS)
+    assert weights_of(tmp_path / "many") == weights_of(tmp_path / "one")
