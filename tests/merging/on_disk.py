@@ -127,7 +127,7 @@ def started_quickly() -> multiprocessing.context.BaseContext:
 def merge_here(
     recipe: str, out: str, options: dict, most_bytes: int | None = None, told=None, environment: dict | None = None
 ) -> None:
-    """A merge as the only work of a process that may write files of so many bytes; its error, or None, goes to a pipe."""
+    """A merge as the only work of a process, of files of so many bytes at most; its error, or None, goes to a pipe."""
     os.environ.update(environment or {})
     if most_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
