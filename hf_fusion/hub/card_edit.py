@@ -56,6 +56,16 @@ def _with_tag(head: str, tag: str, newline: str) -> str:
     return f"{head[:start]}[{tag}{', ' if known else ''}{known}]{head[end:]}"
 
 
+def metadata_of(text: str) -> dict[str, Any]:
+    """The metadata of a README, empty where it has none.
+
+    Raises:
+        FusionError: for metadata that is not valid YAML, or not a mapping.
+    """
+    match = _HEAD.match(text)
+    return _parse(match[2]) if match else {}
+
+
 def _parse(head: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(head)

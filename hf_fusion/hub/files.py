@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from hf_fusion.errors import FusionError, one_line, shown
 from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
 from hf_fusion.hub.adapters import read_json
+from hf_fusion.hub.card_edit import metadata_of
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -48,7 +49,7 @@ class Source:
     Attributes:
         name: repo id, or the folder's name.
         sizes: bytes of each file.
-        api: the Hub's client.
+        api: the Hub's client, for a repo.
         folder: where the files are; for a repo, once they are downloaded.
         revision: commit sha of a repo, None for a folder.
         pinned: whether the caller named that sha (a folder counts as pinned: it does not move by itself).
@@ -58,7 +59,7 @@ class Source:
 
     name: str
     sizes: dict[str, int]
-    api: HfApi
+    api: HfApi | None
     folder: Path | None = None
     revision: str | None = None
     pinned: bool = False
@@ -96,7 +97,7 @@ class Source:
         if self.folder is not None:
             return read_json(self.folder / file, self.name)
         with explained(self.name):
-            path = self.api.hf_hub_download(self.name, file, revision=self.revision, tqdm_class=_silent_bar())
+            path = hub_api(self.api).hf_hub_download(self.name, file, revision=self.revision, tqdm_class=_silent_bar())
         return read_json(Path(path), self.name)
 
 
@@ -174,12 +175,12 @@ def in_parallel(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
         return list(pool.map(function, items))
 
 
-def resolve(name: str | Path, api: HfApi) -> Source:
-    """Find a repo's commit and file list, or a folder's; reads no weights.
+def resolve(name: str | Path, api: HfApi | None = None) -> Source:
+    """Find a repo's commit and file list, or a folder's, for which no client is needed; reads no weights.
 
     Args:
         name: ``owner/name``, ``owner/name@revision`` or a folder.
-        api: the Hub's client.
+        api: the Hub's client; default honours ``HF_ENDPOINT`` and the stored token.
     """
     folder = _folder(name)
     if folder is not None:
@@ -202,9 +203,10 @@ def _folder(name: str | Path) -> Path | None:
         raise FusionError(f"{shown(str(name))} is no model ({one_line(error)}).", hint="check the name") from None
 
 
-def resolve_repo(name: str, api: HfApi) -> Source:
+def resolve_repo(name: str, api: HfApi | None = None) -> Source:
     """`resolve` for ``owner/name[@revision]`` on the Hub, even if there is a folder of that name."""
     repo, revision = split_revision(name)
+    api = hub_api(api)
     with explained(repo):
         info = api.model_info(repo, revision=revision, files_metadata=True)
     return Source(
@@ -220,11 +222,9 @@ def resolve_repo(name: str, api: HfApi) -> Source:
 
 def _local_card(folder: Path) -> dict[str, Any]:
     """Metadata of a folder's README; empty where it cannot be parsed, as on the Hub."""
-    from huggingface_hub import ModelCard
-
     try:
-        return ModelCard.load(folder / "README.md").data.to_dict()
-    except Exception as error:  # yaml, encoding, schema: none of it may hide weights that work
+        return metadata_of((folder / "README.md").read_text(encoding="utf-8"))
+    except (FusionError, OSError, ValueError) as error:  # none of it may hide weights that work
         logger.warning("The metadata of %s/README.md cannot be read: %s", folder, error)
         return {}
 
@@ -289,17 +289,19 @@ def pick_small(source: Source, *, code: bool) -> list[str]:
     ]
 
 
-def download(wanted: Sequence[tuple[Source, list[str]]], api: HfApi) -> None:
+def download(wanted: Sequence[tuple[Source, list[str]]], api: HfApi | None = None) -> None:
     """Fetch all files of all sources at once and set each ``source.folder``.
 
     Run again after an interruption, it fetches what is not in the cache in full. One progress bar over all bytes
     on stderr, silent when piped.
     """
-    from huggingface_hub.utils import tqdm  # silent under HF_HUB_DISABLE_PROGRESS_BARS
-
     jobs = [(source, file) for source, files in wanted for file in files if not source.is_local]
     if not jobs:
         return
+
+    from huggingface_hub.utils import tqdm  # silent under HF_HUB_DISABLE_PROGRESS_BARS
+
+    client = hub_api(api)
     total = sum(source.sizes[file] for source, file in jobs)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Downloading experts", disable=None) as bar:
 
@@ -307,7 +309,7 @@ def download(wanted: Sequence[tuple[Source, list[str]]], api: HfApi) -> None:
             source, file = job
             with explained(source.name):
                 path = Path(
-                    api.hf_hub_download(source.name, file, revision=source.revision, tqdm_class=_silent_bar(bar))
+                    client.hf_hub_download(source.name, file, revision=source.revision, tqdm_class=_silent_bar(bar))
                 )
             source.folder = path.parent
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.files import Source, explained, first_line, quiet_transformers
+from hf_fusion.hub.files import Source, explained, first_line, hub_api, quiet_transformers
 from hf_fusion.hub.heads import Head
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def hub_shapes(source: Source, files: Iterable[str]) -> Shapes:
     shapes: Shapes = {}
     for file in files:
         with explained(source.name):
-            header = source.api.parse_safetensors_file_metadata(source.name, file, revision=source.revision)
+            header = hub_api(source.api).parse_safetensors_file_metadata(source.name, file, revision=source.revision)
         shapes |= {name: tuple(tensor.shape) for name, tensor in header.tensors.items()}
     return shapes
 

@@ -104,7 +104,7 @@ def _card(source: Source) -> str:
     if README not in source.sizes:
         return ""
     with explained(source.name):
-        content = Path(source.api.hf_hub_download(source.name, README, revision=source.revision)).read_bytes()
+        content = Path(hub_api(source.api).hf_hub_download(source.name, README, revision=source.revision)).read_bytes()
     try:
         return content.decode()
     except UnicodeDecodeError as error:
@@ -115,7 +115,7 @@ def _has_gates(source: Source, gates: Gates) -> bool:
     """Whether the repo holds these very gates already."""
     if GATES_FILE not in source.sizes:
         return False
-    file = Path(source.api.hf_hub_download(source.name, GATES_FILE, revision=source.revision))
+    file = Path(hub_api(source.api).hf_hub_download(source.name, GATES_FILE, revision=source.revision))
     ours = stored(gates)
     try:
         there = parse_gates(file, source.name, {path: len(vector) for path, vector in ours.items()})

@@ -20,7 +20,7 @@ from hf_fusion.errors import FusionError
 from hf_fusion.experts import Adapter
 from hf_fusion.folders import replace_folder
 from hf_fusion.hub.adapters import CONFIG, read_adapter
-from hf_fusion.hub.files import Source, download, hub_api, in_parallel, pick_small, resolve
+from hf_fusion.hub.files import Source, download, in_parallel, pick_small, resolve
 from hf_fusion.merging.merge import MergeReport
 from hf_fusion.merging.methods.linear import shares
 from hf_fusion.merging.methods.lora import Factors, lora
@@ -92,7 +92,7 @@ def merge_adapters(recipe: Recipe, folder: str | Path, *, api: HfApi | None = No
             check_setting(known[key], value, where)
     if recipe.slices or recipe.tokenizer or recipe.chat_template:
         raise FusionError("adapters are merged without slices, tokenizer and chat_template", "leave them out")
-    opened = _opened(recipe, hub_api(api))
+    opened = _opened(recipe, api)
     for adapter in opened:
         own = adapter.source.folder.resolve() if adapter.source.folder else folder
         if own == folder or folder in own.parents or own in folder.parents:
@@ -117,7 +117,7 @@ def merge_adapters(recipe: Recipe, folder: str | Path, *, api: HfApi | None = No
     )
 
 
-def _opened(recipe: Recipe, api: HfApi) -> list[_Opened]:
+def _opened(recipe: Recipe, api: HfApi | None) -> list[_Opened]:
     """All adapters, fetched where they are not here; of their base nothing is read."""
     names = [expert.model for expert in recipe.experts]
     sources = in_parallel(lambda name: resolve(name, api), names)

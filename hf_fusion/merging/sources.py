@@ -14,7 +14,7 @@ import torch
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import Adapter
 from hf_fusion.hub.adapters import read_adapter, read_json
-from hf_fusion.hub.files import Source, download, hub_api, in_parallel, pick_small, recorded_base, resolve, weight_files
+from hf_fusion.hub.files import Source, download, in_parallel, pick_small, recorded_base, resolve, weight_files
 from hf_fusion.merging.checkpoint import Entry, Files, own_file, read_checkpoint
 from hf_fusion.merging.tensors import InMemory, Reader, Stored
 
@@ -90,7 +90,6 @@ def open_models(names: Sequence[str], api: HfApi | None = None) -> list[Model]:
     Raises:
         FusionError: naming a model that cannot be found or read.
     """
-    api = hub_api(api)
     unique = {name: _parts(name) for name in names}
     sources = dict(zip(unique, in_parallel(lambda parts: resolve(parts[1], api), unique.values()), strict=True))
     for name, source in sources.items():

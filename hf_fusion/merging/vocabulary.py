@@ -20,7 +20,7 @@ import numpy as np
 
 from hf_fusion.errors import FusionError, one_line, shown
 from hf_fusion.hub.adapters import read_json
-from hf_fusion.hub.files import download, hub_api, pick_small, resolve
+from hf_fusion.hub.files import download, pick_small, resolve
 from hf_fusion.merging.aligned import AVERAGE, ZERO, Aligned, Table
 from hf_fusion.merging.checkpoint import own_file
 from hf_fusion.merging.configs import vocabulary_config
@@ -326,7 +326,6 @@ def _numbers(content: dict[str, Any], name: str) -> dict[str, int]:
 
 def _fetched(name: str, api: HfApi | None) -> tuple[Path, str]:
     """The folder of a tokenizer that is none of the models', and what finds it again."""
-    api = hub_api(api)
     source = resolve(name, api)
     download([(source, [file for file in pick_small(source, code=False) if file in TOKENIZER_FILES])], api)
     if source.folder is None:
