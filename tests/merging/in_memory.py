@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -82,3 +83,9 @@ def adversarial(experts: int) -> dict[str, tuple[torch.Tensor, list[torch.Tensor
         "4-D": (kernel, near(kernel)),
         "chunks": (long, near(long, 0.01)),
     }
+
+
+def product(cases: Iterable[str], *options: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Every case with every choice of options; those of many chunks, which take long, with the last choice alone."""
+    choices = list(itertools.product(*options))
+    return [(case, *c) for case in cases for c in (choices[-1:] if "chunks" in case else choices)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from in_memory import adversarial, merged
+from in_memory import adversarial, merged, product
 
 from hf_fusion.merging.methods.emr import emr
 from hf_fusion.merging.tensors import InMemory, Tensors, WholeModel, merge_tensors
@@ -28,8 +28,7 @@ def reference(model, rescale):
     return taus, masks, torch.where(kept > 0, own / kept, 1.0)
 
 
-@pytest.mark.parametrize("expert", [0, 1, 3])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "expert"), product(CASES, [0, 1, 3]))
 def test_emr(case, expert):
     base, experts = CASES[case]
     [tau], [masks], factors = reference([CASES[case]], "elements")

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from in_memory import adversarial, merged
+from in_memory import adversarial, merged, product
 
 TWO, THREE = adversarial(2), adversarial(3)
 
@@ -32,8 +32,7 @@ def arc(a, b, t, is_line):
     return (math.sin((1 - t) * angle) * a + math.sin(t * angle) * b) / math.sin(angle)
 
 
-@pytest.mark.parametrize("t", [0.0, 0.3, 0.5, 1.0])
-@pytest.mark.parametrize("case", TWO)
+@pytest.mark.parametrize(("case", "t"), product(TWO, [0.0, 1.0, 0.3]))
 def test_slerp(case, t):
     _, (one, two) = doubles(TWO[case])
     wanted = arc(one, two, t, lambda cosine: abs(cosine) > 0.9995)
@@ -62,9 +61,7 @@ def unsliced(rows, shape, per):
     return rows.reshape(shape)
 
 
-@pytest.mark.parametrize("per", ["tensor", "row", "column"])
-@pytest.mark.parametrize("with_base", [False, True])
-@pytest.mark.parametrize("case", TWO)
+@pytest.mark.parametrize(("case", "with_base", "per"), product(TWO, [False, True], ["tensor", "column", "row"]))
 def test_nuslerp(case, with_base, per):
     base, experts = doubles(TWO[case])
     origin = base if with_base else torch.zeros_like(base)
@@ -97,9 +94,9 @@ def multislerp(vectors, weights):
     return point * sum(w * length for w, length in zip(weights, lengths, strict=True))
 
 
-@pytest.mark.parametrize("weights", [[1.0, 1.0], [0.3, 1.1], [1.5, -0.4]])
-@pytest.mark.parametrize("with_base", [False, True])
-@pytest.mark.parametrize("case", TWO)
+@pytest.mark.parametrize(
+    ("case", "with_base", "weights"), product(TWO, [False, True], [[1.0, 1.0], [1.5, -0.4], [0.3, 1.1]])
+)
 def test_multislerp(case, with_base, weights):
     base, experts = doubles(TWO[case])
     origin = base if with_base else torch.zeros_like(base)
@@ -166,8 +163,7 @@ def test_karcher_is_where_the_angles_balance():
     assert sum(pulls).norm() < 1e-3
 
 
-@pytest.mark.parametrize("t", [0.0, 1e-3, 0.2, 1e31])
-@pytest.mark.parametrize("case", TWO)
+@pytest.mark.parametrize(("case", "t"), product(TWO, [0.0, 0.2, 1e31, 1e-3]))
 def test_nearswap(case, t):
     base, (expert, _) = doubles(TWO[case])
     distance = (expert - base).abs()
@@ -192,9 +188,7 @@ def stock(base, experts, average):
     return ratio * sum(experts) / count + (1 - ratio) * base, ratio
 
 
-@pytest.mark.parametrize("average", ["cosine", "angle"])
-@pytest.mark.parametrize("per", ["tensor", "row", "column"])
-@pytest.mark.parametrize("case", THREE)
+@pytest.mark.parametrize(("case", "average", "per"), product(THREE, ["cosine", "angle"], ["tensor", "column", "row"]))
 def test_model_stock(case, per, average):
     base, experts = doubles(THREE[case])
     groups = zip(slices_of(base, per), *(slices_of(e, per) for e in experts), strict=True)
@@ -229,3 +223,16 @@ def test_arcee_fusion(case):
     sure = (importance - limit).abs() > 1e-3 * abs(limit)
     close(torch.where(sure, got, wanted), wanted, [base, expert])
     assert sure.double().mean() > 0.9 or case in ("zeros", "one stayed", "one element", "a number", "tiny")
+
+
+WITH_BASE = {"nuslerp": 2, "multislerp": 3, "nearswap": 1, "model_stock": 2, "arcee_fusion": 1}
+WITH_BASE |= {"tsv_m": 3, "iso_c": 3, "iso_cts": 3, "wudi": 3, "emr": 3}
+
+
+@pytest.mark.parametrize(("method", "count"), [("slerp", 2), ("karcher", 3), ("multislerp", 3), *WITH_BASE.items()])
+def test_nan_and_inf_are_never_merged_away(method, count):
+    base, experts = THREE["random"]
+    experts = [expert.clone() for expert in experts[:count]]
+    for value in (torch.nan, torch.inf):
+        experts[-1][2, 3] = value
+        assert not merged(method, base if method in WITH_BASE else None, experts).isfinite().all()

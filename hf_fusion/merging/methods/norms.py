@@ -38,12 +38,14 @@ def model_stock(tensors: Tensors, *, per: Per = "tensor", average: Literal["cosi
     gram = grams(tensors, True, per)  # (G, K, K)
     norms = gram.diagonal(dim1=1, dim2=2).sqrt()
     lengths = norms[:, :, None] * norms[:, None, :]
-    cosines = torch.where(lengths > 0, gram / lengths, 0.0).clamp(-1, 1)  # a task vector of 0 is at right angles to all
+    cosines = torch.where(lengths == 0, 0.0, gram / lengths).clamp(
+        -1, 1
+    )  # a task vector of 0 is at right angles to all
     row, column = torch.triu_indices(count, count, offset=1)
     pairs = cosines[:, row, column]
     cosine = pairs.mean(1) if average == "cosine" else pairs.arccos().mean(1).cos()
     below = (count - 1) * cosine + 1
-    ratio = torch.where(below > 1e-6, count * cosine / below, 0.0)  # (G,)
+    ratio = torch.where(below < 1e-6, 0.0, count * cosine / below)  # (G,)
     return combination(per, 1 - ratio, (ratio / count).expand(count, -1))
 
 

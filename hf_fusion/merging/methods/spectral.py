@@ -256,10 +256,17 @@ def _singular(gram: torch.Tensor, most: int, of: torch.Tensor | None = None) -> 
     Returns:
         (most,) and (n, most).
     """
-    squares, vectors = torch.linalg.eigh(gram)
+    squares, vectors = _eigenvectors(gram)
     squares, vectors = squares.flip(0)[:most], vectors.flip(1)[:, :most]
     is_real = squares > 1e-12 * torch.linalg.matrix_norm(gram if of is None else of)
     return torch.where(is_real, squares, 0.0).sqrt(), vectors * is_real
+
+
+def _eigenvectors(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues, ascending, and vectors; NaN for what is not finite, for the engine to name the expert."""
+    if not bool(gram.isfinite().all()):
+        return torch.full_like(gram[0], torch.nan), torch.full_like(gram, torch.nan)
+    return torch.linalg.eigh(gram)
 
 
 def _inverse(values: torch.Tensor) -> torch.Tensor:
@@ -297,6 +304,6 @@ def _orthogonal(
 
 def _inverse_root(gram: torch.Tensor) -> torch.Tensor:
     """(AᵀA)^-½ on the directions that A has."""
-    squares, vectors = torch.linalg.eigh(gram)
-    real = squares > 1e-10 * squares.max() if len(squares) else squares > 0
+    squares, vectors = _eigenvectors(gram)
+    real = squares > 1e-10 * squares[-1:]
     return (vectors * torch.where(real, squares, 1.0).rsqrt() * real) @ vectors.T

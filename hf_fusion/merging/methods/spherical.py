@@ -79,10 +79,12 @@ def multislerp(tensors: Tensors, *, weight: EachNumber = (1.0,), normalize: bool
     gram = tensors.gram(deltas=has_base)
     lengths = gram.diagonal().sqrt()
     shares = torch.where(lengths > 0, weights / lengths, 0.0)  # m = Σ shares_i v_i
-    mean, numbers = _norm(shares, gram), weights
-    if mean > 1e-3 * weights.abs().sum():  # below, rounding would be the direction
+    mean = _norm(shares, gram)
+    if mean > 1e-3 * weights.abs().sum() or mean.isnan():  # below, rounding would be the direction
         numbers = shares * (weights @ lengths) / mean
-    elif len(tensors) > 2 and bool(lengths.any()):
+    elif len(tensors) == 2 or not bool(lengths.any()):
+        numbers = weights
+    else:
         raise ValueError(f"the directions of {tensors.name} balance out under these weights: choose others")
     if not has_base:
         return Combination(0.0, numbers.tolist())
@@ -149,7 +151,13 @@ def nearswap(tensors: Tensors, *, t: Annotated[float, Range(0)] = 1e-3) -> Merge
         tensors: a base and one expert.
         t: how far a value moves at most.
     """
-    return lambda chunk: chunk.delta(0).clamp_(-t, t).add_(chunk.base)
+
+    def merged(chunk: Chunk) -> torch.Tensor:
+        delta = chunk.delta(0)
+        near = delta.clamp(-t, t).add_(chunk.base)
+        return near.add_(delta.mul_(0))  # what is infinite must not look like a value
+
+    return merged
 
 
 def _cosines(gram: torch.Tensor) -> torch.Tensor:
