@@ -219,3 +219,38 @@ def test_trimmed_over_the_model():
         merge = ties(tensors, weight=[1.0], density=[0.2], scaling=1.0, trim="model")
         got = torch.cat([values.clone() for _, values in merge_tensors(tensors, merge)]).view(base.shape)
         torch.testing.assert_close(got, base + torch.where(tau.abs() >= limit, tau, 0.0))
+
+
+def test_dare_ties_trimmed_over_the_model():
+    """As the paper and fusion_bench do: one threshold for what is left of all tensors."""
+    from hf_fusion.merging.methods.sparse import dare_ties
+    from hf_fusion.merging.tensors import WholeModel, merge_tensors
+
+    generator = torch.Generator().manual_seed(3)
+    moved = {str(n): torch.randn(s, generator=generator) * (n + 1) for n, s in enumerate([(40, 50), (30,), (7, 11)])}
+
+    def opened():
+        return [Tensors(name, InMemory(torch.zeros_like(m)), [InMemory(m)]) for name, m in moved.items()]
+
+    def run(density, **options):
+        model, found = WholeModel(opened), []
+        for tensors in opened():
+            tensors.model = model
+            merge = dare_ties(tensors, weight=[1.0], drop_rate=[0.5], density=[density], **options)
+            found += [values.clone() for _, values in merge_tensors(tensors, merge)]
+        return torch.cat(found)
+
+    thinned, trimmed = run(1.0), run(0.2, trim="model")
+    limit = thinned.abs().sort(descending=True).values[int(0.2 * len(thinned)) - 1]
+    torch.testing.assert_close(trimmed, torch.where(thinned.abs() >= limit, thinned, 0.0))
+    assert not trimmed.equal(run(0.2))
+    with pytest.raises(ValueError, match="not with norm"):
+        run(0.2, trim="model", rescale="norm")
+
+
+def test_della_that_drops_nothing():
+    base, expert = torch.zeros(5, 7), torch.randn(5, 7, generator=torch.Generator().manual_seed(4))
+    options = {"epsilon": 0.0, "scaling": 1.0}
+    torch.testing.assert_close(merged("della_linear", base, [expert], density=1.0, **options), expert)
+    with pytest.raises(ValueError, match="must lie between"):
+        merged("della_linear", base, [expert], density=0.0, **options)

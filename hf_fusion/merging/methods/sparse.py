@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -120,6 +120,7 @@ def dare_ties(
     scaling: Scaling = 1.0,
     merge: Literal["mean", "sum"] = "mean",
     rescale: Rescale = "rate",
+    trim: Literal["tensor", "model"] = "tensor",
     ties: Ties = "exact",
 ) -> Merged:
     """TIES of task vectors whose entries were dropped at random (DARE; Yu et al., 2024, arXiv 2311.03099).
@@ -133,11 +134,17 @@ def dare_ties(
         scaling: λ.
         merge: see `ties`.
         rescale: see `dare_linear`.
+        trim: see `ties`.
         ties: see `ties`.
+
+    Raises:
+        ValueError: trim: model with rescale: norm, which is another number for every tensor.
     """
     kept = _dropped(tensors, drop_rate, rescale)
     if min(density) < 1:
-        kept = _largest_of(tensors, kept, density, ties)
+        if trim == "model" and rescale == "norm":
+            raise ValueError("trim: model goes with rescale: rate or none, not with norm")
+        kept = _trimmed(tensors, density, trim, ties, kept, ("dropped", *drop_rate, rescale))
     return _consensus(tensors, kept, weight, scaling, merge)
 
 
@@ -292,20 +299,27 @@ def sce(tensors: Tensors, *, density: Annotated[float, Range(0, 1)] = 1.0) -> Me
 # ---------------------------------------------------------------- what is kept of a task vector
 
 
-def _trimmed(tensors: Tensors, density: Sequence[float], trim: str, ties: str) -> Values:
-    """The largest entries of each tensor, or of the model."""
+def _trimmed(
+    tensors: Tensors,
+    density: Sequence[float],
+    trim: str,
+    ties: str,
+    values: Values = Chunk.delta,
+    which: tuple[Any, ...] = (),
+) -> Values:
+    """The largest entries of each tensor, or of the model; of the model's `values`, `which` tells them apart."""
     if trim == "tensor":
-        return _largest_of(tensors, Chunk.delta, density, ties)
+        return _largest_of(tensors, values, density, ties)
 
     if any(len(one) != len(tensors) for one in tensors.model.tensors):
         raise ValueError("trim: model needs every tensor in every expert; mismatch: base, or trim: tensor, do without")
 
     def found(model: object) -> list[Threshold]:
         counts = [_count(share, tensors.model.numel) for share in density]
-        return largest(tensors.model, counts, _magnitude_of(Chunk.delta))
+        return largest(tensors.model, counts, _magnitude_of(values))
 
-    thresholds = tensors.model.once(("trim", *density), found)
-    return _trimming(Chunk.delta, thresholds, "all")
+    thresholds = tensors.model.once(("trim", *density, *which), found)
+    return _trimming(values, thresholds, "all")
 
 
 def _largest_of(tensors: Tensors, values: Values, density: Sequence[float], ties: str) -> Values:
@@ -361,7 +375,8 @@ def _dropped(tensors: Tensors, drop_rate: Sequence[float], rescale: str) -> Valu
 def _pruned(tensors: Tensors, density: Sequence[float], epsilon: Sequence[float], rescale: str, rank: str) -> Values:
     """Entries that were not dropped, large ones less likely than small ones."""
     for share, reach in zip(density, epsilon):
-        if not (share - reach > 0 and share + reach < 1):
+        keeps_all = share == 1 and reach == 0
+        if not keeps_all and not (share - reach > 0 and share + reach < 1):
             raise ValueError(f"density {share} less and more epsilon {reach} must lie between 0 and 1")
     ranked = _rank_in_row(tensors) if rank == "row" else _rank_in_tensor(tensors)
 
