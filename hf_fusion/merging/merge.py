@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from hf_fusion.merging.configs import with_tokens
 from hf_fusion.merging.engine import digest_of, write_tensors
 from hf_fusion.merging.methods import method_named
 from hf_fusion.merging.output import SHARD_BYTES, disk_full_named, output_folder, place_of, staging, write_index
-from hf_fusion.merging.plan import Plan, plan
+from hf_fusion.merging.plan import Plan, check_recipe, plan
 from hf_fusion.merging.processes import Processes
 from hf_fusion.merging.sources import open_models
 from hf_fusion.merging.vocabulary import TOKENIZER_FILES, read_vocabulary
@@ -132,12 +133,18 @@ def plan_merge(recipe: Recipe, api: HfApi | None = None) -> Plan:
     Raises:
         FusionError: naming what cannot be opened or merged.
     """
-    if method_named(recipe.method).merges == "adapters":
+    method = method_named(recipe.method)
+    if method.merges == "adapters":
         raise FusionError(f"{recipe.method} merges adapters, at once: there is no plan of it", "fuse without --dry-run")
+    check_recipe(recipe)
     names = [expert.model for expert in recipe.experts]
     opened = open_models([*([recipe.base] if recipe.base else []), *names], api)
     base = opened.pop(0) if recipe.base else None
-    planned = plan(recipe, base, opened, read_vocabulary(recipe, base, opened, api))
+    if method.plan:
+        module, _, name = method.plan.partition(":")
+        planned = getattr(import_module(f"hf_fusion.merging.{module}"), name)(recipe, base, opened)
+    else:
+        planned = plan(recipe, base, opened, read_vocabulary(recipe, base, opened, api))
     planned.recipe = _pinned(planned)
     return planned
 

@@ -74,18 +74,16 @@ def plan(recipe: Recipe, base: Model | None, experts: Sequence[Model], vocabular
     """Decides for every tensor of the merged model what it is made from, and how.
 
     Args:
-        recipe: of a static method.
+        recipe: of a static method, which `check_recipe` has let through.
         base: the opened base, where the recipe names one.
         experts: the opened experts, in the recipe's order.
         vocabulary: that of the merged model, where the recipe asks for one.
 
     Raises:
-        FusionError: the method does not go with so many experts, or without a base; a parameter is unknown or out of
-            its range; slices cannot be taken.
+        FusionError: slices cannot be taken.
         MismatchError: the models' tensors do not match, and the recipe does not say what to do about it.
     """
     method = method_named(recipe.method)
-    _check(recipe, method, base, experts)
     files = Files()
     first = base or experts[0]
     names = [align(first.entries, expert.entries) for expert in experts]
@@ -104,25 +102,32 @@ def plan(recipe: Recipe, base: Model | None, experts: Sequence[Model], vocabular
     return Plan(recipe, method, base, list(experts), targets, files, mismatches, config, vocabulary)
 
 
-def _check(recipe: Recipe, method: MergeMethod, base: Model | None, experts: Sequence[Model]) -> None:
-    name = recipe.method
+def check_recipe(recipe: Recipe) -> None:
+    """Refuses what can be seen to be wrong before any model is opened, or fetched.
+
+    Raises:
+        FusionError: the method does not go with so many experts, or without a base; a parameter is unknown or out of
+            its range.
+    """
+    name, method = recipe.method, method_named(recipe.method)
     least, most = method.experts
     wanted = f"at least {least}" if most is None else f"{least}" if least == most else f"{least} to {most}"
-    if not recipe.slices and (len(experts) < least or (most is not None and len(experts) > most)):
-        raise FusionError(f"{name} merges {wanted} experts, the recipe has {len(experts)}")
+    count = len(recipe.experts)
+    if not recipe.slices and (count < least or (most is not None and count > most)):
+        raise FusionError(f"{name} merges {wanted} experts, the recipe has {count}")
     for number, slice_ in enumerate(recipe.slices):
         count = sum(source.model != recipe.base for source in slice_.sources)
         # one alone is passed on as it is, by any method
         if count > 1 and (count < least or (most is not None and count > most)):
             raise FusionError(f"{name} merges {wanted} experts, slices[{number}] has {count}")
-    if method.base == "needed" and base is None:
+    if method.base == "needed" and not recipe.base:
         raise FusionError(f"{name} needs the base of its experts", "base: owner/name")
-    if not method.base and base is not None:
+    if not method.base and recipe.base:
         raise FusionError(f"{name} has no use for a base", "list it among the experts, or leave it out")
     known = method.parameters
     groups = [("parameters", recipe.parameters)]
     for expert in recipe.experts:
-        apart = {STATISTICS} if method.statistics else set()
+        apart = {STATISTICS, *method.texts} if method.statistics else set(method.texts)
         groups.append((expert.model, {k: v for k, v in expert.settings.items() if k not in apart}))
     for slice_ in recipe.slices:
         groups += [("slices", slice_.parameters), *(("slices", s.parameters) for s in slice_.sources)]
@@ -176,7 +181,7 @@ def _target(origin: Origin, context: _Context) -> Target:
     is_aligned = vocabulary is not None and vocabulary.covers(first, own)
     mismatch, seed = recipe.parameters.get("mismatch"), recipe.parameters.get("seed", 0)
     size = (vocabulary.rows, *shape[1:]) if vocabulary is not None and is_aligned else shape
-    spec = Spec(origin.name, _stored_as(recipe.dtype, entry.dtype), size)
+    spec = Spec(origin.name, stored_as(recipe.dtype, entry.dtype), size)
     described = vocabulary.digest if vocabulary is not None and is_aligned else None
     parts, unfit = [], False
     for part in origin.parts:
@@ -245,7 +250,7 @@ class Resized:
             self.first.read(start + held, out[held:])
 
 
-def _stored_as(wanted: str | None, found: str) -> str:
+def stored_as(wanted: str | None, found: str) -> str:
     """safetensors' name of a merged tensor's type: what the recipe asks for where it is a float, else its own."""
     if wanted is None or found not in FLOATS:
         return found

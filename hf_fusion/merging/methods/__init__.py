@@ -29,6 +29,9 @@ class MergeMethod:
             ``parameters: {statistics: FOLDER}`` names (`hf_fusion.training.statistics`).
         merges: whole models, or LoRA adapters into one adapter (`hf_fusion.merging.adapters`): its function is then of
             a module's factors.
+        plan: "module:function" in `hf_fusion.merging` that plans the merged model, where its tensors are not those of
+            its models.
+        texts: what every expert may have beside its parameters, for that plan.
     """
 
     place: str
@@ -39,6 +42,8 @@ class MergeMethod:
     paper: str = ""
     statistics: Literal["", "fisher", "gram"] = ""
     merges: Literal["models", "adapters"] = "models"
+    plan: str = ""
+    texts: tuple[str, ...] = ()
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -73,6 +78,16 @@ MERGE_METHODS = {
     "fisher": MergeMethod("statistics:fisher", "Fisher", "", (1, None), "chunks", "2111.09832", statistics="fisher"),
     "regmean": MergeMethod("statistics:regmean", "RegMean", "", (1, None), "whole", "2212.09849", statistics="gram"),
     "lora": MergeMethod("lora:lora", "LoRA adapters as one", "", (1, None), "whole", merges="adapters"),
+    "moe": MergeMethod(
+        "moe:moe",
+        "MoE up-scaling",
+        "optional",
+        (1, None),
+        "chunks",
+        "2212.05055",
+        plan="moe:plan_moe",
+        texts=("prompts", "negative_prompts"),
+    ),
     "passthrough": MergeMethod("passthrough:passthrough", "Passthrough", "", (1, 1), "chunks", "2312.15166"),
     "slerp": MergeMethod("spherical:slerp", "SLERP", "", (2, 2), "norms", "https://doi.org/10.1145/325165.325242"),
     "nuslerp": MergeMethod(

@@ -1,0 +1,46 @@
+"""The routers of a mixture of experts that is made of dense models; its plan is `hf_fusion.merging.moe`."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+
+from hf_fusion.merging.schema import Range
+from hf_fusion.merging.tensors import Tensors
+
+__all__ = ["moe"]
+
+
+def moe(
+    tensors: Tensors,
+    *,
+    gate: Literal["zero", "random", "uniform", "embedding"] = "zero",
+    experts_per_token: Annotated[int, Range(1)] = 2,
+) -> torch.Tensor:
+    """MoE up-scaling: the experts' MLPs side by side, all else the base's (sparse upcycling, arXiv 2212.05055).
+
+    Makes a Mixtral of Llamas or Mistrals of one size, as mergekit-moe does. The base is the recipe's, or the first
+    expert; an expert may be listed more than once, to be trained apart.
+
+    Args:
+        tensors: of each expert the direction (d,) that it is chosen for in one layer.
+        gate: the routers. "zero" chooses any experts and weighs them alike: where all are copies, the model is the
+            dense one. "random" is N(0, 1) and "uniform" is U(±1 / √d), both to be trained (mergekit's random and
+            uniform_random). "embedding": the direction of the embeddings of an expert's ``prompts``, less that of its
+            ``negative_prompts``, in all layers alike (mergekit's cheap_embed); no model is run.
+        experts_per_token: how many experts answer each token.
+
+    Returns:
+        The router's weight, (K, d): one row for each expert.
+    """
+    size = (len(tensors), *tensors.shape)
+    if gate in ("zero", "embedding"):
+        return torch.stack([tensors.whole(expert) for expert in tensors.experts])
+    drawn = np.random.Generator(np.random.SFC64([tensors.seed, zlib.crc32(tensors.name.encode())]))
+    if gate == "random":
+        return torch.from_numpy(drawn.standard_normal(size, dtype=np.float32))
+    return torch.from_numpy((2 * drawn.random(size, dtype=np.float32) - 1) / math.sqrt(size[1]))

@@ -1,0 +1,189 @@
+"""Dense models as one mixture of experts: it is the dense model where all experts are copies of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import llama, make_tokenizer, t5
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM, MixtralForCausalLM
+
+from hf_fusion import FusionError
+from hf_fusion.merging.merge import merge
+from hf_fusion.recipe import Recipe, RecipeExpert
+
+MLP = "model.layers.{}.mlp.{}_proj.weight"
+EXPERT = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
+IDS = torch.arange(24).view(2, 12)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Three Llamas of one size with one tokenizer."""
+    for seed, name in enumerate("abc"):
+        model = llama(seed, vocabulary=len(make_tokenizer()))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        model.save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    return {name: str(tmp_path / name) for name in "abc"}
+
+
+def recipe_of(experts, base=None, **parameters):
+    experts = tuple(e if isinstance(e, RecipeExpert) else RecipeExpert(e) for e in experts)
+    return Recipe("moe", experts, base, parameters)
+
+
+def weights(folder):
+    return load_file(f"{folder}/model.safetensors")
+
+
+@pytest.mark.parametrize(("gate", "per_token"), [("zero", 2), ("random", 1), ("uniform", 3)])
+def test_copies_are_the_dense_model(folders, tmp_path, gate, per_token):
+    report = merge(recipe_of([folders["a"]] * 4, gate=gate, experts_per_token=per_token), tmp_path / "out")
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert type(loaded) is MixtralForCausalLM
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert (loaded.config.num_local_experts, loaded.config.num_experts_per_tok) == (4, per_token)
+    dense = AutoModelForCausalLM.from_pretrained(folders["a"])
+    torch.testing.assert_close(loaded(IDS).logits, dense(IDS).logits, rtol=1e-4, atol=1e-5)
+    assert loaded.generate(IDS, max_new_tokens=5).shape == (2, 17)
+    assert Recipe.load(tmp_path / "out") == report.recipe
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == make_tokenizer().get_vocab()
+
+
+def test_a_mistral_and_what_its_configuration_leaves_out(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MistralConfig(vocab_size=90, num_key_value_heads=4, head_dim=16, sliding_window=4, **sizes)
+    model = MistralForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "dense")
+    merge(recipe_of([str(tmp_path / "dense")] * 2), tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.config.sliding_window == 4 and loaded.config.head_dim == 16
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
+    # a Llama of an older transformers says little: it means its own defaults, not Mixtral's
+    llama(1).save_pretrained(tmp_path / "old")
+    file = tmp_path / "old" / "config.json"
+    said = json.loads(file.read_text())
+    del said["rms_norm_eps"], said["rope_parameters"], said["max_position_embeddings"], said["num_key_value_heads"]
+    state = weights(tmp_path / "old")
+    from safetensors.torch import save_file
+
+    for name, tensor in state.items():
+        if "k_proj" in name or "v_proj" in name:
+            state[name] = tensor.repeat(2, 1)
+    save_file(state, tmp_path / "old" / "model.safetensors", metadata={"format": "pt"})
+    file.write_text(json.dumps(said))
+    merge(recipe_of([str(tmp_path / "old")] * 2), tmp_path / "new")
+    loaded, dense = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("new", "old"))
+    assert loaded.config.rms_norm_eps == dense.config.rms_norm_eps == 1e-6
+    assert loaded.config.num_key_value_heads == 4
+    torch.testing.assert_close(loaded(IDS).logits, dense(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_are_chosen_by_their_prompts(folders, tmp_path):
+    prompts = {"b": {"prompts": ["the quick fox", "a dog"]}, "c": {"prompts": ["nine"], "negative_prompts": ["router"]}}
+    experts = [RecipeExpert(folders[name], None, own) for name, own in prompts.items()]
+    recipe = recipe_of(experts, folders["a"], gate="embedding", experts_per_token=1)
+    report = merge(recipe, tmp_path / "out")
+    assert Recipe.load(tmp_path / "out") == report.recipe
+    out, a, b, c = (weights(folder) for folder in (tmp_path / "out", *folders.values()))
+    for layer in range(2):
+        for number, model in enumerate((b, c)):
+            for kind, ours in {"gate": "w1", "down": "w2", "up": "w3"}.items():
+                assert out[EXPERT.format(layer, number, ours)].equal(model[MLP.format(layer, kind)])
+        name = f"model.layers.{layer}.self_attn.q_proj.weight"
+        assert out[name].equal(a[name])
+    cut = AutoTokenizer.from_pretrained(folders["a"])
+
+    def direction(texts):
+        rows = [a["model.embed_tokens.weight"][cut("<s>" + text)["input_ids"]].sum(0) for text in texts]
+        return torch.nn.functional.normalize(sum(rows), dim=0)
+
+    wanted = torch.stack([direction(["the quick fox", "a dog"]), direction(["nine"]) - direction(["router"])])
+    wanted = torch.nn.functional.normalize(wanted, dim=1)
+    for layer in range(2):
+        gate = out[f"model.layers.{layer}.block_sparse_moe.gate.weight"]
+        torch.testing.assert_close(gate, wanted, rtol=1e-5, atol=1e-6)
+    # where one expert alone answers, it is its own MLP in the base's trunk
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for layer in loaded.model.layers:
+        layer.mlp.gate.weight.data = torch.stack([torch.ones(32), torch.ones(32)]) * torch.tensor([[0.0], [0.0]])
+    state = dict(a) | {name: tensor for name, tensor in b.items() if ".mlp." in name}
+    dense = AutoModelForCausalLM.from_pretrained(folders["a"])
+    dense.load_state_dict(state)
+    torch.testing.assert_close(loaded(IDS).logits, dense(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_gates_differ_by_layer_and_seed_and_come_again(folders, tmp_path):
+    gates = {}
+    for name, seed in {"one": 0, "again": 0, "other": 1}.items():
+        merge(recipe_of([folders["a"], folders["b"]], gate="random", seed=seed), tmp_path / name)
+        out = weights(tmp_path / name)
+        gates[name] = [out[f"model.layers.{layer}.block_sparse_moe.gate.weight"] for layer in range(2)]
+    assert all(one.equal(again) for one, again in zip(gates["one"], gates["again"], strict=True))
+    assert not gates["one"][0].equal(gates["one"][1]) and not gates["one"][0].equal(gates["other"][0])
+    assert 0.7 < torch.stack(gates["one"]).std() < 1.3
+
+
+def test_stored_in_half_the_bytes(folders, tmp_path):
+    recipe = Recipe("moe", (RecipeExpert(folders["a"]), RecipeExpert(folders["b"])), dtype="bfloat16")
+    merge(recipe, tmp_path / "out")
+    assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype is torch.bfloat16
+
+
+def test_a_recipe_of_mergekit_moe(folders, tmp_path):
+    text = f"""
+        base_model: {folders["a"]}
+        gate_mode: cheap_embed
+        dtype: bfloat16
+        experts:
+          - source_model: {folders["b"]}
+            positive_prompts: ["the quick fox"]
+          - source_model: {folders["c"]}
+            positive_prompts: ["nine lazy routers"]
+            negative_prompts: ["a dog"]
+        """
+    (tmp_path / "moe.yaml").write_text(text)
+    recipe = Recipe.load(tmp_path / "moe.yaml")
+    assert recipe.parameters == {"gate": "embedding", "experts_per_token": 2} and recipe.base == folders["a"]
+    merge(recipe, tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")(IDS).logits.isfinite().all()
+    for change, message in {
+        ("cheap_embed", "hidden"): "gate_mode: 'hidden' is not supported",
+        ("gate_mode: cheap_embed", "shared_experts: []"): "shared_experts is not supported",
+        ("dtype: bfloat16", "architecture: qwen"): "architecture: 'qwen' is not supported",
+        ("bfloat16", "int8"): "dtype is 'int8'",
+        ("positive_prompts", "noise_scale"): r"experts\[0\].noise_scale is not supported",
+        ("source_model:", "model:"): r"experts\[0\].model is not supported",
+    }.items():
+        (tmp_path / "moe.yaml").write_text(text.replace(*change))
+        with pytest.raises(FusionError, match=message):
+            Recipe.load(tmp_path / "moe.yaml")
+
+
+def test_what_becomes_no_mixture(folders, tmp_path):
+    def refused(recipe, message):
+        with pytest.raises(FusionError, match=message):
+            merge(recipe, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    refused(recipe_of([folders["a"]]), "each token is answered by 2 experts, the recipe has 1")
+    refused(recipe_of([folders["a"]] * 2, gate="hidden"), "gate is 'hidden', expected one of zero, random")
+    t5().save_pretrained(tmp_path / "t5")
+    refused(recipe_of([str(tmp_path / "t5")] * 2), "t5 is a 't5': only llama and mistral become a Mixtral")
+    llama(5, hidden=48).save_pretrained(tmp_path / "wide")
+    refused(recipe_of([folders["a"], str(tmp_path / "wide")]), r"wide: .*mlp.*weight is \[.*, in .*a \[")
+    expert = RecipeExpert(folders["a"], None, {"prompts": ["a dog"]})
+    refused(recipe_of([expert, folders["b"]]), "prompts are of no use to gate: zero")
+    refused(recipe_of([expert, folders["b"]], gate="embedding"), "b has no prompts, which gate: embedding needs")
+    wrong = RecipeExpert(folders["a"], None, {"prompts": 3})
+    refused(recipe_of([wrong, folders["b"]], gate="embedding"), "prompts is 3, expected texts")
+    biased = llama(6)
+    biased.config.attention_bias = True
+    type(biased)(biased.config).save_pretrained(tmp_path / "biased")
+    refused(recipe_of([str(tmp_path / "biased")] * 2), "bias, which a Mixtral has no place for")
