@@ -1,0 +1,76 @@
+"""Static merging of state dicts that are in memory: for notebooks, searches over parameters and benchmarks.
+
+`hf_fusion.merging.merge` does the same from files, without ever holding a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from hf_fusion.errors import FusionError
+from hf_fusion.merging.methods import method_named
+from hf_fusion.merging.schema import arguments_at, check_setting
+from hf_fusion.merging.sources import depths
+from hf_fusion.merging.tensors import InMemory, Statistic, Tensors, WholeModel, merge_tensors
+
+
+@torch.no_grad()
+def merge_states(
+    method: str,
+    base: Mapping[str, torch.Tensor] | None,
+    experts: Sequence[Mapping[str, torch.Tensor]],
+    *,
+    own: Sequence[Mapping[str, Any]] = (),
+    statistics: Sequence[Mapping[str, Statistic]] = (),
+    seed: int = 0,
+    **parameters: Any,
+) -> dict[str, torch.Tensor]:
+    """Merges tensors of the same names and shapes.
+
+    Args:
+        method: a key of `hf_fusion.merging.methods.MERGE_METHODS`.
+        base: tensors of the model that the experts were fine-tuned from; left aside by methods without a base.
+        experts: tensors of each expert: at least those of the base, else of the first.
+        own: what each expert has of its own (``weight``), one mapping an expert.
+        statistics: of each expert, tensor name → what was measured of it, for methods that need it.
+        seed: of what is drawn at random.
+        parameters: the method's own, for all experts: values, gradients over the layers or filters by name.
+
+    Returns:
+        Name → merged tensor, float32, on the CPU. What is no float is the first model's.
+
+    Raises:
+        FusionError: for an unknown method or parameter, and a value out of its range.
+        ValueError: what the method says of a tensor.
+    """
+    row = method_named(method)
+    for key, value in parameters.items():
+        if key not in row.parameters:
+            raise FusionError(f"{method} has no parameter {key!r}", f"use {', '.join(row.parameters)}")
+        check_setting(row.parameters[key], value, method)
+    start = base if row.base and base is not None else None
+    first = start if start is not None else experts[0]
+    settings = [[each] for each in own] or [[] for _ in experts]
+    floats = [name for name, tensor in first.items() if tensor.is_floating_point()]
+
+    def opened(name: str) -> Tensors:
+        readers = [InMemory(expert[name].cpu()) for expert in experts]
+        measured = [each.get(name) for each in statistics]
+        return Tensors(name, None if start is None else InMemory(start[name].cpu()), readers, seed, whole, measured)
+
+    whole = WholeModel(lambda: [opened(name) for name in floats])
+    merged = {name: tensor.clone() for name, tensor in first.items() if not tensor.is_floating_point()}
+    for name, depth in depths(dict.fromkeys(floats)).items():
+        tensors = opened(name)
+        arguments = arguments_at(row.parameters, [parameters], settings, name, depth)
+        values = torch.empty(tensors.numel)
+        for begin, part in merge_tensors(tensors, row.function(tensors, **arguments)):
+            values[begin : begin + len(part)] = part
+        merged[name] = values.view(tensors.shape)
+    return merged
+
+
+__all__ = ["merge_states"]
