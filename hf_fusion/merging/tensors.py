@@ -122,7 +122,8 @@ class Chunk:
     def random(self, index: int) -> np.ndarray:
         """uint16 drawn uniformly for each element; the same for the same seed, tensor, expert and chunk."""
         name = zlib.crc32(self.tensors.name.encode())
-        drawn = np.random.Generator(np.random.SFC64([self.tensors.seed, name, index, self.number]))
+        number = self.number % (1 << 32)  # a sample's pieces have numbers below 0
+        drawn = np.random.Generator(np.random.SFC64([self.tensors.seed, name, index, number]))
         return drawn.integers(0, 1 << 64, -(-self.size // 4), dtype=np.uint64).view(np.uint16)[: self.size]
 
     def _values(self, index: int, reader: Reader) -> torch.Tensor:

@@ -227,7 +227,7 @@ def test_dare_ties_trimmed_over_the_model():
     from hf_fusion.merging.tensors import WholeModel, merge_tensors
 
     generator = torch.Generator().manual_seed(3)
-    moved = {str(n): torch.randn(s, generator=generator) * (n + 1) for n, s in enumerate([(40, 50), (30,), (7, 11)])}
+    moved = {str(n): torch.randn(s, generator=generator) * (n + 1) for n, s in enumerate([(300, 301), (30,), (7, 11)])}
 
     def opened():
         return [Tensors(name, InMemory(torch.zeros_like(m)), [InMemory(m)]) for name, m in moved.items()]
