@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ..hub.load import ExpertLike
 
 Labels = Literal["expected", "sampled", "true"]
+FEW = 10  # classes up to which all of them are counted: each takes a backward pass
 GENERATES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 
 
@@ -109,8 +110,8 @@ def measure_fisher(
         examples: so many rows are taken, at random.
         labels: how y is drawn. "expected": all classes by their probabilities, exactly; a backward pass each.
             "sampled": one from the model's distribution; of text, each token after those of the target. "true": the
-            rows' own, which makes it the empirical Fisher. Default: "expected" for classifiers and regressors, "true"
-            for language models, whose answers cannot be enumerated.
+            rows' own, which makes it the empirical Fisher. Default: "expected" for regressors and up to 10 classes,
+            "sampled" for more, "true" for language models, whose answers cannot be enumerated.
         max_length: the longest sequence, in tokens.
         seed: of the choice of rows, and of sampled labels.
 
@@ -123,8 +124,7 @@ def measure_fisher(
     (loaded,) = load_experts([expert], base=base, gates=False)
     head = head_of_architecture(type(loaded.model).__name__)
     generates = head is not None and head.auto in GENERATES
-    labels = labels or ("true" if generates else "expected")
-    if labels not in ("sampled", "true", *(() if generates else ("expected",))):
+    if labels not in (None, "sampled", "true", *(() if generates else ("expected",))):
         raise FusionError(f"labels={labels!r} of {loaded.name}", "use sampled or true" if generates else "use expected")
     read = _read(loaded, rows, max_length, labelled=generates or labels == "true")
     chosen = _chosen(read, examples, seed)
@@ -136,6 +136,7 @@ def measure_fisher(
         for row in chosen:
             inputs = _inputs(read, [row], loaded.model)
             log = _log_probabilities(model, inputs, loaded.model.config.is_encoder_decoder if generates else None)
+            labels = labels or ("true" if generates else "expected" if len(log) <= FEW else "sampled")
             terms = _drawn(log, inputs["labels"][0], labels, generator)
             for number, (weight, term) in enumerate(terms):
                 grads = torch.autograd.grad(
@@ -143,12 +144,21 @@ def measure_fisher(
                 )
                 for total, grad in zip(squares.values(), grads, strict=True):
                     if grad is not None:
-                        total.addcmul_(grad, grad, value=weight / len(chosen))
+                        _add_square(total, grad, weight / len(chosen))
     if broken := next((name for name, total in squares.items() if not bool(total.isfinite().all())), None):
         raise FusionError(f"{loaded.name}: the gradients of {broken} are not finite")
     found = {name: total.cpu() for name, total in squares.items()}
     places = {name: (name, 1) for name in found}
     return Statistics("fisher", loaded.name, len(chosen), found, places, {"labels": labels, "seed": seed})
+
+
+def _add_square(total: torch.Tensor, grad: torch.Tensor, weight: float) -> None:
+    """Adds weight · grad² in place; of an embedding only the rows that were read have a gradient."""
+    if grad.is_sparse:
+        grad = grad.coalesce()
+        total.index_add_(0, grad.indices()[0], grad.values().square(), alpha=weight)
+    else:
+        total.addcmul_(grad, grad, value=weight)
 
 
 def run_with(model: Any, tensors: Mapping[str, torch.Tensor], **inputs: Any) -> Any:
@@ -443,13 +453,17 @@ def parameters_of(expert: Expert) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Without dropout, for a while."""
-    was_training = model.training
+    """Without dropout, and with gradients of embeddings that hold no rows of zeros, for a while."""
+    was_training, dense = model.training, [m for m in model.modules() if isinstance(m, nn.Embedding) and not m.sparse]
     model.eval()
+    for module in dense:
+        module.sparse = True
     try:
         yield
     finally:
         model.train(was_training)
+        for module in dense:
+            module.sparse = False
 
 
 __all__ = [
