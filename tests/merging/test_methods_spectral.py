@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from in_memory import adversarial, merged, product
 from torch.linalg import svd, svdvals
 
 CASES = adversarial(3)
-_tall, _wide = torch.randn(4, 5003, 107), torch.randn(4, 211, 2503)  # two chunks and a rest each
+_random = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+_tall, _wide = _random(4, 5003, 107), _random(4, 211, 2503)  # two chunks and a rest each
 CASES["chunks"] = (_tall[0], list(_tall[1:]))
 CASES["wide chunks"] = (_wide[0], list(_wide[1:]))
-_low = torch.randn(30, 2) @ torch.randn(2, 20)
-CASES["low rank"] = (torch.zeros(30, 20), [_low, torch.randn(30, 1) @ torch.randn(1, 20), _low * 2 - 1])
+_low = _random(30, 2) @ _random(2, 20)
+CASES["low rank"] = (torch.zeros(30, 20), [_low, _random(30, 1) @ _random(1, 20), _low * 2 - 1])
 
 
 def close(got, wanted, inputs, tolerance=1e-5):
@@ -70,12 +73,12 @@ def test_tsv_m(case, weights):
 
 
 def test_tsv_m_averages_matrices_with_fewer_rows_than_experts():
-    base, experts = torch.randn(2, 50), [torch.randn(2, 50) for _ in range(3)]
+    base, *experts = _random(4, 2, 50)
     close(merged("tsv_m", base, experts), sum(experts).double() / 3, experts)
 
 
 def test_tsv_m_of_one_expert_is_the_expert():
-    base, expert = torch.randn(40, 30), torch.randn(40, 30)
+    base, expert = _random(2, 40, 30)
     close(merged("tsv_m", base, [expert]), expert.double(), [expert])
 
 
