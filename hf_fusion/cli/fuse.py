@@ -89,6 +89,7 @@ def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
     """A plain model of the experts' own kind, without loading them."""
     from tqdm import tqdm
 
+    from hf_fusion.merging.adapters import AdapterReport
     from hf_fusion.merging.merge import cores, merge, plan_merge
 
     if args.threads is not None and args.threads < 1:
@@ -131,14 +132,17 @@ def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
             bar.update(done - bar.n)
 
         report = merge(recipe, args.output, threads=args.threads, shard_bytes=int(args.shard_gb * 1e9), progress=shown)
+    error = report.error if isinstance(report, AdapterReport) else None
     out.result(
         "Merged",
         folder=str(report.folder),
         tensors=report.tensors,
         mb=round(report.nbytes / 1e6, 1),
         seconds=round(report.seconds, 1),
+        **({} if error is None else {"relative_error": round(error, 6)}),
     )
-    out.hint(f"hf-fusion eval {args.output} --data DATA")
+    load = f'PeftModel.from_pretrained(base, "{args.output}")  # base: {report.recipe.base}'
+    out.hint(f"hf-fusion eval {args.output} --data DATA" if error is None else load)
 
 
 def _parameters(given: list[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tiny import bert, gpt2, llama, t5
 
 from hf_fusion import FusionError
+from hf_fusion.cli import main
 from hf_fusion.merging.merge import merge
 from hf_fusion.recipe import Recipe, RecipeExpert
 
@@ -194,3 +195,15 @@ def test_what_cannot_be_merged_is_named(tmp_path):
     with pytest.raises(FusionError, match="overlaps the input"):
         merge(recipe_of([one, one]), one)
     assert not out.exists() and not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_the_command_tells_what_a_rank_loses(tmp_path, capsys):
+    model = llama()
+    folders = [str(save(tmp_path / str(i), model, i, r=4, target_modules=["q_proj"])) for i in range(2)]
+    given = ["fuse", "--method", "lora", "--experts", *folders, "--set", "rank=4", "--set", "normalize=true"]
+    assert main([*given, "-o", str(tmp_path / "out"), "--format", "json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    report = merge(recipe_of(map(str, folders), [None, None], rank=4, normalize=True), tmp_path / "again")
+    assert told["relative_error"] == pytest.approx(report.error, abs=1e-6) and report.error > 0
+    assert main([*given, "-o", str(tmp_path / "dry"), "--dry-run"]) == 1
+    assert "lora merges adapters" in capsys.readouterr().err
