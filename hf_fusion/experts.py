@@ -63,12 +63,14 @@ class Adapter:
         saved: parameter name in the base -> the tensor that replaces it (PEFT's ``modules_to_save``).
         base: id or folder of the base model.
         base_revision: commit of the base, if the adapter records one.
+        transposed: whether the base stores these weights as (d_in, d_out), as GPT-2's Conv1D does.
     """
 
     lora: dict[str, tuple[torch.Tensor, torch.Tensor]]
     saved: dict[str, torch.Tensor] = field(default_factory=dict)
     base: str = ""
     base_revision: str | None = None
+    transposed: bool = False
 
 
 @dataclass

@@ -18,7 +18,9 @@ from hf_fusion.folders import replace_folder
 from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.heads import architectures, head_of_task
 from hf_fusion.hub.load import load_experts
-from hf_fusion.recipe import RECIPE_FILE, Recipe, RecipeExpert
+from hf_fusion.merging.loaded import fuse_static, load_merged, merged_model, save_files
+from hf_fusion.merging.methods import MERGE_METHODS
+from hf_fusion.recipe import RECIPE_ATTRIBUTE, RECIPE_FILE, Recipe, RecipeExpert
 
 if TYPE_CHECKING:
     import torch
@@ -54,9 +56,7 @@ class Method:
         return found
 
 
-RECIPE_ATTRIBUTE = "fusion_recipe"
-
-# A new method is one more row.
+# A new method is one more row; the static merging methods have a table of their own, `MERGE_METHODS`.
 METHODS = {
     "foe": Method("hf_fusion.models.foe", "FoEModel.from_experts"),
     "ensemble": Method("hf_fusion.models.foe", "FoEModel.ensemble", weighs=True),
@@ -67,7 +67,7 @@ METHODS = {
 
 def fuse(
     method: str,
-    experts: Sequence[ExpertLike],
+    experts: Sequence[ExpertLike | RecipeExpert],
     base: str | Path | PreTrainedModel | None = None,
     *,
     task: str | None = None,
@@ -80,8 +80,9 @@ def fuse(
     """Make one model of several experts.
 
     Args:
-        method: one of `METHODS`.
-        experts: as `load_experts` takes them.
+        method: a family, one of `METHODS`, or a static merging method, one of
+            `hf_fusion.merging.methods.MERGE_METHODS`.
+        experts: as `load_experts` takes them. To a static method also `RecipeExpert`, each with what is its own.
         base: the adapters' base, where it is not the one they record; the base that full fine-tunes were made from,
             for methods that merge them.
         task: pipeline tag that decides the experts' model class.
@@ -89,18 +90,29 @@ def fuse(
         allow_pickle: see `load_experts`.
         trust_remote_code: see `load_experts`.
         api: the Hub's client.
-        parameters: the method's own options.
+        parameters: the method's own options. A static method's are those of its recipes, and ``weights``: each
+            expert's weight.
 
     Returns:
-        The fused model. Its attribute ``fusion_recipe`` says what it was made of, with pinned commits.
+        The fused model; of a static method a plain one, of the class of its base or first expert. Its attribute
+        ``fusion_recipe`` says what it was made of, with pinned commits.
 
     Raises:
         FusionError: for an unknown method or option, and for experts that cannot be loaded or fused.
     """
-    row = _method(method, parameters)
+    if method in MERGE_METHODS:
+        if task or allow_pickle:
+            raise FusionError(
+                f"{method} merges the tensors of safetensors files, whatever their task",
+                f"leave {'task' if task else 'allow_pickle'} out",
+            )
+        return fuse_static(
+            method, experts, base, dtype=dtype, trust_remote_code=trust_remote_code, api=api, **parameters
+        )
+    row, sources = _method(method, parameters), [_loadable(method, expert) for expert in experts]
     with _explained():
         if row.check:
-            row.load(row.check)(experts, **parameters)
+            row.load(row.check)(sources, **parameters)
     how: dict[str, Any] = {
         "dtype": dtype,
         "allow_pickle": allow_pickle,
@@ -114,10 +126,10 @@ def fuse(
             trunk = task if task and not head_of_task(task).has_labels else None  # a base may lack its experts' head
             [parameters["base"]] = load_experts([base], task=trunk, gates=False, **how)
             given, base = _named(base, parameters["base"]), parameters["base"].model
-    loaded = load_experts(experts, base=base, task=task, **how)
+    loaded = load_experts(sources, base=base, task=task, **how)
     with _explained():
         model = row.load()(loaded, **parameters)
-    names = [_named(*pair) for pair in zip(experts, loaded, strict=True)]
+    names = [_named(*pair) for pair in zip(sources, loaded, strict=True)]
     setattr(model, RECIPE_ATTRIBUTE, _recipe(method, names, loaded, recorded, dtype, given))
     return model
 
@@ -134,7 +146,9 @@ def _explained() -> Iterator[None]:
 def fuse_recipe(
     recipe: Recipe, *, allow_pickle: bool = False, trust_remote_code: bool = False, api: HfApi | None = None
 ) -> PreTrainedModel:
-    """Make the model that a recipe describes; see `fuse`."""
+    """Make the model that a recipe describes; see `fuse`. Static merges are written without loading by `merge`."""
+    if recipe.method in MERGE_METHODS:
+        return merged_model(recipe, trust_remote_code=trust_remote_code, api=api)
     parameters = dict(recipe.parameters)
     task = parameters.pop("task", None)
     method = _method(recipe.method, parameters)
@@ -179,6 +193,7 @@ def save_fused(model: PreTrainedModel, folder: str | Path, recipe: Recipe | None
     staging.mkdir()
     try:
         model.save_pretrained(staging)  # a family's model saves its processor too
+        save_files(model, staging)
         recipe.save(staging / RECIPE_FILE)
         replace_folder(staging, folder)
     finally:
@@ -186,8 +201,12 @@ def save_fused(model: PreTrainedModel, folder: str | Path, recipe: Recipe | None
     return folder
 
 
-def load_fused(folder: str | Path) -> tuple[PreTrainedModel, Recipe]:
-    """Read back what `save_fused` wrote, with this package's own code rather than the folder's.
+def load_fused(folder: str | Path, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Recipe]:
+    """Read back what `save_fused`, or a static merge, wrote: a family with this package's code, not the folder's.
+
+    Args:
+        folder: holds ``fusion.yaml``.
+        trust_remote_code: whether a static merge of models that transformers does not know may run their code.
 
     Returns:
         The model, in evaluation mode, and its recipe.
@@ -199,6 +218,8 @@ def load_fused(folder: str | Path) -> tuple[PreTrainedModel, Recipe]:
 
     folder = Path(folder)
     recipe = Recipe.load(folder)
+    if recipe.method in MERGE_METHODS:
+        return load_merged(folder, trust_remote_code=trust_remote_code), recipe
     if recipe.method not in METHODS:
         raise FusionError(
             f"{folder} was made by the unknown method {recipe.method!r}.", hint="pip install -U hf_fusion"
@@ -218,12 +239,23 @@ def load_fused(folder: str | Path) -> tuple[PreTrainedModel, Recipe]:
 def _method(name: str, parameters: dict[str, Any]) -> Method:
     """The row of a method, once its name and its options are known to be right."""
     if name not in METHODS:
-        raise FusionError(f"There is no method {name!r}.", hint=f"use one of: {', '.join(METHODS)}")
+        raise FusionError(
+            f"There is no method {name!r}.",
+            hint=f"use one of: {', '.join(METHODS)}; or merge by {', '.join(MERGE_METHODS)}",
+        )
     method = METHODS[name]
     options = [option for option in inspect.signature(method.load()).parameters if option not in ("experts", "base")]
     if unknown := [option for option in parameters if option not in options]:
         raise FusionError(f"Method {name} has no parameter {unknown[0]!r}.", hint=f"use {', '.join(options)}")
     return method
+
+
+def _loadable(method: str, given: ExpertLike | RecipeExpert) -> ExpertLike:
+    if isinstance(given, RecipeExpert):
+        raise FusionError(
+            f"{method} loads its experts: {given.model} is a RecipeExpert", "pass its model, and weights="
+        )
+    return given
 
 
 def _named(given: ExpertLike, expert: Expert) -> str:

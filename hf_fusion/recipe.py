@@ -28,6 +28,8 @@ from hf_fusion.errors import FusionError, shown
 from hf_fusion.plain_yaml import read_yaml
 
 RECIPE_FILE = "fusion.yaml"
+RECIPE_ATTRIBUTE = "fusion_recipe"
+"""Where a fused model has its recipe."""
 DTYPES = ("float32", "float16", "bfloat16")
 # keys that a recipe of mergekit has and ours has not
 MERGEKIT = {"merge_method", "models", "base_model", "modules"}

@@ -7,10 +7,11 @@ What cannot be written as ``W + B @ A`` is refused by the name of the adapter an
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from hf_fusion.experts import Adapter
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -105,6 +107,7 @@ def read_adapter(folder: str | Path, name: str, *, allow_pickle: bool = False) -
         saved=saved,
         base=str(config.get("base_model_name_or_path") or ""),
         base_revision=config.get("revision") or None,
+        transposed=bool(config.get("fan_in_fan_out")),
     )
 
 
@@ -195,6 +198,33 @@ def shape_problems(
         if shape != expected and not is_head:
             problems.append(f"{key} is {list(expected)} in the base, {list(shape)} in the adapter")
     return problems
+
+
+def with_adapter(base: PreTrainedModel, adapter: Adapter, labels: Sequence[str] = ()) -> PreTrainedModel:
+    """A copy of a base with an adapter in its weights, as PEFT's ``merge_and_unload`` makes it.
+
+    Args:
+        base: of any head.
+        adapter: must fit it.
+        labels: names of the classes, where the adapter brings a head of its own.
+    """
+    import torch
+
+    model = copy.deepcopy(base)
+    modules: dict[str, Any] = dict(model.named_modules())
+    with torch.no_grad():
+        for path, (a, b) in adapter.lora.items():
+            weight, update = modules[path].weight, b.float() @ a.float()  # (d_out, d_in)
+            is_linear = isinstance(modules[path], torch.nn.Linear)
+            weight.copy_(weight.float() + (update if is_linear else update.T).to(weight.device))
+        for name, tensor in adapter.saved.items():
+            path, _, own = name.rpartition(".")
+            old = getattr(modules[path], own)
+            setattr(modules[path], own, torch.nn.Parameter(tensor.to(old.device, old.dtype, copy=True)))
+    if labels:
+        model.config.id2label = dict(enumerate(labels))
+        model.config.label2id = {label: index for index, label in enumerate(labels)}
+    return model
 
 
 def linear_sizes(module: torch.nn.Module | None) -> tuple[int, int] | None:

@@ -19,7 +19,7 @@ import yaml
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.card_families import FAMILIES, Family
-from hf_fusion.hub.heads import HEADS, architectures, head_of_architecture
+from hf_fusion.hub.heads import HEADS, auto_class_of
 from hf_fusion.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def read_facts(
         results: a `Results`, its dict, or None for ``results.json`` in the folder, if there is one.
     """
     config, recipe = read_json(folder / "config.json", str(folder)), Recipe.load(folder)
-    auto_class, family = _auto_class(config), _family(str(config.get("model_type")))
+    auto_class, family = auto_class_of(config), _family(str(config.get("model_type")))
     has_map = bool(family.map) and (folder / family.map).exists()
     rows = config.get("experts") or [{}] * len(experts)
     total = sum(row.get("cost", 0) for row in rows)
@@ -308,16 +308,6 @@ def _interval(score: Mapping[str, Any], form: str = "{:.1f}") -> str:
     """A share with its interval, which need not lie evenly around it."""
     low, high = (round(100 * end) for end in score["ci95"])
     return f"{form.format(100 * score['score'])} % ({low}–{high})"
-
-
-def _auto_class(config: Mapping[str, Any]) -> str:
-    """The most particular Auto class that loads a model: from ``auto_map``, else from its architecture."""
-    heads = [name for name in config.get("auto_map") or () if name not in ("AutoConfig", "AutoModel")]
-    known = [name for name in heads if any(head.auto == name for head in HEADS)]
-    if known:
-        return known[0]
-    head = head_of_architecture(next(iter(architectures(dict(config))), None))
-    return head.auto if head else "AutoModel"
 
 
 def _count_parameters(folder: Path) -> int:

@@ -87,6 +87,16 @@ def architectures(config: dict[str, Any]) -> list[str]:
     return [str(name) for name in named] if isinstance(named, list) else []
 
 
+def auto_class_of(config: dict[str, Any]) -> str:
+    """Name of the most particular Auto class that loads a model: from ``auto_map``, else from its architecture."""
+    heads = [name for name in config.get("auto_map") or () if name not in ("AutoConfig", "AutoModel")]
+    known = [name for name in heads if any(head.auto == name for head in HEADS)]
+    if known:
+        return known[0]
+    head = head_of_architecture(next(iter(architectures(config)), None))
+    return head.auto if head else "AutoModel"
+
+
 def head_of_adapter(config: dict[str, Any]) -> Head | None:
     """The head an ``adapter_config.json`` was trained for, from ``task_type`` or ``auto_mapping``."""
     task_type = config.get("task_type")

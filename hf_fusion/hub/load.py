@@ -117,7 +117,7 @@ class _Loader:
         download(wanted, self.api)
 
         loaded: list[Expert | None] = [
-            None if i in sources else _in_memory(expert, i) for i, expert in enumerate(experts)
+            None if i in sources else in_memory(expert, i) for i, expert in enumerate(experts)
         ]
         with quiet_transformers():
             for i, source in sources.items():
@@ -177,8 +177,8 @@ class _Loader:
         model, info = self._model(source, head)
         # Asking for features drops a head; everything else must use every tensor and fill every parameter.
         keeps_all = head.auto != "AutoModel"
-        _refuse_keys(source.name, "missing", info["missing_keys"])
-        _refuse_keys(source.name, "unexpected", info["unexpected_keys"] if keeps_all else ())
+        refuse_keys(source.name, "missing", info["missing_keys"])
+        refuse_keys(source.name, "unexpected", info["unexpected_keys"] if keeps_all else ())
         _refuse_not_finite(model, source.name)
         labels = [model.config.id2label[k] for k in sorted(model.config.id2label)] if head.has_labels else []
         return self._expert(source, base, model, head, labels)
@@ -206,7 +206,7 @@ class _Loader:
         for i, source in sources.items():
             adapter = self._cast(adapters[i])
             _refuse_misfits({source.name: adapter}, model)
-            _refuse_keys(source.name, "missing in the adapter and in its base", unfilled - set(adapter.saved))
+            refuse_keys(source.name, "missing in the adapter and in its base", unfilled - set(adapter.saved))
             labels = _adapter_labels(source, adapter) if head.has_labels else []
             expert = self._expert(source, base, model, head, labels, adapter)
             gates = read_gates(_folder(source), source.name, adapter, model) if self.gates else None
@@ -381,8 +381,8 @@ def _processor(source: Source, code: bool) -> Any:
         raise FusionError(f"The processor of {source.name} cannot be loaded: {first_line(error)}") from error
 
 
-def _in_memory(expert: Any, index: int) -> Expert:
-    """An `Expert` as it is, or one made of a loaded model."""
+def in_memory(expert: Any, index: int) -> Expert:
+    """An `Expert` as it is, or one made of a loaded model; errors call it by its number."""
     from transformers import PreTrainedModel
 
     if isinstance(expert, Expert):
@@ -410,7 +410,7 @@ def _refuse_misfits(adapters: Mapping[str, Adapter], base: Any) -> None:
             raise FusionError(f"Adapter {name} does not fit its base: {'; '.join(problems[:5])}.")
 
 
-def _refuse_keys(name: str, what: str, keys: Any) -> None:
+def refuse_keys(name: str, what: str, keys: Any) -> None:
     """A parameter the checkpoint does not fill would stay random; a tensor it does not use would be lost."""
     if keys:
         shown = ", ".join(sorted(map(str, keys))[:5])

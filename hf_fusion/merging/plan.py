@@ -116,10 +116,12 @@ def check_recipe(recipe: Recipe) -> None:
     if not recipe.slices and (count < least or (most is not None and count > most)):
         raise FusionError(f"{name} merges {wanted} experts, the recipe has {count}")
     for number, slice_ in enumerate(recipe.slices):
-        count = sum(source.model != recipe.base for source in slice_.sources)
+        own = sum(source.model != recipe.base for source in slice_.sources)
         # one alone is passed on as it is, by any method
-        if count > 1 and (count < least or (most is not None and count > most)):
-            raise FusionError(f"{name} merges {wanted} experts, slices[{number}] has {count}")
+        if own > 1 and (own < least or (most is not None and own > most)):
+            raise FusionError(f"{name} merges {wanted} experts, slices[{number}] has {own}")
+    if 0 < sum(expert.weight is not None for expert in recipe.experts) < count:
+        raise FusionError(f"{name}: experts have weights only partly", "give one to each or to none")
     if method.base == "needed" and not recipe.base:
         raise FusionError(f"{name} needs the base of its experts", "base: owner/name")
     if not method.base and recipe.base:

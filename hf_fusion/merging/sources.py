@@ -57,17 +57,24 @@ class Model:
         if name in self.adapter.saved:
             return InMemory(self.adapter.saved[name])
         pair = self.adapter.lora.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        return Adapted(stored, *pair) if pair else stored
+        return Adapted(stored, *pair, self.adapter.transposed) if pair else stored
 
 
 class Adapted:
-    """W + B A: a linear layer's weight with a LoRA's update, a few rows at a time."""
+    """W + B A: a linear layer's weight with a LoRA's update, a few rows at a time.
 
-    def __init__(self, weight: Reader, a: torch.Tensor, b: torch.Tensor) -> None:
+    Args:
+        weight: W, (d_out, d_in); GPT-2's Conv1D stores (d_in, d_out), and gets the transposed update.
+        a: A, (r, d_in).
+        b: B, (d_out, r).
+        transposed: whether a square W is such a one.
+    """
+
+    def __init__(self, weight: Reader, a: torch.Tensor, b: torch.Tensor, transposed: bool = False) -> None:
         self.weight, self.shape = weight, weight.shape
-        # GPT-2's Conv1D stores (d_in, d_out): its update is the transposed one
-        conv = self.shape != (b.shape[0], a.shape[1])
-        self.left, self.right = (a.T, b.T) if conv else (b, a)
+        square = self.shape[0] == self.shape[1]
+        is_transposed = transposed if square else self.shape != (b.shape[0], a.shape[1])
+        self.left, self.right = (a.T, b.T) if is_transposed else (b, a)
         self.left, self.right = self.left.float(), self.right.float()
 
     def read(self, start: int, out: torch.Tensor) -> None:
@@ -90,7 +97,7 @@ def open_models(names: Sequence[str], api: HfApi | None = None) -> list[Model]:
     Raises:
         FusionError: naming a model that cannot be found or read.
     """
-    unique = {name: _parts(name) for name in names}
+    unique = {name: parts_of(name) for name in names}
     sources = dict(zip(unique, in_parallel(lambda parts: resolve(parts[1], api), unique.values()), strict=True))
     for name, source in sources.items():
         if unique[name][0] and not source.is_adapter:
@@ -121,7 +128,7 @@ def open_models(names: Sequence[str], api: HfApi | None = None) -> list[Model]:
     return [opened[name] for name in names]
 
 
-def _parts(name: str) -> tuple[str, str]:
+def parts_of(name: str) -> tuple[str, str]:
     """(base, adapter) of ``base+adapter``; ("", name) of any other name."""
     base, plus, adapter = name.partition("+")
     return (base, adapter) if plus and not Path(name).expanduser().is_dir() else ("", name)

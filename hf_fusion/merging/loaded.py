@@ -1,0 +1,155 @@
+"""A static merge as a loaded model: what `hf_fusion.fuse` does with the methods of `MERGE_METHODS`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from hf_fusion.errors import FusionError
+from hf_fusion.experts import Expert, ExpertInfo
+from hf_fusion.hub.adapters import read_json, with_adapter
+from hf_fusion.hub.files import quiet_transformers, recorded_base, resolve
+from hf_fusion.hub.heads import architectures, auto_class_of
+from hf_fusion.hub.load import in_memory, refuse_code, refuse_keys
+from hf_fusion.merging.checkpoint import INDEX
+from hf_fusion.merging.merge import merge
+from hf_fusion.merging.methods import MERGE_METHODS
+from hf_fusion.merging.plan import check_recipe
+from hf_fusion.merging.sources import parts_of
+from hf_fusion.recipe import RECIPE_ATTRIBUTE, RECIPE_FILE, Recipe, RecipeExpert
+
+if TYPE_CHECKING:
+    import torch
+    from huggingface_hub import HfApi
+    from transformers import PreTrainedModel
+
+    from hf_fusion.hub.load import ExpertLike
+
+FILES_ATTRIBUTE = "fusion_files"
+"""What a loaded merge keeps of its folder beside itself: name -> bytes of its tokenizer and the like."""
+
+
+def fuse_static(
+    method: str,
+    experts: Sequence[ExpertLike | RecipeExpert],
+    base: str | Path | PreTrainedModel | Expert | ExpertInfo | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: torch.dtype | str | None = None,
+    trust_remote_code: bool = False,
+    api: HfApi | None = None,
+    **parameters: Any,
+) -> PreTrainedModel:
+    """Merges models into one of their own class; see `hf_fusion.fuse`.
+
+    Args:
+        method: a key of `MERGE_METHODS` that merges models.
+        experts: ids, folders, `ExpertInfo`, loaded models, `Expert`, or `RecipeExpert` with what is its own.
+        base: what they were fine-tuned from, likewise.
+        weights: each expert's ``weight``.
+        dtype: of the merged weights; default is the checkpoints' own.
+        trust_remote_code: whether the models' own code may run; see `load_merged`.
+        api: the Hub's client.
+        parameters: the method's own, as a recipe has them.
+
+    Returns:
+        The model, with the recipe that makes it again as its ``fusion_recipe``.
+    """
+    if weights is not None and len(weights) != len(experts):
+        raise FusionError(f"{len(weights)} weights for {len(experts)} experts", "one for each")
+    with TemporaryDirectory(prefix="hf-fusion-") as held:
+        names: dict[str, str] = {}  # folders of models from memory -> what recipes call them
+        entries = [_entry(expert, Path(held, f"expert-{i}"), i, names) for i, expert in enumerate(experts)]
+        if weights is not None:
+            entries = [replace(e, weight=float(w)) for e, w in zip(entries, weights, strict=True)]
+        start = None if base is None else _entry(base, Path(held, "base"), len(entries), names).model
+        stored = str(dtype).removeprefix("torch.") if dtype is not None and dtype != "auto" else None
+        recipe = Recipe(method, tuple(entries), start, parameters, stored)
+        model = merged_model(recipe, trust_remote_code=trust_remote_code, api=api)
+    pinned: Recipe = getattr(model, RECIPE_ATTRIBUTE)
+    known = tuple(replace(expert, model=names.get(expert.model, expert.model)) for expert in pinned.experts)
+    setattr(model, RECIPE_ATTRIBUTE, replace(pinned, experts=known, base=names.get(pinned.base or "", pinned.base)))
+    return model
+
+
+def merged_model(recipe: Recipe, *, trust_remote_code: bool = False, api: HfApi | None = None) -> PreTrainedModel:
+    """Merges into a temporary folder (``TMPDIR`` says where) and loads what is there, with its pinned recipe."""
+    if MERGE_METHODS[recipe.method].merges == "adapters":
+        raise FusionError(f"{recipe.method} makes an adapter, not a model", "hf_fusion.merge(recipe, folder)")
+    check_recipe(recipe)
+    _may_run(recipe, trust_remote_code, api)
+    with TemporaryDirectory(prefix="hf-fusion-") as held:
+        report = merge(recipe, Path(held, "merged"), api=api)
+        return load_merged(report.folder, trust_remote_code=trust_remote_code)
+
+
+def load_merged(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model in a static merge's folder, in its own class and evaluation mode, with its recipe.
+
+    Args:
+        folder: as `hf_fusion.merge` left it.
+        trust_remote_code: whether code that lies in the folder may run, for models that transformers does not know.
+
+    Raises:
+        FusionError: there is no class for it, its code may not run, or weights are missing.
+    """
+    import transformers
+
+    folder = Path(folder)
+    config = read_json(folder / "config.json", str(folder))
+    name = next(iter(architectures(config)), "no class")
+    own, options = getattr(transformers, name, None), {}
+    if own is None:
+        if not config.get("auto_map"):
+            raise FusionError(f"{folder}: transformers has no {name}", "pip install -U transformers")
+        refuse_code(str(folder), config, agreed=trust_remote_code, pinned=True)
+        own, options = getattr(transformers, auto_class_of(config)), {"trust_remote_code": True}
+    with quiet_transformers():
+        model, info = own.from_pretrained(
+            folder, dtype="auto", local_files_only=True, output_loading_info=True, **options
+        )
+    refuse_keys(str(folder), "missing", info["missing_keys"])
+    model.config.name_or_path = model.name_or_path = ""  # a folder that may soon be gone
+    kept = [path for path in folder.iterdir() if path.is_file() and not path.name.endswith(".safetensors")]
+    apart = ("config.json", INDEX, RECIPE_FILE, "README.md", "results.json")
+    setattr(model, RECIPE_ATTRIBUTE, Recipe.load(folder))
+    setattr(model, FILES_ATTRIBUTE, {path.name: path.read_bytes() for path in kept if path.name not in apart})
+    return model.eval()
+
+
+def save_files(model: PreTrainedModel, folder: Path) -> None:
+    """Writes what `load_merged` kept, but for what the model has written itself."""
+    for name, raw in getattr(model, FILES_ATTRIBUTE, {}).items():
+        if not (folder / name).exists():
+            (folder / name).write_bytes(raw)
+
+
+def _entry(given: ExpertLike | RecipeExpert, folder: Path, number: int, names: dict[str, str]) -> RecipeExpert:
+    """One model as recipes have it; models from memory are saved first, and noted with the names that they have."""
+    if isinstance(given, RecipeExpert):
+        return given
+    if isinstance(given, (str, Path, ExpertInfo)):
+        return RecipeExpert(given.pinned if isinstance(given, ExpertInfo) else str(given))
+    expert = in_memory(given, number)
+    model = expert.model if expert.adapter is None else with_adapter(expert.model, expert.adapter, expert.labels)
+    for own in (model, expert.processor):
+        if own is not None:
+            own.save_pretrained(folder)
+    names[str(folder.resolve())] = f"{expert.name}@{expert.revision}" if expert.revision else expert.name
+    return RecipeExpert(str(folder))
+
+
+def _may_run(recipe: Recipe, agreed: bool, api: HfApi | None) -> None:
+    """Refuses, before anything is merged, a model whose code will be needed and may not run."""
+    import transformers
+
+    base, name = parts_of(recipe.base or recipe.experts[0].model)
+    source = resolve(base or name, api)
+    if source.is_adapter:
+        source = resolve(recorded_base(source), api)
+    known = any(hasattr(transformers, own) for own in architectures(source.config))
+    if source.config.get("auto_map") and not known:
+        refuse_code(source.name, source.config, agreed=agreed, pinned=source.pinned)
