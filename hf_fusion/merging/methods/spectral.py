@@ -1,10 +1,10 @@
 """Methods that take task vectors apart into singular directions, and WUDI, which needs the same products.
 
 No tensor is decomposed whole: the right singular vectors of τ are the eigenvectors of τᵀτ, which is summed up from
-blocks of rows, and the left ones are τ V Σ⁻¹. What these methods add to the base is then a sum of τ_i W_i with small
-square W_i, made a few rows at a time: an embedding costs what its parameters cost, and is never in memory. All of it is
-in float64, since squares lose half of the digits. Singular values below 1e-6 of the largest are rounding, and their
-vectors arbitrary: the released codes merge these like any others, here they are left out. LoRA experts have many.
+blocks of rows, and the left ones are τ V Σ⁻¹. What is added to the base are then products with matrices of the narrow
+side, made a few rows at a time: an embedding costs what its parameters cost, and is never in memory. All of it is in
+float64, since squares lose half of the digits. Singular values below 1e-6 of the largest are rounding, and their vectors
+arbitrary: the released codes merge these like any others, here they are left out. LoRA experts have many.
 
 Tensors that are no matrices are merged as in the released codes: θ0 + λ mean τ_i.
 """
@@ -24,6 +24,8 @@ from hf_fusion.merging.tensors import CHUNK, Chunk, Merged, Tensors
 __all__ = ["iso_c", "iso_cts", "tsv_m", "wudi"]
 
 Result = Merged | torch.Tensor
+Moves = Callable[[torch.Tensor], torch.Tensor]
+"""What is added to the base: from rows of the K differences to as many rows, (K, rows, n) -> (rows, n)."""
 
 _WIDEST = 1 << 15
 """Columns of which a square matrix may be held."""
@@ -51,7 +53,7 @@ def tsv_m(tensors: Tensors, *, scaling: Annotated[float, Range()] = 1.0, weight:
     values = torch.cat([w * sigma for w, (sigma, _) in zip(weight, found, strict=True)])
     rights = torch.cat([v for _, v in found], 1)
     own = torch.stack([v * _inverse(sigma) for sigma, v in found])
-    return deltas.merged(scaling * _orthogonal(deltas, own, torch.zeros_like(rights), values, rights))
+    return deltas.merged(_orthogonal(deltas, own, None, scaling * values, rights))
 
 
 def iso_c(tensors: Tensors, *, scaling: Annotated[float, Range()] = 1.0) -> Result:
@@ -65,7 +67,8 @@ def iso_c(tensors: Tensors, *, scaling: Annotated[float, Range()] = 1.0) -> Resu
         return _mean(tensors, scaling)
     deltas = _Deltas(tensors, summed=True)
     sigma, v = _singular(deltas.grams()[0], deltas.width)
-    return deltas.merged(scaling * sigma.mean() * ((v * _inverse(sigma)) @ v.T)[None])
+    factor = scaling * sigma.mean() * (v * _inverse(sigma)) @ v.T  # U Vᵀ = (Σ τ_i) V Σ⁻¹ Vᵀ
+    return deltas.merged(lambda block: block[0] @ factor)
 
 
 def iso_cts(
@@ -107,9 +110,9 @@ def iso_cts(
             shared.append(-z @ (seen @ own[-1]))
         values.append(sigma_i)
         rights.append(v_i)
-    mean = torch.cat([*values, sigma]).mean().expand(deltas.width)
-    factors = _orthogonal(deltas, torch.stack(own), torch.cat([*shared, z], 1), mean, torch.cat([*rights, v], 1))
-    return deltas.merged(scaling * factors)
+    mean = scaling * torch.cat([*values, sigma]).mean().expand(deltas.width)
+    lefts, all_rights = torch.cat([*shared, z], 1), torch.cat([*rights, v], 1)
+    return deltas.merged(_orthogonal(deltas, torch.stack(own), lefts, mean, all_rights))
 
 
 def wudi(
@@ -212,13 +215,8 @@ class _Deltas:
             total = total + torch.bmm(left.mT, block)
         return total
 
-    def merged(self, factors: torch.Tensor) -> Result:
-        """θ0 + Σ τ_i W_i, from W: (K, n, n)."""
-        flat = factors.view(-1, self.width)  # Σ τ_i W_i as one product: (rows, K n) @ (K n, n)
-
-        def moves(block: torch.Tensor) -> torch.Tensor:
-            return block.transpose(0, 1).reshape(block.shape[1], -1) @ flat
-
+    def merged(self, moves: Moves) -> Result:
+        """θ0 and what is added to it."""
         if not self.is_turned:
             return lambda chunk: self.moved(chunk, moves)
         merged = self.tensors.whole(self.tensors.the_base)
@@ -228,8 +226,8 @@ class _Deltas:
             first += block.shape[1]
         return merged
 
-    def moved(self, chunk: Chunk, moves: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """The base's values of a chunk and what a function makes of the rows that it lies in."""
+    def moved(self, chunk: Chunk, moves: Moves) -> torch.Tensor:
+        """θ0 and what is added to it, of a chunk, made from the rows that it lies in."""
         first, last = chunk.start // self.width, -(-(chunk.start + chunk.size) // self.width)
         moved = moves(self.block(first, last)).reshape(-1)
         return chunk.base + moved[chunk.start - first * self.width :][: chunk.size].float()
@@ -275,31 +273,29 @@ def _inverse(values: torch.Tensor) -> torch.Tensor:
 
 
 def _orthogonal(
-    deltas: _Deltas, own: torch.Tensor, shared: torch.Tensor, values: torch.Tensor, rights: torch.Tensor
-) -> torch.Tensor:
-    """W_i that make Σ τ_i W_i = U⊥ diag(values) V⊥ᵀ, the nearest orthogonal matrices to U and V on both sides.
+    deltas: _Deltas, own: torch.Tensor, shared: torch.Tensor | None, values: torch.Tensor, rights: torch.Tensor
+) -> Moves:
+    """Makes U⊥ diag(values) V⊥ᵀ, with the nearest orthogonal matrices to U and to V.
 
     Args:
         deltas: τ_i.
         own: U = [τ_1 own_1 … τ_K own_K 0] + (Σ τ_i) shared: (K, n, c).
-        shared: (n, R).
+        shared: (n, R), or None for 0.
         values: (R,).
         rights: V: (n, R).
-
-    Returns:
-        (K, n, n).
     """
-    count, width, share = own.shape
-    total = torch.zeros(shared.shape[1], shared.shape[1], dtype=torch.float64)
-    has_shared = bool(shared.any())
+
+    def lefts(block: torch.Tensor) -> torch.Tensor:
+        """Rows of U: (K, rows, n) -> (rows, R)."""
+        rows = torch.bmm(block, own).transpose(0, 1).reshape(block.shape[1], own.shape[0] * own.shape[2])
+        return rows if shared is None else pad(rows, (0, len(values) - rows.shape[1])) + block.sum(0) @ shared
+
+    total = torch.zeros(len(values), len(values), dtype=torch.float64)
     for block in deltas.blocks():
-        left = torch.bmm(block, own).transpose(0, 1).reshape(block.shape[1], count * share)  # (rows, K c)
-        left = pad(left, (0, len(total) - count * share))
-        if has_shared:
-            left += block.sum(0) @ shared
-        total += left.T @ left
+        rows = lefts(block)
+        total += rows.T @ rows
     inner = (_inverse_root(total) * values) @ _inverse_root(rights.T @ rights) @ rights.T  # (R, n)
-    return torch.bmm(own, inner[: count * share].view(count, share, width)) + shared @ inner
+    return lambda block: lefts(block) @ inner
 
 
 def _inverse_root(gram: torch.Tensor) -> torch.Tensor:
