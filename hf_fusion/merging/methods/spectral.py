@@ -3,8 +3,8 @@
 No tensor is decomposed whole: the right singular vectors of τ are the eigenvectors of τᵀτ, which is summed up from
 blocks of rows, and the left ones are τ V Σ⁻¹. What is added to the base are then products with matrices of the narrow
 side, made a few rows at a time: an embedding costs what its parameters cost, and is never in memory. All of it is in
-float64, since squares lose half of the digits. Singular values below 1e-6 of the largest are rounding, and their vectors
-arbitrary: the released codes merge these like any others, here they are left out. LoRA experts have many.
+float64, since squares lose half of the digits. Singular values below 1e-6 of the largest are rounding, and their
+vectors arbitrary: the released codes merge these like any others, here they are left out. LoRA experts have many.
 
 Tensors that are no matrices are merged as in the released codes: θ0 + λ mean τ_i.
 """
