@@ -8,12 +8,13 @@ in single precision whatever ``dtype`` says, and tensors whose sizes differ are 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from hf_fusion.errors import FusionError, shown
+from hf_fusion.merging.mergekit_methods import ALWAYS, KNOWN, METHODS, Parameter
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.recipe import DTYPES, Recipe, RecipeExpert, Slice, SliceSource, is_number
 
@@ -21,79 +22,6 @@ logger = logging.getLogger(__name__)
 
 Setting = Any
 
-
-@dataclass(frozen=True)
-class _Parameter:
-    """What one of mergekit's parameters is called here.
-
-    Attributes:
-        ours: our name.
-        default: mergekit's; None: there is none.
-        kind: of its values: float, int or bool.
-        per_model: whether every model may have its own.
-        value: ours, of mergekit's.
-    """
-
-    ours: str
-    default: Any = None
-    kind: type = float
-    per_model: bool = False
-    value: Callable[[Any], Any] = lambda value: value
-
-
-def _flag(ours: str, default: bool, on: Any = True, off: Any = False) -> _Parameter:
-    return _Parameter(ours, default, bool, value=lambda value: on if value else off)
-
-
-_WEIGHT = {"weight": _Parameter("weight", per_model=True)}
-_TASK = {**_WEIGHT, "lambda": _Parameter("scaling", 1.0)}
-_DENSITY = {"density": _Parameter("density", 1.0, per_model=True)}
-_DROPPED = {"density": _Parameter("drop_rate", 1.0, per_model=True, value=lambda kept: 1 - kept)}
-_CRUMBS = {**_TASK, **_DENSITY, "gamma": _Parameter("gamma", 0.01, per_model=True)}
-_DELLA = {**_TASK, **_DENSITY, "epsilon": _Parameter("epsilon", 0.15, per_model=True)}
-_RESCALED = {"rescale": _flag("rescale", True, on="norm", off="none")}
-
-
-def _summed(divide: bool) -> dict[str, _Parameter]:
-    return {"normalize": _flag("normalize", divide)}
-
-
-def _elected(divide: bool) -> dict[str, _Parameter]:
-    return {"normalize": _flag("merge", divide, on="mean", off="sum")}
-
-
-# mergekit's method -> ours of the same name: its parameters. A new one is one more row.
-METHODS: dict[str, dict[str, _Parameter]] = {
-    "linear": _WEIGHT | _summed(True),
-    "slerp": {"t": _Parameter("t")},
-    "nuslerp": {
-        **_WEIGHT,
-        "nuslerp_flatten": _flag("per", True, on="tensor", off="row"),
-        "nuslerp_row_wise": _flag("per", False, on="column", off="row"),
-    },
-    "multislerp": _WEIGHT | {"normalize_weights": _flag("normalize", True)},
-    "karcher": {"max_iter": _Parameter("max_iter", 10, int), "tol": _Parameter("tol", 1e-5)},
-    "nearswap": {"t": _Parameter("t")},
-    "arcee_fusion": {},
-    "model_stock": {"filter_wise": _flag("per", False, on="row", off="tensor")},
-    "passthrough": {"scale": _Parameter("scale", 1.0, per_model=True)},
-    "task_arithmetic": _TASK | _summed(False),
-    "ties": _TASK | _DENSITY | _elected(True),
-    "dare_linear": _TASK | _DROPPED | _summed(False) | _RESCALED,
-    "dare_ties": _TASK | _DROPPED | _elected(False) | _RESCALED,
-    "breadcrumbs": _CRUMBS | _summed(False),
-    "breadcrumbs_ties": _CRUMBS | _elected(False),
-    "della": _DELLA | _elected(True) | _RESCALED,
-    "della_linear": _DELLA | _summed(False) | _RESCALED,
-    "sce": {"select_topk": _Parameter("density", 1.0)},
-}
-# what mergekit's methods always do, where ours can do otherwise
-_ALWAYS: dict[str, dict[str, Any]] = {
-    "della": {"rank": "row"},
-    "della_linear": {"rank": "row"},
-}
-# mergekit reads these for any method; where a method has no use for one, it is left out
-_KNOWN = {"int8_mask", "eps", "embed_slerp", "rescale"} | {name for method in METHODS.values() for name in method}
 
 _KEYS = (
     "merge_method",
@@ -175,7 +103,7 @@ class _Reader:
         )
         if self._ignored:
             logger.warning("%s: %s has no use for %s: left out", self.name, self.method, ", ".join(self._ignored))
-        return self._placed(recipe)
+        return self._placed(_all_kept(recipe) if "epsilon" in self.parameters else recipe)
 
     # ------------------------------------------------------------ models
 
@@ -280,7 +208,7 @@ class _Reader:
         found = {}
         for key, setting in settings.items():
             parameter = self.parameters.get(key)
-            if parameter is None and key in _KNOWN:
+            if parameter is None and key in KNOWN:
                 if key == "rescale" and "density" in self.parameters and setting:
                     raise FusionError(f"{self.name}: {where}.rescale is not supported for {self.method}")
                 self._ignored[key] = None
@@ -295,7 +223,7 @@ class _Reader:
                 found[parameter.ours] = self._setting(setting, parameter, f"{where}.{key}")
         return found
 
-    def _setting(self, setting: Any, parameter: _Parameter, where: str) -> Setting:
+    def _setting(self, setting: Any, parameter: Parameter, where: str) -> Setting:
         """One value, gradient or choice by name."""
         if not isinstance(setting, list):
             return parameter.value(self._value(setting, parameter.kind, where))
@@ -339,10 +267,7 @@ class _Reader:
         for parameter in self.parameters.values():
             if parameter.default is not None and parameter.ours not in defaults:
                 defaults[parameter.ours] = parameter.value(parameter.default)
-        complete = _chained(globals_, defaults) | _ALWAYS.get(self.method, {})
-        if self.method.startswith("della") and complete["density"] == 1.0:
-            complete["epsilon"] = 0.0  # mergekit prunes nothing then, whatever epsilon says
-        return complete
+        return _chained(globals_, defaults) | ALWAYS.get(self.method, {})
 
     # ------------------------------------------------------------ the rest
 
@@ -461,6 +386,26 @@ def _chained(first: Mapping[str, Setting], then: Mapping[str, Setting]) -> dict[
         else:
             found[key] = [*setting, *(rest if _is_choice(rest) else [{"value": rest}])]
     return found
+
+
+def _all_kept(recipe: Recipe) -> Recipe:
+    """DELLA with density 1 prunes nothing, whatever epsilon says: it is 0 wherever that density counts."""
+
+    def settled(own: dict[str, Setting], above: Mapping[str, Setting]) -> dict[str, Setting]:
+        if not own.keys() & {"density", "epsilon"}:
+            return own
+        every = {**above, **own}
+        given = recipe.parameters["epsilon"] if "density" in own and "epsilon" not in own else every["epsilon"]
+        return {**own, "epsilon": 0.0 if every["density"] == 1.0 else given}
+
+    shared = settled(recipe.parameters, {})
+    slices = []
+    for slice_ in recipe.slices:
+        own = settled(slice_.parameters, shared)
+        sources = [replace(s, parameters=settled(s.parameters, {**shared, **own})) for s in slice_.sources]
+        slices.append(Slice(tuple(sources), own))
+    experts = tuple(replace(expert, parameters=settled(expert.parameters, shared)) for expert in recipe.experts)
+    return replace(recipe, experts=experts, parameters=shared, slices=tuple(slices))
 
 
 def _is_choice(setting: Setting) -> bool:

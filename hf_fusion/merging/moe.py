@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -10,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_fusion.errors import FusionError, one_line, shown
+from hf_fusion.errors import FusionError, shown
 from hf_fusion.hub.adapters import read_json
-from hf_fusion.merging.checkpoint import Files
+from hf_fusion.merging.checkpoint import Files, own_file
 from hf_fusion.merging.engine import Target
 from hf_fusion.merging.methods import method_named
 from hf_fusion.merging.output import Spec
@@ -20,6 +19,7 @@ from hf_fusion.merging.plan import Plan, stored_as
 from hf_fusion.merging.schema import arguments_at
 from hf_fusion.merging.sources import Model
 from hf_fusion.merging.tensors import Combination, InMemory, Tensors
+from hf_fusion.merging.unions import tokenizer_of
 from hf_fusion.recipe import DTYPES, Recipe, RecipeExpert
 
 if TYPE_CHECKING:
@@ -189,19 +189,14 @@ def _texts(expert: RecipeExpert, key: str) -> list[str]:
 
 def _tokenizer(model: Model) -> tuple[Tokenizer, str]:
     """A model's tokenizer, and what texts begin with."""
-    from tokenizers import Tokenizer
-
     file = model.folder / "tokenizer.json"
-    if not file.is_file():
+    if not own_file(file):
         raise FusionError(f"{model.name} has no tokenizer.json", "load its tokenizer with transformers and save it")
-    try:
-        found = Tokenizer.from_str(json.dumps(read_json(file, model.name)))
-    except Exception as error:  # the library has no exception of its own
-        raise FusionError(f"{model.name}: tokenizer.json is not valid ({one_line(error)})") from None
+    found = tokenizer_of(read_json(file, model.name), model.name)
     found.no_padding()
     found.no_truncation()
     settings = model.folder / "tokenizer_config.json"
-    begin = read_json(settings, model.name).get("bos_token") if settings.is_file() else None
+    begin = read_json(settings, model.name).get("bos_token") if own_file(settings) else None
     begin = begin.get("content") if isinstance(begin, dict) else begin
     return found, begin if isinstance(begin, str) else ""
 
@@ -233,7 +228,7 @@ def from_mergekit_moe(content: Mapping[str, Any], name: str) -> Recipe:
     if content.get("architecture") not in (None, "mixtral"):
         raise refuse(f"architecture: {shown(content['architecture'])}", "architecture: mixtral")
     gate = content.get("gate_mode", "hidden")
-    if gate not in _GATES:
+    if not isinstance(gate, str) or gate not in _GATES:
         raise refuse(f"gate_mode: {shown(gate)}", f"no model is run here: use {', '.join(_GATES)}")
     dtype = content.get("dtype")
     dtype = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype

@@ -10,11 +10,36 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hf_fusion.errors import FusionError, shown
+from hf_fusion.errors import FusionError, one_line, shown
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 Content = dict[str, Any]
+
+
+def tokenizer_of(content: Content, name: str) -> Tokenizer:
+    """A ``tokenizer.json`` as the `tokenizers` library reads it.
+
+    Raises:
+        FusionError: it does not, or gives an added token another number than is written.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        found = Tokenizer.from_str(json.dumps(content))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library has no exception of its own, and panics at some files
+        raise FusionError(f"{name}: tokenizer.json is not valid ({one_line(error)})", "fetch it again") from None
+    for token in content.get("added_tokens") or []:
+        if (number := found.token_to_id(token["content"])) != token["id"]:
+            raise FusionError(
+                f"{name}: tokenizer.json numbers {shown(token['content'])} {token['id']}, and is read as {number}"
+            )
+    return found
 
 
 def union(first: tuple[str, Content], others: Sequence[tuple[str, Content, int]]) -> Content:

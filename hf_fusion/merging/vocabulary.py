@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_fusion.errors import FusionError, one_line, shown
+from hf_fusion.errors import FusionError, shown
 from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.files import download, pick_small, resolve
 from hf_fusion.merging.aligned import AVERAGE, ZERO, Aligned, Table
@@ -26,7 +26,7 @@ from hf_fusion.merging.checkpoint import own_file
 from hf_fusion.merging.configs import vocabulary_config
 from hf_fusion.merging.sources import LAYER, Model
 from hf_fusion.merging.tensors import Reader
-from hf_fusion.merging.unions import add_tokens, union
+from hf_fusion.merging.unions import add_tokens, tokenizer_of, union
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -242,16 +242,17 @@ def _rule(
     wanted: Any = token
     if isinstance(source, Mapping):
         keys = {"zero": {"kind"}, "model_token": {"kind", "model", "token", "token_id"}}
-        if source.get("kind") not in keys or set(source) - keys[source["kind"]]:
+        kind = source.get("kind")
+        if not isinstance(kind, str) or kind not in keys or set(source) - keys[kind]:
             raise FusionError(
                 f"{where} is {shown(source)}, expected a model, {{kind: model_token, …}} or {{kind: zero}}"
             )
-        if source["kind"] == "zero":
+        if kind == "zero":
             return _Rule(merged[token], None, 0, force)
         if ("token" in source) == ("token_id" in source):
             raise FusionError(f"{where} needs either token or token_id")
         source, wanted = source.get("model"), source.get("token", source.get("token_id"))
-    if source not in named:
+    if not isinstance(source, str) or source not in named:
         raise FusionError(f"{where} is {shown(source)}, which is not one of the merged models", "name it as they do")
     key = id(named[source])
     row = wanted if type(wanted) is int else tokenizers[key].numbers.get(str(wanted), -1)
@@ -297,28 +298,13 @@ def _read(folder: Path, name: str) -> _Tokenizer | None:
     """What a folder has, if anything."""
     if not own_file(folder / TOKENIZER):
         return None
-    content = read_json(folder / TOKENIZER, name)
+    content = {"added_tokens": [], **read_json(folder / TOKENIZER, name)}
     return _Tokenizer(content, _numbers(content, name))
 
 
 def _numbers(content: dict[str, Any], name: str) -> dict[str, int]:
-    """What number each token has, added ones included.
-
-    Raises:
-        FusionError: the `tokenizers` library cannot read it, or gives added tokens other numbers than are written.
-    """
-    from tokenizers import Tokenizer
-
-    try:
-        numbers = dict(Tokenizer.from_str(json.dumps(content)).get_vocab(with_added_tokens=True))
-    except Exception as error:  # the library has no exception of its own
-        raise FusionError(f"{name}: {TOKENIZER} is not valid ({one_line(error)})") from None
-    for token in content.get("added_tokens") or []:
-        if numbers.get(token["content"]) != token["id"]:
-            raise FusionError(
-                f"{name}: {TOKENIZER} gives {shown(token['content'])} the number {token['id']}, and is read as"
-                f" {numbers.get(token['content'])}"
-            )
+    """What number each token has, added ones included."""
+    numbers = dict(tokenizer_of(content, name).get_vocab(with_added_tokens=True))
     if not numbers:
         raise FusionError(f"{name}: {TOKENIZER} has no tokens")
     return numbers

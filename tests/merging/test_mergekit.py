@@ -215,6 +215,24 @@ def test_defaults_are_mergekits(folders, tmp_path):
     assert parameters("sce") == {"density": 1.0}
 
 
+def test_della_keeps_everything_where_its_density_is_1(folders, tmp_path):
+    text = """
+        merge_method: della
+        base_model: $base
+        models:
+          - {model: $a, parameters: {weight: 1, density: 0.5}}
+          - {model: $b, parameters: {weight: 1, density: 0.7, epsilon: 0.1}}
+          - {model: $c, parameters: {weight: 1, epsilon: 0.2}}
+        """
+    recipe = read(text, folders, tmp_path)
+    assert recipe.parameters["density"] == 1.0 and recipe.parameters["epsilon"] == 0.0
+    assert [expert.parameters["epsilon"] for expert in recipe.experts] == [0.15, 0.1, 0.0]
+    merge(recipe, tmp_path / "out")
+    some = read(f"{text}\n        parameters: {{density: 0.6}}\n", folders, tmp_path)
+    assert some.parameters["epsilon"] == 0.15
+    assert [expert.parameters["epsilon"] for expert in some.experts] == [0.15, 0.1, 0.2]
+
+
 def test_every_method_is_one_of_ours_with_parameters_it_has():
     for method, parameters in METHODS.items():
         known = MERGE_METHODS[method].parameters

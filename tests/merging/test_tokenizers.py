@@ -312,5 +312,10 @@ def test_tokenizers_that_cannot_be_merged(folders, tmp_path):
     made = Tokenizer(models.WordLevel({"<pad>": 0, "a": 1}, unk_token="<pad>"))
     PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(folders["science"])
     refused(recipe_of(plain, "union"), r"\(byte-level BPE\) and .*science \(WordLevel\) cannot be united")
-    Path(folders["science"], "tokenizer.json").write_text("{}")
+    file = Path(folders["science"], "tokenizer.json")
+    prefixed = json.loads(Path(folders["base"], "tokenizer.json").read_text())
+    prefixed["model"]["continuing_subword_prefix"] = "<x>"  # the library panics: its merges have no such prefix
+    file.write_text(json.dumps(prefixed))
+    refused(recipe_of(plain, "union"), "science: tokenizer.json is not valid")
+    file.write_text("{}")
     refused(recipe_of(plain, "union"), "science: tokenizer.json is not valid")
