@@ -95,6 +95,8 @@ def read_adapter(folder: str | Path, name: str, *, allow_pickle: bool = False) -
             raise FusionError(f"Adapter {name} has NaN or Inf in {key}.")
         if match := re.fullmatch(r"(.+)\.lora_([AB])\.weight", key):
             halves.setdefault(match[1], {})[match[2]] = tensor
+        elif ".original_module." in key:
+            continue  # what modules_to_save replaces: PEFT writes it beside embeddings that grew
         elif "lora_" in key:
             raise FusionError(f"Adapter {name} holds {key}: only LoRA on linear layers can be fused.")
         else:

@@ -14,7 +14,16 @@ import torch
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import Adapter
 from hf_fusion.hub.adapters import read_adapter, read_json
-from hf_fusion.hub.files import Source, download, in_parallel, pick_small, recorded_base, resolve, weight_files
+from hf_fusion.hub.files import (
+    Source,
+    download,
+    in_parallel,
+    parts_of,
+    pick_small,
+    recorded_base,
+    resolve,
+    weight_files,
+)
 from hf_fusion.merging.checkpoint import Entry, Files, own_file, read_checkpoint
 from hf_fusion.merging.tensors import InMemory, Reader, Stored
 
@@ -128,12 +137,6 @@ def open_models(names: Sequence[str], api: HfApi | None = None) -> list[Model]:
     return [opened[name] for name in names]
 
 
-def parts_of(name: str) -> tuple[str, str]:
-    """(base, adapter) of ``base+adapter``; ("", name) of any other name."""
-    base, plus, adapter = name.partition("+")
-    return (base, adapter) if plus and not Path(name).expanduser().is_dir() else ("", name)
-
-
 def _files(source: Source) -> list[str]:
     stem = "adapter_model" if source.is_adapter else "model"
     weights = weight_files(source.sizes, stem, "safetensors")
@@ -213,7 +216,7 @@ def align(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, str]:
     return best
 
 
-LAYER = re.compile(r"^(?P<stack>.*?\.?(?:layers|layer|h|blocks|block))\.(?P<number>\d+)\.(?P<rest>.+)$")
+LAYER = re.compile(r"^(?P<stack>(?:.*?[._])?(?:layers|layer|h|blocks|block))\.(?P<number>\d+)\.(?P<rest>.+)$")
 """A tensor of one of many like layers: the stack it belongs to, its number there, and its name within."""
 
 

@@ -131,6 +131,11 @@ def test_gpt2_is_cut(tmp_path):
 def test_depths_begin_and_end_with_the_layers():
     found = depths(["embed.weight", *(f"encoder.layer.{i}.w" for i in range(5)), "decoder.layer.0.w", "norm.weight"])
     assert list(found.values()) == [0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 0.0]
+    assert depths(["a.conv_layers.0.w", "a.conv_layers.1.w", "branch.1.w"]) == {
+        "a.conv_layers.0.w": 0.0,
+        "a.conv_layers.1.w": 1.0,
+        "branch.1.w": 0.0,
+    }
 
 
 def test_slices_that_cannot_be_taken(folders, tmp_path):

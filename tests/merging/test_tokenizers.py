@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import CORPUS, llama, t5
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -18,7 +19,7 @@ from hf_fusion.merging.aligned import AVERAGE, ZERO, Aligned, Table
 from hf_fusion.merging.chat_templates import TEMPLATES
 from hf_fusion.merging.merge import merge
 from hf_fusion.merging.tensors import InMemory
-from hf_fusion.recipe import Recipe, RecipeExpert
+from hf_fusion.recipe import Recipe, RecipeExpert, Slice, SliceSource
 
 OTHER_CORPUS = ["quantum chemistry of large molecules", "molecules and chemistry, quantum by quantum", *CORPUS]
 SPECIAL = ["<pad>", "<s>", "</s>"]
@@ -208,6 +209,40 @@ def test_without_a_base_what_some_lack_is_the_mean_of_those_that_have_it(folders
         torch.testing.assert_close(out[number], mean, rtol=1e-5, atol=1e-6)  # then the mean of all three is that mean
         two += len(rows) == 2
     assert two > 3
+
+
+def test_slices_of_models_with_unlike_tokenizers(folders, tmp_path):
+    """What is before the layers is the first slice's, what is behind the last's: each with rows for all tokens."""
+    slices = tuple(Slice((SliceSource(folders[name], 0, 1),)) for name in ("chat", "science"))
+    experts = (RecipeExpert(folders["chat"]), RecipeExpert(folders["science"]))
+    merge(Recipe("passthrough", experts, slices=slices, tokenizer="union"), tmp_path / "out")
+    vocab = AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+    own = {name: AutoTokenizer.from_pretrained(folders[name]).get_vocab() for name in ("chat", "science")}
+    out = weights(tmp_path / "out")
+    tensors = {"model.embed_tokens.weight": ("chat", "science"), "lm_head.weight": ("science", "chat")}
+    for tensor, (first, other) in tensors.items():
+        stored = {name: weights(folders[name])[tensor] for name in own}
+        for token, number in vocab.items():
+            name = first if token in own[first] else other
+            assert out[tensor][number].equal(stored[name][own[name][token]]), (tensor, token)
+
+
+def test_an_adapter_with_tokens_of_its_own(folders, tmp_path):
+    """PEFT saves embeddings that grew whole, beside the adapter; its tokenizer knows their tokens."""
+    base, more = AutoModelForCausalLM.from_pretrained(folders["base"]), tokenizer(CORPUS, 290, ["<|tool|>"])
+    base.resize_token_embeddings(len(more), mean_resizing=False)
+    adapted = get_peft_model(
+        base, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    )
+    adapted.save_pretrained(tmp_path / "tool")
+    more.save_pretrained(tmp_path / "tool")
+    experts = (RecipeExpert(str(tmp_path / "tool")),)
+    merge(Recipe("task_arithmetic", experts, folders["base"], {"scaling": 0.5}, tokenizer="union"), tmp_path / "out")
+    vocab = AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+    out = weights(tmp_path / "out")["lm_head.weight"]
+    saved = adapted.get_base_model().lm_head.modules_to_save["default"].weight
+    torch.testing.assert_close(out[vocab["<|tool|>"]], saved[more.get_vocab()["<|tool|>"]])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == len(vocab) == len(more)
 
 
 def test_a_piecewise_tokenizer_and_words(tmp_path):
