@@ -99,6 +99,7 @@ MERGEKIT = [
     ("ties, sum", kit("ties", (0.5, 1.0, 0.8), {"density": 0.5}, normalize=False, **{"lambda": 0.3})),
     ("ties, gradients and filters", kit("ties", (1.0, 0.5, 0.7), {"density": [0.9, 0.2]})),
     ("breadcrumbs", kit("breadcrumbs", (0.5, 1.0, 0.8), {"density": 0.7, "gamma": 0.05})),
+    ("breadcrumbs, gamma 0", kit("breadcrumbs", (0.5, 1.0, 0.8), {"density": 0.7, "gamma": 0.0})),
     ("breadcrumbs_ties", kit("breadcrumbs_ties", (0.5, 1.0, 0.8), {"density": 0.7, "gamma": 0.05})),
     ("dare_linear, nothing dropped", kit("dare_linear", (0.5, 1.0, 0.8), {"density": 1.0})),
     ("dare_linear, rescaled", kit("dare_linear", (0.6,), {"density": 0.4})),
@@ -144,6 +145,16 @@ MERGEKIT = [
         },
     ),
 ]
+MIXTURE = {
+    "base_model": "base",
+    "gate_mode": "cheap_embed",
+    "dtype": "float32",
+    "experts": [
+        {"source_model": "one", "positive_prompts": ["fox fox dog", "router"]},
+        {"source_model": "two", "positive_prompts": ["gate"], "negative_prompts": ["dog lazy"]},
+        {"source_model": "three", "positive_prompts": ["lazy", "experts are fused"]},
+    ],
+}
 HALF = {"stored": "bfloat16", "differs": "mergekit computes in bfloat16, ours in float32"}
 MERGEKIT += [
     (f"{name}, bfloat16", recipe | {"dtype": "bfloat16"})
@@ -151,6 +162,7 @@ MERGEKIT += [
     if name in ("linear", "task_arithmetic", "ties")
 ]
 MORE = {
+    "breadcrumbs, gamma 0": {"differs": "mergekit keeps nothing, and writes the base: its slice [n:-0] is empty"},
     **{name: HALF for name, recipe in MERGEKIT if recipe["dtype"] == "bfloat16"},
     "karcher": {"tolerance": 1e-4},
     "nuslerp of task vectors": {"tolerance": 1e-4},
@@ -343,5 +355,6 @@ FUSION_BENCH = [
 
 CASES = [
     *(Case(name, recipe["merge_method"], "mergekit", recipe, **MORE.get(name, {})) for name, recipe in MERGEKIT),
+    Case("a mixture of experts, gates from embeddings", "moe", "mergekit", MIXTURE),
     *FUSION_BENCH,
 ]

@@ -25,6 +25,9 @@ import torch
 import yaml
 from cases import CASES, MODELS, Case
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_fusion.merging.merge import merge
@@ -37,7 +40,6 @@ ROOT = HERE.parent.parent
 NOT_COMPARED = {
     "lora": "neither peer merges adapters into one adapter exactly",
     "recombination": "drawn at random, layer by layer: which layers is all that there is to compare",
-    "moe": "mergekit-moe is a command of its own",
 }
 
 
@@ -85,8 +87,17 @@ def checkpoints(folder: Path) -> None:
 
 
 def save(model: LlamaForCausalLM, folder: Path, name: str) -> None:
-    model.save_pretrained(folder / "float32" / name)
-    deepcopy(model).bfloat16().save_pretrained(folder / "bfloat16" / name)
+    """A model in both types, with a tokenizer that all versions of transformers read."""
+    words = ["<s>", "</s>", "<unk>", "fox", "dog", "router", "gate", "lazy", "experts", "are", "fused"]
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.add_special_tokens(words[:3])
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    for dtype, own in (("float32", model), ("bfloat16", deepcopy(model).bfloat16())):
+        place = folder / dtype / name
+        own.save_pretrained(place)
+        tokenizer.save(str(place / "tokenizer.json"))
+        (place / "tokenizer_config.json").write_text(json.dumps(kind))
 
 
 def linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
