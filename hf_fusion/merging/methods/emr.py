@@ -41,7 +41,7 @@ def emr(
 
     def merged(chunk: Chunk) -> torch.Tensor:
         elected = _elected(chunk)
-        return elected.mul_(_agrees(elected, chunk.delta(expert - 1))).mul_(factor).add_(chunk.base)
+        return elected.mul_(_agrees(elected.sign(), chunk.delta(expert - 1))).mul_(factor).add_(chunk.base)
 
     return merged
 
@@ -57,9 +57,9 @@ def _elected(chunk: Chunk) -> torch.Tensor:
     return torch.where(total > 0, high, low, out=total)
 
 
-def _agrees(elected: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """m_i: where two are not 0 and of one sign."""
-    return elected.sign() * delta.sign() > 0
+def _agrees(sign: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """m_i: 1.0 where a difference is not 0 and has the sign of τ, which is not 0 either."""
+    return torch.mul(delta, sign, out=scratch("emr agrees")[: len(delta)]).gt_(0)
 
 
 def _rescalers(model: WholeModel, rescale: str) -> torch.Tensor:
@@ -68,9 +68,13 @@ def _rescalers(model: WholeModel, rescale: str) -> torch.Tensor:
 
     def sums(chunk: Chunk) -> torch.Tensor:
         elected = _elected(chunk)
-        deltas = [chunk.delta(index) for index in range(count)]
-        kept = [elected.mul(_agrees(elected, delta)).abs_().sum() for delta in deltas]
-        return torch.stack([torch.stack([delta.abs().sum() for delta in deltas]), torch.stack(kept)])
+        sign, size = elected.sign(), elected.abs_()
+        own, kept = [], []
+        for index in range(count):
+            delta = chunk.delta(index)
+            kept.append(torch.dot(_agrees(sign, delta), size))
+            own.append(delta.abs_().sum())
+        return torch.stack([torch.stack(own), torch.stack(kept)])
 
     total = torch.zeros(2, count, dtype=torch.float64)
     for tensors in model.tensors:
