@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from in_memory import adversarial, merged, product
+from on_disk import model, recipe_of
+from safetensors.torch import load_file
 
+from hf_fusion.merging.merge import merge
 from hf_fusion.merging.methods.emr import emr
 from hf_fusion.merging.tensors import InMemory, Tensors, WholeModel, merge_tensors
 
@@ -56,6 +59,17 @@ def test_emr_rescales_over_the_whole_model(rescale):
         flat = torch.cat([v.clone() for _, v in merge_tensors(tensors, emr(tensors, expert=2, rescale=rescale))])
         wanted = base.double() + tau * mask[1] * factors[1]
         torch.testing.assert_close(flat.view(base.shape).double(), wanted, rtol=0, atol=1e-5)
+
+
+def test_emr_of_files(tmp_path):
+    folders = [model(tmp_path / name, seed) for seed, name in enumerate(("base", "one", "two", "three"))]
+    base, *experts = (load_file(folder / "model.safetensors") for folder in folders)
+    taus, masks, factors = reference([(base[name], [e[name] for e in experts]) for name in base], "elements")
+    merge(recipe_of(folders, "emr", expert=3), tmp_path / "out", threads=2)
+    got = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tau, mask in zip(base, taus, masks, strict=True):
+        wanted = base[name].double() + tau * mask[2] * factors[2]
+        torch.testing.assert_close(got[name].double(), wanted, rtol=0, atol=1e-5)
 
 
 def test_emr_of_one_expert_is_the_expert():
