@@ -20,7 +20,7 @@ from hf_fusion.merging.merge import merge
 from hf_fusion.merging.origins import MismatchError
 from hf_fusion.recipe import Recipe
 
-EACH = 100  # mutations of each file
+EACH = 75  # mutations of each of the seven files
 SECONDS = 10  # that one of them may take
 ODD = (
     b"",

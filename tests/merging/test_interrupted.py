@@ -86,7 +86,8 @@ def begun(processes, recipe: Path, out: Path, finished: int, how: int) -> dict[s
 
 @pytest.mark.parametrize(
     ("finished", "how"),
-    [(0, signal.SIGKILL), (5, signal.SIGKILL), (12, signal.SIGKILL), (3, signal.SIGTERM), (6, signal.SIGINT)],
+    [(0, signal.SIGKILL), (5, signal.SIGKILL), (12, signal.SIGKILL), (6, signal.SIGINT)]
+    + [pytest.param(3, signal.SIGTERM, marks=pytest.mark.slow)],
 )
 def test_killed_and_run_again(finished, how, processes, recipe, wanted, tmp_path):
     out = tmp_path / "out"
@@ -98,6 +99,7 @@ def test_killed_and_run_again(finished, how, processes, recipe, wanted, tmp_path
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(processes, recipe, wanted, tmp_path):
     out = tmp_path / "out"
     kept = {}
@@ -120,7 +122,9 @@ def test_whole_or_not_at_all_at_every_moment(processes, recipe, wanted, tmp_path
     assert weights_of(out) == wanted
 
 
-@pytest.mark.parametrize("change", ["method", "seed", "shards", "input"])
+@pytest.mark.parametrize(
+    "change", ["seed", "input", *(pytest.param(c, marks=pytest.mark.slow) for c in ("method", "shards"))]
+)
 def test_what_another_merge_left_is_not_taken(change, processes, folders, recipe, tmp_path):
     out, options = tmp_path / "out", dict(OPTIONS)
     for folder in folders:

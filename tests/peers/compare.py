@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ class Outcome:
         difference: largest difference of an element, as a share of the peer's largest step from the base.
         outliers: share of the elements that differ by more than the tolerance.
         kept: shares of the elements that moved, ours and the peer's, where entries are dropped at random.
+        off: of half-precision checkpoints, how far ours and the peer's are from the merge in float32, as a share of
+            the step from the base (root mean square).
         error: of the peer, or ours.
     """
 
@@ -60,6 +62,7 @@ class Outcome:
     difference: float | None = None
     outliers: float | None = None
     kept: tuple[float, float] | None = None
+    off: tuple[float, float] | None = None
     error: str = ""
     agrees: bool = False
     differs: str = ""
@@ -192,11 +195,18 @@ def measured(case: Case, folder: Path) -> Outcome:
     apart = (left - right).abs()
     if case.random:
         moved = [(side - start).abs() > 1e-6 * step for side in (left, right)]
-        outcome.kept = tuple(float(side.double().mean()) for side in moved)  # type: ignore[assignment]
+        outcome.kept = tuple(float(side.double().mean()) for side in moved)
         apart = apart[moved[0] & moved[1]]
     outcome.difference = float(apart.max()) / step
     outcome.outliers = float((apart > case.tolerance * step).double().mean())
     outcome.agrees = outcome.outliers <= case.outliers
+    if case.stored != "float32":
+        exact = folder / "exact" / case.name
+        exact.parent.mkdir(exist_ok=True)
+        ours(replace(case, theirs=case.theirs | {"dtype": "float32"}), folder, exact)
+        found = weights(exact)
+        wanted = flat(found[key] for key in other)
+        outcome.off = tuple(float((side - wanted).norm() / (wanted - start).norm()) for side in (left, right))
     if outcome.kept:  # five standard deviations of a share that is drawn twice
         share, count = outcome.kept[1], len(left)
         outcome.agrees &= abs(outcome.kept[0] - share) < 5 * (2 * share * (1 - share) / count) ** 0.5
@@ -235,8 +245,9 @@ def table(outcomes: list[Outcome]) -> str:
             lines.append(f"| {o.peer} | {o.case} | {o.method} | | | {said} |")
             continue
         kept = f"kept {o.kept[0]:.3f} / {o.kept[1]:.3f}" if o.kept else ""
+        off = f"off by {o.off[0]:.2%} / {o.off[1]:.2%}" if o.off else ""
         verdict = "agrees" if o.agrees else "differs"
-        note = "; ".join(filter(None, [verdict, kept, o.differs]))
+        note = "; ".join(filter(None, [verdict, kept, o.differs, off]))
         lines.append(f"| {o.peer} | {o.case} | {o.method} | {o.difference:.1e} | {o.outliers:.1e} | {note} |")
     return "\n".join(lines)
 
