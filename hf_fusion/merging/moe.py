@@ -192,7 +192,8 @@ def _tokenizer(model: Model) -> tuple[Tokenizer, str]:
     file = model.folder / "tokenizer.json"
     if not own_file(file):
         raise FusionError(f"{model.name} has no tokenizer.json", "load its tokenizer with transformers and save it")
-    found = tokenizer_of(read_json(file, model.name), model.name)
+    added = read_json(file, model.name).get("added_tokens") or []
+    found = tokenizer_of(file.read_text(encoding="utf-8"), added, model.name)
     found.no_padding()
     found.no_truncation()
     settings = model.folder / "tokenizer_config.json"

@@ -7,9 +7,8 @@ was an added token stays one.
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError, one_line, shown
@@ -20,8 +19,13 @@ if TYPE_CHECKING:
 Content = dict[str, Any]
 
 
-def tokenizer_of(content: Content, name: str) -> Tokenizer:
+def tokenizer_of(text: str, added: Iterable[dict[str, Any]], name: str) -> Tokenizer:
     """A ``tokenizer.json`` as the `tokenizers` library reads it.
+
+    Args:
+        text: of the file.
+        added: its ``added_tokens``.
+        name: what errors call it.
 
     Raises:
         FusionError: it does not, or gives an added token another number than is written.
@@ -29,12 +33,12 @@ def tokenizer_of(content: Content, name: str) -> Tokenizer:
     from tokenizers import Tokenizer
 
     try:
-        found = Tokenizer.from_str(json.dumps(content))
+        found = Tokenizer.from_str(text)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library has no exception of its own, and panics at some files
         raise FusionError(f"{name}: tokenizer.json is not valid ({one_line(error)})", "fetch it again") from None
-    for token in content.get("added_tokens") or []:
+    for token in added:
         if (number := found.token_to_id(token["content"])) != token["id"]:
             raise FusionError(
                 f"{name}: tokenizer.json numbers {shown(token['content'])} {token['id']}, and is read as {number}"
@@ -62,14 +66,15 @@ def union(first: tuple[str, Content], others: Sequence[tuple[str, Content, int]]
                 f"the tokenizers of {name} ({here}) and {other} ({there}) cannot be united",
                 "choose one of them: tokenizer: base, or a model",
             )
-    known = set(_pieces(own)) | {token["content"] for token in own["added_tokens"]}
-    added = {token["content"]: token for token in own["added_tokens"]}
+    added = {token["content"] for token in own["added_tokens"]}
+    known = _names(own) | added
     pieces: dict[str, tuple[Content, float]] = {}
     more: dict[str, dict[str, Any]] = {}
     for _, content, limit in others:
         theirs = {token["content"]: token for token in content["added_tokens"] if token["id"] < limit}
-        for piece, (number, score) in sorted(_pieces(content).items(), key=lambda item: item[1][0]):
-            if piece not in known and piece not in theirs and number < limit:
+        new = ((number, piece, score) for piece, number, score in _pieces(content) if piece not in known)
+        for number, piece, score in sorted(new):
+            if piece not in theirs and number < limit:
                 pieces.setdefault(piece, (content, score))
         for token in sorted(theirs.values(), key=lambda token: token["id"]):
             if token["content"] not in added:
@@ -77,7 +82,7 @@ def union(first: tuple[str, Content], others: Sequence[tuple[str, Content, int]]
     pieces = {piece: found for piece, found in pieces.items() if piece not in more}
     if not pieces and not more:
         return own
-    merged = copy.deepcopy(own)
+    merged = _copy(own)
     if pieces:
         _enter(merged, pieces)
     _append(merged, more.values())
@@ -86,12 +91,12 @@ def union(first: tuple[str, Content], others: Sequence[tuple[str, Content, int]]
 
 def add_tokens(content: Content, tokens: Iterable[str]) -> Content:
     """The tokenizer with tokens that it lacks as added ones; its own content where it has them all."""
-    known = set(_pieces(content)) | {token["content"] for token in content["added_tokens"]}
+    known = _names(content) | {token["content"] for token in content["added_tokens"]}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
     more = [{"content": token, **flags} for token in tokens if token not in known]
     if not more:
         return content
-    merged = copy.deepcopy(content)
+    merged = _copy(content)
     _append(merged, more)
     return merged
 
@@ -106,12 +111,25 @@ def _kind(content: Content, name: str) -> str:
     return f"{'byte-level ' if 'ByteLevel' in written else ''}{model.get('type')}{prefix}"
 
 
-def _pieces(content: Content) -> dict[str, tuple[int, float]]:
-    """Tokens of the tokenizer's model: number and, where it has one, score."""
+def _pieces(content: Content) -> Iterator[tuple[str, int, float]]:
+    """Tokens of the tokenizer's model: each with its number and, where it has one, its score."""
     vocabulary = content["model"]["vocab"]
     if isinstance(vocabulary, dict):
-        return {piece: (number, 0.0) for piece, number in vocabulary.items()}
-    return {piece: (number, score) for number, (piece, score) in enumerate(vocabulary)}
+        return ((piece, number, 0.0) for piece, number in vocabulary.items())
+    return ((piece, number, score) for number, (piece, score) in enumerate(vocabulary))
+
+
+def _names(content: Content) -> set[str]:
+    return {piece for piece, _, _ in _pieces(content)}
+
+
+def _copy(content: Content) -> Content:
+    """What may be added to, without the first changing."""
+    model = dict(content["model"])
+    for key in ("vocab", "merges"):
+        if key in model:
+            model[key] = model[key].copy()
+    return {**content, "model": model, "added_tokens": list(content["added_tokens"])}
 
 
 def _enter(merged: Content, pieces: dict[str, tuple[Content, float]]) -> None:
@@ -151,9 +169,11 @@ def _pair(merge: Any) -> list[str]:
 
 def _append(merged: Content, tokens: Iterable[dict[str, Any]]) -> None:
     """Adds tokens; one that the tokenizer's model has as a piece keeps its number."""
-    new, pieces = _next(merged), _pieces(merged)
+    tokens = list(tokens)
+    wanted = {token["content"] for token in tokens}
+    new, pieces = _next(merged), {piece: number for piece, number, _ in _pieces(merged) if piece in wanted}
     for token in tokens:
-        number = pieces[token["content"]][0] if token["content"] in pieces else new
+        number = pieces.get(token["content"], new)
         new += number == new
         merged["added_tokens"].append({**token, "id": number})
     merged["added_tokens"].sort(key=lambda token: token["id"])
@@ -161,5 +181,6 @@ def _append(merged: Content, tokens: Iterable[dict[str, Any]]) -> None:
 
 def _next(content: Content) -> int:
     """The first number that is free."""
-    numbers = [number for number, _ in _pieces(content).values()]
-    return max([*numbers, *(token["id"] for token in content["added_tokens"])], default=-1) + 1
+    vocabulary = content["model"]["vocab"]
+    highest = max(vocabulary.values(), default=-1) if isinstance(vocabulary, dict) else len(vocabulary) - 1
+    return max(highest, max((token["id"] for token in content["added_tokens"]), default=-1)) + 1

@@ -154,7 +154,8 @@ def read_vocabulary(
     models = list({id(model): model for model in ([base] if base else []) + list(experts)}.values())
     named = {expert.model: model for expert, model in zip(recipe.experts, experts, strict=True)}
     named |= {model.name: model for model in models} | ({recipe.base: base} if base and recipe.base else {})
-    read = {id(model): _read(model.folder, model.name) for model in models}
+    texts: dict[str, _Tokenizer] = {}  # fine-tunes mostly share their base's
+    read = {id(model): _read(model.folder, model.name, texts) for model in models}
     own_first = read[id(first)]
     if own_first is None:
         raise FusionError(f"{first.name} has no {TOKENIZER}", "load its tokenizer with transformers and save it")
@@ -170,7 +171,7 @@ def read_vocabulary(
             folder = named[source].folder
         else:
             folder, pinned[source] = _fetched(source, api)
-        found = _read(folder, source)
+        found = _read(folder, source, texts)
         if found is None:
             raise FusionError(f"{source} has no {TOKENIZER}", "load its tokenizer with transformers and save it")
         given = found
@@ -179,7 +180,10 @@ def read_vocabulary(
         others = [(m.name, tokenizers[id(m)].content, limits[id(m)]) for m in models if m is not first]
         content = union((first.name, content), others)
     content = add_tokens(content, tokens)
-    merged = given.numbers if content is given.content else _numbers(content, f"the merged {TOKENIZER}")
+    is_new = content is not given.content
+    if is_new:
+        given = _tokenizer(json.dumps(content, ensure_ascii=False), content, f"the merged {TOKENIZER}")
+    merged = given.numbers
     size = max(merged.values()) + 1
     if size > len(merged) + MAX_HOLES:
         raise FusionError(f"{source}: {TOKENIZER} numbers {len(merged)} tokens up to {size - 1}")
@@ -189,10 +193,10 @@ def read_vocabulary(
     moved = None
     if folder != first.folder:
         moved = {number: merged.get(token) for token, number in own_first.numbers.items()}
-    digest = hashlib.sha256(json.dumps([rows, sorted(merged.items()), _plain(rules, models)]).encode())
+    digest = hashlib.sha256(json.dumps([rows, _plain(rules, models)]).encode())
     for one in own.values():
         digest.update(one.tobytes())
-    files = _files(folder, content, content is not given.content)
+    files = _files(folder, given, is_new)
     return Vocabulary(rows, size, files, digest.hexdigest(), own, id(base) if base else None, rules, moved, pinned)
 
 
@@ -280,34 +284,38 @@ def _limit(model: Model) -> int:
 def _rows(merged: Mapping[str, int], own: Mapping[str, int], limit: int, size: int) -> np.ndarray:
     """A model's row for each token, -1 where it has none."""
     rows = np.full(size, -1, np.int64)
-    for token, number in merged.items():
-        row = own.get(token, -1)
-        rows[number] = row if row < limit else -1
+    numbers = np.fromiter(merged.values(), np.int64, len(merged))
+    theirs = numbers if own is merged else np.fromiter((own.get(token, -1) for token in merged), np.int64, len(merged))
+    rows[numbers] = np.where(theirs < limit, theirs, -1)
     return rows
 
 
 @dataclass(frozen=True)
 class _Tokenizer:
-    """A ``tokenizer.json``, and what number each token has."""
+    """A ``tokenizer.json``: as text, as what it says, and what number each token has."""
 
+    text: str
     content: dict[str, Any]
     numbers: dict[str, int]
 
 
-def _read(folder: Path, name: str) -> _Tokenizer | None:
-    """What a folder has, if anything."""
-    if not own_file(folder / TOKENIZER):
-        return None
-    content = {"added_tokens": [], **read_json(folder / TOKENIZER, name)}
-    return _Tokenizer(content, _numbers(content, name))
-
-
-def _numbers(content: dict[str, Any], name: str) -> dict[str, int]:
-    """What number each token has, added ones included."""
-    numbers = dict(tokenizer_of(content, name).get_vocab(with_added_tokens=True))
+def _tokenizer(text: str, content: dict[str, Any], name: str) -> _Tokenizer:
+    numbers = dict(tokenizer_of(text, content["added_tokens"], name).get_vocab(with_added_tokens=True))
     if not numbers:
         raise FusionError(f"{name}: {TOKENIZER} has no tokens")
-    return numbers
+    return _Tokenizer(text, content, numbers)
+
+
+def _read(folder: Path, name: str, known: dict[str, _Tokenizer]) -> _Tokenizer | None:
+    """What a folder has, if anything; a text that was read before is not read again."""
+    file = folder / TOKENIZER
+    if not own_file(file):
+        return None
+    content = {"added_tokens": [], **read_json(file, name)}
+    text = file.read_text(encoding="utf-8")
+    if text not in known:
+        known[text] = _tokenizer(text, content, name)
+    return known[text]
 
 
 def _fetched(name: str, api: HfApi | None) -> tuple[Path, str]:
@@ -319,18 +327,18 @@ def _fetched(name: str, api: HfApi | None) -> tuple[Path, str]:
     return source.folder, str(source.folder.resolve()) if source.is_local else f"{source.name}@{source.revision}"
 
 
-def _files(folder: Path, content: dict[str, Any], is_new: bool) -> dict[str, bytes]:
+def _files(folder: Path, tokenizer: _Tokenizer, is_new: bool) -> dict[str, bytes]:
     """A tokenizer's files by name; those that say again what ``tokenizer.json`` says are left out if that is new."""
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if own_file(folder / name)}
     if is_new:
         files = {name: raw for name, raw in files.items() if name not in REDUNDANT}
-        files[TOKENIZER] = json.dumps(content, ensure_ascii=False, indent=2).encode()
+        files[TOKENIZER] = tokenizer.text.encode()
         if "tokenizer_config.json" in files:
             config = read_json(folder / "tokenizer_config.json", str(folder))
             if isinstance(config.get("added_tokens_decoder"), dict):
                 config["added_tokens_decoder"] |= {
                     str(token["id"]): {key: value for key, value in token.items() if key != "id"}
-                    for token in content["added_tokens"]
+                    for token in tokenizer.content["added_tokens"]
                 }
                 files["tokenizer_config.json"] = json.dumps(config, ensure_ascii=False, indent=2).encode()
     return files
