@@ -116,9 +116,11 @@ class Recipe:
         parameters: the method's own options.
         dtype: "float32", "float16" or "bfloat16"; None keeps the checkpoints' own.
         slices: of static merges: the merged model's layers, where they are not those of its models one by one.
-        tokenizer: of static merges: "union" of all, "base", or the model whose tokenizer the merged one has; None: that
-            of the base, or of the first expert.
-        chat_template: of static merges: a Jinja template, or the model whose template is taken.
+        tokenizer: of static merges: "union" of all, "base", or the model whose tokenizer the merged one has, or these
+            as the ``source`` of a mapping with ``tokens`` and ``pad_to_multiple_of`` (`hf_fusion.merging.vocabulary`);
+            None: that of the base, or of the first expert.
+        chat_template: of static merges: a Jinja template, "auto", a name (`hf_fusion.merging.chat_templates`), or the
+            model whose template is taken.
     """
 
     method: str
