@@ -140,10 +140,12 @@ def _pair(
 
 def _pattern(config: Mapping[str, Any], key: str, path: str, default: Any, name: str) -> Any:
     """The value of the first pattern matching a module path, as PEFT looks it up: a regex on its end."""
+    import regex  # transformers brings it; unlike re, it can be told to give up
+
     for pattern, value in (config.get(key) or {}).items():
         try:
-            matches = re.match(rf"(.*\.)?({pattern})$", path)
-        except re.error:
+            matches = regex.match(rf"(.*\.)?({pattern})$", path, timeout=1)
+        except (regex.error, TimeoutError):  # a stranger's pattern may take for ever
             raise FusionError(f"Adapter {name}: {key} has the invalid pattern {pattern!r}.") from None
         if matches:
             if not isinstance(value, (int, float)):
