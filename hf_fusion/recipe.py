@@ -136,8 +136,7 @@ class Recipe:
     def unpinned(self) -> list[str]:
         """Models that are not named by a full commit sha: folders, names alone, branches."""
         named = [expert.model for expert in self.experts] + ([self.base] if self.base else [])
-        # base+adapter: both count
-        return [name for name in named if not all(_PINNED.fullmatch(part) for part in name.split("+"))]
+        return [name for name in named if not is_pinned(name)]
 
     def to_dict(self) -> dict[str, Any]:
         """As written to YAML: plain values, without what is not set."""
@@ -204,6 +203,11 @@ class Recipe:
         slices = tuple(_slice(entry, f"slices[{i}]", name) for i, entry in enumerate(content.get("slices") or []))
         parameters = dict(content.get("parameters") or {})
         return cls(**{**content, "experts": experts, "slices": slices, "parameters": parameters})
+
+
+def is_pinned(name: str) -> bool:
+    """Whether a model is named by a full commit sha; of ``base+adapter``, both."""
+    return all(_PINNED.fullmatch(part) for part in name.split("+"))
 
 
 def _is_name(value: object) -> bool:

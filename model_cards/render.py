@@ -3,6 +3,7 @@
     python model_cards/render.py                                       # NAME.md from each NAME.json here
     python model_cards/render.py demo/foe-digits demo/foe-digits@SHA   # foe.json anew, from what the demo published
     python model_cards/render.py demo/router demo/phatgoose-smollm2@SHA  # likewise, with its picture
+    python model_cards/render.py merged demo/smollm2-ties@SHA  # merge.json, with HF_ENDPOINT where its experts are
 
 Run it after changing a template; a test compares.
 """
@@ -19,19 +20,23 @@ from hf_fusion.experts import ExpertInfo
 from hf_fusion.hub.card import facts_from_json, read_facts, render_card
 from hf_fusion.hub.card_families import FAMILIES
 from hf_fusion.hub.licenses import combine
+from hf_fusion.hub.publish import plan
 
 HERE = Path(__file__).parent
 
 
 def take_facts(folder: Path, pinned: str) -> None:
     """Write a family's JSON from the folder of a published model."""
-    rows = json.loads((folder / "config.json").read_text(encoding="utf-8"))["experts"]
-    experts = [
-        ExpertInfo(row["name"], row["revision"], task=row["task"], license=row["license"], labels=tuple(row["labels"]))
-        for row in rows
-    ]
     repo_id, _, sha = pinned.partition("@")
-    facts = read_facts(folder, repo_id, experts, combine({info.id: info.license for info in experts}))
+    rows = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("experts")
+    if rows is None:  # a static merge: what it was made of, only the Hub tells
+        facts = plan(folder, repo_id).facts
+    else:
+        experts = [
+            ExpertInfo(row["name"], row["revision"], row["task"], license=row["license"], labels=tuple(row["labels"]))
+            for row in rows
+        ]
+        facts = read_facts(folder, repo_id, experts, combine({info.id: info.license for info in experts}))
     content = json.dumps(asdict(replace(facts, revision=sha)), indent=2, ensure_ascii=False)
     (HERE / f"{facts.family}.json").write_text(f"{content}\n", encoding="utf-8")
     if facts.routing:  # and so its picture

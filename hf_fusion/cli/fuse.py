@@ -89,6 +89,7 @@ def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
     """A plain model of the experts' own kind, without loading them."""
     from tqdm import tqdm
 
+    from hf_fusion.hub.card import write_card
     from hf_fusion.merging.adapters import AdapterReport
     from hf_fusion.merging.merge import cores, merge, plan_merge
 
@@ -132,6 +133,7 @@ def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
             bar.update(done - bar.n)
 
         report = merge(recipe, args.output, threads=args.threads, shard_bytes=int(args.shard_gb * 1e9), progress=shown)
+    write_card(report.folder)
     error = report.error if isinstance(report, AdapterReport) else None
     out.result(
         "Merged",

@@ -40,7 +40,9 @@ def run(args: argparse.Namespace, out: Out) -> None:
         _confirm(planned.summary(), again, out)
     published = push(planned)
     out.result("Published", repo=published.repo_id, revision=published.sha, url=published.url)
-    out.hint(f"AutoModel.from_pretrained({published.repo_id!r}, revision={published.sha!r}, trust_remote_code=True)")
+    facts = planned.facts
+    code = ", trust_remote_code=True" if facts.options.get("code", True) else ""  # a static merge may have none
+    out.hint(f"{facts.auto_class}.from_pretrained({published.repo_id!r}, revision={published.sha!r}{code})")
 
 
 def _confirm(summary: dict[str, object], again: str, out: Out) -> None:

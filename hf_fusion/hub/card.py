@@ -17,13 +17,21 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from hf_fusion.errors import FusionError
+from hf_fusion.experts import ExpertInfo
+from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
 from hf_fusion.hub.adapters import read_json
-from hf_fusion.hub.card_families import FAMILIES, Family
-from hf_fusion.hub.heads import HEADS, auto_class_of
+from hf_fusion.hub.card_families import FAMILIES
+from hf_fusion.hub.card_merge import MERGE, pipeline_tag
+from hf_fusion.hub.card_parts import Family
+from hf_fusion.hub.discover import read_info
+from hf_fusion.hub.files import SHA, in_parallel, parts_of, resolve
+from hf_fusion.hub.heads import HEADS, architectures, auto_class_of, default_task, head_of_adapter, label_names
+from hf_fusion.hub.licenses import combine
+from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.recipe import Recipe
 
 if TYPE_CHECKING:
-    from hf_fusion.experts import ExpertInfo
+    from huggingface_hub import HfApi
 
 BEGIN, END = "<!-- hf-fusion:begin -->", "<!-- hf-fusion:end -->"
 README, RESULTS = "README.md", "results.json"
@@ -50,13 +58,13 @@ class CardFacts:
 
     Attributes:
         repo_id: where the model is published.
-        family: "foe", or whatever else the config's model_type is.
+        family: "foe", or whatever else the config's model_type is; "merge" for static merges.
         auto_class: name of the Auto class that loads it with its head.
         pipeline_tag: its task.
-        license: licence id.
+        license: licence id; empty where it could not be computed.
         experts: what it is made of.
         recipe: text of ``fusion.yaml``.
-        base: ``owner/name@sha`` of the adapters' base.
+        base: ``owner/name@sha`` of the experts' base, or its name where it is a folder.
         revision: commit that the usage block pins, None before there is one.
         results: what was measured (the content of ``results.json``), or None.
         parameters: number of parameters.
@@ -97,16 +105,22 @@ def read_facts(
         license_id: the model's licence.
         results: a `Results`, its dict, or None for ``results.json`` in the folder, if there is one.
     """
-    config, recipe = read_json(folder / "config.json", str(folder)), Recipe.load(folder)
-    auto_class, family = auto_class_of(config), _family(str(config.get("model_type")))
+    recipe, is_adapter = Recipe.load(folder), (folder / ADAPTER_CONFIG).exists()
+    config = read_json(folder / (ADAPTER_CONFIG if is_adapter else "config.json"), str(folder))
+    head = head_of_adapter(config) if is_adapter else None
+    auto_class = head.auto if head else auto_class_of(config)
+    name = MERGE if recipe.method in MERGE_METHODS else str(config.get("model_type"))
+    family = _family(name)
     has_map = bool(family.map) and (folder / family.map).exists()
     rows = config.get("experts") or [{}] * len(experts)
     total = sum(row.get("cost", 0) for row in rows)
     return CardFacts(
         repo_id=repo_id,
-        family=str(config.get("model_type")),
+        family=name,
         auto_class=auto_class,
-        pipeline_tag=next(head.tasks[0] for head in HEADS if head.auto == auto_class),
+        pipeline_tag=pipeline_tag(config, experts)
+        if name == MERGE
+        else next(head.tasks[0] for head in HEADS if head.auto == auto_class),
         license=license_id,
         experts=tuple(
             CardExpert(
@@ -121,11 +135,57 @@ def read_facts(
             for info, row in zip(experts, rows, strict=True)
         ),
         recipe=recipe.to_yaml(),
-        base=recipe.base,
+        base=Path(recipe.base).name if recipe.base and Path(recipe.base).is_absolute() else recipe.base,
         results=_checked_results(results, folder, family),
         parameters=_count_parameters(folder),
         options=family.options(config, folder),
         routing=read_json(folder / family.map, str(folder)) if has_map else None,
+    )
+
+
+def write_card(folder: str | Path, api: HfApi | None = None) -> Path:
+    """Writes the README beside a static merge: what publishing it will say, as far as it is known before.
+
+    Models that are folders are named, without links; a licence that cannot be computed is left open. Text of an
+    earlier README outside of our markers stays.
+
+    Args:
+        folder: as `hf_fusion.merge` left it.
+        api: the Hub's client, for experts that are ids.
+    """
+    folder = Path(folder)
+    recipe = Recipe.load(folder)
+    names = [parts_of(expert.model)[1] for expert in recipe.experts]
+    infos = in_parallel(lambda name: _info(name, api), [*names, *([recipe.base] if recipe.base else [])])
+    try:
+        license_id = combine({info.id: info.license for info in infos})
+    except FusionError:
+        license_id = ""
+    file = folder / README
+    existing = file.read_text(encoding="utf-8") if file.exists() else ""
+    card = render_card(read_facts(folder, folder.resolve().name, infos[: len(names)], license_id), existing)
+    staging = folder / f".{README}"
+    staging.write_text(card, encoding="utf-8")
+    return staging.rename(file)
+
+
+def _info(name: str, api: HfApi | None) -> ExpertInfo:
+    """What the Hub, or a folder's own files, tell about a model; of one that is out of reach, its name."""
+    try:
+        source = resolve(name, api)
+    except FusionError:
+        repo, _, revision = name.partition("@")
+        return ExpertInfo(repo, revision if SHA.fullmatch(revision) else "")
+    if not source.is_local:
+        return read_info(source)
+    card, config = source.card, source.config
+    license_id = card.get("license")
+    return ExpertInfo(
+        id=source.name,
+        sha="",
+        task=card.get("pipeline_tag") or default_task(next(iter(architectures(config)), None)),
+        labels=label_names(config),
+        license=license_id.lower() if isinstance(license_id, str) else None,
     )
 
 
@@ -165,9 +225,29 @@ def usage_code(card: str) -> str:
 
 def _metadata(facts: CardFacts) -> dict[str, Any]:
     """The YAML head: what the Hub indexes."""
-    from huggingface_hub import EvalResult, ModelCardData
+    pinned = [expert.id for expert in facts.experts if expert.sha]
+    pinned += [_repo_id(facts.base)] if facts.base and "@" in facts.base else []
+    data: dict[str, Any] = {
+        "base_model": list(dict.fromkeys(pinned)),
+        "library_name": "peft" if facts.options.get("adapter") else "transformers",
+        "license": facts.license,
+        "pipeline_tag": facts.pipeline_tag,
+        "tags": list(dict.fromkeys(["hf-fusion", "merge", str(facts.options.get("method", facts.family))])),
+        "base_model_relation": "merge" if pinned else "",
+    }
+    return {key: value for key, value in data.items() if value} | _model_index(facts)
 
-    measured = [
+
+def _model_index(facts: CardFacts) -> dict[str, Any]:
+    """What the model itself scored, in the Hub's form; nothing where nothing was measured."""
+    measured = _family(facts.family).measured(facts.results) if facts.results else []
+    if not measured:
+        return {}
+
+    from huggingface_hub import EvalResult
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
+    results = [
         EvalResult(
             task_type=facts.pipeline_tag,
             dataset_type=entry.kind,
@@ -178,20 +258,9 @@ def _metadata(facts: CardFacts) -> dict[str, Any]:
             metric_name=f"{entry.metric} ({entry.system})",
             metric_value=round(entry.score, 4),
         )
-        for entry in (_family(facts.family).measured(facts.results) if facts.results else ())
+        for entry in measured
     ]
-    base_models = [expert.id for expert in facts.experts] + ([_repo_id(facts.base)] if facts.base else [])
-    data = ModelCardData(
-        license=facts.license,
-        library_name="transformers",
-        pipeline_tag=facts.pipeline_tag,
-        tags=["hf-fusion", "merge", facts.family],
-        base_model=list(dict.fromkeys(base_models)),
-        base_model_relation="merge",
-        model_name=facts.repo_id.rpartition("/")[2] if measured else None,
-        eval_results=measured or None,
-    )
-    return data.to_dict()
+    return {"model-index": eval_results_to_model_index(facts.repo_id.rpartition("/")[2], results)}
 
 
 def _render_body(facts: CardFacts) -> str:

@@ -3,75 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.errors import FusionError
+from hf_fusion.hub.card_merge import MERGE, MERGE_FAMILY
+from hf_fusion.hub.card_parts import (
+    CLASSES,
+    FEATURES,
+    GENERATION,
+    IMAGE_IMPORT,
+    PICTURE,
+    PLAIN_USAGE,
+    TEXT,
+    Family,
+    Measured,
+    Usage,
+    lacking_each,
+    suite_lacking,
+    suite_measured,
+    suite_view,
+    usage_row,
+)
 
 if TYPE_CHECKING:
     from hf_fusion.hub.card import CardFacts
 
 MOST_TOLD = 8  # tasks of a picture that are told in words
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One score of the model itself, as the Hub indexes it."""
-
-    dataset: str
-    kind: str  # of the data set: its id, or its name again
-    split: str
-    n: int
-    metric: str
-    system: str
-    score: float
-
-
-@dataclass(frozen=True)
-class Family:
-    """One row of `FAMILIES`.
-
-    Attributes:
-        template: its file in ``model_cards/``.
-        options: (config, folder) → the settings that the template speaks of.
-        lacking: results → names of what they lack to be shown.
-        measured: results → the model's own scores.
-        usage: facts → the usage block: what a reader copies, and what a test runs.
-        view: facts → what else the template is given.
-        map: name of the JSON file beside a model that says what it does with each task; its picture lies beside it.
-    """
-
-    template: str
-    options: Callable[[Mapping[str, Any], Path], dict[str, Any]]
-    lacking: Callable[[Mapping[str, Any]], list[str]]
-    measured: Callable[[Mapping[str, Any]], list[Measured]]
-    usage: Callable[[CardFacts], str]
-    view: Callable[[CardFacts], dict[str, Any]] = lambda facts: {}
-    map: str = ""
-
-
-@dataclass(frozen=True)
-class Usage:
-    """How one kind of model is called: lines of Python. ``{text}`` is an example."""
-
-    inputs: str
-    answer: str
-    imports: str = ""
-    processor: str = "AutoTokenizer"
-    pipeline: bool = True
-
-
-def _row(table: Mapping[str, Usage], auto_class: str) -> Usage:
-    if auto_class not in table:
-        raise FusionError(f"There is no usage block for {auto_class}.")
-    return table[auto_class]
-
-
-_PICTURE = 'example = Image.new("RGB", (64, 64))  # your picture\n'
-_IMAGE_IMPORT = "from PIL import Image\n"
-_CLASSES = "print([model.config.id2label[i] for i in model(**inputs).logits.argmax(-1).tolist()])"
 
 # ---------------------------------------------------------------- Fusion of Experts
 
@@ -81,9 +40,9 @@ _FOE_GENERATION = Usage(
     pipeline=False,
 )
 _FOE_USAGE = {
-    "AutoModelForSequenceClassification": Usage("example = {text}\ninputs = processor([example])", _CLASSES),
+    "AutoModelForSequenceClassification": Usage("example = {text}\ninputs = processor([example])", CLASSES),
     "AutoModelForImageClassification": Usage(
-        f"{_PICTURE}inputs = processor(images=[example])", _CLASSES, imports=_IMAGE_IMPORT
+        f"{PICTURE}inputs = processor(images=[example])", CLASSES, imports=IMAGE_IMPORT
     ),
     "AutoModelForCausalLM": _FOE_GENERATION,
     "AutoModelForSeq2SeqLM": _FOE_GENERATION,
@@ -91,7 +50,7 @@ _FOE_USAGE = {
 
 
 def _foe_usage(facts: CardFacts) -> str:
-    usage, revision = _row(_FOE_USAGE, facts.auto_class), facts.revision or "main"
+    usage, revision = usage_row(_FOE_USAGE, facts.auto_class), facts.revision or "main"
     pipeline = f'pipe = pipeline("{facts.pipeline_tag}", model=repo, revision=revision, trust_remote_code=True)'
     return (
         f"{usage.imports}from transformers import {facts.auto_class}, AutoProcessor"
@@ -111,7 +70,7 @@ def _foe_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def _foe_lacking(results: Mapping[str, Any]) -> list[str]:
     lacking = [key for key in ("dataset", "n", "metric", "systems") if results.get(key) is None]
-    lacking += _lacking_each(results, "systems", ("name", "kind", "score", "ci95", "cost"))
+    lacking += lacking_each(results, "systems", ("name", "kind", "score", "ci95", "cost"))
     return lacking + [f"dataset.{key}" for key in ("name", "split") if key not in results.get("dataset", ())]
 
 
@@ -124,42 +83,10 @@ def _foe_measured(results: Mapping[str, Any]) -> list[Measured]:
 
 # ---------------------------------------------------------------- PHATGOOSE
 
-_ROUTED_GENERATION = Usage(
-    'example = {text}\ninputs = processor(example, return_tensors="pt")',
-    "answer = model.generate(**inputs, max_new_tokens=20)\n"
-    "print(processor.decode(answer[0], skip_special_tokens=True))",
-)
-_ROUTED_TEXT = Usage('example = {text}\ninputs = processor(example, return_tensors="pt")', _CLASSES)
-_ROUTED_USAGE = {
-    "AutoModelForCausalLM": _ROUTED_GENERATION,
-    "AutoModelForSeq2SeqLM": _ROUTED_GENERATION,
-    "AutoModelForSequenceClassification": _ROUTED_TEXT,
-    "AutoModelForTokenClassification": Usage(_ROUTED_TEXT.inputs, _CLASSES.replace(".tolist()", "[0].tolist()")),
-    "AutoModelForImageClassification": Usage(
-        f'{_PICTURE}inputs = processor(images=[example], return_tensors="pt")',
-        _CLASSES,
-        imports=_IMAGE_IMPORT,
-        processor="AutoImageProcessor",
-    ),
-}
-# what a router of features reads -> how it is called
-_ROUTED_FEATURES = {
-    "texts": Usage(_ROUTED_TEXT.inputs, "print(model(**inputs).last_hidden_state.shape)"),
-    "images": Usage(
-        _ROUTED_USAGE["AutoModelForImageClassification"].inputs,
-        "print(model(**inputs).last_hidden_state.shape)",
-        imports=_IMAGE_IMPORT,
-        processor="AutoImageProcessor",
-    ),
-    "texts and images": Usage(
-        _ROUTED_TEXT.inputs, "print(model.backbone.get_text_features(**inputs).pooler_output.shape)"
-    ),
-}
-
 
 def _routed_usage(facts: CardFacts) -> str:
-    features = _ROUTED_FEATURES[facts.options.get("reads", "texts")]
-    usage, revision = _row({**_ROUTED_USAGE, "AutoModel": features}, facts.auto_class), facts.revision or "main"
+    features = FEATURES[facts.options.get("reads", "texts")]
+    usage, revision = usage_row({**PLAIN_USAGE, "AutoModel": features}, facts.auto_class), facts.revision or "main"
     example = (facts.routing or {}).get("example") or "Some text to look at."
     return (
         f"{usage.imports}from transformers import {facts.auto_class}, {usage.processor}\n\n"
@@ -189,43 +116,6 @@ def _routed_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return options | {"num_experts_per_tok": summary["top_k"], "reads": reads}
 
 
-def _suite_lacking(results: Mapping[str, Any]) -> list[str]:
-    lacking = [key for key in ("tasks", "systems") if results.get(key) is None]
-    lacking += _lacking_each(results, "tasks", ("name", "metric", "n", "owner"))
-    return lacking + _lacking_each(results, "systems", ("name", "kind", "scores", "means"))
-
-
-# a task's metric in results → its name on the Hub
-_METRICS = {"exact": "exact_match", "tokens": "token_accuracy", "accuracy": "accuracy"}
-
-
-def _suite_measured(results: Mapping[str, Any]) -> list[Measured]:
-    found = []
-    for system in (system for system in results["systems"] if system["kind"] == "router"):
-        for task in (task for task in results["tasks"] if task["name"] in system["scores"]):
-            name, metric = str(task["name"]), _METRICS[task["metric"]]
-            score = system["scores"][name]["score"]
-            found.append(Measured(name, name, "test", task["n"], metric, str(system["name"]), score))
-    return found
-
-
-def _suite_view(facts: CardFacts) -> dict[str, Any]:
-    """Groups of tasks, the systems that are compared by task, and whether experts have labels."""
-    results = facts.results or {"tasks": [], "systems": []}
-    groups: dict[str, list[Any]] = {"held-in": [], "held-out": []}
-    for task in results["tasks"]:
-        groups["held-out" if task["owner"] is None else "held-in"].append(task)
-    return {
-        "groups": [
-            {"name": name, "tasks": tasks, "n": sum(task["n"] for task in tasks)}
-            for name, tasks in groups.items()
-            if tasks
-        ],
-        "compared": [system for system in results["systems"] if system["kind"] in ("base", "router", "baseline")],
-        "labelled": any(expert.labels for expert in facts.experts),
-    }
-
-
 def _most_by_task(experts: Sequence[str], tasks: Sequence[str], rows: Sequence[Sequence[float]], form: str) -> str:
     """A map of tasks × experts in words: who gets most on each of the first tasks."""
     shown = [
@@ -239,7 +129,7 @@ def _most_by_task(experts: Sequence[str], tasks: Sequence[str], rows: Sequence[S
 def _routed_view(facts: CardFacts) -> dict[str, Any]:
     """What the suite's tables need, the kinds of gates, and the picture in words."""
     gates = {word for expert in facts.experts for word in (expert.gates or "").split()}
-    view, routing = _suite_view(facts) | {"gates": gates}, facts.routing
+    view, routing = suite_view(facts) | {"gates": gates}, facts.routing
     if routing:
         most = _most_by_task(routing["experts"], routing["tasks"], routing["weights"], "{:.0%}")
         view["alt"] = f"Heat map of tasks and experts. The expert with the most weight on {most}"
@@ -253,18 +143,16 @@ _OF_TASK = (
     "answer = model(**inputs, task=task).logits[0].argmax(-1)\n"
     'labels = model.config.experts[model.experts.index(task)]["labels"]\n'
 )
-_MERGED_TEXT = Usage(_ROUTED_TEXT.inputs, _OF_TASK + "print(labels[int(answer)])")
+_MERGED_TEXT = Usage(TEXT.inputs, _OF_TASK + "print(labels[int(answer)])")
 _MERGED_USAGE = {
-    "AutoModelForCausalLM": _ROUTED_GENERATION,
-    "AutoModelForSeq2SeqLM": _ROUTED_GENERATION,
+    "AutoModelForCausalLM": GENERATION,
+    "AutoModelForSeq2SeqLM": GENERATION,
     "AutoModelForSequenceClassification": _MERGED_TEXT,
-    "AutoModelForTokenClassification": Usage(
-        _ROUTED_TEXT.inputs, _OF_TASK + "print([labels[i] for i in answer.tolist()])"
-    ),
+    "AutoModelForTokenClassification": Usage(TEXT.inputs, _OF_TASK + "print([labels[i] for i in answer.tolist()])"),
     "AutoModelForImageClassification": Usage(
-        _ROUTED_USAGE["AutoModelForImageClassification"].inputs,
+        PLAIN_USAGE["AutoModelForImageClassification"].inputs,
         _MERGED_TEXT.answer,
-        imports=_IMAGE_IMPORT,
+        imports=IMAGE_IMPORT,
         processor="AutoImageProcessor",
     ),
 }
@@ -280,13 +168,13 @@ STORAGE["low-rank-bfloat16"] = f"{STORAGE['low-rank']}, in bfloat16"
 
 def _merged_usage(facts: CardFacts) -> str:
     reads = facts.options.get("reads", "texts")
-    features = _ROUTED_FEATURES[reads]
+    features = FEATURES[reads]
     if reads == "texts and images":  # two towers, of which a call of one keeps no trace
-        image = _ROUTED_FEATURES["images"]
+        image = FEATURES["images"]
         features = replace(image, answer="print(model.backbone.get_image_features(**inputs).pooler_output.shape)")
-    usage, revision = _row({**_MERGED_USAGE, "AutoModel": features}, facts.auto_class), facts.revision or "main"
+    usage, revision = usage_row({**_MERGED_USAGE, "AutoModel": features}, facts.auto_class), facts.revision or "main"
     if facts.auto_class.endswith("Classification") and not facts.options.get("task_heads"):
-        usage = replace(usage, answer=_ROUTED_USAGE[facts.auto_class].answer)  # one head for all
+        usage = replace(usage, answer=PLAIN_USAGE[facts.auto_class].answer)  # one head for all
     example = (facts.routing or {}).get("example") or "Some text to look at."
     names = [expert.id for expert in facts.experts]
     owned = next(iter((facts.routing or {}).get("owners", {}).values()), None)
@@ -350,7 +238,7 @@ def _merged_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def _merged_view(facts: CardFacts) -> dict[str, Any]:
     """What the suite's tables need, and the picture in words."""
-    view, found = _suite_view(facts), facts.routing
+    view, found = suite_view(facts), facts.routing
     if found:
         means = [[sum(layer) / len(rows) for layer in zip(*rows, strict=True)] for rows in found["coefficients"]]
         most = _most_by_task(found["experts"], found["tasks"], means, "{:.2f}")
@@ -358,19 +246,15 @@ def _merged_view(facts: CardFacts) -> dict[str, Any]:
     return view
 
 
-def _lacking_each(results: Mapping[str, Any], key: str, names: tuple[str, ...]) -> list[str]:
-    """Of some names, those that not every entry of a list has."""
-    return [f"{key}[].{name}" for name in names if any(name not in entry for entry in results.get(key) or ())]
-
-
-# model_type of a family → its row; every other model was merged into a plain one
+# model_type of a family → its row; and that of static merges, whose models are plain ones
 FAMILIES = {
+    MERGE: MERGE_FAMILY,
     "foe": Family("foe.md.j2", _foe_options, _foe_lacking, _foe_measured, _foe_usage),
     "phatgoose": Family(
         "phatgoose.md.j2",
         _routed_options,
-        _suite_lacking,
-        _suite_measured,
+        suite_lacking,
+        suite_measured,
         _routed_usage,
         _routed_view,
         "routing.json",
@@ -378,8 +262,8 @@ FAMILIES = {
     "wemoe": Family(
         "wemoe.md.j2",
         _merged_options,
-        _suite_lacking,
-        _suite_measured,
+        suite_lacking,
+        suite_measured,
         _merged_usage,
         _merged_view,
         "coefficients.json",

@@ -123,6 +123,12 @@ def split_revision(name: str) -> tuple[str, str | None]:
     return repo, revision or None
 
 
+def parts_of(name: str) -> tuple[str, str]:
+    """(base, adapter) of ``base+adapter``; ("", name) of any other name."""
+    base, plus, adapter = name.partition("+")
+    return (base, adapter) if plus and not Path(name).expanduser().is_dir() else ("", name)
+
+
 # what to do about an HTTP status that the client has no exception for
 _HINTS = {
     401: "hf auth login, or set HF_TOKEN",

@@ -285,9 +285,9 @@ class _Loader:
         labels: list[str],
         adapter: Adapter | None = None,
     ) -> Expert:
-        processor = _processor(source, self._may_run_code(source))
+        processor = processor_of(source, self._may_run_code(source))
         if processor is None and base is not None:
-            processor = _processor(base, self._may_run_code(base))
+            processor = processor_of(base, self._may_run_code(base))
         license_id = source.card.get("license")
         if adapter is not None and base is not None:
             adapter.base, adapter.base_revision = (
@@ -367,7 +367,7 @@ def _common(values: Iterator[int | None]) -> int | None:
     return distinct.pop() if len(distinct) == 1 else None
 
 
-def _processor(source: Source, code: bool) -> Any:
+def processor_of(source: Source, code: bool) -> Any:
     """The tokenizer or image processor of a folder, or None where it has neither."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
@@ -399,6 +399,7 @@ def in_memory(expert: Any, index: int) -> Expert:
     return Expert(
         name=name_or_id,
         model=expert,
+        processor=getattr(expert, "processor", None),
         labels=[id2label[k] for k in sorted(id2label)],
         task=head.tasks[0] if head else None,
     )

@@ -19,10 +19,11 @@ from hf_fusion.errors import FusionError
 from hf_fusion.experts import ExpertInfo
 from hf_fusion.folders import STALE
 from hf_fusion.fusion import save_fused
+from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
 from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.card import README, CardFacts, pinned_revision, read_facts, render_card
 from hf_fusion.hub.discover import read_info
-from hf_fusion.hub.files import explained, hub_api, in_parallel, resolve, weight_files
+from hf_fusion.hub.files import explained, hub_api, in_parallel, parts_of, resolve, weight_files
 from hf_fusion.hub.licenses import combine
 from hf_fusion.recipe import Recipe
 
@@ -131,7 +132,7 @@ def plan(
         exists = api.repo_exists(repo_id)
         private = bool(api.model_info(repo_id).private) if exists else private
     # A base by reference stays in its own repo, behind its own gate.
-    held = experts if read_json(folder / "config.json", str(folder)).get("base_by_reference") else [*experts, *bases]
+    held = experts if _refers_to_base(folder) else [*experts, *bases]
     closed = [info.id for info in held if info.private or info.gated]
     if closed and not private:
         raise FusionError(
@@ -205,7 +206,8 @@ def push(planned: PublishPlan, api: HfApi | None = None) -> PublishResult:
 
 def _files(folder: Path) -> dict[str, int]:
     """What of a folder is published: everything but the card and hidden files."""
-    if not (folder / "config.json").exists():
+    stem = "adapter_model" if (folder / ADAPTER_CONFIG).exists() else "model"
+    if stem == "model" and not (folder / "config.json").exists():
         raise FusionError(f"{folder} holds no model.", hint=f"hf-fusion fuse RECIPE --output {folder}")
     files = {
         path.relative_to(folder).as_posix(): path.stat().st_size
@@ -213,9 +215,16 @@ def _files(folder: Path) -> dict[str, int]:
         if path.is_file() and not any(part.startswith((".", "__pycache__")) for part in path.relative_to(folder).parts)
     }
     files.pop(README, None)
-    if not weight_files(files, "model", "safetensors"):
-        raise FusionError(f"{folder} has no model.safetensors.", hint=f"hf-fusion fuse RECIPE --output {folder}")
+    if not weight_files(files, stem, "safetensors"):
+        raise FusionError(f"{folder} has no {stem}.safetensors.", hint=f"hf-fusion fuse RECIPE --output {folder}")
     return files
+
+
+def _refers_to_base(folder: Path) -> bool:
+    """Whether the base's weights stay in its own repo."""
+    if (folder / ADAPTER_CONFIG).exists():
+        return True
+    return bool(read_json(folder / "config.json", str(folder)).get("base_by_reference"))
 
 
 def _find_experts(recipe: Recipe, api: HfApi) -> tuple[list[ExpertInfo], list[ExpertInfo]]:
@@ -225,10 +234,11 @@ def _find_experts(recipe: Recipe, api: HfApi) -> tuple[list[ExpertInfo], list[Ex
             f"No commit on the Hub is named for: {', '.join(recipe.unpinned)}.",
             hint="push each expert, then fuse from owner/name@sha",
         )
-    experts = _find([expert.model for expert in recipe.experts], api)
-    bases = {recipe.base} if recipe.base else set()
-    for info in experts:
-        if info.is_adapter and info.base_model and not recipe.base:
+    named = [parts_of(expert.model) for expert in recipe.experts]
+    experts = _find([name for _, name in named], api)
+    bases = {base for base in (recipe.base, *(base for base, _ in named)) if base}
+    for info, (base, _) in zip(experts, named, strict=True):
+        if info.is_adapter and info.base_model and not (base or recipe.base):
             bases.add(f"{info.base_model}@{info.base_revision}" if info.base_revision else info.base_model)
     return experts, _find(sorted(bases), api)
 

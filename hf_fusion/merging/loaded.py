@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import Expert, ExpertInfo
+from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
 from hf_fusion.hub.adapters import read_json, with_adapter
-from hf_fusion.hub.files import quiet_transformers, recorded_base, resolve
+from hf_fusion.hub.files import parts_of, quiet_transformers, recorded_base, resolve
 from hf_fusion.hub.heads import architectures, auto_class_of
-from hf_fusion.hub.load import in_memory, refuse_code, refuse_keys
+from hf_fusion.hub.load import in_memory, processor_of, refuse_code, refuse_keys
 from hf_fusion.merging.checkpoint import INDEX
 from hf_fusion.merging.merge import merge
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.merging.plan import check_recipe
-from hf_fusion.merging.sources import parts_of
 from hf_fusion.recipe import RECIPE_ATTRIBUTE, RECIPE_FILE, Recipe, RecipeExpert
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def load_merged(folder: str | Path, *, trust_remote_code: bool = False) -> PreTr
     """The model in a static merge's folder, in its own class and evaluation mode, with its recipe.
 
     Args:
-        folder: as `hf_fusion.merge` left it.
+        folder: as `hf_fusion.merge` left it; an adapter's gives its base with the adapter in its weights.
         trust_remote_code: whether code that lies in the folder may run, for models that transformers does not know.
 
     Raises:
@@ -99,6 +99,8 @@ def load_merged(folder: str | Path, *, trust_remote_code: bool = False) -> PreTr
     import transformers
 
     folder = Path(folder)
+    if (folder / ADAPTER_CONFIG).exists():  # adapters that became one: with their base
+        return fuse_static("linear", [folder])
     config = read_json(folder / "config.json", str(folder))
     name = next(iter(architectures(config)), "no class")
     own, options = getattr(transformers, name, None), {}
@@ -116,6 +118,7 @@ def load_merged(folder: str | Path, *, trust_remote_code: bool = False) -> PreTr
     kept = [path for path in folder.iterdir() if path.is_file() and not path.name.endswith(".safetensors")]
     apart = ("config.json", INDEX, RECIPE_FILE, "README.md", "results.json")
     setattr(model, RECIPE_ATTRIBUTE, Recipe.load(folder))
+    model.processor = processor_of(resolve(folder), code=bool(options))
     setattr(model, FILES_ATTRIBUTE, {path.name: path.read_bytes() for path in kept if path.name not in apart})
     return model.eval()
 

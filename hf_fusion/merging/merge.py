@@ -172,11 +172,17 @@ def stamps(planned: Plan) -> list[tuple[str, int, int]]:
 
 def write_small(planned: Plan, place: Path) -> None:
     """Configuration, tokenizer and recipe."""
-    files = {file.name: file.read_bytes() for file in small_files(planned.first.folder)}
+    first = planned.first
+    files = {file.name: file.read_bytes() for file in small_files(first.folder)}
+    if first.under is not None:  # an adapter, which may bring a tokenizer of its own
+        under = {file.name: file.read_bytes() for file in small_files(first.under)}
+        apart = TOKENIZER_FILES if any(name in files for name in TOKENIZER_FILES) else ()
+        files = {name: raw for name, raw in under.items() if name not in apart} | files
     if planned.vocabulary is not None:
         files = {name: raw for name, raw in files.items() if name not in TOKENIZER_FILES} | planned.vocabulary.files
         if "generation_config.json" in files:
-            own = read_json(planned.first.folder / "generation_config.json", planned.first.name)
+            folder = first.folder if (first.folder / "generation_config.json").exists() else first.under or first.folder
+            own = read_json(folder / "generation_config.json", first.name)
             moved = with_tokens(own, planned.vocabulary.number_of)
             files["generation_config.json"] = (json.dumps(moved, indent=2) + "\n").encode()
     if planned.recipe.chat_template is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,7 @@ class Model:
         entries: its tensors, by their names in its files; an adapter has those of its base.
         license: of its card, if it has one.
         adapter: the LoRA adapter that it is, on the model of `entries`.
-        parts: names of the base's tensors -> its own, once `align` has looked.
+        under: of an adapter: its base's folder.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Model:
     entries: dict[str, Entry]
     license: str | None = None
     adapter: Adapter | None = None
-    names: dict[str, str] = field(default_factory=dict)
+    under: Path | None = None
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Sizes of one of its tensors."""
@@ -183,7 +183,8 @@ def _adapted(source: Source, base: Model) -> Model:
         if key not in base.entries:
             raise FusionError(f"{source.name} saves {key}, which {base.name} does not have")
     license_id = source.card.get("license")
-    return Model(name, folder, base.config, base.entries, str(license_id).lower() if license_id else None, adapter)
+    known = str(license_id).lower() if license_id else None
+    return Model(name, folder, base.config, base.entries, known, adapter, under=base.folder)
 
 
 # ---------------------------------------------------------------- one name for one tensor

@@ -128,6 +128,11 @@ def test_an_adapter_in_memory_is_what_peft_makes_of_it(folders, tmp_path):
         for name, tensor in model.state_dict().items():
             assert torch.allclose(tensor, expected[name], atol=1e-6), name
     assert models[0].config.id2label == {0: "a", 1: "b", 2: "c"}
+    # adapters that became one adapter read back in their base
+    both = hf_fusion.merge(Recipe("lora", (RecipeExpert(str(tmp_path / "adapter"), 1.0),)), tmp_path / "both").folder
+    read, recipe = load_fused(both)
+    assert recipe.method == "lora"
+    assert all(torch.allclose(t, expected[name], atol=1e-6) for name, t in read.state_dict().items())
 
 
 def test_a_square_conv1d_gets_the_transposed_update(tmp_path):

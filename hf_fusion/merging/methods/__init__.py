@@ -52,6 +52,11 @@ class MergeMethod:
         return getattr(import_module(f"{__name__}.{module}"), name)
 
     @property
+    def url(self) -> str:
+        """Where its paper is; empty where there is none."""
+        return f"https://arxiv.org/abs/{self.paper}" if self.paper[:1].isdigit() else self.paper
+
+    @property
     def parameters(self) -> dict[str, Parameter]:
         """Its parameters, by name."""
         return parameters_of(self.function)
