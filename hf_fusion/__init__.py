@@ -37,6 +37,7 @@ _PUBLIC = {
     "evaluate_fusion": "evaluate",
     "evaluate_routing": "evaluate_suite",
     "evaluate_merging": "evaluate_tasks",
+    "evaluate_static": "evaluate_tasks",
     "SuiteResults": "suite_results",
     "FoEConfig": "models.foe",
     "FoEModel": "models.foe",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,18 +16,25 @@ from .data import owners_by_name
 from .errors import FusionError
 from .evaluate import machine
 from .experts import Expert
+from .hub.adapters import with_adapter
+from .hub.files import parts_of
+from .hub.heads import head_of_architecture, same_label
 from .hub.load import load_experts
 from .suite_results import Metric, SuiteResults, SuiteTask, compare
 from .training.adamerging import CoefficientMerge, merged_once
-from .training.batches import like_lengths, read_examples, score_rows
+from .training.batches import like_lengths, read_examples, score_rows, to_model
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from huggingface_hub import HfApi
     from transformers import PreTrainedModel
 
+    from .experts import ExpertInfo
     from .hub.load import ExpertLike
 
-WEMOE, INDIVIDUAL = "WEMoE", "individual experts"
+logger = logging.getLogger(__name__)
+
+WEMOE, INDIVIDUAL, MERGED = "WEMoE", "individual experts", "merged"
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,116 @@ def evaluate_merging(
     return SuiteResults(tasks, compare(tasks, scores, kinds, WEMOE), {**known, **(settings or {})}, command, machine())
 
 
+def evaluate_static(
+    merged: ExpertLike,
+    suite: Mapping[str, Dataset],
+    *,
+    experts: Sequence[str | Path | ExpertInfo | PreTrainedModel] = (),
+    base: str | Path | PreTrainedModel | None = None,
+    owners: Mapping[str, str] | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    batch_size: int = 64,
+    max_length: int = 512,
+    trust_remote_code: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    command: str = "",
+    api: HfApi | None = None,
+) -> SuiteResults:
+    """Measures a static merge on each task of a suite, beside its experts and their base.
+
+    Models are loaded one after the other: no more than one, with an adapter's base two, are in memory at a time. Those
+    whose head or whose classes are not the merged model's are left out, with a warning.
+
+    Args:
+        merged: its folder, its id, or the model as `fuse` returned it; "merged" in the results.
+        suite: task → test rows; columns ``text`` (``text_pair``) or ``image`` with ``label``, or ``prompt`` and
+            ``target``.
+        experts: what it was made of; also ``base+adapter``.
+        base: what they were fine-tuned from; default is the one that adapters among them record.
+        owners: task → the expert whose task it is, where `owners_by_name` does not find it.
+        metrics: task → "exact" (default) or "tokens", for language models.
+        batch_size: rows a step, taken in order of length.
+        max_length: the longest sequence, in tokens.
+        trust_remote_code: see `load_experts`.
+        settings: kept in the results.
+        command: kept in the results.
+        api: the Hub's client.
+
+    Raises:
+        FusionError: for an empty suite, rows that the merged model cannot read, and models that cannot be loaded.
+    """
+    if not suite or any(not len(rows) for rows in suite.values()):
+        raise FusionError("the suite has no tasks, or a task without rows")
+    options, wanted = {"trust_remote_code": trust_remote_code, "api": api}, metrics or {}
+    queue: list[tuple[str, Any]] = [(MERGED, merged), *(("expert", expert) for expert in experts)]
+    queue += [("base", base)] if base is not None else []
+    kinds: dict[str, str] = {}
+    scores: dict[str, dict[str, torch.Tensor]] = {}
+    names: list[str] = []
+    like: _Answers | None = None
+    for kind, given in queue:  # which grows where an adapter tells its base
+        expert = _loaded(given, options)
+        answers = _Answers.of(expert)
+        like = like or answers
+        if kind == "expert":
+            names.append(expert.name)
+            if expert.adapter and expert.adapter.base and "base" not in dict(queue):
+                revision = expert.adapter.base_revision
+                queue.append(("base", f"{expert.adapter.base}@{revision}" if revision else expert.adapter.base))
+        if answers != like:
+            logger.warning("%s is not measured: it has %s, the merged model %s", expert.name, answers, like)
+            continue
+        name = expert.name if kind == "expert" else kind
+        kinds[name], scores[name] = kind, {}
+        for task, rows in suite.items():
+            scores[name][task] = _score(expert, rows, like.metric(wanted.get(task)), batch_size, max_length)
+        del expert  # before the next is loaded
+    assert like is not None
+    known = owners_by_name(suite, names) | dict(owners or {})
+    tasks = [SuiteTask(t, like.metric(wanted.get(t)), len(rows), known.get(t)) for t, rows in suite.items()]
+    return SuiteResults(tasks, compare(tasks, scores, kinds, MERGED), dict(settings or {}), command, machine())
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What a model's answers mean: those of two models can be compared if it is the same."""
+
+    head: str
+    labels: tuple[str, ...]
+
+    @classmethod
+    def of(cls, expert: Expert) -> _Answers:
+        head = head_of_architecture(type(expert.model).__name__)
+        return cls(head.auto if head else type(expert.model).__name__, tuple(map(same_label, expert.labels)))
+
+    def metric(self, wanted: Metric | None) -> Metric:
+        """How they are scored: texts as wanted, classes by accuracy."""
+        return "accuracy" if self.labels else wanted or "exact"
+
+    def __str__(self) -> str:
+        return f"the classes {', '.join(self.labels[:6])}" if self.labels else f"the head of {self.head}"
+
+
+def _loaded(given: Any, options: Mapping[str, Any]) -> Expert:
+    """A model as it answers: an adapter in the weights of its base."""
+    base, name = parts_of(given) if isinstance(given, str) else ("", given)
+    [expert] = load_experts([name], base or None, gates=False, **options)
+    if expert.adapter is None:
+        return expert
+    return replace(expert, model=with_adapter(expert.model, expert.adapter, expert.labels))
+
+
+def _score(expert: Expert, rows: Dataset, metric: Metric, batch_size: int, max_length: int) -> torch.Tensor:
+    """The score of every row, (N,)."""
+    read = read_examples(expert, rows, max_length)
+    values = torch.zeros(len(rows))
+    with torch.no_grad():
+        for numbers in like_lengths(read.rows, batch_size):
+            inputs = to_model(read.collate([read.rows[n] for n in numbers]), expert.model)
+            values[numbers] = score_rows(expert.model, inputs, metric).float().cpu()
+    return values
+
+
 def _inputs(batch: Mapping[str, Any], model: Any, owner: str, prompts: bool) -> dict[str, Any]:
     """A batch where the model is, with the task; of language models that route, with the tokens of their prompts."""
     inputs: dict[str, Any] = {name: value.to(model.backbone.device) for name, value in batch.items()}
@@ -161,4 +279,4 @@ class _Individual:
             return self.merge.dense(task)
 
 
-__all__ = ["INDIVIDUAL", "WEMOE", "System", "evaluate_merging"]
+__all__ = ["INDIVIDUAL", "MERGED", "WEMOE", "System", "evaluate_merging", "evaluate_static"]

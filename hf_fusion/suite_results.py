@@ -56,7 +56,7 @@ class SuiteSystem:
 
     Attributes:
         name: what tables call it.
-        kind: "base", "router", "expert", "baseline" or "oracle".
+        kind: "base", "router", "merged", "expert", "baseline" or "oracle".
         scores: task → its score, for the tasks it was run on.
         means: "held-in" and "held-out" → mean of the scores of these tasks, each task counting alike; only where it was
             run on all of them.

@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="test", help="of a folder or Hub data set (default: test)")
     parser.add_argument("--label-column", default="label", metavar="NAME", help="column of the labels (default: label)")
     parser.add_argument("--expert-column", default="expert", metavar="NAME", help="column of the domains' experts")
-    parser.add_argument("--task-column", default="task", metavar="NAME", help="PHATGOOSE, WEMoE: column of the tasks")
+    parser.add_argument("--task-column", default="task", metavar="NAME", help="column of the tasks; not of a FoE")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the own code of a static merge's models")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="examples per step (default: 32)")
 
 
@@ -35,14 +36,18 @@ def run(args: argparse.Namespace, out: Out) -> None:
     """Measures, writes and shows."""
     from hf_fusion.data import load_rows
     from hf_fusion.evaluate import RESULTS_FILE
+    from hf_fusion.hub.card import write_card
+    from hf_fusion.merging.methods import MERGE_METHODS
     from hf_fusion.recipe import Recipe
 
     recipe = Recipe.load(Path(args.folder))
-    measure = {"phatgoose": _routing, "wemoe": _merging}.get(recipe.method, _fusion)
+    measure = _static if recipe.method in MERGE_METHODS else OF_METHOD.get(recipe.method, _fusion)
     command = f"hf-fusion eval {args.folder} --data {args.data} --split {args.split}"
     results, title = measure(args, load_rows(args.data, args.split), recipe, command)
     path = Path(args.folder) / RESULTS_FILE
     results.save(path)
+    if measure is _static:
+        write_card(args.folder)  # with what was measured
     out.table(results.table(), title=title, key=getattr(results, "metric", None), data=asdict(results))
     out.log(f"Written to {path}")
     out.hint(f"hf-fusion publish {args.folder} OWNER/NAME --dry-run")
@@ -120,3 +125,31 @@ def _merging(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: s
     coefficients.save(Path(args.folder) / COEFFICIENT_FILE)
     plot_coefficients(coefficients, Path(args.folder) / COEFFICIENT_PICTURE)
     return results, f"right answers in % on {len(rows)} examples, with 95 % intervals"
+
+
+def _static(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: str) -> tuple[Any, str]:
+    """A static merge, task by task, beside its experts and their base."""
+    from hf_fusion.data import split_tasks
+    from hf_fusion.evaluate_tasks import evaluate_static
+    from hf_fusion.hub.files import parts_of
+
+    experts = [expert.model for expert in recipe.experts]
+    named = [parts_of(name)[1].partition("@")[0] for name in experts]
+    named = [name if name.count("/") == 1 else Path(name).name for name in named]  # ids; folders by their last part
+    suite, owners = split_tasks(rows, named, args.task_column, args.expert_column)
+    results = evaluate_static(
+        args.folder,
+        suite,
+        experts=experts,
+        base=recipe.base,
+        owners=owners,
+        batch_size=args.batch_size,
+        trust_remote_code=args.trust_remote_code,
+        settings={"method": recipe.method, **recipe.parameters},
+        command=command,
+    )
+    return results, f"right answers in % on {len(rows)} examples, with 95 % intervals"
+
+
+# method -> how its models are measured; others as a Fusion of Experts
+OF_METHOD = {"phatgoose": _routing, "wemoe": _merging}

@@ -1,0 +1,148 @@
+"""`hf-fusion fuse` of static merges as people and scripts meet it, and `eval` of what came of them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from huggingface_hub import HfApi
+from safetensors.torch import load_file, save_file
+from tiny import TEXTS, make_tokenizer
+from tiny_fused import bert_base, fine_tuned
+
+from hf_fusion import FusionError, Recipe
+from hf_fusion.cli.app import main
+from hf_fusion.hub.card import pinned_revision
+from hf_fusion.suite_results import SuiteResults
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier, two fine-tunes of it, one with another vocabulary, a recipe and rows."""
+    folder = tmp_path_factory.mktemp("fine-tunes")
+    base = bert_base()
+    for name, model in [("base", base), ("foxes", fine_tuned(base, 0)), ("dogs", fine_tuned(base, 1))]:
+        model.save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+        (folder / name / "README.md").write_text("---\nlicense: mit\n---\n")
+    fine_tuned(base, 2).save_pretrained(folder / "wider")
+    tensors = load_file(folder / "wider" / "model.safetensors")
+    name = "bert.embeddings.word_embeddings.weight"
+    tensors[name] = tensors[name].repeat(2, 1)
+    save_file(tensors, folder / "wider" / "model.safetensors", metadata={"format": "pt"})
+    text = f"method: ties\nbase: {folder / 'base'}\nexperts: [{folder / 'foxes'}, {folder / 'dogs'}]\n"
+    (folder / "recipe.yaml").write_text(f"{text}parameters: {{density: 0.5}}\n")
+    rows = [
+        {"task": ("foxes", "dogs")[i % 2], "text": f"{text} {i}", "label": i % 2} for i in range(8) for text in TEXTS
+    ]
+    Dataset.from_list(rows).to_parquet(folder / "test.parquet")
+    return folder
+
+
+def test_a_recipe_of_folders_imports_neither_transformers_nor_the_hubs_client(folders, tmp_path):
+    """In a real process: what it takes and says, what lies there afterwards, and what was not imported for it."""
+    code = (
+        "import sys\nfrom hf_fusion.cli.app import main\n"
+        "for words in (['--dry-run'], ['--dry-run', '--format', 'json'], []):\n"
+        f"    assert main(['fuse', {str(folders / 'recipe.yaml')!r}, '-o', 'merged', *words]) == 0\n"
+        "print(sorted(m for m in sys.modules if m in ('transformers', 'huggingface_hub', 'peft', 'datasets')))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    dry, report, merged = re.split(r"^(\{.*\})$", done.stdout, flags=re.MULTILINE)
+    assert re.search(r"^Inputs\nmodel +as +tensors +MB\n", dry)
+    assert len(re.findall(rf"^{folders}/(base|foxes|dogs) +(base|expert) +\d+ +[\d.]+$", dry, re.MULTILINE)) == 3
+    for name in ("method +TIES", r"read_mb +[\d.]+", r"written_mb +[\d.]+", r"peak_memory_mb +\d+", r"seconds +[\d.]+"):
+        assert re.search(rf"^  {name}$", dry, re.MULTILINE), name
+    facts = json.loads(report)
+    assert [row["as"] for row in facts["inputs"]] == ["base", "expert", "expert"]
+    assert facts["read_mb"] == pytest.approx(3 * facts["written_mb"], abs=0.2)
+    size = (tmp_path / "merged" / "model.safetensors").stat().st_size
+    assert facts["written_mb"] == pytest.approx(size / 1e6, abs=0.1)
+    assert merged.splitlines()[1].startswith("✓ Merged")
+    assert merged.splitlines()[-1] == "[]"
+    assert "hf-fusion eval merged --data DATA" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert Recipe.load(tmp_path / "merged").method == "ties"
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "| density | 0.5 |  |" in card
+    assert "license: mit" in card
+
+
+def test_what_does_not_match_is_a_table_with_the_option_that_resolves_it(here, folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "bert.embeddings.word_embeddings.weight"
+    words = ("fuse", "--method", "ties", "--base", str(folders / "base"), "-o", "merged")
+    words += ("--experts", str(folders / "foxes"), str(folders / "wider"))
+    assert main(words) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    lines = said.err.splitlines()
+    assert lines[0] == "Error: the models' tensors do not match:"
+    assert lines[1].split() == ["tensor", "count", "model", "what", "resolved", "by"]
+    row = rf"{name} +1 +{folders}/wider +\[800, 32\] against \[400, 32\] +base \| skip \| resize"
+    assert re.fullmatch(row, lines[2])
+    assert lines[3].startswith("  → set the parameter mismatch to base or skip or resize")
+    assert len(lines) == 4
+    assert not list(tmp_path.iterdir())
+    here(*words, "--set", "mismatch=resize")
+    assert load_file(tmp_path / "merged" / "model.safetensors")[name].shape == (400, 32)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--set", "colour=1"), "ties has no parameter 'colour'"),
+        (("--set", "density=2"), "density is 2.0, expected a number from 0 to 1"),
+        (("--threads", "0"), "--threads 0"),
+        (("--shard-gb", "0"), "--shard-gb 0"),
+    ],
+)
+def test_mistakes_are_named(here, folders, tmp_path, words, message):
+    experts = [str(folders / name) for name in ("foxes", "dogs")]
+    with pytest.raises(FusionError, match=message):
+        here("fuse", "--method", "ties", "--base", str(folders / "base"), "--experts", *experts, "-o", "out", *words)
+    with pytest.raises(FusionError, match="no method 'alchemy'") as caught:
+        here("fuse", "--method", "alchemy", "--experts", *experts, "-o", "out")
+    assert "foe" in caught.value.hint
+    assert "task_arithmetic" in caught.value.hint
+    assert not list(tmp_path.iterdir())
+
+
+def test_measured_beside_its_experts_and_the_card_says_so(here, folders, tmp_path):
+    here("fuse", str(folders / "recipe.yaml"), "-o", "merged")
+    shown = here("eval", "merged", "--data", str(folders / "test.parquet"))
+    assert "right answers in % on 32 examples" in shown
+    results = SuiteResults.load(tmp_path / "merged" / "results.json")
+    assert [system.name for system in results.systems] == ["merged", "foxes", "dogs", "base"]
+    assert [(task.name, task.n, task.owner) for task in results.tasks] == [("foxes", 16, "foxes"), ("dogs", 16, "dogs")]
+    assert results.settings == {"method": "ties", "density": 0.5}
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "| task | n | metric | **merged** | foxes | dogs | base |" in card
+    assert f"Measured by `hf-fusion eval merged --data {folders}/test.parquet --split test`" in card
+    here("fuse", str(folders / "recipe.yaml"), "-o", "merged")
+    assert not (tmp_path / "merged" / "results.json").exists()  # of another merge
+    assert "Not measured." in (tmp_path / "merged" / "README.md").read_text()
+
+
+def test_pushed_with_its_card(hf_fusion, hub, folders, tmp_path):
+    api = HfApi(endpoint=hub.endpoint, token=hub.token("mixer"))
+    for name in ("base", "foxes", "dogs"):
+        api.create_repo(f"mixer/{name}")
+        api.upload_folder(repo_id=f"mixer/{name}", folder_path=folders / name)
+    home = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": hub.token("mixer")}
+    words = ("--base", "mixer/base", "--experts", "mixer/foxes", "mixer/dogs", "-o", "merged", "--push", "mixer/merged")
+    done = hf_fusion("fuse", "--method", "breadcrumbs", *words, "--format", "json", **home)
+    assert done.returncode == 0, done.stderr
+    merged, pushed = map(json.loads, done.stdout.splitlines())
+    assert merged["folder"] == str(tmp_path / "merged")
+    assert Recipe.load(tmp_path / "merged").unpinned == []
+    card = Path(api.hf_hub_download("mixer/merged", "README.md")).read_text()
+    assert pinned_revision(card) == pushed["revision"]
+    assert "breadcrumbs" in api.model_info("mixer/merged").tags
+    assert api.model_info("mixer/merged").private
