@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import HfApi
 from tiny import make_tokenizer
 from tiny_fused import bert_base, fine_tuned
@@ -19,6 +20,9 @@ from tiny_routed import save_base, save_lora
 
 from hf_fusion.cli.app import build_parser
 from hf_fusion.evaluate import Results
+from hf_fusion.merging.methods import methods_table
+from hf_fusion.merging.plan import check_recipe
+from hf_fusion.recipe import Recipe
 from hf_fusion.suite_results import SuiteResults
 
 ROOT = Path(__file__).parents[1]
@@ -195,6 +199,17 @@ def test_wemoes_table_is_what_was_measured():
         assert (mean, share) == (f"{100 * row['mean']:.1f}", f"{100 * row['normalised']:.1f}"), shown
 
 
+def test_the_table_of_methods_is_that_of_the_code():
+    assert methods_table() in README, "python -c 'from hf_fusion.merging.methods import *; print(methods_table())'"
+
+
+def test_the_recipe_is_one():
+    [text] = blocks(README, "yaml")
+    recipe = Recipe.from_dict(yaml.safe_load(text))
+    check_recipe(recipe)
+    assert [expert.settings for expert in recipe.experts] == [{}, {"density": 0.3}]
+
+
 def test_every_path_in_the_tree_exists():
     tree = re.search(r"^## Where things are\n\n```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)[1]
     parents: list[str] = []
@@ -232,7 +247,9 @@ def test_the_make_targets_exist():
 
 
 @pytest.mark.parametrize(
-    ("number", "printed"), [(0, "ViTForImageClassification"), (1, "('sst2', 'tweet_emotion')")], ids=["method", "suite"]
+    ("number", "printed"),
+    [(0, "0 [0.25, 0.25, 0.25, 0.25]"), (1, "('sst2', 'tweet_emotion')")],
+    ids=["method", "suite"],
 )
 def test_the_blocks_of_contributing_run(number, printed, tmp_path):
     (tmp_path / "block.py").write_text(blocks(CONTRIBUTING, "python")[number], encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from hf_fusion import FusionError, Recipe
 from hf_fusion.cli.app import main
 from hf_fusion.hub.card import pinned_revision
 from hf_fusion.suite_results import SuiteResults
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "07_static_merging.py"
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +149,32 @@ def test_pushed_with_its_card(hf_fusion, hub, folders, tmp_path):
     assert pinned_revision(card) == pushed["revision"]
     assert "breadcrumbs" in api.model_info("mixer/merged").tags
     assert api.model_info("mixer/merged").private
+
+
+def test_the_example_leads_from_fine_tunes_on_the_hub_to_a_published_merge(hub, folders, tmp_path):
+    api = HfApi(endpoint=hub.endpoint, token=hub.token("blender"))
+    for name in ("base", "foxes", "dogs"):
+        made_of = "" if name == "base" else "base_model: blender/base\ntags: [hf-fusion-expert]\n"
+        api.create_repo(f"blender/{name}")
+        api.upload_folder(repo_id=f"blender/{name}", folder_path=folders / name)
+        card = f"---\n{made_of}license: mit\n---\n".encode()
+        api.upload_file(repo_id=f"blender/{name}", path_in_repo="README.md", path_or_fileobj=card)
+    rows = Dataset.from_parquet(str(folders / "test.parquet"))
+    rows.add_column("expert", list(rows["task"])).to_parquet(tmp_path / "rows" / "test.parquet")
+    home = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": hub.token("blender")}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE), "blender/base", "blender", "rows", "blender/ties"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **home},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert set(re.findall(r"^merged +(blender/\w+)$", done.stdout, re.MULTILINE)) == {"blender/foxes", "blender/dogs"}
+    scored = re.compile(r"^ *(\S.*?\S) +[\d.]+ \(\d+ to \d+\)$", re.MULTILINE)
+    docstring = EXAMPLE.read_text(encoding="utf-8").split('"""')[1]
+    assert scored.findall(done.stdout) == scored.findall(docstring) == ["merged", "best single", "base"]
+    published = re.search(r"^published blender/ties at ([0-9a-f]{10})$", done.stdout, re.MULTILINE)[1]
+    assert published in [commit.commit_id[:10] for commit in api.list_repo_commits("blender/ties")]
+    assert "base_model:merge:blender/foxes" in api.model_info("blender/ties").tags

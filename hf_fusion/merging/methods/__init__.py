@@ -143,3 +143,13 @@ MERGE_METHODS = {
         "recombination:recombination", "Model recombination", "", (2, None), "chunks", "2406.03280"
     ),
 }
+
+
+def methods_table() -> str:
+    """All methods with their parameters as a table in Markdown, as the README has it."""
+    rows = ["| method | | base | parameters and their defaults |", "|---|---|---|---|"]
+    for name, row in MERGE_METHODS.items():
+        title = f"[{row.title}]({row.url})" if row.url else row.title
+        known = [f"`{p.name}`" if p.required else f"`{p.name}` {p.default}".lower() for p in row.parameters.values()]
+        rows.append(f"| `{name}` | {title} | {row.base} | {', '.join(known)} |")
+    return "\n".join(rows)
