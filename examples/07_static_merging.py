@@ -16,6 +16,8 @@ HF_TOKEN) it takes four minutes and prints, with other commits:
     best single          22.0 (19 to 27)
     base                 0.0 (0 to 4)
     published demo/my-ties at 81421e5626
+
+One set of weights holds tasks so unlike less well than a router does (04_route.py); fine-tunes on like tasks merge better.
 """
 
 import sys

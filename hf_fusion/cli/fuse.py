@@ -11,7 +11,7 @@ from hf_fusion.errors import FusionError
 from .output import Out
 
 if TYPE_CHECKING:
-    from hf_fusion.recipe import Recipe
+    from hf_fusion.recipe import Recipe, RecipeExpert
 
 EXAMPLES = (
     ("hf-fusion fuse --method foe --experts me/low me/high --output fused", "a Fusion of Experts of two ids"),
@@ -54,13 +54,14 @@ def run(args: argparse.Namespace, out: Out) -> None:
         raise FusionError("--method and --experts belong together", "hf-fusion fuse --help")
 
     from hf_fusion.merging.methods import MERGE_METHODS
-    from hf_fusion.recipe import Recipe, RecipeExpert
+    from hf_fusion.recipe import Recipe
 
     if args.recipe:
         recipe = Recipe.load(args.recipe)
     else:
-        experts = tuple(map(RecipeExpert, args.experts))
-        recipe = Recipe(args.method, experts, args.base, _parameters(args.set), args.dtype)
+        parameters = _parameters(args.set)
+        weights = parameters.pop("weights", None) if args.method in MERGE_METHODS else None
+        recipe = Recipe(args.method, _experts(args.experts, weights), args.base, parameters, args.dtype)
     if recipe.method in MERGE_METHODS:
         _merge(recipe, args, out)
     elif args.dry_run:
@@ -70,7 +71,11 @@ def run(args: argparse.Namespace, out: Out) -> None:
     if args.push and not args.dry_run:
         from hf_fusion.hub.publish import publish
 
-        pushed = publish(args.output, args.push)
+        try:
+            pushed = publish(args.output, args.push)
+        except FusionError as error:
+            again = f"hf-fusion publish {args.output} {args.push}"
+            raise FusionError(error.message, f"{error.hint or 'see above'}; {args.output} is whole: {again}") from error
         if pushed is not None:
             out.result("Published", url=pushed.url, revision=pushed.sha)
 
@@ -145,6 +150,17 @@ def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
     )
     load = f'PeftModel.from_pretrained(base, "{args.output}")  # base: {report.recipe.base}'
     out.hint(f"hf-fusion eval {args.output} --data DATA" if error is None else load)
+
+
+def _experts(names: list[str], weights: Any) -> tuple[RecipeExpert, ...]:
+    """Experts of a static merge, with a weight each where ``--set weights=[…]`` gives them."""
+    from hf_fusion.recipe import RecipeExpert, is_number
+
+    if weights is None:
+        return tuple(map(RecipeExpert, names))
+    if not isinstance(weights, list) or len(weights) != len(names) or not all(map(is_number, weights)):
+        raise FusionError(f"--set weights={weights} for {len(names)} experts", "weights=[1.0, 0.5], one for each")
+    return tuple(RecipeExpert(name, float(weight)) for name, weight in zip(names, weights, strict=True))
 
 
 def _parameters(given: list[str]) -> dict[str, Any]:

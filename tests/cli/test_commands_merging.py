@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
@@ -114,7 +115,17 @@ def test_mistakes_are_named(here, folders, tmp_path, words, message):
         here("fuse", "--method", "alchemy", "--experts", *experts, "-o", "out")
     assert "foe" in caught.value.hint
     assert "task_arithmetic" in caught.value.hint
+    with pytest.raises(FusionError, match=r"--set weights=\[1\] for 2 experts"):
+        here("fuse", "--method", "linear", "--experts", *experts, "-o", "out", "--set", "weights=[1]")
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_from_the_command_line(here, folders, tmp_path):
+    experts = [str(folders / name) for name in ("foxes", "dogs")]
+    here("fuse", "--method", "linear", "--experts", *experts, "-o", "out", "--set", "weights=[1, 3]")
+    assert [expert.weight for expert in Recipe.load(tmp_path / "out").experts] == [1.0, 3.0]
+    foxes, dogs, out = (load_file(Path(f) / "model.safetensors") for f in (*experts, tmp_path / "out"))
+    assert all(torch.allclose(t, 0.25 * foxes[name] + 0.75 * dogs[name], atol=1e-6) for name, t in out.items())
 
 
 def test_measured_beside_its_experts_and_the_card_says_so(here, folders, tmp_path):
