@@ -17,7 +17,7 @@ HF_TOKEN) it takes four minutes and prints, with other commits:
     base                 0.0 (0 to 4)
     published demo/my-ties at 81421e5626
 
-One set of weights holds tasks so unlike less well than a router does (04_route.py); fine-tunes on like tasks merge better.
+Tasks so unlike lose much in one set of weights: 04_route.py keeps such experts apart.
 """
 
 import sys
