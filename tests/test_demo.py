@@ -14,7 +14,6 @@ from PIL import Image
 from hf_fusion.evaluate import Results
 from hf_fusion.hub.server import HubServer
 
-
 pytestmark = pytest.mark.slow  # what it trains, README's eight lines train in the timed suite
 
 

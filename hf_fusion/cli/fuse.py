@@ -68,7 +68,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
         raise FusionError(f"--dry-run is for static merges; {recipe.method} loads its experts", "leave it out")
     else:
         _fuse(recipe, args, out)
-    if args.push and not args.dry_run:
+    if args.push and not args.dry_run and _is_main():
         from hf_fusion.hub.publish import publish
 
         try:
@@ -138,6 +138,8 @@ def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
             bar.update(done - bar.n)
 
         report = merge(recipe, args.output, threads=args.threads, shard_bytes=int(args.shard_gb * 1e9), progress=shown)
+    if not _is_main():
+        return
     write_card(report.folder)
     error = report.error if isinstance(report, AdapterReport) else None
     out.result(
@@ -150,6 +152,13 @@ def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
     )
     load = f'PeftModel.from_pretrained(base, "{args.output}")  # base: {report.recipe.base}'
     out.hint(f"hf-fusion eval {args.output} --data DATA" if error is None else load)
+
+
+def _is_main() -> bool:
+    """Whether this process speaks for all that `accelerate launch` started."""
+    from hf_fusion.merging.processes import Processes
+
+    return Processes().is_main
 
 
 def _experts(names: list[str], weights: Any) -> tuple[RecipeExpert, ...]:

@@ -82,7 +82,9 @@ def main() -> None:
         if not (args.models / "base").exists():
             make_models(args.models)
         rows = []
-        print(f"{'method':18}{'merge s':>9}{'read+write s':>14}{'ratio':>7}{'bar':>6}{'MB':>6}{'process s':>11}  peer s, MB")
+        print(
+            f"{'method':18}{'merge s':>9}{'read+write s':>14}{'ratio':>7}{'bar':>6}{'MB':>6}{'process s':>11}  peer s, MB"
+        )  # noqa: E501
         for method in args.methods:
             row = run(method, args)
             rows.append(row)
