@@ -82,9 +82,8 @@ def main() -> None:
         if not (args.models / "base").exists():
             make_models(args.models)
         rows = []
-        print(
-            f"{'method':18}{'merge s':>9}{'read+write s':>14}{'ratio':>7}{'bar':>6}{'MB':>6}{'process s':>11}  peer s, MB"
-        )  # noqa: E501
+        heads = ("merge s", 9), ("read+write s", 14), ("ratio", 7), ("bar", 6), ("MB", 6), ("process s", 11)
+        print(f"{'method':18}{''.join(f'{name:>{width}}' for name, width in heads)}  peer s, MB")
         for method in args.methods:
             row = run(method, args)
             rows.append(row)
