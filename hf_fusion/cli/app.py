@@ -71,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         problem = explain(error, args.command)
         out.error(problem.message, problem.hint)
         return 1
+    finally:  # whoever called us from Python has its own way with our log, and closes our stream
+        logger = logging.getLogger("hf_fusion")
+        logger.handlers, logger.propagate = [], True
     return 0
 
 

@@ -86,6 +86,7 @@ def test_an_error_is_one_line_with_a_hint_and_debug_shows_the_traceback(hf_fusio
     assert "Error: nowhere.yaml cannot be read" in debugged.stderr
 
 
+@pytest.mark.slow
 def test_a_hub_that_does_not_answer_is_named(hf_fusion):
     done = hf_fusion("discover", "--author", "me", HF_ENDPOINT="http://127.0.0.1:9")
     assert done.returncode == 1

@@ -162,6 +162,7 @@ def test_pushed_with_its_card(hf_fusion, hub, folders, tmp_path):
     assert api.model_info("mixer/merged").private
 
 
+@pytest.mark.slow
 def test_the_example_leads_from_fine_tunes_on_the_hub_to_a_published_merge(hub, folders, tmp_path):
     api = HfApi(endpoint=hub.endpoint, token=hub.token("blender"))
     for name in ("base", "foxes", "dogs"):

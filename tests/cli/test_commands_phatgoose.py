@@ -133,6 +133,7 @@ def run(hub, tmp_path: Path, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_examples_lead_from_an_adapter_without_gates_to_a_published_router(hub, kennel, tmp_path):
     rows = [{"prompt": f"the quick fox {i}", "target": "jumps"} for i in range(8)]
     Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")

@@ -104,6 +104,7 @@ def pack(hub, folders, tmp_path_factory: pytest.TempPathFactory) -> str:
     return "pack"
 
 
+@pytest.mark.slow
 def test_the_example_leads_from_fine_tunes_on_the_hub_to_a_published_model(hub, folders, pack, tmp_path):
     rows = Dataset.from_parquet(str(folders / "rows" / "test.parquet"))
     rows = rows.add_column("expert", list(rows["task"]))

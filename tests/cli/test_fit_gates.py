@@ -117,6 +117,7 @@ def test_what_stops_it_is_named(here, place, words, message):
     assert not (place / "adapter" / FILE).exists()
 
 
+@pytest.mark.slow
 def test_an_error_is_no_traceback(hf_fusion, place):
     done = hf_fusion("fit", "gates", "base", "--data", "rows.jsonl", cwd=place)
     assert (done.returncode, done.stdout) == (1, "")

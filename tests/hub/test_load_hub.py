@@ -165,6 +165,7 @@ def start(hub, home, *names, **options):
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, **options)
 
 
+@pytest.mark.slow
 def test_one_progress_bar(hub, owner, tmp_path):
     """On a terminal one bar over all experts; into a pipe nothing."""
     names = [f"{owner.name}/{name}" for name in ("one", "two")]

@@ -69,9 +69,10 @@ KINDS = {
 }
 
 
-# A fresh process takes ten seconds: these two go the way of the others.
+# A fresh process takes ten seconds: these three go the way of the others.
 @pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=pytest.mark.slow) if k in ("image", "causal") else k for k in KINDS]
+    "kind",
+    [pytest.param(k, marks=pytest.mark.slow) if k in ("image", "causal", "causal-generate") else k for k in KINDS],
 )
 def test_a_fresh_process_answers_bit_for_bit_the_same(kind, hub, fresh_python, tokenizer, tmp_path):
     build, auto, generates = KINDS[kind]
@@ -119,7 +120,13 @@ print("ANSWER", [(row["label"], round(row["score"], 5)) for row in pipe({value},
 """
 
 
-@pytest.mark.parametrize(("kind", "task"), [("text", "text-classification"), ("image", "image-classification")])
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [
+        ("text", "text-classification"),
+        pytest.param("image", "image-classification", marks=pytest.mark.slow),
+    ],
+)
 def test_pipelines_take_plain_text_and_images(kind, task, hub, fresh_python, tokenizer, tmp_path):
     model, _ = KINDS[kind][0](tokenizer)
     api = HfApi(endpoint=hub.endpoint, token=hub.token(f"pipe-{kind}"))

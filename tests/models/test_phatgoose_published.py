@@ -46,9 +46,9 @@ def heads_of_different_labels():
         pytest.param("llama mixed", False, marks=pytest.mark.slow),
         ("llama", True),
         pytest.param("gpt2", True, marks=pytest.mark.slow),
-        ("t5", True),
-        ("bert", False),
-        ("vit", False),
+        pytest.param("t5", True, marks=pytest.mark.slow),
+        pytest.param("bert", False, marks=pytest.mark.slow),
+        pytest.param("vit", False, marks=pytest.mark.slow),
         ("heads", False),
     ],
 )

@@ -164,6 +164,7 @@ def test_predict_answers_like_the_model(digits, digits_url):
         client.predict(None, None, api_name="/predict")
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_a_digit_is_answered_in_the_browser(digits, digits_url, visit):
     for width, scheme in SCREENS:
@@ -231,6 +232,7 @@ def test_a_text_is_answered_in_the_browser(run_space, texts, visit):
     assert_fits(page, 1280, "light")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_served_is_said_on_the_page(alone, hub, texts):
     api = HfApi(endpoint=hub.endpoint, token=hub.token("space-other"))
     api.create_repo("space-other/bert")
@@ -258,6 +260,7 @@ for id in ["no id at all/", "space-other/hidden", "{texts.id}@v9", "space-other/
         assert reason in printed, reason
 
 
+@pytest.mark.slow
 def test_a_dead_hub_is_named(alone):
     code = """
 import model

@@ -64,6 +64,7 @@ print(model(torch.arange(10)[None]).logits.tolist())
     assert ("GET", f"/pusher/m/resolve/{sha}/model.safetensors", 200) in hub.requests
 
 
+@pytest.mark.slow
 def test_peft_push_and_load_without_xet(hub, fresh_python):
     token = hub.token("adapters")
     push = (

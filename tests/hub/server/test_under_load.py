@@ -11,7 +11,8 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "hub_load.py"
 
 
-@pytest.mark.parametrize("seconds", [4, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [60])
 def test_sixteen_clients(seconds):
     command = [sys.executable, str(SCRIPT), "--seconds", str(seconds), "--clients", "16"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 180)
