@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 
+import pytest
 from huggingface_hub import HfApi
 
 MODEL = """
