@@ -49,6 +49,7 @@ _PUBLIC = {
     "CoefficientMerge": "training.adamerging",
     "ConcreteMerge": "training.concrete",
     "merge_adapters": "merging.adapters",
+    "merge_states": "merging.in_memory",
     "measure_fisher": "training.statistics",
     "measure_gram": "training.statistics",
     "measure_gram_merged": "training.statistics",

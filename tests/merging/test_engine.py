@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import bert
 from transformers import AutoModelForSequenceClassification
 
-from hf_fusion import FusionError
+from hf_fusion import FusionError, merge_states
 from hf_fusion.merging.merge import merge
 from hf_fusion.recipe import Recipe, RecipeExpert
 
@@ -85,3 +86,16 @@ def test_trimmed_over_the_whole_model(folders, tmp_path):
     for name, tensor in weights(tmp_path / "out").items():
         delta = one[name] - base[name]
         torch.testing.assert_close(tensor, base[name] + torch.where(delta.abs() >= limit, delta, 0.0), msg=name)
+
+
+@pytest.mark.parametrize(("method", "options"), [("ties", {"trim": "model"}), ("dare_ties", {}), ("linear", {})])
+def test_state_dicts_in_memory_merge_as_files_do(method, options, folders, tmp_path):
+    base, *experts = map(weights, folders)
+    given = folders if method != "linear" else [None, *folders[1:]]
+    recipe = recipe_of(method, given, seed=5, **options)
+    merge(recipe if method != "linear" else replace(recipe, base=None), tmp_path / "out")
+    merged = merge_states(method, base, experts, seed=5, **options)
+    for name, tensor in weights(tmp_path / "out").items():
+        assert tensor.equal(merged[name]), name
+    with pytest.raises(FusionError, match="has no parameter 'scale'"):
+        merge_states(method, base, experts, scale=1.0)
