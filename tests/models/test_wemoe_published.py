@@ -144,13 +144,30 @@ def gone(folder):
     files(folder)[1].unlink()
 
 
-@pytest.mark.parametrize("spoil", [without_a_tensor, truncated, swapped, resized, an_expert_less, gone])
+def of_another_model(folder):
+    """The same names and shapes, as another fusion of the same base has them."""
+    WEMoEModel.from_experts(experts_of(bert_base(), scale=0.4), base_expert(bert_base())).save_pretrained(
+        folder.with_name("other"), max_shard_size="40KB"
+    )
+    for name, file in zip(files(folder), files(folder.with_name("other")), strict=True):
+        tensors = load_file(name)
+        if any("task_vector" in key or "vectors" in key for key in tensors):
+            assert {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in load_file(file).items()}
+            name.write_bytes(file.read_bytes())
+            return
+    raise AssertionError("no shard holds task vectors")
+
+
+@pytest.mark.parametrize(
+    "spoil", [without_a_tensor, truncated, swapped, resized, an_expert_less, gone, of_another_model]
+)
 def test_a_wrong_file_is_an_error(spoil, saved, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "model")
     assert len(files(folder)) > 2
     WEMoEModel.from_pretrained(folder)
     spoil(folder)
     with pytest.raises(
-        Exception, match="lacks weights|SafetensorError|deserializ|size|mismatch|not appear|No such|incomplete"
+        Exception,
+        match="lacks weights|another model's|SafetensorError|deserializ|size|mismatch|not appear|No such|incomplete",
     ):
         WEMoEModel.from_pretrained(folder)

@@ -48,6 +48,7 @@ class WEMoEConfig(PreTrainedConfig):
             of the term that spreads the answers), "steps", "rows" (task -> number of rows), "stopped" (why before the
             last step, or None), "learning_rate" and "batch_size" (rows of each task and step). None: not adapted; every
             router still gives λ, so the model answers as task arithmetic does.
+        samples: a number from every tensor as it was saved, see `samples_of`.
     """
 
     model_type = "wemoe"
@@ -72,6 +73,7 @@ class WEMoEConfig(PreTrainedConfig):
     gate_rank: int = 16
     adaptation: dict[str, Any] | None = None
     is_encoder_decoder: bool = False
+    samples: list[float | None] = None  # type: ignore[assignment]
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.backbone = self.backbone or {}
@@ -79,6 +81,7 @@ class WEMoEConfig(PreTrainedConfig):
         self.experts = self.experts or []
         self.units = self.units or []
         self.task_heads = self.task_heads or []
+        self.samples = self.samples or []
         super().__post_init__(**kwargs)
         for name, value, allowed in (
             ("head", self.head, HEADS),

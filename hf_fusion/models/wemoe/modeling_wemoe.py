@@ -18,6 +18,7 @@ from .configuration_wemoe import LOW_RANK, WEMoEConfig
 from .heads_wemoe import activate_heads, fill_heads, install_heads, name_classes, with_one_head
 from .linears_wemoe import UpscaledLinear
 from .routing_wemoe import Coefficients, Router, RoutingTrace, Scope, Shared, Unit, by_unit, index_of
+from .samples_wemoe import first_unlike, samples_of
 
 
 class WEMoEModel(PreTrainedModel):
@@ -394,7 +395,7 @@ class WEMoEModel(PreTrainedModel):
         """As any model's.
 
         Raises:
-            ValueError: for files that lack weights or hold others.
+            ValueError: for files that lack weights, or hold others or another model's.
         """
         names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
         hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
@@ -406,6 +407,8 @@ class WEMoEModel(PreTrainedModel):
                 raise ValueError(
                     f"{pretrained_model_name_or_path} {what} weights, {len(keys)}, first {sorted(keys)[0]}"
                 )
+        if model.config.samples and (name := first_unlike(model.state_dict(), model.config.samples)):
+            raise ValueError(f"{pretrained_model_name_or_path} holds another model's weights: {name} is not as saved")
         model._freeze()
         model._source = (str(pretrained_model_name_or_path), hub)
         return (model, info) if wants_info else model
@@ -417,6 +420,7 @@ class WEMoEModel(PreTrainedModel):
         self.config.auto_map = {"AutoConfig": "configuration_wemoe.WEMoEConfig", "AutoModel": name, head: name}
         if self.processor is not None:
             self.processor.save_pretrained(save_directory)
+        self.config.samples = samples_of(kwargs.get("state_dict") or self.state_dict())
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
