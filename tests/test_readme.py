@@ -186,10 +186,10 @@ def test_phatgooses_table_is_what_was_measured():
 def test_wemoes_table_is_what_was_measured():
     found = json.loads((ROOT / "tests" / "benchmarks" / "results" / "wemoe_minilm8.json").read_text())
     names = {
-        "individual experts": "individual experts", "WEMoE, two seeds": "WEMoE", "TIES, λ .3": "TIES, λ .3",
+        "individual experts": "individual experts", "WEMoE": "WEMoE",
+        "AdaMerging by layer, taught by the experts": "AdaMerging, by layer", "TIES, λ tuned: .2": "TIES, λ tuned",
+        "task arithmetic, λ tuned: .1": "task arithmetic, λ tuned", "WEMoE, not adapted": "WEMoE, not adapted",
         "base under the experts' heads": "base", "simple average": "simple average",
-        "WEMoE adapted by entropy alone": "WEMoE, entropy",
-        "task arithmetic, λ .3; WEMoE not adapted": "task arithmetic",
     }  # fmt: skip
     for shown, name in names.items():
         row = found["conditions"]["clean"][name]
