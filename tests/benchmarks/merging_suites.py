@@ -53,10 +53,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "Iso-CTS": ("iso_cts", {}, True),
     "WUDI": ("wudi", {}, True),
     "Fisher": ("fisher", {}, False),
+    "Fisher, normalised": ("fisher", {"normalize": True}, False),
     "RegMean": ("regmean", {}, False),
 }
-SCALINGS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5)
-TUNED = 100  # rows of each task
+SCALINGS = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 1.5)
 
 
 class StaticMerges:
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--suite", choices=SUITES, default="minilm-8")
     parser.add_argument("--methods", nargs="*", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--limit", type=int, default=500, help="test rows of each task")
+    parser.add_argument("--tuned-on", type=int, default=100, help="rows of each task that λ is tuned on")
     parser.add_argument("--experts", type=Path, help="folder of the experts (default: where the example puts them)")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -97,14 +98,14 @@ def main() -> None:
     experts = load_experts(list(folders.values()))
     parts = {task: suite.rows(args.data, task) for task in suite.tasks}
     test = {task: some(rows[2], args.limit) for task, rows in parts.items()}
-    tune = {task: some(rows[1], TUNED) for task, rows in parts.items()}
+    tune = {task: some(rows[1], args.tuned_on) for task, rows in parts.items()}
     merges, measured = StaticMerges(experts, base), {}
     content: dict[str, Any] = {
         "command": f"python tests/benchmarks/merging_suites.py {shlex.join(sys.argv[1:])}",
         "machine": machine(),
         "suite": args.suite,
         "n": sum(map(len, test.values())),
-        "tuned_on": TUNED,
+        "tuned_on": args.tuned_on,
         "rows": {},
     }
     print(f"{'method':32}{'default':>9}{'95 %':>14}{'tuned':>9}{'95 %':>14}{'λ':>6}{'CPU s':>8}")
