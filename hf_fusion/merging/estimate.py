@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import resource
+import sys
 import time
 from dataclasses import dataclass
 
@@ -67,6 +68,6 @@ def _numel(target: Target) -> int:
 
 
 def _resident() -> int:
-    """Bytes of memory that this process has now."""
-    with open("/proc/self/statm") as stream:  # noqa: PTH123
-        return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of memory that this process has had at its peak: what is imported, so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -216,7 +216,8 @@ def small_files(folder: Path) -> list[Path]:
 
 def cores() -> int:
     """Cores this process may use."""
-    return len(os.sched_getaffinity(0))
+    known = getattr(os, "sched_getaffinity", None)  # macOS has none
+    return len(known(0)) if known else os.cpu_count() or 1
 
 
 def _pinned(planned: Plan) -> Recipe:

@@ -109,6 +109,9 @@ class Shard:
 
     def _reserve(self, size: int) -> None:
         """Asks for all of the disk that is needed before any of it is filled."""
+        if not hasattr(os, "posix_fallocate"):  # macOS
+            os.ftruncate(self._file, size)
+            return
         try:
             os.posix_fallocate(self._file, 0, size)
         except OSError as error:
