@@ -50,12 +50,15 @@ def estimate(plan: Plan, threads: int) -> Estimate:
     seconds = 0.0
     if merged:
         trial = min(merged, key=lambda target: abs(_numel(target) - _TRIAL))
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)  # as in a merge
         began = time.perf_counter()
         with torch.inference_mode():
             assert trial.make is not None
             for _ in merge_tensors(*trial.make()):
                 pass
         spent = time.perf_counter() - began
+        torch.set_num_threads(before)
         seconds = spent * sum(map(_numel, merged)) / max(1, _numel(trial)) / threads
     return Estimate(read, plan.nbytes, _resident() + working, seconds)
 
