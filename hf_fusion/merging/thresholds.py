@@ -16,6 +16,8 @@ import torch
 
 from hf_fusion.merging.tensors import Chunk, Values
 
+_HEAVY = 8
+"""Values that are counted one by one, at most."""
 _KEPT = 1 << 21
 """Values kept apart before equal ones are counted together."""
 
@@ -82,8 +84,9 @@ class _Search:
         self.total, self.k = total, k
         self._begin(0.0, math.inf)
 
-    def _begin(self, low: float, high: float) -> None:
+    def _begin(self, low: float, high: float, heavy: Sequence[float] = ()) -> None:
         self.low, self.high, self.above = low, high, 0
+        self.heavy = dict.fromkeys(heavy, 0)  # values so frequent that they are counted rather than kept
         self.values, self.counts = np.empty(0, np.float32), np.empty(0, np.int64)
         self.kept: list[np.ndarray] = []
         self.size = 0
@@ -95,7 +98,11 @@ class _Search:
         # neighbours in a tensor are alike, so a sample of pieces tells less than one of single elements: 8 sigma
         reach = 8 * math.sqrt(size * share * (1 - share)) + 8
         first, last = math.floor(share * size - reach), math.ceil(share * size + reach)
-        self._begin(float(ordered[last]) if last < size else 0.0, float(ordered[first]) if first >= 0 else math.inf)
+        low = float(ordered[last]) if last < size else 0.0
+        high = float(ordered[first]) if first >= 0 else math.inf
+        values, counts = np.unique(sample[(sample >= low) & (sample <= high)], return_counts=True)
+        most = np.argsort(counts)[-_HEAVY:]
+        self._begin(low, high, [float(values[i]) for i in most if counts[i] > size / 100])
 
     def see(self, values: torch.Tensor) -> None:
         """Counts and keeps."""
@@ -105,6 +112,10 @@ class _Search:
             above = array > self.high
             self.above += int(np.count_nonzero(above))
             inside &= ~above
+        for value in self.heavy:
+            equal = array == value
+            self.heavy[value] += int(np.count_nonzero(equal))
+            inside &= ~equal
         kept = array[inside]
         self.kept.append(kept)
         self.size += len(kept)
@@ -114,6 +125,11 @@ class _Search:
     def result(self) -> Threshold | None:
         """The threshold, or None where the bracket missed it: the next pass then looks beside it."""
         self._count()
+        if self.heavy:
+            found = np.array(list(self.heavy), np.float32), np.array(list(self.heavy.values()), np.int64)
+            self.values, self.counts = (np.concatenate(pair) for pair in zip((self.values, self.counts), found))
+            order = np.argsort(self.values)
+            self.values, self.counts, self.heavy = self.values[order], self.counts[order], {}
         if self.k <= self.above:
             self._begin(self.high, math.inf)
             return None
