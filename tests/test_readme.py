@@ -210,6 +210,15 @@ def test_the_recipe_is_one():
     assert [expert.settings for expert in recipe.experts] == [{}, {"density": 0.3}]
 
 
+def test_what_a_merge_takes_is_what_was_measured():
+    runs = json.loads((ROOT / "tests" / "benchmarks" / "results" / "merging.json").read_text())["runs"]
+    rows = [row for run in runs for row in run["rows"]]
+    assert len(rows) == 8
+    for row in rows:
+        times = f"{row['ratio']:.2f} | {row['seconds']:.1f} | {row['process_seconds']:.1f}"
+        assert f"| `{row['method']}` | {times} | {row['mb']} |" in README
+
+
 def test_every_path_in_the_tree_exists():
     tree = re.search(r"^## Where things are\n\n```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)[1]
     parents: list[str] = []
