@@ -126,8 +126,8 @@ class _Search:
         """The threshold, or None where the bracket missed it: the next pass then looks beside it."""
         self._count()
         if self.heavy:
-            found = np.array(list(self.heavy), np.float32), np.array(list(self.heavy.values()), np.int64)
-            self.values, self.counts = (np.concatenate(pair) for pair in zip((self.values, self.counts), found))
+            self.values = np.append(self.values, np.array(list(self.heavy), np.float32))
+            self.counts = np.append(self.counts, np.array(list(self.heavy.values()), np.int64))
             order = np.argsort(self.values)
             self.values, self.counts, self.heavy = self.values[order], self.counts[order], {}
         if self.k <= self.above:
