@@ -70,6 +70,7 @@ def test_average_activations_need_no_training_and_serve_an_adapter_that_is_not_o
     assert [expert["gates"] for expert in config["experts"]] == ["average"]
 
 
+@pytest.mark.slow
 def test_gates_go_into_the_adapters_repo(hf_fusion, hub, place):
     home = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(place / "home"), "HF_TOKEN": hub.token("gatekeeper")}
     api = HfApi(endpoint=hub.endpoint, token=home["HF_TOKEN"])

@@ -294,6 +294,7 @@ def test_a_section_is_appended_then_replaced():
             put_section(broken, "x", "two")
 
 
+@pytest.mark.slow
 def test_the_cards_code_runs(hub, owner, irony, fresh_python):
     edit_json(irony / "adapter_config.json", base_model_name_or_path=f"{owner.name}/base")
     owner.push("base", irony.parent / "base")

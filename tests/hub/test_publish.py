@@ -282,6 +282,7 @@ def _state(api, repo, expected, folder):
     return "whole"
 
 
+@pytest.mark.slow
 def test_golden_usage_runs(hub, fresh_python, tmp_path):
     """The usage block of the committed card, on a model of its kind published under its name."""
     golden = (Path(__file__).parents[2] / "model_cards" / "foe.md").read_text(encoding="utf-8")

@@ -49,7 +49,7 @@ def heads_of_different_labels():
         pytest.param("t5", True, marks=pytest.mark.slow),
         pytest.param("bert", False, marks=pytest.mark.slow),
         pytest.param("vit", False, marks=pytest.mark.slow),
-        ("heads", False),
+        pytest.param("heads", False, marks=pytest.mark.slow),
     ],
 )
 def test_a_fresh_process_answers_bit_for_bit_the_same(kind, generates, hub, fresh_python, tmp_path):
