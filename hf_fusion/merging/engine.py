@@ -5,19 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from hf_fusion.errors import FusionError, one_line
 from hf_fusion.merging.checkpoint import DTYPES, Entry, Files
-from hf_fusion.merging.output import Shard, Spec, as_bytes, shard_name, shards_of, staging, write_index
+from hf_fusion.merging.output import Shard, Spec, as_bytes, shard_name, shards_of
 from hf_fusion.merging.tensors import CHUNK, Tensors, merge_tensors, scratch
 
 logger = logging.getLogger(__name__)
@@ -143,6 +141,3 @@ def _not_finite(tensors: Tensors) -> FusionError:
             what = "the base" if tensors.base and not number else f"expert {number + (0 if tensors.base else 1)}"
             return FusionError(f"{tensors.name} of {what} has NaN or Inf")
     return FusionError(f"{tensors.name} becomes NaN or Inf by this merge", "choose smaller weights")
-
-
-__all__ = ["Target", "digest_of", "np", "shutil", "staging", "write_index", "write_tensors"]

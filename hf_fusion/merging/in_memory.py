@@ -47,7 +47,7 @@ def merge_states(
         ValueError: what the method says of a tensor.
     """
     row = method_named(method)
-    for key, value in parameters.items():
+    for key, value in [pair for given in (parameters, *own) for pair in given.items()]:
         if key not in row.parameters:
             raise FusionError(f"{method} has no parameter {key!r}", f"use {', '.join(row.parameters)}")
         check_setting(row.parameters[key], value, method)

@@ -22,15 +22,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
+from merging_suites import StaticMerges, some
 
 from hf_fusion import CoefficientMerge, WEMoEModel, adapt_routers
 from hf_fusion.corruptions import CORRUPTIONS, corrupt
 from hf_fusion.demo.merging_suites import SUITES, trained_experts
 from hf_fusion.evaluate_tasks import INDIVIDUAL, WEMOE, System, evaluate_merging
 from hf_fusion.hub.load import load_experts
-from hf_fusion.models.wemoe.merging_wemoe import RULES
 from hf_fusion.suite_results import HELD_IN, SuiteResults
 
 UNADAPTED = "WEMoE, not adapted"
@@ -45,8 +44,8 @@ class Suite:
         [self.base] = load_experts([base], gates=False)
         self.experts = load_experts(list(folders.values()))
         parts = {task: suite.rows(args.data, task) for task in suite.tasks}
-        self.test = {task: _some(rows[2], args.limit) for task, rows in parts.items()}
-        self.tune = {task: _some(rows[1], TUNED) for task, rows in parts.items()}
+        self.test = {task: some(rows[2], args.limit) for task, rows in parts.items()}
+        self.tune = {task: some(rows[1], TUNED) for task, rows in parts.items()}
         self.adapt = self.test if args.transductive else {task: rows[1] for task, rows in parts.items()}
         if args.adapt_on:
             name, _, severity = args.adapt_on.partition(":")
@@ -73,19 +72,13 @@ class Suite:
 
     def tuned(self, rule: str) -> tuple[float, CoefficientMerge]:
         """The static merge by a rule, with the λ that is best on labelled rows that neither trained nor are tested."""
-        found, scores = {}, {}
+        merges, scores = StaticMerges(self.experts, self.base), {}
         for scaling in SCALINGS:
-            merge = CoefficientMerge(self.experts, self.base.model, "task", 0.0)
-            known = {**dict(merge.backbone.named_parameters()), **dict(merge.backbone.named_buffers())}
-            with torch.no_grad():
-                for number, tensor in enumerate(merge.tensors):
-                    vectors = list(getattr(merge, f"vectors_{number}"))
-                    known[tensor].copy_(RULES[rule](known[tensor].clone(), vectors, scaling))
+            merge = merges.by(rule, scaling=scaling)
             scores[scaling] = evaluate_merging(merge, self.tune)[WEMOE].means[HELD_IN].score
-            if scores[scaling] == max(scores.values()):
-                found = {scaling: merge}
         print(f"# {rule} on {TUNED} rows of each task kept apart: {scores}", flush=True)
-        return next(iter(found.items()))
+        best = max(scores, key=lambda scaling: scores[scaling])
+        return best, merges.by(rule, scaling=best)
 
     def measure(self, seed: int, models: Mapping[str, Any], test: Mapping[str, Dataset], **settings: Any) -> Any:
         """All models on some rows; with the first seed the experts and their simple merges as well."""
@@ -212,10 +205,6 @@ def summary(runs: list[SuiteResults]) -> dict[str, Any]:
         "conditions": found,
         "runs": [asdict(run) for run in runs],
     }
-
-
-def _some(rows: Dataset, limit: int) -> Dataset:
-    return rows.shuffle(seed=0).select(range(min(limit, len(rows))))
 
 
 if __name__ == "__main__":
