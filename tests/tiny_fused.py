@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
-from tiny import bert, distilbert, gpt2, llama, t5, vit
+from tiny import bert, distilbert, gpt2, llama, make_tokenizer, t5, vit
 from torch import nn
 from transformers import (
     BartConfig,
@@ -152,3 +153,14 @@ SHAPES = {
         SEQ2SEQ,
     ),
 }
+
+
+def save_fine_tunes(folder: Path, card: str = "") -> PreTrainedModel:
+    """A classifier and two fine-tunes of it, "base", "foxes" and "dogs", with tokenizers; gives back the base."""
+    base = bert_base()
+    for name, model in [("base", base), ("foxes", fine_tuned(base, 0)), ("dogs", fine_tuned(base, 1))]:
+        model.save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+        if card:
+            (folder / name / "README.md").write_text(card)
+    return base

@@ -14,8 +14,8 @@ import torch
 from datasets import Dataset
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
-from tiny import TEXTS, make_tokenizer
-from tiny_fused import bert_base, fine_tuned
+from tiny import TEXTS
+from tiny_fused import fine_tuned, save_fine_tunes
 
 from hf_fusion import FusionError, Recipe
 from hf_fusion.cli.app import main
@@ -29,11 +29,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "07_static_merging.py"
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A classifier, two fine-tunes of it, one with another vocabulary, a recipe and rows."""
     folder = tmp_path_factory.mktemp("fine-tunes")
-    base = bert_base()
-    for name, model in [("base", base), ("foxes", fine_tuned(base, 0)), ("dogs", fine_tuned(base, 1))]:
-        model.save_pretrained(folder / name)
-        make_tokenizer().save_pretrained(folder / name)
-        (folder / name / "README.md").write_text("---\nlicense: mit\n---\n")
+    base = save_fine_tunes(folder, "---\nlicense: mit\n---\n")
     fine_tuned(base, 2).save_pretrained(folder / "wider")
     tensors = load_file(folder / "wider" / "model.safetensors")
     name = "bert.embeddings.word_embeddings.weight"

@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset
 from huggingface_hub import HfApi
 from tiny import TEXTS, bert, make_tokenizer
-from tiny_fused import bert_base, fine_tuned
+from tiny_fused import save_fine_tunes
 
 from hf_fusion.errors import FusionError
 from hf_fusion.suite_results import SuiteResults
@@ -25,10 +25,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "06_merge.py"
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A classifier, two fine-tunes of it, and rows of their tasks."""
     folder = tmp_path_factory.mktemp("fine-tunes")
-    base = bert_base()
-    for name, model in [("base", base), ("foxes", fine_tuned(base, 0)), ("dogs", fine_tuned(base, 1))]:
-        model.save_pretrained(folder / name)
-        make_tokenizer().save_pretrained(folder / name)
+    save_fine_tunes(folder)
     rows = [
         {"task": ("foxes", "dogs")[i % 2], "text": f"{text} {i}", "label": i % 2} for i in range(8) for text in TEXTS
     ]
