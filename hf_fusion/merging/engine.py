@@ -89,13 +89,14 @@ def write_tensors(
             with Shard(file, shards[number]) as shard:
                 jobs = [pool.submit(_write, by_name[spec.name], shard, files, progress) for spec in largest_first]
                 try:
-                    done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
+                    wait(jobs, return_when=FIRST_EXCEPTION)
                 finally:  # no thread may write any more when the file is closed
                     for job in jobs:
                         job.cancel()
                     wait(jobs)
-                for job in done:
-                    job.result()
+                for job in jobs:  # of several that failed, always the first is told
+                    if not job.cancelled():
+                        job.result()
                 shard.finish()
     return shards
 
