@@ -1,0 +1,157 @@
+"""Cells: what one technique scored on one task, with everything needed to judge the number and to measure it again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from hf_fusion.errors import FusionError
+
+Status = Literal["measured", "failed", "left out"]
+CLEAN = "clean"
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One technique on one task.
+
+    Attributes:
+        suite, task: names.
+        method: a key of `bench.methods.METHODS`, or `expert:NAME` for a single expert.
+        family: what the method is: a key of `bench.methods.FAMILIES`.
+        variant: "default", or "tuned" where parameters were chosen on rows kept apart.
+        condition: "clean", or corruption and severity: "gaussian_noise:3".
+        split: which experts are fused: "all", or the name of one of the suite's unseen splits.
+        group: "held-in", or "held-out" where no fused expert was trained on the task.
+        seed: of everything random in it; of a method without chance the one of the run.
+        metric: what `score` is.
+        status: "failed" and "left out" have a reason and no score.
+        reason: why there is no score.
+        score: 0 to 1, or the metric's own scale.
+        ci95: the interval that holds it with 95 %, over rows.
+        n: test rows.
+        parameters: of the method, as they were used.
+        seconds, cpu_seconds, gpu_seconds: of the evaluation of this cell.
+        fuse_seconds, fuse_cpu_seconds: of fusing (and fitting, adapting, tuning), once for all cells of the model.
+        peak_bytes: the most memory that the process held so far.
+        stored, active: parameters of the fused model, and those that one example meets.
+        cost: time of a forward as a multiple of the dense base's, by counted multiplications.
+        command: what to type to measure it again.
+        machine: what it ran on.
+        versions: package -> version.
+        shas: model or data set -> commit, or digest of the weights where there is none.
+    """
+
+    suite: str
+    method: str
+    task: str
+    family: str
+    variant: str = "default"
+    condition: str = CLEAN
+    split: str = ALL
+    group: str = "held-in"
+    seed: int = 0
+    metric: str = "accuracy"
+    status: Status = "measured"
+    reason: str = ""
+    score: float | None = None
+    ci95: tuple[float, float] | None = None
+    n: int = 0
+    parameters: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    fuse_seconds: float = 0.0
+    fuse_cpu_seconds: float = 0.0
+    peak_bytes: int = 0
+    stored: int = 0
+    active: int = 0
+    cost: float = 1.0
+    command: str = ""
+    machine: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    shas: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def place(self) -> Path:
+        """Its file, below the folder of the results."""
+        parts = (
+            self.suite,
+            self.split,
+            f"{self.method}.{self.variant}",
+            self.condition,
+            f"{self.task}.s{self.seed}.json",
+        )
+        return Path(*(re.sub(r"[^\w.,+-]", "-", part) for part in parts))
+
+    @classmethod
+    def from_dict(cls, given: dict[str, Any]) -> Cell:
+        """From what JSON holds.
+
+        Raises:
+            FusionError: a key is unknown or missing.
+        """
+        known = {row.name for row in fields(cls)}
+        if unknown := given.keys() - known:
+            raise FusionError(f"a cell has no {sorted(unknown)[0]!r}", hint="pip install -U hf_fusion")
+        values = dict(given)
+        if values.get("ci95") is not None:
+            values["ci95"] = tuple(values["ci95"])
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise FusionError(f"a cell lacks something: {error}") from None
+
+
+def write_cell(folder: str | Path, cell: Cell) -> Path:
+    """Writes a cell's file, all of it or nothing."""
+    path = Path(folder) / cell.place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(asdict(cell), indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def read_cells(source: str | Path) -> list[Cell]:
+    """The cells of a run's folder (one file each), or of `.jsonl` files (one line each), in the order of their places.
+
+    Raises:
+        FusionError: there is nothing, or it is no cell.
+    """
+    source = Path(source)
+    files = [source] if source.is_file() else sorted([*source.rglob("*.json"), *source.rglob("*.jsonl")])
+    cells: dict[Path, Cell] = {}
+    for file in files:
+        if file.name.startswith("."):
+            continue
+        text = file.read_text(encoding="utf-8")
+        for number, line in enumerate(text.splitlines() if file.suffix == ".jsonl" else [text], 1):
+            try:
+                cell = Cell.from_dict(json.loads(line))
+            except (ValueError, AttributeError, FusionError) as error:
+                raise FusionError(f"{file}:{number} is no cell: {error}", hint="delete it and run again") from None
+            cells[cell.place] = cell
+    if not cells:
+        raise FusionError(f"{source} holds no cells", hint=f"hf-fusion bench run --output {source}")
+    return [cells[place] for place in sorted(cells)]
+
+
+def write_lines(path: str | Path, cells: Iterable[Cell]) -> None:
+    """All cells in one file, one line each: what is committed and published."""
+
+    def lines() -> Iterator[str]:
+        for cell in cells:
+            yield json.dumps(asdict(cell), separators=(",", ":"))
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text("\n".join(lines()) + "\n", encoding="utf-8")
+    partial.replace(path)
