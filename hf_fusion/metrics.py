@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import datasets
@@ -15,27 +17,93 @@ import evaluate
 
 @dataclass(frozen=True)
 class Score:
-    """How one prediction is scored against its reference: the metric is the mean over all pairs."""
+    """How predictions are scored against their references.
+
+    Attributes:
+        dtype: of both.
+        description: of the metric.
+        of: predictions, references → the metric.
+        is_mean: it is the mean over the pairs, so that shares and their intervals can be told from it.
+    """
 
     dtype: str
     description: str
-    of: Callable[[Any, Any], float]
+    of: Callable[[Sequence[Any], Sequence[Any]], float]
+    is_mean: bool = False
+
+
+def _mean(pair: Callable[[Any, Any], float], predictions: Sequence[Any], references: Sequence[Any]) -> float:
+    total = sum(pair(prediction, reference) for prediction, reference in zip(predictions, references, strict=True))
+    return float(total) / len(predictions)
+
+
+def _f1(predictions: Sequence[int], references: Sequence[int]) -> float:
+    from sklearn.metrics import f1_score
+
+    average = "binary" if {*predictions, *references} <= {0, 1} else "macro"
+    return float(f1_score(references, predictions, average=average, zero_division=0))
+
+
+def _matthews(predictions: Sequence[int], references: Sequence[int]) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(references, predictions))
+
+
+def _spearman(predictions: Sequence[float], references: Sequence[float]) -> float:
+    from scipy.stats import spearmanr
+
+    if len(set(predictions)) < 2 or len(set(references)) < 2:
+        return 0.0  # one answer to everything has no ranks, and no merit
+    return float(spearmanr(predictions, references).statistic)
+
+
+def _rouge(kind: str, predictions: Sequence[str], references: Sequence[str]) -> float:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer([kind], use_stemmer=True)  # as Google's and evaluate's own
+    return _mean(lambda a, b: scorer.score(b, a)[kind].fmeasure, predictions, references)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return a == b
 
 
 # A new metric is one more row.
 SCORES = {
-    "accuracy": Score("int64", "Share of predictions that equal their reference.", lambda a, b: a == b),
-    "mse": Score("float64", "Mean squared difference.", lambda a, b: (a - b) ** 2),
+    "accuracy": Score("int64", "Share of predictions that equal their reference.", partial(_mean, _equal), True),
+    "mse": Score("float64", "Mean squared difference.", partial(_mean, lambda a, b: (a - b) ** 2)),
     "exact_match": Score(
         "string",
         "Share of texts that equal their reference but for blanks at both ends.",
-        lambda a, b: a.strip() == b.strip(),
+        partial(_mean, lambda a, b: a.strip() == b.strip()),
+        True,
     ),
+    "f1": Score("int64", "F1 of the class 1; of more classes than two, the mean over the classes.", _f1),
+    "matthews_correlation": Score("int64", "Matthews' correlation of classes.", _matthews),
+    "spearmanr": Score("float64", "Spearman's rank correlation.", _spearman),
+    "rouge1": Score("string", "ROUGE-1, F-measure, stemmed.", partial(_rouge, "rouge1")),
+    "rouge2": Score("string", "ROUGE-2, F-measure, stemmed.", partial(_rouge, "rouge2")),
+    "rougeL": Score("string", "ROUGE-L, F-measure, stemmed.", partial(_rouge, "rougeL")),
+    "perplexity": Score(
+        "float64",
+        "exp of the mean of predictions, which are losses in nats a token; references are their tokens.",
+        lambda losses, tokens: math.exp(sum(a * n for a, n in zip(losses, tokens, strict=True)) / sum(tokens)),
+    ),
+}
+# what a metric's library is called where it is installed
+LIBRARIES = {
+    "f1": "scikit-learn",
+    "matthews_correlation": "scikit-learn",
+    "spearmanr": "scipy",
+    "rouge1": "rouge-score",
+    "rouge2": "rouge-score",
+    "rougeL": "rouge-score",
 }
 
 
-class MeanScore(evaluate.Metric):
-    """Mean of one of `SCORES`, chosen by the configuration's name."""
+class PackagedMetric(evaluate.Metric):
+    """One of `SCORES`, chosen by the configuration's name."""
 
     def _info(self) -> evaluate.MetricInfo:
         if self.config_name not in SCORES:
@@ -50,9 +118,11 @@ class MeanScore(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[Any], references: list[Any]) -> dict[str, float]:
-        pairs = zip(predictions, references, strict=True)
-        total = sum(SCORES[self.config_name].of(prediction, reference) for prediction, reference in pairs)
-        return {self.config_name: float(total) / len(predictions)}
+        try:
+            return {self.config_name: SCORES[self.config_name].of(predictions, references)}
+        except ImportError as error:
+            library = LIBRARIES[self.config_name]
+            raise ImportError(f"{self.config_name} needs {library}: pip install {library}") from error
 
 
 def load_metric(name: str) -> evaluate.Metric:
