@@ -7,7 +7,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pillow
 
-from hf_fusion.demo.merging_suites import CACHE, DIGITS, SUITES, experts_folder, trained_experts
+from hf_fusion.demo.merging_suites import CACHE, SUITES, experts_folder, trained_experts
 from hf_fusion.errors import FusionError
 
 TEXT, VISION = SUITES["minilm-8"], SUITES["vision-6"]
@@ -54,7 +54,7 @@ def test_train_adapt_and_test_rows_are_disjoint(suite, task, data):
 
 
 def test_the_digits_come_with_scikit_learn(tmp_path):
-    train, adapt, test = VISION.rows(tmp_path, DIGITS)
+    train, adapt, test = VISION.rows(tmp_path, "digits")
     assert len(train) + len(adapt) <= 1797 - len(test)  # scans that are also tested are dropped
     assert len(test) == 449
     pixels = [{np.asarray(image).tobytes() for image in rows["image"]} for rows in (train, adapt, test)]

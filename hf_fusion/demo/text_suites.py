@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from hf_fusion.errors import FusionError
+from hf_fusion.bench.rows import SEED, divide, stored_parts
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-SEED = 0
 
 
 @dataclass(frozen=True)
@@ -91,9 +89,6 @@ SUITES = {
 def splits(data_dir: str | Path, task: str, fit_share: float) -> tuple[Dataset, Dataset, Dataset]:
     """The rows of a task: those that train experts, those that fit the fuser, and the test rows.
 
-    Train rows that occur among the test rows are dropped; the division of the others depends on
-    nothing but `SEED`.
-
     Args:
         data_dir: folder that holds the data sets.
         task: folder name of the data set.
@@ -105,20 +100,7 @@ def splits(data_dir: str | Path, task: str, fit_share: float) -> tuple[Dataset, 
     Raises:
         FusionError: the data set is not there.
     """
-    from datasets import Dataset
-
-    folder = Path(data_dir) / task
-    if not (folder / "train.parquet").is_file():
-        raise FusionError(
-            f"no data set {task!r} in {data_dir}: {folder / 'train.parquet'} is missing",
-            hint="--data DIR with one folder per data set, each with train.parquet and test.parquet",
-        )
-    train, test = (Dataset.from_parquet(str(folder / f"{part}.parquet")) for part in ("train", "test"))
-    seen = set(_texts(test))
-    train = train.select([row for row, texts in enumerate(_texts(train)) if texts not in seen])
-    train = train.shuffle(seed=SEED)
-    kept = round(len(train) * (1 - fit_share))
-    return train.select(range(kept)), train.select(range(kept, len(train))), test
+    return divide(stored_parts(data_dir, task), "train", fit_share)
 
 
 def known_rows(rows: Dataset, expert: TextExpert) -> Dataset:
@@ -141,9 +123,3 @@ def known_rows(rows: Dataset, expert: TextExpert) -> Dataset:
     labels = [index[label] for label in rows["label"]]
     rows = rows.remove_columns("label").add_column("label", labels)
     return rows.cast_column("label", ClassLabel(names=names))
-
-
-def _texts(rows: Dataset) -> list[tuple[str, ...]]:
-    """The text of every row, or both texts of a pair."""
-    columns = [rows[name] for name in ("text", "text_pair") if name in rows.column_names]
-    return list(zip(*columns, strict=True))

