@@ -1,0 +1,64 @@
+"""Conditions under which tasks are measured: clean rows, and corrupted pictures and texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from hf_fusion.bench.cells import CLEAN
+from hf_fusion.corruptions import CORRUPTIONS, corrupt
+from hf_fusion.errors import FusionError, shown
+from hf_fusion.text_corruptions import TEXT_CORRUPTIONS, corrupt_text
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SEVERITIES = (1, 2, 3, 4, 5)
+
+
+def conditions(words: Sequence[str], is_image: bool) -> list[str]:
+    """What is measured beside clean rows.
+
+    Args:
+        words: "all", corruptions ("jpeg_compression": at all severities) or corruptions at one ("jpeg_compression:3",
+            "all:5").
+        is_image: whether the suite's rows are pictures; texts otherwise.
+
+    Returns:
+        Corruption and severity each, "jpeg_compression:3".
+
+    Raises:
+        FusionError: there is no such corruption, or severity.
+    """
+    known = list(CORRUPTIONS if is_image else TEXT_CORRUPTIONS)
+    found: dict[str, None] = {}
+    for word in words:
+        name, _, severity = word.partition(":")
+        if name != "all" and name not in known or severity and severity not in map(str, SEVERITIES):
+            raise FusionError(
+                f"no corruption {shown(word)} of {'pictures' if is_image else 'texts'}",
+                hint=f"all or {', '.join(known)}, with or without a severity: {known[0]}:3",
+            )
+        names = known if name == "all" else [name]
+        found |= dict.fromkeys(f"{own}:{level}" for own in names for level in ([severity] if severity else SEVERITIES))
+    return list(found)
+
+
+def corrupted(rows: Dataset, condition: str) -> Dataset:
+    """Rows under a condition; the seed of a row is its number."""
+    if condition == CLEAN:
+        return rows
+    name, _, level = condition.partition(":")
+    severity = int(level)
+    if "image" in rows.column_names:
+
+        def one(row: dict[str, Any], number: int) -> dict[str, Any]:
+            return {"image": corrupt(row["image"], name, severity, number)}
+
+    else:
+        columns = [column for column in ("text", "text_pair", "prompt") if column in rows.column_names]
+
+        def one(row: dict[str, Any], number: int) -> dict[str, Any]:
+            return {column: corrupt_text(row[column], name, severity, number) for column in columns}
+
+    return rows.map(one, with_indices=True, keep_in_memory=True, load_from_cache_file=False)

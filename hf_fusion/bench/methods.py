@@ -1,0 +1,160 @@
+"""What the benchmark compares: one row for each technique, and how it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_fusion.errors import FusionError, shown
+
+# family -> what tables call it; in the order in which tables show them
+FAMILIES = {
+    "floor": "Floors",
+    "expert": "Single experts",
+    "ensemble": "Ensembles",
+    "merge": "Static merging",
+    "data": "Merging with statistics of the data",
+    "learned": "Learned coefficients",
+    "routing": "Routing among adapters",
+    "fusion": "Fusion of outputs",
+    "mixture": "Mixtures",
+    "ceiling": "Ceilings",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A technique.
+
+    Attributes:
+        place: "module:function" in `hf_fusion.bench` that fuses: (what `run` made ready, the split, the seed,
+            parameters) → `bench.systems.System`, or several of them by name.
+        title: what tables call it.
+        family: a key of `FAMILIES`.
+        kind: of the suites that it is for.
+        given: parameters that are not the defaults of the function.
+        tune: the parameter whose best value is looked for on rows kept apart, and its values.
+        chance: whether another seed gives another model.
+        paper: arXiv number.
+    """
+
+    place: str
+    title: str
+    family: str
+    kind: str = "merging"
+    given: Mapping[str, Any] = field(default_factory=dict)
+    tune: tuple[str, tuple[Any, ...]] | None = None
+    chance: bool = False
+    paper: str = ""
+
+
+SCALING = ("scaling", (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0))
+
+
+def _static(merge: str, title: str, paper: str, tuned: bool = True, **options: Any) -> Method:
+    """A merging method of `hf_fusion.merging`."""
+    given = {"method": merge, **options.pop("given", {})}
+    return Method("merging:static", title, options.pop("family", "merge"), given=given, paper=paper,
+                  tune=SCALING if tuned else None, **options)  # fmt: skip
+
+
+# what routers and coefficients learn with, where nothing else is said: chosen on minilm-8's rows kept apart
+_LEARNS = {"steps": 80, "batch_size": 8, "scaling": 0.1}
+_ENTROPY = {"loss": "entropy", "diversity": 0.0}
+
+# A new method is one more row.
+METHODS = {
+    "pretrained": Method("merging:pretrained", "Pre-trained", "floor"),
+    "experts": Method("merging:experts", "Single expert", "expert"),
+    "simple_ensemble": Method("merging:simple_ensemble", "Simple ensemble", "ensemble"),
+    "weighted_ensemble": Method("merging:weighted_ensemble", "Weighted ensemble", "ensemble"),
+    "max_ensemble": Method("merging:max_ensemble", "Max-model predictor", "ensemble"),
+    "average": _static("linear", "Simple average", "2203.05482", tuned=False),
+    "weighted_average": Method(
+        "merging:weighted_average", "Weighted average", "merge", paper="2203.05482"
+    ),
+    "task_arithmetic": _static("task_arithmetic", "Task arithmetic", "2212.04089"),
+    "magnitude": _static("magnitude", "Magnitude pruning", "2306.01708"),
+    "ties": _static("ties", "TIES", "2306.01708"),
+    "ties_sum": _static(
+        "ties", "TIES, sum (fusion_bench)", "2306.01708", given={"merge": "sum", "scaling": 0.3}
+    ),
+    "ties_model": _static("ties", "TIES, trimmed over the model", "2306.01708", given={"trim": "model", "ties": "all"}),
+    "dare": _static("dare_linear", "DARE task arithmetic", "2311.03099", chance=True),
+    "dare_ties": _static("dare_ties", "DARE-TIES", "2311.03099", chance=True),
+    "della": _static("della", "DELLA", "2406.11617", chance=True),
+    "breadcrumbs": _static("breadcrumbs", "Breadcrumbs", "2312.06795"),
+    "slerp": _static("slerp", "SLERP", "", tuned=False),
+    "nuslerp": _static("nuslerp", "NuSLERP", "", tuned=False),
+    "multislerp": _static("multislerp", "Multi-SLERP", "", tuned=False),
+    "karcher": _static("karcher", "Karcher mean", "", tuned=False),
+    "model_stock": _static("model_stock", "Model stock", "2403.19522", tuned=False),
+    "sce": _static("sce", "SCE", "2408.07990", tuned=False),
+    "tsv_m": _static("tsv_m", "TSV-Merge", "2412.00081"),
+    "iso_c": _static("iso_c", "Iso-C", "2502.04959"),
+    "iso_cts": _static("iso_cts", "Iso-CTS", "2502.04959"),
+    "wudi": _static("wudi", "WUDI", "2503.08099"),
+    "recombination": _static("recombination", "Model recombination", "2406.03280", tuned=False, chance=True),
+    "emr": Method("merging:emr", "EMR, a mask for each task", "mixture", paper="2405.17461"),
+    "fisher": _static("fisher", "Fisher", "2111.09832", tuned=False, chance=True, family="data"),
+    "regmean": _static("regmean", "RegMean", "2212.09849", tuned=False, chance=True, family="data"),
+    "regmean_pp": Method("merging:regmean_pp", "RegMean++", "data", chance=True, paper="2508.03121"),
+    "adamerging_task": Method(
+        "merging:adamerging", "AdaMerging, by task", "learned",
+        given={"granularity": "task", **_LEARNS}, chance=True, paper="2310.02575",
+    ),
+    "adamerging_layer": Method(
+        "merging:adamerging", "AdaMerging, by layer", "learned",
+        given={"granularity": "layer", **_LEARNS}, chance=True, paper="2310.02575",
+    ),
+    "adamerging_entropy": Method(
+        "merging:adamerging", "AdaMerging, by layer, entropy", "learned",
+        given={"granularity": "layer", **_LEARNS, **_ENTROPY}, chance=True, paper="2310.02575",
+    ),
+    "concrete": Method(
+        "merging:concrete", "Concrete task arithmetic", "learned",
+        given={**_LEARNS, "scaling": 0.3}, chance=True, paper="2312.06173",
+    ),
+    "smile": Method("merging:smile", "SMILE", "mixture", given={"rank": 32}),
+    "wemoe": Method(
+        "merging:wemoe", "WEMoE", "mixture", given=_LEARNS, chance=True, paper="2402.00433"
+    ),
+    "wemoe_entropy": Method(
+        "merging:wemoe", "WEMoE, entropy", "mixture", given={**_LEARNS, **_ENTROPY}, chance=True, paper="2402.00433"
+    ),
+    "wemoe_sparse": Method(
+        "merging:wemoe", "E-WEMoE, 90 % sparse", "mixture",
+        given={**_LEARNS, "task_vectors": "sparse", "shared_router": True}, chance=True, paper="2410.21804",
+    ),
+    "multitask": Method("merging:multitask", "Multitask-trained", "ceiling"),
+    "individual": Method("merging:individual", "Individual experts", "ceiling"),
+}  # fmt: skip
+
+STATIC = tuple(name for name, row in METHODS.items() if row.family in ("merge", "data"))
+
+
+def chosen(words: Sequence[str], kind: str) -> list[str]:
+    """The methods that words ask for, in the table's order.
+
+    Args:
+        words: names of methods or families, "static" for all static merging, or "all".
+        kind: of the suite.
+
+    Raises:
+        FusionError: nothing is called like that, or it is for suites of another kind.
+    """
+    known = {name: row for name, row in METHODS.items() if row.kind == kind}
+    wanted: set[str] = set()
+    for word in words:
+        found: Iterable[str] = (
+            known if word == "all" else STATIC if word == "static" else
+            [name for name, row in known.items() if word in (name, row.family)]
+        )  # fmt: skip
+        if word in METHODS and word not in known:
+            raise FusionError(f"{word} is for suites of the kind {METHODS[word].kind}, this one is for {kind}")
+        if not found:
+            families = ", ".join(dict.fromkeys(row.family for row in known.values()))
+            raise FusionError(f"no method {shown(word)}", hint=f"all, {families}, {', '.join(known)}")
+        wanted |= set(found)
+    return [name for name in known if name in wanted]

@@ -1,0 +1,359 @@
+"""Runs a suite: methods x tasks, cell by cell; what is measured stays measured, what fails says why."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_fusion.bench.cells import CLEAN, Cell, read_cells, write_cell
+from hf_fusion.bench.conditions import conditions
+from hf_fusion.bench.methods import METHODS, chosen
+from hf_fusion.bench.scoring import METRICS, Scored, score
+from hf_fusion.bench.suite import Suite, UnseenSplit, expert_path, load_suite
+from hf_fusion.bench.systems import FIT, TEST, LeftOut, System, everything
+from hf_fusion.errors import FusionError
+from hf_fusion.evaluate import machine
+
+logger = logging.getLogger(__name__)
+
+DEFAULT, TUNED = "default", "tuned"
+LIBRARIES = ("hf_fusion", "torch", "transformers", "datasets", "evaluate")
+SETTINGS_FILE = ".settings.json"  # beside a suite's cells: what all of them have in common
+# kind of suite -> what makes it ready
+SETTINGS = {
+    "merging": "merging:MergingSetting",
+    "routing": "routing:RoutingSetting",
+    "fusion": "fusion:FusionSetting",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One fused model: all of its cells, in all conditions, for all tasks and variants."""
+
+    method: str
+    split: UnseenSplit
+    seed: int
+
+
+def run_suite(
+    suite: str | Path | Suite,
+    methods: Sequence[str] = ("all",),
+    *,
+    output: str | Path,
+    data_dir: str | Path | None = None,
+    seeds: Sequence[int] = (0,),
+    corruptions: Sequence[str] = (),
+    unseen: Sequence[str] = (),
+    limit: int = 500,
+    tuned_on: int = 100,
+    batch_size: int = 64,
+    device: str | None = None,
+    command: str = "",
+    tell: Callable[[str], None] = logger.info,
+) -> list[Cell]:
+    """Measures methods on the tasks of a suite. What the output folder holds already is not measured again.
+
+    Each model is fused once (and once more with parameters tuned on rows that neither trained an expert nor are
+    tested), and asked everything. A method that fails leaves cells with the reason, and the others go on. Under
+    ``accelerate launch`` every process fuses, and answers a share of the batches.
+
+    Args:
+        suite: a name, the path of a ``.yaml`` file, or a suite.
+        methods: names, families, "static", or "all"; see `bench.methods.chosen`.
+        output: folder of the cells, one file each.
+        data_dir: folder below which the suite's ``data:`` sources lie.
+        seeds: of methods with chance in them; others are measured with the first.
+        corruptions: what is measured beside clean rows; see `bench.conditions.conditions`.
+        unseen: names of the suite's splits that are measured beside all experts on all tasks; "all" for each of them.
+        limit: test rows of each task, at most.
+        tuned_on: rows of each task that parameters are tuned on.
+        batch_size: rows at once.
+        device: where it runs; by default what `accelerate` chooses.
+        command: kept in the cells.
+        tell: gets a line about each model, with the time that is left.
+
+    Returns:
+        All cells of the suite in the folder.
+
+    Raises:
+        FusionError: no such suite, method, corruption or split; experts or data that are not there; a folder that was
+            measured with other settings.
+    """
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    suite = suite if isinstance(suite, Suite) else load_suite(suite)
+    if suite.needs:
+        raise FusionError(f"{suite.name} cannot be run: {suite.needs}")
+    if not seeds or limit < 1 or tuned_on < 1:
+        raise FusionError("there must be a seed, a test row and a row to tune on", hint="--seeds 0 --limit 500")
+    splits = [everything(suite), *_splits(suite, unseen)]
+    wanted = [CLEAN, *conditions(corruptions, suite.head.endswith(("image", "image-classification")))]
+    folder = Path(output)
+    _check_settings(folder, suite, {"limit": limit, "tuned_on": tuned_on})
+    jobs = [
+        Job(method, split, seed)
+        for split in splits
+        for method in chosen(methods, suite.kind)
+        for seed in (seeds if METHODS[method].chance else seeds[:1])
+    ]
+    runner = _Runner(suite, folder, wanted, command, state.is_main_process)
+    todo = [job for job in jobs if runner.missing(job)]
+    state.wait_for_everyone()  # all have looked before any writes
+    if done := len(jobs) - len(todo):
+        tell(f"{suite.name}: {done} of {len(jobs)} models are measured already")
+    if todo:
+        make = SETTINGS[suite.kind]
+        runner.setting = _named(make)(
+            suite, data_dir and Path(data_dir), limit, tuned_on, batch_size, device or str(state.device)
+        )
+        runner.run(todo, tell)
+    state.wait_for_everyone()
+    return [cell for cell in read_cells(folder / suite.name) if cell.suite == suite.name]
+
+
+class _Runner:
+    """One call of `run_suite`."""
+
+    def __init__(self, suite: Suite, folder: Path, wanted: list[str], command: str, writes: bool) -> None:
+        self.suite, self.folder, self.conditions, self.writes = suite, folder, wanted, writes
+        self.setting: Any = None
+        self._asked: dict[tuple[int, str, str], Scored] = {}
+        self.known = {path.relative_to(folder) for path in folder.rglob("*.json")} if folder.is_dir() else set()
+        self.common: dict[str, Any] = {
+            "suite": suite.name,
+            "command": command,
+            "machine": machine(),
+            "versions": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
+        }
+
+    # ---------------------------------------------------------------- which cells
+
+    def cells(self, job: Job) -> Iterator[Cell]:
+        """All cells of a job, without scores; of single experts those of the first one stand for all."""
+        row = METHODS[job.method]
+        names = [f"expert:{name}" for name in job.split.fuse] if job.method == "experts" else [job.method]
+        for name in names:
+            for variant in (DEFAULT, TUNED) if row.tune else (DEFAULT,):
+                for condition in self.conditions:
+                    for task in job.split.test:
+                        yield Cell(
+                            method=name, task=task, family=row.family, variant=variant, condition=condition,
+                            split=job.split.name, seed=job.seed, metric=self.suite.tasks[task].metric,
+                            group="held-in" if task in job.split.fuse else "held-out", **self.common,
+                        )  # fmt: skip
+
+    def missing(self, job: Job) -> bool:
+        """Whether a cell is not there, or says of itself that it failed."""
+        return any(not self._is_done(cell) for cell in self.cells(job))
+
+    def _is_done(self, cell: Cell) -> bool:
+        if cell.place not in self.known:
+            return False
+        return json.loads((self.folder / cell.place).read_text(encoding="utf-8"))["status"] != "failed"
+
+    def write(self, cell: Cell) -> None:
+        """Keeps a cell."""
+        if self.writes:
+            write_cell(self.folder, cell)
+
+    # ---------------------------------------------------------------- measuring
+
+    def run(self, jobs: list[Job], tell: Callable[[str], None]) -> None:
+        """Measures what is missing."""
+        began = time.perf_counter()
+        for number, job in enumerate(jobs, 1):
+            start = time.perf_counter()
+            try:
+                told = self.measure(job)
+            except LeftOut as reason:
+                told = self.give_up(job, "left out", str(reason))
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except Exception as error:  # whatever it is, the others go on
+                logger.debug("%s failed", job.method, exc_info=True)
+                kind = "" if isinstance(error, FusionError) else f"{type(error).__name__}: "
+                told = self.give_up(job, "failed", kind + " ".join(str(error).split())[:400])
+            now = time.perf_counter()
+            left = (now - began) / number * (len(jobs) - number)
+            where = "" if job.split.name == "all" else f", {job.split.name}"
+            seed = f", seed {job.seed}" if METHODS[job.method].chance else ""
+            tell(
+                f"{number:3}/{len(jobs)} {METHODS[job.method].title + where + seed:44} {told:36} "
+                f"{now - start:5.0f} s, {_minutes(left)} left"
+            )
+
+    def give_up(self, job: Job, status: Any, reason: str) -> str:
+        """Cells that say why there is nothing."""
+        for cell in self.cells(job):
+            if not self._is_done(cell):
+                self.write(replace(cell, status=status, reason=reason))
+        return f"{status}: {reason}"
+
+    def measure(self, job: Job) -> str:
+        """Fuses, asks, writes; says what came out."""
+        row = METHODS[job.method]
+        started, cpu = time.perf_counter(), time.process_time()
+
+        def spent() -> dict[str, float]:
+            return {"fuse_seconds": time.perf_counter() - started, "fuse_cpu_seconds": time.process_time() - cpu}
+
+        made = _named(row.place)(self.setting, job.split, job.seed, **row.given)
+        systems: Mapping[str, System] = made if isinstance(made, Mapping) else {job.method: made}
+        models = {(name, DEFAULT): (system, spent()) for name, system in systems.items()}
+        if row.tune:
+            models[job.method, TUNED] = (self.tune(job, row.tune, systems[job.method]), spent())
+        self._asked.clear()
+        scores: dict[tuple[str, str], list[float]] = {}
+        for cell in self.cells(job):
+            system, times = models[cell.method, cell.variant]
+            measured = self.ask(cell, system, times)
+            if cell.condition == CLEAN and measured.score is not None:
+                scores.setdefault((cell.method, cell.variant), []).append(measured.score)
+        means = {key: sum(own) / len(own) for key, own in scores.items()}
+        if len(systems) > 1:
+            return f"best {max(means.values()):.1%}"
+        told = [f"{variant} {mean:.1%}" for (_, variant), mean in means.items()]
+        if row.tune:
+            told[-1] += f" ({row.tune[0]} {models[job.method, TUNED][0].parameters[row.tune[0]]:g})"
+        return ", ".join(told)
+
+    def ask(self, cell: Cell, system: System, times: Mapping[str, float]) -> Cell:
+        """A cell with its score; as it is on the disk, where it is there."""
+        if self._is_done(cell):
+            return Cell.from_dict(json.loads((self.folder / cell.place).read_text(encoding="utf-8")))
+        started, cpu = time.perf_counter(), time.process_time()
+        asked = (id(system), cell.task, cell.condition)
+        if asked not in self._asked:  # where the defaults are best, the tuned model is the same one
+            self._asked[asked] = score(system.answer(cell.task, cell.condition, TEST), cell.metric)
+        found, seconds = self._asked[asked], time.perf_counter() - started
+        on_gpu = torch.cuda.is_available()
+        cell = replace(
+            cell, score=found.score, ci95=found.ci95, n=found.n, parameters=system.parameters,
+            seconds=seconds, cpu_seconds=time.process_time() - cpu, gpu_seconds=seconds if on_gpu else 0.0,
+            peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            stored=system.stored, active=system.active, cost=system.cost, shas=self.shas(), **times,
+        )  # fmt: skip
+        self.write(cell)
+        return cell
+
+    def tune(self, job: Job, how: tuple[str, tuple[Any, ...]], system: System) -> System:
+        """The best value of a parameter on rows kept apart, found by climbing from the default over a grid."""
+        name, grid = how
+        row = METHODS[job.method]
+        models: dict[int, System] = {}
+        heights: dict[int, float] = {}
+
+        def height(place: int) -> float:
+            if not 0 <= place < len(grid):
+                return float("-inf")
+            if place not in models:
+                value = {name: grid[place]}
+                if grid[place] == system.parameters[name]:
+                    models[place] = system
+                elif system.retuned:
+                    models[place] = system.retuned(value)
+                else:
+                    models[place] = _named(row.place)(self.setting, job.split, job.seed, **{**row.given, **value})
+                heights[place] = self.validation(job, models[place])
+            return heights[place]
+
+        place = min(range(len(grid)), key=lambda own: abs(grid[own] - system.parameters[name]))
+        step = 1 if height(place + 1) > height(place) else -1
+        while height(place + step) > height(place):
+            place += step
+        return models[place]
+
+    def validation(self, job: Job, system: System) -> float:
+        """The mean score over the fused tasks, on the rows to tune on; where less is better, less than nothing."""
+        total = 0.0
+        for task in job.split.fuse:
+            metric = self.suite.tasks[task].metric
+            value = score(system.answer(task, CLEAN, FIT), metric).score
+            total += value if METRICS[metric].more else -value
+        return total / len(job.split.fuse)
+
+    def shas(self) -> dict[str, str]:
+        """Commits of the base and the experts, or digests of their weights."""
+        sources = [*([self.suite.base] if self.suite.base else []), *self.suite.experts.values()]
+        return {source: _sha(source, self.suite.build) for source in sources}
+
+
+@cache
+def _sha(source: str, build: str | None) -> str:
+    """The commit of a source, or of files the digest of its weights."""
+    name, _, sha = source.partition("@")
+    path = expert_path(source, build)
+    if not isinstance(path, Path):
+        return sha or _commit(name)
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _commit(name: str) -> str:
+    from huggingface_hub import HfApi
+
+    return str(HfApi().model_info(name).sha)
+
+
+def _splits(suite: Suite, words: Sequence[str]) -> list[UnseenSplit]:
+    known = {split.name: split for split in suite.unseen}
+    names = list(known) if "all" in words else list(words)
+    for name in names:
+        if name not in known:
+            raise FusionError(f"{suite.name} has no unseen split {name!r}", hint=", ".join(known) or "leave it out")
+    return [known[name] for name in names]
+
+
+def _check_settings(folder: Path, suite: Suite, settings: dict[str, int]) -> None:
+    """A folder holds cells of one kind: other rows would not compare.
+
+    Raises:
+        FusionError: it holds others.
+    """
+    file = folder / suite.name / SETTINGS_FILE
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(settings), encoding="utf-8")
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    for name, value in settings.items():
+        if before.get(name) != value:
+            option = f"--{name.replace('_', '-')}"
+            raise FusionError(
+                f"{folder} holds cells of {suite.name} with {option} {before.get(name)}, not {value}",
+                hint=f"{option} {before.get(name)}, or --output another folder",
+            )
+
+
+def _named(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(import_module(f"hf_fusion.bench.{module}"), name)
+
+
+@cache
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "?"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

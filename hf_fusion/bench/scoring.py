@@ -1,0 +1,182 @@
+"""From what a model answered to a cell's score: metrics through `evaluate`, each with an interval over the rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from hf_fusion.evaluate import Z95, wilson
+from hf_fusion.metrics import SCORES, load_metric
+from hf_fusion.training.batches import class_logits
+from hf_fusion.training.prompts import IGNORED, score_targets
+
+RESAMPLES = 500  # of the bootstrap, for metrics that are no means
+
+
+@dataclass(frozen=True)
+class BenchMetric:
+    """How a task is scored.
+
+    Attributes:
+        metric: a key of `hf_fusion.metrics.SCORES`.
+        reads: what of the model's output it needs: "classes", their "numbers" (a regressor's), whether all of the
+            target's tokens are the likeliest ("targets"), the share of them that are ("tokens"), their loss
+            ("losses"), or written "texts".
+        more: whether more is better.
+    """
+
+    metric: str
+    reads: Literal["classes", "numbers", "targets", "tokens", "losses", "texts"]
+    more: bool = True
+
+
+# What a suite's tasks may ask for. "exact" and "tokens" need no text to be written: greedy decoding gives exactly the
+# target if and only if each of its tokens is the likeliest after those before it.
+METRICS = {
+    "accuracy": BenchMetric("accuracy", "classes"),
+    "f1": BenchMetric("f1", "classes"),
+    "matthews": BenchMetric("matthews_correlation", "classes"),
+    "spearman": BenchMetric("spearmanr", "numbers"),
+    "exact": BenchMetric("accuracy", "targets"),
+    "tokens": BenchMetric("mean", "tokens"),
+    "perplexity": BenchMetric("perplexity", "losses", more=False),
+    "rouge1": BenchMetric("rouge1", "texts"),
+    "rouge2": BenchMetric("rouge2", "texts"),
+    "rougeL": BenchMetric("rougeL", "texts"),
+    "exact_match": BenchMetric("exact_match", "texts"),
+    "spearman_text": BenchMetric("spearmanr", "texts"),
+}
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a model answered to the rows of a task, and what was right: values as the metric wants them, (N,) each."""
+
+    predictions: list[Any]
+    references: list[Any]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A score, the interval that holds it with 95 %, and the number of rows."""
+
+    score: float
+    ci95: tuple[float, float]
+    n: int
+
+
+def score(answered: Answered, name: str) -> Scored:
+    """What answers are worth.
+
+    Shares have Wilson's interval, means of shares the normal one; of other metrics it is the percentile bootstrap's
+    (`RESAMPLES` draws, seed 0).
+
+    Args:
+        answered: answers, and what is right.
+        name: a key of `METRICS`.
+    """
+    metric, (given, right) = METRICS[name], (answered.predictions, answered.references)
+    if name == "spearman_text":
+        given, right = _numbers(given), _numbers(right)
+    n = len(given)
+    if metric.metric == "mean":
+        values = np.asarray(given, dtype=float)
+        mean, half = float(values.mean()), Z95 * float(values.std()) / math.sqrt(n)
+        return Scored(mean, (max(0.0, mean - half), min(1.0, mean + half)), n)
+    computed = float(_metric(metric.metric).compute(predictions=given, references=right)[metric.metric])
+    if SCORES[metric.metric].is_mean:
+        return Scored(computed, wilson(computed, n), n)
+    return Scored(computed, _bootstrap(SCORES[metric.metric].of, given, right), n)
+
+
+def _bootstrap(
+    of: Callable[[Sequence[Any], Sequence[Any]], float], given: Sequence[Any], right: Sequence[Any]
+) -> tuple[float, float]:
+    rng, found = np.random.default_rng(0), []
+    for _ in range(RESAMPLES):
+        rows = rng.integers(0, len(given), len(given))
+        found.append(of([given[row] for row in rows], [right[row] for row in rows]))
+    low, high = np.percentile(found, [2.5, 97.5])
+    return float(low), float(high)
+
+
+@cache
+def _metric(name: str) -> Any:
+    return load_metric(name)
+
+
+def _numbers(texts: Sequence[str]) -> list[float]:
+    """Written numbers; what is no number counts as 0."""
+    found = []
+    for text in texts:
+        try:
+            number = float(text.strip())
+        except ValueError:
+            number = 0.0
+        found.append(number if math.isfinite(number) else 0.0)
+    return found
+
+
+@torch.no_grad()
+def answers(model: Any, inputs: Mapping[str, Any], reads: str, tokenizer: Any = None) -> tuple[list[Any], list[Any]]:
+    """What a model makes of a batch, and what is right, as a metric wants them.
+
+    Args:
+        model: called with the inputs.
+        inputs: a batch with ``labels``.
+        reads: see `BenchMetric`.
+        tokenizer: of "texts".
+    """
+    labels = inputs["labels"]
+    if reads in ("targets", "tokens"):
+        exact, share = score_targets(model, inputs)
+        values = exact.long() if reads == "targets" else share
+        return values.tolist(), [1] * len(values)
+    if reads == "losses":
+        return _losses(model, inputs)
+    if reads == "texts":
+        return _texts(model, inputs, tokenizer)
+    return from_logits(class_logits(model, inputs), labels, reads)
+
+
+def from_logits(logits: torch.Tensor, labels: torch.Tensor, reads: str) -> tuple[list[Any], list[Any]]:
+    """A classifier's answers from its logits (N, C): the likeliest class, or the first of its numbers."""
+    values = logits.argmax(-1) if reads == "classes" else logits[:, 0]
+    return values.tolist(), labels.tolist()
+
+
+def _losses(model: Any, inputs: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """Mean loss of each row's target in nats a token, and how many tokens it has."""
+    given = {name: value for name, value in inputs.items() if name != "labels"}
+    labels, decodes = inputs["labels"], not model.config.is_encoder_decoder
+    if not decodes:
+        given["labels"] = labels
+    logits = model(**given, use_cache=False).logits.float()
+    if decodes:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    counts = (labels != IGNORED).sum(1)
+    return (losses.sum(1) / counts).tolist(), counts.double().tolist()
+
+
+def _texts(model: Any, inputs: Mapping[str, Any], tokenizer: Any) -> tuple[list[str], list[str]]:
+    """Greedy answers to prompts, one row after the other so that none is padded, and the targets."""
+    written, right = [], []
+    most = int((inputs["labels"] != IGNORED).sum(1).max()) + 8
+    for row in range(len(inputs["labels"])):
+        target = inputs["labels"][row] != IGNORED
+        prompt = inputs["attention_mask"][row].bool()
+        if not model.config.is_encoder_decoder:
+            prompt &= ~target
+        given = {name: inputs[name][row][prompt][None] for name in ("input_ids", "attention_mask")}
+        sequence = model.generate(**given, max_new_tokens=most, do_sample=False)[0]
+        answer = sequence if model.config.is_encoder_decoder else sequence[given["input_ids"].shape[1] :]
+        written.append(tokenizer.decode(answer, skip_special_tokens=True))
+        right.append(tokenizer.decode(inputs["labels"][row][target], skip_special_tokens=True))
+    return written, right
