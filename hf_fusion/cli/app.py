@@ -24,6 +24,7 @@ COMMANDS = {
     "fuse": "make one model of several experts",
     "fit": "teach a fused model on labelled examples",
     "eval": "measure a fused model beside its experts",
+    "bench": "measure fusion techniques on suites of tasks",
     "publish": "push a fused model with its card to the Hub",
     "hub": "run a Hub of your own on this machine",
     "demo": "see the whole way once, on real models and data",

@@ -1,0 +1,62 @@
+"""Measure methods on the tasks of a suite, cell by cell; what is measured already stays, and what fails says why."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+from .output import Out
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is measured, on what, how often."""
+    add = parser.add_argument
+    add("--suite", required=True, metavar="NAME", help="a suite's name, or the path of its YAML file")
+    add("--methods", nargs="+", default=["all"], metavar="NAME", help="methods, families, static, or all (default)")
+    add("--data", metavar="DIR", help="folder with a folder for each data set, for suites that are run here")
+    add("--output", default="results", metavar="DIR", help="where the cells go (default: results)")
+    add("--seeds", nargs="+", type=int, default=[0], metavar="N", help="of methods with chance in them (default: 0)")
+    add("--corruptions", nargs="+", default=[], metavar="NAME", help="all, NAME, NAME:SEVERITY or all:SEVERITY")
+    add("--unseen", nargs="+", default=[], metavar="SPLIT", help="splits into fused and tested tasks, or all")
+    add("--limit", type=int, default=500, metavar="N", help="test rows of each task (default: 500)")
+    add("--tuned-on", type=int, default=100, metavar="N", help="rows of each task to tune on (default: 100)")
+    add("--batch-size", type=int, default=64, metavar="N", help="rows at once (default: 64)")
+    add("--device", metavar="NAME", help="default: what accelerate chooses")
+
+
+def run(args: argparse.Namespace, out: Out) -> None:
+    """Measures, and says what came out."""
+    from datasets import disable_progress_bars
+
+    from hf_fusion.bench.run import run_suite
+
+    disable_progress_bars()  # each data set would draw three
+    cells = run_suite(
+        args.suite,
+        args.methods,
+        output=args.output,
+        data_dir=args.data,
+        seeds=args.seeds,
+        corruptions=args.corruptions,
+        unseen=args.unseen,
+        limit=args.limit,
+        tuned_on=args.tuned_on,
+        batch_size=args.batch_size,
+        device=args.device,
+        command=command(args),
+        tell=out.log,
+    )
+    counts = {status: sum(cell.status == status for cell in cells) for status in ("measured", "left out", "failed")}
+    out.result(f"{args.suite}: {len(cells)} cells", **counts, folder=args.output)
+    out.hint(f"hf-fusion bench report {args.output}")
+
+
+def command(args: argparse.Namespace) -> str:
+    """What to type to measure it again: without this machine's folders."""
+    words = ["hf-fusion", "bench", "run", "--suite", Path(args.suite).name]
+    words += ["--data", "DIR"] if args.data else []
+    for name in ("methods", "seeds", "corruptions", "unseen"):
+        if values := getattr(args, name):
+            words += [f"--{name}", *map(str, values)]
+    return shlex.join([*words, "--limit", str(args.limit), "--tuned-on", str(args.tuned_on)])

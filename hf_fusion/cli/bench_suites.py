@@ -1,0 +1,31 @@
+"""Which suites there are."""
+
+from __future__ import annotations
+
+import argparse
+
+from .output import Out
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """None."""
+
+
+def run(args: argparse.Namespace, out: Out) -> None:
+    """One row for each."""
+    from hf_fusion.bench.suite import load_suite, suite_names
+
+    suites = [load_suite(name) for name in suite_names()]
+    rows = [
+        {
+            "suite": suite.name,
+            "kind": suite.kind,
+            "tasks": str(len(suite.tasks)),
+            "experts": str(len(suite.experts)),
+            "from": "here" if suite.is_local else "Hub",
+            "title": suite.title if suite.needs is None else f"{suite.title} (declared only)",
+        }
+        for suite in suites
+    ]
+    out.table(rows, title=f"{len(rows)} suites", key="suite")
+    out.hint("hf-fusion bench check SUITE, then hf-fusion bench run --suite SUITE --output results")
