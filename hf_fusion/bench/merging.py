@@ -365,7 +365,7 @@ def concrete(setting: MergingSetting, split: UnseenSplit, seed: int, scaling: fl
     from hf_fusion.training.concrete import ConcreteMerge
 
     merge = ConcreteMerge(_fused(setting, split), _base(setting), "task", scaling)
-    return _learned(setting, split, seed, merge, learning_rate=1e-1, **options)
+    return _learned(setting, split, seed, merge, learning_rate=1e-2, **options)
 
 
 def _learned(setting: MergingSetting, split: UnseenSplit, seed: int, merge: Any, **options: Any) -> System:
