@@ -1,11 +1,12 @@
-"""Suites of the kind "merging": full models of one base with a head for each task, which is told."""
+"""Suites of the kind "merging": full models of one base with a head for each task, which is told.
+
+What fuses them is in `merging_methods`.
+"""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_fusion.bench.conditions import corrupted
 from hf_fusion.bench.rows import Rows, task_rows
-from hf_fusion.bench.scoring import METRICS, Answered, answers, from_logits, score
+from hf_fusion.bench.scoring import METRICS, Answered, answers, from_logits
 from hf_fusion.bench.suite import Suite, UnseenSplit, expert_path
-from hf_fusion.bench.systems import CLEAN, FIT, TEST, LeftOut, System, share_batches
+from hf_fusion.bench.systems import CLEAN, FIT, TEST, System, share_batches
 from hf_fusion.experts import Expert
 from hf_fusion.hub.load import load_experts
-from hf_fusion.merging.in_memory import merge_states
-from hf_fusion.merging.methods import MERGE_METHODS
-from hf_fusion.merging.tensors import InMemory, Statistic
-from hf_fusion.models.wemoe import WEMoEModel
 from hf_fusion.models.wemoe.heads_wemoe import activate_heads
 from hf_fusion.training.adamerging import CoefficientMerge
 from hf_fusion.training.batches import Examples, class_logits, like_lengths, read_examples, zero_shot_examples
@@ -31,7 +28,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 State = Mapping[str, torch.Tensor]
-STATISTICS_ROWS = 256  # of each task, that Fisher merging and RegMean look at
 MAX_LENGTH = 512
 
 
@@ -124,7 +120,7 @@ class MergingSetting:
 
         def answer(task: str, condition: str, part: str) -> Answered:
             self.show(state)
-            return self.ask(_Dense(self), task, condition, part)
+            return self.ask(Dense(self), task, condition, part)
 
         return System(answer, stored=self.sizes[0], active=self.sizes[1], **facts)
 
@@ -155,7 +151,7 @@ class MergingSetting:
                 called(**inputs, task=task)
             return counter.get_total_flops()
 
-        return count(model) / count(_Dense(self))
+        return count(model) / count(Dense(self))
 
     @torch.no_grad()
     def logits(self, expert: int, task: str, condition: str, part: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,13 +159,21 @@ class MergingSetting:
         key = (expert, task, condition, part)
         if key not in self._logits:
             self.show(self.states[expert])
-            parts = []
-            for numbers, inputs in self.batches(task, condition, part):
-                given = {**inputs, "task": task}
-                parts.append((numbers, class_logits(_Dense(self), given).cpu(), inputs["labels"].cpu()))
-            order = torch.tensor([number for numbers, _, _ in parts for number in numbers]).argsort()
-            self._logits[key] = (torch.cat([p[1] for p in parts])[order], torch.cat([p[2] for p in parts])[order])
+
+            def run(inputs: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+                return class_logits(Dense(self), {**inputs, "task": task}).tolist(), inputs["labels"].tolist()
+
+            found = share_batches(self.batches(task, condition, part), run)
+            self._logits[key] = (torch.tensor(found.predictions), torch.tensor(found.references))
         return self._logits[key]
+
+    def expert_answers(self, expert: int, task: str, condition: str, part: str) -> Answered:
+        """What an expert answers under a task's head."""
+        reads = METRICS[self.suite.tasks[task].metric].reads
+        if reads in ("classes", "numbers"):
+            return Answered(*from_logits(*self.logits(expert, task, condition, part), reads))
+        self.show(self.states[expert])
+        return self.ask(Dense(self), task, condition, part)
 
     def numbers(self, split: UnseenSplit) -> list[int]:
         """Which experts a split fuses."""
@@ -194,7 +198,7 @@ class _Own(Mapping[str, torch.Tensor]):
         return len(self.places)
 
 
-class _Dense:
+class Dense:
     """The backbone, told the task."""
 
     def __init__(self, setting: MergingSetting) -> None:
@@ -206,290 +210,3 @@ class _Dense:
         merge = self.setting.merge
         activate_heads(self.setting.backbone, merge.heads, self.setting.names.index(task))
         return self.setting.backbone(**inputs)
-
-
-# ---------------------------------------------------------------- floors, ceilings, single experts
-
-
-def pretrained(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
-    """The base under every expert's head."""
-    return setting.dense(setting.base)
-
-
-def individual(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
-    """Every task's own expert."""
-
-    def answer(task: str, condition: str, part: str) -> Answered:
-        setting.show(setting.states[setting.names.index(task)])
-        return setting.ask(_Dense(setting), task, condition, part)
-
-    whole, one = setting.sizes
-    return System(answer, stored=whole * len(setting.names), active=one)
-
-
-def experts(setting: MergingSetting, split: UnseenSplit, seed: int) -> dict[str, System]:
-    """Every expert that is fused on all tasks, under their heads."""
-    return {f"expert:{name}": setting.dense(setting.states[setting.names.index(name)]) for name in split.fuse}
-
-
-def multitask(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
-    """One model that was trained on all tasks at once."""
-    source = setting.suite.multitask
-    if source is None:
-        raise LeftOut("the suite names no model that was trained on all its tasks")
-    if split.fuse != tuple(setting.names):
-        raise LeftOut("the model was trained on the tasks that are unseen here")
-    from safetensors.torch import load_file
-
-    state = load_file(Path(expert_path(source, setting.suite.build)) / "model.safetensors")
-    model = copy.deepcopy(setting.backbone)
-    model.load_state_dict(state)
-
-    def called(task: str, **inputs: Any) -> Any:
-        activate_heads(model, setting.merge.heads, setting.names.index(task))
-        return model(**inputs)
-
-    whole, one = setting.sizes
-    return System(partial(setting.ask, called), stored=whole, active=one)
-
-
-# ---------------------------------------------------------------- static merging
-
-
-def static(setting: MergingSetting, split: UnseenSplit, seed: int, method: str, **parameters: Any) -> System:
-    """A merging method of `hf_fusion.merging`."""
-    row, count = MERGE_METHODS[method], len(split.fuse)
-    least, most = row.experts
-    if count < least or most is not None and count > most:
-        raise LeftOut(f"{row.title} merges {least} models, here are {count}")
-    fused = [setting.states[number] for number in setting.numbers(split)]
-    given = {"statistics": _statistics(setting, split, row.statistics, seed)} if row.statistics else {}
-    state = merge_states(method, setting.base, fused, seed=seed, **given, **parameters)
-    return _scalable(setting, state, {name: row.parameters[name].default for name in row.parameters} | parameters)
-
-
-def _scalable(setting: MergingSetting, state: State, parameters: dict[str, Any]) -> System:
-    """A merge that can be scaled anew: in every method `scaling` multiplies what is added to the base."""
-
-    def retuned(changes: Mapping[str, Any]) -> System:
-        factor = changes["scaling"] / parameters["scaling"]
-        other = {name: torch.lerp(setting.base[name].float(), tensor, factor) for name, tensor in state.items()}
-        return _scalable(setting, other, {**parameters, **changes})
-
-    shown = {name: value for name, value in parameters.items() if value is not None}
-    return setting.dense(state, parameters=shown, retuned=retuned if "scaling" in parameters else None)
-
-
-def weighted_average(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
-    """The average with weights by how well each expert does on all fused tasks, on rows kept apart."""
-    weights = _weights(setting, split)
-    own = [{"weight": weight} for weight in weights]
-    fused = [setting.states[number] for number in setting.numbers(split)]
-    state = merge_states("linear", None, fused, own=own)
-    return setting.dense(state, parameters={"weights": dict(zip(split.fuse, weights, strict=True))})
-
-
-def _weights(setting: MergingSetting, split: UnseenSplit) -> list[float]:
-    """Of every fused expert its mean score over the fused tasks, on the rows kept apart."""
-    found = []
-    for number in setting.numbers(split):
-        setting.show(setting.states[number])
-        scores = [
-            score(setting.ask(_Dense(setting), task, CLEAN, FIT), setting.suite.tasks[task].metric).score
-            for task in split.fuse
-        ]
-        found.append(max(0.0, sum(scores) / len(scores)))
-    return found
-
-
-def emr(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
-    """EMR: the mask and the rescaler of the task that is told; a task without an expert gets the unified model."""
-    fused = [setting.states[number] for number in setting.numbers(split)]
-    states: dict[str, State] = {}
-
-    def answer(task: str, condition: str, part: str) -> Answered:
-        if task not in states:
-            states.clear()  # one at a time
-            number = split.fuse.index(task) + 1 if task in split.fuse else 0
-            states[task] = merge_states("emr", setting.base, fused, expert=number)
-        setting.show(states[task])
-        return setting.ask(_Dense(setting), task, condition, part)
-
-    whole, one = setting.sizes
-    masks = sum(tensor.numel() for tensor in setting.base.values()) * len(fused) // 32  # a bit each
-    return System(answer, stored=whole + masks, active=one)
-
-
-def _statistics(setting: MergingSetting, split: UnseenSplit, kind: str, seed: int) -> list[dict[str, Statistic]]:
-    """What Fisher merging and RegMean need of every fused expert, on rows that it was not trained on."""
-    from hf_fusion.training.statistics import measure_fisher, measure_gram
-
-    measure: Any = {"fisher": measure_fisher, "gram": measure_gram}[kind]
-    found = []
-    for number in setting.numbers(split):
-        expert = setting.experts[number]
-        rows = setting.read(expert.name, setting.rows(expert.name).fit)
-        found.append(_readers(measure(expert, rows, examples=STATISTICS_ROWS, seed=seed)))
-    return found
-
-
-def _readers(measured: Any) -> dict[str, Statistic]:
-    tensors = {key: InMemory(tensor) for key, tensor in measured.tensors.items()}
-    return {name: Statistic(tensors[key], axis, measured.norm) for name, (key, axis) in measured.places.items()}
-
-
-def regmean_pp(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
-    """RegMean++: layer by layer, with what the merged layers before hand on."""
-    from hf_fusion.training.statistics import measure_gram_merged
-
-    chosen = [setting.experts[number] for number in setting.numbers(split)]
-    rows = [setting.read(expert.name, setting.rows(expert.name).fit) for expert in chosen]
-    measured = measure_gram_merged(chosen, rows, examples=STATISTICS_ROWS, seed=seed)
-    fused = [setting.states[number] for number in setting.numbers(split)]
-    return setting.dense(merge_states("regmean", None, fused, statistics=list(map(_readers, measured))))
-
-
-# ---------------------------------------------------------------- learned
-
-
-def adamerging(
-    setting: MergingSetting, split: UnseenSplit, seed: int, granularity: str, scaling: float = 0.3, **options: Any
-) -> System:
-    """AdaMerging: coefficients learned without labels, from rows kept apart."""
-    merge = CoefficientMerge(_fused(setting, split), _base(setting), granularity, scaling)
-    return _learned(setting, split, seed, merge, learning_rate=1e-2, **options)
-
-
-def concrete(setting: MergingSetting, split: UnseenSplit, seed: int, scaling: float = 0.3, **options: Any) -> System:
-    """Concrete task arithmetic: one mask for all task vectors, learned without labels."""
-    from hf_fusion.training.concrete import ConcreteMerge
-
-    merge = ConcreteMerge(_fused(setting, split), _base(setting), "task", scaling)
-    return _learned(setting, split, seed, merge, learning_rate=1e-2, **options)
-
-
-def _learned(setting: MergingSetting, split: UnseenSplit, seed: int, merge: Any, **options: Any) -> System:
-    facts = _adapt(setting, split, merge, seed, **options)
-    with torch.no_grad():
-        tensors = merge._tensors()
-    state = {name: tensors.get(name, own).detach().clone() for name, own in setting.base.items()}
-    return setting.dense(state, parameters=facts)
-
-
-def _adapt(setting: MergingSetting, split: UnseenSplit, model: Any, seed: int, **options: Any) -> dict[str, Any]:
-    """Adapts a model on the unlabelled rows kept apart of the fused tasks; gives what the cell tells of it."""
-    from hf_fusion.training.routers import adapt_routers
-
-    model.to(setting.backbone.device)
-    rows = {task: _unlabelled(setting, task) for task in split.fuse}
-    options.setdefault("learning_rate", 5e-4)
-    adapted = adapt_routers(model, rows, seed=seed, **options).for_config()
-    return {
-        **{name: adapted[name] for name in ("loss", "learning_rate", "batch_size", "steps", "stopped")},
-        "scaling": model.config.scaling,
-    }
-
-
-def _unlabelled(setting: MergingSetting, task: str) -> Any:
-    rows = setting.rows(task).fit
-    return setting.read(task, rows) if setting.suite.head == "zero-shot-image" else rows
-
-
-def _fused(setting: MergingSetting, split: UnseenSplit) -> list[Expert]:
-    return [setting.experts[number] for number in setting.numbers(split)]
-
-
-def _base(setting: MergingSetting) -> Any:
-    return setting.start and setting.start.model
-
-
-# ---------------------------------------------------------------- mixtures
-
-
-def wemoe(
-    setting: MergingSetting, split: UnseenSplit, seed: int, steps: int, scaling: float = 0.3, loss: str = "expert",
-    diversity: float = 1.0, batch_size: int = 16, **options: Any,
-) -> System:  # fmt: skip
-    """WEMoE: MLPs merged anew for every input, routers adapted without labels on rows kept apart."""
-    model: Any = WEMoEModel.from_experts(_fused(setting, split), base=setting.start, scaling=scaling, **options)
-    how = {"steps": steps, "loss": loss, "diversity": diversity, "batch_size": batch_size}
-    facts = _adapt(setting, split, model, seed, **how)
-    return _mixture(setting, model, {**options, **facts})
-
-
-def smile(setting: MergingSetting, split: UnseenSplit, seed: int, rank: int) -> System:
-    """SMILE: low-rank experts chosen token by token, without training."""
-    model = WEMoEModel.from_experts(
-        _fused(setting, split), base=setting.start, routing="smile", task_vectors="low-rank", rank=rank
-    )
-    return _mixture(setting, model, {"rank": rank})
-
-
-def _mixture(setting: MergingSetting, model: Any, parameters: dict[str, Any]) -> System:
-    """A WEMoE that answers to the tasks of all experts: heads that it lacks are those of its siblings."""
-    heads = setting.merge.heads
-    for path in heads:
-        model.backbone.set_submodule(path, setting.backbone.get_submodule(path))
-
-    def called(task: str, **inputs: Any) -> Any:
-        activate_heads(model.backbone, heads, setting.names.index(task))
-        if setting.suite.head == "causal-lm":
-            inputs["prompt_mask"] = model.prompt_tokens(inputs)
-        return model(**inputs)
-
-    model.config.default_task = None
-    stored = sum(p.numel() for p in model.parameters())
-    active = stored - (setting.sizes[0] - setting.sizes[1])
-    told = _Called(called, model)
-    return System(
-        partial(setting.ask, told), parameters=parameters, stored=stored, active=active,
-        cost=setting.relative_cost(told),
-    )  # fmt: skip
-
-
-class _Called:
-    """A function in the place of a model."""
-
-    def __init__(self, function: Callable[..., Any], model: Any) -> None:
-        self.function, self.config, self.forward = function, model.backbone.config, model.backbone.forward
-        self.generate = getattr(model, "generate", None)
-
-    def __call__(self, **inputs: Any) -> Any:
-        return self.function(**inputs)
-
-
-# ---------------------------------------------------------------- ensembles
-
-Combine = Callable[[torch.Tensor], torch.Tensor]  # logits (K, N, C) → scores (N, C)
-
-
-def _ensemble(setting: MergingSetting, split: UnseenSplit, combine: Combine, **parameters: Any) -> System:
-    if setting.suite.head in ("causal-lm", "seq2seq-lm"):
-        raise LeftOut("an ensemble of language models would have to be asked token by token")
-
-    def answer(task: str, condition: str, part: str) -> Answered:
-        found = [setting.logits(number, task, condition, part) for number in setting.numbers(split)]
-        logits = combine(torch.stack([own for own, _ in found]))
-        return Answered(*from_logits(logits, found[0][1], METRICS[setting.suite.tasks[task].metric].reads))
-
-    whole, one = setting.sizes
-    count = len(split.fuse)
-    return System(answer, dict(parameters), stored=whole * count, active=one * count, cost=float(count))
-
-
-def simple_ensemble(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
-    """The mean of all experts' logits under the task's head."""
-    return _ensemble(setting, split, lambda logits: logits.mean(0))
-
-
-def weighted_ensemble(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
-    """Their mean, with weights by how well each does on all fused tasks, on rows kept apart."""
-    weights = _weights(setting, split)
-    shares = torch.tensor(weights)[:, None, None] / max(sum(weights), 1e-9)
-    named = dict(zip(split.fuse, weights, strict=True))
-    return _ensemble(setting, split, lambda logits: (logits * shares).sum(0), weights=named)
-
-
-def max_ensemble(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
-    """The highest logit that any expert gives a class (FusionBench's max-model predictor)."""
-    return _ensemble(setting, split, lambda logits: logits.amax(0))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hf_fusion.errors import FusionError, shown
@@ -28,8 +30,8 @@ class Method:
     """A technique.
 
     Attributes:
-        place: "module:function" in `hf_fusion.bench` that fuses: (what `run` made ready, the split, the seed,
-            parameters) → `bench.systems.System`, or several of them by name.
+        place: the function that fuses, or "module:function" in `hf_fusion.bench`: (what `run` made ready, the split,
+            the seed, parameters) → `bench.systems.System`, or several of them by name.
         title: what tables call it.
         family: a key of `FAMILIES`.
         kind: of the suites that it is for.
@@ -39,7 +41,7 @@ class Method:
         paper: arXiv number.
     """
 
-    place: str
+    place: str | Callable[..., Any]
     title: str
     family: str
     kind: str = "merging"
@@ -55,7 +57,7 @@ SCALING = ("scaling", (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0))
 def _static(merge: str, title: str, paper: str, tuned: bool = True, **options: Any) -> Method:
     """A merging method of `hf_fusion.merging`."""
     given = {"method": merge, **options.pop("given", {})}
-    return Method("merging:static", title, options.pop("family", "merge"), given=given, paper=paper,
+    return Method("merging_methods:static", title, options.pop("family", "merge"), given=given, paper=paper,
                   tune=SCALING if tuned else None, **options)  # fmt: skip
 
 
@@ -65,14 +67,14 @@ _ENTROPY = {"loss": "entropy", "diversity": 0.0}
 
 # A new method is one more row.
 METHODS = {
-    "pretrained": Method("merging:pretrained", "Pre-trained", "floor"),
-    "experts": Method("merging:experts", "Single expert", "expert"),
-    "simple_ensemble": Method("merging:simple_ensemble", "Simple ensemble", "ensemble"),
-    "weighted_ensemble": Method("merging:weighted_ensemble", "Weighted ensemble", "ensemble"),
-    "max_ensemble": Method("merging:max_ensemble", "Max-model predictor", "ensemble"),
+    "pretrained": Method("merging_methods:pretrained", "Pre-trained", "floor"),
+    "experts": Method("merging_methods:experts", "Single expert", "expert"),
+    "simple_ensemble": Method("merging_methods:simple_ensemble", "Simple ensemble", "ensemble"),
+    "weighted_ensemble": Method("merging_methods:weighted_ensemble", "Weighted ensemble", "ensemble"),
+    "max_ensemble": Method("merging_methods:max_ensemble", "Max-model predictor", "ensemble"),
     "average": _static("linear", "Simple average", "2203.05482", tuned=False),
     "weighted_average": Method(
-        "merging:weighted_average", "Weighted average", "merge", paper="2203.05482"
+        "merging_methods:weighted_average", "Weighted average", "merge", paper="2203.05482"
     ),
     "task_arithmetic": _static("task_arithmetic", "Task arithmetic", "2212.04089"),
     "magnitude": _static("magnitude", "Magnitude pruning", "2306.01708"),
@@ -96,39 +98,39 @@ METHODS = {
     "iso_cts": _static("iso_cts", "Iso-CTS", "2502.04959"),
     "wudi": _static("wudi", "WUDI", "2503.08099"),
     "recombination": _static("recombination", "Model recombination", "2406.03280", tuned=False, chance=True),
-    "emr": Method("merging:emr", "EMR, a mask for each task", "mixture", paper="2405.17461"),
+    "emr": Method("merging_methods:emr", "EMR, a mask for each task", "mixture", paper="2405.17461"),
     "fisher": _static("fisher", "Fisher", "2111.09832", tuned=False, chance=True, family="data"),
     "regmean": _static("regmean", "RegMean", "2212.09849", tuned=False, chance=True, family="data"),
-    "regmean_pp": Method("merging:regmean_pp", "RegMean++", "data", chance=True, paper="2508.03121"),
+    "regmean_pp": Method("merging_methods:regmean_pp", "RegMean++", "data", chance=True, paper="2508.03121"),
     "adamerging_task": Method(
-        "merging:adamerging", "AdaMerging, by task", "learned",
+        "merging_methods:adamerging", "AdaMerging, by task", "learned",
         given={"granularity": "task", **_LEARNS}, chance=True, paper="2310.02575",
     ),
     "adamerging_layer": Method(
-        "merging:adamerging", "AdaMerging, by layer", "learned",
+        "merging_methods:adamerging", "AdaMerging, by layer", "learned",
         given={"granularity": "layer", **_LEARNS}, chance=True, paper="2310.02575",
     ),
     "adamerging_entropy": Method(
-        "merging:adamerging", "AdaMerging, by layer, entropy", "learned",
+        "merging_methods:adamerging", "AdaMerging, by layer, entropy", "learned",
         given={"granularity": "layer", **_LEARNS, **_ENTROPY}, chance=True, paper="2310.02575",
     ),
     "concrete": Method(
-        "merging:concrete", "Concrete task arithmetic", "learned",
+        "merging_methods:concrete", "Concrete task arithmetic", "learned",
         given={**_LEARNS, "scaling": 0.3}, chance=True, paper="2312.06173",
     ),
-    "smile": Method("merging:smile", "SMILE", "mixture", given={"rank": 32}),
+    "smile": Method("merging_methods:smile", "SMILE", "mixture", given={"rank": 32}),
     "wemoe": Method(
-        "merging:wemoe", "WEMoE", "mixture", given=_LEARNS, chance=True, paper="2402.00433"
+        "merging_methods:wemoe", "WEMoE", "mixture", given=_LEARNS, chance=True, paper="2402.00433"
     ),
     "wemoe_entropy": Method(
-        "merging:wemoe", "WEMoE, entropy", "mixture", given={**_LEARNS, **_ENTROPY}, chance=True, paper="2402.00433"
+        "merging_methods:wemoe", "WEMoE, entropy", "mixture", given={**_LEARNS, **_ENTROPY}, chance=True, paper="2402.00433"
     ),
     "wemoe_sparse": Method(
-        "merging:wemoe", "E-WEMoE, 90 % sparse", "mixture",
+        "merging_methods:wemoe", "E-WEMoE, 90 % sparse", "mixture",
         given={**_LEARNS, "task_vectors": "sparse", "shared_router": True}, chance=True, paper="2410.21804",
     ),
-    "multitask": Method("merging:multitask", "Multitask-trained", "ceiling"),
-    "individual": Method("merging:individual", "Individual experts", "ceiling"),
+    "multitask": Method("merging_methods:multitask", "Multitask-trained", "ceiling"),
+    "individual": Method("merging_methods:individual", "Individual experts", "ceiling"),
 }  # fmt: skip
 
 STATIC = tuple(name for name, row in METHODS.items() if row.family in ("merge", "data"))
@@ -138,12 +140,15 @@ def chosen(words: Sequence[str], kind: str) -> list[str]:
     """The methods that words ask for, in the table's order.
 
     Args:
-        words: names of methods or families, "static" for all static merging, or "all".
+        words: names of methods or families, "static" for all static merging, "all", or the path of a Python file with
+            METHODS of its own, name → `Method`, which are added to the table.
         kind: of the suite.
 
     Raises:
         FusionError: nothing is called like that, or it is for suites of another kind.
     """
+    added = {word: _read(Path(word)) for word in words if word.endswith(".py")}
+    words = [name for word in words for name in added.get(word, [word])]
     known = {name: row for name, row in METHODS.items() if row.kind == kind}
     wanted: set[str] = set()
     for word in words:
@@ -158,3 +163,26 @@ def chosen(words: Sequence[str], kind: str) -> list[str]:
             raise FusionError(f"no method {shown(word)}", hint=f"all, {families}, {', '.join(known)}")
         wanted |= set(found)
     return [name for name in known if name in wanted]
+
+
+def _read(path: Path) -> list[str]:
+    """Adds the methods of a file to the table; their names.
+
+    Raises:
+        FusionError: there is no such file, it has no methods, or one that is there already.
+    """
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise FusionError(f"{path} is not there", hint="--methods FILE.py, or the name of a method")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: dict[str, Method] = getattr(module, "METHODS", {})
+    if not found or not all(isinstance(row, Method) for row in found.values()):
+        raise FusionError(f"{path} has no METHODS", hint='METHODS = {"mine": Method(mine, "Mine", "merge")}')
+    for name, row in found.items():
+        if name in METHODS and METHODS[name].title != row.title:
+            raise FusionError(f"{path}: there is a method {name} already", hint="give yours another name")
+        if row.family not in FAMILIES:
+            raise FusionError(f"{path}: {name} is of no family {shown(row.family)}", hint=", ".join(FAMILIES))
+        METHODS[name] = row
+    return list(found)

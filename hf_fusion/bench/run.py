@@ -231,7 +231,7 @@ class _Runner:
             told[-1] += f" ({row.tune[0]} {models[job.method, TUNED][0].parameters[row.tune[0]]:g})"
         return ", ".join(told)
 
-    def ask(self, cell: Cell, system: System, times: Mapping[str, float]) -> Cell:
+    def ask(self, cell: Cell, system: System, times: Mapping[str, Any]) -> Cell:
         """A cell with its score; as it is on the disk, where it is there."""
         if self._is_done(cell):
             return Cell.from_dict(json.loads((self.folder / cell.place).read_text(encoding="utf-8")))
@@ -342,7 +342,9 @@ def _check_settings(folder: Path, suite: Suite, settings: dict[str, int]) -> Non
             )
 
 
-def _named(place: str) -> Any:
+def _named(place: str | Callable[..., Any]) -> Any:
+    if callable(place):
+        return place
     module, _, name = place.partition(":")
     return getattr(import_module(f"hf_fusion.bench.{module}"), name)
 
