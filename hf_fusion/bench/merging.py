@@ -207,6 +207,7 @@ class Dense:
         self.generate = getattr(backbone, "generate", None)
 
     def __call__(self, task: str, **inputs: Any) -> Any:
+        """As the backbone's forward, with the head of a task."""
         merge = self.setting.merge
         activate_heads(self.setting.backbone, merge.heads, self.setting.names.index(task))
         return self.setting.backbone(**inputs)

@@ -123,7 +123,8 @@ METHODS = {
         "merging_methods:wemoe", "WEMoE", "mixture", given=_LEARNS, chance=True, paper="2402.00433"
     ),
     "wemoe_entropy": Method(
-        "merging_methods:wemoe", "WEMoE, entropy", "mixture", given={**_LEARNS, **_ENTROPY}, chance=True, paper="2402.00433"
+        "merging_methods:wemoe", "WEMoE, entropy", "mixture",
+        given={**_LEARNS, **_ENTROPY}, chance=True, paper="2402.00433",
     ),
     "wemoe_sparse": Method(
         "merging_methods:wemoe", "E-WEMoE, 90 % sparse", "mixture",
