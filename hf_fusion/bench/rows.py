@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 SEED = 0
 DIGITS_TEST_SHARE = 0.25
+LANGUAGE_FIT_ROWS = 1000
 Parts = dict[str, "Dataset"]
 
 
@@ -72,18 +73,19 @@ def divide(parts: Parts, split: str = "train", share: float = 0.15) -> tuple[Any
         share: of the rows of that split.
     """
     test, train = parts["test"], parts.get("train")
-    if split == "test":
-        test, fit = _cut(test, share)
-        return (None if train is None else _without(train, test)), fit, test
     if split == "train":
         kept, fit = _cut(_without(parts["train"], test), share)
         return kept, fit, test
-    fit = _without(parts[split], test)
-    return (None if train is None else _without(train, test)), (fit if share == 1 else _cut(fit, share)[1]), test
+    if split == "test":
+        test, fit = _cut(test, share)
+    else:
+        fit = _without(parts[split], test)
+        fit = fit if share == 1 else _cut(fit, share)[1]
+    return (None if train is None else _without(train, test, fit)), fit, test
 
 
-def _without(rows: Dataset, others: Dataset) -> Dataset:
-    seen = set(_contents(others))
+def _without(rows: Dataset, *others: Dataset) -> Dataset:
+    seen = {content for other in others for content in _contents(other)}
     return rows.select([number for number, content in enumerate(_contents(rows)) if content not in seen])
 
 
@@ -143,9 +145,27 @@ def _digits(_: str, data_dir: str | Path | None) -> Parts:
     return {"train": rows.select(range(tested, len(rows))), "test": rows.select(range(tested))}
 
 
+def _language(name: str, data_dir: str | Path | None) -> Parts:
+    """A task of the language suite: what its expert was trained on, what comes after that, and its tests."""
+    from hf_fusion.demo.language_suite import TASKS, TEST_ROWS, rows
+
+    trained = TASKS[name].trained if name in TASKS else 0
+    drawn = rows(name, "train", trained + LANGUAGE_FIT_ROWS, data_dir).select_columns(["prompt", "target"])
+    numbers = range(len(drawn))
+    parts = {"train": numbers[:trained], "validation": numbers[trained:]}
+    found = {part: drawn.select(list(own)) for part, own in parts.items() if own}
+    return {**found, "test": rows(name, "test", TEST_ROWS, data_dir).select_columns(["prompt", "target"])}
+
+
+def _reactions(_: str, data_dir: str | Path | None) -> Parts:
+    from hf_fusion.demo.rxnfp import reactions
+
+    return {"test": reactions()}
+
+
 def _hub_parts(task: Task) -> Parts:
     raise NotImplementedError
 
 
-PACKAGES: dict[str, Callable[[str, Any], Parts]] = {"digits": _digits}
+PACKAGES: dict[str, Callable[[str, Any], Parts]] = {"digits": _digits, "language": _language, "reactions": _reactions}
 """First part of a ``package:`` source → the function that makes its rows of the rest and the data folder."""

@@ -37,7 +37,11 @@ METRICS = {
     "exact": "share of answers that are right to the letter",
     "tokens": "share of right next tokens",
     "rank": "share of rows whose target is the likeliest of their choices",
-    "rouge": "ROUGE-L",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "exact_match": "share of written answers that are right to the letter",
+    "spearman_text": "rank correlation of the numbers in written answers",
     "perplexity": "of the targets",
     "agreement": "cosine of the embedding with the own expert's",
     "mean_iou": "mean overlap of predicted and true segments",
@@ -123,6 +127,7 @@ class Suite:
         tasks: by name, in order.
         experts: name → source: those of the tasks, under their names, and those that belong to none.
         base: source of what the experts were made from; None where they differ.
+        multitask: source of one model that was trained on all tasks at once; None where there is none.
         build: the command that makes the experts here; None where they are downloaded.
         unseen: splits into fused and tested tasks.
         needs: what it takes to run it, where transformers' own classes do not do; None where they do.
@@ -137,6 +142,7 @@ class Suite:
     tasks: dict[str, Task]
     experts: dict[str, str]
     base: str | None = None
+    multitask: str | None = None
     build: str | None = None
     unseen: tuple[UnseenSplit, ...] = ()
     needs: str | None = None
@@ -210,6 +216,12 @@ def _smollm2(inside: str) -> Path:
     return smollm2_folder()
 
 
+def _rxnfp(inside: str) -> Path:
+    from hf_fusion.demo.rxnfp import rxnfp_folder
+
+    return rxnfp_folder(inside)
+
+
 def _demo(inside: str) -> Path:
     folder = SUITES.parents[1] / "demo" / inside
     if not folder.is_dir():
@@ -217,7 +229,7 @@ def _demo(inside: str) -> Path:
     return folder
 
 
-PACKAGES: dict[str, Callable[[str], Path]] = {"minilm": _minilm, "smollm2": _smollm2, "demo": _demo}
+PACKAGES: dict[str, Callable[[str], Path]] = {"minilm": _minilm, "smollm2": _smollm2, "rxnfp": _rxnfp, "demo": _demo}
 """First part of a ``package:`` source → the folder of the rest."""
 
 
@@ -271,6 +283,7 @@ _SUITE: dict[str, Check] = {
     "kind": _one_of(KINDS),
     "head": _one_of(HEADS),
     "base": _MAYBE,
+    "multitask": _MAYBE,
     "build": _MAYBE,
     "needs": _MAYBE,
     "about": _TEXT,

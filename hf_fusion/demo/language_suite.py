@@ -114,6 +114,7 @@ class LanguageTask:
         held_in: whether it has an expert.
         license: of the rows.
         metric: "exact": the whole answer must be right; "tokens": share of right next tokens, for free text.
+        most_trained: an expert sees no more of its train rows, in `examples/train_smollm2_experts.py`.
     """
 
     name: str
@@ -122,6 +123,12 @@ class LanguageTask:
     held_in: bool = True
     license: str = "apache-2.0"
     metric: Literal["exact", "tokens"] = "exact"
+    most_trained: int = 3200
+
+    @property
+    def trained(self) -> int:
+        """How many of its train rows its expert saw at most, the first ones; 0 where there is no expert."""
+        return self.most_trained if self.held_in else 0
 
 
 def rows(task: str | LanguageTask, split: Split, size: int, data_dir: str | Path | None = None) -> Dataset:
@@ -308,6 +315,7 @@ _HELD_IN = (
         ("What rating does it have? {}", "Extract the customer rating: {}", "How do customers rate this place? {}"),
         _restaurant("customer rating"),
         license="cc-by-sa-4.0",
+        most_trained=1920,
     ),
     LanguageTask(
         "banking-intent",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from hf_fusion.bench.rows import SEED, divide, stored_parts
+from hf_fusion.bench.suite import load_suite
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -75,11 +76,15 @@ def _specialists(task: str, classes: int, shots: int) -> tuple[TextExpert, ...]:
     )
 
 
-_EIGHT = ("sst2", "trec", "tweet_emotion", "banking77", "snips", "ag_news", "sms_spam", "mrpc")
 SUITES = {
     suite.name: suite
     for suite in (
-        TextSuite("tasks-8", "selection", tuple(TextExpert(task, task) for task in _EIGHT), fuser_hidden=(512,)),
+        TextSuite(
+            "tasks-8",
+            "selection",
+            tuple(TextExpert(task, task) for task in load_suite("foe-domains").tasks),
+            fuser_hidden=(512,),
+        ),
         TextSuite("banking-groups", "output", _partition("banking77", classes=77, groups=7), 0.4),
         TextSuite("snips-specialists", "output", _specialists("snips", classes=7, shots=8), 0.3),
     )

@@ -1,0 +1,91 @@
+"""Which rows of a task are whose."""
+
+from __future__ import annotations
+
+import pytest
+from datasets import Dataset
+
+from hf_fusion.bench.rows import divide, task_rows
+from hf_fusion.bench.suite import expert_path, load_suite
+from hf_fusion.demo.language_suite import rows
+from hf_fusion.demo.rxnfp import FAMILIES, MODELS, rxnfp_folder
+from hf_fusion.errors import FusionError
+
+
+def texts(numbers) -> Dataset:
+    return Dataset.from_dict({"text": [str(number) for number in numbers]})
+
+
+def numbers(rows: Dataset | None) -> set[int]:
+    return set() if rows is None else {int(text) for text in rows["text"]}
+
+
+@pytest.mark.parametrize(
+    ("split", "share", "train", "fit", "test"),
+    [("train", 0.25, 30, 10, 20), ("test", 0.25, 40, 5, 15), ("spare", 1, 40, 8, 20), ("spare", 0.5, 40, 4, 20)],
+)
+def test_no_row_is_in_two_parts(split, share, train, fit, test):
+    parts = {"train": texts(range(45)), "test": texts(range(40, 60)), "spare": texts(range(52, 68))}
+    found = [numbers(own) for own in divide(parts, split, share)]
+    assert [len(own) for own in found] == [train, fit, test]
+    assert not found[0] & found[2]
+    assert not found[1] & found[2]
+    assert not found[0] & found[1]
+
+
+def test_without_train_rows():
+    train, fit, test = divide({"test": texts(range(10))}, "test", 0.5)
+    assert train is None
+    assert numbers(fit) | numbers(test) == set(range(10))
+
+
+def test_the_language_suite_has_the_rows_of_its_experts():
+    suite = load_suite("smollm-lora")
+    held_in, held_out = (task_rows(suite, task) for task in ("number-range", "three-term-sum"))
+    assert held_in.train is not None
+    assert held_in.train["prompt"][:300] == rows("number-range", "train", 300)["prompt"][:]
+    assert held_in.test["prompt"][:] == rows("number-range", "test", 400)["prompt"][:]
+    assert len(held_in.fit) == len(held_out.fit) == 1000
+    assert held_out.train is None
+    with pytest.raises(FusionError, match="(?s)'bbh/snarks' was not found in any folder.*--data DIR"):
+        task_rows(suite, "snarks")
+
+
+def test_reactions_and_who_reads_them():
+    suite = load_suite("rxnfp-2")
+    own = task_rows(suite, "classes")
+    assert (len(own.fit), len(own.test)) == (864, 864)
+    assert own.test.features["label"].names == list(FAMILIES)
+    assert "CO.O=C(O)c1ccccc1>>COC(=O)c1ccccc1" in own.fit["text"][:] + own.test["text"][:]
+    with pytest.raises(FusionError, match="(?s)rxnfp has no model 'bert'.*bert_pretrained"):
+        rxnfp_folder("bert")
+
+
+def test_the_wheels_pickles_become_plain_folders(monkeypatch, tmp_path):
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    monkeypatch.setenv("HF_FUSION_CACHE", str(tmp_path))
+    folders = [expert_path(f"package:rxnfp/{name}") for name in MODELS]
+    assert all(folder == tmp_path / "models" / "rxnfp" / name for folder, name in zip(folders, MODELS, strict=True))
+    texts = task_rows(load_suite("rxnfp-2"), "classes").test["text"][:8]
+    embeddings = []
+    for folder in folders:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        inputs = tokenizer(texts, padding=True, return_tensors="pt")
+        assert tokenizer.unk_token_id not in inputs["input_ids"]
+        with torch.no_grad():
+            embeddings.append(AutoModel.from_pretrained(folder).eval()(**inputs).last_hidden_state[:, 0])
+    near = [torch.nn.functional.cosine_similarity(embeddings[0], own).mean() for own in embeddings[1:]]
+    assert all(0 < value < 0.6 for value in near)  # fine-tuning moved them far
+
+
+def test_what_is_no_source():
+    from dataclasses import replace
+
+    suite = load_suite("rxnfp-2")
+    task = replace(suite.tasks["classes"], data="package:nothing")
+    with pytest.raises(FusionError, match="(?s)package:nothing is no source of rows.*digits, language"):
+        task_rows(replace(suite, tasks={"classes": task}), "classes")
+    with pytest.raises(FusionError, match="rxnfp-2 has no task 'chess'"):
+        task_rows(suite, "chess")
