@@ -37,45 +37,45 @@ PHATGOOSE, ORACLE, HINDSIGHT = "PHATGOOSE", "oracle", "best in hindsight"
 
 
 @dataclass(frozen=True)
-class _Way:
-    """How a router is set up to be one of the systems.
+class Way:
+    """How a router is set up to be one of the systems: for `evaluate_routing` and for `bench.routing`.
 
     Attributes:
         kind: see `SuiteSystem`.
-        router: whose gates and rule, a key of `_ROUTERS`.
+        router: whose gates and rule, a key of `ROUTERS`.
         within: (evaluation, router, rows of a task, row numbers of a batch) → the context its forward runs in.
     """
 
     kind: str
     router: str = "own"
-    within: Callable[[_Evaluation, PhatgooseRouter, str, list[int]], AbstractContextManager[Any]] = (
+    within: Callable[[Evaluation, PhatgooseRouter, str, list[int]], AbstractContextManager[Any]] = (
         lambda evaluation, router, task, rows: nullcontext()
     )
 
 
 # Gates and rule of a router -> how it is built of the experts.
-_ROUTERS: dict[str, Callable[[_Evaluation], PhatgooseRouter]] = {
+ROUTERS: dict[str, Callable[[Evaluation], PhatgooseRouter]] = {
     "own": lambda evaluation: evaluation.build(evaluation.experts),
     "average": lambda evaluation: evaluation.build(evaluation.with_average_gates()),
     "arrow": lambda evaluation: evaluation.build(evaluation.experts, routing="arrow"),
     "uniform": lambda evaluation: evaluation.build(evaluation.experts, routing="uniform"),
 }
-_WAYS: dict[str, _Way] = {
-    "base": _Way("base", within=lambda evaluation, router, task, rows: router.using(None)),
-    PHATGOOSE: _Way("router"),
-    "retrieval": _Way(
+WAYS: dict[str, Way] = {
+    "base": Way("base", within=lambda evaluation, router, task, rows: router.using(None)),
+    PHATGOOSE: Way("router"),
+    "retrieval": Way(
         "baseline",
         within=lambda evaluation, router, task, rows: router.using(evaluation.retrieved(task)[rows]),
     ),
-    "average activation": _Way("baseline", "average"),
-    "Arrow": _Way("baseline", "arrow"),
-    "merged": _Way(
+    "average activation": Way("baseline", "average"),
+    "Arrow": Way("baseline", "arrow"),
+    "merged": Way(
         "baseline",
         within=lambda evaluation, router, task, rows: router.using([1 / len(router.experts)] * len(router.experts)),
     ),
-    "uniform": _Way("baseline", "uniform", lambda evaluation, router, task, rows: evaluation.drawn(task, rows)),
+    "uniform": Way("baseline", "uniform", lambda evaluation, router, task, rows: evaluation.drawn(task, rows)),
 }
-SYSTEMS = (*_WAYS, "experts", ORACLE)
+SYSTEMS = (*WAYS, "experts", ORACLE)
 """What can be compared: "experts" are all single experts, with the best one in hindsight."""
 
 
@@ -125,7 +125,7 @@ def evaluate_routing(
         FusionError: for unknown systems, tasks or experts, empty or missing rows, and experts that do not fit together.
     """
     loaded = load_experts(list(experts), base=base)
-    evaluation = _Evaluation(
+    evaluation = Evaluation(
         loaded,
         suite,
         train_rows,
@@ -146,13 +146,13 @@ def evaluate_routing(
         "seed": seed,
         "dtype": str(loaded[0].model.dtype).removeprefix("torch."),
     }
-    kinds = dict.fromkeys(evaluation.names, "expert") | {name: way.kind for name, way in _WAYS.items()}
+    kinds = dict.fromkeys(evaluation.names, "expert") | {name: way.kind for name, way in WAYS.items()}
     return SuiteResults(tasks, compare(tasks, scores, kinds, PHATGOOSE), settings, command, machine())
 
 
 @dataclass
-class _Evaluation:
-    """One call of `evaluate_routing`: its arguments, and what is made of them once."""
+class Evaluation:
+    """Experts, tasks and options, as `evaluate_routing` takes them, and what is made of them once."""
 
     experts: list[Expert]
     suite: Mapping[str, Dataset]
@@ -167,6 +167,7 @@ class _Evaluation:
     seed: int
     _retrieval: Retrieval | None = None
     _retrieved: dict[str, torch.Tensor] = field(default_factory=dict)
+    _routers: dict[str, PhatgooseRouter] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -176,10 +177,9 @@ class _Evaluation:
     def run(self, systems: Sequence[str] | None) -> tuple[list[SuiteTask], dict[str, dict[str, torch.Tensor]]]:
         """The tasks, and the rows' scores: system → task → (N,)."""
         wanted = self._checked(systems)
-        ways = {name: way for name, way in _WAYS.items() if name in wanted}
-        singles = {name: _Way("expert", within=partial(_alone, name)) for name in self.names}
-        kinds = dict.fromkeys(["own", *(way.router for way in ways.values())])
-        routers = {kind: _ROUTERS[kind](self) for kind in kinds}
+        ways = {name: way for name, way in WAYS.items() if name in wanted}
+        singles = {name: Way("expert", within=partial(alone, name)) for name in self.names}
+        routers = {kind: self.router(kind) for kind in ("own", *(way.router for way in ways.values()))}
         tasks = []
         scores: dict[str, dict[str, torch.Tensor]] = {}
         for task, rows in self.suite.items():
@@ -201,15 +201,15 @@ class _Evaluation:
 
     @torch.no_grad()
     def _scores(
-        self, task: str, rows: Dataset, ways: Mapping[str, _Way], routers: Mapping[str, PhatgooseRouter]
+        self, task: str, rows: Dataset, ways: Mapping[str, Way], routers: Mapping[str, PhatgooseRouter]
     ) -> tuple[dict[str, torch.Tensor], Metric]:
         """Every system's scores of one task's rows, (N,) each; a batch is prepared once for all of them."""
         own = routers["own"]
         speaks = own.config.head in ("causal-lm", "seq2seq-lm")
         metric = self.metrics.get(task, "exact") if speaks else "accuracy"
-        read = self._read(own, rows)
+        read = self.read(own, rows)
         scores = {name: torch.zeros(len(rows)) for name in ways}
-        with _same_start(routers.values()) as remembered:
+        with same_start(routers.values()) as remembered:
             for numbers in like_lengths(read.rows, self.batch_size):
                 batch = dict(read.collate([read.rows[number] for number in numbers]))
                 batch = {name: value.to(own.device) for name, value in batch.items()}
@@ -220,11 +220,17 @@ class _Evaluation:
                         scores[name][numbers] = score_rows(router.backbone, batch, metric).float().cpu()
         return scores, metric
 
-    def _read(self, router: PhatgooseRouter, rows: Dataset) -> Examples:
+    def read(self, router: PhatgooseRouter, rows: Dataset) -> Examples:
         """Rows as the router reads them: labels are those of all experts."""
-        labels = list((router.config.id2label or {}).values()) if _has_heads(self.experts) else []
+        labels = list((router.config.id2label or {}).values()) if has_heads(self.experts) else []
         whole = Expert("the router", router.backbone, processor=self.experts[0].processor, labels=labels)
         return read_examples(whole, rows, self.max_length)
+
+    def router(self, kind: str) -> PhatgooseRouter:
+        """A router, one of `ROUTERS`; built once."""
+        if kind not in self._routers:
+            self._routers[kind] = ROUTERS[kind](self)
+        return self._routers[kind]
 
     def build(self, experts: Sequence[Expert], **options: Any) -> PhatgooseRouter:
         """A router of the experts; all share the parameters of the base."""
@@ -261,7 +267,7 @@ class _Evaluation:
 
     def _checked(self, systems: Sequence[str] | None) -> list[str]:
         """The systems to run, once everything that was given is known to fit."""
-        heads = _has_heads(self.experts)
+        heads = has_heads(self.experts)
         wanted = list(systems) if systems is not None else [name for name in SYSTEMS if name != "base" or not heads]
         known = f"there are {', '.join(self.names)}"
         if unknown := [name for name in wanted if name not in SYSTEMS]:
@@ -288,8 +294,8 @@ class _Evaluation:
         return wanted
 
 
-def _alone(
-    name: str, evaluation: _Evaluation, router: PhatgooseRouter, task: str, rows: list[int]
+def alone(
+    name: str, evaluation: Evaluation, router: PhatgooseRouter, task: str, rows: list[int]
 ) -> AbstractContextManager[Any]:
     """One expert for everything."""
     return router.using(name)
@@ -304,26 +310,33 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _same_start(routers: Iterable[PhatgooseRouter]) -> Iterator[dict[int, Any]]:
+def same_start(routers: Iterable[PhatgooseRouter]) -> Iterator[dict[int, Any]]:
     """Blocks before the first that an expert adapts give every system the same: here they run once for all of them.
 
     Yields:
-        What they gave, by block; to be cleared before the next batch.
+        What the last of them gave, by block: where there is something, none of them runs. To be cleared before the
+        next batch.
     """
     remembered: dict[int, Any] = {}
 
-    def run(index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if index not in remembered:
-            remembered[index] = forward(*args, **kwargs)
-        return remembered[index]
+    def run(index: int, count: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if index in remembered:
+            return remembered[index]
+        given = forward(*args, **kwargs)
+        if index == count - 1:  # what the others gave is not looked at again
+            remembered.update(dict.fromkeys(range(count), given))
+        return given
 
-    blocks = [block for router in routers for block in enumerate(_unchanged_blocks(router))]
-    for index, block in blocks:
-        block.forward = partial(run, index, block.forward)
+    blocks = []
+    for router in routers:
+        own = _unchanged_blocks(router)
+        blocks += own
+        for index, block in enumerate(own):
+            block.forward = partial(run, index, len(own), block.forward)
     try:
         yield remembered
     finally:
-        for _, block in blocks:
+        for block in blocks:
             del block.forward
 
 
@@ -340,5 +353,6 @@ def _unchanged_blocks(router: PhatgooseRouter) -> list[Any]:
     return []
 
 
-def _has_heads(experts: Sequence[Expert]) -> bool:
+def has_heads(experts: Sequence[Expert]) -> bool:
+    """Whether experts bring modules of their own, such as the head of a classifier."""
     return any(expert.adapter is not None and expert.adapter.saved for expert in experts)

@@ -14,7 +14,7 @@ from transformers import DataCollatorForSeq2Seq
 
 from hf_fusion import Expert, FusionError, SuiteResults, average_activation, evaluate_routing, train_gates
 from hf_fusion.evaluate import wilson
-from hf_fusion.evaluate_suite import SYSTEMS, _same_start, _unchanged_blocks
+from hf_fusion.evaluate_suite import SYSTEMS, _unchanged_blocks, same_start
 from hf_fusion.experts import Gates
 from hf_fusion.hub.adapters import read_adapter
 from hf_fusion.models.phatgoose import PhatgooseRouter
@@ -248,7 +248,7 @@ def test_only_blocks_below_all_adapters_run_once(experts):
     inputs = TOKENIZER("name the fox", return_tensors="pt")
     with torch.no_grad():
         want = router(**inputs).logits
-        with _same_start([router]) as remembered:
+        with same_start([router]) as remembered:
             assert torch.equal(router(**inputs).logits, want)
             assert list(remembered) == [0]
             remembered[0] = remembered[0] + 1
