@@ -20,6 +20,7 @@ from hf_fusion.errors import FusionError
 from hf_fusion.experts import ExpertInfo
 from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
 from hf_fusion.hub.adapters import read_json
+from hf_fusion.hub.card_edit import escape_markdown
 from hf_fusion.hub.card_families import FAMILIES
 from hf_fusion.hub.card_merge import MERGE, pipeline_tag
 from hf_fusion.hub.card_parts import Family
@@ -331,12 +332,6 @@ def _insert(body: str, ours: str) -> str:
         )
     before, after = body[: begins[0]].strip(), body[ends[0] :].strip()
     return "\n\n".join(part for part in (before, block, after) if part) + "\n"
-
-
-def escape_markdown(value: object) -> str:
-    """Text that shows as itself in Markdown: no markup, no HTML, no new table cell, no new line."""
-    text = " ".join(str("" if value is None else value).split())
-    return re.sub(r"[&<>|`*\[\]\\~#!$]", lambda match: f"&#{ord(match[0])};", text)
 
 
 def _checked_results(given: Any, folder: Path, family: Family) -> dict[str, Any] | None:

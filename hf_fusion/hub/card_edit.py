@@ -1,4 +1,7 @@
-"""Small changes to a README of somebody else's: a tag, a section. Every other byte stays as it is."""
+"""Small changes to a README of somebody else's: a tag, a section. Every other byte stays as it is.
+
+And how text gets into one so that it shows as itself.
+"""
 
 from __future__ import annotations
 
@@ -100,3 +103,9 @@ def put_section(text: str, name: str, section: str) -> str:
             hint=f"leave one {begin} and, after it, one {end}, or neither",
         )
     return text[: begins[0].start()] + block + text[ends[0].start() + len(end) :]
+
+
+def escape_markdown(value: object) -> str:
+    """Text that shows as itself in Markdown: no markup, no HTML, no new table cell, no new line."""
+    text = " ".join(str("" if value is None else value).split())
+    return re.sub(r"[&<>|`*\[\]\\~#!$]", lambda match: f"&#{ord(match[0])};", text)

@@ -1,0 +1,343 @@
+"""The tables of a suite: pure functions of what `report.summarise` gives for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_fusion.bench.cells import ALL, CLEAN
+from hf_fusion.bench.report import EXPERT, FUSED, HELD_IN, HELD_OUT, LOWER, PARTS
+from hf_fusion.bench.tables import Entry, Section, Table, mark_best
+from hf_fusion.intervals import Score, mean_of
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its heading, what it shows of a row, and whether less is better (None: nothing is best)."""
+
+    title: str
+    make: Callable[[Row], Entry]
+    lower: bool | None = None
+
+
+def title_of(row: Row) -> str:
+    """What a table calls a row: its method and, beside the default, the variant."""
+    return str(row["title"]) if row["variant"] == "default" else f"{row['title']}, {row['variant']}"
+
+
+def rows_of(suite: Row, split: str = ALL, condition: str = CLEAN) -> list[Row]:
+    """The rows of a split that anything was run for under a condition, in the order of tables."""
+    return [row for row in suite["rows"] if row["split"] == split and condition in row["scores"]]
+
+
+def group_of(suite: Row, split: str, group: str) -> list[Row]:
+    """The tasks that are held-in, or held-out, in a split."""
+    return [task for task in suite["tasks"] if task["name"] in suite["groups"].get(split, {}).get(group, ())]
+
+
+def tables_of(suite: Row) -> list[Table]:
+    """All tables of a suite that it has numbers for."""
+    made = (make(suite) for make in (main_table, corruption_table, unseen_table, cost_table))
+    return [table for table in made if table is not None]
+
+
+def main_table(suite: Row) -> Table | None:
+    """Methods by tasks with means, shares of the individual experts, spread over seeds and cost.
+
+    None where no cell is of clean rows with all experts.
+    """
+    rows = rows_of(suite)
+    if not rows:
+        return None
+    groups = {group: tasks for group in (HELD_IN, HELD_OUT) if (tasks := group_of(suite, ALL, group))}
+    first, every = next(iter(groups)), [task for tasks in groups.values() for task in tasks]
+    columns = []
+    for group, tasks in groups.items():
+        columns += [_task_column(task) for task in tasks]
+        title = "mean" if len(groups) == 1 else f"mean, {group}"
+        columns.append(_mean_column(title, tasks, lambda row, group=group: row["means"].get(CLEAN, {}).get(group)))
+    captions = [f"{_metrics(every)}; ± half the 95 % interval over the {sum(task['n'] for task in every):,} test rows."]
+    if any(first in row["normalised"].get(CLEAN, {}) for row in rows):
+        columns.append(Column("of experts", lambda row: _percent(row["normalised"].get(CLEAN, {}).get(first), " %")))
+        captions.append("of experts: the mean as a share of the individual experts'.")
+    if any(len(row["seeds"]) > 1 for row in rows):
+        columns.append(Column("± seeds", lambda row: _spread(row["means"].get(CLEAN, {}).get(first), row, every)))
+        captions.append("± seeds: half the range of the mean over seeds.")
+    columns.append(Column("cost", _cost))
+    captions.append("cost: time of a forward, as a multiple of the base's. Bold: the best fused model.")
+    return _table(f"{suite['name']}-main", f"{suite['title']}: methods and tasks", columns, rows, " ".join(captions))
+
+
+def corruption_table(suite: Row) -> Table | None:
+    """The relative drop of each method by corruption, mean over severities; None where nothing was corrupted."""
+    rows = [row for row in suite["rows"] if row["split"] == ALL and row["drop"]]
+    if not rows:
+        return None
+    kinds: dict[str, list[str]] = {}
+    for condition in suite["conditions"]:
+        if any(condition in row["drop"] for row in rows):
+            kinds.setdefault(condition.partition(":")[0], []).append(condition)
+    conditions = [condition for own in kinds.values() for condition in own]
+    run = {name for row in rows for condition in conditions for name in row["scores"].get(condition, {})}
+    tasks = [task for task in group_of(suite, ALL, HELD_IN) if task["name"] in run]
+
+    def drop_column(title: str, own: Sequence[str]) -> Column:
+        return Column(title, lambda row: _percent(_plain_mean([row["drop"].get(condition) for condition in own])), True)
+
+    def corrupted(row: Row) -> dict[str, Any] | None:
+        means = [row["means"].get(condition, {}).get(HELD_IN, {}).get("score") for condition in conditions]
+        return None if (mean := _plain_mean(means)) is None else {"score": mean, "ci95": None}
+
+    columns = [
+        _mean_column("clean", tasks, lambda row: mean_entry(row["scores"].get(CLEAN, {}), tasks)),
+        _mean_column("corrupted", tasks, corrupted),
+        *(drop_column(name.replace("_", " "), own) for name, own in kinds.items()),
+        drop_column("mean drop", conditions),
+    ]
+    severities = sorted({severity for condition in conditions if (severity := condition.partition(":")[2])})
+    over = f", mean over severities {', '.join(severities)}" if severities else ""
+    caption = (
+        f"clean, corrupted: mean of {_listed(tasks)}. The others: relative drop in % against the clean rows{over}. "
+        "Bold: the best fused model."
+    )
+    return _table(f"{suite['name']}-corruption", f"{suite['title']}: corrupted rows", columns, rows, caption)
+
+
+def unseen_table(suite: Row) -> Table | None:
+    """What is left on tasks whose experts were not fused, beside those that were; None without such splits.
+
+    Floors and ceilings do not depend on what is fused: where a split lacks them, all experts' rows are taken.
+    """
+    splits = [split for split in suite["splits"] if split != ALL]
+    if not splits:
+        return None
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in suite["rows"]:
+        if not row["method"].startswith(EXPERT):
+            found.setdefault((row["method"], row["variant"]), {})[row["split"]] = row
+    rows: list[Row] = []
+    for own in found.values():
+        one = next(iter(own.values()))
+        if one["part"] != FUSED or own.keys() & set(splits):
+            rows.append({**one, "by_split": own})
+
+    def column(split: str, group: str, title: str) -> Column:
+        tasks = group_of(suite, split, group)
+
+        def mean(row: Row) -> dict[str, Any] | None:
+            if split in row["by_split"]:
+                return row["by_split"][split]["means"].get(CLEAN, {}).get(group)
+            if row["part"] != FUSED and ALL in row["by_split"]:
+                return mean_entry(row["by_split"][ALL]["scores"].get(CLEAN, {}), tasks)
+            return None
+
+        return _mean_column(title, tasks, mean, lambda row: row["by_split"].get(split))
+
+    columns = [
+        column(split, group, f"{split}: {word}")
+        for split in splits
+        for group, word in ((HELD_IN, "fused"), (HELD_OUT, "unseen"))
+    ]
+    caption = " ".join(
+        f"{split}: experts of {_listed(group_of(suite, split, HELD_IN))} are fused, unseen are "
+        f"{_listed(group_of(suite, split, HELD_OUT))}."
+        for split in splits
+    )
+    caption += " Means with their 95 % interval. Bold: the best fused model."
+    return _table(f"{suite['name']}-unseen", f"{suite['title']}: unseen tasks", columns, rows, caption)
+
+
+def cost_table(suite: Row) -> Table | None:
+    """What each method takes: parameters as used, time and memory of fusing and running; None without clean rows."""
+    rows = [row for row in rows_of(suite) if not row["method"].startswith(EXPERT)]
+    if not rows:
+        return None
+
+    def number(title: str, key: str, unit: float = 1) -> Column:
+        return Column(title, lambda row: Entry(f"{row[key] / unit:,.1f}", row[key]))
+
+    columns = [
+        Column("parameters", lambda row: Entry(_words(row["parameters"]), json.dumps(row["parameters"]))),
+        number("fusing, CPU s", "fuse_cpu_seconds"),
+        number("evaluation, s", "seconds"),
+        number("stored, M", "stored", 1e6),
+        number("active, M", "active", 1e6),
+        number("peak, MB", "peak_bytes", 1e6),
+        Column("cost", _cost),
+    ]
+    caption = (
+        "fusing: with fitting, adapting and tuning. evaluation: of the clean rows of all tasks. stored, active: "
+        "millions of parameters of the model, and of those that one example meets. cost: time of a forward, as a "
+        "multiple of the base's."
+    )
+    return _table(f"{suite['name']}-cost", f"{suite['title']}: what it takes", columns, rows, caption)
+
+
+def overview_table(summary: Row) -> Table:
+    """Methods by suites: the mean of the held-in tasks on clean rows (of held-out ones where there are no others).
+
+    Where a suite has tuned variants, these stand in a column beside the defaults.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    columns = []
+    for suite in sorted(summary["suites"], key=lambda suite: -len(suite["rows"])):  # the longest decides on the order
+        for row in rows_of(suite):
+            if not row["method"].startswith(EXPERT):
+                one = rows.setdefault(row["method"], {**row, "variant": "default", "by_column": {}})
+                one["by_column"][suite["name"], row["variant"]] = row
+    for suite in summary["suites"]:
+        group = HELD_IN if group_of(suite, ALL, HELD_IN) else HELD_OUT
+        for variant in dict.fromkeys(["default", *(row["variant"] for row in rows_of(suite))]):
+            columns.append(_overview_column(suite, variant, group))
+    ordered = sorted(rows.values(), key=lambda row: PARTS.index(row["part"]))
+    caption = "Mean over the tasks of a suite, with its 95 % interval. Bold: the best fused model."
+    return _table("overview", "Methods and suites", columns, ordered, caption)
+
+
+def mean_entry(scores: Mapping[str, Row], tasks: Sequence[Row]) -> dict[str, Any] | None:
+    """The mean of some tasks' scores of one row, each over its seeds; None where one is missing."""
+    own = [scores.get(task["name"], {}) for task in tasks]
+    if not own or any("score" not in score for score in own):
+        return None
+    if any(score["ci95"] is None for score in own):
+        return {"score": sum(score["score"] for score in own) / len(own), "ci95": None}
+    mean = mean_of([Score(score["score"], tuple(score["ci95"])) for score in own])
+    return {"score": mean.score, "ci95": list(mean.ci95)}
+
+
+# ---------------------------------------------------------------- columns and entries
+
+
+def _task_column(task: Row) -> Column:
+    own_scale = task["metric"] in LOWER
+
+    def make(row: Row) -> Entry:
+        score = row["scores"][CLEAN].get(task["name"])
+        if score is None or "score" not in score:
+            return Entry(note=_reason(score))
+        text = _number(score["score"], own_scale)
+        if score["ci95"] is not None:
+            text += f" ±{_number((score['ci95'][1] - score['ci95'][0]) / 2, own_scale)}"
+        return Entry(text, score["score"], _pair(score["ci95"]), note=score.get("note", ""))
+
+    return Column(task["name"], make, own_scale)
+
+
+def _mean_column(
+    title: str,
+    tasks: Sequence[Row],
+    mean: Callable[[Row], Row | None],
+    source: Callable[[Row], Row | None] = lambda row: None,
+) -> Column:
+    """Means with their intervals; where there is none and a `source` row is known, why."""
+    own_scale = any(task["metric"] in LOWER for task in tasks)
+
+    def make(row: Row) -> Entry:
+        found = mean(row)
+        if found is None:
+            own = source(row)
+            scores = own["scores"].get(CLEAN, {}) if own else {}
+            missing = [task["name"] for task in tasks if "score" not in scores.get(task["name"], {})]
+            note = f"{missing[0]}: {_reason(scores.get(missing[0]))}" if own and missing else ""
+            return Entry(note=note)
+        text, ci95 = _number(found["score"], own_scale), found["ci95"]
+        if ci95 is not None:
+            text += f" ({_number(ci95[0], own_scale)}–{_number(ci95[1], own_scale)})"
+        return Entry(text, found["score"], _pair(ci95))
+
+    return Column(title, make, own_scale)
+
+
+def _overview_column(suite: Row, variant: str, group: str) -> Column:
+    key = (suite["name"], variant)
+
+    def mean(row: Row) -> Row | None:
+        return row["by_column"][key]["means"].get(CLEAN, {}).get(group) if key in row["by_column"] else None
+
+    title = suite["name"] if variant == "default" else f"{suite['name']}, {variant}"
+    return _mean_column(title, group_of(suite, ALL, group), mean, lambda row: row["by_column"].get(key))
+
+
+def _table(name: str, title: str, columns: Sequence[Column], rows: Iterable[Row], caption: str) -> Table:
+    """Rows in their sections, the best fused model of each column marked."""
+    rows = list(rows)
+    lines = [(Entry(title_of(row)), *(column.make(row) for column in columns)) for row in rows]
+    for place, column in enumerate(columns, 1):
+        if column.lower is not None:
+            fused = [k for k, row in enumerate(rows) if row["part"] == FUSED]
+            for k, line in zip(fused, mark_best([lines[k] for k in fused], place, column.lower), strict=True):
+                lines[k] = line
+    sections: dict[str, list[tuple[Entry, ...]]] = {}
+    for row, line in zip(rows, lines, strict=True):
+        sections.setdefault(row["section"], []).append(line)
+    made = tuple(Section(heading, tuple(own)) for heading, own in sections.items())
+    return Table(name, title, ("method", *(column.title for column in columns)), made, caption)
+
+
+def _cost(row: Row) -> Entry:
+    return Entry(f"{row['cost']:.2f}", row["cost"])
+
+
+def _spread(mean: Row | None, row: Row, tasks: Sequence[Row]) -> Entry:
+    """Half the range over seeds; nothing of one seed."""
+    if mean is None or len(row["seeds"]) < 2:
+        return Entry()
+    return Entry(_number(mean["spread"], any(task["metric"] in LOWER for task in tasks)), mean["spread"])
+
+
+def _percent(share: float | None, unit: str = "") -> Entry:
+    return Entry() if share is None else Entry(f"{100 * share:.1f}{unit}", share)
+
+
+def _number(value: float, own_scale: bool) -> str:
+    """A share in percent, or a number on its own scale."""
+    text = f"{value:.2f}" if own_scale else f"{100 * value:.1f}"
+    return text.removeprefix("-") if float(text) == 0 else text
+
+
+def _pair(ci95: Sequence[float] | None) -> tuple[float, float] | None:
+    return None if ci95 is None else (ci95[0], ci95[1])
+
+
+def _plain_mean(values: Sequence[float | None]) -> float | None:
+    """The mean; None where one is missing."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _reason(score: Row | None) -> str:
+    if score is None:
+        return "not run"
+    return score["reason"] if score["reason"].startswith(score["status"]) else f"{score['status']}: {score['reason']}"
+
+
+def _listed(tasks: Iterable[Row]) -> str:
+    return ", ".join(task["name"] for task in tasks)
+
+
+def _metrics(tasks: Sequence[Row]) -> str:
+    """What the numbers are: "accuracy, matthews (cola) in %"."""
+    by_metric: dict[str, list[str]] = {}
+    for task in tasks:
+        by_metric.setdefault(task["metric"], []).append(task["name"])
+    common = max(by_metric, key=lambda metric: len(by_metric[metric]))
+    names = [f"{metric.replace('_', ' ')}{'' if metric in LOWER else ' in %'}" for metric in by_metric]
+    own = [f" ({', '.join(by_metric[metric])})" if metric != common else "" for metric in by_metric]
+    return ", ".join(f"{name}{which}" for name, which in zip(names, own, strict=True))
+
+
+def _words(parameters: Mapping[str, Any]) -> str:
+    """Parameters on a line; of long lists the first values."""
+
+    def word(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.4g}"
+        if isinstance(value, (list, tuple)):
+            return f"[{', '.join(map(word, value[:3]))}{', …' if len(value) > 3 else ''}]"
+        return str(value)
+
+    return ", ".join(f"{name} {word(value)}" for name, value in parameters.items())
