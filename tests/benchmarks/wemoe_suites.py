@@ -22,17 +22,40 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
-from merging_suites import StaticMerges, some
 
 from hf_fusion import CoefficientMerge, WEMoEModel, adapt_routers
 from hf_fusion.corruptions import CORRUPTIONS, corrupt
 from hf_fusion.demo.merging_suites import SUITES, trained_experts
 from hf_fusion.evaluate_tasks import INDIVIDUAL, WEMOE, System, evaluate_merging
 from hf_fusion.hub.load import load_experts
+from hf_fusion.merging.in_memory import merge_states
 from hf_fusion.suite_results import HELD_IN, SuiteResults
 
 UNADAPTED = "WEMoE, not adapted"
+
+
+class StaticMerges:
+    """Experts of one base and their merges, one at a time."""
+
+    def __init__(self, experts: list[Any], base: Any) -> None:
+        self.merge = CoefficientMerge(experts, base.model, "task", 0.0)
+        known = {**dict(self.merge.backbone.named_parameters()), **dict(self.merge.backbone.named_buffers())}
+        self._targets = {name: known[name] for name in self.merge.tensors}
+        self._base = {name: tensor.detach().clone() for name, tensor in self._targets.items()}
+        vectors = [getattr(self.merge, f"vectors_{number}") for number in range(len(self.merge.tensors))]
+        self._experts = [
+            {name: self._base[name] + own[i] for name, own in zip(self._base, vectors)} for i in range(len(experts))
+        ]
+
+    @torch.no_grad()
+    def by(self, method: str, **parameters: Any) -> CoefficientMerge:
+        """The merge by a method; it is good until the next."""
+        merged = merge_states(method, self._base, self._experts, **parameters)
+        for name, tensor in merged.items():
+            self._targets[name].copy_(tensor)
+        return self.merge
 
 
 class Suite:
@@ -181,6 +204,10 @@ def corrupted(rows: Mapping[str, Dataset], name: str, severity: int) -> dict[str
         return {"image": corrupt(row["image"], name, severity, number)}
 
     return {task: own.map(one, with_indices=True, keep_in_memory=True) for task, own in rows.items()}
+
+
+def some(rows: Dataset, limit: int) -> Dataset:
+    return rows.shuffle(seed=0).select(range(min(limit, len(rows))))
 
 
 def write(file: Path, runs: list[SuiteResults]) -> None:
