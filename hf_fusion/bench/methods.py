@@ -35,6 +35,7 @@ class Method:
         title: what tables call it.
         family: a key of `FAMILIES`.
         kind: of the suites that it is for.
+        also: other kinds of suites that it is for, and its function there.
         given: parameters that are not the defaults of the function.
         tune: the parameter whose best value is looked for on rows kept apart, and its values.
         chance: whether another seed gives another model.
@@ -49,6 +50,11 @@ class Method:
     tune: tuple[str, tuple[Any, ...]] | None = None
     chance: bool = False
     paper: str = ""
+    also: Mapping[str, str] = field(default_factory=dict)
+
+    def at(self, kind: str) -> str | Callable[..., Any] | None:
+        """`place` for suites of a kind; None where it is not for them."""
+        return self.place if kind == self.kind else self.also.get(kind)
 
 
 SCALING = ("scaling", (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0))
@@ -57,8 +63,15 @@ SCALING = ("scaling", (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0))
 def _static(merge: str, title: str, paper: str, tuned: bool = True, **options: Any) -> Method:
     """A merging method of `hf_fusion.merging`."""
     given = {"method": merge, **options.pop("given", {})}
-    return Method("merging_methods:static", title, options.pop("family", "merge"), given=given, paper=paper,
+    family = options.pop("family", "merge")
+    also = {"routing": "routing:static"} if family == "merge" else {}
+    return Method("merging_methods:static", title, family, given=given, paper=paper, also=also,
                   tune=SCALING if tuned else None, **options)  # fmt: skip
+
+
+def _routed(way: str, title: str, paper: str = "", **options: Any) -> Method:
+    """A way of `hf_fusion.evaluate_suite` to route among adapters."""
+    return Method("routing:routed", title, "routing", "routing", {"way": way}, paper=paper, **options)
 
 
 # what routers and coefficients learn with, where nothing else is said: chosen on minilm-8's rows kept apart
@@ -67,11 +80,22 @@ _ENTROPY = {"loss": "entropy", "diversity": 0.0}
 
 # A new method is one more row.
 METHODS = {
-    "pretrained": Method("merging_methods:pretrained", "Pre-trained", "floor"),
-    "experts": Method("merging_methods:experts", "Single expert", "expert"),
-    "simple_ensemble": Method("merging_methods:simple_ensemble", "Simple ensemble", "ensemble"),
-    "weighted_ensemble": Method("merging_methods:weighted_ensemble", "Weighted ensemble", "ensemble"),
+    "pretrained": Method(
+        "merging_methods:pretrained", "Pre-trained", "floor", also={"routing": "routing:pretrained"}
+    ),
+    "experts": Method(
+        "merging_methods:experts", "Single expert", "expert",
+        also={"routing": "routing:experts", "fusion": "fusion:experts"},
+    ),
+    "simple_ensemble": Method(
+        "merging_methods:simple_ensemble", "Simple ensemble", "ensemble", also={"fusion": "fusion:simple_ensemble"}
+    ),
+    "weighted_ensemble": Method(
+        "merging_methods:weighted_ensemble", "Weighted ensemble", "ensemble",
+        also={"fusion": "fusion:weighted_ensemble"},
+    ),
     "max_ensemble": Method("merging_methods:max_ensemble", "Max-model predictor", "ensemble"),
+    "max_confidence": Method("fusion:max_confidence", "Max confidence", "ensemble", "fusion"),
     "average": _static("linear", "Simple average", "2203.05482", tuned=False),
     "weighted_average": Method(
         "merging_methods:weighted_average", "Weighted average", "merge", paper="2203.05482"
@@ -130,8 +154,21 @@ METHODS = {
         "merging_methods:wemoe", "E-WEMoE, 90 % sparse", "mixture",
         given={**_LEARNS, "task_vectors": "sparse", "shared_router": True}, chance=True, paper="2410.21804",
     ),
+    "phatgoose": _routed("PHATGOOSE", "PHATGOOSE", "2402.05859"),
+    "retrieval": _routed("retrieval", "Retrieval of the expert", "2302.03202", chance=True),
+    "average_activation": _routed("average activation", "Average activation", "2402.05859", chance=True),
+    "arrow": _routed("Arrow", "Arrow", "2405.11157"),
+    "uniform": _routed("uniform", "Uniform routing", chance=True),
+    "foe": Method("fusion:foe", "FoE", "fusion", "fusion", chance=True, paper="2310.01542"),
+    "foe_selection": Method(
+        "fusion:foe_selection", "FoE, selection", "fusion", "fusion", chance=True, paper="2310.01542"
+    ),
+    "foe_frugal": Method("fusion:foe_frugal", "FrugalFoE", "fusion", "fusion", chance=True, paper="2310.01542"),
     "multitask": Method("merging_methods:multitask", "Multitask-trained", "ceiling"),
-    "individual": Method("merging_methods:individual", "Individual experts", "ceiling"),
+    "individual": Method(
+        "merging_methods:individual", "Individual experts", "ceiling",
+        also={"routing": "routing:individual", "fusion": "fusion:individual"},
+    ),
 }  # fmt: skip
 
 STATIC = tuple(name for name, row in METHODS.items() if row.family in ("merge", "data"))
@@ -150,11 +187,11 @@ def chosen(words: Sequence[str], kind: str) -> list[str]:
     """
     added = {word: _read(Path(word)) for word in words if word.endswith(".py")}
     words = [name for word in words for name in added.get(word, [word])]
-    known = {name: row for name, row in METHODS.items() if row.kind == kind}
+    known = {name: row for name, row in METHODS.items() if row.at(kind)}
     wanted: set[str] = set()
     for word in words:
         found: Iterable[str] = (
-            known if word == "all" else STATIC if word == "static" else
+            known if word == "all" else [name for name in STATIC if name in known] if word == "static" else
             [name for name, row in known.items() if word in (name, row.family)]
         )  # fmt: skip
         if word in METHODS and word not in known:

@@ -153,7 +153,7 @@ class _Runner:
                         yield Cell(
                             method=name, task=task, family=row.family, variant=variant, condition=condition,
                             split=job.split.name, seed=job.seed, metric=self.suite.tasks[task].metric,
-                            group="held-in" if task in job.split.fuse else "held-out", **self.common,
+                            group="held-in" if self.suite.owner(task) in job.split.fuse else "held-out", **self.common,
                         )  # fmt: skip
 
     def missing(self, job: Job) -> bool:
@@ -169,6 +169,7 @@ class _Runner:
         """Keeps a cell."""
         if self.writes:
             write_cell(self.folder, cell)
+            self.known.add(cell.place)
 
     # ---------------------------------------------------------------- measuring
 
@@ -179,14 +180,12 @@ class _Runner:
             start = time.perf_counter()
             try:
                 told = self.measure(job)
-            except LeftOut as reason:
-                told = self.give_up(job, "left out", str(reason))
-            except (KeyboardInterrupt, SystemExit):
-                raise
             except Exception as error:  # whatever it is, the others go on
-                logger.debug("%s failed", job.method, exc_info=True)
-                kind = "" if isinstance(error, FusionError) else f"{type(error).__name__}: "
-                told = self.give_up(job, "failed", kind + " ".join(str(error).split())[:400])
+                problem = _problem(error)
+                for cell in self.cells(job):
+                    if not self._is_done(cell):
+                        self.write(replace(cell, **problem))
+                told = f"{problem['status']}: {problem['reason']}"
             now = time.perf_counter()
             left = (now - began) / number * (len(jobs) - number)
             where = "" if job.split.name == "all" else f", {job.split.name}"
@@ -196,13 +195,6 @@ class _Runner:
                 f"{now - start:5.0f} s, {_minutes(left)} left"
             )
 
-    def give_up(self, job: Job, status: Any, reason: str) -> str:
-        """Cells that say why there is nothing."""
-        for cell in self.cells(job):
-            if not self._is_done(cell):
-                self.write(replace(cell, status=status, reason=reason))
-        return f"{status}: {reason}"
-
     def measure(self, job: Job) -> str:
         """Fuses, asks, writes; says what came out."""
         row = METHODS[job.method]
@@ -211,25 +203,32 @@ class _Runner:
         def spent() -> dict[str, float]:
             return {"fuse_seconds": time.perf_counter() - started, "fuse_cpu_seconds": time.process_time() - cpu}
 
-        made = _named(row.place)(self.setting, job.split, job.seed, **row.given)
+        made = _named(row.at(self.suite.kind))(self.setting, job.split, job.seed, **row.given)
         systems: Mapping[str, System] = made if isinstance(made, Mapping) else {job.method: made}
         models = {(name, DEFAULT): (system, spent()) for name, system in systems.items()}
         if row.tune:
             models[job.method, TUNED] = (self.tune(job, row.tune, systems[job.method]), spent())
         self._asked.clear()
         scores: dict[tuple[str, str], list[float]] = {}
+        problems: list[str] = []
         for cell in self.cells(job):
             system, times = models[cell.method, cell.variant]
-            measured = self.ask(cell, system, times)
+            try:
+                measured = self.ask(cell, system, times)
+            except Exception as error:  # the other cells go on
+                measured = replace(cell, **_problem(error))
+                self.write(measured)
+                problems.append(f"{cell.task} {measured.status}: {measured.reason}")
             if cell.condition == CLEAN and measured.score is not None:
                 scores.setdefault((cell.method, cell.variant), []).append(measured.score)
         means = {key: sum(own) / len(own) for key, own in scores.items()}
-        if len(systems) > 1:
-            return f"best {max(means.values()):.1%}"
-        told = [f"{variant} {mean:.1%}" for (_, variant), mean in means.items()]
-        if row.tune:
+        if len(systems) > 1 and means:
+            told = [f"best {max(means.values()):.1%}"]
+        else:
+            told = [f"{variant} {mean:.1%}" for (_, variant), mean in means.items()]
+        if row.tune and told:
             told[-1] += f" ({row.tune[0]} {models[job.method, TUNED][0].parameters[row.tune[0]]:g})"
-        return ", ".join(told)
+        return ", ".join([*told, *problems[:1]])
 
     def ask(self, cell: Cell, system: System, times: Mapping[str, Any]) -> Cell:
         """A cell with its score; as it is on the disk, where it is there."""
@@ -255,6 +254,7 @@ class _Runner:
         """The best value of a parameter on rows kept apart, found by climbing from the default over a grid."""
         name, grid = how
         row = METHODS[job.method]
+        fuse = _named(row.at(self.suite.kind))
         models: dict[int, System] = {}
         heights: dict[int, float] = {}
 
@@ -268,7 +268,7 @@ class _Runner:
                 elif system.retuned:
                     models[place] = system.retuned(value)
                 else:
-                    models[place] = _named(row.place)(self.setting, job.split, job.seed, **{**row.given, **value})
+                    models[place] = fuse(self.setting, job.split, job.seed, **{**row.given, **value})
                 heights[place] = self.validation(job, models[place])
             return heights[place]
 
@@ -281,16 +281,28 @@ class _Runner:
     def validation(self, job: Job, system: System) -> float:
         """The mean score over the fused tasks, on the rows to tune on; where less is better, less than nothing."""
         total = 0.0
-        for task in job.split.fuse:
+        tasks = [task for task in self.suite.tasks if self.suite.owner(task) in job.split.fuse]
+        if not tasks:
+            raise LeftOut("none of the suite's tasks has an expert, so there are no rows to tune on")
+        for task in tasks:
             metric = self.suite.tasks[task].metric
             value = score(system.answer(task, CLEAN, FIT), metric).score
             total += value if METRICS[metric].more else -value
-        return total / len(job.split.fuse)
+        return total / len(tasks)
 
     def shas(self) -> dict[str, str]:
         """Commits of the base and the experts, or digests of their weights."""
         sources = [*([self.suite.base] if self.suite.base else []), *self.suite.experts.values()]
         return {source: _sha(source, self.suite.build) for source in sources}
+
+
+def _problem(error: Exception) -> dict[str, Any]:
+    """What a cell says in the place of a score."""
+    if isinstance(error, LeftOut):
+        return {"status": "left out", "reason": str(error)}
+    logger.debug("failed", exc_info=error)
+    kind = "" if isinstance(error, FusionError) else f"{type(error).__name__}: "
+    return {"status": "failed", "reason": kind + " ".join(str(error).split())[:400]}
 
 
 @cache
@@ -342,8 +354,8 @@ def _check_settings(folder: Path, suite: Suite, settings: dict[str, int]) -> Non
             )
 
 
-def _named(place: str | Callable[..., Any]) -> Any:
-    if callable(place):
+def _named(place: str | Callable[..., Any] | None) -> Any:
+    if not isinstance(place, str):
         return place
     module, _, name = place.partition(":")
     return getattr(import_module(f"hf_fusion.bench.{module}"), name)

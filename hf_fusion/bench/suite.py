@@ -36,7 +36,6 @@ METRICS = {
     "spearman": "rank correlation",
     "exact": "share of answers that are right to the letter",
     "tokens": "share of right next tokens",
-    "rank": "share of rows whose target is the likeliest of their choices",
     "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2",
     "rougeL": "ROUGE-L",
@@ -153,6 +152,11 @@ class Suite:
     def is_local(self) -> bool:
         """Whether its experts lie on this machine, or can be made here: none comes from the Hub."""
         return not any(map(is_hub_id, self.experts.values()))
+
+    def owner(self, task: str) -> str | None:
+        """The name of the expert that was trained on a task; None for a held-out one."""
+        source = self.tasks[task].expert
+        return next((name for name, own in self.experts.items() if own == source), None)
 
 
 def suite_names() -> list[str]:
@@ -347,7 +351,8 @@ def _suite(name: str, content: dict[str, Any], path: Path) -> Suite:
     pool = given.pop("experts", {})
     tasks = {key: _task(key, {**defaults, **(own or {})}, pool, path) for key, own in given["tasks"].items()}
     experts = {} if isinstance(pool, str) else dict(pool)
-    experts |= {task.name: task.expert for task in tasks.values() if task.expert and task.expert not in pool}
+    named = set(experts.values())
+    experts |= {task.name: task.expert for task in tasks.values() if task.expert and task.expert not in named}
     if not experts:
         raise FusionError(f"{path} names no expert", hint="experts: owner/name-{task}")
     given["tasks"] = tasks

@@ -48,7 +48,8 @@ def everything(suite: Suite) -> UnseenSplit:
     """The split in which all experts are fused and all tasks are measured."""
     from hf_fusion.bench.suite import UnseenSplit
 
-    return UnseenSplit(ALL, tuple(task.name for task in suite.tasks.values() if task.expert), tuple(suite.tasks))
+    owned = tuple(task.name for task in suite.tasks.values() if task.expert)
+    return UnseenSplit(ALL, owned if suite.kind == "merging" else tuple(suite.experts), tuple(suite.tasks))
 
 
 def share_batches(batches: list[Any], run: Callable[[Any], tuple[list[Any], list[Any]]]) -> Answered:
