@@ -7,39 +7,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from hf_fusion.bench.conditions import corrupted
-from hf_fusion.bench.rows import Rows, task_rows
 from hf_fusion.bench.scoring import METRICS, Answered, answers, from_logits
+from hf_fusion.bench.setting import MAX_LENGTH, Batch, Setting, multiplications
 from hf_fusion.bench.suite import Suite, UnseenSplit, expert_path
-from hf_fusion.bench.systems import CLEAN, FIT, TEST, System, share_batches
+from hf_fusion.bench.systems import CLEAN, TEST, System, share_batches
 from hf_fusion.experts import Expert
 from hf_fusion.hub.load import load_experts
 from hf_fusion.models.wemoe.heads_wemoe import activate_heads
 from hf_fusion.training.adamerging import CoefficientMerge
-from hf_fusion.training.batches import Examples, class_logits, like_lengths, read_examples, zero_shot_examples
+from hf_fusion.training.batches import Examples, class_logits, read_examples, zero_shot_examples
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 State = Mapping[str, torch.Tensor]
-MAX_LENGTH = 512
 
 
-class MergingSetting:
+class MergingSetting(Setting):
     """Experts of one base, with one backbone that becomes every merge of them in turn.
 
     Args:
         suite: of the kind "merging".
-        data_dir: where ``data:`` sources lie.
-        limit: test rows of each task.
-        tuned_on: rows of each task that parameters are tuned on: from `Rows.fit`.
-        batch_size: rows at once.
+        data_dir, limit, tuned_on, batch_size, device: see `Setting`.
 
     Attributes:
         merge: all experts' task vectors and heads; its backbone is what runs.
@@ -50,7 +45,7 @@ class MergingSetting:
     def __init__(
         self, suite: Suite, data_dir: Path | None, limit: int, tuned_on: int, batch_size: int = 64, device: str = "cpu"
     ) -> None:
-        self.suite, self.batch_size = suite, batch_size
+        super().__init__(suite, data_dir, limit, tuned_on, batch_size, device)
         owned = {task.name: task.expert for task in suite.tasks.values() if task.expert}
         self.names = list(owned)
         self.start: Expert | None = None
@@ -66,33 +61,16 @@ class MergingSetting:
         self.base = {name: tensor.detach().clone() for name, tensor in self._targets.items()}
         self.states = [_Own(self, number) for number in range(len(self.names))]
         self._shown: State | None = None
-        self._limits = {TEST: limit, FIT: tuned_on}
-        self._rows: dict[str, Rows] = {}
-        self._data_dir = data_dir
-        self._batches: dict[tuple[str, str, str], list[Any]] = {}
+        self._batches: dict[tuple[str, str, str], list[Batch]] = {}
         self._logits: dict[tuple[int, str, str, str], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._flops: dict[Any, int] = {}
 
     # ---------------------------------------------------------------- rows
 
-    def rows(self, task: str) -> Rows:
-        """All rows of a task."""
-        if task not in self._rows:
-            self._rows[task] = task_rows(self.suite, task, self._data_dir)
-        return self._rows[task]
-
-    def batches(self, task: str, condition: str = CLEAN, part: str = TEST) -> list[Any]:
+    def batches(self, task: str, condition: str = CLEAN, part: str = TEST) -> list[Batch]:
         """(row numbers, inputs with labels) each; encoded once."""
         key = (task, condition, part)
         if key not in self._batches:
-            rows: Dataset = getattr(self.rows(task), part)
-            rows = rows.shuffle(seed=0).select(range(min(self._limits[part], len(rows))))
-            read = self.read(task, corrupted(rows, condition))
-            device = self.backbone.device
-            self._batches[key] = [
-                (numbers, {name: own.to(device) for name, own in read.collate([read.rows[n] for n in numbers]).items()})
-                for numbers in like_lengths(read.rows, self.batch_size)
-            ]
+            self._batches[key] = self.collated(self.read(task, self.some(task, condition, part)))
         return self._batches[key]
 
     def read(self, task: str, rows: Dataset) -> Examples:
@@ -146,12 +124,9 @@ class MergingSetting:
         if not getattr(self.backbone.config, "is_encoder_decoder", False):
             inputs = {name: own for name, own in inputs.items() if name != "labels"}
 
-        def count(called: Any) -> int:
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                called(**inputs, task=task)
-            return counter.get_total_flops()
-
-        return count(model) / count(Dense(self))
+        with torch.no_grad():
+            own, dense = (multiplications(partial(called, **inputs, task=task)) for called in (model, Dense(self)))
+        return own / dense
 
     @torch.no_grad()
     def logits(self, expert: int, task: str, condition: str, part: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,68 @@
+"""What the suites of every kind have in common: rows of tasks, under conditions, for testing or for fitting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_fusion.bench.conditions import corrupted
+from hf_fusion.bench.rows import Rows, task_rows
+from hf_fusion.bench.suite import Suite
+from hf_fusion.bench.systems import CLEAN, FIT, TEST
+from hf_fusion.training.batches import Examples, like_lengths
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MAX_LENGTH = 512  # of texts, in tokens
+Batch = tuple[list[int], dict[str, Any]]
+
+
+class Setting:
+    """The rows that a suite's methods see.
+
+    Args:
+        suite: of any kind.
+        data_dir: where ``data:`` sources lie.
+        limit: test rows of each task.
+        tuned_on: rows of each task that parameters are tuned on: from `Rows.fit`.
+        batch_size: rows at once.
+        device: where models run.
+    """
+
+    def __init__(
+        self, suite: Suite, data_dir: Path | None, limit: int, tuned_on: int, batch_size: int = 64, device: str = "cpu"
+    ) -> None:
+        self.suite, self.batch_size, self.device = suite, batch_size, device
+        self._limits = {TEST: limit, FIT: tuned_on}
+        self.rows: Callable[[str], Rows] = cache(partial(task_rows, suite, data_dir=data_dir))
+
+    def some(self, task: str, condition: str = CLEAN, part: str = TEST) -> Dataset:
+        """The rows of a task that are asked, in an order of chance that is always the same."""
+        rows = getattr(self.rows(task), part)
+        rows = rows.shuffle(seed=0).select(range(min(self._limits[part], len(rows))))
+        return corrupted(rows, condition)
+
+    def collated(self, read: Examples) -> list[Batch]:
+        """(row numbers, inputs with labels) each, those of like length together, where models run."""
+        return [
+            (numbers, on_device(read.collate([read.rows[number] for number in numbers]), self.device))
+            for numbers in like_lengths(read.rows, self.batch_size)
+        ]
+
+
+def on_device(inputs: Mapping[str, Any], device: Any) -> dict[str, Any]:
+    """A batch where a model is."""
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+
+
+def multiplications(call: Callable[[], Any]) -> int:
+    """What a call multiplies, counted twice, as is the custom: once with the addition."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
