@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.bench.suite import Suite, Task, is_hub_id
-from hf_fusion.errors import FusionError
+from hf_fusion.bench.suite import OUR_COLUMNS, Suite, Task, is_hub_id
+from hf_fusion.errors import FusionError, one_line, shown
+from hf_fusion.hub.files import split_revision
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,7 +24,7 @@ Parts = dict[str, "Dataset"]
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a task; columns text, text_pair and label; or image and label; or prompt and target (and choices).
+    """The rows of a task; columns text, text_pair and label; or image and label; or prompt and target.
 
     Attributes:
         train: what its expert was trained on, or could have been; None where the data set has no such split.
@@ -58,6 +61,7 @@ def task_rows(suite: Suite, task: str, data_dir: str | Path | None = None) -> Ro
         if package not in PACKAGES:
             raise FusionError(f"{own.data} is no source of rows", hint=f"package: one of {', '.join(PACKAGES)}")
         parts = PACKAGES[package](rest, data_dir)
+    parts = {part: ours(rows, own, str(suite.path)) for part, rows in parts.items()}
     train, fit, test = divide(parts, own.fitting.split, own.fitting.share)
     return Rows(train, fit, test)
 
@@ -104,6 +108,80 @@ def _contents(rows: Dataset) -> list[Hashable]:
         return [image["bytes"] for image in rows.cast_column("image", Image(decode=False))["image"]]
     columns = [rows[name] for name in ("text", "text_pair", "prompt") if name in rows.column_names]
     return list(zip(*columns, strict=True))
+
+
+# ---------------------------------------------------------------- our columns
+
+
+def ours(rows: Dataset, task: Task, file: str = "") -> Dataset:
+    """Rows of a data set, with our columns.
+
+    Args:
+        rows: as the data set has them.
+        task: says which column is which, or how prompts and targets are written from them.
+        file: where the task is declared, for errors.
+
+    Returns:
+        Columns prompt and target for a task with a prompt; else those of `OUR_COLUMNS` that are there. Labels are
+        classes of the names that the task gives, or of the data set's own.
+
+    Raises:
+        FusionError: a declared column is missing, or a label is none of the classes.
+    """
+    theirs = {own: own for own in (*OUR_COLUMNS, "prompt", "target") if own in rows.column_names} | task.columns
+    for column in theirs.values():
+        _need(column, rows, task, file)
+    if task.prompt:
+        return _prompted(rows, task, theirs.get("label", "label"), file)
+    rows = rows.select_columns(list(theirs.values())).rename_columns({b: a for a, b in theirs.items() if a != b})
+    return _classed(rows, task, file) if task.classes and "label" in theirs else rows
+
+
+def _need(column: str, rows: Dataset, task: Task, file: str) -> None:
+    if column not in rows.column_names:
+        raise FusionError(
+            f"{task.data} has no column {column!r}; it has {', '.join(rows.column_names)}",
+            hint=f"correct the task {task.name} in {file}",
+        )
+
+
+def _classed(rows: Dataset, task: Task, file: str) -> Dataset:
+    """Labels, numbers or names, as classes of the task's names."""
+    from datasets import ClassLabel
+
+    classes = [_place(label, task, file) for label in rows["label"]]
+    rows = rows.remove_columns("label").add_column("label", classes)
+    return rows.cast_column("label", ClassLabel(names=list(task.classes)))
+
+
+def _place(label: Any, task: Task, file: str) -> int:
+    """The number of a class, of its number or its name."""
+    if str(label) in task.classes:  # also where they are numbers that do not begin at 0
+        return task.classes.index(str(label))
+    count = len(task.classes or task.words)
+    if isinstance(label, int) and 0 <= label < count:
+        return label
+    raise FusionError(
+        f"{task.data} has the label {shown(label)}, which is none of {count} classes",
+        hint=f"correct classes or words of the task {task.name} in {file}",
+    )
+
+
+def _prompted(rows: Dataset, task: Task, label: str, file: str) -> Dataset:
+    """Prompts and targets of a language model, written from the columns that they name."""
+    wordings, answers = task.prompt, task.words or (task.target or "",)
+    if task.words:
+        _need(label, rows, task, file)
+    for template in (*wordings, *answers):
+        for _, name, _, _ in Formatter().parse(template):
+            if name is not None:
+                _need(re.split(r"[.\[]", name)[0], rows, task, file)
+
+    def one(row: dict[str, Any], number: int) -> dict[str, str]:
+        answer = answers[_place(row[label], task, file)] if task.words else answers[0]
+        return {"prompt": wordings[number % len(wordings)].format(**row), "target": answer.format(**row)}
+
+    return rows.map(one, with_indices=True, remove_columns=rows.column_names)
 
 
 # ---------------------------------------------------------------- where rows come from
@@ -164,7 +242,29 @@ def _reactions(_: str, data_dir: str | Path | None) -> Parts:
 
 
 def _hub_parts(task: Task) -> Parts:
-    raise NotImplementedError
+    """The splits of a data set on the Hub that a task names."""
+    names = {task.fitting.split: task.fitting.split, "train": task.train, "test": task.test}
+    return {part: _hub_split(task, name) for part, name in names.items() if name is not None}
+
+
+def _hub_split(task: Task, split: str) -> Dataset:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    name, revision = split_revision(task.data)
+    hint = f"hf-fusion bench check, or correct the task {task.name}"
+    try:
+        return load_dataset(name, task.config, split=split, revision=revision)
+    except DatasetNotFoundError:
+        raise FusionError(f"the Hub has no data set {task.data}, or it is private or gated", hint=hint) from None
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+    except ValueError as error:  # no such configuration or split
+        raise FusionError(f"{task.data}: {one_line(error)}", hint=hint) from None
+    # the Hub keeps what a loading script gives as parquet on a branch of its own
+    files = f"hf://datasets/{name}@refs%2Fconvert%2Fparquet/{task.config or 'default'}/{split}/*.parquet"
+    return load_dataset("parquet", data_files=files, split="train")
 
 
 PACKAGES: dict[str, Callable[[str, Any], Parts]] = {"digits": _digits, "language": _language, "reactions": _reactions}

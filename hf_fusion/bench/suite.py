@@ -372,6 +372,10 @@ def _task(name: str, content: object, pool: Any, path: Path) -> Task:
         given["fitting"] = Fitting(**_checked(given["fitting"], _FITTING, (), f"{where}: fitting"))
     if ("words" in given or "target" in given) != ("prompt" in given) or {"words", "target"} <= given.keys():
         raise FusionError(f"{where}: a prompt has either words or a target", hint="words: one for each class")
+    if given.get("train", "train") is None and given.get("fitting", Fitting()).split == "train":
+        raise FusionError(
+            f"{where}: without train rows something must be fitted on others", hint="fitting: {split: test}"
+        )
     if "expert" not in given:
         given["expert"] = pool if isinstance(pool, str) else pool.get(name)
     elif isinstance(pool, Mapping) and given["expert"] in pool:

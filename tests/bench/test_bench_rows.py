@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
-from datasets import Dataset
+from dataclasses import replace
 
-from hf_fusion.bench.rows import divide, task_rows
-from hf_fusion.bench.suite import expert_path, load_suite
+import pytest
+from datasets import ClassLabel, Dataset
+
+from hf_fusion.bench.rows import divide, ours, task_rows
+from hf_fusion.bench.suite import Task, expert_path, load_suite
 from hf_fusion.demo.language_suite import rows
 from hf_fusion.demo.rxnfp import FAMILIES, MODELS, rxnfp_folder
 from hf_fusion.errors import FusionError
@@ -81,11 +83,73 @@ def test_the_wheels_pickles_become_plain_folders(monkeypatch, tmp_path):
 
 
 def test_what_is_no_source():
-    from dataclasses import replace
-
     suite = load_suite("rxnfp-2")
     task = replace(suite.tasks["classes"], data="package:nothing")
     with pytest.raises(FusionError, match="(?s)package:nothing is no source of rows.*digits, language"):
         task_rows(replace(suite, tasks={"classes": task}), "classes")
     with pytest.raises(FusionError, match="rxnfp-2 has no task 'chess'"):
         task_rows(suite, "chess")
+
+
+LABELS = ClassLabel(names=["bad", "good"])
+
+
+def declared(**given) -> Task:
+    return Task("mine", "me/mine", **given)
+
+
+def table(**columns) -> Dataset:
+    return Dataset.from_dict(columns)
+
+
+def test_columns_get_our_names_and_others_go():
+    rows = table(idx=[1, 2], a=["x", "y"], b=["u", "v"], target=[0, 1]).cast_column("target", LABELS)
+    found = ours(rows, declared(columns={"text": "a", "text_pair": "b", "label": "target"}))
+    assert found.column_names == ["text", "text_pair", "label"]
+    assert found[1] == {"text": "y", "text_pair": "v", "label": 1}
+    assert found.features["label"].names == ["bad", "good"]
+
+
+@pytest.mark.parametrize("labels", [["no", "yes"], [0, 1]])
+def test_labels_become_the_classes_of_the_task(labels):
+    found = ours(table(text=["a", "b"], label=labels), declared(classes=("no", "yes")))
+    assert found["label"][:] == [0, 1]
+    assert found.features["label"].names == ["no", "yes"]
+
+
+def test_numbers_of_a_regression_stay_numbers():
+    found = ours(table(text=["a"], score=[0.5]), declared(columns={"label": "score"}))
+    assert found[0] == {"text": "a", "label": 0.5}
+
+
+def test_prompts_take_turns_and_words_are_answers():
+    rows = table(s=["x", "y", "z"], label=[1, 0, 1])
+    found = ours(rows, declared(prompt=("Is {s} good?", "{s}: good?"), words=("no", "yes, {s}")))
+    assert found["prompt"][:] == ["Is x good?", "y: good?", "Is z good?"]
+    assert found["target"][:] == ["yes, x", "no", "yes, z"]
+    assert found.column_names == ["prompt", "target"]
+
+
+def test_targets_are_written_from_columns():
+    rows = table(text=["q"], ends=[["u", "v"]], right=[2], score=[3.456])
+    assert ours(rows, declared(prompt=("{text} {ends[1]}",), target="{score:.1f}"))[0] == {
+        "prompt": "q v",
+        "target": "3.5",
+    }
+    from_one = declared(prompt=("{text}",), words=("{ends[0]}", "{ends[1]}"), classes=("1", "2"))
+    assert ours(rows, replace(from_one, columns={"label": "right"}))["target"][:] == ["v"]
+
+
+FAULTS = {
+    "has no column 'sentence'; it has text, label": {"columns": {"text": "sentence"}},
+    "has no column 'q'": {"prompt": ("{q[0]}",), "target": "{text}"},
+    "has no column 'gold'": {"prompt": ("{text}",), "words": ("a",), "columns": {"label": "gold"}},
+    "has the label -1, which is none of 2 classes": {"classes": ("a", "b")},
+    "has the label -1, which is none of 1 classes": {"prompt": ("{text}",), "words": ("a",)},
+}
+
+
+@pytest.mark.parametrize("said", FAULTS)
+def test_what_does_not_fit_is_named(said):
+    with pytest.raises(FusionError, match=f"(?s)me/mine {said}.*the task mine in suite.yaml"):
+        ours(table(text=["a"], label=[-1]), declared(**FAULTS[said]), "suite.yaml")

@@ -65,6 +65,7 @@ FAULTS = {
     "a split that overlaps": (("test: [three]", "test: [one]"), "unseen last: one is both fused and tested"),
     "a split without an expert": (("fuse: [one]", "fuse: [two]"), "unseen last: two has no expert to fuse"),
     "words without a prompt": (("columns: {text: sentence}", "words: [a]"), "task one: a prompt has either words or"),
+    "nothing to fit on": (("metric: f1", "train: null"), "task two: without train rows .*fitting: {split: test}"),
     "no mapping": ((WHOLE, "- a"), "mine.yaml holds no suite"),
     "a missing parent": (("title: two", "extends: other"), "extends 'other', which is not there"),
     "a missing file of classes": (("columns: {text: sentence}", "classes: a.txt"), "classes: .*a.txt is missing"),
@@ -104,6 +105,32 @@ def test_every_suite_of_the_package_is_whole(name):
     assert suite.head in HEADS
     assert all(task.metric in METRICS for task in suite.tasks.values())
     assert suite.is_local == (suite.build is not None or not any(map(is_hub_id, suite.experts.values())))
+
+
+def test_fusionbench_has_26_tasks_and_74_models():
+    clip = [f"clip-vit-{size}" for size in ("base-patch32", "base-patch16", "large-patch14")]
+    clip += ["clip-vit-base-patch16-lora", "clip-vit-base-patch16-l-lora"]
+    flan = ["flan-t5-base-glue", "flan-t5-base-glue-lora", "flan-t5-large-glue-lora"]
+    families = {"CLIP": clip, "ResNet": ["resnet50-nyuv2"], "GPT-2": ["gpt2-glue"], "Flan-T5": flan}
+    suites = {family: [load_suite(name) for name in names] for family, names in families.items()}
+    tasks = {(family, task) for family, own in suites.items() for suite in own for task in suite.tasks}
+    models = {source for own in suites.values() for suite in own for source in suite.experts.values()}
+    assert len(tasks) == 26
+    assert len(models) == 74
+    assert {suite.name for own in suites.values() for suite in own if suite.needs} == {
+        "resnet50-nyuv2",
+        "clip-vit-base-patch16-l-lora",
+    }
+
+
+def test_zero_shot_heads_have_the_classes_of_their_data_sets():
+    tasks = load_suite("clip-vit-large-patch14").tasks
+    assert {name: len(task.classes) for name, task in tasks.items()} == {
+        **{"sun397": 397, "stanford-cars": 196, "resisc45": 45, "eurosat": 10},
+        **{"svhn": 10, "gtsrb": 43, "mnist": 10, "dtd": 47},
+    }
+    assert all("{}" in template for task in tasks.values() for template in task.templates)
+    assert (tasks["svhn"].config, tasks["mnist"].config) == ("cropped_digits", None)
 
 
 def test_where_sources_lie(monkeypatch, tmp_path):
