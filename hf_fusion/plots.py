@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hf_fusion.errors import FusionError
 
@@ -75,10 +75,7 @@ def plot_accuracy_cost(results: Results, path: str | Path) -> Path:
     _label(axes, results.systems, share)
     axes.set_xlabel("cost of an example, as a share of asking every expert", loc="left")
     axes.set_title(_title(results), loc="left", fontsize=11, pad=12)
-    axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(length=0)
+    plain_axes(axes)
     figure.savefig(path, facecolor="white")
     return Path(path)
 
@@ -146,7 +143,7 @@ def plot_coefficients(found: CoefficientMap, path: str | Path) -> Path:
 
     columns = min(4, len(found.tasks))
     rows, legend_rows = math.ceil(len(found.tasks) / columns), math.ceil(len(found.experts) / 4)
-    figure = _blank(max(6.4, 0.6 + 2.7 * columns), 1.3 + 2.0 * rows + 0.22 * legend_rows)
+    figure = blank_figure(max(6.4, 0.6 + 2.7 * columns), 1.3 + 2.0 * rows + 0.22 * legend_rows)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     looks: list[dict[str, Any]] = [
         {"color": EXPERTS[k % 8], "marker": MARKERS[(k + k // 8) % 8]} for k in range(len(found.experts))
@@ -165,10 +162,7 @@ def plot_coefficients(found: CoefficientMap, path: str | Path) -> Path:
         axes.set_title(task.rpartition("/")[2], loc="left", fontsize=9.5, fontweight="bold", pad=5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(length=0, labelsize=8)
+        plain_axes(axes, labelsize=8)
     for axes in panels.flat[len(found.tasks) :]:
         axes.set_visible(False)
     low, high = panels[0, 0].get_ylim()
@@ -196,18 +190,30 @@ def _stack(layer: str) -> str:
     return re.split(r"\.\d+", layer)[0]
 
 
-def _blank(width: float, height: float) -> Any:
-    """An empty figure of so many inches."""
+def blank_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Any:
+    """An empty figure of so many inches.
+
+    Raises:
+        FusionError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise FusionError("pictures need matplotlib, which is not installed", "pip install matplotlib") from None
-    return Figure(figsize=(width, height), dpi=160, layout="constrained")
+    return Figure(figsize=(width, height), dpi=160, layout=layout)
+
+
+def plain_axes(axes: Any, grid: str = "y", **ticks: Any) -> None:
+    """Axes with a light grid behind what is drawn, and without frame and tick marks."""
+    axes.grid(axis=grid, color="#E4E4E4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(length=0, **ticks)
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
     """An empty figure of so many inches and its axes."""
-    figure = _blank(width, height)
+    figure = blank_figure(width, height)
     return figure, figure.add_subplot()
 
 
@@ -223,7 +229,7 @@ def _label(axes: Any, systems: list[System], share: bool) -> None:
     for column in _columns(systems):
         # Right of the frugal point runs its curve: the name goes below.
         wanted = [system.score - (1.2 * height if system.kind == "frugal" else 0) for system in column]
-        for system, y in zip(column, _spread(wanted, height, bottom + height / 2, top - height / 2), strict=True):
+        for system, y in zip(column, spread_labels(wanted, height, bottom + height / 2, top - height / 2), strict=True):
             x = max(other.cost for other in column) + 0.025
             colour = KINDS[system.kind][0]
             score = f"{system.score:.1%}" if share else f"{system.score:.3g}"
@@ -254,7 +260,7 @@ def _columns(systems: list[System]) -> list[list[System]]:
     return [sorted(column, key=lambda s: s.score) for column in columns]
 
 
-def _spread(wanted: list[float], height: float, bottom: float, top: float) -> list[float]:
+def spread_labels(wanted: list[float], height: float, bottom: float, top: float) -> list[float]:
     """Positions near those wanted (ascending), at least `height` apart, between `bottom` and `top` if they fit."""
     placed = list(wanted)
     for _ in range(200):

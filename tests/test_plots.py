@@ -16,10 +16,10 @@ from hf_fusion.plots import (
     GREY,
     ORANGE,
     PURPLE,
-    _spread,
     plot_accuracy_cost,
     plot_coefficients,
     plot_routing,
+    spread_labels,
 )
 from hf_fusion.routing_map import RoutingMap
 
@@ -57,14 +57,14 @@ def test_a_metric_without_shares_and_without_a_curve_is_drawn_too(results, tmp_p
 
 @pytest.mark.parametrize("wanted", [[0.5] * 6, [0.0, 0.01, 0.5, 0.98, 0.99, 1.0], [0.1, 0.4, 0.7]])
 def test_labels_keep_their_order_their_distance_and_the_frame(wanted):
-    placed = _spread(wanted, height=0.1, bottom=0.05, top=0.95)
+    placed = spread_labels(wanted, height=0.1, bottom=0.05, top=0.95)
     assert all(b - a >= 0.1 - 1e-6 for a, b in zip(placed, placed[1:], strict=False))
     assert min(placed) >= 0.05 - 1e-9
     assert max(placed) <= 0.95 + 1e-9
 
 
 def test_labels_that_are_far_apart_stay_where_they_are():
-    assert _spread([0.2, 0.5, 0.8], height=0.1, bottom=0.0, top=1.0) == [0.2, 0.5, 0.8]
+    assert spread_labels([0.2, 0.5, 0.8], height=0.1, bottom=0.0, top=1.0) == [0.2, 0.5, 0.8]
 
 
 def routing(weights: list[list[float]]) -> RoutingMap:
