@@ -329,7 +329,7 @@ def same_start(routers: Iterable[PhatgooseRouter]) -> Iterator[dict[int, Any]]:
 
     blocks = []
     for router in routers:
-        own = _unchanged_blocks(router)
+        own = unchanged_blocks(router)
         blocks += own
         for index, block in enumerate(own):
             block.forward = partial(run, index, len(own), block.forward)
@@ -340,7 +340,7 @@ def same_start(routers: Iterable[PhatgooseRouter]) -> Iterator[dict[int, Any]]:
             del block.forward
 
 
-def _unchanged_blocks(router: PhatgooseRouter) -> list[Any]:
+def unchanged_blocks(router: PhatgooseRouter) -> list[Any]:
     """The blocks of a router before the first that an expert adapts, where nothing before them is adapted either."""
     paths = {path for profile in router.config.profiles for path in profile["ranks"]}
     if router.config.is_encoder_decoder:  # its decoder reads what an adapted encoder gave

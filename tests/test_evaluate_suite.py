@@ -14,7 +14,7 @@ from transformers import DataCollatorForSeq2Seq
 
 from hf_fusion import Expert, FusionError, SuiteResults, average_activation, evaluate_routing, train_gates
 from hf_fusion.evaluate import wilson
-from hf_fusion.evaluate_suite import SYSTEMS, _unchanged_blocks, same_start
+from hf_fusion.evaluate_suite import SYSTEMS, unchanged_blocks, same_start
 from hf_fusion.experts import Gates
 from hf_fusion.hub.adapters import read_adapter
 from hf_fusion.models.phatgoose import PhatgooseRouter
@@ -243,7 +243,7 @@ def test_intervals_of_means_hold_what_they_promise():
 
 
 def test_only_blocks_below_all_adapters_run_once(experts):
-    assert len(_unchanged_blocks(PhatgooseRouter.from_experts(experts))) == 1
+    assert len(unchanged_blocks(PhatgooseRouter.from_experts(experts))) == 1
     router = PhatgooseRouter.from_experts(experts)
     inputs = TOKENIZER("name the fox", return_tensors="pt")
     with torch.no_grad():
@@ -257,7 +257,7 @@ def test_only_blocks_below_all_adapters_run_once(experts):
     lower = tiny.adapter(tiny.llama(), 4, None, 0, ["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"])
     gates = Gates({path: torch.ones(32) for path in lower.lora})
     whole = Expert("whole", experts[0].model, lower, TOKENIZER, gates=gates)
-    assert _unchanged_blocks(PhatgooseRouter.from_experts([*experts, whole])) == []
+    assert unchanged_blocks(PhatgooseRouter.from_experts([*experts, whole])) == []
 
 
 def test_the_embedder_ignores_padding(tmp_path):

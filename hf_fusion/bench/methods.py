@@ -69,9 +69,10 @@ def _static(merge: str, title: str, paper: str, tuned: bool = True, **options: A
                   tune=SCALING if tuned else None, **options)  # fmt: skip
 
 
-def _routed(way: str, title: str, paper: str = "", **options: Any) -> Method:
-    """A way of `hf_fusion.evaluate_suite` to route among adapters."""
-    return Method("routing:routed", title, "routing", "routing", {"way": way}, paper=paper, **options)
+def _routed(way: str, title: str, paper: str = "", examples: int = 0, **options: Any) -> Method:
+    """A way of `hf_fusion.evaluate_suite` to route among adapters; it may look at examples of what they know."""
+    given = {"way": way, "examples": examples}
+    return Method("routing:routed", title, "routing", "routing", given, paper=paper, **options)
 
 
 # what routers and coefficients learn with, where nothing else is said: chosen on minilm-8's rows kept apart
@@ -155,8 +156,10 @@ METHODS = {
         given={**_LEARNS, "task_vectors": "sparse", "shared_router": True}, chance=True, paper="2410.21804",
     ),
     "phatgoose": _routed("PHATGOOSE", "PHATGOOSE", "2402.05859"),
-    "retrieval": _routed("retrieval", "Retrieval of the expert", "2302.03202", chance=True),
-    "average_activation": _routed("average activation", "Average activation", "2402.05859", chance=True),
+    "retrieval": _routed("retrieval", "Retrieval of the expert", "2302.03202", examples=1000, chance=True),
+    "average_activation": _routed(
+        "average activation", "Average activation", "2402.05859", examples=256, chance=True
+    ),
     "arrow": _routed("Arrow", "Arrow", "2405.11157"),
     "uniform": _routed("uniform", "Uniform routing", chance=True),
     "foe": Method("fusion:foe", "FoE", "fusion", "fusion", chance=True, paper="2310.01542"),
