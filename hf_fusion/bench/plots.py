@@ -14,6 +14,7 @@ from typing import Any
 from hf_fusion.bench.cells import ALL, CLEAN
 from hf_fusion.bench.report import CEILING, EXPERT, FLOOR, FUSED, HELD_IN, HELD_OUT, LOWER
 from hf_fusion.bench.suite_tables import Row, group_of, mean_entry, rows_of, title_of
+from hf_fusion.bench.tables import file_name
 from hf_fusion.plots import EXPERTS, GREY, MARKERS, ORANGE, blank_figure, plain_axes, spread_labels
 
 MOST = 8
@@ -295,7 +296,7 @@ def save_pictures(suite: Row, folder: str | Path, formats: Sequence[str] = ("png
             figure = draw(suite)
             if figure is None:
                 continue
-            made[name] = [folder / f"{suite['name']}-{name}.{ending}" for ending in formats]
+            made[name] = [folder / file_name(f"{suite['name']}-{name}.{ending}") for ending in formats]
             for path in made[name]:
                 figure.savefig(path, facecolor="white", metadata={"Date": None} if path.suffix == ".svg" else None)
     return made

@@ -70,6 +70,11 @@ class Table:
                 yield from row
 
 
+def file_name(name: str) -> str:
+    """A name as that of a file: strangers name suites too."""
+    return re.sub(r"[^\w.,+-]", "-", name)
+
+
 def mark_best(rows: Sequence[tuple[Entry, ...]], column: int, lower: bool = False) -> list[tuple[Entry, ...]]:
     """Rows with the best entry of a column marked, and all that read the same."""
     numbers = [float(row[column].value) for row in rows if isinstance(row[column].value, (int, float))]  # type: ignore[arg-type]

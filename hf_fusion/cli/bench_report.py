@@ -1,0 +1,52 @@
+"""Make tables and pictures of a benchmark's cells."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from hf_fusion.errors import FusionError
+
+from .output import Out
+
+EXAMPLES = (
+    ("hf-fusion bench report runs/minilm-8", "the report is written to runs/minilm-8-report"),
+    ("hf-fusion bench report results --output report --format json", "of committed cells; prints the summary"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Cells of what, and where the report goes."""
+    parser.add_argument(
+        "folder", metavar="DIR", help="cells: a run's folder, or one with .jsonl files, or one such file"
+    )
+    parser.add_argument("--output", metavar="DIR", help="the report's folder (default: beside DIR, named DIR-report)")
+
+
+def run(args: argparse.Namespace, out: Out) -> None:
+    """Reads, writes and shows the main table of each suite."""
+    from hf_fusion.bench.cells import read_cells
+    from hf_fusion.bench.pages import REPORT, write_report
+    from hf_fusion.bench.suite_tables import main_table
+
+    source = Path(args.folder)
+    folder = Path(args.output) if args.output else source.with_name(f"{source.resolve().stem}-report")
+    if folder.resolve() == source.resolve() or source.resolve() in folder.resolve().parents:
+        raise FusionError(f"a report in {folder} would be read as cells of {source}", "--output another folder")
+    cells = read_cells(source)
+    summary = write_report(cells, folder)
+    for suite in summary["suites"] if out.mode == "human" else ():
+        if table := main_table(suite):
+            rows = [
+                dict(zip(table.columns, [entry.text for entry in row], strict=True))
+                for section in table.sections
+                for row in section.rows
+            ]
+            out.table(rows, title=table.title)
+            for number, note in enumerate(table.notes, 1):
+                out.log(f"{number}: {note}")
+    if out.mode == "json":
+        out.dict(summary)
+    else:
+        out.result(f"{len(cells):,} cells reported", report=str(folder / REPORT))
+    out.hint(f"hf-fusion bench publish {args.folder} OWNER/NAME --dry-run")
