@@ -128,7 +128,8 @@ def ours(rows: Dataset, task: Task, file: str = "") -> Dataset:
     Raises:
         FusionError: a declared column is missing, or a label is none of the classes.
     """
-    theirs = {own: own for own in (*OUR_COLUMNS, "prompt", "target") if own in rows.column_names} | task.columns
+    written = ("prompt", "target") if {"prompt", "target"} <= set(rows.column_names) else ()
+    theirs = {own: own for own in (*OUR_COLUMNS, *written) if own in rows.column_names} | task.columns
     for column in theirs.values():
         _need(column, rows, task, file)
     if task.prompt:

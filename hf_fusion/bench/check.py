@@ -1,0 +1,118 @@
+"""Whether all that a suite names can be had: bases, experts and data, on the Hub and on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from hf_fusion.bench.rows import PACKAGES, stored_parts
+from hf_fusion.bench.suite import Suite, expert_path, is_hub_id
+from hf_fusion.errors import FusionError
+from hf_fusion.hub.files import SHA, explained, hub_api, in_parallel, split_revision
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+Status = Literal["there", "gated", "missing", "unreachable"]
+# what the Hub's client raises, by name -> what that means for a suite; anything else is "unreachable"
+_STATUS: dict[str, Status] = {
+    "GatedRepoError": "gated",
+    "RepositoryNotFoundError": "missing",
+    "RevisionNotFoundError": "missing",
+    "HFValidationError": "missing",
+}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One thing that a suite names.
+
+    Attributes:
+        what: "base", "expert" or "data".
+        source: as the suite names it, see `bench.suite`.
+        status: "there"; "gated": it is, but this user may not read it; "missing": no such repo, commit, folder or
+            wheel; "unreachable": the Hub did not answer.
+        sha: the commit that the source stands for now; empty where there is none.
+        pinned: whether the source names that commit.
+        reason: why it cannot be had.
+        hint: what to type next.
+    """
+
+    what: str
+    source: str
+    status: Status
+    sha: str = ""
+    pinned: bool = False
+    reason: str = ""
+    hint: str = ""
+
+
+def check_suite(suite: Suite, data_dir: str | Path | None = None, api: HfApi | None = None) -> list[Checked]:
+    """Looks at every base, expert and data set of a suite, each once; weights and rows on the Hub are not read.
+
+    Args:
+        suite: see `load_suite`.
+        data_dir: the folder below which ``data:`` sources lie.
+        api: the Hub's client; default honours ``HF_ENDPOINT`` and the stored token.
+    """
+    named = [("base", suite.base)] if suite.base else []
+    named += [("expert", source) for source in suite.experts.values()]
+    named += [("data", task.data) for task in suite.tasks.values()]
+    one = partial(_checked, suite=suite, data_dir=data_dir, api=hub_api(api))
+    there = dict.fromkeys(named)  # in order, each once
+    remote = [key for key in there if is_hub_id(key[1])]
+    found = dict(zip(remote, in_parallel(one, remote), strict=True))
+    return [found[key] if key in found else one(key) for key in there]
+
+
+def _checked(key: tuple[str, str], suite: Suite, data_dir: str | Path | None, api: HfApi) -> Checked:
+    what, source = key
+    try:
+        if is_hub_id(source):
+            sha, pinned = _on_the_hub(what, source, api)
+            return Checked(what, source, "there", sha, pinned)
+        _here(what, source, suite, data_dir)
+        return Checked(what, source, "there")
+    except FusionError as error:
+        kind = type(error.__cause__).__name__
+        status: Status = _STATUS.get(kind, "unreachable") if is_hub_id(source) else "missing"
+        hint = error.hint or ""
+        if kind == "RevisionNotFoundError":
+            hint = f"take the newest commit: {_newest(what, source, api)}"
+        return Checked(what, source, status, reason=error.message, hint=hint)
+
+
+def _on_the_hub(what: str, source: str, api: HfApi) -> tuple[str, bool]:
+    """The commit that an id stands for, and whether it names it; the files must be readable."""
+    repo, revision = split_revision(source)
+    with explained(repo):
+        info = _info(what, api)(repo, revision=revision)
+        if info.gated:
+            api.auth_check(repo, repo_type="dataset" if what == "data" else "model")
+    return info.sha or "", bool(revision and SHA.fullmatch(revision))
+
+
+def _newest(what: str, source: str, api: HfApi) -> str:
+    repo, _ = split_revision(source)
+    with explained(repo):
+        return f"{repo}@{_info(what, api)(repo).sha}"
+
+
+def _info(what: str, api: HfApi) -> Callable[..., Any]:
+    return api.dataset_info if what == "data" else api.model_info
+
+
+def _here(what: str, source: str, suite: Suite, data_dir: str | Path | None) -> None:
+    scheme, _, name = source.partition(":")
+    package, _, rest = name.partition("/")
+    if what != "data":
+        expert_path(source, suite.build)
+    elif scheme == "data":
+        stored_parts(data_dir, name)
+    elif package in PACKAGES:
+        PACKAGES[package](rest, data_dir)
+    else:
+        raise FusionError(f"{source} is no source of rows", hint=f"package: one of {', '.join(PACKAGES)}")

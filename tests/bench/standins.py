@@ -1,0 +1,331 @@
+"""Small stand-ins of what the Hub suites name, under the same ids.
+
+Architectures, columns, classes and splits are the real ones; the weights are chance, and the rows few.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
+from huggingface_hub import HfApi
+from peft import LoraConfig, get_peft_model
+from PIL import Image as Pillow
+from tiny import bert, distilbert, llama, make_tokenizer, names, t5
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPVisionModel,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
+)
+
+from hf_fusion.bench.suite import Suite, Task, is_hub_id, load_suite
+
+ROWS = 40
+
+# ---------------------------------------------------------------- data sets
+
+TEXT, NUMBER, FRACTION, PICTURE, FOUR = "text", "number", "fraction", "picture", "four"
+Column = str | list[str]  # a kind, or the names of classes
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One configuration of a data set as it is on the Hub: its columns in order, and its splits."""
+
+    columns: dict[str, Column]
+    splits: tuple[str, ...] = ("train", "test")
+
+
+def _glue(classes: list[str] | str, *texts: str, validation: tuple[str, ...] = ("validation",)) -> Stored:
+    return Stored({**dict.fromkeys(texts, TEXT), "label": classes, "idx": NUMBER}, ("train", *validation))
+
+
+def _numbered(count: int) -> list[str]:
+    return [f"class {number}" for number in range(count)]
+
+
+_DIGITS = [str(number) for number in range(10)]
+_ENTAILED = ["entailment", "not_entailment"]
+_SUMMARY = ("train", "validation", "test")
+# id -> configuration -> what it holds; "*": any
+DATA: dict[str, dict[str, Stored]] = {
+    **{
+        f"tanganke/{name}": {"default": Stored({"image": PICTURE, "label": _numbered(count)})}
+        for name, count in (("sun397", 397), ("stanford_cars", 196), ("resisc45", 45), ("eurosat", 10), ("gtsrb", 43))
+    },
+    "tanganke/dtd": {"default": Stored({"image": PICTURE, "label": _numbered(47)})},
+    "ufldl-stanford/svhn": {"cropped_digits": Stored({"image": PICTURE, "label": _DIGITS}, ("train", "test", "extra"))},
+    "ylecun/mnist": {"mnist": Stored({"image": PICTURE, "label": _DIGITS})},
+    "nyu-mll/glue": {
+        "cola": _glue(["unacceptable", "acceptable"], "sentence"),
+        "mnli": _glue(
+            ["entailment", "neutral", "contradiction"],
+            *("premise", "hypothesis"),
+            validation=("validation_matched", "validation_mismatched"),
+        ),
+        "mrpc": _glue(["not_equivalent", "equivalent"], "sentence1", "sentence2"),
+        "qnli": _glue(_ENTAILED, "question", "sentence"),
+        "qqp": _glue(["not_duplicate", "duplicate"], "question1", "question2"),
+        "rte": _glue(_ENTAILED, "sentence1", "sentence2"),
+        "sst2": _glue(["negative", "positive"], "sentence"),
+        "stsb": _glue(FRACTION, "sentence1", "sentence2"),
+    },
+    "lukaemon/bbh": {"*": Stored({"input": TEXT, "target": TEXT}, ("test",))},
+    "cais/mmlu": {
+        "*": Stored(
+            {"question": TEXT, "subject": TEXT, "choices": FOUR, "answer": list("ABCD")},
+            ("test", "validation", "dev"),
+        )
+    },
+    "zeroshot/twitter-financial-news-sentiment": {
+        "default": Stored({"text": TEXT, "label": NUMBER}, ("train", "validation"))
+    },
+    "google-research-datasets/poem_sentiment": {
+        "default": Stored(
+            {"id": NUMBER, "verse_text": TEXT, "label": ["negative", "positive", "no_impact", "mixed"]}, _SUMMARY
+        )
+    },
+    "FinanceInc/auditor_sentiment": {
+        "default": Stored({"sentence": TEXT, "label": ["negative", "neutral", "positive"]})
+    },
+    "Kaludi/data-reviews-sentiment-analysis": {
+        "default": Stored({"text": TEXT, "target": ["Negative", "Positive"]}, ("train", "validation"))
+    },
+    "abisee/cnn_dailymail": {"3.0.0": Stored({"article": TEXT, "highlights": TEXT, "id": TEXT}, _SUMMARY)},
+    "EdinburghNLP/xsum": {"default": Stored({"document": TEXT, "summary": TEXT, "id": TEXT}, _SUMMARY)},
+    "alexfabbri/multi_news": {"default": Stored({"document": TEXT, "summary": TEXT}, _SUMMARY)},
+    "FiscalNote/billsum": {
+        "default": Stored({"text": TEXT, "summary": TEXT, "title": TEXT}, ("train", "test", "ca_test"))
+    },
+    "NortheasternUniversity/big_patent": {"all": Stored({"description": TEXT, "abstract": TEXT}, _SUMMARY)},
+    "Yale-LILY/aeslc": {"default": Stored({"email_body": TEXT, "subject_line": TEXT}, _SUMMARY)},
+}
+_WORDS = ["fused", "experts", "answer", "better", "than", "any", "of", "them", "alone", "the", "router", "said"]
+
+
+def rows(stored: Stored, split: str) -> Dataset:
+    """`ROWS` rows of chance, others for each split; no two have the same texts or pictures."""
+    chance = np.random.default_rng(sum(split.encode()))
+    makers: dict[str, Callable[[int], Any]] = {
+        TEXT: lambda row: " ".join(chance.choice(_WORDS, 5)) + f" {split} {row}",
+        NUMBER: lambda row: row % 2,
+        FRACTION: lambda row: round(float(chance.uniform(0, 5)), 1),
+        PICTURE: lambda row: Pillow.fromarray(chance.integers(0, 256, (32, 32, 3), dtype=np.uint8)),
+        FOUR: lambda row: [f"{word} {row}" for word in chance.choice(_WORDS, 4)],
+    }
+    kinds = {TEXT: Value("string"), NUMBER: Value("int32"), FRACTION: Value("float32"), PICTURE: Image()}
+    kinds[FOUR] = Sequence(Value("string"))
+    columns, features = {}, {}
+    for name, kind in stored.columns.items():
+        if isinstance(kind, list):
+            features[name] = ClassLabel(names=kind)
+            columns[name] = [int(chance.integers(len(kind))) for _ in range(ROWS)]
+        else:
+            features[name] = kinds[kind]
+            columns[name] = [makers[kind](row) for row in range(ROWS)]
+    return Dataset.from_dict(columns, Features(features))
+
+
+def save_data(name: str, configs: list[str], folder: Path) -> None:
+    """A data set's repo: parquet for each configuration and split, and the README that lists them."""
+    known, listed = DATA[name], []
+    for config in configs:
+        stored = known.get(config) or known["*"]
+        (folder / config).mkdir(parents=True)
+        for split in stored.splits:
+            rows(stored, split).to_parquet(folder / config / f"{split}.parquet")
+        files = [{"split": split, "path": f"{config}/{split}.parquet"} for split in stored.splits]
+        listed.append({"config_name": config, "data_files": files})
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': listed})}---\n")
+
+
+# ---------------------------------------------------------------- models
+
+Maker = Callable[[str, int, list[str], Path], None]  # source, seed, labels, folder
+
+
+def _saved(model: Any, processor: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+
+
+def _clip(seed: int) -> CLIPModel:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**sizes, "vocab_size": 300, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2}
+    vision = {**sizes, "image_size": 32, "patch_size": 16}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+
+
+def clip_base(source: str, seed: int, labels: list[str], folder: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.model_max_length = 128
+    size = {"height": 32, "width": 32}
+    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size)
+    _saved(_clip(0), CLIPProcessor(images, tokenizer), folder)
+
+
+def clip_tower(source: str, seed: int, labels: list[str], folder: Path) -> None:
+    tower = CLIPVisionModel(_clip(0).config.vision_config)
+    missing = tower.load_state_dict(_clip(0).state_dict(), strict=False).missing_keys
+    if missing:  # the tower bears a prefix of its own
+        tower.load_state_dict(_clip(0).vision_model.state_dict())
+    _saved(moved(tower, seed), None, folder)
+
+
+def clip_lora(source: str, seed: int, labels: list[str], folder: Path) -> None:
+    _adapter(_clip(0).vision_model, seed, ["q_proj", "v_proj"], "openai/clip-vit-base-patch16", folder)
+
+
+def moved(model: torch.nn.Module, seed: int, by: float = 0.02) -> torch.nn.Module:
+    """A fine-tune of a model: every weight a little elsewhere."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += by * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def _adapter(model: Any, seed: int, targets: list[str], base: str, folder: Path, **options: Any) -> None:
+    torch.manual_seed(seed)
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, **options))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    adapted.peft_config["default"].base_model_name_or_path = base
+    adapted.save_pretrained(folder)
+    (folder / "README.md").write_text(f"---\nbase_model: {base}\nlibrary_name: peft\n---\n")
+
+
+_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def gpt2_base(source: str, seed: int, labels: list[str], folder: Path) -> None:
+    torch.manual_seed(0)
+    _saved(GPT2LMHeadModel(GPT2Config(**_GPT2)), make_tokenizer(), folder)
+
+
+def gpt2_classifier(source: str, seed: int, labels: list[str], folder: Path) -> None:
+    torch.manual_seed(0)
+    model = GPT2ForSequenceClassification(GPT2Config(**_GPT2, pad_token_id=0, **names(labels)))
+    torch.manual_seed(0)
+    model.transformer.load_state_dict(GPT2LMHeadModel(GPT2Config(**_GPT2)).transformer.state_dict())
+    _saved(moved(model, seed), make_tokenizer(), folder)
+
+
+def t5_base(source: str, seed: int, labels: list[str], folder: Path) -> None:
+    _saved(t5(0), make_tokenizer(), folder)
+
+
+def t5_full(source: str, seed: int, labels: list[str], folder: Path) -> None:
+    _saved(moved(t5(0), seed), make_tokenizer(), folder)
+
+
+def t5_lora(source: str, seed: int, labels: list[str], folder: Path) -> None:
+    base = "google/flan-t5-base" if "-base_" in source else "google/flan-t5-large"
+    _adapter(t5(0), seed, ["q", "v"], base, folder, task_type="SEQ_2_SEQ_LM")
+
+
+def classifier(source: str, seed: int, labels: list[str], folder: Path) -> None:
+    """Experts that share nothing: two architectures and four vocabularies."""
+    model = (bert if seed % 2 else distilbert)(labels, seed)
+    _saved(model, make_tokenizer(300 + 10 * (seed % 7), lower=True), folder)
+
+
+def pegasus(source: str, seed: int, labels: list[str], folder: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 300, "max_position_embeddings": 128}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    ids = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0, "forced_eos_token_id": 2}
+    _saved(
+        moved(PegasusForConditionalGeneration(PegasusConfig(**sizes, **heads, **ids)), seed), make_tokenizer(), folder
+    )
+
+
+def language_model(source: str, seed: int, labels: list[str], folder: Path) -> None:
+    _saved(llama(seed), make_tokenizer(), folder)
+
+
+# a pattern of ids -> what is made under them; the first that fits
+MODELS: tuple[tuple[str, Maker], ...] = (
+    (r"openai/clip-.*", clip_base),
+    (r"tanganke/clip-.*_lora-16", clip_lora),
+    (r"tanganke/clip-.*", clip_tower),
+    (r"openai-community/gpt2", gpt2_base),
+    (r"tanganke/gpt2_.*", gpt2_classifier),
+    (r"tanganke/flan-t5-.*_lora-16|lorahub/.*", t5_lora),
+    (r"tanganke/flan-t5-.*", t5_full),
+    (r"google/flan-t5-.*", t5_base),
+    (r"google/pegasus-.*", pegasus),
+    (r".*/(finbert|clasificador|auditor|Reviews).*", classifier),
+    (r".*", language_model),
+)
+
+
+def maker(source: str) -> Maker:
+    """What makes the stand-in of an id."""
+    return next(make for pattern, make in MODELS if re.fullmatch(pattern, source))
+
+
+# ---------------------------------------------------------------- filling a Hub
+
+
+def labels_of(task: Task | None) -> list[str]:
+    """The classes of a task, as its expert's head has them."""
+    if task is None or task.prompt or not is_hub_id(task.data):
+        return []
+    if task.classes:
+        return list(task.classes)
+    known = DATA[task.data]
+    stored = known.get(task.config or "default") or next(iter(known.values()))
+    found = stored.columns[task.columns.get("label", "label")]
+    return list(found) if isinstance(found, list) else []
+
+
+def fill(hub: Any, suite: Suite | str, only: tuple[str, ...] = ()) -> None:
+    """Pushes a suite's base, experts and data, or those of some of its tasks, as their owners; what is there stays."""
+    suite = load_suite(suite) if isinstance(suite, str) else suite
+    tasks = [task for name, task in suite.tasks.items() if not only or name in only]
+    owners = {task.expert: task for task in tasks if task.expert}
+    sources = [source for source in suite.experts.values() if not only or source in owners or not owners]
+    models = [*([suite.base] if suite.base else []), *sources]
+    data: dict[str, list[str]] = {}
+    for task in suite.tasks.values():  # a data set has all the configurations that the suite names
+        if task.data in {own.data for own in tasks}:
+            config = task.config or next(iter(DATA[task.data]))
+            data.setdefault(task.data, [])
+            data[task.data] += [config] if config not in data[task.data] else []
+    for name in data:
+        data[name] = list(dict.fromkeys([*data[name], *(c for c in DATA[name] if c != "*")]))
+    for source, api in _missing(hub, models, "model"):
+        with tempfile.TemporaryDirectory() as folder:
+            maker(source)(source, sum(source.encode()), labels_of(owners.get(source)), Path(folder))
+            api.upload_folder(repo_id=source, folder_path=folder)
+    for source, api in _missing(hub, list(data), "dataset"):
+        with tempfile.TemporaryDirectory() as folder:
+            save_data(source, data[source], Path(folder))
+            api.upload_folder(repo_id=source, folder_path=folder, repo_type="dataset")
+
+
+def _missing(hub: Any, ids: list[str], kind: str) -> Iterator[tuple[str, HfApi]]:
+    for source in dict.fromkeys(ids):
+        api = HfApi(endpoint=hub.endpoint, token=hub.token(source.partition("/")[0]))
+        if not api.repo_exists(source, repo_type=kind):
+            api.create_repo(source, repo_type=kind)
+            yield source, api
