@@ -23,7 +23,7 @@ SPACES = Path(__file__).parents[2] / "spaces"
 ALONE = "import sys; sys.modules['hf_fusion'] = sys.modules['peft'] = None; sys.path.insert(0, '.')\n"
 RUN = ALONE + "import runpy; runpy.run_path('app.py', run_name='__main__')"
 START_SECONDS = 90
-SHOWN = ".foe-section, .foe-message, .pg-section, .pg-message, .we-section, .we-message"  # once a page is there
+SHOWN = ", ".join(f".{own}-section, .{own}-message" for own in ("foe", "pg", "we", "lb"))  # once a page is there
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,125 @@
+"""A leaderboard of FusionBench: every way to fuse on every suite, with intervals, costs, recipes and commands.
+
+    RESULTS_DATASET=owner/name python app.py
+
+It needs nothing but gradio, and reads the `leaderboard.json` that `hf-fusion bench report` writes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import page
+from data import FILE, BrokenError, EmptyError, Suite, read
+from tables import table_of, to_csv
+from view import View
+
+logger = logging.getLogger(__name__)
+
+FOLDER = Path(__file__).parent
+RESULTS_FILE = os.environ.get("RESULTS_FILE") or str(FOLDER / FILE)
+RESULTS_DATASET = os.environ.get("RESULTS_DATASET", "")
+RESULTS_REVISION = os.environ.get("RESULTS_REVISION") or None
+REFRESH = 300  # seconds after which results are looked for again
+
+
+@lru_cache(maxsize=1)
+def _read(_: int) -> list[Suite]:
+    return read(RESULTS_FILE, RESULTS_DATASET, RESULTS_REVISION)
+
+
+def suites() -> list[Suite]:
+    """What was measured."""
+    return _read(int(time.time() // REFRESH))
+
+
+def show(query: str) -> str:
+    """The page of an address, or why there is none."""
+    try:
+        found = suites()
+    except EmptyError as error:
+        return page.empty(str(error))
+    except BrokenError as error:
+        logger.error("%s", error)
+        return page.broken(str(error))
+    return page.header(found) + page.board(found, query)
+
+
+def opened(request: gr.Request) -> str:
+    """The page of the address that a visitor came by."""
+    return show(str(request.query_params))
+
+
+def chosen(event: gr.EventData) -> str:
+    """The page of the address that was gone to."""
+    query = event._data.get("query") if isinstance(event._data, dict) else None
+    return show(query if isinstance(query, str) else "")
+
+
+def table(query: str = "") -> str:
+    """A table of the leaderboard as CSV.
+
+    Args:
+        query: of the page's address, "?suite=minilm-8&show=cost": everything behind the question mark.
+
+    Returns:
+        The table that the page shows there: all digits, intervals in columns of their own, reasons last.
+    """
+    try:
+        view, suite = View.from_query(query, suites())
+    except (EmptyError, BrokenError) as error:
+        raise gr.Error(str(error)) from error
+    return to_csv(table_of(suite, view))
+
+
+def build() -> gr.Blocks:
+    """The page."""
+    private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
+    with gr.Blocks(title="Leaderboard of model fusion", analytics_enabled=False) as blocks:
+        script = (FOLDER / "board.js").read_text(encoding="utf-8")
+        board = gr.HTML("", js_on_load=script, apply_default_css=False)
+        blocks.load(opened, None, board, **private)
+        board.select(chosen, None, board, trigger_mode="always_last", **private)
+        gr.api(table, api_name="table")
+    return blocks
+
+
+THEME = gr.themes.Base(
+    primary_hue="blue",
+    neutral_hue="stone",
+    # Gradio carries both fonts, so no page of ours asks Google; its semi-bold files lack letters, the bold ones do not
+    font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"],
+    font_mono=[gr.themes.LocalFont("IBM Plex Mono", weights=(400, 700)), "ui-monospace", "monospace"],
+).set(
+    body_background_fill="#f8f7f5",
+    body_background_fill_dark="#100f0e",
+    body_text_color="#1c1917",
+    body_text_color_dark="#f3f1ef",
+    body_text_color_subdued="#625d58",
+    body_text_color_subdued_dark="#aaa39d",
+    border_color_primary="#e2dfdb",
+    border_color_primary_dark="#37332f",
+    block_background_fill="#ffffff",
+    block_background_fill_dark="#1b1917",
+    block_radius="10px",
+    input_background_fill="#ffffff",
+    input_background_fill_dark="#1b1917",
+    button_large_radius="8px",
+    button_primary_background_fill="#0072b2",
+    button_primary_background_fill_dark="#0072b2",
+    button_primary_background_fill_hover="#00659e",
+    button_primary_background_fill_hover_dark="#00659e",
+    button_primary_text_color="#ffffff",
+)
+
+demo = build()
+
+if __name__ == "__main__":
+    # not rendered on a server of its own: that one would take the history, which is the page's
+    demo.launch(theme=THEME, css_paths=FOLDER / "style.css", ssr_mode=False)

@@ -1,0 +1,267 @@
+"""`leaderboard.json`, as `hf-fusion bench report` writes it: from where it comes, and what is in it, checked."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+FILE = "leaderboard.json"
+ALL, CLEAN = "all", "clean"
+HELD_IN, HELD_OUT = "held-in", "held-out"
+FLOOR, FUSED, CEILING = "floor", "fused", "ceiling"
+LOWER = frozenset({"perplexity", "mse", "absolute_error", "angle"})  # less is better, on a scale of their own
+
+
+class EmptyError(Exception):
+    """There are no results yet."""
+
+
+class BrokenError(Exception):
+    """There are results that cannot be read; the message says what and where."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean with its 95 % interval; or, with `score` None, why there is none."""
+
+    score: float | None
+    ci95: tuple[float, float] | None = None
+    spread: float = 0.0
+    n: int = 0
+    note: str = ""
+    status: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of a suite; `group` as when all experts are fused."""
+
+    name: str
+    metric: str
+    n: int
+    group: str
+
+    @property
+    def is_lower(self) -> bool:
+        """Whether less is better."""
+        return self.metric in LOWER
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method in one variant on one split, as `hf_fusion.bench.report.summarise` has it."""
+
+    method: str
+    variant: str
+    title: str
+    family: str
+    part: str
+    section: str
+    split: str
+    seeds: tuple[int, ...]
+    scores: dict[str, dict[str, Score]]
+    means: dict[str, dict[str, Score]]
+    normalised: dict[str, dict[str, float]]
+    drop: dict[str, float]
+    cost: float
+    stored: float
+    active: float
+    fuse_cpu_seconds: float
+    seconds: float
+    peak_bytes: float
+    parameters: dict[str, Any]
+    command: str
+    versions: dict[str, str]
+    shas: dict[str, str]
+    machine: str
+
+    @property
+    def key(self) -> str:
+        """What it is called in links."""
+        return f"{self.method}.{self.variant}"
+
+    @property
+    def full_title(self) -> str:
+        """The method, and its variant where that is not the default."""
+        return self.title if self.variant == "default" else f"{self.title}, {self.variant}"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What was measured of one suite, in the order in which tables show it."""
+
+    name: str
+    title: str
+    kind: str
+    tasks: tuple[Task, ...]
+    conditions: tuple[str, ...]
+    splits: tuple[str, ...]
+    groups: dict[str, dict[str, tuple[str, ...]]]
+    rows: tuple[Row, ...]
+
+    def tasks_of(self, split: str, group: str) -> list[Task]:
+        """The tasks of a group in a split."""
+        own = self.groups.get(split, {}).get(group, ())
+        return [task for task in self.tasks if task.name in own]
+
+    def main_group(self, split: str) -> str:
+        """The group that a split is judged by: what was fused, where that was measured."""
+        return HELD_IN if self.tasks_of(split, HELD_IN) else HELD_OUT
+
+    def is_lower(self, tasks: list[Task]) -> bool:
+        """Whether less is better in the mean of some tasks."""
+        return any(task.is_lower for task in tasks)
+
+
+# ---------------------------------------------------------------- where it comes from
+
+
+def read(path: str, dataset: str, revision: str | None) -> list[Suite]:
+    """The suites of a file, or of a data set of the Hub.
+
+    Args:
+        path: of the file; a file that is there goes first.
+        dataset: id of a data set with a `leaderboard.json`, or "".
+        revision: of the data set; None for the newest commit.
+
+    Raises:
+        EmptyError: there is neither a file nor the id of a data set, or nothing was measured.
+        BrokenError: it cannot be fetched, or read.
+    """
+    where = path
+    if not Path(path).is_file():
+        if not dataset:
+            raise EmptyError(f"There is no file {Path(path).name}, and RESULTS_DATASET names no data set.")
+        where = f"{FILE} of {dataset}"
+        try:
+            path = hf_hub_download(dataset, FILE, repo_type="dataset", revision=revision)
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise BrokenError(f"{where} could not be fetched: {str(error).strip().splitlines()[0]}") from error
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BrokenError(f"{Path(where).name if where == path else where} is no JSON: {error}") from error
+    suites = parse(given)
+    if not any(suite.rows for suite in suites):
+        raise EmptyError(f"{Path(where).name if where == path else where} is there, but nothing was measured.")
+    return suites
+
+
+# ---------------------------------------------------------------- what is in it
+
+NUMBER = (int, float)
+
+
+def parse(given: Any) -> list[Suite]:
+    """A summary as dataclasses.
+
+    Raises:
+        BrokenError: something is missing or is of another kind than it should be; with its place.
+    """
+    suites = _get(_kind(given, dict, "the file"), "suites", list, "the file")
+    found = [_suite(_kind(suite, dict, f"suites[{i}]"), f"suites[{i}]") for i, suite in enumerate(suites)]
+    return [suite for suite in found if suite.rows]
+
+
+def _suite(given: dict[str, Any], at: str) -> Suite:
+    words = {key: _get(given, key, str, at) for key in ("name", "title", "kind")}
+    tasks, rows = (
+        [_kind(own, dict, f"{at}.{key}[{i}]") for i, own in enumerate(_get(given, key, list, at))]
+        for key in ("tasks", "rows")
+    )
+    return Suite(
+        **words,
+        tasks=tuple(_task(task, f"{at}.tasks[{i}]") for i, task in enumerate(tasks)),
+        conditions=_texts(given, "conditions", at),
+        splits=_texts(given, "splits", at),
+        rows=tuple(_row(row, f"{at}.rows[{i}]") for i, row in enumerate(rows)),
+        groups={
+            split: {group: _texts(own, group, f"{at}.groups.{split}") for group in own}
+            for split, own in _each(_get(given, "groups", dict, at), dict, f"{at}.groups").items()
+        },
+    )
+
+
+def _task(given: dict[str, Any], at: str) -> Task:
+    name, metric, group = (_get(given, key, str, at) for key in ("name", "metric", "group"))
+    return Task(name, metric, _get(given, "n", int, at), group)
+
+
+def _row(given: dict[str, Any], at: str) -> Row:
+    words = ("method", "variant", "title", "family", "part", "section", "split", "command", "machine")
+    numbers = ("cost", "stored", "active", "fuse_cpu_seconds", "seconds", "peak_bytes")
+    if (part := _get(given, "part", str, at)) not in (FLOOR, FUSED, CEILING):
+        raise BrokenError(f"{at}.part is {part!r}; it can be floor, fused or ceiling")
+
+    def table(key: str) -> dict[str, dict[str, Any]]:
+        return _each(_get(given, key, dict, at), dict, f"{at}.{key}")
+
+    return Row(
+        **{key: _get(given, key, str, at) for key in words},
+        **{key: _number(_get(given, key, NUMBER, at), f"{at}.{key}") for key in numbers},
+        seeds=tuple(_kind(seed, int, f"{at}.seeds") for seed in _get(given, "seeds", list, at)),
+        scores=_scores(table("scores"), f"{at}.scores"),
+        means=_scores(table("means"), f"{at}.means"),
+        normalised={
+            condition: {group: _number(share, f"{at}.normalised.{condition}") for group, share in own.items()}
+            for condition, own in table("normalised").items()
+        },
+        drop={condition: _number(own, f"{at}.drop") for condition, own in _get(given, "drop", dict, at).items()},
+        parameters=_get(given, "parameters", dict, at),
+        versions=_each(_get(given, "versions", dict, at), str, f"{at}.versions"),
+        shas=_each(_get(given, "shas", dict, at), str, f"{at}.shas"),
+    )
+
+
+def _scores(given: Mapping[str, Mapping[str, Any]], at: str) -> dict[str, dict[str, Score]]:
+    return {
+        condition: {name: _score(_kind(score, dict, at), f"{at}.{condition}.{name}") for name, score in own.items()}
+        for condition, own in given.items()
+    }
+
+
+def _score(given: dict[str, Any], at: str) -> Score:
+    if given.get("score") is None:
+        return Score(None, status=_get(given, "status", str, at), reason=_get(given, "reason", str, at))
+    ends = given.get("ci95")
+    if ends is not None:
+        if len(_kind(ends, list, f"{at}.ci95")) != 2:
+            raise BrokenError(f"{at}.ci95 has {len(ends)} ends; an interval has 2")
+        ends = (_number(ends[0], f"{at}.ci95"), _number(ends[1], f"{at}.ci95"))
+    n, note = _kind(given.get("n", 0), int, f"{at}.n"), _kind(given.get("note", ""), str, f"{at}.note")
+    return Score(_number(given["score"], at), ends, _number(given.get("spread", 0.0), f"{at}.spread"), n, note)
+
+
+def _get(given: Mapping[str, Any], key: str, kind: Any, at: str) -> Any:
+    if key not in given:
+        raise BrokenError(f"{at} has no {key!r}")
+    return _kind(given[key], kind, f"{at}.{key}")
+
+
+def _kind(value: Any, kind: Any, at: str) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        wanted = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}.get(kind, "a number")
+        raise BrokenError(f"{at} is {repr(value)[:60]}, not {wanted}")
+    return value
+
+
+def _number(value: Any, at: str) -> float:
+    if not math.isfinite(_kind(value, NUMBER, at)):
+        raise BrokenError(f"{at} is {value}, not a number")
+    return float(value)
+
+
+def _each(given: Any, kind: Any, at: str) -> dict[str, Any]:
+    return {key: _kind(value, kind, f"{at}.{key}") for key, value in _kind(given, dict, at).items()}
+
+
+def _texts(given: Mapping[str, Any], key: str, at: str) -> tuple[str, ...]:
+    return tuple(_kind(value, str, f"{at}.{key}") for value in _get(given, key, list, at))

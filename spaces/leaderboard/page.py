@@ -1,0 +1,362 @@
+"""The page's parts as HTML, each a pure function of plain data; `Markup.format` escapes every text that goes in."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from data import ALL, HELD_IN, HELD_OUT, Row, Suite
+from markupsafe import Markup
+from plots import MOST_LINES, corruption_panels, cost_figure, join, points_of
+from tables import Cell, Column, Line, Table, main_split, table_of, to_csv
+from view import FILTERS, LABELS, SHOWS, View, choices
+
+
+def count(number: int, thing: str) -> str:
+    """3, "suite" as "3 suites"."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+# ---------------------------------------------------------------- head and messages
+
+HEADER = Markup(
+    '<header class="lb-head"><p class="lb-kicker">FusionBench</p><h1>Leaderboard of model fusion</h1><p>{}</p></header>'
+)
+MESSAGE = Markup('<section class="lb-card lb-message" role="status"><h2>{}</h2><p>{}</p>{}</section>')
+COMMAND = Markup(
+    '<div class="lb-code"><pre tabindex="0">{text}</pre>'
+    '<button type="button" class="lb-button" data-copy>{label}</button></div>'
+)
+HOW = """hf-fusion bench run --suite minilm-8 --data DIR --output results
+hf-fusion bench report results
+hf-fusion bench publish --help"""
+
+
+def header(suites: Sequence[Suite]) -> Markup:
+    """What this is, in numbers."""
+    methods = {row.method for suite in suites for row in suite.rows if row.part == "fused"}
+    tasks = sum(len(suite.tasks) for suite in suites)
+    said = (
+        f"{count(len(methods), 'way')} to make one model of many, measured on {count(tasks, 'task')} of "
+        f"{count(len(suites), 'suite')}. Every number has its interval, its recipe and the command that measures it."
+    )
+    return HEADER.format(said)
+
+
+def empty(why: str) -> Markup:
+    """No results yet, and how to make them."""
+    said = Markup(
+        "<p>Measure, then put the leaderboard.json of the report beside app.py, or publish it as a data set:</p>{}"
+    )
+    return HEADER.format("") + MESSAGE.format("No results yet", why, said.format(command(HOW)))
+
+
+def broken(why: str) -> Markup:
+    """Results that cannot be read."""
+    hint = Markup("<p>Write it again: <code>hf-fusion bench report results</code></p>")
+    return HEADER.format("") + MESSAGE.format("The results cannot be read", why, hint)
+
+
+def command(text: str, label: str = "Copy") -> Markup:
+    """Text to copy."""
+    return COMMAND.format(text=text, label=label)
+
+
+# ---------------------------------------------------------------- filters
+
+NAV = Markup('<nav class="lb-tabs" aria-label="Views">{}</nav>')
+TAB = Markup('<a href="{href}" data-key="show {key}"{current}>{title}</a>')
+FORM = Markup(
+    '<form class="lb-filters" role="search" aria-label="Filters">{hidden}{selects}'
+    '<label><span>Method</span><input type="search" name="find" value="{find}" placeholder="Any name" maxlength="200" '
+    'autocomplete="off" data-key="find"></label>'
+    '<a class="lb-reset" href="{reset}" data-key="reset">Reset</a></form>'
+)
+HIDDEN = Markup('<input type="hidden" name="{}" value="{}">')
+SELECT = Markup('<label><span>{label}</span><select name="{name}" data-key="filter {name}">{options}</select></label>')
+OPTION = Markup('<option value="{}"{}>{}</option>')
+
+
+def tabs(view: View) -> Markup:
+    """The ways to see a suite."""
+    current = Markup(' aria-current="page"')
+    made = [
+        TAB.format(
+            href=view.to_query(show=key, sort="", row=""),
+            key=key,
+            title=title,
+            current=current if key == view.show else "",
+        )
+        for key, title in SHOWS.items()
+    ]
+    return NAV.format(join(made))
+
+
+def filters(view: View, suites: Sequence[Suite], suite: Suite) -> Markup:
+    """What can be chosen in this way to see a suite."""
+    values = {"suite": [(own.name, own.title) for own in suites], **choices(suite)}
+    selected = Markup(" selected")
+    selects = []
+    for name in FILTERS[view.show]:
+        options = [
+            OPTION.format(value, selected if value == getattr(view, name) else "", text) for value, text in values[name]
+        ]
+        if len(options) > 1:
+            selects.append(SELECT.format(label=LABELS[name], name=name, options=join(options)))
+    kept = [*(name for name in LABELS if name not in FILTERS[view.show]), "show", "sort"]
+    hidden = [HIDDEN.format(name, getattr(view, name)) for name in kept if getattr(view, name)]
+    reset = View(view.suite, view.show).to_query()
+    return FORM.format(hidden=join(hidden), selects=join(selects), find=view.find, reset=reset)
+
+
+# ---------------------------------------------------------------- the table
+
+SECTION = Markup(
+    '<section class="lb-section"><div class="lb-split"><h2>{title}</h2><a class="lb-button" download="{file}" '
+    'href="data:text/csv;charset=utf-8;base64,{csv}">Download the table (CSV)</a></div><p class="lb-note">{note}</p>'
+    "{figure}{table}{notes}</section>"
+)
+TABLE = Markup(
+    '<div class="lb-scroll lb-box" tabindex="0" role="region" aria-label="{label}"><table class="lb-table">'
+    '<caption class="lb-hidden">{label}. {caption}</caption><thead><tr>{head}</tr></thead>{bodies}</table></div>'
+)
+HEAD = Markup(
+    '<th scope="col" aria-sort="{order}"{kind}><a href="{href}" title="{hint}" data-key="sort {key}">{title}'
+    '<span class="lb-arrow" aria-hidden="true">{arrow}</span></a></th>'
+)
+BODY = Markup(
+    '<tbody class="{part}"><tr class="lb-part"><th scope="rowgroup" colspan="{span}"><span>{title}</span></th></tr>'
+    "{rows}</tbody>"
+)
+ROW = Markup(
+    '<tr class="{kind}"><th scope="row">{number}<a href="{href}" aria-expanded="{open}" data-key="row {key}">{title}'
+    "</a>{chip}<small>{family}</small></th>{cells}</tr>{recipe}"
+)
+NUMBER = Markup('<b class="lb-number" style="--c:var(--e{})">{}</b>')
+CHIP = Markup('<span class="lb-chip">{}</span>')
+CELL = Markup("<td{title}>{number}{star}{note}<small>{interval}</small></td>")
+BEST = Markup(
+    '<td class="best"{title}><span class="lb-star" aria-hidden="true">★</span><b>{number}</b>{star}{note}'
+    "<small>{interval}</small></td>"
+)
+IS_BEST = Markup('<span class="lb-hidden"> best</span>')
+MISSING = Markup('<td class="missing" title="{reason}">{status}{note}</td>')
+NOTE = Markup('<sup><a href="#lb-note-{0}" aria-label="note {0}">{0}</a></sup>')
+NOTES = Markup('<section class="lb-notes"><h3>Notes</h3><ol>{}</ol></section>')
+NOTE_ITEM = Markup('<li id="lb-note-{}" tabindex="-1">{}</li>')
+TITLE = Markup(' title="{}"')
+RECIPE = Markup('<tr class="lb-open"><td colspan="{}">{}</td></tr>')
+NOTHING = Markup('<p class="lb-card lb-nothing" role="status">{} <a href="{}" data-key="all">Show all</a></p>')
+PLAIN = ("none", "no mean")  # of these the reason is no news: it stands in the tooltip, and the CSV
+
+
+class Notes:
+    """Reasons and remarks, numbered as they come; the same text has one number."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, int] = {}
+
+    def mark(self, text: str) -> Markup:
+        """The number to print beside a cell; nothing for no text."""
+        return NOTE.format(self.texts.setdefault(text, len(self.texts) + 1)) if text else Markup("")
+
+    def listed(self) -> Markup:
+        """All of them."""
+        return (
+            NOTES.format(join(NOTE_ITEM.format(n, text) for text, n in self.texts.items()))
+            if self.texts
+            else Markup("")
+        )
+
+
+def table(shown: Table, view: View, suite: Suite, notes: Notes) -> Markup:
+    """The table, with the recipe of the open row below it."""
+    span = len(shown.columns)
+    bodies = []
+    for title, lines in shown.sections:
+        methods = [line.row.method for line in lines]
+        rows = []
+        for k, (method, line) in enumerate(zip(methods, lines, strict=True)):
+            has_variants = methods.count(method) > 1 or line.row.variant != "default"
+            rows.append(_row(line, shown, view, notes, has_variants, method in methods[k - 1 : k]))
+        bodies.append(BODY.format(part=lines[0].row.part, span=span, title=title, rows=join(rows)))
+    label = f"{suite.title}: {SHOWS[view.show].lower()}"
+    head = join(_head(column, shown.sort, view) for column in shown.columns)
+    return TABLE.format(label=label, caption=shown.caption, head=head, bodies=join(bodies))
+
+
+def _head(column: Column, sort: str, view: View) -> Markup:
+    """A column's title, which sorts: best first, and worst first when it is chosen again."""
+    is_sorted = sort.removeprefix("-") == column.key
+    rises = (column.lower or column.key == "method") != sort.startswith("-")
+    return HEAD.format(
+        order=("ascending" if rises else "descending") if is_sorted else "none",
+        kind=Markup(' class="task"') if column.key.startswith("task.") else "",
+        href=view.to_query(sort=f"-{column.key}" if sort == column.key else column.key),
+        hint=f"{column.hint}; sort by it" if column.hint else "sort by it",
+        key=column.key,
+        title=column.title,
+        arrow=("▲" if rises else "▼") if is_sorted else "",
+    )
+
+
+def _row(line: Line, shown: Table, view: View, notes: Notes, has_variants: bool, is_second: bool) -> Markup:
+    row, is_open = line.row, line.row.key == view.row
+    return ROW.format(
+        kind=" ".join(["second"] * is_second + ["open"] * is_open),
+        number=NUMBER.format(line.number - 1, line.number) if line.number else "",
+        href=view.to_query(row="" if is_open else row.key),
+        open="true" if is_open else "false",
+        key=row.key,
+        title=row.title,
+        chip=CHIP.format(row.variant) if has_variants else "",
+        family=row.section if row.part == "fused" and not is_second else "",
+        cells=join(_cell(cell, notes) for cell in line.cells[1:]),
+        recipe=RECIPE.format(len(shown.columns), recipe(row)) if is_open else "",
+    )
+
+
+def _cell(cell: Cell, notes: Notes) -> Markup:
+    if cell.value is None:
+        is_plain = cell.status in PLAIN
+        note = "" if is_plain or cell.reason == cell.status else notes.mark(cell.reason)
+        return MISSING.format(reason=cell.reason, status="–" if is_plain else cell.status, note=note)
+    return (BEST if cell.best else CELL).format(
+        number=cell.text,
+        star=IS_BEST if cell.best else "",
+        note=notes.mark(cell.note) if not cell.note.startswith("seeds ") else "",
+        title=TITLE.format(cell.note) if cell.note else "",
+        interval=cell.interval,
+    )
+
+
+# ---------------------------------------------------------------- a row's recipe
+
+PANEL = Markup(
+    '<div class="lb-recipe"><div><h3>Recipe</h3>{recipe}</div><div><h3>Measure it again</h3>{command}'
+    "<dl>{facts}</dl></div></div>"
+)
+FACT = Markup("<div><dt>{}</dt><dd>{}</dd></div>")
+_PLAIN_WORD = re.compile(r"[A-Za-z_][\w.-]*( [\w.-]+)*\Z")
+_YAML_WORDS = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}
+
+
+def recipe(row: Row) -> Markup:
+    """What a model was made of, and what else there is to know of its numbers."""
+    facts = {
+        "Seeds": ", ".join(map(str, row.seeds)),
+        "Fusing": f"{row.fuse_cpu_seconds:,.1f} s of CPU time, with fitting, adapting and tuning",
+        "Testing": f"{row.seconds:,.1f} s on clean rows",
+        "Parameters": f"{row.stored / 1e6:,.1f} M stored, {row.active / 1e6:,.1f} M met by an example",
+        "Peak": f"{row.peak_bytes / 1e6:,.0f} MB of memory, so far in the process",
+        "Machine": row.machine,
+        "Versions": ", ".join(f"{name} {version}" for name, version in row.versions.items()),
+    }
+    return PANEL.format(
+        recipe=command(recipe_text(row), "Copy the recipe"),
+        command=command(row.command or "The command was not recorded.", "Copy the command"),
+        facts=join(FACT.format(name, text) for name, text in facts.items() if text),
+    )
+
+
+def recipe_text(row: Row) -> str:
+    """A row in the manner of fusion.yaml."""
+    lines = [f"method: {_scalar(row.method)}", f"variant: {_scalar(row.variant)}", f"fused: {_scalar(row.split)}"]
+    lines += _block("parameters", row.parameters)
+    if row.shas:
+        lines.append("sources:")
+        lines += [f"  - {_scalar(f'{name}@{sha}' if sha else name)}" for name, sha in row.shas.items()]
+    return "\n".join(lines)
+
+
+def _block(name: str, values: Mapping[str, Any]) -> list[str]:
+    if not values:
+        return [f"{name}: {{}}"]
+    return [f"{name}:", *(f"  {_scalar(key)}: {_scalar(value)}" for key, value in values.items())]
+
+
+def _scalar(value: Any) -> str:
+    """A value as YAML: JSON is YAML, and plain words need no quotes."""
+    if isinstance(value, str) and (_PLAIN_WORD.match(value) and value.casefold() not in _YAML_WORDS):
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+# ---------------------------------------------------------------- all of it
+
+BOARD = Markup('<div class="lb-board">{}{}{}</div>')
+SPLITS = Markup('<div class="lb-splits">{}</div>')
+SPLIT = Markup(
+    '<article class="lb-card"><h3>{}</h3><p><b>Fused:</b> {}</p><p><b>Tested, never fused:</b> {}</p></article>'
+)
+NO_MEAN = ("No mean to compare", "The tasks of this suite have no common mean, or none of the rows shown has one.")
+LACKS = {  # what a suite was measured without: the title, and the option that measures it
+    "corruptions": ("Nothing was corrupted here", "--corruptions all"),
+    "unseen": ("All experts were fused here", "--unseen all"),
+}
+
+
+def board(suites: Sequence[Suite], query: str) -> Markup:
+    """The page of an address."""
+    view, suite = View.from_query(query, suites)
+    return BOARD.format(tabs(view), filters(view, suites, suite), section(view, suite))
+
+
+def section(view: View, suite: Suite) -> Markup:
+    """What a view shows of a suite."""
+    is_there = {
+        "corruptions": any(row.drop for row in suite.rows),
+        "unseen": any(split != ALL for split in suite.splits),
+    }
+    if not is_there.get(view.show, True):
+        title, option = LACKS[view.show]
+        again = f"hf-fusion bench run --suite {shlex.quote(suite.name)} --data DIR --output results {option}"
+        return MESSAGE.format(title, "It can be measured:", command(again))
+    shown, notes = table_of(suite, view), Notes()
+    figure = Markup("")
+    if view.show == "corruptions":
+        shown = numbered(shown)
+        figure = corruption_panels(shown, suite, main_split(suite))
+    elif view.show == "unseen":
+        figure = SPLITS.format(join(_split(suite, split) for split in suite.splits if split != ALL))
+    elif view.show == "cost":
+        figure = cost_figure(shown, view) if points_of(shown) else MESSAGE.format(*NO_MEAN, "")
+    made = table(shown, view, suite, notes)
+    if not shown.lines:
+        figure, made = (
+            Markup(""),
+            NOTHING.format("No method passes these filters.", View(view.suite, view.show).to_query()),
+        )
+    return SECTION.format(
+        title=suite.title,
+        file=f"{suite.name}-{view.show}.csv",
+        csv=base64.b64encode(to_csv(shown).encode()).decode(),
+        note=f"{shown.caption} ★ marks the best fused model; "
+        "variants of a method stand together, in the place of the better one. Choose a method for its recipe.",
+        figure=figure,
+        table=made,
+        notes=notes.listed(),
+    )
+
+
+def numbered(shown: Table) -> Table:
+    """The table with numbers for the first fused models, which are drawn."""
+    numbers = iter(range(1, MOST_LINES + 1))
+    sections = tuple(
+        (
+            title,
+            tuple(replace(line, number=next(numbers, None)) if line.row.part == "fused" else line for line in lines),
+        )
+        for title, lines in shown.sections
+    )
+    return replace(shown, sections=sections)
+
+
+def _split(suite: Suite, split: str) -> Markup:
+    fused, tested = (", ".join(task.name for task in suite.tasks_of(split, group)) for group in (HELD_IN, HELD_OUT))
+    return SPLIT.format(split.capitalize() if split.isascii() else split, fused or "–", tested or "–")

@@ -1,0 +1,428 @@
+"""The table of a view, as plain data, and the same as CSV: pure functions of what was measured."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from data import ALL, CEILING, CLEAN, FLOOR, FUSED, HELD_IN, HELD_OUT, LOWER, Row, Score, Suite, Task
+from view import View, condition_title
+
+SECTIONS = {CEILING: "Ceilings", FUSED: "Fused models", FLOOR: "Floors"}
+GROUPS = {HELD_IN: "seen", HELD_OUT: "unseen"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number with its interval, or why there is none.
+
+    Attributes:
+        text: the number as it is read.
+        value: the number; None where there is none.
+        ci95: ends of its interval, in the unit of `value`.
+        best: whether no fused model reads better.
+        status, reason: why there is no number.
+        note: what else is to be known.
+    """
+
+    text: str = ""
+    value: float | None = None
+    ci95: tuple[float, float] | None = None
+    best: bool = False
+    status: str = ""
+    reason: str = ""
+    note: str = ""
+
+    @property
+    def interval(self) -> str:
+        """Its 95 % interval as it is read."""
+        if self.ci95 is None:
+            return ""
+        digits = max(0, len(self.text.partition(".")[2]))
+        low, high = (f"{end:.{digits}f}" for end in self.ci95)
+        return f"{low} to {high}" if low.startswith("-") else f"{low}–{high}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column.
+
+    Attributes:
+        key: in addresses.
+        title, hint: what stands above it.
+        lower: whether less is better.
+        marks: whether its best is marked.
+        of: what it has of a row.
+    """
+
+    key: str
+    title: str
+    hint: str = ""
+    lower: bool = False
+    marks: bool = True
+    of: Callable[[Row], Cell] = lambda row: Cell()
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of results and its cells; `number` of those that a plot beside the table draws."""
+
+    row: Row
+    cells: tuple[Cell, ...]
+    number: int | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: floors, fused models and ceilings apart, each in the order that was asked for."""
+
+    columns: tuple[Column, ...]
+    sections: tuple[tuple[str, tuple[Line, ...]], ...]
+    caption: str
+    sort: str
+
+    @property
+    def lines(self) -> list[Line]:
+        """All of them."""
+        return [line for _, lines in self.sections for line in lines]
+
+
+# ---------------------------------------------------------------- cells
+
+
+def scale(tasks: Iterable[Task]) -> str:
+    """The metric whose own scale the mean of some tasks is on; "" for shares, which are read in percent."""
+    return next((task.metric for task in tasks if task.metric in LOWER), "")
+
+
+def score_cell(score: Score | None, metric: str) -> Cell:
+    """A score as it is read: shares in percent, other metrics on their own scale."""
+    if score is None:
+        return Cell(status="not run", reason="not run")
+    if score.score is None:
+        return Cell(status=score.status, reason=score.reason or score.status)
+    factor, digits = (1, 2) if metric in LOWER else (100, 1)
+    ends = score.ci95 and (factor * score.ci95[0], factor * score.ci95[1])
+    return Cell(f"{factor * score.score:.{digits}f}", factor * score.score, ends, note=score.note)
+
+
+def mean_cell(row: Row, suite: Suite, group: str, condition: str) -> Cell:
+    """The mean of a group's tasks; without one, which tasks it lacks."""
+    tasks = suite.tasks_of(row.split, group)
+    mean = row.means.get(condition, {}).get(group)
+    if mean is not None:
+        return score_cell(mean, scale(tasks))
+    own = row.scores.get(condition, {})
+    missing = [task.name for task in tasks if own.get(task.name, Score(None)).score is None]
+    reason = f"no score on {', '.join(missing)}" if missing else "these metrics have no common mean, or seeds differ"
+    return Cell(status="no mean", reason=reason)
+
+
+def plain_mean(scores: Sequence[Score | None], metric: str) -> Cell:
+    """The mean of independent scores; ends of its interval as far as theirs are together, squared and added."""
+    known = [score for score in scores if score is not None and score.score is not None]
+    if not known or len(known) < len(scores):
+        return Cell(status="not run", reason="not run on all of these tasks")
+    mean, ends = sum(own.score for own in known) / len(known), [own.ci95 for own in known if own.ci95]  # type: ignore[misc]
+    if len(ends) < len(known):
+        return score_cell(Score(mean), metric)
+    below, above = (
+        math.sqrt(sum((own.ci95[side] - own.score) ** 2 for own in known)) / len(known)  # type: ignore[index,operator]
+        for side in (0, 1)
+    )
+    return score_cell(Score(mean, (mean - below, mean + above)), metric)
+
+
+def share_cell(share: float | None, why: str) -> Cell:
+    """A share in percent."""
+    return Cell(status="none", reason=why) if share is None else Cell(f"{100 * share:.1f}", 100 * share)
+
+
+def plain_cell(number: float, digits: int = 2) -> Cell:
+    """A number as it is."""
+    return Cell(f"{number:,.{digits}f}", number)
+
+
+# ---------------------------------------------------------------- columns of each way to see a suite
+
+METHOD = Column("method", "Method", "in the order of families", marks=False)
+COST = Column(
+    "cost", "Cost", "time of a forward, as a multiple of the base’s", True, False, lambda r: plain_cell(r.cost)
+)
+
+
+def main_split(suite: Suite) -> str:
+    """The split that views without a choice of one show."""
+    return ALL if ALL in suite.splits else suite.splits[0]
+
+
+def _groups(suite: Suite, split: str, wanted: str = "") -> dict[str, list[Task]]:
+    """Group → its tasks in a split, where there are any."""
+    found = {group: suite.tasks_of(split, group) for group in GROUPS if wanted in ("", group)}
+    found = {group: tasks for group, tasks in found.items() if tasks}
+    return found or {group: tasks for group in GROUPS if (tasks := suite.tasks_of(split, group))}
+
+
+def _mean_column(suite: Suite, split: str, group: str, condition: str, title: str) -> Column:
+    tasks = suite.tasks_of(split, group)
+    hint = f"mean of {', '.join(task.name for task in tasks)}"
+    key = "mean" if group == HELD_IN else "mean-unseen"
+    return Column(key, title, hint, suite.is_lower(tasks), of=lambda row: mean_cell(row, suite, group, condition))
+
+
+def _scores(suite: Suite, view: View) -> tuple[list[Row], list[Column], str]:
+    groups = _groups(suite, view.split, view.tasks)
+    rows = [row for row in suite.rows if row.split == view.split and view.condition in row.scores]
+    columns = [METHOD]
+    for group, tasks in groups.items():
+        title = "Mean" if len(groups) == 1 else f"Mean, {GROUPS[group]}"
+        columns.append(_mean_column(suite, view.split, group, view.condition, title))
+        columns += [
+            Column(
+                f"task.{task.name}",
+                task.name,
+                f"{task.metric}, {task.n:,} test rows, {GROUPS[group]}",
+                task.is_lower,
+                of=lambda row, task=task: score_cell(row.scores[view.condition].get(task.name), task.metric),  # type: ignore[misc]
+            )
+            for task in tasks
+        ]
+    main = next(iter(groups), HELD_IN)
+    if any(main in row.normalised.get(view.condition, {}) for row in rows):
+        columns.append(
+            Column(
+                "experts",
+                "Of experts",
+                "mean as a share of the individual experts’, in %",
+                of=lambda row: share_cell(row.normalised.get(view.condition, {}).get(main), "no mean to compare"),
+            )
+        )
+    if any(len(row.seeds) > 1 for row in rows):
+        columns.append(
+            Column("seeds", "± seeds", "half the range of the mean over seeds", True, False, _spread(suite, view))
+        )
+    scores = "Scores in %" if not scale(suite.tasks) else "Shares in %, other metrics on their own scale"
+    caption = f"{scores}, with their 95 % interval over the test rows; {condition_title(view.condition).lower()} rows."
+    return rows, [*columns, COST], caption
+
+
+def _spread(suite: Suite, view: View) -> Callable[[Row], Cell]:
+    group = view.tasks if suite.tasks_of(view.split, view.tasks) else suite.main_group(view.split)
+
+    def spread(row: Row) -> Cell:
+        mean = row.means.get(view.condition, {}).get(group)
+        if mean is None or len(row.seeds) < 2:
+            why = "no mean" if mean is None else "one seed, or nothing random in it"
+            return Cell(status="none", reason=why)
+        metric = scale(suite.tasks_of(view.split, group))
+        value = mean.spread if metric else 100 * mean.spread
+        return Cell(f"{value:.{2 if metric else 1}f}", value, note=f"seeds {', '.join(map(str, row.seeds))}")
+
+    return spread
+
+
+def _cost(suite: Suite, view: View) -> tuple[list[Row], list[Column], str]:
+    split = main_split(suite)
+    group = suite.main_group(split)
+    rows = [row for row in suite.rows if row.split == split and view.condition in row.scores]
+    rows = [row for row in rows if not row.method.startswith("expert:")]
+    millions = "millions of parameters"
+    columns = [
+        METHOD,
+        _mean_column(suite, split, group, view.condition, "Mean"),
+        COST,
+        Column("active", "Active, M", f"{millions} that one example meets", True, False,
+               lambda r: plain_cell(r.active / 1e6, 1)),
+        Column("stored", "Stored, M", f"{millions} of the model", True, False, lambda r: plain_cell(r.stored / 1e6, 1)),
+        Column("fusing", "Fusing, s", "CPU time of fusing, fitting, adapting and tuning", True, False,
+               lambda r: plain_cell(r.fuse_cpu_seconds, 1)),
+        Column("running", "Testing, s", "time of the evaluation on clean rows of all tasks", True, False,
+               lambda r: plain_cell(r.seconds, 1)),
+        Column("peak", "Peak, MB", "the most memory that the process had held so far", True, False,
+               lambda r: plain_cell(r.peak_bytes / 1e6, 0)),
+    ]  # fmt: skip
+    caption = f"Mean of {condition_title(view.condition).lower()} rows; cost is the time of a forward, base = 1."
+    return rows, columns, caption
+
+
+def corruptions_of(suite: Suite) -> dict[str, list[str]]:
+    """Corruption → its conditions, by severity."""
+    kinds: dict[str, list[str]] = {}
+    for condition in suite.conditions:
+        if condition != CLEAN:
+            kinds.setdefault(condition.partition(":")[0], []).append(condition)
+    return kinds
+
+
+def _corruptions(suite: Suite, view: View) -> tuple[list[Row], list[Column], str]:
+    split = main_split(suite)
+    rows = [row for row in suite.rows if row.split == split and row.drop]
+    kinds = corruptions_of(suite)
+
+    def drop(conditions: Sequence[str]) -> Callable[[Row], Cell]:
+        def mean(row: Row) -> Cell:
+            known = [row.drop[condition] for condition in conditions if condition in row.drop]
+            if len(known) < len(conditions):
+                return Cell(status="none", reason=f"{len(known)} of {len(conditions)} conditions were measured")
+            return share_cell(sum(known) / len(known), "")
+
+        return mean
+
+    every = [condition for conditions in kinds.values() for condition in conditions]
+    columns = [METHOD]
+    columns.append(Column("drop", "Mean drop", "over all corruptions and severities, in %", True, of=drop(every)))
+    for name, conditions in kinds.items():
+        title = name.replace("_", " ")
+        columns.append(Column(f"drop.{name}", title, "mean over severities, in %", True, of=drop(conditions)))
+    columns.append(_mean_column(suite, split, HELD_IN, CLEAN, "Clean"))
+    caption = "Relative drop in % against the clean rows of the same tasks, mean over severities: less is better."
+    return rows, columns, caption
+
+
+def _unseen(suite: Suite, view: View) -> tuple[list[Row], list[Column], str]:
+    splits = [split for split in suite.splits if split != ALL]
+    by_key: dict[str, dict[str, Row]] = {}
+    for row in suite.rows:
+        by_key.setdefault(row.key, {})[row.split] = row
+    rows = []
+    for own in by_key.values():
+        first = next((own[split] for split in splits if split in own), None)
+        if first is None and (own[ALL].part == FUSED or own[ALL].method.startswith("expert:")):
+            continue
+        rows.append(first or own[ALL])
+    columns = [METHOD]
+
+    def mean(split: str, group: str) -> Callable[[Row], Cell]:
+        tasks = suite.tasks_of(split, group)
+
+        def cell(row: Row) -> Cell:
+            own = by_key[row.key]
+            if split in own:
+                return mean_cell(own[split], suite, group, CLEAN)
+            if ALL in own and row.part != FUSED:  # it does not depend on what is fused
+                scores = own[ALL].scores.get(CLEAN, {})
+                return plain_mean([scores.get(task.name) for task in tasks], scale(tasks))
+            return Cell(status="not run", reason="not run on this split")
+
+        return cell
+
+    for split in splits:
+        for group in GROUPS:
+            tasks = suite.tasks_of(split, group)
+            if tasks and view.tasks in ("", group):
+                hint = f"mean of {', '.join(task.name for task in tasks)}, {GROUPS[group]}"
+                key = f"{split}.{GROUPS[group]}"
+                title = f"{split}: {GROUPS[group]}"
+                columns.append(Column(key, title, hint, suite.is_lower(tasks), of=mean(split, group)))
+    caption = "Means with their 95 % interval, clean rows; seen: tasks whose experts were fused, unseen: others."
+    caption += " Floors and ceilings do not depend on what is fused."
+    return rows, columns, caption
+
+
+MAKERS = {"scores": _scores, "cost": _cost, "corruptions": _corruptions, "unseen": _unseen}
+
+
+# ---------------------------------------------------------------- the table
+
+
+def table_of(suite: Suite, view: View) -> Table:
+    """The rows that pass the view's filters, in its order; the best fused model of all is marked, shown or not."""
+    rows, columns, caption = MAKERS[view.show](suite, view)
+    lines = [Line(row, tuple(column.of(row) for column in columns)) for row in rows]
+    for place, column in enumerate(columns):
+        if column.marks:
+            lines = _mark_best(lines, place, column.lower)
+    shown = [line for line in lines if view.has(line.row)]
+    keys = [column.key for column in columns]
+    sort = view.sort if view.sort.removeprefix("-") in keys else _main_sort(columns, view.show)
+    sections = []
+    for part, title in SECTIONS.items():
+        own = _sorted(
+            [line for line in shown if line.row.part == part], keys.index(sort.removeprefix("-")), columns, sort
+        )
+        if own:
+            sections.append((title, tuple(own)))
+    return Table(tuple(columns), tuple(sections), caption, sort)
+
+
+def _main_sort(columns: Sequence[Column], show: str) -> str:
+    """What a table is about: the first column behind the method; of the unseen view the first of unseen tasks."""
+    keys = [column.key for column in columns[1:]]
+    unseen = [key for key in keys if show == "unseen" and key.endswith(f".{GROUPS[HELD_OUT]}")]
+    return (unseen or keys or ["method"])[0]
+
+
+def _mark_best(lines: list[Line], place: int, lower: bool) -> list[Line]:
+    """The best fused model of a column, and all that read the same."""
+    fused = [line for line in lines if line.row.part == FUSED and line.cells[place].value is not None]
+    if len(fused) < 2:
+        return lines
+    values = [line.cells[place].value for line in fused]
+    most = min(values) if lower else max(values)  # type: ignore[type-var]
+    text = next(line.cells[place].text for line in fused if line.cells[place].value == most)
+
+    def marked(line: Line) -> Line:
+        cell = line.cells[place]
+        if line.row.part != FUSED or cell.text != text:
+            return line
+        return replace(line, cells=(*line.cells[:place], replace(cell, best=True), *line.cells[place + 1 :]))
+
+    # where all read the same there is no best
+    return [marked(line) for line in lines] if any(line.cells[place].text != text for line in fused) else lines
+
+
+def _sorted(lines: Sequence[Line], place: int, columns: Sequence[Column], sort: str) -> list[Line]:
+    """Best first, or worst first with a minus; missing numbers last; the variants of a method stay side by side."""
+    worst_first = sort.startswith("-")
+    methods: dict[str, list[Line]] = {}
+    for line in lines:
+        methods.setdefault(line.row.method, []).append(line)
+    own = list(methods.values())
+    if place == 0:
+        return [line for pair in (reversed(own) if worst_first else own) for line in pair]
+    downwards = not columns[place].lower
+
+    def best(pair: list[Line]) -> float | None:
+        values = [value for line in pair if (value := line.cells[place].value) is not None]
+        return (max(values) if downwards else min(values)) if values else None
+
+    known = [pair for pair in own if best(pair) is not None]
+    known.sort(key=lambda pair: best(pair) or 0.0, reverse=downwards != worst_first)
+    return [line for pair in [*known, *(pair for pair in own if best(pair) is None)] for line in pair]
+
+
+# ---------------------------------------------------------------- CSV
+
+
+def to_csv(table: Table) -> str:
+    """The table as it is shown: all digits of its numbers, an interval in two columns behind its own, reasons last."""
+    columns = table.columns[1:]
+    ranged = [any(line.cells[k].ci95 for line in table.lines) for k in range(1, len(table.columns))]
+    written = io.StringIO()
+    writer = csv.writer(written, lineterminator="\n")
+    head = [
+        name
+        for column, two in zip(columns, ranged, strict=True)
+        for name in ([column.title, f"{column.title} low", f"{column.title} high"] if two else [column.title])
+    ]
+    writer.writerow(map(_harmless, ["section", "method", "variant", "family", "split", *head, "notes"]))
+    for title, lines in table.sections:
+        for line in lines:
+            values: list[float | str | None] = []
+            notes = []
+            for column, cell, two in zip(columns, line.cells[1:], ranged, strict=True):
+                values += [cell.value, *((cell.ci95 or (None, None)) if two else ())]
+                if said := cell.note or cell.reason:
+                    notes.append(f"{column.title}: {said}")
+            row = line.row
+            own = [title, row.title, row.variant, row.family, row.split, *values, "; ".join(notes)]
+            writer.writerow(map(_harmless, own))
+    return written.getvalue()
+
+
+def _harmless(value: float | str | None) -> float | str | None:
+    """Text that a spreadsheet does not take for a formula."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
