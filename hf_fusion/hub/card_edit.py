@@ -69,6 +69,26 @@ def metadata_of(text: str) -> dict[str, Any]:
     return _parse(match[2]) if match else {}
 
 
+def put_metadata(text: str, values: dict[str, Any]) -> str:
+    """A README with some keys of its metadata set, in front of which it gets metadata if it has none.
+
+    Other keys keep their values and their order. Where nothing changes, every byte stays.
+
+    Args:
+        text: the README.
+        values: key → plain data.
+
+    Raises:
+        FusionError: for metadata that is not valid YAML, or not a mapping.
+    """
+    match, before = _HEAD.match(text), metadata_of(text)
+    if all(key in before and before[key] == value for key, value in values.items()):
+        return text
+    newline = "\r\n" if "\r\n" in text else "\n"
+    head = yaml.safe_dump({**before, **values}, sort_keys=False, allow_unicode=True, width=10_000)
+    return f"---\n{head}---\n".replace("\n", newline) + text[match.end() if match else 0 :]
+
+
 def _parse(head: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(head)

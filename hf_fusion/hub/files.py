@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import warnings
@@ -293,6 +294,15 @@ def pick_small(source: Source, *, code: bool) -> list[str]:
         for file in source.sizes
         if "/" not in file and file.endswith(wanted) and not file.endswith(".index.json") and file not in _SKIPPED
     ]
+
+
+def same_file(path: Path, entry: Any) -> bool:
+    """Whether a local file is the one a repo holds: by sha256 for large files, by git's hash for others."""
+    digest = hashlib.sha256() if entry.lfs else hashlib.sha1(f"blob {path.stat().st_size}\0".encode())
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest() == (entry.lfs.sha256 if entry.lfs else entry.blob_id)
 
 
 def download(wanted: Sequence[tuple[Source, list[str]]], api: HfApi | None = None) -> None:

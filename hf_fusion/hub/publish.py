@@ -7,7 +7,6 @@ the same call again does only what is missing.
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
 from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.card import README, CardFacts, pinned_revision, read_facts, render_card
 from hf_fusion.hub.discover import read_info
-from hf_fusion.hub.files import explained, hub_api, in_parallel, parts_of, resolve, weight_files
+from hf_fusion.hub.files import explained, hub_api, in_parallel, parts_of, resolve, same_file, weight_files
 from hf_fusion.hub.licenses import combine
 from hf_fusion.recipe import Recipe
 
@@ -290,17 +289,8 @@ def _differences(planned: PublishPlan, sha: str, api: HfApi) -> Iterator[str]:
     yield from (path for path in remote if path not in planned.files and _is_stale(path))
     for path, size in planned.files.items():
         entry = remote.get(path)
-        if entry is None or entry.size != size or not _same(planned.folder / path, entry):
+        if entry is None or entry.size != size or not same_file(planned.folder / path, entry):
             yield path
-
-
-def _same(path: Path, entry: Any) -> bool:
-    """Whether a local file is the one a repo holds: by sha256 for large files, by git's hash for others."""
-    digest = hashlib.sha256() if entry.lfs else hashlib.sha1(f"blob {path.stat().st_size}\0".encode())
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest() == (entry.lfs.sha256 if entry.lfs else entry.blob_id)
 
 
 def _is_stale(path: str) -> bool:

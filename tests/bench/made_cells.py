@@ -55,8 +55,8 @@ def made_cells(
                             out = split != "all" and number >= tasks - 2
                             score = quality + 0.03 * (variant == "tuned") + 0.05 * (number % 3 - 1)
                             score *= 1 - 0.06 * severity * (1.2 - quality) - 0.15 * out
-                            score = min(0.999, max(0.01, score + chance.uniform(-0.01, 0.01)))
-                            half = 1.96 * (score * (1 - score) / 1000) ** 0.5
+                            score = round(min(0.999, max(0.01, score + chance.uniform(-0.01, 0.01))), 6)
+                            half = round(1.96 * (score * (1 - score) / 1000) ** 0.5, 6)
                             cells.append(
                                 Cell(
                                     suite=suite,
@@ -69,7 +69,7 @@ def made_cells(
                                     group="held-out" if out else "held-in",
                                     seed=seed,
                                     score=score,
-                                    ci95=(score - half, score + half),
+                                    ci95=(round(score - half, 6), round(score + half, 6)),
                                     n=1000,
                                     seconds=1.5,
                                     fuse_cpu_seconds=3.0,

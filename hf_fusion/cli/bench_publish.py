@@ -1,0 +1,52 @@
+"""Push results to the Hub as a data set, and their numbers into the cards of fused models."""
+
+from __future__ import annotations
+
+import argparse
+
+from hf_fusion.errors import FusionError
+
+from .output import Out
+
+EXAMPLES = (
+    ("hf-fusion bench publish results me/results --dry-run", "what would be pushed; nothing is sent"),
+    ("hf-fusion bench publish results me/results --models ties:tuned=me/ties", "and into the card of me/ties"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to push where."""
+    parser.add_argument(
+        "folder", metavar="DIR", help="cells: a run's folder, or one with .jsonl files, or one such file"
+    )
+    parser.add_argument("repo", metavar="REPO", help="owner/name of the data set; created if missing")
+    parser.add_argument(
+        "--models", nargs="+", default=(), metavar="METHOD=OWNER/NAME",
+        help="fused models whose cards get the numbers of a method (METHOD:tuned for those of the tuned one)",
+    )  # fmt: skip
+    parser.add_argument("--public", action="store_true", help="a new data set is public (default: private)")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be pushed, and stop")
+
+
+def run(args: argparse.Namespace, out: Out) -> None:
+    """Plans; pushes unless it is a dry run."""
+    from hf_fusion.bench.cells import read_cells
+    from hf_fusion.bench.publish import plan_results, push_results
+
+    models = dict(_pair(word) for word in args.models)
+    planned = plan_results(read_cells(args.folder), args.repo, models, private=not args.public)
+    if args.dry_run:
+        for change in planned.models:
+            out.text(f"{change.card}\n")
+        out.dict(planned.summary())
+        return
+    done = push_results(planned)
+    out.result("Published", repo=done.repo_id, revision=done.sha, url=done.url, cards=list(done.models))
+    out.hint(f"load_dataset({done.repo_id!r}, revision={done.sha!r})")
+
+
+def _pair(word: str) -> tuple[str, str]:
+    method, _, repo = word.partition("=")
+    if not method or repo.count("/") != 1:
+        raise FusionError(f"--models {word} names no method and model", "--models METHOD=OWNER/NAME")
+    return method, repo
