@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import DataCollatorWithPadding
 
 from hf_fusion.bench.scoring import METRICS, Answered, answers, from_logits
 from hf_fusion.bench.setting import MAX_LENGTH, Batch, Setting, multiplications
 from hf_fusion.bench.suite import Suite, UnseenSplit, expert_path
-from hf_fusion.bench.systems import CLEAN, TEST, System, share_batches
+from hf_fusion.bench.systems import CLEAN, TEST, LeftOut, System, share_batches
 from hf_fusion.experts import Expert
 from hf_fusion.hub.load import load_experts
 from hf_fusion.models.wemoe.heads_wemoe import activate_heads
@@ -62,6 +63,7 @@ class MergingSetting(Setting):
         self.states = [_Own(self, number) for number in range(len(self.names))]
         self._shown: State | None = None
         self._batches: dict[tuple[str, str, str], list[Batch]] = {}
+        self._embeddings: dict[tuple[str, str, str], torch.Tensor] = {}
         self._logits: dict[tuple[int, str, str, str], tuple[torch.Tensor, torch.Tensor]] = {}
 
     # ---------------------------------------------------------------- rows
@@ -79,6 +81,10 @@ class MergingSetting(Setting):
         if self.suite.head == "zero-shot-image":
             names = own.classes or rows.features["label"].names
             return zero_shot_examples(processor, rows, [own.templates[0].format(name) for name in names])
+        if self.suite.head == "feature-extraction":
+            texts = processor(list(rows["text"]), truncation=True, max_length=MAX_LENGTH)
+            encoded = [{key: texts[key][number] for key in texts} for number in range(len(rows))]
+            return Examples(encoded, DataCollatorWithPadding(processor), _no_loss)
         labels = list(self.merge.config.experts[self.names.index(task)]["labels"])
         return read_examples(Expert(task, self.backbone, processor=processor, labels=labels), rows, MAX_LENGTH)
 
@@ -88,10 +94,26 @@ class MergingSetting(Setting):
         """What a model answers, called with the inputs and ``task=``."""
         reads = METRICS[self.suite.tasks[task].metric].reads
         tokenizer = self.merge.processor
-        return share_batches(
+        found = share_batches(
             self.batches(task, condition, part),
             lambda inputs: answers(model, {**inputs, "task": task}, reads, tokenizer),
         )
+        if reads != "embeddings":
+            return found
+        given, right = torch.tensor(found.predictions), self.embeddings(task, condition, part)
+        return Answered(torch.cosine_similarity(given, right).tolist(), [1] * len(given))
+
+    def embeddings(self, task: str, condition: str, part: str) -> torch.Tensor:
+        """What the task's own expert makes of its rows, (N, d); computed once, and the backbone is as before."""
+        key = (task, condition, part)
+        if key not in self._embeddings:
+            before = self._shown
+            self.show(self.states[self.names.index(task)])
+            batches = self.batches(task, condition, part)
+            found = share_batches(batches, lambda inputs: answers(Dense(self), {**inputs, "task": task}, "embeddings"))
+            self._embeddings[key] = torch.tensor(found.predictions)
+            self.show(before or self.base)
+        return self._embeddings[key]
 
     def dense(self, state: State, **facts: Any) -> System:
         """The system that a state of the backbone is; the tensors that it lacks are the base's."""
@@ -153,6 +175,10 @@ class MergingSetting(Setting):
     def numbers(self, split: UnseenSplit) -> list[int]:
         """Which experts a split fuses."""
         return [self.names.index(name) for name in split.fuse]
+
+
+def _no_loss(model: Any, inputs: Any) -> torch.Tensor:
+    raise LeftOut("embeddings have no labels, hence no loss")
 
 
 class _Own(Mapping[str, torch.Tensor]):

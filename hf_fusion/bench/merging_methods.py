@@ -146,6 +146,8 @@ def _statistics(setting: MergingSetting, split: UnseenSplit, kind: str, seed: in
     """What Fisher merging and RegMean need of every fused expert, on rows that it was not trained on."""
     from hf_fusion.training.statistics import measure_fisher, measure_gram
 
+    if kind == "fisher" and setting.suite.head == "feature-extraction":
+        raise LeftOut("Fisher information is that of answers, and embeddings are none")
     measure: Any = {"fisher": measure_fisher, "gram": measure_gram}[kind]
     found = []
     for number in setting.numbers(split):
@@ -202,6 +204,8 @@ def _adapt(setting: MergingSetting, split: UnseenSplit, model: Any, seed: int, *
     """Adapts a model on the unlabelled rows kept apart of the fused tasks; gives what the cell tells of it."""
     from hf_fusion.training.routers import adapt_routers
 
+    if setting.suite.head in ("feature-extraction", "causal-lm", "seq2seq-lm"):
+        raise LeftOut("what is learned without labels is learned from the classes of answers, and there are none")
     model.to(setting.backbone.device)
     rows = {task: _unlabelled(setting, task) for task in split.fuse}
     options.setdefault("learning_rate", 5e-4)
@@ -288,6 +292,8 @@ Combine = Callable[[torch.Tensor], torch.Tensor]  # logits (K, N, C) → scores 
 def _ensemble(setting: MergingSetting, split: UnseenSplit, combine: Combine, **parameters: Any) -> System:
     if setting.suite.head in ("causal-lm", "seq2seq-lm"):
         raise LeftOut("an ensemble of language models would have to be asked token by token")
+    if setting.suite.head == "feature-extraction":
+        raise LeftOut("embeddings of several models have no common space to be averaged in")
 
     def answer(task: str, condition: str, part: str) -> Answered:
         found = [setting.logits(number, task, condition, part) for number in setting.numbers(split)]

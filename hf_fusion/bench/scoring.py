@@ -27,12 +27,12 @@ class BenchMetric:
         metric: a key of `hf_fusion.metrics.SCORES`.
         reads: what of the model's output it needs: "classes", their "numbers" (a regressor's), whether all of the
             target's tokens are the likeliest ("targets"), the share of them that are ("tokens"), their loss
-            ("losses"), or written "texts".
+            ("losses"), written "texts", or what it makes of the whole row ("embeddings").
         more: whether more is better.
     """
 
     metric: str
-    reads: Literal["classes", "numbers", "targets", "tokens", "losses", "texts"]
+    reads: Literal["classes", "numbers", "targets", "tokens", "losses", "texts", "embeddings"]
     more: bool = True
 
 
@@ -51,6 +51,7 @@ METRICS = {
     "rougeL": BenchMetric("rougeL", "texts"),
     "exact_match": BenchMetric("exact_match", "texts"),
     "spearman_text": BenchMetric("spearmanr", "texts"),
+    "agreement": BenchMetric("mean", "embeddings"),  # cosine with the task's own expert's
 }
 
 
@@ -133,7 +134,6 @@ def answers(model: Any, inputs: Mapping[str, Any], reads: str, tokenizer: Any = 
         reads: see `BenchMetric`.
         tokenizer: of "texts".
     """
-    labels = inputs["labels"]
     if reads in ("targets", "tokens"):
         exact, share = score_targets(model, inputs)
         values = exact.long() if reads == "targets" else share
@@ -142,7 +142,10 @@ def answers(model: Any, inputs: Mapping[str, Any], reads: str, tokenizer: Any = 
         return _losses(model, inputs)
     if reads == "texts":
         return _texts(model, inputs, tokenizer)
-    return from_logits(class_logits(model, inputs), labels, reads)
+    if reads == "embeddings":
+        first = model(**{name: own for name, own in inputs.items() if name != "labels"}).last_hidden_state[:, 0]
+        return first.tolist(), [0] * len(first)
+    return from_logits(class_logits(model, inputs), inputs["labels"], reads)
 
 
 def from_logits(logits: torch.Tensor, labels: torch.Tensor, reads: str) -> tuple[list[Any], list[Any]]:
