@@ -252,13 +252,21 @@ def _content(path: Path) -> dict[str, Any]:
     content = dict(content)
     if (parent := content.pop("extends", None)) is None:
         return content
-    other = path.with_name(f"{parent}.yaml")
+    other = _beside(path, f"{parent}.yaml")
     if not other.is_file():
-        raise FusionError(f"{path}: extends {shown(parent)}, which is not there", hint=f"a suite in {path.parent}")
+        raise FusionError(
+            f"{path}: extends {shown(parent)}, which is not there", hint=f"use one of {', '.join(suite_names())}"
+        )
     inherited = read_yaml(other)
     if "extends" in inherited:
         raise FusionError(f"{path}: extends {parent}, which extends another", hint=f"extends: {inherited['extends']}")
     return {**inherited, **content}
+
+
+def _beside(path: Path, name: str) -> Path:
+    """A file beside a suite's, or among the package's suites."""
+    own = path.parent / name
+    return own if own.is_file() else SUITES / name
 
 
 def _is_text(value: object) -> bool:
@@ -392,7 +400,7 @@ def _texts(value: Any, path: Path, where: str, lines: bool) -> tuple[str, ...]:
         return tuple(value)
     if not lines:
         return (value,)
-    file = path.parent / value
+    file = _beside(path, value)
     if not file.is_file():
         raise FusionError(f"{where}: {file} is missing", hint="a list of names, or a file beside the suite's")
     return tuple(file.read_text(encoding="utf-8").splitlines())

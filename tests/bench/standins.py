@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
+from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value, disable_progress_bars
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
 from PIL import Image as Pillow
@@ -34,6 +34,8 @@ from transformers import (
 )
 
 from hf_fusion.bench.suite import Suite, Task, is_hub_id, load_suite
+
+disable_progress_bars()
 
 ROWS = 40
 

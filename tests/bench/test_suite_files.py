@@ -107,6 +107,19 @@ def test_every_suite_of_the_package_is_whole(name):
     assert suite.is_local == (suite.build is not None or not any(map(is_hub_id, suite.experts.values())))
 
 
+def test_what_can_be_run_can_be_scored():
+    from hf_fusion.bench.scoring import METRICS as SCORED
+
+    suites = [suite for suite in map(load_suite, suite_names()) if not suite.needs]
+    assert {task.metric for suite in suites for task in suite.tasks.values()} <= SCORED.keys() <= METRICS.keys()
+
+
+def test_a_file_elsewhere_extends_a_suite_of_the_package(written):
+    suite = load_suite(written("extends: clip-vit-base-patch32\ntitle: mine\n"))
+    assert suite.title == "mine"
+    assert len(suite.tasks["dtd"].classes) == 47
+
+
 def test_fusionbench_has_26_tasks_and_74_models():
     clip = [f"clip-vit-{size}" for size in ("base-patch32", "base-patch16", "large-patch14")]
     clip += ["clip-vit-base-patch16-lora", "clip-vit-base-patch16-l-lora"]

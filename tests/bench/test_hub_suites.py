@@ -1,0 +1,131 @@
+"""The Hub suites from end to end, by the commands and clients that anyone has, against stand-ins under the real ids."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from standins import DATA, ROWS, fill
+
+from hf_fusion.bench.cells import read_cells
+from hf_fusion.bench.suite import is_hub_id, load_suite, suite_names
+from hf_fusion.hub.server import HubServer
+
+RUNNABLE = [name for name in suite_names() if not load_suite(name).is_local and not load_suite(name).needs]
+METHODS = {  # kind -> something that is fused, beside what each kind has
+    "merging": ["pretrained", "average", "task_arithmetic", "individual"],
+    "routing": ["pretrained", "uniform", "experts"],
+    "fusion": ["foe_selection", "individual"],
+}
+TWO = """\
+extends: gpt2-glue
+title: two of seven
+tasks:
+  cola: {columns: {text: sentence}}
+  rte: {columns: {text: sentence1, text_pair: sentence2}}
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A Hub of its own: the ids are the real ones."""
+    with HubServer(tmp_path_factory.mktemp("hub")) as server:
+        yield server
+
+
+@pytest.fixture
+def python(hub, tmp_path):
+    """Runs Python in a process that knows this Hub alone and has an empty cache; its stdout."""
+
+    def run(*words: str) -> str:
+        given = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, *words], env={**os.environ, **given}, capture_output=True, text=True, timeout=500
+        )
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
+        return done.stdout
+
+    return run
+
+
+def run_suite(python, suite: str | Path, kind: str, output: Path):
+    """The cells of a run with few rows."""
+    words = ["bench", "run", "--suite", str(suite), "--methods", *METHODS[kind], "--limit", "6", "--tuned-on", "3"]
+    python("-m", "hf_fusion.cli", *words, "--output", str(output))
+    return read_cells(output)
+
+
+def test_two_tasks_from_end_to_end(hub, python, tmp_path):
+    fill(hub, "gpt2-glue", ("cola", "rte"))
+    (tmp_path / "two.yaml").write_text(TWO)
+    cells = run_suite(python, tmp_path / "two.yaml", "merging", tmp_path / "out")
+    assert {cell.status for cell in cells} == {"measured"}, [cell.reason for cell in cells]
+    assert {(cell.method, cell.task) for cell in cells} == {
+        (method, task) for method in METHODS["merging"] for task in ("cola", "rte")
+    }
+    assert {cell.n for cell in cells} == {6}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_every_runnable_suite_from_end_to_end(name, hub, python, tmp_path):
+    suite = load_suite(name)
+    fill(hub, suite)
+    checked = json.loads(python("-m", "hf_fusion.cli", "bench", "check", name, "--format", "json"))
+    assert {row["status"] for row in checked} == {"there"}
+    cells = run_suite(python, name, suite.kind, tmp_path / "out")
+    assert {cell.task for cell in cells} == set(suite.tasks)
+    assert not [f"{cell.method} {cell.task}: {cell.reason}" for cell in cells if cell.status == "failed"]
+    assert {cell.method for cell in cells if cell.status == "measured"} >= set(METHODS[suite.kind]) - {"individual"}
+
+
+ROWS_OF = """
+import json, sys
+from datasets import disable_progress_bars
+from hf_fusion.bench.rows import task_rows
+from hf_fusion.bench.suite import load_suite
+disable_progress_bars()
+found = {}
+for name, tasks in json.loads(sys.argv[1]).items():
+    for task in tasks:
+        rows = task_rows(load_suite(name), task)
+        parts = [None if part is None else len(part) for part in (rows.train, rows.fit, rows.test)]
+        label = rows.test.features.get("label")
+        columns = {key: str(value) for key, value in rows.test[0].items()}
+        found[f"{name} {task}"] = [parts, columns, getattr(label, "names", None)]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_rows_of_all_suites_come_with_our_columns(hub, python):
+    wanted = {name: list(load_suite(name).tasks)[:8] for name in RUNNABLE}
+    for name, tasks in wanted.items():
+        fill(hub, name, tuple(tasks))
+    found = json.loads(python("-c", ROWS_OF, json.dumps(wanted)))
+    assert len(found) == sum(map(len, wanted.values()))
+    for key, (parts, columns, classes) in found.items():
+        name, task = key.split()
+        own = load_suite(name).tasks[task]
+        want = {"prompt", "target"} if own.prompt else set(columns) & {"text", "text_pair", "image", "label"}
+        assert set(columns) == want
+        assert own.prompt or "label" in columns
+        if own.classes:
+            assert classes == list(own.classes)
+        split_off = parts[1] + parts[2] if own.fitting.split == "test" else (parts[0] or 0) + parts[1]
+        assert split_off == ROWS or own.fitting.split == "validation"
+    columns = found["flan-t5-base-glue qnli"][1]
+    assert columns["prompt"].startswith("Given the context: '")
+    assert columns["target"] in ("yes", "no")
+    assert found["gpt2-glue qnli"][2] == ["entailment", "not_entailment"]
+
+
+def test_stand_ins_have_data_for_every_runnable_suite():
+    named = {task.data for name in RUNNABLE for task in load_suite(name).tasks.values()}
+    assert named == set(DATA)
+    assert all(map(is_hub_id, named))
+    assert len(RUNNABLE) == 12
