@@ -120,6 +120,7 @@ def run_suite(
         runner.setting = _named(make)(
             suite, data_dir and Path(data_dir), limit, tuned_on, batch_size, device or str(state.device)
         )
+        _check_rows(runner.setting, suite)
         runner.run(todo, tell)
     state.wait_for_everyone()
     return [cell for cell in read_cells(folder / suite.name) if cell.suite == suite.name]
@@ -331,6 +332,24 @@ def _splits(suite: Suite, words: Sequence[str]) -> list[UnseenSplit]:
         if name not in known:
             raise FusionError(f"{suite.name} has no unseen split {name!r}", hint=", ".join(known) or "leave it out")
     return [known[name] for name in names]
+
+
+def _check_rows(setting: Any, suite: Suite) -> None:
+    """Some rows are there: where all are missing, no cell need say so.
+
+    Raises:
+        FusionError: of the first task's rows.
+    """
+    problem = None
+    for task in suite.tasks:
+        try:
+            setting.rows(task)
+        except FusionError as error:
+            problem = problem or error
+        else:
+            return
+    if problem:
+        raise problem
 
 
 def _check_settings(folder: Path, suite: Suite, settings: dict[str, int]) -> None:
