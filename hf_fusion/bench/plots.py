@@ -68,11 +68,12 @@ def draw_accuracy_cost(suite: Row) -> Any:
     axes.set_xlim(low / 10 ** (0.04 * decades), low * 10 ** (0.96 * decades))
     if len(front) > 1:
         axes.step(*zip(*front, strict=True), where="post", color=ORANGE, linewidth=1.6, alpha=0.8, zorder=2)
-    for row, cost, mean in points:
-        look = looks[row["section"]]
-        if mean["ci95"] is not None:
-            axes.plot([cost, cost], mean["ci95"], color=look["color"], linewidth=0.9, alpha=0.45, zorder=2)
-        axes.plot(cost, mean["score"], linestyle="", markersize=6.5, markeredgewidth=0.9, zorder=4, **look)
+    for section, look in looks.items():
+        own = [(cost, mean) for row, cost, mean in points if row["section"] == section]
+        known = [(cost, *mean["ci95"]) for cost, mean in own if mean["ci95"] is not None]
+        axes.vlines(*_sides(known), color=look["color"], linewidth=0.9, alpha=0.45, zorder=2)
+        places = [cost for cost, _ in own], [mean["score"] for _, mean in own]
+        axes.plot(*places, linestyle="", markersize=6.5, markeredgewidth=0.9, zorder=4, **look)
     bottom, top = axes.get_ylim()
     step = 0.148 / (height * axes.get_position().height) * (top - bottom)
     for column in columns:
@@ -99,7 +100,7 @@ def draw_accuracy_cost(suite: Row) -> Any:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
     plain_axes(axes, labelsize=8.5)
     axes.set_xlabel("time of a forward, as a multiple of the base's (logarithmic)", loc="left", fontsize=8.5)
-    _head(figure, height, f"{suite['title']}: {_what(suite)} against inference cost", "bold, line: the Pareto front")
+    _head(figure, height, f"{suite['title']}: {_what(suite)} against inference cost", "bold and line: the Pareto front of the fused models")
     _legend(figure, height, looks, columns=4)
     return figure
 
@@ -137,16 +138,17 @@ def draw_tasks(suite: Row) -> Any:
                 continue
             end = score["score"]
             if score["ci95"] is not None:
-                axes.plot(score["ci95"], [y, y], color=DARK, linewidth=0.9, zorder=3)
                 end = max(end, score["ci95"][1])
             axes.text(
                 max(0, end) + 0.02 * most, y, _number(score["score"], own_scale), fontsize=7.2, va="center", color=DARK
             )
+        ranges = [(y, *score["ci95"]) for y, score in enumerate(scores) if score.get("ci95") is not None]
+        axes.hlines(*_sides(ranges), color=DARK, linewidth=0.9, zorder=3)
         axes.set_xlim(min(0, *values), most)
         axes.set_ylim(len(rows) - 0.45, -0.55)
-        axes.set_yticks(range(len(rows)), names if column == 0 else [""] * len(rows), fontsize=8)
-        axes.set_xticks([] if own_scale else [0, 0.5, 1], [] if own_scale else [""] * 3)
-        plain_axes(axes, grid="x")
+        axes.set_yticks(range(len(rows)) if column == 0 else [], names if column == 0 else [], fontsize=8)
+        axes.set_xticks([] if own_scale else [0, 0.5, 1])
+        plain_axes(axes, grid="x", labelbottom=False)
         axes.spines["bottom"].set_visible(False)
         held = " (held out)" if task["name"] in suite["groups"].get(ALL, {}).get(HELD_OUT, ()) else ""
         axes.set_title(f"{task['name']}{held}", loc="left", fontsize=8.5, fontweight="bold", pad=3)
@@ -228,23 +230,20 @@ def draw_normalised(suite: Row) -> Any:
     figure = blank_figure(WIDTH, height, layout=None)
     foot = 0.32 + 0.2 * legend_rows
     axes = figure.add_axes((left / WIDTH, foot / height, (WIDTH - left - 0.1) / WIDTH, (height - foot - 0.62) / height))
-    right = 0.0
+    right, ranges = 0.0, []
+    shares = [row["normalised"][CLEAN][group] for row in rows]
+    axes.barh(range(len(rows)), shares, height=0.7, color=[looks[row["section"]]["color"] for row in rows], alpha=0.85)
     for y, row in enumerate(rows):
         share, mean = row["normalised"][CLEAN][group], row["means"][CLEAN][group]
-        look = looks[row["section"]]
-        axes.barh(y, share, height=0.7, color=look["color"], alpha=0.85)
         end = share
-        if mean["ci95"] is not None:
+        if mean["ci95"] is not None and mean["score"]:
             # a share of the same experts' mean; where less is better it is their mean by this one
-            ends = [
-                share * (mean["score"] / e if _own_scale(suite) else e / mean["score"])
-                for e in mean["ci95"]
-                if e and mean["score"]
-            ]
-            axes.plot(ends, [y] * len(ends), color=DARK, linewidth=1, zorder=3)
+            ends = [share * (mean["score"] / e if _own_scale(suite) else e / mean["score"]) for e in mean["ci95"] if e]
+            ranges.append((y, min(ends), max(ends)))
             end = max([share, *ends])
         axes.text(end + 0.008, y, f"{100 * share:.1f}", fontsize=7.8, va="center", color=DARK, bbox=PAPER)
         right = max(right, end)
+    axes.hlines(*_sides(ranges), color=DARK, linewidth=1, zorder=3)
     axes.axvline(1, color=DARK, linewidth=1, linestyle=(0, (5, 3)), zorder=1)
     axes.set_xlim(0, max(1.0, right) + 0.07)
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -363,6 +362,11 @@ def _front(points: list[tuple[float, float]], lower: bool) -> list[tuple[float, 
         if not front or (score < front[-1][1] if lower else score > front[-1][1]):
             front.append((cost, score))
     return front
+
+
+def _sides(ranges: Sequence[tuple[float, float, float]]) -> tuple[list[float], list[float], list[float]]:
+    """Place, low end, high end of lines, one list each."""
+    return [place for place, _, _ in ranges], [low for _, low, _ in ranges], [high for _, _, high in ranges]
 
 
 def _head(figure: Any, height: float, title: str, line: str) -> None:

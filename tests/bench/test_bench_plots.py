@@ -100,6 +100,12 @@ def test_a_score_that_is_missing_is_said_in_its_panel():
     assert second.get_title(loc="left") == "b (held out)"
 
 
+def test_a_method_that_is_always_wrong_is_drawn_too():
+    cells = [cell("individual", "a", 0.8), cell("ties", "a", 0.0, ci95=(0.0, 0.01))]
+    axes = draw_normalised(summarise(cells)["suites"][0]).axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [1, 0]
+
+
 def test_without_means_there_is_no_picture():
     suite = summarise([cell("ties", "a", 0.7), cell("ties", "b", None)])["suites"][0]
     assert shown_rows(suite) == []

@@ -52,11 +52,14 @@ def main(arguments: list[str] | None = None) -> int:
         for cell in cells:
             write_cell(Path(folder) / "cells", cell)
         words = ["bench", "report", f"{folder}/cells", "--output", f"{folder}/report", "--format", "quiet"]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPYCACHEPREFIX": f"{folder}/bytecode"}
+        env.pop("PYTHONDONTWRITEBYTECODE", None)
         times = []
         for _ in range(options.runs):
             before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-            subprocess.run([sys.executable, "-m", "hf_fusion.cli", *words], check=True, stdout=subprocess.DEVNULL,
-                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+            subprocess.run(
+                [sys.executable, "-m", "hf_fusion.cli", *words], check=True, env=env, stdout=subprocess.DEVNULL
+            )
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
             print(f"{times[-1]:5.2f} s of CPU time, {time.perf_counter() - began:5.2f} s")
