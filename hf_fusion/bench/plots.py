@@ -100,7 +100,12 @@ def draw_accuracy_cost(suite: Row) -> Any:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
     plain_axes(axes, labelsize=8.5)
     axes.set_xlabel("time of a forward, as a multiple of the base's (logarithmic)", loc="left", fontsize=8.5)
-    _head(figure, height, f"{suite['title']}: {_what(suite)} against inference cost", "bold and line: the Pareto front of the fused models")
+    _head(
+        figure,
+        height,
+        f"{suite['title']}: {_what(suite)} against inference cost",
+        "bold and line: the Pareto front of the fused models",
+    )
     _legend(figure, height, looks, columns=4)
     return figure
 
