@@ -53,7 +53,7 @@ def show(query: str) -> str:
 
 def opened(request: gr.Request) -> str:
     """The page of the address that a visitor came by."""
-    return show(str(request.query_params))
+    return show(f"?{request.query_params}")
 
 
 def chosen(event: gr.EventData) -> str:

@@ -14,13 +14,19 @@ function ask() {
 
 function go(query, instead = false) {
   clearTimeout(timer);
-  const next = new URLSearchParams(query);
-  for (const [name, value] of new URLSearchParams(location.search)) if (name.startsWith("__")) next.set(name, value);
-  const address = `?${next}`;
+  const address = addressOf(query);
   if (address === location.search) return;
-  if (new URLSearchParams(location.search).get("show") !== next.get("show")) scrolled = null;
+  const [from, to] = [location.search, address].map((own) => new URLSearchParams(own).get("show"));
+  if (from !== to) scrolled = null;
   history[instead ? "replaceState" : "pushState"](null, "", address);
   ask();
+}
+
+// What the frame around a Space says (__theme) stays
+function addressOf(query) {
+  const next = new URLSearchParams(query);
+  for (const [name, value] of new URLSearchParams(location.search)) if (name.startsWith("__")) next.set(name, value);
+  return `?${next}`;
 }
 
 function search(form, instead) {
@@ -103,6 +109,11 @@ element.addEventListener("scroll", (event) => {
 }, true);
 
 watch("value", () => {
+  const board = element.querySelector(".lb-board");
+  if (board && board.dataset.query === (asked || "?")) {
+    asked = addressOf(board.dataset.address); // written shortest
+    history.replaceState(history.state, "", asked + location.hash);
+  }
   const box = element.querySelector(".lb-box");
   if (box && scrolled) box.scrollTo(scrolled);
   const again = focused && element.querySelector(`[data-key="${CSS.escape(focused)}"]`);

@@ -289,7 +289,7 @@ def _scalar(value: Any) -> str:
 
 # ---------------------------------------------------------------- all of it
 
-BOARD = Markup('<div class="lb-board">{}{}{}</div>')
+BOARD = Markup('<div class="lb-board" data-query="{}" data-address="{}">{}{}{}</div>')
 SPLITS = Markup('<div class="lb-splits">{}</div>')
 SPLIT = Markup(
     '<article class="lb-card"><h3>{}</h3><p><b>Fused:</b> {}</p><p><b>Tested, never fused:</b> {}</p></article>'
@@ -302,9 +302,9 @@ LACKS = {  # what a suite was measured without: the title, and the option that m
 
 
 def board(suites: Sequence[Suite], query: str) -> Markup:
-    """The page of an address."""
+    """The page of an address; it tells which one it answers, and how that is written shortest."""
     view, suite = View.from_query(query, suites)
-    return BOARD.format(tabs(view), filters(view, suites, suite), section(view, suite))
+    return BOARD.format(query, view.to_query(), tabs(view), filters(view, suites, suite), section(view, suite))
 
 
 def section(view: View, suite: Suite) -> Markup:

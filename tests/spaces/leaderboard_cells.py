@@ -9,7 +9,7 @@ from hf_fusion.bench.cells import Cell
 from hf_fusion.bench.methods import METHODS
 
 HOSTILE = "<img src=x onerror=window.hacked=1>\"'{{evil}}${evil}"
-TASKS = ("sst2", "trec", "subj", "cola", "mrpc", "snips")
+TASKS = ("sst2", "trec", "subj", "snips", "cola", "mrpc")
 SPLITS = {"all": TASKS, "near": ("trec", "subj", "cola", "mrpc"), "far": ("sst2", "trec", "subj", "snips")}
 CORRUPTIONS = ("typos", "truncation")
 N = 250
