@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SEVERITIES = (1, 2, 3, 4, 5)
+MARKUP = re.compile(r"(<\|\w+\|>(?:system|user|assistant)?\n?)")  # of chats: nobody types it
 
 
 def conditions(words: Sequence[str], is_image: bool) -> list[str]:
@@ -59,6 +61,13 @@ def corrupted(rows: Dataset, condition: str) -> Dataset:
         columns = [column for column in ("text", "text_pair", "prompt") if column in rows.column_names]
 
         def one(row: dict[str, Any], number: int) -> dict[str, Any]:
-            return {column: corrupt_text(row[column], name, severity, number) for column in columns}
+            return {column: _corrupted_text(row[column], name, severity, number) for column in columns}
 
     return rows.map(one, with_indices=True, keep_in_memory=True, load_from_cache_file=False)
+
+
+def _corrupted_text(text: str, name: str, severity: int, seed: int) -> str:
+    """A corrupted text, the markup of a chat as it was."""
+    parts = MARKUP.split(text)  # texts, with a piece of markup between each two
+    parts[::2] = [corrupt_text(part, name, severity, seed) for part in parts[::2]]
+    return "".join(parts)
