@@ -100,7 +100,7 @@ VIT = {
 }
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_convert_rgb": True}
 BASE_SHARES = {"cifar10": 0.6}  # of a task's train rows that pre-train the base, others 0.3: photographs need more
-MULTITASK = {"text": (2, 5e-5), "image": (5, 5e-4)}  # epochs at most, and learning rate, of one model of all tasks
+MULTITASK = {"text": (5000, 1e-4), "image": (8000, 5e-4)}  # rows seen of each task at most, and learning rate
 MIRRORED = ("cifar10", "fashion_mnist", "pneumonia")  # what stays of its class when mirrored
 RIDGE = 1e-3  # weight of the squared norm, for features of unit variance, where a head is fitted alone
 SHIFT = 3  # px by which pictures are moved at most in training
@@ -140,8 +140,9 @@ license: other
 # {name}, multitask-trained
 
 One model of all tasks of {name}, the ceiling of what is merged: the base's trunk under a head for each task, which
-begins as that of the task's expert, trained on the experts' {rows} train rows in batches of one task each, in turn by
-chance, for at most {epochs} epochs (AdamW, learning rate {learning_rate:g}). Accuracy on the test rows: {scores}.
+begins as that of the task's expert, trained on the experts' {rows} train rows in batches of one task each, in an order
+of chance: as often as the expert has seen them, but {most} at most of each task (AdamW, learning rate
+{learning_rate:g}). Accuracy on the test rows: {scores}.
 `model.safetensors` is the state dict of the backbone of hf_fusion's `CoefficientMerge` of these experts. Trained by
 hf_fusion's `examples/train_experts.py`.
 """
@@ -389,7 +390,7 @@ def train_multitask(suite: MergingSuite, data: Path, folder: Path) -> str:
             pixels, tested = (read_images(own, merge.processor) for own in (rows, test_rows))
             sets[task] = Images(pixels, rows["label"], [task in MIRRORED] * len(rows))
             tests[task] = Images(tested, test_rows["label"])
-        steps += [task] * (min(how.epochs, most) * math.ceil(len(rows) / size))
+        steps += [task] * math.ceil(min(how.epochs * len(rows), most) / size)
     random.Random(SEED).shuffle(steps)
     collate = DataCollatorWithPadding(merge.processor) if text else default_data_collator
     batches = {task: _without_end(own, size, collate) for task, own in sets.items()}
@@ -424,7 +425,7 @@ def train_multitask(suite: MergingSuite, data: Path, folder: Path) -> str:
         base_model=f"base_model: {suite.base}\n" if suite.base else "",
         name=suite.name,
         rows=sum(map(len, sets.values())),
-        epochs=most,
+        most=most,
         learning_rate=learning_rate,
         scores=", ".join(f"{task} {score:.1%}" for task, score in scores.items()),
     )
