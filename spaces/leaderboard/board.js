@@ -4,12 +4,17 @@ const WAIT = 250; // milliseconds without a letter, then a search is asked for
 let asked = location.search;
 let timer, focused, typed, scrolled;
 let reveal = true; // a recipe that was asked for
+const status = document.createElement("p"); // for readers who do not see that the table is another one
+status.className = "lb-hidden";
+status.setAttribute("role", "status");
+element.after(status);
 
 function ask() {
   asked = location.search;
   element.querySelector(".lb-board")?.setAttribute("aria-busy", "true");
   trigger("select", { query: asked });
-  if (parent !== window) parent.postMessage({ queryString: asked, hash: "" }, "https://huggingface.co"); // its own address
+  const own = [...new URLSearchParams(asked)].filter(([name]) => !name.startsWith("__"));
+  if (parent !== window) parent.postMessage({ queryString: `${new URLSearchParams(own)}` }, "https://huggingface.co");
 }
 
 function go(query, instead = false) {
@@ -36,6 +41,11 @@ function search(form, instead) {
 element.addEventListener("click", async (event) => {
   const copy = event.target.closest("[data-copy]");
   if (copy) return copied(copy);
+  const note = event.target.closest("a[href^='#']");
+  if (note) {
+    event.preventDefault(); // Gradio's <base> would make it another page
+    return document.getElementById(note.getAttribute("href").slice(1))?.focus();
+  }
   const link = event.target.closest("a[href^='?']");
   if (!link || event.button || event.metaKey || event.ctrlKey || event.shiftKey || event.altKey) return;
   event.preventDefault();
@@ -75,7 +85,7 @@ element.addEventListener("input", (event) => {
 });
 
 addEventListener("popstate", () => {
-  if (location.search === asked) return; // a note of the same page
+  if (location.search === asked) return;
   clearTimeout(timer);
   typed = null;
   ask();
@@ -112,8 +122,9 @@ watch("value", () => {
   const board = element.querySelector(".lb-board");
   if (board && board.dataset.query === (asked || "?")) {
     asked = addressOf(board.dataset.address); // written shortest
-    history.replaceState(history.state, "", asked + location.hash);
+    history.replaceState(history.state, "", asked);
   }
+  status.textContent = element.querySelector("[data-said]")?.dataset.said ?? "";
   const box = element.querySelector(".lb-box");
   if (box && scrolled) box.scrollTo(scrolled);
   const again = focused && element.querySelector(`[data-key="${CSS.escape(focused)}"]`);

@@ -117,8 +117,8 @@ def filters(view: View, suites: Sequence[Suite], suite: Suite) -> Markup:
 # ---------------------------------------------------------------- the table
 
 SECTION = Markup(
-    '<section class="lb-section"><div class="lb-split"><h2>{title}</h2><a class="lb-button" download="{file}" '
-    'href="data:text/csv;charset=utf-8;base64,{csv}">Download the table (CSV)</a></div><p class="lb-note">{note}</p>'
+    '<section class="lb-section" data-said="{said}"><div class="lb-split"><h2>{title}</h2>'
+    '<a class="lb-button" download="{file}" href="data:text/csv;charset=utf-8;base64,{csv}">Download the table (CSV)</a></div><p class="lb-note">{note}</p>'
     "{figure}{table}{notes}</section>"
 )
 TABLE = Markup(
@@ -333,6 +333,7 @@ def section(view: View, suite: Suite) -> Markup:
             NOTHING.format("No method passes these filters.", View(view.suite, view.show).to_query()),
         )
     return SECTION.format(
+        said=f"{count(len(shown.lines), 'row')}: {shown.caption}",
         title=suite.title,
         file=f"{suite.name}-{view.show}.csv",
         csv=base64.b64encode(to_csv(shown).encode()).decode(),

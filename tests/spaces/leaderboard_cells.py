@@ -65,7 +65,7 @@ def _suite(suite: str) -> list[Cell]:
                             cell = Cell(
                                 suite, method, task, family, variant, condition, split,
                                 group="held-in" if task in fused else "held-out",
-                                seed=seed, score=score, ci95=(score - half, score + half), n=N, cost=cost,
+                                seed=seed, score=score, ci95=(score - half, score + 0.9 * half), n=N, cost=cost,
                                 parameters={"scaling": 0.5} if variant == "tuned" else {},
                                 seconds=1.25, fuse_cpu_seconds=3.5, peak_bytes=int(2e9),
                                 stored=int(22.7e6 * cost), active=int(22.7e6 * min(cost, 2)),

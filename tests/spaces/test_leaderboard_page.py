@@ -9,6 +9,7 @@ import math
 import random
 import re
 from copy import deepcopy
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -192,6 +193,10 @@ def test_the_best_fused_model_is_marked_floors_and_ceilings_never(space, suites)
     assert not any(cell.best for cell in column(shown, "cost").values())
     filtered = table(space, suites, "?family=merge")  # the best of all is not shown, so nothing is marked
     assert not any(cell.best for cell in column(filtered, "mean").values())
+    [best] = [row for row in suites[0].rows if row.key == "wemoe.default" and row.split == "all"]
+    with_twin = replace(suites[0], rows=(*suites[0].rows, replace(best, method="twin", part="ceiling")))
+    cells = column(table(space, [with_twin], ""), "mean")
+    assert cells["wemoe.default"].best and not cells["twin.default"].best
     lower = table(space, suites, space.view.View(STRANGE).to_query())
     assert [line.row.method for line in lower.lines if line.cells[1].best] == ["second"]
     assert [line.cells[1].text for line in lower.lines] == ["4.25", "5.50", "8.12"]  # less is better: first

@@ -91,6 +91,8 @@ def test_tables_filters_and_addresses_in_the_browser(url, summary, visit):
         assert shown == [f"{100 * score:.1f}" if score is not None else "failed1" for score in scores]
     missing = page.locator("td.missing", has_text="failed")
     assert missing.get_attribute("title") == FAILED and page.locator("#lb-note-1").text_content() == FAILED
+    missing.get_by_role("link").click()
+    assert page.evaluate("[document.activeElement.id, location.search]") == ["lb-note-1", "?suite=minilm-8"]
     assert page.locator("td.best").count() > 0 and page.locator(".lb-table caption").count() == 1
     parts = page.locator(".lb-part").all_text_contents()
     assert parts == ["Ceilings", "Fused models", "Floors"]
@@ -114,7 +116,7 @@ def test_tables_filters_and_addresses_in_the_browser(url, summary, visit):
     assert len(methods(page)) == 4
     page.get_by_label("Method").press_sequentially("ties", delay=20)
     wait_for(page, "?suite=minilm-8&variant=tuned&find=ties&sort=-task.cola")
-    assert methods(page) == ["ties.tuned"]
+    assert methods(page) == ["ties.tuned"] and "1 row: Scores in %" in page.get_by_role("status").all_text_contents()[0]
     assert page.evaluate("[document.activeElement.name, document.activeElement.value]") == ["find", "ties"]
     with page.expect_download() as download:
         page.get_by_text("Download the table").click()
