@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DataCollatorWithPadding
+from transformers import AutoProcessor, DataCollatorWithPadding
 
 from hf_fusion.bench.scoring import METRICS, Answered, answers, from_logits
 from hf_fusion.bench.setting import MAX_LENGTH, Batch, Setting, multiplications
@@ -51,10 +51,21 @@ class MergingSetting(Setting):
         self.names = list(owned)
         self.start: Expert | None = None
         if suite.base:
-            [self.start] = load_experts([expert_path(suite.base, suite.build)], gates=False)
+            path = expert_path(suite.base, suite.build)
+            [self.start] = load_experts([path], gates=False)
+            if suite.head == "zero-shot-image":  # reads texts as well, which no expert does
+                name, _, revision = str(path).partition("@")
+                self.start = replace(
+                    self.start, processor=AutoProcessor.from_pretrained(name, revision=revision or None)
+                )
         base: Any = self.start and self.start.model
         loaded = load_experts([expert_path(own, suite.build) for own in owned.values()], base=base, gates=False)
-        self.experts = [replace(expert, name=name) for name, expert in zip(owned, loaded, strict=True)]
+        shared = self.start and self.start.processor
+        is_zero_shot = suite.head == "zero-shot-image"
+        self.experts = [
+            replace(own, name=name, processor=shared if is_zero_shot else own.processor or shared)
+            for name, own in zip(owned, loaded, strict=True)
+        ]
         self.merge = CoefficientMerge(self.experts, base, "task", 0.0).to(device)
         self.backbone = self.merge.backbone
         known = {**dict(self.backbone.named_parameters()), **dict(self.backbone.named_buffers())}

@@ -237,7 +237,7 @@ def wemoe(
     diversity: float = 1.0, batch_size: int = 16, **options: Any,
 ) -> System:  # fmt: skip
     """WEMoE: MLPs merged anew for every input, routers adapted without labels on rows kept apart."""
-    model: Any = WEMoEModel.from_experts(_fused(setting, split), base=setting.start, scaling=scaling, **options)
+    model = _upscaled(setting, split, scaling=scaling, **options)
     how = {"steps": steps, "loss": loss, "diversity": diversity, "batch_size": batch_size}
     facts = _adapt(setting, split, model, seed, **how)
     return _mixture(setting, model, {**options, **facts})
@@ -245,10 +245,17 @@ def wemoe(
 
 def smile(setting: MergingSetting, split: UnseenSplit, seed: int, rank: int) -> System:
     """SMILE: low-rank experts chosen token by token, without training."""
-    model = WEMoEModel.from_experts(
-        _fused(setting, split), base=setting.start, routing="smile", task_vectors="low-rank", rank=rank
-    )
+    model = _upscaled(setting, split, routing="smile", task_vectors="low-rank", rank=rank)
     return _mixture(setting, model, {"rank": rank})
+
+
+def _upscaled(setting: MergingSetting, split: UnseenSplit, **options: Any) -> Any:
+    try:
+        return WEMoEModel.from_experts(_fused(setting, split), base=setting.start, **options)
+    except ValueError as error:
+        if "no expert differs" in str(error):
+            raise LeftOut("the experts left the MLPs as they were, and these are what is up-scaled") from error
+        raise
 
 
 def _mixture(setting: MergingSetting, model: Any, parameters: dict[str, Any]) -> System:
