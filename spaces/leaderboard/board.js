@@ -19,6 +19,7 @@ function ask() {
 
 function go(query, instead = false) {
   clearTimeout(timer);
+  timer = null;
   const address = addressOf(query);
   if (address === location.search) return;
   const [from, to] = [location.search, address].map((own) => new URLSearchParams(own).get("show"));
@@ -69,7 +70,7 @@ async function copied(button) {
 
 element.addEventListener("submit", (event) => {
   event.preventDefault();
-  search(event.target);
+  if (timer) search(event.target, new URLSearchParams(location.search).has("find")); // else it is there already
 });
 
 element.addEventListener("change", (event) => {

@@ -34,7 +34,7 @@ COMMAND = Markup(
 )
 HOW = """hf-fusion bench run --suite minilm-8 --data DIR --output results
 hf-fusion bench report results
-hf-fusion bench publish --help"""
+hf-fusion bench publish results OWNER/NAME"""
 
 
 def header(suites: Sequence[Suite]) -> Markup:
@@ -51,7 +51,7 @@ def header(suites: Sequence[Suite]) -> Markup:
 def empty(why: str) -> Markup:
     """No results yet, and how to make them."""
     said = Markup(
-        "<p>Measure, then put the leaderboard.json of the report beside app.py, or publish it as a data set:</p>{}"
+        "<p>Measure; then put results-report/leaderboard.json beside app.py, or publish and set RESULTS_DATASET:</p>{}"
     )
     return HEADER.format("") + MESSAGE.format("No results yet", why, said.format(command(HOW)))
 
@@ -118,8 +118,8 @@ def filters(view: View, suites: Sequence[Suite], suite: Suite) -> Markup:
 
 SECTION = Markup(
     '<section class="lb-section" data-said="{said}"><div class="lb-split"><h2>{title}</h2>'
-    '<a class="lb-button" download="{file}" href="data:text/csv;charset=utf-8;base64,{csv}">Download the table (CSV)</a></div><p class="lb-note">{note}</p>'
-    "{figure}{table}{notes}</section>"
+    '<a class="lb-button" download="{file}" href="data:text/csv;charset=utf-8;base64,{csv}">'
+    'Download the table (CSV)</a></div><p class="lb-note">{note}</p>{figure}{table}{notes}</section>'
 )
 TABLE = Markup(
     '<div class="lb-scroll lb-box" tabindex="0" role="region" aria-label="{label}"><table class="lb-table">'
