@@ -8,6 +8,7 @@ What cannot be written as ``W + B @ A`` is refused by the name of the adapter an
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import re
@@ -165,6 +166,25 @@ def _refuse_trained_biases(config: Mapping[str, Any], saved: Mapping[str, Any], 
 def _under(parameter: str, modules: tuple[str, ...]) -> bool:
     """Whether a parameter lies in one of the modules, each named by the end of its path."""
     return any(f".{module}." in f".{parameter}" for module in modules)
+
+
+def placed(adapter: Adapter, base: torch.nn.Module) -> Adapter:
+    """An adapter by its paths in a base, where those that it has are seen from a part of it (CLIP's vision tower).
+
+    Returns:
+        The same adapter where it fits as it is, or fits no part, or several.
+    """
+    if not fit_problems(adapter, base):
+        return adapter
+    first = next(iter(adapter.lora))
+    ends = [path.removesuffix(first) for path, _ in base.named_modules() if path.endswith(f".{first}")]
+    found = []
+    for start in ends:
+        lora = {start + path: pair for path, pair in adapter.lora.items()}
+        moved = dataclasses.replace(adapter, lora=lora, saved={start + key: own for key, own in adapter.saved.items()})
+        if not fit_problems(moved, base):
+            found.append(moved)
+    return found[0] if len(found) == 1 else adapter
 
 
 def fit_problems(adapter: Adapter, base: torch.nn.Module) -> list[str]:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import Adapter, Expert, ExpertInfo
-from hf_fusion.hub.adapters import fit_problems, read_adapter
+from hf_fusion.hub.adapters import fit_problems, placed, read_adapter
 from hf_fusion.hub.files import (
     IMAGE_FILES,
     PROCESSOR_FILES,
@@ -204,7 +204,7 @@ class _Loader:
 
         experts = {}
         for i, source in sources.items():
-            adapter = self._cast(adapters[i])
+            adapter = placed(self._cast(adapters[i]), model)
             _refuse_misfits({source.name: adapter}, model)
             refuse_keys(source.name, "missing in the adapter and in its base", unfilled - set(adapter.saved))
             labels = _adapter_labels(source, adapter) if head.has_labels else []
@@ -407,7 +407,7 @@ def in_memory(expert: Any, index: int) -> Expert:
 
 def _refuse_misfits(adapters: Mapping[str, Adapter], base: Any) -> None:
     for name, adapter in adapters.items():
-        if problems := fit_problems(adapter, base):
+        if problems := fit_problems(placed(adapter, base), base):
             raise FusionError(f"Adapter {name} does not fit its base: {'; '.join(problems[:5])}.")
 
 

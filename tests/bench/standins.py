@@ -170,7 +170,14 @@ def _saved(model: Any, processor: Any, folder: Path) -> None:
 def _clip(seed: int) -> CLIPModel:
     torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text = {**sizes, "vocab_size": 300, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2}
+    text = {
+        **sizes,
+        "hidden_size": 48,
+        "vocab_size": 300,
+        "max_position_embeddings": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     vision = {**sizes, "image_size": 32, "patch_size": 16}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
 

@@ -1,5 +1,6 @@
 """Adapters read without peft equal what peft computes; what cannot be expressed is refused by name."""
 
+import copy
 import json
 
 import pytest
@@ -7,11 +8,20 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import vit
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, GPT2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    GPT2Config,
+)
 
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.adapters import config_problems, fit_problems, read_adapter
+from hf_fusion.hub.adapters import config_problems, fit_problems, placed, read_adapter
 
+CLIP = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 BERT = BertConfig(
     vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, num_labels=3
 )
@@ -213,3 +223,18 @@ def test_fit_problems_name_the_module(tmp_path):
 
 def test_config_problems_empty_for_plain_lora():
     assert config_problems(LoraConfig(r=4, target_modules=["query"]).to_dict() | {"peft_type": "LORA"}) == []
+
+
+def test_an_adapter_of_a_part_finds_its_place(tmp_path):
+    """As those of CLIP's vision tower, whose paths start there; where two parts would do, it stays as it is."""
+    vision = CLIPVisionConfig(image_size=16, patch_size=8, **CLIP)
+    clip = CLIPModel(CLIPConfig(text_config={**CLIP, "hidden_size": 48}, vision_config=vision.to_dict()))
+    save_adapter(tmp_path, copy.deepcopy(clip.vision_model), r=4, target_modules=["q_proj"])
+    adapter = read_adapter(tmp_path, "me/adapter")
+    assert fit_problems(adapter, clip)
+    [path] = [path for path in adapter.lora if ".0." in path]
+    assert placed(adapter, clip).lora[f"vision_model.{path}"][1] is adapter.lora[path][1]
+    assert fit_problems(placed(adapter, clip), clip) == []
+    alike = CLIPModel(CLIPConfig(text_config=CLIP, vision_config=vision.to_dict()))
+    assert placed(adapter, alike) is adapter
+    assert placed(adapter, clip.vision_model) is adapter
