@@ -206,16 +206,24 @@ class _Runner:
 
         made = _named(row.at(self.suite.kind))(self.setting, job.split, job.seed, **row.given)
         systems: Mapping[str, System] = made if isinstance(made, Mapping) else {job.method: made}
-        models = {(name, DEFAULT): (system, spent()) for name, system in systems.items()}
+        models: dict[tuple[str, str], Any] = {(name, DEFAULT): (system, spent()) for name, system in systems.items()}
+        tuned = ""
         if row.tune:
-            models[job.method, TUNED] = (self.tune(job, row.tune, systems[job.method]), spent())
+            try:
+                best = self.tune(job, row.tune, systems[job.method])
+                models[job.method, TUNED] = (best, spent())
+                tuned = f" ({row.tune[0]} {best.parameters[row.tune[0]]:g})"
+            except Exception as error:  # the defaults are measured all the same
+                models[job.method, TUNED] = error
         self._asked.clear()
         scores: dict[tuple[str, str], list[float]] = {}
         problems: list[str] = []
         for cell in self.cells(job):
-            system, times = models[cell.method, cell.variant]
+            model = models[cell.method, cell.variant]
             try:
-                measured = self.ask(cell, system, times)
+                if isinstance(model, Exception):
+                    raise model
+                measured = self.ask(cell, *model)
             except Exception as error:  # the other cells go on
                 measured = replace(cell, **_problem(error))
                 self.write(measured)
@@ -227,9 +235,7 @@ class _Runner:
             told = [f"best {max(means.values()):.1%}"]
         else:
             told = [f"{variant} {mean:.1%}" for (_, variant), mean in means.items()]
-        if row.tune and told:
-            told[-1] += f" ({row.tune[0]} {models[job.method, TUNED][0].parameters[row.tune[0]]:g})"
-        return ", ".join([*told, *problems[:1]])
+        return ", ".join(told) + tuned + "".join(f", {problem}" for problem in problems[:1])
 
     def ask(self, cell: Cell, system: System, times: Mapping[str, Any]) -> Cell:
         """A cell with its score; as it is on the disk, where it is there."""

