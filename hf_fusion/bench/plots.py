@@ -158,7 +158,7 @@ def draw_tasks(suite: Row) -> Any:
         held = " (held out)" if task["name"] in suite["groups"].get(ALL, {}).get(HELD_OUT, ()) else ""
         axes.set_title(f"{task['name']}{held}", loc="left", fontsize=8.5, fontweight="bold", pad=3)
     metrics = ", ".join(dict.fromkeys(_metric(task["metric"]) for task in tasks))
-    _head(figure, height, f"{suite['title']}: task by task", f"{metrics}; 95 % intervals; the best of each family, then the next best")
+    _head(figure, height, f"{suite['title']}: task by task", f"{metrics}; 95 % intervals; at most {MOST} methods")
     return figure
 
 
@@ -216,7 +216,7 @@ def draw_corruptions(suite: Row) -> Any:
             (lambda value, _: f"{value:g}") if own_scale else (lambda value, _: f"{100 * value:.0f}")
         )
         axes.tick_params(labelleft=column == 0)
-    _head(figure, height, f"{suite['title']}: {_what(suite)} under corruption", "by severity; the best of each family, then the next best")
+    _head(figure, height, f"{suite['title']}: {_what(suite)} under corruption", f"by severity; at most {MOST} methods")
     _legend(figure, height, {title_of(row): looks[row["method"]] for row in rows}, columns=3, line=1.3)
     return figure
 
