@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,9 +132,12 @@ def read_cells(source: str | Path) -> list[Cell]:
         if file.name.startswith("."):
             continue
         text = file.read_text(encoding="utf-8")
+        shared: dict[str, Any] = {}  # of the line before
         for number, line in enumerate(text.splitlines() if file.suffix == ".jsonl" else [text], 1):
             try:
-                cell = Cell.from_dict(json.loads(line))
+                values = {**shared, **json.loads(line)}
+                shared = {name: values[name] for name in SHARED if name in values}
+                cell = Cell.from_dict(values)
             except (ValueError, AttributeError, FusionError) as error:
                 raise FusionError(f"{file}:{number} is no cell: {error}", hint="delete it and run again") from None
             cells[cell.place] = cell
@@ -143,15 +146,41 @@ def read_cells(source: str | Path) -> list[Cell]:
     return [cells[place] for place in sorted(cells)]
 
 
-def write_lines(path: str | Path, cells: Iterable[Cell]) -> None:
-    """All cells in one file, one line each: what is committed and published."""
+def write_lines(path: str | Path, cells: Iterable[Cell], brief: bool = False) -> None:
+    """All cells in one file, one line each: what is published and, briefly, committed.
+
+    Args:
+        path: ends in ``.jsonl``.
+        cells: in any order.
+        brief: lines lack what is empty, and of `SHARED` what is as in the line before; numbers have six digits.
+    """
 
     def lines() -> Iterator[str]:
+        before: dict[str, Any] = {}
         for cell in cells:
-            yield json.dumps(asdict(cell), separators=(",", ":"))
+            values = asdict(cell)
+            kept = values
+            if brief:
+                kept = {
+                    name: _short(value)
+                    for name, value in values.items()
+                    if (before.get(name) != value if name in SHARED else value != EMPTY.get(name))
+                }
+            before = values
+            yield json.dumps(kept, separators=(",", ":"))
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text("\n".join(lines()) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    return [_short(own) for own in value] if isinstance(value, (list, tuple)) else value
+
+
+SHARED = ("command", "machine", "versions", "shas")
+EMPTY = {row.name: row.default for row in fields(Cell) if row.default is not MISSING} | {"parameters": {}}
