@@ -36,7 +36,9 @@ def run(args: argparse.Namespace, out: Out) -> None:
     disable_progress_bars()
     suite = load_suite(args.suite)
     found = check_suite(suite, args.data)
-    out.table([asdict(row) for row in found], title=f"{suite.name}: {suite.title}", key="source")
+    rows = [asdict(row) for row in found]
+    shown = [{**row, "pinned": "yes" if row["pinned"] else "no" if row["sha"] else ""} for row in rows]
+    out.table(shown, title=f"{suite.name}: {suite.title}", key="source", data=rows)
     if suite.needs:
         out.warning(f"{suite.name} is declared only; to be run it needs {suite.needs}")
     lacking = [row for row in found if row.status != "there"]
