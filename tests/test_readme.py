@@ -68,6 +68,7 @@ def fused(folder) -> tuple[Path, str]:
     return folder / "fused", python(ROOT / "examples" / "01_fuse.py", cwd=folder)
 
 
+@pytest.mark.slow
 def test_the_readmes_eight_lines_make_the_model_and_the_picture(fused, folder):
     code = blocks(README, "python")[0]
     assert code in EXAMPLES["01_fuse.py"]  # which has run
@@ -77,6 +78,7 @@ def test_the_readmes_eight_lines_make_the_model_and_the_picture(fused, folder):
     assert (fused[0] / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_whoever_loads_it_needs_transformers_alone(fused, folder):
     code = blocks(README, "python")[1]
     (folder / "use.py").write_text(
@@ -85,6 +87,7 @@ def test_whoever_loads_it_needs_transformers_alone(fused, folder):
     assert "FoEModel" in python("use.py", cwd=folder)
 
 
+@pytest.mark.slow
 def test_the_blocks_of_phatgoose_make_a_router_of_adapters_on_the_hub(hub, tmp_path):
     """Word for word, with a tiny model in the place of SmolLM2."""
     base = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -107,6 +110,7 @@ def test_the_blocks_of_phatgoose_make_a_router_of_adapters_on_the_hub(hub, tmp_p
     assert HfApi(endpoint=hub.endpoint, token=hub.token("me")).model_info("me/router").private
 
 
+@pytest.mark.slow
 def test_the_blocks_of_wemoe_make_a_model_of_fine_tunes_on_the_hub(hub, tmp_path):
     """Word for word, with a tiny model in the place of MiniLM."""
     base, model = "sentence-transformers/all-MiniLM-L6-v2", bert_base()
@@ -136,12 +140,14 @@ def test_the_first_example_prints_what_it_says(fused):
             assert abs(float(number) - float(other)) <= 5, line
 
 
+@pytest.mark.slow
 def test_the_second_example_prints_what_it_says(folder):
     assert [line.strip() for line in python(ROOT / "examples" / "02_discover.py", cwd=folder).splitlines()] == expected(
         "02_discover.py"
     )
 
 
+@pytest.mark.slow
 def test_the_third_example_prints_what_it_says(fused, folder):
     said = python(ROOT / "examples" / "03_use.py", fused[0], cwd=folder).splitlines()
     assert [line.rpartition(" asked ")[0].split() for line in said] == [

@@ -59,6 +59,7 @@ def run_suite(python, suite: str | Path, kind: str, output: Path):
     return read_cells(output)
 
 
+@pytest.mark.slow
 def test_two_tasks_from_end_to_end(hub, python, tmp_path):
     fill(hub, "gpt2-glue", ("cola", "rte"))
     (tmp_path / "two.yaml").write_text(TWO)

@@ -44,7 +44,7 @@ def heads_of_different_labels():
     ("kind", "generates"),
     [
         pytest.param("llama mixed", False, marks=pytest.mark.slow),
-        ("llama", True),
+        pytest.param("llama", True, marks=pytest.mark.slow),
         pytest.param("gpt2", True, marks=pytest.mark.slow),
         pytest.param("t5", True, marks=pytest.mark.slow),
         pytest.param("bert", False, marks=pytest.mark.slow),

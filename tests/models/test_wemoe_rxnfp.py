@@ -79,6 +79,7 @@ def test_two_independent_fine_tunes_fuse_save_and_reload(folders, tmp_path):
     assert done.stdout.strip() == "True"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"task_vectors": "low-rank", "rank": 64}, {"task_vectors": "bfloat16"}, {"task_vectors": "sparse"}],
     ids=lambda options: options["task_vectors"],

@@ -115,7 +115,9 @@ def visit(browser):
 
     def open_page(url: str, width: int = 1280, scheme: str = "light"):
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        page.on("console", lambda entry: errors.append(entry.text) if entry.type == "error" else None)
+        page.on(
+            "console", lambda entry: errors.append(f"{entry.text} {entry.location}") if entry.type == "error" else None
+        )
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", lambda request: hosts.add(re.sub(r"^(\w+:(//[^:/]*)?).*", r"\1", request.url)))
         pages.append(page)

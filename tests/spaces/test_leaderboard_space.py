@@ -203,6 +203,7 @@ def test_recipes_plots_and_a_strangers_texts_in_the_browser(url, summary, visit)
 # ---------------------------------------------------------------- where results come from
 
 
+@pytest.mark.slow
 def test_results_come_from_a_file_or_a_data_set_or_it_is_said_why_not(alone, summary, tmp_path):
     good, broken = tmp_path / "good.json", tmp_path / "broken.json"
     good.write_text(json.dumps(summary))
