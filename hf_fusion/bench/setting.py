@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
@@ -61,8 +62,28 @@ def on_device(inputs: Mapping[str, Any], device: Any) -> dict[str, Any]:
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
 
 
+def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    """Of the shapes (B, H, T, d): QKᵀ and its product with V."""
+    batch, heads, length, width = query
+    return 2 * batch * heads * length * key[2] * (width + value[3])
+
+
+def _added(into: Any, left: Any, right: Any, *args: Any, **kwargs: Any) -> int:
+    """Of the shapes (…, m, k) and (…, k, n)."""
+    return 2 * math.prod(left) * right[-1]
+
+
+# products that the counter does not know by itself
+_ATEN = torch.ops.aten
+PRODUCTS = {
+    _ATEN.addmm_: _added,
+    _ATEN.baddbmm_: _added,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
+}
+
+
 def multiplications(call: Callable[[], Any]) -> int:
     """What a call multiplies, counted twice, as is the custom: once with the addition."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counter:
         call()
     return counter.get_total_flops()
