@@ -41,7 +41,7 @@ class Cell:
         fuse_seconds, fuse_cpu_seconds: of fusing (and fitting, adapting, tuning), once for all cells of the model.
         peak_bytes: the most memory that the process held so far.
         stored, active: parameters of the fused model, and those that one example meets.
-        cost: time of a forward as a multiple of the dense base's, by counted multiplications.
+        cost: multiplications of a forward as a multiple of the dense base's.
         command: what to type to measure it again.
         machine: what it ran on.
         versions: package -> version.

@@ -57,12 +57,12 @@ def draw_accuracy_cost(suite: Row) -> Any:
     share = min(0.6, 0.066 * longest / (WIDTH - 0.9))  # of the width, for labels
     decades = max(0.3, math.log10(high / low)) / (1 - share - 0.04)
     columns = _columns(points, 10 ** (decades * share))
-    height = max(4.4, 1.5 + 0.152 * max(len(column) for column in columns))
+    height = max(4.4, 1.6 + 0.152 * max(len(column) for column in columns))
     figure = blank_figure(WIDTH, height, layout=None)
     looks = _looks(suite)
     legend_rows = math.ceil(len(looks) / 4)
     axes = figure.add_axes(
-        (0.55 / WIDTH, (0.55 + 0.2 * legend_rows) / height, 1 - 0.65 / WIDTH, 1 - (1.0 + 0.2 * legend_rows) / height)
+        (0.55 / WIDTH, (0.55 + 0.2 * legend_rows) / height, 1 - 0.65 / WIDTH, 1 - (1.1 + 0.2 * legend_rows) / height)
     )
     axes.set_xscale("log")
     axes.set_xlim(low / 10 ** (0.04 * decades), low * 10 ** (0.96 * decades))
@@ -99,7 +99,7 @@ def draw_accuracy_cost(suite: Row) -> Any:
     if not own_scale:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
     plain_axes(axes, labelsize=8.5)
-    axes.set_xlabel("time of a forward, as a multiple of the base's (logarithmic)", loc="left", fontsize=8.5)
+    axes.set_xlabel("multiplications of a forward, as a multiple of the base's (logarithmic)", loc="left", fontsize=8.5)
     _head(
         figure,
         height,

@@ -68,7 +68,7 @@ def main_table(suite: Row) -> Table | None:
         columns.append(Column("± seeds", lambda row: _spread(row["means"].get(CLEAN, {}).get(first), row, every)))
         captions.append("± seeds: half the range of the mean over seeds.")
     columns.append(Column("cost", _cost))
-    captions.append("cost: time of a forward, as a multiple of the base's. Bold: the best fused model.")
+    captions.append("cost: multiplications of a forward, as a multiple of the base's. Bold: the best fused model.")
     return _table(f"{suite['name']}-main", f"{suite['title']}: methods and tasks", columns, rows, " ".join(captions))
 
 
@@ -171,8 +171,8 @@ def cost_table(suite: Row) -> Table | None:
     ]
     caption = (
         "fusing: with fitting, adapting and tuning. evaluation: of the clean rows of all tasks. stored, active: "
-        "millions of parameters of the model, and of those that one example meets. cost: time of a forward, as a "
-        "multiple of the base's."
+        "millions of parameters of the model, and of those that one example meets. cost: multiplications of a "
+        "forward, as a multiple of the base's."
     )
     return _table(f"{suite['name']}-cost", f"{suite['title']}: what it takes", columns, rows, caption)
 

@@ -242,7 +242,7 @@ def cost_plot(table: Table, view: View, size: tuple[str, int, int, int]) -> Mark
     parts += [TEXT.format(kind="tick", x=LEFT - 8, y=y_of(y), anchor="end", text=f"{y:g}") for y in ys]
     parts += [GRID.format(x1=x_of(x), x2=x_of(x), y1=bottom, y2=bottom + 5) for x in xs]
     parts += [TEXT.format(kind="tick", x=x_of(x), y=bottom + 15, anchor="middle", text=f"{x:g}×") for x in xs]
-    title = "Cost: time of a forward, base = 1"
+    title = "Cost: multiplications of a forward, base = 1"
     parts.append(TEXT.format(kind="title", x=(LEFT + right) / 2, y=height - 8, anchor="middle", text=title))
     if best:
         corners = [at(best[0])]

@@ -150,7 +150,12 @@ def plain_cell(number: float, digits: int = 2) -> Cell:
 
 METHOD = Column("method", "Method", "in the order of families", marks=False)
 COST = Column(
-    "cost", "Cost", "time of a forward, as a multiple of the base’s", True, False, lambda r: plain_cell(r.cost)
+    "cost",
+    "Cost",
+    "multiplications of a forward, as a multiple of the base’s",
+    True,
+    False,
+    lambda r: plain_cell(r.cost),
 )
 
 
@@ -244,7 +249,9 @@ def _cost(suite: Suite, view: View) -> tuple[list[Row], list[Column], str]:
         Column("peak", "Peak, MB", "the most memory that the process had held so far", True, False,
                lambda r: plain_cell(r.peak_bytes / 1e6, 0)),
     ]  # fmt: skip
-    caption = f"Mean of {condition_title(view.condition).lower()} rows; cost is the time of a forward, base = 1."
+    caption = (
+        f"Mean of {condition_title(view.condition).lower()} rows; cost is the multiplications of a forward, base = 1."
+    )
     return rows, columns, caption
 
 
