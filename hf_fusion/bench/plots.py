@@ -33,14 +33,14 @@ def shown_rows(suite: Row) -> list[Row]:
     return list({row["method"]: row for row in rows}.values())  # the default comes first, the tuned replaces it
 
 
-def chosen_rows(suite: Row, most: int = MOST) -> list[Row]:
-    """The few rows that stand for all: a floor, a ceiling, the best of each family, then the next best; best first."""
-    ranked = sorted(shown_rows(suite), key=lambda row: _rank(suite, row))
+def chosen_rows(suite: Row, rows: Sequence[Row]) -> list[Row]:
+    """Few that stand for all: a floor, a ceiling, the best of each family, then the next best, `MOST`; best first."""
+    ranked = sorted(rows, key=lambda row: _rank(suite, row))
     ends = [row for part in (FLOOR, CEILING) for row in [row for row in ranked if row["part"] == part][:1]]
     fused = [row for row in ranked if row["part"] == FUSED]
     firsts = list({row["family"]: row for row in reversed(fused)}.values())
     firsts.sort(key=lambda row: _rank(suite, row))
-    wanted = [*ends, *firsts, *(row for row in fused if row not in firsts)][:most]
+    wanted = [*ends, *firsts, *(row for row in fused if row not in firsts)][:MOST]
     return [row for row in ranked if row in wanted]
 
 
@@ -112,7 +112,7 @@ def draw_accuracy_cost(suite: Row) -> Any:
 
 def draw_tasks(suite: Row) -> Any:
     """Bars of a few methods, a panel for each task; None where there is nothing to show."""
-    rows = chosen_rows(suite)
+    rows = chosen_rows(suite, shown_rows(suite))
     if not rows:
         return None
     tasks = [task for group in (HELD_IN, HELD_OUT) for task in group_of(suite, ALL, group)]
@@ -169,7 +169,7 @@ def draw_corruptions(suite: Row) -> Any:
         name, _, severity = condition.partition(":")
         if severity.isdecimal():
             kinds.setdefault(name, []).append(int(severity))
-    rows = [row for row in chosen_rows(suite) if row["drop"]]
+    rows = chosen_rows(suite, [row for row in shown_rows(suite) if row["drop"]])
     if not kinds or not rows:
         return None
     own_scale = _own_scale(suite)
