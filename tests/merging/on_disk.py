@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import resource
+import signal
 import struct
 from pathlib import Path
 
@@ -129,6 +130,7 @@ def merge_here(
 ) -> None:
     """A merge as the only work of a process, of files of so many bytes at most; its error, or None, goes to a pipe."""
     os.environ.update(environment or {})
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what runs in a shell's background
     if most_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
     try:
