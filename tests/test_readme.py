@@ -223,6 +223,11 @@ def test_what_a_merge_takes_is_what_was_measured():
     for row in rows:
         times = f"{row['ratio']:.2f} | {row['seconds']:.1f} | {row['process_seconds']:.1f}"
         assert f"| `{row['method']}` | {times} | {row['mb']} |" in README
+    peers = json.loads((ROOT / "tests" / "benchmarks" / "results" / "merging_mergekit.json").read_text())["rows"]
+    assert len(peers) == 3
+    for row in peers:
+        times = f"{row['process_seconds']:.1f} | {row['peer_seconds']:.1f}"
+        assert f"| `{row['method']}` | {times} | {row['mb']} | {row['peer_mb']:,} |" in README
 
 
 def test_every_path_in_the_tree_exists():
