@@ -1,8 +1,10 @@
-"""A folder that is written anew, all of it or nothing."""
+"""Folders that are written all of it or nothing: anew, or once."""
 
 from __future__ import annotations
 
 import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 # What an earlier save may have left and a loader would take for part of this one; and what was measured of it.
@@ -47,6 +49,29 @@ def restore_folder(staging: Path, folder: Path) -> None:
         shutil.rmtree(old)
     else:
         old.rename(folder)
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """A folder of a cache: as it is where it is there, else what is made in one beside it and moved into place.
+
+    Args:
+        folder: where it belongs.
+        make: fills an empty folder.
+    """
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        make(partial)
+        partial.chmod(0o755)  # mkdtemp's folders are private
+        partial.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was faster, and its folder is as good
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
 
 
 def _old(staging: Path) -> Path:

@@ -25,6 +25,7 @@ from hf_fusion.bench.suite import Suite, UnseenSplit, expert_path, load_suite
 from hf_fusion.bench.systems import FIT, TEST, LeftOut, System, everything
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluate import machine
+from hf_fusion.hub.files import hub_api, split_revision
 
 logger = logging.getLogger(__name__)
 
@@ -104,10 +105,11 @@ def run_suite(
     wanted = [CLEAN, *conditions(corruptions, suite.head.endswith(("image", "image-classification")))]
     folder = Path(output)
     _check_settings(folder, suite, {"limit": limit, "tuned_on": tuned_on})
+    names = chosen(methods, suite.kind)
     jobs = [
         Job(method, split, seed)
         for split in splits
-        for method in chosen(methods, suite.kind)
+        for method in names
         for seed in (seeds if METHODS[method].chance else seeds[:1])
     ]
     runner = _Runner(suite, folder, wanted, command, state.is_main_process)
@@ -133,7 +135,9 @@ class _Runner:
         self.suite, self.folder, self.conditions, self.writes = suite, folder, wanted, writes
         self.setting: Any = None
         self._asked: dict[tuple[int, str, str], Scored] = {}
-        self.known = {path.relative_to(folder) for path in folder.rglob("*.json")} if folder.is_dir() else set()
+        here = folder / suite.name
+        cells = read_cells(here) if any(here.rglob("[!.]*.json")) else []
+        self.done = {cell.place: cell for cell in cells if cell.status != "failed"}
         self.common: dict[str, Any] = {
             "suite": suite.name,
             "command": command,
@@ -159,18 +163,14 @@ class _Runner:
 
     def missing(self, job: Job) -> bool:
         """Whether a cell is not there, or says of itself that it failed."""
-        return any(not self._is_done(cell) for cell in self.cells(job))
-
-    def _is_done(self, cell: Cell) -> bool:
-        if cell.place not in self.known:
-            return False
-        return json.loads((self.folder / cell.place).read_text(encoding="utf-8"))["status"] != "failed"
+        return any(cell.place not in self.done for cell in self.cells(job))
 
     def write(self, cell: Cell) -> None:
         """Keeps a cell."""
         if self.writes:
             write_cell(self.folder, cell)
-            self.known.add(cell.place)
+        if cell.status != "failed":
+            self.done[cell.place] = cell
 
     # ---------------------------------------------------------------- measuring
 
@@ -184,7 +184,7 @@ class _Runner:
             except Exception as error:  # whatever it is, the others go on
                 problem = _problem(error)
                 for cell in self.cells(job):
-                    if not self._is_done(cell):
+                    if cell.place not in self.done:
                         self.write(replace(cell, **problem))
                 told = f"{problem['status']}: {problem['reason']}"
             now = time.perf_counter()
@@ -238,9 +238,9 @@ class _Runner:
         return ", ".join(told) + tuned + "".join(f", {problem}" for problem in problems[:1])
 
     def ask(self, cell: Cell, system: System, times: Mapping[str, Any]) -> Cell:
-        """A cell with its score; as it is on the disk, where it is there."""
-        if self._is_done(cell):
-            return Cell.from_dict(json.loads((self.folder / cell.place).read_text(encoding="utf-8")))
+        """A cell with its score; the one that was measured before, where there is one."""
+        if cell.place in self.done:
+            return self.done[cell.place]
         started, cpu = time.perf_counter(), time.process_time()
         asked = (id(system), cell.task, cell.condition)
         if asked not in self._asked:  # where the defaults are best, the tuned model is the same one
@@ -315,20 +315,14 @@ def _problem(error: Exception) -> dict[str, Any]:
 @cache
 def _sha(source: str, build: str | None) -> str:
     """The commit of a source, or of files the digest of its weights."""
-    name, _, sha = source.partition("@")
     path = expert_path(source, build)
     if not isinstance(path, Path):
-        return sha or _commit(name)
+        repo, revision = split_revision(path)
+        return str(hub_api(None).model_info(repo, revision=revision).sha)
     digest = hashlib.sha256()
     for file in sorted(path.glob("*.safetensors")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def _commit(name: str) -> str:
-    from huggingface_hub import HfApi
-
-    return str(HfApi().model_info(name).sha)
 
 
 def _splits(suite: Suite, words: Sequence[str]) -> list[UnseenSplit]:

