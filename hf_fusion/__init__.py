@@ -17,6 +17,7 @@ _PUBLIC = {
     "check_compatibility": "hub.compat",
     "load_experts": "hub.load",
     "publish": "hub.publish",
+    "check_publish": "hub.publish",
     "fuse": "fusion",
     "fuse_recipe": "fusion",
     "save_fused": "fusion",

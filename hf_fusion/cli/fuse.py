@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-pickle", action="store_true", help="read .bin weights where there is nothing else")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code of experts with a pinned sha")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write the model to")
-    parser.add_argument("--push", metavar="REPO", help="then publish it, with its card, as owner/name")
+    parser.add_argument("--push", metavar="REPO", help="then publish it, with its card, as owner/name; checked before")
     merging = parser.add_argument_group("static merges")
     merging.add_argument("--dry-run", action="store_true", help="only tell what it would read, write and take")
     merging.add_argument("--threads", type=int, metavar="N", help="tensors merged at a time (default: one a core)")
@@ -62,6 +62,8 @@ def run(args: argparse.Namespace, out: Out) -> None:
         parameters = _parameters(args.set)
         weights = parameters.pop("weights", None) if args.method in MERGE_METHODS else None
         recipe = Recipe(args.method, _experts(args.experts, weights), args.base, parameters, args.dtype)
+    if args.push:
+        _check_push(recipe, args)
     if recipe.method in MERGE_METHODS:
         _merge(recipe, args, out)
     elif args.dry_run:
@@ -152,6 +154,21 @@ def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
     )
     load = f'PeftModel.from_pretrained(base, "{args.output}")  # base: {report.recipe.base}'
     out.hint(f"hf-fusion eval {args.output} --data DATA" if error is None else load)
+
+
+def _check_push(recipe: Recipe, args: argparse.Namespace) -> None:
+    """Says now, not after the work, why its model could not be published."""
+    from hf_fusion.hub.publish import check_publish
+    from hf_fusion.merging.processes import Processes
+
+    processes = Processes()
+    with processes.step():
+        if processes.is_main:
+            try:
+                check_publish(recipe, args.push)
+            except FusionError as error:
+                apart = f"without --push, then: hf-fusion publish {args.output} {args.push}"
+                raise FusionError(error.message, f"{error.hint}; or fuse {apart}" if error.hint else apart) from error
 
 
 def _is_main() -> bool:

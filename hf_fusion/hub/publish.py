@@ -24,11 +24,15 @@ from hf_fusion.hub.card import README, CardFacts, pinned_revision, read_facts, r
 from hf_fusion.hub.discover import read_info
 from hf_fusion.hub.files import explained, hub_api, in_parallel, parts_of, resolve, same_file, weight_files
 from hf_fusion.hub.licenses import combine
+from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.recipe import Recipe
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from transformers import PreTrainedModel
+
+
+_LOGIN = "hf auth login with a token that may write there"
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,7 @@ def plan(
             combined, weights of private or gated experts on their way to a public repo, or an incomplete folder.
     """
     api = hub_api(api)
-    if repo_id.count("/") != 1:
-        raise FusionError(f"{repo_id!r} is not a repo id.", hint="write owner/name")
+    _check_id(repo_id)
     staging = None
     if isinstance(model, (str, Path)):
         folder = Path(model)
@@ -126,19 +129,9 @@ def plan(
         folder = save_fused(model, Path(staging.name) / repo_id.rpartition("/")[2])
     files = _files(folder)
     recipe = Recipe.load(folder)
-    experts, bases = _find_experts(recipe, api)
-    with explained(repo_id):
-        exists = api.repo_exists(repo_id)
-        private = bool(api.model_info(repo_id).private) if exists else private
-    # A base by reference stays in its own repo, behind its own gate.
-    held = experts if _refers_to_base(folder) else [*experts, *bases]
-    closed = [info.id for info in held if info.private or info.gated]
-    if closed and not private:
-        raise FusionError(
-            f"{repo_id} is public, but it would hold the weights of private or gated experts: {', '.join(closed)}.",
-            hint="publish it to a private repo",
-        )
-    license = license or combine({info.id: info.license for info in (*experts, *bases)})
+    _refuse_unnamed(recipe.unpinned)
+    allowed = _allowed(recipe, repo_id, private, license, with_bases=not _refers_to_base(folder), api=api)
+    experts, exists, private, license = allowed.experts, allowed.exists, allowed.private, allowed.license
     facts = read_facts(folder, repo_id, experts, license, results)
     written = _remote_card(repo_id, api) if exists else ""
     if not written and (folder / README).exists():
@@ -179,6 +172,38 @@ def publish(
     if confirm is not None and not confirm(planned):
         return None
     return push(planned, api)
+
+
+def check_publish(
+    recipe: Recipe,
+    repo_id: str,
+    *,
+    private: bool = True,
+    license: str | None = None,
+    api: HfApi | None = None,
+) -> None:
+    """Refuse, before a model is made, what would keep it from being published; only metadata are read.
+
+    Args:
+        recipe: what the model will be made of; commits need not be named yet.
+        repo_id: ``owner/name``, to be created if missing.
+        private: visibility of a new repo.
+        license: the model's licence; default is computed from the experts'.
+        api: the Hub's client.
+
+    Raises:
+        FusionError: see `plan`; and if there is no token, or it may not write there.
+    """
+    api = hub_api(api)
+    _check_id(repo_id)
+    names = [expert.model for expert in recipe.experts] + ([recipe.base] if recipe.base else [])
+    _refuse_unnamed(
+        [name for name in names if any(part and Path(part).expanduser().is_dir() for part in parts_of(name))]
+    )
+    _check_write(repo_id, api)
+    # whether a family refers to its base is seen when it is made
+    row = MERGE_METHODS.get(recipe.method)
+    _allowed(recipe, repo_id, private, license, with_bases=row is not None and row.merges == "models", api=api)
 
 
 def push(planned: PublishPlan, api: HfApi | None = None) -> PublishResult:
@@ -226,13 +251,87 @@ def _refers_to_base(folder: Path) -> bool:
     return bool(read_json(folder / "config.json", str(folder)).get("base_by_reference"))
 
 
-def _find_experts(recipe: Recipe, api: HfApi) -> tuple[list[ExpertInfo], list[ExpertInfo]]:
-    """The experts of a recipe and the bases whose weights travel with them, as the Hub knows them."""
-    if recipe.unpinned:
+def _check_id(repo_id: str) -> None:
+    from huggingface_hub.utils import validate_repo_id
+
+    if repo_id.count("/") != 1:
+        raise FusionError(f"{repo_id!r} is not a repo id.", hint="write owner/name")
+    with explained(repo_id):
+        validate_repo_id(repo_id)
+
+
+def _check_write(repo_id: str, api: HfApi) -> None:
+    """Refuse a repo that the token may not write to, or create.
+
+    Raises:
+        FusionError: saying who asked.
+    """
+    if api.token is False:
+        raise FusionError(f"{repo_id} needs a token.", hint=_LOGIN)
+    with explained(repo_id):
+        user = api.whoami()
+        if api.repo_exists(repo_id):
+            api.auth_check(repo_id, write=True)
+            return
+    # of "fineGrained" tokens the push tells what they may
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise FusionError(f"{repo_id} cannot be created: the token of {user['name']} only reads.", hint=_LOGIN)
+    writes = [user["name"], *(org["name"] for org in user.get("orgs", []) if org.get("roleInOrg") != "read")]
+    if repo_id.partition("/")[0].lower() not in map(str.lower, writes):
         raise FusionError(
-            f"No commit on the Hub is named for: {', '.join(recipe.unpinned)}.",
+            f"{repo_id} cannot be created by {user['name']}.", hint=f"write {user['name']}/NAME, or {_LOGIN}"
+        )
+
+
+@dataclass(frozen=True)
+class _Allowed:
+    """What the Hub says about a model that may be published."""
+
+    experts: list[ExpertInfo]
+    exists: bool
+    private: bool
+    license: str
+
+
+def _allowed(
+    recipe: Recipe, repo_id: str, private: bool, license: str | None, *, with_bases: bool, api: HfApi
+) -> _Allowed:
+    """Whether a model may be published: its weights may be shown there, and there is a licence for it.
+
+    Args:
+        recipe: what it is made of.
+        repo_id: where to.
+        private: visibility of a new repo.
+        license: the model's, or None.
+        with_bases: whether it holds its bases' weights; a base by reference stays behind its own gate.
+        api: the Hub's client.
+    """
+    experts, bases = _find_experts(recipe, api)
+    with explained(repo_id):
+        exists = api.repo_exists(repo_id)
+        private = bool(api.model_info(repo_id).private) if exists else private
+    held = [*experts, *bases] if with_bases else experts
+    closed = [info.id for info in held if info.private or info.gated]
+    if closed and not private:
+        raise FusionError(
+            f"{repo_id} is public, but it would hold the weights of private or gated experts: {', '.join(closed)}.",
+            hint="publish it to a private repo",
+        )
+    license = license or combine({info.id: info.license for info in (*experts, *bases)})
+    return _Allowed(experts, exists, private, license)
+
+
+def _refuse_unnamed(names: list[str]) -> None:
+    """Refuse models that others could not find."""
+    if names:
+        raise FusionError(
+            f"No commit on the Hub is named for: {', '.join(names)}.",
             hint="push each expert, then fuse from owner/name@sha",
         )
+
+
+def _find_experts(recipe: Recipe, api: HfApi) -> tuple[list[ExpertInfo], list[ExpertInfo]]:
+    """The experts of a recipe and the bases whose weights travel with them, as the Hub knows them."""
     named = [parts_of(expert.model) for expert in recipe.experts]
     experts = _find([name for _, name in named], api)
     bases = {base for base in (recipe.base, *(base for base, _ in named)) if base}

@@ -147,6 +147,11 @@ def test_pushed_with_its_card(hf_fusion, hub, folders, tmp_path):
         api.upload_folder(repo_id=f"mixer/{name}", folder_path=folders / name)
     home = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": hub.token("mixer")}
     words = ("--base", "mixer/base", "--experts", "mixer/foxes", "mixer/dogs", "-o", "merged", "--push", "mixer/merged")
+    refused = hf_fusion("fuse", "--method", "breadcrumbs", *words[:-1], "other/merged", **home)
+    assert refused.returncode == 1
+    assert "Error: other/merged cannot be created by mixer" in refused.stderr
+    assert "without --push, then: hf-fusion publish merged other/merged" in refused.stderr
+    assert not (tmp_path / "merged").exists()  # before anything was merged
     done = hf_fusion("fuse", "--method", "breadcrumbs", *words, "--format", "json", **home)
     assert done.returncode == 0, done.stderr
     merged, pushed = map(json.loads, done.stdout.splitlines())

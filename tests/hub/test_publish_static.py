@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from tiny import vit
 from tiny_experts import BERT, save_adapter, save_bert
 from transformers import AutoModel, AutoModelForMaskedLM, ViTImageProcessor
@@ -17,7 +18,7 @@ import hf_fusion
 from hf_fusion.errors import FusionError
 from hf_fusion.fusion import fuse, load_fused
 from hf_fusion.hub.card import BEGIN, pinned_revision, usage_code, write_card
-from hf_fusion.hub.publish import plan, publish
+from hf_fusion.hub.publish import check_publish, plan, publish
 from hf_fusion.merging.merge import merge
 from hf_fusion.recipe import Recipe, RecipeExpert
 
@@ -131,6 +132,34 @@ def test_a_base_with_an_adapter_counts_with_both(owner, ids, tmp_path):
     owner.api.update_repo_settings(ids[0], private=True)
     with pytest.raises(FusionError, match=f"private or gated experts: {ids[0]}"):
         plan(merged.folder, f"{owner.name}/open", private=False, api=owner.api)
+
+
+def test_what_could_not_be_published_is_said_before_the_merge(hub, owner, anyone, ids, recipe, tmp_path):
+    mine = f"{owner.name}/mood"
+    check_publish(recipe, mine, api=owner.api)
+    check_publish(recipe, ids[0], api=owner.api)  # a repo that is there
+    assert not owner.api.repo_exists(mine)
+    stranger = HfApi(endpoint=hub.endpoint, token=hub.token(f"not-{owner.name}"))
+    owner.api.create_repo(f"{owner.name}/shown", private=False)
+    owner.push("closed", save_bert(tmp_path / "closed", card="license: mit"), private=True)
+    owner.push("silent", save_bert(tmp_path / "silent"))
+    closed = replace(recipe, base=f"{owner.name}/closed")
+    check_publish(closed, mine, api=owner.api)
+    for of, where, api, message in [
+        (recipe, mine, anyone, "needs a token"),
+        (recipe, mine, HfApi(endpoint=hub.endpoint, token="hf_nobody"), "was refused by the Hub"),
+        (recipe, mine, stranger, f"{mine} cannot be created by not-{owner.name}"),
+        (recipe, ids[0], stranger, f"{ids[0]} was refused by the Hub .*no write access"),
+        (recipe, "mood", owner.api, "'mood' is not a repo id"),
+        (recipe, f"{owner.name}/-mood--", owner.api, "is not a valid repo id"),
+        (closed, f"{owner.name}/shown", owner.api, "shown is public.*/closed"),
+        (replace(recipe, base=f"{owner.name}/silent"), mine, owner.api, "cannot be computed: .*silent"),
+        (replace(recipe, base=str(tmp_path / "base")), mine, owner.api, "No commit on the Hub is named for: .*base"),
+        (replace(recipe, base=f"{owner.name}/gone"), mine, owner.api, "gone was not found"),
+    ]:
+        with pytest.raises(FusionError, match=message):
+            check_publish(of, where, api=api)
+    check_publish(replace(recipe, base=f"{owner.name}/silent"), mine, license="mit", api=owner.api)
 
 
 @pytest.mark.slow
