@@ -34,6 +34,7 @@ class Target:
         inputs: opens what it is merged from alone.
         copied: the stored tensor it is a copy of, byte for byte.
         described: all that decides its values, as plain data, for the digest of the merge.
+        held: bytes of memory that making it takes beside its chunks, where a model is run for it.
     """
 
     spec: Spec
@@ -41,6 +42,7 @@ class Target:
     inputs: Callable[[], Tensors] | None = None
     copied: Entry | None = None
     described: Any = field(default=None, compare=False)
+    held: int = 0
 
 
 def digest_of(targets: Iterable[Target], *more: Any) -> str:

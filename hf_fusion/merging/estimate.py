@@ -38,7 +38,7 @@ def estimate(plan: Plan, threads: int) -> Estimate:
 
     One tensor of a middling size is merged and thrown away; the others are taken to cost as much for each element.
     """
-    merged = [target for target in plan.targets if target.make is not None]
+    merged = [target for target in plan.targets if target.make is not None and not target.held]
     models = [*([plan.base] if plan.base else []), *plan.experts]
     read = sum(entry.nbytes for model in models for entry in model.entries.values())
     inputs = len(models)
@@ -47,6 +47,7 @@ def estimate(plan: Plan, threads: int) -> Estimate:
         working = 4 * (2 * inputs + 2) * sum(widest)
     else:
         working = 4 * CHUNK * (2 * inputs + 8) * threads
+    working += max((target.held for target in plan.targets), default=0)
     seconds = 0.0
     if merged:
         trial = min(merged, key=lambda target: abs(_numel(target) - _TRIAL))

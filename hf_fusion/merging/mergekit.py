@@ -51,7 +51,7 @@ def from_mergekit(content: Mapping[str, Any], name: str) -> Recipe:
         FusionError: naming the file, the key and what is wrong with it or not supported.
     """
     if "experts" in content and "merge_method" not in content:
-        from hf_fusion.merging.moe import from_mergekit_moe  # only where it is one
+        from hf_fusion.merging.mergekit_moe import from_mergekit_moe  # only where it is one
 
         return from_mergekit_moe(content, name)
     return _Reader(content, name).recipe()
@@ -120,8 +120,10 @@ class _Reader:
 
     def _slices(self, entries: Any, where: str = "slices") -> tuple[Slice, ...]:
         slices = []
-        for key, entry in self._entries(entries, where, ("sources", "parameters", "base_model")):
+        for key, entry in self._entries(entries, where, _SLICE):
             own = model_name(entry["base_model"], f"{self.name}: {key}.base_model") if entry.get("base_model") else None
+            if "residual_weight" in entry:
+                self._ignored["residual_weight"] = None
             if own not in (None, self.base):
                 raise FusionError(f"{self.name}: {key}.base_model is not supported", "one base_model is that of all")
             sources = []
@@ -209,8 +211,6 @@ class _Reader:
         for key, setting in settings.items():
             parameter = self.parameters.get(key)
             if parameter is None and key in KNOWN:
-                if key == "rescale" and "density" in self.parameters and setting:
-                    raise FusionError(f"{self.name}: {where}.rescale is not supported for {self.method}")
                 self._ignored[key] = None
             elif parameter is None:
                 usable = ", ".join(self.parameters) or "none"
@@ -348,6 +348,7 @@ class _Reader:
         return FusionError(f"{self.name}: {key} is {shown(value)}, expected {expected}")
 
 
+_SLICE = ("sources", "parameters", "base_model", "residual_weight")
 _SOURCE = ("model", "layer_range", "parameters")
 
 

@@ -129,7 +129,7 @@ def check_recipe(recipe: Recipe) -> None:
     known = method.parameters
     groups = [("parameters", recipe.parameters)]
     for expert in recipe.experts:
-        apart = {STATISTICS, *method.texts} if method.statistics else set(method.texts)
+        apart = {STATISTICS, *method.own} if method.statistics else set(method.own)
         groups.append((expert.model, {k: v for k, v in expert.settings.items() if k not in apart}))
     for slice_ in recipe.slices:
         groups += [("slices", slice_.parameters), *(("slices", s.parameters) for s in slice_.sources)]

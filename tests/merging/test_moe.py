@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import llama, make_tokenizer, t5
-from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from hf_fusion import FusionError
 from hf_fusion.merging.merge import merge
@@ -154,16 +163,91 @@ def test_a_recipe_of_mergekit_moe(folders, tmp_path):
     merge(recipe, tmp_path / "out")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")(IDS).logits.isfinite().all()
     for change, message in {
-        ("cheap_embed", "hidden"): "gate_mode: 'hidden' is not supported",
-        ("gate_mode: cheap_embed", "shared_experts: []"): "shared_experts is not supported",
-        ("dtype: bfloat16", "architecture: qwen"): "architecture: 'qwen' is not supported",
+        ("cheap_embed", "first"): "gate_mode: 'first' is not supported",
+        ("gate_mode: cheap_embed", "shared_experts: [{source_model: x}]"): "shared_experts is not supported",
+        ("dtype: bfloat16", "architecture: deepseek"): "architecture: 'deepseek' is not supported",
         ("bfloat16", "int8"): "dtype is 'int8'",
-        ("positive_prompts", "noise_scale"): r"experts\[0\].noise_scale is not supported",
+        ("positive_prompts", "prompts"): r"experts\[0\].prompts is not supported",
         ("source_model:", "model:"): r"experts\[0\].model is not supported",
     }.items():
         (tmp_path / "moe.yaml").write_text(text.replace(*change))
         with pytest.raises(FusionError, match=message):
             Recipe.load(tmp_path / "moe.yaml")
+
+
+def as_mergekit(folder, positive, negative, average):
+    """mergekit-moe's `get_gate_params` of one expert: a batch with padding on the left, (L, d)."""
+    cut = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+
+    def states(texts):
+        batch = cut(
+            [cut.bos_token + text for text in texts], return_tensors="pt", padding=True, add_special_tokens=False
+        )
+        with torch.no_grad():
+            layers = torch.stack(model(**batch, output_hidden_states=True).hidden_states[:-1])
+        return (layers.mean(2) if average else layers[:, :, -1]).mean(1)
+
+    found = states(positive) - (states(negative) if negative else 0)
+    return found / found.norm(dim=-1, keepdim=True)
+
+
+@pytest.mark.parametrize("mode", ["hidden", "hidden_avg", None])
+def test_gates_of_hidden_states_are_those_of_mergekit_moe(folders, tmp_path, mode):
+    texts = [(["the quick fox", "a dog sat down"], None), (["nine lazy routers"], ["a dog", "experts are fused"])]
+    if mode == "hidden_avg":  # mergekit's average counts the padding: texts of one length have none
+        texts = [(["the quick fox"], None), (["nine lazy routers"], ["a dog"])]
+    experts = [
+        {"source_model": folders[name], "positive_prompts": yes, **({"negative_prompts": no} if no else {})}
+        for name, (yes, no) in zip("bc", texts, strict=True)
+    ]
+    recipe = {"base_model": folders["a"], "experts": experts} | ({"gate_mode": mode} if mode else {})
+    (tmp_path / "moe.yaml").write_text(json.dumps(recipe))
+    recipe = Recipe.load(tmp_path / "moe.yaml")
+    assert recipe.parameters["gate"] == (mode or "hidden")
+    report = merge(recipe, tmp_path / "out")
+    assert Recipe.load(report.folder) == report.recipe
+    wanted = torch.stack([as_mergekit(folders["a"], yes, no, mode == "hidden_avg") for yes, no in texts], 1)
+    gates = [weights(report.folder)[f"model.layers.{layer}.block_sparse_moe.gate.weight"] for layer in range(2)]
+    torch.testing.assert_close(torch.stack(gates), wanted, rtol=1e-4, atol=1e-5)
+    assert not gates[0].allclose(gates[1], atol=0.1)
+
+
+def test_qwen3(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    for name in ("base", "other"):
+        model = Qwen3ForCausalLM(Qwen3Config(vocab_size=90, num_key_value_heads=2, head_dim=16, **sizes)).eval()
+        model.save_pretrained(tmp_path / name)
+    merge(recipe_of([str(tmp_path / "other")] * 3, str(tmp_path / "other"), gate="random"), tmp_path / "out")
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert type(loaded).__name__ == "Qwen3MoeForCausalLM"
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    for change, message in {
+        ("use_sliding_window", True): "layers with and without a sliding window",
+        ("architecture", "mixtral"): "is a 'qwen3': it becomes no mixtral",
+    }.items():
+        own = {change[0]: change[1]}
+        parameters = own if "architecture" in own else {}
+        (tmp_path / "other" / "config.json").write_text(json.dumps(config | ({} if parameters else own)))
+        with pytest.raises(FusionError, match=message):
+            merge(recipe_of([str(tmp_path / "other")] * 2, **parameters), tmp_path / "none")
+
+
+def test_noise_and_scale_of_an_experts_mlp(folders, tmp_path):
+    own = {"noise_scale": 0.5, "residual_scale": 2.0}
+    recipe = recipe_of([RecipeExpert(folders["b"], None, own), folders["b"]], folders["a"])
+    merge(recipe, tmp_path / "out")
+    out, b = weights(tmp_path / "out"), weights(folders["b"])
+    for kind, ours, scale in (("gate", "w1", 1), ("up", "w3", 1), ("down", "w2", 2)):
+        plain = b[MLP.format(1, kind)]
+        assert out[EXPERT.format(1, 1, ours)].equal(plain)
+        noise = out[EXPERT.format(1, 0, ours)] / scale - plain
+        assert 0.45 < noise.std() < 0.55 and abs(noise.mean()) < 0.05
+    merge(recipe, tmp_path / "again")
+    assert all(tensor.equal(out[name]) for name, tensor in weights(tmp_path / "again").items())
 
 
 def test_what_becomes_no_mixture(folders, tmp_path):
@@ -173,9 +257,9 @@ def test_what_becomes_no_mixture(folders, tmp_path):
         assert not (tmp_path / "out").exists()
 
     refused(recipe_of([folders["a"]]), "each token is answered by 2 experts, the recipe has 1")
-    refused(recipe_of([folders["a"]] * 2, gate="hidden"), "gate is 'hidden', expected one of zero, random")
+    refused(recipe_of([folders["a"]] * 2, gate="first"), "gate is 'first', expected one of zero, random")
     t5().save_pretrained(tmp_path / "t5")
-    refused(recipe_of([str(tmp_path / "t5")] * 2), "t5 is a 't5': only llama and mistral become a Mixtral")
+    refused(recipe_of([str(tmp_path / "t5")] * 2), "t5 is a 't5': there is no mixture of these")
     llama(5, hidden=48).save_pretrained(tmp_path / "wide")
     refused(recipe_of([folders["a"], str(tmp_path / "wide")]), r"wide: .*mlp.*weight is \[.*, in .*a \[")
     expert = RecipeExpert(folders["a"], None, {"prompts": ["a dog"]})
@@ -183,6 +267,10 @@ def test_what_becomes_no_mixture(folders, tmp_path):
     refused(recipe_of([expert, folders["b"]], gate="embedding"), "b has no prompts, which gate: embedding needs")
     wrong = RecipeExpert(folders["a"], None, {"prompts": 3})
     refused(recipe_of([wrong, folders["b"]], gate="embedding"), "prompts is 3, expected texts")
+    alike = [replace(expert, model=folders[name]) for name in "bc"]
+    refused(recipe_of(alike, gate="hidden"), "all experts have the same prompts")
+    loud = RecipeExpert(folders["a"], None, {"noise_scale": "much"})
+    refused(recipe_of([loud, folders["b"]]), "noise_scale is 'much', expected a number")
     biased = llama(6)
     biased.config.attention_bias = True
     type(biased)(biased.config).save_pretrained(tmp_path / "biased")

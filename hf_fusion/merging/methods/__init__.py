@@ -31,7 +31,7 @@ class MergeMethod:
             a module's factors.
         plan: "module:function" in `hf_fusion.merging` that plans the merged model, where its tensors are not those of
             its models.
-        texts: what every expert may have beside its parameters, for that plan.
+        own: what every expert may have beside its parameters, for that plan.
     """
 
     place: str
@@ -43,7 +43,7 @@ class MergeMethod:
     statistics: Literal["", "fisher", "gram"] = ""
     merges: Literal["models", "adapters"] = "models"
     plan: str = ""
-    texts: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -91,7 +91,7 @@ MERGE_METHODS = {
         "chunks",
         "2212.05055",
         plan="moe:plan_moe",
-        texts=("prompts", "negative_prompts"),
+        own=("prompts", "negative_prompts", "noise_scale", "residual_scale"),
     ),
     "passthrough": MergeMethod("passthrough:passthrough", "Passthrough", "", (1, 1), "chunks", "2312.15166"),
     "slerp": MergeMethod("spherical:slerp", "SLERP", "", (2, 2), "norms", "https://doi.org/10.1145/325165.325242"),
