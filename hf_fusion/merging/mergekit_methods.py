@@ -37,6 +37,7 @@ _DROPPED = {"density": Parameter("drop_rate", 1.0, per_model=True, value=lambda 
 _CRUMBS = {**_TASK, **_DENSITY, "gamma": Parameter("gamma", 0.01, per_model=True)}
 _DELLA = {**_TASK, **_DENSITY, "epsilon": Parameter("epsilon", 0.15, per_model=True)}
 _RESCALED = {"rescale": _flag("rescale", True, on="norm", off="none")}
+_NOT_RESCALED = {"rescale": _flag("rescale", False, on="norm", off="none")}
 
 
 def _summed(divide: bool) -> dict[str, Parameter]:
@@ -63,11 +64,11 @@ METHODS: dict[str, dict[str, Parameter]] = {
     "model_stock": {"filter_wise": _flag("per", False, on="row", off="tensor")},
     "passthrough": {"scale": Parameter("scale", 1.0, per_model=True)},
     "task_arithmetic": _TASK | _summed(False),
-    "ties": _TASK | _DENSITY | _elected(True),
+    "ties": _TASK | _DENSITY | _elected(True) | _NOT_RESCALED,
     "dare_linear": _TASK | _DROPPED | _summed(False) | _RESCALED,
     "dare_ties": _TASK | _DROPPED | _elected(False) | _RESCALED,
-    "breadcrumbs": _CRUMBS | _summed(False),
-    "breadcrumbs_ties": _CRUMBS | _elected(False),
+    "breadcrumbs": _CRUMBS | _summed(False) | _NOT_RESCALED,
+    "breadcrumbs_ties": _CRUMBS | _elected(False) | _NOT_RESCALED,
     "della": _DELLA | _elected(True) | _RESCALED,
     "della_linear": _DELLA | _summed(False) | _RESCALED,
     "sce": {"select_topk": Parameter("density", 1.0)},
@@ -78,4 +79,4 @@ ALWAYS: dict[str, dict[str, Any]] = {
     "della_linear": {"rank": "row"},
 }
 # mergekit reads these for any method; where a method has no use for one, it is left out
-KNOWN = {"int8_mask", "eps", "embed_slerp", "rescale"} | {name for method in METHODS.values() for name in method}
+KNOWN = {"int8_mask", "eps", "embed_slerp"} | {name for method in METHODS.values() for name in method}

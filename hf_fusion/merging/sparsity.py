@@ -50,7 +50,7 @@ def trimmed_each(tensors: Tensors, values: Values, density: Sequence[float], tie
 
 def _trimming(values: Values, thresholds: Sequence[Threshold], ties: str) -> Values:
     trim = Trim(thresholds, ties)
-    return lambda chunk, index: trim(values(chunk, index), index)
+    return lambda chunk, index: trim(values(chunk, index), index, chunk.number == 0)
 
 
 def _magnitude_of(values: Values) -> Values:
@@ -74,8 +74,8 @@ def middle(tensors: Tensors, density: Sequence[float], gamma: Sequence[float]) -
 
     def between(chunk: Chunk, index: int) -> torch.Tensor:
         delta = chunk.delta(index)
-        highest = scratch("highest")[: chunk.size].copy_(delta)
-        return lower(delta, index).sub_(upper(highest, index))
+        highest, is_first = scratch("highest")[: chunk.size].copy_(delta), chunk.number == 0
+        return lower(delta, index, is_first).sub_(upper(highest, index, is_first))
 
     return between
 
@@ -90,7 +90,7 @@ def dropped(tensors: Tensors, drop_rate: Sequence[float], rescale: str) -> Value
         return chunk.delta(index).mul_(kept)
 
     rates = [1 / (1 - rate) if rescale == "rate" and rate < 1 else 1.0 for rate in drop_rate]
-    return _rescaled(tensors, sparse, rates, rescale)
+    return rescaled(tensors, sparse, rates, rescale)
 
 
 def pruned(tensors: Tensors, density: Sequence[float], epsilon: Sequence[float], rescale: str, rank: str) -> Values:
@@ -112,7 +112,7 @@ def pruned(tensors: Tensors, density: Sequence[float], epsilon: Sequence[float],
             kept.div_(chances)
         return delta.mul_(kept)
 
-    return _rescaled(tensors, sparse, [1.0] * len(density), rescale)
+    return rescaled(tensors, sparse, [1.0] * len(density), rescale)
 
 
 def _rank_in_tensor(tensors: Tensors) -> Callable[[Chunk, int, torch.Tensor], torch.Tensor]:
@@ -154,7 +154,7 @@ def _rank_in_row(tensors: Tensors) -> Callable[[Chunk, int, torch.Tensor], torch
     return ranked
 
 
-def _rescaled(tensors: Tensors, sparse: Values, rates: Sequence[float], rescale: str) -> Values:
+def rescaled(tensors: Tensors, sparse: Values, rates: Sequence[float], rescale: str) -> Values:
     """What is left, times a number for each expert."""
     if rescale == "norm":
 

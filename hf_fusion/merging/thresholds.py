@@ -163,10 +163,13 @@ class Trim:
         self.limits = [threshold.value for threshold in thresholds]
         # everything above this is kept: the number just below the threshold
         self.below = [float(np.nextafter(np.float32(limit), np.float32(0))) for limit in self.limits]
-        self.left = [t.equal if ties == "exact" and t.equal < t.ties else None for t in thresholds]
+        self._equal = [t.equal if ties == "exact" and t.equal < t.ties else None for t in thresholds]
+        self.left = list(self._equal)
 
-    def __call__(self, values: torch.Tensor, index: int) -> torch.Tensor:
-        """An expert's next values (size,), trimmed in place."""
+    def __call__(self, values: torch.Tensor, index: int, is_first: bool = False) -> torch.Tensor:
+        """An expert's next values (size,), trimmed in place; those of the first chunk begin anew."""
+        if is_first:
+            self.left[index] = self._equal[index]
         limit, left = self.limits[index], self.left[index]
         if limit == math.inf:
             return values.zero_()

@@ -199,10 +199,12 @@ def test_defaults_are_mergekits(folders, tmp_path):
         return read(text.replace("METHOD", method), folders, tmp_path).parameters
 
     assert parameters("task_arithmetic") == {"scaling": 1.0, "normalize": False}
-    assert parameters("ties") == {"scaling": 1.0, "density": 1.0, "merge": "mean"}
+    assert parameters("ties") == {"scaling": 1.0, "density": 1.0, "merge": "mean", "rescale": "none"}
     assert parameters("dare_ties") == {"scaling": 1.0, "drop_rate": 0.0, "merge": "sum", "rescale": "norm"}
     assert parameters("dare_linear") == {"scaling": 1.0, "drop_rate": 0.0, "normalize": False, "rescale": "norm"}
-    assert parameters("breadcrumbs") == {"scaling": 1.0, "density": 1.0, "gamma": 0.01, "normalize": False}
+    crumbs = {"scaling": 1.0, "density": 1.0, "gamma": 0.01, "rescale": "none"}
+    assert parameters("breadcrumbs") == crumbs | {"normalize": False}
+    assert parameters("breadcrumbs_ties") == crumbs | {"merge": "sum"}
     assert parameters("della") == {
         "scaling": 1.0,
         "density": 1.0,
@@ -230,6 +232,14 @@ def test_della_keeps_everything_where_its_density_is_1(folders, tmp_path):
     some = read(f"{text}\n        parameters: {{density: 0.6}}\n", folders, tmp_path)
     assert some.parameters["epsilon"] == 0.15
     assert [expert.parameters["epsilon"] for expert in some.experts] == [0.15, 0.1, 0.2]
+
+
+def test_a_weight_that_mergekit_reads_and_never_uses(folders, tmp_path, caplog):
+    sources = "[{model: $base, layer_range: [0, 4]}, {model: $a, layer_range: [0, 4], parameters: {weight: 1}}]"
+    text = f"merge_method: task_arithmetic\nbase_model: $base\nslices: [{{residual_weight: 0.5, sources: {sources}}}]\n"
+    recipe = read(text, folders, tmp_path)
+    assert "has no use for residual_weight" in caplog.text
+    assert recipe == read(text.replace("residual_weight: 0.5, ", ""), folders, tmp_path)
 
 
 def test_every_method_is_one_of_ours_with_parameters_it_has():

@@ -126,6 +126,27 @@ def test_dropping_at_random():
     assert abs(float(columns.double().mean()) - 0.09) < 5 * math.sqrt(0.09 / size)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_kept_grows_to_the_former_norm(case):
+    """Over more than one chunk too, where equal magnitudes are counted twice: for the norm and for the merge."""
+    base, experts = CASES[case]
+    taus = deltas_of(base, experts)
+
+    def grown(kept):
+        return [k * (t.abs().sum() / k.abs().sum() if k.abs().sum() >= 1e-7 else 1) for k, t in zip(kept, taus)]
+
+    if case == "chunks":  # the reference is too slow: of magnitudes that are all equal, the first share of them
+        sign = torch.sign(experts[0] - base)
+        got = merged("ties", torch.zeros_like(sign), [sign], density=0.3, rescale="norm").flatten()
+        count = int(0.3 * sign.numel())
+        assert torch.allclose(got[:count], sign.flatten()[:count] * sign.numel() / count)
+        assert not got[count:].any()
+        return
+    got = merged("ties", base, experts, weight=WEIGHTS, density=0.3, rescale="norm")
+    wanted = elect(grown([keep_largest(tau, 0.3, "exact") for tau in taus]), WEIGHTS, "mean")
+    close(got, base.double() + wanted, base)
+
+
 @pytest.mark.parametrize(("rescale", "factor"), [("rate", 2.0), ("none", 1.0), ("norm", None)])
 def test_what_was_dropped_is_made_up_for(rescale, factor):
     base, experts = CASES["random"]

@@ -98,6 +98,8 @@ MERGEKIT = [
     ("ties", kit("ties", (0.5, 1.0, 0.8), {"density": 0.2})),
     ("ties, sum", kit("ties", (0.5, 1.0, 0.8), {"density": 0.5}, normalize=False, **{"lambda": 0.3})),
     ("ties, gradients and filters", kit("ties", (1.0, 0.5, 0.7), {"density": [0.9, 0.2]})),
+    ("ties, rescaled", kit("ties", (0.5, 1.0, 0.8), {"density": 0.3}, rescale=True)),
+    ("breadcrumbs, rescaled", kit("breadcrumbs", (0.5, 1.0, 0.8), {"density": 0.6, "gamma": 0.05}, rescale=True)),
     ("breadcrumbs", kit("breadcrumbs", (0.5, 1.0, 0.8), {"density": 0.7, "gamma": 0.05})),
     ("breadcrumbs, gamma 0", kit("breadcrumbs", (0.5, 1.0, 0.8), {"density": 0.7, "gamma": 0.0})),
     ("breadcrumbs_ties", kit("breadcrumbs_ties", (0.5, 1.0, 0.8), {"density": 0.7, "gamma": 0.05})),
@@ -155,6 +157,11 @@ MIXTURE = {
         {"source_model": "three", "positive_prompts": ["lazy", "experts are fused"]},
     ],
 }
+HIDDEN = {key: value for key, value in MIXTURE.items() if key != "gate_mode"} | {"dtype": "bfloat16"}
+ONE_EACH = [
+    {key: value[:1] if key != "source_model" else value for key, value in e.items()} for e in MIXTURE["experts"]
+]
+AVERAGES = HIDDEN | {"gate_mode": "hidden_avg", "experts": ONE_EACH}  # of several, mergekit's hold their padding
 HALF = {"stored": "bfloat16", "differs": "mergekit computes in bfloat16, ours in float32"}
 MERGEKIT += [
     (f"{name}, bfloat16", recipe | {"dtype": "bfloat16"})
@@ -356,5 +363,8 @@ FUSION_BENCH = [
 CASES = [
     *(Case(name, recipe["merge_method"], "mergekit", recipe, **MORE.get(name, {})) for name, recipe in MERGEKIT),
     Case("a mixture of experts, gates from embeddings", "moe", "mergekit", MIXTURE),
+    # both run the base in bfloat16, which rounds alike only where a batch is the same
+    Case("gates from hidden states", "moe", "mergekit", HIDDEN, stored="bfloat16", tolerance=0.02),
+    Case("gates from averages", "moe", "mergekit", AVERAGES, stored="bfloat16", tolerance=0.02),
     *FUSION_BENCH,
 ]

@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 import torch
 
 from hf_fusion.merging.schema import EachNumber, Range
-from hf_fusion.merging.sparsity import dropped, elected, middle, pruned, summed, trimmed
-from hf_fusion.merging.tensors import Chunk, Merged, Tensors, scratch
+from hf_fusion.merging.sparsity import dropped, elected, middle, pruned, rescaled, summed, trimmed
+from hf_fusion.merging.tensors import Chunk, Merged, Tensors, Values, scratch
 from hf_fusion.merging.thresholds import Trim, largest
 
 __all__ = [
@@ -30,6 +30,7 @@ Share = Annotated[EachNumber, Range(0, 1)]
 Scaling = Annotated[float, Range()]
 Ties = Literal["exact", "all"]
 Rescale = Literal["rate", "norm", "none"]
+Norm = Literal["norm", "none"]
 
 
 def ties(
@@ -41,6 +42,7 @@ def ties(
     merge: Literal["mean", "sum"] = "mean",
     trim: Literal["tensor", "model"] = "tensor",
     ties: Ties = "exact",
+    rescale: Norm = "none",
 ) -> Merged:
     """θ0 + λ · what agrees of the trimmed task vectors (TIES; Yadav et al., 2023, arXiv 2306.01708).
 
@@ -57,8 +59,9 @@ def ties(
         trim: the largest of each "tensor" (mergekit), or of the whole "model" (paper, fusion_bench).
         ties: keeps "exact"ly the share, of equal magnitudes the first, or "all" that equal the threshold (paper,
             fusion_bench).
+        rescale: what is kept grows to the tensor's former L1 "norm" (mergekit with rescale), or stays, "none".
     """
-    kept = trimmed(tensors, density, trim, ties)
+    kept = _grown(tensors, trimmed(tensors, density, trim, ties), rescale)
     return elected(tensors, kept, weight, scaling, merge)
 
 
@@ -213,6 +216,7 @@ def breadcrumbs(
     gamma: Share = (0.01,),
     scaling: Scaling = 0.3,
     normalize: bool = False,
+    rescale: Norm = "none",
 ) -> Merged:
     """Task arithmetic without the smallest and the very largest entries (Davari & Belilovsky, 2023, arXiv 2312.06795).
 
@@ -223,8 +227,10 @@ def breadcrumbs(
         gamma: share of the largest entries that are dropped; less where density asks for more. As in mergekit.
         scaling: λ.
         normalize: divides by the sum of the weights.
+        rescale: see `ties`.
     """
-    return summed(tensors, middle(tensors, density, gamma), weight, scaling, normalize)
+    kept = _grown(tensors, middle(tensors, density, gamma), rescale)
+    return summed(tensors, kept, weight, scaling, normalize)
 
 
 def breadcrumbs_ties(
@@ -235,6 +241,7 @@ def breadcrumbs_ties(
     gamma: Share = (0.01,),
     scaling: Scaling = 1.0,
     merge: Literal["mean", "sum"] = "mean",
+    rescale: Norm = "none",
 ) -> Merged:
     """What `breadcrumbs` keeps, added up as TIES does.
 
@@ -245,8 +252,10 @@ def breadcrumbs_ties(
         gamma: see `breadcrumbs`.
         scaling: λ.
         merge: see `ties`.
+        rescale: see `ties`.
     """
-    return elected(tensors, middle(tensors, density, gamma), weight, scaling, merge)
+    kept = _grown(tensors, middle(tensors, density, gamma), rescale)
+    return elected(tensors, kept, weight, scaling, merge)
 
 
 def sce(tensors: Tensors, *, density: Annotated[float, Range(0, 1)] = 1.0) -> Merged:
@@ -278,7 +287,7 @@ def sce(tensors: Tensors, *, density: Annotated[float, Range(0, 1)] = 1.0) -> Me
 
     def kept(chunk: Chunk, index: int) -> torch.Tensor:
         if index == 0 and select is not None:
-            torch.sign(select(variance(chunk), 0), out=scratch("selected")[: chunk.size])
+            torch.sign(select(variance(chunk), 0, chunk.number == 0), out=scratch("selected")[: chunk.size])
         delta = chunk.delta(index)
         return delta if select is None else delta.mul_(scratch("selected")[: chunk.size])
 
@@ -287,8 +296,10 @@ def sce(tensors: Tensors, *, density: Annotated[float, Range(0, 1)] = 1.0) -> Me
         return torch.stack([torch.dot(row, row) for row in rows])
 
     energy = (tensors.sums(squares) / tensors.numel).tolist()
-    if select is not None:
-        select = Trim(largest(tensors, [int(varied * density)], variance), "exact")
     total = sum(energy)
     weight = [one / total for one in energy] if total >= 1e-6 else [1 / count] * count
     return elected(tensors, kept, weight, 1.0, "mean", plain_sign=True)
+
+
+def _grown(tensors: Tensors, kept: Values, rescale: str) -> Values:
+    return rescaled(tensors, kept, [1.0] * len(tensors), rescale)
