@@ -20,6 +20,7 @@ from hf_fusion.hub.heads import architectures, head_of_task
 from hf_fusion.hub.load import load_experts
 from hf_fusion.merging.loaded import fuse_static, load_merged, merged_model, save_files
 from hf_fusion.merging.methods import MERGE_METHODS
+from hf_fusion.merging.processes import is_main
 from hf_fusion.recipe import RECIPE_ATTRIBUTE, RECIPE_FILE, Recipe, RecipeExpert
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ def fuse(
     **parameters: Any,
 ) -> PreTrainedModel:
     """Make one model of several experts.
+
+    Under `accelerate launch` the processes share a static merge, and each returns the whole model.
 
     Args:
         method: a family, one of `METHODS`, or a static merging method, one of
@@ -174,7 +177,8 @@ def save_fused(model: PreTrainedModel, folder: str | Path, recipe: Recipe | None
     """Write a fused model with its processor and ``fusion.yaml``, all of it or nothing.
 
     Everything is written beside the folder first and then moved into place. Files of an earlier save
-    and its results are replaced; other files in the folder (a hand-written README) stay.
+    and its results are replaced; other files in the folder (a hand-written README) stay. Of processes that
+    `accelerate launch` started, the first writes; the others do not wait for it.
 
     Args:
         model: as `fuse` returned it, fitted or not.
@@ -188,6 +192,8 @@ def save_fused(model: PreTrainedModel, folder: str | Path, recipe: Recipe | None
     if recipe is None:
         raise FusionError("Nothing says what this model was made of.", hint="pass recipe=, or make it with fuse()")
     folder = Path(folder).resolve()
+    if not is_main():
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = folder.parent / f".{folder.name}-{uuid4().hex[:8]}"
     staging.mkdir()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
@@ -19,6 +18,7 @@ from hf_fusion.merging.checkpoint import INDEX
 from hf_fusion.merging.merge import merge
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.merging.plan import check_recipe
+from hf_fusion.merging.processes import Processes, is_main
 from hf_fusion.recipe import RECIPE_ATTRIBUTE, RECIPE_FILE, Recipe, RecipeExpert
 
 if TYPE_CHECKING:
@@ -60,12 +60,14 @@ def fuse_static(
     """
     if weights is not None and len(weights) != len(experts):
         raise FusionError(f"{len(weights)} weights for {len(experts)} experts", "one for each")
-    with TemporaryDirectory(prefix="hf-fusion-") as held:
+    processes = Processes()
+    with processes.folder() as held:
         names: dict[str, str] = {}  # folders of models from memory -> what recipes call them
-        entries = [_entry(expert, Path(held, f"expert-{i}"), i, names) for i, expert in enumerate(experts)]
+        with processes.step():
+            entries = [_entry(expert, held / f"expert-{i}", i, names) for i, expert in enumerate(experts)]
+            start = None if base is None else _entry(base, held / "base", len(entries), names).model
         if weights is not None:
             entries = [replace(e, weight=float(w)) for e, w in zip(entries, weights, strict=True)]
-        start = None if base is None else _entry(base, Path(held, "base"), len(entries), names).model
         stored = str(dtype).removeprefix("torch.") if dtype is not None and dtype != "auto" else None
         recipe = Recipe(method, tuple(entries), start, parameters, stored)
         model = merged_model(recipe, trust_remote_code=trust_remote_code, api=api)
@@ -76,13 +78,16 @@ def fuse_static(
 
 
 def merged_model(recipe: Recipe, *, trust_remote_code: bool = False, api: HfApi | None = None) -> PreTrainedModel:
-    """Merges into a temporary folder (``TMPDIR`` says where) and loads what is there, with its pinned recipe."""
+    """Merges into a temporary folder (``TMPDIR`` says where) and loads what is there, with its pinned recipe.
+
+    Under `accelerate launch` the processes share the work, and each loads the model.
+    """
     if MERGE_METHODS[recipe.method].merges == "adapters":
         raise FusionError(f"{recipe.method} makes an adapter, not a model", "hf_fusion.merge(recipe, folder)")
     check_recipe(recipe)
     _may_run(recipe, trust_remote_code, api)
-    with TemporaryDirectory(prefix="hf-fusion-") as held:
-        report = merge(recipe, Path(held, "merged"), api=api)
+    with Processes().folder() as held:
+        report = merge(recipe, held / "merged", api=api)
         return load_merged(report.folder, trust_remote_code=trust_remote_code)
 
 
@@ -139,7 +144,7 @@ def _entry(given: ExpertLike | RecipeExpert, folder: Path, number: int, names: d
     expert = in_memory(given, number)
     model = expert.model if expert.adapter is None else with_adapter(expert.model, expert.adapter, expert.labels)
     for own in (model, expert.processor):
-        if own is not None:
+        if own is not None and is_main():
             own.save_pretrained(folder)
     names[str(folder.resolve())] = f"{expert.name}@{expert.revision}" if expert.revision else expert.name
     return RecipeExpert(str(folder))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from hf_fusion.errors import FusionError, one_line
 
@@ -51,14 +54,34 @@ class Processes:
             failed = error
         told = [None if failed is None else one_line(getattr(failed, "message", failed))]
         if self.count > 1:
-            told = self._gather(told)
+            try:
+                told = self._gather(told)
+            except FusionError:
+                if failed is None:
+                    raise
         if failed is not None:
             raise failed
         for number, reason in enumerate(told):
             if reason is not None:
                 raise FusionError(f"process {number} of {self.count} failed: {reason}")
 
-    def _gather(self, own: list[str | None]) -> list[str | None]:
+    @contextmanager
+    def folder(self) -> Iterator[Path]:
+        """A temporary folder (``TMPDIR`` says where) that all processes see, until all are done with it.
+
+        Raises:
+            FusionError: another machine's process does not see it.
+        """
+        with ExitStack() as held:
+            with self.step():
+                own = held.enter_context(TemporaryDirectory(prefix="hf-fusion-")) if self.is_main else ""
+            shared = Path(self._gather([own])[0] if self.count > 1 else own)
+            with self.step():
+                if not shared.is_dir():
+                    raise FusionError(f"{shared} is not here", "set TMPDIR to a folder that all machines see")
+                yield shared
+
+    def _gather(self, own: list[Any]) -> list[Any]:
         """What every process has to tell, in all of them."""
         from accelerate.utils import gather_object
 
@@ -67,3 +90,8 @@ class Processes:
         except RuntimeError as error:  # torch's word for a connection that is gone
             reason = f"another of {self.count} processes is gone ({one_line(error)})"
             raise FusionError(reason, "see what it said; run it again") from None
+
+
+def is_main() -> bool:
+    """Whether this process is the first of those launched together; does not wait for the others."""
+    return int(os.environ.get("RANK", 0)) == 0

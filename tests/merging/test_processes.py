@@ -13,7 +13,9 @@ import time
 import pytest
 from on_disk import merge_here, models, recipe_of, started_quickly, weights_of
 from safetensors.torch import load_file, save_file
+from tiny import llama
 
+import hf_fusion
 from hf_fusion.merging.checkpoint import SINGLE
 from hf_fusion.merging.merge import merge
 from hf_fusion.merging.output import place_of
@@ -25,6 +27,24 @@ import sys
 sys.path[:0] = sys.argv[3:]
 from on_disk import merge_here
 merge_here(sys.argv[1], sys.argv[2], {"shard_bytes": 20_000, "threads": 1})
+"""
+# one expert from a folder, one from memory
+FUSE = """
+import os, sys
+from pathlib import Path
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+import hf_fusion
+place = Path(sys.argv[1])
+two = AutoModelForCausalLM.from_pretrained(place / "two")
+try:
+    hf_fusion.fuse("dare_linear", [place / "one", place / "nowhere"], place / "base")
+except hf_fusion.FusionError as error:
+    (place / f"error-{os.environ['RANK']}").write_text(str(error))
+model = hf_fusion.fuse("dare_linear", [place / "one", two], place / "base", seed=5)
+assert model.fusion_recipe.experts[1].model == "two", model.fusion_recipe
+save_file(model.state_dict(), place / f"rank-{os.environ['RANK']}.safetensors")
+hf_fusion.save_fused(model, place / "saved")
 """
 
 
@@ -110,15 +130,36 @@ def test_a_process_that_is_killed_is_not_waited_for(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["inputs", "recipe.yaml"]
 
 
-@pytest.mark.slow
-def test_accelerate_launch(folders, tmp_path):
-    """`--multi_gpu` without a GPU is torchrun on gloo."""
-    recipe_of(folders, "dare_ties", seed=5).save(tmp_path / "recipe.yaml")
-    (tmp_path / "run.py").write_text(RUN)
+def launched(script, *arguments, **env):
+    """Runs a script in two processes; `--multi_gpu` without a GPU is torchrun on gloo."""
     launch = "-m accelerate.commands.launch --num_machines 1 --mixed_precision no --dynamo_backend no --multi_gpu"
     launch += " --num_processes 2 --main_process_port 0"
-    own = [tmp_path / "run.py", tmp_path / "recipe.yaml", tmp_path / "many", *filter(None, sys.path)]
-    done = subprocess.run([sys.executable, *launch.split(), *own], capture_output=True, text=True, timeout=240)
+    command = [sys.executable, *launch.split(), script, *arguments]
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_accelerate_launch(folders, tmp_path):
+    recipe_of(folders, "dare_ties", seed=5).save(tmp_path / "recipe.yaml")
+    (tmp_path / "run.py").write_text(RUN)
+    launched(tmp_path / "run.py", tmp_path / "recipe.yaml", tmp_path / "many", *filter(None, sys.path))
     merge(recipe_of(folders, "dare_ties", seed=5), tmp_path / "one", **OPTIONS)
     assert weights_of(tmp_path / "many") == weights_of(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_the_verb_in_python_shares_a_merge_and_returns_it_everywhere(tmp_path):
+    for seed, name in enumerate(("base", "one", "two")):
+        llama(seed).save_pretrained(tmp_path / name)
+    (tmp_path / "run.py").write_text(FUSE)
+    (tmp_path / "held").mkdir()
+    launched(tmp_path / "run.py", tmp_path, TMPDIR=str(tmp_path / "held"))
+    model = hf_fusion.fuse("dare_linear", [tmp_path / "one", tmp_path / "two"], tmp_path / "base", seed=5)
+    for rank in range(2):
+        found = load_file(tmp_path / f"rank-{rank}.safetensors")
+        assert found.keys() == model.state_dict().keys()
+        assert all(tensor.equal(found[name]) for name, tensor in model.state_dict().items())
+        assert "nowhere" in (tmp_path / f"error-{rank}").read_text()
+    assert hf_fusion.load_fused(tmp_path / "saved")[1] == hf_fusion.Recipe.load(tmp_path / "saved")
+    assert not list((tmp_path / "held").glob("hf-fusion-*"))  # nothing left behind
