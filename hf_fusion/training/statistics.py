@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import FusionError
@@ -30,6 +29,7 @@ from ..merging.sources import LAYER
 from ..merging.tensors import InMemory, Statistic, Tensors, merge_tensors
 from .batches import Examples, class_logits, equal_lengths, read_examples, to_model, unlabelled
 from .prompts import IGNORED
+from .squares import run_with, squared_gradients
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -100,8 +100,8 @@ def measure_fisher(
     Squares are taken example by example (and class by class), not of a batch's sum. fusion_bench squares the gradient
     of Σ √p log p, summed over a batch and its classes: another quantity, which shrinks where examples disagree.
 
-    One example at a time: of a model's size there are the gradient and its squares, whatever the number of examples.
-    A regressor's y has the variance 1.
+    Of a model's size there are the squares, and one example's gradient where a model has to be asked one by one (see
+    `squares`), whatever the number of examples. A regressor's y has the variance 1.
 
     Args:
         expert: as `load_experts` takes it; of an adapter, its base with it.
@@ -127,93 +127,83 @@ def measure_fisher(
     if labels not in (None, "sampled", "true", *(() if generates else ("expected",))):
         raise FusionError(f"labels={labels!r} of {loaded.name}", "use sampled or true" if generates else "use expected")
     read = _read(loaded, rows, max_length, labelled=generates or labels == "true")
-    chosen = _chosen(read, examples, seed)
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {name: tensor.requires_grad_() for name, tensor in parameters_of(loaded).items()}
-    squares = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    model = partial(run_with, loaded.model, tensors)
+    chosen, inputs = _chosen(read, examples, seed), partial(_inputs, read, model=loaded.model)
+    tensors = parameters_of(loaded)
+    log = partial(_log_probabilities, is_encoder_decoder=loaded.model.config.is_encoder_decoder if generates else None)
     with evaluating(loaded.model):
-        for row in chosen:
-            inputs = _inputs(read, [row], loaded.model)
-            log = _log_probabilities(model, inputs, loaded.model.config.is_encoder_decoder if generates else None)
-            labels = labels or ("true" if generates else "expected" if len(log) <= FEW else "sampled")
-            terms = _drawn(log, inputs["labels"][0], labels, generator)
-            for number, (weight, term) in enumerate(terms):
-                grads = torch.autograd.grad(
-                    term, list(tensors.values()), retain_graph=number + 1 < len(terms), allow_unused=True
-                )
-                for total, grad in zip(squares.values(), grads, strict=True):
-                    if grad is not None:
-                        _add_square(total, grad, weight / len(chosen))
+        if labels is None:
+            with torch.no_grad():
+                classes = log(partial(run_with, loaded.model, tensors), inputs(chosen[:1])).shape[1]
+            labels = "true" if generates else "expected" if classes <= FEW else "sampled"
+        drawn = partial(_drawn, labels=labels, generator=torch.Generator().manual_seed(seed))
+        squares = squared_gradients(loaded.model, tensors, chosen, inputs, log, drawn)
     if broken := next((name for name, total in squares.items() if not bool(total.isfinite().all())), None):
         raise FusionError(f"{loaded.name}: the gradients of {broken} are not finite")
-    found = {name: total.cpu() for name, total in squares.items()}
+    found = {name: total.cpu() / len(chosen) for name, total in squares.items()}
     places = {name: (name, 1) for name in found}
     return Statistics("fisher", loaded.name, len(chosen), found, places, {"labels": labels, "seed": seed})
-
-
-def _add_square(total: torch.Tensor, grad: torch.Tensor, weight: float) -> None:
-    """Adds weight · grad² in place; of an embedding only the rows that were read have a gradient."""
-    if grad.is_sparse:
-        grad = grad.coalesce()
-        total.index_add_(0, grad.indices()[0], grad.values().square(), alpha=weight)
-    else:
-        total.addcmul_(grad, grad, value=weight)
-
-
-def run_with(model: Any, tensors: Mapping[str, torch.Tensor], **inputs: Any) -> Any:
-    """A model with other parameters, and its buffers in single precision as well."""
-    buffers = {name: own.float() for name, own in model.named_buffers() if own.is_floating_point()}
-    return functional_call(model, {**buffers, **tensors}, kwargs=inputs)
 
 
 def _log_probabilities(
     model: Callable[..., Any], inputs: Mapping[str, torch.Tensor], is_encoder_decoder: bool | None
 ) -> torch.Tensor:
-    """Of one example: log p of each class (C,); of each token where an answer's stand (T, V); or a regressor's (1,).
+    """Of examples: log p of each class (B, C), of each token where an answer's stand (B, T, V), or a score (B, 1).
 
     Args:
         model: with all that it takes but the inputs.
-        inputs: of the example, with ``labels``.
+        inputs: of the examples, with ``labels``.
         is_encoder_decoder: of a language model; None for classifiers and regressors.
     """
     if is_encoder_decoder is None:
-        logits = class_logits(model, inputs)[0]
-        return logits if len(logits) == 1 else logits.log_softmax(-1)
+        logits = class_logits(model, inputs)
+        return logits if logits.shape[1] == 1 else logits.log_softmax(-1)
     given = {name: value for name, value in inputs.items() if name != "labels"}
-    logits = model(**given, use_cache=False).logits[0].float()
-    return (logits if is_encoder_decoder else logits[:-1]).log_softmax(-1)  # a causal model speaks of the next token
+    logits = model(**given, use_cache=False).logits.float()
+    return (logits if is_encoder_decoder else logits[:, :-1]).log_softmax(-1)  # a causal model speaks of the next token
 
 
 def _drawn(
-    log: torch.Tensor, truth: torch.Tensor, labels: Labels, generator: torch.Generator
-) -> list[tuple[float, torch.Tensor]]:
-    """What is differentiated of one example: (how much it counts, log p of a label), up to a constant.
+    log: torch.Tensor, inputs: Mapping[str, torch.Tensor], labels: Labels, generator: torch.Generator
+) -> torch.Tensor:
+    """Terms (M, B) whose squared gradients have the wanted sum: of each example log p of a label, up to a constant.
 
     Args:
         log: as `_log_probabilities` says.
-        truth: the example's own label; of text (T,), the tokens.
+        inputs: with the examples' own ``labels`` (B,); of text (B, T), the tokens.
         labels: see `measure_fisher`.
         generator: of samples.
     """
-    if log.dim() == 2:
-        truth = truth[-len(log) :]
-        counted = truth != IGNORED
-        log, truth = log[counted], truth[counted]  # (T', V), (T',)
+    truth = inputs["labels"]
+    if log.dim() == 3:
+        truth = truth[:, -log.shape[1] :]
+        counted = truth != IGNORED  # (B, T)
         if labels == "sampled":
-            truth = torch.multinomial(log.detach().exp().cpu(), 1, generator=generator)[:, 0].to(log.device)
-        return [(1.0, log.gather(-1, truth[:, None]).sum())]
-    if len(log) == 1:  # y of variance 1: ∇ log p(y|x) = (y - f) ∇f, whose square is (∇f)² on average
-        score = log[0]
+            drawn = torch.multinomial(log.detach()[counted].exp().cpu(), 1, generator=generator)[:, 0].to(log.device)
+            truth = truth.masked_scatter(counted, drawn)
+        return (log.gather(-1, truth.clamp(min=0)[..., None])[..., 0] * counted).sum(1)[None]
+    if log.shape[1] == 1:  # y of variance 1: ∇ log p(y|x) = (y - f) ∇f, whose square is (∇f)² on average
+        score = log[:, 0]
         if labels == "true":
-            return [(1.0, -(truth.float() - score).square() / 2)]
-        return [(1.0 if labels == "expected" else float(torch.randn((), generator=generator) ** 2), score)]
+            return -(truth.float() - score).square()[None] / 2
+        return (score if labels == "expected" else score * torch.randn(len(score), generator=generator).to(score))[None]
     probabilities = log.detach().exp()
     if labels == "expected":
-        return list(zip(probabilities.tolist(), log, strict=True))
+        return _decorrelated(log, probabilities)
     if labels == "sampled":
-        truth = torch.multinomial(probabilities.cpu(), 1, generator=generator)[0]
-    return [(1.0, log[truth])]
+        truth = torch.multinomial(probabilities.cpu(), 1, generator=generator)[:, 0].to(log.device)
+    return log.gather(1, truth[:, None])[None, :, 0]
+
+
+def _decorrelated(log: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    """C - 1 terms whose squared gradients have the sum Σ_y p(y) (∇ log p(y))²: one backward pass less than classes.
+
+    With J that of the logits, ∇ log p(y) = Jᵀ(e_y - p), so that the sum is the diagonal of Jᵀ(diag(p) - ppᵀ)J. The
+    matrix in the middle is U diag(σ) Uᵀ; one σ is 0, its u constant; the others have Jᵀu = ∇ Σ_y u_y log p(y).
+    """
+    p = probabilities.double()  # (B, C)
+    values, vectors = torch.linalg.eigh(torch.diag_embed(p) - p[:, :, None] * p[:, None])
+    factors = vectors * values.clamp(min=0).sqrt()[:, None]  # (B, C, C), the last of them the terms
+    return torch.einsum("bc,bcm->mb", log, factors[..., 1:].to(log))
 
 
 @torch.no_grad()

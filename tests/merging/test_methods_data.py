@@ -11,6 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import TEXTS, bert, gpt2, image_processor, images, llama, make_tokenizer, t5, vit
+from transformers import GPT2Config, GPT2ForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from hf_fusion import Expert, FusionError, measure_fisher, measure_gram, measure_gram_merged
@@ -147,6 +148,42 @@ def test_fisher_of_a_classifier_counts_all_classes():
     assert got.examples == 6 and got.facts["labels"] == "expected"
     check(got, slow_fisher(model, rows, of_classes))
     assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_examples_of_one_length_share_a_backward_pass():
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": len(TOKENIZER)}
+    model = GPT2ForSequenceClassification(GPT2Config(**sizes, num_labels=3, pad_token_id=TOKENIZER.pad_token_id)).eval()
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    rows = WORDS.select([0] * 5 + [1] * 20)
+    got = measure_fisher(Expert("it", model, processor=TOKENIZER, labels=ABC), rows, examples=25)
+    assert len(calls) <= 1 + 3 + 3  # which labels; whether batches do, of two lengths up to three batches
+    inputs = [TOKENIZER(text, return_tensors="pt") for text in rows["text"]]
+    check(got, slow_fisher(model, inputs, of_classes))
+
+
+def test_what_modules_do_not_tell_is_left_to_autograd():
+    """A weight that is used without calling its module: batches would miss a part of its gradient."""
+    model = bert(ABC)
+    forward = model.forward
+
+    def twice(**inputs):
+        output = forward(**inputs)
+        output.logits = output.logits + output.logits @ model.classifier.weight[:, :3]
+        return output
+
+    model.forward = twice
+    rows = [TOKENIZER(text, return_tensors="pt") for text in WORDS["text"]]
+    got = measure_fisher(Expert("it", model, processor=TOKENIZER, labels=ABC), WORDS)
+
+    def of_twice(model, row, index):
+        logits = model(**row).logits[0]
+        log = (logits + logits @ model.classifier.weight[:, :3]).log_softmax(-1)
+        return [(float(p), i) for i, p in enumerate(log.exp())] if index is None else log[index]
+
+    model.forward = forward
+    check(got, slow_fisher(model, rows, of_twice))
 
 
 def test_fisher_of_true_and_sampled_labels():
