@@ -18,11 +18,12 @@ from hf_fusion.bench.scoring import METRICS, Answered, answers, from_logits
 from hf_fusion.bench.setting import MAX_LENGTH, Batch, Setting, multiplications
 from hf_fusion.bench.suite import Suite, UnseenSplit, expert_path
 from hf_fusion.bench.systems import CLEAN, TEST, LeftOut, System, share_batches
+from hf_fusion.bench.zero_shot import fix_classes
 from hf_fusion.experts import Expert
 from hf_fusion.hub.load import load_experts
 from hf_fusion.models.wemoe.heads_wemoe import activate_heads
 from hf_fusion.training.adamerging import CoefficientMerge
-from hf_fusion.training.batches import Examples, class_logits, read_examples, zero_shot_examples
+from hf_fusion.training.batches import Examples, class_logits, image_text_examples, read_examples
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,11 +54,11 @@ class MergingSetting(Setting):
         if suite.base:
             path = expert_path(suite.base, suite.build)
             [self.start] = load_experts([path], gates=False)
-            if suite.head == "zero-shot-image":  # reads texts as well, which no expert does
+            if suite.head == "zero-shot-image":  # it reads texts as well, which no expert does
                 name, _, revision = str(path).partition("@")
-                self.start = replace(
-                    self.start, processor=AutoProcessor.from_pretrained(name, revision=revision or None)
-                )
+                processor = AutoProcessor.from_pretrained(name, revision=revision or None)
+                self.start = replace(self.start, processor=processor)
+                self._classes = fix_classes(self.start.model, processor, suite)
         base: Any = self.start and self.start.model
         loaded = load_experts([expert_path(own, suite.build) for own in owned.values()], base=base, gates=False)
         shared = self.start and self.start.processor
@@ -88,10 +89,9 @@ class MergingSetting(Setting):
 
     def read(self, task: str, rows: Dataset) -> Examples:
         """Rows as the model reads them."""
-        own, processor = self.suite.tasks[task], self.merge.processor
+        processor = self.merge.processor
         if self.suite.head == "zero-shot-image":
-            names = own.classes or rows.features["label"].names
-            return zero_shot_examples(processor, rows, [own.templates[0].format(name) for name in names])
+            return image_text_examples(processor, rows, {"input_ids": self._classes[task]})
         if self.suite.head == "feature-extraction":
             texts = processor(list(rows["text"]), truncation=True, max_length=MAX_LENGTH)
             encoded = [{key: texts[key][number] for key in texts} for number in range(len(rows))]

@@ -72,7 +72,11 @@ def zero_shot_examples(processor: Any, dataset: Dataset, prompts: Sequence[str])
         dataset: column ``image``, and for fitting with labels ``label``, an index of `prompts`.
         prompts: the text of each class, "a photo of a cat".
     """
-    texts = dict(processor(text=list(prompts), padding=True, return_tensors="pt"))
+    return image_text_examples(processor, dataset, processor(text=list(prompts), padding=True, return_tensors="pt"))
+
+
+def image_text_examples(processor: Any, dataset: Dataset, texts: Mapping[str, torch.Tensor]) -> Examples:
+    """The same, with the classes as the model takes them: inputs of C rows."""
     columns = [name for name in ("image", "label") if name in dataset.column_names]
 
     def collate(rows: list[Any]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,76 @@
+"""Zero-shot heads: what texts say of classes, read once and not by a tower with every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from hf_fusion.bench.suite import Suite, Task
+from hf_fusion.errors import FusionError
+
+TEXTS_AT_ONCE = 256
+
+
+class ClassTexts(nn.Module):
+    """In the place of CLIP's text tower: the features of classes, which are asked for by number.
+
+    Args:
+        features: (N, d) of all classes of all tasks.
+    """
+
+    def __init__(self, features: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("features", features)
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> BaseModelOutputWithPooling:
+        """Of classes (C, 1), (C, d) as `pooler_output`."""
+        features: Any = self.features
+        return BaseModelOutputWithPooling(pooler_output=features[input_ids[:, 0]])
+
+
+@torch.no_grad()
+def fix_classes(model: Any, processor: Any, suite: Suite) -> Mapping[str, torch.Tensor]:
+    """Puts the classes of a suite's tasks in the place of a model's text tower, which no expert changes.
+
+    A class is the mean of the features, each of length 1, of its name in all of the task's templates (Radford et al.,
+    arXiv 2103.00020, and fusion_bench).
+
+    Args:
+        model: `CLIPModel`; changed in place.
+        processor: its own.
+        suite: its tasks have classes and templates.
+
+    Returns:
+        Task → what the model takes as ``input_ids``: numbers of its classes (C, 1).
+
+    Raises:
+        FusionError: a task has none.
+    """
+    features: list[torch.Tensor] = []
+    numbers: dict[str, torch.Tensor] = {}
+    for task in suite.tasks.values():
+        start = sum(map(len, features))
+        features.append(_class_features(model, processor, task, suite))
+        numbers[task.name] = torch.arange(start, start + len(features[-1]))[:, None]
+    model.text_model, model.text_projection = ClassTexts(torch.cat(features)), nn.Identity()
+    return numbers
+
+
+def _class_features(model: Any, processor: Any, task: Task, suite: Suite) -> torch.Tensor:
+    """(C, d), not of length 1: the model sees to that."""
+    if not task.classes or not task.templates:
+        raise FusionError(
+            f"{suite.name}: {task.name} lacks classes or templates, of which zero-shot heads are made",
+            hint='classes: [cat, dog], templates: ["a photo of a {}."]',
+        )
+    texts = [template.format(name) for name in task.classes for template in task.templates]
+    parts = []
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        read = processor(text=texts[start : start + TEXTS_AT_ONCE], padding=True, return_tensors="pt")
+        parts.append(model.get_text_features(**read.to(model.device)).pooler_output)
+    features = nn.functional.normalize(torch.cat(parts), dim=-1)
+    return features.view(len(task.classes), len(task.templates), -1).mean(1)
