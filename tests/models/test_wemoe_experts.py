@@ -108,11 +108,18 @@ def test_an_input_finds_its_plain_model():
 
 
 @pytest.mark.parametrize("kind", ["bert", "vit", "llama", "t5 gated"])
-@pytest.mark.parametrize("storage", ["exact", "low-rank", "low-rank-bfloat16"])
-def test_neighbours_and_padding_do_not_change_an_answer(kind, storage):
+@pytest.mark.parametrize(
+    ("storage", "rounding"),
+    [
+        ("exact", 1e-6),
+        ("low-rank", 1e-6),
+        ("low-rank-bfloat16", 1e-4),  # a last bit of the change may fall otherwise
+        ("bfloat16", 2e-3),  # alone it is merged in bfloat16: 2^-9 of a change that is a third of the weights here
+    ],
+)
+def test_neighbours_and_padding_do_not_change_an_answer(kind, storage, rounding):
     """Not bitwise, since products choose another kernel for another number of rows: the dense base's are not either."""
-    model, base, _, _, inputs = fused(kind, task_vectors=storage, **({"rank": 5} if storage != "exact" else {}))
-    rounding = 1e-4 if storage == "low-rank-bfloat16" else 1e-6  # a last bit of the change may fall otherwise
+    model, base, _, _, inputs = fused(kind, task_vectors=storage, **({"rank": 5} if "rank" in storage else {}))
     assert apart(model, inputs) <= rounding + apart(base, inputs)
     double = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
     assert apart(model.double(), double) <= 1e-13

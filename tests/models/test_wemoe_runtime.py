@@ -226,6 +226,41 @@ def test_rows_stored_apart_are_put_together(monkeypatch):
     assert all(block.any() for block in apart)
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+def test_bfloat16_is_merged_as_it_says(samples, monkeypatch):
+    """One sample's change is rounded to bfloat16, several samples' are not; blocks need not be those of the store."""
+    monkeypatch.setattr(linears_wemoe, "BLOCK", 16 * 32)
+    linear = fused("bert", task_vectors="bfloat16")[0].units[0].linears[0]
+    assert (linear.step, linear.rows, linear.columns) == (32, 64, 32)
+    vectors = linear.block(0, 64, [], torch.float64)
+    assert vectors.any()
+    for start, stop in ((0, 16), (16, 48), (48, 64)):
+        place = slice(start * 32, stop * 32)
+        assert torch.equal(linear.block(start, stop, [], torch.float64), vectors[:, place])
+    w = torch.rand(samples, 3, generator=torch.Generator().manual_seed(0))
+    want = w.double() @ vectors
+    got = linear.merge(w).flatten(1).double() - linear.base.flatten().double()
+    assert close(got, want) <= (2**-8 if samples == 1 else 1e-6)
+    assert (close(got, want) > 1e-4) == (samples == 1)
+    x = torch.randn(samples, 5, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        product = linear._product(x, w)
+    weights = (linear.base.double().flatten() + got).view(samples, 64, 32)
+    assert close(product.double(), x.double() @ weights.transpose(1, 2) + linear._bias(w)[:, None].double()) <= 1e-6
+
+
+def test_routers_are_rounded_with_the_task_vectors(monkeypatch):
+    monkeypatch.setattr(linears_wemoe, "CPU_HAS_BFLOAT16", True)
+    coefficients = {}
+    for storage in ("exact", "bfloat16"):
+        model, _, _, _, inputs = fused("vit", task_vectors=storage)
+        model.record_routing = True
+        with torch.no_grad():
+            model(**inputs)
+        coefficients[storage] = model.routing_trace().coefficients()[:, 0]  # of the first unit, which read the same
+    assert 0 < close(coefficients["bfloat16"], coefficients["exact"]) <= 2**-8
+
+
 def test_device_map_and_copies(tmp_path):
     model, _, _, _, inputs = fused("llama", task_vectors="bfloat16")
     model.save_pretrained(tmp_path)

@@ -25,7 +25,7 @@ from .assembly_wemoe import (
     tied_groups,
 )
 from .configuration_wemoe import LOW_RANK, WEMoEConfig
-from .linears_wemoe import UpscaledLinear
+from .linears_wemoe import UpscaledLinear, rows_together
 from .merging_wemoe import RULES
 
 HEADS = ("task", "shared", "base")
@@ -307,13 +307,15 @@ def _config(
 
 
 def _measure(plan: Plan, units: list[dict[str, Any]], modules: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """What a linear has to know before it is made: ranks, with the energy they keep, or numbers of entries."""
+    """What a linear has to know before it is made: ranks, with the energy they keep, numbers of entries or rows."""
     kind = plan.config.task_vectors
     for unit in units:
         for index, path in enumerate(unit["paths"]):
             if kind == "sparse":
                 size = modules[path].weight.numel()
                 unit["sizes"][index] = len(plan.sources) * max(1, round(options["density"] * size))
+            elif kind == "bfloat16":
+                unit["sizes"][index] = rows_together(*_sizes(modules[path]))
             elif kind in LOW_RANK:
                 vectors = plan.vectors(path, isinstance(modules[path], Conv1D))
                 parts = [low_rank(vector, options["rank"], options["energy"]) for vector in vectors]

@@ -35,7 +35,8 @@ class UpscaledLinear(nn.Module):
 
     Parameters, all frozen (ΣR is the sum of the experts' ranks here, n the number of kept entries):
         base: (R, C), θ0; for low rank (d_out, d_in).
-        vectors: (K, R, C), task vectors ("exact"); bfloat16 as the bits of int16, which no loader casts ("bfloat16").
+        vectors: (K, R, C), task vectors ("exact"); (K · R · C,), block after block, each (K, rows · C), as the bits of
+            int16, which no loader casts ("bfloat16").
         index, values, counts: (n,), (n,), (blocks,): places within a block, entries, entries of each block ("sparse").
         lora_A: (ΣR, d_in), rows orthonormal within an expert ("low-rank"; "low-rank-bfloat16" as bits of int16 too).
         lora_B: (ΣR, d_out), or (ΣR + K, d_out) where there is a bias: its task vectors come last, so that one product
@@ -48,7 +49,8 @@ class UpscaledLinear(nn.Module):
         experts: K.
         kind: one of `configuration_wemoe.TASK_VECTORS`.
         has_bias: whether there is one.
-        size: low rank: rank of each expert; "sparse": number of kept entries; else not used.
+        size: low rank: rank of each expert; "sparse": number of kept entries; "bfloat16": rows of a block, from
+            `rows_together`; else not used.
         like: dtype and device.
         conv1d: the dense layer is GPT-2's Conv1D, which stores its weight transposed.
     """
@@ -80,8 +82,11 @@ class UpscaledLinear(nn.Module):
             self.lora_B = _frozen(sum(self.ranks) + has_bias * experts, d_out, **own)
         else:
             self.base = _frozen(self.rows, self.columns, **like)
-        if kind in ("exact", "bfloat16"):
+        if kind == "exact":
             self.vectors = _frozen(experts, self.rows, self.columns, **own)
+        elif kind == "bfloat16":
+            self.step = size  # rows that are stored together
+            self.vectors = _frozen(experts * self.rows * self.columns, **own)
         elif kind == "sparse":
             self.step = _rows(self.rows, self.columns, BLOCK)
             self.index = _frozen(size, **numbers)
@@ -138,8 +143,7 @@ class UpscaledLinear(nn.Module):
                 bias = torch.addmv(base.to(x.dtype), changes.t().to(x.dtype), w[0].to(x.dtype))
             return F.linear(x, kept[0], bias)
         dtype = x.dtype
-        fast = CPU_HAS_BFLOAT16 or x.device.type != "cpu"
-        if self.kind == "low-rank-bfloat16" and dtype is not torch.float64 and fast:
+        if self.multiplies_bfloat16(x):
             dtype = torch.bfloat16  # of the change alone, which it rounds by 2^-9 of itself
         lora_a, lora_b = _values(self.lora_A).to(dtype), _values(self.lora_B).to(dtype)
         hidden = F.linear(x.to(dtype), lora_a)  # (N, ..., ΣR)
@@ -160,6 +164,11 @@ class UpscaledLinear(nn.Module):
         y.view(-1, self.out_features).addmm_(hidden.view(-1, hidden.shape[-1]), lora_b)
         return y
 
+    def multiplies_bfloat16(self, x: torch.Tensor) -> bool:
+        """Whether what is added to the dense model may be computed in bfloat16, and is faster so."""
+        fast = CPU_HAS_BFLOAT16 or x.device.type != "cpu"
+        return self.kind.endswith("bfloat16") and x.dtype is not torch.float64 and fast
+
     def _owners(self, device: torch.device) -> torch.Tensor:
         """The expert of each row of the factors (ΣR,); made once, for a copy to a device would be waited for."""
         known: torch.Tensor | None = getattr(self, "_known_owners", None)
@@ -174,6 +183,8 @@ class UpscaledLinear(nn.Module):
         """Rows of a block, and samples merged at a time."""
         elements = (BLOCK if samples > 1 else 2 * BLOCK) if device == "cpu" else BLOCK_ELSEWHERE
         rows = _rows(self.rows, self.columns, elements)
+        if self.kind == "bfloat16" and device == "cpu" and samples == 1:
+            rows = self.step  # a table of its own
         if self.kind == "sparse":  # what is stored together stays together
             rows = min(self.rows, (rows // self.step if device != "cpu" else 1) * self.step)
         return rows, min(samples, SAMPLES if device == "cpu" else SAMPLES_ELSEWHERE)
@@ -188,10 +199,29 @@ class UpscaledLinear(nn.Module):
         flat = scratch[0][: self.experts * size]
         block = flat.view(self.experts, size)
         if self.kind == "bfloat16":
-            return block.copy_(_values(self.vectors)[:, start:stop].flatten(1))
+            parts = self.parts(start, stop)
+            return block.copy_(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
         places, values = self._entries(start, stop)
         flat.zero_().index_copy_(0, places, values.to(dtype))
         return block
+
+    def parts(self, start: int = 0, stop: int | None = None) -> list[torch.Tensor]:
+        """Task vectors of some rows as bfloat16, (K, rows · C) for every block that they are stored in."""
+        values, each = _values(self.vectors), self.experts * self.columns
+        stop = self.rows if stop is None else stop
+        found = []
+        for first in range(start // self.step * self.step, stop, self.step):
+            block = values[first * each : min(first + self.step, self.rows) * each].view(self.experts, -1)
+            found.append(block[:, max(start - first, 0) * self.columns : (stop - first) * self.columns])
+        return found
+
+    def sums(self, w: torch.Tensor) -> bool:
+        """Whether a block is merged as a sum of bfloat16 rows, each times a number: `embedding_bag` on a CPU.
+
+        For one sample nothing else reads an entry once and writes nothing down in float32 first. It adds in float32
+        and rounds the sum to bfloat16: the change is off by 2^-9 of itself, as task vectors and coefficients are.
+        """
+        return self.kind == "bfloat16" and len(w) == 1 and w.device.type == "cpu" and w.dtype is not torch.float64
 
     def _entries(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Kept entries of some rows that were stored together, and their places in (K, rows · C)."""
@@ -220,8 +250,12 @@ class UpscaledLinear(nn.Module):
             scale = w[0].index_select(0, self._owners(w.device))
             factor = _values(self.lora_B)[: len(scale)].t().to(w.dtype) * scale
             return torch.addmm(self.base.to(w.dtype), factor, _values(self.lora_A).to(w.dtype))[None]
-        if self.kind in ("exact", "bfloat16"):
-            change = w @ _values(self.vectors).flatten(1).to(w.dtype)
+        if self.sums(w) and not (torch.compiler.is_compiling() or torch.is_grad_enabled() and w.requires_grad):
+            return torch.cat([block.clone() for *_, block in _blocks(self, w, read=False)], 1)
+        if self.kind == "exact":
+            change = w @ self.vectors.flatten(1).to(w.dtype)
+        elif self.kind == "bfloat16":
+            change = torch.cat([w @ part.to(w.dtype) for part in self.parts()], 1)
         else:
             scratch: list[torch.Tensor] = []
             step, _ = self.steps(len(w), w.device.type)
@@ -274,9 +308,14 @@ class UpscaledLinear(nn.Module):
         """
         turn = self._turned
         self.base.copy_(base if self.is_low_rank else turn(base))
-        if self.kind in ("exact", "bfloat16"):
-            for own, vector in zip(_values(self.vectors), vectors, strict=True):
+        if self.kind == "exact":
+            for own, vector in zip(self.vectors, vectors, strict=True):
                 own.copy_(turn(vector))
+        elif self.kind == "bfloat16":
+            parts = self.parts()
+            for expert, vector in zip(range(self.experts), vectors, strict=True):
+                for part, rows in zip(parts, turn(vector).split(self.step), strict=True):
+                    part[expert].copy_(rows.flatten())
         elif self.is_low_rank:
             pairs = list(vectors)
             _values(self.lora_A).copy_(torch.cat([a for a, _ in pairs]))
@@ -307,6 +346,11 @@ class UpscaledLinear(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"{self.in_features} -> {self.out_features}, experts={self.experts}, task_vectors={self.kind}"
+
+
+def rows_together(d_in: int, d_out: int) -> int:
+    """Rows of a block of task vectors in bfloat16, as one sample is merged fastest."""
+    return _rows(max(d_in, d_out), min(d_in, d_out), 2 * BLOCK)
 
 
 def _rows(rows: int, columns: int, elements: int) -> int:
@@ -351,7 +395,7 @@ class _MergedProduct(torch.autograd.Function):
         ctx.linear = linear
         samples, tokens, _ = x.shape
         y = x.new_empty(samples, tokens, linear.out_features)
-        for start, stop, group, _, merged in _blocks(linear, w):
+        for start, stop, group, _, merged in _blocks(linear, w, read=ctx.needs_input_grad[1] or not linear.sums(w)):
             if linear.by_input:
                 into = y[group]
                 if start == 0 and bias is not None:
@@ -389,18 +433,19 @@ class _MergedProduct(torch.autograd.Function):
         return grad_x, grad_w, grad_bias, None
 
 
-def _blocks(linear: UpscaledLinear, w: torch.Tensor, merge: bool = True) -> Any:
-    """Row blocks for groups of samples: (start, stop, samples, τ (K, rows · C), θ (b, rows, C)).
+def _blocks(linear: UpscaledLinear, w: torch.Tensor, merge: bool = True, read: bool = True) -> Any:
+    """Row blocks for groups of samples: (start, stop, samples, τ (K, rows · C) if `read`, θ (b, rows, C) if `merge`).
 
-    What is yielded is overwritten by the next one.
+    θ is merged from τ, or where this is not read from sums of rows. What is yielded is overwritten by the next one.
     """
     step, count = linear.steps(len(w), w.device.type)
     scratch: list[torch.Tensor] = []
     room = w.new_empty(count * step * linear.columns) if merge else w
     base = linear.base.to(w.dtype)
+    rounded, experts, first_of_all = w[0].bfloat16(), torch.arange(linear.experts), torch.zeros(1, dtype=torch.long)
     for start in range(0, linear.rows, step):
         stop = min(start + step, linear.rows)
-        vectors = linear.block(start, stop, scratch, w.dtype)
+        vectors = linear.block(start, stop, scratch, w.dtype) if read else None
         for first in range(0, len(w), count):
             group = slice(first, min(first + count, len(w)))
             size = group.stop - first, (stop - start) * linear.columns
@@ -408,8 +453,13 @@ def _blocks(linear: UpscaledLinear, w: torch.Tensor, merge: bool = True) -> Any:
                 yield start, stop, group, vectors, room
                 continue
             into = room[: size[0] * size[1]].view(size)
-            torch.addmm(base[start:stop].flatten(), w[group], vectors, out=into)
+            if vectors is not None:
+                torch.addmm(base[start:stop].flatten(), w[group], vectors, out=into)
+            else:
+                (table,) = linear.parts(start, stop)
+                change = F.embedding_bag(experts, table, first_of_all, mode="sum", per_sample_weights=rounded)
+                into.copy_(change).add_(base[start:stop].flatten())
             yield start, stop, group, vectors, into.view(size[0], stop - start, linear.columns)
 
 
-__all__ = ["UpscaledLinear"]
+__all__ = ["UpscaledLinear", "rows_together"]

@@ -89,7 +89,9 @@ class WEMoEModel(PreTrainedModel):
             router_layers: 0, 1 or 2.
             modules: what is up-scaled: "mlp", "attention", or a regular expression for paths of linears.
             task_vectors: how they are stored: "exact", "bfloat16", "sparse" (E-WEMoE), "low-rank", or
-                "low-rank-bfloat16": half the memory, and half the time where the CPU multiplies bfloat16.
+                "low-rank-bfloat16". Those in bfloat16 take half the memory. What they add to the merged model may be
+                computed in bfloat16 too where that is faster, off by 2^-9 of itself: low-rank products, the layer of
+                the routers that reads every token, and the merged change where a sample is alone.
             rank: largest rank of low-rank ones; energy: or the least rank that keeps this share of each ‖τ‖².
             density: share of the entries that "sparse" keeps.
             routing: "wemoe", or "smile": low-rank experts chosen token by token without any training.

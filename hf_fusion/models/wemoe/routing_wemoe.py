@@ -78,13 +78,21 @@ class Router(nn.Module):
         for module in self.modules():  # or the model around it would begin anew with its own range
             module._is_hf_initialized = True  # type: ignore[assignment]
 
-    def forward(self, x: torch.Tensor, share: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, T, d) and each token's share (B, T), or None where all count alike -> (B, K); of 0 layers (1, K)."""
+    def forward(self, x: torch.Tensor, share: torch.Tensor | None = None, rounded: bool = False) -> torch.Tensor:
+        """(B, T, d) and each token's share (B, T), or None where all count alike -> (B, K); of 0 layers (1, K).
+
+        `rounded`: the layer that reads every token, nearly all of a router's cost, may be computed in bfloat16.
+        """
         if self.constant is not None:
             return self.constant[None]
         if len(self.layers) == 2:
-            x = self.layers[0](x)
-            x = F.relu(x) if x.requires_grad else x.relu_()
+            first: Any = self.layers[0]
+            if rounded and not torch.is_grad_enabled():
+                narrow = [tensor.bfloat16() for tensor in (x, first.weight, first.bias)]
+                x = F.linear(*narrow).relu_().to(x.dtype)
+            else:
+                x = first(x)
+                x = F.relu(x) if x.requires_grad else x.relu_()
         mean = x.mean(1) if share is None else torch.bmm(share[:, None].to(x.dtype), x)[:, 0]  # (B, d)
         return self.layers[-1](mean)
 
@@ -236,7 +244,7 @@ class Unit:
         if self.routers[0] is None and shared.given is None:
             return None
         if linear is self.linears[0]:
-            self.w = self._route(x)
+            self.w = self._route(x, linear)
         w = self.w
         if w is None:
             raise ValueError(
@@ -246,7 +254,7 @@ class Unit:
             self.w = None
         return w
 
-    def _route(self, x: torch.Tensor) -> torch.Tensor:
+    def _route(self, x: torch.Tensor, linear: Any) -> torch.Tensor:
         scope, shared = self.scope, self.scope.shared
         if scope.decodes and shared.given is None:
             assert scope.pin is not None
@@ -261,7 +269,8 @@ class Unit:
             rows = scope.rows if x.dim() == 2 and scope.rows else x.shape[0]  # OPT flattens batch and tokens
             tokens = x if x.dim() == 3 else x.reshape(rows, -1, x.shape[-1])
             share = scope.share
-            w = router(tokens, share if share is not None and share.shape == tokens.shape[:2] else None)
+            share = share if share is not None and share.shape == tokens.shape[:2] else None
+            w = router(tokens, share, linear.multiplies_bfloat16(tokens))
             if shared.prompts is not None and w.shape[0] > shared.prompts[0]:
                 w = w[:: w.shape[0] // shared.prompts[0]]  # beams of one prompt are routed and merged once
             if shared.batch_reduce:
