@@ -12,7 +12,7 @@ Tensors that are no matrices are merged as in the released codes: θ0 + λ mean 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch.nn.functional import pad
@@ -93,18 +93,19 @@ def iso_cts(
     share = round((deltas.width - int(deltas.width * common_space_fraction)) / count)
     share = min(share, deltas.width // count)
     common = deltas.width - share * count
-    grams, cross = deltas.grams(), deltas.grams(with_sum=True)  # τ_iᵀτ_i and (Σ τ_j)ᵀτ_i: (K, n, n)
-    sigma, v = _singular(cross.sum(0), common)
+    grams = deltas.grams()
+    products = deltas.grams("sum" if deltas.is_turned else "cross")
+    sigma, v = _singular(products.sum(0), common)
     z = v * _inverse(sigma)  # U_k = (Σ τ_j) z
+    left = torch.eye(deltas.width, dtype=torch.float64) - v @ v.T if deltas.is_turned else None
     values, rights, own, shared = [], [], [], []
-    for gram, products in zip(grams, cross, strict=True):
-        if deltas.is_turned:  # U_k are the right vectors of what is turned: τ_i U_k U_kᵀ is taken off
-            left = torch.eye(deltas.width, dtype=torch.float64) - v @ v.T
+    for index, gram in enumerate(grams):
+        if left is not None:  # U_k are the right vectors of what is turned: τ_i U_k U_kᵀ is taken off
             sigma_i, v_i = _singular(left @ gram @ left, share, of=gram)
             own.append(left @ v_i * _inverse(sigma_i))
             shared.append(torch.zeros_like(v_i))
         else:
-            seen = z.T @ products  # U_kᵀ τ_i
+            seen = z.T @ products[index]  # U_kᵀ τ_i
             sigma_i, v_i = _singular(gram - seen.T @ seen, share, of=gram)
             own.append(v_i * _inverse(sigma_i))
             shared.append(-z @ (seen @ own[-1]))
@@ -121,12 +122,12 @@ def wudi(
     scaling: Annotated[float, Range()] = 1.0,
     steps: Annotated[int, Range(0)] = 300,
     learning_rate: Annotated[float, Range(0)] = 1e-5,
-) -> Merged:
+) -> Result:
     """θ0 + λ τ with the τ that Adam finds for Σ ‖(τ - τ_i) τ_iᵀ‖² / ‖τ_i‖² from Σ τ_i on (WUDI, arXiv 2503.08099).
 
     The loss's gradient is 2 (τ Σ G_i - Σ τ_i G_i) with G_i = τ_iᵀτ_i / ‖τ_i‖²: rows of τ do not depend on each other,
-    so they are optimized block by block, with one product a step. Adam is the released code's, β 0.9 and 0.999, ε 1e-8.
-    Experts that left a matrix as it was do not count (the released code divides by their norm).
+    high matrices are optimized block by block, with one product a step. Adam is the released code's, β 0.9 and 0.999,
+    ε 1e-8. Experts that left a matrix as it was do not count (the released code divides by their norm).
 
     Args:
         tensors: a base and one expert or more.
@@ -141,8 +142,9 @@ def wudi(
     shares = torch.where(norms > 0, 1 / norms, 0.0)[:, None, None]
     is_wide = deltas.rows < deltas.width
     if is_wide:  # G_i have more elements than τ_i: only their sum is kept
-        whole = tensors.whole_deltas().mul_(shares.sqrt())
-        total = whole.view(-1, deltas.width).T @ whole.view(-1, deltas.width)
+        whole = tensors.whole_deltas()
+        scaled = whole * shares.sqrt().float()
+        total = scaled.view(-1, deltas.width).T @ scaled.view(-1, deltas.width)
     else:
         grams = (deltas.grams() * shares).float()
         total = grams.sum(0)
@@ -150,7 +152,7 @@ def wudi(
     def optimized(block: torch.Tensor) -> torch.Tensor:
         """(K, rows, columns) -> (rows, columns)."""
         block = block.float()
-        wanted = torch.bmm(torch.bmm(block, whole.mT), whole) if is_wide else torch.bmm(block, grams)
+        wanted = torch.bmm(torch.bmm(block, scaled.mT), scaled) if is_wide else torch.bmm(block, grams)
         wanted, tau = wanted.sum(0), block.sum(0)
         mean, square, size = torch.zeros_like(tau), torch.zeros_like(tau), torch.empty_like(tau)
         for step in range(1, steps + 1):
@@ -161,6 +163,8 @@ def wudi(
             tau.addcdiv_(mean, size, value=-learning_rate / (1 - 0.9**step))
         return tau.mul_(scaling)
 
+    if is_wide:  # all rows at once: each step would read the sum, which no cache holds, for every few of them
+        return tensors.whole(tensors.the_base).add_(optimized(whole))
     return lambda chunk: deltas.moved(chunk, optimized)
 
 
@@ -207,12 +211,13 @@ class _Deltas:
         for first in range(0, self.rows, size):
             yield self.block(first, min(self.rows, first + size))
 
-    def grams(self, with_sum: bool = False) -> torch.Tensor:
-        """τ_iᵀτ_i; or (Σ τ_j)ᵀτ_i: (K, n, n)."""
+    def grams(self, of: Literal["own", "cross", "sum"] = "own") -> torch.Tensor:
+        """Products (K, n, n): each one's "own", τ_iᵀτ_i, or "cross"es, (Σ τ_j)ᵀτ_i; (1, n, n) of their "sum"."""
         total = torch.zeros(())
         for block in self.blocks():
-            left = block.sum(0, keepdim=True).expand_as(block) if with_sum else block
-            total = total + torch.bmm(left.mT, block)
+            left = block if of == "own" else block.sum(0, keepdim=True)
+            right = left if of == "sum" else block
+            total = total + torch.bmm(left.mT.expand(len(right), -1, -1), right)
         return total
 
     def merged(self, moves: Moves) -> Result:
