@@ -53,7 +53,7 @@ class FusionSetting(Setting):
     """
 
     def __init__(
-        self, suite: Suite, data_dir: Path | None, limit: int, tuned_on: int, batch_size: int = 64, device: str = "cpu"
+        self, suite: Suite, data_dir: Path | None, limit: int, tuned_on: int, batch_size: int = 16, device: str = "cpu"
     ) -> None:
         super().__init__(suite, data_dir, limit, tuned_on, batch_size, device)
         base = None if suite.base is None else expert_path(suite.base, suite.build)

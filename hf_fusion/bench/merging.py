@@ -45,7 +45,7 @@ class MergingSetting(Setting):
     """
 
     def __init__(
-        self, suite: Suite, data_dir: Path | None, limit: int, tuned_on: int, batch_size: int = 64, device: str = "cpu"
+        self, suite: Suite, data_dir: Path | None, limit: int, tuned_on: int, batch_size: int = 16, device: str = "cpu"
     ) -> None:
         super().__init__(suite, data_dir, limit, tuned_on, batch_size, device)
         owned = {task.name: task.expert for task in suite.tasks.values() if task.expert}

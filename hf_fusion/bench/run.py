@@ -60,7 +60,7 @@ def run_suite(
     unseen: Sequence[str] = (),
     limit: int = 500,
     tuned_on: int = 100,
-    batch_size: int = 64,
+    batch_size: int = 16,
     device: str | None = None,
     command: str = "",
     tell: Callable[[str], None] = logger.info,

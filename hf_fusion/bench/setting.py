@@ -37,7 +37,7 @@ class Setting:
     """
 
     def __init__(
-        self, suite: Suite, data_dir: Path | None, limit: int, tuned_on: int, batch_size: int = 64, device: str = "cpu"
+        self, suite: Suite, data_dir: Path | None, limit: int, tuned_on: int, batch_size: int = 16, device: str = "cpu"
     ) -> None:
         self.suite, self.batch_size, self.device = suite, batch_size, device
         self._limits = {TEST: limit, FIT: tuned_on}

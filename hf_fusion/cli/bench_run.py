@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--unseen", nargs="+", default=[], metavar="SPLIT", help="splits into fused and tested tasks, or all")
     add("--limit", type=int, default=500, metavar="N", help="test rows of each task (default: 500)")
     add("--tuned-on", type=int, default=100, metavar="N", help="rows of each task to tune on (default: 100)")
-    add("--batch-size", type=int, default=64, metavar="N", help="rows at once (default: 64)")
+    add("--batch-size", type=int, default=16, metavar="N", help="rows at once (default: 16)")
     add("--device", metavar="NAME", help="default: what accelerate chooses")
 
 
