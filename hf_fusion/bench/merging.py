@@ -99,6 +99,11 @@ class MergingSetting(Setting):
         labels = list(self.merge.config.experts[self.names.index(task)]["labels"])
         return read_examples(Expert(task, self.backbone, processor=processor, labels=labels), rows, MAX_LENGTH)
 
+    def kept_apart(self, expert: int) -> Examples:
+        """Rows of an expert's task that may be learned from, as it reads them."""
+        name = self.names[expert]
+        return self.read(name, self.rows(name).fit)
+
     # ---------------------------------------------------------------- asking
 
     def ask(self, model: Any, task: str, condition: str = CLEAN, part: str = TEST) -> Answered:

@@ -106,6 +106,8 @@ def _scalable(setting: MergingSetting, state: State, parameters: dict[str, Any])
 def weighted_average(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
     """The average with weights by how well each expert does on all fused tasks, on rows kept apart."""
     weights = _weights(setting, split)
+    if not any(weights):
+        raise LeftOut("no expert is right about anything on the rows kept apart")
     own = [{"weight": weight} for weight in weights]
     fused = [setting.states[number] for number in setting.numbers(split)]
     state = merge_states("linear", None, fused, own=own)
@@ -113,15 +115,19 @@ def weighted_average(setting: MergingSetting, split: UnseenSplit, seed: int) -> 
 
 
 def _weights(setting: MergingSetting, split: UnseenSplit) -> list[float]:
-    """Of every fused expert its mean score over the fused tasks, on the rows kept apart."""
-    found = []
-    for number in setting.numbers(split):
-        scores = [
-            score(setting.expert_answers(number, task, CLEAN, FIT), setting.suite.tasks[task].metric).score
-            for task in split.fuse
-        ]
-        found.append(max(0.0, sum(scores) / len(scores)))
-    return found
+    """Of every fused expert its mean score over the fused tasks, on rows kept apart; 1 / score where less is better."""
+    suite = setting.suite
+    tasks = [task for task in suite.tasks if task in split.fuse or suite.owner(task) in split.fuse]
+    if not tasks:
+        raise LeftOut("none of the suite's tasks has an expert, so there are no rows that tell which does better")
+
+    def worth(number: int, task: str) -> float:
+        metric = suite.tasks[task].metric
+        value = score(setting.expert_answers(number, task, CLEAN, FIT), metric).score
+        return value if METRICS[metric].more else 1 / value
+
+    means = [sum(worth(number, task) for task in tasks) / len(tasks) for number in setting.numbers(split)]
+    return [max(0.0, mean) for mean in means]
 
 
 def emr(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
@@ -151,9 +157,8 @@ def _statistics(setting: MergingSetting, split: UnseenSplit, kind: str, seed: in
     measure: Any = {"fisher": measure_fisher, "gram": measure_gram}[kind]
     found = []
     for number in setting.numbers(split):
-        expert = setting.experts[number]
-        rows = setting.read(expert.name, setting.rows(expert.name).fit)
-        found.append(_readers(measure(expert, rows, examples=STATISTICS_ROWS, seed=seed)))
+        rows = setting.kept_apart(number)
+        found.append(_readers(measure(setting.experts[number], rows, examples=STATISTICS_ROWS, seed=seed)))
     return found
 
 
@@ -166,9 +171,8 @@ def regmean_pp(setting: MergingSetting, split: UnseenSplit, seed: int) -> System
     """RegMean++: layer by layer, with what the merged layers before hand on."""
     from hf_fusion.training.statistics import measure_gram_merged
 
-    chosen = [setting.experts[number] for number in setting.numbers(split)]
-    rows = [setting.read(expert.name, setting.rows(expert.name).fit) for expert in chosen]
-    measured = measure_gram_merged(chosen, rows, examples=STATISTICS_ROWS, seed=seed)
+    rows = [setting.kept_apart(number) for number in setting.numbers(split)]
+    measured = measure_gram_merged(_fused(setting, split), rows, examples=STATISTICS_ROWS, seed=seed)
     fused = [setting.states[number] for number in setting.numbers(split)]
     return setting.dense(merge_states("regmean", None, fused, statistics=list(map(_readers, measured))))
 

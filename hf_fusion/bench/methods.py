@@ -64,8 +64,7 @@ def _static(merge: str, title: str, paper: str, tuned: bool = True, **options: A
     """A merging method of `hf_fusion.merging`."""
     given = {"method": merge, **options.pop("given", {})}
     family = options.pop("family", "merge")
-    also = {"routing": "routing:static"} if family == "merge" else {}
-    return Method("merging_methods:static", title, family, given=given, paper=paper, also=also,
+    return Method("merging_methods:static", title, family, given=given, paper=paper, also={"routing": "routing:static"},
                   tune=SCALING if tuned else None, **options)  # fmt: skip
 
 
@@ -99,7 +98,8 @@ METHODS = {
     "max_confidence": Method("fusion:max_confidence", "Max confidence", "ensemble", "fusion"),
     "average": _static("linear", "Simple average", "2203.05482", tuned=False),
     "weighted_average": Method(
-        "merging_methods:weighted_average", "Weighted average", "merge", paper="2203.05482"
+        "merging_methods:weighted_average", "Weighted average", "merge", paper="2203.05482",
+        also={"routing": "routing:weighted_average"},
     ),
     "task_arithmetic": _static("task_arithmetic", "Task arithmetic", "2212.04089"),
     "magnitude": _static("magnitude", "Magnitude pruning", "2306.01708"),
@@ -126,7 +126,10 @@ METHODS = {
     "emr": Method("merging_methods:emr", "EMR, a mask for each task", "mixture", paper="2405.17461"),
     "fisher": _static("fisher", "Fisher", "2111.09832", tuned=False, chance=True, family="data"),
     "regmean": _static("regmean", "RegMean", "2212.09849", tuned=False, chance=True, family="data"),
-    "regmean_pp": Method("merging_methods:regmean_pp", "RegMean++", "data", chance=True, paper="2508.03121"),
+    "regmean_pp": Method(
+        "merging_methods:regmean_pp", "RegMean++", "data", chance=True, paper="2508.03121",
+        also={"routing": "routing:regmean_pp"},
+    ),
     "adamerging_task": Method(
         "merging_methods:adamerging", "AdaMerging, by task", "learned",
         given={"granularity": "task", **_LEARNS}, chance=True, paper="2310.02575",

@@ -22,6 +22,7 @@ from hf_fusion.evaluate_suite import PHATGOOSE, WAYS, Evaluation, Way, alone, ha
 from hf_fusion.experts import Adapter
 from hf_fusion.hub.load import load_experts
 from hf_fusion.retrieval import MINILM, TextEmbedder, texts_of
+from hf_fusion.training.batches import Examples, read_examples
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -88,18 +89,23 @@ class RoutingSetting(Setting):
             fused = [self.experts[number] for number in self.numbers(split)]
             missing = "arrow" if any(expert.gates is None for expert in fused) else None
             options = {"top_k": TOP_K, "temperature": 1.0, "missing_gates": missing}
-            trained = {expert.name: self._trained_on(expert.name) for expert in fused} if examples else {}
+            trained = {expert.name: self._own_rows(expert.name, "train") for expert in fused} if examples else {}
             embedder = _Unframed(self.device) if examples else None
             self._evaluations[key] = _Evaluation(
                 fused, {}, trained, {}, {}, options, embedder, examples, self.batch_size, MAX_LENGTH, seed
             )
         return self._evaluations[key]
 
-    def _trained_on(self, expert: str) -> Dataset:
+    def _own_rows(self, expert: str, part: str) -> Dataset:
         for task in self.suite.tasks:
-            if self.suite.owner(task) == expert and (train := self.rows(task).train) is not None:
-                return train
-        raise LeftOut(f"no rows that {expert} was trained on")
+            if self.suite.owner(task) == expert and (rows := getattr(self.rows(task), part)) is not None:
+                return rows
+        raise LeftOut(f"no rows that {expert} was trained on{'' if part == 'train' else ', nor like them'}")
+
+    def kept_apart(self, expert: int) -> Examples:
+        """Rows like those that an expert was trained on, as it reads them."""
+        own = self.experts[expert]
+        return read_examples(own, self._own_rows(own.name, "fit"), MAX_LENGTH)
 
     def batches(self, evaluation: Evaluation, task: str, condition: str = CLEAN, part: str = TEST) -> list[Batch]:
         """(row numbers, inputs with labels) each; encoded once."""
@@ -132,6 +138,11 @@ class RoutingSetting(Setting):
 
             batches = self.batches(evaluation, task, condition, part)
             return share_batches([(numbers, (numbers, inputs)) for numbers, inputs in batches], run)
+
+    def expert_answers(self, expert: int, task: str, condition: str, part: str) -> Answered:
+        """What an expert answers to rows of any task."""
+        way = Way("expert", within=partial(alone, self.names[expert]))
+        return self.ask(self.evaluation(everything(self.suite)), way, task, condition, part)
 
     def system(self, evaluation: _Evaluation, way: Way, **facts: Any) -> System:
         """A router that is set up in a way."""
@@ -329,7 +340,18 @@ def routed(setting: RoutingSetting, split: UnseenSplit, seed: int, way: str, exa
     )
 
 
-def static(setting: RoutingSetting, split: UnseenSplit, seed: int, method: str, **parameters: Any) -> System:
-    """The experts as whole models, merged by a method of `hf_fusion.merging`; what no adapter changes stays."""
-    same: Any = setting
-    return merging_methods.static(same, split, seed, method, **parameters)
+def merged(setting: RoutingSetting, split: UnseenSplit, seed: int, by: str, **parameters: Any) -> System:
+    """The experts as whole models, merged; what no adapter changes stays.
+
+    Args:
+        by: a function of `merging_methods`.
+        parameters: its own.
+    """
+    if setting.has_heads:
+        raise LeftOut(HEADS)
+    return getattr(merging_methods, by)(setting, split, seed, **parameters)
+
+
+static = partial(merged, by="static")
+weighted_average = partial(merged, by="weighted_average")
+regmean_pp = partial(merged, by="regmean_pp")

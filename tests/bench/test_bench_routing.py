@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,13 +21,17 @@ from tiny_suites import (
     write_suite,
 )
 
-from hf_fusion import load_experts
+from hf_fusion import load_experts, measure_fisher, measure_gram
+from hf_fusion.bench.merging_methods import _readers
 from hf_fusion.bench.methods import chosen
 from hf_fusion.bench.rows import task_rows
 from hf_fusion.bench.suite import load_suite
 from hf_fusion.evaluate_suite import evaluate_routing
+from hf_fusion.merging.in_memory import merge_states
 from hf_fusion.models.phatgoose import PhatgooseRouter
+from hf_fusion.training.batches import read_examples
 from hf_fusion.training.prompts import encode_prompts, target_scores
+from hf_fusion.training.statistics import parameters_of
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +63,7 @@ def adapters(tmp_path_factory) -> Path:
 
 LINEARS = ("layers.1.self_attn.q_proj", "layers.1.self_attn.v_proj")  # the block below runs once for all
 ROUTED = ("pretrained", "experts", "individual", "phatgoose", "arrow", "uniform", "average_activation", "average",
-          "task_arithmetic")  # fmt: skip
+          "weighted_average", "task_arithmetic", "fisher", "regmean", "regmean_pp")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +110,39 @@ def test_a_merge_of_adapters_is_that_of_the_models(adapters, routed):
     with router.using([value, value]):
         _, share = target_scores(router, encode_prompts(rows, make_tokenizer()), make_tokenizer())
     assert cells["task_arithmetic", "tuned", "first", "clean"].score == pytest.approx(float(share.mean()), abs=1e-6)
+
+
+def test_merges_by_what_experts_do_on_rows_kept_apart(adapters, routed):
+    """Against the adapters merged into models of their own, by the engine's methods."""
+    _, cells = routed
+    suite, names = load_suite(adapters / "tiny.yaml"), ("first", "second")
+    experts = load_experts([adapters / name for name in names], base=adapters / "base")
+    rows = {name: task_rows(suite, name, adapters / "data") for name in names}
+    weights = cells["weighted_average", "default", "first", "clean"].parameters["weights"]
+    tuned_on = {name: own.fit.shuffle(seed=0).select(range(16)) for name, own in rows.items()}
+    router = PhatgooseRouter.from_experts(experts)
+    for name in names:
+        with router.using(name):
+            scores = [
+                float(target_scores(router, encode_prompts(own, make_tokenizer()), make_tokenizer())[1].mean())
+                for own in tuned_on.values()
+            ]
+        assert weights[name] == pytest.approx(sum(scores) / 2, abs=1e-6)
+    whole = [parameters_of(expert) for expert in experts]
+    changed = [name for name, tensor in whole[0].items() if not tensor.equal(whole[1][name])]
+    states = [{name: own[name] for name in changed} for own in whole]
+    fit = [read_examples(own, rows[name].fit, 512) for own, name in zip(experts, names, strict=True)]
+    measured = {
+        "fisher": [measure_fisher(own, few, examples=256) for own, few in zip(experts, fit, strict=True)],
+        "regmean": [measure_gram(own, few, examples=256) for own, few in zip(experts, fit, strict=True)],
+    }
+    for method, statistics in measured.items():
+        merged = merge_states(method, None, states, statistics=list(map(_readers, statistics)))
+        model = copy.deepcopy(experts[0].model)
+        model.load_state_dict(merged, strict=False)
+        for name in names:
+            _, share = target_scores(model, encode_prompts(rows[name].test, make_tokenizer()), make_tokenizer())
+            assert cells[method, "default", name, "clean"].score == pytest.approx(float(share.mean()), abs=1e-6)
 
 
 def test_routing_goes_on_and_measures_the_same(adapters, routed, tmp_path):
