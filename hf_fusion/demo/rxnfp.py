@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_fusion.cache import cache_folder
 from hf_fusion.errors import FusionError
 from hf_fusion.folders import made_once
 
@@ -79,8 +80,6 @@ def rxnfp_folder(name: str) -> Path:
     Raises:
         FusionError: there is no such model, or the wheel is not installed.
     """
-    from hf_fusion.training.outputs import cache_folder
-
     if name not in MODELS:
         raise FusionError(f"rxnfp has no model {name!r}", hint=f"use one of {', '.join(MODELS)}")
     folder = cache_folder() / "models" / "rxnfp" / name

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from hf_fusion.cache import cache_folder
 from hf_fusion.errors import FusionError
 from hf_fusion.folders import made_once
 
@@ -23,8 +24,6 @@ def smollm2_folder() -> Path:
     Raises:
         FusionError: the wheel or gguf is not installed.
     """
-    from hf_fusion.training.outputs import cache_folder
-
     folder = cache_folder() / "models" / SMOLLM2.rpartition("/")[2]
     if folder.is_dir():
         return folder

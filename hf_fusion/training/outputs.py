@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -14,6 +12,7 @@ import torch
 import xxhash
 from accelerate import PartialState
 
+from ..cache import cache_folder
 from ..errors import FusionError
 from ..models.foe.assembly_foe import normalise
 
@@ -41,13 +40,6 @@ class ExpertOutputs:
 
     def __len__(self) -> int:
         return len(self.features)
-
-
-def cache_folder() -> Path:
-    """Where outputs are kept: ``HF_FUSION_CACHE``, else ``hf_fusion`` beside the Hub's cache."""
-    from huggingface_hub.constants import HF_HOME
-
-    return Path(os.environ.get("HF_FUSION_CACHE", Path(HF_HOME) / "hf_fusion"))
 
 
 def collect_outputs(

@@ -88,7 +88,7 @@ def test_a_hub_that_is_not_there(tmp_path):
 
 
 def test_what_is_not_made_yet_and_how_to_make_it(monkeypatch, tmp_path):
-    monkeypatch.setattr("hf_fusion.bench.suite.CACHE", tmp_path)
+    monkeypatch.setenv("HF_FUSION_CACHE", str(tmp_path))
     (tmp_path / "merging" / "vision-6" / "mnist").mkdir(parents=True)
     rows = by_source(check_suite(load_suite("vision-6"), tmp_path))
     assert rows["cache:merging/vision-6/mnist"].status == "there"

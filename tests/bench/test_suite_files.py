@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_fusion.bench.suite import CACHE, HEADS, KINDS, METRICS, expert_path, is_hub_id, load_suite, suite_names
+from hf_fusion.bench.suite import HEADS, KINDS, METRICS, expert_path, is_hub_id, load_suite, suite_names
+from hf_fusion.cache import cache_folder
 from hf_fusion.errors import FusionError
 
 WHOLE = """\
@@ -147,7 +148,7 @@ def test_zero_shot_heads_have_the_classes_of_their_data_sets():
 
 
 def test_where_sources_lie(monkeypatch, tmp_path):
-    monkeypatch.setattr("hf_fusion.bench.suite.CACHE", tmp_path)
+    monkeypatch.setenv("HF_FUSION_CACHE", str(tmp_path))
     assert expert_path("me/model@abc") == "me/model@abc"
     with pytest.raises(FusionError, match="(?s)a/b is not made yet.*make them"):
         expert_path("cache:a/b", "make them")
@@ -156,4 +157,8 @@ def test_where_sources_lie(monkeypatch, tmp_path):
     assert (Path(expert_path("package:demo/smollm2_experts/chain-sum")) / "adapter_config.json").is_file()
     with pytest.raises(FusionError, match="(?s)package:nothing is no source of models.*minilm, smollm2"):
         expert_path("package:nothing")
-    assert CACHE.parts[-2:] == (".cache", "hf_fusion")
+    monkeypatch.delenv("HF_FUSION_CACHE")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "hf_fusion"
+    monkeypatch.delenv("HF_HOME")
+    assert cache_folder() == Path("~/.cache/hf_fusion").expanduser()

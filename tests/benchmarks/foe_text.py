@@ -26,13 +26,14 @@ from sklearn.preprocessing import StandardScaler
 from transformers import AutoModel, AutoTokenizer
 
 from hf_fusion import FoEModel, fit_fuser, load_experts
+from hf_fusion.cache import cache_folder
 from hf_fusion.demo.minilm import minilm_folder
 from hf_fusion.demo.text_suites import SUITES, TextSuite, splits
 from hf_fusion.evaluate import System, evaluate_fusion, wilson
 from hf_fusion.training.outputs import collect_outputs
 
 RESULTS = Path(__file__).parent / "results"
-EXPERTS = Path("~/.cache/hf_fusion/text_experts").expanduser()
+EXPERTS = cache_folder() / "text_experts"
 SEEDS = (0, 1, 2)  # of the fuser's fit; what is reported in full is the first
 TEST_ROWS = 500  # of each task, where several are pooled
 FIT_ROWS = 400
