@@ -379,7 +379,7 @@ def _gram(
     try:
         with evaluating(model):
             for inputs in batches:
-                examples += len(inputs["labels"])
+                examples += len(next(iter(inputs.values())))  # embeddings have no labels
                 with suppress(_Ran):
                     run_with(model, tensors, **{k: v for k, v in inputs.items() if k != "labels"})
                 before[:] = None, ""

@@ -11,7 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import TEXTS, bert, gpt2, image_processor, images, llama, make_tokenizer, t5, vit
-from transformers import GPT2Config, GPT2ForSequenceClassification
+from transformers import DataCollatorWithPadding, GPT2Config, GPT2ForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from hf_fusion import Expert, FusionError, measure_fisher, measure_gram, measure_gram_merged
@@ -19,6 +19,7 @@ from hf_fusion.merging.merge import merge
 from hf_fusion.merging.methods.statistics import fisher, regmean
 from hf_fusion.merging.tensors import InMemory, Statistic, Tensors, merge_tensors
 from hf_fusion.recipe import Recipe, RecipeExpert
+from hf_fusion.training.batches import Examples
 
 ABC = ["a", "b", "c"]
 TOKENIZER = make_tokenizer()
@@ -281,6 +282,17 @@ def test_gram_of_texts_and_images():
         Expert("it", model, processor=processor, labels=ABC), Dataset.from_dict({"image": images(5)}), batch_size=2
     )
     check_gram(got, model, [dict(processor(images=[image], return_tensors="pt")) for image in images(5)])
+
+
+def test_gram_of_embeddings_needs_no_labels():
+    model = bert(ABC)
+    rows = [dict(TOKENIZER(text)) for text in WORDS["text"]]
+    bare = Examples(rows, DataCollatorWithPadding(TOKENIZER), lambda model, inputs: None)
+    got = measure_gram(Expert("it", model.bert, processor=TOKENIZER), bare)
+    want = measure_gram(Expert("it", model, processor=TOKENIZER, labels=ABC), WORDS)
+    assert got.examples == want.examples == 6
+    own = "encoder.layer.1.output.dense.weight"
+    torch.testing.assert_close(got.tensors[got.places[own][0]], want.tensors[want.places[f"bert.{own}"][0]])
 
 
 def test_gram_of_conv1d_has_its_axis():
