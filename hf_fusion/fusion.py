@@ -93,8 +93,8 @@ def fuse(
         allow_pickle: see `load_experts`.
         trust_remote_code: see `load_experts`.
         api: the Hub's client.
-        parameters: the method's own options. A static method's are those of its recipes, and ``weights``: each
-            expert's weight.
+        parameters: the method's own options. A static method's are those of its recipes, ``weights``: each expert's
+            weight, and ``device`` (see `merge`).
 
     Returns:
         The fused model; of a static method a plain one, of the class of its base or first expert. Its attribute

@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     merging = parser.add_argument_group("static merges")
     merging.add_argument("--dry-run", action="store_true", help="only tell what it would read, write and take")
     merging.add_argument("--threads", type=int, metavar="N", help="tensors merged at a time (default: one a core)")
+    merging.add_argument("--device", default="cpu", help="where methods of whole matrices compute: cuda, or cuda:N")
     merging.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="most GB of a file (default: 5)")
 
 
@@ -139,7 +140,10 @@ def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        report = merge(recipe, args.output, threads=args.threads, shard_bytes=int(args.shard_gb * 1e9), progress=shown)
+        shard_bytes = int(args.shard_gb * 1e9)
+        report = merge(
+            recipe, args.output, threads=args.threads, shard_bytes=shard_bytes, device=args.device, progress=shown
+        )
     if not _is_main():
         return
     write_card(report.folder)

@@ -13,15 +13,33 @@ from typing import Any
 
 import torch
 
-from hf_fusion.errors import FusionError, one_line
+from hf_fusion.errors import FusionError, one_line, shown
 from hf_fusion.merging.checkpoint import DTYPES, Entry, Files
 from hf_fusion.merging.output import Shard, Spec, as_bytes, shard_name, shards_of
-from hf_fusion.merging.tensors import CHUNK, Tensors, merge_tensors, scratch
+from hf_fusion.merging.tensors import CHUNK, CPU, Tensors, compute_on, merge_tensors, scratch
 
 logger = logging.getLogger(__name__)
 
 NARROW = ("F16", "F8_E4M3", "F8_E5M2")
 """Types that do not reach as far as the float32 that is merged in."""
+
+
+def device_of(wanted: str | torch.device) -> torch.device:
+    """A device that is here.
+
+    Raises:
+        FusionError: it is none, or none that computes in float64, or not here.
+    """
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise FusionError(f"{shown(wanted)} is no device", "use cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise FusionError(f"{device}: methods need float64, which is only sure on cpu and cuda", "use one of these")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count:
+        raise FusionError(f"there is no device {device} here: {count} of its kind are", "use cpu")
+    return device
 
 
 @dataclass(frozen=True)
@@ -59,6 +77,7 @@ def write_tensors(
     threads: int,
     shard_bytes: int,
     process: tuple[int, int] = (0, 1),
+    device: torch.device = CPU,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[Spec]]:
     """Writes all shards of a merged model that are not there yet.
@@ -70,6 +89,7 @@ def write_tensors(
         threads: tensors that are merged at a time.
         shard_bytes: most bytes of a file.
         process: (number, count) of the processes that share the work: each writes every count-th shard.
+        device: where whole matrices are multiplied and decomposed.
         progress: called with the bytes of each tensor that is done.
 
     Returns:
@@ -81,7 +101,7 @@ def write_tensors(
     by_name = {target.spec.name: target for target in targets}
     shards = shards_of([target.spec for target in targets], shard_bytes)
     own = [n for n in range(len(shards)) if n % process[1] == process[0]]
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads, initializer=compute_on, initargs=(device,)) as pool:
         for number in own:
             file = folder / shard_name(number, len(shards))
             if file.exists():
@@ -116,6 +136,10 @@ def _write(target: Target, shard: Shard, files: Files, progress: Callable[[int],
         except (ValueError, torch.linalg.LinAlgError) as error:  # a method's word for what it cannot merge
             reason = one_line(error)
             raise FusionError(reason if spec.name in reason else f"{spec.name}: {reason}") from error
+        except torch.OutOfMemoryError as error:
+            raise FusionError(
+                f"{spec.name}: the device has no memory left ({one_line(error)})", "--threads 1, or --device cpu"
+            ) from error
     progress(spec.nbytes)
 
 

@@ -39,6 +39,7 @@ def fuse_static(
     *,
     weights: Sequence[float] | None = None,
     dtype: torch.dtype | str | None = None,
+    device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
     api: HfApi | None = None,
     **parameters: Any,
@@ -51,6 +52,7 @@ def fuse_static(
         base: what they were fine-tuned from, likewise.
         weights: each expert's ``weight``.
         dtype: of the merged weights; default is the checkpoints' own.
+        device: where matrices are multiplied and decomposed; see `merge`. The model is on the CPU.
         trust_remote_code: whether the models' own code may run; see `load_merged`.
         api: the Hub's client.
         parameters: the method's own, as a recipe has them.
@@ -70,14 +72,20 @@ def fuse_static(
             entries = [replace(e, weight=float(w)) for e, w in zip(entries, weights, strict=True)]
         stored = str(dtype).removeprefix("torch.") if dtype is not None and dtype != "auto" else None
         recipe = Recipe(method, tuple(entries), start, parameters, stored)
-        model = merged_model(recipe, trust_remote_code=trust_remote_code, api=api)
+        model = merged_model(recipe, device=device, trust_remote_code=trust_remote_code, api=api)
     pinned: Recipe = getattr(model, RECIPE_ATTRIBUTE)
     known = tuple(replace(expert, model=names.get(expert.model, expert.model)) for expert in pinned.experts)
     setattr(model, RECIPE_ATTRIBUTE, replace(pinned, experts=known, base=names.get(pinned.base or "", pinned.base)))
     return model
 
 
-def merged_model(recipe: Recipe, *, trust_remote_code: bool = False, api: HfApi | None = None) -> PreTrainedModel:
+def merged_model(
+    recipe: Recipe,
+    *,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+    api: HfApi | None = None,
+) -> PreTrainedModel:
     """Merges into a temporary folder (``TMPDIR`` says where) and loads what is there, with its pinned recipe.
 
     Under `accelerate launch` the processes share the work, and each loads the model.
@@ -87,7 +95,7 @@ def merged_model(recipe: Recipe, *, trust_remote_code: bool = False, api: HfApi 
     check_recipe(recipe)
     _may_run(recipe, trust_remote_code, api)
     with Processes().folder() as held:
-        report = merge(recipe, held / "merged", api=api)
+        report = merge(recipe, held / "merged", device=device, api=api)
         return load_merged(report.folder, trust_remote_code=trust_remote_code)
 
 

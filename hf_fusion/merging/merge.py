@@ -20,7 +20,7 @@ from hf_fusion.hub.adapters import read_json
 from hf_fusion.merging.chat_templates import with_template
 from hf_fusion.merging.checkpoint import own_file
 from hf_fusion.merging.configs import with_tokens
-from hf_fusion.merging.engine import digest_of, write_tensors
+from hf_fusion.merging.engine import device_of, digest_of, write_tensors
 from hf_fusion.merging.methods import method_named
 from hf_fusion.merging.output import SHARD_BYTES, disk_full_named, output_folder, place_of, staging, write_index
 from hf_fusion.merging.plan import Plan, check_recipe, plan
@@ -58,6 +58,7 @@ def merge(
     *,
     threads: int | None = None,
     shard_bytes: int = SHARD_BYTES,
+    device: str | torch.device = "cpu",
     api: HfApi | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> MergeReport:
@@ -73,6 +74,9 @@ def merge(
         folder: an earlier merge in it is replaced.
         threads: tensors that a process merges at a time; default: one for each core.
         shard_bytes: most bytes of a file of weights.
+        device: "cpu", "cuda" or "cuda:N": where methods that need whole matrices (TSV-Merge, Iso-C, Iso-CTS, WUDI,
+            RegMean) multiply and decompose them, to other bytes; the others are bound by the disk, and stay on the CPU.
+            Of several processes on a machine each takes its own GPU.
         api: the Hub's client.
         progress: called with the bytes that are done, and of all.
 
@@ -80,7 +84,9 @@ def merge(
         FusionError: naming what cannot be merged, and what to do.
     """
     folder = output_folder(folder)
-    processes = Processes()
+    processes, device = Processes(), device_of(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", processes.local % torch.cuda.device_count())
     if method_named(recipe.method).merges == "adapters":
         from hf_fusion.merging.adapters import merge_adapters
 
@@ -104,7 +110,9 @@ def merge(
             place = place_of(folder)
             with processes.step():
                 if processes.is_main:
-                    digest = digest_of(planned.targets, shard_bytes, planned.recipe.to_dict(), stamps(planned))
+                    digest = digest_of(
+                        planned.targets, shard_bytes, planned.recipe.to_dict(), stamps(planned), device.type
+                    )
                     staged.enter_context(staging(folder, digest, planned.nbytes))
             with processes.step():
                 shards = write_tensors(
@@ -114,6 +122,7 @@ def merge(
                     threads=threads or max(1, cores() // processes.here),
                     shard_bytes=shard_bytes,
                     process=(processes.number, processes.count),
+                    device=device,
                     progress=told,
                 )
             with processes.step(), disk_full_named(folder.parent):

@@ -23,17 +23,18 @@ class Processes:
         number: of this process, from 0.
         count: how many there are.
         here: how many of them this machine runs.
+        local: number of this process among those.
     """
 
     def __init__(self) -> None:
-        self.number, self.count, self.here = 0, 1, 1
+        self.number, self.count, self.here, self.local = 0, 1, 1, 0
         # torchrun's words, by which accelerate too knows that it was launched
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ:
             from accelerate import PartialState
 
             state = PartialState(cpu=True, timeout=PATIENCE)
             self.number, self.count = state.process_index, state.num_processes
-            self.here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            self.here, self.local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), state.local_process_index
 
     @property
     def is_main(self) -> bool:

@@ -25,6 +25,8 @@ from hf_fusion.merging.checkpoint import DTYPES, Entry, Files
 CHUNK = 1 << 18
 """Elements that are worked on at a time: a few chunks in single precision fit into a core's cache."""
 
+CPU = torch.device("cpu")
+
 Merged = Callable[["Chunk"], torch.Tensor]
 """What makes the merged values (size,) of a chunk, in single precision; called for a tensor's chunks in order."""
 
@@ -297,6 +299,20 @@ class Combination:
 
 
 _local = threading.local()
+
+
+def compute_on(device: torch.device) -> None:
+    """From here on this thread's methods multiply and decompose matrices on a device: see `compute_device`."""
+    _local.device = device
+
+
+def compute_device() -> torch.device:
+    """Where a method that multiplies or decomposes whole matrices does it; what it returns is on the CPU.
+
+    Methods that go through chunks are bound by the disk, and stay on the CPU.
+    """
+    found: torch.device = _local.__dict__.get("device", CPU)
+    return found
 
 
 def scratch(name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from hf_fusion.merging.methods.linear import task_arithmetic
 from hf_fusion.merging.schema import EachNumber, Range
-from hf_fusion.merging.tensors import CHUNK, Chunk, Merged, Tensors
+from hf_fusion.merging.tensors import CHUNK, Chunk, Merged, Tensors, compute_device
 
 __all__ = ["iso_c", "iso_cts", "tsv_m", "wudi"]
 
@@ -97,7 +97,7 @@ def iso_cts(
     products = deltas.grams("sum" if deltas.is_turned else "cross")
     sigma, v = _singular(products.sum(0), common)
     z = v * _inverse(sigma)  # U_k = (Σ τ_j) z
-    left = torch.eye(deltas.width, dtype=torch.float64) - v @ v.T if deltas.is_turned else None
+    left = torch.eye(deltas.width, dtype=v.dtype, device=v.device) - v @ v.T if deltas.is_turned else None
     values, rights, own, shared = [], [], [], []
     for index, gram in enumerate(grams):
         if left is not None:  # U_k are the right vectors of what is turned: τ_i U_k U_kᵀ is taken off
@@ -139,10 +139,10 @@ def wudi(
         return _mean(tensors, scaling)
     deltas = _Deltas(tensors, turn=False)
     norms = tensors.gram().diagonal()
-    shares = torch.where(norms > 0, 1 / norms, 0.0)[:, None, None]
+    shares = torch.where(norms > 0, 1 / norms, 0.0)[:, None, None].to(deltas.device)
     is_wide = deltas.rows < deltas.width
     if is_wide:  # G_i have more elements than τ_i: only their sum is kept
-        whole = tensors.whole_deltas()
+        whole = tensors.whole_deltas().to(deltas.device)
         scaled = whole * shares.sqrt().float()
         total = scaled.view(-1, deltas.width).T @ scaled.view(-1, deltas.width)
     else:
@@ -164,7 +164,7 @@ def wudi(
         return tau.mul_(scaling)
 
     if is_wide:  # all rows at once: each step would read the sum, which no cache holds, for every few of them
-        return tensors.whole(tensors.the_base).add_(optimized(whole))
+        return tensors.whole(tensors.the_base).add_(optimized(whole).cpu())
     return lambda chunk: deltas.moved(chunk, optimized)
 
 
@@ -177,13 +177,14 @@ class _Deltas:
         turn: turns wide ones on their side, which takes all of them into memory.
 
     Attributes:
+        device: where its blocks are.
         is_turned: whether rows are the tensor's columns.
         rows: how many.
         width: how many columns, n below.
     """
 
     def __init__(self, tensors: Tensors, summed: bool = False, turn: bool = True) -> None:
-        self.tensors, self._summed = tensors, summed
+        self.tensors, self._summed, self.device = tensors, summed, compute_device()
         self.rows, self.width = tensors.shape
         self.is_turned = turn and self.rows < self.width
         if self.is_turned:
@@ -195,14 +196,14 @@ class _Deltas:
     def block(self, first: int, last: int) -> torch.Tensor:
         """Some rows of each: (K, last - first, n) in float64."""
         if self.is_turned:
-            block = self._turned[:, first:last].double()
+            block = self._turned[:, first:last].to(self.device).double()
         else:
             start, size = first * self.width, (last - first) * self.width
             values, base = torch.empty(len(self.tensors), size), torch.empty(size)
             self.tensors.the_base.read(start, base)
             for own, reader in zip(values, self.tensors.experts, strict=True):
                 reader.read(start, own)
-            block = values.sub_(base).double().view(len(self.tensors), last - first, self.width)
+            block = values.sub_(base).to(self.device).double().view(len(self.tensors), last - first, self.width)
         return block.sum(0, keepdim=True) if self._summed else block
 
     def blocks(self) -> Iterator[torch.Tensor]:
@@ -227,7 +228,7 @@ class _Deltas:
         merged = self.tensors.whole(self.tensors.the_base)
         first = 0
         for block in self.blocks():
-            merged[:, first : first + block.shape[1]] += moves(block).T
+            merged[:, first : first + block.shape[1]] += moves(block).T.cpu()
             first += block.shape[1]
         return merged
 
@@ -235,7 +236,7 @@ class _Deltas:
         """θ0 and what is added to it, of a chunk, made from the rows that it lies in."""
         first, last = chunk.start // self.width, -(-(chunk.start + chunk.size) // self.width)
         moved = moves(self.block(first, last)).reshape(-1)
-        return chunk.base + moved[chunk.start - first * self.width :][: chunk.size].float()
+        return chunk.base + moved[chunk.start - first * self.width :][: chunk.size].float().cpu()
 
 
 def _is_matrix(tensors: Tensors) -> bool:
@@ -295,7 +296,7 @@ def _orthogonal(
         rows = torch.bmm(block, own).transpose(0, 1).reshape(block.shape[1], own.shape[0] * own.shape[2])
         return rows if shared is None else pad(rows, (0, len(values) - rows.shape[1])) + block.sum(0) @ shared
 
-    total = torch.zeros(len(values), len(values), dtype=torch.float64)
+    total = values.new_zeros(len(values), len(values))
     for block in deltas.blocks():
         rows = lefts(block)
         total += rows.T @ rows

@@ -9,7 +9,7 @@ import torch
 
 from hf_fusion.merging.methods.linear import shares
 from hf_fusion.merging.schema import EachNumber, Range
-from hf_fusion.merging.tensors import Chunk, Combination, Merged, Statistic, Tensors, scratch
+from hf_fusion.merging.tensors import Chunk, Combination, Merged, Statistic, Tensors, compute_device, scratch
 
 __all__ = ["fisher", "regmean"]
 
@@ -89,14 +89,15 @@ def regmean(
     size = tensors.shape[axis]
     if len(tensors.shape) != 2 or any(m.axis != axis or m.reader.shape != (size, size) for m in measured):
         raise ValueError(f"the Gram matrices of {tensors.name} are not those of a weight of {list(tensors.shape)}")
-    gram = torch.zeros(size, size, dtype=torch.float64)
-    target = torch.zeros(size, tensors.numel // size, dtype=torch.float64)
+    device = compute_device()
+    gram = torch.zeros(size, size, dtype=torch.float64, device=device)
+    target = torch.zeros(size, tensors.numel // size, dtype=torch.float64, device=device)
     mean = torch.zeros_like(target)
     for index, w in enumerate(average):
-        own = tensors.whole(measured[index].reader).double()
+        own = tensors.whole(measured[index].reader).to(device).double()
         diagonal = own.diagonal() * w
         own.mul_(w * off_diagonal).diagonal().copy_(diagonal)
-        expert = tensors.whole(tensors.experts[index]).double()
+        expert = tensors.whole(tensors.experts[index]).to(device).double()
         expert = expert if axis == 0 else expert.T  # (d_in, d_out)
         gram += own
         target.addmm_(own, expert)
@@ -108,7 +109,7 @@ def regmean(
     factor, failed = torch.linalg.cholesky_ex(gram)
     if failed:
         raise ValueError(f"the Gram matrices of {tensors.name} cannot be inverted: lower off_diagonal={off_diagonal}")
-    solved = torch.cholesky_solve(target, factor).float()
+    solved = torch.cholesky_solve(target, factor).float().cpu()
     return solved if axis == 0 else solved.T.contiguous()
 
 
