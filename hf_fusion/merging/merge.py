@@ -96,13 +96,13 @@ def merge(
     with processes.step():
         planned = plan_merge(recipe, api)
         refuse_inputs(planned, folder)
-    before, done = torch.get_num_threads(), 0
+    before, done, total = torch.get_num_threads(), 0, planned.nbytes
     torch.set_num_threads(1)  # tensors are merged side by side
 
     def told(more: int) -> None:
         nonlocal done
         done += more * processes.count  # the others are about as far
-        progress(min(done, planned.nbytes), planned.nbytes)
+        progress(min(done, total), total)
 
     began = time.perf_counter()
     try:
@@ -113,7 +113,7 @@ def merge(
                     digest = digest_of(
                         planned.targets, shard_bytes, planned.recipe.to_dict(), stamps(planned), device.type
                     )
-                    staged.enter_context(staging(folder, digest, planned.nbytes))
+                    staged.enter_context(staging(folder, digest, total))
             with processes.step():
                 shards = write_tensors(
                     planned.targets,
@@ -133,7 +133,7 @@ def merge(
     finally:
         planned.files.close()
         torch.set_num_threads(before)
-    return MergeReport(folder, planned.recipe, len(planned.targets), planned.nbytes, time.perf_counter() - began)
+    return MergeReport(folder, planned.recipe, len(planned.targets), total, time.perf_counter() - began)
 
 
 def plan_merge(recipe: Recipe, api: HfApi | None = None) -> Plan:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -46,7 +47,7 @@ class Spec:
     @property
     def nbytes(self) -> int:
         """Bytes of all elements."""
-        return int(np.prod(self.shape, dtype=np.int64)) * DTYPES[self.dtype][1]
+        return math.prod(self.shape) * DTYPES[self.dtype][1]
 
 
 def shards_of(specs: Sequence[Spec], most: int = SHARD_BYTES) -> list[list[Spec]]:
