@@ -3,6 +3,7 @@
     python tests/benchmarks/merging.py                       # 4 experts and a base of 0.5B, bfloat16, two shards each
     python tests/benchmarks/merging.py --methods ties della --repeat 5
     python tests/benchmarks/merging.py --mergekit .venv-peers/bin/mergekit-yaml    # beside it on the same files
+    python tests/benchmarks/merging.py --methods tsv_m iso_c iso_cts wudi          # minutes of work, measured once
 
 Files are in the page cache: every number is the minimum of several runs after a first one that is not counted. Each
 method runs in a process of its own, whose peak memory it prints. "process" is the whole command, imports included.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import shutil
@@ -56,6 +58,10 @@ METHODS: dict[str, tuple[int, bool, dict[str, Any], float, int]] = {
     "dare_ties": (4, True, {}, 12, 600),
     "della": (4, True, {}, 12, 600),
 }
+# singular vectors of every matrix, and 300 steps of Adam: no bar, one run, and of WUDI one layer instead of 24
+LONG = ("tsv_m", "iso_c", "iso_cts", "wudi")
+ONE_LAYER = ("wudi",)
+METHODS |= {method: (4, True, {}, math.inf, 0) for method in LONG}
 # method -> what mergekit calls it, and its parameters for each model
 PEERS = {
     "linear": ("linear", {"weight": 0.25}),
@@ -67,7 +73,7 @@ PEERS = {
 def main() -> None:
     """Makes the models, measures, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=[m for m in METHODS if m not in LONG])
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--models", type=Path, help="where the models are, or are made (default: a temporary folder)")
     parser.add_argument("--mergekit", type=Path, help="its mergekit-yaml, in an environment of its own")
@@ -81,28 +87,33 @@ def main() -> None:
         args.models = args.models or Path(temporary)
         if not (args.models / "base").exists():
             make_models(args.models)
+        if set(args.methods) & set(ONE_LAYER) and not (args.models / "layer").exists():
+            make_layer(args.models)
         rows = []
-        heads = ("merge s", 9), ("read+write s", 14), ("ratio", 7), ("bar", 6), ("MB", 6), ("process s", 11)
+        heads = ("merge s", 9), ("read+write s", 14), ("ratio", 9), ("bar", 6), ("MB", 6), ("process s", 18)
         print(f"{'method':18}{''.join(f'{name:>{width}}' for name, width in heads)}  peer s, MB")
         for method in args.methods:
             row = run(method, args)
             rows.append(row)
             peer = f"{row['peer_seconds']:.1f}, {row['peer_mb']}" if "peer_seconds" in row else ""
+            whole = f"layers {row['layers']}" if method in LONG else f"{row['process_seconds']:.2f}"
             print(
-                f"{method:18}{row['seconds']:9.2f}{row['floor']:14.2f}{row['ratio']:7.2f}{METHODS[method][3]:6.1f}"
-                f"{row['mb']:6d}{row['process_seconds']:11.2f}  {peer}",
+                f"{method:18}{row['seconds']:9.2f}{row['floor']:14.2f}{row['ratio']:9.2f}{METHODS[method][3]:6.1f}"
+                f"{row['mb']:6d}{whole:>18}  {peer}",
                 flush=True,
             )
-    if args.output:
-        machine = f"{os.uname().machine}, 1 thread, torch {torch.__version__}"
-        content = {"command": " ".join(["python", *sys.argv]), "machine": machine, "rows": rows}
-        args.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            if args.output:  # what there is so far
+                machine = f"{os.uname().machine}, 1 thread, torch {torch.__version__}"
+                content = {"command": " ".join(["python", *sys.argv]), "machine": machine, "rows": rows}
+                args.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def run(method: str, args: argparse.Namespace) -> dict[str, Any]:
     """One method, in processes of its own."""
     command = [sys.executable, __file__, "--one", method, "--models", args.models, "--repeat", str(args.repeat)]
     row = json.loads(subprocess.run(command, check=True, capture_output=True, env=one_thread()).stdout)
+    if method in LONG:
+        return {"method": method, "layers": "1 of 24" if method in ONE_LAYER else "24 of 24", **row}
     with tempfile.TemporaryDirectory(dir=args.models) as place:
         file = Path(place) / "fusion.yaml"
         recipe_of(method, args.models).save(file)
@@ -139,21 +150,24 @@ def measure(method: str, models: Path, repeat: int) -> dict[str, Any]:
     """Merging and its floor by turns; the least of each."""
     recipe, times, floors = recipe_of(method, models), [], []
     with tempfile.TemporaryDirectory(dir=models) as place:
+        if method in LONG:
+            repeat = 0
+            read_and_write(recipe, Path(place))  # files into the page cache
         for _ in range(repeat + 1):
             began = time.process_time()
             merge(recipe, Path(place) / "out", threads=1)
             times.append(time.process_time() - began)
             shutil.rmtree(Path(place) / "out")
             floors.append(read_and_write(recipe, Path(place)))
-    seconds, floor = min(times[1:]), min(floors[1:])
+    seconds, floor = (min(counted[1:] or counted) for counted in (times, floors))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     return {"seconds": seconds, "floor": floor, "ratio": seconds / floor, "mb": peak}
 
 
 def read_and_write(recipe: Recipe, place: Path) -> float:
-    """CPU seconds of reading all inputs in large pieces and writing as much as the output holds."""
+    """CPU seconds of reading all inputs and writing as much as the output holds."""
     began, files = time.process_time(), Files()
-    buffer = np.empty(1 << 23, np.uint8)
+    buffer = np.empty(1 << 19, np.uint8)  # a core's cache holds it: 8 MB take seven times as long to write
     names = [*([recipe.base] if recipe.base else []), *(expert.model for expert in recipe.experts)]
     entries = [read_checkpoint(Path(name), name) for name in names]
     for model in entries:
@@ -175,6 +189,7 @@ def read_and_write(recipe: Recipe, place: Path) -> float:
 
 def recipe_of(method: str, models: Path) -> Recipe:
     count, takes_base, parameters, *_ = METHODS[method]
+    models = models / "layer" if method in ONE_LAYER else models
     experts = tuple(RecipeExpert(str(models / f"e{i}")) for i in range(count))
     return Recipe(method, experts, str(models / "base") if takes_base else None, parameters)
 
@@ -207,6 +222,19 @@ def make_models(place: Path) -> None:
         weight_map = {key: file for file, held in files.items() for key in held}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
         (folder / "config.json").write_text(json.dumps(CONFIG))
+
+
+def make_layer(place: Path) -> None:
+    """The first layer of each model, as a model."""
+    from safetensors.torch import load_file, save_file
+
+    for name in ("base", "e0", "e1", "e2", "e3"):
+        folder = place / "layer" / name
+        folder.mkdir(parents=True)
+        held = [load_file(file) for file in (place / name).glob("*.safetensors")]
+        layer = {key: value for part in held for key, value in part.items() if ".layers.0." in key}
+        save_file(layer, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 1}))
 
 
 if __name__ == "__main__":
