@@ -33,6 +33,7 @@ def squared_gradients(
     read: Callable[[list[Any]], Inputs],
     outputs: Callable[[Callable[..., Any], Inputs], torch.Tensor],
     terms: Terms,
+    together: int = TOGETHER,
 ) -> dict[str, torch.Tensor]:
     """Σ (∇ t)² over examples and their terms t, for every parameter.
 
@@ -45,15 +46,16 @@ def squared_gradients(
         read: some of them as the model's inputs, with ``labels``; those of equal lengths share a batch.
         outputs: (model, inputs) → what terms are made of, (B, …).
         terms: (outputs, inputs) → (M, B): M terms of each example, one backward pass for each M.
+        together: at most so many examples in a batch.
 
     Returns:
         By name, in the parameters' shapes.
     """
-    seen = _seen_modules(model, tensors)
+    seen = _seen_modules(model, tensors) if together > 1 else {}
     totals = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     given = (model, tensors, outputs, terms, totals)
     in_batches = bool(seen) and _agrees(model, tensors, seen, next(equal_lengths(rows, 2)), read, outputs)
-    for own in equal_lengths(rows, TOGETHER if in_batches else 1):
+    for own in equal_lengths(rows, together if in_batches else 1):
         if in_batches:
             _add_batch(seen, *given, read(own))
         else:
@@ -232,7 +234,7 @@ def _agrees(
         _add_one(model, tensors, outputs, any_term, slow, read([row]))
     try:
         _add_batch(seen, model, tensors, outputs, any_term, fast, read(rows))
-    except RuntimeError:  # shapes that are not examples first
+    except (RuntimeError, IndexError):  # shapes that are not examples first; inputs by name
         return False
     floor = 1e-10 * max(float(own.norm()) for own in slow.values())  # of what is 0 but for rounding
     return all(float((fast[name] - own).norm()) <= 1e-3 * float(own.norm()) + floor for name, own in slow.items())

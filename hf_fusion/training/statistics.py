@@ -29,7 +29,7 @@ from ..merging.sources import LAYER
 from ..merging.tensors import InMemory, Statistic, Tensors, merge_tensors
 from .batches import Examples, class_logits, equal_lengths, read_examples, to_model, unlabelled
 from .prompts import IGNORED
-from .squares import run_with, squared_gradients
+from .squares import TOGETHER, run_with, squared_gradients
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -136,7 +136,8 @@ def measure_fisher(
                 classes = log(partial(run_with, loaded.model, tensors), inputs(chosen[:1])).shape[1]
             labels = "true" if generates else "expected" if classes <= FEW else "sampled"
         drawn = partial(_drawn, labels=labels, generator=torch.Generator().manual_seed(seed))
-        squares = squared_gradients(loaded.model, tensors, chosen, inputs, log, drawn)
+        together = 1 if generates else TOGETHER  # logits of every token are large
+        squares = squared_gradients(loaded.model, tensors, chosen, inputs, log, drawn, together)
     if broken := next((name for name, total in squares.items() if not bool(total.isfinite().all())), None):
         raise FusionError(f"{loaded.name}: the gradients of {broken} are not finite")
     found = {name: total.cpu() / len(chosen) for name, total in squares.items()}
