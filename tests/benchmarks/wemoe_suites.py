@@ -17,16 +17,16 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 
 from hf_fusion import CoefficientMerge, WEMoEModel, adapt_routers
 from hf_fusion.bench.conditions import corrupted as under
+from hf_fusion.bench.merging import MergingSetting
 from hf_fusion.corruptions import CORRUPTIONS
 from hf_fusion.demo.merging_suites import SUITES, trained_experts
 from hf_fusion.evaluate_tasks import INDIVIDUAL, WEMOE, System, evaluate_merging
@@ -37,34 +37,14 @@ from hf_fusion.suite_results import HELD_IN, SuiteResults
 UNADAPTED = "WEMoE, not adapted"
 
 
-class StaticMerges:
-    """Experts of one base and their merges, one at a time."""
-
-    def __init__(self, experts: list[Any], base: Any) -> None:
-        self.merge = CoefficientMerge(experts, base.model, "task", 0.0)
-        known = {**dict(self.merge.backbone.named_parameters()), **dict(self.merge.backbone.named_buffers())}
-        self._targets = {name: known[name] for name in self.merge.tensors}
-        self._base = {name: tensor.detach().clone() for name, tensor in self._targets.items()}
-        vectors = [getattr(self.merge, f"vectors_{number}") for number in range(len(self.merge.tensors))]
-        self._experts = [
-            {name: self._base[name] + own[i] for name, own in zip(self._base, vectors)} for i in range(len(experts))
-        ]
-
-    @torch.no_grad()
-    def by(self, method: str, **parameters: Any) -> CoefficientMerge:
-        """The merge by a method; it is good until the next."""
-        merged = merge_states(method, self._base, self._experts, **parameters)
-        for name, tensor in merged.items():
-            self._targets[name].copy_(tensor)
-        return self.merge
-
-
 class Suite:
     """The experts and rows of one run, and what is made of them."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, suite = args, SUITES[args.suite]
         base, folders = trained_experts(suite, args.experts)
+        tasks = {name: replace(task, expert=str(folders[name])) for name, task in suite.declared.tasks.items()}
+        self.declared = replace(suite.declared, base=str(base), tasks=tasks)
         [self.base] = load_experts([base], gates=False)
         self.experts = load_experts(list(folders.values()))
         parts = {task: suite.rows(args.data, task) for task in suite.tasks}
@@ -96,13 +76,14 @@ class Suite:
 
     def tuned(self, rule: str) -> tuple[float, CoefficientMerge]:
         """The static merge by a rule, with the λ that is best on labelled rows that neither trained nor are tested."""
-        merges, scores = StaticMerges(self.experts, self.base), {}
+        setting, scores = MergingSetting(self.declared, self.args.data, self.args.limit, TUNED), {}
         for scaling in SCALINGS:
-            merge = merges.by(rule, scaling=scaling)
-            scores[scaling] = evaluate_merging(merge, self.tune)[WEMOE].means[HELD_IN].score
+            setting.show(merge_states(rule, setting.base, setting.states, scaling=scaling))
+            scores[scaling] = evaluate_merging(setting.merge, self.tune)[WEMOE].means[HELD_IN].score
         print(f"# {rule} on {TUNED} rows of each task kept apart: {scores}", flush=True)
         best = max(scores, key=lambda scaling: scores[scaling])
-        return best, merges.by(rule, scaling=best)
+        setting.show(merge_states(rule, setting.base, setting.states, scaling=best))
+        return best, setting.merge
 
     def measure(self, seed: int, models: Mapping[str, Any], test: Mapping[str, Dataset], **settings: Any) -> Any:
         """All models on some rows; with the first seed the experts and their simple merges as well."""
