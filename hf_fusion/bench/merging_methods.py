@@ -26,6 +26,7 @@ from hf_fusion.models.wemoe.heads_wemoe import activate_heads
 from hf_fusion.training.adamerging import CoefficientMerge
 
 STATISTICS_ROWS = 256  # of each task, that Fisher merging and RegMean look at
+STATISTICS_TEXTS = 32  # of texts to write, in which every token counts
 
 
 # ---------------------------------------------------------------- floors, ceilings, single experts
@@ -158,8 +159,12 @@ def _statistics(setting: MergingSetting, split: UnseenSplit, kind: str, seed: in
     found = []
     for number in setting.numbers(split):
         rows = setting.kept_apart(number)
-        found.append(_readers(measure(setting.experts[number], rows, examples=STATISTICS_ROWS, seed=seed)))
+        found.append(_readers(measure(setting.experts[number], rows, examples=_examples(setting), seed=seed)))
     return found
+
+
+def _examples(setting: MergingSetting) -> int:
+    return STATISTICS_TEXTS if setting.suite.head in ("causal-lm", "seq2seq-lm") else STATISTICS_ROWS
 
 
 def _readers(measured: Any) -> dict[str, Statistic]:
@@ -172,7 +177,7 @@ def regmean_pp(setting: MergingSetting, split: UnseenSplit, seed: int) -> System
     from hf_fusion.training.statistics import measure_gram_merged
 
     rows = [setting.kept_apart(number) for number in setting.numbers(split)]
-    measured = measure_gram_merged(_fused(setting, split), rows, examples=STATISTICS_ROWS, seed=seed)
+    measured = measure_gram_merged(_fused(setting, split), rows, examples=_examples(setting), seed=seed)
     fused = [setting.states[number] for number in setting.numbers(split)]
     return setting.dense(merge_states("regmean", None, fused, statistics=list(map(_readers, measured))))
 

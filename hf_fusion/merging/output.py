@@ -264,7 +264,7 @@ def as_bytes(values: torch.Tensor, dtype: str, buffer: torch.Tensor) -> np.ndarr
     """Values (n,) as the bytes of another type, in a buffer that has room for them."""
     wanted = getattr(torch, DTYPES[dtype][0])
     if values.dtype is wanted:
-        return values.contiguous().numpy().view(np.uint8)
+        return values.contiguous().view(torch.uint8).numpy()
     raw = buffer[: len(values) * DTYPES[dtype][1]]
     raw.view(wanted).copy_(values)
     return raw.numpy()

@@ -19,11 +19,15 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from hf_fusion.merging.checkpoint import DTYPES, Entry, Files
 
 CHUNK = 1 << 18
 """Elements that are worked on at a time: a few chunks in single precision fit into a core's cache."""
+
+LINE, ROWS = 1 << 12, 8
+"""Where inputs stay in bfloat16: elements of a chunk that are summed at a time, and most of such inputs."""
 
 CPU = torch.device("cpu")
 
@@ -48,6 +52,15 @@ class Stored:
     def __init__(self, entry: Entry, files: Files) -> None:
         self.entry, self.files, self.shape = entry, files, entry.shape
         self._dtype = getattr(torch, DTYPES[entry.dtype][0])
+
+    @property
+    def is_bfloat16(self) -> bool:
+        """Whether its values are stored in bfloat16."""
+        return self._dtype is torch.bfloat16
+
+    def read_stored(self, start: int, out: torch.Tensor) -> None:
+        """Fills a flat tensor of the stored type with the values from `start` on."""
+        self.files.read(self.entry, start, out.view(torch.uint8).numpy())
 
     def read(self, start: int, out: torch.Tensor) -> None:
         """Fills a flat float32 tensor with the values from `start` on."""
@@ -288,14 +301,48 @@ class Combination:
         """The merged values of a chunk, (size,)."""
         # all inputs pass through one buffer: the core's cache holds it, and would not hold one of each
         total, values = scratch("total")[: chunk.size], scratch("one")[: chunk.size]
-        inputs = [(self.base, chunk.tensors.base), *zip(self.experts, chunk.tensors.experts, strict=True)]
         is_first = True
-        for weight, reader in inputs:
-            if reader is not None and weight:
-                reader.read(chunk.start, values)
-                torch.mul(values, weight, out=total) if is_first else total.add_(values, alpha=weight)
-                is_first = False
+        for weight, reader in self._inputs(chunk.tensors):
+            reader.read(chunk.start, values)
+            torch.mul(values, weight, out=total) if is_first else total.add_(values, alpha=weight)
+            is_first = False
         return total.zero_() if is_first else total
+
+    def _inputs(self, tensors: Tensors) -> list[tuple[float, Reader]]:
+        rows = [(self.base, tensors.base), *zip(self.experts, tensors.experts, strict=True)]
+        return [(weight, reader) for weight, reader in rows if reader is not None and weight]
+
+    def in_bfloat16(self, tensors: Tensors) -> Iterator[tuple[int, torch.Tensor]] | None:
+        """(start, bfloat16 values) in order, where all inputs are stored in bfloat16; None where they are not.
+
+        A sum of rows of a table, each times a number, is what `embedding_bag` computes: it reads the rows as they are
+        stored, adds in float32 and rounds once, where `__call__` goes over float32 copies of each. Its numbers are
+        bfloat16, and a float32 number is the sum of three such.
+        """
+        inputs = self._inputs(tensors)
+        stored = [(weight, reader) for weight, reader in inputs if isinstance(reader, Stored) and reader.is_bfloat16]
+        return self._rows(tensors, stored) if inputs and len(stored) == len(inputs) <= ROWS else None
+
+    @staticmethod
+    def _rows(tensors: Tensors, inputs: list[tuple[float, Stored]]) -> Iterator[tuple[int, torch.Tensor]]:
+        count, lines = len(inputs), CHUNK // LINE
+        rest, parts = torch.tensor([weight for weight, _ in inputs]), []
+        for _ in range(3):
+            parts.append(rest.bfloat16())
+            rest = rest - parts[-1].float()
+        numbers = torch.cat(parts)
+        used = numbers.nonzero()[:, 0]
+        numbers = numbers[used].expand(lines, -1).contiguous()
+        bags = used % count * lines + torch.arange(lines)[:, None]  # (lines, numbers): a line of all inputs is a bag
+        table = scratch("table", torch.bfloat16, ROWS * CHUNK)[: count * CHUNK]
+        rows = list(table.view(count, CHUNK))
+        for start in range(0, tensors.numel, CHUNK):
+            size = min(CHUNK, tensors.numel - start)
+            for row, (_, reader) in zip(rows, inputs, strict=True):
+                reader.read_stored(start, row[:size])
+            own = -(-size // LINE)
+            merged = F.embedding_bag(bags[:own], table.view(-1, LINE), mode="sum", per_sample_weights=numbers[:own])
+            yield start, merged.view(-1)[:size]
 
 
 _local = threading.local()
@@ -315,12 +362,12 @@ def compute_device() -> torch.device:
     return found
 
 
-def scratch(name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """This thread's buffer of that name: a chunk of float32, or the bytes of the widest chunk."""
+def scratch(name: str, dtype: torch.dtype = torch.float32, size: int = CHUNK) -> torch.Tensor:
+    """This thread's buffer of that name: a chunk of a type or another size, or the bytes of the widest chunk."""
     buffers: dict[str, torch.Tensor] = _local.__dict__.setdefault("buffers", {})
     if name not in buffers:
         with torch.inference_mode(False):  # of use in that mode and outside of it
-            buffers[name] = torch.empty(CHUNK * (8 if dtype is torch.uint8 else 1), dtype=dtype)
+            buffers[name] = torch.empty(size * (8 if dtype is torch.uint8 else 1), dtype=dtype)
     return buffers[name]
 
 

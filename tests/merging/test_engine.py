@@ -12,7 +12,9 @@ from tiny import bert
 from transformers import AutoModelForSequenceClassification
 
 from hf_fusion import FusionError, merge_states
+from hf_fusion.merging.checkpoint import Files, read_header
 from hf_fusion.merging.merge import merge
+from hf_fusion.merging.tensors import CHUNK, Combination, Stored, Tensors, merge_tensors
 from hf_fusion.recipe import Recipe, RecipeExpert
 
 
@@ -49,6 +51,31 @@ def test_task_arithmetic_of_files(folders, tmp_path):
     assert loaded.num_parameters() == sum(t.numel() for t in merged.values())
     assert Recipe.load(tmp_path / "out") == report.recipe
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_inputs_in_bfloat16_are_summed_in_float32(count, tmp_path):
+    """Of several chunks, the last of them short; from nine inputs on, each is read as float32."""
+    weights = torch.randn(count, generator=torch.Generator().manual_seed(0)).tolist()
+    shape, files, readers, exact = (2 * CHUNK // 1000 + 7, 1000), Files(), [], 0.0
+    for number, weight in enumerate(weights):
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(number)).bfloat16()
+        save_file({"w": values}, tmp_path / f"{number}.safetensors")
+        readers.append(Stored(read_header(tmp_path / f"{number}.safetensors")["w"], files))
+        exact = exact + torch.tensor(weight).double() * values.double()
+    tensors = Tensors("w", None, readers)
+    combination = Combination(0.0, weights)
+    narrow = combination.in_bfloat16(tensors)
+    assert (narrow is None) == (count > 8)
+    pieces = [(start, values.clone()) for start, values in narrow or merge_tensors(tensors, combination)]
+    files.close()
+    assert [start for start, _ in pieces] == [0, CHUNK, 2 * CHUNK]
+    merged = torch.cat([values.bfloat16() for _, values in pieces])
+    wanted = exact.flatten().bfloat16()  # float64 goes through float32 on its way
+    off = (merged.view(torch.int16).int() - wanted.view(torch.int16).int()).abs()
+    close = (merged.double() - exact.flatten()).abs() <= 1e-6 * sum(map(abs, weights)) * 5  # of what cancels
+    assert ((off <= 1) | close).all()
+    assert (off == 0).double().mean() > 0.999
 
 
 def test_same_bytes_whatever_the_threads_and_shards_hold_the_same(folders, tmp_path):
