@@ -111,12 +111,12 @@ class _Search:
         if self.high < math.inf:
             above = array > self.high
             self.above += int(np.count_nonzero(above))
-            inside &= ~above
-        for value in self.heavy:
-            equal = array == value
-            self.heavy[value] += int(np.count_nonzero(equal))
-            inside &= ~equal
+            np.logical_xor(inside, above, out=inside)
         kept = array[inside]
+        for value in self.heavy:  # most of what is inside, and little of everything
+            rest = kept[kept != value]
+            self.heavy[value] += len(kept) - len(rest)
+            kept = rest
         self.kept.append(kept)
         self.size += len(kept)
         if self.size > _KEPT:
