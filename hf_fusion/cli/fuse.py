@@ -55,6 +55,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
         raise FusionError("--method and --experts belong together", "hf-fusion fuse --help")
 
     from hf_fusion.merging.methods import MERGE_METHODS
+    from hf_fusion.merging.processes import is_main
     from hf_fusion.recipe import Recipe
 
     if args.recipe:
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
         raise FusionError(f"--dry-run is for static merges; {recipe.method} loads its experts", "leave it out")
     else:
         _fuse(recipe, args, out)
-    if args.push and not args.dry_run and _is_main():
+    if args.push and not args.dry_run and is_main():
         from hf_fusion.hub.publish import publish
 
         try:
@@ -100,6 +101,7 @@ def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
     from hf_fusion.hub.card import write_card
     from hf_fusion.merging.adapters import AdapterReport
     from hf_fusion.merging.merge import cores, merge, plan_merge
+    from hf_fusion.merging.processes import is_main
 
     if args.threads is not None and args.threads < 1:
         raise FusionError(f"--threads {args.threads}: at least one is needed")
@@ -144,7 +146,7 @@ def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
         report = merge(
             recipe, args.output, threads=args.threads, shard_bytes=shard_bytes, device=args.device, progress=shown
         )
-    if not _is_main():
+    if not is_main():
         return
     write_card(report.folder)
     error = report.error if isinstance(report, AdapterReport) else None
@@ -173,13 +175,6 @@ def _check_push(recipe: Recipe, args: argparse.Namespace) -> None:
             except FusionError as error:
                 apart = f"without --push, then: hf-fusion publish {args.output} {args.push}"
                 raise FusionError(error.message, f"{error.hint}; or fuse {apart}" if error.hint else apart) from error
-
-
-def _is_main() -> bool:
-    """Whether this process speaks for all that `accelerate launch` started."""
-    from hf_fusion.merging.processes import Processes
-
-    return Processes().is_main
 
 
 def _experts(names: list[str], weights: Any) -> tuple[RecipeExpert, ...]:

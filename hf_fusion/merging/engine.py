@@ -16,7 +16,7 @@ import torch
 from hf_fusion.errors import FusionError, one_line, shown
 from hf_fusion.merging.checkpoint import DTYPES, Entry, Files
 from hf_fusion.merging.output import Shard, Spec, as_bytes, shard_name, shards_of
-from hf_fusion.merging.tensors import CHUNK, CPU, Combination, Tensors, compute_on, merge_tensors, scratch
+from hf_fusion.merging.tensors import CHUNK, CPU, Tensors, compute_on, merge_tensors, scratch
 
 logger = logging.getLogger(__name__)
 
@@ -146,8 +146,7 @@ def _write(target: Target, shard: Shard, files: Files, progress: Callable[[int],
 def _merge(make: Callable[[], tuple[Tensors, Any]], spec: Spec, shard: Shard) -> None:
     tensors, merged = make()
     most = torch.finfo(getattr(torch, DTYPES[spec.dtype][0])).max if spec.dtype in NARROW else None
-    narrow = merged.in_bfloat16(tensors) if spec.dtype == "BF16" and isinstance(merged, Combination) else None
-    for start, values in narrow or merge_tensors(tensors, merged):
+    for start, values in merge_tensors(tensors, merged, spec.dtype):
         if not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):
             raise _not_finite(tensors)
         if most is not None and max(map(abs, values.aminmax())) > most:

@@ -56,7 +56,7 @@ def estimate(plan: Plan, threads: int) -> Estimate:
         began = time.perf_counter()
         with torch.inference_mode():
             assert trial.make is not None
-            for _ in merge_tensors(*trial.make()):
+            for _ in merge_tensors(*trial.make(), trial.spec.dtype):
                 pass
         spent = time.perf_counter() - began
         torch.set_num_threads(before)

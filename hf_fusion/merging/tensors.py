@@ -321,7 +321,8 @@ class Combination:
         """
         inputs = self._inputs(tensors)
         stored = [(weight, reader) for weight, reader in inputs if isinstance(reader, Stored) and reader.is_bfloat16]
-        return self._rows(tensors, stored) if inputs and len(stored) == len(inputs) <= ROWS else None
+        heard = any(torch.tensor(weight).bfloat16() for weight, _ in stored)  # or no number is left
+        return self._rows(tensors, stored) if heard and len(stored) == len(inputs) <= ROWS else None
 
     @staticmethod
     def _rows(tensors: Tensors, inputs: list[tuple[float, Stored]]) -> Iterator[tuple[int, torch.Tensor]]:
@@ -371,8 +372,13 @@ def scratch(name: str, dtype: torch.dtype = torch.float32, size: int = CHUNK) ->
     return buffers[name]
 
 
-def merge_tensors(tensors: Tensors, merged: Merged | torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """(start, float32 values) of what a method returned, in order."""
+def merge_tensors(
+    tensors: Tensors, merged: Merged | torch.Tensor, dtype: str = "F32"
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(start, values) of what a method returned, in order: in float32, or in the type that they go to, `dtype`."""
+    if dtype == "BF16" and isinstance(merged, Combination) and (narrow := merged.in_bfloat16(tensors)) is not None:
+        yield from narrow
+        return
     if isinstance(merged, torch.Tensor):
         flat = merged.reshape(-1)
         for start in range(0, len(flat), CHUNK):

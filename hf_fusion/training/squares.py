@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,26 @@ TOGETHER = 16  # examples of a batch, at most
 BLOCK = 1 << 18  # elements of one example's gradient at once: what stays in a cache
 Inputs = Mapping[str, torch.Tensor]
 Terms = Callable[[torch.Tensor, Inputs], torch.Tensor]
+Outputs = Callable[[Callable[..., Any], Inputs], torch.Tensor]
 Calls = dict[str, list[tuple[torch.Tensor, torch.Tensor]]]  # path of a module -> its inputs and outputs
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is differentiated: see `squared_gradients`."""
+
+    model: Any
+    tensors: Mapping[str, torch.Tensor]
+    outputs: Outputs
+    terms: Terms
+
+    def rows(self, tensors: Mapping[str, torch.Tensor], inputs: Inputs) -> torch.Tensor:
+        """Terms (M, B) of examples."""
+        return self.terms(self.outputs(partial(run_with, self.model, tensors), inputs), inputs)
+
+    def zeros(self) -> dict[str, torch.Tensor]:
+        """A total for every parameter."""
+        return {name: torch.zeros_like(tensor) for name, tensor in self.tensors.items()}
 
 
 def squared_gradients(
@@ -31,7 +51,7 @@ def squared_gradients(
     tensors: Mapping[str, torch.Tensor],
     rows: list[Any],
     read: Callable[[list[Any]], Inputs],
-    outputs: Callable[[Callable[..., Any], Inputs], torch.Tensor],
+    outputs: Outputs,
     terms: Terms,
     together: int = TOGETHER,
 ) -> dict[str, torch.Tensor]:
@@ -52,14 +72,14 @@ def squared_gradients(
         By name, in the parameters' shapes.
     """
     seen = _seen_modules(model, tensors) if together > 1 else {}
-    totals = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    given = (model, tensors, outputs, terms, totals)
-    in_batches = bool(seen) and _agrees(model, tensors, seen, next(equal_lengths(rows, 2)), read, outputs)
+    asked = _Asked(model, tensors, outputs, terms)
+    totals = asked.zeros()
+    in_batches = bool(seen) and _agrees(asked, seen, next(equal_lengths(rows, 2)), read)
     for own in equal_lengths(rows, together if in_batches else 1):
         if in_batches:
-            _add_batch(seen, *given, read(own))
+            _add_batch(asked, seen, totals, read(own))
         else:
-            _add_one(*given, read(own))
+            _add_one(asked, totals, read(own))
     return totals
 
 
@@ -69,17 +89,10 @@ def run_with(model: Any, tensors: Mapping[str, torch.Tensor], **inputs: Any) -> 
     return functional_call(model, {**buffers, **tensors}, kwargs=inputs)
 
 
-def _add_one(
-    model: Any,
-    tensors: Mapping[str, torch.Tensor],
-    outputs: Callable[..., torch.Tensor],
-    terms: Terms,
-    totals: Mapping[str, torch.Tensor],
-    inputs: Inputs,
-) -> None:
+def _add_one(asked: _Asked, totals: Mapping[str, torch.Tensor], inputs: Inputs) -> None:
     """Adds the squares of one example, by autograd."""
-    learned = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-    rows = terms(outputs(partial(run_with, model, learned), inputs), inputs)  # (M, 1)
+    learned = {name: tensor.detach().requires_grad_() for name, tensor in asked.tensors.items()}
+    rows = asked.rows(learned, inputs)  # (M, 1)
     for number, term in enumerate(rows):
         keep = number + 1 < len(rows)
         grads = torch.autograd.grad(term.sum(), list(learned.values()), retain_graph=keep, allow_unused=True)
@@ -94,18 +107,12 @@ def _add_one(
 
 
 def _add_batch(
-    seen: Mapping[str, nn.Module],
-    model: Any,
-    tensors: Mapping[str, torch.Tensor],
-    outputs: Callable[..., torch.Tensor],
-    terms: Terms,
-    totals: Mapping[str, torch.Tensor],
-    inputs: Inputs,
+    asked: _Asked, seen: Mapping[str, nn.Module], totals: Mapping[str, torch.Tensor], inputs: Inputs
 ) -> None:
     """Adds the squares of the examples of a batch, from what its modules read and the gradients of what they gave."""
     count = len(inputs["labels"])
     with _watching(seen, count) as calls:
-        rows = terms(outputs(partial(run_with, model, tensors), inputs), inputs)  # (M, B)
+        rows = asked.rows(asked.tensors, inputs)  # (M, B)
     places = [(path, place) for path, own in calls.items() for place in range(len(own))]
     given = [calls[path][place][1] for path, place in places]
     for number, term in enumerate(rows):
@@ -213,14 +220,7 @@ def _seen_modules(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, 
     return found if is_all else {}
 
 
-def _agrees(
-    model: Any,
-    tensors: Mapping[str, torch.Tensor],
-    seen: Mapping[str, nn.Module],
-    rows: list[Any],
-    read: Callable[[list[Any]], Inputs],
-    outputs: Callable[..., torch.Tensor],
-) -> bool:
+def _agrees(asked: _Asked, seen: Mapping[str, nn.Module], rows: list[Any], read: Callable[[list[Any]], Inputs]) -> bool:
     """Whether two rows in a batch give what autograd gives of each: not every module is used by calling it."""
     rows = (rows * 2)[:2]
 
@@ -229,11 +229,12 @@ def _agrees(
         factors = torch.randn(flat.shape[1], generator=torch.Generator().manual_seed(0))
         return (flat * factors.to(flat)).sum(1)[None]
 
-    slow, fast = ({name: torch.zeros_like(tensor) for name, tensor in tensors.items()} for _ in range(2))
+    asked = replace(asked, terms=any_term)
+    slow, fast = asked.zeros(), asked.zeros()
     for row in rows:
-        _add_one(model, tensors, outputs, any_term, slow, read([row]))
+        _add_one(asked, slow, read([row]))
     try:
-        _add_batch(seen, model, tensors, outputs, any_term, fast, read(rows))
+        _add_batch(asked, seen, fast, read(rows))
     except (RuntimeError, IndexError):  # shapes that are not examples first; inputs by name
         return False
     floor = 1e-10 * max(float(own.norm()) for own in slow.values())  # of what is 0 but for rounding

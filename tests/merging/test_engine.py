@@ -67,6 +67,7 @@ def test_inputs_in_bfloat16_are_summed_in_float32(count, tmp_path):
     combination = Combination(0.0, weights)
     narrow = combination.in_bfloat16(tensors)
     assert (narrow is None) == (count > 8)
+    assert Combination(0.0, [1e-50] * count).in_bfloat16(tensors) is None
     pieces = [(start, values.clone()) for start, values in narrow or merge_tensors(tensors, combination)]
     files.close()
     assert [start for start, _ in pieces] == [0, CHUNK, 2 * CHUNK]

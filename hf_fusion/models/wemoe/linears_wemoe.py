@@ -442,7 +442,8 @@ def _blocks(linear: UpscaledLinear, w: torch.Tensor, merge: bool = True, read: b
     scratch: list[torch.Tensor] = []
     room = w.new_empty(count * step * linear.columns) if merge else w
     base = linear.base.to(w.dtype)
-    rounded, experts, first_of_all = w[0].bfloat16(), torch.arange(linear.experts), torch.zeros(1, dtype=torch.long)
+    if not read:  # a sum of rows: which, where their bag begins, and their numbers
+        rows, begin, numbers = torch.arange(linear.experts), torch.zeros(1, dtype=torch.long), w[0].bfloat16()
     for start in range(0, linear.rows, step):
         stop = min(start + step, linear.rows)
         vectors = linear.block(start, stop, scratch, w.dtype) if read else None
@@ -457,7 +458,7 @@ def _blocks(linear: UpscaledLinear, w: torch.Tensor, merge: bool = True, read: b
                 torch.addmm(base[start:stop].flatten(), w[group], vectors, out=into)
             else:
                 (table,) = linear.parts(start, stop)
-                change = F.embedding_bag(experts, table, first_of_all, mode="sum", per_sample_weights=rounded)
+                change = F.embedding_bag(rows, table, begin, mode="sum", per_sample_weights=numbers)
                 into.copy_(change).add_(base[start:stop].flatten())
             yield start, stop, group, vectors, into.view(size[0], stop - start, linear.columns)
 
