@@ -1,20 +1,35 @@
 """What sparse methods share: which entries of a task vector are kept, and how what is left is added up.
 
-To keep is a function of a `Chunk` and an expert's number, called chunk by chunk in order; to add up gives what a method
-returns.
+To keep is a function of a `Chunk` that gives what is left of all task vectors, called chunk by chunk in order, with a
+number that each expert's entries are still to be multiplied with; to add up gives what a method returns.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from hf_fusion.merging.tensors import Chunk, Merged, Tensors, Values, scratch
+from hf_fusion.merging.tensors import Chunk, Merged, Tensors, Values, scratch, stacked
 from hf_fusion.merging.thresholds import Threshold, Trim, largest
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """What is kept of the task vectors.
+
+    Attributes:
+        entries: (K, size) of a chunk, 0 where nothing is kept.
+        rates: what the entries of each expert are multiplied with.
+    """
+
+    entries: Values
+    rates: Sequence[float]
+
 
 # ---------------------------------------------------------------- what is kept of a task vector
 
@@ -24,7 +39,7 @@ def trimmed(
     density: Sequence[float],
     trim: str,
     ties: str,
-    values: Values = Chunk.delta,
+    values: Values = Chunk.deltas,
     which: tuple[Any, ...] = (),
 ) -> Values:
     """The largest entries of each tensor, or of the model; of the model's `values`, `which` tells them apart."""
@@ -50,11 +65,11 @@ def trimmed_each(tensors: Tensors, values: Values, density: Sequence[float], tie
 
 def _trimming(values: Values, thresholds: Sequence[Threshold], ties: str) -> Values:
     trim = Trim(thresholds, ties)
-    return lambda chunk, index: trim(values(chunk, index), index, chunk.number == 0)
+    return lambda chunk: trim(values(chunk), chunk.number == 0)
 
 
 def _magnitude_of(values: Values) -> Values:
-    return lambda chunk, index: values(chunk, index).abs_()
+    return lambda chunk: values(chunk).abs_()
 
 
 def _count(share: float, total: int) -> int:
@@ -68,158 +83,163 @@ def middle(tensors: Tensors, density: Sequence[float], gamma: Sequence[float]) -
     kept = [int(share * total) for share in density]
     # where both do not fit, fewer of the largest go: the density counts
     top = [min(int(share * total), total - k) for share, k in zip(gamma, kept)]
-    of = _magnitude_of(Chunk.delta)
+    of = _magnitude_of(Chunk.deltas)
     upper = Trim(largest(tensors, top, of), "exact")
     lower = Trim(largest(tensors, [k + t for k, t in zip(kept, top)], of), "exact")
 
-    def between(chunk: Chunk, index: int) -> torch.Tensor:
-        delta = chunk.delta(index)
-        highest, is_first = scratch("highest")[: chunk.size].copy_(delta), chunk.number == 0
-        return lower(delta, index, is_first).sub_(upper(highest, index, is_first))
+    def between(chunk: Chunk) -> torch.Tensor:
+        deltas, is_first = chunk.deltas(), chunk.number == 0
+        highest = stacked("highest", *deltas.shape).copy_(deltas)
+        return lower(deltas, is_first).sub_(upper(highest, is_first))
 
     return between
 
 
-def dropped(tensors: Tensors, drop_rate: Sequence[float], rescale: str) -> Values:
+def dropped(tensors: Tensors, drop_rate: Sequence[float], rescale: str) -> Sparse:
     """Entries that were not dropped at random."""
-    limits = [round(rate * (1 << 16)) for rate in drop_rate]  # a uint16 below it: dropped
+    # bytes are drawn twice as fast, and tell rates of so many 256ths exactly
+    drawn_as, full = (np.uint8, 1 << 8) if all(rate * 256 % 1 == 0 for rate in drop_rate) else (np.uint16, 1 << 16)
+    limits = [round(rate * full) for rate in drop_rate]  # what is below is dropped
 
-    def sparse(chunk: Chunk, index: int) -> torch.Tensor:
-        kept = scratch("kept")[: chunk.size]
-        np.copyto(kept.numpy(), chunk.random(index) >= limits[index])
-        return chunk.delta(index).mul_(kept)
+    def sparse(chunk: Chunk) -> torch.Tensor:
+        deltas = chunk.deltas()
+        for own, drawn, limit in zip(deltas.numpy(), chunk.random(drawn_as), limits, strict=True):
+            np.multiply(own, drawn >= limit, out=own)
+        return deltas
 
-    rates = [1 / (1 - rate) if rescale == "rate" and rate < 1 else 1.0 for rate in drop_rate]
-    return rescaled(tensors, sparse, rates, rescale)
+    if rescale == "rate":
+        return Sparse(sparse, [1 / (1 - rate) if rate < 1 else 1.0 for rate in drop_rate])
+    return rescaled(tensors, sparse, rescale)
 
 
-def pruned(tensors: Tensors, density: Sequence[float], epsilon: Sequence[float], rescale: str, rank: str) -> Values:
+def pruned(tensors: Tensors, density: Sequence[float], epsilon: Sequence[float], rescale: str, rank: str) -> Sparse:
     """Entries that were not dropped, large ones less likely than small ones."""
     for share, reach in zip(density, epsilon):
         keeps_all = share == 1 and reach == 0
         if not keeps_all and not (share - reach > 0 and share + reach < 1):
             raise ValueError(f"density {share} less and more epsilon {reach} must lie between 0 and 1")
-    ranked = _rank_in_row(tensors) if rank == "row" else _rank_in_tensor(tensors)
+    full = 1 << 16  # chances in what is drawn: whole numbers below it
+    ends = [(full * (share - reach), full * (share + reach)) for share, reach in zip(density, epsilon)]
+    chances_of = (_chances_in_row if rank == "row" else _chances_in_tensor)(tensors, ends)
 
-    def sparse(chunk: Chunk, index: int) -> torch.Tensor:
-        delta = chunk.delta(index)
-        chances = ranked(chunk, index, delta)
-        chances.mul_(2 * epsilon[index]).add_(density[index] - epsilon[index])
-        drawn, kept = scratch("drawn")[: chunk.size], scratch("kept")[: chunk.size]
-        np.copyto(drawn.numpy(), chunk.random(index))
-        torch.lt(drawn.mul_(2**-16), chances, out=kept)
+    def sparse(chunk: Chunk) -> torch.Tensor:
+        deltas = chunk.deltas()
+        chances = chances_of(chunk, deltas)
+        kept = stacked("kept", *deltas.shape)
+        np.copyto(kept.numpy(), chunk.random())
+        torch.lt(kept, chances, out=kept)
         if rescale == "rate":
             kept.div_(chances)
-        return delta.mul_(kept)
+        return deltas.mul_(kept)
 
-    return rescaled(tensors, sparse, [1.0] * len(density), rescale)
+    return Sparse(sparse, [float(full)] * len(tensors)) if rescale == "rate" else rescaled(tensors, sparse, rescale)
 
 
-def _rank_in_tensor(tensors: Tensors) -> Callable[[Chunk, int, torch.Tensor], torch.Tensor]:
-    """Ranks from 0 to 1 among all entries, by a table over the first 16 bits of the magnitudes."""
+Ends = Sequence[tuple[float, float]]
+"""What the smallest and the largest magnitude get, of each expert."""
 
-    def prefix(delta: torch.Tensor) -> torch.Tensor:
-        """The exponent and 7 bits of a magnitude, as a whole number: they are ordered as the magnitudes are."""
-        bits = torch.abs(delta, out=scratch("prefix")[: len(delta)]).view(torch.int32)
+
+def _chances_in_tensor(tensors: Tensors, ends: Ends) -> Callable[[Chunk, torch.Tensor], torch.Tensor]:
+    """By rank among all entries, (K, size), from a table over the first 16 bits of the magnitudes."""
+
+    def prefixes(deltas: torch.Tensor) -> torch.Tensor:
+        """The exponents and 7 bits of magnitudes, as whole numbers: they are ordered as the magnitudes are."""
+        bits = torch.abs(deltas, out=stacked("prefixes", *deltas.shape)).view(torch.int32)
         return torch.bitwise_right_shift(bits, 16, out=bits)
 
     counts = torch.zeros(len(tensors), 1 << 15, dtype=torch.int64)
     for chunk in tensors.chunks():
-        for i, own in enumerate(counts):
-            own.add_(torch.bincount(prefix(chunk.delta(i)), minlength=1 << 15))
+        for own, prefix in zip(counts, prefixes(chunk.deltas()), strict=True):
+            own.add_(torch.bincount(prefix, minlength=1 << 15))
     before = counts.cumsum(1) - counts
-    tables = ((before + (counts - 1) / 2) / max(1, tensors.numel - 1)).float()  # those of a bin share theirs
+    ranks = (before + (counts - 1) / 2) / max(1, tensors.numel - 1)  # from 0 to 1; those of a bin share theirs
+    low, high = torch.tensor(ends, dtype=torch.float64).T[..., None]
+    tables = (low + (high - low) * ranks).float()
 
-    def ranked(chunk: Chunk, index: int, delta: torch.Tensor) -> torch.Tensor:
-        return torch.index_select(tables[index], 0, prefix(delta), out=scratch("ranks")[: chunk.size])
+    def chances(chunk: Chunk, deltas: torch.Tensor) -> torch.Tensor:
+        out = stacked("chances", *deltas.shape)
+        for own, table, prefix in zip(out, tables, prefixes(deltas), strict=True):
+            torch.index_select(table, 0, prefix, out=own)
+        return out
 
-    return ranked
+    return chances
 
 
-def _rank_in_row(tensors: Tensors) -> Callable[[Chunk, int, torch.Tensor], torch.Tensor]:
-    """Ranks from 0 to 1 among the entries of a row, exactly; a vector is one row."""
+def _chances_in_row(tensors: Tensors, ends: Ends) -> Callable[[Chunk, torch.Tensor], torch.Tensor]:
+    """By rank among the entries of a row, exactly, (K, size); a vector is one row."""
     width = max(1, math.prod(tensors.shape[1:]) if len(tensors.shape) > 1 else tensors.numel)
-    steps = torch.linspace(0, 1, width)
+    steps = torch.stack([torch.linspace(low, high, width) for low, high in ends])
 
-    def ranked(chunk: Chunk, index: int, delta: torch.Tensor) -> torch.Tensor:
+    def chances(chunk: Chunk, _: torch.Tensor) -> torch.Tensor:
         first, last = chunk.start // width, -(-(chunk.start + chunk.size) // width)
-        values, base = torch.empty(2, (last - first) * width)  # whole rows, of which the chunk may hold parts
-        tensors.experts[index].read(first * width, values)
-        tensors.the_base.read(first * width, base)
-        rows = values.sub_(base).abs_().view(-1, width)
-        order = rows.argsort(dim=1, stable=True)
-        ranks = rows.scatter_(1, order, steps.expand_as(rows)).view(-1)
-        return ranks[chunk.start - first * width :][: chunk.size]
+        first, size = first * width, (last - first) * width  # whole rows, of which the chunk may hold parts
+        magnitudes, base = torch.empty(len(tensors), size), torch.empty(size)
+        tensors.the_base.read(first, base)
+        for own, reader in zip(magnitudes, tensors.experts, strict=True):
+            reader.read(first, own)
+        by_row = magnitudes.sub_(base).abs_().view(len(tensors), -1, width)
+        order = by_row.argsort(dim=2, stable=True)
+        by_row.scatter_(2, order, steps[:, None].expand_as(by_row))
+        return magnitudes[:, chunk.start - first :][:, : chunk.size]
 
-    return ranked
+    return chances
 
 
-def rescaled(tensors: Tensors, sparse: Values, rates: Sequence[float], rescale: str) -> Values:
-    """What is left, times a number for each expert."""
-    if rescale == "norm":
-
-        def norms(chunk: Chunk) -> torch.Tensor:
-            own = [(chunk.delta(i).abs_().sum(), sparse(chunk, i).abs_().sum()) for i in range(len(tensors))]
-            return torch.tensor(own)
-
-        rates = [float(before / after) if min(before, after) >= 1e-7 else 1.0 for before, after in tensors.sums(norms)]
-    if all(rate == 1 for rate in rates):
-        return sparse
-    return lambda chunk, index: sparse(chunk, index).mul_(rates[index])
+def rescaled(tensors: Tensors, sparse: Values, rescale: str) -> Sparse:
+    """What is left, to be multiplied up to the task vectors' former L1 "norm" where that is wanted."""
+    if rescale != "norm" or not tensors.numel:
+        return Sparse(sparse, [1.0] * len(tensors))
+    norms = tensors.sums(lambda chunk: torch.stack([own(chunk).abs_().sum(1) for own in (Chunk.deltas, sparse)]))
+    return Sparse(sparse, [float(a / b) if min(a, b) >= 1e-7 else 1.0 for a, b in norms.view(2, -1).T])
 
 
 # ---------------------------------------------------------------- how it is added up
 
 
-def summed(tensors: Tensors, kept: Values, weight: Sequence[float], scaling: float, normalize: bool) -> Merged:
+def summed(tensors: Tensors, kept: Sparse, weight: Sequence[float], scaling: float, normalize: bool) -> Merged:
     """θ0 + λ Σ w_i of what is kept."""
     total = sum(weight)
     factor = scaling / total if normalize and abs(total) > 1e-8 else scaling
+    numbers = torch.tensor([own * rate * factor for own, rate in zip(weight, kept.rates, strict=True)])
 
     def merged(chunk: Chunk) -> torch.Tensor:
-        result = scratch("total")[: chunk.size].copy_(chunk.base)
-        for index, own in enumerate(weight):
-            result.add_(kept(chunk, index), alpha=own * factor)
-        return result
+        out = scratch("total")[: chunk.size]
+        return torch.addmv(chunk.base, kept.entries(chunk).T, numbers, out=out)
 
     return merged
 
 
 def elected(
-    tensors: Tensors, kept: Values, weight: Sequence[float], scaling: float, merge: str, plain_sign: bool = False
+    tensors: Tensors, kept: Sparse, weight: Sequence[float], scaling: float, merge: str, plain_sign: bool = False
 ) -> Merged:
     """θ0 + λ · the entries of the elected sign, their weighted mean or sum.
 
-    With P and N the sums of the positive and of the negative entries, the elected sign is that of P + N, and the sum of
-    the agreeing entries is P or N: no mask is ever made.
+    Times the elected sign, the entries that agree are those above 0, and their sum is what lies that far from the base:
+    sums over the experts are products of a (size, K) matrix with a vector, and no mask is ever made.
 
     Args:
         plain_sign: elects by the plain task vectors; else by the weighted.
     """
+    weights = torch.tensor(weight)
+    sizes = weights.abs() * torch.tensor(kept.rates)
+    negative = [index for index, own in enumerate(weight) if own < 0]
+    one = torch.ones(())
 
     def merged(chunk: Chunk) -> torch.Tensor:
-        size = chunk.size
-        positive, total, votes = (scratch(name)[:size].zero_() for name in ("positive", "total", "votes"))
-        signs, present, part = (scratch(name)[:size] for name in ("signs", "present", "part"))
-        signs.zero_()
-        present.zero_()
-        for index, own in enumerate(weight):
-            entries = kept(chunk, index)
-            if plain_sign:
-                votes.add_(entries)
-            total.add_(entries.mul_(own))
-            torch.sign(entries, out=part)
-            signs.add_(part, alpha=own)  # Σ w over + less Σ w over -
-            present.add_(part.abs_(), alpha=own)  # Σ w over both
-            positive.add_(torch.clamp(entries, min=0, out=part))
-        chosen = torch.ge(votes if plain_sign else total, 0, out=part)  # 1 elects +
-        # P where + is elected, else N = total - P
-        total.sub_(positive)
-        positive.sub_(total).mul_(chosen).add_(total)
+        sign, total, below = (scratch(name)[: chunk.size] for name in ("sign", "total", "below"))
+        entries = kept.entries(chunk)
+        if plain_sign:
+            torch.sum(entries, 0, out=sign)
+        for index in negative:
+            entries[index].neg_()
+        if not plain_sign:
+            torch.mv(entries.T, sizes, out=sign)
+        torch.copysign(one, sign, out=sign)  # a sum of 0 elects +
+        agreeing = entries.mul_(sign).clamp_(min=0)
+        torch.mv(agreeing.T, sizes, out=total)
         if merge == "mean":
-            # the weights' sum over the agreeing: (present + signs) / 2 or (present - signs) / 2
-            chosen.mul_(2).sub_(1).mul_(signs).add_(present).mul_(0.5)
-            positive.div_(chosen.add_(torch.eq(chosen, 0, out=present)))
-        return torch.add(chunk.base, positive, alpha=scaling, out=positive)
+            torch.mv(agreeing.sign_().T, weights, out=below)
+            total.div_(below.add_(torch.eq(below, 0, out=scratch("none")[: chunk.size])))
+        return torch.addcmul(chunk.base, total, sign, value=scaling, out=total)
 
     return merged

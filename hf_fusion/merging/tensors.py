@@ -26,8 +26,11 @@ from hf_fusion.merging.checkpoint import DTYPES, Entry, Files
 CHUNK = 1 << 18
 """Elements that are worked on at a time: a few chunks in single precision fit into a core's cache."""
 
-LINE, ROWS = 1 << 12, 8
-"""Where inputs stay in bfloat16: elements of a chunk that are summed at a time, and most of such inputs."""
+PIECE = 1 << 11
+"""Elements that a sample takes from one place."""
+
+WIDE, LINE, ROWS = 1 << 19, 1 << 12, 8
+"""Where inputs stay in bfloat16: elements that are worked on and that are summed at a time, and most of such inputs."""
 
 CPU = torch.device("cpu")
 
@@ -122,10 +125,16 @@ class Chunk:
         """Values of an expert. Whoever writes into them writes into what `delta` starts from."""
         return self._values(index, self.tensors.experts[index])
 
-    def delta(self, index: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    def delta(self, index: int) -> torch.Tensor:
         """The expert's values less the base's, in a tensor that the caller may write into."""
-        out = scratch(f"delta {index}")[: self.size] if out is None else out
-        return torch.sub(self.expert(index), self.base, out=out)
+        return torch.sub(self.expert(index), self.base, out=scratch(f"delta {index}")[: self.size])
+
+    def deltas(self) -> torch.Tensor:
+        """All experts' values less the base's, (K, size), made anew in a tensor that the caller may write into."""
+        out = stacked("deltas", len(self.tensors), self.size)
+        for own, reader in zip(out, self.tensors.experts, strict=True):
+            reader.read(self.start, own)
+        return out.sub_(self.base)
 
     def statistic(self, index: int) -> torch.Tensor:
         """What was measured of an expert for these elements, in a tensor that the caller may write into."""
@@ -134,12 +143,14 @@ class Chunk:
             raise ValueError(f"of {self.tensors.name} nothing was measured for expert {index + 1}")
         return self._values(len(self.tensors) + index, measured.reader)
 
-    def random(self, index: int) -> np.ndarray:
-        """uint16 drawn uniformly for each element; the same for the same seed, tensor, expert and chunk."""
+    def random(self, dtype: type[np.unsignedinteger[Any]] = np.uint16) -> np.ndarray:
+        """Whole numbers drawn uniformly from all of a type, (K, size); the same for the same seed, tensor and chunk."""
         name = zlib.crc32(self.tensors.name.encode())
         number = self.number % (1 << 32)  # a sample's pieces have numbers below 0
-        drawn = np.random.Generator(np.random.SFC64([self.tensors.seed, name, index, number]))
-        return drawn.integers(0, 1 << 64, -(-self.size // 4), dtype=np.uint64).view(np.uint16)[: self.size]
+        count = len(self.tensors) * self.size
+        words = -(-count * np.dtype(dtype).itemsize // 8)
+        drawn = np.random.SFC64([self.tensors.seed, name, number]).random_raw(words)
+        return drawn.view(dtype)[:count].reshape(len(self.tensors), self.size)
 
     def _values(self, index: int, reader: Reader) -> torch.Tensor:
         if index not in self._read:
@@ -149,8 +160,8 @@ class Chunk:
         return self._read[index]
 
 
-Values = Callable[[Chunk, int], torch.Tensor]
-"""One number for every element of a chunk and one expert."""
+Values = Callable[[Chunk], torch.Tensor]
+"""One number for every expert and element of a chunk, (K, size), in a tensor that the caller may write into."""
 
 
 class Tensors:
@@ -200,13 +211,9 @@ class Tensors:
         for number, start in enumerate(range(0, self.numel, CHUNK)):
             yield Chunk(self, number, start, min(CHUNK, self.numel - start))
 
-    def sample(self, pieces: int = 64) -> Iterator[Chunk]:
-        """About 1,024 elements from each of so many places."""
-        if self.numel <= pieces * 1024 or pieces < 2:
-            yield from self.chunks()
-            return
-        for number in range(pieces):
-            yield Chunk(self, -1 - number, number * (self.numel - 1024) // (pieces - 1), 1024)
+    def sample(self) -> Iterator[Chunk]:
+        """Some of them, from many places."""
+        return self.chunks() if self.numel <= CHUNK else _pieces([self])
 
     def whole(self, reader: Reader) -> torch.Tensor:
         """All values of an input, in its shape: for methods that cannot work in pieces."""
@@ -280,8 +287,7 @@ class WholeModel:
 
     def sample(self) -> Iterator[Chunk]:
         """Some of them, from many places."""
-        for one in self.tensors:
-            yield from one.sample(8)
+        return _pieces(self.tensors)
 
     def once(self, key: Any, make: Callable[[WholeModel], Any]) -> Any:
         """What a function makes of it, made by the first tensor that asks for it."""
@@ -289,6 +295,22 @@ class WholeModel:
             if key not in self._known:
                 self._known[key] = make(self)
             return self._known[key]
+
+
+def _pieces(tensors: Sequence[Tensors]) -> Iterator[Chunk]:
+    """Pieces of tensors at equal distances, as if they were one: few enough to be cheap, enough to tell quantiles.
+
+    Of N elements whoever looks for one by its rank then keeps a share of about s^-1/2 for each s that were sampled: of
+    all that is read and kept, least at s ~ N^2/3.
+    """
+    total = sum(one.numel for one in tensors)
+    step = max(PIECE, total * PIECE // max(CHUNK // 4, int((3 * total) ** (2 / 3))))
+    begun = number = 0
+    for one in tensors:
+        for start in range(-begun % step, one.numel, step):
+            number -= 1
+            yield Chunk(one, number, start, min(PIECE, one.numel - start))
+        begun += one.numel
 
 
 class Combination:
@@ -326,7 +348,7 @@ class Combination:
 
     @staticmethod
     def _rows(tensors: Tensors, inputs: list[tuple[float, Stored]]) -> Iterator[tuple[int, torch.Tensor]]:
-        count, lines = len(inputs), CHUNK // LINE
+        count, lines = len(inputs), WIDE // LINE
         rest, parts = torch.tensor([weight for weight, _ in inputs]), []
         for _ in range(3):
             parts.append(rest.bfloat16())
@@ -335,10 +357,10 @@ class Combination:
         used = numbers.nonzero()[:, 0]
         numbers = numbers[used].expand(lines, -1).contiguous()
         bags = used % count * lines + torch.arange(lines)[:, None]  # (lines, numbers): a line of all inputs is a bag
-        table = scratch("table", torch.bfloat16, ROWS * CHUNK)[: count * CHUNK]
-        rows = list(table.view(count, CHUNK))
-        for start in range(0, tensors.numel, CHUNK):
-            size = min(CHUNK, tensors.numel - start)
+        table = scratch("table", torch.bfloat16, ROWS * WIDE)[: count * WIDE]
+        rows = list(table.view(count, WIDE))
+        for start in range(0, tensors.numel, WIDE):
+            size = min(WIDE, tensors.numel - start)
             for row, (_, reader) in zip(rows, inputs, strict=True):
                 reader.read_stored(start, row[:size])
             own = -(-size // LINE)
@@ -370,6 +392,11 @@ def scratch(name: str, dtype: torch.dtype = torch.float32, size: int = CHUNK) ->
         with torch.inference_mode(False):  # of use in that mode and outside of it
             buffers[name] = torch.empty(size * (8 if dtype is torch.uint8 else 1), dtype=dtype)
     return buffers[name]
+
+
+def stacked(name: str, count: int, size: int) -> torch.Tensor:
+    """This thread's buffer of that name for so many rows of a chunk's size, (count, size)."""
+    return scratch(f"{name} of {count}", size=count * CHUNK)[: count * size].view(count, size)
 
 
 def merge_tensors(

@@ -210,13 +210,36 @@ def test_thresholds_are_exact(case):
     tensors = Tensors("t", InMemory(torch.zeros(size)), [InMemory(values)])
     ordered = values.sort(descending=True).values
     for k in (1, 2, size // 5, size // 2, size - 1, size):
-        [found] = largest(tensors, [k], lambda chunk, index: chunk.delta(index).abs_())
+        [found] = largest(tensors, [k], lambda chunk: chunk.deltas().abs_())
         assert found.value == float(ordered[k - 1])
         assert found.equal == k - int((values > found.value).sum())
         assert found.ties == int((values == found.value).sum())
         trim = Trim([found], "exact")
-        kept = torch.cat([trim(chunk.delta(0), 0).clone() for chunk in tensors.chunks()])
+        kept = torch.cat([trim(chunk.deltas(), chunk.number == 0)[0].clone() for chunk in tensors.chunks()])
         assert int((kept != 0).sum()) == min(k, int((values != 0).sum()))
+
+
+def test_thresholds_of_what_is_no_number():
+    """Fewer numbers than are wanted: all are kept, and the search ends."""
+    values = torch.rand(CHUNK + 1000, generator=torch.Generator().manual_seed(0))
+    values[::3] = torch.nan
+    tensors = Tensors("t", InMemory(torch.zeros(len(values))), [InMemory(values)])
+    [found] = largest(tensors, [len(values)], lambda chunk: chunk.deltas().abs_())
+    assert found.value == 0
+
+
+@pytest.mark.parametrize("spread", [0.3, 0.6])
+def test_rows_of_unlike_sizes_take_one_pass(spread, monkeypatch):
+    """The sample tells how unsure it is: where rows differ, its bracket is wide enough at once."""
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randn(896, 1200, generator=generator)
+    values *= (spread * torch.randn(896, 1, generator=generator)).exp()
+    tensors = Tensors("t", InMemory(torch.zeros(values.shape)), [InMemory(values)])
+    passes = []
+    monkeypatch.setattr(tensors, "chunks", lambda: passes.append(1) or Tensors.chunks(tensors))
+    [found] = largest(tensors, [values.numel() // 5], lambda chunk: chunk.deltas().abs_())
+    assert found.value == float(values.flatten().abs().sort(descending=True).values[values.numel() // 5 - 1])
+    assert len(passes) == 1
 
 
 def test_trimmed_over_the_model():

@@ -1,6 +1,6 @@
 """Methods that keep a part of every task vector: the largest, some at random, or those that agree.
 
-Each is a way to sparsify (a function of a `Chunk` and an expert's number) and a way to add up what is left.
+Each is a way to sparsify and a way to add up what is left.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 import torch
 
 from hf_fusion.merging.schema import EachNumber, Range
-from hf_fusion.merging.sparsity import dropped, elected, middle, pruned, rescaled, summed, trimmed
-from hf_fusion.merging.tensors import Chunk, Merged, Tensors, Values, scratch
+from hf_fusion.merging.sparsity import Sparse, dropped, elected, middle, pruned, rescaled, summed, trimmed
+from hf_fusion.merging.tensors import Chunk, Merged, Tensors
 from hf_fusion.merging.thresholds import Trim, largest
 
 __all__ = [
@@ -61,7 +61,7 @@ def ties(
             fusion_bench).
         rescale: what is kept grows to the tensor's former L1 "norm" (mergekit with rescale), or stays, "none".
     """
-    kept = _grown(tensors, trimmed(tensors, density, trim, ties), rescale)
+    kept = rescaled(tensors, trimmed(tensors, density, trim, ties), rescale)
     return elected(tensors, kept, weight, scaling, merge)
 
 
@@ -86,7 +86,8 @@ def magnitude(
         trim: see `ties`.
         ties: see `ties`.
     """
-    return summed(tensors, trimmed(tensors, density, trim, ties), weight, scaling, normalize)
+    kept = rescaled(tensors, trimmed(tensors, density, trim, ties), "none")
+    return summed(tensors, kept, weight, scaling, normalize)
 
 
 def dare_linear(
@@ -145,7 +146,8 @@ def dare_ties(
     if min(density) < 1:
         if trim == "model" and rescale == "norm":
             raise ValueError("trim: model goes with rescale: rate or none, not with norm")
-        kept = trimmed(tensors, density, trim, ties, kept, ("dropped", *drop_rate, rescale))
+        entries = trimmed(tensors, density, trim, ties, kept.entries, ("dropped", *drop_rate))
+        kept = Sparse(entries, kept.rates)
     return elected(tensors, kept, weight, scaling, merge)
 
 
@@ -229,7 +231,7 @@ def breadcrumbs(
         normalize: divides by the sum of the weights.
         rescale: see `ties`.
     """
-    kept = _grown(tensors, middle(tensors, density, gamma), rescale)
+    kept = rescaled(tensors, middle(tensors, density, gamma), rescale)
     return summed(tensors, kept, weight, scaling, normalize)
 
 
@@ -254,7 +256,7 @@ def breadcrumbs_ties(
         merge: see `ties`.
         rescale: see `ties`.
     """
-    kept = _grown(tensors, middle(tensors, density, gamma), rescale)
+    kept = rescaled(tensors, middle(tensors, density, gamma), rescale)
     return elected(tensors, kept, weight, scaling, merge)
 
 
@@ -270,36 +272,22 @@ def sce(tensors: Tensors, *, density: Annotated[float, Range(0, 1)] = 1.0) -> Me
     """
     count = len(tensors)
 
-    def variance(chunk: Chunk, _: int = 0) -> torch.Tensor:
-        mean, squares = scratch("mean")[: chunk.size].zero_(), scratch("squares")[: chunk.size].zero_()
-        for i in range(count):
-            delta = chunk.delta(i)
-            mean.add_(delta, alpha=1 / count)
-        for i in range(count):
-            delta = chunk.delta(i).sub_(mean)
-            squares.addcmul_(delta, delta, value=1 / count)
-        return squares
+    def variance(chunk: Chunk) -> torch.Tensor:
+        deltas = chunk.deltas()
+        return deltas.sub_(deltas.mean(0)).square_().mean(0, keepdim=True)
 
     select: Trim | None = None
     if density < 1:
         varied = int(tensors.sums(lambda chunk: torch.count_nonzero(variance(chunk))))
         select = Trim(largest(tensors, [int(varied * density)], variance), "exact")
 
-    def kept(chunk: Chunk, index: int) -> torch.Tensor:
-        if index == 0 and select is not None:
-            torch.sign(select(variance(chunk), 0, chunk.number == 0), out=scratch("selected")[: chunk.size])
-        delta = chunk.delta(index)
-        return delta if select is None else delta.mul_(scratch("selected")[: chunk.size])
+    def kept(chunk: Chunk) -> torch.Tensor:
+        if select is None:
+            return chunk.deltas()
+        selected = select(variance(chunk), chunk.number == 0).sign_()
+        return chunk.deltas().mul_(selected)
 
-    def squares(chunk: Chunk) -> torch.Tensor:
-        rows = [kept(chunk, i) for i in range(count)]
-        return torch.stack([torch.dot(row, row) for row in rows])
-
-    energy = (tensors.sums(squares) / tensors.numel).tolist()
+    energy = (tensors.sums(lambda chunk: kept(chunk).square_().sum(1)) / tensors.numel).tolist()
     total = sum(energy)
     weight = [one / total for one in energy] if total >= 1e-6 else [1 / count] * count
-    return elected(tensors, kept, weight, 1.0, "mean", plain_sign=True)
-
-
-def _grown(tensors: Tensors, kept: Values, rescale: str) -> Values:
-    return rescaled(tensors, kept, [1.0] * len(tensors), rescale)
+    return elected(tensors, rescaled(tensors, kept, "none"), weight, 1.0, "mean", plain_sign=True)
