@@ -36,6 +36,7 @@ def test_pictures_are_always_alike_and_a_limit_changes_none():
         assert few[0]["image"].size == (28, 28)
 
 
+@pytest.mark.slow
 def test_no_image_is_in_two_splits():
     seen = [{image.tobytes() for image in task_rows("digit", split)["image"]} for split in ("train", "adapt", "test")]
     assert len(set.union(*seen)) == sum(map(len, seen))

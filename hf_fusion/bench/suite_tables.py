@@ -8,11 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_fusion.bench.cells import ALL, CLEAN
+from hf_fusion.bench.methods import METHODS
 from hf_fusion.bench.report import EXPERT, FUSED, HELD_IN, HELD_OUT, LOWER, PARTS
 from hf_fusion.bench.tables import Entry, Section, Table, mark_best
 from hf_fusion.intervals import Score, mean_of
 
 Row = Mapping[str, Any]
+
+NEEDS = {
+    "merging": "needs a head for each task, and to be told the task",
+    "routing": "routes among adapters of a language model",
+    "fusion": "fuses answers over labels that all tasks share, without being told the task",
+}
+"""What methods for each kind of suites need, and others do not have."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +203,8 @@ def overview_table(summary: Row) -> Table:
             columns.append(_overview_column(suite, variant, group))
     ordered = sorted(rows.values(), key=lambda row: PARTS.index(row["part"]))
     caption = "Mean over the tasks of a suite, with its 95 % interval. Bold: the best fused model."
+    if any(variant != "default" for row in rows.values() for _, variant in row["by_column"]):
+        caption += " Tuned: on rows kept apart; – without a note: nothing to tune."
     return _table("overview", "Methods and suites", columns, ordered, caption)
 
 
@@ -232,8 +242,9 @@ def _mean_column(
     tasks: Sequence[Row],
     mean: Callable[[Row], Row | None],
     source: Callable[[Row], Row | None] = lambda row: None,
+    absent: Callable[[Row], str] = lambda row: "",
 ) -> Column:
-    """Means with their intervals; where there is none and a `source` row is known, why."""
+    """Means with their intervals; where there is none, why: as the `source` row has it, or what is `absent`."""
     own_scale = any(task["metric"] in LOWER for task in tasks)
 
     def make(row: Row) -> Entry:
@@ -242,8 +253,9 @@ def _mean_column(
             own = source(row)
             scores = own["scores"].get(CLEAN, {}) if own else {}
             missing = [task["name"] for task in tasks if "score" not in scores.get(task["name"], {})]
-            note = f"{missing[0]}: {_reason(scores.get(missing[0]))}" if own and missing else ""
-            return Entry(note=note)
+            if not own:
+                return Entry(note=absent(row))
+            return Entry(note=f"{missing[0]}: {_reason(scores.get(missing[0]))}" if missing else "")
         text, ci95 = _number(found["score"], own_scale), found["ci95"]
         if ci95 is not None:
             text += f" ({_number(ci95[0], own_scale)}–{_number(ci95[1], own_scale)})"
@@ -258,8 +270,17 @@ def _overview_column(suite: Row, variant: str, group: str) -> Column:
     def mean(row: Row) -> Row | None:
         return row["by_column"][key]["means"].get(CLEAN, {}).get(group) if key in row["by_column"] else None
 
+    def absent(row: Row) -> str:
+        """Why a row has nothing in this column."""
+        method = METHODS.get(row["method"])
+        if variant != "default" and (method is None or method.tune is None):
+            return ""
+        if method is not None and suite["kind"] and not method.at(suite["kind"]):
+            return NEEDS[method.kind]
+        return "not run"
+
     title = suite["name"] if variant == "default" else f"{suite['name']}, {variant}"
-    return _mean_column(title, group_of(suite, ALL, group), mean, lambda row: row["by_column"].get(key))
+    return _mean_column(title, group_of(suite, ALL, group), mean, lambda row: row["by_column"].get(key), absent)
 
 
 def _table(name: str, title: str, columns: Sequence[Column], rows: Iterable[Row], caption: str) -> Table:

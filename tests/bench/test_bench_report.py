@@ -216,15 +216,18 @@ def test_the_overview_has_a_column_for_each_suite_and_one_for_what_was_tuned():
         cell("ties", "a", 0.75, suite="one", variant="tuned"),
         cell("ties", "a", 0.6, suite="two"),
         cell("slerp", "a", None, suite="two", status="left out", reason="for two experts"),
+        cell("foe", "a", 0.5, suite="foe-domains"),
     ]
     table = overview_table(summarise(cells))
-    assert table.columns == ("method", "one", "one, tuned", "two")
+    assert table.columns == ("method", "foe-domains", "one", "one, tuned", "two")
     text = to_markdown(table)
     assert line_of(text, "TIES").replace("*", "") == (
-        "| TIES | 70.0 (68.0–72.0) | 75.0 (73.0–77.0) | 60.0 (58.0–62.0) |"
+        "| TIES | –<sup>1</sup> | 70.0 (68.0–72.0) | 75.0 (73.0–77.0) | 60.0 (58.0–62.0) |"
     )
-    assert line_of(text, "SLERP") == "| SLERP | – | – | –<sup>1</sup> |"
-    assert "<sup>1</sup> a: left out: for two experts" in text
+    assert line_of(text, "SLERP") == "| SLERP | –<sup>1</sup> | –<sup>2</sup> | – | –<sup>3</sup> |"
+    assert "<sup>1</sup> needs a head for each task, and to be told the task" in text
+    assert "<sup>2</sup> not run" in text
+    assert "<sup>3</sup> a: left out: for two experts" in text
 
 
 HOSTILE = "a|b\\c_{d}&50% $x$ #1 ~^ <i> [l](u) *s* `t` --set λ é 中"

@@ -49,6 +49,7 @@ def tokens(folders: Path) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+@pytest.mark.slow
 def test_two_independent_fine_tunes_fuse_save_and_reload(folders, tmp_path):
     model = fused(folders)
     assert model.experts == ["fingerprints", "classes"]

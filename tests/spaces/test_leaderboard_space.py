@@ -152,6 +152,7 @@ def test_tables_filters_and_addresses_in_the_browser(url, summary, visit):
 
 
 @pytest.mark.browser
+@pytest.mark.slow
 def test_recipes_plots_and_a_strangers_texts_in_the_browser(url, summary, visit):
     row = rows_of(summary)["wemoe.default"]
     for width, picture in ((1280, "wide"), (390, "narrow")):

@@ -230,6 +230,7 @@ def titles(trace) -> list[str]:
     return [f"{e + 1} {SHOWN[e]}, {100 * s:.0f} % of the weight" for s, e in zip(shares.tolist(), experts.tolist())]
 
 
+@pytest.mark.slow
 def test_generate_tells_the_routing(url, router):
     client = Client(url, verbose=False)
     endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]

@@ -90,6 +90,7 @@ print(model(torch.arange(10)[None]).logits.tolist())
     assert json.loads(loaded.stdout.splitlines()[-1]) == json.loads(pushed.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_datasets_push_load_and_stream(hub, fresh_python):
     token = hub.token("data")
     push = """
