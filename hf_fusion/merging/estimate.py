@@ -46,7 +46,7 @@ def estimate(plan: Plan, threads: int) -> Estimate:
         widest = sorted((_numel(target) for target in merged), reverse=True)[:threads]
         working = 4 * (2 * inputs + 2) * sum(widest)
     else:
-        working = 4 * CHUNK * (2 * inputs + 8) * threads
+        working = 4 * CHUNK * (4 * inputs + 8) * threads
     working += max((target.held for target in plan.targets), default=0)
     seconds = 0.0
     if merged:
