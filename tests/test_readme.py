@@ -223,6 +223,10 @@ def test_what_a_merge_takes_is_what_was_measured():
         ratios = f"{row['ratio']:.2f} | {row['seconds'] / row['floor']:.2f}"
         times = f"{ratios} | {row['seconds']:.1f} | {row['process_seconds']:.1f}"
         assert f"| `{row['method']}` | {times} | {row['mb']} |" in README
+    long = json.loads((ROOT / "tests" / "benchmarks" / "results" / "merging_long.json").read_text())["rows"]
+    said = " ".join(README.split())
+    for row in long:
+        assert re.search(rf"`{row['method']}`[^;`]* {row['seconds']:.0f} (CPU )?s and {row['mb']} MB", said), row
     peers = json.loads((ROOT / "tests" / "benchmarks" / "results" / "merging_mergekit.json").read_text())["rows"]
     assert len(peers) == 3
     for row in peers:
