@@ -3,6 +3,7 @@
 #   make demo      the whole way once: experts on a Hub -> one model, published and loaded anywhere
 #   make test      lint, types and the fast tests
 #   make check     lint and types alone
+#   make fast      the fast tests alone
 #   make test-all  the slow, trained suites as well
 #   make bench     the performance measurements
 #   make peers     our merging methods beside mergekit's and fusion_bench's, in an environment of their own (1.5 GB)
@@ -20,12 +21,15 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraint
 # Two test processes on two cores: more threads would only get in each other's way. A file's tests share a process.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test check test-all bench peers constraints
+.PHONY: demo test fast check test-all bench peers constraints
 
 demo: $(VENV)/demo-installed
 	$(BIN)/hf-fusion demo
 
-test: check
+test: # types are checked beside the tests: alone, that would leave one of two cores idle
+	@$(MAKE) --no-print-directory -j2 check fast
+
+fast: $(VENV)/test-installed
 	$(PYTEST) --durations=10
 
 check: $(VENV)/test-installed
