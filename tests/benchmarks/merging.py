@@ -98,7 +98,7 @@ def main() -> None:
         if set(args.methods) & set(ONE_LAYER) and not (args.models / "layer").exists():
             make_layer(args.models)
         rows = []
-        heads = ("merge s", 9), ("read+write s", 14), ("ratio", 7), ("bar", 6), ("floor s", 9), ("ratio", 7), ("MB", 6)
+        heads = ("merge s", 9), ("read+write s", 14), ("ratio", 9), ("bar", 6), ("floor s", 9), ("to it", 9), ("MB", 6)
         print(f"{'method':18}{''.join(f'{name:>{width}}' for name, width in heads)}{'process s':>18}  peer s, MB")
         for method in args.methods:
             row = run(method, args)
@@ -106,8 +106,8 @@ def main() -> None:
             peer = f"{row['peer_seconds']:.1f}, {row['peer_mb']}" if "peer_seconds" in row else ""
             whole = f"layers {row['layers']}" if method in LONG else f"{row['process_seconds']:.2f}"
             print(
-                f"{method:18}{row['seconds']:9.2f}{row['safetensors']:14.2f}{row['ratio']:7.2f}{METHODS[method][3]:6.1f}"
-                f"{row['floor']:9.2f}{row['seconds'] / row['floor']:7.2f}{row['mb']:6d}{whole:>18}  {peer}",
+                f"{method:18}{row['seconds']:9.2f}{row['safetensors']:14.2f}{row['ratio']:9.2f}{METHODS[method][3]:6.1f}"
+                f"{row['floor']:9.2f}{row['seconds'] / row['floor']:9.2f}{row['mb']:6d}{whole:>18}  {peer}",
                 flush=True,
             )
             if args.output:  # what there is so far
