@@ -15,12 +15,20 @@ from hf_fusion.intervals import Score, mean_of
 
 Row = Mapping[str, Any]
 
-NEEDS = {
-    "merging": "needs a head for each task, and to be told the task",
-    "routing": "routes among adapters of a language model",
-    "fusion": "fuses answers over labels that all tasks share, without being told the task",
+_OWN_HEAD = "answers with one task's head, and no row tells its task"
+_SHARED_LABELS = "fuses answers over labels that all tasks share; here each task has its own, and is told"
+_ADAPTERS = "routes among adapters of a language model"
+NOT_FOR = {
+    ("merging", "ensemble"): _SHARED_LABELS,
+    ("merging", "fusion"): _SHARED_LABELS,
+    ("merging", "routing"): _ADAPTERS,
+    ("fusion", "routing"): _ADAPTERS,
+    **{("fusion", family): _OWN_HEAD for family in ("floor", "merge", "data", "learned", "mixture", "ceiling")},
+    ("routing", "ensemble"): "would have to ask language models together for every token",
+    ("routing", "learned"): "learns without labels from the classes of answers, and there are none",
+    ("routing", "ceiling"): "the suite names no model that was trained on all its tasks",
 }
-"""What methods for each kind of suites need, and others do not have."""
+"""(kind of a suite, family) -> why methods of the family that are not for such suites are not."""
 
 
 @dataclass(frozen=True)
@@ -276,7 +284,7 @@ def _overview_column(suite: Row, variant: str, group: str) -> Column:
         if variant != "default" and (method is None or method.tune is None):
             return ""
         if method is not None and suite["kind"] and not method.at(suite["kind"]):
-            return NEEDS[method.kind]
+            return NOT_FOR.get((suite["kind"], method.family), f"not run on suites of the kind {suite['kind']}")
         return "not run"
 
     title = suite["name"] if variant == "default" else f"{suite['name']}, {variant}"
