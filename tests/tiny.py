@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     BertConfig,
@@ -172,3 +175,30 @@ def merged(base: torch.nn.Module, adapter: Adapter, labels: Sequence[str]) -> to
         state[f"{path}.weight"] = weight + (update if weight.shape == update.shape else update.T)
     model.load_state_dict(state)
     return model
+
+
+def save_linearized(
+    folder: Path, base: torch.nn.Module, config: Any, seed: int = 3, start_b: float = 0.0
+) -> dict[str, torch.nn.Module]:
+    """An L-LoRA as fusion_bench stores it, trained by chance from where PEFT starts; gives its layers by path.
+
+    Each layer remembers where it started, as `start`. The base is changed in place.
+    """
+    from peft import get_peft_model
+
+    torch.manual_seed(seed)
+    model = get_peft_model(base, config).eval()
+    layers = {path: layer for path, layer in model.named_modules() if hasattr(layer, "lora_A")}
+    tensors = {}
+    for path, layer in layers.items():
+        torch.nn.init.constant_(layer.lora_B["default"].weight, start_b)
+        layer.start = {name: tensor.detach().clone() for name, tensor in layer.named_parameters()}
+        for place, (name, tensor) in enumerate(layer.named_parameters()):
+            if tensor.requires_grad:
+                tensors[f"{path}.params0_values.{place}"] = layer.start[name]
+                torch.nn.init.normal_(tensor, std=0.2)
+                tensors[f"{path}.model.{name}"] = tensor.detach().clone()
+    config.base_model_name_or_path = "openai/clip-vit-base-patch16"
+    config.save_pretrained(folder)
+    save_file(tensors, folder / "linearized_adapter_model.safetensors")
+    return {path.removeprefix("base_model.model."): layer for path, layer in layers.items()}

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError, one_line
 from hf_fusion.experts import Adapter
+from hf_fusion.hub.linearized import STEM as LINEARIZED
+from hf_fusion.hub.linearized import as_lora
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +74,7 @@ def read_adapter(folder: str | Path, name: str, *, allow_pickle: bool = False) -
     """Read a LoRA adapter from a folder.
 
     Args:
-        folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+        folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``, or the weights of an L-LoRA.
         name: what errors call it.
         allow_pickle: also read ``adapter_model.bin`` where there are no safetensors.
 
@@ -87,7 +89,8 @@ def read_adapter(folder: str | Path, name: str, *, allow_pickle: bool = False) -
     config = read_json(folder / CONFIG, name)
     if problems := config_problems(config):
         raise FusionError(f"Adapter {name} cannot be fused: {'; '.join(problems)}.")
-    tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in _tensors(folder, name, allow_pickle).items()}
+    stored = _tensors(folder, name, allow_pickle)
+    tensors = as_lora({key.removeprefix(_PREFIX): tensor for key, tensor in stored.items()}, name)
 
     halves: dict[str, dict[str, torch.Tensor]] = {}
     saved: dict[str, torch.Tensor] = {}
@@ -275,10 +278,16 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     return content
 
 
+def weights_of(folder: Path) -> Path | None:
+    """An adapter's safetensors, PEFT's or L-LoRA's; None where there are none."""
+    names = ("adapter_model.safetensors", f"{LINEARIZED}.safetensors")
+    return next((folder / name for name in names if (folder / name).exists()), None)
+
+
 def _tensors(folder: Path, name: str, allow_pickle: bool) -> dict[str, torch.Tensor]:
     """All tensors of the adapter's one weight file."""
-    safe, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
-    if safe.exists():
+    safe, pickled = weights_of(folder), folder / "adapter_model.bin"
+    if safe is not None:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 

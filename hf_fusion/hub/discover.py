@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import ExpertInfo
 from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
-from hf_fusion.hub.files import Source, explained, hub_api, in_parallel, resolve_repo, weight_files
+from hf_fusion.hub.files import Source, explained, hub_api, in_parallel, resolve_repo, safe_files, weight_files
 from hf_fusion.hub.gates import GATES_FILE
 from hf_fusion.hub.heads import architectures, default_task, head_of_adapter, label_names
 
@@ -195,8 +195,8 @@ def _base_of(source: Source, adapter: dict[str, Any]) -> str | None:
 
 
 def _weights(source: Source) -> list[str]:
-    stem, pickle = ("adapter_model",) * 2 if source.is_adapter else ("model", "pytorch_model")
-    return weight_files(source.sizes, stem, "safetensors") or weight_files(source.sizes, pickle, "bin")
+    pickled = "adapter_model" if source.is_adapter else "pytorch_model"
+    return safe_files(source) or weight_files(source.sizes, pickled, "bin")
 
 
 def _license(value: object) -> str | None:

@@ -17,6 +17,7 @@ from hf_fusion.errors import FusionError, one_line, shown
 from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
 from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.card_edit import metadata_of
+from hf_fusion.hub.linearized import STEM as LINEARIZED
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -261,6 +262,12 @@ def weight_files(sizes: Mapping[str, int], stem: str, suffix: str) -> list[str]:
     return [index, *sorted(file for file in sizes if shard.fullmatch(file))]
 
 
+def safe_files(source: Source) -> list[str]:
+    """The safetensors of a model or an adapter: `weight_files` of PEFT's name, else of L-LoRA's."""
+    stems = ("adapter_model", LINEARIZED) if source.is_adapter else ("model",)
+    return next(filter(None, (weight_files(source.sizes, stem, "safetensors") for stem in stems)), [])
+
+
 def has_processor(sizes: Mapping[str, int]) -> bool:
     """Whether tokenizer or image processor files are among a repo's files."""
     return any(file in sizes for file in PROCESSOR_FILES + IMAGE_FILES)
@@ -272,8 +279,7 @@ def pick_weights(source: Source, *, allow_pickle: bool) -> list[str]:
     Raises:
         FusionError: if there are none, or only pickles and they were not asked for.
     """
-    safe = weight_files(source.sizes, "adapter_model" if source.is_adapter else "model", "safetensors")
-    if safe:
+    if safe := safe_files(source):
         return safe
     pickled = weight_files(source.sizes, "adapter_model" if source.is_adapter else "pytorch_model", "bin")
     if not pickled:

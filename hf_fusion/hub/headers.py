@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.files import Source, explained, first_line, hub_api, quiet_transformers
 from hf_fusion.hub.heads import Head
+from hf_fusion.hub.linearized import plain_names
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -54,13 +55,13 @@ def local_shapes(folder: Path, files: Iterable[str]) -> Shapes:
 
 
 def hub_shapes(source: Source, files: Iterable[str]) -> Shapes:
-    """Tensor name → shape of a repo's safetensors files, by reading their first bytes."""
+    """Tensor name → shape of a repo's safetensors files, by reading their first bytes; L-LoRA's under PEFT's names."""
     shapes: Shapes = {}
     for file in files:
         with explained(source.name):
             header = hub_api(source.api).parse_safetensors_file_metadata(source.name, file, revision=source.revision)
         shapes |= {name: tuple(tensor.shape) for name, tensor in header.tensors.items()}
-    return shapes
+    return plain_names(shapes)[0]
 
 
 def native_config(config: Mapping[str, Any], name: str, tensors: int) -> PretrainedConfig:

@@ -164,7 +164,8 @@ class _Loader:
         config = source.config
         if source.is_adapter and (head := head_of_adapter(source.adapter)):
             return head
-        for architecture in architectures(config) + architectures(base_config):
+        loaded = [type(self.base).__name__] if source.is_adapter and _is_model(self.base) else []
+        for architecture in architectures(config) + architectures(base_config) + loaded:
             if head := head_of_architecture(architecture):
                 return head
         if "config.json" not in source.sizes and not source.is_adapter:

@@ -11,7 +11,7 @@ from hf_fusion.experts import Gates
 from hf_fusion.hub.card import README
 from hf_fusion.hub.card_edit import add_tag, put_section
 from hf_fusion.hub.compat import adapter_shapes
-from hf_fusion.hub.files import Source, explained, hub_api, recorded_base, resolve, weight_files
+from hf_fusion.hub.files import Source, explained, hub_api, recorded_base, resolve, safe_files
 from hf_fusion.hub.gates import GATES_FILE, GATES_TAG, gate_problem, parse_gates, save_gates, stored
 from hf_fusion.hub.headers import hub_shapes
 from hf_fusion.hub.publish import PublishResult
@@ -88,7 +88,7 @@ def push_gates(gates: Gates, repo_id: str, *, revision: str | None = None, api: 
 
 def _check(gates: Gates, source: Source) -> None:
     """Refuses gates of another adapter, by the shapes in the weights' header; pickled weights have none to look at."""
-    files = weight_files(source.sizes, "adapter_model", "safetensors")
+    files = safe_files(source)
     if not files:
         return
     lora, saved = adapter_shapes(hub_shapes(source, files))

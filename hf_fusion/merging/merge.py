@@ -16,7 +16,7 @@ import torch
 
 from hf_fusion.errors import FusionError
 from hf_fusion.folders import replace_folder
-from hf_fusion.hub.adapters import read_json
+from hf_fusion.hub.adapters import read_json, weights_of
 from hf_fusion.merging.chat_templates import with_template
 from hf_fusion.merging.checkpoint import own_file
 from hf_fusion.merging.configs import with_tokens
@@ -169,8 +169,8 @@ def refuse_inputs(planned: Plan, folder: Path) -> None:
 def input_files(planned: Plan) -> set[Path]:
     """All files whose weights are merged."""
     models = [*([planned.base] if planned.base else []), *planned.experts]
-    adapters = {model.folder / "adapter_model.safetensors" for model in models if model.adapter}
-    return adapters | {entry.file for model in models for entry in model.entries.values()}
+    adapters = (weights_of(model.folder) for model in models if model.adapter)
+    return {file for file in adapters if file} | {entry.file for model in models for entry in model.entries.values()}
 
 
 def stamps(planned: Plan) -> list[tuple[str, int, int]]:

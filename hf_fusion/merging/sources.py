@@ -22,7 +22,7 @@ from hf_fusion.hub.files import (
     pick_small,
     recorded_base,
     resolve,
-    weight_files,
+    safe_files,
 )
 from hf_fusion.merging.checkpoint import Entry, Files, own_file, read_checkpoint
 from hf_fusion.merging.tensors import InMemory, Reader, Stored
@@ -138,9 +138,9 @@ def open_models(names: Sequence[str], api: HfApi | None = None) -> list[Model]:
 
 
 def _files(source: Source) -> list[str]:
-    stem = "adapter_model" if source.is_adapter else "model"
-    weights = weight_files(source.sizes, stem, "safetensors")
+    weights = safe_files(source)
     if not weights:
+        stem = "adapter_model" if source.is_adapter else "model"
         raise FusionError(
             f"{source.name} has no {stem}.safetensors", "only safetensors are merged; convert it, or load and save it"
         )

@@ -19,7 +19,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value, disa
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
 from PIL import Image as Pillow
-from tiny import bert, distilbert, llama, make_tokenizer, names, t5
+from tiny import bert, distilbert, llama, make_tokenizer, names, save_linearized, t5
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -202,6 +202,12 @@ def clip_lora(source: str, seed: int, labels: list[str], folder: Path) -> None:
     _adapter(_clip(0).vision_model, seed, ["q_proj", "v_proj"], "openai/clip-vit-base-patch16", folder)
 
 
+def clip_l_lora(source: str, seed: int, labels: list[str], folder: Path) -> None:
+    save_linearized(
+        folder, _clip(0).vision_model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]), seed
+    )
+
+
 def moved(model: torch.nn.Module, seed: int, by: float = 0.02) -> torch.nn.Module:
     """A fine-tune of a model: every weight a little elsewhere."""
     generator = torch.Generator().manual_seed(seed)
@@ -275,6 +281,7 @@ def language_model(source: str, seed: int, labels: list[str], folder: Path) -> N
 MODELS: tuple[tuple[str, Maker], ...] = (
     (r"openai/clip-.*", clip_base),
     (r"tanganke/clip-.*_lora-16", clip_lora),
+    (r"tanganke/clip-.*_l-lora-16", clip_l_lora),
     (r"tanganke/clip-.*", clip_tower),
     (r"openai-community/gpt2", gpt2_base),
     (r"tanganke/gpt2_.*", gpt2_classifier),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import vit
+from tiny import save_linearized, vit
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -238,3 +238,38 @@ def test_an_adapter_of_a_part_finds_its_place(tmp_path):
     alike = CLIPModel(CLIPConfig(text_config=CLIP, vision_config=vision.to_dict()))
     assert placed(adapter, alike) is adapter
     assert placed(adapter, clip.vision_model) is adapter
+
+
+def clip():
+    return CLIPModel(CLIPConfig(vision_config=CLIPVisionConfig(**CLIP, image_size=32, patch_size=16)))
+
+
+def linearized(layer, inputs):
+    """What an L-LoRA module gives, by the paper's formula: the layer at its start, and the derivative there."""
+    start = {name: tensor.detach().clone() for name, tensor in layer.start.items()}
+    now = {name: tensor.detach() for name, tensor in layer.named_parameters()}
+    moved = {name: now[name] - start[name] for name in start}
+    value, change = torch.func.jvp(lambda own: torch.func.functional_call(layer, own, (inputs,)), (start,), (moved,))
+    return value + change
+
+
+OPTIONS = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"])
+
+
+def test_a_linearized_lora_is_a_lora(tmp_path):
+    layers = save_linearized(tmp_path, clip().vision_model, OPTIONS)
+    adapter = read_adapter(tmp_path, "l-lora")
+    assert adapter.lora.keys() == layers.keys()
+    inputs = torch.randn(3, 5, 32)
+    for path, layer in layers.items():
+        a, b = adapter.lora[path]
+        plain = layer.base_layer(inputs) + inputs @ a.T @ b.T
+        torch.testing.assert_close(plain, linearized(layer, inputs))
+        assert not torch.allclose(plain, layer(inputs), atol=1e-3)  # as a LoRA of its trained A it would be another
+    assert set(placed(adapter, clip()).lora) == {f"vision_model.{path}" for path in layers}
+
+
+def test_a_linearized_lora_that_starts_elsewhere_is_refused(tmp_path):
+    save_linearized(tmp_path, clip().vision_model, OPTIONS, start_b=0.1)
+    with pytest.raises(FusionError, match=r"l-lora was linearised at a B that is not 0, in encoder\.layers\.0"):
+        read_adapter(tmp_path, "l-lora")
