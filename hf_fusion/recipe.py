@@ -33,7 +33,7 @@ RECIPE_ATTRIBUTE = "fusion_recipe"
 DTYPES = ("float32", "float16", "bfloat16")
 # keys that a recipe of mergekit has and ours has not
 MERGEKIT = {"merge_method", "models", "base_model", "modules"}
-_PINNED = re.compile(r"[\w.-]+(/[\w.-]+)?@[0-9a-f]{40}")
+_PINNED = re.compile(r"[\w.-]+(/[\w.-]+)?(#\d+)?@[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)

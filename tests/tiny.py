@@ -202,3 +202,16 @@ def save_linearized(
     config.save_pretrained(folder)
     save_file(tensors, folder / "linearized_adapter_model.safetensors")
     return {path.removeprefix("base_model.model."): layer for path, layer in layers.items()}
+
+
+def save_phatgoose_checkpoint(file: Path, base: torch.nn.Module, experts: int, rank: int = 4, seed: int = 0) -> None:
+    """Experts of a T5 with gates as PHATGOOSE's authors store them: one file, all linears of the blocks."""
+    torch.manual_seed(seed)
+    tensors = {f"{side}.embed_tokens.weight": torch.zeros(1) for side in ("encoder", "decoder")}
+    for path, module in base.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".block." in path:
+            for number in range(experts):
+                tensors[f"{path}._addons.expert_lora.layer1__{number}"] = torch.randn(module.in_features, rank)
+                tensors[f"{path}._addons.expert_lora.layer2__{number}"] = torch.randn(rank, module.out_features) / 4
+                tensors[f"{path}._addons.router.expert_embeddings__{number}"] = torch.randn(module.in_features)
+    torch.save(tensors, file)

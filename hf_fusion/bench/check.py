@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hf_fusion.bench.rows import PACKAGES, stored_parts
 from hf_fusion.bench.suite import Suite, expert_path, is_hub_id
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.files import SHA, explained, hub_api, in_parallel, split_revision
+from hf_fusion.hub.files import SHA, explained, hub_api, in_parallel, repo_of
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -87,7 +87,7 @@ def _checked(key: tuple[str, str], suite: Suite, data_dir: str | Path | None, ap
 
 def _on_the_hub(what: str, source: str, api: HfApi) -> tuple[str, bool]:
     """The commit that an id stands for, and whether it names it; the files must be readable."""
-    repo, revision = split_revision(source)
+    repo, revision = repo_of(source)
     with explained(repo):
         info = _info(what, api)(repo, revision=revision)
         if info.gated:
@@ -96,7 +96,7 @@ def _on_the_hub(what: str, source: str, api: HfApi) -> tuple[str, bool]:
 
 
 def _newest(what: str, source: str, api: HfApi) -> str:
-    repo, _ = split_revision(source)
+    repo, _ = repo_of(source)
     with explained(repo):
         return f"{repo}@{_info(what, api)(repo).sha}"
 

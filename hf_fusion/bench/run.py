@@ -25,7 +25,7 @@ from hf_fusion.bench.suite import Suite, UnseenSplit, expert_path, load_suite
 from hf_fusion.bench.systems import FIT, TEST, LeftOut, System, everything
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluate import machine
-from hf_fusion.hub.files import hub_api, split_revision
+from hf_fusion.hub.files import hub_api, repo_of
 
 logger = logging.getLogger(__name__)
 
@@ -317,7 +317,7 @@ def _sha(source: str, build: str | None) -> str:
     """The commit of a source, or of files the digest of its weights."""
     path = expert_path(source, build)
     if not isinstance(path, Path):
-        repo, revision = split_revision(path)
+        repo, revision = repo_of(path)
         return str(hub_api(None).model_info(repo, revision=revision).sha)
     digest = hashlib.sha256()
     for file in sorted(path.glob("*.safetensors")):

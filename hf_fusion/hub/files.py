@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import re
@@ -9,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,6 +31,7 @@ R = TypeVar("R")
 
 SHA = re.compile(r"[0-9a-f]{40}")
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_NUMBERED = re.compile(r"([\w./-]+)#(\d+)(?:@(.+))?")  # an expert of one of PHATGOOSE's authors' checkpoints
 WORKERS = 8
 
 PROCESSOR_FILES = (
@@ -131,6 +133,18 @@ def parts_of(name: str) -> tuple[str, str]:
     return (base, adapter) if plus and not Path(name).expanduser().is_dir() else ("", name)
 
 
+def parts_of_expert(name: str) -> tuple[str, int] | None:
+    """(``owner/name[@revision]``, number) of ``owner/name#number[@revision]``; None of any other name."""
+    match = _NUMBERED.fullmatch(name)
+    return match and (f"{match[1]}@{match[3]}" if match[3] else match[1], int(match[2]))
+
+
+def repo_of(name: str) -> tuple[str, str | None]:
+    """(id, revision or None) of an id, or of the checkpoint that holds an expert."""
+    numbered = parts_of_expert(name)
+    return split_revision(numbered[0] if numbered else name)
+
+
 # what to do about an HTTP status that the client has no exception for
 _HINTS = {
     401: "hf auth login, or set HF_TOKEN",
@@ -187,15 +201,36 @@ def resolve(name: str | Path, api: HfApi | None = None) -> Source:
     """Find a repo's commit and file list, or a folder's, for which no client is needed; reads no weights.
 
     Args:
-        name: ``owner/name``, ``owner/name@revision`` or a folder.
+        name: ``owner/name``, ``owner/name@revision`` or a folder; ``owner/name#number`` is an expert of a checkpoint
+            of PHATGOOSE's authors, which is downloaded.
         api: the Hub's client; default honours ``HF_ENDPOINT`` and the stored token.
     """
     folder = _folder(name)
+    if folder is None and (parts := parts_of_expert(str(name))):
+        return _resolve_expert(*parts, api)
     if folder is not None:
         sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
         card = _local_card(folder) if "README.md" in sizes else {}
         return Source(folder.resolve().name, sizes, api, folder=folder, pinned=True, card=card)
     return resolve_repo(str(name), api)
+
+
+def _resolve_expert(name: str, number: int, api: HfApi | None) -> Source:
+    """One expert of a checkpoint of PHATGOOSE's authors: it has the repo's commit, and its files are here."""
+    from hf_fusion.hub.phatgoose_checkpoints import write_expert
+
+    source = resolve_repo(name, api)
+    files = [file for file in source.sizes if file.endswith(".pt")]
+    if len(files) != 1:
+        what = f"{source.name} has {len(files)} checkpoints (*.pt), one is expected."
+        raise FusionError(what, hint=f"without #{number}, if it is an adapter")
+    download([(source, files)], api)
+    assert source.folder is not None and source.info is not None
+    folder = write_expert(source, source.folder / files[0], number)
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    info = copy.copy(source.info)
+    info.id = numbered = f"{source.name}#{number}"
+    return replace(source, name=numbered, sizes=sizes, folder=folder, info=info)
 
 
 def _folder(name: str | Path) -> Path | None:
@@ -317,7 +352,12 @@ def download(wanted: Sequence[tuple[Source, list[str]]], api: HfApi | None = Non
     Run again after an interruption, it fetches what is not in the cache in full. One progress bar over all bytes
     on stderr, silent when piped.
     """
-    jobs = [(source, file) for source, files in wanted for file in files if not source.is_local]
+    jobs = [
+        (source, file)
+        for source, files in wanted
+        for file in files
+        if not source.is_local and (source.folder is None or not (source.folder / file).exists())
+    ]
     if not jobs:
         return
 

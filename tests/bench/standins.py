@@ -19,7 +19,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value, disa
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
 from PIL import Image as Pillow
-from tiny import bert, distilbert, llama, make_tokenizer, names, save_linearized, t5
+from tiny import bert, distilbert, llama, make_tokenizer, names, save_linearized, save_phatgoose_checkpoint, t5
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from hf_fusion.bench.suite import Suite, Task, is_hub_id, load_suite
+from hf_fusion.hub.files import repo_of
 
 disable_progress_bars()
 
@@ -42,7 +43,7 @@ ROWS = 40
 # ---------------------------------------------------------------- data sets
 
 TEXT, NUMBER, FRACTION, PICTURE, FOUR = "text", "number", "fraction", "picture", "four"
-Column = str | list[str]  # a kind, or the names of classes
+Column = str | list[str] | tuple[str | int, ...]  # a kind, the names of classes, or plain values
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ def _glue(classes: list[str] | str, *texts: str, validation: tuple[str, ...] = (
     return Stored({**dict.fromkeys(texts, TEXT), "label": classes, "idx": NUMBER}, ("train", *validation))
 
 
+def _superglue(*texts: str, classes: list[str]) -> Stored:
+    return Stored({**dict.fromkeys(texts, TEXT), "idx": NUMBER, "label": classes}, ("train", "validation", "test"))
+
+
 def _numbered(count: int) -> list[str]:
     return [f"class {number}" for number in range(count)]
 
@@ -65,6 +70,7 @@ _DIGITS = [str(number) for number in range(10)]
 _ENTAILED = ["entailment", "not_entailment"]
 _SUMMARY = ("train", "validation", "test")
 # id -> configuration -> what it holds; "*": any
+# fmt: off
 DATA: dict[str, dict[str, Stored]] = {
     **{
         f"tanganke/{name}": {"default": Stored({"image": PICTURE, "label": _numbered(count)})}
@@ -115,8 +121,52 @@ DATA: dict[str, dict[str, Stored]] = {
         "default": Stored({"text": TEXT, "summary": TEXT, "title": TEXT}, ("train", "test", "ca_test"))
     },
     "NortheasternUniversity/big_patent": {"all": Stored({"description": TEXT, "abstract": TEXT}, _SUMMARY)},
+    "cornell-movie-review-data/rotten_tomatoes": {
+        "default": Stored({"text": TEXT, "label": ["neg", "pos"]}, _SUMMARY)
+    },
+    "fancyzhx/ag_news": {"default": Stored({"text": TEXT, "label": ["World", "Sports", "Business", "Sci/Tech"]})},
+    "google-research-datasets/paws": {
+        "labeled_final": Stored({"id": NUMBER, "sentence1": TEXT, "sentence2": TEXT, "label": ["0", "1"]}, _SUMMARY)
+    },
+    "facebook/anli": {
+        "plain_text": Stored(
+            {"uid": TEXT, "premise": TEXT, "hypothesis": TEXT, "label": ["entailment", "neutral", "contradiction"],
+             "reason": TEXT},
+            tuple(f"{part}_r{number}" for number in (1, 2, 3) for part in ("train", "dev", "test")),
+        )
+    },
+    "aps/super_glue": {
+        "cb": _superglue("premise", "hypothesis", classes=["entailment", "contradiction", "neutral"]),
+        "copa": _superglue("premise", "choice1", "choice2", "question", classes=["choice1", "choice2"]),
+        "rte": _superglue("premise", "hypothesis", classes=_ENTAILED),
+        "wic": _superglue("word", "sentence1", "sentence2", classes=["False", "True"]),
+        "wsc.fixed": _superglue("text", "span1_text", "span2_text", classes=["False", "True"]),
+    },
+    "allenai/winogrande": {
+        "winogrande_xl": Stored(
+            {"sentence": TEXT, "option1": TEXT, "option2": TEXT, "answer": ("1", "2")}, ("train", "test", "validation")
+        )
+    },
+    "Rowan/hellaswag": {
+        "default": Stored(
+            {"ind": NUMBER, "activity_label": TEXT, "ctx": TEXT, "endings": FOUR, "label": tuple("0123")},
+            ("train", "test", "validation"),
+        )
+    },
+    "LSDSem/story_cloze": {
+        "2016": Stored(
+            {"story_id": TEXT, **{f"input_sentence_{number}": TEXT for number in range(1, 5)},
+             "sentence_quiz1": TEXT, "sentence_quiz2": TEXT, "answer_right_ending": (1, 2)},
+            ("validation", "test"),
+        )
+    },
+    "tasksource/bigbench": {
+        "*": Stored({"inputs": TEXT, "targets": FOUR, "multiple_choice_targets": FOUR, "idx": NUMBER},
+                    ("train", "validation"))
+    },
     "Yale-LILY/aeslc": {"default": Stored({"email_body": TEXT, "subject_line": TEXT}, _SUMMARY)},
 }
+# fmt: on
 _WORDS = ["fused", "experts", "answer", "better", "than", "any", "of", "them", "alone", "the", "router", "said"]
 
 
@@ -137,6 +187,9 @@ def rows(stored: Stored, split: str) -> Dataset:
         if isinstance(kind, list):
             features[name] = ClassLabel(names=kind)
             columns[name] = [int(chance.integers(len(kind))) for _ in range(ROWS)]
+        elif isinstance(kind, tuple):
+            features[name] = Value("string" if isinstance(kind[0], str) else "int32")
+            columns[name] = [kind[int(chance.integers(len(kind)))] for _ in range(ROWS)]
         else:
             features[name] = kinds[kind]
             columns[name] = [makers[kind](row) for row in range(ROWS)]
@@ -257,6 +310,11 @@ def t5_lora(source: str, seed: int, labels: list[str], folder: Path) -> None:
     _adapter(t5(0), seed, ["q", "v"], base, folder, task_type="SEQ_2_SEQ_LM")
 
 
+def phatgoose_checkpoint(source: str, seed: int, labels: list[str], folder: Path) -> None:
+    """As many experts as the real one has, in one file."""
+    save_phatgoose_checkpoint(folder / "best.pt", t5(0), 36 if "P3" in source else 166)
+
+
 def classifier(source: str, seed: int, labels: list[str], folder: Path) -> None:
     """Experts that share nothing: two architectures and four vocabularies."""
     model = (bert if seed % 2 else distilbert)(labels, seed)
@@ -288,6 +346,8 @@ MODELS: tuple[tuple[str, Maker], ...] = (
     (r"tanganke/flan-t5-.*_lora-16|lorahub/.*", t5_lora),
     (r"tanganke/flan-t5-.*", t5_full),
     (r"google/flan-t5-.*", t5_base),
+    (r"google/t5-.*", t5_base),
+    (r"r-three/.*", phatgoose_checkpoint),
     (r"google/pegasus-.*", pegasus),
     (r".*/(finbert|clasificador|auditor|Reviews).*", classifier),
     (r".*", language_model),
@@ -320,7 +380,7 @@ def fill(hub: Any, suite: Suite | str, only: tuple[str, ...] = ()) -> None:
     tasks = [task for name, task in suite.tasks.items() if not only or name in only]
     owners = {task.expert: task for task in tasks if task.expert}
     sources = [source for source in suite.experts.values() if not only or source in owners or not owners]
-    models = [*([suite.base] if suite.base else []), *sources]
+    models = [*([suite.base] if suite.base else []), *(repo_of(source)[0] for source in sources)]
     data: dict[str, list[str]] = {}
     for task in suite.tasks.values():  # a data set has all the configurations that the suite names
         if task.data in {own.data for own in tasks}:

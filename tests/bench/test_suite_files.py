@@ -134,6 +134,14 @@ def test_fusionbench_has_26_tasks_and_74_models():
     assert [suite.name for own in suites.values() for suite in own if suite.needs] == ["resnet50-nyuv2"]
 
 
+def test_a_checkpoint_of_many_experts_is_written_as_a_range():
+    suite = load_suite("phatgoose-t0")
+    assert len(suite.experts) == 36
+    assert suite.experts["p3-18"] == "r-three/P3_Phatgoose#18" == suite.tasks["rotten_tomatoes"].expert
+    assert suite.owner("ag_news") == "p3-0"
+    assert len(load_suite("phatgoose-bbh").experts) == 166
+
+
 def test_zero_shot_heads_have_the_classes_of_their_data_sets():
     tasks = load_suite("clip-vit-large-patch14").tasks
     assert {name: len(task.classes) for name, task in tasks.items()} == {
