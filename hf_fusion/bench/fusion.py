@@ -9,14 +9,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_fusion.baselines import max_confidence as surest
-from hf_fusion.baselines import mean_ensemble
+from hf_fusion.baselines import max_confidence, mean_ensemble
 from hf_fusion.bench.scoring import METRICS, Answered, answers, score
 from hf_fusion.bench.setting import MAX_LENGTH, Setting, multiplications
 from hf_fusion.bench.suite import Suite, UnseenSplit, expert_path
@@ -33,8 +32,11 @@ from hf_fusion.training.outputs import collect_outputs, input_columns, prepare
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from hf_fusion.bench.routing import RoutingSetting
+
 OUTPUT, SELECTION = "output", "selection"
 FIT_ROWS = 400  # of each task, that a fuser learns from
+FIT_TEXTS = 32  # of prompts, which every language model has to read
 HIDDEN = {OUTPUT: (512, 512), SELECTION: (512,)}  # widths of the fuser's layers: few rows want a small one
 ROWS_COUNTED = 8  # whose multiplications are counted
 LANGUAGE = ("causal-lm", "seq2seq-lm")
@@ -78,6 +80,19 @@ class FusionSetting(Setting):
         names = self.rows(own[0]).test.features["label"].names
         return replace(expert, labels=list(names)) if len(names) == len(expert.labels) else expert
 
+    @cached_property
+    def adapters(self) -> RoutingSetting:
+        """The same experts and rows, for what routes among adapters.
+
+        Raises:
+            LeftOut: they are not adapters of one base.
+        """
+        from hf_fusion.bench.routing import RoutingSetting
+
+        if any(expert.adapter is None or expert.model is not self.experts[0].model for expert in self.experts):
+            raise LeftOut("routes among adapters of one base, and these are models of their own")
+        return RoutingSetting(*self.given)
+
     def fused(self, split: UnseenSplit) -> list[int]:
         """Which experts a split fuses."""
         owners = (name if name in self.names else self.suite.owner(name) for name in split.fuse)
@@ -115,10 +130,10 @@ class FusionSetting(Setting):
 
         fused = {self.names[number] for number in self.fused(split)}
         owned = [task for task in self.suite.tasks if self.suite.owner(task) in fused]
-        parts = []
+        parts, most = [], FIT_TEXTS if self.speaks else FIT_ROWS
         for task in owned or list(split.test):
             rows = self.rows(task).fit.shuffle(seed=0)
-            rows = self._plain(task, rows.select(range(min(FIT_ROWS, len(rows)))))
+            rows = self._plain(task, rows.select(range(min(most, len(rows)))))
             parts.append(rows.add_column("expert", [self.suite.owner(task)] * len(rows)) if owned else rows)
         return by_length(concatenate_datasets(parts))
 
@@ -289,6 +304,13 @@ def individual(setting: FusionSetting, split: UnseenSplit, seed: int) -> System:
     return System(answer, stored=setting.everyone.num_parameters(), active=max(sizes))
 
 
+def routed(setting: FusionSetting, split: UnseenSplit, seed: int, **how: Any) -> System:
+    """A way to route each row, or each token, among adapters; see `bench.routing.routed`."""
+    from hf_fusion.bench import routing
+
+    return routing.routed(setting.adapters, split, seed, **how)
+
+
 # ---------------------------------------------------------------- ensembles
 
 
@@ -330,9 +352,9 @@ def weighted_ensemble(setting: FusionSetting, split: UnseenSplit, seed: int) -> 
     return _ensemble(setting, split, lambda outputs: (outputs * shares).sum(1), weights=named)
 
 
-def max_confidence(setting: FusionSetting, split: UnseenSplit, seed: int) -> System:
-    """The probabilities of the expert that is surest."""
-    return _ensemble(setting, split, surest)
+def max_ensemble(setting: FusionSetting, split: UnseenSplit, seed: int) -> System:
+    """The highest probability that any expert gives a class: the class of the expert that is surest."""
+    return _ensemble(setting, split, max_confidence)
 
 
 # ---------------------------------------------------------------- FoE

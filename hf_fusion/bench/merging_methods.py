@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hf_fusion.bench.merging import Dense, MergingSetting, State
+from hf_fusion.bench.merging import MergingSetting, State
 from hf_fusion.bench.scoring import METRICS, Answered, from_logits, score
 from hf_fusion.bench.suite import UnseenSplit, expert_path
 from hf_fusion.bench.systems import CLEAN, FIT, LeftOut, System
@@ -133,20 +133,20 @@ def _weights(setting: MergingSetting, split: UnseenSplit) -> list[float]:
 
 def emr(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
     """EMR: the mask and the rescaler of the task that is told; a task without an expert gets the unified model."""
-    fused = [setting.states[number] for number in setting.numbers(split)]
-    states: dict[str, State] = {}
+    numbers, unified = setting.numbers(split), setting.dense(setting.base)
+    fused, names = [setting.states[number] for number in numbers], [setting.names[number] for number in numbers]
+    merged: dict[int, System] = {}
 
     def answer(task: str, condition: str, part: str) -> Answered:
-        if task not in states:
-            states.clear()  # one at a time
-            number = split.fuse.index(task) + 1 if task in split.fuse else 0
-            states[task] = merge_states("emr", setting.base, fused, expert=number)
-        setting.show(states[task])
-        return setting.ask(Dense(setting), task, condition, part)
+        owner = setting.suite.owner(task)
+        number = names.index(owner) + 1 if owner in names else 0
+        if number not in merged:
+            merged.clear()  # one at a time
+            merged[number] = setting.dense(merge_states("emr", setting.base, fused, expert=number))
+        return merged[number].answer(task, condition, part)
 
-    whole, one = setting.sizes
     masks = sum(tensor.numel() for tensor in setting.base.values()) * len(fused) // 32  # a bit each
-    return System(answer, stored=whole + masks, active=one)
+    return System(answer, stored=unified.stored + masks, active=unified.active)
 
 
 def _statistics(setting: MergingSetting, split: UnseenSplit, kind: str, seed: int) -> list[dict[str, Statistic]]:
@@ -246,7 +246,7 @@ def wemoe(
     diversity: float = 1.0, batch_size: int = 16, **options: Any,
 ) -> System:  # fmt: skip
     """WEMoE: MLPs merged anew for every input, routers adapted without labels on rows kept apart."""
-    model = _upscaled(setting, split, scaling=scaling, **options)
+    model = upscaled(_fused(setting, split), setting.start, scaling=scaling, **options)
     how = {"steps": steps, "loss": loss, "diversity": diversity, "batch_size": batch_size}
     facts = _adapt(setting, split, model, seed, **how)
     return _mixture(setting, model, {**options, **facts})
@@ -254,13 +254,14 @@ def wemoe(
 
 def smile(setting: MergingSetting, split: UnseenSplit, seed: int, rank: int) -> System:
     """SMILE: low-rank experts chosen token by token, without training."""
-    model = _upscaled(setting, split, routing="smile", task_vectors="low-rank", rank=rank)
+    model = upscaled(_fused(setting, split), setting.start, routing="smile", task_vectors="low-rank", rank=rank)
     return _mixture(setting, model, {"rank": rank})
 
 
-def _upscaled(setting: MergingSetting, split: UnseenSplit, **options: Any) -> Any:
+def upscaled(experts: list[Expert], base: Expert | None, **options: Any) -> Any:
+    """A `WEMoEModel` of experts; left out where there is nothing to up-scale."""
     try:
-        return WEMoEModel.from_experts(_fused(setting, split), base=setting.start, **options)
+        return WEMoEModel.from_experts(experts, base=base, **options)
     except ValueError as error:
         if "no expert differs" in str(error):
             raise LeftOut("the experts left the MLPs as they were, and these are what is up-scaled") from error

@@ -71,7 +71,8 @@ def _static(merge: str, title: str, paper: str, tuned: bool = True, **options: A
 def _routed(way: str, title: str, paper: str = "", examples: int = 0, **options: Any) -> Method:
     """A way of `hf_fusion.evaluate_suite` to route among adapters; it may look at examples of what they know."""
     given = {"way": way, "examples": examples}
-    return Method("routing:routed", title, "routing", "routing", given, paper=paper, **options)
+    also = {"fusion": "fusion:routed"}
+    return Method("routing:routed", title, "routing", "routing", given, paper=paper, also=also, **options)
 
 
 # what routers and coefficients learn with, where nothing else is said: chosen on minilm-8's rows kept apart
@@ -87,15 +88,14 @@ METHODS = {
         "merging_methods:experts", "Single expert", "expert",
         also={"routing": "routing:experts", "fusion": "fusion:experts"},
     ),
-    "simple_ensemble": Method(
-        "merging_methods:simple_ensemble", "Simple ensemble", "ensemble", also={"fusion": "fusion:simple_ensemble"}
-    ),
-    "weighted_ensemble": Method(
-        "merging_methods:weighted_ensemble", "Weighted ensemble", "ensemble",
-        also={"fusion": "fusion:weighted_ensemble"},
-    ),
-    "max_ensemble": Method("merging_methods:max_ensemble", "Max-model predictor", "ensemble"),
-    "max_confidence": Method("fusion:max_confidence", "Max confidence", "ensemble", "fusion"),
+    **{
+        name: Method(f"merging_methods:{name}", title, "ensemble", also={"fusion": f"fusion:{name}"})
+        for name, title in (
+            ("simple_ensemble", "Simple ensemble"),
+            ("weighted_ensemble", "Weighted ensemble"),
+            ("max_ensemble", "Max-model predictor"),
+        )
+    },
     "average": _static("linear", "Simple average", "2203.05482", tuned=False),
     "weighted_average": Method(
         "merging_methods:weighted_average", "Weighted average", "merge", paper="2203.05482",
@@ -123,7 +123,10 @@ METHODS = {
     "iso_cts": _static("iso_cts", "Iso-CTS", "2502.04959"),
     "wudi": _static("wudi", "WUDI", "2503.08099"),
     "recombination": _static("recombination", "Model recombination", "2406.03280", tuned=False, chance=True),
-    "emr": Method("merging_methods:emr", "EMR, a mask for each task", "mixture", paper="2405.17461"),
+    "emr": Method(
+        "merging_methods:emr", "EMR, a mask for each task", "mixture", paper="2405.17461",
+        also={"routing": "routing:emr"},
+    ),
     "fisher": _static("fisher", "Fisher", "2111.09832", tuned=False, chance=True, family="data"),
     "regmean": _static("regmean", "RegMean", "2212.09849", tuned=False, chance=True, family="data"),
     "regmean_pp": Method(
@@ -146,7 +149,7 @@ METHODS = {
         "merging_methods:concrete", "Concrete task arithmetic", "learned",
         given={**_LEARNS, "scaling": 0.3}, chance=True, paper="2312.06173",
     ),
-    "smile": Method("merging_methods:smile", "SMILE", "mixture", given={"rank": 32}),
+    "smile": Method("merging_methods:smile", "SMILE", "mixture", given={"rank": 32}, also={"routing": "routing:smile"}),
     "wemoe": Method(
         "merging_methods:wemoe", "WEMoE", "mixture", given=_LEARNS, chance=True, paper="2402.00433"
     ),
@@ -167,7 +170,8 @@ METHODS = {
     "uniform": _routed("uniform", "Uniform routing", chance=True),
     "foe": Method("fusion:foe", "FoE", "fusion", "fusion", chance=True, paper="2310.01542"),
     "foe_selection": Method(
-        "fusion:foe_selection", "FoE, selection", "fusion", "fusion", chance=True, paper="2310.01542"
+        "fusion:foe_selection", "FoE, selection", "fusion", "fusion", chance=True, paper="2310.01542",
+        also={"routing": "routing:foe_selection"},
     ),
     "foe_frugal": Method("fusion:foe_frugal", "FrugalFoE", "fusion", "fusion", chance=True, paper="2310.01542"),
     "multitask": Method("merging_methods:multitask", "Multitask-trained", "ceiling"),

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_fusion.bench import merging_methods
+from hf_fusion.bench import fusion, merging_methods
+from hf_fusion.bench.fusion import FusionSetting
 from hf_fusion.bench.scoring import METRICS, Answered, answers
 from hf_fusion.bench.setting import MAX_LENGTH, Batch, Setting, multiplications
 from hf_fusion.bench.suite import Suite, UnseenSplit, expert_path
@@ -69,6 +70,11 @@ class RoutingSetting(Setting):
         self._evaluations: dict[Any, _Evaluation] = {}
         self._batches: dict[Any, list[Batch]] = {}
         self._started: dict[Any, dict[int, Any]] = {}
+
+    @cached_property
+    def pooled(self) -> FusionSetting:
+        """The same experts and rows, for what hears all experts and chooses one."""
+        return FusionSetting(*self.given)
 
     def numbers(self, split: UnseenSplit) -> list[int]:
         """Which experts a split fuses."""
@@ -188,16 +194,25 @@ class RoutingSetting(Setting):
         saved = (tensor for number in numbers for tensor in self.adapters[number].saved.values())
         return sum(tensor.numel() for tensor in (*halves, *saved))
 
+    def _counted(self, evaluation: _Evaluation) -> tuple[str, list[int], dict[str, Any]]:
+        """The first rows there are, on which multiplications are counted: their name, numbers and inputs."""
+        task = next(iter(self.suite.tasks))
+        numbers, inputs = self.batches(evaluation, task)[0]
+        given = {name: value[:ROWS_COUNTED] for name, value in inputs.items()}
+        if not self.model.config.is_encoder_decoder:
+            given.pop("labels")
+        return evaluation.add(task, CLEAN, TEST, self), numbers[:ROWS_COUNTED], given
+
+    @torch.no_grad()
+    def relative_cost(self, model: Any) -> float:
+        """Multiplications of a model's forward as a multiple of the base's."""
+        _, _, given = self._counted(self.evaluation(everything(self.suite)))
+        return multiplications(partial(model, **given)) / multiplications(partial(self.model, **given))
+
     def cost(self, evaluation: _Evaluation, way: Way, embeds: bool = False) -> float:
         """Multiplications of a forward as a multiple of the base's, on the first rows there are."""
         router: Any = evaluation.router(way.router)
-        task = next(iter(self.suite.tasks))
-        rows = evaluation.add(task, CLEAN, TEST, self)
-        numbers, inputs = self.batches(evaluation, task)[0]
-        numbers = numbers[:ROWS_COUNTED]
-        given = {name: value[:ROWS_COUNTED] for name, value in inputs.items()}
-        if not router.config.is_encoder_decoder:
-            given.pop("labels")
+        rows, numbers, given = self._counted(evaluation)
 
         def count(own: Way) -> int:
             # with gradients, since without them what adapters multiply is not seen: sampled products of sparse matrices
@@ -355,3 +370,31 @@ def merged(setting: RoutingSetting, split: UnseenSplit, seed: int, by: str, **pa
 static = partial(merged, by="static")
 weighted_average = partial(merged, by="weighted_average")
 regmean_pp = partial(merged, by="regmean_pp")
+emr = partial(merged, by="emr")
+
+
+def smile(setting: RoutingSetting, split: UnseenSplit, seed: int, rank: int) -> System:
+    """SMILE: the MLPs' updates chosen token by token without training; all else is merged.
+
+    Args:
+        rank: that is kept of an update at most.
+    """
+    if setting.has_heads:
+        raise LeftOut(HEADS)
+    fused = [setting.experts[number] for number in setting.numbers(split)]
+    options = {"routing": "smile", "task_vectors": "low-rank", "rank": rank}
+    model = merging_methods.upscaled(fused, None, **options).to(setting.device)
+    evaluation, tokenizer = setting.evaluation(everything(setting.suite)), setting.experts[0].processor
+
+    def answer(task: str, condition: str, part: str) -> Answered:
+        reads = METRICS[setting.suite.tasks[task].metric].reads
+        batches = setting.batches(evaluation, task, condition, part)
+        return share_batches(batches, lambda inputs: answers(model, inputs, reads, tokenizer))
+
+    size = sum(parameter.numel() for parameter in model.parameters())
+    return System(answer, {"rank": rank}, stored=size, active=size, cost=setting.relative_cost(model))
+
+
+def foe_selection(setting: RoutingSetting, split: UnseenSplit, seed: int) -> System:
+    """FoE that chooses an expert for each row by the embeddings of all."""
+    return fusion.foe_selection(setting.pooled, split, seed)

@@ -34,12 +34,16 @@ class Setting:
         tuned_on: rows of each task that parameters are tuned on: from `Rows.fit`.
         batch_size: rows at once.
         device: where models run.
+
+    Attributes:
+        given: all of these, to make the setting of another kind.
     """
 
     def __init__(
         self, suite: Suite, data_dir: Path | None, limit: int, tuned_on: int, batch_size: int = 16, device: str = "cpu"
     ) -> None:
         self.suite, self.batch_size, self.device = suite, batch_size, device
+        self.given = (suite, data_dir, limit, tuned_on, batch_size, device)
         self._limits = {TEST: limit, FIT: tuned_on}
         self.rows: Callable[[str], Rows] = cache(partial(task_rows, suite, data_dir=data_dir))
 

@@ -16,16 +16,15 @@ from hf_fusion.intervals import Score, mean_of
 Row = Mapping[str, Any]
 
 _OWN_HEAD = "answers with one task's head, and no row tells its task"
-_SHARED_LABELS = "fuses answers over labels that all tasks share; here each task has its own, and is told"
-_ADAPTERS = "routes among adapters of a language model"
+_NO_LABELS = "learns from the classes of answers, and there are none"
 NOT_FOR = {
-    ("merging", "ensemble"): _SHARED_LABELS,
-    ("merging", "fusion"): _SHARED_LABELS,
-    ("merging", "routing"): _ADAPTERS,
-    ("fusion", "routing"): _ADAPTERS,
+    ("merging", "fusion"): "fuses answers over labels that all tasks share; here each task has its own, and is told",
+    ("merging", "routing"): "routes among adapters of one base, and these are models of their own",
     **{("fusion", family): _OWN_HEAD for family in ("floor", "merge", "data", "learned", "mixture", "ceiling")},
     ("routing", "ensemble"): "would have to ask language models together for every token",
-    ("routing", "learned"): "learns without labels from the classes of answers, and there are none",
+    ("routing", "learned"): _NO_LABELS,
+    ("routing", "mixture"): _NO_LABELS,
+    ("routing", "fusion"): "language models are fused by choosing one of them: FoE by selection",
     ("routing", "ceiling"): "the suite names no model that was trained on all its tasks",
 }
 """(kind of a suite, family) -> why methods of the family that are not for such suites are not."""
