@@ -44,7 +44,7 @@ def pooled(fine_tunes, tmp_path_factory) -> Path:
     return folder
 
 
-FUSED = ("experts", "individual", "ensemble", "fusion")
+FUSED = ("experts", "individual", "ensemble", "fusion", "uniform")
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,8 @@ def fused(pooled, fine_tunes, tmp_path_factory) -> tuple[Path, dict]:
 def test_every_way_to_fuse_has_a_cell_for_each_task(fused):
     _, cells = fused
     check_whole(cells, chosen(FUSED, "fusion"), list(CLASSES))
+    uniform = {cells.pop(("uniform", "default", task, "clean")).reason for task in CLASSES}
+    assert uniform == {"routes among adapters of one base, and these are models of their own"}
     assert {cell.status for cell in cells.values()} == {"measured"}
     assert cells["foe", "default", "mood", "clean"].cost == pytest.approx(3, abs=0.1)
     assert 0 < cells["foe_frugal", "default", "mood", "clean"].parameters["asked"] <= 1
@@ -75,7 +77,7 @@ def test_ensembles_score_what_they_score_by_hand(fine_tunes, fused):
                 outputs[:, number, start : start + probabilities.shape[1]] = probabilities
                 start += probabilities.shape[1]
         right = torch.tensor([union.index(classes[label]) for label in rows["label"]])
-        wanted = {"simple_ensemble": mean_ensemble(outputs), "max_confidence": max_confidence(outputs)}
+        wanted = {"simple_ensemble": mean_ensemble(outputs), "max_ensemble": max_confidence(outputs)}
         wanted |= {f"expert:{name}": outputs[:, number] for number, name in enumerate(CLASSES)}
         wanted["individual"] = wanted[f"expert:{task}"]
         for method, said in wanted.items():

@@ -29,6 +29,7 @@ from hf_fusion.bench.suite import load_suite
 from hf_fusion.evaluate_suite import evaluate_routing
 from hf_fusion.merging.in_memory import merge_states
 from hf_fusion.models.phatgoose import PhatgooseRouter
+from hf_fusion.models.wemoe import WEMoEModel
 from hf_fusion.training.batches import read_examples
 from hf_fusion.training.prompts import encode_prompts, target_scores
 from hf_fusion.training.statistics import parameters_of
@@ -61,9 +62,14 @@ def adapters(tmp_path_factory) -> Path:
     return folder
 
 
-LINEARS = ("layers.1.self_attn.q_proj", "layers.1.self_attn.v_proj")  # the block below runs once for all
+LINEARS = (
+    "layers.1.self_attn.q_proj",
+    "layers.1.self_attn.v_proj",
+    "layers.1.mlp.up_proj",
+)  # the block below runs once for all
 ROUTED = ("pretrained", "experts", "individual", "phatgoose", "arrow", "uniform", "average_activation", "average",
-          "weighted_average", "task_arithmetic", "fisher", "regmean", "regmean_pp")  # fmt: skip
+          "weighted_average", "task_arithmetic", "fisher", "regmean", "regmean_pp", "emr", "smile",
+          "foe_selection")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +149,37 @@ def test_merges_by_what_experts_do_on_rows_kept_apart(adapters, routed):
         for name in names:
             _, share = target_scores(model, encode_prompts(rows[name].test, make_tokenizer()), make_tokenizer())
             assert cells[method, "default", name, "clean"].score == pytest.approx(float(share.mean()), abs=1e-6)
+
+
+def test_a_mask_for_each_task_and_experts_of_the_mlps_answer_as_their_models_do(adapters, routed):
+    _, cells = routed
+    experts = load_experts([adapters / "first", adapters / "second"], base=adapters / "base")
+    base, whole = experts[0].model.state_dict(), [parameters_of(expert) for expert in experts]
+    changed = [name for name, tensor in whole[0].items() if not tensor.equal(base[name])]
+    states = [{name: own[name] for name in changed} for own in whole]
+    smile = WEMoEModel.from_experts(experts, routing="smile", task_vectors="low-rank", rank=32)
+    for number, task in enumerate(("other", "first", "second")):  # who is told no task has the unified model
+        rows = Dataset.from_parquet(str(adapters / "data" / task / "test.parquet"))
+        merged = copy.deepcopy(experts[0].model)
+        emr = merge_states("emr", {name: base[name] for name in changed}, states, expert=number)
+        merged.load_state_dict(emr, strict=False)
+        for method, model in (("emr", merged), ("smile", smile)):
+            _, share = target_scores(model, encode_prompts(rows, make_tokenizer()), make_tokenizer())
+            assert cells[method, "default", task, "clean"].score == pytest.approx(float(share.mean()), abs=1e-6)
+    told, own = cells["emr", "default", "first", "clean"], cells["individual", "default", "first", "clean"]
+    assert told.stored > told.active and own.stored > told.stored - told.active
+    assert cells["smile", "default", "first", "clean"].cost > 1
+
+
+def test_where_rows_are_pooled_the_same_adapters_answer_the_same(adapters, routed, tmp_path):
+    _, cells = routed
+    text = (adapters / "tiny.yaml").read_text()
+    (tmp_path / "tiny.yaml").write_text(text.replace("kind: routing", "kind: fusion"))
+    methods = ("phatgoose", "average_activation", "foe_selection", "individual")
+    pooled = measure(tmp_path, tmp_path / "out", *methods, data_dir=adapters / "data")
+    same = {key: value for key, value in scores(pooled).items() if key[2] != "other" or key[0] != "individual"}
+    assert same == {key: scores(cells)[key] for key in same}
+    assert {key[0] for key in same} == set(methods)
 
 
 def test_routing_goes_on_and_measures_the_same(adapters, routed, tmp_path):
