@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -63,9 +64,11 @@ def check_suite(suite: Suite, data_dir: str | Path | None = None, api: HfApi | N
     named += [("data", task.data) for task in suite.tasks.values()]
     one = partial(_checked, suite=suite, data_dir=data_dir, api=hub_api(api))
     there = dict.fromkeys(named)  # in order, each once
-    remote = [key for key in there if is_hub_id(key[1])]
-    found = dict(zip(remote, in_parallel(one, remote), strict=True))
-    return [found[key] if key in found else one(key) for key in there]
+    # the experts of a checkpoint lie in one repo, which is asked once
+    repos = {key: (key[0], re.sub(r"#\d+", "", key[1])) for key in there if is_hub_id(key[1])}
+    asked = {repo: key for key, repo in reversed(repos.items())}
+    found = dict(zip(asked, in_parallel(one, asked.values()), strict=True))
+    return [replace(found[repos[key]], source=key[1]) if key in repos else one(key) for key in there]
 
 
 def _checked(key: tuple[str, str], suite: Suite, data_dir: str | Path | None, api: HfApi) -> Checked:

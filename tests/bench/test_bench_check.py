@@ -49,6 +49,15 @@ def test_every_id_is_there_or_missing(hub):
     assert [row.status for row in found].count("missing") == 5
 
 
+def test_a_checkpoint_of_many_experts_is_asked_for_once(hub):
+    hub.requests.clear()
+    found = check_suite(load_suite("phatgoose-t0"), api=api(hub))
+    experts = [row for row in found if row.what == "expert"]
+    assert [row.source for row in experts] == [f"r-three/P3_Phatgoose#{number}" for number in range(36)]
+    assert {row.status for row in experts} == {"missing"}
+    assert len([path for _, path, _ in hub.requests if "P3_Phatgoose" in path]) == 1
+
+
 def suite_of(tmp_path, **sources):
     experts = "\n".join(f"  {name}: {source}" for name, source in sources.items())
     tasks = "\n".join(f"  {name}: {{data: nyu-mll/glue}}" for name in sources)
