@@ -134,6 +134,7 @@ class FusionSetting(Setting):
         for task in owned or list(split.test):
             rows = self.rows(task).fit.shuffle(seed=0)
             rows = self._plain(task, rows.select(range(min(most, len(rows)))))
+            rows = rows.select_columns([name for name in rows.column_names if name != "choices"])
             parts.append(rows.add_column("expert", [self.suite.owner(task)] * len(rows)) if owned else rows)
         return by_length(concatenate_datasets(parts))
 
@@ -142,7 +143,7 @@ class FusionSetting(Setting):
         from datasets import Value
 
         if self.speaks:
-            return rows.select_columns(["prompt", "target"])
+            return rows.select_columns([name for name in ("prompt", "target", "choices") if name in rows.column_names])
         if "image" in rows.column_names:
             kept = ["image"]
         else:
@@ -214,8 +215,10 @@ class FusionSetting(Setting):
             reads, own = METRICS[self.suite.tasks[task].metric].reads, self.experts[expert]
             speaker = _Speaker(self.everyone, expert)
             reader = Expert(own.name, speaker.model, processor=own.processor)
-            batches = self.collated(read_examples(reader, self.pool(task, condition, part), MAX_LENGTH))
-            self._said[key] = share_batches(batches, lambda inputs: answers(speaker, inputs, reads, own.processor))
+            rows = self.pool(task, condition, part)
+            batches = self.collated(read_examples(reader, self.asked(task, rows), MAX_LENGTH))
+            found = share_batches(batches, lambda inputs: answers(speaker, inputs, reads, own.processor))
+            self._said[key] = self.settled(found, task, rows)
         return self._said[key]
 
     def chosen(self, choice: Sequence[int], task: str, condition: str, part: str) -> Answered:

@@ -84,7 +84,7 @@ class MergingSetting(Setting):
         """(row numbers, inputs with labels) each; encoded once."""
         key = (task, condition, part)
         if key not in self._batches:
-            self._batches[key] = self.collated(self.read(task, self.some(task, condition, part)))
+            self._batches[key] = self.collated(self.read(task, self.asked(task, self.some(task, condition, part))))
         return self._batches[key]
 
     def read(self, task: str, rows: Dataset) -> Examples:
@@ -115,7 +115,7 @@ class MergingSetting(Setting):
             lambda inputs: answers(model, {**inputs, "task": task}, reads, tokenizer),
         )
         if reads != "embeddings":
-            return found
+            return self.settled(found, task, self.some(task, condition, part))
         given, right = torch.tensor(found.predictions), self.embeddings(task, condition, part)
         return Answered(torch.cosine_similarity(given, right).tolist(), [1] * len(given))
 

@@ -117,7 +117,7 @@ class RoutingSetting(Setting):
         """(row numbers, inputs with labels) each; encoded once."""
         key = (task, condition, part, tuple(evaluation.names) if self.has_heads else ())  # labels are those of all
         if key not in self._batches:
-            rows = self.some(task, condition, part)
+            rows = self.asked(task, self.some(task, condition, part))
             self._batches[key] = self.collated(evaluation.read(evaluation.router("own"), rows))
         return self._batches[key]
 
@@ -143,7 +143,8 @@ class RoutingSetting(Setting):
                 return answered
 
             batches = self.batches(evaluation, task, condition, part)
-            return share_batches([(numbers, (numbers, inputs)) for numbers, inputs in batches], run)
+            found = share_batches([(numbers, (numbers, inputs)) for numbers, inputs in batches], run)
+            return self.settled(found, task, self.some(task, condition, part))
 
     def expert_answers(self, expert: int, task: str, condition: str, part: str) -> Answered:
         """What an expert answers to rows of any task."""
@@ -234,7 +235,7 @@ class _Evaluation(Evaluation):
         """The name of rows here."""
         name = f"{task}/{condition}/{part}"
         if name not in self.suite:
-            self.suite = {**self.suite, name: setting.some(task, condition, part)}
+            self.suite = {**self.suite, name: setting.asked(task, setting.some(task, condition, part))}
         return name
 
     def drawn(self, task: str, rows: Sequence[int]) -> AbstractContextManager[None]:
@@ -389,7 +390,8 @@ def smile(setting: RoutingSetting, split: UnseenSplit, seed: int, rank: int) -> 
     def answer(task: str, condition: str, part: str) -> Answered:
         reads = METRICS[setting.suite.tasks[task].metric].reads
         batches = setting.batches(evaluation, task, condition, part)
-        return share_batches(batches, lambda inputs: answers(model, inputs, reads, tokenizer))
+        found = share_batches(batches, lambda inputs: answers(model, inputs, reads, tokenizer))
+        return setting.settled(found, task, setting.some(task, condition, part))
 
     size = sum(parameter.numel() for parameter in model.parameters())
     return System(answer, {"rank": rank}, stored=size, active=size, cost=setting.relative_cost(model))

@@ -9,6 +9,7 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
+from hf_fusion.bench.choices import right_choice
 from hf_fusion.bench.suite import OUR_COLUMNS, Suite, Task, is_hub_id
 from hf_fusion.errors import FusionError, one_line, shown
 from hf_fusion.hub.files import split_revision
@@ -122,8 +123,8 @@ def ours(rows: Dataset, task: Task, file: str = "") -> Dataset:
         file: where the task is declared, for errors.
 
     Returns:
-        Columns prompt and target for a task with a prompt; else those of `OUR_COLUMNS` that are there. Labels are
-        classes of the names that the task gives, or of the data set's own.
+        Columns prompt and target for a task with a prompt, and choices where they are ranked; else those of
+        `OUR_COLUMNS` that are there. Labels are classes of the names that the task gives, or of the data set's own.
 
     Raises:
         FusionError: a declared column is missing, or a label is none of the classes.
@@ -178,9 +179,22 @@ def _prompted(rows: Dataset, task: Task, label: str, file: str) -> Dataset:
             if name is not None:
                 _need(re.split(r"[.\[]", name)[0], rows, task, file)
 
-    def one(row: dict[str, Any], number: int) -> dict[str, str]:
+    is_ranked = task.metric == "ranked"
+    if is_ranked and task.choices:
+        _need(task.choices, rows, task, file)
+
+    def one(row: dict[str, Any], number: int) -> dict[str, Any]:
         answer = answers[_place(row[label], task, file)] if task.words else answers[0]
-        return {"prompt": wordings[number % len(wordings)].format(**row), "target": answer.format(**row)}
+        written = {"prompt": wordings[number % len(wordings)].format(**row), "target": answer.format(**row)}
+        if not is_ranked:
+            return written
+        choices = row[task.choices] if task.choices else [word.format(**row) for word in task.words]
+        if not choices:
+            raise FusionError(
+                f"{task.data} has a row without choices: {shown(written['prompt'][:60])}",
+                hint=f"metric: exact, for the task {task.name} in {file}",
+            )
+        return {**written, "target": choices[right_choice(written["target"], choices)], "choices": choices}
 
     return rows.map(one, with_indices=True, remove_columns=rows.column_names)
 

@@ -27,12 +27,13 @@ class BenchMetric:
         metric: a key of `hf_fusion.metrics.SCORES`.
         reads: what of the model's output it needs: "classes", their "numbers" (a regressor's), whether all of the
             target's tokens are the likeliest ("targets"), the share of them that are ("tokens"), their loss
-            ("losses"), written "texts", or what it makes of the whole row ("embeddings").
+            ("losses"), that of every choice ("ranks"), written "texts", or what it makes of the whole row
+            ("embeddings").
         more: whether more is better.
     """
 
     metric: str
-    reads: Literal["classes", "numbers", "targets", "tokens", "losses", "texts", "embeddings"]
+    reads: Literal["classes", "numbers", "targets", "tokens", "losses", "ranks", "texts", "embeddings"]
     more: bool = True
 
 
@@ -44,6 +45,7 @@ METRICS = {
     "matthews": BenchMetric("matthews_correlation", "classes"),
     "spearman": BenchMetric("spearmanr", "numbers"),
     "exact": BenchMetric("accuracy", "targets"),
+    "ranked": BenchMetric("accuracy", "ranks"),
     "tokens": BenchMetric("mean", "tokens"),
     "perplexity": BenchMetric("perplexity", "losses", more=False),
     "rouge1": BenchMetric("rouge1", "texts"),
@@ -138,7 +140,7 @@ def answers(model: Any, inputs: Mapping[str, Any], reads: str, tokenizer: Any = 
         exact, share = score_targets(model, inputs)
         values = exact.long() if reads == "targets" else share
         return values.tolist(), [1] * len(values)
-    if reads == "losses":
+    if reads in ("losses", "ranks"):  # rows whose answers are ranked come once for each choice
         return _losses(model, inputs)
     if reads == "texts":
         return _texts(model, inputs, tokenizer)

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from hf_fusion.bench.choices import likeliest, spread
 from hf_fusion.bench.conditions import corrupted
 from hf_fusion.bench.rows import Rows, task_rows
+from hf_fusion.bench.scoring import METRICS, Answered
 from hf_fusion.bench.suite import Suite
 from hf_fusion.bench.systems import CLEAN, FIT, TEST
 from hf_fusion.training.batches import Examples, like_lengths
@@ -52,6 +54,17 @@ class Setting:
         rows = getattr(self.rows(task), part)
         rows = rows.shuffle(seed=0).select(range(min(self._limits[part], len(rows))))
         return corrupted(rows, condition)
+
+    def asked(self, task: str, rows: Dataset) -> Dataset:
+        """Rows as a model is asked them: where answers are ranked, once for each choice."""
+        return spread(rows) if self._ranks(task) else rows
+
+    def settled(self, found: Answered, task: str, rows: Dataset) -> Answered:
+        """What was answered to rows as they were asked, row by row."""
+        return likeliest(rows, found.predictions) if self._ranks(task) else found
+
+    def _ranks(self, task: str) -> bool:
+        return METRICS[self.suite.tasks[task].metric].reads == "ranks"
 
     def collated(self, read: Examples) -> list[Batch]:
         """(row numbers, inputs with labels) each, those of like length together, where models run."""

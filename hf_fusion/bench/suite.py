@@ -38,6 +38,7 @@ METRICS = {
     "matthews": "Matthews correlation",
     "spearman": "rank correlation",
     "exact": "share of answers that are right to the letter",
+    "ranked": "share of rows whose right choice is the likeliest",
     "tokens": "share of right next tokens",
     "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2",
@@ -82,6 +83,7 @@ class Task:
         prompt: of language models: wordings, used in turn, with the data set's columns in braces.
         words: of language models: the answer for each class, with columns in braces where it differs by row.
         target: of language models: the answer, with the data set's columns in braces.
+        choices: of language models whose answers are ranked: the data set's column that lists them; default: the words.
         fitting: which rows may be learned from.
     """
 
@@ -98,6 +100,7 @@ class Task:
     prompt: tuple[str, ...] = ()
     words: tuple[str, ...] = ()
     target: str | None = None
+    choices: str | None = None
     fitting: Fitting = Fitting()
 
 
@@ -326,7 +329,8 @@ _TASK: dict[str, Check] = {
     "templates": _LIST,
     "prompt": _LIST,
     "words": _LIST,
-    "target": _TEXT,
+    "target": _MAYBE,
+    "choices": _MAYBE,
     "fitting": (lambda value: isinstance(value, Mapping), "split and share"),
 }
 _FITTING: dict[str, Check] = {
@@ -395,8 +399,11 @@ def _task(name: str, content: object, pool: Any, path: Path) -> Task:
         raise FusionError(f"{where}: columns has {shown(sorted(unknown)[0])}", hint=f"use {', '.join(OUR_COLUMNS)}")
     if "fitting" in given:
         given["fitting"] = Fitting(**_checked(given["fitting"], _FITTING, (), f"{where}: fitting"))
-    if ("words" in given or "target" in given) != ("prompt" in given) or {"words", "target"} <= given.keys():
+    answers = [key for key in ("words", "target") if given.get(key)]
+    if len(answers) != ("prompt" in given):
         raise FusionError(f"{where}: a prompt has either words or a target", hint="words: one for each class")
+    if given.get("metric") == "ranked" and not (given.get("words") or given.get("choices")):
+        raise FusionError(f"{where}: nothing to rank", hint="words: one for each class, or choices: the column of them")
     if given.get("train", "train") is None and given.get("fitting", Fitting()).split == "train":
         raise FusionError(
             f"{where}: without train rows something must be fitted on others", hint="fitting: {split: test}"

@@ -93,7 +93,11 @@ DATA: dict[str, dict[str, Stored]] = {
         "sst2": _glue(["negative", "positive"], "sentence"),
         "stsb": _glue(FRACTION, "sentence1", "sentence2"),
     },
-    "lukaemon/bbh": {"*": Stored({"input": TEXT, "target": TEXT}, ("test",))},
+    "lukaemon/bbh": {
+        "boolean_expressions": Stored({"input": TEXT, "target": ("True", "False")}, ("test",)),
+        "web_of_lies": Stored({"input": TEXT, "target": ("Yes", "No")}, ("test",)),
+        "*": Stored({"input": TEXT, "target": TEXT}, ("test",)),
+    },
     "cais/mmlu": {
         "*": Stored(
             {"question": TEXT, "subject": TEXT, "choices": FOUR, "answer": list("ABCD")},

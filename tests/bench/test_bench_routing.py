@@ -182,6 +182,55 @@ def test_where_rows_are_pooled_the_same_adapters_answer_the_same(adapters, route
     assert {key[0] for key in same} == set(methods)
 
 
+RANKED = """\
+title: Ranked
+kind: {kind}
+head: causal-lm
+base: {folder}/base
+experts: '{folder}/{{task}}'
+defaults: {{fitting: {{split: train, share: 0.5}}, metric: ranked, prompt: "{{asked}}"}}
+tasks:
+  first: {{data: 'data:first', target: "{{targets[0]}}", choices: options}}
+  second: {{data: 'data:second', columns: {{label: kind}}, words: [" the {{noun}}", " dog", " a lazy fox"]}}
+"""
+
+
+def test_the_likeliest_choice_is_the_answer(adapters, tmp_path):
+    """Against each choice read by itself, in both kinds of suites."""
+    words = [" fox", " the quick dog", " experts", " said the router", " lazy"]
+    for number, task in enumerate(("first", "second")):
+        parts = {}
+        for part, count in (("train", 30), ("test", TEST)):
+            rows = [{"asked": text, "noun": words[k % 2], "kind": k % 3} for k, text in enumerate(texts(count, number))]
+            for k, row in enumerate(rows):
+                row["options"] = words[k % 2 : k % 2 + 3 + k % 2]
+                row["targets"] = [row["options"][k % 3] + ("!" if k % 4 else "")]  # begins as its choice does
+            parts[part] = Dataset.from_list(rows)
+        store(tmp_path, task, parts)
+    experts = load_experts([adapters / "first", adapters / "second"], base=adapters / "base")
+    router, tokenizer = PhatgooseRouter.from_experts(experts), make_tokenizer()
+    for kind in ("routing", "fusion"):
+        (tmp_path / "tiny.yaml").write_text(RANKED.format(kind=kind, folder=adapters))
+        cells = measure(tmp_path, tmp_path / kind, "individual", "foe_selection")
+        for task in ("first", "second"):
+            right = []
+            for row in Dataset.from_parquet(str(tmp_path / "data" / task / "test.parquet")):
+                is_first = task == "first"
+                choices = row["options"] if is_first else [f" the {row['noun']}", " dog", " a lazy fox"]
+                losses = []
+                for choice in choices:
+                    given = encode_prompts(Dataset.from_list([{"prompt": row["asked"], "target": choice}]), tokenizer)
+                    inputs = {name: torch.tensor(given[name][:]) for name in ("input_ids", "attention_mask", "labels")}
+                    with torch.no_grad(), router.using(task):
+                        losses.append(float(router.backbone(**inputs).loss))
+                wanted = choices.index(row["targets"][0].rstrip("!")) if is_first else row["kind"]
+                right.append(losses.index(min(losses)) == wanted)
+            cell = cells["individual", "default", task, "clean"]
+            assert (cell.score, cell.n) == (pytest.approx(sum(right) / TEST), TEST)
+            assert 0 < cell.score < 1
+            assert cells["foe_selection", "default", task, "clean"].n == TEST
+
+
 def test_routing_goes_on_and_measures_the_same(adapters, routed, tmp_path):
     _, cells = routed
     first = measure(adapters, tmp_path, "uniform")  # alone, without what other ways remembered

@@ -66,6 +66,7 @@ FAULTS = {
     "a split that overlaps": (("test: [three]", "test: [one]"), "unseen last: one is both fused and tested"),
     "a split without an expert": (("fuse: [one]", "fuse: [two]"), "unseen last: two has no expert to fuse"),
     "words without a prompt": (("columns: {text: sentence}", "words: [a]"), "task one: a prompt has either words or"),
+    "nothing to rank": (("metric: f1", "metric: ranked"), "task two: nothing to rank\n.*choices: the column"),
     "nothing to fit on": (("metric: f1", "train: null"), "task two: without train rows .*fitting: {split: test}"),
     "no mapping": ((WHOLE, "- a"), "mine.yaml holds no suite"),
     "a missing parent": (("title: two", "extends: other"), "extends 'other', which is not there"),

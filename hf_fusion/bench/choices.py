@@ -1,0 +1,45 @@
+"""Rank classification: a language model's answer is the likeliest of a row's choices, whatever else it would write."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hf_fusion.bench.scoring import Answered
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def right_choice(target: str, choices: Sequence[str]) -> int:
+    """The choice that a target means: that with which it begins alike for longest, and of several the shortest."""
+    alike = [len(os.path.commonprefix([target, choice])) for choice in choices]
+    return max(range(len(choices)), key=lambda number: (alike[number], -len(choices[number])))
+
+
+def spread(rows: Dataset) -> Dataset:
+    """Every choice of every row as a row of its own: prompt, target."""
+    return rows.map(
+        lambda batch: {
+            "prompt": [prompt for prompt, own in zip(batch["prompt"], batch["choices"], strict=True) for _ in own],
+            "target": [choice for own in batch["choices"] for choice in own],
+        },
+        batched=True,
+        remove_columns=rows.column_names,
+    )
+
+
+def likeliest(rows: Dataset, losses: Sequence[float]) -> Answered:
+    """For each row the number of the choice with the least loss, and that of the right one.
+
+    Args:
+        rows: with choices.
+        losses: mean of each choice's tokens, in the order of `spread`.
+    """
+    given, start = [], 0
+    for choices in rows["choices"]:
+        own = losses[start : start + len(choices)]
+        given.append(min(range(len(own)), key=own.__getitem__))
+        start += len(own)
+    return Answered(given, [own.index(target) for own, target in zip(rows["choices"], rows["target"], strict=True)])
