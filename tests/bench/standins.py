@@ -33,7 +33,7 @@ from transformers import (
     PegasusForConditionalGeneration,
 )
 
-from hf_fusion.bench.suite import Suite, Task, is_hub_id, load_suite
+from hf_fusion.bench.suite import Suite, Task, is_hub_id, load_suite, suite_names
 from hf_fusion.hub.files import repo_of
 
 disable_progress_bars()
@@ -386,7 +386,8 @@ def fill(hub: Any, suite: Suite | str, only: tuple[str, ...] = ()) -> None:
     sources = [source for source in suite.experts.values() if not only or source in owners or not owners]
     models = [*([suite.base] if suite.base else []), *(repo_of(source)[0] for source in sources)]
     data: dict[str, list[str]] = {}
-    for task in suite.tasks.values():  # a data set has all the configurations that the suite names
+    others = [task for name in suite_names() for task in load_suite(name).tasks.values()]
+    for task in (*suite.tasks.values(), *others):  # a data set has all the configurations that any suite names
         if task.data in {own.data for own in tasks}:
             config = task.config or next(iter(DATA[task.data]))
             data.setdefault(task.data, [])
