@@ -39,7 +39,7 @@ class Cell:
         parameters: of the method, as they were used.
         seconds, cpu_seconds, gpu_seconds: of the evaluation of this cell.
         fuse_seconds, fuse_cpu_seconds: of fusing (and fitting, adapting, tuning), once for all cells of the model.
-        peak_bytes: the most memory that the process held so far.
+        peak_bytes: the most memory that the process, or its GPU, held while the model was fused and asked.
         stored, active: parameters of the fused model, and those that one example meets.
         cost: multiplications of a forward as a multiple of the dense base's.
         command: what to type to measure it again.
@@ -129,7 +129,7 @@ def read_cells(source: str | Path) -> list[Cell]:
     files = [source] if source.is_file() else sorted([*source.rglob("*.json"), *source.rglob("*.jsonl")])
     cells: dict[Path, Cell] = {}
     for file in files:
-        if file.name.startswith("."):
+        if file.name.startswith(".") or file.name == LEADERBOARD:
             continue
         text = file.read_text(encoding="utf-8")
         shared: dict[str, Any] = {}  # of the line before
@@ -182,5 +182,6 @@ def _short(value: Any) -> Any:
     return [_short(own) for own in value] if isinstance(value, (list, tuple)) else value
 
 
+LEADERBOARD = "leaderboard.json"  # what a report writes beside the cells
 SHARED = ("command", "machine", "versions", "shas")
 EMPTY = {row.name: row.default for row in fields(Cell) if row.default is not MISSING} | {"parameters": {}}

@@ -75,8 +75,7 @@ def _checked(key: tuple[str, str], suite: Suite, data_dir: str | Path | None, ap
     what, source = key
     try:
         if is_hub_id(source):
-            sha, pinned = _on_the_hub(what, source, api)
-            return Checked(what, source, "there", sha, pinned)
+            return _on_the_hub(what, source, api)
         _here(what, source, suite, data_dir)
         return Checked(what, source, "there")
     except FusionError as error:
@@ -88,14 +87,18 @@ def _checked(key: tuple[str, str], suite: Suite, data_dir: str | Path | None, ap
         return Checked(what, source, status, reason=error.message, hint=hint)
 
 
-def _on_the_hub(what: str, source: str, api: HfApi) -> tuple[str, bool]:
+def _on_the_hub(what: str, source: str, api: HfApi) -> Checked:
     """The commit that an id stands for, and whether it names it; the files must be readable."""
     repo, revision = repo_of(source)
     with explained(repo):
         info = _info(what, api)(repo, revision=revision)
         if info.gated:
             api.auth_check(repo, repo_type="dataset" if what == "data" else "model")
-    return info.sha or "", bool(revision and SHA.fullmatch(revision))
+    files = {file.rfilename for file in info.siblings or []}
+    is_pickled = what != "data" and not any(name.endswith(".safetensors") for name in files)
+    is_pickled &= any(name.endswith(".bin") for name in files)
+    told = ("has only pickle weights", "bench run --allow-pickle, if you trust its author") if is_pickled else ("", "")
+    return Checked(what, source, "there", info.sha or "", bool(revision and SHA.fullmatch(revision)), *told)
 
 
 def _newest(what: str, source: str, api: HfApi) -> str:

@@ -30,11 +30,18 @@ def spread(rows: Dataset) -> Dataset:
     )
 
 
+def right_choices(target: str, choices: Sequence[str], worth: Sequence[float] | None) -> list[int]:
+    """Which choices are right: those that are worth most, or else the one that a target means."""
+    if worth is not None and len(worth) == len(choices) and max(worth) > 0:
+        return [number for number, own in enumerate(worth) if own == max(worth)]
+    return [right_choice(target, choices)]
+
+
 def likeliest(rows: Dataset, losses: Sequence[float]) -> Answered:
-    """For each row the number of the choice with the least loss, and that of the right one.
+    """For each row the number of the choice with the least loss, and that of a right one: the same where it is right.
 
     Args:
-        rows: with choices.
+        rows: with choices, and the numbers of the right ones.
         losses: mean of each choice's tokens, in the order of `spread`.
     """
     given, start = [], 0
@@ -42,4 +49,4 @@ def likeliest(rows: Dataset, losses: Sequence[float]) -> Answered:
         own = losses[start : start + len(choices)]
         given.append(min(range(len(own)), key=own.__getitem__))
         start += len(own)
-    return Answered(given, [own.index(target) for own, target in zip(rows["choices"], rows["target"], strict=True)])
+    return Answered(given, [own if own in right else right[0] for own, right in zip(given, rows["right"], strict=True)])

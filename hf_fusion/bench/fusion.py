@@ -17,7 +17,7 @@ import torch
 
 from hf_fusion.baselines import max_confidence, mean_ensemble
 from hf_fusion.bench.scoring import METRICS, Answered, answers, score
-from hf_fusion.bench.setting import MAX_LENGTH, Setting, multiplications
+from hf_fusion.bench.setting import MAX_LENGTH, ROWS_COUNTED, Setting, multiplications
 from hf_fusion.bench.suite import Suite, UnseenSplit, expert_path
 from hf_fusion.bench.systems import CLEAN, FIT, TEST, LeftOut, System, everything, share_batches
 from hf_fusion.errors import FusionError
@@ -38,7 +38,6 @@ OUTPUT, SELECTION = "output", "selection"
 FIT_ROWS = 400  # of each task, that a fuser learns from
 FIT_TEXTS = 32  # of prompts, which every language model has to read
 HIDDEN = {OUTPUT: (512, 512), SELECTION: (512,)}  # widths of the fuser's layers: few rows want a small one
-ROWS_COUNTED = 8  # whose multiplications are counted
 LANGUAGE = ("causal-lm", "seq2seq-lm")
 
 
@@ -47,7 +46,7 @@ class FusionSetting(Setting):
 
     Args:
         suite: of the kind "fusion".
-        data_dir, limit, tuned_on, batch_size, device: see `Setting`.
+        data_dir, limit, tuned_on, batch_size, device, allow_pickle: see `Setting`.
 
     Attributes:
         experts: all of the suite, under its names.
@@ -55,11 +54,13 @@ class FusionSetting(Setting):
     """
 
     def __init__(
-        self, suite: Suite, data_dir: Path | None, limit: int, tuned_on: int, batch_size: int = 16, device: str = "cpu"
-    ) -> None:
-        super().__init__(suite, data_dir, limit, tuned_on, batch_size, device)
+        self, suite: Suite, data_dir: Path | None, limit: int, tuned_on: int, batch_size: int = 16, device: str = "cpu",
+        allow_pickle: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(suite, data_dir, limit, tuned_on, batch_size, device, allow_pickle)
         base = None if suite.base is None else expert_path(suite.base, suite.build)
-        loaded = load_experts([expert_path(own, suite.build) for own in suite.experts.values()], base=base, gates=False)
+        sources = [expert_path(own, suite.build) for own in suite.experts.values()]
+        loaded = load_experts(sources, base=base, gates=False, allow_pickle=allow_pickle)
         self.experts = [replace(own, name=name) for name, own in zip(suite.experts, loaded, strict=True)]
         self.names = [expert.name for expert in self.experts]
         self.speaks = suite.head in LANGUAGE
@@ -71,6 +72,7 @@ class FusionSetting(Setting):
         self._outputs: dict[tuple[str, str, str], torch.Tensor] = {}
         self._features: dict[Any, torch.Tensor] = {}
         self._said: dict[Any, Answered] = {}
+        self._fitting: dict[tuple[str, ...], Dataset] = {}
 
     def _labelled(self, expert: Expert) -> Expert:
         """An expert whose classes have no names has those of its task."""
@@ -128,22 +130,32 @@ class FusionSetting(Setting):
         """Rows of all fused tasks that a fuser may learn from, with the expert of each where one is its own."""
         from datasets import concatenate_datasets
 
+        if split.fuse in self._fitting:
+            return self._fitting[split.fuse]
         fused = {self.names[number] for number in self.fused(split)}
         owned = [task for task in self.suite.tasks if self.suite.owner(task) in fused]
         parts, most = [], FIT_TEXTS if self.speaks else FIT_ROWS
         for task in owned or list(split.test):
             rows = self.rows(task).fit.shuffle(seed=0)
             rows = self._plain(task, rows.select(range(min(most, len(rows)))))
-            rows = rows.select_columns([name for name in rows.column_names if name != "choices"])
-            parts.append(rows.add_column("expert", [self.suite.owner(task)] * len(rows)) if owned else rows)
-        return by_length(concatenate_datasets(parts))
+            if owned:
+                rows = rows.add_column("expert", [self.suite.owner(task)] * len(rows))
+            elif self.speaks and METRICS[self.suite.tasks[task].metric].reads in ("targets", "ranks"):
+                rows = self._told_by_answers(task, rows, self.fused(split))
+            parts.append(rows.select_columns([name for name in rows.column_names if name not in ("choices", "right")]))
+        if not sum(map(len, parts)):
+            raise LeftOut("no expert is right about any of the rows that a fuser would learn from")
+        self._fitting[split.fuse] = by_length(concatenate_datasets([own for own in parts if len(own)]))
+        return self._fitting[split.fuse]
 
     def _plain(self, task: str, rows: Dataset) -> Dataset:
         """Columns that the rows of all tasks have."""
         from datasets import Value
 
         if self.speaks:
-            return rows.select_columns([name for name in ("prompt", "target", "choices") if name in rows.column_names])
+            return rows.select_columns(
+                [name for name in ("prompt", "target", "choices", "right") if name in rows.column_names]
+            )
         if "image" in rows.column_names:
             kept = ["image"]
         else:
@@ -212,14 +224,32 @@ class FusionSetting(Setting):
             return self.answered(self.outputs(task, condition, part)[:, expert], task, condition, part)
         key = (expert, task, condition, part)
         if key not in self._said:
-            reads, own = METRICS[self.suite.tasks[task].metric].reads, self.experts[expert]
-            speaker = _Speaker(self.everyone, expert)
-            reader = Expert(own.name, speaker.model, processor=own.processor)
-            rows = self.pool(task, condition, part)
-            batches = self.collated(read_examples(reader, self.asked(task, rows), MAX_LENGTH))
-            found = share_batches(batches, lambda inputs: answers(speaker, inputs, reads, own.processor))
-            self._said[key] = self.settled(found, task, rows)
+            self._said[key] = self._spoken(expert, task, self.pool(task, condition, part))
         return self._said[key]
+
+    def _spoken(self, expert: int, task: str, rows: Dataset) -> Answered:
+        """What a language model answers to rows of a task."""
+        reads, own = METRICS[self.suite.tasks[task].metric].reads, self.experts[expert]
+        speaker = _Speaker(self.everyone, expert)
+        reader = Expert(own.name, speaker.model, processor=own.processor)
+        batches = self.collated(read_examples(reader, self.asked(task, rows), MAX_LENGTH))
+        found = share_batches(batches, lambda inputs: answers(speaker, inputs, reads, own.processor))
+        return self.settled(found, task, rows)
+
+    def _told_by_answers(self, task: str, rows: Dataset, fused: list[int]) -> Dataset:
+        """Rows that some expert answers right, and which: of several the one that is right most often.
+
+        Losses of different vocabularies do not compare.
+        """
+        found = {self.names[number]: self._spoken(number, task, rows) for number in fused}
+        right = {
+            name: [given == wanted for given, wanted in zip(own.predictions, own.references, strict=True)]
+            for name, own in found.items()
+        }
+        best_first = sorted(right, key=lambda name: -sum(right[name]))
+        owners = [next((name for name in best_first if right[name][row]), None) for row in range(len(rows))]
+        kept = [row for row, owner in enumerate(owners) if owner]
+        return rows.select(kept).add_column("expert", [owners[row] for row in kept])
 
     def chosen(self, choice: Sequence[int], task: str, condition: str, part: str) -> Answered:
         """For each row what the expert says that was chosen for it."""

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoProcessor, DataCollatorWithPadding
 
 from hf_fusion.bench.scoring import METRICS, Answered, answers, from_logits
-from hf_fusion.bench.setting import MAX_LENGTH, Batch, Setting, multiplications
+from hf_fusion.bench.setting import MAX_LENGTH, ROWS_COUNTED, Batch, Setting, multiplications, on_device
 from hf_fusion.bench.suite import Suite, UnseenSplit, expert_path
 from hf_fusion.bench.systems import CLEAN, TEST, LeftOut, System, share_batches
 from hf_fusion.bench.zero_shot import fix_classes
@@ -36,7 +36,7 @@ class MergingSetting(Setting):
 
     Args:
         suite: of the kind "merging".
-        data_dir, limit, tuned_on, batch_size, device: see `Setting`.
+        data_dir, limit, tuned_on, batch_size, device, allow_pickle: see `Setting`.
 
     Attributes:
         merge: all experts' task vectors and heads; its backbone is what runs.
@@ -45,22 +45,24 @@ class MergingSetting(Setting):
     """
 
     def __init__(
-        self, suite: Suite, data_dir: Path | None, limit: int, tuned_on: int, batch_size: int = 16, device: str = "cpu"
-    ) -> None:
-        super().__init__(suite, data_dir, limit, tuned_on, batch_size, device)
+        self, suite: Suite, data_dir: Path | None, limit: int, tuned_on: int, batch_size: int = 16, device: str = "cpu",
+        allow_pickle: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(suite, data_dir, limit, tuned_on, batch_size, device, allow_pickle)
         owned = {task.name: task.expert for task in suite.tasks.values() if task.expert}
         self.names = list(owned)
         self.start: Expert | None = None
         if suite.base:
             path = expert_path(suite.base, suite.build)
-            [self.start] = load_experts([path], gates=False)
+            [self.start] = load_experts([path], gates=False, allow_pickle=allow_pickle)
             if suite.head == "zero-shot-image":  # it reads texts as well, which no expert does
                 name, _, revision = str(path).partition("@")
                 processor = AutoProcessor.from_pretrained(name, revision=revision or None)
                 self.start = replace(self.start, processor=processor)
                 self._classes = fix_classes(self.start.model, processor, suite)
         base: Any = self.start and self.start.model
-        loaded = load_experts([expert_path(own, suite.build) for own in owned.values()], base=base, gates=False)
+        sources = [expert_path(own, suite.build) for own in owned.values()]
+        loaded = load_experts(sources, base=base, gates=False, allow_pickle=allow_pickle)
         shared = self.start and self.start.processor
         is_zero_shot = suite.head == "zero-shot-image"
         self.experts = [
@@ -156,10 +158,11 @@ class MergingSetting(Setting):
         return whole, whole - round(sum(heads) * (1 - 1 / len(self.names)))
 
     def relative_cost(self, model: Any) -> float:
-        """Multiplications of a model's forward as a multiple of the dense one's, on rows of middling length."""
+        """Multiplications of a model's forward as a multiple of the dense one's, on the first rows there are."""
         task = self.names[0]
-        batches = self.batches(task)
-        _, inputs = batches[len(batches) // 2]
+        rows = self.some(task)
+        read = self.read(task, self.asked(task, rows.select(range(min(ROWS_COUNTED, len(rows))))))
+        inputs = on_device(read.collate(list(read.rows)), self.device)
         if not getattr(self.backbone.config, "is_encoder_decoder", False):
             inputs = {name: own for name, own in inputs.items() if name != "labels"}
 

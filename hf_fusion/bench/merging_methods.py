@@ -39,10 +39,10 @@ def pretrained(setting: MergingSetting, split: UnseenSplit, seed: int) -> System
 
 def individual(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
     """Every task's own expert."""
-    whole, one = setting.sizes
+    one = setting.sizes[1]
     return System(
         lambda task, condition, part: setting.expert_answers(setting.names.index(task), task, condition, part),
-        stored=whole * len(setting.names),
+        stored=one * len(setting.names),
         active=one,
     )
 
@@ -118,7 +118,7 @@ def weighted_average(setting: MergingSetting, split: UnseenSplit, seed: int) -> 
 def _weights(setting: MergingSetting, split: UnseenSplit) -> list[float]:
     """Of every fused expert its mean score over the fused tasks, on rows kept apart; 1 / score where less is better."""
     suite = setting.suite
-    tasks = [task for task in suite.tasks if task in split.fuse or suite.owner(task) in split.fuse]
+    tasks = [task for task in suite.tasks if suite.is_fused(task, split)]
     if not tasks:
         raise LeftOut("none of the suite's tasks has an expert, so there are no rows that tell which does better")
 
@@ -317,9 +317,8 @@ def _ensemble(setting: MergingSetting, split: UnseenSplit, combine: Combine, **p
         logits = combine(torch.stack([own for own, _ in found]))
         return Answered(*from_logits(logits, found[0][1], METRICS[setting.suite.tasks[task].metric].reads))
 
-    whole, one = setting.sizes
-    count = len(split.fuse)
-    return System(answer, dict(parameters), stored=whole * count, active=one * count, cost=float(count))
+    one, count = setting.sizes[1], len(split.fuse)
+    return System(answer, dict(parameters), stored=one * count, active=one * count, cost=float(count))
 
 
 def simple_ensemble(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hf_fusion.bench.cells import Cell, write_lines
+from hf_fusion.bench.cells import LEADERBOARD, Cell, write_lines
 from hf_fusion.bench.plots import PICTURES, save_pictures
 from hf_fusion.bench.report import summarise
 from hf_fusion.bench.suite_tables import overview_table, tables_of
 from hf_fusion.bench.tables import RENDERERS, file_name, to_markdown
 from hf_fusion.hub.card_edit import escape_markdown
 
-REPORT, LEADERBOARD, CELLS = "report.md", "leaderboard.json", "cells.jsonl"
+REPORT, CELLS = "report.md", "cells.jsonl"
 README_SECTION = "hf-fusion-bench"
 """Name of the markers around the README's block (`card_edit.put_section`)."""
 

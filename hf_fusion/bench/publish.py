@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.bench.cells import ALL, CLEAN, Cell
-from hf_fusion.bench.pages import CELLS, LEADERBOARD, README_SECTION, REPORT, write_report
+from hf_fusion.bench.cells import ALL, CLEAN, LEADERBOARD, Cell
+from hf_fusion.bench.pages import CELLS, README_SECTION, REPORT, write_report
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.card_edit import add_tag, metadata_of, put_metadata, put_section
 from hf_fusion.hub.files import explained, hub_api, same_file

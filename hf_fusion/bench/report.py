@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 from hf_fusion.bench.cells import ALL, CLEAN, Cell
-from hf_fusion.errors import FusionError
 from hf_fusion.intervals import Score, mean_of
 
 HELD_IN, HELD_OUT = "held-in", "held-out"
@@ -38,13 +37,14 @@ def summarise(cells: Iterable[Cell]) -> dict[str, Any]:
         cells: of any suites, in any order; of two for the same place the later counts.
 
     Returns:
-        ``{"suites": [{"name", "title", "kind", "tasks", "conditions", "splits", "groups", "rows"}]}``; groups tell
-        which tasks are held-in and which held-out in each split. A row is a method in a variant on a split: method,
-        variant, title, family, part ("floor", "fused" or "ceiling"), section (its heading in tables), split, seeds,
-        scores, means, normalised, drop, cost, stored, active, fuse_cpu_seconds, seconds (of the clean evaluation),
-        peak_bytes, parameters, command, versions, shas, machine. ``scores[condition][task]`` has score, ci95 (None
-        where there was none), spread, n and, where some seeds failed, note; or status and reason. Suites, tasks,
-        conditions, splits and rows are in the order in which tables show them.
+        ``{"suites": [{"name", "title", "kind", "head", "tasks", "conditions", "splits", "groups", "rows"}]}``; groups
+        tell which tasks are held-in and which held-out in each split. A row is a method in a variant on a split:
+        method, variant, title, family, part ("floor", "fused" or "ceiling"), section (its heading in tables), split,
+        seeds, scores, means, normalised, drop, cost, stored, active, fuse_cpu_seconds, seconds (of the clean
+        evaluation), peak_bytes, parameters, command, versions, shas, machine. ``scores[condition][task]`` has score,
+        ci95 (None where there was none), spread, n and, where some seeds failed, note; or status and reason. Suites,
+        tasks, conditions, splits and rows are in the order in which tables show them.
+
     """
     suites: dict[str, list[Cell]] = {}
     for cell in {cell.place: cell for cell in cells}.values():
@@ -63,13 +63,10 @@ class _Suite:
     def declared(self) -> Any:
         """The suite's own file; None for one that is not ours."""
         try:
-            from hf_fusion.bench.suite import load_suite
+            from hf_fusion.bench.suite import load_suite, suite_names
         except ImportError:
             return None
-        try:
-            return load_suite(self.name)
-        except FusionError:
-            return None
+        return load_suite(self.name) if self.name in suite_names() else None  # a stranger's name is no path
 
     @cached_property
     def tasks(self) -> dict[str, dict[str, Any]]:
@@ -134,6 +131,7 @@ class _Suite:
             "name": self.name,
             "title": self.declared.title if self.declared else self.name,
             "kind": self.declared.kind if self.declared else "",
+            "head": self.declared.head if self.declared else "",
             "tasks": list(self.tasks.values()),
             "conditions": sorted({cell.condition for cell in self.cells}, key=_condition_place),
             "splits": splits,

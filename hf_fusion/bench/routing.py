@@ -15,7 +15,7 @@ import torch
 from hf_fusion.bench import fusion, merging_methods
 from hf_fusion.bench.fusion import FusionSetting
 from hf_fusion.bench.scoring import METRICS, Answered, answers
-from hf_fusion.bench.setting import MAX_LENGTH, Batch, Setting, multiplications
+from hf_fusion.bench.setting import MAX_LENGTH, ROWS_COUNTED, Batch, Setting, multiplications
 from hf_fusion.bench.suite import Suite, UnseenSplit, expert_path
 from hf_fusion.bench.systems import CLEAN, TEST, LeftOut, System, everything, seeded, share_batches
 from hf_fusion.errors import FusionError
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 TOP_K = 2
-ROWS_COUNTED = 8  # of a batch whose multiplications are counted
 HEADS = "the experts bring heads of their own, without which their base has no answers"
 
 
@@ -40,7 +39,7 @@ class RoutingSetting(Setting):
 
     Args:
         suite: of the kind "routing".
-        data_dir, limit, tuned_on, batch_size, device: see `Setting`.
+        data_dir, limit, tuned_on, batch_size, device, allow_pickle: see `Setting`.
 
     Attributes:
         experts: all of the suite, under its names.
@@ -49,12 +48,13 @@ class RoutingSetting(Setting):
     """
 
     def __init__(
-        self, suite: Suite, data_dir: Path | None, limit: int, tuned_on: int, batch_size: int = 16, device: str = "cpu"
-    ) -> None:
-        super().__init__(suite, data_dir, limit, tuned_on, batch_size, device)
+        self, suite: Suite, data_dir: Path | None, limit: int, tuned_on: int, batch_size: int = 16, device: str = "cpu",
+        allow_pickle: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(suite, data_dir, limit, tuned_on, batch_size, device, allow_pickle)
         start = None if suite.base is None else expert_path(suite.base, suite.build)
         sources = [expert_path(source, suite.build) for source in suite.experts.values()]
-        loaded = load_experts(sources, base=start)
+        loaded = load_experts(sources, base=start, allow_pickle=allow_pickle)
         if full := [name for name, own in zip(suite.experts, loaded, strict=True) if own.adapter is None]:
             raise FusionError(f"{full[0]} is a whole model, and only adapters are routed", hint="kind: merging")
         self.experts = [replace(own, name=name) for name, own in zip(suite.experts, loaded, strict=True)]
@@ -371,7 +371,15 @@ def merged(setting: RoutingSetting, split: UnseenSplit, seed: int, by: str, **pa
 static = partial(merged, by="static")
 weighted_average = partial(merged, by="weighted_average")
 regmean_pp = partial(merged, by="regmean_pp")
-emr = partial(merged, by="emr")
+
+
+def emr(setting: RoutingSetting, split: UnseenSplit, seed: int) -> System:
+    """EMR has a mask for each task.
+
+    Raises:
+        LeftOut: always.
+    """
+    raise LeftOut("it takes the mask of a row's task, which is not told here")
 
 
 def smile(setting: RoutingSetting, split: UnseenSplit, seed: int, rank: int) -> System:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.bench.choices import right_choice
+from hf_fusion.bench.choices import right_choices
 from hf_fusion.bench.suite import OUR_COLUMNS, Suite, Task, is_hub_id
 from hf_fusion.errors import FusionError, one_line, shown
 from hf_fusion.hub.files import split_revision
@@ -28,14 +29,20 @@ class Rows:
     """The rows of a task; columns text, text_pair and label; or image and label; or prompt and target.
 
     Attributes:
-        train: what its expert was trained on, or could have been; None where the data set has no such split.
-        fit: what may be learned from: neither of the others.
+        fit: what may be learned from: neither of the others. (A text that stands twice in a train split that is cut may
+            stand in both parts.)
         test: what is measured.
+        load_train: reads `train`, which may be large and is seldom wanted.
     """
 
-    train: Dataset | None
     fit: Dataset
     test: Dataset
+    load_train: Callable[[], Dataset | None]
+
+    @cached_property
+    def train(self) -> Dataset | None:
+        """What its expert was trained on, or could have been; None where the data set has no such split."""
+        return self.load_train()
 
 
 def task_rows(suite: Suite, task: str, data_dir: str | Path | None = None) -> Rows:
@@ -52,19 +59,31 @@ def task_rows(suite: Suite, task: str, data_dir: str | Path | None = None) -> Ro
     if task not in suite.tasks:
         raise FusionError(f"{suite.name} has no task {task!r}", hint=f"use one of {', '.join(suite.tasks)}")
     own = suite.tasks[task]
-    scheme, _, name = own.data.partition(":")
-    if is_hub_id(own.data):
-        parts = _hub_parts(own)
-    elif scheme == "data":
-        parts = stored_parts(data_dir, name)
+    split, file = own.fitting.split, str(suite.path)
+    parts = {part: ours(rows, own, file) for part, rows in _parts(own, {split, "test"}, data_dir).items()}
+    train, fit, test = divide(parts, split, own.fitting.share)
+
+    def load_train() -> Dataset | None:
+        found = [] if train is not None else [*_parts(own, {"train"}, data_dir).values()]
+        return _without(ours(found[0], own, file), test, fit) if found else train
+
+    return Rows(fit, test, load_train)
+
+
+def _parts(task: Task, wanted: Collection[str], data_dir: str | Path | None) -> Parts:
+    """Some of the parts of a task's data set, those that it has."""
+    scheme, _, name = task.data.partition(":")
+    if is_hub_id(task.data):
+        splits = {task.fitting.split: task.fitting.split, "train": task.train, "test": task.test}
+        return {part: _hub_split(task, own) for part, own in splits.items() if own is not None and part in wanted}
+    if scheme == "data":
+        found = stored_parts(data_dir, name)
     else:
         package, _, rest = name.partition("/")
         if package not in PACKAGES:
-            raise FusionError(f"{own.data} is no source of rows", hint=f"package: one of {', '.join(PACKAGES)}")
-        parts = PACKAGES[package](rest, data_dir)
-    parts = {part: ours(rows, own, str(suite.path)) for part, rows in parts.items()}
-    train, fit, test = divide(parts, own.fitting.split, own.fitting.share)
-    return Rows(train, fit, test)
+            raise FusionError(f"{task.data} is no source of rows", hint=f"package: one of {', '.join(PACKAGES)}")
+        found = PACKAGES[package](rest, data_dir)
+    return {part: rows for part, rows in found.items() if part in wanted}
 
 
 def divide(parts: Parts, split: str = "train", share: float = 0.15) -> tuple[Any, Dataset, Dataset]:
@@ -83,6 +102,7 @@ def divide(parts: Parts, split: str = "train", share: float = 0.15) -> tuple[Any
         return kept, fit, test
     if split == "test":
         test, fit = _cut(test, share)
+        fit = _without(fit, test)
     else:
         fit = _without(parts[split], test)
         fit = fit if share == 1 else _cut(fit, share)[1]
@@ -108,6 +128,8 @@ def _contents(rows: Dataset) -> list[Hashable]:
     if "image" in rows.column_names:
         return [image["bytes"] for image in rows.cast_column("image", Image(decode=False))["image"]]
     columns = [rows[name] for name in ("text", "text_pair", "prompt") if name in rows.column_names]
+    if "choices" in rows.column_names:  # some prompts ask for nothing but the choice
+        columns.append([tuple(own) for own in rows["choices"]])
     return list(zip(*columns, strict=True))
 
 
@@ -123,8 +145,9 @@ def ours(rows: Dataset, task: Task, file: str = "") -> Dataset:
         file: where the task is declared, for errors.
 
     Returns:
-        Columns prompt and target for a task with a prompt, and choices where they are ranked; else those of
-        `OUR_COLUMNS` that are there. Labels are classes of the names that the task gives, or of the data set's own.
+        Columns prompt and target for a task with a prompt, with choices and which are right where they are ranked; else
+        those of `OUR_COLUMNS` that are there. Labels are classes of the names that the task gives, or of the data
+        set's own.
 
     Raises:
         FusionError: a declared column is missing, or a label is none of the classes.
@@ -180,8 +203,9 @@ def _prompted(rows: Dataset, task: Task, label: str, file: str) -> Dataset:
                 _need(re.split(r"[.\[]", name)[0], rows, task, file)
 
     is_ranked = task.metric == "ranked"
-    if is_ranked and task.choices:
-        _need(task.choices, rows, task, file)
+    for column in (task.choices, task.worth) if is_ranked else ():
+        if column:
+            _need(column, rows, task, file)
 
     def one(row: dict[str, Any], number: int) -> dict[str, Any]:
         answer = answers[_place(row[label], task, file)] if task.words else answers[0]
@@ -194,7 +218,8 @@ def _prompted(rows: Dataset, task: Task, label: str, file: str) -> Dataset:
                 f"{task.data} has a row without choices: {shown(written['prompt'][:60])}",
                 hint=f"metric: exact, for the task {task.name} in {file}",
             )
-        return {**written, "target": choices[right_choice(written["target"], choices)], "choices": choices}
+        right = right_choices(written["target"], choices, row[task.worth] if task.worth else None)
+        return {**written, "target": choices[right[0]], "choices": choices, "right": right}
 
     return rows.map(one, with_indices=True, remove_columns=rows.column_names)
 
@@ -256,12 +281,6 @@ def _reactions(_: str, data_dir: str | Path | None) -> Parts:
     return {"test": reactions()}
 
 
-def _hub_parts(task: Task) -> Parts:
-    """The splits of a data set on the Hub that a task names."""
-    names = {task.fitting.split: task.fitting.split, "train": task.train, "test": task.test}
-    return {part: _hub_split(task, name) for part, name in names.items() if name is not None}
-
-
 def _hub_split(task: Task, split: str) -> Dataset:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
@@ -279,7 +298,10 @@ def _hub_split(task: Task, split: str) -> Dataset:
         raise FusionError(f"{task.data}: {one_line(error)}", hint=hint) from None
     # the Hub keeps what a loading script gives as parquet on a branch of its own
     files = f"hf://datasets/{name}@refs%2Fconvert%2Fparquet/{task.config or 'default'}/{split}/*.parquet"
-    return load_dataset("parquet", data_files=files, split="train")
+    try:
+        return load_dataset("parquet", data_files=files, split="train")
+    except OSError as error:  # of the Hub's client as well
+        raise FusionError(f"{task.data} has only a script, and no parquet ({one_line(error)})", hint=hint) from None
 
 
 PACKAGES: dict[str, Callable[[str, Any], Parts]] = {"digits": _digits, "language": _language, "reactions": _reactions}

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import platform
-import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,21 +14,21 @@ from typing import Any
 
 import torch
 
+from hf_fusion.bench.binding import bind, check_bound, shas
 from hf_fusion.bench.cells import CLEAN, Cell, read_cells, write_cell
 from hf_fusion.bench.conditions import conditions
+from hf_fusion.bench.memory import forget_peak, peak_bytes
 from hf_fusion.bench.methods import METHODS, chosen
 from hf_fusion.bench.scoring import METRICS, Scored, score
-from hf_fusion.bench.suite import Suite, UnseenSplit, expert_path, load_suite
+from hf_fusion.bench.suite import Suite, UnseenSplit, load_suite
 from hf_fusion.bench.systems import FIT, TEST, LeftOut, System, everything
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluate import machine
-from hf_fusion.hub.files import hub_api, repo_of
 
 logger = logging.getLogger(__name__)
 
 DEFAULT, TUNED = "default", "tuned"
 LIBRARIES = ("hf_fusion", "torch", "transformers", "datasets", "evaluate")
-SETTINGS_FILE = ".settings.json"  # beside a suite's cells: what all of them have in common
 # kind of suite -> what makes it ready
 SETTINGS = {
     "merging": "merging:MergingSetting",
@@ -62,6 +59,7 @@ def run_suite(
     tuned_on: int = 100,
     batch_size: int = 16,
     device: str | None = None,
+    allow_pickle: bool = False,
     command: str = "",
     tell: Callable[[str], None] = logger.info,
 ) -> list[Cell]:
@@ -83,6 +81,7 @@ def run_suite(
         tuned_on: rows of each task that parameters are tuned on.
         batch_size: rows at once.
         device: where it runs; by default what `accelerate` chooses.
+        allow_pickle: also read experts that have no safetensors.
         command: kept in the cells.
         tell: gets a line about each model, with the time that is left.
 
@@ -104,7 +103,8 @@ def run_suite(
     splits = [everything(suite), *_splits(suite, unseen)]
     wanted = [CLEAN, *conditions(corruptions, suite.head.endswith(("image", "image-classification")))]
     folder = Path(output)
-    _check_settings(folder, suite, {"limit": limit, "tuned_on": tuned_on})
+    settings = {"limit": limit, "tuned_on": tuned_on}
+    check_bound(folder, suite, settings)
     names = chosen(methods, suite.kind)
     jobs = [
         Job(method, split, seed)
@@ -120,9 +120,12 @@ def run_suite(
     if todo:
         make = SETTINGS[suite.kind]
         runner.setting = _named(make)(
-            suite, data_dir and Path(data_dir), limit, tuned_on, batch_size, device or str(state.device)
+            suite, data_dir and Path(data_dir), limit, tuned_on, batch_size, device or str(state.device), allow_pickle
         )
         _check_rows(runner.setting, suite)
+        if state.is_main_process:
+            bind(folder, suite, settings)
+        state.wait_for_everyone()
         runner.run(todo, tell)
     state.wait_for_everyone()
     return [cell for cell in read_cells(folder / suite.name) if cell.suite == suite.name]
@@ -145,6 +148,11 @@ class _Runner:
             "versions": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
         }
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether models run there."""
+        return str(self.setting.device).startswith("cuda")
+
     # ---------------------------------------------------------------- which cells
 
     def cells(self, job: Job) -> Iterator[Cell]:
@@ -158,7 +166,7 @@ class _Runner:
                         yield Cell(
                             method=name, task=task, family=row.family, variant=variant, condition=condition,
                             split=job.split.name, seed=job.seed, metric=self.suite.tasks[task].metric,
-                            group="held-in" if self.suite.owner(task) in job.split.fuse else "held-out", **self.common,
+                            group="held-in" if self.suite.is_fused(task, job.split) else "held-out", **self.common,
                         )  # fmt: skip
 
     def missing(self, job: Job) -> bool:
@@ -199,6 +207,7 @@ class _Runner:
     def measure(self, job: Job) -> str:
         """Fuses, asks, writes; says what came out."""
         row = METHODS[job.method]
+        forget_peak(self.on_gpu)
         started, cpu = time.perf_counter(), time.process_time()
 
         def spent() -> dict[str, float]:
@@ -246,13 +255,11 @@ class _Runner:
         if asked not in self._asked:  # where the defaults are best, the tuned model is the same one
             self._asked[asked] = score(system.answer(cell.task, cell.condition, TEST), cell.metric)
         found, seconds = self._asked[asked], time.perf_counter() - started
-        on_gpu = torch.cuda.is_available()
         cell = replace(
             cell, score=found.score, ci95=found.ci95, n=found.n, parameters=system.parameters,
-            seconds=seconds, cpu_seconds=time.process_time() - cpu, gpu_seconds=seconds if on_gpu else 0.0,
-            peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            stored=system.stored, active=system.active, cost=system.cost, shas=self.shas(), **times,
+            seconds=seconds, cpu_seconds=time.process_time() - cpu, gpu_seconds=seconds if self.on_gpu else 0.0,
+            peak_bytes=peak_bytes(self.on_gpu),
+            stored=system.stored, active=system.active, cost=system.cost, shas=shas(self.suite), **times,
         )  # fmt: skip
         self.write(cell)
         return cell
@@ -288,7 +295,7 @@ class _Runner:
     def validation(self, job: Job, system: System) -> float:
         """The mean score over the fused tasks, on the rows to tune on; where less is better, less than nothing."""
         total = 0.0
-        tasks = [task for task in self.suite.tasks if self.suite.owner(task) in job.split.fuse]
+        tasks = [task for task in self.suite.tasks if self.suite.is_fused(task, job.split)]
         if not tasks:
             raise LeftOut("none of the suite's tasks has an expert, so there are no rows to tune on")
         for task in tasks:
@@ -296,11 +303,6 @@ class _Runner:
             value = score(system.answer(task, CLEAN, FIT), metric).score
             total += value if METRICS[metric].more else -value
         return total / len(tasks)
-
-    def shas(self) -> dict[str, str]:
-        """Commits of the base and the experts, or digests of their weights."""
-        sources = [*([self.suite.base] if self.suite.base else []), *self.suite.experts.values()]
-        return {source: _sha(source, self.suite.build) for source in sources}
 
 
 def _problem(error: Exception) -> dict[str, Any]:
@@ -310,19 +312,6 @@ def _problem(error: Exception) -> dict[str, Any]:
     logger.debug("failed", exc_info=error)
     kind = "" if isinstance(error, FusionError) else f"{type(error).__name__}: "
     return {"status": "failed", "reason": kind + " ".join(str(error).split())[:400]}
-
-
-@cache
-def _sha(source: str, build: str | None) -> str:
-    """The commit of a source, or of files the digest of its weights."""
-    path = expert_path(source, build)
-    if not isinstance(path, Path):
-        repo, revision = repo_of(path)
-        return str(hub_api(None).model_info(repo, revision=revision).sha)
-    digest = hashlib.sha256()
-    for file in sorted(path.glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def _splits(suite: Suite, words: Sequence[str]) -> list[UnseenSplit]:
@@ -350,27 +339,6 @@ def _check_rows(setting: Any, suite: Suite) -> None:
             return
     if problem:
         raise problem
-
-
-def _check_settings(folder: Path, suite: Suite, settings: dict[str, int]) -> None:
-    """A folder holds cells of one kind: other rows would not compare.
-
-    Raises:
-        FusionError: it holds others.
-    """
-    file = folder / suite.name / SETTINGS_FILE
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(settings), encoding="utf-8")
-        return
-    before = json.loads(file.read_text(encoding="utf-8"))
-    for name, value in settings.items():
-        if before.get(name) != value:
-            option = f"--{name.replace('_', '-')}"
-            raise FusionError(
-                f"{folder} holds cells of {suite.name} with {option} {before.get(name)}, not {value}",
-                hint=f"{option} {before.get(name)}, or --output another folder",
-            )
 
 
 def _named(place: str | Callable[..., Any] | None) -> Any:

@@ -37,6 +37,8 @@ class BenchMetric:
     more: bool = True
 
 
+WRITTEN_TOKENS = 128  # of an answer that does not end before
+
 # What a suite's tasks may ask for. "exact" and "tokens" need no text to be written: greedy decoding gives exactly the
 # target if and only if each of its tokens is the likeliest after those before it.
 METRICS = {
@@ -171,16 +173,15 @@ def _losses(model: Any, inputs: Mapping[str, Any]) -> tuple[list[float], list[fl
 
 
 def _texts(model: Any, inputs: Mapping[str, Any], tokenizer: Any) -> tuple[list[str], list[str]]:
-    """Greedy answers to prompts, one row after the other so that none is padded, and the targets."""
+    """Greedy answers to prompts of `WRITTEN_TOKENS` at most, row by row so that none is padded, and the targets."""
     written, right = [], []
-    most = int((inputs["labels"] != IGNORED).sum(1).max()) + 8
     for row in range(len(inputs["labels"])):
         target = inputs["labels"][row] != IGNORED
         prompt = inputs["attention_mask"][row].bool()
         if not model.config.is_encoder_decoder:
             prompt &= ~target
         given = {name: inputs[name][row][prompt][None] for name in ("input_ids", "attention_mask")}
-        sequence = model.generate(**given, max_new_tokens=most, do_sample=False)[0]
+        sequence = model.generate(**given, max_new_tokens=WRITTEN_TOKENS, do_sample=False, num_beams=1)[0]
         answer = sequence if model.config.is_encoder_decoder else sequence[given["input_ids"].shape[1] :]
         written.append(tokenizer.decode(answer, skip_special_tokens=True))
         right.append(tokenizer.decode(inputs["labels"][row][target], skip_special_tokens=True))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 MAX_LENGTH = 512  # of texts, in tokens
+ROWS_COUNTED = 8  # whose multiplications are counted
 Batch = tuple[list[int], dict[str, Any]]
 
 
@@ -36,16 +37,18 @@ class Setting:
         tuned_on: rows of each task that parameters are tuned on: from `Rows.fit`.
         batch_size: rows at once.
         device: where models run.
+        allow_pickle: also read experts that have no safetensors.
 
     Attributes:
         given: all of these, to make the setting of another kind.
     """
 
     def __init__(
-        self, suite: Suite, data_dir: Path | None, limit: int, tuned_on: int, batch_size: int = 16, device: str = "cpu"
-    ) -> None:
-        self.suite, self.batch_size, self.device = suite, batch_size, device
-        self.given = (suite, data_dir, limit, tuned_on, batch_size, device)
+        self, suite: Suite, data_dir: Path | None, limit: int, tuned_on: int, batch_size: int = 16, device: str = "cpu",
+        allow_pickle: bool = False,
+    ) -> None:  # fmt: skip
+        self.suite, self.batch_size, self.device, self.allow_pickle = suite, batch_size, device, allow_pickle
+        self.given = (suite, data_dir, limit, tuned_on, batch_size, device, allow_pickle)
         self._limits = {TEST: limit, FIT: tuned_on}
         self.rows: Callable[[str], Rows] = cache(partial(task_rows, suite, data_dir=data_dir))
 

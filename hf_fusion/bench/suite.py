@@ -84,6 +84,7 @@ class Task:
         words: of language models: the answer for each class, with columns in braces where it differs by row.
         target: of language models: the answer, with the data set's columns in braces.
         choices: of language models whose answers are ranked: the data set's column that lists them; default: the words.
+        worth: the column that says what each is worth, where several may be right.
         fitting: which rows may be learned from.
     """
 
@@ -101,6 +102,7 @@ class Task:
     words: tuple[str, ...] = ()
     target: str | None = None
     choices: str | None = None
+    worth: str | None = None
     fitting: Fitting = Fitting()
 
 
@@ -158,6 +160,10 @@ class Suite:
     def is_local(self) -> bool:
         """Whether its experts lie on this machine, or can be made here: none comes from the Hub."""
         return not any(map(is_hub_id, self.experts.values()))
+
+    def is_fused(self, task: str, split: UnseenSplit) -> bool:
+        """Whether a split fuses a task's own expert, which it names by the task or by the expert."""
+        return task in split.fuse and self.tasks[task].expert is not None or self.owner(task) in split.fuse
 
     def owner(self, task: str) -> str | None:
         """The name of the expert that was trained on a task; None for a held-out one."""
@@ -331,6 +337,7 @@ _TASK: dict[str, Check] = {
     "words": _LIST,
     "target": _MAYBE,
     "choices": _MAYBE,
+    "worth": _MAYBE,
     "fitting": (lambda value: isinstance(value, Mapping), "split and share"),
 }
 _FITTING: dict[str, Check] = {

@@ -15,12 +15,12 @@ from hf_fusion.intervals import Score, mean_of
 
 Row = Mapping[str, Any]
 
-_OWN_HEAD = "answers with one task's head, and no row tells its task"
 _NO_LABELS = "learns from the classes of answers, and there are none"
+_MERGES = ("floor", "merge", "data", "learned", "mixture", "ceiling")
 NOT_FOR = {
     ("merging", "fusion"): "fuses answers over labels that all tasks share; here each task has its own, and is told",
-    ("merging", "routing"): "routes among adapters of one base, and these are models of their own",
-    **{("fusion", family): _OWN_HEAD for family in ("floor", "merge", "data", "learned", "mixture", "ceiling")},
+    ("merging", "routing"): "routes among adapters where no row tells its task; here each row does",
+    **{("fusion", family): "answers with one task's head, and no row tells its task" for family in _MERGES},
     ("routing", "ensemble"): "would have to ask language models together for every token",
     ("routing", "learned"): _NO_LABELS,
     ("routing", "mixture"): _NO_LABELS,
@@ -28,6 +28,7 @@ NOT_FOR = {
     ("routing", "ceiling"): "the suite names no model that was trained on all its tasks",
 }
 """(kind of a suite, family) -> why methods of the family that are not for such suites are not."""
+HEARD = "the experts are heard as they are, and nothing is merged"  # of language models, which have no heads
 
 
 @dataclass(frozen=True)
@@ -185,9 +186,10 @@ def cost_table(suite: Row) -> Table | None:
         Column("cost", _cost),
     ]
     caption = (
-        "fusing: with fitting, adapting and tuning. evaluation: of the clean rows of all tasks. stored, active: "
-        "millions of parameters of the model, and of those that one example meets. cost: multiplications of a "
-        "forward, as a multiple of the base's."
+        "fusing: with fitting, adapting and tuning. evaluation: of the clean rows of all tasks; what several methods "
+        "share, as single experts' answers, is asked once, for the first of them. stored, active: millions of "
+        "parameters of the model, and of those that one example meets. peak: of the process's memory. cost: "
+        "multiplications of a forward, as a multiple of the base's."
     )
     return _table(f"{suite['name']}-cost", f"{suite['title']}: what it takes", columns, rows, caption)
 
@@ -283,7 +285,9 @@ def _overview_column(suite: Row, variant: str, group: str) -> Column:
         if variant != "default" and (method is None or method.tune is None):
             return ""
         if method is not None and suite["kind"] and not method.at(suite["kind"]):
-            return NOT_FOR.get((suite["kind"], method.family), f"not run on suites of the kind {suite['kind']}")
+            if suite["kind"] == "fusion" and method.family in _MERGES and suite["head"] in ("causal-lm", "seq2seq-lm"):
+                return HEARD
+            return NOT_FOR.get((suite["kind"], method.family), f"is for suites of the kind {method.kind}")
         return "not run"
 
     title = suite["name"] if variant == "default" else f"{suite['name']}, {variant}"

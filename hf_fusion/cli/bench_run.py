@@ -8,6 +8,8 @@ from pathlib import Path
 
 from .output import Out
 
+BATCH_SIZE = 16
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is measured, on what, how often."""
@@ -21,8 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--unseen", nargs="+", default=[], metavar="SPLIT", help="splits into fused and tested tasks, or all")
     add("--limit", type=int, default=500, metavar="N", help="test rows of each task (default: 500)")
     add("--tuned-on", type=int, default=100, metavar="N", help="rows of each task to tune on (default: 100)")
-    add("--batch-size", type=int, default=16, metavar="N", help="rows at once (default: 16)")
+    add("--batch-size", type=int, default=BATCH_SIZE, metavar="N", help="rows at once (default: 16)")
     add("--device", metavar="NAME", help="default: what accelerate chooses")
+    add("--allow-pickle", action="store_true", help="also read experts that have no safetensors, if you trust them")
 
 
 def run(args: argparse.Namespace, out: Out) -> None:
@@ -30,6 +33,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
     from datasets import disable_progress_bars
 
     from hf_fusion.bench.run import run_suite
+    from hf_fusion.merging.processes import is_main
 
     disable_progress_bars()  # each data set would draw three
     cells = run_suite(
@@ -44,9 +48,12 @@ def run(args: argparse.Namespace, out: Out) -> None:
         tuned_on=args.tuned_on,
         batch_size=args.batch_size,
         device=args.device,
+        allow_pickle=args.allow_pickle,
         command=command(args),
         tell=out.log,
     )
+    if not is_main():
+        return
     counts = {status: sum(cell.status == status for cell in cells) for status in ("measured", "left out", "failed")}
     out.result(f"{args.suite}: {len(cells)} cells", **counts, folder=args.output)
     out.hint(f"hf-fusion bench report {args.output}")
@@ -59,4 +66,6 @@ def command(args: argparse.Namespace) -> str:
     for name in ("methods", "seeds", "corruptions", "unseen"):
         if values := getattr(args, name):
             words += [f"--{name}", *map(str, values)]
-    return shlex.join([*words, "--limit", str(args.limit), "--tuned-on", str(args.tuned_on)])
+    words += ["--limit", str(args.limit), "--tuned-on", str(args.tuned_on)]
+    words += [] if args.batch_size == BATCH_SIZE else ["--batch-size", str(args.batch_size)]
+    return shlex.join([*words, *(["--allow-pickle"] if args.allow_pickle else [])])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -50,7 +51,7 @@ def write_expert(source: Source, file: Path, number: int) -> Path:
         with _LOCK:  # experts are asked for in several threads; the file is indexed once
             experts = _experts(file, source.name)
         if number not in experts:
-            raise FusionError(f"{source.name} has the experts #0 to #{len(experts) - 1}, not #{number}.")
+            raise FusionError(f"{source.name} has the experts #{min(experts)} to #{max(experts)}, not #{number}.")
         layers = experts[number]
         tensors = {}
         for path, own in layers.items():
@@ -75,6 +76,14 @@ def write_expert(source: Source, file: Path, number: int) -> Path:
     return made_once(cache_folder() / "phatgoose" / f"{repo}-{source.revision}" / str(number), make)
 
 
+def _is_low_rank(own: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a layer's tensors are (d_in, r) and (r, d_out)."""
+    first, second = own.get("layer1"), own.get("layer2")
+    if first is None or second is None:
+        return False
+    return first.dim() == second.dim() == 2 and first.shape[1] == second.shape[0]
+
+
 @cache
 def _experts(file: Path, name: str) -> dict[int, Layers]:
     """All experts of a checkpoint; the tensors stay in the file until they are asked for."""
@@ -91,12 +100,12 @@ def _experts(file: Path, name: str) -> dict[int, Layers]:
         raise FusionError(reason, hint="fetch it again") from error
     experts: dict[int, Layers] = {}
     for key, tensor in stored.items() if isinstance(stored, dict) else ():
-        if match := _KEY.fullmatch(str(key)):
+        if (match := _KEY.fullmatch(str(key))) and isinstance(tensor, torch.Tensor):
             experts.setdefault(int(match[3]), {}).setdefault(match[1], {})[match[2]] = tensor
     experts = {
         number: found
         for number, layers in sorted(experts.items())
-        if (found := {path: own for path, own in layers.items() if {"layer1", "layer2"} <= own.keys()})
+        if (found := {path: own for path, own in layers.items() if _is_low_rank(own)})
     }
     if not experts:
         raise FusionError(f"{name}: {file.name} is no checkpoint of PHATGOOSE's authors.")

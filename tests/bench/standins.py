@@ -42,8 +42,8 @@ ROWS = 40
 
 # ---------------------------------------------------------------- data sets
 
-TEXT, NUMBER, FRACTION, PICTURE, FOUR = "text", "number", "fraction", "picture", "four"
-Column = str | list[str] | tuple[str | int, ...]  # a kind, the names of classes, or plain values
+TEXT, NUMBER, FRACTION, PICTURE, FOUR, WORTH = "text", "number", "fraction", "picture", "four", "worth"
+Column = str | list[str] | tuple[str, ...]  # a kind, the names of classes, or plain values
 
 
 @dataclass(frozen=True)
@@ -157,16 +157,9 @@ DATA: dict[str, dict[str, Stored]] = {
             ("train", "test", "validation"),
         )
     },
-    "LSDSem/story_cloze": {
-        "2016": Stored(
-            {"story_id": TEXT, **{f"input_sentence_{number}": TEXT for number in range(1, 5)},
-             "sentence_quiz1": TEXT, "sentence_quiz2": TEXT, "answer_right_ending": (1, 2)},
-            ("validation", "test"),
-        )
-    },
     "tasksource/bigbench": {
-        "*": Stored({"inputs": TEXT, "targets": FOUR, "multiple_choice_targets": FOUR, "idx": NUMBER},
-                    ("train", "validation"))
+        "*": Stored({"inputs": TEXT, "targets": FOUR, "multiple_choice_targets": FOUR,
+                     "multiple_choice_scores": WORTH, "idx": NUMBER}, ("train", "validation"))
     },
     "Yale-LILY/aeslc": {"default": Stored({"email_body": TEXT, "subject_line": TEXT}, _SUMMARY)},
 }
@@ -183,16 +176,17 @@ def rows(stored: Stored, split: str) -> Dataset:
         FRACTION: lambda row: round(float(chance.uniform(0, 5)), 1),
         PICTURE: lambda row: Pillow.fromarray(chance.integers(0, 256, (32, 32, 3), dtype=np.uint8)),
         FOUR: lambda row: [f"{word} {row}" for word in chance.choice(_WORDS, 4)],
+        WORTH: lambda row: [1, row % 2, 0, 0],
     }
     kinds = {TEXT: Value("string"), NUMBER: Value("int32"), FRACTION: Value("float32"), PICTURE: Image()}
-    kinds[FOUR] = Sequence(Value("string"))
+    kinds |= {FOUR: Sequence(Value("string")), WORTH: Sequence(Value("int32"))}
     columns, features = {}, {}
     for name, kind in stored.columns.items():
         if isinstance(kind, list):
             features[name] = ClassLabel(names=kind)
             columns[name] = [int(chance.integers(len(kind))) for _ in range(ROWS)]
         elif isinstance(kind, tuple):
-            features[name] = Value("string" if isinstance(kind[0], str) else "int32")
+            features[name] = Value("string")
             columns[name] = [kind[int(chance.integers(len(kind)))] for _ in range(ROWS)]
         else:
             features[name] = kinds[kind]

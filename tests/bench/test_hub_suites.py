@@ -115,7 +115,7 @@ def test_rows_of_all_suites_come_with_our_columns(hub, python):
     for key, (parts, columns, classes) in found.items():
         name, task = key.split()
         own = load_suite(name).tasks[task]
-        written = {"prompt", "target", *(["choices"] if own.metric == "ranked" else [])}
+        written = {"prompt", "target", *(["choices", "right"] if own.metric == "ranked" else [])}
         want = written if own.prompt else set(columns) & {"text", "text_pair", "image", "label"}
         assert set(columns) == want
         assert own.prompt or "label" in columns

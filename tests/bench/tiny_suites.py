@@ -56,7 +56,7 @@ def labelled(given: list, said: list[int], classes: list[str], column: str, seed
 
 
 def store(folder: Path, task: str, parts: dict[str, Dataset]) -> None:
-    (folder / "data" / task).mkdir(parents=True)
+    (folder / "data" / task).mkdir(parents=True, exist_ok=True)
     for part, rows in parts.items():
         rows.to_parquet(folder / "data" / task / f"{part}.parquet")
 

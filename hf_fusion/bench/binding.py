@@ -1,0 +1,98 @@
+"""What all cells of a suite in a folder have in common, kept beside them: other rows or weights would not compare."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hf_fusion.bench.suite import Suite, Task, expert_path
+from hf_fusion.errors import FusionError
+from hf_fusion.hub.files import hub_api, repo_of
+
+logger = logging.getLogger(__name__)
+
+FILE = ".settings.json"
+ANOTHER = "--output another folder"
+
+
+def check_bound(folder: Path, suite: Suite, settings: Mapping[str, int]) -> None:
+    """Whether cells measured like this may go into a folder, or are there.
+
+    Raises:
+        FusionError: it holds cells of other rows or weights.
+    """
+    before = _read(folder, suite)
+    for name, value in settings.items():
+        if before.get(name, value) != value:
+            option = f"--{name.replace('_', '-')}"
+            raise FusionError(
+                f"{folder} holds cells of {suite.name} with {option} {before[name]}, not {value}",
+                hint=f"{option} {before[name]}, or --output another folder",
+            )
+    if before.get("tasks", _digest(suite)) != _digest(suite):
+        raise FusionError(f"{folder} holds cells of another {suite.name}: its tasks were not these", hint=ANOTHER)
+    for source, sha in before.get("shas", {}).items():
+        try:
+            now = _sha(source, suite.build)
+        except Exception:  # what is out of reach now has not changed for all we know
+            logger.debug("not compared: %s", source, exc_info=True)
+            continue
+        if now != sha:
+            raise FusionError(f"{folder} holds cells with {source} at {sha}, and it is at {now} now", hint=ANOTHER)
+
+
+def bind(folder: Path, suite: Suite, settings: Mapping[str, int]) -> None:
+    """Keeps, beside the cells of a suite, with what they are measured."""
+    before = _read(folder, suite)
+    now = {**settings, "tasks": _digest(suite), "shas": {**before.get("shas", {}), **shas(suite)}}
+    file = folder / suite.name / FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{FILE}.{os.getpid()}")
+    partial.write_text(json.dumps(now, indent=1), encoding="utf-8")
+    partial.replace(file)
+
+
+def shas(suite: Suite) -> dict[str, str]:
+    """Commits of the base and the experts, or digests of their weights."""
+    sources = [*([suite.base] if suite.base else []), *suite.experts.values()]
+    return {source: _sha(source, suite.build) for source in sources}
+
+
+def _read(folder: Path, suite: Suite) -> dict[str, Any]:
+    file = folder / suite.name / FILE
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise FusionError(f"{file} cannot be read", hint=f"delete it if all cells of {folder} are of one run") from None
+
+
+def _digest(suite: Suite) -> str:
+    """Of all that decides on the rows of the tasks and on how they are scored."""
+    usual = {row.name: row.default if row.default is not MISSING else None for row in fields(Task)}
+    tasks = {
+        name: {key: repr(value) for key in usual if (value := getattr(task, key)) != usual[key] and key != "expert"}
+        for name, task in suite.tasks.items()
+    }  # what a task leaves as it is usually does not count: a later version may know of more
+    return hashlib.sha256(json.dumps(tasks, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@cache
+def _sha(source: str, build: str | None) -> str:
+    """The commit of a source, or of files the digest of its weights."""
+    path = expert_path(source, build)
+    if not isinstance(path, Path):
+        repo, revision = repo_of(path)
+        return str(hub_api(None).model_info(repo, revision=revision).sha)
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
