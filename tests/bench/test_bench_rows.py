@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 from datasets import ClassLabel, Dataset
 
+from hf_fusion.bench.choices import likeliest, spread
 from hf_fusion.bench.rows import divide, ours, task_rows
+from hf_fusion.bench.scoring import Answered
 from hf_fusion.bench.suite import Task, expert_path, load_suite
 from hf_fusion.demo.language_suite import rows
 from hf_fusion.demo.rxnfp import FAMILIES, MODELS, rxnfp_folder
@@ -39,6 +41,11 @@ def test_without_train_rows():
     train, fit, test = divide({"test": texts(range(10))}, "test", 0.5)
     assert train is None
     assert numbers(fit) | numbers(test) == set(range(10))
+
+
+def test_what_is_tested_is_not_learned_from_though_it_stands_twice():
+    _, fit, test = divide({"test": texts([*range(20), *range(20)])}, "test", 0.5)
+    assert fit and not numbers(fit) & numbers(test)
 
 
 def test_the_language_suite_has_the_rows_of_its_experts():
@@ -140,9 +147,23 @@ def test_targets_are_written_from_columns():
     assert ours(rows, replace(from_one, columns={"label": "right"}))["target"][:] == ["v"]
 
 
+def test_choices_are_the_words_or_a_column_and_several_may_be_right():
+    choices, worth = [["no", "yes", "Yes"], ["no", "none"]], [[0, 1, 1], [0, 0]]
+    rows = table(text=["q", "r"], label=[1, 0], said=["Yes. Because.", "no"], all=choices, worth=worth)
+    by_words = ours(rows, declared(prompt=("{text}",), words=("{text}!", "b"), metric="ranked"))
+    assert by_words[0] == {"prompt": "q", "target": "b", "choices": ["q!", "b"], "right": [1]}
+    listed = declared(prompt=("{text}",), target="{said}", choices="all", metric="ranked")
+    assert [row["right"] for row in ours(rows, listed)] == [[2], [0]]  # what the target begins with
+    worth = ours(rows, replace(listed, worth="worth"))
+    assert [row["right"] for row in worth] == [[1, 2], [0]]
+    assert len(spread(worth)) == 5
+    assert likeliest(worth, [0.3, 0.2, 0.1, 0.5, 0.4]) == Answered([2, 1], [2, 0])
+
+
 FAULTS = {
     "has no column 'sentence'; it has text, label": {"columns": {"text": "sentence"}},
     "has no column 'q'": {"prompt": ("{q[0]}",), "target": "{text}"},
+    "has no column 'all'": {"prompt": ("{text}",), "target": "{text}", "choices": "all", "metric": "ranked"},
     "has no column 'gold'": {"prompt": ("{text}",), "words": ("a",), "columns": {"label": "gold"}},
     "has the label -1, which is none of 2 classes": {"classes": ("a", "b")},
     "has the label -1, which is none of 1 classes": {"prompt": ("{text}",), "words": ("a",)},

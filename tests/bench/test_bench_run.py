@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,8 +30,9 @@ from tiny_suites import (
 )
 
 from hf_fusion import load_experts
-from hf_fusion.bench import merging, run
+from hf_fusion.bench import binding, merging, run
 from hf_fusion.bench.cells import read_cells
+from hf_fusion.bench.memory import forget_peak, peak_bytes
 from hf_fusion.bench.methods import METHODS, Method, chosen
 from hf_fusion.bench.rows import task_rows
 from hf_fusion.bench.run import run_suite
@@ -354,6 +356,73 @@ def test_other_rows_do_not_go_into_the_same_folder(fine_tunes, merged):
     output, _ = merged
     with pytest.raises(FusionError, match=r"with --limit 24, not 5"):
         measure(fine_tunes, output, "average", limit=5)
+
+
+def test_other_weights_and_tasks_do_not_either(fine_tunes, tmp_path):
+    """Also where everything is measured already: that was of others."""
+    work, output = tmp_path / "work", tmp_path / "out"
+    shutil.copytree(fine_tunes, work)
+    path = work / "tiny.yaml"
+    path.write_text(path.read_text().replace(str(fine_tunes), str(work)))
+    measured = measure(work, output, "average")
+    assert scores(measure(work, output, "average")) == scores(measured)
+    usual = path.read_text()
+    path.write_text(usual.replace("  mood:", "  mood: {metric: f1}"))
+    with pytest.raises(FusionError, match="holds cells of another tiny: its tasks were not these"):
+        measure(work, output, "average")
+    path.write_text(usual)
+    state = load_file(work / "mood" / "model.safetensors")
+    save_file(
+        {name: 2 * tensor for name, tensor in state.items()}, work / "mood" / "model.safetensors", {"format": "pt"}
+    )
+    binding._sha.cache_clear()  # another day, another process
+    with pytest.raises(FusionError, match=r"holds cells with .*/mood at \w{12}, and it is at \w{12} now"):
+        measure(work, output, "average")
+    (output / "tiny" / binding.FILE).write_text("{")
+    with pytest.raises(FusionError, match="settings.json cannot be read"):
+        measure(work, output, "average")
+
+
+def test_what_did_not_begin_binds_nothing(fine_tunes, tmp_path):
+    with pytest.raises(FusionError, match="none was given"):
+        measure(fine_tunes, tmp_path, "average", data_dir=None)
+    assert measure(fine_tunes, tmp_path, "average", limit=5)["average", "default", "mood", "clean"].n == 5
+
+
+def test_experts_may_have_names_of_their_own_and_pickles_are_read_on_demand(fine_tunes, tmp_path, capsys):
+    (tmp_path / "old").mkdir()
+    for file in (fine_tunes / "mood").iterdir():
+        if file.name != "model.safetensors":
+            shutil.copy(file, tmp_path / "old")
+    torch.save(load_file(fine_tunes / "mood" / "model.safetensors"), tmp_path / "old" / "pytorch_model.bin")
+    (tmp_path / "tiny.yaml").write_text(
+        f"title: t\nkind: merging\nhead: sequence-classification\nbase: {fine_tunes}/base\n"
+        f"experts: {{a: {tmp_path}/old, b: {fine_tunes}/topic}}\n"
+        "defaults: {data: 'data:{task}', fitting: {split: train, share: 0.5}}\n"
+        "tasks:\n  mood: {expert: a}\n  topic: {expert: b}\n"
+    )
+    words = ["bench", "run", "--suite", str(tmp_path / "tiny.yaml"), "--data", str(fine_tunes / "data")]
+    words += ["--methods", "task_arithmetic", "individual", "--limit", "8", "--output", str(tmp_path / "out")]
+    assert main(words) == 1
+    assert "has only pickle weights" in capsys.readouterr().err
+    assert main([*words, "--allow-pickle"]) == 0
+    cells = read_cells(tmp_path / "out")
+    assert {(cell.status, cell.group) for cell in cells} == {("measured", "held-in")}
+    assert {cell.variant for cell in cells} == {"default", "tuned"}
+    assert all(cell.command.endswith("--allow-pickle") for cell in cells)
+
+
+def test_a_models_peak_is_its_own():
+    """Of what was freed before, nothing counts; half a gigabyte is seen."""
+    big = torch.ones(2**27)
+    forget_peak(on_gpu=False)
+    before = peak_bytes(on_gpu=False)
+    assert before > big.nbytes
+    del big
+    forget_peak(on_gpu=False)
+    assert peak_bytes(on_gpu=False) < before - 2**28
+    more = torch.ones(2**27)
+    assert peak_bytes(on_gpu=False) > more.nbytes
 
 
 @pytest.mark.slow
