@@ -211,7 +211,11 @@ def overview_table(summary: Row) -> Table:
         for variant in dict.fromkeys(["default", *(row["variant"] for row in rows_of(suite))]):
             columns.append(_overview_column(suite, variant, group))
     ordered = sorted(rows.values(), key=lambda row: PARTS.index(row["part"]))
-    caption = "Mean over the tasks of a suite, with its 95 % interval. Bold: the best fused model."
+    caption = (
+        "Mean over the tasks of a suite, with its 95 % interval. Bold: the best fused model. AdaMerging, Concrete and "
+        "WEMoE learn from the answers of their experts to unlabelled rows, and from the entropy of their own answers "
+        "where that is said."
+    )
     if any(variant != "default" for row in rows.values() for _, variant in row["by_column"]):
         caption += " Tuned: on rows kept apart; – without a note: nothing to tune."
     return _table("overview", "Methods and suites", columns, ordered, caption)
