@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -91,6 +93,14 @@ class Processes:
         except RuntimeError as error:  # torch's word for a connection that is gone
             reason = f"another of {self.count} processes is gone ({one_line(error)})"
             raise FusionError(reason, "see what it said; run it again") from None
+
+
+@atexit.register
+def _leave() -> None:
+    """A process that ends while the threads of its group still talk would abort, though its work is done."""
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def is_main() -> bool:

@@ -106,7 +106,7 @@ def train_gates(
                 "whitening": whitening and digest(whitening.mean),
                 "seed": seed,
             }
-            checkpoint = resumable(Path(output_dir), RUN_FILE, {**_run_of(loaded), **settings})
+            checkpoint = resumable(Path(output_dir), RUN_FILE, {**_run_of(loaded), **settings}, steps)
         with on_device(loaded.model, arguments.device):
             return _train(loaded, examples, arguments, checkpoint, whitening)
 

@@ -297,7 +297,8 @@ def _fit(
         checkpoint = None
         if output_dir:
             run = {"routers": digest(trained), "seed": seed, "tolerance": tolerance, **facts.for_config()}
-            checkpoint = resumable(Path(output_dir), RUN_FILE, {k: v for k, v in run.items() if k != "steps"})
+            del run["steps"]
+            checkpoint = resumable(Path(output_dir), RUN_FILE, run, steps)
         trainer.train(resume_from_checkpoint=checkpoint)
         watch.finish(trainer.state.global_step)
         facts.after = watch.look()

@@ -80,13 +80,16 @@ def on_device(model: Any, device: torch.device) -> Iterator[None]:
         model.to(before)
 
 
-def resumable(folder: Path, file: str, run: Mapping[str, Any]) -> str | None:
-    """The newest whole checkpoint of this very run in a folder, or None where there is none.
+def resumable(folder: Path, file: str, run: Mapping[str, Any], steps: int) -> str | None:
+    """The newest whole checkpoint of this very run in a folder from which there is something to train, or None.
+
+    From one that has all steps the Trainer would take one more.
 
     Args:
         folder: of the checkpoints; created if missing.
         file: name of the file in it that says whose they are.
         run: what decides the run, as JSON has it.
+        steps: of the run.
 
     Raises:
         FusionError: where the folder holds the checkpoints of another run.
@@ -102,7 +105,8 @@ def resumable(folder: Path, file: str, run: Mapping[str, Any]) -> str | None:
         raise FusionError(
             f"{folder} holds checkpoints of another run ({differing})", hint="use another output_dir, or remove it"
         )
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
+    found = {int(path.name.rpartition("-")[2]): str(path) for path in whole}
+    return found[max(left)] if (left := [step for step in found if step < steps]) else None
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:

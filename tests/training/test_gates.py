@@ -389,6 +389,14 @@ def test_the_prototype_of_an_update_that_is_none():
     assert zero.eq(0).all()
 
 
+def test_a_finished_run_comes_to_the_same_gates_again(tmp_path):
+    first, again = (
+        train_gates(make("llama"), WORDS, steps=5, batch_size=2, output_dir=tmp_path, use_cpu=True) for _ in range(2)
+    )
+    assert all(gate.equal(again.vectors[path]) for path, gate in first.vectors.items())
+    assert first.facts == again.facts
+
+
 RUN = """
 import sys
 sys.path[:0] = [{tests!r}, {here!r}]

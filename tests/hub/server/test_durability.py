@@ -150,7 +150,7 @@ def test_kill_during_pushes(tmp_path, start, rounds):
     api = HfApi(endpoint=endpoint, token=token)
     randomness = random.Random(0)
     pushed: list[dict[str, bytes]] = [{}]
-    interrupted: list = []
+    hit = 0
     for number in range(rounds):
         files = {f"file{n}.bin": os.urandom(randomness.randrange(1, 2_000_000)) for n in range(3)}
         files["README.md"] = f"---\nlicense: mit\n---\nround {number}".encode()
@@ -162,14 +162,13 @@ def test_kill_during_pushes(tmp_path, start, rounds):
             api.create_commit("alice/m", adds, commit_message=f"round {number}")
 
         def try_push(push=push) -> None:
-            try:
+            with suppress(Exception):  # whatever the client makes of a Hub that is gone
                 push()
-            except Exception:  # whatever the client makes of a Hub that is gone
-                interrupted.append(push)
 
         thread = threading.Thread(target=try_push)
         thread.start()
         time.sleep(randomness.uniform(0, 0.8))
+        hit += thread.is_alive()  # the client may have tried again until the Hub was back
         process.kill()
         process.wait()
         process, _ = start(root, port)
@@ -183,7 +182,7 @@ def test_kill_during_pushes(tmp_path, start, rounds):
     process.kill()
     process.wait()
     assert check(root) >= rounds + 1
-    assert interrupted or rounds < 10
+    assert hit or rounds < 10
 
 
 def contents(api: HfApi, folder: Path) -> dict[str, bytes]:
