@@ -157,13 +157,10 @@ def unseen_table(suite: Row) -> Table | None:
         column(split, group, f"{split}: {word}")
         for split in splits
         for group, word in ((HELD_IN, "fused"), (HELD_OUT, "unseen"))
+        if group_of(suite, split, group)
     ]
-    caption = " ".join(
-        f"{split}: experts of {_listed(group_of(suite, split, HELD_IN))} are fused, unseen are "
-        f"{_listed(group_of(suite, split, HELD_OUT))}."
-        for split in splits
-    )
-    caption += " Means with their 95 % interval. Bold: the best fused model."
+    caption = " ".join(f"{split}: unseen are {_listed(group_of(suite, split, HELD_OUT))}." for split in splits)
+    caption += " Other tasks' experts are fused. Means with their 95 % interval. Bold: the best fused model."
     return _table(f"{suite['name']}-unseen", f"{suite['title']}: unseen tasks", columns, rows, caption)
 
 
