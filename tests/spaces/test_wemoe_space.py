@@ -280,7 +280,8 @@ def test_predict_tells_the_answer_and_its_coefficients(url, reference):
 def upload(page, file: Path) -> None:
     """Chooses a file, and again where the page is too busy to have taken it: it happened once, on a slow machine."""
     for timeout in (5_000, 10_000, 30_000):
-        page.locator("input[type=file]").set_input_files(file)
+        if page.locator("input[type=file]").count():  # gone as soon as a file was taken, late as it may be
+            page.locator("input[type=file]").set_input_files(file)
         try:
             page.get_by_text(file.name).wait_for(timeout=timeout)
             return
