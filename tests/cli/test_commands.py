@@ -83,6 +83,7 @@ def test_discover_lists_experts(hf_fusion, hub, shop):
     assert {row["id"] for row in json.loads(done.stdout)} == {"shop/first", "shop/second", "shop/other"}
 
 
+@pytest.mark.slow
 def test_from_what_discover_accepts_to_a_published_model(hf_fusion, hub, shop, tmp_path):
     home = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": hub.token(shop)}
     words = ("discover", "--author", shop, "--check", "--labels", *LABELS, "--format", "quiet")
@@ -125,6 +126,7 @@ def test_an_option_of_the_method_reaches_it(here, experts, tmp_path):
         here(*words, "--set", "mode")
 
 
+@pytest.mark.slow
 def test_fit_writes_back_and_eval_leaves_results(hf_fusion, here, fused, rows):
     before = load_file(fused / "model.safetensors")
     done = hf_fusion("fit", "fuser", "fused", "--data", str(rows), "--frugal", "--format", "json")

@@ -35,6 +35,7 @@ class TinyModel(PreTrainedModel):
 """
 
 
+@pytest.mark.slow
 def test_transformers_push_and_load(hub, fresh_python, tmp_path):
     """A private model, and one with custom code that keeps loading at its sha after main broke."""
     token = hub.token("pusher")
