@@ -133,13 +133,11 @@ def _weights(setting: MergingSetting, split: UnseenSplit) -> list[float]:
 
 def emr(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
     """EMR: the mask and the rescaler of the task that is told; a task without an expert gets the unified model."""
-    numbers, unified = setting.numbers(split), setting.dense(setting.base)
-    fused, names = [setting.states[number] for number in numbers], [setting.names[number] for number in numbers]
+    fused, unified = [setting.states[number] for number in setting.numbers(split)], setting.dense(setting.base)
     merged: dict[int, System] = {}
 
     def answer(task: str, condition: str, part: str) -> Answered:
-        owner = setting.suite.owner(task)
-        number = names.index(owner) + 1 if owner in names else 0
+        number = split.fuse.index(task) + 1 if task in split.fuse else 0
         if number not in merged:
             merged.clear()  # one at a time
             merged[number] = setting.dense(merge_states("emr", setting.base, fused, expert=number))

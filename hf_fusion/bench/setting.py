@@ -47,7 +47,7 @@ class Setting:
         self, suite: Suite, data_dir: Path | None, limit: int, tuned_on: int, batch_size: int = 16, device: str = "cpu",
         allow_pickle: bool = False,
     ) -> None:  # fmt: skip
-        self.suite, self.batch_size, self.device, self.allow_pickle = suite, batch_size, device, allow_pickle
+        self.suite, self.batch_size, self.device = suite, batch_size, device
         self.given = (suite, data_dir, limit, tuned_on, batch_size, device, allow_pickle)
         self._limits = {TEST: limit, FIT: tuned_on}
         self.rows: Callable[[str], Rows] = cache(partial(task_rows, suite, data_dir=data_dir))

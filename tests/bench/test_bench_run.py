@@ -411,6 +411,17 @@ def test_experts_may_have_names_of_their_own_and_pickles_are_read_on_demand(fine
     assert {cell.variant for cell in cells} == {"default", "tuned"}
     assert all(cell.command.endswith("--allow-pickle") for cell in cells)
 
+    emr = []  # each task's mask, whatever its expert is called
+    for experts in (f"{{a: {fine_tunes}/mood, b: {fine_tunes}/topic}}", f"'{fine_tunes}/{{task}}'"):
+        text = (tmp_path / "tiny.yaml").read_text().replace(f"{{a: {tmp_path}/old, b: {fine_tunes}/topic}}", experts)
+        where = tmp_path / str(len(emr))
+        where.mkdir()
+        if not experts.startswith("{"):
+            text = text.replace(" {expert: a}", "").replace(" {expert: b}", "")
+        (where / "tiny.yaml").write_text(text)
+        emr.append(scores(measure(where, where / "out", "emr", data_dir=fine_tunes / "data")))
+    assert emr[0] == emr[1]
+
 
 def test_a_models_peak_is_its_own():
     """Of what was freed before, nothing counts; half a gigabyte is seen."""
