@@ -17,7 +17,6 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from huggingface_hub import HfApi
 from models.test_wemoe import shuffled
-from playwright.sync_api import TimeoutError as PlaywrightTimeout
 from tiny import bert, gpt2, image_processor, images, make_tokenizer, t5, vit
 from tiny_fused import base_expert, bert_base, experts_of, fine_tuned
 
@@ -278,16 +277,9 @@ def test_predict_tells_the_answer_and_its_coefficients(url, reference):
 
 
 def upload(page, file: Path) -> None:
-    """Chooses a file, and again where the page is too busy to have taken it: it happened once, on a slow machine."""
-    for timeout in (5_000, 10_000, 30_000):
-        if page.locator("input[type=file]").count():  # gone as soon as a file was taken, late as it may be
-            page.locator("input[type=file]").set_input_files(file)
-        try:
-            page.get_by_text(file.name).wait_for(timeout=timeout)
-            return
-        except PlaywrightTimeout:
-            if timeout == 30_000:
-                raise
+    """Chooses a file and waits for its row: once taken, the name stands in two parts, whole in the label alone."""
+    page.locator("input[type=file]").set_input_files(file)
+    page.get_by_label(file.name, exact=True).wait_for()
 
 
 @pytest.mark.browser
