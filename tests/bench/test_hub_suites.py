@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,11 @@ from standins import DATA, ROWS, fill
 
 from hf_fusion.bench.cells import read_cells
 from hf_fusion.bench.suite import is_hub_id, load_suite, suite_names
+from hf_fusion.hub.load import load_experts
 from hf_fusion.hub.server import HubServer
 
 RUNNABLE = [name for name in suite_names() if not load_suite(name).is_local and not load_suite(name).needs]
+EXAMPLES = Path(__file__).parents[2] / "examples"
 METHODS = {  # kind -> something that is fused, beside what each kind has
     "merging": ["pretrained", "average", "task_arithmetic", "individual"],
     "routing": ["pretrained", "uniform", "experts"],
@@ -44,6 +47,7 @@ def python(hub, tmp_path):
 
     def run(*words: str) -> str:
         given = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+        given |= {"HF_FUSION_CACHE": str(tmp_path / "cache")}
         done = subprocess.run(
             [sys.executable, *words], env={**os.environ, **given}, capture_output=True, text=True, timeout=500
         )
@@ -77,7 +81,7 @@ def test_two_tasks_from_end_to_end(hub, python, tmp_path):
 def test_every_runnable_suite_from_end_to_end(name, hub, python, tmp_path):
     suite = load_suite(name)
     methods = OTHERS.get(name.partition("-")[0], METHODS[suite.kind])
-    fill(hub, suite)
+    fill(hub, suite, cache=tmp_path / "cache")
     checked = json.loads(python("-m", "hf_fusion.cli", "bench", "check", name, "--format", "json"))
     assert {row["status"] for row in checked} == {"there"}
     cells = run_suite(python, name, methods, tmp_path / "out")
@@ -85,6 +89,20 @@ def test_every_runnable_suite_from_end_to_end(name, hub, python, tmp_path):
     assert not [f"{cell.method} {cell.task}: {cell.reason}" for cell in cells if cell.status == "failed"]
     measured = {cell.method for cell in cells if cell.status == "measured"}
     assert {"experts" if name.startswith("expert:") else name for name in measured} >= {*methods} - {"individual"}
+
+
+@pytest.mark.slow
+def test_experts_of_superclasses_are_trained_by_their_command(hub, python, tmp_path):
+    fill(hub, "foe-cifar100", cache=tmp_path / "cache")
+    made = tmp_path / "cache" / "foe-cifar100" / "domain-3"
+    shutil.rmtree(made)
+    said = python(str(EXAMPLES / "train_superclass_experts.py"), "--epochs", "1")
+    assert said.count("test rows") == said.count("domain-3: ") == 1  # the others are there already
+    [expert] = load_experts([made])
+    assert expert.labels == [f"class {number}" for number in range(20)]
+    assert "trained from random weights on" in (made / "README.md").read_text()
+    cells = run_suite(python, "foe-cifar100", ["foe", "simple_ensemble"], tmp_path / "out")
+    assert {cell.status for cell in cells} == {"measured"}, [cell.reason for cell in cells]
 
 
 ROWS_OF = """
@@ -133,4 +151,4 @@ def test_stand_ins_have_data_for_every_runnable_suite():
     named = {task.data for name in RUNNABLE for task in load_suite(name).tasks.values()}
     assert named == set(DATA)
     assert all(map(is_hub_id, named))
-    assert len(RUNNABLE) == 16
+    assert len(RUNNABLE) == 17

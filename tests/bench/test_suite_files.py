@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_fusion.bench.suite import HEADS, KINDS, METRICS, expert_path, is_hub_id, load_suite, suite_names
+from hf_fusion.bench.suite import HEADS, KINDS, METRICS, expert_path, load_suite, suite_names
 from hf_fusion.cache import cache_folder
 from hf_fusion.errors import FusionError
 
@@ -106,7 +106,7 @@ def test_every_suite_of_the_package_is_whole(name):
     assert suite.kind in KINDS
     assert suite.head in HEADS
     assert all(task.metric in METRICS for task in suite.tasks.values())
-    assert suite.is_local == (suite.build is not None or not any(map(is_hub_id, suite.experts.values())))
+    assert suite.build or not any(source.startswith("cache:") for source in suite.experts.values()) or suite.needs
 
 
 def test_what_can_be_run_can_be_scored():
