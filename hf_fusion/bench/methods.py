@@ -86,14 +86,14 @@ METHODS = {
     ),
     "experts": Method(
         "merging_methods:experts", "Single expert", "expert",
-        also={"routing": "routing:experts", "fusion": "fusion:experts"},
+        also={"routing": "routing:experts", "fusion": "fusion:experts", "regression": "regression:experts"},
     ),
     **{
-        name: Method(f"merging_methods:{name}", title, "ensemble", also={"fusion": f"fusion:{name}"})
-        for name, title in (
-            ("simple_ensemble", "Simple ensemble"),
-            ("weighted_ensemble", "Weighted ensemble"),
-            ("max_ensemble", "Max-model predictor"),
+        name: Method(f"merging_methods:{name}", title, "ensemble", also={kind: f"{kind}:{name}" for kind in kinds})
+        for name, title, *kinds in (
+            ("simple_ensemble", "Simple ensemble", "fusion", "regression"),
+            ("weighted_ensemble", "Weighted ensemble", "fusion", "regression"),
+            ("max_ensemble", "Max-model predictor", "fusion"),
         )
     },
     "average": _static("linear", "Simple average", "2203.05482", tuned=False),
@@ -168,7 +168,9 @@ METHODS = {
     ),
     "arrow": _routed("Arrow", "Arrow", "2405.11157"),
     "uniform": _routed("uniform", "Uniform routing", chance=True),
-    "foe": Method("fusion:foe", "FoE", "fusion", "fusion", chance=True, paper="2310.01542"),
+    "foe": Method(
+        "fusion:foe", "FoE", "fusion", "fusion", chance=True, paper="2310.01542", also={"regression": "regression:foe"}
+    ),
     "foe_selection": Method(
         "fusion:foe_selection", "FoE, selection", "fusion", "fusion", chance=True, paper="2310.01542",
         also={"routing": "routing:foe_selection"},

@@ -65,9 +65,10 @@ def task_rows(suite: Suite, task: str, data_dir: str | Path | None = None) -> Ro
 
     def load_train() -> Dataset | None:
         found = [] if train is not None else [*_parts(own, {"train"}, data_dir).values()]
-        return _without(ours(found[0], own, file), test, fit) if found else train
+        rows = _without(ours(found[0], own, file), test, fit) if found else train
+        return rows and single(rows)
 
-    return Rows(fit, test, load_train)
+    return Rows(single(fit), single(test), load_train)
 
 
 def _parts(task: Task, wanted: Collection[str], data_dir: str | Path | None) -> Parts:
@@ -109,6 +110,24 @@ def divide(parts: Parts, split: str = "train", share: float = 0.15) -> tuple[Any
     return (None if train is None else _without(train, test, fit)), fit, test
 
 
+def single(rows: Dataset) -> Dataset:
+    """A row with several second texts as a row for each of them, with the label that is its own."""
+    if not len(rows) or not isinstance(rows[0].get("text_pair"), list):
+        return rows
+    several = ("text_pair", "label")
+
+    def each(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        counts = [len(own) for own in batch["text_pair"]]
+        return {
+            name: [value for own in column for value in own]
+            if name in several
+            else [value for value, count in zip(column, counts, strict=True) for _ in range(count)]
+            for name, column in batch.items()
+        }
+
+    return rows.map(each, batched=True)
+
+
 def _without(rows: Dataset, *others: Dataset) -> Dataset:
     seen = {content for other in others for content in _contents(other)}
     return rows.select([number for number, content in enumerate(_contents(rows)) if content not in seen])
@@ -127,10 +146,9 @@ def _contents(rows: Dataset) -> list[Hashable]:
 
     if "image" in rows.column_names:
         return [image["bytes"] for image in rows.cast_column("image", Image(decode=False))["image"]]
-    columns = [rows[name] for name in ("text", "text_pair", "prompt") if name in rows.column_names]
-    if "choices" in rows.column_names:  # some prompts ask for nothing but the choice
-        columns.append([tuple(own) for own in rows["choices"]])
-    return list(zip(*columns, strict=True))
+    read = ("text", "text_pair", "prompt", "choices")  # some prompts ask for nothing but the choice
+    columns = [rows[name] for name in read if name in rows.column_names]
+    return [tuple(tuple(own) if isinstance(own, list) else own for own in row) for row in zip(*columns, strict=True)]
 
 
 # ---------------------------------------------------------------- our columns

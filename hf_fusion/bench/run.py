@@ -34,6 +34,7 @@ SETTINGS = {
     "merging": "merging:MergingSetting",
     "routing": "routing:RoutingSetting",
     "fusion": "fusion:FusionSetting",
+    "regression": "regression:RegressionSetting",
 }
 
 

@@ -21,8 +21,9 @@ from hf_fusion.errors import FusionError, shown
 from hf_fusion.plain_yaml import read_yaml
 
 SUITES = Path(__file__).with_name("suites")
+_FIELDS = string.Formatter().parse
 
-KINDS = ("merging", "routing", "fusion")
+KINDS = ("merging", "routing", "fusion", "regression")
 HEADS = (
     "sequence-classification",
     "image-classification",
@@ -107,6 +108,21 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Question:
+    """How a language model is asked for a score of a row.
+
+    Attributes:
+        prompt: with our columns in braces.
+        target: the text, with our columns in braces, whose mean log-likelihood of a token is the score (BARTScore).
+        words: or two answers: the score is the probability of the first where only these are possible (UniEval).
+    """
+
+    prompt: str
+    target: str | None = None
+    words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class UnseenSplit:
     """Experts that are fused, and other tasks that the fusion is tested on, with the heads of their own experts.
 
@@ -129,7 +145,8 @@ class Suite:
         name: of its file.
         title: what reports call it.
         kind: "merging": full models or adapters of one base, one head for each task, which is told; "routing": adapters
-            of one base, the task is not told; "fusion": the tasks' rows are pooled, the task is not told.
+            of one base, the task is not told; "fusion": the tasks' rows are pooled, the task is not told; "regression":
+            models that score texts, as people did.
         head: what its models answer with, one of `HEADS`.
         tasks: by name, in order.
         experts: name → source: those of the tasks, under their names, and those that belong to none.
@@ -137,6 +154,7 @@ class Suite:
         multitask: source of one model that was trained on all tasks at once; None where there is none.
         build: the command that makes the experts here; None where they are downloaded.
         unseen: splits into fused and tested tasks.
+        ask: of the kind "regression": expert → how it is asked for a score.
         needs: what it takes to run it, where transformers' own classes do not do; None where they do.
         about: what else its reader should know.
         path: its file.
@@ -152,6 +170,7 @@ class Suite:
     multitask: str | None = None
     build: str | None = None
     unseen: tuple[UnseenSplit, ...] = ()
+    ask: Mapping[str, Question] = field(default_factory=dict)
     needs: str | None = None
     about: str = ""
     path: Path = SUITES
@@ -322,6 +341,12 @@ _SUITE: dict[str, Check] = {
     "defaults": (lambda value: isinstance(value, Mapping), "keys of a task and values"),
     "tasks": (_is_mapping, "names of tasks, each with its keys"),
     "unseen": (_is_mapping, "names of splits, each with fuse and test"),
+    "ask": (_is_mapping, "names of experts, each with a prompt, and a target or two words"),
+}
+_ASK: dict[str, Check] = {
+    "prompt": _TEXT,
+    "target": _TEXT,
+    "words": (lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_text, value)), "two texts"),
 }
 _TASK: dict[str, Check] = {
     "data": _TEXT,
@@ -379,7 +404,22 @@ def _suite(name: str, content: dict[str, Any], path: Path) -> Suite:
         raise FusionError(f"{path} names no expert", hint="experts: owner/name-{task}")
     given["tasks"] = tasks
     unseen = tuple(_unseen(key, own, tasks, path) for key, own in given.pop("unseen", {}).items())
-    return Suite(name=name, experts=experts, unseen=unseen, path=path, **given)
+    ask = {key: _question(own, f"{path}: ask {key}") for key, own in given.pop("ask", {}).items()}
+    if (given["kind"] == "regression") != bool(ask) or ask and ask.keys() != experts.keys():
+        raise FusionError(
+            f"{path}: experts of regression, and no others, are asked for scores", hint="ask: one for each"
+        )
+    return Suite(name=name, experts=experts, unseen=unseen, ask=ask, path=path, **given)
+
+
+def _question(content: object, where: str) -> Question:
+    given = _checked(content, _ASK, ("prompt",), where)
+    if ("target" in given) == ("words" in given):
+        raise FusionError(f"{where}: a prompt has either a target or two words", hint="words: [Yes, No]")
+    names = [name for text in (given["prompt"], given.get("target", "")) for _, name, _, _ in _FIELDS(text) if name]
+    if unknown := set(names) - {"text", "text_pair"}:
+        raise FusionError(f"{where} has {{{sorted(unknown)[0]}}}", hint="use {text} and {text_pair}")
+    return Question(given["prompt"], given.get("target"), tuple(given.get("words", ())))
 
 
 def _numbered(pool: Any) -> Any:
@@ -438,7 +478,7 @@ def _texts(value: Any, path: Path, where: str, lines: bool) -> tuple[str, ...]:
 
 
 def _filled(template: str, task: str, where: str) -> str:
-    names = [found for _, found, _, _ in string.Formatter().parse(template) if found is not None]
+    names = [found for _, found, _, _ in _FIELDS(template) if found is not None]
     if set(names) - {"task"}:
         raise FusionError(f"{where} is {shown(template)}: only {{task}} can stand in it")
     return template.replace("{task}", task)

@@ -25,6 +25,10 @@ NOT_FOR = {
     ("routing", "learned"): _NO_LABELS,
     ("routing", "mixture"): _NO_LABELS,
     ("routing", "fusion"): "language models are fused by choosing one of them: FoE by selection",
+    **{("regression", family): "merges weights, and the experts are asked as they are" for family in _MERGES},
+    ("regression", "ensemble"): "the largest of scores on different scales means nothing",
+    ("regression", "routing"): "routes among adapters of one base, and these are models of their own",
+    ("regression", "fusion"): "chooses whom to ask, and here all scores are weighed",
     ("routing", "ceiling"): "the suite names no model that was trained on all its tasks",
 }
 """(kind of a suite, family) -> why methods of the family that are not for such suites are not."""

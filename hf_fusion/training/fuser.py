@@ -120,12 +120,7 @@ def fit_fuser(
             f"the data set has no column {expert_column if selection else label_column!r} to learn from",
             "name it: fit_fuser(..., label_column=...), or expert_column= in selection",
         )
-    order = torch.randperm(len(collected), generator=torch.Generator().manual_seed(seed))
-    held = max(1, round(holdout * len(collected)))
-    if len(collected) - held < 1:
-        raise FusionError(f"{len(collected)} examples are too few to fit a fuser on and hold some out; give it more")
-    held_rows, train_rows = order[:held], order[held:]
-
+    regression = model.config.problem_type == "regression" and not selection
     set_seed(seed)
     fuser = type(model.fuser)(
         model.fuser.hidden[0].in_features,
@@ -133,12 +128,12 @@ def fit_fuser(
         model.fuser.output.out_features,
         model.config.fuser_dropout,
     )
-    experts = model.config.num_experts if frugal else 0
-    task = _FuserTask(fuser, experts, model.config.problem_type == "regression" and not selection)
-    loss = _train(
-        task,
-        _Rows(collected.features[train_rows], targets[train_rows]),
-        _Rows(collected.features[held_rows], targets[held_rows]),
+    loss, train_rows, held_rows = train_fuser(
+        fuser,
+        collected.features,
+        targets,
+        experts=model.config.num_experts if frugal else 0,
+        holdout=holdout,
         epochs=epochs,
         patience=patience,
         learning_rate=learning_rate or (3e-4 if selection else 1e-3),
@@ -147,26 +142,80 @@ def fit_fuser(
         seed=seed,
         use_cpu=model.device.type == "cpu",
     )
-    fuser = task.fuser.to("cpu").eval()
     with torch.no_grad():
         right = fuser(collected.features[held_rows]).argmax(1) == targets[held_rows]
     model.fuser.load_state_dict(fuser.state_dict())
     model.eval()
-    seen = set(targets[train_rows].tolist()) if not task.regression else set()
+    seen = set(targets[train_rows].tolist()) if not regression else set()
     names = [e["name"] for e in model.config.experts] if selection else list((model.config.id2label or {}).values())
-    missing = [] if task.regression else [name for index, name in enumerate(names) if index not in seen]
+    missing = [] if regression else [name for index, name in enumerate(names) if index not in seen]
     if missing:
         logger.warning("no training row is labelled %s: the fuser cannot learn to answer it", ", ".join(missing))
     if frugal:
         cost_weight = _fit_frugal(model, fuser, collected, held_rows, neighbors, cost_weight, tolerance)
     return Fit(
         train_rows=len(train_rows),
-        held_out_rows=held,
+        held_out_rows=len(held_rows),
         loss=loss,
-        accuracy=None if task.regression else float(right.float().mean()),
+        accuracy=None if regression else float(right.float().mean()),
         cost_weight=cost_weight if frugal else None,
         missing_labels=missing,
     )
+
+
+def train_fuser(
+    fuser: Any,
+    features: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    experts: int = 0,
+    holdout: float = 0.25,
+    epochs: int = 60,
+    patience: int = 6,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 1e-4,
+    batch_size: int = 64,
+    seed: int = 0,
+    use_cpu: bool = True,
+) -> tuple[float, torch.Tensor, torch.Tensor]:
+    """Trains a fuser in place on what experts said, see `fit_fuser`.
+
+    Args:
+        fuser: features → logits (N, C), or values (N, 1).
+        features: (N, d), what it reads.
+        targets: (N,): classes, or values where they are floats.
+        experts: of the frugal variant, how many share the features; else 0.
+        holdout, epochs, patience, learning_rate, weight_decay, batch_size, seed: see `fit_fuser`.
+        use_cpu: not a GPU that is there.
+
+    Returns:
+        The held-out loss, and the numbers of the rows it learned from and of those held out.
+
+    Raises:
+        FusionError: for too few rows, or a loss that is not finite.
+    """
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
+    held = max(1, round(holdout * len(features)))
+    if len(features) - held < 1:
+        raise FusionError(f"{len(features)} examples are too few to fit a fuser on and hold some out; give it more")
+    held_rows, train_rows = order[:held], order[held:]
+    task = _FuserTask(fuser, experts, targets.is_floating_point())
+    if task.regression:  # its values begin in the middle of what is wanted, wherever that lies
+        nn.init.constant_(fuser.output.bias, float(targets[train_rows].mean()))
+    loss = _train(
+        task,
+        _Rows(features[train_rows], targets[train_rows]),
+        _Rows(features[held_rows], targets[held_rows]),
+        epochs=epochs,
+        patience=patience,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        batch_size=batch_size,
+        seed=seed,
+        use_cpu=use_cpu,
+    )
+    fuser.to("cpu").eval()
+    return loss, train_rows, held_rows
 
 
 def _selection_targets(collected: ExpertOutputs, by: str) -> torch.Tensor | None:

@@ -32,6 +32,8 @@ from tiny import (
     t5,
 )
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
@@ -53,7 +55,15 @@ ROWS = 40
 
 # ---------------------------------------------------------------- data sets
 
-TEXT, NUMBER, FRACTION, PICTURE, FOUR, WORTH = "text", "number", "fraction", "picture", "four", "worth"
+TEXT, NUMBER, FRACTION, PICTURE, FOUR, WORTH, GRADES = (
+    "text",
+    "number",
+    "fraction",
+    "picture",
+    "four",
+    "worth",
+    "grades",
+)
 Column = str | list[str] | tuple[str, ...]  # a kind, the names of classes, or plain values
 
 
@@ -175,6 +185,13 @@ DATA: dict[str, dict[str, Stored]] = {
     "uoft-cs/cifar100": {
         "cifar100": Stored({"img": PICTURE, "fine_label": _numbered(100), "coarse_label": _numbered(20)})
     },
+    "mteb/summeval": {
+        "default": Stored(
+            {"machine_summaries": FOUR, "human_summaries": FOUR, **dict.fromkeys(
+                ("relevance", "coherence", "fluency", "consistency"), GRADES), "text": TEXT, "id": TEXT},
+            ("test",),
+        )
+    },
     "Yale-LILY/aeslc": {"default": Stored({"email_body": TEXT, "subject_line": TEXT}, _SUMMARY)},
 }
 # fmt: on
@@ -191,9 +208,11 @@ def rows(stored: Stored, split: str) -> Dataset:
         PICTURE: lambda row: Pillow.fromarray(chance.integers(0, 256, (32, 32, 3), dtype=np.uint8)),
         FOUR: lambda row: [f"{word} {row}" for word in chance.choice(_WORDS, 4)],
         WORTH: lambda row: [1, row % 2, 0, 0],
+        GRADES: lambda row: [round(float(grade), 2) for grade in chance.uniform(1, 5, 4)],
     }
     kinds = {TEXT: Value("string"), NUMBER: Value("int32"), FRACTION: Value("float32"), PICTURE: Image()}
     kinds |= {FOUR: Sequence(Value("string")), WORTH: Sequence(Value("int32"))}
+    kinds |= {GRADES: Sequence(Value("float64"))}
     columns, features = {}, {}
     for name, kind in stored.columns.items():
         if isinstance(kind, list):
@@ -333,14 +352,22 @@ def classifier(source: str, seed: int, labels: list[str], folder: Path) -> None:
     _saved(model, make_tokenizer(300 + 10 * (seed % 7), lower=True), folder)
 
 
-def pegasus(source: str, seed: int, labels: list[str], folder: Path) -> None:
+def _sequences(config: Any, model: Any, seed: int, folder: Path, start: int) -> None:
+    """An encoder-decoder; `start` is the token that its decoder begins with."""
     torch.manual_seed(0)
     sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 300, "max_position_embeddings": 128}
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
-    ids = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0, "forced_eos_token_id": 2}
-    _saved(
-        moved(PegasusForConditionalGeneration(PegasusConfig(**sizes, **heads, **ids)), seed), make_tokenizer(), folder
-    )
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "forced_eos_token_id": 2}
+    made = model(config(**sizes, **heads, **ids, decoder_start_token_id=start))
+    _saved(moved(made, seed), make_tokenizer(), folder)
+
+
+def pegasus(source: str, seed: int, labels: list[str], folder: Path) -> None:
+    _sequences(PegasusConfig, PegasusForConditionalGeneration, seed, folder, start=0)
+
+
+def bart(source: str, seed: int, labels: list[str], folder: Path) -> None:
+    _sequences(BartConfig, BartForConditionalGeneration, seed, folder, start=2)
 
 
 def superclass_expert(source: str, seed: int, labels: list[str], folder: Path) -> None:
@@ -365,6 +392,8 @@ MODELS: tuple[tuple[str, Maker], ...] = (
     (r"google/t5-.*", t5_base),
     (r"r-three/.*", phatgoose_checkpoint),
     (r"google/pegasus-.*", pegasus),
+    (r"facebook/bart-.*", bart),
+    (r"MingZhong/unieval-.*", t5_full),
     (r"cache:foe-cifar100/.*", superclass_expert),
     (r".*/(finbert|clasificador|auditor|Reviews).*", classifier),
     (r".*", language_model),
