@@ -12,7 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hf_fusion.bench.suite import Suite, Task, expert_path
+from hf_fusion.bench.sources import expert_path
+from hf_fusion.bench.suite import Suite, Task
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.files import hub_api, repo_of
 

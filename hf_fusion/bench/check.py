@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_fusion.bench.rows import PACKAGES, stored_parts
-from hf_fusion.bench.suite import Suite, expert_path, is_hub_id
+from hf_fusion.bench.sources import expert_path, is_hub_id
+from hf_fusion.bench.suite import Suite
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.files import SHA, explained, hub_api, in_parallel, repo_of
 
@@ -33,7 +34,7 @@ class Checked:
 
     Attributes:
         what: "base", "expert" or "data".
-        source: as the suite names it, see `bench.suite`.
+        source: as the suite names it, see `bench.sources`.
         status: "there"; "gated": it is, but this user may not read it; "missing": no such repo, commit, folder or
             wheel; "unreachable": the Hub did not answer.
         sha: the commit that the source stands for now; empty where there is none.

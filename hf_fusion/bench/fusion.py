@@ -18,7 +18,8 @@ import torch
 from hf_fusion.baselines import max_confidence, mean_ensemble
 from hf_fusion.bench.scoring import METRICS, Answered, answers, score
 from hf_fusion.bench.setting import MAX_LENGTH, ROWS_COUNTED, Setting, multiplications
-from hf_fusion.bench.suite import Suite, UnseenSplit, expert_path
+from hf_fusion.bench.sources import expert_path
+from hf_fusion.bench.suite import Suite, UnseenSplit
 from hf_fusion.bench.systems import CLEAN, FIT, TEST, LeftOut, System, everything, share_batches
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import Expert

@@ -16,7 +16,8 @@ from transformers import AutoProcessor, DataCollatorWithPadding
 
 from hf_fusion.bench.scoring import METRICS, Answered, answers, from_logits
 from hf_fusion.bench.setting import MAX_LENGTH, ROWS_COUNTED, Batch, Setting, multiplications, on_device
-from hf_fusion.bench.suite import Suite, UnseenSplit, expert_path
+from hf_fusion.bench.sources import expert_path
+from hf_fusion.bench.suite import Suite, UnseenSplit
 from hf_fusion.bench.systems import CLEAN, TEST, LeftOut, System, share_batches
 from hf_fusion.bench.zero_shot import fix_classes
 from hf_fusion.experts import Expert

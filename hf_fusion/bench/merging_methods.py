@@ -15,7 +15,8 @@ import torch
 
 from hf_fusion.bench.merging import MergingSetting, State
 from hf_fusion.bench.scoring import METRICS, Answered, from_logits, score
-from hf_fusion.bench.suite import UnseenSplit, expert_path
+from hf_fusion.bench.sources import expert_path
+from hf_fusion.bench.suite import UnseenSplit
 from hf_fusion.bench.systems import CLEAN, FIT, LeftOut, System
 from hf_fusion.experts import Expert
 from hf_fusion.merging.in_memory import merge_states

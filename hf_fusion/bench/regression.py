@@ -18,7 +18,8 @@ from transformers import DataCollatorForSeq2Seq, set_seed
 
 from hf_fusion.bench.scoring import METRICS, Answered, answers, score
 from hf_fusion.bench.setting import ROWS_COUNTED, Setting, multiplications, on_device
-from hf_fusion.bench.suite import Suite, UnseenSplit, expert_path
+from hf_fusion.bench.sources import expert_path
+from hf_fusion.bench.suite import Suite, UnseenSplit
 from hf_fusion.bench.systems import CLEAN, FIT, System, share_batches
 from hf_fusion.hub.load import load_experts
 from hf_fusion.models.foe.modeling_foe import Fuser

@@ -16,7 +16,8 @@ from hf_fusion.bench import fusion, merging_methods
 from hf_fusion.bench.fusion import FusionSetting
 from hf_fusion.bench.scoring import METRICS, Answered, answers
 from hf_fusion.bench.setting import MAX_LENGTH, ROWS_COUNTED, Batch, Setting, multiplications
-from hf_fusion.bench.suite import Suite, UnseenSplit, expert_path
+from hf_fusion.bench.sources import expert_path
+from hf_fusion.bench.suite import Suite, UnseenSplit
 from hf_fusion.bench.systems import CLEAN, TEST, LeftOut, System, everything, seeded, share_batches
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluate_suite import PHATGOOSE, WAYS, Evaluation, Way, alone, has_heads, same_start, unchanged_blocks

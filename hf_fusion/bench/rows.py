@@ -11,7 +11,8 @@ from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.bench.choices import right_choices
-from hf_fusion.bench.suite import OUR_COLUMNS, Suite, Task, is_hub_id
+from hf_fusion.bench.sources import is_hub_id
+from hf_fusion.bench.suite import OUR_COLUMNS, Suite, Task
 from hf_fusion.errors import FusionError, one_line, shown
 from hf_fusion.hub.files import split_revision
 

@@ -46,7 +46,8 @@ from transformers import (
     PegasusForConditionalGeneration,
 )
 
-from hf_fusion.bench.suite import Suite, Task, is_hub_id, load_suite, suite_names
+from hf_fusion.bench.sources import is_hub_id
+from hf_fusion.bench.suite import Suite, Task, load_suite, suite_names
 from hf_fusion.hub.files import repo_of
 
 disable_progress_bars()

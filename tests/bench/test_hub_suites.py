@@ -13,7 +13,8 @@ import pytest
 from standins import DATA, ROWS, fill
 
 from hf_fusion.bench.cells import read_cells
-from hf_fusion.bench.suite import is_hub_id, load_suite, suite_names
+from hf_fusion.bench.sources import is_hub_id
+from hf_fusion.bench.suite import load_suite, suite_names
 from hf_fusion.hub.load import load_experts
 from hf_fusion.hub.server import HubServer
 

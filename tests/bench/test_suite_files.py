@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_fusion.bench.suite import HEADS, KINDS, METRICS, expert_path, load_suite, suite_names
+from hf_fusion.bench.sources import expert_path
+from hf_fusion.bench.suite import HEADS, KINDS, METRICS, load_suite, suite_names
 from hf_fusion.cache import cache_folder
 from hf_fusion.errors import FusionError
 

