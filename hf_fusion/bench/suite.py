@@ -17,7 +17,6 @@ from hf_fusion.errors import FusionError, shown
 from hf_fusion.plain_yaml import read_yaml
 
 SUITES = Path(__file__).with_name("suites")
-_FIELDS = string.Formatter().parse
 
 KINDS = ("merging", "routing", "fusion", "regression")
 HEADS = (
@@ -351,7 +350,7 @@ def _question(content: object, where: str) -> Question:
     given = _checked(content, _ASK, ("prompt",), where)
     if ("target" in given) == ("words" in given):
         raise FusionError(f"{where}: a prompt has either a target or two words", hint="words: [Yes, No]")
-    names = [name for text in (given["prompt"], given.get("target", "")) for _, name, _, _ in _FIELDS(text) if name]
+    names = _names(given["prompt"]) + _names(given.get("target", ""))
     if unknown := set(names) - {"text", "text_pair"}:
         raise FusionError(f"{where} has {{{sorted(unknown)[0]}}}", hint="use {text} and {text_pair}")
     return Question(given["prompt"], given.get("target"), tuple(given.get("words", ())))
@@ -412,9 +411,13 @@ def _texts(value: Any, path: Path, where: str, lines: bool) -> tuple[str, ...]:
     return tuple(file.read_text(encoding="utf-8").splitlines())
 
 
+def _names(template: str) -> list[str]:
+    """What stands in braces."""
+    return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+
+
 def _filled(template: str, task: str, where: str) -> str:
-    names = [found for _, found, _, _ in _FIELDS(template) if found is not None]
-    if set(names) - {"task"}:
+    if set(_names(template)) - {"task"}:
         raise FusionError(f"{where} is {shown(template)}: only {{task}} can stand in it")
     return template.replace("{task}", task)
 
