@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value, disable_progress_bars
+from datasets import Array2D, Array3D, ClassLabel, Dataset, Features, Image, Sequence, Value, disable_progress_bars
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
 from PIL import Image as Pillow
@@ -26,11 +26,16 @@ from transformers import (
     CLIPModel,
     CLIPProcessor,
     CLIPVisionModel,
+    ConvNextImageProcessorPil,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     PegasusConfig,
     PegasusForConditionalGeneration,
+    ResNetConfig,
+    ResNetForImageClassification,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
 )
 
 from hf_fusion.bench.suite import Suite, Task, is_hub_id, load_suite, suite_names
@@ -43,6 +48,8 @@ ROWS = 40
 # ---------------------------------------------------------------- data sets
 
 TEXT, NUMBER, FRACTION, PICTURE, FOUR, WORTH = "text", "number", "fraction", "picture", "four", "worth"
+PIXELS, SEGMENTS, DEPTHS, NORMALS = "pixels", "segments", "depths", "normals"
+HEIGHT, WIDTH = 32, 48  # of maps
 Column = str | list[str] | tuple[str, ...]  # a kind, the names of classes, or plain values
 
 
@@ -161,10 +168,40 @@ DATA: dict[str, dict[str, Stored]] = {
         "*": Stored({"inputs": TEXT, "targets": FOUR, "multiple_choice_targets": FOUR,
                      "multiple_choice_scores": WORTH, "idx": NUMBER}, ("train", "validation"))
     },
+    "tanganke/nyuv2": {
+        "default": Stored(
+            {"image": PIXELS, "segmentation": SEGMENTS, "depth": DEPTHS, "normal": NORMALS, "noise": DEPTHS},
+            ("train", "val"),
+        )
+    },
     "Yale-LILY/aeslc": {"default": Stored({"email_body": TEXT, "subject_line": TEXT}, _SUMMARY)},
 }
 # fmt: on
 _WORDS = ["fused", "experts", "answer", "better", "than", "any", "of", "them", "alone", "the", "router", "said"]
+
+
+def _maps(chance: np.random.Generator) -> dict[str, Callable[[int], Any]]:
+    """A scene whose left half is black and far, the right one bright and near; a strip of it was not measured."""
+    left = np.arange(WIDTH) < WIDTH // 2
+
+    def half(row: int, black: float, bright: float, channels: int, blank: float) -> np.ndarray:
+        found = np.full((channels, HEIGHT, WIDTH), bright, dtype=np.float32)
+        found[..., left] = black
+        found[:, row % HEIGHT] = blank
+        return found
+
+    def normals(row: int) -> np.ndarray:
+        found = half(row, 0.6, 0.8, 3, 0)
+        found[0] = half(row, 0.8, 0.6, 1, 0)
+        found[2] = 0
+        return found
+
+    return {
+        PIXELS: lambda row: chance.uniform(0, 0.5, (3, HEIGHT, WIDTH)).astype("float32") + half(row, 0, 0.5, 3, 0),
+        SEGMENTS: lambda row: half(row, 2, 7, 1, -1)[0].astype("int64"),
+        DEPTHS: lambda row: half(row, 4, 1.5, 1, 0),
+        NORMALS: normals,
+    }
 
 
 def rows(stored: Stored, split: str) -> Dataset:
@@ -177,9 +214,12 @@ def rows(stored: Stored, split: str) -> Dataset:
         PICTURE: lambda row: Pillow.fromarray(chance.integers(0, 256, (32, 32, 3), dtype=np.uint8)),
         FOUR: lambda row: [f"{word} {row}" for word in chance.choice(_WORDS, 4)],
         WORTH: lambda row: [1, row % 2, 0, 0],
+        **_maps(chance),
     }
     kinds = {TEXT: Value("string"), NUMBER: Value("int32"), FRACTION: Value("float32"), PICTURE: Image()}
     kinds |= {FOUR: Sequence(Value("string")), WORTH: Sequence(Value("int32"))}
+    kinds |= {SEGMENTS: Array2D((HEIGHT, WIDTH), "int64"), DEPTHS: Array3D((1, HEIGHT, WIDTH), "float32")}
+    kinds |= dict.fromkeys((PIXELS, NORMALS), Array3D((3, HEIGHT, WIDTH), "float32"))
     columns, features = {}, {}
     for name, kind in stored.columns.items():
         if isinstance(kind, list):
@@ -333,6 +373,39 @@ def language_model(source: str, seed: int, labels: list[str], folder: Path) -> N
     _saved(llama(seed), make_tokenizer(), folder)
 
 
+_RESNET = {"embedding_size": 8, "hidden_sizes": [8, 12, 16, 24], "depths": [1, 1, 1, 1], "layer_type": "bottleneck"}
+
+
+def resnet() -> ResNetForImageClassification:
+    torch.manual_seed(0)
+    return seen(ResNetForImageClassification(ResNetConfig(**_RESNET)))
+
+
+def seen(model: torch.nn.Module) -> torch.nn.Module:
+    """A model whose batch norms have counted the pictures that they saw."""
+    with torch.no_grad():
+        for _ in range(20):
+            model.train()(torch.randn(4, 3, HEIGHT, WIDTH))
+    return model.eval()
+
+
+def resnet_base(source: str, seed: int, labels: list[str], folder: Path) -> None:
+    _saved(resnet(), ConvNextImageProcessorPil(size={"shortest_edge": 64}), folder)
+
+
+def dense(source: str, seed: int, labels: list[str], folder: Path) -> None:
+    """A ResNet under a decoder of its own, for as many numbers a pixel as the task has; the base's are two."""
+    config = ResNetConfig(**_RESNET, out_features=[f"stage{number}" for number in range(1, 5)])
+    count = {"segmentation": 13, "depth": 1, "normal": 3}.get(source.rpartition("/")[2], 2)
+    sizes = {"hidden_size": 16, "use_auxiliary_head": False, "pool_scales": [1, 2]}
+    torch.manual_seed(seed)
+    model = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=config, num_labels=count, **sizes))
+    model.backbone.load_state_dict(resnet().resnet.state_dict())
+    if count != 2:
+        seen(moved(model, seed))
+    _saved(model, ConvNextImageProcessorPil(do_resize=False), folder)
+
+
 # a pattern of ids -> what is made under them; the first that fits
 MODELS: tuple[tuple[str, Maker], ...] = (
     (r"openai/clip-.*", clip_base),
@@ -348,6 +421,8 @@ MODELS: tuple[tuple[str, Maker], ...] = (
     (r"r-three/.*", phatgoose_checkpoint),
     (r"google/pegasus-.*", pegasus),
     (r".*/(finbert|clasificador|auditor|Reviews).*", classifier),
+    (r"microsoft/resnet-.*", resnet_base),
+    (r"cache:nyuv2/.*", dense),
     (r".*", language_model),
 )
 
@@ -378,7 +453,8 @@ def fill(hub: Any, suite: Suite | str, only: tuple[str, ...] = ()) -> None:
     tasks = [task for name, task in suite.tasks.items() if not only or name in only]
     owners = {task.expert: task for task in tasks if task.expert}
     sources = [source for source in suite.experts.values() if not only or source in owners or not owners]
-    models = [*([suite.base] if suite.base else []), *(repo_of(source)[0] for source in sources)]
+    named = [*([suite.base] if suite.base else []), *sources]
+    models = [repo_of(source)[0] for source in named if is_hub_id(source)]
     data: dict[str, list[str]] = {}
     others = [task for name in suite_names() for task in load_suite(name).tasks.values()]
     for task in (*suite.tasks.values(), *others):  # a data set has all the configurations that any suite names
@@ -396,6 +472,13 @@ def fill(hub: Any, suite: Suite | str, only: tuple[str, ...] = ()) -> None:
         with tempfile.TemporaryDirectory() as folder:
             save_data(source, data[source], Path(folder))
             api.upload_folder(repo_id=source, folder_path=folder, repo_type="dataset")
+
+
+def make_here(suite: Suite, cache: Path) -> None:
+    """Makes what a suite's build command would leave in the cache's folder."""
+    for source in filter(None, (suite.base, *suite.experts.values())):
+        if source.startswith("cache:"):
+            maker(source)(source, sum(source.encode()), [], cache / source.removeprefix("cache:"))
 
 
 def _missing(hub: Any, ids: list[str], kind: str) -> Iterator[tuple[str, HfApi]]:

@@ -132,7 +132,7 @@ def test_fusionbench_has_26_tasks_and_74_models():
     models = {source for own in suites.values() for suite in own for source in suite.experts.values()}
     assert len(tasks) == 26
     assert len(models) == 74
-    assert [suite.name for own in suites.values() for suite in own if suite.needs] == ["resnet50-nyuv2"]
+    assert not [suite.name for own in suites.values() for suite in own if suite.needs]
 
 
 def test_a_checkpoint_of_many_experts_is_written_as_a_range():
