@@ -464,14 +464,20 @@ def fill(hub: Any, suite: Suite | str, only: tuple[str, ...] = ()) -> None:
             data[task.data] += [config] if config not in data[task.data] else []
     for name in data:
         data[name] = list(dict.fromkeys([*data[name], *(c for c in DATA[name] if c != "*")]))
-    for source, api in _missing(hub, models, "model"):
-        with tempfile.TemporaryDirectory() as folder:
-            maker(source)(source, sum(source.encode()), labels_of(owners.get(source)), Path(folder))
-            api.upload_folder(repo_id=source, folder_path=folder)
+    for source in models:
+        push(hub, source, labels_of(owners.get(source)))
     for source, api in _missing(hub, list(data), "dataset"):
         with tempfile.TemporaryDirectory() as folder:
             save_data(source, data[source], Path(folder))
             api.upload_folder(repo_id=source, folder_path=folder, repo_type="dataset")
+
+
+def push(hub: Any, source: str, labels: list[str] | None = None) -> None:
+    """Pushes the stand-in of a model as its owner, if it is not there."""
+    for _, api in _missing(hub, [source], "model"):
+        with tempfile.TemporaryDirectory() as folder:
+            maker(source)(source, sum(source.encode()), labels or [], Path(folder))
+            api.upload_folder(repo_id=source, folder_path=folder)
 
 
 def make_here(suite: Suite, cache: Path) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from standins import DATA, ROWS, fill, make_here
+import torch
+from safetensors.torch import load_file
+from standins import DATA, ROWS, fill, make_here, push, resnet
 
 from hf_fusion.bench.cells import read_cells
 from hf_fusion.bench.suite import is_hub_id, load_suite, suite_names
@@ -140,3 +143,27 @@ def test_stand_ins_have_data_for_every_runnable_suite():
     assert named == set(DATA)
     assert all(map(is_hub_id, named))
     assert len(RUNNABLE) == 17
+
+
+@pytest.mark.slow
+def test_dense_experts_are_trained_by_the_build_command_and_measured(hub, python, tmp_path):
+    """A tiny ResNet under the base's id; its experts learn something from a few rows."""
+    suite = load_suite("resnet50-nyuv2")
+    fill(hub, suite)
+    push(hub, "microsoft/resnet-50")
+    _, *command = (suite.build or "").split()
+    cache = tmp_path / "cache" / "nyuv2"
+    python(*command, "--expert", "depth", "--epochs", "1", "--rows", "16")
+    assert {path.name for path in cache.iterdir()} == {"base", "depth"}
+    weights = (cache / "depth" / "model.safetensors").read_bytes()
+    python(*command, "--epochs", "10")
+    assert (cache / "depth" / "model.safetensors").read_bytes() == weights  # what is there is left alone
+    assert "base_model: microsoft/resnet-50" in (cache / "normal" / "README.md").read_text()
+    encoder = load_file(cache / "base" / "model.safetensors")
+    for name, tensor in resnet().resnet.state_dict().items():
+        assert torch.equal(encoder[f"backbone.{name}"], tensor)
+    cells = run_suite(python, suite.name, ["pretrained", "average", "individual"], tmp_path / "out")
+    scores = {(cell.method, cell.task): cell.score for cell in cells}
+    assert scores["individual", "segmentation"] > 0.5  # one answer everywhere: 0.25
+    assert scores["individual", "normal"] < 30  # normals of chance: 90
+    assert len(scores) == 9 and all(map(math.isfinite, scores.values()))
