@@ -14,7 +14,7 @@ import torch
 from hf_fusion.evaluate import Z95, wilson
 from hf_fusion.metrics import SCORES, load_metric
 from hf_fusion.training.batches import class_logits
-from hf_fusion.training.dense import dense_statistics
+from hf_fusion.training.dense import dense_statistics, map_outputs
 from hf_fusion.training.prompts import IGNORED, score_targets
 
 RESAMPLES = 500  # of the bootstrap, for metrics that are no means
@@ -161,10 +161,9 @@ def answers(model: Any, inputs: Mapping[str, Any], reads: str, tokenizer: Any = 
     if reads == "embeddings":
         first = model(**{name: own for name, own in inputs.items() if name != "labels"}).last_hidden_state[:, 0]
         return first.tolist(), [0] * len(first)
-    logits = class_logits(model, inputs)
     if reads == "maps":
-        return dense_statistics(logits, inputs["labels"])
-    return from_logits(logits, inputs["labels"], reads)
+        return dense_statistics(map_outputs(model, inputs), inputs["labels"])
+    return from_logits(class_logits(model, inputs), inputs["labels"], reads)
 
 
 def from_logits(logits: torch.Tensor, labels: torch.Tensor, reads: str) -> tuple[list[Any], list[Any]]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import FusionError
 from ..hub.heads import head_of_architecture, same_label
-from .dense import dense_loss
+from .dense import dense_loss, map_outputs
 from .prompts import encode_prompts, score_targets
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def _maps(expert: Expert, dataset: Dataset, max_length: int) -> Examples:
         return {"pixel_values": pixels, "labels": torch.stack([torch.tensor(row["label"]) for row in rows])}
 
     kept = dataset.select_columns(["image", "label"]).with_format("numpy")
-    return Examples(kept, collate, lambda model, inputs: dense_loss(class_logits(model, inputs), inputs["labels"]))
+    return Examples(kept, collate, lambda model, inputs: dense_loss(map_outputs(model, inputs), inputs["labels"]))
 
 
 _READERS: dict[str, Callable[[Expert, Dataset, int], Examples]] = {
@@ -164,9 +164,9 @@ def class_logits(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
     """
     output = model(**{name: value for name, value in inputs.items() if name != "labels"})
     for name in ("logits", "logits_per_image"):
-        if getattr(output, name, None) is not None:
-            return getattr(output, name).float()
-    raise FusionError(f"{type(output).__name__} has no logits: only classifiers choose among classes")
+        if (logits := getattr(output, name, None)) is not None and logits.dim() < 4:  # not of pixels
+            return logits.float()
+    raise FusionError(f"{type(output).__name__} has no logits of rows: only classifiers choose among classes")
 
 
 def score_rows(model: Any, batch: Mapping[str, Any], metric: str) -> torch.Tensor:

@@ -6,12 +6,19 @@ fractions, and nothing but 0 where nothing was measured. Outputs are (B, C, h, w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 VOID = -1
+
+
+def map_outputs(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """What a model makes of each pixel, fp32, (B, C, h, w); labels among the inputs are not passed on."""
+    output = model(**{name: value for name, value in inputs.items() if name != "labels"})
+    return output.logits.float()
 
 
 def dense_loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

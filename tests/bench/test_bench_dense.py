@@ -18,6 +18,9 @@ from hf_fusion.bench.rows import task_rows
 from hf_fusion.bench.run import run_suite
 from hf_fusion.bench.scoring import score
 from hf_fusion.bench.suite import load_suite
+from hf_fusion.errors import FusionError
+from hf_fusion.training.adamerging import CoefficientMerge
+from hf_fusion.training.statistics import measure_fisher
 
 METRIC = {"segmentation": "mean_iou", "depth": "absolute_error", "normal": "angle"}
 TASKS = tuple(METRIC)
@@ -119,6 +122,25 @@ def test_weights_are_shares_of_the_best_whatever_the_scale(suite, cells):
     shares += [[min(found[task]) / value for value in found[task]] for task in ("depth", "normal")]
     weights = cells["weighted_average", "default", "depth", "clean"].parameters["weights"]
     assert list(weights.values()) == pytest.approx(np.mean(shares, axis=0).tolist())
+
+
+def test_every_expert_keeps_its_own_decoder(suite):
+    folder = suite.parent
+    merge = CoefficientMerge([folder / task for task in TASKS], folder / "base", "task")
+    pixels = torch.rand(2, 3, 32, 48)
+    for task, outputs in zip(TASKS, (13, 1, 3), strict=True):
+        own = UperNetForSemanticSegmentation.from_pretrained(folder / task).eval()
+        with torch.no_grad(), merge.using(task):
+            given, want = merge.dense(task)(pixel_values=pixels).logits, own(pixels).logits
+            torch.testing.assert_close(given, want, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(merge(task, pixel_values=pixels).logits, want, rtol=1e-4, atol=1e-5)
+        assert want.shape[1] == outputs == merge.dense(task).config.num_labels
+
+
+def test_what_is_for_classes_of_rows_refuses_pixels(suite):
+    found = task_rows(load_suite(suite), "segmentation", suite.parent / "data").fit
+    with pytest.raises(FusionError, match="SemanticSegmenterOutput has no logits of rows: only classifiers"):
+        measure_fisher(suite.parent / "segmentation", found)
 
 
 def test_a_variance_below_nothing_is_none(suite):
