@@ -464,7 +464,7 @@ def fill(hub: Any, suite: Suite | str, only: tuple[str, ...] = ()) -> None:
             data[task.data] += [config] if config not in data[task.data] else []
     for name in data:
         data[name] = list(dict.fromkeys([*data[name], *(c for c in DATA[name] if c != "*")]))
-    for source in models:
+    for source in dict.fromkeys(models):
         push(hub, source, labels_of(owners.get(source)))
     for source, api in _missing(hub, list(data), "dataset"):
         with tempfile.TemporaryDirectory() as folder:
