@@ -24,12 +24,14 @@ class Score:
         description: of the metric.
         of: predictions, references → the metric.
         is_mean: it is the mean over the pairs, so that shares and their intervals can be told from it.
+        is_list: each prediction and each reference is a list.
     """
 
     dtype: str
     description: str
     of: Callable[[Sequence[Any], Sequence[Any]], float]
     is_mean: bool = False
+    is_list: bool = False
 
 
 def _mean(pair: Callable[[Any, Any], float], predictions: Sequence[Any], references: Sequence[Any]) -> float:
@@ -65,6 +67,14 @@ def _rouge(kind: str, predictions: Sequence[str], references: Sequence[str]) -> 
     return _mean(lambda a, b: scorer.score(b, a)[kind].fmeasure, predictions, references)
 
 
+def _mean_iou(shared: Sequence[Sequence[int]], covered: Sequence[Sequence[int]]) -> float:
+    import numpy as np
+
+    both, either = np.asarray(shared).sum(0), np.asarray(covered).sum(0)  # (C,)
+    occurs = either > 0
+    return float((both[occurs] / either[occurs]).mean())
+
+
 def _equal(a: Any, b: Any) -> bool:
     return a == b
 
@@ -90,6 +100,13 @@ SCORES = {
         "exp of the mean of predictions, which are losses in nats a token; references are their tokens.",
         lambda losses, tokens: math.exp(sum(a * n for a, n in zip(losses, tokens, strict=True)) / sum(tokens)),
     ),
+    "mean_iou": Score(
+        "int64",
+        "Mean over the classes that occur of intersection / union; predictions are each row's intersections, a number "
+        "of pixels for each class, references its unions.",
+        _mean_iou,
+        is_list=True,
+    ),
 }
 # what a metric's library is called where it is installed
 LIBRARIES = {
@@ -109,11 +126,12 @@ class PackagedMetric(evaluate.Metric):
         if self.config_name not in SCORES:
             raise ValueError(f"unknown metric {self.config_name!r}; there are {', '.join(SCORES)}")
         score = SCORES[self.config_name]
-        feature = datasets.Value(score.dtype)
+        value = datasets.Value(score.dtype)
+        feature = datasets.Sequence(value) if score.is_list else value
         return evaluate.MetricInfo(
             description=score.description,
             citation="",
-            inputs_description="predictions and references, one value each.",
+            inputs_description="predictions and references, one value or list each.",
             features=datasets.Features({"predictions": feature, "references": feature}),
         )
 

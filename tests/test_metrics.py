@@ -25,6 +25,7 @@ import hf_fusion.metrics
         ("spearmanr", [2.0, 2.0, 2.0], [1.0, 2.0, 3.0], 0.0),
         ("rougeL", ["the cat sat"], ["the cat ran away"], 4 / 7),  # precision 2/3, recall 2/4
         ("rouge2", ["the cat sat"], ["the cat ran away"], 0.4),
+        ("mean_iou", [[1, 0, 3], [2, 0, 0]], [[2, 0, 4], [4, 0, 1]], (1 / 2 + 3 / 5) / 2),  # the second never occurs
         ("perplexity", [math.log(2.0), math.log(8.0)], [3.0, 1.0], 2.0**1.5),
     ],
 )

@@ -149,6 +149,8 @@ class MergingSetting(Setting):
         if self._shown is not state:
             for name, target in self._targets.items():
                 target.copy_(state[name])
+                if name.endswith("running_var"):
+                    target.clamp_(min=0)  # what is added to a variance may be more than it
             self._shown = state
 
     @property

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from hf_fusion.bench.merging import MergingSetting, State
-from hf_fusion.bench.scoring import METRICS, Answered, from_logits, score
+from hf_fusion.bench.scoring import METRICS, Answered, from_logits, same_scale, score
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import UnseenSplit
 from hf_fusion.bench.systems import CLEAN, FIT, LeftOut, System
 from hf_fusion.experts import Expert
+from hf_fusion.hub.adapters import linear_sizes
 from hf_fusion.merging.in_memory import merge_states
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.merging.tensors import InMemory, Statistic
@@ -87,6 +88,8 @@ def static(setting: MergingSetting, split: UnseenSplit, seed: int, method: str, 
     least, most = row.experts
     if count < least or most is not None and count > most:
         raise LeftOut(f"{row.title} merges {least} models, here are {count}")
+    if row.place.startswith("spectral:") and not any(tensor.dim() == 2 for tensor in setting.base.values()):
+        raise LeftOut(f"{row.title} takes matrices apart and averages all other weights, and there are only others")
     fused = [setting.states[number] for number in setting.numbers(split)]
     given = {"statistics": _statistics(setting, split, row.statistics, seed)} if row.statistics else {}
     state = merge_states(method, setting.base, fused, seed=seed, **given, **parameters)
@@ -117,7 +120,10 @@ def weighted_average(setting: MergingSetting, split: UnseenSplit, seed: int) -> 
 
 
 def _weights(setting: MergingSetting, split: UnseenSplit) -> list[float]:
-    """Of every fused expert its mean score over the fused tasks, on rows kept apart; 1 / score where less is better."""
+    """Of every fused expert its mean score over the fused tasks, on rows kept apart; 1 / score where less is better.
+
+    Of metrics on scales of their own, scores are taken as shares of the best expert's.
+    """
     suite = setting.suite
     tasks = [task for task in suite.tasks if suite.is_fused(task, split)]
     if not tasks:
@@ -128,8 +134,10 @@ def _weights(setting: MergingSetting, split: UnseenSplit) -> list[float]:
         value = score(setting.expert_answers(number, task, CLEAN, FIT), metric).score
         return value if METRICS[metric].more else 1 / value
 
-    means = [sum(worth(number, task) for task in tasks) / len(tasks) for number in setting.numbers(split)]
-    return [max(0.0, mean) for mean in means]
+    worths = [[worth(number, task) for number in setting.numbers(split)] for task in tasks]
+    if not same_scale(suite.tasks[task].metric for task in tasks):
+        worths = [[value / max(max(own), 1e-9) for value in own] for own in worths]
+    return [max(0.0, sum(own) / len(tasks)) for own in zip(*worths, strict=True)]
 
 
 def emr(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
@@ -154,12 +162,21 @@ def _statistics(setting: MergingSetting, split: UnseenSplit, kind: str, seed: in
 
     if kind == "fisher" and setting.suite.head == "feature-extraction":
         raise LeftOut("Fisher information is that of answers, and embeddings are none")
+    if kind == "fisher" and setting.suite.head == "dense-prediction":
+        raise LeftOut("Fisher information is measured of one answer for a row, here each pixel has one")
+    if kind == "gram":
+        _check_linear(setting)
     measure: Any = {"fisher": measure_fisher, "gram": measure_gram}[kind]
     found = []
     for number in setting.numbers(split):
         rows = setting.kept_apart(number)
         found.append(_readers(measure(setting.experts[number], rows, examples=_examples(setting), seed=seed)))
     return found
+
+
+def _check_linear(setting: MergingSetting) -> None:
+    if not any(map(linear_sizes, setting.experts[0].model.modules())):
+        raise LeftOut("RegMean solves for the weights of linear layers, and the models have none")
 
 
 def _examples(setting: MergingSetting) -> int:
@@ -175,6 +192,7 @@ def regmean_pp(setting: MergingSetting, split: UnseenSplit, seed: int) -> System
     """RegMean++: layer by layer, with what the merged layers before hand on."""
     from hf_fusion.training.statistics import measure_gram_merged
 
+    _check_linear(setting)
     rows = [setting.kept_apart(number) for number in setting.numbers(split)]
     measured = measure_gram_merged(_fused(setting, split), rows, examples=_examples(setting), seed=seed)
     fused = [setting.states[number] for number in setting.numbers(split)]
@@ -212,6 +230,8 @@ def _adapt(setting: MergingSetting, split: UnseenSplit, model: Any, seed: int, *
     """Adapts a model on the unlabelled rows kept apart of the fused tasks; gives what the cell tells of it."""
     from hf_fusion.training.routers import adapt_routers
 
+    if setting.suite.head == "dense-prediction":
+        raise LeftOut("what is learned without labels is learned from classes, and depths and normals are none")
     if setting.suite.head in ("feature-extraction", "causal-lm", "seq2seq-lm"):
         raise LeftOut("what is learned without labels is learned from the classes of answers, and there are none")
     model.to(setting.backbone.device)
@@ -264,6 +284,8 @@ def upscaled(experts: list[Expert], base: Expert | None, **options: Any) -> Any:
     except ValueError as error:
         if "no expert differs" in str(error):
             raise LeftOut("the experts left the MLPs as they were, and these are what is up-scaled") from error
+        if "has no MLP" in str(error):
+            raise LeftOut("the models have no MLPs of a known manner, and these are what is up-scaled") from error
         raise
 
 
@@ -308,6 +330,8 @@ Combine = Callable[[torch.Tensor], torch.Tensor]  # logits (K, N, C) → scores 
 def _ensemble(setting: MergingSetting, split: UnseenSplit, combine: Combine, **parameters: Any) -> System:
     if setting.suite.head in ("causal-lm", "seq2seq-lm"):
         raise LeftOut("an ensemble of language models would have to be asked token by token")
+    if setting.suite.head == "dense-prediction":
+        raise LeftOut("an ensemble is one of classes' logits, row by row; depths and normals are no classes")
     if setting.suite.head == "feature-extraction":
         raise LeftOut("embeddings of several models have no common space to be averaged in")
 

@@ -29,9 +29,9 @@ def summarise(cells: Iterable[Cell]) -> dict[str, Any]:
     A score is the mean over seeds, its interval has the mean of the seeds' ends (95 %, over rows), its spread is half
     the range over seeds. A mean over tasks is taken seed by seed (`mean_of`), of the seeds that have all its tasks;
     where a task has no score there is none, nor where metrics cannot be averaged. What a method scores normalised
-    is its mean as a share of the individual experts' on the same tasks and condition. A drop is relative to the clean
-    rows of the same held-in tasks. For metrics of which less is better both are turned round, so that 1 is as good as
-    the experts and a drop is a loss.
+    is its mean as a share of the individual experts' on the same tasks and condition, or the mean of such shares where
+    metrics cannot be averaged. A drop is relative to the clean rows of the same held-in tasks. For metrics of which
+    less is better both are turned round, so that 1 is as good as the experts and a drop is a loss.
 
     Args:
         cells: of any suites, in any order; of two for the same place the later counts.
@@ -154,17 +154,11 @@ class _Suite:
             here = {task for tasks in groups.values() for task in tasks}
             scores[condition] = {task: _entry(own.get(task, [])) for task in self.tasks if task in here}
             for group, tasks in groups.items():
-                mean = self.mean(own, tasks)
-                if mean is None:
-                    continue
-                means.setdefault(condition, {})[group] = mean
-                wanted = [self.individual.get((condition, task)) for task in tasks]
-                known_experts = [score for score in wanted if score is not None]
-                if len(known_experts) == len(tasks):
-                    pair = mean["score"], _plain_mean(known_experts)
-                    better, worse = reversed(pair) if self.is_lower(tasks) else pair
-                    if worse:
-                        normalised.setdefault(condition, {})[group] = better / worse
+                if mean := self.mean(own, tasks):
+                    means.setdefault(condition, {})[group] = mean
+                share = self.normalised(mean, scores[condition], tasks, condition)
+                if share is not None:
+                    normalised.setdefault(condition, {})[group] = share
             clean = self.mean(by_task.get(CLEAN, {}), groups.get(HELD_IN, ())) if condition != CLEAN else None
             if clean and clean["score"] and HELD_IN in means.get(condition, {}):
                 left = means[condition][HELD_IN]["score"] / clean["score"]
@@ -201,6 +195,24 @@ class _Suite:
             "shas": {name: sha for cell in reversed(good) for name, sha in cell.shas.items()},
             "machine": first.machine,
         }
+
+    def normalised(
+        self, mean: Mapping[str, Any] | None, scores: Mapping[str, Any], tasks: Sequence[str], condition: str
+    ) -> float | None:
+        """A mean as a share of the individual experts'; where there can be none, the mean of the tasks' shares."""
+        wanted = [self.individual.get((condition, task)) for task in tasks]
+        experts = [score for score in wanted if score is not None]
+        if len(experts) < len(tasks):
+            return None
+        if mean is not None:
+            pairs = [(mean["score"], _plain_mean(experts), self.is_lower(tasks))]
+        elif self.is_lower(tasks) is None and all("score" in scores[task] for task in tasks):
+            found = [(scores[task]["score"], self.is_lower([task])) for task in tasks]
+            pairs = [(score, expert, lower) for (score, lower), expert in zip(found, experts, strict=True)]
+        else:
+            return None
+        ratios = [(expert, score) if lower else (score, expert) for score, expert, lower in pairs]
+        return _plain_mean([better / worse for better, worse in ratios]) if all(worse for _, worse in ratios) else None
 
     def mean(self, own: Mapping[str, Sequence[Cell]], tasks: Collection[str]) -> dict[str, Any] | None:
         """The mean over some tasks; None where one is missing."""

@@ -27,7 +27,8 @@ Parts = dict[str, "Dataset"]
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a task; columns text, text_pair and label; or image and label; or prompt and target.
+    """The rows of a task; columns text, text_pair and label; or image and label, which may be an array with a value
+    for each pixel; or prompt and target.
 
     Attributes:
         fit: what may be learned from: neither of the others. (A text that stands twice in a train split that is cut may
@@ -178,7 +179,24 @@ def ours(rows: Dataset, task: Task, file: str = "") -> Dataset:
     if task.prompt:
         return _prompted(rows, task, theirs.get("label", "label"), file)
     rows = rows.select_columns(list(theirs.values())).rename_columns({b: a for a, b in theirs.items() if a != b})
+    rows = _pictured(rows)
     return _classed(rows, task, file) if task.classes and "label" in theirs else rows
+
+
+def _pictured(rows: Dataset) -> Dataset:
+    """Images that are arrays (3, H, W) of 0 to 1, as pictures of 8 bits, which are compared and corrupted as others."""
+    from datasets import Array3D, Features, Image, concatenate_datasets
+    from PIL import Image as Pillow
+
+    if not isinstance(rows.features.get("image"), Array3D):
+        return rows
+
+    def one(row: dict[str, Any]) -> dict[str, Any]:
+        levels = (row["image"] * 255).round().astype("uint8")
+        return {"image": Pillow.fromarray(levels.transpose(1, 2, 0))}
+
+    images = rows.select_columns("image").with_format("numpy").map(one, features=Features({"image": Image()}))
+    return concatenate_datasets([images.with_format(None), rows.remove_columns("image")], axis=1)
 
 
 def _need(column: str, rows: Dataset, task: Task, file: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from hf_fusion.bench.cells import CLEAN, Cell, read_cells, write_cell
 from hf_fusion.bench.conditions import conditions
 from hf_fusion.bench.memory import forget_peak, peak_bytes
 from hf_fusion.bench.methods import METHODS, chosen
-from hf_fusion.bench.scoring import METRICS, Scored, score
+from hf_fusion.bench.scoring import METRICS, Scored, same_scale, score
 from hf_fusion.bench.suite import Suite, UnseenSplit, load_suite
 from hf_fusion.bench.systems import FIT, TEST, LeftOut, System, everything
 from hf_fusion.errors import FusionError
@@ -97,12 +98,13 @@ def run_suite(
 
     state = PartialState(cpu=not torch.cuda.is_available())
     suite = suite if isinstance(suite, Suite) else load_suite(suite)
-    if suite.needs:
-        raise FusionError(f"{suite.name} cannot be run: {suite.needs}")
     if not seeds or limit < 1 or tuned_on < 1:
         raise FusionError("there must be a seed, a test row and a row to tune on", hint="--seeds 0 --limit 500")
     splits = [everything(suite), *_splits(suite, unseen)]
-    wanted = [CLEAN, *conditions(corruptions, suite.head.endswith(("image", "image-classification")))]
+    wanted = [
+        CLEAN,
+        *conditions(corruptions, suite.head.endswith(("image", "image-classification", "dense-prediction"))),
+    ]
     folder = Path(output)
     settings = {"limit": limit, "tuned_on": tuned_on}
     check_bound(folder, suite, settings)
@@ -241,7 +243,9 @@ class _Runner:
             if cell.condition == CLEAN and measured.score is not None:
                 scores.setdefault((cell.method, cell.variant), []).append(measured.score)
         means = {key: sum(own) / len(own) for key, own in scores.items()}
-        if len(systems) > 1 and means:
+        if not same_scale(self.suite.tasks[task].metric for task in job.split.test):
+            told = [f"{key[1]} {', '.join(f'{own:.3g}' for own in scores[key])}" for key in list(scores)[:2]]
+        elif len(systems) > 1 and means:
             told = [f"best {max(means.values()):.1%}"]
         else:
             told = [f"{variant} {mean:.1%}" for (_, variant), mean in means.items()]
@@ -294,14 +298,19 @@ class _Runner:
         return models[place]
 
     def validation(self, job: Job, system: System) -> float:
-        """The mean score over the fused tasks, on the rows to tune on; where less is better, less than nothing."""
+        """The mean score over the fused tasks, on the rows to tune on; where less is better, less than nothing.
+
+        Of metrics on scales of their own it is the mean of the logarithms, which no scale weighs in.
+        """
         total = 0.0
         tasks = [task for task in self.suite.tasks if self.suite.is_fused(task, job.split)]
         if not tasks:
             raise LeftOut("none of the suite's tasks has an expert, so there are no rows to tune on")
+        is_one_scale = same_scale(self.suite.tasks[task].metric for task in tasks)
         for task in tasks:
             metric = self.suite.tasks[task].metric
             value = score(system.answer(task, CLEAN, FIT), metric).score
+            value = value if is_one_scale else math.log(max(value, 1e-9))
             total += value if METRICS[metric].more else -value
         return total / len(tasks)
 

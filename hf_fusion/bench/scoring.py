@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -14,6 +14,7 @@ import torch
 from hf_fusion.evaluate import Z95, wilson
 from hf_fusion.metrics import SCORES, load_metric
 from hf_fusion.training.batches import class_logits
+from hf_fusion.training.dense import dense_statistics, map_outputs
 from hf_fusion.training.prompts import IGNORED, score_targets
 
 RESAMPLES = 500  # of the bootstrap, for metrics that are no means
@@ -27,13 +28,13 @@ class BenchMetric:
         metric: a key of `hf_fusion.metrics.SCORES`.
         reads: what of the model's output it needs: "classes", their "numbers" (a regressor's), whether all of the
             target's tokens are the likeliest ("targets"), the share of them that are ("tokens"), their loss
-            ("losses"), that of every choice ("ranks"), written "texts", or what it makes of the whole row
-            ("embeddings").
+            ("losses"), that of every choice ("ranks"), written "texts", what it makes of the whole row
+            ("embeddings") or of each pixel ("maps").
         more: whether more is better.
     """
 
     metric: str
-    reads: Literal["classes", "numbers", "targets", "tokens", "losses", "ranks", "texts", "embeddings"]
+    reads: Literal["classes", "numbers", "targets", "tokens", "losses", "ranks", "texts", "embeddings", "maps"]
     more: bool = True
 
 
@@ -56,7 +57,16 @@ METRICS = {
     "exact_match": BenchMetric("exact_match", "texts"),
     "spearman_text": BenchMetric("spearmanr", "texts"),
     "agreement": BenchMetric("mean", "embeddings"),  # cosine with the task's own expert's
+    "mean_iou": BenchMetric("mean_iou", "maps"),
+    "absolute_error": BenchMetric("mean", "maps", more=False),
+    "angle": BenchMetric("mean", "maps", more=False),
 }
+
+
+def same_scale(metrics: Iterable[str]) -> bool:
+    """Whether scores can be averaged: they are of one metric, or all of them shares, of which more is better."""
+    names = set(metrics)
+    return len(names) == 1 or all(METRICS[name].more for name in names)
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,7 @@ class Scored:
 def score(answered: Answered, name: str) -> Scored:
     """What answers are worth.
 
-    Shares have Wilson's interval, means of shares the normal one; of other metrics it is the percentile bootstrap's
+    Shares have Wilson's interval, means over rows the normal one; of other metrics it is the percentile bootstrap's
     (`RESAMPLES` draws, seed 0).
 
     Args:
@@ -93,6 +103,8 @@ def score(answered: Answered, name: str) -> Scored:
     if metric.metric == "mean":
         values = np.asarray(given, dtype=float)
         mean, half = float(values.mean()), Z95 * float(values.std()) / math.sqrt(n)
+        if not metric.more:  # an error is no share
+            return Scored(mean, (mean - half, mean + half), n)
         return Scored(mean, (max(0.0, mean - half), min(1.0, mean + half)), n)
     computed = float(_metric(metric.metric).compute(predictions=given, references=right)[metric.metric])
     if SCORES[metric.metric].is_mean:
@@ -149,6 +161,8 @@ def answers(model: Any, inputs: Mapping[str, Any], reads: str, tokenizer: Any = 
     if reads == "embeddings":
         first = model(**{name: own for name, own in inputs.items() if name != "labels"}).last_hidden_state[:, 0]
         return first.tolist(), [0] * len(first)
+    if reads == "maps":
+        return dense_statistics(map_outputs(model, inputs), inputs["labels"])
     return from_logits(class_logits(model, inputs), inputs["labels"], reads)
 
 

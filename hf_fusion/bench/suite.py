@@ -150,7 +150,6 @@ class Suite:
         build: the command that makes the experts here; None where they are downloaded.
         unseen: splits into fused and tested tasks.
         ask: of the kind "regression": expert → how it is asked for a score.
-        needs: what it takes to run it, where transformers' own classes do not do; None where they do.
         about: what else its reader should know.
         path: its file.
     """
@@ -166,7 +165,6 @@ class Suite:
     build: str | None = None
     unseen: tuple[UnseenSplit, ...] = ()
     ask: Mapping[str, Question] = field(default_factory=dict)
-    needs: str | None = None
     about: str = ""
     path: Path = SUITES
 
@@ -266,7 +264,6 @@ _SUITE: dict[str, Check] = {
     "base": _MAYBE,
     "multitask": _MAYBE,
     "build": _MAYBE,
-    "needs": _MAYBE,
     "about": _TEXT,
     "experts": (
         lambda value: _is_text(value) or _is_columns(value),

@@ -39,8 +39,6 @@ def run(args: argparse.Namespace, out: Out) -> None:
     rows = [asdict(row) for row in found]
     shown = [{**row, "pinned": "yes" if row["pinned"] else "no" if row["sha"] else ""} for row in rows]
     out.table(shown, title=f"{suite.name}: {suite.title}", key="source", data=rows)
-    if suite.needs:
-        out.warning(f"{suite.name} is declared only; to be run it needs {suite.needs}")
     lacking = [row for row in found if row.status != "there"]
     if lacking:
         raise FusionError(
@@ -48,6 +46,5 @@ def run(args: argparse.Namespace, out: Out) -> None:
             f"{lacking[0].source}: {lacking[0].reason}",
             hint=lacking[0].hint or None,
         )
-    if not suite.needs:
-        data = f" --data {args.data}" if args.data else ""
-        out.hint(f"hf-fusion bench run --suite {args.suite}{data} --output results")
+    data = f" --data {args.data}" if args.data else ""
+    out.hint(f"hf-fusion bench run --suite {args.suite}{data} --output results")

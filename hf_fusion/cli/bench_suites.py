@@ -23,7 +23,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
             "tasks": str(len(suite.tasks)),
             "experts": str(len(suite.experts)),
             "from": "here" if suite.is_local else "Hub",
-            "title": suite.title if suite.needs is None else f"{suite.title} (declared only)",
+            "title": suite.title,
         }
         for suite in suites
     ]

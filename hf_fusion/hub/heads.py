@@ -28,7 +28,7 @@ class Head:
     @property
     def has_labels(self) -> bool:
         """Whether its outputs are classes with names."""
-        return self.auto.endswith("Classification")
+        return self.auto.endswith(("Classification", "Segmentation"))
 
     def auto_class(self) -> Any:
         """The Auto class itself (imports transformers)."""
@@ -47,6 +47,7 @@ HEADS = (
     ),
     Head("AutoModelForTokenClassification", ("token-classification",), ("ForTokenClassification",), "TOKEN_CLS"),
     Head("AutoModelForImageClassification", ("image-classification",), ("ForImageClassification",)),
+    Head("AutoModelForSemanticSegmentation", ("image-segmentation",), ("ForSemanticSegmentation",)),
     Head("AutoModelForCausalLM", ("text-generation",), ("ForCausalLM", "LMHeadModel"), "CAUSAL_LM"),
     Head(
         "AutoModelForSeq2SeqLM",

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import FusionError
 from ..hub.heads import head_of_architecture, same_label
+from .dense import dense_loss, map_outputs
 from .prompts import encode_prompts, score_targets
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def read_examples(expert: Expert, dataset: Dataset, max_length: int) -> Examples
     Args:
         expert: with its processor.
         dataset: columns ``prompt`` and ``target`` for a language model, ``text`` (and ``text_pair``) or ``image`` with
-            ``label`` for a classifier.
+            ``label`` for a classifier, of pictures or of their pixels (see `training.dense`).
         max_length: the longest sequence, in tokens.
 
     Raises:
@@ -58,8 +59,8 @@ def read_examples(expert: Expert, dataset: Dataset, max_length: int) -> Examples
     read = _READERS.get(head.auto if head else "")
     if read is None:
         raise FusionError(
-            f"{expert.name} is a {type(expert.model).__name__}: only language models, text and image classifiers "
-            "can be taught here"
+            f"{expert.name} is a {type(expert.model).__name__}: only language models, classifiers of texts and "
+            "images and dense predictors can be taught here"
         )
     return read(expert, dataset, max_length)
 
@@ -125,11 +126,24 @@ def _image_classes(expert: Expert, dataset: Dataset, max_length: int) -> Example
     return Examples(kept, collate, _class_loss)
 
 
+def _maps(expert: Expert, dataset: Dataset, max_length: int) -> Examples:
+    """Dense predictors: a label is an array, with a value for each pixel."""
+    _require(dataset, "image", "label")
+
+    def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
+        pixels = expert.processor(images=[row["image"] for row in rows], return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixels, "labels": torch.stack([torch.tensor(row["label"]) for row in rows])}
+
+    kept = dataset.select_columns(["image", "label"]).with_format("numpy")
+    return Examples(kept, collate, lambda model, inputs: dense_loss(map_outputs(model, inputs), inputs["labels"]))
+
+
 _READERS: dict[str, Callable[[Expert, Dataset, int], Examples]] = {
     "AutoModelForCausalLM": _generation,
     "AutoModelForSeq2SeqLM": _generation,
     "AutoModelForSequenceClassification": _text_classes,
     "AutoModelForImageClassification": _image_classes,
+    "AutoModelForSemanticSegmentation": _maps,
 }
 
 
@@ -150,9 +164,9 @@ def class_logits(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
     """
     output = model(**{name: value for name, value in inputs.items() if name != "labels"})
     for name in ("logits", "logits_per_image"):
-        if getattr(output, name, None) is not None:
-            return getattr(output, name).float()
-    raise FusionError(f"{type(output).__name__} has no logits: only classifiers choose among classes")
+        if (logits := getattr(output, name, None)) is not None and logits.dim() < 4:  # not of pixels
+            return logits.float()
+    raise FusionError(f"{type(output).__name__} has no logits of rows: only classifiers choose among classes")
 
 
 def score_rows(model: Any, batch: Mapping[str, Any], metric: str) -> torch.Tensor:

@@ -8,17 +8,14 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import yaml
-from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value, disable_progress_bars
+from datasets import disable_progress_bars
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
-from PIL import Image as Pillow
+from standin_data import DATA, HEIGHT, WIDTH, numbered, save_data
 from tiny import (
     bert,
     distilbert,
@@ -39,11 +36,16 @@ from transformers import (
     CLIPModel,
     CLIPProcessor,
     CLIPVisionModel,
+    ConvNextImageProcessorPil,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     PegasusConfig,
     PegasusForConditionalGeneration,
+    ResNetConfig,
+    ResNetForImageClassification,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
 )
 
 from hf_fusion.bench.sources import is_hub_id
@@ -51,195 +53,6 @@ from hf_fusion.bench.suite import Suite, Task, load_suite, suite_names
 from hf_fusion.hub.files import repo_of
 
 disable_progress_bars()
-
-ROWS = 40
-
-# ---------------------------------------------------------------- data sets
-
-TEXT, NUMBER, FRACTION, PICTURE, FOUR, WORTH, GRADES = (
-    "text",
-    "number",
-    "fraction",
-    "picture",
-    "four",
-    "worth",
-    "grades",
-)
-Column = str | list[str] | tuple[str, ...]  # a kind, the names of classes, or plain values
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One configuration of a data set as it is on the Hub: its columns in order, and its splits."""
-
-    columns: dict[str, Column]
-    splits: tuple[str, ...] = ("train", "test")
-
-
-def _glue(classes: list[str] | str, *texts: str, validation: tuple[str, ...] = ("validation",)) -> Stored:
-    return Stored({**dict.fromkeys(texts, TEXT), "label": classes, "idx": NUMBER}, ("train", *validation))
-
-
-def _superglue(*texts: str, classes: list[str]) -> Stored:
-    return Stored({**dict.fromkeys(texts, TEXT), "idx": NUMBER, "label": classes}, ("train", "validation", "test"))
-
-
-def _numbered(count: int) -> list[str]:
-    return [f"class {number}" for number in range(count)]
-
-
-_DIGITS = [str(number) for number in range(10)]
-_ENTAILED = ["entailment", "not_entailment"]
-_SUMMARY = ("train", "validation", "test")
-# id -> configuration -> what it holds; "*": any
-# fmt: off
-DATA: dict[str, dict[str, Stored]] = {
-    **{
-        f"tanganke/{name}": {"default": Stored({"image": PICTURE, "label": _numbered(count)})}
-        for name, count in (("sun397", 397), ("stanford_cars", 196), ("resisc45", 45), ("eurosat", 10), ("gtsrb", 43))
-    },
-    "tanganke/dtd": {"default": Stored({"image": PICTURE, "label": _numbered(47)})},
-    "ufldl-stanford/svhn": {"cropped_digits": Stored({"image": PICTURE, "label": _DIGITS}, ("train", "test", "extra"))},
-    "ylecun/mnist": {"mnist": Stored({"image": PICTURE, "label": _DIGITS})},
-    "nyu-mll/glue": {
-        "cola": _glue(["unacceptable", "acceptable"], "sentence"),
-        "mnli": _glue(
-            ["entailment", "neutral", "contradiction"],
-            *("premise", "hypothesis"),
-            validation=("validation_matched", "validation_mismatched"),
-        ),
-        "mrpc": _glue(["not_equivalent", "equivalent"], "sentence1", "sentence2"),
-        "qnli": _glue(_ENTAILED, "question", "sentence"),
-        "qqp": _glue(["not_duplicate", "duplicate"], "question1", "question2"),
-        "rte": _glue(_ENTAILED, "sentence1", "sentence2"),
-        "sst2": _glue(["negative", "positive"], "sentence"),
-        "stsb": _glue(FRACTION, "sentence1", "sentence2"),
-    },
-    "lukaemon/bbh": {
-        "boolean_expressions": Stored({"input": TEXT, "target": ("True", "False")}, ("test",)),
-        "web_of_lies": Stored({"input": TEXT, "target": ("Yes", "No")}, ("test",)),
-        "*": Stored({"input": TEXT, "target": TEXT}, ("test",)),
-    },
-    "cais/mmlu": {
-        "*": Stored(
-            {"question": TEXT, "subject": TEXT, "choices": FOUR, "answer": list("ABCD")},
-            ("test", "validation", "dev"),
-        )
-    },
-    "zeroshot/twitter-financial-news-sentiment": {
-        "default": Stored({"text": TEXT, "label": NUMBER}, ("train", "validation"))
-    },
-    "google-research-datasets/poem_sentiment": {
-        "default": Stored(
-            {"id": NUMBER, "verse_text": TEXT, "label": ["negative", "positive", "no_impact", "mixed"]}, _SUMMARY
-        )
-    },
-    "FinanceInc/auditor_sentiment": {
-        "default": Stored({"sentence": TEXT, "label": ["negative", "neutral", "positive"]})
-    },
-    "Kaludi/data-reviews-sentiment-analysis": {
-        "default": Stored({"text": TEXT, "target": ["Negative", "Positive"]}, ("train", "validation"))
-    },
-    "abisee/cnn_dailymail": {"3.0.0": Stored({"article": TEXT, "highlights": TEXT, "id": TEXT}, _SUMMARY)},
-    "EdinburghNLP/xsum": {"default": Stored({"document": TEXT, "summary": TEXT, "id": TEXT}, _SUMMARY)},
-    "alexfabbri/multi_news": {"default": Stored({"document": TEXT, "summary": TEXT}, _SUMMARY)},
-    "FiscalNote/billsum": {
-        "default": Stored({"text": TEXT, "summary": TEXT, "title": TEXT}, ("train", "test", "ca_test"))
-    },
-    "NortheasternUniversity/big_patent": {"all": Stored({"description": TEXT, "abstract": TEXT}, _SUMMARY)},
-    "cornell-movie-review-data/rotten_tomatoes": {
-        "default": Stored({"text": TEXT, "label": ["neg", "pos"]}, _SUMMARY)
-    },
-    "fancyzhx/ag_news": {"default": Stored({"text": TEXT, "label": ["World", "Sports", "Business", "Sci/Tech"]})},
-    "google-research-datasets/paws": {
-        "labeled_final": Stored({"id": NUMBER, "sentence1": TEXT, "sentence2": TEXT, "label": ["0", "1"]}, _SUMMARY)
-    },
-    "facebook/anli": {
-        "plain_text": Stored(
-            {"uid": TEXT, "premise": TEXT, "hypothesis": TEXT, "label": ["entailment", "neutral", "contradiction"],
-             "reason": TEXT},
-            tuple(f"{part}_r{number}" for number in (1, 2, 3) for part in ("train", "dev", "test")),
-        )
-    },
-    "aps/super_glue": {
-        "cb": _superglue("premise", "hypothesis", classes=["entailment", "contradiction", "neutral"]),
-        "copa": _superglue("premise", "choice1", "choice2", "question", classes=["choice1", "choice2"]),
-        "rte": _superglue("premise", "hypothesis", classes=_ENTAILED),
-        "wic": _superglue("word", "sentence1", "sentence2", classes=["False", "True"]),
-        "wsc.fixed": _superglue("text", "span1_text", "span2_text", classes=["False", "True"]),
-    },
-    "allenai/winogrande": {
-        "winogrande_xl": Stored(
-            {"sentence": TEXT, "option1": TEXT, "option2": TEXT, "answer": ("1", "2")}, ("train", "test", "validation")
-        )
-    },
-    "Rowan/hellaswag": {
-        "default": Stored(
-            {"ind": NUMBER, "activity_label": TEXT, "ctx": TEXT, "endings": FOUR, "label": tuple("0123")},
-            ("train", "test", "validation"),
-        )
-    },
-    "tasksource/bigbench": {
-        "*": Stored({"inputs": TEXT, "targets": FOUR, "multiple_choice_targets": FOUR,
-                     "multiple_choice_scores": WORTH, "idx": NUMBER}, ("train", "validation"))
-    },
-    "uoft-cs/cifar100": {
-        "cifar100": Stored({"img": PICTURE, "fine_label": _numbered(100), "coarse_label": _numbered(20)})
-    },
-    "mteb/summeval": {
-        "default": Stored(
-            {"machine_summaries": FOUR, "human_summaries": FOUR, **dict.fromkeys(
-                ("relevance", "coherence", "fluency", "consistency"), GRADES), "text": TEXT, "id": TEXT},
-            ("test",),
-        )
-    },
-    "Yale-LILY/aeslc": {"default": Stored({"email_body": TEXT, "subject_line": TEXT}, _SUMMARY)},
-}
-# fmt: on
-_WORDS = ["fused", "experts", "answer", "better", "than", "any", "of", "them", "alone", "the", "router", "said"]
-
-
-def rows(stored: Stored, split: str) -> Dataset:
-    """`ROWS` rows of chance, others for each split; no two have the same texts or pictures."""
-    chance = np.random.default_rng(sum(split.encode()))
-    makers: dict[str, Callable[[int], Any]] = {
-        TEXT: lambda row: " ".join(chance.choice(_WORDS, 5)) + f" {split} {row}",
-        NUMBER: lambda row: row % 2,
-        FRACTION: lambda row: round(float(chance.uniform(0, 5)), 1),
-        PICTURE: lambda row: Pillow.fromarray(chance.integers(0, 256, (32, 32, 3), dtype=np.uint8)),
-        FOUR: lambda row: [f"{word} {row}" for word in chance.choice(_WORDS, 4)],
-        WORTH: lambda row: [1, row % 2, 0, 0],
-        GRADES: lambda row: [round(float(grade), 2) for grade in chance.uniform(1, 5, 4)],
-    }
-    kinds = {TEXT: Value("string"), NUMBER: Value("int32"), FRACTION: Value("float32"), PICTURE: Image()}
-    kinds |= {FOUR: Sequence(Value("string")), WORTH: Sequence(Value("int32"))}
-    kinds |= {GRADES: Sequence(Value("float64"))}
-    columns, features = {}, {}
-    for name, kind in stored.columns.items():
-        if isinstance(kind, list):
-            features[name] = ClassLabel(names=kind)
-            columns[name] = [int(chance.integers(len(kind))) for _ in range(ROWS)]
-        elif isinstance(kind, tuple):
-            features[name] = Value("string")
-            columns[name] = [kind[int(chance.integers(len(kind)))] for _ in range(ROWS)]
-        else:
-            features[name] = kinds[kind]
-            columns[name] = [makers[kind](row) for row in range(ROWS)]
-    return Dataset.from_dict(columns, Features(features))
-
-
-def save_data(name: str, configs: list[str], folder: Path) -> None:
-    """A data set's repo: parquet for each configuration and split, and the README that lists them."""
-    known, listed = DATA[name], []
-    for config in configs:
-        stored = known.get(config) or known["*"]
-        (folder / config).mkdir(parents=True)
-        for split in stored.splits:
-            rows(stored, split).to_parquet(folder / config / f"{split}.parquet")
-        files = [{"split": split, "path": f"{config}/{split}.parquet"} for split in stored.splits]
-        listed.append({"config_name": config, "data_files": files})
-    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': listed})}---\n")
-
 
 # ---------------------------------------------------------------- models
 
@@ -372,11 +185,44 @@ def bart(source: str, seed: int, labels: list[str], folder: Path) -> None:
 
 
 def superclass_expert(source: str, seed: int, labels: list[str], folder: Path) -> None:
-    _saved(resnet(_numbered(20), seed), image_processor(32), folder)
+    _saved(resnet(numbered(20), seed), image_processor(32), folder)
 
 
 def language_model(source: str, seed: int, labels: list[str], folder: Path) -> None:
     _saved(llama(seed), make_tokenizer(), folder)
+
+
+_RESNET = {"embedding_size": 8, "hidden_sizes": [8, 12, 16, 24], "depths": [1, 1, 1, 1], "layer_type": "bottleneck"}
+
+
+def resnet_encoder() -> ResNetForImageClassification:
+    torch.manual_seed(0)
+    return seen(ResNetForImageClassification(ResNetConfig(**_RESNET)))
+
+
+def seen(model: torch.nn.Module) -> torch.nn.Module:
+    """A model whose batch norms have counted the pictures that they saw."""
+    with torch.no_grad():
+        for _ in range(20):
+            model.train()(torch.randn(4, 3, HEIGHT, WIDTH))
+    return model.eval()
+
+
+def resnet_base(source: str, seed: int, labels: list[str], folder: Path) -> None:
+    _saved(resnet_encoder(), ConvNextImageProcessorPil(size={"shortest_edge": 64}), folder)
+
+
+def dense(source: str, seed: int, labels: list[str], folder: Path) -> None:
+    """A ResNet under a decoder of its own, for as many numbers a pixel as the task has; the base's are two."""
+    config = ResNetConfig(**_RESNET, out_features=[f"stage{number}" for number in range(1, 5)])
+    count = {"segmentation": 13, "depth": 1, "normal": 3}.get(source.rpartition("/")[2], 2)
+    sizes = {"hidden_size": 16, "use_auxiliary_head": False, "pool_scales": [1, 2]}
+    torch.manual_seed(seed)
+    model = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=config, num_labels=count, **sizes))
+    model.backbone.load_state_dict(resnet_encoder().resnet.state_dict())
+    if count != 2:
+        seen(moved(model, seed))
+    _saved(model, ConvNextImageProcessorPil(do_resize=False), folder)
 
 
 # a pattern of ids -> what is made under them; the first that fits
@@ -397,6 +243,8 @@ MODELS: tuple[tuple[str, Maker], ...] = (
     (r"MingZhong/unieval-.*", t5_full),
     (r"cache:foe-cifar100/.*", superclass_expert),
     (r".*/(finbert|clasificador|auditor|Reviews).*", classifier),
+    (r"microsoft/resnet-.*", resnet_base),
+    (r"cache:nyuv2/.*", dense),
     (r".*", language_model),
 )
 
@@ -421,16 +269,14 @@ def labels_of(task: Task | None) -> list[str]:
     return list(found) if isinstance(found, list) else []
 
 
-def fill(hub: Any, suite: Suite | str, only: tuple[str, ...] = (), cache: Path | None = None) -> None:
-    """Pushes a suite's base, experts and data, or those of some of its tasks, as their owners; what is there stays.
-
-    What its `build` command would make is made in `cache`.
-    """
+def fill(hub: Any, suite: Suite | str, only: tuple[str, ...] = ()) -> None:
+    """Pushes a suite's base, experts and data, or those of some of its tasks, as their owners; what is there stays."""
     suite = load_suite(suite) if isinstance(suite, str) else suite
     tasks = [task for name, task in suite.tasks.items() if not only or name in only]
     owners = {task.expert: task for task in tasks if task.expert}
     sources = [source for source in suite.experts.values() if not only or source in owners or not owners]
-    models = [repo_of(source)[0] if is_hub_id(source) else source for source in (suite.base, *sources) if source]
+    named = [*([suite.base] if suite.base else []), *sources]
+    models = [repo_of(source)[0] for source in named if is_hub_id(source)]
     data: dict[str, list[str]] = {}
     others = [task for name in suite_names() for task in load_suite(name).tasks.values()]
     for task in (*suite.tasks.values(), *others):  # a data set has all the configurations that any suite names
@@ -441,16 +287,26 @@ def fill(hub: Any, suite: Suite | str, only: tuple[str, ...] = (), cache: Path |
     for name in data:
         data[name] = list(dict.fromkeys([*data[name], *(c for c in DATA[name] if c != "*")]))
     for source in dict.fromkeys(models):
-        if cache is not None and source.startswith("cache:"):
-            maker(source)(source, sum(source.encode()), [], cache / source.removeprefix("cache:"))
-    for source, api in _missing(hub, [source for source in models if is_hub_id(source)], "model"):
-        with tempfile.TemporaryDirectory() as folder:
-            maker(source)(source, sum(source.encode()), labels_of(owners.get(source)), Path(folder))
-            api.upload_folder(repo_id=source, folder_path=folder)
+        push(hub, source, labels_of(owners.get(source)))
     for source, api in _missing(hub, list(data), "dataset"):
         with tempfile.TemporaryDirectory() as folder:
             save_data(source, data[source], Path(folder))
             api.upload_folder(repo_id=source, folder_path=folder, repo_type="dataset")
+
+
+def push(hub: Any, source: str, labels: list[str] | None = None) -> None:
+    """Pushes the stand-in of a model as its owner, if it is not there."""
+    for _, api in _missing(hub, [source], "model"):
+        with tempfile.TemporaryDirectory() as folder:
+            maker(source)(source, sum(source.encode()), labels or [], Path(folder))
+            api.upload_folder(repo_id=source, folder_path=folder)
+
+
+def make_here(suite: Suite, cache: Path) -> None:
+    """Makes what a suite's build command would leave in the cache's folder."""
+    for source in filter(None, (suite.base, *suite.experts.values())):
+        if source.startswith("cache:"):
+            maker(source)(source, sum(source.encode()), [], cache / source.removeprefix("cache:"))
 
 
 def _missing(hub: Any, ids: list[str], kind: str) -> Iterator[tuple[str, HfApi]]:

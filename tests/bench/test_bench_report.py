@@ -131,6 +131,23 @@ def test_perplexity_and_accuracy_have_no_mean_together():
     assert row_of(cells, "ties")["means"] == {}
 
 
+def test_where_there_is_no_mean_the_shares_of_the_experts_have_one():
+    cells = [
+        *(cell("individual", *own) for own in (("a", 0.8), ("b", 0.5))),
+        *(cell("individual", task, score, metric="angle") for task, score in (("c", 20.0), ("d", 30.0))),
+        *(cell("ties", *own) for own in (("a", 0.6), ("b", 0.5))),
+        *(cell("ties", task, score, metric="angle") for task, score in (("c", 25.0), ("d", 40.0))),
+        *(cell("average", task, 0.4) for task in "ab"),
+        cell("average", "c", 25.0, metric="angle"),
+        cell("average", "d", None, metric="angle"),
+    ]
+    share = (0.75 + 1 + 0.8 + 0.75) / 4
+    assert row_of(cells, "ties")["normalised"]["clean"]["held-in"] == pytest.approx(share)
+    assert row_of(cells, "individual")["normalised"]["clean"]["held-in"] == pytest.approx(1)
+    assert row_of(cells, "average")["normalised"] == {}
+    assert "82.5 %" in line_of(to_markdown(main_table(summarise(cells)["suites"][0])), "TIES")
+
+
 def test_an_unseen_split_has_groups_of_its_own_and_the_experts_of_all():
     cells = [
         *(cell("individual", task, score) for task, score in (("a", 0.9), ("b", 0.8))),

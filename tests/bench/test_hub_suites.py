@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -10,7 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from standins import DATA, ROWS, fill
+import torch
+from safetensors.torch import load_file
+from standin_data import DATA, ROWS
+from standins import fill, make_here, push, resnet_encoder
 
 from hf_fusion.bench.cells import read_cells
 from hf_fusion.bench.sources import is_hub_id
@@ -18,7 +22,7 @@ from hf_fusion.bench.suite import load_suite, suite_names
 from hf_fusion.hub.load import load_experts
 from hf_fusion.hub.server import HubServer
 
-RUNNABLE = [name for name in suite_names() if not load_suite(name).is_local and not load_suite(name).needs]
+HUB_SUITES = [name for name in suite_names() if not load_suite(name).is_local]
 EXAMPLES = Path(__file__).parents[2] / "examples"
 METHODS = {  # kind -> something that is fused, beside what each kind has
     "merging": ["pretrained", "average", "task_arithmetic", "individual"],
@@ -49,7 +53,7 @@ def python(hub, tmp_path):
 
     def run(*words: str) -> str:
         given = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-        given |= {"HF_FUSION_CACHE": str(tmp_path / "cache")}
+        given["HF_FUSION_CACHE"] = str(tmp_path / "cache")
         done = subprocess.run(
             [sys.executable, *words], env={**os.environ, **given}, capture_output=True, text=True, timeout=500
         )
@@ -79,11 +83,12 @@ def test_two_tasks_from_end_to_end(hub, python, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUNNABLE)
-def test_every_runnable_suite_from_end_to_end(name, hub, python, tmp_path):
+@pytest.mark.parametrize("name", HUB_SUITES)
+def test_every_suite_of_the_hub_from_end_to_end(name, hub, python, tmp_path):
     suite = load_suite(name)
     methods = OTHERS.get(name.partition("-")[0], METHODS[suite.kind])
-    fill(hub, suite, cache=tmp_path / "cache")
+    fill(hub, suite)
+    make_here(suite, tmp_path / "cache")
     checked = json.loads(python("-m", "hf_fusion.cli", "bench", "check", name, "--format", "json"))
     assert {row["status"] for row in checked} == {"there"}
     cells = run_suite(python, name, methods, tmp_path / "out")
@@ -95,7 +100,8 @@ def test_every_runnable_suite_from_end_to_end(name, hub, python, tmp_path):
 
 @pytest.mark.slow
 def test_experts_of_superclasses_are_trained_by_their_command(hub, python, tmp_path):
-    fill(hub, "foe-cifar100", cache=tmp_path / "cache")
+    fill(hub, "foe-cifar100")
+    make_here(load_suite("foe-cifar100"), tmp_path / "cache")
     made = tmp_path / "cache" / "foe-cifar100" / "domain-3"
     shutil.rmtree(made)
     said = python(str(EXAMPLES / "train_superclass_experts.py"), "--epochs", "1")
@@ -127,7 +133,7 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 def test_rows_of_all_suites_come_with_our_columns(hub, python):
-    wanted = {name: list(load_suite(name).tasks)[:8] for name in RUNNABLE}
+    wanted = {name: list(load_suite(name).tasks)[:8] for name in HUB_SUITES}
     for name, tasks in wanted.items():
         fill(hub, name, tuple(tasks))
     found = json.loads(python("-c", ROWS_OF, json.dumps(wanted)))
@@ -149,8 +155,32 @@ def test_rows_of_all_suites_come_with_our_columns(hub, python):
     assert found["gpt2-glue qnli"][2] == ["entailment", "not_entailment"]
 
 
-def test_stand_ins_have_data_for_every_runnable_suite():
-    named = {task.data for name in RUNNABLE for task in load_suite(name).tasks.values()}
+def test_stand_ins_have_data_for_every_suite_of_the_hub():
+    named = {task.data for name in HUB_SUITES for task in load_suite(name).tasks.values()}
     assert named == set(DATA)
     assert all(map(is_hub_id, named))
-    assert len(RUNNABLE) == 18
+    assert len(HUB_SUITES) == 19
+
+
+@pytest.mark.slow
+def test_dense_experts_are_trained_by_the_build_command_and_measured(hub, python, tmp_path):
+    """A tiny ResNet under the base's id; its experts learn something from a few rows."""
+    suite = load_suite("resnet50-nyuv2")
+    fill(hub, suite)
+    push(hub, "microsoft/resnet-50")
+    _, *command = (suite.build or "").split()
+    cache = tmp_path / "cache" / "nyuv2"
+    python(*command, "--expert", "depth", "--epochs", "1", "--rows", "16")
+    assert {path.name for path in cache.iterdir()} == {"base", "depth"}
+    weights = (cache / "depth" / "model.safetensors").read_bytes()
+    python(*command, "--epochs", "10")
+    assert (cache / "depth" / "model.safetensors").read_bytes() == weights  # what is there is left alone
+    assert "base_model: microsoft/resnet-50" in (cache / "normal" / "README.md").read_text()
+    encoder = load_file(cache / "base" / "model.safetensors")
+    for name, tensor in resnet_encoder().resnet.state_dict().items():
+        assert torch.equal(encoder[f"backbone.{name}"], tensor)
+    cells = run_suite(python, suite.name, ["pretrained", "average", "individual"], tmp_path / "out")
+    scores = {(cell.method, cell.task): cell.score for cell in cells}
+    assert scores["individual", "segmentation"] > 0.5  # one answer everywhere: 0.25
+    assert scores["individual", "normal"] < 30  # normals of chance: 90
+    assert len(scores) == 9 and all(map(math.isfinite, scores.values()))

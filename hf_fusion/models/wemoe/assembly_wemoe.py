@@ -15,6 +15,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -28,8 +29,10 @@ AUTO_CLASSES: dict[str, Any] = {
     "sequence-classification": AutoModelForSequenceClassification,
     "token-classification": AutoModelForTokenClassification,
     "image-classification": AutoModelForImageClassification,
+    "semantic-segmentation": AutoModelForSemanticSegmentation,
     "features": AutoModel,
 }
+OWN_HEADS = ("classification", "segmentation")  # ends of the heads that every expert has its own copy of
 # The linears of one unit, from the module that holds them, in the order in which they run; the first row that fits.
 MODULES: dict[str, tuple[tuple[str, ...], ...]] = {
     "mlp": (
@@ -229,15 +232,15 @@ def renamed(tensors: Mapping[str, Any], model: Any, template: Any, part: str = "
 
 
 def head_paths(model: Any, head: str) -> list[str]:
-    """Modules of a classifier that experts have their own copies of; the last one gives the logits.
+    """Modules of a classifier (of pixels too) that experts have their own copies of; the last one gives the logits.
 
     They are what lies outside of its trunk, and the trunk's pooler: what is the first layer of RoBERTa's head, BERT has
     there, and every fine-tune makes it its own.
     """
-    if not head.endswith("classification"):
+    if not head.endswith(OWN_HEADS):
         return []
     trunk = next((name for name, child in model.named_children() if child is model.base_model), None)
-    if trunk is None:  # CLIPForImageClassification: its trunk bears another name than its prefix
+    if trunk is None:  # CLIPForImageClassification, UperNet: the trunk bears another name than the prefix
         trunk = next(name for name, child in model.named_children() if hasattr(child, "config"))
     pooler = getattr(model.get_submodule(trunk), "pooler", None)
     inside = [f"{trunk}.pooler"] if isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters()) else []

@@ -11,6 +11,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from .assembly_wemoe import (
+    OWN_HEADS,
     Source,
     check_experts,
     check_ties,
@@ -227,14 +228,14 @@ def _template(experts: Sequence[Any], base: Any) -> tuple[Any, str]:
                 f"{expert.name} is a {type(expert.model).__name__}, {experts[0].name} a {type(models[0]).__name__}"
             )
     part = part_of(base, models[0])
-    same = type(base) is type(models[0]) and not head_of(base).endswith("classification")
+    same = type(base) is type(models[0]) and not head_of(base).endswith(OWN_HEADS)
     return (base if part or same else models[0]), part
 
 
 def _source(expert: Any, template: Any, part: str, head: str) -> Source:
     model, adapter = expert.model, expert.adapter
     labels = list(expert.labels)
-    if head.endswith("classification") and not labels:
+    if head.endswith(OWN_HEADS) and not labels:
         labels = [model.config.id2label[i] for i in sorted(model.config.id2label)]
     row = {
         "name": expert.name,
@@ -301,7 +302,7 @@ def _config(
         is_encoder_decoder=bool(getattr(template.config, "is_encoder_decoder", False)),
         **{name: options[name] for name in passed},
     )
-    if head.endswith("classification"):
+    if head.endswith(OWN_HEADS):
         config.id2label, config.label2id = template.config.id2label, template.config.label2id
     return config
 

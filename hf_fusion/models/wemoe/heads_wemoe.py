@@ -100,8 +100,13 @@ def with_one_head(model: Any, paths: Sequence[str], index: int, labels: Sequence
 
 
 def _resized(head: nn.Module, classes: int) -> nn.Module:
-    """A copy of a head with so many outputs: those of its last linear."""
+    """A copy of a head with so many outputs: those of its last linear, or of the convolution that is its classifier."""
     own = copy.deepcopy(head)
+    if isinstance(conv := getattr(own, "classifier", None), nn.Conv2d):  # of pixels
+        like: dict[str, Any] = {"dtype": conv.weight.dtype, "device": conv.weight.device}
+        like |= {"kernel_size": conv.kernel_size, "bias": conv.bias is not None}
+        own.classifier = nn.Conv2d(conv.in_channels, classes, **like)
+        return own
     paths = [path for path, module in own.named_modules() if isinstance(module, nn.Linear)]
     if not paths:
         raise ValueError(f"a head of {type(head).__name__} has no linear layer: pass heads='shared'")
