@@ -402,7 +402,17 @@ def stacked(name: str, count: int, size: int) -> torch.Tensor:
 def merge_tensors(
     tensors: Tensors, merged: Merged | torch.Tensor, dtype: str = "F32"
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """(start, values) of what a method returned, in order: in float32, or in the type that they go to, `dtype`."""
+    """(start, values) of what a method returned, in order: in float32, or in the type that they go to, `dtype`.
+
+    A running variance of batch norm is at least 0: what a method takes away may be more than there is.
+    """
+    pieces = _merged(tensors, merged, dtype)
+    if not tensors.name.endswith("running_var"):
+        return pieces
+    return ((start, values.clamp(min=0)) for start, values in pieces)
+
+
+def _merged(tensors: Tensors, merged: Merged | torch.Tensor, dtype: str) -> Iterator[tuple[int, torch.Tensor]]:
     if dtype == "BF16" and isinstance(merged, Combination) and (narrow := merged.in_bfloat16(tensors)) is not None:
         yield from narrow
         return

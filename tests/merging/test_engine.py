@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import bert
-from transformers import AutoModelForSequenceClassification
+from tiny import bert, resnet
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from hf_fusion import FusionError, merge_states
 from hf_fusion.merging.checkpoint import Files, read_header
@@ -129,3 +129,27 @@ def test_state_dicts_in_memory_merge_as_files_do(method, options, folders, tmp_p
         assert tensor.equal(merged[name]), name
     with pytest.raises(FusionError, match="has no parameter 'scale'"):
         merge_states(method, base, experts, scale=1.0)
+
+
+def test_variances_of_batch_norm_stay_variances(tmp_path):
+    """Both experts have halved them, so that a large step leads below 0, where a model's outputs are no numbers."""
+    found = []
+    for name, factor in (("base", 1.0), ("one", 0.4), ("two", 0.5)):
+        model = resnet(["no", "yes"])
+        for key, buffer in model.named_buffers():
+            if key.endswith("running_var"):
+                buffer.mul_(factor)
+        model.save_pretrained(tmp_path / name)
+        found.append(tmp_path / name)
+    merge(recipe_of("task_arithmetic", found, scaling=1.0), tmp_path / "out", threads=1)
+    merged, in_memory = weights(tmp_path / "out"), merge_states("task_arithmetic", *_apart(found), scaling=1.0)
+    variances = [name for name in merged if name.endswith("running_var")]
+    assert variances and all(bool((merged[name] == 0).all()) for name in variances)  # 1 - 0.6 - 0.5 < 0
+    assert merged.keys() == in_memory.keys() and all(torch.equal(merged[name], in_memory[name]) for name in merged)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
+    assert bool(loaded(torch.randn(2, 3, 32, 32)).logits.isfinite().all())
+
+
+def _apart(folders):
+    base, *experts = map(weights, folders)
+    return base, experts
