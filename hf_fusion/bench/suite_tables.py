@@ -169,8 +169,8 @@ def unseen_table(suite: Row) -> Table | None:
 
 
 def cost_table(suite: Row) -> Table | None:
-    """What each method takes: parameters as used, time and memory of fusing and running; None without clean rows."""
-    rows = [row for row in rows_of(suite) if not row["method"].startswith(EXPERT)]
+    """What each measured method takes: parameters as used, time and memory of fusing and running; None without any."""
+    rows = [row for row in rows_of(suite) if not row["method"].startswith(EXPERT) and _is_measured(row)]
     if not rows:
         return None
 
@@ -315,8 +315,12 @@ def _table(name: str, title: str, columns: Sequence[Column], rows: Iterable[Row]
     return Table(name, title, ("method", *(column.title for column in columns)), made, caption)
 
 
+def _is_measured(row: Row) -> bool:
+    return any("score" in own for own in row["scores"].get(CLEAN, {}).values())
+
+
 def _cost(row: Row) -> Entry:
-    return Entry(f"{row['cost']:.2f}", row["cost"])
+    return Entry(f"{row['cost']:.2f}", row["cost"]) if _is_measured(row) else Entry()
 
 
 def _spread(mean: Row | None, row: Row, tasks: Sequence[Row]) -> Entry:
@@ -373,6 +377,8 @@ def _words(parameters: Mapping[str, Any]) -> str:
     def word(value: Any) -> str:
         if isinstance(value, float):
             return f"{value:.4g}"
+        if isinstance(value, Mapping):
+            return f"({_words(value)})"
         if isinstance(value, (list, tuple)):
             return f"[{', '.join(map(word, value[:3]))}{', …' if len(value) > 3 else ''}]"
         return str(value)
