@@ -89,6 +89,11 @@ class Row:
         return f"{self.method}.{self.variant}"
 
     @property
+    def is_measured(self) -> bool:
+        """Whether it has any score; what was left out or failed has none."""
+        return any(own.score is not None for scores in self.scores.values() for own in scores.values())
+
+    @property
     def full_title(self) -> str:
         """The method, and its variant where that is not the default."""
         return self.title if self.variant == "default" else f"{self.title}, {self.variant}"

@@ -141,9 +141,9 @@ def share_cell(share: float | None, why: str) -> Cell:
     return Cell(status="none", reason=why) if share is None else Cell(f"{100 * share:.1f}", 100 * share)
 
 
-def plain_cell(number: float, digits: int = 2) -> Cell:
-    """A number as it is."""
-    return Cell(f"{number:,.{digits}f}", number)
+def plain_cell(row: Row, number: float, digits: int = 2) -> Cell:
+    """What a measured row takes, as it is."""
+    return Cell(f"{number:,.{digits}f}", number) if row.is_measured else Cell(status="none", reason="not measured")
 
 
 # ---------------------------------------------------------------- columns of each way to see a suite
@@ -155,7 +155,7 @@ COST = Column(
     "multiplications of a forward, as a multiple of the base’s",
     True,
     False,
-    lambda r: plain_cell(r.cost),
+    lambda r: plain_cell(r, r.cost),
 )
 
 
@@ -240,14 +240,15 @@ def _cost(suite: Suite, view: View) -> tuple[list[Row], list[Column], str]:
         _mean_column(suite, split, group, view.condition, "Mean"),
         COST,
         Column("active", "Active, M", f"{millions} that one example meets", True, False,
-               lambda r: plain_cell(r.active / 1e6, 1)),
-        Column("stored", "Stored, M", f"{millions} of the model", True, False, lambda r: plain_cell(r.stored / 1e6, 1)),
+               lambda r: plain_cell(r, r.active / 1e6, 1)),
+        Column("stored", "Stored, M", f"{millions} of the model", True, False,
+               lambda r: plain_cell(r, r.stored / 1e6, 1)),
         Column("fusing", "Fusing, s", "CPU time of fusing, fitting, adapting and tuning", True, False,
-               lambda r: plain_cell(r.fuse_cpu_seconds, 1)),
+               lambda r: plain_cell(r, r.fuse_cpu_seconds, 1)),
         Column("running", "Testing, s", "time of the evaluation on clean rows of all tasks", True, False,
-               lambda r: plain_cell(r.seconds, 1)),
-        Column("peak", "Peak, MB", "the most memory that the process had held so far", True, False,
-               lambda r: plain_cell(r.peak_bytes / 1e6, 0)),
+               lambda r: plain_cell(r, r.seconds, 1)),
+        Column("peak", "Peak, MB", "the most memory that the process held", True, False,
+               lambda r: plain_cell(r, r.peak_bytes / 1e6, 0)),
     ]  # fmt: skip
     caption = (
         f"Mean of {condition_title(view.condition).lower()} rows; cost is the multiplications of a forward, base = 1."
