@@ -1,8 +1,8 @@
 """Train the experts of the suite resnet50-nyuv2: for each task of NYUv2 a ResNet-50 under a decoder of its own.
 
     python examples/train_dense_experts.py
-    python examples/train_dense_experts.py --expert depth                   # only one of them
-    python examples/train_dense_experts.py --base microsoft/resnet-18 --epochs 1 --rows 64   # a try
+    python examples/train_dense_experts.py --expert depth                                     # only one of them
+    python examples/train_dense_experts.py --epochs 1 --rows 64 --output tried                # a try
 
 Reads the data set tanganke/nyuv2 and the base from the Hub. A GPU is used where there is one; on one core of a CPU each
 epoch of an expert takes half an hour. What is there already is left alone.
@@ -39,6 +39,7 @@ from hf_fusion.training.dense import dense_loss
 
 SEED = 0
 SUITE = load_suite("resnet50-nyuv2")
+SOURCE = "microsoft/resnet-50"
 OUTPUTS = {"segmentation": 13, "depth": 1, "normal": 3}  # numbers for each pixel
 LOSSES = {
     "segmentation": "cross entropy",
@@ -78,19 +79,19 @@ of the validation split: {metric} {score:.4g}. Trained by hf_fusion's `examples/
 """
 
 
-def make_base(source: str, folder: Path) -> str:
+def make_base(folder: Path) -> str:
     """Puts the encoder of an image classifier under a decoder of chance into `folder`, and returns a line about it."""
     set_seed(SEED)
-    backbone = ResNetConfig.from_pretrained(source, out_features=STAGES, out_indices=None)
+    backbone = ResNetConfig.from_pretrained(SOURCE, out_features=STAGES, out_indices=None)
     config = UperNetConfig(backbone_config=backbone, hidden_size=DECODER_WIDTH, use_auxiliary_head=False)
     model = UperNetForSemanticSegmentation(config)
-    model.backbone.load_state_dict(ResNetModel.from_pretrained(source).state_dict())
-    processor = AutoImageProcessor.from_pretrained(source, do_resize=False)  # maps are as large as their pictures
-    save(model, processor, BASE_CARD.format(base=source), folder)
-    return f"base: {source}, {model.backbone.num_parameters():,} parameters"
+    model.backbone.load_state_dict(ResNetModel.from_pretrained(SOURCE).state_dict())
+    processor = AutoImageProcessor.from_pretrained(SOURCE, do_resize=False)  # maps are as large as their pictures
+    save(model, processor, BASE_CARD.format(base=SOURCE), folder)
+    return f"base: {SOURCE}, {model.backbone.num_parameters():,} parameters"
 
 
-def train(task: str, source: str, epochs: int, limit: int | None, folder: Path) -> str:
+def train(task: str, epochs: int, limit: int | None, folder: Path) -> str:
     """Trains one expert into `folder`, and returns a line about it."""
     set_seed(SEED)
     base, metric, rows = folder.with_name("base"), SUITE.tasks[task].metric, task_rows(SUITE, task)
@@ -126,7 +127,7 @@ def train(task: str, source: str, epochs: int, limit: int | None, folder: Path) 
         found.references.extend(right)
     measured = score(found, metric)
     card = CARD.format(
-        base=source, task=task, epochs=epochs, rows=len(train_rows), loss=LOSSES[task], learning_rate=LEARNING_RATE,
+        base=SOURCE, task=task, epochs=epochs, rows=len(train_rows), loss=LOSSES[task], learning_rate=LEARNING_RATE,
         batch_size=BATCH_SIZE, tested=measured.n, metric=metric.replace("_", " "), score=measured.score,
     )  # fmt: skip
     save(model, processor, card, folder)
@@ -135,18 +136,19 @@ def train(task: str, source: str, epochs: int, limit: int | None, folder: Path) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="microsoft/resnet-50", help="a ResNet; default: %(default)s")
     parser.add_argument("--expert", choices=OUTPUTS, help="train only the expert of this task")
     parser.add_argument("--epochs", type=int, default=20, help="default: %(default)s")
     parser.add_argument("--rows", type=int, help="train on so many rows; default: all")
+    cache = cache_folder() / "nyuv2"
+    parser.add_argument("--output", type=Path, default=cache, help=f"default, where the suite looks: {cache}")
     args = parser.parse_args()
-    output = cache_folder() / "nyuv2"
+    output: Path = args.output
     output.mkdir(parents=True, exist_ok=True)
     if not (output / "base").exists():
-        print(make_base(args.base, output / "base"), flush=True)
+        print(make_base(output / "base"), flush=True)
     for task in OUTPUTS:
         if args.expert in (None, task) and not (output / task).exists():
-            print(train(task, args.base, args.epochs, args.rows, output / task), flush=True)
+            print(train(task, args.epochs, args.rows, output / task), flush=True)
     print(f"Experts: {output}")
 
 

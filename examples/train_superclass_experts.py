@@ -1,7 +1,8 @@
 """Train the experts of the suite foe-cifar100: twenty small ResNets, each of which knows a part of every superclass.
 
     python examples/train_superclass_experts.py
-    python examples/train_superclass_experts.py --expert 3 --epochs 2
+    python examples/train_superclass_experts.py --expert 3                            # only one of them
+    python examples/train_superclass_experts.py --epochs 1 --rows 640 --output tried  # a try
 
 Of the five classes of each of CIFAR-100's twenty superclasses every expert sees two, drawn by its number, so that the
 experts overlap; it tells the superclasses apart, and has never seen most of what it is asked later. The rows come from
@@ -101,7 +102,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--rows", type=int, default=50_000, help="at most so many of an expert's own")
     output = cache_folder() / "foe-cifar100"
-    parser.add_argument("--output", type=Path, default=output, help=f"default: {output}")
+    parser.add_argument("--output", type=Path, default=output, help=f"default, where the suite looks: {output}")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     parts = {part: load_dataset(TASK.data, split=part).rename_column("img", "image") for part in ("train", "test")}

@@ -22,6 +22,7 @@ from hf_fusion.bench.systems import CLEAN, TEST, LeftOut, System, share_batches
 from hf_fusion.bench.zero_shot import fix_classes
 from hf_fusion.experts import Expert
 from hf_fusion.hub.load import load_experts
+from hf_fusion.merging.tensors import possible
 from hf_fusion.models.wemoe.heads_wemoe import activate_heads
 from hf_fusion.training.adamerging import CoefficientMerge
 from hf_fusion.training.batches import Examples, class_logits, image_text_examples, read_examples
@@ -148,9 +149,7 @@ class MergingSetting(Setting):
         """Puts tensors into the backbone."""
         if self._shown is not state:
             for name, target in self._targets.items():
-                target.copy_(state[name])
-                if name.endswith("running_var"):
-                    target.clamp_(min=0)  # what is added to a variance may be more than it
+                target.copy_(possible(name, state[name]))
             self._shown = state
 
     @property

@@ -1,22 +1,22 @@
 """Suites of the kind "regression": language models that score texts, and a fuser that weighs their scores, so that
 they agree with people (the automatic evaluation of text in FoE's paper, arXiv 2310.01542).
 
-How a model is asked for a score says the suite's `Question`. Every expert scores all rows once; what people said of
-them differs by task, and each task has a fuser of its own.
+How a model is asked for a score says the suite's `Question`. Every expert scores a text once; what people said of it
+differs by task, and each task has a fuser of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DataCollatorForSeq2Seq, set_seed
 
-from hf_fusion.bench.scoring import METRICS, Answered, answers, score
+from hf_fusion.bench.scoring import Answered, answers, score
 from hf_fusion.bench.setting import ROWS_COUNTED, Setting, multiplications, on_device
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import Suite, UnseenSplit
@@ -29,7 +29,7 @@ from hf_fusion.training.fuser import train_fuser
 if TYPE_CHECKING:
     from datasets import Dataset
 
-LONGEST = 1024  # tokens of a prompt, as BARTScore and UniEval have them; a longer one loses its end
+LONGEST = 1024  # tokens of a prompt, as BARTScore and UniEval have them, or what the model takes; the end is cut off
 FIT_ROWS = 400  # that a fuser learns from
 HIDDEN = (32,)  # widths of the fuser: a handful of scores go in
 LEARNING_RATE = 1e-2  # of a fuser so small
@@ -58,7 +58,7 @@ class RegressionSetting(Setting):
             model: Any = expert.model
             model.to(device).eval()
         self.experts = [replace(loaded[source], name=name) for name, source in suite.experts.items()]
-        self._scores: dict[tuple[int, tuple[str, ...]], torch.Tensor] = {}
+        self._scores: dict[tuple[int, tuple[str, str]], float] = {}
 
     def fitting(self, task: str) -> Dataset:
         """Rows of a task that a fuser may learn from."""
@@ -67,11 +67,13 @@ class RegressionSetting(Setting):
 
     def scores(self, rows: Dataset) -> torch.Tensor:
         """What all experts say of rows, (N, K); each text is scored once, whatever the task."""
-        content = tuple(f"{text}\0{pair}" for text, pair in zip(rows["text"], rows["text_pair"], strict=True))
+        texts = list(zip(rows["text"], rows["text_pair"], strict=True))
         for number in range(len(self.experts)):
-            if (number, content) not in self._scores:
-                self._scores[number, content] = self._scored(number, rows)
-        return torch.stack([self._scores[number, content] for number in range(len(self.experts))], 1)
+            new = [row for row, own in enumerate(texts) if (number, own) not in self._scores]
+            if new:
+                found = self._scored(number, rows.select(new)).tolist()
+                self._scores |= {(number, texts[row]): score for row, score in zip(new, found, strict=True)}
+        return torch.tensor([[self._scores[number, own] for number in range(len(self.experts))] for own in texts])
 
     def _scored(self, number: int, rows: Dataset) -> torch.Tensor:
         expert = self.experts[number]
@@ -89,7 +91,8 @@ class RegressionSetting(Setting):
         expert = self.experts[number]
         question = self.suite.ask[expert.name]
         tokenizer: Any = expert.processor
-        longest = min(LONGEST, tokenizer.model_max_length)
+        # not the tokenizer's own limit: T5's says 512, though its positions are relative
+        longest = min(LONGEST, getattr(expert.model.config, "max_position_embeddings", LONGEST))
         read = []
         for row in rows:
             prompt = tokenizer(question.prompt.format(**row), truncation=True, max_length=longest)
@@ -106,20 +109,20 @@ class RegressionSetting(Setting):
             return Answered(combine(self.scores(rows), task).tolist(), list(rows["label"]))
 
         size = sum(model.num_parameters() for model in {id(own.model): own.model for own in self.experts}.values())
-        costs = self.costs()
-        return System(answer, stored=size, active=size, cost=sum(costs) / costs[0], **facts)
+        return System(answer, **{"stored": size, "active": size, "cost": sum(self.costs), **facts})
 
+    @cached_property
     @torch.no_grad()
     def costs(self) -> list[float]:
-        """Multiplications of each expert for a few rows."""
+        """Multiplications of each expert for a few rows, as multiples of the first one's."""
         rows = self.some(next(iter(self.suite.tasks)))
         rows = rows.select(range(min(ROWS_COUNTED, len(rows))))
         found = []
         for number, expert in enumerate(self.experts):
             read = self._read(number, rows)
             inputs = on_device(read.collate(list(read.rows)), self.device)
-            found.append(float(multiplications(partial(expert.model, **inputs))))
-        return found
+            found.append(multiplications(partial(expert.model, **inputs)))
+        return [own / found[0] for own in found]
 
 
 def _own_loss(model: Any, inputs: Any) -> torch.Tensor:
@@ -128,12 +131,11 @@ def _own_loss(model: Any, inputs: Any) -> torch.Tensor:
 
 def experts(setting: RegressionSetting, split: UnseenSplit, seed: int) -> dict[str, System]:
     """Every expert's own scores."""
-    costs = setting.costs()
 
     def alone(number: int) -> System:
-        own = setting.system(lambda scores, task: scores[:, number])
         size = setting.experts[number].model.num_parameters()
-        return replace(own, stored=size, active=size, cost=costs[number] / costs[0])
+        facts = {"stored": size, "active": size, "cost": setting.costs[number]}
+        return setting.system(lambda scores, task: scores[:, number], **facts)
 
     return {f"expert:{expert.name}": alone(number) for number, expert in enumerate(setting.experts)}
 
@@ -165,7 +167,8 @@ def foe(setting: RegressionSetting, split: UnseenSplit, seed: int) -> System:
         set_seed(seed)
         fuser = Fuser(len(setting.experts), HIDDEN, 1, 0.0)
         read, wanted = _standard(setting, setting.scores(fit), task), torch.tensor(fit["label"]).float()
-        train_fuser(fuser, read, wanted, learning_rate=LEARNING_RATE, batch_size=16, seed=seed)
+        on_cpu = torch.device(setting.device).type == "cpu"
+        train_fuser(fuser, read, wanted, learning_rate=LEARNING_RATE, batch_size=16, seed=seed, use_cpu=on_cpu)
         fusers[task] = fuser
 
     @torch.no_grad()
@@ -176,11 +179,10 @@ def foe(setting: RegressionSetting, split: UnseenSplit, seed: int) -> System:
 
 
 def _agreement(setting: RegressionSetting, task: str, number: int) -> float:
-    """An expert's score on the rows that parameters are tuned on."""
+    """An expert's rank correlation with people on the rows that parameters are tuned on."""
     rows = setting.some(task, CLEAN, FIT)
-    metric = setting.suite.tasks[task].metric
-    found = score(Answered(setting.scores(rows)[:, number].tolist(), list(rows["label"])), metric).score
-    return found if METRICS[metric].more else -found
+    given = Answered(setting.scores(rows)[:, number].tolist(), list(rows["label"]))
+    return score(given, setting.suite.tasks[task].metric).score
 
 
 def _standard(setting: RegressionSetting, scores: torch.Tensor, task: str) -> torch.Tensor:

@@ -117,6 +117,8 @@ def single(rows: Dataset) -> Dataset:
     if not len(rows) or not isinstance(rows[0].get("text_pair"), list):
         return rows
     several = ("text_pair", "label")
+    if not isinstance(rows[0]["label"], list):
+        raise FusionError("rows have several second texts, and one label", hint="columns: {label: the list of labels}")
 
     def each(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         counts = [len(own) for own in batch["text_pair"]]
@@ -192,7 +194,7 @@ def _pictured(rows: Dataset) -> Dataset:
         return rows
 
     def one(row: dict[str, Any]) -> dict[str, Any]:
-        levels = (row["image"] * 255).round().astype("uint8")
+        levels = (row["image"].clip(0, 1) * 255).round().astype("uint8")
         return {"image": Pillow.fromarray(levels.transpose(1, 2, 0))}
 
     images = rows.select_columns("image").with_format("numpy").map(one, features=Features({"image": Image()}))

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from hf_fusion.errors import FusionError
 from hf_fusion.evaluate import Z95, wilson
 from hf_fusion.metrics import SCORES, load_metric
 from hf_fusion.training.batches import class_logits
@@ -101,11 +102,12 @@ def score(answered: Answered, name: str) -> Scored:
         given, right = _numbers(given), _numbers(right)
     n = len(given)
     if metric.metric == "mean":
-        values = np.asarray(given, dtype=float)
+        values = np.asarray(given, dtype=float)[np.asarray(right) > 0]  # 0: a row without anything to compare with
+        if not (n := len(values)):
+            raise FusionError("no row has anything to compare with")
         mean, half = float(values.mean()), Z95 * float(values.std()) / math.sqrt(n)
-        if not metric.more:  # an error is no share
-            return Scored(mean, (mean - half, mean + half), n)
-        return Scored(mean, (max(0.0, mean - half), min(1.0, mean + half)), n)
+        most = 1.0 if metric.more else math.inf  # of a share, and of an error
+        return Scored(mean, (max(0.0, mean - half), min(most, mean + half)), n)
     computed = float(_metric(metric.metric).compute(predictions=given, references=right)[metric.metric])
     if SCORES[metric.metric].is_mean:
         return Scored(computed, wilson(computed, n), n)

@@ -170,8 +170,9 @@ class Suite:
 
     @property
     def is_local(self) -> bool:
-        """Whether nothing comes from the Hub: experts and rows lie on this machine, or can be made here."""
-        return not any(map(is_hub_id, [*self.experts.values(), *(task.data for task in self.tasks.values())]))
+        """Whether nothing comes from the Hub: models and rows lie on this machine, or can be made here."""
+        models = filter(None, (self.base, self.multitask, *self.experts.values()))
+        return not any(map(is_hub_id, [*models, *(task.data for task in self.tasks.values())]))
 
     def is_fused(self, task: str, split: UnseenSplit) -> bool:
         """Whether a split fuses a task's own expert, which it names by the task or by the expert."""
@@ -340,6 +341,10 @@ def _suite(name: str, content: dict[str, Any], path: Path) -> Suite:
         raise FusionError(
             f"{path}: experts of regression, and no others, are asked for scores", hint="ask: one for each"
         )
+    if given["kind"] == "regression" and (odd := [task for task in tasks.values() if task.metric != "spearman"]):
+        raise FusionError(f"{path}: task {odd[0].name}: scores are compared by rank", hint="metric: spearman")
+    if given["kind"] == "regression" and unseen:
+        raise FusionError(f"{path}: scores are weighed for each task, so that none is unseen", hint="leave out unseen")
     return Suite(name=name, experts=experts, unseen=unseen, ask=ask, path=path, **given)
 
 

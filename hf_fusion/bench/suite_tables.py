@@ -316,7 +316,7 @@ def _table(name: str, title: str, columns: Sequence[Column], rows: Iterable[Row]
 
 
 def _is_measured(row: Row) -> bool:
-    return any("score" in own for own in row["scores"].get(CLEAN, {}).values())
+    return any("score" in own for scores in row["scores"].values() for own in scores.values())
 
 
 def _cost(row: Row) -> Entry:

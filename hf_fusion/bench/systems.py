@@ -32,7 +32,8 @@ class System:
         parameters: of the method, as they were used.
         stored: parameters that must be kept.
         active: parameters that one example meets.
-        cost: multiplications of a forward as a multiple of the dense base's.
+        cost: multiplications of a forward as a multiple of the dense base's; where there is none, of the first
+            expert's.
         retuned: parameters → the same model with others, where that is cheaper than to fuse anew.
     """
 

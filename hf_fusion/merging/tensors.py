@@ -399,17 +399,16 @@ def stacked(name: str, count: int, size: int) -> torch.Tensor:
     return scratch(f"{name} of {count}", size=count * CHUNK)[: count * size].view(count, size)
 
 
+def possible(name: str, values: torch.Tensor) -> torch.Tensor:
+    """Merged values as they can be: a running variance of batch norm is at least 0, whatever was taken from it."""
+    return values.clamp(min=0) if name.endswith("running_var") else values
+
+
 def merge_tensors(
     tensors: Tensors, merged: Merged | torch.Tensor, dtype: str = "F32"
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """(start, values) of what a method returned, in order: in float32, or in the type that they go to, `dtype`.
-
-    A running variance of batch norm is at least 0: what a method takes away may be more than there is.
-    """
-    pieces = _merged(tensors, merged, dtype)
-    if not tensors.name.endswith("running_var"):
-        return pieces
-    return ((start, values.clamp(min=0)) for start, values in pieces)
+    """(start, values) of what a method returned, in order: in float32, or in the type that they go to, `dtype`."""
+    return ((start, possible(tensors.name, values)) for start, values in _merged(tensors, merged, dtype))
 
 
 def _merged(tensors: Tensors, merged: Merged | torch.Tensor, dtype: str) -> Iterator[tuple[int, torch.Tensor]]:

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import FusionError
 from ..hub.load import load_experts
+from ..merging.tensors import possible
 from ..models.wemoe.build_wemoe import Parts, take_apart
 from ..models.wemoe.heads_wemoe import activate_heads, fill_heads, install_heads, with_one_head
 from ..models.wemoe.routing_wemoe import by_unit, index_of
@@ -146,7 +147,7 @@ class CoefficientMerge(nn.Module):
         rows = coefficients.expand(len(self.tensors), -1)
         vectors = (getattr(self, f"vectors_{number}") for number in range(len(self.tensors)))  # (K, ...) each
         return {
-            name: known[name] + torch.tensordot(own.to(taus.dtype), taus, dims=1)
+            name: possible(name, known[name] + torch.tensordot(own.to(taus.dtype), taus, dims=1))
             for name, own, taus in zip(self.tensors, rows, vectors, strict=True)
         }
 

@@ -132,7 +132,8 @@ def _maps(expert: Expert, dataset: Dataset, max_length: int) -> Examples:
 
     def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
         pixels = expert.processor(images=[row["image"] for row in rows], return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixels, "labels": torch.stack([torch.tensor(row["label"]) for row in rows])}
+        labels = torch.stack([torch.tensor(row["label"]) for row in rows])
+        return {"pixel_values": pixels, "labels": labels.float() if labels.is_floating_point() else labels.long()}
 
     kept = dataset.select_columns(["image", "label"]).with_format("numpy")
     return Examples(kept, collate, lambda model, inputs: dense_loss(map_outputs(model, inputs), inputs["labels"]))

@@ -22,12 +22,14 @@ def map_outputs(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
 
 
 def dense_loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean over the labelled pixels of a batch: cross entropy, absolute error, or 1 - cosine."""
+    """Mean over the labelled pixels of a batch: cross entropy, absolute error, or 1 - cosine; 0 where there is none."""
     outputs = _fitted(outputs, labels)
     if not labels.is_floating_point():
-        return functional.cross_entropy(outputs, labels, ignore_index=VOID)
+        total = functional.cross_entropy(outputs, labels, ignore_index=VOID, reduction="sum")
+        return total / (labels != VOID).sum().clamp(min=1)
     errors = _absolute(outputs, labels) if labels.shape[1] == 1 else 1 - _cosines(outputs, labels)
-    return errors[_is_measured(labels)].mean()
+    measured = _is_measured(labels)
+    return (errors * measured).sum() / measured.sum().clamp(min=1)
 
 
 def dense_statistics(outputs: torch.Tensor, labels: torch.Tensor) -> tuple[list[Any], list[Any]]:
@@ -35,7 +37,7 @@ def dense_statistics(outputs: torch.Tensor, labels: torch.Tensor) -> tuple[list[
 
     Returns:
         Of classes, the pixels of each that are both found and right, and those that are either, (B, C) each. Of depths
-        the mean absolute error, of normals the mean angle in degrees, (B,), and ones.
+        the mean absolute error, of normals the mean angle in degrees, (B,), and 1, or 0 where nothing was measured.
     """
     outputs = _fitted(outputs, labels)
     if not labels.is_floating_point():
@@ -49,7 +51,7 @@ def dense_statistics(outputs: torch.Tensor, labels: torch.Tensor) -> tuple[list[
         errors = _cosines(outputs, labels).clamp(-1, 1).acos().rad2deg()
     measured = _is_measured(labels)
     means = (errors * measured).sum((1, 2)) / measured.sum((1, 2)).clamp(min=1)
-    return means.tolist(), [1] * len(means)
+    return means.tolist(), measured.any((1, 2)).long().tolist()
 
 
 def _fitted(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -168,6 +168,7 @@ def train_fuser(
     features: torch.Tensor,
     targets: torch.Tensor,
     *,
+    use_cpu: bool,
     experts: int = 0,
     holdout: float = 0.25,
     epochs: int = 60,
@@ -176,7 +177,6 @@ def train_fuser(
     weight_decay: float = 1e-4,
     batch_size: int = 64,
     seed: int = 0,
-    use_cpu: bool = True,
 ) -> tuple[float, torch.Tensor, torch.Tensor]:
     """Trains a fuser in place on what experts said, see `fit_fuser`.
 
@@ -184,9 +184,9 @@ def train_fuser(
         fuser: features → logits (N, C), or values (N, 1).
         features: (N, d), what it reads.
         targets: (N,): classes, or values where they are floats.
+        use_cpu: not a GPU that is there. As the models of this process: it holds for all of accelerate.
         experts: of the frugal variant, how many share the features; else 0.
         holdout, epochs, patience, learning_rate, weight_decay, batch_size, seed: see `fit_fuser`.
-        use_cpu: not a GPU that is there.
 
     Returns:
         The held-out loss, and the numbers of the rows it learned from and of those held out.

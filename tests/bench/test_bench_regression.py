@@ -10,8 +10,8 @@ from datasets import Dataset
 from standins import moved
 from tiny import make_tokenizer, t5
 
-from hf_fusion.bench.regression import RegressionSetting, foe, simple_ensemble, weighted_ensemble
-from hf_fusion.bench.rows import task_rows
+from hf_fusion.bench.regression import LONGEST, RegressionSetting, foe, simple_ensemble, weighted_ensemble
+from hf_fusion.bench.rows import single, task_rows
 from hf_fusion.bench.run import run_suite
 from hf_fusion.bench.scoring import score
 from hf_fusion.bench.suite import load_suite
@@ -95,6 +95,32 @@ def test_a_row_of_several_summaries_is_a_row_for_each(made):
     assert rows.test["text_pair"][:EACH] == first["summaries"] and rows.test["label"][:EACH] == first["own"]
 
 
+def test_what_cannot_be_taken_apart():
+    rows = Dataset.from_dict({"text": ["a"], "text_pair": [["b", "c"]], "label": [1.0]})
+    with pytest.raises(FusionError, match="several second texts, and one label"):
+        single(rows)
+
+
+def test_a_text_is_scored_once(made):
+    setting, asked = RegressionSetting(*made, 500, 100), []
+    scored = setting._scored
+    setting._scored = lambda number, rows: asked.append((number, len(rows))) or scored(number, rows)
+    rows = setting.some("own").select(range(20))
+    few = setting.scores(rows.select(range(5, 15)))
+    assert torch.allclose(setting.scores(rows)[5:15], few)
+    setting.scores(setting.some("both").select(range(20)))
+    assert asked == [(number, 10) for _ in range(2) for number in range(3)]
+
+
+@torch.no_grad()
+def test_a_long_document_loses_its_end_and_the_question_stays(setting):
+    """T5's positions are relative: its tokenizer's limit, of 64 here, is none of the model's."""
+    rows = Dataset.from_list([{"text": "fox " * 3000, "text_pair": "a dog"}])
+    read = setting._read(2, rows).rows[0]["input_ids"]
+    assert len(read) == LONGEST
+    assert setting.experts[2].processor.decode(read).startswith("fox fox")
+
+
 @torch.no_grad()
 def test_scores_are_likelihoods(setting):
     rows = setting.some("own").select(range(5))
@@ -144,6 +170,12 @@ def test_a_run(made, tmp_path):
         (', words: ["good", "bad"]', "", "either a target or two words"),
         ("{text} {text_pair}", "{summary}", "(?s)has {summary}.*use {text} and {text_pair}"),
         ("kind: regression", "kind: fusion", "and no others, are asked for scores"),
+        ("  metric: spearman\n", "", "scores are compared by rank"),
+        (
+            "tasks:\n  own: {",
+            "unseen: {far: {fuse: [own], test: [both]}}\ntasks:\n  own: {expert: likely, ",
+            "none is unseen",
+        ),
     ],
 )
 def test_what_is_wrong_with_questions(made, tmp_path, old, new, said):

@@ -14,7 +14,8 @@ from gradio_client import Client
 from huggingface_hub import HfApi
 from spaces.leaderboard_cells import FAILED, HOSTILE, TASKS, TUNED, cells
 
-from hf_fusion.bench.report import summarise
+from hf_fusion.bench.report import LOWER, summarise
+from hf_fusion.bench.scoring import METRICS
 
 SCREENS = [(1280, "light"), (390, "dark")]
 STRANGE = f"stranger {HOSTILE}"
@@ -39,6 +40,12 @@ def url(hub, summary, run_space) -> str:
 def rows_of(summary, split: str = "all") -> dict[str, dict]:
     """Key in links → the summary's row, of the suite minilm-8."""
     return {f"{row['method']}.{row['variant']}": row for row in summary["suites"][0]["rows"] if row["split"] == split}
+
+
+def test_which_metrics_are_errors_is_known_alike_everywhere(space_modules):
+    [data] = space_modules("leaderboard", "data")
+    assert data.LOWER == LOWER >= {name for name, metric in METRICS.items() if not metric.more}
+    assert not LOWER & {name for name, metric in METRICS.items() if metric.more}
 
 
 def wait_for(page, query: str) -> None:

@@ -59,9 +59,24 @@ def test_pixels_without_a_label_do_not_count(channels, metric):
     assert score(Answered(*dense_statistics(outputs, labels)), metric) == found
 
 
+@pytest.mark.parametrize("channels", METRICS)
+def test_rows_without_any_label_do_not_count(channels):
+    outputs, labels, _ = made(channels)
+    nothing = torch.full_like(labels[:1], 0 if labels.is_floating_point() else VOID)
+    found = score(Answered(*dense_statistics(outputs, labels)), METRICS[channels])
+    both = torch.cat([outputs, outputs[:1]]), torch.cat([labels, nothing])
+    assert score(Answered(*dense_statistics(*both)), METRICS[channels]).score == found.score
+    assert torch.equal(dense_loss(*both), dense_loss(outputs, labels))
+    outputs.requires_grad_(True)
+    loss = dense_loss(outputs[:1], nothing)
+    loss.backward()
+    assert loss == 0 and not outputs.grad.any()
+
+
 def test_errors_have_intervals_on_their_own_scale():
     found = score(Answered([10.0, 20.0, 30.0], [1, 1, 1]), "angle")
     assert found.ci95 == (pytest.approx(20 - 1.96 * (200 / 9) ** 0.5, abs=1e-2), pytest.approx(29.24, abs=1e-2))
+    assert score(Answered([0.0, 0.0, 0.0, 1.0], [1] * 4), "absolute_error").ci95[0] == 0  # no error is less
 
 
 @pytest.mark.parametrize("channels", METRICS)

@@ -12,6 +12,7 @@ HEADS = (
     "sequence-classification",
     "token-classification",
     "image-classification",
+    "semantic-segmentation",
     "features",
 )
 LOW_RANK = ("low-rank", "low-rank-bfloat16")
