@@ -337,15 +337,28 @@ def _suite(name: str, content: dict[str, Any], path: Path) -> Suite:
     given["tasks"] = tasks
     unseen = tuple(_unseen(key, own, tasks, path) for key, own in given.pop("unseen", {}).items())
     ask = {key: _question(own, f"{path}: ask {key}") for key, own in given.pop("ask", {}).items()}
-    if (given["kind"] == "regression") != bool(ask) or ask and ask.keys() != experts.keys():
-        raise FusionError(
-            f"{path}: experts of regression, and no others, are asked for scores", hint="ask: one for each"
-        )
-    if given["kind"] == "regression" and (odd := [task for task in tasks.values() if task.metric != "spearman"]):
-        raise FusionError(f"{path}: task {odd[0].name}: scores are compared by rank", hint="metric: spearman")
-    if given["kind"] == "regression" and unseen:
-        raise FusionError(f"{path}: scores are weighed for each task, so that none is unseen", hint="leave out unseen")
-    return Suite(name=name, experts=experts, unseen=unseen, ask=ask, path=path, **given)
+    suite = Suite(name=name, experts=experts, unseen=unseen, ask=ask, path=path, **given)
+    _check_questions(suite)
+    return suite
+
+
+def _check_questions(suite: Suite) -> None:
+    """Whether experts are asked for scores where the suite is one of regression, and nowhere else."""
+    is_regression = suite.kind == "regression"
+    odd = next((task.name for task in suite.tasks.values() if task.metric != "spearman"), None)
+    wrong = {  # what is said of it, and how to mend it -> whether it is so
+        ("experts of regression, and no others, are asked for scores", "ask: one for each"): (
+            suite.ask.keys() != (suite.experts.keys() if is_regression else set())
+        ),
+        ("scores are those of encoder-decoders", "head: seq2seq-lm"): is_regression and suite.head != "seq2seq-lm",
+        (f"task {odd}: scores are compared by rank", "metric: spearman"): is_regression and odd is not None,
+        ("scores are weighed for each task, so that none is unseen", "leave out unseen"): (
+            is_regression and bool(suite.unseen)
+        ),
+    }
+    for (what, hint), is_so in wrong.items():
+        if is_so:
+            raise FusionError(f"{suite.path}: {what}", hint=hint)
 
 
 def _question(content: object, where: str) -> Question:

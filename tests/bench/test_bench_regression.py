@@ -170,7 +170,8 @@ def test_a_run(made, tmp_path):
         (', words: ["good", "bad"]', "", "either a target or two words"),
         ("{text} {text_pair}", "{summary}", "(?s)has {summary}.*use {text} and {text_pair}"),
         ("kind: regression", "kind: fusion", "and no others, are asked for scores"),
-        ("  metric: spearman\n", "", "scores are compared by rank"),
+        ("  metric: spearman\n", "", "task own: scores are compared by rank"),
+        ("head: seq2seq-lm", "head: causal-lm", "those of encoder-decoders"),
         (
             "tasks:\n  own: {",
             "unseen: {far: {fuse: [own], test: [both]}}\ntasks:\n  own: {expert: likely, ",
