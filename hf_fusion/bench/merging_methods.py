@@ -16,7 +16,7 @@ import torch
 from hf_fusion.bench.merging import MergingSetting, State
 from hf_fusion.bench.scoring import METRICS, Answered, from_logits, same_scale, score
 from hf_fusion.bench.sources import expert_path
-from hf_fusion.bench.suite import UnseenSplit
+from hf_fusion.bench.suite import LOWER, UnseenSplit
 from hf_fusion.bench.systems import CLEAN, FIT, LeftOut, System
 from hf_fusion.experts import Expert
 from hf_fusion.hub.adapters import linear_sizes
@@ -132,7 +132,7 @@ def _weights(setting: MergingSetting, split: UnseenSplit) -> list[float]:
     def worth(number: int, task: str) -> float:
         metric = suite.tasks[task].metric
         value = score(setting.expert_answers(number, task, CLEAN, FIT), metric).score
-        return value if METRICS[metric].more else 1 / value
+        return 1 / value if metric in LOWER else value
 
     worths = [[worth(number, task) for number in setting.numbers(split)] for task in tasks]
     if not same_scale(suite.tasks[task].metric for task in tasks):

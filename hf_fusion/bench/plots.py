@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_fusion.bench.cells import ALL, CLEAN
-from hf_fusion.bench.report import CEILING, EXPERT, FLOOR, FUSED, HELD_IN, HELD_OUT, LOWER
+from hf_fusion.bench.report import CEILING, EXPERT, FLOOR, FUSED, HELD_IN, HELD_OUT
+from hf_fusion.bench.suite import LOWER
 from hf_fusion.bench.suite_tables import Row, group_of, mean_entry, rows_of, title_of
 from hf_fusion.bench.tables import file_name
 from hf_fusion.plots import EXPERTS, GREY, MARKERS, ORANGE, blank_figure, plain_axes, spread_labels

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from hf_fusion.bench.cells import ALL, CLEAN, Cell
+from hf_fusion.bench.suite import LOWER
 from hf_fusion.intervals import Score, mean_of
 
 HELD_IN, HELD_OUT = "held-in", "held-out"
@@ -19,8 +20,6 @@ EXPERT, SINGLE = "expert:", "expert"
 FLOOR, FUSED, CEILING = PARTS = ("floor", "fused", "ceiling")
 """Families of what needs no fusion, at both ends of a table, and what lies between them."""
 HEADINGS = {FLOOR: "Floors", CEILING: "Ceilings"}
-LOWER = frozenset({"perplexity", "mse", "absolute_error", "angle"})
-"""Metrics on a scale of their own, of which less is better; all others are shares, of which more is better."""
 
 
 def summarise(cells: Iterable[Cell]) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from hf_fusion.bench.cells import CLEAN, Cell, read_cells, write_cell
 from hf_fusion.bench.conditions import conditions
 from hf_fusion.bench.memory import forget_peak, peak_bytes
 from hf_fusion.bench.methods import METHODS, chosen
-from hf_fusion.bench.scoring import METRICS, Scored, same_scale, score
-from hf_fusion.bench.suite import Suite, UnseenSplit, load_suite
+from hf_fusion.bench.scoring import Scored, same_scale, score
+from hf_fusion.bench.suite import LOWER, Suite, UnseenSplit, load_suite
 from hf_fusion.bench.systems import FIT, TEST, LeftOut, System, everything
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluate import machine
@@ -311,7 +311,7 @@ class _Runner:
             metric = self.suite.tasks[task].metric
             value = score(system.answer(task, CLEAN, FIT), metric).score
             value = value if is_one_scale else math.log(max(value, 1e-9))
-            total += value if METRICS[metric].more else -value
+            total += -value if metric in LOWER else value
         return total / len(tasks)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from hf_fusion.bench.suite import LOWER
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluate import Z95, wilson
 from hf_fusion.metrics import SCORES, load_metric
@@ -31,12 +32,10 @@ class BenchMetric:
             target's tokens are the likeliest ("targets"), the share of them that are ("tokens"), their loss
             ("losses"), that of every choice ("ranks"), written "texts", what it makes of the whole row
             ("embeddings") or of each pixel ("maps").
-        more: whether more is better.
     """
 
     metric: str
     reads: Literal["classes", "numbers", "targets", "tokens", "losses", "ranks", "texts", "embeddings", "maps"]
-    more: bool = True
 
 
 WRITTEN_TOKENS = 128  # of an answer that does not end before
@@ -51,7 +50,7 @@ METRICS = {
     "exact": BenchMetric("accuracy", "targets"),
     "ranked": BenchMetric("accuracy", "ranks"),
     "tokens": BenchMetric("mean", "tokens"),
-    "perplexity": BenchMetric("perplexity", "losses", more=False),
+    "perplexity": BenchMetric("perplexity", "losses"),
     "rouge1": BenchMetric("rouge1", "texts"),
     "rouge2": BenchMetric("rouge2", "texts"),
     "rougeL": BenchMetric("rougeL", "texts"),
@@ -59,15 +58,15 @@ METRICS = {
     "spearman_text": BenchMetric("spearmanr", "texts"),
     "agreement": BenchMetric("mean", "embeddings"),  # cosine with the task's own expert's
     "mean_iou": BenchMetric("mean_iou", "maps"),
-    "absolute_error": BenchMetric("mean", "maps", more=False),
-    "angle": BenchMetric("mean", "maps", more=False),
+    "absolute_error": BenchMetric("mean", "maps"),
+    "angle": BenchMetric("mean", "maps"),
 }
 
 
 def same_scale(metrics: Iterable[str]) -> bool:
     """Whether scores can be averaged: they are of one metric, or all of them shares, of which more is better."""
     names = set(metrics)
-    return len(names) == 1 or all(METRICS[name].more for name in names)
+    return len(names) == 1 or not names & LOWER
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def score(answered: Answered, name: str) -> Scored:
         if not (n := len(values)):
             raise FusionError("no row has anything to compare with")
         mean, half = float(values.mean()), Z95 * float(values.std()) / math.sqrt(n)
-        most = 1.0 if metric.more else math.inf  # of a share, and of an error
+        most = math.inf if name in LOWER else 1.0  # of an error, and of a share
         return Scored(mean, (max(0.0, mean - half), min(most, mean + half)), n)
     computed = float(_metric(metric.metric).compute(predictions=given, references=right)[metric.metric])
     if SCORES[metric.metric].is_mean:

@@ -47,6 +47,8 @@ METRICS = {
     "absolute_error": "mean distance from the true depth",
     "angle": "mean angle to the true normals, degrees",
 }
+LOWER = frozenset({"perplexity", "absolute_error", "angle"})
+"""Metrics on a scale of their own, of which less is better; all others are shares, of which more is better."""
 
 
 @dataclass(frozen=True)

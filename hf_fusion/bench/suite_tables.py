@@ -9,7 +9,8 @@ from typing import Any
 
 from hf_fusion.bench.cells import ALL, CLEAN
 from hf_fusion.bench.methods import METHODS
-from hf_fusion.bench.report import EXPERT, FUSED, HELD_IN, HELD_OUT, LOWER, PARTS
+from hf_fusion.bench.report import EXPERT, FUSED, HELD_IN, HELD_OUT, PARTS
+from hf_fusion.bench.suite import LOWER
 from hf_fusion.bench.tables import Entry, Section, Table, mark_best
 from hf_fusion.intervals import Score, mean_of
 

@@ -202,20 +202,38 @@ def train_fuser(
     task = _FuserTask(fuser, experts, targets.is_floating_point())
     if task.regression:  # its values begin in the middle of what is wanted, wherever that lies
         nn.init.constant_(fuser.output.bias, float(targets[train_rows].mean()))
-    loss = _train(
-        task,
-        _Rows(features[train_rows], targets[train_rows]),
-        _Rows(features[held_rows], targets[held_rows]),
-        epochs=epochs,
-        patience=patience,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        batch_size=batch_size,
-        seed=seed,
-        use_cpu=use_cpu,
-    )
+    train, test = (_Rows(features[rows], targets[rows]) for rows in (train_rows, held_rows))
+    best = _KeepBest(patience)
+    with tempfile.TemporaryDirectory(prefix="hf_fusion_fit_") as folder:  # the Trainer insists on one; nothing is saved
+        arguments = TrainingArguments(
+            output_dir=folder,
+            num_train_epochs=epochs,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            lr_scheduler_type="cosine",
+            per_device_train_batch_size=batch_size,
+            per_device_eval_batch_size=4096,
+            eval_strategy="epoch",
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=use_cpu,
+            seed=seed,
+            data_seed=seed,
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+        )
+        trainer = Trainer(model=task, args=arguments, train_dataset=train, eval_dataset=test, callbacks=[best])
+        set_progress(trainer)
+        trainer.train()
+    if not best.weights:
+        raise FusionError(
+            "the fuser's held-out loss is not finite", "look for NaN or Inf in the labels and lower the rate"
+        )
+    task.load_state_dict(best.weights)
     fuser.to("cpu").eval()
-    return loss, train_rows, held_rows
+    return best.loss, train_rows, held_rows
 
 
 def _selection_targets(collected: ExpertOutputs, by: str) -> torch.Tensor | None:
@@ -291,46 +309,6 @@ class _KeepBest(TrainerCallback):
             self.loss, self.waited = metrics["eval_loss"], 0
             self.weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         control.should_training_stop = self.waited >= self.patience
-
-
-def _train(
-    task: nn.Module, train: _Rows, held: _Rows, *, epochs: int, patience: int, seed: int, use_cpu: bool, **options: Any
-) -> float:
-    """Trains in place and leaves the best epoch's weights; returns the held-out loss.
-
-    Raises:
-        FusionError: where no epoch has a finite held-out loss.
-    """
-    best = _KeepBest(patience)
-    with tempfile.TemporaryDirectory(prefix="hf_fusion_fit_") as folder:  # the Trainer insists on one; nothing is saved
-        arguments = TrainingArguments(
-            output_dir=folder,
-            num_train_epochs=epochs,
-            learning_rate=options["learning_rate"],
-            weight_decay=options["weight_decay"],
-            lr_scheduler_type="cosine",
-            per_device_train_batch_size=options["batch_size"],
-            per_device_eval_batch_size=4096,
-            eval_strategy="epoch",
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=use_cpu,
-            seed=seed,
-            data_seed=seed,
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-        )
-        trainer = Trainer(model=task, args=arguments, train_dataset=train, eval_dataset=held, callbacks=[best])
-        set_progress(trainer)
-        trainer.train()
-    if not best.weights:
-        raise FusionError(
-            "the fuser's held-out loss is not finite", "look for NaN or Inf in the labels and lower the rate"
-        )
-    task.load_state_dict(best.weights)
-    return best.loss
 
 
 @torch.no_grad()
