@@ -22,8 +22,16 @@ if TYPE_CHECKING:
 
 Shapes = dict[str, tuple[int, ...]]
 
-# No real model has more classes, heads or experts than this; building one would only take memory.
-_MOST = 100_000
+# What configs have built by number, each a module or more: a promise of many takes memory before any weight is read.
+# Other keys look alike and build nothing (max_window_layers, num_kv_shared_layers, num_beams), or are widths of
+# tensors, which are compared with the checkpoint's (n_positions, n_words).
+_LAYERS = re.compile(
+    r"n_layers?|depths?|layers|[lrx]_layers|block_sizes|num_blocks"
+    r"|(\w+_)?num_(hidden_|encoder_|decoder_)?layers|(\w+_)?(en|de)coder_layers"
+)
+_PARTS = re.compile(r"(\w+_)?(num|n)_(\w+_)?(experts|groups|heads|labels)")
+_FEW_LAYERS = 1_000  # built in seconds, whatever a checkpoint holds: layers may share tensors (ALBERT)
+_MOST_PARTS = 100_000  # no real model has more classes, heads or experts
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ def native_config(config: Mapping[str, Any], name: str, tensors: int) -> Pretrai
     Args:
         config: content of ``config.json``.
         name: what errors call the expert.
-        tensors: how many tensors the checkpoint holds; a model cannot have more layers.
+        tensors: how many tensors the checkpoint holds; a deep model cannot have more layers.
 
     Raises:
         FusionError: for an unknown, quantized or absurdly large model.
@@ -83,7 +91,7 @@ def native_config(config: Mapping[str, Any], name: str, tensors: int) -> Pretrai
     if config.get("quantization_config"):
         raise FusionError(f"{name}: its weights are quantized.", hint="use the unquantized checkpoint")
     for key, value in _numbers(config):
-        most = tensors if key.endswith(("layers", "n_layer")) else _MOST
+        most = max(tensors, _FEW_LAYERS) if _LAYERS.fullmatch(key) else _MOST_PARTS
         if value > most:
             raise FusionError(f"{name}: config.json promises {key}={value}, the weights are {tensors} tensors.")
     try:
@@ -93,12 +101,12 @@ def native_config(config: Mapping[str, Any], name: str, tensors: int) -> Pretrai
 
 
 def _numbers(config: Mapping[str, Any]) -> Iterable[tuple[str, int]]:
-    """All counts in a config and in its nested configs."""
+    """How many modules of each kind a config and its nested configs have built; lists count stage by stage."""
     for key, value in config.items():
         if isinstance(value, dict):
             yield from _numbers(value)
-        elif isinstance(value, int) and re.fullmatch(r"num_\w+|n_\w+|\w*layers", str(key)):
-            yield str(key), value
+        elif _LAYERS.fullmatch(str(key)) or _PARTS.fullmatch(str(key)):
+            yield from ((str(key), n) for n in (value if isinstance(value, list) else [value]) if isinstance(n, int))
 
 
 def meta_model(config: PretrainedConfig, head: Head, name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from hf_fusion.hub.files import (
     resolve,
 )
 from hf_fusion.hub.gates import GATES_FILE, read_gates
-from hf_fusion.hub.headers import account, local_shapes, native_config
+from hf_fusion.hub.headers import Account, Shapes, account, local_shapes, native_config
 from hf_fusion.hub.heads import (
     Head,
     architectures,
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     ExpertLike: TypeAlias = str | Path | ExpertInfo | PreTrainedModel | Expert
 
 logger = logging.getLogger(__name__)
+
+LARGEST_HEAD = 100_000_000  # parameters that a base may lack, where it holds fewer itself
 
 
 def load_experts(
@@ -264,6 +267,7 @@ class _Loader:
         promised = account(config, head, shapes, source.name)
         if promised.mismatched:
             raise FusionError(f"{source.name}: {'; '.join(promised.mismatched[:5])}.")
+        _refuse_unfilled(source.name, promised, shapes)
         _refuse_misfits(adapters, promised.model)
         return config
 
@@ -410,6 +414,15 @@ def _refuse_misfits(adapters: Mapping[str, Adapter], base: Any) -> None:
     for name, adapter in adapters.items():
         if problems := fit_problems(placed(adapter, base), base):
             raise FusionError(f"Adapter {name} does not fit its base: {'; '.join(problems[:5])}.")
+
+
+def _refuse_unfilled(name: str, promised: Account, shapes: Shapes) -> None:
+    """A head may be missing (an adapter brings it), a model may not: memory for it would be taken before it is told."""
+    state = promised.model.state_dict()
+    unfilled = sum(state[key].numel() for key in promised.missing if key in state)
+    found = sum(math.prod(shape) for shape in shapes.values())
+    if unfilled > max(found, LARGEST_HEAD):
+        raise FusionError(f"{name}: config.json promises {unfilled:,} parameters that no tensor fills.")
 
 
 def refuse_keys(name: str, what: str, keys: Any) -> None:

@@ -7,12 +7,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_experts import BERT, SIZES, edit_json, save_adapter, save_bert
 from transformers import (
+    AlbertConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     BertConfig,
     GPT2Config,
+    Qwen2Config,
     ViTConfig,
     ViTImageProcessor,
 )
@@ -66,12 +68,44 @@ def test_a_head_is_never_random(tmp_path):
         load_experts([folder])
 
 
-@pytest.mark.parametrize("promise", [{"num_hidden_layers": 10**9}, {"num_labels": 10**12}, {"hidden_size": 2 * 10**9}])
+ABSURD = [{"num_hidden_layers": 10**9}, {"num_labels": 10**12}, {"hidden_size": 2 * 10**9}, {"vocab_size": 10**13}]
+
+
+@pytest.mark.parametrize("promise", ABSURD)
 def test_absurd_configs_take_no_memory(promise, tmp_path):
     folder = save_bert(tmp_path / "mood")
     edit_json(folder / "config.json", **promise, id2label=None)
     with pytest.raises(FusionError, match="mood: "):
         load_experts([folder])
+
+
+def test_a_model_without_tensors_takes_no_memory(tmp_path):
+    folder = save_bert(tmp_path / "mood")
+    tensors = {name.replace("bert.", "robert."): t for name, t in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_json(folder / "config.json", vocab_size=10**12)
+    with pytest.raises(FusionError, match=r"mood: config.json promises 16,000,000,.* parameters that no tensor fills"):
+        load_experts([folder])
+
+
+def test_numbers_that_are_no_sizes_are_no_promises(tmp_path):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
+    tokens = {"vocab_size": 40, "bos_token_id": 0, "eos_token_id": 0}
+    model = AutoModelForCausalLM.from_config(Qwen2Config(**sizes, **tokens, num_hidden_layers=1, max_window_layers=80))
+    model.save_pretrained(tmp_path / "qwen")
+    others = {"num_train_timesteps": 10**6, "num_parameters": 7 * 10**9, "num_beams": 200_000, "n_tokens_seen": 10**12}
+    edit_json(tmp_path / "qwen" / "config.json", **others, num_kv_shared_layers=10**6)
+    (expert,) = load_experts([tmp_path / "qwen"])
+    assert torch.equal(expert.model.lm_head.weight, model.lm_head.weight)
+
+
+def test_layers_may_share_their_tensors(tmp_path):
+    sizes = {**SIZES, "embedding_size": 8, "vocab_size": 8, "num_hidden_layers": 60}
+    model = AutoModelForSequenceClassification.from_config(AlbertConfig(**sizes, id2label={0: "no", 1: "yes"}))
+    assert len(model.state_dict()) < 60
+    model.save_pretrained(tmp_path / "albert")
+    (expert,) = load_experts([tmp_path / "albert"])
+    assert expert.model.config.num_hidden_layers == 60
 
 
 def test_adapters_share_one_base(tmp_path):
