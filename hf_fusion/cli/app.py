@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
@@ -11,12 +10,12 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
-from typing import NoReturn
 
 from hf_fusion import __version__
 
 from .errors import explain
-from .output import FORMATS, Out
+from .output import Out
+from .parser import Parser, add_common
 
 # command -> what it does; the command's module in this folder has add_arguments(parser), run(args, out) and EXAMPLES
 COMMANDS = {
@@ -51,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 for an error, 130 when interrupted. Words that cannot be parsed exit with 2.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = build_parser(words[0] if words else None)
+    parser = build_parser(next((word for word in words if word in COMMANDS), None))
     args = parser.parse_args(words)
     if args.command is None:
         parser.print_help()
@@ -83,9 +82,9 @@ def command(name: str) -> ModuleType:
     return import_module(f"{__package__}.{name}")
 
 
-def build_parser(wanted: str | None = None) -> argparse.ArgumentParser:
+def build_parser(wanted: str | None = None) -> Parser:
     """The parser: all commands with their one line, and the arguments of the one that is wanted."""
-    parser = _Parser(
+    parser = Parser(
         prog="hf-fusion",
         description="Turns experts from the Hugging Face Hub into single models better than any of their parts.",
         epilog="Start here:  hf-fusion demo",
@@ -95,41 +94,12 @@ def build_parser(wanted: str | None = None) -> argparse.ArgumentParser:
     for name, line in COMMANDS.items():
         if name == wanted:
             module = command(name)
-            chosen = commands.add_parser(
-                name,
-                help=line,
-                description=module.__doc__,
-                epilog=examples_text(module.EXAMPLES),
-                formatter_class=argparse.RawDescriptionHelpFormatter,
-            )
+            chosen = commands.add_parser(name, help=line, description=module.__doc__, examples=module.EXAMPLES)
             module.add_arguments(chosen)
             add_common(chosen)
         else:  # its module is not even imported, so that every answer is instant
             commands.add_parser(name, help=line)
     return parser
-
-
-def add_common(parser: argparse.ArgumentParser) -> None:
-    """What every command understands, behind its own arguments or those of its own commands."""
-    nested = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    for each in [sub for action in nested for sub in action.choices.values()] or [parser]:
-        each.epilog, each.formatter_class = parser.epilog, parser.formatter_class
-        group = each.add_argument_group("output")
-        group.add_argument("--format", choices=FORMATS, default="human", help="what stdout holds (default: human)")
-        group.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
-
-
-def examples_text(examples: Sequence[tuple[str, str]]) -> str:
-    """The end of a command's --help: (command line, what it does) pairs."""
-    return "examples:\n" + "\n".join(f"  # {what}\n  {line}" for line, what in examples)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Answers words it cannot parse as every other error: what is wrong, and what to type next."""
-
-    def error(self, message: str) -> NoReturn:
-        Out().error(message, f"{self.prog} --help")
-        sys.exit(2)
 
 
 class _Forward(logging.Handler):

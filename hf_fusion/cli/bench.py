@@ -15,7 +15,8 @@ EXAMPLES = (
     ("hf-fusion bench run --suite vision-6 --methods static wemoe --seeds 0 1 2 --corruptions all:3 …", "some of it"),
     ("hf-fusion bench report results", "tables and pictures of what was measured"),
 )
-# action -> what it does; its module in this folder, bench_ACTION, has add_arguments(parser) and run(args, out)
+# action -> what it does; its module in this folder, bench_ACTION, has EXAMPLES, add_arguments(parser) and
+# run(args, out)
 ACTIONS = {
     "suites": "which suites there are",
     "check": "which models and data sets of a suite can be reached",
@@ -30,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
     for name, line in ACTIONS.items():
         if find_spec(f"{__package__}.bench_{name}"):
-            _module(name).add_arguments(actions.add_parser(name, help=line, description=_module(name).__doc__))
+            module = _module(name)
+            own = actions.add_parser(name, help=line, description=module.__doc__, examples=module.EXAMPLES)
+            module.add_arguments(own)
 
 
 def run(args: argparse.Namespace, out: Out) -> None:

@@ -8,6 +8,13 @@ from pathlib import Path
 
 from .output import Out
 
+EXAMPLES = (
+    ("hf-fusion bench run --suite minilm-8 --data DIR --methods static --output results", "all static merges of one"),
+    (
+        "hf-fusion bench run --suite clip-vit-base-patch32 --methods average ties --limit 100",
+        "two methods, from the Hub",
+    ),
+)
 BATCH_SIZE = 16
 
 

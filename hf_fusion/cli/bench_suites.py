@@ -6,6 +6,11 @@ import argparse
 
 from .output import Out
 
+EXAMPLES = (
+    ("hf-fusion bench suites", "a table of all"),
+    ("hf-fusion bench suites --format quiet", "their names alone"),
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """None."""

@@ -12,21 +12,31 @@ from hf_fusion.errors import FusionError
 
 from .output import Out
 
-EXAMPLES = (
-    ("hf-fusion fit fuser fused --data train.parquet --frugal", "fit the fuser, and learn to ask fewer experts"),
-    ("hf-fusion fit fuser fused --data me/rows --split train --by loss", "choose by least loss, on a Hub data set"),
-    ("hf-fusion fit gates my-adapter --data train.parquet", "train an adapter's PHATGOOSE gates, into its folder"),
-    (
-        "hf-fusion fit gates me/my-adapter --data me/rows --push",
-        "the same for one on the Hub, and add them to its repo",
+PART_EXAMPLES = {
+    "fuser": (
+        ("hf-fusion fit fuser fused --data train.parquet --frugal", "fit the fuser, and learn to ask fewer experts"),
+        ("hf-fusion fit fuser fused --data me/rows --split train --by loss", "choose by least loss, on a Hub data set"),
     ),
-    ("hf-fusion fit routers fused --data unlabelled.parquet", "adapt a WEMoE's routers; column task names the expert"),
-    ("hf-fusion fit routers fused --data rows.parquet --loss labels", "teach them by labels instead"),
-    (
-        "hf-fusion fit gates you/adapter --data rows.parquet --kind average --output gates",
-        "stand-ins that need no training, for an adapter of somebody else",
+    "gates": (
+        ("hf-fusion fit gates my-adapter --data train.parquet", "train an adapter's PHATGOOSE gates, into its folder"),
+        (
+            "hf-fusion fit gates me/my-adapter --data me/rows --push",
+            "the same for one on the Hub, and add them to its repo",
+        ),
+        (
+            "hf-fusion fit gates you/adapter --data rows.parquet --kind average --output gates",
+            "stand-ins that need no training, for an adapter of somebody else",
+        ),
     ),
-)
+    "routers": (
+        (
+            "hf-fusion fit routers fused --data unlabelled.parquet",
+            "adapt a WEMoE's routers; column task names the expert",
+        ),
+        ("hf-fusion fit routers fused --data rows.parquet --loss labels", "teach them by labels instead"),
+    ),
+}
+EXAMPLES = tuple(example for own in PART_EXAMPLES.values() for example in own)
 CHECKPOINTS = "gate_checkpoints"  # in the output folder while gates are trained
 ROUTER_CHECKPOINTS = "{}-router-checkpoints"  # beside the model's folder while its routers are trained
 
@@ -34,7 +44,7 @@ ROUTER_CHECKPOINTS = "{}-router-checkpoints"  # beside the model's folder while 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One command per thing that can be fitted."""
     parts = parser.add_subparsers(dest="part", required=True, metavar="PART", title="what to fit")
-    fuser = parts.add_parser("fuser", help="the fuser of a Fusion of Experts")
+    fuser = _part(parts, "fuser", "the fuser of a Fusion of Experts")
     fuser.add_argument("folder", metavar="MODEL_DIR", help="a folder that hf-fusion fuse wrote; it is updated")
     _add_data(fuser)
     fuser.add_argument("--frugal", action="store_true", help="also learn to answer from few of the experts")
@@ -43,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     fuser.add_argument("--label-column", default="label", metavar="NAME", help="column of the labels (default: label)")
     fuser.add_argument("--expert-column", default="expert", metavar="NAME", help="column of the domains")
-    gates = parts.add_parser("gates", help="the PHATGOOSE gates of one LoRA adapter")
+    gates = _part(parts, "gates", "the PHATGOOSE gates of one LoRA adapter")
     gates.add_argument("adapter", metavar="ADAPTER", help="an adapter's folder, or owner/name on the Hub")
     _add_data(gates)
     gates.add_argument("--base", metavar="ID", help="the adapter's base, where it is not the one it records")
@@ -62,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gates.add_argument("--output", metavar="DIR", help="where the gates go (default: the adapter's folder)")
     gates.add_argument("--push", action="store_true", help="add them to the adapter's repo, its tags and its card")
 
-    routers = parts.add_parser("routers", help="the routers of a WEMoE, on rows with or without labels")
+    routers = _part(parts, "routers", "the routers of a WEMoE, on rows with or without labels")
     routers.add_argument("folder", metavar="MODEL_DIR", help="a folder that hf-fusion fuse wrote; it is updated")
     _add_data(routers)
     routers.add_argument("--task-column", default="task", metavar="NAME", help="column of the tasks, named as experts")
@@ -88,6 +98,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     routers.add_argument(
         "--tolerance", type=float, metavar="X", help="stop where answers narrow, or leave the expert's, by more (0.1)"
     )
+
+
+def _part(parts: Any, name: str, what: str) -> argparse.ArgumentParser:
+    return parts.add_parser(name, help=what, description=f"Fit {what}.", examples=PART_EXAMPLES[name])
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:

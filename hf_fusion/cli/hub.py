@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from .output import Out
+from .parser import Examples
 
-EXAMPLES = (
+SERVE_EXAMPLES = (
     ("hf-fusion hub serve hub --port 8000", "serve the folder ./hub; people find its pages at http://127.0.0.1:8000"),
-    ("export HF_TOKEN=$(hf-fusion hub user hub me --format quiet)", "a token for the user me, created if new"),
+    ("hf-fusion hub serve hub --format quiet", "on any free port; prints its address alone"),
 )
+USER_EXAMPLES = (
+    ("export HF_TOKEN=$(hf-fusion hub user hub me --format quiet)", "a token for the user me, created if new"),
+    ("hf-fusion hub user hub me --format json", "the same, as JSON"),
+)
+EXAMPLES = (SERVE_EXAMPLES[0], USER_EXAMPLES[0])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Serving, and its users."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
-    server = actions.add_parser("serve", help="answer requests until interrupted")
+    server = _action(actions, "serve", "answer requests until interrupted", SERVE_EXAMPLES)
     server.add_argument("folder", metavar="DIR", help="holds everything; created if missing")
     server.add_argument("--host", default="127.0.0.1", help="the only address it answers on (default: 127.0.0.1)")
     server.add_argument("--port", type=int, default=0, help="default: any free one")
-    user = actions.add_parser("user", help="print a new token for a user; works beside a running server")
+    user = _action(actions, "user", "print a new token for a user; works beside a running server", USER_EXAMPLES)
     user.add_argument("folder", metavar="DIR", help="the Hub's folder")
     user.add_argument("name", metavar="NAME", help="the user, created if new")
+
+
+def _action(actions: Any, name: str, what: str, examples: Examples) -> argparse.ArgumentParser:
+    return actions.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.", examples=examples)
 
 
 def run(args: argparse.Namespace, out: Out) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TextIO
@@ -59,7 +59,7 @@ class Out:
             self._json(list(rows) if data is None else data)
         elif self.mode == "quiet":
             for row in rows:
-                self._write(_plain(row[key or next(iter(row))]))
+                self._write(_exact(row[key or next(iter(row))]))
         elif not rows:
             self._write(f"{title}: none" if title else "none")
         elif self.stdout.isatty():
@@ -73,14 +73,19 @@ class Out:
             self._write("\n".join(map(_plain, text.splitlines())))
 
     def dict(self, data: dict[str, Any], key: str | None = None) -> None:
-        """One thing with named values; quiet prints the value of `key`, the first by default."""
+        """One thing with named values; quiet prints the value of `key`, the first by default.
+
+        People see numbers rounded, and nothing of what is empty; json has all of it.
+        """
         if self.mode == "json":
             self._json(data)
         elif self.mode == "quiet":
-            self._write(_plain(data[key or next(iter(data))]))
+            self._write(_exact(data[key or next(iter(data))]))
         else:
-            width = max(map(len, data), default=0)
-            self._write("\n".join(f"  {name:{width}}  {_plain(value)}" for name, value in data.items()))
+            shown = {name: text for name, value in data.items() if (text := _plain(value))}
+            width = max(map(len, shown), default=0)
+            if shown:
+                self._write("\n".join(f"  {name:{width}}  {text}" for name, text in shown.items()))
 
     def result(self, message: str, **data: Any) -> None:
         """What a command achieved, and the values that say where; quiet prints the first value."""
@@ -145,11 +150,25 @@ class Out:
         return Console(file=self.stdout, highlight=False)
 
 
+def _exact(value: Any) -> str:
+    """A value for scripts, on one line without control characters."""
+    return _plain(value if not isinstance(value, float) else str(value))
+
+
 def _plain(value: Any) -> str:
-    """A value on one line without control characters: what comes from the Hub must not steer the terminal."""
+    """A value for people on one line, without control characters: what comes from the Hub must not steer the terminal.
+
+    Numbers are rounded to four digits, from 1,000 on to one behind the point; what is empty is "".
+    """
     if value is None:
         return ""
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return str(round(value, 1) if abs(value) >= 1000 else float(f"{value:.4g}"))
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_plain(name)} {_plain(own)}" for name, own in value.items())
+    if isinstance(value, (list, tuple, set, frozenset)):
         return ", ".join(map(_plain, value))
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
 

@@ -16,6 +16,7 @@ import pytest
 
 from hf_fusion.cli.app import COMMANDS, build_parser, command, main
 from hf_fusion.cli.errors import explain
+from hf_fusion.cli.parser import Parser
 from hf_fusion.errors import FusionError
 
 HEAVY = ("torch", "transformers", "datasets", "huggingface_hub", "rich", "fastapi")
@@ -42,21 +43,82 @@ def test_no_help_imports_anything_heavy(words):
     assert loaded.isdisjoint(HEAVY)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_each_command_shows_two_examples_that_parse(name, capsys):
-    module = command(name)
-    assert module.__doc__
-    assert len(module.EXAMPLES) >= 2
+def leaves(parser: Parser) -> list[Parser]:
+    """The parsers of what can be run: a command's own, or those of its commands."""
+    return [leaf for each in parser.nested.values() for leaf in leaves(each)] or [parser]
+
+
+COMMAND_PARSERS = [leaf for name in COMMANDS for leaf in leaves(build_parser(name).nested[name])]
+
+
+@pytest.mark.parametrize("parser", COMMAND_PARSERS, ids=lambda parser: parser.prog)
+def test_each_command_shows_two_examples_of_its_own_that_parse(parser, capsys):
+    words = parser.prog.split()[1:]
+    assert len(parser.examples) >= 2
     with pytest.raises(SystemExit) as stopped:
-        main([name, "--help"])
+        main([*words, "--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    for line, what in module.EXAMPLES:
-        assert line in text
-        assert what in text
-        words = shlex.split(re.sub(r"export \w+=\$\((.*)\)", r"\1", line))
-        assert words[:2] == ["hf-fusion", name]
-        assert build_parser(name).parse_args(words[1:]).command == name
+    assert parser.description in text
+    for line, what in parser.examples:
+        assert f"  # {what}\n  {line}\n" in text
+        given = shlex.split(re.sub(r"export \w+=\$\((.*)\)", r"\1", line))
+        assert given[: len(words) + 1] == ["hf-fusion", *words]
+        assert build_parser(words[0]).parse_args(given[1:]).command == words[0]
+    assert text.count("\n  hf-fusion ") + text.count("=$(hf-fusion ") == len(parser.examples)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_with_commands_of_its_own_shows_examples_of_them(name, capsys):
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    text = capsys.readouterr().out
+    assert len(command(name).EXAMPLES) >= 2
+    assert all(line in text for line, _ in command(name).EXAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("fuse --methd ties --experts a b", "unknown option --methd: did you mean --method?"),
+        ("fuse recipe.yaml --outptu=x", "unknown option --outptu: did you mean --output?"),
+        ("fit fuser fused --dta x", "unknown option --dta: did you mean --data?"),
+        ("bench run --sutie minilm-8", "unknown option --sutie: did you mean --suite?"),
+        ("hub serve hub --prot 1", "unknown option --prot: did you mean --port?"),
+        ("eval fused --zzz", "unknown option --zzz"),
+        ("--format json discover", "--format stands too early: it belongs behind the command, as in hf-fusion disc"),
+        ("bench --suite x", "--suite stands too early: it belongs behind the command, as in hf-fusion bench run"),
+        ("fues recipe.yaml --methd x", "command 'fues' is not known: did you mean fuse?"),
+        ("bench reprot results", "command 'reprot' is not known: did you mean report?"),
+        ("fit gate adapter --data x", "command 'gate' is not known: did you mean gates?"),
+        ("hub severe hub", "command 'severe' is not known: did you mean serve?"),
+        ("demo phatgose", "DEMO 'phatgose' is not known: did you mean phatgoose?"),
+        ("discover --format jsn", "--format 'jsn' is not known: did you mean json?"),
+        ("fuse r.yaml -o x --dtype bf17", "--dtype 'bf17' is not known: use one of float32, float16, bfloat16"),
+    ],
+)
+def test_a_mistyped_word_is_told_first_with_the_closest_that_is_known(words, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(words.split())
+    assert stopped.value.code == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"Error: {message}")
+    assert re.fullmatch(r"  → hf-fusion( \w+)* --help", hint)
+
+
+@pytest.mark.parametrize("parser", COMMAND_PARSERS, ids=lambda parser: parser.prog)
+def test_every_command_suggests_every_one_of_its_options(parser, capsys):
+    for option in (name for name in parser._option_string_actions if len(name) > 5):
+        mistyped = f"{option[:-2]}{option[-1]}{option[-2]}q"
+        with pytest.raises(SystemExit):
+            main([*parser.prog.split()[1:], mistyped])
+        assert capsys.readouterr().err.startswith(f"Error: unknown option {mistyped}: did you mean {option}?")
+
+
+@pytest.mark.parametrize("words", ["-oDIR", "-o DIR", "--outp DIR", "--output=DIR", "--output -1", "--output 'a -b'"])
+def test_ways_to_write_a_known_option_are_let_through(words):
+    args = build_parser("fuse").parse_args(["fuse", "r.yaml", *shlex.split(words)])
+    assert args.output in ("DIR", "-1", "a -b")
 
 
 def test_without_a_command_the_help_is_shown(capsys):

@@ -101,3 +101,49 @@ def test_an_empty_table_says_so():
     out = speak("human")
     out.table([], title="Experts")
     assert said(out)[0] == "Experts: none\n"
+
+
+def test_people_see_rounded_numbers_and_nothing_empty_while_json_has_all():
+    data = {
+        "accuracy": 0.8430769443511963,
+        "loss": 1.2345678e-05,
+        "seconds": 12.0,
+        "mb": 123456.789,
+        "rows": {"sums": 3, "share": 0.333333},
+        "scores": [0.123456, 2],
+        "frugal": True,
+        "bad": float("nan"),
+        "zero": 0,
+        "missing_labels": [],
+        "cost_weight": None,
+        "note": "",
+        "more": {},
+    }
+    out = speak("human")
+    out.result("Fitted", **data)
+    assert [line.split(maxsplit=1) for line in said(out)[0].splitlines()] == [
+        ["✓", "Fitted"],
+        ["accuracy", "0.8431"],
+        ["loss", "1.235e-05"],
+        ["seconds", "12.0"],
+        ["mb", "123456.8"],
+        ["rows", "sums 3, share 0.3333"],
+        ["scores", "0.1235, 2"],
+        ["frugal", "yes"],
+        ["bad", "nan"],
+        ["zero", "0"],
+    ]
+    out = speak("json")
+    out.result("Fitted", **{**data, "bad": 1.5})
+    assert json.loads(said(out)[0]) == {**data, "bad": 1.5}
+    out = speak("quiet")
+    out.dict(data)
+    assert said(out)[0] == "0.8430769443511963\n"
+
+
+def test_the_numbers_of_a_table_are_rounded_as_those_of_a_result():
+    for stream in (io.StringIO, Terminal):
+        out = speak("human", stream)
+        out.table([{"id": "a", "score": 0.8430769443511963}])
+        assert "0.8431" in said(out)[0]
+        assert "0.84307" not in said(out)[0]

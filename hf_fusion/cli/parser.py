@@ -1,0 +1,110 @@
+"""What argparse lacks: unknown options told first, the closest word suggested, examples of every command's own."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from .output import FORMATS, Out
+
+Examples = Sequence[tuple[str, str]]
+"""(command line, what it does) pairs."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that answers words it cannot parse as every other error: what is wrong, and what to type next.
+
+    Args:
+        examples: shown at the end of its ``--help``.
+        more: of argparse's parser.
+    """
+
+    def __init__(self, *, examples: Examples = (), **more: Any) -> None:
+        if examples:
+            more |= {"epilog": examples_text(examples), "formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(**more)
+        self.examples = tuple(examples)
+
+    @property
+    def nested(self) -> dict[str, Parser]:
+        """The parsers of its own commands, by name."""
+        groups = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return {name: parser for action in groups for name, parser in action.choices.items()}
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As argparse, but an option that is not known comes before anything that it leaves missing."""
+        words = list(sys.argv[1:] if args is None else args)
+        self._refuse_unknown(words)
+        return super().parse_args(words, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Says what is wrong, and ends with 2."""
+        Out().error(message, f"{self.prog} --help")
+        sys.exit(2)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        what = "command" if isinstance(action, argparse._SubParsersAction) else argparse._get_action_name(action)
+        self.error(f"{what} {value!r} is not known: {suggestion(str(value), map(str, action.choices))}")
+
+    def _refuse_unknown(self, words: Sequence[str]) -> None:
+        nested = self.nested
+        for place, word in enumerate(words):
+            if word == "--":
+                return
+            if not _is_option(word):
+                if word in nested:
+                    nested[word]._refuse_unknown(words[place + 1 :])
+                if nested:
+                    return
+                continue
+            name = word.partition("=")[0]
+            if self._knows(name):
+                continue
+            if owner := next((parser for parser in nested.values() if parser._knows(name)), None):
+                self.error(f"{name} stands too early: it belongs behind the command, as in {owner.prog} {name}")
+            known = [option for option in self._option_string_actions if option.startswith("--")]
+            close = get_close_matches(name, known, n=1)
+            self.error(f"unknown option {name}" + (f": did you mean {close[0]}?" if close else ""))
+
+    def _knows(self, name: str) -> bool:
+        """Whether it has this option, also cut short (``--meth``) or with its value behind it (``-oDIR``)."""
+        options = self._option_string_actions
+        if name.startswith("--"):
+            return any(option.startswith(name) for option in options)
+        return name[:2] in options
+
+
+def _is_option(word: str) -> bool:
+    """Whether argparse would take a word for an option: numbers and words with blanks are values."""
+    if not word.startswith("-") or len(word) == 1 or " " in word.partition("=")[0]:
+        return False
+    try:
+        float(word)
+    except ValueError:
+        return True
+    return False
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """What to write instead of an unknown word: the closest that is known, or all that are."""
+    known = list(known)
+    close = get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}"
+
+
+def examples_text(examples: Examples) -> str:
+    """The end of a command's --help."""
+    return "examples:\n" + "\n".join(f"  # {what}\n  {line}" for line, what in examples)
+
+
+def add_common(parser: Parser) -> None:
+    """What every command understands, behind its own arguments or those of its own commands."""
+    for each in parser.nested.values() or [parser]:
+        group = each.add_argument_group("output")
+        group.add_argument("--format", choices=FORMATS, default="human", help="what stdout holds (default: human)")
+        group.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
