@@ -1,0 +1,113 @@
+"""Tensors by the names that transformers' loader gives them, whatever names their files have.
+
+Checkpoints of one class come in several layouts: with and without the body's prefix, from before and after a class was
+rearranged. transformers renames what it loads; so do we, by the same tables, on a model without values.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from hf_fusion.errors import FusionError
+from hf_fusion.hub.files import first_line, quiet_transformers
+from hf_fusion.hub.heads import architectures
+
+
+@dataclass(frozen=True)
+class Promised:
+    """The model that a ``config.json`` promises, on the meta device.
+
+    Attributes:
+        model: the model; it is shared, so it must not be changed. None where transformers cannot build it.
+        config: its configuration; None likewise.
+        why: why there is no model; "" where there is one.
+    """
+
+    model: Any = None
+    config: Any = None
+    why: str = ""
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Parameters that the configuration ties to others: name -> the other's name."""
+        return dict(getattr(self.model, "all_tied_weights_keys", None) or {})
+
+
+def promised(config: Mapping[str, Any], name: str, tensors: int) -> Promised:
+    """What a ``config.json`` promises; built once for each configuration.
+
+    Args:
+        config: content of the file.
+        name: what errors call the model.
+        tensors: how many tensors the checkpoint holds, see `hf_fusion.hub.headers.native_config`.
+    """
+    return _promised(json.dumps(config, sort_keys=True, default=str), name, tensors)
+
+
+@lru_cache(maxsize=16)
+def _promised(text: str, name: str, tensors: int) -> Promised:
+    import torch
+
+    from hf_fusion.hub.headers import native_config
+
+    content = json.loads(text)
+    try:
+        config = native_config(content, name, tensors)
+        own = model_class(content, config)
+        with torch.device("meta"), quiet_transformers():
+            return Promised(own._from_config(config), config)
+    except FusionError as error:
+        return Promised(why=error.message)
+    except Exception as error:  # a stranger's config may fail in any way
+        return Promised(why=f"{name}: its model cannot be built from config.json ({first_line(error)})")
+
+
+def model_class(content: Mapping[str, Any], config: Any) -> Any:
+    """The class that loads a checkpoint: its own architecture, or the body's where it names none.
+
+    Raises:
+        FusionError: transformers has no such class.
+    """
+    import transformers
+
+    named = next(iter(architectures(dict(content))), None)
+    if named is None:
+        return transformers.AutoModel._model_mapping[type(config)]
+    own = getattr(transformers, named, None)
+    if not (isinstance(own, type) and issubclass(own, transformers.PreTrainedModel)):
+        raise FusionError(f"transformers has no class {named}")
+    return own
+
+
+def loaded_names(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Names in files -> names in the loaded model, as `from_pretrained` finds them.
+
+    A tensor that the loader makes part of another one (an expert's matrix of a mixture that holds them stacked) keeps a
+    name of its own: that of the file, with the renamings of its layout.
+
+    Args:
+        model: of the checkpoint's class, on any device.
+        names: of a checkpoint's tensors; those that the model does not have keep a name as well.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    prefix, known = model.base_model_prefix, model.state_dict()
+    found = {}
+    for name in names:
+        loaded, converted = rename_source_key(name, renamings, converters, prefix, known)
+        if loaded not in known and name in known:
+            loaded, converted = rename_source_key(name, [], [], prefix, known)
+        if converted is not None:
+            bare, _ = rename_source_key(name, renamings, converters)
+            part, _ = rename_source_key(name, renamings, [])
+            loaded = part.removeprefix(f"{prefix}.") if len(loaded) < len(bare) else loaded.removesuffix(bare) + part
+        found[name] = loaded
+    return found
