@@ -22,6 +22,7 @@ from .ensemble_foe import LEAST_PROBABILITY, FixedFuser, check_ensemble, fused_l
 from .experts_foe import AUTO_CLASSES, Backbone, pool_states, repeat_rows, take_rows
 from .frugal_foe import FrugalPolicy
 from .processing_foe import FoEProcessor
+from .summary_foe import Summary, described
 
 
 class Fuser(nn.Module):
@@ -469,17 +470,22 @@ class FoEModel(PreTrainedModel):
         names = [expert["name"] for expert in self.config.experts]
         return {"experts": names, "cost_shares": self.config.cost_shares, **self._trace}
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Summary:
         """Experts, parameters (all, and those the fuser trains) and the share of the cost each expert stands for."""
-        return {
-            "mode": self.config.rule or self.config.mode,
-            "experts": [expert["name"] for expert in self.config.experts],
-            "parameters": self.num_parameters(),
-            "trainable": sum(p.numel() for p in self.fuser.parameters()),
-            "cost_shares": dict(
-                zip([expert["name"] for expert in self.config.experts], self.config.cost_shares, strict=True)
-            ),
-        }
+        names = [expert["name"] for expert in self.config.experts]
+        return Summary(
+            mode=self.config.rule or self.config.mode,
+            experts=names,
+            parameters=self.num_parameters(),
+            trainable=sum(p.numel() for p in self.fuser.parameters()),
+            cost_shares=dict(zip(names, self.config.cost_shares, strict=True)),
+        )
+
+    def __repr__(self) -> str:
+        config = self.config
+        outputs = config.num_outputs if config.mode == "output" else None
+        names = [expert["name"] for expert in config.experts]
+        return described(self, "backbone_0", mode=config.rule or config.mode, experts=names, labels=outputs)
 
 
 __all__ = ["FoEModel"]

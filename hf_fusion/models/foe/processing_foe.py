@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor, AutoTokenizer, BatchEncoding
+from transformers import AutoImageProcessor, AutoTokenizer, BatchEncoding, BatchFeature
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import PushToHubMixin, cached_file
 
@@ -56,7 +56,7 @@ class FoEProcessor(PushToHubMixin):
         images: Any = None,
         return_tensors: str = "pt",
         **kwargs: Any,
-    ) -> BatchEncoding:
+    ) -> BatchEncoding | BatchFeature:
         """Prepares a batch (or one example) for all experts.
 
         Args:
@@ -77,7 +77,8 @@ class FoEProcessor(PushToHubMixin):
             else:
                 encoded = processor(images=_in_mode(images, self.modes[index]), return_tensors=return_tensors)
             inputs.update({name if index == 0 else f"{name}_{index}": value for name, value in encoded.items()})
-        return BatchEncoding(inputs)
+        # pipelines cast what they are given to the model's dtype, which pixels can follow and a BatchEncoding cannot
+        return BatchFeature(inputs) if "image" in self.kinds else BatchEncoding(inputs)
 
     @staticmethod
     def _tokenize(tokenizer: Any, text: Any, pair: Any, return_tensors: str, kwargs: dict[str, Any]) -> BatchEncoding:

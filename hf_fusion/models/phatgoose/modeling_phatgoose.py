@@ -33,6 +33,7 @@ from .configuration_phatgoose import PhatgooseConfig
 from .export_phatgoose import save_merged_adapter
 from .reference_phatgoose import load_by_reference
 from .routing_phatgoose import RoutedHead, RoutedLinears, Routing
+from .summary_phatgoose import Summary, described
 from .trace_phatgoose import RoutingTrace
 
 
@@ -337,7 +338,7 @@ class PhatgooseRouter(PreTrainedModel):
             raise ValueError("no routing was recorded: set model.record_routing = 4096, then run the model")
         return self._trace
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Summary:
         """Experts, parameters in all and of the experts, routed linears, and what a token costs beside the base."""
         base = extra = 0
         top_k = min(self.config.num_experts_per_tok, len(self.experts))
@@ -346,15 +347,21 @@ class PhatgooseRouter(PreTrainedModel):
             base += sum(d_in * d_out for d_in, d_out in sizes)
             extra += group.gates.numel() + top_k * group.widest * sum(map(sum, sizes))
         routed = [*(group for _, group in self._groups), *self._heads.values()]
-        return {
-            "experts": self.experts,
-            "gates": [row["gates"] for row in self.config.experts],
-            "top_k": top_k,
-            "parameters": self.num_parameters(),
-            "expert_parameters": sum(p.numel() for module in routed for p in module.parameters()),
-            "routed_linears": sum(len(paths) for paths, _ in self._groups),
-            "relative_cost": 1 + extra / max(base, 1),
-        }
+        return Summary(
+            experts=self.experts,
+            gates=[row["gates"] for row in self.config.experts],
+            top_k=top_k,
+            parameters=self.num_parameters(),
+            expert_parameters=sum(p.numel() for module in routed for p in module.parameters()),
+            routed_linears=sum(len(paths) for paths, _ in self._groups),
+            relative_cost=1 + extra / max(base, 1),
+        )
+
+    def __repr__(self) -> str:
+        config = self.config
+        names = [row["name"] for row in config.experts]
+        facts = {"base": config.base.get("id"), "head": config.head, "routing": config.routing, "experts": names}
+        return described(self, "backbone", **facts, top_k=config.num_experts_per_tok)
 
     # ---------------------------------------------------------------- loading, saving
 

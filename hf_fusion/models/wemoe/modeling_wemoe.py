@@ -19,6 +19,7 @@ from .heads_wemoe import activate_heads, fill_heads, install_heads, name_classes
 from .linears_wemoe import UpscaledLinear
 from .routing_wemoe import Coefficients, Router, RoutingTrace, Scope, Shared, Unit, by_unit, index_of
 from .samples_wemoe import first_unlike, samples_of
+from .summary_wemoe import Summary, described
 
 
 class WEMoEModel(PreTrainedModel):
@@ -345,7 +346,7 @@ class WEMoEModel(PreTrainedModel):
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
         return model.requires_grad_(True).eval()
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Summary:
         """Experts, numbers of parameters by part, storage, and energy kept.
 
         Weights of the base that are merged per sample are "upscaled", what was merged once is "merged", the routers are
@@ -362,20 +363,26 @@ class WEMoEModel(PreTrainedModel):
         )
         heads = [p for path in self.config.task_heads for p in self.backbone.get_submodule(path).parameters()]
         apart = {id(p) for p in [*heads, *(p for linear in linears for p in linear.parameters())]}
-        return {
-            "experts": self.experts,
-            "units": [unit.name for unit in self.units],
-            "upscaled_linears": len(linears),
-            "upscaled_parameters": sum(linear.weight.numel() for linear in linears),
-            "merged_parameters": sum(p.numel() for p in self.backbone.parameters() if id(p) not in apart),
-            "head_parameters": sum(p.numel() for p in heads),
-            "parameters": self.num_parameters(),
-            "trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
-            "task_vectors": self.config.task_vectors,
-            "stored_bytes": stored,
-            "relative_merge": float(len(self.experts)) if self.config.task_vectors not in LOW_RANK else 0.0,
-            "energy": {p: e for row in self.config.units for p, e in zip(row["paths"], row.get("energy", []))},
-        }
+        return Summary(
+            experts=self.experts,
+            units=[unit.name for unit in self.units],
+            upscaled_linears=len(linears),
+            upscaled_parameters=sum(linear.weight.numel() for linear in linears),
+            merged_parameters=sum(p.numel() for p in self.backbone.parameters() if id(p) not in apart),
+            head_parameters=sum(p.numel() for p in heads),
+            parameters=self.num_parameters(),
+            trainable=sum(p.numel() for p in self.parameters() if p.requires_grad),
+            task_vectors=self.config.task_vectors,
+            stored_bytes=stored,
+            relative_merge=float(len(self.experts)) if self.config.task_vectors not in LOW_RANK else 0.0,
+            energy={p: e for row in self.config.units for p, e in zip(row["paths"], row.get("energy", []))},
+        )
+
+    def __repr__(self) -> str:
+        config = self.config
+        names = [row["name"] for row in config.experts]
+        facts = {"base": config.base.get("id"), "head": config.head, "routing": config.routing, "experts": names}
+        return described(self, "backbone", **facts, units=len(config.units), task_vectors=config.task_vectors)
 
     # ---------------------------------------------------------------- loading, saving
 
