@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +19,13 @@ from hf_fusion.errors import FusionError, one_line
 from hf_fusion.experts import Adapter
 from hf_fusion.hub.linearized import STEM as LINEARIZED
 from hf_fusion.hub.linearized import as_lora
+from hf_fusion.hub.peft_names import LORA, PREFIX, plain_keys
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
 CONFIG = "adapter_config.json"
-_PREFIX = "base_model.model."
 # These initialisations leave the base's weights as they are; PiSSA, OLoRA, CorDA, LoftQ … rewrite them.
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
@@ -90,21 +89,20 @@ def read_adapter(folder: str | Path, name: str, *, allow_pickle: bool = False) -
     if problems := config_problems(config):
         raise FusionError(f"Adapter {name} cannot be fused: {'; '.join(problems)}.")
     stored = _tensors(folder, name, allow_pickle)
-    tensors = as_lora({key.removeprefix(_PREFIX): tensor for key, tensor in stored.items()}, name)
+    stored = as_lora({key.removeprefix(PREFIX): tensor for key, tensor in stored.items()}, name)
+    tensors = {plain: stored[key] for key, plain in plain_keys(stored, name).items()}
 
     halves: dict[str, dict[str, torch.Tensor]] = {}
     saved: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise FusionError(f"Adapter {name} has NaN or Inf in {key}.")
-        if match := re.fullmatch(r"(.+)\.lora_([AB])\.weight", key):
-            halves.setdefault(match[1], {})[match[2]] = tensor
-        elif ".original_module." in key:
-            continue  # what modules_to_save replaces: PEFT writes it beside embeddings that grew
+        if match := LORA.fullmatch(key):
+            halves.setdefault(match["path"], {})[match["half"]] = tensor
         elif "lora_" in key:
             raise FusionError(f"Adapter {name} holds {key}: only LoRA on linear layers can be fused.")
         else:
-            saved[key.replace(".modules_to_save.", ".").replace(".base_layer.", ".")] = tensor
+            saved[key] = tensor
     _refuse_trained_biases(config, saved, name)
     if not halves:
         raise FusionError(f"Adapter {name} holds no LoRA weights.")

@@ -7,7 +7,6 @@ reasons. An expert that cannot even be read is rejected with a reason too, never
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -40,6 +39,7 @@ from hf_fusion.hub.heads import (
     same_label,
 )
 from hf_fusion.hub.licenses import forbids_derivatives
+from hf_fusion.hub.peft_names import LORA, plain_keys
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -307,16 +307,16 @@ def _check_gates(case: Case) -> Iterator[Reason]:
         yield Reason(ReasonKind.GATES, "is a full model: only adapters have gates")
         return
     remedy = f"hf-fusion fit gates {case.info.id} --data … --push"
-    lora, saved = adapter_shapes(case.shapes)
+    lora, saved = adapter_shapes(case.shapes, case.info.id)
     sizes = {path: d_in for path, (d_in, _) in lora.items()}
     if not case.info.has_gates:
         yield Reason(ReasonKind.GATES, f"has no {GATES_FILE}", remedy)
     elif problem := gate_problem(case.gates, sizes, also={name.removesuffix(".weight") for name in saved}):
         yield Reason(ReasonKind.GATES, f"{GATES_FILE} {problem}", remedy)
-    for key, shape in case.shapes.items():
-        path = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        if path in lora and shape[0] > max(lora[path]):
-            yield Reason(ReasonKind.LORA, f"rank {shape[0]} of {path} is more than its width")
+    for stored, key in plain_keys(case.shapes, case.info.id).items():
+        path, rank = key.removesuffix(".lora_A.weight"), case.shapes[stored][0]
+        if path in lora and rank > max(lora[path]):
+            yield Reason(ReasonKind.LORA, f"rank {rank} of {path} is more than its width")
             return
 
 
@@ -418,19 +418,20 @@ def _adapter_shapes(case: Case, head: Head) -> list[str]:
     result = _base_account(case, head)
     if result is None:
         return []
-    lora, saved = adapter_shapes(case.shapes)
+    lora, saved = adapter_shapes(case.shapes, case.info.id)
     unfilled = sorted(result.missing - set(saved))
     return shape_problems(lora, saved, result.model) + [f"{key} is neither in it nor in its base" for key in unfilled]
 
 
-def adapter_shapes(shapes: Shapes) -> tuple[dict[str, tuple[int, int]], Shapes]:
+def adapter_shapes(shapes: Shapes, name: str) -> tuple[dict[str, tuple[int, int]], Shapes]:
     """From an adapter's tensor shapes: module path → (d_in, d_out), and the shapes of its saved tensors."""
     lora: dict[str, tuple[int, int]] = {}
     saved: Shapes = {}
-    for key, shape in ((key.removeprefix("base_model.model."), shape) for key, shape in shapes.items()):
-        if match := re.fullmatch(r"(.+)\.lora_([AB])\.weight", key):
-            d_in, d_out = lora.get(match[1], (0, 0))
-            lora[match[1]] = (shape[-1], d_out) if match[2] == "A" else (d_in, shape[0])
+    for stored, key in plain_keys(shapes, name).items():
+        shape = shapes[stored]
+        if match := LORA.fullmatch(key):
+            d_in, d_out = lora.get(match["path"], (0, 0))
+            lora[match["path"]] = (shape[-1], d_out) if match["half"] == "A" else (d_in, shape[0])
         elif "lora_" not in key:
             saved[key] = shape
     return lora, saved

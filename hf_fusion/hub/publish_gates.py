@@ -91,10 +91,10 @@ def _check(gates: Gates, source: Source) -> None:
     files = safe_files(source)
     if not files:
         return
-    lora, saved = adapter_shapes(hub_shapes(source, files))
+    lora, saved = adapter_shapes(hub_shapes(source, files), source.name)
     sizes = {path: d_in for path, (d_in, _) in lora.items()}
     shapes = {path: tuple(vector.shape) for path, vector in gates.vectors.items()}
-    heads = {name.replace(".modules_to_save.", ".").removesuffix(".weight") for name in saved}
+    heads = {name.removesuffix(".weight") for name in saved}
     if problem := gate_problem(shapes, sizes, also=heads):
         raise FusionError(f"These are not the gates of {source.name}: the set {problem}.", hint="train them for it")
 

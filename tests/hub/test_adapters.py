@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import save_linearized, vit
 from transformers import (
@@ -20,6 +20,7 @@ from transformers import (
 
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.adapters import config_problems, fit_problems, placed, read_adapter
+from hf_fusion.hub.compat import adapter_shapes
 
 CLIP = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 BERT = BertConfig(
@@ -273,3 +274,45 @@ def test_a_linearized_lora_that_starts_elsewhere_is_refused(tmp_path):
     save_linearized(tmp_path, clip().vision_model, OPTIONS, start_b=0.1)
     with pytest.raises(FusionError, match=r"l-lora was linearised at a B that is not 0, in encoder\.layers\.0"):
         read_adapter(tmp_path, "l-lora")
+
+
+@pytest.mark.parametrize("called", ["default", "cola", "v1.2"])
+def test_names_that_carry_the_adapters_own(called, tmp_path):
+    """A state dict as it is: what `get_peft_model_state_dict` would have taken the adapter's name from."""
+    theirs = save_adapter(tmp_path, bert(), r=2, target_modules=["query", "dense"], task_type="SEQ_CLS")
+    whole = {
+        key.replace(".default.", f".{called}."): tensor.clone()
+        for key, tensor in theirs.state_dict().items()
+        if "lora_" in key or "modules_to_save" in key or "original_module" in key
+    }
+    file = tmp_path / "adapter_model.safetensors"
+    plain, expected = load_file(file), read_adapter(tmp_path, "me/plain")
+    for prefix in ("base_model.model.", ""):  # with it from a PeftModel, without from transformers' add_adapter
+        stored = {prefix + key.removeprefix("base_model.model."): tensor for key, tensor in whole.items()}
+        save_file(stored, file)
+        adapter = read_adapter(tmp_path, "me/state")
+        assert adapter.lora.keys() == expected.lora.keys() and adapter.saved.keys() == expected.saved.keys()
+        assert set(adapter.saved) == {"classifier.weight", "classifier.bias"}
+        for path, (a, b) in adapter.lora.items():
+            assert torch.equal(a, expected.lora[path][0]) and torch.equal(b, expected.lora[path][1])
+        shapes = {key: tuple(tensor.shape) for key, tensor in stored.items()}
+        lora, saved = adapter_shapes(shapes, "me/state")  # from headers alone
+        assert lora == {path: (a.shape[1], b.shape[0]) for path, (a, b) in expected.lora.items()}
+        assert saved == {key: tuple(tensor.shape) for key, tensor in expected.saved.items()}
+    if called == "default":  # PEFT reads halves of LoRA with that name too
+        heads = {key: tensor for key, tensor in plain.items() if "lora_" not in key}
+        save_file({key: tensor for key, tensor in whole.items() if "lora_" in key} | heads, file)
+        with torch.no_grad():
+            loaded = PeftModel.from_pretrained(bert(), tmp_path)(INPUT).logits
+            assert (merged(bert(), adapter)(INPUT).logits - loaded).abs().max() <= 1e-6
+
+
+def test_a_file_of_several_adapters_is_refused(tmp_path):
+    theirs = save_adapter(tmp_path, bert(), r=2, target_modules=["query"])
+    theirs.add_adapter("other", LoraConfig(r=2, target_modules=["query"]))
+    save_file(
+        {key: tensor.clone() for key, tensor in theirs.state_dict().items() if "lora_" in key},
+        tmp_path / "adapter_model.safetensors",
+    )
+    with pytest.raises(FusionError, match="me/both holds several adapters: default, other"):
+        read_adapter(tmp_path, "me/both")
