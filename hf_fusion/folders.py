@@ -12,6 +12,7 @@ STALE = (
     "*.safetensors",
     "*.safetensors.index.json",
     "*.py",
+    "modules.json",
     "results.json",
     "routing.json",
     "routing.png",

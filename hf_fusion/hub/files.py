@@ -19,6 +19,14 @@ from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
 from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.card_edit import metadata_of
 from hf_fusion.hub.linearized import STEM as LINEARIZED
+from hf_fusion.hub.manifests import (
+    local_files,
+    local_named_files,
+    module_folders,
+    named_files,
+    read_content,
+    refuse_pickled,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -96,6 +104,14 @@ class Source:
         if file not in self._json:
             self._json[file] = self._read_json(file) if file in self.sizes else {}
         return self._json[file]
+
+    def read(self, file: str) -> Any:
+        """Content of one small JSON file, whatever it is; fetched where it is not here."""
+        if self.folder is not None and (self.folder / file).is_file():
+            return read_content(self.folder / file, self.name)
+        with explained(self.name):
+            path = hub_api(self.api).hf_hub_download(self.name, file, revision=self.revision, tqdm_class=_silent_bar())
+        return read_content(Path(path), self.name)
 
     def _read_json(self, file: str) -> dict[str, Any]:
         if self.folder is not None:
@@ -328,13 +344,35 @@ def pick_weights(source: Source, *, allow_pickle: bool) -> list[str]:
 
 
 def pick_small(source: Source, *, code: bool) -> list[str]:
-    """Configs and processor files at the root, and Python files where the expert's own code was agreed to."""
+    """Configs and processor files, and Python files where the expert's own code was agreed to.
+
+    Those at the root and in the sub-folders that its manifests name, as paths from the root.
+    """
     wanted = (".json", ".txt", ".model", ".jinja") + ((".py",) if code else ())
-    return [
+    at_root = [
         file
         for file in source.sizes
         if "/" not in file and file.endswith(wanted) and not file.endswith(".index.json") and file not in _SKIPPED
     ]
+    return at_root + [file for file in _named(source, code) if not file.endswith(".safetensors")]
+
+
+def pick_modules(source: Source) -> list[str]:
+    """The weights of sentence-transformers' modules beside the model (``2_Dense/model.safetensors``).
+
+    Raises:
+        FusionError: they are only there as a pickle.
+    """
+    is_here = source.is_local and source.folder is not None
+    files = list(local_files(source.folder)) if is_here and source.folder else list(source.sizes)
+    refuse_pickled(source.name, files, module_folders(source.name, files, source.read))
+    return [file for file in _named(source, code=False) if file.endswith(".safetensors")]
+
+
+def _named(source: Source, code: bool) -> list[str]:
+    if source.is_local and source.folder is not None:
+        return local_named_files(source.folder, source.name, code=code)
+    return named_files(source.name, source.sizes, source.read, code=code)
 
 
 def same_file(path: Path, entry: Any) -> bool:
@@ -373,7 +411,7 @@ def download(wanted: Sequence[tuple[Source, list[str]]], api: HfApi | None = Non
                 path = Path(
                     client.hf_hub_download(source.name, file, revision=source.revision, tqdm_class=_silent_bar(bar))
                 )
-            source.folder = path.parent
+            source.folder = path.parents[file.count("/")]
 
         in_parallel(fetch, jobs)
         bar.update(max(0, total - bar.n))  # files that were in the cache

@@ -20,7 +20,8 @@ from hf_fusion.errors import FusionError
 from hf_fusion.experts import Adapter
 from hf_fusion.folders import replace_folder
 from hf_fusion.hub.adapters import CONFIG, read_adapter
-from hf_fusion.hub.files import Source, download, in_parallel, pick_small, resolve
+from hf_fusion.hub.files import Source, download, in_parallel, pick_modules, pick_small, resolve
+from hf_fusion.merging.checkpoint import own_file
 from hf_fusion.merging.merge import MergeReport
 from hf_fusion.merging.methods.linear import shares
 from hf_fusion.merging.methods.lora import Factors, lora
@@ -126,6 +127,9 @@ def _opened(recipe: Recipe, api: HfApi | None) -> list[_Opened]:
             raise FusionError(f"{source.name} is no adapter", "method: linear merges it with an adapter's whole model")
         if WEIGHTS not in source.sizes:
             raise FusionError(f"{source.name} has no {WEIGHTS}", "only safetensors are merged: load and save it")
+    for source in sources:
+        if modules := pick_modules(source):
+            raise FusionError(f"{source.name} has weights of a module in {modules[0]}", "method: linear merges it too")
     download([(source, [WEIGHTS, *pick_small(source, code=False)]) for source in sources], api)
     found = []
     for source in sources:
@@ -224,7 +228,12 @@ def _write(
         with disk_full_named(folder.parent):
             first = opened[0].source
             for file in pick_small(first, code=False):
-                if file not in (CONFIG, RECIPE_FILE) and first.folder is not None:
+                if (
+                    file not in (CONFIG, RECIPE_FILE)
+                    and first.folder is not None
+                    and own_file(first.folder / file, first.folder)
+                ):
+                    (place / file).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(first.folder / file, place / file)
             config = _config(recipe, opened, {path: len(found.a) for path, found in factors.items()})
             (place / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -154,24 +154,25 @@ def read_header(file: Path) -> dict[str, Entry]:
     return {entry.name: entry for _, entry in sorted(found, key=lambda pair: pair[0])}
 
 
-def read_checkpoint(folder: Path, name: str) -> dict[str, Entry]:
+def read_checkpoint(folder: Path, name: str, root: Path | None = None) -> dict[str, Entry]:
     """All tensors of a model's folder: of ``model.safetensors``, or of the shards that its index names.
 
     Args:
         folder: where the files lie.
         name: what errors call the model.
+        root: the model's folder, where `folder` is one within it.
 
     Raises:
         FusionError: there is neither, one of the files is broken, or the index does not tell what the shards hold.
     """
-    if own_file(folder / SINGLE):
+    if own_file(folder / SINGLE, root):
         return read_header(folder / SINGLE)
-    if not own_file(folder / INDEX):
+    if not own_file(folder / INDEX, root):
         raise FusionError(f"{name} has no {SINGLE} and no {INDEX}", "only safetensors are merged")
     places = _places(folder / INDEX, name)
     tensors: dict[str, Entry] = {}
     for shard in sorted(set(places.values())):
-        if not own_file(folder / shard):
+        if not own_file(folder / shard, root):
             raise FusionError(f"{name} lacks {shard}, which its {INDEX} names", "fetch it again")
         for key, entry in read_header(folder / shard).items():
             if places.get(key) == shard:
@@ -183,8 +184,12 @@ def read_checkpoint(folder: Path, name: str) -> dict[str, Entry]:
     return tensors
 
 
-def own_file(file: Path) -> bool:
+def own_file(file: Path, root: Path | None = None) -> bool:
     """Whether a file is there, in its model's folder or in the blobs of the Hub's cache, which keeps links to them.
+
+    Args:
+        file: where it should be.
+        root: the model's folder, where the file lies in one within it.
 
     Raises:
         FusionError: it is a link to somewhere else: what lies there is not the model's to read, nor to publish.
@@ -192,8 +197,9 @@ def own_file(file: Path) -> bool:
     # a link in a circle is no file; a pipe or a device would be waited for
     if not file.is_file():
         return False
-    home, target = file.parent.resolve(), file.resolve()
-    if target.parent not in (home, home.parent.parent / "blobs"):
+    home, target = (root or file.parent).resolve(), file.resolve()
+    is_within = target.is_relative_to(home) if root else target.parent == home
+    if not is_within and target.parent != home.parent.parent / "blobs":
         raise FusionError(f"{file} is a link to {target}, outside its model", "put the file itself there")
     return True
 

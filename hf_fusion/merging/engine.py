@@ -15,7 +15,7 @@ import torch
 
 from hf_fusion.errors import FusionError, one_line, shown
 from hf_fusion.merging.checkpoint import DTYPES, Entry, Files
-from hf_fusion.merging.output import Shard, Spec, as_bytes, shard_name, shards_of
+from hf_fusion.merging.output import Shard, Spec, as_bytes, layout
 from hf_fusion.merging.tensors import CHUNK, CPU, Tensors, compute_on, merge_tensors, scratch
 
 logger = logging.getLogger(__name__)
@@ -93,22 +93,22 @@ def write_tensors(
         progress: called with the bytes of each tensor that is done.
 
     Returns:
-        What the files hold.
+        What the model's shards hold; modules in folders below it have a file each.
 
     Raises:
         FusionError: an input cannot be read, the disk is full, or a merged tensor is not finite.
     """
     by_name = {target.spec.name: target for target in targets}
-    shards = shards_of([target.spec for target in targets], shard_bytes)
-    own = [n for n in range(len(shards)) if n % process[1] == process[0]]
+    planned = layout([target.spec for target in targets], shard_bytes)
+    own = planned[process[0] :: process[1]]
     with ThreadPoolExecutor(threads, initializer=compute_on, initargs=(device,)) as pool:
-        for number in own:
-            file = folder / shard_name(number, len(shards))
+        for name, specs in own:
+            file = folder / name
             if file.exists():
-                progress(sum(spec.nbytes for spec in shards[number]))
+                progress(sum(spec.nbytes for spec in specs))
                 continue
-            largest_first = sorted(shards[number], key=lambda spec: -spec.nbytes)
-            with Shard(file, shards[number]) as shard:
+            largest_first = sorted(specs, key=lambda spec: -spec.nbytes)
+            with Shard(file, specs) as shard:
                 jobs = [pool.submit(_write, by_name[spec.name], shard, files, progress) for spec in largest_first]
                 try:
                     wait(jobs, return_when=FIRST_EXCEPTION)
@@ -120,7 +120,7 @@ def write_tensors(
                     if not job.cancelled():
                         job.result()
                 shard.finish()
-    return shards
+    return [specs for name, specs in planned if "/" not in name]
 
 
 @torch.inference_mode()

@@ -14,6 +14,7 @@ from hf_fusion.hub.adapters import read_json, with_adapter
 from hf_fusion.hub.files import parts_of, quiet_transformers, recorded_base, resolve
 from hf_fusion.hub.heads import architectures, auto_class_of
 from hf_fusion.hub.load import in_memory, processor_of, refuse_code, refuse_keys
+from hf_fusion.hub.manifests import local_named_files
 from hf_fusion.merging.checkpoint import INDEX
 from hf_fusion.merging.merge import merge
 from hf_fusion.merging.methods import MERGE_METHODS
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from hf_fusion.hub.load import ExpertLike
 
 FILES_ATTRIBUTE = "fusion_files"
-"""What a loaded merge keeps of its folder beside itself: name -> bytes of its tokenizer and the like."""
+"""What a loaded merge keeps of its folder beside itself: path -> bytes of its tokenizer and the like."""
 
 
 def fuse_static(
@@ -128,11 +129,12 @@ def load_merged(folder: str | Path, *, trust_remote_code: bool = False) -> PreTr
         )
     refuse_keys(str(folder), "missing", info["missing_keys"])
     model.config.name_or_path = model.name_or_path = ""  # a folder that may soon be gone
-    kept = [path for path in folder.iterdir() if path.is_file() and not path.name.endswith(".safetensors")]
+    kept = [path.name for path in folder.iterdir() if path.is_file() and not path.name.endswith(".safetensors")]
+    kept += local_named_files(folder, str(folder), code=True)
     apart = ("config.json", INDEX, RECIPE_FILE, "README.md", "results.json")
     setattr(model, RECIPE_ATTRIBUTE, Recipe.load(folder))
     model.processor = processor_of(resolve(folder), code=bool(options))
-    setattr(model, FILES_ATTRIBUTE, {path.name: path.read_bytes() for path in kept if path.name not in apart})
+    setattr(model, FILES_ATTRIBUTE, {name: (folder / name).read_bytes() for name in kept if name not in apart})
     return model.eval()
 
 
@@ -140,6 +142,7 @@ def save_files(model: PreTrainedModel, folder: Path) -> None:
     """Writes what `load_merged` kept, but for what the model has written itself."""
     for name, raw in getattr(model, FILES_ATTRIBUTE, {}).items():
         if not (folder / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(raw)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -16,17 +15,15 @@ import torch
 
 from hf_fusion.errors import FusionError
 from hf_fusion.folders import replace_folder
-from hf_fusion.hub.adapters import read_json, weights_of
-from hf_fusion.merging.chat_templates import with_template
-from hf_fusion.merging.checkpoint import own_file
-from hf_fusion.merging.configs import with_tokens
+from hf_fusion.hub.adapters import weights_of
 from hf_fusion.merging.engine import device_of, digest_of, write_tensors
 from hf_fusion.merging.methods import method_named
 from hf_fusion.merging.output import SHARD_BYTES, disk_full_named, output_folder, place_of, staging, write_index
 from hf_fusion.merging.plan import Plan, check_recipe, plan
 from hf_fusion.merging.processes import Processes
+from hf_fusion.merging.small_files import merged_files
 from hf_fusion.merging.sources import open_models
-from hf_fusion.merging.vocabulary import TOKENIZER_FILES, read_vocabulary
+from hf_fusion.merging.vocabulary import read_vocabulary
 from hf_fusion.recipe import RECIPE_FILE, Recipe, RecipeExpert, Slice
 
 if TYPE_CHECKING:
@@ -181,46 +178,10 @@ def stamps(planned: Plan) -> list[tuple[str, int, int]]:
 
 def write_small(planned: Plan, place: Path) -> None:
     """Configuration, tokenizer and recipe."""
-    first = planned.first
-    files = {file.name: file.read_bytes() for file in small_files(first.folder)}
-    if first.under is not None:  # an adapter, which may bring a tokenizer of its own
-        under = {file.name: file.read_bytes() for file in small_files(first.under)}
-        apart = TOKENIZER_FILES if any(name in files for name in TOKENIZER_FILES) else ()
-        files = {name: raw for name, raw in under.items() if name not in apart} | files
-    if planned.vocabulary is not None:
-        files = {name: raw for name, raw in files.items() if name not in TOKENIZER_FILES} | planned.vocabulary.files
-        if "generation_config.json" in files:
-            folder = first.folder if (first.folder / "generation_config.json").exists() else first.under or first.folder
-            own = read_json(folder / "generation_config.json", first.name)
-            moved = with_tokens(own, planned.vocabulary.number_of)
-            files["generation_config.json"] = (json.dumps(moved, indent=2) + "\n").encode()
-    if planned.recipe.chat_template is not None:
-        models = {model.name: model for model in [*([planned.base] if planned.base else []), *planned.experts]}
-        files = with_template(files, planned.recipe.chat_template, models)
-    files["config.json"] = (json.dumps(planned.config, indent=2) + "\n").encode()
-    for name, raw in files.items():
+    for name, raw in merged_files(planned).items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_bytes(raw)
     planned.recipe.save(place / RECIPE_FILE)
-
-
-# what describes weights, or was measured of them, is not the merged model's
-_NOT_COPIED = ("adapter_config.json", "trainer_state.json", "results.json", "routing.json", "coefficients.json")
-
-
-def small_files(folder: Path) -> list[Path]:
-    """Configuration, tokenizer and code beside a model's weights.
-
-    Raises:
-        FusionError: one of them is a link to somewhere else: it would be published with the merged model.
-    """
-    wanted = (".json", ".txt", ".model", ".jinja", ".py")
-    found = []
-    for file in sorted(folder.iterdir()):
-        if not file.name.endswith(wanted) or file.name.endswith(".index.json") or file.name in _NOT_COPIED:
-            continue
-        if own_file(file):
-            found.append(file)
-    return found
 
 
 def cores() -> int:

@@ -38,16 +38,23 @@ class Spec:
         name: as the model calls it.
         dtype: safetensors' name of its type.
         shape: its sizes.
+        folder: the folder within the model's that its file lies in, which is the beginning of its name; "": none.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    folder: str = ""
 
     @property
     def nbytes(self) -> int:
         """Bytes of all elements."""
         return math.prod(self.shape) * DTYPES[self.dtype][1]
+
+    @property
+    def stored(self) -> str:
+        """Its name in its file."""
+        return self.name.removeprefix(f"{self.folder}/") if self.folder else self.name
 
 
 def shards_of(specs: Sequence[Spec], most: int = SHARD_BYTES) -> list[list[Spec]]:
@@ -61,6 +68,14 @@ def shards_of(specs: Sequence[Spec], most: int = SHARD_BYTES) -> list[list[Spec]
         shards[-1].append(spec)
         size += spec.nbytes
     return shards
+
+
+def layout(specs: Sequence[Spec], most: int = SHARD_BYTES) -> list[tuple[str, list[Spec]]]:
+    """The files of a merged model and what they hold: its shards, and one file for each module in a folder below it."""
+    shards = shards_of([spec for spec in specs if not spec.folder], most)
+    folders = dict.fromkeys(spec.folder for spec in specs if spec.folder)
+    files = [(shard_name(number, len(shards)), shard) for number, shard in enumerate(shards)]
+    return files + [(f"{own}/{SINGLE}", [spec for spec in specs if spec.folder == own]) for own in folders]
 
 
 def shard_name(number: int, count: int) -> str:
@@ -82,7 +97,7 @@ class Shard:
         starts, end = [], 0
         for spec in specs:
             span = [end, end + spec.nbytes]
-            header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": span}
+            header[spec.stored] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": span}
             starts.append(end)
             end += spec.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
@@ -96,6 +111,7 @@ class Shard:
 
     def __enter__(self) -> Shard:
         with disk_full_named(self.file.parent):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
             try:
                 self._reserve(self._size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -183,7 +183,7 @@ def _target(origin: Origin, context: _Context) -> Target:
     is_aligned = vocabulary is not None and vocabulary.covers(first, own)
     mismatch, seed = recipe.parameters.get("mismatch"), recipe.parameters.get("seed", 0)
     size = (vocabulary.rows, *shape[1:]) if vocabulary is not None and is_aligned else shape
-    spec = Spec(origin.name, stored_as(recipe.dtype, entry.dtype), size)
+    spec = Spec(origin.name, stored_as(recipe.dtype, entry.dtype), size, first.module_of(own))
     described = vocabulary.digest if vocabulary is not None and is_aligned else None
     parts, unfit = [], False
     for part in origin.parts:
@@ -227,7 +227,7 @@ def _kept(spec: Spec, origin: Origin, context: _Context, described: str | None) 
     first, own = origin.first
     entry = first.entries[own]
     if not described and first.adapter is None and (not entry.is_float or entry.dtype == spec.dtype):
-        spec = Spec(spec.name, entry.dtype, spec.shape)
+        spec = replace(spec, dtype=entry.dtype)
         return Target(spec, copied=entry, described=[first.name, own])
 
     def make() -> tuple[Tensors, Any]:

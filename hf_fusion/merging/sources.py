@@ -19,6 +19,7 @@ from hf_fusion.hub.files import (
     download,
     in_parallel,
     parts_of,
+    pick_modules,
     pick_small,
     recorded_base,
     resolve,
@@ -43,6 +44,7 @@ class Model:
         license: of its card, if it has one.
         adapter: the LoRA adapter that it is, on the model of `entries`.
         under: of an adapter: its base's folder.
+        modules: folders within its own whose weights are among `entries`, as ``2_Dense/linear.weight``.
     """
 
     name: str
@@ -52,11 +54,16 @@ class Model:
     license: str | None = None
     adapter: Adapter | None = None
     under: Path | None = None
+    modules: tuple[str, ...] = ()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Sizes of one of its tensors."""
         saved = self.adapter.saved.get(name) if self.adapter else None
         return tuple(saved.shape) if saved is not None else self.entries[name].shape
+
+    def module_of(self, name: str) -> str:
+        """The folder of the module that one of its tensors belongs to; "" for the model itself."""
+        return next((folder for folder in self.modules if name.startswith(f"{folder}/")), "")
 
     def reader(self, name: str, files: Files) -> Reader:
         """What reads one of its tensors."""
@@ -122,7 +129,7 @@ def open_models(names: Sequence[str], api: HfApi | None = None) -> list[Model]:
     download(files, api)
     for source, own in files:
         for file in own:
-            own_file(_folder(source) / file)
+            own_file(_folder(source) / file, _folder(source))
     models: dict[Path, Model] = {}
     for source in wanted:
         if not source.is_adapter:
@@ -139,12 +146,18 @@ def open_models(names: Sequence[str], api: HfApi | None = None) -> list[Model]:
 
 def _files(source: Source) -> list[str]:
     weights = safe_files(source)
+    if not weights and not source.is_adapter and (modules := pick_modules(source)):
+        places = ", ".join(dict.fromkeys(file.rpartition("/")[0] for file in modules))
+        raise FusionError(
+            f"{source.name} has its model in {places}, as its modules.json says, and not at its root",
+            "merge these folders one by one",
+        )
     if not weights:
         stem = "adapter_model" if source.is_adapter else "model"
         raise FusionError(
             f"{source.name} has no {stem}.safetensors", "only safetensors are merged; convert it, or load and save it"
         )
-    return weights + pick_small(source, code=True)
+    return weights + pick_small(source, code=True) + pick_modules(source)
 
 
 def _folder(source: Source) -> Path:
@@ -161,9 +174,21 @@ def _model(source: Source) -> Model:
     if config.get("quantization_config"):
         raise FusionError(f"{source.name}: its weights are quantized", "use the unquantized checkpoint")
     license_id = source.card.get("license")
-    return Model(
-        name, folder, config, read_checkpoint(folder, source.name), str(license_id).lower() if license_id else None
-    )
+    modules = _modules(source)
+    entries = read_checkpoint(folder, source.name) | _named(modules)
+    known = str(license_id).lower() if license_id else None
+    return Model(name, folder, config, entries, known, modules=tuple(modules))
+
+
+def _modules(source: Source) -> dict[str, dict[str, Entry]]:
+    """The tensors of sentence-transformers' modules beside the model, by the module's folder."""
+    folders = dict.fromkeys(file.rpartition("/")[0] for file in pick_modules(source))
+    root = _folder(source)
+    return {own: read_checkpoint(root / own, f"{source.name}/{own}", root) for own in folders}
+
+
+def _named(modules: Mapping[str, Mapping[str, Entry]]) -> dict[str, Entry]:
+    return {f"{folder}/{name}": entry for folder, own in modules.items() for name, entry in own.items()}
 
 
 def _adapted(source: Source, base: Model) -> Model:
@@ -184,7 +209,9 @@ def _adapted(source: Source, base: Model) -> Model:
             raise FusionError(f"{source.name} saves {key}, which {base.name} does not have")
     license_id = source.card.get("license")
     known = str(license_id).lower() if license_id else None
-    return Model(name, folder, base.config, base.entries, known, adapter, under=base.folder)
+    modules = _modules(source)  # they were trained beside it, and replace the base's
+    entries, folders = base.entries | _named(modules), tuple(dict.fromkeys((*base.modules, *modules)))
+    return Model(name, folder, base.config, entries, known, adapter, base.folder, folders)
 
 
 # ---------------------------------------------------------------- one name for one tensor

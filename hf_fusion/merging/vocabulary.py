@@ -21,6 +21,7 @@ import numpy as np
 from hf_fusion.errors import FusionError, shown
 from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.files import download, pick_small, resolve
+from hf_fusion.hub.manifests import TEMPLATES
 from hf_fusion.merging.aligned import AVERAGE, ZERO, Aligned, Table
 from hf_fusion.merging.checkpoint import own_file
 from hf_fusion.merging.configs import vocabulary_config
@@ -130,6 +131,11 @@ class Vocabulary:
             }
             tables[key] = Table.of(models, np.where(stays, own[number], rows), averaged)
         return tables
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a file of a model, by its path in its folder, belongs to its tokenizer."""
+    return name in TOKENIZER_FILES or name.startswith(f"{TEMPLATES}/")
 
 
 def read_vocabulary(
@@ -321,7 +327,7 @@ def _read(folder: Path, name: str, known: dict[str, _Tokenizer]) -> _Tokenizer |
 def _fetched(name: str, api: HfApi | None) -> tuple[Path, str]:
     """The folder of a tokenizer that is none of the models', and what finds it again."""
     source = resolve(name, api)
-    download([(source, [file for file in pick_small(source, code=False) if file in TOKENIZER_FILES])], api)
+    download([(source, [file for file in pick_small(source, code=False) if is_tokenizer_file(file)])], api)
     if source.folder is None:
         raise FusionError(f"{name} has no {TOKENIZER}", "load its tokenizer with transformers and save it")
     return source.folder, str(source.folder.resolve()) if source.is_local else f"{source.name}@{source.revision}"
@@ -329,7 +335,8 @@ def _fetched(name: str, api: HfApi | None) -> tuple[Path, str]:
 
 def _files(folder: Path, tokenizer: _Tokenizer, is_new: bool) -> dict[str, bytes]:
     """A tokenizer's files by name; those that say again what ``tokenizer.json`` says are left out if that is new."""
-    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if own_file(folder / name)}
+    names = [*TOKENIZER_FILES, *(f"{TEMPLATES}/{file.name}" for file in sorted(folder.glob(f"{TEMPLATES}/*.jinja")))]
+    files = {name: (folder / name).read_bytes() for name in names if own_file(folder / name, folder)}
     if is_new:
         files = {name: raw for name, raw in files.items() if name not in REDUNDANT}
         files[TOKENIZER] = tokenizer.text.encode()

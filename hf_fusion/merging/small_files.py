@@ -1,0 +1,125 @@
+"""What lies beside the merged weights: the first model's tokenizer, processors, sub-folders and code, as they are."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_fusion.hub.adapters import read_json
+from hf_fusion.hub.manifests import MODULES, local_named_files, module_folders, read_content
+from hf_fusion.merging.chat_templates import with_template
+from hf_fusion.merging.checkpoint import own_file
+from hf_fusion.merging.configs import with_tokens
+from hf_fusion.merging.vocabulary import is_tokenizer_file
+
+if TYPE_CHECKING:
+    from hf_fusion.merging.plan import Plan
+    from hf_fusion.merging.sources import Model
+
+logger = logging.getLogger(__name__)
+
+# what describes weights, or was measured of them, is not the merged model's
+_NOT_COPIED = ("adapter_config.json", "trainer_state.json", "results.json", "routing.json", "coefficients.json")
+# what sentence-transformers reads beside modules.json
+_SENTENCES = (MODULES, "config_sentence_transformers.json", "sentence_bert_config.json")
+
+
+def merged_files(planned: Plan) -> dict[str, bytes]:
+    """The files of a merged model beside its weights and its recipe, by their paths in its folder."""
+    first = planned.first
+    files = small_files(first.folder, first.name)
+    if first.under is not None:  # an adapter, which may bring a tokenizer of its own
+        under = small_files(first.under, first.name)
+        has_tokenizer = any(map(is_tokenizer_file, files))
+        files = {name: raw for name, raw in under.items() if not (has_tokenizer and is_tokenizer_file(name))} | files
+    files = _with_modules(files, planned)
+    if planned.vocabulary is not None:
+        files = {name: raw for name, raw in files.items() if not is_tokenizer_file(name)} | planned.vocabulary.files
+        if "generation_config.json" in files:
+            folder = first.folder if (first.folder / "generation_config.json").exists() else first.under or first.folder
+            own = read_json(folder / "generation_config.json", first.name)
+            moved = with_tokens(own, planned.vocabulary.number_of)
+            files["generation_config.json"] = (json.dumps(moved, indent=2) + "\n").encode()
+    if planned.recipe.chat_template is not None:
+        models = {model.name: model for model in [*([planned.base] if planned.base else []), *planned.experts]}
+        files = with_template(files, planned.recipe.chat_template, models)
+    files["config.json"] = (json.dumps(planned.config, indent=2) + "\n").encode()
+    return files
+
+
+def small_files(folder: Path, name: str) -> dict[str, bytes]:
+    """Configuration, tokenizer and code beside a model's weights, by path: at its root and in folders that it names.
+
+    Python files are among them only where the model's configurations name code of its own. It never runs here, and
+    where the merged model is loaded only by consent.
+
+    Raises:
+        FusionError: one of them is a link to somewhere else: it would be published with the merged model; a manifest
+            names a folder outside of the model.
+    """
+    code = _names_code(folder, name)
+    wanted = (".json", ".txt", ".model", ".jinja") + ((".py",) if code else ())
+    found = [file.name for file in sorted(folder.iterdir()) if file.name.endswith(wanted)]
+    found = [file for file in found if not file.endswith(".index.json") and file not in _NOT_COPIED]
+    below = local_named_files(folder, name, code=code)
+    found += [file for file in below if not file.endswith(".safetensors")]
+    return {file: (folder / file).read_bytes() for file in found if own_file(folder / file, folder)}
+
+
+def _names_code(folder: Path, name: str) -> bool:
+    """Whether a configuration at a model's root names a class that lies beside it."""
+    for file in sorted(folder.glob("*config.json")):
+        if own_file(file) and read_json(file, name).get("auto_map"):
+            return True
+    rows = read_content(folder / MODULES, name) if own_file(folder / MODULES) else []
+    return any(not str(row.get("type", "")).startswith("sentence_transformers.") for row in rows if _is_row(row))
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, Mapping) and "type" in row
+
+
+def _with_modules(files: dict[str, bytes], planned: Plan) -> dict[str, bytes]:
+    """Files with sentence-transformers' modules, where the base has none: those of the first expert that has them.
+
+    Modules with weights are merged like the rest, or left out by the recipe's ``mismatch``; these are never taken.
+    """
+    giver = planned.first
+    if MODULES not in files:
+        givers = (expert for expert in planned.experts if own_file(expert.folder / MODULES) and not expert.modules)
+        found = next(givers, None)
+        if found is None:
+            return files
+        giver, theirs = found, small_files(found.folder, found.name)
+        own = {name: raw for name, raw in theirs.items() if name in _SENTENCES or _is_below(name, _folders(found))}
+        logger.warning("%s has no %s: that of %s is taken", planned.first.name, MODULES, giver.name)
+        files = files | own
+    for expert in planned.experts:
+        for folder in _folders(expert) if expert is not giver else []:
+            name = f"{folder}/config.json"
+            theirs_here = (expert.folder / name).read_bytes() if own_file(expert.folder / name, expert.folder) else None
+            if theirs_here is not None and name in files and _unlike(files[name], theirs_here):
+                logger.warning("%s of %s is not that of %s, which is taken", name, expert.name, giver.name)
+    return files
+
+
+def _folders(model: Model) -> list[str]:
+    """The folders of a model's modules."""
+    if not own_file(model.folder / MODULES):
+        return []
+    return module_folders(model.name, [MODULES], lambda file: read_content(model.folder / file, model.name))
+
+
+def _is_below(name: str, folders: list[str]) -> bool:
+    return name.startswith(tuple(f"{folder}/" for folder in folders))
+
+
+def _unlike(first: bytes, second: bytes) -> bool:
+    """Whether two configurations say different things."""
+    try:
+        return bool(json.loads(first) != json.loads(second))
+    except ValueError:
+        return first != second
