@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 from urllib.parse import parse_qs, unquote, urlencode
 
@@ -24,9 +25,10 @@ from .access import (
 from .bodies import BranchBody, MoveBody, RepoBody, SettingsBody, TagBody, UserBody
 from .dates import stamp
 from .errors import HubError, entry_not_found
-from .info import describe, describe_all
+from .info import describe
 from .listing import Page, matching, next_link, paginate, properties
 from .repo import File, Repo
+from .summaries import described
 from .users import User
 
 router = APIRouter()
@@ -118,16 +120,13 @@ def auth_check_write(repo: WritableRepo) -> dict[str, Any]:
 
 
 @router.get("/api/{kind}")
-def list_repos(
-    kind: Kind, request: Request, response: Response, store: StoreDep, user: CurrentUser, endpoint: Endpoint
-) -> list[dict[str, Any]]:
+def list_repos(kind: Kind, request: Request, store: StoreDep, user: CurrentUser, endpoint: Endpoint) -> Response:
     """Repos the caller may see, filtered, sorted and page by page."""
     query = parse_qs(request.url.query)
-    found = matching(describe_all(repo for repo in store.all(kind) if may_read(repo, user)), query)
-    page = paginate(found, query)
-    if page.cursor:
-        response.headers["Link"] = next_link(endpoint + request.url.path, query, page.cursor)
-    return [properties(item, kind, query) for item in page.items]
+    page = paginate(matching((repo for repo in store.all(kind) if may_read(repo, user)), query), query)
+    link = {"Link": next_link(endpoint + request.url.path, query, page.cursor)} if page.cursor else {}
+    found = [properties(described(repo), kind, query) for repo in page.items]
+    return Response(json.dumps(found), media_type="application/json", headers=link)  # FastAPI would walk all of it
 
 
 @router.get("/api/{kind}/{owner}/{name}")

@@ -32,7 +32,8 @@ from .bodies import CardBody, LfsBatchBody, LfsObject, PreuploadBody
 from .commit_body import is_large, read_commit
 from .errors import HubError
 from .files import IncomingFile, size_of
-from .repo import File, Repo, check_path
+from .names import check_path
+from .repo import File, Repo
 from .users import User
 
 router = APIRouter()

@@ -15,7 +15,8 @@ from typing import IO, Any
 from . import card
 from .errors import HubError
 from .files import IncomingFile, size_of
-from .repo import LARGE_SUFFIXES, POINTER, Change, Repo, check_path, pointer
+from .names import check_path
+from .repo import LARGE_SUFFIXES, POINTER, Change, Repo, pointer
 
 LARGE_BYTES = 10 << 20  # git itself gets slow with more
 CONTENT = re.compile(rb'"content"\s*:\s*"')

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from . import card
 from .dates import stamp
-from .errors import HubError
 from .repo import Repo
 
 MAX_METADATA = 1 << 22  # a README.md or config.json beyond this is not read for tags
@@ -62,7 +59,23 @@ CARD_TAGS = {
 }
 
 
-@lru_cache(maxsize=4096)
+# properties of the real Hub that have no other value here
+NOTHING: dict[str, Any] = {
+    "disabled": False,
+    "likes": 0,
+    "trendingScore": 0,
+    "spaces": [],
+    "region": "us",
+    **dict.fromkeys(
+        (
+            *("gguf", "widgetData", "transformersInfo", "childrenModelCount", "inference", "inferenceProviderMapping"),
+            *("evalResults", "resourceGroup", "runtime", "citation", "description", "paperswithcode_id"),
+        )
+    ),
+}
+
+
+@lru_cache(maxsize=256)
 def facts(repo: Repo, sha: str) -> dict[str, Any]:
     """Everything that follows from one commit; do not change what it gives back."""
     readme = _text(repo, sha, "README.md")
@@ -94,52 +107,40 @@ def facts(repo: Repo, sha: str) -> dict[str, Any]:
 
 def describe(repo: Repo, sha: str, blobs: bool = False) -> dict[str, Any]:
     """All properties of a repo at a commit, under the names the clients know."""
+    known = {**constant(repo, sha), **moving(repo)}
+    if blobs:
+        known["siblings"] = [{"rfilename": file.path, **_blob(file)} for file in repo.files(sha).values()]
+    return known
+
+
+def constant(repo: Repo, sha: str) -> dict[str, Any]:
+    """The properties that follow from a commit."""
     known = facts(repo, sha)
-    tags = list(known["tags"])
-    siblings = [{"rfilename": file.path, **(_blob(file) if blobs else {})} for file in repo.files(sha).values()]
     return {
-        "_id": repo.settings["created"],
-        "id": repo.name,
-        "modelId": repo.name,
-        "author": repo.owner,
         "sha": sha,
-        "createdAt": repo.settings["created"],
-        "private": repo.settings.get("private", False),
-        "gated": repo.settings.get("gated", False),
-        "disabled": False,
-        "downloads": repo.downloads,
-        "downloadsAllTime": repo.downloads,
-        "likes": 0,
-        "trendingScore": 0,
-        "spaces": [],
-        "siblings": siblings,
-        "gguf": None,
-        "widgetData": None,
-        "transformersInfo": None,
-        "childrenModelCount": None,
-        "inference": None,
-        "inferenceProviderMapping": None,
-        "evalResults": None,
-        "resourceGroup": None,
-        "region": "us",
-        "runtime": None,
-        "subdomain": repo.name.replace("/", "-").lower(),
-        "citation": None,
-        "description": None,
-        "paperswithcode_id": None,
+        **{name: value for name, value in known.items() if name != "readme"},
+        "tags": list(known["tags"]),
+        "siblings": [{"rfilename": path} for path in repo.files(sha)],
         "mainSize": known["usedStorage"],
-        **{name: value for name, value in known.items() if name not in ("readme", "tags")},
-        "tags": tags,
     }
 
 
-def describe_all(repos: Iterable[Repo]) -> list[dict[str, Any]]:
-    """Repos at their main branch; those deleted meanwhile are left out."""
-    found = []
-    for repo in repos:
-        with suppress(HubError, FileNotFoundError):
-            found.append(describe(repo, repo.resolve("main")))
-    return found
+def moving(repo: Repo) -> dict[str, Any]:
+    """The properties that change without a commit, and those that never have a value here."""
+    downloads, settings = repo.downloads, repo.settings
+    return {
+        **NOTHING,
+        "_id": settings["created"],
+        "id": repo.name,
+        "modelId": repo.name,
+        "author": repo.owner,
+        "createdAt": settings["created"],
+        "private": settings.get("private", False),
+        "gated": settings.get("gated", False),
+        "downloads": downloads,
+        "downloadsAllTime": downloads,
+        "subdomain": repo.name.replace("/", "-").lower(),
+    }
 
 
 def _blob(file: Any) -> dict[str, Any]:

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlencode
 
 from .errors import HubError
+from .info import NOTHING
+from .repo import Repo
+from .summaries import summary
 
 Query = dict[str, list[str]]
 T = TypeVar("T")
 
 PAGE = 1000
-# client's sort key -> property of the repo
-SORTS = {
-    "downloads": "downloads",
-    "likes": "likes",
-    "lastModified": "lastModified",
-    "createdAt": "createdAt",
-    "trendingScore": "trendingScore",
+# client's sort key -> what is compared
+SORTS: dict[str, Callable[[Repo], Any]] = {
+    "downloads": lambda repo: repo.downloads,
+    "likes": lambda repo: NOTHING["likes"],
+    "lastModified": lambda repo: summary(repo).properties["lastModified"],
+    "createdAt": lambda repo: repo.settings["created"],
+    "trendingScore": lambda repo: NOTHING["trendingScore"],
 }
 SHORT = [
     *("_id", "id", "modelId", "author", "private", "gated", "downloads", "likes", "tags", "pipeline_tag"),
@@ -46,25 +51,28 @@ class Page(Generic[T]):
         return cls(items[start : start + size], str(number + 1) if more else None)
 
 
-def matching(repos: list[dict[str, Any]], query: Query) -> list[dict[str, Any]]:
-    """Those that pass every filter of the query."""
+def matching(repos: Iterable[Repo], query: Query) -> list[Repo]:
+    """Those that pass every filter of the query; those deleted meanwhile are left out."""
     filters = {part for value in query.get("filter", []) for part in value.split(",") if part}
     authors = {author.lower() for author in query.get("author", [])}
     words = [word.lower() for value in query.get("search", []) for word in value.split()]
     tasks = set(query.get("pipeline_tag", []))
     gated = query.get("gated", [""])[0].lower()
-    return [
-        repo
-        for repo in repos
-        if filters <= set(repo["tags"])
-        and (not authors or repo["author"].lower() in authors)
-        and all(word in repo["id"].lower() for word in words)
-        and (not tasks or repo["pipeline_tag"] in tasks)
-        and (not gated or bool(repo["gated"]) == (gated == "true"))
-    ]
+    found = []
+    for repo in repos:
+        if (
+            (not authors or repo.owner.lower() in authors)
+            and all(word in repo.name.lower() for word in words)
+            and (not gated or bool(repo.settings.get("gated")) == (gated == "true"))
+        ):
+            with suppress(HubError, FileNotFoundError):
+                known = summary(repo)
+                if filters <= known.tags and (not tasks or known.properties["pipeline_tag"] in tasks):
+                    found.append(repo)
+    return found
 
 
-def paginate(repos: list[dict[str, Any]], query: Query) -> Page[dict[str, Any]]:
+def paginate(repos: list[Repo], query: Query) -> Page[Repo]:
     """Sorted, and cut to the page after the cursor; repos made meanwhile neither repeat nor hide others."""
     sort = query.get("sort", ["trendingScore"])[0]
     if sort not in SORTS:
@@ -75,8 +83,8 @@ def paginate(repos: list[dict[str, Any]], query: Query) -> Page[dict[str, Any]]:
     except ValueError:
         raise HubError(400, "limit must be a number and cursor one that the Hub gave") from None
 
-    def key(repo: dict[str, Any]) -> tuple[Any, str, str]:
-        return repo[SORTS[sort]], repo["createdAt"], repo["id"]
+    def key(repo: Repo) -> tuple[Any, str, str]:
+        return SORTS[sort](repo), repo.settings["created"], repo.name
 
     ordered = sorted(repos, key=key, reverse=True)
     if after is not None:

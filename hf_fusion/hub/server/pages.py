@@ -16,10 +16,11 @@ from markdown_it import MarkdownIt
 
 from .access import Endpoint, Kind, StoreDep, find, may_read
 from .errors import HubError
-from .info import describe, describe_all, facts
-from .listing import matching
+from .info import describe, facts
+from .listing import SORTS, matching
 from .repo import Repo
-from .store import KINDS, Store
+from .store import KINDS
+from .summaries import described
 
 router = APIRouter()
 SHOWN_REPOS, SHOWN_FILES, SHOWN_COMMITS = 200, 1000, 20
@@ -51,26 +52,19 @@ def index(request: Request, store: StoreDep, author: str = "", q: str = "", kind
     if author and not store.users.exists(author):
         raise HubError(404, f"there is no user {author}")
     query = {"search": [q], "author": [author] if author else []}
-    found = {k: sorted(matching(_public(store, k), query), key=_changed, reverse=True) for k in KINDS}
+    found = {k: matching((repo for repo in store.all(k) if may_read(repo, None)), query) for k in KINDS}
+    shown = sorted(found[kind], key=SORTS["lastModified"], reverse=True)[:SHOWN_REPOS]
     return _page(
         "index.html",
         kind=kind,
         counts={k: len(repos) for k, repos in found.items()},
-        repos=[(_path(kind, repo["id"]), repo) for repo in found[kind][:SHOWN_REPOS]],
+        repos=[(_path(kind, repo.name), described(repo)) for repo in shown],
         more=max(len(found[kind]) - SHOWN_REPOS, 0),
         q=q,
         author=author,
         home=f"/{author}",
         link=lambda k: "?" + urlencode({"kind": k, "q": q}),
     )
-
-
-def _public(store: Store, kind: str) -> list[dict[str, Any]]:
-    return describe_all(repo for repo in store.all(kind) if may_read(repo, None))
-
-
-def _changed(repo: dict[str, Any]) -> str:
-    return repo["lastModified"]
 
 
 def public_repo(owner: str, name: str, store: StoreDep, kind: Kind = "models") -> Repo:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,13 @@ from dulwich.object_store import DiskObjectStore, iter_tree_contents
 from dulwich.objects import Blob, Commit, ObjectID, ShaFile, Tag, Tree
 
 from .errors import HubError, entry_not_found, repo_not_found, revision_not_found
-from .files import IncomingFile, sync_folder, write_atomic, write_json
+from .files import IncomingFile, size_of, sync_folder, write_atomic, write_json
+from .names import check_ref
 
 SHA = re.compile(r"[0-9a-f]{40}")
 SHORT_SHA = re.compile(r"[0-9a-f]{7,39}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\nsize (\d{1,18})\n")
-REF_PART = re.compile(r"(?!\.)[A-Za-z0-9_.+@-]{1,100}(?<!\.)(?<!\.lock)", re.ASCII)
 FILE_MODE = 0o100644
 
 # The files a repo starts with; clones made by git then know which files are large.
@@ -61,38 +61,6 @@ class Change:
     deleted_folders: list[str] = field(default_factory=list)
 
 
-def check_path(path: str) -> str:
-    """A path inside a repo as the clients may name it.
-
-    Raises:
-        HubError: 400 for anything that could leave the repo or confuse git.
-    """
-    parts = path.split("/")
-    if (
-        not path
-        or len(path) > 1000
-        or any(part in ("", ".", "..") or part.lower() == ".git" for part in parts)
-        or any(ord(c) < 32 or c in "\\\x7f" for c in path)
-    ):
-        raise HubError(400, f"{path!r} is no path inside a repo")
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise HubError(400, f"{path!r} is no path inside a repo") from None
-    return path
-
-
-def check_ref(name: str) -> str:
-    """A branch or tag name.
-
-    Raises:
-        HubError: 400 where git would refuse it.
-    """
-    if not name or not all(REF_PART.fullmatch(part) for part in name.split("/")) or ".." in name or "@{" in name:
-        raise HubError(400, f"{name!r} is no branch or tag name")
-    return name
-
-
 def pointer(sha256: str, size: int) -> bytes:
     """The text git stores in place of a large file."""
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
@@ -112,9 +80,12 @@ class Repo:
         self.kind = kind
         self.name = name
         self.path = path
-        self._scratch = scratch
+        self.scratch = scratch
+        self.summary: object = None  # what `summaries` derived last
         self._lock = threading.Lock()
-        self._objects = DiskObjectStore(path / "objects")
+        self._counting = threading.Lock()
+        self._head: str | None = None
+        self._downloads: int | None = None
         self.settings: dict[str, Any] = json.loads((path / "hub.json").read_bytes())
 
     @staticmethod
@@ -158,19 +129,33 @@ class Repo:
             sync_folder(self.path)
 
     def count_download(self) -> None:
-        """Adds one; the counter is the length of a file, so that it needs neither lock nor rewriting."""
-        with (self.path / "downloads").open("ab") as file:
-            file.write(b".")
+        """Adds one; the counter is the length of a file, which is never rewritten."""
+        with self._counting:
+            with (self.path / "downloads").open("ab") as file:
+                file.write(b".")
+            self._downloads = None if self._downloads is None else self._downloads + 1
 
     @property
     def downloads(self) -> int:
         """Downloads since the repo exists."""
-        try:
-            return (self.path / "downloads").stat().st_size
-        except FileNotFoundError:
-            return 0
+        with self._counting:
+            if self._downloads is None:
+                self._downloads = size_of(self.path / "downloads") or 0
+            return self._downloads
 
     # --- references ------------------------------------------------------------------------------------------
+
+    @property
+    def head(self) -> str:
+        """The commit of the main branch, which only this process moves.
+
+        Raises:
+            HubError: 404 RevisionNotFound.
+        """
+        with self._lock:
+            if self._head is None:
+                self._head = self.resolve("main")
+            return self._head
 
     def refs(self, prefix: str) -> dict[str, str]:
         """Names under ``refs/<prefix>/`` and the commits they lead to, sorted."""
@@ -253,16 +238,22 @@ class Repo:
 
     def _write_ref(self, ref: str, sha: str) -> None:
         self._write(ref, f"{sha}\n".encode(), durable=True)
+        if ref == "refs/heads/main":
+            self._head = sha
 
     def _write(self, name: str, data: bytes, durable: bool = False) -> None:
         try:
-            write_atomic(self.path / name, data, self._scratch, self.path)
+            write_atomic(self.path / name, data, self.scratch, self.path)
             if durable:
                 sync_folder((self.path / name).parent)
         except FileNotFoundError:
             raise repo_not_found(self.name) from None  # deleted or moved meanwhile
 
     # --- objects ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _objects(self) -> DiskObjectStore:
+        return DiskObjectStore(self.path / "objects")
 
     def object(self, sha: str) -> ShaFile | None:
         """Any git object, or None."""
