@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+    from hf_fusion.hub.files import Source
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,14 @@ class ExpertInfo:
     has_gates: bool = False
     gated: bool = False
     private: bool = False
+
+    # What `discover` read of the repo, so that a check does not ask again; not a field, since it describes no expert.
+    read: ClassVar[Source | None] = None
+
+    def having_read(self, source: Source) -> ExpertInfo:
+        """This, with what was read of the repo kept on it."""
+        object.__setattr__(self, "read", source)
+        return self
 
     @property
     def pinned(self) -> str:

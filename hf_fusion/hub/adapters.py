@@ -267,12 +267,21 @@ def linear_sizes(module: torch.nn.Module | None) -> tuple[int, int] | None:
 def read_json(path: Path, name: str) -> dict[str, Any]:
     """A JSON object from a file, or a FusionError naming the expert and the file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        text = path.read_bytes()
+    except OSError as error:
+        raise FusionError(f"{name}: {path.name} cannot be read ({one_line(error)}).", hint="fetch it again") from None
+    return parse_json(text, path.name, name)
+
+
+def parse_json(text: bytes, file: str, name: str) -> dict[str, Any]:
+    """A JSON object from a file's content, or a FusionError naming the expert and the file."""
+    try:
+        content = json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
         why = "it is nested too deeply" if isinstance(error, RecursionError) else one_line(error)
-        raise FusionError(f"{name}: {path.name} cannot be read ({why}).", hint="fetch it again") from None
+        raise FusionError(f"{name}: {file} cannot be read ({why}).", hint="fetch it again") from None
     if not isinstance(content, dict):
-        raise FusionError(f"{name}: {path.name} is not a JSON object.", hint="fetch it again")
+        raise FusionError(f"{name}: {file} is not a JSON object.", hint="fetch it again")
     return content
 
 

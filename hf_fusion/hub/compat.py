@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from hf_fusion.hub.files import (
     resolve_repo,
 )
 from hf_fusion.hub.gates import GATES_FILE, gate_problem
-from hf_fusion.hub.headers import Account, Shapes, account, hub_shapes, native_config
+from hf_fusion.hub.headers import Account, Accounts, Shapes, account, hub_shapes, native_config
 from hf_fusion.hub.heads import (
     HEADS,
     Head,
@@ -179,13 +179,13 @@ def check_compatibility(
     )
     if task is not None:
         head_of_task(task)  # a task nobody can have is the caller's mistake, not the experts'
-    gathered = in_parallel(lambda info: _gather(info.pinned, api, gates=need_gates), experts)
+    gathered = in_parallel(lambda info: _gather(info.pinned, api, need_gates, info.read), experts)
     names = {name for evidence in gathered if (name := _base_name(evidence, criteria))}
     bases = dict(zip(sorted(names), in_parallel(lambda name: _gather(name, api), sorted(names)), strict=True))
 
-    verdict = Compatibility()
+    verdict, accounts = Compatibility(), Accounts()
     for info, evidence in zip(experts, gathered, strict=True):
-        reasons = _judge(info, evidence, bases.get(_base_name(evidence, criteria) or ""), criteria)
+        reasons = _judge(info, evidence, bases.get(_base_name(evidence, criteria) or ""), criteria, accounts)
         if merging and not reasons:
             reasons = _another_class(info, verdict.accepted)
         if reasons:
@@ -195,13 +195,23 @@ def check_compatibility(
     return verdict
 
 
-def _gather(name: str, api: HfApi, gates: bool = False) -> Evidence:
-    """Read a repo's file list, configs and headers; what fails becomes a reason."""
+def _gather(name: str, api: HfApi, gates: bool = False, known: Source | None = None) -> Evidence:
+    """Read a repo's file list, configs and headers; what fails becomes a reason.
+
+    Args:
+        name: ``owner/name@sha``.
+        api: the Hub's client.
+        gates: also read the header of the gates.
+        known: what `discover` has read of that commit through a client of the same Hub.
+    """
     evidence = Evidence(name.partition("@")[0])
     try:
-        evidence.source = source = resolve_repo(name, api)
-        for file in ("config.json", "adapter_config.json", "tokenizer_config.json"):
+        same_hub = known and known.api and known.api.endpoint == api.endpoint
+        evidence.source = source = replace(known, api=api) if known and same_hub else resolve_repo(name, api)
+        for file in ("config.json", "adapter_config.json"):
             source.json(file)
+        if not source.is_adapter or _brings_code(source):  # without files of code, an adapter's tokenizer runs none
+            source.json("tokenizer_config.json")
         weights = pick_weights(source, allow_pickle=True)
         evidence.shapes = hub_shapes(source, [file for file in weights if file.endswith(".safetensors")])
         if gates and source.is_adapter and GATES_FILE in source.sizes:
@@ -252,6 +262,7 @@ class Case:
     gates: Shapes
     base: Evidence | None
     criteria: Criteria
+    accounts: Accounts
 
     @property
     def head(self) -> Head | None:
@@ -271,11 +282,13 @@ class Case:
         return bool(config.get("auto_map")) and config.get("model_type") not in CONFIG_MAPPING
 
 
-def _judge(info: ExpertInfo, evidence: Evidence, base: Evidence | None, criteria: Criteria) -> tuple[Reason, ...]:
+def _judge(
+    info: ExpertInfo, evidence: Evidence, base: Evidence | None, criteria: Criteria, accounts: Accounts
+) -> tuple[Reason, ...]:
     """All reasons against one expert."""
     if evidence.unreadable is not None or evidence.source is None:
         return (evidence.unreadable or Reason(ReasonKind.UNREADABLE, "its files could not be listed"),)
-    case = Case(info, evidence.source, evidence.shapes, evidence.gates, base, criteria)
+    case = Case(info, evidence.source, evidence.shapes, evidence.gates, base, criteria, accounts)
     try:
         return tuple(reason for check in CHECKS for reason in check(case))
     except Exception as error:  # a config no check foresaw
@@ -297,7 +310,13 @@ def _check_code(case: Case) -> Iterator[Reason]:
 
 
 def _tokenizer_needs_code(case: Case) -> bool:
+    if case.info.is_adapter and not _brings_code(case.source):
+        return False
     return bool(case.source.json("tokenizer_config.json").get("auto_map"))
+
+
+def _brings_code(source: Source) -> bool:
+    return any(file.endswith(".py") for file in source.sizes)
 
 
 def _check_gates(case: Case) -> Iterator[Reason]:
@@ -377,9 +396,11 @@ def _check_tokenizer(case: Case) -> Iterator[Reason]:
 def _check_shapes(case: Case) -> Iterator[Reason]:
     if case.head is None or case.needs_code or not case.shapes:
         return
-    compare = _adapter_shapes if case.info.is_adapter else _full_shapes
-    try:
-        details = compare(case, case.head)
+    head, compare = case.head, _adapter_shapes if case.info.is_adapter else _full_shapes
+    base = case.base.name if case.base else None
+    try:  # experts of one base mostly have the same shapes: those are compared once
+        config = {} if case.info.is_adapter else case.source.config
+        details = case.accounts.once((base, head.auto), config, case.shapes, lambda: compare(case, head))
     except FusionError as error:
         yield Reason(ReasonKind.ARCHITECTURE, error.message, error.hint)
         return
@@ -409,8 +430,14 @@ def _base_account(case: Case, head: Head | None = None) -> Account | None:
     base = case.base
     if base is None or base.source is None or base.unreadable is not None:
         return None
-    head = head or next(filter(None, map(head_of_architecture, architectures(base.source.config))), HEADS[-1])
-    return account(native_config(base.source.config, base.name, len(base.shapes)), head, base.shapes, base.name)
+    found = head or next(filter(None, map(head_of_architecture, architectures(base.source.config))), HEADS[-1])
+    name, config, shapes = base.name, base.source.config, base.shapes
+    return case.accounts.once(
+        (name, found.auto),
+        config,
+        shapes,
+        lambda: account(native_config(config, name, len(shapes)), found, shapes, name),
+    )
 
 
 def _adapter_shapes(case: Case, head: Head) -> list[str]:

@@ -11,17 +11,29 @@ from typing import TYPE_CHECKING, Any, overload
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import ExpertInfo
 from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
-from hf_fusion.hub.files import Source, explained, hub_api, in_parallel, resolve_repo, safe_files, weight_files
+from hf_fusion.hub.files import (
+    READERS,
+    Source,
+    explained,
+    hub_api,
+    in_parallel,
+    resolve_repo,
+    safe_files,
+    source_of,
+    weight_files,
+)
 from hf_fusion.hub.gates import GATES_FILE
 from hf_fusion.hub.heads import architectures, default_task, head_of_adapter, label_names
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import ModelInfo
 
 logger = logging.getLogger(__name__)
 
 EXPERT_TAG = "hf-fusion-expert"
-_BATCH = 32  # repos read at a time, so that a limit need not read everything
+# what `read_info` needs of a repo in a list; sizes of files are not among what the Hub can tell there
+_LISTED: tuple[Any, ...] = ("sha", "siblings", "tags", "cardData", "pipeline_tag", "downloads", "gated", "private")
 
 
 @dataclass(frozen=True)
@@ -101,19 +113,21 @@ def discover(
             and (task is None or info.task == task)
         )
 
-    def read(name: str) -> ExpertInfo | None:
+    def read(candidate: str | Source) -> ExpertInfo | None:
+        if isinstance(candidate, Source):
+            return read_info(candidate)
         try:
-            return read_info(resolve_repo(name, api))
+            return read_info(resolve_repo(candidate, api))
         except FusionError as error:
-            if ids and name in ids:
+            if ids and candidate in ids:
                 raise
-            logger.warning("Left out: %s", error)  # gone or closed since it was listed
+            logger.warning("Left out: %s", error)  # gone or closed since it was collected
             return None
 
     named = [*(ids or ()), *(_collected(collection, api) if collection else ())]
-    candidates = iter(named) if named or collection else _listed(tags, author, base_model, api)
+    candidates: Iterator[str | Source] = iter(named) if named or collection else _listed(tags, author, base_model, api)
     found: list[ExpertInfo] = []
-    while batch := list(islice(candidates, _BATCH)):
+    while batch := list(islice(candidates, None if limit is None else READERS)):  # a limit need not read everything
         found += [info for info in in_parallel(read, batch) if info is not None and wanted(info)]
         if limit is not None and len(found) >= limit:
             break
@@ -126,10 +140,12 @@ def _collected(slug: str, api: HfApi) -> list[str]:
         return [item.item_id for item in api.get_collection(slug).items if item.item_type == "model"]
 
 
-def _listed(tags: str | Sequence[str] | None, author: str | None, base_model: str | None, api: HfApi) -> Iterator[str]:
-    """Ids to look at, each once, the most downloaded first within each way of finding them."""
+def _listed(
+    tags: str | Sequence[str] | None, author: str | None, base_model: str | None, api: HfApi
+) -> Iterator[Source]:
+    """Repos to look at, each once, the most downloaded first within each way of finding them."""
     tags = [tags] if isinstance(tags, str) else list(tags or ())
-    searches: list[Iterable[str]] = []
+    searches: list[Iterable[ModelInfo]] = []
     if tags or not base_model:
         searches.append(_search(api, filter=tags, author=author))
     if base_model:
@@ -139,23 +155,26 @@ def _listed(tags: str | Sequence[str] | None, author: str | None, base_model: st
             searches.append(_search(api, author=author, holding=ADAPTER_CONFIG))
     seen: set[str] = set()
     for search in searches:
-        for name in search:
-            if name not in seen:
-                seen.add(name)
-                yield name
+        for info in search:
+            if info.id not in seen:
+                seen.add(info.id)
+                yield source_of(info, api)
 
 
-def _search(api: HfApi, holding: str | None = None, **filters: Any) -> Iterator[str]:
-    """Ids of `list_models`, only of repos that hold a file where one is named."""
+def _search(api: HfApi, holding: str | None = None, **filters: Any) -> Iterator[ModelInfo]:
+    """`list_models`, only of repos that hold a file where one is named: a thousand repos with one request."""
     with explained("The Hub"):
-        expand: list[Any] = ["sha"] if holding is None else ["sha", "siblings"]
-        for model in api.list_models(sort="downloads", expand=expand, **filters):
-            if holding is None or any(file.rfilename == holding for file in model.siblings or ()):
-                yield model.id
+        for info in api.list_models(sort="downloads", expand=list(_LISTED), **filters):
+            if holding is None or any(file.rfilename == holding for file in info.siblings or ()):
+                yield info
 
 
 def read_info(source: Source) -> ExpertInfo:
-    """What the Hub tells about one repo. Files that cannot be read leave their fields empty: it never raises."""
+    """What the Hub tells about one repo. Files that cannot be read leave their fields empty: it never raises.
+
+    Where the Hub listed the repo without the sizes of its files, the first bytes of the weights are read, which also
+    hold the shapes that `check_compatibility` will ask for.
+    """
     info = source.info
     assert info is not None, "folders have no ExpertInfo"
     config, adapter = _readable(source, "config.json"), _readable(source, ADAPTER_CONFIG)
@@ -170,14 +189,14 @@ def read_info(source: Source) -> ExpertInfo:
         base_revision=_text(adapter.get("revision")),
         labels=label_names(config),
         license=_license(source.card.get("license")),
-        size=sum(size for file, size in source.sizes.items() if file in _weights(source)),
+        size=_weight_bytes(source),
         downloads=info.downloads or 0,
         tags=tuple(info.tags or ()),
         is_adapter=source.is_adapter,
         has_gates=GATES_FILE in source.sizes,
         gated=bool(info.gated),
         private=bool(info.private),
-    )
+    ).having_read(source)
 
 
 def _readable(source: Source, file: str) -> dict[str, Any]:
@@ -194,9 +213,19 @@ def _base_of(source: Source, adapter: dict[str, Any]) -> str | None:
     return _text(named[0] if isinstance(named, list) and named else named)
 
 
-def _weights(source: Source) -> list[str]:
+def _weight_bytes(source: Source) -> int:
+    """Bytes of the weight files; 0 where they cannot be read."""
     pickled = "adapter_model" if source.is_adapter else "pytorch_model"
-    return safe_files(source) or weight_files(source.sizes, pickled, "bin")
+    files = safe_files(source) or weight_files(source.sizes, pickled, "bin")
+    if known := sum(source.sizes[file] for file in files):
+        return known
+    try:
+        if len(files) > 1:  # an index and its shards
+            total = (source.json(files[0]).get("metadata") or {}).get("total_size")
+            return total if isinstance(total, int) else 0
+        return sum(source.size(file) for file in files)
+    except (FusionError, AttributeError):  # `check_compatibility` says what is wrong
+        return 0
 
 
 def _license(value: object) -> str | None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_fusion.errors import FusionError, one_line, shown
 from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
-from hf_fusion.hub.adapters import read_json
+from hf_fusion.hub.adapters import parse_json, read_json
 from hf_fusion.hub.card_edit import metadata_of
 from hf_fusion.hub.linearized import STEM as LINEARIZED
 from hf_fusion.hub.manifests import (
@@ -27,6 +27,7 @@ from hf_fusion.hub.manifests import (
     read_content,
     refuse_pickled,
 )
+from hf_fusion.hub.remote import Header, read_header, read_json_file, read_part
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -40,7 +41,8 @@ R = TypeVar("R")
 SHA = re.compile(r"[0-9a-f]{40}")
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _NUMBERED = re.compile(r"([\w./-]+)#(\d+)(?:@(.+))?")  # an expert of one of PHATGOOSE's authors' checkpoints
-WORKERS = 8
+WORKERS = 8  # downloads of weights at a time
+READERS = 48  # small requests at a time: they mostly wait
 
 PROCESSOR_FILES = (
     "tokenizer_config.json",
@@ -60,7 +62,7 @@ class Source:
 
     Attributes:
         name: repo id, or the folder's name.
-        sizes: bytes of each file.
+        sizes: bytes of each file; 0 where the Hub listed the file without its size.
         api: the Hub's client, for a repo.
         folder: where the files are; for a repo, once they are downloaded.
         revision: commit sha of a repo, None for a folder.
@@ -78,6 +80,7 @@ class Source:
     card: dict[str, Any] = field(default_factory=dict)
     info: ModelInfo | None = None
     _json: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _headers: dict[str, Header] = field(default_factory=dict)
 
     @property
     def is_local(self) -> bool:
@@ -116,9 +119,26 @@ class Source:
     def _read_json(self, file: str) -> dict[str, Any]:
         if self.folder is not None:
             return read_json(self.folder / file, self.name)
+        assert self.revision is not None
         with explained(self.name):
-            path = hub_api(self.api).hf_hub_download(self.name, file, revision=self.revision, tqdm_class=_silent_bar())
-        return read_json(Path(path), self.name)
+            content = read_json_file(hub_api(self.api), self.name, file, self.revision)
+        return parse_json(content, file, self.name)
+
+    def header(self, file: str) -> Header:
+        """The header of one of a repo's safetensors files, fetched once."""
+        if file not in self._headers:
+            with explained(self.name):
+                self._headers[file] = read_header(hub_api(self.api), self.name, file, self.revision)
+        return self._headers[file]
+
+    def size(self, file: str) -> int:
+        """Bytes of one of a repo's files, asked for where the Hub listed it without its size."""
+        if self.sizes[file]:
+            return self.sizes[file]
+        if file.endswith(".safetensors"):
+            return self.header(file).size
+        with explained(self.name):
+            return read_part(hub_api(self.api), self.name, file, self.revision, 0, 1).size
 
 
 def hub_api(api: HfApi | None) -> HfApi:
@@ -207,9 +227,9 @@ def first_line(error: BaseException) -> str:
     return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]*", r"\1", line)
 
 
-def in_parallel(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+def in_parallel(function: Callable[[T], R], items: Iterable[T], workers: int = READERS) -> list[R]:
     """``[function(item) for item in items]`` in threads, for calls that wait for the network."""
-    with ThreadPoolExecutor(WORKERS) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(function, items))
 
 
@@ -268,12 +288,23 @@ def resolve_repo(name: str, api: HfApi | None = None) -> Source:
     api = hub_api(api)
     with explained(repo):
         info = api.model_info(repo, revision=revision, files_metadata=True)
+    return source_of(info, api, pinned=bool(revision and SHA.fullmatch(revision)))
+
+
+def source_of(info: ModelInfo, api: HfApi, *, pinned: bool = False) -> Source:
+    """The files of a repo as the Hub's own description names them.
+
+    Args:
+        info: with its sha and siblings.
+        api: the client that it came from.
+        pinned: whether the caller named that sha.
+    """
     return Source(
-        name=repo,
+        name=info.id,
         sizes={file.rfilename: file.size or 0 for file in info.siblings or []},
         api=api,
         revision=info.sha,
-        pinned=bool(revision and SHA.fullmatch(revision)),
+        pinned=pinned,
         card=info.card_data.to_dict() if info.card_data else {},
         info=info,
     )
@@ -413,7 +444,7 @@ def download(wanted: Sequence[tuple[Source, list[str]]], api: HfApi | None = Non
                 )
             source.folder = path.parents[file.count("/")]
 
-        in_parallel(fetch, jobs)
+        in_parallel(fetch, jobs, WORKERS)
         bar.update(max(0, total - bar.n))  # files that were in the cache
 
 

@@ -6,20 +6,22 @@ renaming it does (old layouts, prefixes, tied weights) counts as it would when l
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.files import Source, explained, first_line, hub_api, quiet_transformers
+from hf_fusion.hub.files import Source, first_line, in_parallel, quiet_transformers
 from hf_fusion.hub.heads import Head
 from hf_fusion.hub.linearized import plain_names
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+T = TypeVar("T")
 Shapes = dict[str, tuple[int, ...]]
 
 # What configs have built by number, each a module or more: a promise of many takes memory before any weight is read.
@@ -32,6 +34,8 @@ _LAYERS = re.compile(
 _PARTS = re.compile(r"(\w+_)?(num|n)_(\w+_)?(experts|groups|heads|labels)")
 _FEW_LAYERS = 1_000  # built in seconds, whatever a checkpoint holds: layers may share tensors (ALBERT)
 _MOST_PARTS = 100_000  # no real model has more classes, heads or experts
+# what of a configuration says nothing about shapes
+_NAMES = ("_name_or_path", "transformers_version", "id2label", "label2id")
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,34 @@ class Account:
     mismatched: tuple[str, ...]
 
 
+class Accounts:
+    """What was found out about checkpoints during one call, each kind of checkpoint once.
+
+    A thousand adapters of one base need one account of that base, and a thousand fine-tunes with the same configuration
+    and the same shapes one between them. Failures are not kept: they name their expert.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[Hashable, Any] = {}
+
+    def once(self, what: Hashable, config: Mapping[str, Any], shapes: Shapes, find: Callable[[], T]) -> T:
+        """What `find` gives, from the first call with the same arguments.
+
+        Args:
+            what: what is found, beside the configuration and the shapes.
+            config: content of ``config.json``; names of classes and of the checkpoint do not count.
+            shapes: tensor name -> shape.
+            find: finds it.
+        """
+        labels = config.get("id2label")
+        classes = len(labels) if isinstance(labels, dict) else None
+        sizes = {key: value for key, value in config.items() if key not in _NAMES}
+        key = (what, json.dumps(sizes, sort_keys=True, default=str), classes, frozenset(shapes.items()))
+        if key not in self._found:
+            self._found[key] = find()
+        return self._found[key]
+
+
 def local_shapes(folder: Path, files: Iterable[str]) -> Shapes:
     """Tensor name → shape of safetensors files in a folder."""
     from safetensors import safe_open
@@ -65,10 +97,8 @@ def local_shapes(folder: Path, files: Iterable[str]) -> Shapes:
 def hub_shapes(source: Source, files: Iterable[str]) -> Shapes:
     """Tensor name → shape of a repo's safetensors files, by reading their first bytes; L-LoRA's under PEFT's names."""
     shapes: Shapes = {}
-    for file in files:
-        with explained(source.name):
-            header = hub_api(source.api).parse_safetensors_file_metadata(source.name, file, revision=source.revision)
-        shapes |= {name: tuple(tensor.shape) for name, tensor in header.tensors.items()}
+    for header in in_parallel(source.header, files):
+        shapes |= header.shapes
     return plain_names(shapes)[0]
 
 

@@ -4,12 +4,15 @@ import json
 import re
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tiny_experts import LABELS, save_adapter, save_bert
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.compat import check_compatibility
 from hf_fusion.hub.discover import discover, info_row
+from hf_fusion.hub.remote import read_header, read_part
 
 CARD = "license: MIT\ntags: [hf-fusion-expert, mood]\npipeline_tag: text-classification\nbase_model: some/base"
 
@@ -74,12 +77,66 @@ def test_by_ids_collection_task_and_limit(owner, shelf):
     assert [info.id for info in found] == ids[:1]
 
 
-def test_reads_no_weights(hub, owner, shelf):
+def asked_for(hub, owner):
+    """The requests that each repo of an owner met, as "METHOD file"."""
+    found = {}
+    for method, path, _ in hub.requests:
+        if match := re.search(rf"/{owner.name}/([\w-]+)/(?:resolve|revision)/[0-9a-f]+/?(.*)", path):
+            found.setdefault(match[1], []).append(f"{method} {match[2]}")
+    return found
+
+
+def test_an_expert_takes_three_requests_over_discovery_and_check(hub, owner, shelf):
     hub.requests.clear()
-    discover(author=owner.name, base_model=f"{owner.name}/base", api=owner.api)
-    asked = [path for _, path, *_ in hub.requests]
-    assert any("adapter_config.json" in path for path in asked)
-    assert not [path for path in asked if re.search(r"\.safetensors|\.bin", path)]
+    found = discover(author=owner.name, base_model=f"{owner.name}/base", api=owner.api)
+    adapter = ["GET adapter_config.json", "GET adapter_model.safetensors", "GET config.json"]
+    assert sorted(asked_for(hub, owner)["irony"]) == adapter
+    assert check_compatibility(found, api=owner.api).accepted == list(found)
+    assert sorted(asked_for(hub, owner)["irony"]) == adapter  # the check asked for nothing that was known
+    hub.requests.clear()
+    full = discover(author=owner.name, api=owner.api)
+    assert check_compatibility(full, api=owner.api).accepted == list(full)
+    assert sorted(asked_for(hub, owner)["full"]) == [
+        *("GET config.json", "GET model.safetensors", "GET tokenizer_config.json")
+    ]
+
+
+def test_what_is_read_of_weights_is_a_bounded_part(owner, tmp_path):
+    path = tmp_path / "large.safetensors"
+    save_file(
+        {f"layer.{i}.weight": torch.zeros(2, 700) for i in range(1500)}, path
+    )  # a header of 0.1 MB, 8.4 MB in all
+    owner.api.create_repo(f"{owner.name}/large")
+    sha = owner.api.upload_file(repo_id=f"{owner.name}/large", path_in_repo="w.safetensors", path_or_fileobj=path).oid
+    part = read_part(owner.api, f"{owner.name}/large", "w.safetensors", sha, 10, 110)
+    assert (part.data, part.size) == (path.read_bytes()[10:110], path.stat().st_size)
+    header = read_header(owner.api, f"{owner.name}/large", "w.safetensors", sha)
+    assert header.size == path.stat().st_size and len(header.shapes) == 1500
+    assert set(header.shapes.values()) == {(2, 700)}
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 100, (90).to_bytes(8, "little") + b"{" * 90])
+def test_what_is_no_safetensors_file_is_said_to_be_none(owner, content):
+    owner.api.create_repo(f"{owner.name}/odd")
+    where = {"repo_id": f"{owner.name}/odd", "path_in_repo": "w.safetensors"}
+    sha = owner.api.upload_file(path_or_fileobj=content, **where).oid
+    with pytest.raises(FusionError, match=r"odd: w.safetensors is not a safetensors file"):
+        read_header(owner.api, f"{owner.name}/odd", "w.safetensors", sha)
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_sizes_are_those_of_the_files(owner, tmp_path, shards):
+    folder = save_bert(tmp_path / "full", card=CARD)
+    if shards:
+        AutoModelForSequenceClassification.from_pretrained(folder).save_pretrained(folder, max_shard_size="4KB")
+        (folder / "model.safetensors").unlink()
+    owner.push("sized", folder)
+    (listed,) = discover(author=owner.name, api=owner.api)
+    (named,) = discover(ids=[f"{owner.name}/sized"], api=owner.api)
+    files = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
+    assert named.size == files + sum(path.stat().st_size for path in folder.glob("*.index.json"))
+    tensors = sum(tensor.nbytes for path in folder.glob("model*.safetensors") for tensor in load_file(path).values())
+    assert listed.size == (tensors if shards else files)  # an index tells the bytes of the tensors
 
 
 def test_gates_private_and_gated(owner, anyone, tmp_path):

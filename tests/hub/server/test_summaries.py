@@ -1,4 +1,4 @@
-"""What lists show is kept on disk: a restart reads it back, a commit replaces it, and what is damaged is derived again."""
+"""What lists show is kept on disk: a restart reads it, a commit replaces it, what is damaged is derived again."""
 
 from __future__ import annotations
 

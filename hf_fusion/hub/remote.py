@@ -1,0 +1,131 @@
+"""Small parts of files on the Hub, one request each: JSON files, and the headers of safetensors files.
+
+`hf_hub_download` asks twice for a file, for its metadata and then for the file, and stores it. What is only looked at
+once, in hundreds of repos, is read directly from its address; what an earlier download stored is read from there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_fusion.errors import FusionError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+MAX_JSON = 64 << 20  # the largest tokenizer.json and index.json files that are known have about a third of this
+MAX_HEADER = 25 << 20  # as huggingface_hub's own limit
+_FIRST = 100_000  # bytes: most headers are shorter, so that one request is enough
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes of a file, and the size of the whole file."""
+
+    data: bytes
+    size: int
+
+
+def read_part(api: HfApi, repo_id: str, file: str, revision: str | None, start: int, stop: int) -> Part:
+    """The bytes from `start` to `stop` of a file in a model repo, fewer where the file ends before.
+
+    Never holds more than ``stop - start`` bytes, whatever the server sends.
+
+    Raises:
+        HfHubHTTPError, TransportError: as the client raises them.
+    """
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
+    url = hf_hub_url(repo_id, file, revision=revision, endpoint=api.endpoint)
+    headers = build_hf_headers(token=api.token, library_name=api.library_name, headers=api.headers)
+    headers |= {"range": f"bytes={start}-{stop - 1}", "accept-encoding": "identity"}  # sizes are those of the file
+    with http_stream_backoff("GET", url, headers=headers) as response:
+        if response.status_code == 416:  # the file is empty, or ends before `start`
+            return Part(b"", start)
+        hf_raise_for_status(response)
+        begins = start if response.status_code == 206 else 0  # a server may send the whole file
+        found = bytearray()
+        for chunk in response.iter_bytes():
+            found += chunk
+            if len(found) >= stop - begins:
+                break
+        length = response.headers.get("content-length")
+        total = re.search(r"/(\d+)$", response.headers.get("content-range", ""))
+    data = bytes(found[start - begins : stop - begins])
+    return Part(data, int(total[1]) if total else int(length or begins + len(found)))
+
+
+def read_json_file(api: HfApi, repo_id: str, file: str, revision: str) -> bytes:
+    """A JSON file at a commit: from the cache of an earlier download, else by one request.
+
+    Raises:
+        FusionError: it is larger than any such file.
+        HfHubHTTPError, TransportError: as the client raises them.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repo_id, file, revision=revision)
+    if isinstance(cached, str):
+        return Path(cached).read_bytes()
+    part = read_part(api, repo_id, file, revision, 0, MAX_JSON)
+    if part.size > MAX_JSON:
+        raise FusionError(f"{repo_id}: {file} has {part.size:,} bytes: no such file is larger than {MAX_JSON:,}.")
+    return part.data
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of a safetensors file.
+
+    Attributes:
+        shapes: tensor name -> shape.
+        size: bytes of the whole file.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    size: int
+
+
+def read_header(api: HfApi, repo_id: str, file: str, revision: str | None) -> Header:
+    """The header of a safetensors file, by one request, or two where it is longer than most.
+
+    Raises:
+        FusionError: the file is not in safetensors' format.
+        HfHubHTTPError, TransportError: as the client raises them.
+    """
+    part = read_part(api, repo_id, file, revision, 0, _FIRST)
+    length = int.from_bytes(part.data[:8], "little")
+    if len(part.data) < 8 or length > min(MAX_HEADER, part.size - 8):
+        raise FusionError(f"{repo_id}: {file} is not a safetensors file: its header does not fit.")
+    text = part.data[8 : 8 + length]
+    if len(text) < length:
+        text += read_part(api, repo_id, file, revision, 8 + len(text), 8 + length).data
+    try:
+        shapes = _shapes(json.loads(text))
+    except (ValueError, RecursionError):
+        raise FusionError(f"{repo_id}: {file} is not a safetensors file: its header cannot be read.") from None
+    return Header(shapes, part.size)
+
+
+def _shapes(header: Any) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape.
+
+    Raises:
+        ValueError: for an entry that describes no tensor.
+    """
+    if not isinstance(header, dict):
+        raise ValueError("not an object")
+    found = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"{name} has no shape")
+        found[name] = tuple(shape)
+    return found
