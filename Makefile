@@ -43,6 +43,7 @@ test-all: check
 bench: $(VENV)/test-installed
 	$(BIN)/python tests/benchmarks/foe_forward.py
 	$(BIN)/python tests/benchmarks/hub_load.py
+	$(BIN)/python tests/benchmarks/discovery.py
 
 peers: $(VENV)/test-installed $(PEERS)/installed
 	$(BIN)/python tests/peers/compare.py --python $(PEERS)/bin/python --output tests/peers/agreement.json
