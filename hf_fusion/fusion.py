@@ -18,9 +18,10 @@ from hf_fusion.folders import replace_folder
 from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.heads import architectures, head_of_task
 from hf_fusion.hub.load import load_experts
-from hf_fusion.merging.loaded import fuse_static, load_merged, merged_model, save_files
+from hf_fusion.merging.loaded import fuse_static, load_merged, merged_model
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.merging.processes import is_main
+from hf_fusion.provenance import contents_of, recipe_in, recipe_of_model, told
 from hf_fusion.recipe import RECIPE_ATTRIBUTE, RECIPE_FILE, Recipe, RecipeExpert
 
 if TYPE_CHECKING:
@@ -133,7 +134,9 @@ def fuse(
     with _explained():
         model = row.load()(loaded, **parameters)
     names = [_named(*pair) for pair in zip(sources, loaded, strict=True)]
-    setattr(model, RECIPE_ATTRIBUTE, _recipe(method, names, loaded, recorded, dtype, given))
+    recipe = _recipe(method, names, loaded, recorded, dtype, given)
+    setattr(model, RECIPE_ATTRIBUTE, recipe)
+    model.config.recipe = told(recipe, contents_of(recipe)).to_dict()  # goes wherever the model goes
     return model
 
 
@@ -188,9 +191,7 @@ def save_fused(model: PreTrainedModel, folder: str | Path, recipe: Recipe | None
     Raises:
         FusionError: if nothing says what the model was made of.
     """
-    recipe = recipe or getattr(model, RECIPE_ATTRIBUTE, None)
-    if recipe is None:
-        raise FusionError("Nothing says what this model was made of.", hint="pass recipe=, or make it with fuse()")
+    recipe = recipe or recipe_of_model(model)
     folder = Path(folder).resolve()
     if not is_main():
         return folder
@@ -199,7 +200,6 @@ def save_fused(model: PreTrainedModel, folder: str | Path, recipe: Recipe | None
     staging.mkdir()
     try:
         model.save_pretrained(staging)  # a family's model saves its processor too
-        save_files(model, staging)
         recipe.save(staging / RECIPE_FILE)
         replace_folder(staging, folder)
     finally:
@@ -211,7 +211,7 @@ def load_fused(folder: str | Path, *, trust_remote_code: bool = False) -> tuple[
     """Read back what `save_fused`, or a static merge, wrote: a family with this package's code, not the folder's.
 
     Args:
-        folder: holds ``fusion.yaml``.
+        folder: holds ``fusion.yaml``, or a family's config that says what it was made of.
         trust_remote_code: whether a static merge of models that transformers does not know may run their code.
 
     Returns:
@@ -223,7 +223,7 @@ def load_fused(folder: str | Path, *, trust_remote_code: bool = False) -> tuple[
     import transformers
 
     folder = Path(folder)
-    recipe = Recipe.load(folder)
+    recipe = recipe_in(folder)
     if recipe.method in MERGE_METHODS:
         return load_merged(folder, trust_remote_code=trust_remote_code), recipe
     if recipe.method not in METHODS:
@@ -294,8 +294,10 @@ def _recipe(
 def _plain(value: Any) -> Any:
     """An option as YAML has it: folders are text."""
     if isinstance(value, Mapping):
-        return {key: _plain(own) for key, own in value.items()}
-    return str(value) if isinstance(value, Path) else value
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(inner) for inner in value]
+    return str(value.resolve()) if isinstance(value, Path) else value
 
 
 def _at(name: str, revision: str | None) -> str:

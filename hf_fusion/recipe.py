@@ -33,7 +33,9 @@ RECIPE_ATTRIBUTE = "fusion_recipe"
 DTYPES = ("float32", "float16", "bfloat16")
 # keys that a recipe of mergekit has and ours has not
 MERGEKIT = {"merge_method", "models", "base_model", "modules"}
-_PINNED = re.compile(r"[\w.-]+(/[\w.-]+)?(#\d+)?@[0-9a-f]{40}")
+CONTENT = "sha256:"
+"""What the content of a folder is named by: ``NAME@sha256:…``."""
+_PINNED = re.compile(rf"[\w.-]+(/[\w.-]+)?(#\d+)?@[0-9a-f]{{40}}|[^/@+\n]+@{CONTENT}[0-9a-f]{{64}}")
 
 
 @dataclass(frozen=True)
@@ -134,9 +136,21 @@ class Recipe:
 
     @property
     def unpinned(self) -> list[str]:
-        """Models that are not named by a full commit sha: folders, names alone, branches."""
+        """Models that are not named by a full commit sha or by their content: paths, names alone, branches."""
         named = [expert.model for expert in self.experts] + ([self.base] if self.base else [])
         return [name for name in named if not is_pinned(name)]
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether experts or the base were folders that only the machine that fused them has."""
+        return any(f"@{CONTENT}" in name for name in self.models)
+
+    @property
+    def models(self) -> list[str]:
+        """Every model it names: experts, base, sources of layers, of the tokenizer and of the chat template."""
+        named = [expert.model for expert in self.experts] + ([self.base] if self.base else [])
+        named += [source.model for slice_ in self.slices for source in slice_.sources]
+        return named + [name for name in (*_sources(self.tokenizer), self.chat_template) if name]
 
     def to_dict(self) -> dict[str, Any]:
         """As written to YAML: plain values, without what is not set."""
@@ -205,8 +219,19 @@ class Recipe:
         return cls(**{**content, "experts": experts, "slices": slices, "parameters": parameters})
 
 
+def _sources(tokenizer: Any) -> list[str]:
+    """The models that a tokenizer is made of."""
+    if isinstance(tokenizer, str):
+        return [tokenizer]
+    found = []
+    for key, value in tokenizer.items() if isinstance(tokenizer, Mapping) else ():
+        if isinstance(value, Mapping) or key in ("source", "model"):
+            found += _sources(value)
+    return found
+
+
 def is_pinned(name: str) -> bool:
-    """Whether a model is named by a full commit sha; of ``base+adapter``, both."""
+    """Whether a model is named by a full commit sha, or by its content; of ``base+adapter``, both."""
     return all(_PINNED.fullmatch(part) for part in name.split("+"))
 
 

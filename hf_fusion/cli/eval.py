@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,15 +39,16 @@ def run(args: argparse.Namespace, out: Out) -> None:
     from hf_fusion.evaluate import RESULTS_FILE
     from hf_fusion.hub.card import write_card
     from hf_fusion.merging.methods import MERGE_METHODS
-    from hf_fusion.recipe import Recipe
+    from hf_fusion.provenance import recipe_in, says_its_recipe
 
-    recipe = Recipe.load(Path(args.folder))
-    measure = _static if recipe.method in MERGE_METHODS else OF_METHOD.get(recipe.method, _fusion)
+    recipe = recipe_in(args.folder) if says_its_recipe(args.folder) else None
+    measure: Callable[..., tuple[Any, str]]
+    measure = _static if recipe is None or recipe.method in MERGE_METHODS else OF_METHOD.get(recipe.method, _fusion)
     command = f"hf-fusion eval {args.folder} --data {args.data} --split {args.split}"
     results, title = measure(args, load_rows(args.data, args.split), recipe, command)
     path = Path(args.folder) / RESULTS_FILE
     results.save(path)
-    if measure is _static:
+    if measure is _static and recipe is not None:
         write_card(args.folder)  # with what was measured
     out.table(results.table(), title=title, key=getattr(results, "metric", None), data=asdict(results))
     out.log(f"Written to {path}")
@@ -115,8 +117,8 @@ def _merging(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: s
     results = evaluate_merging(
         model,
         suite,
-        experts=[expert.model for expert in recipe.experts],
-        base=recipe.base,
+        experts=[] if recipe.elsewhere else [expert.model for expert in recipe.experts],
+        base=None if recipe.elsewhere else recipe.base,
         owners=owners,
         batch_size=args.batch_size,
         command=command,
@@ -127,29 +129,29 @@ def _merging(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: s
     return results, f"right answers in % on {len(rows)} examples, with 95 % intervals"
 
 
-def _static(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: str) -> tuple[Any, str]:
-    """A static merge, task by task, beside its experts and their base."""
+def _static(args: argparse.Namespace, rows: Dataset, recipe: Recipe | None, command: str) -> tuple[Any, str]:
+    """A static merge, task by task, beside its experts and their base, where these can be found; else alone."""
     from hf_fusion.data import split_tasks
     from hf_fusion.evaluate_tasks import evaluate_static
     from hf_fusion.hub.files import parts_of
 
-    experts = [expert.model for expert in recipe.experts]
+    experts = [expert.model for expert in recipe.experts] if recipe else []
     named = [parts_of(name)[1].partition("@")[0] for name in experts]
     named = [name if name.count("/") == 1 else Path(name).name for name in named]  # ids; folders by their last part
     suite, owners = split_tasks(rows, named, args.task_column, args.expert_column)
     results = evaluate_static(
         args.folder,
         suite,
-        experts=experts,
-        base=recipe.base,
+        experts=experts if recipe and not recipe.elsewhere else [],
+        base=recipe.base if recipe and not recipe.elsewhere else None,
         owners=owners,
         batch_size=args.batch_size,
         trust_remote_code=args.trust_remote_code,
-        settings={"method": recipe.method, **recipe.parameters},
+        settings={"method": recipe.method, **recipe.parameters} if recipe else {},
         command=command,
     )
     return results, f"right answers in % on {len(rows)} examples, with 95 % intervals"
 
 
 # method -> how its models are measured; others as a Fusion of Experts
-OF_METHOD = {"phatgoose": _routing, "wemoe": _merging}
+OF_METHOD: dict[str, Callable[..., tuple[Any, str]]] = {"phatgoose": _routing, "wemoe": _merging}

@@ -28,6 +28,7 @@ from hf_fusion.hub.manifests import (
     refuse_pickled,
 )
 from hf_fusion.hub.remote import Header, read_header, read_json_file, read_part
+from hf_fusion.recipe import CONTENT
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -155,6 +156,11 @@ def split_revision(name: str) -> tuple[str, str | None]:
         FusionError: where it is neither a repo id nor an existing folder.
     """
     repo, _, revision = name.partition("@")
+    if revision.startswith(CONTENT):
+        raise FusionError(
+            f"{repo} was a folder of the machine that fused it (content {revision[:19]}…).",
+            hint="put the path of your copy of it into the recipe",
+        )
     if not _REPO_ID.fullmatch(repo) or ".." in repo:
         raise FusionError(
             f"{name!r} is neither a folder nor a repo id.",

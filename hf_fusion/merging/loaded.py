@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
@@ -20,6 +22,7 @@ from hf_fusion.merging.merge import merge
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.merging.plan import check_recipe
 from hf_fusion.merging.processes import Processes, is_main
+from hf_fusion.provenance import contents_of, told
 from hf_fusion.recipe import RECIPE_ATTRIBUTE, RECIPE_FILE, Recipe, RecipeExpert
 
 if TYPE_CHECKING:
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 
 FILES_ATTRIBUTE = "fusion_files"
 """What a loaded merge keeps of its folder beside itself: path -> bytes of its tokenizer and the like."""
+CONTENTS_ATTRIBUTE = "fusion_contents"
+"""What a merge was made of, where that are folders: path -> ``NAME@sha256:…``."""
 
 
 def fuse_static(
@@ -76,7 +81,9 @@ def fuse_static(
         model = merged_model(recipe, device=device, trust_remote_code=trust_remote_code, api=api)
     pinned: Recipe = getattr(model, RECIPE_ATTRIBUTE)
     known = tuple(replace(expert, model=names.get(expert.model, expert.model)) for expert in pinned.experts)
-    setattr(model, RECIPE_ATTRIBUTE, replace(pinned, experts=known, base=names.get(pinned.base or "", pinned.base)))
+    recipe = replace(pinned, experts=known, base=names.get(pinned.base or "", pinned.base))
+    setattr(model, RECIPE_ATTRIBUTE, recipe)
+    setattr(model, CONTENTS_ATTRIBUTE, contents_of(recipe))
     return model
 
 
@@ -135,7 +142,30 @@ def load_merged(folder: str | Path, *, trust_remote_code: bool = False) -> PreTr
     setattr(model, RECIPE_ATTRIBUTE, Recipe.load(folder))
     model.processor = processor_of(resolve(folder), code=bool(options))
     setattr(model, FILES_ATTRIBUTE, {name: (folder / name).read_bytes() for name in kept if name not in apart})
+    for method in (save_pretrained, push_to_hub):  # of this one instance: its class is transformers' own
+        setattr(model, method.__name__, MethodType(method, model))
     return model.eval()
+
+
+def save_pretrained(model: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    """Instance method of a loaded merge: as any model's, with the recipe, the tokenizer and the like beside it."""
+    from hf_fusion.models.foe.recipe_foe import push_options
+
+    pushed = push_options(save_directory, kwargs)
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    save_files(model, Path(save_directory))
+    getattr(model, RECIPE_ATTRIBUTE).save(Path(save_directory) / RECIPE_FILE)
+    if pushed:
+        model.push_to_hub(**pushed)
+
+
+def push_to_hub(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Instance method of a loaded merge: as any model's, with a recipe that holds no path of this machine."""
+    sent, recipe = copy.copy(model), getattr(model, RECIPE_ATTRIBUTE)  # the weights are shared
+    known = getattr(model, CONTENTS_ATTRIBUTE, None)
+    setattr(sent, RECIPE_ATTRIBUTE, told(recipe, contents_of(recipe) if known is None else known))
+    sent.save_pretrained = MethodType(save_pretrained, sent)
+    return type(model).push_to_hub(sent, *args, **kwargs)
 
 
 def save_files(model: PreTrainedModel, folder: Path) -> None:

@@ -74,7 +74,7 @@ class Routing:
 
 
 def read_trace(trace: Any, pieces: Sequence[str], special: Sequence[bool], prompt: int) -> Routing:
-    """A model's `RoutingTrace` beside the tokens it is about.
+    """A model's `PhatgooseTrace` beside the tokens it is about.
 
     Linears that saw fewer tokens saw the later ones: a routed head reads only what it writes from.
     """

@@ -37,7 +37,7 @@ class Coefficients:
 
 
 def read_trace(trace: Any, experts: Sequence[str], constant: float, rows: int) -> list[Coefficients]:
-    """A model's `RoutingTrace`, row by row.
+    """A model's `WEMoETrace`, row by row.
 
     Args:
         trace: of the last call.

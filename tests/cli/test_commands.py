@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
-from hf_fusion import FusionError
+from hf_fusion import FusionError, fuse
 
 WORDS = ["good", "bad", "fine", "poor", "film", "book"]
 SIZES = {
@@ -167,3 +167,21 @@ def test_data_that_is_not_there_is_named(here, fused, tmp_path, data, message):
 def test_a_folder_without_a_model_is_named(here, rows):
     with pytest.raises(FusionError, match="nothing"):
         here("eval", "nothing", "--data", str(rows))
+
+
+def test_what_save_pretrained_left_is_measured(here, experts, rows, tmp_path):
+    """Also an old folder, whose config alone says what it is, and a plain model that says nothing."""
+    model = fuse("ensemble", experts)
+    model.save_pretrained(tmp_path / "fused")
+    measured = here("eval", "fused", "--data", str(rows), "--format", "json")
+    (tmp_path / "fused" / "fusion.yaml").unlink()
+    assert json.loads(here("eval", "fused", "--data", str(rows), "--format", "json"))["n"] == 40
+    assert json.loads(measured)["n"] == 40
+    static = fuse("linear", experts)
+    static.save_pretrained(tmp_path / "merged")
+    systems = json.loads(here("eval", "merged", "--data", str(rows), "--format", "json"))["systems"]
+    assert [system["name"] for system in systems] == ["merged", "first", "second"]
+    (tmp_path / "merged" / "fusion.yaml").unlink()
+    systems = json.loads(here("eval", "merged", "--data", str(rows), "--format", "json"))["systems"]
+    assert systems[0]["name"] == "merged"
+    assert "first" not in [system["name"] for system in systems]

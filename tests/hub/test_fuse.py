@@ -105,5 +105,5 @@ def test_mistakes(owner, ids, tmp_path):
     with pytest.raises(FusionError, match="labels"):
         fuse("foe", ids, labels=["no"], api=owner.api)
     shutil.copytree(tmp_path / "full", tmp_path / "plain")
-    with pytest.raises(FusionError, match="fusion.yaml cannot be read"):
+    with pytest.raises(FusionError, match="plain has no fusion.yaml"):
         load_fused(tmp_path / "plain")

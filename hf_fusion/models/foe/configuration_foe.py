@@ -33,6 +33,8 @@ class FoEConfig(PreTrainedConfig):
         rule: of an ensemble, "mean" or "max_model", instead of a fuser that is learned; None for a FoE.
         over: what the rule is applied to, "logits" or "probabilities".
         weights: of the rule "mean", one for each expert; None: alike.
+        recipe: what `hf_fusion.fuse` made it of, as ``fusion.yaml`` has it, without the paths of folders; None: see
+            `recipe_foe.recipe_of`.
     """
 
     model_type = "foe"
@@ -52,6 +54,7 @@ class FoEConfig(PreTrainedConfig):
     over: str = "logits"
     weights: list[float] | None = None
     is_encoder_decoder: bool = False
+    recipe: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.experts = self.experts or []

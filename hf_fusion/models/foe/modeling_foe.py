@@ -22,6 +22,7 @@ from .ensemble_foe import LEAST_PROBABILITY, FixedFuser, check_ensemble, fused_l
 from .experts_foe import AUTO_CLASSES, Backbone, pool_states, repeat_rows, take_rows
 from .frugal_foe import FrugalPolicy
 from .processing_foe import FoEProcessor
+from .recipe_foe import push_options, without_paths, write_recipe
 from .summary_foe import Summary, described
 
 
@@ -236,13 +237,21 @@ class FoEModel(PreTrainedModel):
         return loaded
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As any model's; writes the processor and the code beside the weights."""
+        """As any model's; writes the processor, the code and the recipe beside the weights."""
+        pushed = push_options(save_directory, kwargs)
         name = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
         head = AUTO_CLASSES[self.config.head].__name__
         self.config.auto_map = {"AutoConfig": "configuration_foe.FoEConfig", "AutoModel": name, head: name}
         if self._processor is not None or self._source is not None:
             self.processor.save_pretrained(save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
+        write_recipe(self, save_directory)
+        if pushed:
+            self.push_to_hub(**pushed)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As any model's; what is sent says nothing of this machine's folders."""
+        return super(FoEModel, without_paths(self)).push_to_hub(*args, **kwargs)
 
     # ---------------------------------------------------------------- running experts
 

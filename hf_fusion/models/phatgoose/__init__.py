@@ -5,7 +5,7 @@ from typing import Any
 from .assembly_phatgoose import check_options, readers_of
 from .configuration_phatgoose import PhatgooseConfig
 from .modeling_phatgoose import PhatgooseForGeneration, PhatgooseRouter
-from .trace_phatgoose import RoutingTrace
+from .trace_phatgoose import PhatgooseTrace
 
 
 def _load_experts(experts: Any, base: Any = None, missing_gates: Any = None, all_arrow: bool = False) -> list[Any]:
@@ -44,7 +44,7 @@ __all__ = [
     "PhatgooseConfig",
     "PhatgooseForGeneration",
     "PhatgooseRouter",
-    "RoutingTrace",
+    "PhatgooseTrace",
     "check_options",
     "readers_of",
 ]

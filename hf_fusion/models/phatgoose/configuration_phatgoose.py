@@ -35,6 +35,8 @@ class PhatgooseConfig(PreTrainedConfig):
         router_temperature: divides the scores before the softmax; the paper has 1.
         routing: "phatgoose" scores by standardised gates and inputs, "arrow" by |x·v|, "uniform" draws experts at
             random; the latter two are baselines.
+        recipe: what `hf_fusion.fuse` made it of, as ``fusion.yaml`` has it, without the paths of folders; None: see
+            `recipe_phatgoose.recipe_of`.
     """
 
     model_type = "phatgoose"
@@ -51,6 +53,7 @@ class PhatgooseConfig(PreTrainedConfig):
     router_temperature: float = 1.0
     routing: str = "phatgoose"
     is_encoder_decoder: bool = False
+    recipe: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.backbone = self.backbone or {}

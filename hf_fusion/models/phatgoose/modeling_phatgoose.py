@@ -31,10 +31,11 @@ from .assembly_phatgoose import (
 )
 from .configuration_phatgoose import PhatgooseConfig
 from .export_phatgoose import save_merged_adapter
+from .recipe_phatgoose import push_options, without_paths, write_recipe
 from .reference_phatgoose import load_by_reference
 from .routing_phatgoose import RoutedHead, RoutedLinears, Routing
 from .summary_phatgoose import Summary, described
-from .trace_phatgoose import RoutingTrace
+from .trace_phatgoose import PhatgooseTrace
 
 
 class PhatgooseRouter(PreTrainedModel):
@@ -67,7 +68,7 @@ class PhatgooseRouter(PreTrainedModel):
         self._handles: list[Any] = []
         self._groups: list[tuple[list[str], RoutedLinears]] = []
         self._heads: dict[str, RoutedHead] = {}
-        self._trace: RoutingTrace | None = None
+        self._trace: PhatgooseTrace | None = None
         self._processor: Any = None
         self._source: tuple[str, dict[str, Any]] | None = None
         self.main_input_name = backbone.main_input_name
@@ -193,6 +194,7 @@ class PhatgooseRouter(PreTrainedModel):
 
     def _rebuild(self, entries: Sequence[Entry]) -> None:
         """Makes this the router of these experts."""
+        self.fusion_recipe = self.config.recipe = None  # they tell what it was
         with torch.no_grad():
             complete(entries, self.backbone)
             rows, profiles = plan_profiles(entries)
@@ -283,7 +285,7 @@ class PhatgooseRouter(PreTrainedModel):
             goes_on = cache is not None and cache.get_seq_length()
             if state.trace is None or not state.trace.modules or not goes_on and state.trace.has_seen(path):
                 paths = {id(group): paths for paths, group in self._groups}
-                state.trace = self._trace = RoutingTrace(self.experts, paths, int(self.record_routing))
+                state.trace = self._trace = PhatgooseTrace(self.experts, paths, int(self.record_routing))
         else:
             state.trace = None
 
@@ -325,7 +327,7 @@ class PhatgooseRouter(PreTrainedModel):
         finally:
             self.routing.given, self.routing.off = before
 
-    def routing_trace(self) -> RoutingTrace:
+    def routing_trace(self) -> PhatgooseTrace:
         """The routing of the last sequences; set ``model.record_routing = 4096`` (tokens to keep) first.
 
         A forward without a cache starts a new trace, one that goes on with a cache continues it: after `generate()`
@@ -402,7 +404,8 @@ class PhatgooseRouter(PreTrainedModel):
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As any model's; writes the processor and the code beside the weights."""
+        """As any model's; writes the processor, the code and the recipe beside the weights."""
+        pushed = push_options(save_directory, kwargs)
         name = f"modeling_phatgoose.{type(self).__name__}"
         head = AUTO_CLASSES[self.config.head].__name__
         self.config.auto_map = {"AutoConfig": "configuration_phatgoose.PhatgooseConfig", "AutoModel": name, head: name}
@@ -411,6 +414,13 @@ class PhatgooseRouter(PreTrainedModel):
         if self.config.base_by_reference and kwargs.get("state_dict") is None:
             kwargs["state_dict"] = {key: tensor for key, tensor in self.state_dict().items() if self._is_own(key)}
         super().save_pretrained(save_directory, *args, **kwargs)
+        write_recipe(self, save_directory)
+        if pushed:
+            self.push_to_hub(**pushed)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As any model's; what is sent says nothing of this machine's folders."""
+        return super(PhatgooseRouter, without_paths(self)).push_to_hub(*args, **kwargs)
 
     def _is_own(self, key: str) -> bool:
         """Whether a tensor belongs to the experts rather than to the base."""
@@ -424,7 +434,7 @@ class PhatgooseRouter(PreTrainedModel):
 
         Args:
             folder: written whole or not at all.
-            weights: weight of each expert by name; default is 1/E each. `RoutingTrace.usage()` fits.
+            weights: weight of each expert by name; default is 1/E each. `PhatgooseTrace.usage()` fits.
             rank: cut to this rank by SVD; default is exact, the sum of the experts' ranks.
 
         Returns:

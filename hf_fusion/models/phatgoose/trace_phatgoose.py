@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 
-class RoutingTrace:
+class PhatgooseTrace:
     """Choices of the last sequences that a router ran, forward by forward; `PhatgooseRouter.routing_trace` gives it.
 
     Tokens read by an encoder (and by the decoder's view of it) and tokens written by a decoder are counted apart:
@@ -129,4 +129,4 @@ class RoutingTrace:
         }
 
 
-__all__ = ["RoutingTrace"]
+__all__ = ["PhatgooseTrace"]

@@ -5,7 +5,7 @@ from typing import Any
 from .build_wemoe import check_options
 from .configuration_wemoe import WEMoEConfig
 from .modeling_wemoe import WEMoEForGeneration, WEMoEModel
-from .routing_wemoe import RoutingTrace
+from .routing_wemoe import WEMoETrace
 
 
 def _load_experts(experts: Any, base: Any = None) -> tuple[list[Any], Any]:
@@ -18,4 +18,4 @@ def _load_experts(experts: Any, base: Any = None) -> tuple[list[Any], Any]:
 
 WEMoEModel.load_experts = staticmethod(_load_experts)
 
-__all__ = ["RoutingTrace", "WEMoEConfig", "WEMoEForGeneration", "WEMoEModel", "check_options"]
+__all__ = ["WEMoETrace", "WEMoEConfig", "WEMoEForGeneration", "WEMoEModel", "check_options"]

@@ -50,6 +50,8 @@ class WEMoEConfig(PreTrainedConfig):
             last step, or None), "learning_rate" and "batch_size" (rows of each task and step). None: not adapted; every
             router still gives λ, so the model answers as task arithmetic does.
         samples: a number from every tensor as it was saved, see `samples_of`.
+        recipe: what `hf_fusion.fuse` made it of, as ``fusion.yaml`` has it, without the paths of folders; None: see
+            `recipe_wemoe.recipe_of`.
     """
 
     model_type = "wemoe"
@@ -74,6 +76,7 @@ class WEMoEConfig(PreTrainedConfig):
     gate_rank: int = 16
     adaptation: dict[str, Any] | None = None
     is_encoder_decoder: bool = False
+    recipe: dict[str, Any] | None = None
     samples: list[float | None] = None  # type: ignore[assignment]
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -17,7 +17,8 @@ from .build_wemoe import Plan, check_options, make_plan
 from .configuration_wemoe import LOW_RANK, WEMoEConfig
 from .heads_wemoe import activate_heads, fill_heads, install_heads, name_classes, with_one_head
 from .linears_wemoe import UpscaledLinear
-from .routing_wemoe import Coefficients, Router, RoutingTrace, Scope, Shared, Unit, by_unit, index_of
+from .recipe_wemoe import push_options, without_paths, write_recipe
+from .routing_wemoe import Coefficients, Router, Scope, Shared, Unit, WEMoETrace, by_unit, index_of
 from .samples_wemoe import first_unlike, samples_of
 from .summary_wemoe import Summary, described
 
@@ -47,7 +48,7 @@ class WEMoEModel(PreTrainedModel):
         self.shared = Shared()
         self.record_routing: bool = False
         self.units: list[Unit] = []
-        self._trace: RoutingTrace | None = None
+        self._trace: WEMoETrace | None = None
         self._processor: Any = None
         self._source: tuple[str, dict[str, Any]] | None = None
         self.main_input_name = backbone.main_input_name
@@ -253,7 +254,7 @@ class WEMoEModel(PreTrainedModel):
         shared.batch_reduce, shared.gate_rank = config.batch_reduce, config.gate_rank
         shared.top_k = config.num_experts_per_tok
         if self.record_routing:
-            self._trace = RoutingTrace(self.experts)
+            self._trace = WEMoETrace(self.experts)
         shared.trace = self._trace if self.record_routing else None
 
     def prompt_tokens(self, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
@@ -285,7 +286,7 @@ class WEMoEModel(PreTrainedModel):
         table = by_unit(coefficients, self.experts, [unit.name for unit in self.units])
         return {name: w.to(self.device) for name, w in table.items()}  # once, not in every forward
 
-    def routing_trace(self) -> RoutingTrace:
+    def routing_trace(self) -> WEMoETrace:
         """Coefficients of the last forward, or of the prompts of the last `generate()`, by layer and sample.
 
         Raises:
@@ -423,7 +424,8 @@ class WEMoEModel(PreTrainedModel):
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As any model's; writes the processor and the code beside the weights."""
+        """As any model's; writes the processor, the code and the recipe beside the weights."""
+        pushed = push_options(save_directory, kwargs)
         name = f"modeling_wemoe.{type(self).__name__}"
         head = AUTO_CLASSES[self.config.head].__name__
         self.config.auto_map = {"AutoConfig": "configuration_wemoe.WEMoEConfig", "AutoModel": name, head: name}
@@ -431,6 +433,13 @@ class WEMoEModel(PreTrainedModel):
             self.processor.save_pretrained(save_directory)
         self.config.samples = samples_of(kwargs.get("state_dict") or self.state_dict())
         super().save_pretrained(save_directory, *args, **kwargs)
+        write_recipe(self, save_directory)
+        if pushed:
+            self.push_to_hub(**pushed)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As any model's; what is sent says nothing of this machine's folders."""
+        return super(WEMoEModel, without_paths(self)).push_to_hub(*args, **kwargs)
 
 
 class WEMoEForGeneration(WEMoEModel, GenerationMixin):

@@ -306,7 +306,7 @@ class Unit:
         return w.to(hidden.dtype)
 
 
-class RoutingTrace:
+class WEMoETrace:
     """Coefficients by layer and sample, of the last forward or of the prompts of the last `generate()`.
 
     Args:
@@ -339,4 +339,4 @@ class RoutingTrace:
         }
 
 
-__all__ = ["Coefficients", "Pin", "Router", "RoutingTrace", "Scope", "Shared", "Unit", "by_unit", "index_of"]
+__all__ = ["Coefficients", "Pin", "Router", "WEMoETrace", "Scope", "Shared", "Unit", "by_unit", "index_of"]
