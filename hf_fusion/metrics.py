@@ -14,6 +14,8 @@ from typing import Any
 import datasets
 import evaluate
 
+from hf_fusion.extras import refuse_missing
+
 
 @dataclass(frozen=True)
 class Score:
@@ -108,15 +110,6 @@ SCORES = {
         is_list=True,
     ),
 }
-# what a metric's library is called where it is installed
-LIBRARIES = {
-    "f1": "scikit-learn",
-    "matthews_correlation": "scikit-learn",
-    "spearmanr": "scipy",
-    "rouge1": "rouge-score",
-    "rouge2": "rouge-score",
-    "rougeL": "rouge-score",
-}
 
 
 class PackagedMetric(evaluate.Metric):
@@ -139,8 +132,8 @@ class PackagedMetric(evaluate.Metric):
         try:
             return {self.config_name: SCORES[self.config_name].of(predictions, references)}
         except ImportError as error:
-            library = LIBRARIES[self.config_name]
-            raise ImportError(f"{self.config_name} needs {library}: pip install {library}") from error
+            refuse_missing(error, f"the metric {self.config_name}", extra="bench")
+            raise
 
 
 def load_metric(name: str) -> evaluate.Metric:

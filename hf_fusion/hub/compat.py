@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import ExpertInfo
+from hf_fusion.extras import refuse_missing
 from hf_fusion.hub.adapters import config_problems, shape_problems
 from hf_fusion.hub.discover import info_row
 from hf_fusion.hub.files import (
@@ -217,6 +218,7 @@ def _gather(name: str, api: HfApi, gates: bool = False, known: Source | None = N
         if gates and source.is_adapter and GATES_FILE in source.sizes:
             evidence.gates = hub_shapes(source, [GATES_FILE])
     except Exception as error:  # one broken repo must not stop the others
+        refuse_missing(error, name)
         logger.debug("reading %s", name, exc_info=True)
         evidence.unreadable = _unreadable(error)
     return evidence
@@ -292,6 +294,7 @@ def _judge(
     try:
         return tuple(reason for check in CHECKS for reason in check(case))
     except Exception as error:  # a config no check foresaw
+        refuse_missing(error, info.id)
         logger.debug("judging %s", info.id, exc_info=True)
         return (Reason(ReasonKind.UNREADABLE, first_line(error)),)
 
@@ -402,6 +405,7 @@ def _check_shapes(case: Case) -> Iterator[Reason]:
         config = {} if case.info.is_adapter else case.source.config
         details = case.accounts.once((base, head.auto), config, case.shapes, lambda: compare(case, head))
     except FusionError as error:
+        refuse_missing(error, case.info.id)
         yield Reason(ReasonKind.ARCHITECTURE, error.message, error.hint)
         return
     if details:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_fusion.errors import FusionError
+from hf_fusion.extras import refuse_missing
 from hf_fusion.hub.files import Source, first_line, in_parallel, quiet_transformers
 from hf_fusion.hub.heads import Head
 from hf_fusion.hub.linearized import plain_names
@@ -127,6 +128,7 @@ def native_config(config: Mapping[str, Any], name: str, tensors: int) -> Pretrai
     try:
         return CONFIG_MAPPING[model_type].from_dict(dict(config))
     except Exception as error:  # a stranger's config may fail in any way
+        refuse_missing(error, name)
         raise FusionError(f"{name}: config.json is not valid ({first_line(error)}).") from error
 
 
@@ -151,6 +153,7 @@ def meta_model(config: PretrainedConfig, head: Head, name: str) -> Any:
         with torch.device("meta"), quiet_transformers():
             return head.auto_class().from_config(config)
     except Exception as error:
+        refuse_missing(error, name)
         raise FusionError(f"{name}: no {head.auto} can be built from config.json ({first_line(error)}).") from error
 
 

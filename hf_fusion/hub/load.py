@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import Adapter, Expert, ExpertInfo
+from hf_fusion.extras import refuse_missing
 from hf_fusion.hub.adapters import fit_problems, placed, read_adapter
 from hf_fusion.hub.files import (
     IMAGE_FILES,
@@ -249,6 +250,7 @@ class _Loader:
                 **options,
             )
         except Exception as error:  # transformers raises every kind; each is about this one checkpoint
+            refuse_missing(error, source.name)
             logger.debug("loading %s", source.name, exc_info=True)
             raise FusionError(f"{source.name} cannot be loaded as {head.auto}: {first_line(error)}") from error
 
@@ -383,6 +385,7 @@ def processor_of(source: Source, code: bool) -> Any:
     try:
         return auto.from_pretrained(_folder(source), trust_remote_code=code, local_files_only=True)
     except Exception as error:  # as for models: whatever it is, it is about this expert
+        refuse_missing(error, source.name)
         raise FusionError(f"The processor of {source.name} cannot be loaded: {first_line(error)}") from error
 
 

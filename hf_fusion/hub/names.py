@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from hf_fusion.errors import FusionError
+from hf_fusion.extras import refuse_missing
 from hf_fusion.hub.files import first_line, quiet_transformers
 from hf_fusion.hub.heads import architectures
 
@@ -61,8 +62,10 @@ def _promised(text: str, name: str, tensors: int) -> Promised:
         with torch.device("meta"), quiet_transformers():
             return Promised(own._from_config(config), config)
     except FusionError as error:
+        refuse_missing(error, name)
         return Promised(why=error.message)
     except Exception as error:  # a stranger's config may fail in any way
+        refuse_missing(error, name)
         return Promised(why=f"{name}: its model cannot be built from config.json ({first_line(error)})")
 
 

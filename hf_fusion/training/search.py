@@ -12,6 +12,7 @@ import torch
 
 from ..errors import FusionError
 from ..experts import Adapter, Expert
+from ..extras import refuse_missing
 from ..hub.load import load_experts
 from ..merging.methods.lora import lora
 from ..recipe import Recipe, RecipeExpert
@@ -76,8 +77,9 @@ def search_weights(
     """
     try:
         from scipy.optimize import minimize
-    except ImportError:
-        raise FusionError("the search over weights needs scipy, which is not installed", "pip install scipy") from None
+    except ImportError as error:
+        refuse_missing(error, "the search over weights", extra="bench")
+        raise
     found: list[tuple[float, float, list[float]]] = []
 
     def tried(point: Any) -> float:

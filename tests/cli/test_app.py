@@ -164,7 +164,7 @@ def test_every_kind_of_exception_becomes_words_and_a_next_step():
         FusionError("it is so", "do this"): "it is so",
         ValueError("bad\nworse"): "bad\nworse",
         missing: "x.csv: No such file or directory",
-        ModuleNotFoundError("No module named 'mlxtend'", name="mlxtend"): "fit needs mlxtend, which is not installed",
+        ModuleNotFoundError("No module named 'no_such'", name="no_such"): "fit needs no_such, which is not installed",
         KeyError("x"): "unexpected KeyError: 'x'",
         RuntimeError(): "unexpected RuntimeError: RuntimeError",
     }.items():

@@ -9,16 +9,10 @@ For air-gapped work, tests and the demo::
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from hf_fusion.extras import need
 
-from hf_fusion.errors import FusionError
+need("hub", "the embedded Hub")
 
-_missing = [name for name in ("fastapi", "uvicorn", "dulwich", "markdown_it", "nh3") if find_spec(name) is None]
-if _missing:
-    raise FusionError(
-        f"the embedded Hub needs {', '.join(_missing)}, which is not installed", hint="pip install 'hf_fusion[hub]'"
-    )
-
-from .service import HubServer, add_user, serve  # noqa: E402 - only importable once the check above passed
+from .service import HubServer, add_user, serve  # noqa: E402 - importable once that is known to be installed
 
 __all__ = ["HubServer", "add_user", "serve"]

