@@ -74,6 +74,7 @@ class Adapter:
         base: id or folder of the base model.
         base_revision: commit of the base, if the adapter records one.
         transposed: whether the base stores these weights as (d_in, d_out), as GPT-2's Conv1D does.
+        model_class: name of the class that it was trained on, if it records one.
     """
 
     lora: dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -81,6 +82,7 @@ class Adapter:
     base: str = ""
     base_revision: str | None = None
     transposed: bool = False
+    model_class: str = ""
 
 
 @dataclass

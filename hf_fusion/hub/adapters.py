@@ -8,7 +8,6 @@ What cannot be written as ``W + B @ A`` is refused by the name of the adapter an
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -112,7 +111,14 @@ def read_adapter(folder: str | Path, name: str, *, allow_pickle: bool = False) -
         base=str(config.get("base_model_name_or_path") or ""),
         base_revision=config.get("revision") or None,
         transposed=bool(config.get("fan_in_fan_out")),
+        model_class=trained_class(config),
     )
+
+
+def trained_class(config: Mapping[str, Any]) -> str:
+    """Name of the class that an adapter was trained on, which PEFT records where no ``task_type`` was given."""
+    mapping = config.get("auto_mapping")
+    return str(mapping.get("base_model_class") or "") if isinstance(mapping, dict) else ""
 
 
 def _pair(
@@ -167,25 +173,6 @@ def _refuse_trained_biases(config: Mapping[str, Any], saved: Mapping[str, Any], 
 def _under(parameter: str, modules: tuple[str, ...]) -> bool:
     """Whether a parameter lies in one of the modules, each named by the end of its path."""
     return any(f".{module}." in f".{parameter}" for module in modules)
-
-
-def placed(adapter: Adapter, base: torch.nn.Module) -> Adapter:
-    """An adapter by its paths in a base, where those that it has are seen from a part of it (CLIP's vision tower).
-
-    Returns:
-        The same adapter where it fits as it is, or fits no part, or several.
-    """
-    if not fit_problems(adapter, base):
-        return adapter
-    first = next(iter(adapter.lora))
-    ends = [path.removesuffix(first) for path, _ in base.named_modules() if path.endswith(f".{first}")]
-    found = []
-    for start in ends:
-        lora = {start + path: pair for path, pair in adapter.lora.items()}
-        moved = dataclasses.replace(adapter, lora=lora, saved={start + key: own for key, own in adapter.saved.items()})
-        if not fit_problems(moved, base):
-            found.append(moved)
-    return found[0] if len(found) == 1 else adapter
 
 
 def fit_problems(adapter: Adapter, base: torch.nn.Module) -> list[str]:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import Adapter, Expert, ExpertInfo
 from hf_fusion.extras import refuse_missing
-from hf_fusion.hub.adapters import fit_problems, placed, read_adapter
+from hf_fusion.hub.adapters import fit_problems, read_adapter
 from hf_fusion.hub.files import (
     IMAGE_FILES,
     PROCESSOR_FILES,
@@ -41,6 +41,7 @@ from hf_fusion.hub.heads import (
     head_of_task,
     label_names,
 )
+from hf_fusion.hub.placement import placed
 
 if TYPE_CHECKING:
     import torch

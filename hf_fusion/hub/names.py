@@ -7,7 +7,7 @@ rearranged. transformers renames what it loads; so do we, by the same tables, on
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -59,6 +59,7 @@ def _promised(text: str, name: str, tensors: int) -> Promised:
     try:
         config = native_config(content, name, tensors)
         own = model_class(content, config)
+        config = _config_for(own, config)
         with torch.device("meta"), quiet_transformers():
             return Promised(own._from_config(config), config)
     except FusionError as error:
@@ -86,6 +87,19 @@ def model_class(content: Mapping[str, Any], config: Any) -> Any:
     return own
 
 
+def _config_for(own: Any, config: Any) -> Any:
+    """The configuration that a class takes: the whole, or that of a part (of a CLIP for its vision tower).
+
+    Raises:
+        FusionError: it takes neither.
+    """
+    parts = [getattr(config, key, None) for key in getattr(config, "sub_configs", {})]
+    found = next((part for part in (config, *parts) if isinstance(part, own.config_class)), None)
+    if found is None:
+        raise FusionError(f"{own.__name__} is no class of {config.model_type}")
+    return found
+
+
 def loaded_names(model: Any, names: Iterable[str]) -> dict[str, str]:
     """Names in files -> names in the loaded model, as `from_pretrained` finds them.
 
@@ -96,21 +110,41 @@ def loaded_names(model: Any, names: Iterable[str]) -> dict[str, str]:
         model: of the checkpoint's class, on any device.
         names: of a checkpoint's tensors; those that the model does not have keep a name as well.
     """
+    return {name: loaded for name, loaded, _ in _loaded(model, names)}
+
+
+def used_names(model: Any, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Names in files -> the parameters and buffers that the loader fills from each, of those that it uses.
+
+    Args:
+        model: of the class that loads the checkpoint, on any device.
+        names: of a checkpoint's tensors.
+    """
+    known = model.state_dict()
+    return {
+        name: filled for name, loaded, made in _loaded(model, names) if known.keys() >= set(filled := made or (loaded,))
+    }
+
+
+def _loaded(model: Any, names: Iterable[str]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Each name in the files, its name in the loaded model, and what the loader makes of it with others, if it does."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    targets = {source: entry.target_patterns for entry in converters for source in entry.source_patterns}
     prefix, known = model.base_model_prefix, model.state_dict()
-    found = {}
-    for name in names:
+    for name in sorted(names, key=dot_natural_key):  # as the loader does: some renamings look at what came before
         loaded, converted = rename_source_key(name, renamings, converters, prefix, known)
         if loaded not in known and name in known:
             loaded, converted = rename_source_key(name, [], [], prefix, known)
-        if converted is not None:
-            bare, _ = rename_source_key(name, renamings, converters)
-            part, _ = rename_source_key(name, renamings, [])
-            loaded = part.removeprefix(f"{prefix}.") if len(loaded) < len(bare) else loaded.removesuffix(bare) + part
-        found[name] = loaded
-    return found
+        if converted is None:
+            yield name, loaded, ()
+            continue
+        made = tuple(loaded.replace(targets[converted][0], target) for target in targets[converted])
+        bare, _ = rename_source_key(name, renamings, converters)
+        part, _ = rename_source_key(name, renamings, [])
+        loaded = part.removeprefix(f"{prefix}.") if len(loaded) < len(bare) else loaded.removesuffix(bare) + part
+        yield name, loaded, made

@@ -13,7 +13,7 @@ import torch
 
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import Adapter
-from hf_fusion.hub.adapters import read_adapter, read_json
+from hf_fusion.hub.adapters import read_adapter, read_json, weights_of
 from hf_fusion.hub.files import (
     Source,
     download,
@@ -25,7 +25,9 @@ from hf_fusion.hub.files import (
     resolve,
     safe_files,
 )
-from hf_fusion.merging.checkpoint import Entry, Files, own_file, read_checkpoint
+from hf_fusion.hub.heads import label_names
+from hf_fusion.hub.placement import place_in_files
+from hf_fusion.merging.checkpoint import DTYPES, Entry, Files, own_file, read_checkpoint
 from hf_fusion.merging.tensors import InMemory, Reader, Stored
 
 if TYPE_CHECKING:
@@ -67,11 +69,10 @@ class Model:
 
     def reader(self, name: str, files: Files) -> Reader:
         """What reads one of its tensors."""
-        stored = Stored(self.entries[name], files)
         if self.adapter is None:
-            return stored
-        if name in self.adapter.saved:
-            return InMemory(self.adapter.saved[name])
+            return Stored(self.entries[name], files)
+        saved = self.adapter.saved.get(name)
+        stored = Stored(self.entries[name], files) if saved is None else InMemory(saved)
         pair = self.adapter.lora.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         return Adapted(stored, *pair, self.adapter.transposed) if pair else stored
 
@@ -196,22 +197,41 @@ def _adapted(source: Source, base: Model) -> Model:
     adapter = read_adapter(folder, source.name)
     adapter.base = base.name
     name = str(folder.resolve()) if source.is_local else f"{source.name}@{source.revision}"
-    for path, (a, b) in adapter.lora.items():
-        entry = base.entries.get(f"{path}.weight")
-        if entry is None:
-            raise FusionError(f"{source.name} adapts {path}, which {base.name} does not have")
+    placed = place_in_files(
+        adapter,
+        source.adapter,
+        base.config,
+        [own for own in base.entries if not base.module_of(own)],
+        called=source.name,
+        base=base.name,
+        labels=label_names(source.config),
+    )
+    entries = {own: base.entries[name] for own, name in placed.names.items()}
+    entries |= _saved_alone(placed.adapter, entries, folder)
+    for path, (a, b) in placed.adapter.lora.items():
+        entry = entries[f"{path}.weight"]
         if entry.shape not in ((b.shape[0], a.shape[1]), (a.shape[1], b.shape[0])):
             raise FusionError(
                 f"{source.name}: {path} is {list(entry.shape)} in {base.name}, the update is {[b.shape[0], a.shape[1]]}"
             )
-    for key in adapter.saved:
-        if key not in base.entries:
-            raise FusionError(f"{source.name} saves {key}, which {base.name} does not have")
     license_id = source.card.get("license")
     known = str(license_id).lower() if license_id else None
     modules = _modules(source)  # they were trained beside it, and replace the base's
-    entries, folders = base.entries | _named(modules), tuple(dict.fromkeys((*base.modules, *modules)))
-    return Model(name, folder, base.config, entries, known, adapter, base.folder, folders)
+    entries |= {own: entry for own, entry in base.entries.items() if base.module_of(own)} | _named(modules)
+    folders = tuple(dict.fromkeys((*base.modules, *modules)))
+    return Model(name, folder, placed.config, entries, known, placed.adapter, base.folder, folders)
+
+
+def _saved_alone(adapter: Adapter, known: Mapping[str, Entry], folder: Path) -> dict[str, Entry]:
+    """What an adapter saves that its base does not have, as tensors of the adapter's own file."""
+    file = weights_of(folder)
+    assert file is not None  # `_files` has seen to it
+    types = {f"torch.{name}": key for key, (name, _) in DTYPES.items()}
+    return {
+        name: Entry(name, types[str(tensor.dtype)], tuple(tensor.shape), file, 0)  # read from memory, not from there
+        for name, tensor in adapter.saved.items()
+        if name not in known
+    }
 
 
 # ---------------------------------------------------------------- one name for one tensor
