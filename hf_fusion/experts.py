@@ -123,6 +123,7 @@ class Expert:
         license: licence id of its card, if any.
         task: pipeline tag, if known.
         gates: the adapter's gates, or None where it has none.
+        generation: what an adapter's own ``generation_config.json`` says, or None where it has none.
     """
 
     name: str
@@ -134,3 +135,4 @@ class Expert:
     license: str | None = None
     task: str | None = None
     gates: Gates | None = None
+    generation: dict[str, Any] | None = None

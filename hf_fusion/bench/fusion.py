@@ -26,6 +26,7 @@ from hf_fusion.experts import Expert
 from hf_fusion.hub.load import load_experts
 from hf_fusion.models.foe import FoEModel
 from hf_fusion.models.foe.assembly_foe import GENERIC_LABEL, fuse_labels, normalise
+from hf_fusion.models.foe.options_foe import settings_of
 from hf_fusion.training.batches import read_examples
 from hf_fusion.training.fuser import fit_fuser, replay
 from hf_fusion.training.outputs import collect_outputs, input_columns, prepare
@@ -292,7 +293,7 @@ class _Speaker:
     def __init__(self, foe: Any, expert: int) -> None:
         backbone = foe.config.experts[expert]["backbone"]
         self.backbone, self.local = foe.backbones[backbone], foe._members(backbone).index(expert)
-        self.model = self.backbone.model
+        self.model, self.foe, self.expert = self.backbone.model, foe, expert
         self.config, self.forward = self.model.config, self.model.forward
 
     def __call__(self, **inputs: Any) -> Any:
@@ -301,7 +302,9 @@ class _Speaker:
     def generate(self, **inputs: Any) -> Any:
         """As the model's own."""
         self.backbone.groups.experts = [self.local]
-        return self.model.generate(**inputs)
+        settings = settings_of(self.foe.config, self.expert)
+        given = settings.update(**inputs)
+        return self.model.generate(**given, generation_config=settings)
 
 
 def by_length(rows: Dataset) -> Dataset:

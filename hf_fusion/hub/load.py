@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+GENERATION = "generation_config.json"
 LARGEST_HEAD = 100_000_000  # parameters that a base may lack, where it holds fewer itself
 
 
@@ -311,6 +312,7 @@ class _Loader:
             revision=source.revision,
             license=str(license_id).lower() if license_id else None,
             task=self.task or source.card.get("pipeline_tag") or default_task(type(model).__name__) or head.tasks[0],
+            generation=source.json(GENERATION) or None if adapter is not None else None,
         )
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_foe import FoEConfig
 from .experts_foe import AUTO_CLASSES, Backbone
+from .options_foe import generation_values
 from .processing_foe import FoEProcessor
 
 GENERIC_LABEL = re.compile(r"LABEL_\d+")
@@ -260,7 +261,7 @@ def plan_config(
         costs = [_parameters(expert) for expert in experts]
     if len(costs) != len(experts) or min(costs) <= 0:
         raise ValueError(f"costs must hold one positive number for each of the {len(experts)} experts, not {costs}")
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": expert.name,
             "revision": expert.revision,
@@ -276,7 +277,12 @@ def plan_config(
     config = FoEConfig(mode=mode, head=head, experts=rows, backbones=backbones, **fields)
     if generates[0]:
         processors = [_for_generation(processor, head) for processor in processors]
+        for row, expert in zip(rows, experts, strict=True):
+            row["generation"] = generation_values(models[row["backbone"]], getattr(expert, "generation", None))
         config.vocabularies = [len(processor) for processor in processors]
+        for model, plan in zip(models, backbones, strict=True):  # a model may have more rows than its tokenizer
+            size = model.config.get_text_config().vocab_size
+            config.vocabularies[plan["inputs"]] = max(config.vocabularies[plan["inputs"]], size)
         config.is_encoder_decoder = head == "seq2seq-lm"
         config.pad_token_id = processors[0].pad_token_id
         return config, models, FoEProcessor(processors, vocabularies=config.vocabularies)

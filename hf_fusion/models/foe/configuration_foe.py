@@ -19,7 +19,8 @@ class FoEConfig(PreTrainedConfig):
         head: what the experts are, one of `HEADS`.
         experts: one dict per expert: name, revision, license, task, labels (its own class names), label_map (fused
             class index of each of its classes, -1 for none), backbone (index into `backbones`), feature_size
-            (width of its embedding; None in "output") and cost (any positive unit; parameters by default).
+            (width of its embedding; None in "output") and cost (any positive unit; parameters by default). Of language
+            models also generation: its generation config, which may be edited here.
         backbones: one dict per transformer: config (of the inner model), inputs (index of the processor that feeds
             it), ranks (module path -> LoRA rank of each of its experts) and saved (module path -> head width of
             each of its experts). Full models have neither ranks nor saved.

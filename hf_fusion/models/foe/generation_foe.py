@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from .configuration_foe import FoEConfig
 from .experts_foe import pool_states, repeat_rows, take_rows
 from .modeling_foe import FoEModel
+from .options_foe import POSITIONAL, PROMPT, Arguments, changes_of, check_tokens, settings_of, shared_config
+from .outputs_foe import Part, combine
 
 
 class FoEForGeneration(FoEModel, GenerationMixin):
@@ -23,6 +27,26 @@ class FoEForGeneration(FoEModel, GenerationMixin):
     decode).
     """
 
+    config: FoEConfig
+    config_class = FoEConfig
+
+    def __init__(self, config: FoEConfig, models: Sequence[PreTrainedModel] | None = None) -> None:
+        super().__init__(config, models)
+        self.generation_config = shared_config(config)
+        for index, backbone in enumerate([] if models else self.backbones):  # they know no generation config yet
+            members = self._members(index)
+            own = settings_of(config, members[0]) if len(members) == 1 else GenerationConfig()
+            backbone.model.generation_config = own
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> FoEModel:
+        """As any model's."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        own: Any = model
+        own.generation_config = shared_config(own.config, own.generation_config)
+        return loaded
+
     def prompt_embeddings(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Embeddings of prompts by all experts (or by `features_from`), (B, Σd)."""
         source = self.config.features_from
@@ -32,7 +56,11 @@ class FoEForGeneration(FoEModel, GenerationMixin):
             if not members:
                 continue
             own = repeat_rows(self._inputs_of(backbone, inputs), len(members))
-            own = {name: own[name] for name in ("input_ids", "attention_mask") if name in own}
+            own = {name: own[name] for name in ("input_ids", "inputs_embeds", "attention_mask") if name in own}
+            if "inputs_embeds" in own:
+                if len(self.backbones) > 1:
+                    raise ValueError("inputs_embeds are of one model: pass choice=, the experts that they are for")
+                own.pop("input_ids", None)
             mask = own.get("attention_mask")
             module.groups.experts = [self._members(backbone).index(m) for m in members]
             encoder_decoder = self.config.is_encoder_decoder
@@ -68,7 +96,7 @@ class FoEForGeneration(FoEModel, GenerationMixin):
         Raises:
             ValueError: where the experts' tokenizers differ: there are then no common logits, only `generate()`.
         """
-        if len(self.config.vocabularies) > 1:
+        if len(self.config.vocabularies or []) > 1:
             raise ValueError("experts with different tokenizers have no common logits; use generate()")
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
         if choice is None:
@@ -102,41 +130,143 @@ class FoEForGeneration(FoEModel, GenerationMixin):
     def generate(
         self,
         inputs: torch.Tensor | None = None,
-        generation_config: Any = None,
-        choice: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        choice: torch.Tensor | Sequence[int] | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor:
-        """Lets the chosen expert generate for each prompt; takes what any model's `generate` takes.
+    ) -> Any:
+        """Lets the chosen expert generate for each prompt, by its own generation config, as its own `generate` does.
+
+        Takes what any model's `generate` takes, and each expert gets its rows of it. What a call says, or
+        ``model.generation_config`` where it was changed, goes before what the experts say. Experts generate one after
+        the other: functions and objects (logits processors, stopping criteria) meet the rows and the token ids of one
+        expert at a time, samples are drawn in this order, and `max_time` is for all of them together.
 
         Args:
+            inputs: (B, T) prompts.
+            generation_config: in place of single options.
+            args: as other models take them, in their order.
             choice: (B,) experts, to skip the choice.
+            kwargs: options, and inputs as the processor gives them. With several tokenizers what belongs to tokenizer
+                g ends in ``_g``, as in ``decoder_input_ids_1``.
 
         Returns:
-            Token ids (B, T), padded at the end. With several tokenizers, ids live in the concatenated vocabularies;
-            `FoEProcessor.batch_decode` reads them.
+            Token ids (B R, T), R = `num_return_sequences`, those of a prompt one after the other, padded at the end by
+            the padding token of the expert that wrote them. With several tokenizers, ids live in the concatenated
+            vocabularies; `FoEProcessor.batch_decode` reads them. With `return_dict_in_generate` an output of the
+            experts' class: scores are -inf for tokens that an expert does not have; caches, attentions and hidden
+            states are there where one expert wrote everything.
+
+        Raises:
+            ValueError: for what cannot be divided among several experts, by name.
         """
-        suffixes = tuple(f"_{index}" for index in range(1, len(self.config.vocabularies)))
-        names = [n for n in kwargs if n.endswith(suffixes) or n in ("input_ids", "attention_mask", "token_type_ids")]
-        given = {name: kwargs.pop(name) for name in names}
+        kwargs |= dict(zip(POSITIONAL, args, strict=False))
         if inputs is not None:
-            given["input_ids"] = inputs
-        choice = self.select(given) if choice is None else choice
-        rows_of, sequences = [], []
-        for expert in choice.unique().tolist():
+            kwargs["input_ids"] = inputs
+        known = GenerationConfig()
+        said = changes_of(self.config, generation_config)
+        said |= {name: kwargs.pop(name) for name in list(kwargs) if hasattr(known, name)}
+        check_tokens(self.config, said)
+        changes = {**changes_of(self.config, self.generation_config), **said}
+        prompts = [value for name, value in kwargs.items() if name.startswith(("input_ids", "inputs_embeds"))]
+        if choice is None:
+            if not prompts:
+                raise ValueError("without input_ids or inputs_embeds nobody can be chosen: pass choice=, the experts")
+            choice = self.select(kwargs)
+        choice = torch.as_tensor(choice, device=self.device).view(-1)
+        batch = len(prompts[0]) if prompts else len(choice)
+        if len(choice) != batch or not 0 <= int(choice.min()) <= int(choice.max()) < self.config.num_experts:
+            raise ValueError(f"choice must name one of {self.config.num_experts} experts for each of {batch} prompts")
+        arguments = Arguments(batch, kwargs)
+        experts = choice.unique().tolist()
+        settings = {expert: settings_of(self.config, expert) for expert in experts}
+        given = {expert: own.update(**changes) for expert, own in settings.items()}
+        self._check_divisible(settings, arguments)
+        parts, begin = [], time.monotonic()
+        for expert, own in settings.items():
+            if len(settings) > 1 and own.max_time is not None:
+                own.max_time = max(own.max_time - (time.monotonic() - begin), 0.0)
             rows = (choice == expert).nonzero()[:, 0]
             backbone, local = self._place(expert)
+            tokenizer = self.config.backbones[backbone]["inputs"]
+            mine = {**given[expert], **self._arguments_of(backbone, arguments, rows)}
             module: Any = self.backbones[backbone]
             module.groups.experts = [local]
-            own = take_rows(self._inputs_of(backbone, given), rows)
-            generated = module.model.generate(**own, generation_config=generation_config, **kwargs)
-            offset = sum(self.config.vocabularies[: self.config.backbones[backbone]["inputs"]])
-            rows_of.append(rows)
-            sequences.append(generated + offset)
-        length = max(sequence.shape[1] for sequence in sequences)
-        result = torch.full((len(choice), length), self.config.pad_token_id or 0, device=choice.device)
-        for rows, sequence in zip(rows_of, sequences, strict=True):
-            result[rows, : sequence.shape[1]] = sequence
-        return result
+            sizes = self.config.vocabularies or []
+            start = sum(sizes[:tokenizer])
+            if start and mine.get("streamer") is not None:
+                mine["streamer"] = ShiftedStreamer(mine["streamer"], start)
+            inner = module.model.generation_config  # fills in what is None, unless it is said to be None
+            mine |= {name: None for name in changes if changes[name] is None and getattr(inner, name, None) is not None}
+            output = module.model.generate(**mine, generation_config=own)
+            stop = start + sizes[tokenizer] if len(sizes) > 1 else None
+            beams, name = own.num_beams or 1, self.config.experts[expert]["name"]
+            parts.append(Part(name, rows, output, beams, self._pad_of(own, tokenizer), start, stop))
+        return combine(parts)
+
+    def _check_divisible(self, settings: Mapping[int, GenerationConfig], arguments: Arguments) -> None:
+        """Raises ValueError for what experts cannot do together; makes all of them return outputs if one does."""
+        names = [self.config.experts[expert]["name"] for expert in settings]
+        ways = "pass choice= with one expert for all prompts, or one prompt at a time"
+        if any(own.cache_implementation == "paged" for own in settings.values()):
+            raise ValueError("cache_implementation='paged' serves one model: call generate() of an expert")
+        if len(settings) < 2:
+            return
+        if arguments.alone:
+            raise ValueError(f"{arguments.alone[0]} cannot be divided between {' and '.join(names[:2])}: {ways}")
+        tokenizers = {self.config.backbones[self.config.experts[expert]["backbone"]]["inputs"] for expert in settings}
+        for name in ("tokenizer", "assistant_model") if len(tokenizers) > 1 else ():
+            if name in arguments.whole and not hasattr(arguments.whole[name], "processors"):
+                raise ValueError(f"{name} knows one tokenizer, {' and '.join(names[:2])} have their own: {ways}")
+        whole = any(own.return_dict_in_generate for own in settings.values())
+        for own in settings.values():
+            own.return_dict_in_generate = whole
+        for option in ("num_return_sequences", "num_beams") if whole else ("num_return_sequences",):
+            if len({getattr(own, option) or 1 for own in settings.values()}) > 1:
+                raise ValueError(f"{' and '.join(names[:2])} differ in {option}: pass {option}=")
+        for option in ("output_attentions", "output_hidden_states") if whole else ():
+            if any(getattr(own, option) for own in settings.values()):
+                raise ValueError(f"{option}: {' and '.join(names[:2])} have states of their own: {ways}")
+
+    def _arguments_of(self, backbone: int, arguments: Arguments, rows: torch.Tensor) -> dict[str, Any]:
+        """What one expert's `generate` is given besides options."""
+        tokenizer = self.config.backbones[backbone]["inputs"]
+        mine = {**arguments.whole}
+        if (by_row := mine.get("prefix_allowed_tokens_fn")) is not None:
+            numbers = rows.tolist()
+            mine["prefix_allowed_tokens_fn"] = lambda row, ids: by_row(numbers[row], ids)
+        if hasattr(mine.get("tokenizer"), "processors"):
+            mine["tokenizer"] = mine["tokenizer"].processors[tokenizer]
+        taken = arguments.take(rows)
+        suffixes = tuple(f"_{index}" for index in range(1, len(self.config.vocabularies or [])))
+        for name in taken if tokenizer else ():
+            unnamed = name not in PROMPT and not name.endswith(suffixes)
+            if unnamed and f"{name}_{tokenizer}" not in taken:
+                raise ValueError(f"{name} is for the first tokenizer: pass {name}_{tokenizer} too")
+        return {**mine, **(self._inputs_of(backbone, taken) if taken else {})}
+
+    def _pad_of(self, settings: GenerationConfig, tokenizer: int) -> int:
+        """The token that fills up what an expert wrote, as its own `generate` fills it up."""
+        if settings.pad_token_id is not None:
+            return int(settings.pad_token_id)
+        end = settings.eos_token_id
+        end = end[0] if isinstance(end, list) else end
+        return int(end if end is not None else (self.config.pad_token_id or 0) if not tokenizer else 0)
+
+
+class ShiftedStreamer:
+    """Hands a streamer the ids of the fused vocabulary."""
+
+    def __init__(self, streamer: Any, start: int) -> None:
+        self.streamer, self.start = streamer, start
+
+    def put(self, value: torch.Tensor) -> None:
+        """Token ids of the expert's own tokenizer."""
+        self.streamer.put(value + self.start)
+
+    def end(self) -> None:
+        """The end of the text."""
+        self.streamer.end()
 
 
 __all__ = ["FoEForGeneration"]

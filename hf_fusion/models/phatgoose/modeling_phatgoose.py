@@ -31,8 +31,9 @@ from .assembly_phatgoose import (
 )
 from .configuration_phatgoose import PhatgooseConfig
 from .export_phatgoose import save_merged_adapter
+from .generation_phatgoose import agreed_generation, say_generation
 from .recipe_phatgoose import push_options, without_paths, write_recipe
-from .reference_phatgoose import load_by_reference
+from .reference_phatgoose import generation_of, load_by_reference
 from .routing_phatgoose import RoutedHead, RoutedLinears, Routing
 from .summary_phatgoose import Summary, described
 from .trace_phatgoose import PhatgooseTrace
@@ -139,6 +140,7 @@ class PhatgooseRouter(PreTrainedModel):
         tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
         router: Any = family(config, copy.deepcopy(model, tensors))
         router.add_experts(experts)
+        say_generation(router, agreed_generation(experts))
         router._processor = experts[0].processor
         return router.eval()
 
@@ -400,6 +402,8 @@ class PhatgooseRouter(PreTrainedModel):
         model, info = loaded
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"{pretrained_model_name_or_path} lacks {len(missing)} weights, first {missing[0]}")
+        if source is None and model.can_generate():
+            model.generation_config = generation_of(pretrained_model_name_or_path, hub) or model.generation_config
         model._source = (str(pretrained_model_name_or_path), hub)
         return (model, info) if wants_info else model
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+from transformers import GenerationConfig
 from transformers.utils.hub import cached_file
 
 from .assembly_phatgoose import AUTO_CLASSES
@@ -36,4 +37,12 @@ def load_by_reference(
     return {**rest, "config": config, "state_dict": state, "dtype": dtype}
 
 
-__all__ = ["load_by_reference"]
+def generation_of(name: Any, hub: dict[str, Any]) -> GenerationConfig | None:
+    """The generation config in the repo, which lies there whole; None where there is none."""
+    try:
+        return GenerationConfig.from_pretrained(name, **hub)
+    except OSError:
+        return None
+
+
+__all__ = ["generation_of", "load_by_reference"]

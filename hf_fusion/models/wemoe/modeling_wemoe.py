@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from .assembly_wemoe import AUTO_CLASSES, with_arguments_of
 from .build_wemoe import Plan, check_options, make_plan
 from .configuration_wemoe import LOW_RANK, WEMoEConfig
+from .generation_wemoe import agreed_generation, say_generation
 from .heads_wemoe import activate_heads, fill_heads, install_heads, name_classes, with_one_head
 from .linears_wemoe import UpscaledLinear
 from .recipe_wemoe import push_options, without_paths, write_recipe
@@ -120,6 +121,7 @@ class WEMoEModel(PreTrainedModel):
         model: Any = family(plan.config, plan.backbone)
         model._fill(plan)
         model._processor = plan.processor
+        say_generation(model, agreed_generation(experts))
         return model.eval()
 
     check_options = staticmethod(check_options)
@@ -456,17 +458,19 @@ class WEMoEForGeneration(WEMoEModel, GenerationMixin):
             self.backbone.generation_config = value
 
     @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self, inputs: torch.Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """As the dense model's `generate()`: caches, beams, sampling, streaming; routed by the prompts."""
         shared = self.shared
         given = next((v for v in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None), None)
-        generation = kwargs.get("generation_config") or self.generation_config
-        if kwargs.get("prefill_chunk_size") or getattr(generation, "prefill_chunk_size", None):
+        said = (kwargs, *(vars(each) for each in (generation_config, self.generation_config) if each is not None))
+        if any(each.get("prefill_chunk_size") for each in said):
             raise ValueError("a prompt read in chunks cannot be routed as a whole: leave prefill_chunk_size out")
         self._begin()
         shared.prompts = None if given is None else (given.shape[0], given.shape[1])
         try:
-            return self.backbone.generate(inputs, *args, **kwargs)
+            return self.backbone.generate(inputs, generation_config, *args, **kwargs)
         finally:
             shared.prompts = None
 

@@ -1,0 +1,115 @@
+"""What the chosen experts generated, put together row by row as if one model had generated it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+BY_SEQUENCE = ("sequences", "sequences_scores", "beam_indices")
+BY_STEP = ("scores", "logits")
+
+
+@dataclass
+class Part:
+    """What one expert generated for its prompts.
+
+    Attributes:
+        name: of the expert.
+        rows: (n,) its prompts.
+        output: of its `generate()`.
+        beams: of each prompt; 1 without beam search.
+        pad: its padding token.
+        start: where its tokenizer's vocabulary begins in the fused one; stop: where it ends, None where it is alone.
+    """
+
+    name: str
+    rows: torch.Tensor
+    output: Any
+    beams: int
+    pad: int
+    start: int
+    stop: int | None
+
+    def places(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Where a tensor's rows belong in the whole: those of a prompt, its beams or sequences, lie together."""
+        each = tensor.shape[0] // len(self.rows)
+        rows = self.rows.to(tensor.device)
+        return (rows[:, None] * each + torch.arange(each, device=tensor.device)).flatten()
+
+
+def combine(parts: Sequence[Part]) -> Any:
+    """One output of all experts' outputs.
+
+    Returns:
+        Token ids (B R, T), R the sequences returned for each prompt; or an output of the experts' own class.
+    """
+    if torch.is_tensor(parts[0].output):
+        return _sequences([part.output for part in parts], parts)
+    found = {name: [part.output[name] for part in parts] for name in parts[0].output}
+    result: dict[str, Any] = {}
+    for field in fields(parts[0].output):
+        values = found.get(field.name)
+        if values is None or any(value is None for value in values):
+            continue
+        if field.name == "sequences":
+            result[field.name] = _sequences(values, parts)
+        elif field.name == "beam_indices":
+            result[field.name] = _rows([_beams(*pair) for pair in zip(values, parts, strict=True)], parts, lambda _: -1)
+        elif field.name == "sequences_scores":
+            result[field.name] = _rows([value[:, None] for value in values], parts, lambda _: 0)[:, 0]
+        elif field.name in BY_STEP:
+            result[field.name] = _steps(values, parts)
+        elif len(parts) == 1:  # caches and states have each model's own shapes
+            result[field.name] = values[0]
+    return type(parts[0].output)(**result)
+
+
+def _sequences(values: Sequence[torch.Tensor], parts: Sequence[Part]) -> torch.Tensor:
+    shifted = [value + part.start for value, part in zip(values, parts, strict=True)]
+    return _rows(shifted, parts, lambda part: part.pad + part.start)
+
+
+def _rows(values: Sequence[torch.Tensor], parts: Sequence[Part], fill: Callable[[Part], int]) -> torch.Tensor:
+    """Tensors (n, T) as one, each row where it belongs, its end filled up."""
+    width = max(value.shape[1] for value in values)
+    result = values[0].new_zeros(sum(len(value) for value in values), width)
+    for value, part in zip(values, parts, strict=True):
+        value = value.to(result.device)
+        places = part.places(value)
+        result[places] = fill(part)
+        result[places, : value.shape[1]] = value
+    return result
+
+
+def _beams(indices: torch.Tensor, part: Part) -> torch.Tensor:
+    """Beam indices (n R, T), which count an expert's own beams, as those of the whole batch; -1 stays."""
+    rows = part.rows.to(indices.device)[indices.clamp(min=0) // part.beams]
+    return torch.where(indices < 0, indices, rows * part.beams + indices % part.beams)
+
+
+def _steps(values: Sequence[Sequence[torch.Tensor]], parts: Sequence[Part]) -> tuple[torch.Tensor, ...]:
+    """Scores of each step, (rows, fused vocabulary): -inf for tokens that an expert does not have.
+
+    At a step that an expert did not take any more its padding token has 0, as it has in the sequences.
+    """
+    widths = [value[0].shape[1] if value else 0 for value in values]
+    ends = [part.stop or part.start + width for part, width in zip(parts, widths, strict=True)]
+    rows = sum(len(value[0]) for value in values)
+    steps = []
+    for step in range(max(map(len, values))):
+        whole = values[0][0].new_full((rows, max(ends)), float("-inf"))
+        for value, part in zip(values, parts, strict=True):
+            places = part.places(value[0]).to(whole.device)
+            if step < len(value):
+                own = value[step].to(whole.device)[:, : None if part.stop is None else part.stop - part.start]
+                whole[places, part.start : part.start + own.shape[1]] = own
+            else:
+                whole[places, part.pad + part.start] = 0
+        steps.append(whole)
+    return tuple(steps)
+
+
+__all__ = ["Part", "combine"]
