@@ -134,6 +134,8 @@ def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
             "seconds": round(taken.seconds, 1),
         }
         out.table(rows, "Inputs", aside=True)
+        if planned.unchecked:
+            out.warning(f"whether the merged model loads was not checked: {planned.unchecked}")
         out.dict(facts if out.mode != "json" else {**facts, "inputs": rows})
         return
     with tqdm(unit="B", unit_scale=True, desc="Merging", disable=not out.watched) as bar:
@@ -149,6 +151,8 @@ def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
     if not is_main():
         return
     write_card(report.folder)
+    if report.unchecked:
+        out.warning(f"whether the merged model loads was not checked: {report.unchecked}")
     error = report.error if isinstance(report, AdapterReport) else None
     out.result(
         "Merged",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -48,12 +48,14 @@ class Account:
         missing: parameters that no tensor fills.
         unexpected: tensors that the model does not use.
         mismatched: one line per parameter whose tensor has another shape.
+        sizes: of those parameters, by name: the tensor's shape, and the one that was promised.
     """
 
     model: Any
     missing: frozenset[str]
     unexpected: frozenset[str]
     mismatched: tuple[str, ...]
+    sizes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
 
 
 class Accounts:
@@ -163,10 +165,14 @@ def account(config: PretrainedConfig, head: Head, shapes: Shapes, name: str) -> 
     Raises:
         FusionError: naming the expert, if no such model can be built.
     """
+    return account_as(type(meta_model(config, head, name)), config, shapes)
+
+
+def account_as(model_class: Any, config: PretrainedConfig, shapes: Shapes) -> Account:
+    """Load tensors of these names and shapes into a model of a class, without their values."""
     import torch
 
     state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    model_class = type(meta_model(config, head, name))
     with quiet_transformers():
         model, info = model_class.from_pretrained(
             None,
@@ -177,5 +183,6 @@ def account(config: PretrainedConfig, head: Head, shapes: Shapes, name: str) -> 
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    mismatched = sorted(f"{key} is {[*found]}, not {[*expected]}" for key, found, expected in info["mismatched_keys"])
-    return Account(model, frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]), tuple(mismatched))
+    sizes = {key: (tuple(found), tuple(expected)) for key, found, expected in sorted(info["mismatched_keys"])}
+    mismatched = tuple(f"{key} is {[*found]}, not {[*expected]}" for key, (found, expected) in sizes.items())
+    return Account(model, frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]), mismatched, sizes)

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,11 @@ import torch
 
 from hf_fusion.errors import FusionError
 from hf_fusion.folders import replace_folder
-from hf_fusion.hub.adapters import weights_of
+from hf_fusion.hub.adapters import read_json, weights_of
+from hf_fusion.merging.checkpoint import read_checkpoint
 from hf_fusion.merging.engine import device_of, digest_of, write_tensors
 from hf_fusion.merging.methods import method_named
+from hf_fusion.merging.outcome import MERGED, check_loads, fitted_config, shapes_of
 from hf_fusion.merging.output import SHARD_BYTES, disk_full_named, output_folder, place_of, staging, write_index
 from hf_fusion.merging.plan import Plan, check_recipe, plan
 from hf_fusion.merging.processes import Processes
@@ -40,6 +42,7 @@ class MergeReport:
         tensors: how many it has.
         nbytes: bytes of its weights.
         seconds: of the merge itself, reading and writing included.
+        unchecked: why transformers' loader could not be asked whether the merged model loads; "" where it was.
     """
 
     folder: Path
@@ -47,6 +50,7 @@ class MergeReport:
     tensors: int
     nbytes: int
     seconds: float
+    unchecked: str = field(default="", kw_only=True)
 
 
 def merge(
@@ -64,6 +68,8 @@ def merge(
     Values pass through memory in chunks; no model is ever held. The same recipe with the same inputs gives the same
     bytes, whatever the number of threads. Files appear in the folder when all of them are whole; a run that was killed
     goes on with its unfinished shards when it is run again. Under `accelerate launch` the processes share the shards.
+    Before anything is written, and again before it appears, transformers' loader is asked whether the merged tensors
+    fill the model that their ``config.json`` promises.
 
     Args:
         recipe: of a static method, see `hf_fusion.merging.methods.MERGE_METHODS`. One that merges adapters into one
@@ -126,18 +132,20 @@ def merge(
                 if processes.is_main:
                     write_index(place, shards)
                     write_small(planned, place)
+                    _check_written(planned, place)
                     replace_folder(place, folder)
     finally:
         planned.files.close()
         torch.set_num_threads(before)
-    return MergeReport(folder, planned.recipe, len(planned.targets), total, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    return MergeReport(folder, planned.recipe, len(planned.targets), total, seconds, unchecked=planned.unchecked)
 
 
 def plan_merge(recipe: Recipe, api: HfApi | None = None) -> Plan:
     """Opens a recipe's models, fetching what is not here, and decides what becomes of every tensor.
 
     Raises:
-        FusionError: naming what cannot be opened or merged.
+        FusionError: naming what cannot be opened or merged, or why the merged model would not load.
     """
     method = method_named(recipe.method)
     if method.merges == "adapters":
@@ -152,6 +160,9 @@ def plan_merge(recipe: Recipe, api: HfApi | None = None) -> Plan:
     else:
         planned = plan(recipe, base, opened, read_vocabulary(recipe, base, opened, api))
     planned.recipe = _pinned(planned)
+    shapes = shapes_of(planned.specs)
+    planned.config = fitted_config(planned.config, shapes, [planned.first, *planned.experts])
+    planned.unchecked = check_loads(planned.config, shapes, planned.first)
     return planned
 
 
@@ -182,6 +193,15 @@ def write_small(planned: Plan, place: Path) -> None:
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_bytes(raw)
     planned.recipe.save(place / RECIPE_FILE)
+
+
+def _check_written(planned: Plan, place: Path) -> None:
+    """Asks once more whether the model loads, now from what lies on the disk."""
+    written = read_checkpoint(place, MERGED)
+    wanted = {(spec.name, spec.dtype, spec.shape) for spec in planned.specs if not spec.folder}
+    if {(entry.name, entry.dtype, entry.shape) for entry in written.values()} != wanted:
+        raise FusionError(f"{place} does not hold what was merged", "merge again: another process wrote there")
+    check_loads(read_json(place / "config.json", MERGED), shapes_of(written.values()), planned.first)
 
 
 def cores() -> int:

@@ -47,6 +47,7 @@ class Plan:
         dropped: tensors of experts that have no place in the merged model, as a table.
         config: content of the merged model's ``config.json``.
         vocabulary: the merged model's tokens, where the recipe asks for others than the first model's.
+        unchecked: why transformers' loader could not be asked whether it loads; "" where it was.
     """
 
     recipe: Recipe
@@ -58,6 +59,12 @@ class Plan:
     dropped: list[Mismatch]
     config: dict[str, Any]
     vocabulary: Vocabulary | None = None
+    unchecked: str = ""
+
+    @property
+    def specs(self) -> list[Spec]:
+        """Names, types and sizes of the merged tensors."""
+        return [target.spec for target in self.targets]
 
     @property
     def first(self) -> Model:

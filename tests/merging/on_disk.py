@@ -121,7 +121,7 @@ def started_quickly() -> multiprocessing.context.BaseContext:
     """Starts processes that have imported what a merge needs already."""
     context = multiprocessing.get_context("forkserver")
     # all that this file imports; itself it is not on the path of that process
-    context.set_forkserver_preload(["hf_fusion.merging.merge", "safetensors.torch", "huggingface_hub", "pytest"])
+    context.set_forkserver_preload(["hf_fusion.merging.merge", "transformers.modeling_utils", "pytest"])
     return context
 
 

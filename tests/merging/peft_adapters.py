@@ -1,0 +1,90 @@
+"""Small models and PEFT's own adapters of them, saved by PEFT: what merges must agree with."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+IDS = torch.tensor([[1, 5, 9, 38, 2, 7]])
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
+
+
+def save_llama(folder: Path, seed: int = 0, vocabulary: int = 40, tied: bool = False, **options: Any) -> Path:
+    torch.manual_seed(seed)
+    config = LlamaConfig(**SIZES, vocab_size=vocabulary, tie_word_embeddings=tied, pad_token_id=0, **options)
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_bert(folder: Path, labels: tuple[str, ...] = ("no", "yes"), seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    BertForSequenceClassification(BertConfig(**SIZES, vocab_size=40, **names)).save_pretrained(folder)
+    return folder
+
+
+def save_adapter(
+    folder: Path, base: Path, seed: int, rows: int | None = None, labels: tuple[str, ...] = (), **options: Any
+) -> PeftModel:
+    """A random adapter as PEFT saves it, and the model that PEFT makes of it.
+
+    Args:
+        folder: for the adapter.
+        base: its base's folder.
+        seed: of its values.
+        rows: that the base's embeddings are resized to before.
+        labels: of a head of its own, named in a ``config.json`` beside the adapter.
+        options: of `LoraConfig`.
+    """
+    if labels:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base, num_labels=len(labels), ignore_mismatched_sizes=True
+        )
+        options = {"task_type": "SEQ_CLS", "target_modules": ["query"], **options}
+    else:
+        model = AutoModelForCausalLM.from_pretrained(base)
+        options = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"], **options}
+    if rows:
+        torch.manual_seed(9)  # new rows are the same for all adapters of one base
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about tied weights: what becomes of them is tested
+        made = get_peft_model(model, LoraConfig(r=2, lora_alpha=3, **options))
+        torch.manual_seed(seed)
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.3)
+        made.save_pretrained(folder)
+    (folder / "README.md").unlink()
+    if labels:
+        (folder / "config.json").write_text(json.dumps({"id2label": dict(enumerate(labels))}))
+    return made.eval()
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel | PeftModel) -> torch.Tensor:
+    return model(input_ids=IDS).logits
+
+
+def loaded(folder: Path, auto: Any = AutoModelForCausalLM) -> PreTrainedModel:
+    """A folder's model; every tensor must have its place, and every place its tensor."""
+    model, info = auto.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    return model.eval()
