@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.errors import FusionError
+from hf_fusion.merging.layers import sliced_config
 from hf_fusion.merging.sources import Model
 
 if TYPE_CHECKING:
     from hf_fusion.merging.vocabulary import Vocabulary
-
-LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def merged_config(
@@ -29,20 +27,12 @@ def merged_config(
         vocabulary: the merged one; None: the model's own.
 
     Raises:
-        FusionError: the configuration does not tell its number of layers.
+        FusionError: the configuration cannot say what each of the layers is.
     """
-    config = dict(model.config)
+    config = dict(model.config) if layers is None else sliced_config(model, layers)
     if dtype:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
-    if layers is not None:
-        key, count = _layers(model)
-        config[key] = len(layers)
-        config |= {
-            key: [_of_layer(giver, key, number) for giver, number in layers]
-            for key, value in config.items()
-            if "layer" in key and isinstance(value, list) and len(value) == count
-        }
     if vocabulary is not None:
         config = with_tokens(_with_rows(config, vocabulary.rows), vocabulary.number_of)
     return config
@@ -80,19 +70,3 @@ def _with_rows(config: dict[str, Any], rows: int) -> dict[str, Any]:
     if isinstance(config.get("text_config"), dict):
         config = config | {"text_config": _with_rows(config["text_config"], rows)}
     return config
-
-
-def _layers(model: Model) -> tuple[str, int]:
-    """The key that tells a model's number of layers, and that number."""
-    for key in LAYER_KEYS:
-        if type(model.config.get(key)) is int:
-            return key, model.config[key]
-    raise FusionError(f"{model.name}: config.json does not tell its number of layers")
-
-
-def _of_layer(model: Model, key: str, number: int) -> Any:
-    """What a model's configuration says of one of its layers."""
-    values = model.config.get(key)
-    if not isinstance(values, list) or len(values) != _layers(model)[1]:
-        raise FusionError(f"{model.name}: config.json has no {key} of each of its layers, which the first model's has")
-    return values[number]
