@@ -148,7 +148,7 @@ def _merge(make: Callable[[], tuple[Tensors, Any]], spec: Spec, shard: Shard) ->
     most = torch.finfo(getattr(torch, DTYPES[spec.dtype][0])).max if spec.dtype in NARROW else None
     for start, values in merge_tensors(tensors, merged, spec.dtype):
         if not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):
-            raise _not_finite(tensors)
+            raise not_finite(tensors)
         if most is not None and max(map(abs, values.aminmax())) > most:
             raise FusionError(f"{spec.name} goes beyond {most:g}, the most that {spec.dtype} holds", "dtype: bfloat16")
         shard.write(spec.name, start, as_bytes(values, spec.dtype, scratch("raw", torch.uint8)))
@@ -161,7 +161,7 @@ def _copy(entry: Entry, name: str, shard: Shard, files: Files) -> None:
         shard.write(name, start, raw)
 
 
-def _not_finite(tensors: Tensors) -> FusionError:
+def not_finite(tensors: Tensors) -> FusionError:
     """Which of the inputs holds NaN or Inf; or none of them does."""
     for number, reader in enumerate([*([tensors.base] if tensors.base else []), *tensors.experts]):
         if not bool(tensors.whole(reader).isfinite().all()):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hf_fusion.errors import FusionError
+from hf_fusion.merging.engine import not_finite
 from hf_fusion.merging.methods import method_named
 from hf_fusion.merging.schema import arguments_at, check_setting
 from hf_fusion.merging.sources import depths
@@ -43,7 +44,7 @@ def merge_states(
         Name → merged tensor, float32, on the CPU. What is no float is the first model's.
 
     Raises:
-        FusionError: for an unknown method or parameter, and a value out of its range.
+        FusionError: for an unknown method or parameter, a value out of its range, and what merges to NaN or Inf.
         ValueError: what the method says of a tensor.
     """
     row = method_named(method)
@@ -69,6 +70,8 @@ def merge_states(
         values = torch.empty(tensors.numel)
         for begin, part in merge_tensors(tensors, row.function(tensors, **arguments)):
             values[begin : begin + len(part)] = part
+        if not bool(values.isfinite().all()):
+            raise not_finite(tensors)
         merged[name] = values.view(tensors.shape)
     return merged
 

@@ -14,8 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_fusion.merging.tensors import Chunk, Merged, Tensors, Values, scratch, stacked
+from hf_fusion.merging.tensors import EXACT, Chunk, Merged, Tensors, Values, magnitudes, scratch, stacked
 from hf_fusion.merging.thresholds import Threshold, Trim, largest
+
+FINE = 15 / 16
+"""Above this drop rate 16 random bits are too few: of 1 - rate they would be off by more than 1e-4."""
+
+CANCELLED = 1e-6
+"""Weights whose sum is this share of the sum of their magnitudes cancel out, but for the rounding of float32."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +103,15 @@ def middle(tensors: Tensors, density: Sequence[float], gamma: Sequence[float]) -
 
 def dropped(tensors: Tensors, drop_rate: Sequence[float], rescale: str) -> Sparse:
     """Entries that were not dropped at random."""
-    # bytes are drawn twice as fast, and tell rates of so many 256ths exactly
-    drawn_as, full = (np.uint8, 1 << 8) if all(rate * 256 % 1 == 0 for rate in drop_rate) else (np.uint16, 1 << 16)
-    limits = [round(rate * full) for rate in drop_rate]  # what is below is dropped
+    # the narrowest numbers that tell all rates are drawn fastest: bytes tell 256ths exactly, and of a rate near 1 the
+    # few entries that are left must be as many as they grow by
+    drawn_as: type[np.unsignedinteger[Any]] = np.uint16
+    if all(rate * 256 % 1 == 0 for rate in drop_rate):
+        drawn_as = np.uint8
+    elif any(FINE < rate < 1 for rate in drop_rate):
+        drawn_as = np.uint32
+    full = 1 << 8 * np.dtype(drawn_as).itemsize
+    limits = [min(round(rate * full), full - (rate < 1)) for rate in drop_rate]  # what is below is dropped
 
     def sparse(chunk: Chunk) -> torch.Tensor:
         deltas = chunk.deltas()
@@ -107,7 +119,7 @@ def dropped(tensors: Tensors, drop_rate: Sequence[float], rescale: str) -> Spars
             np.multiply(own, drawn >= limit, out=own)
         return deltas
 
-    if rescale == "rate":
+    if rescale == "rate":  # of a rate of 1 nothing is left to grow
         return Sparse(sparse, [1 / (1 - rate) if rate < 1 else 1.0 for rate in drop_rate])
     return rescaled(tensors, sparse, rescale)
 
@@ -118,7 +130,8 @@ def pruned(tensors: Tensors, density: Sequence[float], epsilon: Sequence[float],
         keeps_all = share == 1 and reach == 0
         if not keeps_all and not (share - reach > 0 and share + reach < 1):
             raise ValueError(f"density {share} less and more epsilon {reach} must lie between 0 and 1")
-    full = 1 << 16  # chances in what is drawn: whole numbers below it
+    # chances in what is drawn, whole numbers below this, and so are they: an entry grows by as much as it is rare
+    full = 1 << 16
     ends = [(full * (share - reach), full * (share + reach)) for share, reach in zip(density, epsilon)]
     chances_of = (_chances_in_row if rank == "row" else _chances_in_tensor)(tensors, ends)
 
@@ -154,7 +167,7 @@ def _chances_in_tensor(tensors: Tensors, ends: Ends) -> Callable[[Chunk, torch.T
     before = counts.cumsum(1) - counts
     ranks = (before + (counts - 1) / 2) / max(1, tensors.numel - 1)  # from 0 to 1; those of a bin share theirs
     low, high = torch.tensor(ends, dtype=torch.float64).T[..., None]
-    tables = (low + (high - low) * ranks).float()
+    tables = (low + (high - low) * ranks).ceil_().float()
 
     def chances(chunk: Chunk, deltas: torch.Tensor) -> torch.Tensor:
         out = stacked("chances", *deltas.shape)
@@ -168,7 +181,7 @@ def _chances_in_tensor(tensors: Tensors, ends: Ends) -> Callable[[Chunk, torch.T
 def _chances_in_row(tensors: Tensors, ends: Ends) -> Callable[[Chunk, torch.Tensor], torch.Tensor]:
     """By rank among the entries of a row, exactly, (K, size); a vector is one row."""
     width = max(1, math.prod(tensors.shape[1:]) if len(tensors.shape) > 1 else tensors.numel)
-    steps = torch.stack([torch.linspace(low, high, width) for low, high in ends])
+    steps = torch.stack([torch.linspace(low, high, width, dtype=torch.float64).ceil_().float() for low, high in ends])
 
     def chances(chunk: Chunk, _: torch.Tensor) -> torch.Tensor:
         first, last = chunk.start // width, -(-(chunk.start + chunk.size) // width)
@@ -186,10 +199,13 @@ def _chances_in_row(tensors: Tensors, ends: Ends) -> Callable[[Chunk, torch.Tens
 
 
 def rescaled(tensors: Tensors, sparse: Values, rescale: str) -> Sparse:
-    """What is left, to be multiplied up to the task vectors' former L1 "norm" where that is wanted."""
+    """What is left, to be multiplied up to the task vectors' former L1 "norm" where that is wanted.
+
+    Where either norm is below 1e-7 there is nothing to grow or to grow to, and what is left stays: as in mergekit.
+    """
     if rescale != "norm" or not tensors.numel:
         return Sparse(sparse, [1.0] * len(tensors))
-    norms = tensors.sums(lambda chunk: torch.stack([own(chunk).abs_().sum(1) for own in (Chunk.deltas, sparse)]))
+    norms = tensors.sums(lambda chunk: torch.stack([magnitudes(own(chunk)) for own in (Chunk.deltas, sparse)]))
     return Sparse(sparse, [float(a / b) if min(a, b) >= 1e-7 else 1.0 for a, b in norms.view(2, -1).T])
 
 
@@ -215,13 +231,17 @@ def elected(
     """θ0 + λ · the entries of the elected sign, their weighted mean or sum.
 
     Times the elected sign, the entries that agree are those above 0, and their sum is what lies that far from the base:
-    sums over the experts are products of a (size, K) matrix with a vector, and no mask is ever made.
+    sums over the experts are products of a (size, K) matrix with a vector, and no mask is ever made. The election is
+    in float64, which holds products of float32 exactly: what cancels out is 0 on every machine, and elects +.
+
+    Where the weights of the entries that agree cancel out, their sum is not divided; only negative weights can do that.
 
     Args:
         plain_sign: elects by the plain task vectors; else by the weighted.
     """
     weights = torch.tensor(weight)
     sizes = weights.abs() * torch.tensor(kept.rates)
+    votes = torch.ones(len(weight), dtype=torch.float64) if plain_sign else sizes.double()
     negative = [index for index, own in enumerate(weight) if own < 0]
     one = torch.ones(())
 
@@ -229,17 +249,30 @@ def elected(
         sign, total, below = (scratch(name)[: chunk.size] for name in ("sign", "total", "below"))
         entries = kept.entries(chunk)
         if plain_sign:
-            torch.sum(entries, 0, out=sign)
+            _sums(entries, votes, sign)
         for index in negative:
             entries[index].neg_()
         if not plain_sign:
-            torch.mv(entries.T, sizes, out=sign)
+            _sums(entries, votes, sign)
         torch.copysign(one, sign, out=sign)  # a sum of 0 elects +
         agreeing = entries.mul_(sign).clamp_(min=0)
         torch.mv(agreeing.T, sizes, out=total)
         if merge == "mean":
             torch.mv(agreeing.sign_().T, weights, out=below)
-            total.div_(below.add_(torch.eq(below, 0, out=scratch("none")[: chunk.size])))
+            none = torch.eq(below, 0, out=scratch("none")[: chunk.size])
+            if negative:  # 0 but for rounding
+                torch.mv(agreeing.T, weights.abs() * CANCELLED, out=none)
+                torch.le(below.abs(), none, out=none)
+                below.mul_(1 - none)
+            total.div_(below.add_(none))
         return torch.addcmul(chunk.base, total, sign, value=scaling, out=total)
 
     return merged
+
+
+def _sums(entries: torch.Tensor, votes: torch.Tensor, out: torch.Tensor) -> None:
+    """Σ_i votes_i entries_i, (K, size) float32 -> (size,), rounded to float32 only at the end."""
+    for first in range(0, len(out), EXACT):
+        part = slice(first, min(first + EXACT, len(out)))
+        exact = stacked("votes", len(votes), part.stop - first, EXACT, torch.float64).copy_(entries[:, part])
+        out[part].copy_(torch.mv(exact.T, votes))

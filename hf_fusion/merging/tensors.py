@@ -14,7 +14,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +28,12 @@ CHUNK = 1 << 18
 
 PIECE = 1 << 11
 """Elements that a sample takes from one place."""
+
+EXACT = 1 << 16
+"""Elements of each input that are in double precision at a time: few inputs of them fit into a core's cache."""
+
+STEEP = 8.0
+"""Numbers whose magnitudes have a larger sum multiply what float32 rounds off: such sums are made in float64."""
 
 WIDE, LINE, ROWS = 1 << 19, 1 << 12, 8
 """Where inputs stay in bfloat16: elements that are worked on and that are summed at a time, and most of such inputs."""
@@ -136,6 +142,23 @@ class Chunk:
             reader.read(self.start, own)
         return out.sub_(self.base)
 
+    def exact(self, deltas: bool) -> Iterator[torch.Tensor]:
+        """All experts' values in float64, some elements at a time, in order: for what decides something.
+
+        Args:
+            deltas: less the base's, a difference that float64 holds exactly where float32 would round it.
+
+        Yields:
+            (K, n), good until the next, which the caller may write into.
+        """
+        rows = [self.expert(index) for index in range(len(self.tensors))]
+        for first in range(0, self.size, EXACT):
+            part = slice(first, min(first + EXACT, self.size))
+            out = stacked("exact", len(rows), part.stop - first, EXACT, torch.float64)
+            for own, row in zip(out, rows, strict=True):
+                own.copy_(row[part])
+            yield out.sub_(self.base[part]) if deltas else out
+
     def statistic(self, index: int) -> torch.Tensor:
         """What was measured of an expert for these elements, in a tensor that the caller may write into."""
         measured = self.tensors.statistics[index]
@@ -231,32 +254,23 @@ class Tensors:
         return deltas.view(len(self), *self.shape)
 
     def sums(self, of: Callable[[Chunk], torch.Tensor]) -> torch.Tensor:
-        """The sum over all chunks of what a function makes of each, in float64."""
+        """The sum over all chunks of what a function makes of each, in float64.
+
+        A function that itself sums many elements does so in float64: see `Chunk.exact` and `magnitudes`.
+        """
         return sum((of(chunk).double() for chunk in self.chunks()), start=torch.zeros((), dtype=torch.float64))
 
     def gram(self, deltas: bool = True) -> torch.Tensor:
-        """Products of the experts with each other, (K, K) in float64.
+        """Products of the experts with each other, (K, K), multiplied and added up in float64.
 
         Args:
             deltas: of their differences from the base; else of their values.
         """
-        count = len(self)
-
-        def products(chunk: Chunk, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            rows = []
-            for index, reader in enumerate(self.experts):
-                row = scratch(f"delta {index}")[: chunk.size]
-                reader.read(chunk.start, row)  # to where the difference goes: fewer buffers stay in the core's cache
-                rows.append((row.sub_(chunk.base) if deltas else row).to(dtype))
-            return torch.stack([torch.dot(rows[i], rows[j]) for i in range(count) for j in range(i, count)])
-
-        upper = self.sums(products)
-        if not bool(upper.isfinite().all()):  # squares of huge values do not fit into float32
-            upper = self.sums(partial(products, dtype=torch.float64))
-        full = torch.zeros(count, count, dtype=torch.float64)
-        row, column = torch.triu_indices(count, count)
-        full[row, column] = full[column, row] = upper
-        return full
+        total = torch.zeros(len(self), len(self), dtype=torch.float64)
+        for chunk in self.chunks():
+            for part in chunk.exact(deltas):
+                total.addmm_(part, part.mT)
+        return (total + total.mT) / 2  # which of two equal products came first does not count
 
 
 class WholeModel:
@@ -321,6 +335,13 @@ class Combination:
 
     def __call__(self, chunk: Chunk) -> torch.Tensor:
         """The merged values of a chunk, (size,)."""
+        if is_steep(self.base if chunk.tensors.base else 0.0, *self.experts):
+            exact = torch.zeros(chunk.size, dtype=torch.float64)
+            for weight, reader in self._inputs(chunk.tensors):
+                values = scratch("one")[: chunk.size]
+                reader.read(chunk.start, values)
+                exact.add_(values.double(), alpha=weight)
+            return exact.float()
         # all inputs pass through one buffer: the core's cache holds it, and would not hold one of each
         total, values = scratch("total")[: chunk.size], scratch("one")[: chunk.size]
         is_first = True
@@ -344,6 +365,7 @@ class Combination:
         inputs = self._inputs(tensors)
         stored = [(weight, reader) for weight, reader in inputs if isinstance(reader, Stored) and reader.is_bfloat16]
         heard = any(torch.tensor(weight).bfloat16() for weight, _ in stored)  # or no number is left
+        heard = heard and not is_steep(*(weight for weight, _ in inputs))
         return self._rows(tensors, stored) if heard and len(stored) == len(inputs) <= ROWS else None
 
     @staticmethod
@@ -394,9 +416,19 @@ def scratch(name: str, dtype: torch.dtype = torch.float32, size: int = CHUNK) ->
     return buffers[name]
 
 
-def stacked(name: str, count: int, size: int) -> torch.Tensor:
-    """This thread's buffer of that name for so many rows of a chunk's size, (count, size)."""
-    return scratch(f"{name} of {count}", size=count * CHUNK)[: count * size].view(count, size)
+def stacked(name: str, count: int, size: int, most: int = CHUNK, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """This thread's buffer of that name for so many rows of at most a chunk's size, or of another, (count, size)."""
+    return scratch(f"{name} of {count}", dtype, count * most)[: count * size].view(count, size)
+
+
+def is_steep(*numbers: float) -> bool:
+    """Whether a sum of inputs, each times a number, cancels out more of them than float32 can lose: see `STEEP`."""
+    return sum(map(abs, numbers)) > STEEP
+
+
+def magnitudes(values: torch.Tensor) -> torch.Tensor:
+    """Sums of the magnitudes of rows, (K, n) float32 -> (K,) float64; what is given is overwritten."""
+    return values.abs_().sum(-1, dtype=torch.float64)
 
 
 def possible(name: str, values: torch.Tensor) -> torch.Tensor:

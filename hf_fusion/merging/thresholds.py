@@ -172,6 +172,7 @@ class Trim:
         self.limits = [threshold.value for threshold in thresholds]
         # everything above this is kept: the number just below the threshold
         self.below = [float(np.nextafter(np.float32(limit), np.float32(0))) for limit in self.limits]
+        self._is_none = [t.value == math.inf and not t.equal for t in thresholds]  # an infinite value is one to keep
         self._equal = [t.equal if ties == "exact" and t.equal < t.ties else None for t in thresholds]
         self.left = list(self._equal)
 
@@ -180,7 +181,7 @@ class Trim:
         if is_first:
             self.left = list(self._equal)
         for index, (own, limit, left) in enumerate(zip(values, self.limits, self.left, strict=True)):
-            if limit == math.inf:
+            if self._is_none[index]:
                 own.zero_()
             elif left == 0:  # none of those that equal the threshold is wanted any more
                 torch.ops.aten.hardshrink.out(own, limit, out=own)

@@ -10,7 +10,9 @@ import torch
 
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.merging.schema import arguments_at, check_setting
-from hf_fusion.merging.tensors import InMemory, Tensors, merge_tensors
+from hf_fusion.merging.tensors import STEEP, InMemory, Tensors, merge_tensors
+
+HALF_EPS = torch.finfo(torch.float32).eps / 2
 
 
 def merged(
@@ -48,6 +50,17 @@ def merged(
     flat = torch.cat([values for _, values in pieces]) if pieces else torch.empty(0)
     assert flat.dtype == torch.float32
     return flat.view(tensors.shape)
+
+
+def close(got: torch.Tensor, wanted: torch.Tensor, inputs: Sequence[torch.Tensor]) -> None:
+    """Equal but for what float32 rounds off in a sum of n inputs, each times a number.
+
+    Every number, every product and every sum is rounded by half an ε of itself: n + 1 times of any input on its way,
+    and the numbers' magnitudes add up to STEEP at most where sums are made in float32.
+    """
+    size = max(float(x.double().abs().max()) for x in [wanted, *inputs])
+    bound = (len(inputs) + 1) * HALF_EPS * STEEP * size
+    torch.testing.assert_close(got.double(), wanted.double(), rtol=0, atol=bound)
 
 
 def adversarial(experts: int) -> dict[str, tuple[torch.Tensor, list[torch.Tensor]]]:

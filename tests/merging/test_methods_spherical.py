@@ -6,15 +6,9 @@ import math
 
 import pytest
 import torch
-from in_memory import adversarial, merged, product
+from in_memory import adversarial, close, merged, product
 
 TWO, THREE = adversarial(2), adversarial(3)
-
-
-def close(got, wanted, inputs, tolerance=3e-6):
-    """Equal up to float32's precision of the inputs."""
-    size = max(float(x.double().abs().max()) for x in [wanted, *inputs])
-    torch.testing.assert_close(got.double(), wanted, rtol=0, atol=tolerance * size)
 
 
 def doubles(case):
@@ -103,7 +97,7 @@ def test_multislerp(case, with_base, weights):
     shares = [w / sum(weights) for w in weights]
     wanted = origin + multislerp([e - origin for e in experts], shares)
     got = merged("multislerp", TWO[case][0] if with_base else None, TWO[case][1], weight=weights)
-    close(got, wanted, [base, *experts], 1e-5)
+    close(got, wanted, [base, *experts])
 
 
 @pytest.mark.parametrize("case", THREE)
@@ -112,7 +106,7 @@ def test_multislerp_of_three_not_normalized(case):
     weights = [0.5, 0.9, 0.6]
     wanted = base + multislerp([e - base for e in experts], weights)
     got = merged("multislerp", *THREE[case], weight=weights, normalize=False)
-    close(got, wanted, [base, *experts], 1e-5)
+    close(got, wanted, [base, *experts])
 
 
 def test_multislerp_refuses_what_has_no_direction():
@@ -148,7 +142,7 @@ def karcher(vectors, steps, tol):
 @pytest.mark.parametrize("case", THREE)
 def test_karcher(case):
     _, experts = doubles(THREE[case])
-    close(merged("karcher", None, THREE[case][1]), karcher(experts, 10, 1e-5), experts, 1e-5)
+    close(merged("karcher", None, THREE[case][1]), karcher(experts, 10, 1e-5), experts)
 
 
 def test_karcher_is_where_the_angles_balance():
@@ -183,8 +177,8 @@ def stock(base, experts, average):
         cosine = sum(cosines) / len(cosines)
     else:
         cosine = math.cos(sum(map(math.acos, cosines)) / len(cosines))
-    count, below = len(experts), (len(experts) - 1) * cosine + 1
-    ratio = count * cosine / below if below > 1e-6 else 0.0
+    count, cosine = len(experts), max(0.0, cosine)
+    ratio = count * cosine / ((count - 1) * cosine + 1)
     return ratio * sum(experts) / count + (1 - ratio) * base, ratio
 
 
@@ -195,34 +189,39 @@ def test_model_stock(case, per, average):
     rows, ratios = zip(*(stock(first, others, average) for first, *others in groups), strict=True)
     wanted = unsliced(torch.stack(rows), base.shape, per)
     got = merged("model_stock", *THREE[case], per=per, average=average)
-    # a ratio far below 0 multiplies rounding
-    close(got, wanted, [base, *experts], 1e-5 * max(1, *map(abs, ratios), 1) ** 2)
+    assert all(0 <= ratio <= 1 for ratio in ratios)
+    close(got, wanted, [base, *experts])
 
 
 @pytest.mark.parametrize("case", TWO)
 def test_model_stock_of_two(case):
     base, experts = doubles(TWO[case])
-    close(merged("model_stock", *TWO[case]), stock(base, experts, "angle")[0], [base, *experts], 1e-5)
+    close(merged("model_stock", *TWO[case]), stock(base, experts, "angle")[0], [base, *experts])
 
 
 @pytest.mark.parametrize("case", TWO)
 def test_arcee_fusion(case):
     base, (expert, _) = doubles(TWO[case])
     rows = base.reshape(-1, base.shape[-1] if base.dim() else 1)
-    importance = []
+    importance, rounding = [], []
     for first, own in zip(rows, expert.reshape(rows.shape), strict=True):
         p, q = (torch.exp(v - v.max()) / torch.exp(v - v.max()).sum() + 1e-8 for v in (own, first))
-        importance.append((own - first).abs() * float((p * (p / q).log()).sum()))
-    importance = torch.stack(importance).reshape(base.shape)
+        terms = p * (p / q).log()
+        importance.append((own - first).abs() * float(terms.sum()))
+        # p, q, their ratio and its logarithm are rounded, each term and each sum
+        eps, most = torch.finfo(torch.float64).eps, float((p * (1 + (p / q).log().abs())).sum())
+        rounding.append((own - first).abs() * (len(terms) + 8) * eps * most)
+    importance, rounding = (torch.stack(rows).reshape(base.shape) for rows in (importance, rounding))
     ordered = sorted(importance.reshape(-1).tolist())
     lower, median, upper = (ordered[int(share * (len(ordered) - 1))] for share in (0.25, 0.5, 0.75))
     limit = median + 1.5 * (upper - lower)
     got = merged("arcee_fusion", TWO[case][0], TWO[case][1][:1]).double()
     wanted = torch.where(importance >= limit, expert, base)
-    # where float32 cannot tell on which side of the limit an importance lies, either is right
-    sure = (importance - limit).abs() > 1e-3 * abs(limit)
+    # where float64 cannot tell on which side of the limit an importance lies, either is right
+    sure = (importance - limit).abs() >= rounding + 4 * rounding.max()
     close(torch.where(sure, got, wanted), wanted, [base, expert])
-    assert sure.double().mean() > 0.9 or case in ("zeros", "one stayed", "one element", "a number", "tiny")
+    # KL of what differs by less than ε is rounding, and that of a row of one element
+    assert sure.double().mean() > 0.97 or case in ("one element", "a number", "tiny")
 
 
 WITH_BASE = {"nuslerp": 2, "multislerp": 3, "nearswap": 1, "model_stock": 2, "arcee_fusion": 1}

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import torch
 
 from hf_fusion.merging.schema import Range
-from hf_fusion.merging.tensors import Chunk, Merged, Tensors, WholeModel, scratch
+from hf_fusion.merging.tensors import Chunk, Merged, Tensors, WholeModel, magnitudes, scratch
 
 __all__ = ["emr"]
 
@@ -18,8 +18,8 @@ def emr(
     """θ0 + λ_i m_i ∘ τ: one task's model, out of what all tasks share (EMR-Merging, arXiv 2405.17461, algorithm 1).
 
     Elect: τ has the sign of Σ τ_j, and of the entries that have it the largest magnitude. Mask: m_i is 1 where τ_i has
-    the sign of τ. Rescale: λ_i = Σ |τ_i| / Σ |m_i ∘ τ|, over the whole model. Where Σ τ_j is 0, its sign counts as
-    negative, as in the released code and in fusion_bench.
+    the sign of τ. Rescale: λ_i = Σ |τ_i| / Σ |m_i ∘ τ|, over the whole model; 1 where m_i is 0 everywhere, and the
+    task's model is θ0. Where Σ τ_j is 0, its sign counts as negative, as in the released code and in fusion_bench.
 
     The method has a model for each task. One run writes one of them: run it once for each.
 
@@ -48,13 +48,14 @@ def emr(
 
 def _elected(chunk: Chunk) -> torch.Tensor:
     """τ: of the sign that the experts' differences have in sum, the farthest from 0: (size,)."""
-    total, high, low = (scratch(f"emr {name}")[: chunk.size].zero_() for name in ("total", "high", "low"))
+    elected, high, low = (scratch(f"emr {name}")[: chunk.size].zero_() for name in ("elected", "high", "low"))
+    total = scratch("emr total", torch.float64)[: chunk.size].zero_()  # whose sign decides
     for index in range(len(chunk.tensors)):
         delta = chunk.delta(index)
         total += delta
         torch.maximum(high, delta, out=high)
         torch.minimum(low, delta, out=low)
-    return torch.where(total > 0, high, low, out=total)
+    return torch.where(total > 0, high, low, out=elected)
 
 
 def _agrees(sign: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
@@ -72,8 +73,8 @@ def _rescalers(model: WholeModel, rescale: str) -> torch.Tensor:
         own, kept = [], []
         for index in range(count):
             delta = chunk.delta(index)
-            kept.append(torch.dot(_agrees(sign, delta), size))
-            own.append(delta.abs_().sum())
+            kept.append(magnitudes(_agrees(sign, delta).mul_(size)))
+            own.append(magnitudes(delta))
         return torch.stack([torch.stack(own), torch.stack(kept)])
 
     total = torch.zeros(2, count, dtype=torch.float64)

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from hf_fusion.merging.tensors import Chunk, Combination, Merged, Tensors
+from hf_fusion.merging.tensors import CHUNK, STEEP, Chunk, Combination, Merged, Tensors
 
 __all__ = ["Per", "arcee_fusion", "combination", "grams", "model_stock"]
 
@@ -22,8 +22,11 @@ def model_stock(tensors: Tensors, *, per: Per = "tensor", average: Literal["cosi
     """r θ̄ + (1 - r) θ0 with r = K cos α / ((K - 1) cos α + 1): the average of the experts, drawn towards their base.
 
     α is the angle between two task vectors. The farther apart they point, the less of them is kept: r falls from 1 at
-    cos α = 1 to 0 at a right angle, and below 0 where they point away from each other. Where they cancel out, the
-    denominator is 0 and the average is the base: so is what is merged. (Model Stock, arXiv 2403.19522, equation 6.)
+    cos α = 1 to 0 at a right angle. The paper interpolates between the average and the base, r in [0, 1], and has
+    cos α = ‖μ - θ0‖² / ‖θi - θ0‖², which is at least 0, μ being the centre that fine-tunes lie around: where task
+    vectors point away from each other that centre is the base, and so is what is merged. mergekit and fusion_bench go
+    on beyond the base there, without bound where the denominator is near 0. A task vector of 0 counts as being at
+    right angles to all others. (Model Stock, arXiv 2403.19522, equation 6.)
 
     Args:
         tensors: a base and two experts or more.
@@ -44,8 +47,8 @@ def model_stock(tensors: Tensors, *, per: Per = "tensor", average: Literal["cosi
     row, column = torch.triu_indices(count, count, offset=1)
     pairs = cosines[:, row, column]
     cosine = pairs.mean(1) if average == "cosine" else pairs.arccos().mean(1).cos()
-    below = (count - 1) * cosine + 1
-    ratio = torch.where(below < 1e-6, 0.0, count * cosine / below)  # (G,)
+    cosine = cosine.clamp(min=0)
+    ratio = count * cosine / ((count - 1) * cosine + 1)  # (G,)
     return combination(per, 1 - ratio, (ratio / count).expand(count, -1))
 
 
@@ -54,7 +57,8 @@ def arcee_fusion(tensors: Tensors) -> torch.Tensor:
 
     KL is the divergence KL(p + ε ‖ q + ε) of a row's softmax p from the base's q, with ε = 1e-8; a vector is one row.
     Quantiles are the values at ⌊q (n - 1)⌋ in ascending order. As in mergekit's ``arcee_fusion``, whose quantiles of
-    more than a million values are those of a million drawn at random: these are exact.
+    more than a million values are those of a million drawn at random: these are exact, and importance is in float64,
+    since p and q of a fine-tune are nearly equal. An expert that is the base has no importance anywhere and stays.
 
     Args:
         tensors: a base and one expert.
@@ -62,16 +66,20 @@ def arcee_fusion(tensors: Tensors) -> torch.Tensor:
     base, own = tensors.whole(tensors.the_base), tensors.whole(tensors.experts[0])
     if not tensors.numel:
         return base
-    p, q = (values.softmax(-1).add_(1e-8) for values in (own, base))
-    divergence = (p * p.div(q).log_()).sum(-1)
-    del p, q
-    delta = own.sub_(base)
-    importance = delta.abs().mul_(divergence.unsqueeze(-1) if tensors.shape else divergence)
+    width = (tensors.shape or (1,))[-1]
+    importance = torch.empty(tensors.numel // width, width, dtype=torch.float64)
+    step = max(1, CHUNK // width)
+    for parts in zip(importance.split(step), own.view(-1, width).split(step), base.view(-1, width).split(step)):
+        out, one, other = parts[0], parts[1].double(), parts[2].double()
+        p, q = (values.softmax(-1).add_(1e-8) for values in (one, other))
+        divergence = p.mul(p.div(q).log_()).sum(-1, keepdim=True)
+        torch.mul(one.sub_(other).abs_(), divergence, out=out)
     flat = importance.view(-1).numpy().copy()
     places = [math.floor(share * (len(flat) - 1)) for share in (0.25, 0.5, 0.75)]
     flat.partition(places)
     lower, median, upper = (float(flat[place]) for place in places)
-    return base.add_(delta.mul_(importance >= median + 1.5 * (upper - lower)))
+    kept = importance.view(tensors.shape) >= median + 1.5 * (upper - lower)
+    return base.add_(own.sub_(base).mul_(kept))
 
 
 def grams(tensors: Tensors, deltas: bool, per: Per) -> torch.Tensor:
@@ -90,11 +98,13 @@ def grams(tensors: Tensors, deltas: bool, per: Per) -> torch.Tensor:
     count = len(tensors)
     total = torch.zeros(_groups(tensors, per), count, count, dtype=torch.float64)
     for chunk in tensors.chunks():
-        group = _group(chunk, per)
-        rows = [(chunk.delta(i) if deltas else chunk.expert(i)).double() for i in range(count)]
-        for i in range(count):
-            for j in range(i, count):
-                total[:, i, j].index_add_(0, group, rows[i] * rows[j])
+        group, first = _group(chunk, per), 0
+        for part in chunk.exact(deltas):
+            places = group[first : first + part.shape[1]]
+            first += part.shape[1]
+            for i in range(count):
+                for j in range(i, count):
+                    total[:, i, j].index_add_(0, places, part[i] * part[j])
     return total.triu() + total.triu(1).mT
 
 
@@ -109,14 +119,17 @@ def combination(per: Per, base: torch.Tensor, experts: torch.Tensor) -> Merged:
     if per == "tensor":
         return Combination(float(base), experts[:, 0].tolist())
 
+    # as in `Combination`: where large numbers cancel out, float32 would show
+    dtype = torch.float64 if bool((experts.abs().sum(0) + base.abs() > STEEP).any()) else torch.float32
+
     def merged(chunk: Chunk) -> torch.Tensor:
         group = _group(chunk, per)
-        total = torch.zeros(chunk.size)
+        total = torch.zeros(chunk.size, dtype=dtype)
         if chunk.tensors.base is not None:
-            total.addcmul_(chunk.base, base.float()[group])
-        for index, numbers in enumerate(experts.float()):
-            total.addcmul_(chunk.expert(index), numbers[group])
-        return total
+            total.addcmul_(chunk.base.to(dtype), base.to(dtype)[group])
+        for index, numbers in enumerate(experts.to(dtype)):
+            total.addcmul_(chunk.expert(index).to(dtype), numbers[group])
+        return total.float()
 
     return merged
 

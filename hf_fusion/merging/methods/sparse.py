@@ -11,7 +11,7 @@ import torch
 
 from hf_fusion.merging.schema import EachNumber, Range
 from hf_fusion.merging.sparsity import Sparse, dropped, elected, middle, pruned, rescaled, summed, trimmed
-from hf_fusion.merging.tensors import Chunk, Merged, Tensors
+from hf_fusion.merging.tensors import Chunk, Merged, Tensors, stacked
 from hf_fusion.merging.thresholds import Trim, largest
 
 __all__ = [
@@ -264,30 +264,37 @@ def sce(tensors: Tensors, *, density: Annotated[float, Range(0, 1)] = 1.0) -> Me
     """Select, calculate, erase (Wan et al., 2024, arXiv 2408.07990).
 
     Kept are the elements in which the experts differ most; every task vector weighs by its mean square; entries against
-    the elected sign are erased.
+    the elected sign are erased. Where nothing is kept, all weigh alike; mergekit has them weigh alike already where the
+    mean squares add up to less than 1e-6, as those of many fine-tunes do.
 
     Args:
         tensors: a base and one expert or more.
         density: share of the elements with any variance that are kept (mergekit's select_topk).
     """
-    count = len(tensors)
+    count, ones = len(tensors), torch.ones(len(tensors), dtype=torch.float64)
 
-    def variance(chunk: Chunk) -> torch.Tensor:
-        deltas = chunk.deltas()
-        return deltas.sub_(deltas.mean(0)).square_().mean(0, keepdim=True)
+    def deviation(chunk: Chunk) -> torch.Tensor:
+        """The root of the variance, whose order it has: exactly 0 where all experts are equal, in range for all."""
+        found, first = stacked("deviation", 1, chunk.size), 0
+        for part in chunk.exact(deltas=True):
+            mean = torch.mv(part.mT, ones).div_(count)
+            squares = torch.mv(part.sub_(mean).square_().mT, ones)
+            found[0, first : first + len(squares)].copy_(squares.div_(count).sqrt_())
+            first += len(squares)
+        return found
 
     select: Trim | None = None
     if density < 1:
-        varied = int(tensors.sums(lambda chunk: torch.count_nonzero(variance(chunk))))
-        select = Trim(largest(tensors, [int(varied * density)], variance), "exact")
+        varied = int(tensors.sums(lambda chunk: torch.count_nonzero(deviation(chunk))))
+        select = Trim(largest(tensors, [int(varied * density)], deviation), "exact")
 
     def kept(chunk: Chunk) -> torch.Tensor:
         if select is None:
             return chunk.deltas()
-        selected = select(variance(chunk), chunk.number == 0).sign_()
+        selected = select(deviation(chunk), chunk.number == 0).sign_()
         return chunk.deltas().mul_(selected)
 
-    energy = (tensors.sums(lambda chunk: kept(chunk).square_().sum(1)) / tensors.numel).tolist()
+    energy = tensors.sums(lambda chunk: kept(chunk).double().square_().sum(1)).tolist() if tensors.numel else []
     total = sum(energy)
-    weight = [one / total for one in energy] if total >= 1e-6 else [1 / count] * count
+    weight = [one / total for one in energy] if total > 0 else [1 / count] * count
     return elected(tensors, rescaled(tensors, kept, "none"), weight, 1.0, "mean", plain_sign=True)

@@ -127,7 +127,8 @@ def wudi(
 
     The loss's gradient is 2 (τ Σ G_i - Σ τ_i G_i) with G_i = τ_iᵀτ_i / ‖τ_i‖²: rows of τ do not depend on each other,
     high matrices are optimized block by block, with one product a step. Adam is the released code's, β 0.9 and 0.999,
-    ε 1e-8. Experts that left a matrix as it was do not count (the released code divides by their norm).
+    ε 1e-8; in float64, since Adam takes steps of full size along what rounding leaves of a gradient that is 0.
+    Experts that left a matrix as it was do not count (the released code divides by their norm).
 
     Args:
         tensors: a base and one expert or more.
@@ -142,16 +143,15 @@ def wudi(
     shares = torch.where(norms > 0, 1 / norms, 0.0)[:, None, None].to(deltas.device)
     is_wide = deltas.rows < deltas.width
     if is_wide:  # G_i have more elements than τ_i: only their sum is kept
-        whole = tensors.whole_deltas().to(deltas.device)
-        scaled = whole * shares.sqrt().float()
+        whole = tensors.whole_deltas().to(deltas.device).double()
+        scaled = whole * shares.sqrt()
         total = scaled.view(-1, deltas.width).T @ scaled.view(-1, deltas.width)
     else:
-        grams = (deltas.grams() * shares).float()
+        grams = deltas.grams() * shares
         total = grams.sum(0)
 
     def optimized(block: torch.Tensor) -> torch.Tensor:
         """(K, rows, columns) -> (rows, columns)."""
-        block = block.float()
         wanted = torch.bmm(torch.bmm(block, scaled.mT), scaled) if is_wide else torch.bmm(block, grams)
         wanted, tau = wanted.sum(0), block.sum(0)
         mean, square, size = torch.zeros_like(tau), torch.zeros_like(tau), torch.empty_like(tau)
@@ -164,7 +164,7 @@ def wudi(
         return tau.mul_(scaling)
 
     if is_wide:  # all rows at once: each step would read the sum, which no cache holds, for every few of them
-        return tensors.whole(tensors.the_base).add_(optimized(whole).cpu())
+        return tensors.whole(tensors.the_base).add_(optimized(whole).float().cpu())
     return lambda chunk: deltas.moved(chunk, optimized)
 
 

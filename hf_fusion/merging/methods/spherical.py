@@ -6,7 +6,6 @@ other. So tensors are read twice, and are never whole.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -54,7 +53,7 @@ def nuslerp(tensors: Tensors, *, weight: EachNumber = (1.0,), per: Per = "tensor
     return combination(per, 1 - numbers.sum(0) if has_base else torch.zeros_like(cosine), numbers)
 
 
-def multislerp(tensors: Tensors, *, weight: EachNumber = (1.0,), normalize: bool = True) -> Merged:
+def multislerp(tensors: Tensors, *, weight: EachNumber = (1.0,), normalize: bool = True) -> Combination:
     """(Σ w_i ‖v_i‖) m / ‖m‖ with m = Σ w_i v_i / ‖v_i‖: the experts' weighted mean direction, in their mean length.
 
     v_i are the experts, or their task vectors if there is a base, to which the result is then added. This is all of
@@ -86,17 +85,7 @@ def multislerp(tensors: Tensors, *, weight: EachNumber = (1.0,), normalize: bool
         numbers = weights
     else:
         raise ValueError(f"the directions of {tensors.name} balance out under these weights: choose others")
-    if not has_base:
-        return Combination(0.0, numbers.tolist())
-    return lambda chunk: _moved(chunk, numbers.tolist())
-
-
-def _moved(chunk: Chunk, numbers: Sequence[float]) -> torch.Tensor:
-    """θ0 + Σ c_i τ_i, by the differences: a small one may be multiplied with a large number."""
-    total = torch.zeros(chunk.size)
-    for index, number in enumerate(numbers):
-        total.add_(chunk.delta(index), alpha=number)
-    return total.add_(chunk.base)
+    return Combination(1.0 - float(numbers.sum()) if has_base else 0.0, numbers.tolist())
 
 
 def karcher(

@@ -26,7 +26,8 @@ def fisher(
 ) -> Merged | Combination:
     """Σ w_i (F_i + ε) θ_i / Σ w_i (F_i + ε), element by element (Matena and Raffel, 2022, arXiv 2111.09832, eq. 4).
 
-    Tensors of which no Fisher information was measured are averaged by their weights.
+    Tensors of which no Fisher information was measured are averaged by their weights; so are elements of which all F_i
+    are far below ε. Sums are in float64, so that neither a large F_i nor a small ε leaves the range.
 
     Args:
         tensors: the experts, with the diagonal Fisher information of each.
@@ -44,16 +45,18 @@ def fisher(
     if any(m.reader.shape != tensors.shape for m in measured):
         raise ValueError(f"the Fisher information of {tensors.name} is not of {list(tensors.shape)}")
     norms = [m.norm + floor if normalize else 1.0 for m in measured]
-    least = min(norms)  # only ratios count: none of them leaves the range of fp32
-    factors = [w * least / norm for w, norm in zip(average, norms, strict=True)]
+    factors = [w / norm for w, norm in zip(average, norms, strict=True)]
 
     def merged(chunk: Chunk) -> torch.Tensor:
-        total, sums = (scratch(name)[: chunk.size].zero_() for name in ("total", "sums"))
+        total, sums, share, values = (
+            scratch(f"fisher {name}", torch.float64)[: chunk.size] for name in ("total", "sums", "share", "values")
+        )
+        total.zero_(), sums.zero_()
         for index, factor in enumerate(factors):
-            share = chunk.statistic(index).add_(floor).mul_(factor)
-            total.addcmul_(share, chunk.expert(index))
+            share.copy_(chunk.statistic(index)).add_(floor).mul_(factor)
+            total.addcmul_(share, values.copy_(chunk.expert(index)))
             sums.add_(share)
-        return total.div_(sums)
+        return total.div_(sums).float()
 
     return merged
 
