@@ -22,7 +22,7 @@ from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import Suite, UnseenSplit
 from hf_fusion.bench.systems import CLEAN, FIT, System, share_batches
 from hf_fusion.hub.load import load_experts
-from hf_fusion.models.foe.modeling_foe import Fuser
+from hf_fusion.models.foe.fuser_foe import Fuser
 from hf_fusion.training.batches import Examples
 from hf_fusion.training.fuser import train_fuser
 

@@ -62,6 +62,11 @@ class AdaptedLinear(nn.Module):
         ]
         self.even = len(set(ranks)) == 1
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's: some models look at its dtype."""
+        return self.linear.weight
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, ..., d_in) -> (N, ..., d_out), the N rows lying in equal groups, one expert each."""
         y = self.linear(x)

@@ -17,34 +17,18 @@ from transformers import initialization as init
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .assembly_foe import fill_adapters, plan_config
+from .backbones_foe import BackbonesMixin
 from .configuration_foe import FoEConfig
 from .ensemble_foe import LEAST_PROBABILITY, FixedFuser, check_ensemble, fused_logits
 from .experts_foe import AUTO_CLASSES, Backbone, pool_states, repeat_rows, take_rows
 from .frugal_foe import FrugalPolicy
+from .fuser_foe import Fuser
 from .processing_foe import FoEProcessor
 from .recipe_foe import push_options, without_paths, write_recipe
 from .summary_foe import Summary, described
 
 
-class Fuser(nn.Module):
-    """The MLP that fuses: experts' outputs (or embeddings) -> fused outputs (or one score per expert)."""
-
-    def __init__(self, inputs: int, hidden: Sequence[int], outputs: int, dropout: float) -> None:
-        super().__init__()
-        widths = [inputs, *hidden]
-        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
-        self.output = nn.Linear(widths[-1], outputs)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, inputs) -> (B, outputs)."""
-        features = features.to(self.output.weight.dtype)
-        for linear in self.hidden:
-            features = self.dropout(torch.relu(linear(features)))
-        return self.output(features)
-
-
-class FoEModel(PreTrainedModel):
+class FoEModel(BackbonesMixin, PreTrainedModel):
     """Experts and the fuser that makes one model of them.
 
     Build one with `from_experts`, fit it with `hf_fusion.fit_fuser`, load a published one with

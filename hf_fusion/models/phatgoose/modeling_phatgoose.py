@@ -29,6 +29,7 @@ from .assembly_phatgoose import (
     plan_profiles,
     readers_of,
 )
+from .backbone_phatgoose import BackboneMixin, with_arguments_of
 from .configuration_phatgoose import PhatgooseConfig
 from .export_phatgoose import save_merged_adapter
 from .generation_phatgoose import agreed_generation, say_generation
@@ -39,7 +40,7 @@ from .summary_phatgoose import Summary, described
 from .trace_phatgoose import PhatgooseTrace
 
 
-class PhatgooseRouter(PreTrainedModel):
+class PhatgooseRouter(BackboneMixin, PreTrainedModel):
     """A base and LoRA experts, among which every token is routed at every linear.
 
     Build one with `from_experts`, or load a published one with ``AutoModel.from_pretrained(id,
@@ -54,7 +55,6 @@ class PhatgooseRouter(PreTrainedModel):
     config_class = PhatgooseConfig
     base_model_prefix = ""
     _auto_class = "AutoModel"
-    supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     # Turns ids and folders into loaded experts with gates; absent in a published model's code.
     load_experts: ClassVar[Callable[..., list[Any]] | None] = None
@@ -73,6 +73,7 @@ class PhatgooseRouter(PreTrainedModel):
         self._processor: Any = None
         self._source: tuple[str, dict[str, Any]] | None = None
         self.main_input_name = backbone.main_input_name
+        self.forward = with_arguments_of(backbone, self)  # type: ignore[method-assign]
         self._install(None)
         for path in readers_of(backbone, config.is_encoder_decoder):
             module = backbone.get_submodule(path)

@@ -13,6 +13,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .assembly_wemoe import AUTO_CLASSES, with_arguments_of
+from .backbone_wemoe import BackboneMixin
 from .build_wemoe import Plan, check_options, make_plan
 from .configuration_wemoe import LOW_RANK, WEMoEConfig
 from .generation_wemoe import agreed_generation, say_generation
@@ -24,7 +25,7 @@ from .samples_wemoe import first_unlike, samples_of
 from .summary_wemoe import Summary, described
 
 
-class WEMoEModel(PreTrainedModel):
+class WEMoEModel(BackboneMixin, PreTrainedModel):
     """A dense model some of whose linears are merged anew for every sample, from a base and K task vectors.
 
     Build one with `from_experts`, or load a published one with ``AutoModel.from_pretrained(id,
@@ -36,7 +37,6 @@ class WEMoEModel(PreTrainedModel):
     config_class = WEMoEConfig
     base_model_prefix = ""
     _auto_class = "AutoModel"
-    supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     # Turns ids, folders and models into loaded experts and their base; absent in a published model's code.
     load_experts: ClassVar[Callable[..., tuple[list[Any], Any]] | None] = None

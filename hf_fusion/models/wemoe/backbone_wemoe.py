@@ -1,0 +1,108 @@
+"""What transformers asks of any model, answered by the dense one: embeddings, their size, activation checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .linears_wemoe import UpscaledLinear
+from .routing_wemoe import Scope
+
+# What a layer that is computed again, for its gradients, has to find as it was; it is not traced again.
+OF_SCOPE = ("share", "rows", "pin", "decodes")
+OF_ALL = ("given", "prompt_mask", "prompts", "batch_reduce", "top_k", "gate_rank")
+
+
+class BackboneMixin:
+    """Embeddings are those of `self.backbone`, `self.config.backbone` follows them."""
+
+    supports_gradient_checkpointing = True
+
+    def get_input_embeddings(self: Any) -> nn.Module:
+        """The dense model's."""
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self: Any, value: nn.Module) -> None:
+        """Replaces the dense model's."""
+        self.backbone.set_input_embeddings(value)
+
+    def get_output_embeddings(self: Any) -> nn.Module | None:
+        """The dense model's; None where it has none."""
+        return self.backbone.get_output_embeddings()
+
+    def set_output_embeddings(self: Any, value: nn.Module) -> None:
+        """Replaces the dense model's."""
+        self.backbone.set_output_embeddings(value)
+
+    def resize_token_embeddings(
+        self: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """As the dense model's: what is up-scaled reads and writes hidden states, which keep their width.
+
+        Raises:
+            ValueError: for a model without tokens, and where the output of tokens is up-scaled.
+        """
+        if new_num_tokens is None and pad_to_multiple_of is None:
+            return self.get_input_embeddings()
+        name, embeddings, head = type(self).__name__, self.get_input_embeddings(), self.get_output_embeddings()
+        if not isinstance(embeddings, nn.Embedding):
+            raise ValueError(f"{name} reads {self.main_input_name}: it has no token embeddings to resize")
+        if isinstance(head, UpscaledLinear):
+            raise ValueError(f"{name}: the output of tokens is up-scaled; resize base and experts before fusing")
+        embeddings = self.backbone.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.config.backbone = with_vocabulary(self.config.backbone, self.backbone.config)
+        return embeddings
+
+    def _set_gradient_checkpointing(
+        self: Any, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
+    ) -> None:
+        scopes = list({id(unit.scope): unit.scope for unit in self.units}.values())
+        func = partial(_remembering, scopes, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, func, **kwargs)
+        if enable and self.main_input_name != "input_ids":  # transformers does it for tokens alone
+            self.enable_input_require_grads()
+
+
+def with_vocabulary(stored: dict[str, Any], config: Any) -> dict[str, Any]:
+    """A config as it is stored, with the vocabulary's size of the config that a model has now."""
+    text = config.get_text_config()
+    size = {text.attribute_map.get("vocab_size", "vocab_size"): text.vocab_size}
+    part = next((name for name, value in vars(config).items() if value is text), None)
+    return {**stored, **(size if part is None else {part: {**stored[part], **size}})}
+
+
+class _Layer:
+    """A layer's function, which finds the tokens and coefficients of its first call whenever it is called again."""
+
+    def __init__(self, scopes: Sequence[Scope], function: Callable[..., Any]) -> None:
+        self.function = function
+        self.states = [(vars(scope), OF_SCOPE) for scope in scopes] + [(vars(scopes[0].shared), OF_ALL)]
+        self.then: list[dict[str, Any]] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.then is None:
+            self.then = [{name: state[name] for name in names} for state, names in self.states]
+            self.then[-1]["trace"] = None
+            return self.function(*args, **kwargs)
+        pairs = [(state, then) for (state, _), then in zip(self.states, self.then, strict=True)]
+        now = [{name: state[name] for name in then} for state, then in pairs]
+        for state, then in pairs:
+            state.update(then)
+        try:
+            return self.function(*args, **kwargs)
+        finally:
+            for (state, _), before in zip(pairs, now, strict=True):
+                state.update(before)
+
+
+def _remembering(
+    scopes: Sequence[Scope], func: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    return func(_Layer(scopes, function), *args, **kwargs)
+
+
+__all__ = ["BackboneMixin"]
