@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.merging.layers import sliced_config
@@ -34,39 +34,32 @@ def merged_config(
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
     if vocabulary is not None:
-        config = with_tokens(_with_rows(config, vocabulary.rows), vocabulary.number_of)
+        found = vocabulary_config(config)
+        config = vocabulary.moved(config, "config.json")
+        if found is not None:
+            config = _with_rows(config, found["vocab_size"], vocabulary.rows)
     return config
+
+
+# where a configuration of several models keeps that of its text model
+_TEXT_PARTS = ("text_config", "language_config", "llm_config", "thinker_config", "decoder", "generator")
 
 
 def vocabulary_config(config: dict[str, Any]) -> dict[str, Any] | None:
     """The part of a configuration that tells ``vocab_size``: all of it, or that of its text model."""
-    for part in (config, config.get("text_config")):
-        if isinstance(part, dict) and type(part.get("vocab_size")) is int:
-            return part
-    return None
+    if type(config.get("vocab_size")) is int:
+        return config
+    parts = (config[key] for key in _TEXT_PARTS if isinstance(config.get(key), dict))
+    return next((found for part in parts if (found := vocabulary_config(part)) is not None), None)
 
 
-def with_tokens(config: dict[str, Any], token: Callable[[int], int | None]) -> dict[str, Any]:
-    """A configuration whose special tokens (``eos_token_id`` and the like) have other numbers."""
-
-    def renumbered(value: Any) -> Any:
-        if isinstance(value, list):
-            return [found for found in map(renumbered, value) if found is not None] or None
-        return token(value) if type(value) is int and value >= 0 else value
-
+def _with_rows(config: dict[str, Any], before: int, rows: int) -> dict[str, Any]:
+    """A configuration that says another number of tokens, wherever it says the present one."""
     return {
-        key: renumbered(value)
-        if key.endswith(("_token_id", "_token_ids"))
-        else with_tokens(value, token)
-        if key == "text_config"
+        key: _with_rows(value, before, rows)
+        if isinstance(value, dict) and key in _TEXT_PARTS
+        else rows
+        if key in ("vocab_size", "vocab_size_per_layer_input") and value == before
         else value
         for key, value in config.items()
     }
-
-
-def _with_rows(config: dict[str, Any], rows: int) -> dict[str, Any]:
-    if type(config.get("vocab_size")) is int:
-        config = config | {"vocab_size": rows}
-    if isinstance(config.get("text_config"), dict):
-        config = config | {"text_config": _with_rows(config["text_config"], rows)}
-    return config

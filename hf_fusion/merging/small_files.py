@@ -12,7 +12,6 @@ from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.manifests import MODULES, local_named_files, module_folders, read_content
 from hf_fusion.merging.chat_templates import with_template
 from hf_fusion.merging.checkpoint import own_file
-from hf_fusion.merging.configs import with_tokens
 from hf_fusion.merging.vocabulary import is_tokenizer_file
 
 if TYPE_CHECKING:
@@ -23,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 # what describes weights, or was measured of them, is not the merged model's
 _NOT_COPIED = ("adapter_config.json", "trainer_state.json", "results.json", "routing.json", "coefficients.json")
+# files beside config.json that name tokens by their numbers
+_WITH_TOKENS = ("generation_config.json", "processor_config.json", "preprocessor_config.json")
 # what sentence-transformers reads beside modules.json
 _SENTENCES = (MODULES, "config_sentence_transformers.json", "sentence_bert_config.json")
 
@@ -38,11 +39,10 @@ def merged_files(planned: Plan) -> dict[str, bytes]:
     files = _with_modules(files, planned)
     if planned.vocabulary is not None:
         files = {name: raw for name, raw in files.items() if not is_tokenizer_file(name)} | planned.vocabulary.files
-        if "generation_config.json" in files:
-            folder = first.folder if (first.folder / "generation_config.json").exists() else first.under or first.folder
-            own = read_json(folder / "generation_config.json", first.name)
-            moved = with_tokens(own, planned.vocabulary.number_of)
-            files["generation_config.json"] = (json.dumps(moved, indent=2) + "\n").encode()
+        for name in [name for name in _WITH_TOKENS if name in files]:
+            folder = first.folder if own_file(first.folder / name) else first.under or first.folder
+            moved = planned.vocabulary.moved(read_json(folder / name, first.name), name)
+            files[name] = (json.dumps(moved, indent=2, ensure_ascii=False) + "\n").encode()
     if planned.recipe.chat_template is not None:
         models = {model.name: model for model in [*([planned.base] if planned.base else []), *planned.experts]}
         files = with_template(files, planned.recipe.chat_template, models)

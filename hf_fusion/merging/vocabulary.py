@@ -27,6 +27,7 @@ from hf_fusion.merging.checkpoint import own_file
 from hf_fusion.merging.configs import vocabulary_config
 from hf_fusion.merging.sources import LAYER, Model
 from hf_fusion.merging.tensors import Reader
+from hf_fusion.merging.token_numbers import TokenNumbers, roles_of
 from hf_fusion.merging.unions import add_tokens, tokenizer_of, union
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Vocabulary:
     _own: dict[int, np.ndarray]  # id() of a model -> its row for each token, -1 where it lacks it
     _base: int | None
     _rules: list[_Rule]
-    _numbers: dict[int, int | None] | None  # the first model's tokens -> ours; None: they stay
+    _numbers: TokenNumbers | None  # from the first model's tokens to ours; None: they stay
     pinned: dict[str, str] = field(default_factory=dict)
     _tables: dict[tuple[int, ...], dict[int, Table]] = field(default_factory=dict)
 
@@ -88,9 +89,9 @@ class Vocabulary:
         """Whether a tensor of a model has a row for each of its tokens."""
         return _covers(model, name)
 
-    def number_of(self, token: int) -> int | None:
-        """What number a token of the first model has; None where it is gone."""
-        return token if self._numbers is None else self._numbers.get(token)
+    def moved(self, content: dict[str, Any], file: str) -> dict[str, Any]:
+        """A configuration of the first model with the numbers that its tokens have here; see `TokenNumbers.moved`."""
+        return content if self._numbers is None else self._numbers.moved(content, file)
 
     def reader(self, model: Model, readers: Mapping[int, Reader]) -> Reader:
         """A model's tensor with a row for each of the merged model's tokens.
@@ -196,13 +197,21 @@ def read_vocabulary(
     rows = -(-size // multiple) * multiple
     own = {key: _rows(merged, tokenizers[key].numbers, limits[key], size) for key in tokenizers}
     rules = [_rule(token, rule, merged, named, tokenizers, limits) for token, rule in tokens.items()]
+    files = _files(folder, given, is_new)
     moved = None
-    if folder != first.folder:
-        moved = {number: merged.get(token) for token, number in own_first.numbers.items()}
+    if folder != first.folder and merged != own_first.numbers:
+        roles: dict[str, int] = {}
+        for file in ("special_tokens_map.json", "tokenizer_config.json"):
+            if file in files:
+                roles |= roles_of(json.loads(files[file]), merged)
+        special = frozenset(token["id"] for token in own_first.content["added_tokens"])
+        tokens_of_first = {number: token for token, number in own_first.numbers.items()}
+        holder = vocabulary_config(first.config)
+        rows_of_first = holder["vocab_size"] if holder else limits[id(first)]
+        moved = TokenNumbers(tokens_of_first, special, merged, roles, rows_of_first, source)
     digest = hashlib.sha256(json.dumps([rows, _plain(rules, models)]).encode())
     for one in own.values():
         digest.update(one.tobytes())
-    files = _files(folder, given, is_new)
     return Vocabulary(rows, size, files, digest.hexdigest(), own, id(base) if base else None, rules, moved, pinned)
 
 

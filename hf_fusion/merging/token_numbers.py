@@ -1,0 +1,208 @@
+"""Token numbers in configurations, where the merged model has another tokenizer: each follows its token.
+
+What is a token is told by its key (``image_token_id``, ``suppress_tokens``) where that leaves no doubt; else
+(``pad_index``, ``im_start_id``) by its value: the number of a special or added token of the model's own tokenizer.
+Parts of a configuration with a vocabulary of another size, of an audio codec say, stay as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hf_fusion.errors import FusionError, shown
+
+logger = logging.getLogger(__name__)
+
+_SURE = re.compile(
+    r"(.*_)?tokens?_(id|ids|index|idx|indices)|(begin_)?suppress_tokens|bad_words_ids|force_words_ids|forced_decoder_ids"
+    r"|sequence_bias|(lang|task)_to_id"
+)
+_PERHAPS = re.compile(
+    r"(.*_)?(bos|eos|pad|sep|cls|mask|unk|bo[aiv]|eo[aiv]|im|img|image|video|audio|vision|newline|patch|slice|frame|start|end)"
+    r"_(id|ids|index|idx|token|tokens)"
+)
+# words of keys that count something else, or speak of another vocabulary
+_OTHERS = {
+    *(
+        "num",
+        "n",
+        "max",
+        "min",
+        "per",
+        "layer",
+        "layers",
+        "block",
+        "blocks",
+        "out",
+        "hidden",
+        "expert",
+        "experts",
+        "head",
+    ),
+    *("ignore", "label", "labels", "window", "attn", "codec", "codebook", "stream", "t2u", "tag", "subs"),
+}
+# what a tokenizer has one of each, whatever it is called there
+ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+_ROLE = re.compile(rf"({'|'.join(ROLES)})_(token_ids?|index)")
+# what generation prefers or avoids: without a token that is gone it is still right
+_OPTIONAL = re.compile(
+    r"(begin_)?suppress_tokens|bad_words_ids|force_words_ids|forced_.*|sequence_bias|.*_to_id|decoder_.*"
+)
+_OTHER_PARTS = re.compile(r".*(vision|audio|speech|image|vq|codec|depth|t2u).*|id2label|label2id|rope_.*")
+
+
+@dataclass(frozen=True)
+class TokenNumbers:
+    """From the first model's tokens to those of the merged model.
+
+    Attributes:
+        old: number -> token, of the first model's tokenizer.
+        special: numbers of its special and added tokens.
+        new: token -> number, of the merged model's.
+        roles: "eos" and the like -> number, of the merged model's; those that it has.
+        rows: of the first model's vocabulary, as its configuration says.
+        name: of the merged model's tokenizer, for errors.
+    """
+
+    old: Mapping[int, str]
+    special: frozenset[int]
+    new: Mapping[str, int]
+    roles: Mapping[str, int]
+    rows: int
+    name: str
+
+    def moved(self, content: Mapping[str, Any], file: str) -> dict[str, Any]:
+        """A configuration with the numbers that its tokens have in the merged model.
+
+        What generation only prefers or avoids is left out, with a warning, where its token is gone; ``eos_token_id``
+        and the like become the tokenizer's own.
+
+        Args:
+            content: of a JSON file.
+            file: its name, for errors.
+
+        Raises:
+            FusionError: another token that it names is gone, or is none.
+        """
+        return {key: self._entry(key, value, file) for key, value in content.items()}
+
+    def _entry(self, key: str, value: Any, file: str) -> Any:
+        if isinstance(value, Mapping) and not _SURE.fullmatch(key):
+            is_other = _OTHER_PARTS.fullmatch(key) or value.get("vocab_size", self.rows) != self.rows
+            return dict(value) if is_other else self.moved(value, f"{file}: {key}")
+        if not self._is_token(key, value):
+            return value
+        found = list(self._tokens(key, value))
+        lost = sorted({number for number in found if self._number(number) is None})
+        if not lost:
+            return self._renumbered(key, value)
+        told = ", ".join(shown(self.old.get(number, number)) for number in lost[:8])
+        role = _ROLE.fullmatch(key)
+        if not role and not _OPTIONAL.fullmatch(key) and not isinstance(value, list):
+            raise FusionError(
+                f"{file}: {key} is {told}, which the tokenizer {self.name} does not have",
+                f"keep it: tokenizer: {{source: …, tokens: {{{told}: {{source: a model that has it}}}}}}",
+            )
+        moved = self._renumbered(key, value)
+        if role and moved in (None, []):
+            moved = self.roles.get(role[1])
+        what = (
+            "left out" if moved is None or isinstance(moved, (list, dict)) else f"it is now {shown(self.token(moved))}"
+        )
+        logger.warning("%s: %s names %s, which the tokenizer %s does not have: %s", file, key, told, self.name, what)
+        return moved if moved != [] else None
+
+    def token(self, number: Any) -> Any:
+        """What the merged model calls a number."""
+        return next((token for token, own in self.new.items() if own == number), number)
+
+    def _is_token(self, key: str, value: Any) -> bool:
+        if _OTHERS & set(key.split("_")):
+            return False
+        if _SURE.fullmatch(key):
+            return True
+        numbers = value if isinstance(value, list) else [value]
+        return (
+            bool(_PERHAPS.fullmatch(key))
+            and bool(numbers)
+            and all(_is_number(n) and n in self.special for n in numbers)
+        )
+
+    def _number(self, number: int) -> int | None:
+        token = self.old.get(number)
+        return None if token is None else self.new.get(token)
+
+    def _tokens(self, key: str, value: Any) -> Iterator[int]:
+        """All numbers of tokens in a value."""
+        match value:
+            case Mapping():
+                yield from (number for number in value.values() if _is_number(number))
+            case list() if key == "forced_decoder_ids":  # positions and tokens
+                yield from (pair[1] for pair in _pairs(value) if _is_number(pair[1]))
+            case list() if key == "sequence_bias":  # sequences and biases
+                yield from (number for pair in _pairs(value) for number in self._tokens("", pair[0]))
+            case list():
+                yield from (number for inner in value for number in self._tokens("", inner))
+            case int() if _is_number(value):
+                yield value
+
+    def _renumbered(self, key: str, value: Any) -> Any:
+        """A value with other numbers; sequences of which one token is gone are left out as a whole."""
+        match value:
+            case Mapping():
+                moved = {name: self._number(number) if _is_number(number) else number for name, number in value.items()}
+                return {name: number for name, number in moved.items() if number is not None}
+            case list() if key == "forced_decoder_ids":
+                pairs = [[at, self._number(number) if _is_number(number) else number] for at, number in _pairs(value)]
+                return [
+                    pair
+                    for pair, (_, before) in zip(pairs, _pairs(value), strict=True)
+                    if pair[1] is not None or before is None
+                ]
+            case list() if key == "sequence_bias":
+                moved_pairs = ([self._whole(sequence), bias] for sequence, bias in _pairs(value))
+                return [pair for pair in moved_pairs if pair[0] is not None]
+            case list() if any(isinstance(inner, list) for inner in value):
+                return [moved for moved in map(self._nested, value) if moved]
+            case list():
+                return [moved for moved in (self._renumbered("", inner) for inner in value) if moved is not None]
+            case int() if _is_number(value):
+                return self._number(value)
+        return value
+
+    def _nested(self, value: Any) -> Any:
+        """A sequence, or alternatives of some."""
+        is_deeper = isinstance(value, list) and any(isinstance(inner, list) for inner in value)
+        return [moved for moved in map(self._nested, value) if moved] if is_deeper else self._whole(value)
+
+    def _whole(self, sequence: Any) -> list[Any] | None:
+        moved = [self._renumbered("", number) for number in sequence] if isinstance(sequence, list) else [None]
+        return None if None in moved else moved
+
+
+def roles_of(config: Mapping[str, Any], numbers: Mapping[str, int]) -> dict[str, int]:
+    """The numbers of a tokenizer's special tokens by their roles.
+
+    Args:
+        config: content of ``tokenizer_config.json`` or ``special_tokens_map.json``.
+        numbers: of all its tokens.
+    """
+    found = {}
+    for role in ROLES:
+        token = config.get(f"{role}_token")
+        token = token.get("content") if isinstance(token, Mapping) else token
+        if isinstance(token, str) and token in numbers:
+            found[role] = numbers[token]
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _pairs(value: Iterable[Any]) -> list[Any]:
+    return [pair for pair in value if isinstance(pair, list) and len(pair) == 2]
