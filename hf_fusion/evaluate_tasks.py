@@ -178,7 +178,7 @@ def evaluate_static(
     names: list[str] = []
     like: _Answers | None = None
     for kind, given in queue:  # which grows where an adapter tells its base
-        expert = _loaded(given, options)
+        expert = _loaded(given, options, base if kind == "expert" else None)
         answers = _Answers.of(expert)
         like = like or answers
         if kind == "expert":
@@ -220,10 +220,10 @@ class _Answers:
         return f"the classes {', '.join(self.labels[:6])}" if self.labels else f"the head of {self.head}"
 
 
-def _loaded(given: Any, options: Mapping[str, Any]) -> Expert:
-    """A model as it answers: an adapter in the weights of its base."""
+def _loaded(given: Any, options: Mapping[str, Any], start: Any = None) -> Expert:
+    """A model as it answers: an adapter in the weights of its base, the one before a plus, or what all start from."""
     base, name = parts_of(given) if isinstance(given, str) else ("", given)
-    [expert] = load_experts([name], base or None, gates=False, **options)
+    [expert] = load_experts([name], base or start, gates=False, **options)
     if expert.adapter is None:
         return expert
     return replace(expert, model=with_adapter(expert.model, expert.adapter, expert.labels))
@@ -251,7 +251,7 @@ def _inputs(batch: Mapping[str, Any], model: Any, owner: str, prompts: bool) -> 
 def _beside(model: Any, experts: Sequence[ExpertLike], base: Any) -> dict[str, System]:
     """The experts, each on its own task, and static merges of them."""
     start: Any = load_experts([base], gates=False)[0] if base is not None else None
-    loaded = load_experts(list(experts), base=start and start.model, gates=False)
+    loaded = load_experts(list(experts), base=start, gates=False)
     merge = CoefficientMerge(loaded, start and start.model, "layer", model.config.scaling).to(model.backbone.device)
     if merge.experts != model.experts:
         raise FusionError(f"the model is made of {model.experts}, not of {merge.experts}")

@@ -129,7 +129,7 @@ def fuse(
         if base is not None:
             trunk = task if task and not head_of_task(task).has_labels else None  # a base may lack its experts' head
             [parameters["base"]] = load_experts([base], task=trunk, gates=False, **how)
-            given, base = _named(base, parameters["base"]), parameters["base"].model
+            given, base = _named(base, parameters["base"]), parameters["base"]
     loaded = load_experts(sources, base=base, task=task, **how)
     with _explained():
         model = row.load()(loaded, **parameters)

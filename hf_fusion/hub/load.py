@@ -15,6 +15,7 @@ from hf_fusion.errors import FusionError
 from hf_fusion.experts import Adapter, Expert, ExpertInfo
 from hf_fusion.extras import refuse_missing
 from hf_fusion.hub.adapters import fit_problems, read_adapter
+from hf_fusion.hub.bases import Base, base_id, warn_of_other_bases
 from hf_fusion.hub.files import (
     IMAGE_FILES,
     PROCESSOR_FILES,
@@ -58,7 +59,7 @@ LARGEST_HEAD = 100_000_000  # parameters that a base may lack, where it holds fe
 
 def load_experts(
     experts: Sequence[ExpertLike],
-    base: str | Path | PreTrainedModel | None = None,
+    base: str | Path | PreTrainedModel | Expert | None = None,
     task: str | None = None,
     *,
     allow_pickle: bool = False,
@@ -72,7 +73,8 @@ def load_experts(
     Args:
         experts: each an ``owner/name@revision``, ``owner/name`` (its newest commit), a folder, an `ExpertInfo`,
             a loaded model or an `Expert`.
-        base: the base of all adapters, instead of the one each adapter records.
+        base: the base of all adapters, instead of the one each adapter records, which is not looked for then; a
+            warning tells where it is another one.
         task: pipeline tag that decides the model class; default is each checkpoint's own architecture.
             "feature-extraction" drops a head on purpose.
         allow_pickle: also read ``.bin`` weights where there are no safetensors.
@@ -97,14 +99,16 @@ class _Loader:
     def __init__(
         self,
         api: HfApi,
-        base: str | Path | PreTrainedModel | None,
+        base: str | Path | PreTrainedModel | Expert | None,
         task: str | None,
         allow_pickle: bool,
         trust_remote_code: bool,
         dtype: torch.dtype | str | None,
         gates: bool,
     ) -> None:
-        self.api, self.base, self.task, self.gates = api, base, task, gates
+        self.api, self.task, self.gates = api, task, gates
+        self.base = base.model if isinstance(base, Expert) else base
+        self.loaded_base = _loaded_base(base)
         self.allow_pickle, self.trust_remote_code = allow_pickle, trust_remote_code
         self.dtype = dtype or "auto"
 
@@ -113,6 +117,8 @@ class _Loader:
         ids = {i: _name_of(e) for i, e in enumerate(experts) if isinstance(e, (str, Path, ExpertInfo))}
         sources = dict(zip(ids, in_parallel(lambda name: resolve(name, self.api), ids.values()), strict=True))
         bases = self._resolve_bases(sources)
+        adapters = [(i, source) for i, source in sources.items() if source.is_adapter]
+        warn_of_other_bases((s, base_id(bases[i]) if i in bases else self.loaded_base) for i, s in adapters)
 
         # A base is downloaded whole for its adapters, only its processor for full experts that lack one.
         wanted = [(source, self._files(source)) for source in sources.values()]
@@ -298,11 +304,8 @@ class _Loader:
         if processor is None and base is not None:
             processor = processor_of(base, self._may_run_code(base))
         license_id = source.card.get("license")
-        if adapter is not None and base is not None:
-            adapter.base, adapter.base_revision = (
-                base.name if not base.is_local else str(base.folder),
-                base.revision,
-            )
+        if adapter is not None and (used := base_id(base) if base else self.loaded_base)[0]:
+            adapter.base, adapter.base_revision = used
         return Expert(
             name=source.name,
             model=model,
@@ -335,6 +338,16 @@ def refuse_code(name: str, config: dict[str, Any], *, agreed: bool, pinned: bool
 
 def _name_of(expert: str | Path | ExpertInfo) -> str | Path:
     return expert.pinned if isinstance(expert, ExpertInfo) else expert
+
+
+def _loaded_base(base: Any) -> Base:
+    """What a base in memory is recorded as: where it was loaded from; "" where that is unknown, and for any other."""
+    if not _is_model(base):
+        return "", None
+    if isinstance(base, Expert) and base.revision:
+        return base.name, base.revision
+    config = (base.model if isinstance(base, Expert) else base).config
+    return str(config.name_or_path or ""), getattr(config, "_commit_hash", None)
 
 
 def _is_model(base: object) -> bool:

@@ -177,6 +177,25 @@ def place_in_files(
     )
 
 
+def refuse_sizes(placed: Placed, shapes: Mapping[str, tuple[int, ...]], called: str, base: str) -> None:
+    """Raises where an adapter's update is not of the size of the tensor that it is for.
+
+    Args:
+        placed: the adapter.
+        shapes: of the base's tensors, by their names in its files.
+        called: what the error calls the adapter.
+        base: and its base.
+    """
+    for path, (a, b) in placed.adapter.lora.items():
+        name = placed.names.get(f"{path}.weight", "")  # "": on a head that the adapter brings, and that fits it
+        update = (b.shape[0], a.shape[1])
+        if name and tuple(shapes[name]) not in (update, update[::-1]):
+            raise FusionError(
+                f"{called}: {path} is {list(shapes[name])} in {base}, the update is {list(update)}",
+                "name the base that it was made from: base: owner/name, or owner/base+owner/adapter",
+            )
+
+
 def _under_its_head(
     adapter: Adapter,
     found: Mapping[str, str],

@@ -1,4 +1,4 @@
-"""Several LoRA adapters of one base as one adapter, which PEFT loads: no base is opened, no update is formed."""
+"""Several LoRA adapters of one base as one adapter, which PEFT loads: of a base no weights are read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from hf_fusion.errors import FusionError
 from hf_fusion.experts import Adapter
 from hf_fusion.folders import replace_folder
 from hf_fusion.hub.adapters import CONFIG, read_adapter
-from hf_fusion.hub.files import Source, download, in_parallel, pick_modules, pick_small, resolve
+from hf_fusion.hub.bases import base_id, warn_of_other_bases
+from hf_fusion.hub.files import Source, download, in_parallel, pick_modules, pick_small, resolve, safe_files
+from hf_fusion.hub.headers import Shapes, hub_shapes, local_shapes
+from hf_fusion.hub.placement import place_in_files, refuse_sizes
 from hf_fusion.merging.checkpoint import own_file
 from hf_fusion.merging.merge import MergeReport
 from hf_fusion.merging.methods.linear import shares
@@ -71,7 +74,8 @@ def merge_adapters(recipe: Recipe, folder: str | Path, *, api: HfApi | None = No
     must have it and the weights must sum to 1: that is θ0 + Σ w_i (θ_i - θ0), whatever the base has there.
 
     Args:
-        recipe: ``method: lora`` with adapters as experts. ``base`` names the base where it is not the one they record.
+        recipe: ``method: lora`` with adapters as experts. ``base`` names the base where it is not the one they record:
+            its shapes are then read, from headers alone.
             ``weight`` and ``rank`` may be given by module and layer like any static method's parameters. Weights
             are stored in single precision unless ``dtype`` says otherwise.
         folder: an earlier adapter in it is replaced.
@@ -102,7 +106,7 @@ def merge_adapters(recipe: Recipe, folder: str | Path, *, api: HfApi | None = No
     saved = _saved(recipe, opened)
     dtype = getattr(torch, recipe.dtype or "float32")
     experts = tuple(replace(e, model=o.name) for e, o in zip(recipe.experts, opened, strict=True))
-    pinned = replace(recipe, base=_base(recipe, opened), experts=experts)
+    pinned = replace(recipe, base=_base(recipe, opened, api), experts=experts)
     nbytes = _write(folder, pinned, opened, factors, saved, dtype)
     cut = {path: found for path, found in factors.items() if found.norm}
     total = sum(found.norm for found in cut.values())
@@ -119,7 +123,7 @@ def merge_adapters(recipe: Recipe, folder: str | Path, *, api: HfApi | None = No
 
 
 def _opened(recipe: Recipe, api: HfApi | None) -> list[_Opened]:
-    """All adapters, fetched where they are not here; of their base nothing is read."""
+    """All adapters, fetched where they are not here."""
     names = [expert.model for expert in recipe.experts]
     sources = in_parallel(lambda name: resolve(name, api), names)
     for source in sources:
@@ -139,20 +143,36 @@ def _opened(recipe: Recipe, api: HfApi | None) -> list[_Opened]:
     return found
 
 
-def _base(recipe: Recipe, opened: Sequence[_Opened]) -> str | None:
-    """The one base of all adapters, ``owner/name[@revision]``.
+def _base(recipe: Recipe, opened: Sequence[_Opened], api: HfApi | None) -> str | None:
+    """The one base of all adapters, ``owner/name[@revision]``: the recipe's, once they are known to fit it.
 
     Raises:
-        FusionError: they record several.
+        FusionError: they record several, or do not fit the one that the recipe names.
     """
     if recipe.base:
-        return recipe.base
+        base = resolve(recipe.base, api)
+        if base.is_adapter:
+            raise FusionError(f"{recipe.base} is an adapter: no adapter's base", "base: owner/name of the whole model")
+        name = str(base.folder.resolve()) if base.folder and base.is_local else f"{base.name}@{base.revision}"
+        shapes = {} if base.config.get("quantization_config") else _shapes(base)  # packed: nothing to compare with
+        for adapter in opened if shapes else ():
+            settings = adapter.config
+            placed = place_in_files(adapter.tensors, settings, base.config, shapes, called=adapter.name, base=name)
+            refuse_sizes(placed, shapes, adapter.name, name)
+        warn_of_other_bases((adapter.source, base_id(base)) for adapter in opened)
+        return name
     recorded = {o.tensors.base: o.name for o in opened}
     if len(recorded) > 1:
         told = ", ".join(f"{name} of {base or 'nothing'}" for base, name in recorded.items())
         raise FusionError(f"the adapters record several bases: {told}", "say which one they share: base: owner/name")
     first = opened[0].tensors
     return f"{first.base}@{first.base_revision}" if first.base and first.base_revision else first.base or None
+
+
+def _shapes(base: Source) -> Shapes:
+    """The shapes in the headers of a base's weights; its pickles have none to look at."""
+    files = [file for file in safe_files(base) if file.endswith(".safetensors")]
+    return local_shapes(base.folder, files) if base.folder and base.is_local else hub_shapes(base, files)
 
 
 def _factors(recipe: Recipe, opened: Sequence[_Opened]) -> dict[str, Factors]:

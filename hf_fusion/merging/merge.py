@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -16,6 +16,7 @@ import torch
 from hf_fusion.errors import FusionError
 from hf_fusion.folders import replace_folder
 from hf_fusion.hub.adapters import read_json, weights_of
+from hf_fusion.hub.files import parts_of
 from hf_fusion.merging.checkpoint import read_checkpoint
 from hf_fusion.merging.engine import device_of, digest_of, write_tensors
 from hf_fusion.merging.methods import method_named
@@ -24,7 +25,7 @@ from hf_fusion.merging.output import SHARD_BYTES, disk_full_named, output_folder
 from hf_fusion.merging.plan import Plan, check_recipe, plan
 from hf_fusion.merging.processes import Processes
 from hf_fusion.merging.small_files import merged_files
-from hf_fusion.merging.sources import open_models
+from hf_fusion.merging.sources import Model, open_models
 from hf_fusion.merging.vocabulary import read_vocabulary
 from hf_fusion.recipe import RECIPE_FILE, Recipe, RecipeExpert, Slice
 
@@ -152,8 +153,9 @@ def plan_merge(recipe: Recipe, api: HfApi | None = None) -> Plan:
         raise FusionError(f"{recipe.method} merges adapters, at once: there is no plan of it", "fuse without --dry-run")
     check_recipe(recipe)
     names = [expert.model for expert in recipe.experts]
-    opened = open_models([*([recipe.base] if recipe.base else []), *names], api)
-    base = opened.pop(0) if recipe.base else None
+    merged_base = [recipe.base] if recipe.base and method.base else []  # else it is that of the adapters alone
+    opened = open_models([*merged_base, *names], api, recipe.base, merges_base=bool(merged_base))
+    base = opened.pop(0) if merged_base else None
     if method.plan:
         module, _, name = method.plan.partition(":")
         planned = getattr(import_module(f"hf_fusion.merging.{module}"), name)(recipe, base, opened)
@@ -210,13 +212,21 @@ def cores() -> int:
     return len(known(0)) if known else os.cpu_count() or 1
 
 
+def _base_of_all(recipe: Recipe, experts: Sequence[Model]) -> str | None:
+    """The one base of all adapters that do not name their own, for a method that has no use for another; else None."""
+    given = [m for e, m in zip(recipe.experts, experts, strict=True) if m.adapter and not parts_of(e.model)[0]]
+    bases = {model.adapter.base for model in given if model.adapter}
+    return bases.pop() if len(bases) == 1 and not method_named(recipe.method).base else None
+
+
 def _pinned(planned: Plan) -> Recipe:
     """The recipe with every model by the name that finds it again."""
     recipe, base, experts = planned.recipe, planned.base, planned.experts
     known = {} if planned.vocabulary is None else dict(planned.vocabulary.pinned)
     known |= {expert.model: model.name for expert, model in zip(recipe.experts, experts, strict=True)}
-    if base is not None and recipe.base is not None:
-        known[recipe.base] = base.name
+    used = base.name if base else _base_of_all(recipe, experts)
+    if used is not None and recipe.base is not None:
+        known[recipe.base] = used
 
     def slice_of(own: Slice) -> Slice:
         return Slice(tuple(replace(s, model=known[s.model]) for s in own.sources), own.parameters)
@@ -233,7 +243,7 @@ def _pinned(planned: Plan) -> Recipe:
     rows = tuple(RecipeExpert(known[e.model], e.weight, e.parameters) for e in recipe.experts)
     return replace(
         recipe,
-        base=base.name if base else None,
+        base=used,
         experts=rows,
         slices=tuple(map(slice_of, recipe.slices)),
         tokenizer=named({"source": recipe.tokenizer})["source"] if recipe.tokenizer else None,

@@ -131,8 +131,6 @@ def check_recipe(recipe: Recipe) -> None:
         raise FusionError(f"{name}: experts have weights only partly", "give one to each or to none")
     if method.base == "needed" and not recipe.base:
         raise FusionError(f"{name} needs the base of its experts", "base: owner/name")
-    if not method.base and recipe.base:
-        raise FusionError(f"{name} has no use for a base", "list it among the experts, or leave it out")
     known = method.parameters
     groups = [("parameters", recipe.parameters)]
     for expert in recipe.experts:

@@ -14,6 +14,7 @@ import torch
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import Adapter
 from hf_fusion.hub.adapters import read_adapter, read_json, weights_of
+from hf_fusion.hub.bases import base_id, warn_of_other_bases
 from hf_fusion.hub.files import (
     Source,
     download,
@@ -26,7 +27,7 @@ from hf_fusion.hub.files import (
     safe_files,
 )
 from hf_fusion.hub.heads import label_names
-from hf_fusion.hub.placement import place_in_files
+from hf_fusion.hub.placement import place_in_files, refuse_sizes
 from hf_fusion.merging.checkpoint import DTYPES, Entry, Files, own_file, read_checkpoint
 from hf_fusion.merging.tensors import InMemory, Reader, Stored
 
@@ -103,13 +104,18 @@ class Adapted:
         out.add_(update[start - first * width :][: len(out)])
 
 
-def open_models(names: Sequence[str], api: HfApi | None = None) -> list[Model]:
+def open_models(
+    names: Sequence[str], api: HfApi | None = None, base: str | None = None, *, merges_base: bool = True
+) -> list[Model]:
     """Models from ids or folders: what is not here is fetched, all at once; no weights are read.
 
     Args:
-        names: ``owner/name``, ``owner/name@revision`` or folders; LoRA adapters are opened on the base they record, or
-            on the one before a plus: ``owner/base+owner/adapter``.
+        names: ``owner/name``, ``owner/name@revision`` or folders. LoRA adapters are opened on the base before a plus,
+            ``owner/base+owner/adapter``, else on `base`, else on the one that they record.
         api: the Hub's client.
+        base: of the adapters; the bases that they record are not looked for then. One of `names` that is an adapter
+            itself is none.
+        merges_base: whether `base` serves for more than the adapters; if not, one of them must need it.
 
     Raises:
         FusionError: naming a model that cannot be found or read.
@@ -119,12 +125,22 @@ def open_models(names: Sequence[str], api: HfApi | None = None) -> list[Model]:
     for name, source in sources.items():
         if unique[name][0] and not source.is_adapter:
             raise FusionError(f"{name}: {source.name} is no LoRA adapter", "write owner/base+owner/adapter")
-    bases = {
-        n: resolve(unique[n][0] or recorded_base(source), api) for n, source in sources.items() if source.is_adapter
-    }
-    for name, base in bases.items():
-        if base.is_adapter:
-            raise FusionError(f"{name} has {base.name} as its base, which is an adapter too", "merge that one first")
+    adapters = {name: source for name, source in sources.items() if source.is_adapter}
+    if base and not merges_base and all(unique[name][0] for name in adapters):
+        raise FusionError(
+            f"no expert is an adapter that {base} would be the base of, and the method has no use for a base",
+            "list it among the experts, or leave it out",
+        )
+    if base in adapters:  # what is merged with as it is, on its own base, is nothing to put others on
+        base = None
+    wanted_bases = {name: unique[name][0] or base or recorded_base(source) for name, source in adapters.items()}
+    others = sorted(set(wanted_bases.values()) - {name for name in unique if not unique[name][0]})
+    resolved = {**sources, **dict(zip(others, in_parallel(lambda name: resolve(name, api), others), strict=True))}
+    bases = {name: resolved[own] for name, own in wanted_bases.items()}
+    warn_of_other_bases((sources[name], base_id(bases[name])) for name in bases if not unique[name][0])
+    for name, under in bases.items():
+        if under.is_adapter:
+            raise FusionError(f"{name} has {under.name} as its base, which is an adapter too", "merge that one first")
     wanted = [*sources.values(), *bases.values()]
     files = [(source, _files(source)) for source in wanted]
     download(files, api)
@@ -208,12 +224,7 @@ def _adapted(source: Source, base: Model) -> Model:
     )
     entries = {own: base.entries[name] for own, name in placed.names.items()}
     entries |= _saved_alone(placed.adapter, entries, folder)
-    for path, (a, b) in placed.adapter.lora.items():
-        entry = entries[f"{path}.weight"]
-        if entry.shape not in ((b.shape[0], a.shape[1]), (a.shape[1], b.shape[0])):
-            raise FusionError(
-                f"{source.name}: {path} is {list(entry.shape)} in {base.name}, the update is {[b.shape[0], a.shape[1]]}"
-            )
+    refuse_sizes(placed, {own: entry.shape for own, entry in base.entries.items()}, source.name, base.name)
     license_id = source.card.get("license")
     known = str(license_id).lower() if license_id else None
     modules = _modules(source)  # they were trained beside it, and replace the base's

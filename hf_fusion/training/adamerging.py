@@ -64,7 +64,7 @@ class CoefficientMerge(nn.Module):
         if not experts:
             raise FusionError("a fusion needs at least one expert; the list is empty")
         start: Any = load_experts([base], gates=False)[0] if base is not None else None
-        loaded = load_experts(list(experts), base=start and start.model, gates=False)
+        loaded = load_experts(list(experts), base=start, gates=False)
         self.processor = loaded[0].processor or (start and start.processor)
         try:
             self._take(take_apart(loaded, start))

@@ -13,7 +13,7 @@ def _load_experts(experts: Any, base: Any = None) -> tuple[list[Any], Any]:
     from hf_fusion.hub.load import load_experts
 
     base = load_experts([base])[0] if base is not None else None
-    return load_experts(experts, base=base.model if base is not None else None), base
+    return load_experts(experts, base=base), base
 
 
 WEMoEModel.load_experts = staticmethod(_load_experts)

@@ -1,0 +1,49 @@
+"""What an adapter stands on: the base that it records, or another that the caller names instead."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+from hf_fusion.hub.files import SHA, Source
+
+logger = logging.getLogger(__name__)
+
+Base = tuple[str, str | None]
+"""Id or folder of a base, and its commit."""
+
+
+def base_id(source: Source) -> Base:
+    """What a resolved base is recorded as: id and commit, or a folder."""
+    return (str(source.folder), None) if source.is_local else (source.name, source.revision)
+
+
+def warn_of_other_bases(adapters: Iterable[tuple[Source, Base]]) -> None:
+    """Says once, for all adapters that it is true of, that their base is not the one that they record.
+
+    Args:
+        adapters: each with the base that it is put on.
+    """
+    told: dict[tuple[str, str], list[str]] = {}
+    for adapter, (name, revision) in adapters:
+        recorded, commit = adapter.adapter.get("base_model_name_or_path"), adapter.adapter.get("revision")
+        if not isinstance(recorded, str) or not recorded or not name:
+            continue
+        commit = commit if isinstance(commit, str) and SHA.fullmatch(commit) else None  # a branch moves
+        if _is_same(recorded, name) and (commit is None or revision is None or commit == revision):
+            continue
+        has = f"{recorded}@{commit}" if commit else recorded
+        told.setdefault((has, f"{name}@{revision}" if revision else name), []).append(adapter.name)
+    for (has, used), names in told.items():
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        logger.warning("%s: recorded base %s, used base %s", shown, has, used)
+
+
+def _is_same(recorded: str, used: str) -> bool:
+    if recorded == used:
+        return True
+    try:
+        return Path(recorded).expanduser().resolve() == Path(used).expanduser().resolve() and Path(recorded).exists()
+    except (OSError, RuntimeError):  # no path that this machine could have
+        return False
