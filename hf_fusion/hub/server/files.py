@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -41,6 +42,37 @@ def size_of(path: Path) -> int | None:
         return None
 
 
+def files_below(folder: Path, depth: int) -> Iterator[str]:
+    """Files below a folder, by their paths from it; not those deeper than `depth`, and without recursion."""
+    todo = [(folder, "", 0)]
+    while todo:
+        place, prefix, level = todo.pop()
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(place) as entries:
+            for entry in entries:
+                if entry.is_file(follow_symlinks=False):
+                    yield f"{prefix}{entry.name}"
+                elif level < depth and entry.is_dir(follow_symlinks=False):
+                    todo.append((Path(entry.path), f"{prefix}{entry.name}/", level + 1))
+
+
+def remove_tree(folder: Path) -> None:
+    """Removes a folder with all that is in it, however deep; what cannot be removed stays."""
+    todo, emptied = [str(folder)], []
+    while todo:
+        place = todo.pop()
+        emptied.append(place)
+        with suppress(OSError), os.scandir(place) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    todo.append(entry.path)
+                else:
+                    with suppress(OSError):
+                        Path(entry.path).unlink()
+    for place in reversed(emptied):
+        with suppress(OSError):
+            Path(place).rmdir()
+
+
 def sync_folder(folder: Path) -> None:
     """Makes the names in a folder, and everything renamed before, durable."""
     handle = os.open(folder, os.O_RDONLY)
@@ -53,13 +85,13 @@ def sync_folder(folder: Path) -> None:
 def write_atomic(path: Path, data: bytes, scratch: Path, root: Path) -> None:
     """Writes ``data`` to ``path`` below ``root``: temporary file in ``scratch`` (same file system), fsync, rename."""
     with tempfile.NamedTemporaryFile(dir=scratch, delete=False) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    try:
-        publish(Path(file.name), path, root)
-    finally:
-        Path(file.name).unlink(missing_ok=True)
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            publish(Path(file.name), path, root)
+        finally:
+            Path(file.name).unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any, scratch: Path, root: Path) -> None:

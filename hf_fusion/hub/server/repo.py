@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -23,10 +22,9 @@ from dulwich.object_store import DiskObjectStore, iter_tree_contents
 from dulwich.objects import Blob, Commit, ObjectID, ShaFile, Tag, Tree
 
 from .errors import HubError, entry_not_found, repo_not_found, revision_not_found
-from .files import IncomingFile, size_of, sync_folder, write_atomic, write_json
-from .names import check_ref
+from .files import IncomingFile, files_below, remove_tree, size_of, sync_folder, write_atomic, write_json
+from .names import MAX_DEPTH, SHA, check_new_ref, check_ref
 
-SHA = re.compile(r"[0-9a-f]{40}")
 SHORT_SHA = re.compile(r"[0-9a-f]{7,39}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\nsize (\d{1,18})\n")
@@ -87,6 +85,8 @@ class Repo:
         self._head: str | None = None
         self._downloads: int | None = None
         self.settings: dict[str, Any] = json.loads((path / "hub.json").read_bytes())
+        if not isinstance(self.settings, dict) or not isinstance(self.settings.get("created"), str):
+            raise ValueError("hub.json does not hold a repo's settings")
 
     @staticmethod
     def create(kind: str, name: str, path: Path, scratch: Path, settings: dict[str, Any], author: str) -> Repo:
@@ -110,7 +110,7 @@ class Repo:
         try:
             draft.rename(path)
         except OSError:  # a folder that is not empty
-            shutil.rmtree(draft)
+            remove_tree(draft)
             raise FileExistsError(path) from None
         return Repo(kind, name, path, scratch)
 
@@ -124,9 +124,10 @@ class Repo:
     def change_settings(self, **values: Any) -> None:
         """Updates and saves settings such as ``private`` and ``gated``."""
         with self._lock:
-            self.settings = {**self.settings, **values}
-            self._write("hub.json", json.dumps(self.settings).encode())
+            changed = {**self.settings, **values}
+            self._write("hub.json", json.dumps(changed).encode())
             sync_folder(self.path)
+            self.settings = changed  # only now: a write that failed has changed nothing
 
     def count_download(self) -> None:
         """Adds one; the counter is the length of a file, which is never rewritten."""
@@ -159,8 +160,7 @@ class Repo:
 
     def refs(self, prefix: str) -> dict[str, str]:
         """Names under ``refs/<prefix>/`` and the commits they lead to, sorted."""
-        folder = self.path / "refs" / prefix
-        names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+        names = sorted(files_below(self.path / "refs" / prefix, MAX_DEPTH))
         found = {name: self._read_ref(f"refs/{prefix}/{name}") for name in names}
         return {name: sha for name, sha in found.items() if sha}
 
@@ -183,11 +183,15 @@ class Repo:
             check_ref(revision)
         except HubError:
             raise revision_not_found(revision) from None
-        candidates = [revision] if revision.startswith("refs/") else [f"refs/heads/{revision}", f"refs/tags/{revision}"]
+        if SHA.fullmatch(revision):  # always a commit: no branch of that name can stand before it
+            candidates, shas = [], [revision]
+        else:
+            branch, tag = f"refs/heads/{revision}", f"refs/tags/{revision}"
+            candidates, shas = [revision] if revision.startswith("refs/") else [branch, tag], []
         for ref in candidates:
             if sha := self._read_ref(ref):
                 return sha
-        shas = [revision] if SHA.fullmatch(revision) else self._starting_with(revision)
+        shas = shas or self._starting_with(revision)
         commits = [sha for sha in shas if isinstance(self.object(sha), Commit)]
         if len(commits) == 1:
             return commits[0]
@@ -206,7 +210,7 @@ class Repo:
         Raises:
             HubError: 409 if it exists.
         """
-        check_ref(name)
+        check_new_ref(name)
         with self._lock:
             taken = self.refs(prefix)
             if name in taken:

@@ -6,13 +6,14 @@
     DIR/repos/models/owner/name.git/   (datasets/, spaces/)
     DIR/collections/owner/slug.json
     DIR/tmp/                  unfinished writes, emptied at start
+    DIR/quarantine/           repos that could not be read at start
 """
 
 from __future__ import annotations
 
 import fcntl
+import logging
 import re
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -24,9 +25,11 @@ from hf_fusion.errors import FusionError
 from .collections import Collections
 from .dates import now
 from .errors import HubError, repo_not_found
+from .files import remove_tree
 from .repo import Repo
 from .users import NAME, Users
 
+logger = logging.getLogger(__name__)
 KINDS = ("models", "datasets", "spaces")
 # First parts of the Hub's own addresses; an account of that name could not be reached.
 RESERVED = frozenset({"api", "models", "datasets", "spaces", "collections", "static", "xet", "lfs", "favicon.ico"})
@@ -55,8 +58,8 @@ class Store:
             raise FusionError(
                 f"another Hub serves {root}", hint="stop it, or serve another folder: hf-fusion hub serve DIR"
             ) from None
-        shutil.rmtree(self.scratch, ignore_errors=True)
-        self.scratch.mkdir()
+        remove_tree(self.scratch)
+        self.scratch.mkdir(exist_ok=True)
         self.users = Users(self.root)
         self.collections = Collections(self.root, self.scratch)
         self._lock = threading.Lock()
@@ -69,7 +72,19 @@ class Store:
     def _scan(self, kind: str) -> Iterator[tuple[str, Repo]]:
         for path in sorted((self.root / "repos" / kind).glob("*/*.git")):
             name = f"{path.parent.name}/{path.stem}"
-            yield name.lower(), Repo(kind, name, path, self.scratch)
+            try:
+                repo = Repo(kind, name, path, self.scratch)
+            except (OSError, ValueError) as error:  # one damaged repo must not keep the others from being served
+                self._quarantine(kind, name, path, error)
+            else:
+                yield name.lower(), repo
+
+    def _quarantine(self, kind: str, name: str, path: Path, error: Exception) -> None:
+        """Sets a repo aside whose settings cannot be read; nothing of it is deleted."""
+        aside = self.root / "quarantine" / f"{kind}-{name.replace('/', '-')}-{time.time_ns()}.git"
+        aside.parent.mkdir(exist_ok=True)
+        path.rename(aside)
+        logger.warning("%s %s cannot be read (%s) and was set aside as %s", kind, name, error, aside)
 
     def _path(self, kind: str, name: str) -> Path:
         """Where a repo lies. Every name that becomes a path passes here.
@@ -127,7 +142,7 @@ class Store:
             self._repos[repo.kind].pop(repo.name.lower(), None)
             doomed = self.scratch / f"deleted-{time.time_ns()}"
             repo.path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        remove_tree(doomed)
 
     def move(self, repo: Repo, name: str) -> Repo:
         """Gives a repo another name.
