@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from functools import lru_cache
 from typing import Any
 
 import yaml
 
+from .plain import MAX_DEPTH, MAX_VALUES, plain
+
 FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)(?:\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
-MAX_YAML = 1 << 20
+MAX_YAML = 1 << 20 if yaml.__with_libyaml__ else 1 << 16
 
 # field -> what the Hub wants it to be
 _SHAPES: dict[str, tuple[type, ...]] = {
@@ -26,13 +29,28 @@ _SHAPES: dict[str, tuple[type, ...]] = {
 _NAMES: dict[type, str] = {str: "a string", list: "an array"}
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML without aliases: nested aliases make a few lines unfold into gigabytes."""
+# libyaml reads a megabyte in a second; without it, less is read
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
+
+def _refuse_bombs(source: str) -> None:
+    """Looks at a card's YAML before anything is built of it.
+
+    Raises:
+        yaml.YAMLError: it has aliases, which make a few lines unfold into gigabytes, or more than any card has.
+    """
+    depth = 0
+    for count, event in enumerate(yaml.parse(source, _LOADER)):
+        if isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not allowed in a card")
-        return super().compose_node(parent, index)
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"it is nested more than {MAX_DEPTH} deep")
+        if count > MAX_VALUES:
+            raise yaml.YAMLError(f"it has more than {MAX_VALUES:,} values")
 
 
 def split(text: str) -> tuple[str, str]:
@@ -42,20 +60,29 @@ def split(text: str) -> tuple[str, str]:
 
 
 def parse(text: str) -> dict[str, Any]:
-    """The metadata of a card, as plain JSON values.
+    """The metadata of a card, as plain JSON values; do not change what it gives back.
 
     Raises:
         ValueError: the YAML cannot be read, or is not a mapping.
     """
-    source, _ = split(text)
+    found = _parse(split(text)[0])
+    if isinstance(found, str):
+        raise ValueError(found)
+    return found
+
+
+@lru_cache(maxsize=16)
+def _parse(source: str) -> dict[str, Any] | str:
+    """The metadata, or why there is none; a client checks a card and then pushes it."""
     try:
-        data = yaml.load(source, _Loader)  # noqa: S506 - a SafeLoader
+        _refuse_bombs(source)
+        data = yaml.load(source, _LOADER)  # noqa: S506 - a SafeLoader
         data = {} if data is None else data
         if not isinstance(data, dict):
-            raise ValueError("the metadata must be a mapping of names to values")
-        return json.loads(json.dumps(data, default=str))
-    except (yaml.YAMLError, RecursionError, TypeError) as error:
-        raise ValueError(f"the metadata is no valid YAML: {error}") from error
+            return "the metadata must be a mapping of names to values"
+        return plain(json.loads(json.dumps(data, default=str)))
+    except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
+        return f"the metadata is not valid YAML: {error}"
 
 
 def problems(text: str) -> tuple[list[str], list[str]]:

@@ -11,8 +11,11 @@ from typing import Any
 
 from . import card
 from .dates import stamp
+from .plain import plain, text
 from .repo import Repo
 
+MAX_TAGS, MAX_TAG = 1000, 300
+SHOWN_CARD = 300_000  # characters
 MAX_METADATA = 1 << 22  # a README.md or config.json beyond this is not read for tags
 ARXIV = re.compile(r"arxiv\.org/(?:abs|pdf)/(\d{4}\.\d{4,5})|arXiv:(\d{4}\.\d{4,5})", re.IGNORECASE)
 
@@ -99,10 +102,9 @@ def facts(repo: Repo, sha: str) -> dict[str, Any]:
         "models": card.strings(metadata.get("models")),
         "datasets": card.strings(metadata.get("datasets")),
         "lastModified": stamp(repo.commit_object(sha).commit_time),
-        "readme": card.split(readme)[1],
     }
-    known["tags"] = _tags(repo.kind, known, paths, readme)
-    return known
+    known["tags"] = _tags(repo.kind, known, paths, readme)[:MAX_TAGS]
+    return plain(known) | {"readme": card.split(readme)[1][:SHOWN_CARD]}
 
 
 def describe(repo: Repo, sha: str, blobs: bool = False) -> dict[str, Any]:
@@ -167,7 +169,7 @@ def _json(repo: Repo, sha: str, path: str) -> dict[str, Any]:
 
 def _config(repo: Repo, sha: str) -> dict[str, Any]:
     """The part of ``config.json`` and ``adapter_config.json`` that the Hub shows."""
-    raw = _json(repo, sha, "config.json")
+    raw = plain(_json(repo, sha, "config.json"))
     shown = ("architectures", "model_type", "auto_map", "quantization_config")
     config = {name: raw[name] for name in shown if name in raw}
     adapter = _json(repo, sha, "adapter_config.json")
@@ -192,7 +194,10 @@ def _shape(tensor: Any) -> list[int] | None:
     if not isinstance(tensor, dict) or not isinstance(tensor.get("dtype"), str):
         return None
     shape = tensor.get("shape")
-    return shape if isinstance(shape, list) and all(isinstance(size, int) for size in shape) else None
+    fits = (
+        isinstance(shape, list) and len(shape) < 16 and all(type(size) is int and 0 <= size < 1 << 40 for size in shape)
+    )
+    return shape if fits else None
 
 
 def _safetensors_header(path: Path) -> dict[str, Any]:
@@ -263,4 +268,4 @@ def _tags(kind: str, known: dict[str, Any], paths: list[str], readme: str) -> li
         tags += [f"base_model:{bases['relation']}:{model['id']}" for model in bases["models"]]
     tags += [f"arxiv:{first or second}" for first, second in ARXIV.findall(readme)]
     tags += ["region:us"]
-    return list(dict.fromkeys(tag for tag in tags if tag))
+    return list(dict.fromkeys(text(tag)[:MAX_TAG] for tag in tags if tag))

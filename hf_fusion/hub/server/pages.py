@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import posixpath
+import re
 from datetime import datetime, timezone
 from functools import lru_cache
+from html import escape
 from typing import Annotated, Any
 from urllib.parse import quote, unquote, urlencode, urlsplit
 
+import cmarkgfm
 import nh3
+from cmarkgfm.cmark import Options
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from jinja2 import Environment, PackageLoader, select_autoescape
-from markdown_it import MarkdownIt
 
 from .access import Endpoint, Kind, StoreDep, find, may_read
 from .errors import HubError
@@ -24,7 +27,6 @@ from .summaries import described
 
 router = APIRouter()
 SHOWN_REPOS, SHOWN_FILES, SHOWN_COMMITS = 200, 1000, 20
-SHOWN_CARD = 300_000  # characters
 # Cards come from strangers: no scripts, and no images from elsewhere that would tell who reads what.
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data:; "
@@ -32,7 +34,11 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
-MARKDOWN = MarkdownIt("commonmark", {"html": True, "linkify": False}).enable(["table", "strikethrough"])
+MAX_OPEN = 500  # elements within elements; cleaning takes time by its square
+TAG = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)[^<>]*>")
+VOID = {
+    *("area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "param", "source", "track", "wbr"),
+}
 CARD_TAGS = nh3.ALLOWED_TAGS - {"article", "area", "map"} | {"details", "summary"}
 
 
@@ -157,8 +163,21 @@ def _card(repo: Repo, sha: str, path: str) -> str:
         target = posixpath.normpath(unquote(parts.path))
         return None if target.startswith("..") else f"{path}/resolve/{sha}/{quote(target)}"
 
-    html = MARKDOWN.render(facts(repo, sha)["readme"][:SHOWN_CARD])
+    text = facts(repo, sha)["readme"]
+    html = cmarkgfm.github_flavored_markdown_to_html(text, Options.CMARK_OPT_UNSAFE)  # nh3 takes out what is unsafe
+    if _depth(html) > MAX_OPEN:
+        return f"<pre>{escape(text)}</pre>"
     return nh3.clean(html, tags=CARD_TAGS, attribute_filter=follow, url_schemes={"http", "https", "mailto"})
+
+
+def _depth(html: str) -> int:
+    """How many elements are open at once, at most; closing tags may be missing."""
+    depth = deepest = 0
+    for match in TAG.finditer(html):
+        if match[2].lower() not in VOID:
+            depth = max(depth + (-1 if match[1] else 1), 0)
+            deepest = max(deepest, depth)
+    return deepest
 
 
 def _size(size: float) -> str:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .dates import stamp
+from .errors import HubError
 from .info import constant, moving
 from .repo import Repo
 
+logger = logging.getLogger(__name__)
 FILE = "summary.json"
 FORMAT = 1  # to be raised whenever `info.constant` derives something else from the same commit
 
@@ -38,7 +42,7 @@ def summary(repo: Repo) -> Summary:
     if not isinstance(known, Summary) or known.sha != sha:
         properties = _read(repo, sha)
         if properties is None:
-            properties = constant(repo, sha)
+            properties = _derived(repo, sha)
             _write(repo, sha, properties)
         known = repo.summary = Summary(sha, properties, frozenset(properties["tags"]))
     return known
@@ -47,6 +51,17 @@ def summary(repo: Repo) -> Summary:
 def described(repo: Repo) -> dict[str, Any]:
     """All properties of a repo at its main branch, as `info.describe` gives them."""
     return {**summary(repo).properties, **moving(repo)}
+
+
+def _derived(repo: Repo, sha: str) -> dict[str, Any]:
+    """What follows from a commit; little, where its files are such that deriving more fails."""
+    try:
+        return constant(repo, sha)
+    except (HubError, FileNotFoundError):  # deleted meanwhile
+        raise
+    except Exception:  # one repo must not break the list for everybody
+        logger.warning("%s at %s cannot be described", repo.name, sha, exc_info=True)
+        return {"sha": sha, "tags": [], "pipeline_tag": None, "lastModified": stamp(0), "siblings": []}
 
 
 def _read(repo: Repo, sha: str) -> dict[str, Any] | None:
