@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from typing import Annotated, Literal
 from urllib.parse import unquote
 
@@ -37,21 +36,29 @@ def current_user(request: Request, store: StoreDep) -> User | None:
     Raises:
         HubError: 401 for a token nobody has.
     """
-    scheme, _, value = request.headers.get("authorization", "").partition(" ")
-    token = {"bearer": value, "basic": _password(value)}.get(scheme.lower(), "") if value else ""
-    if not token:
-        return None
-    user = store.users.by_token(token)
-    if user is None:
+    authorization = request.headers.get("authorization", "")
+    user = token_user(authorization, store)
+    if user is None and _token(authorization):
         raise HubError(401, "Invalid credentials in Authorization header")
     return user
+
+
+def token_user(authorization: str, store: Store) -> User | None:
+    """The user of an Authorization header; None for none, and for a token nobody has."""
+    token = _token(authorization)
+    return store.users.by_token(token) if token else None
+
+
+def _token(authorization: str) -> str:
+    scheme, _, value = authorization.partition(" ")
+    return {"bearer": value, "basic": _password(value)}.get(scheme.lower(), "") if value else ""
 
 
 def _password(value: str) -> str:
     """git sends its token as the password of basic authentication."""
     try:
         return base64.b64decode(value).decode().partition(":")[2]
-    except (binascii.Error, UnicodeDecodeError):
+    except ValueError:  # not base64, or not text
         return ""
 
 

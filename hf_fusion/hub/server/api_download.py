@@ -21,7 +21,7 @@ COUNTED = {
     "datasets": {"README.md"},
     "spaces": {"README.md"},
 }
-RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
 class LargeFile(FileResponse):

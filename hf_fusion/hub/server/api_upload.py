@@ -32,6 +32,7 @@ from .bodies import CardBody, LfsBatchBody, LfsObject, PreuploadBody
 from .commit_body import is_large, read_commit
 from .errors import HubError
 from .files import IncomingFile, size_of
+from .limits import MAX_COMMIT, stream
 from .names import check_path
 from .repo import File, Repo
 from .users import User
@@ -134,10 +135,8 @@ async def lfs_put(
     repo = store.get(kind, f"{owner}/{name}")
     request.app.state.signer.check(f"upload:/lfs/{repo.kind}/{repo.name}/{oid}:{size}", signature)
     with IncomingFile(store.scratch) as incoming:
-        async for chunk in request.stream():
+        async for chunk in stream(request, min(size, MAX_COMMIT)):
             incoming.write(chunk)
-            if incoming.size > size:
-                raise HubError(400, f"more than the {size} bytes that were announced")
         await run_in_threadpool(repo.add_large, incoming, oid, size)
     return {}
 
@@ -166,7 +165,7 @@ async def commit(
     """Receives a commit as NDJSON; it goes to disk first, for one line can hold a file of gigabytes."""
     await run_in_threadpool(_check_may_commit, repo, revision, user, create_pr)
     with tempfile.NamedTemporaryFile(dir=store.scratch) as body:
-        async for chunk in request.stream():
+        async for chunk in stream(request, MAX_COMMIT):
             body.write(chunk)
         body.flush()
         sha, number = await run_in_threadpool(_commit, repo, revision, user, Path(body.name), store.scratch, create_pr)

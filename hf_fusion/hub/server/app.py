@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import logging
@@ -16,14 +17,15 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import api_download, api_git, api_misc, api_repos, api_upload, pages, xet
+from .access import token_user
 from .errors import HubError, repo_not_found
+from .limits import read_body, replayed, rule_of
 from .store import Store
 
 logger = logging.getLogger(__name__)
 Record = tuple[str, str, int]
-MAX_BODY = 64 << 20
-STREAMED = ("/commit/", "/lfs/", "/xet/")  # these go to disk as they come
 UPLOAD_SECONDS = 24 * 3600
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 class Signer:
@@ -67,6 +69,7 @@ def build_app(store: Store, requests: deque[Record]) -> ASGIApp:
     app.add_exception_handler(HTTPException, _not_found)
     for missing in (FileNotFoundError, KeyError):
         app.add_exception_handler(missing, _vanished)
+    app.add_exception_handler(OSError, _unwritable)
     return _Outermost(app, requests)
 
 
@@ -82,30 +85,34 @@ class _Outermost:
             await self._app(scope, receive, send)
             return
         path = scope["raw_path"].decode("latin-1")
+        scope = {**scope, "path": path}
+        names = {name for name, _ in scope["headers"]}
+        unread = b"transfer-encoding" in names or b"content-length" in names
+
+        async def counted() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = unread and message.get("more_body", False)
+            return message
 
         async def record(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self._requests.append((scope["method"], path, message["status"]))
                 logger.debug("%s %s %s", scope["method"], path, message["status"])
+                if unread:  # nobody waits for the rest of what was refused
+                    message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
             await send(message)
 
-        limited = receive if any(part in path for part in STREAMED) else _limited(receive)
-        await self._app({**scope, "path": path}, limited, record)
-
-
-def _limited(receive: Receive) -> Receive:
-    """Bodies that are read into memory must be small."""
-    size = 0
-
-    async def count() -> Message:
-        nonlocal size
-        message = await receive()
-        size += len(message.get("body", b""))
-        if size > MAX_BODY:
-            raise HubError(413, f"more than {MAX_BODY} bytes")
-        return message
-
-    return count
+        rule = rule_of(scope["method"], path)
+        if not rule.streamed:  # what is read into memory is read here, and no more of it than this caller may send
+            known = token_user(Request(scope).headers.get("authorization", ""), self._app.state.store)
+            try:
+                body = await read_body(counted, rule.most if known else rule.anonymous)
+            except HubError as error:
+                answer = error if known or rule.most == rule.anonymous else HubError(401, "Log in to send so much.")
+                await _refuse(Request(scope), answer)(scope, counted, record)
+                return
+        await self._app(scope, counted if rule.streamed else replayed(body, receive), record)
 
 
 def _refuse(request: Request, error: Exception) -> Response:
@@ -136,6 +143,15 @@ def _vanished(request: Request, error: Exception) -> Response:
     if repo is None or request.app.state.store.holds(repo):
         raise error
     return _refuse(request, repo_not_found(repo.name))
+
+
+def _unwritable(request: Request, error: Exception) -> Response:
+    """The disk is full, or cannot be written: nothing was changed."""
+    assert isinstance(error, OSError)
+    if error.errno not in FULL:
+        raise error
+    logger.warning("%s %s: %s", request.method, request.url.path, error)
+    return _refuse(request, HubError(507, f"the Hub's disk cannot take it ({error.strerror}); nothing was changed"))
 
 
 def _unknown_address(request: Request) -> Response:

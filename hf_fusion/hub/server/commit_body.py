@@ -21,6 +21,7 @@ from .repo import LARGE_SUFFIXES, POINTER, Change, Repo, pointer
 LARGE_BYTES = 10 << 20  # git itself gets slow with more
 CONTENT = re.compile(rb'"content"\s*:\s*"')
 CONTENT_WITHIN = 1 << 14  # the content's key comes within the first bytes of its line
+MAX_LINE = 1 << 20  # bytes of a line, but for a file's content
 STEP = 4 * -(-LARGE_BYTES // 3)  # base64 characters decoded at once: files that are not large need one step
 
 
@@ -75,6 +76,8 @@ def _read_line(
         request.summary = str(value["summary"])
         request.description = str(value.get("description") or "")
         request.parent = value.get("parentCommit")
+        if not isinstance(request.parent, (str, type(None))):
+            raise ValueError("parentCommit is not a sha")
         return
     path = check_path(value["path"].rstrip("/") if key == "deletedFolder" else value["path"])
     if key == "file":
@@ -100,10 +103,10 @@ def _lines(body: Path) -> Iterator[tuple[str, dict[str, Any], Iterator[bytes] | 
             if match:
                 first = start + match.end()
                 last = min(_find(file, b'"', first), end)
-                line = json.loads(beginning[: match.end()] + _read(file, last, end))
+                line = json.loads(beginning[: match.end()] + _short(file, last, end))
                 yield line["key"], line["value"], _decoded(file, first, last)
             elif end > start:
-                line = json.loads(_read(file, start, end))
+                line = json.loads(_short(file, start, end))
                 yield line["key"], line["value"], None
             start = end + 1
 
@@ -111,6 +114,12 @@ def _lines(body: Path) -> Iterator[tuple[str, dict[str, Any], Iterator[bytes] | 
 def _read(file: IO[bytes], start: int, end: int) -> bytes:
     file.seek(start)
     return file.read(end - start)
+
+
+def _short(file: IO[bytes], start: int, end: int) -> bytes:
+    if end - start > MAX_LINE:
+        raise HubError(413, f"a line of the commit has {end - start:,} bytes beside its content; {MAX_LINE:,} at most")
+    return _read(file, start, end)
 
 
 def _find(file: IO[bytes], byte: bytes, start: int) -> int:

@@ -19,6 +19,7 @@ Query = dict[str, list[str]]
 T = TypeVar("T")
 
 PAGE = 1000
+MAX_CURSOR = 2000  # characters
 # client's sort key -> what is compared
 SORTS: dict[str, Callable[[Repo], Any]] = {
     "downloads": lambda repo: repo.downloads,
@@ -77,18 +78,18 @@ def paginate(repos: list[Repo], query: Query) -> Page[Repo]:
     sort = query.get("sort", ["trendingScore"])[0]
     if sort not in SORTS:
         raise HubError(400, f"cannot sort by {sort}; possible: {', '.join(SORTS)}")
-    try:
-        size = min(int(query.get("limit", [str(PAGE)])[0]), PAGE)
-        after = json.loads(base64.urlsafe_b64decode(query["cursor"][0])) if "cursor" in query else None
-    except ValueError:
-        raise HubError(400, "limit must be a number and cursor one that the Hub gave") from None
 
     def key(repo: Repo) -> tuple[Any, str, str]:
         return SORTS[sort](repo), repo.settings["created"], repo.name
 
     ordered = sorted(repos, key=key, reverse=True)
-    if after is not None:
-        ordered = [repo for repo in ordered if list(key(repo)) < after]
+    try:
+        size = min(int(query.get("limit", [str(PAGE)])[0]), PAGE)
+        if "cursor" in query:
+            first, created, name = json.loads(base64.urlsafe_b64decode(query["cursor"][0][:MAX_CURSOR]))
+            ordered = [repo for repo in ordered if key(repo) < (first, str(created), str(name))]
+    except (ValueError, TypeError, RecursionError):
+        raise HubError(400, "limit must be a number and cursor one that the Hub gave") from None
     items = ordered[: max(size, 0)]
     more = items and len(ordered) > len(items)
     cursor = base64.urlsafe_b64encode(json.dumps(key(items[-1])).encode()).decode() if more else None

@@ -113,7 +113,7 @@ class Users:
 
 
 def _digest(token: str) -> str:
-    return hashlib.sha256(token.encode()).hexdigest()
+    return hashlib.sha256(token.encode(errors="surrogatepass")).hexdigest()  # a header may hold anything
 
 
 def _check_name(name: str) -> None:

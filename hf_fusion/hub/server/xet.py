@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import re
 import secrets
-import shutil
 import struct
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,8 @@ from fastapi.responses import JSONResponse
 
 from .access import Endpoint, Kind, ReadableRepo, SignedIn, StoreDep
 from .errors import HubError
-from .files import IncomingFile
+from .files import IncomingFile, remove_tree
+from .limits import MAX_XORB, stream
 from .repo import Repo
 from .store import Store
 
@@ -34,7 +34,6 @@ router = APIRouter()
 
 SESSION = re.compile(r"[0-9a-f]{32}")
 HASH = re.compile(r"[0-9a-f]{64}")
-MAX_XORB = 80 << 20  # clients keep to 64 MiB
 MAX_CHUNK = 1 << 20  # clients keep to 128 KiB
 IDLE_SECONDS = 3600  # after which the xorbs of an upload are thrown away
 TOKEN_SECONDS = 24 * 3600
@@ -97,7 +96,7 @@ async def put_xorb(
     part = folder / f"{secrets.token_hex(8)}.part"
     try:
         with part.open("wb") as file:
-            async for chunk in _limited(request, MAX_XORB):
+            async for chunk in stream(request, MAX_XORB):
                 file.write(chunk)
         part.replace(folder / xorb)
     finally:
@@ -112,22 +111,13 @@ async def put_shard(
 ) -> dict[str, int]:
     """Puts the files of a shard together from its xorbs."""
     repo = _authorised(store, request, kind, f"{owner}/{name}")
-    shard = b"".join([chunk async for chunk in _limited(request, MAX_XORB)])
+    shard = b"".join([chunk async for chunk in stream(request, MAX_XORB)])
     folder = _folder(store, repo, session)
     try:
         await run_in_threadpool(_assemble, shard, folder, repo, store.scratch)
     except (struct.error, IndexError, FileNotFoundError, pyarrow.ArrowException, ValueError) as error:
         raise HubError(400, f"the shard cannot be read or names xorbs that never arrived: {error!r}") from error
     return {"result": 1}
-
-
-async def _limited(request: Request, limit: int) -> AsyncIterator[bytes]:
-    size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise HubError(413, f"more than {limit} bytes")
-        yield chunk
 
 
 def _authorised(store: Store, request: Request, kind: str, name: str) -> Repo:
@@ -150,7 +140,7 @@ def _forget_idle(store: Store) -> None:
     """Uploads that nothing was added to for an hour are over."""
     for folder in (store.scratch / "xet").glob("*"):
         if time.time() - folder.stat().st_mtime > IDLE_SECONDS:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_tree(folder)
 
 
 def _assemble(shard: bytes, folder: Path, repo: Repo, scratch: Path) -> None:

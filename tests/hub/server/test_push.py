@@ -320,7 +320,7 @@ def test_uploads_are_what_they_claim(hub, alice):
     href = actions["upload"]["href"]
     assert get_session().put(href, content=b"another content!").status_code == 400  # same size
     assert get_session().put(href, content=data[:-1]).status_code == 400
-    assert get_session().put(href, content=data + b"!").status_code == 400
+    assert get_session().put(href, content=data + b"!").status_code == 413
     assert get_session().put(href.replace(oid, "0" * 64), content=data).status_code == 403
     assert get_session().put(href[:-1] + ("0" if href[-1] != "0" else "1"), content=data).status_code == 403
     verify = lambda: get_session().post(  # noqa: E731
