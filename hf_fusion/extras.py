@@ -34,7 +34,6 @@ DISTRIBUTIONS = {
     "yaml": "pyyaml",
     "rouge_score": "rouge-score",
     "reasoning_gym": "reasoning-gym",
-    "markdown_it": "markdown-it-py",
     "g2p_en": "g2p-en",
     "levenshtein": "python-Levenshtein",
     "pytorch_quantization": "pytorch-quantization",

@@ -36,9 +36,7 @@ def test_every_command_of_the_table_is_one_and_every_extra_is_declared():
         assert not action or action in known[name] or (name, action) == ("demo", "phatgoose")
     assert set(NEEDS.values()) <= EXTRAS
     wanted = {Requirement(line).name for line in requirements()}
-    assert {"pillow", "scikit-learn", "rouge-score", "reasoning-gym", "markdown-it-py"} <= wanted & {
-        *DISTRIBUTIONS.values()
-    }
+    assert {"pillow", "scikit-learn", "rouge-score", "reasoning-gym"} <= wanted & {*DISTRIBUTIONS.values()}
 
 
 @pytest.mark.parametrize(
