@@ -89,7 +89,7 @@ class Directions:
             table, row = self._model.reader(EMBEDDING, self._files), torch.empty(self._size)
 
             def vector(prompts: Prompts) -> torch.Tensor:
-                total = torch.zeros(1, self._size)
+                total = torch.zeros(1, self._size, dtype=torch.float64)
                 for token in (token for prompt in prompts for token in prompt):
                     table.read(token * self._size, row)
                     total += row
@@ -98,7 +98,7 @@ class Directions:
         else:
             vector = _Runs(self._model, average=self._gate == "hidden_avg")
         rows = [_normal(vector(yes) - (vector(no) if no else 0)) for yes, no in self._tokens]  # (L, d) of each expert
-        return torch.stack(rows, 1)
+        return torch.stack(rows, 1).float()
 
 
 class _Runs:
@@ -120,12 +120,13 @@ class _Runs:
         rows = []
         for prompt in prompts:  # one by one: no padding, which mergekit's averages hold
             states = self._loaded(torch.tensor([prompt]), output_hidden_states=True, use_cache=False).hidden_states
-            layers = torch.cat(states[:-1]).float()  # (L, tokens, d)
+            layers = torch.cat(states[:-1]).double()  # (L, tokens, d)
             rows.append(layers.mean(1) if self._average else layers[:, -1])
         return torch.stack(rows).mean(0)
 
 
 def _normal(rows: torch.Tensor) -> torch.Tensor:
+    """Of length 1; what is shorter than 1e-8 has no direction, and stays as short."""
     return rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-8)
 
 

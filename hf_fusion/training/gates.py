@@ -367,10 +367,10 @@ def _calibrated(
     """
     gates = Gates({}, kind)
     for path, vector in vectors.items():
-        direction = nn.functional.normalize(vector, dim=0)
-        mean = float((direction @ means[path]).clamp(min=0))
-        gates.vectors[path] = mean * (whitening.factor[path] @ direction)
-        gates.offsets[path] = float(gates.vectors[path] @ whitening.mean[path]) + mean**2 / 2
+        direction = nn.functional.normalize(vector.double(), dim=0)
+        mean = float((direction @ means[path].double()).clamp(min=0))
+        gates.vectors[path] = (mean * (whitening.factor[path].double() @ direction)).float()
+        gates.offsets[path] = float(gates.vectors[path].double() @ whitening.mean[path].double()) + mean**2 / 2
     return gates
 
 

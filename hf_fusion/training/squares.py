@@ -42,8 +42,8 @@ class _Asked:
         return self.terms(self.outputs(partial(run_with, self.model, tensors), inputs), inputs)
 
     def zeros(self) -> dict[str, torch.Tensor]:
-        """A total for every parameter."""
-        return {name: torch.zeros_like(tensor) for name, tensor in self.tensors.items()}
+        """A total for every parameter, float64."""
+        return {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in self.tensors.items()}
 
 
 def squared_gradients(
@@ -69,7 +69,7 @@ def squared_gradients(
         together: at most so many examples in a batch.
 
     Returns:
-        By name, in the parameters' shapes.
+        By name, in the parameters' shapes, float64.
     """
     seen = _seen_modules(model, tensors) if together > 1 else {}
     asked = _Asked(model, tensors, outputs, terms)
@@ -101,9 +101,9 @@ def _add_one(asked: _Asked, totals: Mapping[str, torch.Tensor], inputs: Inputs) 
                 continue
             if grad.is_sparse:  # of an embedding only the rows that were read have a gradient
                 grad = grad.coalesce()
-                total.index_add_(0, grad.indices()[0], grad.values().square())
+                total.index_add_(0, grad.indices()[0], grad.values().double().square_())
             else:
-                total.addcmul_(grad, grad)
+                total.add_(grad.double().square_())
 
 
 def _add_batch(
@@ -167,27 +167,27 @@ def _linear(module: nn.Module, x: torch.Tensor, g: torch.Tensor, weight: torch.T
     x, g = x[:, speaks], g[:, speaks]
     rows, columns = (x, g) if isinstance(module, Conv1D) else (g, x)
     if rows.shape[1] == 1:
-        weight.addmm_(rows[:, 0].square().T, columns[:, 0].square())
+        weight.addmm_(rows[:, 0].double().square_().T, columns[:, 0].double().square_())
         return
     step = max(1, BLOCK // columns.shape[-1])
     for start in range(0, rows.shape[-1], step):
         total = weight[start : start + step]
-        buffer = torch.empty_like(total)
+        gradient, exact = g.new_empty(total.shape), torch.empty_like(total)
         for row, column in zip(rows[..., start : start + step], columns, strict=True):
-            torch.mm(row.T, column, out=buffer)
-            total.addcmul_(buffer, buffer)
+            torch.mm(row.T, column, out=gradient)
+            total.addcmul_(exact.copy_(gradient), exact)
 
 
 def _norm(module: Any, x: torch.Tensor, g: torch.Tensor, weight: torch.Tensor, **bias: torch.Tensor) -> None:
     """x and g (B, T, d): adds Σ_b (Σ_t g_bt ⊙ LN(x_bt))², LN without weights."""
     _bias(g, **bias)
     normed = nn.functional.layer_norm(x, module.normalized_shape, eps=module.eps)
-    weight.add_((g * normed).sum(1).square().sum(0))
+    weight.add_((g * normed).sum(1).double().square_().sum(0))
 
 
 def _bias(g: torch.Tensor, bias: torch.Tensor | None = None) -> None:
     if bias is not None:
-        bias.add_(g.sum(1).square().sum(0))
+        bias.add_(g.sum(1).double().square_().sum(0))
 
 
 def _embedding(module: Any, x: torch.Tensor, g: torch.Tensor, weight: torch.Tensor) -> None:
@@ -197,7 +197,7 @@ def _embedding(module: Any, x: torch.Tensor, g: torch.Tensor, weight: torch.Tens
     sums = g.new_zeros(tokens.shape[1], g.shape[-1]).index_add_(0, which, g.flatten(0, 1))
     if module.padding_idx is not None:
         sums[tokens[1] == module.padding_idx] = 0
-    weight.index_add_(0, tokens[1], sums.square())
+    weight.index_add_(0, tokens[1], sums.double().square_())
 
 
 SEEN: dict[type, Callable[..., None]] = {

@@ -100,8 +100,8 @@ def measure_fisher(
     Squares are taken example by example (and class by class), not of a batch's sum. fusion_bench squares the gradient
     of Σ √p log p, summed over a batch and its classes: another quantity, which shrinks where examples disagree.
 
-    Of a model's size there are the squares, and one example's gradient where a model has to be asked one by one (see
-    `squares`), whatever the number of examples. A regressor's y has the variance 1.
+    Of a model's size there are the squares, summed in float64, and one example's gradient where a model has to be asked
+    one by one (see `squares`), whatever the number of examples. A regressor's y has the variance 1.
 
     Args:
         expert: as `load_experts` takes it; of an adapter, its base with it.
@@ -140,7 +140,7 @@ def measure_fisher(
         squares = squared_gradients(loaded.model, tensors, chosen, inputs, log, drawn, together)
     if broken := next((name for name, total in squares.items() if not bool(total.isfinite().all())), None):
         raise FusionError(f"{loaded.name}: the gradients of {broken} are not finite")
-    found = {name: total.cpu() / len(chosen) for name, total in squares.items()}
+    found = {name: (total / len(chosen)).float().cpu() for name, total in squares.items()}
     places = {name: (name, 1) for name in found}
     return Statistics("fisher", loaded.name, len(chosen), found, places, {"labels": labels, "seed": seed})
 
@@ -220,7 +220,7 @@ def measure_gram(
 ) -> Statistics:
     """XᵀX / N of the inputs X (N, d_in) of every linear layer of an expert on its data, for RegMean (arXiv 2212.09849).
 
-    Linears that read the same input share a matrix.
+    Linears that read the same input share a matrix. It is summed in float64, and stored in fp32.
 
     Args:
         expert: as `load_experts` takes it; of an adapter, its base with it.
@@ -361,7 +361,7 @@ def _gram(
             return
         key = places.setdefault(name, (name, axis))[0]
         before[:] = inputs[0], key
-        x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()  # (N, d_in)
+        x = inputs[0].reshape(-1, inputs[0].shape[-1]).double()  # (N, d_in)
         product = (x.T @ x).cpu()
         sums[key] = sums[key].add_(product) if key in sums else product
         counts[key] = counts.get(key, 0) + len(x)
@@ -387,7 +387,7 @@ def _gram(
     finally:
         for handle in handles:
             handle.remove()
-    means = {key: total / counts[key] for key, total in sums.items()}
+    means = {key: (total / counts[key]).float() for key, total in sums.items()}
     return Statistics("gram", expert.name, examples, means, places, {"tokens": counts})
 
 

@@ -40,7 +40,8 @@ class Whitening:
 
     Attributes:
         mean: (d_in,), fp32.
-        factor: Σ^(-1/2), (d_in, d_in), fp32: ``factor @ (LN(x) - mean)`` has mean 0 and covariance 1.
+        factor: Σ^(-1/2), (d_in, d_in), fp32: ``factor @ (LN(x) - mean)`` has mean 0 and covariance 1. Of inputs that
+            were the same in all rows, which say nothing about a covariance, it is the identity.
     """
 
     mean: dict[str, torch.Tensor]
@@ -94,6 +95,7 @@ def fit_whitening(
         last[:] = inputs[0], path
         same[path] = path
         x = standardised(inputs[0].reshape(-1, inputs[0].shape[-1]).float())  # (N, d_in)
+        x = x.double()  # moments cancel out where inputs vary little about a large mean
         sums[path] = sums.get(path, 0) + x.sum(0)
         squares[path] = squares.get(path, 0) + x.t() @ x
         counts[path] = counts.get(path, 0) + len(x)
@@ -108,8 +110,10 @@ def fit_whitening(
         for handle in handles:
             handle.remove()
     mean = {path: (total / counts[path]).cpu() for path, total in sums.items()}
-    factor = {path: _inverse_root(squares[path].cpu() / counts[path], mean[path]) for path in mean}
-    return Whitening({path: mean[same[path]] for path in modules}, {path: factor[same[path]] for path in modules})
+    factor = {path: inverse_root(squares[path].cpu() / counts[path], mean[path]).float() for path in mean}
+    return Whitening(
+        {path: mean[same[path]].float() for path in modules}, {path: factor[same[path]] for path in modules}
+    )
 
 
 def standardised(x: torch.Tensor) -> torch.Tensor:
@@ -117,12 +121,22 @@ def standardised(x: torch.Tensor) -> torch.Tensor:
     return nn.functional.layer_norm(x, x.shape[-1:])
 
 
-def _inverse_root(second_moment: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """Σ^(-1/2), symmetric, of the covariance with a little of its mean variance added to every direction."""
+def inverse_root(second_moment: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Σ^(-1/2), symmetric, of the covariance with a little of its mean variance added to every direction.
+
+    Where the mean variance is only what float64 rounds off of the second moment, it is the identity.
+
+    Args:
+        second_moment: E[x xᵀ], (d, d) float64.
+        mean: E[x], (d,) float64.
+    """
     covariance = second_moment - torch.outer(mean, mean)
-    covariance.diagonal().add_(SHRINKAGE * covariance.diagonal().mean())
+    variance = covariance.diagonal().mean()
+    if not variance > len(mean) * torch.finfo(mean.dtype).eps * second_moment.diagonal().mean():
+        return torch.eye(len(mean), dtype=mean.dtype)
+    covariance.diagonal().add_(SHRINKAGE * variance)
     values, vectors = torch.linalg.eigh(covariance)
-    return (vectors * values.clamp(min=torch.finfo(values.dtype).eps).rsqrt()) @ vectors.t()
+    return (vectors * values.clamp(min=SHRINKAGE / 2 * variance).rsqrt()) @ vectors.t()
 
 
 @torch.no_grad()

@@ -284,6 +284,19 @@ def test_gram_of_texts_and_images():
     check_gram(got, model, [dict(processor(images=[image], return_tensors="pt")) for image in images(5)])
 
 
+def test_gram_matrices_are_summed_in_double_precision():
+    """Of the very inputs that the model computes in float32, all products are as exact as they are stored."""
+    model, seen = bert(ABC), []
+    path = "bert.encoder.layer.1.output.dense"
+    handle = model.get_submodule(path).register_forward_pre_hook(lambda _, x: seen.append(x[0].detach()[0].double()))
+    got = measure_gram(Expert("it", model, processor=TOKENIZER, labels=ABC), WORDS, batch_size=1)
+    handle.remove()
+    x = torch.cat(seen)
+    wanted = x.T @ x / len(x)
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(got.tensors[f"{path}.weight"].double(), wanted, rtol=eps / 2, atol=1e-15)
+
+
 def test_gram_of_embeddings_needs_no_labels():
     model = bert(ABC)
     rows = [dict(TOKENIZER(text)) for text in WORDS["text"]]

@@ -14,6 +14,7 @@ from hf_fusion import Expert, FusionError, average_activation, base_samples, fit
 from hf_fusion.hub.gates import gate_sizes, read_gates, save_gates
 from hf_fusion.models.phatgoose import PhatgooseRouter
 from hf_fusion.training.prompts import encode_prompts
+from hf_fusion.training.whitening import inverse_root
 
 WORDS = ["the quick brown fox", "experts are fused", "a stitch in time saves nine", "said the router to the gate"]
 NUMBERED = [f"{words} {i}" for i in range(12) for words in WORDS]
@@ -59,6 +60,24 @@ def test_reference_rows_become_white(expert, whitening):
         assert torch.allclose(white, torch.eye(len(white)), atol=2e-2)
     query, value = (f"model.layers.0.self_attn.{name}_proj" for name in "qv")
     assert whitening.factor[query] is whitening.factor[value]  # they read the same
+
+
+def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.double().T @ x.double() / len(x), x.double().mean(0)
+
+
+def test_inputs_that_never_vary_are_left_as_they_are():
+    """Their covariance is what rounding leaves of a difference, whose root would be a factor of millions."""
+    for row in (torch.linspace(-3, 5, 24), torch.zeros(24)):
+        assert inverse_root(*moments(row.expand(7, 24))).equal(torch.eye(24).double())
+
+
+def test_a_small_spread_about_a_large_mean_is_seen():
+    """Moments of 10⁶ hold a variance of 10⁻² in float64, not in float32; the third direction has only what is added."""
+    rows = torch.tensor([[1, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0]]).repeat(8, 1) * 0.125 + 1000
+    variance = 0.125**2 / 2  # in each of two directions, and two thirds of it on average
+    spread = torch.tensor([variance, variance, 0.0]).double() + 0.01 * variance * 2 / 3
+    torch.testing.assert_close(inverse_root(*moments(rows)), torch.diag(spread.rsqrt()), rtol=1e-5, atol=1e-5)
 
 
 def test_reference_rows_of_a_classifier_need_no_labels():

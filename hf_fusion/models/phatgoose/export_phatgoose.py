@@ -43,7 +43,7 @@ def save_merged_adapter(
         a = torch.cat([a for (a, _), _ in parts])  # (ΣR, d_in)
         b = torch.cat([b.float() * weight for (_, b), weight in parts]).t()  # (d_out, ΣR)
         if rank is not None and rank < len(a):
-            a, b = _truncated(a.float(), b, rank)
+            a, b = _truncated(a.double(), b.double(), rank)
         ranks[path] = len(a)
         tensors[f"base_model.model.{path}.lora_A.weight"] = a.to(parts[0][0][0].dtype).contiguous()
         tensors[f"base_model.model.{path}.lora_B.weight"] = b.to(parts[0][0][1].dtype).contiguous()

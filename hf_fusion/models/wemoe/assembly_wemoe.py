@@ -107,8 +107,8 @@ class Source:
             return None
         if not vector.isfinite().all():
             raise ValueError(f"{self.name} has NaN or Inf in {key}")
-        self.distance += float(vector.norm()) ** 2
-        self.size += float(base.float().norm()) ** 2
+        self.distance += float(torch.linalg.vector_norm(vector, dtype=torch.float64)) ** 2
+        self.size += float(torch.linalg.vector_norm(base, dtype=torch.float64)) ** 2
         return vector
 
     def changes(self, path: str, base: torch.Tensor) -> bool:

@@ -28,14 +28,14 @@ def simple_average(base: torch.Tensor, vectors: Sequence[torch.Tensor], scaling:
 def ties(base: torch.Tensor, vectors: Sequence[torch.Tensor], scaling: float) -> torch.Tensor:
     """θ0 + λ times the mean of what agrees (Yadav et al., 2023, arXiv 2306.01708).
 
-    The largest 20 % of every task vector are kept, the sign of their sum is elected, the kept entries of that sign are
-    averaged.
+    The largest 20 % of every task vector are kept, one entry at least; the sign of their sum is elected, the kept
+    entries of that sign are averaged. Where the sum is 0, so is what is added.
     """
-    total = torch.zeros_like(base)
+    total = torch.zeros_like(base, dtype=torch.float64)
     trimmed = []
     for vector in vectors:
-        size = vector.abs()
-        least = size.flatten().kthvalue(max(1, vector.numel() - round(0.2 * vector.numel()) + 1)).values
+        size, kept = vector.abs(), max(1, round(0.2 * vector.numel()))
+        least = size.flatten().kthvalue(vector.numel() - kept + 1).values
         trimmed.append(torch.where(size >= least, vector, 0.0))
         total += trimmed[-1]
     sign = total.sign()
