@@ -33,7 +33,9 @@ def read_yaml(path: Path) -> Any:
     try:
         loader = yaml.SafeLoader(raw.decode())
         try:
-            root = loader.get_single_node()
+            root = loader.get_node() if loader.check_node() else None
+            if loader.check_node():
+                raise _several(path, loader, root)
             _check(root)
             return None if root is None else loader.construct_document(root)
         finally:
@@ -44,6 +46,21 @@ def read_yaml(path: Path) -> Any:
     except (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError) as error:
         reason = one_line(error)
     raise FusionError(f"{path} is not valid YAML: {reason}", "correct it there")
+
+
+def _several(path: Path, loader: yaml.SafeLoader, first: yaml.Node | None) -> FusionError:
+    """What a file of several documents is: mergekit-multi keeps merges that build on each other in one."""
+    nodes = [first]
+    while loader.check_node():
+        nodes.append(loader.get_node())
+    keys = [{key.value for key, _ in node.value} if isinstance(node, yaml.MappingNode) else set() for node in nodes]
+    if any("merge_method" in own for own in keys):
+        return FusionError(
+            f"{path} holds {len(nodes)} merges, of which some are models of others, as mergekit-multi runs them: one is"
+            " fused at a time",
+            "save each as a file, fuse them in order, and write the --output folder of a merge where the next names it",
+        )
+    return FusionError(f"{path} holds {len(nodes)} YAML documents, where one is read", "save each as a file of its own")
 
 
 def _check(root: yaml.Node | None) -> None:

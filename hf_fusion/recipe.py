@@ -30,6 +30,8 @@ from hf_fusion.plain_yaml import read_yaml
 RECIPE_FILE = "fusion.yaml"
 RECIPE_ATTRIBUTE = "fusion_recipe"
 """Where a fused model has its recipe."""
+SMALLEST = "smallest"
+"""The tokenizer of recipes that are matched by number and cut to the smallest vocabulary."""
 DTYPES = ("float32", "float16", "bfloat16")
 # keys that a recipe of mergekit has and ours has not
 MERGEKIT = {"merge_method", "models", "base_model", "modules"}
@@ -120,7 +122,8 @@ class Recipe:
         slices: of static merges: the merged model's layers, where they are not those of its models one by one.
         tokenizer: of static merges: "union" of all, "base", or the model whose tokenizer the merged one has, or these
             as the ``source`` of a mapping with ``tokens`` and ``pad_to_multiple_of`` (`hf_fusion.merging.vocabulary`);
-            None: that of the base, or of the first expert.
+            "smallest": the first's, cut to the smallest vocabulary (`hf_fusion.merging.smallest`); None: that of the
+            base, or of the first expert.
         chat_template: of static merges: a Jinja template, "auto", a name (`hf_fusion.merging.chat_templates`), or the
             model whose template is taken.
     """
@@ -256,7 +259,7 @@ _VALUES: dict[str, tuple[Any, str]] = {
     "base": (lambda v: v is None or _is_name(v), "owner/name@sha"),
     "parameters": (_is_settings, "names and values"),
     "slices": (lambda v: v is None or isinstance(v, list), "a list of slices"),
-    "tokenizer": (lambda v: v is None or _is_name(v) or isinstance(v, Mapping), "union, base or a model"),
+    "tokenizer": (lambda v: v is None or _is_name(v) or isinstance(v, Mapping), "union, base, smallest or a model"),
     "chat_template": (lambda v: v is None or isinstance(v, str), "a template, or the model that has it"),
     "dtype": (lambda v: v is None or v in DTYPES, f"one of {', '.join(DTYPES)}"),
 }

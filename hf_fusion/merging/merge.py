@@ -160,7 +160,10 @@ def plan_merge(recipe: Recipe, api: HfApi | None = None) -> Plan:
         module, _, name = method.plan.partition(":")
         planned = getattr(import_module(f"hf_fusion.merging.{module}"), name)(recipe, base, opened)
     else:
-        planned = plan(recipe, base, opened, read_vocabulary(recipe, base, opened, api))
+        vocabulary = read_vocabulary(recipe, base, opened, api)
+        if vocabulary is None and recipe.tokenizer is not None:  # the smallest, and all are of one size
+            recipe = replace(recipe, tokenizer=None)
+        planned = plan(recipe, base, opened, vocabulary)
     planned.recipe = _pinned(planned)
     shapes = shapes_of(planned.specs)
     planned.config = fitted_config(planned.config, shapes, [planned.first, *planned.experts])

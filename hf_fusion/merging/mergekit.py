@@ -2,7 +2,8 @@
 
 What mergekit 0.1.4 reads without using it (``int8_mask``, ``density`` of a method that has none, …) is named in the
 log; what it uses and this cannot is an error that names the key. Two things differ on purpose: everything is computed
-in single precision whatever ``dtype`` says, and tensors whose sizes differ are refused by a table instead of being cut.
+in single precision whatever ``dtype`` says, and other tensors than embeddings whose sizes differ are refused by a table
+instead of being left out. Embeddings are cut to the smallest vocabulary where no tokenizer is asked for.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from hf_fusion.errors import FusionError, shown
 from hf_fusion.merging.mergekit_methods import ALWAYS, KNOWN, METHODS, Parameter
 from hf_fusion.merging.methods import MERGE_METHODS
-from hf_fusion.recipe import DTYPES, Recipe, RecipeExpert, Slice, SliceSource, is_number
+from hf_fusion.recipe import DTYPES, SMALLEST, Recipe, RecipeExpert, Slice, SliceSource, is_number
 
 logger = logging.getLogger(__name__)
 
@@ -283,15 +284,15 @@ class _Reader:
                 found.append(value)
         return found[0] if found else None
 
-    def _tokenizer(self) -> str | dict[str, Any] | None:
-        """``tokenizer``, or its old spelling ``tokenizer_source``."""
+    def _tokenizer(self) -> str | dict[str, Any]:
+        """``tokenizer``, or its old spelling ``tokenizer_source``; without, vocabularies are cut to the smallest."""
         source, tokenizer = self.content.get("tokenizer_source"), self.content.get("tokenizer")
         if source is not None and tokenizer is not None:
             raise FusionError(f"{self.name}: tokenizer_source and tokenizer are the same: give one")
         if source is not None:
             return self._source(source, "tokenizer_source")
         if tokenizer is None:
-            return None
+            return SMALLEST
         if not isinstance(tokenizer, Mapping):
             raise self._error("tokenizer", tokenizer, "{source: union, base or a model}")
         self._known(tokenizer, ("source", "tokens", "pad_to_multiple_of"), "tokenizer.")

@@ -2,6 +2,7 @@
 
     tokenizer: union | base | owner/name
     tokenizer: {source: union, tokens: {<|im_end|>: {source: owner/name, force: true}}, pad_to_multiple_of: 64}
+    tokenizer: smallest     (by number after all: see `smallest`)
 
 As in mergekit: a token that a model lacks gets, for that model, the row of the only model that has it; of the base; or
 the mean of those that have it. Rows added for padding are the mean of all.
@@ -29,6 +30,7 @@ from hf_fusion.merging.sources import LAYER, Model
 from hf_fusion.merging.tensors import Reader
 from hf_fusion.merging.token_numbers import TokenNumbers, roles_of
 from hf_fusion.merging.unions import add_tokens, tokenizer_of, union
+from hf_fusion.recipe import SMALLEST
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -156,17 +158,21 @@ def read_vocabulary(
     """
     if recipe.tokenizer is None:
         return None
+    if recipe.tokenizer == SMALLEST:
+        from hf_fusion.merging.smallest import smallest  # only where it is asked for
+
+        return smallest(base, experts)
     source, tokens, multiple = _asked(recipe.tokenizer)
     first = base or experts[0]
     models = list({id(model): model for model in ([base] if base else []) + list(experts)}.values())
     named = {expert.model: model for expert, model in zip(recipe.experts, experts, strict=True)}
     named |= {model.name: model for model in models} | ({recipe.base: base} if base and recipe.base else {})
     texts: dict[str, _Tokenizer] = {}  # fine-tunes mostly share their base's
-    read = {id(model): _read(model.folder, model.name, texts) for model in models}
+    read = {id(model): read_tokenizer(model.folder, model.name, texts) for model in models}
     own_first = read[id(first)]
     if own_first is None:
         raise FusionError(f"{first.name} has no {TOKENIZER}", "load its tokenizer with transformers and save it")
-    limits = {id(model): _limit(model) for model in models}
+    limits = {id(model): limit_of(model) for model in models}
     for model in models:
         if read[id(model)] is None and limits[id(model)] != limits[id(first)]:
             raise FusionError(f"{model.name} has no {TOKENIZER}, and not as many tokens as {first.name}")
@@ -178,7 +184,7 @@ def read_vocabulary(
             folder = named[source].folder
         else:
             folder, pinned[source] = _fetched(source, api)
-        found = _read(folder, source, texts)
+        found = read_tokenizer(folder, source, texts)
         if found is None:
             raise FusionError(f"{source} has no {TOKENIZER}", "load its tokenizer with transformers and save it")
         given = found
@@ -197,7 +203,7 @@ def read_vocabulary(
     rows = -(-size // multiple) * multiple
     own = {key: _rows(merged, tokenizers[key].numbers, limits[key], size) for key in tokenizers}
     rules = [_rule(token, rule, merged, named, tokenizers, limits) for token, rule in tokens.items()]
-    files = _files(folder, given, is_new)
+    files = tokenizer_files(folder, *((given.text, given.content) if is_new else ()))
     moved = None
     if folder != first.folder and merged != own_first.numbers:
         roles: dict[str, int] = {}
@@ -288,7 +294,7 @@ def _covers(model: Model, name: str) -> bool:
     return len(shape) == 2 or (len(shape) == 1 and name.endswith("bias"))
 
 
-def _limit(model: Model) -> int:
+def limit_of(model: Model) -> int:
     """Rows of a model's embedding: tokens from there on it does not have, whatever its tokenizer says."""
     rows = [model.shape(name)[0] for name in model.entries if _covers(model, name)]
     if not rows:
@@ -321,7 +327,7 @@ def _tokenizer(text: str, content: dict[str, Any], name: str) -> _Tokenizer:
     return _Tokenizer(text, content, numbers)
 
 
-def _read(folder: Path, name: str, known: dict[str, _Tokenizer]) -> _Tokenizer | None:
+def read_tokenizer(folder: Path, name: str, known: dict[str, _Tokenizer]) -> _Tokenizer | None:
     """What a folder has, if anything; a text that was read before is not read again."""
     file = folder / TOKENIZER
     if not own_file(file):
@@ -342,19 +348,27 @@ def _fetched(name: str, api: HfApi | None) -> tuple[Path, str]:
     return source.folder, str(source.folder.resolve()) if source.is_local else f"{source.name}@{source.revision}"
 
 
-def _files(folder: Path, tokenizer: _Tokenizer, is_new: bool) -> dict[str, bytes]:
-    """A tokenizer's files by name; those that say again what ``tokenizer.json`` says are left out if that is new."""
+def tokenizer_files(
+    folder: Path, text: str | None = None, content: Mapping[str, Any] | None = None
+) -> dict[str, bytes]:
+    """A tokenizer's files by name.
+
+    Args:
+        folder: where they lie.
+        text: of another ``tokenizer.json``; then those that say again what it says are left out.
+        content: what that says.
+    """
     names = [*TOKENIZER_FILES, *(f"{TEMPLATES}/{file.name}" for file in sorted(folder.glob(f"{TEMPLATES}/*.jinja")))]
     files = {name: (folder / name).read_bytes() for name in names if own_file(folder / name, folder)}
-    if is_new:
+    if text is not None and content is not None:
         files = {name: raw for name, raw in files.items() if name not in REDUNDANT}
-        files[TOKENIZER] = tokenizer.text.encode()
+        files[TOKENIZER] = text.encode()
         if "tokenizer_config.json" in files:
             config = read_json(folder / "tokenizer_config.json", str(folder))
             if isinstance(config.get("added_tokens_decoder"), dict):
                 config["added_tokens_decoder"] |= {
                     str(token["id"]): {key: value for key, value in token.items() if key != "id"}
-                    for token in tokenizer.content["added_tokens"]
+                    for token in content["added_tokens"]
                 }
                 files["tokenizer_config.json"] = json.dumps(config, ensure_ascii=False, indent=2).encode()
     return files
