@@ -134,9 +134,9 @@ def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
             "seconds": round(taken.seconds, 1),
         }
         out.table(rows, "Inputs", aside=True)
-        if planned.unchecked:
-            out.warning(f"whether the merged model loads was not checked: {planned.unchecked}")
-        out.dict(facts if out.mode != "json" else {**facts, "inputs": rows})
+        for warning in planned.warnings:
+            out.warning(warning)
+        out.dict(facts if out.mode != "json" else {**facts, **planned.facts, "inputs": rows})
         return
     with tqdm(unit="B", unit_scale=True, desc="Merging", disable=not out.watched) as bar:
 
@@ -151,8 +151,8 @@ def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
     if not is_main():
         return
     write_card(report.folder)
-    if report.unchecked:
-        out.warning(f"whether the merged model loads was not checked: {report.unchecked}")
+    for warning in report.warnings:
+        out.warning(warning)
     error = report.error if isinstance(report, AdapterReport) else None
     out.result(
         "Merged",
@@ -161,6 +161,7 @@ def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
         mb=round(report.nbytes / 1e6, 1),
         seconds=round(report.seconds, 1),
         **({} if error is None else {"relative_error": round(error, 6)}),
+        **(report.facts if out.mode == "json" else {}),
     )
     load = f'PeftModel.from_pretrained(base, "{args.output}")  # base: {report.recipe.base}'
     out.hint(f"hf-fusion eval {args.output} --data DATA" if error is None else load)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fusion.experts import ExpertInfo
 from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
+from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.card_parts import (
     FEATURES,
     IMAGE_IMPORT,
@@ -23,6 +24,7 @@ from hf_fusion.hub.card_parts import (
 from hf_fusion.hub.files import IMAGE_FILES, PROCESSOR_FILES
 from hf_fusion.hub.heads import architectures, head_of_adapter, head_of_architecture
 from hf_fusion.merging.methods import method_named
+from hf_fusion.merging.output import FACTS
 from hf_fusion.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -81,7 +83,20 @@ def merge_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "tokenizer": bool(recipe.tokenizer),
         "statistics": bool(row.statistics),
         "dtype": recipe.dtype,
+        **_told(folder, recipe),
     }
+
+
+def _told(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """What the merge itself has noted: experts of which less than all is merged, by their place in the recipe."""
+    facts = read_json(folder / FACTS, str(folder)) if (folder / FACTS).is_file() else {}
+    by_name = {expert.model: number for number, expert in enumerate(recipe.experts)}
+    partly = [
+        {"expert": by_name[row["model"]], "share": f"{100 * row['merged'] / row['parameters']:.3g} %"}
+        for row in facts.get("partly_merged", [])
+        if row["model"] in by_name
+    ]
+    return {"partly": partly, "notes": facts.get("notes", [])}
 
 
 def pipeline_tag(config: Mapping[str, Any], experts: Sequence[ExpertInfo]) -> str:

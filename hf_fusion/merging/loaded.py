@@ -20,6 +20,7 @@ from hf_fusion.hub.manifests import local_named_files
 from hf_fusion.merging.checkpoint import INDEX
 from hf_fusion.merging.merge import merge
 from hf_fusion.merging.methods import MERGE_METHODS
+from hf_fusion.merging.output import FACTS
 from hf_fusion.merging.plan import check_recipe
 from hf_fusion.merging.processes import Processes, is_main
 from hf_fusion.provenance import contents_of, told
@@ -79,6 +80,9 @@ def fuse_static(
         stored = str(dtype).removeprefix("torch.") if dtype is not None and dtype != "auto" else None
         recipe = Recipe(method, tuple(entries), start, parameters, stored)
         model = merged_model(recipe, device=device, trust_remote_code=trust_remote_code, api=api)
+    files = getattr(model, FILES_ATTRIBUTE)
+    for folder, name in names.items():  # what was noted of models from memory
+        files |= {FACTS: files[FACTS].replace(folder.encode(), name.encode())} if FACTS in files else {}
     pinned: Recipe = getattr(model, RECIPE_ATTRIBUTE)
     known = tuple(replace(expert, model=names.get(expert.model, expert.model)) for expert in pinned.experts)
     recipe = replace(pinned, experts=known, base=names.get(pinned.base or "", pinned.base))

@@ -43,7 +43,8 @@ class MergeReport:
         tensors: how many it has.
         nbytes: bytes of its weights.
         seconds: of the merge itself, reading and writing included.
-        unchecked: why transformers' loader could not be asked whether the merged model loads; "" where it was.
+        facts: of what less than all was merged, and what is unlike what the models say; see `Plan.facts`.
+        warnings: the same as sentences, and why it could not be checked whether the merged model loads.
     """
 
     folder: Path
@@ -51,7 +52,8 @@ class MergeReport:
     tensors: int
     nbytes: int
     seconds: float
-    unchecked: str = field(default="", kw_only=True)
+    facts: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    warnings: list[str] = field(default_factory=list, kw_only=True)
 
 
 def merge(
@@ -139,7 +141,9 @@ def merge(
         planned.files.close()
         torch.set_num_threads(before)
     seconds = time.perf_counter() - began
-    return MergeReport(folder, planned.recipe, len(planned.targets), total, seconds, unchecked=planned.unchecked)
+    return MergeReport(
+        folder, planned.recipe, len(planned.targets), total, seconds, facts=planned.facts, warnings=planned.warnings
+    )
 
 
 def plan_merge(recipe: Recipe, api: HfApi | None = None) -> Plan:

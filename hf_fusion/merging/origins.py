@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from hf_fusion.recipe import Recipe, Slice, SliceSource
 
 MISMATCHES = ("base", "skip", "resize")
+_MEANING = {
+    "base": "base: such tensors stay as the base, or the first expert, has them",
+    "skip": "skip: experts that do not fit are left out of a tensor",
+    "resize": "resize: as skip, but embeddings and heads with another number of rows are merged as well: rows that an"
+    " expert lacks stay the base's",
+}
 MOST_ROWS = 40  # of the table in an error
 
 
@@ -88,13 +94,11 @@ class MismatchError(FusionError):
         widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
         lines = [{key: key for key in widths}, *rows]
         table = "\n".join("  ".join(str(line[key]).ljust(widths[key]) for key in widths).rstrip() for line in lines)
-        usable = [option for option in MISMATCHES if all(option in m.options for m in mismatches)]
+        usable = [option for option in MISMATCHES if any(option in m.options for m in mismatches)]
         more = f"\n… and {len(mismatches) - MOST_ROWS} more" if len(mismatches) > MOST_ROWS else ""
         super().__init__(
             f"the models' tensors do not match:\n{table}{more}",
-            f"set the parameter mismatch to {' or '.join(usable)} (base: such tensors stay as the base, or the first"
-            " expert, has them; skip: experts that do not fit are left out of a tensor; resize: rows that an expert"
-            " lacks stay the base's)",
+            f"set the parameter mismatch to {' or '.join(usable)} ({'; '.join(map(_MEANING.__getitem__, usable))})",
         )
 
 
@@ -130,9 +134,10 @@ def mismatches_of(
                 continue
             used[part.expert].add(part.name)
             right = expert.shape(part.name)
-            has_rows = len(left) == len(right) and left[1:] == right[1:]
-            if left != right and not (aligned and has_rows):
-                options = MISMATCHES if has_rows else MISMATCHES[:2]
+            is_longer = has_rows(left, right)
+            if left != right and not (aligned and is_longer):
+                # within layers, rows of one tensor are columns of another
+                options = MISMATCHES if is_longer and layer_of(own) is None else MISMATCHES[:2]
                 note(origin.name, expert, f"{list(right)} against {list(left)}", options)
             elif expert.entries[part.name].is_float != model.entries[own].is_float:
                 types = f"{expert.entries[part.name].dtype} against {model.entries[own].dtype}"
@@ -141,8 +146,21 @@ def mismatches_of(
         layers = {layer_of(name) for name in known} - {None}
         for name in expert.entries:
             if name not in known and (not sliced or layer_of(name) in layers):
-                note(name, expert, "extra", MISMATCHES)
+                note(name, expert, "extra", MISMATCHES[:2])
     return list(found.values())
+
+
+def without_skipping(mismatches: Sequence[Mismatch]) -> None:
+    """Leaves out options that leave experts out of tensors: for methods that look at all tensors of all experts."""
+    unfit = [mismatch for mismatch in mismatches if mismatch.what != "extra"]
+    is_resized = all("resize" in mismatch.options for mismatch in unfit)
+    for mismatch in mismatches if unfit else ():
+        mismatch.options = ("base", "resize") if is_resized else ("base",)
+
+
+def has_rows(left: Sequence[int], right: Sequence[int]) -> bool:
+    """Whether two tensors' rows are of one size, however many each has."""
+    return len(left) == len(right) > 0 and left[1:] == right[1:]
 
 
 def origins_of(

@@ -28,6 +28,8 @@ from hf_fusion.merging.checkpoint import DTYPES, INDEX, SINGLE, Entry
 from hf_fusion.recipe import RECIPE_FILE
 
 SHARD_BYTES = 5_000_000_000
+FACTS = "merge.json"
+"""What there is to tell of a merge beside its recipe, if anything; cards have it from there."""
 
 
 @dataclass(frozen=True)

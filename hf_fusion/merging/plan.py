@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,11 +13,23 @@ from hf_fusion.errors import FusionError
 from hf_fusion.merging.checkpoint import DTYPES, FLOATS, Files
 from hf_fusion.merging.configs import merged_config
 from hf_fusion.merging.engine import Target
+from hf_fusion.merging.matching import Share, matched, refuse_strangers, shares_of
 from hf_fusion.merging.methods import MergeMethod, method_named
-from hf_fusion.merging.origins import MISMATCHES, Mismatch, MismatchError, Origin, layers_of, mismatches_of, origins_of
+from hf_fusion.merging.origins import (
+    MISMATCHES,
+    Mismatch,
+    MismatchError,
+    Origin,
+    Part,
+    has_rows,
+    layers_of,
+    mismatches_of,
+    origins_of,
+    without_skipping,
+)
 from hf_fusion.merging.output import Spec
 from hf_fusion.merging.schema import Parameter, Range, arguments_at, check_setting
-from hf_fusion.merging.sources import Model, align
+from hf_fusion.merging.sources import Model, layer_of
 from hf_fusion.merging.statistics import PARAMETER as STATISTICS
 from hf_fusion.merging.statistics import Measured, statistics_of
 from hf_fusion.merging.tensors import Combination, Reader, Tensors, WholeModel
@@ -47,6 +59,8 @@ class Plan:
         dropped: tensors of experts that have no place in the merged model, as a table.
         config: content of the merged model's ``config.json``.
         vocabulary: the merged model's tokens, where the recipe asks for others than the first model's.
+        notes: what is unlike what the models say, one sentence each.
+        shares: how much of each expert is merged; empty for methods that say themselves what they take.
         unchecked: why transformers' loader could not be asked whether it loads; "" where it was.
     """
 
@@ -59,7 +73,26 @@ class Plan:
     dropped: list[Mismatch]
     config: dict[str, Any]
     vocabulary: Vocabulary | None = None
+    shares: Sequence[Share] = ()
+    notes: Sequence[str] = ()
     unchecked: str = ""
+
+    @property
+    def partly(self) -> list[Share]:
+        """Experts of which less than all is merged, where slices have not asked for that."""
+        return [share for share in self.shares if share.value < 1 and not self.recipe.slices]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a reader of the merged model should know, as plain data; empty where there is nothing to tell."""
+        found = {"partly_merged": [asdict(share) for share in self.partly], "notes": list(self.notes)}
+        return {key: value for key, value in found.items() if value}
+
+    @property
+    def warnings(self) -> list[str]:
+        """The same as sentences, and whether it was not checked that the model loads."""
+        why = f"whether the merged model loads was not checked: {self.unchecked}"
+        return [*map(str, self.partly), *self.notes, *([why] if self.unchecked else [])]
 
     @property
     def specs(self) -> list[Spec]:
@@ -87,16 +120,23 @@ def plan(recipe: Recipe, base: Model | None, experts: Sequence[Model], vocabular
         vocabulary: that of the merged model, where the recipe asks for one.
 
     Raises:
-        FusionError: slices cannot be taken.
+        FusionError: slices cannot be taken, or nothing of an expert would be merged.
         MismatchError: the models' tensors do not match, and the recipe does not say what to do about it.
     """
     method = method_named(recipe.method)
     files = Files()
     first = base or experts[0]
-    names = [align(first.entries, expert.entries) for expert in experts]
+    names = [matched(first, expert) for expert in experts]
     origins = list(origins_of(recipe, base, experts, names))
     is_aligned = vocabulary.covers if vocabulary else lambda model, name: False
     mismatches = mismatches_of(origins, experts, is_aligned, sliced=bool(recipe.slices))
+    if recipe.parameters.get("trim") == "model" or (method.place == "emr:emr" and recipe.parameters.get("expert")):
+        without_skipping(mismatches)
+    fitting = [_fitting(origin, recipe, base, experts, is_aligned) for origin in origins]
+    shares = _merged_of(origins, fitting, experts, base)
+    # of models that slices do not name, one may lend its configuration
+    named = {part.expert for origin in origins for part in origin.parts}
+    refuse_strangers([shares[number] for number in sorted(named)], first)
     # an expert's tensors that have no place are only a problem while nobody said so
     if mismatches and not recipe.parameters.get("mismatch"):
         raise MismatchError(mismatches)
@@ -104,9 +144,9 @@ def plan(recipe: Recipe, base: Model | None, experts: Sequence[Model], vocabular
     targets: list[Target] = []
     whole = WholeModel(lambda: [target.inputs() for target in targets if target.inputs])
     context = _Context(recipe, method, base, list(experts), names, files, vocabulary, statistics, whole)
-    targets += [_target(origin, context) for origin in origins]
+    targets += [_target(origin, parts, context) for origin, parts in zip(origins, fitting, strict=True)]
     config = merged_config(first, recipe.dtype, layers_of(recipe, base, experts), vocabulary)
-    return Plan(recipe, method, base, list(experts), targets, files, mismatches, config, vocabulary)
+    return Plan(recipe, method, base, list(experts), targets, files, mismatches, config, vocabulary, shares)
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -180,29 +220,58 @@ class _Context:
         return self.vocabulary.reader(model, {key: m.reader(own, self.files) for key, (m, own) in holders.items()})
 
 
-def _target(origin: Origin, context: _Context) -> Target:
-    """One tensor of the merged model."""
-    recipe, method, experts, vocabulary = context.recipe, context.method, context.experts, context.vocabulary
+def _fitting(
+    origin: Origin,
+    recipe: Recipe,
+    base: Model | None,
+    experts: Sequence[Model],
+    is_aligned: Callable[[Model, str], bool],
+) -> tuple[Part, ...]:
+    """The experts' tensors that are merged into one of the merged model's; empty where that stays as it is."""
     first, own = origin.first
-    entry, shape = first.entries[own], first.shape(own)
-    is_aligned = vocabulary is not None and vocabulary.covers(first, own)
-    mismatch, seed = recipe.parameters.get("mismatch"), recipe.parameters.get("seed", 0)
-    size = (vocabulary.rows, *shape[1:]) if vocabulary is not None and is_aligned else shape
-    spec = Spec(origin.name, stored_as(recipe.dtype, entry.dtype), size, first.module_of(own))
-    described = vocabulary.digest if vocabulary is not None and is_aligned else None
+    mismatch, shape = recipe.parameters.get("mismatch"), first.shape(own)
     parts, unfit = [], False
     for part in origin.parts:
         if part.name is None or not experts[part.expert].entries[part.name].is_float:
             unfit = True
             continue
         theirs = experts[part.expert].shape(part.name)
-        has_rows = len(theirs) == len(shape) and theirs[1:] == shape[1:]
-        if theirs == shape or (has_rows and (is_aligned or mismatch == "resize")):
+        resized = is_aligned(first, own) or (mismatch == "resize" and layer_of(own) is None)
+        if theirs == shape or (resized and has_rows(theirs, shape)):
             parts.append(part)
         else:
             unfit = True
     # fewer than the method merges: what is there is passed on as it is
-    if len(parts) < (1 if context.base else method.experts[0]) or not entry.is_float or (unfit and mismatch == "base"):
+    least = 1 if base else method_named(recipe.method).experts[0]
+    stays = len(parts) < least or not first.entries[own].is_float or (unfit and mismatch == "base")
+    return () if stays else tuple(parts)
+
+
+def _merged_of(
+    origins: Sequence[Origin], fitting: Sequence[tuple[Part, ...]], experts: Sequence[Model], base: Model | None
+) -> list[Share]:
+    """How much of each expert is in the merged model, also where a tensor of the first one is passed on as it is."""
+    merged: list[set[str]] = [set() for _ in experts]
+    for origin, parts in zip(origins, fitting, strict=True):
+        for part in parts:
+            merged[part.expert].add(str(part.name))
+        if not parts and base is None:
+            for expert, names in zip(experts, merged, strict=True):
+                if expert is origin.first[0]:
+                    names.add(origin.first[1])
+    return shares_of(experts, merged)
+
+
+def _target(origin: Origin, parts: tuple[Part, ...], context: _Context) -> Target:
+    """One tensor of the merged model."""
+    recipe, method, experts, vocabulary = context.recipe, context.method, context.experts, context.vocabulary
+    first, own = origin.first
+    entry, shape = first.entries[own], first.shape(own)
+    is_aligned, seed = vocabulary is not None and vocabulary.covers(first, own), recipe.parameters.get("seed", 0)
+    size = (vocabulary.rows, *shape[1:]) if vocabulary is not None and is_aligned else shape
+    spec = Spec(origin.name, stored_as(recipe.dtype, entry.dtype), size, first.module_of(own))
+    described = vocabulary.digest if vocabulary is not None and is_aligned else None
+    if not parts:
         return _kept(spec, origin, context, described)
     arguments = arguments_at(
         method.parameters, origin.settings, [part.settings for part in parts], origin.name, origin.depth

@@ -12,6 +12,7 @@ from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.manifests import MODULES, local_named_files, module_folders, read_content
 from hf_fusion.merging.chat_templates import with_template
 from hf_fusion.merging.checkpoint import own_file
+from hf_fusion.merging.output import FACTS
 from hf_fusion.merging.vocabulary import is_tokenizer_file
 
 if TYPE_CHECKING:
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # what describes weights, or was measured of them, is not the merged model's
-_NOT_COPIED = ("adapter_config.json", "trainer_state.json", "results.json", "routing.json", "coefficients.json")
+_NOT_COPIED = (
+    *("adapter_config.json", "trainer_state.json", "results.json", "routing.json", "coefficients.json"),
+    FACTS,
+)
 # files beside config.json that name tokens by their numbers
 _WITH_TOKENS = ("generation_config.json", "processor_config.json", "preprocessor_config.json")
 # what sentence-transformers reads beside modules.json
@@ -46,6 +50,8 @@ def merged_files(planned: Plan) -> dict[str, bytes]:
     if planned.recipe.chat_template is not None:
         models = {model.name: model for model in [*([planned.base] if planned.base else []), *planned.experts]}
         files = with_template(files, planned.recipe.chat_template, models)
+    if planned.facts:
+        files[FACTS] = (json.dumps(planned.facts, indent=2) + "\n").encode()
     files["config.json"] = (json.dumps(planned.config, indent=2) + "\n").encode()
     return files
 

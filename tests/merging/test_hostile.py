@@ -251,7 +251,8 @@ def test_configurations_that_are_none(text, folders, tmp_path):
 
 def test_a_model_of_many_heads_is_aligned_at_once(tmp_path):
     shapes = {f"a{i}.weight": (1,) for i in range(4000)}
-    folders = [model(tmp_path / "base", 0, shapes), model(tmp_path / "one", 1, {f"b{n}": s for n, s in shapes.items()})]
+    theirs = {f"b{name}": shape for name, shape in shapes.items()} | {"a0.weight": (1,)}
+    folders = [model(tmp_path / "base", 0, shapes), model(tmp_path / "one", 1, theirs)]
     began = time.perf_counter()
     with pytest.raises(FusionError, match="do not match(.|\n)*… and [0-9]+ more"):
         merge(recipe_of(folders), tmp_path / "out")
