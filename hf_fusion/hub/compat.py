@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import ExpertInfo
 from hf_fusion.extras import refuse_missing
-from hf_fusion.hub.adapters import config_problems, shape_problems
+from hf_fusion.hub.adapters import config_problems, shape_problems, trained_class
 from hf_fusion.hub.discover import info_row
 from hf_fusion.hub.files import (
     Source,
@@ -41,6 +41,7 @@ from hf_fusion.hub.heads import (
 )
 from hf_fusion.hub.licenses import forbids_derivatives
 from hf_fusion.hub.peft_names import LORA, plain_keys
+from hf_fusion.hub.placement import placement
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -157,7 +158,8 @@ def check_compatibility(
     Args:
         experts: as `discover` gives them.
         task: pipeline tag that all must have a head for.
-        base_model: the base that all must have been made from.
+        base_model: the base that all must have been made from. Adapters that record none, or a path, are judged by its
+            shapes.
         base_revision: its commit, where experts record one.
         labels: names that every expert's labels must be among, ignoring case, blanks, dashes and underscores
             (for output fusion).
@@ -245,11 +247,17 @@ def _base_name(evidence: Evidence, criteria: Criteria) -> str | None:
     """``owner/base[@revision]`` that an adapter needs, if it names a repo; in merging, that of full models too."""
     if evidence.source is None or evidence.unreadable:
         return None
-    if not evidence.source.is_adapter:
-        named = (criteria.base_model, criteria.base_revision)
-        return "@".join(filter(None, named)) if criteria.merging and criteria.base_model else None
+    recorded, wanted = _recorded(evidence.source), criteria.base_model
+    if recorded:  # another one than is wanted is not looked for
+        return recorded if wanted in (None, recorded.partition("@")[0]) else None
+    is_needed = wanted and (criteria.merging or evidence.source.is_adapter)
+    return "@".join(filter(None, (wanted, criteria.base_revision))) if is_needed else None
+
+
+def _recorded(source: Source) -> str | None:
+    """``owner/base[@revision]`` that an adapter records; None where it is a path, or nothing, and for full models."""
     try:
-        return recorded_base(evidence.source)
+        return recorded_base(source) if source.is_adapter else None
     except FusionError:
         return None
 
@@ -357,8 +365,10 @@ def _check_task(case: Case) -> Iterator[Reason]:
 
 def _check_base(case: Case) -> Iterator[Reason]:
     wanted, recorded = case.criteria.base_model, case.info.base_model
-    if wanted and recorded != wanted:
-        yield Reason(ReasonKind.BASE, f"was made from {recorded or 'an unknown base'}, not {wanted}")
+    is_unknown = case.info.is_adapter and _recorded(case.source) is None  # then its shapes tell whether it fits
+    if wanted and recorded != wanted and not is_unknown:
+        remedy = f"to put it on that one all the same: fuse with base={wanted}" if case.info.is_adapter else None
+        yield Reason(ReasonKind.BASE, f"was made from {recorded or 'an unknown base'}, not {wanted}", remedy)
         return
     commit, found = case.criteria.base_revision, case.info.base_revision
     if commit and found and found != commit:
@@ -403,7 +413,8 @@ def _check_shapes(case: Case) -> Iterator[Reason]:
     base = case.base.name if case.base else None
     try:  # experts of one base mostly have the same shapes: those are compared once
         config = {} if case.info.is_adapter else case.source.config
-        details = case.accounts.once((base, head.auto), config, case.shapes, lambda: compare(case, head))
+        trained = trained_class(case.source.adapter)
+        details = case.accounts.once((base, head.auto, trained), config, case.shapes, lambda: compare(case, head))
     except FusionError as error:
         refuse_missing(error, case.info.id)
         yield Reason(ReasonKind.ARCHITECTURE, error.message, error.hint)
@@ -450,6 +461,9 @@ def _adapter_shapes(case: Case, head: Head) -> list[str]:
     if result is None:
         return []
     lora, saved = adapter_shapes(case.shapes, case.info.id)
+    names = placement(lora, saved, result.model, trained_class(case.source.adapter))
+    lora = {names[f"{path}.weight"].removesuffix(".weight"): sizes for path, sizes in lora.items()}
+    saved = {names[key]: shape for key, shape in saved.items()}
     unfilled = sorted(result.missing - set(saved))
     return shape_problems(lora, saved, result.model) + [f"{key} is neither in it nor in its base" for key in unfilled]
 

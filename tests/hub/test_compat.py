@@ -1,5 +1,6 @@
 """Every reason an expert can be rejected for, each from a real repo that has the fault; and what is never done."""
 
+import copy
 import json
 import pickle
 import re
@@ -15,12 +16,18 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BertConfig,
+    CLIPConfig,
+    CLIPModel,
     GPT2Config,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
 )
 
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.compat import ReasonKind, check_compatibility
 from hf_fusion.hub.discover import discover
+from hf_fusion.hub.load import load_experts
 
 CARD = "license: mit\npipeline_tag: text-classification"
 
@@ -75,6 +82,10 @@ def test_base_and_its_revision(judge, owner, tmp_path):
     assert set(judge(adapter, base_model=f"{owner.name}/base", base_revision="b" * 40)) == {ReasonKind.BASE_REVISION}
     edit_json(adapter / "adapter_config.json", base_model_name_or_path="/home/someone/base")
     assert judge(adapter) == {ReasonKind.BASE: "records '/home/someone/base' as its base"}
+    assert judge(adapter, base_model=f"{owner.name}/base") == {}  # which nobody else has: the shapes tell
+    wide = save_bert(tmp_path / "wide", auto=AutoModel, config=BertConfig(**{**BERT.to_dict(), "hidden_size": 32}))
+    owner.push("wide", wide)
+    assert "query is 32→32 in the base" in judge(adapter, base_model=f"{owner.name}/wide")[ReasonKind.SHAPES]
     edit_json(adapter / "adapter_config.json", base_model_name_or_path="nobody/nothing")
     assert "nobody/nothing was not found" in judge(adapter)[ReasonKind.BASE]
 
@@ -104,6 +115,45 @@ def test_shapes_of_an_adapter(judge, owner, tmp_path):
     path = adapter / "adapter_model.safetensors"
     save_file({key: value for key, value in load_file(path).items() if "lora" in key}, path)
     assert "classifier.bias is neither in it nor in its base" in judge(adapter)[ReasonKind.SHAPES]
+
+
+def test_another_base_than_the_wanted_is_not_asked_for(judge, owner, hub, tmp_path):
+    adapter = based(owner, tmp_path)
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path="nobody/other")
+    hub.requests.clear()
+    assert judge(adapter, base_model=f"{owner.name}/base") == {
+        ReasonKind.BASE: f"was made from nobody/other, not {owner.name}/base"
+    }
+    assert not [path for _, path, _ in hub.requests if "nobody/other" in path]
+
+
+def test_adapters_by_the_names_of_other_layouts(judge, owner, tmp_path):
+    """As they are loaded: layers of an older ViT, a tower of a CLIP."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    images = {"image_size": 8, "patch_size": 4}
+    torch.manual_seed(0)
+    vit = ViTForImageClassification(ViTConfig(**sizes, **images))
+    text = {"vocab_size": 8, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    clip = CLIPModel(CLIPConfig(text_config=text | sizes, vision_config=images | sizes, projection_dim=8))
+    for name, model, trained in (("vit", vit, vit), ("clip", clip, clip.vision_model)):
+        model.save_pretrained(tmp_path / name)
+        ViTImageProcessorPil().save_pretrained(tmp_path / name)
+        owner.push(name, tmp_path / name)
+        folder = tmp_path / f"of-{name}"
+        get_peft_model(copy.deepcopy(trained), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+        (folder / "README.md").unlink()
+        edit_json(folder / "adapter_config.json", base_model_name_or_path=f"{owner.name}/{name}")
+        if name == "vit":
+            file = folder / "adapter_model.safetensors"
+            tensors = {
+                key.replace("vit.layers", "vit.encoder.layer").replace("q_proj", "attention.query"): tensor
+                for key, tensor in load_file(file).items()
+            }
+            save_file(tensors, file)
+        assert judge(folder) == {}
+        load_experts([f"{owner.name}/of-{name}"], api=owner.api)
+    edit_json(folder / "adapter_config.json", auto_mapping=None)  # which of two towers?
+    assert "which the base does not have" in judge(folder)[ReasonKind.SHAPES]
 
 
 def test_what_merging_needs(judge, owner, tmp_path):
