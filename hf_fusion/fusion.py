@@ -21,7 +21,7 @@ from hf_fusion.hub.load import load_experts
 from hf_fusion.merging.loaded import fuse_static, load_merged, merged_model
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.merging.processes import is_main
-from hf_fusion.provenance import contents_of, recipe_in, recipe_of_model, told
+from hf_fusion.provenance import contents_of, folders_of, recipe_in, recipe_of_model, told
 from hf_fusion.recipe import RECIPE_ATTRIBUTE, RECIPE_FILE, Recipe, RecipeExpert
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def fuse(
     names = [_named(*pair) for pair in zip(sources, loaded, strict=True)]
     recipe = _recipe(method, names, loaded, recorded, dtype, given)
     setattr(model, RECIPE_ATTRIBUTE, recipe)
-    model.config.recipe = told(recipe, contents_of(recipe)).to_dict()  # goes wherever the model goes
+    model.config.recipe = told(recipe, contents_of(folders_of(recipe))).to_dict()  # goes wherever the model goes
     return model
 
 

@@ -7,7 +7,7 @@ and the sha256 of its content instead: ``NAME@sha256:…``.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -98,9 +98,8 @@ def folders_of(recipe: Recipe) -> list[str]:
     return list(dict.fromkeys(part for part in parts if Path(part).is_absolute()))
 
 
-def contents_of(recipe: Recipe) -> dict[str, str]:
-    """Each folder of this machine that a recipe names -> ``NAME@sha256:…``."""
-    folders = folders_of(recipe)
+def contents_of(folders: Sequence[str]) -> dict[str, str]:
+    """Each folder -> ``NAME@sha256:…``."""
     names = in_parallel(lambda path: f"{Path(path).name}@{content_of(path)}", folders)
     return dict(zip(folders, names, strict=True))
 

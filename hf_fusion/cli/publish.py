@@ -21,6 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repo", metavar="REPO", help="owner/name; created if missing")
     parser.add_argument("--public", action="store_true", help="a new repo is public (default: private)")
     parser.add_argument("--license", metavar="ID", help="the model's licence, where the experts' cannot be combined")
+    parser.add_argument(
+        "--push-experts",
+        action="store_true",
+        help="first push experts and bases that are folders; default: they are named, with the sha256 of their content",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace another model that REPO holds")
     parser.add_argument("--dry-run", action="store_true", help="show the plan and the card, and stop")
     parser.add_argument("--yes", action="store_true", help="do not ask")
 
@@ -29,8 +35,18 @@ def run(args: argparse.Namespace, out: Out) -> None:
     """Plans; shows the plan; pushes once that is confirmed."""
     from hf_fusion.hub.publish import plan, push
 
-    planned = plan(args.folder, args.repo, private=not args.public, license=args.license)
-    again = f"hf-fusion publish {args.folder} {args.repo}{' --public' if args.public else ''} --yes"
+    planned = plan(
+        args.folder,
+        args.repo,
+        private=not args.public,
+        license=args.license,
+        push_experts=args.push_experts,
+        overwrite=args.overwrite,
+    )
+    chosen = {"--public": args.public, "--push-experts": args.push_experts, "--overwrite": args.overwrite}
+    options = [f"--license {args.license}"] if args.license else []
+    options += [option for option, is_chosen in chosen.items() if is_chosen]
+    again = " ".join(["hf-fusion publish", args.folder, args.repo, *options, "--yes"])
     if args.dry_run:
         out.text(f"{planned.card}\n")
         out.dict(planned.summary() if out.mode != "json" else {**planned.summary(), "card": planned.card})

@@ -26,10 +26,11 @@ from hf_fusion.hub.card_merge import MERGE, pipeline_tag
 from hf_fusion.hub.card_parts import Family
 from hf_fusion.hub.discover import read_info
 from hf_fusion.hub.files import SHA, in_parallel, parts_of, resolve
-from hf_fusion.hub.heads import HEADS, architectures, auto_class_of, default_task, head_of_adapter, label_names
+from hf_fusion.hub.heads import HEADS, auto_class_of, head_of_adapter
 from hf_fusion.hub.licenses import combine
+from hf_fusion.hub.local_experts import folder_info
 from hf_fusion.merging.methods import MERGE_METHODS
-from hf_fusion.recipe import Recipe
+from hf_fusion.recipe import CONTENT, Recipe
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -177,17 +178,7 @@ def _info(name: str, api: HfApi | None) -> ExpertInfo:
     except FusionError:
         repo, _, revision = name.partition("@")
         return ExpertInfo(repo, revision if SHA.fullmatch(revision) else "")
-    if not source.is_local:
-        return read_info(source)
-    card, config = source.card, source.config
-    license_id = card.get("license")
-    return ExpertInfo(
-        id=source.name,
-        sha="",
-        task=card.get("pipeline_tag") or default_task(next(iter(architectures(config)), None)),
-        labels=label_names(config),
-        license=license_id.lower() if isinstance(license_id, str) else None,
-    )
+    return folder_info(name) if source.is_local else read_info(source)
 
 
 def render_card(facts: CardFacts, existing: str = "") -> str:
@@ -226,8 +217,9 @@ def usage_code(card: str) -> str:
 
 def _metadata(facts: CardFacts) -> dict[str, Any]:
     """The YAML head: what the Hub indexes."""
-    pinned = [expert.id.partition("#")[0] for expert in facts.experts if expert.sha]  # not its number in a checkpoint
-    pinned += [_repo_id(facts.base)] if facts.base and "@" in facts.base else []
+    named = [(expert.id.partition("#")[0], expert.sha) for expert in facts.experts]  # not its number in a checkpoint
+    named += [(facts.base.partition("@")[0], facts.base.partition("@")[2])] if facts.base else []
+    pinned = [name for name, sha in named if sha and not sha.startswith(CONTENT)]
     data: dict[str, Any] = {
         "base_model": list(dict.fromkeys(pinned)),
         "library_name": "peft" if facts.options.get("adapter") else "transformers",
@@ -279,6 +271,8 @@ def _render_body(facts: CardFacts) -> str:
         "md": escape_markdown,
         "code": lambda text: str(text).replace("`", "'").replace("\n", " "),
         "id": _repo_id,
+        "linked": _linked,
+        "commit": _commit,
         "some": _some,
         "percent": lambda share: "" if share is None else f"{share:.0%}".replace("%", " %"),
         "millions": lambda count: f"{count / 1e6:,.1f} million",
@@ -293,6 +287,7 @@ def _render_body(facts: CardFacts) -> str:
         name=escape_markdown(facts.repo_id.rpartition("/")[2]),
         usage=_fenced(family.usage(facts), "python"),
         recipe=_fenced(facts.recipe, "yaml"),
+        folders=" and folders, once their paths stand in it" if f"@{CONTENT}" in facts.recipe else "",
         **family.view(facts),
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip()
@@ -384,6 +379,22 @@ def _count_parameters(folder: Path) -> int:
 
 def _repo_id(pinned: str) -> str:
     return pinned.partition("@")[0]
+
+
+def _linked(pinned: str) -> str:
+    """A model by its name, as a link where it is on the Hub."""
+    name, at, sha = pinned.partition("@")
+    if sha.startswith(CONTENT) or (not sha and (at or "/" not in name)):
+        return escape_markdown(name)
+    return f"[{escape_markdown(name)}](/{name})"
+
+
+def _commit(pinned: str) -> str:
+    """The commit of a model on the Hub, or by what the content of a folder is known; empty where neither is."""
+    name, _, sha = pinned.partition("@")
+    if sha.startswith(CONTENT):
+        return f"a folder, sha256 {sha.removeprefix(CONTENT)[:12]}…"
+    return f"[{sha[:7]}](/{name}/tree/{sha})" if sha else ""
 
 
 def _as_list(value: object) -> list[Any]:

@@ -8,7 +8,7 @@ the same call again does only what is missing.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -21,18 +21,16 @@ from hf_fusion.fusion import save_fused
 from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
 from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.card import README, CardFacts, pinned_revision, read_facts, render_card
-from hf_fusion.hub.discover import read_info
-from hf_fusion.hub.files import explained, hub_api, in_parallel, parts_of, resolve, same_file, weight_files
-from hf_fusion.hub.licenses import combine
+from hf_fusion.hub.files import explained, hub_api, parts_of, same_file, weight_files
+from hf_fusion.hub.local_experts import folder_info, push_folders, refuse_changed, repos_of, told_names, without_paths
+from hf_fusion.hub.publish_checks import allowed_to, check_id, check_write, refuse_unnamed
 from hf_fusion.merging.methods import MERGE_METHODS
+from hf_fusion.provenance import recipe_in, told, told_plain
 from hf_fusion.recipe import Recipe
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from transformers import PreTrainedModel
-
-
-_LOGIN = "hf auth login with a token that may write there"
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class PublishPlan:
 
     Attributes:
         repo_id: where to.
-        folder: what is pushed.
+        folder: what is pushed; without a path of this machine.
         files: path → bytes, without the card.
         exists: whether the repo is already there.
         private: its visibility (a repo that exists keeps its own).
@@ -49,6 +47,7 @@ class PublishPlan:
         experts: what the Hub says about the experts.
         card: the README as it will be, but for the commit it pins.
         facts: what the card is rendered from.
+        pushes: folders that are pushed first, as experts and bases: path → ``owner/name``.
     """
 
     repo_id: str
@@ -60,7 +59,10 @@ class PublishPlan:
     experts: tuple[ExpertInfo, ...]
     card: str
     facts: CardFacts
-    _staging: Any = field(default=None, repr=False, compare=False)  # holds the temporary folder of a model in memory
+    pushes: dict[str, str] = field(default_factory=dict)
+    _staging: Any = field(default=None, repr=False, compare=False)  # holds the temporary folder
+    # the plan once the folders are pushed, from path → ``owner/name@sha``
+    _pushed: Callable[[Mapping[str, str]], PublishPlan] | None = field(default=None, repr=False, compare=False)
 
     @property
     def megabytes(self) -> float:
@@ -75,7 +77,8 @@ class PublishPlan:
             "files": len(self.files),
             "MB": round(self.megabytes, 1),
             "license": self.license,
-            "experts": [info.pinned for info in self.experts],
+            "experts": [info.pinned if info.sha else info.id for info in self.experts],
+            **({"pushed first": [f"{path} → {repo}" for path, repo in self.pushes.items()]} if self.pushes else {}),
         }
 
 
@@ -103,6 +106,8 @@ def plan(
     private: bool = True,
     license: str | None = None,
     results: Any = None,
+    push_experts: bool = False,
+    overwrite: bool = False,
     api: HfApi | None = None,
 ) -> PublishPlan:
     """Find out what publishing would do, and whether it may be done.
@@ -113,31 +118,84 @@ def plan(
         private: visibility of a new repo.
         license: the model's licence; default is computed from the experts'.
         results: what was measured (`Results` or its dict); default is ``results.json`` in the folder.
+        push_experts: first push experts and bases that are folders, as repos of the same owner and visibility, and name
+            those. By default others are told a folder's name and the sha256 of its content.
+        overwrite: whether a repo may be replaced that holds another model than an earlier version of this one, made by
+            the same method of experts of the same names.
         api: the Hub's client; default honours ``HF_ENDPOINT`` and the stored token.
 
     Raises:
-        FusionError: for experts without a pinned commit or that the Hub does not have, licences that cannot be
-            combined, weights of private or gated experts on their way to a public repo, or an incomplete folder.
+        FusionError: for experts that are neither on the Hub at a commit nor folders, folders that were changed since,
+            licences that cannot be combined, weights of private or gated experts on their way to a public repo, an
+            incomplete folder, or a repo that holds another model.
     """
     api = hub_api(api)
-    _check_id(repo_id)
-    staging = None
-    if isinstance(model, (str, Path)):
-        folder = Path(model)
-    else:
-        staging = tempfile.TemporaryDirectory(prefix="hf-fusion-")
-        folder = save_fused(model, Path(staging.name) / repo_id.rpartition("/")[2])
-    files = _files(folder)
-    recipe = Recipe.load(folder)
-    _refuse_unnamed(recipe.unpinned)
-    allowed = _allowed(recipe, repo_id, private, license, with_bases=not _refers_to_base(folder), api=api)
-    experts, exists, private, license = allowed.experts, allowed.exists, allowed.private, allowed.license
-    facts = read_facts(folder, repo_id, experts, license, results)
-    written = _remote_card(repo_id, api) if exists else ""
+    check_id(repo_id)
+    staging = tempfile.TemporaryDirectory(prefix="hf-fusion-")
+    is_folder = isinstance(model, (str, Path))
+    folder = Path(model) if is_folder else save_fused(model, Path(staging.name) / repo_id.rpartition("/")[2])  # type: ignore
+    _files(folder)
+    recipe = recipe_in(folder)
+    names = told_names(recipe, folder, None if is_folder else model)
+
+    def planned(names: Mapping[str, str]) -> PublishPlan:
+        return _plan(folder, repo_id, recipe, names, private, license, results, overwrite, staging, api)
+
+    if push_experts and names:
+        refuse_changed(names)
+        repos = repos_of(names, repo_id)
+        return replace(planned(repos), pushes=repos, _pushed=planned)
+    return planned(names)
+
+
+def _plan(
+    folder: Path,
+    repo_id: str,
+    recipe: Recipe,
+    names: Mapping[str, str],
+    private: bool,
+    license: str | None,
+    results: Any,
+    overwrite: bool,
+    staging: Any,
+    api: HfApi,
+) -> PublishPlan:
+    """`plan` of a folder, with ``names``: what others are told of each folder of the recipe."""
+    public, files = told(recipe, names), _files(folder)
+    refuse_unnamed([name for name in public.unpinned if name not in names.values()])
+    place = Path(tempfile.mkdtemp(dir=staging.name))
+    shown = without_paths(folder, files, public, names, place)
+    allowed = allowed_to(
+        public,
+        repo_id,
+        private,
+        license,
+        with_bases=not _refers_to_base(folder),
+        known={name: folder_info(path, name) for path, name in names.items()},
+        config=read_json(shown / "config.json", str(folder)) if (shown / "config.json").exists() else {},
+        overwrite=overwrite,
+        api=api,
+    )
+    facts = read_facts(shown, repo_id, allowed.experts, allowed.license, results)
+    facts = replace(facts, results=told_plain(facts.results, names))
+    written = _remote_card(repo_id, api) if allowed.exists else ""
     if not written and (folder / README).exists():
         written = (folder / README).read_text(encoding="utf-8")
     card = render_card(facts, written)
-    return PublishPlan(repo_id, folder, files, exists, private, license, tuple(experts), card, facts, staging)
+    experts = tuple(allowed.experts)
+    return PublishPlan(
+        repo_id,
+        shown,
+        _files(shown),
+        allowed.exists,
+        allowed.private,
+        allowed.license,
+        experts,
+        card,
+        facts,
+        {},
+        staging,
+    )
 
 
 def publish(
@@ -147,6 +205,8 @@ def publish(
     private: bool = True,
     license: str | None = None,
     results: Any = None,
+    push_experts: bool = False,
+    overwrite: bool = False,
     confirm: Callable[[PublishPlan], bool] | None = None,
     api: HfApi | None = None,
 ) -> PublishResult | None:
@@ -158,6 +218,8 @@ def publish(
         private: visibility of a new repo; a repo that exists keeps its own.
         license: the model's licence; default is computed from the experts'.
         results: what was measured; default is ``results.json`` in the folder.
+        push_experts: see `plan`.
+        overwrite: see `plan`.
         confirm: asked with the plan before anything is sent; default sends without asking.
         api: the Hub's client.
 
@@ -168,7 +230,16 @@ def publish(
         FusionError: see `plan`, and if the Hub refuses.
     """
     api = hub_api(api)
-    planned = plan(model, repo_id, private=private, license=license, results=results, api=api)
+    planned = plan(
+        model,
+        repo_id,
+        private=private,
+        license=license,
+        results=results,
+        push_experts=push_experts,
+        overwrite=overwrite,
+        api=api,
+    )
     if confirm is not None and not confirm(planned):
         return None
     return push(planned, api)
@@ -180,6 +251,8 @@ def check_publish(
     *,
     private: bool = True,
     license: str | None = None,
+    push_experts: bool = False,
+    overwrite: bool = False,
     api: HfApi | None = None,
 ) -> None:
     """Refuse, before a model is made, what would keep it from being published; only metadata are read.
@@ -189,21 +262,34 @@ def check_publish(
         repo_id: ``owner/name``, to be created if missing.
         private: visibility of a new repo.
         license: the model's licence; default is computed from the experts'.
+        push_experts: see `plan`.
+        overwrite: see `plan`.
         api: the Hub's client.
 
     Raises:
         FusionError: see `plan`; and if there is no token, or it may not write there.
     """
     api = hub_api(api)
-    _check_id(repo_id)
-    names = [expert.model for expert in recipe.experts] + ([recipe.base] if recipe.base else [])
-    _refuse_unnamed(
-        [name for name in names if any(part and Path(part).expanduser().is_dir() for part in parts_of(name))]
-    )
-    _check_write(repo_id, api)
+    check_id(repo_id)
+    check_write(repo_id, api)
+    parts = [part for name in recipe.models for part in parts_of(name) if part]
+    known = {part: folder_info(part) for part in parts if Path(part).expanduser().is_dir()}
+    if push_experts:
+        repos_of({str(Path(part).expanduser().resolve()): "" for part in known}, repo_id)
     # whether a family refers to its base is seen when it is made
     row = MERGE_METHODS.get(recipe.method)
-    _allowed(recipe, repo_id, private, license, with_bases=row is not None and row.merges == "models", api=api)
+    with_bases = row is not None and row.merges == "models"
+    allowed_to(
+        recipe,
+        repo_id,
+        private,
+        license,
+        with_bases=with_bases,
+        known=known,
+        config={},
+        overwrite=overwrite,
+        api=api,
+    )
 
 
 def push(planned: PublishPlan, api: HfApi | None = None) -> PublishResult:
@@ -211,6 +297,8 @@ def push(planned: PublishPlan, api: HfApi | None = None) -> PublishResult:
     from huggingface_hub import CommitOperationAdd
 
     api = hub_api(api)
+    if planned.pushes and planned._pushed is not None:
+        planned = planned._pushed(push_folders(planned.pushes, planned.private, api))
     repo_id = planned.repo_id
     with explained(repo_id):
         url = api.create_repo(repo_id, private=planned.private, exist_ok=True)
@@ -249,111 +337,6 @@ def _refers_to_base(folder: Path) -> bool:
     if (folder / ADAPTER_CONFIG).exists():
         return True
     return bool(read_json(folder / "config.json", str(folder)).get("base_by_reference"))
-
-
-def _check_id(repo_id: str) -> None:
-    from huggingface_hub.utils import validate_repo_id
-
-    if repo_id.count("/") != 1:
-        raise FusionError(f"{repo_id!r} is not a repo id.", hint="write owner/name")
-    with explained(repo_id):
-        validate_repo_id(repo_id)
-
-
-def _check_write(repo_id: str, api: HfApi) -> None:
-    """Refuse a repo that the token may not write to, or create.
-
-    Raises:
-        FusionError: saying who asked.
-    """
-    if api.token is False:
-        raise FusionError(f"{repo_id} needs a token.", hint=_LOGIN)
-    with explained(repo_id):
-        user = api.whoami()
-        if api.repo_exists(repo_id):
-            api.auth_check(repo_id, write=True)
-            return
-    # of "fineGrained" tokens the push tells what they may
-    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise FusionError(f"{repo_id} cannot be created: the token of {user['name']} only reads.", hint=_LOGIN)
-    writes = [user["name"], *(org["name"] for org in user.get("orgs", []) if org.get("roleInOrg") != "read")]
-    if repo_id.partition("/")[0].lower() not in map(str.lower, writes):
-        raise FusionError(
-            f"{repo_id} cannot be created by {user['name']}.", hint=f"write {user['name']}/NAME, or {_LOGIN}"
-        )
-
-
-@dataclass(frozen=True)
-class _Allowed:
-    """What the Hub says about a model that may be published."""
-
-    experts: list[ExpertInfo]
-    exists: bool
-    private: bool
-    license: str
-
-
-def _allowed(
-    recipe: Recipe, repo_id: str, private: bool, license: str | None, *, with_bases: bool, api: HfApi
-) -> _Allowed:
-    """Whether a model may be published: its weights may be shown there, and there is a licence for it.
-
-    Args:
-        recipe: what it is made of.
-        repo_id: where to.
-        private: visibility of a new repo.
-        license: the model's, or None.
-        with_bases: whether it holds its bases' weights; a base by reference stays behind its own gate.
-        api: the Hub's client.
-    """
-    experts, bases = _find_experts(recipe, api)
-    with explained(repo_id):
-        exists = api.repo_exists(repo_id)
-        private = bool(api.model_info(repo_id).private) if exists else private
-    held = [*experts, *bases] if with_bases else experts
-    closed = [info.id for info in held if info.private or info.gated]
-    if closed and not private:
-        raise FusionError(
-            f"{repo_id} is public, but it would hold the weights of private or gated experts: {', '.join(closed)}.",
-            hint="publish it to a private repo",
-        )
-    license = license or combine({info.id: info.license for info in (*experts, *bases)})
-    return _Allowed(experts, exists, private, license)
-
-
-def _refuse_unnamed(names: list[str]) -> None:
-    """Refuse models that others could not find."""
-    if names:
-        raise FusionError(
-            f"No commit on the Hub is named for: {', '.join(names)}.",
-            hint="push each expert, then fuse from owner/name@sha",
-        )
-
-
-def _find_experts(recipe: Recipe, api: HfApi) -> tuple[list[ExpertInfo], list[ExpertInfo]]:
-    """The experts of a recipe and the bases whose weights travel with them, as the Hub knows them."""
-    named = [parts_of(expert.model) for expert in recipe.experts]
-    experts = _find([name for _, name in named], api)
-    bases = {base for base in (recipe.base, *(base for base, _ in named)) if base}
-    for info, (base, _) in zip(experts, named, strict=True):
-        if info.is_adapter and info.base_model and not (base or recipe.base):
-            bases.add(f"{info.base_model}@{info.base_revision}" if info.base_revision else info.base_model)
-    return experts, _find(sorted(bases), api)
-
-
-def _find(names: list[str], api: HfApi) -> list[ExpertInfo]:
-    """`ExpertInfo` of each, or one error that lists all that cannot be found."""
-
-    def read(name: str) -> ExpertInfo | FusionError:
-        try:
-            return read_info(resolve(name, api))
-        except FusionError as error:
-            return error
-
-    found = in_parallel(read, names)
-    if errors := [error for error in found if isinstance(error, FusionError)]:
-        raise FusionError(" ".join(error.message for error in errors), hint=errors[0].hint)
-    return [info for info in found if isinstance(info, ExpertInfo)]
 
 
 def _remote_card(repo_id: str, api: HfApi) -> str:

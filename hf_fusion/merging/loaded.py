@@ -23,7 +23,7 @@ from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.merging.output import FACTS
 from hf_fusion.merging.plan import check_recipe
 from hf_fusion.merging.processes import Processes, is_main
-from hf_fusion.provenance import contents_of, told
+from hf_fusion.provenance import contents_of, folders_of, told
 from hf_fusion.recipe import RECIPE_ATTRIBUTE, RECIPE_FILE, Recipe, RecipeExpert
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def fuse_static(
     known = tuple(replace(expert, model=names.get(expert.model, expert.model)) for expert in pinned.experts)
     recipe = replace(pinned, experts=known, base=names.get(pinned.base or "", pinned.base))
     setattr(model, RECIPE_ATTRIBUTE, recipe)
-    setattr(model, CONTENTS_ATTRIBUTE, contents_of(recipe))
+    setattr(model, CONTENTS_ATTRIBUTE, contents_of(folders_of(recipe)))
     return model
 
 
@@ -167,7 +167,7 @@ def push_to_hub(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Instance method of a loaded merge: as any model's, with a recipe that holds no path of this machine."""
     sent, recipe = copy.copy(model), getattr(model, RECIPE_ATTRIBUTE)  # the weights are shared
     known = getattr(model, CONTENTS_ATTRIBUTE, None)
-    setattr(sent, RECIPE_ATTRIBUTE, told(recipe, contents_of(recipe) if known is None else known))
+    setattr(sent, RECIPE_ATTRIBUTE, told(recipe, contents_of(folders_of(recipe)) if known is None else known))
     sent.save_pretrained = MethodType(save_pretrained, sent)
     return type(model).push_to_hub(sent, *args, **kwargs)
 

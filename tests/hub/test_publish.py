@@ -167,11 +167,11 @@ def test_closed_experts_do_not_leak(setting, owner, ids, fused):
     assert plan(fused, f"{owner.name}/mood", api=owner.api).private
 
 
-def test_experts_must_be_pinned_and_there(owner, ids, fused, tmp_path):
+def test_experts_must_be_pinned_and_there(owner, ids, fused):
     recipe = Recipe.load(fused)
-    loose = Recipe("foe", (RecipeExpert(str(tmp_path / "full")), recipe.experts[1]), base=f"{owner.name}/base")
+    loose = Recipe("foe", (RecipeExpert(ids[0]), recipe.experts[1]), base=f"{owner.name}/base")
     loose.save(fused / "fusion.yaml")
-    with pytest.raises(FusionError, match=f"No commit .* named for: {tmp_path}/full, {owner.name}/base"):
+    with pytest.raises(FusionError, match=f"No commit .* named for: {ids[0]}, {owner.name}/base"):
         plan(fused, f"{owner.name}/mood", api=owner.api)
     recipe.save(fused / "fusion.yaml")
     owner.api.delete_repo(ids[0])

@@ -137,7 +137,8 @@ def test_a_base_with_an_adapter_counts_with_both(owner, ids, tmp_path):
 def test_what_could_not_be_published_is_said_before_the_merge(hub, owner, anyone, ids, recipe, tmp_path):
     mine = f"{owner.name}/mood"
     check_publish(recipe, mine, api=owner.api)
-    check_publish(recipe, ids[0], api=owner.api)  # a repo that is there
+    check_publish(recipe, ids[0], overwrite=True, api=owner.api)  # a repo that is there
+    check_publish(replace(recipe, base=str(tmp_path / "base")), mine, api=owner.api)
     assert not owner.api.repo_exists(mine)
     stranger = HfApi(endpoint=hub.endpoint, token=hub.token(f"not-{owner.name}"))
     owner.api.create_repo(f"{owner.name}/shown", private=False)
@@ -154,7 +155,7 @@ def test_what_could_not_be_published_is_said_before_the_merge(hub, owner, anyone
         (recipe, f"{owner.name}/-mood--", owner.api, "is not a valid repo id"),
         (closed, f"{owner.name}/shown", owner.api, "shown is public.*/closed"),
         (replace(recipe, base=f"{owner.name}/silent"), mine, owner.api, "cannot be computed: .*silent"),
-        (replace(recipe, base=str(tmp_path / "base")), mine, owner.api, "No commit on the Hub is named for: .*base"),
+        (recipe, ids[0], owner.api, f"{ids[0]} holds another model, which is not a fused model"),
         (replace(recipe, base=f"{owner.name}/gone"), mine, owner.api, "gone was not found"),
     ]:
         with pytest.raises(FusionError, match=message):
