@@ -7,6 +7,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from hf_fusion.errors import FusionError
+
+# By what a folder is known to hold a model, or what was measured of one.
+MODEL = ("fusion.yaml", "config.json", "adapter_config.json", "*.safetensors", "results.json")
 # What an earlier save may have left and a loader would take for part of this one; and what was measured of it.
 STALE = (
     "*.safetensors",
@@ -19,6 +23,25 @@ STALE = (
     "coefficients.json",
     "coefficients.png",
 )
+
+
+def refuse_to_replace(folder: str | Path, overwrite: bool) -> None:
+    """Refuse a folder that holds a model, fitted perhaps and measured, unless it may be replaced.
+
+    A merge that was killed left nothing in the folder, so it goes on without being asked to overwrite.
+
+    Raises:
+        FusionError: naming what is there.
+    """
+    folder = Path(folder)
+    if overwrite or not folder.is_dir():
+        return
+    found = sorted(path.name for pattern in MODEL for path in folder.glob(pattern))
+    if found:
+        raise FusionError(
+            f"{folder} holds a model already: {', '.join(found[:5])}.",
+            "choose another folder, or replace it: --overwrite (overwrite=True in Python)",
+        )
 
 
 def replace_folder(staging: Path, folder: Path) -> None:

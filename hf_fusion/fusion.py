@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import Expert
-from hf_fusion.folders import replace_folder
+from hf_fusion.folders import refuse_to_replace, replace_folder
 from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.heads import architectures, head_of_task
 from hf_fusion.hub.load import load_experts
@@ -176,25 +176,29 @@ def fuse_recipe(
     )
 
 
-def save_fused(model: PreTrainedModel, folder: str | Path, recipe: Recipe | None = None) -> Path:
+def save_fused(
+    model: PreTrainedModel, folder: str | Path, recipe: Recipe | None = None, *, overwrite: bool = False
+) -> Path:
     """Write a fused model with its processor and ``fusion.yaml``, all of it or nothing.
 
-    Everything is written beside the folder first and then moved into place. Files of an earlier save
-    and its results are replaced; other files in the folder (a hand-written README) stay. Of processes that
+    Everything is written beside the folder first and then moved into place. With ``overwrite``, files of an earlier
+    save and its results are replaced; other files in the folder (a hand-written README) stay. Of processes that
     `accelerate launch` started, the first writes; the others do not wait for it.
 
     Args:
         model: as `fuse` returned it, fitted or not.
         folder: created if missing.
         recipe: default is the one `fuse` left on the model.
+        overwrite: whether a model that the folder holds may be replaced, with its results.
 
     Raises:
-        FusionError: if nothing says what the model was made of.
+        FusionError: if nothing says what the model was made of, or the folder holds a model.
     """
     recipe = recipe or recipe_of_model(model)
     folder = Path(folder).resolve()
     if not is_main():
         return folder
+    refuse_to_replace(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = folder.parent / f".{folder.name}-{uuid4().hex[:8]}"
     staging.mkdir()

@@ -7,12 +7,12 @@ already is not sent again.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.bench.cells import ALL, CLEAN, LEADERBOARD, Cell
+from hf_fusion.bench.cells import ALL, CLEAN, LEADERBOARD, Cell, read_cells
 from hf_fusion.bench.pages import CELLS, README_SECTION, REPORT, write_report
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.card_edit import add_tag, metadata_of, put_metadata, put_section
@@ -119,6 +119,7 @@ def plan_results(
     models: Mapping[str, str] | None = None,
     *,
     private: bool = True,
+    overwrite: bool = False,
     api: HfApi | None = None,
 ) -> ResultsPlan:
     """Find out what publishing results would do.
@@ -128,10 +129,12 @@ def plan_results(
         repo_id: ``owner/name`` of the data set.
         models: method, or ``method:variant``, → ``owner/name`` of the model that it made; default variant "default".
         private: visibility of a new data set; one that exists keeps its own.
+        overwrite: whether the data set may lose cells that are not among these, or hold something else.
         api: the Hub's client; default honours ``HF_ENDPOINT`` and the stored token.
 
     Raises:
-        FusionError: a model is not on the Hub or was not measured, a README cannot be edited, or the Hub refuses.
+        FusionError: the data set would lose cells, or is of something else; a model is not on the Hub or was not
+            measured, a README cannot be edited, or the Hub refuses.
     """
     from huggingface_hub.hf_api import RepoFile
 
@@ -148,6 +151,8 @@ def plan_results(
             parent, private = str(info.sha), bool(info.private)
             entries = api.list_repo_tree(repo_id, recursive=True, revision=parent, repo_type="dataset")
             tree = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+            if not overwrite:
+                _refuse_loss(cells, repo_id, tree, parent, api)
         written = (
             _read(api, repo_id, README, parent, "dataset") if README in tree else f"# {repo_id.rpartition('/')[2]}\n"
         )
@@ -164,6 +169,21 @@ def plan_results(
     source = f"{api.endpoint}/datasets/{repo_id}"
     cards = tuple(_model_card(api, summary, method, model, source) for method, model in models.items())
     return ResultsPlan(repo_id, exists, private, parent, card, changed, stale, cards, len(cells))
+
+
+def _refuse_loss(cells: Sequence[Cell], repo_id: str, names: Collection[str], sha: str, api: HfApi) -> None:
+    """Refuses a data set of something else, and one with cells that are not among these."""
+    if set(names) <= {README, ".gitattributes"}:
+        return
+    hint = "publish under another name, or replace it: --overwrite (overwrite=True in Python)"
+    if CELLS not in names:
+        raise FusionError(f"{repo_id} is a data set of something else: it has no {CELLS}.", hint)
+    theirs = read_cells(api.hf_hub_download(repo_id, CELLS, revision=sha, repo_type="dataset"))
+    if lost := {cell.place for cell in theirs} - {cell.place for cell in cells}:
+        raise FusionError(
+            f"{repo_id} has {len(lost):,} cells that are not among these, such as {min(lost)}.",
+            f"publish all of them together, {hint}",
+        )
 
 
 def push_results(planned: ResultsPlan, api: HfApi | None = None) -> PublishedResults:

@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fused models whose cards get the numbers of a method (METHOD:tuned for those of the tuned one)",
     )  # fmt: skip
     parser.add_argument("--public", action="store_true", help="a new data set is public (default: private)")
+    parser.add_argument("--overwrite", action="store_true", help="replace cells that REPO has and DIR has not")
     parser.add_argument("--dry-run", action="store_true", help="show what would be pushed, and stop")
 
 
@@ -34,7 +35,8 @@ def run(args: argparse.Namespace, out: Out) -> None:
     from hf_fusion.bench.publish import plan_results, push_results
 
     models = dict(_pair(word) for word in args.models)
-    planned = plan_results(read_cells(args.folder), args.repo, models, private=not args.public)
+    cells = read_cells(args.folder)
+    planned = plan_results(cells, args.repo, models, private=not args.public, overwrite=args.overwrite)
     if args.dry_run:
         for change in planned.models:
             out.text(f"{change.card}\n")

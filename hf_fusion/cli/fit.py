@@ -37,6 +37,8 @@ PART_EXAMPLES = {
     ),
 }
 EXAMPLES = tuple(example for own in PART_EXAMPLES.values() for example in own)
+# key of a config -> what is told of a model that has it
+FITTED = {"fitted": "fitted", "frugal": "fitted", "adaptation": "adapted"}
 CHECKPOINTS = "gate_checkpoints"  # in the output folder while gates are trained
 ROUTER_CHECKPOINTS = "{}-router-checkpoints"  # beside the model's folder while its routers are trained
 
@@ -107,6 +109,7 @@ def _part(parts: Any, name: str, what: str) -> argparse.ArgumentParser:
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="a parquet, csv or json file, a folder, or a Hub data set's id")
     parser.add_argument("--split", default="train", help="of a folder or Hub data set (default: train)")
+    parser.add_argument("--overwrite", action="store_true", help="replace what was fitted, or measured, before")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same weights (default: 0)")
 
 
@@ -115,11 +118,31 @@ def run(args: argparse.Namespace, out: Out) -> None:
     {"fuser": _fit_fuser, "gates": _fit_gates, "routers": _fit_routers}[args.part](args, out)
 
 
+def _refuse_again(args: argparse.Namespace) -> None:
+    """Refuses, before anything is loaded, to replace what an earlier fit learned, or what was measured of it."""
+    from hf_fusion.hub.adapters import read_json
+
+    folder = Path(args.folder)
+    if args.overwrite or not (folder / "config.json").exists():
+        return
+    config = read_json(folder / "config.json", args.folder)
+    if config.get("model_type") != {"fuser": "foe", "routers": "wemoe"}[args.part]:
+        return  # there is nothing to fit, which loading it says
+    found = list(dict.fromkeys(what for key, what in FITTED.items() if config.get(key)))
+    found += ["measured (results.json)"] if (folder / "results.json").exists() else []
+    if found:
+        raise FusionError(
+            f"{args.folder} was {' and '.join(found)} already, which fitting replaces",
+            f"--overwrite, or fit another: hf-fusion fuse {args.folder} --output OTHER",
+        )
+
+
 def _fit_fuser(args: argparse.Namespace, out: Out) -> None:
     from hf_fusion.data import load_rows
     from hf_fusion.fusion import load_fused, save_fused
     from hf_fusion.training.fuser import fit_fuser
 
+    _refuse_again(args)
     model, recipe = load_fused(args.folder)
     rows = load_rows(args.data, args.split)
     fit = fit_fuser(
@@ -131,7 +154,7 @@ def _fit_fuser(args: argparse.Namespace, out: Out) -> None:
         label_column=args.label_column,
         expert_column=args.expert_column,
     )
-    folder = save_fused(model, args.folder, recipe)
+    folder = save_fused(model, args.folder, recipe, overwrite=True)
     out.result("Fitted", folder=str(folder), **asdict(fit))
     out.hint(f"hf-fusion eval {args.folder} --data {args.data} --split test")
 
@@ -146,12 +169,17 @@ def _fit_gates(args: argparse.Namespace, out: Out) -> None:
         raise FusionError("nothing says where the gates go", f"{again} --output DIR, or --push")
 
     from hf_fusion.data import load_rows
-    from hf_fusion.hub.gates import save_gates
+    from hf_fusion.hub.files import resolve
+    from hf_fusion.hub.gates import GATES_FILE, refuse_gates, save_gates
     from hf_fusion.hub.load import load_experts
     from hf_fusion.hub.publish_gates import push_gates
     from hf_fusion.training.gates import average_activation, train_gates
     from hf_fusion.training.whitening import fit_whitening
 
+    if folder:
+        refuse_gates(folder, args.overwrite)
+    if args.push and not args.overwrite and GATES_FILE in resolve(args.adapter).sizes:
+        raise FusionError(f"{args.adapter} has gates already: {GATES_FILE}", "--overwrite replaces them")
     rows = load_rows(args.data, args.split)
     given: dict[str, Any] = {"batch_size": args.batch_size, "max_length": args.max_length}
     (adapter,) = load_experts([args.adapter], base=args.base, gates=False)
@@ -171,7 +199,7 @@ def _fit_gates(args: argparse.Namespace, out: Out) -> None:
         )
     where: dict[str, str] = {}
     if folder:
-        where["file"] = str(save_gates(gates, folder).resolve())
+        where["file"] = str(save_gates(gates, folder, overwrite=args.overwrite).resolve())
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     if args.push:
         repo, _, revision = args.adapter.partition("@")
@@ -201,6 +229,7 @@ def _fit_routers(args: argparse.Namespace, out: Out) -> None:
     from hf_fusion.fusion import load_fused, save_fused
     from hf_fusion.training.routers import adapt_routers, fit_routers
 
+    _refuse_again(args)
     model: Any
     model, recipe = load_fused(args.folder)
     if recipe.method != "wemoe":
@@ -228,7 +257,7 @@ def _fit_routers(args: argparse.Namespace, out: Out) -> None:
         output_dir=checkpoints,
         **spread,
     )
-    save_fused(model, folder, recipe)
+    save_fused(model, folder, recipe, overwrite=True)
     shutil.rmtree(checkpoints, ignore_errors=True)
     answers = [
         {

@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-pickle", action="store_true", help="read .bin weights where there is nothing else")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code of experts with a pinned sha")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write the model to")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that DIR, or REPO, holds")
     parser.add_argument("--push", metavar="REPO", help="then publish it, with its card, as owner/name; checked before")
+    parser.add_argument("--push-experts", action="store_true", help="with --push: first push experts that are folders")
     merging = parser.add_argument_group("static merges")
     merging.add_argument("--dry-run", action="store_true", help="only tell what it would read, write and take")
     merging.add_argument("--threads", type=int, metavar="N", help="tensors merged at a time (default: one a core)")
@@ -54,10 +56,16 @@ def run(args: argparse.Namespace, out: Out) -> None:
     if not args.recipe and not (args.method and args.experts):
         raise FusionError("--method and --experts belong together", "hf-fusion fuse --help")
 
+    if args.push_experts and not args.push:
+        raise FusionError("--push-experts belongs to --push", "--push OWNER/NAME --push-experts")
+
+    from hf_fusion.folders import refuse_to_replace
     from hf_fusion.merging.methods import MERGE_METHODS
     from hf_fusion.merging.processes import is_main
     from hf_fusion.recipe import Recipe
 
+    if not args.dry_run:
+        refuse_to_replace(args.output, args.overwrite)
     if args.recipe:
         recipe = Recipe.load(args.recipe)
     else:
@@ -76,7 +84,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
         from hf_fusion.hub.publish import publish
 
         try:
-            pushed = publish(args.output, args.push)
+            pushed = publish(args.output, args.push, push_experts=args.push_experts, overwrite=args.overwrite)
         except FusionError as error:
             again = f"hf-fusion publish {args.output} {args.push}"
             raise FusionError(error.message, f"{error.hint or 'see above'}; {args.output} is whole: {again}") from error
@@ -89,7 +97,7 @@ def _fuse(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
     from hf_fusion.fusion import fuse_recipe, save_fused
 
     model = fuse_recipe(recipe, allow_pickle=args.allow_pickle, trust_remote_code=args.trust_remote_code)
-    folder = save_fused(model, Path(args.output))
+    folder = save_fused(model, Path(args.output), overwrite=args.overwrite)
     out.result("Fused", folder=str(folder), parameters=model.num_parameters())
     out.hint(NEXT.get(recipe.method, "hf-fusion eval {} --data DATA").format(args.output))
 
@@ -146,7 +154,13 @@ def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
 
         shard_bytes = int(args.shard_gb * 1e9)
         report = merge(
-            recipe, args.output, threads=args.threads, shard_bytes=shard_bytes, device=args.device, progress=shown
+            recipe,
+            args.output,
+            threads=args.threads,
+            shard_bytes=shard_bytes,
+            device=args.device,
+            overwrite=args.overwrite,
+            progress=shown,
         )
     if not is_main():
         return
@@ -176,7 +190,7 @@ def _check_push(recipe: Recipe, args: argparse.Namespace) -> None:
     with processes.step():
         if processes.is_main:
             try:
-                check_publish(recipe, args.push)
+                check_publish(recipe, args.push, push_experts=args.push_experts, overwrite=args.overwrite)
             except FusionError as error:
                 apart = f"without --push, then: hf-fusion publish {args.output} {args.push}"
                 raise FusionError(error.message, f"{error.hint}; or fuse {apart}" if error.hint else apart) from error

@@ -121,7 +121,7 @@ def _fuse_fit_measure(place: Place, verdict: Compatibility, out: Out) -> tuple[A
         f"      fitted on {fit.train_rows:,} images that no expert saw; {fit.held_out_rows:,} more told when to stop"
     )
     results = evaluate_fusion(model, test, name=DATA, command="hf-fusion demo")
-    fused = save_fused(model, place.folder / NAME)
+    fused = save_fused(model, place.folder / NAME, overwrite=True)
     results.save(fused / RESULTS_FILE)
     plot_accuracy_cost(results, fused / PICTURE)
     return model, results, fused

@@ -202,7 +202,7 @@ def _fuse_and_measure(place: Place, out: Out) -> tuple[Any, SuiteResults, Routin
         command="hf-fusion demo phatgoose",
     )
     routing = map_routing(model, suite, owners=owners)
-    fused = save_fused(model, place.folder / FOLDER)
+    fused = save_fused(model, place.folder / FOLDER, overwrite=True)
     results.save(fused / RESULTS_FILE)
     routing.save(fused / ROUTING_FILE)
     plot_routing(routing, fused / ROUTING_PICTURE)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hf_fusion.hub.publish import PublishResult
 
 OWNER = "demo"
+MARKER = ".hf-fusion-demo"
 PORT = 8765  # at which the next commands find the embedded Hub again
 STRANGER = Path(__file__).with_name("stranger.py")
 
@@ -75,12 +76,13 @@ def open_place(folder: Path, namespace: str | None = None, real_hub: bool = Fals
         real_hub: use the Hub at HF_ENDPOINT with the stored token instead of an embedded one.
 
     Raises:
-        FusionError: the real Hub is wanted without a namespace.
+        FusionError: the real Hub is wanted without a namespace, or the folder is somebody else's.
     """
     from huggingface_hub import HfApi
 
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder)
     if real_hub:
         if namespace is None:
             raise FusionError("on the real Hub the demo needs a place for its repos", "--namespace YOUR_NAME")
@@ -92,6 +94,18 @@ def open_place(folder: Path, namespace: str | None = None, real_hub: bool = Fals
     with HubServer(folder / "hub") as hub:
         owner = HfApi(endpoint=hub.endpoint, token=hub.token(namespace))
         yield Place(folder, namespace, owner, HfApi(endpoint=hub.endpoint, token=False), embedded=True)
+
+
+def _claim(folder: Path) -> None:
+    """Marks a folder as the demo's, which replaces what it finds there; refuses one that holds other files."""
+    marker = folder / MARKER
+    if (
+        not marker.exists()
+        and not (folder / "hub" / "users.json").exists()
+        and any(p.name != "cache" for p in folder.iterdir())
+    ):
+        raise FusionError(f"{folder} holds files that are not a demo's", "--folder, one that does not exist yet")
+    marker.touch()
 
 
 def ask_a_stranger(place: Place, repo: str, revision: str, inputs: Path) -> dict[str, Any]:

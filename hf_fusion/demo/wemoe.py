@@ -185,7 +185,7 @@ def _measure(
         model, suite, experts=experts, base=base, owners=owners, more=more, command="hf-fusion demo wemoe"
     )
     coefficients = map_coefficients(model, suite, owners=owners)
-    merged = save_fused(model, place.folder / MERGED)
+    merged = save_fused(model, place.folder / MERGED, overwrite=True)
     results.save(merged / RESULTS_FILE)
     coefficients.save(merged / COEFFICIENT_FILE)
     plot_coefficients(coefficients, merged / COEFFICIENT_PICTURE)

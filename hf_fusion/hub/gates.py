@@ -34,7 +34,20 @@ def gate_sizes(adapter: Adapter, base: torch.nn.Module) -> dict[str, int]:
     return {path: size[0] for path, size in sorted(sizes.items()) if size is not None}
 
 
-def save_gates(gates: Gates, folder: str | Path) -> Path:
+def refuse_gates(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds gates, unless they may be replaced.
+
+    Raises:
+        FusionError: naming it.
+    """
+    if not overwrite and (folder / GATES_FILE).exists():
+        raise FusionError(
+            f"{folder} holds gates already: {GATES_FILE}.",
+            "choose another --output, or replace them: --overwrite (overwrite=True in Python)",
+        )
+
+
+def save_gates(gates: Gates, folder: str | Path, *, overwrite: bool = False) -> Path:
     """Write gates into an adapter's folder, all of the file or nothing.
 
     They are kept in half precision where that changes no gate by more than a thousandth of its length (the router
@@ -43,12 +56,13 @@ def save_gates(gates: Gates, folder: str | Path) -> Path:
     Args:
         gates: vectors of (d_in,), by module path.
         folder: created if missing.
+        overwrite: whether gates that the folder holds may be replaced.
 
     Returns:
         The file's path.
 
     Raises:
-        FusionError: for gates with NaN or Inf, or none at all.
+        FusionError: for gates with NaN or Inf, or none at all; or the folder holds gates.
     """
     from safetensors.torch import save_file
 
@@ -58,6 +72,7 @@ def save_gates(gates: Gates, folder: str | Path) -> Path:
         if vector.dim() != 1 or not vector.isfinite().all():
             raise FusionError(f"The gate of {path} is no vector of finite numbers.", hint="train the gates again")
     folder = Path(folder)
+    refuse_gates(folder, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / GATES_FILE
     staging = folder / f".{GATES_FILE}-{uuid4().hex[:8]}"

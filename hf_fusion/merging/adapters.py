@@ -18,7 +18,7 @@ import torch
 
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import Adapter
-from hf_fusion.folders import replace_folder
+from hf_fusion.folders import refuse_to_replace, replace_folder
 from hf_fusion.hub.adapters import CONFIG, read_adapter
 from hf_fusion.hub.bases import base_id, warn_of_other_bases
 from hf_fusion.hub.files import Source, download, in_parallel, pick_modules, pick_small, resolve, safe_files
@@ -66,7 +66,9 @@ class _Opened:
     config: Mapping[str, Any] = field(repr=False)
 
 
-def merge_adapters(recipe: Recipe, folder: str | Path, *, api: HfApi | None = None) -> AdapterReport:
+def merge_adapters(
+    recipe: Recipe, folder: str | Path, *, overwrite: bool = False, api: HfApi | None = None
+) -> AdapterReport:
     """Merges LoRA adapters into one: Σ w_i ΔW_i, exactly by concatenation or cut to a rank; see `methods.lora.lora`.
 
     The adapters may differ in rank, alpha, rsLoRA, patterns and modules. What they saved whole (PEFT's
@@ -78,7 +80,8 @@ def merge_adapters(recipe: Recipe, folder: str | Path, *, api: HfApi | None = No
             its shapes are then read, from headers alone.
             ``weight`` and ``rank`` may be given by module and layer like any static method's parameters. Weights
             are stored in single precision unless ``dtype`` says otherwise.
-        folder: an earlier adapter in it is replaced.
+        folder: created if missing.
+        overwrite: whether an adapter that the folder holds may be replaced.
         api: the Hub's client.
 
     Raises:
@@ -102,6 +105,7 @@ def merge_adapters(recipe: Recipe, folder: str | Path, *, api: HfApi | None = No
         own = adapter.source.folder.resolve() if adapter.source.folder else folder
         if own == folder or folder in own.parents or own in folder.parents:
             raise FusionError(f"the output {folder} overlaps the input {own}", "choose another --output")
+    refuse_to_replace(folder, overwrite)
     factors = _factors(recipe, opened)
     saved = _saved(recipe, opened)
     dtype = getattr(torch, recipe.dtype or "float32")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_fusion.errors import FusionError
-from hf_fusion.folders import replace_folder
+from hf_fusion.folders import refuse_to_replace, replace_folder
 from hf_fusion.hub.adapters import read_json, weights_of
 from hf_fusion.hub.files import parts_of
 from hf_fusion.merging.checkpoint import read_checkpoint
@@ -63,6 +63,7 @@ def merge(
     threads: int | None = None,
     shard_bytes: int = SHARD_BYTES,
     device: str | torch.device = "cpu",
+    overwrite: bool = False,
     api: HfApi | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> MergeReport:
@@ -77,12 +78,13 @@ def merge(
     Args:
         recipe: of a static method, see `hf_fusion.merging.methods.MERGE_METHODS`. One that merges adapters into one
             adapter is done by `hf_fusion.merging.adapters.merge_adapters`.
-        folder: an earlier merge in it is replaced.
+        folder: created if missing. One that holds a model is refused, even if the same recipe made it.
         threads: tensors that a process merges at a time; default: one for each core.
         shard_bytes: most bytes of a file of weights.
         device: "cpu", "cuda" or "cuda:N": where methods that need whole matrices (TSV-Merge, Iso-C, Iso-CTS, WUDI,
             RegMean) multiply and decompose them, to other bytes; the others are bound by the disk, and stay on the CPU.
             Of several processes on a machine each takes its own GPU.
+        overwrite: whether a merge that the folder holds may be replaced; a merge that was killed goes on without.
         api: the Hub's client.
         progress: called with the bytes that are done, and of all.
 
@@ -98,10 +100,11 @@ def merge(
 
         if processes.count > 1:
             raise FusionError(f"{recipe.method} is the work of one process", "run it without accelerate launch")
-        return merge_adapters(recipe, folder, api=api)
+        return merge_adapters(recipe, folder, overwrite=overwrite, api=api)
     with processes.step():
         planned = plan_merge(recipe, api)
         refuse_inputs(planned, folder)
+        refuse_to_replace(folder, overwrite)
     before, done, total = torch.get_num_threads(), 0, planned.nbytes
     torch.set_num_threads(1)  # tensors are merged side by side
 

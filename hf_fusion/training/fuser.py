@@ -145,6 +145,7 @@ def fit_fuser(
     with torch.no_grad():
         right = fuser(collected.features[held_rows]).argmax(1) == targets[held_rows]
     model.fuser.load_state_dict(fuser.state_dict())
+    model.config.fitted = True
     model.eval()
     seen = set(targets[train_rows].tolist()) if not regression else set()
     names = [e["name"] for e in model.config.experts] if selection else list((model.config.id2label or {}).values())

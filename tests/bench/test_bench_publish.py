@@ -117,7 +117,9 @@ def test_again_changes_nothing_and_what_others_wrote_survives(api, me, cells):
     edited = edited.replace(f"<!-- {README_SECTION}:begin", f"By hand.\n\n<!-- {README_SECTION}:begin")
     api.upload_file(repo_id=repo, repo_type="dataset", path_in_repo="README.md", path_or_fileobj=edited.encode())
     fewer = [one for one in cells if one.method == "ties"]  # without experts there is nothing to be normalised to
-    planned = plan_results(fewer, repo, api=api)
+    with pytest.raises(FusionError, match=f"{repo} has {len(cells) - len(fewer)} cells that are not among these"):
+        plan_results(fewer, repo, api=api)
+    planned = plan_results(fewer, repo, overwrite=True, api=api)
     assert planned.stale == ("pictures/made-normalised.png",)
     push_results(planned, api)
     card = DatasetCard(readme(api, repo))
@@ -131,12 +133,20 @@ def test_again_changes_nothing_and_what_others_wrote_survives(api, me, cells):
 def test_a_push_onto_somebody_elses_is_refused_whole(api, me, cells):
     repo = f"{me}/results"
     push_results(plan_results(cells, repo, api=api), api)
-    planned = plan_results(cells[:8], repo, api=api)
+    planned = plan_results(cells[:8], repo, overwrite=True, api=api)
     api.upload_file(repo_id=repo, repo_type="dataset", path_in_repo="notes.txt", path_or_fileobj=b"x")
     before = commits(api, repo)
     with pytest.raises(FusionError):
         push_results(planned, api)
     assert commits(api, repo) == before
+
+
+def test_a_data_set_of_something_else_takes_no_cells(api, me, cells):
+    repo = f"{me}/mine"
+    api.create_repo(repo, repo_type="dataset")
+    api.upload_file(repo_id=repo, repo_type="dataset", path_in_repo="pictures/cat.png", path_or_fileobj=b"png")
+    with pytest.raises(FusionError, match=f"{repo} is a data set of something else"):
+        plan_results(cells, repo, api=api)
 
 
 def test_the_numbers_of_a_method_get_into_its_models_card_once(api, me, cells):

@@ -116,14 +116,14 @@ def test_a_recipe_makes_the_same_again(here, fused, experts, tmp_path):
 
 
 def test_an_option_of_the_method_reaches_it(here, experts, tmp_path):
-    words = ("fuse", "--method", "foe", "--experts", *map(str, experts), "--output", "fused")
-    here(*words, "--set", "mode=selection", "--set", "features_from=0")
+    words = ("fuse", "--method", "foe", "--experts", *map(str, experts), "--output")
+    here(*words, "fused", "--set", "mode=selection", "--set", "features_from=0")
     config = json.loads((tmp_path / "fused" / "config.json").read_text())
     assert (config["mode"], config["features_from"]) == ("selection", 0)
     with pytest.raises(FusionError, match="has no parameter 'colour'"):
-        here(*words, "--set", "colour=blue")
+        here(*words, "other", "--set", "colour=blue")
     with pytest.raises(FusionError, match="--set mode has no value"):
-        here(*words, "--set", "mode")
+        here(*words, "other", "--set", "mode")
 
 
 @pytest.mark.slow

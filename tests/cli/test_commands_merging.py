@@ -135,7 +135,10 @@ def test_measured_beside_its_experts_and_the_card_says_so(here, folders, tmp_pat
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "| task | n | metric | **merged** | foxes | dogs | base |" in card
     assert f"Measured by `hf-fusion eval merged --data {folders}/test.parquet --split test`" in card
-    here("fuse", str(folders / "recipe.yaml"), "-o", "merged")
+    with pytest.raises(FusionError, match="merged holds a model already: .*results.json"):
+        here("fuse", str(folders / "recipe.yaml"), "-o", "merged")
+    assert SuiteResults.load(tmp_path / "merged" / "results.json") == results
+    here("fuse", str(folders / "recipe.yaml"), "-o", "merged", "--overwrite")
     assert not (tmp_path / "merged" / "results.json").exists()  # of another merge
     assert "Not measured." in (tmp_path / "merged" / "README.md").read_text()
 

@@ -64,9 +64,12 @@ def test_fuse_fit_and_eval_leave_all_that_a_card_shows(here, folders, tmp_path):
     assert (found["tasks"], found["experts"]) == (["foxes", "dogs"], ["foxes", "dogs"])
     assert (tmp_path / "fused" / "coefficients.png").stat().st_size > 5_000
     assert "deviates" not in said
+    with pytest.raises(FusionError, match=r"fused was adapted and measured \(results.json\) already"):
+        here("fit", "routers", "fused", "--data", str(folders / "rows"))
+    assert (tmp_path / "fused" / "results.json").exists()
     labelled = here(
         "fit", "routers", "fused", "--data", str(folders / "rows" / "test.parquet"), "--loss", "labels", "--steps", "2",
-        "--format", "json",
+        "--format", "json", "--overwrite",
     )  # fmt: skip
     assert json.loads(labelled)["loss"] == "labels"
     assert not (tmp_path / "fused" / "results.json").exists()  # of other routers

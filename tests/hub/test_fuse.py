@@ -72,7 +72,9 @@ def test_save_and_load(owner, ids, tmp_path):
     (tmp_path / "fused").mkdir()
     (tmp_path / "fused" / "README.md").write_text("by hand")
     (tmp_path / "fused" / "model-00001-of-00002.safetensors").write_bytes(b"of an earlier save")
-    save_fused(model, tmp_path / "fused")
+    with pytest.raises(FusionError, match="fused holds a model already: model-00001-of-00002.safetensors"):
+        save_fused(model, tmp_path / "fused")
+    save_fused(model, tmp_path / "fused", overwrite=True)
     read, recipe = load_fused(tmp_path / "fused")
     assert recipe == model.fusion_recipe == read.fusion_recipe
     assert torch.equal(logits(read), logits(model))
@@ -89,7 +91,7 @@ def test_a_failed_save_leaves_the_old_one(owner, ids, tmp_path):
     expected = logits(model)
     model.config.unwritable = threading.Lock()  # no JSON has a word for it
     with pytest.raises(TypeError):
-        save_fused(model, tmp_path / "fused")
+        save_fused(model, tmp_path / "fused", overwrite=True)
     assert torch.equal(logits(load_fused(tmp_path / "fused")[0]), expected)
     assert not list(tmp_path.glob(".fused*"))
 

@@ -70,7 +70,10 @@ def test_a_save_replaces_the_file_or_leaves_it(irony):
         with pytest.raises(FusionError, match="gate"):
             save_gates(bad, irony)
     assert (irony / GATES_FILE).read_bytes() == before
-    save_gates(gates(1), irony)
+    with pytest.raises(FusionError, match="irony holds gates already"):
+        save_gates(gates(1), irony)
+    assert (irony / GATES_FILE).read_bytes() == before
+    save_gates(gates(1), irony, overwrite=True)
     assert (irony / GATES_FILE).read_bytes() != before
     assert len([path for path in irony.iterdir() if "gates" in path.name]) == 1
 

@@ -109,7 +109,7 @@ def test_a_new_version(owner, ids, fused):
     owner.api.upload_file(repo_id=repo, path_in_repo="README.md", path_or_fileobj=written.encode())
 
     torch.manual_seed(1)
-    save_fused(fuse("foe", ids, labels=["yes", "no", "maybe"], api=owner.api), fused)
+    save_fused(fuse("foe", ids, labels=["yes", "no", "maybe"], api=owner.api), fused, overwrite=True)
     second = publish(fused, repo, api=owner.api)
     assert second.sha != first.sha
     files = owner.api.list_repo_files(repo)

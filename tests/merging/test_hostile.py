@@ -437,7 +437,10 @@ def test_an_output_that_holds_what_is_not_ours(folders, tmp_path):
     (out / "link").symlink_to("nowhere")
     merge(recipe_of(folders), out)
     assert (out / "notes.txt").read_text() == "mine" and (out / "link").is_symlink()
-    merge(recipe_of(folders, scaling=0.7), out)  # an earlier merge is replaced
+    for scaling in (0.3, 0.7):  # also by the recipe that made it
+        with pytest.raises(FusionError, match=f"{out} holds a model already: config.json, fusion.yaml, model"):
+            merge(recipe_of(folders, scaling=scaling), out)
+    merge(recipe_of(folders, scaling=0.7), out, overwrite=True)  # an earlier merge is replaced
     assert (out / "notes.txt").exists() and Recipe.load(out).parameters == {"scaling": 0.7}
 
 

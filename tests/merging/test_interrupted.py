@@ -158,7 +158,7 @@ def test_killed_while_an_earlier_merge_is_replaced(recipe, wanted, tmp_path):
     merge(Recipe.load(recipe), out, **OPTIONS)
     assert (out / "notes.txt").read_text() == "mine"
     shutil.copytree(out, old)  # and after them: it had not yet been removed
-    merge(Recipe.load(recipe), out, **OPTIONS)
+    merge(Recipe.load(recipe), out, overwrite=True, **OPTIONS)
     (out / "notes.txt").unlink()
     assert weights_of(out) == wanted and list(tmp_path.iterdir()) == [out]
 
@@ -249,6 +249,7 @@ for method in ("dare_ties", "della", "dare_linear"):
     for method in methods:
         merge(Recipe.load(tmp_path / f"{method}.yaml"), tmp_path / f"b {method}", shard_bytes=3_000_000, threads=1)
         assert weights_of(tmp_path / f"a {method}") == weights_of(tmp_path / f"b {method}")
-        merge(recipe_of(folders, method, seed=12), tmp_path / "other", shard_bytes=3_000_000, threads=1)
+        other = tmp_path / f"other {method}"
+        merge(recipe_of(folders, method, seed=12), other, shard_bytes=3_000_000, threads=1)
         first = "model-00001-of-00003.safetensors"
-        assert weights_of(tmp_path / "other")[first] != weights_of(tmp_path / f"b {method}")[first]
+        assert weights_of(other)[first] != weights_of(tmp_path / f"b {method}")[first]

@@ -112,7 +112,7 @@ def test_a_router_of_whitened_gates_equals_the_plain_loop(whitening, tmp_path):
     for seed in range(3):
         own = make(seed)
         gates = average_activation(own, ROWS.shuffle(seed).select(range(3 + seed)), whitening=whitening)
-        save_gates(gates, tmp_path)
+        save_gates(gates, tmp_path, overwrite=True)
         again = read_gates(tmp_path, own.name, own.adapter, own.model)
         assert again.offsets == pytest.approx(gates.offsets)
         experts.append(replace(own, gates=again))

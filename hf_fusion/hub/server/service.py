@@ -16,7 +16,7 @@ import uvicorn
 from hf_fusion.errors import FusionError
 
 from .app import Record, build_app
-from .store import Store
+from .store import Store, refuse_foreign
 from .users import Users
 
 logger = logging.getLogger(__name__)
@@ -154,5 +154,9 @@ def add_user(root: Path | str, name: str) -> str:
     """A fresh token for user ``name`` of the Hub in ``root``, created if new; works beside a running server.
 
     The token is shown this once: the folder only holds its hash.
+
+    Raises:
+        FusionError: the folder holds something else than a Hub.
     """
+    refuse_foreign(Path(root))
     return Users(Path(root)).new_token(name)

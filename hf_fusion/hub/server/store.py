@@ -30,10 +30,23 @@ from .repo import Repo
 from .users import NAME, Users
 
 logger = logging.getLogger(__name__)
+_OURS = ("users.json", "repos", "server.lock")  # by what a folder is known to be a Hub's
 KINDS = ("models", "datasets", "spaces")
 # First parts of the Hub's own addresses; an account of that name could not be reached.
 RESERVED = frozenset({"api", "models", "datasets", "spaces", "collections", "static", "xet", "lfs", "favicon.ico"})
 REPO_NAME = re.compile(rf"{NAME.pattern}/{NAME.pattern}", re.ASCII)
+
+
+def refuse_foreign(root: Path) -> None:
+    """Refuse a folder that holds other files than a Hub's: some of theirs would be emptied, or served.
+
+    Raises:
+        FusionError: naming it.
+    """
+    if root.is_dir() and any(root.iterdir()) and not any((root / name).exists() for name in _OURS):
+        raise FusionError(
+            f"{root} holds other files, and no Hub", hint="name an empty folder, or one that does not exist yet"
+        )
 
 
 class Store:
@@ -43,13 +56,14 @@ class Store:
         root: the folder; created if missing.
 
     Raises:
-        FusionError: another server holds the folder.
+        FusionError: another server holds the folder, or it holds something else.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
         self.scratch = self.root / "tmp"
         self.root.mkdir(parents=True, exist_ok=True)
+        refuse_foreign(self.root)
         self._hold = (self.root / "server.lock").open("w")
         try:
             fcntl.flock(self._hold, fcntl.LOCK_EX | fcntl.LOCK_NB)

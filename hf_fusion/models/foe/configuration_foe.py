@@ -34,6 +34,7 @@ class FoEConfig(PreTrainedConfig):
         rule: of an ensemble, "mean" or "max_model", instead of a fuser that is learned; None for a FoE.
         over: what the rule is applied to, "logits" or "probabilities".
         weights: of the rule "mean", one for each expert; None: alike.
+        fitted: whether the fuser was trained; an ensemble's rule needs no training.
         recipe: what `hf_fusion.fuse` made it of, as ``fusion.yaml`` has it, without the paths of folders; None: see
             `recipe_foe.recipe_of`.
     """
@@ -55,6 +56,7 @@ class FoEConfig(PreTrainedConfig):
     over: str = "logits"
     weights: list[float] | None = None
     is_encoder_decoder: bool = False
+    fitted: bool = False
     recipe: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
