@@ -11,6 +11,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -225,18 +226,47 @@ def with_adapter(base: PreTrainedModel, adapter: Adapter, labels: Sequence[str] 
     model = copy.deepcopy(base)
     modules: dict[str, Any] = dict(model.named_modules())
     with torch.no_grad():
-        for path, (a, b) in adapter.lora.items():
-            weight, update = modules[path].weight, b.float() @ a.float()  # (d_out, d_in)
-            is_linear = isinstance(modules[path], torch.nn.Linear)
-            weight.copy_(weight.float() + (update if is_linear else update.T).to(weight.device))
         for name, tensor in adapter.saved.items():
             path, _, own = name.rpartition(".")
             old = getattr(modules[path], own)
             setattr(modules[path], own, torch.nn.Parameter(tensor.to(old.device, old.dtype, copy=True)))
+        for path, pair in adapter.lora.items():
+            weight = modules[path].weight
+            weight.copy_(weight.float() + _update(modules[path], pair).to(weight.device))
     if labels:
         model.config.id2label = dict(enumerate(labels))
         model.config.label2id = {label: index for index, label in enumerate(labels)}
     return model
+
+
+def lifted(adapter: Adapter, base: torch.nn.Module) -> Adapter:
+    """An adapter of which no linear is both updated and saved whole.
+
+    PEFT saves what lies beneath a LoRA on a head or on embeddings: where that is as the base has it, the LoRA alone is
+    left; else the saved linear takes the update.
+
+    Args:
+        adapter: must fit the base.
+        base: the model.
+    """
+    import torch
+
+    lora, saved, modules = dict(adapter.lora), dict(adapter.saved), dict(base.named_modules())
+    for path in adapter.lora:
+        if (beneath := saved.pop(f"{path}.weight", None)) is None:
+            continue
+        weight: torch.Tensor = modules[path].weight.detach()
+        if not torch.equal(beneath.to(weight.device, weight.dtype), weight):
+            saved[f"{path}.weight"] = beneath.float() + _update(modules[path], lora.pop(path))
+    return replace(adapter, lora=lora, saved=saved)
+
+
+def _update(module: Any, pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """B A as a module stores its weight: (d_out, d_in), or transposed in a Conv1D; in single precision."""
+    import torch
+
+    update = pair[1].float() @ pair[0].float()
+    return update if isinstance(module, torch.nn.Linear) else update.T
 
 
 def linear_sizes(module: torch.nn.Module | None) -> tuple[int, int] | None:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import Adapter, Expert, ExpertInfo
 from hf_fusion.extras import refuse_missing
-from hf_fusion.hub.adapters import fit_problems, read_adapter
+from hf_fusion.hub.adapters import fit_problems, lifted, read_adapter
 from hf_fusion.hub.bases import Base, base_id, warn_of_other_bases
 from hf_fusion.hub.files import (
     IMAGE_FILES,
@@ -219,6 +219,7 @@ class _Loader:
         for i, source in sources.items():
             adapter = placed(self._cast(adapters[i]), model)
             _refuse_misfits({source.name: adapter}, model)
+            adapter = lifted(adapter, model)
             refuse_keys(source.name, "missing in the adapter and in its base", unfilled - set(adapter.saved))
             labels = _adapter_labels(source, adapter) if head.has_labels else []
             expert = self._expert(source, base, model, head, labels, adapter)
