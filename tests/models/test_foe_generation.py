@@ -369,7 +369,7 @@ def test_a_pipeline_leaves_to_experts_what_is_theirs(tokenizer):
 
 
 def test_experts_with_their_own_tokenizers(tokenizer, tmp_path):
-    """Of the second the model has 40 more rows than its tokenizer, and writes them too."""
+    """The second model has 40 more rows than its tokenizer, and writes them too."""
     lower = make_tokenizer(330, lower=True)
     experts = [
         Expert("me/one", settled(llama(), max_new_tokens=4), processor=tokenizer),
@@ -392,6 +392,13 @@ def test_experts_with_their_own_tokenizers(tokenizer, tmp_path):
         assert (found.sequences[choice == 1, own.shape[1] :] == 303).all()
         assert torch.equal(found.scores[2][choice == 1, 300:], wanted.scores[2])
         assert (found.scores[2][choice == 1, :300] == float("-inf")).all()
+        one = each.generate(**inputs, choice=[1] * 4, return_dict_in_generate=True, output_scores=True)
+        fused = each.compute_transition_scores(one.sequences, one.scores, normalize_logits=True)
+        tokens = {name: inputs[f"{name}_1"] for name in ("input_ids", "attention_mask")}
+        alone_1 = experts[1].model.generate(**tokens, return_dict_in_generate=True, output_scores=True)
+        lone = experts[1].model.compute_transition_scores(alone_1.sequences, alone_1.scores, normalize_logits=True)
+        # a softmax over 300 more columns of probability 0 adds up in another order
+        assert torch.allclose(fused, lone, rtol=0, atol=1e-5)
     for name in ("eos_token_id", "bad_words_ids"):
         with pytest.raises(ValueError, match=rf"{name} names tokens, .* model.config.experts\[k\]\['generation'\]"):
             model.generate(**inputs, choice=choice, **{name: [[5]]})

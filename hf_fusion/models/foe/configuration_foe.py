@@ -19,8 +19,8 @@ class FoEConfig(PreTrainedConfig):
         head: what the experts are, one of `HEADS`.
         experts: one dict per expert: name, revision, license, task, labels (its own class names), label_map (fused
             class index of each of its classes, -1 for none), backbone (index into `backbones`), feature_size
-            (width of its embedding; None in "output") and cost (any positive unit; parameters by default). Of language
-            models also generation: its generation config, which may be edited here.
+            (width of its embedding; None in "output") and cost (any positive unit; parameters by default). Language
+            models have generation too: the expert's generation config, which may be edited here.
         backbones: one dict per transformer: config (of the inner model), inputs (index of the processor that feeds
             it), ranks (module path -> LoRA rank of each of its experts) and saved (module path -> head width of
             each of its experts). Full models have neither ranks nor saved.
@@ -91,9 +91,11 @@ class FoEConfig(PreTrainedConfig):
         return AutoConfig.for_model(**self.backbones[index]["config"])
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """The first backbone's text config for language models, which `generate()` asks for; else this config."""
+        """The first language model's, with the fused vocabulary: `generate()` reads it; else this config."""
         if self.head in ("causal-lm", "seq2seq-lm") and self.backbones:
-            return self.backbone_config(0).get_text_config(decoder=decoder, encoder=encoder)
+            config = self.backbone_config(0).get_text_config(decoder=decoder, encoder=encoder)
+            config.vocab_size = sum(self.vocabularies or [config.vocab_size])
+            return config
         return self
 
 

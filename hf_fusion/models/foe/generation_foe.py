@@ -16,7 +16,7 @@ from .configuration_foe import FoEConfig
 from .experts_foe import pool_states, repeat_rows, take_rows
 from .modeling_foe import FoEModel
 from .options_foe import POSITIONAL, PROMPT, Arguments, changes_of, check_tokens, settings_of, shared_config
-from .outputs_foe import Part, combine
+from .outputs_foe import ExpertOutput, combine
 
 
 class FoEForGeneration(FoEModel, GenerationMixin):
@@ -35,16 +35,15 @@ class FoEForGeneration(FoEModel, GenerationMixin):
         self.generation_config = shared_config(config)
         for index, backbone in enumerate([] if models else self.backbones):  # they know no generation config yet
             members = self._members(index)
-            own = settings_of(config, members[0]) if len(members) == 1 else GenerationConfig()
-            backbone.model.generation_config = own
+            is_shared = len(members) > 1
+            backbone.model.generation_config = GenerationConfig() if is_shared else settings_of(config, members[0])
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> FoEModel:
         """As any model's."""
-        loaded = super().from_pretrained(*args, **kwargs)
+        loaded: Any = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        own: Any = model
-        own.generation_config = shared_config(own.config, own.generation_config)
+        model.generation_config = shared_config(model.config, model.generation_config)
         return loaded
 
     def prompt_embeddings(self, inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -137,8 +136,8 @@ class FoEForGeneration(FoEModel, GenerationMixin):
     ) -> Any:
         """Lets the chosen expert generate for each prompt, by its own generation config, as its own `generate` does.
 
-        Takes what any model's `generate` takes, and each expert gets its rows of it. What a call says, or
-        ``model.generation_config`` where it was changed, goes before what the experts say. Experts generate one after
+        Takes what any model's `generate` takes, and each expert gets its rows of it. Options of a call, and
+        of ``model.generation_config`` where it was changed, override the experts'. Experts generate one after
         the other: functions and objects (logits processors, stopping criteria) meet the rows and the token ids of one
         expert at a time, samples are drawn in this order, and `max_time` is for all of them together.
 
@@ -164,10 +163,10 @@ class FoEForGeneration(FoEModel, GenerationMixin):
         if inputs is not None:
             kwargs["input_ids"] = inputs
         known = GenerationConfig()
-        said = changes_of(self.config, generation_config)
-        said |= {name: kwargs.pop(name) for name in list(kwargs) if hasattr(known, name)}
-        check_tokens(self.config, said)
-        changes = {**changes_of(self.config, self.generation_config), **said}
+        options = changes_of(self.config, generation_config)
+        options |= {name: kwargs.pop(name) for name in list(kwargs) if hasattr(known, name)}
+        check_tokens(self.config, options)
+        changes = {**changes_of(self.config, self.generation_config), **options}
         prompts = [value for name, value in kwargs.items() if name.startswith(("input_ids", "inputs_embeds"))]
         if choice is None:
             if not prompts:
@@ -180,12 +179,12 @@ class FoEForGeneration(FoEModel, GenerationMixin):
         arguments = Arguments(batch, kwargs)
         experts = choice.unique().tolist()
         settings = {expert: settings_of(self.config, expert) for expert in experts}
-        given = {expert: own.update(**changes) for expert, own in settings.items()}
+        given = {expert: config.update(**changes) for expert, config in settings.items()}
         self._check_divisible(settings, arguments)
-        parts, begin = [], time.monotonic()
-        for expert, own in settings.items():
-            if len(settings) > 1 and own.max_time is not None:
-                own.max_time = max(own.max_time - (time.monotonic() - begin), 0.0)
+        outputs, begin = [], time.monotonic()
+        for expert, config in settings.items():
+            if len(settings) > 1 and config.max_time is not None:
+                config.max_time = max(config.max_time - (time.monotonic() - begin), 0.0)
             rows = (choice == expert).nonzero()[:, 0]
             backbone, local = self._place(expert)
             tokenizer = self.config.backbones[backbone]["inputs"]
@@ -196,19 +195,19 @@ class FoEForGeneration(FoEModel, GenerationMixin):
             start = sum(sizes[:tokenizer])
             if start and mine.get("streamer") is not None:
                 mine["streamer"] = ShiftedStreamer(mine["streamer"], start)
-            inner = module.model.generation_config  # fills in what is None, unless it is said to be None
+            inner = module.model.generation_config  # fills in what is None, unless None is an argument
             mine |= {name: None for name in changes if changes[name] is None and getattr(inner, name, None) is not None}
-            output = module.model.generate(**mine, generation_config=own)
+            output = module.model.generate(**mine, generation_config=config)
             stop = start + sizes[tokenizer] if len(sizes) > 1 else None
-            beams, name = own.num_beams or 1, self.config.experts[expert]["name"]
-            parts.append(Part(name, rows, output, beams, self._pad_of(own, tokenizer), start, stop))
-        return combine(parts)
+            pad = self._pad_of(config, tokenizer)
+            outputs.append(ExpertOutput(rows, output, config.num_beams or 1, pad, start, stop))
+        return combine(outputs, sum(self.config.vocabularies or []))
 
     def _check_divisible(self, settings: Mapping[int, GenerationConfig], arguments: Arguments) -> None:
         """Raises ValueError for what experts cannot do together; makes all of them return outputs if one does."""
         names = [self.config.experts[expert]["name"] for expert in settings]
         ways = "pass choice= with one expert for all prompts, or one prompt at a time"
-        if any(own.cache_implementation == "paged" for own in settings.values()):
+        if any(config.cache_implementation == "paged" for config in settings.values()):
             raise ValueError("cache_implementation='paged' serves one model: call generate() of an expert")
         if len(settings) < 2:
             return
@@ -218,14 +217,14 @@ class FoEForGeneration(FoEModel, GenerationMixin):
         for name in ("tokenizer", "assistant_model") if len(tokenizers) > 1 else ():
             if name in arguments.whole and not hasattr(arguments.whole[name], "processors"):
                 raise ValueError(f"{name} knows one tokenizer, {' and '.join(names[:2])} have their own: {ways}")
-        whole = any(own.return_dict_in_generate for own in settings.values())
-        for own in settings.values():
-            own.return_dict_in_generate = whole
+        whole = any(config.return_dict_in_generate for config in settings.values())
+        for config in settings.values():
+            config.return_dict_in_generate = whole
         for option in ("num_return_sequences", "num_beams") if whole else ("num_return_sequences",):
-            if len({getattr(own, option) or 1 for own in settings.values()}) > 1:
+            if len({getattr(config, option) or 1 for config in settings.values()}) > 1:
                 raise ValueError(f"{' and '.join(names[:2])} differ in {option}: pass {option}=")
         for option in ("output_attentions", "output_hidden_states") if whole else ():
-            if any(getattr(own, option) for own in settings.values()):
+            if any(getattr(config, option) for config in settings.values()):
                 raise ValueError(f"{option}: {' and '.join(names[:2])} have states of their own: {ways}")
 
     def _arguments_of(self, backbone: int, arguments: Arguments, rows: torch.Tensor) -> dict[str, Any]:
@@ -233,8 +232,8 @@ class FoEForGeneration(FoEModel, GenerationMixin):
         tokenizer = self.config.backbones[backbone]["inputs"]
         mine = {**arguments.whole}
         if (by_row := mine.get("prefix_allowed_tokens_fn")) is not None:
-            numbers = rows.tolist()
-            mine["prefix_allowed_tokens_fn"] = lambda row, ids: by_row(numbers[row], ids)
+            indices = rows.tolist()
+            mine["prefix_allowed_tokens_fn"] = lambda row, ids: by_row(indices[row], ids)
         if hasattr(mine.get("tokenizer"), "processors"):
             mine["tokenizer"] = mine["tokenizer"].processors[tokenizer]
         taken = arguments.take(rows)

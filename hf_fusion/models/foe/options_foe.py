@@ -40,21 +40,21 @@ NOT_BY_ROW = ("cache_position", "head_mask", "decoder_head_mask", "cross_attn_he
 
 
 class SharedGenerationConfig(GenerationConfig):
-    """What the experts' generation configs say, the first expert's word where they differ.
+    """The values of the experts' generation configs, the first expert's where they differ.
 
-    What still is as the experts have it says nothing to a call: each expert then keeps its own.
+    A value that was not changed overrides nothing: each expert keeps its own.
     """
 
 
-def generation_values(model: Any, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def generation_values(model: Any, brought: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """How an expert generates, as its generation config would be stored.
 
     Args:
         model: the expert's, or its base.
-        own: what an adapter brings along; it goes before the base's.
+        brought: what an adapter brings along; it overrides the base's.
     """
     text = model.generation_config.to_json_string(use_diff=True, keys_to_pop=["compile_config"])
-    values = {**json.loads(text), **(own or {})}
+    values = {**json.loads(text), **(brought or {})}
     unknown = {name for name in values if name in METADATA or hasattr(GenerationConfig, name)}  # a stranger's file
     return {name: value for name, value in values.items() if name not in unknown and value is not None}
 
@@ -73,7 +73,7 @@ def shared_config(config: FoEConfig, loaded: GenerationConfig | None = None) -> 
     """The generation config that a FoE shows, with what a loaded one changes in it."""
     values = _shown(config)
     if loaded is not None:
-        values |= {name: value for name, value in _said(loaded).items() if _is_common(config, name)}
+        values |= {name: value for name, value in _explicit(loaded).items() if _is_common(config, name)}
     shared = SharedGenerationConfig()
     for name, value in values.items():
         setattr(shared, name, value)
@@ -82,11 +82,11 @@ def shared_config(config: FoEConfig, loaded: GenerationConfig | None = None) -> 
 
 
 def changes_of(config: FoEConfig, given: GenerationConfig | None) -> dict[str, Any]:
-    """What a generation config says beyond the experts' own."""
+    """The values of a generation config that override the experts'."""
     if given is None:
         return {}
     if not isinstance(given, SharedGenerationConfig):
-        return _said(given)
+        return _explicit(given)
     shown = _shown(config)
     values = {name: value for name, value in given.to_dict().items() if name not in METADATA}
     return {name: value for name, value in values.items() if value != shown.get(name)}
@@ -96,12 +96,12 @@ def _shown(config: FoEConfig) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for expert in reversed(range(config.num_experts)):
         row = config.experts[expert].get("generation")
-        values |= row if row is not None else _said(settings_of(config, expert))
+        values |= row if row is not None else _explicit(settings_of(config, expert))
     return {name: value for name, value in values.items() if _is_common(config, name)}
 
 
-def _said(given: GenerationConfig) -> dict[str, Any]:
-    """What a generation config sets."""
+def _explicit(given: GenerationConfig) -> dict[str, Any]:
+    """The values that a generation config sets."""
     default = GenerationConfig().to_dict()
     values = {name: value for name, value in given.to_dict().items() if name not in METADATA}
     return {name: value for name, value in values.items() if value is not None and value != default.get(name)}

@@ -13,11 +13,10 @@ BY_STEP = ("scores", "logits")
 
 
 @dataclass
-class Part:
+class ExpertOutput:
     """What one expert generated for its prompts.
 
     Attributes:
-        name: of the expert.
         rows: (n,) its prompts.
         output: of its `generate()`.
         beams: of each prompt; 1 without beam search.
@@ -25,7 +24,6 @@ class Part:
         start: where its tokenizer's vocabulary begins in the fused one; stop: where it ends, None where it is alone.
     """
 
-    name: str
     rows: torch.Tensor
     output: Any
     beams: int
@@ -33,15 +31,19 @@ class Part:
     start: int
     stop: int | None
 
-    def places(self, tensor: torch.Tensor) -> torch.Tensor:
+    def targets(self, tensor: torch.Tensor) -> torch.Tensor:
         """Where a tensor's rows belong in the whole: those of a prompt, its beams or sequences, lie together."""
         each = tensor.shape[0] // len(self.rows)
         rows = self.rows.to(tensor.device)
         return (rows[:, None] * each + torch.arange(each, device=tensor.device)).flatten()
 
 
-def combine(parts: Sequence[Part]) -> Any:
+def combine(parts: Sequence[ExpertOutput], vocabulary: int) -> Any:
     """One output of all experts' outputs.
+
+    Args:
+        parts: one for each expert.
+        vocabulary: size of the fused vocabulary, the least width of scores.
 
     Returns:
         Token ids (B R, T), R the sequences returned for each prompt; or an output of the experts' own class.
@@ -61,36 +63,40 @@ def combine(parts: Sequence[Part]) -> Any:
         elif field.name == "sequences_scores":
             result[field.name] = _rows([value[:, None] for value in values], parts, lambda _: 0)[:, 0]
         elif field.name in BY_STEP:
-            result[field.name] = _steps(values, parts)
+            result[field.name] = _steps(values, parts, vocabulary)
         elif len(parts) == 1:  # caches and states have each model's own shapes
             result[field.name] = values[0]
     return type(parts[0].output)(**result)
 
 
-def _sequences(values: Sequence[torch.Tensor], parts: Sequence[Part]) -> torch.Tensor:
+def _sequences(values: Sequence[torch.Tensor], parts: Sequence[ExpertOutput]) -> torch.Tensor:
     shifted = [value + part.start for value, part in zip(values, parts, strict=True)]
     return _rows(shifted, parts, lambda part: part.pad + part.start)
 
 
-def _rows(values: Sequence[torch.Tensor], parts: Sequence[Part], fill: Callable[[Part], int]) -> torch.Tensor:
+def _rows(
+    values: Sequence[torch.Tensor], parts: Sequence[ExpertOutput], fill: Callable[[ExpertOutput], int]
+) -> torch.Tensor:
     """Tensors (n, T) as one, each row where it belongs, its end filled up."""
     width = max(value.shape[1] for value in values)
     result = values[0].new_zeros(sum(len(value) for value in values), width)
     for value, part in zip(values, parts, strict=True):
         value = value.to(result.device)
-        places = part.places(value)
-        result[places] = fill(part)
-        result[places, : value.shape[1]] = value
+        targets = part.targets(value)
+        result[targets] = fill(part)
+        result[targets, : value.shape[1]] = value
     return result
 
 
-def _beams(indices: torch.Tensor, part: Part) -> torch.Tensor:
+def _beams(indices: torch.Tensor, part: ExpertOutput) -> torch.Tensor:
     """Beam indices (n R, T), which count an expert's own beams, as those of the whole batch; -1 stays."""
     rows = part.rows.to(indices.device)[indices.clamp(min=0) // part.beams]
     return torch.where(indices < 0, indices, rows * part.beams + indices % part.beams)
 
 
-def _steps(values: Sequence[Sequence[torch.Tensor]], parts: Sequence[Part]) -> tuple[torch.Tensor, ...]:
+def _steps(
+    values: Sequence[Sequence[torch.Tensor]], parts: Sequence[ExpertOutput], vocabulary: int
+) -> tuple[torch.Tensor, ...]:
     """Scores of each step, (rows, fused vocabulary): -inf for tokens that an expert does not have.
 
     At a step that an expert did not take any more its padding token has 0, as it has in the sequences.
@@ -100,16 +106,16 @@ def _steps(values: Sequence[Sequence[torch.Tensor]], parts: Sequence[Part]) -> t
     rows = sum(len(value[0]) for value in values)
     steps = []
     for step in range(max(map(len, values))):
-        whole = values[0][0].new_full((rows, max(ends)), float("-inf"))
+        whole = values[0][0].new_full((rows, max(vocabulary, *ends)), float("-inf"))
         for value, part in zip(values, parts, strict=True):
-            places = part.places(value[0]).to(whole.device)
+            targets = part.targets(value[0]).to(whole.device)
             if step < len(value):
-                own = value[step].to(whole.device)[:, : None if part.stop is None else part.stop - part.start]
-                whole[places, part.start : part.start + own.shape[1]] = own
+                scores = value[step].to(whole.device)[:, : None if part.stop is None else part.stop - part.start]
+                whole[targets, part.start : part.start + scores.shape[1]] = scores
             else:
-                whole[places, part.pad + part.start] = 0
+                whole[targets, part.pad + part.start] = 0
         steps.append(whole)
     return tuple(steps)
 
 
-__all__ = ["Part", "combine"]
+__all__ = ["ExpertOutput", "combine"]

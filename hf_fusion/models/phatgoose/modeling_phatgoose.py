@@ -32,7 +32,7 @@ from .assembly_phatgoose import (
 from .backbone_phatgoose import BackboneMixin, with_arguments_of
 from .configuration_phatgoose import PhatgooseConfig
 from .export_phatgoose import save_merged_adapter
-from .generation_phatgoose import agreed_generation, say_generation
+from .generation_phatgoose import common_generation, set_generation
 from .recipe_phatgoose import push_options, without_paths, write_recipe
 from .reference_phatgoose import generation_of, load_by_reference
 from .routing_phatgoose import RoutedHead, RoutedLinears, Routing
@@ -141,7 +141,7 @@ class PhatgooseRouter(BackboneMixin, PreTrainedModel):
         tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
         router: Any = family(config, copy.deepcopy(model, tensors))
         router.add_experts(experts)
-        say_generation(router, agreed_generation(experts))
+        set_generation(router, common_generation(experts))
         router._processor = experts[0].processor
         return router.eval()
 

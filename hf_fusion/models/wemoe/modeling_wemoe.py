@@ -16,7 +16,7 @@ from .assembly_wemoe import AUTO_CLASSES, with_arguments_of
 from .backbone_wemoe import BackboneMixin
 from .build_wemoe import Plan, check_options, make_plan
 from .configuration_wemoe import LOW_RANK, WEMoEConfig
-from .generation_wemoe import agreed_generation, say_generation
+from .generation_wemoe import common_generation, set_generation
 from .heads_wemoe import activate_heads, fill_heads, install_heads, name_classes, with_one_head
 from .linears_wemoe import UpscaledLinear
 from .recipe_wemoe import push_options, without_paths, write_recipe
@@ -121,7 +121,7 @@ class WEMoEModel(BackboneMixin, PreTrainedModel):
         model: Any = family(plan.config, plan.backbone)
         model._fill(plan)
         model._processor = plan.processor
-        say_generation(model, agreed_generation(experts))
+        set_generation(model, common_generation(experts))
         return model.eval()
 
     check_options = staticmethod(check_options)
@@ -464,8 +464,8 @@ class WEMoEForGeneration(WEMoEModel, GenerationMixin):
         """As the dense model's `generate()`: caches, beams, sampling, streaming; routed by the prompts."""
         shared = self.shared
         given = next((v for v in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None), None)
-        said = (kwargs, *(vars(each) for each in (generation_config, self.generation_config) if each is not None))
-        if any(each.get("prefill_chunk_size") for each in said):
+        options = (kwargs, *(vars(each) for each in (generation_config, self.generation_config) if each is not None))
+        if any(each.get("prefill_chunk_size") for each in options):
             raise ValueError("a prompt read in chunks cannot be routed as a whole: leave prefill_chunk_size out")
         self._begin()
         shared.prompts = None if given is None else (given.shape[0], given.shape[1])
