@@ -294,6 +294,8 @@ def test_experts_that_differ_in_the_shape_of_their_answers_are_named(tokenizer):
     assert len(model.generate(**inputs, choice=CHOICE, max_new_tokens=2, num_return_sequences=1)) == 4
     with pytest.raises(ValueError, match="me/0 and me/1 differ in num_beams: pass num_beams="):
         model.generate(**inputs, choice=CHOICE, num_return_sequences=1, return_dict_in_generate=True)
+    with pytest.raises(ValueError, match="FoEForGeneration has an expert for each prompt, .* call generate"):
+        model.generate_batch([[5, 9]])
     with pytest.raises(ValueError, match="nobody can be chosen: pass choice="):
         model.generate(max_new_tokens=2)
 
@@ -415,3 +417,19 @@ def test_experts_with_their_own_tokenizers(tokenizer, tmp_path):
     one = {name: value[:1] for name, value in inputs.items()}
     streamed = model.generate(**one, choice=[1], streamer=Ear())
     assert [*streamed[0].tolist(), None] == heard
+
+
+def test_logits_of_experts_whose_vocabularies_are_not_equally_padded(tokenizer):
+    experts = [
+        Expert("me/one", llama(), processor=tokenizer),
+        Expert("me/two", gpt2(vocabulary=304), processor=tokenizer),
+    ]
+    model = FoEModel.from_experts(experts, mode="selection")
+    inputs = prompts(model)
+    with torch.no_grad():
+        out = model(**inputs, choice=CHOICE, labels=inputs["input_ids"])
+        assert torch.equal(
+            out.logits[CHOICE == 0, :, :300], llama()(**{k: v[CHOICE == 0] for k, v in inputs.items()}).logits
+        )
+    assert out.logits.shape[-1] == 304 == model.config.get_text_config().vocab_size
+    assert (out.logits[CHOICE == 0, :, 300:] == float("-inf")).all() and out.loss.isfinite()

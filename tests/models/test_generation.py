@@ -13,7 +13,13 @@ from tiny import gpt2, llama, merged, t5
 from tiny_fused import IDS, MASK, base_expert
 from tiny_fused import experts_of as fine_tunes_of
 from tiny_routed import save_base, save_lora
-from transformers import GenerationConfig, LogitsProcessorList, MinNewTokensLengthLogitsProcessor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+)
 
 from hf_fusion import load_experts
 from hf_fusion.models.phatgoose import PhatgooseForGeneration, PhatgooseRouter
@@ -155,3 +161,53 @@ def test_a_base_by_reference_keeps_it_too(tmp_path):
     loaded = PhatgooseForGeneration.from_pretrained(tmp_path / "router").eval()
     assert loaded.generation_config.max_new_tokens == 3
     assert torch.equal(loaded.generate(**INPUTS), router.generate(**INPUTS))
+
+
+def test_pages_of_several_sequences():
+    router, model = families()
+    given = [[5, 9, 33, 7, 100], [8, 4], [45, 3, 17]]
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    found = router.generate_batch(given, generation_config=GenerationConfig(**options), progress_bar=False)
+    for row, output in zip(given, found.values(), strict=True):
+        alone = router.generate(torch.tensor([row]), max_new_tokens=4, do_sample=False, eos_token_id=None)
+        assert output.generated_tokens == alone[0, len(row) :].tolist()
+    with pytest.raises(ValueError, match="WEMoEForGeneration merges weights for every sequence, .* call generate"):
+        model.generate_batch(given)
+    with pytest.raises(ValueError, match="without cache_implementation='paged'"):
+        model.generate(IDS, GenerationConfig(cache_implementation="paged"))
+
+
+def test_a_negative_prompt_is_routed_as_a_prompt():
+    """Classifier-free guidance by hand: both prompts read without a cache, each routed by itself."""
+    _, model = families()
+    prompt, negative = IDS[:1], IDS[1:2, :4]
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "guidance_scale": 1.7}
+    found = model.generate(prompt, negative_prompt_ids=negative, **options)[0, 6:]
+    wanted: list[int] = []
+    for _ in range(4):
+        both = []
+        for start in (prompt, negative):
+            tokens = torch.cat([start, torch.tensor([wanted], dtype=torch.long)], 1)
+            reads = (torch.arange(tokens.shape[1]) < start.shape[1])[None]
+            with torch.no_grad():
+                both.append(model(input_ids=tokens, prompt_mask=reads, use_cache=False).logits[0, -1].log_softmax(-1))
+        scores = 1.7 * (both[0] - both[1]) + both[1]
+        scores[2] = float("-inf")  # the end
+        wanted.append(int(scores.argmax()))
+    assert found.tolist() == wanted
+    with pytest.raises(ValueError, match="negative_prompt_ids are longer than the prompts: pad these on the left"):
+        model.generate(negative, negative_prompt_ids=prompt, **options)
+    with pytest.raises(ValueError, match="guidance_scale: without a cache"):
+        model.generate(prompt, negative_prompt_ids=negative, use_cache=False, **options)
+
+
+def test_the_trainer_pads_what_is_generated(tmp_path):
+    rows = [{"input_ids": IDS[k], "attention_mask": MASK[k], "labels": IDS[k]} for k in range(3)]
+    settings = {"predict_with_generate": True, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    for model in families("t5"):
+        assert model.config.pad_token_id == 0
+        trainer = Seq2SeqTrainer(model, Seq2SeqTrainingArguments(str(tmp_path), **settings), eval_dataset=rows)
+        predictions = torch.as_tensor(trainer.predict(rows, max_length=7).predictions)
+        own = model.generate(IDS, attention_mask=MASK, max_length=7)
+        assert torch.equal(predictions[:, : own.shape[1]], own)
+        assert (predictions[:, own.shape[1] :] == 0).all()

@@ -112,6 +112,8 @@ class FoEForGeneration(FoEModel, GenerationMixin):
             backbone, local = self._place(expert)
             rows_of.append(rows)
             answers.append(self.backbones[backbone](take_rows(self._inputs_of(backbone, given), rows), [local]).logits)
+        width = max(answer.shape[-1] for answer in answers)  # an expert may have more rows than the tokenizer
+        answers = [nn.functional.pad(each, (0, width - each.shape[-1]), value=float("-inf")) for each in answers]
         logits = torch.cat(answers)[torch.cat(rows_of).argsort()]
         loss = None
         if labels is not None:
@@ -202,6 +204,10 @@ class FoEForGeneration(FoEModel, GenerationMixin):
             pad = self._pad_of(config, tokenizer)
             outputs.append(ExpertOutput(rows, output, config.num_beams or 1, pad, start, stop))
         return combine(outputs, sum(self.config.vocabularies or []))
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused; raises ValueError."""
+        raise ValueError(f"{type(self).__name__} has an expert for each prompt, not one cache: call generate()")
 
     def _check_divisible(self, settings: Mapping[int, GenerationConfig], arguments: Arguments) -> None:
         """Raises ValueError for what experts cannot do together; makes all of them return outputs if one does."""

@@ -6,7 +6,43 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import GenerationConfig
+
+
+class GeneratingMixin:
+    """What transformers asks of a model that generates, answered by `self.backbone`."""
+
+    @property
+    def generation_config(self: Any) -> Any:
+        """The base's, which `generate()` reads."""
+        return self.backbone.generation_config
+
+    @generation_config.setter
+    def generation_config(self: Any, value: Any) -> None:
+        if "backbone" in self._modules:  # PreTrainedModel sets one before there is a backbone
+            self.backbone.generation_config = value
+
+    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As the base's."""
+        return self.backbone.prepare_inputs_for_generation(*args, **kwargs)
+
+    def prepare_decoder_input_ids_from_labels(self: Any, labels: torch.Tensor) -> torch.Tensor:
+        """As the base's, for sequence-to-sequence models."""
+        return self.backbone.prepare_decoder_input_ids_from_labels(labels=labels)
+
+    def get_encoder(self: Any, *args: Any, **kwargs: Any) -> nn.Module:
+        """The base's encoder."""
+        return self.backbone.get_encoder(*args, **kwargs)
+
+    def get_decoder(self: Any, *args: Any, **kwargs: Any) -> nn.Module:
+        """The base's decoder."""
+        return self.backbone.get_decoder(*args, **kwargs)
+
+    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the base's: tokens are routed one by one, whatever sequences they lie beside."""
+        return self.backbone.init_continuous_batching(*args, **kwargs)
 
 
 def common_generation(experts: Sequence[Any]) -> dict[str, Any]:
@@ -30,4 +66,4 @@ def set_generation(model: Any, values: Mapping[str, Any]) -> None:
         model.generation_config._original_object_hash = hash(model.generation_config)
 
 
-__all__ = ["common_generation", "set_generation"]
+__all__ = ["GeneratingMixin", "common_generation", "set_generation"]

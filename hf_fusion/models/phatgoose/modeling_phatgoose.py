@@ -32,7 +32,7 @@ from .assembly_phatgoose import (
 from .backbone_phatgoose import BackboneMixin, with_arguments_of
 from .configuration_phatgoose import PhatgooseConfig
 from .export_phatgoose import save_merged_adapter
-from .generation_phatgoose import common_generation, set_generation
+from .generation_phatgoose import GeneratingMixin, common_generation, set_generation
 from .recipe_phatgoose import push_options, without_paths, write_recipe
 from .reference_phatgoose import generation_of, load_by_reference
 from .routing_phatgoose import RoutedHead, RoutedLinears, Routing
@@ -454,39 +454,13 @@ class PhatgooseRouter(BackboneMixin, PreTrainedModel):
         )
 
 
-class PhatgooseForGeneration(PhatgooseRouter, GenerationMixin):
+class PhatgooseForGeneration(GeneratingMixin, PhatgooseRouter, GenerationMixin):
     """A router of language models: `generate()` is the base's own, every step of it routed."""
-
-    @property
-    def generation_config(self) -> Any:
-        """The base's, which `generate()` reads."""
-        return self.backbone.generation_config
-
-    @generation_config.setter
-    def generation_config(self, value: Any) -> None:
-        if "backbone" in self._modules:  # PreTrainedModel sets one before there is a base
-            self.backbone.generation_config = value
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the base's `generate()`: caches, beams, sampling, streaming."""
         return self.backbone.generate(*args, **kwargs)
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As the base's."""
-        return self.backbone.prepare_inputs_for_generation(*args, **kwargs)
-
-    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """As the base's, for sequence-to-sequence models."""
-        return self.backbone.prepare_decoder_input_ids_from_labels(labels=labels)
-
-    def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """The base's encoder."""
-        return self.backbone.get_encoder(*args, **kwargs)
-
-    def get_decoder(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """The base's decoder."""
-        return self.backbone.get_decoder(*args, **kwargs)
 
 
 def _add_update(

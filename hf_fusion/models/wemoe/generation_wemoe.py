@@ -6,7 +6,48 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import GenerationConfig
+
+NO_PAGES = (
+    "merges weights for every sequence, but pages hold the tokens of several: call generate(), "
+    "without cache_implementation='paged'"
+)
+
+
+class GeneratingMixin:
+    """What transformers asks of a model that generates, answered by `self.backbone`."""
+
+    @property
+    def generation_config(self: Any) -> Any:
+        """The dense model's, which `generate()` reads."""
+        return self.backbone.generation_config
+
+    @generation_config.setter
+    def generation_config(self: Any, value: Any) -> None:
+        if "backbone" in self._modules:  # PreTrainedModel sets one before there is a backbone
+            self.backbone.generation_config = value
+
+    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As the dense model's."""
+        return self.backbone.prepare_inputs_for_generation(*args, **kwargs)
+
+    def prepare_decoder_input_ids_from_labels(self: Any, labels: torch.Tensor) -> torch.Tensor:
+        """As the dense model's, for sequence-to-sequence models."""
+        return self.backbone.prepare_decoder_input_ids_from_labels(labels=labels)
+
+    def get_encoder(self: Any, *args: Any, **kwargs: Any) -> nn.Module:
+        """The dense model's encoder."""
+        return self.backbone.get_encoder(*args, **kwargs)
+
+    def get_decoder(self: Any, *args: Any, **kwargs: Any) -> nn.Module:
+        """The dense model's decoder."""
+        return self.backbone.get_decoder(*args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused; raises ValueError."""
+        raise ValueError(f"{type(self).__name__} {NO_PAGES}")
 
 
 def common_generation(experts: Sequence[Any]) -> dict[str, Any]:
@@ -30,4 +71,30 @@ def set_generation(model: Any, values: Mapping[str, Any]) -> None:
         model.generation_config._original_object_hash = hash(model.generation_config)
 
 
-__all__ = ["common_generation", "set_generation"]
+def check_options(prompts: torch.Tensor | None, options: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses options of `generate()` with which prompts could not be read as wholes.
+
+    Args:
+        prompts: (B, T, ...).
+        options: arguments of the call, and what generation configs add.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if any(each.get("prefill_chunk_size") for each in options):
+        raise ValueError("a prompt read in chunks cannot be routed as a whole: leave prefill_chunk_size out")
+    if any(each.get("cache_implementation") == "paged" for each in options):
+        raise ValueError(f"this model {NO_PAGES}")
+    scale = next((each["guidance_scale"] for each in options if each.get("guidance_scale") is not None), 1)
+    if scale == 1:
+        return
+    if any(each.get("use_cache") is False for each in options):
+        raise ValueError(
+            "guidance_scale: without a cache nothing says where a negative prompt ends; set use_cache=True"
+        )
+    negative = options[0].get("negative_prompt_ids")
+    if prompts is not None and negative is not None and negative.shape[1] > prompts.shape[1]:
+        raise ValueError("negative_prompt_ids are longer than the prompts: pad these on the left to the same length")
+
+
+__all__ = ["GeneratingMixin", "check_options", "common_generation", "set_generation"]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -16,7 +15,8 @@ from .assembly_wemoe import AUTO_CLASSES, with_arguments_of
 from .backbone_wemoe import BackboneMixin
 from .build_wemoe import Plan, check_options, make_plan
 from .configuration_wemoe import LOW_RANK, WEMoEConfig
-from .generation_wemoe import common_generation, set_generation
+from .generation_wemoe import GeneratingMixin, common_generation, set_generation
+from .generation_wemoe import check_options as check_generation
 from .heads_wemoe import activate_heads, fill_heads, install_heads, name_classes, with_one_head
 from .linears_wemoe import UpscaledLinear
 from .recipe_wemoe import push_options, without_paths, write_recipe
@@ -444,18 +444,8 @@ class WEMoEModel(BackboneMixin, PreTrainedModel):
         return super(WEMoEModel, without_paths(self)).push_to_hub(*args, **kwargs)
 
 
-class WEMoEForGeneration(WEMoEModel, GenerationMixin):
+class WEMoEForGeneration(GeneratingMixin, WEMoEModel, GenerationMixin):
     """A model of language models: every sequence keeps the coefficients and the merged weights of its prompt."""
-
-    @property
-    def generation_config(self) -> Any:
-        """The dense model's, which `generate()` reads."""
-        return self.backbone.generation_config
-
-    @generation_config.setter
-    def generation_config(self, value: Any) -> None:
-        if "backbone" in self._modules:  # PreTrainedModel sets one before there is a backbone
-            self.backbone.generation_config = value
 
     @torch.no_grad()
     def generate(
@@ -464,31 +454,13 @@ class WEMoEForGeneration(WEMoEModel, GenerationMixin):
         """As the dense model's `generate()`: caches, beams, sampling, streaming; routed by the prompts."""
         shared = self.shared
         given = next((v for v in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None), None)
-        options = (kwargs, *(vars(each) for each in (generation_config, self.generation_config) if each is not None))
-        if any(each.get("prefill_chunk_size") for each in options):
-            raise ValueError("a prompt read in chunks cannot be routed as a whole: leave prefill_chunk_size out")
+        check_generation(given, [kwargs, *map(vars, filter(None, (generation_config, self.generation_config)))])
         self._begin()
         shared.prompts = None if given is None else (given.shape[0], given.shape[1])
         try:
             return self.backbone.generate(inputs, generation_config, *args, **kwargs)
         finally:
             shared.prompts = None
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As the dense model's."""
-        return self.backbone.prepare_inputs_for_generation(*args, **kwargs)
-
-    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """As the dense model's, for sequence-to-sequence models."""
-        return self.backbone.prepare_decoder_input_ids_from_labels(labels=labels)
-
-    def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """The dense model's encoder."""
-        return self.backbone.get_encoder(*args, **kwargs)
-
-    def get_decoder(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """The dense model's decoder."""
-        return self.backbone.get_decoder(*args, **kwargs)
 
 
 __all__ = ["WEMoEForGeneration", "WEMoEModel"]
