@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -16,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 # end of a file's name -> the reader of `datasets.load_dataset`
 READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+_SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves of several splits, and of one
+_LARGE = 5_000_000  # bytes
 
 
 def load_rows(source: str | Path, split: str = "train") -> Dataset:
@@ -29,24 +33,15 @@ def load_rows(source: str | Path, split: str = "train") -> Dataset:
     Raises:
         FusionError: there is no such file, folder, data set or split.
     """
+    path = _located(source, split)
     from datasets import Dataset, load_dataset, load_from_disk
     from datasets.exceptions import DatasetNotFoundError
 
-    path = Path(source)
-    if path.is_file():
-        reader = READERS.get(path.suffix)
-        if reader is None:
-            raise FusionError(f"{path} ends in {path.suffix!r}", f"convert it to one of {', '.join(READERS)}")
-        return load_dataset(reader, data_files=str(path), split="train")
-    if path.is_dir():
-        files = [file for suffix in READERS if (file := path / f"{split}{suffix}").is_file()]
-        if files:
-            return load_rows(files[0])
-        if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
-            saved = load_from_disk(str(path))
-            return saved if isinstance(saved, Dataset) else _split(saved, split, str(source))
-    elif "." in path.name and not path.exists() and (path.suffix in READERS or path.is_absolute()):
-        raise FusionError(f"{path} does not exist", "--data FILE, FOLDER or a data set's id on the Hub")
+    if path is not None and path.is_file():
+        return load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+    if path is not None and any((path / file).is_file() for file in _SAVED):
+        saved = load_from_disk(str(path))
+        return saved if isinstance(saved, Dataset) else _split(saved, split, str(source))
     try:
         return _split(load_dataset(str(source)), split, str(source))
     except (DatasetNotFoundError, FileNotFoundError):
@@ -54,6 +49,84 @@ def load_rows(source: str | Path, split: str = "train") -> Dataset:
             f"{source} is no file, no folder with data, and no data set on the Hub",
             "--data FILE.parquet, or a folder with train.parquet and test.parquet, or owner/name",
         ) from None
+
+
+def _located(source: str | Path, split: str) -> Path | None:
+    """The file that holds a split, or the folder that does; None of what only the Hub can tell.
+
+    Raises:
+        FusionError: it is on this machine, and cannot be read.
+    """
+    path = Path(source)
+    if path.is_file():
+        if path.suffix not in READERS:
+            raise FusionError(f"{path} ends in {path.suffix!r}", f"convert it to one of {', '.join(READERS)}")
+        return path
+    if path.is_dir():
+        found = next((file for suffix in READERS if (file := path / f"{split}{suffix}").is_file()), None)
+        others = sorted(file.stem for file in path.iterdir() if file.suffix in READERS and file.is_file())
+        if found is None and {"train", "test", "validation"} & {*others}:
+            raise FusionError(f"{path} has no split {split!r}", f"--split {others[0]}")
+        return found or path
+    if path.suffix in READERS or path.is_absolute():
+        raise FusionError(f"{path} does not exist", "--data FILE, FOLDER or a data set's id on the Hub")
+    return None
+
+
+def columns_of(source: str | Path, split: str = "train") -> list[str] | None:
+    """The columns of what `load_rows` would read, from a file's beginning and without `datasets`, which takes seconds.
+
+    Returns:
+        Their names; None where only reading all of it would tell: the Hub's data sets, large files of JSON.
+
+    Raises:
+        FusionError: see `load_rows`; or the file cannot be read.
+    """
+    path = _located(source, split)
+    if path is not None and path.is_file():
+        try:
+            return _COLUMNS[READERS[path.suffix]](path)
+        except (OSError, ValueError, StopIteration) as error:  # pyarrow's errors are ValueErrors too
+            raise FusionError(f"{path} cannot be read as {READERS[path.suffix]} ({one_line(error)})") from None
+    if path is None:
+        return None
+    if (path / _SAVED[0]).is_file():
+        path = path / split
+        if not path.is_dir():
+            raise FusionError(f"{source} has no split {split!r}", "--split with the name of one of its folders")
+    if (path / _SAVED[1]).is_file() and (path / "dataset_info.json").is_file():
+        return list(json.loads((path / "dataset_info.json").read_text(encoding="utf-8")).get("features") or ()) or None
+    return None
+
+
+def _parquet_columns(path: Path) -> list[str]:
+    from pyarrow import parquet
+
+    return list(parquet.read_schema(path).names)
+
+
+def _csv_columns(path: Path) -> list[str]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return next(csv.reader(file))
+
+
+def _json_columns(path: Path) -> list[str] | None:
+    """Rows need not have the same keys: all are read, of a file that is not large."""
+    if path.stat().st_size > _LARGE:
+        return None
+    text = path.read_text(encoding="utf-8").strip()
+    lines = [text] if text.startswith("[") else filter(str.strip, text.splitlines())
+    rows = [row for line in lines for row in (json.loads(line) if text.startswith("[") else [json.loads(line)])]
+    if not all(isinstance(row, dict) for row in rows):
+        return None
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+_COLUMNS: dict[str, Callable[[Path], list[str] | None]] = {
+    "parquet": _parquet_columns,
+    "csv": _csv_columns,
+    "json": _json_columns,
+}
 
 
 def _split(splits: DatasetDict, split: str, source: str) -> Dataset:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
@@ -24,6 +26,13 @@ class FusionError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n  → {self.hint}" if self.hint else self.message
+
+
+def suggestion(word: object, known: Iterable[str]) -> str:
+    """What to write instead of an unknown word: the closest that is known, or all that are."""
+    known = list(known)
+    close = get_close_matches(str(word), known, n=1)
+    return f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}"
 
 
 def shown(value: object) -> str:

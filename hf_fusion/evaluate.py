@@ -128,11 +128,15 @@ def evaluate_fusion(
     """
     if model.config.vocabularies:
         return _evaluate_generation(model, dataset, name, split, command, batch_size)
+    if label_column not in dataset.column_names:
+        raise FusionError(
+            f"the data set has columns {dataset.column_names}, but no {label_column!r} to measure against",
+            "name it: evaluate_fusion(..., label_column=...)",
+        )
     collected = collect_outputs(
         model, dataset, label_column=label_column, expert_column=expert_column, batch_size=batch_size
     )
-    if collected.labels is None or collected.outputs is None:
-        raise FusionError(f"the data set has no column {label_column!r} to measure against")
+    assert collected.labels is not None and collected.outputs is not None  # of classifiers and regressors
     scorer = _Scorer(model, collected, collected.outputs, collected.labels)
     shares = model.config.cost_shares
     name_of_it = f"ensemble, {model.config.rule}" if model.config.rule else "FoE"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +12,7 @@ from uuid import uuid4
 
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import Expert
+from hf_fusion.families import METHODS, family_named
 from hf_fusion.folders import refuse_to_replace, replace_folder
 from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.heads import architectures, head_of_task
@@ -30,41 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_fusion.hub.load import ExpertLike
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to fuse.
-
-    Attributes:
-        module: where it is defined; imported when it is used.
-        function: dotted name in the module, called with loaded experts and the method's options.
-        weighs: whether experts carry weights.
-        check: dotted name of a function with the same arguments, called before anything is loaded, if there is one.
-        takes_base: whether it is given the loaded base, an `Expert`, as ``base=``; None where the caller named none.
-    """
-
-    module: str
-    function: str
-    weighs: bool = False
-    check: str = ""
-    takes_base: bool = False
-
-    def load(self, name: str = "") -> Callable[..., PreTrainedModel]:
-        """The function itself, or another one of its module."""
-        found: Any = import_module(self.module)
-        for part in (name or self.function).split("."):
-            found = getattr(found, part)
-        return found
-
-
-# A new method is one more row; the static merging methods have a table of their own, `MERGE_METHODS`.
-METHODS = {
-    "foe": Method("hf_fusion.models.foe", "FoEModel.from_experts"),
-    "ensemble": Method("hf_fusion.models.foe", "FoEModel.ensemble", weighs=True),
-    "phatgoose": Method("hf_fusion.models.phatgoose", "PhatgooseRouter.from_experts", check="check_options"),
-    "wemoe": Method("hf_fusion.models.wemoe", "WEMoEModel.from_experts", check="check_options", takes_base=True),
-}
 
 
 def fuse(
@@ -113,7 +77,7 @@ def fuse(
         return fuse_static(
             method, experts, base, dtype=dtype, trust_remote_code=trust_remote_code, api=api, **parameters
         )
-    row, sources = _method(method, parameters), [_loadable(method, expert) for expert in experts]
+    row, sources = family_named(method, parameters), [_loadable(method, expert) for expert in experts]
     with _explained():
         if row.check:
             row.load(row.check)(sources, **parameters)
@@ -157,7 +121,7 @@ def fuse_recipe(
         return merged_model(recipe, trust_remote_code=trust_remote_code, api=api)
     parameters = dict(recipe.parameters)
     task = parameters.pop("task", None)
-    method = _method(recipe.method, parameters)
+    method = family_named(recipe.method, parameters)
     weights = [expert.weight for expert in recipe.experts if expert.weight is not None]
     if weights and not method.weighs:
         raise FusionError(f"Method {recipe.method} does not weigh its experts.", hint="leave weight: out of the recipe")
@@ -244,20 +208,6 @@ def load_fused(folder: str | Path, *, trust_remote_code: bool = False) -> tuple[
     model = model_class.from_pretrained(folder, **({"local_files_only": True} if is_whole else {})).eval()
     setattr(model, RECIPE_ATTRIBUTE, recipe)
     return model, recipe
-
-
-def _method(name: str, parameters: dict[str, Any]) -> Method:
-    """The row of a method, once its name and its options are known to be right."""
-    if name not in METHODS:
-        raise FusionError(
-            f"There is no method {name!r}.",
-            hint=f"use one of: {', '.join(METHODS)}; or merge by {', '.join(MERGE_METHODS)}",
-        )
-    method = METHODS[name]
-    options = [option for option in inspect.signature(method.load()).parameters if option not in ("experts", "base")]
-    if unknown := [option for option in parameters if option not in options]:
-        raise FusionError(f"Method {name} has no parameter {unknown[0]!r}.", hint=f"use {', '.join(options)}")
-    return method
 
 
 def _loadable(method: str, given: ExpertLike | RecipeExpert) -> ExpertLike:

@@ -21,7 +21,7 @@ from tiny_routed import save_base, save_lora
 from hf_fusion.cli.app import build_parser
 from hf_fusion.evaluate import Results
 from hf_fusion.merging.methods import methods_table
-from hf_fusion.merging.plan import check_recipe
+from hf_fusion.merging.recipes import check_recipe
 from hf_fusion.recipe import Recipe
 from hf_fusion.suite_results import SuiteResults
 

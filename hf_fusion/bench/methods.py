@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_fusion.errors import FusionError, shown
+from hf_fusion.errors import FusionError, shown, suggestion
 
 # family -> what tables call it; in the order in which tables show them
 FAMILIES = {
@@ -209,8 +209,8 @@ def chosen(words: Sequence[str], kind: str) -> list[str]:
         if word in METHODS and word not in known:
             raise FusionError(f"{word} is for suites of the kind {METHODS[word].kind}, this one is for {kind}")
         if not found:
-            families = ", ".join(dict.fromkeys(row.family for row in known.values()))
-            raise FusionError(f"no method {shown(word)}", hint=f"all, {families}, {', '.join(known)}")
+            families = dict.fromkeys(row.family for row in known.values())
+            raise FusionError(f"no method {shown(word)}", hint=suggestion(word, ["all", "static", *families, *known]))
         wanted |= set(found)
     return [name for name in known if name in wanted]
 

@@ -21,7 +21,7 @@ from hf_fusion.bench.conditions import conditions
 from hf_fusion.bench.memory import forget_peak, peak_bytes
 from hf_fusion.bench.methods import METHODS, chosen
 from hf_fusion.bench.scoring import Scored, same_scale, score
-from hf_fusion.bench.suite import LOWER, Suite, UnseenSplit, load_suite
+from hf_fusion.bench.suite import LOWER, Suite, UnseenSplit, load_suite, splits_named
 from hf_fusion.bench.systems import FIT, TEST, LeftOut, System, everything
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluate import machine
@@ -101,10 +101,10 @@ def run_suite(
     suite = suite if isinstance(suite, Suite) else load_suite(suite)
     if not seeds or limit < 1 or tuned_on < 1:
         raise FusionError("there must be a seed, a test row and a row to tune on", hint="--seeds 0 --limit 500")
-    splits = [everything(suite), *_splits(suite, unseen)]
+    splits = [everything(suite), *splits_named(suite, unseen)]
     wanted = [
         CLEAN,
-        *conditions(corruptions, suite.head.endswith(("image", "image-classification", "dense-prediction"))),
+        *conditions(corruptions, suite.is_of_images),
     ]
     folder = Path(output)
     settings = {"limit": limit, "tuned_on": tuned_on}
@@ -326,15 +326,6 @@ def _problem(error: Exception) -> dict[str, Any]:
     logger.debug("failed", exc_info=error)
     kind = "" if isinstance(error, FusionError) else f"{type(error).__name__}: "
     return {"status": "failed", "reason": kind + " ".join(str(error).split())[:400]}
-
-
-def _splits(suite: Suite, words: Sequence[str]) -> list[UnseenSplit]:
-    known = {split.name: split for split in suite.unseen}
-    names = list(known) if "all" in words else list(words)
-    for name in names:
-        if name not in known:
-            raise FusionError(f"{suite.name} has no unseen split {name!r}", hint=", ".join(known) or "leave it out")
-    return [known[name] for name in names]
 
 
 def _check_rows(setting: Any, suite: Suite) -> None:

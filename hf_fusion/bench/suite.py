@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hf_fusion.bench.sources import is_hub_id
-from hf_fusion.errors import FusionError, shown
+from hf_fusion.errors import FusionError, shown, suggestion
 from hf_fusion.plain_yaml import read_yaml
 
 SUITES = Path(__file__).with_name("suites")
@@ -176,6 +176,11 @@ class Suite:
         models = filter(None, (self.base, self.multitask, *self.experts.values()))
         return not any(map(is_hub_id, [*models, *(task.data for task in self.tasks.values())]))
 
+    @property
+    def is_of_images(self) -> bool:
+        """Whether its rows are pictures."""
+        return self.head.endswith(("image", "image-classification", "dense-prediction"))
+
     def is_fused(self, task: str, split: UnseenSplit) -> bool:
         """Whether a split fuses a task's own expert, which it names by the task or by the expert."""
         return task in split.fuse and self.tasks[task].expert is not None or self.owner(task) in split.fuse
@@ -202,12 +207,25 @@ def load_suite(name: str | Path) -> Suite:
     """
     path = Path(name) if str(name).endswith(".yaml") else SUITES / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(suite_names())
-        raise FusionError(f"no suite {str(name)!r}", hint=f"use one of {known}, or the path of a .yaml file")
+        hint = f"{suggestion(name, suite_names())} (or the path of a .yaml file)"
+        raise FusionError(f"no suite {str(name)!r}", hint=hint)
     return _suite(path.stem, _content(path), path)
 
 
 # ---------------------------------------------------------------- reading
+
+
+def splits_named(suite: Suite, words: Sequence[str]) -> list[UnseenSplit]:
+    """Splits of a suite by name; "all" are all of them.
+
+    Raises:
+        FusionError: it has none of that name.
+    """
+    known = {split.name: split for split in suite.unseen}
+    for name in words:
+        if name != "all" and name not in known:
+            raise FusionError(f"{suite.name} has no unseen split {name!r}", hint=", ".join(known) or "leave it out")
+    return list(suite.unseen) if "all" in words else [known[name] for name in words]
 
 
 def _content(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import argparse
 
 from hf_fusion.errors import FusionError
 
+from .checks import check_folder
 from .output import Out
 
 EXAMPLES = (
@@ -28,13 +29,16 @@ def run(args: argparse.Namespace, out: Out) -> None:
     """
     from dataclasses import asdict
 
+    from hf_fusion.bench.suite import load_suite
+
+    check_folder(args.data, "--data")
+    suite = load_suite(args.suite)
+
     from datasets import disable_progress_bars
 
     from hf_fusion.bench.check import check_suite
-    from hf_fusion.bench.suite import load_suite
 
     disable_progress_bars()
-    suite = load_suite(args.suite)
     found = check_suite(suite, args.data)
     rows = [asdict(row) for row in found]
     shown = [{**row, "pinned": "yes" if row["pinned"] else "no" if row["sha"] else ""} for row in rows]

@@ -6,7 +6,9 @@ import argparse
 import shlex
 from pathlib import Path
 
+from .checks import check_folder
 from .output import Out
+from .parser import COUNT, SEED
 
 EXAMPLES = (
     ("hf-fusion bench run --suite minilm-8 --data DIR --methods static --output results", "all static merges of one"),
@@ -25,18 +27,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--methods", nargs="+", default=["all"], metavar="NAME", help="methods, families, static, or all (default)")
     add("--data", metavar="DIR", help="folder with a folder for each data set, for suites that are run here")
     add("--output", default="results", metavar="DIR", help="where the cells go (default: results)")
-    add("--seeds", nargs="+", type=int, default=[0], metavar="N", help="of methods with chance in them (default: 0)")
+    add("--seeds", nargs="+", type=SEED, default=[0], metavar="N", help="of methods with chance in them (default: 0)")
     add("--corruptions", nargs="+", default=[], metavar="NAME", help="all, NAME, NAME:SEVERITY or all:SEVERITY")
     add("--unseen", nargs="+", default=[], metavar="SPLIT", help="splits into fused and tested tasks, or all")
-    add("--limit", type=int, default=500, metavar="N", help="test rows of each task (default: 500)")
-    add("--tuned-on", type=int, default=100, metavar="N", help="rows of each task to tune on (default: 100)")
-    add("--batch-size", type=int, default=BATCH_SIZE, metavar="N", help="rows at once (default: 16)")
+    add("--limit", type=COUNT, default=500, metavar="N", help="test rows of each task (default: 500)")
+    add("--tuned-on", type=COUNT, default=100, metavar="N", help="rows of each task to tune on (default: 100)")
+    add("--batch-size", type=COUNT, default=BATCH_SIZE, metavar="N", help="rows at once (default: 16)")
     add("--device", metavar="NAME", help="default: what accelerate chooses")
     add("--allow-pickle", action="store_true", help="also read experts that have no safetensors, if you trust them")
 
 
 def run(args: argparse.Namespace, out: Out) -> None:
     """Measures, and says what came out."""
+    from hf_fusion.bench.conditions import conditions
+    from hf_fusion.bench.methods import chosen
+    from hf_fusion.bench.suite import load_suite, splits_named
+
+    check_folder(args.data, "--data")
+    suite = load_suite(args.suite)
+    chosen([word for word in args.methods if not word.endswith(".py")] or ["all"], suite.kind)
+    conditions(args.corruptions, suite.is_of_images)
+    splits_named(suite, args.unseen)
+
     from datasets import disable_progress_bars
 
     from hf_fusion.bench.run import run_suite

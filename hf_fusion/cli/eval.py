@@ -8,7 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_fusion.errors import FusionError
+from hf_fusion.extras import need
+
+from .checks import check_columns, check_found, columns_to_measure, is_foe, model_in
 from .output import Out
+from .parser import COUNT
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,22 +25,42 @@ EXAMPLES = (
     ("hf-fusion eval fused --data me/rows --split test --format json", "on a Hub data set, as JSON"),
 )
 
+PICTURED = ("phatgoose", "wemoe")  # families whose measurements come with a picture
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to measure, on what."""
     parser.add_argument("folder", metavar="MODEL_DIR", help="a fused model's folder; results.json is written into it")
     parser.add_argument("--data", required=True, help="a parquet, csv or json file, a folder, or a Hub data set's id")
     parser.add_argument("--split", default="test", help="of a folder or Hub data set (default: test)")
-    parser.add_argument("--label-column", default="label", metavar="NAME", help="column of the labels (default: label)")
-    parser.add_argument("--expert-column", default="expert", metavar="NAME", help="column of the domains' experts")
-    parser.add_argument("--task-column", default="task", metavar="NAME", help="column of the tasks; not of a FoE")
+    parser.add_argument("--label-column", metavar="NAME", help="column of the labels (default: label)")
+    parser.add_argument("--expert-column", metavar="NAME", help="column of the domains' experts (default: expert)")
+    parser.add_argument("--task-column", metavar="NAME", help="column of the tasks (default: task); not of a FoE")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the own code of a static merge's models")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="examples per step (default: 32)")
+    parser.add_argument("--batch-size", type=COUNT, default=32, metavar="N", help="examples per step (default: 32)")
 
 
 def run(args: argparse.Namespace, out: Out) -> None:
     """Measures, writes and shows."""
+    config = model_in(args.folder)
+    if args.task_column and is_foe(config):
+        raise FusionError("a Fusion of Experts is measured on all rows alike", "leave --task-column out")
+    if config.get("model_type") in PICTURED:
+        need("plots", f"hf-fusion eval of a model of the family {config['model_type']}")
+    needed = columns_to_measure(config, args.label_column or "label")
+    named = (args.label_column, args.expert_column, args.task_column)
+    check_columns(args.data, args.split, needed, named)
+
     from hf_fusion.data import load_rows
+
+    rows = load_rows(args.data, args.split)
+    check_found(rows.column_names, args.data, needed, named)
+    if not is_foe(config) and args.label_column and args.label_column != "label":
+        rows = rows.remove_columns([name for name in ("label",) if name in rows.column_names])
+        rows = rows.rename_column(args.label_column, "label")
+    args.label_column, args.expert_column = args.label_column or "label", args.expert_column or "expert"
+    args.task_column = args.task_column or "task"
+
     from hf_fusion.evaluate import RESULTS_FILE
     from hf_fusion.hub.card import write_card
     from hf_fusion.merging.methods import MERGE_METHODS
@@ -45,7 +70,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
     measure: Callable[..., tuple[Any, str]]
     measure = _static if recipe is None or recipe.method in MERGE_METHODS else OF_METHOD.get(recipe.method, _fusion)
     command = f"hf-fusion eval {args.folder} --data {args.data} --split {args.split}"
-    results, title = measure(args, load_rows(args.data, args.split), recipe, command)
+    results, title = measure(args, rows, recipe, command)
     path = Path(args.folder) / RESULTS_FILE
     results.save(path)
     if measure is _static and recipe is not None:

@@ -10,7 +10,18 @@ from typing import Any
 
 from hf_fusion.errors import FusionError
 
+from .checks import (
+    check_columns,
+    check_found,
+    check_local,
+    columns_of_adapter,
+    columns_to_fit,
+    columns_to_measure,
+    is_foe,
+    model_in,
+)
 from .output import Out
+from .parser import COUNT, POSITIVE, SEED, at_least
 
 PART_EXAMPLES = {
     "fuser": (
@@ -53,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fuser.add_argument(
         "--by", choices=("domain", "loss"), default="domain", help="in selection, the expert to choose is that of ..."
     )
-    fuser.add_argument("--label-column", default="label", metavar="NAME", help="column of the labels (default: label)")
-    fuser.add_argument("--expert-column", default="expert", metavar="NAME", help="column of the domains")
+    fuser.add_argument("--label-column", metavar="NAME", help="column of the labels (default: label)")
+    fuser.add_argument("--expert-column", metavar="NAME", help="column of the domains (default: expert)")
     gates = _part(parts, "gates", "the PHATGOOSE gates of one LoRA adapter")
     gates.add_argument("adapter", metavar="ADAPTER", help="an adapter's folder, or owner/name on the Hub")
     _add_data(gates)
@@ -67,19 +78,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DATA",
         help="rows of all that may be asked: gates then read whitened inputs",
     )
-    gates.add_argument("--steps", type=int, default=100, metavar="N", help="optimizer steps (default: 100)")
-    gates.add_argument("--learning-rate", type=float, metavar="X", help="default: 0.005, with --reference 0.0001")
-    gates.add_argument("--batch-size", type=int, default=16, metavar="N", help="examples a step (default: 16)")
-    gates.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of an example (default: 512)")
+    gates.add_argument("--steps", type=COUNT, default=100, metavar="N", help="optimizer steps (default: 100)")
+    gates.add_argument("--learning-rate", type=POSITIVE, metavar="X", help="default: 0.005, with --reference 0.0001")
+    gates.add_argument("--batch-size", type=COUNT, default=16, metavar="N", help="examples a step (default: 16)")
+    gates.add_argument("--max-length", type=COUNT, default=512, metavar="N", help="tokens of an example (default: 512)")
     gates.add_argument("--output", metavar="DIR", help="where the gates go (default: the adapter's folder)")
     gates.add_argument("--push", action="store_true", help="add them to the adapter's repo, its tags and its card")
 
     routers = _part(parts, "routers", "the routers of a WEMoE, on rows with or without labels")
     routers.add_argument("folder", metavar="MODEL_DIR", help="a folder that hf-fusion fuse wrote; it is updated")
     _add_data(routers)
-    routers.add_argument("--task-column", default="task", metavar="NAME", help="column of the tasks, named as experts")
+    routers.add_argument("--task-column", metavar="NAME", help="column of the tasks, named as experts (default: task)")
     routers.add_argument(
-        "--expert-column", default="expert", metavar="NAME", help="column of the tasks' experts, if any"
+        "--expert-column", metavar="NAME", help="column of the tasks' experts (default: expert, if any)"
     )
     routers.add_argument(
         "--loss",
@@ -87,18 +98,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="expert",
         help="learn from the task's expert, from being sure (the paper), both without labels, or from labels",
     )
-    routers.add_argument("--steps", type=int, default=100, metavar="N", help="optimizer steps (default: 100)")
-    routers.add_argument("--learning-rate", type=float, default=5e-4, metavar="X", help="default: 0.0005")
-    routers.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows of each task a step (16)")
-    routers.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of a row (default: 512)")
+    routers.add_argument("--steps", type=COUNT, default=100, metavar="N", help="optimizer steps (default: 100)")
+    routers.add_argument("--learning-rate", type=POSITIVE, default=5e-4, metavar="X", help="default: 0.0005")
+    routers.add_argument("--batch-size", type=COUNT, default=16, metavar="N", help="rows of each task a step (16)")
+    routers.add_argument("--max-length", type=COUNT, default=512, metavar="N", help="tokens of a row (default: 512)")
     routers.add_argument(
         "--diversity",
-        type=float,
+        type=at_least(0, float),
         metavar="X",
         help="weight of what keeps answers spread (default: 1; 0: the paper)",
     )
     routers.add_argument(
-        "--tolerance", type=float, metavar="X", help="stop where answers narrow, or leave the expert's, by more (0.1)"
+        "--tolerance",
+        type=at_least(0, float),
+        metavar="X",
+        help="stop where answers narrow, or leave the expert's, by more (0.1)",
     )
 
 
@@ -110,7 +124,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="a parquet, csv or json file, a folder, or a Hub data set's id")
     parser.add_argument("--split", default="train", help="of a folder or Hub data set (default: train)")
     parser.add_argument("--overwrite", action="store_true", help="replace what was fitted, or measured, before")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same weights (default: 0)")
+    parser.add_argument("--seed", type=SEED, default=0, help="the same seed gives the same weights (default: 0)")
 
 
 def run(args: argparse.Namespace, out: Out) -> None:
@@ -138,21 +152,34 @@ def _refuse_again(args: argparse.Namespace) -> None:
 
 
 def _fit_fuser(args: argparse.Namespace, out: Out) -> None:
+    config = model_in(args.folder)
+    if not is_foe(config) or config.get("rule"):
+        made = config.get("rule") or config.get("model_type") or "another method"
+        raise FusionError(f"{args.folder} was made by {made}: it has no fuser", "hf-fusion fuse --method foe …")
+    if args.frugal and config.get("mode") == "selection":
+        raise FusionError("in selection only the chosen expert answers", "leave --frugal out")
+    label, expert = args.label_column or "label", args.expert_column or "expert"
+    needed = columns_to_fit(config, args.by, label, expert)
+    named = (args.label_column, args.expert_column)
+    check_columns(args.data, args.split, needed, named)
+    _refuse_again(args)
+
     from hf_fusion.data import load_rows
+
+    rows = load_rows(args.data, args.split)
+    check_found(rows.column_names, args.data, needed, named)
     from hf_fusion.fusion import load_fused, save_fused
     from hf_fusion.training.fuser import fit_fuser
 
-    _refuse_again(args)
     model, recipe = load_fused(args.folder)
-    rows = load_rows(args.data, args.split)
     fit = fit_fuser(
         model,
         rows,
         by=args.by,
         frugal=args.frugal,
         seed=args.seed,
-        label_column=args.label_column,
-        expert_column=args.expert_column,
+        label_column=label,
+        expert_column=expert,
     )
     folder = save_fused(model, args.folder, recipe, overwrite=True)
     out.result("Fitted", folder=str(folder), **asdict(fit))
@@ -168,19 +195,28 @@ def _fit_gates(args: argparse.Namespace, out: Out) -> None:
         again = f"hf-fusion fit gates {args.adapter} --data {args.data}"
         raise FusionError("nothing says where the gates go", f"{again} --output DIR, or --push")
 
+    check_local([args.adapter, args.base])
+    needed = columns_of_adapter(args.adapter) if is_folder else ()
+    check_columns(args.data, args.split, needed)
+    if args.reference:
+        check_columns(args.reference, args.split, needed)
+
     from hf_fusion.data import load_rows
     from hf_fusion.hub.files import resolve
     from hf_fusion.hub.gates import GATES_FILE, refuse_gates, save_gates
-    from hf_fusion.hub.load import load_experts
-    from hf_fusion.hub.publish_gates import push_gates
-    from hf_fusion.training.gates import average_activation, train_gates
-    from hf_fusion.training.whitening import fit_whitening
 
     if folder:
         refuse_gates(folder, args.overwrite)
     if args.push and not args.overwrite and GATES_FILE in resolve(args.adapter).sizes:
         raise FusionError(f"{args.adapter} has gates already: {GATES_FILE}", "--overwrite replaces them")
     rows = load_rows(args.data, args.split)
+    check_found(rows.column_names, args.data, needed)
+
+    from hf_fusion.hub.load import load_experts
+    from hf_fusion.hub.publish_gates import push_gates
+    from hf_fusion.training.gates import average_activation, train_gates
+    from hf_fusion.training.whitening import fit_whitening
+
     given: dict[str, Any] = {"batch_size": args.batch_size, "max_length": args.max_length}
     (adapter,) = load_experts([args.adapter], base=args.base, gates=False)
     if args.reference:
@@ -225,24 +261,27 @@ def _fit_routers(args: argparse.Namespace, out: Out) -> None:
     if args.loss != "labels":
         spread["loss"] = args.loss
 
+    config = model_in(args.folder)
+    if (made := config.get("model_type")) != "wemoe":
+        raise FusionError(f"{args.folder} was made by {made}: it has no routers", "hf-fusion fuse --method wemoe …")
+    task, expert = args.task_column or "task", args.expert_column or "expert"
+    needed: list[tuple[str, ...]] = [(task,), *columns_to_measure(config, "label")]
+    if args.loss != "labels":
+        needed = [column for column in needed if column not in (("label",), ("target",))]
+    check_columns(args.data, args.split, needed, (args.task_column, args.expert_column))
+    _refuse_again(args)
+
     from hf_fusion.data import load_rows, owners_by_name, split_tasks
+
+    rows = load_rows(args.data, args.split)
+    check_found(rows.column_names, args.data, needed, (args.task_column, args.expert_column))
+
     from hf_fusion.fusion import load_fused, save_fused
     from hf_fusion.training.routers import adapt_routers, fit_routers
 
-    _refuse_again(args)
     model: Any
     model, recipe = load_fused(args.folder)
-    if recipe.method != "wemoe":
-        raise FusionError(
-            f"{args.folder} was made by {recipe.method}: it has no routers", "hf-fusion fuse --method wemoe …"
-        )
-    rows = load_rows(args.data, args.split)
-    if args.task_column not in rows.column_names:
-        raise FusionError(
-            f"{args.data} has columns {rows.column_names}, but no {args.task_column}",
-            f"add a column that names the expert of each row: one of {', '.join(model.experts)}",
-        )
-    suite, owners = split_tasks(rows, model.experts, args.task_column, args.expert_column)
+    suite, owners = split_tasks(rows, model.experts, task, expert)
     owners = owners_by_name(suite, model.experts) | owners
     folder = Path(args.folder).resolve()
     checkpoints = folder.with_name(ROUTER_CHECKPOINTS.format(f".{folder.name}"))

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
 
+from .checks import check_local, check_repo
 from .output import Out
+from .parser import COUNT, POSITIVE
 
 if TYPE_CHECKING:
     from hf_fusion.recipe import Recipe, RecipeExpert
@@ -44,9 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--push-experts", action="store_true", help="with --push: first push experts that are folders")
     merging = parser.add_argument_group("static merges")
     merging.add_argument("--dry-run", action="store_true", help="only tell what it would read, write and take")
-    merging.add_argument("--threads", type=int, metavar="N", help="tensors merged at a time (default: one a core)")
+    merging.add_argument("--threads", type=COUNT, metavar="N", help="tensors merged at a time (default: one a core)")
     merging.add_argument("--device", default="cpu", help="where methods of whole matrices compute: cuda, or cuda:N")
-    merging.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="most GB of a file (default: 5)")
+    merging.add_argument("--shard-gb", type=POSITIVE, default=5.0, metavar="GB", help="most GB of a file (default: 5)")
 
 
 def run(args: argparse.Namespace, out: Out) -> None:
@@ -61,7 +63,6 @@ def run(args: argparse.Namespace, out: Out) -> None:
 
     from hf_fusion.folders import refuse_to_replace
     from hf_fusion.merging.methods import MERGE_METHODS
-    from hf_fusion.merging.processes import is_main
     from hf_fusion.recipe import Recipe
 
     if not args.dry_run:
@@ -72,12 +73,14 @@ def run(args: argparse.Namespace, out: Out) -> None:
         parameters = _parameters(args.set)
         weights = parameters.pop("weights", None) if args.method in MERGE_METHODS else None
         recipe = Recipe(args.method, _experts(args.experts, weights), args.base, parameters, args.dtype)
+    _check(recipe, args)
+
+    from hf_fusion.merging.processes import is_main
+
     if args.push:
         _check_push(recipe, args)
     if recipe.method in MERGE_METHODS:
         _merge(recipe, args, out)
-    elif args.dry_run:
-        raise FusionError(f"--dry-run is for static merges; {recipe.method} loads its experts", "leave it out")
     else:
         _fuse(recipe, args, out)
     if args.push and not args.dry_run and is_main():
@@ -90,6 +93,23 @@ def run(args: argparse.Namespace, out: Out) -> None:
             raise FusionError(error.message, f"{error.hint or 'see above'}; {args.output} is whole: {again}") from error
         if pushed is not None:
             out.result("Published", url=pushed.url, revision=pushed.sha)
+
+
+def _check(recipe: Recipe, args: argparse.Namespace) -> None:
+    """Refuses what can be seen to be wrong before torch is imported and anything is read."""
+    from hf_fusion.families import family_named
+    from hf_fusion.merging.methods import MERGE_METHODS
+    from hf_fusion.merging.recipes import check_recipe
+
+    if recipe.method in MERGE_METHODS:
+        check_recipe(recipe)
+    else:
+        family_named(recipe.method, {name: value for name, value in recipe.parameters.items() if name != "task"})
+        if args.dry_run:
+            raise FusionError(f"--dry-run is for static merges; {recipe.method} loads its experts", "leave it out")
+    check_local([recipe.base, *(expert.model for expert in recipe.experts)])
+    if args.push:
+        check_repo(args.push)
 
 
 def _fuse(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
@@ -111,10 +131,6 @@ def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
     from hf_fusion.merging.merge import cores, merge, plan_merge
     from hf_fusion.merging.processes import is_main
 
-    if args.threads is not None and args.threads < 1:
-        raise FusionError(f"--threads {args.threads}: at least one is needed")
-    if not args.shard_gb > 0:
-        raise FusionError(f"--shard-gb {args.shard_gb:g}: a file holds something")
     if args.dry_run:
         from hf_fusion.merging.estimate import estimate
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
+
+from hf_fusion.errors import suggestion
 
 from .output import FORMATS, Out
 
@@ -79,6 +81,24 @@ class Parser(argparse.ArgumentParser):
         return name[:2] in options
 
 
+def at_least(least: float, kind: type[int] | type[float] = int, above: bool = False) -> Any:
+    """The ``type=`` of an option that is a number from `least` on, or above it."""
+
+    def number(word: str) -> float:
+        value = kind(word)
+        if not (value > least if above else value >= least) or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{word} is not {'above' if above else 'at least'} {least:g}")
+        return value
+
+    number.__name__ = "whole number" if kind is int else "number"  # what argparse calls it where it is none
+    return number
+
+
+COUNT = at_least(1)
+SEED = at_least(0)
+POSITIVE = at_least(0, float, above=True)
+
+
 def _is_option(word: str) -> bool:
     """Whether argparse would take a word for an option: numbers and words with blanks are values."""
     if not word.startswith("-") or len(word) == 1 or " " in word.partition("=")[0]:
@@ -88,13 +108,6 @@ def _is_option(word: str) -> bool:
     except ValueError:
         return True
     return False
-
-
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """What to write instead of an unknown word: the closest that is known, or all that are."""
-    known = list(known)
-    close = get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}"
 
 
 def examples_text(examples: Examples) -> str:

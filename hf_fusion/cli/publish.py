@@ -7,6 +7,7 @@ import sys
 
 from hf_fusion.errors import FusionError
 
+from .checks import check_repo, model_in
 from .output import Out
 
 EXAMPLES = (
@@ -33,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: Out) -> None:
     """Plans; shows the plan; pushes once that is confirmed."""
+    model_in(args.folder)
+    check_repo(args.repo)
+
     from hf_fusion.hub.publish import plan, push
 
     planned = plan(

@@ -21,8 +21,8 @@ from hf_fusion.merging.checkpoint import INDEX
 from hf_fusion.merging.merge import merge
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.merging.output import FACTS
-from hf_fusion.merging.plan import check_recipe
 from hf_fusion.merging.processes import Processes, is_main
+from hf_fusion.merging.recipes import check_recipe
 from hf_fusion.provenance import contents_of, folders_of, told
 from hf_fusion.recipe import RECIPE_ATTRIBUTE, RECIPE_FILE, Recipe, RecipeExpert
 

@@ -22,8 +22,9 @@ from hf_fusion.merging.engine import device_of, digest_of, write_tensors
 from hf_fusion.merging.methods import method_named
 from hf_fusion.merging.outcome import MERGED, check_loads, fitted_config, shapes_of
 from hf_fusion.merging.output import SHARD_BYTES, disk_full_named, output_folder, place_of, staging, write_index
-from hf_fusion.merging.plan import Plan, check_recipe, plan
+from hf_fusion.merging.plan import Plan, plan
 from hf_fusion.merging.processes import Processes
+from hf_fusion.merging.recipes import check_recipe
 from hf_fusion.merging.small_files import merged_files
 from hf_fusion.merging.sources import Model, open_models
 from hf_fusion.merging.vocabulary import read_vocabulary

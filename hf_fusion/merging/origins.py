@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
+from hf_fusion.merging.recipes import MISMATCHES
 from hf_fusion.merging.sources import LAYER, Model, depths, is_before_layers, layer_of
 
 if TYPE_CHECKING:
     from hf_fusion.recipe import Recipe, Slice, SliceSource
 
-MISMATCHES = ("base", "skip", "resize")
 _MEANING = {
     "base": "base: such tensors stay as the base, or the first expert, has them",
     "skip": "skip: experts that do not fit are left out of a tensor",

@@ -9,12 +9,15 @@ whose filter is in the tensor's name, and the last without a filter for what is 
 
 from __future__ import annotations
 
+import ast
 import inspect
 import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from hf_fusion.errors import FusionError, shown
@@ -27,6 +30,8 @@ class PerExpert:
 
 
 EachNumber = Annotated[Sequence[float], PerExpert]
+Per = Literal["tensor", "row", "column"]
+"""What is measured, and weighed, as one."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,26 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, Parameter]:
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
             found[name] = _parameter(name, hints[name], parameter.default)
     return found
+
+
+@cache
+def declared(file: Path, name: str) -> dict[str, Parameter]:
+    """`parameters_of` a function in a file that is not imported, since its imports would take seconds.
+
+    Its annotations and defaults may use what this module and `typing` define, and the file's own plain constants.
+    """
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    known: dict[str, Any] = {**vars(typing), **globals()}
+    for node in tree.body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            with suppress(Exception):  # of torch, or of what else was not imported
+                exec(compile(ast.Module([node], []), str(file), "exec"), known)
+    [function] = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    own = function.args
+    kept = ast.arguments([], [], None, own.kwonlyargs, own.kw_defaults, None, [])
+    stub = ast.FunctionDef(name, kept, [ast.Pass()], [], None, None, lineno=1, col_offset=0)
+    exec(compile(ast.fix_missing_locations(ast.Module([stub], [])), str(file), "exec"), known)
+    return parameters_of(known[name])
 
 
 def _parameter(name: str, hint: Any, default: Any) -> Parameter:

@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.adapters import read_json
 from hf_fusion.merging.checkpoint import Entry, Files, read_header
+from hf_fusion.merging.recipes import STATISTICS
 from hf_fusion.merging.sources import Model, align
 from hf_fusion.merging.tensors import Statistic, Stored
 
 if TYPE_CHECKING:
     from hf_fusion.recipe import Recipe
-
-PARAMETER = "statistics"
-"""What a recipe's experts name their folder by."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def statistics_of(recipe: Recipe, kind: str, experts: Sequence[Model]) -> list[M
         return []
     found = []
     for expert, model in zip(recipe.experts, experts, strict=True):
-        folder = expert.parameters.get(PARAMETER)
+        folder = expert.parameters.get(STATISTICS)
         if not isinstance(folder, str):
             raise FusionError(
                 f"{recipe.method} weighs {expert.model} by what was measured of it, and its recipe does not say where"

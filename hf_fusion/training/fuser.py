@@ -106,6 +106,12 @@ def fit_fuser(
         seconds = measure_latency(model, dataset) if costs == "latency" else costs
         set_costs(model, seconds)
     needs_losses = selection and by == "loss" and bool(model.config.vocabularies)
+    column = "target" if needs_losses else expert_column if selection and by == "domain" else label_column
+    if column not in dataset.column_names:
+        raise FusionError(
+            f"the data set has columns {dataset.column_names}, but no {column!r} to learn from",
+            "name it: fit_fuser(..., label_column=...), or expert_column= in selection",
+        )
     collected = collect_outputs(
         model,
         dataset,
@@ -115,11 +121,7 @@ def fit_fuser(
         batch_size=inference_batch_size,
     )
     targets = _selection_targets(collected, by) if selection else collected.labels
-    if targets is None:
-        raise FusionError(
-            f"the data set has no column {expert_column if selection else label_column!r} to learn from",
-            "name it: fit_fuser(..., label_column=...), or expert_column= in selection",
-        )
+    assert targets is not None  # the column is there
     regression = model.config.problem_type == "regression" and not selection
     set_seed(seed)
     fuser = type(model.fuser)(

@@ -68,18 +68,19 @@ def collect_outputs(
         raise FusionError("the data set is empty: there is nothing to run the experts on")
     columns = input_columns(dataset)
     runner = _GenerationRunner(model, losses) if model.config.vocabularies else _ClassifierRunner(model)
+    experts = _expert_indices(model, dataset, expert_column)
+    labels = None if model.config.vocabularies else _label_indices(model, dataset, label_column, experts)
     rows = _run_cached(runner, dataset, columns, batch_size)
     count, device = len(dataset), "cpu"
     tensors = {name: torch.tensor(rows[name], device=device).view(count, -1) for name in rows}
     outputs = tensors["outputs"].view(count, model.config.num_experts, -1) if "outputs" in tensors else None
-    experts = _expert_indices(model, dataset, expert_column)
     if "features" in tensors and not model.config.vocabularies and model.config.features_from is not None:
         sizes = [expert["feature_size"] for expert in model.config.experts]
         tensors["features"] = tensors["features"].split(sizes, 1)[model.config.features_from]
     return ExpertOutputs(
         features=tensors["features"] if "features" in tensors else tensors["outputs"],
         outputs=outputs,
-        labels=None if model.config.vocabularies else _label_indices(model, dataset, label_column, experts),
+        labels=labels,
         experts=experts,
         losses=tensors.get("losses"),
     )

@@ -99,8 +99,6 @@ def test_what_does_not_match_is_a_table_with_the_option_that_resolves_it(here, f
     [
         (("--set", "colour=1"), "ties has no parameter 'colour'"),
         (("--set", "density=2"), "density is 2.0, expected a number from 0 to 1"),
-        (("--threads", "0"), "--threads 0"),
-        (("--shard-gb", "0"), "--shard-gb 0"),
     ],
 )
 def test_mistakes_are_named(here, folders, tmp_path, words, message):

@@ -52,7 +52,7 @@ def test_fuse_and_eval_leave_all_that_a_card_shows(here, folders, tmp_path):
     assert (routing["tasks"], routing["owners"]) == (["foxes", "cats"], {"foxes": "foxes"})
     assert (fused / "routing.png").stat().st_size > 10_000
     assert "mean, held-in" in here("eval", "fused", "--data", str(folders / "rows"))
-    with pytest.raises(FusionError, match="PhatgooseForGeneration has no fuser to fit"):
+    with pytest.raises(FusionError, match="fused was made by phatgoose: it has no fuser"):
         here("fit", "fuser", "fused", "--data", str(folders / "rows" / "test.parquet"))
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal
 
-from hf_fusion.errors import FusionError, shown
-from hf_fusion.merging.schema import Parameter, parameters_of
+from hf_fusion.errors import FusionError, shown, suggestion
+from hf_fusion.merging.schema import Parameter, declared, parameters_of
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,12 @@ class MergeMethod:
 
     @property
     def parameters(self) -> dict[str, Parameter]:
-        """Its parameters, by name."""
-        return parameters_of(self.function)
+        """Its parameters, by name: read from its file, which is not imported for it where that can be avoided."""
+        module, _, name = self.place.partition(":")
+        try:
+            return declared(Path(__file__).with_name(f"{module}.py"), name)
+        except NameError:  # they are told in words that another file defines
+            return parameters_of(self.function)
 
 
 def method_named(name: str) -> MergeMethod:
@@ -69,7 +74,7 @@ def method_named(name: str) -> MergeMethod:
         FusionError: there is none of that name.
     """
     if name not in MERGE_METHODS:
-        raise FusionError(f"{shown(name)} is no static method", f"use {', '.join(MERGE_METHODS)}")
+        raise FusionError(f"{shown(name)} is no static method", suggestion(name, MERGE_METHODS))
     return MERGE_METHODS[name]
 
 

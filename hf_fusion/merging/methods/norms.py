@@ -11,11 +11,10 @@ from typing import Literal
 
 import torch
 
+from hf_fusion.merging.schema import Per
 from hf_fusion.merging.tensors import CHUNK, STEEP, Chunk, Combination, Merged, Tensors
 
-__all__ = ["Per", "arcee_fusion", "combination", "grams", "model_stock"]
-
-Per = Literal["tensor", "row", "column"]
+__all__ = ["arcee_fusion", "combination", "grams", "model_stock"]
 
 
 def model_stock(tensors: Tensors, *, per: Per = "tensor", average: Literal["cosine", "angle"] = "cosine") -> Merged:

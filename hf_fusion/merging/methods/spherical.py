@@ -10,8 +10,8 @@ from typing import Annotated
 
 import torch
 
-from hf_fusion.merging.methods.norms import Per, combination, grams
-from hf_fusion.merging.schema import EachNumber, Range
+from hf_fusion.merging.methods.norms import combination, grams
+from hf_fusion.merging.schema import EachNumber, Per, Range
 from hf_fusion.merging.tensors import Chunk, Combination, Merged, Tensors
 
 __all__ = ["karcher", "multislerp", "nearswap", "nuslerp", "slerp"]
