@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .data import owners_by_name
+from .progress import track
 from .routing_map import JsonFile, read_batches
 from .training.batches import Examples, unlabelled
 
@@ -73,7 +74,7 @@ def map_coefficients(
     before, model.record_routing = model.record_routing, True
     coefficients, counts, layers = [], [], []
     try:
-        for rows in suite.values():
+        for rows in track(suite.values(), "Tracing the coefficients of tasks"):
             count, total = 0, torch.zeros(())
             given = rows if isinstance(rows, Examples) else unlabelled(rows)
             for batch in read_batches(model, given, (), batch_size, max_length):

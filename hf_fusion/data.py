@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_fusion.errors import FusionError, one_line
+from hf_fusion.progress import phase
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -34,6 +35,11 @@ def load_rows(source: str | Path, split: str = "train") -> Dataset:
         FusionError: there is no such file, folder, data set or split.
     """
     path = _located(source, split)
+    with phase(f"Reading {source}"):
+        return _load(source, split, path)
+
+
+def _load(source: str | Path, split: str, path: Path | None) -> Dataset:
     from datasets import Dataset, load_dataset, load_from_disk
     from datasets.exceptions import DatasetNotFoundError
 

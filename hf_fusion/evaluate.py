@@ -15,6 +15,7 @@ import torch
 from .baselines import max_confidence, mean_ensemble, oracle_expert
 from .errors import FusionError
 from .metrics import load_metric
+from .progress import track
 from .training.fuser import COST_WEIGHTS, replay
 from .training.outputs import ExpertOutputs, collect_outputs
 
@@ -237,7 +238,8 @@ def _evaluate_generation(
 
     def generate(expert: int | None) -> list[str]:
         texts: list[str] = []
-        for start in range(0, len(dataset), batch_size):
+        who = "the fusion" if expert is None else model.config.experts[expert]["name"]
+        for start in track(range(0, len(dataset), batch_size), f"Generating with {who}"):
             inputs = model.processor(text=dataset[prompt][start : start + batch_size]).to(model.device)
             rows = len(inputs["input_ids"])
             choice = model.select(inputs) if expert is None else torch.full((rows,), expert, device=model.device)

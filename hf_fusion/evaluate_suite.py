@@ -17,6 +17,7 @@ from .evaluate import machine
 from .experts import Expert
 from .hub.load import load_experts
 from .models.phatgoose import PhatgooseRouter
+from .progress import track
 from .retrieval import Embedder, Retrieval, TextEmbedder
 from .suite_results import (
     Metric,
@@ -182,7 +183,7 @@ class Evaluation:
         routers = {kind: self.router(kind) for kind in ("own", *(way.router for way in ways.values()))}
         tasks = []
         scores: dict[str, dict[str, torch.Tensor]] = {}
-        for task, rows in self.suite.items():
+        for task, rows in track(self.suite.items(), "Measuring tasks"):
             owner = self.owners.get(task)
             own = singles if "experts" in wanted else {}
             if ORACLE in wanted and owner is not None:
@@ -210,7 +211,8 @@ class Evaluation:
         read = self.read(own, rows)
         scores = {name: torch.zeros(len(rows)) for name in ways}
         with same_start(routers.values()) as remembered:
-            for numbers in like_lengths(read.rows, self.batch_size):
+            batches = list(like_lengths(read.rows, self.batch_size))
+            for numbers in track(batches, f"Measuring {len(ways)} systems on {task}"):
                 batch = dict(read.collate([read.rows[number] for number in numbers]))
                 batch = {name: value.to(own.device) for name, value in batch.items()}
                 remembered.clear()

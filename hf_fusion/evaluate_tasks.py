@@ -20,6 +20,7 @@ from .hub.adapters import with_adapter
 from .hub.files import parts_of
 from .hub.heads import head_of_architecture, same_label
 from .hub.load import load_experts
+from .progress import track
 from .suite_results import Metric, SuiteResults, SuiteTask, compare
 from .training.adamerging import CoefficientMerge, merged_once
 from .training.batches import like_lengths, read_examples, score_rows, to_model
@@ -111,7 +112,7 @@ def evaluate_merging(
     tasks: list[SuiteTask] = []
     scores: dict[str, dict[str, torch.Tensor]] = {name: {} for name in systems}
     speaks = model.config.head in ("causal-lm", "seq2seq-lm")
-    for task, rows in suite.items():
+    for task, rows in track(suite.items(), "Measuring tasks"):
         owner = owners[task]
         metric = (metrics or {}).get(task, "exact") if speaks else "accuracy"
         tasks.append(SuiteTask(task, metric, len(rows), owner))
@@ -121,7 +122,7 @@ def evaluate_merging(
         for name, system in systems.items():
             values = torch.zeros(len(rows))
             with torch.no_grad(), system.within(system.model):
-                for numbers, batch in batches:
+                for numbers, batch in track(batches, f"Measuring {name} on {task}"):
                     inputs = _inputs(read.collate(batch), model, owner, prompts=system.kind == "router" and speaks)
                     values[numbers] = score_rows(system.model, inputs, metric).float().cpu()
             scores[name][task] = values
@@ -234,7 +235,7 @@ def _score(expert: Expert, rows: Dataset, metric: Metric, batch_size: int, max_l
     read = read_examples(expert, rows, max_length)
     values = torch.zeros(len(rows))
     with torch.no_grad():
-        for numbers in like_lengths(read.rows, batch_size):
+        for numbers in track(list(like_lengths(read.rows, batch_size)), f"Measuring {expert.name}"):
             inputs = to_model(read.collate([read.rows[n] for n in numbers]), expert.model)
             values[numbers] = score_rows(expert.model, inputs, metric).float().cpu()
     return values

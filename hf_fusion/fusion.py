@@ -20,6 +20,7 @@ from hf_fusion.hub.load import load_experts
 from hf_fusion.merging.loaded import fuse_static, load_merged, merged_model
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.merging.processes import is_main
+from hf_fusion.progress import phase
 from hf_fusion.provenance import contents_of, folders_of, recipe_in, recipe_of_model, told
 from hf_fusion.recipe import RECIPE_ATTRIBUTE, RECIPE_FILE, Recipe, RecipeExpert
 
@@ -95,7 +96,7 @@ def fuse(
             [parameters["base"]] = load_experts([base], task=trunk, gates=False, **how)
             given, base = _named(base, parameters["base"]), parameters["base"]
     loaded = load_experts(sources, base=base, task=task, **how)
-    with _explained():
+    with _explained(), phase("Fusing"):
         model = row.load()(loaded, **parameters)
     names = [_named(*pair) for pair in zip(sources, loaded, strict=True)]
     recipe = _recipe(method, names, loaded, recorded, dtype, given)
@@ -167,7 +168,8 @@ def save_fused(
     staging = folder.parent / f".{folder.name}-{uuid4().hex[:8]}"
     staging.mkdir()
     try:
-        model.save_pretrained(staging)  # a family's model saves its processor too
+        with phase(f"Writing {folder}"):
+            model.save_pretrained(staging)  # a family's model saves its processor too
         recipe.save(staging / RECIPE_FILE)
         replace_folder(staging, folder)
     finally:
@@ -205,7 +207,8 @@ def load_fused(folder: str | Path, *, trust_remote_code: bool = False) -> tuple[
     if model_class is None:
         raise FusionError(f"{folder}: no model class {name!r} is known.")
     is_whole = not config.get("base_by_reference")  # else the base is fetched
-    model = model_class.from_pretrained(folder, **({"local_files_only": True} if is_whole else {})).eval()
+    with phase(f"Reading {folder}"):
+        model = model_class.from_pretrained(folder, **({"local_files_only": True} if is_whole else {})).eval()
     setattr(model, RECIPE_ATTRIBUTE, recipe)
     return model, recipe
 

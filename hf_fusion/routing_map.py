@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from .experts import Expert
+from .progress import track
 from .training.batches import Examples, read_examples, to_model
 from .training.prompts import IGNORED
 
@@ -101,7 +102,7 @@ def map_routing(
     before, router.record_routing = router.record_routing, sys.maxsize
     weights = []
     try:
-        for rows in suite.values():
+        for rows in track(suite.values(), "Tracing the routing of tasks"):
             total = torch.zeros(len(router.experts))
             for batch in read_batches(router, rows, labels, batch_size, max_length):
                 targets = batch.pop("labels").cpu()

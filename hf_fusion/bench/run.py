@@ -26,6 +26,7 @@ from hf_fusion.bench.systems import FIT, TEST, LeftOut, System, everything
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluate import machine
 from hf_fusion.extras import refuse_missing
+from hf_fusion.progress import track
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +190,7 @@ class _Runner:
     def run(self, jobs: list[Job], tell: Callable[[str], None]) -> None:
         """Measures what is missing."""
         began = time.perf_counter()
-        for number, job in enumerate(jobs, 1):
+        for number, job in enumerate(track(jobs, f"Measuring methods on {self.suite.name}"), 1):
             start = time.perf_counter()
             try:
                 told = self.measure(job)

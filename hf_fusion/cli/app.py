@@ -13,6 +13,7 @@ from types import ModuleType
 
 from hf_fusion import __version__
 from hf_fusion.extras import need_for
+from hf_fusion.progress import reporting
 
 from .errors import explain
 from .output import Out
@@ -39,6 +40,7 @@ QUIET = {
     "HF_HUB_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# Their bars as well: phases are ours to show, see `hf_fusion.progress`.
 NO_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
 
 
@@ -59,9 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     out = Out(args.format)
     _hush(out, args.debug)
+    shown = out.reporter() if os.environ.get("RANK", "0") == "0" else None  # of several processes the first tells
     try:
         need_for(args.command, next((getattr(args, name) for name in NAMES if hasattr(args, name)), ""))
-        command(args.command).run(args, out)
+        with reporting(shown):
+            command(args.command).run(args, out)
     except KeyboardInterrupt:
         out.log("Interrupted.")
         return INTERRUPTED
@@ -75,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         out.error(problem.message, problem.hint)
         return 1
     finally:  # whoever called us from Python has its own way with our log, and closes our stream
+        if shown is not None:
+            shown.close()
         logger = logging.getLogger("hf_fusion")
         logger.handlers, logger.propagate = [], True
     return 0
@@ -117,7 +123,7 @@ class _Forward(logging.Handler):
 
 
 def _hush(out: Out, debug: bool) -> None:
-    """Leaves the terminal to `out`: other libraries' chatter is off, their bars are on only where someone watches."""
+    """Leaves the terminal to `out`: other libraries' chatter and bars are off."""
     if debug:
         logging.basicConfig(level=logging.INFO)
         logging.getLogger("hf_fusion").setLevel(logging.DEBUG)
@@ -125,5 +131,5 @@ def _hush(out: Out, debug: bool) -> None:
     logger = logging.getLogger("hf_fusion")
     logger.handlers, logger.propagate = [_Forward(out)], False
     warnings.filterwarnings("ignore")
-    for name, value in {**QUIET, **({} if out.watched else NO_BARS)}.items():
+    for name, value in {**QUIET, **NO_BARS}.items():
         os.environ.setdefault(name, value)

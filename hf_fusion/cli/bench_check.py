@@ -8,6 +8,7 @@ from hf_fusion.errors import FusionError
 
 from .checks import check_folder
 from .output import Out
+from .progress import start
 
 EXAMPLES = (
     ("hf-fusion bench check clip-vit-base-patch32", "every id of a suite, with the commit that it stands for"),
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
     check_folder(args.data, "--data")
     suite = load_suite(args.suite)
 
+    start("bench.check")
     from datasets import disable_progress_bars
 
     from hf_fusion.bench.check import check_suite

@@ -9,6 +9,7 @@ from pathlib import Path
 from .checks import check_folder
 from .output import Out
 from .parser import COUNT, SEED
+from .progress import start
 
 EXAMPLES = (
     ("hf-fusion bench run --suite minilm-8 --data DIR --methods static --output results", "all static merges of one"),
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
     conditions(args.corruptions, suite.is_of_images)
     splits_named(suite, args.unseen)
 
+    start("bench.run")
     from datasets import disable_progress_bars
 
     from hf_fusion.bench.run import run_suite

@@ -14,6 +14,7 @@ from hf_fusion.extras import need
 from .checks import check_columns, check_found, columns_to_measure, is_foe, model_in
 from .output import Out
 from .parser import COUNT
+from .progress import start
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
         rows = rows.rename_column(args.label_column, "label")
     args.label_column, args.expert_column = args.label_column or "label", args.expert_column or "expert"
     args.task_column = args.task_column or "task"
+    start("evaluate", "fusion")
 
     from hf_fusion.evaluate import RESULTS_FILE
     from hf_fusion.hub.card import write_card

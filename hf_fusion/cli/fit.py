@@ -22,6 +22,7 @@ from .checks import (
 )
 from .output import Out
 from .parser import COUNT, POSITIVE, SEED, at_least
+from .progress import start
 
 PART_EXAMPLES = {
     "fuser": (
@@ -168,6 +169,7 @@ def _fit_fuser(args: argparse.Namespace, out: Out) -> None:
 
     rows = load_rows(args.data, args.split)
     check_found(rows.column_names, args.data, needed, named)
+    start("fusion", "training.fuser")
     from hf_fusion.fusion import load_fused, save_fused
     from hf_fusion.training.fuser import fit_fuser
 
@@ -212,6 +214,7 @@ def _fit_gates(args: argparse.Namespace, out: Out) -> None:
     rows = load_rows(args.data, args.split)
     check_found(rows.column_names, args.data, needed)
 
+    start("training.gates")
     from hf_fusion.hub.load import load_experts
     from hf_fusion.hub.publish_gates import push_gates
     from hf_fusion.training.gates import average_activation, train_gates
@@ -276,6 +279,7 @@ def _fit_routers(args: argparse.Namespace, out: Out) -> None:
     rows = load_rows(args.data, args.split)
     check_found(rows.column_names, args.data, needed, (args.task_column, args.expert_column))
 
+    start("fusion", "training.routers")
     from hf_fusion.fusion import load_fused, save_fused
     from hf_fusion.training.routers import adapt_routers, fit_routers
 

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
+from hf_fusion.progress import phase
 
 from .checks import check_local, check_repo
 from .output import Out
 from .parser import COUNT, POSITIVE
+from .progress import start
 
 if TYPE_CHECKING:
     from hf_fusion.recipe import Recipe, RecipeExpert
@@ -75,6 +77,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
         recipe = Recipe(args.method, _experts(args.experts, weights), args.base, parameters, args.dtype)
     _check(recipe, args)
 
+    start("merging.merge" if recipe.method in MERGE_METHODS else "fusion")
     from hf_fusion.merging.processes import is_main
 
     if args.push:
@@ -124,8 +127,6 @@ def _fuse(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
 
 def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
     """A plain model of the experts' own kind, without loading them."""
-    from tqdm import tqdm
-
     from hf_fusion.hub.card import write_card
     from hf_fusion.merging.adapters import AdapterReport
     from hf_fusion.merging.merge import cores, merge, plan_merge
@@ -162,12 +163,7 @@ def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
             out.warning(warning)
         out.dict(facts if out.mode != "json" else {**facts, **planned.facts, "inputs": rows})
         return
-    with tqdm(unit="B", unit_scale=True, desc="Merging", disable=not out.watched) as bar:
-
-        def shown(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with phase("Merging", unit="B") as told:
         shard_bytes = int(args.shard_gb * 1e9)
         report = merge(
             recipe,
@@ -176,7 +172,7 @@ def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
             shard_bytes=shard_bytes,
             device=args.device,
             overwrite=args.overwrite,
-            progress=shown,
+            progress=told.reach,
         )
     if not is_main():
         return

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TextIO
+
+from .progress import Bars, Lines
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,6 +30,7 @@ class Out:
         self.mode = mode
         self.stdout = stdout or sys.stdout
         self.stderr = stderr or sys.stderr
+        self._bars: Bars | None = None
 
     @property
     def watched(self) -> bool:
@@ -123,6 +126,15 @@ class Out:
         if hint:
             self._say(f"  → {hint}", GREY)
 
+    def reporter(self) -> Bars | Lines | None:
+        """What shows the phases of long work: bars where somebody watches, else lines; nothing in quiet mode."""
+        if self.mode == "quiet":
+            return None
+        if not self.watched:
+            return Lines(self.log)
+        self._bars = Bars(self.stderr, self.log)
+        return self._bars
+
     # ---------------------------------------------------------------- how
 
     def _json(self, value: Any) -> None:
@@ -135,11 +147,11 @@ class Out:
         text = "\n".join(map(_plain, message.splitlines()))
         self._send(self._colour(text, colour, self.stderr), self.stderr)
 
-    @staticmethod
-    def _send(text: str, stream: TextIO) -> None:
+    def _send(self, text: str, stream: TextIO) -> None:
         encoding = stream.encoding or "utf-8"  # a pipe on Windows may not know "✓"
-        stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
-        stream.flush()
+        with self._bars.paused() if self._bars else nullcontext():
+            stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+            stream.flush()
 
     def _colour(self, text: str, colour: str, stream: TextIO) -> str:
         return f"\033[{colour}m{text}\033[0m" if self.mode == "human" and stream.isatty() else text

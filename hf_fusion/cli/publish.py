@@ -9,6 +9,7 @@ from hf_fusion.errors import FusionError
 
 from .checks import check_repo, model_in
 from .output import Out
+from .progress import start
 
 EXAMPLES = (
     ("hf-fusion publish fused me/fused --dry-run", "what would be pushed, and the card; nothing is sent"),
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
     model_in(args.folder)
     check_repo(args.repo)
 
+    start("hub.publish")
     from hf_fusion.hub.publish import plan, push
 
     planned = plan(

@@ -42,6 +42,7 @@ from hf_fusion.hub.heads import (
 from hf_fusion.hub.licenses import forbids_derivatives
 from hf_fusion.hub.peft_names import LORA, plain_keys
 from hf_fusion.hub.placement import placement
+from hf_fusion.progress import track
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -182,12 +183,14 @@ def check_compatibility(
     )
     if task is not None:
         head_of_task(task)  # a task nobody can have is the caller's mistake, not the experts'
-    gathered = in_parallel(lambda info: _gather(info.pinned, api, need_gates, info.read), experts)
+    gathered = in_parallel(
+        lambda info: _gather(info.pinned, api, need_gates, info.read), experts, name="Reading experts"
+    )
     names = {name for evidence in gathered if (name := _base_name(evidence, criteria))}
     bases = dict(zip(sorted(names), in_parallel(lambda name: _gather(name, api), sorted(names)), strict=True))
 
     verdict, accounts = Compatibility(), Accounts()
-    for info, evidence in zip(experts, gathered, strict=True):
+    for info, evidence in track(zip(experts, gathered, strict=True), "Judging experts", len(experts)):
         reasons = _judge(info, evidence, bases.get(_base_name(evidence, criteria) or ""), criteria, accounts)
         if merging and not reasons:
             reasons = _another_class(info, verdict.accepted)

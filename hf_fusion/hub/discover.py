@@ -128,7 +128,9 @@ def discover(
     candidates: Iterator[str | Source] = iter(named) if named or collection else _listed(tags, author, base_model, api)
     found: list[ExpertInfo] = []
     while batch := list(islice(candidates, None if limit is None else READERS)):  # a limit need not read everything
-        found += [info for info in in_parallel(read, batch) if info is not None and wanted(info)]
+        found += [
+            info for info in in_parallel(read, batch, name="Looking at repos") if info is not None and wanted(info)
+        ]
         if limit is not None and len(found) >= limit:
             break
     return Experts(tuple(found[:limit]))

@@ -28,6 +28,7 @@ from hf_fusion.hub.manifests import (
     refuse_pickled,
 )
 from hf_fusion.hub.remote import Header, read_header, read_json_file, read_part
+from hf_fusion.progress import is_reported, phase, track
 from hf_fusion.recipe import CONTENT
 
 if TYPE_CHECKING:
@@ -233,10 +234,12 @@ def first_line(error: BaseException) -> str:
     return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]*", r"\1", line)
 
 
-def in_parallel(function: Callable[[T], R], items: Iterable[T], workers: int = READERS) -> list[R]:
-    """``[function(item) for item in items]`` in threads, for calls that wait for the network."""
+def in_parallel(function: Callable[[T], R], items: Iterable[T], workers: int = READERS, name: str = "") -> list[R]:
+    """``[function(item) for item in items]`` in threads, for calls that wait for the network; a phase if named."""
+    items = list(items)
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(function, items))
+        found = pool.map(function, items)
+        return list(track(found, name, len(items)) if name else found)
 
 
 def resolve(name: str | Path, api: HfApi | None = None) -> Source:
@@ -424,8 +427,8 @@ def same_file(path: Path, entry: Any) -> bool:
 def download(wanted: Sequence[tuple[Source, list[str]]], api: HfApi | None = None) -> None:
     """Fetch all files of all sources at once and set each ``source.folder``.
 
-    Run again after an interruption, it fetches what is not in the cache in full. One progress bar over all bytes
-    on stderr, silent when piped.
+    Run again after an interruption, it fetches what is not in the cache in full. A phase over all bytes; where nobody
+    is told of phases, a bar on a terminal's stderr.
     """
     jobs = [
         (source, file)
@@ -440,22 +443,30 @@ def download(wanted: Sequence[tuple[Source, list[str]]], api: HfApi | None = Non
 
     client = hub_api(api)
     total = sum(source.sizes[file] for source, file in jobs)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Downloading experts", disable=None) as bar:
+    quiet = True if is_reported() else None
+    with (
+        phase("Downloading", total, "B") as told,
+        tqdm(total=total, unit="B", unit_scale=True, desc="Downloading experts", disable=quiet) as bar,
+    ):
+
+        def more(size: float) -> None:
+            bar.update(size)
+            told.advance(size)
 
         def fetch(job: tuple[Source, str]) -> None:
             source, file = job
             with explained(source.name):
                 path = Path(
-                    client.hf_hub_download(source.name, file, revision=source.revision, tqdm_class=_silent_bar(bar))
+                    client.hf_hub_download(source.name, file, revision=source.revision, tqdm_class=_silent_bar(more))
                 )
             source.folder = path.parents[file.count("/")]
 
         in_parallel(fetch, jobs, WORKERS)
-        bar.update(max(0, total - bar.n))  # files that were in the cache
+        more(max(0, total - told.done))  # files that were in the cache
 
 
-def _silent_bar(shown: Any = None) -> type:
-    """A tqdm class that draws nothing itself and passes its progress on to ``shown``."""
+def _silent_bar(more: Callable[[float], None] | None = None) -> type:
+    """A tqdm class that draws nothing itself and tells ``more`` of its progress."""
     from tqdm.auto import tqdm
 
     class Forwarding(tqdm):
@@ -464,8 +475,8 @@ def _silent_bar(shown: Any = None) -> type:
             self.update(kwargs.get("initial", 0))  # what an interrupted download had already
 
         def update(self, n: float | None = 1) -> None:
-            if shown is not None and n:
-                shown.update(n)
+            if more is not None and n:
+                more(n)
 
     return Forwarding
 

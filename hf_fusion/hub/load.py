@@ -43,6 +43,7 @@ from hf_fusion.hub.heads import (
     label_names,
 )
 from hf_fusion.hub.placement import placed
+from hf_fusion.progress import phase
 
 if TYPE_CHECKING:
     import torch
@@ -131,13 +132,15 @@ class _Loader:
         loaded: list[Expert | None] = [
             None if i in sources else in_memory(expert, i) for i, expert in enumerate(experts)
         ]
-        with quiet_transformers():
+        with quiet_transformers(), phase("Reading models", len(sources)) as told:
             for i, source in sources.items():
                 if not source.is_adapter:
                     loaded[i] = self._full(source, bases.get(i))
+                    told.advance()
             for group in _groups(sources, bases, self._head):
                 for i, expert in self._adapters({i: sources[i] for i in group}, bases.get(group[0])).items():
                     loaded[i] = expert
+                    told.advance()
         return [expert for expert in loaded if expert is not None]
 
     def _files(self, source: Source) -> list[str]:

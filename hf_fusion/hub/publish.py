@@ -25,6 +25,7 @@ from hf_fusion.hub.files import explained, hub_api, parts_of, same_file, weight_
 from hf_fusion.hub.local_experts import folder_info, push_folders, refuse_changed, repos_of, told_names, without_paths
 from hf_fusion.hub.publish_checks import allowed_to, check_id, check_write, refuse_unnamed
 from hf_fusion.merging.methods import MERGE_METHODS
+from hf_fusion.progress import phase
 from hf_fusion.provenance import recipe_in, told, told_plain
 from hf_fusion.recipe import Recipe
 
@@ -307,7 +308,8 @@ def push(planned: PublishPlan, api: HfApi | None = None) -> PublishResult:
         sha = _commit_with(planned, [pinned_revision(card), info.sha], api)
         head = str(info.sha)
         if sha is None:
-            sha = head = _push_files(planned, head, first=not card, api=api)
+            with phase(f"Pushing {planned.megabytes:,.0f} MB to {repo_id}"):
+                sha = head = _push_files(planned, head, first=not card, api=api)
             card = _remote_card(repo_id, api)
         wanted = render_card(replace(planned.facts, revision=sha), card or planned.card)
         if wanted != card:

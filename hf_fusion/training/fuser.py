@@ -228,7 +228,7 @@ def train_fuser(
             remove_unused_columns=False,
         )
         trainer = Trainer(model=task, args=arguments, train_dataset=train, eval_dataset=test, callbacks=[best])
-        set_progress(trainer)
+        set_progress(trainer, "Training the fuser")
         trainer.train()
     if not best.weights:
         raise FusionError(

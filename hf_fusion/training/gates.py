@@ -21,6 +21,7 @@ from ..errors import FusionError
 from ..experts import Expert, Gates
 from ..hub.gates import gate_sizes
 from ..hub.load import load_experts
+from ..progress import phase
 from .batches import Examples, equal_lengths, read_examples, to_model
 from .progress import set_progress
 from .runs import Trained, digest, on_device, resumable, training_arguments
@@ -159,9 +160,10 @@ def _mean_inputs(
         counts[path] = counts.get(path, 0) + len(tokens)
         return output if a is None else output + nn.functional.linear(nn.functional.linear(x, a), b)
 
-    with _adapted(expert, add_up):
+    with _adapted(expert, add_up), phase("Averaging inputs", min(count, len(read.rows))) as told:
         for batch in equal_lengths(read.rows, batch_size, count):
             read.loss(expert.model, to_model(read.collate(batch), expert.model))
+            told.advance(len(batch))
     means = {path: (sums[path] / counts[path]).float().cpu() for path in sums}
     if whitening is None:
         return means
@@ -319,7 +321,7 @@ def _train(
                 gates[path].copy_(START * mean / mean.square().sum().clamp(min=1e-12))
         task = Trained(gates, partial(examples.loss, expert.model))
         trainer = Trainer(model=task, args=arguments, train_dataset=rows, data_collator=examples.collate)
-        set_progress(trainer)
+        set_progress(trainer, f"Training the gates of {expert.name}")
         before = _mean_loss(trainer, examples, probe)
         if not torch.isfinite(before):
             raise FusionError(

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from ..cache import cache_folder
 from ..errors import FusionError
 from ..models.foe.assembly_foe import normalise
+from ..progress import phase
 
 # data set column -> the processor's argument; the first ones found feed the model
 INPUT_COLUMNS = {"text": "text", "prompt": "text", "text_pair": "text_pair", "image": "images"}
@@ -199,9 +200,15 @@ def _run_cached(runner: Any, dataset: datasets.Dataset, columns: Mapping[str, st
     own = dataset.select_columns(needed).shard(state.num_processes, state.process_index, contiguous=True)
     training = model.training
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), phase(f"Running {model.config.num_experts} experts", len(own)) as told:
+
+        def one(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
+            found = runner(batch, columns)
+            told.advance(len(batch[needed[0]]))
+            return found
+
         own.map(
-            lambda batch: runner(batch, columns),
+            one,
             batched=True,
             batch_size=batch_size,
             remove_columns=needed,

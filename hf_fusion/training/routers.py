@@ -291,7 +291,7 @@ def _fit(
             data_collator=rows.collate,
             callbacks=[watch],
         )
-        set_progress(trainer)
+        set_progress(trainer, "Training the routers")
         watch.trainer = trainer
         watch.start()
         checkpoint = None

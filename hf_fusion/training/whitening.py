@@ -21,6 +21,7 @@ from ..experts import Expert
 from ..hub.adapters import linear_sizes
 from ..hub.gates import gate_sizes
 from ..hub.load import load_experts
+from ..progress import phase
 from .batches import equal_lengths, read_examples, to_model, unlabelled
 
 if TYPE_CHECKING:
@@ -103,9 +104,11 @@ def fit_whitening(
     examples = read_examples(loaded, unlabelled(rows), max_length)
     handles = [found[path].register_forward_pre_hook(partial(read, path)) for path in modules]
     try:
-        for batch in equal_lengths(examples.rows, batch_size):
-            examples.loss(model, to_model(examples.collate(batch), model))
-            last[:] = None, ""
+        with phase("Reading reference rows", len(examples.rows)) as told:
+            for batch in equal_lengths(examples.rows, batch_size):
+                examples.loss(model, to_model(examples.collate(batch), model))
+                last[:] = None, ""
+                told.advance(len(batch))
     finally:
         for handle in handles:
             handle.remove()
@@ -165,7 +168,7 @@ def base_samples(
     tokenizer = base.processor
     start = tokenizer(opening, return_tensors="pt").input_ids.to(base.model.device)
     texts: list[str] = []
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), phase("Sampling reference rows", count) as told:
         torch.manual_seed(seed)
         while len(texts) < count:
             batch = start.expand(min(32, count - len(texts)), -1)
@@ -180,6 +183,7 @@ def base_samples(
                 min_new_tokens=tokens,  # goes on behind the end of a turn, so that answers are sampled as well
             )
             texts += [tokenizer.decode(row[start.shape[1] :]) for row in sampled]
+            told.reach(len(texts))
     parts = [text.partition(turn) for text in texts]
     return Dataset.from_list([{"prompt": opening + ask + found, "target": answer} for ask, found, answer in parts])
 
