@@ -42,6 +42,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
     """Lists what was found; with --check the accepted ones, then the rejected ones with their reasons."""
     from hf_fusion.hub.compat import check_compatibility
     from hf_fusion.hub.discover import EXPERT_TAG, discover
+    from hf_fusion.hub.groups import drop_broken, group_rows
 
     experts = discover(
         tags=args.tag or EXPERT_TAG,
@@ -64,13 +65,18 @@ def run(args: argparse.Namespace, out: Out) -> None:
         need_gates=args.gates,
         merging=args.merging,
     )
-    rows = verdict.table()
-    accepted = [info.pinned for info in verdict.accepted]
+    method = "phatgoose" if args.gates else "wemoe" if args.merging else "foe"
+    groups = drop_broken(verdict, method, args.base_model)
+    numbers = {info.id: str(number) for number, group in enumerate(groups, 1) for info in group.experts}
+    rows = [{"group": numbers.get(row["id"], ""), **row} for row in verdict.table()]
+    proposed = groups[0] if groups else None
+    chosen = proposed.experts if proposed and proposed.command else verdict.accepted
     out.table(
-        [{"id": name} for name in accepted] if out.mode == "quiet" else rows,
-        title=f"{len(accepted)} of {len(experts)} experts fit",
+        [{"id": info.pinned} for info in chosen] if out.mode == "quiet" else rows,
+        title=f"{len(verdict.accepted)} of {len(experts)} experts fit",
+        key="id",
     )
-    if len(accepted) > 1:
-        method = "phatgoose" if args.gates else "wemoe" if args.merging else "foe"
-        base = f" --base {args.base_model}" if args.merging and args.base_model else ""
-        out.hint(f"hf-fusion fuse --method {method} --experts {' '.join(accepted)}{base} --output fused")
+    if len(verdict.accepted) > 1:
+        out.table(group_rows(groups), title="Groups that can be fused", aside=True)
+    if proposed and proposed.command:
+        out.hint(proposed.command)

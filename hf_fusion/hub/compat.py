@@ -65,6 +65,7 @@ class ReasonKind(str, Enum):
     GATES = "gates"
     GATED = "gated"
     LORA = "lora"
+    NOT_FINITE = "not finite"
     UNREADABLE = "unreadable"
 
 

@@ -458,4 +458,4 @@ def refuse_keys(name: str, what: str, keys: Any) -> None:
 def _refuse_not_finite(model: Any, name: str, skip: set[str] = frozenset()) -> None:  # type: ignore[assignment]
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and key not in skip and not tensor.isfinite().all():
-            raise FusionError(f"{name} has NaN or Inf in {key}.")
+            raise FusionError(f"{name} has NaN or Inf in {key}.", hint=f"fuse the others: leave {name} out")

@@ -1,0 +1,214 @@
+"""Which of the experts that fit can be fused with each other, and the command that does it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_fusion.experts import ExpertInfo
+from hf_fusion.hub.compat import Compatibility, Reason, ReasonKind, Rejected
+from hf_fusion.hub.files import SHA, Source, download, hub_api, in_parallel, resolve_repo, safe_files
+from hf_fusion.hub.heads import Head, head_of_architecture, head_of_task, same_label
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+MOST_BYTES = 200_000_000
+"""Weights of the proposed experts are looked through for NaN and Inf up to this size; `fuse` finds them in any."""
+_UNNAMED = re.compile(r"LABEL_\d+")
+_GENERATES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+_CLASSIFIES = ("AutoModelForSequenceClassification", "AutoModelForImageClassification")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Experts that one command fuses.
+
+    Attributes:
+        experts: in the order they were found.
+        head: name of the Auto class of their head, or what keeps it from being known.
+        base: ``owner/base[@revision]``, where they share one.
+        labels: names of all their classes.
+        options: of ``hf-fusion fuse`` for them; None where it cannot fuse them as they are.
+        why_not: what keeps it from that.
+    """
+
+    experts: tuple[ExpertInfo, ...]
+    head: str
+    base: str | None
+    labels: tuple[str, ...]
+    options: tuple[str, ...] | None
+    why_not: str = ""
+
+    @property
+    def command(self) -> str | None:
+        """What fuses them; None for a single expert, and where nothing does."""
+        if self.options is None or len(self.experts) < 2:
+            return None
+        ids = [info.pinned for info in self.experts]
+        return shlex.join(["hf-fusion", "fuse", *self.options, "--experts", *ids, "--output", "fused"])
+
+
+def group_experts(
+    experts: Iterable[ExpertInfo], method: str = "foe", base_model: str | None = None
+) -> tuple[Group, ...]:
+    """Sorts experts that fit into groups that can be fused, the largest first.
+
+    FoE: classifiers of one kind whose labels overlap, directly or through others, by their outputs; language models of
+    one kind by selection; classifiers of one kind by selection where no two share a label. PHATGOOSE and WEMoE: experts
+    of one base and one kind of head.
+
+    Args:
+        experts: as `check_compatibility` accepted them.
+        method: "foe", "phatgoose" or "wemoe".
+        base_model: the base that was asked for, where experts need not record it.
+    """
+    by_head: dict[str, list[ExpertInfo]] = {}
+    for info in experts:
+        head = _head(info)
+        by_head.setdefault(head.auto if head else "unknown", []).append(info)
+    groups: list[Group] = []
+    for name, members in by_head.items():
+        groups += _by_base(name, members, method, base_model) if method != "foe" else _by_labels(name, members)
+    return tuple(sorted(groups, key=lambda group: (group.command is None, -len(group.experts))))
+
+
+def drop_broken(
+    verdict: Compatibility, method: str = "foe", base_model: str | None = None, api: HfApi | None = None
+) -> tuple[Group, ...]:
+    """The groups of a verdict, after experts of the proposed one with NaN or Inf in their weights were rejected.
+
+    Weights are fetched for that, as fusing will need them, unless they are larger than `MOST_BYTES`.
+    """
+    while True:
+        groups = group_experts(verdict.accepted, method, base_model)
+        if not groups or groups[0].command is None or sum(info.size for info in groups[0].experts) > MOST_BYTES:
+            return groups
+        broken = not_finite(groups[0].experts, hub_api(api))
+        if not broken:
+            return groups
+        for info, tensor in broken:
+            verdict.accepted.remove(info)
+            reason = Reason(ReasonKind.NOT_FINITE, f"has NaN or Inf in {tensor}")
+            verdict.rejected.append(Rejected(info, (reason,)))
+
+
+def not_finite(experts: Sequence[ExpertInfo], api: HfApi) -> list[tuple[ExpertInfo, str]]:
+    """Experts with NaN or Inf in their safetensors, each with the first such tensor."""
+    import torch
+    from safetensors import safe_open
+
+    sources = in_parallel(lambda info: resolve_repo(info.pinned, api), experts)
+    wanted = [(source, safe_files(source)) for source in sources]
+    download(wanted, api)
+
+    def first_broken(source: Source, files: Sequence[str]) -> str | None:
+        for file in (own for own in files if own.endswith(".safetensors") and source.folder):
+            with safe_open(Path(str(source.folder), file), framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - it is no mapping
+                    tensor = tensors.get_tensor(name)
+                    if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+                        return str(name)
+        return None
+
+    found = [first_broken(*pair) for pair in wanted]
+    return [(info, name) for info, name in zip(experts, found, strict=True) if name]
+
+
+def _head(info: ExpertInfo) -> Head | None:
+    if head := head_of_architecture(info.architecture or ""):
+        return head
+    return head_of_task(info.task) if info.task else None
+
+
+def _by_labels(head: str, members: list[ExpertInfo]) -> list[Group]:
+    """Groups for a Fusion of Experts."""
+    foe, selection = ("--method", "foe"), ("--method", "foe", "--set", "mode=selection")
+    if head in _GENERATES:
+        return [_group(head, members, selection)]
+    if head not in _CLASSIFIES:
+        return [_group(head, members, None, "a FoE has no such head")]
+    scores = [info for info in members if len(info.labels) == 1]
+    unnamed = [i for i in members if i not in scores and (not i.labels or any(map(_UNNAMED.fullmatch, i.labels)))]
+    named = [info for info in members if info not in scores and info not in unnamed]
+    found = _overlapping(named)
+    if len(found) > 1 and max(map(len, found)) == 1:  # each has labels of its own: one is chosen for an input
+        groups = [_group(head, named, selection)]
+    else:
+        groups = [_group(head, own, foe) for own in found]
+    if scores:
+        groups.append(_group(head, scores, foe))
+    if unnamed:
+        groups.append(_group(head, unnamed, None, "labels have no names: --set label_maps={…}"))
+    return groups
+
+
+def _overlapping(members: Sequence[ExpertInfo]) -> list[list[ExpertInfo]]:
+    """Experts that share labels, directly or through others."""
+    found: list[tuple[set[str], list[ExpertInfo]]] = []
+    for info in members:
+        labels, own = set(map(same_label, info.labels)), [info]
+        for known, others in [entry for entry in found if entry[0] & labels]:
+            found.remove((known, others))
+            labels, own = labels | known, [*others, *own]
+        found.append((labels, own))
+    order = {info.id: number for number, info in enumerate(members)}
+    return [sorted(own, key=lambda info: order[info.id]) for _, own in found]
+
+
+def _by_base(head: str, members: list[ExpertInfo], method: str, base_model: str | None) -> list[Group]:
+    """Groups of one base, at one commit where several are recorded."""
+    commits: dict[str | None, set[str]] = {}  # of each base
+    for info in members:
+        base, _, sha = (_base(info) or base_model or "").partition("@")
+        commits.setdefault(base or None, set()).update({sha} - {""})
+    by_base: dict[str | None, list[ExpertInfo]] = {}
+    for info in members:
+        base, _, sha = (_base(info) or base_model or "").partition("@")
+        known = commits[base or None]
+        sha = sha or (next(iter(known)) if len(known) == 1 else "")
+        by_base.setdefault(f"{base}@{sha}" if sha else base or None, []).append(info)
+    groups = []
+    for whole, own in by_base.items():
+        recorded = {_base(info) for info in own}
+        options: tuple[str, ...] = ("--method", method)
+        if whole and (method == "wemoe" or recorded != {whole}):
+            options = (*options, "--base", whole)
+        groups.append(_group(head, own, options if whole else None, "" if whole else "their base is not known"))
+    return groups
+
+
+def _base(info: ExpertInfo) -> str | None:
+    """The base that an expert records, if it names a repo."""
+    if not info.base_model or info.base_model.count("/") != 1 or info.base_model.startswith((".", "/", "~")):
+        return None
+    pinned = info.base_revision and SHA.fullmatch(info.base_revision)
+    return f"{info.base_model}@{info.base_revision}" if pinned else info.base_model
+
+
+def _group(head: str, experts: Sequence[ExpertInfo], options: tuple[str, ...] | None, why_not: str = "") -> Group:
+    bases = {_base(info) for info in experts}
+    labels = {same_label(label): label for info in experts for label in info.labels}
+    return Group(
+        tuple(experts), head, bases.pop() if len(bases) == 1 else None, tuple(labels.values()), options, why_not
+    )
+
+
+def group_rows(groups: Sequence[Group], most: int = 6) -> list[dict[str, Any]]:
+    """A table of groups, one row each."""
+    return [
+        {
+            "group": str(number),
+            "experts": str(len(group.experts)),
+            "head": group.head.removeprefix("AutoModelFor"),
+            "base": group.base or "",
+            "labels": ", ".join(group.labels[:most])
+            + (f", … ({len(group.labels)})" if len(group.labels) > most else ""),
+            "fused by": " ".join(group.options) if group.options else group.why_not,
+        }
+        for number, group in enumerate(groups, 1)
+    ]
