@@ -21,6 +21,8 @@ from .training.outputs import ExpertOutputs, collect_outputs
 
 Z95 = 1.959963984540054
 RESULTS_FILE = "results.json"  # its name beside a model
+# What experts' generation configs must not change: answers are compared, one for each prompt.
+GREEDY = {"max_new_tokens": 64, "do_sample": False, "num_return_sequences": 1, "return_dict_in_generate": False}
 
 
 @dataclass
@@ -243,7 +245,7 @@ def _evaluate_generation(
             inputs = model.processor(text=dataset[prompt][start : start + batch_size]).to(model.device)
             rows = len(inputs["input_ids"])
             choice = model.select(inputs) if expert is None else torch.full((rows,), expert, device=model.device)
-            sequences = model.generate(**inputs, choice=choice, max_new_tokens=64)
+            sequences = model.generate(**inputs, choice=choice, **GREEDY)
             for chosen, sequence in zip(choice.tolist(), sequences, strict=True):
                 answer = sequence[_prompt_length(model, inputs, chosen) :]
                 texts.append(model.processor.decode(answer, skip_special_tokens=True))

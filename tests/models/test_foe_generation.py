@@ -433,3 +433,19 @@ def test_logits_of_experts_whose_vocabularies_are_not_equally_padded(tokenizer):
         )
     assert out.logits.shape[-1] == 304 == model.config.get_text_config().vocab_size
     assert (out.logits[CHOICE == 0, :, 300:] == float("-inf")).all() and out.loss.isfinite()
+
+
+def test_a_foe_that_was_saved_without_them_generates_by_its_models_configs(tokenizer, tmp_path):
+    experts = causal(tokenizer)
+    model = FoEModel.from_experts(experts, mode="selection")
+    inputs = prompts(model)
+    wanted = padded(experts, inputs, max_new_tokens=12)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for row in config["experts"]:
+        assert row.pop("generation")["eos_token_id"] == 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    old = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    (tmp_path / "generation_config.json").write_text(json.dumps(old))
+    loaded = FoEForGeneration.from_pretrained(tmp_path)
+    assert torch.equal(loaded.generate(**inputs, choice=CHOICE, max_new_tokens=12), wanted)

@@ -49,6 +49,8 @@ def causal_model(tokenizer) -> tuple[FoEModel, dict]:
         Expert("me/llama", llama(), processor=tokenizer),
         Expert("me/gpt2", gpt2(vocabulary=len(tokenizer)), processor=tokenizer),  # its head is tied to its embeddings
     ]
+    for expert, penalty in zip(experts, (1.5, 3.0), strict=True):  # what the stranger's process must find
+        expert.model.generation_config.repetition_penalty = penalty
     model = FoEModel.from_experts(experts, mode="selection")
     return model, dict(model.processor(text=TEXTS))
 

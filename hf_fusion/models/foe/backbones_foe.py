@@ -1,4 +1,4 @@
-"""What transformers asks of any model, answered for several: embeddings and their size; nothing is checkpointed."""
+"""Embeddings of several inner models, by the names of transformers; and why no activations are checkpointed."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import nn
 from .assembly_foe import pack_config
 from .experts_foe import AdaptedLinear, PerExpert
 
-ITS_OWN = "has {number} models with embeddings of their own: take model.backbones[k].model for one of them"
-
 
 class BackbonesMixin:
     """Embeddings are those of the one inner model; of several each has its own."""
 
     def _only_model(self: Any, what: str) -> Any:
         if len(self.backbones) > 1:
-            many = ITS_OWN.format(number=len(self.backbones))
-            raise NotImplementedError(f"{type(self).__name__} {many}; so there is no {what}")
+            raise NotImplementedError(
+                f"{type(self).__name__}.{what} needs a single model, but there are {len(self.backbones)}, "
+                f"each with its embeddings: use model.backbones[k].model.{what}"
+            )
         return self.backbones[0].model
 
     def get_input_embeddings(self) -> nn.Module:
@@ -27,19 +27,19 @@ class BackbonesMixin:
         Raises:
             NotImplementedError: where there are several.
         """
-        return self._only_model("single get_input_embeddings").get_input_embeddings()
+        return self._only_model("get_input_embeddings").get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replaces the inner model's; raises NotImplementedError where there are several."""
-        self._only_model("single set_input_embeddings").set_input_embeddings(value)
+        self._only_model("set_input_embeddings").set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The inner model's, None where it has none; raises NotImplementedError where there are several."""
-        return self._only_model("single get_output_embeddings").get_output_embeddings()
+        return self._only_model("get_output_embeddings").get_output_embeddings()
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Replaces the inner model's; raises NotImplementedError where there are several."""
-        self._only_model("single set_output_embeddings").set_output_embeddings(value)
+        self._only_model("set_output_embeddings").set_output_embeddings(value)
 
     def resize_token_embeddings(
         self: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True

@@ -83,7 +83,7 @@ class FoEForGeneration(FoEModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        choice: torch.Tensor | None = None,
+        choice: torch.Tensor | Sequence[int] | None = None,
         **inputs: Any,
     ) -> CausalLMOutput:
         """Logits (B, T, V) of the expert chosen for each row.
@@ -104,6 +104,7 @@ class FoEForGeneration(FoEModel, GenerationMixin):
                 before_answer = (labels != -100).cumsum(1) == 0
                 prompt["attention_mask"] = before_answer if attention_mask is None else attention_mask * before_answer
             choice = self.select(prompt)
+        choice = torch.as_tensor(choice, device=self.device)
         if labels is not None and self.config.is_encoder_decoder:
             given["labels"] = labels
         rows_of, answers = [], []

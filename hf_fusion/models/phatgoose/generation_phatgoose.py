@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 
 class GeneratingMixin:
-    """What transformers asks of a model that generates, answered by `self.backbone`."""
+    """Generation by the names of transformers: `self.backbone` does it."""
 
     @property
     def generation_config(self: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What transformers asks of any model, answered by the dense one: embeddings, their size, activation checkpoints."""
+"""Embeddings, their size and activation checkpoints, by the names of transformers: the dense model has them."""
 
 from __future__ import annotations
 

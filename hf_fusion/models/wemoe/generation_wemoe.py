@@ -17,7 +17,7 @@ NO_PAGES = (
 
 
 class GeneratingMixin:
-    """What transformers asks of a model that generates, answered by `self.backbone`."""
+    """Generation by the names of transformers: `self.backbone` does it."""
 
     @property
     def generation_config(self: Any) -> Any:
@@ -71,7 +71,7 @@ def set_generation(model: Any, values: Mapping[str, Any]) -> None:
         model.generation_config._original_object_hash = hash(model.generation_config)
 
 
-def check_options(prompts: torch.Tensor | None, options: Sequence[Mapping[str, Any]]) -> None:
+def check_generation(prompts: torch.Tensor | None, options: Sequence[Mapping[str, Any]]) -> None:
     """Refuses options of `generate()` with which prompts could not be read as wholes.
 
     Args:
@@ -97,4 +97,4 @@ def check_options(prompts: torch.Tensor | None, options: Sequence[Mapping[str, A
         raise ValueError("negative_prompt_ids are longer than the prompts: pad these on the left to the same length")
 
 
-__all__ = ["GeneratingMixin", "check_options", "common_generation", "set_generation"]
+__all__ = ["GeneratingMixin", "check_generation", "common_generation", "set_generation"]

@@ -15,8 +15,7 @@ from .assembly_wemoe import AUTO_CLASSES, with_arguments_of
 from .backbone_wemoe import BackboneMixin
 from .build_wemoe import Plan, check_options, make_plan
 from .configuration_wemoe import LOW_RANK, WEMoEConfig
-from .generation_wemoe import GeneratingMixin, common_generation, set_generation
-from .generation_wemoe import check_options as check_generation
+from .generation_wemoe import GeneratingMixin, check_generation, common_generation, set_generation
 from .heads_wemoe import activate_heads, fill_heads, install_heads, name_classes, with_one_head
 from .linears_wemoe import UpscaledLinear
 from .recipe_wemoe import push_options, without_paths, write_recipe
