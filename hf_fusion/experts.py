@@ -75,6 +75,9 @@ class Adapter:
         base_revision: commit of the base, if the adapter records one.
         transposed: whether the base stores these weights as (d_in, d_out), as GPT-2's Conv1D does.
         model_class: name of the class that it was trained on, if it records one.
+        embeddings: paths in `lora` that are embeddings: A is of (r, width) and B of (tokens, r).
+        rows: module path of an embedding -> numbers of its rows (n,) and what they are replaced by (n, width): PEFT's
+            ``trainable_token_indices``. What is tied to the embedding has these rows as well.
     """
 
     lora: dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -83,6 +86,8 @@ class Adapter:
     base_revision: str | None = None
     transposed: bool = False
     model_class: str = ""
+    embeddings: frozenset[str] = frozenset()
+    rows: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
 @dataclass

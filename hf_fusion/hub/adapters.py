@@ -19,7 +19,7 @@ from hf_fusion.errors import FusionError, one_line
 from hf_fusion.experts import Adapter
 from hf_fusion.hub.linearized import STEM as LINEARIZED
 from hf_fusion.hub.linearized import as_lora
-from hf_fusion.hub.peft_names import LORA, PREFIX, plain_keys
+from hf_fusion.hub.peft_names import EMBEDDING, LORA, PREFIX, ROWS, plain_keys
 
 if TYPE_CHECKING:
     import torch
@@ -47,12 +47,24 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def config_problems(config: Mapping[str, Any]) -> list[str]:
-    """What in an ``adapter_config.json`` cannot be written as ``W + B @ A``: one line per field, or none."""
+# what stands for itself once it is in the base's weights
+_MERGE_FIRST = "make a model of it with PEFT: merge_and_unload(), save_pretrained(), and take that"
+_EMBEDS = "make a model of it, and take that: hf-fusion fuse --method linear --experts ADAPTER -o DIR"
+
+
+def config_problems(config: Mapping[str, Any], *, embeddings: bool = False) -> list[str]:
+    """What in an ``adapter_config.json`` cannot be written as ``W + B @ A``: one line per field, or none.
+
+    Args:
+        config: content of the file.
+        embeddings: whether rows of embeddings may be replaced as well.
+    """
     if config.get("peft_type") != "LORA":
         return [f"peft_type={config.get('peft_type')!r}: only LoRA adapters can be fused"]
     problems = [
-        f"{key}={config.get(key)!r}: {why}" for key, (refused, why) in _REFUSED.items() if refused(config.get(key))
+        f"{key}={config.get(key)!r}: {why}"
+        for key, (refused, why) in _REFUSED.items()
+        if refused(config.get(key)) and not (embeddings and key == "trainable_token_indices")
     ]
     for key, kind in (
         ("r", int),
@@ -69,13 +81,15 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def read_adapter(folder: str | Path, name: str, *, allow_pickle: bool = False) -> Adapter:
+def read_adapter(folder: str | Path, name: str, *, allow_pickle: bool = False, embeddings: bool = False) -> Adapter:
     """Read a LoRA adapter from a folder.
 
     Args:
         folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``, or the weights of an L-LoRA.
         name: what errors call it.
         allow_pickle: also read ``adapter_model.bin`` where there are no safetensors.
+        embeddings: also read LoRA on embeddings and trained rows of them, which static merges express and families
+            of models do not.
 
     Returns:
         The adapter: per module path of the base ``A`` (r, d_in) and ``B`` (d_out, r) with the scaling folded
@@ -86,26 +100,37 @@ def read_adapter(folder: str | Path, name: str, *, allow_pickle: bool = False) -
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG, name)
-    if problems := config_problems(config):
-        raise FusionError(f"Adapter {name} cannot be fused: {'; '.join(problems)}.")
+    if problems := config_problems(config, embeddings=embeddings):
+        raise FusionError(f"Adapter {name} cannot be fused: {'; '.join(problems)}.", hint=_MERGE_FIRST)
     stored = _tensors(folder, name, allow_pickle)
     stored = as_lora({key.removeprefix(PREFIX): tensor for key, tensor in stored.items()}, name)
     tensors = {plain: stored[key] for key, plain in plain_keys(stored, name).items()}
 
     halves: dict[str, dict[str, torch.Tensor]] = {}
     saved: dict[str, torch.Tensor] = {}
+    rows: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    embedded: set[str] = set()
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise FusionError(f"Adapter {name} has NaN or Inf in {key}.")
         if match := LORA.fullmatch(key):
             halves.setdefault(match["path"], {})[match["half"]] = tensor
-        elif "lora_" in key:
-            raise FusionError(f"Adapter {name} holds {key}: only LoRA on linear layers can be fused.")
+        elif (match := EMBEDDING.fullmatch(key)) and embeddings:
+            # PEFT adds (B A)^T to an embedding: as A^T B^T it is an update like those of linear layers
+            halves.setdefault(match[1], {})["AB"[match[2] == "A"]] = tensor.t()
+            embedded.add(match[1])
+        elif (match := ROWS.fullmatch(key)) and embeddings:
+            rows[match[1]] = (_rows_of(config, match[1], len(tensor), name), tensor)
+        elif "lora_" in key or ROWS.fullmatch(key):
+            hint = _EMBEDS if EMBEDDING.fullmatch(key) or ROWS.fullmatch(key) else _MERGE_FIRST
+            raise FusionError(f"Adapter {name} holds {key}: only LoRA on linear layers can be fused.", hint=hint)
         else:
-            saved[key] = tensor
+            saved[key.replace(".token_adapter.", ".")] = tensor
     _refuse_trained_biases(config, saved, name)
-    if not halves:
+    if not halves and not rows:
         raise FusionError(f"Adapter {name} holds no LoRA weights.")
+    if both := rows.keys() & embedded:
+        raise FusionError(f"Adapter {name} has LoRA on {min(both)} and trained rows of it.", hint=_MERGE_FIRST)
     return Adapter(
         lora={path: _pair(config, path, pair, name) for path, pair in halves.items()},
         saved=saved,
@@ -113,7 +138,21 @@ def read_adapter(folder: str | Path, name: str, *, allow_pickle: bool = False) -
         base_revision=config.get("revision") or None,
         transposed=bool(config.get("fan_in_fan_out")),
         model_class=trained_class(config),
+        embeddings=frozenset(embedded),
+        rows=rows,
     )
+
+
+def _rows_of(config: Mapping[str, Any], path: str, count: int, name: str) -> torch.Tensor:
+    """Which rows of an embedding ``trainable_token_indices`` names, (n,): for all embeddings, or by module."""
+    import torch
+
+    given = config.get("trainable_token_indices")
+    if isinstance(given, Mapping):
+        given = next((own for key, own in given.items() if f".{path}".endswith(f".{key}")), None)
+    if not isinstance(given, list) or len(given) != count or not all(type(n) is int and n >= 0 for n in given):
+        raise FusionError(f"Adapter {name} has {count} rows of {path}, which trainable_token_indices does not name.")
+    return torch.tensor(given)
 
 
 def trained_class(config: Mapping[str, Any]) -> str:

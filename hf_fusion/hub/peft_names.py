@@ -15,6 +15,10 @@ PREFIX = "base_model.model."
 DEFAULT = "default"  # what PEFT calls an adapter that nobody named
 LORA = re.compile(r"(?P<path>.+)\.lora_(?P<half>[AB])\.weight")
 """A plain name of one half of a LoRA."""
+EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])")
+"""The same of a LoRA on an embedding, which PEFT stores the other way round."""
+ROWS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta(?:\..+)?")
+"""Rows of an embedding that were trained alone."""
 
 _NAMED = re.compile(r"(.+\.lora_(?:[AB]|magnitude_vector|embedding_[AB]))(?:\.(.+?))??(\.weight|\.bias)?")
 _SAVED = re.compile(r"(?P<path>.+)\.modules_to_save\.(?P<rest>.+)")

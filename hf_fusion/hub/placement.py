@@ -88,8 +88,14 @@ def placed(adapter: Adapter, base: torch.nn.Module) -> Adapter:
 
 def renamed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
     """An adapter by other names: those of each ``PATH.weight`` and of each saved parameter."""
-    lora = {names[f"{path}.weight"].removesuffix(".weight"): pair for path, pair in adapter.lora.items()}
-    return replace(adapter, lora=lora, saved={names[key]: tensor for key, tensor in adapter.saved.items()})
+    paths = {path: names[f"{path}.weight"].removesuffix(".weight") for path in (*adapter.lora, *adapter.rows)}
+    return replace(
+        adapter,
+        lora={paths[path]: pair for path, pair in adapter.lora.items()},
+        saved={names[key]: tensor for key, tensor in adapter.saved.items()},
+        embeddings=frozenset(paths[path] for path in adapter.embeddings),
+        rows={paths[path]: rows for path, rows in adapter.rows.items()},
+    )
 
 
 # ---------------------------------------------------------------- in files
@@ -135,7 +141,8 @@ def place_in_files(
     Raises:
         FusionError: naming what the adapter adapts, saves or lacks that the base does not have.
     """
-    wanted = [*(f"{path}.weight" for path in adapter.lora), *adapter.saved]
+    kept = [*adapter.saved, *(f"{path}.weight" for path in adapter.rows)]
+    wanted = [*(f"{path}.weight" for path in adapter.lora), *kept]
     same = {name: name for name in names}
     if same.keys() >= set(wanted):
         return Placed(adapter, same, dict(config))
@@ -150,7 +157,7 @@ def place_in_files(
         loaded = loaded_names(model, names)
         files = {parameter: name for name, parameter in reversed(loaded.items())}  # of two, the first is loaded
         sizes = {path: (a.shape[1], b.shape[0]) for path, (a, b) in adapter.lora.items()}
-        found = placement(sizes, adapter.saved, model, adapter.model_class, files)
+        found = placement(sizes, kept, model, adapter.model_class, files)
         known = {*parameters_of(model), *files}
         if not known >= set(found.values()):
             absent = next(name for name, told in loaded_names(model, wanted).items() if told not in known)

@@ -88,7 +88,7 @@ def _sizes(model: Model) -> dict[str, int]:
     """Parameters that are a model's own, by tensor."""
     names = [name for name, entry in model.entries.items() if entry.is_float]
     if model.adapter is not None:
-        changed = {*model.adapter.saved, *(f"{path}.weight" for path in model.adapter.lora)}
+        changed = {f"{path}.weight" for path in (*model.adapter.lora, *model.adapter.rows)} | model.adapter.saved.keys()
         names = [name for name in names if name in changed]
     return {name: math.prod(model.shape(name)) for name in names}
 

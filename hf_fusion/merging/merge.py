@@ -27,6 +27,7 @@ from hf_fusion.merging.processes import Processes
 from hf_fusion.merging.recipes import check_recipe
 from hf_fusion.merging.small_files import merged_files
 from hf_fusion.merging.sources import Model, open_models
+from hf_fusion.merging.tied import untied_config, with_heads
 from hf_fusion.merging.vocabulary import read_vocabulary
 from hf_fusion.recipe import RECIPE_FILE, Recipe, RecipeExpert, Slice
 
@@ -164,6 +165,8 @@ def plan_merge(recipe: Recipe, api: HfApi | None = None) -> Plan:
     merged_base = [recipe.base] if recipe.base and method.base else []  # else it is that of the adapters alone
     opened = open_models([*merged_base, *names], api, recipe.base, merges_base=bool(merged_base))
     base = opened.pop(0) if merged_base else None
+    heads = with_heads(recipe, base, opened)
+    base, opened = heads.base, heads.experts
     if method.plan:
         module, _, name = method.plan.partition(":")
         planned = getattr(import_module(f"hf_fusion.merging.{module}"), name)(recipe, base, opened)
@@ -173,6 +176,10 @@ def plan_merge(recipe: Recipe, api: HfApi | None = None) -> Plan:
             recipe = replace(recipe, tokenizer=None)
         planned = plan(recipe, base, opened, vocabulary)
     planned.recipe = _pinned(planned)
+    if heads.untied:
+        planned.config = untied_config(planned.config)
+    if heads.note:
+        planned.notes = [*planned.notes, heads.note]
     shapes = shapes_of(planned.specs)
     planned.config = fitted_config(planned.config, shapes, [planned.first, *planned.experts])
     planned.unchecked = check_loads(planned.config, shapes, planned.first)

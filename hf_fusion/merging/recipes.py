@@ -20,6 +20,7 @@ MISMATCHES = ("base", "skip", "resize")
 COMMON = {
     "seed": Parameter("seed", int, 0, limits=Range(0, 2**63 - 1)),
     "mismatch": Parameter("mismatch", str, None, choices=MISMATCHES),
+    "untie": Parameter("untie", bool, False),
 }
 
 

@@ -30,6 +30,7 @@ from hf_fusion.hub.heads import label_names
 from hf_fusion.hub.placement import place_in_files, refuse_sizes
 from hf_fusion.merging.checkpoint import DTYPES, Entry, Files, own_file, read_checkpoint
 from hf_fusion.merging.tensors import InMemory, Reader, Stored
+from hf_fusion.merging.tied import tied_entries, without_copies
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -75,7 +76,11 @@ class Model:
         saved = self.adapter.saved.get(name)
         stored = Stored(self.entries[name], files) if saved is None else InMemory(saved)
         pair = self.adapter.lora.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        return Adapted(stored, *pair, self.adapter.transposed) if pair else stored
+        path = name.removesuffix(".weight")
+        if path in self.adapter.rows:
+            return Replaced(stored, *self.adapter.rows[path])
+        is_transposed = self.adapter.transposed and path not in self.adapter.embeddings
+        return Adapted(stored, *pair, is_transposed) if pair else stored
 
 
 class Adapted:
@@ -102,6 +107,34 @@ class Adapted:
         first, last = start // width, -(-(start + len(out)) // width)
         update = (self.left[first:last] @ self.right).view(-1)  # rows first..last, flat
         out.add_(update[start - first * width :][: len(out)])
+
+
+class Replaced:
+    """An embedding of which some rows are others.
+
+    Args:
+        weight: (tokens, width).
+        rows: numbers of the rows, (n,).
+        values: what they are, (n, width).
+
+    Raises:
+        FusionError: there is no such row.
+    """
+
+    def __init__(self, weight: Reader, rows: torch.Tensor, values: torch.Tensor) -> None:
+        self.weight, self.shape = weight, weight.shape
+        if values.shape[1:] != self.shape[1:] or (len(rows) and int(rows.max()) >= self.shape[0]):
+            raise FusionError(f"an adapter replaces rows up to {int(rows.max())} of an embedding of {[*self.shape]}")
+        self.values = {int(row): own.float().flatten() for row, own in zip(rows, values, strict=True)}
+
+    def read(self, start: int, out: torch.Tensor) -> None:
+        """Fills a flat float32 tensor with the values from `start` on."""
+        self.weight.read(start, out)
+        width = self.shape[1]
+        for row, values in self.values.items():
+            first, last = max(start, row * width), min(start + len(out), (row + 1) * width)
+            if first < last:
+                out[first - start : last - start] = values[first - row * width : last - row * width]
 
 
 def open_models(
@@ -210,27 +243,32 @@ def _named(modules: Mapping[str, Mapping[str, Entry]]) -> dict[str, Entry]:
 
 def _adapted(source: Source, base: Model) -> Model:
     folder = _folder(source)
-    adapter = read_adapter(folder, source.name)
+    adapter = read_adapter(folder, source.name, embeddings=True)
     adapter.base = base.name
     name = str(folder.resolve()) if source.is_local else f"{source.name}@{source.revision}"
+    tied = tied_entries(base)
+    known_entries = base.entries | tied
     placed = place_in_files(
         adapter,
         source.adapter,
         base.config,
-        [own for own in base.entries if not base.module_of(own)],
+        [*(own for own in base.entries if not base.module_of(own)), *tied],
         called=source.name,
         base=base.name,
         labels=label_names(source.config),
     )
-    entries = {own: base.entries[name] for own, name in placed.names.items()}
+    entries = {own: known_entries[name] for own, name in placed.names.items()}
     entries |= _saved_alone(placed.adapter, entries, folder)
-    refuse_sizes(placed, {own: entry.shape for own, entry in base.entries.items()}, source.name, base.name)
+    shapes = {own: entry.shape for own, entry in known_entries.items()}
+    grown = {placed.names[own]: tuple(t.shape) for own, t in placed.adapter.saved.items() if own in placed.names}
+    refuse_sizes(placed, shapes | grown, source.name, base.name)
     license_id = source.card.get("license")
     known = str(license_id).lower() if license_id else None
     modules = _modules(source)  # they were trained beside it, and replace the base's
     entries |= {own: entry for own, entry in base.entries.items() if base.module_of(own)} | _named(modules)
     folders = tuple(dict.fromkeys((*base.modules, *modules)))
-    return Model(name, folder, placed.config, entries, known, placed.adapter, base.folder, folders)
+    made = Model(name, folder, placed.config, entries, known, placed.adapter, base.folder, folders)
+    return without_copies(made, {own: entries[own] for own in tied if own in entries})
 
 
 def _saved_alone(adapter: Adapter, known: Mapping[str, Entry], folder: Path) -> dict[str, Entry]:
