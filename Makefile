@@ -4,6 +4,7 @@
 #   make test      lint, types and the fast tests
 #   make check     lint and types alone
 #   make fast      the fast tests alone
+#   make test-cpus the numeric tests with other processors' vectors and with more threads
 #   make test-all  the slow, trained suites as well
 #   make bench     the performance measurements
 #   make peers     our merging methods beside mergekit's and fusion_bench's, in an environment of their own (1.5 GB)
@@ -21,7 +22,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraint
 # Two test processes on two cores: more threads would only get in each other's way. A file's tests share a process.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test fast check test-all bench peers constraints
+.PHONY: demo test fast check test-cpus test-all bench peers constraints
 
 demo: $(VENV)/demo-installed
 	$(BIN)/hf-fusion demo
@@ -36,6 +37,9 @@ check: $(VENV)/test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+test-cpus: $(VENV)/test-installed
+	$(BIN)/python tests/cpus.py --workers $(WORKERS)
 
 test-all: check
 	$(PYTEST) -m "" --durations=20

@@ -37,6 +37,9 @@ CORPUS = [
     "experts are fused into one model that is better than any of them",
     "a stitch in time saves nine, said the router to the gate",
 ]
+# What float32 may leave of rounding where sums are added up in another order (other batches, kernels, threads): of two
+# layers with four sums one after the other, each of at most 64 products, in a share of what they come to.
+SUMS = 2 * 4 * 64 * torch.finfo(torch.float32).eps
 TEXTS = ["the quick fox", "experts are fused into one better model, said the gate", "a dog", "nine lazy routers jump"]
 
 

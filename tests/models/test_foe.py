@@ -8,6 +8,7 @@ import datasets
 import pytest
 import torch
 from tiny import (
+    SUMS,
     TEXTS,
     bert,
     distilbert,
@@ -43,7 +44,7 @@ def test_adapters_of_one_base_answer_as_merged_models_would(adapters, tokenizer)
         with torch.no_grad():
             out = plain(**inputs, output_hidden_states=True)
         wanted = to_fused(out.logits.softmax(-1), expert.labels, ABC)
-        torch.testing.assert_close(outputs[:, index], wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(outputs[:, index], wanted, rtol=SUMS, atol=SUMS)
         mask = inputs["attention_mask"][..., None]
         mean = (out.hidden_states[-1] * mask).sum(1) / mask.sum(1)
         torch.testing.assert_close(embeddings[index], mean, rtol=1e-5, atol=1e-5)
@@ -54,7 +55,7 @@ def test_querying_single_rows_equals_querying_everyone(adapters):
     inputs = model.processor(text=TEXTS)
     everyone, _ = model.expert_outputs(inputs)
     rows, experts = torch.tensor([3, 0, 2, 1, 0]), torch.tensor([1, 2, 0, 1, 0])
-    torch.testing.assert_close(model._query(inputs, rows, experts), everyone[rows, experts], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model._query(inputs, rows, experts), everyone[rows, experts], rtol=SUMS, atol=SUMS)
 
 
 def test_the_experts_are_neither_copied_nor_changed(adapters):
@@ -91,7 +92,7 @@ def test_experts_with_their_own_tokenizers_and_architectures(tmp_path):
         own = {name: own[name] for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
             wanted = to_fused(expert.model(**own).logits.softmax(-1), [x.lower() for x in expert.labels], ABC)
-        torch.testing.assert_close(outputs[:, index], wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(outputs[:, index], wanted, rtol=SUMS, atol=SUMS)
     model.save_pretrained(tmp_path)
     again = FoEModel.from_pretrained(tmp_path)
     assert torch.equal(again(**again.processor(text=TEXTS)).logits, model(**inputs).logits)
@@ -109,7 +110,7 @@ def test_images_and_text_in_one_fusion(tmp_path):
     outputs, _ = model.expert_outputs(inputs)
     with torch.no_grad():
         wanted = experts[1].model(**experts[1].processor(images(), return_tensors="pt")).logits.softmax(-1)
-    torch.testing.assert_close(outputs[:, 1], wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(outputs[:, 1], wanted, rtol=SUMS, atol=SUMS)
     with pytest.raises(ValueError, match="takes text, but none was given"):
         model.processor(images=images())
     model.save_pretrained(tmp_path)
@@ -155,7 +156,7 @@ def test_selection_keeps_label_spaces_apart(tokenizer):
         model.fuser.output.bias.copy_(torch.tensor([-100.0, 100.0]))
         probabilities = model(**inputs).logits.softmax(-1)
         wanted = experts[1].model(**inputs).logits.softmax(-1)
-    torch.testing.assert_close(probabilities[:, 2:], wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(probabilities[:, 2:], wanted, rtol=1e-4, atol=SUMS)
     assert model.routing_trace()["order"].tolist() == [[0, 1]] * 4
 
 
@@ -170,7 +171,7 @@ def test_features_from_one_expert_run_the_others_only_where_chosen(adapters, sou
         choice = model.fuser(embeddings[source]).argmax(1)
         answers, _ = model.expert_outputs(inputs)
         logits = model(**inputs).logits
-    torch.testing.assert_close(logits.exp(), answers[torch.arange(4), choice].clamp(min=1e-8), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(logits.exp(), answers[torch.arange(4), choice].clamp(min=1e-8), rtol=1e-4, atol=SUMS)
 
 
 def test_an_expert_that_answers_nan_counts_as_not_queried(adapters, tokenizer):

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from models.test_wemoe import close, first, fused, plain
 from models.test_wemoe_experts import different_labels
+from tiny import SUMS
 from tiny_fused import IDS, MASK, TEXT, base_expert
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
@@ -111,7 +112,7 @@ def test_equal_coefficients_are_merged_once(storage, monkeypatch):
         if rows == slice(None):
             assert merged == [2, 1] * 4  # two groups of 3 samples, one of 5, in 4 linears
     for together, alone in zip(results[0], zip(*results[1:], strict=True), strict=True):
-        assert close(together, torch.cat(alone)) <= 1e-6
+        assert close(together, torch.cat(alone)) <= SUMS
     merged.clear()
     model(inputs_embeds=embed[[0] * 11])  # the routers want each sample's own gradient
     assert merged == [11] * 4
@@ -166,7 +167,8 @@ def test_compiles_without_a_graph_break(kind, storage):
         compiled = torch.compile(model.backbone, backend="eager", fullgraph=True)  # a break would raise
         got = first(compiled(**inputs, **extra))
     torch._dynamo.reset()
-    assert close(got, want) <= (2**-10 if storage == "low-rank-bfloat16" else 1e-5)
+    # of a change that is less than half of the weights here, any last bit of bfloat16 may fall otherwise
+    assert close(got, want) <= (2**-8 / 2 if storage == "low-rank-bfloat16" else SUMS)
 
 
 class Count(TorchDispatchMode):
@@ -240,13 +242,14 @@ def test_bfloat16_is_merged_as_it_says(samples, monkeypatch):
     w = torch.rand(samples, 3, generator=torch.Generator().manual_seed(0))
     want = w.double() @ vectors
     got = linear.merge(w).flatten(1).double() - linear.base.flatten().double()
-    assert close(got, want) <= (2**-8 if samples == 1 else 1e-6)
+    assert close(got, want) <= (2**-8 if samples == 1 else 4 * torch.finfo(torch.float32).eps)
     assert (close(got, want) > 1e-4) == (samples == 1)
     x = torch.randn(samples, 5, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         product = linear._product(x, w)
     weights = (linear.base.double().flatten() + got).view(samples, 64, 32)
-    assert close(product.double(), x.double() @ weights.transpose(1, 2) + linear._bias(w)[:, None].double()) <= 1e-6
+    want = x.double() @ weights.transpose(1, 2) + linear._bias(w)[:, None].double()
+    assert close(product.double(), want) <= 32 * torch.finfo(torch.float32).eps  # sums of 32 products
 
 
 def test_routers_are_rounded_with_the_task_vectors(monkeypatch):
@@ -258,7 +261,8 @@ def test_routers_are_rounded_with_the_task_vectors(monkeypatch):
         with torch.no_grad():
             model(**inputs)
         coefficients[storage] = model.routing_trace().coefficients()[:, 0]  # of the first unit, which read the same
-    assert 0 < close(coefficients["bfloat16"], coefficients["exact"]) <= 2**-8
+    # two layers, of whose inputs and weights each is rounded by half of a last bit
+    assert 0 < close(coefficients["bfloat16"], coefficients["exact"]) <= 2 * 2 * 2**-9
 
 
 def test_device_map_and_copies(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datasets
 import pytest
 import torch
-from tiny import TEXTS, make_tokenizer
+from tiny import SUMS, TEXTS, make_tokenizer
 from tiny_fused import base_expert, bert_base, experts_of
 
 from hf_fusion import ConcreteMerge, adapt_routers
@@ -116,4 +116,5 @@ def test_an_inner_step_is_taken_before_the_mask_is_judged():
     assert slope.abs().max() > 1e-4
     plain((start - rate * slope).detach(), masks).backward()
     for logits, wanted in zip(model.mask_logits, got, strict=True):
-        torch.testing.assert_close(wanted, logits.grad, rtol=1e-3, atol=1e-6)
+        room = SUMS * float(logits.grad.abs().max())
+        torch.testing.assert_close(wanted, logits.grad, rtol=1e-3, atol=room)

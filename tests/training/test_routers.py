@@ -8,7 +8,7 @@ import math
 import datasets
 import pytest
 import torch
-from tiny import TEXTS, bert, gpt2, images, make_tokenizer, t5
+from tiny import SUMS, TEXTS, bert, gpt2, images, make_tokenizer, t5
 from tiny_fused import base_expert, bert_base, clip, experts_of
 from tiny_routed import save_base, save_lora
 from transformers import CLIPImageProcessorPil, CLIPProcessor
@@ -80,7 +80,8 @@ def test_the_loss_is_entropy_less_the_entropy_of_the_mean(diversity):
     for (name, own), wanted in zip(model.named_parameters(), plain.parameters(), strict=True):
         if own.requires_grad:
             assert wanted.grad.norm() > 0, name
-            torch.testing.assert_close(own.grad, wanted.grad, rtol=1e-4, atol=1e-7, msg=name)
+            room = SUMS * float(wanted.grad.abs().max())
+            torch.testing.assert_close(own.grad, wanted.grad, rtol=1e-4, atol=room, msg=name)
 
 
 def test_the_watch_stops_a_collapse_and_goes_back():
@@ -297,7 +298,8 @@ def test_the_coefficients_gradient_is_the_product_with_the_task_vector():
     gradients = {name: parameter.grad for name, parameter in dense.named_parameters()}
     for row, name in zip(model.coefficients.grad, model.tensors, strict=True):
         wanted = torch.stack([(gradients[name] * (own[name] - start[name])).sum() for own in fine])
-        torch.testing.assert_close(row, wanted, rtol=1e-4, atol=1e-7)
+        room = SUMS * float(wanted.abs().max())
+        torch.testing.assert_close(row, wanted, rtol=1e-4, atol=room)
 
 
 def test_given_coefficients_take_the_place_of_the_learned_ones_for_a_while():

@@ -20,8 +20,9 @@ __all__ = ["karcher", "multislerp", "nearswap", "nuslerp", "slerp"]
 def slerp(tensors: Tensors, *, t: Annotated[float, Range(0, 1)] = 0.5) -> Merged:
     """sin((1 - t) α) / sin α θ1 + sin(t α) / sin α θ2, α being the angle between the two (Shoemake, 1985).
 
-    On a line, |cos α| > 0.9995, it is (1 - t) θ1 + t θ2: fine-tunes of one base mostly are. A tensor shorter than 1e-8
-    counts as being at right angles to any other. As in mergekit, whose ``base_model`` is the first expert, and in
+    On a line, |cos α| > 0.9995, it is (1 - t) θ1 + t θ2: fine-tunes of one base mostly are, and of opposites that point
+    in no direction but these two nothing else is left. A tensor shorter than 1e-8 counts as being at right angles to
+    any other: between 0 and θ2 lies sin(t π/2) θ2. As in mergekit, whose ``base_model`` is the first expert, and in
     fusion_bench.
 
     Args:
@@ -36,7 +37,8 @@ def nuslerp(tensors: Tensors, *, weight: EachNumber = (1.0,), per: Per = "tensor
     """SLERP of two experts, or of their task vectors if there is a base, with t = w_2 / (w_1 + w_2).
 
     As mergekit's ``nuslerp``: it only goes straight where the angle cannot be told from 0 or a half turn, sin α < 1e-3
-    (mergekit: 1e-8, below the precision of float32, so that it divides rounding by rounding near a half turn).
+    (mergekit: 1e-8, below the precision of float32, so that it divides rounding by rounding near a half turn). What is
+    shorter than 1e-8 is at right angles to the other, as in `slerp`.
 
     Args:
         tensors: two experts, and a base or none.
@@ -95,7 +97,9 @@ def karcher(
 
     From the normalized mean of the directions u_i on: T = mean of α_i / sin α_i (u_i - cos α_i u), the experts as seen
     from u, then u ← cos ‖T‖ u + sin ‖T‖ T / ‖T‖, until ‖T‖ < tol (Karcher, 1977). As in mergekit: experts shorter than
-    tol have no direction, but count for the mean length.
+    tol have no direction, but count for the mean length; where all are, the mean is 0. Where directions balance out,
+    their mean shorter than tol, it begins at the first expert's, and stays there if the others are its opposites: every
+    point between is as near.
 
     Args:
         tensors: two experts or more.
