@@ -12,7 +12,7 @@ from models.test_phatgoose import SHAPES as ROUTED
 from models.test_phatgoose import experts_of as adapters_of
 from models.test_wemoe import shuffled
 from tiny import adapter, bert, gpt2, image_processor, llama, make_tokenizer, t5, vit
-from tiny_fused import IDS, MASK, PIXELS, base_expert
+from tiny_fused import IDS, MASK, PIXELS, base_expert, clip
 from tiny_fused import experts_of as fine_tunes_of
 from transformers import BertConfig, BertForTokenClassification, BertModel, Trainer, TrainingArguments
 
@@ -165,6 +165,16 @@ def test_several_models_have_several_embeddings(tokenizer, tmp_path):
         assert torch.equal(each.generate(**inputs, choice=[0, 1], **options), before)
         assert each.generate(**inputs, choice=[0, 1], max_new_tokens=1, suppress_tokens=list(range(old)))[0, -1] >= old
     assert [plan["config"]["vocab_size"] for plan in model.config.backbones] == [old + 5] * 2
+
+
+def test_two_towers_name_theirs():
+    base = clip()
+    fused = WEMoEModel.from_experts(fine_tunes_of(base), base_expert(base))
+    for model in (fused, PhatgooseRouter.from_experts(adapters_of(base, [(4, ("q_proj",)), (3, ("fc1",))]))):
+        with pytest.raises(
+            NotImplementedError, match=r"get_input_embeddings: CLIPModel .* model.backbone.text_model.get"
+        ):
+            model.get_input_embeddings()
 
 
 def test_what_cannot_be_resized_says_why(tokenizer):

@@ -23,8 +23,20 @@ class BackboneMixin:
     supports_gradient_checkpointing = True
 
     def get_input_embeddings(self: Any) -> nn.Module:
-        """The base's."""
-        return self.backbone.get_input_embeddings()
+        """The base's.
+
+        Raises:
+            NotImplementedError: where it has several, or none that transformers knows.
+        """
+        try:
+            return self.backbone.get_input_embeddings()
+        except NotImplementedError as error:
+            parts = [name for name, part in self.backbone.named_children() if hasattr(part, "get_input_embeddings")]
+            ways = [f"model.backbone.{name}.get_input_embeddings()" for name in parts]
+            raise NotImplementedError(
+                f"{type(self).__name__}.get_input_embeddings: {type(self.backbone).__name__} has several or none: "
+                f"use {' or '.join(ways) or 'its modules'}"
+            ) from error
 
     def set_input_embeddings(self: Any, value: nn.Module) -> None:
         """Replaces the base's."""
@@ -69,6 +81,14 @@ class BackboneMixin:
         super()._set_gradient_checkpointing(enable, func, **kwargs)
         if enable and self.main_input_name != "input_ids":  # transformers does it for tokens alone
             self.enable_input_require_grads()
+            if (
+                getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant")
+                and not self._require_grads_hooks
+            ):
+                raise ValueError(
+                    f"{type(self).__name__}: no input of its layers wants a gradient, so their parameters would get "
+                    "none: pass gradient_checkpointing_kwargs={'use_reentrant': False}"
+                )
 
 
 def with_arguments_of(base: Any, model: Any) -> Any:
