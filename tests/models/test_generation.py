@@ -150,6 +150,8 @@ def test_an_adapters_own_file_is_read(tmp_path):
     assert (router.generation_config.eos_token_id, router.generation_config.max_new_tokens) == ([2, 250], None)
     router.save_pretrained(tmp_path / "router")
     assert PhatgooseForGeneration.from_pretrained(tmp_path / "router").generation_config.eos_token_id == [2, 250]
+    (exported,) = load_experts([router.to_adapter(tmp_path / "exported")])
+    assert exported.generation["eos_token_id"] == [2, 250]
 
 
 def test_a_base_by_reference_keeps_it_too(tmp_path):

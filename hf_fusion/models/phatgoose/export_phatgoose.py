@@ -12,6 +12,7 @@ from uuid import uuid4
 
 import torch
 from safetensors.torch import save_file
+from transformers import GenerationConfig
 
 from .assembly_phatgoose import Entry
 from .configuration_phatgoose import PhatgooseConfig
@@ -25,7 +26,12 @@ TASK_TYPES = {
 
 
 def save_merged_adapter(
-    folder: Path, entries: Sequence[Entry], weights: Sequence[float], config: PhatgooseConfig, rank: int | None
+    folder: Path,
+    entries: Sequence[Entry],
+    weights: Sequence[float],
+    config: PhatgooseConfig,
+    rank: int | None,
+    generation: GenerationConfig | None = None,
 ) -> Path:
     """Writes the adapter ΔW = Σ_e weight_e · B_e A_e; see `PhatgooseRouter.to_adapter`.
 
@@ -56,7 +62,7 @@ def save_merged_adapter(
             tensors[f"base_model.model.{path}.{leaf}"] = mean.to(heads[path][index].dtype).contiguous()
     tensors |= {f"base_model.model.{name}": tensor.contiguous() for name, tensor in used[0][0].replaced.items()}
     saved = [*heads, *(name.rpartition(".")[0] for name in used[0][0].replaced)]
-    _write(folder, tensors, _adapter_config(config, ranks, list(dict.fromkeys(map(_saved_module, saved)))))
+    _write(folder, tensors, _adapter_config(config, ranks, list(dict.fromkeys(map(_saved_module, saved)))), generation)
     return folder
 
 
@@ -97,8 +103,10 @@ def _adapter_config(config: PhatgooseConfig, ranks: dict[str, int], heads: list[
     }
 
 
-def _write(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
-    """Both files at once: the folder appears when it is whole."""
+def _write(
+    folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any], generation: GenerationConfig | None
+) -> None:
+    """All files at once: the folder appears when it is whole."""
     if folder.exists():
         raise ValueError(f"{folder} exists already")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -107,6 +115,8 @@ def _write(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any
     try:
         save_file(tensors, staging / "adapter_model.safetensors", metadata={"format": "pt"})
         (staging / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if generation is not None:
+            generation.save_pretrained(staging)
         staging.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -449,9 +449,9 @@ class PhatgooseRouter(BackboneMixin, PreTrainedModel):
         if unknown := [name for name in weights if name not in self.experts]:
             raise ValueError(f"there is no expert {unknown[0]!r}; there are {', '.join(self.experts)}")
         entries = self._entries()
-        return save_merged_adapter(
-            Path(folder), entries, [weights.get(n, 0.0) for n in self.experts], self.config, rank
-        )
+        generation = self.generation_config if self.can_generate() else None
+        shares = [weights.get(name, 0.0) for name in self.experts]
+        return save_merged_adapter(Path(folder), entries, shares, self.config, rank, generation)
 
 
 class PhatgooseForGeneration(GeneratingMixin, PhatgooseRouter, GenerationMixin):
