@@ -17,6 +17,7 @@ STALE = (
     "*.safetensors.index.json",
     "*.py",
     "modules.json",
+    "additional_chat_templates",
     "results.json",
     "routing.json",
     "routing.png",

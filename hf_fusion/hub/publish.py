@@ -379,7 +379,8 @@ def _differences(planned: PublishPlan, sha: str, api: HfApi) -> Iterator[str]:
 
 def _is_stale(path: str) -> bool:
     """Whether a loader might take this file for part of the model."""
-    return "/" not in path and any(fnmatch(path, pattern) for pattern in STALE)
+    top, _, below = path.partition("/")
+    return top in STALE if below else any(fnmatch(path, pattern) for pattern in STALE)
 
 
 def _push_files(planned: PublishPlan, parent: str, first: bool, api: HfApi) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from hf_fusion.errors import FusionError, shown
 from hf_fusion.hub.adapters import read_json
+from hf_fusion.hub.manifests import TEMPLATES as FOLDER
 from hf_fusion.merging.checkpoint import own_file
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ TEMPLATES = {
 
 
 def with_template(files: dict[str, bytes], wanted: str, models: Mapping[str, Model]) -> dict[str, bytes]:
-    """A tokenizer's files with another chat template.
+    """A tokenizer's files with another chat template, and with the further ones that lie beside it.
 
     Args:
         files: by name.
@@ -66,18 +67,20 @@ def with_template(files: dict[str, bytes], wanted: str, models: Mapping[str, Mod
     Raises:
         FusionError: it is none of these, or the models have none.
     """
+    giver: Model | None = None
     if wanted == "auto":
         found = Counter(own for model in models.values() if (own := template_of(model)))
         if not found:
             return files
         [(template, _)] = found.most_common(1)
+        giver = next(model for model in models.values() if template_of(model) == template)
     elif wanted in TEMPLATES:
         template = TEMPLATES[wanted]
     elif wanted in models:
         own = template_of(models[wanted])
         if own is None:
             raise FusionError(f"chat_template: {wanted} has none", f"use auto, {', '.join(TEMPLATES)}, or Jinja")
-        template = own
+        template, giver = own, models[wanted]
     elif "{" in wanted:
         template = wanted
     else:
@@ -89,7 +92,10 @@ def with_template(files: dict[str, bytes], wanted: str, models: Mapping[str, Mod
         raise FusionError("chat_template: the merged model has no tokenizer_config.json", "leave it out")
     config = json.loads(files["tokenizer_config.json"])
     config.pop("chat_template", None)  # one place is enough
-    others = {name: raw for name, raw in files.items() if name != "chat_template.json"}
+    # further templates, for tools say, speak the format of the one that they lie beside
+    others = {k: raw for k, raw in files.items() if k != "chat_template.json" and not k.startswith(f"{FOLDER}/")}
+    further = sorted(giver.folder.glob(f"{FOLDER}/*.jinja")) if giver else []
+    others |= {f"{FOLDER}/{file.name}": file.read_bytes() for file in further if giver and own_file(file, giver.folder)}
     return others | {
         "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2).encode(),
         FILE: template.encode(),

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]
 
-LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
+_STACK_KEYS = {"decoder_layers": "decoder.", "encoder_layers": "encoder."}  # of models of one of two stacks
+_COUNTED = ("layers_block_type", "layer_types")  # lists that alone tell how many layers there are
 # lists with a value for each layer whose names do not say "layer"; others of as many values (eos_token_id) are none
 _LISTS = re.compile(
     r".*layer.*|layers_block_type|indexer_types|activation_sparsity_pattern|attn_type_list|attention_window|ffn_multipliers"
@@ -199,7 +201,12 @@ def sliced_config(first: Model, taken: Sequence[tuple[Model, int]]) -> dict[str,
     own = meant[id(first)]
     _refuse_unlike(first, own, layers)
     said: dict[str, Any] = {known: len(layers) for known in LAYER_KEYS if first.config.get(known) == count}
-    said |= {key: len(layers)} | _lists(own, count, layers) | _numbers(own, layers) | _outputs(own, count, layers)
+    said |= (
+        ({key: len(layers)} if key else {})
+        | _lists(own, count, layers)
+        | _numbers(own, layers)
+        | _outputs(own, count, layers)
+    )
     said |= _shared_keys(own, layers) | {key: 0 for key in _FURTHER if own.get(key)}
     for rule in RULES:
         if own.get(rule.keys[0]) is not None and not isinstance(said.get(rule.unless), list):
@@ -211,14 +218,18 @@ def sliced_config(first: Model, taken: Sequence[tuple[Model, int]]) -> dict[str,
 
 
 def layer_count(model: Model) -> tuple[str, int]:
-    """The key that tells a model's number of layers, and that number.
+    """The key that tells a model's number of layers, "" where a list of them does; and that number.
 
     Raises:
-        FusionError: there is none.
+        FusionError: nothing tells it.
     """
-    for key in LAYER_KEYS:
+    own = [key for key, part in _STACK_KEYS.items() if any(part in name for name in model.entries)]
+    for key in (*LAYER_KEYS, *own):
         if type(model.config.get(key)) is int:
             return key, model.config[key]
+    for key in _COUNTED:
+        if isinstance(model.config.get(key), list):
+            return "", len(model.config[key])
     raise FusionError(f"{model.name}: config.json does not tell its number of layers")
 
 

@@ -250,6 +250,18 @@ def test_templates_follow_the_tokenizer_that_is_taken(tmp_path):
     assert not (tmp_path / "as one" / "additional_chat_templates").exists()
 
 
+def test_further_templates_are_those_beside_the_template_that_is_taken(tmp_path):
+    for seed, name in enumerate(("one", "two")):
+        save_bert(tmp_path / name, seed)
+    with_templates(tmp_path / "two")
+    experts = tuple(RecipeExpert(str(tmp_path / name)) for name in ("one", "two"))
+    for template, has in ((str(tmp_path / "two"), True), ("auto", True), ("chatml", False), ("{{ bos_token }}", False)):
+        out = merge(Recipe("linear", experts[::-1], chat_template=template), tmp_path / "out").folder
+        assert (out / "additional_chat_templates").exists() == has, template
+    merge(Recipe("linear", experts, chat_template=str(tmp_path / "two")), tmp_path / "given")
+    assert has_templates(tmp_path / "given")
+
+
 def test_adapters_that_became_one_keep_their_folders(tmp_path):
     base = save_sentences(tmp_path / "base", dense=False)
     for seed, name in enumerate(("one", "two")):

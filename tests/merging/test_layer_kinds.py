@@ -113,6 +113,16 @@ CASES = {
         [1, 0, 3, 2],
     ),
     "LongformerForMaskedLM": ({"num_hidden_layers": 3, "attention_window": [4, 8, 16]}, [], [2, 0, 1, 2]),
+    "NemotronHForCausalLM": (
+        {
+            **{"layers_block_type": ["mamba", "moe", "attention", "mlp"], "n_groups": 1, "ssm_state_size": 4},
+            **{"mamba_num_heads": 2, "mamba_head_dim": 8, "n_routed_experts": 2, "num_experts_per_tok": 1},
+            "moe_intermediate_size": 8,
+        },
+        [],
+        [1, 0, 3, 2, 2],
+    ),
+    "xLSTMForCausalLM": ({"num_hidden_layers": 3, "num_heads": 2}, [], [1, 0, 2, 2]),
     "RecurrentGemmaForCausalLM": (
         {
             "num_hidden_layers": 4,

@@ -2,13 +2,15 @@
 
 mergekit is given a recipe; ours reads the same recipe, unchanged. fusion_bench is given an algorithm with its arguments
 (or, where that needs data of its own, the function that merges); ours the parameters that reproduce its conventions.
-Read by three environments: nothing is imported here that one of them lacks.
+PEFT is given adapters and how to combine them. Nothing is imported here that one of the environments lacks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+
+from more_cases import ADAPTERS, BASIC, PEFT, TOKENS
 
 MODELS = ("base", "one", "two", "three")
 
@@ -20,7 +22,7 @@ class Case:
     Attributes:
         name: of the case.
         method: ours, a key of MERGE_METHODS.
-        peer: "mergekit" or "fusion_bench".
+        peer: "mergekit", "fusion_bench" or "peft".
         theirs: mergekit's recipe, models by their names in `MODELS`; or what the peer's class or function is called,
             and its arguments.
         ours: parameters; of mergekit, what to change in our reading of its recipe (nothing, if it is faithful).
@@ -32,6 +34,7 @@ class Case:
         outliers: the share of elements that may be farther off: sums of opposite entries whose sign is rounding.
         random: entries are dropped at random: those that both kept are compared, and the shares that are kept.
         stored: type of the checkpoints.
+        first: the model that steps are counted from.
         differs: why a difference is right, where there is one; such a case must differ.
     """
 
@@ -48,6 +51,7 @@ class Case:
     outliers: float = 0.0
     random: bool = False
     stored: str = "float32"
+    first: str = "base"
     differs: str = ""
 
 
@@ -175,7 +179,15 @@ MORE = {
     "karcher": {"tolerance": 1e-4},
     "nuslerp of task vectors": {"tolerance": 1e-4},
     **dict.fromkeys(("model_stock, two", "model_stock, three", "model_stock by rows"), {"tolerance": 1e-4} | BEYOND),
-    "arcee_fusion": {"outliers": FLIPS},
+    "arcee_fusion": {
+        "outliers": 1e-3
+    },  # divergences of nearly equal rows: in float32 they are rounding at the threshold
+    "model_stock of two, weights unused": {"tolerance": 1e-4} | BEYOND,
+    "model_stock of two, by rows": {"tolerance": 1e-4} | BEYOND,
+    "dare_ties of two": {
+        "random": True,
+        "differs": "where both of two experts are kept at random, signs are elected among others, and sums differ",
+    },
     **{
         name: {"random": True}
         for name in ("dare_linear, rescaled", "dare_linear, not rescaled", "dare_ties", "della", "della_linear")
@@ -367,11 +379,45 @@ FUSION_BENCH = [
     ),
 ]
 
+SINGULAR = {"tolerance": 1e-4}  # PEFT decomposes in float32 what it has summed
+PEFTS = {
+    "svd, nothing cut": SINGULAR,
+    "svd, cut to 5": SINGULAR,
+    "linear": {"differs": "PEFT sums A and B apart, √w of each: their product has terms of two adapters, B_i A_j"},
+    "ties_svd": {**SINGULAR, "outliers": FLIPS},
+    "ties_svd, unlike weights": {
+        **SINGULAR,
+        "differs": "PEFT elects signs without the weights and divides by how many agree; ours, as mergekit, elects with"
+        " the weights and divides by their sum",
+    },
+    "magnitude_prune_svd": SINGULAR,
+    "dare_linear_svd, nothing dropped": SINGULAR,
+    "dare_ties_svd, nothing dropped": {**SINGULAR, "outliers": FLIPS},
+}
+
 CASES = [
     *(Case(name, recipe["merge_method"], "mergekit", recipe, **MORE.get(name, {})) for name, recipe in MERGEKIT),
     Case("a mixture of experts, gates from embeddings", "moe", "mergekit", MIXTURE),
     # both run the base in bfloat16, which rounds alike only where a batch is the same
     Case("gates from hidden states", "moe", "mergekit", HIDDEN, stored="bfloat16", tolerance=0.02),
     Case("gates from averages", "moe", "mergekit", AVERAGES, stored="bfloat16", tolerance=0.02),
+    *(
+        Case(f"tests: {name}", recipe["merge_method"], "mergekit", recipe, **MORE.get(name, {}))
+        for name, recipe in BASIC
+    ),
+    *(Case(f"tests: {name}", recipe["merge_method"], "mergekit", recipe, first="plain") for name, recipe in TOKENS),
+    *(
+        Case(
+            f"add_weighted_adapter: {name}",
+            method,
+            "peft",
+            {"arguments": arguments, "weights": weights},
+            ours,
+            ADAPTERS[: len(weights)],
+            own=tuple({"weight": weight} for weight in weights),
+            **PEFTS.get(name, {}),
+        )
+        for name, method, ours, arguments, weights in PEFT
+    ),
     *FUSION_BENCH,
 ]

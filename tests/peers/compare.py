@@ -1,4 +1,4 @@
-"""Our methods beside mergekit's and fusion_bench's, on the same small checkpoints.
+"""Our methods beside mergekit's, fusion_bench's and PEFT's, on the same small checkpoints.
 
     make peers                                         # installs them in an environment of their own, then runs this
     .venv/bin/python tests/peers/compare.py --only ties --output peers.json
@@ -24,11 +24,13 @@ from typing import Any
 import torch
 import yaml
 from cases import CASES, MODELS, Case
-from safetensors.torch import load_file
+from more_cases import ADAPTERS, ADDED, OTHERS, ROWS, VOCABULARIES
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hf_fusion.merging.merge import merge
 from hf_fusion.merging.methods import MERGE_METHODS
@@ -87,20 +89,50 @@ def checkpoints(folder: Path) -> None:
         grams = {key: x.T @ x / len(x) for key, x in inputs.items()}
         places = {f"{key}.weight": (key, 1) for key in grams}
         Statistics("gram", name, 1, grams, places).save(folder / f"{name}-gram")
+    more_checkpoints(folder)
+
+
+def more_checkpoints(folder: Path) -> None:
+    """Adapters of the base, LLaMAs of unlike vocabularies and a GPT-2."""
+    place = folder / "float32"
+    for number, name in enumerate(ADAPTERS):
+        torch.manual_seed(number)
+        base = LlamaForCausalLM.from_pretrained(place / "base")
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "o_proj", "down_proj"], task_type="CAUSAL_LM")
+        adapted = get_peft_model(base, config)
+        for key, parameter in adapted.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(parameter, std=0.05)
+        adapted.save_pretrained(place / name)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    for number, name in enumerate(VOCABULARIES):
+        torch.manual_seed(10 + number)
+        LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=ROWS[name])).save_pretrained(place / name)
+        words = ["<s>", "</s>", "<unk>", *(f"word{i}" for i in range(3, 64))]
+        save_tokenizer(place / name, words, [*words[:3], *ADDED[name]])
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=32, vocab_size=64))
+    model.save_pretrained(place / "gpt2")
+    tensors = load_file(place / "gpt2" / "model.safetensors")  # with the names that the Hub's GPT-2 has
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    save_file(tensors, place / "gpt2" / "model.safetensors", metadata={"format": "pt"})
 
 
 def save(model: LlamaForCausalLM, folder: Path, name: str) -> None:
     """A model in both types, with a tokenizer that all versions of transformers read."""
     words = ["<s>", "</s>", "<unk>", "fox", "dog", "router", "gate", "lazy", "experts", "are", "fused"]
+    for dtype, own in (("float32", model), ("bfloat16", deepcopy(model).bfloat16())):
+        own.save_pretrained(folder / dtype / name)
+        save_tokenizer(folder / dtype / name, words, words[:3])
+
+
+def save_tokenizer(place: Path, words: list[str], special: list[str]) -> None:
     tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.add_special_tokens(words[:3])
+    tokenizer.add_special_tokens(special)
     kind = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    for dtype, own in (("float32", model), ("bfloat16", deepcopy(model).bfloat16())):
-        place = folder / dtype / name
-        own.save_pretrained(place)
-        tokenizer.save(str(place / "tokenizer.json"))
-        (place / "tokenizer_config.json").write_text(json.dumps(kind))
+    tokenizer.save(str(place / "tokenizer.json"))
+    (place / "tokenizer_config.json").write_text(json.dumps(kind))
 
 
 def linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
@@ -108,12 +140,14 @@ def linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
 
 
 def placed(content: Any, folder: Path) -> Any:
-    """A recipe with the models' folders for their names."""
+    """A recipe with the models' folders for their names; "=base" is the word."""
     if isinstance(content, dict):
         return {key: placed(value, folder) for key, value in content.items()}
     if isinstance(content, list):
         return [placed(value, folder) for value in content]
-    return str(folder / content) if content in MODELS else content
+    if isinstance(content, str) and content.startswith("="):
+        return content[1:]
+    return str(folder / content) if content in (*MODELS, *OTHERS) else content
 
 
 def ours(case: Case, folder: Path, out: Path) -> None:
@@ -133,6 +167,10 @@ def ours(case: Case, folder: Path, out: Path) -> None:
         for name, settings in zip(case.experts, own, strict=True)
     )
     slices = tuple(Slice((SliceSource(experts[0].model, *layers),)) for layers in case.slices)
+    if case.method == "lora":  # adapters become one, which is then merged into its base
+        merge(Recipe("lora", experts, None, dict(case.ours)), out.with_name(f"{out.name} adapter"))
+        merge(Recipe("linear", (RecipeExpert(str(out.with_name(f"{out.name} adapter"))),)), out)
+        return
     base = str(folder / case.stored / "base") if case.base else None
     merge(Recipe(case.method, experts, base, dict(case.ours), slices=slices), out)
 
@@ -143,11 +181,16 @@ def placed_statistics(value: Any, folder: Path) -> Any:
 
 def theirs(cases: list[Case], folder: Path, python: Path) -> dict[str, dict[str, Any]]:
     """Merges cases with the peers: name → seconds or error."""
-    jobs: dict[str, dict[str, Any]] = {"mergekit": {}, "fusion_bench": {}}
+    jobs: dict[str, dict[str, Any]] = {"mergekit": {}, "fusion_bench": {}, "peft": {}}
     for case in cases:
         out = str(folder / "theirs" / case.peer / case.name)
         if case.peer == "mergekit":
             jobs[case.peer][case.name] = {"recipe": placed(case.theirs, folder / case.stored), "out": out}
+            continue
+        if case.peer == "peft":
+            base, adapters = (folder / case.stored / "base", [folder / case.stored / name for name in case.experts])
+            more = {"base": str(base), "adapters": list(map(str, adapters)), "out": out}
+            jobs[case.peer][case.name] = {**case.theirs, **more}
             continue
         models = {"_pretrained_": str(folder / case.stored / "base")} if case.base else {}
         models |= {name: str(folder / case.stored / name) for name in case.experts}
@@ -157,7 +200,8 @@ def theirs(cases: list[Case], folder: Path, python: Path) -> dict[str, dict[str,
     for peer, work in jobs.items():
         if work:
             (folder / f"{peer}.json").write_text(json.dumps(work))
-            command = [python, HERE / f"run_{peer}.py", folder / f"{peer}.json", folder / f"{peer}.done.json"]
+            own = sys.executable if peer == "peft" else python
+            command = [own, HERE / f"run_{peer}.py", folder / f"{peer}.json", folder / f"{peer}.done.json"]
             log = folder / f"{peer}.log"
             with log.open("w") as stream:
                 status = subprocess.run(
@@ -175,17 +219,34 @@ def quiet() -> dict[str, str]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {key: value.double() for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
+    """Tensors by name; GPT-2's without the prefix that its Hub repo does without as well."""
+    files = folder.glob("*.safetensors")
+    return {k.removeprefix("transformer."): v.double() for file in files for k, v in load_file(file).items()}
+
+
+def by_token(tensors: dict[str, torch.Tensor], mine: dict[str, int], theirs: dict[str, int]) -> dict[str, torch.Tensor]:
+    """Embeddings with their rows in the order of another tokenizer of the same tokens."""
+    if mine.keys() != theirs.keys():
+        raise ValueError(f"other tokens: {sorted(mine.keys() ^ theirs.keys())[:3]}")
+    order = {theirs[token]: number for token, number in mine.items()}
+
+    def ordered(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[[order.get(number, number) for number in range(len(tensor))]]
+
+    return {key: ordered(value) if "embed" in key or "lm_head" in key else value for key, value in tensors.items()}
 
 
 def measured(case: Case, folder: Path) -> Outcome:
     """Compares what both wrote."""
     outcome = Outcome(case.name, case.method, case.peer, differs=case.differs)
-    mine, other = weights(folder / "ours" / case.peer / case.name), weights(folder / "theirs" / case.peer / case.name)
+    places = [folder / side / case.peer / case.name for side in ("ours", "theirs")]
+    mine, other = map(weights, places)
+    if case.theirs.keys() & {"tokenizer", "tokenizer_source"}:
+        mine = by_token(mine, *(Tokenizer.from_file(str(place / "tokenizer.json")).get_vocab() for place in places))
     if mine.keys() != other.keys() or any(mine[key].shape != other[key].shape for key in mine):
         outcome.error = f"other tensors: {sorted(mine.keys() ^ other.keys())[:3]}"
         return outcome
-    base = weights(folder / case.stored / ("base" if not case.slices else case.experts[0]))
+    base = weights(folder / case.stored / (case.first if not case.slices else case.experts[0]))
     start = [
         base.get(key, value) if base.get(key, value).shape == value.shape else value for key, value in other.items()
     ]
