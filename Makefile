@@ -7,7 +7,8 @@
 #   make test-cpus the numeric tests with other processors' vectors and with more threads
 #   make test-all  the slow, trained suites as well
 #   make bench     the performance measurements
-#   make peers     our merging methods beside mergekit's and fusion_bench's, in an environment of their own (1.5 GB)
+#   make peers     our merging methods beside mergekit's, fusion_bench's and PEFT's; the first two in an environment
+#                  of their own (1.5 GB)
 #
 # pip brings torch with CUDA on Linux; for the small CPU build put this in front:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo

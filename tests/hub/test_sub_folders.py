@@ -116,7 +116,7 @@ def test_modules_that_only_some_models_have_are_a_mismatch(folders, tmp_path):
 def test_an_earlier_merge_leaves_no_modules_behind(folders, tmp_path):
     merge(task_arithmetic(folders), tmp_path / "out")
     bodies = {name: folder.with_name(f"{name}-body") for name, folder in folders.items()}
-    merge(task_arithmetic(bodies), tmp_path / "out")
+    merge(task_arithmetic(bodies), tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out" / "modules.json").exists()
 
 
@@ -256,7 +256,7 @@ def test_further_templates_are_those_beside_the_template_that_is_taken(tmp_path)
     with_templates(tmp_path / "two")
     experts = tuple(RecipeExpert(str(tmp_path / name)) for name in ("one", "two"))
     for template, has in ((str(tmp_path / "two"), True), ("auto", True), ("chatml", False), ("{{ bos_token }}", False)):
-        out = merge(Recipe("linear", experts[::-1], chat_template=template), tmp_path / "out").folder
+        out = merge(Recipe("linear", experts[::-1], chat_template=template), tmp_path / "out", overwrite=True).folder
         assert (out / "additional_chat_templates").exists() == has, template
     merge(Recipe("linear", experts, chat_template=str(tmp_path / "two")), tmp_path / "given")
     assert has_templates(tmp_path / "given")

@@ -40,7 +40,6 @@ from hf_fusion.training.statistics import Statistics
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 NOT_COMPARED = {
-    "lora": "neither peer merges adapters into one adapter exactly",
     "recombination": "drawn at random, layer by layer: which layers is all that there is to compare",
 }
 
