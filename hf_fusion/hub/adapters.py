@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -101,7 +102,8 @@ def read_adapter(folder: str | Path, name: str, *, allow_pickle: bool = False, e
     folder = Path(folder)
     config = read_json(folder / CONFIG, name)
     if problems := config_problems(config, embeddings=embeddings):
-        raise FusionError(f"Adapter {name} cannot be fused: {'; '.join(problems)}.", hint=_MERGE_FIRST)
+        hint = _EMBEDS if not config_problems(config, embeddings=True) else _MERGE_FIRST
+        raise FusionError(f"Adapter {name} cannot be fused: {'; '.join(problems)}.", hint=hint)
     stored = _tensors(folder, name, allow_pickle)
     stored = as_lora({key.removeprefix(PREFIX): tensor for key, tensor in stored.items()}, name)
     tensors = {plain: stored[key] for key, plain in plain_keys(stored, name).items()}
@@ -269,13 +271,31 @@ def with_adapter(base: PreTrainedModel, adapter: Adapter, labels: Sequence[str] 
             path, _, own = name.rpartition(".")
             old = getattr(modules[path], own)
             setattr(modules[path], own, torch.nn.Parameter(tensor.to(old.device, old.dtype, copy=True)))
+        by_name = dict(model.named_parameters(remove_duplicate=False))
+        used = Counter(map(id, by_name.values()))
         for path, pair in adapter.lora.items():
+            if used[id(modules[path].weight)] > 1:  # tied to another, which PEFT leaves as it is
+                modules[path].weight = torch.nn.Parameter(modules[path].weight.clone())
             weight = modules[path].weight
             weight.copy_(weight.float() + _update(modules[path], pair).to(weight.device))
+    _say_what_is_tied(model)
     if labels:
         model.config.id2label = dict(enumerate(labels))
         model.config.label2id = {label: index for index, label in enumerate(labels)}
     return model
+
+
+def _say_what_is_tied(model: PreTrainedModel) -> None:
+    """Ties again what is the same, and has the configuration say where something tied is not any more."""
+    import torch
+
+    by_name = dict(model.named_parameters(remove_duplicate=False))
+    pairs = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    if pairs and by_name.keys() >= {*pairs, *pairs.values()}:
+        if all(torch.equal(by_name[one], by_name[other]) for one, other in pairs.items()):
+            model.tie_weights()
+        elif not getattr(model.config, "is_encoder_decoder", False):  # of these, some scale by it what the head gets
+            model.config.tie_word_embeddings = False
 
 
 def lifted(adapter: Adapter, base: torch.nn.Module) -> Adapter:

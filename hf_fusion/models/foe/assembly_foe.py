@@ -182,6 +182,8 @@ def plan_backbones(experts: Sequence[Any]) -> tuple[list[dict[str, Any]], list[P
     of_expert: list[int] = []
     of_base: dict[int, int] = {}
     for expert in experts:
+        if expert.adapter is not None:
+            refuse_tied(expert)
         if expert.adapter is None or id(expert.model) not in of_base:
             of_base[id(expert.model)] = len(models)
             models.append(expert.model if expert.adapter is None else copy.deepcopy(expert.model))
@@ -201,6 +203,23 @@ def plan_backbones(experts: Sequence[Any]) -> tuple[list[dict[str, Any]], list[P
 
 def _rank(adapter: Any, path: str) -> int:
     return adapter.lora[path][0].shape[0] if path in adapter.lora else 0
+
+
+def refuse_tied(expert: Any) -> None:
+    """An adapter that trains one of two tensors that its base ties is trained for both of them apart.
+
+    Raises:
+        ValueError: naming the adapter, both tensors and the way on.
+    """
+    pairs = getattr(expert.model, "all_tied_weights_keys", None) or {}
+    trained = {*expert.adapter.saved, *(f"{path}.weight" for path in expert.adapter.lora)}
+    for one, other in pairs.items():
+        if found := trained & {one, other}:
+            name = min(found)
+            raise ValueError(
+                f"{expert.name} trains {name}, which its base ties to {other if name == one else one}: untie the base"
+                " (hf-fusion fuse --method linear --experts BASE --set untie=true --output DIR), and give DIR as base"
+            )
 
 
 def fill_adapters(backbone: Backbone, plan: Mapping[str, Any], experts: Sequence[Any], base: nn.Module) -> None:

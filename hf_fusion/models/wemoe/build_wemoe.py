@@ -232,6 +232,23 @@ def _template(experts: Sequence[Any], base: Any) -> tuple[Any, str]:
     return (base if part or same else models[0]), part
 
 
+def refuse_tied(expert: Any) -> None:
+    """An adapter that trains one of two tensors that its base ties is trained for both of them apart.
+
+    Raises:
+        ValueError: naming the adapter, both tensors and the way on.
+    """
+    pairs = getattr(expert.model, "all_tied_weights_keys", None) or {}
+    trained = {*expert.adapter.saved, *(f"{path}.weight" for path in expert.adapter.lora)}
+    for one, other in pairs.items():
+        if found := trained & {one, other}:
+            name = min(found)
+            raise ValueError(
+                f"{expert.name} trains {name}, which its base ties to {other if name == one else one}: untie the base"
+                " (hf-fusion fuse --method linear --experts BASE --set untie=true --output DIR), and give DIR as base"
+            )
+
+
 def _source(expert: Any, template: Any, part: str, head: str) -> Source:
     model, adapter = expert.model, expert.adapter
     labels = list(expert.labels)
@@ -248,6 +265,7 @@ def _source(expert: Any, template: Any, part: str, head: str) -> Source:
     }
     if adapter is None:
         return Source(row, renamed(model.state_dict(), model, template, part))
+    refuse_tied(expert)
     own = tuple(f"{path}." for path in head_paths(model, head))
     heads = {key: tensor for key, tensor in model.state_dict().items() if own and key.startswith(own)}
     heads |= adapter.saved
