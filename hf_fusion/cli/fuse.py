@@ -65,12 +65,13 @@ def run(args: argparse.Namespace, out: Out) -> None:
 
     from hf_fusion.folders import refuse_to_replace
     from hf_fusion.merging.methods import MERGE_METHODS
+    from hf_fusion.provenance import recipe_in
     from hf_fusion.recipe import Recipe
 
     if not args.dry_run:
         refuse_to_replace(args.output, args.overwrite)
     if args.recipe:
-        recipe = Recipe.load(args.recipe)
+        recipe = recipe_in(args.recipe) if Path(args.recipe).is_dir() else Recipe.load(args.recipe)
     else:
         parameters = _parameters(args.set)
         weights = parameters.pop("weights", None) if args.method in MERGE_METHODS else None

@@ -23,7 +23,7 @@ from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.card_edit import escape_markdown
 from hf_fusion.hub.card_families import FAMILIES
 from hf_fusion.hub.card_merge import MERGE, pipeline_tag
-from hf_fusion.hub.card_parts import Family
+from hf_fusion.hub.card_parts import Family, chats
 from hf_fusion.hub.discover import read_info
 from hf_fusion.hub.files import SHA, in_parallel, parts_of, resolve
 from hf_fusion.hub.heads import HEADS, auto_class_of, head_of_adapter
@@ -140,7 +140,7 @@ def read_facts(
         base=Path(recipe.base).name if recipe.base and Path(recipe.base).is_absolute() else recipe.base,
         results=_checked_results(results, folder, family),
         parameters=_count_parameters(folder),
-        options=family.options(config, folder),
+        options=family.options(config, folder) | _chats(auto_class, folder),
         routing=read_json(folder / family.map, str(folder)) if has_map else None,
     )
 
@@ -379,6 +379,10 @@ def _count_parameters(folder: Path) -> int:
 
 def _repo_id(pinned: str) -> str:
     return pinned.partition("@")[0]
+
+
+def _chats(auto_class: str, folder: Path) -> dict[str, Any]:
+    return {"chats": True} if auto_class == "AutoModelForCausalLM" and chats(folder) else {}
 
 
 def _linked(pinned: str) -> str:

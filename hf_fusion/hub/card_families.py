@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fusion.hub.card_merge import MERGE, MERGE_FAMILY
 from hf_fusion.hub.card_parts import (
+    CHAT,
     CLASSES,
     FEATURES,
     GENERATION,
@@ -87,6 +88,8 @@ def _foe_measured(results: Mapping[str, Any]) -> list[Measured]:
 def _routed_usage(facts: CardFacts) -> str:
     features = FEATURES[facts.options.get("reads", "texts")]
     usage, revision = usage_row({**PLAIN_USAGE, "AutoModel": features}, facts.auto_class), facts.revision or "main"
+    if facts.options.get("chats") and not facts.routing:  # rows that were measured have their markup
+        usage = CHAT
     example = (facts.routing or {}).get("example") or "Some text to look at."
     return (
         f"{usage.imports}from transformers import {facts.auto_class}, {usage.processor}\n\n"
@@ -173,6 +176,8 @@ def _merged_usage(facts: CardFacts) -> str:
         image = FEATURES["images"]
         features = replace(image, answer="print(model.backbone.get_image_features(**inputs).pooler_output.shape)")
     usage, revision = usage_row({**_MERGED_USAGE, "AutoModel": features}, facts.auto_class), facts.revision or "main"
+    if facts.options.get("chats") and not facts.routing:
+        usage = CHAT
     if facts.auto_class.endswith("Classification") and not facts.options.get("task_heads"):
         usage = replace(usage, answer=PLAIN_USAGE[facts.auto_class].answer)  # one head for all
     example = (facts.routing or {}).get("example") or "Some text to look at."

@@ -12,6 +12,7 @@ from hf_fusion.experts import ExpertInfo
 from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
 from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.card_parts import (
+    CHAT,
     FEATURES,
     IMAGE_IMPORT,
     PICTURE,
@@ -112,7 +113,7 @@ def pipeline_tag(config: Mapping[str, Any], experts: Sequence[ExpertInfo]) -> st
 def merge_usage(facts: CardFacts) -> str:
     """Plain transformers: no code of the repo is asked for unless its experts have code of their own."""
     options, revision = facts.options, facts.revision or "main"
-    auto, usage = facts.auto_class, _usage(facts)
+    auto, usage = facts.auto_class, CHAT if facts.options.get("chats") else _usage(facts)
     if auto == "AutoModel" and options["class"] and not head_of_architecture(options["class"]) and not options["code"]:
         auto = options["class"]  # a head that no Auto class of ours is for
     code = ", trust_remote_code=True" if options["code"] else ""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
+from hf_fusion.hub.adapters import read_json
 
 if TYPE_CHECKING:
     from hf_fusion.hub.card import CardFacts
@@ -71,6 +72,14 @@ def usage_row(table: Mapping[str, Usage], auto_class: str) -> Usage:
     return table[auto_class]
 
 
+def chats(folder: Path) -> bool:
+    """Whether a model's tokenizer has a chat template."""
+    if any(folder.glob("chat_template.*")):
+        return True
+    file = folder / "tokenizer_config.json"
+    return file.exists() and bool(read_json(file, str(folder)).get("chat_template"))
+
+
 PICTURE = 'example = Image.new("RGB", (64, 64))  # your picture\n'
 IMAGE_IMPORT = "from PIL import Image\n"
 CLASSES = "print([model.config.id2label[i] for i in model(**inputs).logits.argmax(-1).tolist()])"
@@ -80,6 +89,14 @@ GENERATION = Usage(
     'example = {text}\ninputs = processor(example, return_tensors="pt")',
     "answer = model.generate(**inputs, max_new_tokens=20)\n"
     "print(processor.decode(answer[0], skip_special_tokens=True))",
+)
+# a language model that was taught a chat's markup answers nonsense without it
+CHAT = Usage(
+    'example = [{{"role": "user", "content": {text}}}]\n'
+    "inputs = processor.apply_chat_template(\n"
+    '    example, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n)',
+    "answer = model.generate(**inputs, max_new_tokens=20)\n"
+    'print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
 )
 TEXT = Usage('example = {text}\ninputs = processor(example, return_tensors="pt")', CLASSES)
 PLAIN_USAGE = {

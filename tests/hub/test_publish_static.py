@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
-from tiny import vit
+from tiny import gpt2, make_tokenizer, vit
 from tiny_experts import BERT, save_adapter, save_bert
 from transformers import AutoModel, AutoModelForMaskedLM, ViTImageProcessor
 
@@ -204,7 +204,7 @@ def test_a_card_beside_a_merge(owner, ids, recipe, tmp_path):
     compile(usage_code(card), "usage", "exec")
 
 
-@pytest.mark.parametrize("kind", ["images", "features", "masked"])
+@pytest.mark.parametrize("kind", ["images", "features", "masked", "chat"])
 def test_usage_of_other_heads_runs(kind, tmp_path, monkeypatch, capsys):
     """In this process, from the folder beside the merge: the block is the same."""
     for seed, name in enumerate(("one", "two")):
@@ -212,6 +212,11 @@ def test_usage_of_other_heads_runs(kind, tmp_path, monkeypatch, capsys):
         if kind == "images":
             vit(["cat", "dog"], seed).save_pretrained(folder)
             ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+        elif kind == "chat":
+            gpt2(seed).save_pretrained(folder)
+            tokenizer = make_tokenizer()
+            tokenizer.chat_template = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
+            tokenizer.save_pretrained(folder)
         else:
             save_bert(folder, seed, auto=AutoModel if kind == "features" else AutoModelForMaskedLM, config=BERT)
     experts = tuple(RecipeExpert(str(tmp_path / name)) for name in ("one", "two"))
@@ -221,4 +226,7 @@ def test_usage_of_other_heads_runs(kind, tmp_path, monkeypatch, capsys):
     exec(code, {})
     said = capsys.readouterr().out
     features, masked = r"torch.Size\(\[1, \d+, 16\]\)", r"BertForMaskedLM \d+"
+    if kind == "chat":  # the answer alone, in the chat's markup
+        assert "apply_chat_template" in code and said and "Some text" not in said
+        return
     assert re.search({"images": r"\['(cat|dog)'\]", "features": features, "masked": masked}[kind], said), said
