@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--method", help="how to fuse, where there is no recipe")
     parser.add_argument("--experts", nargs="+", default=[], metavar="ID", help="owner/name[@revision], or folders")
-    parser.add_argument("--base", metavar="ID", help="base of the experts; of adapters, if it is not the one they name")
+    parser.add_argument("--base", metavar="ID", help="base of the experts; of adapters, instead of the one they name")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="an option of the method, as in YAML"
     )
@@ -71,7 +72,10 @@ def run(args: argparse.Namespace, out: Out) -> None:
     if not args.dry_run:
         refuse_to_replace(args.output, args.overwrite)
     if args.recipe:
+        if args.set:
+            raise FusionError("--set is an option of --method: a recipe has its own", "write it under parameters:")
         recipe = recipe_in(args.recipe) if Path(args.recipe).is_dir() else Recipe.load(args.recipe)
+        recipe = replace(recipe, base=args.base or recipe.base, dtype=args.dtype or recipe.dtype)
     else:
         parameters = _parameters(args.set)
         weights = parameters.pop("weights", None) if args.method in MERGE_METHODS else None

@@ -234,10 +234,13 @@ def shape_problems(
     modules = dict(base.named_modules())
     parameters = dict(base.named_parameters(remove_duplicate=False))  # tied ones by each of their names
     classes = getattr(getattr(base, "config", None), "num_labels", None)
+    stacked = _stacked(base, [path for path in lora if path not in modules])
     problems = []
     for path, sizes in lora.items():
         found = linear_sizes(modules.get(path))
-        if path not in modules:
+        if path in stacked:
+            problems.append(f"adapts {path}, which is a part of {stacked[path]}: only a static merge updates it")
+        elif path not in modules:
             problems.append(f"adapts {path}, which the base does not have")
         elif found is None:
             problems.append(f"adapts {path}, which is not a linear layer")
@@ -252,6 +255,17 @@ def shape_problems(
         if shape != expected and not is_head:
             problems.append(f"{key} is {list(expected)} in the base, {list(shape)} in the adapter")
     return problems
+
+
+def _stacked(base: torch.nn.Module, paths: Sequence[str]) -> dict[str, str]:
+    """Of modules that a base does not have, those whose weights transformers stacks in it: path -> the parameter."""
+    from transformers import PreTrainedModel
+
+    from hf_fusion.hub.names import used_names
+
+    names = {f"{path}.weight": path for path in paths}
+    found = used_names(base, names) if names and isinstance(base, PreTrainedModel) else {}
+    return {names[name]: made[0] for name, made in found.items() if not made[0].endswith(".weight")}
 
 
 def with_adapter(base: PreTrainedModel, adapter: Adapter, labels: Sequence[str] = ()) -> PreTrainedModel:

@@ -60,7 +60,7 @@ LARGEST_HEAD = 100_000_000  # parameters that a base may lack, where it holds fe
 
 def load_experts(
     experts: Sequence[ExpertLike],
-    base: str | Path | PreTrainedModel | Expert | None = None,
+    base: str | Path | ExpertInfo | PreTrainedModel | Expert | None = None,
     task: str | None = None,
     *,
     allow_pickle: bool = False,
@@ -100,7 +100,7 @@ class _Loader:
     def __init__(
         self,
         api: HfApi,
-        base: str | Path | PreTrainedModel | Expert | None,
+        base: str | Path | ExpertInfo | PreTrainedModel | Expert | None,
         task: str | None,
         allow_pickle: bool,
         trust_remote_code: bool,
@@ -108,7 +108,7 @@ class _Loader:
         gates: bool,
     ) -> None:
         self.api, self.task, self.gates = api, task, gates
-        self.base = base.model if isinstance(base, Expert) else base
+        self.base = base.model if isinstance(base, Expert) else base.pinned if isinstance(base, ExpertInfo) else base
         self.loaded_base = _loaded_base(base)
         self.allow_pickle, self.trust_remote_code = allow_pickle, trust_remote_code
         self.dtype = dtype or "auto"
@@ -355,7 +355,7 @@ def _loaded_base(base: Any) -> Base:
 
 
 def _is_model(base: object) -> bool:
-    return base is not None and not isinstance(base, (str, Path))
+    return base is not None and not isinstance(base, (str, Path, ExpertInfo))
 
 
 def _groups(sources: dict[int, Source], bases: dict[int, Source], head: Any) -> list[list[int]]:

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from hf_fusion.errors import FusionError
+from hf_fusion.hub.load import load_experts
 from hf_fusion.merging.loaded import load_merged
 from hf_fusion.merging.merge import merge
 from hf_fusion.recipe import Recipe, RecipeExpert
@@ -290,3 +291,30 @@ def test_an_update_of_a_tied_head_unties_it(tmp_path):
     save_file({key: tensor for key, tensor in load_file(file).items() if "lora_" in key}, file)
     inputs = {"input_ids": torch.tensor([[1, 5, 9]])}
     torch.testing.assert_close(outputs(merged(tmp_path / "out", tmp_path / "1"), inputs), outputs(made, inputs))
+
+
+def test_experts_of_a_mixture_that_transformers_stacks(tmp_path):
+    """An adapter of before they were stacked: merged as PEFT does; a loaded model has no such linears."""
+    config = MixtralConfig(num_local_experts=2, num_key_value_heads=2, **TEXT, **SIZES)
+    base = save_base(tmp_path / "base", "MixtralForCausalLM", config)
+    folder, tensors = tmp_path / "1", {}
+    for name, tensor in load_file(base / "model.safetensors").items():
+        if ".experts." in name:
+            path = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{path}.lora_A.weight"] = torch.randn(2, tensor.shape[1]) * 0.3
+            tensors[f"{path}.lora_B.weight"] = torch.randn(tensor.shape[0], 2) * 0.3
+    settings = LoraConfig(
+        r=2, target_modules=["w1", "w2", "w3"], task_type="CAUSAL_LM", base_model_name_or_path=str(base)
+    )
+    settings.save_pretrained(folder)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    theirs = PeftModel.from_pretrained(transformers.MixtralForCausalLM.from_pretrained(base), folder)
+    plain = transformers.MixtralForCausalLM.from_pretrained(base)
+    assert (outputs(theirs, IDS) - outputs(plain, IDS)).abs().max() > 0.1
+    torch.testing.assert_close(
+        outputs(merged(tmp_path / "out", folder), IDS), outputs(theirs, IDS), rtol=1e-5, atol=1e-5
+    )
+    with pytest.raises(
+        FusionError, match=r"experts\.0\.w1, which is a part of model\.layers\.0\.mlp\.experts\.gate_up_proj"
+    ):
+        load_experts([folder])
