@@ -67,7 +67,7 @@ class ConcreteMerge(CoefficientMerge):
         self.coefficients.requires_grad_(what == "coefficients")
 
     def masks(self) -> list[torch.Tensor]:
-        """For each of `tensors` its mask, with a mean of 1: drawn where it learns, else the median."""
+        """For each of `tensors` its mask: drawn where it learns, else the median; its mean is 1, or 0 if it is 0."""
         is_drawn = torch.is_grad_enabled() and any(logits.requires_grad for logits in self.mask_logits)
         found = []
         for logits in self.mask_logits:
@@ -76,7 +76,7 @@ class ConcreteMerge(CoefficientMerge):
                 uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
                 odds = logits + uniform.log() - (-uniform).log1p()
             mask = (odds / self.temperature).sigmoid()
-            found.append(mask / mask.mean())
+            found.append(mask / mask.mean().clamp(min=torch.finfo(mask.dtype).tiny))
         return found
 
     @contextmanager

@@ -286,6 +286,16 @@ def test_export_is_the_weighted_mean_in_peft(weights, tmp_path):
     assert float((got - want).norm() / want.norm()) < 1e-5
 
 
+def test_export_of_heads_needs_weights_that_have_a_mean(tmp_path):
+    experts = experts_of(bert(["a", "b"]), [(2, ["query"])] * 2, classes=2)
+    for expert in experts:
+        expert.labels = ["a", "b"]
+    router = PhatgooseRouter.from_experts(experts)
+    with pytest.raises(ValueError, match="these weights add up to 0"):
+        router.to_adapter(tmp_path / "none", {"me/expert-0": 0.5, "me/expert-1": -0.5})
+    assert not (tmp_path / "none").exists()
+
+
 def test_export_can_be_cut_to_a_rank(tmp_path):
     experts = experts_of(llama(), [(4, LLAMA)] * 3)
     router = PhatgooseRouter.from_experts(experts)

@@ -77,10 +77,10 @@ def test_the_loss_is_entropy_less_the_entropy_of_the_mean(diversity):
     loss = _information(model, diversity, dict.fromkeys(model.experts, tokens))
     loss.backward()
     torch.testing.assert_close(loss, total)
+    room = SUMS * max(float(own.grad.abs().max()) for own in plain.parameters() if own.requires_grad)
     for (name, own), wanted in zip(model.named_parameters(), plain.parameters(), strict=True):
         if own.requires_grad:
             assert wanted.grad.norm() > 0, name
-            room = SUMS * float(wanted.grad.abs().max())
             torch.testing.assert_close(own.grad, wanted.grad, rtol=1e-4, atol=room, msg=name)
 
 
@@ -298,7 +298,7 @@ def test_the_coefficients_gradient_is_the_product_with_the_task_vector():
     gradients = {name: parameter.grad for name, parameter in dense.named_parameters()}
     for row, name in zip(model.coefficients.grad, model.tensors, strict=True):
         wanted = torch.stack([(gradients[name] * (own[name] - start[name])).sum() for own in fine])
-        room = SUMS * float(wanted.abs().max())
+        room = SUMS * float(model.coefficients.grad.abs().max())
         torch.testing.assert_close(row, wanted, rtol=1e-4, atol=room)
 
 

@@ -36,7 +36,7 @@ def save_merged_adapter(
     """Writes the adapter ΔW = Σ_e weight_e · B_e A_e; see `PhatgooseRouter.to_adapter`.
 
     Raises:
-        ValueError: if experts brought heads with different labels.
+        ValueError: if experts brought heads with different labels, or heads and weights that add up to 0.
     """
     used = [(entry, weight) for entry, weight in zip(entries, weights, strict=True) if weight]
     if not used:
@@ -55,6 +55,8 @@ def save_merged_adapter(
         tensors[f"base_model.model.{path}.lora_B.weight"] = b.to(parts[0][0][1].dtype).contiguous()
     heads = used[0][0].heads
     total = sum(weight for _, weight in used)
+    if heads and abs(total) < 1e-8:
+        raise ValueError("these weights add up to 0: the experts' heads have no mean")
     for path in heads:
         for index, leaf in enumerate(("weight", "bias")):
             mean = sum(entry.heads[path][index].float() * (weight / total) for entry, weight in used)
