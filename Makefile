@@ -27,6 +27,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfil
 
 demo: $(VENV)/demo-installed
 	$(BIN)/hf-fusion demo
+	@echo '→ source $(BIN)/activate    # puts hf-fusion on the PATH'
 
 test: # types are checked beside the tests: alone, that would leave one of two cores idle
 	@$(MAKE) --no-print-directory -j2 check fast

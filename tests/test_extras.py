@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.util import find_spec
 
 import pytest
 import torch
-from environments import environment, requirements, run_there
+from environments import REPO, environment, requirements, run_there
 from huggingface_hub import HfApi
 from packaging.requirements import Requirement
 from safetensors.torch import save_file
@@ -37,6 +38,13 @@ def test_every_command_of_the_table_is_one_and_every_extra_is_declared():
     assert set(NEEDS.values()) <= EXTRAS
     wanted = {Requirement(line).name for line in requirements()}
     assert {"pillow", "scikit-learn", "rouge-score", "reasoning-gym"} <= wanted & {*DISTRIBUTIONS.values()}
+
+
+def test_the_readme_has_every_extra():
+    table = (REPO / "README.md").read_text().partition("| extra | for |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == EXTRAS - {"dev"}
+    for words, extra in NEEDS.items():
+        assert f"`hf-fusion {words}`" in next(line for line in table.splitlines() if line.startswith(f"| `{extra}`"))
 
 
 @pytest.mark.parametrize(
