@@ -147,7 +147,7 @@ def evaluate_fusion(
     curve: list[dict[str, Any]] = []
     if model.config.frugal:
         systems.append(scorer.system("FoE, frugal", "frugal", *scorer.frugal(model.config.frugal["cost_weight"])))
-        for weight in COST_WEIGHTS:
+        for weight in track(COST_WEIGHTS, "Measuring the frugal variant"):
             point = scorer.system("", "frugal", *scorer.frugal(weight))
             curve.append({"cost_weight": weight, "score": point.score, "ci95": point.ci95, "cost": point.cost})
     for index, expert in enumerate(model.config.experts):

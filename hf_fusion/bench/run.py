@@ -26,7 +26,7 @@ from hf_fusion.bench.systems import FIT, TEST, LeftOut, System, everything
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluate import machine
 from hf_fusion.extras import refuse_missing
-from hf_fusion.progress import track
+from hf_fusion.progress import phase, track
 
 logger = logging.getLogger(__name__)
 
@@ -124,9 +124,11 @@ def run_suite(
         tell(f"{suite.name}: {done} of {len(jobs)} models are measured already")
     if todo:
         make = SETTINGS[suite.kind]
-        runner.setting = _named(make)(
-            suite, data_dir and Path(data_dir), limit, tuned_on, batch_size, device or str(state.device), allow_pickle
-        )
+        with phase(f"Reading what {suite.name} is made of"):
+            where = device or str(state.device)
+            runner.setting = _named(make)(
+                suite, data_dir and Path(data_dir), limit, tuned_on, batch_size, where, allow_pickle
+            )
         _check_rows(runner.setting, suite)
         if state.is_main_process:
             bind(folder, suite, settings)

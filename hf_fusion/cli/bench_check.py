@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from hf_fusion.errors import FusionError
+from hf_fusion.progress import phase
 
 from .checks import check_folder
 from .output import Out
@@ -41,7 +42,8 @@ def run(args: argparse.Namespace, out: Out) -> None:
     from hf_fusion.bench.check import check_suite
 
     disable_progress_bars()
-    found = check_suite(suite, args.data)
+    with phase("Looking for models and data"):
+        found = check_suite(suite, args.data)
     rows = [asdict(row) for row in found]
     shown = [{**row, "pinned": "yes" if row["pinned"] else "no" if row["sha"] else ""} for row in rows]
     out.table(shown, title=f"{suite.name}: {suite.title}", key="source", data=rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from hf_fusion.errors import FusionError
+from hf_fusion.progress import phase
 
 from .output import Out
 
@@ -36,13 +37,15 @@ def run(args: argparse.Namespace, out: Out) -> None:
 
     models = dict(_pair(word) for word in args.models)
     cells = read_cells(args.folder)
-    planned = plan_results(cells, args.repo, models, private=not args.public, overwrite=args.overwrite)
+    with phase("Planning"):
+        planned = plan_results(cells, args.repo, models, private=not args.public, overwrite=args.overwrite)
     if args.dry_run:
         for change in planned.models:
             out.text(f"{change.card}\n")
         out.dict(planned.summary())
         return
-    done = push_results(planned)
+    with phase("Pushing"):
+        done = push_results(planned)
     out.result("Published", repo=done.repo_id, revision=done.sha, url=done.url, cards=list(done.models))
     out.hint(f"load_dataset({done.repo_id!r}, revision={done.sha!r})")
 

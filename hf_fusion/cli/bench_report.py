@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from hf_fusion.errors import FusionError
+from hf_fusion.progress import phase
 
 from .output import Out
 
@@ -34,7 +35,8 @@ def run(args: argparse.Namespace, out: Out) -> None:
     if folder.resolve() == source.resolve() or source.resolve() in folder.resolve().parents:
         raise FusionError(f"a report in {folder} would be read as cells of {source}", "--output another folder")
     cells = read_cells(source)
-    summary = write_report(cells, folder)
+    with phase("Writing tables and pictures"):
+        summary = write_report(cells, folder)
     for suite in summary["suites"] if out.mode == "human" else ():
         if table := main_table(suite):
             rows = [

@@ -125,7 +125,15 @@ class Bars:
 
     def _started(self) -> Any:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+        from rich.text import Text
+
+        class Left(ProgressColumn):
+            """The time left, where it can be told."""
+
+            def render(self, task: Task) -> Text:
+                left = task.time_remaining
+                return Text("" if left is None else f"{time(left)} left")
 
         if self._bars is None:
             columns = (
@@ -133,8 +141,7 @@ class Bars:
                 BarColumn(bar_width=24),
                 TextColumn("{task.fields[shown]}", markup=False),
                 TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(compact=True),
+                Left(),
             )
             console = Console(file=self.stream, highlight=False)
             self._bars = Progress(

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from hf_fusion.errors import FusionError
+from hf_fusion.progress import phase
 
 from .checks import check_repo, model_in
 from .output import Out
@@ -41,14 +42,15 @@ def run(args: argparse.Namespace, out: Out) -> None:
     start("hub.publish")
     from hf_fusion.hub.publish import plan, push
 
-    planned = plan(
-        args.folder,
-        args.repo,
-        private=not args.public,
-        license=args.license,
-        push_experts=args.push_experts,
-        overwrite=args.overwrite,
-    )
+    with phase("Planning the push"):
+        planned = plan(
+            args.folder,
+            args.repo,
+            private=not args.public,
+            license=args.license,
+            push_experts=args.push_experts,
+            overwrite=args.overwrite,
+        )
     chosen = {"--public": args.public, "--push-experts": args.push_experts, "--overwrite": args.overwrite}
     options = [f"--license {args.license}"] if args.license else []
     options += [option for option, is_chosen in chosen.items() if is_chosen]

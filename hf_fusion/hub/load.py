@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import Adapter, Expert, ExpertInfo
-from hf_fusion.extras import refuse_missing
+from hf_fusion.extras import MissingLibraryError, missing_library, refuse_missing
 from hf_fusion.hub.adapters import fit_problems, lifted, read_adapter
 from hf_fusion.hub.bases import Base, base_id, warn_of_other_bases
 from hf_fusion.hub.files import (
@@ -405,6 +405,12 @@ def processor_of(source: Source, code: bool) -> Any:
     try:
         return auto.from_pretrained(_folder(source), trust_remote_code=code, local_files_only=True)
     except Exception as error:  # as for models: whatever it is, it is about this expert
+        if missing_library(error) == "tiktoken" and "tiktoken.model" not in source.sizes:
+            # transformers tries tiktoken where sentencepiece, or protobuf, which that needs, is not there
+            raise MissingLibraryError(
+                f"{source.name} needs sentencepiece and protobuf, of which one is not installed",
+                "pip install sentencepiece protobuf",
+            ) from error
         refuse_missing(error, source.name)
         raise FusionError(f"The processor of {source.name} cannot be loaded: {first_line(error)}") from error
 

@@ -15,6 +15,7 @@ from hf_fusion.hub.files import Source, explained, hub_api, recorded_base, resol
 from hf_fusion.hub.gates import GATES_FILE, GATES_TAG, gate_problem, parse_gates, save_gates, stored
 from hf_fusion.hub.headers import hub_shapes
 from hf_fusion.hub.publish import PublishResult
+from hf_fusion.progress import phase
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -75,13 +76,14 @@ def push_gates(gates: Gates, repo_id: str, *, revision: str | None = None, api: 
         if not _has_gates(source, gates):
             operations.append(CommitOperationAdd(GATES_FILE, file))
         if operations:
-            sha = api.create_commit(
-                repo_id,
-                operations,
-                commit_message="Add PHATGOOSE gates",
-                revision=revision,
-                parent_commit=sha,
-            ).oid
+            with phase(f"Pushing gates to {repo_id}"):
+                sha = api.create_commit(
+                    repo_id,
+                    operations,
+                    commit_message="Add PHATGOOSE gates",
+                    revision=revision,
+                    parent_commit=sha,
+                ).oid
     assert source.info is not None  # not a folder
     return PublishResult(repo_id, sha, f"{api.endpoint}/{repo_id}", bool(source.info.private))
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import FusionError
 from ..hub.heads import head_of_architecture, same_label
+from ..progress import phase
 from .dense import dense_loss, map_outputs
 from .prompts import encode_prompts, score_targets
 
@@ -62,7 +63,8 @@ def read_examples(expert: Expert, dataset: Dataset, max_length: int) -> Examples
             f"{expert.name} is a {type(expert.model).__name__}: only language models, classifiers of texts and "
             "images and dense predictors can be taught here"
         )
-    return read(expert, dataset, max_length)
+    with phase(f"Encoding {len(dataset):,} rows"):
+        return read(expert, dataset, max_length)
 
 
 def zero_shot_examples(processor: Any, dataset: Dataset, prompts: Sequence[str]) -> Examples:

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from ..errors import FusionError
 from ..models.foe.frugal_foe import FrugalPolicy, candidate_subsets
+from ..progress import phase
 from .costs import measure_latency, set_costs
 from .outputs import ExpertOutputs, collect_outputs
 from .progress import set_progress
@@ -155,7 +156,8 @@ def fit_fuser(
     if missing:
         logger.warning("no training row is labelled %s: the fuser cannot learn to answer it", ", ".join(missing))
     if frugal:
-        cost_weight = _fit_frugal(model, fuser, collected, held_rows, neighbors, cost_weight, tolerance)
+        with phase("Fitting the frugal variant"):
+            cost_weight = _fit_frugal(model, fuser, collected, held_rows, neighbors, cost_weight, tolerance)
     return Fit(
         train_rows=len(train_rows),
         held_out_rows=len(held_rows),

@@ -22,6 +22,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..errors import FusionError
 from ..experts import Expert
+from ..progress import track
 from .adamerging import merged_once, objective_of
 from .batches import Examples, class_logits, read_examples, to_model, unlabelled
 from .progress import set_progress
@@ -386,7 +387,7 @@ class _Watch(TrainerCallback):
         found = {}
         size = 4 * self.facts.batch_size
         with self.trainer.accelerator.autocast():
-            for task in tasks:
+            for task in track(list(tasks), "Checking answers"):
                 logits = []
                 for start in range(0, len(self.rows[task]), size):
                     rows = [self.examples[task].rows[place] for place in self.rows[task][start : start + size]]
