@@ -117,7 +117,9 @@ class Recipe:
         method: name of the method, as `hf_fusion.fuse` takes it.
         experts: what is fused.
         base: ``owner/name@sha`` of the base, where the method or the adapters need one.
-        parameters: the method's own options.
+        parameters: the method's own options. Every static method also takes ``seed``; ``mismatch`` (`MISMATCHES`), for
+            tensors that do not match; and ``untie: true``, which gives the merged model a head of its own where some of
+            its models tie theirs to the embeddings.
         dtype: "float32", "float16" or "bfloat16"; None keeps the checkpoints' own.
         slices: of static merges: the merged model's layers, where they are not those of its models one by one.
         tokenizer: of static merges: "union" of all, "base", or the model whose tokenizer the merged one has, or these

@@ -5,7 +5,8 @@
     tokenizer: smallest     (by number after all: see `smallest`)
 
 As in mergekit: a token that a model lacks gets, for that model, the row of the only model that has it; of the base; or
-the mean of those that have it. Rows added for padding are the mean of all.
+the mean of those that have it. Rows added for padding are the mean of all. Unlike there, the rows that the model whose
+tokenizer is taken has beyond its tokens stay (``base``, or a model that is merged), by number.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Vocabulary:
 
     Attributes:
         rows: of its embeddings, padding included.
-        size: tokens, padding not included: the highest number and 1.
+        size: rows that come from models: those of tokens, and those that the tokenizer's own model has beside them.
         files: its tokenizer's files.
         digest: one word for all that decides the embeddings.
         pinned: the tokenizer's model as the recipe names it -> what finds it again, where it is none of the models.
@@ -200,8 +201,12 @@ def read_vocabulary(
     size = max(merged.values()) + 1
     if size > len(merged) + MAX_HOLES:
         raise FusionError(f"{source}: {TOKENIZER} numbers {len(merged)} tokens up to {size - 1}")
+    # the model whose tokenizer is taken keeps its rows that no token has: a size that its kernels like
+    giver = first if source == "base" else named.get(source)
+    kept = limits[id(giver)] if giver is not None else 0
+    size = max(size, kept)
     rows = -(-size // multiple) * multiple
-    own = {key: _rows(merged, tokenizers[key].numbers, limits[key], size) for key in tokenizers}
+    own = {key: _rows(merged, tokenizers[key].numbers, limits[key], size, kept) for key in tokenizers}
     rules = [_rule(token, rule, merged, named, tokenizers, limits) for token, rule in tokens.items()]
     files = tokenizer_files(folder, *((given.text, given.content) if is_new else ()))
     moved = None
@@ -302,12 +307,20 @@ def limit_of(model: Model) -> int:
     return min(rows)
 
 
-def _rows(merged: Mapping[str, int], own: Mapping[str, int], limit: int, size: int) -> np.ndarray:
-    """A model's row for each token, -1 where it has none."""
+def _rows(merged: Mapping[str, int], own: Mapping[str, int], limit: int, size: int, kept: int) -> np.ndarray:
+    """A model's row for each token, -1 where it has none.
+
+    Below `kept`, rows that no token of the merged model has are those of the same number, where the model has such a
+    row and no token for it either.
+    """
     rows = np.full(size, -1, np.int64)
     numbers = np.fromiter(merged.values(), np.int64, len(merged))
     theirs = numbers if own is merged else np.fromiter((own.get(token, -1) for token in merged), np.int64, len(merged))
     rows[numbers] = np.where(theirs < limit, theirs, -1)
+    free = np.arange(size) < min(kept, limit)
+    for taken in (numbers, np.fromiter(own.values(), np.int64, len(own))):
+        free[taken[taken < size]] = False
+    rows[free] = np.flatnonzero(free)
     return rows
 
 

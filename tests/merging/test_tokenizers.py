@@ -18,6 +18,7 @@ from hf_fusion import FusionError
 from hf_fusion.merging.aligned import AVERAGE, ZERO, Aligned, Table
 from hf_fusion.merging.chat_templates import TEMPLATES
 from hf_fusion.merging.merge import merge
+from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.merging.tensors import InMemory
 from hf_fusion.recipe import Recipe, RecipeExpert, Slice, SliceSource
 
@@ -354,3 +355,40 @@ def test_tokenizers_that_cannot_be_merged(folders, tmp_path):
     refused(recipe_of(plain, "union"), "science: tokenizer.json is not valid")
     file.write_text("{}")
     refused(recipe_of(plain, "union"), "science: tokenizer.json is not valid")
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "slerp", "dare_ties"])
+def test_padding_of_the_model_whose_tokenizer_is_taken_stays(method, tmp_path):
+    """With tokenizers that are alike, as a merge by number: padding is merged like any other row."""
+    for seed, name in enumerate(("base", "one", "two")):
+        llama(seed, vocabulary=304).save_pretrained(tmp_path / name)
+        tokenizer(CORPUS, 290).save_pretrained(tmp_path / name)
+    assert len(tokenizer(CORPUS, 290)) < 300
+    experts = tuple(RecipeExpert(str(tmp_path / name)) for name in ("one", "two"))
+    base = str(tmp_path / "base") if MERGE_METHODS[method].base else None
+    parameters = {"t": 0.4} if method == "slerp" else {}
+    sources = (None, "base", str(tmp_path / "two"), {"source": "base", "pad_to_multiple_of": 16})
+    for number, source in enumerate(sources):
+        merge(Recipe(method, experts, base, parameters, tokenizer=source), tmp_path / f"out-{number}")
+    by_number = weights(tmp_path / "out-0")
+    for out in tmp_path.glob("out-*"):
+        found = weights(out)
+        assert json.loads((out / "config.json").read_text())["vocab_size"] == 304
+        assert all(torch.equal(found[name], by_number[name]) for name in by_number)
+
+
+def test_padding_that_others_have_tokens_for(folders, tmp_path):
+    """The base's rows without a token, one of them between tokens; an expert's own row only where it has no token."""
+    base = llama(0, vocabulary=304)
+    base.save_pretrained(folders["base"])
+    del folders["science"]
+    merge(recipe_of(folders, "base", scaling=1.0), tmp_path / "out")
+    start, expert, found = (
+        weights(folder)["model.embed_tokens.weight"] for folder in (folders["base"], folders["chat"], tmp_path / "out")
+    )
+    tokens, theirs = (len(AutoTokenizer.from_pretrained(folders[name])) for name in ("base", "chat"))
+    assert found.shape == start.shape and tokens + 2 == theirs and len(expert) == theirs + 6
+    torch.testing.assert_close(found[:tokens], expert[:tokens])
+    torch.testing.assert_close(found[tokens:theirs], start[tokens:theirs])  # the expert's mean other tokens
+    torch.testing.assert_close(found[theirs : theirs + 6], expert[theirs:])
+    torch.testing.assert_close(found[theirs + 6 :], start[theirs + 6 :])  # the expert has none
