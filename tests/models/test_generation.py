@@ -14,6 +14,7 @@ from tiny_fused import IDS, MASK, base_expert
 from tiny_fused import experts_of as fine_tunes_of
 from tiny_routed import save_base, save_lora
 from transformers import (
+    ContinuousBatchingConfig,
     GenerationConfig,
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
@@ -169,7 +170,9 @@ def test_pages_of_several_sequences():
     router, model = families()
     given = [[5, 9, 33, 7, 100], [8, 4], [45, 3, 17]]
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
-    found = router.generate_batch(given, generation_config=GenerationConfig(**options), progress_bar=False)
+    pages = ContinuousBatchingConfig(num_blocks=8, block_size=16, max_batch_tokens=64)  # not all memory there is
+    settings = GenerationConfig(**options)
+    found = router.generate_batch(given, settings, continuous_batching_config=pages, warmup=False)
     for row, output in zip(given, found.values(), strict=True):
         alone = router.generate(torch.tensor([row]), max_new_tokens=4, do_sample=False, eos_token_id=None)
         assert output.generated_tokens == alone[0, len(row) :].tolist()
