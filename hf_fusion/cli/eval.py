@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
     if not is_foe(config) and args.label_column and args.label_column != "label":
         rows = rows.remove_columns([name for name in ("label",) if name in rows.column_names])
         rows = rows.rename_column(args.label_column, "label")
+    command = _command(args)
     args.label_column, args.expert_column = args.label_column or "label", args.expert_column or "expert"
     args.task_column = args.task_column or "task"
     start("evaluate", "fusion")
@@ -71,7 +73,6 @@ def run(args: argparse.Namespace, out: Out) -> None:
     recipe = recipe_in(args.folder) if says_its_recipe(args.folder) else None
     measure: Callable[..., tuple[Any, str]]
     measure = _static if recipe is None or recipe.method in MERGE_METHODS else OF_METHOD.get(recipe.method, _fusion)
-    command = f"hf-fusion eval {args.folder} --data {args.data} --split {args.split}"
     results, title = measure(args, rows, recipe, command)
     path = Path(args.folder) / RESULTS_FILE
     results.save(path)
@@ -80,6 +81,13 @@ def run(args: argparse.Namespace, out: Out) -> None:
     out.table(results.table(), title=title, key=getattr(results, "metric", None), data=asdict(results))
     out.log(f"Written to {path}")
     out.hint(f"hf-fusion publish {args.folder} OWNER/NAME --dry-run")
+
+
+def _command(args: argparse.Namespace) -> str:
+    """What to type to measure it again."""
+    given = {f"--{name}-column": getattr(args, f"{name}_column") for name in ("label", "expert", "task")}
+    columns = [word for option, value in given.items() if value for word in (option, value)]
+    return shlex.join(["hf-fusion", "eval", args.folder, "--data", args.data, "--split", args.split, *columns])
 
 
 def _fusion(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: str) -> tuple[Any, str]:

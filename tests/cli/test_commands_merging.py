@@ -133,6 +133,13 @@ def test_measured_beside_its_experts_and_the_card_says_so(here, folders, tmp_pat
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "| task | n | metric | **merged** | foxes | dogs | base |" in card
     assert f"Measured by `hf-fusion eval merged --data {folders}/test.parquet --split test`" in card
+    renamed = Dataset.from_parquet(str(folders / "test.parquet")).rename_columns({"label": "kind", "task": "of"})
+    renamed.to_parquet(tmp_path / "renamed.parquet")
+    here("eval", "merged", "--data", "renamed.parquet", "--label-column", "kind", "--task-column", "of")
+    again = SuiteResults.load(tmp_path / "merged" / "results.json")
+    assert (again.tasks, again.systems) == (results.tasks, results.systems)
+    assert again.command.endswith("--data renamed.parquet --split test --label-column kind --task-column of")
+    results = again
     with pytest.raises(FusionError, match="merged holds a model already: .*results.json"):
         here("fuse", str(folders / "recipe.yaml"), "-o", "merged")
     assert SuiteResults.load(tmp_path / "merged" / "results.json") == results

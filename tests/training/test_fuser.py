@@ -18,6 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from hf_fusion import Expert, FoEModel, FusionError, fit_fuser
 from hf_fusion.baselines import max_confidence, mean_ensemble, oracle_expert, single_experts
 from hf_fusion.evaluate import Results, evaluate_fusion, wilson
+from hf_fusion.progress import Phase, reporting
 from hf_fusion.training.outputs import collect_outputs
 
 LABELS = ["zero", "one", "two", "three"]
@@ -320,3 +321,42 @@ def test_costs_are_measured_or_given(halves):
     for wrong in ([1.0], [1.0, -1.0], "money"):
         with pytest.raises(FusionError, match="one positive number for each"):
             fit_fuser(model, data, costs=wrong)
+
+
+class Heard:
+    """A reporter that keeps how far each phase came."""
+
+    def __init__(self) -> None:
+        self.ended_at: dict[str, tuple[float, float | None]] = {}
+
+    def began(self, phase: Phase) -> None:
+        """Nothing."""
+
+    def moved(self, phase: Phase) -> None:
+        """Nothing."""
+
+    def ended(self, phase: Phase) -> None:
+        self.ended_at[phase.name] = (phase.done, phase.total)
+
+
+def test_a_fit_tells_of_its_phases(halves):
+    model, heard = FoEModel.from_experts(halves.experts), Heard()
+    with reporting(heard):
+        fit_fuser(model, halves.data.select(range(203)), epochs=2, batch_size=32)
+    assert heard.ended_at["Running 2 experts"] == (203, 203)
+    steps, total = heard.ended_at["Training the fuser"]
+    assert steps == total == 2 * 5  # of the 152 rows that are not held out
+
+
+@pytest.mark.parametrize(
+    ("label", "column", "message"),
+    [("seven", "label", "holds labels .*'seven'"), ("one", "kind", "but no 'kind' to learn from")],
+)
+def test_rows_that_cannot_teach_are_told_before_any_expert_runs(halves, label, column, message):
+    rows = halves.data.select(range(40)).remove_columns("label").add_column("label", [label] * 40)
+    model, heard = FoEModel.from_experts(halves.experts), Heard()
+    with reporting(heard), pytest.raises(FusionError, match=message):
+        fit_fuser(model, rows, label_column=column)
+    with reporting(heard), pytest.raises(FusionError, match=message.partition(" to")[0]):
+        evaluate_fusion(model, rows, label_column=column)
+    assert heard.ended_at == {}
