@@ -228,7 +228,7 @@ def add_gates(task: LanguageTask, data: Path | None, folder: Path, as_in_the_pap
     card = re.sub(r"\nIts gates [^\n]*\n", "", readme.read_text(encoding="utf-8"))
     paragraph = f"\nIts gates (`{GATES_FILE}`) were trained for {steps} steps {how}, loss {loss}.\n"
     readme.write_text(add_tag(card, GATES_TAG) + paragraph, encoding="utf-8")
-    save_gates(gates, folder)
+    save_gates(gates, folder, overwrite=True)  # those of an earlier training
     return f"{task.name}: gates, loss {loss}, in {time.perf_counter() - start:.0f} s"
 
 

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_LEFT = ("training_args.bin", "trainer_state.json", "optimizer.*", "scheduler.pt", "rng_state*.pth", "scaler.pt")
+
+
 @dataclass(frozen=True)
 class PublishPlan:
     """What a push would do; nothing has been sent yet.
@@ -319,19 +322,24 @@ def push(planned: PublishPlan, api: HfApi | None = None) -> PublishResult:
 
 
 def _files(folder: Path) -> dict[str, int]:
-    """What of a folder is published: everything but the card and hidden files."""
+    """What of a folder is published: everything but the card, hidden files, and what a Trainer left for itself."""
     stem = "adapter_model" if (folder / ADAPTER_CONFIG).exists() else "model"
     if stem == "model" and not (folder / "config.json").exists():
         raise FusionError(f"{folder} holds no model.", hint=f"hf-fusion fuse RECIPE --output {folder}")
     files = {
         path.relative_to(folder).as_posix(): path.stat().st_size
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(part.startswith((".", "__pycache__")) for part in path.relative_to(folder).parts)
+        if path.is_file() and not any(_is_left(part) for part in path.relative_to(folder).parts)
     }
     files.pop(README, None)
     if not weight_files(files, stem, "safetensors"):
         raise FusionError(f"{folder} has no {stem}.safetensors.", hint=f"hf-fusion fuse RECIPE --output {folder}")
     return files
+
+
+def _is_left(part: str) -> bool:
+    """Whether a file or folder is hidden, or of a training: its state, pickled arguments with paths of this machine."""
+    return part.startswith((".", "__pycache__", "checkpoint-")) or any(fnmatch(part, left) for left in _LEFT)
 
 
 def _refers_to_base(folder: Path) -> bool:

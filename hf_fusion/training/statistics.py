@@ -67,11 +67,21 @@ class Statistics:
         """Euclidean norm of all of it."""
         return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in self.tensors.values()))
 
-    def save(self, folder: str | Path) -> Path:
-        """Writes ``KIND.safetensors`` and ``KIND.json``: what a recipe's ``statistics: FOLDER`` names."""
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Writes ``KIND.safetensors`` and ``KIND.json``: what a recipe's ``statistics: FOLDER`` names.
+
+        Args:
+            folder: created if missing.
+            overwrite: whether statistics of this kind that the folder holds may be replaced.
+
+        Raises:
+            FusionError: the folder holds some.
+        """
         from safetensors.torch import save_file
 
         folder = Path(folder)
+        if not overwrite and (folder / f"{self.kind}.json").exists():
+            raise FusionError(f"{folder} holds {self.kind}.json already", "another folder, or overwrite=True")
         folder.mkdir(parents=True, exist_ok=True)
         save_file(self.tensors, folder / f"{self.kind}.safetensors", metadata={"format": "pt"})
         content = {

@@ -60,6 +60,9 @@ def texts_of(owner, repo: str) -> dict[str, bytes]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_folders_are_told_by_name_and_content(kind, owner, place, tmp_path):
     folder = fused_from(kind, place, tmp_path / "fused")
+    (folder / "training_args.bin").write_bytes(f"pickled {tmp_path}".encode())  # what a Trainer leaves for itself
+    (folder / "checkpoint-10").mkdir()
+    (folder / "checkpoint-10" / "trainer_state.json").write_text(f'{{"best": "{tmp_path}"}}')
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     planned = plan(folder, f"{owner.name}/mood", api=owner.api)
     done = push(planned, owner.api)
