@@ -215,6 +215,10 @@ def usage_code(card: str) -> str:
     return match[1]
 
 
+# what an option of a static merge says of the library that reads it
+_LIBRARIES = {"adapter": "peft", "sentences": "sentence-transformers"}
+
+
 def _metadata(facts: CardFacts) -> dict[str, Any]:
     """The YAML head: what the Hub indexes."""
     named = [(expert.id.partition("#")[0], expert.sha) for expert in facts.experts]  # not its number in a checkpoint
@@ -222,7 +226,7 @@ def _metadata(facts: CardFacts) -> dict[str, Any]:
     pinned = [name for name, sha in named if sha and not sha.startswith(CONTENT)]
     data: dict[str, Any] = {
         "base_model": list(dict.fromkeys(pinned)),
-        "library_name": "peft" if facts.options.get("adapter") else "transformers",
+        "library_name": next((name for key, name in _LIBRARIES.items() if facts.options.get(key)), "transformers"),
         "license": facts.license,
         "pipeline_tag": facts.pipeline_tag,
         "tags": list(dict.fromkeys(["hf-fusion", "merge", str(facts.options.get("method", facts.family))])),

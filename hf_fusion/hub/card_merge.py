@@ -24,6 +24,7 @@ from hf_fusion.hub.card_parts import (
 )
 from hf_fusion.hub.files import IMAGE_FILES, PROCESSOR_FILES
 from hf_fusion.hub.heads import architectures, head_of_adapter, head_of_architecture
+from hf_fusion.hub.manifests import MODULES
 from hf_fusion.merging.methods import method_named
 from hf_fusion.merging.output import FACTS
 from hf_fusion.recipe import Recipe
@@ -80,6 +81,7 @@ def merge_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "images": any(file in files for file in IMAGE_FILES),
         "code": bool(config.get("auto_map")),
         "adapter": ADAPTER_CONFIG in files,
+        "sentences": MODULES in files and ADAPTER_CONFIG not in files,
         "sliced": bool(recipe.slices),
         "tokenizer": bool(recipe.tokenizer),
         "statistics": bool(row.statistics),
@@ -110,9 +112,20 @@ def pipeline_tag(config: Mapping[str, Any], experts: Sequence[ExpertInfo]) -> st
     return head.tasks[0] if head else "feature-extraction"
 
 
+_SENTENCES = """from sentence_transformers import SentenceTransformer
+
+repo, revision = "{repo}", "{revision}"
+model = SentenceTransformer(repo, revision=revision{code})
+print(model.encode(["Some text to look at."]).shape)  # pooled, as its modules say
+"""
+
+
 def merge_usage(facts: CardFacts) -> str:
     """Plain transformers: no code of the repo is asked for unless its experts have code of their own."""
     options, revision = facts.options, facts.revision or "main"
+    if options.get("sentences"):
+        code = ", trust_remote_code=True" if options["code"] else ""
+        return _SENTENCES.format(repo=facts.repo_id, revision=revision, code=code)
     auto, usage = facts.auto_class, CHAT if facts.options.get("chats") else _usage(facts)
     if auto == "AutoModel" and options["class"] and not head_of_architecture(options["class"]) and not options["code"]:
         auto = options["class"]  # a head that no Auto class of ours is for

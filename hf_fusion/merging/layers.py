@@ -40,6 +40,7 @@ _INDICES = (
     *("mlp_only_layers", "cross_attention_layers", "moe_layers", "attn_layer_indices", "rope_scaling_layers"),
     *("local_layer_ids", "ple_layer_ids", "full_attn_idxs", "global_attn_indexes", "fullatt_block_indexes"),
     *("window_block_indices", "residual_block_indices", "subsample_layers", "global_attention_blocks", "dense_layers"),
+    "hybrid_layer_ids",
 )
 # behind which layers hidden states are taken: 0 is before the first
 _OUTPUTS = ("out_indices", "_out_indices")

@@ -57,6 +57,17 @@ def test_what_experts_have_of_their_own_stands_beside_them(tmp_path):
     ]
 
 
+def test_a_sentence_transformer_is_loaded_as_one(tmp_path):
+    recipe = Recipe("linear", (RecipeExpert(f"a/one@{SHA}"), RecipeExpert(f"a/two@{SHA}")))
+    folder = saved(tmp_path, recipe)
+    (folder / "modules.json").write_text("[]")
+    infos = [ExpertInfo(f"a/{name}", SHA, license="mit") for name in ("one", "two")]
+    card = render_card(read_facts(folder, "me/merged", infos, "mit"))
+    assert "library_name: sentence-transformers" in card
+    compile(usage_code(card), "usage", "exec")
+    assert "SentenceTransformer(repo, revision=revision)" in usage_code(card)
+
+
 def test_the_task_is_that_of_the_experts_where_the_head_has_it():
     def info(task):
         return ExpertInfo("a/b", SHA, task=task)
