@@ -143,7 +143,13 @@ def _opened(recipe: Recipe, api: HfApi | None) -> list[_Opened]:
     for source in sources:
         assert source.folder is not None
         name = str(source.folder.resolve()) if source.is_local else f"{source.name}@{source.revision}"
-        found.append(_Opened(name, source, read_adapter(source.folder, source.name), source.adapter))
+        adapter = read_adapter(source.folder, source.name, embeddings=True)
+        if adapter.rows:
+            raise FusionError(
+                f"{source.name} replaces rows of {min(adapter.rows)}, which no update of a LoRA expresses",
+                "method: linear merges it with an adapter's whole model",
+            )
+        found.append(_Opened(name, source, adapter, source.adapter))
     return found
 
 
@@ -202,6 +208,9 @@ def _saved(recipe: Recipe, opened: Sequence[_Opened]) -> dict[str, torch.Tensor]
     found = {}
     for name, depth in depths(names).items():
         tensors = [o.tensors.saved.get(name) for o in opened]
+        beneath = [name.removesuffix(".weight") in o.tensors.lora for o in opened]
+        if None in tensors and all(under or own is None for under, own in zip(beneath, tensors, strict=True)):
+            continue  # what PEFT stores of the base beneath a LoRA on embeddings or a head
         if lacking := [o.name for o, tensor in zip(opened, tensors, strict=True) if tensor is None]:
             has = next(o.name for o, tensor in zip(opened, tensors, strict=True) if tensor is not None)
             raise FusionError(f"{has} saves {name} whole, {lacking[0]} does not", "leave one of them out")
@@ -236,8 +245,11 @@ def _write(
 
     tensors = {}
     for path, found in factors.items():
-        tensors[f"base_model.model.{path}.lora_A.weight"] = found.a.to(dtype).contiguous()
-        tensors[f"base_model.model.{path}.lora_B.weight"] = found.b.to(dtype).contiguous()
+        a, b, names = found.a, found.b, ("lora_A.weight", "lora_B.weight")
+        if any(path in o.tensors.embeddings for o in opened):  # which PEFT stores the other way round
+            a, b, names = b.t(), a.t(), ("lora_embedding_A", "lora_embedding_B")
+        for name_of_half, half in zip(names, (a, b), strict=True):
+            tensors[f"base_model.model.{path}.{name_of_half}"] = half.to(dtype).contiguous()
     for name, tensor in saved.items():
         module, _, own = name.rpartition(".")
         wrapped = ".base_layer" if module in factors else ""  # a head that PEFT stores beside the LoRA on it
@@ -263,6 +275,7 @@ def _write(
             (place / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             save_file(tensors, place / WEIGHTS, metadata={"format": "pt"})
             recipe.save(place / RECIPE_FILE)
+            read_adapter(place, str(folder), embeddings=True)  # what it says of itself is what it holds
             replace_folder(place, folder)
     finally:
         shutil.rmtree(place, ignore_errors=True)
@@ -276,6 +289,8 @@ def _config(recipe: Recipe, opened: Sequence[_Opened], ranks: Mapping[str, int])
     others = {f"^{re.escape(path)}$": own for path, own in ranks.items() if own != rank}
     base, _, revision = (recipe.base or "").partition("@")
     modules = {module for o in opened for module in o.config.get("modules_to_save") or ()}
+    if modules and any(o.config.get("ensure_weight_tying") for o in opened):  # both of two that are tied are stored
+        modules |= {name.rpartition(".")[0] for o in opened for name in o.tensors.saved}
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": base or None,
