@@ -98,6 +98,25 @@ def renamed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
     )
 
 
+def by_todays_names(adapter: Adapter, settings: Mapping[str, Any], config: Mapping[str, Any], called: str) -> Adapter:
+    """An adapter by the paths that its class has in this transformers; as it is where that is unknown, or it misfits.
+
+    Args:
+        adapter: as it was read.
+        settings: content of its ``adapter_config.json``.
+        config: content of its base's ``config.json``.
+        called: what messages call it.
+    """
+    trained = class_trained_on(settings, config)
+    content = {**config, **({"architectures": [trained]} if trained else {})}
+    model = promised(content, called, len(adapter.lora)).model
+    if model is None:
+        return adapter
+    sizes = {path: (a.shape[1], b.shape[0]) for path, (a, b) in adapter.lora.items()}
+    names = placement(sizes, adapter.saved, model, adapter.model_class)
+    return renamed(adapter, names) if set(parameters_of(model)).issuperset(names.values()) else adapter
+
+
 # ---------------------------------------------------------------- in files
 
 

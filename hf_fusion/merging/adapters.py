@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import shutil
@@ -23,7 +24,7 @@ from hf_fusion.hub.adapters import CONFIG, read_adapter
 from hf_fusion.hub.bases import base_id, warn_of_other_bases
 from hf_fusion.hub.files import Source, download, in_parallel, pick_modules, pick_small, resolve, safe_files
 from hf_fusion.hub.headers import Shapes, hub_shapes, local_shapes
-from hf_fusion.hub.placement import place_in_files, refuse_sizes
+from hf_fusion.hub.placement import by_todays_names, place_in_files, refuse_sizes
 from hf_fusion.merging.checkpoint import own_file
 from hf_fusion.merging.merge import MergeReport
 from hf_fusion.merging.methods.linear import shares
@@ -35,6 +36,8 @@ from hf_fusion.recipe import RECIPE_FILE, Recipe
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = "adapter_model.safetensors"
 # what of a first adapter's configuration is true of the merged one as well
@@ -106,11 +109,13 @@ def merge_adapters(
         if own == folder or folder in own.parents or own in folder.parents:
             raise FusionError(f"the output {folder} overlaps the input {own}", "choose another --output")
     refuse_to_replace(folder, overwrite)
+    base = _base(recipe, opened, api)
+    opened = _in_one_layout(opened, base, bool(recipe.base), api)
     factors = _factors(recipe, opened)
     saved = _saved(recipe, opened)
     dtype = getattr(torch, recipe.dtype or "float32")
     experts = tuple(replace(e, model=o.name) for e, o in zip(recipe.experts, opened, strict=True))
-    pinned = replace(recipe, base=_base(recipe, opened, api), experts=experts)
+    pinned = replace(recipe, base=base, experts=experts)
     nbytes = _write(folder, pinned, opened, factors, saved, dtype)
     cut = {path: found for path, found in factors.items() if found.norm}
     total = sum(found.norm for found in cut.values())
@@ -177,6 +182,23 @@ def _base(recipe: Recipe, opened: Sequence[_Opened], api: HfApi | None) -> str |
         raise FusionError(f"the adapters record several bases: {told}", "say which one they share: base: owner/name")
     first = opened[0].tensors
     return f"{first.base}@{first.base_revision}" if first.base and first.base_revision else first.base or None
+
+
+def _in_one_layout(opened: list[_Opened], base: str | None, is_known: bool, api: HfApi | None) -> list[_Opened]:
+    """Adapters of older and newer transformers by the same module paths, those of today.
+
+    The base's configuration tells them. It is looked for where the recipe names the base, or where adapters have not
+    one kind of module in common; where it cannot be read, paths stay as they are.
+    """
+    kinds = [{re.sub(r"\.\d+(?=\.)", ".*", path) for path in o.tensors.lora} for o in opened]
+    if not base or not (is_known or any(not kinds[0] & kind for kind in kinds)):
+        return opened
+    try:
+        config = resolve(base, api).config
+    except FusionError as error:
+        logger.debug("%s", error)
+        return opened
+    return [replace(o, tensors=by_todays_names(o.tensors, o.config, config, o.name)) for o in opened]
 
 
 def _shapes(base: Source) -> Shapes:

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import llama, make_tokenizer, vit
 from tiny_experts import edit_json, save_adapter, save_bert
@@ -16,12 +16,15 @@ from transformers import (
     AutoModelForSequenceClassification,
     LlamaForCausalLM,
     ViTConfig,
+    ViTForImageClassification,
     ViTImageProcessorPil,
 )
 
 from hf_fusion.fusion import fuse
 from hf_fusion.hub.adapters import with_adapter
 from hf_fusion.hub.load import load_experts
+from hf_fusion.merging.merge import merge
+from hf_fusion.recipe import Recipe, RecipeExpert
 
 IDS = torch.arange(3, 15).reshape(2, 6)
 OLD_VIT = {  # as transformers before 5 called them
@@ -99,6 +102,19 @@ def test_layers_that_were_renamed(old_vits, method):
     with torch.no_grad():
         expected, ours = (model(pixel_values=inputs).logits for model in models)
     assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_one_of_each_layout_as_one_adapter(old_vits, is_named, tmp_path):
+    """Which PEFT loads: it would leave out modules by their old names without a word."""
+    base, new, old, merged = old_vits
+    experts = (RecipeExpert(str(new[0]), 0.5), RecipeExpert(str(old[1]), 0.5))
+    recipe = Recipe("lora", experts, str(base) if is_named else None)
+    merge(recipe, tmp_path / "out")
+    ours = PeftModel.from_pretrained(ViTForImageClassification.from_pretrained(base), tmp_path / "out")
+    state, (one, two) = ours.merge_and_unload().state_dict(), (model.state_dict() for model in merged)
+    for key, tensor in state.items():
+        torch.testing.assert_close(tensor, (one[key] + two[key]) / 2, rtol=1e-5, atol=1e-6)
 
 
 def test_layers_that_were_renamed_in_experts(old_vits):
