@@ -360,6 +360,20 @@ def test_what_is_changed_holds_for_all_and_what_is_not_for_each(tokenizer, tmp_p
     assert torch.equal(model.generate(**inputs, choice=[1] * 4), experts[1].model.generate(**inputs, **options))
 
 
+def test_an_experts_generation_config_can_be_edited(tokenizer, tmp_path):
+    model = FoEModel.from_experts(causal(tokenizer, {"max_new_tokens": 3}, {"max_new_tokens": 5}), mode="selection")
+    inputs = prompts(model)
+    model.config.experts[0]["generation"]["max_new_tokens"] = 4
+    model.generation_config.min_new_tokens = 3
+    model.save_pretrained(tmp_path)
+    for each in (model, FoEForGeneration.from_pretrained(tmp_path)):
+        assert each.generation_config.max_new_tokens == 4
+        for expert, length in enumerate((4, 5)):
+            tokens = each.generate(**inputs, choice=[expert] * 4, eos_token_id=None)
+            assert tokens.shape[1] == inputs["input_ids"].shape[1] + length
+        assert each.generation_config.min_new_tokens == 3
+
+
 def test_a_pipeline_leaves_to_experts_what_is_theirs(tokenizer):
     experts = causal(tokenizer, {"max_new_tokens": 3, "do_sample": False}, {"max_new_tokens": 5, "do_sample": False})
     model = FoEModel.from_experts(experts, mode="selection")

@@ -46,6 +46,11 @@ class FoEForGeneration(FoEModel, GenerationMixin):
         model.generation_config = shared_config(model.config, model.generation_config)
         return loaded
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As `FoEModel`'s; the generation config beside it shows the experts' as they are now."""
+        self.generation_config = shared_config(self.config, self.generation_config)
+        super().save_pretrained(*args, **kwargs)
+
     def prompt_embeddings(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Embeddings of prompts by all experts (or by `features_from`), (B, Σd)."""
         source = self.config.features_from

@@ -45,6 +45,14 @@ class SharedGenerationConfig(GenerationConfig):
     A value that was not changed overrides nothing: each expert keeps its own.
     """
 
+    _shown: dict[str, Any] = {}  # the values at first
+
+    def to_dict(self) -> dict[str, Any]:
+        """The values; not which ones they were at first."""
+        values = super().to_dict()
+        values.pop("_shown", None)
+        return values
+
 
 def generation_values(model: Any, brought: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """How an expert generates, as its generation config would be stored.
@@ -69,14 +77,13 @@ def settings_of(config: FoEConfig, expert: int) -> GenerationConfig:
     return settings
 
 
-def shared_config(config: FoEConfig, loaded: GenerationConfig | None = None) -> SharedGenerationConfig:
-    """The generation config that a FoE shows, with what a loaded one changes in it."""
-    values = _shown(config)
-    if loaded is not None:
-        values |= {name: value for name, value in _explicit(loaded).items() if _is_common(config, name)}
-    shared = SharedGenerationConfig()
-    for name, value in values.items():
+def shared_config(config: FoEConfig, changed: GenerationConfig | None = None) -> SharedGenerationConfig:
+    """The generation config that a FoE shows, with what another one changes in it."""
+    shown, shared = _shown(config), SharedGenerationConfig()
+    changes = {name: value for name, value in changes_of(config, changed).items() if _is_common(config, name)}
+    for name, value in {**shown, **changes}.items():
         setattr(shared, name, value)
+    shared._shown = shown
     shared._original_object_hash = hash(shared)  # published as the experts' are: what they say was valid for them
     return shared
 
@@ -87,9 +94,8 @@ def changes_of(config: FoEConfig, given: GenerationConfig | None) -> dict[str, A
         return {}
     if not isinstance(given, SharedGenerationConfig):
         return _explicit(given)
-    shown = _shown(config)
     values = {name: value for name, value in given.to_dict().items() if name not in METADATA}
-    return {name: value for name, value in values.items() if value != shown.get(name)}
+    return {name: value for name, value in values.items() if value != given._shown.get(name)}
 
 
 def _shown(config: FoEConfig) -> dict[str, Any]:
