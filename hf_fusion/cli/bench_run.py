@@ -6,6 +6,8 @@ import argparse
 import shlex
 from pathlib import Path
 
+from hf_fusion.errors import FusionError
+
 from .checks import check_folder
 from .output import Out
 from .parser import COUNT, SEED
@@ -47,6 +49,8 @@ def run(args: argparse.Namespace, out: Out) -> None:
     check_folder(args.data, "--data")
     suite = load_suite(args.suite)
     chosen([word for word in args.methods if not word.endswith(".py")] or ["all"], suite.kind)
+    if missing := [word for word in args.methods if word.endswith(".py") and not Path(word).is_file()]:
+        raise FusionError(f"{missing[0]} is not there", "--methods FILE.py, or the name of a method")
     conditions(args.corruptions, suite.is_of_images)
     splits_named(suite, args.unseen)
 

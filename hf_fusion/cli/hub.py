@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from .output import Out
-from .parser import SEED, Examples
+from .parser import Examples, at_least
 
 SERVE_EXAMPLES = (
     ("hf-fusion hub serve hub --port 8000", "serve the folder ./hub; people find its pages at http://127.0.0.1:8000"),
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server = _action(actions, "serve", "answer requests until interrupted", SERVE_EXAMPLES)
     server.add_argument("folder", metavar="DIR", help="holds everything; created if missing")
     server.add_argument("--host", default="127.0.0.1", help="the only address it answers on (default: 127.0.0.1)")
-    server.add_argument("--port", type=SEED, default=0, help="default: any free one")
+    server.add_argument("--port", type=at_least(0, most=65535), default=0, help="default: any free one")
     user = _action(actions, "user", "print a new token for a user; works beside a running server", USER_EXAMPLES)
     user.add_argument("folder", metavar="DIR", help="the Hub's folder")
     user.add_argument("name", metavar="NAME", help="the user, created if new")

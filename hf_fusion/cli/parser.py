@@ -81,13 +81,15 @@ class Parser(argparse.ArgumentParser):
         return name[:2] in options
 
 
-def at_least(least: float, kind: type[int] | type[float] = int, above: bool = False) -> Any:
-    """The ``type=`` of an option that is a number from `least` on, or above it."""
+def at_least(least: float, kind: type[int] | type[float] = int, above: bool = False, most: int | None = None) -> Any:
+    """The ``type=`` of an option that is a number from `least` on, or above it, up to `most`."""
 
     def number(word: str) -> float:
         value = kind(word)
         if not (value > least if above else value >= least) or value == float("inf"):
             raise argparse.ArgumentTypeError(f"{word} is not {'above' if above else 'at least'} {least:g}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"{word} is more than {most}")
         return value
 
     number.__name__ = "whole number" if kind is int else "number"  # what argparse calls it where it is none

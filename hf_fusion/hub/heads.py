@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, suggestion
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def head_of_task(task: str) -> Head:
     for head in HEADS:
         if task in head.tasks:
             return head
-    raise FusionError(f"Task {task!r} is not supported.", hint=f"use one of: {', '.join(TASKS)}")
+    raise FusionError(f"Task {task!r} is not supported.", hint=suggestion(task, TASKS))
 
 
 def head_of_architecture(architecture: str | None) -> Head | None:
