@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from models.test_phatgoose import LLAMA, experts_of
-from tiny import grey_processor, image_processor, images, llama, resnet, vit
+from tiny import TEXTS, grey_processor, image_processor, images, llama, make_tokenizer, resnet, vit
 from tiny_fused import experts_of as fine_tunes_of
 from transformers import pipeline
 
@@ -95,6 +95,22 @@ def test_a_table_shows_what_is_there_and_counts_what_is_too_long():
 def test_the_file_is_the_same_in_every_family():
     texts = {(MODELS / family / f"summary_{family}.py").read_text() for family in FUSED}
     assert len(texts) == 1  # a family's folder travels alone
+
+
+@pytest.mark.parametrize("family", ["phatgoose", "wemoe"])
+def test_the_processor_of_a_loaded_model_comes_without_warnings(family, caplog, tmp_path):
+    model = FUSED[family]()
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    logger = logging.getLogger("transformers")  # which does not propagate
+    logger.addHandler(caplog.handler)
+    try:
+        tokenizer = loaded.processor
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert tokenizer(TEXTS)["input_ids"] == make_tokenizer()(TEXTS)["input_ids"]
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -378,7 +378,8 @@ class PhatgooseRouter(BackboneMixin, PreTrainedModel):
 
             auto = AutoImageProcessor if self.main_input_name == "pixel_values" else AutoTokenizer
             try:
-                self._processor = auto.from_pretrained(self._source[0], trust_remote_code=False, **self._source[1])
+                where = {**self._source[1], "config": self.config}  # else another is read, and warned of
+                self._processor = auto.from_pretrained(self._source[0], trust_remote_code=False, **where)
             except (OSError, ValueError):  # a repo without one
                 return None
         return self._processor
