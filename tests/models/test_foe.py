@@ -263,7 +263,7 @@ def test_unknown_labels_and_empty_data_are_refused(adapters):
         ({"text": ["x"] * 4, "label": ["a", "b", "z", "q"]}, "does not know"),
         ({"text": ["x"] * 4, "label": [0, 1, 2, 7]}, "the model has 3 labels"),
         ({"sentence": ["x"] * 4, "label": [0, 1, 2, 0]}, "none of"),
-        ({"text": ["x"] * 4}, "no column 'label'"),
+        ({"text": ["x"] * 4}, "no 'label' to learn from"),
         ({"text": ["x"], "label": [0]}, "too few"),
     ]
     for columns, message in cases:
