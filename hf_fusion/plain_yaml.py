@@ -53,8 +53,8 @@ def _several(path: Path, loader: yaml.SafeLoader, first: yaml.Node | None) -> Fu
     nodes = [first]
     while loader.check_node():
         nodes.append(loader.get_node())
-    keys = [{key.value for key, _ in node.value} if isinstance(node, yaml.MappingNode) else set() for node in nodes]
-    if any("merge_method" in own for own in keys):
+    mappings = [node.value for node in nodes if isinstance(node, yaml.MappingNode)]
+    if any(key.value == "merge_method" for pairs in mappings for key, _ in pairs):
         return FusionError(
             f"{path} holds {len(nodes)} merges, of which some are models of others, as mergekit-multi runs them: one is"
             " fused at a time",

@@ -90,8 +90,11 @@ def refuse_pickled(name: str, files: Iterable[str], folders: Iterable[str]) -> N
 
 def local_files(folder: Path) -> Iterator[str]:
     """All files of a folder that manifests may name, as paths from it; links to folders are not followed."""
+    is_named = (folder / MODULES).is_file()  # else only two kinds of sub-folders can be, whatever lies there
     for root, folders, files in os.walk(folder):
         place = Path(root).relative_to(folder)
+        if not place.parts and not is_named:
+            folders[:] = [own for own in folders if own == TEMPLATES or own.endswith("_tokenizer")]
         hidden = [own for own in folders if own.startswith((".", "__pycache__", "checkpoint-"))]
         folders[:] = sorted(set(folders) - set(hidden)) if len(place.parts) < _DEEPEST else []
         yield from ((place / file).as_posix() for file in files)

@@ -279,7 +279,7 @@ def test_adapters_that_became_one_keep_their_folders(tmp_path):
     assert (tmp_path / "out" / "1_Pooling" / "config.json").exists()
 
 
-def test_code_travels_only_where_a_configuration_names_it(tmp_path):
+def test_code_travels_only_where_a_configuration_names_it_and_is_told(tmp_path, caplog):
     for seed, name in enumerate(("one", "two")):
         (save_bert(tmp_path / name, seed) / "setup.py").write_text("raise SystemExit('ran')")
     experts = tuple(RecipeExpert(str(tmp_path / name)) for name in ("one", "two"))
@@ -288,3 +288,4 @@ def test_code_travels_only_where_a_configuration_names_it(tmp_path):
     edit_json(tmp_path / "one" / "config.json", auto_map={"AutoModel": "setup.Model"})
     merge(Recipe("linear", experts), tmp_path / "named")
     assert (tmp_path / "named" / "setup.py").exists()
+    assert "brings code (setup.py): it is copied, and runs only by trust_remote_code=True" in caplog.text
