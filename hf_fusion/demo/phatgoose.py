@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .language_suite import CHAT, TASKS, rows
 from .place import Place, ask_a_stranger, hub_lines, near, publish_to, report_push, shell_lines
-from .smollm2 import SMOLLM2, smollm2_folder
+from .smollm2 import SMOLLM2, reference_rows, smollm2_folder
 
 if TYPE_CHECKING:
     from hf_fusion.cli.output import Out
@@ -25,8 +25,7 @@ WITH_GATES = ("word-sorting", "word-reversal", "number-sorting", "number-range")
 WITHOUT_GATES = "chain-sum"  # gets them on the way
 ELSEWHERE, OTHER_BASE = "word-sorting-360m", "HuggingFaceTB/SmolLM2-360M-Instruct"
 BASE_CARD = "---\nlicense: apache-2.0\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
-GATE_STEPS, GATE_BATCH = 40, 8
-SAMPLES, SAMPLE_TOKENS = 64, 64
+GATE_STEPS, GATE_BATCH = 50, 8  # as those of the other experts
 SYSTEMS = ("base", "PHATGOOSE", "merged", "experts", "oracle")
 TESTED = 40  # rows of each task
 QUESTIONS = (
@@ -37,8 +36,13 @@ QUESTIONS = (
 ANSWER_TOKENS = 16
 
 
-def run(place: Place, out: Out) -> dict[str, Any]:
+def run(place: Place, out: Out, seed: int = 0) -> dict[str, Any]:
     """Seeds a Hub, discovers, adds gates, fuses, measures, publishes, and asks the result in a fresh process.
+
+    Args:
+        place: where it happens.
+        out: what is said goes there.
+        seed: of the order in which gates see rows.
 
     Returns:
         Where everything lies and what was measured.
@@ -55,7 +59,7 @@ def run(place: Place, out: Out) -> dict[str, Any]:
         _show_verdict(verdict, out)
 
     with out.step(4, STEPS, f"Train gates for {WITHOUT_GATES}, and push them into its repo"):
-        _add_gates(place, verdict, out)
+        _add_gates(place, verdict, out, seed)
 
     with out.step(5, STEPS, "Fuse and measure"):
         model, results, routing, fused = _fuse_and_measure(place, out)
@@ -90,7 +94,7 @@ def run(place: Place, out: Out) -> dict[str, Any]:
 def _push_all(place: Place, out: Out) -> None:
     """The base under its own id, adapters with gates, one without, and one that says it is of another base."""
     if place.embedded:  # the real Hub has it
-        report_push(_push_base(place), SMOLLM2, out)
+        report_push(push_base(place), SMOLLM2, out)
     for name in WITH_GATES:
         report_push(place.push(name, EXPERTS / name), place.repo(name), out)
     for name, folder in _misfits(place.folder / "misfits").items():
@@ -99,7 +103,7 @@ def _push_all(place: Place, out: Out) -> None:
         report_push(not known and place.push(name, folder), place.repo(name), out)
 
 
-def _push_base(place: Place) -> bool:
+def push_base(place: Place) -> bool:
     """SmolLM2 as its owner would push it."""
     from huggingface_hub import HfApi
 
@@ -150,23 +154,22 @@ def _show_verdict(verdict: Compatibility, out: Out) -> None:
     out.table(rejected, title=f"{len(rejected)} do not", aside=True)
 
 
-def _add_gates(place: Place, verdict: Compatibility, out: Out) -> None:
+def _add_gates(place: Place, verdict: Compatibility, out: Out, seed: int) -> None:
     """Trains and pushes the gates that are missing, unless an earlier run has done so."""
     from hf_fusion.hub.load import load_experts
     from hf_fusion.hub.publish_gates import push_gates
     from hf_fusion.training.gates import train_gates
-    from hf_fusion.training.whitening import base_samples, fit_whitening
+    from hf_fusion.training.whitening import fit_whitening
 
     lacking = next((entry.info for entry in verdict.rejected if entry.info.id == place.repo(WITHOUT_GATES)), None)
     if lacking is None:
         out.log("      there already")
         return
     (expert,) = load_experts([lacking], api=place.api)
-    # The other experts' gates read whitened inputs too; theirs were whitened by more samples.
-    samples = base_samples(expert, *CHAT.split("{}"), count=SAMPLES, tokens=SAMPLE_TOKENS)
-    whitening = fit_whitening(expert, samples)
+    # The other experts' gates read whitened inputs too: only scores of one measure can be compared.
+    whitening = fit_whitening(expert, reference_rows())
     examples = rows(WITHOUT_GATES, "train", GATE_STEPS * GATE_BATCH)
-    gates = train_gates(expert, examples, steps=GATE_STEPS, batch_size=GATE_BATCH, whitening=whitening)
+    gates = train_gates(expert, examples, steps=GATE_STEPS, batch_size=GATE_BATCH, whitening=whitening, seed=seed)
     pushed = push_gates(gates, lacking.id, api=place.api)
     before, after = gates.facts["loss_before"], gates.facts["loss_after"]
     out.log(f"      {len(gates.vectors)} gates in {GATE_STEPS} steps, loss {before:.3f} → {after:.3f}")

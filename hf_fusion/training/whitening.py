@@ -148,7 +148,8 @@ def base_samples(
 ) -> Dataset:
     """Reference rows that a language model makes up: what follows `opening`, where a user would speak (Magpie's way).
 
-    Nothing but the base is needed, and everybody who has it gets the same rows (Magpie, arXiv 2406.08464).
+    Nothing but the base is needed (Magpie, arXiv 2406.08464). A machine that rounds otherwise samples other rows, and
+    few rows whiten otherwise: gates that are to be compared should be whitened by the same rows, so keep these.
 
     Args:
         base: a causal language model with its tokenizer; of an adapter, its base is read.
