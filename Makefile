@@ -7,6 +7,8 @@
 #   make test-cpus the numeric tests with other processors' vectors and with more threads
 #   make test-all  the slow, trained suites as well
 #   make bench     the performance measurements
+#   make numbers ONLY=NAME DATA=DIR   measure one source of README's figures again, and write them; without ONLY all: hours
+#   make numbers-render               write README, cards and docs/numbers.md from the measurements that are there
 #   make peers     our merging methods beside mergekit's, fusion_bench's and PEFT's; the first two in an environment
 #                  of their own (1.5 GB)
 #
@@ -23,7 +25,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraint
 # Two test processes on two cores: more threads would only get in each other's way. A file's tests share a process.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test fast check test-cpus test-all bench peers constraints
+.PHONY: demo test fast check test-cpus test-all bench numbers numbers-render peers constraints
 
 demo: $(VENV)/demo-installed
 	$(BIN)/hf-fusion demo
@@ -50,6 +52,14 @@ bench: $(VENV)/test-installed
 	$(BIN)/python tests/benchmarks/foe_forward.py
 	$(BIN)/python tests/benchmarks/hub_load.py
 	$(BIN)/python tests/benchmarks/discovery.py
+
+NUMBERS := $(BIN)/python tests/benchmarks/write_numbers.py
+
+numbers: $(VENV)/test-installed # DATA: the folder of data sets, for sources that read any
+	$(NUMBERS) $(if $(ONLY),--only $(ONLY)) $(if $(DATA),--data $(DATA))
+
+numbers-render: $(VENV)/test-installed
+	$(NUMBERS) --render
 
 peers: $(VENV)/test-installed $(PEERS)/installed
 	$(BIN)/python tests/peers/compare.py --python $(PEERS)/bin/python --output tests/peers/agreement.json

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,35 @@ def run_demo(folder: Path, *words: str) -> tuple[dict[str, Any], str]:
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr
+
+
+def departures(measured: Mapping[str, Any], published: Mapping[str, Any]) -> list[str]:
+    """Where a run's scores lie outside the 95 % intervals that a card states: system, what, both figures.
+
+    Args:
+        measured: content of a ``results.json``.
+        published: the same of the card, under ``results`` of its JSON.
+    """
+    found = dict(_scores(measured))
+    stated = dict(_scores(published))
+    assert stated, "the card states no scores"
+    told = []
+    for key, own in stated.items():
+        low, high = own["ci95"]
+        if key not in found:
+            told.append(f"{' '.join(key)}: not measured")
+        elif not low <= found[key]["score"] <= high:
+            told.append(f"{' '.join(key)}: {found[key]['score']:.3f}, stated {low:.3f} to {high:.3f}")
+    return told
+
+
+def _scores(results: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    """(System, task or group of tasks) -> score and interval; where there are no tasks, (system,)."""
+    for system in results["systems"]:
+        if "score" in system:
+            yield (system["name"],), system
+        for values in (system.get("scores", {}), system.get("means", {})):
+            yield from (((system["name"], name), score) for name, score in values.items())
 
 
 def commits(folder: Path, owner: str = "demo") -> dict[str, list[str]]:

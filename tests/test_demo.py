@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from demo_runs import commits, printed_lines, run_demo, run_lines
+from demo_runs import commits, departures, printed_lines, run_demo, run_lines
 from huggingface_hub import HfApi
 from PIL import Image
 
@@ -43,6 +44,12 @@ def test_foe_beats_the_best_expert_by_ten_points_and_the_mean_ensemble_by_three(
     assert score["FoE"] > score["max confidence"]
     assert score["oracle expert"] >= score["FoE"]
     assert all(system.ci95[0] <= system.score <= system.ci95[1] for system in results.systems)
+
+
+def test_it_measures_what_its_card_says(folder, ran):
+    measured = json.loads((folder / "demo" / "foe-digits" / "results.json").read_text(encoding="utf-8"))
+    card = json.loads((Path(__file__).parents[1] / "model_cards" / "foe.json").read_text(encoding="utf-8"))
+    assert departures(measured, card["results"]) == []
 
 
 def test_frugal_foe_is_within_a_point_at_half_the_cost(results):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from demo_runs import commits, printed_lines, run_demo, run_lines
+from demo_runs import commits, departures, printed_lines, run_demo, run_lines
 from huggingface_hub import HfApi
 from PIL import Image
+from safetensors.torch import load_file
+from torch.nn.functional import cosine_similarity
 
+from hf_fusion.demo.phatgoose import EXPERTS, WITHOUT_GATES
+from hf_fusion.hub.gates import GATES_FILE
 from hf_fusion.hub.server import HubServer
 from hf_fusion.suite_results import SuiteResults
 
@@ -45,16 +50,34 @@ def test_the_router_leads_the_base_the_mean_and_every_expert(folder, ran):
     assert "PHATGOOSE's lead with its 95 % interval" in said
 
 
+def test_it_measures_what_its_card_says(folder, ran):
+    measured = json.loads((folder / "demo" / "router" / "results.json").read_text(encoding="utf-8"))
+    card = json.loads((Path(__file__).parents[1] / "model_cards" / "phatgoose.json").read_text(encoding="utf-8"))
+    assert departures(measured, card["results"]) == []
+
+
 def test_adapters_are_rejected_each_for_its_reason_and_one_gets_gates(folder, ran):
     summary, said = ran
     kinds = {name.partition("/")[2]: reason.partition(":")[0] for name, reason in summary["rejected"].items()}
     assert kinds == {"chain-sum": "gates", "word-sorting-360m": "base"}
-    before, after = re.search(r"112 gates in 40 steps, loss ([\d.]+) → ([\d.]+)", said).groups()
+    before, after = re.search(r"112 gates in 50 steps, loss ([\d.]+) → ([\d.]+)", said).groups()
     assert float(after) < float(before)
     with HubServer(folder / "demo" / "hub") as hub:
         info = HfApi(endpoint=hub.endpoint, token=False).model_info("demo/chain-sum")
         assert "phatgoose-gates" in info.tags
         assert "phatgoose_gates.safetensors" in {file.rfilename for file in info.siblings}
+
+
+def test_the_gates_it_trains_are_of_one_measure_with_those_of_the_other_experts(folder, ran):
+    """As those that lie beside chain-sum's weights, made by the same recipe: fewer reference rows make them longer."""
+    with HubServer(folder / "demo" / "hub") as hub:
+        pushed = HfApi(endpoint=hub.endpoint, token=False).hf_hub_download("demo/chain-sum", GATES_FILE)
+        own = load_file(pushed)
+    shipped = load_file(EXPERTS / WITHOUT_GATES / GATES_FILE)
+    ratios = [float(own[path].float().norm() / gate.float().norm()) for path, gate in shipped.items()]
+    assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.1)
+    similar = [float(cosine_similarity(own[path].float(), gate.float(), 0)) for path, gate in shipped.items()]
+    assert sum(similar) / len(similar) > 0.8
 
 
 def test_a_fresh_process_without_hf_fusion_and_peft_says_the_same(ran):

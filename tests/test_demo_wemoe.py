@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from demo_runs import commits, printed_lines, run_demo, run_lines
+from demo_runs import commits, departures, printed_lines, run_demo, run_lines
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -134,6 +135,13 @@ def test_a_fresh_process_without_hf_fusion_and_peft_says_the_same(ran):
     assert summary["identical"] is True
     assert re.findall(r"(logits|answers) +identical", said) == ["logits", "answers"]
     assert len(re.findall(r"\?.*\(right: ", said)) == len(TASKS)
+
+
+@pytest.mark.slow
+def test_it_measures_what_its_card_says(folder, ran):
+    measured = json.loads((folder / "demo" / "merged" / "results.json").read_text(encoding="utf-8"))
+    card = json.loads((Path(__file__).parents[1] / "model_cards" / "wemoe.json").read_text(encoding="utf-8"))
+    assert departures(measured, card["results"]) == []
 
 
 @pytest.mark.slow

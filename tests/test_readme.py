@@ -1,9 +1,8 @@
-"""README, CONTRIBUTING and the examples: every block of code and every number in them."""
+"""README, CONTRIBUTING and the examples: every block of code in them; `test_numbers.py` has their figures."""
 
 from __future__ import annotations
 
 import ast
-import json
 import os
 import re
 import shlex
@@ -22,11 +21,9 @@ import hf_fusion
 from hf_fusion import fuse, save_fused
 from hf_fusion.cli.app import build_parser
 from hf_fusion.demo.smollm2 import smollm2_folder
-from hf_fusion.evaluate import Results
 from hf_fusion.merging.methods import methods_table
 from hf_fusion.merging.recipes import check_recipe
 from hf_fusion.recipe import Recipe
-from hf_fusion.suite_results import SuiteResults
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -183,48 +180,6 @@ def test_every_example_names_its_exact_command():
         assert f"\n    python examples/{name}" in text.split('"""')[1]
 
 
-def test_the_table_is_what_was_measured():
-    results = Results.load(ROOT / "docs" / "results.json")
-    rows = [[row["system"].rpartition("/")[2], *list(row.values())[1:]] for row in results.table()]
-    assert "\n".join(f"| {' | '.join(map(str.strip, row))} |" for row in rows) in README
-    assert f"n = {results.n:,}" in README
-    assert f"`{results.command}`" in README
-    prose = " ".join(README.split()).replace("1 CPU thread,", "1 CPU threads,")
-    assert results.machine in prose
-
-
-def test_phatgooses_table_is_what_was_measured():
-    folder = ROOT / "tests" / "benchmarks" / "results"
-    results = SuiteResults.load(folder / "phatgoose_text.json")
-    results.systems += SuiteResults.load(folder / "phatgoose_text_uniform.json").systems
-    order = ("base", "PHATGOOSE", "retrieval", "average activation", "Arrow", "merged", "uniform")
-    for group in ("held-in", "held-out"):
-        n = sum(task.n for task in results.tasks if task.group == group)
-        cells = re.search(rf"^\| {group} \| {n} \| (.*) \|$", README, re.MULTILINE)[1].split(" | ")
-        for name, cell in zip(order, cells, strict=False):
-            mean = results[name].means[group]
-            shown, low, high = re.fullmatch(r"\**([\d.]+)\**(?: \((\d+)–(\d+)\))?", cell).groups()
-            assert shown == f"{100 * mean.score:.1f}", name
-            assert low is None or (int(low), int(high)) == tuple(round(100 * end) for end in mean.ci95), name
-    assert results.command.partition(" --top-k")[0].endswith("--n 40 --examples 300")
-
-
-def test_wemoes_table_is_what_was_measured():
-    found = json.loads((ROOT / "tests" / "benchmarks" / "results" / "wemoe_minilm8.json").read_text())
-    names = {
-        "individual experts": "individual experts", "WEMoE": "WEMoE",
-        "AdaMerging by layer, taught by the experts": "AdaMerging, by layer", "TIES, λ tuned: .2": "TIES, λ tuned",
-        "task arithmetic, λ tuned: .1": "task arithmetic, λ tuned", "WEMoE, not adapted": "WEMoE, not adapted",
-        "base under the experts' heads": "base", "simple average": "simple average",
-    }  # fmt: skip
-    for shown, name in names.items():
-        row = found["conditions"]["clean"][name]
-        mean, share = re.search(
-            rf"^\| {re.escape(shown)} \| \**([\d.]+)\** \([^|]*\| ([\d.]+) \|$", README, re.M
-        ).groups()
-        assert (mean, share) == (f"{100 * row['mean']:.1f}", f"{100 * row['normalised']:.1f}"), shown
-
-
 def test_the_table_of_methods_is_that_of_the_code():
     assert methods_table() in README, "python -c 'from hf_fusion.merging.methods import *; print(methods_table())'"
 
@@ -234,24 +189,6 @@ def test_the_recipe_is_one():
     recipe = Recipe.from_dict(yaml.safe_load(text))
     check_recipe(recipe)
     assert [expert.settings for expert in recipe.experts] == [{}, {"density": 0.3}]
-
-
-def test_what_a_merge_takes_is_what_was_measured():
-    rows = json.loads((ROOT / "tests" / "benchmarks" / "results" / "merging.json").read_text())["rows"]
-    assert len(rows) == 8
-    for row in rows:
-        ratios = f"{row['ratio']:.2f} | {row['seconds'] / row['floor']:.2f}"
-        times = f"{ratios} | {row['seconds']:.1f} | {row['process_seconds']:.1f}"
-        assert f"| `{row['method']}` | {times} | {row['mb']} |" in README
-    long = json.loads((ROOT / "tests" / "benchmarks" / "results" / "merging_long.json").read_text())["rows"]
-    said = " ".join(README.split())
-    for row in long:
-        assert re.search(rf"`{row['method']}`[^;`]* {row['seconds']:.0f} (CPU )?s and {row['mb']} MB", said), row
-    peers = json.loads((ROOT / "tests" / "benchmarks" / "results" / "merging_mergekit.json").read_text())["rows"]
-    assert len(peers) == 3
-    for row in peers:
-        times = f"{row['process_seconds']:.1f} | {row['peer_seconds']:.1f}"
-        assert f"| `{row['method']}` | {times} | {row['mb']} | {row['peer_mb']:,} |" in README
 
 
 def test_every_path_in_the_tree_exists():

@@ -29,8 +29,13 @@ ASKED = 16  # images a stranger is asked about
 RIVALS = ("mean ensemble", "max confidence")
 
 
-def run(place: Place, out: Out) -> dict[str, Any]:
+def run(place: Place, out: Out, seed: int = 0) -> dict[str, Any]:
     """Seeds a Hub, discovers, fuses, fits, measures, publishes, and loads the result in a fresh process.
+
+    Args:
+        place: where it happens.
+        out: what is said goes there.
+        seed: of what the fuser starts from.
 
     Returns:
         Where everything lies and what was measured.
@@ -50,7 +55,7 @@ def run(place: Place, out: Out) -> dict[str, Any]:
         _show_verdict(verdict, out)
 
     with out.step(4, STEPS, "Fuse, fit and measure"):
-        model, results, fused = _fuse_fit_measure(place, verdict, out)
+        model, results, fused = _fuse_fit_measure(place, verdict, out, seed)
         out.table(results.table(), title=f"Accuracy on {results.n:,} held-out images", aside=True)
         for line in _said(results):
             out.log(f"      {line}")
@@ -103,7 +108,7 @@ def _show_verdict(verdict: Compatibility, out: Out) -> None:
     out.table(rejected, title=f"{len(rejected)} do not", aside=True)
 
 
-def _fuse_fit_measure(place: Place, verdict: Compatibility, out: Out) -> tuple[Any, Results, Path]:
+def _fuse_fit_measure(place: Place, verdict: Compatibility, out: Out, seed: int) -> tuple[Any, Results, Path]:
     """The fitted model, what was measured, and the folder that holds both."""
     from hf_fusion.evaluate import RESULTS_FILE, evaluate_fusion
     from hf_fusion.fusion import fuse, save_fused
@@ -116,7 +121,7 @@ def _fuse_fit_measure(place: Place, verdict: Compatibility, out: Out) -> tuple[A
     out.log(f"      fused {len(experts)} experts, {model.num_parameters() / 1e6:.1f} million parameters")
     train, test = _rows(place, "train"), _rows(place, "test")
     out.log(f"      running them on {len(train):,} images to fit on and {len(test):,} to measure on …")
-    fit = fit_fuser(model, train, frugal=True)
+    fit = fit_fuser(model, train, frugal=True, seed=seed)
     out.log(
         f"      fitted on {fit.train_rows:,} images that no expert saw; {fit.held_out_rows:,} more told when to stop"
     )

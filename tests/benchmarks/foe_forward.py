@@ -1,6 +1,6 @@
 """FoE's forward against the sum of its experts' forwards, in the same run.
 
-    python tests/benchmarks/foe_forward.py [--batch 8] [--tokens 32] [--repeats 7]
+    python tests/benchmarks/foe_forward.py [--batch 8] [--tokens 32] [--repeats 7] [--output FILE]
 
 One thread, process CPU time, interleaved, minimum of several. The experts stand alone as their users would run them:
 full models by transformers, adapters by PEFT on the base.
@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--experts", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--output", type=Path, help="where the figures go, as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = {}
@@ -119,7 +120,10 @@ def main() -> None:
         ratio = times[0] / sum(times[1:])
         rows[build.__doc__] = {"foe_s": times[0], "sum_of_experts_s": sum(times[1:]), "ratio": ratio}
         print(f"{build.__doc__:45} FoE {times[0]:.3f} s, experts {sum(times[1:]):.3f} s, ratio {ratio:.3f}")
-    print(json.dumps({"command": " ".join(sys.argv), "machine": machine(), **vars(arguments), "rows": rows}))
+    settings = {name: value for name, value in vars(arguments).items() if name != "output"}
+    found = {"command": f"python {' '.join(sys.argv)}", "machine": machine(), **settings, "rows": rows}
+    if arguments.output:
+        arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

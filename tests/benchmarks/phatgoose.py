@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -192,6 +193,7 @@ def main() -> None:
     parser.add_argument("--smollm2", action="store_true", help="SmolLM2-135M's shape instead of T5's")
     parser.add_argument("--loading", type=int, help="only measure loading, with so many experts")
     parser.add_argument("--memory", type=int, help="only measure peak memory, with so many experts")
+    parser.add_argument("--output", type=Path, help="where the ratios go, as JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)
     base: PreTrainedModel = smollm2() if args.smollm2 else t5_small()
@@ -200,9 +202,15 @@ def main() -> None:
         if option:
             print(json.dumps(job(base, option)))
             return
+    rows = []
     for experts in [8] if args.smollm2 else args.experts:
         row = ratios(base, experts, experts in args.arrow, args.repeats)
-        print(json.dumps({key: round(value, 3) for key, value in row.items()}), flush=True)
+        rows.append({key: round(value, 3) for key, value in row.items()})
+        print(json.dumps(rows[-1]), flush=True)
+    if args.output:
+        command = f"python {' '.join(sys.argv)}"
+        found = {"command": command, "machine": machine(), "model": type(base).__name__, "rows": rows}
+        args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

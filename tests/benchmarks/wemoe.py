@@ -15,6 +15,7 @@ import argparse
 import copy
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -136,17 +137,19 @@ def step(model: Any, pixels: torch.Tensor, head: torch.Tensor) -> Callable[[], N
     return run
 
 
-def report(name: str, batch: int, ratio: float, dense: float) -> None:
+def report(name: str, batch: int, ratio: float, dense: float) -> dict[str, Any]:
     bar = BARS.get((name, batch))
     row = {"what": name, "batch": batch, "ratio": round(ratio, 3), "bar": bar, "dense ms": round(1000 * dense, 1)}
     print(json.dumps(row), flush=True)
+    return row
 
 
-def forwards(storages: Sequence[str], batches: Sequence[int], experts: int, repeats: int) -> None:
+def forwards(storages: Sequence[str], batches: Sequence[int], experts: int, repeats: int) -> list[dict[str, Any]]:
     """The table: forwards of every storage, and a step of exact task vectors."""
     base = vit_b32()
     models = {storage: fused(base, "features", experts, storage) for storage in storages}
     head = torch.randn(768, CLASSES, generator=torch.Generator().manual_seed(2))
+    rows = []
     for batch in batches:
         pixels = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(3))
         with torch.no_grad():
@@ -154,12 +157,13 @@ def forwards(storages: Sequence[str], batches: Sequence[int], experts: int, repe
             jobs = {name: partial(model, pixel_values=pixels) for name, model in systems.items()}
             times = measure(jobs, repeats)
         for storage in storages:
-            report(storage, batch, times[storage] / times["dense"], times["dense"])
+            rows.append(report(storage, batch, times[storage] / times["dense"], times["dense"]))
         if batch > 1:
             systems = {"dense": base, "exact": models["exact"]} if "exact" in models else {}
             times = measure({name: step(m, pixels, head) for name, m in systems.items()}, max(2, repeats // 2))
             if times:
-                report("exact step", batch, times["exact"] / times["dense"], times["dense"])
+                rows.append(report("exact step", batch, times["exact"] / times["dense"], times["dense"]))
+    return rows
 
 
 def decoding(storages: Sequence[str], batches: Sequence[int], experts: int, repeats: int) -> None:
@@ -226,6 +230,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--decode", action="store_true", help="only measure decoding")
     parser.add_argument("--memory", choices=TASK_VECTORS, help="only measure memory, of one storage")
+    parser.add_argument("--output", type=Path, help="where the ratios go, as JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"# {machine()}, {args.experts} experts")
@@ -234,7 +239,15 @@ def main() -> None:
     elif args.decode:
         decoding(args.storage, [b for b in args.batch if b < 32], args.experts, args.repeats)
     else:
-        forwards(args.storage, args.batch, args.experts, args.repeats)
+        rows = forwards(args.storage, args.batch, args.experts, args.repeats)
+        if args.output:
+            found = {
+                "command": f"python {' '.join(sys.argv)}",
+                "machine": machine(),
+                "experts": args.experts,
+                "rows": rows,
+            }
+            args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

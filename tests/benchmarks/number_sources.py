@@ -1,0 +1,187 @@
+"""The manifest of `write_numbers.py`: where each figure of README and the cards comes from, and what measures it.
+
+A figure stands in a block, a table between the markers ``<!-- numbers-NAME:begin -->`` and
+``<!-- numbers-NAME:end -->``, or in a phrase, a piece of a sentence as it is written in the document. Both are
+functions of the JSON files alone (`number_tables.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_fusion.bench.cells import read_cells
+from hf_fusion.bench.pages import README_SECTION, readme_block
+
+sys.path.append(str(Path(__file__).parent))
+import number_tables as tables
+from number_tables import Read
+
+ROOT = Path(__file__).parents[2]
+MEASURED = "tests/benchmarks/results"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where some figures come from.
+
+    Attributes:
+        files: what holds them, as seen from the project's folder.
+        commands: what measures them again; ``{data}`` is the folder of data sets.
+        rows: what was measured on, and how far seeds or repetitions differ.
+        minutes: what that takes on one quiet core.
+        block: the table between the markers, or None.
+        phrases: pieces of sentences with figures in them, each of which the document has exactly once.
+        document: where the block and the phrases stand.
+        section: name of the markers, where it is not ``numbers-NAME``.
+    """
+
+    files: tuple[str, ...]
+    commands: tuple[str, ...]
+    rows: str
+    minutes: int
+    block: Callable[[Read], str] | None = None
+    phrases: Callable[[Read], list[str]] | None = None
+    document: str = "README.md"
+    section: str = ""
+
+    def read(self) -> Read:
+        """The content of its files."""
+        paths = [ROOT / name for name in self.files]
+        return [path if path.is_dir() else json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+BENCHMARKS = "{python} tests/benchmarks"
+SUITES = f"{BENCHMARKS}/wemoe_suites.py --data {{data}}"
+EIGHT = f"{SUITES} --suite minilm-8 --limit 500 --batch-size 8 --steps 80 --scaling 0.1"
+
+
+def demo(name: str, rows: str, minutes: int, **shown: Any) -> Source:
+    """A demo with three seeds; its card is that of the first."""
+    files = (f"model_cards/{name}.json", f"{MEASURED}/demo_{name}.json")
+    return Source(**{"files": files, **shown}, rows=rows, minutes=minutes, commands=(f"{BENCHMARKS}/demos.py {name}",))
+
+
+SOURCES = {
+    "demo-foe": demo(
+        "foe",
+        "1,597 test images; three seeds of the fuser",
+        5,
+        files=("docs/results.json", "model_cards/foe.json", f"{MEASURED}/demo_foe.json"),
+        block=tables.demo_table,
+        phrases=tables.demo_phrases,
+    ),
+    "demo-phatgoose": demo(
+        "phatgoose",
+        "200 test rows, 40 of each of five tasks; three seeds of the gates that it trains",
+        12,
+        phrases=tables.phatgoose_demo_phrases,
+    ),
+    "demo-wemoe": demo("wemoe", "1,600 test pictures, 400 of each of four tasks; three seeds of the routers", 8),
+    "card-merge": Source(
+        ("model_cards/merge.json",),
+        (f"{BENCHMARKS}/merge_card.py",),
+        "120 test rows, 40 of each of three tasks; nothing in it is random",
+        2,
+    ),
+    "foe-text": Source(
+        tuple(f"{MEASURED}/foe_text_{suite}.json" for suite in tables.FOE_TEXT),
+        tuple(f"{BENCHMARKS}/foe_text.py --data {{data}} --suite {suite}" for suite in tables.FOE_TEXT),
+        "the test rows that the table counts; the first of three seeds",
+        30,
+        tables.foe_text_table,
+        tables.foe_text_phrases,
+    ),
+    "foe-forward": Source(
+        (f"{MEASURED}/foe_forward.json",),
+        (f"{BENCHMARKS}/foe_forward.py --output {MEASURED}/foe_forward.json",),
+        "least of 7 runs",
+        2,
+        phrases=tables.foe_forward_phrases,
+    ),
+    "merging": Source(
+        (f"{MEASURED}/merging.json",),
+        (f"{BENCHMARKS}/merging.py --repeat 3 --output {MEASURED}/merging.json",),
+        "least of three runs",
+        10,
+        tables.merging_table,
+        tables.merging_phrases,
+    ),
+    "merging-mergekit": Source(
+        (f"{MEASURED}/merging_mergekit.json",),
+        (
+            f"{BENCHMARKS}/merging.py --methods linear task_arithmetic ties --repeat 2 "
+            f"--mergekit .venv-peers/bin/mergekit-yaml --output {MEASURED}/merging_mergekit.json",
+        ),
+        "one run; `make peers` installs mergekit",
+        10,
+        tables.mergekit_table,
+    ),
+    "merging-long": Source(
+        (f"{MEASURED}/merging_long.json",),
+        (f"{BENCHMARKS}/merging.py --methods iso_c iso_cts tsv_m wudi --output {MEASURED}/merging_long.json",),
+        "one run",
+        20,
+        phrases=tables.long_merging_phrases,
+    ),
+    "peers": Source(
+        ("tests/peers/agreement.json",), ("make peers",), "every case once", 2, phrases=tables.peers_phrases
+    ),
+    "phatgoose-text": Source(
+        tuple(f"{MEASURED}/phatgoose_text{name}.json" for name in ("", "_uniform", "_paper_gates")),
+        (
+            f"{BENCHMARKS}/phatgoose_text.py --data {{data}} --n 40 --examples 300",
+            f"{BENCHMARKS}/phatgoose_text.py --data {{data}} --n 40 --systems uniform "
+            f"--output {MEASURED}/phatgoose_text_uniform.json",
+            "{python} examples/train_smollm2_experts.py --data {data} --gates --paper-gates --output paper-gates",
+            f"{BENCHMARKS}/phatgoose_text.py --data {{data}} --n 40 --systems PHATGOOSE --experts paper-gates "
+            f"--output {MEASURED}/phatgoose_text_paper_gates.json",
+        ),
+        "40 test rows of each task in each form; one seed",
+        120,
+        tables.phatgoose_table,
+        tables.phatgoose_phrases,
+    ),
+    "phatgoose-minilm": Source(
+        (f"{MEASURED}/phatgoose_minilm.json",),
+        (f"{BENCHMARKS}/phatgoose_minilm.py --data {{data}}",),
+        "800 test rows, 200 of each of four tasks; one seed",
+        5,
+        phrases=tables.phatgoose_minilm_phrases,
+    ),
+    "wemoe-suites": Source(
+        (f"{MEASURED}/wemoe_minilm8.json", f"{MEASURED}/wemoe_minilm8_transductive.json", "results"),
+        (
+            f"{EIGHT} --learned WEMoE 'AdaMerging, by layer' --output {MEASURED}/wemoe_minilm8.json",
+            f"{EIGHT} --seeds 1 --learned WEMoE --transductive --output {MEASURED}/wemoe_minilm8_transductive.json",
+        ),
+        "4,000 test rows, 500 of each of eight tasks; three seeds of what is learned",
+        90,
+        tables.wemoe_table,
+        tables.wemoe_phrases,
+    ),
+    "wemoe-noise": Source(
+        (f"{MEASURED}/wemoe_vision6_noise.json",),
+        (
+            f"{SUITES} --suite vision-6 --adapt-on gaussian_noise:5 --transductive --limit 250 --learned WEMoE "
+            f"'WEMoE, entropy' 'WEMoE, entropy, watched' --output {MEASURED}/wemoe_vision6_noise.json",
+        ),
+        "1,500 test pictures, 250 of each of six tasks; three seeds",
+        60,
+        tables.noise_table,
+        tables.noise_phrases,
+    ),
+    "bench": Source(
+        ("results",),
+        (),
+        "250 test rows of each task, 24 on smollm-lora, all of rxnfp-2; seeds as the cells tell",
+        600,
+        lambda read: readme_block(read_cells(read[0])),
+        section=README_SECTION,
+    ),
+}
+"""Name → what its figures come from. What is no one command, CONTRIBUTING.md tells."""

@@ -1,0 +1,364 @@
+"""What the tables and phrases of README are made of: functions of the JSON files of a source, as they were read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hf_fusion.bench.cells import read_cells
+from hf_fusion.bench.report import summarise
+from hf_fusion.evaluate import Results, System
+from hf_fusion.intervals import Score, mean_of
+from hf_fusion.suite_results import HELD_IN, HELD_OUT, SuiteResults, SuiteTask
+
+Read = Sequence[Any]
+"""The content of a source's files, in their order; of a folder, its path."""
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown: the first column to the left, the others to the right."""
+    head = [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+    return "\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def percent(share: float) -> str:
+    """84.8 for 0.8479."""
+    return f"{100 * share:.1f}"
+
+
+def within(interval: Sequence[float], digits: int = 0) -> str:
+    """(84–86) for the interval (0.8363, 0.8582)."""
+    return f"({'–'.join(f'{100 * end:.{digits}f}' for end in interval)})"
+
+
+def scored(score: Score | Mapping[str, Any]) -> str:
+    """84.8 (84–86)."""
+    given = score if isinstance(score, Score) else Score(score["score"], tuple(score["ci95"]))
+    return f"{percent(given.score)} {within(given.ci95)}"
+
+
+def named(rows: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
+    """The row of that name."""
+    return next(row for row in rows if row["name"] == name)
+
+
+# ---------------------------------------------------------------- the demos and their cards
+
+
+def demo_table(read: Read) -> str:
+    """The systems of `hf-fusion demo`, as the command prints them."""
+    results = Results(**{**read[0], "systems": [System(**row) for row in read[0]["systems"]]})
+    rows = [[row["system"].rpartition("/")[2], *map(str.strip, list(row.values())[1:])] for row in results.table()]
+    return table(["system", "accuracy", "95 % interval", "cost"], rows)
+
+
+def demo_phrases(read: Read) -> list[str]:
+    """What README says of `hf-fusion demo` in words."""
+    results, _, seeds = read
+    systems = results["systems"]
+    best = max(row["score"] for row in systems if row["kind"] == "expert")
+    frugal = named(systems, "FoE, frugal")
+    machine = results["machine"].replace("1 CPU threads", "1 CPU thread")
+    shares = [f"{share:.0%}".replace("%", " %") for share in (named(systems, "FoE")["score"], best, frugal["score"])]
+    return [
+        f"is right on {shares[0]} of the digits, the best expert alone on {shares[1]}; the frugal fusion keeps the "
+        f"{shares[2]} at {100 * frugal['cost']:.0f} % of the cost",
+        f"by `{results['command']}` on {machine}; n = {results['n']:,} held-out images",
+        f"With three seeds FoE comes to {spread(seeds, 'FoE')} and its frugal variant to "
+        f"{spread(seeds, 'FoE, frugal')}",
+        f"takes about {seeds['cpu_seconds']} CPU seconds after installation",
+    ]
+
+
+def spread(seeds: Mapping[str, Any], system: str) -> str:
+    """The scores of some seeds: 67.0, 67.5 and 68.0 %."""
+    scores = [own[system] for own in seeds["scores"].values()]
+    *first, last = [percent(own["accuracy"] if isinstance(own, dict) else own) for own in scores]
+    return f"{', '.join(first)} and {last} %"
+
+
+# ---------------------------------------------------------------- FoE on text, and what its forward costs
+
+FOE_TEXT = {
+    "tasks-8": "selection over 8 tasks, pooled without saying which",
+    "banking-groups": "77 intents, 7 experts of 11 each",
+    "snips-specialists": "",
+}
+
+
+def foe_text_table(read: Read) -> str:
+    """FoE and its rivals on three suites of text."""
+    rows = []
+    for (suite, said), results in zip(FOE_TEXT.items(), read, strict=True):
+        systems = results["systems"]
+        scores = {name: percent(named(systems, name)["score"]) + "%" for name in ("mean ensemble", "max confidence")}
+        best = max(row["score"] for row in systems if row["kind"] == "expert")
+        if not said:
+            frugal = named(systems, "FoE, frugal")
+            said = f"frugal {percent(frugal['score'])}% at {frugal['cost']:.0%} of the cost"
+        own = named(systems, "FoE")
+        cells = [f"{percent(own['score'])}% {within(own['ci95'], 1)}", *scores.values(), f"{percent(best)}%"]
+        rows.append(
+            [f"{suite}: {said}", f"{results['n']:,}", *cells, f"{percent(named(systems, 'oracle expert')['score'])}%"]
+        )
+    return table(["suite", "n", "FoE", "mean ensemble", "max confidence", "best expert", "oracle"], rows)
+
+
+def foe_text_phrases(read: Read) -> list[str]:
+    """How far three seeds differ."""
+    seeds = [
+        [score if isinstance(score, float) else score[0] for score in own["seeds"]["foe"].values()] for own in read
+    ]
+    return [f"FoE on three seeds differs by up to {100 * max(max(own) - min(own) for own in seeds):.1f} points"]
+
+
+def foe_forward_phrases(read: Read) -> list[str]:
+    """What FoE's forward costs, of its experts' own."""
+    text, images, adapters = (f"{row['ratio']:.2f}" for row in read[0]["rows"].values())
+    batch, experts, repeats = (read[0][name] for name in ("batch", "experts", "repeats"))
+    return [
+        f"A forward costs {text} (text) and {images} (images) of the experts' own forwards one after the other, "
+        f"{adapters} with adapters of one base, against PEFT",
+        f"batch {batch}, {experts} experts, one thread, least of {repeats}",
+    ]
+
+
+# ---------------------------------------------------------------- static merging
+
+
+def merging_table(read: Read) -> str:
+    """What a merge takes, by method."""
+    rows = [
+        [
+            f"`{row['method']}`",
+            f"{row['ratio']:.2f}",
+            f"{row['seconds'] / row['floor']:.2f}",
+            f"{row['seconds']:.1f}",
+            f"{row['process_seconds']:.1f}",
+            str(row["mb"]),
+        ]
+        for row in read[0]["rows"]
+    ]
+    return table(["", "÷ safetensors", "÷ fastest", "merge, CPU s", "whole command, CPU s", "peak MB"], rows)
+
+
+def merging_phrases(read: Read) -> list[str]:
+    """How long the two floors take."""
+    rows = read[0]["rows"]
+    copied = [row["safetensors"] for row in rows]
+    five = [row["floor"] for row in rows if row["method"] != "slerp"]  # which merges two
+    return [
+        f"as many saved ({min(copied):.1f} to {max(copied):.1f} s)",
+        f"the fastest way that was found ({sum(five) / len(five):.1f} s for five models)",
+    ]
+
+
+def mergekit_table(read: Read) -> str:
+    """The same beside mergekit."""
+    rows = [
+        [
+            f"`{row['method']}`",
+            f"{row['process_seconds']:.1f}",
+            f"{row['peer_seconds']:.1f}",
+            str(row["mb"]),
+            f"{row['peer_mb']:,}",
+        ]
+        for row in read[0]["rows"]
+    ]
+    return table(["", "whole command, CPU s", "mergekit's", "peak MB", "mergekit's"], rows)
+
+
+def long_merging_phrases(read: Read) -> list[str]:
+    """Methods that decompose every matrix."""
+    times = {row["method"]: (f"{row['seconds']:.0f}", f"{row['mb']} MB") for row in read[0]["rows"]}
+    (c, tsv, cts, wudi) = (times[name] for name in ("iso_c", "tsv_m", "iso_cts", "wudi"))
+    return [
+        f"`iso_c` {c[0]} CPU s and {c[1]}, `tsv_m` {tsv[0]} s and {tsv[1]}, `iso_cts` {cts[0]} s and {cts[1]}",
+        f"`wudi`, 300 steps of Adam, {wudi[0]} s and {wudi[1]}",
+    ]
+
+
+def peers_phrases(read: Read) -> list[str]:
+    """How many cases agree with the peers'."""
+    agree = [case for case in read[0] if case["agrees"]]
+    rounded = [case for case in agree if case["case"] in ("gates from hidden states", "gates from averages")]
+    return [
+        f"[{len(agree) - len(rounded)} of {len(read[0])} cases](tests/peers/agreement.json) agree to the rounding of "
+        "float32",
+        f"[the other {len(read[0]) - len(agree)}](tests/peers/README.md)",
+    ]
+
+
+# ---------------------------------------------------------------- PHATGOOSE
+
+PHATGOOSE_COLUMNS = ("base", "PHATGOOSE", "retrieval", "average activation", "Arrow", "merged", "uniform")
+SECOND = ", asked second"
+
+
+def phatgoose_rows(*runs: Mapping[str, Any]) -> dict[str, tuple[int, dict[str, Score]]]:
+    """Group of tasks → rows, and the mean of every system of runs on the same tasks, and of the best expert."""
+    results = SuiteResults.from_dict(runs[0])
+    systems = [system for run in runs for system in SuiteResults.from_dict(run).systems]
+    singles = sorted((s for s in systems if s.kind == "expert"), key=lambda system: system.means[HELD_IN].score)
+    held_in = [task for task in results.tasks if task.owner]
+    groups: dict[str, list[SuiteTask]] = {
+        HELD_IN: held_in,
+        "… asked alone": [task for task in held_in if not task.name.endswith(SECOND)],
+        "… asked second": [task for task in held_in if task.name.endswith(SECOND)],
+        HELD_OUT: [task for task in results.tasks if not task.owner],
+    }
+    found = {}
+    for group, tasks in groups.items():
+        means = {s.name: mean_of([s.scores[task.name] for task in tasks]) for s in systems if tasks[0].name in s.scores}
+        if singles:
+            means["best expert"] = means[singles[-1].name]
+        found[group] = (sum(task.n for task in tasks), means)
+    return found
+
+
+def phatgoose_table(read: Read) -> str:
+    """PHATGOOSE and every baseline of its paper on twenty tasks."""
+    columns = (*PHATGOOSE_COLUMNS, "best expert", "oracle")
+    intervals = ("PHATGOOSE", "retrieval", "average activation")
+    rows = []
+    for group, (n, means) in phatgoose_rows(*read[:2]).items():
+        out = group == HELD_OUT
+        best = max(means[name].score for name in PHATGOOSE_COLUMNS)
+        cells = []
+        for name in columns:
+            if name not in means:
+                cells.append("–")
+                continue
+            number = percent(means[name].score)
+            number = f"**{number}**" if not out and means[name].score == best else number
+            shown = out and name != "oracle" or name in intervals
+            cells.append(f"{number} {within(means[name].ci95)}" if shown else number)
+        rows.append([group, str(n), *cells])
+    return table(["", "n", *columns], rows)
+
+
+def phatgoose_phrases(read: Read) -> list[str]:
+    """Gates that read inputs as they are, and what no routing helps with."""
+    _, _, paper = read
+    means = phatgoose_rows(paper)
+    own = {group: means[group][1]["PHATGOOSE"] for group in (HELD_IN, "… asked alone", "… asked second")}
+    hindsight = named(read[0]["systems"], "best in hindsight")["means"][HELD_OUT]["score"]
+    return [
+        f"chosen in hindsight for each task, comes to {percent(hindsight)}",
+        f"come to [{scored(own[HELD_IN])} on held-in]",
+        f"{percent(own['… asked alone'].score)} alone and {percent(own['… asked second'].score)} second",
+    ]
+
+
+def phatgoose_minilm_phrases(read: Read) -> list[str]:
+    """The paper's gates on MiniLM's classifiers."""
+    mean = named(read[0]["systems"], "PHATGOOSE")["means"][HELD_IN]
+    return [f"with [{scored(mean)} on {sum(task['n'] for task in read[0]['tasks'])} texts]"]
+
+
+def phatgoose_demo_phrases(read: Read) -> list[str]:
+    """What README says of `hf-fusion demo phatgoose`."""
+    card, seeds = read
+    names, owners = card["routing"]["experts"], card["routing"]["owners"]
+    own = [
+        row[names.index(owners[task])]
+        for task, row in zip(card["routing"]["tasks"], card["routing"]["weights"], strict=True)
+    ]
+    means = {system["name"]: system["means"][HELD_IN] for system in card["results"]["systems"]}
+    n = sum(task["n"] for task in card["results"]["tasks"])
+    return [
+        f"on each of five tasks {100 * min(own):.0f} to {100 * max(own):.0f} % of the routing weight",
+        f"right answers to {scored(means['PHATGOOSE'])} % of {n} questions, where the experts told whose task it is "
+        f"come to {percent(means['oracle']['score'])} and their mean to {percent(means['merged']['score'])}",
+        f"in about {seeds['cpu_seconds'] / 60:.0f} CPU minutes",
+    ]
+
+
+# ---------------------------------------------------------------- WEMoE
+
+WEMOE_NAMES = {
+    "individual experts": "individual experts",
+    "WEMoE": "WEMoE",
+    "AdaMerging by layer, taught by the experts": "AdaMerging, by layer",
+    "TIES": "TIES, λ tuned",
+    "task arithmetic": "task arithmetic, λ tuned",
+    "WEMoE, not adapted": "WEMoE, not adapted",
+    "base under the experts' heads": "base",
+    "simple average": "simple average",
+}
+
+
+def wemoe_table(read: Read) -> str:
+    """WEMoE and what it is compared with on eight fine-tunes."""
+    first, means = read[0]["runs"][0], read[0]["conditions"]["clean"]
+    best = max(row["mean"] for name, row in means.items() if name != "individual experts")
+    rows = []
+    for shown, name in WEMOE_NAMES.items():
+        if (tuned := first["settings"]["adaptations"].get(name, {}).get("scaling")) is not None:
+            shown = f"{shown}, λ tuned: {tuned:g}".replace("0.", ".")
+        mean = means[name]["mean"]
+        number = f"**{percent(mean)}**" if mean == best else percent(mean)
+        ci95 = named(first["systems"], name)["means"][HELD_IN]["ci95"]
+        rows.append([shown, f"{number} {within(ci95)}", percent(means[name]["normalised"])])
+    return table(["", "mean", "of the experts'"], rows)
+
+
+def wemoe_phrases(read: Read) -> list[str]:
+    """What README says of the table in words."""
+    found, transductive, results = read
+    first, clean = found["runs"][0], found["conditions"]["clean"]
+    lead = {name: named(first["systems"], name)["lead"][HELD_IN] for name in ("AdaMerging, by layer", "TIES, λ tuned")}
+    spreads = max(clean[name]["spread"] for name in ("WEMoE", "AdaMerging, by layer"))
+    beside = named(transductive["runs"][0]["systems"], "WEMoE")["means"][HELD_IN]
+    (suite,) = summarise(cell for cell in read_cells(results) if cell.suite == "minilm-8")["suites"]
+    overshot = next(
+        row
+        for row in suite["rows"]
+        if (row["method"], row["variant"], row["split"]) == ("task_arithmetic", "default", "all")
+    )
+    ahead = [f"{percent(own['score'])}" for own in lead.values()]
+    return [
+        f"n = {sum(task['n'] for task in first['tasks']):,} test rows",
+        f"means of three seeds, which differ by up to {200 * spreads:.2f}",
+        f"it comes to [{percent(beside['score'])}](tests/benchmarks/results/wemoe_minilm8_transductive.json) "
+        f"{within(beside['ci95'])[:-1]}; one seed)",
+        f"WEMoE is {ahead[0]} points {within(lead['AdaMerging, by layer']['ci95'], 1)} above AdaMerging and {ahead[1]} "
+        f"{within(lead['TIES, λ tuned']['ci95'], 1)} above TIES",
+        f"at the usual .3 task arithmetic has {percent(overshot['means']['clean'][HELD_IN]['score'])}",
+    ]
+
+
+GUARDED = "WEMoE, entropy, watched"
+NOISE_NAMES = {
+    "not adapted": "WEMoE, not adapted",
+    "entropy, {steps} steps, no collapse guard": "WEMoE, entropy",
+    "entropy with the collapse guard: stops at step {stops}, keeps the routers of step {keeps}": GUARDED,
+    '"expert", the default': "WEMoE",
+}
+NOISE_TASKS = ("cifar10", "pneumonia", "fashion_mnist")
+
+
+def noise_table(read: Read) -> str:
+    """What two losses without labels come to under noise."""
+    (found,) = read
+    runs = found["runs"]
+    facts = [run["settings"]["adaptations"] for run in runs]
+    stops = sorted({int(own[GUARDED]["stopped"].partition("stopped at step ")[2].split(":")[0]) for own in facts})
+    said = {
+        "steps": facts[0]["WEMoE, entropy"]["steps"],
+        "stops": " or ".join(map(str, stops)),
+        "keeps": " or ".join(map(str, sorted({own[GUARDED]["steps"] for own in facts}))),
+    }
+    rows = []
+    for shown, name in NOISE_NAMES.items():
+        row = found["conditions"]["clean"][name]
+        own = [system["scores"] for run in runs for system in run["systems"] if system["name"] == name]
+        spread = f" ± {percent(row['spread'])}" if row["seeds"] > 1 else ""
+        tasks = [percent(sum(scores[task]["score"] for scores in own) / len(own)) for task in NOISE_TASKS]
+        rows.append([shown.format(**said), f"{percent(row['mean'])}{spread}", *tasks])
+    return table(["", "mean", *NOISE_TASKS], rows)
+
+
+def noise_phrases(read: Read) -> list[str]:
+    """On how many rows."""
+    return [f"n = {sum(task['n'] for task in read[0]['runs'][0]['tasks']):,}, three seeds"]

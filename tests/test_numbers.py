@@ -1,0 +1,121 @@
+"""The figures of README and the cards are those of the JSON files that they come from, and no figure has none."""
+
+from __future__ import annotations
+
+import copy
+import re
+import shlex
+
+import pytest
+from benchmarks.number_sources import ROOT, SOURCES
+from benchmarks.write_numbers import LIST, NUMBER, find, put_phrase, rendered, section_of
+from demo_runs import departures
+
+README = "README.md"
+# What looks like a measured figure and is none: of papers, versions and settings.
+SETTINGS = (
+    r"arXiv \d{4}\.\d{4,5}",
+    r"Python 3\.\d+",
+    r"mergekit \d+\.\d+\.\d+",
+    r"0\.5B parameters",
+    r"95 % interval",
+    r"pieces of 512 KB",
+    r"1 CPU thread\b",
+    r"Apache-2\.0",
+)
+MEASURED = re.compile(r"\d[\d,]*\.\d+|\d[\d.,]* ?(?:%|points|MB|GB|s\b|CPU|seconds|minutes)")
+
+
+@pytest.fixture(scope="module")
+def texts() -> dict[str, str]:
+    """Every document with figures, written again from the JSON files."""
+    return rendered()
+
+
+def test_every_document_says_what_was_measured(texts):
+    assert {README, LIST, "model_cards/foe.md", "model_cards/phatgoose.md", "model_cards/wemoe.md"} <= texts.keys()
+    for name, text in texts.items():
+        assert (ROOT / name).read_text(encoding="utf-8") == text, f"{name} is not what make numbers-render writes"
+
+
+def test_a_figure_edited_by_hand_is_written_over(texts):
+    source = SOURCES["demo-phatgoose"]
+    for phrase in source.phrases(source.read()):
+        edited = put_phrase(NUMBER.sub("1.5", phrase), texts[README])
+        assert edited != texts[README]
+        assert put_phrase(phrase, edited) == texts[README]
+
+
+def test_a_sentence_that_is_gone_is_named():
+    with pytest.raises(ValueError, match="0 times instead of once.*three seeds"):
+        find("With three seeds it has 1.5 %", "With two seeds\nit has 1.7 %")
+    assert find("With three seeds it has 1.5 %", "With three\nseeds it has 98 % here").group(1) == "98"
+
+
+def test_every_measured_figure_of_the_readme_has_a_source(texts):
+    text = texts[README]
+    for name, source in SOURCES.items():
+        if source.document != README:
+            continue
+        for phrase in source.phrases(source.read()) if source.phrases else ():
+            match = find(phrase, text)
+            text = text[: match.start()] + re.sub(r"\S", " ", match[0]) + text[match.end() :]
+        if source.block:
+            section = section_of(name, source)
+            text = re.sub(rf"<!-- {section}:begin -->.*?<!-- {section}:end -->", "", text, flags=re.DOTALL)
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^\| `.*\|$", "", text, flags=re.MULTILINE)  # the table of methods: defaults
+    text = re.sub(r"`[^`]*`|\]\([^)]*\)|\bhttps?://\S+", "", text)
+    text = re.sub("|".join(SETTINGS), "", " ".join(text.split()))
+    found = [text[max(0, m.start() - 40) : m.end() + 20] for m in MEASURED.finditer(text)]
+    assert not found, "figures that no source of tests/benchmarks/number_sources.py gives"
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_source_names_its_files_and_what_measures_them(name):
+    source = SOURCES[name]
+    assert all((ROOT / file).exists() for file in source.files)
+    for command in source.commands:
+        words = shlex.split(command.format(python="python", data="DIR"))
+        assert words[0] == "make" or (words[0] == "python" and (ROOT / words[1]).is_file()), command
+    if not source.commands:
+        assert re.search(rf"`{name}`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")), (
+            "says how it is measured"
+        )
+
+
+def test_the_demos_table_and_card_are_of_one_run():
+    shown, card, _ = SOURCES["demo-foe"].read()
+    assert shown["systems"] == card["results"]["systems"]
+    assert shown["curve"] == card["results"]["curve"]
+
+
+@pytest.mark.parametrize(("name", "system"), [("foe", "FoE"), ("phatgoose", "PHATGOOSE"), ("wemoe", "WEMoE")])
+def test_a_card_is_of_the_first_seed_and_its_interval_holds_the_others(name, system):
+    card, seeds = SOURCES[f"demo-{name}"].read()[-2:]
+    systems = card["results"]["systems"]
+    stated = {row["name"]: row["means"]["held-in"] if "means" in row else row for row in systems}
+    scores = [
+        {one: found["accuracy"] if isinstance(found, dict) else found for one, found in own.items()}
+        for own in seeds["scores"].values()
+    ]
+    assert scores[0] == {one: row["score"] for one, row in stated.items()}
+    low, high = stated[system]["ci95"]
+    assert len(scores) == 3 or name == "phatgoose"
+    assert all(low <= own[system] <= high for own in scores), [own[system] for own in scores]
+
+
+def test_a_run_that_leaves_the_cards_intervals_is_named():
+    card = SOURCES["demo-phatgoose"].read()[0]["results"]
+    assert departures(card, card) == []
+    run = copy.deepcopy(card)
+    own = next(system for system in run["systems"] if system["name"] == "PHATGOOSE")
+    own["scores"]["number-range"]["score"] = 0.35
+    own["means"]["held-in"]["score"] = 0.575
+    run["systems"].remove(run["systems"][0])
+    told = departures(run, card)
+    assert [line.partition(": ")[0] for line in told if "stated" in line] == [
+        "PHATGOOSE number-range",
+        "PHATGOOSE held-in",
+    ]
+    assert any(line.startswith("base ") and line.endswith("not measured") for line in told)
