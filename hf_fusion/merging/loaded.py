@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_fusion.hub.load import ExpertLike
+
+logger = logging.getLogger(__name__)
 
 FILES_ATTRIBUTE = "fusion_files"
 """What a loaded merge keeps of its folder beside itself: path -> bytes of its tokenizer and the like."""
@@ -108,6 +111,8 @@ def merged_model(
     _may_run(recipe, trust_remote_code, api)
     with Processes().folder() as held:
         report = merge(recipe, held / "merged", device=device, api=api)
+        for warning in report.warnings:
+            logger.warning(warning)
         return load_merged(report.folder, trust_remote_code=trust_remote_code)
 
 

@@ -64,8 +64,9 @@ def test_an_adapter_whose_every_layer_has_another_size(strangers, tmp_path, caps
     save_adapter(tmp_path / "narrow", tmp_path / "wide", 1, target_modules=["k_proj", "v_proj"])
     before = tree(tmp_path)
     words = ["fuse", "--method", "task_arithmetic", "--base", str(strangers / "base"), "--set", "mismatch=skip"]
-    assert main([*words, "--experts", str(tmp_path / "narrow"), "-o", str(tmp_path / "out")]) == 1
-    assert f"nothing of {tmp_path / 'narrow'} would be merged" in capsys.readouterr().err
+    expert = f"{tmp_path / 'wide'}+{tmp_path / 'narrow'}"
+    assert main([*words, "--experts", expert, "-o", str(tmp_path / "out")]) == 1
+    assert f"nothing of {expert} would be merged" in capsys.readouterr().err
     assert tree(tmp_path) == before
 
 
@@ -152,13 +153,14 @@ def test_less_than_all_of_an_expert(partly, tmp_path, capsys):
     assert report.facts == {} and not (tmp_path / "again" / "merge.json").exists()  # it was the other's
 
 
-def test_less_than_all_of_a_model_in_memory(partly):
+def test_less_than_all_of_a_model_in_memory(partly, caplog):
     more = AutoModelForSequenceClassification.from_pretrained(partly / "base")
     more.resize_token_embeddings(44, mean_resizing=False)
     found = fuse("task_arithmetic", [partly / "one", more], partly / "base", mismatch="skip")
     [row] = json.loads(found.fusion_files["merge.json"])["partly_merged"]
     assert row["model"] == found.fusion_recipe.experts[1].model
     assert row["parameters"] - row["merged"] == 44 * 16
+    assert "is merged (" in caplog.text
 
 
 def test_shares_in_words():
