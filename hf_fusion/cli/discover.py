@@ -80,6 +80,6 @@ def run(args: argparse.Namespace, out: Out) -> None:
         key="id",
     )
     if len(verdict.accepted) > 1:
-        out.table(group_rows(groups), title="Groups that can be fused", aside=True)
+        out.table(group_rows(groups), title="Groups by labels and base", aside=True)
     if proposed and proposed.command:
         out.hint(proposed.command)

@@ -46,11 +46,13 @@ class Group:
 
     @property
     def command(self) -> str | None:
-        """What fuses them; None for a single expert, and where nothing does."""
+        """What fuses them, into a folder that does not exist; None for a single expert, and where nothing does."""
         if self.options is None or len(self.experts) < 2:
             return None
         ids = [info.pinned for info in self.experts]
-        return shlex.join(["hf-fusion", "fuse", *self.options, "--experts", *ids, "--output", "fused"])
+        names = ("fused", *(f"fused-{number}" for number in range(2, 100)))
+        free = next((name for name in names if not Path(name).exists()), "DIR")
+        return shlex.join(["hf-fusion", "fuse", *self.options, "--experts", *ids, "--output", free])
 
 
 def group_experts(
@@ -208,7 +210,7 @@ def group_rows(groups: Sequence[Group], most: int = 6) -> list[dict[str, Any]]:
             "base": group.base or "",
             "labels": ", ".join(group.labels[:most])
             + (f", … ({len(group.labels)})" if len(group.labels) > most else ""),
-            "fused by": " ".join(group.options) if group.options else group.why_not,
+            "fused by": " ".join(group.options) if group.command and group.options else group.why_not,
         }
         for number, group in enumerate(groups, 1)
     ]

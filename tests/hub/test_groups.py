@@ -138,7 +138,7 @@ def test_the_command_that_is_proposed_runs(words, wanted, shelf, hub, tmp_path):
     done = run("discover", "--author", "shelf", *words, "--check")
     assert done.returncode == 0, done.stderr
     if "--task" in words:
-        assert "Groups that can be fused" in done.stdout
+        assert "Groups by labels and base" in done.stdout
     (proposal,) = re.findall(r"→ (hf-fusion fuse .*)", done.stderr)
     assert {name.partition("@")[0].partition("/")[2] for name in re.findall(r"shelf/\S+", proposal)} - {
         "llama"
@@ -146,3 +146,5 @@ def test_the_command_that_is_proposed_runs(words, wanted, shelf, hub, tmp_path):
     made = run(*shlex.split(proposal)[1:])
     assert made.returncode == 0, made.stderr
     assert (tmp_path / "fused" / "model.safetensors").exists()
+    if "--gates" in words:  # another proposal goes to another folder
+        assert "--output fused-2" in run("discover", "--author", "shelf", *words, "--check").stderr
