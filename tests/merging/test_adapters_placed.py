@@ -14,6 +14,7 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     CLIPConfig,
+    GPT2Config,
     LlamaConfig,
     LlavaConfig,
     MixtralConfig,
@@ -67,6 +68,11 @@ CASES = {
     "a tagger on a body that has a pooler": (
         ("BertModel", BERT),
         ("BertForTokenClassification", {"r": 2, "target_modules": ["query"], "task_type": "TOKEN_CLS"}),
+        IDS,
+    ),
+    "a classifier on a body of transposed layers": (
+        ("GPT2Model", GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, **TEXT)),
+        ("GPT2ForSequenceClassification", {"r": 2, "target_modules": ["c_attn", "c_proj"], "task_type": "SEQ_CLS"}),
         IDS,
     ),
     "a classifier on another head": (
@@ -273,6 +279,15 @@ def test_what_does_not_fit_is_named(case, tmp_path):
         merged(tmp_path / "out", tmp_path / "1")
     assert "base: owner/name" in error.value.hint
     assert not (tmp_path / "out").exists()
+
+
+def test_a_layer_that_neither_has_is_refused(tmp_path):
+    """A masked language model has no pooler, which the classifier needs and the adapter did not save."""
+    base = save_base(tmp_path / "base", "BertForMaskedLM", BERT)
+    settings = {"r": 2, "target_modules": ["query"], "task_type": "SEQ_CLS"}
+    save_adapter(tmp_path / "1", base, "BertForSequenceClassification", **settings)
+    with pytest.raises(FusionError, match=r"whose bert\.pooler\.dense\.weight is neither in it nor in"):
+        merged(tmp_path / "out", tmp_path / "1")
 
 
 def test_a_head_that_nobody_trained_is_refused(tmp_path):
