@@ -52,8 +52,9 @@ def test_weights_that_break_the_model_are_not_chosen():
 
 
 def test_without_scipy_there_is_a_hint(monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
-    with pytest.raises(FusionError, match=r"needs scipy(.|\n)*pip install scipy"):
+    for name in ("scipy", "scipy.optimize"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(FusionError, match=r"needs scipy(.|\n)*pip install 'hf_fusion\[bench\]'"):
         search_weights(lambda w: 0.0, ["a"])
 
 
