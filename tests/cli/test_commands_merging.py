@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli.conftest import told
 from datasets import Dataset
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
@@ -82,7 +83,7 @@ def test_what_does_not_match_is_a_table_with_the_option_that_resolves_it(here, f
     assert main(words) == 1
     said = capsys.readouterr()
     assert said.out == ""
-    lines = said.err.splitlines()
+    lines = told(said.err)
     assert lines[0] == "Error: the models' tensors do not match:"
     assert lines[1].split() == ["tensor", "count", "model", "what", "resolved", "by"]
     row = rf"{name} +1 +{folders}/wider +\[800, 32\] against \[400, 32\] +base \| skip \| resize"

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cli.conftest import told
 from datasets import Dataset
 from huggingface_hub import HfApi
 from tiny_routed import save_base, save_lora
@@ -73,7 +74,7 @@ def test_a_mistake_is_one_line_and_what_to_type_next(hf_fusion, folders):
     done = hf_fusion(*words, str(folders / "bare"))
     assert done.returncode == 1
     assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
+    (line,) = told(done.stderr)
     assert line.startswith("Error: bare has no gates: train them with hf_fusion.train_gates, or pass missing_gates=")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli.conftest import told
 from datasets import Dataset
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
@@ -81,7 +82,7 @@ def test_gates_go_into_the_adapters_repo(hf_fusion, hub, place):
     words = ("fit", "gates", "gatekeeper/adapter", "--data", "rows.jsonl", "--steps", "3", "--push")
     done = hf_fusion(*words, "--format", "json", **home)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("\n") <= 2, done.stderr  # a hint: no bars and no chatter where nobody watches
+    assert len(told(done.stderr)) <= 2, done.stderr  # a hint: no bars and no chatter where nobody watches
     pushed = json.loads(done.stdout)
     assert api.file_exists("gatekeeper/adapter", FILE, revision=pushed["revision"])
     assert [model.id for model in api.list_models(filter="phatgoose-gates", author="gatekeeper")] == [pushed["repo"]]
@@ -121,5 +122,5 @@ def test_what_stops_it_is_named(here, place, words, message):
 def test_an_error_is_no_traceback(hf_fusion, place):
     done = hf_fusion("fit", "gates", "base", "--data", "rows.jsonl", cwd=place)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.splitlines()[0] == "Error: base is a full model: only LoRA adapters have gates"
-    assert len(done.stderr.splitlines()) == 2
+    assert told(done.stderr)[0] == "Error: base is a full model: only LoRA adapters have gates"
+    assert len(told(done.stderr)) == 2
