@@ -40,7 +40,7 @@ from hf_fusion.hub.heads import (
     same_label,
 )
 from hf_fusion.hub.licenses import forbids_derivatives
-from hf_fusion.hub.peft_names import LORA, plain_keys
+from hf_fusion.hub.peft_names import adapter_shapes, plain_keys
 from hf_fusion.hub.placement import placement
 from hf_fusion.progress import track
 
@@ -470,20 +470,6 @@ def _adapter_shapes(case: Case, head: Head) -> list[str]:
     saved = {names[key]: shape for key, shape in saved.items()}
     unfilled = sorted(result.missing - set(saved))
     return shape_problems(lora, saved, result.model) + [f"{key} is neither in it nor in its base" for key in unfilled]
-
-
-def adapter_shapes(shapes: Shapes, name: str) -> tuple[dict[str, tuple[int, int]], Shapes]:
-    """From an adapter's tensor shapes: module path → (d_in, d_out), and the shapes of its saved tensors."""
-    lora: dict[str, tuple[int, int]] = {}
-    saved: Shapes = {}
-    for stored, key in plain_keys(shapes, name).items():
-        shape = shapes[stored]
-        if match := LORA.fullmatch(key):
-            d_in, d_out = lora.get(match["path"], (0, 0))
-            lora[match["path"]] = (shape[-1], d_out) if match["half"] == "A" else (d_in, shape[0])
-        elif "lora_" not in key:
-            saved[key] = shape
-    return lora, saved
 
 
 # The order in which reasons are listed.

@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from hf_fusion.errors import FusionError
+
+Shapes = dict[str, tuple[int, ...]]
 
 PREFIX = "base_model.model."
 DEFAULT = "default"  # what PEFT calls an adapter that nobody named
@@ -53,3 +55,17 @@ def plain_keys(keys: Iterable[str], name: str) -> dict[str, str]:
                 own = f"{match['path']}.{match['rest'].removeprefix(f'{called}.')}"
             found[key] = own.replace(".base_layer.", ".")
     return found
+
+
+def adapter_shapes(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[dict[str, tuple[int, int]], Shapes]:
+    """From an adapter's tensor shapes: module path → (d_in, d_out), and the shapes of its saved tensors."""
+    lora: dict[str, tuple[int, int]] = {}
+    saved: Shapes = {}
+    for stored, key in plain_keys(shapes, name).items():
+        shape = shapes[stored]
+        if match := LORA.fullmatch(key):
+            d_in, d_out = lora.get(match["path"], (0, 0))
+            lora[match["path"]] = (shape[-1], d_out) if match["half"] == "A" else (d_in, shape[0])
+        elif "lora_" not in key:
+            saved[key] = shape
+    return lora, saved

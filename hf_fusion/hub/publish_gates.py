@@ -10,10 +10,10 @@ from hf_fusion.errors import FusionError
 from hf_fusion.experts import Gates
 from hf_fusion.hub.card import README
 from hf_fusion.hub.card_edit import add_tag, put_section
-from hf_fusion.hub.compat import adapter_shapes
 from hf_fusion.hub.files import Source, explained, hub_api, recorded_base, resolve, safe_files
 from hf_fusion.hub.gates import GATES_FILE, GATES_TAG, gate_problem, parse_gates, save_gates, stored
 from hf_fusion.hub.headers import hub_shapes
+from hf_fusion.hub.peft_names import adapter_shapes
 from hf_fusion.hub.publish import PublishResult
 from hf_fusion.progress import phase
 

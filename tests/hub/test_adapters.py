@@ -21,7 +21,7 @@ from transformers import (
 
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.adapters import config_problems, fit_problems, read_adapter
-from hf_fusion.hub.compat import adapter_shapes
+from hf_fusion.hub.peft_names import adapter_shapes
 from hf_fusion.hub.placement import placed
 
 CLIP = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
