@@ -270,6 +270,7 @@ def phatgoose_demo_phrases(read: Read) -> list[str]:
         f"on each of five tasks {100 * min(own):.0f} to {100 * max(own):.0f} % of the routing weight",
         f"right answers to {scored(means['PHATGOOSE'])} % of {n} questions, where the experts told whose task it is "
         f"come to {percent(means['oracle']['score'])} and their mean to {percent(means['merged']['score'])}",
+        f"with three seeds of the gates that it trains it comes to {spread(seeds, 'PHATGOOSE')}",
         f"in about {seeds['cpu_seconds'] / 60:.0f} CPU minutes",
     ]
 
