@@ -6,7 +6,6 @@ import copy
 import hashlib
 import logging
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -479,28 +478,3 @@ def _silent_bar(more: Callable[[float], None] | None = None) -> type:
                 more(n)
 
     return Forwarding
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No bars and no report of missing keys from transformers: both are ours to show, or to raise."""
-    from transformers.utils import logging as verbosity
-
-    level, bars = verbosity.get_verbosity(), verbosity.is_progress_bar_enabled()
-    verbosity.set_verbosity_error()
-    _show_bars(False)
-    try:
-        yield
-    finally:
-        verbosity.set_verbosity(level)
-        if bars:
-            _show_bars(True)
-
-
-def _show_bars(shown: bool) -> None:
-    """Turn transformers' bars on or off, without its warning where HF_HUB_DISABLE_PROGRESS_BARS decides."""
-    from transformers.utils import logging as verbosity
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        (verbosity.enable_progress_bar if shown else verbosity.disable_progress_bar)()

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_fusion.errors import FusionError
 from hf_fusion.extras import refuse_missing
-from hf_fusion.hub.files import Source, first_line, in_parallel, quiet_transformers
+from hf_fusion.hub.files import Source, first_line, in_parallel
 from hf_fusion.hub.heads import Head
 from hf_fusion.hub.linearized import plain_names
+from hf_fusion.hub.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

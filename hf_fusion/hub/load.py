@@ -27,7 +27,6 @@ from hf_fusion.hub.files import (
     in_parallel,
     pick_small,
     pick_weights,
-    quiet_transformers,
     recorded_base,
     resolve,
 )
@@ -43,6 +42,7 @@ from hf_fusion.hub.heads import (
     label_names,
 )
 from hf_fusion.hub.placement import placed
+from hf_fusion.hub.quiet import quiet_transformers
 from hf_fusion.progress import phase
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ from typing import Any
 
 from hf_fusion.errors import FusionError
 from hf_fusion.extras import refuse_missing
-from hf_fusion.hub.files import first_line, quiet_transformers
+from hf_fusion.hub.files import first_line
 from hf_fusion.hub.heads import architectures
+from hf_fusion.hub.quiet import quiet_transformers
 
 
 @dataclass(frozen=True)

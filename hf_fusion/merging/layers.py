@@ -432,8 +432,8 @@ def _built(config: Config, count: int) -> _Built | None:
     import torch
     import transformers
 
-    from hf_fusion.hub.files import quiet_transformers
     from hf_fusion.hub.heads import architectures
+    from hf_fusion.hub.quiet import quiet_transformers
 
     own = getattr(transformers, next(iter(architectures(dict(config))), ""), None)
     native = _native(config)

@@ -14,10 +14,11 @@ from hf_fusion.errors import FusionError
 from hf_fusion.experts import Expert, ExpertInfo
 from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
 from hf_fusion.hub.adapters import read_json, with_adapter
-from hf_fusion.hub.files import parts_of, quiet_transformers, recorded_base, resolve
+from hf_fusion.hub.files import parts_of, recorded_base, resolve
 from hf_fusion.hub.heads import architectures, auto_class_of
 from hf_fusion.hub.load import in_memory, processor_of, refuse_code, refuse_keys
 from hf_fusion.hub.manifests import local_named_files
+from hf_fusion.hub.quiet import quiet_transformers
 from hf_fusion.merging.checkpoint import INDEX
 from hf_fusion.merging.merge import merge
 from hf_fusion.merging.methods import MERGE_METHODS

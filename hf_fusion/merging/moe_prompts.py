@@ -13,7 +13,7 @@ import torch
 
 from hf_fusion.errors import FusionError, shown
 from hf_fusion.hub.adapters import read_json
-from hf_fusion.hub.files import quiet_transformers
+from hf_fusion.hub.quiet import quiet_transformers
 from hf_fusion.merging.checkpoint import Files, own_file
 from hf_fusion.merging.sources import Model
 from hf_fusion.merging.unions import tokenizer_of

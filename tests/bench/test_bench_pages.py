@@ -78,12 +78,6 @@ def test_an_empty_folder_says_how_to_get_cells(tmp_path, capsys):
     assert "hf-fusion bench run" in capsys.readouterr().err
 
 
-def test_without_matplotlib_the_error_says_what_to_install(run, monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    assert main(["bench", "report", str(run), "--output", str(tmp_path / "out")]) == 1
-    assert "pip install matplotlib" in capsys.readouterr().err
-
-
 def test_the_page_says_where_it_was_measured_and_how():
     cells = made_cells(tasks=1, seeds=1)
     text = report_markdown(summarise(cells), {})

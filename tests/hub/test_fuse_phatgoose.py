@@ -59,6 +59,7 @@ def test_fuse_pins_adapters_and_base_and_its_recipe_makes_the_same_again(owner, 
     save_gates(
         Gates({path: -v for path, v in load_file(tmp_path / "a" / "phatgoose_gates.safetensors").items()}),
         tmp_path / "a",
+        overwrite=True,
     )
     owner.push("a", tmp_path / "a")
     again = fuse_recipe(Recipe.load(tmp_path / "fused"), api=owner.api)
@@ -186,6 +187,10 @@ def renamed(folder):
     edit_tensors(folder, lambda name, tensor: (name.replace("q_proj", "queries"), tensor))
 
 
+def with_other_gates(folder):
+    save_gates(Gates({"x": torch.ones(3)}), folder, overwrite=True)
+
+
 # an adapter that does not fit: its options, what is done to its folder, what is said
 MISFITS = {
     "nan": ({}, with_nan, f"Adapter bad has NaN or Inf in {Q0}.lora_A.weight"),
@@ -195,7 +200,7 @@ MISFITS = {
     "a rank that is promised": ({"r": 10**9}, None, "bad: ranks of .* disagree: A .4, 32.*config 1000000000"),
     "targets": ({}, renamed, "bad does not fit its base: adapts .*queries, which the base does not"),
     "no gates": ({"gates": False}, None, "bad has no gates"),
-    "gates of others": ({}, lambda folder: save_gates(Gates({"x": torch.ones(3)}), folder), "bad: .* lacks a gate for"),
+    "gates of others": ({}, with_other_gates, "bad: .* lacks a gate for"),
     "dora": ({"use_dora": True}, None, "bad cannot be fused: use_dora=True"),
 }  # fmt: skip
 

@@ -196,7 +196,7 @@ def test_another_fuse_takes_the_old_measurements_away(owner, ids, tmp_path):
     measured(model, ids, folder, owner.api)
     with Image.open(folder / ROUTING_PICTURE) as picture:
         assert picture.size[0] > 1000
-    save_fused(model, folder)
+    save_fused(model, folder, overwrite=True)
     assert not {"results.json", ROUTING_FILE, ROUTING_PICTURE} & {path.name for path in folder.iterdir()}
     (folder / "results.json").write_text(json.dumps({"tasks": [{"name": "x"}], "systems": []}))
     with pytest.raises(FusionError, match=r"results lack tasks\[\].metric, tasks\[\].n, tasks\[\].owner"):

@@ -180,7 +180,7 @@ def test_another_fuse_takes_the_old_measurements_away(owner, ids, tmp_path):
     measured(model, folder)
     with Image.open(folder / COEFFICIENT_PICTURE) as picture:
         assert picture.size[0] > 1000
-    save_fused(model, folder)
+    save_fused(model, folder, overwrite=True)
     assert not {"results.json", COEFFICIENT_FILE, COEFFICIENT_PICTURE} & {path.name for path in folder.iterdir()}
     (folder / "results.json").write_text(json.dumps({"tasks": [{"name": "x"}], "systems": []}))
     with pytest.raises(FusionError, match=r"results lack tasks\[\].metric, tasks\[\].n, tasks\[\].owner"):
