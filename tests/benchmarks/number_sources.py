@@ -147,11 +147,22 @@ SOURCES = {
         tables.phatgoose_phrases,
     ),
     "phatgoose-minilm": Source(
-        (f"{MEASURED}/phatgoose_minilm.json",),
-        (f"{BENCHMARKS}/phatgoose_minilm.py --data {{data}}",),
+        tuple(f"{MEASURED}/phatgoose_minilm{name}.json" for name in ("", "_whitened")),
+        tuple(f"{BENCHMARKS}/phatgoose_minilm.py --data {{data}}{option}" for option in ("", " --whitened")),
         "800 test rows, 200 of each of four tasks; one seed",
         5,
         phrases=tables.phatgoose_minilm_phrases,
+    ),
+    "phatgoose-cost": Source(
+        tuple(f"{MEASURED}/phatgoose_cost{name}.json" for name in ("", "_smollm2")),
+        (
+            f"{BENCHMARKS}/phatgoose.py --experts 8 32 128 --repeats 5 --output {MEASURED}/phatgoose_cost.json",
+            f"{BENCHMARKS}/phatgoose.py --smollm2 --output {MEASURED}/phatgoose_cost_smollm2.json",
+        ),
+        "least of 5 runs, with SmolLM2's shape of 7",
+        15,
+        tables.routing_table,
+        tables.routing_phrases,
     ),
     "wemoe-suites": Source(
         (f"{MEASURED}/wemoe_minilm8.json", f"{MEASURED}/wemoe_minilm8_transductive.json", "results"),
@@ -174,6 +185,17 @@ SOURCES = {
         60,
         tables.noise_table,
         tables.noise_phrases,
+    ),
+    "wemoe-cost": Source(
+        (f"{MEASURED}/wemoe_cost.json",),
+        (
+            f"{BENCHMARKS}/wemoe.py --storage exact bfloat16 low-rank-bfloat16 --repeats 5 "
+            f"--output {MEASURED}/wemoe_cost.json",
+        ),
+        "least of 5 runs",
+        10,
+        tables.per_input_table,
+        tables.per_input_phrases,
     ),
     "bench": Source(
         ("results",),

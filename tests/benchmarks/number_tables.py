@@ -251,9 +251,13 @@ def phatgoose_phrases(read: Read) -> list[str]:
 
 
 def phatgoose_minilm_phrases(read: Read) -> list[str]:
-    """The paper's gates on MiniLM's classifiers."""
-    mean = named(read[0]["systems"], "PHATGOOSE")["means"][HELD_IN]
-    return [f"with [{scored(mean)} on {sum(task['n'] for task in read[0]['tasks'])} texts]"]
+    """Both kinds of gates on MiniLM's classifiers."""
+    plain, whitened = (scored(named(file["systems"], "PHATGOOSE")["means"][HELD_IN]) for file in read)
+    return [
+        f"[{plain}](tests/benchmarks/results/phatgoose_minilm.json) with the paper's gates",
+        f"[{whitened}](tests/benchmarks/results/phatgoose_minilm_whitened.json) with whitened ones, n = "
+        f"{sum(task['n'] for task in read[0]['tasks'])}",
+    ]
 
 
 def phatgoose_demo_phrases(read: Read) -> list[str]:
@@ -273,6 +277,28 @@ def phatgoose_demo_phrases(read: Read) -> list[str]:
         f"with three seeds of the gates that it trains it comes to {spread(seeds, 'PHATGOOSE')}",
         f"in about {seeds['cpu_seconds'] / 60:.0f} CPU minutes",
     ]
+
+
+def routing_table(read: Read) -> str:
+    """What routing costs, by the number of experts."""
+    rows = read[0]["rows"]
+    cells = [
+        [
+            f"{row[f'router {job}']:.2f}" + (f" ({row[f'arrow {job}']:.2f})" if f"arrow {job}" in row else "")
+            for row in rows
+        ]
+        for job in ("forward", "token")
+    ]
+    return table(
+        ["experts", *(str(row["experts"]) for row in rows)],
+        [["forward", *cells[0]], ["token of a generation", *cells[1]]],
+    )
+
+
+def routing_phrases(read: Read) -> list[str]:
+    """The same with SmolLM2's shape."""
+    (row,) = read[1]["rows"]
+    return [f"{row['experts']} experts (`--smollm2`) it is {row['router forward']:.2f} and {row['router token']:.2f}"]
 
 
 # ---------------------------------------------------------------- WEMoE
@@ -363,3 +389,23 @@ def noise_table(read: Read) -> str:
 def noise_phrases(read: Read) -> list[str]:
     """On how many rows."""
     return [f"n = {sum(task['n'] for task in read[0]['runs'][0]['tasks']):,}, three seeds"]
+
+
+def per_input_table(read: Read) -> str:
+    """What merging for every input costs, by batch."""
+    rows = read[0]["rows"]
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    names = {"exact": "exact", "bfloat16": "bfloat16", "low-rank-bfloat16": "rank 32, factors in bfloat16"}
+    cells = {(row["what"], row["batch"]): f"{row['ratio']:.2f}" for row in rows}
+    shown = [
+        [names[name], *(cells[name, batch] for batch in batches)]
+        for name in dict.fromkeys(r["what"] for r in rows)
+        if name in names
+    ]
+    return table(["task vectors, batch", *map(str, batches)], shown)
+
+
+def per_input_phrases(read: Read) -> list[str]:
+    """What a step of adaptation costs."""
+    steps = [f"{row['ratio']:.2f} (batch {row['batch']})" for row in read[0]["rows"] if row["what"] == "exact step"]
+    return [f"A step of adaptation takes {' and '.join(steps)} times a forward and backward of the dense model"]
