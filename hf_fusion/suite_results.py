@@ -107,15 +107,17 @@ class SuiteResults:
         return cls(tasks, systems, **values)
 
     def table(self, experts: bool = False) -> list[dict[str, str]]:
-        """One row per task and one per mean, one column per system; of the experts the best one on held-in tasks.
+        """One row per task and one per mean, one column per system; of the experts the best one on held-in tasks, or on
+        held-out ones where there are no others.
 
         Args:
             experts: the single experts, without intervals, instead of the other systems.
         """
         shown = [system for system in self.systems if (system.kind == "expert") == experts]
-        singles = [system for system in self.systems if system.kind == "expert" and HELD_IN in system.means]
+        singles = [system for system in self.systems if system.kind == "expert" and system.means]
         if singles and not experts:
-            best = max(singles, key=lambda system: system.means[HELD_IN].score)
+            group = HELD_IN if any(HELD_IN in system.means for system in singles) else HELD_OUT  # no task is anyone's
+            best = max((system for system in singles if group in system.means), key=lambda s: s.means[group].score)
             shown.append(replace(best, name=f"best single: {best.name}"))
         rows: list[dict[str, str]] = []
         for group in (HELD_IN, HELD_OUT):
