@@ -341,8 +341,9 @@ def _check_gates(case: Case) -> Iterator[Reason]:
         yield Reason(ReasonKind.GATES, "is a full model: only adapters have gates")
         return
     remedy = f"hf-fusion fit gates {case.info.id} --data … --push"
-    lora, saved = adapter_shapes(case.shapes, case.info.id)
-    sizes = {path: d_in for path, (d_in, _) in lora.items()}
+    lora, _ = adapter_shapes(case.shapes, case.info.id)
+    placed, saved, _ = _by_names_of_base(case, case.head)
+    sizes = {path: d_in for path, (d_in, _) in placed.items()}
     if not case.info.has_gates:
         yield Reason(ReasonKind.GATES, f"has no {GATES_FILE}", remedy)
     elif problem := gate_problem(case.gates, sizes, also={name.removesuffix(".weight") for name in saved}):
@@ -459,15 +460,22 @@ def _base_account(case: Case, head: Head | None = None) -> Account | None:
     )
 
 
-def _adapter_shapes(case: Case, head: Head) -> list[str]:
-    """Against the base's shapes; a head must come from the adapter or from the base."""
-    result = _base_account(case, head)
-    if result is None:
-        return []
+def _by_names_of_base(case: Case, head: Head | None) -> tuple[dict[str, tuple[int, int]], Shapes, Account | None]:
+    """`adapter_shapes` by the names that the base has for them, and the base's account; as stored where it has none."""
     lora, saved = adapter_shapes(case.shapes, case.info.id)
+    result = _base_account(case, head) if head else None
+    if result is None:
+        return lora, saved, None
     names = placement(lora, saved, result.model, trained_class(case.source.adapter))
     lora = {names[f"{path}.weight"].removesuffix(".weight"): sizes for path, sizes in lora.items()}
-    saved = {names[key]: shape for key, shape in saved.items()}
+    return lora, {names[key]: shape for key, shape in saved.items()}, result
+
+
+def _adapter_shapes(case: Case, head: Head) -> list[str]:
+    """Against the base's shapes; a head must come from the adapter or from the base."""
+    lora, saved, result = _by_names_of_base(case, head)
+    if result is None:
+        return []
     unfilled = sorted(result.missing - set(saved))
     return shape_problems(lora, saved, result.model) + [f"{key} is neither in it nor in its base" for key in unfilled]
 

@@ -107,14 +107,33 @@ def by_todays_names(adapter: Adapter, settings: Mapping[str, Any], config: Mappi
         config: content of its base's ``config.json``.
         called: what messages call it.
     """
+    sizes = {path: (a.shape[1], b.shape[0]) for path, (a, b) in adapter.lora.items()}
+    return renamed(adapter, todays_names(sizes, adapter.saved, settings, config, called))
+
+
+def todays_names(
+    lora: Sizes, saved: Collection[str], settings: Mapping[str, Any], config: Mapping[str, Any], called: str
+) -> dict[str, str]:
+    """`placement` in the class that an adapter was trained on, as this transformers has it.
+
+    Args:
+        lora: module path in the adapter -> (d_in, d_out).
+        saved: names of the parameters that it saves whole.
+        settings: content of its ``adapter_config.json``.
+        config: content of its base's ``config.json``.
+        called: what messages call it.
+
+    Returns:
+        As `placement`; the adapter's own names where the class is not known, or lacks them.
+    """
     trained = class_trained_on(settings, config)
     content = {**config, **({"architectures": [trained]} if trained else {})}
-    model = promised(content, called, len(adapter.lora)).model
-    if model is None:
-        return adapter
-    sizes = {path: (a.shape[1], b.shape[0]) for path, (a, b) in adapter.lora.items()}
-    names = placement(sizes, adapter.saved, model, adapter.model_class)
-    return renamed(adapter, names) if set(parameters_of(model)).issuperset(names.values()) else adapter
+    model = promised(content, called, len(lora)).model
+    if model is not None:
+        names = placement(lora, saved, model, trained_class(settings))
+        if set(parameters_of(model)).issuperset(names.values()):
+            return names
+    return {name: name for name in (*(f"{path}.weight" for path in lora), *saved)}
 
 
 # ---------------------------------------------------------------- in files

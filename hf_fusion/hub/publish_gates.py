@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import Gates
@@ -14,6 +14,7 @@ from hf_fusion.hub.files import Source, explained, hub_api, recorded_base, resol
 from hf_fusion.hub.gates import GATES_FILE, GATES_TAG, gate_problem, parse_gates, save_gates, stored
 from hf_fusion.hub.headers import hub_shapes
 from hf_fusion.hub.peft_names import adapter_shapes
+from hf_fusion.hub.placement import todays_names
 from hf_fusion.hub.publish import PublishResult
 from hf_fusion.progress import phase
 
@@ -94,11 +95,20 @@ def _check(gates: Gates, source: Source) -> None:
     if not files:
         return
     lora, saved = adapter_shapes(hub_shapes(source, files), source.name)
-    sizes = {path: d_in for path, (d_in, _) in lora.items()}
+    names = todays_names(lora, saved, source.adapter, _config_of_base(source), source.name)
+    sizes = {names[f"{path}.weight"].removesuffix(".weight"): d_in for path, (d_in, _) in lora.items()}
     shapes = {path: tuple(vector.shape) for path, vector in gates.vectors.items()}
-    heads = {name.removesuffix(".weight") for name in saved}
+    heads = {names[name].removesuffix(".weight") for name in saved}
     if problem := gate_problem(shapes, sizes, also=heads):
         raise FusionError(f"These are not the gates of {source.name}: the set {problem}.", hint="train them for it")
+
+
+def _config_of_base(source: Source) -> dict[str, Any]:
+    """The configuration of the base that an adapter records; empty where it cannot be had."""
+    try:
+        return resolve(recorded_base(source), source.api).config
+    except FusionError:  # then the adapter's own names must do
+        return {}
 
 
 def _card(source: Source) -> str:

@@ -7,7 +7,9 @@ import shutil
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import llama, make_tokenizer, vit
 from tiny_experts import edit_json, save_adapter, save_bert
@@ -22,9 +24,13 @@ from transformers import (
 
 from hf_fusion.fusion import fuse
 from hf_fusion.hub.adapters import with_adapter
+from hf_fusion.hub.compat import check_compatibility
+from hf_fusion.hub.discover import discover
 from hf_fusion.hub.load import load_experts
+from hf_fusion.hub.publish_gates import push_gates
 from hf_fusion.merging.merge import merge
 from hf_fusion.recipe import Recipe, RecipeExpert
+from hf_fusion.training.gates import average_activation
 
 IDS = torch.arange(3, 15).reshape(2, 6)
 OLD_VIT = {  # as transformers before 5 called them
@@ -124,6 +130,26 @@ def test_layers_that_were_renamed_in_experts(old_vits):
         with torch.no_grad():
             ours = with_adapter(expert.model, expert.adapter).eval()(inputs).logits
             torch.testing.assert_close(ours, theirs(inputs).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_gates_of_renamed_layers_are_pushed_found_and_routed_by(old_vits, owner, tmp_path):
+    base, _, old, _ = old_vits
+    sha = owner.push("base", base)
+    rows = Dataset.from_dict(
+        {"image": [Image.new("RGB", (32, 32), (40 * i, 0, 0)) for i in range(4)], "label": [0, 1, 0, 1]}
+    )
+    for number, folder in enumerate(old):
+        shutil.copytree(folder, tmp_path / str(number))
+        settings = {"base_model_name_or_path": f"{owner.name}/base", "revision": sha}
+        edit_json(tmp_path / str(number) / "adapter_config.json", **settings)
+        owner.push(f"old-{number}", tmp_path / str(number))
+        [expert] = load_experts([f"{owner.name}/old-{number}"], api=owner.api)
+        push_gates(average_activation(expert, rows), f"{owner.name}/old-{number}", api=owner.api)
+    found = discover(tags="phatgoose-gates", author=owner.name, api=owner.api)
+    verdict = check_compatibility(found, base_model=f"{owner.name}/base", need_gates=True, api=owner.api)
+    assert [info.id for info in verdict.accepted] == [info.id for info in found] and len(found) == 2
+    router = fuse("phatgoose", list(verdict.accepted), api=owner.api)
+    assert router.summary()["routed_linears"] == 6  # three linears of each of two layers
 
 
 def test_a_classifier_on_a_body(tmp_path):
