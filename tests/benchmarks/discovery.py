@@ -169,7 +169,7 @@ def judge(port: int, results: Any) -> None:
 
 
 def measure_check(root: Path, delay: float) -> dict[str, Any]:
-    """One run of both, each in a process of its own, in front of a server that waits `delay` seconds."""
+    """One run of both, each in its process, in front of a server that waits `delay` seconds."""
     context = multiprocessing.get_context("spawn")
     ready, answers, results, done = context.Queue(), context.Queue(), context.Queue(), context.Event()
     server = context.Process(target=serve, args=(root, delay, ready, done, answers))
@@ -208,7 +208,7 @@ def list_repos(root: Path, results: Any) -> None:
 
 
 def measure_lists(root: Path) -> dict[str, float]:
-    """`list_repos` in a process of its own."""
+    """`list_repos` in a fresh process."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     process = context.Process(target=list_repos, args=(root, results))
@@ -247,7 +247,11 @@ def main(arguments: list[str] | None = None) -> int:
     for name, seconds in best.items():
         print(f"  {name:12} {seconds * 1000:6.1f} CPU ms")
     if options.output:
+        from hf_fusion.evaluate import machine
+
         content = {
+            "machine": machine(),
+            "experts": options.experts,
             "fast": fast,
             "slow": slow,
             "lists": lists,

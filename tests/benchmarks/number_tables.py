@@ -123,6 +123,21 @@ def foe_forward_phrases(read: Read) -> list[str]:
     ]
 
 
+def discovery_phrases(read: Read) -> list[str]:
+    """What finding and checking many adapters of one base takes, and lists of the embedded Hub."""
+    content = read[0]
+    fast, slow = content["fast"], content["slow"]
+    lists = {name: min(run[name] for run in content["lists"]) for name in content["lists"][0]}
+    cold, page = lists.pop("cold_cpu_s"), 1000 * max(lists.values())
+    each, seconds = fast["requests"] / fast["found"], slow["discover_s"] + slow["check_s"]
+    return [
+        f"{content['experts']:,} adapters of one base are found and checked with {each:.0f} requests each: "
+        f"{fast['discover_cpu_s']:.1f} CPU s to find them, {fast['check_cpu_s']:.1f} to check them, and "
+        f"{seconds:.0f} s in all where every answer takes {1000 * slow['delay_s']:.0f} ms",
+        f"lists as many repos {cold:.1f} CPU s after a start, and a page in at most {page:.0f} ms",
+    ]
+
+
 # ---------------------------------------------------------------- static merging
 
 
@@ -170,7 +185,8 @@ def mergekit_table(read: Read) -> str:
 
 def long_merging_phrases(read: Read) -> list[str]:
     """Methods that decompose every matrix."""
-    times = {row["method"]: (f"{row['seconds']:.0f}", f"{row['mb']} MB") for row in read[0]["rows"]}
+    rows = [row for content in read for row in content["rows"]]
+    times = {row["method"]: (f"{row['seconds']:.0f}", f"{row['mb']} MB") for row in rows}
     (c, tsv, cts, wudi) = (times[name] for name in ("iso_c", "tsv_m", "iso_cts", "wudi"))
     return [
         f"`iso_c` {c[0]} CPU s and {c[1]}, `tsv_m` {tsv[0]} s and {tsv[1]}, `iso_cts` {cts[0]} s and {cts[1]}",
