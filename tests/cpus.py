@@ -39,7 +39,9 @@ def main() -> int:
     """Runs one after the other; 1 if any of them fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], metavar="WIDTH:THREADS")
-    parser.add_argument("--workers", type=int, default=2, help="test processes, each of so many threads")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="test processes of one thread each; fewer with more threads"
+    )
     args, more = parser.parse_known_args()
     known, failed = list(WIDTHS), []
     widest = known.index(widest_here())
@@ -61,7 +63,7 @@ def main() -> int:
 
 
 def cpu_seconds() -> float:
-    """Of all runs so far."""
+    """CPU time of all runs so far."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

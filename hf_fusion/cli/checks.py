@@ -18,7 +18,7 @@ from hf_fusion.hub.heads import Head, architectures, head_of_adapter, head_of_ar
 from hf_fusion.recipe import RECIPE_FILE
 
 Columns = Sequence[tuple[str, ...]]
-"""Of each entry one must be among a data set's columns."""
+"""One column of each entry must be among a data set's columns."""
 
 FAMILIES = ("foe", "phatgoose", "wemoe")
 ANY_INPUT = ("text", "prompt", "image")

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", help="pipeline tag, for example text-classification")
     parser.add_argument("--collection", metavar="SLUG", help="models of this collection")
     parser.add_argument("--id", action="append", metavar="ID", help="this repo; may be repeated")
-    parser.add_argument("--limit", type=COUNT, metavar="N", help="at most so many")
+    parser.add_argument("--limit", type=COUNT, metavar="N", help="at most N of them")
     parser.add_argument("--check", action="store_true", help="tell which fit together and why others do not")
     parser.add_argument("--labels", nargs="+", metavar="LABEL", help="with --check: the labels experts may have")
     parser.add_argument("--gates", action="store_true", help="with --check: only adapters with PHATGOOSE gates")

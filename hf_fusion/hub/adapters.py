@@ -258,7 +258,7 @@ def shape_problems(
 
 
 def _stacked(base: torch.nn.Module, paths: Sequence[str]) -> dict[str, str]:
-    """Of modules that a base does not have, those whose weights transformers stacks in it: path -> the parameter."""
+    """The modules a base lacks because transformers stacks their weights in one parameter: path -> that parameter."""
     from transformers import PreTrainedModel
 
     from hf_fusion.hub.names import used_names

@@ -111,7 +111,7 @@ def not_finite(experts: Sequence[ExpertInfo], api: HfApi) -> list[tuple[ExpertIn
     def first_broken(source: Source, files: Sequence[str]) -> str | None:
         for file in (own for own in files if own.endswith(".safetensors") and source.folder):
             with safe_open(Path(str(source.folder), file), framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - it is no mapping
+                for name in tensors.keys():  # noqa: SIM118 - it is not a mapping
                     tensor = tensors.get_tensor(name)
                     if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
                         return str(name)

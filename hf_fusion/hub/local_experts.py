@@ -177,7 +177,7 @@ def _rewritten(file: Path, pinned: Mapping[str, str]) -> str | None:
 def without_paths(
     folder: Path, files: Mapping[str, int], recipe: Recipe, names: Mapping[str, str], place: Path
 ) -> Path:
-    """A fused model's folder as others may see it: links to its files, and those anew that speak of this machine.
+    """A fused model's folder as others may see it: links to its files, and new copies of those that name local paths.
 
     Args:
         folder: the fused model's.

@@ -112,7 +112,7 @@ def local_named_files(folder: Path, name: str, *, code: bool) -> list[str]:
 
     files = list(local_files(folder))
     for own in named_folders(name, files, read):
-        # what a link leads to is no part of the model, and would be read and published from wherever it lies
+        # what a link leads to is not part of the model, and would be read and published from wherever it lies
         steps = [folder / own, *(folder / own).parents][: own.count("/") + 1]
         if any(step.is_symlink() for step in steps):
             raise FusionError(f"{name}: {own} is a link to another folder", "put the folder itself there")
@@ -138,7 +138,7 @@ def _routed(name: str, folder: str, known: set[str], read: Read, depth: int) -> 
             continue
         types = content["types"]
         if not isinstance(types, Mapping) or not depth:
-            raise FusionError(f"{name}: {prefix}{file} is no router of sentence-transformers", "fetch it again")
+            raise FusionError(f"{name}: {prefix}{file} is not a router of sentence-transformers", "fetch it again")
         for own in types:
             yield from _routed(name, prefix + _inside(name, prefix + file, own), known, read, depth - 1)
         return

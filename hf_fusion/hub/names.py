@@ -25,7 +25,7 @@ class Promised:
 
     Attributes:
         model: the model; it is shared, so it must not be changed. None where transformers cannot build it.
-        config: its configuration; None likewise.
+        config: its configuration; None where there is no model.
         why: why there is no model; "" where there is one.
     """
 
@@ -97,7 +97,7 @@ def _config_for(own: Any, config: Any) -> Any:
     parts = [getattr(config, key, None) for key in getattr(config, "sub_configs", {})]
     found = next((part for part in (config, *parts) if isinstance(part, own.config_class)), None)
     if found is None:
-        raise FusionError(f"{own.__name__} is no class of {config.model_type}")
+        raise FusionError(f"{own.__name__} is not a class of {config.model_type}")
     return found
 
 

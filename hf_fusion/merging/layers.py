@@ -29,7 +29,7 @@ Config = Mapping[str, Any]
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
 _STACK_KEYS = {"decoder_layers": "decoder.", "encoder_layers": "encoder."}  # of models of one of two stacks
 _COUNTED = ("layers_block_type", "layer_types")  # lists that alone tell how many layers there are
-# lists with a value for each layer whose names do not say "layer"; others of as many values (eos_token_id) are none
+# lists with a value for each layer whose names do not say "layer"; others of that length (eos_token_id) are not
 _LISTS = re.compile(
     r".*layer.*|layers_block_type|indexer_types|activation_sparsity_pattern|attn_type_list|attention_window|ffn_multipliers"
     r"|(moe_)?intermediate_size|num_(local_|routed_)?experts|moe_topk|num_experts_per_tok|swiglu_limits(_shared)?"

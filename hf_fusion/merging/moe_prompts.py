@@ -126,7 +126,7 @@ class _Runs:
 
 
 def _normal(rows: torch.Tensor) -> torch.Tensor:
-    """Of length 1; what is shorter than 1e-8 has no direction, and stays as short."""
+    """Scaled to length 1; what is shorter than 1e-8 has no direction, and stays as it is."""
     return rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-8)
 
 

@@ -26,7 +26,7 @@ _TOLD = 5  # tensors that an error names
 
 
 def shapes_of(tensors: Iterable[Entry | Spec]) -> Shapes:
-    """Sizes by name; modules of sentence-transformers, in folders beside the model, are none of its own tensors."""
+    """Sizes by name; modules of sentence-transformers, in folders beside the model, are not among them."""
     return {tensor.name: tensor.shape for tensor in tensors if "/" not in tensor.name}
 
 
@@ -139,7 +139,7 @@ def _candidates(config: Config, old: int, new: int, tensors: int, models: Sequen
 
 
 def _keys(config: Mapping[str, Any], value: int) -> Iterator[str]:
-    """Keys of a size, in a configuration and in its nested parts; tokens are none."""
+    """Keys of a size, in a configuration and in its nested parts, without those of tokens."""
     for key, own in config.items():
         if isinstance(own, dict):
             yield from _keys(own, value)

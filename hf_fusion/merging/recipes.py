@@ -28,7 +28,7 @@ def check_recipe(recipe: Recipe) -> None:
     """Refuses what can be seen to be wrong before any model is opened, or fetched.
 
     Raises:
-        FusionError: the method does not go with so many experts, or without a base; a parameter is unknown or out of
+        FusionError: the method does not take that many experts, or without a base; a parameter is unknown or out of
             its range.
     """
     name, method = recipe.method, method_named(recipe.method)

@@ -417,7 +417,7 @@ def scratch(name: str, dtype: torch.dtype = torch.float32, size: int = CHUNK) ->
 
 
 def stacked(name: str, count: int, size: int, most: int = CHUNK, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """This thread's buffer of that name for so many rows of at most a chunk's size, or of another, (count, size)."""
+    """This thread's buffer of that name for that many rows of at most a chunk's size, or of another, (count, size)."""
     return scratch(f"{name} of {count}", dtype, count * most)[: count * size].view(count, size)
 
 

@@ -28,7 +28,7 @@ class _Steps(TrainerCallback):
         self._phase: Phase | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A phase of so many steps."""
+        """A phase with a known number of steps."""
         self._phase = self._open.enter_context(phase(self.name, state.max_steps))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

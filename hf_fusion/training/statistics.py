@@ -110,8 +110,9 @@ def measure_fisher(
     Squares are taken example by example (and class by class), not of a batch's sum. fusion_bench squares the gradient
     of Σ √p log p, summed over a batch and its classes: another quantity, which shrinks where examples disagree.
 
-    Of a model's size there are the squares, summed in float64, and one example's gradient where a model has to be asked
-    one by one (see `squares`), whatever the number of examples. A regressor's y has the variance 1.
+    Memory is taken for the squares, as many as the model's parameters and summed in float64, and for one example's
+    gradient where a model has to be asked one by one (see `squares`), whatever the number of examples. A regressor's
+    y has the variance 1.
 
     Args:
         expert: as `load_experts` takes it; of an adapter, its base with it.

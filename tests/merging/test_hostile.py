@@ -358,7 +358,7 @@ def test_models_that_are_not_there(name, folders, tmp_path):
 
 
 def test_an_unknown_method(folders, tmp_path):
-    refused("'mean' is no static method", recipe_of(folders, "mean"), tmp_path / "out", tmp_path)
+    refused("'mean' is not a static method", recipe_of(folders, "mean"), tmp_path / "out", tmp_path)
 
 
 # ---------------------------------------------------------------- outputs

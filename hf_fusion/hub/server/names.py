@@ -26,11 +26,11 @@ def check_path(path: str) -> str:
         or any(part in ("", ".", "..") or part.lower() == ".git" for part in parts)
         or any(ord(c) < 32 or c in "\\\x7f" for c in path)
     ):
-        raise HubError(400, f"{path!r} is no path inside a repo")
+        raise HubError(400, f"{path!r} is not a path inside a repo")
     try:
         path.encode()
     except UnicodeEncodeError:
-        raise HubError(400, f"{path!r} is no path inside a repo") from None
+        raise HubError(400, f"{path!r} is not a path inside a repo") from None
     return path
 
 
@@ -48,7 +48,7 @@ def check_ref(name: str) -> str:
         or ".." in name
         or "@{" in name
     ):
-        raise HubError(400, f"{name[:MAX_REF]!r} is no branch or tag name")
+        raise HubError(400, f"{name[:MAX_REF]!r} is not a branch or tag name")
     return name
 
 

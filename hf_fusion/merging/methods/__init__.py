@@ -74,7 +74,7 @@ def method_named(name: str) -> MergeMethod:
         FusionError: there is none of that name.
     """
     if name not in MERGE_METHODS:
-        raise FusionError(f"{shown(name)} is no static method", suggestion(name, MERGE_METHODS))
+        raise FusionError(f"{shown(name)} is not a static method", suggestion(name, MERGE_METHODS))
     return MERGE_METHODS[name]
 
 
