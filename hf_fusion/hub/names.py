@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from hf_fusion.errors import FusionError
-from hf_fusion.extras import refuse_missing
+from hf_fusion.extras import MissingLibraryError, refuse_missing
 from hf_fusion.hub.files import first_line
 from hf_fusion.hub.heads import architectures
 from hf_fusion.hub.quiet import quiet_transformers
@@ -40,35 +40,55 @@ class Promised:
 
 
 def promised(config: Mapping[str, Any], name: str, tensors: int) -> Promised:
-    """What a ``config.json`` promises; built once for each configuration.
+    """What a ``config.json`` promises; built once for each configuration, whatever the checkpoint is called.
 
     Args:
         config: content of the file.
         name: what errors call the model.
         tensors: how many tensors the checkpoint holds, see `hf_fusion.hub.headers.native_config`.
+
+    Raises:
+        MissingLibraryError: a library that its class needs is not installed.
     """
-    return _promised(json.dumps(config, sort_keys=True, default=str), name, tensors)
+    content = {key: value for key, value in config.items() if key != "_name_or_path"}
+    try:
+        return _promised(json.dumps(content, sort_keys=True, default=str), tensors)
+    except _NotBuiltError as error:
+        if isinstance(error.cause, MissingLibraryError):
+            raise MissingLibraryError(str(error).replace(_NAME, name), error.cause.hint) from error
+        refuse_missing(error.cause, name)
+        return Promised(why=str(error).replace(_NAME, name))
+
+
+_NAME = "\0"  # stands for the name in what is kept for all checkpoints of a configuration
+
+
+class _NotBuiltError(Exception):
+    """Why there is no model."""
+
+    def __init__(self, why: str, cause: Exception) -> None:
+        super().__init__(why)
+        self.cause = cause
 
 
 @lru_cache(maxsize=16)
-def _promised(text: str, name: str, tensors: int) -> Promised:
+def _promised(text: str, tensors: int) -> Promised:
     import torch
 
     from hf_fusion.hub.headers import native_config
 
     content = json.loads(text)
     try:
-        config = native_config(content, name, tensors)
+        config = native_config(content, _NAME, tensors)
         own = model_class(content, config)
         config = _config_for(own, config)
         with torch.device("meta"), quiet_transformers():
             return Promised(own._from_config(config), config)
     except FusionError as error:
-        refuse_missing(error, name)
-        return Promised(why=error.message)
+        raise _NotBuiltError(error.message, error) from error
     except Exception as error:  # a stranger's config may fail in any way
-        refuse_missing(error, name)
-        return Promised(why=f"{name}: its model cannot be built from config.json ({first_line(error)})")
+        why = f"{_NAME}: its model cannot be built from config.json ({first_line(error)})"
+        raise _NotBuiltError(why, error) from error
 
 
 def model_class(content: Mapping[str, Any], config: Any) -> Any:
