@@ -1,4 +1,4 @@
-"""The families: the ways to fuse that make a model of a kind of its own, and their options, without importing torch."""
+"""The families: methods of fusion with model classes of their own, and their options, without importing torch."""
 
 from __future__ import annotations
 

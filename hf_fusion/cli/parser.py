@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
     @property
     def nested(self) -> dict[str, Parser]:
-        """The parsers of its own commands, by name."""
+        """The parsers of its subcommands, by name."""
         groups = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
         return {name: parser for action in groups for name, parser in action.choices.items()}
 
@@ -118,7 +118,7 @@ def examples_text(examples: Examples) -> str:
 
 
 def add_common(parser: Parser) -> None:
-    """What every command understands, behind its own arguments or those of its own commands."""
+    """Adds what every command understands, to the command or to each of its subcommands."""
     for each in parser.nested.values() or [parser]:
         group = each.add_argument_group("output")
         group.add_argument("--format", choices=FORMATS, default="human", help="what stdout holds (default: human)")

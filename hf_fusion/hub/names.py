@@ -64,7 +64,7 @@ _NAME = "\0"  # stands for the name in what is kept for all checkpoints of a con
 
 
 class _NotBuiltError(Exception):
-    """Why there is no model."""
+    """No model can be built; the text says why."""
 
     def __init__(self, why: str, cause: Exception) -> None:
         super().__init__(why)

@@ -134,3 +134,10 @@ def test_an_image_pipeline_casts_the_pixels_of_every_expert_and_warns_of_nothing
         logger.removeHandler(caplog.handler)
     assert best["label"] in ("a", "b")
     assert caplog.text == ""
+
+
+def test_the_copies_that_travel_with_each_family_are_the_same():
+    """A family's folder travels alone, so that each has the file: a change of one is a change of all."""
+    models = Path(__file__).parents[2] / "hf_fusion" / "models"
+    copies = [models / name / f"summary_{name}.py" for name in ("foe", "phatgoose", "wemoe")]
+    assert len({path.read_text(encoding="utf-8") for path in copies}) == 1
