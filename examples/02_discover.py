@@ -22,7 +22,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from hf_fusion import check_compatibility, discover
-from hf_fusion.demo.digits import DIGITS, EXPERTS, LABEL_MAPS, misfits
+from hf_fusion.demo.digits import DIGITS, LABEL_MAPS, digit_expert, misfits
 from hf_fusion.hub.server import HubServer
 
 labels = {*DIGITS, *(label for mapping in LABEL_MAPS.values() for label in mapping)}
@@ -31,7 +31,7 @@ with tempfile.TemporaryDirectory() as folder, HubServer(Path(folder, "hub")) as 
     me = HfApi(endpoint=hub.endpoint, token=hub.token("me"))  # any client of the Hub works: this one is unmodified
     for name in ("vit-mnist-low", "mobilenet-digits-odd"):
         me.create_repo(f"me/{name}")
-        me.upload_folder(repo_id=f"me/{name}", folder_path=EXPERTS[name])
+        me.upload_folder(repo_id=f"me/{name}", folder_path=digit_expert(name))
     for misfit in misfits(Path(folder, "misfits")):
         me.create_repo(f"me/{misfit.name}")
         me.upload_folder(repo_id=f"me/{misfit.name}", folder_path=misfit.folder)

@@ -1,7 +1,7 @@
 """Trains the digit experts that `hf-fusion demo` fuses, or measures those that are there.
 
-    OMP_NUM_THREADS=1 nice python examples/train_digit_experts.py hf_fusion/demo/experts
-    python examples/train_digit_experts.py hf_fusion/demo/experts --evaluate
+    OMP_NUM_THREADS=1 nice python examples/train_digit_experts.py demo_weights/hf_fusion_demo/digit_experts
+    python examples/train_digit_experts.py demo_weights/hf_fusion_demo/digit_experts --evaluate
     python examples/train_digit_experts.py /tmp/experts --only vit-mnist-low
 
 Training all of them takes about ten minutes on one core. `--evaluate` prints how well each expert does alone and

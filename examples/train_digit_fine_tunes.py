@@ -1,6 +1,6 @@
 """Trains the fine-tunes that `hf-fusion demo wemoe` merges, and first the small ViT that they start from.
 
-    OMP_NUM_THREADS=1 nice python examples/train_digit_fine_tunes.py hf_fusion/demo/vit_experts
+    OMP_NUM_THREADS=1 nice python examples/train_digit_fine_tunes.py demo_weights/hf_fusion_demo/vit_experts
 
 Takes about four minutes on one core. What is there already is left alone.
 """

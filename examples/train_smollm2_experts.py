@@ -37,13 +37,13 @@ from transformers import (
 
 from hf_fusion import Whitening, base_samples, fit_whitening, load_experts, train_gates
 from hf_fusion.demo.language_suite import CHAT, HELD_IN, TASKS, LanguageTask, rows
-from hf_fusion.demo.smollm2 import REFERENCE, SMOLLM2, reference_rows, smollm2_folder
+from hf_fusion.demo.smollm2 import SMOLLM2, reference_rows, smollm2_folder
 from hf_fusion.evaluate import wilson
 from hf_fusion.hub.card_edit import add_tag
 from hf_fusion.hub.gates import GATES_FILE, GATES_TAG, save_gates
 from hf_fusion.training.prompts import IGNORED, encode_prompts, target_scores
 
-DEFAULT_OUTPUT = Path(__file__).parents[1] / "hf_fusion" / "demo" / "smollm2_experts"
+WEIGHTS = Path(__file__).parents[1] / "demo_weights" / "hf_fusion_demo"
 SEED = 0
 TESTED = 200
 LORA = {
@@ -220,7 +220,8 @@ def write_reference() -> None:
     """Sample the rows that all gates are whitened by; another machine samples others."""
     (base,) = load_experts([smollm2_folder()])
     samples = base_samples(base, *CHAT.split("{}"))
-    REFERENCE.write_text("".join(f"{json.dumps(row)}\n" for row in samples), encoding="utf-8")
+    lines = "".join(f"{json.dumps(row)}\n" for row in samples)
+    (WEIGHTS / "smollm2_reference.jsonl").write_text(lines, encoding="utf-8")
 
 
 def add_gates(task: LanguageTask, data: Path | None, folder: Path, as_in_the_paper: bool) -> str:
@@ -248,7 +249,7 @@ def main() -> None:
     parser.add_argument("--gates", action="store_true", help="train each expert's gates as well")
     parser.add_argument("--paper-gates", action="store_true", help="gates that read inputs as they are")
     parser.add_argument("--reference", action="store_true", help="only sample the rows that gates are whitened by")
-    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help=f"default: {DEFAULT_OUTPUT.name}")
+    parser.add_argument("--output", type=Path, default=WEIGHTS / "smollm2_experts", help="default: smollm2_experts")
     args = parser.parse_args()
     if args.reference:
         write_reference()

@@ -39,6 +39,9 @@ def environment(folder: Path, *without: str) -> dict[str, str]:
                 if child.name not in left_out and not re.match(r"hf_fusion-|__editable__", child.name):
                     linked.exists() or linked.symlink_to(child)
     (folder / "hf_fusion").symlink_to(REPO / "hf_fusion")
+    if "hf_fusion_demo" not in without:  # editable installs are left out above
+        weights = folder / "hf_fusion_demo"
+        weights.exists() or weights.symlink_to(REPO / "demo_weights" / "hf_fusion_demo")
     info = folder / "hf_fusion-0.1.0.dist-info"
     info.mkdir()
     lines = "".join(f"Requires-Dist: {line}\n" for line in requirements())

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_fusion import FoEModel, FusionError, fit_fuser, load_experts
-from hf_fusion.demo.digits import DIGITS, EXPERTS, LABEL_MAPS, SOURCES, SPLIT, digits, misfits
+from hf_fusion.demo.digits import DIGITS, EXPERTS, LABEL_MAPS, SOURCES, SPLIT, digit_expert, digits, misfits
 from hf_fusion.evaluate import evaluate_fusion
 
 TAGS = {"hf-fusion-expert", "digits", "image-classification"}
@@ -77,9 +77,9 @@ def test_both_sources_and_all_digits_are_in_every_part(rows):
 
 
 def test_experts_differ_in_what_they_are_and_fit_into_the_package():
-    configs = {name: json.loads((folder / "config.json").read_text()) for name, folder in EXPERTS.items()}
+    configs = {name: json.loads((digit_expert(name) / "config.json").read_text()) for name in EXPERTS}
     assert len({config["model_type"] for config in configs.values()}) >= 6
-    files = [file for file in next(iter(EXPERTS.values())).parent.rglob("*") if file.is_file()]
+    files = [file for file in digit_expert(EXPERTS[0]).parent.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 6e6
     assert {file.name for file in files} == {
         "config.json",
@@ -98,7 +98,7 @@ def test_every_cell_is_known_by_two_specialists():
 @pytest.mark.parametrize("name", EXPERTS)
 def test_expert_knows_its_digits(rows, name):
     own, sources = KNOWN[name]
-    folder = EXPERTS[name]
+    folder = digit_expert(name)
     config = AutoModelForImageClassification.from_pretrained(folder).config
     names = fused_labels(name, config)
     assert set(names) == {DIGITS[digit] for digit in own}
@@ -112,7 +112,7 @@ def test_expert_knows_its_digits(rows, name):
 
 @pytest.mark.parametrize("name", EXPERTS)
 def test_card_says_what_discovery_needs(name):
-    card = ModelCard.load(EXPERTS[name] / "README.md")
+    card = ModelCard.load(digit_expert(name) / "README.md")
     assert set(card.data.tags) == TAGS
     assert (card.data.license, card.data.pipeline_tag) == ("apache-2.0", "image-classification")
     assert name in card.text
@@ -151,7 +151,7 @@ def test_pickle_holds_the_expert_and_no_safetensors(wrong):
     folder = wrong["vit-tiny-pickle"].folder
     assert not list(folder.glob("*.safetensors"))
     tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
-    expert = load_file(EXPERTS["vit-tiny-digits"] / "model.safetensors")
+    expert = load_file(digit_expert("vit-tiny-digits") / "model.safetensors")
     assert set(tensors) == set(expert)
     assert all(torch.equal(tensors[key], expert[key]) for key in expert)
 
@@ -162,7 +162,7 @@ def test_voting_runs_only_with_its_own_code(rows, wrong):
     with pytest.raises(ValueError, match="trust_remote_code"):
         AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=False)
     answers = predictions(folder, list(test["image"]), trust_remote_code=True)
-    alone = predictions(EXPERTS["vit-tiny-digits"], list(test["image"]))
+    alone = predictions(digit_expert("vit-tiny-digits"), list(test["image"]))
     assert answers != alone
     assert sum(a == b for a, b in zip(answers, test["label"], strict=True)) / len(test) >= 0.7
 
@@ -189,7 +189,7 @@ def test_nan_is_in_one_weight(wrong):
 
 @pytest.mark.slow
 def test_fusion_is_worth_it(rows):
-    foe = FoEModel.from_experts(list(EXPERTS.values()), label_maps=LABEL_MAPS, labels=DIGITS)
+    foe = FoEModel.from_experts([digit_expert(name) for name in EXPERTS], label_maps=LABEL_MAPS, labels=DIGITS)
     fit_fuser(foe, rows["fit"], frugal=True)
     results = evaluate_fusion(foe, rows["test"])
     fused, frugal, oracle = results.best("foe"), results.best("frugal"), results.best("oracle")

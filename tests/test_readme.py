@@ -17,10 +17,10 @@ from tiny import make_tokenizer
 from tiny_fused import bert_base, fine_tuned
 from tiny_routed import save_base, save_lora
 
-import hf_fusion
 from hf_fusion import fuse, save_fused
 from hf_fusion.cli.app import build_parser
 from hf_fusion.demo.smollm2 import smollm2_folder
+from hf_fusion.demo.weights import demo_weights
 from hf_fusion.merging.methods import methods_table
 from hf_fusion.merging.recipes import check_recipe
 from hf_fusion.recipe import Recipe
@@ -116,7 +116,7 @@ def test_the_router_of_the_demos_experts_prints_what_is_shown(tmp_path):
     """The block as it stands, in a folder where me/router is that router."""
     shown = blocks(README, "text")[0].splitlines()
     names = [name.rpartition("/")[2] for name in ast.literal_eval(shown[1])]
-    experts = Path(hf_fusion.__file__).parent / "demo" / "smollm2_experts"
+    experts = demo_weights("smollm2_experts")
     router = fuse("phatgoose", [experts / name for name in names], smollm2_folder(), top_k=2)
     save_fused(router, tmp_path / "me" / "router")
     (tmp_path / "block.py").write_text(blocks(README, "python")[4], encoding="utf-8")

@@ -67,10 +67,9 @@ def _rxnfp(inside: str) -> Path:
 
 
 def _demo(inside: str) -> Path:
-    folder = Path(__file__).parents[1] / "demo" / inside
-    if not folder.is_dir():
-        raise FusionError(f"hf_fusion has no demo/{inside}", hint="pip install --force-reinstall hf_fusion")
-    return folder
+    from hf_fusion.demo.weights import demo_weights
+
+    return demo_weights(inside)
 
 
 PACKAGES: dict[str, Callable[[str], Path]] = {"minilm": _minilm, "smollm2": _smollm2, "rxnfp": _rxnfp, "demo": _demo}

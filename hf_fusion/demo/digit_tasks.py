@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_fusion.corruptions import CORRUPTIONS, corrupt
@@ -28,9 +27,8 @@ CELL = SIZE // 3  # a digit on a sheet of nine
 MOST = 6  # digits on a sheet
 SEVERITY = 5
 
-FOLDER = Path(__file__).with_name("vit_experts")
 BASE = "vit-digits"
-"""Folder of the base, and its repo's name; its fine-tunes are called likewise, with their task: "vit-digits-turned"."""
+"""The base's repo, and its folder in `demo_weights("vit_experts")`; a fine-tune adds its task: "vit-digits-turned"."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fusion.extras import refuse_missing
 
+from .weights import demo_weights
+
 if TYPE_CHECKING:
     import numpy as np
     from datasets import DatasetDict
@@ -29,22 +31,17 @@ SPLIT = {"experts": 3900, "fit": 1300, "test": 1597}
 
 SIZE = 28
 
-_FOLDER = Path(__file__).parent / "experts"
-
-EXPERTS = {
-    name: _FOLDER / name
-    for name in (
-        "convnextv2-digits-even",
-        "mobilenet-digits-odd",
-        "pvt-scans-high",
-        "regnet-digits-lookalikes",
-        "resnet-mnist-high",
-        "swin-scans-low",
-        "vit-mnist-low",
-        "vit-tiny-digits",
-    )
-}
-"""Name of the repo -> folder with config, safetensors, image processor and card."""
+EXPERTS = (
+    "convnextv2-digits-even",
+    "mobilenet-digits-odd",
+    "pvt-scans-high",
+    "regnet-digits-lookalikes",
+    "resnet-mnist-high",
+    "swin-scans-low",
+    "vit-mnist-low",
+    "vit-tiny-digits",
+)
+"""Names of the experts' repos; see `digit_expert`."""
 
 LABEL_MAPS = {
     "resnet-mnist-high": {str(n): DIGITS[n] for n in (5, 6, 7, 8, 9)},
@@ -54,6 +51,15 @@ LABEL_MAPS = {
     "regnet-digits-lookalikes": {f"{n} ({DIGITS[n]})": DIGITS[n] for n in (3, 5, 8, 4, 9)},
 }
 """Expert -> its label -> the fused label, for the experts whose labels are not the English names."""
+
+
+def digit_expert(name: str) -> Path:
+    """The folder of one of `EXPERTS`: config, safetensors, image processor and card.
+
+    Raises:
+        FusionError: the demo's weights are not installed.
+    """
+    return demo_weights(f"digit_experts/{name}")
 
 
 def digits() -> DatasetDict:
@@ -136,7 +142,7 @@ def misfits(folder: Path) -> list[Misfit]:
     for name, (origin, wrong, spoil, settings) in _MISFITS.items():
         target = folder / name
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(_FOLDER / origin, target)
+        shutil.copytree(digit_expert(origin), target)
         spoil(target)
         if name != origin:
             card = target / "README.md"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hf_fusion.errors import FusionError
 from hf_fusion.extras import refuse_missing
 
-from .digits import DIGITS, EXPERTS, LABEL_MAPS, digits, misfits
+from .digits import DIGITS, EXPERTS, LABEL_MAPS, digit_expert, digits, misfits
 from .place import Place, ask_a_stranger, hub_lines, near, publish_to, report_push, shell_lines
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ def run(place: Place, out: Out, seed: int = 0) -> dict[str, Any]:
         out.log(f"      {where}")
 
     with out.step(2, STEPS, "Push experts that fit, and some that do not"):
-        for name, folder in EXPERTS.items():
-            report_push(place.push(name, folder), place.repo(name), out)
+        for name in EXPERTS:
+            report_push(place.push(name, digit_expert(name)), place.repo(name), out)
         for misfit in misfits(place.folder / "misfits"):
             report_push(place.push(misfit.name, misfit.folder, misfit.settings), place.repo(misfit.name), out)
 

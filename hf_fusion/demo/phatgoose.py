@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .language_suite import CHAT, TASKS, rows
 from .place import Place, ask_a_stranger, hub_lines, near, publish_to, report_push, shell_lines
 from .smollm2 import SMOLLM2, reference_rows, smollm2_folder
+from .weights import demo_weights
 
 if TYPE_CHECKING:
     from hf_fusion.cli.output import Out
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 STEPS = 8
 NAME, FOLDER = "phatgoose-smollm2", "router"
-EXPERTS = Path(__file__).with_name("smollm2_experts")
 WITH_GATES = ("word-sorting", "word-reversal", "number-sorting", "number-range")
 WITHOUT_GATES = "chain-sum"  # gets them on the way
 ELSEWHERE, OTHER_BASE = "word-sorting-360m", "HuggingFaceTB/SmolLM2-360M-Instruct"
@@ -96,7 +96,7 @@ def _push_all(place: Place, out: Out) -> None:
     if place.embedded:  # the real Hub has it
         report_push(push_base(place), SMOLLM2, out)
     for name in WITH_GATES:
-        report_push(place.push(name, EXPERTS / name), place.repo(name), out)
+        report_push(place.push(name, demo_weights(f"smollm2_experts/{name}")), place.repo(name), out)
     for name, folder in _misfits(place.folder / "misfits").items():
         # What an earlier run pushed has gates by now: it stays.
         known = place.api.repo_exists(place.repo(name))
@@ -120,13 +120,14 @@ def _misfits(folder: Path) -> dict[str, Path]:
     """Two copies of adapters: one without its gates, one that says it is of another base."""
     from hf_fusion.hub.gates import GATES_FILE, GATES_TAG
 
+    experts = demo_weights("smollm2_experts")
     made = {WITHOUT_GATES: folder / WITHOUT_GATES, ELSEWHERE: folder / ELSEWHERE}
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(EXPERTS / WITHOUT_GATES, made[WITHOUT_GATES], ignore=shutil.ignore_patterns(GATES_FILE))
+    shutil.copytree(experts / WITHOUT_GATES, made[WITHOUT_GATES], ignore=shutil.ignore_patterns(GATES_FILE))
     card = made[WITHOUT_GATES] / "README.md"
     kept = [line for line in card.read_text(encoding="utf-8").splitlines() if GATES_TAG not in line.replace("_", "-")]
     card.write_text("\n".join(kept) + "\n", encoding="utf-8")
-    shutil.copytree(EXPERTS / WITH_GATES[0], made[ELSEWHERE])
+    shutil.copytree(experts / WITH_GATES[0], made[ELSEWHERE])
     for file in ("README.md", "adapter_config.json"):
         text = (made[ELSEWHERE] / file).read_text(encoding="utf-8")
         (made[ELSEWHERE] / file).write_text(text.replace(SMOLLM2, OTHER_BASE), encoding="utf-8")

@@ -11,13 +11,13 @@ from hf_fusion.cache import cache_folder
 from hf_fusion.errors import FusionError
 from hf_fusion.folders import made_once
 
+from .weights import demo_weights
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """Its id on the Hub; what adapters trained on it record as their base."""
-
-REFERENCE = Path(__file__).with_name("smollm2_reference.jsonl")
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -58,7 +58,8 @@ def reference_rows() -> Dataset:
     """
     from datasets import Dataset
 
-    return Dataset.from_list([json.loads(line) for line in REFERENCE.read_text(encoding="utf-8").splitlines()])
+    text = demo_weights("smollm2_reference.jsonl").read_text(encoding="utf-8")
+    return Dataset.from_list([json.loads(line) for line in text.splitlines()])
 
 
 def _convert(source: Path, folder: Path) -> None:

@@ -8,9 +8,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .digit_tasks import BASE, FOLDER, TASKS, task_rows
-from .digits import EXPERTS
+from .digit_tasks import BASE, TASKS, task_rows
+from .digits import digit_expert
 from .place import OWNER, Place, ask_a_stranger, hub_lines, near, publish_to, report_push, shell_lines
+from .weights import demo_weights
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -102,9 +103,10 @@ def _folders(place: Place) -> dict[str, Path]:
     """What is pushed: the base, its fine-tunes, a copy that says it is of another base, and one whose card is wrong."""
     made = place.folder / "fine-tunes"
     shutil.rmtree(made, ignore_errors=True)
-    shutil.copytree(FOLDER, made)
-    shutil.copytree(FOLDER / FINE_TUNES["digit"], made / ELSEWHERE)
-    shutil.copytree(EXPERTS[OTHER], made / SMALLER)
+    experts = demo_weights("vit_experts")
+    shutil.copytree(experts, made)
+    shutil.copytree(experts / FINE_TUNES["digit"], made / ELSEWHERE)
+    shutil.copytree(digit_expert(OTHER), made / SMALLER)
     names = [BASE, *FINE_TUNES.values(), ELSEWHERE, SMALLER]
     for name in names:
         card = made / name / "README.md"

@@ -19,9 +19,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from datasets import concatenate_datasets
 
 from hf_fusion.demo.language_suite import rows
-from hf_fusion.demo.phatgoose import EXPERTS, push_base
+from hf_fusion.demo.phatgoose import push_base
 from hf_fusion.demo.place import Place, open_place
 from hf_fusion.demo.smollm2 import SMOLLM2
+from hf_fusion.demo.weights import demo_weights
 
 ROOT = Path(__file__).parents[2]
 TASKS = ("word-sorting", "word-reversal", "number-sorting")
@@ -44,7 +45,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, open_place(Path(folder)) as place:
         push_base(place)
         for task in TASKS:
-            place.push(task, EXPERTS / task)
+            place.push(task, demo_weights("smollm2_experts") / task)
         suite = [rows(task, "test", TESTED) for task in TASKS]
         owned = [
             own.add_column("expert", [place.repo(task)] * len(own)) for task, own in zip(TASKS, suite, strict=True)

@@ -28,6 +28,7 @@ from hf_fusion import Expert, average_activation, evaluate_routing, load_experts
 from hf_fusion.demo.language_suite import CHAT, END_OF_TURN, HELD_IN, HELD_OUT, TASKS, conversations, rows
 from hf_fusion.demo.minilm import minilm_folder
 from hf_fusion.demo.smollm2 import smollm2_folder
+from hf_fusion.demo.weights import demo_weights
 from hf_fusion.evaluate_suite import SYSTEMS
 from hf_fusion.hub.gates import GATES_FILE
 from hf_fusion.models.phatgoose import PhatgooseRouter
@@ -35,9 +36,7 @@ from hf_fusion.retrieval import TextEmbedder
 from hf_fusion.suite_results import SuiteResults, aligned, mean_of
 from hf_fusion.training.batches import read_examples
 
-ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
-EXPERTS = ROOT / "hf_fusion" / "demo" / "smollm2_experts"
 SECOND = ", asked second"
 
 
@@ -167,7 +166,9 @@ def command(args: argparse.Namespace) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with one folder per data set")
-    parser.add_argument("--experts", type=Path, default=EXPERTS, help="folder with one folder per expert")
+    parser.add_argument(
+        "--experts", type=Path, default=demo_weights("smollm2_experts"), help="folder with one folder per expert"
+    )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, help="only these tasks")
     parser.add_argument("--n", type=int, default=200, help="test rows of each task")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="only these systems")
