@@ -15,6 +15,7 @@ from typing import Any
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import Suite, Task
 from hf_fusion.errors import FusionError
+from hf_fusion.hub.commits import found_commit
 from hf_fusion.hub.files import hub_api, repo_of
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def _sha(source: str, build: str | None) -> str:
     path = expert_path(source, build)
     if not isinstance(path, Path):
         repo, revision = repo_of(path)
-        return str(hub_api(None).model_info(repo, revision=revision).sha)
+        return found_commit(repo, revision, hub_api(None).model_info(repo, revision=revision).sha)
     digest = hashlib.sha256()
     for file in sorted(path.glob("*.safetensors")):
         digest.update(file.read_bytes())

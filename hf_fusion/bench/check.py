@@ -13,7 +13,8 @@ from hf_fusion.bench.rows import PACKAGES, stored_parts
 from hf_fusion.bench.sources import expert_path, is_hub_id
 from hf_fusion.bench.suite import Suite
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.files import SHA, explained, hub_api, in_parallel, repo_of
+from hf_fusion.hub.commits import as_commit, found_commit
+from hf_fusion.hub.files import explained, hub_api, in_parallel, repo_of
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -99,7 +100,8 @@ def _on_the_hub(what: str, source: str, api: HfApi) -> Checked:
     is_pickled = what != "data" and not any(name.endswith(".safetensors") for name in files)
     is_pickled &= any(name.endswith(".bin") for name in files)
     told = ("has only pickle weights", "bench run --allow-pickle, if you trust its author") if is_pickled else ("", "")
-    return Checked(what, source, "there", info.sha or "", bool(revision and SHA.fullmatch(revision)), *told)
+    sha = found_commit(repo, revision, info.sha)
+    return Checked(what, source, "there", sha, as_commit(revision) is not None, *told)
 
 
 def _newest(what: str, source: str, api: HfApi) -> str:

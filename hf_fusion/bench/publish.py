@@ -16,6 +16,7 @@ from hf_fusion.bench.cells import ALL, CLEAN, LEADERBOARD, Cell, read_cells
 from hf_fusion.bench.pages import CELLS, README_SECTION, REPORT, write_report
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.card_edit import add_tag, metadata_of, put_metadata, put_section
+from hf_fusion.hub.commits import download_file
 from hf_fusion.hub.files import explained, hub_api, same_file
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def _refuse_loss(cells: Sequence[Cell], repo_id: str, names: Collection[str], sh
     hint = "publish under another name, or replace it: --overwrite (overwrite=True in Python)"
     if CELLS not in names:
         raise FusionError(f"{repo_id} is a data set of something else: it has no {CELLS}.", hint)
-    theirs = read_cells(api.hf_hub_download(repo_id, CELLS, revision=sha, repo_type="dataset"))
+    theirs = read_cells(download_file(api, repo_id, CELLS, sha, repo_type="dataset"))
     if lost := {cell.place for cell in theirs} - {cell.place for cell in cells}:
         raise FusionError(
             f"{repo_id} has {len(lost):,} cells that are not among these, such as {min(lost)}.",
@@ -302,7 +303,7 @@ def _results(summary: Mapping[str, Any], method: str, name: str, task_type: str,
 
 def _read(api: HfApi, repo_id: str, name: str, sha: str | None, repo_type: str) -> str:
     """A text file of a repo, every byte of it."""
-    content = Path(api.hf_hub_download(repo_id, name, revision=sha, repo_type=repo_type)).read_bytes()
+    content = download_file(api, repo_id, name, sha, repo_type=repo_type).read_bytes()
     try:
         return content.decode()
     except UnicodeDecodeError as error:

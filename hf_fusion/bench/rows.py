@@ -15,7 +15,8 @@ from hf_fusion.bench.sources import is_hub_id
 from hf_fusion.bench.suite import OUR_COLUMNS, Suite, Task
 from hf_fusion.errors import FusionError, one_line, shown
 from hf_fusion.extras import refuse_missing
-from hf_fusion.hub.files import split_revision
+from hf_fusion.hub.commits import as_commit, found_commit
+from hf_fusion.hub.files import explained, hub_api, split_revision
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -325,9 +326,13 @@ def _reactions(_: str, data_dir: str | Path | None) -> Parts:
 def _hub_split(task: Task, split: str) -> Dataset:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.constants import HF_HUB_OFFLINE
 
     name, revision = split_revision(task.data)
     hint = f"hf-fusion bench check, or correct the task {task.name}"
+    if as_commit(revision) and not HF_HUB_OFFLINE:
+        with explained(name):
+            found_commit(name, revision, hub_api(None).dataset_info(name, revision=revision).sha)
     try:
         return load_dataset(name, task.config, split=split, revision=revision)
     except DatasetNotFoundError:

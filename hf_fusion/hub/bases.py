@@ -6,7 +6,8 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from hf_fusion.hub.files import SHA, Source
+from hf_fusion.hub.commits import SHA
+from hf_fusion.hub.files import Source
 
 logger = logging.getLogger(__name__)
 

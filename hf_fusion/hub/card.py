@@ -24,8 +24,9 @@ from hf_fusion.hub.card_edit import escape_markdown
 from hf_fusion.hub.card_families import FAMILIES
 from hf_fusion.hub.card_merge import MERGE, pipeline_tag
 from hf_fusion.hub.card_parts import Family, chats
+from hf_fusion.hub.commits import SHA
 from hf_fusion.hub.discover import read_info
-from hf_fusion.hub.files import SHA, in_parallel, parts_of, resolve
+from hf_fusion.hub.files import in_parallel, parts_of, resolve
 from hf_fusion.hub.heads import HEADS, auto_class_of, head_of_adapter
 from hf_fusion.hub.licenses import combine
 from hf_fusion.hub.local_experts import folder_info

@@ -16,6 +16,7 @@ from hf_fusion.errors import FusionError
 from hf_fusion.experts import ExpertInfo
 from hf_fusion.extras import refuse_missing
 from hf_fusion.hub.adapters import config_problems, shape_problems, trained_class
+from hf_fusion.hub.commits import as_commit
 from hf_fusion.hub.discover import info_row
 from hf_fusion.hub.files import (
     Source,
@@ -175,7 +176,7 @@ def check_compatibility(
     criteria = Criteria(
         task=task,
         base_model=base_model,
-        base_revision=base_revision,
+        base_revision=as_commit(base_revision) or base_revision,
         labels=frozenset(map(same_label, labels)) if labels is not None else None,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import ExpertInfo
 from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
+from hf_fusion.hub.commits import as_commit
 from hf_fusion.hub.files import (
     READERS,
     Source,
@@ -158,7 +159,7 @@ def _listed(
     seen: set[str] = set()
     for search in searches:
         for info in search:
-            if info.id not in seen:
+            if info.id not in seen and as_commit(info.sha):  # an empty repo has no commit
                 seen.add(info.id)
                 yield source_of(info, api)
 
@@ -188,7 +189,7 @@ def read_info(source: Source) -> ExpertInfo:
         task=info.pipeline_tag or (head.tasks[0] if head else default_task(architecture)),
         architecture=None if source.is_adapter else architecture,
         base_model=_base_of(source, adapter),
-        base_revision=_text(adapter.get("revision")),
+        base_revision=as_commit(revision := _text(adapter.get("revision"))) or revision,
         labels=label_names(config),
         license=_license(source.card.get("license")),
         size=_weight_bytes(source),

@@ -17,6 +17,7 @@ from hf_fusion.errors import FusionError, one_line, shown
 from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
 from hf_fusion.hub.adapters import parse_json, read_json
 from hf_fusion.hub.card_edit import metadata_of
+from hf_fusion.hub.commits import as_commit, download_file, found_commit
 from hf_fusion.hub.linearized import STEM as LINEARIZED
 from hf_fusion.hub.manifests import (
     local_files,
@@ -39,7 +40,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 
-SHA = re.compile(r"[0-9a-f]{40}")
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _NUMBERED = re.compile(r"([\w./-]+)#(\d+)(?:@(.+))?")  # an expert of one of PHATGOOSE's authors' checkpoints
 WORKERS = 8  # downloads of weights at a time
@@ -114,8 +114,8 @@ class Source:
         if self.folder is not None and (self.folder / file).is_file():
             return read_content(self.folder / file, self.name)
         with explained(self.name):
-            path = hub_api(self.api).hf_hub_download(self.name, file, revision=self.revision, tqdm_class=_silent_bar())
-        return read_content(Path(path), self.name)
+            path = download_file(hub_api(self.api), self.name, file, self.revision, tqdm_class=_silent_bar())
+        return read_content(path, self.name)
 
     def _read_json(self, file: str) -> dict[str, Any]:
         if self.folder is not None:
@@ -150,7 +150,7 @@ def hub_api(api: HfApi | None) -> HfApi:
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """``owner/name@revision`` → (id, revision or None).
+    """``owner/name@revision`` → (id, revision or None); a commit in lower case.
 
     Raises:
         FusionError: where it is neither a repo id nor an existing folder.
@@ -166,7 +166,7 @@ def split_revision(name: str) -> tuple[str, str | None]:
             f"{name!r} is neither a folder nor a repo id.",
             hint="write owner/name, owner/name@revision or a folder",
         )
-    return repo, revision or None
+    return repo, as_commit(revision) or revision or None
 
 
 def parts_of(name: str) -> tuple[str, str]:
@@ -296,7 +296,8 @@ def resolve_repo(name: str, api: HfApi | None = None) -> Source:
     api = hub_api(api)
     with explained(repo):
         info = api.model_info(repo, revision=revision, files_metadata=True)
-    return source_of(info, api, pinned=bool(revision and SHA.fullmatch(revision)))
+    found_commit(repo, revision, info.sha)
+    return source_of(info, api, pinned=as_commit(revision) is not None)
 
 
 def source_of(info: ModelInfo, api: HfApi, *, pinned: bool = False) -> Source:
@@ -455,9 +456,7 @@ def download(wanted: Sequence[tuple[Source, list[str]]], api: HfApi | None = Non
         def fetch(job: tuple[Source, str]) -> None:
             source, file = job
             with explained(source.name):
-                path = Path(
-                    client.hf_hub_download(source.name, file, revision=source.revision, tqdm_class=_silent_bar(more))
-                )
+                path = download_file(client, source.name, file, source.revision, tqdm_class=_silent_bar(more))
             source.folder = path.parents[file.count("/")]
 
         in_parallel(fetch, jobs, WORKERS)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.experts import ExpertInfo
+from hf_fusion.hub.commits import SHA
 from hf_fusion.hub.compat import Compatibility, Reason, ReasonKind, Rejected
-from hf_fusion.hub.files import SHA, Source, download, hub_api, in_parallel, resolve_repo, safe_files
+from hf_fusion.hub.files import Source, download, hub_api, in_parallel, resolve_repo, safe_files
 from hf_fusion.hub.heads import Head, head_of_architecture, head_of_task, same_label
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ from hf_fusion.fusion import save_fused
 from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
 from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.card import README, CardFacts, pinned_revision, read_facts, render_card
+from hf_fusion.hub.commits import download_file, found_commit
 from hf_fusion.hub.files import explained, hub_api, parts_of, same_file, weight_files
 from hf_fusion.hub.local_experts import folder_info, push_folders, refuse_changed, repos_of, told_names, without_paths
 from hf_fusion.hub.publish_checks import allowed_to, check_id, check_write, refuse_unnamed
@@ -354,7 +355,7 @@ def _remote_card(repo_id: str, api: HfApi) -> str:
     sha = api.model_info(repo_id).sha
     if not api.file_exists(repo_id, README, revision=sha):
         return ""
-    return Path(api.hf_hub_download(repo_id, README, revision=sha)).read_text(encoding="utf-8")
+    return download_file(api, repo_id, README, sha).read_text(encoding="utf-8")
 
 
 def _commit_with(planned: PublishPlan, candidates: list[str | None], api: HfApi) -> str | None:
@@ -365,6 +366,7 @@ def _commit_with(planned: PublishPlan, candidates: list[str | None], api: HfApi)
         if sha is None:
             continue
         try:
+            found_commit(planned.repo_id, sha, api.model_info(planned.repo_id, revision=sha).sha)
             if not list(_differences(planned, sha, api)):
                 return sha
         except RevisionNotFoundError:  # a card that somebody edited

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import Gates
 from hf_fusion.hub.card import README
 from hf_fusion.hub.card_edit import add_tag, put_section
+from hf_fusion.hub.commits import as_commit, download_file
 from hf_fusion.hub.files import Source, explained, hub_api, recorded_base, resolve, safe_files
 from hf_fusion.hub.gates import GATES_FILE, GATES_TAG, gate_problem, parse_gates, save_gates, stored
 from hf_fusion.hub.headers import hub_shapes
@@ -63,6 +63,8 @@ def push_gates(gates: Gates, repo_id: str, *, revision: str | None = None, api: 
     """
     from huggingface_hub import CommitOperationAdd
 
+    if as_commit(revision):
+        raise FusionError(f"{repo_id}@{revision} is a commit: gates are pushed to a branch.", hint="leave @… out")
     api = hub_api(api)
     source = resolve(f"{repo_id}@{revision}" if revision else repo_id, api)
     if source.is_local or not source.is_adapter:
@@ -116,7 +118,7 @@ def _card(source: Source) -> str:
     if README not in source.sizes:
         return ""
     with explained(source.name):
-        content = Path(hub_api(source.api).hf_hub_download(source.name, README, revision=source.revision)).read_bytes()
+        content = download_file(hub_api(source.api), source.name, README, source.revision).read_bytes()
     try:
         return content.decode()
     except UnicodeDecodeError as error:
@@ -127,7 +129,7 @@ def _has_gates(source: Source, gates: Gates) -> bool:
     """Whether the repo holds these very gates already."""
     if GATES_FILE not in source.sizes:
         return False
-    file = Path(hub_api(source.api).hf_hub_download(source.name, GATES_FILE, revision=source.revision))
+    file = download_file(hub_api(source.api), source.name, GATES_FILE, source.revision)
     ours = stored(gates)
     try:
         there = parse_gates(file, source.name, {path: len(vector) for path, vector in ours.items()})

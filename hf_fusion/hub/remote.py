@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
+from hf_fusion.hub.commits import found_commit
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -48,6 +49,9 @@ def read_part(api: HfApi, repo_id: str, file: str, revision: str | None, start: 
         if response.status_code == 416:  # the file is empty, or ends before `start`
             return Part(b"", start)
         hf_raise_for_status(response)
+        for answer in (*response.history, response):
+            if commit := answer.headers.get("x-repo-commit"):
+                found_commit(repo_id, revision, commit)
         begins = start if response.status_code == 206 else 0  # a server may send the whole file
         found = bytearray()
         for chunk in response.iter_bytes():
@@ -70,7 +74,8 @@ def read_json_file(api: HfApi, repo_id: str, file: str, revision: str) -> bytes:
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(repo_id, file, revision=revision)
-    if isinstance(cached, str):
+    # the cache follows a branch that is called like the commit
+    if isinstance(cached, str) and Path(cached).parents[file.count("/")].name == revision:
         return Path(cached).read_bytes()
     part = read_part(api, repo_id, file, revision, 0, MAX_JSON)
     if part.size > MAX_JSON:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def load_by_reference(
     if dtype == "auto":
         dtype = config.dtype or "auto"
     where = {key: hub[key] for key in ("token", "cache_dir", "local_files_only") if key in hub}
+    refuse_other_commit(config.base["id"], config.base["revision"], where)
     base = AUTO_CLASSES[config.head].from_pretrained(
         config.base["id"], revision=config.base["revision"], config=config.backbone_config(), dtype=dtype, **where
     )
@@ -35,6 +37,22 @@ def load_by_reference(
     drop = (*hub, "config", "dtype", "torch_dtype")
     rest = {key: value for key, value in kwargs.items() if key not in drop}
     return {**rest, "config": config, "state_dict": state, "dtype": dtype}
+
+
+def refuse_other_commit(name: str, revision: str, where: Any) -> None:
+    """A branch may be called like a commit: what comes must be the commit.
+
+    Args:
+        name: id of a repo.
+        revision: that is asked for.
+        where: arguments of `cached_file`.
+
+    Raises:
+        ValueError: a Hub answers with another commit.
+    """
+    found = Path(str(cached_file(name, "config.json", revision=revision, **where))).parent.name
+    if re.fullmatch(r"[0-9a-fA-F]{40}", revision) and found != revision.lower():
+        raise ValueError(f"the Hub answers with commit {found} of {name} for {revision}")
 
 
 def generation_of(name: Any, hub: dict[str, Any]) -> GenerationConfig | None:
