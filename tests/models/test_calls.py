@@ -1,0 +1,139 @@
+"""What belongs to a call: found by the thread or task that makes it, by no other, and gone when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import gc
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from contextvars import copy_context
+from functools import partial
+from weakref import ref
+
+import pytest
+import torch
+from threads import wrong_calls
+
+from hf_fusion.models.phatgoose.calls_phatgoose import _SCOPES, Calls
+
+
+def test_a_state_lasts_as_long_as_its_call():
+    calls = Calls()
+    with calls.entered("outer"):
+        with pytest.raises(ValueError, match="inner"), calls.entered("inner"):
+            assert calls.current() == "inner"
+            raise ValueError("inner")
+        assert calls.current() == "outer"
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(calls.current).result() is None
+        assert Calls().current() is None
+    assert calls.current() is None
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_scopes_may_be_left_in_any_order(first):
+    calls = Calls()
+    scopes = [ExitStack(), ExitStack()]
+    for value, scope in enumerate(scopes):
+        scope.enter_context(calls.scoped(value))
+        assert calls.scope() == value
+    scopes[first].close()
+    assert calls.scope() == 1 - first
+    scopes[1 - first].close()
+    assert calls.scope() is None
+
+
+def test_a_scope_is_left_for_all_who_have_it_wherever_it_is_left():
+    calls = Calls()
+    scope = ExitStack()
+    scope.enter_context(calls.scoped("open"))
+    context = copy_context()
+    assert context.run(calls.scope) == "open"
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(calls.scope).result() is None
+        pool.submit(scope.close).result()
+    assert calls.scope() is None
+    assert context.run(calls.scope) is None
+
+
+def test_tasks_have_scopes_and_kept_values_apart():
+    calls = Calls()
+
+    async def task(value: int) -> list[object]:
+        seen = [calls.scope(), calls.kept()]
+        with calls.scoped(value):
+            calls.keep(value)
+            await asyncio.sleep(0)
+            seen += [calls.scope(), calls.kept()]
+        return [*seen, calls.scope()]
+
+    async def all_tasks() -> list[list[object]]:
+        with calls.scoped("outer"):
+            return await asyncio.gather(*map(task, range(4)))
+
+    assert asyncio.run(all_tasks()) == [["outer", None, value, value, "outer"] for value in range(4)]
+    assert calls.scope() is None
+    assert calls.kept() is None
+
+
+def test_copies_have_calls_apart_and_nothing_outlives_them():
+    calls = Calls()
+    holder = {"model": calls, "module": calls}
+    with calls.scoped(1), calls.entered(1):
+        calls.keep(torch.ones(1))
+        for copied in (copy.deepcopy(holder), pickle.loads(pickle.dumps(holder))):
+            own = copied["model"]
+            assert own is copied["module"] is not calls
+            assert (own.current(), own.scope(), own.kept()) == (None, None, None)
+    kept = ref(calls.kept())
+    key = ref(calls)
+    del calls, holder, copied, own
+    gc.collect()
+    Calls().keep(None)  # whoever comes next clears up
+    assert key() is None
+    assert kept() is None
+    assert key not in _SCOPES.get()
+
+
+class Adds(torch.nn.Module):
+    """Adds what the call found, by hooks as the fused models have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = Calls()
+        self.register_forward_pre_hook(self._begin)
+        self.register_forward_hook(self._end, always_call=True)
+
+    def _begin(self, module: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
+        self.calls.enter([self.calls.scope(), args[0].sum(), self.calls.current()])
+
+    def _end(self, module: torch.nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        self.calls.enter(self.calls.current()[2])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scope, total, _ = self.calls.current()
+        return x + total if scope is None else x * scope
+
+
+def test_compiled_code_finds_what_its_thread_has():
+    model = Adds()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    x = torch.ones(2)
+
+    def within(value: float) -> torch.Tensor:
+        with model.calls.scoped(torch.tensor(value)):
+            return compiled(x)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def whole(x: torch.Tensor, value: float) -> torch.Tensor:
+        with model.calls.scoped(value):
+            return model(x)
+
+    calls = {"none": partial(compiled, x), "in the graph": partial(whole, x, 5.0)}
+    calls |= {f"{value}": partial(within, value) for value in (3.0, 4.0)}
+    assert [call()[0] for call in calls.values()] == [3, 5, 3, 4]
+    assert wrong_calls(calls, 100) == []
+    torch._dynamo.reset()
+    assert model.calls.current() is None
