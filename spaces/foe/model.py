@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,6 @@ class Served:
     kind: str
     results: dict[str, Any] | None
     examples: list[str]
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
     def url(self) -> str:
@@ -95,11 +93,10 @@ class Served:
         """
         given = {"text": [example]} if self.kind == "text" else {"images": [example]}
         inputs = self.processor(**given).to(self.model.device)
-        with self._lock:  # the trace belongs to the last forward
-            if self.model.config.vocabularies:
-                return self._generate(inputs)
-            logits = self.model(**inputs, budget=budget).logits[0].float().cpu()
-            return read_routing(self.model.config, self.model.routing_trace(), logits, budget)
+        if self.model.config.vocabularies:
+            return self._generate(inputs)
+        logits = self.model(**inputs, budget=budget).logits[0].float().cpu()
+        return read_routing(self.model.config, self.model.routing_trace(), logits, budget)
 
     def _generate(self, inputs: Any) -> Routing:
         """The continuation by the expert that is chosen."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import datasets
 import pytest
 import torch
+from threads import wrong_calls
 from tiny import (
     SUMS,
     TEXTS,
@@ -243,7 +245,10 @@ def test_bf16_and_compile(adapters):
     model = FoEModel.from_experts(adapters)
     inputs = model.processor(text=TEXTS)
     wanted = model(**inputs).logits
-    torch.testing.assert_close(torch.compile(model, backend="eager")(**inputs).logits, wanted)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)  # a break would raise
+    torch.testing.assert_close(compiled(**inputs).logits, wanted)
+    upside_down = {name: value.flip(0) for name, value in inputs.items()}
+    assert wrong_calls({"a": partial(compiled, **inputs), "b": partial(compiled, **upside_down)}, 20) == []
     half = model.to(torch.bfloat16)(**inputs).logits
     torch.testing.assert_close(half.float(), wanted, rtol=0.1, atol=0.1)
 

@@ -6,6 +6,7 @@ import base64
 import io
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from huggingface_hub import HfApi
 from PIL import Image, ImageOps
+from threads import wrong_calls
 from tiny import bert, grey_processor, make_tokenizer, names
 from transformers import ResNetConfig, ResNetForImageClassification, set_seed
 
@@ -144,6 +146,19 @@ def assert_fits(page, width: int, scheme: str) -> None:
 
 def example(digit: int) -> Path:
     return EXAMPLES / f"{digit}-{DIGITS[digit]}.png"
+
+
+def test_visitors_share_the_model_and_each_sees_its_own_routing(digits, space_modules):
+    (space,) = space_modules("foe", "model")
+    digits.model.record_routing = True
+    served = space.Served("", "", digits.model, digits.model.processor, "image", None, [])
+    pictures = [Image.open(example(digit)) for digit in range(10)]
+    calls = {
+        f"{digit} for {budget}": partial(served.ask, picture, budget)
+        for digit, picture in enumerate(pictures)
+        for budget in (None, 0.4)
+    }
+    assert wrong_calls(calls, 60) == []
 
 
 def test_predict_answers_like_the_model(digits, digits_url):

@@ -7,6 +7,7 @@ shared by all rows, and each group meets its own A and B in one batched product.
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager
 from itertools import groupby
 from typing import Any
 
@@ -22,6 +23,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from .calls_foe import Calls
+
 # head of a FoE -> the Auto class of its experts
 AUTO_CLASSES: dict[str, Any] = {
     "sequence-classification": AutoModelForSequenceClassification,
@@ -32,10 +35,19 @@ AUTO_CLASSES: dict[str, Any] = {
 
 
 class Groups:
-    """Which expert each equally long group of rows in the batch belongs to; shared by all modules of a backbone."""
+    """Which expert each equally long group of rows in a batch belongs to; known to all modules of a backbone."""
 
     def __init__(self) -> None:
-        self.experts: list[int] = [0]
+        self._calls = Calls()
+
+    @property
+    def experts(self) -> list[int]:
+        """Those of the forward that this thread is running; the first one where the inner model runs by itself."""
+        return self._calls.current() or [0]
+
+    def of(self, experts: list[int]) -> AbstractContextManager[Any]:
+        """Within this context the rows are these experts'."""
+        return self._calls.entered(experts)
 
 
 class AdaptedLinear(nn.Module):
@@ -99,8 +111,9 @@ class PerExpert(nn.Module):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Each run of rows through its expert's copy; heads narrower than the widest are padded with zeros."""
-        rows_per_group = x.shape[0] // len(self.groups.experts)
-        runs = [(expert, len(list(run)) * rows_per_group) for expert, run in groupby(self.groups.experts)]
+        experts = self.groups.experts
+        rows_per_group = x.shape[0] // len(experts)
+        runs = [(expert, len(list(run)) * rows_per_group) for expert, run in groupby(experts)]
         parts = x.split([rows for _, rows in runs])
         outputs = [self.variants[e](part, *args, **kwargs) for (e, _), part in zip(runs, parts, strict=True)]
         width = max(output.shape[-1] for output in outputs)
@@ -145,8 +158,8 @@ class Backbone:
 
     def __call__(self, inputs: dict[str, torch.Tensor], experts: list[int], **kwargs: Any) -> Any:
         """Runs the model on rows that lie in `len(experts)` equal groups, group i being expert `experts[i]`'s."""
-        self.groups.experts = experts
-        return self.model(**inputs, **kwargs)
+        with self.groups.of(experts):
+            return self.model(**inputs, **kwargs)
 
 
 def _on_meta(head: str, config: PreTrainedConfig, num_labels: int) -> PreTrainedModel:

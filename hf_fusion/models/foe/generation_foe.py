@@ -66,12 +66,12 @@ class FoEForGeneration(FoEModel, GenerationMixin):
                     raise ValueError("inputs_embeds are of one model: pass choice=, the experts that they are for")
                 own.pop("input_ids", None)
             mask = own.get("attention_mask")
-            module.groups.experts = [self._members(backbone).index(m) for m in members]
             encoder_decoder = self.config.is_encoder_decoder
             body = module.model.get_encoder() if encoder_decoder else module.model.base_model
             if mask is not None and "position_ids" in inspect.signature(body.forward).parameters:
                 own["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)  # padding on the left must not shift a prompt
-            states = body(**own).last_hidden_state
+            with module.groups.of([self._members(backbone).index(m) for m in members]):
+                states = body(**own).last_hidden_state
             pooled = pool_states(states, mask, last=not encoder_decoder)
             parts += zip(members, pooled.to(self.device).chunk(len(members)))
         return torch.cat([part for _, part in sorted(parts, key=lambda part: part[0])], 1)
@@ -198,14 +198,14 @@ class FoEForGeneration(FoEModel, GenerationMixin):
             tokenizer = self.config.backbones[backbone]["inputs"]
             mine = {**given[expert], **self._arguments_of(backbone, arguments, rows)}
             module: Any = self.backbones[backbone]
-            module.groups.experts = [local]
             sizes = self.config.vocabularies or []
             start = sum(sizes[:tokenizer])
             if start and mine.get("streamer") is not None:
                 mine["streamer"] = ShiftedStreamer(mine["streamer"], start)
             inner = module.model.generation_config  # fills in what is None, unless None is an argument
             mine |= {name: None for name in changes if changes[name] is None and getattr(inner, name, None) is not None}
-            output = module.model.generate(**mine, generation_config=config)
+            with module.groups.of([local]):
+                output = module.model.generate(**mine, generation_config=config)
             stop = start + sizes[tokenizer] if len(sizes) > 1 else None
             pad = self._pad_of(config, tokenizer)
             outputs.append(ExpertOutput(rows, output, config.num_beams or 1, pad, start, stop))

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .assembly_foe import fill_adapters, plan_config
 from .backbones_foe import BackbonesMixin
+from .calls_foe import Calls
 from .configuration_foe import FoEConfig
 from .ensemble_foe import LEAST_PROBABILITY, FixedFuser, check_ensemble, fused_logits
 from .experts_foe import AUTO_CLASSES, Backbone, pool_states, repeat_rows, take_rows
@@ -74,7 +75,7 @@ class FoEModel(BackbonesMixin, PreTrainedModel):
             sizes = {name: config.frugal[name] for name in ("rows", "subsets", "neighbors")}
             self.policy = FrugalPolicy(num_experts=experts, num_outputs=labels, **sizes)
         self.record_routing = False
-        self._trace: dict[str, Any] | None = None
+        self._calls = Calls()
         self._label_maps: dict[tuple[int, torch.device], torch.Tensor] = {}
         self._processor: FoEProcessor | None = None
         self._source: tuple[str, dict[str, Any]] | None = None
@@ -448,20 +449,23 @@ class FoEModel(BackbonesMixin, PreTrainedModel):
 
     def _record(self, answers: torch.Tensor, **routing: torch.Tensor) -> None:
         if self.record_routing:
-            self._trace = {"answers": answers.detach(), **{k: v.detach() for k, v in routing.items()}}
+            self._calls.keep({"answers": answers.detach(), **{k: v.detach() for k, v in routing.items()}})
 
     def routing_trace(self) -> dict[str, Any]:
-        """The routing of the last forward; set ``model.record_routing = True`` first.
+        """The routing of this thread's or task's last forward; set ``model.record_routing = True`` first.
 
         Returns:
             experts (names), cost_shares, order (B, K): 1 for the expert queried first, 0 for one not queried (in
             selection: 1 for the chosen one), and outputs (B, K, C), as the fuser reads them, in output mode or scores
             (B, K) in selection.
         """
-        if self._trace is None:
-            raise ValueError("no routing was recorded: set model.record_routing = True, then run the model")
+        if (trace := self._calls.kept()) is None:
+            raise ValueError(
+                "no routing was recorded: set model.record_routing = True, run the model, and read its routing in the "
+                "same thread or task"
+            )
         names = [expert["name"] for expert in self.config.experts]
-        return {"experts": names, "cost_shares": self.config.cost_shares, **self._trace}
+        return {"experts": names, "cost_shares": self.config.cost_shares, **trace}
 
     def summary(self) -> Summary:
         """Experts, parameters (all, and those the fuser trains) and the share of the cost each expert stands for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ PIPELINE_FILES = {
     "text": ("tokenizer_config.json", {"AutoTokenizer": [None, "processing_foe.FoEProcessor"]}),
     "image": ("preprocessor_config.json", {"AutoImageProcessor": "processing_foe.FoEProcessor"}),
 }
+# A fast tokenizer is told on itself how a call pads and truncates: another call must not tell it otherwise meanwhile.
+_TOKENIZING = threading.RLock()
 
 
 class FoEProcessor(PushToHubMixin):
@@ -73,7 +76,8 @@ class FoEProcessor(PushToHubMixin):
             if (text if kind == "text" else images) is None:
                 raise ValueError(f"processor {index} takes {kind}, but none was given: pass {kind}=")
             if kind == "text":
-                encoded = self._tokenize(processor, text, text_pair, return_tensors, kwargs)
+                with _TOKENIZING:
+                    encoded = self._tokenize(processor, text, text_pair, return_tensors, kwargs)
             else:
                 encoded = processor(images=_in_mode(images, self.modes[index]), return_tensors=return_tensors)
             inputs.update({name if index == 0 else f"{name}_{index}": value for name, value in encoded.items()})
