@@ -72,6 +72,7 @@ def evaluate_merging(
     metrics: Mapping[str, Metric] | None = None,
     batch_size: int = 64,
     max_length: int = 512,
+    trust_remote_code: bool = False,
     settings: Mapping[str, Any] | None = None,
     command: str = "",
 ) -> SuiteResults:
@@ -92,6 +93,7 @@ def evaluate_merging(
         metrics: task → "exact" (default) or "tokens", for language models.
         batch_size: rows a step, taken in order of length.
         max_length: the longest sequence, in tokens.
+        trust_remote_code: of the experts, see `load_experts`.
         settings: kept in the results.
         command: kept in the results.
 
@@ -108,7 +110,7 @@ def evaluate_merging(
             )
     systems = {WEMOE: System(model, "router"), **(more or {})}
     if experts:
-        systems |= _beside(model, experts, base)
+        systems |= _beside(model, experts, base, trust_remote_code)
     tasks: list[SuiteTask] = []
     scores: dict[str, dict[str, torch.Tensor]] = {name: {} for name in systems}
     speaks = model.config.head in ("causal-lm", "seq2seq-lm")
@@ -249,10 +251,11 @@ def _inputs(batch: Mapping[str, Any], model: Any, owner: str, prompts: bool) -> 
     return {**inputs, "task": owner}
 
 
-def _beside(model: Any, experts: Sequence[ExpertLike], base: Any) -> dict[str, System]:
+def _beside(model: Any, experts: Sequence[ExpertLike], base: Any, agreed: bool) -> dict[str, System]:
     """The experts, each on its own task, and static merges of them."""
-    start: Any = load_experts([base], gates=False)[0] if base is not None else None
-    loaded = load_experts(list(experts), base=start, gates=False)
+    how: dict[str, Any] = {"gates": False, "trust_remote_code": agreed}
+    start: Any = load_experts([base], **how)[0] if base is not None else None
+    loaded = load_experts(list(experts), base=start, **how)
     merge = CoefficientMerge(loaded, start and start.model, "layer", model.config.scaling).to(model.backbone.device)
     if merge.experts != model.experts:
         raise FusionError(f"the model is made of {model.experts}, not of {merge.experts}")

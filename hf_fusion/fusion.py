@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, shown
 from hf_fusion.experts import Expert
 from hf_fusion.families import METHODS, family_named
 from hf_fusion.folders import refuse_to_replace, replace_folder
 from hf_fusion.hub.adapters import read_json
-from hf_fusion.hub.heads import architectures, head_of_task
+from hf_fusion.hub.code import refuse_own_code
+from hf_fusion.hub.heads import architectures, head_of_task, model_class_of
 from hf_fusion.hub.load import load_experts
 from hf_fusion.merging.loaded import fuse_static, load_merged, merged_model
 from hf_fusion.merging.methods import MERGE_METHODS
@@ -182,16 +183,15 @@ def load_fused(folder: str | Path, *, trust_remote_code: bool = False) -> tuple[
 
     Args:
         folder: holds ``fusion.yaml``, or a family's config that says what it was made of.
-        trust_remote_code: whether a static merge of models that transformers does not know may run their code.
+        trust_remote_code: whether code that lies in the folder may run, for experts' tokenizers and image processors,
+            and for models of a static merge, that transformers does not know.
 
     Returns:
         The model, in evaluation mode, and its recipe.
 
     Raises:
-        FusionError: if the folder holds no fused model.
+        FusionError: if the folder holds no fused model, or its code is needed and may not run.
     """
-    import transformers
-
     folder = Path(folder)
     recipe = recipe_in(folder)
     if recipe.method in MERGE_METHODS:
@@ -203,12 +203,14 @@ def load_fused(folder: str | Path, *, trust_remote_code: bool = False) -> tuple[
     config = read_json(folder / "config.json", str(folder))
     name = next(iter(architectures(config)), "")
     home: Any = import_module(METHODS[recipe.method].module)
-    model_class = getattr(home, name, None) or getattr(transformers, name, None)
+    model_class = model_class_of(name, home) or model_class_of(name)
     if model_class is None:
-        raise FusionError(f"{folder}: no model class {name!r} is known.")
+        raise FusionError(f"{folder}: no model class {shown(name)} is known.")
+    refuse_own_code(folder, config, agreed=trust_remote_code)
     is_whole = not config.get("base_by_reference")  # else the base is fetched
     with phase(f"Reading {folder}"):
-        model = model_class.from_pretrained(folder, **({"local_files_only": True} if is_whole else {})).eval()
+        where = {"local_files_only": True} if is_whole else {}
+        model = model_class.from_pretrained(folder, trust_remote_code=trust_remote_code, **where).eval()
     setattr(model, RECIPE_ATTRIBUTE, recipe)
     return model, recipe
 

@@ -31,7 +31,8 @@ class TextEmbedder:
     def __init__(self, name: str | Path = MINILM, batch_size: int = 64, max_length: int = 256) -> None:
         from transformers import AutoModel, AutoTokenizer
 
-        self.model, self.tokenizer = AutoModel.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
+        self.model = AutoModel.from_pretrained(name, trust_remote_code=False).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         self.batch_size, self.max_length = batch_size, max_length
 
     @torch.no_grad()

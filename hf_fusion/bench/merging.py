@@ -59,7 +59,7 @@ class MergingSetting(Setting):
             [self.start] = load_experts([path], gates=False, allow_pickle=allow_pickle)
             if suite.head == "zero-shot-image":  # it reads texts as well, which no expert does
                 name, _, revision = str(path).partition("@")
-                processor = AutoProcessor.from_pretrained(name, revision=revision or None)
+                processor = AutoProcessor.from_pretrained(name, revision=revision or None, trust_remote_code=False)
                 self.start = replace(self.start, processor=processor)
                 self._classes = fix_classes(self.start.model, processor, suite)
         base: Any = self.start and self.start.model

@@ -14,7 +14,7 @@ from hf_fusion.extras import need
 
 from .checks import check_columns, check_found, columns_to_measure, is_foe, model_in
 from .output import Out
-from .parser import COUNT
+from .parser import COUNT, add_consent
 from .progress import start
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label-column", metavar="NAME", help="column of the labels (default: label)")
     parser.add_argument("--expert-column", metavar="NAME", help="column of the domains' experts (default: expert)")
     parser.add_argument("--task-column", metavar="NAME", help="column of the tasks (default: task); not of a FoE")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the own code of a static merge's models")
+    add_consent(parser, "the model's folder, and of experts that its fusion.yaml pins")
     parser.add_argument("--batch-size", type=COUNT, default=32, metavar="N", help="examples per step (default: 32)")
 
 
@@ -87,7 +87,10 @@ def _command(args: argparse.Namespace) -> str:
     """What to type to measure it again."""
     given = {f"--{name}-column": getattr(args, f"{name}_column") for name in ("label", "expert", "task")}
     columns = [word for option, value in given.items() if value for word in (option, value)]
-    return shlex.join(["hf-fusion", "eval", args.folder, "--data", args.data, "--split", args.split, *columns])
+    consent = ["--trust-remote-code"] if args.trust_remote_code else []
+    return shlex.join(
+        ["hf-fusion", "eval", args.folder, "--data", args.data, "--split", args.split, *columns, *consent]
+    )
 
 
 def _fusion(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: str) -> tuple[Any, str]:
@@ -96,7 +99,7 @@ def _fusion(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: st
     from hf_fusion.fusion import load_fused
 
     results = evaluate_fusion(
-        load_fused(args.folder)[0],
+        load_fused(args.folder, trust_remote_code=args.trust_remote_code)[0],
         rows,
         name=args.data,
         split=args.split,
@@ -117,7 +120,8 @@ def _routing(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: s
     from hf_fusion.plots import plot_routing
     from hf_fusion.routing_map import ROUTING_FILE, ROUTING_PICTURE, map_routing
 
-    experts = load_experts([expert.model for expert in recipe.experts], base=recipe.base, dtype=recipe.dtype)
+    consent = {"trust_remote_code": args.trust_remote_code}
+    experts = load_experts([e.model for e in recipe.experts], base=recipe.base, dtype=recipe.dtype, **consent)
     suite, owners = split_tasks(rows, [expert.name for expert in experts], args.task_column, args.expert_column)
     heads = any(expert.adapter and expert.adapter.saved for expert in experts)
     given = {
@@ -133,7 +137,7 @@ def _routing(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: s
         command=command,
         **given,
     )
-    routing = map_routing(load_fused(args.folder)[0], suite, owners=owners, batch_size=args.batch_size)
+    routing = map_routing(load_fused(args.folder, **consent)[0], suite, owners=owners, batch_size=args.batch_size)
     routing.save(Path(args.folder) / ROUTING_FILE)
     plot_routing(routing, Path(args.folder) / ROUTING_PICTURE)
     return results, f"right answers in % on {len(rows)} examples, with 95 % intervals"
@@ -147,7 +151,7 @@ def _merging(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: s
     from hf_fusion.fusion import load_fused
     from hf_fusion.plots import plot_coefficients
 
-    model: Any = load_fused(args.folder)[0]
+    model: Any = load_fused(args.folder, trust_remote_code=args.trust_remote_code)[0]
     suite, owners = split_tasks(rows, model.experts, args.task_column, args.expert_column)
     results = evaluate_merging(
         model,
@@ -156,6 +160,7 @@ def _merging(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: s
         base=None if recipe.elsewhere else recipe.base,
         owners=owners,
         batch_size=args.batch_size,
+        trust_remote_code=args.trust_remote_code,
         command=command,
     )
     coefficients = map_coefficients(model, suite, owners=owners, batch_size=args.batch_size)

@@ -21,7 +21,7 @@ from .checks import (
     model_in,
 )
 from .output import Out
-from .parser import COUNT, POSITIVE, SEED, at_least
+from .parser import COUNT, POSITIVE, SEED, add_consent, at_least
 from .progress import start
 
 PART_EXAMPLES = {
@@ -125,6 +125,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="a parquet, csv or json file, a folder, or a Hub data set's id")
     parser.add_argument("--split", default="train", help="of a folder or Hub data set (default: train)")
     parser.add_argument("--overwrite", action="store_true", help="replace what was fitted, or measured, before")
+    add_consent(parser, "the folder, or of what is named with its commit")
     parser.add_argument("--seed", type=SEED, default=0, help="the same seed gives the same weights (default: 0)")
 
 
@@ -173,7 +174,7 @@ def _fit_fuser(args: argparse.Namespace, out: Out) -> None:
     from hf_fusion.fusion import load_fused, save_fused
     from hf_fusion.training.fuser import fit_fuser
 
-    model, recipe = load_fused(args.folder)
+    model, recipe = load_fused(args.folder, trust_remote_code=args.trust_remote_code)
     fit = fit_fuser(
         model,
         rows,
@@ -221,7 +222,8 @@ def _fit_gates(args: argparse.Namespace, out: Out) -> None:
     from hf_fusion.training.whitening import fit_whitening
 
     given: dict[str, Any] = {"batch_size": args.batch_size, "max_length": args.max_length}
-    (adapter,) = load_experts([args.adapter], base=args.base, gates=False)
+    consent = {"trust_remote_code": args.trust_remote_code}
+    (adapter,) = load_experts([args.adapter], base=args.base, gates=False, **consent)
     if args.reference:
         given["whitening"] = fit_whitening(adapter, load_rows(args.reference, args.split), **given)
     if args.kind == "average":
@@ -284,7 +286,7 @@ def _fit_routers(args: argparse.Namespace, out: Out) -> None:
     from hf_fusion.training.routers import adapt_routers, fit_routers
 
     model: Any
-    model, recipe = load_fused(args.folder)
+    model, recipe = load_fused(args.folder, trust_remote_code=args.trust_remote_code)
     suite, owners = split_tasks(rows, model.experts, task, expert)
     owners = owners_by_name(suite, model.experts) | owners
     folder = Path(args.folder).resolve()

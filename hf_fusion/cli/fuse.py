@@ -12,7 +12,7 @@ from hf_fusion.progress import phase
 
 from .checks import check_local, check_repo
 from .output import Out
-from .parser import COUNT, POSITIVE
+from .parser import COUNT, POSITIVE, add_consent
 from .progress import start
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="dtype of the fused model")
     parser.add_argument("--allow-pickle", action="store_true", help="read .bin weights where there is nothing else")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the code of experts with a pinned sha")
+    add_consent(parser, "experts and bases that are folders or named with their commit")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write the model to")
     parser.add_argument("--overwrite", action="store_true", help="replace a model that DIR, or REPO, holds")
     parser.add_argument("--push", metavar="REPO", help="then publish it, with its card, as owner/name; checked before")

@@ -101,6 +101,17 @@ SEED = at_least(0)
 POSITIVE = at_least(0, float, above=True)
 
 
+def add_consent(parser: argparse.ArgumentParser, whose: str) -> None:
+    """The option by which a caller agrees to code that is not this package's.
+
+    Args:
+        parser: of the command.
+        whose: whose code it is, behind "run the own code of".
+    """
+    told = f"run the own code of {whose}, where transformers has no class: read it before (default: never)"
+    parser.add_argument("--trust-remote-code", action="store_true", help=told)
+
+
 def _is_option(word: str) -> bool:
     """Whether argparse would take a word for an option: numbers and words with blanks are values."""
     if not word.startswith("-") or len(word) == 1 or " " in word.partition("=")[0]:

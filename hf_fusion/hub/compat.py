@@ -16,6 +16,7 @@ from hf_fusion.errors import FusionError
 from hf_fusion.experts import ExpertInfo
 from hf_fusion.extras import refuse_missing
 from hf_fusion.hub.adapters import config_problems, shape_problems, trained_class
+from hf_fusion.hub.code import MANIFESTS_OF, model_code, processor_class, processor_code, refuse_code, refuse_kernels
 from hf_fusion.hub.commits import as_commit
 from hf_fusion.hub.discover import info_row
 from hf_fusion.hub.files import (
@@ -219,7 +220,8 @@ def _gather(name: str, api: HfApi, gates: bool = False, known: Source | None = N
         for file in ("config.json", "adapter_config.json"):
             source.json(file)
         if not source.is_adapter or _brings_code(source):  # without files of code, an adapter's tokenizer runs none
-            source.json("tokenizer_config.json")
+            for file in MANIFESTS_OF.get(processor_class(source) or "", ()):
+                source.json(file)
         weights = pick_weights(source, allow_pickle=True)
         evidence.shapes = hub_shapes(source, [file for file in weights if file.endswith(".safetensors")])
         if gates and source.is_adapter and GATES_FILE in source.sizes:
@@ -291,10 +293,7 @@ class Case:
     @property
     def needs_code(self) -> bool:
         """Whether transformers alone cannot build it."""
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-        config = self.source.config
-        return bool(config.get("auto_map")) and config.get("model_type") not in CONFIG_MAPPING
+        return bool(model_code(self.source.config))
 
 
 def _judge(
@@ -318,17 +317,15 @@ def _check_pickle(case: Case) -> Iterator[Reason]:
 
 
 def _check_code(case: Case) -> Iterator[Reason]:
-    foreign = [str(ref) for ref in (case.source.config.get("auto_map") or {}).values() if "--" in str(ref)]
-    if case.needs_code and foreign:
-        yield Reason(ReasonKind.CUSTOM_CODE, f"takes its code from another repo ({foreign[0]}), which no commit pins")
-    elif (case.needs_code or _tokenizer_needs_code(case)) and not case.criteria.trust_remote_code:
-        yield Reason(ReasonKind.CUSTOM_CODE, "needs its own code to run", "read it, then trust_remote_code=True")
-
-
-def _tokenizer_needs_code(case: Case) -> bool:
-    if case.info.is_adapter and not _brings_code(case.source):
-        return False
-    return bool(case.source.json("tokenizer_config.json").get("auto_map"))
+    source = case.source
+    needed, auto = model_code(source.config), processor_class(source)
+    if auto and (not source.is_adapter or _brings_code(source)):
+        needed += processor_code(source, auto)
+    try:
+        refuse_kernels(source.config, source.name)
+        refuse_code(source, needed, agreed=case.criteria.trust_remote_code, pinned=True)  # as loaded: info.pinned
+    except FusionError as error:
+        yield Reason(ReasonKind.CUSTOM_CODE, error.message.removeprefix(f"{source.name} ").rstrip("."), error.hint)
 
 
 def _brings_code(source: Source) -> bool:

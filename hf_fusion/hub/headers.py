@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_fusion.errors import FusionError
 from hf_fusion.extras import refuse_missing
+from hf_fusion.hub.code import refuse_kernels
 from hf_fusion.hub.files import Source, first_line, in_parallel
 from hf_fusion.hub.heads import Head
 from hf_fusion.hub.linearized import plain_names
@@ -115,21 +116,24 @@ def native_config(config: Mapping[str, Any], name: str, tensors: int) -> Pretrai
         tensors: how many tensors the checkpoint holds; a deep model cannot have more layers.
 
     Raises:
-        FusionError: for an unknown, quantized or absurdly large model.
+        FusionError: for an unknown, quantized or absurdly large model, and for one that names kernels of another repo.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from hf_fusion.models.foe.own_code_foe import without_code
 
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise FusionError(f"{name}: transformers does not know model_type {model_type!r}.")
     if config.get("quantization_config"):
         raise FusionError(f"{name}: its weights are quantized.", hint="use the unquantized checkpoint")
+    refuse_kernels(config, name)
     for key, value in _numbers(config):
         most = max(tensors, _FEW_LAYERS) if _LAYERS.fullmatch(key) else _MOST_PARTS
         if value > most:
             raise FusionError(f"{name}: config.json promises {key}={value}, the weights are {tensors} tensors.")
     try:
-        return CONFIG_MAPPING[model_type].from_dict(dict(config))
+        return CONFIG_MAPPING[model_type].from_dict(without_code(dict(config)))
     except Exception as error:  # a stranger's config may fail in any way
         refuse_missing(error, name)
         raise FusionError(f"{name}: config.json is not valid ({first_line(error)}).") from error
@@ -154,7 +158,7 @@ def meta_model(config: PretrainedConfig, head: Head, name: str) -> Any:
 
     try:
         with torch.device("meta"), quiet_transformers():
-            return head.auto_class().from_config(config)
+            return head.auto_class().from_config(config, trust_remote_code=False)
     except Exception as error:
         refuse_missing(error, name)
         raise FusionError(f"{name}: no {head.auto} can be built from config.json ({first_line(error)}).") from error

@@ -16,9 +16,8 @@ from hf_fusion.experts import Adapter, Expert, ExpertInfo
 from hf_fusion.extras import MissingLibraryError, missing_library, refuse_missing
 from hf_fusion.hub.adapters import fit_problems, lifted, read_adapter
 from hf_fusion.hub.bases import Base, base_id, warn_of_other_bases
+from hf_fusion.hub.code import model_code, processor_class, processor_code, refuse_code, refuse_kernels
 from hf_fusion.hub.files import (
-    IMAGE_FILES,
-    PROCESSOR_FILES,
     Source,
     download,
     first_line,
@@ -79,7 +78,8 @@ def load_experts(
         task: pipeline tag that decides the model class; default is each checkpoint's own architecture.
             "feature-extraction" drops a head on purpose.
         allow_pickle: also read ``.bin`` weights where there are no safetensors.
-        trust_remote_code: run experts' own code. Only for ids with a full commit sha, and for folders.
+        trust_remote_code: run experts' own code where transformers has no class for them. Only for ids with a full
+            commit sha, and for folders; that of a base only where ``base`` names it so.
         dtype: of all weights; default is each checkpoint's own.
         gates: also read the adapters' PHATGOOSE gates, where there are any.
         api: the Hub's client; default honours ``HF_ENDPOINT`` and the stored token.
@@ -167,6 +167,7 @@ class _Loader:
         for name, source in resolved.items():
             if source.is_adapter:
                 raise FusionError(f"The base {name} is itself an adapter.", hint="pass base= with a full model")
+            source.pinned &= self.base is not None  # what an expert names, the caller has not agreed to
         # Names with and without a commit may mean the same one: it is loaded once.
         distinct = {(source.name, source.revision, source.folder): source for source in resolved.values()}
         sources_of = {name: distinct[s.name, s.revision, s.folder] for name, s in resolved.items()}
@@ -244,6 +245,7 @@ class _Loader:
         self, source: Source, head: Head, num_labels: int | None = None, adapters: Mapping[str, Adapter] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """The model of a folder and transformers' account of its keys; adapters by name must fit it."""
+        refuse_kernels(source.config, source.name)
         code = self._code_to_run(source)
         options: dict[str, Any] = {}
         safe = [file for file in pick_weights(source, allow_pickle=self.allow_pickle) if file.endswith(".safetensors")]
@@ -287,13 +289,9 @@ class _Loader:
 
     def _code_to_run(self, source: Source) -> bool:
         """Whether this expert's own code is needed and may run."""
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-        config = source.config
-        if not config.get("auto_map") or config.get("model_type") in CONFIG_MAPPING:
-            return False
-        refuse_code(source.name, config, agreed=self.trust_remote_code, pinned=source.pinned)
-        return True
+        needed = model_code(source.config)
+        refuse_code(source, needed, agreed=self.trust_remote_code)
+        return bool(needed)
 
     def _expert(
         self,
@@ -304,9 +302,9 @@ class _Loader:
         labels: list[str],
         adapter: Adapter | None = None,
     ) -> Expert:
-        processor = processor_of(source, self._may_run_code(source))
+        processor = processor_of(source, agreed=self.trust_remote_code)
         if processor is None and base is not None:
-            processor = processor_of(base, self._may_run_code(base))
+            processor = processor_of(base, agreed=self.trust_remote_code)
         license_id = source.card.get("license")
         if adapter is not None and (used := base_id(base) if base else self.loaded_base)[0]:
             adapter.base, adapter.base_revision = used
@@ -320,23 +318,6 @@ class _Loader:
             license=str(license_id).lower() if license_id else None,
             task=self.task or source.card.get("pipeline_tag") or default_task(type(model).__name__) or head.tasks[0],
             generation=source.json(GENERATION) or None if adapter is not None else None,
-        )
-
-
-def refuse_code(name: str, config: dict[str, Any], *, agreed: bool, pinned: bool) -> None:
-    """Raise unless an expert's own code was agreed to and cannot change: in its own repo, at a named commit."""
-    references = config["auto_map"].values() if isinstance(config.get("auto_map"), dict) else ()
-    if foreign := next((str(ref) for ref in references if "--" in str(ref)), None):
-        raise FusionError(f"{name} takes its code from another repo ({foreign}), which no commit pins.")
-    if not agreed:
-        raise FusionError(
-            f"{name} needs its own code to run.",
-            hint="read it, then pass trust_remote_code=True and owner/name@sha",
-        )
-    if not pinned:
-        raise FusionError(
-            f"{name} needs its own code to run, and no commit is named.",
-            hint=f"write {name}@<40-digit commit sha>",
         )
 
 
@@ -394,16 +375,22 @@ def _common(values: Iterator[int | None]) -> int | None:
     return distinct.pop() if len(distinct) == 1 else None
 
 
-def processor_of(source: Source, code: bool) -> Any:
-    """The tokenizer or image processor of a folder, or None where it has neither."""
-    from transformers import AutoImageProcessor, AutoTokenizer
+def processor_of(source: Source, *, agreed: bool) -> Any:
+    """The tokenizer or image processor of a folder, or None where it has neither.
 
-    kinds = ((PROCESSOR_FILES, AutoTokenizer), (IMAGE_FILES, AutoImageProcessor))
-    auto = next((auto for files, auto in kinds if any(file in source.sizes for file in files)), None)
-    if auto is None:
+    Args:
+        source: the model's files, downloaded.
+        agreed: whether its own code may run, where transformers has no class for it.
+    """
+    import transformers
+
+    if (auto := processor_class(source)) is None:
         return None
+    needed = processor_code(source, auto)
+    refuse_code(source, needed, agreed=agreed)
     try:
-        return auto.from_pretrained(_folder(source), trust_remote_code=code, local_files_only=True)
+        reader = getattr(transformers, auto)
+        return reader.from_pretrained(_folder(source), trust_remote_code=bool(needed), local_files_only=True)
     except Exception as error:  # as for models: whatever it is, it is about this expert
         if missing_library(error) == "tiktoken" and "tiktoken.model" not in source.sizes:
             # transformers tries tiktoken where sentencepiece, or protobuf, which that needs, is not there

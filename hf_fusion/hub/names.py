@@ -15,7 +15,7 @@ from typing import Any
 from hf_fusion.errors import FusionError
 from hf_fusion.extras import MissingLibraryError, refuse_missing
 from hf_fusion.hub.files import first_line
-from hf_fusion.hub.heads import architectures
+from hf_fusion.hub.heads import architectures, model_class_of
 from hf_fusion.hub.quiet import quiet_transformers
 
 
@@ -102,8 +102,8 @@ def model_class(content: Mapping[str, Any], config: Any) -> Any:
     named = next(iter(architectures(dict(content))), None)
     if named is None:
         return transformers.AutoModel._model_mapping[type(config)]
-    own = getattr(transformers, named, None)
-    if not (isinstance(own, type) and issubclass(own, transformers.PreTrainedModel)):
+    own = model_class_of(named)
+    if own is None:
         raise FusionError(f"transformers has no class {named}")
     return own
 

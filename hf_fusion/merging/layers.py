@@ -430,14 +430,13 @@ class _Built:
 def _built(config: Config, count: int) -> _Built | None:
     """What transformers makes of a configuration; None where it cannot build it."""
     import torch
-    import transformers
 
-    from hf_fusion.hub.heads import architectures
+    from hf_fusion.hub.heads import architectures, model_class_of
     from hf_fusion.hub.quiet import quiet_transformers
 
-    own = getattr(transformers, next(iter(architectures(dict(config))), ""), None)
+    own = model_class_of(next(iter(architectures(dict(config))), None))
     native = _native(config)
-    if own is None or native is None or not hasattr(own, "_from_config"):
+    if own is None or native is None:
         return None
     try:
         with torch.device("meta"), quiet_transformers():

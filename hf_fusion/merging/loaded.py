@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MethodType
@@ -14,9 +14,10 @@ from hf_fusion.errors import FusionError
 from hf_fusion.experts import Expert, ExpertInfo
 from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
 from hf_fusion.hub.adapters import read_json, with_adapter
+from hf_fusion.hub.code import Code, model_code, processor_class, processor_code, refuse_code, refuse_kernels
 from hf_fusion.hub.files import parts_of, recorded_base, resolve
-from hf_fusion.hub.heads import architectures, auto_class_of
-from hf_fusion.hub.load import in_memory, processor_of, refuse_code, refuse_keys
+from hf_fusion.hub.heads import architectures, auto_class_of, model_class_of
+from hf_fusion.hub.load import in_memory, processor_of, refuse_keys
 from hf_fusion.hub.manifests import local_named_files
 from hf_fusion.hub.quiet import quiet_transformers
 from hf_fusion.merging.checkpoint import INDEX
@@ -131,18 +132,19 @@ def load_merged(folder: str | Path, *, trust_remote_code: bool = False) -> PreTr
 
     folder = Path(folder)
     if (folder / ADAPTER_CONFIG).exists():  # adapters that became one: with their base
-        return fuse_static("linear", [folder])
+        return fuse_static("linear", [folder], trust_remote_code=trust_remote_code)
     config = read_json(folder / "config.json", str(folder))
     name = next(iter(architectures(config)), "no class")
-    own, options = getattr(transformers, name, None), {}
+    own, source, code = model_class_of(name), resolve(folder), False
+    refuse_kernels(config, str(folder))
     if own is None:
-        if not config.get("auto_map"):
+        if not (needed := _needed(config)):
             raise FusionError(f"{folder}: transformers has no {name}", "pip install -U transformers")
-        refuse_code(str(folder), config, agreed=trust_remote_code, pinned=True)
-        own, options = getattr(transformers, auto_class_of(config)), {"trust_remote_code": True}
+        refuse_code(source, needed, agreed=trust_remote_code)
+        own, code = getattr(transformers, auto_class_of(config)), True
     with quiet_transformers():
         model, info = own.from_pretrained(
-            folder, dtype="auto", local_files_only=True, output_loading_info=True, **options
+            folder, dtype="auto", local_files_only=True, output_loading_info=True, trust_remote_code=code
         )
     refuse_keys(str(folder), "missing", info["missing_keys"])
     model.config.name_or_path = model.name_or_path = ""  # a folder that may soon be gone
@@ -150,7 +152,7 @@ def load_merged(folder: str | Path, *, trust_remote_code: bool = False) -> PreTr
     kept += local_named_files(folder, str(folder), code=True)
     apart = ("config.json", INDEX, RECIPE_FILE, "README.md", "results.json")
     setattr(model, RECIPE_ATTRIBUTE, Recipe.load(folder))
-    model.processor = processor_of(resolve(folder), code=bool(options))
+    model.processor = processor_of(source, agreed=trust_remote_code)
     setattr(model, FILES_ATTRIBUTE, {name: (folder / name).read_bytes() for name in kept if name not in apart})
     for method in (save_pretrained, push_to_hub):  # of this one instance: its class is transformers' own
         setattr(model, method.__name__, MethodType(method, model))
@@ -203,12 +205,17 @@ def _entry(given: ExpertLike | RecipeExpert, folder: Path, number: int, names: d
 
 def _may_run(recipe: Recipe, agreed: bool, api: HfApi | None) -> None:
     """Refuses, before anything is merged, a model whose code will be needed and may not run."""
-    import transformers
-
     base, name = parts_of(recipe.base or recipe.experts[0].model)
     source = resolve(base or name, api)
     if source.is_adapter:
         source = resolve(recorded_base(source), api)
-    known = any(hasattr(transformers, own) for own in architectures(source.config))
-    if source.config.get("auto_map") and not known:
-        refuse_code(source.name, source.config, agreed=agreed, pinned=source.pinned)
+    refuse_kernels(source.config, source.name)
+    if not any(map(model_class_of, architectures(source.config))):
+        refuse_code(source, _needed(source.config), agreed=agreed)
+    if auto := processor_class(source):
+        refuse_code(source, processor_code(source, auto), agreed=agreed)
+
+
+def _needed(config: Mapping[str, Any]) -> list[Code]:
+    """The code of a model whose class transformers does not have, though it may know its ``model_type``."""
+    return model_code({**config, "model_type": None})

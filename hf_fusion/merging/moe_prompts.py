@@ -13,6 +13,7 @@ import torch
 
 from hf_fusion.errors import FusionError, shown
 from hf_fusion.hub.adapters import read_json
+from hf_fusion.hub.code import refuse_kernels
 from hf_fusion.hub.quiet import quiet_transformers
 from hf_fusion.merging.checkpoint import Files, own_file
 from hf_fusion.merging.sources import Model
@@ -112,8 +113,11 @@ class _Runs:
     def __init__(self, model: Model, average: bool) -> None:
         from transformers import AutoModel
 
+        refuse_kernels(model.config, model.name)
         with quiet_transformers():
-            self._loaded = AutoModel.from_pretrained(model.folder, dtype="auto", local_files_only=True).eval()
+            self._loaded = AutoModel.from_pretrained(
+                model.folder, dtype="auto", local_files_only=True, trust_remote_code=False
+            ).eval()
         self._average = average
 
     def __call__(self, prompts: Prompts) -> torch.Tensor:

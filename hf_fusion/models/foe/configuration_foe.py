@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from .own_code_foe import without_code
+
 MODES = ("output", "selection")
 HEADS = ("sequence-classification", "image-classification", "causal-lm", "seq2seq-lm")
 
@@ -88,7 +90,7 @@ class FoEConfig(PreTrainedConfig):
 
     def backbone_config(self, index: int) -> PreTrainedConfig:
         """The inner model's config, rebuilt from the plain dict that is stored."""
-        return AutoConfig.for_model(**self.backbones[index]["config"])
+        return AutoConfig.for_model(**without_code(self.backbones[index]["config"]))
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The first language model's, with the fused vocabulary: `generate()` reads it; else this config."""

@@ -145,7 +145,9 @@ class Backbone:
         model: PreTrainedModel | None = None,
     ) -> None:
         self.groups = Groups()
-        self.model: PreTrainedModel = AUTO_CLASSES[head].from_config(config) if model is None else model
+        if model is None:
+            model = AUTO_CLASSES[head].from_config(config, trust_remote_code=False)
+        self.model: PreTrainedModel = model
         for path, expert_ranks in ranks.items():
             linear = self.model.get_submodule(path)
             self.model.set_submodule(path, AdaptedLinear(linear, expert_ranks, self.groups))
@@ -167,7 +169,7 @@ def _on_meta(head: str, config: PreTrainedConfig, num_labels: int) -> PreTrained
     resized = copy.deepcopy(config)
     resized.num_labels = num_labels
     with torch.device("meta"):
-        return AUTO_CLASSES[head].from_config(resized)
+        return AUTO_CLASSES[head].from_config(resized, trust_remote_code=False)
 
 
 def repeat_rows(inputs: dict[str, Any], times: int) -> dict[str, Any]:

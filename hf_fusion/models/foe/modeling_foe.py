@@ -79,6 +79,7 @@ class FoEModel(BackbonesMixin, PreTrainedModel):
         self._label_maps: dict[tuple[int, torch.device], torch.Tensor] = {}
         self._processor: FoEProcessor | None = None
         self._source: tuple[str, dict[str, Any]] | None = None
+        self._trusted = False  # whether the repo's own code may run for the processor
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -201,13 +202,14 @@ class FoEModel(BackbonesMixin, PreTrainedModel):
         """The processor that feeds this model; a loaded model fetches it from where it came from.
 
         Raises:
-            ValueError: for a model that came from nowhere.
+            ValueError: for a model that came from nowhere; or the repo's own code is needed, and the model was loaded
+                without ``trust_remote_code``.
         """
         if self._processor is None:
             if self._source is None:
                 raise ValueError("this model was built without experts, so it has no processor")
             source, hub = self._source
-            self._processor = FoEProcessor.from_pretrained(source, **hub)
+            self._processor = FoEProcessor.from_pretrained(source, trust_remote_code=self._trusted, **hub)
         return self._processor
 
     @classmethod
@@ -218,6 +220,7 @@ class FoEModel(BackbonesMixin, PreTrainedModel):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._source = (str(pretrained_model_name_or_path), hub)
+        model._trusted = kwargs.get("trust_remote_code") is True
         model._freeze_experts()  # loading makes fresh parameters, which all want gradients
         return loaded
 

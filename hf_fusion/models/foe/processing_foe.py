@@ -11,6 +11,8 @@ from transformers import AutoImageProcessor, AutoTokenizer, BatchEncoding, Batch
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import PushToHubMixin, cached_file
 
+from .own_code_foe import load_processor
+
 PROCESSOR_FILE = "processor_config.json"
 # what a processor takes -> how to load it, and the file and auto class by which pipelines look for it
 LOADERS: dict[str, Any] = {"text": AutoTokenizer, "image": AutoImageProcessor}
@@ -118,6 +120,7 @@ class FoEProcessor(PushToHubMixin):
         folders = ["" if alone else f"processor_{index}" for index in range(len(self.processors))]
         for processor, name in zip(self.processors, folders):
             processor.save_pretrained(folder / name)
+        _lift_code(folder, [name for name in folders if name])
         config = {"folders": folders, "kinds": self.kinds, "vocabularies": self.vocabularies, "modes": self.modes}
         _write_json(folder / PROCESSOR_FILE, {**config, "auto_map": {"AutoProcessor": "processing_foe.FoEProcessor"}})
         if not alone:
@@ -130,7 +133,13 @@ class FoEProcessor(PushToHubMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> FoEProcessor:
-        """Loads from a folder or a Hub id; the usual Hub arguments (revision, token, cache_dir …) apply."""
+        """Loads from a folder or a Hub id; the usual Hub arguments (revision, token, cache_dir …) apply.
+
+        An expert's processor that transformers does not know runs the repo's code only by ``trust_remote_code=True``.
+
+        Raises:
+            UntrustedCodeError: such code is needed, and not trusted or of another repo.
+        """
         hub = {
             name: kwargs[name]
             for name in ("cache_dir", "force_download", "token", "revision", "local_files_only")
@@ -138,9 +147,9 @@ class FoEProcessor(PushToHubMixin):
         }
         source = str(pretrained_model_name_or_path)
         config = json.loads(Path(str(cached_file(source, PROCESSOR_FILE, **hub))).read_text(encoding="utf-8"))
-        # Whoever runs this line trusts the repo's code already; without the flag AutoTokenizer would ask again.
+        trusted = kwargs.get("trust_remote_code") is True
         processors = [
-            LOADERS[kind].from_pretrained(source, subfolder=folder, trust_remote_code=True, **hub)
+            load_processor(LOADERS[kind], source, {**hub, "subfolder": folder}, trusted=trusted)
             for folder, kind in zip(config["folders"], config["kinds"], strict=True)
         ]
         return cls(processors, config["kinds"], config["vocabularies"], config["modes"])
@@ -156,6 +165,19 @@ def _in_mode(images: Any, mode: str | None) -> Any:
     if isinstance(images, (list, tuple)):
         return [_in_mode(image, mode) for image in images]
     return images.convert(mode) if mode and hasattr(images, "convert") else images
+
+
+def _lift_code(folder: Path, inner: list[str]) -> None:
+    """Moves the code that processors brought to the root, where transformers looks for it whatever the sub-folder.
+
+    Raises:
+        ValueError: two processors bring different files of one name, or one of them this family's.
+    """
+    lifted = {path.name: path.read_bytes() for path in Path(__file__).parent.glob("*_foe.py")}
+    for path in [path for name in inner for path in sorted((folder / name).glob("*.py"))]:
+        if lifted.setdefault(path.name, path.read_bytes()) != path.read_bytes():
+            raise ValueError(f"two experts bring different code called {path.name}: rename that of one of them")
+        path.replace(folder / path.name)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ from .backbone_phatgoose import BackboneMixin, with_arguments_of
 from .configuration_phatgoose import PhatgooseConfig
 from .export_phatgoose import save_merged_adapter
 from .generation_phatgoose import GeneratingMixin, common_generation, set_generation
+from .own_code_phatgoose import UntrustedCodeError, load_processor
 from .recipe_phatgoose import push_options, without_paths, write_recipe
 from .reference_phatgoose import generation_of, load_by_reference
 from .routing_phatgoose import RoutedHead, RoutedLinears, Routing
@@ -62,7 +63,7 @@ class PhatgooseRouter(BackboneMixin, PreTrainedModel):
     def __init__(self, config: PhatgooseConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         if backbone is None:
-            backbone = AUTO_CLASSES[config.head].from_config(config.backbone_config())
+            backbone = AUTO_CLASSES[config.head].from_config(config.backbone_config(), trust_remote_code=False)
         self.backbone: Any = backbone
         self.routing = Routing()
         self.record_routing: int = 0
@@ -72,6 +73,7 @@ class PhatgooseRouter(BackboneMixin, PreTrainedModel):
         self._trace: PhatgooseTrace | None = None
         self._processor: Any = None
         self._source: tuple[str, dict[str, Any]] | None = None
+        self._trusted = False  # whether the repo's own code may run for the processor
         self.main_input_name = backbone.main_input_name
         self.forward = with_arguments_of(backbone, self)  # type: ignore[method-assign]
         self._install(None)
@@ -372,14 +374,20 @@ class PhatgooseRouter(BackboneMixin, PreTrainedModel):
 
     @property
     def processor(self) -> Any:
-        """The tokenizer or image processor; a loaded model fetches it from where it came from."""
+        """The tokenizer or image processor; a loaded model fetches it from where it came from.
+
+        Raises:
+            UntrustedCodeError: it needs the repo's own code, and the model was loaded without ``trust_remote_code``.
+        """
         if self._processor is None and self._source is not None:
             from transformers import AutoImageProcessor, AutoTokenizer
 
             auto = AutoImageProcessor if self.main_input_name == "pixel_values" else AutoTokenizer
-            try:
-                where = {**self._source[1], "config": self.config}  # else another is read, and warned of
-                self._processor = auto.from_pretrained(self._source[0], trust_remote_code=False, **where)
+            try:  # with a config: else another is read, and warned of
+                source, hub = self._source
+                self._processor = load_processor(auto, source, hub, trusted=self._trusted, config=self.config)
+            except UntrustedCodeError:
+                raise
             except (OSError, ValueError):  # a repo without one
                 return None
         return self._processor
@@ -393,6 +401,7 @@ class PhatgooseRouter(BackboneMixin, PreTrainedModel):
         """
         names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
         hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        trusted = kwargs.get("trust_remote_code") is True
         config = kwargs.get("config")
         if not isinstance(config, PhatgooseConfig):
             config = PhatgooseConfig.from_pretrained(pretrained_model_name_or_path, **hub)
@@ -407,6 +416,7 @@ class PhatgooseRouter(BackboneMixin, PreTrainedModel):
         if source is None and model.can_generate():
             model.generation_config = generation_of(pretrained_model_name_or_path, hub) or model.generation_config
         model._source = (str(pretrained_model_name_or_path), hub)
+        model._trusted = trusted
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:

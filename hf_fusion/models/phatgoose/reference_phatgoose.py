@@ -27,7 +27,12 @@ def load_by_reference(
     where = {key: hub[key] for key in ("token", "cache_dir", "local_files_only") if key in hub}
     refuse_other_commit(config.base["id"], config.base["revision"], where)
     base = AUTO_CLASSES[config.head].from_pretrained(
-        config.base["id"], revision=config.base["revision"], config=config.backbone_config(), dtype=dtype, **where
+        config.base["id"],
+        revision=config.base["revision"],
+        config=config.backbone_config(),
+        dtype=dtype,
+        trust_remote_code=False,  # it is another repo: trust in this one does not extend to it
+        **where,
     )
     state = {f"backbone.{key}": tensor for key, tensor in base.state_dict().items()}
     index = cached_file(name, INDEX, _raise_exceptions_for_missing_entries=False, **hub)

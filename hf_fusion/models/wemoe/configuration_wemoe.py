@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from .own_code_wemoe import without_code
+
 HEADS = (
     "causal-lm",
     "seq2seq-lm",
@@ -110,7 +112,7 @@ class WEMoEConfig(PreTrainedConfig):
 
     def backbone_config(self) -> PreTrainedConfig:
         """The dense model's config, rebuilt from the plain dict that is stored."""
-        return AutoConfig.for_model(**self.backbone)
+        return AutoConfig.for_model(**without_code(self.backbone))
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The dense model's text config for language models, which `generate()` asks for; else this config."""

@@ -18,6 +18,7 @@ from .configuration_wemoe import LOW_RANK, WEMoEConfig
 from .generation_wemoe import GeneratingMixin, check_generation, common_generation, set_generation
 from .heads_wemoe import activate_heads, fill_heads, install_heads, name_classes, with_one_head
 from .linears_wemoe import UpscaledLinear
+from .own_code_wemoe import UntrustedCodeError, load_processor
 from .recipe_wemoe import push_options, without_paths, write_recipe
 from .routing_wemoe import Coefficients, Router, Scope, Shared, Unit, WEMoETrace, by_unit, index_of
 from .samples_wemoe import first_unlike, samples_of
@@ -43,7 +44,7 @@ class WEMoEModel(BackboneMixin, PreTrainedModel):
     def __init__(self, config: WEMoEConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         if backbone is None:
-            backbone = AUTO_CLASSES[config.head].from_config(config.backbone_config())
+            backbone = AUTO_CLASSES[config.head].from_config(config.backbone_config(), trust_remote_code=False)
         self.backbone: Any = backbone
         self.shared = Shared()
         self.record_routing: bool = False
@@ -51,6 +52,7 @@ class WEMoEModel(BackboneMixin, PreTrainedModel):
         self._trace: WEMoETrace | None = None
         self._processor: Any = None
         self._source: tuple[str, dict[str, Any]] | None = None
+        self._trusted = False  # whether the repo's own code may run for the processor
         self.main_input_name = backbone.main_input_name
         self._install()
         self.forward = with_arguments_of(backbone, self)  # type: ignore[method-assign]
@@ -390,14 +392,20 @@ class WEMoEModel(BackboneMixin, PreTrainedModel):
 
     @property
     def processor(self) -> Any:
-        """The tokenizer or image processor; a loaded model fetches it from where it came from."""
+        """The tokenizer or image processor; a loaded model fetches it from where it came from.
+
+        Raises:
+            UntrustedCodeError: it needs the repo's own code, and the model was loaded without ``trust_remote_code``.
+        """
         if self._processor is None and self._source is not None:
             from transformers import AutoImageProcessor, AutoTokenizer
 
             auto = AutoImageProcessor if self.main_input_name == "pixel_values" else AutoTokenizer
-            try:
-                where = {**self._source[1], "config": self.config}  # else another is read, and warned of
-                self._processor = auto.from_pretrained(self._source[0], trust_remote_code=False, **where)
+            try:  # with a config: else another is read, and warned of
+                source, hub = self._source
+                self._processor = load_processor(auto, source, hub, trusted=self._trusted, config=self.config)
+            except UntrustedCodeError:
+                raise
             except (OSError, ValueError):  # a repo without one
                 return None
         return self._processor
@@ -411,6 +419,7 @@ class WEMoEModel(BackboneMixin, PreTrainedModel):
         """
         names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
         hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        trusted = kwargs.get("trust_remote_code") is True
         wants_info = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
@@ -423,6 +432,7 @@ class WEMoEModel(BackboneMixin, PreTrainedModel):
             raise ValueError(f"{pretrained_model_name_or_path} holds another model's weights: {name} is not as saved")
         model._freeze()
         model._source = (str(pretrained_model_name_or_path), hub)
+        model._trusted = trusted
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:

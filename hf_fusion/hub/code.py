@@ -1,0 +1,163 @@
+"""Code that a model brings: whether it is needed, and whether it may run.
+
+Python files of a folder or repo run only where transformers has no class of its own for what is loaded, the caller
+passed ``trust_remote_code=True``, and the code cannot change: it lies in a folder, or at a commit that the caller
+named. Code of another repo (``owner/name--module.Class``, or a kernel called ``owner/name``) never runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hf_fusion.errors import FusionError, shown
+from hf_fusion.hub.adapters import read_json
+from hf_fusion.hub.files import IMAGE_FILES, PROCESSOR_FILES, Source, resolve
+
+FOE_PROCESSORS = "processor_config.json"
+MANIFESTS_OF = {
+    "AutoTokenizer": ("tokenizer_config.json",),
+    "AutoImageProcessor": ("processor_config.json", "preprocessor_config.json"),
+}
+"""Auto class of a processor -> the files that say which class it has, and which code."""
+
+
+class Code(NamedTuple):
+    """One place where code is named.
+
+    Attributes:
+        file: a path from the model's root.
+        key: where in it, ``auto_map.AutoTokenizer``.
+        reference: ``module.Class``, or ``owner/name--module.Class`` of another repo.
+    """
+
+    file: str
+    key: str
+    reference: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {shown(self.key).strip(_QUOTES)} is {shown(self.reference)}"
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether it is the code of another repo."""
+        return "--" in self.reference
+
+
+_QUOTES = "'\""
+
+
+def model_code(config: Mapping[str, Any]) -> list[Code]:
+    """The code without which a model cannot be built; nothing where transformers knows its ``model_type``."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from hf_fusion.models.foe.own_code_foe import code_in
+
+    model_type = config.get("model_type")
+    if not config.get("auto_map") or (isinstance(model_type, str) and model_type in CONFIG_MAPPING):
+        return []
+    found = [Code(*named) for named in code_in(dict(config), "config.json")]
+    return found or [Code("config.json", "auto_map", str(config["auto_map"]))]  # it names none that could be loaded
+
+
+def processor_class(source: Source) -> str | None:
+    """The Auto class of a model's tokenizer or image processor; None where it has neither."""
+    kinds = ((PROCESSOR_FILES, "AutoTokenizer"), (IMAGE_FILES, "AutoImageProcessor"))
+    return next((auto for files, auto in kinds if any(file in source.sizes for file in files)), None)
+
+
+def processor_code(source: Source, auto: str) -> list[Code]:
+    """The code without which a model's tokenizer or image processor cannot be loaded; see `model_code`.
+
+    Args:
+        source: the model's files.
+        auto: "AutoTokenizer" or "AutoImageProcessor".
+    """
+    from hf_fusion.models.foe.own_code_foe import needed_code
+
+    return [Code(*named) for named in needed_code(auto, source.json)]
+
+
+def refuse_code(source: Source, needed: Sequence[Code], *, agreed: bool, pinned: bool | None = None) -> None:
+    """Raises unless a model's own code was agreed to and cannot change: in its own repo, at a named commit.
+
+    Args:
+        source: the model's files.
+        needed: what `model_code` or `processor_code` found; nothing needs no consent.
+        agreed: whether the caller passed ``trust_remote_code=True``.
+        pinned: whether the caller named the commit, or the folder; default is what the source says.
+    """
+    if not needed:
+        return
+    from hf_fusion.models.foe.own_code_foe import MANIFESTS, code_in
+
+    manifests = [Code(*named) for file in MANIFESTS for named in code_in(source.json(file), file)]
+    if foreign := next((code for code in [*needed, *manifests] if code.is_foreign), None):
+        raise FusionError(f"{source.name} takes its code from another repo ({foreign}), which no commit pins.")
+    first, named = needed[0], "" if source.is_local else " and owner/name@sha"
+    if not agreed:
+        file = shown(f"{first.reference.partition('.')[0]}.py").strip(_QUOTES)
+        raise FusionError(
+            f"{source.name} needs its own code to run ({first}).",
+            hint=f"read {file}, then pass trust_remote_code=True (hf-fusion: --trust-remote-code){named}",
+        )
+    if not (source.pinned if pinned is None else pinned):
+        what = "nobody named that folder" if source.is_local else "no commit is named"
+        raise FusionError(
+            f"{source.name} needs its own code to run, and {what} ({first}).",
+            hint=f"name it: {source.folder}" if source.is_local else f"write {source.name}@<40-digit commit sha>",
+        )
+
+
+def refuse_kernels(config: Mapping[str, Any], name: str) -> None:
+    """Raises for a configuration that has attention, or experts, computed by a kernel of another repo.
+
+    transformers fetches and runs such a kernel where the library `kernels` is installed. What a model computes does
+    not depend on it, so nothing is lost without.
+    """
+    from hf_fusion.models.foe.own_code_foe import KERNELS
+
+    stack: list[tuple[str, Any]] = [("", dict(config))]
+    while stack:
+        path, value = stack.pop()
+        if isinstance(value, (Mapping, list)):
+            entries = value.items() if isinstance(value, Mapping) else enumerate(value)
+            stack += [(f"{path}.{key}" if path else str(key), inner) for key, inner in entries]
+        elif isinstance(value, str) and "/" in value and not {*path.split(".")}.isdisjoint(KERNELS):
+            code = Code("config.json", path, value)
+            raise FusionError(
+                f"{name} has code of another repo run ({code}).",
+                hint=f"remove that key from its config.json, or leave {name} out",
+            )
+
+
+def refuse_own_code(folder: Path, config: Mapping[str, Any], *, agreed: bool) -> None:
+    """Raises for a fused model's folder whose processors need code that may not run, before weights are read.
+
+    The family's own class for them lies beside the model as well; this package's is used instead.
+
+    Args:
+        folder: of the fused model.
+        config: content of its ``config.json``.
+        agreed: whether the caller passed ``trust_remote_code=True``.
+    """
+    refuse_kernels(config, str(folder))
+    for below, auto in _processors(folder, config):
+        inner = folder / below
+        if inner.is_dir():
+            refuse_code(resolve(inner), processor_code(resolve(inner), auto), agreed=agreed)
+
+
+def _processors(folder: Path, config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(sub-folder, Auto class) of each processor that a fused model's folder may be asked for."""
+    autos = {"text": "AutoTokenizer", "image": "AutoImageProcessor"}
+    if config.get("model_type") != "foe":
+        return [("", auto) for auto in autos.values()]
+    file = folder / FOE_PROCESSORS
+    content = read_json(file, str(folder)) if file.exists() else {}
+    folders, kinds = content.get("folders"), content.get("kinds")
+    if not isinstance(folders, list) or not isinstance(kinds, list):
+        return []
+    pairs = zip(map(str, folders), map(str, kinds), strict=False)
+    return [(below, autos[kind]) for below, kind in pairs if kind in autos]
