@@ -18,6 +18,7 @@ from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.code import refuse_own_code
 from hf_fusion.hub.heads import architectures, head_of_task, model_class_of
 from hf_fusion.hub.load import load_experts
+from hf_fusion.hub.snapshot import check_snapshot
 from hf_fusion.merging.loaded import fuse_static, load_merged, merged_model
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.merging.processes import is_main
@@ -193,6 +194,7 @@ def load_fused(folder: str | Path, *, trust_remote_code: bool = False) -> tuple[
         FusionError: if the folder holds no fused model, or its code is needed and may not run.
     """
     folder = Path(folder)
+    check_snapshot(folder, str(folder))
     recipe = recipe_in(folder)
     if recipe.method in MERGE_METHODS:
         return load_merged(folder, trust_remote_code=trust_remote_code), recipe

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from hf_fusion.errors import FusionError, one_line, shown
+from hf_fusion.files import open_given
 
 MAX_BYTES = 200_000
 MAX_VALUES = 50_000  # aliases counted as often as they are used
@@ -24,7 +25,7 @@ def read_yaml(path: Path) -> Any:
             which counts), or holds itself or too much through aliases.
     """
     try:
-        with path.open("rb") as file:
+        with open_given(path, called=one_line(path)) as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise FusionError(f"{one_line(path)} cannot be read ({error.strerror}).", "check the path") from None

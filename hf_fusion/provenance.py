@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_fusion.errors import FusionError
+from hf_fusion.files import open_file, own_file
 from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.files import in_parallel
 from hf_fusion.hub.manifests import local_named_files
@@ -75,7 +76,7 @@ def model_files(folder: Path) -> list[str]:
     root = [
         path.name
         for path in folder.iterdir()
-        if path.is_file() and path.name.endswith(_MODEL_FILES) and path.name not in _NOT_OF_IT and path.name[0] != "."
+        if path.name.endswith(_MODEL_FILES) and path.name not in _NOT_OF_IT and path.name[0] != "." and own_file(path)
     ]
     return sorted([*root, *local_named_files(folder, str(folder), code=True)])
 
@@ -85,7 +86,7 @@ def content_of(folder: str | Path) -> str:
     lines = hashlib.sha256()
     for name in model_files(Path(folder)):
         digest = hashlib.sha256()
-        with Path(folder, name).open("rb") as file:
+        with open_file(Path(folder, name), Path(folder)) as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
         lines.update(f"{digest.hexdigest()}  {name}\n".encode())

@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from hf_fusion.errors import FusionError, shown
+from hf_fusion.files import own_file
 from hf_fusion.plain_yaml import read_yaml
 
 RECIPE_FILE = "fusion.yaml"
@@ -188,7 +189,9 @@ class Recipe:
         """
         path = Path(path)
         with suppress(OSError):  # longer than any path: reading it says so
-            path = path / RECIPE_FILE if path.is_dir() else path
+            if path.is_dir():
+                path = path / RECIPE_FILE
+                own_file(path)  # one that the user names may be a link
         content = read_yaml(path)
         if isinstance(content, Mapping) and MERGEKIT & content.keys():
             from hf_fusion.merging.mergekit import from_mergekit  # only where it is one

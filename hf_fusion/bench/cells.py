@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_fusion.errors import FusionError
+from hf_fusion.files import read_text
 
 Status = Literal["measured", "failed", "left out"]
 CLEAN = "clean"
@@ -131,7 +132,7 @@ def read_cells(source: str | Path) -> list[Cell]:
     for file in files:
         if file.name.startswith(".") or file.name == LEADERBOARD:
             continue
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file, source if source.is_dir() else None)
         shared: dict[str, Any] = {}  # of the line before
         for number, line in enumerate(text.splitlines() if file.suffix == ".jsonl" else [text], 1):
             try:

@@ -21,6 +21,7 @@ from hf_fusion.bench.suite import Suite, UnseenSplit
 from hf_fusion.bench.systems import CLEAN, TEST, LeftOut, System, share_batches
 from hf_fusion.bench.zero_shot import fix_classes
 from hf_fusion.experts import Expert
+from hf_fusion.hub.files import download, pick_small, resolve
 from hf_fusion.hub.load import load_experts
 from hf_fusion.merging.tensors import possible
 from hf_fusion.models.wemoe.heads_wemoe import activate_heads
@@ -58,8 +59,9 @@ class MergingSetting(Setting):
             path = expert_path(suite.base, suite.build)
             [self.start] = load_experts([path], gates=False, allow_pickle=allow_pickle)
             if suite.head == "zero-shot-image":  # it reads texts as well, which no expert does
-                name, _, revision = str(path).partition("@")
-                processor = AutoProcessor.from_pretrained(name, revision=revision or None, trust_remote_code=False)
+                source = resolve(path)
+                download([(source, pick_small(source, code=False))])
+                processor = AutoProcessor.from_pretrained(str(source.folder), trust_remote_code=False)
                 self.start = replace(self.start, processor=processor)
                 self._classes = fix_classes(self.start.model, processor, suite)
         base: Any = self.start and self.start.model

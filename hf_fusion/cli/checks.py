@@ -13,6 +13,7 @@ from typing import Any
 
 from hf_fusion.data import columns_of
 from hf_fusion.errors import FusionError
+from hf_fusion.files import read_text
 from hf_fusion.hub.files import parts_of, repo_of
 from hf_fusion.hub.heads import Head, architectures, head_of_adapter, head_of_architecture
 from hf_fusion.recipe import RECIPE_FILE
@@ -59,8 +60,8 @@ def read_config(path: Path) -> dict[str, Any]:
         FusionError: it is none.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise FusionError(f"{path} cannot be read ({error})", "make the model again") from None
     if not isinstance(content, dict):
         raise FusionError(f"{path} holds no keys and values", "make the model again")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError, one_line
 from hf_fusion.experts import Adapter
+from hf_fusion.files import own_file, read_file
 from hf_fusion.hub.linearized import STEM as LINEARIZED
 from hf_fusion.hub.linearized import as_lora
 from hf_fusion.hub.peft_names import EMBEDDING, LORA, PREFIX, ROWS, plain_keys
@@ -356,11 +357,7 @@ def linear_sizes(module: torch.nn.Module | None) -> tuple[int, int] | None:
 
 def read_json(path: Path, name: str) -> dict[str, Any]:
     """A JSON object from a file, or a FusionError naming the expert and the file."""
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise FusionError(f"{name}: {path.name} cannot be read ({one_line(error)}).", hint="fetch it again") from None
-    return parse_json(text, path.name, name)
+    return parse_json(read_file(path), path.name, name)
 
 
 def parse_json(text: bytes, file: str, name: str) -> dict[str, Any]:
@@ -378,7 +375,7 @@ def parse_json(text: bytes, file: str, name: str) -> dict[str, Any]:
 def weights_of(folder: Path) -> Path | None:
     """An adapter's safetensors, PEFT's or L-LoRA's; None where there are none."""
     names = ("adapter_model.safetensors", f"{LINEARIZED}.safetensors")
-    return next((folder / name for name in names if (folder / name).exists()), None)
+    return next((folder / name for name in names if own_file(folder / name)), None)
 
 
 def _tensors(folder: Path, name: str, allow_pickle: bool) -> dict[str, torch.Tensor]:
@@ -392,7 +389,7 @@ def _tensors(folder: Path, name: str, allow_pickle: bool) -> dict[str, torch.Ten
             return load_file(safe)
         except SafetensorError as error:
             raise FusionError(f"Adapter {name}: {safe.name} cannot be read ({error}).") from None
-    if not pickled.exists():
+    if not own_file(pickled):
         raise FusionError(f"Adapter {name} has no adapter_model.safetensors.")
     if not allow_pickle:
         raise FusionError(

@@ -5,9 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hf_fusion.hub.commits import SHA
-from hf_fusion.hub.files import Source
+from hf_fusion.hub.files import Source, resolve, resolve_repo
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +22,17 @@ Base = tuple[str, str | None]
 def base_id(source: Source) -> Base:
     """What a resolved base is recorded as: id and commit, or a folder."""
     return (str(source.folder), None) if source.is_local else (source.name, source.revision)
+
+
+def resolve_base(name: str, adapter: Source, api: HfApi | None = None) -> Source:
+    """`resolve` for the base that an adapter records: of an adapter on the Hub a repo, whatever folders there are here.
+
+    Args:
+        name: as `recorded_base` gives it.
+        adapter: it.
+        api: the Hub's client.
+    """
+    return resolve(name, api) if adapter.is_local else resolve_repo(name, api)
 
 
 def warn_of_other_bases(adapters: Iterable[tuple[Source, Base]]) -> None:

@@ -18,6 +18,7 @@ import yaml
 
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import ExpertInfo
+from hf_fusion.files import read_text
 from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
 from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.card_edit import escape_markdown
@@ -165,7 +166,7 @@ def write_card(folder: str | Path, api: HfApi | None = None) -> Path:
     except FusionError:
         license_id = ""
     file = folder / README
-    existing = file.read_text(encoding="utf-8") if file.exists() else ""
+    existing = read_text(file) if file.exists() else ""
     card = render_card(read_facts(folder, folder.resolve().name, infos[: len(names)], license_id), existing)
     staging = folder / f".{README}"
     staging.write_text(card, encoding="utf-8")
@@ -378,8 +379,9 @@ def _count_parameters(folder: Path) -> int:
     """Elements of all tensors, from the headers."""
     from hf_fusion.hub.headers import local_shapes
 
-    shapes = local_shapes(folder, [path.name for path in folder.glob("*.safetensors")])
-    return sum(math.prod(shape) for shape in shapes.values())
+    files = [path.resolve() for path in folder.glob("*.safetensors")]  # of a plan, links to files that it has checked
+    shapes = [shape for file in files for shape in local_shapes(file.parent, [file.name]).values()]
+    return sum(map(math.prod, shapes))
 
 
 def _repo_id(pinned: str) -> str:

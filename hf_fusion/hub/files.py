@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_fusion.errors import FusionError, one_line, shown
+from hf_fusion.files import own_file, read_text
 from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
 from hf_fusion.hub.adapters import parse_json, read_json
 from hf_fusion.hub.card_edit import metadata_of
@@ -28,6 +29,7 @@ from hf_fusion.hub.manifests import (
     refuse_pickled,
 )
 from hf_fusion.hub.remote import Header, read_header, read_json_file, read_part
+from hf_fusion.hub.snapshot import check_snapshot
 from hf_fusion.progress import is_reported, phase, track
 from hf_fusion.recipe import CONTENT
 
@@ -111,7 +113,7 @@ class Source:
 
     def read(self, file: str) -> Any:
         """Content of one small JSON file, whatever it is; fetched where it is not here."""
-        if self.folder is not None and (self.folder / file).is_file():
+        if self.folder is not None and own_file(self.folder / file, self.folder):
             return read_content(self.folder / file, self.name)
         with explained(self.name):
             path = download_file(hub_api(self.api), self.name, file, self.revision, tqdm_class=_silent_bar())
@@ -244,15 +246,21 @@ def in_parallel(function: Callable[[T], R], items: Iterable[T], workers: int = R
 def resolve(name: str | Path, api: HfApi | None = None) -> Source:
     """Find a repo's commit and file list, or a folder's, for which no client is needed; reads no weights.
 
+    A folder is checked as a whole: what it gives to read lies in it.
+
     Args:
         name: ``owner/name``, ``owner/name@revision`` or a folder; ``owner/name#number`` is an expert of a checkpoint
             of PHATGOOSE's authors, which is downloaded.
         api: the Hub's client; default honours ``HF_ENDPOINT`` and the stored token.
+
+    Raises:
+        FusionError: it cannot be found, or a file of the folder leads out of it (`check_snapshot`).
     """
     folder = _folder(name)
     if folder is None and (parts := parts_of_expert(str(name))):
         return _resolve_expert(*parts, api)
     if folder is not None:
+        check_snapshot(folder, folder.resolve().name)
         sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
         card = _local_card(folder) if "README.md" in sizes else {}
         return Source(folder.resolve().name, sizes, api, folder=folder, pinned=True, card=card)
@@ -310,7 +318,7 @@ def source_of(info: ModelInfo, api: HfApi, *, pinned: bool = False) -> Source:
     """
     return Source(
         name=info.id,
-        sizes={file.rfilename: file.size or 0 for file in info.siblings or []},
+        sizes={file.rfilename: file.size or 0 for file in info.siblings or [] if _is_inside(file.rfilename)},
         api=api,
         revision=info.sha,
         pinned=pinned,
@@ -319,11 +327,16 @@ def source_of(info: ModelInfo, api: HfApi, *, pinned: bool = False) -> Source:
     )
 
 
+def _is_inside(path: str) -> bool:
+    """Whether a file's path stays within its repo, on any system; a Hub has no other, but a client may be lied to."""
+    return not path.startswith(("/", "~")) and not {"..", ""} & set(path.split("/")) and not set("\\:\0") & set(path)
+
+
 def _local_card(folder: Path) -> dict[str, Any]:
     """Metadata of a folder's README; empty where it cannot be parsed, as on the Hub."""
     try:
-        return metadata_of((folder / "README.md").read_text(encoding="utf-8"))
-    except (FusionError, OSError, ValueError) as error:  # none of it may hide weights that work
+        return metadata_of(read_text(folder / "README.md"))
+    except (FusionError, ValueError) as error:  # none of it may hide weights that work
         logger.warning("The metadata of %s/README.md cannot be read: %s", folder, error)
         return {}
 
@@ -460,6 +473,9 @@ def download(wanted: Sequence[tuple[Source, list[str]]], api: HfApi | None = Non
             source.folder = path.parents[file.count("/")]
 
         in_parallel(fetch, jobs, WORKERS)
+        for source in {id(source): source for source, _ in jobs}.values():
+            assert source.folder is not None
+            check_snapshot(source.folder, source.name)
         more(max(0, total - told.done))  # files that were in the cache
 
 

@@ -15,6 +15,7 @@ from uuid import uuid4
 
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import Adapter, Gates
+from hf_fusion.files import own_file
 from hf_fusion.hub.adapters import linear_sizes
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def read_gates(folder: str | Path, name: str, adapter: Adapter, base: torch.nn.M
         FusionError: naming the adapter and the module whose gate is missing, unknown, misshapen or not finite.
     """
     file = Path(folder) / GATES_FILE
-    return parse_gates(file, name, gate_sizes(adapter, base)) if file.exists() else None
+    return parse_gates(file, name, gate_sizes(adapter, base)) if own_file(file) else None
 
 
 def parse_gates(file: Path, name: str, sizes: Mapping[str, int]) -> Gates:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_fusion.errors import FusionError
 from hf_fusion.extras import refuse_missing
+from hf_fusion.files import own_file
 from hf_fusion.hub.code import refuse_kernels
 from hf_fusion.hub.files import Source, first_line, in_parallel
 from hf_fusion.hub.heads import Head
@@ -89,11 +90,12 @@ class Accounts:
 
 
 def local_shapes(folder: Path, files: Iterable[str]) -> Shapes:
-    """Tensor name → shape of safetensors files in a folder."""
+    """Tensor name → shape of safetensors files in a folder, which must be the folder's own."""
     from safetensors import safe_open
 
     shapes: Shapes = {}
     for file in files:
+        own_file(folder / file, folder)
         with safe_open(folder / file, "pt") as tensors:
             shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     return shapes

@@ -28,6 +28,7 @@ from hf_fusion.hub.files import (
     pick_weights,
     recorded_base,
     resolve,
+    resolve_repo,
 )
 from hf_fusion.hub.gates import GATES_FILE, read_gates
 from hf_fusion.hub.headers import Account, Shapes, account, local_shapes, native_config
@@ -42,6 +43,7 @@ from hf_fusion.hub.heads import (
 )
 from hf_fusion.hub.placement import placed
 from hf_fusion.hub.quiet import quiet_transformers
+from hf_fusion.hub.snapshot import check_snapshot
 from hf_fusion.progress import phase
 
 if TYPE_CHECKING:
@@ -153,18 +155,20 @@ class _Loader:
 
     def _resolve_bases(self, sources: dict[int, Source]) -> dict[int, Source]:
         """The base of each adapter, and of each full expert that has to borrow its processor."""
-        names: dict[int, str] = {}
+        names: dict[int, tuple[str, bool]] = {}  # and whether it is a repo, which a folder of that name is not
         for i, source in sources.items():
             if source.is_adapter and not _is_model(self.base):
-                names[i] = str(self.base) if self.base is not None else recorded_base(source)
+                recorded = (recorded_base(source), not source.is_local) if self.base is None else None
+                names[i] = recorded or (str(self.base), False)
             elif not source.is_adapter and not has_processor(source.sizes):
                 card_base = source.card.get("base_model")
                 card_base = card_base[0] if isinstance(card_base, list) and card_base else card_base
                 if isinstance(card_base, str):
-                    names[i] = card_base
+                    names[i] = (card_base, not source.is_local)
         unique = sorted(set(names.values()))
-        resolved = dict(zip(unique, in_parallel(lambda name: resolve(name, self.api), unique), strict=True))
-        for name, source in resolved.items():
+        found = in_parallel(lambda own: (resolve_repo if own[1] else resolve)(own[0], self.api), unique)
+        resolved = dict(zip(unique, found, strict=True))
+        for (name, _), source in resolved.items():
             if source.is_adapter:
                 raise FusionError(f"The base {name} is itself an adapter.", hint="pass base= with a full model")
             source.pinned &= self.base is not None  # what an expert names, the caller has not agreed to
@@ -253,6 +257,7 @@ class _Loader:
             options["config"] = self._checked_config(source, head, safe, num_labels, adapters or {})
         elif num_labels is not None:
             options["num_labels"] = num_labels
+        check_snapshot(_folder(source), source.name)  # transformers opens what an index and a configuration name
         try:
             return head.auto_class().from_pretrained(
                 _folder(source),
@@ -388,6 +393,7 @@ def processor_of(source: Source, *, agreed: bool) -> Any:
         return None
     needed = processor_code(source, auto)
     refuse_code(source, needed, agreed=agreed)
+    check_snapshot(_folder(source), source.name)
     try:
         reader = getattr(transformers, auto)
         return reader.from_pretrained(_folder(source), trust_remote_code=bool(needed), local_files_only=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import ExpertInfo
+from hf_fusion.files import own_file, read_file, read_text
 from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
 from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.files import explained, resolve, same_file
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 README = "README.md"
+_COPIED = (".json", ".yaml", ".txt", ".jinja", ".model", ".py", ".md")
 
 
 def folder_info(name: str | Path, told: str = "") -> ExpertInfo:
@@ -136,7 +138,7 @@ def _push_folder(folder: Path, repo: str, private: bool, pinned: Mapping[str, st
 
     with explained(repo), tempfile.TemporaryDirectory(prefix="hf-fusion-") as held:
         files = {name: folder / name for name in model_files(folder)}
-        files |= {name: folder / name for name in (README,) if (folder / name).is_file()}
+        files |= {name: folder / name for name in (README,) if own_file(folder / name)}
         for name, path in files.items():
             if (text := _rewritten(path, pinned)) is not None:
                 files[name] = Path(held, name.replace("/", "--"))
@@ -161,13 +163,13 @@ def _push_folder(folder: Path, repo: str, private: bool, pinned: Mapping[str, st
 def _rewritten(file: Path, pinned: Mapping[str, str]) -> str | None:
     """The text of a card or small JSON file without a path of this machine; None where it has none."""
     if file.name == README:
-        text = written = file.read_text(encoding="utf-8")
+        text = written = read_text(file)
         for path, name in pinned.items():
             written = written.replace(path, name.partition("@")[0])
         return written if written != text else None
     if not file.name.endswith(".json") or file.name.endswith((".index.json", "tokenizer.json", "vocab.json")):
         return None
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = json.loads(read_text(file))
     told = told_plain(content, {path: name.partition("@")[0] for path, name in pinned.items()})
     if file.name == ADAPTER_CONFIG and (base := recorded_folder(file.parent)) in pinned:
         told["base_model_name_or_path"], _, told["revision"] = pinned[str(base)].partition("@")
@@ -177,7 +179,7 @@ def _rewritten(file: Path, pinned: Mapping[str, str]) -> str | None:
 def without_paths(
     folder: Path, files: Mapping[str, int], recipe: Recipe, names: Mapping[str, str], place: Path
 ) -> Path:
-    """A fused model's folder as others may see it: links to its files, and new copies of those that name local paths.
+    """A fused model's folder as others may see it: links to its weights, and copies of small files without local paths.
 
     Args:
         folder: the fused model's.
@@ -189,21 +191,23 @@ def without_paths(
     shown = place / folder.resolve().name
     for name in files:
         (shown / name).parent.mkdir(parents=True, exist_ok=True)
-        (shown / name).symlink_to((folder / name).resolve())
+        if name.endswith(_COPIED):
+            (shown / name).write_bytes(read_file(folder / name, folder))
+        else:
+            (shown / name).symlink_to((folder / name).resolve())
     for name in files:
         if not name.endswith(".json") or name.endswith((".index.json", "tokenizer.json", "vocab.json")):
             continue
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        content = json.loads((shown / name).read_text(encoding="utf-8"))
         told = told_plain(content, names)
         if name == "config.json" and told.get("model_type") in FAMILIES:
             told = _with_recipe(told, recipe, names)
         if told != content:
-            (shown / name).unlink()
             (shown / name).write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (shown / RECIPE_FILE).unlink(missing_ok=True)
     recipe.save(shown / RECIPE_FILE)
     if (folder / README).exists():
-        (shown / README).symlink_to((folder / README).resolve())
+        (shown / README).write_bytes(read_file(folder / README))
     return shown
 
 

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from hf_fusion.errors import FusionError, one_line, shown
+from hf_fusion.files import own_file, read_text
 
 MODULES = "modules.json"
 TEMPLATES = "additional_chat_templates"
@@ -90,7 +91,7 @@ def refuse_pickled(name: str, files: Iterable[str], folders: Iterable[str]) -> N
 
 def local_files(folder: Path) -> Iterator[str]:
     """All files of a folder that manifests may name, as paths from it; links to folders are not followed."""
-    is_named = (folder / MODULES).is_file()  # else only two kinds of sub-folders can be, whatever lies there
+    is_named = own_file(folder / MODULES)  # else only two kinds of sub-folders can be, whatever lies there
     for root, folders, files in os.walk(folder):
         place = Path(root).relative_to(folder)
         if not place.parts and not is_named:
@@ -122,8 +123,8 @@ def local_named_files(folder: Path, name: str, *, code: bool) -> list[str]:
 def read_content(file: Path, name: str) -> Any:
     """What a JSON file holds, or a FusionError naming the model and the file."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return json.loads(read_text(file))
+    except (ValueError, RecursionError) as error:
         why = "it is nested too deeply" if isinstance(error, RecursionError) else one_line(error)
         raise FusionError(f"{name}: {file.name} cannot be read ({why})", "fetch it again") from None
 

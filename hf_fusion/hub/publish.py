@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import ExpertInfo
+from hf_fusion.files import own_file, read_text
 from hf_fusion.folders import STALE
 from hf_fusion.fusion import save_fused
 from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
@@ -25,6 +26,7 @@ from hf_fusion.hub.commits import download_file, found_commit
 from hf_fusion.hub.files import explained, hub_api, parts_of, same_file, weight_files
 from hf_fusion.hub.local_experts import folder_info, push_folders, refuse_changed, repos_of, told_names, without_paths
 from hf_fusion.hub.publish_checks import allowed_to, check_id, check_write, refuse_unnamed
+from hf_fusion.hub.snapshot import check_snapshot
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.progress import phase
 from hf_fusion.provenance import recipe_in, told, told_plain
@@ -185,13 +187,13 @@ def _plan(
     facts = replace(facts, results=told_plain(facts.results, names))
     written = _remote_card(repo_id, api) if allowed.exists else ""
     if not written and (folder / README).exists():
-        written = (folder / README).read_text(encoding="utf-8")
+        written = read_text(folder / README)
     card = render_card(facts, written)
     experts = tuple(allowed.experts)
     return PublishPlan(
         repo_id,
         shown,
-        _files(shown),
+        _sizes(shown),
         allowed.exists,
         allowed.private,
         allowed.license,
@@ -323,18 +325,31 @@ def push(planned: PublishPlan, api: HfApi | None = None) -> PublishResult:
 
 
 def _files(folder: Path) -> dict[str, int]:
-    """What of a folder is published: everything but the card, hidden files, and what a Trainer left for itself."""
+    """What of a folder is published: everything but the card, hidden files, and what a Trainer left for itself.
+
+    Raises:
+        FusionError: it holds no model, or a file of it leads out of the folder.
+    """
+    check_snapshot(folder, str(folder))
     stem = "adapter_model" if (folder / ADAPTER_CONFIG).exists() else "model"
     if stem == "model" and not (folder / "config.json").exists():
         raise FusionError(f"{folder} holds no model.", hint=f"hf-fusion fuse RECIPE --output {folder}")
+    files = _sizes(folder)
+    for name in files:
+        own_file(folder / name, folder)  # links in sub-folders, which no loader reads but others would be given
+    if not weight_files(files, stem, "safetensors"):
+        raise FusionError(f"{folder} has no {stem}.safetensors.", hint=f"hf-fusion fuse RECIPE --output {folder}")
+    return files
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """The files of a folder that are published, and their bytes."""
     files = {
         path.relative_to(folder).as_posix(): path.stat().st_size
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not any(_is_left(part) for part in path.relative_to(folder).parts)
     }
     files.pop(README, None)
-    if not weight_files(files, stem, "safetensors"):
-        raise FusionError(f"{folder} has no {stem}.safetensors.", hint=f"hf-fusion fuse RECIPE --output {folder}")
     return files
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import Gates
+from hf_fusion.hub.bases import resolve_base
 from hf_fusion.hub.card import README
 from hf_fusion.hub.card_edit import add_tag, put_section
 from hf_fusion.hub.commits import as_commit, download_file
@@ -108,7 +109,7 @@ def _check(gates: Gates, source: Source) -> None:
 def _config_of_base(source: Source) -> dict[str, Any]:
     """The configuration of the base that an adapter records; empty where it cannot be had."""
     try:
-        return resolve(recorded_base(source), source.api).config
+        return resolve_base(recorded_base(source), source, source.api).config
     except FusionError:  # then the adapter's own names must do
         return {}
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
+from hf_fusion.files import read_file
 from hf_fusion.hub.commits import found_commit
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def read_json_file(api: HfApi, repo_id: str, file: str, revision: str) -> bytes:
     cached = try_to_load_from_cache(repo_id, file, revision=revision)
     # the cache follows a branch that is called like the commit
     if isinstance(cached, str) and Path(cached).parents[file.count("/")].name == revision:
-        return Path(cached).read_bytes()
+        return read_file(Path(cached), most=MAX_JSON)
     part = read_part(api, repo_id, file, revision, 0, MAX_JSON)
     if part.size > MAX_JSON:
         raise FusionError(f"{repo_id}: {file} has {part.size:,} bytes: no such file is larger than {MAX_JSON:,}.")

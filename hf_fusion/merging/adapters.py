@@ -19,13 +19,13 @@ import torch
 
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import Adapter
+from hf_fusion.files import own_file, read_file
 from hf_fusion.folders import refuse_to_replace, replace_folder
 from hf_fusion.hub.adapters import CONFIG, read_adapter
 from hf_fusion.hub.bases import base_id, warn_of_other_bases
 from hf_fusion.hub.files import Source, download, in_parallel, pick_modules, pick_small, resolve, safe_files
 from hf_fusion.hub.headers import Shapes, hub_shapes, local_shapes
 from hf_fusion.hub.placement import by_todays_names, place_in_files, refuse_sizes
-from hf_fusion.merging.checkpoint import own_file
 from hf_fusion.merging.merge import MergeReport
 from hf_fusion.merging.methods.linear import shares
 from hf_fusion.merging.methods.lora import Factors, lora
@@ -292,7 +292,7 @@ def _write(
                     and own_file(first.folder / file, first.folder)
                 ):
                     (place / file).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(first.folder / file, place / file)
+                    (place / file).write_bytes(read_file(first.folder / file, first.folder))
             config = _config(recipe, opened, {path: len(found.a) for path, found in factors.items()})
             (place / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             save_file(tensors, place / WEIGHTS, metadata={"format": "pt"})

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from hf_fusion.errors import FusionError, shown
+from hf_fusion.files import own_file, read_file, read_text
 from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.manifests import TEMPLATES as FOLDER
-from hf_fusion.merging.checkpoint import own_file
 
 if TYPE_CHECKING:
     from hf_fusion.merging.sources import Model
@@ -95,7 +95,7 @@ def with_template(files: dict[str, bytes], wanted: str, models: Mapping[str, Mod
     # further templates, for tools say, speak the format of the one that they lie beside
     others = {k: raw for k, raw in files.items() if k != "chat_template.json" and not k.startswith(f"{FOLDER}/")}
     further = sorted(giver.folder.glob(f"{FOLDER}/*.jinja")) if giver else []
-    others |= {f"{FOLDER}/{file.name}": file.read_bytes() for file in further if giver and own_file(file, giver.folder)}
+    others |= {f"{FOLDER}/{file.name}": read_file(file, giver.folder) for file in further if giver}
     return others | {
         "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2).encode(),
         FILE: template.encode(),
@@ -105,7 +105,7 @@ def with_template(files: dict[str, bytes], wanted: str, models: Mapping[str, Mod
 def template_of(model: Model) -> str | None:
     """A model's own chat template, stripped; None where it has none."""
     if own_file(model.folder / FILE):
-        return (model.folder / FILE).read_text(encoding="utf-8").strip() or None
+        return read_text(model.folder / FILE).strip() or None
     if not own_file(model.folder / "tokenizer_config.json"):
         return None
     found = read_json(model.folder / "tokenizer_config.json", model.name).get("chat_template")

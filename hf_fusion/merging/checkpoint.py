@@ -8,15 +8,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import threading
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from hf_fusion.errors import FusionError, one_line, shown
+from hf_fusion.errors import FusionError, shown
+from hf_fusion.files import open_file, own_file
+from hf_fusion.hub.snapshot import read_index, unique_keys, why_not
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,6 +55,7 @@ class Entry:
         shape: its sizes.
         file: the file that holds it.
         start: offset of its first byte in the file.
+        root: its model's folder, where the file lies in one within it.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Entry:
     shape: tuple[int, ...]
     file: Path
     start: int
+    root: Path | None = None
 
     @property
     def numel(self) -> int:
@@ -99,7 +101,8 @@ class Files:
         """
         with self._lock:
             if entry.file not in self._open:
-                self._open[entry.file] = _opened(entry.file)
+                with open_file(entry.file, entry.root) as stream:
+                    self._open[entry.file] = os.dup(stream.fileno())
         file, offset, view = self._open[entry.file], entry.start + start * entry.itemsize, buffer.data
         while view:
             try:
@@ -117,8 +120,12 @@ class Files:
         self._open.clear()
 
 
-def read_header(file: Path) -> dict[str, Entry]:
+def read_header(file: Path, root: Path | None = None) -> dict[str, Entry]:
     """What a safetensors file holds, by name, in the order of the file.
+
+    Args:
+        file: which.
+        root: its model's folder, where it lies in one within it.
 
     Raises:
         FusionError: naming the file and what is wrong with it: a header that is cut off, too long, no JSON or that
@@ -126,7 +133,7 @@ def read_header(file: Path) -> dict[str, Entry]:
             that overlap, leave gaps or do not fit the shape.
     """
     try:
-        with file.open("rb") as stream:
+        with open_file(file, root) as stream:
             size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > size - 8:
@@ -137,13 +144,13 @@ def read_header(file: Path) -> dict[str, Entry]:
     except OSError as error:
         raise FusionError(f"{file} cannot be read ({error.strerror})") from None
     try:
-        header = json.loads(raw.decode(), object_pairs_hook=_unique)  # UTF-8 alone, as safetensors reads it
+        header = json.loads(raw.decode(), object_pairs_hook=unique_keys)  # UTF-8 alone, as safetensors reads it
     except (ValueError, RecursionError) as error:
-        raise _broken(file, f"its header is not valid ({_said(error)})") from None
+        raise _broken(file, f"its header is not valid ({why_not(error)})") from None
     if not isinstance(header, dict):
         raise _broken(file, "its header is not a JSON object")
     header.pop("__metadata__", None)
-    found = [(_span(file, name, row), _entry(file, name, row, 8 + length)) for name, row in header.items()]
+    found = [(_span(file, name, row), _entry(file, root, name, row, 8 + length)) for name, row in header.items()]
     end = 0
     for (start, stop), entry in sorted(found, key=lambda pair: pair[0]):
         if start != end:
@@ -166,15 +173,15 @@ def read_checkpoint(folder: Path, name: str, root: Path | None = None) -> dict[s
         FusionError: there is neither, one of the files is broken, or the index does not tell what the shards hold.
     """
     if own_file(folder / SINGLE, root):
-        return read_header(folder / SINGLE)
+        return read_header(folder / SINGLE, root)
     if not own_file(folder / INDEX, root):
         raise FusionError(f"{name} has no {SINGLE} and no {INDEX}", "only safetensors are merged")
-    places = _places(folder / INDEX, name)
+    places = read_index(folder / INDEX, name)
     tensors: dict[str, Entry] = {}
     for shard in sorted(set(places.values())):
         if not own_file(folder / shard, root):
             raise FusionError(f"{name} lacks {shard}, which its {INDEX} names", "fetch it again")
-        for key, entry in read_header(folder / shard).items():
+        for key, entry in read_header(folder / shard, root).items():
             if places.get(key) == shard:
                 tensors[key] = entry
     if missing := next((key for key in places if key not in tensors), None):
@@ -184,65 +191,8 @@ def read_checkpoint(folder: Path, name: str, root: Path | None = None) -> dict[s
     return tensors
 
 
-def own_file(file: Path, root: Path | None = None) -> bool:
-    """Whether a file is there, in its model's folder or in the blobs of the Hub's cache, which keeps links to them.
-
-    Args:
-        file: where it should be.
-        root: the model's folder, where the file lies in one within it.
-
-    Raises:
-        FusionError: it is a link to somewhere else: what lies there is not the model's to read, nor to publish.
-    """
-    # a link in a circle is no file; a pipe or a device would be waited for
-    if not file.is_file():
-        return False
-    home, target = (root or file.parent).resolve(), file.resolve()
-    is_within = target.is_relative_to(home) if root else target.parent == home
-    if not is_within and target.parent != home.parent.parent / "blobs":
-        raise FusionError(f"{file} is a link to {target}, outside its model", "put the file itself there")
-    return True
-
-
-def _places(index: Path, name: str) -> dict[str, str]:
-    """An index file's tensors, and the file beside it that holds each."""
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_unique)
-    except OSError as error:
-        raise FusionError(f"{index} cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise FusionError(f"{name}: {INDEX} is not valid ({_said(error)})", "fetch it again") from None
-    places = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(places, dict) or not places:
-        raise FusionError(f"{name}: {INDEX} has no weight_map of names and files", "fetch it again")
-    for place in places.values():
-        if not isinstance(place, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", place, re.ASCII):
-            raise FusionError(f"{name}: {INDEX} names {shown(place)}, which is no file beside it", "fetch it again")
-    return places
-
-
-def _opened(file: Path) -> int:
-    try:
-        return os.open(file, os.O_RDONLY)
-    except OSError as error:
-        raise FusionError(f"{file} cannot be read ({error.strerror})") from None
-
-
 def _broken(file: Path, why: str) -> FusionError:
     return FusionError(f"{file} is not a valid safetensors file: {why}", "fetch it again, or save it again")
-
-
-def _said(error: Exception) -> str:
-    return "it is nested too deeply" if isinstance(error, RecursionError) else one_line(error)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object that names nothing twice: readers disagree on which of the two counts."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{shown(name)} is there twice")
-    return found
 
 
 def _span(file: Path, name: str, row: Any) -> tuple[int, int]:
@@ -255,7 +205,7 @@ def _span(file: Path, name: str, row: Any) -> tuple[int, int]:
     return start, stop
 
 
-def _entry(file: Path, name: str, row: Mapping[str, Any], data: int) -> Entry:
+def _entry(file: Path, root: Path | None, name: str, row: Mapping[str, Any], data: int) -> Entry:
     dtype, shape = row.get("dtype"), row.get("shape")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise _broken(file, f"{name} is of type {shown(dtype)}; known are {', '.join(DTYPES)}")
@@ -263,7 +213,7 @@ def _entry(file: Path, name: str, row: Mapping[str, Any], data: int) -> Entry:
     if not _counts(shape) or len(shape) > MAX_DIMENSIONS or math.prod(max(1, n) for n in shape) > MAX_NUMEL:
         raise _broken(file, f"{name} has the shape {shown(shape)}")
     start, stop = row["data_offsets"]
-    entry = Entry(name, dtype, tuple(shape), file, data + start)
+    entry = Entry(name, dtype, tuple(shape), file, data + start, root)
     if stop - start != entry.nbytes:
         raise _broken(
             file, f"{name} takes {stop - start} bytes, {entry.dtype} {list(entry.shape)} needs {entry.nbytes}"

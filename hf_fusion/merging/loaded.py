@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import Expert, ExpertInfo
+from hf_fusion.files import own_file, read_file
 from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
 from hf_fusion.hub.adapters import read_json, with_adapter
+from hf_fusion.hub.bases import resolve_base
 from hf_fusion.hub.code import Code, model_code, processor_class, processor_code, refuse_code, refuse_kernels
 from hf_fusion.hub.files import parts_of, recorded_base, resolve
 from hf_fusion.hub.heads import architectures, auto_class_of, model_class_of
 from hf_fusion.hub.load import in_memory, processor_of, refuse_keys
 from hf_fusion.hub.manifests import local_named_files
 from hf_fusion.hub.quiet import quiet_transformers
+from hf_fusion.hub.snapshot import check_snapshot
 from hf_fusion.merging.checkpoint import INDEX
 from hf_fusion.merging.merge import merge
 from hf_fusion.merging.methods import MERGE_METHODS
@@ -131,6 +134,7 @@ def load_merged(folder: str | Path, *, trust_remote_code: bool = False) -> PreTr
     import transformers
 
     folder = Path(folder)
+    check_snapshot(folder, str(folder))
     if (folder / ADAPTER_CONFIG).exists():  # adapters that became one: with their base
         return fuse_static("linear", [folder], trust_remote_code=trust_remote_code)
     config = read_json(folder / "config.json", str(folder))
@@ -148,12 +152,12 @@ def load_merged(folder: str | Path, *, trust_remote_code: bool = False) -> PreTr
         )
     refuse_keys(str(folder), "missing", info["missing_keys"])
     model.config.name_or_path = model.name_or_path = ""  # a folder that may soon be gone
-    kept = [path.name for path in folder.iterdir() if path.is_file() and not path.name.endswith(".safetensors")]
+    kept = [path.name for path in folder.iterdir() if own_file(path) and not path.name.endswith(".safetensors")]
     kept += local_named_files(folder, str(folder), code=True)
     apart = ("config.json", INDEX, RECIPE_FILE, "README.md", "results.json")
     setattr(model, RECIPE_ATTRIBUTE, Recipe.load(folder))
     model.processor = processor_of(source, agreed=trust_remote_code)
-    setattr(model, FILES_ATTRIBUTE, {name: (folder / name).read_bytes() for name in kept if name not in apart})
+    setattr(model, FILES_ATTRIBUTE, {name: read_file(folder / name, folder) for name in kept if name not in apart})
     for method in (save_pretrained, push_to_hub):  # of this one instance: its class is transformers' own
         setattr(model, method.__name__, MethodType(method, model))
     return model.eval()
@@ -208,7 +212,7 @@ def _may_run(recipe: Recipe, agreed: bool, api: HfApi | None) -> None:
     base, name = parts_of(recipe.base or recipe.experts[0].model)
     source = resolve(base or name, api)
     if source.is_adapter:
-        source = resolve(recorded_base(source), api)
+        source = resolve_base(recorded_base(source), source, api)
     refuse_kernels(source.config, source.name)
     if not any(map(model_class_of, architectures(source.config))):
         refuse_code(source, _needed(source.config), agreed=agreed)

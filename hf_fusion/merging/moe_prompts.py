@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_fusion.errors import FusionError, shown
+from hf_fusion.files import own_file, read_text
 from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.code import refuse_kernels
 from hf_fusion.hub.quiet import quiet_transformers
-from hf_fusion.merging.checkpoint import Files, own_file
+from hf_fusion.hub.snapshot import check_snapshot
+from hf_fusion.merging.checkpoint import Files
 from hf_fusion.merging.sources import Model
 from hf_fusion.merging.unions import tokenizer_of
 from hf_fusion.recipe import Recipe, RecipeExpert
@@ -114,6 +116,7 @@ class _Runs:
         from transformers import AutoModel
 
         refuse_kernels(model.config, model.name)
+        check_snapshot(model.folder, model.name)
         with quiet_transformers():
             self._loaded = AutoModel.from_pretrained(
                 model.folder, dtype="auto", local_files_only=True, trust_remote_code=False
@@ -156,7 +159,7 @@ def _tokenizer(model: Model) -> tuple[Tokenizer, str]:
     if not own_file(file):
         raise FusionError(f"{model.name} has no tokenizer.json", "load its tokenizer with transformers and save it")
     added = read_json(file, model.name).get("added_tokens") or []
-    found = tokenizer_of(file.read_text(encoding="utf-8"), added, model.name)
+    found = tokenizer_of(read_text(file), added, model.name)
     found.no_padding()
     found.no_truncation()
     settings = model.folder / "tokenizer_config.json"

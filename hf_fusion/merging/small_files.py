@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
+from hf_fusion.files import own_file, read_file
 from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.manifests import MODULES, local_named_files, module_folders, read_content
 from hf_fusion.merging.chat_templates import with_template
-from hf_fusion.merging.checkpoint import own_file
 from hf_fusion.merging.output import FACTS
 from hf_fusion.merging.vocabulary import is_tokenizer_file
 
@@ -76,7 +76,7 @@ def small_files(folder: Path, name: str) -> dict[str, bytes]:
     found = [file for file in found if not file.endswith(".index.json") and file not in _NOT_COPIED]
     below = local_named_files(folder, name, code=code)
     found += [file for file in below if not file.endswith(".safetensors")]
-    return {file: (folder / file).read_bytes() for file in found if own_file(folder / file, folder)}
+    return {file: read_file(folder / file, folder) for file in found if own_file(folder / file, folder)}
 
 
 def _names_code(folder: Path, name: str) -> bool:
@@ -119,7 +119,8 @@ def _with_modules(files: dict[str, bytes], planned: Plan) -> dict[str, bytes]:
     for expert in planned.experts:
         for folder in _folders(expert) if expert is not giver else []:
             name = f"{folder}/config.json"
-            theirs_here = (expert.folder / name).read_bytes() if own_file(expert.folder / name, expert.folder) else None
+            place, root = expert.folder / name, expert.folder
+            theirs_here = read_file(place, root) if own_file(place, root) else None
             if theirs_here is not None and name in files and _unlike(files[name], theirs_here):
                 logger.warning("%s of %s is not that of %s, which is taken", name, expert.name, giver.name)
     return files

@@ -13,6 +13,7 @@ import torch
 
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import Adapter
+from hf_fusion.files import own_file
 from hf_fusion.hub.adapters import read_adapter, read_json, weights_of
 from hf_fusion.hub.bases import base_id, warn_of_other_bases
 from hf_fusion.hub.files import (
@@ -24,11 +25,12 @@ from hf_fusion.hub.files import (
     pick_small,
     recorded_base,
     resolve,
+    resolve_repo,
     safe_files,
 )
 from hf_fusion.hub.heads import label_names
 from hf_fusion.hub.placement import place_in_files, refuse_sizes
-from hf_fusion.merging.checkpoint import DTYPES, Entry, Files, own_file, read_checkpoint
+from hf_fusion.merging.checkpoint import DTYPES, Entry, Files, read_checkpoint
 from hf_fusion.merging.tensors import InMemory, Reader, Stored
 from hf_fusion.merging.tied import tied_entries, without_copies
 
@@ -166,9 +168,12 @@ def open_models(
         )
     if base in adapters:  # what is merged with as it is, on its own base, is nothing to put others on
         base = None
-    wanted_bases = {name: unique[name][0] or base or recorded_base(source) for name, source in adapters.items()}
-    others = sorted(set(wanted_bases.values()) - {name for name in unique if not unique[name][0]})
-    resolved = {**sources, **dict(zip(others, in_parallel(lambda name: resolve(name, api), others), strict=True))}
+    # each base by its name, and whether that is a repo's: what an adapter on the Hub records is, whatever lies here
+    wanted_bases = {name: _base_of(source, unique[name][0] or base) for name, source in adapters.items()}
+    resolved = {(name, False): source for name, source in sources.items() if not unique[name][0]}
+    others = sorted(set(wanted_bases.values()) - resolved.keys())
+    found = in_parallel(lambda own: (resolve_repo if own[1] else resolve)(own[0], api), others)
+    resolved |= dict(zip(others, found, strict=True))
     bases = {name: resolved[own] for name, own in wanted_bases.items()}
     warn_of_other_bases((sources[name], base_id(bases[name])) for name in bases if not unique[name][0])
     for name, under in bases.items():
@@ -192,6 +197,10 @@ def open_models(
         if base_name:
             opened[name].name = f"{models[_folder(bases[name])].name}+{opened[name].name}"
     return [opened[name] for name in names]
+
+
+def _base_of(adapter: Source, given: str | None) -> tuple[str, bool]:
+    return (given, False) if given else (recorded_base(adapter), not adapter.is_local)
 
 
 def _files(source: Source) -> list[str]:

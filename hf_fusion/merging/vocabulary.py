@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_fusion.errors import FusionError, shown
+from hf_fusion.files import own_file, read_file, read_text
 from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.files import download, pick_small, resolve
 from hf_fusion.hub.manifests import TEMPLATES
 from hf_fusion.merging.aligned import AVERAGE, ZERO, Aligned, Table
-from hf_fusion.merging.checkpoint import own_file
 from hf_fusion.merging.configs import vocabulary_config
 from hf_fusion.merging.sources import LAYER, Model
 from hf_fusion.merging.tensors import Reader
@@ -346,7 +346,7 @@ def read_tokenizer(folder: Path, name: str, known: dict[str, _Tokenizer]) -> _To
     if not own_file(file):
         return None
     content = {"added_tokens": [], **read_json(file, name)}
-    text = file.read_text(encoding="utf-8")
+    text = read_text(file)
     if text not in known:
         known[text] = _tokenizer(text, content, name)
     return known[text]
@@ -372,7 +372,7 @@ def tokenizer_files(
         content: what that says.
     """
     names = [*TOKENIZER_FILES, *(f"{TEMPLATES}/{file.name}" for file in sorted(folder.glob(f"{TEMPLATES}/*.jinja")))]
-    files = {name: (folder / name).read_bytes() for name in names if own_file(folder / name, folder)}
+    files = {name: read_file(folder / name, folder) for name in names if own_file(folder / name, folder)}
     if text is not None and content is not None:
         files = {name: raw for name, raw in files.items() if name not in REDUNDANT}
         files[TOKENIZER] = text.encode()

@@ -238,9 +238,10 @@ def test_what_is_no_file(name, kind, sharded, tmp_path):
             os.mkfifo(file)  # who opens it waits for ever
         case "folder":
             file.mkdir()
-    refused(
-        f"one (lacks|has no) .*{name if name != INDEX else 'model'}", recipe_of(sharded), tmp_path / "out", tmp_path
-    )
+    reason = f"one (lacks|has no) .*{name if name != INDEX else 'model'}"
+    if kind == "pipe":
+        reason = f"one/{name} is a pipe, not a file"
+    refused(reason, recipe_of(sharded), tmp_path / "out", tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "nan", "[" * 100_000, '{"a":' * 100_000, "\udcff"])
