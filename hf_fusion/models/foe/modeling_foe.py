@@ -22,6 +22,7 @@ from .calls_foe import Calls
 from .configuration_foe import FoEConfig
 from .ensemble_foe import LEAST_PROBABILITY, FixedFuser, check_ensemble, fused_logits
 from .experts_foe import AUTO_CLASSES, Backbone, pool_states, repeat_rows, take_rows
+from .files_foe import check_files
 from .frugal_foe import FrugalPolicy
 from .fuser_foe import Fuser
 from .processing_foe import FoEProcessor
@@ -214,9 +215,16 @@ class FoEModel(BackbonesMixin, PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> FoEModel:
-        """As any model's; remembers where it came from, so that its processor can follow."""
-        names = ("revision", "token", "cache_dir", "local_files_only")
+        """As any model's; remembers where it came from, so that its processor can follow.
+
+        Raises:
+            ValueError: for an index, a configuration or a link that leads out of the model.
+        """
+        names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
         hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        if pretrained_model_name_or_path is not None:  # else all weights are given
+            check_files(pretrained_model_name_or_path, hub)
+            kwargs.setdefault("use_safetensors", True)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._source = (str(pretrained_model_name_or_path), hub)

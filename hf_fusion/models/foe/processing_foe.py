@@ -11,6 +11,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, BatchEncoding, Batch
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import PushToHubMixin, cached_file
 
+from .files_foe import ForeignFileError, check_processor, is_plain
 from .own_code_foe import load_processor
 
 PROCESSOR_FILE = "processor_config.json"
@@ -139,6 +140,7 @@ class FoEProcessor(PushToHubMixin):
 
         Raises:
             UntrustedCodeError: such code is needed, and not trusted or of another repo.
+            ForeignFileError: a folder, a file or a link leads out of the model.
         """
         hub = {
             name: kwargs[name]
@@ -146,8 +148,16 @@ class FoEProcessor(PushToHubMixin):
             if kwargs.get(name) is not None
         }
         source = str(pretrained_model_name_or_path)
+        check_processor(source, hub)
         config = json.loads(Path(str(cached_file(source, PROCESSOR_FILE, **hub))).read_text(encoding="utf-8"))
         trusted = kwargs.get("trust_remote_code") is True
+        for folder in config["folders"]:
+            if folder:
+                if not is_plain(folder):
+                    raise ForeignFileError(
+                        f"{source}: {PROCESSOR_FILE} names {folder!r}, which is not a folder within it"
+                    )
+                check_processor(source, {**hub, "subfolder": folder})
         processors = [
             load_processor(LOADERS[kind], source, {**hub, "subfolder": folder}, trusted=trusted)
             for folder, kind in zip(config["folders"], config["kinds"], strict=True)

@@ -32,6 +32,7 @@ from .assembly_phatgoose import (
 from .backbone_phatgoose import BackboneMixin, with_arguments_of
 from .configuration_phatgoose import PhatgooseConfig
 from .export_phatgoose import save_merged_adapter
+from .files_phatgoose import ForeignFileError, check_files, check_processor
 from .generation_phatgoose import GeneratingMixin, common_generation, set_generation
 from .own_code_phatgoose import UntrustedCodeError, load_processor
 from .recipe_phatgoose import push_options, without_paths, write_recipe
@@ -385,8 +386,9 @@ class PhatgooseRouter(BackboneMixin, PreTrainedModel):
             auto = AutoImageProcessor if self.main_input_name == "pixel_values" else AutoTokenizer
             try:  # with a config: else another is read, and warned of
                 source, hub = self._source
+                check_processor(source, hub)
                 self._processor = load_processor(auto, source, hub, trusted=self._trusted, config=self.config)
-            except UntrustedCodeError:
+            except (ForeignFileError, UntrustedCodeError):
                 raise
             except (OSError, ValueError):  # a repo without one
                 return None
@@ -397,11 +399,15 @@ class PhatgooseRouter(BackboneMixin, PreTrainedModel):
         """As any model's; a base stored by reference is fetched at its pinned revision.
 
         Raises:
-            ValueError: for a file that lacks weights of experts.
+            ValueError: for a file that lacks weights of experts; for an index, a configuration or a link that leads
+                out of the model.
         """
         names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
         hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         trusted = kwargs.get("trust_remote_code") is True
+        if pretrained_model_name_or_path is not None:  # else all weights are given
+            check_files(pretrained_model_name_or_path, hub)
+            kwargs.setdefault("use_safetensors", True)
         config = kwargs.get("config")
         if not isinstance(config, PhatgooseConfig):
             config = PhatgooseConfig.from_pretrained(pretrained_model_name_or_path, **hub)

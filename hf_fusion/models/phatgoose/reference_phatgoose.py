@@ -13,6 +13,7 @@ from transformers.utils.hub import cached_file
 
 from .assembly_phatgoose import AUTO_CLASSES
 from .configuration_phatgoose import PhatgooseConfig
+from .files_phatgoose import ALL_INDEXES, check_base, check_files
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 
@@ -20,12 +21,18 @@ INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 def load_by_reference(
     name: Any, config: PhatgooseConfig, hub: dict[str, Any], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """Arguments for `from_pretrained` with all weights in them: the base's at its pinned revision, the repo's own."""
+    """Arguments for `from_pretrained` with all weights in them: the base's at its pinned revision, the repo's own.
+
+    Raises:
+        ValueError: a repo names a folder of this machine as its base, or the base's files lead out of it.
+    """
     dtype = kwargs.get("dtype") or kwargs.pop("torch_dtype", None) or "auto"
     if dtype == "auto":
         dtype = config.dtype or "auto"
-    where = {key: hub[key] for key in ("token", "cache_dir", "local_files_only") if key in hub}
+    where: dict[str, Any] = {key: hub[key] for key in ("token", "cache_dir", "local_files_only") if key in hub}
     refuse_other_commit(config.base["id"], config.base["revision"], where)
+    check_base(name, config.base["id"])
+    check_files(config.base["id"], {**where, "revision": config.base["revision"]}, ALL_INDEXES)
     base = AUTO_CLASSES[config.head].from_pretrained(
         config.base["id"],
         revision=config.base["revision"],

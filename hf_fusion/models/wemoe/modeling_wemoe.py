@@ -15,6 +15,7 @@ from .assembly_wemoe import AUTO_CLASSES, with_arguments_of
 from .backbone_wemoe import BackboneMixin
 from .build_wemoe import Plan, check_options, make_plan
 from .configuration_wemoe import LOW_RANK, WEMoEConfig
+from .files_wemoe import ForeignFileError, check_files, check_processor
 from .generation_wemoe import GeneratingMixin, check_generation, common_generation, set_generation
 from .heads_wemoe import activate_heads, fill_heads, install_heads, name_classes, with_one_head
 from .linears_wemoe import UpscaledLinear
@@ -403,8 +404,9 @@ class WEMoEModel(BackboneMixin, PreTrainedModel):
             auto = AutoImageProcessor if self.main_input_name == "pixel_values" else AutoTokenizer
             try:  # with a config: else another is read, and warned of
                 source, hub = self._source
+                check_processor(source, hub)
                 self._processor = load_processor(auto, source, hub, trusted=self._trusted, config=self.config)
-            except UntrustedCodeError:
+            except (ForeignFileError, UntrustedCodeError):
                 raise
             except (OSError, ValueError):  # a repo without one
                 return None
@@ -415,11 +417,15 @@ class WEMoEModel(BackboneMixin, PreTrainedModel):
         """As any model's.
 
         Raises:
-            ValueError: for files that lack weights, or hold others or another model's.
+            ValueError: for files that lack weights, or hold others or another model's; for an index, a configuration
+                or a link that leads out of the model.
         """
         names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
         hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         trusted = kwargs.get("trust_remote_code") is True
+        if pretrained_model_name_or_path is not None:  # else all weights are given
+            check_files(pretrained_model_name_or_path, hub)
+            kwargs.setdefault("use_safetensors", True)
         wants_info = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = loaded

@@ -1,0 +1,181 @@
+"""What a published model reads: files of its own repo or folder, wherever an index, a configuration or a link leads.
+
+transformers opens what they name, and what it has read is saved and pushed with the model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.hub import cached_file
+
+INDEXES = ("model.safetensors.index.json",)
+ALL_INDEXES = (*INDEXES, "pytorch_model.bin.index.json")
+PROCESSOR_FILES = ("tokenizer_config.json", "preprocessor_config.json")
+MOST_BYTES = 256 << 20  # of a JSON file; the largest that are known have a tenth of it
+_PLAIN = re.compile(r"(?!\.+$)[\w.-]{1,200}", re.ASCII)
+_REPO = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_PATHS = re.compile(
+    r"(\w+_)?(files?|paths?|dir|folders?|subfolder)|init_inputs|repo_id"
+)  # keys of which values are paths
+_RECORDED = re.compile(r"\w*name_or_path|special_tokens_map_file")  # where something was made, which nothing reads
+_BELOW = re.compile(r"processor_\d+|additional_chat_templates|\w+_tokenizer")
+_SHARED = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
+
+
+class ForeignFileError(ValueError):
+    """A model names, links to or holds what is not a file of its own."""
+
+
+def check_files(source: Any, hub: Mapping[str, Any], indexes: tuple[str, ...] = INDEXES) -> None:
+    """Refuses a model whose index files or configuration name files elsewhere, or whose folder has links out of it.
+
+    Args:
+        source: a folder, or an id on the Hub.
+        hub: where on the Hub, as ``from_pretrained`` takes it.
+        indexes: the index files that may be read.
+
+    Raises:
+        ForeignFileError: naming the file, and what it names.
+    """
+    folder = Path(source, hub.get("subfolder") or "")
+    if Path(source).is_dir() and folder.is_dir():
+        _check_folder(folder)
+    for file in indexes:
+        content = _read(source, file, hub)
+        if content is None:
+            continue
+        places = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(places, dict):
+            raise ForeignFileError(f"{source}: {file} has no weight_map")
+        for place in places.values():
+            if not is_plain(place):
+                raise ForeignFileError(f"{source}: {file} names {place!r}, which is no file beside it")
+    config = _read(source, "config.json", hub)
+    if isinstance(config, dict) and (other := config.get("transformers_weights")) and not is_plain(other):
+        raise ForeignFileError(f"{source}: config.json names the weights {other!r}, which are no file beside it")
+
+
+def check_processor(source: Any, hub: Mapping[str, Any]) -> None:
+    """Refuses a tokenizer or image processor whose configuration names a file outside of its model.
+
+    Args:
+        source: a folder, or an id on the Hub.
+        hub: where on the Hub, as ``from_pretrained`` takes it.
+
+    Raises:
+        ForeignFileError: naming the file, and what it names.
+    """
+    folder = Path(source, hub.get("subfolder") or "")
+    if Path(source).is_dir() and folder.is_dir():
+        _check_folder(folder)
+    for file in PROCESSOR_FILES:
+        for key, value in _paths(_read(source, file, hub)):
+            if _leads_out(value, folder, is_here=Path(source).is_dir()):
+                raise ForeignFileError(f"{source}: {file} has {key}: {value!r}, which lies outside of the model")
+
+
+def check_base(source: Any, base: Any) -> None:
+    """Refuses a base, named by a model on the Hub, that would be read from a folder of this machine.
+
+    Args:
+        source: the model: a folder, which may name another, or an id on the Hub.
+        base: the base that its configuration names.
+
+    Raises:
+        ForeignFileError: naming the base.
+    """
+    if Path(source).is_dir():
+        return
+    if not isinstance(base, str) or not _REPO.fullmatch(base) or base.startswith(".") or ".." in base:
+        raise ForeignFileError(f"{source} names {base!r} as its base, which is no id on the Hub")
+    if Path(base).is_dir():
+        raise ForeignFileError(
+            f"{source} has the base {base}, and here is a folder of that name: load it elsewhere"
+        )
+
+
+def is_plain(name: Any) -> bool:
+    """Whether something is the name of a file beside another, on any system."""
+    return isinstance(name, str) and _PLAIN.fullmatch(name) is not None
+
+
+def _check_folder(folder: Path) -> None:
+    """Every file at a folder's root, and in the sub-folders that are read, must be a file of the folder."""
+    below = [path for path in folder.iterdir() if path.is_dir() and _BELOW.fullmatch(path.name)]
+    for place in (folder, *below):
+        if place.is_symlink() and place != folder:
+            raise ForeignFileError(f"{place} is a link to another folder")
+        for file in place.iterdir():
+            if file.name.startswith(".") or file.is_dir() or not file.exists():
+                continue
+            if not stat.S_ISREG(file.stat().st_mode):
+                raise ForeignFileError(f"{file} is a pipe or a device, not a file")
+            if not _is_own(file, folder):
+                raise ForeignFileError(f"{file} is a link to {file.resolve()}, outside of its model")
+
+
+def _is_own(file: Path, folder: Path) -> bool:
+    """Whether a file lies in its model's folder, or among the blobs that the Hub's cache links to from there."""
+    target, root = file.resolve(), folder.resolve()
+    if target.is_relative_to(root):
+        return True
+    snapshot = next((path for path in (root, *root.parents) if path.parent.name == "snapshots"), None)
+    if snapshot is None:
+        return False
+    repo = snapshot.parent.parent
+    if target.parent == repo / "blobs":
+        return True
+    shared = repo.parent / "blobs"  # content that repos share
+    is_cache = repo.name.startswith("models--") and target.is_relative_to(shared)
+    return is_cache and _SHARED.fullmatch(target.relative_to(shared).as_posix()) is not None
+
+
+def _leads_out(value: str, folder: Path, is_here: bool) -> bool:
+    """Whether a text is the path of something outside of a model.
+
+    Paths of another machine are often recorded, and harmless: nothing is there.
+    """
+    path = Path(value)
+    is_away = path.is_absolute() or ".." in path.parts
+    if not is_here:  # a plain name is one of the repo's files
+        return is_away and (".." in path.parts or os.path.lexists(path))
+    found = next((own for own in (folder / path, path) if os.path.lexists(own)), None)
+    return found is not None and not _is_own(found, folder) and (is_away or found != path)
+
+
+def _read(source: Any, file: str, hub: Mapping[str, Any]) -> Any:
+    """The content of a JSON file; None where there is none."""
+    path = cached_file(source, file, _raise_exceptions_for_missing_entries=False, **hub)
+    if path is None:
+        return None
+    if Path(path).stat().st_size > MOST_BYTES:
+        raise ForeignFileError(f"{source}: {file} has more than {MOST_BYTES:,} bytes")
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise ForeignFileError(f"{source}: {file} is not valid JSON") from None
+
+
+def _paths(content: Any) -> Iterator[tuple[str, str]]:
+    """The texts below keys that name files, each with its key."""
+    pending: list[tuple[str, Any]] = [("", content)]
+    while pending:
+        key, value = pending.pop()
+        if isinstance(value, Mapping):
+            for own, inner in value.items():
+                is_path = _PATHS.fullmatch(own) and not _RECORDED.fullmatch(own)
+                pending.append((key or (own if is_path else ""), inner))
+        elif isinstance(value, list):
+            pending += [(key, inner) for inner in value]
+        elif key and isinstance(value, str) and 0 < len(value) < 4096 and "\0" not in value:
+            yield key, value
+
+
+__all__ = ["ALL_INDEXES", "ForeignFileError", "check_base", "check_files", "check_processor", "is_plain"]
