@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from .errors import FusionError
+from .hub.snapshot import check_snapshot
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,6 +32,8 @@ class TextEmbedder:
     def __init__(self, name: str | Path = MINILM, batch_size: int = 64, max_length: int = 256) -> None:
         from transformers import AutoModel, AutoTokenizer
 
+        if Path(name).is_dir():
+            check_snapshot(Path(name), str(name))
         self.model = AutoModel.from_pretrained(name, trust_remote_code=False).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         self.batch_size, self.max_length = batch_size, max_length

@@ -30,8 +30,8 @@ def load_by_reference(
     if dtype == "auto":
         dtype = config.dtype or "auto"
     where: dict[str, Any] = {key: hub[key] for key in ("token", "cache_dir", "local_files_only") if key in hub}
-    refuse_other_commit(config.base["id"], config.base["revision"], where)
     check_base(name, config.base["id"])
+    refuse_other_commit(config.base["id"], config.base["revision"], where)
     check_files(config.base["id"], {**where, "revision": config.base["revision"]}, ALL_INDEXES)
     base = AUTO_CLASSES[config.head].from_pretrained(
         config.base["id"],

@@ -82,23 +82,19 @@ def check_processor(source: Any, hub: Mapping[str, Any]) -> None:
 
 
 def check_base(source: Any, base: Any) -> None:
-    """Refuses a base, named by a model on the Hub, that would be read from a folder of this machine.
+    """Refuses a base held by reference, at a commit of the Hub, that would be read from a folder of this machine.
 
     Args:
-        source: the model: a folder, which may name another, or an id on the Hub.
-        base: the base that its configuration names.
+        source: the model.
+        base: what its configuration names.
 
     Raises:
         ForeignFileError: naming the base.
     """
-    if Path(source).is_dir():
-        return
     if not isinstance(base, str) or not _REPO.fullmatch(base) or base.startswith(".") or ".." in base:
         raise ForeignFileError(f"{source} names {base!r} as its base, which is no id on the Hub")
     if Path(base).is_dir():
-        raise ForeignFileError(
-            f"{source} has the base {base}, and here is a folder of that name: load it elsewhere"
-        )
+        raise ForeignFileError(f"{source} has the base {base}, and here is a folder of that name: load it elsewhere")
 
 
 def is_plain(name: Any) -> bool:
