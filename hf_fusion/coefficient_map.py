@@ -71,24 +71,19 @@ def map_coefficients(
     """
     owners = owners_by_name(suite, model.experts) | dict(owners or {})
     writes = model.config.head in ("causal-lm", "seq2seq-lm")
-    before, model.record_routing = model.record_routing, True
     coefficients, counts, layers = [], [], []
-    try:
-        for rows in track(suite.values(), "Tracing the coefficients of tasks"):
-            count, total = 0, torch.zeros(())
-            given = rows if isinstance(rows, Examples) else unlabelled(rows)
-            for batch in read_batches(model, given, (), batch_size, max_length):
-                labels = batch.pop("labels", None)
-                model(**batch, **({"labels": labels} if writes else {}))  # they tell where a prompt ends
-                trace = model.routing_trace()
-                size = len(batch.get("pixel_values", next(iter(batch.values()))))  # of CLIP texts are classes, not rows
-                layers = trace.layers
-                means = torch.stack([trace.coefficients(layer).mean(0) for layer in layers])  # (L, K)
-                total, count = total + size * means, count + size
-            coefficients.append((total / count).tolist())
-            counts.append(count)
-    finally:
-        model.record_routing = before
+    for rows in track(suite.values(), "Tracing the coefficients of tasks"):
+        count, total = 0, torch.zeros(())
+        given = rows if isinstance(rows, Examples) else unlabelled(rows)
+        for batch in read_batches(model, given, (), batch_size, max_length):
+            labels = batch.pop("labels", None)
+            trace = model._traced(**batch, **({"labels": labels} if writes else {}))  # they tell where a prompt ends
+            size = len(batch.get("pixel_values", next(iter(batch.values()))))  # of CLIP texts are classes, not rows
+            layers = trace.layers
+            means = torch.stack([trace.coefficients(layer).mean(0) for layer in layers])  # (L, K)
+            total, count = total + size * means, count + size
+        coefficients.append((total / count).tolist())
+        counts.append(count)
     first: Any = next(iter(suite.values()))
     column = next((c for c in ("prompt", "text") if c in getattr(first, "column_names", ())), None)
     return CoefficientMap(

@@ -35,6 +35,8 @@ class OfThread(threading.local):
     def __init__(self) -> None:
         self.state: Any = None
         self.scopes: tuple[Scope, ...] = ()
+        self.kept: Any = None
+        self.kept_in_graph = False
 
 
 class Calls:
@@ -45,8 +47,8 @@ class Calls:
     - The *state* of a call that is running, `current()`, belongs to the thread that runs it: a call never awaits.
       Compiled code finds it too, since `torch.compile` guards what lies in a `threading.local` for each thread.
     - A *scope* that a user opened (``with calls.scoped(value)``) and what the last call *kept* (a trace) belong to a
-      context: to the thread, or to the asyncio task, in which other tasks may run before it ends. Compiled code sees
-      the scopes of its thread, since `torch.compile` cannot read context variables.
+      context: to the thread, or to the asyncio task, in which other tasks may run before it ends. Compiled code has
+      those of its thread, since `torch.compile` cannot read context variables.
 
     A copy of the model (`copy.deepcopy`, pickle) has calls apart from the original's.
     """
@@ -110,11 +112,18 @@ class Calls:
 
     def kept(self) -> Any:
         """What a call of this thread or task kept last; None where none did."""
+        thread = self._thread
+        if torch.compiler.is_compiling():
+            return thread.kept
+        if thread.kept_in_graph:  # where it could not reach the context
+            self.keep(thread.kept)
         return _KEPT.get().get(self._key)
 
     def keep(self, value: Any) -> None:
         """Keeps a value for `kept()`, in this thread or task, when the call has ended."""
-        _KEPT.set({**_of_others(_KEPT.get(), self._key), self._key: value})
+        self._thread.kept, self._thread.kept_in_graph = value, torch.compiler.is_compiling()
+        if not torch.compiler.is_compiling():
+            _KEPT.set({**_of_others(_KEPT.get(), self._key), self._key: value})
 
 
 def _of_others(values: Mapping[ref[Any], Any], key: ref[Any]) -> dict[ref[Any], Any]:

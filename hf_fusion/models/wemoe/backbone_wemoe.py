@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .linears_wemoe import UpscaledLinear
-from .routing_wemoe import Scope
-
-# What a layer that is computed again, for its gradients, has to find as it was; it is not traced again.
-OF_SCOPE = ("share", "rows", "pin", "decodes")
-OF_ALL = ("given", "prompt_mask", "prompts", "batch_reduce", "top_k", "gate_rank")
+from .recomputing_wemoe import remember
 
 
 class BackboneMixin:
@@ -72,9 +67,8 @@ class BackboneMixin:
     def _set_gradient_checkpointing(
         self: Any, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
     ) -> None:
-        scopes = list({id(unit.scope): unit.scope for unit in self.units}.values())
-        func = partial(_remembering, scopes, gradient_checkpointing_func)
-        super()._set_gradient_checkpointing(enable, func, **kwargs)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+        remember(self.backbone.modules(), self.shared.calls)
         if enable and self.main_input_name != "input_ids":  # transformers does it for tokens alone
             self.enable_input_require_grads()
             if (
@@ -93,36 +87,6 @@ def with_vocabulary(stored: dict[str, Any], config: Any) -> dict[str, Any]:
     size = {text.attribute_map.get("vocab_size", "vocab_size"): text.vocab_size}
     part = next((name for name, value in vars(config).items() if value is text), None)
     return {**stored, **(size if part is None else {part: {**stored[part], **size}})}
-
-
-class _Layer:
-    """A layer's function, which finds the tokens and coefficients of its first call whenever it is called again."""
-
-    def __init__(self, scopes: Sequence[Scope], function: Callable[..., Any]) -> None:
-        self.function = function
-        self.states = [(vars(scope), OF_SCOPE) for scope in scopes] + [(vars(scopes[0].shared), OF_ALL)]
-        self.then: list[dict[str, Any]] | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.then is None:
-            self.then = [{name: state[name] for name in names} for state, names in self.states]
-            self.then[-1]["trace"] = None
-            return self.function(*args, **kwargs)
-        pairs = [(state, then) for (state, _), then in zip(self.states, self.then, strict=True)]
-        now = [{name: state[name] for name in then} for state, then in pairs]
-        for state, then in pairs:
-            state.update(then)
-        try:
-            return self.function(*args, **kwargs)
-        finally:
-            for (state, _), before in zip(pairs, now, strict=True):
-                state.update(before)
-
-
-def _remembering(
-    scopes: Sequence[Scope], func: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
-    return func(_Layer(scopes, function), *args, **kwargs)
 
 
 __all__ = ["BackboneMixin"]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+
+from .calls_wemoe import Calls
 
 
 class TaskHeads(nn.Module):
@@ -16,16 +20,19 @@ class TaskHeads(nn.Module):
     Args:
         head: the dense model's head.
         classes: number of classes of each expert, or None for each where the module does not give the logits.
+        calls: of the model, whose state may name another `task` than the active one for a call.
     """
 
-    def __init__(self, head: nn.Module, classes: Sequence[int | None]) -> None:
+    def __init__(self, head: nn.Module, classes: Sequence[int | None], calls: Calls | None = None) -> None:
         super().__init__()
         self.heads = nn.ModuleList(copy.deepcopy(head) if count is None else _resized(head, count) for count in classes)
         self.active = 0
+        self.calls = calls
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the active head's."""
-        return self.heads[self.active](*args, **kwargs)
+        """As the head's of the call's task, or as the active one's."""
+        call = None if self.calls is None else self.calls.current()
+        return self.heads[self.active if call is None or call.task is None else call.task](*args, **kwargs)
 
     @torch.no_grad()
     def fill(self, index: int, tensors: dict[str, torch.Tensor], name: str) -> None:
@@ -44,17 +51,18 @@ class TaskHeads(nn.Module):
             target.copy_(tensors[key])
 
 
-def install_heads(model: Any, paths: Sequence[str], classes: Sequence[int]) -> None:
+def install_heads(model: Any, paths: Sequence[str], classes: Sequence[int], calls: Calls | None = None) -> None:
     """Puts `TaskHeads` where a model has its head.
 
     Args:
         model: the dense model.
         paths: of the modules that every expert has its own copy of; the last one gives the logits.
         classes: number of classes of each expert.
+        calls: see `TaskHeads`.
     """
     for path in paths:
         counts = list(classes) if path == paths[-1] else [None] * len(classes)
-        model.set_submodule(path, TaskHeads(model.get_submodule(path), counts))
+        model.set_submodule(path, TaskHeads(model.get_submodule(path), counts, calls))
 
 
 def fill_heads(
@@ -68,9 +76,27 @@ def fill_heads(
 
 
 def activate_heads(model: Any, paths: Sequence[str], index: int) -> None:
-    """Lets one expert's modules answer."""
+    """Lets one expert's modules answer, in all calls that name no other."""
     for path in paths:
         model.get_submodule(path).active = index
+
+
+def with_classes(model: Any, labels: Sequence[str]) -> Any:
+    """A classifier as the loss of one call sees it: these are its classes, and every module in it is the model's own.
+
+    A loss also writes into the config which one it is (`problem_type`), and tasks differ in it.
+    """
+    alike = object.__new__(type(model))  # copy.copy cannot be compiled
+    alike.__dict__.update(model.__dict__)
+    alike.__dict__.pop("_compiled_call_impl", None)
+    config = object.__new__(type(model.config))
+    config.__dict__.update(model.config.__dict__)
+    name_classes(config, labels)
+    alike.config, alike.num_labels = config, len(labels)
+    if "_old_forward" in alike.__dict__:  # accelerate put a function in its place, which calls the model's
+        alike._old_forward = MethodType(model._old_forward.__func__, alike)
+        alike.forward = partial(model.forward.func, alike)
+    return alike
 
 
 def name_classes(config: Any, labels: Sequence[str]) -> None:
@@ -119,4 +145,12 @@ def _resized(head: nn.Module, classes: int) -> nn.Module:
     return own
 
 
-__all__ = ["TaskHeads", "activate_heads", "fill_heads", "install_heads", "name_classes", "with_one_head"]
+__all__ = [
+    "TaskHeads",
+    "activate_heads",
+    "fill_heads",
+    "install_heads",
+    "name_classes",
+    "with_classes",
+    "with_one_head",
+]

@@ -17,11 +17,12 @@ from .build_wemoe import Plan, check_options, make_plan
 from .configuration_wemoe import LOW_RANK, WEMoEConfig
 from .files_wemoe import ForeignFileError, check_files, check_processor
 from .generation_wemoe import GeneratingMixin, check_generation, common_generation, set_generation
-from .heads_wemoe import activate_heads, fill_heads, install_heads, name_classes, with_one_head
+from .heads_wemoe import activate_heads, fill_heads, install_heads, name_classes, with_classes, with_one_head
 from .linears_wemoe import UpscaledLinear
 from .own_code_wemoe import UntrustedCodeError, load_processor
 from .recipe_wemoe import push_options, without_paths, write_recipe
-from .routing_wemoe import Coefficients, Router, Scope, Shared, Unit, WEMoETrace, by_unit, index_of
+from .recomputing_wemoe import forget
+from .routing_wemoe import Coefficients, Router, Shared, Stack, Unit, WEMoETrace, by_unit, index_of
 from .samples_wemoe import first_unlike, samples_of
 from .summary_wemoe import Summary, described
 
@@ -47,10 +48,9 @@ class WEMoEModel(BackboneMixin, PreTrainedModel):
         if backbone is None:
             backbone = AUTO_CLASSES[config.head].from_config(config.backbone_config(), trust_remote_code=False)
         self.backbone: Any = backbone
-        self.shared = Shared()
+        self.shared = Shared(config)
         self.record_routing: bool = False
         self.units: list[Unit] = []
-        self._trace: WEMoETrace | None = None
         self._processor: Any = None
         self._source: tuple[str, dict[str, Any]] | None = None
         self._trusted = False  # whether the repo's own code may run for the processor
@@ -135,7 +135,7 @@ class WEMoEModel(BackboneMixin, PreTrainedModel):
         decoder = next(iter([backbone.get_decoder()] if is_seq2seq else []), None)
         in_decoder = {id(module) for module in decoder.modules()} if decoder is not None else set()
         stacks = {path: module for path, module in backbone.named_modules() if isinstance(module, PreTrainedModel)}
-        scopes: dict[str, Scope] = {}
+        around: dict[str, Stack] = {}
         one: Router | None = None
         for number, row in enumerate(config.units):
             linears = []
@@ -153,7 +153,7 @@ class WEMoEModel(BackboneMixin, PreTrainedModel):
             stack = max(
                 (path for path in stacks if f"{row['paths'][0]}.".startswith(f"{path}." if path else "")), key=len
             )
-            if stack not in scopes:
+            if stack not in around:
                 kind = (
                     "causal"
                     if config.head == "causal-lm"
@@ -161,7 +161,7 @@ class WEMoEModel(BackboneMixin, PreTrainedModel):
                     if id(stacks[stack]) in in_decoder
                     else "encoder"
                 )
-                scopes[stack] = Scope(stacks[stack], kind, self.shared)
+                around[stack] = Stack(stacks[stack], kind, self.shared)
             router = None
             if config.routing == "wemoe" and (one is None or not config.shared_router):
                 width, like = (
@@ -172,8 +172,9 @@ class WEMoEModel(BackboneMixin, PreTrainedModel):
                 (self if config.shared_router else linears[0]).add_module("router", router)
             elif config.routing == "wemoe":
                 router = one
-            self.units.append(Unit(number, row["name"], row["paths"], linears, router, scopes[stack]))
-        install_heads(backbone, config.task_heads, [len(row["labels"]) for row in config.experts])
+            self.units.append(Unit(number, row["name"], row["paths"], linears, router, around[stack]))
+        classes = [len(row["labels"]) for row in config.experts]
+        install_heads(backbone, config.task_heads, classes, self.shared.calls)
 
     @torch.no_grad()
     def _fill(self, plan: Plan) -> None:
@@ -237,29 +238,45 @@ class WEMoEModel(BackboneMixin, PreTrainedModel):
             labels: of the dense model.
             kwargs: of the dense model.
         """
-        shared, config = self.shared, self.config
+        trace = self._recorded() if self.record_routing else None
+        return self._run(trace, *args, task=task, prompt_mask=prompt_mask, labels=labels, **kwargs)
+
+    def _run(
+        self,
+        trace: WEMoETrace | None,
+        *args: Any,
+        task: str | None = None,
+        prompt_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """A forward that is recorded in a trace."""
+        shared, config, dense = self.shared, self.config, self.backbone
         if labels is not None:
             kwargs["labels"] = labels
-        if task is not None and not config.task_heads:
-            index_of(task, self.experts)  # a shared head serves every task, but only those
-        shared.prompt_mask = prompt_mask if prompt_mask is not None else self.prompt_tokens(kwargs)
-        self._begin()
-        self._answer_for(task)
+        index = (
+            None if task is None else index_of(task, self.experts)
+        )  # a shared head serves every task, but only those
+        if labels is not None and config.task_heads and (answers := task or self.task):
+            dense = with_classes(dense, config.experts[self.experts.index(answers)]["labels"])
+        prompt = prompt_mask if prompt_mask is not None else self.prompt_tokens(kwargs)
+        before = shared.calls.enter(shared.call(trace=trace, prompt_mask=prompt, task=index))
         try:
-            return self.backbone(*args, **kwargs)
+            return dense(*args, **kwargs)
         finally:
-            shared.prompt_mask = None
-            if task is not None:
-                self._answer_for(config.default_task)
+            shared.calls.enter(before)
 
-    def _begin(self) -> None:
-        """Tells the units the options, and where to record."""
-        shared, config = self.shared, self.config
-        shared.batch_reduce, shared.gate_rank = config.batch_reduce, config.gate_rank
-        shared.top_k = config.num_experts_per_tok
-        if self.record_routing:
-            self._trace = WEMoETrace(self.experts)
-        shared.trace = self._trace if self.record_routing else None
+    def _traced(self, **inputs: Any) -> WEMoETrace:
+        """The trace of one forward, whatever `record_routing` says."""
+        trace = WEMoETrace(self.experts)
+        self._run(trace, **inputs)
+        return trace
+
+    def _recorded(self) -> WEMoETrace:
+        """A new trace, which `routing_trace()` gives from now on in this thread or task."""
+        trace = WEMoETrace(self.experts)
+        self.shared.calls.keep(trace)
+        return trace
 
     def prompt_tokens(self, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
         """Tokens before each row's first label; rows that are labelled from their first token on are read whole."""
@@ -273,18 +290,14 @@ class WEMoEModel(BackboneMixin, PreTrainedModel):
 
     @contextmanager
     def using(self, coefficients: Coefficients) -> Iterator[WEMoEModel]:
-        """Within this context the routers are not asked.
+        """Within this context the routers are not asked: in this thread or asyncio task, and in tasks that it starts.
 
         Args:
             coefficients: an expert's name: it alone; (K,) or (B, K) for every unit; or a dict of such by unit name (see
                 `routing_trace`), "" for all others.
         """
-        before = self.shared.given
-        self.shared.given = self._by_unit(coefficients)
-        try:
+        with self.shared.calls.scoped(self._by_unit(coefficients)):
             yield self
-        finally:
-            self.shared.given = before
 
     def _by_unit(self, coefficients: Coefficients) -> dict[str, torch.Tensor]:
         table = by_unit(coefficients, self.experts, [unit.name for unit in self.units])
@@ -293,12 +306,17 @@ class WEMoEModel(BackboneMixin, PreTrainedModel):
     def routing_trace(self) -> WEMoETrace:
         """Coefficients of the last forward, or of the prompts of the last `generate()`, by layer and sample.
 
+        It is the last one of this thread or asyncio task: others that use the model have their own.
+
         Raises:
             ValueError: where nothing was recorded.
         """
-        if self._trace is None or not self._trace.layers:
-            raise ValueError("no routing was recorded: set model.record_routing = True, then run the model")
-        return self._trace
+        trace: WEMoETrace | None = self.shared.calls.kept()
+        if trace is None or not trace.layers:
+            raise ValueError(
+                "no routing was recorded: set model.record_routing = True, then run the model in this thread or task"
+            )
+        return trace
 
     @torch.no_grad()
     def merge_for(
@@ -322,12 +340,7 @@ class WEMoEModel(BackboneMixin, PreTrainedModel):
         if inputs is not None and coefficients is not None:
             raise ValueError("pass inputs or coefficients, not both")
         if inputs is not None:
-            before, self.record_routing = self.record_routing, True
-            try:
-                self(**inputs)
-            finally:
-                self.record_routing = before
-            trace = self.routing_trace()
+            trace = self._traced(**inputs)
             given = {name: trace.coefficients(name) for name in trace.layers}
             if unread := [unit.name for unit in self.units if unit.name not in given]:
                 raise ValueError(f"these inputs do not reach {unread[0]}, so nothing says how to merge it")
@@ -346,9 +359,11 @@ class WEMoEModel(BackboneMixin, PreTrainedModel):
         model = with_one_head(self.backbone, self.config.task_heads, index, labels, memo)
         for module in model.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Scope)]:
+                for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Stack)]:
                     del hooks[key]
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
+                    module._forward_hooks_always_called.pop(key, None)
+        forget(model)
         return model.requires_grad_(True).eval()
 
     def summary(self) -> Summary:
@@ -471,12 +486,13 @@ class WEMoEForGeneration(GeneratingMixin, WEMoEModel, GenerationMixin):
         shared = self.shared
         given = next((v for v in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None), None)
         check_generation(given, [kwargs, *map(vars, filter(None, (generation_config, self.generation_config)))])
-        self._begin()
-        shared.prompts = None if given is None else (given.shape[0], given.shape[1])
+        trace = self._recorded() if self.record_routing else None
+        prompts = None if given is None else (given.shape[0], given.shape[1])
+        before = shared.calls.enter(shared.call(trace=trace, prompts=prompts))
         try:
             return self.backbone.generate(inputs, generation_config, *args, **kwargs)
         finally:
-            shared.prompts = None
+            shared.calls.enter(before)
 
 
 __all__ = ["WEMoEForGeneration", "WEMoEModel"]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from .calls_wemoe import Calls
+from .recomputing_wemoe import remember
 
 Coefficients = torch.Tensor | Sequence[float] | Mapping[str, torch.Tensor | Sequence[float]] | str
 
@@ -111,30 +114,81 @@ class Pin:
 
 
 @dataclass
-class Shared:
-    """What all units of one model share during a forward.
+class Reading:
+    """What a transformer stack reads in one forward.
 
     Attributes:
-        trace: receives coefficients while it is set.
-        given: unit name -> coefficients to use instead of the router's, "" for all others.
-        prompt_mask: (B, T) of the tokens that routers may read, or None for all.
-        prompts: (sequences, tokens) of the prompts while `generate()` runs.
-        batch_reduce: see the config; top_k and gate_rank too.
+        share: (B, T), which sums to 1 over a sample's tokens; None where all count alike.
+        rows: B, where it is known.
+        pin: what the sequences of its cache were routed to; an encoder has none.
+        decodes: whether the cache already holds tokens, so that `pin` decides.
     """
 
+    share: torch.Tensor | None = None
+    rows: int | None = None
+    pin: Pin | None = None
+    decodes: bool = False
+
+
+@dataclass
+class Call:
+    """All that one forward or one `generate()` knows besides its inputs. It belongs to the thread that runs it.
+
+    Attributes:
+        given: unit name -> coefficients to use instead of the router's, "" for all others.
+        batch_reduce: see the config; top_k and gate_rank too.
+        readings: of each stack, by its number.
+        w: of each unit, by its number: coefficients (B, K) while its linears run.
+        trace: receives coefficients, if set.
+        prompt_mask: (B, T) of the tokens that routers may read, or None for all.
+        prompts: (sequences, tokens) of the prompts of `generate()`.
+        task: index of the expert whose head answers; None for the default.
+        part: the stack or unit that was run by itself; None where the whole model was.
+        before: the call that was running before that of a part.
+    """
+
+    given: Mapping[str, torch.Tensor] | None
+    batch_reduce: bool
+    top_k: int
+    gate_rank: int
+    readings: list[Reading]
+    w: list[torch.Tensor | None]
     trace: Any = None
-    given: Mapping[str, torch.Tensor] | None = None
     prompt_mask: torch.Tensor | None = None
     prompts: tuple[int, int] | None = None
-    batch_reduce: bool = False
-    top_k: int = 1
-    gate_rank: int = 1
+    task: int | None = None
+    part: Stack | Unit | None = None
+    before: Call | None = None
+
+    def again(self) -> Call:
+        """The same call as it is now, for a layer that is computed again for its gradients; it is not traced again."""
+        return replace(self, readings=list(self.readings), w=[None] * len(self.w), trace=None, before=None)
 
 
-class Scope:
+class Shared:
+    """What all units of one model share: its calls, and what they begin with.
+
+    Args:
+        config: of the model.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.calls = Calls()
+        self.stacks = 0
+
+    def call(self, **known: Any) -> Call:
+        """A new call, with what `using()` gives in this thread or task. `known`: its other attributes."""
+        config = self.config
+        options = config.batch_reduce, config.num_experts_per_tok, config.gate_rank
+        readings = [Reading()] * self.stacks
+        return Call(self.calls.scope(), *options, readings, [None] * len(config.units), **known)
+
+
+class Stack:
     """One transformer stack (an encoder, a decoder): which tokens its routers read, and whether a cache decides.
 
-    An encoder's routers read every real token. A causal language model's read the prompt: `Shared.prompt_mask`, or in
+    An encoder's routers read every real token. A causal language model's read the prompt: `Call.prompt_mask`, or in
     `generate()` its prompts, or else all that the first forward of a sequence reads. A sequence-to-sequence decoder's
     read its first token, which knows the encoder's whole output and nothing of what is written later.
 
@@ -146,42 +200,62 @@ class Scope:
 
     def __init__(self, module: nn.Module, kind: str, shared: Shared) -> None:
         self.kind, self.shared = kind, shared
+        self.number = shared.stacks
+        shared.stacks += 1
         self.names = list(inspect.signature(module.forward).parameters)
-        self.share: torch.Tensor | None = None  # (B, T), sums to 1 over a sample's tokens
-        self.rows: int | None = None  # B
-        self.pin: Pin | None = None
-        self.decodes = False
+        self.layers = [layer for layer in module.modules() if hasattr(layer, "gradient_checkpointing")]
         module.register_forward_pre_hook(self.begin, with_kwargs=True)
-        if kind != "encoder":
-            module.register_forward_hook(self.end)
+        module.register_forward_hook(self.end, always_call=True)
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the stack."""
-        given = {**dict(zip(self.names, args)), **kwargs}
-        self.decodes, self.pin = False, None
+        """Forward pre-hook of the stack, which may be run by itself."""
+        calls = self.shared.calls
+        call: Call | None = calls.current()
+        if call is None or call.part is not None:
+            call = self.shared.call(part=self, before=call)
+        call.readings[self.number] = self._read({**dict(zip(self.names, args)), **kwargs}, call)
+        if call.part is self:
+            calls.enter(call)
+        if module.training:
+            remember(self.layers, calls)
+
+    def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the stack, after errors too: a cache that it made itself takes the coefficients along."""
+        calls = self.shared.calls
+        call: Call | None = calls.current()
+        if call is None:  # the arguments were refused
+            return
+        cache, pin = getattr(output, "past_key_values", None), call.readings[self.number].pin
+        if cache is not None and pin is not None:
+            setattr(cache, PIN, pin)
+        if call.part is self:
+            calls.enter(call.before)
+
+    def _read(self, given: Mapping[str, Any], call: Call) -> Reading:
+        """What the stack reads, from the arguments of its forward.
+
+        Raises:
+            ValueError: for a cache that another model filled.
+        """
+        pin = None
         if self.kind != "encoder":
             cache: Any = given.get("past_key_values")
-            self.decodes = cache is not None and int(cache.get_seq_length()) > 0
-            self.pin = getattr(cache, PIN, None) if self.decodes else Pin()
-            if self.decodes:
-                if self.pin is None:
+            if cache is not None and int(cache.get_seq_length()) > 0:
+                pin = getattr(cache, PIN, None)
+                if pin is None:
                     raise ValueError(
                         "past_key_values were not filled by this model: nothing says what they were routed to"
                     )
-                return
+                return Reading(pin=pin, decodes=True)
+            pin = Pin()
             if cache is not None:
-                setattr(cache, PIN, self.pin)
+                setattr(cache, PIN, pin)
         inputs = next((given[k] for k in ("inputs_embeds", "input_ids") if given.get(k) is not None), None)
-        self.share = None if inputs is None else self._share(inputs, given.get("attention_mask"))
-        self.rows = None if inputs is None else inputs.shape[0]
+        if inputs is None:
+            return Reading(pin=pin)
+        return Reading(self._share(inputs, given.get("attention_mask"), call), inputs.shape[0], pin)
 
-    def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the stack: a cache that it made itself takes the coefficients along."""
-        cache = getattr(output, "past_key_values", None)
-        if cache is not None and self.pin is not None:
-            setattr(cache, PIN, self.pin)
-
-    def _share(self, inputs: torch.Tensor, mask: Any) -> torch.Tensor | None:
+    def _share(self, inputs: torch.Tensor, mask: Any, call: Call) -> torch.Tensor | None:
         """Which share of the mean each token has."""
         rows, tokens = inputs.shape[:2]
         real = _real_tokens(mask, tokens)  # (B, T) or None
@@ -190,12 +264,12 @@ class Scope:
             return (torch.arange(tokens, device=inputs.device) == first[:, None]).to(torch.float32)
         prompt = None
         if self.kind == "causal":
-            if self.shared.prompt_mask is not None:
-                prompt = self.shared.prompt_mask.to(inputs.device).bool()
+            if call.prompt_mask is not None:
+                prompt = call.prompt_mask.to(inputs.device).bool()
                 if tuple(prompt.shape) != (rows, tokens):
                     raise ValueError(f"prompt_mask is {list(prompt.shape)}, the inputs are {[rows, tokens]}")
-            elif self.shared.prompts is not None and self.shared.prompts[1] < tokens:
-                prompt = (torch.arange(tokens, device=inputs.device) < self.shared.prompts[1]).expand(rows, tokens)
+            elif call.prompts is not None and call.prompts[1] < tokens:
+                prompt = (torch.arange(tokens, device=inputs.device) < call.prompts[1]).expand(rows, tokens)
         if prompt is not None:
             real = prompt if real is None else real & prompt
         if real is None:
@@ -225,84 +299,94 @@ class Unit:
         paths: of its linears, in the order in which they run; the first one reads what the router reads.
         linears: the `UpscaledLinear`s.
         router: its router; SMILE has none.
-        scope: the stack that it is a part of.
+        stack: the one that it is a part of.
     """
 
     def __init__(
-        self, number: int, name: str, paths: list[str], linears: list[Any], router: Router | None, scope: Scope
+        self, number: int, name: str, paths: list[str], linears: list[Any], router: Router | None, stack: Stack
     ) -> None:
         self.number, self.name, self.paths, self.linears = number, name, paths, linears
         self.routers = (router,)  # in a tuple: it is the first linear's or the model's child, not this one's
-        self.scope = scope
-        self.w: torch.Tensor | None = None
+        self.stack, self.shared = stack, stack.shared
         for linear in linears:
             linear.unit = self
 
     def coefficients(self, linear: Any, x: torch.Tensor) -> torch.Tensor | None:
         """Coefficients (B, K) for one of the linears, B a divisor of the rows of `x`; None where SMILE decides."""
-        shared = self.scope.shared
-        if self.routers[0] is None and shared.given is None:
+        calls = self.shared.calls
+        call: Call | None = calls.current()
+        if self.routers[0] is None and (calls.scope() if call is None else call.given) is None:
             return None
         if linear is self.linears[0]:
-            self.w = self._route(x, linear)
-        w = self.w
-        if w is None:
+            if call is None or isinstance(call.part, Unit):  # a layer is run by itself
+                call = self.shared.call(part=self, before=call)
+                call.w[self.number] = self._route(x, linear, call)
+                calls.enter(call)
+            else:
+                call.w[self.number] = self._route(x, linear, call)
+        w = None if call is None else call.w[self.number]
+        if call is None or w is None:
             raise ValueError(
                 f"{self.paths[self.linears.index(linear)]} ran before {self.paths[0]}, whose input the router reads"
             )
         if linear is self.linears[-1]:
-            self.w = None
+            call.w[self.number] = None
+            if call.part is self:
+                calls.enter(call.before)
         return w
 
-    def _route(self, x: torch.Tensor, linear: Any) -> torch.Tensor:
-        scope, shared = self.scope, self.scope.shared
-        if scope.decodes and shared.given is None:
-            assert scope.pin is not None
-            w = scope.pin.coefficients[self.number]
+    def _route(self, x: torch.Tensor, linear: Any, call: Call) -> torch.Tensor:
+        reading = call.readings[self.stack.number]
+        if reading.decodes and call.given is None:
+            assert reading.pin is not None
+            w = reading.pin.coefficients[self.number]
             return w if x.shape[0] % w.shape[0] == 0 else w.repeat_interleave(x.shape[0] // w.shape[0], 0)
-        if shared.given is not None:
-            given = shared.given[self.name if self.name in shared.given else ""]
+        if call.given is not None:
+            given = call.given[self.name if self.name in call.given else ""]
             w = given.to(x.device)
         else:
             router = self.routers[0]
             assert router is not None
-            rows = scope.rows if x.dim() == 2 and scope.rows else x.shape[0]  # OPT flattens batch and tokens
+            rows = reading.rows if x.dim() == 2 and reading.rows else x.shape[0]  # OPT flattens batch and tokens
             tokens = x if x.dim() == 3 else x.reshape(rows, -1, x.shape[-1])
-            share = scope.share
+            share = reading.share
             share = share if share is not None and share.shape == tokens.shape[:2] else None
             w = router(tokens, share, linear.multiplies_bfloat16(tokens))
-            if shared.prompts is not None and w.shape[0] > shared.prompts[0]:
-                w = w[:: w.shape[0] // shared.prompts[0]]  # beams of one prompt are routed and merged once
-            if shared.batch_reduce:
+            if call.prompts is not None and w.shape[0] > call.prompts[0]:
+                w = w[:: w.shape[0] // call.prompts[0]]  # beams of one prompt are routed and merged once
+            if call.batch_reduce:
                 w = w.mean(0, keepdim=True)
         if len(w) > 1 and not (w.requires_grad or torch.compiler.is_compiling()) and w.device.type == "cpu":
             w = w[:1] if bool((w == w[:1]).all()) else w
-        if shared.trace is not None:
-            shared.trace.add(self.name, w.detach(), x.shape[0] if shared.prompts is None else shared.prompts[0])
-        if scope.pin is not None:
-            scope.pin.coefficients[self.number] = w.detach()
+        if call.trace is not None:
+            call.trace.add(self.name, w.detach(), x.shape[0] if call.prompts is None else call.prompts[0])
+        if reading.pin is not None:
+            reading.pin.coefficients[self.number] = w.detach()
         return w
 
     def kept(self, linear: Any, w: torch.Tensor) -> torch.Tensor | None:
         """While a cache is decoded: merged weights (B, R, C), made once for each prompt."""
-        scope = self.scope
-        if not scope.decodes or scope.pin is None or scope.shared.given is not None:
+        call: Call | None = self.shared.calls.current()
+        if call is None or call.given is not None:
             return None
-        path = self.paths[self.linears.index(linear)]
-        if path not in scope.pin.merged:
-            scope.pin.merged[path] = linear.merge(w.to(linear.base.dtype))
-        return scope.pin.merged[path]
+        reading = call.readings[self.stack.number]
+        if not reading.decodes or reading.pin is None:
+            return None
+        path, merged = self.paths[self.linears.index(linear)], reading.pin.merged
+        if path not in merged:
+            merged[path] = linear.merge(w.to(linear.base.dtype))
+        return merged[path]
 
     def gates(self, hidden: torch.Tensor, ranks: list[int]) -> torch.Tensor:
         """SMILE's weights (..., K) of each token, from V_iᵀ x side by side, (..., ΣR)."""
-        shared = self.scope.shared
-        leading = [part[..., : shared.gate_rank] for part in hidden.split(ranks, -1)]
+        call: Call = self.shared.calls.current() or self.shared.call()
+        leading = [part[..., : call.gate_rank] for part in hidden.split(ranks, -1)]
         scores = torch.stack([part.float().norm(dim=-1) for part in leading], -1)
-        values, choice = scores.softmax(-1).topk(min(shared.top_k, len(ranks)), dim=-1)
+        values, choice = scores.softmax(-1).topk(min(call.top_k, len(ranks)), dim=-1)
         values = values / values.sum(-1, keepdim=True)
         w = torch.zeros_like(scores).scatter(-1, choice, values)
-        if shared.trace is not None:
-            shared.trace.add(self.name, w.detach().flatten(1, -2).mean(1), hidden.shape[0])
+        if call.trace is not None:
+            call.trace.add(self.name, w.detach().flatten(1, -2).mean(1), hidden.shape[0])
         return w.to(hidden.dtype)
 
 
@@ -339,4 +423,4 @@ class WEMoETrace:
         }
 
 
-__all__ = ["Coefficients", "Pin", "Router", "WEMoETrace", "Scope", "Shared", "Unit", "by_unit", "index_of"]
+__all__ = ["Coefficients", "Pin", "Router", "WEMoETrace", "Shared", "Stack", "Unit", "by_unit", "index_of"]
