@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_fusion.errors import FusionError, one_line
+from hf_fusion.files import refuse_special
 from hf_fusion.progress import phase
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ def _located(source: str | Path, split: str) -> Path | None:
         FusionError: it is on this machine, and cannot be read.
     """
     path = Path(source)
+    for file in (path, *path.iterdir()) if path.is_dir() else (path,):
+        refuse_special(file)  # nobody waits for a pipe
     if path.is_file():
         if path.suffix not in READERS:
             raise FusionError(f"{path} ends in {path.suffix!r}", f"convert it to one of {', '.join(READERS)}")
