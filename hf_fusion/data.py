@@ -32,12 +32,17 @@ def load_rows(source: str | Path, split: str = "train") -> Dataset:
             (``train.parquet``, ``test.parquet``) or anything else that `datasets` reads, or a data set's id.
         split: which part of a folder or of a Hub data set.
 
+    Returns:
+        The rows; a picture that cannot be opened, or is too large, is a FusionError where its row is read.
+
     Raises:
         FusionError: there is no such file, folder, data set or split.
     """
     path = _located(source, split)
     with phase(f"Reading {source}"):
-        return _load(source, split, path)
+        from .picture_rows import with_pictures
+
+        return with_pictures(_load(source, split, path))
 
 
 def _load(source: str | Path, split: str, path: Path | None) -> Dataset:
