@@ -30,8 +30,10 @@ class LargeFile(FileResponse):
     chunk_size = 1 << 20
 
 
-@router.api_route("/{owner}/{name}/resolve/{rev}/{path:path}", methods=["GET", "HEAD"])
-@router.api_route("/{kind}/{owner}/{name}/resolve/{rev}/{path:path}", methods=["GET", "HEAD"])
+@router.get("/{owner}/{name}/resolve/{rev}/{path:path}")
+@router.head("/{owner}/{name}/resolve/{rev}/{path:path}")
+@router.get("/{kind}/{owner}/{name}/resolve/{rev}/{path:path}")
+@router.head("/{kind}/{owner}/{name}/resolve/{rev}/{path:path}")
 def resolve(
     owner: str,
     name: str,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated, Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlencode
 
 from fastapi import APIRouter, Depends, Request, Response
 
@@ -99,8 +99,8 @@ def list_collections(
     ]
     page = Page.of(found, p, limit)
     if page.cursor:
-        others = "".join(f"&{name}={value}" for name in ("owner", "item") for value in query.get(name, []))
-        response.headers["Link"] = f'<{endpoint}/api/collections?limit={limit}&p={page.cursor}{others}>; rel="next"'
+        others = urlencode({"limit": limit, "p": page.cursor, **{n: query.get(n, []) for n in ("owner", "item")}}, True)
+        response.headers["Link"] = f'<{endpoint}/api/collections?{others}>; rel="next"'
     return [{name: value for name, value in c.items() if name != "position"} for c in page.items]
 
 

@@ -25,7 +25,7 @@ from .store import Store
 logger = logging.getLogger(__name__)
 Record = tuple[str, str, int]
 UPLOAD_SECONDS = 24 * 3600
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM)
 
 
 class Signer:
@@ -59,7 +59,12 @@ def build_app(store: Store, requests: deque[Record]) -> ASGIApp:
         requests: where (method, path, status) of each answered request goes. The query string, which can hold
             signatures, and the headers, which hold tokens, do not.
     """
-    app = FastAPI(title="hf_fusion embedded Hub", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="hf_fusion embedded Hub",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/.well-known/openapi.json",  # where huggingface.co has its own
+    )
     app.state.store = store
     app.state.signer = Signer()
     for module in (api_misc, api_upload, xet, api_repos, api_download, api_git, pages):

@@ -35,8 +35,8 @@ class HubError(Exception):
 
 
 def _header_safe(text: str) -> str:
-    """Headers are latin-1 and one line; anything else in a name from a client is shown as '?'."""
-    return "".join(c if " " <= c <= "~" else "?" for c in text)[:500]
+    """Headers are latin-1 and one line, without blanks around; anything else in a client's name is shown as '?'."""
+    return "".join(c if " " <= c <= "~" else "?" for c in text)[:500].strip()
 
 
 def repo_not_found(name: str) -> HubError:

@@ -9,6 +9,7 @@ import shutil
 import socket
 import time
 from pathlib import Path
+from urllib.parse import parse_qs, urlencode, urlsplit
 
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi, get_session
@@ -264,6 +265,23 @@ def test_odd_cursors_ranges_revisions_and_credentials(hub, alice):
         for path in ("/api/whoami-v2", "/api/models"):
             answer = get_session().get(hub.endpoint + path, headers={b"Authorization": value})
             assert answer.status_code in (200, 401)
+
+
+def test_what_is_asked_for_does_not_reach_a_header_as_it_is(hub, alice):
+    user, api = alice
+    for title in ("one", "two"):
+        api.create_collection(title)
+    for odd in ("é", "€", "a\r\nSet-Cookie: x=y", '>; rel="prev"', "\ud800"):
+        query = urlencode({"owner": [user, odd], "limit": 1}, True, errors="surrogatepass")
+        answer = get_session().get(f"{hub.endpoint}/api/collections?{query}")
+        assert answer.status_code == 200 and "set-cookie" not in answer.headers
+        further = answer.links["next"]["url"]
+        assert parse_qs(urlsplit(further).query)["owner"][0] == user
+        assert [row["title"] for row in get_session().get(further).json()] == ["one"]
+    api.create_repo(f"{user}/m")
+    for revision in ("%20", "%00", "main%20", "%0a"):  # such a name ends an error's message
+        answer = get_session().get(f"{hub.endpoint}/api/models/{user}/m/revision/{revision}")
+        assert answer.status_code == 404 and answer.headers["X-Error-Code"] == "RevisionNotFound"
 
 
 def test_a_write_that_fails_changes_nothing(tmp_path):
