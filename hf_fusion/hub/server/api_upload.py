@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import tempfile
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,10 @@ from .access import (
     find,
     signed_in,
 )
-from .bodies import CardBody, LfsBatchBody, LfsObject, PreuploadBody
+from .bodies import CardBody, LfsBatchBody, LfsObject, PreuploadBody, PreuploadFile
 from .commit_body import is_large, read_commit
 from .errors import HubError
-from .files import IncomingFile, size_of
+from .files import IncomingFile, size_of, temporary_file
 from .limits import MAX_COMMIT, stream
 from .names import check_path
 from .repo import File, Repo
@@ -53,6 +53,7 @@ def validate_yaml(body: CardBody) -> JSONResponse:
 def preupload(body: PreuploadBody, repo: ReadableRepo, revision: Revision, user: SignedIn) -> dict[str, Any]:
     """Says for each file how to send it, whether .gitignore excludes it, and which version is there already."""
     files = repo.files(repo.resolve(revision))
+    _check_room(repo, body.files, files)
     ignored = _ignore_filter(repo, body.gitIgnore, files)
     answer = []
     for file in body.files:
@@ -63,6 +64,25 @@ def preupload(body: PreuploadBody, repo: ReadableRepo, revision: Revision, user:
             entry["oid"] = there.sha256 or there.oid
         answer.append(entry)
     return {"files": answer}
+
+
+def _check_room(repo: Repo, sent: list[PreuploadFile], files: dict[str, File]) -> None:
+    """Refuses a push that has no room before any of it is sent: clients with Xet try for minutes what a disk refuses.
+
+    Raises:
+        HubError: 507.
+        OSError: the disk is read-only, which is told as 507 too.
+    """
+    with temporary_file(repo.scratch):
+        pass
+    there = {path: file.size for path, file in files.items()}  # it may be the same content, and is not sent then
+    needed = sum(file.size for file in sent if there.get(file.path) != file.size)
+    free = shutil.disk_usage(repo.scratch).free
+    if needed > free:
+        raise HubError(
+            507,
+            f"the Hub's disk has {free / 1e6:,.1f} MB left, the push needs {needed / 1e6:,.1f}; nothing was changed",
+        )
 
 
 def _ignore_filter(repo: Repo, text: str | None, files: dict[str, File]) -> Callable[[str], bool]:
@@ -164,7 +184,7 @@ async def commit(
 ) -> dict[str, Any]:
     """Receives a commit as NDJSON; it goes to disk first, for one line can hold a file of gigabytes."""
     await run_in_threadpool(_check_may_commit, repo, revision, user, create_pr)
-    with tempfile.NamedTemporaryFile(dir=store.scratch) as body:
+    with temporary_file(store.scratch) as body:
         async for chunk in stream(request, MAX_COMMIT):
             body.write(chunk)
         body.flush()

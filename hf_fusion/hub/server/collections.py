@@ -82,8 +82,8 @@ class Collections:
         """Removes a collection."""
         with self._lock:
             self.get(slug)
-            del self._all[slug]
             self._path(slug).unlink(missing_ok=True)
+            del self._all[slug]
 
     def add_item(self, slug: str, kind: str, name: str, note: str | None) -> Collection:
         """Appends a repo.

@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -82,16 +82,26 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_atomic(path: Path, data: bytes, scratch: Path, root: Path) -> None:
-    """Writes ``data`` to ``path`` below ``root``: temporary file in ``scratch`` (same file system), fsync, rename."""
-    with tempfile.NamedTemporaryFile(dir=scratch, delete=False) as file:
+@contextmanager
+def temporary_file(scratch: Path) -> Iterator[IO[bytes]]:
+    """A file in ``scratch`` that is gone at the end, also where a full disk does not take the end of its buffer."""
+    file = tempfile.NamedTemporaryFile(dir=scratch, delete=False)  # noqa: SIM115 - closed below
+    try:
+        yield file
+    finally:
         try:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            publish(Path(file.name), path, root)
+            file.close()
         finally:
             Path(file.name).unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, data: bytes, scratch: Path, root: Path) -> None:
+    """Writes ``data`` to ``path`` below ``root``: temporary file in ``scratch`` (same file system), fsync, rename."""
+    with temporary_file(scratch) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        publish(Path(file.name), path, root)
 
 
 def write_json(path: Path, value: Any, scratch: Path, root: Path) -> None:
@@ -107,7 +117,8 @@ class IncomingFile:
     """
 
     def __init__(self, scratch: Path) -> None:
-        self._file: IO[bytes] = tempfile.NamedTemporaryFile(dir=scratch, delete=False)  # noqa: SIM115 - closed in __exit__
+        self._held = ExitStack()
+        self._file = self._held.enter_context(temporary_file(scratch))
         self._hash = hashlib.sha256()
         self.size = 0
 
@@ -142,5 +153,4 @@ class IncomingFile:
         publish(Path(self._file.name), final, root)
 
     def __exit__(self, *exc: object) -> None:
-        self._file.close()
-        Path(self._file.name).unlink(missing_ok=True)
+        self._held.close()

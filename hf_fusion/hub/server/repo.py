@@ -7,11 +7,13 @@ any point leaves the old commit or the new one.
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -96,22 +98,24 @@ class Repo:
             FileExistsError: there is one already.
         """
         draft = scratch / f"new-{time.time_ns()}-{threading.get_ident()}"
-        (draft / "objects" / "info").mkdir(parents=True)
-        (draft / "objects" / "pack").mkdir()
-        (draft / "refs" / "heads").mkdir(parents=True)
-        (draft / "refs" / "tags").mkdir()
-        (draft / "HEAD").write_text("ref: refs/heads/main\n")
-        (draft / "config").write_text("[core]\n\trepositoryformatversion = 0\n\tbare = true\n")
-        write_json(draft / "hub.json", settings, scratch, draft)
-        repo = Repo(kind, name, draft, scratch)
-        blob = repo.add_blob(GITATTRIBUTES)
-        repo.commit("main", Change({".gitattributes": blob}), "initial commit", author=author, first=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            (draft / "objects" / "info").mkdir(parents=True)
+            (draft / "objects" / "pack").mkdir()
+            (draft / "refs" / "heads").mkdir(parents=True)
+            (draft / "refs" / "tags").mkdir()
+            (draft / "HEAD").write_text("ref: refs/heads/main\n")
+            (draft / "config").write_text("[core]\n\trepositoryformatversion = 0\n\tbare = true\n")
+            write_json(draft / "hub.json", settings, scratch, draft)
+            repo = Repo(kind, name, draft, scratch)
+            blob = repo.add_blob(GITATTRIBUTES)
+            repo.commit("main", Change({".gitattributes": blob}), "initial commit", author=author, first=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             draft.rename(path)
-        except OSError:  # a folder that is not empty
+        except OSError as error:
             remove_tree(draft)
-            raise FileExistsError(path) from None
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise FileExistsError(path) from None
+            raise
         return Repo(kind, name, path, scratch)
 
     # --- settings and counters -------------------------------------------------------------------------------
@@ -131,7 +135,7 @@ class Repo:
 
     def count_download(self) -> None:
         """Adds one; the counter is the length of a file, which is never rewritten."""
-        with self._counting:
+        with self._counting, suppress(OSError):  # on a full disk files are still to be had
             with (self.path / "downloads").open("ab") as file:
                 file.write(b".")
             self._downloads = None if self._downloads is None else self._downloads + 1

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_fusion.errors import FusionError
+from hf_fusion.saving import writing
 
 from .collections import Collections
 from .dates import now
@@ -62,9 +63,10 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
         self.scratch = self.root / "tmp"
-        self.root.mkdir(parents=True, exist_ok=True)
-        refuse_foreign(self.root)
-        self._hold = (self.root / "server.lock").open("w")
+        with writing(root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            refuse_foreign(self.root)
+            self._hold = (self.root / "server.lock").open("w")
         try:
             fcntl.flock(self._hold, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -73,7 +75,12 @@ class Store:
                 f"another Hub serves {root}", hint="stop it, or serve another folder: hf-fusion hub serve DIR"
             ) from None
         remove_tree(self.scratch)
-        self.scratch.mkdir(exist_ok=True)
+        try:
+            with writing(root):
+                self.scratch.mkdir(exist_ok=True)
+        except FusionError:
+            self._hold.close()
+            raise
         self.users = Users(self.root)
         self.collections = Collections(self.root, self.scratch)
         self._lock = threading.Lock()
@@ -153,9 +160,9 @@ class Store:
     def delete(self, repo: Repo) -> None:
         """Removes a repo: first from sight in one step, then from disk."""
         with self._lock:
-            self._repos[repo.kind].pop(repo.name.lower(), None)
             doomed = self.scratch / f"deleted-{time.time_ns()}"
             repo.path.rename(doomed)
+            self._repos[repo.kind].pop(repo.name.lower(), None)  # only now: what cannot be renamed stays in sight
         remove_tree(doomed)
 
     def move(self, repo: Repo, name: str) -> Repo:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from .dates import stamp
 from .errors import HubError
+from .files import temporary_file
 from .info import constant, moving
 from .repo import Repo
 
@@ -76,10 +76,7 @@ def _read(repo: Repo, sha: str) -> dict[str, Any] | None:
 def _write(repo: Repo, sha: str, properties: dict[str, Any]) -> None:
     """Keeps it. Not durable at once: what a crash damages is derived again."""
     content = json.dumps({"format": FORMAT, "sha": sha, "properties": properties}).encode(errors="replace")
-    with suppress(OSError):  # a full disk, or a repo deleted meanwhile
-        with tempfile.NamedTemporaryFile(dir=repo.scratch, delete=False) as file:
-            file.write(content)
-        try:
-            Path(file.name).replace(repo.path / FILE)
-        finally:
-            Path(file.name).unlink(missing_ok=True)
+    with suppress(OSError), temporary_file(repo.scratch) as file:  # a full disk, or a repo deleted meanwhile
+        file.write(content)
+        file.flush()
+        Path(file.name).replace(repo.path / FILE)

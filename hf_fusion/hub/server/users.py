@@ -9,12 +9,13 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hf_fusion.errors import FusionError
+from hf_fusion.saving import writing
 
 from .files import sync_folder
 
@@ -58,12 +59,14 @@ class Users:
 
     @contextmanager
     def _change(self) -> Iterator[dict[str, dict[str, Any]]]:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.with_suffix(".lock").open("w") as lock:
+        draft = self._path.with_suffix(".new")  # one writer at a time holds the lock
+        with writing(self._path), ExitStack() as held:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(self._path.with_suffix(".lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
             accounts = json.loads(self._path.read_bytes()) if self._path.exists() else {}
             yield accounts
-            draft = self._path.with_suffix(".new")  # one writer at a time holds the lock
+            held.callback(draft.unlink, missing_ok=True)
             with draft.open("w") as file:
                 draft.chmod(0o600)
                 json.dump(accounts, file, indent=1)

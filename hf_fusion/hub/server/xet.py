@@ -92,13 +92,16 @@ async def put_xorb(
     if not HASH.fullmatch(xorb):
         raise HubError(400, f"{xorb!r} is no hash")
     folder = _folder(store, repo, session)
-    folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{secrets.token_hex(8)}.part"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
             async for chunk in stream(request, MAX_XORB):
                 file.write(chunk)
         part.replace(folder / xorb)
+    except OSError:  # a full disk: the upload is over
+        await run_in_threadpool(remove_tree, folder)
+        raise
     finally:
         part.unlink(missing_ok=True)
     return {"was_inserted": True}
@@ -117,6 +120,9 @@ async def put_shard(
         await run_in_threadpool(_assemble, shard, folder, repo, store.scratch)
     except (struct.error, IndexError, FileNotFoundError, pyarrow.ArrowException, ValueError) as error:
         raise HubError(400, f"the shard cannot be read or names xorbs that never arrived: {error!r}") from error
+    except OSError:  # a full disk: the upload is over
+        await run_in_threadpool(remove_tree, folder)
+        raise
     return {"result": 1}
 
 
