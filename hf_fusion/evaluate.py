@@ -14,9 +14,9 @@ import torch
 
 from .baselines import max_confidence, mean_ensemble, oracle_expert
 from .errors import FusionError
-from .files import read_given
 from .metrics import load_metric
 from .progress import track
+from .saving import write_file
 from .training.fuser import COST_WEIGHTS, replay
 from .training.outputs import ExpertOutputs, collect_outputs
 
@@ -70,13 +70,13 @@ class Results:
     machine: str = ""
 
     def save(self, path: str | Path) -> None:
-        """Writes JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        """Writes JSON, all of it or nothing."""
+        write_file(path, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Results:
         """Reads what `save` wrote."""
-        values = json.loads(read_given(Path(path)))
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
         systems = [System(**{**row, "ci95": tuple(row["ci95"])}) for row in values.pop("systems")]
         return cls(systems=systems, **values)
 

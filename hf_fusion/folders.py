@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from hf_fusion.errors import FusionError
+from hf_fusion.saving import disk_refusals, writing
 
 # By what a folder is known to hold a model, or what was measured of one.
 MODEL = ("fusion.yaml", "config.json", "adapter_config.json", "*.safetensors", "results.json")
@@ -76,6 +78,15 @@ def restore_folder(staging: Path, folder: Path) -> None:
         old.rename(folder)
 
 
+def recover_folder(folder: str | Path) -> None:
+    """Bring back a folder whose replacing was killed between the two renames: what was there before, with its name."""
+    folder = Path(folder)
+    if folder.name and not folder.exists():
+        olds = folder.parent.glob(f".{glob.escape(folder.name)}-????????-old")
+        if newest := max(olds, key=lambda old: old.stat().st_mtime, default=None):
+            newest.rename(folder)
+
+
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """A folder of a cache: as it is where it is there, else what is made in one beside it and moved into place.
 
@@ -85,10 +96,12 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    with writing(folder, "set HF_FUSION_CACHE to another folder"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        make(partial)
+        with disk_refusals(folder):
+            make(partial)
         partial.chmod(0o755)  # mkdtemp's folders are private
         partial.rename(folder)
     except OSError:

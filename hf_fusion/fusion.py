@@ -13,7 +13,7 @@ from uuid import uuid4
 from hf_fusion.errors import FusionError, shown
 from hf_fusion.experts import Expert
 from hf_fusion.families import METHODS, family_named
-from hf_fusion.folders import refuse_to_replace, replace_folder
+from hf_fusion.folders import recover_folder, refuse_to_replace, replace_folder
 from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.code import refuse_own_code
 from hf_fusion.hub.heads import architectures, head_of_task, model_class_of
@@ -25,6 +25,7 @@ from hf_fusion.merging.processes import is_main
 from hf_fusion.progress import phase
 from hf_fusion.provenance import contents_of, folders_of, recipe_in, recipe_of_model, told
 from hf_fusion.recipe import RECIPE_ATTRIBUTE, RECIPE_FILE, Recipe, RecipeExpert
+from hf_fusion.saving import disk_refusals, writing
 
 if TYPE_CHECKING:
     import torch
@@ -165,15 +166,18 @@ def save_fused(
     folder = Path(folder).resolve()
     if not is_main():
         return folder
+    recover_folder(folder)
     refuse_to_replace(folder, overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     staging = folder.parent / f".{folder.name}-{uuid4().hex[:8]}"
-    staging.mkdir()
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
     try:
-        with phase(f"Writing {folder}"):
-            model.save_pretrained(staging)  # a family's model saves its processor too
-        recipe.save(staging / RECIPE_FILE)
-        replace_folder(staging, folder)
+        with disk_refusals(folder):
+            with phase(f"Writing {folder}"):
+                model.save_pretrained(staging)  # a family's model saves its processor too
+            recipe.save(staging / RECIPE_FILE)
+            replace_folder(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
@@ -194,6 +198,7 @@ def load_fused(folder: str | Path, *, trust_remote_code: bool = False) -> tuple[
         FusionError: if the folder holds no fused model, or its code is needed and may not run.
     """
     folder = Path(folder)
+    recover_folder(folder)
     check_snapshot(folder, str(folder))
     recipe = recipe_in(folder)
     if recipe.method in MERGE_METHODS:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_fusion.extras import refuse_missing
+from hf_fusion.saving import replacing
 
 if TYPE_CHECKING:
     from hf_fusion.coefficient_map import CoefficientMap
@@ -76,7 +77,8 @@ def plot_accuracy_cost(results: Results, path: str | Path) -> Path:
     axes.set_xlabel("cost of an example, as a share of asking every expert", loc="left")
     axes.set_title(_title(results), loc="left", fontsize=11, pad=12)
     plain_axes(axes)
-    figure.savefig(path, facecolor="white")
+    with replacing(path) as partial:
+        figure.savefig(partial, facecolor="white")
     return Path(path)
 
 
@@ -123,7 +125,8 @@ def plot_routing(routing: RoutingMap, path: str | Path) -> Path:
     )
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    figure.savefig(path, facecolor="white")
+    with replacing(path) as partial:
+        figure.savefig(partial, facecolor="white")
     return Path(path)
 
 
@@ -181,7 +184,8 @@ def plot_coefficients(found: CoefficientMap, path: str | Path) -> Path:
         ha="left",
         fontsize=9.5,
     )
-    figure.savefig(path, facecolor="white")
+    with replacing(path) as partial:
+        figure.savefig(partial, facecolor="white")
     return Path(path)
 
 

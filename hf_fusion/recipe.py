@@ -27,6 +27,7 @@ import yaml
 from hf_fusion.errors import FusionError, shown
 from hf_fusion.files import own_file
 from hf_fusion.plain_yaml import read_yaml
+from hf_fusion.saving import write_file
 
 RECIPE_FILE = "fusion.yaml"
 RECIPE_ATTRIBUTE = "fusion_recipe"
@@ -177,8 +178,8 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=10_000)
 
     def save(self, path: str | Path) -> None:
-        """Write the recipe to a file."""
-        Path(path).write_text(self.to_yaml(), encoding="utf-8")
+        """Write the recipe to a file, all of it or nothing."""
+        write_file(path, self.to_yaml())
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:

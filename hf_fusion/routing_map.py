@@ -14,8 +14,8 @@ import torch
 from torch.nn import functional as F
 
 from .experts import Expert
-from .files import read_given
 from .progress import track
+from .saving import write_file
 from .training.batches import Examples, read_examples, to_model
 from .training.prompts import IGNORED
 
@@ -30,14 +30,14 @@ class JsonFile:
     """A dataclass that is kept as JSON."""
 
     def save(self, path: str | Path) -> None:
-        """Writes JSON."""
+        """Writes JSON, all of it or nothing."""
         content: Any = self
-        Path(path).write_text(json.dumps(asdict(content), indent=1) + "\n", encoding="utf-8")
+        write_file(path, json.dumps(asdict(content), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Reads what `save` wrote."""
-        return cls(**json.loads(read_given(Path(path))))
+        return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
 
 
 @dataclass

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 
 from .evaluate import Z95, wilson
-from .files import read_given
 from .intervals import Score, mean_of
+from .saving import write_file
 
 Metric = Literal["accuracy", "exact", "tokens"]
 HELD_IN, HELD_OUT = "held-in", "held-out"
@@ -88,13 +88,13 @@ class SuiteResults:
         return next(system for system in self.systems if system.name == name)
 
     def save(self, path: str | Path) -> None:
-        """Writes JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        """Writes JSON, all of it or nothing."""
+        write_file(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> SuiteResults:
         """Reads what `save` wrote."""
-        return cls.from_dict(json.loads(read_given(Path(path))))
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> SuiteResults:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from functools import cache
@@ -17,6 +16,7 @@ from hf_fusion.bench.suite import Suite, Task
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.commits import found_commit
 from hf_fusion.hub.files import hub_api, repo_of
+from hf_fusion.saving import in_folder, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +55,8 @@ def bind(folder: Path, suite: Suite, settings: Mapping[str, int]) -> None:
     before = _read(folder, suite)
     now = {**settings, "tasks": _digest(suite), "shas": {**before.get("shas", {}), **shas(suite)}}
     file = folder / suite.name / FILE
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{FILE}.{os.getpid()}")
-    partial.write_text(json.dumps(now, indent=1), encoding="utf-8")
-    partial.replace(file)
+    with in_folder(file.parent):
+        write_file(file, json.dumps(now, indent=1))
 
 
 def shas(suite: Suite) -> dict[str, str]:

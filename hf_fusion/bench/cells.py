@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -12,6 +11,7 @@ from typing import Any, Literal
 
 from hf_fusion.errors import FusionError
 from hf_fusion.files import read_text
+from hf_fusion.saving import in_folder, write_file
 
 Status = Literal["measured", "failed", "left out"]
 CLEAN = "clean"
@@ -113,11 +113,8 @@ class Cell:
 def write_cell(folder: str | Path, cell: Cell) -> Path:
     """Writes a cell's file, all of it or nothing."""
     path = Path(folder) / cell.place
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(asdict(cell), indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
-    return path
+    with in_folder(path.parent):
+        return write_file(path, json.dumps(asdict(cell), indent=1) + "\n")
 
 
 def read_cells(source: str | Path) -> list[Cell]:
@@ -171,10 +168,8 @@ def write_lines(path: str | Path, cells: Iterable[Cell], brief: bool = False) ->
             yield json.dumps(kept, separators=(",", ":"))
 
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text("\n".join(lines()) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with in_folder(path.parent):
+        write_file(path, "\n".join(lines()) + "\n")
 
 
 def _short(value: Any) -> Any:

@@ -13,6 +13,7 @@ from hf_fusion.bench.report import summarise
 from hf_fusion.bench.suite_tables import overview_table, tables_of
 from hf_fusion.bench.tables import RENDERERS, file_name, to_markdown
 from hf_fusion.hub.card_edit import escape_markdown
+from hf_fusion.saving import in_folder, write_file
 
 REPORT, CELLS = "report.md", "cells.jsonl"
 README_SECTION = "hf-fusion-bench"
@@ -64,14 +65,13 @@ def write_report(cells: Sequence[Cell], folder: str | Path) -> dict[str, Any]:
             name: PurePosixPath(files[0].relative_to(folder)).as_posix() for name, files in made.items()
         }
     tables = [table for suite in summary["suites"] for table in tables_of(suite)]
-    (folder / "tables").mkdir(parents=True, exist_ok=True)
-    for table in [*tables, overview_table(summary)]:
-        for ending in ("csv", "tex"):
-            path = folder / "tables" / f"{file_name(table.name)}.{ending}"
-            path.write_text(RENDERERS[ending](table), encoding="utf-8")
+    with in_folder(folder / "tables"):
+        for table in [*tables, overview_table(summary)]:
+            for ending in ("csv", "tex"):
+                write_file(folder / "tables" / f"{file_name(table.name)}.{ending}", RENDERERS[ending](table))
     write_lines(folder / CELLS, cells)
-    (folder / LEADERBOARD).write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    (folder / REPORT).write_text(report_markdown(summary, pictures), encoding="utf-8")
+    write_file(folder / LEADERBOARD, json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    write_file(folder / REPORT, report_markdown(summary, pictures))
     return summary
 
 

@@ -17,6 +17,7 @@ from hf_fusion.bench.suite import LOWER
 from hf_fusion.bench.suite_tables import Row, group_of, mean_entry, rows_of, title_of
 from hf_fusion.bench.tables import file_name
 from hf_fusion.plots import EXPERTS, GREY, MARKERS, ORANGE, blank_figure, plain_axes, spread_labels
+from hf_fusion.saving import in_folder, replacing
 
 MOST = 8
 """Methods in pictures that show each of them task by task or severity by severity."""
@@ -294,16 +295,18 @@ def save_pictures(suite: Row, folder: str | Path, formats: Sequence[str] = ("png
     from matplotlib import rc_context
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     made = {}
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "hf_fusion"}):  # text stays text; the same bytes each time
+    # text stays text; the same bytes each time
+    with in_folder(folder), rc_context({"svg.fonttype": "none", "svg.hashsalt": "hf_fusion"}):
         for name, (draw, _) in PICTURES.items():
             figure = draw(suite)
             if figure is None:
                 continue
             made[name] = [folder / file_name(f"{suite['name']}-{name}.{ending}") for ending in formats]
             for path in made[name]:
-                figure.savefig(path, facecolor="white", metadata={"Date": None} if path.suffix == ".svg" else None)
+                undated = {"Date": None} if path.suffix == ".svg" else None
+                with replacing(path) as partial:
+                    figure.savefig(partial, facecolor="white", metadata=undated)
     return made
 
 

@@ -18,6 +18,7 @@ from hf_fusion.errors import FusionError
 from hf_fusion.hub.card_edit import add_tag, metadata_of, put_metadata, put_section
 from hf_fusion.hub.commits import download_file
 from hf_fusion.hub.files import explained, hub_api, same_file
+from hf_fusion.saving import write_file
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -158,7 +159,7 @@ def plan_results(
             _read(api, repo_id, README, parent, "dataset") if README in tree else f"# {repo_id.rpartition('/')[2]}\n"
         )
         card = _data_card(written, repo_id, (folder / REPORT).read_text(encoding="utf-8"))
-        (folder / README).write_bytes(card.encode())
+        write_file(folder / README, card)
         paths = [folder / name for name in (README, CELLS, LEADERBOARD)] + sorted((folder / PICTURES).glob("*.png"))
         wanted = {path.relative_to(folder).as_posix(): path for path in paths}
         changed = {

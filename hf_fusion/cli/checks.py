@@ -14,6 +14,7 @@ from typing import Any
 from hf_fusion.data import columns_of
 from hf_fusion.errors import FusionError
 from hf_fusion.files import read_text
+from hf_fusion.folders import recover_folder
 from hf_fusion.hub.files import parts_of, repo_of
 from hf_fusion.hub.heads import Head, architectures, head_of_adapter, head_of_architecture
 from hf_fusion.recipe import RECIPE_FILE
@@ -45,6 +46,7 @@ def model_in(folder: str) -> dict[str, Any]:
         FusionError: there is no such folder, or no model in it.
     """
     path = Path(folder)
+    recover_folder(path)
     if not path.is_dir():
         raise FusionError(f"there is no folder {folder}", "check the path, or make one: hf-fusion fuse … --output DIR")
     config = path / "config.json"

@@ -7,12 +7,15 @@ from typing import Any
 
 from hf_fusion.errors import FusionError
 from hf_fusion.extras import missing_library
+from hf_fusion.saving import refusal, unwritable
 
 
 def explain(error: Exception, command: str) -> FusionError:
     """The error to show for an exception that stopped `command`."""
     if isinstance(error, FusionError):
         return error
+    if refusal(error) is not None:
+        return unwritable(getattr(error, "filename", None) or "a file", error)
     for kind in type(error).__mro__:  # the most specific first
         if kind.__name__ in _KNOWN:
             return _KNOWN[kind.__name__](error, command)
@@ -22,7 +25,7 @@ def explain(error: Exception, command: str) -> FusionError:
 
 
 def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error)[:10_000].splitlines() if line.strip()), type(error).__name__)
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _repo(error: Any) -> str:

@@ -33,6 +33,7 @@ from hf_fusion.hub.licenses import combine
 from hf_fusion.hub.local_experts import folder_info
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.recipe import CONTENT, Recipe
+from hf_fusion.saving import write_file
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -168,9 +169,7 @@ def write_card(folder: str | Path, api: HfApi | None = None) -> Path:
     file = folder / README
     existing = read_text(file) if file.exists() else ""
     card = render_card(read_facts(folder, folder.resolve().name, infos[: len(names)], license_id), existing)
-    staging = folder / f".{README}"
-    staging.write_text(card, encoding="utf-8")
-    return staging.rename(file)
+    return write_file(file, card)
 
 
 def _info(name: str, api: HfApi | None) -> ExpertInfo:

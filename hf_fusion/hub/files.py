@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hf_fusion.errors import FusionError, one_line, printable, shown
+from hf_fusion.errors import FusionError, one_line, shown
 from hf_fusion.files import own_file, read_text
 from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
-from hf_fusion.hub.adapters import read_json
+from hf_fusion.hub.adapters import parse_json, read_json
 from hf_fusion.hub.card_edit import metadata_of
 from hf_fusion.hub.commits import as_commit, download_file, found_commit
 from hf_fusion.hub.linearized import STEM as LINEARIZED
@@ -30,9 +30,9 @@ from hf_fusion.hub.manifests import (
 )
 from hf_fusion.hub.remote import Header, read_header, read_json_file, read_part
 from hf_fusion.hub.snapshot import check_snapshot
-from hf_fusion.plain_json import parse_object
 from hf_fusion.progress import is_reported, phase, track
 from hf_fusion.recipe import CONTENT
+from hf_fusion.saving import refusal, unwritable
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -126,7 +126,7 @@ class Source:
         assert self.revision is not None
         with explained(self.name):
             content = read_json_file(hub_api(self.api), self.name, file, self.revision)
-        return parse_object(content, file, self.name)
+        return parse_json(content, file, self.name)
 
     def header(self, file: str) -> Header:
         """The header of one of a repo's safetensors files, fetched once."""
@@ -195,6 +195,7 @@ _HINTS = {
     401: "hf auth login, or set HF_TOKEN",
     403: "hf auth login with a token that may write there",
     412: "it was changed meanwhile: run it again",
+    507: "free some room on the Hub's disk, and run it again",
 }
 
 
@@ -207,11 +208,7 @@ def explained(name: str) -> Iterator[None]:
     # most particular first
     rows: tuple[tuple[type[Exception], str, str | None], ...] = (
         (errors.GatedRepoError, "is gated", "accept its terms on its page, then `hf auth login`"),
-        (
-            errors.RepositoryNotFoundError,
-            "was not found",
-            "check the id; a private repo needs `hf auth login`",
-        ),
+        (errors.RepositoryNotFoundError, "was not found", "check the id; a private repo needs `hf auth login`"),
         (errors.RevisionNotFoundError, "has no such revision", "check the part after @"),
         (errors.EntryNotFoundError, "lacks a file", None),
         (errors.LocalTokenNotFoundError, "needs a token", "hf auth login, or set HF_TOKEN"),
@@ -221,9 +218,16 @@ def explained(name: str) -> Iterator[None]:
         (httpx2.TransportError, "cannot be reached", "check the network and HF_ENDPOINT"),
         (OSError, "cannot be read", None),
     )
+    kinds = tuple(row[0] for row in rows)
     try:
         yield
-    except tuple(row[0] for row in rows) as error:
+    except (RuntimeError, *kinds) as raised:
+        # the client wraps what went wrong with a large file
+        error = raised if isinstance(raised, kinds) else raised.__cause__
+        if not isinstance(error, kinds):
+            raise
+        if refusal(error) is not None:  # a cache, or a temporary file
+            raise unwritable(getattr(error, "filename", None) or name, error) from error
         what, hint = next((what, hint) for kind, what, hint in rows if isinstance(error, kind))
         if type(error) is errors.HfHubHTTPError:
             hint = _HINTS.get(error.response.status_code)
@@ -232,7 +236,7 @@ def explained(name: str) -> Iterator[None]:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its type where it has none; never a URL's query, which may sign it."""
-    line = printable((str(error).strip() or type(error).__name__).splitlines()[0], 500)
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]*", r"\1", line)
 
 
@@ -338,7 +342,7 @@ def _local_card(folder: Path) -> dict[str, Any]:
     try:
         return metadata_of(read_text(folder / "README.md"))
     except (FusionError, ValueError) as error:  # none of it may hide weights that work
-        logger.warning("The metadata of %s/README.md cannot be read: %s", folder, one_line(error))
+        logger.warning("The metadata of %s/README.md cannot be read: %s", folder, error)
         return {}
 
 

@@ -11,12 +11,12 @@ import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 from hf_fusion.errors import FusionError
 from hf_fusion.experts import Adapter, Gates
 from hf_fusion.files import own_file
 from hf_fusion.hub.adapters import linear_sizes
+from hf_fusion.saving import in_folder, replacing
 
 if TYPE_CHECKING:
     import torch
@@ -74,17 +74,12 @@ def save_gates(gates: Gates, folder: str | Path, *, overwrite: bool = False) -> 
             raise FusionError(f"The gate of {path} is no vector of finite numbers.", hint="train the gates again")
     folder = Path(folder)
     refuse_gates(folder, overwrite)
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / GATES_FILE
-    staging = folder / f".{GATES_FILE}-{uuid4().hex[:8]}"
     metadata = {"format": "pt", "kind": gates.kind, **{name: repr(value) for name, value in gates.facts.items()}}
     if gates.offsets:
         metadata["offsets"] = json.dumps(gates.offsets)
-    try:
-        save_file(stored(gates), staging, metadata=metadata)
-        staging.replace(target)
-    finally:
-        staging.unlink(missing_ok=True)
+    with in_folder(folder), replacing(target) as partial:
+        save_file(stored(gates), partial, metadata=metadata)
     return target
 
 

@@ -279,9 +279,10 @@ def _write(
     broken = next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)
     if broken:
         raise FusionError(f"{broken} becomes NaN or Inf by this merge", "choose smaller weights, or dtype: float32")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     place = folder.with_name(f".{folder.name}-{uuid4().hex[:8]}")
-    place.mkdir()
+    with disk_full_named(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        place.mkdir()
     try:
         with disk_full_named(folder.parent):
             first = opened[0].source

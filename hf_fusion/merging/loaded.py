@@ -31,6 +31,7 @@ from hf_fusion.merging.processes import Processes, is_main
 from hf_fusion.merging.recipes import check_recipe
 from hf_fusion.provenance import contents_of, folders_of, told
 from hf_fusion.recipe import RECIPE_ATTRIBUTE, RECIPE_FILE, Recipe, RecipeExpert
+from hf_fusion.saving import disk_refusals
 
 if TYPE_CHECKING:
     import torch
@@ -166,11 +167,13 @@ def load_merged(folder: str | Path, *, trust_remote_code: bool = False) -> PreTr
 def save_pretrained(model: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
     """Instance method of a loaded merge: as any model's, with the recipe, the tokenizer and the like beside it."""
     from hf_fusion.models.foe.recipe_foe import push_options
+    from hf_fusion.models.foe.saving_foe import saved_whole
 
     pushed = push_options(save_directory, kwargs)
-    type(model).save_pretrained(model, save_directory, *args, **kwargs)
-    save_files(model, Path(save_directory))
-    getattr(model, RECIPE_ATTRIBUTE).save(Path(save_directory) / RECIPE_FILE)
+    with disk_refusals(save_directory), saved_whole(save_directory) as staging:
+        type(model).save_pretrained(model, staging, *args, **kwargs)
+        save_files(model, staging)
+        getattr(model, RECIPE_ATTRIBUTE).save(staging / RECIPE_FILE)
     if pushed:
         model.push_to_hub(**pushed)
 

@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_fusion.errors import FusionError, one_line
+from hf_fusion.errors import FusionError
 from hf_fusion.folders import STALE, restore_folder
 from hf_fusion.merging.checkpoint import DTYPES, INDEX, SINGLE, Entry
 from hf_fusion.recipe import RECIPE_FILE
+from hf_fusion.saving import write_file, writing
 
 SHARD_BYTES = 5_000_000_000
 FACTS = "merge.json"
@@ -163,7 +164,7 @@ def write_index(folder: Path, shards: Sequence[Sequence[Spec]]) -> None:
     places = {spec.name: shard_name(number, len(shards)) for number, shard in enumerate(shards) for spec in shard}
     total = sum(spec.nbytes for shard in shards for spec in shard)
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_file(folder / INDEX, json.dumps(content, indent=2) + "\n")
 
 
 def output_folder(folder: str | Path) -> Path:
@@ -266,16 +267,9 @@ def _begin(place: Path, folder: Path, held: int, digest: str, needed: int) -> No
     os.pwrite(held, digest.encode(), 0)
 
 
-@contextmanager
-def disk_full_named(folder: Path) -> Iterator[None]:
+def disk_full_named(folder: Path) -> AbstractContextManager[None]:
     """Turns the system's word for a full disk, or a place that cannot be written, into an error with the next step."""
-    try:
-        yield
-    except OSError as error:
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        what, first = ("has no room left", "free some") if is_full else ("cannot be written", "look there")
-        what = f"{one_line(folder)} {what} ({error.strerror or one_line(error)})"
-        raise FusionError(what, f"{first}, or choose another --output") from None
+    return writing(folder, "choose another --output")
 
 
 def as_bytes(values: torch.Tensor, dtype: str, buffer: torch.Tensor) -> np.ndarray:

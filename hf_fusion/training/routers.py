@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerCallback
 from ..errors import FusionError
 from ..experts import Expert
 from ..progress import track
+from ..saving import replacing
 from .adamerging import merged_once, objective_of
 from .batches import Examples, class_logits, read_examples, to_model, unlabelled
 from .progress import set_progress
@@ -401,7 +402,8 @@ class _Watch(TrainerCallback):
         """The best state goes along with a checkpoint."""
         if args.process_index == 0:
             kept = {"good": self.good, "step": self.good_step, "best": self.best, "history": self.facts.history}
-            torch.save(kept, Path(args.output_dir) / f"checkpoint-{state.global_step}" / WATCH_FILE)
+            with replacing(Path(args.output_dir) / f"checkpoint-{state.global_step}" / WATCH_FILE) as partial:
+                torch.save(kept, partial)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A run that goes on takes it up again; killed before it was written, it starts from the checkpoint itself."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from transformers import TrainingArguments
 
 from ..errors import FusionError
 from ..hub.adapters import read_json
+from ..saving import disk_refusals, in_folder, write_file
 
 CHECKPOINTS = 10  # about so many are written over a run
 
@@ -35,12 +37,12 @@ def training_arguments(
         more: of transformers' `TrainingArguments`; they win.
 
     Raises:
-        FusionError: for numbers that train nothing.
+        FusionError: for numbers that train nothing; or, in the block, where the folder cannot be written.
     """
     for name, value in {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}.items():
         if not value > 0:
             raise FusionError(f"{name}={value} trains nothing", hint=f"a {name} above 0")
-    with tempfile.TemporaryDirectory(prefix="hf_fusion_run_") as scratch:
+    with tempfile.TemporaryDirectory(prefix="hf_fusion_run_") as scratch, _checkpointing(output_dir or scratch):
         arguments = TrainingArguments(
             **{
                 "output_dir": str(output_dir or scratch),
@@ -94,10 +96,11 @@ def resumable(folder: Path, file: str, run: Mapping[str, Any], steps: int) -> st
     Raises:
         FusionError: where the folder holds the checkpoints of another run.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]  # the last file of each
+    # the last file of each: it may be half written
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
     if not whole:
-        (folder / file).write_text(json.dumps(run))
+        with in_folder(folder):
+            write_file(folder / file, json.dumps(run))
         return None
     other = read_json(folder / file, str(folder)) if (folder / file).exists() else {}
     if other != run:
@@ -107,6 +110,31 @@ def resumable(folder: Path, file: str, run: Mapping[str, Any], steps: int) -> st
         )
     found = {int(path.name.rpartition("-")[2]): str(path) for path in whole}
     return found[max(left)] if (left := [step for step in found if step < steps]) else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return True
+
+
+@contextmanager
+def _checkpointing(folder: str | Path) -> Iterator[None]:
+    """Names the folder of the checkpoints where it cannot be written; what was begun there last is removed.
+
+    Raises:
+        FusionError: the disk is full, or read-only.
+    """
+    try:
+        with disk_refusals(folder):
+            yield
+    except FusionError:
+        for begun in Path(folder).glob("checkpoint-*"):
+            if not (begun / "trainer_state.json").exists() or not _is_json(begun / "trainer_state.json"):
+                shutil.rmtree(begun, ignore_errors=True)
+        raise
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -27,6 +27,7 @@ from ..hub.load import load_experts
 from ..merging.methods.statistics import regmean
 from ..merging.sources import LAYER
 from ..merging.tensors import InMemory, Statistic, Tensors, merge_tensors
+from ..saving import in_folder, replacing
 from .batches import Examples, class_logits, equal_lengths, read_examples, to_model, unlabelled
 from .prompts import IGNORED
 from .squares import TOGETHER, run_with, squared_gradients
@@ -82,8 +83,6 @@ class Statistics:
         folder = Path(folder)
         if not overwrite and (folder / f"{self.kind}.json").exists():
             raise FusionError(f"{folder} holds {self.kind}.json already", "another folder, or overwrite=True")
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.tensors, folder / f"{self.kind}.safetensors", metadata={"format": "pt"})
         content = {
             "expert": self.expert,
             "examples": self.examples,
@@ -91,7 +90,11 @@ class Statistics:
             **self.facts,
             "tensors": {name: list(place) for name, place in self.places.items()},
         }
-        (folder / f"{self.kind}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        facts, weights = folder / f"{self.kind}.json", folder / f"{self.kind}.safetensors"
+        with in_folder(folder), replacing(facts) as text, replacing(weights) as tensors:
+            save_file(self.tensors, tensors, metadata={"format": "pt"})
+            text.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            facts.unlink(missing_ok=True)  # no moment shows the tensors of one measurement with the facts of another
         return folder
 
 

@@ -415,7 +415,12 @@ def test_an_output_that_nobody_may_write_to(folders, tmp_path):
     if os.geteuid() == 0:
         pytest.skip("root may write everywhere")
     (tmp_path / "theirs").mkdir(mode=0o500)
-    refused("theirs cannot be written .Permission denied", recipe_of(folders), tmp_path / "theirs" / "out", tmp_path)
+    refused(
+        "theirs cannot be written: you may not write there .Permission denied",
+        recipe_of(folders),
+        tmp_path / "theirs" / "out",
+        tmp_path,
+    )
 
 
 def test_an_output_on_a_disk_that_is_read_only(folders, tmp_path):
@@ -424,7 +429,7 @@ def test_an_output_on_a_disk_that_is_read_only(folders, tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("only root may mount")
     try:
-        refused("disk cannot be written .Read-only file system", recipe_of(folders), disk / "out", tmp_path)
+        refused("the disk is read-only .Read-only file system", recipe_of(folders), disk / "out", tmp_path)
         refused("disk is a mount point", recipe_of(folders), disk, tmp_path)
     finally:
         subprocess.run(["umount", disk], check=True)

@@ -202,7 +202,7 @@ def test_a_disk_that_fills_up(share, recipe, wanted, small_disk):
         if done >= share * total and not (small_disk / "other").exists():
             fill(small_disk, 0)
 
-    with pytest.raises(FusionError, match="has no room left .No space left on device") as caught:
+    with pytest.raises(FusionError, match="cannot be written: the disk is full .No space left on device") as caught:
         merge(Recipe.load(recipe), small_disk / "out", progress=meanwhile, **OPTIONS)
     is_clear(caught.value)
     assert [path.name for path in small_disk.iterdir()] == ["other"]
@@ -221,7 +221,10 @@ def test_files_that_may_not_grow(processes, recipe, tmp_path):
     assert ours.poll(60)
     message, hint = ours.recv()
     process.join(30)
-    assert "has no room left (File too large)" in message and "choose another --output" in hint
+    assert (
+        "cannot be written: no file may be that large there (File too large)" in message
+        and "choose another --output" in hint
+    )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -131,7 +131,7 @@ def test_an_image_pipeline_casts_the_pixels_of_every_expert_and_warns_of_nothing
     assert caplog.text == ""
 
 
-@pytest.mark.parametrize("name", ["calls", "files", "summary"])
+@pytest.mark.parametrize("name", ["calls", "files", "saving", "summary"])
 def test_the_copies_that_travel_with_each_family_are_the_same(name):
     """A family's folder travels alone, so that each has the file: a change of one is a change of all."""
     copies = [path for family in FUSED if (path := MODELS / family / f"{name}_{family}.py").exists()]

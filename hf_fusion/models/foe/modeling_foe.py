@@ -27,6 +27,7 @@ from .frugal_foe import FrugalPolicy
 from .fuser_foe import Fuser
 from .processing_foe import FoEProcessor
 from .recipe_foe import push_options, without_paths, write_recipe
+from .saving_foe import saved_whole
 from .summary_foe import Summary, described
 
 
@@ -238,10 +239,11 @@ class FoEModel(BackbonesMixin, PreTrainedModel):
         name = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
         head = AUTO_CLASSES[self.config.head].__name__
         self.config.auto_map = {"AutoConfig": "configuration_foe.FoEConfig", "AutoModel": name, head: name}
-        if self._processor is not None or self._source is not None:
-            self.processor.save_pretrained(save_directory)
-        super().save_pretrained(save_directory, *args, **kwargs)
-        write_recipe(self, save_directory)
+        with saved_whole(save_directory) as staging:
+            if self._processor is not None or self._source is not None:
+                self.processor.save_pretrained(staging)
+            super().save_pretrained(staging, *args, **kwargs)
+            write_recipe(self, staging)
         if pushed:
             self.push_to_hub(**pushed)
 
@@ -383,12 +385,7 @@ class FoEModel(BackbonesMixin, PreTrainedModel):
         Raises:
             ValueError: for a budget on a model that was not fitted frugally, or inputs an expert misses.
         """
-        given = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "pixel_values": pixel_values,
-            **inputs,
-        }
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values, **inputs}
         budget = self.config.budget if budget is None else budget
         if self.config.mode == "selection":
             if budget is not None:

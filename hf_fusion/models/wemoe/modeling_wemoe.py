@@ -24,6 +24,7 @@ from .recipe_wemoe import push_options, without_paths, write_recipe
 from .recomputing_wemoe import forget
 from .routing_wemoe import Coefficients, Router, Shared, Stack, Unit, WEMoETrace, by_unit, index_of
 from .samples_wemoe import first_unlike, samples_of
+from .saving_wemoe import saved_whole
 from .summary_wemoe import Summary, described
 
 
@@ -462,11 +463,12 @@ class WEMoEModel(BackboneMixin, PreTrainedModel):
         name = f"modeling_wemoe.{type(self).__name__}"
         head = AUTO_CLASSES[self.config.head].__name__
         self.config.auto_map = {"AutoConfig": "configuration_wemoe.WEMoEConfig", "AutoModel": name, head: name}
-        if self.processor is not None:
-            self.processor.save_pretrained(save_directory)
         self.config.samples = samples_of(kwargs.get("state_dict") or self.state_dict())
-        super().save_pretrained(save_directory, *args, **kwargs)
-        write_recipe(self, save_directory)
+        with saved_whole(save_directory) as staging:
+            if self.processor is not None:
+                self.processor.save_pretrained(staging)
+            super().save_pretrained(staging, *args, **kwargs)
+            write_recipe(self, staging)
         if pushed:
             self.push_to_hub(**pushed)
 

@@ -1,0 +1,69 @@
+"""A save that is whole or not there: files are written into a hidden folder, and moved to their places together."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+CONFIG_FILE = "config.json"
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+@contextmanager
+def saved_whole(folder: str | Path) -> Iterator[Path]:
+    """A hidden folder in `folder`, on the same disk, whose files are moved up at the end.
+
+    On a full disk, or by whatever else a save fails, an earlier save stays as it was. The config goes first and comes
+    last, so that who is killed in between leaves nothing that loads.
+
+    Raises:
+        OSError: of the kind that the system told, naming `folder`.
+    """
+    folder = Path(folder)
+    staging, is_new = folder / f".saving-{uuid4().hex[:8]}", not folder.exists()
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        _move(staging, folder)
+    except Exception as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        if is_new:
+            with suppress(OSError):
+                folder.rmdir()
+        if number := _system_error(error):
+            raise OSError(number, os.strerror(number), str(folder)) from error
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _move(staging: Path, folder: Path) -> None:
+    files = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
+    if not files:  # of several processes the first saves
+        return
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    if Path(CONFIG_FILE) in files:
+        (folder / CONFIG_FILE).unlink(missing_ok=True)
+    if any(WEIGHTS.fullmatch(file.name) for file in files):  # a loader would take those of an earlier save
+        for path in folder.iterdir():
+            if WEIGHTS.fullmatch(path.name):
+                path.unlink()
+    for file in sorted(files, key=lambda file: file == Path(CONFIG_FILE)):
+        (staging / file).replace(folder / file)
+
+
+def _system_error(error: Exception) -> int | None:
+    """The system's number of an error; safetensors and tokenizers have it in their text."""
+    if isinstance(error, OSError):
+        return error.errno
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return int(match[1]) if match else None
+
+
+__all__ = ["saved_whole"]
