@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_fusion.errors import FusionError, one_line
+from hf_fusion.files import refuse_special
 from hf_fusion.progress import phase
 
 if TYPE_CHECKING:
@@ -31,12 +32,17 @@ def load_rows(source: str | Path, split: str = "train") -> Dataset:
             (``train.parquet``, ``test.parquet``) or anything else that `datasets` reads, or a data set's id.
         split: which part of a folder or of a Hub data set.
 
+    Returns:
+        The rows; a picture that cannot be opened, or is too large, is a FusionError where its row is read.
+
     Raises:
         FusionError: there is no such file, folder, data set or split.
     """
     path = _located(source, split)
     with phase(f"Reading {source}"):
-        return _load(source, split, path)
+        from .picture_rows import with_pictures
+
+        return with_pictures(_load(source, split, path))
 
 
 def _load(source: str | Path, split: str, path: Path | None) -> Dataset:
@@ -64,6 +70,8 @@ def _located(source: str | Path, split: str) -> Path | None:
         FusionError: it is on this machine, and cannot be read.
     """
     path = Path(source)
+    for file in (path, *path.iterdir()) if path.is_dir() else (path,):
+        refuse_special(file)  # nobody waits for a pipe
     if path.is_file():
         if path.suffix not in READERS:
             raise FusionError(f"{path} ends in {path.suffix!r}", f"convert it to one of {', '.join(READERS)}")

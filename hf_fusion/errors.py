@@ -5,6 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
+from unicodedata import category
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
@@ -12,7 +13,7 @@ _SHORT.maxlist = _SHORT.maxdict = _SHORT.maxtuple = 8
 
 
 class FusionError(Exception):
-    """An error a user can act on.
+    """An error a user can act on. What it quotes is made `printable`: it may be a stranger's.
 
     Args:
         message: what went wrong, naming the thing ("me/bert-irony has no label names").
@@ -20,9 +21,9 @@ class FusionError(Exception):
     """
 
     def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = "\n".join(map(printable, message.split("\n")))  # some tell a table
+        self.hint = hint and printable(hint)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message}\n  → {self.hint}" if self.hint else self.message
@@ -42,5 +43,25 @@ def shown(value: object) -> str:
 
 def one_line(text: object) -> str:
     """What a parser says, on one line: it may quote what a stranger wrote."""
-    line = " ".join(str(text).split())[:300]
-    return "".join(character if character.isprintable() else "?" for character in line)
+    return printable(" ".join(str(text)[:10_000].split()), 300)
+
+
+def printable(text: object, most: int = 4_000) -> str:
+    """Text on one line that any terminal, page or file can show, as far as it is such already unchanged.
+
+    Whatever a terminal obeys, turns text around, cannot be seen or cannot be encoded is written as Python writes it.
+
+    Args:
+        text: which may hold what a stranger wrote.
+        most: characters; longer text is cut.
+    """
+    line = str(text)
+    if len(line) > most:
+        line = f"{line[: most - 1]}…"
+    return line if line.isprintable() else "".join(map(_visible, line))
+
+
+def _visible(character: str) -> str:
+    if character.isprintable() or category(character) == "Zs":
+        return character
+    return " " if character in "\n\t" else repr(character)[1:-1]

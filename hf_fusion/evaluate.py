@@ -14,6 +14,7 @@ import torch
 
 from .baselines import max_confidence, mean_ensemble, oracle_expert
 from .errors import FusionError
+from .files import read_given
 from .metrics import load_metric
 from .progress import track
 from .saving import write_file
@@ -76,7 +77,7 @@ class Results:
     @classmethod
     def load(cls, path: str | Path) -> Results:
         """Reads what `save` wrote."""
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(read_given(Path(path)))
         systems = [System(**{**row, "ci95": tuple(row["ci95"])}) for row in values.pop("systems")]
         return cls(systems=systems, **values)
 

@@ -115,8 +115,17 @@ def read_file(file: Path, root: Path | None = None, most: int = MOST_BYTES) -> b
     Raises:
         FusionError: as `open_file`; it is larger, grows while it is read, or takes more than `MOST_SECONDS`.
     """
+    return _all_of(open_file(file, root), file, most)
+
+
+def read_given(file: Path, most: int = MOST_BYTES) -> bytes:
+    """All of a small file that the user has named, which may be a link; see `read_file`."""
+    return _all_of(open_given(file), file, most)
+
+
+def _all_of(opened: BinaryIO, file: Path, most: int) -> bytes:
     until = time.monotonic() + MOST_SECONDS
-    with open_file(file, root) as stream:
+    with opened as stream:
         size, parts, found = os.fstat(stream.fileno()).st_size, [], 0
         if size > most:
             raise FusionError(

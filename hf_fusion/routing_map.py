@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from .experts import Expert
+from .files import read_given
 from .progress import track
 from .saving import write_file
 from .training.batches import Examples, read_examples, to_model
@@ -37,7 +38,7 @@ class JsonFile:
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Reads what `save` wrote."""
-        return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        return cls(**json.loads(read_given(Path(path))))
 
 
 @dataclass

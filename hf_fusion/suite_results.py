@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from .evaluate import Z95, wilson
+from .files import read_given
 from .intervals import Score, mean_of
 from .saving import write_file
 
@@ -94,7 +95,7 @@ class SuiteResults:
     @classmethod
     def load(cls, path: str | Path) -> SuiteResults:
         """Reads what `save` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        return cls.from_dict(json.loads(read_given(Path(path))))
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> SuiteResults:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
 
 from hf_fusion import FusionError
-from hf_fusion.data import load_rows, split_tasks
+from hf_fusion.data import columns_of, load_rows, split_tasks
 
 TRAIN = {"text": ["good", "bad"], "label": [1, 0]}
 TEST = {"text": ["fine"], "label": [1]}
@@ -52,7 +53,7 @@ def test_a_data_set_on_the_hub(hub, fresh_python):
     token = hub.token("rows")
     code = f"""
 from datasets import Dataset
-from hf_fusion.data import load_rows, split_tasks
+from hf_fusion.data import columns_of, load_rows, split_tasks
 Dataset.from_dict({TRAIN}).push_to_hub("rows/words", split="train")
 print(load_rows("rows/words").to_dict())
 from hf_fusion import FusionError
@@ -85,3 +86,12 @@ def test_tasks_come_apart_and_find_their_experts(caplog):
     assert "words is the task of speller, which is not among the experts" in caplog.text
     suite, owners = split_tasks(rows.select_columns("prompt"), ["me/adder"])
     assert (list(suite), len(suite["all"]), owners) == (["all"], 4, {})
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.parquet", "rows.jsonl"])
+@pytest.mark.parametrize("read", [load_rows, columns_of])
+def test_a_pipe_is_refused_and_not_waited_for(read, name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    for source in (tmp_path, tmp_path / name):
+        with pytest.raises(FusionError, match=f"{name} is a pipe, not a file"):
+            read(source)

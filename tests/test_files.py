@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import hf_fusion
 from hf_fusion.errors import FusionError
 from hf_fusion.files import open_file, open_given, own_file, read_file, read_text
 from hf_fusion.hub.snapshot import check_snapshot
@@ -291,3 +293,27 @@ def test_a_configuration_that_names_other_weights_or_code(content, reason, folde
     (folder / "config.json").write_text(json.dumps(content))
     with pytest.raises(FusionError, match=f"model: config.json has {reason}"):
         check_snapshot(folder, "model")
+
+
+# ---------------------------------------------------------------- one place
+
+PACKAGE = Path(hf_fusion.__file__).parent
+# what reads files otherwise, and whose these are
+OTHERWISE = {
+    "hub/card.py": "facts of a golden card",
+    "hub/files.py": "the bytes of a plan that was checked, to compare them with the Hub's",
+    "hub/local_experts.py": "copies that it has made",
+    "hub/publish.py": "a README that the client has fetched",
+    "hub/publish_gates.py": "a README that the client has fetched",
+    "merging/output.py": "what it writes, and its lock",
+    "merging/schema.py": "this package's own code",
+}
+
+
+def test_files_of_models_are_opened_in_one_place():
+    """Another module that opens files by itself goes through `hf_fusion.files`, or is listed with its reason."""
+    modules = [*PACKAGE.glob("*.py"), *PACKAGE.glob("hub/*.py"), *PACKAGE.glob("merging/**/*.py")]
+    modules = [path for path in modules if path.parent != PACKAGE or path.stem in ("fusion", "provenance", "recipe")]
+    opened = re.compile(r"\.read_(text|bytes)\(|\.open\(|(?<![\w.])open\(")
+    found = {path.relative_to(PACKAGE).as_posix() for path in modules if opened.search(path.read_text())}
+    assert found == set(OTHERWISE)

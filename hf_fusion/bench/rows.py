@@ -192,8 +192,10 @@ def _pictured(rows: Dataset) -> Dataset:
     from datasets import Array3D, Features, Image, concatenate_datasets
     from PIL import Image as Pillow
 
+    from hf_fusion.picture_rows import with_pictures
+
     if not isinstance(rows.features.get("image"), Array3D):
-        return rows
+        return with_pictures(rows)
 
     def one(row: dict[str, Any]) -> dict[str, Any]:
         levels = (row["image"].clip(0, 1) * 255).round().astype("uint8")

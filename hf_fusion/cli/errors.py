@@ -25,7 +25,7 @@ def explain(error: Exception, command: str) -> FusionError:
 
 
 def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return next((line.strip() for line in str(error)[:10_000].splitlines() if line.strip()), type(error).__name__)
 
 
 def _repo(error: Any) -> str:

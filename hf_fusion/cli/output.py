@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 
 FORMATS = ("human", "json", "quiet")
 GREY, RED, YELLOW, GREEN, BOLD = "90", "31", "33", "32", "1"
+
+
+# beyond what JSON escapes by itself: C1 controls, what turns text around or is not seen, half characters
+_INVISIBLE = re.compile("[\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]")
 
 
 class Out:
@@ -138,7 +143,7 @@ class Out:
     # ---------------------------------------------------------------- how
 
     def _json(self, value: Any) -> None:
-        self._write(json.dumps(value, default=str, ensure_ascii=False))
+        self._write(_INVISIBLE.sub(_escaped, json.dumps(value, default=str, ensure_ascii=False)))
 
     def _write(self, text: str) -> None:
         self._send(text, self.stdout)
@@ -160,6 +165,11 @@ class Out:
         from rich.console import Console
 
         return Console(file=self.stdout, highlight=False)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    """A character as JSON writes those that a terminal could obey."""
+    return f"\\u{ord(match[0]):04x}"
 
 
 def _exact(value: Any) -> str:

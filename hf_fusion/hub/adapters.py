@@ -8,7 +8,6 @@ What cannot be written as ``W + B @ A`` is refused by the name of the adapter an
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.errors import FusionError, one_line
+from hf_fusion.errors import FusionError, shown
 from hf_fusion.experts import Adapter
 from hf_fusion.files import own_file, read_file
+from hf_fusion.hub.commits import as_commit
 from hf_fusion.hub.linearized import STEM as LINEARIZED
 from hf_fusion.hub.linearized import as_lora
+from hf_fusion.hub.patterns import Patterns
 from hf_fusion.hub.peft_names import EMBEDDING, LORA, PREFIX, ROWS, plain_keys
+from hf_fusion.plain_json import parse_object
 
 if TYPE_CHECKING:
     import torch
@@ -62,9 +64,9 @@ def config_problems(config: Mapping[str, Any], *, embeddings: bool = False) -> l
         embeddings: whether rows of embeddings may be replaced as well.
     """
     if config.get("peft_type") != "LORA":
-        return [f"peft_type={config.get('peft_type')!r}: only LoRA adapters can be fused"]
+        return [f"peft_type={shown(config.get('peft_type'))}: only LoRA adapters can be fused"]
     problems = [
-        f"{key}={config.get(key)!r}: {why}"
+        f"{key}={shown(config.get(key))}: {why}"
         for key, (refused, why) in _REFUSED.items()
         if refused(config.get(key)) and not (embeddings and key == "trainable_token_indices")
     ]
@@ -76,7 +78,7 @@ def config_problems(config: Mapping[str, Any], *, embeddings: bool = False) -> l
     ):
         value = config.get(key) or {} if key.endswith("pattern") else config.get(key)
         if not isinstance(value, kind) or isinstance(value, bool):
-            problems.append(f"{key}={value!r}: not a valid value")
+            problems.append(f"{key}={shown(value)}: not a valid value")
     rank = config.get("r")
     if isinstance(rank, int) and rank < 1:
         problems.append(f"r={rank}: a rank below 1 adapts nothing")
@@ -134,11 +136,12 @@ def read_adapter(folder: str | Path, name: str, *, allow_pickle: bool = False, e
         raise FusionError(f"Adapter {name} holds no LoRA weights.")
     if both := rows.keys() & embedded:
         raise FusionError(f"Adapter {name} has LoRA on {min(both)} and trained rows of it.", hint=_MERGE_FIRST)
+    patterns = Patterns(config, name)
     return Adapter(
-        lora={path: _pair(config, path, pair, name) for path, pair in halves.items()},
+        lora={path: _pair(config, patterns, path, pair, name) for path, pair in halves.items()},
         saved=saved,
         base=str(config.get("base_model_name_or_path") or ""),
-        base_revision=config.get("revision") or None,
+        base_revision=as_commit(revision := config.get("revision")) or revision or None,
         transposed=bool(config.get("fan_in_fan_out")),
         model_class=trained_class(config),
         embeddings=frozenset(embedded),
@@ -165,7 +168,7 @@ def trained_class(config: Mapping[str, Any]) -> str:
 
 
 def _pair(
-    config: Mapping[str, Any], path: str, pair: Mapping[str, torch.Tensor], name: str
+    config: Mapping[str, Any], patterns: Patterns, path: str, pair: Mapping[str, torch.Tensor], name: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A and scaled B of one module; B in single precision where its own dtype would round the scaling."""
     import torch
@@ -175,34 +178,18 @@ def _pair(
     a, b = pair["A"], pair["B"]  # (r, d_in), (d_out, r)
     if a.dim() != 2 or b.dim() != 2:
         raise FusionError(f"Adapter {name} adapts {path}, which is not a linear layer (A has {a.dim()} dimensions).")
-    rank = _pattern(config, "rank_pattern", path, config["r"], name)
+    rank = patterns.value("rank_pattern", path, config["r"])
     if not a.shape[0] == b.shape[1] == rank or rank < 1:
         raise FusionError(
             f"Adapter {name}: ranks of {path} disagree: A {list(a.shape)}, B {list(b.shape)}, config {rank}."
         )
-    alpha = _pattern(config, "alpha_pattern", path, config["lora_alpha"], name)
+    alpha = patterns.value("alpha_pattern", path, config["lora_alpha"])
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     if not math.isfinite(scaling):
         raise FusionError(f"Adapter {name}: lora_alpha={alpha} of {path} is not a finite number.")
     exact = b.float() * scaling
     rounded = exact.to(b.dtype)  # half precision holds powers of 2 alone: PEFT scales outputs, which loses nothing in B
     return a, rounded if torch.equal(rounded.float(), exact) else exact
-
-
-def _pattern(config: Mapping[str, Any], key: str, path: str, default: Any, name: str) -> Any:
-    """The value of the first pattern matching a module path, as PEFT looks it up: a regex on its end."""
-    import regex  # transformers brings it; unlike re, it can be told to give up
-
-    for pattern, value in (config.get(key) or {}).items():
-        try:
-            matches = regex.match(rf"(.*\.)?({pattern})$", path, timeout=1)
-        except (regex.error, TimeoutError):  # a stranger's pattern may take for ever
-            raise FusionError(f"Adapter {name}: {key} has the invalid pattern {pattern!r}.") from None
-        if matches:
-            if not isinstance(value, (int, float)):
-                raise FusionError(f"Adapter {name}: {key}[{pattern!r}]={value!r} is not a number.")
-            return value
-    return default
 
 
 def _refuse_trained_biases(config: Mapping[str, Any], saved: Mapping[str, Any], name: str) -> None:
@@ -357,19 +344,7 @@ def linear_sizes(module: torch.nn.Module | None) -> tuple[int, int] | None:
 
 def read_json(path: Path, name: str) -> dict[str, Any]:
     """A JSON object from a file, or a FusionError naming the expert and the file."""
-    return parse_json(read_file(path), path.name, name)
-
-
-def parse_json(text: bytes, file: str, name: str) -> dict[str, Any]:
-    """A JSON object from a file's content, or a FusionError naming the expert and the file."""
-    try:
-        content = json.loads(text.decode())
-    except (ValueError, RecursionError) as error:
-        why = "it is nested too deeply" if isinstance(error, RecursionError) else one_line(error)
-        raise FusionError(f"{name}: {file} cannot be read ({why}).", hint="fetch it again") from None
-    if not isinstance(content, dict):
-        raise FusionError(f"{name}: {file} is not a JSON object.", hint="fetch it again")
-    return content
+    return parse_object(read_file(path), path.name, name)
 
 
 def weights_of(folder: Path) -> Path | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_fusion.errors import printable
 from hf_fusion.hub.commits import SHA
 from hf_fusion.hub.files import Source, resolve, resolve_repo
 
@@ -53,7 +54,7 @@ def warn_of_other_bases(adapters: Iterable[tuple[Source, Base]]) -> None:
         told.setdefault((has, f"{name}@{revision}" if revision else name), []).append(adapter.name)
     for (has, used), names in told.items():
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        logger.warning("%s: recorded base %s, used base %s", shown, has, used)
+        logger.warning("%s", printable(f"{shown}: recorded base {has}, used base {used}"))
 
 
 def _is_same(recorded: str, used: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, printable
 
 _HEAD = re.compile(r"(\s*---[ \t]*\r?\n)(.*?)^---[ \t]*(?:\r?\n|\Z)", re.MULTILINE | re.DOTALL)
 
@@ -127,5 +127,5 @@ def put_section(text: str, name: str, section: str) -> str:
 
 def escape_markdown(value: object) -> str:
     """Text that shows as itself in Markdown: no markup, no HTML, no new table cell, no new line."""
-    text = " ".join(str("" if value is None else value).split())
+    text = printable(" ".join(str("" if value is None else value).split()))
     return re.sub(r"[&<>|`*\[\]\\~#!$]", lambda match: f"&#{ord(match[0])};", text)

@@ -105,12 +105,10 @@ def _routed_usage(facts: CardFacts) -> str:
 
 def _routed_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """From the config, and from the model it describes, built without memory."""
-    import torch
-
+    from hf_fusion.hub.headers import on_meta
     from hf_fusion.models.phatgoose import PhatgooseConfig, PhatgooseRouter, readers_of
 
-    with torch.device("meta"):
-        model = PhatgooseRouter(PhatgooseConfig.from_pretrained(folder))
+    model = on_meta(lambda: PhatgooseRouter(PhatgooseConfig.from_pretrained(folder)))
     summary, towers = model.summary(), len(readers_of(model.backbone, model.config.is_encoder_decoder))
     known = ("parameters", "expert_parameters", "routed_linears", "relative_cost")
     given = ("router_temperature", "routing", "base_by_reference", "head")
@@ -205,12 +203,10 @@ def _merged_usage(facts: CardFacts) -> str:
 
 def _merged_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """From the config, and from the model it describes, built without memory."""
-    import torch
-
+    from hf_fusion.hub.headers import on_meta
     from hf_fusion.models.wemoe import WEMoEConfig, WEMoEModel
 
-    with torch.device("meta"):
-        model = WEMoEModel(WEMoEConfig.from_pretrained(folder))
+    model = on_meta(lambda: WEMoEModel(WEMoEConfig.from_pretrained(folder)))
     own, summary = model.config, model.summary()
     known = ("parameters", "upscaled_linears", "upscaled_parameters", "merged_parameters", "head_parameters")
     given = ("head", "routing", "router_layers", "shared_router", "batch_reduce", "scaling", "merge", "adaptation")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
@@ -44,49 +43,13 @@ from hf_fusion.hub.heads import (
 from hf_fusion.hub.licenses import forbids_derivatives
 from hf_fusion.hub.peft_names import adapter_shapes, plain_keys
 from hf_fusion.hub.placement import placement
+from hf_fusion.hub.reasons import Reason, ReasonKind
 from hf_fusion.progress import track
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 logger = logging.getLogger(__name__)
-
-
-class ReasonKind(str, Enum):
-    """Why an expert does not fit."""
-
-    ARCHITECTURE = "architecture"
-    BASE = "base"
-    BASE_REVISION = "base revision"
-    SHAPES = "shapes"
-    LABELS = "labels"
-    TOKENIZER = "tokenizer"
-    LICENSE = "license"
-    PICKLE = "pickle"
-    CUSTOM_CODE = "custom code"
-    GATES = "gates"
-    GATED = "gated"
-    LORA = "lora"
-    NOT_FINITE = "not finite"
-    UNREADABLE = "unreadable"
-
-
-@dataclass(frozen=True)
-class Reason:
-    """One reason against an expert.
-
-    Attributes:
-        kind: what it is about.
-        detail: what was found.
-        remedy: what to do about it, if anything can be done.
-    """
-
-    kind: ReasonKind
-    detail: str
-    remedy: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.kind.value}: {self.detail}"
 
 
 @dataclass(frozen=True)
@@ -475,7 +438,11 @@ def _adapter_shapes(case: Case, head: Head) -> list[str]:
     if result is None:
         return []
     unfilled = sorted(result.missing - set(saved))
-    return shape_problems(lora, saved, result.model) + [f"{key} is neither in it nor in its base" for key in unfilled]
+    return [
+        *shape_problems(lora, saved, result.model),
+        *(f"in its base {line}" for line in result.mismatched),
+        *(f"{key} is neither in it nor in its base" for key in unfilled),
+    ]
 
 
 # The order in which reasons are listed.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, overload
 
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, printable
 from hf_fusion.experts import ExpertInfo
 from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
 from hf_fusion.hub.commits import as_commit
@@ -59,8 +59,8 @@ class Experts(Sequence[ExpertInfo]):
 
 
 def info_row(info: ExpertInfo) -> dict[str, Any]:
-    """An expert as a row of a table."""
-    return {
+    """An expert as a row of a table, `printable` whatever its files hold."""
+    row = {
         "id": info.id,
         "sha": info.sha[:7],
         "task": info.task or "",
@@ -71,6 +71,7 @@ def info_row(info: ExpertInfo) -> dict[str, Any]:
         "license": info.license or "",
         "MB": round(info.size / 1e6, 1),
     }
+    return {key: printable(value) if isinstance(value, str) else value for key, value in row.items()}
 
 
 def discover(

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hf_fusion.errors import FusionError, one_line, shown
+from hf_fusion.errors import FusionError, one_line, printable, shown
 from hf_fusion.files import own_file, read_text
 from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
-from hf_fusion.hub.adapters import parse_json, read_json
+from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.card_edit import metadata_of
 from hf_fusion.hub.commits import as_commit, download_file, found_commit
 from hf_fusion.hub.linearized import STEM as LINEARIZED
@@ -30,6 +30,7 @@ from hf_fusion.hub.manifests import (
 )
 from hf_fusion.hub.remote import Header, read_header, read_json_file, read_part
 from hf_fusion.hub.snapshot import check_snapshot
+from hf_fusion.plain_json import parse_object
 from hf_fusion.progress import is_reported, phase, track
 from hf_fusion.recipe import CONTENT
 from hf_fusion.saving import refusal, unwritable
@@ -126,7 +127,7 @@ class Source:
         assert self.revision is not None
         with explained(self.name):
             content = read_json_file(hub_api(self.api), self.name, file, self.revision)
-        return parse_json(content, file, self.name)
+        return parse_object(content, file, self.name)
 
     def header(self, file: str) -> Header:
         """The header of one of a repo's safetensors files, fetched once."""
@@ -236,7 +237,7 @@ def explained(name: str) -> Iterator[None]:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its type where it has none; never a URL's query, which may sign it."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = printable((str(error).strip() or type(error).__name__).splitlines()[0], 500)
     return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]*", r"\1", line)
 
 
@@ -342,7 +343,7 @@ def _local_card(folder: Path) -> dict[str, Any]:
     try:
         return metadata_of(read_text(folder / "README.md"))
     except (FusionError, ValueError) as error:  # none of it may hide weights that work
-        logger.warning("The metadata of %s/README.md cannot be read: %s", folder, error)
+        logger.warning("The metadata of %s/README.md cannot be read: %s", folder, one_line(error))
         return {}
 
 

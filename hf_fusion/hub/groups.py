@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_fusion.errors import printable
 from hf_fusion.experts import ExpertInfo
 from hf_fusion.hub.commits import SHA
-from hf_fusion.hub.compat import Compatibility, Reason, ReasonKind, Rejected
+from hf_fusion.hub.compat import Compatibility, Rejected
 from hf_fusion.hub.files import Source, download, hub_api, in_parallel, resolve_repo, safe_files
 from hf_fusion.hub.heads import Head, head_of_architecture, head_of_task, same_label
+from hf_fusion.hub.reasons import Reason, ReasonKind
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -203,7 +205,7 @@ def _group(head: str, experts: Sequence[ExpertInfo], options: tuple[str, ...] | 
 
 def group_rows(groups: Sequence[Group], most: int = 6) -> list[dict[str, Any]]:
     """A table of groups, one row each."""
-    return [
+    rows = [
         {
             "group": str(number),
             "experts": str(len(group.experts)),
@@ -215,3 +217,4 @@ def group_rows(groups: Sequence[Group], most: int = 6) -> list[dict[str, Any]]:
         }
         for number, group in enumerate(groups, 1)
     ]
+    return [{key: printable(text) for key, text in row.items()} for row in rows]

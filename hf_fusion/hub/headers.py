@@ -7,20 +7,25 @@ renaming it does (old layouts, prefixes, tied weights) counts as it would when l
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, shown
 from hf_fusion.extras import refuse_missing
-from hf_fusion.files import own_file
+from hf_fusion.files import open_file
+from hf_fusion.hub.bounds import TooMuchError, within_bounds
 from hf_fusion.hub.code import refuse_kernels
 from hf_fusion.hub.files import Source, first_line, in_parallel
 from hf_fusion.hub.heads import Head
 from hf_fusion.hub.linearized import plain_names
 from hf_fusion.hub.quiet import quiet_transformers
+from hf_fusion.hub.remote import refuse_long
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -36,8 +41,11 @@ _LAYERS = re.compile(
     r"|(\w+_)?num_(hidden_|encoder_|decoder_)?layers|(\w+_)?(en|de)coder_layers"
 )
 _PARTS = re.compile(r"(\w+_)?(num|n)_(\w+_)?(experts|groups|heads|labels)")
-_FEW_LAYERS = 1_000  # built in seconds, whatever a checkpoint holds: layers may share tensors (ALBERT)
+_FEW_LAYERS = 500  # built in seconds, whatever a checkpoint holds: layers may share tensors (ALBERT)
 _MOST_PARTS = 100_000  # no real model has more classes, heads or experts
+_MOST = 1 << 24  # nor a larger size, vocabulary or context; a list of so many entries takes about 500 MB
+_UNBOUNDED = re.compile(r"(\w+_)?(theta|seed|ids?)")  # numbers that nothing is built by
+_MOST_BUFFERS = 200_000_000  # bytes of tables that no tensor fills, in a model whose files are smaller
 # what of a configuration says nothing about shapes
 _NAMES = ("_name_or_path", "transformers_version", "id2label", "label2id")
 
@@ -95,7 +103,9 @@ def local_shapes(folder: Path, files: Iterable[str]) -> Shapes:
 
     shapes: Shapes = {}
     for file in files:
-        own_file(folder / file, folder)
+        with open_file(folder / file, folder) as start:
+            length, size = int.from_bytes(start.read(8), "little"), os.fstat(start.fileno()).st_size
+        refuse_long(length, size, str(folder / file))
         with safe_open(folder / file, "pt") as tensors:
             shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     return shapes
@@ -122,48 +132,84 @@ def native_config(config: Mapping[str, Any], name: str, tensors: int) -> Pretrai
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from hf_fusion.models.foe.own_code_foe import without_code
-
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise FusionError(f"{name}: transformers does not know model_type {model_type!r}.")
     if config.get("quantization_config"):
         raise FusionError(f"{name}: its weights are quantized.", hint="use the unquantized checkpoint")
+    return checked_config(config, name, tensors)
+
+
+def checked_config(config: Mapping[str, Any], name: str, tensors: int = _MOST_PARTS) -> Any:
+    """The config object, built within bounds; None of a model that transformers does not know.
+
+    Args:
+        config: content of ``config.json``, as tokenizers read it too.
+        name: what errors call the model.
+        tensors: how many tensors the checkpoint holds, if that is known.
+
+    Raises:
+        FusionError: it is not valid, asks for code of others, or promises what no model has.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from hf_fusion.models.foe.own_code_foe import without_code
+
     refuse_kernels(config, name)
-    for key, value in _numbers(config):
-        most = max(tensors, _FEW_LAYERS) if _LAYERS.fullmatch(key) else _MOST_PARTS
-        if value > most:
-            raise FusionError(f"{name}: config.json promises {key}={value}, the weights are {tensors} tensors.")
     try:
-        return CONFIG_MAPPING[model_type].from_dict(without_code(dict(config)))
+        config_class: Any = CONFIG_MAPPING[str(config.get("model_type"))]
+    except KeyError:
+        config_class = None
+    known = {*signature(config_class).parameters, *config_class.attribute_map} if config_class else set()
+    for top, own in config.items():
+        for key, value in _numbers(top, own):
+            if abs(value) > _most(key, tensors, is_known=top in known):
+                told = f"{key}={shown(value)}, the weights are {tensors} tensors"
+                raise FusionError(f"{name}: config.json promises {told}.")
+    if config_class is None:
+        return None
+    try:
+        return within_bounds(lambda: config_class.from_dict(without_code(dict(config))))
     except Exception as error:  # a stranger's config may fail in any way
         refuse_missing(error, name)
         raise FusionError(f"{name}: config.json is not valid ({first_line(error)}).") from error
 
 
-def _numbers(config: Mapping[str, Any]) -> Iterable[tuple[str, int]]:
-    """How many modules of each kind a config and its nested configs have built; lists count stage by stage."""
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _numbers(value)
-        elif _LAYERS.fullmatch(str(key)) or _PARTS.fullmatch(str(key)):
-            yield from ((str(key), n) for n in (value if isinstance(value, list) else [value]) if isinstance(n, int))
+def _numbers(key: str, value: Any) -> Iterator[tuple[str, int]]:
+    """The whole numbers in a value of a config: those of nested configs by their own keys, of lists each."""
+    if isinstance(value, Mapping):
+        for inner, own in value.items():
+            yield from _numbers(str(inner), own)
+    elif isinstance(value, list):
+        for own in value:
+            yield from _numbers(key, own)
+    elif isinstance(value, int) and not _UNBOUNDED.fullmatch(key):
+        yield key, value
 
 
-def meta_model(config: PretrainedConfig, head: Head, name: str) -> Any:
-    """The model of a config on the meta device: names and shapes, no memory.
+def _most(key: str, tensors: int, *, is_known: bool) -> float:
+    """The largest number that a config may have under a key, which its class may know or not."""
+    if _LAYERS.fullmatch(key):
+        return max(min(tensors, _MOST_PARTS), _FEW_LAYERS)
+    if _PARTS.fullmatch(key):
+        return _MOST_PARTS
+    return _MOST if is_known else math.inf
+
+
+def on_meta(build: Callable[[], T]) -> T:
+    """What `build` makes on the meta device, within bounds.
 
     Raises:
-        FusionError: naming the expert, if no such model can be built.
+        TooMuchError: it takes more time or memory than any model does.
     """
     import torch
 
-    try:
-        with torch.device("meta"), quiet_transformers():
-            return head.auto_class().from_config(config, trust_remote_code=False)
-    except Exception as error:
-        refuse_missing(error, name)
-        raise FusionError(f"{name}: no {head.auto} can be built from config.json ({first_line(error)}).") from error
+    def built() -> T:
+        with torch.device("meta"):
+            return build()
+
+    with quiet_transformers():
+        return within_bounds(built)
 
 
 def account(config: PretrainedConfig, head: Head, shapes: Shapes, name: str) -> Account:
@@ -172,16 +218,40 @@ def account(config: PretrainedConfig, head: Head, shapes: Shapes, name: str) -> 
     Raises:
         FusionError: naming the expert, if no such model can be built.
     """
-    return account_as(type(meta_model(config, head, name)), config, shapes)
+    try:
+        return account_as(*_class_of(config, head), shapes)
+    except Exception as error:
+        refuse_missing(error, name)
+        raise FusionError(f"{name}: no {head.auto} can be built from config.json ({first_line(error)}).") from error
+
+
+def _class_of(config: PretrainedConfig, head: Head) -> tuple[Any, PretrainedConfig]:
+    """The class that a head's Auto class builds, and the config that it takes: the whole, or that of its texts.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    mapping = head.auto_class()._model_mapping
+    if type(config) not in mapping:
+        raise ValueError(f"{config.model_type} has no such class")
+    own = _get_model_class(config, mapping)
+    text = config.sub_configs.get("text_config")
+    return own, config.get_text_config() if text is not None and own.config_class == text else config
 
 
 def account_as(model_class: Any, config: PretrainedConfig, shapes: Shapes) -> Account:
-    """Load tensors of these names and shapes into a model of a class, without their values."""
+    """Load tensors of these names and shapes into a model of a class, without their values.
+
+    Raises:
+        TooMuchError: it takes more time or memory than any model does.
+    """
     import torch
 
-    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    with quiet_transformers():
-        model, info = model_class.from_pretrained(
+    def load() -> Any:
+        state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        return _weightless(model_class).from_pretrained(
             None,
             config=config,
             state_dict=state,
@@ -190,6 +260,28 @@ def account_as(model_class: Any, config: PretrainedConfig, shapes: Shapes) -> Ac
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+
+    with quiet_transformers():
+        model, info = within_bounds(load)
+    model.__class__ = model_class
+    _refuse_buffers(model, sum(math.prod(shape) for shape in shapes.values()))
     sizes = {key: (tuple(found), tuple(expected)) for key, found, expected in sorted(info["mismatched_keys"])}
     mismatched = tuple(f"{key} is {[*found]}, not {[*expected]}" for key, (found, expected) in sizes.items())
     return Account(model, frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]), mismatched, sizes)
+
+
+def _refuse_buffers(model: Any, found: int) -> None:
+    """Raises for tables that loading computes, such as masks, where they are larger than all that is stored."""
+    taken = sum(buffer.numel() * buffer.element_size() for _, buffer in model.named_non_persistent_buffers())
+    if taken > max(_MOST_BUFFERS, found):
+        raise TooMuchError(f"tables of {taken / 1e6:,.0f} MB beside {found:,} stored numbers")
+
+
+def _weightless(model_class: Any) -> Any:
+    """The class, but what no tensor fills stays on the meta device, where it takes no memory and no time."""
+
+    def skip(*_: Any, **__: Any) -> None:
+        pass
+
+    made = {"_move_missing_keys_from_meta_to_device": skip, "_initialize_missing_keys": skip}
+    return type(model_class.__name__, (model_class,), {**made, "__module__": model_class.__module__})

@@ -31,7 +31,7 @@ from hf_fusion.hub.files import (
     resolve_repo,
 )
 from hf_fusion.hub.gates import GATES_FILE, read_gates
-from hf_fusion.hub.headers import Account, Shapes, account, local_shapes, native_config
+from hf_fusion.hub.headers import Account, Shapes, account, checked_config, local_shapes, native_config
 from hf_fusion.hub.heads import (
     Head,
     architectures,
@@ -393,6 +393,7 @@ def processor_of(source: Source, *, agreed: bool) -> Any:
         return None
     needed = processor_code(source, auto)
     refuse_code(source, needed, agreed=agreed)
+    checked_config(source.config, source.name)  # which both read as well
     check_snapshot(_folder(source), source.name)
     try:
         reader = getattr(transformers, auto)

@@ -106,7 +106,7 @@ def repos_of(names: Mapping[str, str], repo_id: str) -> dict[str, str]:
     """Where each folder would be pushed to, bases that only adapters name among them: path -> ``owner/name``.
 
     Raises:
-        FusionError: two folders have one name, or that of the model.
+        FusionError: two folders have one name, or that of the model; or a folder that the recipe names holds no model.
     """
     owner = repo_id.partition("/")[0]
     paths = [path for name in names for path in (recorded_folder(name), name) if path]  # a base before its adapters
@@ -115,6 +115,9 @@ def repos_of(names: Mapping[str, str], repo_id: str) -> dict[str, str]:
     for path, repo in repos.items():
         if other := taken.get(repo.lower()):
             raise FusionError(f"{path} and {other} would both be {repo}.", "rename the folder, and fuse again")
+        # a recipe that came with a model may name any folder of this machine
+        if not any(file.endswith((".safetensors", ".bin")) for file in model_files(Path(path))):
+            raise FusionError(f"{path} holds no model: it has no weights.", "publish without --push-experts")
         taken[repo.lower()] = path
     return repos
 

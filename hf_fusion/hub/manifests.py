@@ -8,14 +8,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from hf_fusion.errors import FusionError, one_line, shown
-from hf_fusion.files import own_file, read_text
+from hf_fusion.errors import FusionError, shown
+from hf_fusion.files import own_file, read_file
+from hf_fusion.plain_json import parse
 
 MODULES = "modules.json"
 TEMPLATES = "additional_chat_templates"
@@ -122,11 +122,7 @@ def local_named_files(folder: Path, name: str, *, code: bool) -> list[str]:
 
 def read_content(file: Path, name: str) -> Any:
     """What a JSON file holds, or a FusionError naming the model and the file."""
-    try:
-        return json.loads(read_text(file))
-    except (ValueError, RecursionError) as error:
-        why = "it is nested too deeply" if isinstance(error, RecursionError) else one_line(error)
-        raise FusionError(f"{name}: {file.name} cannot be read ({why})", "fetch it again") from None
+    return parse(read_file(file), file.name, name)
 
 
 def _routed(name: str, folder: str, known: set[str], read: Read, depth: int) -> Iterator[str]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
-
+from hf_fusion.hub.headers import on_meta
 from hf_fusion.models.wemoe.assembly_wemoe import Source, check_experts, head_of, head_paths, part_of, renamed
 
 
@@ -40,5 +39,4 @@ def _under_the_head_of(model: Any, base: Any) -> Any:
         return model
     config = copy.deepcopy(base.config)
     config.num_labels = model.config.num_labels  # a base without a head has none
-    with torch.device("meta"):
-        return type(model)._from_config(config)
+    return on_meta(lambda: type(model)._from_config(config))

@@ -16,7 +16,6 @@ from hf_fusion.errors import FusionError
 from hf_fusion.extras import MissingLibraryError, refuse_missing
 from hf_fusion.hub.files import first_line
 from hf_fusion.hub.heads import architectures, model_class_of
-from hf_fusion.hub.quiet import quiet_transformers
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def promised(config: Mapping[str, Any], name: str, tensors: int) -> Promised:
         return Promised(why=str(error).replace(_NAME, name))
 
 
-_NAME = "\0"  # stands for the name in what is kept for all checkpoints of a configuration
+_NAME = "‹name›"  # stands for the name in what is kept for all checkpoints of a configuration
 
 
 class _NotBuiltError(Exception):
@@ -73,17 +72,14 @@ class _NotBuiltError(Exception):
 
 @lru_cache(maxsize=16)
 def _promised(text: str, tensors: int) -> Promised:
-    import torch
-
-    from hf_fusion.hub.headers import native_config
+    from hf_fusion.hub.headers import native_config, on_meta
 
     content = json.loads(text)
     try:
         config = native_config(content, _NAME, tensors)
         own = model_class(content, config)
         config = _config_for(own, config)
-        with torch.device("meta"), quiet_transformers():
-            return Promised(own._from_config(config), config)
+        return Promised(on_meta(lambda: own._from_config(config)), config)
     except FusionError as error:
         raise _NotBuiltError(error.message, error) from error
     except Exception as error:  # a stranger's config may fail in any way

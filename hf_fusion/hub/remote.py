@@ -6,7 +6,6 @@ once, in hundreds of repos, is read directly from its address; what an earlier d
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from hf_fusion.errors import FusionError
 from hf_fusion.files import read_file
 from hf_fusion.hub.commits import found_commit
+from hf_fusion.plain_json import MAX_BYTES, parse
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-MAX_JSON = 64 << 20  # the largest tokenizer.json and index.json files that are known have about a third of this
 MAX_HEADER = 25 << 20  # as huggingface_hub's own limit
 _FIRST = 100_000  # bytes: most headers are shorter, so that one request is enough
 
@@ -77,10 +76,10 @@ def read_json_file(api: HfApi, repo_id: str, file: str, revision: str) -> bytes:
     cached = try_to_load_from_cache(repo_id, file, revision=revision)
     # the cache follows a branch that is called like the commit
     if isinstance(cached, str) and Path(cached).parents[file.count("/")].name == revision:
-        return read_file(Path(cached), most=MAX_JSON)
-    part = read_part(api, repo_id, file, revision, 0, MAX_JSON)
-    if part.size > MAX_JSON:
-        raise FusionError(f"{repo_id}: {file} has {part.size:,} bytes: no such file is larger than {MAX_JSON:,}.")
+        return read_file(Path(cached), most=MAX_BYTES)
+    part = read_part(api, repo_id, file, revision, 0, MAX_BYTES)
+    if part.size > MAX_BYTES:
+        raise FusionError(f"{repo_id}: {file} has {part.size:,} bytes: no such file is larger than {MAX_BYTES:,}.")
     return part.data
 
 
@@ -106,16 +105,32 @@ def read_header(api: HfApi, repo_id: str, file: str, revision: str | None) -> He
     """
     part = read_part(api, repo_id, file, revision, 0, _FIRST)
     length = int.from_bytes(part.data[:8], "little")
-    if len(part.data) < 8 or length > min(MAX_HEADER, part.size - 8):
+    if len(part.data) < 8 or length > part.size - 8:
         raise FusionError(f"{repo_id}: {file} is not a safetensors file: its header does not fit.")
+    refuse_long(length, part.size, f"{repo_id}: {file}")
     text = part.data[8 : 8 + length]
     if len(text) < length:
         text += read_part(api, repo_id, file, revision, 8 + len(text), 8 + length).data
     try:
-        shapes = _shapes(json.loads(text))
-    except (ValueError, RecursionError):
+        shapes = _shapes(parse(text, file, repo_id))
+    except (ValueError, FusionError):
         raise FusionError(f"{repo_id}: {file} is not a safetensors file: its header cannot be read.") from None
     return Header(shapes, part.size)
+
+
+def refuse_long(length: int, size: int, what: str) -> None:
+    """Refuses a header that is out of proportion to its file: reading it would take more memory than any does.
+
+    Args:
+        length: of the header, in bytes.
+        size: of the whole file.
+        what: what the error calls the file.
+
+    Raises:
+        FusionError: for more than 4 MB and a byte for each 500 of the file, or 25 MB.
+    """
+    if length > min(MAX_HEADER, (4 << 20) + size // 500):
+        raise FusionError(f"{what} has {size:,} bytes and a header of {length:,}: it names more tensors than it holds.")
 
 
 def _shapes(header: Any) -> dict[str, tuple[int, ...]]:

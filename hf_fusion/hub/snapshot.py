@@ -18,6 +18,7 @@ from typing import Any
 from hf_fusion.errors import FusionError, one_line, shown
 from hf_fusion.files import MOST_BYTES, is_within, own_file, read_file, refuse_special
 from hf_fusion.hub.manifests import PROCESSORS, local_files, local_named_files, named_folders, read_content
+from hf_fusion.plain_json import MAX_BYTES, MAX_VALUES, parse
 
 INDEXES = ".index.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".npz", ".ckpt")
@@ -71,7 +72,10 @@ def read_index(index: Path, name: str) -> dict[str, str]:
         FusionError: it cannot be read, or names what is not a file beside it.
     """
     try:
-        content = json.loads(read_file(index).decode(), object_pairs_hook=unique_keys)
+        text = read_file(index, most=MAX_BYTES)
+        if text.count(b",") > MAX_VALUES:
+            raise ValueError(f"it has more than {MAX_VALUES:,} entries")
+        content = json.loads(text.decode(), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise FusionError(f"{name}: {index.name} is not valid ({why_not(error)})", "fetch it again") from None
     places = content.get("weight_map") if isinstance(content, dict) else None
@@ -121,7 +125,7 @@ def _below(folder: Path, name: str) -> list[str]:
 def _processors(folder: Path, name: str) -> list[str]:
     """The folders of a FoE's processors."""
     file = folder / PROCESSORS[0]
-    content = _content(file) if own_file(file, folder) else None
+    content = _content(folder, PROCESSORS[0], name) if own_file(file, folder) else None
     named = content.get("folders") if isinstance(content, Mapping) else None
     found = [own for own in named if own] if isinstance(named, list) else []
     for own in found:
@@ -158,17 +162,13 @@ def _size(file: Path) -> int:
         return -1
 
 
-def _content(file: Path) -> Any:
-    """What a JSON file holds; None where it is not valid, of which whatever needs it will say more."""
-    try:
-        return json.loads(read_file(file, file.parent).decode())
-    except (ValueError, RecursionError):
-        return None
+def _content(folder: Path, file: str, name: str) -> Any:
+    return parse(read_file(folder / file, folder, most=MAX_BYTES), file, name)
 
 
 def _check_config(folder: Path, file: str, name: str) -> None:
     """Refuses a configuration that has a class open a file outside of the model."""
-    for key, value in _texts(_content(folder / file)):
+    for key, value in _texts(_content(folder, file, name)):
         if key == "transformers_weights":  # which transformers loads instead of model.safetensors
             leads_out = not _BESIDE.fullmatch(value)
         elif key == "auto_map":

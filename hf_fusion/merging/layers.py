@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError, shown
-from hf_fusion.hub.headers import native_config
+from hf_fusion.hub.headers import native_config, on_meta
 
 if TYPE_CHECKING:
     from torch import nn
@@ -432,15 +432,13 @@ def _built(config: Config, count: int) -> _Built | None:
     import torch
 
     from hf_fusion.hub.heads import architectures, model_class_of
-    from hf_fusion.hub.quiet import quiet_transformers
 
     own = model_class_of(next(iter(architectures(dict(config))), None))
     native = _native(config)
     if own is None or native is None:
         return None
     try:
-        with torch.device("meta"), quiet_transformers():
-            model = own._from_config(native)
+        model = on_meta(lambda: own._from_config(native))
     except Exception:  # whatever is wrong with it is said when the merged model is opened
         return None
     for path, module in model.named_modules():

@@ -64,7 +64,7 @@ def read_examples(expert: Expert, dataset: Dataset, max_length: int) -> Examples
             "images and dense predictors can be taught here"
         )
     with phase(f"Encoding {len(dataset):,} rows"):
-        return read(expert, dataset, max_length)
+        return read(expert, _pictured(dataset), max_length)
 
 
 def zero_shot_examples(processor: Any, dataset: Dataset, prompts: Sequence[str]) -> Examples:
@@ -87,7 +87,13 @@ def image_text_examples(processor: Any, dataset: Dataset, texts: Mapping[str, to
         labels = {"labels": torch.tensor([row["label"] for row in rows])} if "label" in columns else {}
         return {**texts, "pixel_values": pixels, **labels}
 
-    return Examples(dataset.select_columns(columns), collate, _class_loss)
+    return Examples(_pictured(dataset.select_columns(columns)), collate, _class_loss)
+
+
+def _pictured(dataset: Dataset) -> Dataset:
+    from ..picture_rows import with_pictures
+
+    return with_pictures(dataset)
 
 
 def _generation(expert: Expert, dataset: Dataset, max_length: int) -> Examples:

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from ..cache import cache_folder
 from ..errors import FusionError
 from ..models.foe.assembly_foe import normalise
+from ..picture_rows import with_pictures
 from ..progress import phase
 
 # data set column -> the processor's argument; the first ones found feed the model
@@ -197,7 +198,8 @@ def _run_cached(runner: Any, dataset: datasets.Dataset, columns: Mapping[str, st
     folder = cache_folder() / "outputs"
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{key}-{rank}-of-{state.num_processes}.arrow" for rank in range(state.num_processes)]
-    own = dataset.select_columns(needed).shard(state.num_processes, state.process_index, contiguous=True)
+    own = with_pictures(dataset.select_columns(needed))
+    own = own.shard(state.num_processes, state.process_index, contiguous=True)
     training = model.training
     model.eval()
     with torch.no_grad(), phase(f"Running {model.config.num_experts} experts", len(own)) as told:

@@ -19,7 +19,7 @@ import page
 import widgets
 from model import LoadError, Served, load
 from PIL import Image
-from processing import InputError, Routing, read_data_url, to_data_url, to_mnist
+from processing import InputError, Routing, read_picture, to_data_url, to_mnist
 
 try:
     import spaces
@@ -56,7 +56,7 @@ def ask(example: str | Image.Image, budget: float | None) -> Routing:
     return served().ask(example, budget)
 
 
-def read_input(value: str | Image.Image | None) -> str | Image.Image:
+def read_input(value: str | Path | None) -> str | Image.Image:
     """What the model is given for what the page or the API was given.
 
     Raises:
@@ -71,7 +71,7 @@ def read_input(value: str | Image.Image | None) -> str | Image.Image:
         return text
     if not value:
         raise InputError("There is no picture yet.")
-    picture = read_data_url(value) if isinstance(value, str) else value
+    picture = read_picture(value)
     return to_mnist(picture) if served().digits else picture.convert("RGB")
 
 
@@ -157,7 +157,7 @@ def build() -> gr.Blocks:
             ),
             apply_default_css=False,
         )
-        pictures = {name: to_data_url(Image.open(path)) for name, path in EXAMPLES.items()}
+        pictures = {name: to_data_url(read_picture(path)) for name, path in EXAMPLES.items()}
         first = pictures.get(FIRST, "") if input_kind() == "digits" else (served().examples or [""])[0]
         parts = show(first) if input_kind() != "image" else show(None)
         with gr.Row(elem_classes="foe-top"):
@@ -191,7 +191,7 @@ def _input(kind: str, pictures: dict[str, str], first: str) -> tuple[gr.componen
         pad = widgets.pad(pictures, first)
         return pad, [pad.input]
     if kind == "image":
-        image = gr.Image(type="pil", label="Picture", sources=["upload", "clipboard", "webcam"], height=320)
+        image = widgets.picture(label="Picture", sources=["upload", "clipboard", "webcam"], height=320)
         return image, [image.change]
     text = gr.Textbox(first, label="Text", lines=7, max_length=LONGEST_TEXT, placeholder="Write something …")
     button = gr.Button("Ask the experts", variant="primary")
@@ -211,7 +211,7 @@ def _input(kind: str, pictures: dict[str, str], first: str) -> tuple[gr.componen
 def _api(kind: str) -> None:
     """The one verb, with inputs a client can fill: a file where the page has a pad, a number where it has a slider."""
     with gr.Row(visible=False):
-        value = gr.Image(type="pil", label="picture") if kind == "image" else gr.Textbox(label="text")
+        value = widgets.picture(label="picture") if kind == "image" else gr.Textbox(label="text")
         budget = gr.Number(None, label="budget")
         gr.Button().click(predict, [value, budget], gr.JSON(label="routing"), api_name="predict")
 

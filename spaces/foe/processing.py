@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from pictures import PictureError, open_picture
+from PIL import Image, ImageOps
 
 NUMERALS = dict(
     zip(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"), map(str, range(10)))
@@ -18,7 +19,6 @@ NUMERALS = dict(
 SIDE, GLYPH = 28, 20  # MNIST: a glyph of at most 20 x 20, its centre of mass in the middle of 28 x 28
 INK = 0.25  # pixels above this share of the strongest one are ink
 FAINT = 16  # grey levels; a picture with less contrast than this is blank
-MOST_PIXELS = 25_000_000
 
 Routing = dict[str, Any]
 
@@ -36,23 +36,18 @@ def are_digits(labels: Sequence[str]) -> bool:
     return bool(labels) and all(label.strip().lower() in known for label in labels)
 
 
-def read_data_url(url: str) -> Image.Image:
-    """The picture in a ``data:image/…;base64,…`` URL.
+def read_picture(given: str | Path) -> Image.Image:
+    """The picture in an uploaded file, or in a ``data:image/…;base64,…`` URL.
 
     Raises:
-        InputError: for anything else.
+        InputError: for anything else, see `pictures.open_picture`.
     """
-    head, _, body = url.partition(",")
-    if not (head.startswith("data:image/") and head.endswith(";base64")):
+    if isinstance(given, str) and not given.startswith("data:"):  # a visitor's text names no file
         raise InputError("That is not a picture.")
     try:
-        picture = Image.open(io.BytesIO(base64.b64decode(body, validate=True)))
-        if picture.width * picture.height > MOST_PIXELS:
-            raise InputError("That picture is too large: 25 megapixels are the most.")
-        picture.load()
-    except (binascii.Error, UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise InputError("That picture cannot be read; PNG, JPEG and WebP can.") from error
-    return picture
+        return open_picture(given)
+    except PictureError as error:
+        raise InputError(f"{error}.") from error
 
 
 def to_data_url(picture: Image.Image) -> str:

@@ -1,11 +1,13 @@
-"""Two inputs that Gradio does not have: a pad to draw a digit on, and a budget whose last step is "all experts"."""
+"""Inputs that Gradio does not have: a pad to draw a digit on, a picture opened by us, a budget with "all experts"."""
 
 from __future__ import annotations
 
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
+from gradio.data_classes import ImageData
 
 ALL = "all"  # the budget's value for "all experts"; Gradio would turn null into an empty text
 FOLDER = Path(__file__).parent
@@ -20,6 +22,20 @@ EXAMPLE = '<button type="button" aria-label="Example: {name}"><img src="{url}" a
 BUDGET = """<div class="foe-card foe-budget"><label><span>Budget</span><output></output>
 <input type="range" min="1" max="11" step="1" value="11"></label>
 <div class="ends" aria-hidden="true"><span>10 % of the cost</span><span>all experts, at once</span></div></div>"""
+
+
+def picture(**options: Any) -> gr.Image:
+    """Gradio's own input, but that it hands on what was uploaded unopened: `pictures.open_picture` opens it."""
+    component = gr.Image(type="filepath", image_mode=None, **options)
+    component.preprocess = _unopened  # type: ignore[method-assign]  # a subclass would make Gradio write a stub beside it
+    return component
+
+
+def _unopened(payload: ImageData | None) -> str | Path | None:
+    """A file, or a data URL, as it was given."""
+    if payload is None or (payload.url or "").startswith("data:"):
+        return payload and payload.url
+    return Path(payload.path) if payload.path else ""
 
 
 def pad(examples: dict[str, str], value: str = "") -> gr.HTML:

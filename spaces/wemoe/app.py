@@ -36,6 +36,7 @@ from model import (
     read_image,
 )
 from PIL import Image
+from widgets import picture
 
 try:
     import spaces
@@ -304,7 +305,7 @@ def _one_input(blocks: gr.Blocks, model: Served) -> None:
 def _inputs(model: Served, first: Example) -> list[Any]:
     """The components for one input."""
     if model.kind == "image":
-        return [gr.Image(first.image, type="pil", label="Picture", sources=["upload", "clipboard"], height=280)]
+        return [picture(value=first.image, label="Picture", sources=["upload", "clipboard"], height=280)]
     language = model.kind == "language"
     text = gr.Textbox(
         first.text,
@@ -373,7 +374,7 @@ def _api(model: Served) -> None:
     """The one verb for clients."""
     with gr.Row(visible=False):
         if model.kind == "image":
-            given: list[Any] = [gr.Image(type="pil", label="picture")]
+            given: list[Any] = [picture(label="picture")]
         else:
             given = [gr.Textbox(label="text")] + ([gr.Textbox(label="text_pair")] if model.kind == "text" else [])
         given.append(gr.Textbox(label="task"))

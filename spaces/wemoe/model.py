@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -21,12 +22,14 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from PIL import Image, ImageOps
+from pictures import PictureError, open_picture
+from PIL import Image
+
+logger = logging.getLogger(__name__)
 
 NEW_TOKENS = 64
 LONGEST_INPUT = 1024  # tokens, where the model does not say
 MOST_CHARACTERS = 20_000
-MOST_PIXELS = 25_000_000
 MOST_EXAMPLES = 8
 TOGETHER = 16  # rows of a forward
 EXAMPLES = [
@@ -261,20 +264,15 @@ def _on(inputs: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
 
 
 def read_image(given: Any) -> Image.Image:
-    """A picture, upright, from a path or as it is.
+    """A picture from a file or a data URL.
 
     Raises:
-        InputError: naming the file that cannot be read.
+        InputError: naming the file that cannot be read, see `pictures.open_picture`.
     """
     try:
-        image = Image.open(given) if isinstance(given, (str, Path)) else given
-        if image.width * image.height > MOST_PIXELS:
-            raise InputError(f"That picture is too large: {MOST_PIXELS // 1_000_000} megapixels are the most.")
-        return ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{Path(str(given)).name} cannot be read; PNG, JPEG and WebP can.") from error
+        return open_picture(given)
+    except PictureError as error:
+        raise InputError(f"{error}.") from error
 
 
 # ---------------------------------------------------------------- loading
@@ -348,7 +346,10 @@ def read_examples(given: Any, folder: Path) -> list[Example]:
         )
         path = folder / Path(str(row.get("image")))
         if "image" in row and ".." not in path.parts and path.is_relative_to(folder) and path.is_file():
-            found.append(Example(image=read_image(path), name=path.name, task=task))
+            try:
+                found.append(Example(image=read_image(path), name=path.name, task=task))
+            except InputError as error:  # the others are shown all the same
+                logger.warning("an example is left out: %s", error)
         elif text.strip():
             found.append(Example(text, pair, task=task))
     return found[:MOST_EXAMPLES]

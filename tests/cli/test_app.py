@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -173,22 +174,31 @@ def test_every_kind_of_exception_becomes_words_and_a_next_step():
         assert problem.hint
 
 
-def test_interrupting_ends_with_130(tmp_path):
-    pipe = tmp_path / "recipe.yaml"
-    os.mkfifo(pipe)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "hf_fusion.cli", "fuse", str(pipe), "--output", str(tmp_path / "fused")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell's background job ignores this signal, and so would what it starts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    with pipe.open("w"):  # opens when the command has begun to read, which then waits for us
-        process.send_signal(signal.SIGINT)
-        text, rest = process.communicate(timeout=60)
+def test_interrupting_ends_with_130():
+    with socket.create_server(("127.0.0.1", 0)) as server:  # a Hub that never answers
+        server.settimeout(60)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hf_fusion.cli", "discover", "--author", "me"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}"},
+            # A shell's background job ignores this signal, and so would what it starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(1)  # the command has asked, and waits for us
+            process.send_signal(signal.SIGINT)
+            text, rest = process.communicate(timeout=60)
     assert process.returncode == 130
     assert (text, rest) == ("", "Interrupted.\n")
+
+
+def test_a_recipe_that_is_a_pipe_is_not_waited_for(hf_fusion, tmp_path):
+    os.mkfifo(tmp_path / "recipe.yaml")
+    done = hf_fusion("fuse", str(tmp_path / "recipe.yaml"), "--output", "fused")
+    assert done.returncode == 1 and "recipe.yaml is a pipe, not a file" in done.stderr
 
 
 def test_the_hub_serves_until_interrupted(tmp_path):

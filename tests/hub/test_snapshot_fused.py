@@ -172,6 +172,18 @@ def test_a_link_out_of_an_expert_is_not_pushed_with_it(name, owner, folders):
     assert not owner.api.repo_exists(f"{owner.name}/fused") and not owner.api.repo_exists(f"{owner.name}/one")
 
 
+def test_a_folder_without_a_model_is_not_pushed(owner, folders):
+    """A recipe that came with a model may name any folder of this machine."""
+    private = folders / "private"
+    private.mkdir()
+    (private / "notes.txt").write_text("secret")
+    recipe = Recipe.load(folders / "linear")
+    Recipe("linear", (*recipe.experts[:1], RecipeExpert(str(private)))).save(folders / "linear" / "fusion.yaml")
+    with pytest.raises(FusionError, match="private holds no model"):
+        publish(folders / "linear", f"{owner.name}/fused", push_experts=True, license="mit", api=owner.api)
+    assert not list(owner.api.list_models(author=owner.name))
+
+
 def test_a_folders_content_is_not_that_of_a_link(folders):
     (folders / "one" / SINGLE).unlink()
     (folders / "one" / SINGLE).symlink_to("../secret/model.safetensors")

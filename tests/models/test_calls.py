@@ -137,3 +137,22 @@ def test_compiled_code_finds_what_its_thread_has():
     assert wrong_calls(calls, 100) == []
     torch._dynamo.reset()
     assert model.calls.current() is None
+
+
+def test_what_compiled_code_kept_is_found_by_its_thread():
+    calls = Calls()
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def call(x: torch.Tensor) -> torch.Tensor:
+        before = calls.kept()
+        calls.keep([x + 1])
+        return x if before is None else before[0]
+
+    x = torch.ones(1)
+    assert (call(x).item(), call(x + 1).item()) == (1, 2)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(calls.kept).result() is None
+    assert calls.kept()[0].item() == 3
+    calls.keep([x])
+    assert call(x).item() == 1
+    torch._dynamo.reset()

@@ -64,16 +64,17 @@ def test_blank_pictures_are_refused(processing, level):
 
 
 @pytest.mark.parametrize(
-    "url", ["", "hello", "data:text/html;base64,aGk=", "data:image/png;base64,aGk=", "data:image/png;base64,?"]
+    "url",
+    ["", "hello", __file__, "data:text/html;base64,aGk=", "data:image/png;base64,aGk=", "data:image/png;base64,?"],
 )
 def test_what_is_no_picture_is_refused(processing, url):
     with pytest.raises(processing.InputError, match="picture"):
-        processing.read_data_url(url)
+        processing.read_picture(url)
 
 
 def test_data_urls_round_trip(processing):
     digit = processing.to_mnist(drawing(0, 255))
-    assert processing.read_data_url(processing.to_data_url(digit)).tobytes() == digit.tobytes()
+    assert processing.read_picture(processing.to_data_url(digit)).tobytes() == digit.tobytes()
 
 
 def test_digits_are_known_by_their_names(processing):

@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from hostile_pictures import refused
 from huggingface_hub import HfApi
 from PIL import Image, ImageOps
 from threads import wrong_calls
@@ -177,6 +178,19 @@ def test_predict_answers_like_the_model(digits, digits_url):
             client.predict(handle_file(example(3)), budget, api_name="/predict")
     with pytest.raises(AppError, match="no picture"):
         client.predict(None, None, api_name="/predict")
+
+
+def test_uploads_are_opened_within_limits(digits_url, tmp_path):
+    client = Client(digits_url, verbose=False)
+    for name, (content, said) in refused().items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(AppError, match=said if content else "picture|empty"):  # Gradio may refuse what is empty
+            client.predict(handle_file(tmp_path / name), None, api_name="/predict")
+    expected = client.predict(handle_file(example(3)), None, api_name="/predict")["answer"]
+    for mode, name in (("P", "three.gif"), ("CMYK", "three.tiff"), ("1", "three.png")):
+        Image.open(example(3)).convert(mode).save(tmp_path / name)
+        found = client.predict(handle_file(tmp_path / name), None, api_name="/predict")["answer"]
+        assert found == expected or mode == "1"  # strokes of one bit are other strokes
 
 
 @pytest.mark.slow

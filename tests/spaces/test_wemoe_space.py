@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from gradio_client import Client
+from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from hostile_pictures import refused
 from huggingface_hub import HfApi
 from models.test_wemoe import shuffled
 from tiny import bert, gpt2, image_processor, images, make_tokenizer, t5, vit
@@ -231,6 +232,31 @@ def test_pictures_are_answered_alone_and_many_at_once(app_of, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"x")
     failed, _ = app.run_batch("", [str(tmp_path / "bad.png")], None)
     assert "bad.png cannot be read" in str(failed)
+
+
+def test_uploads_are_opened_within_limits(app_of, tmp_path):
+    folder = one_head(vit(["x", "y"]), image_processor(16), tmp_path / "model", ("x", "y"), heads="shared")
+    hostile = refused()
+    (folder / "examples").mkdir()
+    (folder / "examples" / "bits.png").write_bytes(hostile["bits.png"][0])
+    images(1)[0].save(folder / "examples" / "good.png")
+    rows = [{"image": "examples/bits.png"}, {"image": "examples/good.png"}]
+    (folder / "examples.json").write_text(json.dumps(rows))
+    app = app_of(folder)
+    assert [example.name for example in app.served().examples] == ["good.png"]  # the page starts without the other
+    _, url, _ = app.demo.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
+    try:
+        client = Client(url, verbose=False)
+        assert client.predict(handle_file(folder / "examples" / "good.png"), "", api_name="/predict")["answer"] in "xy"
+        for name in ("bits.png", "comment.png", "exif.png", "cut.jpg", "canvas.webp", "icon.ico"):
+            content, said = hostile[name]
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(AppError, match=f"{name} cannot be read: .*{said}"):
+                client.predict(handle_file(tmp_path / name), "", api_name="/predict")
+            failed, _ = app.run_batch("", [str(tmp_path / name)], None)
+            assert f"{name} cannot be read" in str(failed)
+    finally:
+        app.demo.close()
 
 
 # ---------------------------------------------------------------- the page

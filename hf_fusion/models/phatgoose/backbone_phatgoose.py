@@ -10,11 +10,8 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .routing_phatgoose import RoutedHead, Routing
-
-# What a layer that is computed again, for its gradients, has to find as it was; it is neither counted nor traced again.
-AS_THEN = ("top_k", "temperature", "rule", "given", "off", "tokens", "shape")
-NOT_AGAIN = {"trace": None, "counts_for": 0, "tally": None}
+from .routing_phatgoose import RoutedHead
+from .state_phatgoose import Routing, RoutingCalls
 
 
 class BackboneMixin:
@@ -77,7 +74,7 @@ class BackboneMixin:
     def _set_gradient_checkpointing(
         self: Any, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
     ) -> None:
-        func = partial(_remembering, self.routing, gradient_checkpointing_func)
+        func = partial(_remembering, self.calls, gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, func, **kwargs)
         if enable and self.main_input_name != "input_ids":  # transformers does it for tokens alone
             self.enable_input_require_grads()
@@ -109,29 +106,24 @@ def with_vocabulary(stored: dict[str, Any], config: Any) -> dict[str, Any]:
 
 
 class _Layer:
-    """A layer's function, which finds the routing of its first call whenever it is called again."""
+    """A layer's function, which finds the routing of its first call whenever, and in whatever thread, it is called."""
 
-    def __init__(self, routing: Routing, function: Callable[..., Any]) -> None:
-        self.routing, self.function = routing, function
-        self.then: dict[str, Any] | None = None
+    def __init__(self, calls: RoutingCalls, function: Callable[..., Any]) -> None:
+        self.calls, self.function = calls, function
+        self.then: Routing | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        state = vars(self.routing)
         if self.then is None:
-            self.then = {name: state[name] for name in AS_THEN} | NOT_AGAIN
+            self.then = self.calls.routing().again()
             return self.function(*args, **kwargs)
-        now = {name: state[name] for name in self.then}
-        state.update(self.then)
-        try:
+        with self.calls.entered(self.then):
             return self.function(*args, **kwargs)
-        finally:
-            state.update(now)
 
 
 def _remembering(
-    routing: Routing, func: Callable[..., Any], function: Callable[..., Any], *args: Any, **kw: Any
+    calls: RoutingCalls, func: Callable[..., Any], function: Callable[..., Any], *args: Any, **kw: Any
 ) -> Any:
-    return func(_Layer(routing, function), *args, **kw)
+    return func(_Layer(calls, function), *args, **kw)
 
 
 __all__ = ["BackboneMixin", "with_arguments_of"]

@@ -148,7 +148,9 @@ def _leads_out(value: str, folder: Path, is_here: bool) -> bool:
 
 def _read(source: Any, file: str, hub: Mapping[str, Any]) -> Any:
     """The content of a JSON file; None where there is none."""
-    path = cached_file(source, file, _raise_exceptions_for_missing_entries=False, **hub)
+    # a Hub that is out of reach does not keep a model in the cache from loading
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    path = cached_file(source, file, **quiet, **hub)
     if path is None:
         return None
     if Path(path).stat().st_size > MOST_BYTES:

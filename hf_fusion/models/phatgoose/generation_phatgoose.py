@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextvars import copy_context
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +44,10 @@ class GeneratingMixin:
 
     def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
         """As the base's: tokens are routed one by one, whatever sequences they lie beside."""
-        return self.backbone.init_continuous_batching(*args, **kwargs)
+        manager = self.backbone.init_continuous_batching(*args, **kwargs)
+        # It generates in a thread that it starts: within what `using` says here.
+        manager._run_generation_loop = partial(copy_context().run, manager._run_generation_loop)
+        return manager
 
 
 def common_generation(experts: Sequence[Any]) -> dict[str, Any]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,7 +25,6 @@ from .assembly_phatgoose import (
     linear_sizes,
     module_sets,
     plan_profiles,
-    readers_of,
 )
 from .backbone_phatgoose import BackboneMixin, with_arguments_of
 from .configuration_phatgoose import PhatgooseConfig
@@ -37,13 +34,14 @@ from .generation_phatgoose import GeneratingMixin, common_generation, set_genera
 from .own_code_phatgoose import UntrustedCodeError, load_processor
 from .recipe_phatgoose import push_options, without_paths, write_recipe
 from .reference_phatgoose import generation_of, load_by_reference
-from .routing_phatgoose import RoutedHead, RoutedLinears, Routing
+from .routing_phatgoose import RoutedHead, RoutedLinears
+from .running_phatgoose import RunningMixin
 from .saving_phatgoose import saved_whole
+from .state_phatgoose import RoutingCalls
 from .summary_phatgoose import Summary, described
-from .trace_phatgoose import PhatgooseTrace
 
 
-class PhatgooseRouter(BackboneMixin, PreTrainedModel):
+class PhatgooseRouter(RunningMixin, BackboneMixin, PreTrainedModel):
     """A base and LoRA experts, among which every token is routed at every linear.
 
     Build one with `from_experts`, or load a published one with ``AutoModel.from_pretrained(id,
@@ -67,24 +65,18 @@ class PhatgooseRouter(BackboneMixin, PreTrainedModel):
         if backbone is None:
             backbone = AUTO_CLASSES[config.head].from_config(config.backbone_config(), trust_remote_code=False)
         self.backbone: Any = backbone
-        self.routing = Routing()
+        self.calls = RoutingCalls(config)
         self.record_routing: int = 0
         self._handles: list[Any] = []
         self._groups: list[tuple[list[str], RoutedLinears]] = []
         self._heads: dict[str, RoutedHead] = {}
-        self._trace: PhatgooseTrace | None = None
         self._processor: Any = None
         self._source: tuple[str, dict[str, Any]] | None = None
         self._trusted = False  # whether the repo's own code may run for the processor
         self.main_input_name = backbone.main_input_name
         self.forward = with_arguments_of(backbone, self)  # type: ignore[method-assign]
         self._install(None)
-        for path in readers_of(backbone, config.is_encoder_decoder):
-            module = backbone.get_submodule(path)
-            names = list(inspect.signature(module.forward).parameters)
-            module.register_forward_pre_hook(partial(self._begin, path, names), with_kwargs=True)
-        if config.is_encoder_decoder:
-            backbone.register_forward_pre_hook(self._begin_decoding, with_kwargs=True)
+        self._find_calls()
         self.post_init()
 
     # ---------------------------------------------------------------- building
@@ -221,7 +213,7 @@ class PhatgooseRouter(BackboneMixin, PreTrainedModel):
 
     def _install(self, entries: Sequence[Entry] | None) -> None:
         """Puts routed modules where the config wants them, filled from entries, or empty to be loaded."""
-        self._trace = self.routing.trace = None  # it is about the modules of before
+        self.calls.version += 1
         for handle in self._handles:
             handle.remove()
         for paths, _ in self._groups:
@@ -242,7 +234,7 @@ class PhatgooseRouter(BackboneMixin, PreTrainedModel):
                 members,
                 [[own[e] for e in members] for own in ranks],
                 [symmetric[e] for e in members],
-                self.routing,
+                self.calls,
                 reads_encoder,
                 {**like, "device": linears[0].weight.device},
             )
@@ -269,83 +261,13 @@ class PhatgooseRouter(BackboneMixin, PreTrainedModel):
         mixes = is_final and any(own != labels[0] for own in labels)
         width = len(label_union(config.experts)) if is_final else max(width for width in widths if width)
         where = {**like, "device": next(old.parameters()).device}
-        return RoutedHead(d_in, width, config.num_experts, self.routing, mixes, where)
+        return RoutedHead(d_in, width, config.num_experts, self.calls, mixes, where)
 
     # ---------------------------------------------------------------- running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base's forward: same arguments, same outputs."""
         return self.backbone(*args, **kwargs)
-
-    def _begin(
-        self, path: str, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """What has to be known before tokens are routed: options, padding, and whether this is a new sequence."""
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        state, config = self.routing, self.config
-        state.tally = None
-        state.counts_for = config.num_experts if self._heads else 0
-        inputs = (given.get(name) for name in ("input_ids", "inputs_embeds", self.main_input_name))
-        self._prepare(given.get("attention_mask"), next((value for value in inputs if value is not None), None))
-        if self.record_routing:
-            cache = given.get("past_key_values")
-            goes_on = cache is not None and cache.get_seq_length()
-            if state.trace is None or not state.trace.modules or not goes_on and state.trace.has_seen(path):
-                paths = {id(group): paths for paths, group in self._groups}
-                state.trace = self._trace = PhatgooseTrace(self.experts, paths, int(self.record_routing))
-        else:
-            state.trace = None
-
-    def _begin_decoding(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The padding of an input that the encoder read earlier: before its cross-attention first looks at it."""
-        cache, encoded = kwargs.get("past_key_values"), kwargs.get("encoder_outputs")
-        if encoded is not None and (cache is None or not cache.get_seq_length()):
-            self._prepare(kwargs.get("attention_mask"), encoded[0])
-
-    def _prepare(self, mask: Any, inputs: Any) -> None:
-        """Tells the linears the options, and which tokens of inputs (B, T, …) are real."""
-        state, config = self.routing, self.config
-        state.top_k, state.temperature = config.num_experts_per_tok, config.router_temperature
-        state.rule, state.tokens = config.routing, None
-        is_padded_batch = isinstance(mask, torch.Tensor) and mask.dim() == 2 and inputs is not None
-        if is_padded_batch and not torch.compiler.is_compiling() and inputs.shape[:2] == mask.shape and not mask.all():
-            state.tokens, state.shape = mask.flatten().nonzero()[:, 0], tuple(mask.shape)
-
-    @contextmanager
-    def using(self, weights: torch.Tensor | Sequence[float] | str | None) -> Iterator[PhatgooseRouter]:
-        """Within this context the gates are not asked.
-
-        Args:
-            weights: an expert's name: it alone; (E,) or (B, E): these weights for every linear and every token;
-                None: the base alone, whose heads, where experts brought their own, are routed still.
-        """
-        if isinstance(weights, str):
-            if weights not in self.experts:
-                raise ValueError(f"there is no expert {weights!r}; there are {', '.join(self.experts)}")
-            weights = [float(weights == name) for name in self.experts]
-        given = None if weights is None else torch.as_tensor(weights, dtype=torch.float32, device=self.device)
-        if given is not None and given.shape[-1] != len(self.experts):
-            raise ValueError(f"{given.shape[-1]} weights were given, but there are {len(self.experts)} experts")
-        before = self.routing.given, self.routing.off
-        self.routing.given = None if given is None else given.view(-1, given.shape[-1])
-        self.routing.off = weights is None
-        try:
-            yield self
-        finally:
-            self.routing.given, self.routing.off = before
-
-    def routing_trace(self) -> PhatgooseTrace:
-        """The routing of the last sequences; set ``model.record_routing = 4096`` (tokens to keep) first.
-
-        A forward without a cache starts a new trace, one that goes on with a cache continues it: after `generate()`
-        the trace holds the prompt and every token that was read again. With beams, rows are the beams of the moment.
-
-        Raises:
-            ValueError: where nothing was recorded.
-        """
-        if self._trace is None or not self._trace.modules:
-            raise ValueError("no routing was recorded: set model.record_routing = 4096, then run the model")
-        return self._trace
 
     def summary(self) -> Summary:
         """Experts, parameters in all and of the experts, routed linears, and what a token costs beside the base."""

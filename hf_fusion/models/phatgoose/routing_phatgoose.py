@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from .state_phatgoose import Routing, RoutingCalls, score
 
 ABSENT = -1e4  # score of an expert that does not adapt a linear: its weight is exactly 0 in any dtype
 SPARSE_DTYPES = (torch.float32, torch.float64)  # what sampled_addmm computes on a CPU
@@ -34,96 +35,6 @@ class Routed(NamedTuple):
     bags: torch.Tensor | None = None  # (N,), where each token's part of these begins
 
 
-@dataclass
-class Routing:
-    """What all routed modules of one model share during a forward.
-
-    Attributes:
-        top_k, temperature, rule: see `PhatgooseConfig`.
-        given: (B, E) weights that every linear shall use instead of its gates, or None.
-        off: run the base alone.
-        tokens: flat positions of the tokens that are no padding, or None where all are real.
-        shape: (B, T) that `tokens` is about.
-        trace: receives every choice while it is set.
-        counts_for: number of experts, where heads follow what the linears chose; else 0.
-        tally: (B, E) weight that the linears gave each expert in this forward, for these heads.
-    """
-
-    top_k: int = 2
-    temperature: float = 1.0
-    rule: str = "phatgoose"
-    given: torch.Tensor | None = None
-    off: bool = False
-    tokens: torch.Tensor | None = None
-    shape: tuple[int, ...] = ()
-    trace: Any = None
-    counts_for: int = 0
-    tally: torch.Tensor | None = None
-    _steps: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
-
-    def steps(self, count: int, width: int) -> torch.Tensor:
-        """0, width, 2 width, …, count · width on the CPU: made once per size, since small calls live off that."""
-        if len(self._steps) > 256:
-            self._steps.clear()
-        if (count, width) not in self._steps:
-            self._steps[count, width] = torch.arange(0, count * width + 1, width)
-        return self._steps[count, width]
-
-    def real(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Positions of the real tokens of `x`, where it has the padded shape."""
-        return self.tokens if self.tokens is not None and tuple(x.shape[:-1]) == self.shape else None
-
-    def weigh(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores (..., E) -> chosen experts and their weights, (..., k): softmax over all, top-k, renormalised."""
-        values, choice = scores.topk(min(self.top_k, scores.shape[-1]), dim=-1)
-        if self.temperature != 1:
-            values = values / self.temperature
-        return choice, values.softmax(-1)
-
-    def count(
-        self, experts: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor | None, shape: torch.Size
-    ) -> None:
-        """Adds the choices (N, m, k) of tokens, the real ones of a batch of this shape, to their examples' tally."""
-        if self.tally is None:
-            self.tally = weight.new_zeros(shape[0], self.counts_for)
-        each = shape.numel() // shape[0]
-        tokens = torch.arange(weight.shape[0], device=weight.device) if tokens is None else tokens
-        self.tally.index_put_(((tokens // each)[:, None, None], experts), weight.detach(), accumulate=True)
-
-    def weigh_given(self, experts: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The given weights of some experts (E_m,), for each of N tokens: (N, k) twice."""
-        assert self.given is not None
-        own = self.given.to(experts.device)[:, experts]
-        most = max(1, int((own != 0).sum(1).max()))
-        weight, choice = own.topk(most, dim=-1)
-        each = tokens // len(own)  # examples come one after the other, beams of one example too
-        return choice.repeat_interleave(each, 0), weight.repeat_interleave(each, 0)
-
-
-def score(
-    x: torch.Tensor, gates: torch.Tensor, bias: torch.Tensor, rule: str, symmetric: torch.Tensor | None
-) -> torch.Tensor:
-    """Scores of experts, (N, S), from inputs (N, d_in) and gates (S, d_in).
-
-    PHATGOOSE's gates are standardised and divided by √d_in once and for all, so that LN(x)·LN(v)/√d_in is one
-    product (paper, section 3.2); whitened ones come with the bias that centres their scores. Arrow prototypes have no
-    sign: |x·v|.
-
-    Args:
-        bias: (S,), `ABSENT` for an expert that does not adapt the linear.
-        symmetric: (S,) whose score is an absolute value, or None where none is.
-    """
-    if rule == "uniform":
-        return torch.rand(len(x), len(gates), dtype=x.dtype, device=x.device) + bias
-    if rule == "arrow":
-        return F.linear(x, gates).abs() + bias
-    x = F.layer_norm(x, x.shape[-1:])
-    if symmetric is None:
-        return F.linear(x, gates, bias)
-    scores = F.linear(x, gates)
-    return torch.where(symmetric, scores.abs(), scores) + bias
-
-
 class RoutedLinears(nn.Module):
     """LoRA experts and gates of linears that read the same input.
 
@@ -139,8 +50,8 @@ class RoutedLinears(nn.Module):
         experts: the experts that adapt at least one of these linears, as indices into the model's.
         ranks: (M, E) rank of each expert at each linear, 0 where it does not adapt it.
         symmetric: for each expert, whether its gate is an Arrow prototype.
-        routing: what all routed modules share.
-        reads_encoder: the input may be padded as `routing.tokens` says.
+        calls: where all routed modules find the routing of the call that runs them.
+        reads_encoder: the input may be padded as `Routing.tokens` says.
         like: dtype and device.
     """
 
@@ -151,12 +62,12 @@ class RoutedLinears(nn.Module):
         experts: Sequence[int],
         ranks: Sequence[Sequence[int]],
         symmetric: Sequence[bool],
-        routing: Routing,
+        calls: RoutingCalls,
         reads_encoder: bool = True,
         like: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.experts, self.ranks, self.routing, self.reads_encoder = list(experts), ranks, routing, reads_encoder
+        self.experts, self.ranks, self.calls, self.reads_encoder = list(experts), ranks, calls, reads_encoder
         self.symmetric = list(symmetric)
         like = like or {}
         self.gates = nn.Parameter(torch.zeros(len(ranks) * len(experts), d_in, **like))
@@ -170,7 +81,6 @@ class RoutedLinears(nn.Module):
         self.even = min(flat) == self.widest  # every expert adapts every linear with the same rank
         self.starts = list(accumulate(flat, initial=0))[:-1]
         self._tables: dict[tuple[torch.device, torch.dtype], dict[str, Any]] = {}
-        self._shared: tuple[torch.Tensor, Routed] | None = None
 
     def slot(self, member: int, expert: int) -> tuple[torch.Tensor, ...]:
         """Views of one expert (by its index here) at one linear: gate (d_in,), bias (), A (r, d_in), B (r, d_out)."""
@@ -183,7 +93,7 @@ class RoutedLinears(nn.Module):
     def tables(self, like: torch.Tensor) -> dict[str, Any]:
         """Small constant tensors, made once per device and dtype."""
         key = (like.device, like.dtype)
-        if key not in self._tables:
+        if key not in self._tables:  # two threads may both make them: they are the same
             flat = [rank for own in self.ranks for rank in own]
             where: dict[str, Any] = {"device": like.device}
             symmetric = self.symmetric * len(self.ranks)
@@ -199,9 +109,9 @@ class RoutedLinears(nn.Module):
             }
         return self._tables[key]
 
-    def forward(self, member: int, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, member: int, x: torch.Tensor, state: Routing) -> torch.Tensor:
         """The update of one linear for its input (..., d_in): (N, d_out), N the real tokens."""
-        routed = self.route(member, x)
+        routed = self.route(member, x, state)
         index = member - routed.first
         if routed.bags is not None:
             rows, hidden = routed.rows[index], routed.hidden[index]
@@ -211,29 +121,30 @@ class RoutedLinears(nn.Module):
             return self._gathered(member, routed.x, choice, weight)
         return self._grouped(member, routed.x, choice, weight)
 
-    def route(self, member: int, x: torch.Tensor) -> Routed:
+    def route(self, member: int, x: torch.Tensor, state: Routing) -> Routed:
         """Scores and choices for an input, shared among the linears that read it."""
-        shared = self._shared
+        # A graph is not kept beyond the linear it belongs to, and a compiled graph shares products by itself.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or len(self.ranks) == 1:
+            return self._route(slice(member, member + 1), x, state)
+        shared = state.shared.get(self)
         if shared is not None and shared[0] is x:
             if member == len(self.ranks) - 1:
-                self._shared = None
+                del state.shared[self]
             return shared[1]
-        # A graph is not kept beyond the linear it belongs to, and a compiled graph shares products by itself.
-        alone = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        members = slice(member, member + 1 if alone else len(self.ranks))
-        routed = self._route(members, x)
-        self._shared = None if alone or members.stop - member == 1 else (x, routed)
+        routed = self._route(slice(member, len(self.ranks)), x, state)
+        if member < len(self.ranks) - 1:
+            state.shared[self] = x, routed
         return routed
 
-    def _route(self, members: slice, x: torch.Tensor) -> Routed:
-        state, count, experts = self.routing, members.stop - members.start, len(self.experts)
+    def _route(self, members: slice, x: torch.Tensor, state: Routing) -> Routed:
+        count, experts = members.stop - members.start, len(self.experts)
         flat = x.reshape(-1, x.shape[-1]).to(self.lora_A.dtype)
         real = state.real(x) if self.reads_encoder else None
         if real is not None:
             flat = flat.index_select(0, real)
         tables = self.tables(flat)
         if state.given is not None:
-            choice, weight = (part[:, None].expand(-1, count, -1) for part in self._given(x, real, tables))
+            choice, weight = (part[:, None].expand(-1, count, -1) for part in self._given(x, real, tables, state))
         else:
             slots = slice(members.start * experts, members.stop * experts)
             symmetric = tables["symmetric"] if tables["symmetric"] is None else tables["symmetric"][slots]
@@ -241,7 +152,7 @@ class RoutedLinears(nn.Module):
             choice, weight = state.weigh(scores.view(-1, count, experts))
         if state.counts_for:
             state.count(tables["experts"][choice], weight, real, x.shape[:-1])
-        if state.trace is not None:
+        if state.records:
             state.trace.add(self, members, choice, weight, real, x.shape[:-1])
         eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
         # sampled_addmm refuses a row that wants more entries than it has (experts of few rows that borrow many).
@@ -252,11 +163,11 @@ class RoutedLinears(nn.Module):
         return Routed(members.start, flat, choice, weight)
 
     def _given(
-        self, x: torch.Tensor, real: torch.Tensor | None, tables: Mapping[str, Any]
+        self, x: torch.Tensor, real: torch.Tensor | None, tables: Mapping[str, Any], state: Routing
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The given weights of each real token: experts and weights, (N, k)."""
         tokens = x.shape[:-1].numel()
-        choice, weight = self.routing.weigh_given(tables["experts"], tokens)
+        choice, weight = state.weigh_given(tables["experts"], tokens)
         if real is not None:
             choice, weight = choice[real], weight[real]
         return choice, weight.to(self.lora_A.dtype)
@@ -288,7 +199,7 @@ class RoutedLinears(nn.Module):
         rows = torch.embedding(self.tables(x)["rows"], slots)  # (N, m, k, r)
         tokens, count = choice.shape[:2]
         values = x.new_zeros(rows.numel())
-        each = self.routing.steps(tokens, values.shape[0] // tokens)
+        each = self.calls.steps(tokens, values.shape[0] // tokens)
         lora_A = self.lora_A
         size = (tokens, lora_A.shape[0])
         wanted = torch.sparse_csr_tensor(each, rows.view(-1), values, size, check_invariants=False)
@@ -298,7 +209,7 @@ class RoutedLinears(nn.Module):
             return (self._rows_of_b(rows.view(-1), 0),), (hidden.view(-1),), each[:-1]
         rows_of, hidden_of = (part.transpose(0, 1).reshape(count, -1).unbind() for part in (rows, hidden))
         rows_of = tuple(self._rows_of_b(own, members.start + index) for index, own in enumerate(rows_of))
-        return rows_of, hidden_of, self.routing.steps(tokens, values.shape[0] // (tokens * count))[:-1]
+        return rows_of, hidden_of, self.calls.steps(tokens, values.shape[0] // (tokens * count))[:-1]
 
     def _gathered(self, member: int, x: torch.Tensor, choice: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """For few tokens: each pair of token and expert fetches its own A and B."""
@@ -329,10 +240,11 @@ class RoutedLinears(nn.Module):
 
     def add_update(self, member: int, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """A linear's output with the update of its experts added."""
-        if self.routing.off:
+        state = self.calls.routing()
+        if state.off:
             return output
-        update = self(member, x).to(output.dtype)
-        real = self.routing.real(x) if self.reads_encoder else None
+        update = self(member, x, state).to(output.dtype)
+        real = state.real(x) if self.reads_encoder else None
         if real is None:
             return output.add_(update.view_as(output))
         output.view(-1, output.shape[-1]).index_add_(0, real, update)
@@ -357,19 +269,19 @@ class RoutedHead(nn.Module):
         d_in: int,
         d_out: int,
         experts: int,
-        routing: Routing,
+        calls: RoutingCalls,
         mixes_probabilities: bool,
         like: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         like = like or {}
-        self.experts, self.routing, self.mixes_probabilities = list(range(experts)), routing, mixes_probabilities
+        self.experts, self.calls, self.mixes_probabilities = list(range(experts)), calls, mixes_probabilities
         self.weight = nn.Parameter(torch.zeros(experts, d_out, d_in, **like))
         self.bias = nn.Parameter(torch.zeros(experts, d_out, **like))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, ..., d_in) -> (B, ..., C)."""
-        state, experts = self.routing, len(self.experts)
+        state, experts = self.calls.routing(), len(self.experts)
         flat = x.reshape(-1, x.shape[-1]).to(self.weight.dtype)
         weights = state.given if state.given is not None and not state.off else state.tally
         if weights is None:  # the base alone: nobody was chosen
@@ -391,4 +303,4 @@ with warnings.catch_warnings():  # sparse CSR tensors warn once that they are in
     torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.zeros(1), (1, 1), check_invariants=False)
 
 
-__all__ = ["Routed", "RoutedHead", "RoutedLinears", "Routing"]
+__all__ = ["Routed", "RoutedHead", "RoutedLinears"]

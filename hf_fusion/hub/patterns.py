@@ -1,0 +1,67 @@
+"""``rank_pattern`` and ``alpha_pattern`` of an adapter: looked up as PEFT does, within bounds of time and memory."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from hf_fusion.errors import FusionError, shown
+
+MOST_SECONDS = 2.0
+"""For all patterns of an adapter on all of its modules."""
+MOST_CHARACTERS = 1_000
+# A repeated group may take time that grows with 2 to the length; recursion, lookarounds, back references and fuzzy
+# counts take memory that no time limit bounds. Patterns of modules need none of them.
+_COSTLY = re.compile(r"\)[*+?{]|\(\?(?!:)|\\[1-9gkKLNpPRX]|\{(?!\d{1,3}(,\d{0,3})?\})")
+_PLAIN = re.compile(r"[\w.-]+")
+
+
+class Patterns:
+    """The patterns of one adapter.
+
+    Args:
+        config: content of its ``adapter_config.json``.
+        name: what errors call it.
+    """
+
+    def __init__(self, config: Mapping[str, Any], name: str) -> None:
+        self.config, self.name = config, name
+        self._left = MOST_SECONDS
+
+    def value(self, key: str, path: str, default: Any) -> Any:
+        """The value of the first pattern that matches the end of a module's path, else the default.
+
+        Args:
+            key: "rank_pattern" or "alpha_pattern".
+            path: of the module.
+            default: what modules have that no pattern names.
+
+        Raises:
+            FusionError: a pattern is not valid, or takes too long; or its value is not a number.
+        """
+        began = time.monotonic()
+        for pattern, value in (self.config.get(key) or {}).items():
+            if self._matches(key, pattern, path, self._left - (time.monotonic() - began)):
+                if not isinstance(value, (int, float)) or isinstance(value, bool):
+                    raise FusionError(f"Adapter {self.name}: {key}[{shown(pattern)}]={shown(value)} is not a number.")
+                default = value
+                break
+        self._left -= time.monotonic() - began
+        return default
+
+    def _matches(self, key: str, pattern: str, path: str, left: float) -> bool:
+        import regex  # transformers brings it; unlike re, it can be told to give up
+
+        if _PLAIN.fullmatch(pattern) and f".{path}".endswith(f".{pattern}"):
+            return True
+        try:
+            if left <= 0 or len(pattern) > MOST_CHARACTERS or _COSTLY.search(pattern):
+                raise TimeoutError
+            return bool(regex.match(rf"(.*\.)?({pattern})$", path, timeout=left))
+        except (regex.error, RecursionError):
+            why = "the invalid pattern"
+        except TimeoutError:
+            why = "a pattern that may take too long:"
+        raise FusionError(f"Adapter {self.name}: {key} has {why} {shown(pattern)}.", "name the modules by their paths")

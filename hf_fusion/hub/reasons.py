@@ -1,0 +1,53 @@
+"""Why an expert does not fit: what is told of it, whoever wrote what it quotes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from hf_fusion.errors import printable
+
+_MOST_SHOWN = 1_000  # characters of a reason
+
+
+class ReasonKind(str, Enum):
+    """Why an expert does not fit."""
+
+    ARCHITECTURE = "architecture"
+    BASE = "base"
+    BASE_REVISION = "base revision"
+    SHAPES = "shapes"
+    LABELS = "labels"
+    TOKENIZER = "tokenizer"
+    LICENSE = "license"
+    PICKLE = "pickle"
+    CUSTOM_CODE = "custom code"
+    GATES = "gates"
+    GATED = "gated"
+    LORA = "lora"
+    NOT_FINITE = "not finite"
+    UNREADABLE = "unreadable"
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One reason against an expert.
+
+    Attributes:
+        kind: what it is about.
+        detail: what was found.
+        remedy: what to do about it, if anything can be done.
+
+    Both are `printable`, whatever a stranger's files hold.
+    """
+
+    kind: ReasonKind
+    detail: str
+    remedy: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "detail", printable(self.detail, _MOST_SHOWN))
+        object.__setattr__(self, "remedy", self.remedy and printable(self.remedy, _MOST_SHOWN))
+
+    def __str__(self) -> str:
+        return f"{self.kind.value}: {self.detail}"

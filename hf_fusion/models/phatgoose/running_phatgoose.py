@@ -1,0 +1,126 @@
+"""How a router runs: what each call of its base knows, what users say of calls to come, what the last one did."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .assembly_phatgoose import readers_of
+from .state_phatgoose import Routing
+from .trace_phatgoose import PhatgooseTrace
+
+
+class RunningMixin:
+    """Hooks that give each call of `self.backbone`, and of what it reads with, a `Routing` in `self.calls`."""
+
+    def _find_calls(self: Any) -> None:
+        """Registers them."""
+        readers = readers_of(self.backbone, self.config.is_encoder_decoder)
+        for path in dict.fromkeys(["", *readers]):
+            module = self.backbone.get_submodule(path)
+            names = list(inspect.signature(module.forward).parameters)
+            module.register_forward_pre_hook(partial(self._begin, path, names, path in readers), with_kwargs=True)
+            module.register_forward_hook(partial(self._end, path), always_call=True)
+
+    def _begin(
+        self: Any,
+        path: str,
+        names: list[str],
+        reads: bool,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """What has to be known before tokens are routed: options, padding, and whether this is a new sequence."""
+        state, records = self.calls.current(), bool(self.record_routing)
+        if state is None or not path:  # else the base has called what it reads with
+            state = self.calls.new(path)
+            state.outer = self.calls.enter(state)
+            if (records or not torch.compiler.is_compiling()) and (last := self.calls.last()) is not None:
+                state.trace, state.records = last.trace, records and last.trace is not None
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        cache, mask, encoded = (given.get(name) for name in ("past_key_values", "attention_mask", "encoder_outputs"))
+        if reads:
+            state.tally = None
+            state.counts_for = self.config.num_experts if self._heads else 0
+            inputs = (given.get(name) for name in ("input_ids", "inputs_embeds", self.main_input_name))
+            self._prepare(state, mask, next((value for value in inputs if value is not None), None))
+            trace = state.trace
+            if records and (trace is None or not trace.modules or not _goes_on(cache) and trace.has_seen(path)):
+                paths = {id(group): paths for paths, group in self._groups}
+                state.trace = PhatgooseTrace(self.experts, paths, int(self.record_routing))
+            state.records = records
+        elif encoded is not None and not _goes_on(
+            cache
+        ):  # read earlier: its padding, before cross-attention looks at it
+            self._prepare(state, mask, encoded[0])
+
+    def _prepare(self: Any, state: Routing, mask: Any, inputs: Any) -> None:
+        """Tells the linears which tokens of inputs (B, T, …) are real."""
+        state.tokens = None
+        is_padded_batch = isinstance(mask, torch.Tensor) and mask.dim() == 2 and inputs is not None
+        if is_padded_batch and not torch.compiler.is_compiling() and inputs.shape[:2] == mask.shape and not mask.all():
+            state.tokens, state.shape = mask.flatten().nonzero()[:, 0], tuple(mask.shape)
+
+    def _end(self: Any, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """The call of this module is over, with or without an error."""
+        state = self.calls.current()
+        if state is None or state.entry != path:
+            return
+        self.calls.enter(state.outer)
+        if state.records or not torch.compiler.is_compiling():
+            state.outer, state.given = None, None
+            state.shared.clear()
+            self.calls.keep(state)
+
+    @contextmanager
+    def using(self: Any, weights: torch.Tensor | Sequence[float] | str | None) -> Iterator[Any]:
+        """Within this context the gates are not asked by calls of this thread or asyncio task.
+
+        A thread that is started within it sees none of it, unless it runs in a copy of the context:
+        ``Thread(target=contextvars.copy_context().run, args=(router.generate, ids))``.
+
+        Args:
+            weights: an expert's name: it alone; (E,) or (B, E): these weights for every linear and every token;
+                None: the base alone, whose heads, where experts brought their own, are routed still.
+        """
+        if isinstance(weights, str):
+            if weights not in self.experts:
+                raise ValueError(f"there is no expert {weights!r}; there are {', '.join(self.experts)}")
+            weights = [float(weights == name) for name in self.experts]
+        given = None if weights is None else torch.as_tensor(weights, dtype=torch.float32, device=self.device)
+        if given is not None and given.shape[-1] != len(self.experts):
+            raise ValueError(f"{given.shape[-1]} weights were given, but there are {len(self.experts)} experts")
+        with self.calls.scoped((None if given is None else given.view(-1, given.shape[-1]), weights is None)):
+            yield self
+
+    def routing_trace(self: Any) -> PhatgooseTrace:
+        """The routing of this thread's or task's last sequences; set ``model.record_routing = 4096`` (tokens) first.
+
+        A forward without a cache starts a new trace, one that goes on with a cache continues it: after `generate()`
+        the trace holds the prompt and every token that was read again. With beams, rows are the beams of the moment.
+
+        Raises:
+            ValueError: where nothing was recorded.
+        """
+        state = self.calls.current() or self.calls.last()
+        if state is None or state.trace is None or not state.trace.modules:
+            raise ValueError(
+                "no routing was recorded in this thread: set model.record_routing = 4096, then run the model"
+            )
+        trace: PhatgooseTrace = state.trace
+        return trace
+
+
+def _goes_on(cache: Any) -> bool:
+    """Whether a forward goes on with the sequences of a cache."""
+    return cache is not None and bool(cache.get_seq_length())
+
+
+__all__ = ["RunningMixin"]
