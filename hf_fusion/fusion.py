@@ -217,7 +217,8 @@ def load_fused(folder: str | Path, *, trust_remote_code: bool = False) -> tuple[
     is_whole = not config.get("base_by_reference")  # else the base is fetched
     with phase(f"Reading {folder}"):
         where = {"local_files_only": True} if is_whole else {}
-        model = model_class.from_pretrained(folder, trust_remote_code=trust_remote_code, **where).eval()
+        where |= {"trust_remote_code": trust_remote_code, "use_safetensors": True}
+        model = model_class.from_pretrained(folder, **where).eval()
     setattr(model, RECIPE_ATTRIBUTE, recipe)
     return model, recipe
 

@@ -27,6 +27,7 @@ from hf_fusion.hub.card_parts import (
     suite_view,
     usage_row,
 )
+from hf_fusion.hub.code import refuse_kernels
 
 if TYPE_CHECKING:
     from hf_fusion.hub.card import CardFacts
@@ -108,6 +109,7 @@ def _routed_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     from hf_fusion.hub.headers import on_meta
     from hf_fusion.models.phatgoose import PhatgooseConfig, PhatgooseRouter, readers_of
 
+    refuse_kernels(config, str(folder))
     model = on_meta(lambda: PhatgooseRouter(PhatgooseConfig.from_pretrained(folder)))
     summary, towers = model.summary(), len(readers_of(model.backbone, model.config.is_encoder_decoder))
     known = ("parameters", "expert_parameters", "routed_linears", "relative_cost")
@@ -206,6 +208,7 @@ def _merged_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     from hf_fusion.hub.headers import on_meta
     from hf_fusion.models.wemoe import WEMoEConfig, WEMoEModel
 
+    refuse_kernels(config, str(folder))
     model = on_meta(lambda: WEMoEModel(WEMoEConfig.from_pretrained(folder)))
     own, summary = model.config, model.summary()
     known = ("parameters", "upscaled_linears", "upscaled_parameters", "merged_parameters", "head_parameters")

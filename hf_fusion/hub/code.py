@@ -144,16 +144,18 @@ def refuse_own_code(folder: Path, config: Mapping[str, Any], *, agreed: bool) ->
     """
     refuse_kernels(config, str(folder))
     for below, auto in _processors(folder, config):
-        inner = folder / below
-        if inner.is_dir():
-            refuse_code(resolve(inner), processor_code(resolve(inner), auto), agreed=agreed)
+        if (folder / below).is_dir():
+            source = resolve(folder / below)
+            source.name = f"{folder.resolve().name}/{below}".rstrip("/")
+            refuse_code(source, processor_code(source, auto), agreed=agreed)
 
 
 def _processors(folder: Path, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(sub-folder, Auto class) of each processor that a fused model's folder may be asked for."""
-    autos = {"text": "AutoTokenizer", "image": "AutoImageProcessor"}
     if config.get("model_type") != "foe":
-        return [("", auto) for auto in autos.values()]
+        auto = processor_class(resolve(folder))
+        return [("", auto)] if auto else []
+    autos = {"text": "AutoTokenizer", "image": "AutoImageProcessor"}
     file = folder / FOE_PROCESSORS
     content = read_json(file, str(folder)) if file.exists() else {}
     folders, kinds = content.get("folders"), content.get("kinds")

@@ -149,7 +149,12 @@ def load_merged(folder: str | Path, *, trust_remote_code: bool = False) -> PreTr
         own, code = getattr(transformers, auto_class_of(config)), True
     with quiet_transformers():
         model, info = own.from_pretrained(
-            folder, dtype="auto", local_files_only=True, output_loading_info=True, trust_remote_code=code
+            folder,
+            dtype="auto",
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=code,
         )
     refuse_keys(str(folder), "missing", info["missing_keys"])
     model.config.name_or_path = model.name_or_path = ""  # a folder that may soon be gone

@@ -248,3 +248,8 @@ def test_discovery_by_the_tag_and_a_reason_for_each_that_lacks_gates(owner, ids,
     }
     unasked = check_compatibility(everyone, base_model=base, api=anyone)
     assert {f"{owner.name}/bare", f"{owner.name}/huge"} <= {info.id for info in unasked.accepted}
+
+
+def test_a_full_model_among_adapters_is_named(folders):
+    with pytest.raises(FusionError, match=r"base is a full model; PHATGOOSE routes among LoRA adapters"):
+        fuse("phatgoose", [folders / "base", folders / "base"])

@@ -116,6 +116,8 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, PreTrainedModel):
             if cls.load_experts is None:
                 raise ValueError("ids, folders and missing gates need hf_fusion installed: pip install hf_fusion")
             experts = cls.load_experts(experts, base, missing_gates, routing == "arrow")
+        if full := [expert.name for expert in experts if expert.adapter is None]:
+            raise ValueError(f"{full[0]} is a full model; PHATGOOSE routes among LoRA adapters")
         model = experts[0].model
         head = head_of(model)
         config = PhatgooseConfig(
