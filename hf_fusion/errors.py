@@ -29,6 +29,11 @@ class FusionError(Exception):
         return f"{self.message}\n  → {self.hint}" if self.hint else self.message
 
 
+def is_fault(error: BaseException) -> bool:
+    """Whether something failed, rather than that somebody wants to stop: Rust's panics are no `Exception` either."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def suggestion(word: object, known: Iterable[str]) -> str:
     """What to write instead of an unknown word: the closest that is known, or all that are."""
     known = list(known)

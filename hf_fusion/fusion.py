@@ -5,18 +5,24 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from hf_fusion.errors import FusionError, shown
+from hf_fusion.errors import FusionError
 from hf_fusion.experts import Expert
-from hf_fusion.families import METHODS, family_named
+from hf_fusion.families import family_named
 from hf_fusion.folders import recover_folder, refuse_to_replace, replace_folder
+from hf_fusion.fused_folders import (
+    explained,
+    family_class,
+    read_processor,
+    refuse_other_recipe,
+    refuse_what_is_not_fused,
+)
 from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.code import refuse_own_code
-from hf_fusion.hub.heads import architectures, head_of_task, model_class_of
+from hf_fusion.hub.heads import head_of_task
 from hf_fusion.hub.load import load_experts
 from hf_fusion.hub.snapshot import check_snapshot
 from hf_fusion.merging.loaded import fuse_static, load_merged, merged_model
@@ -195,30 +201,27 @@ def load_fused(folder: str | Path, *, trust_remote_code: bool = False) -> tuple[
         The model, in evaluation mode, and its recipe.
 
     Raises:
-        FusionError: if the folder holds no fused model, or its code is needed and may not run.
+        FusionError: the folder holds no fused model, or one that is damaged: naming the file, the field or tensor,
+            and the next step; or its code is needed and may not run.
     """
     folder = Path(folder)
-    recover_folder(folder)
-    check_snapshot(folder, str(folder))
-    recipe = recipe_in(folder)
-    if recipe.method in MERGE_METHODS:
-        return load_merged(folder, trust_remote_code=trust_remote_code), recipe
-    if recipe.method not in METHODS:
-        raise FusionError(
-            f"{folder} was made by the unknown method {recipe.method!r}.", hint="pip install -U hf_fusion"
-        )
-    config = read_json(folder / "config.json", str(folder))
-    name = next(iter(architectures(config)), "")
-    home: Any = import_module(METHODS[recipe.method].module)
-    model_class = model_class_of(name, home) or model_class_of(name)
-    if model_class is None:
-        raise FusionError(f"{folder}: no model class {shown(name)} is known.")
-    refuse_own_code(folder, config, agreed=trust_remote_code)
-    is_whole = not config.get("base_by_reference")  # else the base is fetched
-    with phase(f"Reading {folder}"):
-        where = {"local_files_only": True} if is_whole else {}
-        where |= {"trust_remote_code": trust_remote_code, "use_safetensors": True}
-        model = model_class.from_pretrained(folder, **where).eval()
+    with explained(folder):
+        recover_folder(folder)
+    refuse_what_is_not_fused(folder)
+    with explained(folder):
+        check_snapshot(folder, str(folder))
+        recipe = recipe_in(folder)
+        if recipe.method in MERGE_METHODS:
+            return load_merged(folder, trust_remote_code=trust_remote_code), recipe
+        config = read_json(folder / "config.json", str(folder))
+        model_class: Any = family_class(folder, config, recipe)
+        refuse_own_code(folder, config, agreed=trust_remote_code)
+        is_whole = not config.get("base_by_reference")  # else the base is fetched
+        with phase(f"Reading {folder}"):
+            where = {"local_files_only": True} if is_whole else {}
+            model = model_class.from_pretrained(folder, trust_remote_code=trust_remote_code, **where).eval()
+        refuse_other_recipe(folder, recipe, model.config)
+        read_processor(folder, model, trust_remote_code)
     setattr(model, RECIPE_ATTRIBUTE, recipe)
     return model, recipe
 

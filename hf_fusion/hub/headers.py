@@ -134,7 +134,7 @@ def native_config(config: Mapping[str, Any], name: str, tensors: int) -> Pretrai
 
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        raise FusionError(f"{name}: transformers does not know model_type {model_type!r}.")
+        raise FusionError(f"{name}: transformers does not know model_type {shown(model_type)}.")
     if config.get("quantization_config"):
         raise FusionError(f"{name}: its weights are quantized.", hint="use the unquantized checkpoint")
     return checked_config(config, name, tensors)

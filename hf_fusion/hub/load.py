@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safetensors import SafetensorError
 
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, is_fault
 from hf_fusion.experts import Adapter, Expert, ExpertInfo
 from hf_fusion.extras import MissingLibraryError, missing_library, refuse_missing
 from hf_fusion.hub.adapters import fit_problems, lifted, read_adapter
@@ -398,7 +398,9 @@ def processor_of(source: Source, *, agreed: bool) -> Any:
     try:
         reader = getattr(transformers, auto)
         return reader.from_pretrained(_folder(source), trust_remote_code=bool(needed), local_files_only=True)
-    except Exception as error:  # as for models: whatever it is, it is about this expert
+    except BaseException as error:  # as for models: whatever it is, it is about this expert
+        if not is_fault(error):
+            raise
         if missing_library(error) == "tiktoken" and "tiktoken.model" not in source.sizes:
             # transformers tries tiktoken where sentencepiece, or protobuf, which that needs, is not there
             raise MissingLibraryError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, shown
 from hf_fusion.experts import Expert, ExpertInfo
 from hf_fusion.files import own_file, read_file
 from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
@@ -18,6 +18,7 @@ from hf_fusion.hub.adapters import read_json, with_adapter
 from hf_fusion.hub.bases import resolve_base
 from hf_fusion.hub.code import Code, model_code, processor_class, processor_code, refuse_code, refuse_kernels
 from hf_fusion.hub.files import parts_of, recorded_base, resolve
+from hf_fusion.hub.headers import account_as, native_config
 from hf_fusion.hub.heads import architectures, auto_class_of, model_class_of
 from hf_fusion.hub.load import in_memory, processor_of, refuse_keys
 from hf_fusion.hub.manifests import local_named_files
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from hf_fusion.hub.load import ExpertLike
 
 logger = logging.getLogger(__name__)
+HERE = {"local_files_only": True}
 
 FILES_ATTRIBUTE = "fusion_files"
 """What a loaded merge keeps of its folder beside itself: path -> bytes of its tokenizer and the like."""
@@ -134,6 +136,9 @@ def load_merged(folder: str | Path, *, trust_remote_code: bool = False) -> PreTr
     """
     import transformers
 
+    from hf_fusion.models.foe.checks_foe import check_sizes
+    from hf_fusion.models.foe.loading_foe import load_checked, read_headers, weight_files
+
     folder = Path(folder)
     check_snapshot(folder, str(folder))
     if (folder / ADAPTER_CONFIG).exists():  # adapters that became one: with their base
@@ -142,21 +147,20 @@ def load_merged(folder: str | Path, *, trust_remote_code: bool = False) -> PreTr
     name = next(iter(architectures(config)), "no class")
     own, source, code = model_class_of(name), resolve(folder), False
     refuse_kernels(config, str(folder))
+    check_sizes(config)
     if own is None:
         if not (needed := _needed(config)):
-            raise FusionError(f"{folder}: transformers has no {name}", "pip install -U transformers")
+            raise FusionError(f"{folder}: transformers has no {shown(name)}", "pip install -U transformers")
         refuse_code(source, needed, agreed=trust_remote_code)
         own, code = getattr(transformers, auto_class_of(config)), True
+    else:  # what the config promises is compared with the files before memory is taken
+        shapes = {key: shape for key, (_, shape, _) in read_headers(weight_files(folder, HERE)).shapes.items()}
+        promised = account_as(own, native_config(config, str(folder), len(shapes)), shapes)
+        refuse_keys(str(folder), "missing", promised.missing)
+        refuse_keys(str(folder), "of other shapes", promised.mismatched)
     with quiet_transformers():
-        model, info = own.from_pretrained(
-            folder,
-            dtype="auto",
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=code,
-        )
-    refuse_keys(str(folder), "missing", info["missing_keys"])
+        how = {"dtype": "auto", "trust_remote_code": code, **HERE}
+        model, _ = load_checked(own.from_pretrained, folder, (), how, HERE, may_hold_more=True)
     model.config.name_or_path = model.name_or_path = ""  # a folder that may soon be gone
     kept = [path.name for path in folder.iterdir() if own_file(path) and not path.name.endswith(".safetensors")]
     kept += local_named_files(folder, str(folder), code=True)

@@ -111,7 +111,7 @@ OPTIONS = {
     "rank": ({"task_vectors": "low-rank", "rank": 0}, "rank is 0; it must be a whole number above 0"),
     "energy": ({"task_vectors": "low-rank", "energy": 2}, "energy is 2; it must be above 0"),
     "a rank for nothing": ({"rank": 4}, "rank and energy are for task_vectors='low-rank'"),
-    "density": ({"task_vectors": "sparse", "density": 0}, "density is 0; it must be above 0"),
+    "density": ({"task_vectors": "sparse", "density": 0}, "density is 0; it must be a number above 0 and at most 1"),
     "smile": ({"routing": "smile"}, "it needs task_vectors='low-rank'"),
     "merge": ({"merge": "magic"}, "merge is 'magic'; it must be one of task_arithmetic"),
     "heads": ({"heads": "magic"}, "heads is 'magic'; it must be one of task"),

@@ -2,14 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from .checks_foe import (
+    FLAG,
+    FORMAT,
+    MAPPING,
+    MODEL,
+    NAME,
+    TEXT,
+    Row,
+    Table,
+    check_file,
+    check_format,
+    check_values,
+    each,
+    inner_config,
+    number,
+    one_of,
+    optional,
+    refuse,
+    row,
+    values,
+    whole,
+)
 from .own_code_foe import without_code
 
 MODES = ("output", "selection")
 HEADS = ("sequence-classification", "image-classification", "causal-lm", "seq2seq-lm")
+EXPERT: Table = {
+    "name": NAME,
+    "revision": optional(TEXT),
+    "license": optional(TEXT),
+    "task": optional(TEXT),
+    "labels": each(TEXT),
+    "label_map": optional(each(whole(-1))),
+    "backbone": whole(),
+    "feature_size": optional(whole(1)),
+    "cost": number(above=0),
+    "generation": optional(MAPPING),
+}
+BACKBONE: Table = {
+    "config": MODEL,
+    "head": one_of(*HEADS),
+    "inputs": whole(),
+    "ranks": values(each(whole())),
+    "saved": each(NAME),
+    "num_labels": each(whole(1), least=1),
+}
+FRUGAL: Table = {"neighbors": whole(1), "cost_weight": number(least=0), "rows": whole(1), "subsets": whole(1)}
+FIELDS: Table = {
+    "mode": one_of(*MODES),
+    "head": one_of(*HEADS),
+    "experts": each(row(EXPERT), least=1),
+    "backbones": each(row(BACKBONE), least=1),
+    "fuser_hidden": each(whole(1)),
+    "fuser_dropout": number(least=0, most=1),
+    "features_from": optional(whole()),
+    "frugal": optional(row(FRUGAL)),
+    "budget": optional(number(above=0, most=1)),
+    "vocabularies": optional(each(whole(1), least=1)),
+    "rule": optional(NAME),
+    "over": optional(NAME),
+    "weights": optional(each(number(least=0))),
+    "fitted": optional(FLAG),
+}
 
 
 class FoEConfig(PreTrainedConfig):
@@ -39,6 +99,7 @@ class FoEConfig(PreTrainedConfig):
         fitted: whether the fuser was trained; an ensemble's rule needs no training.
         recipe: what `hf_fusion.fuse` made it of, as ``fusion.yaml`` has it, without the paths of folders; None: see
             `recipe_foe.recipe_of`.
+        format_version: of this config; code refuses what is newer than itself.
     """
 
     model_type = "foe"
@@ -60,17 +121,62 @@ class FoEConfig(PreTrainedConfig):
     is_encoder_decoder: bool = False
     fitted: bool = False
     recipe: dict[str, Any] | None = None
+    format_version: int = FORMAT
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As any config's, once what it says is known to be right.
+
+        Raises:
+            ValueError: naming the field, what it is and what is expected; or a newer format.
+        """
+        check_file(config_dict, FIELDS, cls)
+        made = super().from_dict(config_dict, **kwargs)
+        config = made[0] if isinstance(made, tuple) else made
+        refuse(config._relations())
+        return made
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_format(self.format_version)
         self.experts = self.experts or []
         self.backbones = self.backbones or []
         self.fuser_hidden = [512, 512] if self.fuser_hidden is None else list(self.fuser_hidden)
         super().__post_init__(**kwargs)
-        for name, value, allowed in (("mode", self.mode, MODES), ("head", self.head, HEADS)):
-            if value not in allowed:
-                raise ValueError(f"FoEConfig.{name} is {value!r}; it must be one of {', '.join(allowed)}")
-        if self.budget is not None and not 0 < self.budget <= 1:
-            raise ValueError(f"FoEConfig.budget is {self.budget}; it is a share of the experts' cost in (0, 1]")
+        check_values(self, {name: FIELDS[name] for name in ("mode", "head", "budget")})
+
+    def _relations(self) -> Iterator[Row]:
+        """What has to fit together, see `checks_foe.Row`."""
+        generates = self.head in ("causal-lm", "seq2seq-lm")
+        groups = 1 + max(plan["inputs"] for plan in self.backbones)
+        members = [[e for e in self.experts if e["backbone"] == index] for index in range(len(self.backbones))]
+        for index, expert in enumerate(self.experts):
+            where, labels, label_map = f"experts[{index}]", expert["labels"], expert.get("label_map")
+            yield f"{where}.backbone", expert["backbone"], expert["backbone"] < len(members), "one of the backbones"
+            if self.mode == "selection":
+                yield f"{where}.feature_size", expert.get("feature_size"), bool(expert.get("feature_size")), "a width"
+            if not generates:
+                is_whole = len(label_map or []) == max(1, len(labels))
+                yield f"{where}.label_map", label_map, is_whole, "a fused class for each label"
+                fused = max(label_map or [-1])
+                yield f"{where}.label_map", label_map, fused < self.num_outputs, f"numbers below {self.num_outputs}"
+        for index, plan in enumerate(self.backbones):
+            where, count = f"backbones[{index}]", len(members[index])
+            own = [max(1, len(expert["labels"])) for expert in members[index]]
+            yield f"{where}.num_labels", plan["num_labels"], plan["num_labels"] == own, f"{own}, as the experts"
+            is_kind = (plan["head"] == self.head) if generates else plan["head"] not in ("causal-lm", "seq2seq-lm")
+            yield f"{where}.head", plan["head"], is_kind, f"what goes with {self.head}"
+            for path, ranks in plan["ranks"].items():
+                yield f"{where}.ranks.{path}", ranks, len(ranks) == count and any(ranks), f"{count} ranks"
+        chosen = self.features_from
+        if chosen is not None:
+            is_one = self.mode == "selection" and chosen < self.num_experts
+            yield "features_from", chosen, is_one, "an expert's number, in mode 'selection'"
+        if generates:
+            sizes = self.vocabularies
+            yield "vocabularies", sizes, sizes is not None and len(sizes) == groups, f"the sizes of {groups}"
+            yield "mode", self.mode, self.mode == "selection" and not self.rule, "selection, without a rule"
+        elif self.vocabularies:
+            yield "head", self.head, False, "causal-lm or seq2seq-lm: there are vocabularies"
 
     @property
     def num_experts(self) -> int:
@@ -90,7 +196,9 @@ class FoEConfig(PreTrainedConfig):
 
     def backbone_config(self, index: int) -> PreTrainedConfig:
         """The inner model's config, rebuilt from the plain dict that is stored."""
-        return AutoConfig.for_model(**without_code(self.backbones[index]["config"]))
+        return inner_config(
+            AutoConfig.for_model, without_code(self.backbones[index]["config"]), f"backbones[{index}].config"
+        )
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The first language model's, with the fused vocabulary: `generate()` reads it; else this config."""

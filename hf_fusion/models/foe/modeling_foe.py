@@ -25,6 +25,7 @@ from .experts_foe import AUTO_CLASSES, Backbone, pool_states, repeat_rows, take_
 from .files_foe import check_files
 from .frugal_foe import FrugalPolicy
 from .fuser_foe import Fuser
+from .loading_foe import check_size, explained, load_checked
 from .processing_foe import FoEProcessor
 from .recipe_foe import push_options, without_paths, write_recipe
 from .saving_foe import saved_whole
@@ -83,6 +84,7 @@ class FoEModel(BackbonesMixin, PreTrainedModel):
         self._source: tuple[str, dict[str, Any]] | None = None
         self._trusted = False  # whether the repo's own code may run for the processor
         self.post_init()
+        check_size(self)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
@@ -211,27 +213,23 @@ class FoEModel(BackbonesMixin, PreTrainedModel):
             if self._source is None:
                 raise ValueError("this model was built without experts, so it has no processor")
             source, hub = self._source
-            self._processor = FoEProcessor.from_pretrained(source, trust_remote_code=self._trusted, **hub)
+            with explained(source):
+                self._processor = FoEProcessor.from_pretrained(source, trust_remote_code=self._trusted, **hub)
         return self._processor
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> FoEModel:
-        """As any model's; remembers where it came from, so that its processor can follow.
-
-        Raises:
-            ValueError: for an index, a configuration or a link that leads out of the model.
-        """
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As any model's; remembers where it came from, so that its processor can follow; see `loading_foe`."""
         names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
         hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         if pretrained_model_name_or_path is not None:  # else all weights are given
             check_files(pretrained_model_name_or_path, hub)
-            kwargs.setdefault("use_safetensors", True)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = load_checked(super().from_pretrained, pretrained_model_name_or_path, args, kwargs, hub)
         model._source = (str(pretrained_model_name_or_path), hub)
         model._trusted = kwargs.get("trust_remote_code") is True
         model._freeze_experts()  # loading makes fresh parameters, which all want gradients
-        return loaded
+        return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """As any model's; writes the processor, the code and the recipe beside the weights."""

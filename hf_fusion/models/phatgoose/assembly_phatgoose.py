@@ -81,6 +81,10 @@ def check_options(
     for name, value, kinds in (("top_k", top_k, int), ("temperature", temperature, (int, float))):
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise ValueError(f"{name} is {value!r}, not a{' whole' * (kinds is int)} number")
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}; each token needs at least one expert")
+    if not temperature > 0:
+        raise ValueError(f"the router's temperature is {temperature}; it must be above 0")
     PhatgooseConfig(num_experts_per_tok=top_k, router_temperature=temperature, routing=routing)
     if top_k > len(experts):
         raise ValueError(f"top_k={top_k}, but there are only {len(experts)} experts")

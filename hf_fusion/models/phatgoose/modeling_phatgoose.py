@@ -31,6 +31,7 @@ from .configuration_phatgoose import PhatgooseConfig
 from .export_phatgoose import save_merged_adapter
 from .files_phatgoose import ForeignFileError, check_files, check_processor
 from .generation_phatgoose import GeneratingMixin, common_generation, set_generation
+from .loading_phatgoose import check_size, explained, load_checked
 from .own_code_phatgoose import UntrustedCodeError, load_processor
 from .recipe_phatgoose import push_options, without_paths, write_recipe
 from .reference_phatgoose import generation_of, load_by_reference
@@ -78,6 +79,7 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, PreTrainedModel):
         self._install(None)
         self._find_calls()
         self.post_init()
+        check_size(self)
 
     # ---------------------------------------------------------------- building
 
@@ -324,27 +326,23 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, PreTrainedModel):
         """As any model's; a base stored by reference is fetched at its pinned revision.
 
         Raises:
-            ValueError: for a file that lacks weights of experts; for an index, a configuration or a link that leads
-                out of the model.
+            ValueError: naming what is wrong in the config, the weights or the files, see
+                `loading_phatgoose.load_checked`.
         """
         names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
         hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         trusted = kwargs.get("trust_remote_code") is True
         if pretrained_model_name_or_path is not None:  # else all weights are given
             check_files(pretrained_model_name_or_path, hub)
-            kwargs.setdefault("use_safetensors", True)
         config = kwargs.get("config")
         if not isinstance(config, PhatgooseConfig):
             config = PhatgooseConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         wants_info = kwargs.pop("output_loading_info", False)
         if config.base_by_reference:
-            kwargs = load_by_reference(pretrained_model_name_or_path, config, hub, kwargs)
-        source = None if config.base_by_reference else pretrained_model_name_or_path
-        loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
-        model, info = loaded
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(f"{pretrained_model_name_or_path} lacks {len(missing)} weights, first {missing[0]}")
-        if source is None and model.can_generate():
+            with explained(pretrained_model_name_or_path):
+                kwargs = load_by_reference(pretrained_model_name_or_path, config, hub, kwargs)
+        model, info = load_checked(super().from_pretrained, pretrained_model_name_or_path, args, kwargs, hub)
+        if config.base_by_reference and model.can_generate():
             model.generation_config = generation_of(pretrained_model_name_or_path, hub) or model.generation_config
         model._source = (str(pretrained_model_name_or_path), hub)
         model._trusted = trusted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ from transformers.utils.hub import cached_file
 from .assembly_phatgoose import AUTO_CLASSES
 from .configuration_phatgoose import PhatgooseConfig
 from .files_phatgoose import ALL_INDEXES, check_base, check_files
-
-INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+from .loading_phatgoose import weight_files
 
 
 def load_by_reference(
@@ -32,20 +30,18 @@ def load_by_reference(
     where: dict[str, Any] = {key: hub[key] for key in ("token", "cache_dir", "local_files_only") if key in hub}
     check_base(name, config.base["id"])
     refuse_other_commit(config.base["id"], config.base["revision"], where)
+    inner = {"config": config.backbone_config(), "dtype": dtype, "use_safetensors": True}
     check_files(config.base["id"], {**where, "revision": config.base["revision"]}, ALL_INDEXES)
     base = AUTO_CLASSES[config.head].from_pretrained(
         config.base["id"],
         revision=config.base["revision"],
-        config=config.backbone_config(),
-        dtype=dtype,
         trust_remote_code=False,  # it is another repo: trust in this one does not extend to it
+        **inner,
         **where,
     )
     state = {f"backbone.{key}": tensor for key, tensor in base.state_dict().items()}
-    index = cached_file(name, INDEX, _raise_exceptions_for_missing_entries=False, **hub)
-    files = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()) if index else {WEIGHTS}
-    for file in sorted(files):
-        state |= load_file(str(cached_file(name, file, **hub)))
+    for file in weight_files(name, hub):
+        state |= load_file(file)
     drop = (*hub, "config", "dtype", "torch_dtype")
     rest = {key: value for key, value in kwargs.items() if key not in drop}
     return {**rest, "config": config, "state_dict": state, "dtype": dtype}

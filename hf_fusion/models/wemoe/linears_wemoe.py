@@ -94,6 +94,22 @@ class UpscaledLinear(nn.Module):
             self.counts = _frozen(math.ceil(self.rows / self.step), **numbers)
         self.biases = _frozen(1 if self.is_low_rank else experts + 1, d_out, **like) if has_bias else None
 
+    def check(self, path: str) -> None:
+        """Whether what was loaded can be read: sizes from the config, and the places of sparse entries.
+
+        Raises:
+            ValueError: naming the linear.
+        """
+        if self.kind in ("bfloat16", "sparse") and not 1 <= self.step <= self.rows:
+            raise ValueError(
+                f"config.json: the size of {path} is {self.step}; it must be at most {self.rows}, its rows"
+            )
+        if self.kind == "sparse" and not self.index.is_meta and self.index.numel():
+            most = self.experts * self.step * self.columns
+            is_counted = int(self.counts.min()) >= 0 and int(self.counts.sum()) == self.index.numel()
+            if not is_counted or not 0 <= int(self.index.min()) <= int(self.index.max()) < most:
+                raise ValueError(f"{path}: index or counts name no entries of its task vectors")
+
     @property
     def weight(self) -> torch.Tensor:
         """θ0 as nn.Linear has it, (d_out, d_in): some models look at its dtype."""

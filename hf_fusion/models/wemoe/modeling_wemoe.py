@@ -19,6 +19,7 @@ from .files_wemoe import ForeignFileError, check_files, check_processor
 from .generation_wemoe import GeneratingMixin, check_generation, common_generation, set_generation
 from .heads_wemoe import activate_heads, fill_heads, install_heads, name_classes, with_classes, with_one_head
 from .linears_wemoe import UpscaledLinear
+from .loading_wemoe import check_size, explained, load_checked
 from .own_code_wemoe import UntrustedCodeError, load_processor
 from .recipe_wemoe import push_options, without_paths, write_recipe
 from .recomputing_wemoe import forget
@@ -60,6 +61,7 @@ class WEMoEModel(BackboneMixin, PreTrainedModel):
         self.forward = with_arguments_of(backbone, self)  # type: ignore[method-assign]
         self._answer_for(config.default_task)
         self.post_init()
+        check_size(self)
         self._freeze()
 
     # ---------------------------------------------------------------- building
@@ -433,23 +435,20 @@ class WEMoEModel(BackboneMixin, PreTrainedModel):
         """As any model's.
 
         Raises:
-            ValueError: for files that lack weights, or hold others or another model's; for an index, a configuration
-                or a link that leads out of the model.
+            ValueError: naming what is wrong in the config, the weights or the files, see `loading_wemoe.load_checked`;
+                or that these are another model's.
         """
         names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
         hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         trusted = kwargs.get("trust_remote_code") is True
         if pretrained_model_name_or_path is not None:  # else all weights are given
             check_files(pretrained_model_name_or_path, hub)
-            kwargs.setdefault("use_safetensors", True)
         wants_info = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        model, info = loaded
-        for what, keys in (("lacks", info["missing_keys"]), ("has unknown", info["unexpected_keys"])):
-            if keys:
-                raise ValueError(
-                    f"{pretrained_model_name_or_path} {what} weights, {len(keys)}, first {sorted(keys)[0]}"
-                )
+        model, info = load_checked(super().from_pretrained, pretrained_model_name_or_path, args, kwargs, hub)
+        with explained(pretrained_model_name_or_path):
+            for unit in model.units:
+                for path, linear in zip(unit.paths, unit.linears, strict=True):
+                    linear.check(path)
         if model.config.samples and (name := first_unlike(model.state_dict(), model.config.samples)):
             raise ValueError(f"{pretrained_model_name_or_path} holds another model's weights: {name} is not as saved")
         model._freeze()

@@ -1,0 +1,133 @@
+"""What `load_fused` finds in a folder: a fused model, something else, or one that is damaged; each is told plainly."""
+
+from __future__ import annotations
+
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_fusion.errors import FusionError, is_fault, one_line, shown, suggestion
+from hf_fusion.extras import MissingLibraryError
+from hf_fusion.families import METHODS
+from hf_fusion.hub.files import IMAGE_FILES, PROCESSOR_FILES, resolve
+from hf_fusion.hub.heads import architectures, model_class_of
+from hf_fusion.hub.load import processor_of
+from hf_fusion.merging.methods import MERGE_METHODS
+from hf_fusion.recipe import RECIPE_FILE, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_OTHER_RECIPE = f"put the {RECIPE_FILE} that it was made by into the folder"
+_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+def refuse_what_is_not_fused(folder: Path) -> None:
+    """Says of a path that holds no fused model what it is, and what to do with it.
+
+    Raises:
+        FusionError: always but for a folder that may hold one.
+    """
+    name = shown(str(folder))
+    try:
+        kind = folder.stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        repo = str(folder).partition("@")[0]
+        hint = f"fetch it: hf download {repo} --local-dir DIR" if _ID.fullmatch(str(folder)) else "check the path"
+        raise FusionError(f"There is no folder {name} ({one_line(error)}).", hint) from None
+    if not stat.S_ISDIR(kind):
+        raise FusionError(f"{name} is a file, not the folder of a fused model.", f"give the folder: {folder.parent}")
+    try:
+        files = {path.name: path for path in folder.iterdir()}
+        odd = [file for file, path in files.items() if path.exists() and not (path.is_file() or path.is_dir())]
+    except OSError as error:
+        raise FusionError(f"{name} cannot be read ({one_line(error)}).", "check its permissions") from None
+    if odd:
+        raise FusionError(f"{name}: {shown(odd[0])} is a pipe or a device, not a file.", "take it out of the folder")
+    if not files:
+        raise FusionError(f"{name} is empty.", "fuse something into it: hf-fusion fuse --help")
+    if "config.json" in files or {"adapter_config.json", RECIPE_FILE} <= files.keys():
+        return
+    if "adapter_config.json" in files:
+        raise FusionError(
+            f"{name} holds a LoRA adapter, not a fused model.",
+            f"fuse it with others: hf-fusion fuse --method phatgoose --experts {folder} … --output DIR; "
+            "or load it alone: hf_fusion.load_experts",
+        )
+    if RECIPE_FILE in files:
+        raise FusionError(
+            f"{name} holds a recipe without the model that it makes: config.json is missing.",
+            f"make the model: hf-fusion fuse {folder / RECIPE_FILE} --output DIR",
+        )
+    raise FusionError(f"{name} holds no model: config.json is missing.", "fetch it again, or make it again")
+
+
+def family_class(folder: Path, config: dict[str, Any], recipe: Recipe) -> type[PreTrainedModel]:
+    """The class of a family's model, by the package's own code.
+
+    Args:
+        folder: for messages.
+        config: content of its ``config.json``.
+        recipe: what it was made of.
+
+    Raises:
+        FusionError: recipe and config are not of one model, or there is no such class.
+    """
+    if recipe.method not in METHODS:
+        known = [*METHODS, *MERGE_METHODS]
+        hint = f"{suggestion(recipe.method, known)} if hf_fusion is newer: pip install -U hf_fusion"
+        raise FusionError(f"{folder} was made by the unknown method {shown(recipe.method)}.", hint)
+    row = METHODS[recipe.method]
+    family = row.module.rpartition(".")[2]
+    if config.get("model_type") != family:
+        what = f"{RECIPE_FILE} says {recipe.method}, config.json {shown(config.get('model_type'))}"
+        raise FusionError(f"{folder}: {what}: they are not of one model.", _OTHER_RECIPE)
+    home, name = import_module(row.module), next(iter(architectures(config)), "")
+    if (found := model_class_of(name, home)) is None:
+        raise FusionError(f"{folder}: config.json: architectures names no class of {family}: {shown(name)}.")
+    return found
+
+
+def refuse_other_recipe(folder: Path, recipe: Recipe, config: Any) -> None:
+    """Raises for a recipe that names more or fewer experts than the config of the model beside it."""
+    if len(recipe.experts) != config.num_experts:
+        what = f"{RECIPE_FILE} names {len(recipe.experts)} experts, config.json {config.num_experts}"
+        raise FusionError(f"{folder}: {what}: they are not of one model.", _OTHER_RECIPE)
+
+
+def read_processor(folder: Path, model: Any, agreed: bool) -> None:
+    """Reads a model's tokenizer or image processor now, rather than when the first text is to be read.
+
+    Args:
+        folder: holds them.
+        model: as loaded.
+        agreed: whether their own code may run.
+
+    Raises:
+        FusionError: the folder has files of one that cannot be read.
+    """
+    if any((folder / file).exists() for file in PROCESSOR_FILES + IMAGE_FILES) and model.processor is None:
+        model._processor = processor_of(resolve(folder), agreed=agreed)
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Turns what goes wrong while a folder is read into a FusionError that names it and the next step."""
+    try:
+        yield
+    except FusionError:
+        raise
+    except BaseException as error:  # a damaged folder may fail in any way
+        if not is_fault(error):
+            raise
+        if isinstance(error, ImportError):
+            raise MissingLibraryError(f"{folder} needs a library: {one_line(error)}", "install it") from error
+        text = one_line(error)
+        reason = text if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"
+        is_newer = "newer hf_fusion" in reason
+        hint = None if is_newer else f"fetch it again, or make it again: hf-fusion fuse {RECIPE_FILE} --output DIR"
+        raise FusionError(reason if str(folder) in reason else f"{folder} cannot be loaded: {reason}", hint) from error

@@ -1,0 +1,302 @@
+"""What a config.json may say: a table of fields and kinds, checked before anything is built of it.
+
+A family's folder travels alone, so that each has a copy of this file.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+FILE = "config.json"
+FORMAT = 1
+"""The format that this code writes, and the newest that it reads."""
+DEEPEST, LONGEST = 64, 1 << 20  # levels of lists and mappings; characters of a text
+# Lists are made of these numbers before there is a weight whose size could tell that they are wrong.
+LISTED = re.compile(r"layer|depth|stage|labels|num_blocks")
+MOST_LISTED = 1 << 16
+# Where a model takes them for sizes, it may be built with negative ones, and fail when it runs.
+SIZE = re.compile(r"(?!.*window)((num|n|max)_.*|.*_(size|sizes|dim|heads|layers|channels|labels)|d_(model|ff|kv)|dim)")
+Row = tuple[str, Any, bool, str]
+"""Where, the value there, whether it is right, and what it must be."""
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 100
+
+
+class Kind(NamedTuple):
+    """What a value may be.
+
+    Attributes:
+        find: (value, where) -> what is wrong in it, as rows.
+        required: whether a file has to have it.
+    """
+
+    find: Callable[[Any, str], Iterator[Row]]
+    required: bool = True
+
+
+Table = Mapping[str, Kind]
+
+
+def kind(accepts: Callable[[Any], bool], expected: str) -> Kind:
+    """A plain value."""
+    return Kind(lambda value, where: iter([] if accepts(value) else [(where, value, False, expected)]))
+
+
+def one_of(*allowed: Any) -> Kind:
+    """One of a few texts or numbers."""
+    return kind(
+        lambda value: any(value == own and type(value) is type(own) for own in allowed),
+        f"one of {', '.join(map(str, allowed))}",
+    )
+
+
+def whole(least: int = 0) -> Kind:
+    """A whole number, at most what an index of a tensor can be."""
+    return kind(lambda value: type(value) is int and least <= value < 1 << 31, f"a whole number of at least {least}")
+
+
+def number(above: float = -math.inf, least: float = -math.inf, most: float = math.inf) -> Kind:
+    """A finite number within limits, of which `least` and `most` are included."""
+    known = {"above": above, "at least": least, "at most": most}
+    limits = " and".join(f" {name} {limit:g}" for name, limit in known.items() if math.isfinite(limit))
+    return kind(
+        lambda value: type(value) in (int, float) and above < value and least <= value <= most and abs(value) < 1e300,
+        f"a number{limits}",
+    )
+
+
+def optional(own: Kind) -> Kind:
+    """A value that may be null or missing."""
+    return Kind(lambda value, where: iter([]) if value is None else own.find(value, where), required=False)
+
+
+def each(own: Kind, least: int = 0) -> Kind:
+    """A list."""
+
+    def find(value: Any, where: str) -> Iterator[Row]:
+        if not isinstance(value, (list, tuple)) or len(value) < least:
+            yield where, value, False, f"a list of at least {least}" if least else "a list"
+            return
+        for index, entry in enumerate(value):
+            yield from own.find(entry, f"{where}[{index}]")
+
+    return Kind(find)
+
+
+def values(own: Kind) -> Kind:
+    """A mapping of names to values."""
+
+    def find(value: Any, where: str) -> Iterator[Row]:
+        if not isinstance(value, Mapping):
+            yield where, value, False, "names and values"
+            return
+        for key, entry in value.items():
+            yield from own.find(entry, f"{where}[{_short.repr(key)}]")
+
+    return Kind(find)
+
+
+def row(table: Table) -> Kind:
+    """A mapping whose keys are known; others may be there."""
+
+    def find(value: Any, where: str) -> Iterator[Row]:
+        if not isinstance(value, Mapping):
+            yield where, value, False, "names and values"
+            return
+        for key, own in table.items():
+            if key in value:
+                yield from own.find(value[key], f"{where}.{key}")
+            elif own.required:
+                yield f"{where}.{key}", "missing", False, "there"
+
+    return Kind(find)
+
+
+FLAG = kind(lambda value: isinstance(value, bool), "true or false")
+TEXT = kind(lambda value: isinstance(value, str), "a text")
+NAME = kind(
+    lambda value: isinstance(value, str) and 0 < len(value) <= 4096 and value.isprintable(), "a name, printable"
+)
+MAPPING = kind(lambda value: isinstance(value, Mapping), "names and values")
+TOKENS = kind(
+    lambda value: type(value) is int or (isinstance(value, list) and all(type(token) is int for token in value)),
+    "the id of a token",
+)
+MODEL = row({"model_type": NAME})
+"""The config of an inner model."""
+CLASSES = kind(
+    lambda value: (
+        isinstance(value, Mapping)
+        and sorted(map(str, value)) == sorted(map(str, range(len(value))))
+        and all(isinstance(label, str) for label in value.values())
+    ),
+    "a name for each class, numbered from 0",
+)
+# What every config of transformers has.
+COMMON: Table = {
+    "format_version": optional(whole()),
+    "id2label": optional(CLASSES),
+    "label2id": optional(values(whole())),
+    "num_labels": optional(whole(1)),
+    "problem_type": optional(
+        one_of("regression", "single_label_classification", "multi_label_classification", "semantic_segmentation")
+    ),
+    "dtype": optional(one_of("float32", "float16", "bfloat16", "float64")),
+    "torch_dtype": optional(one_of("float32", "float16", "bfloat16", "float64")),
+    "architectures": optional(each(NAME)),
+    "is_encoder_decoder": optional(FLAG),
+    "pad_token_id": optional(whole(-1)),
+    "bos_token_id": optional(TOKENS),
+    "eos_token_id": optional(TOKENS),
+    "recipe": optional(MAPPING),
+    "output_attentions": optional(FLAG),
+    "output_hidden_states": optional(FLAG),
+    "return_dict": optional(FLAG),
+    "tie_word_embeddings": optional(FLAG),
+    "chunk_size_feed_forward": optional(whole()),
+    "attn_implementation": optional(NAME),
+}
+
+
+def refuse(rows: Iterator[Row] | Sequence[Row], what: str = f"{FILE}: ") -> None:
+    """Raises ValueError for the first row that is not right, which begins with `what`."""
+    for where, value, is_right, expected in rows:
+        if not is_right:
+            found = "missing" if value == "missing" else f"{_short.repr(value)}"
+            raise ValueError(f"{what}{where.lstrip('.')} is {found}; it must be {expected}")
+
+
+def check_file(content: Any, table: Table, config_class: type) -> None:
+    """Whether the content of a config.json may become a config.
+
+    Args:
+        content: as JSON gives it.
+        table: of the family's own fields.
+        config_class: what it is to become.
+
+    Raises:
+        ValueError: naming the field, what it is and what is expected; or a newer format.
+    """
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{FILE} holds {_short.repr(content)}; it must hold names and values")
+    check_format(content.get("format_version"))
+    refuse(_plain(content, "", 0))
+    refuse(
+        (key, value, not callable(getattr(config_class, key, None)), "a field that is a value")
+        for key, value in content.items()
+    )
+    refuse(row({**COMMON, **table}).find(content, ""))
+
+
+def check_values(config: Any, table: Table) -> None:
+    """The same of a config that was made by hand, as far as its values are set."""
+    own = {name: getattr(config, name) for name in table if getattr(config, name, None) is not None}
+    refuse(row({name: table[name] for name in own}).find(own, ""), f"{type(config).__name__}.")
+
+
+def check_format(version: Any) -> None:
+    """Raises ValueError for a format that is newer than this code; a file of before has none."""
+    if type(version) is int and version > FORMAT:
+        raise ValueError(
+            f"this folder was saved by a newer hf_fusion (format {_short.repr(version)}, this one reads up to "
+            f"{FORMAT}): pip install -U hf_fusion, or load it with its own code: trust_remote_code=True"
+        )
+
+
+def check_sizes(content: Mapping[str, Any], where: str = "") -> None:
+    """Whether numbers of layers and the like, and sizes, are such that a model may be built to look at it.
+
+    Args:
+        content: the config of a model.
+        where: it stands.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    refuse(_sizes(content, where))
+
+
+def inner_config(build: Callable[..., Any], content: Mapping[str, Any], where: str) -> Any:
+    """The config of an inner model.
+
+    Args:
+        build: `AutoConfig.for_model`.
+        content: its arguments.
+        where: they come from.
+
+    Raises:
+        ValueError: naming the place and the reason.
+    """
+    check_sizes(content, where)
+    try:
+        return build(**content)
+    except Exception as error:  # whatever a configuration class of transformers does with such values
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        printed = "".join(character if character.isprintable() else "?" for character in reason)
+        raise ValueError(f"{FILE}: {where} describes no model ({printed})") from None
+
+
+def _plain(value: Any, where: str, depth: int) -> Iterator[Row]:
+    """What no field may hold."""
+    if depth > DEEPEST:
+        yield where[:100], "nested deeply", False, f"of at most {DEEPEST} levels"
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            name = key if str(key).isidentifier() else f"[{_short.repr(key)}]"
+            yield from _plain(inner, f"{where}.{name}" if name == key else where + name, depth + 1)
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            yield from _plain(inner, f"{where}[{index}]", depth + 1)
+    elif isinstance(value, str):
+        is_text = len(value) <= LONGEST and not any("\ud800" <= character <= "\udfff" for character in value)
+        yield where, value, is_text, f"Unicode of at most {LONGEST} characters"
+    elif isinstance(value, float):
+        # some configs say by Infinity that something has no limit
+        yield where, value, not math.isnan(value) and (math.isfinite(value) or "limit" in where), "a finite number"
+    elif isinstance(value, int):
+        yield where, value, abs(value) < 1 << 63, "a number of at most 64 bits"
+
+
+def _sizes(value: Any, where: str) -> Iterator[Row]:
+    for key, inner in value.items() if isinstance(value, Mapping) else ():
+        place, name = f"{where}.{key}".lstrip("."), str(key)
+        if isinstance(inner, Mapping):
+            yield from _sizes(inner, place)
+            continue
+        counts = [count for count in (inner if isinstance(inner, list) else [inner]) if type(count) is int]
+        if LISTED.search(name):
+            yield place, inner, max(counts, default=0) <= MOST_LISTED, f"at most {MOST_LISTED}"
+        if SIZE.fullmatch(name):
+            yield place, inner, min(counts, default=0) >= 0, "at least 0"
+
+
+__all__ = [
+    "CLASSES",
+    "FLAG",
+    "FORMAT",
+    "MAPPING",
+    "MODEL",
+    "NAME",
+    "TEXT",
+    "Row",
+    "Table",
+    "check_file",
+    "check_format",
+    "check_sizes",
+    "check_values",
+    "each",
+    "inner_config",
+    "kind",
+    "number",
+    "one_of",
+    "optional",
+    "refuse",
+    "row",
+    "values",
+    "whole",
+]
