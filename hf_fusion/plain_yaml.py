@@ -32,12 +32,32 @@ def read_yaml(path: Path) -> Any:
     if len(raw) > MAX_BYTES:
         raise FusionError(f"{path} is longer than {MAX_BYTES} bytes: no recipe is.", "check the path")
     try:
-        loader = yaml.SafeLoader(raw.decode())
+        text = raw.decode()
+    except ValueError as error:
+        raise FusionError(f"{path} is not valid YAML: {one_line(error)}", "correct it there") from None
+    return parse_yaml(text, path)
+
+
+def parse_yaml(text: str, path: Path | str, *, repeated: bool = False) -> Any:
+    """The only document of a text in YAML.
+
+    Args:
+        text: the YAML.
+        path: what errors call it.
+        repeated: whether a key may be there twice: then the last counts.
+
+    Raises:
+        FusionError: as `read_yaml`.
+    """
+    if len(text) > MAX_BYTES:
+        raise FusionError(f"{path} has {len(text):,} characters of YAML: none is so long.", "shorten it")
+    try:
+        loader = yaml.SafeLoader(text)
         try:
             root = loader.get_node() if loader.check_node() else None
             if loader.check_node():
                 raise _several(path, loader, root)
-            _check(root)
+            _check(root, repeated)
             return None if root is None else loader.construct_document(root)
         finally:
             loader.dispose()
@@ -49,7 +69,7 @@ def read_yaml(path: Path) -> Any:
     raise FusionError(f"{path} is not valid YAML: {reason}", "correct it there")
 
 
-def _several(path: Path, loader: yaml.SafeLoader, first: yaml.Node | None) -> FusionError:
+def _several(path: Path | str, loader: yaml.SafeLoader, first: yaml.Node | None) -> FusionError:
     """What a file of several documents is: mergekit-multi keeps merges that build on each other in one."""
     nodes = [first]
     while loader.check_node():
@@ -64,7 +84,7 @@ def _several(path: Path, loader: yaml.SafeLoader, first: yaml.Node | None) -> Fu
     return FusionError(f"{path} holds {len(nodes)} YAML documents, where one is read", "save each as a file of its own")
 
 
-def _check(root: yaml.Node | None) -> None:
+def _check(root: yaml.Node | None, repeated: bool) -> None:
     """Refuses what would not end, or not say one thing, before any value is made of it."""
     pending = [] if root is None else [(root, 0)]
     seen = 0
@@ -78,7 +98,7 @@ def _check(root: yaml.Node | None) -> None:
         if isinstance(node, yaml.MappingNode):
             keys: set[tuple[str, str]] = set()
             for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-                if (key.tag, key.value) in keys:
+                if (key.tag, key.value) in keys and not repeated:
                     raise ValueError(f"{shown(key.value)} is there twice, again in line {key.start_mark.line + 1}")
                 keys.add((key.tag, key.value))
             children = [part for pair in node.value for part in pair]

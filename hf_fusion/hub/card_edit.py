@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from hf_fusion.errors import FusionError, printable
+from hf_fusion.plain_yaml import parse_yaml
 
 _HEAD = re.compile(r"(\s*---[ \t]*\r?\n)(.*?)^---[ \t]*(?:\r?\n|\Z)", re.MULTILINE | re.DOTALL)
 
@@ -69,6 +70,21 @@ def metadata_of(text: str) -> dict[str, Any]:
     return _parse(match[2]) if match else {}
 
 
+def known_metadata(card: Any) -> dict[str, Any]:
+    """What of a card's metadata is read elsewhere, where it has the type that it should have."""
+    card = card if isinstance(card, dict) else {}
+    kinds = {"base_model": _is_names, "license": _is_names, "pipeline_tag": _is_name}
+    return {key: card[key] for key, is_right in kinds.items() if is_right(card.get(key))}
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_names(value: object) -> bool:
+    return _is_name(value) or isinstance(value, list) and bool(value) and all(map(_is_name, value))
+
+
 def put_metadata(text: str, values: dict[str, Any]) -> str:
     """A README with some keys of its metadata set, in front of which it gets metadata if it has none.
 
@@ -90,10 +106,7 @@ def put_metadata(text: str, values: dict[str, Any]) -> str:
 
 
 def _parse(head: str) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(head)
-    except yaml.YAMLError as error:
-        raise FusionError(f"The metadata of README.md is not valid YAML: {' '.join(str(error).split())}") from None
+    content = parse_yaml(head, "The metadata of README.md", repeated=True)
     if content is not None and not isinstance(content, dict):
         raise FusionError("The metadata of README.md is not a mapping.")
     return content or {}

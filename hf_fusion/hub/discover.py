@@ -25,6 +25,7 @@ from hf_fusion.hub.files import (
 )
 from hf_fusion.hub.gates import GATES_FILE
 from hf_fusion.hub.heads import architectures, default_task, head_of_adapter, label_names
+from hf_fusion.hub.remote import CARD_ERRORS, DESCRIBED
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EXPERT_TAG = "hf-fusion-expert"
-# what `read_info` needs of a repo in a list; sizes of files are not among what the Hub can tell there
-_LISTED: tuple[Any, ...] = ("sha", "siblings", "tags", "cardData", "pipeline_tag", "downloads", "gated", "private")
 
 
 @dataclass(frozen=True)
@@ -118,13 +117,10 @@ def discover(
     def read(candidate: str | Source) -> ExpertInfo | None:
         if isinstance(candidate, Source):
             return read_info(candidate)
-        try:
+        if ids and candidate in ids:
             return read_info(resolve_repo(candidate, api))
-        except FusionError as error:
-            if ids and candidate in ids:
-                raise
-            logger.warning("Left out: %s", error)  # gone or closed since it was collected
-            return None
+        source = _described(candidate, api)  # gone or closed since it was collected
+        return read_info(source) if source else None
 
     named = [*(ids or ()), *(_collected(collection, api) if collection else ())]
     candidates: Iterator[str | Source] = iter(named) if named or collection else _listed(tags, author, base_model, api)
@@ -149,7 +145,7 @@ def _listed(
 ) -> Iterator[Source]:
     """Repos to look at, each once, the most downloaded first within each way of finding them."""
     tags = [tags] if isinstance(tags, str) else list(tags or ())
-    searches: list[Iterable[ModelInfo]] = []
+    searches: list[Iterable[Source]] = []
     if tags or not base_model:
         searches.append(_search(api, filter=tags, author=author))
     if base_model:
@@ -159,18 +155,41 @@ def _listed(
             searches.append(_search(api, author=author, holding=ADAPTER_CONFIG))
     seen: set[str] = set()
     for search in searches:
-        for info in search:
-            if info.id not in seen and as_commit(info.sha):  # an empty repo has no commit
-                seen.add(info.id)
-                yield source_of(info, api)
+        for source in search:
+            if source.name not in seen and as_commit(source.revision):  # an empty repo has no commit
+                seen.add(source.name)
+                yield source
 
 
-def _search(api: HfApi, holding: str | None = None, **filters: Any) -> Iterator[ModelInfo]:
+def _search(api: HfApi, holding: str | None = None, **filters: Any) -> Iterator[Source]:
     """`list_models`, only of repos that hold a file where one is named: a thousand repos with one request."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    filters["sort"] = "downloads"
     with explained("The Hub"):
-        for info in api.list_models(sort="downloads", expand=list(_LISTED), **filters):
-            if holding is None or any(file.rfilename == holding for file in info.siblings or ()):
-                yield info
+        try:
+            for info in api.list_models(expand=[*DESCRIBED, "cardData"], **filters):
+                if _holds(info, holding):
+                    yield source_of(info, api)
+        except (HfHubHTTPError, HFValidationError):
+            raise
+        except CARD_ERRORS:  # at the card of one of them, which would hide all that come after
+            for info in api.list_models(expand=list(DESCRIBED), **filters):
+                if _holds(info, holding) and (source := _described(f"{info.id}@{info.sha}", api)):
+                    yield source
+
+
+def _holds(info: ModelInfo, file: str | None) -> bool:
+    return file is None or any(sibling.rfilename == file for sibling in info.siblings or ())
+
+
+def _described(name: str, api: HfApi) -> Source | None:
+    """One repo by itself; None where it is gone or closed."""
+    try:
+        return resolve_repo(name, api)
+    except FusionError as error:
+        logger.warning("Left out: %s", error)
+        return None
 
 
 def read_info(source: Source) -> ExpertInfo:

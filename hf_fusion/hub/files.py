@@ -17,7 +17,7 @@ from hf_fusion.errors import FusionError, one_line, printable, shown
 from hf_fusion.files import own_file, read_text
 from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
 from hf_fusion.hub.adapters import read_json
-from hf_fusion.hub.card_edit import metadata_of
+from hf_fusion.hub.card_edit import known_metadata, metadata_of
 from hf_fusion.hub.commits import as_commit, download_file, found_commit
 from hf_fusion.hub.linearized import STEM as LINEARIZED
 from hf_fusion.hub.manifests import (
@@ -28,7 +28,7 @@ from hf_fusion.hub.manifests import (
     read_content,
     refuse_pickled,
 )
-from hf_fusion.hub.remote import Header, read_header, read_json_file, read_part
+from hf_fusion.hub.remote import Header, card_of, described, read_header, read_json_file, read_part
 from hf_fusion.hub.snapshot import check_snapshot
 from hf_fusion.plain_json import parse_object
 from hf_fusion.progress import is_reported, phase, track
@@ -309,7 +309,7 @@ def resolve_repo(name: str, api: HfApi | None = None) -> Source:
     repo, revision = split_revision(name)
     api = hub_api(api)
     with explained(repo):
-        info = api.model_info(repo, revision=revision, files_metadata=True)
+        info = described(repo, revision, api)
     found_commit(repo, revision, info.sha)
     return source_of(info, api, pinned=as_commit(revision) is not None)
 
@@ -328,7 +328,7 @@ def source_of(info: ModelInfo, api: HfApi, *, pinned: bool = False) -> Source:
         api=api,
         revision=info.sha,
         pinned=pinned,
-        card=info.card_data.to_dict() if info.card_data else {},
+        card=card_of(info),
         info=info,
     )
 
@@ -341,7 +341,7 @@ def _is_inside(path: str) -> bool:
 def _local_card(folder: Path) -> dict[str, Any]:
     """Metadata of a folder's README; empty where it cannot be parsed, as on the Hub."""
     try:
-        return metadata_of(read_text(folder / "README.md"))
+        return known_metadata(metadata_of(read_text(folder / "README.md")))
     except (FusionError, ValueError) as error:  # none of it may hide weights that work
         logger.warning("The metadata of %s/README.md cannot be read: %s", folder, one_line(error))
         return {}

@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
 from hf_fusion.files import read_file
+from hf_fusion.hub.card_edit import known_metadata
 from hf_fusion.hub.commits import found_commit
 from hf_fusion.plain_json import MAX_BYTES, parse
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import ModelInfo
 
+# what is asked of the Hub about a repo in a list, beside its card; sizes of files are not among what it tells there
+DESCRIBED: tuple[Any, ...] = ("sha", "siblings", "tags", "pipeline_tag", "downloads", "gated", "private")
 MAX_HEADER = 25 << 20  # as huggingface_hub's own limit
 _FIRST = 100_000  # bytes: most headers are shorter, so that one request is enough
 
@@ -29,6 +33,34 @@ class Part:
 
     data: bytes
     size: int
+
+
+# a card of wrong types makes the client fail on all that the Hub says of a repo, and on the list that it is in
+CARD_ERRORS = (TypeError, AttributeError, ValueError, KeyError)
+
+
+def described(repo_id: str, revision: str | None, api: HfApi) -> ModelInfo:
+    """What the Hub says of a repo, without its card where the client cannot read that.
+
+    Raises:
+        HfHubHTTPError, TransportError: as the client raises them.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return api.model_info(repo_id, revision=revision, files_metadata=True)
+    except (HfHubHTTPError, HFValidationError):
+        raise
+    except CARD_ERRORS:
+        return api.model_info(repo_id, revision=revision, expand=list(DESCRIBED))
+
+
+def card_of(info: ModelInfo) -> dict[str, Any]:
+    """The metadata of a repo's card, as far as it can be read."""
+    try:
+        return known_metadata(info.card_data.to_dict() if info.card_data else {})
+    except CARD_ERRORS:
+        return {}
 
 
 def read_part(api: HfApi, repo_id: str, file: str, revision: str | None, start: int, stop: int) -> Part:
