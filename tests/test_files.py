@@ -253,7 +253,16 @@ def test_what_no_loader_reads_may_lead_anywhere(folder):
 
 
 OUTSIDE = ["{root}/secret.json", "../secret.json", "sub/../../secret.json"]
-KEYS = ("vocab_file", "merges_file", "tokenizer_file", "fast_tokenizer_files", "chat_template_file", "class_info_file")
+KEYS = (
+    "vocab_file",
+    "merges_file",
+    "tokenizer_file",
+    "fast_tokenizer_files",
+    "preset_file",
+    "class_info_file",
+    "vocab",
+    "x",
+)
 
 
 @pytest.mark.parametrize("value", OUTSIDE)
@@ -262,7 +271,8 @@ KEYS = ("vocab_file", "merges_file", "tokenizer_file", "fast_tokenizer_files", "
 def test_a_configuration_that_names_a_file_outside(file, key, value, folder):
     (folder / "sub").mkdir()
     path = value.format(root=folder.parent)
-    content = {"nested": [{key: [path] if key.endswith("s") else path}]}
+    value = [path] if key.endswith("s") else path
+    content = {"nested": [{key: value}]}
     (folder / file).write_text(json.dumps(content))
     with pytest.raises(FusionError, match=f"model: {file} has {key}: .*, which lies outside of the model"):
         check_snapshot(folder, "model")
@@ -277,6 +287,21 @@ def test_paths_of_other_machines_are_often_recorded(value, folder):
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"vocab_file": path, "name_or_path": str(folder.parent), "_name_or_path": "/", "x_file": 3})
     )
+    check_snapshot(folder, "model")
+
+
+def test_texts_that_are_no_paths_may_be_called_like_one(folder):
+    here = str(folder.parent / "secret.json")
+    content = {"chat_template": here, "unk_token": here, "added_tokens_decoder": {"0": {"content": here}}}
+    content |= {
+        "extra_special_tokens": [here],
+        "id2label": {"0": here},
+        "vocab": [[here, 0.5]],
+        "about": "a/b",
+        "x": "/",
+    }
+    for file in ("tokenizer_config.json", "config.json"):
+        (folder / file).write_text(json.dumps(content))
     check_snapshot(folder, "model")
 
 

@@ -24,10 +24,12 @@ INDEXES = ".index.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".npz", ".ckpt")
 # configurations that transformers passes on to classes, whose arguments may be paths
 _CONFIGS = ("config.json", "tokenizer_config.json", "video_preprocessor_config.json", *PROCESSORS)
-# arguments that are paths, by their names, and what they hold
-_PATHS = re.compile(r"(\w+_)?(files?|paths?|dir|folders?|subfolder)|init_inputs|repo_id")
-# these record where something was made, and no loader reads them
-_RECORDED = re.compile(r"\w*name_or_path|special_tokens_map_file")
+# arguments that are paths, by their names; other texts are looked at if they have a separator
+_PATHS = re.compile(r"(\w+_)?(files?|paths?|dir|folders?|subfolder|vocab|merges|spm)|init_inputs|repo_id")
+# texts that no loader opens: tokens, labels, templates, and where something was made
+_TEXTS = re.compile(
+    r"\w*name_or_path|special_tokens_map_file|chat_template\w*|id2label|label2id|\w*_tokens?|added_tokens_decoder|content"
+)
 # names that are looked for in the model's folder alone, never in the one that this runs in
 _WITHIN = ("fast_tokenizer_files", "folders", "subfolder")
 _BESIDE = re.compile(r"(?!\.+$)[\w.-]{1,200}", re.ASCII)
@@ -175,7 +177,8 @@ def _check_config(folder: Path, file: str, name: str) -> None:
             leads_out = "--" not in value and ("/" in value or "\\" in value)
         else:
             places = [(folder / file).parent / value, *([] if key in _WITHIN else [Path(value)])]
-            leads_out = _leads_out(value, places, folder)
+            is_path = _PATHS.fullmatch(key) is not None
+            leads_out = (is_path or "/" in value or "\\" in value) and _leads_out(value, places, folder, is_path)
         if leads_out:
             raise FusionError(
                 f"{name}: {file} has {key}: {shown(value)}, which lies outside of the model",
@@ -184,32 +187,34 @@ def _check_config(folder: Path, file: str, name: str) -> None:
 
 
 def _texts(content: Any) -> Iterator[tuple[str, str]]:
-    """The texts below keys that name files, each with its key; nested as deeply as JSON may be."""
+    """The texts that may be paths, each with its key or that of the paths it is among; as deep as JSON may be."""
     pending: list[tuple[str, Any]] = [("", content)]
     while pending:
         key, value = pending.pop()
         if isinstance(value, Mapping):
-            pending += [(key or (own if _is_path(own) else ""), inner) for own, inner in value.items()]
-        elif isinstance(value, list):
+            is_kept = key == "auto_map" or _PATHS.fullmatch(key) is not None
+            pending += [(key if is_kept else own, inner) for own, inner in value.items() if not _TEXTS.fullmatch(own)]
+        elif isinstance(value, list) and key not in ("vocab", "merges"):  # tokens, where it is not a file of them
             pending += [(key, inner) for inner in value]
-        elif key and isinstance(value, str):
+        elif isinstance(value, str):
             yield key, value
 
 
-def _is_path(key: str) -> bool:
-    is_named = key in ("transformers_weights", "auto_map") or _PATHS.fullmatch(key) is not None
-    return is_named and not _RECORDED.fullmatch(key)
-
-
-def _leads_out(value: str, places: Iterable[Path], root: Path) -> bool:
+def _leads_out(value: str, places: Iterable[Path], root: Path, with_folders: bool) -> bool:
     """Whether a text is the path of something outside of a root: of the first of some places that is there.
 
     Paths of another machine are often recorded, and harmless: nothing is there.
+
+    Args:
+        value: the text.
+        places: where it would be looked for.
+        root: the model's folder.
+        with_folders: whether a folder counts too.
     """
     if not value or len(value) > _LONGEST or "\0" in value:
         return False
     try:
         found = next((path for path in places if os.path.lexists(path)), None)
-        return found is not None and not is_within(found.resolve(), root)
+        return found is not None and (with_folders or not found.is_dir()) and not is_within(found.resolve(), root)
     except (OSError, ValueError, RuntimeError):  # no path that this machine could have, or a link in a circle
         return False

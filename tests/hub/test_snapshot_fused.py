@@ -92,7 +92,15 @@ def tokenized(folder: Path) -> str:
     return "tokenizer_config.json has fast_tokenizer_files: .*, which lies outside of the model"
 
 
+def worded(folder: Path) -> str:
+    """A tokenizer that is made of a file's lines, and would be saved with them."""
+    (folder / "tokenizer.json").unlink()
+    edit_json(folder / "tokenizer_config.json", vocab=str(folder.parent / "secret" / "config.json"))
+    return "tokenizer_config.json has vocab: .*, which lies outside of the model"
+
+
 ATTACKS = {
+    "words elsewhere": worded,
     "absolute": indexed("{secret}/model.safetensors"),
     "above": indexed("../secret/model.safetensors"),
     "link to a folder": indexed("sub/model.safetensors"),

@@ -21,10 +21,14 @@ PROCESSOR_FILES = ("tokenizer_config.json", "preprocessor_config.json")
 MOST_BYTES = 256 << 20  # of a JSON file; the largest that are known have a tenth of it
 _PLAIN = re.compile(r"(?!\.+$)[\w.-]{1,200}", re.ASCII)
 _REPO = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_PATHS = re.compile(
-    r"(\w+_)?(files?|paths?|dir|folders?|subfolder)|init_inputs|repo_id"
-)  # keys of which values are paths
-_RECORDED = re.compile(r"\w*name_or_path|special_tokens_map_file")  # where something was made, which nothing reads
+# keys of which values are paths; other texts are looked at if they have a separator
+_PATHS = re.compile(r"(\w+_)?(files?|paths?|dir|folders?|subfolder|vocab|merges|spm)|init_inputs|repo_id")
+# texts that nothing opens: tokens, labels, templates, and where something was made
+_TEXTS = re.compile(
+    r"\w*name_or_path|special_tokens_map_file|chat_template\w*|id2label|label2id|\w*_tokens?|added_tokens_decoder|content"
+)
+# names that are looked for in the model alone, never in the folder that this runs in
+_WITHIN = ("fast_tokenizer_files", "folders", "subfolder")
 _BELOW = re.compile(r"processor_\d+|additional_chat_templates|\w+_tokenizer")
 _SHARED = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
 
@@ -77,7 +81,7 @@ def check_processor(source: Any, hub: Mapping[str, Any]) -> None:
         _check_folder(folder)
     for file in PROCESSOR_FILES:
         for key, value in _paths(_read(source, file, hub)):
-            if _leads_out(value, folder, is_here=Path(source).is_dir()):
+            if _leads_out(key, value, folder, is_here=Path(source).is_dir()):
                 raise ForeignFileError(f"{source}: {file} has {key}: {value!r}, which lies outside of the model")
 
 
@@ -133,17 +137,21 @@ def _is_own(file: Path, folder: Path) -> bool:
     return is_cache and _SHARED.fullmatch(target.relative_to(shared).as_posix()) is not None
 
 
-def _leads_out(value: str, folder: Path, is_here: bool) -> bool:
+def _leads_out(key: str, value: str, folder: Path, is_here: bool) -> bool:
     """Whether a text is the path of something outside of a model.
 
     Paths of another machine are often recorded, and harmless: nothing is there.
     """
-    path = Path(value)
-    is_away = path.is_absolute() or ".." in path.parts
-    if not is_here:  # a plain name is one of the repo's files
-        return is_away and (".." in path.parts or os.path.lexists(path))
-    found = next((own for own in (folder / path, path) if os.path.lexists(own)), None)
-    return found is not None and not _is_own(found, folder) and (is_away or found != path)
+    if not 0 < len(value) < 4096 or "\0" in value:
+        return False
+    path, is_path = Path(value), _PATHS.fullmatch(key) is not None
+    if not is_here and is_path and ".." in path.parts:
+        return True
+    # a name alone is looked for in the model, but what a class is given, as its words, is opened as it is
+    is_looked_up = not path.is_absolute() and (key in _WITHIN or not is_here and key not in ("vocab", "merges"))
+    places = [*([folder / path] if is_here else []), *([] if is_looked_up else [path])]
+    found = next((own for own in places if os.path.lexists(own)), None)
+    return found is not None and (is_path or not found.is_dir()) and not (is_here and _is_own(found, folder))
 
 
 def _read(source: Any, file: str, hub: Mapping[str, Any]) -> Any:
@@ -162,17 +170,16 @@ def _read(source: Any, file: str, hub: Mapping[str, Any]) -> Any:
 
 
 def _paths(content: Any) -> Iterator[tuple[str, str]]:
-    """The texts below keys that name files, each with its key."""
+    """The texts that may be paths, each with its key or that of the paths it is among."""
     pending: list[tuple[str, Any]] = [("", content)]
     while pending:
         key, value = pending.pop()
+        is_path = _PATHS.fullmatch(key) is not None
         if isinstance(value, Mapping):
-            for own, inner in value.items():
-                is_path = _PATHS.fullmatch(own) and not _RECORDED.fullmatch(own)
-                pending.append((key or (own if is_path else ""), inner))
-        elif isinstance(value, list):
+            pending += [(key if is_path else own, inner) for own, inner in value.items() if not _TEXTS.fullmatch(own)]
+        elif isinstance(value, list) and key not in ("vocab", "merges"):  # tokens, where it is not a file of them
             pending += [(key, inner) for inner in value]
-        elif key and isinstance(value, str) and 0 < len(value) < 4096 and "\0" not in value:
+        elif isinstance(value, str) and (is_path or "/" in value or "\\" in value):
             yield key, value
 
 
