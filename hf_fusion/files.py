@@ -40,7 +40,7 @@ def own_file(file: Path, root: Path | None = None) -> bool:
 
 
 def refuse_special(file: Path) -> None:
-    """Refuses what is there and is not a file: a pipe, a socket or a device, or a link to one. A folder is none.
+    """Refuses what is there and is not a file: a pipe, a socket or a device, or a link to one; folders may be there.
 
     Raises:
         FusionError: naming it.

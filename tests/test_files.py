@@ -267,7 +267,7 @@ KEYS = (
 
 @pytest.mark.parametrize("value", OUTSIDE)
 @pytest.mark.parametrize("key", KEYS)
-@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json", "preprocessor_config.json"])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json"])
 def test_a_configuration_that_names_a_file_outside(file, key, value, folder):
     (folder / "sub").mkdir()
     path = value.format(root=folder.parent)

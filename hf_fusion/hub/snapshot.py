@@ -23,7 +23,7 @@ from hf_fusion.plain_json import MAX_BYTES, MAX_VALUES, parse
 INDEXES = ".index.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".npz", ".ckpt")
 # configurations that transformers passes on to classes, whose arguments may be paths
-_CONFIGS = ("config.json", "tokenizer_config.json", "video_preprocessor_config.json", *PROCESSORS)
+_CONFIGS = ("config.json", "tokenizer_config.json", "special_tokens_map.json", *PROCESSORS)
 # arguments that are paths, by their names; other texts are looked at if they have a separator
 _PATHS = re.compile(r"(\w+_)?(files?|paths?|dir|folders?|subfolder|vocab|merges|spm)|init_inputs|repo_id")
 # texts that no loader opens: tokens, labels, templates, and where something was made
@@ -84,7 +84,8 @@ def read_index(index: Path, name: str) -> dict[str, str]:
     if not isinstance(places, dict) or not places:
         raise FusionError(f"{name}: {index.name} has no weight_map of names and files", "fetch it again")
     suffix = ".safetensors" if index.name.endswith(f".safetensors{INDEXES}") else ""
-    for place in places.values():
+    named = list(places.values())
+    for place in set(named) if all(isinstance(place, str) for place in named) else named:
         if not isinstance(place, str) or not place.endswith(suffix) or not _BESIDE.fullmatch(place):
             what = f"{name}: {index.name} names {shown(place)}, which is no file beside it"
             raise FusionError(what, "fetch it again")

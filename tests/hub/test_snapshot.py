@@ -164,6 +164,7 @@ SMALL = {
     "tokenizer elsewhere": configured("tokenizer_config.json", fast_tokenizer_files=["SECRET/tokenizer.4.0.0.json"]),
     "vocabulary elsewhere": configured("tokenizer_config.json", vocab_file="SECRET/config.json"),
     "vocabulary read as it is": configured("tokenizer_config.json", vocab="SECRET/config.json"),
+    "vocabulary of special tokens": configured("special_tokens_map.json", vocab_file="SECRET/config.json"),
     "positional": configured("tokenizer_config.json", init_inputs=["../secret/config.json"]),
     "module": named("{secret}"),
     "module above": named("../secret"),

@@ -99,7 +99,19 @@ def worded(folder: Path) -> str:
     return "tokenizer_config.json has vocab: .*, which lies outside of the model"
 
 
+def mapped(folder: Path) -> str:
+    """The same by the map of special tokens, which wins over the model's own files."""
+    (folder / "tokenizer.json").unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("added_tokens_decoder", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    named = {"vocab_file": str(folder.parent / "secret" / "config.json")}
+    (folder / "special_tokens_map.json").write_text(json.dumps(named))
+    return "special_tokens_map.json has vocab_file: .*, which lies outside of the model"
+
+
 ATTACKS = {
+    "words of special tokens": mapped,
     "words elsewhere": worded,
     "absolute": indexed("{secret}/model.safetensors"),
     "above": indexed("../secret/model.safetensors"),
@@ -138,7 +150,7 @@ def test_a_processor_that_lies_elsewhere(name, folders):
     edit_json(folders / "foe" / "processor_config.json", folders=[name.format(place=folders)])
     with pytest.raises(FusionError, match="processor_config.json names .*, which is not a folder within"):
         load_fused(folders / "foe")
-    with pytest.raises(ValueError, match="processor_config.json names .*, which is not a folder within"):
+    with pytest.raises(ValueError, match="processor_config.json (names .*not a folder within|has folders: .*outside)"):
         FoEProcessor.from_pretrained(folders / "foe")
 
 

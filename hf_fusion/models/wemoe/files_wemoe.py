@@ -17,7 +17,10 @@ from transformers.utils.hub import cached_file
 
 INDEXES = ("model.safetensors.index.json",)
 ALL_INDEXES = (*INDEXES, "pytorch_model.bin.index.json")
-PROCESSOR_FILES = ("tokenizer_config.json", "preprocessor_config.json")
+PROCESSOR_FILES = (
+    *("tokenizer_config.json", "special_tokens_map.json"),
+    *("preprocessor_config.json", "processor_config.json"),
+)
 MOST_BYTES = 256 << 20  # of a JSON file; the largest that are known have a tenth of it
 _PLAIN = re.compile(r"(?!\.+$)[\w.-]{1,200}", re.ASCII)
 _REPO = re.compile(r"[\w.-]+(/[\w.-]+)?")
