@@ -1,6 +1,6 @@
 """Fusion of Experts: give one input to a published model and see who was asked, who said what, and what it cost.
 
-    MODEL_ID=owner/name python app.py
+    MODEL_ID=owner/name MODEL_REVISION=<commit> TRUST_REMOTE_CODE=true python app.py
 
 It needs nothing but gradio, transformers and torch, and loads any published FoE by its id.
 """
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
 MODEL_ID = os.environ.get("MODEL_ID", "hf-fusion/foe-digits")
 REVISION = os.environ.get("MODEL_REVISION") or None
+TRUSTED = os.environ.get("TRUST_REMOTE_CODE", "").lower() in ("1", "true", "yes")
 EXAMPLES = {path.stem.partition("-")[2]: path for path in sorted((FOLDER / "examples").glob("*.png"))}
 LONGEST_TEXT = 10_000
 FIRST = "seven"  # the example that the page opens with
@@ -47,7 +48,7 @@ EMPTY = {
 @cache
 def served() -> Served:
     """The model, loaded once."""
-    return load(MODEL_ID, REVISION)
+    return load(MODEL_ID, REVISION, trust_remote_code=TRUSTED)
 
 
 @on_gpu

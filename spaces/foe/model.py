@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,26 @@ class Served:
         return routing | {"answer": self.processor.batch_decode(tokens, skip_special_tokens=True)[0].strip()}
 
 
-def load(model_id: str, revision: str | None = None) -> Served:
+COMMIT = re.compile("[0-9a-f]{40}")
+
+
+def refuse_code(model_id: str, revision: str | None, sha: str, agreed: bool) -> None:
+    """Raises unless whoever runs the page agreed to a model's code, at a commit that they named; a folder needs none.
+
+    Args:
+        sha: the commit that was found; "" for a folder.
+    """
+    if agreed and (not sha or COMMIT.fullmatch(revision or "")):
+        return
+    pin = f" and MODEL_REVISION={sha}" if sha else ""
+    raise LoadError(f"{model_id} runs code of its own on this page: read it, then set TRUST_REMOTE_CODE=true{pin}.")
+
+
+def load(model_id: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Served:
     """Loads a published FoE; everything comes from one commit.
+
+    Args:
+        trust_remote_code: whether its code may run, at a commit that `revision` names.
 
     Raises:
         LoadError: with a message for the page.
@@ -122,6 +141,7 @@ def load(model_id: str, revision: str | None = None) -> Served:
         config = _read_json(folder / "config.json")
         if not isinstance(config, dict) or config.get("model_type") != "foe":
             raise LoadError(f"{model_id} is not a Fusion of Experts: its config.json does not say model_type foe.")
+        refuse_code(model_id, revision, sha, trust_remote_code)
         processor = AutoProcessor.from_pretrained(model_id, revision=sha, trust_remote_code=True)
         model = AutoModel.from_pretrained(model_id, revision=sha, trust_remote_code=True).eval()
     except LoadError:

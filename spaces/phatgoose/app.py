@@ -1,6 +1,6 @@
 """PHATGOOSE: give a prompt to a published router and see which expert each token met at every linear.
 
-    MODEL_ID=owner/name python app.py
+    MODEL_ID=owner/name MODEL_REVISION=<commit> TRUST_REMOTE_CODE=true python app.py
 
 It needs nothing but gradio, transformers and torch, and loads any router of a causal language model by its id.
 """
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
 MODEL_ID = os.environ.get("MODEL_ID", "hf-fusion/phatgoose-smollm2")
 REVISION = os.environ.get("MODEL_REVISION") or None
+TRUSTED = os.environ.get("TRUST_REMOTE_CODE", "").lower() in ("1", "true", "yes")
 TEMPLATE = os.environ.get("PROMPT_TEMPLATE") or None
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
 HOUR = 3600  # seconds that a visitor's routing and its file are kept
@@ -44,7 +45,7 @@ _kept: dict[tuple[str, Writer], Answer] = {}
 @cache
 def served() -> Served:
     """The model, loaded once."""
-    return load(MODEL_ID, REVISION, TEMPLATE)
+    return load(MODEL_ID, REVISION, TEMPLATE, trust_remote_code=TRUSTED)
 
 
 @on_gpu

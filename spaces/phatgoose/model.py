@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -218,11 +219,29 @@ class _Stopped(StoppingCriteria):
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
-def load(model_id: str, revision: str | None = None, template: str | None = None) -> Served:
+COMMIT = re.compile("[0-9a-f]{40}")
+
+
+def refuse_code(model_id: str, revision: str | None, sha: str, agreed: bool) -> None:
+    """Raises unless whoever runs the page agreed to a model's code, at a commit that they named; a folder needs none.
+
+    Args:
+        sha: the commit that was found; "" for a folder.
+    """
+    if agreed and (not sha or COMMIT.fullmatch(revision or "")):
+        return
+    pin = f" and MODEL_REVISION={sha}" if sha else ""
+    raise LoadError(f"{model_id} runs code of its own on this page: read it, then set TRUST_REMOTE_CODE=true{pin}.")
+
+
+def load(
+    model_id: str, revision: str | None = None, template: str | None = None, *, trust_remote_code: bool = False
+) -> Served:
     """Loads a published router, or one in a folder; everything comes from one commit.
 
     Args:
         template: the prompt's form, with {} for what is asked.
+        trust_remote_code: whether the model's code may run; of a repo at a commit that `revision` names.
 
     Raises:
         LoadError: with a message for the page.
@@ -233,6 +252,7 @@ def load(model_id: str, revision: str | None = None, template: str | None = None
         folder = Path(model_id if is_folder else snapshot_download(model_id, revision=revision, allow_patterns=texts))
         sha = "" if is_folder else folder.name
         _check(model_id, _read_json(folder / "config.json"))
+        refuse_code(model_id, revision, sha, trust_remote_code)
         pinned = {"trust_remote_code": True} | ({} if is_folder else {"revision": sha})
         tokenizer = AutoTokenizer.from_pretrained(model_id, **pinned)
         model = AutoModelForCausalLM.from_pretrained(model_id, **pinned).eval()

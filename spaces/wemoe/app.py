@@ -1,6 +1,6 @@
 """WEMoE: give an input to a published model and see which experts its layers were merged from, and what each would say.
 
-    MODEL_ID=owner/name python app.py
+    MODEL_ID=owner/name MODEL_REVISION=<commit> TRUST_REMOTE_CODE=true python app.py
 
 It needs nothing but gradio, transformers and torch, and loads any classifier or language model by its id.
 """
@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
 MODEL_ID = os.environ.get("MODEL_ID", "hf-fusion/wemoe-minilm")
 REVISION = os.environ.get("MODEL_REVISION") or None
+TRUSTED = os.environ.get("TRUST_REMOTE_CODE", "").lower() in ("1", "true", "yes")
 TEMPLATE = os.environ.get("PROMPT_TEMPLATE") or None
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
 HOUR = 3600  # seconds that a visitor's files are kept
@@ -65,7 +66,7 @@ on_gpu = spaces.GPU if hasattr(spaces, "GPU") else lambda function: function
 @cache
 def served() -> Served:
     """The model, loaded once."""
-    return load(MODEL_ID, REVISION, TEMPLATE)
+    return load(MODEL_ID, REVISION, TEMPLATE, trust_remote_code=TRUSTED)
 
 
 @on_gpu

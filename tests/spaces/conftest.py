@@ -70,7 +70,7 @@ def copy_space(name: str, into: Path) -> Path:
 def space_environment(endpoint: str, home: Path, **variables: str) -> dict[str, str]:
     """What a Space's process sees: its Hub, an empty cache, its settings."""
     given = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "GRADIO_ANALYTICS_ENABLED": "False", "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **given, **variables}
+    return {**os.environ, **given, "TRUST_REMOTE_CODE": "true", **variables}
 
 
 @pytest.fixture(scope="session")

@@ -41,6 +41,7 @@ class Published:
 
     id: str
     model: Any
+    sha: str
 
     def ask(self, budget: float | None = None, **inputs: Any) -> SimpleNamespace:
         """Label, confidence and who was asked, straight from the model."""
@@ -58,8 +59,7 @@ def publish(hub, model: Any, repo: str, folder: Path, **files: str) -> Published
         (folder / f"{name}.md").write_text(text)
     api = HfApi(endpoint=hub.endpoint, token=hub.token(repo.partition("/")[0]))
     api.create_repo(repo)
-    api.upload_folder(repo_id=repo, folder_path=folder)
-    return Published(repo, model)
+    return Published(repo, model, api.upload_folder(repo_id=repo, folder_path=folder).oid)
 
 
 def digit_expert(name: str, own: list[int], pixels: torch.Tensor, labels: torch.Tensor) -> Expert:
@@ -116,7 +116,7 @@ def texts(hub, tmp_path_factory) -> Published:
 
 @pytest.fixture(scope="session")
 def digits_url(run_space, digits) -> str:
-    return run_space("foe", MODEL_ID=digits.id)
+    return run_space("foe", MODEL_ID=digits.id, MODEL_REVISION=digits.sha)
 
 
 def answer(page) -> str:
@@ -243,7 +243,7 @@ def test_a_digit_is_answered_in_the_browser(digits, digits_url, visit):
 
 @pytest.mark.browser
 def test_a_text_is_answered_in_the_browser(run_space, texts, visit):
-    page = visit(run_space("foe", MODEL_ID=texts.id))
+    page = visit(run_space("foe", MODEL_ID=texts.id, MODEL_REVISION=texts.sha))
     wait_for(page, "[data-answer]", texts.ask(text=["the quick fox"]).label)
     assert page.locator(".foe-budget").count() == 0  # a selection keeps to no budget
     wait_for(page, ".foe-message", "no results.json")
@@ -287,6 +287,24 @@ for id in ["no id at all/", "space-other/hidden", "{texts.id}@v9", "space-other/
         "space-other/bert is not a Fusion of Experts",
     ):
         assert reason in printed, reason
+
+
+@pytest.mark.slow
+def test_the_code_of_a_model_runs_by_consent_and_at_a_named_commit(alone, texts):
+    """And at that commit it runs; nothing of this package is imported in the Space's process."""
+    code = f"""
+import sys, model
+for revision, agreed in [(None, False), ("{texts.sha}", False), (None, True), ("main", True)]:
+    try:
+        model.load("{texts.id}", revision, trust_remote_code=agreed)
+    except model.LoadError as error:
+        print(error, any("transformers_modules" in name for name in sys.modules))
+print(model.load("{texts.id}", "{texts.sha}", trust_remote_code=True).kind)
+"""
+    said = f"{texts.id} runs code of its own on this page: read it, then set TRUST_REMOTE_CODE=true"
+    printed = alone("foe", code).splitlines()
+    assert printed[-5:-1] == [f"{said} and MODEL_REVISION={texts.sha}. False"] * 4
+    assert printed[-1] == "text"
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def model(space_modules):
 
 @pytest.fixture(scope="module")
 def served(model, folder):
-    return model.load(str(folder))
+    return model.load(str(folder), trust_remote_code=True)
 
 
 @pytest.fixture
@@ -82,6 +82,7 @@ def app_of(space_modules, monkeypatch):
 
     def load(folder: Path) -> Any:
         monkeypatch.setenv("MODEL_ID", str(folder))
+        monkeypatch.setenv("TRUST_REMOTE_CODE", "true")
         sys.modules.pop("app", None)
         space_modules("wemoe", "model")
         return importlib.import_module("app")
@@ -167,11 +168,16 @@ def test_what_cannot_be_served_is_named(model, tmp_path, config, problem):
         model.load(str(tmp_path))
 
 
+def test_code_runs_by_consent(model, folder):
+    with pytest.raises(model.LoadError, match="runs code of its own on this page: read it, then set TRUST_REMOTE_CODE"):
+        model.load(str(folder))
+
+
 def test_wrong_settings_are_named(model, folder):
     with pytest.raises(model.LoadError, match="neither a folder nor a model id"):
         model.load("no id at all/")
     with pytest.raises(model.LoadError, match="PROMPT_TEMPLATE is 'Hi'; it needs a {}"):
-        model.load(str(folder), template="Hi")
+        model.load(str(folder), template="Hi", trust_remote_code=True)
 
 
 def test_the_page_says_what_cannot_be_served(app_of, tmp_path):
