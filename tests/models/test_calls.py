@@ -16,7 +16,7 @@ import pytest
 import torch
 from threads import wrong_calls
 
-from hf_fusion.models.phatgoose.calls_phatgoose import _SCOPES, Calls
+from hf_fusion.models.phatgoose.calls_phatgoose import _SCOPE, Calls
 
 
 def test_a_state_lasts_as_long_as_its_call():
@@ -94,7 +94,7 @@ def test_copies_have_calls_apart_and_nothing_outlives_them():
     Calls().keep(None)  # whoever comes next clears up
     assert key() is None
     assert kept() is None
-    assert key not in _SCOPES.get()
+    assert _SCOPE.get() is None
 
 
 class Adds(torch.nn.Module):
@@ -155,4 +155,20 @@ def test_what_compiled_code_kept_is_found_by_its_thread():
     assert calls.kept()[0].item() == 3
     calls.keep([x])
     assert call(x).item() == 1
+    torch._dynamo.reset()
+
+
+def test_compiled_code_reads_the_scopes_of_its_task():
+    model, other = Adds(), Calls()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+
+    async def task(value: float) -> float:
+        with model.calls.scoped(torch.tensor(value)), other.scoped("another model's"):
+            await asyncio.sleep(0)
+            return compiled(torch.ones(2))[0].item()
+
+    async def all_tasks() -> list[float]:
+        return await asyncio.gather(*map(task, (2.0, 3.0, 4.0)))
+
+    assert asyncio.run(all_tasks()) == [2, 3, 4]
     torch._dynamo.reset()

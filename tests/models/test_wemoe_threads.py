@@ -77,9 +77,9 @@ def in_tasks(model: WEMoEModel, inputs: list[dict[str, Any]], run: Any = None) -
     async def task(name: str | None, own: dict[str, Any]) -> list[Any]:
         with nullcontext() if name is None else model.using(name):
             await asyncio.sleep(0)
-            logits = first((run or model)(**own))
+            logits = first((model if run is None else run)(**own))
             await asyncio.sleep(0)
-            return [logits, *([] if run else recorded(model))]
+            return [logits, *([] if run is not None else recorded(model))]
 
     async def all_tasks() -> list[Any]:
         names = [*model.experts, None]
@@ -188,6 +188,8 @@ def compiled(model: WEMoEModel, inputs: list[dict[str, Any]]) -> Calls:
         for name, call in (("whole", whole), ("dense", dense)):
             calls[f"compiled {name} {number}"] = partial(run, call, each)
             calls[f"compiled {name} using {number}"] = partial(run, call, each, model.experts[number % 2])
+    if not more:
+        calls["compiled tasks"] = partial(in_tasks, model, inputs, dense)
     return calls
 
 

@@ -16,14 +16,23 @@ import torch
 
 @dataclass(eq=False)
 class Scope:
-    """A value between the entry to a `with` block and its exit, wherever and in whatever order blocks are left."""
+    """A value between the entry to a `with` block and its exit, wherever and in whatever order blocks are left.
 
+    Attributes:
+        calls: of the model that it is for.
+        value: what `Calls.scope` gives.
+        outer: the scope around it, of any model.
+        is_open: whether its block was not left yet.
+    """
+
+    calls: Calls
     value: Any
+    outer: Scope | None
     is_open: bool = True
 
 
-# By model, and never changed in place: who copies the context goes on from there without a word to others.
-_SCOPES: ContextVar[Mapping[ref[Any], tuple[Scope, ...]]] = ContextVar("scopes", default=MappingProxyType({}))
+# Never changed but for `is_open`: who copies the context goes on from there without a word to others.
+_SCOPE: ContextVar[Scope | None] = ContextVar("scope", default=None)
 _KEPT: ContextVar[Mapping[ref[Any], Any]] = ContextVar("kept", default=MappingProxyType({}))
 
 
@@ -34,7 +43,7 @@ class OfThread(threading.local):
 
     def __init__(self) -> None:
         self.state: Any = None
-        self.scopes: tuple[Scope, ...] = ()
+        self.scope: Scope | None = None
         self.kept: Any = None
         self.kept_in_graph = False
 
@@ -47,11 +56,16 @@ class Calls:
     - The *state* of a call that is running, `current()`, belongs to the thread that runs it: a call never awaits.
       Compiled code finds it too, since `torch.compile` guards what lies in a `threading.local` for each thread.
     - A *scope* that a user opened (``with calls.scoped(value)``) and what the last call *kept* (a trace) belong to a
-      context: to the thread, or to the asyncio task, in which other tasks may run before it ends. Compiled code has
-      those of its thread, since `torch.compile` cannot read context variables.
+      context: to the thread, or to the asyncio task, in which other tasks may run before it ends. Compiled code reads
+      a context, but cannot write into it: a scope within it belongs to its thread and ends in it, and what it keeps is
+      common to the tasks of its thread.
 
     A copy of the model (`copy.deepcopy`, pickle) has calls apart from the original's.
     """
+
+    # torch.compile cannot call ContextVar.get, but what C code gives as an attribute it reads, and guards on: this is
+    # such an attribute. Where the variable was never set, it is the argument of `get`, these calls themselves.
+    _scope_of_context = property(_SCOPE.get)
 
     def __init__(self) -> None:
         self._thread = OfThread()
@@ -85,30 +99,34 @@ class Calls:
 
     def scope(self) -> Any:
         """The value of the innermost open scope of this thread or task; None where there is none."""
-        for scope in reversed(self._scopes()):
-            if scope.is_open:
-                return scope.value
+        for scope in (self._thread.scope, self._scope_of_context):
+            while isinstance(scope, Scope):
+                if scope.is_open and scope.calls is self:
+                    return scope.value
+                scope = scope.outer
         return None
 
     @contextmanager
     def scoped(self, value: Any) -> Iterator[Any]:
         """Within this context `scope()` gives this value, in this thread or task and in tasks that it starts."""
-        scope = Scope(value)
-        self._set_scopes((*self._scopes(), scope))
+        if torch.compiler.is_compiling():
+            before = self._thread.scope
+            self._thread.scope = Scope(self, value, before)
+            try:
+                yield value
+            finally:
+                self._thread.scope = before
+            return
+        scope = Scope(self, value, _SCOPE.get())
+        _SCOPE.set(scope)
         try:
             yield value
         finally:
             scope.is_open = False  # wherever it was copied to
-            self._set_scopes(self._scopes())
-
-    def _scopes(self) -> tuple[Scope, ...]:
-        return self._thread.scopes if torch.compiler.is_compiling() else _SCOPES.get().get(self._key, ())
-
-    def _set_scopes(self, scopes: tuple[Scope, ...]) -> None:
-        scopes = tuple(scope for scope in scopes if scope.is_open)
-        self._thread.scopes = scopes
-        if not torch.compiler.is_compiling():
-            _SCOPES.set({**_of_others(_SCOPES.get(), self._key), **({self._key: scopes} if scopes else {})})
+            innermost = _SCOPE.get()
+            while innermost is not None and not innermost.is_open:
+                innermost = innermost.outer
+            _SCOPE.set(innermost)
 
     def kept(self) -> Any:
         """What a call of this thread or task kept last; None where none did."""
