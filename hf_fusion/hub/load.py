@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from hf_fusion.errors import FusionError, is_fault
 from hf_fusion.experts import Adapter, Expert, ExpertInfo
 from hf_fusion.extras import MissingLibraryError, missing_library, refuse_missing
+from hf_fusion.files import own_file, read_file
 from hf_fusion.hub.adapters import fit_problems, lifted, read_adapter
 from hf_fusion.hub.bases import Base, base_id, warn_of_other_bases
 from hf_fusion.hub.code import model_code, processor_class, processor_code, refuse_code, refuse_kernels
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GENERATION = "generation_config.json"
+_MOST_SPECIAL, _MOST_ADDED = 10_000, 100_000  # tokens of a tokenizer: a few seconds of work
 LARGEST_HEAD = 100_000_000  # parameters that a base may lack, where it holds fewer itself
 
 
@@ -394,6 +396,7 @@ def processor_of(source: Source, *, agreed: bool) -> Any:
     needed = processor_code(source, auto)
     refuse_code(source, needed, agreed=agreed)
     checked_config(source.config, source.name)  # which both read as well
+    _refuse_many_tokens(source)
     check_snapshot(_folder(source), source.name)
     try:
         reader = getattr(transformers, auto)
@@ -409,6 +412,16 @@ def processor_of(source: Source, *, agreed: bool) -> Any:
             ) from error
         refuse_missing(error, source.name)
         raise FusionError(f"The processor of {source.name} cannot be loaded: {first_line(error)}") from error
+
+
+def _refuse_many_tokens(source: Source) -> None:
+    """Raises for more tokens beside the vocabulary than any tokenizer has: they are added one by one."""
+    settings, file = source.json("tokenizer_config.json"), _folder(source) / "tokenizer.json"
+    lists = (settings.get("extra_special_tokens"), settings.get("additional_special_tokens"))
+    special = sum(len(own) for own in lists if isinstance(own, (list, dict)))
+    added = read_file(file).count(b'"single_word"') if own_file(file) else 0
+    if special > _MOST_SPECIAL or added > _MOST_ADDED:
+        raise FusionError(f"{source.name}: its tokenizer has {max(special, added):,} tokens beside its vocabulary.")
 
 
 def in_memory(expert: Any, index: int) -> Expert:

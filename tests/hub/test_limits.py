@@ -146,7 +146,7 @@ def check(count):
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is measured as Linux tells it")
 def test_configurations_that_promise_too_much():
-    said = [row[3] for row in check(25)]
+    said = [row[3] for row in check(10)]
     assert "it: config.json promises max_position_embeddings=1000000000, the weights are 300 tensors." in said
 
 
@@ -252,6 +252,20 @@ def test_a_header_larger_than_its_file(owner, tmp_path):
     )
     assert "names more tensors than it holds" in reason.detail
     with pytest.raises(FusionError, match="names more tensors than it holds"):
+        load_experts([folder])
+
+
+def test_tokenizers_of_many_tokens(tmp_path):
+    folder = save_bert(tmp_path / "mood")
+    text = (folder / "tokenizer.json").read_text()
+    token = {"id": 8, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    tokens = [{**token, "id": number, "content": f"x{number}"} for number in range(8, 100_010)]
+    (folder / "tokenizer.json").write_text(json.dumps({**json.loads(text), "added_tokens": tokens}))
+    with pytest.raises(FusionError, match="mood: its tokenizer has 100,002 tokens beside its vocabulary"):
+        load_experts([folder])
+    (folder / "tokenizer.json").write_text(text)
+    edit_json(folder / "tokenizer_config.json", extra_special_tokens={f"t{number}": "x" for number in range(10_001)})
+    with pytest.raises(FusionError, match="mood: its tokenizer has 10,001 tokens beside its vocabulary"):
         load_experts([folder])
 
 
