@@ -137,8 +137,19 @@ CLASSES = kind(
     ),
     "a name for each class, numbered from 0",
 )
+FLAGS: Table = {
+    name: optional(FLAG)
+    for name in (
+        "is_encoder_decoder",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "tie_word_embeddings",
+    )
+}
 # What every config of transformers has.
 COMMON: Table = {
+    **FLAGS,
     "format_version": optional(whole()),
     "id2label": optional(CLASSES),
     "label2id": optional(values(whole())),
@@ -149,15 +160,10 @@ COMMON: Table = {
     "dtype": optional(one_of("float32", "float16", "bfloat16", "float64")),
     "torch_dtype": optional(one_of("float32", "float16", "bfloat16", "float64")),
     "architectures": optional(each(NAME)),
-    "is_encoder_decoder": optional(FLAG),
     "pad_token_id": optional(whole(-1)),
     "bos_token_id": optional(TOKENS),
     "eos_token_id": optional(TOKENS),
     "recipe": optional(MAPPING),
-    "output_attentions": optional(FLAG),
-    "output_hidden_states": optional(FLAG),
-    "return_dict": optional(FLAG),
-    "tie_word_embeddings": optional(FLAG),
     "chunk_size_feed_forward": optional(whole()),
     "attn_implementation": optional(NAME),
 }
@@ -209,7 +215,7 @@ def check_format(version: Any) -> None:
 
 
 def check_sizes(content: Mapping[str, Any], where: str = "") -> None:
-    """Whether numbers of layers and the like, and sizes, are such that a model may be built to look at it.
+    """Whether numbers of layers and the like, sizes and flags are such that a model may be built to look at it.
 
     Args:
         content: the config of a model.
@@ -219,6 +225,7 @@ def check_sizes(content: Mapping[str, Any], where: str = "") -> None:
         ValueError: naming the field.
     """
     refuse(_sizes(content, where))
+    refuse(row(FLAGS).find(content, where))
 
 
 def inner_config(build: Callable[..., Any], content: Mapping[str, Any], where: str) -> Any:
