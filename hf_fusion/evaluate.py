@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import platform
@@ -202,9 +203,7 @@ class _Scorer:
     @torch.no_grad()
     def fused(self) -> tuple[torch.Tensor, float]:
         """The fusion's answers and their mean cost, from the collected outputs."""
-        fuser = self.model.fuser.to("cpu")
-        scores = fuser(self.collected.features)
-        self.model.fuser.to(self.model.device)
+        scores = copy.deepcopy(self.model.fuser).to("cpu")(self.collected.features)  # others may be using the model
         if self.model.config.mode == "output":
             return scores, 1.0
         self._choice = scores.argmax(1)
@@ -219,8 +218,7 @@ class _Scorer:
     def frugal(self, cost_weight: float) -> tuple[torch.Tensor, float]:
         """The frugal variant's answers and their mean cost at some lambda."""
         shares = torch.tensor(self.model.config.cost_shares)
-        outputs, order = replay(self.model.policy.to("cpu"), self.outputs, shares, cost_weight)
-        self.model.policy.to(self.model.device)
+        outputs, order = replay(copy.deepcopy(self.model.policy).to("cpu"), self.outputs, shares, cost_weight)
         return self.model.fuser(outputs.flatten(1).to(self.model.device)).cpu(), float(
             ((order > 0) * shares).sum(1).mean()
         )

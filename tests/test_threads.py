@@ -44,6 +44,8 @@ def test_state_of_a_call_is_right_and_errors_are_told():
         ({"a": [torch.tensor([1, 2])]}, {"a": [torch.tensor([1, 3])]}, "a: 1 of 2 values differ"),
         (torch.tensor([float("nan")]), torch.ones(1), "differs by nan of its norm"),
         (("a", 1), ("a", 2), "1 for 2"),
+        ([0.5, 1.0], [0.5 + 1e-8, 1.0], ""),
+        ([0.5, None], [0.5, 1.0], "None for 1.0"),
     ],
 )
 def test_differences_are_told(got, want, said):

@@ -64,7 +64,8 @@ def wrong_calls(calls: Mapping[str, Callable[[], Any]], count: int, threads: int
 def difference(got: Any, want: Any) -> str:
     """How an answer differs from what it should be; "" where it does not.
 
-    Floating-point tensors may differ by √ε of their dtype, relative to their norm: kernels may add in another order.
+    Floating-point numbers and tensors may differ by √ε of their dtype, relative to their norm: kernels may add in
+    another order.
     """
     if isinstance(want, torch.Tensor):
         if got.shape != want.shape or got.dtype != want.dtype:
@@ -82,4 +83,6 @@ def difference(got: Any, want: Any) -> str:
         if len(got) != len(want):
             return f"{len(got)} values for {len(want)}"
         return next((found for pair in zip(got, want, strict=True) if (found := difference(*pair))), "")
+    if isinstance(got, float) and isinstance(want, float):
+        return difference(torch.tensor(got), torch.tensor(want))
     return "" if got == want else f"{got!r} for {want!r}"

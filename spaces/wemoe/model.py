@@ -121,7 +121,8 @@ class Served:
     kind: str
     template: str | None
     examples: list[Example]
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    # A fast tokenizer is told on itself how a call pads and truncates.
+    _tokenizing: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
     def url(self) -> str:
@@ -186,8 +187,7 @@ class Served:
             task = weights
         given = [self.constant] * len(self.model.experts) if weights == CONSTANT else None
         alone = self.model.experts[weights] if isinstance(weights, int) else given
-        with self._lock, nullcontext() if alone is None else self.model.using(alone):  # the trace is the last call's
-            self.model.record_routing = weights == ROUTED
+        with nullcontext() if alone is None else self.model.using(alone):
             answers: list[Answer] = []
             size = 1 if self.kind == "language" else TOGETHER
             for start in range(0, len(examples), size):
@@ -232,14 +232,16 @@ class Served:
         texts = [example.text for example in examples]
         if self.kind == "language" and self.template is None:
             question = [{"role": "user", "content": texts[0]}]
-            given = self.processor.apply_chat_template(
-                question, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
+            with self._tokenizing:
+                given = self.processor.apply_chat_template(
+                    question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                )
         else:
             form = self.template if self.kind == "language" and self.template else "{}"
             pairs = [example.pair for example in examples]
             both = ([form.replace("{}", text, 1) for text in texts], *([pairs] if any(pairs) else []))
-            given = self.processor(*both, padding=len(examples) > 1, return_tensors="pt")
+            with self._tokenizing:
+                given = self.processor(*both, padding=len(examples) > 1, return_tensors="pt")
         return dict(given)
 
     @property
@@ -326,6 +328,7 @@ def load(
         raise LoadError(reason.format(error=f"{type(error).__name__}: {first}", **fields)) from error
     if template and "{}" not in template:
         raise LoadError(f"PROMPT_TEMPLATE is {template!r}; it needs a {{}} where the prompt goes.")
+    model.record_routing = True
     has_chat = bool(getattr(processor, "chat_template", None))
     examples = read_examples(_read_json(folder / "examples.json"), folder) or _widget(folder / "README.md")
     if kind != "image":

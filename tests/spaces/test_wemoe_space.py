@@ -8,6 +8,7 @@ import json
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from gradio_client.exceptions import AppError
 from hostile_pictures import refused
 from huggingface_hub import HfApi
 from models.test_wemoe import shuffled
+from threads import wrong_calls
 from tiny import bert, gpt2, image_processor, images, make_tokenizer, t5, vit
 from tiny_fused import base_expert, bert_base, experts_of, fine_tuned
 
@@ -214,6 +216,25 @@ def test_encoder_decoders_have_layers_of_both(app_of, tmp_path):
     assert list(said["coefficients"]["layers"]) == ["encoder 0", "encoder 1", "decoder 0", "decoder 1"]
     assert said["coefficients"]["constant"] == pytest.approx(1 / 3) and "All alike" in last
     assert set(said["alone"]) == {"task arithmetic", "0", "1", "2"}
+
+
+def test_visitors_share_the_model_and_each_sees_its_own_coefficients(model, served):
+    texts = [model.Example("the quick fox"), model.Example("nine lazy routers jump, said the gate"), model.Example("a")]
+    groups = [texts[:1], texts, texts[1:]]  # padded and not
+
+    def answers(group: list[Any], task: int, weights: Any) -> list[Any]:
+        found = served.answer(group, task, weights)
+        for example in group:
+            served.check(example)
+        return [[a.text, a.probabilities, a.coefficients and a.coefficients.values] for a in found]
+
+    calls = {
+        f"{number} for {task} by {weights}": partial(answers, group, task, weights)
+        for number, group in enumerate(groups)
+        for task in range(2)
+        for weights in (model.ROUTED, model.CONSTANT, 2)
+    }
+    assert wrong_calls(calls, 60) == []
 
 
 def test_pictures_are_answered_alone_and_many_at_once(app_of, tmp_path):
