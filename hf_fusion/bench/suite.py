@@ -5,6 +5,7 @@ What a source of models or rows may be, see `bench.sources`.
 
 from __future__ import annotations
 
+import os
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_fusion.bench.sources import is_hub_id
-from hf_fusion.errors import FusionError, shown, suggestion
+from hf_fusion.errors import FusionError, one_line, shown, suggestion
+from hf_fusion.files import read_text
 from hf_fusion.plain_yaml import read_yaml
 
 SUITES = Path(__file__).with_name("suites")
@@ -237,11 +239,13 @@ def _content(path: Path) -> dict[str, Any]:
     if (parent := content.pop("extends", None)) is None:
         return content
     other = _beside(path, f"{parent}.yaml")
-    if not other.is_file():
+    if not os.path.isfile(other):  # noqa: PTH113
         raise FusionError(
             f"{path}: extends {shown(parent)}, which is not there", hint=f"use one of {', '.join(suite_names())}"
         )
     inherited = read_yaml(other)
+    if not isinstance(inherited, Mapping):
+        raise FusionError(f"{other} holds no suite: keys and values are expected", hint=_allowed(_SUITE))
     if "extends" in inherited:
         raise FusionError(f"{path}: extends {parent}, which extends another", hint=f"extends: {inherited['extends']}")
     return {**inherited, **content}
@@ -250,7 +254,7 @@ def _content(path: Path) -> dict[str, Any]:
 def _beside(path: Path, name: str) -> Path:
     """A file beside a suite's, or among the package's suites."""
     own = path.parent / name
-    return own if own.is_file() else SUITES / name
+    return own if os.path.isfile(own) else SUITES / name  # noqa: PTH113 - pathlib raises for names that are too long
 
 
 def _is_text(value: object) -> bool:
@@ -348,7 +352,11 @@ def _suite(name: str, content: dict[str, Any], path: Path) -> Suite:
     given = _checked(content, _SUITE, ("title", "kind", "head", "tasks"), str(path))
     defaults = _checked(given.pop("defaults", {}), _TASK, (), f"{path}: defaults")
     pool = _numbered(given.pop("experts", {}))
-    tasks = {key: _task(key, {**defaults, **(own or {})}, pool, path) for key, own in given["tasks"].items()}
+    told = {
+        key: _checked({} if own is None else own, _TASK, (), f"{path}: task {one_line(key)}")
+        for key, own in given["tasks"].items()
+    }
+    tasks = {key: _task(key, {**defaults, **own}, pool, path) for key, own in told.items()}
     experts = {} if isinstance(pool, str) else dict(pool)
     named = set(experts.values())
     experts |= {task.name: task.expert for task in tasks.values() if task.expert and task.expert not in named}
@@ -398,6 +406,8 @@ def _numbered(pool: Any) -> Any:
     found: dict[str, str] = {}
     for name, source in pool.items():
         if match := re.fullmatch(r"(.+)\{(\d+)-(\d+)\}(.*)", source):
+            if max(len(match[2]), len(match[3])) > 4:
+                raise FusionError(f"experts: {shown(source)} counts too far", hint="numbers of at most four digits")
             numbers = range(int(match[2]), int(match[3]) + 1)
             found |= {f"{name}-{number}": f"{match[1]}{number}{match[4]}" for number in numbers}
         else:
@@ -406,7 +416,7 @@ def _numbered(pool: Any) -> Any:
 
 
 def _task(name: str, content: object, pool: Any, path: Path) -> Task:
-    where = f"{path}: task {name}"
+    where = f"{path}: task {one_line(name)}"
     given = _checked(content, _TASK, ("data",), where)
     for key in ("templates", "prompt", "words", "classes"):
         if key in given:
@@ -441,14 +451,17 @@ def _texts(value: Any, path: Path, where: str, lines: bool) -> tuple[str, ...]:
     if not lines:
         return (value,)
     file = _beside(path, value)
-    if not file.is_file():
-        raise FusionError(f"{where}: {file} is missing", hint="a list of names, or a file beside the suite's")
-    return tuple(file.read_text(encoding="utf-8").splitlines())
+    if not os.path.isfile(file):  # noqa: PTH113
+        raise FusionError(f"{where}: {one_line(file)} is missing", hint="a list of names, or a file beside the suite's")
+    return tuple(read_text(file).splitlines())
 
 
 def _names(template: str) -> list[str]:
     """What stands in braces."""
-    return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    try:
+        return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise FusionError(f"{shown(template)} cannot be filled in ({error})", hint="{task} stands for a name") from None
 
 
 def _filled(template: str, task: str, where: str) -> str:
@@ -458,7 +471,7 @@ def _filled(template: str, task: str, where: str) -> str:
 
 
 def _unseen(name: str, content: object, tasks: Mapping[str, Task], path: Path) -> UnseenSplit:
-    where = f"{path}: unseen {name}"
+    where = f"{path}: unseen {one_line(name)}"
     given = _checked(content, _UNSEEN, ("fuse", "test"), where)
     split = UnseenSplit(name, *(_texts(given[key], path, where, lines=False) for key in ("fuse", "test")))
     for task in (*split.fuse, *split.test):
