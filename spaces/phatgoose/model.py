@@ -162,7 +162,7 @@ class Served:
 
         def write() -> None:
             try:
-                with self._lock:  # options and trace belong to the model
+                with self._lock:  # whether routing is recorded belongs to the model
                     done.update(self._write(ids, writer, streamer, stopped))
             except BaseException as error:
                 done["error"] = error
