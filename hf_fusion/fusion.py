@@ -218,7 +218,7 @@ def load_fused(folder: str | Path, *, trust_remote_code: bool = False) -> tuple[
         refuse_own_code(folder, config, agreed=trust_remote_code)
         is_whole = not config.get("base_by_reference")  # else the base is fetched
         with phase(f"Reading {folder}"):
-            where = {"local_files_only": True} if is_whole else {}
+            where = {"use_safetensors": True, **({"local_files_only": True} if is_whole else {})}  # pickles never
             model = model_class.from_pretrained(folder, trust_remote_code=trust_remote_code, **where).eval()
         refuse_other_recipe(folder, recipe, model.config)
         read_processor(folder, model, trust_remote_code)

@@ -260,6 +260,7 @@ FOREIGN = "has code of another repo run"
         ("foxes", "config_without_type", "foe", f"foxes {NEEDS} (config.json: auto_map.AutoConfig is"),
         ("foxes", "kernels", "expert", f"foxes {FOREIGN} (config.json: attn_implementation is 'evil/kernel')"),
         ("foxes", "pickles_alone", "expert", "foxes has only pickle weights"),
+        ("foe", "pickles_alone", "load", "model.safetensors"),
         ("vit-0", "processor", "foe", f"vit-0 {NEEDS} (processor_config.json: auto_map.AutoImageProcessor is"),
     ],
 )
