@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,14 @@ def test_what_is_built_within_bounds():
     assert thread != threading.get_ident()
     with pytest.raises(ZeroDivisionError):
         within_bounds(lambda: 1 / 0)
+
+
+def test_what_is_imported_meanwhile_does_not_count(tmp_path, monkeypatch):
+    for name in ("first_slow_library", "second_slow_library"):
+        burn = "import time\nwhile time.thread_time() < began + 1.2: pass"
+        (tmp_path / f"{name}.py").write_text(burn.replace("while", "began = time.thread_time()\nwhile"))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert within_bounds(lambda: [import_module("first_slow_library"), import_module("second_slow_library")])
 
 
 @pytest.mark.parametrize(
