@@ -130,6 +130,11 @@ FIELDS = {
     ),
     "many layers": ("foe", lambda c: c["backbones"][0]["config"].update(num_hidden_layers=60_000), "larger model"),
     "another width": ("foe", lambda c: c.update(fuser_hidden=[9]), r"in the files, \[.*\] by config.json"),
+    "a root of a negative number": (
+        "foe",
+        lambda c: c["backbones"][0]["config"].update(layer_norm_eps=-1e-5),
+        "layer_norm_eps is -1e-05; it must be at least 0",
+    ),
     "an unknown model": ("foe", lambda c: c["backbones"][1]["config"].update(model_type="x"), r"backbones\[1\].config"),
     "deep": ("foe", lambda c: c.update(recipe={"method": nested(100)}), "nested deeply"),
     "a method's name": ("foe", lambda c: c.update(save_pretrained=1), "save_pretrained is 1"),

@@ -18,6 +18,7 @@ DEEPEST, LONGEST = 64, 1 << 20  # levels of lists and mappings; characters of a 
 # Lists are made of these numbers before there is a weight whose size could tell that they are wrong.
 LISTED = re.compile(r"layer|depth|stage|labels|num_blocks")
 MOST_LISTED = 1 << 16
+ROOTS = ("eps", "epsilon", "theta")  # of negative ones NaN becomes
 # Where a model takes them for sizes, it may be built with negative ones, and fail when it runs.
 SIZE = re.compile(r"(?!.*window)((num|n|max)_.*|.*_(size|sizes|dim|heads|layers|channels|labels)|d_(model|ff|kv)|dim)")
 Row = tuple[str, Any, bool, str]
@@ -280,6 +281,8 @@ def _sizes(value: Any, where: str) -> Iterator[Row]:
             yield place, inner, max(counts, default=0) <= MOST_LISTED, f"at most {MOST_LISTED}"
         if SIZE.fullmatch(name):
             yield place, inner, min(counts, default=0) >= 0, "at least 0"
+        if name.endswith(ROOTS) and type(inner) in (int, float):
+            yield place, inner, inner >= 0, "at least 0"
 
 
 __all__ = [
