@@ -341,13 +341,13 @@ class Unit:
             assert reading.pin is not None
             w = reading.pin.coefficients[self.number]
             return w if x.shape[0] % w.shape[0] == 0 else w.repeat_interleave(x.shape[0] // w.shape[0], 0)
+        rows = reading.rows if x.dim() == 2 and reading.rows else x.shape[0]  # OPT flattens batch and tokens
         if call.given is not None:
             given = call.given[self.name if self.name in call.given else ""]
             w = given.to(x.device)
         else:
             router = self.routers[0]
             assert router is not None
-            rows = reading.rows if x.dim() == 2 and reading.rows else x.shape[0]  # OPT flattens batch and tokens
             tokens = x if x.dim() == 3 else x.reshape(rows, -1, x.shape[-1])
             share = reading.share
             share = share if share is not None and share.shape == tokens.shape[:2] else None
@@ -359,7 +359,7 @@ class Unit:
         if len(w) > 1 and not (w.requires_grad or torch.compiler.is_compiling()) and w.device.type == "cpu":
             w = w[:1] if bool((w == w[:1]).all()) else w
         if call.trace is not None:
-            call.trace.add(self.name, w.detach(), x.shape[0] if call.prompts is None else call.prompts[0])
+            call.trace.add(self.name, w.detach(), rows if call.prompts is None else call.prompts[0])
         if reading.pin is not None:
             reading.pin.coefficients[self.number] = w.detach()
         return w
