@@ -156,12 +156,13 @@ def test_an_adapters_own_file_is_read(tmp_path):
 
 
 def test_a_base_by_reference_keeps_it_too(tmp_path):
-    base = save_base(tmp_path / "base")
+    base = save_base(tmp_path / "cache" / "models--me--base" / "snapshots" / ("a" * 40))
     router = PhatgooseRouter.from_experts(load_experts([save_lora(tmp_path / "one", str(base))]), top_k=1)
     router.generation_config.max_new_tokens = 3
-    router.config.base, router.config.base_by_reference = {"id": str(base), "revision": "a" * 40}, True
+    router.config.base, router.config.base_by_reference = {"id": "me/base", "revision": "a" * 40}, True
     router.save_pretrained(tmp_path / "router")
-    loaded = PhatgooseForGeneration.from_pretrained(tmp_path / "router").eval()
+    where = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    loaded = PhatgooseForGeneration.from_pretrained(tmp_path / "router", **where).eval()
     assert loaded.generation_config.max_new_tokens == 3
     assert torch.equal(loaded.generate(**INPUTS), router.generate(**INPUTS))
 
