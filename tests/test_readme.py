@@ -191,6 +191,12 @@ def test_the_recipe_is_one():
     assert [expert.settings for expert in recipe.experts] == [{}, {"density": 0.3}]
 
 
+def test_every_test_that_the_security_page_names_exists():
+    named = re.findall(r"`(tests/[\w/.]+)`", (ROOT / "docs" / "security.md").read_text(encoding="utf-8"))
+    assert len(named) > 20
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
 def test_every_path_in_the_tree_exists():
     tree = re.search(r"^## Where things are\n\n```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)[1]
     parents: list[str] = []
