@@ -185,9 +185,9 @@ def _pair(
         )
     alpha = patterns.value("alpha_pattern", path, config["lora_alpha"])
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    if not math.isfinite(scaling):
-        raise FusionError(f"Adapter {name}: lora_alpha={alpha} of {path} is not a finite number.")
     exact = b.float() * scaling
+    if not math.isfinite(scaling) or not exact.isfinite().all():
+        raise FusionError(f"Adapter {name}: B times lora_alpha={alpha} of {path} is not finite.")
     rounded = exact.to(b.dtype)  # half precision holds powers of 2 alone: PEFT scales outputs, which loses nothing in B
     return a, rounded if torch.equal(rounded.float(), exact) else exact
 

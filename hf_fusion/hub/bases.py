@@ -62,5 +62,5 @@ def _is_same(recorded: str, used: str) -> bool:
         return True
     try:
         return Path(recorded).expanduser().resolve() == Path(used).expanduser().resolve() and Path(recorded).exists()
-    except (OSError, RuntimeError):  # no path that this machine could have
+    except (OSError, RuntimeError, ValueError):  # no path that this machine could have
         return False

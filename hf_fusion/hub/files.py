@@ -223,8 +223,7 @@ def explained(name: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, *kinds) as raised:
-        # the client wraps what went wrong with a large file
-        error = raised if isinstance(raised, kinds) else raised.__cause__
+        error = raised if isinstance(raised, kinds) else raised.__cause__  # of a large file: the client wraps it
         if not isinstance(error, kinds):
             raise
         if refusal(error) is not None:  # a cache, or a temporary file
@@ -300,7 +299,7 @@ def _folder(name: str | Path) -> Path | None:
     try:
         folder = Path(name).expanduser()
         return folder if folder.is_dir() else None
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise FusionError(f"{shown(str(name))} is no model ({one_line(error)}).", hint="check the name") from None
 
 
