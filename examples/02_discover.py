@@ -23,7 +23,7 @@ from huggingface_hub import HfApi
 
 from hf_fusion import check_compatibility, discover
 from hf_fusion.demo.digits import DIGITS, LABEL_MAPS, digit_expert, misfits
-from hf_fusion.hub.server import HubServer
+from hf_fusion.server import HubServer
 
 labels = {*DIGITS, *(label for mapping in LABEL_MAPS.values() for label in mapping)}
 

@@ -30,12 +30,12 @@ from transformers import (
 
 from hf_fusion.bench.rows import task_rows
 from hf_fusion.bench.scoring import Answered, answers, score
-from hf_fusion.bench.setting import on_device
+from hf_fusion.bench.settings.common import on_device
 from hf_fusion.bench.suite import load_suite
-from hf_fusion.cache import cache_folder
-from hf_fusion.experts import Expert
+from hf_fusion.io.cache import cache_folder
 from hf_fusion.training.batches import read_examples
 from hf_fusion.training.dense import dense_loss
+from hf_fusion.types import Expert
 
 SEED = 0
 SUITE = load_suite("resnet50-nyuv2")

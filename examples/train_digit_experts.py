@@ -30,9 +30,9 @@ from transformers import (
     set_seed,
 )
 
+from hf_fusion import FoEModel
 from hf_fusion.demo.digits import DIGITS, EXPERTS, LABEL_MAPS, SOURCES, digits
-from hf_fusion.evaluate import evaluate_fusion
-from hf_fusion.models.foe import FoEModel
+from hf_fusion.evaluation.fusion import evaluate_fusion
 from hf_fusion.training.fuser import fit_fuser, replay
 from hf_fusion.training.outputs import collect_outputs
 

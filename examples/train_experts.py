@@ -44,11 +44,11 @@ from transformers import (
     set_seed,
 )
 
-from hf_fusion.cache import cache_folder
+from hf_fusion.assets.minilm import minilm_folder
 from hf_fusion.demo.merging_suites import SUITES, MergingSuite, trained_experts
-from hf_fusion.demo.minilm import minilm_folder
 from hf_fusion.demo.text_suites import SEED
-from hf_fusion.models.wemoe.heads_wemoe import activate_heads
+from hf_fusion.io.cache import cache_folder
+from hf_fusion.models.heads_wemoe import activate_heads
 from hf_fusion.training.adamerging import CoefficientMerge
 from hf_fusion.training.batches import class_logits
 

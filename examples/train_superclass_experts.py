@@ -24,7 +24,7 @@ from transformers import ConvNextImageProcessorPil, ResNetConfig, ResNetForImage
 
 from hf_fusion.bench.rows import divide
 from hf_fusion.bench.suite import load_suite
-from hf_fusion.cache import cache_folder
+from hf_fusion.io.cache import cache_folder
 
 SEEN = 2  # classes of every superclass
 SUITE = load_suite("foe-cifar100")

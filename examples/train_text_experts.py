@@ -32,10 +32,10 @@ from transformers import (
 )
 
 from hf_fusion import train_gates
-from hf_fusion.cache import cache_folder
-from hf_fusion.demo.minilm import MINILM, minilm_folder
+from hf_fusion.assets.minilm import MINILM, minilm_folder
 from hf_fusion.demo.text_suites import SEED, SUITES, TextExpert, TextSuite, known_rows, splits
 from hf_fusion.hub.gates import GATES_FILE, save_gates
+from hf_fusion.io.cache import cache_folder
 
 DEFAULT_OUTPUT = cache_folder() / "text_experts"
 # Licence of the rows an adapter was trained on; "other" is research only: to measure with, not to publish.

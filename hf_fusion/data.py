@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_fusion.errors import FusionError, one_line
-from hf_fusion.files import refuse_special
+from hf_fusion.io.files import refuse_special
 from hf_fusion.progress import phase
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def load_rows(source: str | Path, split: str = "train") -> Dataset:
     """
     path = _located(source, split)
     with phase(f"Reading {source}"):
-        from .picture_rows import with_pictures
+        from hf_fusion.io.picture_rows import with_pictures
 
         return with_pictures(_load(source, split, path))
 

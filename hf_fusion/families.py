@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_fusion import models
 from hf_fusion.errors import FusionError, suggestion
 from hf_fusion.merging.methods import MERGE_METHODS
 
@@ -26,35 +26,47 @@ class Method:
         module: where it is defined; imported when it is used.
         function: dotted name in the module, called with loaded experts and the method's options.
         weighs: whether experts carry weights.
-        check: dotted name of a function with the same arguments, called before anything is loaded, if there is one.
+        check: a function with the same arguments, called before anything is loaded, if there is one.
         takes_base: whether it is given the loaded base, an `Expert`, as ``base=``; None where the caller named none.
     """
 
     module: str
     function: str
     weighs: bool = False
-    check: str = ""
+    check: Callable[..., None] | None = None
     takes_base: bool = False
 
-    def load(self, name: str = "") -> Callable[..., PreTrainedModel]:
-        """The function itself, or another one of its module."""
+    def load(self) -> Callable[..., PreTrainedModel]:
+        """The function itself."""
         found: Any = import_module(self.module)
-        for part in (name or self.function).split("."):
+        for part in self.function.split("."):
             found = getattr(found, part)
         return found
 
     @property
     def options(self) -> tuple[str, ...]:
         """The names of its options: read from its file, which is not imported for it."""
-        return tuple(name for name in _arguments(self.module, self.function) if name not in ("cls", "experts", "base"))
+        return tuple(name for name in _arguments(self.function) if name not in ("cls", "experts", "base"))
+
+
+def _check_phatgoose(*args: Any, **options: Any) -> None:
+    from hf_fusion.models.assembly_phatgoose import check_options
+
+    check_options(*args, **options)
+
+
+def _check_wemoe(*args: Any, **options: Any) -> None:
+    from hf_fusion.models.build_wemoe import check_options
+
+    check_options(*args, **options)
 
 
 # A new method is one more row; the static merging methods have a table of their own, `MERGE_METHODS`.
 METHODS = {
-    "foe": Method("hf_fusion.models.foe", "FoEModel.from_experts"),
-    "ensemble": Method("hf_fusion.models.foe", "FoEModel.ensemble", weighs=True),
-    "phatgoose": Method("hf_fusion.models.phatgoose", "PhatgooseRouter.from_experts", check="check_options"),
-    "wemoe": Method("hf_fusion.models.wemoe", "WEMoEModel.from_experts", check="check_options", takes_base=True),
+    "foe": Method("hf_fusion.fused_models", "FoEModel.from_experts"),
+    "ensemble": Method("hf_fusion.fused_models", "FoEModel.ensemble", weighs=True),
+    "phatgoose": Method("hf_fusion.fused_models", "PhatgooseRouter.from_experts", check=_check_phatgoose),
+    "wemoe": Method("hf_fusion.fused_models", "WEMoEModel.from_experts", check=_check_wemoe, takes_base=True),
 }
 
 
@@ -73,14 +85,12 @@ def family_named(name: str, parameters: Mapping[str, Any]) -> Method:
 
 
 @cache
-def _arguments(module: str, function: str) -> tuple[str, ...]:
-    """The arguments of a class's function, by the text of the family's files."""
-    spec = find_spec(module)
-    assert spec is not None and spec.origin is not None, f"{module} is a folder of this package"
+def _arguments(function: str) -> tuple[str, ...]:
+    """The arguments of a class's function, by the text of the families' files."""
     owner, name = function.split(".")
-    for file in sorted(Path(spec.origin).parent.glob("modeling_*.py")):
+    for file in sorted(Path(models.__file__).parent.glob("modeling_*.py")):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef) and node.name == owner:
                 [found] = [own for own in node.body if isinstance(own, ast.FunctionDef) and own.name == name]
                 return tuple(argument.arg for argument in [*found.args.args, *found.args.kwonlyargs])
-    raise AssertionError(f"{module} has no {function}")
+    raise AssertionError(f"no family has {function}")

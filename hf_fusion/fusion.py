@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from hf_fusion.errors import FusionError
-from hf_fusion.experts import Expert
 from hf_fusion.families import family_named
-from hf_fusion.folders import recover_folder, refuse_to_replace, replace_folder
 from hf_fusion.fused_folders import (
     explained,
     family_class,
@@ -20,18 +18,20 @@ from hf_fusion.fused_folders import (
     refuse_other_recipe,
     refuse_what_is_not_fused,
 )
-from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.code import refuse_own_code
 from hf_fusion.hub.heads import head_of_task
 from hf_fusion.hub.load import load_experts
+from hf_fusion.hub.lora import read_json
+from hf_fusion.hub.provenance import contents_of, folders_of, recipe_in, recipe_of_model, told
 from hf_fusion.hub.snapshot import check_snapshot
+from hf_fusion.io.folders import recover_folder, refuse_to_replace, replace_folder
+from hf_fusion.io.saving import disk_refusals, writing
+from hf_fusion.merging.engine.processes import is_main
 from hf_fusion.merging.loaded import fuse_static, load_merged, merged_model
 from hf_fusion.merging.methods import MERGE_METHODS
-from hf_fusion.merging.processes import is_main
 from hf_fusion.progress import phase
-from hf_fusion.provenance import contents_of, folders_of, recipe_in, recipe_of_model, told
 from hf_fusion.recipe import RECIPE_ATTRIBUTE, RECIPE_FILE, Recipe, RecipeExpert
-from hf_fusion.saving import disk_refusals, writing
+from hf_fusion.types import Expert
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +90,7 @@ def fuse(
     row, sources = family_named(method, parameters), [_loadable(method, expert) for expert in experts]
     with _explained():
         if row.check:
-            row.load(row.check)(sources, **parameters)
+            row.check(sources, **parameters)
     how: dict[str, Any] = {
         "dtype": dtype,
         "allow_pickle": allow_pickle,

@@ -25,9 +25,9 @@ from typing import Any
 import yaml
 
 from hf_fusion.errors import FusionError, shown
-from hf_fusion.files import own_file
-from hf_fusion.plain_yaml import read_yaml
-from hf_fusion.saving import write_file
+from hf_fusion.io.files import own_file
+from hf_fusion.io.saving import write_file
+from hf_fusion.io.yaml_files import read_yaml
 
 RECIPE_FILE = "fusion.yaml"
 RECIPE_ATTRIBUTE = "fusion_recipe"
@@ -125,10 +125,10 @@ class Recipe:
         dtype: "float32", "float16" or "bfloat16"; None keeps the checkpoints' own.
         slices: of static merges: the merged model's layers, where they are not those of its models one by one.
         tokenizer: of static merges: "union" of all, "base", or the model whose tokenizer the merged one has, or these
-            as the ``source`` of a mapping with ``tokens`` and ``pad_to_multiple_of`` (`hf_fusion.merging.vocabulary`);
-            "smallest": the first's, cut to the smallest vocabulary (`hf_fusion.merging.smallest`); None: that of the
+            as the ``source`` of a mapping with ``tokens`` and ``pad_to_multiple_of`` (`hf_fusion.merging.tokenizers.vocabulary`);
+            "smallest": the first's, cut to the smallest vocabulary (`hf_fusion.merging.tokenizers.smallest`); None: that of the
             base, or of the first expert.
-        chat_template: of static merges: a Jinja template, "auto", a name (`hf_fusion.merging.chat_templates`), or the
+        chat_template: of static merges: a Jinja template, "auto", a name (`hf_fusion.merging.tokenizers.chat_templates`), or the
             model whose template is taken.
     """
 
@@ -195,7 +195,7 @@ class Recipe:
                 own_file(path)  # one that the user names may be a link
         content = read_yaml(path)
         if isinstance(content, Mapping) and MERGEKIT & content.keys():
-            from hf_fusion.merging.mergekit import from_mergekit  # only where it is one
+            from hf_fusion.merging.mergekit.recipes import from_mergekit  # only where it is one
 
             return from_mergekit(content, str(path))
         return cls.from_dict(content, str(path))

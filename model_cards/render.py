@@ -16,11 +16,11 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from hf_fusion.experts import ExpertInfo
-from hf_fusion.hub.card import facts_from_json, read_facts, render_card
-from hf_fusion.hub.card_families import FAMILIES
+from hf_fusion.cards.card import facts_from_json, read_facts, render_card
+from hf_fusion.cards.families import FAMILIES
 from hf_fusion.hub.licenses import combine
-from hf_fusion.hub.publish import plan
+from hf_fusion.publishing.publish import plan
+from hf_fusion.types import ExpertInfo
 
 HERE = Path(__file__).parent
 

@@ -23,7 +23,7 @@ os.environ.update(HF_HOME=_home.name, HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISAB
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
     """One embedded Hub per test process. Tests stay apart by working under user names of their own."""
-    from hf_fusion.hub.server import HubServer
+    from hf_fusion.server import HubServer
 
     with HubServer(tmp_path_factory.mktemp("hub")) as server:
         yield server

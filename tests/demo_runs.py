@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from hf_fusion.hub.server import HubServer
+from hf_fusion.server import HubServer
 
 
 def run_demo(folder: Path, *words: str) -> tuple[dict[str, Any], str]:

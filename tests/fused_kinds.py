@@ -9,11 +9,8 @@ import torch
 from tiny import adapter, bert, image_processor, llama, make_tokenizer, vit
 from tiny_fused import IDS, MASK, PIXELS, base_expert, bert_base, experts_of, fine_tuned
 
-from hf_fusion import Expert, fuse, save_fused
-from hf_fusion.experts import Gates
-from hf_fusion.models.foe import FoEModel
-from hf_fusion.models.phatgoose import PhatgooseRouter
-from hf_fusion.models.wemoe import WEMoEModel
+from hf_fusion import Expert, FoEModel, PhatgooseRouter, WEMoEModel, fuse, save_fused
+from hf_fusion.types import Gates
 
 TEXT = {"input_ids": IDS, "attention_mask": MASK}
 LABELS = ["no", "yes"]

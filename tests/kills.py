@@ -13,9 +13,9 @@ PRELOADED = [
     *("torch", "datasets", "sklearn", "matplotlib.figure", "transformers.trainer", "peft", "safetensors.torch"),
     *("transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama"),
     *("hf_fusion.cli.app", "hf_fusion.fusion", "hf_fusion.merging.merge", "hf_fusion.training.gates"),
-    *("hf_fusion.training.routers", "hf_fusion.training.fuser", "hf_fusion.bench.run", "hf_fusion.hub.publish"),
-    *("hf_fusion.models.foe.modeling_foe", "hf_fusion.models.wemoe.modeling_wemoe"),
-    "hf_fusion.models.phatgoose.modeling_phatgoose",
+    *("hf_fusion.training.routers", "hf_fusion.training.fuser", "hf_fusion.bench.run", "hf_fusion.publishing.publish"),
+    *("hf_fusion.models.modeling_foe", "hf_fusion.models.modeling_wemoe"),
+    "hf_fusion.models.modeling_phatgoose",
 ]
 
 
@@ -43,7 +43,7 @@ def publish(folder: str, endpoint: str, token: str, model: str, repo: str) -> No
     """Publishes a fused model and its experts."""
     from huggingface_hub import HfApi
 
-    from hf_fusion.hub.publish import publish as push
+    from hf_fusion.publishing.publish import publish as push
 
     _begin(folder)
     push(model, repo, license="mit", push_experts=True, overwrite=True, api=HfApi(endpoint=endpoint, token=token))

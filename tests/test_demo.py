@@ -12,8 +12,8 @@ from demo_runs import commits, departures, printed_lines, run_demo, run_lines
 from huggingface_hub import HfApi
 from PIL import Image
 
-from hf_fusion.evaluate import Results
-from hf_fusion.hub.server import HubServer
+from hf_fusion.evaluation.fusion import Results
+from hf_fusion.server import HubServer
 
 pytestmark = pytest.mark.slow  # what it trains, README's eight lines train in the timed suite
 

@@ -18,7 +18,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_fusion import FoEModel, FusionError, fit_fuser, load_experts
 from hf_fusion.demo.digits import DIGITS, EXPERTS, LABEL_MAPS, SOURCES, SPLIT, digit_expert, digits, misfits
-from hf_fusion.evaluate import evaluate_fusion
+from hf_fusion.evaluation.fusion import evaluate_fusion
 
 TAGS = {"hf-fusion-expert", "digits", "image-classification"}
 # expert -> (digits, sources) it was trained on

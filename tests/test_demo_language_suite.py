@@ -12,10 +12,10 @@ from datasets import ClassLabel, Dataset, Features, Value
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 
-from hf_fusion.demo import language_suite
-from hf_fusion.demo.language_suite import CHAT, HELD_IN, HELD_OUT, TASKS, Generated, conversations, rows
-from hf_fusion.demo.smollm2 import SMOLLM2, reference_rows, smollm2_folder
-from hf_fusion.demo.weights import demo_weights
+from hf_fusion.assets import language_tasks as language_suite
+from hf_fusion.assets.language_tasks import CHAT, HELD_IN, HELD_OUT, TASKS, Generated, conversations, rows
+from hf_fusion.assets.smollm2 import SMOLLM2, reference_rows, smollm2_folder
+from hf_fusion.assets.weights import demo_weights
 from hf_fusion.errors import FusionError
 from hf_fusion.training.prompts import encode_prompts, target_scores
 

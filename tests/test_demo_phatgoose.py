@@ -15,11 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity
 
+from hf_fusion.assets.weights import demo_weights
 from hf_fusion.demo.phatgoose import WITHOUT_GATES
-from hf_fusion.demo.weights import demo_weights
+from hf_fusion.evaluation.results import SuiteResults
 from hf_fusion.hub.gates import GATES_FILE
-from hf_fusion.hub.server import HubServer
-from hf_fusion.suite_results import SuiteResults
+from hf_fusion.server import HubServer
 
 pytestmark = [
     pytest.mark.slow,

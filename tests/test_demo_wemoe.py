@@ -17,10 +17,10 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_fusion import FusionError
+from hf_fusion.assets.weights import demo_weights
 from hf_fusion.demo.digit_tasks import BASE, CELL, TASKS, task_rows
-from hf_fusion.demo.weights import demo_weights
-from hf_fusion.hub.server import HubServer
-from hf_fusion.suite_results import SuiteResults
+from hf_fusion.evaluation.results import SuiteResults
+from hf_fusion.server import HubServer
 
 FOLDER = demo_weights("vit_experts")
 FINE_TUNES = {task: FOLDER / f"{BASE}-{task}" for task in TASKS}

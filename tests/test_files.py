@@ -15,8 +15,8 @@ import pytest
 
 import hf_fusion
 from hf_fusion.errors import FusionError
-from hf_fusion.files import open_file, open_given, own_file, read_file, read_text
 from hf_fusion.hub.snapshot import check_snapshot
+from hf_fusion.io.files import open_file, open_given, own_file, read_file, read_text
 from hf_fusion.recipe import Recipe
 
 HASH = "ab" + "0" * 62
@@ -336,7 +336,7 @@ OTHERWISE = {
 
 
 def test_files_of_models_are_opened_in_one_place():
-    """Another module that opens files by itself goes through `hf_fusion.files`, or is listed with its reason."""
+    """Another module that opens files by itself goes through `hf_fusion.io.files`, or is listed with its reason."""
     modules = [*PACKAGE.glob("*.py"), *PACKAGE.glob("hub/*.py"), *PACKAGE.glob("merging/**/*.py")]
     modules = [path for path in modules if path.parent != PACKAGE or path.stem in ("fusion", "provenance", "recipe")]
     opened = re.compile(r"\.read_(text|bytes)\(|\.open\(|(?<![\w.])open\(")

@@ -21,22 +21,22 @@ from hf_fusion.bench import binding
 from hf_fusion.bench.cells import write_cell, write_lines
 from hf_fusion.bench.pages import write_report
 from hf_fusion.bench.suite import load_suite
+from hf_fusion.cards.card import write_card
 from hf_fusion.cli.app import main
-from hf_fusion.coefficient_map import CoefficientMap
-from hf_fusion.evaluate import Results
-from hf_fusion.experts import Gates
-from hf_fusion.folders import made_once
+from hf_fusion.evaluation.coefficient_map import CoefficientMap
+from hf_fusion.evaluation.fusion import Results
+from hf_fusion.evaluation.plots import plot_accuracy_cost, plot_coefficients, plot_routing
+from hf_fusion.evaluation.results import SuiteResults
+from hf_fusion.evaluation.routing_map import RoutingMap
 from hf_fusion.fusion import save_fused
-from hf_fusion.hub.card import write_card
 from hf_fusion.hub.gates import save_gates
-from hf_fusion.plots import plot_accuracy_cost, plot_coefficients, plot_routing
+from hf_fusion.io.folders import made_once
+from hf_fusion.io.saving import write_file
 from hf_fusion.recipe import Recipe, RecipeExpert
-from hf_fusion.routing_map import RoutingMap
-from hf_fusion.saving import write_file
-from hf_fusion.suite_results import SuiteResults
 from hf_fusion.training.gates import train_gates
+from hf_fusion.training.measure import Statistics
 from hf_fusion.training.routers import adapt_routers
-from hf_fusion.training.statistics import Statistics
+from hf_fusion.types import Gates
 
 
 @pytest.fixture(scope="module")

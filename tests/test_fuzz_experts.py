@@ -23,8 +23,8 @@ from tiny_routed import save_base, save_lora
 
 from hf_fusion import FusionError, check_compatibility, discover, load_experts, merge
 from hf_fusion.bench.suite import load_suite
-from hf_fusion.experts import Expert
 from hf_fusion.recipe import Recipe, RecipeExpert
+from hf_fusion.types import Expert
 
 NOWHERE = HfApi(endpoint="http://127.0.0.1:9")  # what is changed may name repos: none is asked for
 SECONDS = 20  # of CPU time for one case
@@ -128,7 +128,7 @@ def suite(folder: Path, place: Path, out: Path) -> None:
 
 
 def infos(folders: list[Path]) -> list[Any]:
-    from hf_fusion.hub.local_experts import folder_info
+    from hf_fusion.publishing.local_experts import folder_info
 
     return [folder_info(str(folder)) for folder in folders]
 

@@ -21,7 +21,7 @@ from hf_fusion import Expert, FoEModel, FusionError, evaluate_fusion
 from hf_fusion.bench.rows import ours
 from hf_fusion.bench.suite import Task
 from hf_fusion.data import load_rows
-from hf_fusion.pictures import MOST_BYTES, PictureError, open_picture
+from hf_fusion.io.pictures import MOST_BYTES, PictureError, open_picture
 from hf_fusion.training.batches import read_examples
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +31,7 @@ MOST_MEMORY = 500 * 1024  # KiB
 MEASURE = """
 import sys
 from pathlib import Path
-from hf_fusion.pictures import PictureError, open_picture
+from hf_fusion.io.pictures import PictureError, open_picture
 for path in sys.argv[1:]:
     try:
         open_picture(path)

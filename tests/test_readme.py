@@ -18,11 +18,11 @@ from tiny_fused import bert_base, fine_tuned
 from tiny_routed import save_base, save_lora
 
 from hf_fusion import fuse, save_fused
+from hf_fusion.assets.smollm2 import smollm2_folder
+from hf_fusion.assets.weights import demo_weights
 from hf_fusion.cli.app import build_parser
-from hf_fusion.demo.smollm2 import smollm2_folder
-from hf_fusion.demo.weights import demo_weights
 from hf_fusion.merging.methods import methods_table
-from hf_fusion.merging.recipes import check_recipe
+from hf_fusion.merging.recipe_checks import check_recipe
 from hf_fusion.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]

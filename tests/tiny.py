@@ -30,7 +30,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from hf_fusion.experts import Adapter
+from hf_fusion.types import Adapter
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog",

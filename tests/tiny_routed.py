@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from tiny import adapter, llama, make_tokenizer
 
-from hf_fusion.experts import Gates
 from hf_fusion.hub.gates import save_gates
+from hf_fusion.types import Gates
 
 CARD = "---\nlicense: {license}\npipeline_tag: text-generation\ntags: [{tags}]\n---\n"
 

@@ -16,7 +16,7 @@ from hf_fusion.bench.suite import Suite, Task
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.commits import found_commit
 from hf_fusion.hub.files import hub_api, repo_of
-from hf_fusion.saving import in_folder, write_file
+from hf_fusion.io.saving import in_folder, write_file
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_fusion.errors import FusionError
-from hf_fusion.files import read_text
-from hf_fusion.saving import in_folder, write_file
+from hf_fusion.io.files import read_text
+from hf_fusion.io.saving import in_folder, write_file
 
 Status = Literal["measured", "failed", "left out"]
 CLEAN = "clean"

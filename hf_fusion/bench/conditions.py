@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.bench.cells import CLEAN
-from hf_fusion.corruptions import CORRUPTIONS, corrupt
 from hf_fusion.errors import FusionError, shown
-from hf_fusion.text_corruptions import TEXT_CORRUPTIONS, corrupt_text
+from hf_fusion.evaluation.image_corruptions import CORRUPTIONS, corrupt
+from hf_fusion.evaluation.text_corruptions import TEXT_CORRUPTIONS, corrupt_text
 
 if TYPE_CHECKING:
     from datasets import Dataset

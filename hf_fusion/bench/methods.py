@@ -30,7 +30,7 @@ class Method:
     """A technique.
 
     Attributes:
-        place: the function that fuses, or "module:function" in `hf_fusion.bench`: (what `run` made ready, the split,
+        place: the function that fuses, or "module:function" in `hf_fusion.bench.settings`: (what `run` made ready, the split,
             the seed, parameters) → `bench.systems.System`, or several of them by name.
         title: what tables call it.
         family: a key of `FAMILIES`.
@@ -69,7 +69,7 @@ def _static(merge: str, title: str, paper: str, tuned: bool = True, **options: A
 
 
 def _routed(way: str, title: str, paper: str = "", examples: int = 0, **options: Any) -> Method:
-    """A way of `hf_fusion.evaluate_suite` to route among adapters; it may look at examples of what they know."""
+    """A way of `hf_fusion.evaluation.routing` to route among adapters; it may look at examples of what they know."""
     given = {"way": way, "examples": examples}
     also = {"fusion": "fusion:routed"}
     return Method("routing:routed", title, "routing", "routing", given, paper=paper, also=also, **options)

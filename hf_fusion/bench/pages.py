@@ -12,8 +12,8 @@ from hf_fusion.bench.plots import PICTURES, save_pictures
 from hf_fusion.bench.report import summarise
 from hf_fusion.bench.suite_tables import overview_table, tables_of
 from hf_fusion.bench.tables import RENDERERS, file_name, to_markdown
-from hf_fusion.hub.card_edit import escape_markdown
-from hf_fusion.saving import in_folder, write_file
+from hf_fusion.hub.readme import escape_markdown
+from hf_fusion.io.saving import in_folder, write_file
 
 REPORT, CELLS = "report.md", "cells.jsonl"
 README_SECTION = "hf-fusion-bench"

@@ -16,8 +16,8 @@ from hf_fusion.bench.report import CEILING, EXPERT, FLOOR, FUSED, HELD_IN, HELD_
 from hf_fusion.bench.suite import LOWER
 from hf_fusion.bench.suite_tables import Row, group_of, mean_entry, rows_of, title_of
 from hf_fusion.bench.tables import file_name
-from hf_fusion.plots import EXPERTS, GREY, MARKERS, ORANGE, blank_figure, plain_axes, spread_labels
-from hf_fusion.saving import in_folder, replacing
+from hf_fusion.evaluation.plots import EXPERTS, GREY, MARKERS, ORANGE, blank_figure, plain_axes, spread_labels
+from hf_fusion.io.saving import in_folder, replacing
 
 MOST = 8
 """Methods in pictures that show each of them task by task or severity by severity."""

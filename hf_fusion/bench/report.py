@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_fusion.bench.cells import ALL, CLEAN, Cell
 from hf_fusion.bench.suite import LOWER
-from hf_fusion.intervals import Score, mean_of
+from hf_fusion.evaluation.intervals import Score, mean_of
 
 HELD_IN, HELD_OUT = "held-in", "held-out"
 INDIVIDUAL = "individual"

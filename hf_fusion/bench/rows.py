@@ -192,7 +192,7 @@ def _pictured(rows: Dataset) -> Dataset:
     from datasets import Array3D, Features, Image, concatenate_datasets
     from PIL import Image as Pillow
 
-    from hf_fusion.picture_rows import with_pictures
+    from hf_fusion.io.picture_rows import with_pictures
 
     if not isinstance(rows.features.get("image"), Array3D):
         return with_pictures(rows)
@@ -309,7 +309,7 @@ def _digits(_: str, data_dir: str | Path | None) -> Parts:
 
 def _language(name: str, data_dir: str | Path | None) -> Parts:
     """A task of the language suite: what its expert was trained on, what comes after that, and its tests."""
-    from hf_fusion.demo.language_suite import TASKS, TEST_ROWS, rows
+    from hf_fusion.assets.language_tasks import TASKS, TEST_ROWS, rows
 
     trained = TASKS[name].trained if name in TASKS else 0
     drawn = rows(name, "train", trained + LANGUAGE_FIT_ROWS, data_dir).select_columns(["prompt", "target"])
@@ -320,7 +320,7 @@ def _language(name: str, data_dir: str | Path | None) -> Parts:
 
 
 def _reactions(_: str, data_dir: str | Path | None) -> Parts:
-    from hf_fusion.demo.rxnfp import reactions
+    from hf_fusion.assets.rxnfp import reactions
 
     return {"test": reactions()}
 

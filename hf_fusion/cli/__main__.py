@@ -2,6 +2,6 @@
 
 import sys
 
-from .app import main
+from hf_fusion.cli.app import main
 
 sys.exit(main())

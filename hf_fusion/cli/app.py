@@ -12,12 +12,11 @@ from importlib import import_module
 from types import ModuleType
 
 from hf_fusion import __version__
+from hf_fusion.cli.errors import explain
+from hf_fusion.cli.output import Out
+from hf_fusion.cli.parser import Parser, add_common
 from hf_fusion.extras import need_for
 from hf_fusion.progress import reporting
-
-from .errors import explain
-from .output import Out
-from .parser import Parser, add_common
 
 # command -> what it does; the command's module in this folder has add_arguments(parser), run(args, out) and EXAMPLES
 COMMANDS = {

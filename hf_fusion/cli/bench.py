@@ -7,7 +7,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
-from .output import Out
+from hf_fusion.cli.output import Out
 
 EXAMPLES = (
     ("hf-fusion bench suites", "which suites there are"),

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+from hf_fusion.cli.checks import check_folder
+from hf_fusion.cli.output import Out
+from hf_fusion.cli.progress import start
 from hf_fusion.errors import FusionError
 from hf_fusion.progress import phase
-
-from .checks import check_folder
-from .output import Out
-from .progress import start
 
 EXAMPLES = (
     ("hf-fusion bench check clip-vit-base-patch32", "every id of a suite, with the commit that it stands for"),

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from hf_fusion.cli.output import Out
 from hf_fusion.errors import FusionError
 from hf_fusion.progress import phase
-
-from .output import Out
 
 EXAMPLES = (
     ("hf-fusion bench publish results me/results --dry-run", "what would be pushed; nothing is sent"),

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from hf_fusion.cli.output import Out
 from hf_fusion.errors import FusionError
 from hf_fusion.progress import phase
-
-from .output import Out
 
 EXAMPLES = (
     ("hf-fusion bench report runs/minilm-8", "the report is written to runs/minilm-8-report"),

@@ -6,12 +6,11 @@ import argparse
 import shlex
 from pathlib import Path
 
+from hf_fusion.cli.checks import check_folder
+from hf_fusion.cli.output import Out
+from hf_fusion.cli.parser import COUNT, SEED
+from hf_fusion.cli.progress import start
 from hf_fusion.errors import FusionError
-
-from .checks import check_folder
-from .output import Out
-from .parser import COUNT, SEED
-from .progress import start
 
 EXAMPLES = (
     ("hf-fusion bench run --suite minilm-8 --data DIR --methods static --output results", "all static merges of one"),
@@ -58,7 +57,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
     from datasets import disable_progress_bars
 
     from hf_fusion.bench.run import run_suite
-    from hf_fusion.merging.processes import is_main
+    from hf_fusion.merging.engine.processes import is_main
 
     disable_progress_bars()  # each data set would draw three
     cells = run_suite(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .output import Out
+from hf_fusion.cli.output import Out
 
 EXAMPLES = (
     ("hf-fusion bench suites", "a table of all"),

@@ -6,9 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
+from hf_fusion.cli.output import Out
 from hf_fusion.errors import FusionError
-
-from .output import Out
 
 EXAMPLES = (
     ("hf-fusion demo", "a Fusion of Experts, everything on this machine, in the folder ./demo"),

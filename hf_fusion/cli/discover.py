@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from .output import Out
-from .parser import COUNT
+from hf_fusion.cli.output import Out
+from hf_fusion.cli.parser import COUNT
 
 EXAMPLES = (
     ("hf-fusion discover --author me", "every repo of one author that is tagged hf-fusion-expert"),

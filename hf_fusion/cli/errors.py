@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_fusion.errors import FusionError
 from hf_fusion.extras import missing_library
-from hf_fusion.saving import refusal, unwritable
+from hf_fusion.io.saving import refusal, unwritable
 
 
 def explain(error: Exception, command: str) -> FusionError:

@@ -9,13 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_fusion.cli.checks import check_columns, check_found, columns_to_measure, is_foe, model_in
+from hf_fusion.cli.output import Out
+from hf_fusion.cli.parser import COUNT, add_consent
+from hf_fusion.cli.progress import start
 from hf_fusion.errors import FusionError
 from hf_fusion.extras import need
-
-from .checks import check_columns, check_found, columns_to_measure, is_foe, model_in
-from .output import Out
-from .parser import COUNT, add_consent
-from .progress import start
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,12 +62,12 @@ def run(args: argparse.Namespace, out: Out) -> None:
     command = _command(args)
     args.label_column, args.expert_column = args.label_column or "label", args.expert_column or "expert"
     args.task_column = args.task_column or "task"
-    start("evaluate", "fusion")
+    start("evaluation.fusion", "fusion")
 
-    from hf_fusion.evaluate import RESULTS_FILE
-    from hf_fusion.hub.card import write_card
+    from hf_fusion.cards.card import write_card
+    from hf_fusion.evaluation.fusion import RESULTS_FILE
+    from hf_fusion.hub.provenance import recipe_in, says_its_recipe
     from hf_fusion.merging.methods import MERGE_METHODS
-    from hf_fusion.provenance import recipe_in, says_its_recipe
 
     recipe = recipe_in(args.folder) if says_its_recipe(args.folder) else None
     measure: Callable[..., tuple[Any, str]]
@@ -95,7 +94,7 @@ def _command(args: argparse.Namespace) -> str:
 
 def _fusion(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: str) -> tuple[Any, str]:
     """A Fusion of Experts."""
-    from hf_fusion.evaluate import evaluate_fusion
+    from hf_fusion.evaluation.fusion import evaluate_fusion
     from hf_fusion.fusion import load_fused
 
     results = evaluate_fusion(
@@ -114,11 +113,11 @@ def _fusion(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: st
 def _routing(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: str) -> tuple[Any, str]:
     """A PHATGOOSE router, task by task; where the tokens of each went is kept beside it, as data and as a picture."""
     from hf_fusion.data import split_tasks
-    from hf_fusion.evaluate_suite import evaluate_routing
+    from hf_fusion.evaluation.plots import plot_routing
+    from hf_fusion.evaluation.routing import evaluate_routing
+    from hf_fusion.evaluation.routing_map import ROUTING_FILE, ROUTING_PICTURE, map_routing
     from hf_fusion.fusion import load_fused
     from hf_fusion.hub.load import load_experts
-    from hf_fusion.plots import plot_routing
-    from hf_fusion.routing_map import ROUTING_FILE, ROUTING_PICTURE, map_routing
 
     consent = {"trust_remote_code": args.trust_remote_code}
     experts = load_experts([e.model for e in recipe.experts], base=recipe.base, dtype=recipe.dtype, **consent)
@@ -145,11 +144,11 @@ def _routing(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: s
 
 def _merging(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: str) -> tuple[Any, str]:
     """A WEMoE, task by task, beside its experts; the coefficients of each task are kept beside it, with a picture."""
-    from hf_fusion.coefficient_map import COEFFICIENT_FILE, COEFFICIENT_PICTURE, map_coefficients
     from hf_fusion.data import split_tasks
-    from hf_fusion.evaluate_tasks import evaluate_merging
+    from hf_fusion.evaluation.coefficient_map import COEFFICIENT_FILE, COEFFICIENT_PICTURE, map_coefficients
+    from hf_fusion.evaluation.merging import evaluate_merging
+    from hf_fusion.evaluation.plots import plot_coefficients
     from hf_fusion.fusion import load_fused
-    from hf_fusion.plots import plot_coefficients
 
     model: Any = load_fused(args.folder, trust_remote_code=args.trust_remote_code)[0]
     suite, owners = split_tasks(rows, model.experts, args.task_column, args.expert_column)
@@ -172,7 +171,7 @@ def _merging(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: s
 def _static(args: argparse.Namespace, rows: Dataset, recipe: Recipe | None, command: str) -> tuple[Any, str]:
     """A static merge, task by task, beside its experts and their base, where these can be found; else alone."""
     from hf_fusion.data import split_tasks
-    from hf_fusion.evaluate_tasks import evaluate_static
+    from hf_fusion.evaluation.merging import evaluate_static
     from hf_fusion.hub.files import parts_of
 
     experts = [expert.model for expert in recipe.experts] if recipe else []

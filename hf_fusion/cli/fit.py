@@ -8,9 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hf_fusion.errors import FusionError
-
-from .checks import (
+from hf_fusion.cli.checks import (
     check_columns,
     check_found,
     check_local,
@@ -20,9 +18,10 @@ from .checks import (
     is_foe,
     model_in,
 )
-from .output import Out
-from .parser import COUNT, POSITIVE, SEED, add_consent, at_least
-from .progress import start
+from hf_fusion.cli.output import Out
+from hf_fusion.cli.parser import COUNT, POSITIVE, SEED, add_consent, at_least
+from hf_fusion.cli.progress import start
+from hf_fusion.errors import FusionError
 
 PART_EXAMPLES = {
     "fuser": (
@@ -136,7 +135,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
 
 def _refuse_again(args: argparse.Namespace) -> None:
     """Refuses, before anything is loaded, to replace what an earlier fit learned, or what was measured of it."""
-    from hf_fusion.hub.adapters import read_json
+    from hf_fusion.hub.lora import read_json
 
     folder = Path(args.folder)
     if args.overwrite or not (folder / "config.json").exists():
@@ -217,7 +216,7 @@ def _fit_gates(args: argparse.Namespace, out: Out) -> None:
 
     start("training.gates")
     from hf_fusion.hub.load import load_experts
-    from hf_fusion.hub.publish_gates import push_gates
+    from hf_fusion.publishing.gates import push_gates
     from hf_fusion.training.gates import average_activation, train_gates
     from hf_fusion.training.whitening import fit_whitening
 

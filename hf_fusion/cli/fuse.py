@@ -7,13 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_fusion.cli.checks import check_local, check_repo
+from hf_fusion.cli.output import Out
+from hf_fusion.cli.parser import COUNT, POSITIVE, add_consent
+from hf_fusion.cli.progress import start
 from hf_fusion.errors import FusionError
 from hf_fusion.progress import phase
-
-from .checks import check_local, check_repo
-from .output import Out
-from .parser import COUNT, POSITIVE, add_consent
-from .progress import start
 
 if TYPE_CHECKING:
     from hf_fusion.recipe import Recipe, RecipeExpert
@@ -64,9 +63,9 @@ def run(args: argparse.Namespace, out: Out) -> None:
     if args.push_experts and not args.push:
         raise FusionError("--push-experts belongs to --push", "--push OWNER/NAME --push-experts")
 
-    from hf_fusion.folders import refuse_to_replace
+    from hf_fusion.hub.provenance import recipe_in
+    from hf_fusion.io.folders import refuse_to_replace
     from hf_fusion.merging.methods import MERGE_METHODS
-    from hf_fusion.provenance import recipe_in
     from hf_fusion.recipe import Recipe
 
     if not args.dry_run:
@@ -83,7 +82,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
     _check(recipe, args)
 
     start("merging.merge" if recipe.method in MERGE_METHODS else "fusion")
-    from hf_fusion.merging.processes import is_main
+    from hf_fusion.merging.engine.processes import is_main
 
     if args.push:
         _check_push(recipe, args)
@@ -92,7 +91,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
     else:
         _fuse(recipe, args, out)
     if args.push and not args.dry_run and is_main():
-        from hf_fusion.hub.publish import publish
+        from hf_fusion.publishing.publish import publish
 
         try:
             pushed = publish(args.output, args.push, push_experts=args.push_experts, overwrite=args.overwrite)
@@ -107,7 +106,7 @@ def _check(recipe: Recipe, args: argparse.Namespace) -> None:
     """Refuses what can be seen to be wrong before torch is imported and anything is read."""
     from hf_fusion.families import family_named
     from hf_fusion.merging.methods import MERGE_METHODS
-    from hf_fusion.merging.recipes import check_recipe
+    from hf_fusion.merging.recipe_checks import check_recipe
 
     if recipe.method in MERGE_METHODS:
         check_recipe(recipe)
@@ -132,13 +131,13 @@ def _fuse(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
 
 def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
     """A plain model of the experts' own kind, without loading them."""
-    from hf_fusion.hub.card import write_card
-    from hf_fusion.merging.adapters import AdapterReport
+    from hf_fusion.cards.card import write_card
+    from hf_fusion.merging.engine.processes import is_main
+    from hf_fusion.merging.lora import AdapterReport
     from hf_fusion.merging.merge import cores, merge, plan_merge
-    from hf_fusion.merging.processes import is_main
 
     if args.dry_run:
-        from hf_fusion.merging.estimate import estimate
+        from hf_fusion.merging.engine.estimate import estimate
 
         planned = plan_merge(recipe)
         models = [*([planned.base] if planned.base else []), *planned.experts]
@@ -200,8 +199,8 @@ def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
 
 def _check_push(recipe: Recipe, args: argparse.Namespace) -> None:
     """Says now, not after the work, why its model could not be published."""
-    from hf_fusion.hub.publish import check_publish
-    from hf_fusion.merging.processes import Processes
+    from hf_fusion.merging.engine.processes import Processes
+    from hf_fusion.publishing.publish import check_publish
 
     processes = Processes()
     with processes.step():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .output import Out
-from .parser import Examples, at_least
+from hf_fusion.cli.output import Out
+from hf_fusion.cli.parser import Examples, at_least
 
 SERVE_EXAMPLES = (
     ("hf-fusion hub serve hub --port 8000", "serve the folder ./hub; people find its pages at http://127.0.0.1:8000"),
@@ -37,7 +37,7 @@ def _action(actions: Any, name: str, what: str, examples: Examples) -> argparse.
 
 def run(args: argparse.Namespace, out: Out) -> None:
     """Serves, or makes a token."""
-    from hf_fusion.hub.server import add_user, serve
+    from hf_fusion.server import add_user, serve
 
     if args.action == "user":
         out.dict({"token": add_user(args.folder, args.name), "user": args.name})

@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TextIO
 
-from .progress import Bars, Lines
+from hf_fusion.cli.progress import Bars, Lines
 
 if TYPE_CHECKING:
     from rich.console import Console

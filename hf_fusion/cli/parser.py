@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
+from hf_fusion.cli.output import FORMATS, Out
 from hf_fusion.errors import suggestion
-
-from .output import FORMATS, Out
 
 Examples = Sequence[tuple[str, str]]
 """(command line, what it does) pairs."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
+from hf_fusion.cli.checks import check_repo, model_in
+from hf_fusion.cli.output import Out
+from hf_fusion.cli.progress import start
 from hf_fusion.errors import FusionError
 from hf_fusion.progress import phase
-
-from .checks import check_repo, model_in
-from .output import Out
-from .progress import start
 
 EXAMPLES = (
     ("hf-fusion publish fused me/fused --dry-run", "what would be pushed, and the card; nothing is sent"),
@@ -39,8 +38,8 @@ def run(args: argparse.Namespace, out: Out) -> None:
     model_in(args.folder)
     check_repo(args.repo)
 
-    start("hub.publish")
-    from hf_fusion.hub.publish import plan, push
+    start("publishing.publish")
+    from hf_fusion.publishing.publish import plan, push
 
     with phase("Planning the push"):
         planned = plan(

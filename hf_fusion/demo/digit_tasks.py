@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from hf_fusion.corruptions import CORRUPTIONS, corrupt
+from hf_fusion.demo.digits import DIGITS, SIZE, digits
 from hf_fusion.errors import FusionError
-
-from .digits import DIGITS, SIZE, digits
+from hf_fusion.evaluation.image_corruptions import CORRUPTIONS, corrupt
 
 if TYPE_CHECKING:
     import numpy as np

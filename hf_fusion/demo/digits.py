@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_fusion.assets.weights import demo_weights
 from hf_fusion.extras import refuse_missing
-
-from .weights import demo_weights
 
 if TYPE_CHECKING:
     import numpy as np

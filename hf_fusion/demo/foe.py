@@ -6,19 +6,18 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_fusion.demo.digits import DIGITS, EXPERTS, LABEL_MAPS, digit_expert, digits, misfits
+from hf_fusion.demo.place import Place, ask_a_stranger, hub_lines, near, publish_to, report_push, shell_lines
 from hf_fusion.errors import FusionError
 from hf_fusion.extras import refuse_missing
-
-from .digits import DIGITS, EXPERTS, LABEL_MAPS, digit_expert, digits, misfits
-from .place import Place, ask_a_stranger, hub_lines, near, publish_to, report_push, shell_lines
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from hf_fusion.cli.output import Out
-    from hf_fusion.evaluate import Results
-    from hf_fusion.experts import Expert
+    from hf_fusion.evaluation.fusion import Results
     from hf_fusion.hub.compat import Compatibility
+    from hf_fusion.types import Expert
 
 STEPS = 7
 TASK = "image-classification"
@@ -110,9 +109,9 @@ def _show_verdict(verdict: Compatibility, out: Out) -> None:
 
 def _fuse_fit_measure(place: Place, verdict: Compatibility, out: Out, seed: int) -> tuple[Any, Results, Path]:
     """The fitted model, what was measured, and the folder that holds both."""
-    from hf_fusion.evaluate import RESULTS_FILE, evaluate_fusion
+    from hf_fusion.evaluation.fusion import RESULTS_FILE, evaluate_fusion
+    from hf_fusion.evaluation.plots import plot_accuracy_cost
     from hf_fusion.fusion import fuse, save_fused
-    from hf_fusion.plots import plot_accuracy_cost
     from hf_fusion.training.fuser import fit_fuser
 
     maps = {place.repo(name): mapping for name, mapping in LABEL_MAPS.items()}

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from hf_fusion.assets.minilm import MINILM, minilm_folder
 from hf_fusion.bench.rows import task_rows
 from hf_fusion.bench.suite import Suite, load_suite
-from hf_fusion.cache import cache_folder
-from hf_fusion.demo.minilm import MINILM, minilm_folder
 from hf_fusion.errors import FusionError
+from hf_fusion.io.cache import cache_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -8,16 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .language_suite import CHAT, TASKS, rows
-from .place import Place, ask_a_stranger, hub_lines, near, publish_to, report_push, shell_lines
-from .smollm2 import SMOLLM2, reference_rows, smollm2_folder
-from .weights import demo_weights
+from hf_fusion.assets.language_tasks import CHAT, TASKS, rows
+from hf_fusion.assets.smollm2 import SMOLLM2, reference_rows, smollm2_folder
+from hf_fusion.assets.weights import demo_weights
+from hf_fusion.demo.place import Place, ask_a_stranger, hub_lines, near, publish_to, report_push, shell_lines
 
 if TYPE_CHECKING:
     from hf_fusion.cli.output import Out
+    from hf_fusion.evaluation.results import SuiteResults
+    from hf_fusion.evaluation.routing_map import RoutingMap
     from hf_fusion.hub.compat import Compatibility
-    from hf_fusion.routing_map import RoutingMap
-    from hf_fusion.suite_results import SuiteResults
 
 STEPS = 8
 NAME, FOLDER = "phatgoose-smollm2", "router"
@@ -107,7 +107,7 @@ def push_base(place: Place) -> bool:
     """SmolLM2 as its owner would push it."""
     from huggingface_hub import HfApi
 
-    from hf_fusion.hub.server import add_user
+    from hf_fusion.server import add_user
 
     owner, _, name = SMOLLM2.partition("/")
     theirs = HfApi(endpoint=place.endpoint, token=add_user(place.folder / "hub", owner))
@@ -158,7 +158,7 @@ def _show_verdict(verdict: Compatibility, out: Out) -> None:
 def _add_gates(place: Place, verdict: Compatibility, out: Out, seed: int) -> None:
     """Trains and pushes the gates that are missing, unless an earlier run has done so."""
     from hf_fusion.hub.load import load_experts
-    from hf_fusion.hub.publish_gates import push_gates
+    from hf_fusion.publishing.gates import push_gates
     from hf_fusion.training.gates import train_gates
     from hf_fusion.training.whitening import fit_whitening
 
@@ -181,13 +181,13 @@ def _fuse_and_measure(place: Place, out: Out) -> tuple[Any, SuiteResults, Routin
     """The router, what was measured, and the folder that holds all of it."""
     from datasets import concatenate_datasets
 
-    from hf_fusion.evaluate import RESULTS_FILE
-    from hf_fusion.evaluate_suite import evaluate_routing
+    from hf_fusion.evaluation.fusion import RESULTS_FILE
+    from hf_fusion.evaluation.plots import plot_routing
+    from hf_fusion.evaluation.routing import evaluate_routing
+    from hf_fusion.evaluation.routing_map import ROUTING_FILE, ROUTING_PICTURE, map_routing
     from hf_fusion.fusion import fuse, save_fused
     from hf_fusion.hub.gates import GATES_TAG
     from hf_fusion.hub.load import load_experts
-    from hf_fusion.plots import plot_routing
-    from hf_fusion.routing_map import ROUTING_FILE, ROUTING_PICTURE, map_routing
 
     experts = load_experts(_discover(place, GATES_TAG).accepted, api=place.api)
     model: Any = fuse("phatgoose", experts, base_by_reference=True)

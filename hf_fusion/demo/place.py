@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
     from hf_fusion.cli.output import Out
-    from hf_fusion.hub.publish import PublishResult
+    from hf_fusion.publishing.publish import PublishResult
 
 OWNER = "demo"
 MARKER = ".hf-fusion-demo"
@@ -88,7 +88,7 @@ def open_place(folder: Path, namespace: str | None = None, real_hub: bool = Fals
             raise FusionError("on the real Hub the demo needs a place for its repos", "--namespace YOUR_NAME")
         yield Place(folder, namespace, HfApi(), HfApi(token=False), embedded=False)
         return
-    from hf_fusion.hub.server import HubServer
+    from hf_fusion.server import HubServer
 
     namespace = namespace or OWNER
     with HubServer(folder / "hub") as hub:
@@ -145,7 +145,7 @@ def report_push(new: bool, repo: str, out: Out) -> None:
 
 def publish_to(place: Place, folder: Path, name: str, out: Out) -> PublishResult:
     """Publishes a fused model's folder, and says where."""
-    from hf_fusion.hub.publish import publish
+    from hf_fusion.publishing.publish import publish
 
     published = publish(folder, place.repo(name), private=not place.embedded, api=place.api)
     assert published is not None  # nobody was asked to confirm

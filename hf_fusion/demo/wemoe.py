@@ -8,18 +8,18 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .digit_tasks import BASE, TASKS, task_rows
-from .digits import digit_expert
-from .place import OWNER, Place, ask_a_stranger, hub_lines, near, publish_to, report_push, shell_lines
-from .weights import demo_weights
+from hf_fusion.assets.weights import demo_weights
+from hf_fusion.demo.digit_tasks import BASE, TASKS, task_rows
+from hf_fusion.demo.digits import digit_expert
+from hf_fusion.demo.place import OWNER, Place, ask_a_stranger, hub_lines, near, publish_to, report_push, shell_lines
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from hf_fusion.cli.output import Out
-    from hf_fusion.experts import Expert
+    from hf_fusion.evaluation.results import SuiteResults
     from hf_fusion.hub.compat import Compatibility
-    from hf_fusion.suite_results import SuiteResults
+    from hf_fusion.types import Expert
 
 STEPS = 9
 NAME, MERGED = "wemoe-digits", "merged"
@@ -141,7 +141,7 @@ def _show_verdict(verdict: Compatibility, out: Out) -> None:
 
 def _adapt(place: Place, model: Any, experts: list[Expert], base: Any, out: Out, seed: int) -> dict[str, Any]:
     """Adapts the routers; returns what they are compared with: themselves before, and one merge, adapted likewise."""
-    from hf_fusion.evaluate_tasks import System
+    from hf_fusion.evaluation.merging import System
     from hf_fusion.training.adamerging import CoefficientMerge
     from hf_fusion.training.routers import adapt_routers
 
@@ -184,11 +184,11 @@ def _measure(
     place: Place, model: Any, experts: list[Expert], base: Any, more: dict[str, Any]
 ) -> tuple[SuiteResults, Path]:
     """What was measured, and the folder that holds it and the model."""
-    from hf_fusion.coefficient_map import COEFFICIENT_FILE, COEFFICIENT_PICTURE, map_coefficients
-    from hf_fusion.evaluate import RESULTS_FILE
-    from hf_fusion.evaluate_tasks import evaluate_merging
+    from hf_fusion.evaluation.coefficient_map import COEFFICIENT_FILE, COEFFICIENT_PICTURE, map_coefficients
+    from hf_fusion.evaluation.fusion import RESULTS_FILE
+    from hf_fusion.evaluation.merging import evaluate_merging
+    from hf_fusion.evaluation.plots import plot_coefficients
     from hf_fusion.fusion import save_fused
-    from hf_fusion.plots import plot_coefficients
 
     suite, owners = _rows(place, "test"), {task: place.repo(name) for task, name in FINE_TUNES.items()}
     results = evaluate_merging(

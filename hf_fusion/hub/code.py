@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_fusion.errors import FusionError, shown
-from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.files import IMAGE_FILES, PROCESSOR_FILES, Source, resolve
+from hf_fusion.hub.lora import read_json
 
 FOE_PROCESSORS = "processor_config.json"
 MANIFESTS_OF = {
@@ -52,7 +52,7 @@ def model_code(config: Mapping[str, Any]) -> list[Code]:
     """The code without which a model cannot be built; nothing where transformers knows its ``model_type``."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from hf_fusion.models.foe.own_code_foe import code_in
+    from hf_fusion.models.fused_own_code import code_in
 
     model_type = config.get("model_type")
     if not config.get("auto_map") or (isinstance(model_type, str) and model_type in CONFIG_MAPPING):
@@ -74,7 +74,7 @@ def processor_code(source: Source, auto: str) -> list[Code]:
         source: the model's files.
         auto: "AutoTokenizer" or "AutoImageProcessor".
     """
-    from hf_fusion.models.foe.own_code_foe import needed_code
+    from hf_fusion.models.fused_own_code import needed_code
 
     return [Code(*named) for named in needed_code(auto, source.json)]
 
@@ -90,7 +90,7 @@ def refuse_code(source: Source, needed: Sequence[Code], *, agreed: bool, pinned:
     """
     if not needed:
         return
-    from hf_fusion.models.foe.own_code_foe import MANIFESTS, code_in
+    from hf_fusion.models.fused_own_code import MANIFESTS, code_in
 
     manifests = [Code(*named) for file in MANIFESTS for named in code_in(source.json(file), file)]
     if foreign := next((code for code in [*needed, *manifests] if code.is_foreign), None):
@@ -116,7 +116,7 @@ def refuse_kernels(config: Mapping[str, Any], name: str) -> None:
     transformers fetches and runs such a kernel where the library `kernels` is installed. What a model computes does
     not depend on it, so nothing is lost without.
     """
-    from hf_fusion.models.foe.own_code_foe import KERNELS
+    from hf_fusion.models.fused_own_code import KERNELS
 
     stack: list[tuple[str, Any]] = [("", dict(config))]
     while stack:

@@ -12,9 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
-from hf_fusion.experts import ExpertInfo
 from hf_fusion.extras import refuse_missing
-from hf_fusion.hub.adapters import config_problems, shape_problems, trained_class
 from hf_fusion.hub.code import MANIFESTS_OF, model_code, processor_class, processor_code, refuse_code, refuse_kernels
 from hf_fusion.hub.commits import as_commit
 from hf_fusion.hub.discover import info_row
@@ -41,10 +39,12 @@ from hf_fusion.hub.heads import (
     same_label,
 )
 from hf_fusion.hub.licenses import forbids_derivatives
+from hf_fusion.hub.lora import config_problems, shape_problems, trained_class
 from hf_fusion.hub.peft_names import adapter_shapes, plain_keys
 from hf_fusion.hub.placement import placement
 from hf_fusion.hub.reasons import Reason, ReasonKind
 from hf_fusion.progress import track
+from hf_fusion.types import ExpertInfo
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -392,7 +392,7 @@ def _check_shapes(case: Case) -> Iterator[Reason]:
 
 def _full_shapes(case: Case, head: Head) -> list[str]:
     """Every tensor must find its parameter, and every parameter its tensor; in merging, those of the base too."""
-    from hf_fusion.hub.merging import merge_problems  # torch
+    from hf_fusion.hub.mergeable import merge_problems  # torch
 
     config = native_config(case.source.config, case.info.id, len(case.shapes))
     result = account(config, head, case.shapes, case.info.id)

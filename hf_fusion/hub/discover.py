@@ -9,8 +9,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, overload
 
 from hf_fusion.errors import FusionError, printable
-from hf_fusion.experts import ExpertInfo
-from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
 from hf_fusion.hub.commits import as_commit
 from hf_fusion.hub.files import (
     READERS,
@@ -25,7 +23,9 @@ from hf_fusion.hub.files import (
 )
 from hf_fusion.hub.gates import GATES_FILE
 from hf_fusion.hub.heads import architectures, default_task, head_of_adapter, label_names
+from hf_fusion.hub.lora import CONFIG as ADAPTER_CONFIG
 from hf_fusion.hub.remote import CARD_ERRORS, DESCRIBED
+from hf_fusion.types import ExpertInfo
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

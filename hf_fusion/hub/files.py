@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_fusion.errors import FusionError, one_line, printable, shown
-from hf_fusion.files import own_file, read_text
-from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
-from hf_fusion.hub.adapters import read_json
-from hf_fusion.hub.card_edit import known_metadata, metadata_of
 from hf_fusion.hub.commits import as_commit, download_file, found_commit
 from hf_fusion.hub.linearized import STEM as LINEARIZED
+from hf_fusion.hub.lora import CONFIG as ADAPTER_CONFIG
+from hf_fusion.hub.lora import read_json
 from hf_fusion.hub.manifests import (
     local_files,
     local_named_files,
@@ -28,12 +26,14 @@ from hf_fusion.hub.manifests import (
     read_content,
     refuse_pickled,
 )
+from hf_fusion.hub.readme import known_metadata, metadata_of
 from hf_fusion.hub.remote import Header, card_of, described, read_header, read_json_file, read_part
 from hf_fusion.hub.snapshot import check_snapshot
-from hf_fusion.plain_json import parse_object
+from hf_fusion.io.files import own_file, read_text
+from hf_fusion.io.json_files import parse_object
+from hf_fusion.io.saving import refusal, unwritable
 from hf_fusion.progress import is_reported, phase, track
 from hf_fusion.recipe import CONTENT
-from hf_fusion.saving import refusal, unwritable
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -274,7 +274,7 @@ def resolve(name: str | Path, api: HfApi | None = None) -> Source:
 
 def _resolve_expert(name: str, number: int, api: HfApi | None) -> Source:
     """One expert of a checkpoint of PHATGOOSE's authors: it has the repo's commit, and its files are here."""
-    from hf_fusion.hub.phatgoose_checkpoints import write_expert
+    from hf_fusion.hub.phatgoose_release import write_expert
 
     source = resolve_repo(name, api)
     files = [file for file in source.sizes if file.endswith(".pt")]

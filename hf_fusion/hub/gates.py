@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_fusion.errors import FusionError
-from hf_fusion.experts import Adapter, Gates
-from hf_fusion.files import own_file
-from hf_fusion.hub.adapters import linear_sizes
-from hf_fusion.saving import in_folder, replacing
+from hf_fusion.hub.lora import linear_sizes
+from hf_fusion.io.files import own_file
+from hf_fusion.io.saving import in_folder, replacing
+from hf_fusion.types import Adapter, Gates
 
 if TYPE_CHECKING:
     import torch

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import printable
-from hf_fusion.experts import ExpertInfo
 from hf_fusion.hub.commits import SHA
 from hf_fusion.hub.compat import Compatibility, Rejected
 from hf_fusion.hub.files import Source, download, hub_api, in_parallel, resolve_repo, safe_files
 from hf_fusion.hub.heads import Head, head_of_architecture, head_of_task, same_label
 from hf_fusion.hub.reasons import Reason, ReasonKind
+from hf_fusion.types import ExpertInfo
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

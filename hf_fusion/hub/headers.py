@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_fusion.errors import FusionError, shown
 from hf_fusion.extras import refuse_missing
-from hf_fusion.files import open_file
 from hf_fusion.hub.bounds import TooMuchError, within_bounds
 from hf_fusion.hub.code import refuse_kernels
 from hf_fusion.hub.files import Source, first_line, in_parallel
@@ -26,6 +25,7 @@ from hf_fusion.hub.heads import Head
 from hf_fusion.hub.linearized import plain_names
 from hf_fusion.hub.quiet import quiet_transformers
 from hf_fusion.hub.remote import refuse_long
+from hf_fusion.io.files import open_file
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -153,7 +153,7 @@ def checked_config(config: Mapping[str, Any], name: str, tensors: int = _MOST_PA
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from hf_fusion.models.foe.own_code_foe import without_code
+    from hf_fusion.models.fused_own_code import without_code
 
     refuse_kernels(config, name)
     try:

@@ -12,10 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from safetensors import SafetensorError
 
 from hf_fusion.errors import FusionError, is_fault
-from hf_fusion.experts import Adapter, Expert, ExpertInfo
 from hf_fusion.extras import MissingLibraryError, missing_library, refuse_missing
-from hf_fusion.files import own_file, read_file
-from hf_fusion.hub.adapters import fit_problems, lifted, read_adapter
 from hf_fusion.hub.bases import Base, base_id, warn_of_other_bases
 from hf_fusion.hub.code import model_code, processor_class, processor_code, refuse_code, refuse_kernels
 from hf_fusion.hub.files import (
@@ -42,10 +39,13 @@ from hf_fusion.hub.heads import (
     head_of_task,
     label_names,
 )
+from hf_fusion.hub.lora import fit_problems, lifted, read_adapter
 from hf_fusion.hub.placement import placed
 from hf_fusion.hub.quiet import quiet_transformers
 from hf_fusion.hub.snapshot import check_snapshot
+from hf_fusion.io.files import own_file, read_file
 from hf_fusion.progress import phase
+from hf_fusion.types import Adapter, Expert, ExpertInfo
 
 if TYPE_CHECKING:
     import torch

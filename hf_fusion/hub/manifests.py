@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from hf_fusion.errors import FusionError, shown
-from hf_fusion.files import own_file, read_file
-from hf_fusion.plain_json import parse
+from hf_fusion.io.files import own_file, read_file
+from hf_fusion.io.json_files import parse
 
 MODULES = "modules.json"
 TEMPLATES = "additional_chat_templates"

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
-from hf_fusion.experts import Adapter
-from hf_fusion.hub.adapters import linear_sizes, trained_class
 from hf_fusion.hub.heads import HEADS, architectures, head_of_adapter, head_of_architecture
+from hf_fusion.hub.lora import linear_sizes, trained_class
 from hf_fusion.hub.names import loaded_names, promised, used_names
+from hf_fusion.types import Adapter
 
 if TYPE_CHECKING:
     import torch

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
-from hf_fusion.files import read_file
-from hf_fusion.hub.card_edit import known_metadata
 from hf_fusion.hub.commits import found_commit
-from hf_fusion.plain_json import MAX_BYTES, parse
+from hf_fusion.hub.readme import known_metadata
+from hf_fusion.io.files import read_file
+from hf_fusion.io.json_files import MAX_BYTES, parse
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

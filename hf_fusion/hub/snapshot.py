@@ -2,7 +2,7 @@
 
 transformers, PEFT and safetensors open what an index file, a configuration or a link names, wherever that lies, and
 what they have read is saved and published with the fused model. `check_snapshot` refuses such a folder before they are
-given it; what this package opens by itself goes through `hf_fusion.files` besides.
+given it; what this package opens by itself goes through `hf_fusion.io.files` besides.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_fusion.errors import FusionError, one_line, shown
-from hf_fusion.files import MOST_BYTES, is_within, own_file, read_file, refuse_special
 from hf_fusion.hub.manifests import PROCESSORS, local_files, local_named_files, named_folders, read_content
-from hf_fusion.plain_json import MAX_BYTES, MAX_VALUES, parse
+from hf_fusion.io.files import MOST_BYTES, is_within, own_file, read_file, refuse_special
+from hf_fusion.io.json_files import MAX_BYTES, MAX_VALUES, parse
 
 INDEXES = ".index.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".npz", ".ckpt")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from hf_fusion.merging.engine.sources import Model
 from hf_fusion.merging.layers import sliced_config
-from hf_fusion.merging.sources import Model
 
 if TYPE_CHECKING:
-    from hf_fusion.merging.vocabulary import Vocabulary
+    from hf_fusion.merging.tokenizers.vocabulary import Vocabulary
 
 
 def merged_config(

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from hf_fusion.errors import FusionError
-from hf_fusion.merging.engine import not_finite
+from hf_fusion.merging.engine.sources import depths
+from hf_fusion.merging.engine.stream import not_finite
+from hf_fusion.merging.engine.tensors import InMemory, Statistic, Tensors, WholeModel, merge_tensors
 from hf_fusion.merging.methods import method_named
-from hf_fusion.merging.schema import arguments_at, check_setting
-from hf_fusion.merging.sources import depths
-from hf_fusion.merging.tensors import InMemory, Statistic, Tensors, WholeModel, merge_tensors
+from hf_fusion.schema import arguments_at, check_setting
 
 
 @torch.no_grad()

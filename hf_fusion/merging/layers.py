@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
 
-    from hf_fusion.merging.sources import Model
+    from hf_fusion.merging.engine.sources import Model
 
 Config = Mapping[str, Any]
 

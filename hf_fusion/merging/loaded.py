@@ -11,28 +11,28 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError, shown
-from hf_fusion.experts import Expert, ExpertInfo
-from hf_fusion.files import own_file, read_file
-from hf_fusion.hub.adapters import CONFIG as ADAPTER_CONFIG
-from hf_fusion.hub.adapters import read_json, with_adapter
 from hf_fusion.hub.bases import resolve_base
 from hf_fusion.hub.code import Code, model_code, processor_class, processor_code, refuse_code, refuse_kernels
 from hf_fusion.hub.files import parts_of, recorded_base, resolve
 from hf_fusion.hub.headers import account_as, native_config
 from hf_fusion.hub.heads import architectures, auto_class_of, model_class_of
 from hf_fusion.hub.load import in_memory, processor_of, refuse_keys
+from hf_fusion.hub.lora import CONFIG as ADAPTER_CONFIG
+from hf_fusion.hub.lora import read_json, with_adapter
 from hf_fusion.hub.manifests import local_named_files
+from hf_fusion.hub.provenance import contents_of, folders_of, told
 from hf_fusion.hub.quiet import quiet_transformers
 from hf_fusion.hub.snapshot import check_snapshot
-from hf_fusion.merging.checkpoint import INDEX
+from hf_fusion.io.files import own_file, read_file
+from hf_fusion.io.saving import disk_refusals
+from hf_fusion.merging.engine.checkpoint import INDEX
+from hf_fusion.merging.engine.output import FACTS
+from hf_fusion.merging.engine.processes import Processes, is_main
 from hf_fusion.merging.merge import merge
 from hf_fusion.merging.methods import MERGE_METHODS
-from hf_fusion.merging.output import FACTS
-from hf_fusion.merging.processes import Processes, is_main
-from hf_fusion.merging.recipes import check_recipe
-from hf_fusion.provenance import contents_of, folders_of, told
+from hf_fusion.merging.recipe_checks import check_recipe
 from hf_fusion.recipe import RECIPE_ATTRIBUTE, RECIPE_FILE, Recipe, RecipeExpert
-from hf_fusion.saving import disk_refusals
+from hf_fusion.types import Expert, ExpertInfo
 
 if TYPE_CHECKING:
     import torch
@@ -136,8 +136,8 @@ def load_merged(folder: str | Path, *, trust_remote_code: bool = False) -> PreTr
     """
     import transformers
 
-    from hf_fusion.models.foe.checks_foe import check_sizes
-    from hf_fusion.models.foe.loading_foe import load_checked, read_headers, weight_files
+    from hf_fusion.models.fused_checks import check_sizes
+    from hf_fusion.models.fused_loading import load_checked, read_headers, weight_files
 
     folder = Path(folder)
     check_snapshot(folder, str(folder))
@@ -175,8 +175,8 @@ def load_merged(folder: str | Path, *, trust_remote_code: bool = False) -> PreTr
 
 def save_pretrained(model: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
     """Instance method of a loaded merge: as any model's, with the recipe, the tokenizer and the like beside it."""
-    from hf_fusion.models.foe.recipe_foe import push_options
-    from hf_fusion.models.foe.saving_foe import saved_whole
+    from hf_fusion.models.fused_saving import saved_whole
+    from hf_fusion.models.recipe_foe import push_options
 
     pushed = push_options(save_directory, kwargs)
     with disk_refusals(save_directory), saved_whole(save_directory) as staging:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.names import loaded_names, promised
-from hf_fusion.merging.sources import Model, align
+from hf_fusion.merging.engine.sources import Model, align
 
 
 def matched(first: Model, other: Model) -> dict[str, str]:

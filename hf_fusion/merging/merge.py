@@ -14,21 +14,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_fusion.errors import FusionError
-from hf_fusion.folders import refuse_to_replace, replace_folder
-from hf_fusion.hub.adapters import read_json, weights_of
 from hf_fusion.hub.files import parts_of
-from hf_fusion.merging.checkpoint import read_checkpoint
-from hf_fusion.merging.engine import device_of, digest_of, write_tensors
+from hf_fusion.hub.lora import read_json, weights_of
+from hf_fusion.io.folders import refuse_to_replace, replace_folder
+from hf_fusion.merging.engine.checkpoint import read_checkpoint
+from hf_fusion.merging.engine.output import SHARD_BYTES, disk_full_named, output_folder, place_of, staging, write_index
+from hf_fusion.merging.engine.processes import Processes
+from hf_fusion.merging.engine.sources import Model, open_models
+from hf_fusion.merging.engine.stream import device_of, digest_of, write_tensors
 from hf_fusion.merging.methods import method_named
 from hf_fusion.merging.outcome import MERGED, check_loads, fitted_config, shapes_of
-from hf_fusion.merging.output import SHARD_BYTES, disk_full_named, output_folder, place_of, staging, write_index
 from hf_fusion.merging.plan import Plan, plan
-from hf_fusion.merging.processes import Processes
-from hf_fusion.merging.recipes import check_recipe
+from hf_fusion.merging.recipe_checks import check_recipe
 from hf_fusion.merging.small_files import merged_files
-from hf_fusion.merging.sources import Model, open_models
 from hf_fusion.merging.tied import untied_config, with_heads
-from hf_fusion.merging.vocabulary import read_vocabulary
+from hf_fusion.merging.tokenizers.vocabulary import read_vocabulary
 from hf_fusion.recipe import RECIPE_FILE, Recipe, RecipeExpert, Slice
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def merge(
 
     Args:
         recipe: of a static method, see `hf_fusion.merging.methods.MERGE_METHODS`. One that merges adapters into one
-            adapter is done by `hf_fusion.merging.adapters.merge_adapters`.
+            adapter is done by `hf_fusion.merging.lora.merge_adapters`.
         folder: created if missing. One that holds a model is refused, even if the same recipe made it.
         threads: tensors that a process merges at a time; default: one for each core.
         shard_bytes: most bytes of a file of weights.
@@ -98,7 +98,7 @@ def merge(
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", processes.local % torch.cuda.device_count())
     if method_named(recipe.method).merges == "adapters":
-        from hf_fusion.merging.adapters import merge_adapters
+        from hf_fusion.merging.lora import merge_adapters
 
         if processes.count > 1:
             raise FusionError(f"{recipe.method} is the work of one process", "run it without accelerate launch")

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
-from hf_fusion.merging.recipes import MISMATCHES
-from hf_fusion.merging.sources import LAYER, Model, depths, is_before_layers, layer_of
+from hf_fusion.merging.engine.sources import LAYER, Model, depths, is_before_layers, layer_of
+from hf_fusion.merging.recipe_checks import MISMATCHES
 
 if TYPE_CHECKING:
     from hf_fusion.recipe import Recipe, Slice, SliceSource

@@ -11,14 +11,14 @@ from functools import partial
 from typing import Any
 
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.files import first_line
 from hf_fusion.hub.headers import Account, Shapes, account_as
 from hf_fusion.hub.heads import architectures, head_of_architecture, label_names
+from hf_fusion.hub.lora import read_json
 from hf_fusion.hub.names import promised
-from hf_fusion.merging.checkpoint import Entry
-from hf_fusion.merging.output import Spec
-from hf_fusion.merging.sources import Model
+from hf_fusion.merging.engine.checkpoint import Entry
+from hf_fusion.merging.engine.output import Spec
+from hf_fusion.merging.engine.sources import Model
 
 Config = dict[str, Any]
 MERGED = "the merged model"

@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_fusion.merging.checkpoint import DTYPES, FLOATS, Files
 from hf_fusion.merging.configs import merged_config
-from hf_fusion.merging.engine import Target
+from hf_fusion.merging.engine.checkpoint import DTYPES, FLOATS, Files
+from hf_fusion.merging.engine.output import Spec
+from hf_fusion.merging.engine.sources import Model, layer_of
+from hf_fusion.merging.engine.stream import Target
+from hf_fusion.merging.engine.tensors import Combination, Reader, Tensors, WholeModel
 from hf_fusion.merging.matching import Share, matched, refuse_strangers, shares_of
+from hf_fusion.merging.measurements import Measured, statistics_of
 from hf_fusion.merging.methods import MergeMethod, method_named
 from hf_fusion.merging.origins import (
     Mismatch,
@@ -25,14 +29,10 @@ from hf_fusion.merging.origins import (
     origins_of,
     without_skipping,
 )
-from hf_fusion.merging.output import Spec
-from hf_fusion.merging.schema import arguments_at
-from hf_fusion.merging.sources import Model, layer_of
-from hf_fusion.merging.statistics import Measured, statistics_of
-from hf_fusion.merging.tensors import Combination, Reader, Tensors, WholeModel
+from hf_fusion.schema import arguments_at
 
 if TYPE_CHECKING:
-    from hf_fusion.merging.vocabulary import Vocabulary
+    from hf_fusion.merging.tokenizers.vocabulary import Vocabulary
     from hf_fusion.recipe import Recipe
 
 

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
-from hf_fusion.files import own_file, read_file
-from hf_fusion.hub.adapters import read_json
+from hf_fusion.hub.lora import read_json
 from hf_fusion.hub.manifests import MODULES, local_named_files, module_folders, read_content
-from hf_fusion.merging.chat_templates import with_template
-from hf_fusion.merging.output import FACTS
-from hf_fusion.merging.vocabulary import is_tokenizer_file
+from hf_fusion.io.files import own_file, read_file
+from hf_fusion.merging.engine.output import FACTS
+from hf_fusion.merging.tokenizers.chat_templates import with_template
+from hf_fusion.merging.tokenizers.vocabulary import is_tokenizer_file
 
 if TYPE_CHECKING:
+    from hf_fusion.merging.engine.sources import Model
     from hf_fusion.merging.plan import Plan
-    from hf_fusion.merging.sources import Model
 
 logger = logging.getLogger(__name__)
 

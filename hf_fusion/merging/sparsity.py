@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_fusion.merging.tensors import EXACT, Chunk, Merged, Tensors, Values, magnitudes, scratch, stacked
-from hf_fusion.merging.thresholds import Threshold, Trim, largest
+from hf_fusion.merging.engine.tensors import EXACT, Chunk, Merged, Tensors, Values, magnitudes, scratch, stacked
+from hf_fusion.merging.engine.thresholds import Threshold, Trim, largest
 
 FINE = 15 / 16
 """Above this drop rate 16 random bits are too few: of 1 - rate they would be off by more than 1e-4."""

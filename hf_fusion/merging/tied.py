@@ -17,12 +17,12 @@ import torch
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.heads import architectures
 from hf_fusion.hub.names import loaded_names, promised
-from hf_fusion.merging.checkpoint import Entry, Files
+from hf_fusion.merging.engine.checkpoint import Entry, Files
 
 if TYPE_CHECKING:
-    from hf_fusion.experts import Adapter
-    from hf_fusion.merging.sources import Model
+    from hf_fusion.merging.engine.sources import Model
     from hf_fusion.recipe import Recipe
+    from hf_fusion.types import Adapter
 
 _COMPARED = 1 << 22  # bytes at a time
 

@@ -1,1 +1,1 @@
-"""What travels to the Hub: one flat, self-contained folder per family."""
+"""What travels to the Hub: flat files of each family, `*_NAME.py`, and those that all share, `fused_*.py`."""

@@ -13,19 +13,19 @@ from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import FusionError
-from ..hub.load import load_experts
-from ..merging.tensors import possible
-from ..models.wemoe.build_wemoe import Parts, take_apart
-from ..models.wemoe.heads_wemoe import activate_heads, fill_heads, install_heads, with_one_head
-from ..models.wemoe.routing_wemoe import by_unit, index_of
+from hf_fusion.errors import FusionError
+from hf_fusion.hub.load import load_experts
+from hf_fusion.merging.engine.tensors import possible
+from hf_fusion.models.build_wemoe import Parts, take_apart
+from hf_fusion.models.heads_wemoe import activate_heads, fill_heads, install_heads, with_one_head
+from hf_fusion.models.routing_wemoe import by_unit, index_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel
 
-    from ..hub.load import ExpertLike
+    from hf_fusion.hub.load import ExpertLike
 
 GRANULARITIES = ("task", "layer")
 

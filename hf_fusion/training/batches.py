@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..errors import FusionError
-from ..hub.heads import head_of_architecture, same_label
-from ..progress import phase
-from .dense import dense_loss, map_outputs
-from .prompts import encode_prompts, score_targets
+from hf_fusion.errors import FusionError
+from hf_fusion.hub.heads import head_of_architecture, same_label
+from hf_fusion.progress import phase
+from hf_fusion.training.dense import dense_loss, map_outputs
+from hf_fusion.training.prompts import encode_prompts, score_targets
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from ..experts import Expert
+    from hf_fusion.types import Expert
 
 
 @dataclass
@@ -91,7 +91,7 @@ def image_text_examples(processor: Any, dataset: Dataset, texts: Mapping[str, to
 
 
 def _pictured(dataset: Dataset) -> Dataset:
-    from ..picture_rows import with_pictures
+    from hf_fusion.io.picture_rows import with_pictures
 
     return with_pictures(dataset)
 

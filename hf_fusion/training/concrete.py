@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from .adamerging import CoefficientMerge
+from hf_fusion.training.adamerging import CoefficientMerge
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel
 
-    from ..hub.load import ExpertLike
+    from hf_fusion.hub.load import ExpertLike
 
 
 class ConcreteMerge(CoefficientMerge):

@@ -9,8 +9,8 @@ from typing import Any
 import datasets
 import torch
 
-from ..errors import FusionError
-from .outputs import input_columns, prepare
+from hf_fusion.errors import FusionError
+from hf_fusion.training.outputs import input_columns, prepare
 
 
 def set_costs(model: Any, costs: Sequence[float] | str) -> None:

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from ..errors import FusionError
-from ..models.foe.frugal_foe import FrugalPolicy, candidate_subsets
-from ..progress import phase
-from .costs import measure_latency, set_costs
-from .outputs import ExpertOutputs, collect_outputs
-from .progress import set_progress
+from hf_fusion.errors import FusionError
+from hf_fusion.models.frugal_foe import FrugalPolicy, candidate_subsets
+from hf_fusion.progress import phase
+from hf_fusion.training.callbacks import set_progress
+from hf_fusion.training.costs import measure_latency, set_costs
+from hf_fusion.training.outputs import ExpertOutputs, collect_outputs
 
 logger = logging.getLogger(__name__)
 

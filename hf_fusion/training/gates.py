@@ -17,21 +17,21 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from ..errors import FusionError
-from ..experts import Expert, Gates
-from ..hub.gates import gate_sizes
-from ..hub.load import load_experts
-from ..progress import phase
-from .batches import Examples, equal_lengths, read_examples, to_model
-from .progress import set_progress
-from .runs import Trained, digest, on_device, resumable, training_arguments
-from .whitening import Whitening, standardised
+from hf_fusion.errors import FusionError
+from hf_fusion.hub.gates import gate_sizes
+from hf_fusion.hub.load import load_experts
+from hf_fusion.progress import phase
+from hf_fusion.training.batches import Examples, equal_lengths, read_examples, to_model
+from hf_fusion.training.callbacks import set_progress
+from hf_fusion.training.runs import Trained, digest, on_device, resumable, training_arguments
+from hf_fusion.training.whitening import Whitening, standardised
+from hf_fusion.types import Expert, Gates
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
-    from ..hub.load import ExpertLike
+    from hf_fusion.hub.load import ExpertLike
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ import torch
 import xxhash
 from accelerate import PartialState
 
-from ..cache import cache_folder
-from ..errors import FusionError
-from ..models.foe.assembly_foe import normalise
-from ..picture_rows import with_pictures
-from ..progress import phase
+from hf_fusion.errors import FusionError
+from hf_fusion.io.cache import cache_folder
+from hf_fusion.io.picture_rows import with_pictures
+from hf_fusion.models.assembly_foe import normalise
+from hf_fusion.progress import phase
 
 # data set column -> the processor's argument; the first ones found feed the model
 INPUT_COLUMNS = {"text": "text", "prompt": "text", "text_pair": "text_pair", "image": "images"}

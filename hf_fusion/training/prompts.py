@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import FusionError
+from hf_fusion.errors import FusionError
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -20,14 +20,14 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from ..errors import FusionError
-from ..experts import Expert
-from ..progress import track
-from ..saving import replacing
-from .adamerging import merged_once, objective_of
-from .batches import Examples, class_logits, read_examples, to_model, unlabelled
-from .progress import set_progress
-from .runs import Trained, digest, on_device, resumable, training_arguments
+from hf_fusion.errors import FusionError
+from hf_fusion.io.saving import replacing
+from hf_fusion.progress import track
+from hf_fusion.training.adamerging import merged_once, objective_of
+from hf_fusion.training.batches import Examples, class_logits, read_examples, to_model, unlabelled
+from hf_fusion.training.callbacks import set_progress
+from hf_fusion.training.runs import Trained, digest, on_device, resumable, training_arguments
+from hf_fusion.types import Expert
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import FusionError
-from ..experts import Adapter, Expert
-from ..extras import refuse_missing
-from ..hub.load import load_experts
-from ..merging.methods.lora import lora
-from ..recipe import Recipe, RecipeExpert
-from .batches import Examples, like_lengths, read_examples, score_rows, to_model
-from .statistics import evaluating, parameters_of, run_with
+from hf_fusion.errors import FusionError
+from hf_fusion.extras import refuse_missing
+from hf_fusion.hub.load import load_experts
+from hf_fusion.merging.methods.lora import lora
+from hf_fusion.recipe import Recipe, RecipeExpert
+from hf_fusion.training.batches import Examples, like_lengths, read_examples, score_rows, to_model
+from hf_fusion.training.measure import evaluating, parameters_of, run_with
+from hf_fusion.types import Adapter, Expert
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
-    from ..hub.load import ExpertLike
+    from hf_fusion.hub.load import ExpertLike
 
 FIRST_STEP = 0.5  # a sixth of LoraHub's range: how far COBYLA's first points lie from the start
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from .batches import equal_lengths
+from hf_fusion.training.batches import equal_lengths
 
 TOGETHER = 16  # examples of a batch, at most
 BLOCK = 1 << 18  # elements of one example's gradient at once: what stays in a cache

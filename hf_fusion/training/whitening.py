@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..errors import FusionError
-from ..experts import Expert
-from ..hub.adapters import linear_sizes
-from ..hub.gates import gate_sizes
-from ..hub.load import load_experts
-from ..progress import phase
-from .batches import equal_lengths, read_examples, to_model, unlabelled
+from hf_fusion.errors import FusionError
+from hf_fusion.hub.gates import gate_sizes
+from hf_fusion.hub.load import load_experts
+from hf_fusion.hub.lora import linear_sizes
+from hf_fusion.progress import phase
+from hf_fusion.training.batches import equal_lengths, read_examples, to_model, unlabelled
+from hf_fusion.types import Expert
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
-    from ..hub.load import ExpertLike
+    from hf_fusion.hub.load import ExpertLike
 
 SHRINKAGE = 0.01  # share of the mean variance that is added to every direction: few rows leave some without any
 

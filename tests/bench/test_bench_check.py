@@ -13,7 +13,7 @@ from standins import fill
 
 from hf_fusion.bench.check import check_suite
 from hf_fusion.bench.suite import load_suite
-from hf_fusion.hub.server import HubServer
+from hf_fusion.server import HubServer
 
 ONLY = ("cola", "rte")
 

@@ -14,14 +14,14 @@ from standins import dense
 from tiny_suites import store
 from transformers import AutoImageProcessor, UperNetForSemanticSegmentation
 
-from hf_fusion.bench.merging import MergingSetting
 from hf_fusion.bench.rows import task_rows
 from hf_fusion.bench.run import run_suite
 from hf_fusion.bench.scoring import score
+from hf_fusion.bench.settings.merging import MergingSetting
 from hf_fusion.bench.suite import load_suite
 from hf_fusion.errors import FusionError
 from hf_fusion.training.adamerging import CoefficientMerge
-from hf_fusion.training.statistics import measure_fisher
+from hf_fusion.training.measure import measure_fisher
 
 METRIC = {"segmentation": "mean_iou", "depth": "absolute_error", "normal": "angle"}
 TASKS = tuple(METRIC)

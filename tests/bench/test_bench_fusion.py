@@ -18,13 +18,12 @@ from tiny_suites import (
     write_suite,
 )
 
-from hf_fusion import load_experts
-from hf_fusion.baselines import max_confidence, mean_ensemble
+from hf_fusion import FoEModel, load_experts
 from hf_fusion.bench import run
-from hf_fusion.bench.fusion import HIDDEN, FusionSetting
 from hf_fusion.bench.methods import chosen
+from hf_fusion.bench.settings.fusion import HIDDEN, FusionSetting
 from hf_fusion.bench.suite import load_suite
-from hf_fusion.models.foe import FoEModel
+from hf_fusion.evaluation.baselines import max_confidence, mean_ensemble
 from hf_fusion.training.fuser import fit_fuser
 
 

@@ -14,7 +14,7 @@ from hf_fusion.bench.cells import read_cells, write_cell, write_lines
 from hf_fusion.bench.pages import README_SECTION, readme_block, report_markdown, write_report
 from hf_fusion.bench.report import summarise
 from hf_fusion.cli.app import main
-from hf_fusion.hub.card_edit import put_section
+from hf_fusion.hub.readme import put_section
 
 ROOT = Path(__file__).parents[2]
 RESULTS, README = ROOT / "results", (ROOT / "README.md").read_text(encoding="utf-8")

@@ -21,20 +21,18 @@ from tiny_suites import (
     write_suite,
 )
 
-from hf_fusion import load_experts, measure_fisher, measure_gram
-from hf_fusion.bench.fusion import FusionSetting
-from hf_fusion.bench.merging_methods import _readers
+from hf_fusion import PhatgooseRouter, WEMoEModel, load_experts, measure_fisher, measure_gram
 from hf_fusion.bench.methods import chosen
 from hf_fusion.bench.rows import task_rows
+from hf_fusion.bench.settings.fusion import FusionSetting
+from hf_fusion.bench.settings.merging_methods import _readers
 from hf_fusion.bench.suite import load_suite
 from hf_fusion.bench.systems import everything
-from hf_fusion.evaluate_suite import evaluate_routing
+from hf_fusion.evaluation.routing import evaluate_routing
 from hf_fusion.merging.in_memory import merge_states
-from hf_fusion.models.phatgoose import PhatgooseRouter
-from hf_fusion.models.wemoe import WEMoEModel
 from hf_fusion.training.batches import read_examples
+from hf_fusion.training.measure import parameters_of
 from hf_fusion.training.prompts import encode_prompts, target_scores
-from hf_fusion.training.statistics import parameters_of
 
 
 @pytest.fixture(scope="module")

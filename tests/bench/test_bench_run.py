@@ -30,12 +30,13 @@ from tiny_suites import (
 )
 
 from hf_fusion import load_experts
-from hf_fusion.bench import binding, merging, run
+from hf_fusion.bench import binding, run
 from hf_fusion.bench.cells import read_cells
 from hf_fusion.bench.memory import forget_peak, peak_bytes
 from hf_fusion.bench.methods import METHODS, Method, chosen
 from hf_fusion.bench.rows import task_rows
 from hf_fusion.bench.run import run_suite
+from hf_fusion.bench.settings import merging
 from hf_fusion.bench.suite import load_suite
 from hf_fusion.cli.app import main
 from hf_fusion.errors import FusionError

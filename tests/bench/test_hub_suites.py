@@ -20,7 +20,7 @@ from hf_fusion.bench.cells import read_cells
 from hf_fusion.bench.sources import is_hub_id
 from hf_fusion.bench.suite import load_suite, suite_names
 from hf_fusion.hub.load import load_experts
-from hf_fusion.hub.server import HubServer
+from hf_fusion.server import HubServer
 
 HUB_SUITES = [name for name in suite_names() if not load_suite(name).is_local]
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -8,8 +8,8 @@ import pytest
 
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import HEADS, KINDS, METRICS, load_suite, suite_names
-from hf_fusion.cache import cache_folder
 from hf_fusion.errors import FusionError
+from hf_fusion.io.cache import cache_folder
 
 WHOLE = """\
 title: two

@@ -13,7 +13,7 @@ from hf_fusion.bench.cells import read_cells, write_lines
 from hf_fusion.bench.pages import README_SECTION, readme_block
 from hf_fusion.bench.plots import PICTURES
 from hf_fusion.bench.report import summarise
-from hf_fusion.hub.card_edit import put_section
+from hf_fusion.hub.readme import put_section
 
 ROOT = Path(__file__).parents[2]
 SHOWN = {"minilm-8": "cost", "vision-6": "corruption"}  # suite -> the picture of it that the README shows

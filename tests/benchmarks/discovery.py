@@ -46,9 +46,9 @@ def fill(root: Path, count: int) -> None:
     from safetensors.torch import save
     from transformers import AutoModel, BertConfig
 
-    from hf_fusion.hub.server.files import IncomingFile
-    from hf_fusion.hub.server.repo import Change, pointer
-    from hf_fusion.hub.server.store import Store
+    from hf_fusion.server.files import IncomingFile
+    from hf_fusion.server.repo import Change, pointer
+    from hf_fusion.server.store import Store
 
     store = Store(root)
 
@@ -113,8 +113,8 @@ def serve(root: Path, delay: float, ready: Any, done: Any, answers: Any) -> None
 
     import uvicorn
 
-    from hf_fusion.hub.server.app import build_app
-    from hf_fusion.hub.server.store import Store
+    from hf_fusion.server.app import build_app
+    from hf_fusion.server.store import Store
 
     store, requests = Store(root), deque(maxlen=1_000_000)
     app = build_app(store, requests)
@@ -190,8 +190,8 @@ def list_repos(root: Path, results: Any) -> None:
     """Opens the Hub and answers lists as after a restart; CPU seconds, without the imports."""
     from starlette.testclient import TestClient
 
-    from hf_fusion.hub.server.app import build_app
-    from hf_fusion.hub.server.store import Store
+    from hf_fusion.server.app import build_app
+    from hf_fusion.server.store import Store
 
     cpu = time.process_time()
     client = TestClient(build_app(Store(root), deque()))
@@ -247,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, seconds in best.items():
         print(f"  {name:12} {seconds * 1000:6.1f} CPU ms")
     if options.output:
-        from hf_fusion.evaluate import machine
+        from hf_fusion.evaluation.fusion import machine
 
         content = {
             "machine": machine(),

@@ -25,8 +25,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
 
 from hf_fusion import Expert, FoEModel
-from hf_fusion.evaluate import machine
-from hf_fusion.hub.adapters import read_adapter
+from hf_fusion.evaluation.fusion import machine
+from hf_fusion.hub.lora import read_adapter
 
 sys.path.append(str(Path(__file__).parents[1]))
 from tiny import image_processor, make_tokenizer

@@ -24,8 +24,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_fusion import Expert
-from hf_fusion.evaluate import machine
-from hf_fusion.hub.adapters import read_adapter
+from hf_fusion.evaluation.fusion import machine
+from hf_fusion.hub.lora import read_adapter
 from hf_fusion.training.gates import gated
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

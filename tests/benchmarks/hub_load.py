@@ -127,10 +127,10 @@ def run(seconds: float, clients: int) -> tuple[Result, Counter[int]]:
     """The whole load; afterwards everything that was pushed is read once more."""
     from huggingface_hub import HfApi
 
-    from hf_fusion.hub.server import HubServer
+    from hf_fusion.server import HubServer
 
     counter = StatusCounter()
-    log = logging.getLogger("hf_fusion.hub.server.app")
+    log = logging.getLogger("hf_fusion.server.app")
     log.addHandler(counter)
     log.setLevel(logging.DEBUG)
     log.propagate = False

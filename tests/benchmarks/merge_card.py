@@ -18,11 +18,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from datasets import concatenate_datasets
 
-from hf_fusion.demo.language_suite import rows
+from hf_fusion.assets.language_tasks import rows
+from hf_fusion.assets.smollm2 import SMOLLM2
+from hf_fusion.assets.weights import demo_weights
 from hf_fusion.demo.phatgoose import push_base
 from hf_fusion.demo.place import Place, open_place
-from hf_fusion.demo.smollm2 import SMOLLM2
-from hf_fusion.demo.weights import demo_weights
 
 ROOT = Path(__file__).parents[2]
 TASKS = ("word-sorting", "word-reversal", "number-sorting")

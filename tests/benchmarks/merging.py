@@ -32,9 +32,9 @@ import numpy as np
 import torch
 import yaml
 
-from hf_fusion.merging.checkpoint import Files, read_checkpoint
+from hf_fusion.merging.engine.checkpoint import Files, read_checkpoint
+from hf_fusion.merging.engine.output import Shard, Spec
 from hf_fusion.merging.merge import merge
-from hf_fusion.merging.output import Shard, Spec
 from hf_fusion.recipe import Recipe, RecipeExpert
 
 # Qwen2.5-0.5B's sizes

@@ -7,9 +7,9 @@ from typing import Any
 
 from hf_fusion.bench.cells import read_cells
 from hf_fusion.bench.report import summarise
-from hf_fusion.evaluate import Results, System
-from hf_fusion.intervals import Score, mean_of
-from hf_fusion.suite_results import HELD_IN, HELD_OUT, SuiteResults, SuiteTask
+from hf_fusion.evaluation.fusion import Results, System
+from hf_fusion.evaluation.intervals import Score, mean_of
+from hf_fusion.evaluation.results import HELD_IN, HELD_OUT, SuiteResults, SuiteTask
 
 Read = Sequence[Any]
 """The content of a source's files, in their order; of a folder, its path."""

@@ -25,8 +25,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
-from hf_fusion.evaluate import machine
-from hf_fusion.models.phatgoose import PhatgooseConfig, PhatgooseForGeneration
+from hf_fusion import PhatgooseConfig, PhatgooseForGeneration
+from hf_fusion.evaluation.fusion import machine
 
 RANK, BATCH, PROMPT, ANSWER = 16, 4, 64, 16
 

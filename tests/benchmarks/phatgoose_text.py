@@ -7,7 +7,7 @@ Every held-in task is asked twice: alone, and as the second question of a chat w
     python tests/benchmarks/phatgoose_text.py --data DIR --n 40 --examples 100 --systems base PHATGOOSE retrieval oracle
     python tests/benchmarks/phatgoose_text.py --data DIR --n 40 --diagnose    # where tokens go, instead of scores
 
-DIR holds one folder per data set, see `hf_fusion.demo.language_suite`. Writes results/phatgoose_text.json.
+DIR holds one folder per data set, see `hf_fusion.assets.language_tasks`. Writes results/phatgoose_text.json.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ from typing import Any
 import torch
 from datasets import Dataset, disable_progress_bars
 
-from hf_fusion import Expert, average_activation, evaluate_routing, load_experts
-from hf_fusion.demo.language_suite import CHAT, END_OF_TURN, HELD_IN, HELD_OUT, TASKS, conversations, rows
-from hf_fusion.demo.minilm import minilm_folder
-from hf_fusion.demo.smollm2 import smollm2_folder
-from hf_fusion.demo.weights import demo_weights
-from hf_fusion.evaluate_suite import SYSTEMS
+from hf_fusion import Expert, PhatgooseRouter, average_activation, evaluate_routing, load_experts
+from hf_fusion.assets.language_tasks import CHAT, END_OF_TURN, HELD_IN, HELD_OUT, TASKS, conversations, rows
+from hf_fusion.assets.minilm import minilm_folder
+from hf_fusion.assets.smollm2 import smollm2_folder
+from hf_fusion.assets.weights import demo_weights
+from hf_fusion.evaluation.results import SuiteResults, aligned, mean_of
+from hf_fusion.evaluation.retrieval import TextEmbedder
+from hf_fusion.evaluation.routing import SYSTEMS
 from hf_fusion.hub.gates import GATES_FILE
-from hf_fusion.models.phatgoose import PhatgooseRouter
-from hf_fusion.retrieval import TextEmbedder
-from hf_fusion.suite_results import SuiteResults, aligned, mean_of
 from hf_fusion.training.batches import read_examples
 
 RESULTS = Path(__file__).parent / "results"

@@ -28,11 +28,11 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from hf_fusion.evaluate import machine
-from hf_fusion.models.wemoe import WEMoEConfig, WEMoEForGeneration, WEMoEModel
-from hf_fusion.models.wemoe.assembly_wemoe import find_units
-from hf_fusion.models.wemoe.configuration_wemoe import LOW_RANK, TASK_VECTORS
-from hf_fusion.models.wemoe.linears_wemoe import rows_together
+from hf_fusion import WEMoEConfig, WEMoEForGeneration, WEMoEModel
+from hf_fusion.evaluation.fusion import machine
+from hf_fusion.models.assembly_wemoe import find_units
+from hf_fusion.models.configuration_wemoe import LOW_RANK, TASK_VECTORS
+from hf_fusion.models.linears_wemoe import rows_together
 
 RANK, CLASSES, PROMPT, ANSWER = 32, 100, 64, 16
 # what the project asks for, (storage or step, batch) -> most of the dense model's time

@@ -26,13 +26,13 @@ from datasets import Dataset
 
 from hf_fusion import CoefficientMerge, WEMoEModel, adapt_routers
 from hf_fusion.bench.conditions import corrupted as under
-from hf_fusion.bench.merging import MergingSetting
-from hf_fusion.corruptions import CORRUPTIONS
+from hf_fusion.bench.settings.merging import MergingSetting
 from hf_fusion.demo.merging_suites import SUITES, trained_experts
-from hf_fusion.evaluate_tasks import INDIVIDUAL, WEMOE, System, evaluate_merging
+from hf_fusion.evaluation.image_corruptions import CORRUPTIONS
+from hf_fusion.evaluation.merging import INDIVIDUAL, WEMOE, System, evaluate_merging
+from hf_fusion.evaluation.results import HELD_IN, SuiteResults
 from hf_fusion.hub.load import load_experts
 from hf_fusion.merging.in_memory import merge_states
-from hf_fusion.suite_results import HELD_IN, SuiteResults
 
 UNADAPTED = "WEMoE, not adapted"
 

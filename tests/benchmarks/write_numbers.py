@@ -21,8 +21,8 @@ from typing import Any
 sys.path.append(str(Path(__file__).parent))
 from number_sources import ROOT, SOURCES, Source
 
-from hf_fusion.hub.card import facts_from_json, render_card
-from hf_fusion.hub.card_edit import put_section
+from hf_fusion.cards.card import facts_from_json, render_card
+from hf_fusion.hub.readme import put_section
 
 LIST = "docs/numbers.md"
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")

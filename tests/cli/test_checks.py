@@ -14,7 +14,7 @@ from hf_fusion import FusionError
 from hf_fusion.data import columns_of, load_rows
 from hf_fusion.families import METHODS
 from hf_fusion.merging.methods import MERGE_METHODS
-from hf_fusion.merging.schema import parameters_of
+from hf_fusion.schema import parameters_of
 
 RUN = """
 import sys, time

@@ -19,9 +19,9 @@ from tiny import TEXTS
 from tiny_fused import fine_tuned, save_fine_tunes
 
 from hf_fusion import FusionError, Recipe
+from hf_fusion.cards.card import pinned_revision
 from hf_fusion.cli.app import main
-from hf_fusion.hub.card import pinned_revision
-from hf_fusion.suite_results import SuiteResults
+from hf_fusion.evaluation.results import SuiteResults
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "07_static_merging.py"
 

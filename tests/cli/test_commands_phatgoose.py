@@ -16,7 +16,7 @@ from huggingface_hub import HfApi
 from tiny_routed import save_base, save_lora
 
 from hf_fusion.errors import FusionError
-from hf_fusion.suite_results import SuiteResults
+from hf_fusion.evaluation.results import SuiteResults
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

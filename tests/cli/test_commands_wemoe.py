@@ -16,7 +16,7 @@ from tiny import TEXTS, bert, make_tokenizer
 from tiny_fused import save_fine_tunes
 
 from hf_fusion.errors import FusionError
-from hf_fusion.suite_results import SuiteResults
+from hf_fusion.evaluation.results import SuiteResults
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "06_merge.py"
 

@@ -22,12 +22,11 @@ from tiny import TEXTS, bert, distilbert, image_processor, images, make_tokenize
 from tiny_fused import save_fine_tunes
 from tiny_routed import save_base, save_lora
 
-from hf_fusion import Expert, FusionError, fuse, load_experts, load_fused, save_fused
-from hf_fusion.hub.card import write_card
+from hf_fusion import Expert, FoEModel, FusionError, fuse, load_experts, load_fused, save_fused
+from hf_fusion.cards.card import write_card
 from hf_fusion.hub.compat import ReasonKind, check_compatibility
 from hf_fusion.hub.discover import discover
-from hf_fusion.hub.publish import publish
-from hf_fusion.models.foe import FoEModel
+from hf_fusion.publishing.publish import publish
 
 LABELS = ("x", "y")
 Verb = Callable[[Path], Any]

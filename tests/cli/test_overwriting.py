@@ -14,7 +14,7 @@ from tiny_routed import save_base, save_lora
 
 from hf_fusion import FusionError, Recipe, RecipeExpert, fit_fuser, fuse, merge, merge_adapters, save_fused
 from hf_fusion.demo.place import open_place
-from hf_fusion.hub.server import HubServer, add_user
+from hf_fusion.server import HubServer, add_user
 
 
 def save_classifier(folder: Path, seed: int) -> Path:

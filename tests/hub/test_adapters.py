@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.adapters import config_problems, fit_problems, read_adapter
+from hf_fusion.hub.lora import config_problems, fit_problems, read_adapter
 from hf_fusion.hub.peft_names import adapter_shapes
 from hf_fusion.hub.placement import placed
 

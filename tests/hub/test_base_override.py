@@ -17,12 +17,12 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 from hf_fusion.cli.app import build_parser, command
 from hf_fusion.cli.output import Out
 from hf_fusion.errors import FusionError
-from hf_fusion.evaluate_tasks import evaluate_static
+from hf_fusion.evaluation.merging import evaluate_static
 from hf_fusion.fusion import fuse, load_fused, save_fused
-from hf_fusion.hub.adapters import read_json
 from hf_fusion.hub.load import load_experts
-from hf_fusion.hub.publish import publish
+from hf_fusion.hub.lora import read_json
 from hf_fusion.merging.merge import merge, plan_merge
+from hf_fusion.publishing.publish import publish
 from hf_fusion.recipe import Recipe, RecipeExpert
 
 IDS = torch.arange(8).reshape(2, 4)

@@ -10,8 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from hf_fusion.errors import FusionError
-from hf_fusion.hub.card import (
+from hf_fusion.cards.card import (
     BEGIN,
     END,
     CardExpert,
@@ -21,7 +20,8 @@ from hf_fusion.hub.card import (
     render_card,
     usage_code,
 )
-from hf_fusion.hub.card_families import FAMILIES
+from hf_fusion.cards.families import FAMILIES
+from hf_fusion.errors import FusionError
 
 CARDS = Path(__file__).parents[2] / "model_cards"
 NASTY = "x|y`z` <script>alert(1)</script>\n\n# title\n---\n" + END + " [a](javascript:b) ${c} *d* &amp;"

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from test_card import NASTY, Tags, html_of
 
-from hf_fusion.experts import ExpertInfo
-from hf_fusion.hub.card import facts_from_json, read_facts, render_card, usage_code
-from hf_fusion.hub.card_merge import merge_options, pipeline_tag
+from hf_fusion.cards.card import facts_from_json, read_facts, render_card, usage_code
+from hf_fusion.cards.merge import merge_options, pipeline_tag
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.recipe import Recipe, RecipeExpert
+from hf_fusion.types import ExpertInfo
 
 FACTS = facts_from_json(Path(__file__).parents[2] / "model_cards" / "merge.json")
 SHA = "a" * 40

@@ -15,10 +15,9 @@ from models.test_phatgoose_bases import clip, clip_vision
 from test_card import NASTY, Tags, html_of
 from tiny import adapter, bert, image_processor, make_tokenizer, t5, vit
 
-from hf_fusion import Expert, ExpertInfo, Gates
+from hf_fusion import Expert, ExpertInfo, Gates, PhatgooseRouter
+from hf_fusion.cards.card import facts_from_json, pinned_revision, read_facts, render_card, usage_code
 from hf_fusion.fusion import save_fused
-from hf_fusion.hub.card import facts_from_json, pinned_revision, read_facts, render_card, usage_code
-from hf_fusion.models.phatgoose import PhatgooseRouter
 from hf_fusion.recipe import Recipe, RecipeExpert
 
 FACTS = facts_from_json(Path(__file__).parents[2] / "model_cards" / "phatgoose.json")

@@ -13,13 +13,12 @@ from test_card import NASTY, Tags, html_of
 from tiny import bert, gpt2, image_processor, make_tokenizer, t5, vit
 from tiny_fused import base_expert, clip, clip_vision, experts_of
 
-from hf_fusion import ExpertInfo
-from hf_fusion.coefficient_map import COEFFICIENT_FILE, CoefficientMap
+from hf_fusion import ExpertInfo, WEMoEModel
+from hf_fusion.cards.card import CardExpert, CardFacts, read_facts, render_card, usage_code
+from hf_fusion.cards.families import STORAGE
+from hf_fusion.evaluation.coefficient_map import COEFFICIENT_FILE, CoefficientMap
 from hf_fusion.fusion import save_fused
-from hf_fusion.hub.card import CardExpert, CardFacts, read_facts, render_card, usage_code
-from hf_fusion.hub.card_families import STORAGE
-from hf_fusion.models.wemoe import WEMoEModel
-from hf_fusion.models.wemoe.configuration_wemoe import TASK_VECTORS
+from hf_fusion.models.configuration_wemoe import TASK_VECTORS
 from hf_fusion.recipe import Recipe, RecipeExpert
 
 TASKS = ("moods", "topics")

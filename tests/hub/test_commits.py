@@ -16,9 +16,9 @@ from hf_fusion.hub.compat import check_compatibility
 from hf_fusion.hub.discover import discover
 from hf_fusion.hub.files import resolve_repo, split_revision
 from hf_fusion.hub.load import load_experts
-from hf_fusion.hub.publish_gates import push_gates
 from hf_fusion.hub.remote import read_json_file, read_part
 from hf_fusion.merging.merge import merge
+from hf_fusion.publishing.gates import push_gates
 from hf_fusion.recipe import Recipe, RecipeExpert
 
 

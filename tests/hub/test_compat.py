@@ -322,6 +322,6 @@ def test_table_and_unknown_task(owner, tmp_path):
 
 def test_lora_config_is_what_peft_writes():
     """The table of refused fields is checked against PEFT's own defaults: a plain adapter must pass."""
-    from hf_fusion.hub.adapters import config_problems
+    from hf_fusion.hub.lora import config_problems
 
     assert config_problems({**LoraConfig(r=4, target_modules=["query"]).to_dict(), "peft_type": "LORA"}) == []

@@ -11,12 +11,12 @@ import pytest
 from tiny_experts import BERT, edit_json, save_adapter, save_bert
 
 from hf_fusion.errors import FusionError, printable
-from hf_fusion.hub.card_edit import metadata_of
 from hf_fusion.hub.compat import ReasonKind, check_compatibility
 from hf_fusion.hub.discover import discover, info_row
 from hf_fusion.hub.load import load_experts
+from hf_fusion.hub.readme import metadata_of
 from hf_fusion.hub.reasons import Reason
-from hf_fusion.plain_json import FIELDS
+from hf_fusion.io.json_files import FIELDS
 
 ESCAPES = "\x1b[31m\x1b]0;title\x07\u202e\x9b2J\u2066\r\x00"
 WRONG = (3, -1, 2.5, True, "text", "", [], [3], [[]], {}, {"a": []}, {"a": {"b": 1}}, [None], 1e308, 10**30)

@@ -20,12 +20,12 @@ from transformers import (
 
 import hf_fusion
 from hf_fusion.errors import FusionError
-from hf_fusion.experts import ExpertInfo
 from hf_fusion.families import METHODS
 from hf_fusion.fusion import fuse, fuse_recipe, load_fused, save_fused
 from hf_fusion.hub.load import load_experts
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.recipe import Recipe, RecipeExpert
+from hf_fusion.types import ExpertInfo
 
 TEXTS = ["good film", "bad bad film"]
 

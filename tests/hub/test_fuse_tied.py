@@ -12,8 +12,8 @@ sys.path.append(str(Path(__file__).parents[1] / "merging"))
 from peft_adapters import IDS, logits, save_adapter, save_llama
 
 from hf_fusion import FusionError, fuse
-from hf_fusion.hub.adapters import with_adapter
 from hf_fusion.hub.load import load_experts
+from hf_fusion.hub.lora import with_adapter
 
 KINDS = {
     "save embeddings": {"modules_to_save": ["embed_tokens"]},

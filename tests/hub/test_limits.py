@@ -28,7 +28,7 @@ from hf_fusion.hub.compat import check_compatibility
 from hf_fusion.hub.discover import discover
 from hf_fusion.hub.load import load_experts
 from hf_fusion.hub.patterns import Patterns
-from hf_fusion.plain_json import parse_object
+from hf_fusion.io.json_files import parse_object
 
 MOST_MB, MOST_SECONDS = 500, 5
 

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from hf_fusion.errors import FusionError
-from hf_fusion.experts import Expert
 from hf_fusion.hub.load import load_experts
+from hf_fusion.types import Expert
 
 GPT2 = GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0)
 VIT = ViTConfig(**SIZES, image_size=8, patch_size=4, id2label={0: "cat", 1: "dog"})

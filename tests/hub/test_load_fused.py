@@ -14,10 +14,16 @@ from mutations import nested
 from safetensors.torch import load_file, save_file
 from tiny_routed import save_lora
 
-from hf_fusion import FusionError, load_fused
-from hf_fusion.models.foe import FoEConfig, FoEModel
-from hf_fusion.models.phatgoose import PhatgooseConfig, PhatgooseRouter
-from hf_fusion.models.wemoe import WEMoEConfig, WEMoEModel
+from hf_fusion import (
+    FoEConfig,
+    FoEModel,
+    FusionError,
+    PhatgooseConfig,
+    PhatgooseRouter,
+    WEMoEConfig,
+    WEMoEModel,
+    load_fused,
+)
 
 LOADERS = {"foe": FoEModel, "phatgoose": PhatgooseRouter, "wemoe": WEMoEModel}
 

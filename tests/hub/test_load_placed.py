@@ -23,12 +23,12 @@ from transformers import (
 )
 
 from hf_fusion.fusion import fuse
-from hf_fusion.hub.adapters import with_adapter
 from hf_fusion.hub.compat import check_compatibility
 from hf_fusion.hub.discover import discover
 from hf_fusion.hub.load import load_experts
-from hf_fusion.hub.publish_gates import push_gates
+from hf_fusion.hub.lora import with_adapter
 from hf_fusion.merging.merge import merge
+from hf_fusion.publishing.gates import push_gates
 from hf_fusion.recipe import Recipe, RecipeExpert
 from hf_fusion.training.gates import average_activation
 

@@ -10,12 +10,12 @@ from huggingface_hub import ModelCard
 from tiny import make_tokenizer, save_phatgoose_checkpoint, t5
 from torch.nn.functional import layer_norm
 
+from hf_fusion import PhatgooseRouter
 from hf_fusion.errors import FusionError
 from hf_fusion.fusion import fuse, fuse_recipe, save_fused
 from hf_fusion.hub.files import parts_of_expert, resolve
 from hf_fusion.hub.load import load_experts
-from hf_fusion.hub.publish import publish
-from hf_fusion.models.phatgoose import PhatgooseRouter
+from hf_fusion.publishing.publish import publish
 from hf_fusion.recipe import Recipe
 
 EXPERTS, RANK = 5, 4

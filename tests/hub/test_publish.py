@@ -16,10 +16,10 @@ from tiny_experts import SIZES, save_adapter, save_bert
 from transformers import AutoModel, AutoModelForImageClassification, ViTConfig, ViTImageProcessor
 
 import hf_fusion
+from hf_fusion.cards.card import BEGIN, END, facts_from_json, pinned_revision, usage_code
 from hf_fusion.errors import FusionError
 from hf_fusion.fusion import fuse, load_fused, save_fused
-from hf_fusion.hub.card import BEGIN, END, facts_from_json, pinned_revision, usage_code
-from hf_fusion.hub.publish import plan, publish, push
+from hf_fusion.publishing.publish import plan, publish, push
 from hf_fusion.recipe import Recipe, RecipeExpert
 
 TEXTS = ["good film", "bad bad film"]
@@ -241,7 +241,7 @@ def test_tokens_are_not_shown(owner, fused, caplog, capfd):
 def test_kill_minus_nine(hub, owner, fused, tmp_path):
     """Ten pushes killed at random moments: the repo holds a whole model or none, and the next push finishes."""
     code = (
-        "import sys\nfrom huggingface_hub import HfApi\nfrom hf_fusion.hub.publish import plan, push\n"
+        "import sys\nfrom huggingface_hub import HfApi\nfrom hf_fusion.publishing.publish import plan, push\n"
         f"api = HfApi(endpoint={hub.endpoint!r}, token={owner.api.token!r})\n"
         "planned = plan(sys.argv[1], sys.argv[2], api=api)\nprint('ready', flush=True)\npush(planned, api)\n"
     )

@@ -16,9 +16,9 @@ from tiny_fused import bert_base, fine_tuned
 from tiny_routed import save_base, save_lora
 
 from hf_fusion import FusionError, Recipe, RecipeExpert, fuse, load_fused, merge, save_fused
-from hf_fusion.hub.card import usage_code
-from hf_fusion.hub.publish import check_publish, plan, publish, push
-from hf_fusion.provenance import content_of
+from hf_fusion.cards.card import usage_code
+from hf_fusion.hub.provenance import content_of
+from hf_fusion.publishing.publish import check_publish, plan, publish, push
 
 KINDS = ("foe", "phatgoose", "wemoe", "linear", "streamed")
 

@@ -16,15 +16,14 @@ from safetensors.torch import load_file
 from tiny import adapter, bert, make_tokenizer
 from tiny_routed import save_base, save_lora
 
-from hf_fusion import Expert, Gates, evaluate_routing
+from hf_fusion import Expert, Gates, PhatgooseRouter, evaluate_routing
+from hf_fusion.cards.card import pinned_revision, usage_code
 from hf_fusion.errors import FusionError
+from hf_fusion.evaluation.plots import plot_routing
+from hf_fusion.evaluation.routing_map import ROUTING_FILE, ROUTING_PICTURE, RoutingMap, map_routing
 from hf_fusion.fusion import fuse, save_fused
-from hf_fusion.hub.card import pinned_revision, usage_code
 from hf_fusion.hub.load import load_experts
-from hf_fusion.hub.publish import plan, publish
-from hf_fusion.models.phatgoose import PhatgooseRouter
-from hf_fusion.plots import plot_routing
-from hf_fusion.routing_map import ROUTING_FILE, ROUTING_PICTURE, RoutingMap, map_routing
+from hf_fusion.publishing.publish import plan, publish
 
 SUITE = {
     "foxes": Dataset.from_list([{"prompt": f"the quick fox {i}", "target": " jumps"} for i in range(4)]),

@@ -15,11 +15,11 @@ from tiny_experts import BERT, save_adapter, save_bert
 from transformers import AutoModel, AutoModelForMaskedLM, ViTImageProcessor
 
 import hf_fusion
+from hf_fusion.cards.card import BEGIN, pinned_revision, usage_code, write_card
 from hf_fusion.errors import FusionError
 from hf_fusion.fusion import fuse, load_fused
-from hf_fusion.hub.card import BEGIN, pinned_revision, usage_code, write_card
-from hf_fusion.hub.publish import check_publish, plan, publish
 from hf_fusion.merging.merge import merge
+from hf_fusion.publishing.publish import check_publish, plan, publish
 from hf_fusion.recipe import Recipe, RecipeExpert
 
 TEXTS = ["good film", "bad bad film"]

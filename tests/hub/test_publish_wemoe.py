@@ -17,15 +17,14 @@ from tiny import image_processor as processor_of
 from tiny import images, make_tokenizer, t5
 from tiny_fused import base_expert, clip, experts_of, fine_tuned
 
-from hf_fusion import Expert
-from hf_fusion.coefficient_map import COEFFICIENT_FILE, COEFFICIENT_PICTURE, CoefficientMap, map_coefficients
+from hf_fusion import Expert, WEMoEModel
+from hf_fusion.cards.card import pinned_revision, usage_code
 from hf_fusion.errors import FusionError
+from hf_fusion.evaluation.coefficient_map import COEFFICIENT_FILE, COEFFICIENT_PICTURE, CoefficientMap, map_coefficients
+from hf_fusion.evaluation.plots import plot_coefficients
+from hf_fusion.evaluation.results import SuiteResults, SuiteSystem, SuiteTask, mean_of, score_of
 from hf_fusion.fusion import fuse, save_fused
-from hf_fusion.hub.card import pinned_revision, usage_code
-from hf_fusion.hub.publish import plan, publish
-from hf_fusion.models.wemoe import WEMoEModel
-from hf_fusion.plots import plot_coefficients
-from hf_fusion.suite_results import SuiteResults, SuiteSystem, SuiteTask, mean_of, score_of
+from hf_fusion.publishing.publish import plan, publish
 from hf_fusion.training.batches import zero_shot_examples
 
 SUITE = {

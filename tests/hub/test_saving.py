@@ -17,9 +17,8 @@ from tiny_fused import bert_base, fine_tuned
 from tiny_routed import save_base, save_lora
 from transformers import AutoModel, Trainer, TrainingArguments
 
-from hf_fusion import FusionError, Recipe, fuse, load_fused, save_fused
-from hf_fusion.models.foe import FoEModel
-from hf_fusion.provenance import content_of, recipe_in
+from hf_fusion import FoEModel, FusionError, Recipe, fuse, load_fused, save_fused
+from hf_fusion.hub.provenance import content_of, recipe_in
 
 KINDS = ("foe", "ensemble", "phatgoose", "wemoe", "linear")
 

@@ -13,13 +13,13 @@ from tiny_experts import edit_json, save_bert
 from tiny_routed import save_base, save_lora
 
 from hf_fusion import FoEModel, PhatgooseRouter, WEMoEModel
+from hf_fusion.cards.card import write_card
 from hf_fusion.errors import FusionError
 from hf_fusion.fusion import fuse, load_fused, save_fused
-from hf_fusion.hub.card import write_card
-from hf_fusion.hub.publish import publish
+from hf_fusion.hub.provenance import content_of
 from hf_fusion.merging.merge import merge
-from hf_fusion.models.foe.processing_foe import FoEProcessor
-from hf_fusion.provenance import content_of
+from hf_fusion.models.processing_foe import FoEProcessor
+from hf_fusion.publishing.publish import publish
 from hf_fusion.recipe import Recipe, RecipeExpert
 
 INDEX, SINGLE, SHARD = "model.safetensors.index.json", "model.safetensors", "model-00001-of-00001.safetensors"

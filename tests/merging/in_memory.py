@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from hf_fusion.merging.engine.tensors import STEEP, InMemory, Tensors, merge_tensors
 from hf_fusion.merging.methods import MERGE_METHODS
-from hf_fusion.merging.schema import arguments_at, check_setting
-from hf_fusion.merging.tensors import STEEP, InMemory, Tensors, merge_tensors
+from hf_fusion.schema import arguments_at, check_setting
 
 HALF_EPS = torch.finfo(torch.float32).eps / 2
 

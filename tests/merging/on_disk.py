@@ -18,7 +18,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
 from hf_fusion import FusionError
-from hf_fusion.merging.checkpoint import DTYPES, INDEX, SINGLE
+from hf_fusion.merging.engine.checkpoint import DTYPES, INDEX, SINGLE
 from hf_fusion.merging.merge import merge
 from hf_fusion.recipe import Recipe, RecipeExpert
 

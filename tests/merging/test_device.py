@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_fusion import FusionError
-from hf_fusion.merging.checkpoint import SINGLE
+from hf_fusion.merging.engine.checkpoint import SINGLE
+from hf_fusion.merging.engine.tensors import Tensors, compute_device, compute_on, merge_tensors
 from hf_fusion.merging.merge import merge
 from hf_fusion.merging.methods import MERGE_METHODS, spectral
-from hf_fusion.merging.tensors import Tensors, compute_device, compute_on, merge_tensors
 
 METHODS = ("tsv_m", "iso_c", "iso_cts", "wudi")
 SHAPES = {"high.weight": (90, 40), "wide.weight": (30, 70), "square.weight": (32, 32), "norm.weight": (40,)}

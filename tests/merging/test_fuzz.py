@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hf_fusion import FusionError
-from hf_fusion.merging.checkpoint import INDEX, SINGLE
+from hf_fusion.merging.engine.checkpoint import INDEX, SINGLE
 from hf_fusion.merging.merge import merge
 from hf_fusion.merging.origins import MismatchError
 from hf_fusion.recipe import Recipe

@@ -14,9 +14,9 @@ from on_disk import NOWHERE, is_clear, model, models, recipe_of, refused, row, w
 from safetensors.torch import load_file, save_file
 
 from hf_fusion import FusionError
-from hf_fusion.merging.checkpoint import INDEX, SINGLE, read_header
+from hf_fusion.merging.engine.checkpoint import INDEX, SINGLE, read_header
+from hf_fusion.merging.engine.output import place_of
 from hf_fusion.merging.merge import merge
-from hf_fusion.merging.output import place_of
 from hf_fusion.recipe import Recipe, RecipeExpert
 
 

@@ -15,9 +15,9 @@ import pytest
 from on_disk import is_clear, merge_here, model, models, recipe_of, started_quickly, weights_of
 
 from hf_fusion import FusionError
-from hf_fusion.merging.checkpoint import INDEX
+from hf_fusion.merging.engine.checkpoint import INDEX
+from hf_fusion.merging.engine.output import place_of
 from hf_fusion.merging.merge import merge
-from hf_fusion.merging.output import place_of
 from hf_fusion.recipe import Recipe
 
 LAYERS, SIZE = 16, 256  # a shard of 512 kB for each layer

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from hf_fusion import FusionError
 from hf_fusion.merging.merge import merge
-from hf_fusion.merging.mergekit import METHODS
+from hf_fusion.merging.mergekit.recipes import METHODS
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.recipe import Recipe
 

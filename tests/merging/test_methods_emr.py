@@ -8,9 +8,9 @@ from in_memory import adversarial, merged, product
 from on_disk import model, recipe_of
 from safetensors.torch import load_file
 
+from hf_fusion.merging.engine.tensors import InMemory, Tensors, WholeModel, merge_tensors
 from hf_fusion.merging.merge import merge
 from hf_fusion.merging.methods.emr import emr
-from hf_fusion.merging.tensors import InMemory, Tensors, WholeModel, merge_tensors
 
 CASES = adversarial(3)
 

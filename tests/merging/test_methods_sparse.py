@@ -9,8 +9,8 @@ import pytest
 import torch
 from in_memory import adversarial, merged
 
-from hf_fusion.merging.tensors import CHUNK, InMemory, Tensors
-from hf_fusion.merging.thresholds import Trim, largest
+from hf_fusion.merging.engine.tensors import CHUNK, InMemory, Tensors
+from hf_fusion.merging.engine.thresholds import Trim, largest
 
 CASES = adversarial(3)
 WEIGHTS = [1.0, 0.5, -0.25]
@@ -246,8 +246,8 @@ def test_trimmed_over_the_model():
     shapes = [(40, 50), (30,), (7, 11)]
     bases = [torch.randn(s, generator=generator) for s in shapes]
     moved = [torch.randn(s, generator=generator) * scale for s, scale in zip(shapes, (1.0, 0.1, 3.0))]
+    from hf_fusion.merging.engine.tensors import WholeModel, merge_tensors
     from hf_fusion.merging.methods.sparse import ties
-    from hf_fusion.merging.tensors import WholeModel, merge_tensors
 
     def opened():
         return [Tensors(str(i), InMemory(b), [InMemory(b + m)]) for i, (b, m) in enumerate(zip(bases, moved))]
@@ -265,8 +265,8 @@ def test_trimmed_over_the_model():
 
 def test_dare_ties_trimmed_over_the_model():
     """As the paper and fusion_bench do: one threshold for what is left of all tensors."""
+    from hf_fusion.merging.engine.tensors import WholeModel, merge_tensors
     from hf_fusion.merging.methods.sparse import dare_ties
-    from hf_fusion.merging.tensors import WholeModel, merge_tensors
 
     generator = torch.Generator().manual_seed(3)
     moved = {str(n): torch.randn(s, generator=generator) * (n + 1) for n, s in enumerate([(300, 301), (30,), (7, 11)])}

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from tiny import llama
 
 import hf_fusion
-from hf_fusion.merging.checkpoint import SINGLE
+from hf_fusion.merging.engine.checkpoint import SINGLE
+from hf_fusion.merging.engine.output import place_of
 from hf_fusion.merging.merge import merge
-from hf_fusion.merging.output import place_of
 
 OPTIONS = {"shard_bytes": 20_000, "threads": 1}  # a shard for each tensor
 SHAPES = {f"layers.{i}.weight": (64, 64) for i in range(7)}

@@ -10,9 +10,9 @@ import torch
 from in_memory import close, merged
 
 from hf_fusion import FusionError
+from hf_fusion.merging.engine.tensors import CHUNK, InMemory, Statistic, Tensors, merge_tensors
 from hf_fusion.merging.in_memory import merge_states
-from hf_fusion.merging.methods.statistics import fisher
-from hf_fusion.merging.tensors import CHUNK, InMemory, Statistic, Tensors, merge_tensors
+from hf_fusion.merging.methods.measured import fisher
 
 V = torch.tensor([[3.0, -1.0, 0.5], [2.0, 0.25, -4.0]])
 ZERO = torch.zeros(2, 3)

@@ -9,8 +9,8 @@ from tiny import bert, gpt2, llama, t5
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from hf_fusion import FusionError
+from hf_fusion.merging.engine.sources import depths
 from hf_fusion.merging.merge import merge
-from hf_fusion.merging.sources import depths
 from hf_fusion.recipe import Recipe, RecipeExpert, Slice, SliceSource
 
 LAYERS = 4

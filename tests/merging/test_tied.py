@@ -19,8 +19,8 @@ from transformers import (
 
 from hf_fusion import FusionError, Recipe, fuse
 from hf_fusion.cli.app import main
+from hf_fusion.merging.engine.sources import open_models
 from hf_fusion.merging.merge import merge, plan_merge
-from hf_fusion.merging.sources import open_models
 
 # what an adapter may do to embeddings and head -> whether a tied base stays tied
 KINDS = {

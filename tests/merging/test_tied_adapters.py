@@ -8,7 +8,7 @@ from test_tied import CLOSE, KINDS
 from transformers import AutoModelForCausalLM
 
 from hf_fusion import FusionError, Recipe
-from hf_fusion.merging.adapters import merge_adapters
+from hf_fusion.merging.lora import merge_adapters
 from hf_fusion.merging.merge import merge
 from hf_fusion.recipe import RecipeExpert
 

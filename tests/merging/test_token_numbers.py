@@ -22,7 +22,7 @@ from transformers import (
 
 from hf_fusion import FusionError
 from hf_fusion.merging.merge import merge
-from hf_fusion.merging.token_numbers import TokenNumbers
+from hf_fusion.merging.tokenizers.token_ids import TokenNumbers
 from hf_fusion.recipe import Recipe, RecipeExpert
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>", "fox", "dog", "gate", "router", "lazy", "quick"]

@@ -15,11 +15,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_fusion import FusionError
-from hf_fusion.merging.aligned import AVERAGE, ZERO, Aligned, Table
-from hf_fusion.merging.chat_templates import TEMPLATES
+from hf_fusion.merging.engine.tensors import InMemory
 from hf_fusion.merging.merge import merge
 from hf_fusion.merging.methods import MERGE_METHODS
-from hf_fusion.merging.tensors import InMemory
+from hf_fusion.merging.tokenizers.aligned import AVERAGE, ZERO, Aligned, Table
+from hf_fusion.merging.tokenizers.chat_templates import TEMPLATES
 from hf_fusion.recipe import Recipe, RecipeExpert, Slice, SliceSource
 
 OTHER_CORPUS = ["quantum chemistry of large molecules", "molecules and chemistry, quantum by quantum", *CORPUS]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_fusion import Expert
-from hf_fusion.experts import Gates
+from hf_fusion.types import Gates
 
 
 def normalise(x: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from threads import wrong_calls
 
-from hf_fusion.models.phatgoose.calls_phatgoose import _SCOPE, Calls
+from hf_fusion.models.fused_calls import _SCOPE, Calls
 
 
 def test_a_state_lasts_as_long_as_its_call():

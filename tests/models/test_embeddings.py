@@ -16,10 +16,7 @@ from tiny_fused import IDS, MASK, PIXELS, base_expert, clip
 from tiny_fused import experts_of as fine_tunes_of
 from transformers import BertConfig, BertForTokenClassification, BertModel, Trainer, TrainingArguments
 
-from hf_fusion import Expert
-from hf_fusion.models.foe import FoEModel
-from hf_fusion.models.phatgoose import PhatgooseRouter
-from hf_fusion.models.wemoe import WEMoEModel
+from hf_fusion import Expert, FoEModel, PhatgooseRouter, WEMoEModel
 
 TEXT = {"input_ids": IDS, "attention_mask": MASK}
 SEQ2SEQ = {**TEXT, "decoder_input_ids": IDS[:, :4]}

@@ -11,8 +11,7 @@ import torch
 from tiny import adapter, gpt2, llama, make_tokenizer, merged, t5
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextStreamer, pipeline
 
-from hf_fusion import Expert
-from hf_fusion.models.foe import FoEForGeneration, FoEModel
+from hf_fusion import Expert, FoEForGeneration, FoEModel
 
 TEXTS = ["the quick brown fox", "a dog", "the lazy dog sleeps all day", "jumps"]
 CHOICE = torch.tensor([1, 0, 1, 0])

@@ -28,9 +28,8 @@ from tiny import (
 )
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from hf_fusion import Expert, FoEModel
-from hf_fusion.models.foe import FoEProcessor
-from hf_fusion.models.foe.frugal_foe import FrugalPolicy, candidate_subsets
+from hf_fusion import Expert, FoEModel, FoEProcessor
+from hf_fusion.models.frugal_foe import FrugalPolicy, candidate_subsets
 
 ABC = ["a", "b", "c"]
 Call = Callable[[], Any]

@@ -22,9 +22,7 @@ from transformers import (
     Seq2SeqTrainingArguments,
 )
 
-from hf_fusion import load_experts
-from hf_fusion.models.phatgoose import PhatgooseForGeneration, PhatgooseRouter
-from hf_fusion.models.wemoe import WEMoEForGeneration, WEMoEModel
+from hf_fusion import PhatgooseForGeneration, PhatgooseRouter, WEMoEForGeneration, WEMoEModel, load_experts
 
 INPUTS = {"input_ids": IDS.flip(1), "attention_mask": MASK.flip(1)}
 BASES = {"llama": (llama, LLAMA), "gpt2": (gpt2, ("c_attn", "c_fc")), "t5": (t5, T5)}

@@ -12,10 +12,10 @@ from models.phatgoose_reference import reference
 from tiny import adapter, bert, gpt2, llama, t5, vit
 from torch import nn
 
-from hf_fusion import Expert
-from hf_fusion.experts import Gates
-from hf_fusion.hub.adapters import read_adapter
-from hf_fusion.models.phatgoose import PhatgooseRouter, routing_phatgoose
+from hf_fusion import Expert, PhatgooseRouter
+from hf_fusion.hub.lora import read_adapter
+from hf_fusion.models import routing_phatgoose
+from hf_fusion.types import Gates
 
 IDS = torch.tensor([[5, 9, 33, 7, 100, 21], [8, 4, 90, 11, 3, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])

@@ -17,10 +17,9 @@ from tiny import SUMS, bert, gpt2, llama, t5, vit
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, RobertaConfig, RobertaForSequenceClassification
 
-from hf_fusion import Expert
-from hf_fusion.experts import Gates
-from hf_fusion.hub.adapters import read_adapter
-from hf_fusion.models.phatgoose import PhatgooseRouter
+from hf_fusion import Expert, PhatgooseRouter
+from hf_fusion.hub.lora import read_adapter
+from hf_fusion.types import Gates
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {"input_ids": IDS, "attention_mask": MASK}

@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 from models.test_phatgoose import IDS, LLAMA, MASK, SHAPES, experts_of
 from tiny import bert, llama, make_tokenizer, t5
 
-from hf_fusion.models.phatgoose import PhatgooseRouter
+from hf_fusion import PhatgooseRouter
 
 LOAD = """
 import sys

@@ -20,7 +20,7 @@ from tiny import llama, t5
 from torch.utils.checkpoint import checkpoint
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from hf_fusion.models.phatgoose import PhatgooseRouter
+from hf_fusion import PhatgooseRouter
 
 LONG = torch.arange(5, 41).view(3, 12) * 7 % 290 + 3
 LENGTHS = torch.tensor([12, 7, 4])

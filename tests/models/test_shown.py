@@ -15,9 +15,8 @@ from tiny import TEXTS, grey_processor, image_processor, images, llama, make_tok
 from tiny_fused import experts_of as fine_tunes_of
 from transformers import pipeline
 
-from hf_fusion import Expert, FoEModel, WEMoEModel
-from hf_fusion.models.foe.summary_foe import MOST, Summary
-from hf_fusion.models.phatgoose import PhatgooseRouter
+from hf_fusion import Expert, FoEModel, PhatgooseRouter, WEMoEModel
+from hf_fusion.models.fused_summary import MOST, Summary
 
 MODELS = Path(__file__).parents[2] / "hf_fusion" / "models"
 

@@ -7,7 +7,8 @@ import torch
 from models.wemoe_reference import out_in, reference
 from tiny_fused import SHAPES, base_expert, experts_of
 
-from hf_fusion.models.wemoe import WEMoEModel, linears_wemoe
+from hf_fusion import WEMoEModel
+from hf_fusion.models import linears_wemoe
 
 
 def shuffled(model: WEMoEModel, seed: int = 0) -> WEMoEModel:

@@ -24,9 +24,8 @@ from tiny_fused import (
 from torch import nn
 from transformers import BertModel
 
-from hf_fusion import Expert
-from hf_fusion.models.wemoe import WEMoEModel
-from hf_fusion.models.wemoe.merging_wemoe import RULES
+from hf_fusion import Expert, WEMoEModel
+from hf_fusion.models.merging_wemoe import RULES
 
 LAYERS = [f"bert.encoder.layer.{i}" for i in (0, 1)]
 

@@ -131,7 +131,7 @@ def test_a_cache_goes_on_with_the_coefficients_of_its_prompt():
 
 
 def test_decoding_merges_once_for_each_prompt(monkeypatch):
-    from hf_fusion.models.wemoe.linears_wemoe import UpscaledLinear
+    from hf_fusion.models.linears_wemoe import UpscaledLinear
 
     model, _, _, units, _ = fused("llama")
     merged = []

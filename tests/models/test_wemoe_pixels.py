@@ -13,10 +13,9 @@ from transformers import (
     BeitForSemanticSegmentation,
 )
 
-from hf_fusion import Expert
-from hf_fusion.models.wemoe import WEMoEModel
-from hf_fusion.models.wemoe.assembly_wemoe import AUTO_CLASSES
-from hf_fusion.models.wemoe.configuration_wemoe import HEADS
+from hf_fusion import Expert, WEMoEModel
+from hf_fusion.models.assembly_wemoe import AUTO_CLASSES
+from hf_fusion.models.configuration_wemoe import HEADS
 from hf_fusion.training.adamerging import CoefficientMerge
 
 LABELS = (["sky", "sea", "land"], ["a", "b", "c", "d", "e"])

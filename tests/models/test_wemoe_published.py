@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_tokenizer
 from tiny_fused import TEXT, base_expert, bert_base, experts_of
 
-from hf_fusion.models.wemoe import WEMoEModel
+from hf_fusion import WEMoEModel
 
 LOAD = """
 import json, sys

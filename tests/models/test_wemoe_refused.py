@@ -16,8 +16,7 @@ from tiny_fused import (
 )
 from torch import nn
 
-from hf_fusion import Expert
-from hf_fusion.models.wemoe import WEMoEModel
+from hf_fusion import Expert, WEMoEModel
 
 
 def narrower(expert: Expert) -> Expert:

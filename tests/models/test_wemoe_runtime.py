@@ -16,7 +16,8 @@ from tiny_fused import IDS, MASK, TEXT, base_expert
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
-from hf_fusion.models.wemoe import WEMoEModel, linears_wemoe
+from hf_fusion import WEMoEModel
+from hf_fusion.models import linears_wemoe
 
 STORAGES = {"exact": {}, "bfloat16": {}, "sparse": {}, "low-rank": {"rank": 5}, "low-rank-bfloat16": {"rank": 5}}
 

@@ -18,8 +18,7 @@ from threads import wrong_calls
 from tiny import SUMS, vit
 from tiny_fused import IDS, MASK, PIXELS, TARGETS, TEXT, base_expert, fine_tuned
 
-from hf_fusion import Expert
-from hf_fusion.models.wemoe import WEMoEModel
+from hf_fusion import Expert, WEMoEModel
 
 Calls = dict[str, Callable[[], Any]]
 

@@ -35,7 +35,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from hf_fusion.merging.merge import merge
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.recipe import Recipe, RecipeExpert, Slice, SliceSource
-from hf_fusion.training.statistics import Statistics
+from hf_fusion.training.measure import Statistics
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

@@ -25,8 +25,8 @@ from tiny import bert, grey_processor, make_tokenizer, names
 from transformers import ResNetConfig, ResNetForImageClassification, set_seed
 
 from hf_fusion import FoEModel, fit_fuser
-from hf_fusion.evaluate import evaluate_fusion
-from hf_fusion.experts import Expert
+from hf_fusion.evaluation.fusion import evaluate_fusion
+from hf_fusion.types import Expert
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 HOSTILE = "<img src=x onerror=window.hacked=1>{{evil}}${evil}"

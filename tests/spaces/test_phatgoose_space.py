@@ -16,9 +16,8 @@ from huggingface_hub import HfApi
 from tiny import adapter, llama, make_tokenizer
 from transformers import AutoTokenizer
 
-from hf_fusion import Expert
-from hf_fusion.experts import Gates
-from hf_fusion.models.phatgoose import PhatgooseForGeneration, PhatgooseRouter
+from hf_fusion import Expert, PhatgooseForGeneration, PhatgooseRouter
+from hf_fusion.types import Gates
 
 HOSTILE = "<img src=x onerror=window.hacked=1>{{evil}}${evil}"
 EXPERTS = ["me/tiny-sport", f"me/tiny-{HOSTILE}", "me/tiny-law"]

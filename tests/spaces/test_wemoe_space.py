@@ -23,8 +23,7 @@ from threads import wrong_calls
 from tiny import bert, gpt2, image_processor, images, make_tokenizer, t5, vit
 from tiny_fused import base_expert, bert_base, experts_of, fine_tuned
 
-from hf_fusion import Expert
-from hf_fusion.models.wemoe import WEMoEModel
+from hf_fusion import Expert, WEMoEModel
 
 HOSTILE = "<img src=x onerror=window.hacked=1>{{evil}}${evil}"
 EXPERTS = ["me/tiny-moods", f"me/tiny-{HOSTILE}", "me/tiny-topics"]

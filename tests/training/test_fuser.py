@@ -16,8 +16,8 @@ from tiny import make_tokenizer
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_fusion import Expert, FoEModel, FusionError, fit_fuser
-from hf_fusion.baselines import max_confidence, mean_ensemble, oracle_expert, single_experts
-from hf_fusion.evaluate import Results, evaluate_fusion, wilson
+from hf_fusion.evaluation.baselines import max_confidence, mean_ensemble, oracle_expert, single_experts
+from hf_fusion.evaluation.fusion import Results, evaluate_fusion, wilson
 from hf_fusion.progress import Phase, reporting
 from hf_fusion.training.outputs import collect_outputs
 
@@ -178,7 +178,7 @@ def test_the_policy_does_what_the_formula_says(halves):
 
 
 def test_more_than_ten_experts_choose_among_a_sample_of_subsets():
-    from hf_fusion.models.foe.frugal_foe import candidate_subsets
+    from hf_fusion.models.frugal_foe import candidate_subsets
 
     subsets = candidate_subsets(14)
     assert len(subsets) >= 1024

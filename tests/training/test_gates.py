@@ -19,10 +19,10 @@ from tiny import SUMS, adapter, bert, gpt2, image_processor, images, llama, make
 from torch import nn
 
 from hf_fusion import Expert, FusionError, arrow_prototypes, average_activation, train_gates
-from hf_fusion.experts import Adapter
-from hf_fusion.hub.adapters import read_adapter
 from hf_fusion.hub.gates import gate_sizes
+from hf_fusion.hub.lora import read_adapter
 from hf_fusion.training.gates import gated
+from hf_fusion.types import Adapter
 
 LABELS = ["no", "yes", "may be"]
 PROMPTS = ["the quick brown", "experts are", "a stitch in time", "said the router"]

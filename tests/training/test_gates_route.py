@@ -13,9 +13,8 @@ from peft import LoraConfig, get_peft_model
 from tiny import llama, make_tokenizer
 from torch import nn
 
-from hf_fusion import Expert, train_gates
-from hf_fusion.hub.adapters import read_adapter
-from hf_fusion.models.phatgoose import PhatgooseRouter
+from hf_fusion import Expert, PhatgooseRouter, train_gates
+from hf_fusion.hub.lora import read_adapter
 
 LETTERS = ("abcdefgh", "ijklmnop", "qrstuvwx")
 

@@ -10,9 +10,8 @@ import torch
 from models.phatgoose_reference import normalise, reference
 from tiny import adapter, bert, llama, make_tokenizer
 
-from hf_fusion import Expert, FusionError, average_activation, base_samples, fit_whitening, train_gates
+from hf_fusion import Expert, FusionError, PhatgooseRouter, average_activation, base_samples, fit_whitening, train_gates
 from hf_fusion.hub.gates import gate_sizes, read_gates, save_gates
-from hf_fusion.models.phatgoose import PhatgooseRouter
 from hf_fusion.training.prompts import encode_prompts
 from hf_fusion.training.whitening import inverse_root
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_fusion.errors import FusionError, shown, suggestion
-from hf_fusion.merging.schema import Parameter, declared, parameters_of
+from hf_fusion.schema import Parameter, declared, parameters_of
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class MergeMethod:
             "norms" or their "thresholds"; or the "whole" of it, for all experts.
         paper: arXiv number or address.
         statistics: what must have been measured of every expert on its own data, if anything: a folder that its
-            ``parameters: {statistics: FOLDER}`` names (`hf_fusion.training.statistics`).
-        merges: whole models, or LoRA adapters into one adapter (`hf_fusion.merging.adapters`): its function is then of
+            ``parameters: {statistics: FOLDER}`` names (`hf_fusion.training.measure`).
+        merges: whole models, or LoRA adapters into one adapter (`hf_fusion.merging.lora`): its function is then of
             a module's factors.
         plan: "module:function" in `hf_fusion.merging` that plans the merged model, where its tensors are not those of
             its models.
@@ -85,8 +85,8 @@ MERGE_METHODS = {
         "linear:task_arithmetic", "Task arithmetic", "needed", (1, None), "chunks", "2212.04089"
     ),
     "expo": MergeMethod("linear:expo", "ExPO", "needed", (1, 1), "chunks", "2404.16792"),
-    "fisher": MergeMethod("statistics:fisher", "Fisher", "", (1, None), "chunks", "2111.09832", statistics="fisher"),
-    "regmean": MergeMethod("statistics:regmean", "RegMean", "", (1, None), "whole", "2212.09849", statistics="gram"),
+    "fisher": MergeMethod("measured:fisher", "Fisher", "", (1, None), "chunks", "2111.09832", statistics="fisher"),
+    "regmean": MergeMethod("measured:regmean", "RegMean", "", (1, None), "whole", "2212.09849", statistics="gram"),
     "lora": MergeMethod("lora:lora", "LoRA adapters as one", "", (1, None), "whole", merges="adapters"),
     "moe": MergeMethod(
         "moe:moe",
@@ -95,7 +95,7 @@ MERGE_METHODS = {
         (1, None),
         "chunks",
         "2212.05055",
-        plan="moe:plan_moe",
+        plan="moe.plan:plan_moe",
         own=("prompts", "negative_prompts", "noise_scale", "residual_scale"),
     ),
     "passthrough": MergeMethod("passthrough:passthrough", "Passthrough", "", (1, 1), "chunks", "2312.15166"),

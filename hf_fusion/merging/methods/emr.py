@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 import torch
 
-from hf_fusion.merging.schema import Range
-from hf_fusion.merging.tensors import Chunk, Merged, Tensors, WholeModel, magnitudes, scratch
+from hf_fusion.merging.engine.tensors import Chunk, Merged, Tensors, WholeModel, magnitudes, scratch
+from hf_fusion.schema import Range
 
 __all__ = ["emr"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from hf_fusion.merging.schema import EachNumber, Range
-from hf_fusion.merging.tensors import Combination, Tensors
+from hf_fusion.merging.engine.tensors import Combination, Tensors
+from hf_fusion.schema import EachNumber, Range
 
 __all__ = ["expo", "linear", "task_arithmetic"]
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 
 from hf_fusion.merging.methods.linear import shares
-from hf_fusion.merging.schema import EachNumber, Range
+from hf_fusion.schema import EachNumber, Range
 
 __all__ = ["Factors", "lora"]
 

@@ -1,4 +1,4 @@
-"""The routers of a mixture of experts that is made of dense models; its plan is `hf_fusion.merging.moe`."""
+"""The routers of a mixture of experts that is made of dense models; its plan is `hf_fusion.merging.moe.plan`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 
-from hf_fusion.merging.schema import Range
-from hf_fusion.merging.tensors import Tensors
+from hf_fusion.merging.engine.tensors import Tensors
+from hf_fusion.schema import Range
 
 __all__ = ["moe"]
 

@@ -11,8 +11,8 @@ from typing import Literal
 
 import torch
 
-from hf_fusion.merging.schema import Per
-from hf_fusion.merging.tensors import CHUNK, STEEP, Chunk, Combination, Merged, Tensors
+from hf_fusion.merging.engine.tensors import CHUNK, STEEP, Chunk, Combination, Merged, Tensors
+from hf_fusion.schema import Per
 
 __all__ = ["arcee_fusion", "combination", "grams", "model_stock"]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hf_fusion.merging.schema import EachNumber
-from hf_fusion.merging.tensors import Combination, Tensors
+from hf_fusion.merging.engine.tensors import Combination, Tensors
+from hf_fusion.schema import EachNumber
 
 __all__ = ["passthrough"]
 

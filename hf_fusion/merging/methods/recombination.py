@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from hf_fusion.merging.schema import Range
-from hf_fusion.merging.sources import LAYER
-from hf_fusion.merging.tensors import Combination, Tensors
+from hf_fusion.merging.engine.sources import LAYER
+from hf_fusion.merging.engine.tensors import Combination, Tensors
+from hf_fusion.schema import Range
 
 __all__ = ["recombination"]
 

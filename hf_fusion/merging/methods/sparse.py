@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 
 import torch
 
-from hf_fusion.merging.schema import EachNumber, Range
+from hf_fusion.merging.engine.tensors import Chunk, Merged, Tensors, stacked
+from hf_fusion.merging.engine.thresholds import Trim, largest
 from hf_fusion.merging.sparsity import Sparse, dropped, elected, middle, pruned, rescaled, summed, trimmed
-from hf_fusion.merging.tensors import Chunk, Merged, Tensors, stacked
-from hf_fusion.merging.thresholds import Trim, largest
+from hf_fusion.schema import EachNumber, Range
 
 __all__ = [
     "breadcrumbs",

@@ -17,9 +17,9 @@ from typing import Annotated, Literal
 import torch
 from torch.nn.functional import pad
 
+from hf_fusion.merging.engine.tensors import CHUNK, Chunk, Merged, Tensors, compute_device
 from hf_fusion.merging.methods.linear import task_arithmetic
-from hf_fusion.merging.schema import EachNumber, Range
-from hf_fusion.merging.tensors import CHUNK, Chunk, Merged, Tensors, compute_device
+from hf_fusion.schema import EachNumber, Range
 
 __all__ = ["iso_c", "iso_cts", "tsv_m", "wudi"]
 

@@ -10,9 +10,9 @@ from typing import Annotated
 
 import torch
 
+from hf_fusion.merging.engine.tensors import Chunk, Combination, Merged, Tensors
 from hf_fusion.merging.methods.norms import combination, grams
-from hf_fusion.merging.schema import EachNumber, Per, Range
-from hf_fusion.merging.tensors import Chunk, Combination, Merged, Tensors
+from hf_fusion.schema import EachNumber, Per, Range
 
 __all__ = ["karcher", "multislerp", "nearswap", "nuslerp", "slerp"]
 

@@ -1,0 +1,1 @@
+"""Real models and data that come as packages from PyPI."""

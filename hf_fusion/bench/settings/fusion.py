@@ -1,0 +1,485 @@
+"""Suites of the kind "fusion": experts of several domains whose rows are pooled; which domain a row is of, nothing
+is told. A cell's score is that of its task's rows within the pool.
+
+All experts are asked once, and what they say is kept: every method is a way to make one answer of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_fusion.bench.scoring import METRICS, Answered, answers, score
+from hf_fusion.bench.settings.common import MAX_LENGTH, ROWS_COUNTED, Setting, multiplications
+from hf_fusion.bench.sources import expert_path
+from hf_fusion.bench.suite import Suite, UnseenSplit
+from hf_fusion.bench.systems import CLEAN, FIT, TEST, LeftOut, System, everything, share_batches
+from hf_fusion.errors import FusionError
+from hf_fusion.evaluation.baselines import max_confidence, mean_ensemble
+from hf_fusion.hub.load import load_experts
+from hf_fusion.models.assembly_foe import GENERIC_LABEL, fuse_labels, normalise
+from hf_fusion.models.modeling_foe import FoEModel
+from hf_fusion.models.options_foe import settings_of
+from hf_fusion.training.batches import read_examples
+from hf_fusion.training.fuser import fit_fuser, replay
+from hf_fusion.training.outputs import collect_outputs, input_columns, prepare
+from hf_fusion.types import Expert
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from hf_fusion.bench.settings.routing import RoutingSetting
+
+OUTPUT, SELECTION = "output", "selection"
+FIT_ROWS = 400  # of each task, that a fuser learns from
+FIT_TEXTS = 32  # of prompts, which every language model has to read
+HIDDEN = {OUTPUT: (512, 512), SELECTION: (512,)}  # widths of the fuser's layers: few rows want a small one
+LANGUAGE = ("causal-lm", "seq2seq-lm")
+
+
+class FusionSetting(Setting):
+    """Experts, and what they say to the rows of each task.
+
+    Args:
+        suite: of the kind "fusion".
+        data_dir, limit, tuned_on, batch_size, device, allow_pickle: see `Setting`.
+
+    Attributes:
+        experts: all of the suite, under its names.
+        labels: of classifiers all labels, each once, in their order; and of each expert the places of its own.
+    """
+
+    def __init__(
+        self, suite: Suite, data_dir: Path | None, limit: int, tuned_on: int, batch_size: int = 16, device: str = "cpu",
+        allow_pickle: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(suite, data_dir, limit, tuned_on, batch_size, device, allow_pickle)
+        base = None if suite.base is None else expert_path(suite.base, suite.build)
+        sources = [expert_path(own, suite.build) for own in suite.experts.values()]
+        loaded = load_experts(sources, base=base, gates=False, allow_pickle=allow_pickle)
+        self.experts = [replace(own, name=name) for name, own in zip(suite.experts, loaded, strict=True)]
+        self.names = [expert.name for expert in self.experts]
+        self.speaks = suite.head in LANGUAGE
+        if not self.speaks:
+            self.experts = [self._labelled(expert) for expert in self.experts]
+            self.labels, self._places = fuse_labels(self.experts, OUTPUT)
+        self._models: dict[tuple[tuple[str, ...], str], Any] = {}
+        self._rows: dict[tuple[str, str, str], Dataset] = {}
+        self._outputs: dict[tuple[str, str, str], torch.Tensor] = {}
+        self._features: dict[Any, torch.Tensor] = {}
+        self._said: dict[Any, Answered] = {}
+        self._fitting: dict[tuple[str, ...], Dataset] = {}
+
+    def _labelled(self, expert: Expert) -> Expert:
+        """An expert whose classes have no names has those of its task."""
+        own = [task for task in self.suite.tasks if self.suite.owner(task) == expert.name]
+        if not own or not any(map(GENERIC_LABEL.fullmatch, expert.labels)):
+            return expert
+        names = self.rows(own[0]).test.features["label"].names
+        return replace(expert, labels=list(names)) if len(names) == len(expert.labels) else expert
+
+    @cached_property
+    def adapters(self) -> RoutingSetting:
+        """The same experts and rows, for what routes among adapters.
+
+        Raises:
+            LeftOut: they are not adapters of one base.
+        """
+        from hf_fusion.bench.settings.routing import RoutingSetting
+
+        if any(expert.adapter is None or expert.model is not self.experts[0].model for expert in self.experts):
+            raise LeftOut("routes among adapters of one base, and these are models of their own")
+        return RoutingSetting(*self.given)
+
+    def fused(self, split: UnseenSplit) -> list[int]:
+        """Which experts a split fuses."""
+        owners = (name if name in self.names else self.suite.owner(name) for name in split.fuse)
+        return [self.names.index(owner) for owner in owners if owner]
+
+    def model(self, split: UnseenSplit, mode: str) -> Any:
+        """A FoE of the experts that a split fuses; its fuser is still to be fitted."""
+        key = (split.fuse, mode)
+        if key not in self._models:
+            experts = [self.experts[number] for number in self.fused(split)]
+            try:
+                model: Any = FoEModel.from_experts(experts, mode=mode, fuser_hidden=HIDDEN[mode])
+            except ValueError as error:  # a family, which knows nothing of this package, raises these
+                raise FusionError(str(error)) from error
+            self._models[key] = model.to(self.device)
+        return self._models[key]
+
+    @property
+    def everyone(self) -> Any:
+        """A FoE of all experts: who is asked."""
+        return self.model(UnseenSplit("", tuple(self.names), ()), SELECTION)
+
+    # ---------------------------------------------------------------- rows
+
+    def pool(self, task: str, condition: str = CLEAN, part: str = TEST) -> Dataset:
+        """The rows of a task as they lie in the pool: labels by name, short ones first."""
+        key = (task, condition, part)
+        if key not in self._rows:
+            self._rows[key] = by_length(self._plain(task, self.some(task, condition, part)))
+        return self._rows[key]
+
+    def fitting(self, split: UnseenSplit) -> Dataset:
+        """Rows of all fused tasks that a fuser may learn from, with the expert of each where one is its own."""
+        from datasets import concatenate_datasets
+
+        if split.fuse in self._fitting:
+            return self._fitting[split.fuse]
+        fused = {self.names[number] for number in self.fused(split)}
+        owned = [task for task in self.suite.tasks if self.suite.owner(task) in fused]
+        parts, most = [], FIT_TEXTS if self.speaks else FIT_ROWS
+        for task in owned or list(split.test):
+            rows = self.rows(task).fit.shuffle(seed=0)
+            rows = self._plain(task, rows.select(range(min(most, len(rows)))))
+            if owned:
+                rows = rows.add_column("expert", [self.suite.owner(task)] * len(rows))
+            elif self.speaks and METRICS[self.suite.tasks[task].metric].reads in ("targets", "ranks"):
+                rows = self._told_by_answers(task, rows, self.fused(split))
+            parts.append(rows.select_columns([name for name in rows.column_names if name not in ("choices", "right")]))
+        if not sum(map(len, parts)):
+            raise LeftOut("no expert is right about any of the rows that a fuser would learn from")
+        self._fitting[split.fuse] = by_length(concatenate_datasets([own for own in parts if len(own)]))
+        return self._fitting[split.fuse]
+
+    def _plain(self, task: str, rows: Dataset) -> Dataset:
+        """Columns that the rows of all tasks have."""
+        from datasets import Value
+
+        if self.speaks:
+            return rows.select_columns(
+                [name for name in ("prompt", "target", "choices", "right") if name in rows.column_names]
+            )
+        if "image" in rows.column_names:
+            kept = ["image"]
+        else:
+            kept = ["text", "text_pair"] if any(self._has_pairs(own) for own in self.suite.tasks) else ["text"]
+            if "text_pair" in kept and "text_pair" not in rows.column_names:
+                rows = rows.add_column("text_pair", [""] * len(rows))
+            for name in kept:
+                rows = rows.cast_column(name, Value("string"))
+        names = rows.features["label"].names
+        labels = [names[label] for label in rows["label"]]
+        return rows.select_columns(kept).add_column("label", labels)
+
+    def _has_pairs(self, task: str) -> bool:
+        return "text_pair" in self.rows(task).test.column_names
+
+    # ---------------------------------------------------------------- what experts say
+
+    def outputs(self, task: str, condition: str, part: str) -> torch.Tensor:
+        """Probabilities of all labels by all experts, (N, K, C); what an expert does not know has 0."""
+        key = (task, condition, part)
+        if key not in self._outputs:
+            self._listen(key)
+        return self._outputs[key]
+
+    def features(self, split: UnseenSplit, task: str, condition: str, part: str) -> torch.Tensor:
+        """The fused experts' embeddings side by side, (N, Σd)."""
+        key = (task, condition, part)
+        if key not in self._features:
+            self._listen(key)
+        sizes = [expert["feature_size"] for expert in self.everyone.config.experts]
+        parts = self._features[key].split(sizes, 1)
+        return torch.cat([parts[number] for number in self.fused(split)], 1)
+
+    def _listen(self, key: tuple[str, str, str]) -> None:
+        rows = self.pool(*key)
+        asked = rows if self.speaks else rows.remove_columns("label")
+        heard = collect_outputs(self.everyone, asked, batch_size=self.batch_size)
+        self._features[key] = heard.features
+        if heard.outputs is None:
+            return
+        # labels of one name are one label here; among experts that are chosen from, each has its own
+        placed = torch.zeros(len(heard), len(self.names), len(self.labels))
+        for number, (row, places) in enumerate(zip(self.everyone.config.experts, self._places, strict=True)):
+            placed[:, number].index_add_(1, torch.tensor(places), heard.outputs[:, number, row["label_map"]])
+        self._outputs[key] = placed
+
+    def right(self, task: str, condition: str, part: str) -> list[int]:
+        """Places of the right labels.
+
+        Raises:
+            LeftOut: no expert knows one of them.
+        """
+        known = {normalise(label): place for place, label in enumerate(self.labels)}
+        names = list(self.pool(task, condition, part)["label"])
+        if unknown := sorted({name for name in names if normalise(name) not in known}):
+            raise LeftOut(f"no expert knows the class {unknown[0]!r}")
+        return [known[normalise(name)] for name in names]
+
+    def answered(self, scores: torch.Tensor, task: str, condition: str, part: str) -> Answered:
+        """Answers from scores of all labels, (N, C)."""
+        return Answered(scores.argmax(1).tolist(), self.right(task, condition, part))
+
+    def said(self, expert: int, task: str, condition: str, part: str) -> Answered:
+        """What one expert answers."""
+        if not self.speaks:
+            return self.answered(self.outputs(task, condition, part)[:, expert], task, condition, part)
+        key = (expert, task, condition, part)
+        if key not in self._said:
+            self._said[key] = self._spoken(expert, task, self.pool(task, condition, part))
+        return self._said[key]
+
+    def _spoken(self, expert: int, task: str, rows: Dataset) -> Answered:
+        """What a language model answers to rows of a task."""
+        reads, own = METRICS[self.suite.tasks[task].metric].reads, self.experts[expert]
+        speaker = _Speaker(self.everyone, expert)
+        reader = Expert(own.name, speaker.model, processor=own.processor)
+        batches = self.collated(read_examples(reader, self.asked(task, rows), MAX_LENGTH))
+        found = share_batches(batches, lambda inputs: answers(speaker, inputs, reads, own.processor))
+        return self.settled(found, task, rows)
+
+    def _told_by_answers(self, task: str, rows: Dataset, fused: list[int]) -> Dataset:
+        """Rows that some expert answers right, and which: of several the one that is right most often.
+
+        Losses of different vocabularies do not compare.
+        """
+        found = {self.names[number]: self._spoken(number, task, rows) for number in fused}
+        right = {
+            name: [given == wanted for given, wanted in zip(own.predictions, own.references, strict=True)]
+            for name, own in found.items()
+        }
+        best_first = sorted(right, key=lambda name: -sum(right[name]))
+        owners = [next((name for name in best_first if right[name][row]), None) for row in range(len(rows))]
+        kept = [row for row, owner in enumerate(owners) if owner]
+        return rows.select(kept).add_column("expert", [owners[row] for row in kept])
+
+    def chosen(self, choice: Sequence[int], task: str, condition: str, part: str) -> Answered:
+        """For each row what the expert says that was chosen for it."""
+        by_expert = {number: self.said(number, task, condition, part) for number in set(choice)}
+        given = [by_expert[number].predictions[row] for row, number in enumerate(choice)]
+        return Answered(given, next(iter(by_expert.values())).references)
+
+    # ---------------------------------------------------------------- sizes
+
+    def sizes(self, split: UnseenSplit) -> list[int]:
+        """Parameters of each fused expert, as a model of its own."""
+        return [
+            sum(parameter.numel() for parameter in self.experts[number].model.parameters())
+            for number in self.fused(split)
+        ]
+
+    @torch.no_grad()
+    def costs(self, split: UnseenSplit) -> tuple[list[float], float]:
+        """Multiplications of each fused expert alone, and of all of them in one FoE, as multiples of the first one's.
+
+        An adapter alone can be merged into its base, and costs nothing then.
+        """
+        model, rows = self.model(split, SELECTION), self.pool(split.test[0])
+        rows = rows.select(range(min(ROWS_COUNTED, len(rows))))
+        inputs = prepare(model, rows[:], input_columns(rows))
+        alone = []
+        for number, expert in zip(self.fused(split), model.config.experts, strict=True):
+            own = model._inputs_of(expert["backbone"], inputs)
+            if model.config.is_encoder_decoder:
+                own = {**own, "decoder_input_ids": own["input_ids"][:, :1]}
+            alone.append(multiplications(partial(self.experts[number].model, **own)))
+        all_of_them = partial(model.prompt_embeddings if self.speaks else model.expert_outputs, inputs)
+        return [own / alone[0] for own in alone], multiplications(all_of_them) / alone[0]
+
+
+class _Speaker:
+    """One expert of a FoE of language models, as a model of its own."""
+
+    def __init__(self, foe: Any, expert: int) -> None:
+        backbone = foe.config.experts[expert]["backbone"]
+        self.backbone, self.local = foe.backbones[backbone], foe._members(backbone).index(expert)
+        self.model, self.foe, self.expert = self.backbone.model, foe, expert
+        self.config, self.forward = self.model.config, self.model.forward
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.backbone(inputs, [self.local])
+
+    def generate(self, **inputs: Any) -> Any:
+        """As the model's own."""
+        self.backbone.groups.experts = [self.local]
+        settings = settings_of(self.foe.config, self.expert)
+        given = settings.update(**inputs)
+        return self.model.generate(**given, generation_config=settings)
+
+
+def by_length(rows: Dataset) -> Dataset:
+    """Short texts first: batches without much padding."""
+    column = next((name for name in ("prompt", "text") if name in rows.column_names), None)
+    if column is None:
+        return rows
+    lengths = [len(text) for text in rows[column]]
+    return rows.select(sorted(range(len(lengths)), key=lengths.__getitem__))
+
+
+# ---------------------------------------------------------------- experts
+
+
+def experts(setting: FusionSetting, split: UnseenSplit, seed: int) -> dict[str, System]:
+    """Every expert that is fused, for all rows."""
+    costs, sizes = setting.costs(split)[0], setting.sizes(split)
+    return {
+        f"expert:{name}": System(partial(setting.said, number), stored=size, active=size, cost=cost)
+        for name, number, size, cost in zip(split.fuse, setting.fused(split), sizes, costs, strict=True)
+    }
+
+
+def individual(setting: FusionSetting, split: UnseenSplit, seed: int) -> System:
+    """Every row's own expert, the oracle of FoE's paper: it is told the task."""
+
+    def answer(task: str, condition: str, part: str) -> Answered:
+        owner = setting.suite.owner(task)
+        if owner is None:
+            raise LeftOut("no expert was trained on it")
+        return setting.said(setting.names.index(owner), task, condition, part)
+
+    sizes = setting.sizes(everything(setting.suite))
+    return System(answer, stored=setting.everyone.num_parameters(), active=max(sizes))
+
+
+def routed(setting: FusionSetting, split: UnseenSplit, seed: int, **how: Any) -> System:
+    """A way to route each row, or each token, among adapters; see `bench.routing.routed`."""
+    from hf_fusion.bench.settings import routing
+
+    return routing.routed(setting.adapters, split, seed, **how)
+
+
+# ---------------------------------------------------------------- ensembles
+
+
+def _ensemble(
+    setting: FusionSetting, split: UnseenSplit, combine: Callable[[torch.Tensor], torch.Tensor], **parameters: Any
+) -> System:
+    """One answer from the probabilities (N, K, C) of all experts."""
+    if setting.speaks:
+        raise LeftOut("an ensemble of language models would have to be asked token by token")
+    fused = setting.fused(split)
+
+    def answer(task: str, condition: str, part: str) -> Answered:
+        scores = combine(setting.outputs(task, condition, part)[:, fused])
+        return setting.answered(scores, task, condition, part)
+
+    size = setting.model(split, SELECTION).num_parameters()
+    return System(answer, dict(parameters), stored=size, active=size, cost=setting.costs(split)[1])
+
+
+def simple_ensemble(setting: FusionSetting, split: UnseenSplit, seed: int) -> System:
+    """The mean of all experts' probabilities."""
+    return _ensemble(setting, split, mean_ensemble)
+
+
+def weighted_ensemble(setting: FusionSetting, split: UnseenSplit, seed: int) -> System:
+    """Their mean, with weights by how well each does on all fused tasks, on rows kept apart."""
+    if setting.speaks:
+        return simple_ensemble(setting, split, seed)  # which says why not
+    fused = setting.fused(split)
+    owned = [task for task in setting.suite.tasks if setting.suite.owner(task) in split.fuse]
+    weights = []
+    for number in fused:
+        scores = [
+            score(setting.said(number, task, CLEAN, FIT), setting.suite.tasks[task].metric).score for task in owned
+        ]
+        weights.append(max(0.0, sum(scores) / max(len(scores), 1)))
+    shares = torch.tensor(weights)[:, None] / max(sum(weights), 1e-9)
+    named = dict(zip(split.fuse, weights, strict=True))
+    return _ensemble(setting, split, lambda outputs: (outputs * shares).sum(1), weights=named)
+
+
+def max_ensemble(setting: FusionSetting, split: UnseenSplit, seed: int) -> System:
+    """The highest probability that any expert gives a class: the class of the expert that is surest."""
+    return _ensemble(setting, split, max_confidence)
+
+
+# ---------------------------------------------------------------- FoE
+
+
+def foe_selection(setting: FusionSetting, split: UnseenSplit, seed: int) -> System:
+    """FoE that chooses an expert for each row by the embeddings of all."""
+    model, fused = setting.model(split, SELECTION), setting.fused(split)
+    rows = setting.fitting(split)
+    by = "domain" if "expert" in rows.column_names else "loss"
+    fuser = _fitted(setting, model, rows, seed, by=by)
+
+    @torch.no_grad()
+    def answer(task: str, condition: str, part: str) -> Answered:
+        choice = fuser(setting.features(split, task, condition, part)).argmax(1)
+        return setting.chosen([fused[place] for place in choice.tolist()], task, condition, part)
+
+    alone, all_of_them = setting.costs(split)
+    size = model.num_parameters()
+    # a language model answers once more; classifiers have answered with their embeddings
+    cost = all_of_them + (sum(alone) / len(alone) if setting.speaks else 0.0)
+    return System(answer, {"fitted_on": len(rows)}, stored=size, active=size, cost=cost)
+
+
+def foe(setting: FusionSetting, split: UnseenSplit, seed: int) -> System:
+    """FoE that fuses the outputs of all experts."""
+    model, rows, fuser = _output(setting, split, seed)
+
+    @torch.no_grad()
+    def answer(task: str, condition: str, part: str) -> Answered:
+        scores = fuser(_own_outputs(setting, split, task, condition, part).flatten(1))
+        return _named(setting, split, scores, task, condition, part)
+
+    size = model.num_parameters()
+    return System(answer, {"fitted_on": len(rows)}, stored=size, active=size, cost=setting.costs(split)[1])
+
+
+def foe_frugal(setting: FusionSetting, split: UnseenSplit, seed: int) -> System:
+    """FoE that asks one expert after the other, and stops when another one is not worth its cost."""
+    model, rows, fuser = _output(setting, split, seed, frugal=True)
+    policy, weight = copy.deepcopy(model.policy).to("cpu"), model.config.frugal["cost_weight"]
+    shares = torch.tensor(model.config.cost_shares)
+
+    @torch.no_grad()
+    def ask(task: str, condition: str, part: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return replay(policy, _own_outputs(setting, split, task, condition, part), shares, weight)
+
+    @torch.no_grad()
+    def answer(task: str, condition: str, part: str) -> Answered:
+        scores = fuser(ask(task, condition, part)[0].flatten(1))
+        return _named(setting, split, scores, task, condition, part)
+
+    asked = torch.cat([((ask(task, CLEAN, TEST)[1] > 0) * shares).sum(1) for task in split.test])
+    share, size = float(asked.mean()), model.num_parameters()
+    parameters = {"fitted_on": len(rows), "cost_weight": weight, "asked": share}
+    cost = share * setting.costs(split)[1]
+    return System(answer, parameters, stored=size, active=round(share * size), cost=cost)
+
+
+def _output(setting: FusionSetting, split: UnseenSplit, seed: int, **options: Any) -> tuple[Any, Dataset, Any]:
+    """A FoE of outputs, what it was fitted on, and its fuser."""
+    if setting.speaks:
+        raise LeftOut("language models are fused by choosing among them")
+    model, rows = setting.model(split, OUTPUT), setting.fitting(split)
+    return model, rows, _fitted(setting, model, rows, seed, **options)
+
+
+def _fitted(setting: FusionSetting, model: Any, rows: Dataset, seed: int, **options: Any) -> Any:
+    """The fuser of a model, fitted on rows; the model serves other seeds too."""
+    fit_fuser(model, rows, seed=seed, inference_batch_size=setting.batch_size, **options)
+    return copy.deepcopy(model.fuser).to("cpu").eval()
+
+
+def _own_outputs(setting: FusionSetting, split: UnseenSplit, task: str, condition: str, part: str) -> torch.Tensor:
+    """The fused experts' probabilities of the labels that they know, (N, K, C)."""
+    outputs = setting.outputs(task, condition, part)[:, setting.fused(split)]
+    return outputs[:, :, _places(setting, split)]
+
+
+def _named(
+    setting: FusionSetting, split: UnseenSplit, scores: torch.Tensor, task: str, condition: str, part: str
+) -> Answered:
+    """Answers from scores of the labels that the fused experts know."""
+    places = _places(setting, split)
+    return Answered([places[own] for own in scores.argmax(1).tolist()], setting.right(task, condition, part))
+
+
+def _places(setting: FusionSetting, split: UnseenSplit) -> list[int]:
+    """Where the labels that the fused experts know lie among all."""
+    known = {normalise(label): place for place, label in enumerate(setting.labels)}
+    return [known[normalise(label)] for label in setting.model(split, OUTPUT).config.id2label.values()]

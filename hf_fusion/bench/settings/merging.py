@@ -1,0 +1,238 @@
+"""Suites of the kind "merging": full models of one base with a head for each task, which is told.
+
+What fuses them is in `merging_methods`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoProcessor, DataCollatorWithPadding
+
+from hf_fusion.bench.scoring import METRICS, Answered, answers, from_logits
+from hf_fusion.bench.settings.common import MAX_LENGTH, ROWS_COUNTED, Batch, Setting, multiplications, on_device
+from hf_fusion.bench.sources import expert_path
+from hf_fusion.bench.suite import Suite, UnseenSplit
+from hf_fusion.bench.systems import CLEAN, TEST, LeftOut, System, share_batches
+from hf_fusion.bench.zero_shot import fix_classes
+from hf_fusion.hub.files import download, pick_small, resolve
+from hf_fusion.hub.load import load_experts
+from hf_fusion.merging.engine.tensors import possible
+from hf_fusion.models.heads_wemoe import activate_heads
+from hf_fusion.training.adamerging import CoefficientMerge
+from hf_fusion.training.batches import Examples, class_logits, image_text_examples, read_examples
+from hf_fusion.types import Expert
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+State = Mapping[str, torch.Tensor]
+
+
+class MergingSetting(Setting):
+    """Experts of one base, with one backbone that becomes every merge of them in turn.
+
+    Args:
+        suite: of the kind "merging".
+        data_dir, limit, tuned_on, batch_size, device, allow_pickle: see `Setting`.
+
+    Attributes:
+        merge: all experts' task vectors and heads; its backbone is what runs.
+        base: tensors of the base.
+        names: tasks that have an expert, whose names the experts bear here.
+    """
+
+    def __init__(
+        self, suite: Suite, data_dir: Path | None, limit: int, tuned_on: int, batch_size: int = 16, device: str = "cpu",
+        allow_pickle: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(suite, data_dir, limit, tuned_on, batch_size, device, allow_pickle)
+        owned = {task.name: task.expert for task in suite.tasks.values() if task.expert}
+        self.names = list(owned)
+        self.start: Expert | None = None
+        if suite.base:
+            path = expert_path(suite.base, suite.build)
+            [self.start] = load_experts([path], gates=False, allow_pickle=allow_pickle)
+            if suite.head == "zero-shot-image":  # it reads texts as well, which no expert does
+                source = resolve(path)
+                download([(source, pick_small(source, code=False))])
+                processor = AutoProcessor.from_pretrained(str(source.folder), trust_remote_code=False)
+                self.start = replace(self.start, processor=processor)
+                self._classes = fix_classes(self.start.model, processor, suite)
+        base: Any = self.start and self.start.model
+        sources = [expert_path(own, suite.build) for own in owned.values()]
+        loaded = load_experts(sources, base=base, gates=False, allow_pickle=allow_pickle)
+        shared = self.start and self.start.processor
+        is_zero_shot = suite.head == "zero-shot-image"
+        self.experts = [
+            replace(own, name=name, processor=shared if is_zero_shot else own.processor or shared)
+            for name, own in zip(owned, loaded, strict=True)
+        ]
+        self.merge = CoefficientMerge(self.experts, base, "task", 0.0).to(device)
+        self.backbone = self.merge.backbone
+        known = {**dict(self.backbone.named_parameters()), **dict(self.backbone.named_buffers())}
+        self._targets = {name: known[name] for name in self.merge.tensors}
+        self.base = {name: tensor.detach().clone() for name, tensor in self._targets.items()}
+        self.states = [_Own(self, number) for number in range(len(self.names))]
+        self._shown: State | None = None
+        self._batches: dict[tuple[str, str, str], list[Batch]] = {}
+        self._embeddings: dict[tuple[str, str, str], torch.Tensor] = {}
+        self._logits: dict[tuple[int, str, str, str], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    # ---------------------------------------------------------------- rows
+
+    def batches(self, task: str, condition: str = CLEAN, part: str = TEST) -> list[Batch]:
+        """(row numbers, inputs with labels) each; encoded once."""
+        key = (task, condition, part)
+        if key not in self._batches:
+            self._batches[key] = self.collated(self.read(task, self.asked(task, self.some(task, condition, part))))
+        return self._batches[key]
+
+    def read(self, task: str, rows: Dataset) -> Examples:
+        """Rows as the model reads them."""
+        processor = self.merge.processor
+        if self.suite.head == "zero-shot-image":
+            return image_text_examples(processor, rows, {"input_ids": self._classes[task]})
+        if self.suite.head == "feature-extraction":
+            texts = processor(list(rows["text"]), truncation=True, max_length=MAX_LENGTH)
+            encoded = [{key: texts[key][number] for key in texts} for number in range(len(rows))]
+            return Examples(encoded, DataCollatorWithPadding(processor), _no_loss)
+        labels = list(self.merge.config.experts[self.names.index(task)]["labels"])
+        return read_examples(Expert(task, self.backbone, processor=processor, labels=labels), rows, MAX_LENGTH)
+
+    def kept_apart(self, expert: int) -> Examples:
+        """Rows of an expert's task that may be learned from, as it reads them."""
+        name = self.names[expert]
+        return self.read(name, self.rows(name).fit)
+
+    # ---------------------------------------------------------------- asking
+
+    def ask(self, model: Any, task: str, condition: str = CLEAN, part: str = TEST) -> Answered:
+        """What a model answers, called with the inputs and ``task=``."""
+        reads = METRICS[self.suite.tasks[task].metric].reads
+        tokenizer = self.merge.processor
+        found = share_batches(
+            self.batches(task, condition, part),
+            lambda inputs: answers(model, {**inputs, "task": task}, reads, tokenizer),
+        )
+        if reads != "embeddings":
+            return self.settled(found, task, self.some(task, condition, part))
+        given, right = torch.tensor(found.predictions), self.embeddings(task, condition, part)
+        return Answered(torch.cosine_similarity(given, right).tolist(), [1] * len(given))
+
+    def embeddings(self, task: str, condition: str, part: str) -> torch.Tensor:
+        """What the task's own expert makes of its rows, (N, d); computed once, and the backbone is as before."""
+        key = (task, condition, part)
+        if key not in self._embeddings:
+            before = self._shown
+            self.show(self.states[self.names.index(task)])
+            batches = self.batches(task, condition, part)
+            found = share_batches(batches, lambda inputs: answers(Dense(self), {**inputs, "task": task}, "embeddings"))
+            self._embeddings[key] = torch.tensor(found.predictions)
+            self.show(before or self.base)
+        return self._embeddings[key]
+
+    def dense(self, state: State, **facts: Any) -> System:
+        """The system that a state of the backbone is; the tensors that it lacks are the base's."""
+
+        def answer(task: str, condition: str, part: str) -> Answered:
+            self.show(state)
+            return self.ask(Dense(self), task, condition, part)
+
+        return System(answer, stored=self.sizes[0], active=self.sizes[1], **facts)
+
+    @torch.no_grad()
+    def show(self, state: State) -> None:
+        """Puts tensors into the backbone."""
+        if self._shown is not state:
+            for name, target in self._targets.items():
+                target.copy_(possible(name, state[name]))
+            self._shown = state
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Parameters of the dense model with all heads, and with one of them."""
+        heads = [p.numel() for path in self.merge.heads for p in self.backbone.get_submodule(path).parameters()]
+        whole = sum(p.numel() for p in self.backbone.parameters())
+        return whole, whole - round(sum(heads) * (1 - 1 / len(self.names)))
+
+    def relative_cost(self, model: Any) -> float:
+        """Multiplications of a model's forward as a multiple of the dense one's, on the first rows there are."""
+        task = self.names[0]
+        rows = self.some(task)
+        read = self.read(task, self.asked(task, rows.select(range(min(ROWS_COUNTED, len(rows))))))
+        inputs = on_device(read.collate(list(read.rows)), self.device)
+        if not getattr(self.backbone.config, "is_encoder_decoder", False):
+            inputs = {name: own for name, own in inputs.items() if name != "labels"}
+
+        with torch.no_grad():
+            own, dense = (multiplications(partial(called, **inputs, task=task)) for called in (model, Dense(self)))
+        return own / dense
+
+    @torch.no_grad()
+    def logits(self, expert: int, task: str, condition: str, part: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """An expert's logits (N, C) of the rows of a task, by this task's head, and the labels; computed once."""
+        key = (expert, task, condition, part)
+        if key not in self._logits:
+            self.show(self.states[expert])
+
+            def run(inputs: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+                return class_logits(Dense(self), {**inputs, "task": task}).tolist(), inputs["labels"].tolist()
+
+            found = share_batches(self.batches(task, condition, part), run)
+            self._logits[key] = (torch.tensor(found.predictions), torch.tensor(found.references))
+        return self._logits[key]
+
+    def expert_answers(self, expert: int, task: str, condition: str, part: str) -> Answered:
+        """What an expert answers under a task's head."""
+        reads = METRICS[self.suite.tasks[task].metric].reads
+        if reads in ("classes", "numbers"):
+            return Answered(*from_logits(*self.logits(expert, task, condition, part), reads))
+        self.show(self.states[expert])
+        return self.ask(Dense(self), task, condition, part)
+
+    def numbers(self, split: UnseenSplit) -> list[int]:
+        """Which experts a split fuses."""
+        return [self.names.index(name) for name in split.fuse]
+
+
+def _no_loss(model: Any, inputs: Any) -> torch.Tensor:
+    raise LeftOut("embeddings have no labels, hence no loss")
+
+
+class _Own(Mapping[str, torch.Tensor]):
+    """An expert's tensors, made when they are asked for: θ0 + τ_k."""
+
+    def __init__(self, setting: MergingSetting, number: int) -> None:
+        self.setting, self.number = setting, number
+        self.places = {name: place for place, name in enumerate(setting.merge.tensors)}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        vectors = getattr(self.setting.merge, f"vectors_{self.places[name]}")
+        return self.setting.base[name] + vectors[self.number]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+class Dense:
+    """The backbone, told the task."""
+
+    def __init__(self, setting: MergingSetting) -> None:
+        self.setting, backbone = setting, setting.backbone
+        self.config, self.forward = backbone.config, backbone.forward
+        self.generate = getattr(backbone, "generate", None)
+
+    def __call__(self, task: str, **inputs: Any) -> Any:
+        """As the backbone's forward, with the head of a task."""
+        merge = self.setting.merge
+        activate_heads(self.setting.backbone, merge.heads, self.setting.names.index(task))
+        return self.setting.backbone(**inputs)

@@ -1,0 +1,191 @@
+"""Suites of the kind "regression": language models that score texts, and a fuser that weighs their scores, so that
+they agree with people (the automatic evaluation of text in FoE's paper, arXiv 2310.01542).
+
+How a model is asked for a score says the suite's `Question`. Every expert scores a text once; what people said of it
+differs by task, and each task has a fuser of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DataCollatorForSeq2Seq, set_seed
+
+from hf_fusion.bench.scoring import Answered, answers, score
+from hf_fusion.bench.settings.common import ROWS_COUNTED, Setting, multiplications, on_device
+from hf_fusion.bench.sources import expert_path
+from hf_fusion.bench.suite import Suite, UnseenSplit
+from hf_fusion.bench.systems import CLEAN, FIT, System, share_batches
+from hf_fusion.hub.load import load_experts
+from hf_fusion.models.fuser_foe import Fuser
+from hf_fusion.training.batches import Examples
+from hf_fusion.training.fuser import train_fuser
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+LONGEST = 1024  # tokens of a prompt, as BARTScore and UniEval have them, or what the model takes; the end is cut off
+FIT_ROWS = 400  # that a fuser learns from
+HIDDEN = (32,)  # widths of the fuser: a handful of scores go in
+LEARNING_RATE = 1e-2  # of a fuser so small
+
+
+class RegressionSetting(Setting):
+    """Encoder-decoders that are asked for scores.
+
+    Args:
+        suite: of the kind "regression".
+        data_dir, limit, tuned_on, batch_size, device, allow_pickle: see `Setting`.
+
+    Attributes:
+        experts: one for each question; those that ask the same model share it.
+    """
+
+    def __init__(
+        self, suite: Suite, data_dir: Path | None, limit: int, tuned_on: int, batch_size: int = 16, device: str = "cpu",
+        allow_pickle: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(suite, data_dir, limit, tuned_on, batch_size, device, allow_pickle)
+        sources = list(dict.fromkeys(suite.experts.values()))
+        paths = [expert_path(source, suite.build) for source in sources]
+        loaded = dict(zip(sources, load_experts(paths, gates=False, allow_pickle=allow_pickle), strict=True))
+        for expert in loaded.values():
+            model: Any = expert.model
+            model.to(device).eval()
+        self.experts = [replace(loaded[source], name=name) for name, source in suite.experts.items()]
+        self._scores: dict[tuple[int, tuple[str, str]], float] = {}
+
+    def fitting(self, task: str) -> Dataset:
+        """Rows of a task that a fuser may learn from."""
+        rows = self.rows(task).fit.shuffle(seed=0)
+        return rows.select(range(min(FIT_ROWS, len(rows))))
+
+    def scores(self, rows: Dataset) -> torch.Tensor:
+        """What all experts say of rows, (N, K); each text is scored once, whatever the task."""
+        texts = list(zip(rows["text"], rows["text_pair"], strict=True))
+        for number in range(len(self.experts)):
+            new = [row for row, own in enumerate(texts) if (number, own) not in self._scores]
+            if new:
+                found = self._scored(number, rows.select(new)).tolist()
+                self._scores |= {(number, texts[row]): score for row, score in zip(new, found, strict=True)}
+        return torch.tensor([[self._scores[number, own] for number in range(len(self.experts))] for own in texts])
+
+    def _scored(self, number: int, rows: Dataset) -> torch.Tensor:
+        expert = self.experts[number]
+        words = self.suite.ask[expert.name].words
+        batches = self.collated(self._read(number, rows))
+        found = share_batches(batches, lambda inputs: answers(expert.model, inputs, "losses"))
+        losses, tokens = torch.tensor(found.predictions), torch.tensor(found.references)
+        if not words:
+            return -losses  # mean log-likelihood of a token
+        likelihoods = -(losses * tokens).view(len(rows), len(words))
+        return likelihoods.softmax(1)[:, 0]
+
+    def _read(self, number: int, rows: Dataset) -> Examples:
+        """Each row with each text whose likelihood is wanted. A long prompt loses its end: the question is in front."""
+        expert = self.experts[number]
+        question = self.suite.ask[expert.name]
+        tokenizer: Any = expert.processor
+        # not the tokenizer's own limit: T5's says 512, though its positions are relative
+        longest = min(LONGEST, getattr(expert.model.config, "max_position_embeddings", LONGEST))
+        read = []
+        for row in rows:
+            prompt = tokenizer(question.prompt.format(**row), truncation=True, max_length=longest)
+            for text in question.words or (question.target or "",):
+                own = tokenizer(text_target=text.format(**row), truncation=True, max_length=longest)
+                read.append({**prompt, "labels": own["input_ids"]})
+        return Examples(read, DataCollatorForSeq2Seq(tokenizer, model=expert.model), _own_loss)
+
+    def system(self, combine: Callable[[torch.Tensor, str], torch.Tensor], **facts: Any) -> System:
+        """A system of all experts from (their scores (N, K), the task) → one score of each row, (N,)."""
+
+        def answer(task: str, condition: str, part: str) -> Answered:
+            rows = self.some(task, condition, part)
+            return Answered(combine(self.scores(rows), task).tolist(), list(rows["label"]))
+
+        size = sum(model.num_parameters() for model in {id(own.model): own.model for own in self.experts}.values())
+        return System(answer, **{"stored": size, "active": size, "cost": sum(self.costs), **facts})
+
+    @cached_property
+    @torch.no_grad()
+    def costs(self) -> list[float]:
+        """Multiplications of each expert for a few rows, as multiples of the first one's."""
+        rows = self.some(next(iter(self.suite.tasks)))
+        rows = rows.select(range(min(ROWS_COUNTED, len(rows))))
+        found = []
+        for number, expert in enumerate(self.experts):
+            read = self._read(number, rows)
+            inputs = on_device(read.collate(list(read.rows)), self.device)
+            found.append(multiplications(partial(expert.model, **inputs)))
+        return [own / found[0] for own in found]
+
+
+def _own_loss(model: Any, inputs: Any) -> torch.Tensor:
+    return model(**inputs, use_cache=False).loss
+
+
+def experts(setting: RegressionSetting, split: UnseenSplit, seed: int) -> dict[str, System]:
+    """Every expert's own scores."""
+
+    def alone(number: int) -> System:
+        size = setting.experts[number].model.num_parameters()
+        facts = {"stored": size, "active": size, "cost": setting.costs[number]}
+        return setting.system(lambda scores, task: scores[:, number], **facts)
+
+    return {f"expert:{expert.name}": alone(number) for number, expert in enumerate(setting.experts)}
+
+
+def simple_ensemble(setting: RegressionSetting, split: UnseenSplit, seed: int) -> System:
+    """The mean of all scores, each with mean 0 and variance 1 over the rows kept apart."""
+    return setting.system(lambda scores, task: _standard(setting, scores, task).mean(1))
+
+
+def weighted_ensemble(setting: RegressionSetting, split: UnseenSplit, seed: int) -> System:
+    """The same, with weights by how well each expert agrees with people on the rows kept apart."""
+    weights = {
+        task: [max(0.0, _agreement(setting, task, number)) for number in range(len(setting.experts))]
+        for task in setting.suite.tasks
+    }
+
+    def combine(scores: torch.Tensor, task: str) -> torch.Tensor:
+        return _standard(setting, scores, task) @ torch.tensor(weights[task])
+
+    return setting.system(combine, parameters={f"weights, {task}": own for task, own in weights.items()})
+
+
+def foe(setting: RegressionSetting, split: UnseenSplit, seed: int) -> System:
+    """FoE for regression: for each task a fuser of all scores."""
+    fusers, rows = {}, 0
+    for task in setting.suite.tasks:
+        fit = setting.fitting(task)
+        rows = len(fit)
+        set_seed(seed)
+        fuser = Fuser(len(setting.experts), HIDDEN, 1, 0.0)
+        read, wanted = _standard(setting, setting.scores(fit), task), torch.tensor(fit["label"]).float()
+        on_cpu = torch.device(setting.device).type == "cpu"
+        train_fuser(fuser, read, wanted, learning_rate=LEARNING_RATE, batch_size=16, seed=seed, use_cpu=on_cpu)
+        fusers[task] = fuser
+
+    @torch.no_grad()
+    def combine(scores: torch.Tensor, task: str) -> torch.Tensor:
+        return fusers[task](_standard(setting, scores, task)).squeeze(1)
+
+    return setting.system(combine, parameters={"fitted_on": rows})
+
+
+def _agreement(setting: RegressionSetting, task: str, number: int) -> float:
+    """An expert's rank correlation with people on the rows that parameters are tuned on."""
+    rows = setting.some(task, CLEAN, FIT)
+    given = Answered(setting.scores(rows)[:, number].tolist(), list(rows["label"]))
+    return score(given, setting.suite.tasks[task].metric).score
+
+
+def _standard(setting: RegressionSetting, scores: torch.Tensor, task: str) -> torch.Tensor:
+    """Scores (N, K) on a common scale, by their mean and deviation over the rows that may be learned from."""
+    known = setting.scores(setting.fitting(task))
+    return (scores - known.mean(0)) / known.std(0).clamp_min(1e-9)

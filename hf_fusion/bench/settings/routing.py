@@ -1,0 +1,420 @@
+"""Suites of the kind "routing": LoRA adapters of one base, among which is chosen without being told the task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from os.path import commonprefix
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_fusion.bench.scoring import METRICS, Answered, answers
+from hf_fusion.bench.settings import fusion, merging_methods
+from hf_fusion.bench.settings.common import MAX_LENGTH, ROWS_COUNTED, Batch, Setting, multiplications
+from hf_fusion.bench.settings.fusion import FusionSetting
+from hf_fusion.bench.sources import expert_path
+from hf_fusion.bench.suite import Suite, UnseenSplit
+from hf_fusion.bench.systems import CLEAN, TEST, LeftOut, System, everything, seeded, share_batches
+from hf_fusion.errors import FusionError
+from hf_fusion.evaluation.retrieval import MINILM, TextEmbedder, texts_of
+from hf_fusion.evaluation.routing import (
+    PHATGOOSE,
+    WAYS,
+    Evaluation,
+    Way,
+    alone,
+    has_heads,
+    same_start,
+    unchanged_blocks,
+)
+from hf_fusion.hub.load import load_experts
+from hf_fusion.training.batches import Examples, read_examples
+from hf_fusion.types import Adapter
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from datasets import Dataset
+
+TOP_K = 2
+HEADS = "the experts bring heads of their own, without which their base has no answers"
+
+
+class RoutingSetting(Setting):
+    """Adapters of one base, which all systems share.
+
+    Args:
+        suite: of the kind "routing".
+        data_dir, limit, tuned_on, batch_size, device, allow_pickle: see `Setting`.
+
+    Attributes:
+        experts: all of the suite, under its names.
+        base: the tensors that an adapter changes, by name, as they are without it.
+        states: the same tensors of every expert, made when they are asked for.
+    """
+
+    def __init__(
+        self, suite: Suite, data_dir: Path | None, limit: int, tuned_on: int, batch_size: int = 16, device: str = "cpu",
+        allow_pickle: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(suite, data_dir, limit, tuned_on, batch_size, device, allow_pickle)
+        start = None if suite.base is None else expert_path(suite.base, suite.build)
+        sources = [expert_path(source, suite.build) for source in suite.experts.values()]
+        loaded = load_experts(sources, base=start, allow_pickle=allow_pickle)
+        if full := [name for name, own in zip(suite.experts, loaded, strict=True) if own.adapter is None]:
+            raise FusionError(f"{full[0]} is a whole model, and only adapters are routed", hint="kind: merging")
+        self.experts = [replace(own, name=name) for name, own in zip(suite.experts, loaded, strict=True)]
+        shared: Any = self.experts[0].model
+        self.model = shared.to(device)
+        self.names = [expert.name for expert in self.experts]
+        self.adapters: list[Adapter] = [expert.adapter for expert in self.experts if expert.adapter]
+        paths = dict.fromkeys(path for adapter in self.adapters for path in adapter.lora)
+        self._targets = {f"{path}.weight": self.model.get_submodule(path).weight for path in paths}
+        self.base = {name: tensor.detach().clone() for name, tensor in self._targets.items()}
+        self.states = [_Adapted(self.base, adapter) for adapter in self.adapters]
+        self.has_heads = has_heads(self.experts)
+        self._evaluations: dict[Any, _Evaluation] = {}
+        self._batches: dict[Any, list[Batch]] = {}
+        self._started: dict[Any, dict[int, Any]] = {}
+
+    @cached_property
+    def pooled(self) -> FusionSetting:
+        """The same experts and rows, for what hears all experts and chooses one."""
+        return FusionSetting(*self.given)
+
+    def numbers(self, split: UnseenSplit) -> list[int]:
+        """Which experts a split fuses."""
+        owners = (name if name in self.names else self.suite.owner(name) for name in split.fuse)
+        return [self.names.index(owner) for owner in owners if owner]
+
+    def evaluation(self, split: UnseenSplit, seed: int = 0, examples: int = 0) -> _Evaluation:
+        """The experts that a split fuses, as `evaluate_routing` would have them.
+
+        Args:
+            examples: rows that each of them was trained on, for what looks at these.
+
+        Raises:
+            LeftOut: such rows are wanted, and there are none.
+        """
+        key = (split.fuse, seed, examples)
+        if key not in self._evaluations:
+            fused = [self.experts[number] for number in self.numbers(split)]
+            missing = "arrow" if any(expert.gates is None for expert in fused) else None
+            options = {"top_k": TOP_K, "temperature": 1.0, "missing_gates": missing}
+            trained = {expert.name: self._own_rows(expert.name, "train") for expert in fused} if examples else {}
+            embedder = _Unframed(self.device) if examples else None
+            self._evaluations[key] = _Evaluation(
+                fused, {}, trained, {}, {}, options, embedder, examples, self.batch_size, MAX_LENGTH, seed
+            )
+        return self._evaluations[key]
+
+    def _own_rows(self, expert: str, part: str) -> Dataset:
+        for task in self.suite.tasks:
+            if self.suite.owner(task) == expert and (rows := getattr(self.rows(task), part)) is not None:
+                return rows
+        raise LeftOut(f"no rows that {expert} was trained on{'' if part == 'train' else ', nor like them'}")
+
+    def kept_apart(self, expert: int) -> Examples:
+        """Rows like those that an expert was trained on, as it reads them."""
+        own = self.experts[expert]
+        return read_examples(own, self._own_rows(own.name, "fit"), MAX_LENGTH)
+
+    def batches(self, evaluation: Evaluation, task: str, condition: str = CLEAN, part: str = TEST) -> list[Batch]:
+        """(row numbers, inputs with labels) each; encoded once."""
+        key = (task, condition, part, tuple(evaluation.names) if self.has_heads else ())  # labels are those of all
+        if key not in self._batches:
+            rows = self.asked(task, self.some(task, condition, part))
+            self._batches[key] = self.collated(evaluation.read(evaluation.router("own"), rows))
+        return self._batches[key]
+
+    @torch.no_grad()
+    def ask(self, evaluation: _Evaluation, way: Way, task: str, condition: str, part: str) -> Answered:
+        """What a router answers to rows, set up in a way."""
+        router: Any = evaluation.router(way.router)
+        reads = METRICS[self.suite.tasks[task].metric].reads
+        rows = evaluation.add(task, condition, part, self)
+        tokenizer, skipped = self.experts[0].processor, len(unchanged_blocks(router))
+        start: Any = nullcontext({}) if reads == "texts" else same_start([router])  # each step of writing starts anew
+        with start as remembered:
+
+            def run(batch: Batch) -> tuple[list[Any], list[Any]]:
+                numbers, inputs = batch
+                known = self._started.get((skipped, rows, numbers[0]), {})
+                remembered.clear()
+                remembered.update(known)
+                with way.within(evaluation, router, rows, numbers):
+                    answered = answers(router.backbone, inputs, reads, tokenizer)
+                if condition == CLEAN:
+                    self._started[skipped, rows, numbers[0]] = dict(remembered)
+                return answered
+
+            batches = self.batches(evaluation, task, condition, part)
+            found = share_batches([(numbers, (numbers, inputs)) for numbers, inputs in batches], run)
+            return self.settled(found, task, self.some(task, condition, part))
+
+    def expert_answers(self, expert: int, task: str, condition: str, part: str) -> Answered:
+        """What an expert answers to rows of any task."""
+        way = Way("expert", within=partial(alone, self.names[expert]))
+        return self.ask(self.evaluation(everything(self.suite)), way, task, condition, part)
+
+    def system(self, evaluation: _Evaluation, way: Way, **facts: Any) -> System:
+        """A router that is set up in a way."""
+        return System(partial(self.ask, evaluation, way), **facts)
+
+    def dense(self, state: Mapping[str, torch.Tensor], **facts: Any) -> System:
+        """The base with other weights.
+
+        Raises:
+            LeftOut: it has no answers of its own.
+        """
+        if self.has_heads:
+            raise LeftOut(HEADS)
+        evaluation = self.evaluation(everything(self.suite))
+
+        def answer(task: str, condition: str, part: str) -> Answered:
+            with self._showing(state):
+                return self.ask(evaluation, WAYS["base"], task, condition, part)
+
+        return System(answer, stored=self.size, active=self.size, **facts)
+
+    @contextmanager
+    def _showing(self, state: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Within this context the shared base has other weights."""
+        try:
+            with torch.no_grad():
+                for name, target in self._targets.items():
+                    target.copy_(state[name])
+            yield
+        finally:
+            with torch.no_grad():
+                for name, target in self._targets.items():
+                    target.copy_(self.base[name])
+
+    @property
+    def size(self) -> int:
+        """Parameters of the base."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def adapter_size(self, numbers: Sequence[int]) -> int:
+        """Parameters of some adapters."""
+        halves = (half for number in numbers for pair in self.adapters[number].lora.values() for half in pair)
+        saved = (tensor for number in numbers for tensor in self.adapters[number].saved.values())
+        return sum(tensor.numel() for tensor in (*halves, *saved))
+
+    def _counted(self, evaluation: _Evaluation) -> tuple[str, list[int], dict[str, Any]]:
+        """The first rows there are, on which multiplications are counted: their name, numbers and inputs."""
+        task = next(iter(self.suite.tasks))
+        numbers, inputs = self.batches(evaluation, task)[0]
+        given = {name: value[:ROWS_COUNTED] for name, value in inputs.items()}
+        if not self.model.config.is_encoder_decoder:
+            given.pop("labels")
+        return evaluation.add(task, CLEAN, TEST, self), numbers[:ROWS_COUNTED], given
+
+    @torch.no_grad()
+    def relative_cost(self, model: Any) -> float:
+        """Multiplications of a model's forward as a multiple of the base's."""
+        _, _, given = self._counted(self.evaluation(everything(self.suite)))
+        return multiplications(partial(model, **given)) / multiplications(partial(self.model, **given))
+
+    def cost(self, evaluation: _Evaluation, way: Way, embeds: bool = False) -> float:
+        """Multiplications of a forward as a multiple of the base's, on the first rows there are."""
+        router: Any = evaluation.router(way.router)
+        rows, numbers, given = self._counted(evaluation)
+
+        def count(own: Way) -> int:
+            # with gradients, since without them what adapters multiply is not seen: sampled products of sparse matrices
+            with torch.enable_grad(), own.within(evaluation, router, rows, numbers):
+                return multiplications(lambda: router.backbone(**given))
+
+        base, own = count(WAYS["base"]), count(way)
+        if embeds:
+            assert evaluation.embedder is not None
+            own += multiplications(partial(evaluation.embedder, texts_of(evaluation.suite[rows].select(numbers))))
+        return own / base
+
+
+@dataclass
+class _Evaluation(Evaluation):
+    """Rows come as they are asked for, and chance does not depend on their order."""
+
+    def add(self, task: str, condition: str, part: str, setting: RoutingSetting) -> str:
+        """The name of rows here."""
+        name = f"{task}/{condition}/{part}"
+        if name not in self.suite:
+            self.suite = {**self.suite, name: setting.asked(task, setting.some(task, condition, part))}
+        return name
+
+    def drawn(self, task: str, rows: Sequence[int]) -> AbstractContextManager[None]:
+        """Chance of its own for each batch."""
+        return seeded(self.seed, task, min(rows))
+
+
+class _Adapted(Mapping[str, torch.Tensor]):
+    """What an adapter makes of its base's tensors: W + BA, float32."""
+
+    def __init__(self, base: Mapping[str, torch.Tensor], adapter: Adapter) -> None:
+        self.base, self.adapter = base, adapter
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight, pair = self.base[name].float(), self.adapter.lora.get(name.removesuffix(".weight"))
+        if pair is None:
+            return weight
+        update = pair[1].float() @ pair[0].float()
+        return weight + (update.t() if self.adapter.transposed else update).to(weight.device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.base)
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+
+class _Unframed:
+    """Embeds what stands between the beginning and the end that all texts of the first call share: a chat's markup."""
+
+    def __init__(self, device: str) -> None:
+        from hf_fusion.assets.minilm import minilm_folder
+
+        try:
+            encoder: str | Path = minilm_folder()
+        except FusionError:  # its wheel is not installed
+            encoder = MINILM
+        self.embed = TextEmbedder(encoder)
+        self.embed.model.to(device)
+        self._frame: tuple[str, str] | None = None
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        """Embeddings of texts, (N, d)."""
+        if self._frame is None:
+            self._frame = commonprefix(texts), commonprefix([text[::-1] for text in texts])[::-1]
+        before, after = self._frame
+        return self.embed([text.removeprefix(before).removesuffix(after) for text in texts])
+
+
+# ---------------------------------------------------------------- the methods
+
+
+def pretrained(setting: RoutingSetting, split: UnseenSplit, seed: int) -> System:
+    """The base alone."""
+    if setting.has_heads:
+        raise LeftOut(HEADS)
+    way = WAYS["base"]
+    return setting.system(setting.evaluation(everything(setting.suite)), way, stored=setting.size, active=setting.size)
+
+
+def experts(setting: RoutingSetting, split: UnseenSplit, seed: int) -> dict[str, System]:
+    """Every expert that is fused, for everything: merged into the base it costs what the base does."""
+    evaluation, size = setting.evaluation(split), setting.size
+    return {
+        f"expert:{name}": setting.system(
+            evaluation, Way("expert", within=partial(alone, setting.names[number])), stored=size, active=size
+        )
+        for name, number in zip(split.fuse, setting.numbers(split), strict=True)
+    }
+
+
+def individual(setting: RoutingSetting, split: UnseenSplit, seed: int) -> System:
+    """Every task's own expert, of which PHATGOOSE's paper speaks as the oracle: it is told the task."""
+    evaluation = setting.evaluation(everything(setting.suite))
+
+    def answer(task: str, condition: str, part: str) -> Answered:
+        owner = setting.suite.owner(task)
+        if owner is None:
+            raise LeftOut("no expert was trained on it")
+        return setting.ask(evaluation, Way("oracle", within=partial(alone, owner)), task, condition, part)
+
+    return System(
+        answer,
+        stored=setting.size + setting.adapter_size(range(len(setting.names))),
+        active=setting.size + setting.adapter_size([0]),
+        cost=setting.cost(evaluation, Way("oracle", within=partial(alone, setting.names[0]))),
+    )
+
+
+def routed(setting: RoutingSetting, split: UnseenSplit, seed: int, way: str, examples: int = 0) -> System:
+    """A way to route.
+
+    Args:
+        way: a key of `hf_fusion.evaluation.routing.WAYS`.
+        examples: rows that each expert was trained on, where it looks at them.
+    """
+    numbers = setting.numbers(split)
+    without = [setting.names[number] for number in numbers if setting.experts[number].gates is None]
+    if way == PHATGOOSE and without:
+        raise LeftOut(f"{without[0]} has no gates")
+    evaluation, own, retrieves = setting.evaluation(split, seed, examples), WAYS[way], way == "retrieval"
+    router = evaluation.router(own.router)
+    size, each = setting.size, setting.adapter_size(numbers) / len(numbers)
+    gates = router.summary()["expert_parameters"] - setting.adapter_size(numbers)
+    if retrieves:
+        encoder: Any = evaluation.embedder
+        extra = sum(parameter.numel() for parameter in encoder.embed.model.parameters())
+    else:
+        extra = 0 if way == "uniform" else gates
+    asks = min(1 if retrieves else TOP_K, len(numbers))
+    return setting.system(
+        evaluation,
+        own,
+        parameters={"examples": examples} if examples else {"top_k": TOP_K, "temperature": 1.0},
+        stored=size + round(each * len(numbers)) + extra,
+        active=size + round(each * asks) + extra,
+        cost=setting.cost(evaluation, own, embeds=retrieves),
+    )
+
+
+def merged(setting: RoutingSetting, split: UnseenSplit, seed: int, by: str, **parameters: Any) -> System:
+    """The experts as whole models, merged; what no adapter changes stays.
+
+    Args:
+        by: a function of `merging_methods`.
+        parameters: its own.
+    """
+    if setting.has_heads:
+        raise LeftOut(HEADS)
+    return getattr(merging_methods, by)(setting, split, seed, **parameters)
+
+
+static = partial(merged, by="static")
+weighted_average = partial(merged, by="weighted_average")
+regmean_pp = partial(merged, by="regmean_pp")
+
+
+def emr(setting: RoutingSetting, split: UnseenSplit, seed: int) -> System:
+    """EMR has a mask for each task.
+
+    Raises:
+        LeftOut: always.
+    """
+    raise LeftOut("it takes the mask of a row's task, which is not told here")
+
+
+def smile(setting: RoutingSetting, split: UnseenSplit, seed: int, rank: int) -> System:
+    """SMILE: the MLPs' updates chosen token by token without training; all else is merged.
+
+    Args:
+        rank: that is kept of an update at most.
+    """
+    if setting.has_heads:
+        raise LeftOut(HEADS)
+    fused = [setting.experts[number] for number in setting.numbers(split)]
+    options = {"routing": "smile", "task_vectors": "low-rank", "rank": rank}
+    model = merging_methods.upscaled(fused, None, **options).to(setting.device)
+    evaluation, tokenizer = setting.evaluation(everything(setting.suite)), setting.experts[0].processor
+
+    def answer(task: str, condition: str, part: str) -> Answered:
+        reads = METRICS[setting.suite.tasks[task].metric].reads
+        batches = setting.batches(evaluation, task, condition, part)
+        found = share_batches(batches, lambda inputs: answers(model, inputs, reads, tokenizer))
+        return setting.settled(found, task, setting.some(task, condition, part))
+
+    size = sum(parameter.numel() for parameter in model.parameters())
+    return System(answer, {"rank": rank}, stored=size, active=size, cost=setting.relative_cost(model))
+
+
+def foe_selection(setting: RoutingSetting, split: UnseenSplit, seed: int) -> System:
+    """FoE that chooses an expert for each row by the embeddings of all."""
+    return fusion.foe_selection(setting.pooled, split, seed)

@@ -1,0 +1,202 @@
+"""The card of a static merge: a plain model of its experts' own class, which runs no code of ours."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_fusion.cards.parts import (
+    CHAT,
+    FEATURES,
+    IMAGE_IMPORT,
+    PICTURE,
+    PLAIN_USAGE,
+    Family,
+    Usage,
+    suite_lacking,
+    suite_measured,
+)
+from hf_fusion.hub.files import IMAGE_FILES, PROCESSOR_FILES
+from hf_fusion.hub.heads import architectures, head_of_adapter, head_of_architecture
+from hf_fusion.hub.lora import CONFIG as ADAPTER_CONFIG
+from hf_fusion.hub.lora import read_json
+from hf_fusion.hub.manifests import MODULES
+from hf_fusion.merging.engine.output import FACTS
+from hf_fusion.merging.methods import method_named
+from hf_fusion.recipe import Recipe
+from hf_fusion.types import ExpertInfo
+
+if TYPE_CHECKING:
+    from hf_fusion.cards.card import CardFacts
+
+MERGE = "merge"
+"""The family of all static merges."""
+
+_BOTH = Usage(
+    f'{PICTURE}inputs = processor(text=[{{text}}], images=[example], return_tensors="pt", padding=True)',
+    "print(model(**inputs).keys())",
+    imports=IMAGE_IMPORT,
+    processor="AutoProcessor",
+)
+# without a processor, or of a head that no row is for
+_LOADED = Usage("", "print(type(model).__name__, model.num_parameters())", processor="")
+
+
+def merge_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What was merged how, from the recipe; what came of it, from the folder.
+
+    Args:
+        config: ``config.json``, or ``adapter_config.json`` of adapters that became one.
+        folder: the merge's.
+    """
+    recipe = Recipe.load(folder)
+    row = method_named(recipe.method)
+    about = (inspect.getdoc(row.function) or "").partition("\n\n")[0].replace("`", "")
+    own = [expert.settings for expert in recipe.experts]
+    alike = {key for key in own[0] if all(each.get(key) == own[0][key] for each in own)} if len(own) > 1 else set()
+    values = recipe.parameters | {key: own[0][key] for key in alike}
+    parameters = [
+        {"name": name, "value": _shown(values.get(name, parameter.default)), "given": name in values}
+        for name, parameter in row.parameters.items()
+        if name in values or not any(name in each for each in own)
+    ]
+    parameters += [
+        {"name": name, "value": _shown(value), "given": True}
+        for name, value in values.items()
+        if name not in row.parameters
+    ]
+    files = {path.name for path in folder.iterdir()}
+    return {
+        "method": recipe.method,
+        "title": row.title,
+        "paper": row.url,
+        "about": " ".join(about.split()),
+        "parameters": parameters,
+        "settings": [{key: _shown(value) for key, value in each.items() if key not in alike} for each in own],
+        "class": next(iter(architectures(dict(config))), ""),
+        "texts": any(file in files for file in PROCESSOR_FILES),
+        "images": any(file in files for file in IMAGE_FILES),
+        "code": bool(config.get("auto_map")),
+        "adapter": ADAPTER_CONFIG in files,
+        "sentences": MODULES in files and ADAPTER_CONFIG not in files,
+        "sliced": bool(recipe.slices),
+        "tokenizer": bool(recipe.tokenizer),
+        "statistics": bool(row.statistics),
+        "dtype": recipe.dtype,
+        **_told(folder, recipe),
+    }
+
+
+def _told(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """What the merge itself has noted: experts of which less than all is merged, by their place in the recipe."""
+    facts = read_json(folder / FACTS, str(folder)) if (folder / FACTS).is_file() else {}
+    by_name = {expert.model: number for number, expert in enumerate(recipe.experts)}
+    partly = [
+        {"expert": by_name[row["model"]], "share": f"{100 * row['merged'] / row['parameters']:.3g} %"}
+        for row in facts.get("partly_merged", [])
+        if row["model"] in by_name
+    ]
+    return {"partly": partly, "notes": facts.get("notes", [])}
+
+
+def pipeline_tag(config: Mapping[str, Any], experts: Sequence[ExpertInfo]) -> str:
+    """The merged model's task: that of its experts where its head has it, else the usual one of the head."""
+    head = head_of_architecture(next(iter(architectures(dict(config))), None)) or head_of_adapter(dict(config))
+    tasks = {info.task for info in experts}
+    task = tasks.pop() if len(tasks) == 1 else None
+    if task and (head is None or task in head.tasks or head.auto == "AutoModel"):
+        return task
+    return head.tasks[0] if head else "feature-extraction"
+
+
+_SENTENCES = """from sentence_transformers import SentenceTransformer
+
+repo, revision = "{repo}", "{revision}"
+model = SentenceTransformer(repo, revision=revision{code})
+print(model.encode(["Some text to look at."]).shape)  # pooled, as its modules say
+"""
+
+
+def merge_usage(facts: CardFacts) -> str:
+    """Plain transformers: no code of the repo is asked for unless its experts have code of their own."""
+    options, revision = facts.options, facts.revision or "main"
+    if options.get("sentences"):
+        code = ", trust_remote_code=True" if options["code"] else ""
+        return _SENTENCES.format(repo=facts.repo_id, revision=revision, code=code)
+    auto, usage = facts.auto_class, CHAT if facts.options.get("chats") else _usage(facts)
+    if auto == "AutoModel" and options["class"] and not head_of_architecture(options["class"]) and not options["code"]:
+        auto = options["class"]  # a head that no Auto class of ours is for
+    code = ", trust_remote_code=True" if options["code"] else ""
+    load = f"{auto}.from_pretrained(repo, revision=revision{code})"
+    if options["adapter"]:
+        base, _, sha = (facts.base or "owner/base").partition("@")
+        labels = f", num_labels={len(facts.experts[0].labels)}" if facts.experts[0].labels else ""
+        pin = f', revision="{sha}"' if sha else ""
+        load = f'PeftModel.from_pretrained({auto}.from_pretrained("{base}"{pin}{labels}), repo, revision=revision)'
+    lines = [
+        *(["from peft import PeftModel"] if options["adapter"] else []),
+        f"from transformers import {', '.join(filter(None, (auto, usage.processor)))}",
+        "",
+        f'repo, revision = "{facts.repo_id}", "{revision}"',
+        *([f"processor = {usage.processor}.from_pretrained(repo, revision=revision{code})"] if usage.processor else []),
+        f"model = {load}",
+        "",
+        usage.inputs.format(text='"Some text to look at."'),
+        usage.answer,
+    ]
+    return usage.imports + "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
+
+
+def _usage(facts: CardFacts) -> Usage:
+    options = facts.options
+    if options["texts"] and options["images"]:
+        return _BOTH
+    if not options["texts"] and not options["images"]:
+        return _LOADED
+    features = FEATURES["images" if options["images"] else "texts"]
+    if facts.auto_class == "AutoModel":
+        return features if head_of_architecture(options["class"]) else _LOADED
+    usage = PLAIN_USAGE.get(facts.auto_class, _LOADED)
+    return usage if (usage.processor == "AutoImageProcessor") == options["images"] else _LOADED
+
+
+def merge_view(facts: CardFacts) -> dict[str, Any]:
+    """The table of results: a row for each task and mean, a cell for each system; and what experts have of their own.
+
+    Cells of a task's own expert are told apart.
+    """
+    results = facts.results or {"tasks": [], "systems": []}
+    rows = [
+        {"name": task["name"], "n": task["n"], "metric": task["metric"], "owner": task["owner"]}
+        | {"scores": [system["scores"].get(task["name"]) for system in results["systems"]]}
+        for task in results["tasks"]
+    ]
+    for group, name in (("held-in", "mean of the experts' tasks"), ("held-out", "mean of the other tasks")):
+        tasks = [task for task in results["tasks"] if (task["owner"] is None) == (group == "held-out")]
+        if len(tasks) > 1:
+            scores = [system["means"].get(group) for system in results["systems"]]
+            rows.append(
+                {
+                    "name": name if len(tasks) < len(results["tasks"]) else "mean",
+                    "n": sum(task["n"] for task in tasks),
+                    "metric": "",
+                    "owner": None,
+                    "scores": scores,
+                }
+            )
+    return {
+        "rows": rows,
+        "settings": list(dict.fromkeys(key for own in facts.options["settings"] for key in own)),
+        "labelled": any(expert.labels for expert in facts.experts),
+    }
+
+
+def _shown(value: Any) -> str:
+    """A parameter's value as a recipe has it; gradients and filters in one line."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+MERGE_FAMILY = Family("merge.md.j2", merge_options, suite_lacking, suite_measured, merge_usage, merge_view)

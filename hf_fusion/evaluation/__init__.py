@@ -1,0 +1,1 @@
+"""Measuring a fused model beside its experts and baselines."""

@@ -1,0 +1,286 @@
+"""Measures a merged model on the tasks of its experts, beside the experts themselves and simple merges of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_fusion.data import owners_by_name
+from hf_fusion.errors import FusionError
+from hf_fusion.evaluation.fusion import machine
+from hf_fusion.evaluation.results import Metric, SuiteResults, SuiteTask, compare
+from hf_fusion.hub.files import parts_of
+from hf_fusion.hub.heads import head_of_architecture, same_label
+from hf_fusion.hub.load import load_experts
+from hf_fusion.hub.lora import with_adapter
+from hf_fusion.progress import track
+from hf_fusion.training.adamerging import CoefficientMerge, merged_once
+from hf_fusion.training.batches import like_lengths, read_examples, score_rows, to_model
+from hf_fusion.types import Expert
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from huggingface_hub import HfApi
+    from transformers import PreTrainedModel
+
+    from hf_fusion.hub.load import ExpertLike
+    from hf_fusion.types import ExpertInfo
+
+logger = logging.getLogger(__name__)
+
+WEMOE, INDIVIDUAL, MERGED = "WEMoE", "individual experts", "merged"
+
+
+@dataclass(frozen=True)
+class System:
+    """One of the systems of a comparison.
+
+    Attributes:
+        model: called with ``task=`` and the inputs of a batch; gives what the task's dense model gives.
+        kind: see `SuiteSystem`.
+        within: the context that its forwards run in, of the model.
+    """
+
+    model: Any
+    kind: str = "baseline"
+    within: Callable[[Any], AbstractContextManager[Any]] = merged_once
+
+
+# What a static merge of the experts is, from λ and K: the coefficient of every task vector.
+MERGES: dict[str, tuple[str, Callable[[float, int], float]]] = {
+    "base": ("base", lambda scaling, count: 0.0),
+    "simple average": ("baseline", lambda scaling, count: 1 / count),
+    "task arithmetic": ("baseline", lambda scaling, count: scaling),
+}
+
+
+def evaluate_merging(
+    model: Any,
+    suite: Mapping[str, Dataset],
+    *,
+    experts: Sequence[ExpertLike] = (),
+    base: str | Path | PreTrainedModel | None = None,
+    owners: Mapping[str, str] | None = None,
+    more: Mapping[str, System] | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    batch_size: int = 64,
+    max_length: int = 512,
+    trust_remote_code: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    command: str = "",
+) -> SuiteResults:
+    """Measures a model on each task of a suite, with the task's own head.
+
+    A classifier's answer is the likeliest class; a language model's greedy answer is its target if and only if each of
+    the target's tokens is the likeliest after those before it.
+
+    Args:
+        model: a `WEMoEModel` or a `CoefficientMerge`; "WEMoE" in the results.
+        suite: task → test rows; columns ``text`` (``text_pair``) or ``image`` with ``label``, or ``prompt`` and
+            ``target``.
+        experts: what it was made of, as `load_experts` takes them; with them the base under the experts' heads, the
+            simple average, task arithmetic with the model's λ, and each expert on its own task are measured too.
+        base: what the experts were fine-tuned from.
+        owners: task → the expert whose task it is, where `owners_by_name` does not find it.
+        more: further systems by name.
+        metrics: task → "exact" (default) or "tokens", for language models.
+        batch_size: rows a step, taken in order of length.
+        max_length: the longest sequence, in tokens.
+        trust_remote_code: of the experts, see `load_experts`.
+        settings: kept in the results.
+        command: kept in the results.
+
+    Raises:
+        FusionError: for an empty suite, tasks without an expert, and rows that cannot be read.
+    """
+    if not suite or any(not len(rows) for rows in suite.values()):
+        raise FusionError("the suite has no tasks, or a task without rows")
+    owners = owners_by_name(suite, model.experts) | dict(owners or {})
+    for task in suite:
+        if owners.get(task) not in model.experts:
+            raise FusionError(
+                f"{task} is the task of none of the experts", hint=f"owners={{{task!r}: one of {model.experts}}}"
+            )
+    systems = {WEMOE: System(model, "router"), **(more or {})}
+    if experts:
+        systems |= _beside(model, experts, base, trust_remote_code)
+    tasks: list[SuiteTask] = []
+    scores: dict[str, dict[str, torch.Tensor]] = {name: {} for name in systems}
+    speaks = model.config.head in ("causal-lm", "seq2seq-lm")
+    for task, rows in track(suite.items(), "Measuring tasks"):
+        owner = owners[task]
+        metric = (metrics or {}).get(task, "exact") if speaks else "accuracy"
+        tasks.append(SuiteTask(task, metric, len(rows), owner))
+        labels = list(model.config.experts[model.experts.index(owner)]["labels"])
+        read = read_examples(Expert(task, model.backbone, processor=model.processor, labels=labels), rows, max_length)
+        batches = [(numbers, [read.rows[n] for n in numbers]) for numbers in like_lengths(read.rows, batch_size)]
+        for name, system in systems.items():
+            values = torch.zeros(len(rows))
+            with torch.no_grad(), system.within(system.model):
+                for numbers, batch in track(batches, f"Measuring {name} on {task}"):
+                    inputs = _inputs(read.collate(batch), model, owner, prompts=system.kind == "router" and speaks)
+                    values[numbers] = score_rows(system.model, inputs, metric).float().cpu()
+            scores[name][task] = values
+    kinds = {name: system.kind for name, system in systems.items()}
+    known = {"scaling": model.config.scaling, "adaptation": model.config.adaptation}
+    return SuiteResults(tasks, compare(tasks, scores, kinds, WEMOE), {**known, **(settings or {})}, command, machine())
+
+
+def evaluate_static(
+    merged: ExpertLike,
+    suite: Mapping[str, Dataset],
+    *,
+    experts: Sequence[str | Path | ExpertInfo | PreTrainedModel] = (),
+    base: str | Path | PreTrainedModel | None = None,
+    owners: Mapping[str, str] | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    batch_size: int = 64,
+    max_length: int = 512,
+    trust_remote_code: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    command: str = "",
+    api: HfApi | None = None,
+) -> SuiteResults:
+    """Measures a static merge on each task of a suite, beside its experts and their base.
+
+    Models are loaded one after the other: no more than one, with an adapter's base two, are in memory at a time. Those
+    whose head or whose classes are not the merged model's are left out, with a warning.
+
+    Args:
+        merged: its folder, its id, or the model as `fuse` returned it; "merged" in the results.
+        suite: task → test rows; columns ``text`` (``text_pair``) or ``image`` with ``label``, or ``prompt`` and
+            ``target``.
+        experts: what it was made of; also ``base+adapter``.
+        base: what they were fine-tuned from; default is the one that adapters among them record.
+        owners: task → the expert whose task it is, where `owners_by_name` does not find it.
+        metrics: task → "exact" (default) or "tokens", for language models.
+        batch_size: rows a step, taken in order of length.
+        max_length: the longest sequence, in tokens.
+        trust_remote_code: see `load_experts`.
+        settings: kept in the results.
+        command: kept in the results.
+        api: the Hub's client.
+
+    Raises:
+        FusionError: for an empty suite, rows that the merged model cannot read, and models that cannot be loaded.
+    """
+    if not suite or any(not len(rows) for rows in suite.values()):
+        raise FusionError("the suite has no tasks, or a task without rows")
+    options, wanted = {"trust_remote_code": trust_remote_code, "api": api}, metrics or {}
+    queue: list[tuple[str, Any]] = [(MERGED, merged), *(("expert", expert) for expert in experts)]
+    queue += [("base", base)] if base is not None else []
+    kinds: dict[str, str] = {}
+    scores: dict[str, dict[str, torch.Tensor]] = {}
+    names: list[str] = []
+    like: _Answers | None = None
+    for kind, given in queue:  # which grows where an adapter tells its base
+        expert = _loaded(given, options, base if kind == "expert" else None)
+        answers = _Answers.of(expert)
+        like = like or answers
+        if kind == "expert":
+            names.append(expert.name)
+            if expert.adapter and expert.adapter.base and "base" not in dict(queue):
+                revision = expert.adapter.base_revision
+                queue.append(("base", f"{expert.adapter.base}@{revision}" if revision else expert.adapter.base))
+        if answers != like:
+            logger.warning("%s is not measured: it has %s, the merged model %s", expert.name, answers, like)
+            continue
+        name = expert.name if kind == "expert" else kind
+        kinds[name], scores[name] = kind, {}
+        for task, rows in suite.items():
+            scores[name][task] = _score(expert, rows, like.metric(wanted.get(task)), batch_size, max_length)
+        del expert  # before the next is loaded
+    assert like is not None
+    known = owners_by_name(suite, names) | dict(owners or {})
+    tasks = [SuiteTask(t, like.metric(wanted.get(t)), len(rows), known.get(t)) for t, rows in suite.items()]
+    return SuiteResults(tasks, compare(tasks, scores, kinds, MERGED), dict(settings or {}), command, machine())
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What a model's answers mean: those of two models can be compared if it is the same."""
+
+    head: str
+    labels: tuple[str, ...]
+
+    @classmethod
+    def of(cls, expert: Expert) -> _Answers:
+        head = head_of_architecture(type(expert.model).__name__)
+        return cls(head.auto if head else type(expert.model).__name__, tuple(map(same_label, expert.labels)))
+
+    def metric(self, wanted: Metric | None) -> Metric:
+        """How they are scored: texts as wanted, classes by accuracy."""
+        return "accuracy" if self.labels else wanted or "exact"
+
+    def __str__(self) -> str:
+        return f"the classes {', '.join(self.labels[:6])}" if self.labels else f"the head of {self.head}"
+
+
+def _loaded(given: Any, options: Mapping[str, Any], start: Any = None) -> Expert:
+    """A model as it answers: an adapter in the weights of its base, the one before a plus, or what all start from."""
+    base, name = parts_of(given) if isinstance(given, str) else ("", given)
+    [expert] = load_experts([name], base or start, gates=False, **options)
+    if expert.adapter is None:
+        return expert
+    return replace(expert, model=with_adapter(expert.model, expert.adapter, expert.labels))
+
+
+def _score(expert: Expert, rows: Dataset, metric: Metric, batch_size: int, max_length: int) -> torch.Tensor:
+    """The score of every row, (N,)."""
+    read = read_examples(expert, rows, max_length)
+    values = torch.zeros(len(rows))
+    with torch.no_grad():
+        for numbers in track(list(like_lengths(read.rows, batch_size)), f"Measuring {expert.name}"):
+            inputs = to_model(read.collate([read.rows[n] for n in numbers]), expert.model)
+            values[numbers] = score_rows(expert.model, inputs, metric).float().cpu()
+    return values
+
+
+def _inputs(batch: Mapping[str, Any], model: Any, owner: str, prompts: bool) -> dict[str, Any]:
+    """A batch where the model is, with the task; of language models that route, with the tokens of their prompts."""
+    inputs: dict[str, Any] = {name: value.to(model.backbone.device) for name, value in batch.items()}
+    if prompts and model.config.head == "causal-lm":
+        inputs["prompt_mask"] = model.prompt_tokens(inputs)
+    return {**inputs, "task": owner}
+
+
+def _beside(model: Any, experts: Sequence[ExpertLike], base: Any, agreed: bool) -> dict[str, System]:
+    """The experts, each on its own task, and static merges of them."""
+    how: dict[str, Any] = {"gates": False, "trust_remote_code": agreed}
+    start: Any = load_experts([base], **how)[0] if base is not None else None
+    loaded = load_experts(list(experts), base=start, **how)
+    merge = CoefficientMerge(loaded, start and start.model, "layer", model.config.scaling).to(model.backbone.device)
+    if merge.experts != model.experts:
+        raise FusionError(f"the model is made of {model.experts}, not of {merge.experts}")
+    systems = {}
+    for name, (kind, coefficient) in MERGES.items():
+        given = [coefficient(model.config.scaling, len(loaded))] * len(loaded)
+        systems[name] = System(merge, kind, partial(CoefficientMerge.using, coefficients=given))
+    return {**systems, INDIVIDUAL: System(_Individual(merge, loaded), "oracle")}
+
+
+class _Individual:
+    """Each task's own expert, whole."""
+
+    def __init__(self, merge: CoefficientMerge, experts: Sequence[Expert]) -> None:
+        self.merge, self.config, self.forward = merge, merge.backbone.config, merge.backbone.forward
+        self.models: dict[str, Any] = {own.name: own.model for own in experts if own.adapter is None}
+
+    def __call__(self, task: str, **inputs: Any) -> Any:
+        if task not in self.models:
+            self.models = {task: self._adapted(task)}  # an adapter in its base, one at a time
+        return self.models[task](**inputs)
+
+    def _adapted(self, task: str) -> Any:
+        with self.merge.using(task):
+            return self.merge.dense(task)
+
+
+__all__ = ["INDIVIDUAL", "MERGED", "WEMOE", "System", "evaluate_merging", "evaluate_static"]

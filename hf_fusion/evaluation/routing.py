@@ -1,0 +1,355 @@
+"""Measures PHATGOOSE beside every baseline of its paper on a suite of tasks, none of which it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from hf_fusion.errors import FusionError
+from hf_fusion.evaluation.fusion import machine
+from hf_fusion.evaluation.results import Metric, SuiteResults, SuiteTask, compare
+from hf_fusion.evaluation.retrieval import Embedder, Retrieval, TextEmbedder
+from hf_fusion.hub.load import load_experts
+from hf_fusion.models.modeling_phatgoose import PhatgooseRouter
+from hf_fusion.progress import track
+from hf_fusion.training.batches import Examples, like_lengths, read_examples, score_rows
+from hf_fusion.training.gates import average_activation
+from hf_fusion.types import Expert
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+    from hf_fusion.hub.load import ExpertLike
+
+PHATGOOSE, ORACLE, HINDSIGHT = "PHATGOOSE", "oracle", "best in hindsight"
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a router is set up to be one of the systems: for `evaluate_routing` and for `bench.routing`.
+
+    Attributes:
+        kind: see `SuiteSystem`.
+        router: whose gates and rule, a key of `ROUTERS`.
+        within: (evaluation, router, rows of a task, row numbers of a batch) → the context its forward runs in.
+    """
+
+    kind: str
+    router: str = "own"
+    within: Callable[[Evaluation, PhatgooseRouter, str, list[int]], AbstractContextManager[Any]] = (
+        lambda evaluation, router, task, rows: nullcontext()
+    )
+
+
+# Gates and rule of a router -> how it is built of the experts.
+ROUTERS: dict[str, Callable[[Evaluation], PhatgooseRouter]] = {
+    "own": lambda evaluation: evaluation.build(evaluation.experts),
+    "average": lambda evaluation: evaluation.build(evaluation.with_average_gates()),
+    "arrow": lambda evaluation: evaluation.build(evaluation.experts, routing="arrow"),
+    "uniform": lambda evaluation: evaluation.build(evaluation.experts, routing="uniform"),
+}
+WAYS: dict[str, Way] = {
+    "base": Way("base", within=lambda evaluation, router, task, rows: router.using(None)),
+    PHATGOOSE: Way("router"),
+    "retrieval": Way(
+        "baseline",
+        within=lambda evaluation, router, task, rows: router.using(evaluation.retrieved(task)[rows]),
+    ),
+    "average activation": Way("baseline", "average"),
+    "Arrow": Way("baseline", "arrow"),
+    "merged": Way(
+        "baseline",
+        within=lambda evaluation, router, task, rows: router.using([1 / len(router.experts)] * len(router.experts)),
+    ),
+    "uniform": Way("baseline", "uniform", lambda evaluation, router, task, rows: evaluation.drawn(task, rows)),
+}
+SYSTEMS = (*WAYS, "experts", ORACLE)
+"""What can be compared: "experts" are all single experts, with the best one in hindsight."""
+
+
+def evaluate_routing(
+    experts: Sequence[ExpertLike],
+    suite: Mapping[str, Dataset],
+    *,
+    train_rows: Mapping[str, Dataset],
+    owners: Mapping[str, str],
+    systems: Sequence[str] | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    base: str | Path | PreTrainedModel | None = None,
+    top_k: int = 2,
+    temperature: float = 1.0,
+    missing_gates: str | Mapping[str, str | Path] | None = None,
+    embedder: Embedder | None = None,
+    examples: int = 1000,
+    batch_size: int = 32,
+    max_length: int = 512,
+    seed: int = 0,
+    command: str = "",
+) -> SuiteResults:
+    """Measures PHATGOOSE, its baselines, every expert and the oracle on each task of a suite.
+
+    One forward per batch and system (blocks below all adapters run once for all systems): a language model's greedy
+    answer is its target if and only if each of the target's tokens is the likeliest after those before it; a
+    classifier's answer is the likeliest of all experts' labels.
+    Nothing but the oracle and the single experts is told which task it sees.
+
+    Args:
+        experts: adapters with gates, as `load_experts` takes them; where the base lies is where it runs.
+        suite: task → test rows; columns ``prompt`` and ``target``, or ``text`` (or ``image``) and ``label``.
+        train_rows: expert → rows it was trained on, for retrieval and average activation.
+        owners: task → the expert that was trained on it; tasks without one are held out.
+        systems: some of `SYSTEMS`; by default all (but the base, where experts bring heads that it does not have).
+        metrics: task → "exact" (default) or "tokens", for language models.
+        base: the adapters' base, where it is not the one they record.
+        top_k, temperature, missing_gates: see `PhatgooseRouter.from_experts`.
+        embedder: makes embeddings of texts for retrieval; by default all-MiniLM-L6-v2, from the Hub.
+        examples: how many training rows of each expert retrieval and average activation see.
+        batch_size: rows a step, taken in order of length.
+        max_length: the longest sequence, in tokens.
+        seed: of the rows drawn from `train_rows` and of uniform routing.
+        command: recorded in the results.
+
+    Raises:
+        FusionError: for unknown systems, tasks or experts, empty or missing rows, and experts that do not fit together.
+    """
+    loaded = load_experts(list(experts), base=base)
+    evaluation = Evaluation(
+        loaded,
+        suite,
+        train_rows,
+        owners,
+        metrics or {},
+        {"top_k": top_k, "temperature": temperature, "missing_gates": missing_gates},
+        embedder,
+        examples,
+        batch_size,
+        max_length,
+        seed,
+    )
+    tasks, scores = evaluation.run(systems)
+    settings = {
+        **evaluation.options,
+        "gates": sorted({expert.gates.description if expert.gates else "none" for expert in loaded}),
+        "examples": examples,
+        "seed": seed,
+        "dtype": str(loaded[0].model.dtype).removeprefix("torch."),
+    }
+    kinds = dict.fromkeys(evaluation.names, "expert") | {name: way.kind for name, way in WAYS.items()}
+    return SuiteResults(tasks, compare(tasks, scores, kinds, PHATGOOSE), settings, command, machine())
+
+
+@dataclass
+class Evaluation:
+    """Experts, tasks and options, as `evaluate_routing` takes them, and what is made of them once."""
+
+    experts: list[Expert]
+    suite: Mapping[str, Dataset]
+    train_rows: Mapping[str, Dataset]
+    owners: Mapping[str, str]
+    metrics: Mapping[str, Metric]
+    options: dict[str, Any]
+    embedder: Embedder | None
+    examples: int
+    batch_size: int
+    max_length: int
+    seed: int
+    _retrieval: Retrieval | None = None
+    _retrieved: dict[str, torch.Tensor] = field(default_factory=dict)
+    _routers: dict[str, PhatgooseRouter] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """The experts' names."""
+        return [expert.name for expert in self.experts]
+
+    def run(self, systems: Sequence[str] | None) -> tuple[list[SuiteTask], dict[str, dict[str, torch.Tensor]]]:
+        """The tasks, and the rows' scores: system → task → (N,)."""
+        wanted = self._checked(systems)
+        ways = {name: way for name, way in WAYS.items() if name in wanted}
+        singles = {name: Way("expert", within=partial(alone, name)) for name in self.names}
+        routers = {kind: self.router(kind) for kind in ("own", *(way.router for way in ways.values()))}
+        tasks = []
+        scores: dict[str, dict[str, torch.Tensor]] = {}
+        for task, rows in track(self.suite.items(), "Measuring tasks"):
+            owner = self.owners.get(task)
+            own = singles if "experts" in wanted else {}
+            if ORACLE in wanted and owner is not None:
+                own = own or {owner: singles[owner]}
+            values, metric = self._scores(task, rows, {**ways, **own}, routers)
+            tasks.append(SuiteTask(task, metric, len(rows), owner))
+            for name, value in values.items():
+                if "experts" in wanted or name not in singles:
+                    scores.setdefault(name, {})[task] = value
+            if ORACLE in wanted and owner is not None:
+                scores.setdefault(ORACLE, {})[task] = values[owner]
+            if "experts" in wanted:
+                best = max(self.names, key=lambda name: float(values[name].mean()))
+                scores.setdefault(HINDSIGHT, {})[task] = values[best]
+        return tasks, scores
+
+    @torch.no_grad()
+    def _scores(
+        self, task: str, rows: Dataset, ways: Mapping[str, Way], routers: Mapping[str, PhatgooseRouter]
+    ) -> tuple[dict[str, torch.Tensor], Metric]:
+        """Every system's scores of one task's rows, (N,) each; a batch is prepared once for all of them."""
+        own = routers["own"]
+        speaks = own.config.head in ("causal-lm", "seq2seq-lm")
+        metric = self.metrics.get(task, "exact") if speaks else "accuracy"
+        read = self.read(own, rows)
+        scores = {name: torch.zeros(len(rows)) for name in ways}
+        with same_start(routers.values()) as remembered:
+            batches = list(like_lengths(read.rows, self.batch_size))
+            for numbers in track(batches, f"Measuring {len(ways)} systems on {task}"):
+                batch = dict(read.collate([read.rows[number] for number in numbers]))
+                batch = {name: value.to(own.device) for name, value in batch.items()}
+                remembered.clear()
+                for name, way in ways.items():
+                    router = routers[way.router]
+                    with way.within(self, router, task, numbers):
+                        scores[name][numbers] = score_rows(router.backbone, batch, metric).float().cpu()
+        return scores, metric
+
+    def read(self, router: PhatgooseRouter, rows: Dataset) -> Examples:
+        """Rows as the router reads them: labels are those of all experts."""
+        labels = list((router.config.id2label or {}).values()) if has_heads(self.experts) else []
+        whole = Expert("the router", router.backbone, processor=self.experts[0].processor, labels=labels)
+        return read_examples(whole, rows, self.max_length)
+
+    def router(self, kind: str) -> PhatgooseRouter:
+        """A router, one of `ROUTERS`; built once."""
+        if kind not in self._routers:
+            self._routers[kind] = ROUTERS[kind](self)
+        return self._routers[kind]
+
+    def build(self, experts: Sequence[Expert], **options: Any) -> PhatgooseRouter:
+        """A router of the experts; all share the parameters of the base."""
+        try:
+            return PhatgooseRouter.from_experts(experts, **self.options, **options)
+        except ValueError as error:
+            raise FusionError(str(error)) from error
+
+    def with_average_gates(self) -> list[Expert]:
+        """The experts with average activations for gates."""
+        sampled = self._sampled()
+        return [
+            replace(expert, gates=average_activation(expert, sampled[expert.name], max_length=self.max_length))
+            for expert in self.experts
+        ]
+
+    def retrieved(self, task: str) -> torch.Tensor:
+        """The retrieved expert of each row of a task as weights, (N, E)."""
+        if self._retrieval is None:
+            self._retrieval = Retrieval(self._sampled(), self.embedder or TextEmbedder())
+        if task not in self._retrieved:
+            choice = self._retrieval.choose(self.suite[task])
+            self._retrieved[task] = torch.nn.functional.one_hot(choice, len(self.experts)).float()
+        return self._retrieved[task]
+
+    def _sampled(self) -> dict[str, Dataset]:
+        """So many training rows of each expert, in the experts' order."""
+        rows = {name: self.train_rows[name].shuffle(seed=self.seed) for name in self.names}
+        return {name: own.select(range(min(self.examples, len(own)))) for name, own in rows.items()}
+
+    def drawn(self, task: str, rows: Sequence[int]) -> AbstractContextManager[None]:
+        """Chance of its own for each batch, whatever else is measured."""
+        return _seeded(hash((self.seed, list(self.suite).index(task), min(rows))))
+
+    def _checked(self, systems: Sequence[str] | None) -> list[str]:
+        """The systems to run, once everything that was given is known to fit."""
+        heads = has_heads(self.experts)
+        wanted = list(systems) if systems is not None else [name for name in SYSTEMS if name != "base" or not heads]
+        known = f"there are {', '.join(self.names)}"
+        if unknown := [name for name in wanted if name not in SYSTEMS]:
+            raise FusionError(f"no system {unknown[0]!r}; there are {', '.join(SYSTEMS)}")
+        if "base" in wanted and heads:
+            raise FusionError("the experts bring their own heads, without which their base has no answers")
+        if taken := [name for name in self.names if name in (*SYSTEMS, HINDSIGHT)]:
+            raise FusionError(f"an expert cannot be called {taken[0]!r} here: a system bears this name")
+        if not self.suite:
+            raise FusionError("the suite has no tasks")
+        if empty := [task for task, rows in self.suite.items() if not len(rows)]:
+            raise FusionError(f"the task {empty[0]} has no rows")
+        for task, owner in self.owners.items():
+            if task not in self.suite:
+                raise FusionError(f"{owner} is said to own {task!r}, which is no task of the suite")
+            if owner not in self.names:
+                raise FusionError(f"{task} is said to be owned by {owner!r}, which is no expert; {known}")
+        needing = [name for name in ("retrieval", "average activation") if name in wanted]
+        if needing and (missing := [name for name in self.names if not len(self.train_rows.get(name, ()))]):
+            raise FusionError(
+                f"{needing[0]} needs rows that {missing[0]} was trained on",
+                hint=f"train_rows={{{missing[0]!r}: …}}, or leave {' and '.join(needing)} out of systems",
+            )
+        return wanted
+
+
+def alone(
+    name: str, evaluation: Evaluation, router: PhatgooseRouter, task: str, rows: list[int]
+) -> AbstractContextManager[Any]:
+    """One expert for everything."""
+    return router.using(name)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Torch's chance starts from this seed, and goes on as before afterwards."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def same_start(routers: Iterable[PhatgooseRouter]) -> Iterator[dict[int, Any]]:
+    """Blocks before the first that an expert adapts give every system the same: here they run once for all of them.
+
+    Yields:
+        What the last of them gave, by block: where there is something, none of them runs. To be cleared before the
+        next batch.
+    """
+    remembered: dict[int, Any] = {}
+
+    def run(index: int, count: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if index in remembered:
+            return remembered[index]
+        given = forward(*args, **kwargs)
+        if index == count - 1:  # what the others gave is not looked at again
+            remembered.update(dict.fromkeys(range(count), given))
+        return given
+
+    blocks = []
+    for router in routers:
+        own = unchanged_blocks(router)
+        blocks += own
+        for index, block in enumerate(own):
+            block.forward = partial(run, index, len(own), block.forward)
+    try:
+        yield remembered
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def unchanged_blocks(router: PhatgooseRouter) -> list[Any]:
+    """The blocks of a router before the first that an expert adapts, where nothing before them is adapted either."""
+    paths = {path for profile in router.config.profiles for path in profile["ranks"]}
+    if router.config.is_encoder_decoder:  # its decoder reads what an adapted encoder gave
+        return []
+    for name, module in router.backbone.named_modules():
+        inside = [path.removeprefix(f"{name}.") for path in paths if path.startswith(f"{name}.")]
+        if isinstance(module, nn.ModuleList) and inside:
+            first = min(int(path.split(".")[0]) for path in inside)
+            return list(module[:first]) if len(inside) == len(paths) else []
+    return []
+
+
+def has_heads(experts: Sequence[Expert]) -> bool:
+    """Whether experts bring modules of their own, such as the head of a classifier."""
+    return any(expert.adapter is not None and expert.adapter.saved for expert in experts)

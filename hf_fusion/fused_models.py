@@ -1,0 +1,70 @@
+"""The families' classes as this package gives them: `from_experts` takes ids and folders, not loaded experts alone.
+
+What travels to the Hub knows nothing of hf_fusion, so how experts are loaded is handed to the classes here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from hf_fusion.hub.gates import read_gates
+from hf_fusion.hub.load import load_experts
+from hf_fusion.models.configuration_foe import FoEConfig
+from hf_fusion.models.configuration_phatgoose import PhatgooseConfig
+from hf_fusion.models.configuration_wemoe import WEMoEConfig
+from hf_fusion.models.generation_foe import FoEForGeneration
+from hf_fusion.models.modeling_foe import FoEModel
+from hf_fusion.models.modeling_phatgoose import PhatgooseForGeneration, PhatgooseRouter
+from hf_fusion.models.modeling_wemoe import WEMoEForGeneration, WEMoEModel
+from hf_fusion.models.processing_foe import FoEProcessor
+from hf_fusion.models.routing_wemoe import WEMoETrace
+from hf_fusion.models.trace_phatgoose import PhatgooseTrace
+from hf_fusion.training.gates import arrow_prototypes
+
+
+def _load_for_foe(experts: Any, base: Any = None) -> Any:
+    """Where hf_fusion is installed, `from_experts` takes ids and folders too."""
+    return load_experts(experts, base=base)
+
+
+def _load_for_phatgoose(
+    experts: Any, base: Any = None, missing_gates: Any = None, all_arrow: bool = False
+) -> list[Any]:
+    """Where hf_fusion is installed, `from_experts` takes ids and folders, and finds stand-ins for missing gates."""
+    loaded = load_experts(experts, base=base)
+    names = [expert.name for expert in loaded]
+    given = {} if missing_gates in (None, "arrow") else dict(missing_gates)
+    if unknown := [name for name in given if name not in names]:
+        raise ValueError(f"missing_gates names {unknown[0]}, but the experts are {', '.join(names)}")
+    if superfluous := [expert.name for expert in loaded if expert.name in given and expert.gates is not None]:
+        raise ValueError(f"missing_gates names {superfluous[0]}, which has gates")
+
+    def stand_in(expert: Any) -> Any:
+        where = "arrow" if all_arrow or missing_gates == "arrow" else given.get(expert.name)
+        if where is None or expert.adapter is None or (expert.gates is not None and not all_arrow):
+            return expert
+        if where == "arrow":
+            return replace(expert, gates=arrow_prototypes(expert))
+        gates = read_gates(where, expert.name, expert.adapter, expert.model)
+        if gates is None:
+            raise ValueError(f"{where} holds no gates for {expert.name}: write them there with hf_fusion.save_gates")
+        return replace(expert, gates=gates)
+
+    return [stand_in(expert) for expert in loaded]
+
+
+def _load_for_wemoe(experts: Any, base: Any = None) -> tuple[list[Any], Any]:
+    """Where hf_fusion is installed, `from_experts` takes ids, folders and bare models."""
+    base = load_experts([base])[0] if base is not None else None
+    return load_experts(experts, base=base), base
+
+
+FoEModel.load_experts = staticmethod(_load_for_foe)
+PhatgooseRouter.load_experts = staticmethod(_load_for_phatgoose)
+WEMoEModel.load_experts = staticmethod(_load_for_wemoe)
+
+__all__ = [
+    "FoEConfig", "FoEForGeneration", "FoEModel", "FoEProcessor", "PhatgooseConfig", "PhatgooseForGeneration",
+    "PhatgooseRouter", "PhatgooseTrace", "WEMoEConfig", "WEMoEForGeneration", "WEMoEModel", "WEMoETrace",
+]  # fmt: skip

@@ -1,0 +1,155 @@
+"""What a fused model says it was made of: where that is read, and how it is told to others.
+
+A recipe names folders by their paths, so that they are found again on this machine. Others are told a folder's name
+and the sha256 of its content instead: ``NAME@sha256:…``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from hf_fusion.errors import FusionError
+from hf_fusion.hub.files import in_parallel
+from hf_fusion.hub.lora import read_json
+from hf_fusion.hub.manifests import local_named_files
+from hf_fusion.io.files import open_file, own_file
+from hf_fusion.recipe import CONTENT, RECIPE_ATTRIBUTE, RECIPE_FILE, Recipe
+
+# model_type of a family -> the module that reads a recipe out of its config
+FAMILIES = {family: f"hf_fusion.models.recipe_{family}" for family in ("foe", "phatgoose", "wemoe")}
+# what belongs to a model; its card, results and training leftovers do not
+_MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja", ".py")
+_NOT_OF_IT = ("results.json", "routing.json", "coefficients.json", "trainer_state.json", "training_args.bin")
+
+
+def says_its_recipe(folder: str | Path) -> bool:
+    """Whether `recipe_in` finds one or has an error to raise; no for a plain model that nothing is known of."""
+    folder = Path(folder)
+    if (folder / RECIPE_FILE).exists() or not (folder / "config.json").exists():
+        return True
+    return read_json(folder / "config.json", str(folder)).get("model_type") in FAMILIES
+
+
+def recipe_in(folder: str | Path) -> Recipe:
+    """What the model in a folder was made of: its ``fusion.yaml``, or what its config says where it has none.
+
+    Raises:
+        FusionError: neither says it.
+    """
+    folder = Path(folder)
+    config = folder / "config.json"
+    if (folder / RECIPE_FILE).exists() or not config.exists():
+        return Recipe.load(folder)
+    content = read_json(config, str(folder))
+    if content.get("model_type") not in FAMILIES:
+        raise FusionError(
+            f"{folder} has no {RECIPE_FILE}, and its config.json does not say what it was made of.",
+            f"put the {RECIPE_FILE} that it was made by into the folder",
+        )
+    module = import_module(FAMILIES[content["model_type"]])
+    return _recorded(module.CONFIG.from_pretrained(folder), module)
+
+
+def recipe_of_model(model: Any) -> Recipe:
+    """What a model was made of, as `fuse` left it there or as its config says.
+
+    Raises:
+        FusionError: nothing says it.
+    """
+    if (recipe := getattr(model, RECIPE_ATTRIBUTE, None)) is not None:
+        return recipe
+    if model.config.model_type not in FAMILIES:
+        raise FusionError("Nothing says what this model was made of.", hint="pass recipe=, or make it with fuse()")
+    return _recorded(model.config, import_module(FAMILIES[model.config.model_type]))
+
+
+def _recorded(config: Any, module: Any) -> Recipe:
+    return Recipe.from_dict(module.recipe_of(config), "config.json")
+
+
+def model_files(folder: Path) -> list[str]:
+    """The files of a folder that make its model, as paths from it: weights, configuration, tokenizer, code."""
+    root = [
+        path.name
+        for path in folder.iterdir()
+        if path.name.endswith(_MODEL_FILES) and path.name not in _NOT_OF_IT and path.name[0] != "." and own_file(path)
+    ]
+    return sorted([*root, *local_named_files(folder, str(folder), code=True)])
+
+
+def content_of(folder: str | Path) -> str:
+    """``sha256:…`` of a folder's model files: that of the lines that ``sha256sum`` prints for them, by name."""
+    lines = hashlib.sha256()
+    for name in model_files(Path(folder)):
+        digest = hashlib.sha256()
+        with open_file(Path(folder, name), Path(folder)) as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        lines.update(f"{digest.hexdigest()}  {name}\n".encode())
+    return f"{CONTENT}{lines.hexdigest()}"
+
+
+def folders_of(recipe: Recipe) -> list[str]:
+    """The folders of this machine that a recipe names as models, each once."""
+    parts = [part for name in recipe.models for part in name.split("+")]
+    return list(dict.fromkeys(part for part in parts if Path(part).is_absolute()))
+
+
+def contents_of(folders: Sequence[str]) -> dict[str, str]:
+    """Each folder -> ``NAME@sha256:…``."""
+    names = in_parallel(lambda path: f"{Path(path).name}@{content_of(path)}", folders)
+    return dict(zip(folders, names, strict=True))
+
+
+def told(recipe: Recipe, names: Mapping[str, str]) -> Recipe:
+    """A recipe without a path of this machine.
+
+    Args:
+        recipe: with paths.
+        names: path -> what others are told instead; other paths (of statistics, gates) become their last part.
+    """
+    ids = {Path(path).name: name.partition("@")[0] for path, name in names.items()}  # as options call experts
+    content = _told({**recipe.to_dict(), "parameters": _renamed(recipe.parameters, ids)}, names)
+    return Recipe.from_dict({key: value for key, value in content.items() if value})
+
+
+def told_plain(value: Any, names: Mapping[str, str]) -> Any:
+    """Plain values of a JSON file without a path of this machine, commands included; `names` as `told` takes them."""
+    if isinstance(value, dict):
+        command = value.get("command")
+        own = {key: told_plain(inner, names) for key, inner in value.items()}
+        if isinstance(command, str):
+            own["command"] = " ".join(_told(word, names) for word in command.split(" "))
+        return own
+    if isinstance(value, list):
+        return [told_plain(inner, names) for inner in value]
+    return _told(value, names)
+
+
+def _told(value: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _told(inner, names) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_told(inner, names) for inner in value]
+    if not isinstance(value, str):
+        return value
+    parts = value.split("+")
+    if any(part in names for part in parts):
+        return "+".join(names.get(part, part) for part in parts)
+    path = Path(value)
+    is_path = path.is_absolute() and "\n" not in value and (len(path.parts) > 2 or path.exists())
+    return path.name if is_path else value
+
+
+def _renamed(value: Any, ids: Mapping[str, str]) -> Any:
+    """Options with experts by their new ids: as keys, and as ``default_task``."""
+    if not isinstance(value, Mapping):
+        return value
+    own = {ids.get(key, key): _renamed(inner, ids) for key, inner in value.items()}
+    if isinstance(task := own.get("default_task"), str):
+        own["default_task"] = ids.get(task, task)
+    return own

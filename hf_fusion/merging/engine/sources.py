@@ -1,0 +1,351 @@
+"""What is merged, opened: names, shapes and types of a model's tensors, and readers of their values."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_fusion.errors import FusionError
+from hf_fusion.hub.bases import base_id, warn_of_other_bases
+from hf_fusion.hub.files import (
+    Source,
+    download,
+    in_parallel,
+    parts_of,
+    pick_modules,
+    pick_small,
+    recorded_base,
+    resolve,
+    resolve_repo,
+    safe_files,
+)
+from hf_fusion.hub.heads import label_names
+from hf_fusion.hub.lora import read_adapter, read_json, weights_of
+from hf_fusion.hub.placement import place_in_files, refuse_sizes
+from hf_fusion.io.files import own_file
+from hf_fusion.merging.engine.checkpoint import DTYPES, Entry, Files, read_checkpoint
+from hf_fusion.merging.engine.tensors import InMemory, Reader, Stored
+from hf_fusion.merging.tied import tied_entries, without_copies
+from hf_fusion.types import Adapter
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+
+@dataclass
+class Model:
+    """A base or an expert.
+
+    Attributes:
+        name: ``owner/name@sha`` or a folder: what finds it again.
+        folder: its files.
+        config: content of its ``config.json``.
+        entries: its tensors, by their names in its files; an adapter has those of its base.
+        license: of its card, if it has one.
+        adapter: the LoRA adapter that it is, on the model of `entries`.
+        under: of an adapter: its base's folder.
+        modules: folders within its own whose weights are among `entries`, as ``2_Dense/linear.weight``.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    entries: dict[str, Entry]
+    license: str | None = None
+    adapter: Adapter | None = None
+    under: Path | None = None
+    modules: tuple[str, ...] = ()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Sizes of one of its tensors."""
+        saved = self.adapter.saved.get(name) if self.adapter else None
+        return tuple(saved.shape) if saved is not None else self.entries[name].shape
+
+    def module_of(self, name: str) -> str:
+        """The folder of the module that one of its tensors belongs to; "" for the model itself."""
+        return next((folder for folder in self.modules if name.startswith(f"{folder}/")), "")
+
+    def reader(self, name: str, files: Files) -> Reader:
+        """What reads one of its tensors."""
+        if self.adapter is None:
+            return Stored(self.entries[name], files)
+        saved = self.adapter.saved.get(name)
+        stored = Stored(self.entries[name], files) if saved is None else InMemory(saved)
+        pair = self.adapter.lora.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        path = name.removesuffix(".weight")
+        if path in self.adapter.rows:
+            return Replaced(stored, *self.adapter.rows[path])
+        is_transposed = self.adapter.transposed and path not in self.adapter.embeddings
+        return Adapted(stored, *pair, is_transposed) if pair else stored
+
+
+class Adapted:
+    """W + B A: a linear layer's weight with a LoRA's update, a few rows at a time.
+
+    Args:
+        weight: W, (d_out, d_in); GPT-2's Conv1D stores (d_in, d_out), and gets the transposed update.
+        a: A, (r, d_in).
+        b: B, (d_out, r).
+        transposed: whether a square W is such a one.
+    """
+
+    def __init__(self, weight: Reader, a: torch.Tensor, b: torch.Tensor, transposed: bool = False) -> None:
+        self.weight, self.shape = weight, weight.shape
+        square = self.shape[0] == self.shape[1]
+        is_transposed = transposed if square else self.shape != (b.shape[0], a.shape[1])
+        self.left, self.right = (a.T, b.T) if is_transposed else (b, a)
+        self.left, self.right = self.left.float(), self.right.float()
+
+    def read(self, start: int, out: torch.Tensor) -> None:
+        """Fills a flat float32 tensor with the values from `start` on."""
+        self.weight.read(start, out)
+        width = self.shape[1]
+        first, last = start // width, -(-(start + len(out)) // width)
+        update = (self.left[first:last] @ self.right).view(-1)  # rows first..last, flat
+        out.add_(update[start - first * width :][: len(out)])
+
+
+class Replaced:
+    """An embedding of which some rows are others.
+
+    Args:
+        weight: (tokens, width).
+        rows: numbers of the rows, (n,).
+        values: what they are, (n, width).
+
+    Raises:
+        FusionError: there is no such row.
+    """
+
+    def __init__(self, weight: Reader, rows: torch.Tensor, values: torch.Tensor) -> None:
+        self.weight, self.shape = weight, weight.shape
+        if values.shape[1:] != self.shape[1:] or (len(rows) and int(rows.max()) >= self.shape[0]):
+            raise FusionError(f"an adapter replaces rows up to {int(rows.max())} of an embedding of {[*self.shape]}")
+        self.values = {int(row): own.float().flatten() for row, own in zip(rows, values, strict=True)}
+
+    def read(self, start: int, out: torch.Tensor) -> None:
+        """Fills a flat float32 tensor with the values from `start` on."""
+        self.weight.read(start, out)
+        width = self.shape[1]
+        for row, values in self.values.items():
+            first, last = max(start, row * width), min(start + len(out), (row + 1) * width)
+            if first < last:
+                out[first - start : last - start] = values[first - row * width : last - row * width]
+
+
+def open_models(
+    names: Sequence[str], api: HfApi | None = None, base: str | None = None, *, merges_base: bool = True
+) -> list[Model]:
+    """Models from ids or folders: what is not here is fetched, all at once; no weights are read.
+
+    Args:
+        names: ``owner/name``, ``owner/name@revision`` or folders. LoRA adapters are opened on the base before a plus,
+            ``owner/base+owner/adapter``, else on `base`, else on the one that they record.
+        api: the Hub's client.
+        base: of the adapters; the bases that they record are not looked for then. One of `names` that is an adapter
+            itself is none.
+        merges_base: whether `base` serves for more than the adapters; if not, one of them must need it.
+
+    Raises:
+        FusionError: naming a model that cannot be found or read.
+    """
+    unique = {name: parts_of(name) for name in names}
+    sources = dict(zip(unique, in_parallel(lambda parts: resolve(parts[1], api), unique.values()), strict=True))
+    for name, source in sources.items():
+        if unique[name][0] and not source.is_adapter:
+            raise FusionError(f"{name}: {source.name} is no LoRA adapter", "write owner/base+owner/adapter")
+    adapters = {name: source for name, source in sources.items() if source.is_adapter}
+    if base and not merges_base and all(unique[name][0] for name in adapters):
+        raise FusionError(
+            f"no expert is an adapter that {base} would be the base of, and the method has no use for a base",
+            "list it among the experts, or leave it out",
+        )
+    if base in adapters:  # what is merged with as it is, on its own base, is nothing to put others on
+        base = None
+    # each base by its name, and whether that is a repo's: what an adapter on the Hub records is, whatever lies here
+    wanted_bases = {name: _base_of(source, unique[name][0] or base) for name, source in adapters.items()}
+    resolved = {(name, False): source for name, source in sources.items() if not unique[name][0]}
+    others = sorted(set(wanted_bases.values()) - resolved.keys())
+    found = in_parallel(lambda own: (resolve_repo if own[1] else resolve)(own[0], api), others)
+    resolved |= dict(zip(others, found, strict=True))
+    bases = {name: resolved[own] for name, own in wanted_bases.items()}
+    warn_of_other_bases((sources[name], base_id(bases[name])) for name in bases if not unique[name][0])
+    for name, under in bases.items():
+        if under.is_adapter:
+            raise FusionError(f"{name} has {under.name} as its base, which is an adapter too", "merge that one first")
+    wanted = [*sources.values(), *bases.values()]
+    files = [(source, _files(source)) for source in wanted]
+    download(files, api)
+    for source, own in files:
+        for file in own:
+            own_file(_folder(source) / file, _folder(source))
+    models: dict[Path, Model] = {}
+    for source in wanted:
+        if not source.is_adapter:
+            models.setdefault(_folder(source), _model(source))
+    opened = {
+        name: _adapted(source, models[_folder(bases[name])]) if source.is_adapter else models[_folder(source)]
+        for name, source in sources.items()
+    }
+    for name, (base_name, _) in unique.items():
+        if base_name:
+            opened[name].name = f"{models[_folder(bases[name])].name}+{opened[name].name}"
+    return [opened[name] for name in names]
+
+
+def _base_of(adapter: Source, given: str | None) -> tuple[str, bool]:
+    return (given, False) if given else (recorded_base(adapter), not adapter.is_local)
+
+
+def _files(source: Source) -> list[str]:
+    weights = safe_files(source)
+    if not weights and not source.is_adapter and (modules := pick_modules(source)):
+        places = ", ".join(dict.fromkeys(file.rpartition("/")[0] for file in modules))
+        raise FusionError(
+            f"{source.name} has its model in {places}, as its modules.json says, and not at its root",
+            "merge these folders one by one",
+        )
+    if not weights:
+        stem = "adapter_model" if source.is_adapter else "model"
+        raise FusionError(
+            f"{source.name} has no {stem}.safetensors", "only safetensors are merged; convert it, or load and save it"
+        )
+    return weights + pick_small(source, code=True) + pick_modules(source)
+
+
+def _folder(source: Source) -> Path:
+    assert source.folder is not None
+    return source.folder
+
+
+def _model(source: Source) -> Model:
+    folder = _folder(source)
+    name = str(folder.resolve()) if source.is_local else f"{source.name}@{source.revision}"
+    if not own_file(folder / "config.json"):
+        raise FusionError(f"{source.name} has no config.json", "fetch it again, or save it again")
+    config = read_json(folder / "config.json", source.name)
+    if config.get("quantization_config"):
+        raise FusionError(f"{source.name}: its weights are quantized", "use the unquantized checkpoint")
+    license_id = source.card.get("license")
+    modules = _modules(source)
+    entries = read_checkpoint(folder, source.name) | _named(modules)
+    known = str(license_id).lower() if license_id else None
+    return Model(name, folder, config, entries, known, modules=tuple(modules))
+
+
+def _modules(source: Source) -> dict[str, dict[str, Entry]]:
+    """The tensors of sentence-transformers' modules beside the model, by the module's folder."""
+    folders = dict.fromkeys(file.rpartition("/")[0] for file in pick_modules(source))
+    root = _folder(source)
+    return {own: read_checkpoint(root / own, f"{source.name}/{own}", root) for own in folders}
+
+
+def _named(modules: Mapping[str, Mapping[str, Entry]]) -> dict[str, Entry]:
+    return {f"{folder}/{name}": entry for folder, own in modules.items() for name, entry in own.items()}
+
+
+def _adapted(source: Source, base: Model) -> Model:
+    folder = _folder(source)
+    adapter = read_adapter(folder, source.name, embeddings=True)
+    adapter.base = base.name
+    name = str(folder.resolve()) if source.is_local else f"{source.name}@{source.revision}"
+    tied = tied_entries(base)
+    known_entries = base.entries | tied
+    placed = place_in_files(
+        adapter,
+        source.adapter,
+        base.config,
+        [*(own for own in base.entries if not base.module_of(own)), *tied],
+        called=source.name,
+        base=base.name,
+        labels=label_names(source.config),
+    )
+    entries = {own: known_entries[name] for own, name in placed.names.items()}
+    entries |= _saved_alone(placed.adapter, entries, folder)
+    shapes = {own: entry.shape for own, entry in known_entries.items()}
+    grown = {placed.names[own]: tuple(t.shape) for own, t in placed.adapter.saved.items() if own in placed.names}
+    refuse_sizes(placed, shapes | grown, source.name, base.name)
+    license_id = source.card.get("license")
+    known = str(license_id).lower() if license_id else None
+    modules = _modules(source)  # they were trained beside it, and replace the base's
+    entries |= {own: entry for own, entry in base.entries.items() if base.module_of(own)} | _named(modules)
+    folders = tuple(dict.fromkeys((*base.modules, *modules)))
+    made = Model(name, folder, placed.config, entries, known, placed.adapter, base.folder, folders)
+    return without_copies(made, {own: entries[own] for own in tied if own in entries})
+
+
+def _saved_alone(adapter: Adapter, known: Mapping[str, Entry], folder: Path) -> dict[str, Entry]:
+    """What an adapter saves that its base does not have, as tensors of the adapter's own file."""
+    file = weights_of(folder)
+    assert file is not None  # `_files` has seen to it
+    types = {f"torch.{name}": key for key, (name, _) in DTYPES.items()}
+    return {
+        name: Entry(name, types[str(tensor.dtype)], tuple(tensor.shape), file, 0)  # read from memory, not from there
+        for name, tensor in adapter.saved.items()
+        if name not in known
+    }
+
+
+# ---------------------------------------------------------------- one name for one tensor
+
+
+def align(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, str]:
+    """The other model's tensors by the names they have in the first.
+
+    A model with a head calls its body's tensors by a prefix (``bert.``, ``model.``) that the body alone does without.
+    Of all prefixes that one of the two has before some of its names, the one by which most names agree is taken.
+
+    Args:
+        first: a model's tensors by name.
+        other: another's.
+
+    Returns:
+        Name in the first -> name in the other, of those that agree.
+    """
+    # a body's prefix is before most names: a model whose every name begins on its own is not tried in all ways
+    heads = (Counter(name.partition(".")[0] + "." for name in names).most_common(8) for names in (first, other))
+    prefixes = ["", *(prefix for found in heads for prefix, _ in found)]
+    best: dict[str, str] = {}
+    for prefix in prefixes:
+        for found in (
+            {name: prefix + name for name in first if prefix + name in other},
+            {name: name.removeprefix(prefix) for name in first if name.removeprefix(prefix) in other},
+        ):
+            if len(found) > len(best):
+                best = found
+    return best
+
+
+LAYER = re.compile(r"^(?P<stack>(?:.*?[._])?(?:layers|layer|h|blocks|block))\.(?P<number>\d+)\.(?P<rest>.+)$")
+"""A tensor of one of many like layers: the stack it belongs to, its number there, and its name within."""
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a tensor belongs to, counted within its stack."""
+    match = LAYER.match(name)
+    return int(match["number"]) if match else None
+
+
+def is_before_layers(name: str) -> bool:
+    """Whether a tensor outside of the layers comes before them (embeddings) rather than behind (final norms, heads)."""
+    return "embed_out" not in name and ("embed" in name or re.search(r"\b(wte|wpe|shared)\b", name) is not None)
+
+
+def depths(names: Iterable[str]) -> dict[str, float]:
+    """How deep every tensor lies in its stack of layers: 0 in the first, 1 in the last; 0 outside, as in mergekit."""
+    last: dict[str, int] = {}
+    for name in names:
+        if match := LAYER.match(name):
+            last[match["stack"]] = max(last.get(match["stack"], 0), int(match["number"]))
+    found = {}
+    for name in names:
+        match = LAYER.match(name)
+        end = last[match["stack"]] if match else 0
+        found[name] = int(match["number"]) / end if match and end else float(match is not None)
+    return found

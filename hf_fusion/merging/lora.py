@@ -1,0 +1,329 @@
+"""Several LoRA adapters of one base as one adapter, which PEFT loads: of a base no weights are read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import shutil
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import torch
+
+from hf_fusion.errors import FusionError
+from hf_fusion.hub.bases import base_id, warn_of_other_bases
+from hf_fusion.hub.files import Source, download, in_parallel, pick_modules, pick_small, resolve, safe_files
+from hf_fusion.hub.headers import Shapes, hub_shapes, local_shapes
+from hf_fusion.hub.lora import CONFIG, read_adapter
+from hf_fusion.hub.placement import by_todays_names, place_in_files, refuse_sizes
+from hf_fusion.io.files import own_file, read_file
+from hf_fusion.io.folders import refuse_to_replace, replace_folder
+from hf_fusion.merging.engine.output import disk_full_named
+from hf_fusion.merging.engine.sources import depths
+from hf_fusion.merging.merge import MergeReport
+from hf_fusion.merging.methods.linear import shares
+from hf_fusion.merging.methods.lora import Factors, lora
+from hf_fusion.recipe import RECIPE_FILE, Recipe
+from hf_fusion.schema import arguments_at, check_setting, parameters_of
+from hf_fusion.types import Adapter
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = "adapter_model.safetensors"
+# what of a first adapter's configuration is true of the merged one as well
+_KEPT = ("auto_mapping", "fan_in_fan_out", "task_type")
+
+
+@dataclass(frozen=True)
+class AdapterReport(MergeReport):
+    """What became of the adapters.
+
+    Attributes:
+        ranks: module path -> rank.
+        errors: module path -> ‖Σ w_i ΔW_i - ΔW‖ / ‖Σ w_i ΔW_i‖, of modules that were cut to a rank.
+        error: the same over all of those modules together; 0 for an exact merge.
+    """
+
+    ranks: dict[str, int]
+    errors: dict[str, float]
+    error: float
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """An adapter that is merged."""
+
+    name: str  # finds it again
+    source: Source
+    tensors: Adapter
+    config: Mapping[str, Any] = field(repr=False)
+
+
+def merge_adapters(
+    recipe: Recipe, folder: str | Path, *, overwrite: bool = False, api: HfApi | None = None
+) -> AdapterReport:
+    """Merges LoRA adapters into one: Σ w_i ΔW_i, exactly by concatenation or cut to a rank; see `methods.lora.lora`.
+
+    The adapters may differ in rank, alpha, rsLoRA, patterns and modules. What they saved whole (PEFT's
+    ``modules_to_save``: heads) is kept where it is the same in all; else it becomes Σ w_i θ_i, for which every adapter
+    must have it and the weights must sum to 1: that is θ0 + Σ w_i (θ_i - θ0), whatever the base has there.
+
+    Args:
+        recipe: ``method: lora`` with adapters as experts. ``base`` names the base where it is not the one they record:
+            its shapes are then read, from headers alone.
+            ``weight`` and ``rank`` may be given by module and layer like any static method's parameters. Weights
+            are stored in single precision unless ``dtype`` says otherwise.
+        folder: created if missing.
+        overwrite: whether an adapter that the folder holds may be replaced.
+        api: the Hub's client.
+
+    Raises:
+        FusionError: an expert is no adapter that can be written as W + B A; the adapters' bases, sizes or saved modules
+            do not go together; a parameter is unknown or out of its range.
+    """
+    began = time.perf_counter()
+    folder = Path(folder).resolve()
+    known = parameters_of(lora)
+    for where, settings in [("parameters", recipe.parameters), *((e.model, e.settings) for e in recipe.experts)]:
+        for key, value in settings.items():
+            if key not in known:
+                raise FusionError(f"{where}: lora has no parameter {key!r}", f"use {', '.join(known)}")
+            if where != "parameters" and not known[key].per_expert:
+                raise FusionError(f"{where}: {key} is one for all experts", "give it under parameters:")
+            check_setting(known[key], value, where)
+    if recipe.slices or recipe.tokenizer or recipe.chat_template:
+        raise FusionError("adapters are merged without slices, tokenizer and chat_template", "leave them out")
+    opened = _opened(recipe, api)
+    for adapter in opened:
+        own = adapter.source.folder.resolve() if adapter.source.folder else folder
+        if own == folder or folder in own.parents or own in folder.parents:
+            raise FusionError(f"the output {folder} overlaps the input {own}", "choose another --output")
+    refuse_to_replace(folder, overwrite)
+    base = _base(recipe, opened, api)
+    opened = _in_one_layout(opened, base, bool(recipe.base), api)
+    factors = _factors(recipe, opened)
+    saved = _saved(recipe, opened)
+    dtype = getattr(torch, recipe.dtype or "float32")
+    experts = tuple(replace(e, model=o.name) for e, o in zip(recipe.experts, opened, strict=True))
+    pinned = replace(recipe, base=base, experts=experts)
+    nbytes = _write(folder, pinned, opened, factors, saved, dtype)
+    cut = {path: found for path, found in factors.items() if found.norm}
+    total = sum(found.norm for found in cut.values())
+    return AdapterReport(
+        folder,
+        pinned,
+        2 * len(factors) + len(saved),
+        nbytes,
+        time.perf_counter() - began,
+        ranks={path: len(found.a) for path, found in factors.items()},
+        errors={path: math.sqrt(found.lost / found.norm) for path, found in cut.items()},
+        error=math.sqrt(sum(found.lost for found in cut.values()) / total) if total else 0.0,
+    )
+
+
+def _opened(recipe: Recipe, api: HfApi | None) -> list[_Opened]:
+    """All adapters, fetched where they are not here."""
+    names = [expert.model for expert in recipe.experts]
+    sources = in_parallel(lambda name: resolve(name, api), names)
+    for source in sources:
+        if not source.is_adapter:
+            raise FusionError(f"{source.name} is no adapter", "method: linear merges it with an adapter's whole model")
+        if WEIGHTS not in source.sizes:
+            raise FusionError(f"{source.name} has no {WEIGHTS}", "only safetensors are merged: load and save it")
+    for source in sources:
+        if modules := pick_modules(source):
+            raise FusionError(f"{source.name} has weights of a module in {modules[0]}", "method: linear merges it too")
+    download([(source, [WEIGHTS, *pick_small(source, code=False)]) for source in sources], api)
+    found = []
+    for source in sources:
+        assert source.folder is not None
+        name = str(source.folder.resolve()) if source.is_local else f"{source.name}@{source.revision}"
+        adapter = read_adapter(source.folder, source.name, embeddings=True)
+        if adapter.rows:
+            raise FusionError(
+                f"{source.name} replaces rows of {min(adapter.rows)}, which no update of a LoRA expresses",
+                "method: linear merges it with an adapter's whole model",
+            )
+        found.append(_Opened(name, source, adapter, source.adapter))
+    return found
+
+
+def _base(recipe: Recipe, opened: Sequence[_Opened], api: HfApi | None) -> str | None:
+    """The one base of all adapters, ``owner/name[@revision]``: the recipe's, once they are known to fit it.
+
+    Raises:
+        FusionError: they record several, or do not fit the one that the recipe names.
+    """
+    if recipe.base:
+        base = resolve(recipe.base, api)
+        if base.is_adapter:
+            raise FusionError(f"{recipe.base} is an adapter: no adapter's base", "base: owner/name of the whole model")
+        name = str(base.folder.resolve()) if base.folder and base.is_local else f"{base.name}@{base.revision}"
+        shapes = {} if base.config.get("quantization_config") else _shapes(base)  # packed: nothing to compare with
+        for adapter in opened if shapes else ():
+            settings = adapter.config
+            placed = place_in_files(adapter.tensors, settings, base.config, shapes, called=adapter.name, base=name)
+            refuse_sizes(placed, shapes, adapter.name, name)
+        warn_of_other_bases((adapter.source, base_id(base)) for adapter in opened)
+        return name
+    recorded = {o.tensors.base: o.name for o in opened}
+    if len(recorded) > 1:
+        told = ", ".join(f"{name} of {base or 'nothing'}" for base, name in recorded.items())
+        raise FusionError(f"the adapters record several bases: {told}", "say which one they share: base: owner/name")
+    first = opened[0].tensors
+    return f"{first.base}@{first.base_revision}" if first.base and first.base_revision else first.base or None
+
+
+def _in_one_layout(opened: list[_Opened], base: str | None, is_known: bool, api: HfApi | None) -> list[_Opened]:
+    """Adapters of older and newer transformers by the same module paths, those of today.
+
+    The base's configuration tells them. It is looked for where the recipe names the base, or where adapters have not
+    one kind of module in common; where it cannot be read, paths stay as they are.
+    """
+    kinds = [{re.sub(r"\.\d+(?=\.)", ".*", path) for path in o.tensors.lora} for o in opened]
+    if not base or not (is_known or any(not kinds[0] & kind for kind in kinds)):
+        return opened
+    try:
+        config = resolve(base, api).config
+    except FusionError as error:
+        logger.debug("%s", error)
+        return opened
+    return [replace(o, tensors=by_todays_names(o.tensors, o.config, config, o.name)) for o in opened]
+
+
+def _shapes(base: Source) -> Shapes:
+    """The shapes in the headers of a base's weights; its pickles have none to look at."""
+    files = [file for file in safe_files(base) if file.endswith(".safetensors")]
+    return local_shapes(base.folder, files) if base.folder and base.is_local else hub_shapes(base, files)
+
+
+def _factors(recipe: Recipe, opened: Sequence[_Opened]) -> dict[str, Factors]:
+    """Module path -> its merged factors, of every module that any adapter adapts."""
+    paths = list(dict.fromkeys(path for o in opened for path in o.tensors.lora))
+    own = [[expert.settings] for expert in recipe.experts]
+    merged = {}
+    for name, depth in depths({f"{path}.weight": None for path in paths}).items():
+        path = name.removesuffix(".weight")
+        pairs = [o.tensors.lora.get(path) for o in opened]
+        sizes = {o.name: [p[1].shape[0], p[0].shape[1]] for o, p in zip(opened, pairs, strict=True) if p}
+        if len({tuple(size) for size in sizes.values()}) > 1:
+            told = ", ".join(f"{size} in {own}" for own, size in sizes.items())
+            raise FusionError(f"{path} is of several sizes, [out, in]: {told}: these adapters have no base in common")
+        merged[path] = lora(pairs, **arguments_at(parameters_of(lora), [recipe.parameters], own, name, depth))
+    return merged
+
+
+def _saved(recipe: Recipe, opened: Sequence[_Opened]) -> dict[str, torch.Tensor]:
+    """What adapters saved whole, by its parameter names in the base."""
+    names = dict.fromkeys(name for o in opened for name in o.tensors.saved)
+    own = [[expert.settings] for expert in recipe.experts]
+    found = {}
+    for name, depth in depths(names).items():
+        tensors = [o.tensors.saved.get(name) for o in opened]
+        beneath = [name.removesuffix(".weight") in o.tensors.lora for o in opened]
+        if None in tensors and all(under or own is None for under, own in zip(beneath, tensors, strict=True)):
+            continue  # what PEFT stores of the base beneath a LoRA on embeddings or a head
+        if lacking := [o.name for o, tensor in zip(opened, tensors, strict=True) if tensor is None]:
+            has = next(o.name for o, tensor in zip(opened, tensors, strict=True) if tensor is not None)
+            raise FusionError(f"{has} saves {name} whole, {lacking[0]} does not", "leave one of them out")
+        given = [tensor for tensor in tensors if tensor is not None]
+        if shapes := {str(list(tensor.shape)) for tensor in given} - {str(list(given[0].shape))}:
+            raise FusionError(f"{name}, which the adapters save whole, is {list(given[0].shape)} and {min(shapes)}")
+        if all(torch.equal(tensor, given[0]) for tensor in given):
+            found[name] = given[0]
+            continue
+        arguments = arguments_at(parameters_of(lora), [recipe.parameters], own, name, depth)
+        weights = shares(arguments["weight"], arguments["normalize"])
+        if abs(sum(weights) - 1) > 1e-6:
+            raise FusionError(
+                f"the adapters save {name} whole, each its own, and their weights sum to {sum(weights):g}: what the"
+                " base has there would count, and it is not among them",
+                "set the parameter normalize: true, or weights that sum to 1",
+            )
+        found[name] = sum((t.double() * w for t, w in zip(given, weights, strict=True)), torch.zeros(())).float()
+    return found
+
+
+def _write(
+    folder: Path,
+    recipe: Recipe,
+    opened: Sequence[_Opened],
+    factors: Mapping[str, Factors],
+    saved: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+) -> int:
+    """Puts the adapter in its folder, all of it or nothing, and tells the bytes of its weights."""
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for path, found in factors.items():
+        a, b, names = found.a, found.b, ("lora_A.weight", "lora_B.weight")
+        if any(path in o.tensors.embeddings for o in opened):  # which PEFT stores the other way round
+            a, b, names = b.t(), a.t(), ("lora_embedding_A", "lora_embedding_B")
+        for name_of_half, half in zip(names, (a, b), strict=True):
+            tensors[f"base_model.model.{path}.{name_of_half}"] = half.to(dtype).contiguous()
+    for name, tensor in saved.items():
+        module, _, own = name.rpartition(".")
+        wrapped = ".base_layer" if module in factors else ""  # a head that PEFT stores beside the LoRA on it
+        tensors[f"base_model.model.{module}{wrapped}.{own}"] = tensor.to(dtype).contiguous()
+    broken = next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)
+    if broken:
+        raise FusionError(f"{broken} becomes NaN or Inf by this merge", "choose smaller weights, or dtype: float32")
+    place = folder.with_name(f".{folder.name}-{uuid4().hex[:8]}")
+    with disk_full_named(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        place.mkdir()
+    try:
+        with disk_full_named(folder.parent):
+            first = opened[0].source
+            for file in pick_small(first, code=False):
+                if (
+                    file not in (CONFIG, RECIPE_FILE)
+                    and first.folder is not None
+                    and own_file(first.folder / file, first.folder)
+                ):
+                    (place / file).parent.mkdir(parents=True, exist_ok=True)
+                    (place / file).write_bytes(read_file(first.folder / file, first.folder))
+            config = _config(recipe, opened, {path: len(found.a) for path, found in factors.items()})
+            (place / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            save_file(tensors, place / WEIGHTS, metadata={"format": "pt"})
+            recipe.save(place / RECIPE_FILE)
+            read_adapter(place, str(folder), embeddings=True)  # what it says of itself is what it holds
+            replace_folder(place, folder)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _config(recipe: Recipe, opened: Sequence[_Opened], ranks: Mapping[str, int]) -> dict[str, Any]:
+    """``adapter_config.json``: every module by its whole path, with alpha = rank, since B holds the scaling."""
+    first = opened[0].config
+    [(rank, _)] = Counter(ranks.values()).most_common(1)
+    others = {f"^{re.escape(path)}$": own for path, own in ranks.items() if own != rank}
+    base, _, revision = (recipe.base or "").partition("@")
+    modules = {module for o in opened for module in o.config.get("modules_to_save") or ()}
+    if modules and any(o.config.get("ensure_weight_tying") for o in opened):  # both of two that are tied are stored
+        modules |= {name.rpartition(".")[0] for o in opened for name in o.tensors.saved}
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base or None,
+        "revision": revision or None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(ranks),
+        "modules_to_save": sorted(modules) or None,
+        **{key: first[key] for key in _KEPT if key in first},
+    }

@@ -1,0 +1,1 @@
+"""Dense models up-scaled to a mixture of experts."""

@@ -1,0 +1,240 @@
+"""Dense models side by side as one mixture of experts: Llamas become a Mixtral (`methods.moe.moe`)."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_fusion.errors import FusionError, shown
+from hf_fusion.merging.engine.checkpoint import Files
+from hf_fusion.merging.engine.output import Spec
+from hf_fusion.merging.engine.sources import Model
+from hf_fusion.merging.engine.stream import Target
+from hf_fusion.merging.engine.tensors import Chunk, Combination, InMemory, Tensors
+from hf_fusion.merging.methods import method_named
+from hf_fusion.merging.moe.prompts import Directions
+from hf_fusion.merging.plan import Plan, stored_as
+from hf_fusion.recipe import Recipe, RecipeExpert, is_number
+from hf_fusion.schema import arguments_at
+
+_KEPT = (
+    r"model\.(embed_tokens|norm)\.weight|lm_head\.weight"
+    r"|model\.layers\.\d+\.(self_attn\.({})|input_layernorm|post_attention_layernorm)\.weight"
+)
+_MLP = re.compile(r"(model\.layers\.(\d+))\.mlp\.(gate|up|down)_proj\.weight")
+# old checkpoints hold these; they follow from the configuration
+_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_DROPPED = {"attention_bias", "mlp_bias", "pretraining_tp", "auto_map", "torch_dtype", "_name_or_path"}
+_DROPPED |= {"layer_types", "max_window_layers"}  # of Qwen3, whose layers are alike
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What dense models of some kinds become.
+
+    Attributes:
+        title: its name, as mergekit has it.
+        sources: model type -> what its configuration means by saying nothing, where the mixture means something else.
+        model_type: the mixture's.
+        architecture: its class.
+        mlp: where it has its experts, behind the layer's name.
+        names: of an expert's matrices, by those of a dense MLP.
+        attention: the matrices and norms of its attention, as alternatives.
+        count: the configuration's key for the number of experts.
+        more: what else its configuration says, of the dense one.
+    """
+
+    title: str
+    sources: Mapping[str, Mapping[str, Any]]
+    model_type: str
+    architecture: str
+    mlp: str
+    names: Mapping[str, str]
+    attention: str
+    count: str
+    more: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda dense: {}
+
+    @property
+    def kept(self) -> re.Pattern[str]:
+        """What it has in common with the dense model, by name."""
+        return re.compile(_KEPT.format(self.attention))
+
+
+# A new kind of mixture is one more row.
+MIXTURES = {
+    "mixtral": Mixture(
+        "Mixtral",
+        {
+            "llama": {
+                "rms_norm_eps": 1e-6,
+                "max_position_embeddings": 2048,
+                "hidden_act": "silu",
+                "sliding_window": None,
+            },
+            "mistral": {
+                "rms_norm_eps": 1e-6,
+                "max_position_embeddings": 131072,
+                "hidden_act": "silu",
+                "sliding_window": 4096,
+                "num_key_value_heads": 8,
+            },
+        },
+        "mixtral",
+        "MixtralForCausalLM",
+        "block_sparse_moe",
+        {"gate": "w1", "up": "w3", "down": "w2"},
+        "[qkvo]_proj",
+        "num_local_experts",
+    ),
+    "qwen3_moe": Mixture(
+        "Qwen3 MoE",
+        {"qwen3": {"head_dim": 128, "num_key_value_heads": 32, "rms_norm_eps": 1e-6, "max_position_embeddings": 32768}},
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        "mlp",
+        {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
+        "[qkvo]_proj|[qk]_norm",
+        "num_experts",
+        lambda dense: {
+            "moe_intermediate_size": dense["intermediate_size"],
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "norm_topk_prob": True,
+            "use_sliding_window": False,
+            "sliding_window": None,
+        },
+    ),
+}
+
+
+def plan_moe(recipe: Recipe, base: Model | None, experts: Sequence[Model]) -> Plan:
+    """Decides what the mixture's tensors are made of.
+
+    Args:
+        recipe: of the method ``moe``, which `check_recipe` has let through.
+        base: the model whose attention, norms and embeddings are taken; None: the first expert's.
+        experts: the models whose MLPs become experts.
+
+    Raises:
+        FusionError: no mixture is made of such models, or they are not of one size; a token needs more experts than
+            there are; prompts are given without their gate, or missing for it.
+    """
+    if recipe.slices or recipe.tokenizer:
+        key = "slices" if recipe.slices else "tokenizer"
+        raise FusionError(f"moe makes its experts of whole models: {key} is not supported", "leave it out")
+    method = method_named(recipe.method)
+    first = base or experts[0]
+    arguments = arguments_at(method.parameters, [recipe.parameters], [[] for _ in experts], "gate", 0.0)
+    if arguments["experts_per_token"] > len(experts):
+        raise FusionError(
+            f"each token is answered by {arguments['experts_per_token']} experts, the recipe has {len(experts)}",
+            "set experts_per_token, or list an expert more than once",
+        )
+    files = Files()
+    mixture = _mixture(first, arguments["architecture"])
+    config = _config(mixture, first, len(experts), arguments["experts_per_token"], recipe.dtype)
+    directions, seed = Directions(recipe, first, arguments["gate"], files), recipe.parameters.get("seed", 0)
+    kept = mixture.kept
+    targets: list[Target] = []
+    for name, entry in first.entries.items():
+        spec = partial(Spec, dtype=stored_as(recipe.dtype, entry.dtype), shape=first.shape(name))
+        if match := _MLP.fullmatch(name):
+            place, kind = f"{match[1]}.{mixture.mlp}", mixture.names[match[3]]
+            for number, (expert, given) in enumerate(zip(experts, recipe.experts, strict=True)):
+                if name not in expert.entries or expert.shape(name) != first.shape(name):
+                    found = list(expert.shape(name)) if name in expert.entries else "missing"
+                    raise FusionError(f"{expert.name}: {name} is {found}, in {first.name} {list(first.shape(name))}")
+                own = spec(f"{place}.experts.{number}.{kind}.weight")
+                noise = _number(given, "noise_scale", 0.0)
+                scale = _number(given, "residual_scale", 1.0) if match[3] == "down" else 1.0
+                targets.append(_as_it_is(own, expert, name, files, noise, scale, seed))
+            if match[3] == "gate":
+                gate = Spec(f"{place}.gate.weight", spec.keywords["dtype"], (len(experts), first.config["hidden_size"]))
+                targets.append(_gate(gate, directions, int(match[2]), method.function, arguments, seed))
+        elif kept.fullmatch(name):
+            targets.append(_as_it_is(spec(name), first, name, files))
+        elif not _DERIVED.fullmatch(name):
+            raise FusionError(f"{first.name} has {name}, which a {mixture.title} has no place for")
+    return Plan(recipe, method, base, list(experts), targets, files, [], config)
+
+
+def _number(expert: RecipeExpert, key: str, default: float) -> float:
+    value = expert.parameters.get(key, default)
+    if not is_number(value):
+        raise FusionError(f"{expert.model}: {key} is {shown(value)}, expected a number")
+    return float(value)
+
+
+def _as_it_is(
+    spec: Spec, model: Model, name: str, files: Files, noise: float = 0.0, scale: float = 1.0, seed: int = 0
+) -> Target:
+    """A model's tensor in the mixture's type, times `scale` and with as much noise."""
+    entry = model.entries[name]
+    if model.adapter is None and entry.dtype == spec.dtype and not noise and scale == 1:
+        return Target(spec, copied=entry, described=[model.name, name])
+
+    def noisy(chunk: Chunk) -> torch.Tensor:
+        drawn = np.random.Generator(np.random.SFC64([seed, zlib.crc32(spec.name.encode()), chunk.number]))
+        values = torch.from_numpy(drawn.standard_normal(chunk.size, dtype=np.float32))
+        return values.mul_(noise).add_(chunk.expert(0)).mul_(scale)
+
+    def make() -> tuple[Tensors, Any]:
+        tensors = Tensors(spec.name, None, [model.reader(name, files)], seed)
+        return tensors, noisy if noise else Combination(0.0, [scale])
+
+    return Target(spec, make, described=[model.name, name, noise, scale, seed])
+
+
+def _gate(
+    spec: Spec, directions: Directions, layer: int, function: Any, arguments: dict[str, Any], seed: int
+) -> Target:
+    """A layer's router."""
+
+    def make() -> tuple[Tensors, Any]:
+        tensors = Tensors(spec.name, None, [InMemory(row) for row in directions.of(layer)], seed)
+        return tensors, function(tensors, **arguments)
+
+    return Target(spec, make, described=["moe", arguments, seed, directions.described], held=directions.held)
+
+
+def _mixture(model: Model, wanted: str) -> Mixture:
+    """What a model becomes."""
+    kind = model.config.get("model_type")
+    found = {name: mixture for name, mixture in MIXTURES.items() if kind in mixture.sources}
+    if not found:
+        known = ", ".join(kind for mixture in MIXTURES.values() for kind in mixture.sources)
+        raise FusionError(f"{model.name} is a {shown(kind)}: there is no mixture of these", f"use one of: {known}")
+    if wanted != "auto" and wanted not in found:
+        raise FusionError(f"{model.name} is a {shown(kind)}: it becomes no {wanted}", f"architecture: {min(found)}")
+    if model.config.get("use_sliding_window"):
+        raise FusionError(f"{model.name}: layers with and without a sliding window become no mixture")
+    return next(iter(found.values()))
+
+
+def _config(mixture: Mixture, model: Model, experts: int, per_token: int, dtype: str | None) -> dict[str, Any]:
+    """The base's configuration as a mixture's."""
+    if missing := [key for key in _SIZES if type(model.config.get(key)) is not int]:
+        raise FusionError(f"{model.name}: config.json has no {missing[0]}")
+    kind = model.config["model_type"]
+    config = {key: value for key, value in model.config.items() if key not in _DROPPED}
+    if kind == "llama":
+        config.setdefault("num_key_value_heads", config["num_attention_heads"])
+    if not config.get("rope_parameters"):
+        config.setdefault("rope_theta", 10_000.0)
+    config = {**mixture.sources[kind], **config, **mixture.more(config)}
+    stored = model.config.get("dtype", model.config.get("torch_dtype"))
+    return config | {
+        "architectures": [mixture.architecture],
+        "model_type": mixture.model_type,
+        mixture.count: experts,
+        "num_experts_per_tok": per_token,
+        **({"dtype": dtype or stored} if dtype or stored else {}),
+    }

@@ -1,0 +1,168 @@
+"""What each expert of a mixture is chosen for, from its prompts: directions that the routers' rows are made of.
+
+As in mergekit-moe: of every prompt, begun with the beginning-of-text token and without other special tokens, comes a
+vector; an expert's direction is that of its prompts less that of its negative prompts, of length 1.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_fusion.errors import FusionError, shown
+from hf_fusion.hub.code import refuse_kernels
+from hf_fusion.hub.lora import read_json
+from hf_fusion.hub.quiet import quiet_transformers
+from hf_fusion.hub.snapshot import check_snapshot
+from hf_fusion.io.files import own_file, read_text
+from hf_fusion.merging.engine.checkpoint import Files
+from hf_fusion.merging.engine.sources import Model
+from hf_fusion.merging.tokenizers.unions import tokenizer_of
+from hf_fusion.recipe import Recipe, RecipeExpert
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+EMBEDDING = "model.embed_tokens.weight"
+PROMPTED = ("embedding", "hidden", "hidden_avg")
+"""Gates that are made of prompts."""
+Prompts = list[list[int]]
+"""The tokens of some texts."""
+
+
+class Directions:
+    """What each expert is chosen for in every layer; made, once, when the first layer's router is.
+
+    Args:
+        recipe: whose experts have ``prompts``.
+        model: the base, whose tokenizer and values count.
+        gate: see `hf_fusion.merging.methods.moe`.
+        files: what the base is read with.
+
+    Attributes:
+        described: all that decides them, beside the base.
+        held: bytes of memory that making them takes.
+
+    Raises:
+        FusionError: prompts are given without a gate that needs them, or missing for it, or cannot be cut into tokens.
+    """
+
+    def __init__(self, recipe: Recipe, model: Model, gate: str, files: Files) -> None:
+        self._model, self._gate, self._files = model, gate, files
+        self._size = model.config["hidden_size"]
+        self._lock, self._made = threading.Lock(), torch.empty(0)
+        texts = [tuple(_texts(expert, key) for key in ("prompts", "negative_prompts")) for expert in recipe.experts]
+        self._count, self.held = len(texts), 0
+        self._tokens: list[tuple[Prompts, ...]] = []
+        self.described: Any = texts
+        if gate not in PROMPTED:
+            if any(any(own) for own in texts):
+                raise FusionError(
+                    f"prompts are of no use to gate: {gate}", f"set gate: {' or '.join(PROMPTED)}, or leave them out"
+                )
+            return
+        for expert, (positive, _) in zip(recipe.experts, texts, strict=True):
+            if not positive:
+                raise FusionError(
+                    f"{expert.model} has no prompts, which gate: {gate} needs", "prompts: [a text like …]"
+                )
+        if len(texts) > 1 and all(own == texts[0] for own in texts):
+            raise FusionError("all experts have the same prompts: none would be chosen before another")
+        if gate != "embedding":
+            if model.adapter is not None:
+                raise FusionError(f"gate: {gate} runs the base, and {model.name} is an adapter", "merge it first")
+            self.held = sum(entry.nbytes for entry in model.entries.values())
+        cut, begin = _tokenizer(model)
+        self._tokens = [tuple([_cut(cut, begin + text, model) for text in prompts] for prompts in own) for own in texts]
+
+    def of(self, layer: int) -> torch.Tensor:
+        """A layer's, one row for each expert: (K, d) float32."""
+        if self._gate not in PROMPTED:
+            return torch.zeros(self._count, self._size)
+        with self._lock:
+            if not len(self._made):
+                self._made = self._make()
+        return self._made[min(layer, len(self._made) - 1)]
+
+    def _make(self) -> torch.Tensor:
+        """Of every layer, or one for all: (L, K, d)."""
+        if self._gate == "embedding":
+            table, row = self._model.reader(EMBEDDING, self._files), torch.empty(self._size)
+
+            def vector(prompts: Prompts) -> torch.Tensor:
+                total = torch.zeros(1, self._size, dtype=torch.float64)
+                for token in (token for prompt in prompts for token in prompt):
+                    table.read(token * self._size, row)
+                    total += row
+                return _normal(total)
+
+        else:
+            vector = _Runs(self._model, average=self._gate == "hidden_avg")
+        rows = [_normal(vector(yes) - (vector(no) if no else 0)) for yes, no in self._tokens]  # (L, d) of each expert
+        return torch.stack(rows, 1).float()
+
+
+class _Runs:
+    """The mean of what enters each of a model's layers at the last token of some texts: (L, d).
+
+    Args:
+        model: it is loaded whole, in the type it is stored in.
+        average: over each text's tokens, instead of the last one's.
+    """
+
+    def __init__(self, model: Model, average: bool) -> None:
+        from transformers import AutoModel
+
+        refuse_kernels(model.config, model.name)
+        check_snapshot(model.folder, model.name)
+        with quiet_transformers():
+            self._loaded = AutoModel.from_pretrained(
+                model.folder, dtype="auto", local_files_only=True, trust_remote_code=False
+            ).eval()
+        self._average = average
+
+    def __call__(self, prompts: Prompts) -> torch.Tensor:
+        rows = []
+        for prompt in prompts:  # one by one: no padding, which mergekit's averages hold
+            states = self._loaded(torch.tensor([prompt]), output_hidden_states=True, use_cache=False).hidden_states
+            layers = torch.cat(states[:-1]).double()  # (L, tokens, d)
+            rows.append(layers.mean(1) if self._average else layers[:, -1])
+        return torch.stack(rows).mean(0)
+
+
+def _normal(rows: torch.Tensor) -> torch.Tensor:
+    """Scaled to length 1; what is shorter than 1e-8 has no direction, and stays as it is."""
+    return rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-8)
+
+
+def _texts(expert: RecipeExpert, key: str) -> list[str]:
+    texts = expert.parameters.get(key) or []
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise FusionError(f"{expert.model}: {key} is {shown(texts)}, expected texts")
+    return texts
+
+
+def _cut(tokenizer: Tokenizer, text: str, model: Model) -> list[int]:
+    tokens: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    if not tokens:
+        raise FusionError(f"the prompt {shown(text)} has no tokens")
+    if max(tokens) >= model.shape(EMBEDDING)[0]:
+        raise FusionError(f"{model.name} has no embedding of token {max(tokens)}, which its tokenizer makes")
+    return tokens
+
+
+def _tokenizer(model: Model) -> tuple[Tokenizer, str]:
+    """A model's tokenizer, and what texts begin with."""
+    file = model.folder / "tokenizer.json"
+    if not own_file(file):
+        raise FusionError(f"{model.name} has no tokenizer.json", "load its tokenizer with transformers and save it")
+    added = read_json(file, model.name).get("added_tokens") or []
+    found = tokenizer_of(read_text(file), added, model.name)
+    found.no_padding()
+    found.no_truncation()
+    settings = model.folder / "tokenizer_config.json"
+    begin = read_json(settings, model.name).get("bos_token") if own_file(settings) else None
+    begin = begin.get("content") if isinstance(begin, dict) else begin
+    return found, begin if isinstance(begin, str) else ""

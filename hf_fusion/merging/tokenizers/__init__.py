@@ -1,0 +1,1 @@
+"""The vocabulary of a merged model whose inputs have different tokenizers."""

@@ -1,0 +1,139 @@
+"""The smallest vocabulary: what mergekit makes of models with unlike numbers of tokens where no tokenizer is asked for.
+
+    tokenizer: smallest
+
+Embeddings are matched by number, not by token, and cut to as many rows as the smallest has; so is the tokenizer. Models
+that number the same tokens alike, and differ in those behind, lose nothing else; for others there is ``union``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hf_fusion.errors import FusionError, shown
+from hf_fusion.merging.configs import vocabulary_config
+from hf_fusion.merging.engine.sources import Model
+from hf_fusion.merging.tokenizers.token_ids import TokenNumbers, roles_of
+from hf_fusion.merging.tokenizers.vocabulary import Vocabulary, limit_of, read_tokenizer, tokenizer_files
+
+logger = logging.getLogger(__name__)
+
+Content = dict[str, Any]
+_TOLD = 12  # tokens that a warning names
+
+
+def smallest(base: Model | None, experts: Sequence[Model]) -> Vocabulary | None:
+    """The vocabulary that all models have by number; None where they are of one size, or have none.
+
+    Args:
+        base: the opened base, where there is one.
+        experts: the opened experts.
+
+    Raises:
+        FusionError: the first model's tokenizer cannot do without the tokens that are cut off.
+    """
+    models = list({id(model): model for model in ([base] if base else []) + list(experts)}.values())
+    first = models[0]
+    if any(vocabulary_config(model.config) is None for model in models):
+        return None
+    limits = {id(model): limit_of(model) for model in models}
+    rows = min(limits.values())
+    if set(limits.values()) == {rows}:
+        return None
+    for model in models:
+        if limits[id(model)] > rows:
+            _warn(model, limits[id(model)], rows)
+    files, moved = tokenizer_files(first.folder), None
+    found = read_tokenizer(first.folder, first.name, {})
+    if found is not None and max(found.numbers.values()) >= rows:
+        numbers = {token: number for token, number in found.numbers.items() if number < rows}
+        lost = found.numbers.keys() - numbers.keys()
+        content = cut(found.content, rows, first.name)
+        files = tokenizer_files(first.folder, json.dumps(content, ensure_ascii=False), content)
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            if name in files:
+                kept = _without(json.loads(files[name]), lost)
+                files[name] = json.dumps(kept, ensure_ascii=False, indent=2).encode()
+        roles = roles_of(json.loads(files.get("tokenizer_config.json", b"{}")), numbers)
+        special = frozenset(token["id"] for token in found.content["added_tokens"])
+        by_number = {number: token for token, number in found.numbers.items()}
+        holder = vocabulary_config(first.config) or {}
+        moved = TokenNumbers(
+            by_number, special, numbers, roles, holder.get("vocab_size", rows), f"cut to {rows} tokens"
+        )
+    own = {key: np.arange(rows) for key in limits}
+    digest = hashlib.sha256(f"smallest {rows}".encode()).hexdigest()
+    return Vocabulary(rows, rows, files, digest, own, id(base) if base else None, [], moved)
+
+
+def cut(content: Content, rows: int, name: str) -> Content:
+    """A ``tokenizer.json`` without its tokens from a number on.
+
+    Args:
+        content: of the file.
+        rows: the first number that is left out.
+        name: whose, for errors.
+
+    Raises:
+        FusionError: it puts one of them around every text, or needs it for unknown words.
+    """
+    model = dict(content["model"])
+    vocabulary = model["vocab"]
+    unknown = model.get("unk_token", model.get("unk_id"))
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {piece: number for piece, number in vocabulary.items() if number < rows}
+        needed = [unknown] if unknown in vocabulary and unknown not in model["vocab"] else []
+    else:
+        model["vocab"] = vocabulary[:rows]
+        needed = [unknown] if isinstance(unknown, int) and unknown >= rows else []
+    if "merges" in model and isinstance(model["vocab"], dict):
+        model["merges"] = [merge for merge in model["merges"] if _is_whole(merge, model["vocab"])]
+    added = [token for token in content["added_tokens"] if token["id"] < rows]
+    gone = {token["content"] for token in content["added_tokens"]} - {token["content"] for token in added}
+    around = json.dumps(content.get("post_processor"), ensure_ascii=False)
+    needed += sorted(token for token in gone if json.dumps(token, ensure_ascii=False) in around)
+    if needed:
+        raise FusionError(
+            f"the tokenizer of {name} cannot do without {shown(needed[0])}, which the smallest vocabulary, of {rows},"
+            " lacks",
+            "tokenizer: union keeps the tokens of all models",
+        )
+    return {**content, "model": model, "added_tokens": added}
+
+
+def _is_whole(merge: Any, vocabulary: Mapping[str, int]) -> bool:
+    pair = merge.split(" ") if isinstance(merge, str) else merge
+    return all(part in vocabulary for part in (*pair, "".join(pair)))
+
+
+def _without(value: Any, lost: set[str]) -> Any:
+    """A tokenizer's configuration that names none of these tokens."""
+
+    def is_lost(entry: Any) -> bool:
+        return (entry.get("content") if isinstance(entry, Mapping) else entry) in lost if _is_named(entry) else False
+
+    if isinstance(value, dict):
+        return {key: _without(own, lost) for key, own in value.items() if not is_lost(own)}
+    if isinstance(value, list):
+        return [_without(own, lost) for own in value if not is_lost(own)]
+    return value
+
+
+def _is_named(entry: Any) -> bool:
+    return isinstance(entry, str) or (isinstance(entry, Mapping) and isinstance(entry.get("content"), str))
+
+
+def _warn(model: Model, limit: int, rows: int) -> None:
+    found = read_tokenizer(model.folder, model.name, {})
+    numbers = {} if found is None else {number: token for token, number in found.numbers.items()}
+    lost = [shown(numbers[number]) for number in range(rows, limit) if number in numbers]
+    rest = f" and {len(lost) - _TOLD} more" if len(lost) > _TOLD else ""
+    named = ", ".join(lost[:_TOLD]) + rest if lost else "no token of its tokenizer"
+    text = "%s has %d rows of tokens, the smallest vocabulary %d: cut to that, it loses %s (tokenizer: union keeps all)"
+    logger.warning(text, model.name, limit, rows, named)

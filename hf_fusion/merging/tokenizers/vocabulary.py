@@ -1,0 +1,387 @@
+"""The merged model's tokens, where its models have different ones: embeddings are aligned by token, not by number.
+
+    tokenizer: union | base | owner/name
+    tokenizer: {source: union, tokens: {<|im_end|>: {source: owner/name, force: true}}, pad_to_multiple_of: 64}
+    tokenizer: smallest     (by number after all: see `smallest`)
+
+As in mergekit: a token that a model lacks gets, for that model, the row of the only model that has it; of the base; or
+the mean of those that have it. Rows added for padding are the mean of all. Unlike there, the rows that the model whose
+tokenizer is taken has beyond its tokens stay (``base``, or a model that is merged), by number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hf_fusion.errors import FusionError, shown
+from hf_fusion.hub.files import download, pick_small, resolve
+from hf_fusion.hub.lora import read_json
+from hf_fusion.hub.manifests import TEMPLATES
+from hf_fusion.io.files import own_file, read_file, read_text
+from hf_fusion.merging.configs import vocabulary_config
+from hf_fusion.merging.engine.sources import LAYER, Model
+from hf_fusion.merging.engine.tensors import Reader
+from hf_fusion.merging.tokenizers.aligned import AVERAGE, ZERO, Aligned, Table
+from hf_fusion.merging.tokenizers.token_ids import TokenNumbers, roles_of
+from hf_fusion.merging.tokenizers.unions import add_tokens, tokenizer_of, union
+from hf_fusion.recipe import SMALLEST
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+    from hf_fusion.recipe import Recipe
+
+TOKENIZER = "tokenizer.json"
+# what a tokenizer consists of beside it; the first row says again what it holds, and would be out of date
+REDUNDANT = (
+    *("vocab.json", "merges.txt", "vocab.txt", "added_tokens.json"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
+TOKENIZER_FILES = (
+    TOKENIZER,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    *REDUNDANT,
+)
+MAX_HOLES = 1_000_000  # numbers without a token
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """Where a token's row comes from, as the recipe has it: a model's row, or zeros."""
+
+    token: int  # in the merged vocabulary
+    model: int | None  # id() of it; None: zeros
+    row: int
+    force: bool
+
+
+@dataclass
+class Vocabulary:
+    """The merged model's tokens.
+
+    Attributes:
+        rows: of its embeddings, padding included.
+        size: rows that come from models: those of tokens, and those that the tokenizer's own model has beside them.
+        files: its tokenizer's files.
+        digest: one word for all that decides the embeddings.
+        pinned: the tokenizer's model as the recipe names it -> what finds it again, where it is none of the models.
+    """
+
+    rows: int
+    size: int
+    files: dict[str, bytes]
+    digest: str
+    _own: dict[int, np.ndarray]  # id() of a model -> its row for each token, -1 where it lacks it
+    _base: int | None
+    _rules: list[_Rule]
+    _numbers: TokenNumbers | None  # from the first model's tokens to ours; None: they stay
+    pinned: dict[str, str] = field(default_factory=dict)
+    _tables: dict[tuple[int, ...], dict[int, Table]] = field(default_factory=dict)
+
+    def covers(self, model: Model, name: str) -> bool:
+        """Whether a tensor of a model has a row for each of its tokens."""
+        return _covers(model, name)
+
+    def moved(self, content: dict[str, Any], file: str) -> dict[str, Any]:
+        """A configuration of the first model with the numbers that its tokens have here; see `TokenNumbers.moved`."""
+        return content if self._numbers is None else self._numbers.moved(content, file)
+
+    def reader(self, model: Model, readers: Mapping[int, Reader]) -> Reader:
+        """A model's tensor with a row for each of the merged model's tokens.
+
+        Args:
+            model: whose.
+            readers: of that tensor, in every model that has it; by the model's `id`.
+        """
+        known = tuple(sorted(key for key in readers if key in self._own))
+        if known not in self._tables:
+            self._tables[known] = self._made(known)
+        table = self._tables[known][id(model)]
+        return Aligned([readers[key] for key in known], table, self.rows, self.size)
+
+    def _made(self, known: Sequence[int]) -> dict[int, Table]:
+        """Of each model: where every row comes from."""
+        own = np.stack([self._own[key] for key in known])  # (models, tokens)
+        has = own >= 0
+        count = has.sum(0)
+        donor = np.where(count == 1, has.argmax(0), np.where(count, AVERAGE, ZERO))
+        if self._base in known:
+            base = known.index(self._base)
+            donor[has[base] & (count > 1)] = base
+        rows = np.where(donor >= 0, own[np.maximum(donor, 0), np.arange(self.size)], 0)
+        forced = np.zeros(self.size, bool)
+        for rule in self._rules:
+            if rule.model is not None and rule.model not in known:
+                raise FusionError("the tokenizer takes a row from a model that has no such tensor", "tie, or untie it")
+            donor[rule.token] = ZERO if rule.model is None else known.index(rule.model)
+            rows[rule.token], forced[rule.token] = rule.row, rule.force
+        tables = {}
+        for number, key in enumerate(known):
+            stays = has[number] & ~forced
+            models = np.where(stays, number, donor)
+            averaged = {
+                int(row): [(int(i), int(own[i, row])) for i in has[:, row].nonzero()[0]]
+                for row in (models == AVERAGE).nonzero()[0]
+            }
+            tables[key] = Table.of(models, np.where(stays, own[number], rows), averaged)
+        return tables
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a file of a model, by its path in its folder, belongs to its tokenizer."""
+    return name in TOKENIZER_FILES or name.startswith(f"{TEMPLATES}/")
+
+
+def read_vocabulary(
+    recipe: Recipe, base: Model | None, experts: Sequence[Model], api: HfApi | None = None
+) -> Vocabulary | None:
+    """The vocabulary that a recipe asks for, or None: that of its base, or first expert, by number.
+
+    Args:
+        recipe: see its ``tokenizer``.
+        base: the opened base, where there is one.
+        experts: the opened experts.
+        api: the Hub's client, for a tokenizer that is none of the models'.
+
+    Raises:
+        FusionError: a model has no ``tokenizer.json``; their tokenizers cannot be united; the recipe's ``tokenizer``
+            has an unknown key, or a token that is nowhere.
+    """
+    if recipe.tokenizer is None:
+        return None
+    if recipe.tokenizer == SMALLEST:
+        from hf_fusion.merging.tokenizers.smallest import smallest  # only where it is asked for
+
+        return smallest(base, experts)
+    source, tokens, multiple = _asked(recipe.tokenizer)
+    first = base or experts[0]
+    models = list({id(model): model for model in ([base] if base else []) + list(experts)}.values())
+    named = {expert.model: model for expert, model in zip(recipe.experts, experts, strict=True)}
+    named |= {model.name: model for model in models} | ({recipe.base: base} if base and recipe.base else {})
+    texts: dict[str, _Tokenizer] = {}  # fine-tunes mostly share their base's
+    read = {id(model): read_tokenizer(model.folder, model.name, texts) for model in models}
+    own_first = read[id(first)]
+    if own_first is None:
+        raise FusionError(f"{first.name} has no {TOKENIZER}", "load its tokenizer with transformers and save it")
+    limits = {id(model): limit_of(model) for model in models}
+    for model in models:
+        if read[id(model)] is None and limits[id(model)] != limits[id(first)]:
+            raise FusionError(f"{model.name} has no {TOKENIZER}, and not as many tokens as {first.name}")
+    # as in mergekit, one without a tokenizer has that of the first
+    tokenizers = {key: found or own_first for key, found in read.items()}
+    folder, given, pinned = first.folder, own_first, {}
+    if source not in ("union", "base"):
+        if source in named:
+            folder = named[source].folder
+        else:
+            folder, pinned[source] = _fetched(source, api)
+        found = read_tokenizer(folder, source, texts)
+        if found is None:
+            raise FusionError(f"{source} has no {TOKENIZER}", "load its tokenizer with transformers and save it")
+        given = found
+    content = given.content
+    if source == "union":
+        others = [(m.name, tokenizers[id(m)].content, limits[id(m)]) for m in models if m is not first]
+        content = union((first.name, content), others)
+    content = add_tokens(content, tokens)
+    is_new = content is not given.content
+    if is_new:
+        given = _tokenizer(json.dumps(content, ensure_ascii=False), content, f"the merged {TOKENIZER}")
+    merged = given.numbers
+    size = max(merged.values()) + 1
+    if size > len(merged) + MAX_HOLES:
+        raise FusionError(f"{source}: {TOKENIZER} numbers {len(merged)} tokens up to {size - 1}")
+    # the model whose tokenizer is taken keeps its rows that no token has: a size that its kernels like
+    giver = first if source == "base" else named.get(source)
+    kept = limits[id(giver)] if giver is not None else 0
+    size = max(size, kept)
+    rows = -(-size // multiple) * multiple
+    own = {key: _rows(merged, tokenizers[key].numbers, limits[key], size, kept) for key in tokenizers}
+    rules = [_rule(token, rule, merged, named, tokenizers, limits) for token, rule in tokens.items()]
+    files = tokenizer_files(folder, *((given.text, given.content) if is_new else ()))
+    moved = None
+    if folder != first.folder and merged != own_first.numbers:
+        roles: dict[str, int] = {}
+        for file in ("special_tokens_map.json", "tokenizer_config.json"):
+            if file in files:
+                roles |= roles_of(json.loads(files[file]), merged)
+        special = frozenset(token["id"] for token in own_first.content["added_tokens"])
+        tokens_of_first = {number: token for token, number in own_first.numbers.items()}
+        holder = vocabulary_config(first.config)
+        rows_of_first = holder["vocab_size"] if holder else limits[id(first)]
+        moved = TokenNumbers(tokens_of_first, special, merged, roles, rows_of_first, source)
+    digest = hashlib.sha256(json.dumps([rows, _plain(rules, models)]).encode())
+    for one in own.values():
+        digest.update(one.tobytes())
+    return Vocabulary(rows, size, files, digest.hexdigest(), own, id(base) if base else None, rules, moved, pinned)
+
+
+def _plain(rules: Sequence[_Rule], models: Sequence[Model]) -> list[Any]:
+    """Rules as plain data."""
+    names = {id(model): model.name for model in models}
+    return [[rule.token, names.get(rule.model or 0), rule.row, rule.force] for rule in rules]
+
+
+def _asked(tokenizer: str | Mapping[str, Any]) -> tuple[str, dict[str, dict[str, Any]], int]:
+    """Source, tokens with where they come from, and what the number of rows is a multiple of."""
+    if isinstance(tokenizer, str):
+        return tokenizer, {}, 1
+    known = ("source", "tokens", "pad_to_multiple_of")
+    if unknown := [key for key in tokenizer if key not in known]:
+        raise FusionError(f"tokenizer: {shown(unknown[0])} is not supported", f"use {', '.join(known)}")
+    source: Any = tokenizer.get("source", "union")
+    tokens: Any = tokenizer.get("tokens") or {}
+    multiple = tokenizer.get("pad_to_multiple_of") or 1
+    if not isinstance(source, str) or not source:
+        raise FusionError(f"tokenizer: source is {shown(source)}, expected union, base or a model")
+    if type(multiple) is not int or not 1 <= multiple <= 1 << 16:
+        raise FusionError(f"tokenizer: pad_to_multiple_of is {shown(multiple)}, expected a whole number")
+    if not isinstance(tokens, Mapping):
+        raise FusionError(f"tokenizer: tokens is {shown(tokens)}, expected tokens and where they come from")
+    for token, rule in tokens.items():
+        if not isinstance(token, str) or not token:
+            raise FusionError(f"tokenizer: tokens has {shown(token)}, expected a text")
+        if not isinstance(rule, Mapping) or set(rule) - {"source", "force"} or "source" not in rule:
+            raise FusionError(f"tokenizer: tokens.{token} is {shown(rule)}, expected {{source: …, force: …}}")
+        if not isinstance(rule.get("force", False), bool):
+            raise FusionError(f"tokenizer: tokens.{token}.force is {shown(rule['force'])}, expected true or false")
+    return source, dict(tokens), multiple
+
+
+def _rule(
+    token: str,
+    rule: Mapping[str, Any],
+    merged: Mapping[str, int],
+    named: Mapping[str, Model],
+    tokenizers: Mapping[int, _Tokenizer],
+    limits: Mapping[int, int],
+) -> _Rule:
+    """Where a token's row comes from: a model's name, its token of another name or number, or zeros."""
+    where, force = f"tokenizer: tokens.{token}.source", bool(rule.get("force", False))
+    source: Any = rule["source"]
+    wanted: Any = token
+    if isinstance(source, Mapping):
+        keys = {"zero": {"kind"}, "model_token": {"kind", "model", "token", "token_id"}}
+        kind = source.get("kind")
+        if not isinstance(kind, str) or kind not in keys or set(source) - keys[kind]:
+            raise FusionError(
+                f"{where} is {shown(source)}, expected a model, {{kind: model_token, …}} or {{kind: zero}}"
+            )
+        if kind == "zero":
+            return _Rule(merged[token], None, 0, force)
+        if ("token" in source) == ("token_id" in source):
+            raise FusionError(f"{where} needs either token or token_id")
+        source, wanted = source.get("model"), source.get("token", source.get("token_id"))
+    if not isinstance(source, str) or source not in named:
+        raise FusionError(f"{where} is {shown(source)}, which is not one of the merged models", "name it as they do")
+    key = id(named[source])
+    row = wanted if type(wanted) is int else tokenizers[key].numbers.get(str(wanted), -1)
+    if not 0 <= row < limits[key]:
+        raise FusionError(f"{where}: {source} has no token {shown(wanted)}")
+    return _Rule(merged[token], key, row, force)
+
+
+def _covers(model: Model, name: str) -> bool:
+    holder = vocabulary_config(model.config)
+    shape = model.entries[name].shape
+    if holder is None or not shape or shape[0] != holder["vocab_size"] or LAYER.match(name) or "position" in name:
+        return False
+    return len(shape) == 2 or (len(shape) == 1 and name.endswith("bias"))
+
+
+def limit_of(model: Model) -> int:
+    """Rows of a model's embedding: tokens from there on it does not have, whatever its tokenizer says."""
+    rows = [model.shape(name)[0] for name in model.entries if _covers(model, name)]
+    if not rows:
+        raise FusionError(f"{model.name} has no embedding of its tokens: config.json and weights do not agree")
+    return min(rows)
+
+
+def _rows(merged: Mapping[str, int], own: Mapping[str, int], limit: int, size: int, kept: int) -> np.ndarray:
+    """A model's row for each token, -1 where it has none.
+
+    Below `kept`, rows that no token of the merged model has are those of the same number, where the model has such a
+    row and no token for it either.
+    """
+    rows = np.full(size, -1, np.int64)
+    numbers = np.fromiter(merged.values(), np.int64, len(merged))
+    theirs = numbers if own is merged else np.fromiter((own.get(token, -1) for token in merged), np.int64, len(merged))
+    rows[numbers] = np.where(theirs < limit, theirs, -1)
+    free = np.arange(size) < min(kept, limit)
+    for taken in (numbers, np.fromiter(own.values(), np.int64, len(own))):
+        free[taken[taken < size]] = False
+    rows[free] = np.flatnonzero(free)
+    return rows
+
+
+@dataclass(frozen=True)
+class _Tokenizer:
+    """A ``tokenizer.json``: as text, as what it says, and what number each token has."""
+
+    text: str
+    content: dict[str, Any]
+    numbers: dict[str, int]
+
+
+def _tokenizer(text: str, content: dict[str, Any], name: str) -> _Tokenizer:
+    numbers = dict(tokenizer_of(text, content["added_tokens"], name).get_vocab(with_added_tokens=True))
+    if not numbers:
+        raise FusionError(f"{name}: {TOKENIZER} has no tokens")
+    return _Tokenizer(text, content, numbers)
+
+
+def read_tokenizer(folder: Path, name: str, known: dict[str, _Tokenizer]) -> _Tokenizer | None:
+    """What a folder has, if anything; a text that was read before is not read again."""
+    file = folder / TOKENIZER
+    if not own_file(file):
+        return None
+    content = {"added_tokens": [], **read_json(file, name)}
+    text = read_text(file)
+    if text not in known:
+        known[text] = _tokenizer(text, content, name)
+    return known[text]
+
+
+def _fetched(name: str, api: HfApi | None) -> tuple[Path, str]:
+    """The folder of a tokenizer that is none of the models', and what finds it again."""
+    source = resolve(name, api)
+    download([(source, [file for file in pick_small(source, code=False) if is_tokenizer_file(file)])], api)
+    if source.folder is None:
+        raise FusionError(f"{name} has no {TOKENIZER}", "load its tokenizer with transformers and save it")
+    return source.folder, str(source.folder.resolve()) if source.is_local else f"{source.name}@{source.revision}"
+
+
+def tokenizer_files(
+    folder: Path, text: str | None = None, content: Mapping[str, Any] | None = None
+) -> dict[str, bytes]:
+    """A tokenizer's files by name.
+
+    Args:
+        folder: where they lie.
+        text: of another ``tokenizer.json``; then those that say again what it says are left out.
+        content: what that says.
+    """
+    names = [*TOKENIZER_FILES, *(f"{TEMPLATES}/{file.name}" for file in sorted(folder.glob(f"{TEMPLATES}/*.jinja")))]
+    files = {name: read_file(folder / name, folder) for name in names if own_file(folder / name, folder)}
+    if text is not None and content is not None:
+        files = {name: raw for name, raw in files.items() if name not in REDUNDANT}
+        files[TOKENIZER] = text.encode()
+        if "tokenizer_config.json" in files:
+            config = read_json(folder / "tokenizer_config.json", str(folder))
+            if isinstance(config.get("added_tokens_decoder"), dict):
+                config["added_tokens_decoder"] |= {
+                    str(token["id"]): {key: value for key, value in token.items() if key != "id"}
+                    for token in content["added_tokens"]
+                }
+                files["tokenizer_config.json"] = json.dumps(config, ensure_ascii=False, indent=2).encode()
+    return files

@@ -1,0 +1,212 @@
+"""Configuration of a Fusion of Experts (Wang et al., 2023, arXiv 2310.01542)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from .fused_checks import (
+    FLAG,
+    FORMAT,
+    MAPPING,
+    MODEL,
+    NAME,
+    TEXT,
+    Row,
+    Table,
+    check_file,
+    check_format,
+    check_values,
+    each,
+    inner_config,
+    number,
+    one_of,
+    optional,
+    refuse,
+    row,
+    values,
+    whole,
+)
+from .fused_own_code import without_code
+
+MODES = ("output", "selection")
+HEADS = ("sequence-classification", "image-classification", "causal-lm", "seq2seq-lm")
+EXPERT: Table = {
+    "name": NAME,
+    "revision": optional(TEXT),
+    "license": optional(TEXT),
+    "task": optional(TEXT),
+    "labels": each(TEXT),
+    "label_map": optional(each(whole(-1))),
+    "backbone": whole(),
+    "feature_size": optional(whole(1)),
+    "cost": number(above=0),
+    "generation": optional(MAPPING),
+}
+BACKBONE: Table = {
+    "config": MODEL,
+    "head": one_of(*HEADS),
+    "inputs": whole(),
+    "ranks": values(each(whole())),
+    "saved": each(NAME),
+    "num_labels": each(whole(1), least=1),
+}
+FRUGAL: Table = {"neighbors": whole(1), "cost_weight": number(least=0), "rows": whole(1), "subsets": whole(1)}
+FIELDS: Table = {
+    "mode": one_of(*MODES),
+    "head": one_of(*HEADS),
+    "experts": each(row(EXPERT), least=1),
+    "backbones": each(row(BACKBONE), least=1),
+    "fuser_hidden": each(whole(1)),
+    "fuser_dropout": number(least=0, most=1),
+    "features_from": optional(whole()),
+    "frugal": optional(row(FRUGAL)),
+    "budget": optional(number(above=0, most=1)),
+    "vocabularies": optional(each(whole(1), least=1)),
+    "rule": optional(NAME),
+    "over": optional(NAME),
+    "weights": optional(each(number(least=0))),
+    "fitted": optional(FLAG),
+}
+
+
+class FoEConfig(PreTrainedConfig):
+    """What a published FoE is made of; everything but the weights.
+
+    Args:
+        mode: "output" fuses the experts' outputs over one label space; "selection" picks one expert per example
+            from the experts' embeddings.
+        head: what the experts are, one of `HEADS`.
+        experts: one dict per expert: name, revision, license, task, labels (its own class names), label_map (fused
+            class index of each of its classes, -1 for none), backbone (index into `backbones`), feature_size
+            (width of its embedding; None in "output") and cost (any positive unit; parameters by default). Language
+            models have generation too: the expert's generation config, which may be edited here.
+        backbones: one dict per transformer: config (of the inner model), inputs (index of the processor that feeds
+            it), ranks (module path -> LoRA rank of each of its experts) and saved (module path -> head width of
+            each of its experts). Full models have neither ranks nor saved.
+        fuser_hidden: widths of the fuser's hidden layers.
+        fuser_dropout: dropout after each hidden layer.
+        features_from: in selection, the index of the one expert whose embedding feeds the fuser; None for all.
+        frugal: None, or what the frugal variant needs: neighbors (kappa), cost_weight (lambda), rows (validation
+            points kept) and subsets (sets of experts whose loss is kept).
+        budget: default budget of a forward, a share of the cost of all experts in (0, 1]; None queries all.
+        vocabularies: in selection among language models, the vocabulary size of each processor.
+        rule: of an ensemble, "mean" or "max_model", instead of a fuser that is learned; None for a FoE.
+        over: what the rule is applied to, "logits" or "probabilities".
+        weights: of the rule "mean", one for each expert; None: alike.
+        fitted: whether the fuser was trained; an ensemble's rule needs no training.
+        recipe: what `hf_fusion.fuse` made it of, as ``fusion.yaml`` has it, without the paths of folders; None: see
+            `recipe_foe.recipe_of`.
+        format_version: of this config; code refuses what is newer than itself.
+    """
+
+    model_type = "foe"
+
+    mode: str = "output"
+    head: str = "sequence-classification"
+    # None stands for an empty list: a config's defaults may not be mutable.
+    experts: list[dict[str, Any]] = None  # type: ignore[assignment]
+    backbones: list[dict[str, Any]] = None  # type: ignore[assignment]
+    fuser_hidden: list[int] = None  # type: ignore[assignment]
+    fuser_dropout: float = 0.0
+    features_from: int | None = None
+    frugal: dict[str, Any] | None = None
+    budget: float | None = None
+    vocabularies: list[int] | None = None
+    rule: str | None = None
+    over: str = "logits"
+    weights: list[float] | None = None
+    is_encoder_decoder: bool = False
+    fitted: bool = False
+    recipe: dict[str, Any] | None = None
+    format_version: int = FORMAT
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As any config's, once what it says is known to be right.
+
+        Raises:
+            ValueError: naming the field, what it is and what is expected; or a newer format.
+        """
+        check_file(config_dict, FIELDS, cls)
+        made = super().from_dict(config_dict, **kwargs)
+        config = made[0] if isinstance(made, tuple) else made
+        refuse(config._relations())
+        return made
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        check_format(self.format_version)
+        self.experts = self.experts or []
+        self.backbones = self.backbones or []
+        self.fuser_hidden = [512, 512] if self.fuser_hidden is None else list(self.fuser_hidden)
+        super().__post_init__(**kwargs)
+        check_values(self, {name: FIELDS[name] for name in ("mode", "head", "budget")})
+
+    def _relations(self) -> Iterator[Row]:
+        """What has to fit together, see `fused_checks.Row`."""
+        generates = self.head in ("causal-lm", "seq2seq-lm")
+        groups = 1 + max(plan["inputs"] for plan in self.backbones)
+        members = [[e for e in self.experts if e["backbone"] == index] for index in range(len(self.backbones))]
+        for index, expert in enumerate(self.experts):
+            where, labels, label_map = f"experts[{index}]", expert["labels"], expert.get("label_map")
+            yield f"{where}.backbone", expert["backbone"], expert["backbone"] < len(members), "one of the backbones"
+            if self.mode == "selection":
+                yield f"{where}.feature_size", expert.get("feature_size"), bool(expert.get("feature_size")), "a width"
+            if not generates:
+                is_whole = len(label_map or []) == max(1, len(labels))
+                yield f"{where}.label_map", label_map, is_whole, "a fused class for each label"
+                fused = max(label_map or [-1])
+                yield f"{where}.label_map", label_map, fused < self.num_outputs, f"numbers below {self.num_outputs}"
+        for index, plan in enumerate(self.backbones):
+            where, count = f"backbones[{index}]", len(members[index])
+            own = [max(1, len(expert["labels"])) for expert in members[index]]
+            yield f"{where}.num_labels", plan["num_labels"], plan["num_labels"] == own, f"{own}, as the experts"
+            is_kind = (plan["head"] == self.head) if generates else plan["head"] not in ("causal-lm", "seq2seq-lm")
+            yield f"{where}.head", plan["head"], is_kind, f"what goes with {self.head}"
+            for path, ranks in plan["ranks"].items():
+                yield f"{where}.ranks.{path}", ranks, len(ranks) == count and any(ranks), f"{count} ranks"
+        chosen = self.features_from
+        if chosen is not None:
+            is_one = self.mode == "selection" and chosen < self.num_experts
+            yield "features_from", chosen, is_one, "an expert's number, in mode 'selection'"
+        if generates:
+            sizes = self.vocabularies
+            yield "vocabularies", sizes, sizes is not None and len(sizes) == groups, f"the sizes of {groups}"
+            yield "mode", self.mode, self.mode == "selection" and not self.rule, "selection, without a rule"
+        elif self.vocabularies:
+            yield "head", self.head, False, "causal-lm or seq2seq-lm: there are vocabularies"
+
+    @property
+    def num_experts(self) -> int:
+        """K, the number of experts."""
+        return len(self.experts)
+
+    @property
+    def num_outputs(self) -> int:
+        """C, the width of an expert's output in the fused label space."""
+        return len(self.id2label or {})
+
+    @property
+    def cost_shares(self) -> list[float]:
+        """Each expert's share of the cost of querying all of them; sums to 1."""
+        costs = [expert["cost"] for expert in self.experts]
+        return [cost / sum(costs) for cost in costs]
+
+    def backbone_config(self, index: int) -> PreTrainedConfig:
+        """The inner model's config, rebuilt from the plain dict that is stored."""
+        return inner_config(
+            AutoConfig.for_model, without_code(self.backbones[index]["config"]), f"backbones[{index}].config"
+        )
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The first language model's, with the fused vocabulary: `generate()` reads it; else this config."""
+        if self.head in ("causal-lm", "seq2seq-lm") and self.backbones:
+            config = self.backbone_config(0).get_text_config(decoder=decoder, encoder=encoder)
+            config.vocab_size = sum(self.vocabularies or [config.vocab_size])
+            return config
+        return self
+
+
+__all__ = ["FoEConfig"]

@@ -1,0 +1,221 @@
+"""Configuration of WEMoE: a weight-ensembling mixture of experts (Tang et al., 2024, arXiv 2402.00433)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from .fused_checks import (
+    FLAG,
+    FORMAT,
+    MAPPING,
+    MODEL,
+    NAME,
+    TEXT,
+    Row,
+    Table,
+    check_file,
+    check_format,
+    check_values,
+    each,
+    inner_config,
+    kind,
+    number,
+    one_of,
+    optional,
+    refuse,
+    row,
+    whole,
+)
+from .fused_own_code import without_code
+
+HEADS = (
+    "causal-lm",
+    "seq2seq-lm",
+    "sequence-classification",
+    "token-classification",
+    "image-classification",
+    "semantic-segmentation",
+    "features",
+)
+LOW_RANK = ("low-rank", "low-rank-bfloat16")
+TASK_VECTORS = ("exact", "bfloat16", "sparse", *LOW_RANK)
+ROUTINGS = ("wemoe", "smile")
+EXPERT: Table = {
+    "name": NAME,
+    "revision": optional(TEXT),
+    "license": optional(TEXT),
+    "task": optional(TEXT),
+    "labels": each(TEXT),
+}
+UNIT: Table = {
+    "name": NAME,
+    "paths": each(NAME, least=1),
+    "sizes": each(optional(kind(lambda value: not isinstance(value, (str, bool, dict)), "numbers")), least=1),
+    "energy": optional(each(number())),
+}
+FIELDS: Table = {
+    "head": one_of(*HEADS),
+    "backbone": MODEL,
+    "base": optional(row({"id": optional(TEXT), "revision": optional(TEXT)})),
+    "experts": each(row(EXPERT), least=1),
+    "units": each(row(UNIT), least=1),
+    "task_heads": each(NAME),
+    "default_task": optional(NAME),
+    "task_vectors": one_of(*TASK_VECTORS),
+    "density": number(above=0, most=1),
+    "routing": one_of(*ROUTINGS),
+    "router_layers": one_of(0, 1, 2),
+    "shared_router": FLAG,
+    "batch_reduce": FLAG,
+    "scaling": number(),
+    "merge": NAME,
+    "num_experts_per_tok": whole(1),
+    "gate_rank": whole(1),
+    "adaptation": optional(MAPPING),
+    "samples": optional(each(optional(number(least=0)))),
+}
+# what a linear has to know of its task vectors: see `UpscaledLinear`
+SIZES = {
+    "exact": (lambda size, experts: size is None, "null"),
+    "low-rank": (
+        lambda size, experts: (
+            isinstance(size, list) and len(size) == experts and not list(each(whole()).find(size, ""))
+        ),
+        "a rank for each expert",
+    ),
+    "rows": (lambda size, experts: not list(whole(1).find(size, "")), "a whole number of at least 1"),
+}
+
+
+class WEMoEConfig(PreTrainedConfig):
+    """What a published model is made of; everything but the weights.
+
+    Args:
+        head: what kind of model this is, one of `HEADS`.
+        backbone: the config of the dense model, as a plain dict.
+        base: id and revision of the base, where they are known.
+        experts: one dict per expert: name, revision, license, task and labels (class names of its own head).
+        units: what shares a router, in order: "name", "paths" (module paths of its linears, the first one reads what
+            the router reads) and "sizes" (what `UpscaledLinear` has to know of each linear's task vectors).
+        task_heads: module paths that every expert has its own copy of.
+        default_task: the expert whose head answers where no ``task=`` is given.
+        task_vectors: how they are stored, one of `TASK_VECTORS`: in the model's dtype, in bfloat16 beside a base of the
+            model's dtype, pruned by magnitude to `density`, or as products of low rank, their factors in the model's
+            dtype or in bfloat16.
+        density: share of the entries that "sparse" keeps.
+        routing: "wemoe" has routers, one coefficient per sample; "smile" has none and chooses among low-rank experts
+            token by token.
+        router_layers: 0 (a vector), 1 or 2 linear layers.
+        shared_router: one router for all units (E-WEMoE), rather than one each.
+        batch_reduce: one merge for a whole batch: an output then depends on its neighbours.
+        scaling: λ, by which the rest was merged, and every router's first coefficient.
+        merge: the rule by which the rest was merged.
+        num_experts_per_tok: top-k of SMILE.
+        gate_rank: leading singular vectors that SMILE's gates read.
+        adaptation: how routers were adapted: "loss" ("entropy" of unlabelled rows, or "labels"), "diversity" (weight
+            of the term that spreads the answers), "steps", "rows" (task -> number of rows), "stopped" (why before the
+            last step, or None), "learning_rate" and "batch_size" (rows of each task and step). None: not adapted; every
+            router still gives λ, so the model answers as task arithmetic does.
+        samples: a number from every tensor as it was saved, see `samples_of`.
+        recipe: what `hf_fusion.fuse` made it of, as ``fusion.yaml`` has it, without the paths of folders; None: see
+            `recipe_wemoe.recipe_of`.
+        format_version: of this config; code refuses what is newer than itself.
+    """
+
+    model_type = "wemoe"
+
+    head: str = "features"
+    # None stands for an empty container: a config's defaults may not be mutable.
+    backbone: dict[str, Any] = None  # type: ignore[assignment]
+    base: dict[str, Any] = None  # type: ignore[assignment]
+    experts: list[dict[str, Any]] = None  # type: ignore[assignment]
+    units: list[dict[str, Any]] = None  # type: ignore[assignment]
+    task_heads: list[str] = None  # type: ignore[assignment]
+    default_task: str | None = None
+    task_vectors: str = "exact"
+    density: float = 0.1
+    routing: str = "wemoe"
+    router_layers: int = 2
+    shared_router: bool = False
+    batch_reduce: bool = False
+    scaling: float = 0.3
+    merge: str = "task_arithmetic"
+    num_experts_per_tok: int = 1
+    gate_rank: int = 16
+    adaptation: dict[str, Any] | None = None
+    is_encoder_decoder: bool = False
+    pad_token_id: int | None = None
+    recipe: dict[str, Any] | None = None
+    format_version: int = FORMAT
+    samples: list[float | None] = None  # type: ignore[assignment]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As any config's, once what it says is known to be right.
+
+        Raises:
+            ValueError: naming the field, what it is and what is expected; or a newer format.
+        """
+        check_file(config_dict, FIELDS, cls)
+        made = super().from_dict(config_dict, **kwargs)
+        config = made[0] if isinstance(made, tuple) else made
+        refuse(config._relations())
+        return made
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        check_format(self.format_version)
+        self.backbone = self.backbone or {}
+        self.base = self.base or {}
+        self.experts = self.experts or []
+        self.units = self.units or []
+        self.task_heads = self.task_heads or []
+        self.samples = self.samples or []
+        if self.pad_token_id is None:  # the Trainer pads what was generated by it
+            self.pad_token_id = (self.backbone.get("text_config") or self.backbone).get("pad_token_id")
+        super().__post_init__(**kwargs)
+        names = ("head", "task_vectors", "routing", "router_layers", "density")
+        check_values(self, {name: FIELDS[name] for name in names})
+        if self.routing == "smile" and self.task_vectors not in LOW_RANK:
+            raise ValueError("routing='smile' reads singular vectors: it needs task_vectors='low-rank'")
+
+    def _relations(self) -> Iterator[Row]:
+        """What has to fit together, see `fused_checks.Row`."""
+        names = [expert["name"] for expert in self.experts]
+        for index, expert in enumerate(self.experts):
+            where = f"experts[{index}]"
+            yield f"{where}.name", names[index], names.count(names[index]) == 1, "another name for each expert"
+            if self.task_heads:
+                yield f"{where}.labels", expert["labels"], bool(expert["labels"]), "the classes of its head"
+        task = self.default_task
+        yield "default_task", task, task in names if self.task_heads else task is None or task in names, "an expert"
+        kind = "low-rank" if self.task_vectors in LOW_RANK else "exact" if self.task_vectors == "exact" else "rows"
+        is_size, expected = SIZES[kind]
+        taken: set[str] = set()
+        for index, unit in enumerate(self.units):
+            where, paths, sizes = f"units[{index}]", unit["paths"], unit["sizes"]
+            yield f"{where}.paths", paths, len({*paths} - taken) == len(paths), "linears of no other unit"
+            taken.update(paths)
+            yield f"{where}.sizes", sizes, len(sizes) == len(paths), "one for each path"
+            for number_, size in enumerate(sizes):
+                yield f"{where}.sizes[{number_}]", size, is_size(size, len(names)), expected
+
+    @property
+    def num_experts(self) -> int:
+        """K, the number of experts."""
+        return len(self.experts)
+
+    def backbone_config(self) -> PreTrainedConfig:
+        """The dense model's config, rebuilt from the plain dict that is stored."""
+        return inner_config(AutoConfig.for_model, without_code(self.backbone), "backbone")
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The dense model's text config for language models, which `generate()` asks for; else this config."""
+        if self.head in ("causal-lm", "seq2seq-lm") and self.backbone:
+            return self.backbone_config().get_text_config(decoder=decoder, encoder=encoder)
+        return self
+
+
+__all__ = ["WEMoEConfig"]

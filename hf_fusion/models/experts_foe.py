@@ -1,0 +1,197 @@
+"""One transformer and the experts that live on it: a full model, or a base shared by K LoRA adapters.
+
+The adapters of one base run in one pass: the batch holds one group of rows per expert, the base's products are
+shared by all rows, and each group meets its own A and B in one batched product.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.pytorch_utils import Conv1D
+
+from .fused_calls import Calls
+
+# head of a FoE -> the Auto class of its experts
+AUTO_CLASSES: dict[str, Any] = {
+    "sequence-classification": AutoModelForSequenceClassification,
+    "image-classification": AutoModelForImageClassification,
+    "causal-lm": AutoModelForCausalLM,
+    "seq2seq-lm": AutoModelForSeq2SeqLM,
+}
+
+
+class Groups:
+    """Which expert each equally long group of rows in a batch belongs to; known to all modules of a backbone."""
+
+    def __init__(self) -> None:
+        self._calls = Calls()
+
+    @property
+    def experts(self) -> list[int]:
+        """Those of the forward that this thread is running; the first one where the inner model runs by itself."""
+        return self._calls.current() or [0]
+
+    def of(self, experts: list[int]) -> AbstractContextManager[Any]:
+        """Within this context the rows are these experts'."""
+        return self._calls.entered(experts)
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear (or GPT-2's Conv1D) with one LoRA update per expert.
+
+    The A's and B's are stored side by side without padding, so mixed ranks cost nothing on disk; `slots` finds an
+    expert's columns, and `real` masks what a shorter expert borrows.
+    """
+
+    def __init__(self, linear: Any, ranks: list[int], groups: Groups) -> None:
+        super().__init__()
+        d_out, d_in = linear.weight.shape
+        if isinstance(linear, Conv1D):
+            d_in, d_out = d_out, d_in
+        self.linear = linear
+        self.groups = groups
+        self.ranks = ranks
+        like: dict[str, Any] = {"dtype": linear.weight.dtype, "device": linear.weight.device}
+        self.lora_A = nn.Parameter(torch.empty(sum(ranks), d_in, **like), requires_grad=False)
+        self.lora_B = nn.Parameter(torch.empty(d_out, sum(ranks), **like), requires_grad=False)
+        widest, starts = max(ranks), [sum(ranks[:k]) for k in range(len(ranks))]
+        self.slots = [
+            [start + slot if slot < rank else 0 for slot in range(widest)] for start, rank in zip(starts, ranks)
+        ]
+        self.even = len(set(ranks)) == 1
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's: some models look at its dtype."""
+        return self.linear.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, ..., d_in) -> (N, ..., d_out), the N rows lying in equal groups, one expert each."""
+        y = self.linear(x)
+        experts = self.groups.experts
+        grouped = x.reshape(len(experts), -1, x.shape[-1])  # (G, n, d_in)
+        if self.even:
+            index = torch.tensor(experts, device=x.device)
+            a = self.lora_A.view(len(self.ranks), -1, x.shape[-1])[index]  # (G, r, d_in)
+            b = self.lora_B.view(self.lora_B.shape[0], len(self.ranks), -1)[:, index].permute(1, 2, 0)  # (G, r, d_out)
+            hidden = torch.bmm(grouped, a.transpose(1, 2))  # (G, n, r)
+        else:
+            slots = torch.tensor([self.slots[e] for e in experts], device=x.device)  # (G, r)
+            real = torch.tensor(
+                [[slot < self.ranks[e] for slot in range(len(self.slots[e]))] for e in experts],
+                device=x.device,
+            )
+            hidden = torch.bmm(grouped, self.lora_A[slots].transpose(1, 2)) * real[:, None]  # (G, n, r)
+            b = self.lora_B.T[slots]  # (G, r, d_out)
+        update = torch.bmm(hidden, b)  # (G, n, d_out)
+        return y + update.view_as(y)
+
+
+class PerExpert(nn.Module):
+    """A module of which every expert has its own copy: PEFT's `modules_to_save`, classification heads above all."""
+
+    def __init__(self, variants: list[nn.Module], groups: Groups) -> None:
+        super().__init__()
+        self.variants = nn.ModuleList(variants)
+        self.groups = groups
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Each run of rows through its expert's copy; heads narrower than the widest are padded with zeros."""
+        experts = self.groups.experts
+        rows_per_group = x.shape[0] // len(experts)
+        runs = [(expert, len(list(run)) * rows_per_group) for expert, run in groupby(experts)]
+        parts = x.split([rows for _, rows in runs])
+        outputs = [self.variants[e](part, *args, **kwargs) for (e, _), part in zip(runs, parts, strict=True)]
+        width = max(output.shape[-1] for output in outputs)
+        return torch.cat([nn.functional.pad(output, (0, width - output.shape[-1])) for output in outputs])
+
+
+class Backbone:
+    """A transformer with its experts: the model, and which rows of a batch are whose.
+
+    Not a module itself: transformers gathers tied weights and the like from direct children only, so the FoE registers
+    `model` as its own child.
+
+    Args:
+        head: key of `AUTO_CLASSES`.
+        config: the inner model's config.
+        ranks: module path -> LoRA rank of each expert; empty for a full model.
+        saved: paths of the modules of which every expert has its own copy; empty for a full model.
+        num_labels: number of classes of each expert, which shapes its head.
+        model: the loaded inner model, which is used as it is; by default one is built from `config`.
+    """
+
+    def __init__(
+        self,
+        head: str,
+        config: PreTrainedConfig,
+        ranks: dict[str, list[int]],
+        saved: list[str],
+        num_labels: list[int],
+        model: PreTrainedModel | None = None,
+    ) -> None:
+        self.groups = Groups()
+        if model is None:
+            model = AUTO_CLASSES[head].from_config(config, trust_remote_code=False)
+        self.model: PreTrainedModel = model
+        for path, expert_ranks in ranks.items():
+            linear = self.model.get_submodule(path)
+            self.model.set_submodule(path, AdaptedLinear(linear, expert_ranks, self.groups))
+        templates = {number: _on_meta(head, config, number) for number in set(num_labels)} if saved else {}
+        for path in saved:
+            like = next(self.model.get_submodule(path).parameters())
+            copies = [copy.deepcopy(templates[number].get_submodule(path)) for number in num_labels]
+            copies = [module.to_empty(device=like.device).to(like.dtype) for module in copies]
+            self.model.set_submodule(path, PerExpert(copies, self.groups))
+
+    def __call__(self, inputs: dict[str, torch.Tensor], experts: list[int], **kwargs: Any) -> Any:
+        """Runs the model on rows that lie in `len(experts)` equal groups, group i being expert `experts[i]`'s."""
+        with self.groups.of(experts):
+            return self.model(**inputs, **kwargs)
+
+
+def _on_meta(head: str, config: PreTrainedConfig, num_labels: int) -> PreTrainedModel:
+    """The model without weights, as it would be with `num_labels` classes: the template of an expert's head."""
+    resized = copy.deepcopy(config)
+    resized.num_labels = num_labels
+    with torch.device("meta"):
+        return AUTO_CLASSES[head].from_config(resized, trust_remote_code=False)
+
+
+def repeat_rows(inputs: dict[str, Any], times: int) -> dict[str, Any]:
+    """The batch once per expert, (B, ...) -> (times * B, ...)."""
+    if times == 1:
+        return inputs
+    return {k: v.repeat(times, *[1] * (v.dim() - 1)) if torch.is_tensor(v) else v for k, v in inputs.items()}
+
+
+def take_rows(inputs: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+    """Some rows of a batch."""
+    return {k: v[rows] if torch.is_tensor(v) else v for k, v in inputs.items()}
+
+
+def pool_states(states: torch.Tensor, mask: torch.Tensor | None, last: bool = False) -> torch.Tensor:
+    """One vector per example: of its last real token, or the mean over real tokens (N, T, d) or pixels (N, d, H, W)."""
+    if states.dim() == 4:
+        return states.flatten(2).mean(-1)
+    if mask is None:
+        return states[:, -1] if last else states.mean(1)
+    if last:
+        position = torch.arange(mask.shape[1], device=mask.device).mul(mask.bool()).argmax(1)
+        return states[torch.arange(len(states), device=states.device), position]
+    weight = mask.to(states.dtype)[..., None]  # (N, T, 1)
+    return (states * weight).sum(1) / weight.sum(1).clamp(min=1)

@@ -1,0 +1,255 @@
+"""Weights from a stranger: as many as the config describes, of its shapes, all finite; else one clear error.
+
+A family's folder travels alone, so that each has a copy of this file.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers.utils.hub import cached_file
+
+from .fused_own_code import UntrustedCodeError
+
+INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+# Beyond what the files hold a model may have weights that are tied, and buffers that are computed.
+SPARE_ELEMENTS, SPARE_BYTES, SPARE_PARAMETERS = 1 << 20, 1 << 27, 10_000
+# What the environment lacks is no fault of the folder; what has a name already keeps it.
+KEPT = (UntrustedCodeError, ImportError, MemoryError, torch.OutOfMemoryError)
+DTYPES = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+
+
+@dataclass
+class Stored:
+    """What the headers of a model's files say.
+
+    Attributes:
+        files: their paths.
+        shapes: name of a tensor -> its file if it is in one, shape, and whether it is of floating point.
+        thread: that reads them.
+    """
+
+    files: list[Path]
+    shapes: dict[str, tuple[Path | None, tuple[int, ...], bool]] = field(default_factory=dict)
+    thread: int = field(default_factory=threading.get_ident)
+
+    @property
+    def elements(self) -> int:
+        """Numbers in all tensors."""
+        return sum(_product(shape) for _, shape, _ in self.shapes.values())
+
+
+_stored: ContextVar[Stored | None] = ContextVar("stored", default=None)
+
+
+def weight_files(name: Any, hub: Mapping[str, Any]) -> list[Path]:
+    """The safetensors files of a folder or repo.
+
+    Args:
+        name: as `from_pretrained` takes it.
+        hub: where to look for it: revision, token, cache_dir, local_files_only, subfolder.
+
+    Raises:
+        ValueError: for an index that names other files than its neighbours.
+        OSError: for a file that is not there.
+    """
+    index = cached_file(name, INDEX, _raise_exceptions_for_missing_entries=False, **hub)
+    single = cached_file(name, WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub)
+    if single is not None or index is None:
+        return [Path(str(single or cached_file(name, WEIGHTS, **hub)))]
+    try:
+        shards = json.loads(Path(str(index)).read_text(encoding="utf-8"))["weight_map"].values()
+        if not shards or any(not isinstance(shard, str) or shard != Path(shard).name for shard in shards):
+            raise ValueError("its weight_map names something else than files beside it")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{INDEX} cannot be read ({_line(error)})") from None
+    return [Path(str(cached_file(name, shard, **hub))) for shard in sorted(set(shards))]
+
+
+def read_headers(files: list[Path]) -> Stored:
+    """What files hold, without reading their weights.
+
+    Raises:
+        ValueError: for one that is cut off or no safetensors.
+    """
+    stored = Stored(files)
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    own = file.get_slice(name)
+                    stored.shapes[name] = (path, tuple(own.get_shape()), own.get_dtype() in DTYPES)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path.name} cannot be read: cut off or damaged ({_line(error)})") from None
+    return stored
+
+
+@contextmanager
+def explained(name: Any) -> Iterator[None]:
+    """Turns what goes wrong while a folder or repo is read into a ValueError that names it.
+
+    What the environment lacks, and what a Hub answers (OSError for what it does not have), stays what it is.
+    """
+    try:
+        yield
+    except KEPT:
+        raise
+    except BaseException as error:  # whatever transformers does with such a folder; Rust's panics are no `Exception`
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        is_elsewhere = not Path(str(name)).exists()
+        if is_elsewhere and (isinstance(error, OSError) or "httpx" in type(error).__module__):
+            raise
+        text = _line(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {_line(error)}"
+        prefix = "" if text.startswith(str(name)) else f"{name} cannot be loaded: "
+        raise ValueError(prefix + text) from error
+
+
+def load_checked(
+    load: Callable[..., Any],
+    name: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    hub: Mapping[str, Any],
+    may_hold_more: bool = False,
+) -> tuple[Any, dict[str, Any]]:
+    """A model of a folder or repo, whose every weight is in its safetensors files and finite.
+
+    Args:
+        load: `from_pretrained` of `PreTrainedModel`.
+        name: what is loaded, as `from_pretrained` takes it.
+        args, kwargs: of `from_pretrained`; with a ``state_dict`` no file is read.
+        hub: where to look for files, see `weight_files`.
+        may_hold_more: whether there may be weights that the model has no place for.
+
+    Returns:
+        The model, and what `from_pretrained` says of its loading.
+
+    Raises:
+        ValueError: naming the folder, the file or tensor, and what is wrong with it.
+        OSError: for a repo, or a file of it, that is not there.
+    """
+    options = {"use_safetensors": True, **kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    given = options.get("state_dict")
+    with explained(name):
+        if given is not None:
+            stored = Stored([], {key: (None, tuple(own.shape), own.is_floating_point()) for key, own in given.items()})
+        elif options.get("variant") or options.get("gguf_file"):
+            stored = None
+        else:
+            stored = read_headers(weight_files(name, hub))
+        with bounded(stored):
+            model, info = load(name if given is None else None, *args, **options)
+        allowed = {"mismatched_keys": kwargs.get("ignore_mismatched_sizes"), "unexpected_keys": may_hold_more}
+        info = {what: set() if allowed.get(what) else keys for what, keys in info.items()}
+        check_loaded(model, info, stored)
+    return model, info
+
+
+@contextmanager
+def bounded(stored: Stored | None) -> Iterator[None]:
+    """Within this context a model is not built larger than what its files hold: see `check_size`."""
+    if stored is None:
+        yield
+        return
+    most, most_parameters, count = stored.elements + SPARE_ELEMENTS, 100 * len(stored.shapes) + SPARE_PARAMETERS, 0
+
+    def check(module: nn.Module, name: str, parameter: Any) -> None:
+        nonlocal count
+        if threading.get_ident() != stored.thread:
+            return
+        count += 1
+        if count > most_parameters or (parameter is not None and parameter.numel() > most):
+            size = "" if parameter is None else f" ({type(module).__name__}.{name} is {list(parameter.shape)})"
+            raise ValueError(f"config.json describes a larger model than the files hold{size}")
+
+    handle, token = register_module_parameter_registration_hook(check), _stored.set(stored)
+    try:
+        yield
+    finally:
+        handle.remove()
+        _stored.reset(token)
+
+
+def check_size(model: nn.Module) -> None:
+    """Whether the weights of a model that was just built, without memory yet, lie in the files it is loaded from.
+
+    Raises:
+        ValueError: where all of its weights or its computed buffers are much more than they hold.
+    """
+    stored = _stored.get()
+    if stored is None:
+        return
+    state = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    wanted, there = sum(tensor.numel() for tensor in state.values()), stored.elements
+    if wanted > 2 * there + SPARE_ELEMENTS:
+        raise ValueError(f"config.json describes {wanted:,} weights, the files hold {there:,}")
+    computed = sum(tensor.nbytes for tensor in model.buffers() if id(tensor) not in state)
+    if computed > 8 * there + SPARE_BYTES:
+        raise ValueError(f"config.json describes computed buffers of {computed:,} bytes beside {there:,} weights")
+
+
+def check_loaded(model: nn.Module, info: Mapping[str, Any], stored: Stored | None) -> None:
+    """Whether every weight of a loaded model came from its files, as they hold it, and is finite.
+
+    Args:
+        model: as loaded; weights that were left on disk are read from there.
+        info: what `from_pretrained` says of its loading.
+        stored: what the files hold; None: another source.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    for what, keys in (("lacks", info["missing_keys"]), ("has unknown", info["unexpected_keys"])):
+        if keys:
+            raise ValueError(f"it {what} weights, {len(keys)}, first {min(keys)}")
+    for name, in_file, wanted in sorted(info["mismatched_keys"]):
+        raise ValueError(f"{name} is {list(in_file)} in the files, {list(wanted)} by config.json")
+    for name, tensor in model.state_dict().items():
+        path, _, is_float = stored.shapes.get(name, (None, (), None)) if stored else (None, (), None)
+        if is_float is not None and is_float != tensor.is_floating_point():
+            raise ValueError(f"{name} is not of the type that config.json describes ({tensor.dtype})")
+        if tensor.is_meta and path is not None:
+            with safe_open(path, framework="pt") as file:
+                tensor = file.get_tensor(name)
+        if not is_finite(tensor):
+            raise ValueError(f"{name} holds NaN or Inf, as {tensor.dtype}")
+
+
+@torch.no_grad()
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all numbers are; a sum tells it in one pass. Bits of bfloat16 that are kept as int16 are read as such."""
+    if tensor.is_meta or not tensor.numel():
+        return True
+    if tensor.dtype == torch.int16:
+        tensor = tensor.view(torch.bfloat16)
+    if not tensor.is_floating_point() or tensor.element_size() == 1:
+        return True
+    # Large numbers may add up to Inf; their extremes tell then, which take longer, and which NaN goes through as well.
+    return bool(tensor.sum().isfinite()) or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _line(error: object) -> str:
+    line = " ".join(str(error).split())[:400]
+    return "".join(character if character.isprintable() else "?" for character in line)
+
+
+__all__ = ["check_size", "explained", "is_finite", "load_checked", "read_headers", "weight_files"]

@@ -1,0 +1,494 @@
+"""Fusion of Experts: learn to fuse the outputs of experts with complementary knowledge (arXiv 2310.01542).
+
+`FoEModel` fuses classifiers and regressors by their outputs, or selects among experts with different label spaces;
+its subclass in `generation_foe` selects among language models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from .assembly_foe import fill_adapters, plan_config
+from .backbones_foe import BackbonesMixin
+from .configuration_foe import FoEConfig
+from .ensemble_foe import LEAST_PROBABILITY, FixedFuser, check_ensemble, fused_logits
+from .experts_foe import AUTO_CLASSES, Backbone, pool_states, repeat_rows, take_rows
+from .frugal_foe import FrugalPolicy
+from .fused_calls import Calls
+from .fused_files import check_files
+from .fused_loading import check_size, explained, load_checked
+from .fused_saving import saved_whole
+from .fused_summary import Summary, described
+from .fuser_foe import Fuser
+from .processing_foe import FoEProcessor
+from .recipe_foe import push_options, without_paths, write_recipe
+
+
+class FoEModel(BackbonesMixin, PreTrainedModel):
+    """Experts and the fuser that makes one model of them.
+
+    Build one with `from_experts`, fit it with `hf_fusion.fit_fuser`, load a published one with
+    ``AutoModel.from_pretrained(id, trust_remote_code=True)`` and feed it what its processor returns.
+    """
+
+    config_class = FoEConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    _auto_class = "AutoModel"
+    # Turns ids and folders into loaded experts; set where hf_fusion is installed, absent in a published model's code.
+    load_experts: ClassVar[Callable[..., list[Any]] | None] = None
+
+    def __init__(self, config: FoEConfig, models: Sequence[PreTrainedModel] | None = None) -> None:
+        super().__init__(config)
+        self.backbones = [
+            Backbone(
+                plan["head"],
+                config.backbone_config(index),
+                plan["ranks"],
+                plan["saved"],
+                plan["num_labels"],
+                models[index] if models else None,
+            )
+            for index, plan in enumerate(config.backbones)
+        ]
+        for index, backbone in enumerate(self.backbones):
+            self.add_module(f"backbone_{index}", backbone.model)
+        self._freeze_experts()
+        self.fuser: nn.Module
+        experts, labels = config.num_experts, config.num_outputs
+        if config.mode == "output":
+            inputs, outputs = experts * labels, labels
+        else:
+            widths = [expert["feature_size"] for expert in config.experts]
+            inputs = sum(widths) if config.features_from is None else widths[config.features_from]
+            outputs = experts
+        if config.rule:
+            self.fuser = FixedFuser(experts, config.rule, config.over, config.weights)
+        else:
+            self.fuser = Fuser(inputs, config.fuser_hidden, outputs, config.fuser_dropout)
+        if config.frugal:
+            sizes = {name: config.frugal[name] for name in ("rows", "subsets", "neighbors")}
+            self.policy = FrugalPolicy(num_experts=experts, num_outputs=labels, **sizes)
+        self.record_routing = False
+        self._calls = Calls()
+        self._label_maps: dict[tuple[int, torch.device], torch.Tensor] = {}
+        self._processor: FoEProcessor | None = None
+        self._source: tuple[str, dict[str, Any]] | None = None
+        self._trusted = False  # whether the repo's own code may run for the processor
+        self.post_init()
+        check_size(self)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+            if module.bias is not None:
+                bound = module.in_features**-0.5
+                init.uniform_(module.bias, -bound, bound)
+
+    def _freeze_experts(self) -> None:
+        for backbone in self.backbones:
+            backbone.model.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> FoEModel:
+        """Training mode for the fuser alone: the experts are frozen, their dropout stays off."""
+        super().train(mode)
+        for backbone in self.backbones:
+            backbone.model.eval()
+        return self
+
+    # ---------------------------------------------------------------- building, saving
+
+    @classmethod
+    def from_experts(
+        cls,
+        experts: Sequence[Any],
+        base: Any = None,
+        mode: str = "output",
+        label_maps: Mapping[str, Mapping[str, str | None]] | None = None,
+        labels: Sequence[str] | None = None,
+        costs: Sequence[float] | None = None,
+        features_from: int | None = None,
+        fuser_hidden: Sequence[int] | None = None,
+        fuser_dropout: float | None = None,
+    ) -> FoEModel:
+        """Builds a FoE whose fuser is still to be fitted.
+
+        Args:
+            experts: loaded experts, or ids ("owner/name@revision"), folders and transformers models, which need
+                hf_fusion installed to be resolved.
+            base: base of the adapters, if it is not the one they name.
+            mode: "output" fuses outputs over one label space; "selection" picks one expert per example.
+            label_maps: expert name -> {its label: fused label, or None to drop it}.
+            labels: the fused labels in the order wanted.
+            costs: cost of querying each expert, any unit (parameters by default, measured latency, a price).
+            features_from: in selection, take the fuser's features from this expert alone.
+            fuser_hidden: hidden widths of the fuser; (512, 512) by default, the paper's selection has (8192, 8192).
+            fuser_dropout: 0 by default in output mode, 0.5 in selection, as in the paper.
+
+        Raises:
+            ValueError: where experts do not fit together, naming the expert and the remedy.
+        """
+        if features_from is not None and not (mode == "selection" and 0 <= features_from < len(experts)):
+            raise ValueError(f"features_from={features_from} must be the index of an expert, in mode='selection'")
+        dropout = (0.5 if mode == "selection" else 0.0) if fuser_dropout is None else fuser_dropout
+        fields = {"features_from": features_from, "fuser_hidden": fuser_hidden, "fuser_dropout": dropout}
+        return cls._built(experts, base, mode, label_maps, labels, costs, **fields)
+
+    @classmethod
+    def ensemble(
+        cls,
+        experts: Sequence[Any],
+        base: Any = None,
+        rule: str = "mean",
+        weights: Sequence[float] | None = None,
+        over: str = "logits",
+        label_maps: Mapping[str, Mapping[str, str | None]] | None = None,
+        labels: Sequence[str] | None = None,
+        costs: Sequence[float] | None = None,
+    ) -> FoEModel:
+        """Builds an ensemble of classifiers or regressors: ready as it is, nothing is fitted.
+
+        Over logits the rules are fusion_bench's simple and weighted ensembles and its max-model predictor. Labels of an
+        expert that become one label have the logarithm of the sum of their exponentials as its logit.
+
+        Args:
+            experts, base: as `from_experts` takes them.
+            rule: "mean", or "max_model": for each label the largest output of all experts.
+            weights: of the mean, a share for each expert, normalised; alike by default.
+            over: "logits", or "probabilities": softmaxes, where no expert outshouts the others by large logits, and
+                labels that an expert does not know count as 0. Of regression, scores.
+            label_maps, labels, costs: as `from_experts` takes them.
+
+        Raises:
+            ValueError: where experts do not fit together, naming the expert and the remedy.
+        """
+        own = None if weights is None else [float(weight) for weight in weights]
+        fields = {"rule": rule, "over": over, "weights": own, "fuser_hidden": []}
+        return cls._built(experts, base, "output", label_maps, labels, costs, **fields)
+
+    @classmethod
+    def _built(cls, experts: Sequence[Any], base: Any, mode: str, *arguments: Any, **fields: Any) -> FoEModel:
+        """A model of loaded experts, with a fuser as it begins."""
+        if not experts:
+            raise ValueError("a fusion needs at least one expert; the list is empty")
+        if base is not None or not all(hasattr(expert, "adapter") for expert in experts):
+            if cls.load_experts is None:
+                raise ValueError("ids and folders can be resolved only with hf_fusion installed: pip install hf_fusion")
+            experts = cls.load_experts(experts, base=base)
+        config, models, processor = plan_config(experts, mode, *arguments, **fields)
+        if config.rule is not None:
+            if config.problem_type == "regression":
+                config.over = "logits"
+            check_ensemble(config)
+        dtypes = {parameter.dtype for model in models for parameter in model.parameters()}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # one model has one dtype
+        family = FoEModel
+        if config.vocabularies:
+            from .generation_foe import FoEForGeneration as family
+        model: Any = family(config, models).to(dtype)  # type: ignore[arg-type]  # the stubs lose `self`
+        for index, plan in enumerate(config.backbones):
+            own = [e for e, row in zip(experts, config.experts, strict=True) if row["backbone"] == index]
+            if plan["ranks"] or plan["saved"]:
+                fill_adapters(model.backbones[index], plan, own, own[0].model)
+        model._processor = processor
+        return model.eval()
+
+    @property
+    def processor(self) -> FoEProcessor:
+        """The processor that feeds this model; a loaded model fetches it from where it came from.
+
+        Raises:
+            ValueError: for a model that came from nowhere; or the repo's own code is needed, and the model was loaded
+                without ``trust_remote_code``.
+        """
+        if self._processor is None:
+            if self._source is None:
+                raise ValueError("this model was built without experts, so it has no processor")
+            source, hub = self._source
+            with explained(source):
+                self._processor = FoEProcessor.from_pretrained(source, trust_remote_code=self._trusted, **hub)
+        return self._processor
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As any model's; remembers where it came from, so that its processor can follow; see `fused_loading`."""
+        names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+        hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        if pretrained_model_name_or_path is not None:  # else all weights are given
+            check_files(pretrained_model_name_or_path, hub)
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = load_checked(super().from_pretrained, pretrained_model_name_or_path, args, kwargs, hub)
+        model._source = (str(pretrained_model_name_or_path), hub)
+        model._trusted = kwargs.get("trust_remote_code") is True
+        model._freeze_experts()  # loading makes fresh parameters, which all want gradients
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As any model's; writes the processor, the code and the recipe beside the weights."""
+        pushed = push_options(save_directory, kwargs)
+        name = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
+        head = AUTO_CLASSES[self.config.head].__name__
+        self.config.auto_map = {"AutoConfig": "configuration_foe.FoEConfig", "AutoModel": name, head: name}
+        with saved_whole(save_directory) as staging:
+            if self._processor is not None or self._source is not None:
+                self.processor.save_pretrained(staging)
+            super().save_pretrained(staging, *args, **kwargs)
+            write_recipe(self, staging)
+        if pushed:
+            self.push_to_hub(**pushed)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As any model's; what is sent says nothing of this machine's folders."""
+        return super(FoEModel, without_paths(self)).push_to_hub(*args, **kwargs)
+
+    # ---------------------------------------------------------------- running experts
+
+    def _members(self, backbone: int) -> list[int]:
+        """Experts that live on a backbone, in its order."""
+        return [index for index, expert in enumerate(self.config.experts) if expert["backbone"] == backbone]
+
+    def _inputs_of(self, backbone: int, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs meant for one backbone, under the names its model knows."""
+        group = self.config.backbones[backbone]["inputs"]
+        last = max(plan["inputs"] for plan in self.config.backbones)
+        suffixes = {f"_{index}" for index in range(1, last + 1)}
+        if group == 0:
+            own = {k: v for k, v in inputs.items() if not any(k.endswith(suffix) for suffix in suffixes)}
+        else:
+            own = {k.removesuffix(f"_{group}"): v for k, v in inputs.items() if k.endswith(f"_{group}")}
+        own = {name: value for name, value in own.items() if value is not None}
+        if not own:
+            raise ValueError(
+                f"{self.config.experts[self._members(backbone)[0]]['name']} got no inputs: prepare them with "
+                "AutoProcessor.from_pretrained(id, trust_remote_code=True), which serves every expert"
+            )
+        return own
+
+    def _label_map(self, backbone: int, device: torch.device) -> torch.Tensor:
+        """One-hot maps from the experts' labels to the fused ones, (K_b, C_b, C); kept once made."""
+        if (backbone, device) not in self._label_maps:
+            maps = [self.config.experts[expert]["label_map"] for expert in self._members(backbone)]
+            own = max(len(label_map) for label_map in maps)
+            onehot = torch.zeros(len(maps), own, self.config.num_outputs)
+            for index, label_map in enumerate(maps):
+                for label, fused in enumerate(label_map):
+                    if fused >= 0:
+                        onehot[index, label, fused] = 1
+            self._label_maps[backbone, device] = onehot.to(device)
+        return self._label_maps[backbone, device]
+
+    def _answer(
+        self, backbone: int, inputs: dict[str, Any], local: list[int], embed: bool = False, raw: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What experts of one backbone say about rows in `len(local)` equal groups.
+
+        Returns:
+            Their outputs in the fused label space (N, C): probabilities, or scores for regression; zeros for a row
+            whose logits are not finite, so that a broken expert counts as not queried. With `raw` logits, -inf for
+            such a row, and for labels that the expert does not know. And the embeddings (N, d).
+        """
+        out = self.backbones[backbone](inputs, local, **({"output_hidden_states": True} if embed else {}))
+        logits = out.logits.float().view(len(local), -1, out.logits.shape[-1])  # (G, n, C_b)
+        onehot = self._label_map(backbone, logits.device)[local]  # (G, C_b, C)
+        width = min(logits.shape[-1], onehot.shape[1])  # heads are as wide as the widest expert that was asked
+        logits, onehot = logits[..., :width], onehot[:, :width]
+        if self.config.problem_type != "regression":
+            widths = [len(self.config.experts[member]["label_map"]) for member in self._members(backbone)]
+            if len(set(widths)) > 1:  # a padded head: its surplus columns are no labels
+                own = torch.tensor([widths[index] for index in local], device=logits.device)
+                surplus = torch.arange(logits.shape[-1], device=logits.device) >= own[:, None]
+                logits = logits.masked_fill(surplus[:, None], float("-inf"))
+        if raw:
+            outputs = fused_logits(logits, onehot, self.config.problem_type == "regression").flatten(0, 1)  # (N, C)
+        else:
+            logits = logits if self.config.problem_type == "regression" else logits.softmax(-1)
+            outputs = torch.bmm(logits, onehot).flatten(0, 1)
+            outputs = torch.where(outputs.isfinite().all(-1, keepdim=True), outputs, 0.0)
+        return outputs, pool_states(out.hidden_states[-1], inputs.get("attention_mask")) if embed else None
+
+    def expert_outputs(
+        self,
+        inputs: Mapping[str, Any],
+        embed: bool = False,
+        experts: Sequence[int] | None = None,
+        raw: bool = False,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Runs all experts, or those named, on every example.
+
+        Returns:
+            Their outputs in the fused label space (B, K, C), with `raw` as logits, see `_answer`; with `embed` also
+            their embeddings, K of (B, d_k).
+        """
+        wanted = range(self.config.num_experts) if experts is None else experts
+        outputs: dict[int, torch.Tensor] = {}
+        embeddings: dict[int, torch.Tensor] = {}
+        for backbone in range(len(self.backbones)):
+            members = [index for index in self._members(backbone) if index in wanted]
+            if not members:
+                continue
+            own = repeat_rows(self._inputs_of(backbone, inputs), len(members))
+            local = [self._members(backbone).index(index) for index in members]
+            answers, embedded = self._answer(backbone, own, local, embed, raw)
+            outputs.update(zip(members, answers.to(self.device).chunk(len(members))))
+            if embedded is not None:
+                embeddings.update(zip(members, embedded.to(self.device).chunk(len(members))))
+        return torch.stack([outputs[i] for i in wanted], 1), [embeddings[i] for i in wanted if embed]
+
+    def _query(self, inputs: Mapping[str, Any], rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """Outputs (n, C) of one expert per row: `experts[i]` for example `rows[i]`, a backbone's rows in one pass."""
+        outputs = torch.zeros(len(rows), self.config.num_outputs, device=self.device)
+        for backbone in range(len(self.backbones)):
+            members = self._members(backbone)
+            mine = torch.isin(experts, torch.tensor(members, device=experts.device)).nonzero()[:, 0]
+            if not len(mine):
+                continue
+            mine = mine[torch.argsort(experts[mine], stable=True)]
+            chosen = [members.index(expert) for expert in experts[mine].tolist()]
+            local = [chosen[0]] if len(set(chosen)) == 1 else chosen  # one group, or one per row
+            answers, _ = self._answer(backbone, take_rows(self._inputs_of(backbone, inputs), rows[mine]), local)
+            outputs[mine] = answers.to(outputs.device)
+        return outputs
+
+    # ---------------------------------------------------------------- forward
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        budget: float | None = None,
+        return_dict: bool | None = None,
+        **inputs: Any,
+    ) -> SequenceClassifierOutput | tuple[torch.Tensor, ...]:
+        """Fused logits.
+
+        Args:
+            input_ids, attention_mask, pixel_values, inputs: what the processor returned.
+            labels: (B,) class indices, or (B,) targets for regression; adds the loss.
+            budget: in (0, 1]: query experts frugally, none of them for an example beyond this share of the cost of
+                all; None (and no `config.budget`) queries all experts.
+
+        Returns:
+            logits (B, C). In selection mode labels that the chosen expert does not know have probability 1e-8.
+
+        Raises:
+            ValueError: for a budget on a model that was not fitted frugally, or inputs an expert misses.
+        """
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values, **inputs}
+        budget = self.config.budget if budget is None else budget
+        if self.config.mode == "selection":
+            if budget is not None:
+                raise ValueError("a budget belongs to output fusion; in selection only the chosen expert answers")
+            logits = self._select_and_answer(given)
+        elif budget is None:
+            outputs, _ = self.expert_outputs(given, raw=self.reads_logits)
+            order = torch.arange(1, outputs.shape[1] + 1, device=outputs.device).expand(outputs.shape[:2])
+            logits = self._fuse(outputs, order)
+        else:
+            outputs, order = self._run_frugally(given, budget)
+            logits = self._fuse(outputs, order)
+        loss = None if labels is None else self._loss(logits, labels)
+        if return_dict is False:
+            return (logits,) if loss is None else (loss, logits)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether the fuser takes the experts' logits rather than their probabilities."""
+        return self.config.rule is not None and self.config.over == "logits"
+
+    def _fuse(self, outputs: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        """(B, K, C) outputs, zero where not queried -> (B, C) logits."""
+        logits = self.fuser(outputs.flatten(1))
+        self._record(logits, order=order, outputs=outputs)
+        return logits
+
+    def _run_frugally(self, inputs: Mapping[str, Any], budget: float) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.config.frugal is None:
+            raise ValueError("this model was fitted without frugal=True, so it cannot keep to a budget")
+        if not 0 < budget <= 1:
+            raise ValueError(f"budget is {budget}; it is a share of the experts' cost in (0, 1]")
+        batch = len(next(value for value in inputs.values() if torch.is_tensor(value)))
+        return self.policy.run(
+            lambda rows, experts: self._query(inputs, rows, experts),
+            batch,
+            torch.tensor(self.config.cost_shares),
+            self.config.frugal["cost_weight"],
+            budget,
+        )
+
+    def _select_and_answer(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Logits of the expert that the fuser chooses for each example, (B, C)."""
+        source = self.config.features_from
+        outputs, embeddings = self.expert_outputs(inputs, embed=True, experts=None if source is None else [source])
+        scores = self.fuser(torch.cat(embeddings, 1))  # (B, K)
+        choice = scores.argmax(1)
+        rows = torch.arange(len(choice), device=choice.device)
+        if source is None:
+            answers = outputs[rows, choice]
+        else:  # the source has answered already; the others answer for the examples that are theirs
+            answers = outputs[:, 0].clone()
+            others = rows[choice != source]
+            if len(others):
+                answers[others] = self._query(inputs, others, choice[others])
+        order = nn.functional.one_hot(choice, self.config.num_experts)
+        self._record(answers, order=order, scores=scores)
+        if self.config.problem_type == "regression":
+            return answers
+        return answers.clamp(min=LEAST_PROBABILITY).log()
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if self.config.problem_type == "regression":
+            return nn.functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
+        return nn.functional.cross_entropy(logits, labels)
+
+    # ---------------------------------------------------------------- what happened, what it is
+
+    def _record(self, answers: torch.Tensor, **routing: torch.Tensor) -> None:
+        if self.record_routing:
+            self._calls.keep({"answers": answers.detach(), **{k: v.detach() for k, v in routing.items()}})
+
+    def routing_trace(self) -> dict[str, Any]:
+        """The routing of this thread's or task's last forward; set ``model.record_routing = True`` first.
+
+        Returns:
+            experts (names), cost_shares, order (B, K): 1 for the expert queried first, 0 for one not queried (in
+            selection: 1 for the chosen one), and outputs (B, K, C), as the fuser reads them, in output mode or scores
+            (B, K) in selection.
+        """
+        if (trace := self._calls.kept()) is None:
+            raise ValueError(
+                "no routing was recorded: set model.record_routing = True, run the model, and read its routing in the "
+                "same thread or task"
+            )
+        names = [expert["name"] for expert in self.config.experts]
+        return {"experts": names, "cost_shares": self.config.cost_shares, **trace}
+
+    def summary(self) -> Summary:
+        """Experts, parameters (all, and those the fuser trains) and the share of the cost each expert stands for."""
+        names = [expert["name"] for expert in self.config.experts]
+        return Summary(
+            mode=self.config.rule or self.config.mode,
+            experts=names,
+            parameters=self.num_parameters(),
+            trainable=sum(p.numel() for p in self.fuser.parameters()),
+            cost_shares=dict(zip(names, self.config.cost_shares, strict=True)),
+        )
+
+    def __repr__(self) -> str:
+        config = self.config
+        outputs = config.num_outputs if config.mode == "output" else None
+        names = [expert["name"] for expert in config.experts]
+        return described(self, "backbone_0", mode=config.rule or config.mode, experts=names, labels=outputs)
+
+
+__all__ = ["FoEModel"]

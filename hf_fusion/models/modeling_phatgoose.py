@@ -1,0 +1,414 @@
+"""PHATGOOSE: route every token, at every linear, among LoRA experts by gates trained post hoc (arXiv 2402.05859)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+
+from .assembly_phatgoose import (
+    AUTO_CLASSES,
+    Entry,
+    check_options,
+    complete,
+    entries_of,
+    fill_head,
+    fill_linears,
+    head_of,
+    label_union,
+    linear_sizes,
+    module_sets,
+    plan_profiles,
+)
+from .backbone_phatgoose import BackboneMixin, with_arguments_of
+from .configuration_phatgoose import PhatgooseConfig
+from .export_phatgoose import save_merged_adapter
+from .fused_files import ForeignFileError, check_files, check_processor
+from .fused_loading import check_size, explained, load_checked
+from .fused_own_code import UntrustedCodeError, load_processor
+from .fused_saving import saved_whole
+from .fused_summary import Summary, described
+from .generation_phatgoose import GeneratingMixin, common_generation, set_generation
+from .recipe_phatgoose import push_options, without_paths, write_recipe
+from .reference_phatgoose import generation_of, load_by_reference
+from .routing_phatgoose import RoutedHead, RoutedLinears
+from .running_phatgoose import RunningMixin
+from .state_phatgoose import RoutingCalls
+
+
+class PhatgooseRouter(RunningMixin, BackboneMixin, PreTrainedModel):
+    """A base and LoRA experts, among which every token is routed at every linear.
+
+    Build one with `from_experts`, or load a published one with ``AutoModel.from_pretrained(id,
+    trust_remote_code=True)`` or the base's own Auto class. It is used as its base is: same inputs, same outputs.
+
+    `torch.compile` takes its forward as one graph, in training too, and `generate` with a static cache. A compiled
+    graph computes padding as well and fetches the A and B of each token's experts: memory grows with tokens times
+    top_k times rank. Where experts bring heads, padding counts in their shares.
+    """
+
+    config: PhatgooseConfig
+    config_class = PhatgooseConfig
+    base_model_prefix = ""
+    _auto_class = "AutoModel"
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+    # Turns ids and folders into loaded experts with gates; absent in a published model's code.
+    load_experts: ClassVar[Callable[..., list[Any]] | None] = None
+
+    def __init__(self, config: PhatgooseConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        if backbone is None:
+            backbone = AUTO_CLASSES[config.head].from_config(config.backbone_config(), trust_remote_code=False)
+        self.backbone: Any = backbone
+        self.calls = RoutingCalls(config)
+        self.record_routing: int = 0
+        self._handles: list[Any] = []
+        self._groups: list[tuple[list[str], RoutedLinears]] = []
+        self._heads: dict[str, RoutedHead] = {}
+        self._processor: Any = None
+        self._source: tuple[str, dict[str, Any]] | None = None
+        self._trusted = False  # whether the repo's own code may run for the processor
+        self.main_input_name = backbone.main_input_name
+        self.forward = with_arguments_of(backbone, self)  # type: ignore[method-assign]
+        self._install(None)
+        self._find_calls()
+        self.post_init()
+        check_size(self)
+
+    # ---------------------------------------------------------------- building
+
+    @classmethod
+    def from_experts(
+        cls,
+        experts: Sequence[Any],
+        base: Any = None,
+        top_k: int = 2,
+        temperature: float = 1.0,
+        routing: str = "phatgoose",
+        missing_gates: str | Mapping[str, str | Path] | None = None,
+        base_by_reference: bool = False,
+    ) -> PhatgooseRouter:
+        """Builds a router of LoRA adapters of one base.
+
+        Args:
+            experts: loaded adapters with gates, or ids ("owner/name@revision") and folders, which need hf_fusion
+                installed to be resolved.
+            base: the adapters' base, if it is not the one they name. Its weights are shared, not copied.
+            top_k: experts that each token meets at each linear.
+            temperature: divides the scores before the softmax.
+            routing: see `PhatgooseConfig`. "arrow" replaces all gates by Arrow prototypes.
+            missing_gates: what experts that have no gates get; by default they are refused. "arrow": Arrow prototypes;
+                {name of an expert: a folder that `save_gates` wrote, or "arrow"}: for these alone, such as the
+                average activations that `average_activation` takes of an expert's data. The config and the card
+                record of each expert where its gates come from.
+            base_by_reference: save experts and gates only; the base is fetched at its pinned revision.
+
+        Raises:
+            ValueError: where experts do not fit together, naming the expert and the reason.
+        """
+        check_options(experts, top_k, temperature, routing, missing_gates)
+        resolved = base is None and all(getattr(expert, "adapter", None) is not None for expert in experts)
+        if not resolved or missing_gates or routing == "arrow":
+            if cls.load_experts is None:
+                raise ValueError("ids, folders and missing gates need hf_fusion installed: pip install hf_fusion")
+            experts = cls.load_experts(experts, base, missing_gates, routing == "arrow")
+        if full := [expert.name for expert in experts if expert.adapter is None]:
+            raise ValueError(f"{full[0]} is a full model; PHATGOOSE routes among LoRA adapters")
+        model = experts[0].model
+        head = head_of(model)
+        config = PhatgooseConfig(
+            head=head,
+            backbone={k: v for k, v in model.config.to_dict().items() if k not in ("dtype", "_name_or_path")},
+            base={"id": experts[0].adapter.base, "revision": experts[0].adapter.base_revision},
+            base_by_reference=base_by_reference,
+            num_experts_per_tok=top_k,
+            router_temperature=temperature,
+            routing=routing,
+            is_encoder_decoder=bool(model.config.is_encoder_decoder),
+        )
+        if head.endswith("classification"):  # the base's classes, where experts bring none of their own
+            config.id2label, config.label2id = model.config.id2label, model.config.label2id
+        if base_by_reference and not (config.base["id"] and config.base["revision"]):
+            raise ValueError("base_by_reference needs a base with a pinned revision: base='owner/name@<commit sha>'")
+        family = PhatgooseForGeneration if head in ("causal-lm", "seq2seq-lm") else PhatgooseRouter
+        # The structure is copied, the parameters are not: a base may be larger than what is free.
+        tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        router: Any = family(config, copy.deepcopy(model, tensors))
+        router.add_experts(experts)
+        set_generation(router, common_generation(experts))
+        router._processor = experts[0].processor
+        return router.eval()
+
+    def add_experts(self, experts: Sequence[Any]) -> None:
+        """Adds loaded adapters with gates, as `hf_fusion.load_experts` gives them; the same as to build it anew.
+
+        Raises:
+            ValueError: where one does not fit, or bears a taken name; the router is then as it was.
+        """
+        entries = self._entries() + entries_of(experts, self.backbone, self.config, self.experts)
+        self._rebuild(entries)
+
+    def remove_experts(self, names: Sequence[str]) -> None:
+        """Removes experts by name; the others and their order stay.
+
+        Raises:
+            ValueError: for an unknown name, or if none would be left.
+        """
+        if unknown := [name for name in names if name not in self.experts]:
+            raise ValueError(f"there is no expert {unknown[0]!r}; there are {', '.join(self.experts)}")
+        entries = [entry for entry in self._entries() if entry.row["name"] not in names]
+        if not entries:
+            raise ValueError("a router needs at least one expert")
+        self._rebuild(entries)
+
+    @property
+    def experts(self) -> list[str]:
+        """Names of the experts, in order."""
+        return [expert["name"] for expert in self.config.experts]
+
+    def _entries(self) -> list[Entry]:
+        """The experts as they lie in this model: views of their tensors."""
+        entries = [Entry({**row}) for row in self.config.experts]
+        for paths, group in self._groups:
+            for index, expert in enumerate(group.experts):
+                for member, path in enumerate(paths):
+                    if group.ranks[member][index]:
+                        entries[expert].lora[path] = tuple(t.detach() for t in group.slot(member, index))
+        for path, head in self._heads.items():
+            for index, expert in enumerate(head.experts):
+                rows = self._rows_of(expert, path, head.bias.shape[1])
+                weights = (head.weight[index, rows], head.bias[index, rows])
+                entries[expert].heads[path] = tuple(t.detach() for t in weights)
+        for entry in entries:
+            entry.replaced = {name: self.backbone.get_parameter(name).detach() for name in self.config.replaced}
+        return entries
+
+    def _rows_of(self, expert: int, path: str, width: int) -> list[int]:
+        """The outputs of a fused head that are an expert's own, in the order of its own head."""
+        labels, union = self.config.experts[expert]["labels"], label_union(self.config.experts)
+        own = self.config.profile(expert)["saved"][path]
+        return [union.index(label) for label in labels] if len(labels) == own <= width else list(range(own))
+
+    def _rebuild(self, entries: Sequence[Entry]) -> None:
+        """Makes this the router of these experts."""
+        self.fusion_recipe = self.config.recipe = None  # they tell what it was
+        with torch.no_grad():
+            complete(entries, self.backbone)
+            rows, profiles = plan_profiles(entries)
+            self.config.experts, self.config.profiles = rows, profiles
+            replaced = {name: tensor for entry in entries for name, tensor in entry.replaced.items()}
+            for name, tensor in replaced.items():
+                owner, _, leaf = name.rpartition(".")
+                setattr(self.backbone.get_submodule(owner), leaf, nn.Parameter(tensor.clone()))
+            self.config.replaced = sorted({*self.config.replaced, *replaced})
+            if union := label_union(rows):
+                names = dict(enumerate(union))
+                for config in (self.config, self.backbone.config):
+                    config.id2label, config.label2id = names, {label: i for i, label in names.items()}
+                self.config.backbone |= {"id2label": names, "label2id": self.config.label2id}
+                self.backbone.num_labels = len(union)
+            self._install(entries)
+
+    def _install(self, entries: Sequence[Entry] | None) -> None:
+        """Puts routed modules where the config wants them, filled from entries, or empty to be loaded."""
+        self.calls.version += 1
+        for handle in self._handles:
+            handle.remove()
+        for paths, _ in self._groups:
+            del self.backbone.get_submodule(paths[0]).experts
+        self._handles, self._groups = [], []
+        config, backbone = self.config, self.backbone
+        like = {"dtype": backbone.dtype}
+        symmetric = [row["gates"] == "arrow" for row in config.experts]
+        ranks_of = [config.profile(expert)["ranks"] for expert in range(config.num_experts)]
+        for paths, reads_encoder in module_sets(config):
+            ranks = [[own.get(path, 0) for own in ranks_of] for path in paths]
+            members = [expert for expert, own in enumerate(zip(*ranks, strict=True)) if any(own)]
+            linears = [backbone.get_submodule(path) for path in paths]
+            sizes = [linear_sizes(linear) for linear in linears]
+            group = RoutedLinears(
+                sizes[0][0],
+                [d_out for _, d_out in sizes],
+                members,
+                [[own[e] for e in members] for own in ranks],
+                [symmetric[e] for e in members],
+                self.calls,
+                reads_encoder,
+                {**like, "device": linears[0].weight.device},
+            )
+            if entries is not None:
+                fill_linears(group, paths, [entries[e] for e in members])
+            linears[0].add_module("experts", group)
+            for member, linear in enumerate(linears):
+                self._handles.append(linear.register_forward_hook(partial(_add_update, group, member)))
+            self._groups.append((paths, group))
+        self._heads = {}
+        for path in dict.fromkeys(path for profile in config.profiles for path in profile["saved"]):
+            self._heads[path] = head = self._head(path, like)
+            if entries is not None:
+                fill_head(head, path, entries, self._rows_of)
+            backbone.set_submodule(path, head)
+
+    def _head(self, path: str, like: Mapping[str, Any]) -> RoutedHead:
+        """An empty routed head in place of a base's head."""
+        config, old = self.config, self.backbone.get_submodule(path)
+        d_in = old.weight.shape[2] if isinstance(old, RoutedHead) else linear_sizes(old)[0]
+        widths = {config.profile(e)["saved"].get(path) for e in range(config.num_experts)}
+        labels = [row["labels"] for row in config.experts]
+        is_final = widths <= {len(own) for own in labels}
+        mixes = is_final and any(own != labels[0] for own in labels)
+        width = len(label_union(config.experts)) if is_final else max(width for width in widths if width)
+        where = {**like, "device": next(old.parameters()).device}
+        return RoutedHead(d_in, width, config.num_experts, self.calls, mixes, where)
+
+    # ---------------------------------------------------------------- running
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base's forward: same arguments, same outputs."""
+        return self.backbone(*args, **kwargs)
+
+    def summary(self) -> Summary:
+        """Experts, parameters in all and of the experts, routed linears, and what a token costs beside the base."""
+        base = extra = 0
+        top_k = min(self.config.num_experts_per_tok, len(self.experts))
+        for paths, group in self._groups:
+            sizes = [linear_sizes(self.backbone.get_submodule(path)) for path in paths]
+            base += sum(d_in * d_out for d_in, d_out in sizes)
+            extra += group.gates.numel() + top_k * group.widest * sum(map(sum, sizes))
+        routed = [*(group for _, group in self._groups), *self._heads.values()]
+        return Summary(
+            experts=self.experts,
+            gates=[row["gates"] for row in self.config.experts],
+            top_k=top_k,
+            parameters=self.num_parameters(),
+            expert_parameters=sum(p.numel() for module in routed for p in module.parameters()),
+            routed_linears=sum(len(paths) for paths, _ in self._groups),
+            relative_cost=1 + extra / max(base, 1),
+        )
+
+    def __repr__(self) -> str:
+        config = self.config
+        names = [row["name"] for row in config.experts]
+        facts = {"base": config.base.get("id"), "head": config.head, "routing": config.routing, "experts": names}
+        return described(self, "backbone", **facts, top_k=config.num_experts_per_tok)
+
+    # ---------------------------------------------------------------- loading, saving
+
+    @property
+    def processor(self) -> Any:
+        """The tokenizer or image processor; a loaded model fetches it from where it came from.
+
+        Raises:
+            UntrustedCodeError: it needs the repo's own code, and the model was loaded without ``trust_remote_code``.
+        """
+        if self._processor is None and self._source is not None:
+            from transformers import AutoImageProcessor, AutoTokenizer
+
+            auto = AutoImageProcessor if self.main_input_name == "pixel_values" else AutoTokenizer
+            try:  # with a config: else another is read, and warned of
+                source, hub = self._source
+                check_processor(source, hub)
+                self._processor = load_processor(auto, source, hub, trusted=self._trusted, config=self.config)
+            except (ForeignFileError, UntrustedCodeError):
+                raise
+            except (OSError, ValueError):  # a repo without one
+                return None
+        return self._processor
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As any model's; a base stored by reference is fetched at its pinned revision.
+
+        Raises:
+            ValueError: naming what is wrong in the config, the weights or the files, see
+                `fused_loading.load_checked`.
+        """
+        names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+        hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        trusted = kwargs.get("trust_remote_code") is True
+        if pretrained_model_name_or_path is not None:  # else all weights are given
+            check_files(pretrained_model_name_or_path, hub)
+        config = kwargs.get("config")
+        if not isinstance(config, PhatgooseConfig):
+            config = PhatgooseConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        wants_info = kwargs.pop("output_loading_info", False)
+        if config.base_by_reference:
+            with explained(pretrained_model_name_or_path):
+                kwargs = load_by_reference(pretrained_model_name_or_path, config, hub, kwargs)
+        model, info = load_checked(super().from_pretrained, pretrained_model_name_or_path, args, kwargs, hub)
+        if config.base_by_reference and model.can_generate():
+            model.generation_config = generation_of(pretrained_model_name_or_path, hub) or model.generation_config
+        model._source = (str(pretrained_model_name_or_path), hub)
+        model._trusted = trusted
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As any model's; writes the processor, the code and the recipe beside the weights."""
+        pushed = push_options(save_directory, kwargs)
+        name = f"modeling_phatgoose.{type(self).__name__}"
+        head = AUTO_CLASSES[self.config.head].__name__
+        self.config.auto_map = {"AutoConfig": "configuration_phatgoose.PhatgooseConfig", "AutoModel": name, head: name}
+        if self.config.base_by_reference and kwargs.get("state_dict") is None:
+            kwargs["state_dict"] = {key: tensor for key, tensor in self.state_dict().items() if self._is_own(key)}
+        with saved_whole(save_directory) as staging:
+            if self.processor is not None:
+                self.processor.save_pretrained(staging)
+            super().save_pretrained(staging, *args, **kwargs)
+            write_recipe(self, staging)
+        if pushed:
+            self.push_to_hub(**pushed)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As any model's; what is sent says nothing of this machine's folders."""
+        return super(PhatgooseRouter, without_paths(self)).push_to_hub(*args, **kwargs)
+
+    def _is_own(self, key: str) -> bool:
+        """Whether a tensor belongs to the experts rather than to the base."""
+        path = key.removeprefix("backbone.")
+        return ".experts." in path or path in self.config.replaced or path.rpartition(".")[0] in self._heads
+
+    def to_adapter(
+        self, folder: str | Path, weights: Mapping[str, float] | None = None, rank: int | None = None
+    ) -> Path:
+        """Writes one PEFT adapter that is a weighted mean of the experts, for servers that know no routing.
+
+        Args:
+            folder: written whole or not at all.
+            weights: weight of each expert by name; default is 1/E each. `PhatgooseTrace.usage()` fits.
+            rank: cut to this rank by SVD; default is exact, the sum of the experts' ranks.
+
+        Returns:
+            The folder.
+        """
+        weights = weights if weights is not None else dict.fromkeys(self.experts, 1 / len(self.experts))
+        if unknown := [name for name in weights if name not in self.experts]:
+            raise ValueError(f"there is no expert {unknown[0]!r}; there are {', '.join(self.experts)}")
+        entries = self._entries()
+        generation = self.generation_config if self.can_generate() else None
+        shares = [weights.get(name, 0.0) for name in self.experts]
+        return save_merged_adapter(Path(folder), entries, shares, self.config, rank, generation)
+
+
+class PhatgooseForGeneration(GeneratingMixin, PhatgooseRouter, GenerationMixin):
+    """A router of language models: `generate()` is the base's own, every step of it routed."""
+
+    @torch.no_grad()
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base's `generate()`: caches, beams, sampling, streaming."""
+        return self.backbone.generate(*args, **kwargs)
+
+
+def _add_update(
+    group: RoutedLinears, member: int, linear: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor
+) -> torch.Tensor:
+    """Forward hook of a routed linear."""
+    return group.add_update(member, args[0], output)
+
+
+__all__ = ["PhatgooseForGeneration", "PhatgooseRouter"]

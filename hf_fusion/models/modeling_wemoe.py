@@ -1,0 +1,499 @@
+"""WEMoE: one multi-task model from fine-tunes of one base, its MLPs merged anew for every input (arXiv 2402.00433)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .assembly_wemoe import AUTO_CLASSES, with_arguments_of
+from .backbone_wemoe import BackboneMixin
+from .build_wemoe import Plan, check_options, make_plan
+from .configuration_wemoe import LOW_RANK, WEMoEConfig
+from .fused_files import ForeignFileError, check_files, check_processor
+from .fused_loading import check_size, explained, load_checked
+from .fused_own_code import UntrustedCodeError, load_processor
+from .fused_saving import saved_whole
+from .fused_summary import Summary, described
+from .generation_wemoe import GeneratingMixin, check_generation, common_generation, set_generation
+from .heads_wemoe import activate_heads, fill_heads, install_heads, name_classes, with_classes, with_one_head
+from .linears_wemoe import UpscaledLinear
+from .recipe_wemoe import push_options, without_paths, write_recipe
+from .recomputing_wemoe import forget
+from .routing_wemoe import Coefficients, Router, Shared, Stack, Unit, WEMoETrace, by_unit, index_of
+from .samples_wemoe import first_unlike, samples_of
+
+
+class WEMoEModel(BackboneMixin, PreTrainedModel):
+    """A dense model some of whose linears are merged anew for every sample, from a base and K task vectors.
+
+    Build one with `from_experts`, or load a published one with ``AutoModel.from_pretrained(id,
+    trust_remote_code=True)`` or the dense model's own Auto class. It is used as the dense model is: same inputs, same
+    outputs. Only the routers' parameters require gradients.
+    """
+
+    config: WEMoEConfig
+    config_class = WEMoEConfig
+    base_model_prefix = ""
+    _auto_class = "AutoModel"
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+    # Turns ids, folders and models into loaded experts and their base; absent in a published model's code.
+    load_experts: ClassVar[Callable[..., tuple[list[Any], Any]] | None] = None
+
+    def __init__(self, config: WEMoEConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        if backbone is None:
+            backbone = AUTO_CLASSES[config.head].from_config(config.backbone_config(), trust_remote_code=False)
+        self.backbone: Any = backbone
+        self.shared = Shared(config)
+        self.record_routing: bool = False
+        self.units: list[Unit] = []
+        self._processor: Any = None
+        self._source: tuple[str, dict[str, Any]] | None = None
+        self._trusted = False  # whether the repo's own code may run for the processor
+        self.main_input_name = backbone.main_input_name
+        self._install()
+        self.forward = with_arguments_of(backbone, self)  # type: ignore[method-assign]
+        self._answer_for(config.default_task)
+        self.post_init()
+        check_size(self)
+        self._freeze()
+
+    # ---------------------------------------------------------------- building
+
+    @classmethod
+    def from_experts(
+        cls,
+        experts: Sequence[Any],
+        base: Any = None,
+        scaling: float = 0.3,
+        router_layers: int = 2,
+        modules: str = "mlp",
+        task_vectors: str = "exact",
+        rank: int | None = None,
+        energy: float | None = None,
+        density: float = 0.1,
+        routing: str = "wemoe",
+        top_k: int = 1,
+        gate_rank: int = 16,
+        shared_router: bool = False,
+        batch_reduce: bool = False,
+        heads: str = "task",
+        default_task: str | None = None,
+        merge: str = "task_arithmetic",
+    ) -> WEMoEModel:
+        """Builds a model of experts of one base.
+
+        Args:
+            experts: loaded full fine-tunes and LoRA adapters, or ids ("owner/name@revision") and folders, which need
+                hf_fusion installed to be resolved.
+            base: the model they were fine-tuned from; adapters record theirs.
+            scaling: λ of the rest, and every router's first coefficient.
+            router_layers: 0, 1 or 2.
+            modules: what is up-scaled: "mlp", "attention", or a regular expression for paths of linears.
+            task_vectors: how they are stored: "exact", "bfloat16", "sparse" (E-WEMoE), "low-rank", or
+                "low-rank-bfloat16". Those in bfloat16 take half the memory. What they add to the merged model may be
+                computed in bfloat16 too where that is faster, off by 2^-9 of itself: low-rank products, the layer of
+                the routers that reads every token, and the merged change where a sample is alone.
+            rank: largest rank of low-rank ones; energy: or the least rank that keeps this share of each ‖τ‖².
+            density: share of the entries that "sparse" keeps.
+            routing: "wemoe", or "smile": low-rank experts chosen token by token without any training.
+            top_k: experts that a token meets under "smile"; gate_rank: singular vectors that its gates read.
+            shared_router: one router for all layers, rather than one each.
+            batch_reduce: one merge for a whole batch: an output then depends on its neighbours.
+            heads: of classifiers: "task", every expert keeps its own; "shared", they are merged; "base".
+            default_task: the expert whose head answers where no ``task=`` is given; default is the first.
+            merge: rule for everything that is not up-scaled, one of `merging_wemoe.RULES`.
+
+        Raises:
+            ValueError: where experts do not fit together, naming the expert, the tensor and the reason.
+        """
+        options = {
+            name: value for name, value in locals().items() if name not in ("cls", "experts", "base", "__class__")
+        }
+        cls.check_options(experts, **options)
+        if not all(hasattr(expert, "adapter") for expert in experts) or not (base is None or hasattr(base, "adapter")):
+            if cls.load_experts is None:
+                raise ValueError("ids, folders and bare models need hf_fusion installed: pip install hf_fusion")
+            experts, base = cls.load_experts(experts, base)
+        plan = make_plan(experts, base, options)
+        family = WEMoEForGeneration if plan.config.head in ("causal-lm", "seq2seq-lm") else WEMoEModel
+        model: Any = family(plan.config, plan.backbone)
+        model._fill(plan)
+        model._processor = plan.processor
+        set_generation(model, common_generation(experts))
+        return model.eval()
+
+    check_options = staticmethod(check_options)
+
+    def _install(self) -> None:
+        """Puts up-scaled linears, routers and heads where the config wants them, to be filled or loaded."""
+        config, backbone = self.config, self.backbone
+        is_seq2seq = config.head == "seq2seq-lm"
+        decoder = next(iter([backbone.get_decoder()] if is_seq2seq else []), None)
+        in_decoder = {id(module) for module in decoder.modules()} if decoder is not None else set()
+        stacks = {path: module for path, module in backbone.named_modules() if isinstance(module, PreTrainedModel)}
+        around: dict[str, Stack] = {}
+        one: Router | None = None
+        for number, row in enumerate(config.units):
+            linears = []
+            for path, size in zip(row["paths"], row["sizes"], strict=True):
+                old = backbone.get_submodule(path)
+                d_out, d_in = old.weight.shape
+                if is_conv := isinstance(old, Conv1D):
+                    d_in, d_out = d_out, d_in
+                like = {"dtype": old.weight.dtype, "device": old.weight.device}
+                kind, has_bias = config.task_vectors, old.bias is not None
+                linear = UpscaledLinear(d_in, d_out, config.num_experts, kind, has_bias, size, like, is_conv)
+                backbone.set_submodule(path, linear)
+                linears.append(linear)
+            # The innermost stack around a unit is what gets its mask and its cache.
+            stack = max(
+                (path for path in stacks if f"{row['paths'][0]}.".startswith(f"{path}." if path else "")), key=len
+            )
+            if stack not in around:
+                kind = (
+                    "causal"
+                    if config.head == "causal-lm"
+                    else "decoder"
+                    if id(stacks[stack]) in in_decoder
+                    else "encoder"
+                )
+                around[stack] = Stack(stacks[stack], kind, self.shared)
+            router = None
+            if config.routing == "wemoe" and (one is None or not config.shared_router):
+                width, like = (
+                    linears[0].in_features,
+                    {"dtype": linears[0].weight.dtype, "device": linears[0].weight.device},
+                )
+                router = one = Router(width, config.num_experts, config.router_layers, config.scaling, like, number)
+                (self if config.shared_router else linears[0]).add_module("router", router)
+            elif config.routing == "wemoe":
+                router = one
+            self.units.append(Unit(number, row["name"], row["paths"], linears, router, around[stack]))
+        classes = [len(row["labels"]) for row in config.experts]
+        install_heads(backbone, config.task_heads, classes, self.shared.calls)
+
+    @torch.no_grad()
+    def _fill(self, plan: Plan) -> None:
+        for unit in self.units:
+            for path, linear in zip(unit.paths, unit.linears, strict=True):
+                plan.fill(path, linear)
+        tensors = [source.tensors for source in plan.sources]
+        fill_heads(self.backbone, self.config.task_heads, tensors, self.experts)
+        plan.check()
+
+    def _freeze(self) -> None:
+        """Only routers are trained."""
+        for name, parameter in self.named_parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(".router." in f".{name}")
+
+    # ---------------------------------------------------------------- running
+
+    @property
+    def experts(self) -> list[str]:
+        """Names of the experts, in order; they are the names of their tasks too."""
+        return [expert["name"] for expert in self.config.experts]
+
+    @property
+    def task(self) -> str | None:
+        """The expert whose head answers where no ``task=`` is given; may be set. None where heads are shared."""
+        return self.config.default_task
+
+    @task.setter
+    def task(self, name: str | None) -> None:
+        self._answer_for(name)
+        self.config.default_task = name
+
+    def _answer_for(self, task: str | None) -> None:
+        """Makes the heads, and the classes in the configs, those of an expert."""
+        if not self.config.task_heads or task is None:
+            return
+        index = index_of(task, self.experts)
+        activate_heads(self.backbone, self.config.task_heads, index)
+        labels = self.config.experts[index]["labels"]
+        for config in (self.config, self.backbone.config):
+            name_classes(config, labels)
+        self.backbone.num_labels = len(labels)
+
+    def forward(
+        self,
+        *args: Any,
+        task: str | None = None,
+        prompt_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the dense model's forward, same arguments and outputs.
+
+        Args:
+            args: of the dense model.
+            task: the expert whose head answers; default is `task`.
+            prompt_mask: (B, T), causal language models: the tokens that the routers read. Default is everything before
+                the first label where labels are given with a masked start (-100), and all real tokens elsewhere. With
+                it, scoring a prompt and its answer equals generating the answer.
+            labels: of the dense model.
+            kwargs: of the dense model.
+        """
+        trace = self._recorded() if self.record_routing else None
+        return self._run(trace, *args, task=task, prompt_mask=prompt_mask, labels=labels, **kwargs)
+
+    def _run(
+        self,
+        trace: WEMoETrace | None,
+        *args: Any,
+        task: str | None = None,
+        prompt_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """A forward that is recorded in a trace."""
+        shared, config, dense = self.shared, self.config, self.backbone
+        if labels is not None:
+            kwargs["labels"] = labels
+        index = (
+            None if task is None else index_of(task, self.experts)
+        )  # a shared head serves every task, but only those
+        if labels is not None and config.task_heads and (answers := task or self.task):
+            dense = with_classes(dense, config.experts[self.experts.index(answers)]["labels"])
+        prompt = prompt_mask if prompt_mask is not None else self.prompt_tokens(kwargs)
+        before = shared.calls.enter(shared.call(trace=trace, prompt_mask=prompt, task=index))
+        try:
+            return dense(*args, **kwargs)
+        finally:
+            shared.calls.enter(before)
+
+    def _traced(self, **inputs: Any) -> WEMoETrace:
+        """The trace of one forward, whatever `record_routing` says."""
+        trace = WEMoETrace(self.experts)
+        self._run(trace, **inputs)
+        return trace
+
+    def _recorded(self) -> WEMoETrace:
+        """A new trace, which `routing_trace()` gives from now on in this thread or task."""
+        trace = WEMoETrace(self.experts)
+        self.shared.calls.keep(trace)
+        return trace
+
+    def prompt_tokens(self, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+        """Tokens before each row's first label; rows that are labelled from their first token on are read whole."""
+        labels = kwargs.get("labels")
+        if self.config.head != "causal-lm" or labels is None:
+            return None
+        before = (labels != -100).cumsum(1) == 0
+        mask = kwargs.get("attention_mask")
+        real = before if mask is None else before & mask.bool()
+        return before | ~real.any(1, keepdim=True)
+
+    @contextmanager
+    def using(self, coefficients: Coefficients) -> Iterator[WEMoEModel]:
+        """Within this context the routers are not asked: in this thread or asyncio task, and in tasks that it starts.
+
+        Args:
+            coefficients: an expert's name: it alone; (K,) or (B, K) for every unit; or a dict of such by unit name (see
+                `routing_trace`), "" for all others.
+        """
+        with self.shared.calls.scoped(self._by_unit(coefficients)):
+            yield self
+
+    def _by_unit(self, coefficients: Coefficients) -> dict[str, torch.Tensor]:
+        table = by_unit(coefficients, self.experts, [unit.name for unit in self.units])
+        return {name: w.to(self.device) for name, w in table.items()}  # once, not in every forward
+
+    def routing_trace(self) -> WEMoETrace:
+        """Coefficients of the last forward, or of the prompts of the last `generate()`, by layer and sample.
+
+        It is the last one of this thread or asyncio task: others that use the model have their own.
+
+        Raises:
+            ValueError: where nothing was recorded.
+        """
+        trace: WEMoETrace | None = self.shared.calls.kept()
+        if trace is None or not trace.layers:
+            raise ValueError(
+                "no routing was recorded: set model.record_routing = True, then run the model in this thread or task"
+            )
+        return trace
+
+    @torch.no_grad()
+    def merge_for(
+        self,
+        inputs: Mapping[str, Any] | None = None,
+        coefficients: Coefficients | None = None,
+        task: str | None = None,
+    ) -> PreTrainedModel:
+        """The plain dense model that an input would meet: one that any server runs.
+
+        Args:
+            inputs: of one forward; of several rows the coefficients are averaged.
+            coefficients: instead of inputs, as `using` takes them.
+            task: the expert whose head it gets; alone, its MLPs too.
+
+        Raises:
+            ValueError: where nothing says what to merge, and for SMILE, which merges nothing.
+        """
+        if self.config.routing == "smile":
+            raise ValueError("SMILE chooses experts token by token: no dense model does the same")
+        if inputs is not None and coefficients is not None:
+            raise ValueError("pass inputs or coefficients, not both")
+        if inputs is not None:
+            trace = self._traced(**inputs)
+            given = {name: trace.coefficients(name) for name in trace.layers}
+            if unread := [unit.name for unit in self.units if unit.name not in given]:
+                raise ValueError(f"these inputs do not reach {unread[0]}, so nothing says how to merge it")
+        elif coefficients is not None or task is not None:
+            given = self._by_unit(coefficients if coefficients is not None else str(task))
+        else:
+            raise ValueError("pass inputs, coefficients or task: nothing says what to merge")
+        memo: dict[int, Any] = {}
+        for unit in self.units:
+            w = given.get(unit.name, given.get(""))
+            assert w is not None
+            for linear in unit.linears:
+                memo[id(linear)] = linear.dense(w.mean(0))
+        index = index_of(task or self.task or self.experts[0], self.experts)
+        labels = self.config.experts[index]["labels"]
+        model = with_one_head(self.backbone, self.config.task_heads, index, labels, memo)
+        for module in model.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Stack)]:
+                    del hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+                    module._forward_hooks_always_called.pop(key, None)
+        forget(model)
+        return model.requires_grad_(True).eval()
+
+    def summary(self) -> Summary:
+        """Experts, numbers of parameters by part, storage, and energy kept.
+
+        Weights of the base that are merged per sample are "upscaled", what was merged once is "merged", the routers are
+        "trainable", the heads of all tasks are "head_parameters"; the other "parameters" are task vectors.
+        "relative_merge" is what merging adds to one token's products, in the up-scaled linears: divide by the tokens
+        of a sample. "energy" gives the share of ‖τ‖² that low rank keeps, by linear, averaged over the experts.
+        """
+        linears = [linear for unit in self.units for linear in unit.linears]
+        stored = sum(
+            p.numel() * p.element_size()
+            for linear in linears
+            for n, p in linear.named_parameters()
+            if "router" not in n
+        )
+        heads = [p for path in self.config.task_heads for p in self.backbone.get_submodule(path).parameters()]
+        apart = {id(p) for p in [*heads, *(p for linear in linears for p in linear.parameters())]}
+        return Summary(
+            experts=self.experts,
+            units=[unit.name for unit in self.units],
+            upscaled_linears=len(linears),
+            upscaled_parameters=sum(linear.weight.numel() for linear in linears),
+            merged_parameters=sum(p.numel() for p in self.backbone.parameters() if id(p) not in apart),
+            head_parameters=sum(p.numel() for p in heads),
+            parameters=self.num_parameters(),
+            trainable=sum(p.numel() for p in self.parameters() if p.requires_grad),
+            task_vectors=self.config.task_vectors,
+            stored_bytes=stored,
+            relative_merge=float(len(self.experts)) if self.config.task_vectors not in LOW_RANK else 0.0,
+            energy={p: e for row in self.config.units for p, e in zip(row["paths"], row.get("energy", []))},
+        )
+
+    def __repr__(self) -> str:
+        config = self.config
+        names = [row["name"] for row in config.experts]
+        facts = {"base": config.base.get("id"), "head": config.head, "routing": config.routing, "experts": names}
+        return described(self, "backbone", **facts, units=len(config.units), task_vectors=config.task_vectors)
+
+    # ---------------------------------------------------------------- loading, saving
+
+    @property
+    def processor(self) -> Any:
+        """The tokenizer or image processor; a loaded model fetches it from where it came from.
+
+        Raises:
+            UntrustedCodeError: it needs the repo's own code, and the model was loaded without ``trust_remote_code``.
+        """
+        if self._processor is None and self._source is not None:
+            from transformers import AutoImageProcessor, AutoTokenizer
+
+            auto = AutoImageProcessor if self.main_input_name == "pixel_values" else AutoTokenizer
+            try:  # with a config: else another is read, and warned of
+                source, hub = self._source
+                check_processor(source, hub)
+                self._processor = load_processor(auto, source, hub, trusted=self._trusted, config=self.config)
+            except (ForeignFileError, UntrustedCodeError):
+                raise
+            except (OSError, ValueError):  # a repo without one
+                return None
+        return self._processor
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As any model's.
+
+        Raises:
+            ValueError: naming what is wrong in the config, the weights or the files, see `fused_loading.load_checked`;
+                or that these are another model's.
+        """
+        names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+        hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        trusted = kwargs.get("trust_remote_code") is True
+        if pretrained_model_name_or_path is not None:  # else all weights are given
+            check_files(pretrained_model_name_or_path, hub)
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = load_checked(super().from_pretrained, pretrained_model_name_or_path, args, kwargs, hub)
+        with explained(pretrained_model_name_or_path):
+            for unit in model.units:
+                for path, linear in zip(unit.paths, unit.linears, strict=True):
+                    linear.check(path)
+        if model.config.samples and (name := first_unlike(model.state_dict(), model.config.samples)):
+            raise ValueError(f"{pretrained_model_name_or_path} holds another model's weights: {name} is not as saved")
+        model._freeze()
+        model._source = (str(pretrained_model_name_or_path), hub)
+        model._trusted = trusted
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As any model's; writes the processor, the code and the recipe beside the weights."""
+        pushed = push_options(save_directory, kwargs)
+        name = f"modeling_wemoe.{type(self).__name__}"
+        head = AUTO_CLASSES[self.config.head].__name__
+        self.config.auto_map = {"AutoConfig": "configuration_wemoe.WEMoEConfig", "AutoModel": name, head: name}
+        self.config.samples = samples_of(kwargs.get("state_dict") or self.state_dict())
+        with saved_whole(save_directory) as staging:
+            if self.processor is not None:
+                self.processor.save_pretrained(staging)
+            super().save_pretrained(staging, *args, **kwargs)
+            write_recipe(self, staging)
+        if pushed:
+            self.push_to_hub(**pushed)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As any model's; what is sent says nothing of this machine's folders."""
+        return super(WEMoEModel, without_paths(self)).push_to_hub(*args, **kwargs)
+
+
+class WEMoEForGeneration(GeneratingMixin, WEMoEModel, GenerationMixin):
+    """A model of language models: every sequence keeps the coefficients and the merged weights of its prompt."""
+
+    @torch.no_grad()
+    def generate(
+        self, inputs: torch.Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As the dense model's `generate()`: caches, beams, sampling, streaming; routed by the prompts."""
+        shared = self.shared
+        given = next((v for v in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None), None)
+        check_generation(given, [kwargs, *map(vars, filter(None, (generation_config, self.generation_config)))])
+        trace = self._recorded() if self.record_routing else None
+        prompts = None if given is None else (given.shape[0], given.shape[1])
+        before = shared.calls.enter(shared.call(trace=trace, prompts=prompts))
+        try:
+            return self.backbone.generate(inputs, generation_config, *args, **kwargs)
+        finally:
+            shared.calls.enter(before)
+
+
+__all__ = ["WEMoEForGeneration", "WEMoEModel"]

@@ -1,0 +1,66 @@
+"""Layers that are computed again for their gradients: they find the call that they were first computed in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from .fused_calls import Calls
+
+
+class Remembering:
+    """A function as gradient checkpointing has it, whose layers remember their call.
+
+    Args:
+        function: what it was: takes a layer's function and its arguments.
+        calls: of the model; the state of a call has a method `again`.
+    """
+
+    def __init__(self, function: Callable[..., Any], calls: Calls) -> None:
+        self.function, self.calls = function, calls
+
+    def __call__(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """As the function does."""
+        return self.function(_Layer(layer, self.calls), *args, **kwargs)
+
+
+class _Layer:
+    """A layer's function in one call, in which it is computed again, by whichever thread runs the backward pass."""
+
+    def __init__(self, function: Callable[..., Any], calls: Calls) -> None:
+        self.function, self.calls = function, calls
+        call = calls.current()
+        self.then = None if call is None else call.again()
+        self.was_computed = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.was_computed:
+            self.was_computed = True
+            return self.function(*args, **kwargs)
+        before = self.calls.enter(self.then)
+        try:
+            return self.function(*args, **kwargs)
+        finally:
+            self.calls.enter(before)
+
+
+def remember(layers: Iterable[nn.Module], calls: Calls) -> None:
+    """Makes layers that are checkpointed remember their calls, if they do not yet."""
+    for layer in layers:
+        if getattr(layer, "gradient_checkpointing", False):
+            function: Any = layer._gradient_checkpointing_func
+            if not isinstance(function, Remembering):
+                layer._gradient_checkpointing_func = Remembering(function, calls)  # type: ignore[assignment]
+
+
+def forget(model: nn.Module) -> None:
+    """Undoes `remember` for all layers of a model."""
+    for layer in model.modules():
+        function = getattr(layer, "_gradient_checkpointing_func", None)
+        if isinstance(function, Remembering):
+            layer._gradient_checkpointing_func = function.function  # type: ignore[assignment]
+
+
+__all__ = ["Remembering", "forget", "remember"]

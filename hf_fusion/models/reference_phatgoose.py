@@ -1,0 +1,74 @@
+"""Routers that hold their base by reference: the repo has experts and gates, the base comes from its own."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from transformers import GenerationConfig
+from transformers.utils.hub import cached_file
+
+from .assembly_phatgoose import AUTO_CLASSES
+from .configuration_phatgoose import PhatgooseConfig
+from .fused_files import ALL_INDEXES, check_base, check_files
+from .fused_loading import weight_files
+
+
+def load_by_reference(
+    name: Any, config: PhatgooseConfig, hub: dict[str, Any], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments for `from_pretrained` with all weights in them: the base's at its pinned revision, the repo's own.
+
+    Raises:
+        ValueError: a repo names a folder of this machine as its base, or the base's files lead out of it.
+    """
+    dtype = kwargs.get("dtype") or kwargs.pop("torch_dtype", None) or "auto"
+    if dtype == "auto":
+        dtype = config.dtype or "auto"
+    where: dict[str, Any] = {key: hub[key] for key in ("token", "cache_dir", "local_files_only") if key in hub}
+    check_base(name, config.base["id"])
+    refuse_other_commit(config.base["id"], config.base["revision"], where)
+    inner = {"config": config.backbone_config(), "dtype": dtype, "use_safetensors": True}
+    check_files(config.base["id"], {**where, "revision": config.base["revision"]}, ALL_INDEXES)
+    base = AUTO_CLASSES[config.head].from_pretrained(
+        config.base["id"],
+        revision=config.base["revision"],
+        trust_remote_code=False,  # it is another repo: trust in this one does not extend to it
+        **inner,
+        **where,
+    )
+    state = {f"backbone.{key}": tensor for key, tensor in base.state_dict().items()}
+    for file in weight_files(name, hub):
+        state |= load_file(file)
+    drop = (*hub, "config", "dtype", "torch_dtype")
+    rest = {key: value for key, value in kwargs.items() if key not in drop}
+    return {**rest, "config": config, "state_dict": state, "dtype": dtype}
+
+
+def refuse_other_commit(name: str, revision: str, where: Any) -> None:
+    """A branch may be called like a commit: what comes must be the commit.
+
+    Args:
+        name: id of a repo.
+        revision: that is asked for.
+        where: arguments of `cached_file`.
+
+    Raises:
+        ValueError: a Hub answers with another commit.
+    """
+    found = Path(str(cached_file(name, "config.json", revision=revision, **where))).parent.name
+    if re.fullmatch(r"[0-9a-fA-F]{40}", revision) and found != revision.lower():
+        raise ValueError(f"the Hub answers with commit {found} of {name} for {revision}")
+
+
+def generation_of(name: Any, hub: dict[str, Any]) -> GenerationConfig | None:
+    """The generation config in the repo, which lies there whole; None where there is none."""
+    try:
+        return GenerationConfig.from_pretrained(name, **hub)
+    except OSError:
+        return None
+
+
+__all__ = ["generation_of", "load_by_reference"]

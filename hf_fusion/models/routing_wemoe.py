@@ -1,0 +1,426 @@
+"""Who decides on the coefficients: routers, the tokens that they read, and what is kept of a prompt for decoding."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .fused_calls import Calls
+from .recomputing_wemoe import remember
+
+Coefficients = torch.Tensor | Sequence[float] | Mapping[str, torch.Tensor | Sequence[float]] | str
+
+PIN = "_wemoe_pin"  # attribute of a cache: the coefficients of the prompts that it holds
+
+
+def index_of(name: str, experts: Sequence[str]) -> int:
+    """The number of an expert.
+
+    Raises:
+        ValueError: for a name that no expert has.
+    """
+    if name not in experts:
+        raise ValueError(f"there is no expert {name!r}; there are {', '.join(experts)}")
+    return experts.index(name)
+
+
+def by_unit(coefficients: Coefficients, experts: Sequence[str], units: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Given coefficients as rows (B, K) or (1, K) by unit name, "" for all others.
+
+    Args:
+        coefficients: an expert's name: it alone; (K,) or (B, K) for every unit; or a dict of such by unit name.
+        experts: names.
+        units: names.
+
+    Raises:
+        ValueError: for an unknown name, a unit without coefficients, and another number than K.
+    """
+    if isinstance(coefficients, str):
+        coefficients = torch.eye(len(experts))[index_of(coefficients, experts)]
+    table = coefficients if isinstance(coefficients, Mapping) else {"": coefficients}
+    if unknown := [name for name in table if name and name not in units]:
+        raise ValueError(f"there is no unit {unknown[0]!r}; there are {', '.join(units)}")
+    if missing := [name for name in units if name not in table and "" not in table]:
+        raise ValueError(f"no coefficients for {missing[0]}, and none for all others ('')")
+    given = {}
+    for name, value in table.items():
+        w = torch.as_tensor(value, dtype=torch.float32)
+        if w.shape[-1] != len(experts):
+            raise ValueError(f"{w.shape[-1]} coefficients were given, but there are {len(experts)} experts")
+        given[name] = w.view(-1, w.shape[-1])
+    return given
+
+
+class Router(nn.Module):
+    """Coefficients of K experts from the tokens of each sample (paper, section 3.2); nothing clamps them.
+
+    0 layers: a vector, all λ. 1: Linear(d, K). 2: Linear(d, d), ReLU, Linear(d, K). Last biases begin at λ.
+
+    The router's output is averaged over a sample's tokens; what is linear after the last ReLU is applied to the mean.
+    """
+
+    def __init__(
+        self, width: int, experts: int, layers: int, scaling: float, like: dict[str, Any], seed: int = 0
+    ) -> None:
+        super().__init__()
+        sizes = ((), (experts,), (width, experts))[layers]
+        linears = [nn.Linear(width, size, **like) for size in sizes]
+        generator = torch.Generator().manual_seed(seed)  # its own: a recipe makes the same model again
+        with torch.no_grad():
+            for linear in linears if like["device"].type != "meta" else []:
+                linear.weight.copy_(0.01 * torch.randn(linear.weight.shape, generator=generator))
+                linear.bias.fill_(scaling if linear is linears[-1] else 0.0)
+        self.layers = nn.ModuleList(linears)
+        self.constant = None if layers else nn.Parameter(torch.full((experts,), scaling, **like))
+        for module in self.modules():  # or the model around it would begin anew with its own range
+            module._is_hf_initialized = True  # type: ignore[assignment]
+
+    def forward(self, x: torch.Tensor, share: torch.Tensor | None = None, rounded: bool = False) -> torch.Tensor:
+        """(B, T, d) and each token's share (B, T), or None where all count alike -> (B, K); of 0 layers (1, K).
+
+        `rounded`: the layer that reads every token, nearly all of a router's cost, may be computed in bfloat16.
+        """
+        if self.constant is not None:
+            return self.constant[None]
+        if len(self.layers) == 2:
+            first: Any = self.layers[0]
+            if rounded and not torch.is_grad_enabled():
+                narrow = [tensor.bfloat16() for tensor in (x, first.weight, first.bias)]
+                x = F.linear(*narrow).relu_().to(x.dtype)
+            else:
+                x = first(x)
+                x = F.relu(x) if x.requires_grad else x.relu_()
+        mean = x.mean(1) if share is None else torch.bmm(share[:, None].to(x.dtype), x)[:, 0]  # (B, d)
+        return self.layers[-1](mean)
+
+
+@dataclass
+class Pin:
+    """What a cache's sequences were routed to.
+
+    Attributes:
+        coefficients: number of a unit -> (B, K).
+        merged: path of a linear -> its merged weights (B, R, C).
+    """
+
+    coefficients: dict[int, torch.Tensor] = field(default_factory=dict)
+    merged: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Reading:
+    """What a transformer stack reads in one forward.
+
+    Attributes:
+        share: (B, T), which sums to 1 over a sample's tokens; None where all count alike.
+        rows: B, where it is known.
+        pin: what the sequences of its cache were routed to; an encoder has none.
+        decodes: whether the cache already holds tokens, so that `pin` decides.
+    """
+
+    share: torch.Tensor | None = None
+    rows: int | None = None
+    pin: Pin | None = None
+    decodes: bool = False
+
+
+@dataclass
+class Call:
+    """All that one forward or one `generate()` knows besides its inputs. It belongs to the thread that runs it.
+
+    Attributes:
+        given: unit name -> coefficients to use instead of the router's, "" for all others.
+        batch_reduce: see the config; top_k and gate_rank too.
+        readings: of each stack, by its number.
+        w: of each unit, by its number: coefficients (B, K) while its linears run.
+        trace: receives coefficients, if set.
+        prompt_mask: (B, T) of the tokens that routers may read, or None for all.
+        prompts: (sequences, tokens) of the prompts of `generate()`.
+        task: index of the expert whose head answers; None for the default.
+        part: the stack or unit that was run by itself; None where the whole model was.
+        before: the call that was running before that of a part.
+    """
+
+    given: Mapping[str, torch.Tensor] | None
+    batch_reduce: bool
+    top_k: int
+    gate_rank: int
+    readings: list[Reading]
+    w: list[torch.Tensor | None]
+    trace: Any = None
+    prompt_mask: torch.Tensor | None = None
+    prompts: tuple[int, int] | None = None
+    task: int | None = None
+    part: Stack | Unit | None = None
+    before: Call | None = None
+
+    def again(self) -> Call:
+        """The same call as it is now, for a layer that is computed again for its gradients; it is not traced again."""
+        return replace(self, readings=list(self.readings), w=[None] * len(self.w), trace=None, before=None)
+
+
+class Shared:
+    """What all units of one model share: its calls, and what they begin with.
+
+    Args:
+        config: of the model.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.calls = Calls()
+        self.stacks = 0
+
+    def call(self, **known: Any) -> Call:
+        """A new call, with what `using()` gives in this thread or task. `known`: its other attributes."""
+        config = self.config
+        options = config.batch_reduce, config.num_experts_per_tok, config.gate_rank
+        readings = [Reading()] * self.stacks
+        return Call(self.calls.scope(), *options, readings, [None] * len(config.units), **known)
+
+
+class Stack:
+    """One transformer stack (an encoder, a decoder): which tokens its routers read, and whether a cache decides.
+
+    An encoder's routers read every real token. A causal language model's read the prompt: `Call.prompt_mask`, or in
+    `generate()` its prompts, or else all that the first forward of a sequence reads. A sequence-to-sequence decoder's
+    read its first token, which knows the encoder's whole output and nothing of what is written later.
+
+    Args:
+        module: the stack.
+        kind: "encoder", "causal" or "decoder".
+        shared: what all units share.
+    """
+
+    def __init__(self, module: nn.Module, kind: str, shared: Shared) -> None:
+        self.kind, self.shared = kind, shared
+        self.number = shared.stacks
+        shared.stacks += 1
+        self.names = list(inspect.signature(module.forward).parameters)
+        self.layers = [layer for layer in module.modules() if hasattr(layer, "gradient_checkpointing")]
+        module.register_forward_pre_hook(self.begin, with_kwargs=True)
+        module.register_forward_hook(self.end, always_call=True)
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the stack, which may be run by itself."""
+        calls = self.shared.calls
+        call: Call | None = calls.current()
+        if call is None or call.part is not None:
+            call = self.shared.call(part=self, before=call)
+        call.readings[self.number] = self._read({**dict(zip(self.names, args)), **kwargs}, call)
+        if call.part is self:
+            calls.enter(call)
+        if module.training:
+            remember(self.layers, calls)
+
+    def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the stack, after errors too: a cache that it made itself takes the coefficients along."""
+        calls = self.shared.calls
+        call: Call | None = calls.current()
+        if call is None:  # the arguments were refused
+            return
+        cache, pin = getattr(output, "past_key_values", None), call.readings[self.number].pin
+        if cache is not None and pin is not None:
+            setattr(cache, PIN, pin)
+        if call.part is self:
+            calls.enter(call.before)
+
+    def _read(self, given: Mapping[str, Any], call: Call) -> Reading:
+        """What the stack reads, from the arguments of its forward.
+
+        Raises:
+            ValueError: for a cache that another model filled.
+        """
+        pin = None
+        if self.kind != "encoder":
+            cache: Any = given.get("past_key_values")
+            if cache is not None and int(cache.get_seq_length()) > 0:
+                pin = getattr(cache, PIN, None)
+                if pin is None:
+                    raise ValueError(
+                        "past_key_values were not filled by this model: nothing says what they were routed to"
+                    )
+                return Reading(pin=pin, decodes=True)
+            pin = Pin()
+            if cache is not None:
+                setattr(cache, PIN, pin)
+        inputs = next((given[k] for k in ("inputs_embeds", "input_ids") if given.get(k) is not None), None)
+        if inputs is None:
+            return Reading(pin=pin)
+        return Reading(self._share(inputs, given.get("attention_mask"), call), inputs.shape[0], pin)
+
+    def _share(self, inputs: torch.Tensor, mask: Any, call: Call) -> torch.Tensor | None:
+        """Which share of the mean each token has."""
+        rows, tokens = inputs.shape[:2]
+        real = _real_tokens(mask, tokens)  # (B, T) or None
+        if self.kind == "decoder":
+            first = torch.zeros(rows, dtype=torch.long, device=inputs.device) if real is None else real.int().argmax(1)
+            return (torch.arange(tokens, device=inputs.device) == first[:, None]).to(torch.float32)
+        prompt = None
+        if self.kind == "causal":
+            if call.prompt_mask is not None:
+                prompt = call.prompt_mask.to(inputs.device).bool()
+                if tuple(prompt.shape) != (rows, tokens):
+                    raise ValueError(f"prompt_mask is {list(prompt.shape)}, the inputs are {[rows, tokens]}")
+            elif call.prompts is not None and call.prompts[1] < tokens:
+                prompt = (torch.arange(tokens, device=inputs.device) < call.prompts[1]).expand(rows, tokens)
+        if prompt is not None:
+            real = prompt if real is None else real & prompt
+        if real is None:
+            return None
+        share = real.to(torch.float32)
+        return share / share.sum(1, keepdim=True).clamp(min=1)
+
+
+def _real_tokens(mask: Any, tokens: int) -> torch.Tensor | None:
+    """(B, T) of real tokens from a mask of 2 dimensions, or of 4, (B, 1, T, S), as its last query sees them."""
+    if isinstance(mask, dict):  # one per kind of attention
+        mask = mask.get("full_attention")
+    if not isinstance(mask, torch.Tensor):
+        return None
+    if mask.dim() == 4:
+        mask = mask[:, 0, -1]
+        mask = mask if mask.dtype is torch.bool else mask == 0
+    return mask[:, :tokens].bool() if mask.dim() == 2 and mask.shape[1] >= tokens else None
+
+
+class Unit:
+    """Linears that share a router: an MLP, or an attention.
+
+    Args:
+        number: its place in the config.
+        name: module path.
+        paths: of its linears, in the order in which they run; the first one reads what the router reads.
+        linears: the `UpscaledLinear`s.
+        router: its router; SMILE has none.
+        stack: the one that it is a part of.
+    """
+
+    def __init__(
+        self, number: int, name: str, paths: list[str], linears: list[Any], router: Router | None, stack: Stack
+    ) -> None:
+        self.number, self.name, self.paths, self.linears = number, name, paths, linears
+        self.routers = (router,)  # in a tuple: it is the first linear's or the model's child, not this one's
+        self.stack, self.shared = stack, stack.shared
+        for linear in linears:
+            linear.unit = self
+
+    def coefficients(self, linear: Any, x: torch.Tensor) -> torch.Tensor | None:
+        """Coefficients (B, K) for one of the linears, B a divisor of the rows of `x`; None where SMILE decides."""
+        calls = self.shared.calls
+        call: Call | None = calls.current()
+        if self.routers[0] is None and (calls.scope() if call is None else call.given) is None:
+            return None
+        if linear is self.linears[0]:
+            if call is None or isinstance(call.part, Unit):  # a layer is run by itself
+                call = self.shared.call(part=self, before=call)
+                call.w[self.number] = self._route(x, linear, call)
+                calls.enter(call)
+            else:
+                call.w[self.number] = self._route(x, linear, call)
+        w = None if call is None else call.w[self.number]
+        if call is None or w is None:
+            raise ValueError(
+                f"{self.paths[self.linears.index(linear)]} ran before {self.paths[0]}, whose input the router reads"
+            )
+        if linear is self.linears[-1]:
+            call.w[self.number] = None
+            if call.part is self:
+                calls.enter(call.before)
+        return w
+
+    def _route(self, x: torch.Tensor, linear: Any, call: Call) -> torch.Tensor:
+        reading = call.readings[self.stack.number]
+        if reading.decodes and call.given is None:
+            assert reading.pin is not None
+            w = reading.pin.coefficients[self.number]
+            return w if x.shape[0] % w.shape[0] == 0 else w.repeat_interleave(x.shape[0] // w.shape[0], 0)
+        rows = reading.rows if x.dim() == 2 and reading.rows else x.shape[0]  # OPT flattens batch and tokens
+        if call.given is not None:
+            given = call.given[self.name if self.name in call.given else ""]
+            w = given.to(x.device)
+        else:
+            router = self.routers[0]
+            assert router is not None
+            tokens = x if x.dim() == 3 else x.reshape(rows, -1, x.shape[-1])
+            share = reading.share
+            share = share if share is not None and share.shape == tokens.shape[:2] else None
+            w = router(tokens, share, linear.multiplies_bfloat16(tokens))
+            if call.prompts is not None and w.shape[0] > call.prompts[0]:
+                w = w[:: w.shape[0] // call.prompts[0]]  # beams of one prompt are routed and merged once
+            if call.batch_reduce:
+                w = w.mean(0, keepdim=True)
+        if len(w) > 1 and not (w.requires_grad or torch.compiler.is_compiling()) and w.device.type == "cpu":
+            w = w[:1] if bool((w == w[:1]).all()) else w
+        if call.trace is not None:
+            call.trace.add(self.name, w.detach(), rows if call.prompts is None else call.prompts[0])
+        if reading.pin is not None:
+            reading.pin.coefficients[self.number] = w.detach()
+        return w
+
+    def kept(self, linear: Any, w: torch.Tensor) -> torch.Tensor | None:
+        """While a cache is decoded: merged weights (B, R, C), made once for each prompt."""
+        call: Call | None = self.shared.calls.current()
+        if call is None or call.given is not None:
+            return None
+        reading = call.readings[self.stack.number]
+        if not reading.decodes or reading.pin is None:
+            return None
+        path, merged = self.paths[self.linears.index(linear)], reading.pin.merged
+        if path not in merged:
+            merged[path] = linear.merge(w.to(linear.base.dtype))
+        return merged[path]
+
+    def gates(self, hidden: torch.Tensor, ranks: list[int]) -> torch.Tensor:
+        """SMILE's weights (..., K) of each token, from V_iᵀ x side by side, (..., ΣR)."""
+        call: Call = self.shared.calls.current() or self.shared.call()
+        leading = [part[..., : call.gate_rank] for part in hidden.split(ranks, -1)]
+        scores = torch.stack([part.float().norm(dim=-1) for part in leading], -1)
+        values, choice = scores.softmax(-1).topk(min(call.top_k, len(ranks)), dim=-1)
+        values = values / values.sum(-1, keepdim=True)
+        w = torch.zeros_like(scores).scatter(-1, choice, values)
+        if call.trace is not None:
+            call.trace.add(self.name, w.detach().flatten(1, -2).mean(1), hidden.shape[0])
+        return w.to(hidden.dtype)
+
+
+class WEMoETrace:
+    """Coefficients by layer and sample, of the last forward or of the prompts of the last `generate()`.
+
+    Args:
+        experts: names.
+    """
+
+    def __init__(self, experts: list[str]) -> None:
+        self.experts = experts
+        self._parts: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, w: torch.Tensor, rows: int) -> None:
+        """Keeps the coefficients (B, K) or, the same for all rows, (1, K) of a unit."""
+        w = w.to("cpu", torch.float32)
+        self._parts[name] = w.expand(rows, -1) if len(w) == 1 else w
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the units, in the order in which they ran."""
+        return list(self._parts)
+
+    def coefficients(self, layer: str | None = None) -> torch.Tensor:
+        """(B, K) of one layer, or (B, L, K) of all. SMILE's are means over the tokens of its last linear."""
+        return self._parts[layer] if layer is not None else torch.stack(list(self._parts.values()), 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain lists, for JSON."""
+        return {
+            "experts": self.experts,
+            "layers": {name: w.round(decimals=4).tolist() for name, w in self._parts.items()},
+        }
+
+
+__all__ = ["Coefficients", "Pin", "Router", "WEMoETrace", "Shared", "Stack", "Unit", "by_unit", "index_of"]

@@ -1,0 +1,165 @@
+"""The state of one call of a router: its options, which tokens are real, and what was chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from .configuration_phatgoose import PhatgooseConfig
+from .fused_calls import Calls
+
+
+@dataclass(eq=False)
+class Routing:
+    """What the routed modules of a model know of the call that runs them.
+
+    Attributes:
+        top_k, temperature, rule: see `PhatgooseConfig`.
+        given: (B, E) weights that every linear shall use instead of its gates, or None.
+        off: run the base alone.
+        tokens: flat positions of the tokens that are no padding, or None where all are real.
+        shape: (B, T) that `tokens` is about.
+        trace: of the sequences that this call reads, or of those before.
+        records: whether the trace receives every choice.
+        counts_for: number of experts, where heads follow what the linears chose; else 0.
+        tally: (B, E) weight that the linears gave each expert in this call, for these heads.
+        entry: path of the module whose call it is; "" is the base.
+        outer: the state of the call within which this one runs.
+        version: of the modules, see `RoutingCalls`.
+        shared: routed module -> the input that it read last and its routing, for its other linears.
+    """
+
+    top_k: int
+    temperature: float
+    rule: str
+    given: torch.Tensor | None = None
+    off: bool = False
+    tokens: torch.Tensor | None = None
+    shape: tuple[int, ...] = ()
+    trace: Any = None
+    records: bool = False
+    counts_for: int = 0
+    tally: torch.Tensor | None = None
+    entry: str | None = None
+    outer: Routing | None = None
+    version: int = 0
+    shared: dict[Any, tuple[torch.Tensor, Any]] = field(default_factory=dict)
+
+    def again(self) -> Routing:
+        """What a layer finds that is computed again, for its gradients: neither counted nor traced again."""
+        return Routing(self.top_k, self.temperature, self.rule, self.given, self.off, self.tokens, self.shape)
+
+    def real(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Positions of the real tokens of `x`, where it has the padded shape."""
+        return self.tokens if self.tokens is not None and tuple(x.shape[:-1]) == self.shape else None
+
+    def weigh(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores (..., E) -> chosen experts and their weights, (..., k): softmax over all, top-k, renormalised."""
+        values, choice = scores.topk(min(self.top_k, scores.shape[-1]), dim=-1)
+        if self.temperature != 1:
+            values = values / self.temperature
+        return choice, values.softmax(-1)
+
+    def count(
+        self, experts: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor | None, shape: torch.Size
+    ) -> None:
+        """Adds the choices (N, m, k) of tokens, the real ones of a batch of this shape, to their examples' tally."""
+        if self.tally is None:
+            self.tally = weight.new_zeros(shape[0], self.counts_for)
+        each = shape.numel() // shape[0]
+        tokens = torch.arange(weight.shape[0], device=weight.device) if tokens is None else tokens
+        self.tally.index_put_(((tokens // each)[:, None, None], experts), weight.detach(), accumulate=True)
+
+    def weigh_given(self, experts: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The given weights of some experts (E_m,), for each of N tokens: (N, k) twice."""
+        assert self.given is not None
+        own = self.given.to(experts.device)[:, experts]
+        most = max(1, int((own != 0).sum(1).max()))
+        weight, choice = own.topk(most, dim=-1)
+        each = tokens // len(own)  # examples come one after the other, beams of one example too
+        return choice.repeat_interleave(each, 0), weight.repeat_interleave(each, 0)
+
+
+class RoutingCalls(Calls):
+    """The calls of a router, each with a `Routing`; what users set with `using` is a scope: weights, off.
+
+    Args:
+        config: the router's, whose options are those of the moment.
+
+    Attributes:
+        version: rises whenever the routed modules are others; what calls kept before is about those of before.
+    """
+
+    def __init__(self, config: PhatgooseConfig) -> None:
+        super().__init__()
+        self.config, self.version = config, 0
+        self._steps: dict[tuple[int, int], torch.Tensor] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.config,)
+
+    def routing(self) -> Routing:
+        """Of the call that runs; a module that is called by itself goes on from the last call of its thread or task."""
+        current: Routing | None = self.current()
+        return self._by_itself() if current is None else current
+
+    def new(self, entry: str | None = None) -> Routing:
+        """The state that a call begins with."""
+        config, scope = self.config, self.scope()
+        given, off = (None, False) if scope is None else scope
+        options = config.num_experts_per_tok, config.router_temperature, config.routing
+        return Routing(*options, given, off, entry=entry, version=self.version)
+
+    def last(self) -> Routing | None:
+        """The state that the last call of this thread or task left."""
+        last: Routing | None = self.kept()
+        return last if last is not None and last.version == self.version else None
+
+    def _by_itself(self) -> Routing:
+        routing = self.new()
+        if torch.compiler.is_compiling() or (last := self.last()) is None:
+            return routing
+        if torch._C._current_graph_task_id() != -1:  # a layer that someone else's checkpoint computes again
+            routing.tokens, routing.shape = last.tokens, last.shape
+        else:
+            routing.trace, routing.records, routing.tally = last.trace, last.records, last.tally
+        return routing
+
+    def steps(self, count: int, width: int) -> torch.Tensor:
+        """0, width, 2 width, …, count · width on the CPU: made once per size, since small calls live off that."""
+        steps = self._steps.get((count, width))
+        if steps is None:
+            if len(self._steps) > 256:
+                self._steps.clear()
+            steps = self._steps[count, width] = torch.arange(0, count * width + 1, width, device="cpu")
+        return steps
+
+
+def score(
+    x: torch.Tensor, gates: torch.Tensor, bias: torch.Tensor, rule: str, symmetric: torch.Tensor | None
+) -> torch.Tensor:
+    """Scores of experts, (N, S), from inputs (N, d_in) and gates (S, d_in).
+
+    PHATGOOSE's gates are standardised and divided by √d_in once and for all, so that LN(x)·LN(v)/√d_in is one
+    product (paper, section 3.2); whitened ones come with the bias that centres their scores. Arrow prototypes have no
+    sign: |x·v|.
+
+    Args:
+        bias: (S,), `ABSENT` for an expert that does not adapt the linear.
+        symmetric: (S,) whose score is an absolute value, or None where none is.
+    """
+    if rule == "uniform":
+        return torch.rand(len(x), len(gates), dtype=x.dtype, device=x.device) + bias
+    if rule == "arrow":
+        return F.linear(x, gates).abs() + bias
+    x = F.layer_norm(x, x.shape[-1:])
+    if symmetric is None:
+        return F.linear(x, gates, bias)
+    scores = F.linear(x, gates)
+    return torch.where(symmetric, scores.abs(), scores) + bias
+
+
+__all__ = ["Routing", "RoutingCalls", "score"]

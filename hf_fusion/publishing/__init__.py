@@ -1,0 +1,1 @@
+"""From a fused model to a repository on the Hub: plan, checks, upload."""

@@ -1,0 +1,156 @@
+"""Gates pushed into their adapter's repo: the file, the tag and a paragraph of the card, in one commit."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import TYPE_CHECKING, Any
+
+from hf_fusion.cards.card import README
+from hf_fusion.errors import FusionError
+from hf_fusion.hub.bases import resolve_base
+from hf_fusion.hub.commits import as_commit, download_file
+from hf_fusion.hub.files import Source, explained, hub_api, recorded_base, resolve, safe_files
+from hf_fusion.hub.gates import GATES_FILE, GATES_TAG, gate_problem, parse_gates, save_gates, stored
+from hf_fusion.hub.headers import hub_shapes
+from hf_fusion.hub.peft_names import adapter_shapes
+from hf_fusion.hub.placement import todays_names
+from hf_fusion.hub.readme import add_tag, put_section
+from hf_fusion.progress import phase
+from hf_fusion.publishing.publish import PublishResult
+from hf_fusion.types import Gates
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+# kind of gates -> what the card says of them; {training} is what is known of it
+_ORIGIN = {
+    "trained": "They were trained after the adapter, with everything else frozen{training}.",
+    "average": "They are the mean input of each linear, over examples of the adapter's data; nothing was trained.",
+    "arrow": "They are the direction that each update amplifies most (Arrow); nothing was trained.",
+}
+_SECTION = """\
+## PHATGOOSE gates
+
+`{file}` holds one vector for each of the {count} linears that this adapter changes. By them a router chooses among \
+adapters of the same base for every token, at every linear ([PHATGOOSE](https://arxiv.org/abs/2402.05859)). {origin}
+
+```python
+import hf_fusion
+
+found = hf_fusion.discover(tags="{tag}"{base})
+experts = hf_fusion.check_compatibility(found, need_gates=True).accepted
+model = hf_fusion.fuse("phatgoose", experts)
+```"""
+
+
+def push_gates(gates: Gates, repo_id: str, *, revision: str | None = None, api: HfApi | None = None) -> PublishResult:
+    """Add gates to an adapter's repo, so that others find it by the tag ``phatgoose-gates`` and route to it.
+
+    One commit adds or replaces the file, the tag and a paragraph of the card; every other byte of the repo stays.
+    Pushing the same gates again changes nothing. Gates of an earlier push are replaced.
+
+    Args:
+        gates: of this adapter, as `train_gates` returns them.
+        repo_id: ``owner/name`` of the adapter.
+        revision: branch to push to; default is the repo's main one.
+        api: the Hub's client; default honours ``HF_ENDPOINT`` and the stored token.
+
+    Returns:
+        Where the gates lie now.
+
+    Raises:
+        FusionError: if the repo is no adapter, the gates are not its own, its card cannot be edited, or the Hub
+            refuses, also because somebody else pushed in between.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    if as_commit(revision):
+        raise FusionError(f"{repo_id}@{revision} is a commit: gates are pushed to a branch.", hint="leave @… out")
+    api = hub_api(api)
+    source = resolve(f"{repo_id}@{revision}" if revision else repo_id, api)
+    if source.is_local or not source.is_adapter:
+        raise FusionError(f"{repo_id} is not an adapter's repo on the Hub.", hint="write owner/name of the adapter")
+    _check(gates, source)
+    card = _card(source)
+    edited = put_section(add_tag(card, GATES_TAG), GATES_TAG, _section(gates, source))
+    operations = [] if edited == card else [CommitOperationAdd(README, edited.encode())]
+    sha = str(source.revision)
+    with tempfile.TemporaryDirectory(prefix="hf-fusion-") as folder, explained(repo_id):
+        file = save_gates(gates, folder)
+        if not _has_gates(source, gates):
+            operations.append(CommitOperationAdd(GATES_FILE, file))
+        if operations:
+            with phase(f"Pushing gates to {repo_id}"):
+                sha = api.create_commit(
+                    repo_id,
+                    operations,
+                    commit_message="Add PHATGOOSE gates",
+                    revision=revision,
+                    parent_commit=sha,
+                ).oid
+    assert source.info is not None  # not a folder
+    return PublishResult(repo_id, sha, f"{api.endpoint}/{repo_id}", bool(source.info.private))
+
+
+def _check(gates: Gates, source: Source) -> None:
+    """Refuses gates of another adapter, by the shapes in the weights' header; pickled weights have none to look at."""
+    files = safe_files(source)
+    if not files:
+        return
+    lora, saved = adapter_shapes(hub_shapes(source, files), source.name)
+    names = todays_names(lora, saved, source.adapter, _config_of_base(source), source.name)
+    sizes = {names[f"{path}.weight"].removesuffix(".weight"): d_in for path, (d_in, _) in lora.items()}
+    shapes = {path: tuple(vector.shape) for path, vector in gates.vectors.items()}
+    heads = {names[name].removesuffix(".weight") for name in saved}
+    if problem := gate_problem(shapes, sizes, also=heads):
+        raise FusionError(f"These are not the gates of {source.name}: the set {problem}.", hint="train them for it")
+
+
+def _config_of_base(source: Source) -> dict[str, Any]:
+    """The configuration of the base that an adapter records; empty where it cannot be had."""
+    try:
+        return resolve_base(recorded_base(source), source, source.api).config
+    except FusionError:  # then the adapter's own names must do
+        return {}
+
+
+def _card(source: Source) -> str:
+    """The README at the source's commit, byte for byte; empty where there is none."""
+    if README not in source.sizes:
+        return ""
+    with explained(source.name):
+        content = download_file(hub_api(source.api), source.name, README, source.revision).read_bytes()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise FusionError(f"README.md of {source.name} is not UTF-8 ({error}).", hint="save it as UTF-8") from None
+
+
+def _has_gates(source: Source, gates: Gates) -> bool:
+    """Whether the repo holds these very gates already."""
+    if GATES_FILE not in source.sizes:
+        return False
+    file = download_file(hub_api(source.api), source.name, GATES_FILE, source.revision)
+    ours = stored(gates)
+    try:
+        there = parse_gates(file, source.name, {path: len(vector) for path, vector in ours.items()})
+    except FusionError:  # broken, or of other modules: to be replaced
+        return False
+    same = all(there.vectors[path].equal(vector.float()) for path, vector in ours.items())
+    return same and (there.kind, there.facts) == (gates.kind, gates.facts)
+
+
+def _section(gates: Gates, source: Source) -> str:
+    """The card's paragraph: what the gates are, where they come from, how to use them."""
+    try:
+        base = f', base_model="{recorded_base(source).partition("@")[0]}"'
+    except FusionError:  # trained from a folder; whoever uses it has to know the base
+        base = ""
+    facts, training = gates.facts, ""
+    if {"steps", "examples"} <= facts.keys():
+        training = f", in {facts['steps']:.0f} steps on {facts['examples']:,.0f} examples"
+    if {"loss_before", "loss_after"} <= facts.keys():
+        training += f" (the adapter's loss with its gates half open, {facts['loss_before']:.3f}, "
+        training += f"became {facts['loss_after']:.3f})"
+    origin = _ORIGIN[gates.kind].format(training=training)
+    return _SECTION.format(file=GATES_FILE, count=len(gates.vectors), origin=origin, tag=GATES_TAG, base=base)

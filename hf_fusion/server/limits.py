@@ -1,0 +1,101 @@
+"""How large bodies may be, by route, and who may send them: decided before any of it is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from starlette.requests import Request
+from starlette.types import Message, Receive
+
+from hf_fusion.server.errors import HubError
+
+KB, MB, GB = 1 << 10, 1 << 20, 1 << 30
+MAX_COMMIT = 16 * GB  # goes to disk as it comes
+MAX_XORB = 80 * MB  # clients keep to 64 MiB
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a route takes.
+
+    Attributes:
+        route: matches "METHOD /path".
+        most: bytes of a body.
+        anonymous: bytes of a body from someone without a valid token.
+        streamed: the route itself reads the body, step by step, once it has checked who sends it.
+    """
+
+    route: re.Pattern[str]
+    most: int
+    anonymous: int = 64 * KB
+    streamed: bool = False
+
+
+_REPO = r"/api/[^/]+/[^/]+/[^/]+"
+# the first that matches counts
+RULES = (
+    Rule(re.compile(rf"POST {_REPO}/commit/.*"), MAX_COMMIT, streamed=True),
+    Rule(re.compile(r"PUT /lfs/[^/]+/[^/]+/[^/]+/[0-9a-f]{64}"), MAX_COMMIT, streamed=True),
+    Rule(re.compile(r"POST /xet/[^/]+/[^/]+/[^/]+/[0-9a-f]{32}/.*"), MAX_XORB, streamed=True),
+    Rule(re.compile(r"POST /api/validate-yaml"), 4 * MB, anonymous=4 * MB),
+    Rule(re.compile(rf"POST {_REPO}/paths-info/.*"), 4 * MB, anonymous=4 * MB),
+    Rule(re.compile(r"POST /.*\.git/info/lfs/objects/batch"), 16 * MB, anonymous=1 * MB),
+    Rule(re.compile(r"(GET|HEAD|OPTIONS) .*"), 64 * KB),
+    Rule(re.compile(r".*"), 32 * MB),
+)
+
+
+def rule_of(method: str, path: str) -> Rule:
+    """The rule of a request."""
+    return next(rule for rule in RULES if rule.route.fullmatch(f"{method} {path}"))
+
+
+async def read_body(receive: Receive, most: int) -> bytes:
+    """The whole body of a request.
+
+    Raises:
+        HubError: 413, as soon as more has come.
+    """
+    body = bytearray()
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if len(body) > most:
+            raise too_large(most)
+        if not message.get("more_body"):
+            return bytes(body)
+
+
+def replayed(body: bytes, receive: Receive) -> Receive:
+    """A body that was read, as the application receives it."""
+    sent = False
+
+    async def again() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+async def stream(request: Request, most: int) -> AsyncIterator[bytes]:
+    """The body of a request, step by step.
+
+    Raises:
+        HubError: 413, as soon as more has come.
+    """
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > most:
+            raise too_large(most)
+        yield chunk
+
+
+def too_large(most: int) -> HubError:
+    """The answer to a body that is larger than its route takes."""
+    return HubError(413, f"the body has more than {most:,} bytes")

@@ -1,0 +1,83 @@
+"""A merged model beside its experts: every score is what the plain models give, and misfits are named."""
+
+from __future__ import annotations
+
+import datasets
+import pytest
+import torch
+from tiny import TEXTS, gpt2, make_tokenizer
+from tiny_fused import base_expert, bert_base, experts_of
+
+from hf_fusion import FusionError, WEMoEModel, evaluate_merging
+from hf_fusion.evaluation.results import SuiteResults
+
+ROWS = datasets.Dataset.from_dict({"text": [f"{text} {i}" for i in range(5) for text in TEXTS], "label": [0, 1] * 10})
+WORDS = datasets.Dataset.from_dict({"prompt": ["the quick brown", "experts are"], "target": [" fox", " fused"]})
+
+
+def made(base, **options):
+    experts = experts_of(base(), 3, scale=0.5, **options)
+    for expert in experts:
+        expert.processor = make_tokenizer()
+    return experts, WEMoEModel.from_experts(experts, base=base_expert(base()), scaling=0.4)
+
+
+def test_scores_are_those_of_the_plain_models(tmp_path):
+    experts, model = made(bert_base, labels=["no", "yes"])
+    names = [expert.name for expert in experts]
+    results = evaluate_merging(model, dict.fromkeys(names[:2], ROWS), experts=experts, base=bert_base(), batch_size=3)
+    tokens = make_tokenizer()(list(ROWS["text"]), padding=True, return_tensors="pt")
+    truth = torch.tensor(ROWS["label"])
+    start, fine = bert_base().state_dict(), [expert.model.state_dict() for expert in experts]
+    merges = {"base": 0, "simple average": 1 / 3, "task arithmetic": 0.4}
+    for index, name in enumerate(names[:2]):
+        plain = bert_base()
+        found = {}
+        for system, scaling in merges.items():
+            state = {k: t + scaling * sum(f[k] - t for f in fine) for k, t in start.items() if t.is_floating_point()}
+            plain.load_state_dict(
+                state | {k: fine[index][k] for k in start if "classifier" in k or "pooler" in k}, strict=False
+            )
+            with torch.no_grad():
+                found[system] = plain(**tokens).logits
+        with torch.no_grad():
+            found["individual experts"] = experts[index].model(**tokens).logits
+            found["WEMoE"] = model(**tokens, task=name).logits
+        for system, logits in found.items():
+            right = float((logits.argmax(-1) == truth).float().mean())
+            assert results[system].scores[name].score == pytest.approx(right), system
+    assert len({results[system].means["held-in"].score for system in results_names(results)}) > 1
+    assert results["task arithmetic"].lead["held-in"].score == pytest.approx(
+        results["WEMoE"].means["held-in"].score - results["task arithmetic"].means["held-in"].score
+    )
+    results.save(tmp_path / "results.json")
+    assert SuiteResults.load(tmp_path / "results.json") == results
+
+
+def results_names(results) -> list[str]:
+    return [system.name for system in results.systems]
+
+
+def test_language_models_are_scored_by_their_targets():
+    experts, model = made(gpt2)
+    owners = {"foxes": experts[1].name}
+    results = evaluate_merging(model, {"foxes": WORDS}, experts=experts, base=gpt2(), owners=owners)
+    assert {system.kind for system in results.systems} == {"router", "base", "baseline", "oracle"}
+    with torch.no_grad():
+        right = 0
+        for prompt, target in zip(WORDS["prompt"], WORDS["target"], strict=True):
+            tokens = make_tokenizer()(prompt, return_tensors="pt")
+            wanted = make_tokenizer()(target, add_special_tokens=False)["input_ids"] + [2]
+            answer = experts[1].model.generate(**tokens, max_new_tokens=len(wanted), do_sample=False)
+            right += answer[0, tokens["input_ids"].shape[1] :].tolist() == wanted
+    assert results["individual experts"].scores["foxes"].score == right / 2
+
+
+def test_misfits_are_named():
+    experts, model = made(bert_base, labels=["no", "yes"])
+    with pytest.raises(FusionError, match="no tasks"):
+        evaluate_merging(model, {})
+    with pytest.raises(FusionError, match="sst2 is the task of none of the experts"):
+        evaluate_merging(model, {"sst2": ROWS})
+    with pytest.raises(FusionError, match="the model is made of"):
+        evaluate_merging(model, {experts[0].name: ROWS}, experts=experts[:2], base=bert_base())
