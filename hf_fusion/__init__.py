@@ -22,6 +22,7 @@ _PUBLIC = {
     "fuse_recipe": "fusion",
     "save_fused": "fusion",
     "load_fused": "fusion",
+    "load_recipe": "merging.recipe_files",
     "merge": "merging.merge",
     "Recipe": "recipe",
     "RecipeExpert": "recipe",

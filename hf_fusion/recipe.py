@@ -188,17 +188,8 @@ class Recipe:
         Raises:
             FusionError: naming the file, the key and the reason.
         """
-        path = Path(path)
-        with suppress(OSError):  # longer than any path: reading it says so
-            if path.is_dir():
-                path = path / RECIPE_FILE
-                own_file(path)  # one that the user names may be a link
-        content = read_yaml(path)
-        if isinstance(content, Mapping) and MERGEKIT & content.keys():
-            from hf_fusion.merging.mergekit.recipes import from_mergekit  # only where it is one
-
-            return from_mergekit(content, str(path))
-        return cls.from_dict(content, str(path))
+        path = recipe_file(path)
+        return cls.from_dict(read_yaml(path), str(path))
 
     @classmethod
     def from_dict(cls, content: object, name: str = RECIPE_FILE) -> Recipe:
@@ -213,6 +204,8 @@ class Recipe:
         """
         if not isinstance(content, Mapping):
             raise FusionError(f"{name} holds no recipe: keys and values are expected.")
+        if MERGEKIT & content.keys():
+            raise FusionError(f"{name} is a recipe of mergekit's.", hint=f"hf_fusion.load_recipe({name!r}) reads it")
         known = [f.name for f in fields(cls)]
         if unknown := [key for key in content if key not in known]:
             raise FusionError(f"{name}: {shown(unknown[0])} is not a key of a recipe.", hint=f"use {', '.join(known)}")
@@ -226,6 +219,16 @@ class Recipe:
         slices = tuple(_slice(entry, f"slices[{i}]", name) for i, entry in enumerate(content.get("slices") or []))
         parameters = dict(content.get("parameters") or {})
         return cls(**{**content, "experts": experts, "slices": slices, "parameters": parameters})
+
+
+def recipe_file(path: str | Path) -> Path:
+    """The file of a recipe: the path itself, or ``fusion.yaml`` where it is a folder."""
+    path = Path(path)
+    with suppress(OSError):  # longer than any path: reading it says so
+        if path.is_dir():
+            path = path / RECIPE_FILE
+            own_file(path)  # one that the user names may be a link
+    return path
 
 
 def _sources(tokenizer: Any) -> list[str]:

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from hf_fusion import FusionError
 from hf_fusion.merging.engine.checkpoint import DTYPES, INDEX, SINGLE
 from hf_fusion.merging.merge import merge
+from hf_fusion.merging.recipe_files import load_recipe
 from hf_fusion.recipe import Recipe, RecipeExpert
 
 NOWHERE = HfApi(endpoint="http://127.0.0.1:9")
@@ -100,7 +101,7 @@ def refused(match: str, recipe: Recipe | Path, out: Path, watched: Path) -> Fusi
     """The error of a merge that must not happen: one line, a next step, and nothing written or taken away."""
     before = tree(watched)
     with pytest.raises(FusionError, match=match) as caught:
-        merge(recipe if isinstance(recipe, Recipe) else Recipe.load(recipe), out, api=NOWHERE, threads=1)
+        merge(recipe if isinstance(recipe, Recipe) else load_recipe(recipe), out, api=NOWHERE, threads=1)
     is_clear(caught.value)
     assert tree(watched) == before
     return caught.value
@@ -134,7 +135,7 @@ def merge_here(
     if most_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
     try:
-        merge(Recipe.load(recipe), out, api=NOWHERE, **options)
+        merge(load_recipe(recipe), out, api=NOWHERE, **options)
     except FusionError as error:
         if told is None:
             raise

@@ -18,7 +18,7 @@ from hf_fusion import FusionError
 from hf_fusion.merging.engine.checkpoint import INDEX, SINGLE
 from hf_fusion.merging.merge import merge
 from hf_fusion.merging.origins import MismatchError
-from hf_fusion.recipe import Recipe
+from hf_fusion.merging.recipe_files import load_recipe
 
 EACH = 75  # mutations of each of the seven files
 SECONDS = 10  # that one of them may take
@@ -129,7 +129,7 @@ def test_mutations(kind, inputs, tmp_path):
             there = tree(tmp_path)
             signal.alarm(SECONDS)
             try:
-                merge(Recipe.load(tmp_path / "recipe.yaml"), out, api=NOWHERE, threads=1)
+                merge(load_recipe(tmp_path / "recipe.yaml"), out, api=NOWHERE, threads=1)
             except FusionError as error:
                 ends["refused"] += 1
                 assert isinstance(error, MismatchError) or error.message.isprintable(), (seed, error.message)
@@ -151,7 +151,7 @@ def test_mutations(kind, inputs, tmp_path):
 def is_whole(out: Path) -> None:
     """What was merged is what safetensors, JSON and recipes read."""
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    assert isinstance(config, dict) and Recipe.load(out)
+    assert isinstance(config, dict) and load_recipe(out)
     with safe_open(out / SINGLE, "pt") as merged:
         assert all(merged.get_tensor(name).isfinite().all() for name in merged.keys())  # noqa: SIM118
     header, data = header_of(out / SINGLE)

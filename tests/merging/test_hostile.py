@@ -17,6 +17,7 @@ from hf_fusion import FusionError
 from hf_fusion.merging.engine.checkpoint import INDEX, SINGLE, read_header
 from hf_fusion.merging.engine.output import place_of
 from hf_fusion.merging.merge import merge
+from hf_fusion.merging.recipe_files import load_recipe
 from hf_fusion.recipe import Recipe, RecipeExpert
 
 
@@ -343,13 +344,13 @@ def test_recipes_that_are_no_text(raw, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_bytes(raw)
     with pytest.raises(FusionError, match=f"{recipe} (is not valid YAML|holds no recipe)"):
-        Recipe.load(recipe)
+        load_recipe(recipe)
 
 
 @pytest.mark.parametrize("recipe", ["nowhere.yaml", ".", "a" * 300])
 def test_recipes_that_are_not_there(recipe, tmp_path):
     with pytest.raises(FusionError, match="cannot be read") as caught:
-        Recipe.load(tmp_path / recipe)
+        load_recipe(tmp_path / recipe)
     is_clear(caught.value)
 
 
@@ -448,7 +449,7 @@ def test_an_output_that_holds_what_is_not_ours(folders, tmp_path):
         with pytest.raises(FusionError, match=f"{out} holds a model already: config.json, fusion.yaml, model"):
             merge(recipe_of(folders, scaling=scaling), out)
     merge(recipe_of(folders, scaling=0.7), out, overwrite=True)  # an earlier merge is replaced
-    assert (out / "notes.txt").exists() and Recipe.load(out).parameters == {"scaling": 0.7}
+    assert (out / "notes.txt").exists() and load_recipe(out).parameters == {"scaling": 0.7}
 
 
 def test_a_link_to_a_folder_is_followed(folders, tmp_path):

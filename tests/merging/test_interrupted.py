@@ -18,7 +18,7 @@ from hf_fusion import FusionError
 from hf_fusion.merging.engine.checkpoint import INDEX
 from hf_fusion.merging.engine.output import place_of
 from hf_fusion.merging.merge import merge
-from hf_fusion.recipe import Recipe
+from hf_fusion.merging.recipe_files import load_recipe
 
 LAYERS, SIZE = 16, 256  # a shard of 512 kB for each layer
 OPTIONS = {"shard_bytes": 2 * SIZE * SIZE * 4, "threads": 1}
@@ -42,7 +42,7 @@ def recipe(folders):
 def wanted(recipe, tmp_path_factory):
     """What a merge that nothing disturbs writes."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
-    merge(Recipe.load(recipe), out, **OPTIONS)
+    merge(load_recipe(recipe), out, **OPTIONS)
     return weights_of(out)
 
 
@@ -93,7 +93,7 @@ def test_killed_and_run_again(finished, how, processes, recipe, wanted, tmp_path
     out = tmp_path / "out"
     kept = begun(processes, recipe, out, finished, how)
     assert finished <= len(kept) < LAYERS
-    merge(Recipe.load(recipe), out, **OPTIONS)
+    merge(load_recipe(recipe), out, **OPTIONS)
     assert kept.items() <= shards_in(out).items()  # the files themselves
     assert weights_of(out) == wanted
     assert list(tmp_path.iterdir()) == [out]
@@ -107,7 +107,7 @@ def test_killed_again_and_again(processes, recipe, wanted, tmp_path):
         found = begun(processes, recipe, out, finished, signal.SIGKILL)
         assert kept.items() <= found.items()
         kept = found
-    merge(Recipe.load(recipe), out, **OPTIONS)
+    merge(load_recipe(recipe), out, **OPTIONS)
     assert weights_of(out) == wanted
 
 
@@ -151,14 +151,14 @@ def test_what_another_merge_left_is_not_taken(change, processes, folders, recipe
 def test_killed_while_an_earlier_merge_is_replaced(recipe, wanted, tmp_path):
     """Between the two renames: the earlier merge has been moved away, the new one not yet moved there."""
     out = tmp_path / "out"
-    merge(Recipe.load(recipe), out, **OPTIONS)
+    merge(load_recipe(recipe), out, **OPTIONS)
     (out / "notes.txt").write_text("mine")
     old = place_of(out).with_name(f"{place_of(out).name}-old")
     out.rename(old)
-    merge(Recipe.load(recipe), out, **OPTIONS)
+    merge(load_recipe(recipe), out, **OPTIONS)
     assert (out / "notes.txt").read_text() == "mine"
     shutil.copytree(out, old)  # and after them: it had not yet been removed
-    merge(Recipe.load(recipe), out, overwrite=True, **OPTIONS)
+    merge(load_recipe(recipe), out, overwrite=True, **OPTIONS)
     (out / "notes.txt").unlink()
     assert weights_of(out) == wanted and list(tmp_path.iterdir()) == [out]
 
@@ -188,7 +188,7 @@ def fill(disk: Path, leave: int) -> None:
 def test_too_small_a_disk_is_seen_at_once(recipe, small_disk):
     fill(small_disk, 3_000_000)
     with pytest.raises(FusionError, match="out needs 8.4 MB, the disk has [0-9.]+ MB left") as caught:
-        merge(Recipe.load(recipe), small_disk / "out", **OPTIONS)
+        merge(load_recipe(recipe), small_disk / "out", **OPTIONS)
     is_clear(caught.value)
     assert [path.name for path in small_disk.iterdir()] == ["other"]
 
@@ -203,12 +203,12 @@ def test_a_disk_that_fills_up(share, recipe, wanted, small_disk):
             fill(small_disk, 0)
 
     with pytest.raises(FusionError, match="cannot be written: the disk is full .No space left on device") as caught:
-        merge(Recipe.load(recipe), small_disk / "out", progress=meanwhile, **OPTIONS)
+        merge(load_recipe(recipe), small_disk / "out", progress=meanwhile, **OPTIONS)
     is_clear(caught.value)
     assert [path.name for path in small_disk.iterdir()] == ["other"]
     (small_disk / "other").unlink()
     assert shutil.disk_usage(small_disk).free == free  # no open file keeps what was removed
-    merge(Recipe.load(recipe), small_disk / "out", **OPTIONS)
+    merge(load_recipe(recipe), small_disk / "out", **OPTIONS)
     assert weights_of(small_disk / "out") == wanted
 
 
@@ -250,7 +250,7 @@ for method in ("dare_ties", "della", "dare_linear"):
         timeout=120,
     )
     for method in methods:
-        merge(Recipe.load(tmp_path / f"{method}.yaml"), tmp_path / f"b {method}", shard_bytes=3_000_000, threads=1)
+        merge(load_recipe(tmp_path / f"{method}.yaml"), tmp_path / f"b {method}", shard_bytes=3_000_000, threads=1)
         assert weights_of(tmp_path / f"a {method}") == weights_of(tmp_path / f"b {method}")
         other = tmp_path / f"other {method}"
         merge(recipe_of(folders, method, seed=12), other, shard_bytes=3_000_000, threads=1)

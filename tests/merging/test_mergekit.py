@@ -14,7 +14,7 @@ from hf_fusion import FusionError
 from hf_fusion.merging.merge import merge
 from hf_fusion.merging.mergekit.recipes import METHODS
 from hf_fusion.merging.methods import MERGE_METHODS
-from hf_fusion.recipe import Recipe
+from hf_fusion.merging.recipe_files import load_recipe
 
 LAYERS = 4
 
@@ -174,7 +174,7 @@ def read(text, folders, tmp_path):
     """A recipe of mergekit's, its models being folders."""
     file = tmp_path / "recipe.yaml"
     file.write_text(Template(text).safe_substitute(folders))
-    return Recipe.load(file)
+    return load_recipe(file)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -186,7 +186,7 @@ def test_examples_run_unchanged(name, folders, tmp_path):
     assert str(loaded.dtype).removeprefix("torch.") == (recipe.dtype or "float32")
     assert loaded(torch.arange(9)[None]).logits.isfinite().all()
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
-    again = Recipe.load(tmp_path / "out")  # as ours: the same bytes
+    again = load_recipe(tmp_path / "out")  # as ours: the same bytes
     assert again == report.recipe
     merge(again, tmp_path / "again")
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()

@@ -7,13 +7,13 @@ import re
 import pytest
 
 from hf_fusion import FusionError
-from hf_fusion.recipe import Recipe
+from hf_fusion.merging.recipe_files import load_recipe
 
 
 def read(text, tmp_path):
     """A recipe of mergekit's."""
     (tmp_path / "recipe.yaml").write_text(text)
-    return Recipe.load(tmp_path / "recipe.yaml")
+    return load_recipe(tmp_path / "recipe.yaml")
 
 
 GOOD = """

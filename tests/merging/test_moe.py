@@ -21,6 +21,7 @@ from transformers import (
 
 from hf_fusion import FusionError
 from hf_fusion.merging.merge import merge
+from hf_fusion.merging.recipe_files import load_recipe
 from hf_fusion.recipe import Recipe, RecipeExpert
 
 MLP = "model.layers.{}.mlp.{}_proj.weight"
@@ -59,7 +60,7 @@ def test_copies_are_the_dense_model(folders, tmp_path, gate, per_token):
     dense = AutoModelForCausalLM.from_pretrained(folders["a"])
     torch.testing.assert_close(loaded(IDS).logits, dense(IDS).logits, rtol=1e-4, atol=1e-5)
     assert loaded.generate(IDS, max_new_tokens=5).shape == (2, 17)
-    assert Recipe.load(tmp_path / "out") == report.recipe
+    assert load_recipe(tmp_path / "out") == report.recipe
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == make_tokenizer().get_vocab()
 
 
@@ -98,7 +99,7 @@ def test_experts_are_chosen_by_their_prompts(folders, tmp_path):
     experts = [RecipeExpert(folders[name], None, own) for name, own in prompts.items()]
     recipe = recipe_of(experts, folders["a"], gate="embedding", experts_per_token=1)
     report = merge(recipe, tmp_path / "out")
-    assert Recipe.load(tmp_path / "out") == report.recipe
+    assert load_recipe(tmp_path / "out") == report.recipe
     out, a, b, c = (weights(folder) for folder in (tmp_path / "out", *folders.values()))
     for layer in range(2):
         for number, model in enumerate((b, c)):
@@ -158,7 +159,7 @@ def test_a_recipe_of_mergekit_moe(folders, tmp_path):
             negative_prompts: ["a dog"]
         """
     (tmp_path / "moe.yaml").write_text(text)
-    recipe = Recipe.load(tmp_path / "moe.yaml")
+    recipe = load_recipe(tmp_path / "moe.yaml")
     assert recipe.parameters == {"gate": "embedding", "experts_per_token": 2} and recipe.base == folders["a"]
     merge(recipe, tmp_path / "out")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")(IDS).logits.isfinite().all()
@@ -172,7 +173,7 @@ def test_a_recipe_of_mergekit_moe(folders, tmp_path):
     }.items():
         (tmp_path / "moe.yaml").write_text(text.replace(*change))
         with pytest.raises(FusionError, match=message):
-            Recipe.load(tmp_path / "moe.yaml")
+            load_recipe(tmp_path / "moe.yaml")
 
 
 def as_mergekit(folder, positive, negative, average):
@@ -203,10 +204,10 @@ def test_gates_of_hidden_states_are_those_of_mergekit_moe(folders, tmp_path, mod
     ]
     recipe = {"base_model": folders["a"], "experts": experts} | ({"gate_mode": mode} if mode else {})
     (tmp_path / "moe.yaml").write_text(json.dumps(recipe))
-    recipe = Recipe.load(tmp_path / "moe.yaml")
+    recipe = load_recipe(tmp_path / "moe.yaml")
     assert recipe.parameters["gate"] == (mode or "hidden")
     report = merge(recipe, tmp_path / "out")
-    assert Recipe.load(report.folder) == report.recipe
+    assert load_recipe(report.folder) == report.recipe
     wanted = torch.stack([as_mergekit(folders["a"], yes, no, mode == "hidden_avg") for yes, no in texts], 1)
     gates = [weights(report.folder)[f"model.layers.{layer}.block_sparse_moe.gate.weight"] for layer in range(2)]
     torch.testing.assert_close(torch.stack(gates), wanted, rtol=1e-4, atol=1e-5)

@@ -161,5 +161,5 @@ def test_the_verb_in_python_shares_a_merge_and_returns_it_everywhere(tmp_path):
         assert found.keys() == model.state_dict().keys()
         assert all(tensor.equal(found[name]) for name, tensor in model.state_dict().items())
         assert "nowhere" in (tmp_path / f"error-{rank}").read_text()
-    assert hf_fusion.load_fused(tmp_path / "saved")[1] == hf_fusion.Recipe.load(tmp_path / "saved")
+    assert hf_fusion.load_fused(tmp_path / "saved")[1] == hf_fusion.load_recipe(tmp_path / "saved")
     assert not list((tmp_path / "held").glob("hf-fusion-*"))  # nothing left behind

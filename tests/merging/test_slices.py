@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from hf_fusion import FusionError
 from hf_fusion.merging.engine.sources import depths
 from hf_fusion.merging.merge import merge
+from hf_fusion.merging.recipe_files import load_recipe
 from hf_fusion.recipe import Recipe, RecipeExpert, Slice, SliceSource
 
 LAYERS = 4
@@ -72,7 +73,7 @@ def test_depth_up_scaling_whose_new_layers_start_as_the_identity(folders, tmp_pa
     assert loaded.config.num_hidden_layers == 6
     ids = torch.arange(8)[None]
     torch.testing.assert_close(loaded(ids).logits, AutoModelForCausalLM.from_pretrained(folders["a"])(ids).logits)
-    assert Recipe.load(tmp_path / "out") == recipe
+    assert load_recipe(tmp_path / "out") == recipe
 
 
 def test_layers_are_merged_across_depths_with_a_gradient_of_each_slice(folders, tmp_path):

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from hf_fusion import FusionError
 from hf_fusion.merging.merge import merge
+from hf_fusion.merging.recipe_files import load_recipe
 from hf_fusion.recipe import SMALLEST, Recipe, RecipeExpert
 
 WORDS = ["<unk>", "<s>", "</s>", *(f"word{number}" for number in range(3, 40))]
@@ -49,7 +50,7 @@ def mergekits(tmp_path, folders, method="linear", base=None, **more):
     models_ = [{"model": folder, "parameters": {"weight": 1.0}} for folder in folders]
     recipe = {"merge_method": method, "models": models_, "dtype": "float32", **more}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe | ({"base_model": base} if base else {})))
-    return Recipe.load(tmp_path / "recipe.yaml")
+    return load_recipe(tmp_path / "recipe.yaml")
 
 
 def test_rows_are_cut_by_number_and_what_is_lost_is_named(folders, tmp_path, caplog):
@@ -66,7 +67,7 @@ def test_rows_are_cut_by_number_and_what_is_lost_is_named(folders, tmp_path, cap
         torch.testing.assert_close(out[name], sum(each[name][:40] for each in own) / 3, rtol=1e-6, atol=1e-6)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == 40
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer().get_vocab()
-    assert report.recipe.tokenizer == SMALLEST and Recipe.load(tmp_path / "out") == report.recipe
+    assert report.recipe.tokenizer == SMALLEST and load_recipe(tmp_path / "out") == report.recipe
 
 
 def test_the_first_models_tokenizer_and_configs_lose_them_too(folders, tmp_path, caplog):

@@ -18,6 +18,7 @@ from hf_fusion import FusionError
 from hf_fusion.merging.engine.tensors import InMemory
 from hf_fusion.merging.merge import merge
 from hf_fusion.merging.methods import MERGE_METHODS
+from hf_fusion.merging.recipe_files import load_recipe
 from hf_fusion.merging.tokenizers.aligned import AVERAGE, ZERO, Aligned, Table
 from hf_fusion.merging.tokenizers.chat_templates import TEMPLATES
 from hf_fusion.recipe import Recipe, RecipeExpert, Slice, SliceSource
@@ -181,7 +182,7 @@ def test_rows_of_tokens_by_rule_and_padding(folders, tmp_path):
     }
     recipe = recipe_of(folders, {"source": "union", "tokens": tokens, "pad_to_multiple_of": 64}, scaling=0.5)
     report = merge(recipe, tmp_path / "out")
-    assert Recipe.load(tmp_path / "out") == report.recipe
+    assert load_recipe(tmp_path / "out") == report.recipe
     vocab = AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
     out = weights(tmp_path / "out")["lm_head.weight"]
     size = len(vocab)

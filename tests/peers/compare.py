@@ -34,6 +34,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from hf_fusion.merging.merge import merge
 from hf_fusion.merging.methods import MERGE_METHODS
+from hf_fusion.merging.recipe_files import load_recipe
 from hf_fusion.recipe import Recipe, RecipeExpert, Slice, SliceSource
 from hf_fusion.training.measure import Statistics
 
@@ -154,7 +155,7 @@ def ours(case: Case, folder: Path, out: Path) -> None:
     if case.peer == "mergekit":  # its recipe, as it is
         recipe = out.with_suffix(".yaml")
         recipe.write_text(yaml.safe_dump(placed(case.theirs, folder / case.stored)))
-        merge(Recipe.load(recipe), out)
+        merge(load_recipe(recipe), out)
         return
     own = case.own or ({},) * len(case.experts)
     experts = tuple(

@@ -42,7 +42,7 @@ _MODULES = {"encoder": ("encoder.",), "decoder": ("decoder.",), "shared": ("shar
 
 
 def from_mergekit(content: Mapping[str, Any], name: str) -> Recipe:
-    """A recipe of mergekit's as one of ours; one of mergekit-moe too.
+    """A recipe of mergekit's as one of ours.
 
     Args:
         content: as YAML gives it.
@@ -51,10 +51,6 @@ def from_mergekit(content: Mapping[str, Any], name: str) -> Recipe:
     Raises:
         FusionError: naming the file, the key and what is wrong with it or not supported.
     """
-    if "experts" in content and "merge_method" not in content:
-        from hf_fusion.merging.mergekit.moe import from_mergekit_moe  # only where it is one
-
-        return from_mergekit_moe(content, name)
     return _Reader(content, name).recipe()
 
 
