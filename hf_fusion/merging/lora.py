@@ -27,7 +27,7 @@ from hf_fusion.io.files import own_file, read_file
 from hf_fusion.io.folders import refuse_to_replace, replace_folder
 from hf_fusion.merging.engine.output import disk_full_named
 from hf_fusion.merging.engine.sources import depths
-from hf_fusion.merging.merge import MergeReport
+from hf_fusion.merging.merge_report import MergeReport
 from hf_fusion.merging.methods.linear import shares
 from hf_fusion.merging.methods.lora import Factors, lora
 from hf_fusion.recipe import RECIPE_FILE, Recipe

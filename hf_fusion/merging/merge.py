@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,40 +22,19 @@ from hf_fusion.merging.engine.output import SHARD_BYTES, disk_full_named, output
 from hf_fusion.merging.engine.processes import Processes
 from hf_fusion.merging.engine.sources import Model, open_models
 from hf_fusion.merging.engine.stream import device_of, digest_of, write_tensors
+from hf_fusion.merging.lora import merge_adapters
+from hf_fusion.merging.merge_report import MergeReport
 from hf_fusion.merging.methods import method_named
 from hf_fusion.merging.outcome import MERGED, check_loads, fitted_config, shapes_of
 from hf_fusion.merging.plan import Plan, plan
 from hf_fusion.merging.recipe_checks import check_recipe
 from hf_fusion.merging.small_files import merged_files
 from hf_fusion.merging.tied import untied_config, with_heads
-from hf_fusion.merging.tokenizers.vocabulary import read_vocabulary
+from hf_fusion.merging.tokenizers.requested import read_vocabulary
 from hf_fusion.recipe import RECIPE_FILE, Recipe, RecipeExpert, Slice
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge did.
-
-    Attributes:
-        folder: where the merged model lies.
-        recipe: what it was made of, pinned.
-        tensors: how many it has.
-        nbytes: bytes of its weights.
-        seconds: of the merge itself, reading and writing included.
-        facts: of what less than all was merged, and what is unlike what the models say; see `Plan.facts`.
-        warnings: the same as sentences, and why it could not be checked whether the merged model loads.
-    """
-
-    folder: Path
-    recipe: Recipe
-    tensors: int
-    nbytes: int
-    seconds: float
-    facts: dict[str, Any] = field(default_factory=dict, kw_only=True)
-    warnings: list[str] = field(default_factory=list, kw_only=True)
 
 
 def merge(
@@ -98,8 +77,6 @@ def merge(
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", processes.local % torch.cuda.device_count())
     if method_named(recipe.method).merges == "adapters":
-        from hf_fusion.merging.lora import merge_adapters
-
         if processes.count > 1:
             raise FusionError(f"{recipe.method} is the work of one process", "run it without accelerate launch")
         return merge_adapters(recipe, folder, overwrite=overwrite, api=api)

@@ -31,7 +31,6 @@ from hf_fusion.merging.engine.tensors import Reader
 from hf_fusion.merging.tokenizers.aligned import AVERAGE, ZERO, Aligned, Table
 from hf_fusion.merging.tokenizers.token_ids import TokenNumbers, roles_of
 from hf_fusion.merging.tokenizers.unions import add_tokens, tokenizer_of, union
-from hf_fusion.recipe import SMALLEST
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -142,10 +141,10 @@ def is_tokenizer_file(name: str) -> bool:
     return name in TOKENIZER_FILES or name.startswith(f"{TEMPLATES}/")
 
 
-def read_vocabulary(
+def unite_vocabularies(
     recipe: Recipe, base: Model | None, experts: Sequence[Model], api: HfApi | None = None
-) -> Vocabulary | None:
-    """The vocabulary that a recipe asks for, or None: that of its base, or first expert, by number.
+) -> Vocabulary:
+    """The vocabulary of a recipe with a ``tokenizer``, its models' tokens matched by their text.
 
     Args:
         recipe: see its ``tokenizer``.
@@ -157,12 +156,6 @@ def read_vocabulary(
         FusionError: a model has no ``tokenizer.json``; their tokenizers cannot be united; the recipe's ``tokenizer``
             has an unknown key, or a token that is nowhere.
     """
-    if recipe.tokenizer is None:
-        return None
-    if recipe.tokenizer == SMALLEST:
-        from hf_fusion.merging.tokenizers.smallest import smallest  # only where it is asked for
-
-        return smallest(base, experts)
     source, tokens, multiple = _asked(recipe.tokenizer)
     first = base or experts[0]
     models = list({id(model): model for model in ([base] if base else []) + list(experts)}.values())
