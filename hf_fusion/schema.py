@@ -131,6 +131,32 @@ def declared(file: Path, name: str) -> dict[str, Parameter]:
     return parameters_of(known[name])
 
 
+def decorated(file: Path, decorator: str, known: Mapping[str, Any]) -> dict[str, tuple[list[Any], dict[str, Any]]]:
+    """The functions of a file that have a decorator, and its arguments, without importing the file.
+
+    Args:
+        file: Python source.
+        decorator: its name.
+        known: what its arguments may use beside literals.
+
+    Returns:
+        name of the function → positional and keyword arguments of the decorator.
+    """
+    found = {}
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        for call in node.decorator_list:
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == decorator:
+                words, facts = (
+                    ast.List(call.args, ast.Load()),
+                    ast.Dict([ast.Constant(own.arg) for own in call.keywords], [own.value for own in call.keywords]),
+                )
+                both = ast.fix_missing_locations(ast.Expression(ast.Tuple([words, facts], ast.Load())))
+                found[node.name] = eval(compile(both, str(file), "eval"), dict(known))
+    return found
+
+
 def _parameter(name: str, hint: Any, default: Any) -> Parameter:
     limits, per_expert = None, False
     while get_origin(hint) is Annotated:

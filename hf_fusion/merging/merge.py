@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,9 +143,8 @@ def plan_merge(recipe: Recipe, api: HfApi | None = None) -> Plan:
     base = opened.pop(0) if merged_base else None
     heads = with_heads(recipe, base, opened)
     base, opened = heads.base, heads.experts
-    if method.plan:
-        module, _, name = method.plan.partition(":")
-        planned = getattr(import_module(f"hf_fusion.merging.{module}"), name)(recipe, base, opened)
+    if method.plans:
+        planned = method.module.plan(recipe, base, opened)
     else:
         vocabulary = read_vocabulary(recipe, base, opened, api)
         if vocabulary is None and recipe.tokenizer is not None:  # the smallest, and all are of one size

@@ -121,7 +121,7 @@ def plan(recipe: Recipe, base: Model | None, experts: Sequence[Model], vocabular
     origins = list(origins_of(recipe, base, experts, names))
     is_aligned = vocabulary.covers if vocabulary else lambda model, name: False
     mismatches = mismatches_of(origins, experts, is_aligned, sliced=bool(recipe.slices))
-    if recipe.parameters.get("trim") == "model" or (method.place == "emr:emr" and recipe.parameters.get("expert")):
+    if recipe.parameters.get("trim") == "model" or (method.name == "emr" and recipe.parameters.get("expert")):
         without_skipping(mismatches)
     fitting = [_fitting(origin, recipe, base, experts, is_aligned) for origin in origins]
     shares = _merged_of(origins, fitting, experts, base)

@@ -88,8 +88,8 @@ def static(setting: MergingSetting, split: UnseenSplit, seed: int, method: str, 
     least, most = row.experts
     if count < least or most is not None and count > most:
         raise LeftOut(f"{row.title} merges {least} models, here are {count}")
-    if row.place.startswith("spectral:") and not any(tensor.dim() == 2 for tensor in setting.base.values()):
-        raise LeftOut(f"{row.title} takes matrices apart and averages all other weights, and there are only others")
+    if row.matrices_only and not any(tensor.dim() == 2 for tensor in setting.base.values()):
+        raise LeftOut(f"{row.title} decomposes matrices and averages all other weights, and there are only others")
     fused = [setting.states[number] for number in setting.numbers(split)]
     given = {"statistics": _statistics(setting, split, row.statistics, seed)} if row.statistics else {}
     state = merge_states(method, setting.base, fused, seed=seed, **given, **parameters)

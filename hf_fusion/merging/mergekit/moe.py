@@ -12,8 +12,7 @@ from typing import Any
 
 from hf_fusion.errors import FusionError, shown
 from hf_fusion.merging.mergekit.recipes import model_name
-from hf_fusion.merging.moe.plan import MIXTURES
-from hf_fusion.merging.moe.prompts import PROMPTED
+from hf_fusion.merging.moe.mixtures import MIXTURES, PROMPTED
 from hf_fusion.recipe import DTYPES, Recipe, RecipeExpert
 
 _GATES = {

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from hf_fusion.errors import FusionError, shown
-from hf_fusion.merging.mergekit.methods import ALWAYS, KNOWN, METHODS, Parameter
+from hf_fusion.merging.mergekit.parameters import Parameter
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.recipe import DTYPES, SMALLEST, Recipe, RecipeExpert, Slice, SliceSource, is_number
 
@@ -54,6 +54,12 @@ def from_mergekit(content: Mapping[str, Any], name: str) -> Recipe:
     return _Reader(content, name).recipe()
 
 
+def _known_to_mergekit() -> set[str]:
+    """What mergekit reads for any method; where a method has no use for one, it is left out."""
+    names = {name for row in MERGE_METHODS.values() for name in row.mergekit or ()}
+    return names | {"int8_mask", "eps", "embed_slerp"}
+
+
 class _Reader:
     """One of mergekit's recipes."""
 
@@ -64,10 +70,10 @@ class _Reader:
         method = content.get("merge_method")
         if not isinstance(method, str):
             raise self._error("merge_method", method, "the name of a method")
-        if method not in METHODS or method not in MERGE_METHODS:
-            usable = [name for name in METHODS if name in MERGE_METHODS]
+        usable = {name: row.mergekit for name, row in MERGE_METHODS.items() if row.mergekit is not None}
+        if method not in usable:
             raise FusionError(f"{name}: merge_method {shown(method)} is not supported", f"use {', '.join(usable)}")
-        self.method, self.parameters = method, METHODS[method]
+        self.method, self.parameters = method, usable[method]
         self.base = model_name(content["base_model"], f"{name}: base_model") if content.get("base_model") else None
 
     def recipe(self) -> Recipe:
@@ -207,7 +213,7 @@ class _Reader:
         found = {}
         for key, setting in settings.items():
             parameter = self.parameters.get(key)
-            if parameter is None and key in KNOWN:
+            if parameter is None and key in _known_to_mergekit():
                 self._ignored[key] = None
             elif parameter is None:
                 usable = ", ".join(self.parameters) or "none"
@@ -264,7 +270,7 @@ class _Reader:
         for parameter in self.parameters.values():
             if parameter.default is not None and parameter.ours not in defaults:
                 defaults[parameter.ours] = parameter.value(parameter.default)
-        return _chained(globals_, defaults) | ALWAYS.get(self.method, {})
+        return _chained(globals_, defaults) | dict(MERGE_METHODS[self.method].mergekit_always)
 
     # ------------------------------------------------------------ the rest
 

@@ -7,11 +7,13 @@ from typing import Annotated, Literal
 import torch
 
 from hf_fusion.merging.engine.tensors import Chunk, Merged, Tensors, WholeModel, magnitudes, scratch
+from hf_fusion.merging.methods.declaration import merge_method
 from hf_fusion.schema import Range
 
 __all__ = ["emr"]
 
 
+@merge_method("EMR", base="needed", needs="norms", paper="2405.17461")
 def emr(
     tensors: Tensors, *, expert: Annotated[int, Range(0)] = 0, rescale: Literal["elements", "tensors"] = "elements"
 ) -> Merged:

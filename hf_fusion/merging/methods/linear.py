@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Annotated
 
 from hf_fusion.merging.engine.tensors import Combination, Tensors
+from hf_fusion.merging.mergekit import parameters as mk
+from hf_fusion.merging.methods.declaration import merge_method
 from hf_fusion.schema import EachNumber, Range
 
 __all__ = ["expo", "linear", "task_arithmetic"]
 
 
+@merge_method("Linear (average)", base="", needs="chunks", paper="2203.05482", mergekit=mk.WEIGHT | mk.summed(True))
 def linear(tensors: Tensors, *, weight: EachNumber = (1.0,), normalize: bool = True) -> Combination:
     """Σ w_i θ_i / Σ w_i: the average of the experts (Wortsman et al., 2022, arXiv 2203.05482).
 
@@ -27,6 +30,7 @@ def linear(tensors: Tensors, *, weight: EachNumber = (1.0,), normalize: bool = T
     return Combination(0.0, [w / total for w in weight])
 
 
+@merge_method("Task arithmetic", base="needed", needs="chunks", paper="2212.04089", mergekit=mk.TASK | mk.summed(False))
 def task_arithmetic(
     tensors: Tensors, *, scaling: Annotated[float, Range()] = 0.3, weight: EachNumber = (1.0,), normalize: bool = False
 ) -> Combination:
@@ -42,6 +46,7 @@ def task_arithmetic(
     return Combination(1 - sum(factors), factors)
 
 
+@merge_method("ExPO", base="needed", needs="chunks", experts=(1, 1), paper="2404.16792")
 def expo(tensors: Tensors, *, scaling: Annotated[float, Range()] = 0.3) -> Combination:
     """θ1 + α (θ1 - θ0): beyond the aligned model, away from the one it was aligned from (ExPO, arXiv 2404.16792).
 

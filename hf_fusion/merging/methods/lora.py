@@ -8,6 +8,7 @@ from typing import Annotated
 
 import torch
 
+from hf_fusion.merging.methods.declaration import merge_method
 from hf_fusion.merging.methods.linear import shares
 from hf_fusion.schema import EachNumber, Range
 
@@ -31,6 +32,7 @@ class Factors:
     norm: float = 0.0
 
 
+@merge_method("LoRA adapters as one", base="", needs="whole", merges="adapters")
 def lora(
     pairs: Sequence[tuple[torch.Tensor, torch.Tensor] | None],
     *,

@@ -8,6 +8,7 @@ from typing import Annotated
 import torch
 
 from hf_fusion.merging.engine.tensors import Chunk, Combination, Merged, Statistic, Tensors, compute_device, scratch
+from hf_fusion.merging.methods.declaration import merge_method
 from hf_fusion.merging.methods.linear import shares
 from hf_fusion.schema import EachNumber, Range
 
@@ -17,6 +18,7 @@ RIDGE = 1e-6
 """How much of each input's own energy pulls towards the average; it decides where the examples say nothing."""
 
 
+@merge_method("Fisher", base="", needs="chunks", paper="2111.09832", statistics="fisher")
 def fisher(
     tensors: Tensors,
     *,
@@ -61,6 +63,7 @@ def fisher(
     return merged
 
 
+@merge_method("RegMean", base="", needs="whole", paper="2212.09849", statistics="gram")
 def regmean(
     tensors: Tensors,
     *,

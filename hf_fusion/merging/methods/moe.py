@@ -10,11 +10,21 @@ import numpy as np
 import torch
 
 from hf_fusion.merging.engine.tensors import Tensors
+from hf_fusion.merging.methods.declaration import merge_method
+from hf_fusion.merging.moe.plan import plan_moe as plan
 from hf_fusion.schema import Range
 
-__all__ = ["moe"]
+__all__ = ["moe", "plan"]
 
 
+@merge_method(
+    "MoE up-scaling",
+    base="optional",
+    needs="chunks",
+    paper="2212.05055",
+    own=("prompts", "negative_prompts", "noise_scale", "residual_scale"),
+    plans=True,
+)
 def moe(
     tensors: Tensors,
     *,

@@ -12,11 +12,21 @@ from typing import Literal
 import torch
 
 from hf_fusion.merging.engine.tensors import CHUNK, STEEP, Chunk, Combination, Merged, Tensors
+from hf_fusion.merging.mergekit import parameters as mk
+from hf_fusion.merging.methods.declaration import merge_method
 from hf_fusion.schema import Per
 
 __all__ = ["arcee_fusion", "combination", "grams", "model_stock"]
 
 
+@merge_method(
+    "Model stock",
+    base="needed",
+    needs="norms",
+    experts=(2, None),
+    paper="2403.19522",
+    mergekit={"filter_wise": mk.flag("per", False, on="row", off="tensor")},
+)
 def model_stock(tensors: Tensors, *, per: Per = "tensor", average: Literal["cosine", "angle"] = "cosine") -> Merged:
     """r θ̄ + (1 - r) θ0 with r = K cos α / ((K - 1) cos α + 1): the average of the experts, drawn towards their base.
 
@@ -51,6 +61,7 @@ def model_stock(tensors: Tensors, *, per: Per = "tensor", average: Literal["cosi
     return combination(per, 1 - ratio, (ratio / count).expand(count, -1))
 
 
+@merge_method("Arcee Fusion", base="needed", needs="whole", experts=(1, 1), mergekit={})
 def arcee_fusion(tensors: Tensors) -> torch.Tensor:
     """θ0 + m ∘ τ, where m keeps what matters most: importance |τ| · KL is at least its median + 1.5 · (Q3 - Q1).
 

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from hf_fusion.merging.engine.tensors import Combination, Tensors
+from hf_fusion.merging.mergekit import parameters as mk
+from hf_fusion.merging.methods.declaration import merge_method
 from hf_fusion.schema import EachNumber
 
 __all__ = ["passthrough"]
 
 
+@merge_method(
+    "Passthrough",
+    base="",
+    needs="chunks",
+    experts=(1, 1),
+    paper="2312.15166",
+    mergekit={"scale": mk.Parameter("scale", 1.0, per_model=True)},
+)
 def passthrough(tensors: Tensors, *, scale: EachNumber = (1.0,)) -> Combination:
     """s θ: a tensor of one model as it is, for recipes of slices (mergekit's passthrough, "frankenmerge").
 

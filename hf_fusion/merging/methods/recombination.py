@@ -9,11 +9,13 @@ import numpy as np
 
 from hf_fusion.merging.engine.sources import LAYER
 from hf_fusion.merging.engine.tensors import Combination, Tensors
+from hf_fusion.merging.methods.declaration import merge_method
 from hf_fusion.schema import Range
 
 __all__ = ["recombination"]
 
 
+@merge_method("Model recombination", base="", needs="chunks", experts=(2, None), paper="2406.03280", stochastic=True)
 def recombination(
     tensors: Tensors, *, number: Annotated[int, Range(1)] = 1, unit: Literal["layer", "module", "tensor"] = "layer"
 ) -> Combination:

@@ -11,6 +11,8 @@ import torch
 
 from hf_fusion.merging.engine.tensors import Chunk, Merged, Tensors, stacked
 from hf_fusion.merging.engine.thresholds import Trim, largest
+from hf_fusion.merging.mergekit import parameters as mk
+from hf_fusion.merging.methods.declaration import merge_method
 from hf_fusion.merging.sparsity import Sparse, dropped, elected, middle, pruned, rescaled, summed, trimmed
 from hf_fusion.schema import EachNumber, Range
 
@@ -33,6 +35,13 @@ Rescale = Literal["rate", "norm", "none"]
 Norm = Literal["norm", "none"]
 
 
+@merge_method(
+    "TIES",
+    base="needed",
+    needs="thresholds",
+    paper="2306.01708",
+    mergekit=mk.TASK | mk.DENSITY | mk.elected(True) | mk.NOT_RESCALED,
+)
 def ties(
     tensors: Tensors,
     *,
@@ -65,6 +74,7 @@ def ties(
     return elected(tensors, kept, weight, scaling, merge)
 
 
+@merge_method("Magnitude pruning", base="needed", needs="thresholds", paper="2306.01708")
 def magnitude(
     tensors: Tensors,
     *,
@@ -90,6 +100,14 @@ def magnitude(
     return summed(tensors, kept, weight, scaling, normalize)
 
 
+@merge_method(
+    "DARE task arithmetic",
+    base="needed",
+    needs="chunks",
+    paper="2311.03099",
+    stochastic=True,
+    mergekit=mk.TASK | mk.DROPPED | mk.summed(False) | mk.RESCALED,
+)
 def dare_linear(
     tensors: Tensors,
     *,
@@ -113,6 +131,14 @@ def dare_linear(
     return summed(tensors, dropped(tensors, drop_rate, rescale), weight, scaling, normalize)
 
 
+@merge_method(
+    "DARE-TIES",
+    base="needed",
+    needs="thresholds",
+    paper="2311.03099",
+    stochastic=True,
+    mergekit=mk.TASK | mk.DROPPED | mk.elected(False) | mk.RESCALED,
+)
 def dare_ties(
     tensors: Tensors,
     *,
@@ -151,6 +177,15 @@ def dare_ties(
     return elected(tensors, kept, weight, scaling, merge)
 
 
+@merge_method(
+    "DELLA",
+    base="needed",
+    needs="thresholds",
+    paper="2406.11617",
+    stochastic=True,
+    mergekit=mk.DELLA | mk.elected(True) | mk.RESCALED,
+    mergekit_always={"rank": "row"},
+)
 def della(
     tensors: Tensors,
     *,
@@ -184,6 +219,15 @@ def della(
     return elected(tensors, pruned(tensors, density, epsilon, rescale, rank), weight, scaling, merge)
 
 
+@merge_method(
+    "DELLA, no election",
+    base="needed",
+    needs="thresholds",
+    paper="2406.11617",
+    stochastic=True,
+    mergekit=mk.DELLA | mk.summed(False) | mk.RESCALED,
+    mergekit_always={"rank": "row"},
+)
 def della_linear(
     tensors: Tensors,
     *,
@@ -210,6 +254,13 @@ def della_linear(
     return summed(tensors, pruned(tensors, density, epsilon, rescale, rank), weight, scaling, normalize)
 
 
+@merge_method(
+    "Breadcrumbs",
+    base="needed",
+    needs="thresholds",
+    paper="2312.06795",
+    mergekit=mk.CRUMBS | mk.summed(False) | mk.NOT_RESCALED,
+)
 def breadcrumbs(
     tensors: Tensors,
     *,
@@ -235,6 +286,13 @@ def breadcrumbs(
     return summed(tensors, kept, weight, scaling, normalize)
 
 
+@merge_method(
+    "Breadcrumbs with TIES",
+    base="needed",
+    needs="thresholds",
+    paper="2312.06795",
+    mergekit=mk.CRUMBS | mk.elected(False) | mk.NOT_RESCALED,
+)
 def breadcrumbs_ties(
     tensors: Tensors,
     *,
@@ -260,6 +318,9 @@ def breadcrumbs_ties(
     return elected(tensors, kept, weight, scaling, merge)
 
 
+@merge_method(
+    "SCE", base="needed", needs="thresholds", paper="2408.07990", mergekit={"select_topk": mk.Parameter("density", 1.0)}
+)
 def sce(tensors: Tensors, *, density: Annotated[float, Range(0, 1)] = 1.0) -> Merged:
     """Select, calculate, erase (Wan et al., 2024, arXiv 2408.07990).
 

@@ -18,6 +18,7 @@ import torch
 from torch.nn.functional import pad
 
 from hf_fusion.merging.engine.tensors import CHUNK, Chunk, Merged, Tensors, compute_device
+from hf_fusion.merging.methods.declaration import merge_method
 from hf_fusion.merging.methods.linear import task_arithmetic
 from hf_fusion.schema import EachNumber, Range
 
@@ -31,6 +32,7 @@ _WIDEST = 1 << 15
 """Columns of which a square matrix may be held."""
 
 
+@merge_method("TSV-Merge", base="needed", needs="whole", paper="2412.00081", matrices_only=True)
 def tsv_m(tensors: Tensors, *, scaling: Annotated[float, Range()] = 1.0, weight: EachNumber = (1.0,)) -> Result:
     """θ0 + λ U⊥ Σ V⊥ᵀ (TSV-Merge, arXiv 2412.00081, algorithm 1).
 
@@ -56,6 +58,7 @@ def tsv_m(tensors: Tensors, *, scaling: Annotated[float, Range()] = 1.0, weight:
     return deltas.merged(_orthogonal(deltas, own, None, scaling * values, rights))
 
 
+@merge_method("Iso-C", base="needed", needs="whole", paper="2502.04959", matrices_only=True)
 def iso_c(tensors: Tensors, *, scaling: Annotated[float, Range()] = 1.0) -> Result:
     """θ0 + λ σ̄ U Vᵀ, where Σ τ_i = U Σ Vᵀ and σ̄ is the mean of its singular values (Iso-C, arXiv 2502.04959).
 
@@ -71,6 +74,7 @@ def iso_c(tensors: Tensors, *, scaling: Annotated[float, Range()] = 1.0) -> Resu
     return deltas.merged(lambda block: block[0] @ factor)
 
 
+@merge_method("Iso-CTS", base="needed", needs="whole", paper="2502.04959", matrices_only=True)
 def iso_cts(
     tensors: Tensors,
     *,
@@ -116,6 +120,7 @@ def iso_cts(
     return deltas.merged(_orthogonal(deltas, torch.stack(own), lefts, mean, all_rights))
 
 
+@merge_method("WUDI", base="needed", needs="whole", paper="2503.08099", matrices_only=True)
 def wudi(
     tensors: Tensors,
     *,

@@ -11,12 +11,22 @@ from typing import Annotated
 import torch
 
 from hf_fusion.merging.engine.tensors import Chunk, Combination, Merged, Tensors
+from hf_fusion.merging.mergekit import parameters as mk
+from hf_fusion.merging.methods.declaration import merge_method
 from hf_fusion.merging.methods.norms import combination, grams
 from hf_fusion.schema import EachNumber, Per, Range
 
 __all__ = ["karcher", "multislerp", "nearswap", "nuslerp", "slerp"]
 
 
+@merge_method(
+    "SLERP",
+    base="",
+    needs="norms",
+    experts=(2, 2),
+    paper="https://doi.org/10.1145/325165.325242",
+    mergekit={"t": mk.Parameter("t")},
+)
 def slerp(tensors: Tensors, *, t: Annotated[float, Range(0, 1)] = 0.5) -> Merged:
     """sin((1 - t) α) / sin α θ1 + sin(t α) / sin α θ2, α being the angle between the two (Shoemake, 1985).
 
@@ -33,6 +43,18 @@ def slerp(tensors: Tensors, *, t: Annotated[float, Range(0, 1)] = 0.5) -> Merged
     return combination("tensor", torch.zeros(1), _arc(cosine, cosine.abs() > 0.9995, t))
 
 
+@merge_method(
+    "NuSLERP",
+    base="optional",
+    needs="norms",
+    experts=(2, 2),
+    paper="https://doi.org/10.1145/325165.325242",
+    mergekit={
+        **mk.WEIGHT,
+        "nuslerp_flatten": mk.flag("per", True, on="tensor", off="row"),
+        "nuslerp_row_wise": mk.flag("per", False, on="column", off="row"),
+    },
+)
 def nuslerp(tensors: Tensors, *, weight: EachNumber = (1.0,), per: Per = "tensor") -> Merged:
     """SLERP of two experts, or of their task vectors if there is a base, with t = w_2 / (w_1 + w_2).
 
@@ -55,6 +77,14 @@ def nuslerp(tensors: Tensors, *, weight: EachNumber = (1.0,), per: Per = "tensor
     return combination(per, 1 - numbers.sum(0) if has_base else torch.zeros_like(cosine), numbers)
 
 
+@merge_method(
+    "Multi-SLERP",
+    base="optional",
+    needs="norms",
+    experts=(2, None),
+    paper="https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
+    mergekit=mk.WEIGHT | {"normalize_weights": mk.flag("normalize", True)},
+)
 def multislerp(tensors: Tensors, *, weight: EachNumber = (1.0,), normalize: bool = True) -> Combination:
     """(Σ w_i ‖v_i‖) m / ‖m‖ with m = Σ w_i v_i / ‖v_i‖: the experts' weighted mean direction, in their mean length.
 
@@ -90,6 +120,14 @@ def multislerp(tensors: Tensors, *, weight: EachNumber = (1.0,), normalize: bool
     return Combination(1.0 - float(numbers.sum()) if has_base else 0.0, numbers.tolist())
 
 
+@merge_method(
+    "Karcher mean",
+    base="",
+    needs="norms",
+    experts=(2, None),
+    paper="https://doi.org/10.1002/cpa.3160300502",
+    mergekit={"max_iter": mk.Parameter("max_iter", 10, int), "tol": mk.Parameter("tol", 1e-05)},
+)
 def karcher(
     tensors: Tensors, *, max_iter: Annotated[int, Range(0)] = 10, tol: Annotated[float, Range(0)] = 1e-5
 ) -> Combination:
@@ -134,6 +172,14 @@ def karcher(
     return Combination(0.0, numbers.tolist())
 
 
+@merge_method(
+    "NearSwap",
+    base="needed",
+    needs="chunks",
+    experts=(1, 1),
+    paper="https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
+    mergekit={"t": mk.Parameter("t")},
+)
 def nearswap(tensors: Tensors, *, t: Annotated[float, Range(0)] = 1e-3) -> Merged:
     """θ0 + min(t, |τ|) sign τ: what is near goes over to the expert, what is far goes t towards it.
 

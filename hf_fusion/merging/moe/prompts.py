@@ -19,6 +19,7 @@ from hf_fusion.hub.snapshot import check_snapshot
 from hf_fusion.io.files import own_file, read_text
 from hf_fusion.merging.engine.checkpoint import Files
 from hf_fusion.merging.engine.sources import Model
+from hf_fusion.merging.moe.mixtures import PROMPTED
 from hf_fusion.merging.tokenizers.unions import tokenizer_of
 from hf_fusion.recipe import Recipe, RecipeExpert
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 EMBEDDING = "model.embed_tokens.weight"
-PROMPTED = ("embedding", "hidden", "hidden_avg")
-"""Gates that are made of prompts."""
 Prompts = list[list[int]]
 """The tokens of some texts."""
 

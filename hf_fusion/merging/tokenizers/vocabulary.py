@@ -156,6 +156,7 @@ def unite_vocabularies(
         FusionError: a model has no ``tokenizer.json``; their tokenizers cannot be united; the recipe's ``tokenizer``
             has an unknown key, or a token that is nowhere.
     """
+    assert recipe.tokenizer is not None
     source, tokens, multiple = _asked(recipe.tokenizer)
     first = base or experts[0]
     models = list({id(model): model for model in ([base] if base else []) + list(experts)}.values())
