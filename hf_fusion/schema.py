@@ -131,8 +131,8 @@ def declared(file: Path, name: str) -> dict[str, Parameter]:
     return parameters_of(known[name])
 
 
-def decorated(file: Path, decorator: str, known: Mapping[str, Any]) -> dict[str, tuple[list[Any], dict[str, Any]]]:
-    """The functions of a file that have a decorator, and its arguments, without importing the file.
+def decorated(file: Path, decorator: str, known: Mapping[str, Any]) -> list[tuple[str, list[Any], dict[str, Any]]]:
+    """The functions of a file that have a decorator, and its arguments each time, without importing the file.
 
     Args:
         file: Python source.
@@ -140,9 +140,9 @@ def decorated(file: Path, decorator: str, known: Mapping[str, Any]) -> dict[str,
         known: what its arguments may use beside literals.
 
     Returns:
-        name of the function → positional and keyword arguments of the decorator.
+        (name of the function, positional arguments, keyword arguments) of each decorator, from top to bottom.
     """
-    found = {}
+    found = []
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if not isinstance(node, ast.FunctionDef):
             continue
@@ -153,7 +153,7 @@ def decorated(file: Path, decorator: str, known: Mapping[str, Any]) -> dict[str,
                     ast.Dict([ast.Constant(own.arg) for own in call.keywords], [own.value for own in call.keywords]),
                 )
                 both = ast.fix_missing_locations(ast.Expression(ast.Tuple([words, facts], ast.Load())))
-                found[node.name] = eval(compile(both, str(file), "eval"), dict(known))
+                found.append((node.name, *eval(compile(both, str(file), "eval"), dict(known))))
     return found
 
 

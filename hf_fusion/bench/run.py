@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,11 @@ from hf_fusion.bench.conditions import conditions
 from hf_fusion.bench.memory import forget_peak, peak_bytes
 from hf_fusion.bench.methods import METHODS, chosen
 from hf_fusion.bench.scoring import Scored, same_scale, score
+from hf_fusion.bench.settings.common import Setting
+from hf_fusion.bench.settings.fusion import FusionSetting
+from hf_fusion.bench.settings.merging import MergingSetting
+from hf_fusion.bench.settings.regression import RegressionSetting
+from hf_fusion.bench.settings.routing import RoutingSetting
 from hf_fusion.bench.suite import LOWER, Suite, UnseenSplit, load_suite, splits_named
 from hf_fusion.bench.systems import FIT, TEST, LeftOut, System, everything
 from hf_fusion.errors import FusionError
@@ -32,13 +37,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT, TUNED = "default", "tuned"
 LIBRARIES = ("hf_fusion", "torch", "transformers", "datasets", "evaluate")
-# kind of suite -> what makes it ready
-SETTINGS = {
-    "merging": "merging:MergingSetting",
-    "routing": "routing:RoutingSetting",
-    "fusion": "fusion:FusionSetting",
-    "regression": "regression:RegressionSetting",
-}
+# one for each kind of suite
+SETTINGS: tuple[type[Setting], ...] = (MergingSetting, RoutingSetting, FusionSetting, RegressionSetting)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def run_suite(
         Job(method, split, seed)
         for split in splits
         for method in names
-        for seed in (seeds if METHODS[method].chance else seeds[:1])
+        for seed in (seeds if METHODS[method].stochastic else seeds[:1])
     ]
     runner = _Runner(suite, folder, wanted, command, state.is_main_process)
     todo = [job for job in jobs if runner.missing(job)]
@@ -123,11 +123,11 @@ def run_suite(
     if done := len(jobs) - len(todo):
         tell(f"{suite.name}: {done} of {len(jobs)} models are measured already")
     if todo:
-        make = SETTINGS[suite.kind]
+        [setting] = [setting for setting in SETTINGS if setting.kind == suite.kind]
         with phase(f"Reading what {suite.name} is made of"):
             where = device or str(state.device)
-            runner.setting = _named(make)(
-                suite, data_dir and Path(data_dir), limit, tuned_on, batch_size, where, allow_pickle
+            runner.setting = setting(
+                suite, None if data_dir is None else Path(data_dir), limit, tuned_on, batch_size, where, allow_pickle
             )
         _check_rows(runner.setting, suite)
         if state.is_main_process:
@@ -206,7 +206,7 @@ class _Runner:
             now = time.perf_counter()
             left = (now - began) / number * (len(jobs) - number)
             where = "" if job.split.name == "all" else f", {job.split.name}"
-            seed = f", seed {job.seed}" if METHODS[job.method].chance else ""
+            seed = f", seed {job.seed}" if METHODS[job.method].stochastic else ""
             tell(
                 f"{number:3}/{len(jobs)} {METHODS[job.method].title + where + seed:44} {told:36} "
                 f"{now - start:5.0f} s, {_minutes(left)} left"
@@ -221,7 +221,7 @@ class _Runner:
         def spent() -> dict[str, float]:
             return {"fuse_seconds": time.perf_counter() - started, "fuse_cpu_seconds": time.process_time() - cpu}
 
-        made = _named(row.at(self.suite.kind))(self.setting, job.split, job.seed, **row.given)
+        made = row.entries[self.suite.kind](self.setting, job.split, job.seed)
         systems: Mapping[str, System] = made if isinstance(made, Mapping) else {job.method: made}
         models: dict[tuple[str, str], Any] = {(name, DEFAULT): (system, spent()) for name, system in systems.items()}
         tuned = ""
@@ -280,7 +280,7 @@ class _Runner:
         """The best value of a parameter on rows kept apart, found by climbing from the default over a grid."""
         name, grid = how
         row = METHODS[job.method]
-        fuse = _named(row.at(self.suite.kind))
+        fuse = row.entries[self.suite.kind]
         models: dict[int, System] = {}
         heights: dict[int, float] = {}
 
@@ -294,7 +294,9 @@ class _Runner:
                 elif system.retuned:
                     models[place] = system.retuned(value)
                 else:
-                    models[place] = fuse(self.setting, job.split, job.seed, **{**row.given, **value})
+                    found = fuse(self.setting, job.split, job.seed, **value)
+                    assert isinstance(found, System)  # what is several systems has no parameter to tune
+                    models[place] = found
                 heights[place] = self.validation(job, models[place])
             return heights[place]
 
@@ -348,13 +350,6 @@ def _check_rows(setting: Any, suite: Suite) -> None:
             return
     if problem:
         raise problem
-
-
-def _named(place: str | Callable[..., Any] | None) -> Any:
-    if not isinstance(place, str):
-        return place
-    module, _, name = place.partition(":")
-    return getattr(import_module(f"hf_fusion.bench.settings.{module}"), name)
 
 
 @cache

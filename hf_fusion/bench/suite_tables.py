@@ -290,10 +290,12 @@ def _overview_column(suite: Row, variant: str, group: str) -> Column:
         method = METHODS.get(row["method"])
         if variant != "default" and (method is None or method.tune is None):
             return ""
-        if method is not None and suite["kind"] and not method.at(suite["kind"]):
+        if method is not None and suite["kind"] and suite["kind"] not in method.entries:
             if suite["kind"] == "fusion" and method.family in _MERGES and suite["head"] in ("causal-lm", "seq2seq-lm"):
                 return HEARD
-            return NOT_FOR.get((suite["kind"], method.family), f"is for suites of the kind {method.kind}")
+            return NOT_FOR.get(
+                (suite["kind"], method.family), f"is for suites of the kind {next(iter(method.entries))}"
+            )
         return "not run"
 
     title = suite["name"] if variant == "default" else f"{suite['name']}, {variant}"

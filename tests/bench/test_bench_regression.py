@@ -10,10 +10,11 @@ from datasets import Dataset
 from standins import moved
 from tiny import make_tokenizer, t5
 
+from hf_fusion.bench.methods.regression import foe, simple_ensemble, weighted_ensemble
 from hf_fusion.bench.rows import single, task_rows
 from hf_fusion.bench.run import run_suite
 from hf_fusion.bench.scoring import score
-from hf_fusion.bench.settings.regression import LONGEST, RegressionSetting, foe, simple_ensemble, weighted_ensemble
+from hf_fusion.bench.settings.regression import LONGEST, RegressionSetting
 from hf_fusion.bench.suite import load_suite
 from hf_fusion.bench.systems import CLEAN, TEST, everything
 from hf_fusion.errors import FusionError

@@ -23,9 +23,9 @@ from tiny_suites import (
 
 from hf_fusion import PhatgooseRouter, WEMoEModel, load_experts, measure_fisher, measure_gram
 from hf_fusion.bench.methods import chosen
+from hf_fusion.bench.methods.merging import _readers
 from hf_fusion.bench.rows import task_rows
 from hf_fusion.bench.settings.fusion import FusionSetting
-from hf_fusion.bench.settings.merging_methods import _readers
 from hf_fusion.bench.suite import load_suite
 from hf_fusion.bench.systems import everything
 from hf_fusion.evaluation.routing import evaluate_routing

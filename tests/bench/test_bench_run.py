@@ -34,6 +34,7 @@ from hf_fusion.bench import binding, run
 from hf_fusion.bench.cells import read_cells
 from hf_fusion.bench.memory import forget_peak, peak_bytes
 from hf_fusion.bench.methods import METHODS, Method, chosen
+from hf_fusion.bench.methods.declaration import Entry
 from hf_fusion.bench.rows import task_rows
 from hf_fusion.bench.run import run_suite
 from hf_fusion.bench.settings import merging
@@ -42,6 +43,11 @@ from hf_fusion.cli.app import main
 from hf_fusion.errors import FusionError
 from hf_fusion.merging.in_memory import merge_states
 from hf_fusion.training.batches import class_logits, read_examples
+
+
+def made(name: str, function) -> Method:
+    """A method for suites of the kind "merging"."""
+    return Method(name, name, "merge", entries={"merging": Entry(function, "merging")})
 
 
 @pytest.fixture(scope="module")
@@ -187,8 +193,8 @@ def test_a_technique_that_fails_says_so_and_the_others_go_on(fine_tunes, tmp_pat
 
         return replace(system, answer=picky)
 
-    monkeypatch.setitem(METHODS, "broken", Method(breaks, "Broken", "merge"))
-    monkeypatch.setitem(METHODS, "picky", Method(breaks_on_topic, "Picky", "merge"))
+    monkeypatch.setitem(METHODS, "broken", made("broken", breaks))
+    monkeypatch.setitem(METHODS, "picky", made("picky", breaks_on_topic))
     told = []
     cells = measure(fine_tunes, tmp_path, "broken", "picky", "average", tell=told.append)
     assert {cells["broken", "default", task, "clean"].reason for task in CLASSES} == {"ValueError: no memory"}
@@ -197,7 +203,7 @@ def test_a_technique_that_fails_says_so_and_the_others_go_on(fine_tunes, tmp_pat
     assert (picky["topic"].status, picky["topic"].reason) == ("failed", "ZeroDivisionError: not this one")
     assert picky["mood"].score is not None and picky["kind"].score is not None
     assert any("failed: ValueError: no memory" in line for line in told)
-    monkeypatch.setitem(METHODS, "broken", Method("merging_methods:pretrained", "Mended", "merge"))
+    monkeypatch.setitem(METHODS, "broken", made("broken", "merging.pretrained"))
     mended = measure(fine_tunes, tmp_path, "broken", "average")  # what failed is tried again
     assert all(mended["broken", "default", task, "clean"].score is not None for task in CLASSES)
 
@@ -249,7 +255,7 @@ def test_parameters_are_tuned_on_rows_that_are_not_tested(fine_tunes, merged, tm
     grid = row.tune[1]
     best = again["task_arithmetic", "tuned", "mood", "clean"].parameters["scaling"]
     heights = {
-        value: runner.validation(job, run._named(row.place)(setting, job.split, 0, **{**row.given, "scaling": value}))
+        value: runner.validation(job, row.entries["merging"](setting, job.split, 0, scaling=value))
         for value in grid[max(0, grid.index(best) - 1) : grid.index(best) + 2]
     }
     assert heights[best] == max(heights.values())

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -41,16 +41,39 @@ class Setting:
 
     Attributes:
         given: all of these, to make the setting of another kind.
+        kind: of the suites whose rows and experts it makes ready; a subclass names it.
+        kinds: kind → the class of its settings, once it is imported.
     """
+
+    kind: ClassVar[str]
+    kinds: ClassVar[dict[str, type[Setting]]] = {}
+
+    def __init_subclass__(cls, kind: str) -> None:
+        super().__init_subclass__()
+        cls.kind = kind
+        Setting.kinds[kind] = cls
 
     def __init__(
         self, suite: Suite, data_dir: Path | None, limit: int, tuned_on: int, batch_size: int = 16, device: str = "cpu",
         allow_pickle: bool = False,
     ) -> None:  # fmt: skip
         self.suite, self.batch_size, self.device = suite, batch_size, device
+        self._others: dict[str, Setting] = {}
         self.given = (suite, data_dir, limit, tuned_on, batch_size, device, allow_pickle)
         self._limits = {TEST: limit, FIT: tuned_on}
         self.rows: Callable[[str], Rows] = cache(partial(task_rows, suite, data_dir=data_dir))
+
+    def of_kind(self, kind: str) -> Setting:
+        """The same experts and rows as the methods for suites of another kind take them; made once.
+
+        Args:
+            kind: see `Suite`.
+        """
+        if kind == self.kind:
+            return self
+        if kind not in self._others:
+            self._others[kind] = Setting.kinds[kind](*self.given)
+        return self._others[kind]
 
     def some(self, task: str, condition: str = CLEAN, part: str = TEST) -> Dataset:
         """The rows of a task that are asked, in an order of chance that is always the same."""

@@ -1,6 +1,6 @@
 """Suites of the kind "merging": full models of one base with a head for each task, which is told.
 
-What fuses them is in `merging_methods`.
+What fuses them is in `bench.methods.merging`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 State = Mapping[str, torch.Tensor]
 
 
-class MergingSetting(Setting):
+class MergingSetting(Setting, kind="merging"):
     """Experts of one base, with one backbone that becomes every merge of them in turn.
 
     Args:

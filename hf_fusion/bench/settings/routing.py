@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,16 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_fusion.bench.scoring import METRICS, Answered, answers
-from hf_fusion.bench.settings import fusion, merging_methods
 from hf_fusion.bench.settings.common import MAX_LENGTH, ROWS_COUNTED, Batch, Setting, multiplications
-from hf_fusion.bench.settings.fusion import FusionSetting
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import Suite, UnseenSplit
 from hf_fusion.bench.systems import CLEAN, TEST, LeftOut, System, everything, seeded, share_batches
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.retrieval import MINILM, TextEmbedder, texts_of
 from hf_fusion.evaluation.routing import (
-    PHATGOOSE,
     WAYS,
     Evaluation,
     Way,
@@ -44,7 +41,7 @@ TOP_K = 2
 HEADS = "the experts bring heads of their own, without which their base has no answers"
 
 
-class RoutingSetting(Setting):
+class RoutingSetting(Setting, kind="routing"):
     """Adapters of one base, which all systems share.
 
     Args:
@@ -80,11 +77,6 @@ class RoutingSetting(Setting):
         self._evaluations: dict[Any, _Evaluation] = {}
         self._batches: dict[Any, list[Batch]] = {}
         self._started: dict[Any, dict[int, Any]] = {}
-
-    @cached_property
-    def pooled(self) -> FusionSetting:
-        """The same experts and rows, for what hears all experts and chooses one."""
-        return FusionSetting(*self.given)
 
     def numbers(self, split: UnseenSplit) -> list[int]:
         """Which experts a split fuses."""
@@ -293,128 +285,3 @@ class _Unframed:
             self._frame = commonprefix(texts), commonprefix([text[::-1] for text in texts])[::-1]
         before, after = self._frame
         return self.embed([text.removeprefix(before).removesuffix(after) for text in texts])
-
-
-# ---------------------------------------------------------------- the methods
-
-
-def pretrained(setting: RoutingSetting, split: UnseenSplit, seed: int) -> System:
-    """The base alone."""
-    if setting.has_heads:
-        raise LeftOut(HEADS)
-    way = WAYS["base"]
-    return setting.system(setting.evaluation(everything(setting.suite)), way, stored=setting.size, active=setting.size)
-
-
-def experts(setting: RoutingSetting, split: UnseenSplit, seed: int) -> dict[str, System]:
-    """Every expert that is fused, for everything: merged into the base it costs what the base does."""
-    evaluation, size = setting.evaluation(split), setting.size
-    return {
-        f"expert:{name}": setting.system(
-            evaluation, Way("expert", within=partial(alone, setting.names[number])), stored=size, active=size
-        )
-        for name, number in zip(split.fuse, setting.numbers(split), strict=True)
-    }
-
-
-def individual(setting: RoutingSetting, split: UnseenSplit, seed: int) -> System:
-    """Every task's own expert, of which PHATGOOSE's paper speaks as the oracle: it is told the task."""
-    evaluation = setting.evaluation(everything(setting.suite))
-
-    def answer(task: str, condition: str, part: str) -> Answered:
-        owner = setting.suite.owner(task)
-        if owner is None:
-            raise LeftOut("no expert was trained on it")
-        return setting.ask(evaluation, Way("oracle", within=partial(alone, owner)), task, condition, part)
-
-    return System(
-        answer,
-        stored=setting.size + setting.adapter_size(range(len(setting.names))),
-        active=setting.size + setting.adapter_size([0]),
-        cost=setting.cost(evaluation, Way("oracle", within=partial(alone, setting.names[0]))),
-    )
-
-
-def routed(setting: RoutingSetting, split: UnseenSplit, seed: int, way: str, examples: int = 0) -> System:
-    """A way to route.
-
-    Args:
-        way: a key of `hf_fusion.evaluation.routing.WAYS`.
-        examples: rows that each expert was trained on, where it looks at them.
-    """
-    numbers = setting.numbers(split)
-    without = [setting.names[number] for number in numbers if setting.experts[number].gates is None]
-    if way == PHATGOOSE and without:
-        raise LeftOut(f"{without[0]} has no gates")
-    evaluation, own, retrieves = setting.evaluation(split, seed, examples), WAYS[way], way == "retrieval"
-    router = evaluation.router(own.router)
-    size, each = setting.size, setting.adapter_size(numbers) / len(numbers)
-    gates = router.summary()["expert_parameters"] - setting.adapter_size(numbers)
-    if retrieves:
-        encoder: Any = evaluation.embedder
-        extra = sum(parameter.numel() for parameter in encoder.embed.model.parameters())
-    else:
-        extra = 0 if way == "uniform" else gates
-    asks = min(1 if retrieves else TOP_K, len(numbers))
-    return setting.system(
-        evaluation,
-        own,
-        parameters={"examples": examples} if examples else {"top_k": TOP_K, "temperature": 1.0},
-        stored=size + round(each * len(numbers)) + extra,
-        active=size + round(each * asks) + extra,
-        cost=setting.cost(evaluation, own, embeds=retrieves),
-    )
-
-
-def merged(setting: RoutingSetting, split: UnseenSplit, seed: int, by: str, **parameters: Any) -> System:
-    """The experts as whole models, merged; what no adapter changes stays.
-
-    Args:
-        by: a function of `merging_methods`.
-        parameters: its own.
-    """
-    if setting.has_heads:
-        raise LeftOut(HEADS)
-    return getattr(merging_methods, by)(setting, split, seed, **parameters)
-
-
-static = partial(merged, by="static")
-weighted_average = partial(merged, by="weighted_average")
-regmean_pp = partial(merged, by="regmean_pp")
-
-
-def emr(setting: RoutingSetting, split: UnseenSplit, seed: int) -> System:
-    """EMR has a mask for each task.
-
-    Raises:
-        LeftOut: always.
-    """
-    raise LeftOut("it takes the mask of a row's task, which is not told here")
-
-
-def smile(setting: RoutingSetting, split: UnseenSplit, seed: int, rank: int) -> System:
-    """SMILE: the MLPs' updates chosen token by token without training; all else is merged.
-
-    Args:
-        rank: that is kept of an update at most.
-    """
-    if setting.has_heads:
-        raise LeftOut(HEADS)
-    fused = [setting.experts[number] for number in setting.numbers(split)]
-    options = {"routing": "smile", "task_vectors": "low-rank", "rank": rank}
-    model = merging_methods.upscaled(fused, None, **options).to(setting.device)
-    evaluation, tokenizer = setting.evaluation(everything(setting.suite)), setting.experts[0].processor
-
-    def answer(task: str, condition: str, part: str) -> Answered:
-        reads = METRICS[setting.suite.tasks[task].metric].reads
-        batches = setting.batches(evaluation, task, condition, part)
-        found = share_batches(batches, lambda inputs: answers(model, inputs, reads, tokenizer))
-        return setting.settled(found, task, setting.some(task, condition, part))
-
-    size = sum(parameter.numel() for parameter in model.parameters())
-    return System(answer, {"rank": rank}, stored=size, active=size, cost=setting.relative_cost(model))
-
-
-def foe_selection(setting: RoutingSetting, split: UnseenSplit, seed: int) -> System:
-    """FoE that chooses an expert for each row by the embeddings of all."""
-    return fusion.foe_selection(setting.pooled, split, seed)

@@ -115,7 +115,7 @@ def methods_in(folder: Path) -> dict[str, MergeMethod]:
     """All methods that the files of a folder declare, by name; those that just sum weights first."""
     found = {}
     for file in sorted(folder.glob("[!_]*.py"), key=lambda file: (file.stem != "linear", file.stem)):
-        for name, (words, facts) in decorated(file, merge_method.__name__, {"mk": mk}).items():
+        for name, words, facts in decorated(file, merge_method.__name__, {"mk": mk}):
             found[name] = MergeMethod(name, file, *words, **facts)
     return found
 

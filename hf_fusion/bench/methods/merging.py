@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hf_fusion.bench.methods.declaration import ENTROPY, LEARNING, SCALING, bench_method
 from hf_fusion.bench.scoring import METRICS, Answered, from_logits, same_scale, score
 from hf_fusion.bench.settings.merging import MergingSetting, State
 from hf_fusion.bench.sources import expert_path
@@ -34,21 +35,13 @@ STATISTICS_TEXTS = 32  # of texts to write, in which every token counts
 # ---------------------------------------------------------------- floors, ceilings, single experts
 
 
+@bench_method("Pre-trained", "floor")
 def pretrained(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
     """The base under every expert's head."""
     return setting.dense(setting.base)
 
 
-def individual(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
-    """Every task's own expert."""
-    one = setting.sizes[1]
-    return System(
-        lambda task, condition, part: setting.expert_answers(setting.names.index(task), task, condition, part),
-        stored=one * len(setting.names),
-        active=one,
-    )
-
-
+@bench_method("Single expert", "expert")
 def experts(setting: MergingSetting, split: UnseenSplit, seed: int) -> dict[str, System]:
     """Every expert that is fused on all tasks, under their heads."""
     whole, one = setting.sizes
@@ -58,6 +51,7 @@ def experts(setting: MergingSetting, split: UnseenSplit, seed: int) -> dict[str,
     }
 
 
+@bench_method("Multitask-trained", "ceiling")
 def multitask(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
     """One model that was trained on all tasks at once."""
     source = setting.suite.multitask
@@ -79,9 +73,34 @@ def multitask(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
     return System(partial(setting.ask, called), stored=whole, active=one)
 
 
+@bench_method("Individual experts", "ceiling")
+def individual(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
+    """Every task's own expert."""
+    one = setting.sizes[1]
+    return System(
+        lambda task, condition, part: setting.expert_answers(setting.names.index(task), task, condition, part),
+        stored=one * len(setting.names),
+        active=one,
+    )
+
+
 # ---------------------------------------------------------------- static merging
 
 
+@bench_method(
+    "TIES, sum (fusion_bench)",
+    "merge",
+    name="ties_sum",
+    tune=SCALING,
+    given={"method": "ties", "merge": "sum", "scaling": 0.3},
+)
+@bench_method(
+    "TIES, trimmed over the model",
+    "merge",
+    name="ties_model",
+    tune=SCALING,
+    given={"method": "ties", "trim": "model", "ties": "all"},
+)
 def static(setting: MergingSetting, split: UnseenSplit, seed: int, method: str, **parameters: Any) -> System:
     """A merging method of `hf_fusion.merging`."""
     row, count = MERGE_METHODS[method], len(split.fuse)
@@ -108,6 +127,7 @@ def _scalable(setting: MergingSetting, state: State, parameters: dict[str, Any])
     return setting.dense(state, parameters=shown, retuned=retuned if "scaling" in parameters else None)
 
 
+@bench_method("Weighted average", "merge")
 def weighted_average(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
     """The average with weights by how well each expert does on all fused tasks, on rows kept apart."""
     weights = _weights(setting, split)
@@ -140,6 +160,7 @@ def _weights(setting: MergingSetting, split: UnseenSplit) -> list[float]:
     return [max(0.0, sum(own) / len(tasks)) for own in zip(*worths, strict=True)]
 
 
+@bench_method("EMR, a mask for each task", "mixture")
 def emr(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
     """EMR: the mask and the rescaler of the task that is told; a task without an expert gets the unified model."""
     fused, unified = [setting.states[number] for number in setting.numbers(split)], setting.dense(setting.base)
@@ -188,6 +209,7 @@ def _readers(measured: Any) -> dict[str, Statistic]:
     return {name: Statistic(tensors[key], axis, measured.norm) for name, (key, axis) in measured.places.items()}
 
 
+@bench_method("RegMean++", "data", stochastic=True)
 def regmean_pp(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
     """RegMean++: layer by layer, with what the merged layers before hand on."""
     from hf_fusion.training.measure import measure_gram_merged
@@ -202,6 +224,23 @@ def regmean_pp(setting: MergingSetting, split: UnseenSplit, seed: int) -> System
 # ---------------------------------------------------------------- learned
 
 
+@bench_method(
+    "AdaMerging, by task", "learned", name="adamerging_task", given={"granularity": "task", **LEARNING}, stochastic=True
+)
+@bench_method(
+    "AdaMerging, by layer",
+    "learned",
+    name="adamerging_layer",
+    given={"granularity": "layer", **LEARNING},
+    stochastic=True,
+)
+@bench_method(
+    "AdaMerging, by layer, entropy",
+    "learned",
+    name="adamerging_entropy",
+    given={"granularity": "layer", **LEARNING, **ENTROPY},
+    stochastic=True,
+)
 def adamerging(
     setting: MergingSetting, split: UnseenSplit, seed: int, granularity: str, scaling: float = 0.3, **options: Any
 ) -> System:
@@ -210,6 +249,7 @@ def adamerging(
     return _learned(setting, split, seed, merge, learning_rate=1e-2, **options)
 
 
+@bench_method("Concrete task arithmetic", "learned", given={**LEARNING, "scaling": 0.3}, stochastic=True)
 def concrete(setting: MergingSetting, split: UnseenSplit, seed: int, scaling: float = 0.3, **options: Any) -> System:
     """Concrete task arithmetic: one mask for all task vectors, learned without labels."""
     from hf_fusion.training.concrete import ConcreteMerge
@@ -260,6 +300,15 @@ def _base(setting: MergingSetting) -> Any:
 # ---------------------------------------------------------------- mixtures
 
 
+@bench_method("WEMoE", "mixture", given=LEARNING, stochastic=True)
+@bench_method("WEMoE, entropy", "mixture", name="wemoe_entropy", given={**LEARNING, **ENTROPY}, stochastic=True)
+@bench_method(
+    "E-WEMoE, 90 % sparse",
+    "mixture",
+    name="wemoe_sparse",
+    given={**LEARNING, "task_vectors": "sparse", "shared_router": True},
+    stochastic=True,
+)
 def wemoe(
     setting: MergingSetting, split: UnseenSplit, seed: int, steps: int, scaling: float = 0.3, loss: str = "expert",
     diversity: float = 1.0, batch_size: int = 16, **options: Any,
@@ -271,6 +320,7 @@ def wemoe(
     return _mixture(setting, model, {**options, **facts})
 
 
+@bench_method("SMILE", "mixture", given={"rank": 32})
 def smile(setting: MergingSetting, split: UnseenSplit, seed: int, rank: int) -> System:
     """SMILE: low-rank experts chosen token by token, without training."""
     model = upscaled(_fused(setting, split), setting.start, routing="smile", task_vectors="low-rank", rank=rank)
@@ -344,11 +394,13 @@ def _ensemble(setting: MergingSetting, split: UnseenSplit, combine: Combine, **p
     return System(answer, dict(parameters), stored=one * count, active=one * count, cost=float(count))
 
 
+@bench_method("Simple ensemble", "ensemble")
 def simple_ensemble(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
     """The mean of all experts' logits under the task's head."""
     return _ensemble(setting, split, lambda logits: logits.mean(0))
 
 
+@bench_method("Weighted ensemble", "ensemble")
 def weighted_ensemble(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
     """Their mean, with weights by how well each does on all fused tasks, on rows kept apart."""
     weights = _weights(setting, split)
@@ -357,6 +409,7 @@ def weighted_ensemble(setting: MergingSetting, split: UnseenSplit, seed: int) ->
     return _ensemble(setting, split, lambda logits: (logits * shares).sum(0), weights=named)
 
 
+@bench_method("Max-model predictor", "ensemble")
 def max_ensemble(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
     """The highest logit that any expert gives a class (FusionBench's max-model predictor)."""
     return _ensemble(setting, split, lambda logits: logits.amax(0))
