@@ -137,9 +137,9 @@ def _entries(
 
 
 def declared_in(folder: Path) -> dict[str, Method]:
-    """All methods that the files of a folder declare, by name; a file's name is the kind of its settings."""
+    """All methods that the files of a folder declare, by name, those of "merging" first; a file's name is the kind of its settings."""
     rows: dict[str, Method] = {}
-    for file in sorted(folder.glob("[!_]*.py")):
+    for file in sorted(folder.glob("[!_]*.py"), key=lambda file: (file.stem != "merging", file.stem)):
         for function, words, facts in decorated(file, bench_method.__name__, globals()):
             facts = {**dict(zip(("title", "family"), words, strict=False)), **facts}
             also, given, name = facts.pop("also", ()), facts.pop("given", None), facts.pop("name", function)
