@@ -125,10 +125,10 @@ class Recipe:
         dtype: "float32", "float16" or "bfloat16"; None keeps the checkpoints' own.
         slices: of static merges: the merged model's layers, where they are not those of its models one by one.
         tokenizer: of static merges: "union" of all, "base", or the model whose tokenizer the merged one has, or these
-            as the ``source`` of a mapping with ``tokens`` and ``pad_to_multiple_of`` (`hf_fusion.merging.tokenizers.vocabulary`);
-            "smallest": the first's, cut to the smallest vocabulary (`hf_fusion.merging.tokenizers.smallest`); None: that of the
+            as the ``source`` of a mapping with ``tokens`` and ``pad_to_multiple_of`` (`merging.tokenizers`);
+            "smallest": the first's, cut to the smallest vocabulary (see there); None: that of the
             base, or of the first expert.
-        chat_template: of static merges: a Jinja template, "auto", a name (`hf_fusion.merging.tokenizers.chat_templates`), or the
+        chat_template: of static merges: a Jinja template, "auto", a name (`merging.tokenizers`), or the
             model whose template is taken.
     """
 

@@ -14,13 +14,15 @@ ROOT = Path(hf_fusion.__file__).parent
 # From the bottom to the top; names of one line are one layer. `server` stands beside them and needs errors alone.
 LAYERS = (
     ("errors",),
-    ("extras", "progress", "folders", "cache", "plain_yaml", "schema", "types"),
+    ("extras", "progress"),
+    ("io",),
+    ("schema", "types"),
     ("recipe",),
     ("models",),
     ("hub",),
     ("merging",),
     ("training",),
-    ("families", "fusion", "data"),
+    ("families", "fused_models", "fused_folders", "fusion", "data", "assets"),
     ("evaluation",),
     ("cards", "publishing"),
     ("bench",),

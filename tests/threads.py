@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from contextvars import copy_context
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 # Python goes on with another thread after so many seconds, not after 5 ms: calls of tiny models take about as long.
 SWITCH = 1e-5
+
+Result = TypeVar("Result")
 
 
 def wrong_calls(calls: Mapping[str, Callable[[], Any]], count: int, threads: int = 4, seed: int = 0) -> list[str]:
@@ -59,6 +63,16 @@ def wrong_calls(calls: Mapping[str, Callable[[], Any]], count: int, threads: int
     finally:
         sys.setswitchinterval(interval)
     return wrong
+
+
+def run_tasks(coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """`asyncio.run` in another thread, with this context: Playwright keeps an event loop in the thread of the tests."""
+    found: list[Result] = []
+    context = copy_context()
+    worker = threading.Thread(target=lambda: found.append(context.run(asyncio.run, coroutine)))
+    worker.start()
+    worker.join()
+    return found[0]
 
 
 def difference(got: Any, want: Any) -> str:

@@ -1,4 +1,4 @@
-"""Pictures in rows of a data set, opened by `hf_fusion.io.pictures`; one that cannot be is named by its file and row."""
+"""Pictures in rows of a data set, opened by `io.pictures`; one that cannot be is named by its file and row."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def pipe(name: str):
     def attack(folder: Path) -> str:
         (folder / name).unlink(missing_ok=True)
         os.mkfifo(folder / name)
-        return f"{name} is a pipe"
+        return f"{name}'? is a pipe"
 
     return attack
 

@@ -14,7 +14,7 @@ from weakref import ref
 
 import pytest
 import torch
-from threads import wrong_calls
+from threads import run_tasks, wrong_calls
 
 from hf_fusion.models.fused_calls import _SCOPE, Calls
 
@@ -73,7 +73,7 @@ def test_tasks_have_scopes_and_kept_values_apart():
         with calls.scoped("outer"):
             return await asyncio.gather(*map(task, range(4)))
 
-    assert asyncio.run(all_tasks()) == [["outer", None, value, value, "outer"] for value in range(4)]
+    assert run_tasks(all_tasks()) == [["outer", None, value, value, "outer"] for value in range(4)]
     assert calls.scope() is None
     assert calls.kept() is None
 
@@ -170,5 +170,5 @@ def test_compiled_code_reads_the_scopes_of_its_task():
     async def all_tasks() -> list[float]:
         return await asyncio.gather(*map(task, (2.0, 3.0, 4.0)))
 
-    assert asyncio.run(all_tasks()) == [2, 3, 4]
+    assert run_tasks(all_tasks()) == [2, 3, 4]
     torch._dynamo.reset()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from threads import difference, wrong_calls
+from threads import difference, run_tasks, wrong_calls
 from tiny import (
     TEXTS,
     adapter,
@@ -280,7 +280,7 @@ def test_tasks_read_the_routing_of_their_own_calls(tokenizer):
         numbers = range(len(every))
         return await asyncio.gather(*map(task, numbers), *map(elsewhere, numbers))
 
-    for found, want in zip(asyncio.run(together()), wanted * 2, strict=True):
+    for found, want in zip(run_tasks(together()), wanted * 2, strict=True):
         assert difference(found, want) == ""
 
 

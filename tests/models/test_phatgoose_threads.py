@@ -15,7 +15,7 @@ import pytest
 import torch
 from models.test_phatgoose import IDS, MASK, SHAPES, T5, experts_of
 from models.test_phatgoose_published import heads_of_different_labels
-from threads import difference, wrong_calls
+from threads import difference, run_tasks, wrong_calls
 from tiny import llama, t5
 from torch.utils.checkpoint import checkpoint
 from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -248,8 +248,8 @@ def test_tasks_that_take_turns():
         return await asyncio.gather(*(task(*row) for row in rows))
 
     rows = [(using, mask) for using in ("", *experts(router).values()) for mask in (None, AFTER)]
-    alone = [asyncio.run(task(*row)) for row in rows]
-    assert difference(asyncio.run(all_at_once(rows * 3)), alone * 3) == ""
+    alone = [run_tasks(task(*row)) for row in rows]
+    assert difference(run_tasks(all_at_once(rows * 3)), alone * 3) == ""
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])

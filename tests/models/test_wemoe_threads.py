@@ -14,7 +14,7 @@ import pytest
 import torch
 from models.test_wemoe import close, first, fused, shuffled
 from models.test_wemoe_experts import different_labels
-from threads import wrong_calls
+from threads import run_tasks, wrong_calls
 from tiny import SUMS, vit
 from tiny_fused import IDS, MASK, PIXELS, TARGETS, TEXT, base_expert, fine_tuned
 
@@ -85,7 +85,7 @@ def in_tasks(model: WEMoEModel, inputs: list[dict[str, Any]], run: Any = None) -
         return await asyncio.gather(*(task(name, inputs[i % len(inputs)]) for i, name in enumerate(names)))
 
     with torch.no_grad():
-        return asyncio.run(all_tasks())
+        return run_tasks(all_tasks())
 
 
 def coefficients(model: WEMoEModel, rows: int) -> Iterator[tuple[str, Any]]:

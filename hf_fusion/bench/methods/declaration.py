@@ -137,7 +137,7 @@ def _entries(
 
 
 def declared_in(folder: Path) -> dict[str, Method]:
-    """All methods that the files of a folder declare, by name, those of "merging" first; a file's name is the kind of its settings."""
+    """All methods that the files of a folder, named by the kind of their settings, declare; "merging" comes first."""
     rows: dict[str, Method] = {}
     for file in sorted(folder.glob("[!_]*.py"), key=lambda file: (file.stem != "merging", file.stem)):
         for function, words, facts in decorated(file, bench_method.__name__, globals()):
