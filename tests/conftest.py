@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -9,8 +10,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 # Read when huggingface_hub is imported, so it has to happen before any test module is.
 for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT"):
@@ -27,6 +32,39 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
 
     with HubServer(tmp_path_factory.mktemp("hub")) as server:
         yield server
+
+
+_owners = itertools.count()
+
+
+class Owner:
+    """A user of the embedded Hub and its client."""
+
+    def __init__(self, name: str, api: HfApi) -> None:
+        self.name, self.api = name, api
+
+    def push(self, name: str, folder: Path, **options) -> str:
+        """Upload a folder to ``owner/name`` and give back its commit."""
+        repo = f"{self.name}/{name}"
+        self.api.create_repo(repo, exist_ok=True, **options)
+        return self.api.upload_folder(repo_id=repo, folder_path=folder).oid
+
+
+@pytest.fixture
+def owner(hub) -> Owner:
+    """A user and its client."""
+    from huggingface_hub import HfApi
+
+    name = f"owner{next(_owners)}"
+    return Owner(name, HfApi(endpoint=hub.endpoint, token=hub.token(name)))
+
+
+@pytest.fixture
+def anyone(hub) -> HfApi:
+    """A client without a token."""
+    from huggingface_hub import HfApi
+
+    return HfApi(endpoint=hub.endpoint, token=False)
 
 
 @pytest.fixture

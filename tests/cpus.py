@@ -21,8 +21,9 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("tests/merging", "tests/models", "tests/training")
 # about files, names and processes; what is trained in `test_routers.py` takes as long as all the rest
 LEFT_OUT = (
-    *(f"tests/merging/test_{name}*.py" for name in ("adapters", "fuzz", "hostile", "interrupted", "layer", "mergekit")),
-    *(f"tests/merging/test_{name}*.py" for name in ("outcome", "processes", "slices", "token")),
+    *(f"tests/merging/test_{name}*.py" for name in ("adapters", "fuzz", "hostile", "layer", "outcome", "slices")),
+    *(f"tests/merging/engine/test_{name}.py" for name in ("interrupted", "processes")),
+    *("tests/merging/mergekit/*.py", "tests/merging/tokenizers/test_token*.py"),
     *("tests/models/*_published.py", "tests/models/test_shown.py", "tests/training/test_routers.py"),
 )
 # vectors, as ATEN_CPU_CAPABILITY knows them, and threads: all of both, not all pairs

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from hf_fusion.io.yaml_files import read_yaml
 from hf_fusion.merging.mergekit.moe import from_mergekit_moe
 from hf_fusion.merging.mergekit.recipes import from_mergekit
-from hf_fusion.plain_yaml import read_yaml
 from hf_fusion.recipe import MERGEKIT, Recipe, recipe_file
 
 

@@ -26,9 +26,3 @@ def user(hub) -> Callable[[], tuple[str, HfApi]]:
 def alice(user) -> tuple[str, HfApi]:
     """One user and its client."""
     return user()
-
-
-@pytest.fixture
-def anyone(hub) -> HfApi:
-    """A client without a token."""
-    return HfApi(endpoint=hub.endpoint, token=False)

@@ -17,7 +17,7 @@ import pytest
 from bench.tiny_suites import save_suite_of_fine_tunes
 from datasets import Dataset
 from disks import contents
-from hub.server.hub_integrity import check
+from hub_integrity import check
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from tiny import TEXTS

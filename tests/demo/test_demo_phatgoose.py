@@ -53,7 +53,7 @@ def test_the_router_leads_the_base_the_mean_and_every_expert(folder, ran):
 
 def test_it_measures_what_its_card_says(folder, ran):
     measured = json.loads((folder / "demo" / "router" / "results.json").read_text(encoding="utf-8"))
-    card = json.loads((Path(__file__).parents[1] / "model_cards" / "phatgoose.json").read_text(encoding="utf-8"))
+    card = json.loads((Path(__file__).parents[2] / "model_cards" / "phatgoose.json").read_text(encoding="utf-8"))
     assert departures(measured, card["results"]) == []
 
 

@@ -142,7 +142,7 @@ def test_a_fresh_process_without_hf_fusion_and_peft_says_the_same(ran):
 @pytest.mark.slow
 def test_it_measures_what_its_card_says(folder, ran):
     measured = json.loads((folder / "demo" / "merged" / "results.json").read_text(encoding="utf-8"))
-    card = json.loads((Path(__file__).parents[1] / "model_cards" / "wemoe.json").read_text(encoding="utf-8"))
+    card = json.loads((Path(__file__).parents[2] / "model_cards" / "wemoe.json").read_text(encoding="utf-8"))
     assert departures(measured, card["results"]) == []
 
 

@@ -142,7 +142,7 @@ def run_anywhere(kind: str, count: int, folders, tmp_path) -> None:
     with torch.no_grad():
         torch.save(load_fused(folder)[0](**inputs).logits, tmp_path / "answer.pt")
     planted, suffixes = tmp_path / "planted", "config.json .safetensors"
-    arguments = [Path(__file__).parent, folder, count, SEED, KINDS[kind][2], suffixes]
+    arguments = [Path(__file__).parents[1], folder, count, SEED, KINDS[kind][2], suffixes]
     env = {"PLANTED": str(planted), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", ANYWHERE, *map(str, arguments)],

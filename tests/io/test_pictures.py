@@ -24,7 +24,7 @@ from hf_fusion.data import load_rows
 from hf_fusion.io.pictures import MOST_BYTES, PictureError, open_picture
 from hf_fusion.training.batches import read_examples
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 REFUSED, ACCEPTED = refused(), accepted()
 # what a file of 25 megapixels takes decoded and converted, and Python, NumPy and Pillow themselves
 MOST_MEMORY = 500 * 1024  # KiB

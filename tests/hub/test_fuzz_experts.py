@@ -1,7 +1,7 @@
 """Experts, gates, recipes and suites as accident or malice leaves them: a clear error, or the right result.
 
-1,000 changes of each kind, drawn with seed 0 (`python -m pytest -m slow tests/test_fuzz_experts.py`); 50 always: see
-`mutations`.
+1,000 changes of each kind, drawn with seed 0 (`python -m pytest -m slow tests/hub/test_fuzz_experts.py`); 50 always:
+see `mutations`.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def test_foe_beats_the_best_expert_by_ten_points_and_the_mean_ensemble_by_three(
 
 def test_it_measures_what_its_card_says(folder, ran):
     measured = json.loads((folder / "demo" / "foe-digits" / "results.json").read_text(encoding="utf-8"))
-    card = json.loads((Path(__file__).parents[1] / "model_cards" / "foe.json").read_text(encoding="utf-8"))
+    card = json.loads((Path(__file__).parents[2] / "model_cards" / "foe.json").read_text(encoding="utf-8"))
     assert departures(measured, card["results"]) == []
 
 
@@ -121,7 +121,7 @@ def test_the_next_commands_work_as_they_stand(folder, ran):
 
 
 def test_the_readmes_commands_work_on_what_the_demo_left(folder, ran):
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     printed = run_lines(re.search(r"^```sh\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)[1].splitlines(), folder)
     assert "swin-scans-low" in printed
     assert "accuracy on 1597 examples" in printed

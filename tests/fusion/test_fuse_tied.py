@@ -1,15 +1,11 @@
 """Adapters that train what their base ties, in each family: right, or refused with a way on that is right."""
 
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_tokenizer
-
-sys.path.append(str(Path(__file__).parents[1] / "merging"))
 from peft_adapters import IDS, logits, save_adapter, save_llama
+from tiny import make_tokenizer
 
 from hf_fusion import FusionError, fuse
 from hf_fusion.hub.load import load_experts
