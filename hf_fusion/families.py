@@ -24,6 +24,7 @@ class Method:
 
     Attributes:
         module: where it is defined; imported when it is used.
+        model_type: of its models' configs.
         function: dotted name in the module, called with loaded experts and the method's options.
         weighs: whether experts carry weights.
         check: a function with the same arguments, called before anything is loaded, if there is one.
@@ -31,6 +32,7 @@ class Method:
     """
 
     module: str
+    model_type: str
     function: str
     weighs: bool = False
     check: Callable[..., None] | None = None
@@ -63,10 +65,10 @@ def _check_wemoe(*args: Any, **options: Any) -> None:
 
 # A new method is one more row; the static merging methods have a table of their own, `MERGE_METHODS`.
 METHODS = {
-    "foe": Method("hf_fusion.fused_models", "FoEModel.from_experts"),
-    "ensemble": Method("hf_fusion.fused_models", "FoEModel.ensemble", weighs=True),
-    "phatgoose": Method("hf_fusion.fused_models", "PhatgooseRouter.from_experts", check=_check_phatgoose),
-    "wemoe": Method("hf_fusion.fused_models", "WEMoEModel.from_experts", check=_check_wemoe, takes_base=True),
+    "foe": Method("hf_fusion.fused_models", "foe", "FoEModel.from_experts"),
+    "ensemble": Method("hf_fusion.fused_models", "foe", "FoEModel.ensemble", weighs=True),
+    "phatgoose": Method("hf_fusion.fused_models", "phatgoose", "PhatgooseRouter.from_experts", check=_check_phatgoose),
+    "wemoe": Method("hf_fusion.fused_models", "wemoe", "WEMoEModel.from_experts", check=_check_wemoe, takes_base=True),
 }
 
 

@@ -82,7 +82,7 @@ def family_class(folder: Path, config: dict[str, Any], recipe: Recipe) -> type[P
         hint = f"{suggestion(recipe.method, known)} if hf_fusion is newer: pip install -U hf_fusion"
         raise FusionError(f"{folder} was made by the unknown method {shown(recipe.method)}.", hint)
     row = METHODS[recipe.method]
-    family = row.module.rpartition(".")[2]
+    family = row.model_type
     if config.get("model_type") != family:
         what = f"{RECIPE_FILE} says {recipe.method}, config.json {shown(config.get('model_type'))}"
         raise FusionError(f"{folder}: {what}: they are not of one model.", _OTHER_RECIPE)

@@ -136,7 +136,7 @@ def load_merged(folder: str | Path, *, trust_remote_code: bool = False) -> PreTr
     """
     import transformers
 
-    from hf_fusion.models.fused_checks import check_sizes
+    from hf_fusion.models.fused_checks import check_plain, check_sizes
     from hf_fusion.models.fused_loading import load_checked, read_headers, weight_files
 
     folder = Path(folder)
@@ -147,6 +147,7 @@ def load_merged(folder: str | Path, *, trust_remote_code: bool = False) -> PreTr
     name = next(iter(architectures(config)), "no class")
     own, source, code = model_class_of(name), resolve(folder), False
     refuse_kernels(config, str(folder))
+    check_plain(config)
     check_sizes(config)
     if own is None:
         if not (needed := _needed(config)):

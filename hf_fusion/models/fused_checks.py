@@ -229,6 +229,15 @@ def check_sizes(content: Mapping[str, Any], where: str = "") -> None:
     refuse(row(FLAGS).find(content, where))
 
 
+def check_plain(content: Mapping[str, Any]) -> None:
+    """Refuses values that no field of a config may have: NaN, numbers beyond 64 bits, endless texts, deep nesting.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    refuse(found for key, value in content.items() for found in _plain(value, str(key), 1))
+
+
 def inner_config(build: Callable[..., Any], content: Mapping[str, Any], where: str) -> Any:
     """The config of an inner model.
 
@@ -297,6 +306,7 @@ __all__ = [
     "Table",
     "check_file",
     "check_format",
+    "check_plain",
     "check_sizes",
     "check_values",
     "each",

@@ -71,6 +71,7 @@ def run(kind: str, count: int, folders, tmp_path, monkeypatch) -> list[str]:
     monkeypatch.setenv("PLANTED", str(tmp_path / "planted"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     original, inputs = folders(kind), KINDS[kind][1]
+    load_fused(original)  # or nothing would be tried: all would be refused
     assert not fault_of(original, inputs)
     before, faults = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
     for mutation in sample(mutations(original, SEED, SUFFIXES), count, SEED):
