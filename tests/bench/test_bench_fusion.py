@@ -12,6 +12,7 @@ from tiny import make_tokenizer
 from tiny_suites import (
     CLASSES,
     TEST,
+    as_recorded,
     check_whole,
     measure,
     save_suite_of_fine_tunes,
@@ -50,6 +51,10 @@ FUSED = ("experts", "individual", "ensemble", "fusion", "uniform")
 def fused(pooled, fine_tunes, tmp_path_factory) -> tuple[Path, dict]:
     output = tmp_path_factory.mktemp("fused")
     return output, measure(pooled, output, *FUSED, data_dir=fine_tunes / "data")
+
+
+def test_cells_are_as_recorded(fused):
+    as_recorded(fused[1], "fusion")
 
 
 def test_every_way_to_fuse_has_a_cell_for_each_task(fused):

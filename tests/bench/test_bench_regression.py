@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from standins import moved
 from tiny import make_tokenizer, t5
+from tiny_suites import as_recorded
 
 from hf_fusion.bench.methods.regression import foe, simple_ensemble, weighted_ensemble
 from hf_fusion.bench.rows import single, task_rows
@@ -161,6 +162,7 @@ def test_a_run(made, tmp_path):
     assert {cell.method for cell in cells} == names
     by_name = {(cell.method, cell.task): cell.score for cell in cells}
     assert by_name["expert:fluent", "own"] > 0.9
+    as_recorded({(cell.method, cell.variant, cell.task): cell for cell in cells}, "regression")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from tiny import make_tokenizer
 from tiny_routed import save_base, save_lora
 from tiny_suites import (
     TEST,
+    as_recorded,
     check_whole,
     measure,
     scores,
@@ -76,6 +77,10 @@ ROUTED = ("pretrained", "experts", "individual", "phatgoose", "arrow", "uniform"
 def routed(adapters, tmp_path_factory) -> tuple[Path, dict]:
     output = tmp_path_factory.mktemp("routed")
     return output, measure(adapters, output, *ROUTED)
+
+
+def test_cells_are_as_recorded(routed):
+    as_recorded(routed[1], "routing")
 
 
 def test_every_way_to_route_has_a_cell_for_each_task(routed):

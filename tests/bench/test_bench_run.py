@@ -20,6 +20,7 @@ from tiny_suites import (
     CLASSES,
     HEAD,
     TEST,
+    as_recorded,
     check_whole,
     labelled,
     measure,
@@ -63,6 +64,10 @@ SOME = ("floor", "ceiling", "expert", "ensemble", "average", "task_arithmetic", 
 def merged(fine_tunes, tmp_path_factory) -> tuple[Path, dict]:
     output = tmp_path_factory.mktemp("merged")
     return output, measure(fine_tunes, output, *SOME)
+
+
+def test_cells_are_as_recorded(merged):
+    as_recorded(merged[1], "merging")
 
 
 def test_every_technique_has_a_cell_for_each_task(merged):

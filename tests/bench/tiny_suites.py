@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from tiny import bert, make_tokenizer, names
@@ -104,6 +106,27 @@ def measure(folder: Path, output: Path, *methods: str, **options) -> dict[tuple[
 
 def scores(cells: dict) -> dict:
     return {key: (cell.status, cell.score, cell.ci95, cell.n) for key, cell in cells.items()}
+
+
+GOLDEN = Path(__file__).parents[1] / "evaluation" / "golden"
+
+
+def as_recorded(cells: dict, name: str) -> None:
+    """Every cell of a run has the status and the score that were recorded once.
+
+    Args:
+        cells: as `measure` returns them.
+        name: of the record, a file ``bench-NAME.json`` of `GOLDEN`; to record again, delete it and run the test.
+    """
+    found = {"/".join(key): [cell.status, cell.n, cell.score, *(cell.ci95 or ())] for key, cell in cells.items()}
+    file = GOLDEN / f"bench-{name}.json"
+    if not file.exists():
+        file.write_text("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in found.items()) + "\n}\n")
+        pytest.fail(f"{file} was not there, and is now")
+    recorded = json.loads(file.read_text(encoding="utf-8"))
+    assert list(found) == list(recorded)
+    for key, (status, *numbers) in recorded.items():
+        assert found[key] == [status, *(number and pytest.approx(number, rel=1e-5) for number in numbers)], key
 
 
 def check_whole(cells: dict, wanted: list[str], tasks: list[str]) -> None:
