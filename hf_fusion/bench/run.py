@@ -27,7 +27,7 @@ from hf_fusion.bench.settings.merging import MergingSetting
 from hf_fusion.bench.settings.regression import RegressionSetting
 from hf_fusion.bench.settings.routing import RoutingSetting
 from hf_fusion.bench.suite import LOWER, Suite, UnseenSplit, load_suite, splits_named
-from hf_fusion.bench.systems import FIT, TEST, LeftOut, System, everything
+from hf_fusion.bench.systems import FIT, TEST, NotApplicable, System, everything
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.fusion import machine
 from hf_fusion.extras import refuse_missing
@@ -314,7 +314,7 @@ class _Runner:
         total = 0.0
         tasks = [task for task in self.suite.tasks if self.suite.is_fused(task, job.split)]
         if not tasks:
-            raise LeftOut("none of the suite's tasks has an expert, so there are no rows to tune on")
+            raise NotApplicable("none of the suite's tasks has an expert, so there are no rows to tune on")
         is_one_scale = same_scale(self.suite.tasks[task].metric for task in tasks)
         for task in tasks:
             metric = self.suite.tasks[task].metric
@@ -326,7 +326,7 @@ class _Runner:
 
 def _problem(error: Exception) -> dict[str, Any]:
     """What a cell says in the place of a score."""
-    if isinstance(error, LeftOut):
+    if isinstance(error, NotApplicable):
         return {"status": "left out", "reason": str(error)}
     logger.debug("failed", exc_info=error)
     kind = "" if isinstance(error, FusionError) else f"{type(error).__name__}: "

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 TEST, FIT = "test", "fit"
 
 
-class LeftOut(Exception):
-    """A method does not apply here: its message says why. The cells say so, and nothing has failed."""
+class NotApplicable(Exception):
+    """A method cannot be run on this suite, split or task: its message is the cells' reason, and nothing has failed."""
 
 
 @dataclass
@@ -86,5 +86,5 @@ def seeded(*parts: object) -> Iterator[None]:
         yield
 
 
-__all__ = ["ALL", "CLEAN", "FIT", "TEST", "LeftOut", "System", "everything", "seed_of", "seeded",
+__all__ = ["ALL", "CLEAN", "FIT", "TEST", "NotApplicable", "System", "everything", "seed_of", "seeded",
            "share_batches"]  # fmt: skip

@@ -22,6 +22,15 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+
+class NoLinearsError(ValueError):
+    """A model has none of the linears that would be up-scaled."""
+
+
+class UnchangedLinearsError(ValueError):
+    """No expert changes a linear that would be up-scaled."""
+
+
 # head -> the Auto class of such models
 AUTO_CLASSES: dict[str, Any] = {
     "causal-lm": AutoModelForCausalLM,
@@ -177,7 +186,8 @@ def find_units(model: nn.Module, modules: str) -> list[tuple[str, list[str]]]:
             is a unit, in the order of definition, which has to be the order in which it runs.
 
     Raises:
-        ValueError: where nothing is found.
+        NoLinearsError: where nothing is found.
+        ValueError: `modules` is not a valid pattern.
     """
     known = dict(model.named_modules())
     linears = [path for path, module in known.items() if is_linear(module)]
@@ -202,7 +212,9 @@ def find_units(model: nn.Module, modules: str) -> list[tuple[str, list[str]]]:
                 units.setdefault(path.rpartition(".")[0], []).append(path)
     if not units:
         rows = "no MLP of a known manner" if modules == "mlp" else f"no linear that modules={modules!r} finds"
-        raise ValueError(f"{type(model).__name__} has {rows}; pass modules= with a regular expression for its linears")
+        raise NoLinearsError(
+            f"{type(model).__name__} has {rows}; pass modules= with a regular expression for its linears"
+        )
     order = {path: number for number, path in enumerate(known)}
     return sorted(((name.rstrip("."), paths) for name, paths in units.items()), key=lambda unit: order[unit[1][0]])
 

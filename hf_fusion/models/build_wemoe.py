@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from .assembly_wemoe import (
     OWN_HEADS,
     Source,
+    UnchangedLinearsError,
     check_experts,
     check_ties,
     find_units,
@@ -183,7 +184,7 @@ def make_plan(experts: Sequence[Any], base: Any, options: Mapping[str, Any]) -> 
         if any(source.changes(path, known[f"{path}.weight"]) for source in sources for path in linears):
             units.append({"name": name, "paths": linears, "sizes": [None] * len(linears)})
     if not units:
-        raise ValueError("no expert differs from the base in what would be up-scaled")
+        raise UnchangedLinearsError("no expert differs from the base in what would be up-scaled")
 
     heads = options["heads"] if paths else "base"
     per_task = paths if heads == "task" else []

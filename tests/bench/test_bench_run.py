@@ -35,11 +35,13 @@ from hf_fusion.bench import binding, run
 from hf_fusion.bench.cells import read_cells
 from hf_fusion.bench.memory import forget_peak, peak_bytes
 from hf_fusion.bench.methods import METHODS, Method, chosen
+from hf_fusion.bench.methods import merging as methods
 from hf_fusion.bench.methods.declaration import Entry
 from hf_fusion.bench.rows import task_rows
 from hf_fusion.bench.run import run_suite
 from hf_fusion.bench.settings import merging
 from hf_fusion.bench.suite import load_suite
+from hf_fusion.bench.systems import NotApplicable
 from hf_fusion.cli.app import main
 from hf_fusion.errors import FusionError
 from hf_fusion.merging.in_memory import merge_states
@@ -302,6 +304,12 @@ def test_unseen_splits_fuse_some_and_test_the_others(fine_tunes, merged, tmp_pat
     with torch.no_grad():
         said = model(**make_tokenizer()(list(rows["text"]), padding=True, return_tensors="pt")).logits.argmax(1)
     assert last["average", "kind"].score == pytest.approx(float((said == torch.tensor(rows["label"])).float().mean()))
+
+
+def test_experts_with_the_mlps_of_their_base_are_not_upscaled(fine_tunes):
+    base, *same = load_experts([fine_tunes / "mood"] * 3, gates=False)
+    with pytest.raises(NotApplicable, match="the experts left the MLPs as they were"):
+        methods.upscaled([replace(own, name=name) for name, own in zip("ab", same, strict=True)], base)
 
 
 def test_a_multitask_trained_model_is_a_ceiling(fine_tunes, tmp_path):

@@ -13,7 +13,7 @@ from hf_fusion.bench.methods.declaration import bench_method
 from hf_fusion.bench.scoring import Answered, score
 from hf_fusion.bench.settings.fusion import OUTPUT, SELECTION, FusionSetting
 from hf_fusion.bench.suite import UnseenSplit
-from hf_fusion.bench.systems import CLEAN, FIT, TEST, LeftOut, System, everything
+from hf_fusion.bench.systems import CLEAN, FIT, TEST, NotApplicable, System, everything
 from hf_fusion.evaluation.baselines import max_confidence, mean_ensemble
 from hf_fusion.models.assembly_foe import normalise
 from hf_fusion.training.fuser import fit_fuser, replay
@@ -42,7 +42,7 @@ def individual(setting: FusionSetting, split: UnseenSplit, seed: int) -> System:
     def answer(task: str, condition: str, part: str) -> Answered:
         owner = setting.suite.owner(task)
         if owner is None:
-            raise LeftOut("no expert was trained on it")
+            raise NotApplicable("no expert was trained on it")
         return setting.said(setting.names.index(owner), task, condition, part)
 
     sizes = setting.sizes(everything(setting.suite))
@@ -57,7 +57,7 @@ def _ensemble(
 ) -> System:
     """One answer from the probabilities (N, K, C) of all experts."""
     if setting.speaks:
-        raise LeftOut("an ensemble of language models would have to be asked token by token")
+        raise NotApplicable("an ensemble of language models would have to be asked token by token")
     fused = setting.fused(split)
 
     def answer(task: str, condition: str, part: str) -> Answered:
@@ -161,7 +161,7 @@ def foe_frugal(setting: FusionSetting, split: UnseenSplit, seed: int) -> System:
 def _output(setting: FusionSetting, split: UnseenSplit, seed: int, **options: Any) -> tuple[Any, Dataset, Any]:
     """A FoE of outputs, what it was fitted on, and its fuser."""
     if setting.speaks:
-        raise LeftOut("language models are fused by choosing among them")
+        raise NotApplicable("language models are fused by choosing among them")
     model, rows = setting.model(split, OUTPUT), setting.fitting(split)
     return model, rows, _fitted(setting, model, rows, seed, **options)
 

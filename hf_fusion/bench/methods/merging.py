@@ -18,11 +18,12 @@ from hf_fusion.bench.scoring import METRICS, Answered, from_logits, same_scale, 
 from hf_fusion.bench.settings.merging import MergingSetting, State
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import LOWER, UnseenSplit
-from hf_fusion.bench.systems import CLEAN, FIT, LeftOut, System
+from hf_fusion.bench.systems import CLEAN, FIT, NotApplicable, System
 from hf_fusion.hub.lora import linear_sizes
 from hf_fusion.merging.engine.tensors import InMemory, Statistic
 from hf_fusion.merging.in_memory import merge_states
 from hf_fusion.merging.methods import MERGE_METHODS
+from hf_fusion.models.assembly_wemoe import NoLinearsError, UnchangedLinearsError
 from hf_fusion.models.heads_wemoe import activate_heads
 from hf_fusion.models.modeling_wemoe import WEMoEModel
 from hf_fusion.training.adamerging import CoefficientMerge
@@ -56,9 +57,9 @@ def multitask(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
     """One model that was trained on all tasks at once."""
     source = setting.suite.multitask
     if source is None:
-        raise LeftOut("the suite names no model that was trained on all its tasks")
+        raise NotApplicable("the suite names no model that was trained on all its tasks")
     if split.fuse != tuple(setting.names):
-        raise LeftOut("the model was trained on the tasks that are unseen here")
+        raise NotApplicable("the model was trained on the tasks that are unseen here")
     from safetensors.torch import load_file
 
     state = load_file(Path(expert_path(source, setting.suite.build)) / "model.safetensors")
@@ -106,9 +107,11 @@ def static(setting: MergingSetting, split: UnseenSplit, seed: int, method: str, 
     row, count = MERGE_METHODS[method], len(split.fuse)
     least, most = row.experts
     if count < least or most is not None and count > most:
-        raise LeftOut(f"{row.title} merges {least} models, here are {count}")
+        raise NotApplicable(f"{row.title} merges {least} models, here are {count}")
     if row.matrices_only and not any(tensor.dim() == 2 for tensor in setting.base.values()):
-        raise LeftOut(f"{row.title} decomposes matrices and averages all other weights, and there are only others")
+        raise NotApplicable(
+            f"{row.title} decomposes matrices and averages all other weights, and there are only others"
+        )
     fused = [setting.states[number] for number in setting.numbers(split)]
     given = {"statistics": _statistics(setting, split, row.statistics, seed)} if row.statistics else {}
     state = merge_states(method, setting.base, fused, seed=seed, **given, **parameters)
@@ -132,7 +135,7 @@ def weighted_average(setting: MergingSetting, split: UnseenSplit, seed: int) -> 
     """The average with weights by how well each expert does on all fused tasks, on rows kept apart."""
     weights = _weights(setting, split)
     if not any(weights):
-        raise LeftOut("no expert is right about anything on the rows kept apart")
+        raise NotApplicable("no expert is right about anything on the rows kept apart")
     own = [{"weight": weight} for weight in weights]
     fused = [setting.states[number] for number in setting.numbers(split)]
     state = merge_states("linear", None, fused, own=own)
@@ -147,7 +150,7 @@ def _weights(setting: MergingSetting, split: UnseenSplit) -> list[float]:
     suite = setting.suite
     tasks = [task for task in suite.tasks if suite.is_fused(task, split)]
     if not tasks:
-        raise LeftOut("none of the suite's tasks has an expert, so there are no rows that tell which does better")
+        raise NotApplicable("none of the suite's tasks has an expert, so there are no rows that tell which does better")
 
     def worth(number: int, task: str) -> float:
         metric = suite.tasks[task].metric
@@ -182,9 +185,9 @@ def _statistics(setting: MergingSetting, split: UnseenSplit, kind: str, seed: in
     from hf_fusion.training.measure import measure_fisher, measure_gram
 
     if kind == "fisher" and setting.suite.head == "feature-extraction":
-        raise LeftOut("Fisher information is that of answers, and embeddings are none")
+        raise NotApplicable("Fisher information is that of answers, and embeddings are none")
     if kind == "fisher" and setting.suite.head == "dense-prediction":
-        raise LeftOut("Fisher information is measured of one answer for a row, here each pixel has one")
+        raise NotApplicable("Fisher information is measured of one answer for a row, here each pixel has one")
     if kind == "gram":
         _check_linear(setting)
     measure: Any = {"fisher": measure_fisher, "gram": measure_gram}[kind]
@@ -197,7 +200,7 @@ def _statistics(setting: MergingSetting, split: UnseenSplit, kind: str, seed: in
 
 def _check_linear(setting: MergingSetting) -> None:
     if not any(map(linear_sizes, setting.experts[0].model.modules())):
-        raise LeftOut("RegMean solves for the weights of linear layers, and the models have none")
+        raise NotApplicable("RegMean solves for the weights of linear layers, and the models have none")
 
 
 def _examples(setting: MergingSetting) -> int:
@@ -271,9 +274,9 @@ def _adapt(setting: MergingSetting, split: UnseenSplit, model: Any, seed: int, *
     from hf_fusion.training.routers import adapt_routers
 
     if setting.suite.head == "dense-prediction":
-        raise LeftOut("what is learned without labels is learned from classes, and depths and normals are none")
+        raise NotApplicable("what is learned without labels is learned from classes, and depths and normals are none")
     if setting.suite.head in ("feature-extraction", "causal-lm", "seq2seq-lm"):
-        raise LeftOut("what is learned without labels is learned from the classes of answers, and there are none")
+        raise NotApplicable("what is learned without labels is learned from the classes of answers, and there are none")
     model.to(setting.backbone.device)
     rows = {task: _unlabelled(setting, task) for task in split.fuse}
     options.setdefault("learning_rate", 5e-4)
@@ -328,15 +331,17 @@ def smile(setting: MergingSetting, split: UnseenSplit, seed: int, rank: int) -> 
 
 
 def upscaled(experts: list[Expert], base: Expert | None, **options: Any) -> Any:
-    """A `WEMoEModel` of experts; left out where there is nothing to up-scale."""
+    """A `WEMoEModel` of experts.
+
+    Raises:
+        NotApplicable: there is nothing to up-scale.
+    """
     try:
         return WEMoEModel.from_experts(experts, base=base, **options)
-    except ValueError as error:
-        if "no expert differs" in str(error):
-            raise LeftOut("the experts left the MLPs as they were, and these are what is up-scaled") from error
-        if "has no MLP" in str(error):
-            raise LeftOut("the models have no MLPs of a known manner, and these are what is up-scaled") from error
-        raise
+    except UnchangedLinearsError as error:
+        raise NotApplicable("the experts left the MLPs as they were, and these are what is up-scaled") from error
+    except NoLinearsError as error:
+        raise NotApplicable("the models have no MLPs of a known manner, and these are what is up-scaled") from error
 
 
 def _mixture(setting: MergingSetting, model: Any, parameters: dict[str, Any]) -> System:
@@ -379,11 +384,11 @@ Combine = Callable[[torch.Tensor], torch.Tensor]  # logits (K, N, C) → scores 
 
 def _ensemble(setting: MergingSetting, split: UnseenSplit, combine: Combine, **parameters: Any) -> System:
     if setting.suite.head in ("causal-lm", "seq2seq-lm"):
-        raise LeftOut("an ensemble of language models would have to be asked token by token")
+        raise NotApplicable("an ensemble of language models would have to be asked token by token")
     if setting.suite.head == "dense-prediction":
-        raise LeftOut("an ensemble is one of classes' logits, row by row; depths and normals are no classes")
+        raise NotApplicable("an ensemble is one of classes' logits, row by row; depths and normals are no classes")
     if setting.suite.head == "feature-extraction":
-        raise LeftOut("embeddings of several models have no common space to be averaged in")
+        raise NotApplicable("embeddings of several models have no common space to be averaged in")
 
     def answer(task: str, condition: str, part: str) -> Answered:
         found = [setting.logits(number, task, condition, part) for number in setting.numbers(split)]

@@ -11,7 +11,7 @@ from hf_fusion.bench.methods.declaration import bench_method
 from hf_fusion.bench.scoring import METRICS, Answered, answers
 from hf_fusion.bench.settings.routing import HEADS, TOP_K, RoutingSetting
 from hf_fusion.bench.suite import UnseenSplit
-from hf_fusion.bench.systems import LeftOut, System, everything, share_batches
+from hf_fusion.bench.systems import NotApplicable, System, everything, share_batches
 from hf_fusion.evaluation.routing import (
     PHATGOOSE,
     WAYS,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def pretrained(setting: RoutingSetting, split: UnseenSplit, seed: int) -> System:
     """The base alone."""
     if setting.has_heads:
-        raise LeftOut(HEADS)
+        raise NotApplicable(HEADS)
     way = WAYS["base"]
     return setting.system(setting.evaluation(everything(setting.suite)), way, stored=setting.size, active=setting.size)
 
@@ -55,7 +55,7 @@ def individual(setting: RoutingSetting, split: UnseenSplit, seed: int) -> System
     def answer(task: str, condition: str, part: str) -> Answered:
         owner = setting.suite.owner(task)
         if owner is None:
-            raise LeftOut("no expert was trained on it")
+            raise NotApplicable("no expert was trained on it")
         return setting.ask(evaluation, Way("oracle", within=partial(alone, owner)), task, condition, part)
 
     return System(
@@ -95,7 +95,7 @@ def routed(setting: RoutingSetting, split: UnseenSplit, seed: int, way: str, exa
     numbers = setting.numbers(split)
     without = [setting.names[number] for number in numbers if setting.experts[number].gates is None]
     if way == PHATGOOSE and without:
-        raise LeftOut(f"{without[0]} has no gates")
+        raise NotApplicable(f"{without[0]} has no gates")
     evaluation, own, retrieves = setting.evaluation(split, seed, examples), WAYS[way], way == "retrieval"
     router = evaluation.router(own.router)
     size, each = setting.size, setting.adapter_size(numbers) / len(numbers)
@@ -121,7 +121,7 @@ def _merged(
 ) -> System:
     """The experts as whole models, merged by a function of `methods.merging`; what no adapter changes stays."""
     if setting.has_heads:
-        raise LeftOut(HEADS)
+        raise NotApplicable(HEADS)
     return by(setting, split, seed, **parameters)
 
 
@@ -149,9 +149,9 @@ def emr(setting: RoutingSetting, split: UnseenSplit, seed: int) -> System:
     """EMR has a mask for each task.
 
     Raises:
-        LeftOut: always.
+        NotApplicable: always.
     """
-    raise LeftOut("it takes the mask of a row's task, which is not told here")
+    raise NotApplicable("it takes the mask of a row's task, which is not told here")
 
 
 @bench_method(given={"rank": 32})
@@ -162,7 +162,7 @@ def smile(setting: RoutingSetting, split: UnseenSplit, seed: int, rank: int) -> 
         rank: that is kept of an update at most.
     """
     if setting.has_heads:
-        raise LeftOut(HEADS)
+        raise NotApplicable(HEADS)
     fused = [setting.experts[number] for number in setting.numbers(split)]
     options = {"routing": "smile", "task_vectors": "low-rank", "rank": rank}
     model = merging.upscaled(fused, None, **options).to(setting.device)

@@ -18,7 +18,7 @@ from hf_fusion.bench.scoring import METRICS, Answered, answers
 from hf_fusion.bench.settings.common import MAX_LENGTH, ROWS_COUNTED, Setting, multiplications
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import Suite, UnseenSplit
-from hf_fusion.bench.systems import CLEAN, TEST, LeftOut, share_batches
+from hf_fusion.bench.systems import CLEAN, TEST, NotApplicable, share_batches
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.load import load_experts
 from hf_fusion.models.assembly_foe import GENERIC_LABEL, fuse_labels, normalise
@@ -84,11 +84,11 @@ class FusionSetting(Setting, kind="fusion"):
         """See `Setting.of_kind`.
 
         Raises:
-            LeftOut: adapters of one base are needed, and the experts are not.
+            NotApplicable: adapters of one base are needed, and the experts are not.
         """
         shared = self.experts[0].model
         if kind == "routing" and any(expert.adapter is None or expert.model is not shared for expert in self.experts):
-            raise LeftOut("routes among adapters of one base, and these are models of their own")
+            raise NotApplicable("routes among adapters of one base, and these are models of their own")
         return super().of_kind(kind)
 
     def fused(self, split: UnseenSplit) -> list[int]:
@@ -140,7 +140,7 @@ class FusionSetting(Setting, kind="fusion"):
                 rows = self._told_by_answers(task, rows, self.fused(split))
             parts.append(rows.select_columns([name for name in rows.column_names if name not in ("choices", "right")]))
         if not sum(map(len, parts)):
-            raise LeftOut("no expert is right about any of the rows that a fuser would learn from")
+            raise NotApplicable("no expert is right about any of the rows that a fuser would learn from")
         self._fitting[split.fuse] = by_length(concatenate_datasets([own for own in parts if len(own)]))
         return self._fitting[split.fuse]
 
@@ -202,12 +202,12 @@ class FusionSetting(Setting, kind="fusion"):
         """Places of the right labels.
 
         Raises:
-            LeftOut: no expert knows one of them.
+            NotApplicable: no expert knows one of them.
         """
         known = {normalise(label): place for place, label in enumerate(self.labels)}
         names = list(self.pool(task, condition, part)["label"])
         if unknown := sorted({name for name in names if normalise(name) not in known}):
-            raise LeftOut(f"no expert knows the class {unknown[0]!r}")
+            raise NotApplicable(f"no expert knows the class {unknown[0]!r}")
         return [known[normalise(name)] for name in names]
 
     def answered(self, scores: torch.Tensor, task: str, condition: str, part: str) -> Answered:

@@ -18,7 +18,7 @@ from hf_fusion.bench.scoring import METRICS, Answered, answers, from_logits
 from hf_fusion.bench.settings.common import MAX_LENGTH, ROWS_COUNTED, Batch, Setting, multiplications, on_device
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import Suite, UnseenSplit
-from hf_fusion.bench.systems import CLEAN, TEST, LeftOut, System, share_batches
+from hf_fusion.bench.systems import CLEAN, TEST, NotApplicable, System, share_batches
 from hf_fusion.bench.zero_shot import fix_classes
 from hf_fusion.hub.files import download, pick_small, resolve
 from hf_fusion.hub.load import load_experts
@@ -202,7 +202,7 @@ class MergingSetting(Setting, kind="merging"):
 
 
 def _no_loss(model: Any, inputs: Any) -> torch.Tensor:
-    raise LeftOut("embeddings have no labels, hence no loss")
+    raise NotApplicable("embeddings have no labels, hence no loss")
 
 
 class _Own(Mapping[str, torch.Tensor]):

@@ -16,7 +16,7 @@ from hf_fusion.bench.scoring import METRICS, Answered, answers
 from hf_fusion.bench.settings.common import MAX_LENGTH, ROWS_COUNTED, Batch, Setting, multiplications
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import Suite, UnseenSplit
-from hf_fusion.bench.systems import CLEAN, TEST, LeftOut, System, everything, seeded, share_batches
+from hf_fusion.bench.systems import CLEAN, TEST, NotApplicable, System, everything, seeded, share_batches
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.retrieval import MINILM, TextEmbedder, texts_of
 from hf_fusion.evaluation.routing import (
@@ -90,7 +90,7 @@ class RoutingSetting(Setting, kind="routing"):
             examples: rows that each of them was trained on, for what looks at these.
 
         Raises:
-            LeftOut: such rows are wanted, and there are none.
+            NotApplicable: such rows are wanted, and there are none.
         """
         key = (split.fuse, seed, examples)
         if key not in self._evaluations:
@@ -108,7 +108,7 @@ class RoutingSetting(Setting, kind="routing"):
         for task in self.suite.tasks:
             if self.suite.owner(task) == expert and (rows := getattr(self.rows(task), part)) is not None:
                 return rows
-        raise LeftOut(f"no rows that {expert} was trained on{'' if part == 'train' else ', nor like them'}")
+        raise NotApplicable(f"no rows that {expert} was trained on{'' if part == 'train' else ', nor like them'}")
 
     def kept_apart(self, expert: int) -> Examples:
         """Rows like those that an expert was trained on, as it reads them."""
@@ -161,10 +161,10 @@ class RoutingSetting(Setting, kind="routing"):
         """The base with other weights.
 
         Raises:
-            LeftOut: it has no answers of its own.
+            NotApplicable: it has no answers of its own.
         """
         if self.has_heads:
-            raise LeftOut(HEADS)
+            raise NotApplicable(HEADS)
         evaluation = self.evaluation(everything(self.suite))
 
         def answer(task: str, condition: str, part: str) -> Answered:
