@@ -30,7 +30,7 @@ from transformers import (
 
 from hf_fusion.bench.rows import task_rows
 from hf_fusion.bench.scoring import Answered, answers, score
-from hf_fusion.bench.settings.common import on_device
+from hf_fusion.bench.setups.common import on_device
 from hf_fusion.bench.suite import load_suite
 from hf_fusion.io.cache import cache_folder
 from hf_fusion.training.batches import read_examples

@@ -21,11 +21,11 @@ from hf_fusion.bench.conditions import conditions
 from hf_fusion.bench.memory import forget_peak, peak_bytes
 from hf_fusion.bench.methods import METHODS, chosen
 from hf_fusion.bench.scoring import Scored, same_scale, score
-from hf_fusion.bench.settings.common import Setting
-from hf_fusion.bench.settings.fusion import FusionSetting
-from hf_fusion.bench.settings.merging import MergingSetting
-from hf_fusion.bench.settings.regression import RegressionSetting
-from hf_fusion.bench.settings.routing import RoutingSetting
+from hf_fusion.bench.setups.common import TaskSetup
+from hf_fusion.bench.setups.fusion import FusionSetup
+from hf_fusion.bench.setups.merging import MergingSetup
+from hf_fusion.bench.setups.regression import RegressionSetup
+from hf_fusion.bench.setups.routing import RoutingSetup
 from hf_fusion.bench.suite import LOWER, Suite, UnseenSplit, load_suite, splits_named
 from hf_fusion.bench.systems import FIT, TEST, NotApplicable, System, everything
 from hf_fusion.errors import FusionError
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 DEFAULT, TUNED = "default", "tuned"
 LIBRARIES = ("hf_fusion", "torch", "transformers", "datasets", "evaluate")
 # one for each kind of suite
-SETTINGS: tuple[type[Setting], ...] = (MergingSetting, RoutingSetting, FusionSetting, RegressionSetting)
+SETUPS: tuple[type[TaskSetup], ...] = (MergingSetup, RoutingSetup, FusionSetup, RegressionSetup)
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,13 @@ def run_suite(
     if done := len(jobs) - len(todo):
         tell(f"{suite.name}: {done} of {len(jobs)} models are measured already")
     if todo:
-        [setting] = [setting for setting in SETTINGS if setting.kind == suite.kind]
+        [make_setup] = [setup for setup in SETUPS if setup.kind == suite.kind]
         with phase(f"Reading what {suite.name} is made of"):
             where = device or str(state.device)
-            runner.setting = setting(
+            runner.setup = make_setup(
                 suite, None if data_dir is None else Path(data_dir), limit, tuned_on, batch_size, where, allow_pickle
             )
-        _check_rows(runner.setting, suite)
+        _check_rows(runner.setup, suite)
         if state.is_main_process:
             bind(folder, suite, settings)
         state.wait_for_everyone()
@@ -143,7 +143,7 @@ class _Runner:
 
     def __init__(self, suite: Suite, folder: Path, wanted: list[str], command: str, writes: bool) -> None:
         self.suite, self.folder, self.conditions, self.writes = suite, folder, wanted, writes
-        self.setting: Any = None
+        self.setup: Any = None
         self._asked: dict[tuple[int, str, str], Scored] = {}
         here = folder / suite.name
         cells = read_cells(here) if any(here.rglob("[!.]*.json")) else []
@@ -158,7 +158,7 @@ class _Runner:
     @property
     def on_gpu(self) -> bool:
         """Whether models run there."""
-        return str(self.setting.device).startswith("cuda")
+        return str(self.setup.device).startswith("cuda")
 
     # ---------------------------------------------------------------- which cells
 
@@ -221,7 +221,7 @@ class _Runner:
         def spent() -> dict[str, float]:
             return {"fuse_seconds": time.perf_counter() - started, "fuse_cpu_seconds": time.process_time() - cpu}
 
-        made = row.entries[self.suite.kind](self.setting, job.split, job.seed)
+        made = row.entries[self.suite.kind](self.setup, job.split, job.seed)
         systems: Mapping[str, System] = made if isinstance(made, Mapping) else {job.method: made}
         models: dict[tuple[str, str], Any] = {(name, DEFAULT): (system, spent()) for name, system in systems.items()}
         tuned = ""
@@ -294,7 +294,7 @@ class _Runner:
                 elif system.retuned:
                     models[place] = system.retuned(value)
                 else:
-                    found = fuse(self.setting, job.split, job.seed, **value)
+                    found = fuse(self.setup, job.split, job.seed, **value)
                     assert isinstance(found, System)  # what is several systems has no parameter to tune
                     models[place] = found
                 heights[place] = self.validation(job, models[place])
@@ -333,7 +333,7 @@ def _problem(error: Exception) -> dict[str, Any]:
     return {"status": "failed", "reason": kind + " ".join(str(error).split())[:400]}
 
 
-def _check_rows(setting: Any, suite: Suite) -> None:
+def _check_rows(setup: Any, suite: Suite) -> None:
     """Some rows are there: where all are missing, no cell need say so.
 
     Raises:
@@ -342,7 +342,7 @@ def _check_rows(setting: Any, suite: Suite) -> None:
     problem = None
     for task in suite.tasks:
         try:
-            setting.rows(task)
+            setup.rows(task)
         except FusionError as error:
             refuse_missing(error, task)
             problem = problem or error

@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, UperNetForSemanticSegmentation
 from hf_fusion.bench.rows import task_rows
 from hf_fusion.bench.run import run_suite
 from hf_fusion.bench.scoring import score
-from hf_fusion.bench.settings.merging import MergingSetting
+from hf_fusion.bench.setups.merging import MergingSetup
 from hf_fusion.bench.suite import load_suite
 from hf_fusion.errors import FusionError
 from hf_fusion.training.adamerging import CoefficientMerge
@@ -31,8 +31,8 @@ LEFT = {
     "simple_ensemble": ENSEMBLE,
     "weighted_ensemble": ENSEMBLE,
     "slerp": "SLERP merges 2 models, here are 3",
-    "iso_c": "Iso-C takes matrices apart and averages all other weights, and there are only others",
-    "tsv_m": "TSV-Merge takes matrices apart and averages all other weights, and there are only others",
+    "iso_c": "Iso-C decomposes matrices and averages all other weights, and there are only others",
+    "tsv_m": "TSV-Merge decomposes matrices and averages all other weights, and there are only others",
     "fisher": "Fisher information is measured of one answer for a row, here each pixel has one",
     "regmean": "RegMean solves for the weights of linear layers, and the models have none",
     "regmean_pp": "RegMean solves for the weights of linear layers, and the models have none",
@@ -114,9 +114,9 @@ def test_scores_are_those_of_encoders_averaged_with_their_statistics(suite, cell
 
 
 def test_weights_are_shares_of_the_best_whatever_the_scale(suite, cells):
-    setting = MergingSetting(load_suite(suite), suite.parent / "data", limit=4, tuned_on=8)
+    setup = MergingSetup(load_suite(suite), suite.parent / "data", limit=4, tuned_on=8)
     found = {
-        task: [score(setting.expert_answers(own, task, "clean", "fit"), METRIC[task]).score for own in range(3)]
+        task: [score(setup.expert_answers(own, task, "clean", "fit"), METRIC[task]).score for own in range(3)]
         for task in TASKS
     }
     shares = [[value / max(found["segmentation"]) for value in found["segmentation"]]]
@@ -145,11 +145,11 @@ def test_what_is_for_classes_of_rows_refuses_pixels(suite):
 
 
 def test_a_variance_below_nothing_is_none(suite):
-    setting = MergingSetting(load_suite(suite), suite.parent / "data", limit=4, tuned_on=4)
-    state = {name: tensor - 9 if name.endswith("running_var") else tensor for name, tensor in setting.base.items()}
+    setup = MergingSetup(load_suite(suite), suite.parent / "data", limit=4, tuned_on=4)
+    state = {name: tensor - 9 if name.endswith("running_var") else tensor for name, tensor in setup.base.items()}
     assert any(name.endswith("running_var") for name in state)
     assert not any(name.endswith("num_batches_tracked") for name in state)
-    answered = setting.dense(state).answer("depth", "clean", "test")
+    answered = setup.dense(state).answer("depth", "clean", "test")
     assert np.isfinite(answered.predictions).all()
 
 

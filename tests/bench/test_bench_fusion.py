@@ -22,7 +22,7 @@ from tiny_suites import (
 from hf_fusion import FoEModel, load_experts
 from hf_fusion.bench import run
 from hf_fusion.bench.methods import chosen
-from hf_fusion.bench.settings.fusion import HIDDEN, FusionSetting
+from hf_fusion.bench.setups.fusion import HIDDEN, FusionSetup
 from hf_fusion.bench.suite import load_suite
 from hf_fusion.evaluation.baselines import max_confidence, mean_ensemble
 from hf_fusion.training.fuser import fit_fuser
@@ -92,7 +92,7 @@ def test_ensembles_score_what_they_score_by_hand(fine_tunes, fused):
 def test_fusers_score_what_the_published_model_answers(fine_tunes, pooled, fused):
     _, cells = fused
     suite = load_suite(pooled / "tiny.yaml")
-    fitted_on = FusionSetting(suite, fine_tunes / "data", TEST, 16).fitting(run.everything(suite))
+    fitted_on = FusionSetup(suite, fine_tunes / "data", TEST, 16).fitting(run.everything(suite))
     assert sorted(fitted_on.column_names) == ["expert", "label", "text"] and len(fitted_on) == 3 * 40
     assert len(set(fitted_on["text"])) == len(fitted_on)
     experts = [replace(own, name=task) for task, own in zip(CLASSES, load_experts([fine_tunes / t for t in CLASSES]))]

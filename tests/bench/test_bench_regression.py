@@ -15,7 +15,7 @@ from hf_fusion.bench.methods.regression import foe, simple_ensemble, weighted_en
 from hf_fusion.bench.rows import single, task_rows
 from hf_fusion.bench.run import run_suite
 from hf_fusion.bench.scoring import score
-from hf_fusion.bench.settings.regression import LONGEST, RegressionSetting
+from hf_fusion.bench.setups.regression import LONGEST, RegressionSetup
 from hf_fusion.bench.suite import load_suite
 from hf_fusion.bench.systems import CLEAN, TEST, everything
 from hf_fusion.errors import FusionError
@@ -71,7 +71,7 @@ def made(tmp_path_factory):
     suite = load_suite(folder / "scores.yaml")
     everything_there = Dataset.from_parquet(str(folder / "data" / "judged" / "test.parquet"))
     pairs = [{"text": row["text"], "text_pair": summary} for row in everything_there for summary in row["summaries"]]
-    scores = RegressionSetting(suite, folder / "data", 500, 40).scores(Dataset.from_list(pairs))
+    scores = RegressionSetup(suite, folder / "data", 500, 40).scores(Dataset.from_list(pairs))
     scores = (scores - scores.mean(0)) / scores.std(0)
     noise = 0.1 * torch.randn(len(scores), generator=torch.Generator().manual_seed(1))
 
@@ -83,8 +83,8 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def setting(made):
-    return RegressionSetting(*made, 500, 100)
+def setup(made):
+    return RegressionSetup(*made, 500, 100)
 
 
 def test_a_row_of_several_summaries_is_a_row_for_each(made):
@@ -104,29 +104,29 @@ def test_what_cannot_be_taken_apart():
 
 
 def test_a_text_is_scored_once(made):
-    setting, asked = RegressionSetting(*made, 500, 100), []
-    scored = setting._scored
-    setting._scored = lambda number, rows: asked.append((number, len(rows))) or scored(number, rows)
-    rows = setting.some("own").select(range(20))
-    few = setting.scores(rows.select(range(5, 15)))
-    assert torch.allclose(setting.scores(rows)[5:15], few)
-    setting.scores(setting.some("both").select(range(20)))
+    setup, asked = RegressionSetup(*made, 500, 100), []
+    scored = setup._scored
+    setup._scored = lambda number, rows: asked.append((number, len(rows))) or scored(number, rows)
+    rows = setup.some("own").select(range(20))
+    few = setup.scores(rows.select(range(5, 15)))
+    assert torch.allclose(setup.scores(rows)[5:15], few)
+    setup.scores(setup.some("both").select(range(20)))
     assert asked == [(number, 10) for _ in range(2) for number in range(3)]
 
 
 @torch.no_grad()
-def test_a_long_document_loses_its_end_and_the_question_stays(setting):
+def test_a_long_document_loses_its_end_and_the_question_stays(setup):
     """T5's positions are relative: its tokenizer's limit, of 64 here, is none of the model's."""
     rows = Dataset.from_list([{"text": "fox " * 3000, "text_pair": "a dog"}])
-    read = setting._read(2, rows).rows[0]["input_ids"]
+    read = setup._read(2, rows).rows[0]["input_ids"]
     assert len(read) == LONGEST
-    assert setting.experts[2].processor.decode(read).startswith("fox fox")
+    assert setup.experts[2].processor.decode(read).startswith("fox fox")
 
 
 @torch.no_grad()
-def test_scores_are_likelihoods(setting):
-    rows = setting.some("own").select(range(5))
-    found = setting.scores(rows)
+def test_scores_are_likelihoods(setup):
+    rows = setup.some("own").select(range(5))
+    found = setup.scores(rows)
     tokenizer = make_tokenizer()
     for row, scores in zip(rows, found, strict=True):
 
@@ -134,7 +134,7 @@ def test_scores_are_likelihoods(setting):
             labels = tokenizer(target, return_tensors="pt")["input_ids"]
             inputs = tokenizer(prompt, return_tensors="pt")
             given = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels}
-            return setting.experts[number].model(**given).loss * labels.shape[1]
+            return setup.experts[number].model(**given).loss * labels.shape[1]
 
         target = tokenizer(row["text_pair"])["input_ids"]
         assert scores[0] == pytest.approx(-float(loss(0, row["text"], row["text_pair"])) / len(target), abs=1e-4)
@@ -142,17 +142,17 @@ def test_scores_are_likelihoods(setting):
         assert scores[1] == pytest.approx(float((-yes).exp() / ((-yes).exp() + (-no).exp())), abs=1e-4)
 
 
-def test_fusers_agree_with_people_better_than_a_mean(setting, made):
+def test_fusers_agree_with_people_better_than_a_mean(setup, made):
     split = everything(made[0])
 
     def agreement(system, task):
         return score(system.answer(task, CLEAN, TEST), "spearman").score
 
-    mean, weighted, fused = (made(setting, split, 0) for made in (simple_ensemble, weighted_ensemble, foe))
+    mean, weighted, fused = (made(setup, split, 0) for made in (simple_ensemble, weighted_ensemble, foe))
     assert agreement(fused, "own") > 0.95 and agreement(fused, "both") > 0.9
     assert agreement(fused, "both") > agreement(weighted, "both") > agreement(mean, "both")
     assert fused.parameters == {"fitted_on": DOCUMENTS // 2 * EACH}
-    assert fused.stored == sum(setting.experts[number].model.num_parameters() for number in (0, 1))  # two share one
+    assert fused.stored == sum(setup.experts[number].model.num_parameters() for number in (0, 1))  # two share one
 
 
 def test_a_run(made, tmp_path):

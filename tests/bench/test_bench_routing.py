@@ -26,7 +26,7 @@ from hf_fusion import PhatgooseRouter, WEMoEModel, load_experts, measure_fisher,
 from hf_fusion.bench.methods import chosen
 from hf_fusion.bench.methods.merging import _readers
 from hf_fusion.bench.rows import task_rows
-from hf_fusion.bench.settings.fusion import FusionSetting
+from hf_fusion.bench.setups.fusion import FusionSetup
 from hf_fusion.bench.suite import load_suite
 from hf_fusion.bench.systems import everything
 from hf_fusion.evaluation.routing import evaluate_routing
@@ -254,8 +254,8 @@ def test_who_answers_right_teaches_whom_to_ask(adapters, tmp_path):
         "tasks:\n  asked: {data: 'data:asked', metric: ranked, expert: null, prompt: '{prompt}', words: "
         f"{words}, fitting: {{split: train, share: 0.5}}}}\n"
     )
-    setting = FusionSetting(load_suite(tmp_path / "tiny.yaml"), tmp_path / "data", TEST, 16)
-    taught = setting.fitting(everything(setting.suite))
+    setup = FusionSetup(load_suite(tmp_path / "tiny.yaml"), tmp_path / "data", TEST, 16)
+    taught = setup.fitting(everything(setup.suite))
     assert set(taught["expert"]) == {"one", "two"}
     for row in taught.select(range(10)):
         assert words[liked(experts[["one", "two"].index(row["expert"])], row["prompt"])] == row["target"]

@@ -39,7 +39,7 @@ from hf_fusion.bench.methods import merging as methods
 from hf_fusion.bench.methods.declaration import Entry
 from hf_fusion.bench.rows import task_rows
 from hf_fusion.bench.run import run_suite
-from hf_fusion.bench.settings import merging
+from hf_fusion.bench.setups import merging
 from hf_fusion.bench.suite import load_suite
 from hf_fusion.bench.systems import NotApplicable
 from hf_fusion.cli.app import main
@@ -186,11 +186,11 @@ def test_a_run_that_is_killed_goes_on_where_it_was(fine_tunes, merged, tmp_path)
 
 
 def test_a_technique_that_fails_says_so_and_the_others_go_on(fine_tunes, tmp_path, monkeypatch):
-    def breaks(setting, split, seed):
+    def breaks(setup, split, seed):
         raise ValueError("no\nmemory")
 
-    def breaks_on_topic(setting, split, seed):
-        system = setting.dense(setting.base)
+    def breaks_on_topic(setup, split, seed):
+        system = setup.dense(setup.base)
         answer = system.answer
 
         def picky(task, condition, part):
@@ -231,13 +231,13 @@ def test_an_expert_with_nan_is_named(fine_tunes, tmp_path):
 def test_parameters_are_tuned_on_rows_that_are_not_tested(fine_tunes, merged, tmp_path, monkeypatch):
     _, cells = merged
     suite, asked = load_suite(fine_tunes / "tiny.yaml"), []
-    original = merging.MergingSetting.batches
+    original = merging.MergingSetup.batches
 
     def spied(self, task, condition="clean", part="test"):
         asked.append(part)
         return original(self, task, condition, part)
 
-    monkeypatch.setattr(merging.MergingSetting, "batches", spied)
+    monkeypatch.setattr(merging.MergingSetup, "batches", spied)
     tune = run._Runner.tune
 
     def tuned(*given):
@@ -254,15 +254,15 @@ def test_parameters_are_tuned_on_rows_that_are_not_tested(fine_tunes, merged, tm
         fit, test, train = (set(own["text"]) for own in (rows.fit, rows.test, rows.train))
         assert fit and not fit & test and not fit & train
     # and the value is one that no neighbour on the grid beats there
-    setting = merging.MergingSetting(suite, fine_tunes / "data", TEST, 16)
+    setup = merging.MergingSetup(suite, fine_tunes / "data", TEST, 16)
     runner = run._Runner(suite, tmp_path, ["clean"], "", False)
-    runner.setting = setting
+    runner.setup = setup
     job = run.Job("task_arithmetic", run.everything(suite), 0)
     row = METHODS["task_arithmetic"]
     grid = row.tune[1]
     best = again["task_arithmetic", "tuned", "mood", "clean"].parameters["scaling"]
     heights = {
-        value: runner.validation(job, row.entries["merging"](setting, job.split, 0, scaling=value))
+        value: runner.validation(job, row.entries["merging"](setup, job.split, 0, scaling=value))
         for value in grid[max(0, grid.index(best) - 1) : grid.index(best) + 2]
     }
     assert heights[best] == max(heights.values())
@@ -314,11 +314,11 @@ def test_experts_with_the_mlps_of_their_base_are_not_upscaled(fine_tunes):
 
 def test_a_multitask_trained_model_is_a_ceiling(fine_tunes, tmp_path):
     suite = load_suite(fine_tunes / "tiny.yaml")
-    setting = merging.MergingSetting(suite, fine_tunes / "data", TEST, 16)
-    setting.show(setting.states[0])  # the trunk of one expert with all heads
+    setup = merging.MergingSetup(suite, fine_tunes / "data", TEST, 16)
+    setup.show(setup.states[0])  # the trunk of one expert with all heads
     (tmp_path / "multitask").mkdir()
     save_file(
-        {name: own.clone() for name, own in setting.backbone.state_dict().items()},
+        {name: own.clone() for name, own in setup.backbone.state_dict().items()},
         tmp_path / "multitask" / "model.safetensors",
     )
     suite = replace(suite, multitask=str(tmp_path / "multitask"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from hf_fusion.bench.settings.common import multiplications
+from hf_fusion.bench.setups.common import multiplications
 
 LEFT, RIGHT = torch.zeros(2, 3, 5), torch.zeros(2, 5, 7)
 QUERY, KEY = torch.zeros(1, 4, 6, 8), torch.zeros(1, 4, 9, 8)

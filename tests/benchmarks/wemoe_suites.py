@@ -26,7 +26,7 @@ from datasets import Dataset
 
 from hf_fusion import CoefficientMerge, WEMoEModel, adapt_routers
 from hf_fusion.bench.conditions import corrupted as under
-from hf_fusion.bench.settings.merging import MergingSetting
+from hf_fusion.bench.setups.merging import MergingSetup
 from hf_fusion.demo.merging_suites import SUITES, trained_experts
 from hf_fusion.evaluation.image_corruptions import CORRUPTIONS
 from hf_fusion.evaluation.merging import INDIVIDUAL, WEMOE, System, evaluate_merging
@@ -76,14 +76,14 @@ class Suite:
 
     def tuned(self, rule: str) -> tuple[float, CoefficientMerge]:
         """The static merge by a rule, with the λ that is best on labelled rows that neither trained nor are tested."""
-        setting, scores = MergingSetting(self.declared, self.args.data, self.args.limit, TUNED), {}
+        setup, scores = MergingSetup(self.declared, self.args.data, self.args.limit, TUNED), {}
         for scaling in SCALINGS:
-            setting.show(merge_states(rule, setting.base, setting.states, scaling=scaling))
-            scores[scaling] = evaluate_merging(setting.merge, self.tune)[WEMOE].means[HELD_IN].score
+            setup.show(merge_states(rule, setup.base, setup.states, scaling=scaling))
+            scores[scaling] = evaluate_merging(setup.merge, self.tune)[WEMOE].means[HELD_IN].score
         print(f"# {rule} on {TUNED} rows of each task kept apart: {scores}", flush=True)
         best = max(scores, key=lambda scaling: scores[scaling])
-        setting.show(merge_states(rule, setting.base, setting.states, scaling=best))
-        return best, setting.merge
+        setup.show(merge_states(rule, setup.base, setup.states, scaling=best))
+        return best, setup.merge
 
     def measure(self, seed: int, models: Mapping[str, Any], test: Mapping[str, Dataset], **settings: Any) -> Any:
         """All models on some rows; with the first seed the experts and their simple merges as well."""

@@ -12,7 +12,7 @@ from hf_fusion.errors import FusionError, shown
 from hf_fusion.schema import decorated
 
 if TYPE_CHECKING:
-    from hf_fusion.bench.settings.common import Setting
+    from hf_fusion.bench.setups.common import TaskSetup
     from hf_fusion.bench.suite import UnseenSplit
     from hf_fusion.bench.systems import System
 
@@ -44,9 +44,9 @@ class Entry:
     """How a method is run on suites of one kind.
 
     Attributes:
-        function: (setting, split, seed, parameters) → `System`, or several of them by name; or where it stands in
+        function: (setup, split, seed, parameters) → `System`, or several of them by name; or where it stands in
             this folder, "kind.name".
-        kind: of the setting that the function takes.
+        kind: of the setup that the function takes.
         given: parameters that differ from the function's defaults.
     """
 
@@ -54,11 +54,11 @@ class Entry:
     kind: str
     given: Mapping[str, Any] = field(default_factory=dict)
 
-    def __call__(self, setting: Setting, split: UnseenSplit, seed: int, **changed: Any) -> System | dict[str, System]:
+    def __call__(self, setup: TaskSetup, split: UnseenSplit, seed: int, **changed: Any) -> System | dict[str, System]:
         """The method's systems.
 
         Args:
-            setting: of any kind that `Setting.of_kind` makes this entry's from.
+            setup: of any kind that `TaskSetup.of_kind` makes this entry's from.
             split: which experts are fused.
             seed: of everything random.
             changed: parameters that differ from `given`.
@@ -67,7 +67,7 @@ class Entry:
         if isinstance(function, str):
             module, _, name = function.rpartition(".")
             function = getattr(import_module(f"{__package__}.{module}"), name)
-        return function(setting.of_kind(self.kind), split, seed, **{**self.given, **changed})
+        return function(setup.of_kind(self.kind), split, seed, **{**self.given, **changed})
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def bench_method(
 ) -> Callable[[Function], Function]:
     """Declares a function a method of the benchmark; it may be declared several times, with other names.
 
-    The function takes the setting of a suite, which experts are fused, a seed and its own parameters, and gives the
+    The function takes the task setup of a suite, which experts are fused, a seed and its own parameters, and gives the
     `System` that comes out, or several of them by name. In this package the decorator is read from the text of the
     file: its arguments must be literals, or made of what this module defines.
 
@@ -113,8 +113,8 @@ def bench_method(
             another kind, whose title and family count.
         family: a key of `FAMILIES`.
         name: in cells and on the command line; default is the function's.
-        kind: of the suites whose setting it takes; default is that of its file, "merging" in files of users.
-        also: other kinds of suites, from whose setting that of `kind` can be made.
+        kind: of the suites whose setup it takes; default is that of its file, "merging" in files of users.
+        also: other kinds of suites, from whose setup that of `kind` can be made.
         given: parameters that differ from the function's defaults.
         tune: the parameter whose best value is searched for on the validation split, and its values.
         stochastic: whether another seed gives another model.

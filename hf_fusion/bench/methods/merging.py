@@ -1,6 +1,6 @@
 """How suites of the kind "merging" are fused: a function for each row of `methods.METHODS`.
 
-Each takes the setting, which experts are fused, a seed and its own parameters, and gives the system that came out.
+Each takes the task setup, which experts are fused, a seed and its own parameters, and gives the system that came out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from hf_fusion.bench.methods.declaration import ENTROPY, LEARNING, SCALING, bench_method
 from hf_fusion.bench.scoring import METRICS, Answered, from_logits, same_scale, score
-from hf_fusion.bench.settings.merging import MergingSetting, State
+from hf_fusion.bench.setups.merging import MergingSetup, State
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import LOWER, UnseenSplit
 from hf_fusion.bench.systems import CLEAN, FIT, NotApplicable, System
@@ -37,50 +37,50 @@ STATISTICS_TEXTS = 32  # of texts to write, in which every token counts
 
 
 @bench_method("Pre-trained", "floor")
-def pretrained(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
+def pretrained(setup: MergingSetup, split: UnseenSplit, seed: int) -> System:
     """The base under every expert's head."""
-    return setting.dense(setting.base)
+    return setup.dense(setup.base)
 
 
 @bench_method("Single expert", "expert")
-def experts(setting: MergingSetting, split: UnseenSplit, seed: int) -> dict[str, System]:
+def experts(setup: MergingSetup, split: UnseenSplit, seed: int) -> dict[str, System]:
     """Every expert that is fused on all tasks, under their heads."""
-    whole, one = setting.sizes
+    whole, one = setup.sizes
     return {
-        f"expert:{name}": System(partial(setting.expert_answers, setting.names.index(name)), stored=whole, active=one)
+        f"expert:{name}": System(partial(setup.expert_answers, setup.names.index(name)), stored=whole, active=one)
         for name in split.fuse
     }
 
 
 @bench_method("Multitask-trained", "ceiling")
-def multitask(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
+def multitask(setup: MergingSetup, split: UnseenSplit, seed: int) -> System:
     """One model that was trained on all tasks at once."""
-    source = setting.suite.multitask
+    source = setup.suite.multitask
     if source is None:
         raise NotApplicable("the suite names no model that was trained on all its tasks")
-    if split.fuse != tuple(setting.names):
+    if split.fuse != tuple(setup.names):
         raise NotApplicable("the model was trained on the tasks that are unseen here")
     from safetensors.torch import load_file
 
-    state = load_file(Path(expert_path(source, setting.suite.build)) / "model.safetensors")
-    model = copy.deepcopy(setting.backbone)
+    state = load_file(Path(expert_path(source, setup.suite.build)) / "model.safetensors")
+    model = copy.deepcopy(setup.backbone)
     model.load_state_dict(state)
 
     def called(task: str, **inputs: Any) -> Any:
-        activate_heads(model, setting.merge.heads, setting.names.index(task))
+        activate_heads(model, setup.merge.heads, setup.names.index(task))
         return model(**inputs)
 
-    whole, one = setting.sizes
-    return System(partial(setting.ask, called), stored=whole, active=one)
+    whole, one = setup.sizes
+    return System(partial(setup.ask, called), stored=whole, active=one)
 
 
 @bench_method("Individual experts", "ceiling")
-def individual(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
+def individual(setup: MergingSetup, split: UnseenSplit, seed: int) -> System:
     """Every task's own expert."""
-    one = setting.sizes[1]
+    one = setup.sizes[1]
     return System(
-        lambda task, condition, part: setting.expert_answers(setting.names.index(task), task, condition, part),
-        stored=one * len(setting.names),
+        lambda task, condition, part: setup.expert_answers(setup.names.index(task), task, condition, part),
+        stored=one * len(setup.names),
         active=one,
     )
 
@@ -102,109 +102,109 @@ def individual(setting: MergingSetting, split: UnseenSplit, seed: int) -> System
     tune=SCALING,
     given={"method": "ties", "trim": "model", "ties": "all"},
 )
-def static(setting: MergingSetting, split: UnseenSplit, seed: int, method: str, **parameters: Any) -> System:
+def static(setup: MergingSetup, split: UnseenSplit, seed: int, method: str, **parameters: Any) -> System:
     """A merging method of `hf_fusion.merging`."""
     row, count = MERGE_METHODS[method], len(split.fuse)
     least, most = row.experts
     if count < least or most is not None and count > most:
         raise NotApplicable(f"{row.title} merges {least} models, here are {count}")
-    if row.matrices_only and not any(tensor.dim() == 2 for tensor in setting.base.values()):
+    if row.matrices_only and not any(tensor.dim() == 2 for tensor in setup.base.values()):
         raise NotApplicable(
             f"{row.title} decomposes matrices and averages all other weights, and there are only others"
         )
-    fused = [setting.states[number] for number in setting.numbers(split)]
-    given = {"statistics": _statistics(setting, split, row.statistics, seed)} if row.statistics else {}
-    state = merge_states(method, setting.base, fused, seed=seed, **given, **parameters)
-    return _scalable(setting, state, {name: row.parameters[name].default for name in row.parameters} | parameters)
+    fused = [setup.states[number] for number in setup.numbers(split)]
+    given = {"statistics": _statistics(setup, split, row.statistics, seed)} if row.statistics else {}
+    state = merge_states(method, setup.base, fused, seed=seed, **given, **parameters)
+    return _scalable(setup, state, {name: row.parameters[name].default for name in row.parameters} | parameters)
 
 
-def _scalable(setting: MergingSetting, state: State, parameters: dict[str, Any]) -> System:
+def _scalable(setup: MergingSetup, state: State, parameters: dict[str, Any]) -> System:
     """A merge that can be scaled anew: in every method `scaling` multiplies what is added to the base."""
 
     def retuned(changes: Mapping[str, Any]) -> System:
         factor = changes["scaling"] / parameters["scaling"]
-        other = {name: torch.lerp(setting.base[name].float(), tensor, factor) for name, tensor in state.items()}
-        return _scalable(setting, other, {**parameters, **changes})
+        other = {name: torch.lerp(setup.base[name].float(), tensor, factor) for name, tensor in state.items()}
+        return _scalable(setup, other, {**parameters, **changes})
 
     shown = {name: value for name, value in parameters.items() if value is not None}
-    return setting.dense(state, parameters=shown, retuned=retuned if "scaling" in parameters else None)
+    return setup.dense(state, parameters=shown, retuned=retuned if "scaling" in parameters else None)
 
 
 @bench_method("Weighted average", "merge")
-def weighted_average(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
+def weighted_average(setup: MergingSetup, split: UnseenSplit, seed: int) -> System:
     """The average with weights by how well each expert does on all fused tasks, on rows kept apart."""
-    weights = _weights(setting, split)
+    weights = _weights(setup, split)
     if not any(weights):
         raise NotApplicable("no expert is right about anything on the rows kept apart")
     own = [{"weight": weight} for weight in weights]
-    fused = [setting.states[number] for number in setting.numbers(split)]
+    fused = [setup.states[number] for number in setup.numbers(split)]
     state = merge_states("linear", None, fused, own=own)
-    return setting.dense(state, parameters={"weights": dict(zip(split.fuse, weights, strict=True))})
+    return setup.dense(state, parameters={"weights": dict(zip(split.fuse, weights, strict=True))})
 
 
-def _weights(setting: MergingSetting, split: UnseenSplit) -> list[float]:
+def _weights(setup: MergingSetup, split: UnseenSplit) -> list[float]:
     """Of every fused expert its mean score over the fused tasks, on rows kept apart; 1 / score where less is better.
 
     Of metrics on scales of their own, scores are taken as shares of the best expert's.
     """
-    suite = setting.suite
+    suite = setup.suite
     tasks = [task for task in suite.tasks if suite.is_fused(task, split)]
     if not tasks:
         raise NotApplicable("none of the suite's tasks has an expert, so there are no rows that tell which does better")
 
     def worth(number: int, task: str) -> float:
         metric = suite.tasks[task].metric
-        value = score(setting.expert_answers(number, task, CLEAN, FIT), metric).score
+        value = score(setup.expert_answers(number, task, CLEAN, FIT), metric).score
         return 1 / value if metric in LOWER else value
 
-    worths = [[worth(number, task) for number in setting.numbers(split)] for task in tasks]
+    worths = [[worth(number, task) for number in setup.numbers(split)] for task in tasks]
     if not same_scale(suite.tasks[task].metric for task in tasks):
         worths = [[value / max(max(own), 1e-9) for value in own] for own in worths]
     return [max(0.0, sum(own) / len(tasks)) for own in zip(*worths, strict=True)]
 
 
 @bench_method("EMR, a mask for each task", "mixture")
-def emr(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
+def emr(setup: MergingSetup, split: UnseenSplit, seed: int) -> System:
     """EMR: the mask and the rescaler of the task that is told; a task without an expert gets the unified model."""
-    fused, unified = [setting.states[number] for number in setting.numbers(split)], setting.dense(setting.base)
+    fused, unified = [setup.states[number] for number in setup.numbers(split)], setup.dense(setup.base)
     merged: dict[int, System] = {}
 
     def answer(task: str, condition: str, part: str) -> Answered:
         number = split.fuse.index(task) + 1 if task in split.fuse else 0
         if number not in merged:
             merged.clear()  # one at a time
-            merged[number] = setting.dense(merge_states("emr", setting.base, fused, expert=number))
+            merged[number] = setup.dense(merge_states("emr", setup.base, fused, expert=number))
         return merged[number].answer(task, condition, part)
 
-    masks = sum(tensor.numel() for tensor in setting.base.values()) * len(fused) // 32  # a bit each
+    masks = sum(tensor.numel() for tensor in setup.base.values()) * len(fused) // 32  # a bit each
     return System(answer, stored=unified.stored + masks, active=unified.active)
 
 
-def _statistics(setting: MergingSetting, split: UnseenSplit, kind: str, seed: int) -> list[dict[str, Statistic]]:
+def _statistics(setup: MergingSetup, split: UnseenSplit, kind: str, seed: int) -> list[dict[str, Statistic]]:
     """What Fisher merging and RegMean need of every fused expert, on rows that it was not trained on."""
     from hf_fusion.training.measure import measure_fisher, measure_gram
 
-    if kind == "fisher" and setting.suite.head == "feature-extraction":
+    if kind == "fisher" and setup.suite.head == "feature-extraction":
         raise NotApplicable("Fisher information is that of answers, and embeddings are none")
-    if kind == "fisher" and setting.suite.head == "dense-prediction":
+    if kind == "fisher" and setup.suite.head == "dense-prediction":
         raise NotApplicable("Fisher information is measured of one answer for a row, here each pixel has one")
     if kind == "gram":
-        _check_linear(setting)
+        _check_linear(setup)
     measure: Any = {"fisher": measure_fisher, "gram": measure_gram}[kind]
     found = []
-    for number in setting.numbers(split):
-        rows = setting.kept_apart(number)
-        found.append(_readers(measure(setting.experts[number], rows, examples=_examples(setting), seed=seed)))
+    for number in setup.numbers(split):
+        rows = setup.kept_apart(number)
+        found.append(_readers(measure(setup.experts[number], rows, examples=_examples(setup), seed=seed)))
     return found
 
 
-def _check_linear(setting: MergingSetting) -> None:
-    if not any(map(linear_sizes, setting.experts[0].model.modules())):
+def _check_linear(setup: MergingSetup) -> None:
+    if not any(map(linear_sizes, setup.experts[0].model.modules())):
         raise NotApplicable("RegMean solves for the weights of linear layers, and the models have none")
 
 
-def _examples(setting: MergingSetting) -> int:
-    return STATISTICS_TEXTS if setting.suite.head in ("causal-lm", "seq2seq-lm") else STATISTICS_ROWS
+def _examples(setup: MergingSetup) -> int:
+    return STATISTICS_TEXTS if setup.suite.head in ("causal-lm", "seq2seq-lm") else STATISTICS_ROWS
 
 
 def _readers(measured: Any) -> dict[str, Statistic]:
@@ -213,15 +213,15 @@ def _readers(measured: Any) -> dict[str, Statistic]:
 
 
 @bench_method("RegMean++", "data", stochastic=True)
-def regmean_pp(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
+def regmean_pp(setup: MergingSetup, split: UnseenSplit, seed: int) -> System:
     """RegMean++: layer by layer, with what the merged layers before hand on."""
     from hf_fusion.training.measure import measure_gram_merged
 
-    _check_linear(setting)
-    rows = [setting.kept_apart(number) for number in setting.numbers(split)]
-    measured = measure_gram_merged(_fused(setting, split), rows, examples=_examples(setting), seed=seed)
-    fused = [setting.states[number] for number in setting.numbers(split)]
-    return setting.dense(merge_states("regmean", None, fused, statistics=list(map(_readers, measured))))
+    _check_linear(setup)
+    rows = [setup.kept_apart(number) for number in setup.numbers(split)]
+    measured = measure_gram_merged(_fused(setup, split), rows, examples=_examples(setup), seed=seed)
+    fused = [setup.states[number] for number in setup.numbers(split)]
+    return setup.dense(merge_states("regmean", None, fused, statistics=list(map(_readers, measured))))
 
 
 # ---------------------------------------------------------------- learned
@@ -245,40 +245,40 @@ def regmean_pp(setting: MergingSetting, split: UnseenSplit, seed: int) -> System
     stochastic=True,
 )
 def adamerging(
-    setting: MergingSetting, split: UnseenSplit, seed: int, granularity: str, scaling: float = 0.3, **options: Any
+    setup: MergingSetup, split: UnseenSplit, seed: int, granularity: str, scaling: float = 0.3, **options: Any
 ) -> System:
     """AdaMerging: coefficients learned without labels, from rows kept apart."""
-    merge = CoefficientMerge(_fused(setting, split), _base(setting), granularity, scaling)
-    return _learned(setting, split, seed, merge, learning_rate=1e-2, **options)
+    merge = CoefficientMerge(_fused(setup, split), _base(setup), granularity, scaling)
+    return _learned(setup, split, seed, merge, learning_rate=1e-2, **options)
 
 
 @bench_method("Concrete task arithmetic", "learned", given={**LEARNING, "scaling": 0.3}, stochastic=True)
-def concrete(setting: MergingSetting, split: UnseenSplit, seed: int, scaling: float = 0.3, **options: Any) -> System:
+def concrete(setup: MergingSetup, split: UnseenSplit, seed: int, scaling: float = 0.3, **options: Any) -> System:
     """Concrete task arithmetic: one mask for all task vectors, learned without labels."""
     from hf_fusion.training.concrete import ConcreteMerge
 
-    merge = ConcreteMerge(_fused(setting, split), _base(setting), "task", scaling)
-    return _learned(setting, split, seed, merge, learning_rate=1e-2, **options)
+    merge = ConcreteMerge(_fused(setup, split), _base(setup), "task", scaling)
+    return _learned(setup, split, seed, merge, learning_rate=1e-2, **options)
 
 
-def _learned(setting: MergingSetting, split: UnseenSplit, seed: int, merge: Any, **options: Any) -> System:
-    facts = _adapt(setting, split, merge, seed, **options)
+def _learned(setup: MergingSetup, split: UnseenSplit, seed: int, merge: Any, **options: Any) -> System:
+    facts = _adapt(setup, split, merge, seed, **options)
     with torch.no_grad():
         tensors = merge._tensors()
-    state = {name: tensors.get(name, own).detach().clone() for name, own in setting.base.items()}
-    return setting.dense(state, parameters=facts)
+    state = {name: tensors.get(name, own).detach().clone() for name, own in setup.base.items()}
+    return setup.dense(state, parameters=facts)
 
 
-def _adapt(setting: MergingSetting, split: UnseenSplit, model: Any, seed: int, **options: Any) -> dict[str, Any]:
+def _adapt(setup: MergingSetup, split: UnseenSplit, model: Any, seed: int, **options: Any) -> dict[str, Any]:
     """Adapts a model on the unlabelled rows kept apart of the fused tasks; gives what the cell tells of it."""
     from hf_fusion.training.routers import adapt_routers
 
-    if setting.suite.head == "dense-prediction":
+    if setup.suite.head == "dense-prediction":
         raise NotApplicable("what is learned without labels is learned from classes, and depths and normals are none")
-    if setting.suite.head in ("feature-extraction", "causal-lm", "seq2seq-lm"):
+    if setup.suite.head in ("feature-extraction", "causal-lm", "seq2seq-lm"):
         raise NotApplicable("what is learned without labels is learned from the classes of answers, and there are none")
-    model.to(setting.backbone.device)
-    rows = {task: _unlabelled(setting, task) for task in split.fuse}
+    model.to(setup.backbone.device)
+    rows = {task: _unlabelled(setup, task) for task in split.fuse}
     options.setdefault("learning_rate", 5e-4)
     adapted = adapt_routers(model, rows, seed=seed, **options).for_config()
     return {
@@ -287,17 +287,17 @@ def _adapt(setting: MergingSetting, split: UnseenSplit, model: Any, seed: int, *
     }
 
 
-def _unlabelled(setting: MergingSetting, task: str) -> Any:
-    rows = setting.rows(task).fit
-    return setting.read(task, rows) if setting.suite.head == "zero-shot-image" else rows
+def _unlabelled(setup: MergingSetup, task: str) -> Any:
+    rows = setup.rows(task).fit
+    return setup.read(task, rows) if setup.suite.head == "zero-shot-image" else rows
 
 
-def _fused(setting: MergingSetting, split: UnseenSplit) -> list[Expert]:
-    return [setting.experts[number] for number in setting.numbers(split)]
+def _fused(setup: MergingSetup, split: UnseenSplit) -> list[Expert]:
+    return [setup.experts[number] for number in setup.numbers(split)]
 
 
-def _base(setting: MergingSetting) -> Any:
-    return setting.start and setting.start.model
+def _base(setup: MergingSetup) -> Any:
+    return setup.start and setup.start.model
 
 
 # ---------------------------------------------------------------- mixtures
@@ -313,21 +313,21 @@ def _base(setting: MergingSetting) -> Any:
     stochastic=True,
 )
 def wemoe(
-    setting: MergingSetting, split: UnseenSplit, seed: int, steps: int, scaling: float = 0.3, loss: str = "expert",
+    setup: MergingSetup, split: UnseenSplit, seed: int, steps: int, scaling: float = 0.3, loss: str = "expert",
     diversity: float = 1.0, batch_size: int = 16, **options: Any,
 ) -> System:  # fmt: skip
     """WEMoE: MLPs merged anew for every input, routers adapted without labels on rows kept apart."""
-    model = upscaled(_fused(setting, split), setting.start, scaling=scaling, **options)
+    model = upscaled(_fused(setup, split), setup.start, scaling=scaling, **options)
     how = {"steps": steps, "loss": loss, "diversity": diversity, "batch_size": batch_size}
-    facts = _adapt(setting, split, model, seed, **how)
-    return _mixture(setting, model, {**options, **facts})
+    facts = _adapt(setup, split, model, seed, **how)
+    return _mixture(setup, model, {**options, **facts})
 
 
 @bench_method("SMILE", "mixture", given={"rank": 32})
-def smile(setting: MergingSetting, split: UnseenSplit, seed: int, rank: int) -> System:
+def smile(setup: MergingSetup, split: UnseenSplit, seed: int, rank: int) -> System:
     """SMILE: low-rank experts chosen token by token, without training."""
-    model = upscaled(_fused(setting, split), setting.start, routing="smile", task_vectors="low-rank", rank=rank)
-    return _mixture(setting, model, {"rank": rank})
+    model = upscaled(_fused(setup, split), setup.start, routing="smile", task_vectors="low-rank", rank=rank)
+    return _mixture(setup, model, {"rank": rank})
 
 
 def upscaled(experts: list[Expert], base: Expert | None, **options: Any) -> Any:
@@ -344,25 +344,25 @@ def upscaled(experts: list[Expert], base: Expert | None, **options: Any) -> Any:
         raise NotApplicable("the models have no MLPs of a known manner, and these are what is up-scaled") from error
 
 
-def _mixture(setting: MergingSetting, model: Any, parameters: dict[str, Any]) -> System:
+def _mixture(setup: MergingSetup, model: Any, parameters: dict[str, Any]) -> System:
     """A WEMoE that answers to the tasks of all experts: heads that it lacks are those of its siblings."""
-    heads = setting.merge.heads
+    heads = setup.merge.heads
     for path in heads:
-        model.backbone.set_submodule(path, setting.backbone.get_submodule(path))
+        model.backbone.set_submodule(path, setup.backbone.get_submodule(path))
 
     def called(task: str, **inputs: Any) -> Any:
-        activate_heads(model.backbone, heads, setting.names.index(task))
-        if setting.suite.head == "causal-lm":
+        activate_heads(model.backbone, heads, setup.names.index(task))
+        if setup.suite.head == "causal-lm":
             inputs["prompt_mask"] = model.prompt_tokens(inputs)
         return model(**inputs)
 
     model.config.default_task = None
     stored = sum(p.numel() for p in model.parameters())
-    active = stored - (setting.sizes[0] - setting.sizes[1])
+    active = stored - (setup.sizes[0] - setup.sizes[1])
     told = _Called(called, model)
     return System(
-        partial(setting.ask, told), parameters=parameters, stored=stored, active=active,
-        cost=setting.relative_cost(told),
+        partial(setup.ask, told), parameters=parameters, stored=stored, active=active,
+        cost=setup.relative_cost(told),
     )  # fmt: skip
 
 
@@ -382,39 +382,39 @@ class _Called:
 Combine = Callable[[torch.Tensor], torch.Tensor]  # logits (K, N, C) → scores (N, C)
 
 
-def _ensemble(setting: MergingSetting, split: UnseenSplit, combine: Combine, **parameters: Any) -> System:
-    if setting.suite.head in ("causal-lm", "seq2seq-lm"):
+def _ensemble(setup: MergingSetup, split: UnseenSplit, combine: Combine, **parameters: Any) -> System:
+    if setup.suite.head in ("causal-lm", "seq2seq-lm"):
         raise NotApplicable("an ensemble of language models would have to be asked token by token")
-    if setting.suite.head == "dense-prediction":
+    if setup.suite.head == "dense-prediction":
         raise NotApplicable("an ensemble is one of classes' logits, row by row; depths and normals are no classes")
-    if setting.suite.head == "feature-extraction":
+    if setup.suite.head == "feature-extraction":
         raise NotApplicable("embeddings of several models have no common space to be averaged in")
 
     def answer(task: str, condition: str, part: str) -> Answered:
-        found = [setting.logits(number, task, condition, part) for number in setting.numbers(split)]
+        found = [setup.logits(number, task, condition, part) for number in setup.numbers(split)]
         logits = combine(torch.stack([own for own, _ in found]))
-        return Answered(*from_logits(logits, found[0][1], METRICS[setting.suite.tasks[task].metric].reads))
+        return Answered(*from_logits(logits, found[0][1], METRICS[setup.suite.tasks[task].metric].reads))
 
-    one, count = setting.sizes[1], len(split.fuse)
+    one, count = setup.sizes[1], len(split.fuse)
     return System(answer, dict(parameters), stored=one * count, active=one * count, cost=float(count))
 
 
 @bench_method("Simple ensemble", "ensemble")
-def simple_ensemble(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
+def simple_ensemble(setup: MergingSetup, split: UnseenSplit, seed: int) -> System:
     """The mean of all experts' logits under the task's head."""
-    return _ensemble(setting, split, lambda logits: logits.mean(0))
+    return _ensemble(setup, split, lambda logits: logits.mean(0))
 
 
 @bench_method("Weighted ensemble", "ensemble")
-def weighted_ensemble(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
+def weighted_ensemble(setup: MergingSetup, split: UnseenSplit, seed: int) -> System:
     """Their mean, with weights by how well each does on all fused tasks, on rows kept apart."""
-    weights = _weights(setting, split)
+    weights = _weights(setup, split)
     shares = torch.tensor(weights)[:, None, None] / max(sum(weights), 1e-9)
     named = dict(zip(split.fuse, weights, strict=True))
-    return _ensemble(setting, split, lambda logits: (logits * shares).sum(0), weights=named)
+    return _ensemble(setup, split, lambda logits: (logits * shares).sum(0), weights=named)
 
 
 @bench_method("Max-model predictor", "ensemble")
-def max_ensemble(setting: MergingSetting, split: UnseenSplit, seed: int) -> System:
+def max_ensemble(setup: MergingSetup, split: UnseenSplit, seed: int) -> System:
     """The highest logit that any expert gives a class (FusionBench's max-model predictor)."""
-    return _ensemble(setting, split, lambda logits: logits.amax(0))
+    return _ensemble(setup, split, lambda logits: logits.amax(0))

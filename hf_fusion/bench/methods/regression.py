@@ -9,7 +9,7 @@ from transformers import set_seed
 
 from hf_fusion.bench.methods.declaration import bench_method
 from hf_fusion.bench.scoring import Answered, score
-from hf_fusion.bench.settings.regression import HIDDEN, LEARNING_RATE, RegressionSetting
+from hf_fusion.bench.setups.regression import HIDDEN, LEARNING_RATE, RegressionSetup
 from hf_fusion.bench.suite import UnseenSplit
 from hf_fusion.bench.systems import CLEAN, FIT, System
 from hf_fusion.models.fuser_foe import Fuser
@@ -20,66 +20,66 @@ if TYPE_CHECKING:
 
 
 @bench_method()
-def experts(setting: RegressionSetting, split: UnseenSplit, seed: int) -> dict[str, System]:
+def experts(setup: RegressionSetup, split: UnseenSplit, seed: int) -> dict[str, System]:
     """Every expert's own scores."""
 
     def alone(number: int) -> System:
-        size = setting.experts[number].model.num_parameters()
-        facts = {"stored": size, "active": size, "cost": setting.costs[number]}
-        return setting.system(lambda scores, task: scores[:, number], **facts)
+        size = setup.experts[number].model.num_parameters()
+        facts = {"stored": size, "active": size, "cost": setup.costs[number]}
+        return setup.system(lambda scores, task: scores[:, number], **facts)
 
-    return {f"expert:{expert.name}": alone(number) for number, expert in enumerate(setting.experts)}
+    return {f"expert:{expert.name}": alone(number) for number, expert in enumerate(setup.experts)}
 
 
 @bench_method()
-def simple_ensemble(setting: RegressionSetting, split: UnseenSplit, seed: int) -> System:
+def simple_ensemble(setup: RegressionSetup, split: UnseenSplit, seed: int) -> System:
     """The mean of all scores, each with mean 0 and variance 1 over the rows kept apart."""
-    return setting.system(lambda scores, task: _standard(setting, scores, task).mean(1))
+    return setup.system(lambda scores, task: _standard(setup, scores, task).mean(1))
 
 
 @bench_method()
-def weighted_ensemble(setting: RegressionSetting, split: UnseenSplit, seed: int) -> System:
+def weighted_ensemble(setup: RegressionSetup, split: UnseenSplit, seed: int) -> System:
     """The same, with weights by how well each expert agrees with people on the rows kept apart."""
     weights = {
-        task: [max(0.0, _agreement(setting, task, number)) for number in range(len(setting.experts))]
-        for task in setting.suite.tasks
+        task: [max(0.0, _agreement(setup, task, number)) for number in range(len(setup.experts))]
+        for task in setup.suite.tasks
     }
 
     def combine(scores: torch.Tensor, task: str) -> torch.Tensor:
-        return _standard(setting, scores, task) @ torch.tensor(weights[task])
+        return _standard(setup, scores, task) @ torch.tensor(weights[task])
 
-    return setting.system(combine, parameters={f"weights, {task}": own for task, own in weights.items()})
+    return setup.system(combine, parameters={f"weights, {task}": own for task, own in weights.items()})
 
 
 @bench_method()
-def foe(setting: RegressionSetting, split: UnseenSplit, seed: int) -> System:
+def foe(setup: RegressionSetup, split: UnseenSplit, seed: int) -> System:
     """FoE for regression: for each task a fuser of all scores."""
     fusers, rows = {}, 0
-    for task in setting.suite.tasks:
-        fit = setting.fitting(task)
+    for task in setup.suite.tasks:
+        fit = setup.fitting(task)
         rows = len(fit)
         set_seed(seed)
-        fuser = Fuser(len(setting.experts), HIDDEN, 1, 0.0)
-        read, wanted = _standard(setting, setting.scores(fit), task), torch.tensor(fit["label"]).float()
-        on_cpu = torch.device(setting.device).type == "cpu"
+        fuser = Fuser(len(setup.experts), HIDDEN, 1, 0.0)
+        read, wanted = _standard(setup, setup.scores(fit), task), torch.tensor(fit["label"]).float()
+        on_cpu = torch.device(setup.device).type == "cpu"
         train_fuser(fuser, read, wanted, learning_rate=LEARNING_RATE, batch_size=16, seed=seed, use_cpu=on_cpu)
         fusers[task] = fuser
 
     @torch.no_grad()
     def combine(scores: torch.Tensor, task: str) -> torch.Tensor:
-        return fusers[task](_standard(setting, scores, task)).squeeze(1)
+        return fusers[task](_standard(setup, scores, task)).squeeze(1)
 
-    return setting.system(combine, parameters={"fitted_on": rows})
+    return setup.system(combine, parameters={"fitted_on": rows})
 
 
-def _agreement(setting: RegressionSetting, task: str, number: int) -> float:
+def _agreement(setup: RegressionSetup, task: str, number: int) -> float:
     """An expert's rank correlation with people on the rows that parameters are tuned on."""
-    rows = setting.some(task, CLEAN, FIT)
-    given = Answered(setting.scores(rows)[:, number].tolist(), list(rows["label"]))
-    return score(given, setting.suite.tasks[task].metric).score
+    rows = setup.some(task, CLEAN, FIT)
+    given = Answered(setup.scores(rows)[:, number].tolist(), list(rows["label"]))
+    return score(given, setup.suite.tasks[task].metric).score
 
 
-def _standard(setting: RegressionSetting, scores: torch.Tensor, task: str) -> torch.Tensor:
+def _standard(setup: RegressionSetup, scores: torch.Tensor, task: str) -> torch.Tensor:
     """Scores (N, K) on a common scale, by their mean and deviation over the rows that may be learned from."""
-    known = setting.scores(setting.fitting(task))
+    known = setup.scores(setup.fitting(task))
     return (scores - known.mean(0)) / known.std(0).clamp_min(1e-9)

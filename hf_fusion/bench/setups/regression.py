@@ -17,7 +17,7 @@ import torch
 from transformers import DataCollatorForSeq2Seq
 
 from hf_fusion.bench.scoring import Answered, answers
-from hf_fusion.bench.settings.common import ROWS_COUNTED, Setting, multiplications, on_device
+from hf_fusion.bench.setups.common import ROWS_COUNTED, TaskSetup, multiplications, on_device
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import Suite
 from hf_fusion.bench.systems import System, share_batches
@@ -33,12 +33,12 @@ HIDDEN = (32,)  # widths of the fuser: a handful of scores go in
 LEARNING_RATE = 1e-2  # of a fuser so small
 
 
-class RegressionSetting(Setting, kind="regression"):
+class RegressionSetup(TaskSetup, kind="regression"):
     """Encoder-decoders that are asked for scores.
 
     Args:
         suite: of the kind "regression".
-        data_dir, limit, tuned_on, batch_size, device, allow_pickle: see `Setting`.
+        data_dir, limit, tuned_on, batch_size, device, allow_pickle: see `TaskSetup`.
 
     Attributes:
         experts: one for each question; those that ask the same model share it.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_fusion.bench.scoring import METRICS, Answered, answers
-from hf_fusion.bench.settings.common import MAX_LENGTH, ROWS_COUNTED, Batch, Setting, multiplications
+from hf_fusion.bench.setups.common import MAX_LENGTH, ROWS_COUNTED, Batch, TaskSetup, multiplications
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import Suite, UnseenSplit
 from hf_fusion.bench.systems import CLEAN, TEST, NotApplicable, System, everything, seeded, share_batches
@@ -41,12 +41,12 @@ TOP_K = 2
 HEADS = "the experts bring heads of their own, without which their base has no answers"
 
 
-class RoutingSetting(Setting, kind="routing"):
+class RoutingSetup(TaskSetup, kind="routing"):
     """Adapters of one base, which all systems share.
 
     Args:
         suite: of the kind "routing".
-        data_dir, limit, tuned_on, batch_size, device, allow_pickle: see `Setting`.
+        data_dir, limit, tuned_on, batch_size, device, allow_pickle: see `TaskSetup`.
 
     Attributes:
         experts: all of the suite, under its names.
@@ -233,11 +233,11 @@ class RoutingSetting(Setting, kind="routing"):
 class _Evaluation(Evaluation):
     """Rows come as they are asked for, and chance does not depend on their order."""
 
-    def add(self, task: str, condition: str, part: str, setting: RoutingSetting) -> str:
+    def add(self, task: str, condition: str, part: str, setup: RoutingSetup) -> str:
         """The name of rows here."""
         name = f"{task}/{condition}/{part}"
         if name not in self.suite:
-            self.suite = {**self.suite, name: setting.asked(task, setting.some(task, condition, part))}
+            self.suite = {**self.suite, name: setup.asked(task, setup.some(task, condition, part))}
         return name
 
     def drawn(self, task: str, rows: Sequence[int]) -> AbstractContextManager[None]:

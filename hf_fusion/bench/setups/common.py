@@ -27,8 +27,8 @@ ROWS_COUNTED = 8  # whose multiplications are counted
 Batch = tuple[list[int], dict[str, Any]]
 
 
-class Setting:
-    """The rows that a suite's methods see.
+class TaskSetup:
+    """What the methods of a suite share: its loaded experts, which a subclass adds, and the rows of its tasks.
 
     Args:
         suite: of any kind.
@@ -40,30 +40,30 @@ class Setting:
         allow_pickle: also read experts that have no safetensors.
 
     Attributes:
-        given: all of these, to make the setting of another kind.
-        kind: of the suites whose rows and experts it makes ready; a subclass names it.
-        kinds: kind → the class of its settings, once it is imported.
+        given: all of these, to make the setup of another kind.
+        kind: of the suites whose rows and experts it loads; a subclass names it.
+        kinds: kind → the class of its setups, once it is imported.
     """
 
     kind: ClassVar[str]
-    kinds: ClassVar[dict[str, type[Setting]]] = {}
+    kinds: ClassVar[dict[str, type[TaskSetup]]] = {}
 
     def __init_subclass__(cls, kind: str) -> None:
         super().__init_subclass__()
         cls.kind = kind
-        Setting.kinds[kind] = cls
+        TaskSetup.kinds[kind] = cls
 
     def __init__(
         self, suite: Suite, data_dir: Path | None, limit: int, tuned_on: int, batch_size: int = 16, device: str = "cpu",
         allow_pickle: bool = False,
     ) -> None:  # fmt: skip
         self.suite, self.batch_size, self.device = suite, batch_size, device
-        self._others: dict[str, Setting] = {}
+        self._others: dict[str, TaskSetup] = {}
         self.given = (suite, data_dir, limit, tuned_on, batch_size, device, allow_pickle)
         self._limits = {TEST: limit, FIT: tuned_on}
         self.rows: Callable[[str], Rows] = cache(partial(task_rows, suite, data_dir=data_dir))
 
-    def of_kind(self, kind: str) -> Setting:
+    def of_kind(self, kind: str) -> TaskSetup:
         """The same experts and rows as the methods for suites of another kind take them; made once.
 
         Args:
@@ -72,7 +72,7 @@ class Setting:
         if kind == self.kind:
             return self
         if kind not in self._others:
-            self._others[kind] = Setting.kinds[kind](*self.given)
+            self._others[kind] = TaskSetup.kinds[kind](*self.given)
         return self._others[kind]
 
     def some(self, task: str, condition: str = CLEAN, part: str = TEST) -> Dataset:

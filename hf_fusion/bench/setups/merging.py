@@ -15,7 +15,7 @@ import torch
 from transformers import AutoProcessor, DataCollatorWithPadding
 
 from hf_fusion.bench.scoring import METRICS, Answered, answers, from_logits
-from hf_fusion.bench.settings.common import MAX_LENGTH, ROWS_COUNTED, Batch, Setting, multiplications, on_device
+from hf_fusion.bench.setups.common import MAX_LENGTH, ROWS_COUNTED, Batch, TaskSetup, multiplications, on_device
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import Suite, UnseenSplit
 from hf_fusion.bench.systems import CLEAN, TEST, NotApplicable, System, share_batches
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 State = Mapping[str, torch.Tensor]
 
 
-class MergingSetting(Setting, kind="merging"):
+class MergingSetup(TaskSetup, kind="merging"):
     """Experts of one base, with one backbone that becomes every merge of them in turn.
 
     Args:
         suite: of the kind "merging".
-        data_dir, limit, tuned_on, batch_size, device, allow_pickle: see `Setting`.
+        data_dir, limit, tuned_on, batch_size, device, allow_pickle: see `TaskSetup`.
 
     Attributes:
         merge: all experts' task vectors and heads; its backbone is what runs.
@@ -208,13 +208,13 @@ def _no_loss(model: Any, inputs: Any) -> torch.Tensor:
 class _Own(Mapping[str, torch.Tensor]):
     """An expert's tensors, made when they are asked for: θ0 + τ_k."""
 
-    def __init__(self, setting: MergingSetting, number: int) -> None:
-        self.setting, self.number = setting, number
-        self.places = {name: place for place, name in enumerate(setting.merge.tensors)}
+    def __init__(self, setup: MergingSetup, number: int) -> None:
+        self.setup, self.number = setup, number
+        self.places = {name: place for place, name in enumerate(setup.merge.tensors)}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        vectors = getattr(self.setting.merge, f"vectors_{self.places[name]}")
-        return self.setting.base[name] + vectors[self.number]
+        vectors = getattr(self.setup.merge, f"vectors_{self.places[name]}")
+        return self.setup.base[name] + vectors[self.number]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
@@ -226,13 +226,13 @@ class _Own(Mapping[str, torch.Tensor]):
 class Dense:
     """The backbone, told the task."""
 
-    def __init__(self, setting: MergingSetting) -> None:
-        self.setting, backbone = setting, setting.backbone
+    def __init__(self, setup: MergingSetup) -> None:
+        self.setup, backbone = setup, setup.backbone
         self.config, self.forward = backbone.config, backbone.forward
         self.generate = getattr(backbone, "generate", None)
 
     def __call__(self, task: str, **inputs: Any) -> Any:
         """As the backbone's forward, with the head of a task."""
-        merge = self.setting.merge
-        activate_heads(self.setting.backbone, merge.heads, self.setting.names.index(task))
-        return self.setting.backbone(**inputs)
+        merge = self.setup.merge
+        activate_heads(self.setup.backbone, merge.heads, self.setup.names.index(task))
+        return self.setup.backbone(**inputs)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_fusion.bench.scoring import METRICS, Answered, answers
-from hf_fusion.bench.settings.common import MAX_LENGTH, ROWS_COUNTED, Setting, multiplications
+from hf_fusion.bench.setups.common import MAX_LENGTH, ROWS_COUNTED, TaskSetup, multiplications
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import Suite, UnseenSplit
 from hf_fusion.bench.systems import CLEAN, TEST, NotApplicable, share_batches
@@ -39,12 +39,12 @@ HIDDEN = {OUTPUT: (512, 512), SELECTION: (512,)}  # widths of the fuser's layers
 LANGUAGE = ("causal-lm", "seq2seq-lm")
 
 
-class FusionSetting(Setting, kind="fusion"):
+class FusionSetup(TaskSetup, kind="fusion"):
     """Experts, and what they say to the rows of each task.
 
     Args:
         suite: of the kind "fusion".
-        data_dir, limit, tuned_on, batch_size, device, allow_pickle: see `Setting`.
+        data_dir, limit, tuned_on, batch_size, device, allow_pickle: see `TaskSetup`.
 
     Attributes:
         experts: all of the suite, under its names.
@@ -80,8 +80,8 @@ class FusionSetting(Setting, kind="fusion"):
         names = self.rows(own[0]).test.features["label"].names
         return replace(expert, labels=list(names)) if len(names) == len(expert.labels) else expert
 
-    def of_kind(self, kind: str) -> Setting:
-        """See `Setting.of_kind`.
+    def of_kind(self, kind: str) -> TaskSetup:
+        """See `TaskSetup.of_kind`.
 
         Raises:
             NotApplicable: adapters of one base are needed, and the experts are not.
