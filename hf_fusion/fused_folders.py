@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from hf_fusion.errors import FusionError, is_fault, one_line, shown, suggestion
 from hf_fusion.extras import MissingLibraryError
 from hf_fusion.families import METHODS
-from hf_fusion.hub.files import IMAGE_FILES, PROCESSOR_FILES, resolve
+from hf_fusion.hub.formats import IMAGE_FILES, PROCESSOR_FILES
 from hf_fusion.hub.heads import architectures, model_class_of
 from hf_fusion.hub.load import processor_of
+from hf_fusion.hub.resolve import resolve
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.recipe import RECIPE_FILE, Recipe
 

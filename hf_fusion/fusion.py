@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, disk_refusals, writing
 from hf_fusion.families import family_named
 from hf_fusion.fused_folders import (
     explained,
@@ -21,11 +21,10 @@ from hf_fusion.fused_folders import (
 from hf_fusion.hub.code import refuse_own_code
 from hf_fusion.hub.heads import head_of_task
 from hf_fusion.hub.load import load_experts
-from hf_fusion.hub.lora import read_json
 from hf_fusion.hub.provenance import contents_of, folders_of, recipe_in, recipe_of_model, told
 from hf_fusion.hub.snapshot import check_snapshot
 from hf_fusion.io.folders import recover_folder, refuse_to_replace, replace_folder
-from hf_fusion.io.saving import disk_refusals, writing
+from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.engine.processes import is_main
 from hf_fusion.merging.loaded import fuse_static, load_merged, merged_model
 from hf_fusion.merging.methods import MERGE_METHODS

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from hf_fusion.hub.files import Source
+    from hf_fusion.hub.source import Source
 
 
 @dataclass(frozen=True)

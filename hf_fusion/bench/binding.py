@@ -14,8 +14,9 @@ from typing import Any
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import Suite, Task
 from hf_fusion.errors import FusionError
+from hf_fusion.hub.client import hub_api
 from hf_fusion.hub.commits import found_commit
-from hf_fusion.hub.files import hub_api, repo_of
+from hf_fusion.hub.references import repo_of
 from hf_fusion.io.saving import in_folder, write_file
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,9 @@ from hf_fusion.bench.rows import PACKAGES, stored_parts
 from hf_fusion.bench.sources import expert_path, is_hub_id
 from hf_fusion.bench.suite import Suite
 from hf_fusion.errors import FusionError
+from hf_fusion.hub.client import explained, hub_api, in_parallel
 from hf_fusion.hub.commits import as_commit, found_commit
-from hf_fusion.hub.files import explained, hub_api, in_parallel, repo_of
+from hf_fusion.hub.references import repo_of
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

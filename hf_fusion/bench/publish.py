@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from hf_fusion.bench.cells import ALL, CLEAN, LEADERBOARD, Cell, read_cells
 from hf_fusion.bench.pages import CELLS, README_SECTION, REPORT, write_report
 from hf_fusion.errors import FusionError
+from hf_fusion.hub.client import explained, hub_api, same_file
 from hf_fusion.hub.commits import download_file
-from hf_fusion.hub.files import explained, hub_api, same_file
 from hf_fusion.hub.readme import add_tag, metadata_of, put_metadata, put_section
 from hf_fusion.io.saving import write_file
 

@@ -15,8 +15,9 @@ from hf_fusion.bench.sources import is_hub_id
 from hf_fusion.bench.suite import OUR_COLUMNS, Suite, Task
 from hf_fusion.errors import FusionError, one_line, shown
 from hf_fusion.extras import refuse_missing
+from hf_fusion.hub.client import explained, hub_api
 from hf_fusion.hub.commits import as_commit, found_commit
-from hf_fusion.hub.files import explained, hub_api, split_revision
+from hf_fusion.hub.references import split_revision
 
 if TYPE_CHECKING:
     from datasets import Dataset

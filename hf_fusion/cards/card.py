@@ -20,15 +20,17 @@ from hf_fusion.cards.families import FAMILIES
 from hf_fusion.cards.merge import MERGE, pipeline_tag
 from hf_fusion.cards.parts import Family, chats
 from hf_fusion.errors import FusionError
+from hf_fusion.hub.client import in_parallel
 from hf_fusion.hub.commits import SHA
 from hf_fusion.hub.discover import read_info
-from hf_fusion.hub.files import in_parallel, parts_of, resolve
+from hf_fusion.hub.formats import ADAPTER_CONFIG
 from hf_fusion.hub.heads import HEADS, auto_class_of, head_of_adapter
 from hf_fusion.hub.licenses import combine
-from hf_fusion.hub.lora import CONFIG as ADAPTER_CONFIG
-from hf_fusion.hub.lora import read_json
 from hf_fusion.hub.readme import escape_markdown
+from hf_fusion.hub.references import parts_of
+from hf_fusion.hub.resolve import resolve
 from hf_fusion.io.files import read_text
+from hf_fusion.io.json_files import read_json
 from hf_fusion.io.saving import write_file
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.publishing.local_experts import folder_info

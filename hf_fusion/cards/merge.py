@@ -19,11 +19,10 @@ from hf_fusion.cards.parts import (
     suite_lacking,
     suite_measured,
 )
-from hf_fusion.hub.files import IMAGE_FILES, PROCESSOR_FILES
+from hf_fusion.hub.formats import ADAPTER_CONFIG, IMAGE_FILES, PROCESSOR_FILES
 from hf_fusion.hub.heads import architectures, head_of_adapter, head_of_architecture
-from hf_fusion.hub.lora import CONFIG as ADAPTER_CONFIG
-from hf_fusion.hub.lora import read_json
 from hf_fusion.hub.manifests import MODULES
+from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.engine.output import FACTS
 from hf_fusion.merging.methods import method_named
 from hf_fusion.recipe import Recipe

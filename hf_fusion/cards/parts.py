@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.lora import read_json
+from hf_fusion.io.json_files import read_json
 
 if TYPE_CHECKING:
     from hf_fusion.cards.card import CardFacts

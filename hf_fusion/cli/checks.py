@@ -13,8 +13,8 @@ from typing import Any
 
 from hf_fusion.data import columns_of
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.files import parts_of, repo_of
 from hf_fusion.hub.heads import Head, architectures, head_of_adapter, head_of_architecture
+from hf_fusion.hub.references import parts_of, repo_of
 from hf_fusion.io.files import read_text
 from hf_fusion.io.folders import recover_folder
 from hf_fusion.recipe import RECIPE_FILE

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, refusal, unwritable
 from hf_fusion.extras import missing_library
-from hf_fusion.io.saving import refusal, unwritable
 
 
 def explain(error: Exception, command: str) -> FusionError:

@@ -172,7 +172,7 @@ def _static(args: argparse.Namespace, rows: Dataset, recipe: Recipe | None, comm
     """A static merge, task by task, beside its experts and their base, where these can be found; else alone."""
     from hf_fusion.data import split_tasks
     from hf_fusion.evaluation.merging import evaluate_static
-    from hf_fusion.hub.files import parts_of
+    from hf_fusion.hub.references import parts_of
 
     experts = [expert.model for expert in recipe.experts] if recipe else []
     named = [parts_of(name)[1].partition("@")[0] for name in experts]

@@ -135,7 +135,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
 
 def _refuse_again(args: argparse.Namespace) -> None:
     """Refuses, before anything is loaded, to replace what an earlier fit learned, or what was measured of it."""
-    from hf_fusion.hub.lora import read_json
+    from hf_fusion.io.json_files import read_json
 
     folder = Path(args.folder)
     if args.overwrite or not (folder / "config.json").exists():
@@ -204,8 +204,8 @@ def _fit_gates(args: argparse.Namespace, out: Out) -> None:
         check_columns(args.reference, args.split, needed)
 
     from hf_fusion.data import load_rows
-    from hf_fusion.hub.files import resolve
     from hf_fusion.hub.gates import GATES_FILE, refuse_gates, save_gates
+    from hf_fusion.hub.resolve import resolve
 
     if folder:
         refuse_gates(folder, args.overwrite)

@@ -16,10 +16,10 @@ from hf_fusion.data import owners_by_name
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.fusion import machine
 from hf_fusion.evaluation.results import Metric, SuiteResults, SuiteTask, compare
-from hf_fusion.hub.files import parts_of
 from hf_fusion.hub.heads import head_of_architecture, same_label
 from hf_fusion.hub.load import load_experts
 from hf_fusion.hub.lora import with_adapter
+from hf_fusion.hub.references import parts_of
 from hf_fusion.progress import track
 from hf_fusion.training.adamerging import CoefficientMerge, merged_once
 from hf_fusion.training.batches import like_lengths, read_examples, score_rows, to_model

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from hf_fusion.errors import printable
 from hf_fusion.hub.commits import SHA
-from hf_fusion.hub.files import Source, resolve, resolve_repo
+from hf_fusion.hub.resolve import resolve, resolve_repo
+from hf_fusion.hub.source import Source
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

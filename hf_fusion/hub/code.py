@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_fusion.errors import FusionError, shown
-from hf_fusion.hub.files import IMAGE_FILES, PROCESSOR_FILES, Source, resolve
-from hf_fusion.hub.lora import read_json
+from hf_fusion.hub.formats import IMAGE_FILES, PROCESSOR_FILES
+from hf_fusion.hub.source import Source, folder_source
+from hf_fusion.io.json_files import read_json
 
 FOE_PROCESSORS = "processor_config.json"
 MANIFESTS_OF = {
@@ -145,7 +146,7 @@ def refuse_own_code(folder: Path, config: Mapping[str, Any], *, agreed: bool) ->
     refuse_kernels(config, str(folder))
     for below, auto in _processors(folder, config):
         if (folder / below).is_dir():
-            source = resolve(folder / below)
+            source = folder_source(folder / below)
             source.name = f"{folder.resolve().name}/{below}".rstrip("/")
             refuse_code(source, processor_code(source, auto), agreed=agreed)
 
@@ -153,7 +154,7 @@ def refuse_own_code(folder: Path, config: Mapping[str, Any], *, agreed: bool) ->
 def _processors(folder: Path, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(sub-folder, Auto class) of each processor that a fused model's folder may be asked for."""
     if config.get("model_type") != "foe":
-        auto = processor_class(resolve(folder))
+        auto = processor_class(folder_source(folder))
         return [("", auto)] if auto else []
     autos = {"text": "AutoTokenizer", "image": "AutoImageProcessor"}
     file = folder / FOE_PROCESSORS

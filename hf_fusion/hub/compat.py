@@ -11,21 +11,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, first_line
 from hf_fusion.extras import refuse_missing
+from hf_fusion.hub.client import hub_api, in_parallel
 from hf_fusion.hub.code import MANIFESTS_OF, model_code, processor_class, processor_code, refuse_code, refuse_kernels
 from hf_fusion.hub.commits import as_commit
 from hf_fusion.hub.discover import info_row
-from hf_fusion.hub.files import (
-    Source,
-    first_line,
-    has_processor,
-    hub_api,
-    in_parallel,
-    pick_weights,
-    recorded_base,
-    resolve_repo,
-)
+from hf_fusion.hub.formats import has_processor
 from hf_fusion.hub.gates import GATES_FILE, gate_problem
 from hf_fusion.hub.headers import Account, Accounts, Shapes, account, hub_shapes, native_config
 from hf_fusion.hub.heads import (
@@ -43,6 +35,9 @@ from hf_fusion.hub.lora import config_problems, shape_problems, trained_class
 from hf_fusion.hub.peft_names import adapter_shapes, plain_keys
 from hf_fusion.hub.placement import placement
 from hf_fusion.hub.reasons import Reason, ReasonKind
+from hf_fusion.hub.resolve import recorded_base, resolve_repo
+from hf_fusion.hub.selection import pick_weights
+from hf_fusion.hub.source import Source
 from hf_fusion.progress import track
 from hf_fusion.types import ExpertInfo
 

@@ -9,22 +9,15 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, overload
 
 from hf_fusion.errors import FusionError, printable
+from hf_fusion.hub.client import READERS, explained, hub_api, in_parallel
 from hf_fusion.hub.commits import as_commit
-from hf_fusion.hub.files import (
-    READERS,
-    Source,
-    explained,
-    hub_api,
-    in_parallel,
-    resolve_repo,
-    safe_files,
-    source_of,
-    weight_files,
-)
+from hf_fusion.hub.formats import ADAPTER_CONFIG, weight_files
 from hf_fusion.hub.gates import GATES_FILE
 from hf_fusion.hub.heads import architectures, default_task, head_of_adapter, label_names
-from hf_fusion.hub.lora import CONFIG as ADAPTER_CONFIG
 from hf_fusion.hub.remote import CARD_ERRORS, DESCRIBED
+from hf_fusion.hub.resolve import resolve_repo
+from hf_fusion.hub.selection import safe_files
+from hf_fusion.hub.source import Source, source_of
 from hf_fusion.types import ExpertInfo
 
 if TYPE_CHECKING:

@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import printable
+from hf_fusion.hub.client import hub_api, in_parallel
 from hf_fusion.hub.commits import SHA
 from hf_fusion.hub.compat import Compatibility, Rejected
-from hf_fusion.hub.files import Source, download, hub_api, in_parallel, resolve_repo, safe_files
+from hf_fusion.hub.download import download
 from hf_fusion.hub.heads import Head, head_of_architecture, head_of_task, same_label
 from hf_fusion.hub.reasons import Reason, ReasonKind
+from hf_fusion.hub.resolve import resolve_repo
+from hf_fusion.hub.selection import safe_files
+from hf_fusion.hub.source import Source
 from hf_fusion.types import ExpertInfo
 
 if TYPE_CHECKING:

@@ -16,15 +16,16 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hf_fusion.errors import FusionError, shown
+from hf_fusion.errors import FusionError, first_line, shown
 from hf_fusion.extras import refuse_missing
 from hf_fusion.hub.bounds import TooMuchError, within_bounds
+from hf_fusion.hub.client import in_parallel
 from hf_fusion.hub.code import refuse_kernels
-from hf_fusion.hub.files import Source, first_line, in_parallel
 from hf_fusion.hub.heads import Head
 from hf_fusion.hub.linearized import plain_names
 from hf_fusion.hub.quiet import quiet_transformers
 from hf_fusion.hub.remote import refuse_long
+from hf_fusion.hub.source import Source
 from hf_fusion.io.files import open_file
 
 if TYPE_CHECKING:

@@ -11,23 +11,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safetensors import SafetensorError
 
-from hf_fusion.errors import FusionError, is_fault
+from hf_fusion.errors import FusionError, first_line, is_fault
 from hf_fusion.extras import MissingLibraryError, missing_library, refuse_missing
 from hf_fusion.hub.bases import Base, base_id, warn_of_other_bases
+from hf_fusion.hub.client import hub_api, in_parallel
 from hf_fusion.hub.code import model_code, processor_class, processor_code, refuse_code, refuse_kernels
-from hf_fusion.hub.files import (
-    Source,
-    download,
-    first_line,
-    has_processor,
-    hub_api,
-    in_parallel,
-    pick_small,
-    pick_weights,
-    recorded_base,
-    resolve,
-    resolve_repo,
-)
+from hf_fusion.hub.download import download
+from hf_fusion.hub.formats import has_processor
 from hf_fusion.hub.gates import GATES_FILE, read_gates
 from hf_fusion.hub.headers import Account, Shapes, account, checked_config, local_shapes, native_config
 from hf_fusion.hub.heads import (
@@ -42,7 +32,10 @@ from hf_fusion.hub.heads import (
 from hf_fusion.hub.lora import fit_problems, lifted, read_adapter
 from hf_fusion.hub.placement import placed
 from hf_fusion.hub.quiet import quiet_transformers
+from hf_fusion.hub.resolve import recorded_base, resolve, resolve_repo
+from hf_fusion.hub.selection import pick_small, pick_weights
 from hf_fusion.hub.snapshot import check_snapshot
+from hf_fusion.hub.source import Source
 from hf_fusion.io.files import own_file, read_file
 from hf_fusion.progress import phase
 from hf_fusion.types import Adapter, Expert, ExpertInfo

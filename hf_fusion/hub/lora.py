@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError, shown
 from hf_fusion.hub.commits import as_commit
+from hf_fusion.hub.formats import ADAPTER_CONFIG
 from hf_fusion.hub.linearized import STEM as LINEARIZED
 from hf_fusion.hub.linearized import as_lora
 from hf_fusion.hub.patterns import Patterns
 from hf_fusion.hub.peft_names import EMBEDDING, LORA, PREFIX, ROWS, plain_keys
-from hf_fusion.io.files import own_file, read_file
-from hf_fusion.io.json_files import parse_object
+from hf_fusion.io.files import own_file
+from hf_fusion.io.json_files import read_json
 from hf_fusion.types import Adapter
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-CONFIG = "adapter_config.json"
 # These initialisations leave the base's weights as they are; PiSSA, OLoRA, CorDA, LoftQ … rewrite them.
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
@@ -103,7 +103,7 @@ def read_adapter(folder: str | Path, name: str, *, allow_pickle: bool = False, e
         FusionError: naming the adapter and the field or tensor that cannot be expressed.
     """
     folder = Path(folder)
-    config = read_json(folder / CONFIG, name)
+    config = read_json(folder / ADAPTER_CONFIG, name)
     if problems := config_problems(config, embeddings=embeddings):
         hint = _EMBEDS if not config_problems(config, embeddings=True) else _MERGE_FIRST
         raise FusionError(f"Adapter {name} cannot be fused: {'; '.join(problems)}.", hint=hint)
@@ -340,11 +340,6 @@ def linear_sizes(module: torch.nn.Module | None) -> tuple[int, int] | None:
     if isinstance(module, Conv1D):
         return module.nx, module.nf
     return None
-
-
-def read_json(path: Path, name: str) -> dict[str, Any]:
-    """A JSON object from a file, or a FusionError naming the expert and the file."""
-    return parse_object(read_file(path), path.name, name)
 
 
 def weights_of(folder: Path) -> Path | None:

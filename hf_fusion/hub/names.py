@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, first_line
 from hf_fusion.extras import MissingLibraryError, refuse_missing
-from hf_fusion.hub.files import first_line
 from hf_fusion.hub.heads import architectures, model_class_of
 
 

@@ -16,8 +16,8 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
+from hf_fusion.hub.formats import ADAPTER_CONFIG
 from hf_fusion.hub.gates import save_gates
-from hf_fusion.hub.lora import CONFIG
 from hf_fusion.io.cache import cache_folder
 from hf_fusion.io.folders import made_once
 from hf_fusion.types import Gates
@@ -25,7 +25,7 @@ from hf_fusion.types import Gates
 if TYPE_CHECKING:
     import torch
 
-    from hf_fusion.hub.files import Source
+    from hf_fusion.hub.source import Source
 
 _KEY = re.compile(r"(.+)\._addons\.(?:expert_lora|router)\.(layer1|layer2|expert_embeddings)__(\d+)")
 _LOCK = Lock()
@@ -70,7 +70,7 @@ def write_expert(source: Source, file: Path, number: int) -> Path:
             "target_modules": sorted({path.rpartition(".")[2] for path in layers}),
             "inference_mode": True,
         }
-        (folder / CONFIG).write_text(json.dumps(config, indent=2))
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2))
 
     repo = source.name.replace("/", "--")
     return made_once(cache_folder() / "phatgoose" / f"{repo}-{source.revision}" / str(number), make)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.files import in_parallel
-from hf_fusion.hub.lora import read_json
+from hf_fusion.hub.client import in_parallel
 from hf_fusion.hub.manifests import local_named_files
 from hf_fusion.io.files import open_file, own_file
+from hf_fusion.io.json_files import read_json
 from hf_fusion.recipe import CONTENT, RECIPE_ATTRIBUTE, RECIPE_FILE, Recipe
 
 # model_type of a family -> the module that reads a recipe out of its config

@@ -8,8 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from hf_fusion.errors import FusionError
-from hf_fusion.io.saving import disk_refusals, writing
+from hf_fusion.errors import FusionError, disk_refusals, writing
 
 # By what a folder is known to hold a model, or what was measured of one.
 MODEL = ("fusion.yaml", "config.json", "adapter_config.json", "*.safetensors", "results.json")

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from hf_fusion.errors import FusionError, one_line, shown
+from hf_fusion.io.files import read_file
 
 MAX_BYTES = 32 << 20
 """The largest index.json that is known has about a third of this."""
@@ -60,6 +62,15 @@ def parse_object(text: bytes, file: str, name: str) -> dict[str, Any]:
                 f"{name}: {file} has {key}={shown(content[key])}, expected {expected}.", f"correct it in {file}"
             )
     return content
+
+
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """`parse_object` of a file.
+
+    Raises:
+        FusionError: as there, naming the model and the file.
+    """
+    return parse_object(read_file(path), path.name, name)
 
 
 def _whole(value: Any) -> Any:

@@ -10,21 +10,22 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.errors import FusionError, shown
+from hf_fusion.errors import FusionError, disk_refusals, shown
 from hf_fusion.hub.bases import resolve_base
 from hf_fusion.hub.code import Code, model_code, processor_class, processor_code, refuse_code, refuse_kernels
-from hf_fusion.hub.files import parts_of, recorded_base, resolve
+from hf_fusion.hub.formats import ADAPTER_CONFIG
 from hf_fusion.hub.headers import account_as, native_config
 from hf_fusion.hub.heads import architectures, auto_class_of, model_class_of
 from hf_fusion.hub.load import in_memory, processor_of, refuse_keys
-from hf_fusion.hub.lora import CONFIG as ADAPTER_CONFIG
-from hf_fusion.hub.lora import read_json, with_adapter
+from hf_fusion.hub.lora import with_adapter
 from hf_fusion.hub.manifests import local_named_files
 from hf_fusion.hub.provenance import contents_of, folders_of, told
 from hf_fusion.hub.quiet import quiet_transformers
+from hf_fusion.hub.references import parts_of
+from hf_fusion.hub.resolve import recorded_base, resolve
 from hf_fusion.hub.snapshot import check_snapshot
 from hf_fusion.io.files import own_file, read_file
-from hf_fusion.io.saving import disk_refusals
+from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.engine.checkpoint import INDEX
 from hf_fusion.merging.engine.output import FACTS
 from hf_fusion.merging.engine.processes import Processes, is_main

@@ -19,10 +19,15 @@ import torch
 
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.bases import base_id, warn_of_other_bases
-from hf_fusion.hub.files import Source, download, in_parallel, pick_modules, pick_small, resolve, safe_files
+from hf_fusion.hub.client import in_parallel
+from hf_fusion.hub.download import download
+from hf_fusion.hub.formats import ADAPTER_CONFIG
 from hf_fusion.hub.headers import Shapes, hub_shapes, local_shapes
-from hf_fusion.hub.lora import CONFIG, read_adapter
+from hf_fusion.hub.lora import read_adapter
 from hf_fusion.hub.placement import by_todays_names, place_in_files, refuse_sizes
+from hf_fusion.hub.resolve import resolve
+from hf_fusion.hub.selection import pick_modules, pick_small, safe_files
+from hf_fusion.hub.source import Source
 from hf_fusion.io.files import own_file, read_file
 from hf_fusion.io.folders import refuse_to_replace, replace_folder
 from hf_fusion.merging.engine.output import disk_full_named
@@ -288,14 +293,14 @@ def _write(
             first = opened[0].source
             for file in pick_small(first, code=False):
                 if (
-                    file not in (CONFIG, RECIPE_FILE)
+                    file not in (ADAPTER_CONFIG, RECIPE_FILE)
                     and first.folder is not None
                     and own_file(first.folder / file, first.folder)
                 ):
                     (place / file).parent.mkdir(parents=True, exist_ok=True)
                     (place / file).write_bytes(read_file(first.folder / file, first.folder))
             config = _config(recipe, opened, {path: len(found.a) for path, found in factors.items()})
-            (place / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            (place / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             save_file(tensors, place / WEIGHTS, metadata={"format": "pt"})
             recipe.save(place / RECIPE_FILE)
             read_adapter(place, str(folder), embeddings=True)  # what it says of itself is what it holds

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.lora import read_json
+from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.engine.checkpoint import Entry, Files, read_header
 from hf_fusion.merging.engine.sources import Model, align
 from hf_fusion.merging.engine.tensors import Statistic, Stored

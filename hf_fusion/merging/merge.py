@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.files import parts_of
-from hf_fusion.hub.lora import read_json, weights_of
+from hf_fusion.hub.lora import weights_of
+from hf_fusion.hub.references import parts_of
 from hf_fusion.io.folders import refuse_to_replace, replace_folder
+from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.engine.checkpoint import read_checkpoint
 from hf_fusion.merging.engine.output import SHARD_BYTES, disk_full_named, output_folder, place_of, staging, write_index
 from hf_fusion.merging.engine.processes import Processes

@@ -10,12 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from hf_fusion.errors import FusionError
-from hf_fusion.hub.files import first_line
+from hf_fusion.errors import FusionError, first_line
 from hf_fusion.hub.headers import Account, Shapes, account_as
 from hf_fusion.hub.heads import architectures, head_of_architecture, label_names
-from hf_fusion.hub.lora import read_json
 from hf_fusion.hub.names import promised
+from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.engine.checkpoint import Entry
 from hf_fusion.merging.engine.output import Spec
 from hf_fusion.merging.engine.sources import Model

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.lora import read_json
 from hf_fusion.hub.manifests import MODULES, local_named_files, module_folders, read_content
 from hf_fusion.io.files import own_file, read_file
+from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.engine.output import FACTS
 from hf_fusion.merging.tokenizers.chat_templates import with_template
 from hf_fusion.merging.tokenizers.vocabulary import is_tokenizer_file

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
+from hf_fusion.hub.client import explained, in_parallel
 from hf_fusion.hub.discover import read_info
-from hf_fusion.hub.files import explained, in_parallel, parts_of, resolve
 from hf_fusion.hub.licenses import combine
+from hf_fusion.hub.references import parts_of
+from hf_fusion.hub.resolve import resolve
 from hf_fusion.recipe import CONTENT, RECIPE_FILE, Recipe
 from hf_fusion.types import ExpertInfo
 

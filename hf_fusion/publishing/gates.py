@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 from hf_fusion.cards.card import README
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.bases import resolve_base
+from hf_fusion.hub.client import explained, hub_api
 from hf_fusion.hub.commits import as_commit, download_file
-from hf_fusion.hub.files import Source, explained, hub_api, recorded_base, resolve, safe_files
 from hf_fusion.hub.gates import GATES_FILE, GATES_TAG, gate_problem, parse_gates, save_gates, stored
 from hf_fusion.hub.headers import hub_shapes
 from hf_fusion.hub.peft_names import adapter_shapes
 from hf_fusion.hub.placement import todays_names
 from hf_fusion.hub.readme import add_tag, put_section
+from hf_fusion.hub.resolve import recorded_base, resolve
+from hf_fusion.hub.selection import safe_files
+from hf_fusion.hub.source import Source
 from hf_fusion.progress import phase
 from hf_fusion.publishing.publish import PublishResult
 from hf_fusion.types import Gates

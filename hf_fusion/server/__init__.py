@@ -9,10 +9,13 @@ For air-gapped work, tests and the demo::
 
 from __future__ import annotations
 
-from hf_fusion.extras import need
+from hf_fusion.errors import FusionError
 
-need("hub", "the embedded Hub")
-
-from hf_fusion.server.service import HubServer, add_user, serve  # noqa: E402 - importable once that is known to be installed
+try:
+    from hf_fusion.server.service import HubServer, add_user, serve
+except ModuleNotFoundError as error:
+    raise FusionError(
+        f"the embedded Hub needs {error.name}, which is not installed", "pip install 'hf_fusion[hub]'"
+    ) from error
 
 __all__ = ["HubServer", "add_user", "serve"]

@@ -20,8 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hf_fusion.errors import FusionError
-from hf_fusion.io.saving import writing
+from hf_fusion.errors import FusionError, writing
 from hf_fusion.server.collections import Collections
 from hf_fusion.server.dates import now
 from hf_fusion.server.errors import HubError, repo_not_found

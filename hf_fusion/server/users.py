@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_fusion.errors import FusionError
-from hf_fusion.io.saving import writing
+from hf_fusion.errors import FusionError, writing
 from hf_fusion.server.files import sync_folder
 
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.))*", re.ASCII)

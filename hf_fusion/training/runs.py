@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from hf_fusion.errors import FusionError
-from hf_fusion.hub.lora import read_json
-from hf_fusion.io.saving import disk_refusals, in_folder, write_file
+from hf_fusion.errors import FusionError, disk_refusals
+from hf_fusion.io.json_files import read_json
+from hf_fusion.io.saving import in_folder, write_file
 
 CHECKPOINTS = 10  # about so many are written over a run
 

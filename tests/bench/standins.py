@@ -50,7 +50,7 @@ from transformers import (
 
 from hf_fusion.bench.sources import is_hub_id
 from hf_fusion.bench.suite import Suite, Task, load_suite, suite_names
-from hf_fusion.hub.files import repo_of
+from hf_fusion.hub.references import repo_of
 
 disable_progress_bars()
 

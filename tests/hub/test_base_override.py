@@ -20,7 +20,7 @@ from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.merging import evaluate_static
 from hf_fusion.fusion import fuse, load_fused, save_fused
 from hf_fusion.hub.load import load_experts
-from hf_fusion.hub.lora import read_json
+from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.merge import merge, plan_merge
 from hf_fusion.publishing.publish import publish
 from hf_fusion.recipe import Recipe, RecipeExpert

@@ -14,9 +14,10 @@ from hf_fusion.fusion import fuse
 from hf_fusion.hub.commits import as_commit, download_file, found_commit
 from hf_fusion.hub.compat import check_compatibility
 from hf_fusion.hub.discover import discover
-from hf_fusion.hub.files import resolve_repo, split_revision
 from hf_fusion.hub.load import load_experts
+from hf_fusion.hub.references import split_revision
 from hf_fusion.hub.remote import read_json_file, read_part
+from hf_fusion.hub.resolve import resolve_repo
 from hf_fusion.merging.merge import merge
 from hf_fusion.publishing.gates import push_gates
 from hf_fusion.recipe import Recipe, RecipeExpert

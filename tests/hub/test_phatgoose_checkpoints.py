@@ -13,8 +13,9 @@ from torch.nn.functional import layer_norm
 from hf_fusion import PhatgooseRouter
 from hf_fusion.errors import FusionError
 from hf_fusion.fusion import fuse, fuse_recipe, save_fused
-from hf_fusion.hub.files import parts_of_expert, resolve
 from hf_fusion.hub.load import load_experts
+from hf_fusion.hub.references import parts_of_expert
+from hf_fusion.hub.resolve import resolve
 from hf_fusion.publishing.publish import publish
 from hf_fusion.recipe import Recipe
 

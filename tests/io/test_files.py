@@ -325,20 +325,20 @@ def test_a_configuration_that_names_other_weights_or_code(content, reason, folde
 PACKAGE = Path(hf_fusion.__file__).parent
 # what reads files otherwise, and whose these are
 OTHERWISE = {
-    "hub/card.py": "facts of a golden card",
-    "hub/files.py": "the bytes of a plan that was checked, to compare them with the Hub's",
-    "hub/local_experts.py": "copies that it has made",
-    "hub/publish.py": "a README that the client has fetched",
-    "hub/publish_gates.py": "a README that the client has fetched",
-    "merging/output.py": "what it writes, and its lock",
-    "merging/schema.py": "this package's own code",
+    "cards/card.py": "facts of a golden card",
+    "hub/client.py": "the bytes of a plan that was checked, to compare them with the Hub's",
+    "merging/engine/output.py": "what it writes, and its lock",
+    "publishing/gates.py": "a README that the client has fetched",
+    "publishing/local_experts.py": "copies that it has made",
+    "publishing/publish.py": "a README that the client has fetched",
 }
 
 
 def test_files_of_models_are_opened_in_one_place():
     """Another module that opens files by itself goes through `hf_fusion.io.files`, or is listed with its reason."""
-    modules = [*PACKAGE.glob("*.py"), *PACKAGE.glob("hub/*.py"), *PACKAGE.glob("merging/**/*.py")]
-    modules = [path for path in modules if path.parent != PACKAGE or path.stem in ("fusion", "provenance", "recipe")]
+    folders = ("cards", "hub", "merging", "publishing")
+    modules = [path for folder in folders for path in (PACKAGE / folder).rglob("*.py")]
+    modules += [PACKAGE / "fusion.py", PACKAGE / "recipe.py"]
     opened = re.compile(r"\.read_(text|bytes)\(|\.open\(|(?<![\w.])open\(")
     found = {path.relative_to(PACKAGE).as_posix() for path in modules if opened.search(path.read_text())}
     assert found == set(OTHERWISE)

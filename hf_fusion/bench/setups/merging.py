@@ -20,8 +20,10 @@ from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import Suite, UnseenSplit
 from hf_fusion.bench.systems import CLEAN, TEST, NotApplicable, System, share_batches
 from hf_fusion.bench.zero_shot import fix_classes
-from hf_fusion.hub.files import download, pick_small, resolve
+from hf_fusion.hub.download import download
 from hf_fusion.hub.load import load_experts
+from hf_fusion.hub.resolve import resolve
+from hf_fusion.hub.selection import pick_small
 from hf_fusion.merging.engine.tensors import possible
 from hf_fusion.models.heads_wemoe import activate_heads
 from hf_fusion.training.adamerging import CoefficientMerge

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, writing
 from hf_fusion.io.folders import STALE, restore_folder
-from hf_fusion.io.saving import write_file, writing
+from hf_fusion.io.saving import write_file
 from hf_fusion.merging.engine.checkpoint import DTYPES, INDEX, SINGLE, Entry
 from hf_fusion.recipe import RECIPE_FILE
 

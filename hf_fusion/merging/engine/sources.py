@@ -13,22 +13,17 @@ import torch
 
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.bases import base_id, warn_of_other_bases
-from hf_fusion.hub.files import (
-    Source,
-    download,
-    in_parallel,
-    parts_of,
-    pick_modules,
-    pick_small,
-    recorded_base,
-    resolve,
-    resolve_repo,
-    safe_files,
-)
+from hf_fusion.hub.client import in_parallel
+from hf_fusion.hub.download import download
 from hf_fusion.hub.heads import label_names
-from hf_fusion.hub.lora import read_adapter, read_json, weights_of
+from hf_fusion.hub.lora import read_adapter, weights_of
 from hf_fusion.hub.placement import place_in_files, refuse_sizes
+from hf_fusion.hub.references import parts_of
+from hf_fusion.hub.resolve import recorded_base, resolve, resolve_repo
+from hf_fusion.hub.selection import pick_modules, pick_small, safe_files
+from hf_fusion.hub.source import Source
 from hf_fusion.io.files import own_file
+from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.engine.checkpoint import DTYPES, Entry, Files, read_checkpoint
 from hf_fusion.merging.engine.tensors import InMemory, Reader, Stored
 from hf_fusion.merging.tied import tied_entries, without_copies

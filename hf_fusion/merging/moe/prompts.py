@@ -13,10 +13,10 @@ import torch
 
 from hf_fusion.errors import FusionError, shown
 from hf_fusion.hub.code import refuse_kernels
-from hf_fusion.hub.lora import read_json
 from hf_fusion.hub.quiet import quiet_transformers
 from hf_fusion.hub.snapshot import check_snapshot
 from hf_fusion.io.files import own_file, read_text
+from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.engine.checkpoint import Files
 from hf_fusion.merging.engine.sources import Model
 from hf_fusion.merging.moe.mixtures import PROMPTED

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from hf_fusion.errors import FusionError, shown
-from hf_fusion.hub.lora import read_json
 from hf_fusion.hub.manifests import TEMPLATES as FOLDER
 from hf_fusion.io.files import own_file, read_file, read_text
+from hf_fusion.io.json_files import read_json
 
 if TYPE_CHECKING:
     from hf_fusion.merging.engine.sources import Model

@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_fusion.errors import FusionError, shown
-from hf_fusion.hub.files import download, pick_small, resolve
-from hf_fusion.hub.lora import read_json
+from hf_fusion.hub.download import download
 from hf_fusion.hub.manifests import TEMPLATES
+from hf_fusion.hub.resolve import resolve
+from hf_fusion.hub.selection import pick_small
 from hf_fusion.io.files import own_file, read_file, read_text
+from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.configs import vocabulary_config
 from hf_fusion.merging.engine.sources import LAYER, Model
 from hf_fusion.merging.engine.tensors import Reader

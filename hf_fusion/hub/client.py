@@ -1,0 +1,104 @@
+"""The Hub's client: what it raises as a FusionError, and many requests at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from hf_fusion.errors import FusionError, first_line, refusal, unwritable
+from hf_fusion.progress import track
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+READERS = 48  # small requests at a time: they mostly wait
+
+
+def hub_api(api: HfApi | None) -> HfApi:
+    """The given client, or one for ``HF_ENDPOINT`` with the stored token."""
+    from huggingface_hub import HfApi
+
+    return api or HfApi()
+
+
+# what to do about an HTTP status that the client has no exception for
+_HINTS = {
+    401: "hf auth login, or set HF_TOKEN",
+    403: "hf auth login with a token that may write there",
+    412: "it was changed meanwhile: run it again",
+    507: "free some room on the Hub's disk, and run it again",
+}
+
+
+@contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises about a repo into a FusionError that names it and the next step."""
+    import httpx2
+    from huggingface_hub import errors
+
+    # most particular first
+    rows: tuple[tuple[type[Exception], str, str | None], ...] = (
+        (errors.GatedRepoError, "is gated", "accept its terms on its page, then `hf auth login`"),
+        (errors.RepositoryNotFoundError, "was not found", "check the id; a private repo needs `hf auth login`"),
+        (errors.RevisionNotFoundError, "has no such revision", "check the part after @"),
+        (errors.EntryNotFoundError, "lacks a file", None),
+        (errors.LocalTokenNotFoundError, "needs a token", "hf auth login, or set HF_TOKEN"),
+        (errors.HFValidationError, "is not a valid repo id", "write owner/name"),
+        (errors.OfflineModeIsEnabled, "cannot be read offline", "unset HF_HUB_OFFLINE"),
+        (errors.HfHubHTTPError, "was refused by the Hub", None),
+        (httpx2.TransportError, "cannot be reached", "check the network and HF_ENDPOINT"),
+        (OSError, "cannot be read", None),
+    )
+    kinds = tuple(row[0] for row in rows)
+    try:
+        yield
+    except (RuntimeError, *kinds) as raised:
+        error = raised if isinstance(raised, kinds) else raised.__cause__  # of a large file: the client wraps it
+        if not isinstance(error, kinds):
+            raise
+        if refusal(error) is not None:  # a cache, or a temporary file
+            raise unwritable(getattr(error, "filename", None) or name, error) from error
+        what, hint = next((what, hint) for kind, what, hint in rows if isinstance(error, kind))
+        if type(error) is errors.HfHubHTTPError:
+            hint = _HINTS.get(error.response.status_code)
+        raise FusionError(f"{name} {what} ({first_line(error).rstrip('.')}).", hint=hint) from error
+
+
+def in_parallel(function: Callable[[T], R], items: Iterable[T], workers: int = READERS, name: str = "") -> list[R]:
+    """``[function(item) for item in items]`` in threads, for calls that wait for the network; a phase if named."""
+    items = list(items)
+    with ThreadPoolExecutor(workers) as pool:
+        found = pool.map(function, items)
+        return list(track(found, name, len(items)) if name else found)
+
+
+def same_file(path: Path, entry: Any) -> bool:
+    """Whether a local file is the one a repo holds: by sha256 for large files, by git's hash for others."""
+    digest = hashlib.sha256() if entry.lfs else hashlib.sha1(f"blob {path.stat().st_size}\0".encode())
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest() == (entry.lfs.sha256 if entry.lfs else entry.blob_id)
+
+
+def silent_bar(more: Callable[[float], None] | None = None) -> type:
+    """A tqdm class that draws nothing itself and tells ``more`` of its progress."""
+    from tqdm.auto import tqdm
+
+    class Forwarding(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})
+            self.update(kwargs.get("initial", 0))  # what an interrupted download had already
+
+        def update(self, n: float | None = 1) -> None:
+            if more is not None and n:
+                more(n)
+
+    return Forwarding
