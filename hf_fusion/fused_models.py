@@ -13,8 +13,7 @@ from hf_fusion.hub.load import load_experts
 from hf_fusion.models.configuration_foe import FoEConfig
 from hf_fusion.models.configuration_phatgoose import PhatgooseConfig
 from hf_fusion.models.configuration_wemoe import WEMoEConfig
-from hf_fusion.models.generation_foe import FoEForGeneration
-from hf_fusion.models.modeling_foe import FoEModel
+from hf_fusion.models.modeling_foe import FoEForGeneration, FoEModel
 from hf_fusion.models.modeling_phatgoose import PhatgooseForGeneration, PhatgooseRouter
 from hf_fusion.models.modeling_wemoe import WEMoEForGeneration, WEMoEModel
 from hf_fusion.models.processing_foe import FoEProcessor

@@ -6,7 +6,8 @@ import copy
 from typing import Any
 
 from hf_fusion.hub.headers import on_meta
-from hf_fusion.models.assembly_wemoe import Source, check_experts, head_of, head_paths, part_of, renamed
+from hf_fusion.models.assembly_wemoe import Source, check_experts, head_paths, part_of, renamed
+from hf_fusion.models.fused_heads import head_of
 
 
 def merge_problems(model: Any, base: Any) -> list[str]:

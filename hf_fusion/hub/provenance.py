@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,7 @@ from hf_fusion.io.files import open_file, own_file
 from hf_fusion.io.json_files import read_json
 from hf_fusion.recipe import CONTENT, RECIPE_ATTRIBUTE, RECIPE_FILE, Recipe
 
-# model_type of a family -> the module that reads a recipe out of its config
-FAMILIES = {family: f"hf_fusion.models.recipe_{family}" for family in ("foe", "phatgoose", "wemoe")}
+FAMILIES = ("foe", "phatgoose", "wemoe")  # model_type of the configs that say what a model was made of
 # what belongs to a model; its card, results and training leftovers do not
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja", ".py")
 _NOT_OF_IT = ("results.json", "routing.json", "coefficients.json", "trainer_state.json", "training_args.bin")
@@ -50,8 +48,7 @@ def recipe_in(folder: str | Path) -> Recipe:
             f"{folder} has no {RECIPE_FILE}, and its config.json does not say what it was made of.",
             f"put the {RECIPE_FILE} that it was made by into the folder",
         )
-    module = import_module(FAMILIES[content["model_type"]])
-    return _recorded(module.CONFIG.from_pretrained(folder), module)
+    return _recorded(_config_class(content["model_type"]).from_pretrained(folder))
 
 
 def recipe_of_model(model: Any) -> Recipe:
@@ -64,11 +61,19 @@ def recipe_of_model(model: Any) -> Recipe:
         return recipe
     if model.config.model_type not in FAMILIES:
         raise FusionError("Nothing says what this model was made of.", hint="pass recipe=, or make it with fuse()")
-    return _recorded(model.config, import_module(FAMILIES[model.config.model_type]))
+    return _recorded(model.config)
 
 
-def _recorded(config: Any, module: Any) -> Recipe:
-    return Recipe.from_dict(module.recipe_of(config), "config.json")
+def _config_class(family: str) -> Any:
+    from hf_fusion.models.configuration_foe import FoEConfig
+    from hf_fusion.models.configuration_phatgoose import PhatgooseConfig
+    from hf_fusion.models.configuration_wemoe import WEMoEConfig
+
+    return next(each for each in (FoEConfig, PhatgooseConfig, WEMoEConfig) if each.model_type == family)
+
+
+def _recorded(config: Any) -> Recipe:
+    return Recipe.from_dict(config.to_recipe(), "config.json")
 
 
 def model_files(folder: Path) -> list[str]:

@@ -177,8 +177,7 @@ def load_merged(folder: str | Path, *, trust_remote_code: bool = False) -> PreTr
 
 def save_pretrained(model: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
     """Instance method of a loaded merge: as any model's, with the recipe, the tokenizer and the like beside it."""
-    from hf_fusion.models.fused_saving import saved_whole
-    from hf_fusion.models.recipe_foe import push_options
+    from hf_fusion.models.fused_saving import push_options, saved_whole
 
     pushed = push_options(save_directory, kwargs)
     with disk_refusals(save_directory), saved_whole(save_directory) as staging:

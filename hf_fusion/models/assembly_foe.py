@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .configuration_foe import FoEConfig
-from .experts_foe import AUTO_CLASSES, Backbone
+from .configuration_foe import HEADS, FoEConfig
+from .experts_foe import Backbone
+from .fused_heads import AUTO_CLASSES
 from .options_foe import generation_values
 from .processing_foe import FoEProcessor
 
@@ -25,17 +26,17 @@ UNPACKED = ("dtype", "torch_dtype", "_name_or_path", "transformers_version", "au
 
 
 def head_of(model: PreTrainedModel) -> str:
-    """The key of `AUTO_CLASSES` that an expert's class belongs to.
+    """The one of `HEADS` that an expert's class belongs to.
 
     Raises:
-        ValueError: for a class no Auto class of `AUTO_CLASSES` knows, custom code above all.
+        ValueError: for a class that none of their Auto classes knows, custom code above all.
     """
-    for head, auto_class in AUTO_CLASSES.items():
-        known = auto_class._model_mapping.get(type(model.config), None)
+    for head in HEADS:
+        known = AUTO_CLASSES[head]._model_mapping.get(type(model.config), None)
         if known is not None and isinstance(model, known):
             return head
     raise ValueError(
-        f"{type(model).__name__} cannot be an expert of a FoE: it is none of {', '.join(AUTO_CLASSES)}, "
+        f"{type(model).__name__} cannot be an expert of a FoE: it is none of {', '.join(HEADS)}, "
         "or it is custom code, which cannot travel inside another model"
     )
 

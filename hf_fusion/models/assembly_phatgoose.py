@@ -10,28 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
 from transformers.pytorch_utils import Conv1D
 
 from .configuration_phatgoose import PhatgooseConfig
 from .routing_phatgoose import ABSENT, RoutedHead, RoutedLinears
 
-# head of a router -> the Auto class of its base
-AUTO_CLASSES: dict[str, Any] = {
-    "causal-lm": AutoModelForCausalLM,
-    "seq2seq-lm": AutoModelForSeq2SeqLM,
-    "sequence-classification": AutoModelForSequenceClassification,
-    "token-classification": AutoModelForTokenClassification,
-    "image-classification": AutoModelForImageClassification,
-    "features": AutoModel,
-}
 # Linears of one block that read the same input. Where none of these names is known, every linear is by itself.
 SHARED_INPUT = (
     ("q_proj", "k_proj", "v_proj"),
@@ -99,19 +82,6 @@ def readers_of(model: Any, is_encoder_decoder: bool) -> list[str]:
         return towers
     reader = model.get_encoder() if is_encoder_decoder else model
     return [next(path for path, module in model.named_modules() if module is reader)]
-
-
-def head_of(model: Any) -> str:
-    """The head of a base, one of `AUTO_CLASSES`.
-
-    Raises:
-        ValueError: for a class that no Auto class gives back.
-    """
-    for head, auto in AUTO_CLASSES.items():
-        known = auto._model_mapping.get(type(model.config), ())
-        if type(model) in (known if isinstance(known, (tuple, list)) else (known,)):
-            return head
-    raise ValueError(f"{type(model).__name__} cannot be routed: none of {', '.join(AUTO_CLASSES)} gives it back")
 
 
 def linear_sizes(linear: Any) -> tuple[int, int]:
@@ -308,11 +278,9 @@ def fill_head(
 
 
 __all__ = [
-    "AUTO_CLASSES",
     "Entry",
     "check_options",
     "entries_of",
-    "head_of",
     "linear_sizes",
     "module_sets",
     "readers_of",

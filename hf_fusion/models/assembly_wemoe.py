@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSemanticSegmentation,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
 from transformers.pytorch_utils import Conv1D
 
 
@@ -31,16 +20,6 @@ class UnchangedLinearsError(ValueError):
     """No expert changes a linear that would be up-scaled."""
 
 
-# head -> the Auto class of such models
-AUTO_CLASSES: dict[str, Any] = {
-    "causal-lm": AutoModelForCausalLM,
-    "seq2seq-lm": AutoModelForSeq2SeqLM,
-    "sequence-classification": AutoModelForSequenceClassification,
-    "token-classification": AutoModelForTokenClassification,
-    "image-classification": AutoModelForImageClassification,
-    "semantic-segmentation": AutoModelForSemanticSegmentation,
-    "features": AutoModel,
-}
 OWN_HEADS = ("classification", "segmentation")  # ends of the heads that every expert has its own copy of
 # The linears of one unit, from the module that holds them, in the order in which they run; the first row that fits.
 MODULES: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -141,35 +120,6 @@ class Source:
 
 def _hint(key: str) -> str:
     return ": another vocabulary" if re.search(r"embed|wte|shared|lm_head", key) else ""
-
-
-def head_of(model: Any) -> str:
-    """The head of a model, one of `AUTO_CLASSES`.
-
-    Raises:
-        ValueError: for a class that no Auto class gives back.
-    """
-    for head, auto in AUTO_CLASSES.items():
-        known = auto._model_mapping.get(type(model.config), ())
-        if type(model) in (known if isinstance(known, (tuple, list)) else (known,)):
-            return head
-    raise ValueError(f"{type(model).__name__} cannot be fused: none of {', '.join(AUTO_CLASSES)} gives it back")
-
-
-def with_arguments_of(dense: Any, model: Any) -> partial[Any]:
-    """A model's forward that shows the dense model's arguments before its own keywords.
-
-    The Trainer drops columns of a data set that `inspect.signature` does not name.
-    """
-    kinds = inspect.Parameter
-    shown = {name: p.replace(annotation=kinds.empty) for name, p in inspect.signature(dense.forward).parameters.items()}
-    own = inspect.signature(model.forward).parameters.values()
-    for parameter in own:
-        if parameter.kind is kinds.KEYWORD_ONLY and parameter.name not in ("labels", *shown):
-            shown[parameter.name] = parameter.replace(annotation=kinds.empty)
-    forward: Any = partial(type(model).forward, model)  # copied with the model, as a closure would not be
-    forward.__signature__ = inspect.Signature(sorted(shown.values(), key=lambda parameter: parameter.kind))
-    return forward
 
 
 def is_linear(module: Any) -> bool:
@@ -362,4 +312,4 @@ def merge_rest(
             yield name, rule(start, full, scaling).to(own.dtype)
 
 
-__all__ = ["AUTO_CLASSES", "MODULES", "Source"]
+__all__ = ["MODULES", "Source"]

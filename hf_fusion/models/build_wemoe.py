@@ -17,7 +17,6 @@ from .assembly_wemoe import (
     check_experts,
     check_ties,
     find_units,
-    head_of,
     head_paths,
     low_rank,
     merge_rest,
@@ -27,6 +26,7 @@ from .assembly_wemoe import (
     tied_groups,
 )
 from .configuration_wemoe import LOW_RANK, WEMoEConfig
+from .fused_heads import head_of
 from .linears_wemoe import UpscaledLinear, rows_together
 from .merging_wemoe import RULES
 

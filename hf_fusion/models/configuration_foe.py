@@ -9,36 +9,27 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .fused_checks import (
     FLAG,
-    FORMAT,
     MAPPING,
     MODEL,
     NAME,
-    TEXT,
     Row,
     Table,
-    check_file,
-    check_format,
-    check_values,
     each,
     inner_config,
     number,
     one_of,
     optional,
-    refuse,
     row,
     values,
     whole,
 )
+from .fused_config import EXPERT, GENERATING, FusedConfig
 from .fused_own_code import without_code
 
 MODES = ("output", "selection")
 HEADS = ("sequence-classification", "image-classification", "causal-lm", "seq2seq-lm")
-EXPERT: Table = {
-    "name": NAME,
-    "revision": optional(TEXT),
-    "license": optional(TEXT),
-    "task": optional(TEXT),
-    "labels": each(TEXT),
+MEMBER: Table = {
+    **EXPERT,
     "label_map": optional(each(whole(-1))),
     "backbone": whole(),
     "feature_size": optional(whole(1)),
@@ -57,7 +48,7 @@ FRUGAL: Table = {"neighbors": whole(1), "cost_weight": number(least=0), "rows": 
 FIELDS: Table = {
     "mode": one_of(*MODES),
     "head": one_of(*HEADS),
-    "experts": each(row(EXPERT), least=1),
+    "experts": each(row(MEMBER), least=1),
     "backbones": each(row(BACKBONE), least=1),
     "fuser_hidden": each(whole(1)),
     "fuser_dropout": number(least=0, most=1),
@@ -72,7 +63,7 @@ FIELDS: Table = {
 }
 
 
-class FoEConfig(PreTrainedConfig):
+class FoEConfig(FusedConfig):
     """What a published FoE is made of; everything but the weights.
 
     Args:
@@ -97,17 +88,16 @@ class FoEConfig(PreTrainedConfig):
         over: what the rule is applied to, "logits" or "probabilities".
         weights: of the rule "mean", one for each expert; None: alike.
         fitted: whether the fuser was trained; an ensemble's rule needs no training.
-        recipe: what `hf_fusion.fuse` made it of, as ``fusion.yaml`` has it, without the paths of folders; None: see
-            `recipe_foe.recipe_of`.
-        format_version: of this config; code refuses what is newer than itself.
+        recipe, format_version: see `FusedConfig`.
     """
 
     model_type = "foe"
+    FIELDS = FIELDS
+    CHECKED = ("mode", "head", "budget")
 
     mode: str = "output"
     head: str = "sequence-classification"
     # None stands for an empty list: a config's defaults may not be mutable.
-    experts: list[dict[str, Any]] = None  # type: ignore[assignment]
     backbones: list[dict[str, Any]] = None  # type: ignore[assignment]
     fuser_hidden: list[int] = None  # type: ignore[assignment]
     fuser_dropout: float = 0.0
@@ -118,35 +108,16 @@ class FoEConfig(PreTrainedConfig):
     rule: str | None = None
     over: str = "logits"
     weights: list[float] | None = None
-    is_encoder_decoder: bool = False
     fitted: bool = False
-    recipe: dict[str, Any] | None = None
-    format_version: int = FORMAT
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As any config's, once what it says is known to be right.
-
-        Raises:
-            ValueError: naming the field, what it is and what is expected; or a newer format.
-        """
-        check_file(config_dict, FIELDS, cls)
-        made = super().from_dict(config_dict, **kwargs)
-        config = made[0] if isinstance(made, tuple) else made
-        refuse(config._relations())
-        return made
 
     def __post_init__(self, **kwargs: Any) -> None:
-        check_format(self.format_version)
-        self.experts = self.experts or []
         self.backbones = self.backbones or []
         self.fuser_hidden = [512, 512] if self.fuser_hidden is None else list(self.fuser_hidden)
         super().__post_init__(**kwargs)
-        check_values(self, {name: FIELDS[name] for name in ("mode", "head", "budget")})
 
     def _relations(self) -> Iterator[Row]:
         """What has to fit together, see `fused_checks.Row`."""
-        generates = self.head in ("causal-lm", "seq2seq-lm")
+        generates = self.head in GENERATING
         groups = 1 + max(plan["inputs"] for plan in self.backbones)
         members = [[e for e in self.experts if e["backbone"] == index] for index in range(len(self.backbones))]
         for index, expert in enumerate(self.experts):
@@ -163,7 +134,7 @@ class FoEConfig(PreTrainedConfig):
             where, count = f"backbones[{index}]", len(members[index])
             own = [max(1, len(expert["labels"])) for expert in members[index]]
             yield f"{where}.num_labels", plan["num_labels"], plan["num_labels"] == own, f"{own}, as the experts"
-            is_kind = (plan["head"] == self.head) if generates else plan["head"] not in ("causal-lm", "seq2seq-lm")
+            is_kind = (plan["head"] == self.head) if generates else plan["head"] not in GENERATING
             yield f"{where}.head", plan["head"], is_kind, f"what goes with {self.head}"
             for path, ranks in plan["ranks"].items():
                 yield f"{where}.ranks.{path}", ranks, len(ranks) == count and any(ranks), f"{count} ranks"
@@ -177,11 +148,6 @@ class FoEConfig(PreTrainedConfig):
             yield "mode", self.mode, self.mode == "selection" and not self.rule, "selection, without a rule"
         elif self.vocabularies:
             yield "head", self.head, False, "causal-lm or seq2seq-lm: there are vocabularies"
-
-    @property
-    def num_experts(self) -> int:
-        """K, the number of experts."""
-        return len(self.experts)
 
     @property
     def num_outputs(self) -> int:
@@ -202,11 +168,36 @@ class FoEConfig(PreTrainedConfig):
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The first language model's, with the fused vocabulary: `generate()` reads it; else this config."""
-        if self.head in ("causal-lm", "seq2seq-lm") and self.backbones:
+        if self.head in GENERATING and self.backbones:
             config = self.backbone_config(0).get_text_config(decoder=decoder, encoder=encoder)
             config.vocab_size = sum(self.vocabularies or [config.vocab_size])
             return config
         return self
 
+    def _recipe_method(self) -> str:
+        return "ensemble" if self.rule is not None else "foe"
 
-__all__ = ["FoEConfig"]
+    def _recipe_experts(self) -> list[Any]:
+        names = super()._recipe_experts()
+        if self.rule is None or not self.weights:
+            return names
+        return [{"model": name, "weight": weight} for name, weight in zip(names, self.weights, strict=True)]
+
+    def _recipe_parameters(self) -> dict[str, Any]:
+        learned = ("mode", "features_from", "fuser_hidden", "fuser_dropout")
+        names = learned if self.rule is None else ("rule", "over")
+        parameters = {name: getattr(self, name) for name in names}
+        if self.problem_type != "single_label_classification" or self.mode != "output":
+            return parameters
+        labels = list((self.id2label or {}).values())
+        fused = {-1: None, **dict(enumerate(labels))}
+        maps = {
+            expert["name"]: {
+                label: fused[index] for label, index in zip(expert["labels"], expert["label_map"], strict=True)
+            }
+            for expert in self.experts
+        }
+        return {**parameters, "labels": labels, "label_maps": maps}
+
+
+__all__ = ["HEADS", "FoEConfig"]

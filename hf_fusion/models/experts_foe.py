@@ -13,25 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .fused_calls import Calls
-
-# head of a FoE -> the Auto class of its experts
-AUTO_CLASSES: dict[str, Any] = {
-    "sequence-classification": AutoModelForSequenceClassification,
-    "image-classification": AutoModelForImageClassification,
-    "causal-lm": AutoModelForCausalLM,
-    "seq2seq-lm": AutoModelForSeq2SeqLM,
-}
+from .fused_heads import AUTO_CLASSES
 
 
 class Groups:

@@ -8,9 +8,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 CONFIG_FILE = "config.json"
+# what `save_pretrained(…, push_to_hub=True)` passes on to `push_to_hub`
+PUSHED = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
@@ -42,6 +45,16 @@ def saved_whole(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def push_options(folder: str | Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Takes from the options of `save_pretrained` those of the push it asks for; empty where it asks for none.
+
+    transformers' own push sends only what its own save wrote: no processor, no recipe.
+    """
+    if not options.pop("push_to_hub", False):
+        return {}
+    return {"repo_id": Path(folder).name, **{name: options.pop(name) for name in PUSHED if name in options}}
+
+
 def _move(staging: Path, folder: Path) -> None:
     files = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
     if not files:  # of several processes the first saves
@@ -66,4 +79,4 @@ def _system_error(error: Exception) -> int | None:
     return int(match[1]) if match else None
 
 
-__all__ = ["saved_whole"]
+__all__ = ["push_options", "saved_whole"]

@@ -9,17 +9,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from .configuration_foe import FoEConfig
 from .experts_foe import pool_states, repeat_rows, take_rows
-from .modeling_foe import FoEModel
 from .options_foe import POSITIONAL, PROMPT, Arguments, changes_of, check_tokens, settings_of, shared_config
 from .outputs_foe import ExpertOutput, combine
 
 
-class FoEForGeneration(FoEModel, GenerationMixin):
+class SelectionMixin:
     """Language models, of which the fuser chooses one per prompt to generate.
 
     The features are the experts' embeddings of the prompt: of its last token for causal language models, the mean over
@@ -27,31 +26,24 @@ class FoEForGeneration(FoEModel, GenerationMixin):
     decode).
     """
 
-    config: FoEConfig
-    config_class = FoEConfig
-
-    def __init__(self, config: FoEConfig, models: Sequence[PreTrainedModel] | None = None) -> None:
-        super().__init__(config, models)
+    def __init__(self: Any, config: FoEConfig, models: Sequence[PreTrainedModel] | None = None) -> None:
+        super().__init__(config, models)  # type: ignore[call-arg]
         self.generation_config = shared_config(config)
         for index, backbone in enumerate([] if models else self.backbones):  # they know no generation config yet
             members = self._members(index)
             is_shared = len(members) > 1
             backbone.model.generation_config = GenerationConfig() if is_shared else settings_of(config, members[0])
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> FoEModel:
-        """As any model's."""
-        loaded: Any = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.generation_config = shared_config(model.config, model.generation_config)
-        return loaded
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As `FoEModel`'s; the generation config beside it shows the experts' as they are now."""
+    def _after_loading(self: Any, name: Any, hub: dict[str, Any]) -> None:
+        super()._after_loading(name, hub)
         self.generation_config = shared_config(self.config, self.generation_config)
-        super().save_pretrained(*args, **kwargs)
 
-    def prompt_embeddings(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+    def _before_saving(self: Any, kwargs: dict[str, Any]) -> None:
+        """What is saved shows the experts' generation configs as they are now."""
+        super()._before_saving(kwargs)
+        self.generation_config = shared_config(self.config, self.generation_config)
+
+    def prompt_embeddings(self: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Embeddings of prompts by all experts (or by `features_from`), (B, Σd)."""
         source = self.config.features_from
         parts: list[tuple[int, torch.Tensor]] = []
@@ -76,7 +68,7 @@ class FoEForGeneration(FoEModel, GenerationMixin):
             parts += zip(members, pooled.to(self.device).chunk(len(members)))
         return torch.cat([part for _, part in sorted(parts, key=lambda part: part[0])], 1)
 
-    def select(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+    def select(self: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
         """The expert chosen for each prompt, (B,)."""
         scores = self.fuser(self.prompt_embeddings(inputs))
         choice = scores.argmax(1)
@@ -84,7 +76,7 @@ class FoEForGeneration(FoEModel, GenerationMixin):
         return choice
 
     def forward(
-        self,
+        self: Any,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
@@ -128,14 +120,14 @@ class FoEForGeneration(FoEModel, GenerationMixin):
             loss = nn.functional.cross_entropy(predicted, labels[:, shift:].flatten(), ignore_index=-100)
         return CausalLMOutput(loss=loss, logits=logits)
 
-    def _place(self, expert: int) -> tuple[int, int]:
+    def _place(self: Any, expert: int) -> tuple[int, int]:
         """An expert's backbone and its index there."""
         backbone = self.config.experts[expert]["backbone"]
         return backbone, self._members(backbone).index(expert)
 
     @torch.no_grad()
     def generate(
-        self,
+        self: Any,
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *args: Any,
@@ -211,11 +203,11 @@ class FoEForGeneration(FoEModel, GenerationMixin):
             outputs.append(ExpertOutput(rows, output, config.num_beams or 1, pad, start, stop))
         return combine(outputs, sum(self.config.vocabularies or []))
 
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Refused; raises ValueError."""
         raise ValueError(f"{type(self).__name__} has an expert for each prompt, not one cache: call generate()")
 
-    def _check_divisible(self, settings: Mapping[int, GenerationConfig], arguments: Arguments) -> None:
+    def _check_divisible(self: Any, settings: Mapping[int, GenerationConfig], arguments: Arguments) -> None:
         """Raises ValueError for what experts cannot do together; makes all of them return outputs if one does."""
         names = [self.config.experts[expert]["name"] for expert in settings]
         ways = "pass choice= with one expert for all prompts, or one prompt at a time"
@@ -239,7 +231,7 @@ class FoEForGeneration(FoEModel, GenerationMixin):
             if any(getattr(config, option) for config in settings.values()):
                 raise ValueError(f"{option}: {' and '.join(names[:2])} have states of their own: {ways}")
 
-    def _arguments_of(self, backbone: int, arguments: Arguments, rows: torch.Tensor) -> dict[str, Any]:
+    def _arguments_of(self: Any, backbone: int, arguments: Arguments, rows: torch.Tensor) -> dict[str, Any]:
         """What one expert's `generate` is given besides options."""
         tokenizer = self.config.backbones[backbone]["inputs"]
         mine = {**arguments.whole}
@@ -256,7 +248,7 @@ class FoEForGeneration(FoEModel, GenerationMixin):
                 raise ValueError(f"{name} is for the first tokenizer: pass {name}_{tokenizer} too")
         return {**mine, **(self._inputs_of(backbone, taken) if taken else {})}
 
-    def _pad_of(self, settings: GenerationConfig, tokenizer: int) -> int:
+    def _pad_of(self: Any, settings: GenerationConfig, tokenizer: int) -> int:
         """The token that fills up what an expert wrote, as its own `generate` fills it up."""
         if settings.pad_token_id is not None:
             return int(settings.pad_token_id)
@@ -280,4 +272,4 @@ class ShiftedStreamer:
         self.streamer.end()
 
 
-__all__ = ["FoEForGeneration"]
+__all__ = ["SelectionMixin"]

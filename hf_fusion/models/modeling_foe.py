@@ -1,18 +1,17 @@
 """Fusion of Experts: learn to fuse the outputs of experts with complementary knowledge (arXiv 2310.01542).
 
 `FoEModel` fuses classifiers and regressors by their outputs, or selects among experts with different label spaces;
-its subclass in `generation_foe` selects among language models.
+`FoEForGeneration` selects among language models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -20,31 +19,27 @@ from .assembly_foe import fill_adapters, plan_config
 from .backbones_foe import BackbonesMixin
 from .configuration_foe import FoEConfig
 from .ensemble_foe import LEAST_PROBABILITY, FixedFuser, check_ensemble, fused_logits
-from .experts_foe import AUTO_CLASSES, Backbone, pool_states, repeat_rows, take_rows
+from .experts_foe import Backbone, pool_states, repeat_rows, take_rows
 from .frugal_foe import FrugalPolicy
+from .fused import FusedPreTrainedModel
 from .fused_calls import Calls
-from .fused_files import check_files
-from .fused_loading import check_size, explained, load_checked
-from .fused_saving import saved_whole
+from .fused_loading import check_size, explained
 from .fused_summary import Summary, described
 from .fuser_foe import Fuser
+from .generation_foe import SelectionMixin
 from .processing_foe import FoEProcessor
-from .recipe_foe import push_options, without_paths, write_recipe
 
 
-class FoEModel(BackbonesMixin, PreTrainedModel):
+class FoEModel(BackbonesMixin, FusedPreTrainedModel):
     """Experts and the fuser that makes one model of them.
 
     Build one with `from_experts`, fit it with `hf_fusion.fit_fuser`, load a published one with
     ``AutoModel.from_pretrained(id, trust_remote_code=True)`` and feed it what its processor returns.
     """
 
+    config: FoEConfig
     config_class = FoEConfig
-    base_model_prefix = ""
     main_input_name = "input_ids"
-    _auto_class = "AutoModel"
-    # Turns ids and folders into loaded experts; set where hf_fusion is installed, absent in a published model's code.
-    load_experts: ClassVar[Callable[..., list[Any]] | None] = None
 
     def __init__(self, config: FoEConfig, models: Sequence[PreTrainedModel] | None = None) -> None:
         super().__init__(config)
@@ -80,9 +75,6 @@ class FoEModel(BackbonesMixin, PreTrainedModel):
         self.record_routing = False
         self._calls = Calls()
         self._label_maps: dict[tuple[int, torch.device], torch.Tensor] = {}
-        self._processor: FoEProcessor | None = None
-        self._source: tuple[str, dict[str, Any]] | None = None
-        self._trusted = False  # whether the repo's own code may run for the processor
         self.post_init()
         check_size(self)
 
@@ -104,7 +96,7 @@ class FoEModel(BackbonesMixin, PreTrainedModel):
             backbone.model.eval()
         return self
 
-    # ---------------------------------------------------------------- building, saving
+    # ---------------------------------------------------------------- building, loading
 
     @classmethod
     def from_experts(
@@ -190,9 +182,7 @@ class FoEModel(BackbonesMixin, PreTrainedModel):
             check_ensemble(config)
         dtypes = {parameter.dtype for model in models for parameter in model.parameters()}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # one model has one dtype
-        family = FoEModel
-        if config.vocabularies:
-            from .generation_foe import FoEForGeneration as family
+        family = FoEForGeneration if config.vocabularies else FoEModel
         model: Any = family(config, models).to(dtype)  # type: ignore[arg-type]  # the stubs lose `self`
         for index, plan in enumerate(config.backbones):
             own = [e for e, row in zip(experts, config.experts, strict=True) if row["backbone"] == index]
@@ -217,37 +207,8 @@ class FoEModel(BackbonesMixin, PreTrainedModel):
                 self._processor = FoEProcessor.from_pretrained(source, trust_remote_code=self._trusted, **hub)
         return self._processor
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As any model's; remembers where it came from, so that its processor can follow; see `fused_loading`."""
-        names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-        hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        if pretrained_model_name_or_path is not None:  # else all weights are given
-            check_files(pretrained_model_name_or_path, hub)
-        wants_info = kwargs.pop("output_loading_info", False)
-        model, info = load_checked(super().from_pretrained, pretrained_model_name_or_path, args, kwargs, hub)
-        model._source = (str(pretrained_model_name_or_path), hub)
-        model._trusted = kwargs.get("trust_remote_code") is True
-        model._freeze_experts()  # loading makes fresh parameters, which all want gradients
-        return (model, info) if wants_info else model
-
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As any model's; writes the processor, the code and the recipe beside the weights."""
-        pushed = push_options(save_directory, kwargs)
-        name = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
-        head = AUTO_CLASSES[self.config.head].__name__
-        self.config.auto_map = {"AutoConfig": "configuration_foe.FoEConfig", "AutoModel": name, head: name}
-        with saved_whole(save_directory) as staging:
-            if self._processor is not None or self._source is not None:
-                self.processor.save_pretrained(staging)
-            super().save_pretrained(staging, *args, **kwargs)
-            write_recipe(self, staging)
-        if pushed:
-            self.push_to_hub(**pushed)
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As any model's; what is sent says nothing of this machine's folders."""
-        return super(FoEModel, without_paths(self)).push_to_hub(*args, **kwargs)
+    def _after_loading(self, name: Any, hub: dict[str, Any]) -> None:
+        self._freeze_experts()  # loading makes fresh parameters, which all want gradients
 
     # ---------------------------------------------------------------- running experts
 
@@ -491,4 +452,8 @@ class FoEModel(BackbonesMixin, PreTrainedModel):
         return described(self, "backbone_0", mode=config.rule or config.mode, experts=names, labels=outputs)
 
 
-__all__ = ["FoEModel"]
+class FoEForGeneration(SelectionMixin, FoEModel, GenerationMixin):
+    """Language models, of which the fuser chooses one per prompt to generate."""
+
+
+__all__ = ["FoEForGeneration", "FoEModel"]

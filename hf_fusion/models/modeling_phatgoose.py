@@ -3,46 +3,44 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextvars import copy_context
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from .assembly_phatgoose import (
-    AUTO_CLASSES,
     Entry,
     check_options,
     complete,
     entries_of,
     fill_head,
     fill_linears,
-    head_of,
     label_union,
     linear_sizes,
     module_sets,
     plan_profiles,
 )
-from .backbone_phatgoose import BackboneMixin, with_arguments_of
-from .configuration_phatgoose import PhatgooseConfig
+from .configuration_phatgoose import HEADS, PhatgooseConfig
 from .export_phatgoose import save_merged_adapter
-from .fused_files import ForeignFileError, check_files, check_processor
-from .fused_loading import check_size, explained, load_checked
-from .fused_own_code import UntrustedCodeError, load_processor
-from .fused_saving import saved_whole
+from .fused import FusedPreTrainedModel
+from .fused_backbone import BackboneMixin, with_arguments_of
+from .fused_config import GENERATING
+from .fused_generation import GeneratingMixin, common_generation, set_generation
+from .fused_heads import AUTO_CLASSES, head_of
+from .fused_loading import check_size, explained
 from .fused_summary import Summary, described
-from .generation_phatgoose import GeneratingMixin, common_generation, set_generation
-from .recipe_phatgoose import push_options, without_paths, write_recipe
 from .reference_phatgoose import generation_of, load_by_reference
 from .routing_phatgoose import RoutedHead, RoutedLinears
 from .running_phatgoose import RunningMixin
 from .state_phatgoose import RoutingCalls
 
 
-class PhatgooseRouter(RunningMixin, BackboneMixin, PreTrainedModel):
+class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
     """A base and LoRA experts, among which every token is routed at every linear.
 
     Build one with `from_experts`, or load a published one with ``AutoModel.from_pretrained(id,
@@ -55,11 +53,7 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, PreTrainedModel):
 
     config: PhatgooseConfig
     config_class = PhatgooseConfig
-    base_model_prefix = ""
-    _auto_class = "AutoModel"
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
-    # Turns ids and folders into loaded experts with gates; absent in a published model's code.
-    load_experts: ClassVar[Callable[..., list[Any]] | None] = None
 
     def __init__(self, config: PhatgooseConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -71,9 +65,6 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, PreTrainedModel):
         self._handles: list[Any] = []
         self._groups: list[tuple[list[str], RoutedLinears]] = []
         self._heads: dict[str, RoutedHead] = {}
-        self._processor: Any = None
-        self._source: tuple[str, dict[str, Any]] | None = None
-        self._trusted = False  # whether the repo's own code may run for the processor
         self.main_input_name = backbone.main_input_name
         self.forward = with_arguments_of(backbone, self)  # type: ignore[method-assign]
         self._install(None)
@@ -121,7 +112,7 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, PreTrainedModel):
         if full := [expert.name for expert in experts if expert.adapter is None]:
             raise ValueError(f"{full[0]} is a full model; PHATGOOSE routes among LoRA adapters")
         model = experts[0].model
-        head = head_of(model)
+        head = head_of(model, HEADS, "routed")
         config = PhatgooseConfig(
             head=head,
             backbone={k: v for k, v in model.config.to_dict().items() if k not in ("dtype", "_name_or_path")},
@@ -136,7 +127,7 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, PreTrainedModel):
             config.id2label, config.label2id = model.config.id2label, model.config.label2id
         if base_by_reference and not (config.base["id"] and config.base["revision"]):
             raise ValueError("base_by_reference needs a base with a pinned revision: base='owner/name@<commit sha>'")
-        family = PhatgooseForGeneration if head in ("causal-lm", "seq2seq-lm") else PhatgooseRouter
+        family = PhatgooseForGeneration if head in GENERATING else PhatgooseRouter
         # The structure is copied, the parameters are not: a base may be larger than what is free.
         tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
         router: Any = family(config, copy.deepcopy(model, tensors))
@@ -146,7 +137,7 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, PreTrainedModel):
         return router.eval()
 
     def add_experts(self, experts: Sequence[Any]) -> None:
-        """Adds loaded adapters with gates, as `hf_fusion.load_experts` gives them; the same as to build it anew.
+        """Adds loaded adapters with gates, as `hf_fusion.load_experts` gives them; the same as to build it from all.
 
         Raises:
             ValueError: where one does not fit, or bears a taken name; the router is then as it was.
@@ -166,11 +157,6 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, PreTrainedModel):
         if not entries:
             raise ValueError("a router needs at least one expert")
         self._rebuild(entries)
-
-    @property
-    def experts(self) -> list[str]:
-        """Names of the experts, in order."""
-        return [expert["name"] for expert in self.config.experts]
 
     def _entries(self) -> list[Entry]:
         """The experts as they lie in this model: views of their tensors."""
@@ -300,73 +286,24 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, PreTrainedModel):
 
     # ---------------------------------------------------------------- loading, saving
 
-    @property
-    def processor(self) -> Any:
-        """The tokenizer or image processor; a loaded model fetches it from where it came from.
-
-        Raises:
-            UntrustedCodeError: it needs the repo's own code, and the model was loaded without ``trust_remote_code``.
-        """
-        if self._processor is None and self._source is not None:
-            from transformers import AutoImageProcessor, AutoTokenizer
-
-            auto = AutoImageProcessor if self.main_input_name == "pixel_values" else AutoTokenizer
-            try:  # with a config: else another is read, and warned of
-                source, hub = self._source
-                check_processor(source, hub)
-                self._processor = load_processor(auto, source, hub, trusted=self._trusted, config=self.config)
-            except (ForeignFileError, UntrustedCodeError):
-                raise
-            except (OSError, ValueError):  # a repo without one
-                return None
-        return self._processor
-
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As any model's; a base stored by reference is fetched at its pinned revision.
-
-        Raises:
-            ValueError: naming what is wrong in the config, the weights or the files, see
-                `fused_loading.load_checked`.
-        """
-        names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-        hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        trusted = kwargs.get("trust_remote_code") is True
-        if pretrained_model_name_or_path is not None:  # else all weights are given
-            check_files(pretrained_model_name_or_path, hub)
+    def _before_loading(cls, name: Any, hub: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """With a base that is stored by reference, all weights: it is fetched at its pinned revision."""
         config = kwargs.get("config")
         if not isinstance(config, PhatgooseConfig):
-            config = PhatgooseConfig.from_pretrained(pretrained_model_name_or_path, **hub)
-        wants_info = kwargs.pop("output_loading_info", False)
-        if config.base_by_reference:
-            with explained(pretrained_model_name_or_path):
-                kwargs = load_by_reference(pretrained_model_name_or_path, config, hub, kwargs)
-        model, info = load_checked(super().from_pretrained, pretrained_model_name_or_path, args, kwargs, hub)
-        if config.base_by_reference and model.can_generate():
-            model.generation_config = generation_of(pretrained_model_name_or_path, hub) or model.generation_config
-        model._source = (str(pretrained_model_name_or_path), hub)
-        model._trusted = trusted
-        return (model, info) if wants_info else model
+            config = PhatgooseConfig.from_pretrained(name, **hub)
+        if not config.base_by_reference:
+            return kwargs
+        with explained(name):
+            return load_by_reference(name, config, hub, kwargs)
 
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As any model's; writes the processor, the code and the recipe beside the weights."""
-        pushed = push_options(save_directory, kwargs)
-        name = f"modeling_phatgoose.{type(self).__name__}"
-        head = AUTO_CLASSES[self.config.head].__name__
-        self.config.auto_map = {"AutoConfig": "configuration_phatgoose.PhatgooseConfig", "AutoModel": name, head: name}
+    def _after_loading(self, name: Any, hub: dict[str, Any]) -> None:
+        if self.config.base_by_reference and self.can_generate():
+            self.generation_config = generation_of(name, hub) or self.generation_config
+
+    def _before_saving(self, kwargs: dict[str, Any]) -> None:
         if self.config.base_by_reference and kwargs.get("state_dict") is None:
             kwargs["state_dict"] = {key: tensor for key, tensor in self.state_dict().items() if self._is_own(key)}
-        with saved_whole(save_directory) as staging:
-            if self.processor is not None:
-                self.processor.save_pretrained(staging)
-            super().save_pretrained(staging, *args, **kwargs)
-            write_recipe(self, staging)
-        if pushed:
-            self.push_to_hub(**pushed)
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As any model's; what is sent says nothing of this machine's folders."""
-        return super(PhatgooseRouter, without_paths(self)).push_to_hub(*args, **kwargs)
 
     def _is_own(self, key: str) -> bool:
         """Whether a tensor belongs to the experts rather than to the base."""
@@ -402,6 +339,13 @@ class PhatgooseForGeneration(GeneratingMixin, PhatgooseRouter, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the base's `generate()`: caches, beams, sampling, streaming."""
         return self.backbone.generate(*args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base's: tokens are routed one by one, whatever sequences they lie beside."""
+        manager = self.backbone.init_continuous_batching(*args, **kwargs)
+        # It generates in a thread that it starts: within what `using` says here.
+        manager._run_generation_loop = partial(copy_context().run, manager._run_generation_loop)
+        return manager
 
 
 def _add_update(

@@ -1,36 +1,35 @@
-"""WEMoE: one multi-task model from fine-tunes of one base, its MLPs merged anew for every input (arXiv 2402.00433)."""
+"""WEMoE: one multi-task model from fine-tunes of one base, its MLPs merged per input (arXiv 2402.00433)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .assembly_wemoe import AUTO_CLASSES, with_arguments_of
-from .backbone_wemoe import BackboneMixin
 from .build_wemoe import Plan, check_options, make_plan
 from .configuration_wemoe import LOW_RANK, WEMoEConfig
-from .fused_files import ForeignFileError, check_files, check_processor
-from .fused_loading import check_size, explained, load_checked
-from .fused_own_code import UntrustedCodeError, load_processor
-from .fused_saving import saved_whole
+from .fused import FusedPreTrainedModel
+from .fused_backbone import BackboneMixin, with_arguments_of
+from .fused_config import GENERATING
+from .fused_generation import GeneratingMixin, common_generation, set_generation
+from .fused_heads import AUTO_CLASSES
+from .fused_loading import check_size, explained
 from .fused_summary import Summary, described
-from .generation_wemoe import GeneratingMixin, check_generation, common_generation, set_generation
+from .generation_wemoe import NO_PAGES, check_generation
 from .heads_wemoe import activate_heads, fill_heads, install_heads, name_classes, with_classes, with_one_head
 from .linears_wemoe import UpscaledLinear
-from .recipe_wemoe import push_options, without_paths, write_recipe
-from .recomputing_wemoe import forget
+from .recomputing_wemoe import Remembering, forget
 from .routing_wemoe import Coefficients, Router, Shared, Stack, Unit, WEMoETrace, by_unit, index_of
 from .samples_wemoe import first_unlike, samples_of
 
 
-class WEMoEModel(BackboneMixin, PreTrainedModel):
-    """A dense model some of whose linears are merged anew for every sample, from a base and K task vectors.
+class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
+    """A dense model some of whose linears are merged per sample, from a base and K task vectors.
 
     Build one with `from_experts`, or load a published one with ``AutoModel.from_pretrained(id,
     trust_remote_code=True)`` or the dense model's own Auto class. It is used as the dense model is: same inputs, same
@@ -39,11 +38,7 @@ class WEMoEModel(BackboneMixin, PreTrainedModel):
 
     config: WEMoEConfig
     config_class = WEMoEConfig
-    base_model_prefix = ""
-    _auto_class = "AutoModel"
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
-    # Turns ids, folders and models into loaded experts and their base; absent in a published model's code.
-    load_experts: ClassVar[Callable[..., tuple[list[Any], Any]] | None] = None
 
     def __init__(self, config: WEMoEConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -53,9 +48,6 @@ class WEMoEModel(BackboneMixin, PreTrainedModel):
         self.shared = Shared(config)
         self.record_routing: bool = False
         self.units: list[Unit] = []
-        self._processor: Any = None
-        self._source: tuple[str, dict[str, Any]] | None = None
-        self._trusted = False  # whether the repo's own code may run for the processor
         self.main_input_name = backbone.main_input_name
         self._install()
         self.forward = with_arguments_of(backbone, self)  # type: ignore[method-assign]
@@ -122,7 +114,7 @@ class WEMoEModel(BackboneMixin, PreTrainedModel):
                 raise ValueError("ids, folders and bare models need hf_fusion installed: pip install hf_fusion")
             experts, base = cls.load_experts(experts, base)
         plan = make_plan(experts, base, options)
-        family = WEMoEForGeneration if plan.config.head in ("causal-lm", "seq2seq-lm") else WEMoEModel
+        family = WEMoEForGeneration if plan.config.head in GENERATING else WEMoEModel
         model: Any = family(plan.config, plan.backbone)
         model._fill(plan)
         model._processor = plan.processor
@@ -194,12 +186,15 @@ class WEMoEModel(BackboneMixin, PreTrainedModel):
             if parameter.is_floating_point():
                 parameter.requires_grad_(".router." in f".{name}")
 
-    # ---------------------------------------------------------------- running
+    def _check_resizable(self, head: nn.Module | None) -> None:
+        if isinstance(head, UpscaledLinear):
+            name = type(self).__name__
+            raise ValueError(f"{name}: the output of tokens is up-scaled; resize base and experts before fusing")
 
-    @property
-    def experts(self) -> list[str]:
-        """Names of the experts, in order; they are the names of their tasks too."""
-        return [expert["name"] for expert in self.config.experts]
+    def _checkpoint_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return Remembering(function, self.shared.calls)
+
+    # ---------------------------------------------------------------- running
 
     @property
     def task(self) -> str | None:
@@ -409,71 +404,17 @@ class WEMoEModel(BackboneMixin, PreTrainedModel):
 
     # ---------------------------------------------------------------- loading, saving
 
-    @property
-    def processor(self) -> Any:
-        """The tokenizer or image processor; a loaded model fetches it from where it came from.
-
-        Raises:
-            UntrustedCodeError: it needs the repo's own code, and the model was loaded without ``trust_remote_code``.
-        """
-        if self._processor is None and self._source is not None:
-            from transformers import AutoImageProcessor, AutoTokenizer
-
-            auto = AutoImageProcessor if self.main_input_name == "pixel_values" else AutoTokenizer
-            try:  # with a config: else another is read, and warned of
-                source, hub = self._source
-                check_processor(source, hub)
-                self._processor = load_processor(auto, source, hub, trusted=self._trusted, config=self.config)
-            except (ForeignFileError, UntrustedCodeError):
-                raise
-            except (OSError, ValueError):  # a repo without one
-                return None
-        return self._processor
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As any model's.
-
-        Raises:
-            ValueError: naming what is wrong in the config, the weights or the files, see `fused_loading.load_checked`;
-                or that these are another model's.
-        """
-        names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-        hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        trusted = kwargs.get("trust_remote_code") is True
-        if pretrained_model_name_or_path is not None:  # else all weights are given
-            check_files(pretrained_model_name_or_path, hub)
-        wants_info = kwargs.pop("output_loading_info", False)
-        model, info = load_checked(super().from_pretrained, pretrained_model_name_or_path, args, kwargs, hub)
-        with explained(pretrained_model_name_or_path):
-            for unit in model.units:
+    def _after_loading(self, name: Any, hub: dict[str, Any]) -> None:
+        with explained(name):
+            for unit in self.units:
                 for path, linear in zip(unit.paths, unit.linears, strict=True):
                     linear.check(path)
-        if model.config.samples and (name := first_unlike(model.state_dict(), model.config.samples)):
-            raise ValueError(f"{pretrained_model_name_or_path} holds another model's weights: {name} is not as saved")
-        model._freeze()
-        model._source = (str(pretrained_model_name_or_path), hub)
-        model._trusted = trusted
-        return (model, info) if wants_info else model
+        if self.config.samples and (tensor := first_unlike(self.state_dict(), self.config.samples)):
+            raise ValueError(f"{name} holds another model's weights: {tensor} is not as saved")
+        self._freeze()
 
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As any model's; writes the processor, the code and the recipe beside the weights."""
-        pushed = push_options(save_directory, kwargs)
-        name = f"modeling_wemoe.{type(self).__name__}"
-        head = AUTO_CLASSES[self.config.head].__name__
-        self.config.auto_map = {"AutoConfig": "configuration_wemoe.WEMoEConfig", "AutoModel": name, head: name}
+    def _before_saving(self, kwargs: dict[str, Any]) -> None:
         self.config.samples = samples_of(kwargs.get("state_dict") or self.state_dict())
-        with saved_whole(save_directory) as staging:
-            if self.processor is not None:
-                self.processor.save_pretrained(staging)
-            super().save_pretrained(staging, *args, **kwargs)
-            write_recipe(self, staging)
-        if pushed:
-            self.push_to_hub(**pushed)
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As any model's; what is sent says nothing of this machine's folders."""
-        return super(WEMoEModel, without_paths(self)).push_to_hub(*args, **kwargs)
 
 
 class WEMoEForGeneration(GeneratingMixin, WEMoEModel, GenerationMixin):
@@ -494,6 +435,10 @@ class WEMoEForGeneration(GeneratingMixin, WEMoEModel, GenerationMixin):
             return self.backbone.generate(inputs, generation_config, *args, **kwargs)
         finally:
             shared.calls.enter(before)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused; raises ValueError."""
+        raise ValueError(f"{type(self).__name__} {NO_PAGES}")
 
 
 __all__ = ["WEMoEForGeneration", "WEMoEModel"]

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig
 from transformers.utils.hub import cached_file
 
-from .assembly_phatgoose import AUTO_CLASSES
 from .configuration_phatgoose import PhatgooseConfig
 from .fused_files import ALL_INDEXES, check_base, check_files
+from .fused_heads import AUTO_CLASSES
 from .fused_loading import weight_files
 
 

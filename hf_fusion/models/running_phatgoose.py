@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from .assembly_phatgoose import readers_of
-from .state_phatgoose import Routing
+from .routing_phatgoose import RoutedHead
+from .state_phatgoose import Routing, RoutingCalls
 from .trace_phatgoose import PhatgooseTrace
 
 
@@ -79,6 +80,19 @@ class RunningMixin:
             state.shared.clear()
             self.calls.keep(state)
 
+    def _check_resizable(self: Any, head: nn.Module | None) -> None:
+        name = type(self).__name__
+        if isinstance(head, RoutedHead) or hasattr(head, "experts"):
+            raise ValueError(f"{name}: its experts adapt the output of tokens; resize base and experts before fusing")
+        if self.config.base_by_reference:
+            raise ValueError(
+                f"{name} fetches its base from {self.config.base['id']}, where it keeps its size: "
+                "set model.config.base_by_reference = False, so that the base is saved too, and resize then"
+            )
+
+    def _checkpoint_function(self: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+        return partial(_remembering, self.calls, function)
+
     @contextmanager
     def using(self: Any, weights: torch.Tensor | Sequence[float] | str | None) -> Iterator[Any]:
         """Within this context the gates are not asked by calls of this thread or asyncio task.
@@ -116,6 +130,27 @@ class RunningMixin:
             )
         trace: PhatgooseTrace = state.trace
         return trace
+
+
+class _Layer:
+    """A layer's function, which finds the routing of its first call whenever, and in whatever thread, it is called."""
+
+    def __init__(self, calls: RoutingCalls, function: Callable[..., Any]) -> None:
+        self.calls, self.function = calls, function
+        self.then: Routing | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.then is None:
+            self.then = self.calls.routing().again()
+            return self.function(*args, **kwargs)
+        with self.calls.entered(self.then):
+            return self.function(*args, **kwargs)
+
+
+def _remembering(
+    calls: RoutingCalls, func: Callable[..., Any], function: Callable[..., Any], *args: Any, **kw: Any
+) -> Any:
+    return func(_Layer(calls, function), *args, **kw)
 
 
 def _goes_on(cache: Any) -> bool:

@@ -6,7 +6,6 @@ import json
 import logging
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +16,6 @@ from transformers import pipeline
 
 from hf_fusion import Expert, FoEModel, PhatgooseRouter, WEMoEModel
 from hf_fusion.models.fused_summary import MOST, Summary
-
-MODELS = Path(__file__).parents[2] / "hf_fusion" / "models"
 
 
 def foe(count: int = 2) -> FoEModel:
@@ -128,12 +125,3 @@ def test_an_image_pipeline_casts_the_pixels_of_every_expert_and_warns_of_nothing
         logger.removeHandler(caplog.handler)
     assert best["label"] in ("a", "b")
     assert caplog.text == ""
-
-
-@pytest.mark.parametrize("name", ["calls", "checks", "files", "loading", "saving", "summary"])
-def test_the_copies_that_travel_with_each_family_are_the_same(name):
-    """A family's folder travels alone, so that each has the file: a change of one is a change of all."""
-    paths = {family: MODELS / family / f"{name}_{family}.py" for family in FUSED}
-    copies = {family: path.read_text(encoding="utf-8") for family, path in paths.items() if path.exists()}
-    assert copies
-    assert len({text.replace(f"_{family} ", "_FAMILY ") for family, text in copies.items()}) == 1

@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from hf_fusion import Expert, WEMoEModel
-from hf_fusion.models.assembly_wemoe import AUTO_CLASSES
 from hf_fusion.models.configuration_wemoe import HEADS
+from hf_fusion.models.fused_heads import AUTO_CLASSES
 from hf_fusion.training.adamerging import CoefficientMerge
 
 LABELS = (["sky", "sea", "land"], ["a", "b", "c", "d", "e"])

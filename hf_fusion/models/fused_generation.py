@@ -1,11 +1,9 @@
-"""How a fused model generates: as its base does, except for values that all experts share."""
+"""How a fused model generates: as its backbone does, except for values that all experts share."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextvars import copy_context
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ class GeneratingMixin:
 
     @property
     def generation_config(self: Any) -> Any:
-        """The base's, which `generate()` reads."""
+        """The backbone's, which `generate()` reads."""
         return self.backbone.generation_config
 
     @generation_config.setter
@@ -27,27 +25,20 @@ class GeneratingMixin:
             self.backbone.generation_config = value
 
     def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As the base's."""
+        """As the backbone's."""
         return self.backbone.prepare_inputs_for_generation(*args, **kwargs)
 
     def prepare_decoder_input_ids_from_labels(self: Any, labels: torch.Tensor) -> torch.Tensor:
-        """As the base's, for sequence-to-sequence models."""
+        """As the backbone's, for sequence-to-sequence models."""
         return self.backbone.prepare_decoder_input_ids_from_labels(labels=labels)
 
     def get_encoder(self: Any, *args: Any, **kwargs: Any) -> nn.Module:
-        """The base's encoder."""
+        """The backbone's encoder."""
         return self.backbone.get_encoder(*args, **kwargs)
 
     def get_decoder(self: Any, *args: Any, **kwargs: Any) -> nn.Module:
-        """The base's decoder."""
+        """The backbone's decoder."""
         return self.backbone.get_decoder(*args, **kwargs)
-
-    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the base's: tokens are routed one by one, whatever sequences they lie beside."""
-        manager = self.backbone.init_continuous_batching(*args, **kwargs)
-        # It generates in a thread that it starts: within what `using` says here.
-        manager._run_generation_loop = partial(copy_context().run, manager._run_generation_loop)
-        return manager
 
 
 def common_generation(experts: Sequence[Any]) -> dict[str, Any]:

@@ -1,0 +1,48 @@
+"""What kinds of models are fused, by their heads, and the Auto class of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+# head -> the Auto class of such models
+AUTO_CLASSES: dict[str, Any] = {
+    "causal-lm": AutoModelForCausalLM,
+    "seq2seq-lm": AutoModelForSeq2SeqLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
+    "image-classification": AutoModelForImageClassification,
+    "semantic-segmentation": AutoModelForSemanticSegmentation,
+    "features": AutoModel,
+}
+
+
+def head_of(model: Any, heads: Iterable[str] = tuple(AUTO_CLASSES), fused: str = "fused") -> str:
+    """The head of a model, one of those that a family knows.
+
+    Args:
+        model: a class of transformers.
+        heads: keys of `AUTO_CLASSES`.
+        fused: what the family does with models, for the error: "routed".
+
+    Raises:
+        ValueError: for a class that no Auto class gives back.
+    """
+    for head in heads:
+        known = AUTO_CLASSES[head]._model_mapping.get(type(model.config), ())
+        if type(model) in (known if isinstance(known, (tuple, list)) else (known,)):
+            return head
+    raise ValueError(f"{type(model).__name__} cannot be {fused}: none of {', '.join(heads)} gives it back")
+
+
+__all__ = ["AUTO_CLASSES", "head_of"]
