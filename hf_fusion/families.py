@@ -1,54 +1,203 @@
-"""The families: methods of fusion with model classes of their own, and their options, without importing torch."""
+"""The registry of families: fusion methods whose models have classes of their own that travel to the Hub.
+
+One row says all that fusing, fitting, measuring, cards, publishing and the command line need to know of a family. What
+takes torch or transformers is imported when it is used, so that a mistyped option is told at once. Static merging
+methods give plain models and have a table of their own, `hf_fusion.merging.methods.MERGE_METHODS`.
+"""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion import models
-from hf_fusion.errors import FusionError, suggestion
-from hf_fusion.merging.methods import MERGE_METHODS
+from hf_fusion.io.folders import LEFTOVERS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The public classes of a family.
+
+    Attributes:
+        model: the fused model.
+        generation: the fused model with `generate`.
+        config: its configuration.
+        trace: what `routing_trace()` returns, if the model routes.
+        processor: what reads its inputs, where transformers' own classes do not.
+    """
+
+    model: type[PreTrainedModel]
+    generation: type[PreTrainedModel]
+    config: type[PreTrainedConfig]
+    trace: type | None = None
+    processor: type | None = None
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to fuse.
+    """A way to build a family's model, by the name that ``fuse(method, …)`` and recipes call it.
 
     Attributes:
-        module: where it is defined; imported when it is used.
-        model_type: of its models' configs.
-        function: dotted name in the module, called with loaded experts and the method's options.
-        weighs: whether experts carry weights.
-        check: a function with the same arguments, called before anything is loaded, if there is one.
+        family: name of its family.
+        constructor: the classmethod of the family's model that builds it from loaded experts.
+        takes_weights: whether experts carry weights.
         takes_base: whether it is given the loaded base, an `Expert`, as ``base=``; None where the caller named none.
+        check: takes the same arguments, and raises ValueError before anything is loaded.
+        next_command: what to do with the saved model first; ``{}`` is its folder.
     """
 
-    module: str
-    model_type: str
-    function: str
-    weighs: bool = False
-    check: Callable[..., None] | None = None
+    family: str
+    constructor: str = "from_experts"
+    takes_weights: bool = False
     takes_base: bool = False
+    check: Callable[..., None] | None = None
+    next_command: str = "hf-fusion eval {} --data DATA"
 
-    def load(self) -> Callable[..., PreTrainedModel]:
-        """The function itself."""
-        found: Any = import_module(self.module)
-        for part in self.function.split("."):
-            found = getattr(found, part)
+    def build(self, experts: Any, **options: Any) -> PreTrainedModel:
+        """The model of loaded experts.
+
+        Raises:
+            ValueError: the experts or the options do not fit.
+        """
+        return self.bound()(experts, **options)
+
+    def bound(self) -> Callable[..., PreTrainedModel]:
+        """The constructor itself, of the imported class."""
+        found: Callable[..., PreTrainedModel] = getattr(FAMILIES[self.family].classes().model, self.constructor)
         return found
 
     @property
     def options(self) -> tuple[str, ...]:
-        """The names of its options: read from its file, which is not imported for it."""
-        return tuple(name for name in _arguments(self.function) if name not in ("cls", "experts", "base"))
+        """The names of its options: read from the source file, which is not imported for it."""
+        known = _arguments(self.family, self.constructor)
+        return tuple(name for name in known if name not in ("cls", "experts", "base"))
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What experts must have to be fused with each other, beside one kind of head.
+
+    Attributes:
+        one_base: they were fine-tuned from one base; otherwise they need labels that overlap.
+        gates: adapters with PHATGOOSE gates.
+        mergeable: weights that can be merged with those of the base, tensor by tensor.
+    """
+
+    one_base: bool = False
+    gates: bool = False
+    mergeable: bool = False
+
+
+@dataclass(frozen=True)
+class FitPart:
+    """What can be fitted: ``hf-fusion fit NAME``.
+
+    Attributes:
+        name: on the command line.
+        title: in words.
+        of_adapter: whether it is fitted for an adapter, before it is fused.
+        recorded: keys that fitting leaves in the model's config → what is then said of the model.
+    """
+
+    name: str
+    title: str
+    of_adapter: bool = False
+    recorded: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RoutingMap:
+    """What measuring writes beside ``results.json``: what the model does with each task, as data and as a picture."""
+
+    data: str
+    picture: str
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What ``hf-fusion demo`` shows of a family.
+
+    Attributes:
+        shows: in words.
+        one_thread: its models are so small that a second thread only gets in the way of other programs.
+    """
+
+    shows: str
+    one_thread: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of fused models.
+
+    Attributes:
+        name: the config's ``model_type``; its files in ``hf_fusion/models/`` end with it, and its card's template in
+            ``hf_fusion/cards/model_cards/`` begins with it.
+        title: in words, with its article.
+        classes: imports its public classes.
+        methods: name → how its models are built.
+        needs: what experts must have.
+        fit: what can be fitted.
+        by_task: whether it is measured task by task; otherwise rows of all tasks are pooled.
+        map: what measuring writes beside ``results.json``.
+        processors: the file that names the processors of its experts, where each has its own.
+        demo: its demo.
+    """
+
+    name: str
+    title: str
+    classes: Callable[[], Classes]
+    methods: Mapping[str, Method]
+    needs: Needs
+    fit: tuple[FitPart, ...] = ()
+    by_task: bool = True
+    map: RoutingMap | None = None
+    processors: str = ""
+    demo: Demo | None = None
+
+
+# ---------------------------------------------------------------- Fusion of Experts
+
+
+def _foe_classes() -> Classes:
+    from hf_fusion.models.configuration_foe import FoEConfig
+    from hf_fusion.models.modeling_foe import FoEForGeneration, FoEModel
+    from hf_fusion.models.processing_foe import FoEProcessor
+
+    return Classes(FoEModel, FoEForGeneration, FoEConfig, processor=FoEProcessor)
+
+
+FOE = Family(
+    "foe",
+    "a Fusion of Experts",
+    _foe_classes,
+    methods={
+        "foe": Method("foe", next_command="hf-fusion fit fuser {} --data DATA"),
+        "ensemble": Method("foe", constructor="ensemble", takes_weights=True),
+    },
+    needs=Needs(),
+    fit=(FitPart("fuser", "the fuser of a Fusion of Experts", recorded={"fitted": "fitted", "frugal": "fitted"}),),
+    by_task=False,
+    processors="processor_config.json",
+    demo=Demo("eight classifiers of digits that answer together", one_thread=True),
+)
+
+# ---------------------------------------------------------------- PHATGOOSE
+
+
+def _phatgoose_classes() -> Classes:
+    from hf_fusion.models.configuration_phatgoose import PhatgooseConfig
+    from hf_fusion.models.modeling_phatgoose import PhatgooseForGeneration, PhatgooseRouter
+    from hf_fusion.models.trace_phatgoose import PhatgooseTrace
+
+    return Classes(PhatgooseRouter, PhatgooseForGeneration, PhatgooseConfig, PhatgooseTrace)
 
 
 def _check_phatgoose(*args: Any, **options: Any) -> None:
@@ -57,42 +206,66 @@ def _check_phatgoose(*args: Any, **options: Any) -> None:
     check_options(*args, **options)
 
 
+PHATGOOSE = Family(
+    "phatgoose",
+    "a PHATGOOSE router",
+    _phatgoose_classes,
+    methods={"phatgoose": Method("phatgoose", check=_check_phatgoose)},
+    needs=Needs(one_base=True, gates=True),
+    fit=(FitPart("gates", "the PHATGOOSE gates of one LoRA adapter", of_adapter=True),),
+    map=RoutingMap("routing.json", "routing.png"),
+    demo=Demo("adapters of SmolLM2, every token routed among them"),
+)
+
+# ---------------------------------------------------------------- WEMoE
+
+
+def _wemoe_classes() -> Classes:
+    from hf_fusion.models.configuration_wemoe import WEMoEConfig
+    from hf_fusion.models.modeling_wemoe import WEMoEForGeneration, WEMoEModel
+    from hf_fusion.models.routing_wemoe import WEMoETrace
+
+    return Classes(WEMoEModel, WEMoEForGeneration, WEMoEConfig, WEMoETrace)
+
+
 def _check_wemoe(*args: Any, **options: Any) -> None:
     from hf_fusion.models.build_wemoe import check_options
 
     check_options(*args, **options)
 
 
-# A new method is one more row; the static merging methods have a table of their own, `MERGE_METHODS`.
-METHODS = {
-    "foe": Method("hf_fusion.fused_models", "foe", "FoEModel.from_experts"),
-    "ensemble": Method("hf_fusion.fused_models", "foe", "FoEModel.ensemble", weighs=True),
-    "phatgoose": Method("hf_fusion.fused_models", "phatgoose", "PhatgooseRouter.from_experts", check=_check_phatgoose),
-    "wemoe": Method("hf_fusion.fused_models", "wemoe", "WEMoEModel.from_experts", check=_check_wemoe, takes_base=True),
-}
+WEMOE = Family(
+    "wemoe",
+    "a WEMoE",
+    _wemoe_classes,
+    methods={"wemoe": Method("wemoe", takes_base=True, check=_check_wemoe)},
+    needs=Needs(one_base=True, mergeable=True),
+    fit=(FitPart("routers", "the routers of a WEMoE, with or without labels", recorded={"adaptation": "adapted"}),),
+    map=RoutingMap("coefficients.json", "coefficients.png"),
+    demo=Demo("fine-tunes of a ViT, merged per input", one_thread=True),
+)
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (FOE, PHATGOOSE, WEMOE)}
+"""Each family by its name; a new one is one row."""
+METHODS: dict[str, Method] = {name: method for family in FAMILIES.values() for name, method in family.methods.items()}
+"""All ways to build a family's model, by the name that recipes call them."""
+MAPS = tuple(family.map for family in FAMILIES.values() if family.map)
+STALE = (*LEFTOVERS, *(name for known in MAPS for name in (known.data, known.picture)))
+"""What an earlier save may have left in a folder and must not be taken for part of another model, as patterns."""
+MEASURED = ("results.json", *(known.data for known in MAPS))
+"""The JSON files that measuring writes beside a model."""
 
 
-def family_named(name: str, parameters: Mapping[str, Any]) -> Method:
-    """The row of a method, once its name and its options are known to be right.
-
-    Raises:
-        FusionError: there is no such method, or it has no such option.
-    """
-    if name not in METHODS:
-        raise FusionError(f"There is no method {name!r}.", hint=suggestion(name, [*METHODS, *MERGE_METHODS]))
-    options = METHODS[name].options
-    if unknown := [option for option in parameters if option not in options]:
-        raise FusionError(f"Method {name} has no parameter {unknown[0]!r}.", hint=suggestion(unknown[0], options))
-    return METHODS[name]
+def family_of(method: str) -> Family:
+    """The family whose models a method builds."""
+    return FAMILIES[METHODS[method].family]
 
 
 @cache
-def _arguments(function: str) -> tuple[str, ...]:
-    """The arguments of a class's function, by the text of the families' files."""
-    owner, name = function.split(".")
-    for file in sorted(Path(models.__file__).parent.glob("modeling_*.py")):
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and node.name == owner:
-                [found] = [own for own in node.body if isinstance(own, ast.FunctionDef) and own.name == name]
-                return tuple(argument.arg for argument in [*found.args.args, *found.args.kwonlyargs])
-    raise AssertionError(f"no family has {function}")
+def _arguments(family: str, constructor: str) -> tuple[str, ...]:
+    """The arguments of a model's constructor, by the text of the family's file."""
+    file = Path(models.__file__).with_name(f"modeling_{family}.py")
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef) and node.name == constructor:
+            return tuple(argument.arg for argument in [*node.args.args, *node.args.kwonlyargs])
+    raise AssertionError(f"{file} defines no {constructor}")

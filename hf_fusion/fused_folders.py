@@ -6,15 +6,14 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError, is_fault, one_line, shown, suggestion
 from hf_fusion.extras import MissingLibraryError
-from hf_fusion.families import METHODS
+from hf_fusion.families import METHODS, family_of
 from hf_fusion.hub.formats import IMAGE_FILES, PROCESSOR_FILES
-from hf_fusion.hub.heads import architectures, model_class_of
+from hf_fusion.hub.heads import architectures
 from hf_fusion.hub.load import processor_of
 from hf_fusion.hub.resolve import resolve
 from hf_fusion.merging.methods import MERGE_METHODS
@@ -82,15 +81,15 @@ def family_class(folder: Path, config: dict[str, Any], recipe: Recipe) -> type[P
         known = [*METHODS, *MERGE_METHODS]
         hint = f"{suggestion(recipe.method, known)} if hf_fusion is newer: pip install -U hf_fusion"
         raise FusionError(f"{folder} was made by the unknown method {shown(recipe.method)}.", hint)
-    row = METHODS[recipe.method]
-    family = row.model_type
-    if config.get("model_type") != family:
+    family = family_of(recipe.method)
+    if config.get("model_type") != family.name:
         what = f"{RECIPE_FILE} says {recipe.method}, config.json {shown(config.get('model_type'))}"
         raise FusionError(f"{folder}: {what}: they are not of one model.", _OTHER_RECIPE)
-    home, name = import_module(row.module), next(iter(architectures(config)), "")
-    if (found := model_class_of(name, home)) is None:
-        raise FusionError(f"{folder}: config.json: architectures names no class of {family}: {shown(name)}.")
-    return found
+    name, classes = next(iter(architectures(config)), ""), family.classes()
+    for found in (classes.model, classes.generation):
+        if found.__name__ == name:
+            return found
+    raise FusionError(f"{folder}: config.json: architectures names no class of {family.name}: {shown(name)}.")
 
 
 def refuse_other_recipe(folder: Path, recipe: Recipe, config: Any) -> None:

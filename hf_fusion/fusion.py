@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from hf_fusion.errors import FusionError, disk_refusals, writing
-from hf_fusion.families import family_named
+from hf_fusion.families import STALE
 from hf_fusion.fused_folders import (
     explained,
     family_class,
@@ -28,6 +28,7 @@ from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.engine.processes import is_main
 from hf_fusion.merging.loaded import fuse_static, load_merged, merged_model
 from hf_fusion.merging.methods import MERGE_METHODS
+from hf_fusion.merging.recipe_checks import family_method
 from hf_fusion.progress import phase
 from hf_fusion.recipe import RECIPE_ATTRIBUTE, RECIPE_FILE, Recipe, RecipeExpert
 from hf_fusion.types import Expert
@@ -57,7 +58,7 @@ def fuse(
     Under `accelerate launch` the processes share a static merge, and each returns the whole model.
 
     Args:
-        method: a family, one of `METHODS`, or a static merging method, one of
+        method: one of a family, a key of `hf_fusion.families.METHODS`, or a static merging method, one of
             `hf_fusion.merging.methods.MERGE_METHODS`.
         experts: as `load_experts` takes them. To a static method also `RecipeExpert`, each with what is its own.
         base: the adapters' base, where it is not the one they record; the base that full fine-tunes were made from,
@@ -86,10 +87,10 @@ def fuse(
         return fuse_static(
             method, experts, base, dtype=dtype, trust_remote_code=trust_remote_code, api=api, **parameters
         )
-    row, sources = family_named(method, parameters), [_loadable(method, expert) for expert in experts]
+    family, sources = family_method(method, parameters), [_loadable(method, expert) for expert in experts]
     with _explained():
-        if row.check:
-            row.check(sources, **parameters)
+        if family.check:
+            family.check(sources, **parameters)
     how: dict[str, Any] = {
         "dtype": dtype,
         "allow_pickle": allow_pickle,
@@ -97,15 +98,17 @@ def fuse(
         "api": api,
     }
     recorded, given = {"task": task, **parameters}, None
-    if row.takes_base:
+    if family.takes_base:
         parameters["base"] = None
         if base is not None:
             trunk = task if task and not head_of_task(task).has_labels else None  # a base may lack its experts' head
             [parameters["base"]] = load_experts([base], task=trunk, gates=False, **how)
             given, base = _named(base, parameters["base"]), parameters["base"]
     loaded = load_experts(sources, base=base, task=task, **how)
+    from hf_fusion import fused_models  # noqa: F401 - gives the classes how experts' gates and folders are read
+
     with _explained(), phase("Fusing"):
-        model = row.load()(loaded, **parameters)
+        model = family.build(loaded, **parameters)
     names = [_named(*pair) for pair in zip(sources, loaded, strict=True)]
     recipe = _recipe(method, names, loaded, recorded, dtype, given)
     setattr(model, RECIPE_ATTRIBUTE, recipe)
@@ -130,9 +133,9 @@ def fuse_recipe(
         return merged_model(recipe, trust_remote_code=trust_remote_code, api=api)
     parameters = dict(recipe.parameters)
     task = parameters.pop("task", None)
-    method = family_named(recipe.method, parameters)
+    method = family_method(recipe.method, parameters)
     weights = [expert.weight for expert in recipe.experts if expert.weight is not None]
-    if weights and not method.weighs:
+    if weights and not method.takes_weights:
         raise FusionError(f"Method {recipe.method} does not weigh its experts.", hint="leave weight: out of the recipe")
     if weights:
         parameters["weights"] = weights
@@ -182,7 +185,7 @@ def save_fused(
             with phase(f"Writing {folder}"):
                 model.save_pretrained(staging)  # a family's model saves its processor too
             recipe.save(staging / RECIPE_FILE)
-            replace_folder(staging, folder)
+            replace_folder(staging, folder, STALE)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder

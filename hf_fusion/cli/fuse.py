@@ -24,8 +24,6 @@ EXAMPLES = (
     ("hf-fusion fuse recipe.yaml --output merged --dry-run", "what a recipe (ours, or mergekit's) would take"),
     ("hf-fusion fuse fusion.yaml --output fused --push me/fused", "what a recipe describes, published"),
 )
-# method -> what to do with its model first; others are ready
-NEXT = {"foe": "hf-fusion fit fuser {} --data DATA"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,14 +103,13 @@ def run(args: argparse.Namespace, out: Out) -> None:
 
 def _check(recipe: Recipe, args: argparse.Namespace) -> None:
     """Refuses what can be seen to be wrong before torch is imported and anything is read."""
-    from hf_fusion.families import family_named
     from hf_fusion.merging.methods import MERGE_METHODS
-    from hf_fusion.merging.recipe_checks import check_recipe
+    from hf_fusion.merging.recipe_checks import check_recipe, family_method
 
     if recipe.method in MERGE_METHODS:
         check_recipe(recipe)
     else:
-        family_named(recipe.method, {name: value for name, value in recipe.parameters.items() if name != "task"})
+        family_method(recipe.method, {name: value for name, value in recipe.parameters.items() if name != "task"})
         if args.dry_run:
             raise FusionError(f"--dry-run is for static merges; {recipe.method} loads its experts", "leave it out")
     check_local([recipe.base, *(expert.model for expert in recipe.experts)])
@@ -122,12 +119,13 @@ def _check(recipe: Recipe, args: argparse.Namespace) -> None:
 
 def _fuse(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
     """A model of its own kind, of loaded experts."""
+    from hf_fusion.families import METHODS
     from hf_fusion.fusion import fuse_recipe, save_fused
 
     model = fuse_recipe(recipe, allow_pickle=args.allow_pickle, trust_remote_code=args.trust_remote_code)
     folder = save_fused(model, Path(args.output), overwrite=args.overwrite)
     out.result("Fused", folder=str(folder), parameters=model.num_parameters())
-    out.hint(NEXT.get(recipe.method, "hf-fusion eval {} --data DATA").format(args.output))
+    out.hint(METHODS[recipe.method].next_command.format(args.output))
 
 
 def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_fusion.errors import FusionError, shown
+from hf_fusion.families import FAMILIES
 from hf_fusion.hub.formats import IMAGE_FILES, PROCESSOR_FILES
 from hf_fusion.hub.source import Source, folder_source
 from hf_fusion.io.json_files import read_json
 
-FOE_PROCESSORS = "processor_config.json"
 MANIFESTS_OF = {
     "AutoTokenizer": ("tokenizer_config.json",),
     "AutoImageProcessor": ("processor_config.json", "preprocessor_config.json"),
@@ -153,11 +153,12 @@ def refuse_own_code(folder: Path, config: Mapping[str, Any], *, agreed: bool) ->
 
 def _processors(folder: Path, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(sub-folder, Auto class) of each processor that a fused model's folder may be asked for."""
-    if config.get("model_type") != "foe":
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None or not family.processors:
         auto = processor_class(folder_source(folder))
         return [("", auto)] if auto else []
     autos = {"text": "AutoTokenizer", "image": "AutoImageProcessor"}
-    file = folder / FOE_PROCESSORS
+    file = folder / family.processors
     content = read_json(file, str(folder)) if file.exists() else {}
     folders, kinds = content.get("folders"), content.get("kinds")
     if not isinstance(folders, list) or not isinstance(kinds, list):

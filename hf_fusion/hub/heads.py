@@ -106,11 +106,11 @@ def head_of_adapter(config: dict[str, Any]) -> Head | None:
     return named or head_of_architecture(mapping.get("base_model_class") if isinstance(mapping, dict) else None)
 
 
-def model_class_of(name: str | None, home: Any = None) -> Any:
-    """The model class of that name in a module, by default transformers; None for other names, as of Auto classes."""
+def model_class_of(name: str | None) -> Any:
+    """The model class of that name in transformers; None for other names, as of Auto classes."""
     import transformers
 
-    found = getattr(home or transformers, name, None) if name else None
+    found = getattr(transformers, name, None) if name else None
     return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 

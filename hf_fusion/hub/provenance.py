@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from hf_fusion.errors import FusionError
+from hf_fusion.families import FAMILIES, MEASURED
 from hf_fusion.hub.client import in_parallel
 from hf_fusion.hub.manifests import local_named_files
 from hf_fusion.io.files import open_file, own_file
 from hf_fusion.io.json_files import read_json
 from hf_fusion.recipe import CONTENT, RECIPE_ATTRIBUTE, RECIPE_FILE, Recipe
 
-FAMILIES = ("foe", "phatgoose", "wemoe")  # model_type of the configs that say what a model was made of
 # what belongs to a model; its card, results and training leftovers do not
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja", ".py")
-_NOT_OF_IT = ("results.json", "routing.json", "coefficients.json", "trainer_state.json", "training_args.bin")
+_NOT_OF_IT = (*MEASURED, "trainer_state.json", "training_args.bin")
 
 
 def says_its_recipe(folder: str | Path) -> bool:
@@ -48,7 +48,7 @@ def recipe_in(folder: str | Path) -> Recipe:
             f"{folder} has no {RECIPE_FILE}, and its config.json does not say what it was made of.",
             f"put the {RECIPE_FILE} that it was made by into the folder",
         )
-    return _recorded(_config_class(content["model_type"]).from_pretrained(folder))
+    return _recorded(FAMILIES[content["model_type"]].classes().config.from_pretrained(folder))
 
 
 def recipe_of_model(model: Any) -> Recipe:
@@ -62,14 +62,6 @@ def recipe_of_model(model: Any) -> Recipe:
     if model.config.model_type not in FAMILIES:
         raise FusionError("Nothing says what this model was made of.", hint="pass recipe=, or make it with fuse()")
     return _recorded(model.config)
-
-
-def _config_class(family: str) -> Any:
-    from hf_fusion.models.configuration_foe import FoEConfig
-    from hf_fusion.models.configuration_phatgoose import PhatgooseConfig
-    from hf_fusion.models.configuration_wemoe import WEMoEConfig
-
-    return next(each for each in (FoEConfig, PhatgooseConfig, WEMoEConfig) if each.model_type == family)
 
 
 def _recorded(config: Any) -> Recipe:

@@ -5,25 +5,21 @@ from __future__ import annotations
 import glob
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from hf_fusion.errors import FusionError, disk_refusals, writing
 
 # By what a folder is known to hold a model, or what was measured of one.
 MODEL = ("fusion.yaml", "config.json", "adapter_config.json", "*.safetensors", "results.json")
-# What an earlier save may have left and a loader would take for part of this one; and what was measured of it.
-STALE = (
+# What any save may have left and a loader would take for part of this one; and what was measured of it.
+LEFTOVERS = (
     "*.safetensors",
     "*.safetensors.index.json",
     "*.py",
     "modules.json",
     "additional_chat_templates",
     "results.json",
-    "routing.json",
-    "routing.png",
-    "coefficients.json",
-    "coefficients.png",
 )
 
 
@@ -46,14 +42,20 @@ def refuse_to_replace(folder: str | Path, overwrite: bool) -> None:
         )
 
 
-def replace_folder(staging: Path, folder: Path) -> None:
-    """Move a finished save into place. A folder that exists is swapped as a whole: no moment shows a mixture."""
+def replace_folder(staging: Path, folder: Path, stale: Iterable[str]) -> None:
+    """Move a finished save into place. A folder that exists is swapped as a whole: no moment shows a mixture.
+
+    Args:
+        staging: what was saved, beside the folder.
+        folder: where it belongs.
+        stale: patterns of what goes, of what the folder holds; the rest stays.
+    """
     restore_folder(staging, folder)
     if folder.exists():
         new = {path.name for path in staging.iterdir()}
-        stale = {path.name for pattern in STALE for path in folder.glob(pattern)}
+        going = {path.name for pattern in stale for path in folder.glob(pattern)}
         for path in folder.iterdir():
-            if path.name not in new | stale:
+            if path.name not in new | going:
                 if path.is_dir() and not path.is_symlink():
                     shutil.copytree(path, staging / path.name, symlinks=True)
                 else:

@@ -18,6 +18,7 @@ from uuid import uuid4
 import torch
 
 from hf_fusion.errors import FusionError
+from hf_fusion.families import STALE
 from hf_fusion.hub.bases import base_id, warn_of_other_bases
 from hf_fusion.hub.client import in_parallel
 from hf_fusion.hub.download import download
@@ -304,7 +305,7 @@ def _write(
             save_file(tensors, place / WEIGHTS, metadata={"format": "pt"})
             recipe.save(place / RECIPE_FILE)
             read_adapter(place, str(folder), embeddings=True)  # what it says of itself is what it holds
-            replace_folder(place, folder)
+            replace_folder(place, folder, STALE)
     finally:
         shutil.rmtree(place, ignore_errors=True)
     return sum(tensor.nbytes for tensor in tensors.values())

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_fusion.errors import FusionError
+from hf_fusion.families import STALE
 from hf_fusion.hub.lora import weights_of
 from hf_fusion.hub.references import parts_of
 from hf_fusion.io.folders import refuse_to_replace, replace_folder
@@ -118,7 +119,7 @@ def merge(
                     write_index(place, shards)
                     write_small(planned, place)
                     _check_written(planned, place)
-                    replace_folder(place, folder)
+                    replace_folder(place, folder, STALE)
     finally:
         planned.files.close()
         torch.set_num_threads(before)

@@ -1,11 +1,13 @@
-"""What can be seen to be wrong with a recipe of a static method before any model is opened, without torch."""
+"""What can be seen to be wrong with a recipe, or with a method's options, before any model is opened; without torch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError, suggestion
-from hf_fusion.merging.methods import method_named
+from hf_fusion.families import METHODS, Method
+from hf_fusion.merging.methods import MERGE_METHODS, method_named
 from hf_fusion.schema import Parameter, Range, check_setting
 
 if TYPE_CHECKING:
@@ -24,8 +26,26 @@ COMMON = {
 }
 
 
+def family_method(name: str, options: Mapping[str, Any]) -> Method:
+    """The method of a family that a name calls, once its options are known to be its own.
+
+    Args:
+        name: a key of `families.METHODS`.
+        options: to be passed to it.
+
+    Raises:
+        FusionError: there is no such method, or it has no such option.
+    """
+    if name not in METHODS:
+        raise FusionError(f"There is no method {name!r}.", hint=suggestion(name, [*METHODS, *MERGE_METHODS]))
+    known = METHODS[name].options
+    if unknown := [option for option in options if option not in known]:
+        raise FusionError(f"Method {name} has no parameter {unknown[0]!r}.", hint=suggestion(unknown[0], known))
+    return METHODS[name]
+
+
 def check_recipe(recipe: Recipe) -> None:
-    """Refuses what can be seen to be wrong before any model is opened, or fetched.
+    """Refuses what can be seen to be wrong with the recipe of a static merge before any model is opened, or fetched.
 
     Raises:
         FusionError: the method does not take that many experts, or without a base; a parameter is unknown or out of

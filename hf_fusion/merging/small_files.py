@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
+from hf_fusion.families import MEASURED
 from hf_fusion.hub.manifests import MODULES, local_named_files, module_folders, read_content
 from hf_fusion.io.files import own_file, read_file
 from hf_fusion.io.json_files import read_json
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 # what describes weights, or was measured of them, is not the merged model's
 _NOT_COPIED = (
-    *("adapter_config.json", "trainer_state.json", "results.json", "routing.json", "coefficients.json"),
+    *("adapter_config.json", "trainer_state.json", *MEASURED),
     FACTS,
 )
 # files beside config.json that name tokens by their numbers

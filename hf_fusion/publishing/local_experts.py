@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
+from hf_fusion.families import FAMILIES
 from hf_fusion.hub.client import explained, same_file
 from hf_fusion.hub.formats import ADAPTER_CONFIG
 from hf_fusion.hub.heads import architectures, default_task, head_of_adapter, label_names
-from hf_fusion.hub.provenance import FAMILIES, content_of, contents_of, folders_of, model_files, told_plain
+from hf_fusion.hub.provenance import content_of, contents_of, folders_of, model_files, told_plain
 from hf_fusion.hub.resolve import resolve
 from hf_fusion.io.files import own_file, read_file, read_text
 from hf_fusion.io.json_files import read_json

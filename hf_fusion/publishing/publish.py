@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fusion.cards.card import README, CardFacts, pinned_revision, read_facts, render_card
 from hf_fusion.errors import FusionError
+from hf_fusion.families import STALE
 from hf_fusion.fusion import save_fused
 from hf_fusion.hub.client import explained, hub_api, same_file
 from hf_fusion.hub.commits import download_file, found_commit
@@ -24,7 +25,6 @@ from hf_fusion.hub.provenance import recipe_in, told, told_plain
 from hf_fusion.hub.references import parts_of
 from hf_fusion.hub.snapshot import check_snapshot
 from hf_fusion.io.files import own_file, read_text
-from hf_fusion.io.folders import STALE
 from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.progress import phase

@@ -149,7 +149,7 @@ def test_a_methods_parameters_are_the_same_whether_its_file_is_imported(name):
 def test_a_familys_options_are_the_same_whether_its_file_is_imported(name):
     import inspect
 
-    known = inspect.signature(METHODS[name].load()).parameters
+    known = inspect.signature(METHODS[name].bound()).parameters
     assert [*METHODS[name].options] == [option for option in known if option not in ("experts", "base")]
 
 

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 from hf_fusion.errors import FusionError, writing
-from hf_fusion.io.folders import STALE, restore_folder
+from hf_fusion.families import STALE
+from hf_fusion.io.folders import restore_folder
 from hf_fusion.io.saving import write_file
 from hf_fusion.merging.engine.checkpoint import DTYPES, INDEX, SINGLE, Entry
 from hf_fusion.recipe import RECIPE_FILE
