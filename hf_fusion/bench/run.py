@@ -29,7 +29,7 @@ from hf_fusion.bench.setups.routing import RoutingSetup
 from hf_fusion.bench.suite import LOWER, Suite, UnseenSplit, load_suite, splits_named
 from hf_fusion.bench.systems import FIT, TEST, NotApplicable, System, everything
 from hf_fusion.errors import FusionError
-from hf_fusion.evaluation.fusion import machine
+from hf_fusion.evaluation.machine import machine
 from hf_fusion.extras import refuse_missing
 from hf_fusion.progress import phase, track
 

@@ -13,7 +13,7 @@ import torch
 
 from hf_fusion.bench.suite import LOWER
 from hf_fusion.errors import FusionError
-from hf_fusion.evaluation.fusion import Z95, wilson
+from hf_fusion.evaluation.intervals import Z95, wilson
 from hf_fusion.evaluation.metrics import SCORES, load_metric
 from hf_fusion.training.batches import class_logits
 from hf_fusion.training.dense import dense_statistics, map_outputs

@@ -141,7 +141,7 @@ def _show_verdict(verdict: Compatibility, out: Out) -> None:
 
 def _adapt(place: Place, model: Any, experts: list[Expert], base: Any, out: Out, seed: int) -> dict[str, Any]:
     """Adapts the routers; returns what they are compared with: themselves before, and one merge, adapted likewise."""
-    from hf_fusion.evaluation.merging import System
+    from hf_fusion.evaluation.merging import TaskModel
     from hf_fusion.training.adamerging import CoefficientMerge
     from hf_fusion.training.routers import adapt_routers
 
@@ -156,7 +156,7 @@ def _adapt(place: Place, model: Any, experts: list[Expert], base: Any, out: Out,
         )
         sure = [sum(health.confidence for health in own.values()) / len(own) for own in (facts.before, facts.after)]
         out.log(f"      {name}: {facts.steps} steps, mean confidence {sure[0]:.2f} → {sure[1]:.2f}")
-    return {UNADAPTED: System(before), STATIC: System(static)}
+    return {UNADAPTED: TaskModel(before), STATIC: TaskModel(static)}
 
 
 def _rows(place: Place, split: str) -> dict[str, Dataset]:

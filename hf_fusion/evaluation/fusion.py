@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-import math
-import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,16 @@ import torch
 
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.baselines import max_confidence, mean_ensemble, oracle_expert
-from hf_fusion.evaluation.metrics import load_metric
+from hf_fusion.evaluation.loop import TaskRows, score_task
+from hf_fusion.evaluation.machine import machine
+from hf_fusion.evaluation.predictors import OutputPredictor, TextPredictor
+from hf_fusion.evaluation.scoring import score_of
 from hf_fusion.io.files import read_given
 from hf_fusion.io.saving import write_file
 from hf_fusion.progress import track
 from hf_fusion.training.fuser import COST_WEIGHTS, replay
 from hf_fusion.training.outputs import ExpertOutputs, collect_outputs
 
-Z95 = 1.959963984540054
 RESULTS_FILE = "results.json"  # its name beside a model
 # What experts' generation configs must not change: answers are compared, one for each prompt.
 GREEDY = {"max_new_tokens": 64, "do_sample": False, "num_return_sequences": 1, "return_dict_in_generate": False}
@@ -102,13 +104,6 @@ class Results:
         )
 
 
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share measured on n examples (Wilson, 1927)."""
-    centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-    half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def evaluate_fusion(
     model: Any,
     dataset: datasets.Dataset,
@@ -143,66 +138,76 @@ def evaluate_fusion(
         model, dataset, label_column=label_column, expert_column=expert_column, batch_size=batch_size
     )
     assert collected.labels is not None and collected.outputs is not None  # of classifiers and regressors
-    scorer = _Scorer(model, collected, collected.outputs, collected.labels)
-    shares = model.config.cost_shares
-    name_of_it = f"ensemble, {model.config.rule}" if model.config.rule else "FoE"
-    systems = [scorer.system(name_of_it, "foe", *scorer.fused())]
+    predictors = _Predictors(model, collected, collected.outputs, collected.labels)
+    compared = predictors.compared()
     curve: list[dict[str, Any]] = []
     if model.config.frugal:
-        systems.append(scorer.system("FoE, frugal", "frugal", *scorer.frugal(model.config.frugal["cost_weight"])))
-        for weight in track(COST_WEIGHTS, "Measuring the frugal variant"):
-            point = scorer.system("", "frugal", *scorer.frugal(weight))
+        weights = list(track(COST_WEIGHTS, "Measuring the frugal variant"))
+        points = [predictors.frugal(f"frugal at {weight}", weight) for weight in weights]
+        for weight, point in zip(weights, _systems(points, len(dataset), predictors.metric), strict=True):
             curve.append({"cost_weight": weight, "score": point.score, "ci95": point.ci95, "cost": point.cost})
-    for index, expert in enumerate(model.config.experts):
-        systems.append(scorer.system(expert["name"], "expert", collected.outputs[:, index], shares[index]))
-    systems.append(scorer.system("mean ensemble", "baseline", mean_ensemble(collected.outputs), 1.0))
-    if not scorer.regression:
-        systems.append(scorer.system("max confidence", "baseline", max_confidence(collected.outputs), 1.0))
-        oracle = oracle_expert(collected.outputs, collected.labels, collected.experts)
-        cost = sum(shares[int(e)] for e in collected.experts) / len(collected) if collected.experts is not None else 1.0
-        systems.append(scorer.rate("oracle expert", "oracle", oracle, cost))
     return Results(
         dataset={"name": name, "type": name, "split": split},
         n=len(collected),
-        metric=scorer.metric,
-        systems=systems,
-        selection_accuracy=scorer.selection_accuracy(),
+        metric=predictors.metric,
+        systems=_systems(compared, len(dataset), predictors.metric),
+        selection_accuracy=predictors.selection_accuracy(),
         curve=curve,
         command=command,
         machine=machine(),
     )
 
 
-class _Scorer:
-    """Scores answers (N, C) of one collection of outputs."""
+def _systems(predictors: Sequence[OutputPredictor], count: int, metric: str) -> list[System]:
+    """Predictors of collected outputs with their scores."""
+    data = TaskRows("the data", metric, [{}] * count, lambda rows: {})
+    found = score_task(predictors, data, count)
+    return [_system(predictor, found[predictor.name], metric) for predictor in predictors]
+
+
+def _system(predictor: OutputPredictor | TextPredictor, scores: torch.Tensor, metric: str) -> System:
+    score = score_of(scores, metric)
+    return System(predictor.name, predictor.kind, score.score, score.ci95, predictor.cost)
+
+
+class _Predictors:
+    """What is compared, from one collection of outputs (N, K, C)."""
 
     def __init__(self, model: Any, collected: ExpertOutputs, outputs: torch.Tensor, labels: torch.Tensor) -> None:
         self.model, self.collected, self.outputs, self.labels = model, collected, outputs, labels
         self.regression = model.config.problem_type == "regression"
         self.metric = "mse" if self.regression else "accuracy"
-        self._compute = load_metric(self.metric)
         self._choice: torch.Tensor | None = None
 
-    def system(self, name: str, kind: str, answers: torch.Tensor, cost: float) -> System:
-        """Scores (N, C) answers by the metric."""
-        labels = self.labels
-        if self.regression:
-            predictions = answers.squeeze(-1)
-            score = self._compute.compute(predictions=predictions.tolist(), references=labels.tolist())[self.metric]
-            half = Z95 * float((predictions - labels).square().std()) / math.sqrt(len(labels))
-            return System(name, kind, score, (score - half, score + half), cost)
-        predictions = answers.argmax(1)
-        score = self._compute.compute(predictions=predictions.tolist(), references=labels.tolist())[self.metric]
-        return System(name, kind, score, wilson(score, len(labels)), cost)
+    def compared(self) -> list[OutputPredictor]:
+        """The fusion, its frugal variant, the experts, and baselines."""
+        model, collected, shares = self.model, self.collected, self.model.config.cost_shares
+        fused, cost = self._fused()
+        found = [self._of(f"ensemble, {model.config.rule}" if model.config.rule else "FoE", "foe", fused, cost)]
+        if model.config.frugal:
+            found.append(self.frugal("FoE, frugal", model.config.frugal["cost_weight"]))
+        for index, expert in enumerate(model.config.experts):
+            found.append(self._of(expert["name"], "expert", self.outputs[:, index], shares[index]))
+        found.append(self._of("mean ensemble", "baseline", mean_ensemble(self.outputs), 1.0))
+        if not self.regression:
+            found.append(self._of("max confidence", "baseline", max_confidence(self.outputs), 1.0))
+            best = oracle_expert(self.outputs, self.labels, collected.experts)
+            owners = collected.experts
+            cost = sum(shares[int(own)] for own in owners) / len(collected) if owners is not None else 1.0
+            found.append(OutputPredictor("oracle expert", "oracle", cost, best))
+        return found
 
-    def rate(self, name: str, kind: str, right: torch.Tensor, cost: float) -> System:
-        """Scores which examples are right, (N,) bool."""
-        score = float(right.float().mean())
-        return System(name, kind, score, wilson(score, len(right)), cost)
+    def _of(self, name: str, kind: str, outputs: torch.Tensor, cost: float) -> OutputPredictor:
+        """What predicts by outputs (N, C)."""
+        if self.regression:
+            scores = (outputs.squeeze(-1).double() - self.labels.double()).square()
+        else:
+            scores = outputs.argmax(1) == self.labels
+        return OutputPredictor(name, kind, cost, scores)
 
     @torch.no_grad()
-    def fused(self) -> tuple[torch.Tensor, float]:
-        """The fusion's answers and their mean cost, from the collected outputs."""
+    def _fused(self) -> tuple[torch.Tensor, float]:
+        """The fusion's outputs and their mean cost."""
         scores = copy.deepcopy(self.model.fuser).to("cpu")(self.collected.features)  # others may be using the model
         if self.model.config.mode == "output":
             return scores, 1.0
@@ -215,13 +220,12 @@ class _Scorer:
         return self.outputs[torch.arange(len(scores)), self._choice], cost
 
     @torch.no_grad()
-    def frugal(self, cost_weight: float) -> tuple[torch.Tensor, float]:
-        """The frugal variant's answers and their mean cost at some lambda."""
+    def frugal(self, name: str, cost_weight: float) -> OutputPredictor:
+        """The frugal variant at some lambda."""
         shares = torch.tensor(self.model.config.cost_shares)
         outputs, order = replay(copy.deepcopy(self.model.policy).to("cpu"), self.outputs, shares, cost_weight)
-        return self.model.fuser(outputs.flatten(1).to(self.model.device)).cpu(), float(
-            ((order > 0) * shares).sum(1).mean()
-        )
+        fused = self.model.fuser(outputs.flatten(1).to(self.model.device)).cpu()
+        return self._of(name, "frugal", fused, float(((order > 0) * shares).sum(1).mean()))
 
     def selection_accuracy(self) -> float | None:
         """How often the expert of the example's domain was chosen."""
@@ -234,36 +238,35 @@ def _evaluate_generation(
     model: Any, dataset: datasets.Dataset, name: str, split: str, command: str, batch_size: int
 ) -> Results:
     """Exact match of the fusion's and every expert's generations with column ``target``."""
-    metric = load_metric("exact_match")
-    shares = model.config.cost_shares
     prompt = "prompt" if "prompt" in dataset.column_names else "text"
 
-    def generate(expert: int | None) -> list[str]:
-        texts: list[str] = []
-        who = "the fusion" if expert is None else model.config.experts[expert]["name"]
-        for start in track(range(0, len(dataset), batch_size), f"Generating with {who}"):
-            inputs = model.processor(text=dataset[prompt][start : start + batch_size]).to(model.device)
-            rows = len(inputs["input_ids"])
-            choice = model.select(inputs) if expert is None else torch.full((rows,), expert, device=model.device)
-            sequences = model.generate(**inputs, choice=choice, **GREEDY)
-            for chosen, sequence in zip(choice.tolist(), sequences, strict=True):
-                answer = sequence[_prompt_length(model, inputs, chosen) :]
-                texts.append(model.processor.decode(answer, skip_special_tokens=True))
+    def generate(expert: int | None, prompts: Sequence[str]) -> list[str]:
+        inputs = model.processor(text=list(prompts)).to(model.device)
+        rows = len(inputs["input_ids"])
+        choice = model.select(inputs) if expert is None else torch.full((rows,), expert, device=model.device)
+        sequences = model.generate(**inputs, choice=choice, **GREEDY)
+        texts = []
+        for chosen, sequence in zip(choice.tolist(), sequences, strict=True):
+            answer = sequence[_prompt_length(model, inputs, chosen) :]
+            texts.append(model.processor.decode(answer, skip_special_tokens=True))
         return texts
 
-    systems = []
-    for index, label, kind in [
-        (None, "FoE", "foe"),
-        *((i, e["name"], "expert") for i, e in enumerate(model.config.experts)),
-    ]:
-        score = metric.compute(predictions=generate(index), references=list(dataset["target"]))["exact_match"]
-        cost = 1.0 if index is None else shares[index]
-        systems.append(System(label, kind, score, wilson(score, len(dataset)), cost))
+    predictors = [TextPredictor("FoE", "foe", 1.0, partial(generate, None))]
+    for index, (expert, share) in enumerate(zip(model.config.experts, model.config.cost_shares, strict=True)):
+        predictors.append(TextPredictor(expert["name"], "expert", share, partial(generate, index)))
+    rows = dataset.select_columns([prompt, "target"])
+    data = TaskRows(
+        "the data",
+        "exact_match",
+        rows,
+        lambda batch: {"prompts": [row[prompt] for row in batch], "targets": [row["target"] for row in batch]},
+    )
+    found = score_task(predictors, data, batch_size)
     return Results(
         {"name": name, "type": name, "split": split},
         len(dataset),
         "exact_match",
-        systems,
+        [_system(predictor, found[predictor.name], "exact_match") for predictor in predictors],
         command=command,
         machine=machine(),
     )
@@ -274,10 +277,4 @@ def _prompt_length(model: Any, inputs: Any, expert: int) -> int:
     if model.config.is_encoder_decoder:
         return 0
     group = model.config.backbones[model.config.experts[expert]["backbone"]]["inputs"]
-    return inputs["input_ids" if group == 0 else f"input_ids_{group}"].shape[1]
-
-
-def machine() -> str:
-    """One line on what this runs on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    return f"{platform.machine()}, {device}, Python {platform.python_version()}, torch {torch.__version__}"
+    return int(inputs["input_ids" if group == 0 else f"input_ids_{group}"].shape[1])

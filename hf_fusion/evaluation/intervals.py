@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+Z95 = 1.959963984540054  # the normal distribution's quantile of 97.5 %
+
 
 @dataclass(frozen=True)
 class Score:
@@ -16,6 +18,13 @@ class Score:
 
     def __str__(self) -> str:
         return f"{100 * self.score:.1f} ({round(100 * self.ci95[0])} to {round(100 * self.ci95[1])})"
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share measured on n examples (Wilson, 1927)."""
+    centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def mean_of(scores: Sequence[Score]) -> Score:

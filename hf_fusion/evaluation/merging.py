@@ -14,15 +14,18 @@ import torch
 
 from hf_fusion.data import owners_by_name
 from hf_fusion.errors import FusionError
-from hf_fusion.evaluation.fusion import machine
-from hf_fusion.evaluation.results import Metric, SuiteResults, SuiteTask, compare
+from hf_fusion.evaluation.loop import TaskRows, score_task
+from hf_fusion.evaluation.machine import machine
+from hf_fusion.evaluation.predictors import Batch, ModelPredictor
+from hf_fusion.evaluation.results import Metric, SuiteResults, SuiteTask
+from hf_fusion.evaluation.scoring import compare
 from hf_fusion.hub.heads import head_of_architecture, same_label
 from hf_fusion.hub.load import load_experts
 from hf_fusion.hub.lora import with_adapter
 from hf_fusion.hub.references import parts_of
 from hf_fusion.progress import track
 from hf_fusion.training.adamerging import CoefficientMerge, merged_once
-from hf_fusion.training.batches import like_lengths, read_examples, score_rows, to_model
+from hf_fusion.training.batches import read_examples
 from hf_fusion.types import Expert
 
 if TYPE_CHECKING:
@@ -39,18 +42,34 @@ WEMOE, INDIVIDUAL, MERGED = "WEMoE", "individual experts", "merged"
 
 
 @dataclass(frozen=True)
-class System:
-    """One of the systems of a comparison.
+class TaskModel:
+    """A model that is told the task, and how it is measured.
 
     Attributes:
         model: called with ``task=`` and the inputs of a batch; gives what the task's dense model gives.
-        kind: see `SuiteSystem`.
-        within: the context that its forwards run in, of the model.
+        kind: see `hf_fusion.evaluation.predictors.Predictor`.
+        within: the context that its forwards for one task run in, of the model.
     """
 
     model: Any
     kind: str = "baseline"
     within: Callable[[Any], AbstractContextManager[Any]] = merged_once
+
+    def predictor(self, name: str, fused: Any, owner: str) -> ModelPredictor:
+        """It on the task of an expert.
+
+        Args:
+            name: what tables call it.
+            fused: the model that the comparison is about.
+            owner: the expert.
+        """
+
+        def prepare(batch: Batch) -> dict[str, Any]:
+            routes = self.kind == "router" and fused.config.head == "causal-lm"
+            prompts = {"prompt_mask": fused.prompt_tokens(batch.inputs)} if routes else {}
+            return {**batch.inputs, **prompts, "task": owner}
+
+        return ModelPredictor(name, self.kind, self.model, prepare)
 
 
 # What a static merge of the experts is, from λ and K: the coefficient of every task vector.
@@ -68,7 +87,7 @@ def evaluate_merging(
     experts: Sequence[ExpertLike] = (),
     base: str | Path | PreTrainedModel | None = None,
     owners: Mapping[str, str] | None = None,
-    more: Mapping[str, System] | None = None,
+    more: Mapping[str, TaskModel] | None = None,
     metrics: Mapping[str, Metric] | None = None,
     batch_size: int = 64,
     max_length: int = 512,
@@ -108,7 +127,7 @@ def evaluate_merging(
             raise FusionError(
                 f"{task} is the task of none of the experts", hint=f"owners={{{task!r}: one of {model.experts}}}"
             )
-    systems = {WEMOE: System(model, "router"), **(more or {})}
+    systems = {WEMOE: TaskModel(model, "router"), **(more or {})}
     if experts:
         systems |= _beside(model, experts, base, trust_remote_code)
     tasks: list[SuiteTask] = []
@@ -120,14 +139,11 @@ def evaluate_merging(
         tasks.append(SuiteTask(task, metric, len(rows), owner))
         labels = list(model.config.experts[model.experts.index(owner)]["labels"])
         read = read_examples(Expert(task, model.backbone, processor=model.processor, labels=labels), rows, max_length)
-        batches = [(numbers, [read.rows[n] for n in numbers]) for numbers in like_lengths(read.rows, batch_size)]
+        data = TaskRows.of(task, metric, read, model.backbone.device)
         for name, system in systems.items():
-            values = torch.zeros(len(rows))
             with torch.no_grad(), system.within(system.model):
-                for numbers, batch in track(batches, f"Measuring {name} on {task}"):
-                    inputs = _inputs(read.collate(batch), model, owner, prompts=system.kind == "router" and speaks)
-                    values[numbers] = score_rows(system.model, inputs, metric).float().cpu()
-            scores[name][task] = values
+                predictor = system.predictor(name, model, owner)
+                scores[name] |= {task: score_task([predictor], data, batch_size)[name]}
     kinds = {name: system.kind for name, system in systems.items()}
     known = {"scaling": model.config.scaling, "adaptation": model.config.adaptation}
     return SuiteResults(tasks, compare(tasks, scores, kinds, WEMOE), {**known, **(settings or {})}, command, machine())
@@ -195,7 +211,9 @@ def evaluate_static(
         name = expert.name if kind == "expert" else kind
         kinds[name], scores[name] = kind, {}
         for task, rows in suite.items():
-            scores[name][task] = _score(expert, rows, like.metric(wanted.get(task)), batch_size, max_length)
+            metric = like.metric(wanted.get(task))
+            data = TaskRows.of(task, metric, read_examples(expert, rows, max_length))
+            scores[name] |= {task: score_task([ModelPredictor(name, kind, expert.model)], data, batch_size)[name]}
         del expert  # before the next is loaded
     assert like is not None
     known = owners_by_name(suite, names) | dict(owners or {})
@@ -232,26 +250,7 @@ def _loaded(given: Any, options: Mapping[str, Any], start: Any = None) -> Expert
     return replace(expert, model=with_adapter(expert.model, expert.adapter, expert.labels))
 
 
-def _score(expert: Expert, rows: Dataset, metric: Metric, batch_size: int, max_length: int) -> torch.Tensor:
-    """The score of every row, (N,)."""
-    read = read_examples(expert, rows, max_length)
-    values = torch.zeros(len(rows))
-    with torch.no_grad():
-        for numbers in track(list(like_lengths(read.rows, batch_size)), f"Measuring {expert.name}"):
-            inputs = to_model(read.collate([read.rows[n] for n in numbers]), expert.model)
-            values[numbers] = score_rows(expert.model, inputs, metric).float().cpu()
-    return values
-
-
-def _inputs(batch: Mapping[str, Any], model: Any, owner: str, prompts: bool) -> dict[str, Any]:
-    """A batch where the model is, with the task; of language models that route, with the tokens of their prompts."""
-    inputs: dict[str, Any] = {name: value.to(model.backbone.device) for name, value in batch.items()}
-    if prompts and model.config.head == "causal-lm":
-        inputs["prompt_mask"] = model.prompt_tokens(inputs)
-    return {**inputs, "task": owner}
-
-
-def _beside(model: Any, experts: Sequence[ExpertLike], base: Any, agreed: bool) -> dict[str, System]:
+def _beside(model: Any, experts: Sequence[ExpertLike], base: Any, agreed: bool) -> dict[str, TaskModel]:
     """The experts, each on its own task, and static merges of them."""
     how: dict[str, Any] = {"gates": False, "trust_remote_code": agreed}
     start: Any = load_experts([base], **how)[0] if base is not None else None
@@ -262,8 +261,8 @@ def _beside(model: Any, experts: Sequence[ExpertLike], base: Any, agreed: bool) 
     systems = {}
     for name, (kind, coefficient) in MERGES.items():
         given = [coefficient(model.config.scaling, len(loaded))] * len(loaded)
-        systems[name] = System(merge, kind, partial(CoefficientMerge.using, coefficients=given))
-    return {**systems, INDIVIDUAL: System(_Individual(merge, loaded), "oracle")}
+        systems[name] = TaskModel(merge, kind, partial(CoefficientMerge.using, coefficients=given))
+    return {**systems, INDIVIDUAL: TaskModel(_Individual(merge, loaded), "oracle")}
 
 
 class _Individual:
@@ -283,4 +282,4 @@ class _Individual:
             return self.merge.dense(task)
 
 
-__all__ = ["INDIVIDUAL", "MERGED", "WEMOE", "System", "evaluate_merging", "evaluate_static"]
+__all__ = ["INDIVIDUAL", "MERGED", "WEMOE", "TaskModel", "evaluate_merging", "evaluate_static"]

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from hf_fusion.evaluation.fusion import Z95, wilson
-from hf_fusion.evaluation.intervals import Score, mean_of
+from hf_fusion.evaluation.intervals import Score
 from hf_fusion.io.files import read_given
 from hf_fusion.io.saving import write_file
 
@@ -67,8 +63,8 @@ class SuiteResults:
     """A comparison of systems on a suite of tasks.
 
     Intervals hold 95 %: Wilson's for a share, the normal one for a mean of shares (metric "tokens"). The interval of a
-    mean over tasks adds the tasks' own, squared (`mean_of`); a lead is the mean difference on the same rows with the
-    normal interval stratified by task (`lead_of`). Tasks are taken as given, rows as drawn from them.
+    mean over tasks adds the tasks' own, squared (`intervals.mean_of`); a lead is the mean difference on the same rows
+    with the normal interval stratified by task (`scoring.lead_of`). Tasks are taken as given, rows as drawn from them.
 
     Attributes:
         tasks: the suite.
@@ -162,50 +158,3 @@ def aligned(rows: Sequence[Mapping[str, str]]) -> str:
         "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
         for line in lines
     )
-
-
-def score_of(values: torch.Tensor, metric: Metric) -> Score:
-    """The mean of rows' scores (N,) with its interval: Wilson's for shares, the normal one for "tokens"."""
-    mean = float(values.double().mean())
-    if metric != "tokens":
-        return Score(mean, wilson(mean, len(values)))
-    half = Z95 * float(values.double().std(correction=0)) / math.sqrt(len(values))
-    return Score(mean, (max(0.0, mean - half), min(1.0, mean + half)))
-
-
-def lead_of(own: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Score:
-    """Mean over tasks of the mean difference of two systems on the same rows, each (N_task,), with its interval."""
-    differences = [(a - b).double() for a, b in zip(own, other, strict=True)]
-    mean = sum(float(d.mean()) for d in differences) / len(differences)
-    variance = sum(float(d.var(correction=0)) / len(d) for d in differences) / len(differences) ** 2
-    half = Z95 * math.sqrt(variance)
-    return Score(mean, (mean - half, mean + half))
-
-
-def compare(
-    tasks: Sequence[SuiteTask],
-    scores: Mapping[str, Mapping[str, torch.Tensor]],
-    kinds: Mapping[str, str],
-    leader: str,
-) -> list[SuiteSystem]:
-    """Systems with their intervals, their means, and how far the leader is ahead of each.
-
-    Args:
-        tasks: the suite.
-        scores: system → task → scores of its rows (N,).
-        kinds: system → kind, see `SuiteSystem`; default is "oracle".
-        leader: the system that the comparison is about.
-    """
-    systems = []
-    for name, own in scores.items():
-        kind = kinds.get(name, "oracle")
-        system = SuiteSystem(name, kind, {t.name: score_of(own[t.name], t.metric) for t in tasks if t.name in own})
-        for group in (HELD_IN, HELD_OUT):
-            members = [task.name for task in tasks if task.group == group]
-            if members and set(members) <= own.keys():
-                system.means[group] = mean_of([system.scores[task] for task in members])
-                if leader in scores and name != leader:
-                    ahead = [scores[leader][task] for task in members]
-                    system.lead[group] = lead_of(ahead, [own[task] for task in members])
-        systems.append(system)
-    return systems

@@ -13,13 +13,16 @@ import torch
 from torch import nn
 
 from hf_fusion.errors import FusionError
-from hf_fusion.evaluation.fusion import machine
-from hf_fusion.evaluation.results import Metric, SuiteResults, SuiteTask, compare
+from hf_fusion.evaluation.loop import TaskRows, score_task
+from hf_fusion.evaluation.machine import machine
+from hf_fusion.evaluation.predictors import ModelPredictor
+from hf_fusion.evaluation.results import Metric, SuiteResults, SuiteTask
 from hf_fusion.evaluation.retrieval import Embedder, Retrieval, TextEmbedder
+from hf_fusion.evaluation.scoring import compare
 from hf_fusion.hub.load import load_experts
 from hf_fusion.models.modeling_phatgoose import PhatgooseRouter
 from hf_fusion.progress import track
-from hf_fusion.training.batches import Examples, like_lengths, read_examples, score_rows
+from hf_fusion.training.batches import Examples, read_examples
 from hf_fusion.training.gates import average_activation
 from hf_fusion.types import Expert
 
@@ -33,8 +36,8 @@ PHATGOOSE, ORACLE, HINDSIGHT = "PHATGOOSE", "oracle", "best in hindsight"
 
 
 @dataclass(frozen=True)
-class Way:
-    """How a router is set up to be one of the systems: for `evaluate_routing` and for `bench.routing`.
+class RoutingStrategy:
+    """How a router is set up to be one of the systems: for `evaluate_routing` and for `bench.settings.routing`.
 
     Attributes:
         kind: see `SuiteSystem`.
@@ -48,6 +51,16 @@ class Way:
         lambda evaluation, router, task, rows: nullcontext()
     )
 
+    def predictor(self, name: str, evaluation: Evaluation, router: PhatgooseRouter) -> ModelPredictor:
+        """A router that is set up by it."""
+        return ModelPredictor(
+            name,
+            self.kind,
+            router.backbone,
+            lambda batch: batch.inputs,
+            lambda batch: self.within(evaluation, router, batch.task, batch.indices),
+        )
+
 
 # Gates and rule of a router -> how it is built of the experts.
 ROUTERS: dict[str, Callable[[Evaluation], PhatgooseRouter]] = {
@@ -56,22 +69,24 @@ ROUTERS: dict[str, Callable[[Evaluation], PhatgooseRouter]] = {
     "arrow": lambda evaluation: evaluation.build(evaluation.experts, routing="arrow"),
     "uniform": lambda evaluation: evaluation.build(evaluation.experts, routing="uniform"),
 }
-WAYS: dict[str, Way] = {
-    "base": Way("base", within=lambda evaluation, router, task, rows: router.using(None)),
-    PHATGOOSE: Way("router"),
-    "retrieval": Way(
+STRATEGIES: dict[str, RoutingStrategy] = {
+    "base": RoutingStrategy("base", within=lambda evaluation, router, task, rows: router.using(None)),
+    PHATGOOSE: RoutingStrategy("router"),
+    "retrieval": RoutingStrategy(
         "baseline",
         within=lambda evaluation, router, task, rows: router.using(evaluation.retrieved(task)[rows]),
     ),
-    "average activation": Way("baseline", "average"),
-    "Arrow": Way("baseline", "arrow"),
-    "merged": Way(
+    "average activation": RoutingStrategy("baseline", "average"),
+    "Arrow": RoutingStrategy("baseline", "arrow"),
+    "merged": RoutingStrategy(
         "baseline",
         within=lambda evaluation, router, task, rows: router.using([1 / len(router.experts)] * len(router.experts)),
     ),
-    "uniform": Way("baseline", "uniform", lambda evaluation, router, task, rows: evaluation.drawn(task, rows)),
+    "uniform": RoutingStrategy(
+        "baseline", "uniform", lambda evaluation, router, task, rows: evaluation.drawn(task, rows)
+    ),
 }
-SYSTEMS = (*WAYS, "experts", ORACLE)
+SYSTEMS = (*STRATEGIES, "experts", ORACLE)
 """What can be compared: "experts" are all single experts, with the best one in hindsight."""
 
 
@@ -142,7 +157,7 @@ def evaluate_routing(
         "seed": seed,
         "dtype": str(loaded[0].model.dtype).removeprefix("torch."),
     }
-    kinds = dict.fromkeys(evaluation.names, "expert") | {name: way.kind for name, way in WAYS.items()}
+    kinds = dict.fromkeys(evaluation.names, "expert") | {name: strategy.kind for name, strategy in STRATEGIES.items()}
     return SuiteResults(tasks, compare(tasks, scores, kinds, PHATGOOSE), settings, command, machine())
 
 
@@ -173,9 +188,9 @@ class Evaluation:
     def run(self, systems: Sequence[str] | None) -> tuple[list[SuiteTask], dict[str, dict[str, torch.Tensor]]]:
         """The tasks, and the rows' scores: system → task → (N,)."""
         wanted = self._checked(systems)
-        ways = {name: way for name, way in WAYS.items() if name in wanted}
-        singles = {name: Way("expert", within=partial(alone, name)) for name in self.names}
-        routers = {kind: self.router(kind) for kind in ("own", *(way.router for way in ways.values()))}
+        strategies = {name: strategy for name, strategy in STRATEGIES.items() if name in wanted}
+        singles = {name: RoutingStrategy("expert", within=partial(alone, name)) for name in self.names}
+        routers = {kind: self.router(kind) for kind in ("own", *(strategy.router for strategy in strategies.values()))}
         tasks = []
         scores: dict[str, dict[str, torch.Tensor]] = {}
         for task, rows in track(self.suite.items(), "Measuring tasks"):
@@ -183,7 +198,7 @@ class Evaluation:
             own = singles if "experts" in wanted else {}
             if ORACLE in wanted and owner is not None:
                 own = own or {owner: singles[owner]}
-            values, metric = self._scores(task, rows, {**ways, **own}, routers)
+            values, metric = self._scores(task, rows, {**strategies, **own}, routers)
             tasks.append(SuiteTask(task, metric, len(rows), owner))
             for name, value in values.items():
                 if "experts" in wanted or name not in singles:
@@ -195,27 +210,20 @@ class Evaluation:
                 scores.setdefault(HINDSIGHT, {})[task] = values[best]
         return tasks, scores
 
-    @torch.no_grad()
     def _scores(
-        self, task: str, rows: Dataset, ways: Mapping[str, Way], routers: Mapping[str, PhatgooseRouter]
+        self,
+        task: str,
+        rows: Dataset,
+        strategies: Mapping[str, RoutingStrategy],
+        routers: Mapping[str, PhatgooseRouter],
     ) -> tuple[dict[str, torch.Tensor], Metric]:
-        """Every system's scores of one task's rows, (N,) each; a batch is prepared once for all of them."""
+        """Every strategy's scores of one task's rows, (N,) each; a batch is prepared once for all of them."""
         own = routers["own"]
-        speaks = own.config.head in ("causal-lm", "seq2seq-lm")
-        metric = self.metrics.get(task, "exact") if speaks else "accuracy"
-        read = self.read(own, rows)
-        scores = {name: torch.zeros(len(rows)) for name in ways}
+        metric = self.metrics.get(task, "exact") if own.config.head in ("causal-lm", "seq2seq-lm") else "accuracy"
+        predictors = [strategy.predictor(name, self, routers[strategy.router]) for name, strategy in strategies.items()]
         with same_start(routers.values()) as remembered:
-            batches = list(like_lengths(read.rows, self.batch_size))
-            for numbers in track(batches, f"Measuring {len(ways)} systems on {task}"):
-                batch = dict(read.collate([read.rows[number] for number in numbers]))
-                batch = {name: value.to(own.device) for name, value in batch.items()}
-                remembered.clear()
-                for name, way in ways.items():
-                    router = routers[way.router]
-                    with way.within(self, router, task, numbers):
-                        scores[name][numbers] = score_rows(router.backbone, batch, metric).float().cpu()
-        return scores, metric
+            data = TaskRows.of(task, metric, self.read(own, rows), own.device)
+            return score_task(predictors, data, self.batch_size, before_batch=remembered.clear), metric
 
     def read(self, router: PhatgooseRouter, rows: Dataset) -> Examples:
         """Rows as the router reads them: labels are those of all experts."""

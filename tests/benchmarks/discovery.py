@@ -247,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, seconds in best.items():
         print(f"  {name:12} {seconds * 1000:6.1f} CPU ms")
     if options.output:
-        from hf_fusion.evaluation.fusion import machine
+        from hf_fusion.evaluation.machine import machine
 
         content = {
             "machine": machine(),

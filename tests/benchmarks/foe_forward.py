@@ -25,7 +25,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
 
 from hf_fusion import Expert, FoEModel
-from hf_fusion.evaluation.fusion import machine
+from hf_fusion.evaluation.machine import machine
 from hf_fusion.hub.lora import read_adapter
 
 sys.path.append(str(Path(__file__).parents[1]))

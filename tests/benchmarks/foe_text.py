@@ -28,7 +28,8 @@ from transformers import AutoModel, AutoTokenizer
 from hf_fusion import FoEModel, fit_fuser, load_experts
 from hf_fusion.assets.minilm import minilm_folder
 from hf_fusion.demo.text_suites import SUITES, TextSuite, splits
-from hf_fusion.evaluation.fusion import System, evaluate_fusion, wilson
+from hf_fusion.evaluation.fusion import System, evaluate_fusion
+from hf_fusion.evaluation.intervals import wilson
 from hf_fusion.io.cache import cache_folder
 from hf_fusion.training.outputs import collect_outputs
 

@@ -24,7 +24,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_fusion import Expert
-from hf_fusion.evaluation.fusion import machine
+from hf_fusion.evaluation.machine import machine
 from hf_fusion.hub.lora import read_adapter
 from hf_fusion.training.gates import gated
 

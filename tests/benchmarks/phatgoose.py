@@ -26,7 +26,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from hf_fusion import PhatgooseConfig, PhatgooseForGeneration
-from hf_fusion.evaluation.fusion import machine
+from hf_fusion.evaluation.machine import machine
 
 RANK, BATCH, PROMPT, ANSWER = 16, 4, 64, 16
 

@@ -29,7 +29,8 @@ from hf_fusion.assets.language_tasks import CHAT, END_OF_TURN, HELD_IN, HELD_OUT
 from hf_fusion.assets.minilm import minilm_folder
 from hf_fusion.assets.smollm2 import smollm2_folder
 from hf_fusion.assets.weights import demo_weights
-from hf_fusion.evaluation.results import SuiteResults, aligned, mean_of
+from hf_fusion.evaluation.intervals import mean_of
+from hf_fusion.evaluation.results import SuiteResults, aligned
 from hf_fusion.evaluation.retrieval import TextEmbedder
 from hf_fusion.evaluation.routing import SYSTEMS
 from hf_fusion.hub.gates import GATES_FILE

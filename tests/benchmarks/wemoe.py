@@ -29,7 +29,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_fusion import WEMoEConfig, WEMoEForGeneration, WEMoEModel
-from hf_fusion.evaluation.fusion import machine
+from hf_fusion.evaluation.machine import machine
 from hf_fusion.models.assembly_wemoe import find_units
 from hf_fusion.models.configuration_wemoe import LOW_RANK, TASK_VECTORS
 from hf_fusion.models.linears_wemoe import rows_together

@@ -29,7 +29,7 @@ from hf_fusion.bench.conditions import corrupted as under
 from hf_fusion.bench.setups.merging import MergingSetup
 from hf_fusion.demo.merging_suites import SUITES, trained_experts
 from hf_fusion.evaluation.image_corruptions import CORRUPTIONS
-from hf_fusion.evaluation.merging import INDIVIDUAL, WEMOE, System, evaluate_merging
+from hf_fusion.evaluation.merging import INDIVIDUAL, WEMOE, TaskModel, evaluate_merging
 from hf_fusion.evaluation.results import HELD_IN, SuiteResults
 from hf_fusion.hub.load import load_experts
 from hf_fusion.merging.in_memory import merge_states
@@ -88,7 +88,7 @@ class Suite:
     def measure(self, seed: int, models: Mapping[str, Any], test: Mapping[str, Dataset], **settings: Any) -> Any:
         """All models on some rows; with the first seed the experts and their simple merges as well."""
         systems = {
-            name: System(model, "router" if isinstance(model, WEMoEModel) else "baseline")
+            name: TaskModel(model, "router" if isinstance(model, WEMoEModel) else "baseline")
             for name, model in models.items()
         }
         args = self.args

@@ -8,7 +8,8 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from hf_fusion.evaluation.coefficient_map import CoefficientMap
-from hf_fusion.evaluation.fusion import Results, System, wilson
+from hf_fusion.evaluation.fusion import Results, System
+from hf_fusion.evaluation.intervals import wilson
 from hf_fusion.evaluation.plots import (
     BLUE,
     EXPERTS,

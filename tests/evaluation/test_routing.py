@@ -21,10 +21,10 @@ from hf_fusion import (
     evaluate_routing,
     train_gates,
 )
-from hf_fusion.evaluation.fusion import wilson
-from hf_fusion.evaluation.results import Score, lead_of, mean_of, score_of
+from hf_fusion.evaluation.intervals import Score, mean_of, wilson
 from hf_fusion.evaluation.retrieval import Retrieval, TextEmbedder
 from hf_fusion.evaluation.routing import SYSTEMS, same_start, unchanged_blocks
+from hf_fusion.evaluation.scoring import lead_of, score_of
 from hf_fusion.hub.lora import read_adapter
 from hf_fusion.training.prompts import encode_prompts, target_scores
 from hf_fusion.types import Gates

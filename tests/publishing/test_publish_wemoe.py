@@ -21,8 +21,10 @@ from hf_fusion import Expert, WEMoEModel
 from hf_fusion.cards.card import pinned_revision, usage_code
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.coefficient_map import COEFFICIENT_FILE, COEFFICIENT_PICTURE, CoefficientMap, map_coefficients
+from hf_fusion.evaluation.intervals import mean_of
 from hf_fusion.evaluation.plots import plot_coefficients
-from hf_fusion.evaluation.results import SuiteResults, SuiteSystem, SuiteTask, mean_of, score_of
+from hf_fusion.evaluation.results import SuiteResults, SuiteSystem, SuiteTask
+from hf_fusion.evaluation.scoring import score_of
 from hf_fusion.fusion import fuse, save_fused
 from hf_fusion.publishing.publish import plan, publish
 from hf_fusion.training.batches import zero_shot_examples

@@ -17,7 +17,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from hf_fusion import Expert, FoEModel, FusionError, fit_fuser
 from hf_fusion.evaluation.baselines import max_confidence, mean_ensemble, oracle_expert, single_experts
-from hf_fusion.evaluation.fusion import Results, evaluate_fusion, wilson
+from hf_fusion.evaluation.fusion import Results, evaluate_fusion
+from hf_fusion.evaluation.intervals import wilson
 from hf_fusion.progress import Phase, reporting
 from hf_fusion.training.outputs import collect_outputs
 

@@ -14,8 +14,8 @@ from hf_fusion.bench.suite import UnseenSplit
 from hf_fusion.bench.systems import NotApplicable, System, everything, share_batches
 from hf_fusion.evaluation.routing import (
     PHATGOOSE,
-    WAYS,
-    Way,
+    STRATEGIES,
+    RoutingStrategy,
     alone,
 )
 
@@ -31,7 +31,7 @@ def pretrained(setup: RoutingSetup, split: UnseenSplit, seed: int) -> System:
     """The base alone."""
     if setup.has_heads:
         raise NotApplicable(HEADS)
-    way = WAYS["base"]
+    way = STRATEGIES["base"]
     return setup.system(setup.evaluation(everything(setup.suite)), way, stored=setup.size, active=setup.size)
 
 
@@ -41,7 +41,7 @@ def experts(setup: RoutingSetup, split: UnseenSplit, seed: int) -> dict[str, Sys
     evaluation, size = setup.evaluation(split), setup.size
     return {
         f"expert:{name}": setup.system(
-            evaluation, Way("expert", within=partial(alone, setup.names[number])), stored=size, active=size
+            evaluation, RoutingStrategy("expert", within=partial(alone, setup.names[number])), stored=size, active=size
         )
         for name, number in zip(split.fuse, setup.numbers(split), strict=True)
     }
@@ -56,13 +56,13 @@ def individual(setup: RoutingSetup, split: UnseenSplit, seed: int) -> System:
         owner = setup.suite.owner(task)
         if owner is None:
             raise NotApplicable("no expert was trained on it")
-        return setup.ask(evaluation, Way("oracle", within=partial(alone, owner)), task, condition, part)
+        return setup.ask(evaluation, RoutingStrategy("oracle", within=partial(alone, owner)), task, condition, part)
 
     return System(
         answer,
         stored=setup.size + setup.adapter_size(range(len(setup.names))),
         active=setup.size + setup.adapter_size([0]),
-        cost=setup.cost(evaluation, Way("oracle", within=partial(alone, setup.names[0]))),
+        cost=setup.cost(evaluation, RoutingStrategy("oracle", within=partial(alone, setup.names[0]))),
     )
 
 
@@ -89,14 +89,14 @@ def routed(setup: RoutingSetup, split: UnseenSplit, seed: int, way: str, example
     """A way to route.
 
     Args:
-        way: a key of `hf_fusion.evaluation.routing.WAYS`.
+        way: a key of `hf_fusion.evaluation.routing.STRATEGIES`.
         examples: rows that each expert was trained on, where it looks at them.
     """
     numbers = setup.numbers(split)
     without = [setup.names[number] for number in numbers if setup.experts[number].gates is None]
     if way == PHATGOOSE and without:
         raise NotApplicable(f"{without[0]} has no gates")
-    evaluation, own, retrieves = setup.evaluation(split, seed, examples), WAYS[way], way == "retrieval"
+    evaluation, own, retrieves = setup.evaluation(split, seed, examples), STRATEGIES[way], way == "retrieval"
     router = evaluation.router(own.router)
     size, each = setup.size, setup.adapter_size(numbers) / len(numbers)
     gates = router.summary()["expert_parameters"] - setup.adapter_size(numbers)

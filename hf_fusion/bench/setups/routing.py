@@ -20,9 +20,9 @@ from hf_fusion.bench.systems import CLEAN, TEST, NotApplicable, System, everythi
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.retrieval import MINILM, TextEmbedder, texts_of
 from hf_fusion.evaluation.routing import (
-    WAYS,
+    STRATEGIES,
     Evaluation,
-    Way,
+    RoutingStrategy,
     alone,
     has_heads,
     same_start,
@@ -124,7 +124,7 @@ class RoutingSetup(TaskSetup, kind="routing"):
         return self._batches[key]
 
     @torch.no_grad()
-    def ask(self, evaluation: _Evaluation, way: Way, task: str, condition: str, part: str) -> Answered:
+    def ask(self, evaluation: _Evaluation, way: RoutingStrategy, task: str, condition: str, part: str) -> Answered:
         """What a router answers to rows, set up in a way."""
         router: Any = evaluation.router(way.router)
         reads = METRICS[self.suite.tasks[task].metric].reads
@@ -150,10 +150,10 @@ class RoutingSetup(TaskSetup, kind="routing"):
 
     def expert_answers(self, expert: int, task: str, condition: str, part: str) -> Answered:
         """What an expert answers to rows of any task."""
-        way = Way("expert", within=partial(alone, self.names[expert]))
+        way = RoutingStrategy("expert", within=partial(alone, self.names[expert]))
         return self.ask(self.evaluation(everything(self.suite)), way, task, condition, part)
 
-    def system(self, evaluation: _Evaluation, way: Way, **facts: Any) -> System:
+    def system(self, evaluation: _Evaluation, way: RoutingStrategy, **facts: Any) -> System:
         """A router that is set up in a way."""
         return System(partial(self.ask, evaluation, way), **facts)
 
@@ -169,7 +169,7 @@ class RoutingSetup(TaskSetup, kind="routing"):
 
         def answer(task: str, condition: str, part: str) -> Answered:
             with self._showing(state):
-                return self.ask(evaluation, WAYS["base"], task, condition, part)
+                return self.ask(evaluation, STRATEGIES["base"], task, condition, part)
 
         return System(answer, stored=self.size, active=self.size, **facts)
 
@@ -212,17 +212,17 @@ class RoutingSetup(TaskSetup, kind="routing"):
         _, _, given = self._counted(self.evaluation(everything(self.suite)))
         return multiplications(partial(model, **given)) / multiplications(partial(self.model, **given))
 
-    def cost(self, evaluation: _Evaluation, way: Way, embeds: bool = False) -> float:
+    def cost(self, evaluation: _Evaluation, way: RoutingStrategy, embeds: bool = False) -> float:
         """Multiplications of a forward as a multiple of the base's, on the first rows there are."""
         router: Any = evaluation.router(way.router)
         rows, numbers, given = self._counted(evaluation)
 
-        def count(own: Way) -> int:
+        def count(own: RoutingStrategy) -> int:
             # with gradients, since without them what adapters multiply is not seen: sampled products of sparse matrices
             with torch.enable_grad(), own.within(evaluation, router, rows, numbers):
                 return multiplications(lambda: router.backbone(**given))
 
-        base, own = count(WAYS["base"]), count(way)
+        base, own = count(STRATEGIES["base"]), count(way)
         if embeds:
             assert evaluation.embedder is not None
             own += multiplications(partial(evaluation.embedder, texts_of(evaluation.suite[rows].select(numbers))))
