@@ -235,7 +235,7 @@ def test_the_make_targets_exist():
 
 @pytest.mark.parametrize(
     ("number", "printed"),
-    [(0, "0 [0.25, 0.25, 0.25, 0.25]"), (1, "merging cache:merging/minilm-8/cola 0.15")],
+    [(0, "0 [0.25, 0.25, 0.25, 0.25]"), (3, "merging cache:merging/minilm-8/cola 0.15")],
     ids=["method", "suite"],
 )
 def test_the_blocks_of_contributing_run(number, printed, tmp_path):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from .fused_config import FusedConfig
 from .fused_files import ForeignFileError, check_files, check_processor
 from .fused_heads import AUTO_CLASSES
-from .fused_loading import load_checked
+from .fused_loading import check_size, load_checked
 from .fused_own_code import UntrustedCodeError, load_processor
 from .fused_saving import push_options, saved_whole
 
@@ -39,6 +39,11 @@ class FusedPreTrainedModel(PreTrainedModel):
     _processor: Any = None
     _source: tuple[str, dict[str, Any]] | None = None
     _trusted: bool = False  # whether the repo's own code may run for the processor
+
+    def post_init(self) -> None:
+        """As any model's; the weights that were made are no more than the files of a model that is loaded hold."""
+        super().post_init()
+        check_size(self)
 
     @property
     def processor(self) -> Any:

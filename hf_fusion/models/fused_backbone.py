@@ -9,6 +9,10 @@ from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from .fused_config import BackboneConfig
+from .fused_heads import AUTO_CLASSES
 
 
 class BackboneMixin:
@@ -94,6 +98,12 @@ class BackboneMixin:
                 )
 
 
+def new_backbone(config: BackboneConfig) -> PreTrainedModel:
+    """The backbone that a config describes, without its weights; code that it names does not run."""
+    model: PreTrainedModel = AUTO_CLASSES[config.head].from_config(config.backbone_config(), trust_remote_code=False)
+    return model
+
+
 def with_arguments_of(backbone: Any, model: Any) -> Any:
     """A model's forward that shows the backbone's arguments before its own keywords.
 
@@ -118,4 +128,4 @@ def with_vocabulary(stored: dict[str, Any], config: Any) -> dict[str, Any]:
     return {**stored, **(size if part is None else {part: {**stored[part], **size}})}
 
 
-__all__ = ["BackboneMixin", "with_arguments_of"]
+__all__ = ["BackboneMixin", "new_backbone", "with_arguments_of"]

@@ -1,7 +1,4 @@
-"""What a config.json may say: a table of fields and kinds, checked before anything is built of it.
-
-A family's folder travels alone, so that each has a copy of this file.
-"""
+"""What a config.json may say: a table of fields and kinds, checked before anything is built of it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Weights from a stranger: as many as the config describes, of its shapes, all finite; else one clear error.
-
-A family's folder travels alone, so that each has a copy of this file.
-"""
+"""Weights from a stranger: as many as the config describes, of its shapes, all finite; else one clear error."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from .experts_foe import Backbone, pool_states, repeat_rows, take_rows
 from .frugal_foe import FrugalPolicy
 from .fused import FusedPreTrainedModel
 from .fused_calls import Calls
-from .fused_loading import check_size, explained
+from .fused_loading import explained
 from .fused_summary import Summary, described
 from .fuser_foe import Fuser
 from .generation_foe import SelectionMixin
@@ -76,7 +76,6 @@ class FoEModel(BackbonesMixin, FusedPreTrainedModel):
         self._calls = Calls()
         self._label_maps: dict[tuple[int, torch.device], torch.Tensor] = {}
         self.post_init()
-        check_size(self)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):

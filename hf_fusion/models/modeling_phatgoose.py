@@ -28,11 +28,11 @@ from .assembly_phatgoose import (
 from .configuration_phatgoose import HEADS, PhatgooseConfig
 from .export_phatgoose import save_merged_adapter
 from .fused import FusedPreTrainedModel
-from .fused_backbone import BackboneMixin, with_arguments_of
+from .fused_backbone import BackboneMixin, new_backbone, with_arguments_of
 from .fused_config import GENERATING
 from .fused_generation import GeneratingMixin, common_generation, set_generation
-from .fused_heads import AUTO_CLASSES, head_of
-from .fused_loading import check_size, explained
+from .fused_heads import head_of
+from .fused_loading import explained
 from .fused_summary import Summary, described
 from .reference_phatgoose import generation_of, load_by_reference
 from .routing_phatgoose import RoutedHead, RoutedLinears
@@ -58,7 +58,7 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
     def __init__(self, config: PhatgooseConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         if backbone is None:
-            backbone = AUTO_CLASSES[config.head].from_config(config.backbone_config(), trust_remote_code=False)
+            backbone = new_backbone(config)
         self.backbone: Any = backbone
         self.calls = RoutingCalls(config)
         self.record_routing: int = 0
@@ -70,7 +70,6 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
         self._install(None)
         self._find_calls()
         self.post_init()
-        check_size(self)
 
     # ---------------------------------------------------------------- building
 

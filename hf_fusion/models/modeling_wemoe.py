@@ -14,11 +14,10 @@ from transformers.pytorch_utils import Conv1D
 from .build_wemoe import Plan, check_options, make_plan
 from .configuration_wemoe import LOW_RANK, WEMoEConfig
 from .fused import FusedPreTrainedModel
-from .fused_backbone import BackboneMixin, with_arguments_of
+from .fused_backbone import BackboneMixin, new_backbone, with_arguments_of
 from .fused_config import GENERATING
 from .fused_generation import GeneratingMixin, common_generation, set_generation
-from .fused_heads import AUTO_CLASSES
-from .fused_loading import check_size, explained
+from .fused_loading import explained
 from .fused_summary import Summary, described
 from .generation_wemoe import NO_PAGES, check_generation
 from .heads_wemoe import activate_heads, fill_heads, install_heads, name_classes, with_classes, with_one_head
@@ -43,7 +42,7 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
     def __init__(self, config: WEMoEConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         if backbone is None:
-            backbone = AUTO_CLASSES[config.head].from_config(config.backbone_config(), trust_remote_code=False)
+            backbone = new_backbone(config)
         self.backbone: Any = backbone
         self.shared = Shared(config)
         self.record_routing: bool = False
@@ -53,7 +52,6 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
         self.forward = with_arguments_of(backbone, self)  # type: ignore[method-assign]
         self._answer_for(config.default_task)
         self.post_init()
-        check_size(self)
         self._freeze()
 
     # ---------------------------------------------------------------- building

@@ -181,9 +181,10 @@ def _lift_code(folder: Path, inner: list[str]) -> None:
     """Moves the code that processors brought to the root, where transformers looks for it whatever the sub-folder.
 
     Raises:
-        ValueError: two processors bring different files of one name, or one of them this family's.
+        ValueError: two processors bring different files of one name, or one of them a name of this family's files.
     """
-    lifted = {path.name: path.read_bytes() for path in Path(__file__).parent.glob("*_foe.py")}
+    here = Path(__file__).parent
+    lifted = {path.name: path.read_bytes() for name in ("*_foe.py", "fused*.py") for path in here.glob(name)}
     for path in [path for name in inner for path in sorted((folder / name).glob("*.py"))]:
         if lifted.setdefault(path.name, path.read_bytes()) != path.read_bytes():
             raise ValueError(f"two experts bring different code called {path.name}: rename that of one of them")
