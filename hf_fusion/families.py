@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_fusion import models
 from hf_fusion.io.folders import LEFTOVERS
@@ -48,7 +48,8 @@ class Method:
         family: name of its family.
         constructor: the classmethod of the family's model that builds it from loaded experts.
         takes_weights: whether experts carry weights.
-        takes_base: whether it is given the loaded base, an `Expert`, as ``base=``; None where the caller named none.
+        takes_base: whether `fuse` gives it the loaded base as ``base=``, an `Expert`, or None where the caller named
+            none. Other methods find the base in their adapters.
         check: takes the same arguments, and raises ValueError before anything is loaded.
         next_command: what to do with the saved model first; ``{}`` is its folder.
     """
@@ -112,8 +113,7 @@ class FitPart:
     recorded: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class RoutingMap:
+class RoutingMap(NamedTuple):
     """What measuring writes beside ``results.json``: what the model does with each task, as data and as a picture."""
 
     data: str
@@ -240,7 +240,11 @@ WEMOE = Family(
     _wemoe_classes,
     methods={"wemoe": Method("wemoe", takes_base=True, check=_check_wemoe)},
     needs=Needs(one_base=True, mergeable=True),
-    fit=(FitPart("routers", "the routers of a WEMoE, with or without labels", recorded={"adaptation": "adapted"}),),
+    fit=(
+        FitPart(
+            "routers", "the routers of a WEMoE, on rows with or without labels", recorded={"adaptation": "adapted"}
+        ),
+    ),
     map=RoutingMap("coefficients.json", "coefficients.png"),
     demo=Demo("fine-tunes of a ViT, merged per input", one_thread=True),
 )
@@ -249,6 +253,10 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (FOE, PHATGOOSE
 """Each family by its name; a new one is one row."""
 METHODS: dict[str, Method] = {name: method for family in FAMILIES.values() for name, method in family.methods.items()}
 """All ways to build a family's model, by the name that recipes call them."""
+FIT_PARTS: dict[str, FitPart] = {part.name: part for family in FAMILIES.values() for part in family.fit}
+"""All that can be fitted, by its name on the command line."""
+FITTED_BY: dict[str, Family] = {part.name: family for family in FAMILIES.values() for part in family.fit}
+"""The family of whose models, or adapters, a part is fitted."""
 MAPS = tuple(family.map for family in FAMILIES.values() if family.map)
 STALE = (*LEFTOVERS, *(name for known in MAPS for name in (known.data, known.picture)))
 """What an earlier save may have left in a folder and must not be taken for part of another model, as patterns."""
@@ -259,6 +267,18 @@ MEASURED = ("results.json", *(known.data for known in MAPS))
 def family_of(method: str) -> Family:
     """The family whose models a method builds."""
     return FAMILIES[METHODS[method].family]
+
+
+def method_needing(*, gates: bool = False, mergeable: bool = False) -> str:
+    """The first method whose experts need what was checked: gates before weights that can be merged; else none of both.
+
+    Args:
+        gates: whether adapters' gates were required.
+        mergeable: whether weights that can be merged with those of the base were required.
+    """
+    wanted = (gates, mergeable and not gates)
+    rows = ((name, family_of(name).needs) for name in METHODS)
+    return next(name for name, needs in rows if (needs.gates, needs.mergeable) == wanted)
 
 
 @cache

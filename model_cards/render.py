@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from hf_fusion.cards.card import facts_from_json, read_facts, render_card
-from hf_fusion.cards.families import FAMILIES
+from hf_fusion.families import FAMILIES
 from hf_fusion.hub.licenses import combine
 from hf_fusion.publishing.publish import plan
 from hf_fusion.types import ExpertInfo
@@ -39,8 +39,8 @@ def take_facts(folder: Path, pinned: str) -> None:
         facts = read_facts(folder, repo_id, experts, combine({info.id: info.license for info in experts}))
     content = json.dumps(asdict(replace(facts, revision=sha)), indent=2, ensure_ascii=False)
     (HERE / f"{facts.family}.json").write_text(f"{content}\n", encoding="utf-8")
-    if facts.routing:  # and so its picture
-        shutil.copy((folder / FAMILIES[facts.family].map).with_suffix(".png"), HERE)
+    if facts.routing and (routing := FAMILIES[facts.family].map):  # and so its picture
+        shutil.copy(folder / routing.picture, HERE)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from hf_fusion.cards.families import FAMILIES
-from hf_fusion.cards.merge import MERGE, pipeline_tag
-from hf_fusion.cards.parts import Family, chats
+from hf_fusion.cards.contents import CONTENTS
+from hf_fusion.cards.merge import MERGE, MERGE_CONTENTS, pipeline_tag
+from hf_fusion.cards.parts import CardContents, chats
 from hf_fusion.errors import FusionError
+from hf_fusion.families import FAMILIES
 from hf_fusion.hub.client import in_parallel
 from hf_fusion.hub.commits import SHA
 from hf_fusion.hub.discover import read_info
@@ -117,8 +118,8 @@ def read_facts(
     head = head_of_adapter(config) if is_adapter else None
     auto_class = head.auto if head else auto_class_of(config)
     name = MERGE if recipe.method in MERGE_METHODS else str(config.get("model_type"))
-    family = _family(name)
-    has_map = bool(family.map) and (folder / family.map).exists()
+    contents = _contents(name)
+    routing = FAMILIES[name].map if name in FAMILIES else None
     rows = config.get("experts") or [{}] * len(experts)
     total = sum(row.get("cost", 0) for row in rows)
     return CardFacts(
@@ -143,10 +144,10 @@ def read_facts(
         ),
         recipe=recipe.to_yaml(),
         base=Path(recipe.base).name if recipe.base and Path(recipe.base).is_absolute() else recipe.base,
-        results=_checked_results(results, folder, family),
+        results=_checked_results(results, folder, contents),
         parameters=_count_parameters(folder),
-        options=family.options(config, folder) | _chats(auto_class, folder),
-        routing=read_json(folder / family.map, str(folder)) if has_map else None,
+        options=contents.options(config, folder) | _chats(auto_class, folder),
+        routing=read_json(folder / routing.data, str(folder)) if routing and (folder / routing.data).exists() else None,
     )
 
 
@@ -240,7 +241,7 @@ def _metadata(facts: CardFacts) -> dict[str, Any]:
 
 def _model_index(facts: CardFacts) -> dict[str, Any]:
     """What the model itself scored, in the Hub's form; nothing where nothing was measured."""
-    measured = _family(facts.family).measured(facts.results) if facts.results else []
+    measured = _contents(facts.family).measured(facts.results) if facts.results else []
     if not measured:
         return {}
 
@@ -267,7 +268,7 @@ def _render_body(facts: CardFacts) -> str:
     """The text between our markers."""
     import jinja2
 
-    family = _family(facts.family)
+    contents = _contents(facts.family)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
@@ -288,22 +289,24 @@ def _render_body(facts: CardFacts) -> str:
         "interval": _interval,
         "cell": lambda score: _interval(score, "{:.0f}").replace(" %", "").replace(" ", UNBROKEN).replace("–", DASH),
     }
-    template = environment.get_template(family.template)
+    template = environment.get_template(f"{facts.family}.md.j2")
     text = template.render(
         facts=facts,
         name=escape_markdown(facts.repo_id.rpartition("/")[2]),
-        usage=_fenced(family.usage(facts), "python"),
+        usage=_fenced(contents.usage(facts), "python"),
         recipe=_fenced(facts.recipe, "yaml"),
         folders=" and folders, once their paths stand in it" if f"@{CONTENT}" in facts.recipe else "",
-        **family.view(facts),
+        **contents.view(facts),
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
-def _family(model_type: str) -> Family:
-    if model_type not in FAMILIES:
-        raise FusionError(f"There is no card template for model_type {model_type!r}.")
-    return FAMILIES[model_type]
+def _contents(family: str) -> CardContents:
+    if family == MERGE:
+        return MERGE_CONTENTS
+    if family not in CONTENTS:
+        raise FusionError(f"There is no card template for model_type {family!r}.")
+    return CONTENTS[family]
 
 
 def _split(text: str) -> tuple[dict[str, Any], str]:
@@ -336,14 +339,14 @@ def _insert(body: str, ours: str) -> str:
     return "\n\n".join(part for part in (before, block, after) if part) + "\n"
 
 
-def _checked_results(given: Any, folder: Path, family: Family) -> dict[str, Any] | None:
+def _checked_results(given: Any, folder: Path, contents: CardContents) -> dict[str, Any] | None:
     """The measurements as plain data, from what was given or from ``results.json``; None where there are none."""
     if given is None and not (folder / RESULTS).exists():
         return None
     if given is None:
         given = read_json(folder / RESULTS, str(folder))
     content = dict(given) if isinstance(given, Mapping) else asdict(given)
-    if lacking := family.lacking(content):
+    if lacking := contents.lacking(content):
         raise FusionError(f"The results lack {', '.join(lacking)}.", hint="hf-fusion eval writes them")
     return {"command": "", "machine": "", **content}
 

@@ -14,7 +14,7 @@ from hf_fusion.cards.parts import (
     IMAGE_IMPORT,
     PICTURE,
     PLAIN_USAGE,
-    Family,
+    CardContents,
     Usage,
     suite_lacking,
     suite_measured,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from hf_fusion.cards.card import CardFacts
 
 MERGE = "merge"
-"""The family of all static merges."""
+"""What cards call the family of all static merges, whose models are plain ones."""
 
 _BOTH = Usage(
     f'{PICTURE}inputs = processor(text=[{{text}}], images=[example], return_tensors="pt", padding=True)',
@@ -198,4 +198,4 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-MERGE_FAMILY = Family("merge.md.j2", merge_options, suite_lacking, suite_measured, merge_usage, merge_view)
+MERGE_CONTENTS = CardContents(merge_options, suite_lacking, suite_measured, merge_usage, merge_view)

@@ -1,4 +1,4 @@
-"""What the cards of all families share: how a row of `FAMILIES` is made, usage blocks, and results on suites."""
+"""What the cards of all families share: the type of their contents, usage blocks, and results on suites."""
 
 from __future__ import annotations
 
@@ -28,26 +28,22 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Family:
-    """One row of `FAMILIES`.
+class CardContents:
+    """What the card of one family's models says, beside its template, ``model_cards/NAME.md.j2``.
 
     Attributes:
-        template: its file in ``model_cards/``.
-        options: (config, folder) → the settings that the template speaks of.
-        lacking: results → names of what they lack to be shown.
+        options: (config, folder) → the settings that the template shows.
+        lacking: results → names of the fields without which they cannot be shown.
         measured: results → the model's own scores.
         usage: facts → the usage block: what a reader copies, and what a test runs.
-        view: facts → what else the template is given.
-        map: name of the JSON file beside a model that says what it does with each task; its picture lies beside it.
+        view: facts → further variables of the template.
     """
 
-    template: str
     options: Callable[[Mapping[str, Any], Path], dict[str, Any]]
     lacking: Callable[[Mapping[str, Any]], list[str]]
     measured: Callable[[Mapping[str, Any]], list[Measured]]
     usage: Callable[[CardFacts], str]
     view: Callable[[CardFacts], dict[str, Any]] = lambda facts: {}
-    map: str = ""
 
 
 @dataclass(frozen=True)
@@ -127,7 +123,7 @@ FEATURES = {
 
 
 def suite_lacking(results: Mapping[str, Any]) -> list[str]:
-    """What a `SuiteResults` lacks to be shown."""
+    """The fields without which a suite's results cannot be shown."""
     lacking = [key for key in ("tasks", "systems") if results.get(key) is None]
     lacking += lacking_each(results, "tasks", ("name", "metric", "n", "owner"))
     return lacking + lacking_each(results, "systems", ("name", "kind", "scores", "means"))
@@ -166,5 +162,5 @@ def suite_view(facts: CardFacts) -> dict[str, Any]:
 
 
 def lacking_each(results: Mapping[str, Any], key: str, names: tuple[str, ...]) -> list[str]:
-    """Of some names, those that not every entry of a list has."""
+    """The names that some entry of a list lacks."""
     return [f"{key}[].{name}" for name in names if any(name not in entry for entry in results.get(key) or ())]

@@ -13,6 +13,7 @@ from typing import Any
 
 from hf_fusion.data import columns_of
 from hf_fusion.errors import FusionError
+from hf_fusion.families import FAMILIES, Family
 from hf_fusion.hub.heads import Head, architectures, head_of_adapter, head_of_architecture
 from hf_fusion.hub.references import parts_of, repo_of
 from hf_fusion.io.files import read_text
@@ -22,7 +23,6 @@ from hf_fusion.recipe import RECIPE_FILE
 Columns = Sequence[tuple[str, ...]]
 """One column of each entry must be among a data set's columns."""
 
-FAMILIES = ("foe", "phatgoose", "wemoe")
 ANY_INPUT = ("text", "prompt", "image")
 GENERATION: Columns = (("prompt",), ("target",))
 # head, as an Auto class or as a family's config calls it -> what it is fitted and measured on
@@ -59,7 +59,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """A JSON file of keys and values.
 
     Raises:
-        FusionError: it is none.
+        FusionError: it cannot be read, or is not a JSON object.
     """
     try:
         content = json.loads(read_text(path))
@@ -70,9 +70,15 @@ def read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def is_foe(config: dict[str, Any]) -> bool:
-    """Whether a config is that of a Fusion of Experts."""
-    return config.get("model_type") == "foe"
+def family_of_config(config: dict[str, Any]) -> Family | None:
+    """The family of a model, by its config; None for a static merge or another plain model."""
+    return FAMILIES.get(str(config.get("model_type")))
+
+
+def pools_rows(config: dict[str, Any]) -> bool:
+    """Whether a model is measured on the rows of all tasks together, which need not name their tasks."""
+    family = family_of_config(config)
+    return family is not None and not family.by_task
 
 
 def _inputs(config: dict[str, Any]) -> tuple[str, ...]:
@@ -81,9 +87,9 @@ def _inputs(config: dict[str, Any]) -> tuple[str, ...]:
 
 def columns_to_measure(config: dict[str, Any], label: str) -> Columns:
     """What rows need for a model to be measured on them; nothing where its config does not tell."""
-    if is_foe(config):
+    if pools_rows(config):
         return (_inputs(config), ("target",) if config.get("vocabularies") else (label,))
-    if config.get("model_type") in FAMILIES:
+    if family_of_config(config):
         needed = BY_HEAD.get(str(config.get("head")), ())
     else:
         head = head_of_architecture(next(iter(architectures(config)), None))

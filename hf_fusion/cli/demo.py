@@ -8,21 +8,21 @@ from pathlib import Path
 
 from hf_fusion.cli.output import Out
 from hf_fusion.errors import FusionError
+from hf_fusion.families import FAMILIES
 
 EXAMPLES = (
     ("hf-fusion demo", "a Fusion of Experts, everything on this machine, in the folder ./demo"),
     ("hf-fusion demo phatgoose", "a language model that routes every token among LoRA experts"),
-    ("hf-fusion demo wemoe", "an image classifier whose weights are merged anew for every picture"),
+    ("hf-fusion demo wemoe", "an image classifier whose weights are merged per input"),
     ("hf-fusion demo --real-hub --namespace me --yes", "the same on the Hub at HF_ENDPOINT, in your own namespace"),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which demo, and where."""
-    from hf_fusion.demo import DEMOS
-
-    shown = "; ".join(f"{name}: {demo.shows}" for name, demo in DEMOS.items())
-    parser.add_argument("demo", nargs="?", default="foe", choices=DEMOS, metavar="DEMO", help=f"{shown} (default: foe)")
+    demos = {name: family.demo for name, family in FAMILIES.items() if family.demo}
+    shown = "; ".join(f"{name}: {demo.shows}" for name, demo in demos.items())
+    parser.add_argument("demo", nargs="?", default="foe", choices=demos, metavar="DEMO", help=f"{shown} (default: foe)")
     parser.add_argument("--folder", default="demo", metavar="DIR", help="holds everything (default: demo)")
     parser.add_argument("--real-hub", action="store_true", help="use the Hub at HF_ENDPOINT instead of an embedded one")
     parser.add_argument("--namespace", metavar="NAME", help="owner of the repos (default on the embedded Hub: demo)")
@@ -31,8 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: Out) -> None:
     """Sets the stage and runs the demo."""
-    from importlib import import_module
-
     if args.real_hub and not args.yes:
         raise FusionError(
             f"this would create about 15 public repos under {args.namespace or 'your name'} on the Hub",
@@ -40,18 +38,17 @@ def run(args: argparse.Namespace, out: Out) -> None:
         )
     if not args.real_hub:  # nothing of the demo reaches the user's own cache; read when the Hub's client is imported
         os.environ["HF_HOME"] = str(Path(args.folder).resolve() / "cache")
-    from hf_fusion.demo import DEMOS
-
-    demo = DEMOS[args.demo]
-    if demo.one_thread:
+    demo = FAMILIES[args.demo].demo
+    if demo and demo.one_thread:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     for bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ[bars] = "1"  # a line per repo says enough
 
+    from hf_fusion.demo import DEMOS
     from hf_fusion.demo.place import open_place
 
     with open_place(Path(args.folder), args.namespace, args.real_hub) as place:
-        summary = import_module(demo.module).run(place, out)
+        summary = DEMOS[args.demo](place, out, 0)
     if out.mode == "json":
         out.dict(summary)
     else:

@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: Out) -> None:
     """Lists what was found; with --check the accepted ones, then the rejected ones with their reasons."""
+    from hf_fusion.families import method_needing
     from hf_fusion.hub.compat import check_compatibility
     from hf_fusion.hub.discover import EXPERT_TAG, discover
     from hf_fusion.hub.groups import drop_broken, group_rows
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
         need_gates=args.gates,
         merging=args.merging,
     )
-    method = "phatgoose" if args.gates else "wemoe" if args.merging else "foe"
+    method = method_needing(gates=args.gates, mergeable=args.merging)
     groups = drop_broken(verdict, method, args.base_model)
     numbers = {info.id: str(number) for number, group in enumerate(groups, 1) for info in group.experts}
     rows = [{"group": numbers.get(row["id"], ""), **row} for row in verdict.table()]

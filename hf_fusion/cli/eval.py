@@ -9,12 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.cli.checks import check_columns, check_found, columns_to_measure, is_foe, model_in
+from hf_fusion.cli.checks import check_columns, check_found, columns_to_measure, family_of_config, model_in, pools_rows
 from hf_fusion.cli.output import Out
 from hf_fusion.cli.parser import COUNT, add_consent
 from hf_fusion.cli.progress import start
 from hf_fusion.errors import FusionError
 from hf_fusion.extras import need
+from hf_fusion.families import family_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,8 +26,6 @@ EXAMPLES = (
     ("hf-fusion eval fused --data test.parquet", "on a file"),
     ("hf-fusion eval fused --data me/rows --split test --format json", "on a Hub data set, as JSON"),
 )
-
-PICTURED = ("phatgoose", "wemoe")  # families whose measurements come with a picture
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,10 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: Out) -> None:
     """Measures, writes and shows."""
     config = model_in(args.folder)
-    if args.task_column and is_foe(config):
-        raise FusionError("a Fusion of Experts is measured on all rows alike", "leave --task-column out")
-    if config.get("model_type") in PICTURED:
-        need("plots", f"hf-fusion eval of a model of the family {config['model_type']}")
+    family = family_of_config(config)
+    if args.task_column and family and not family.by_task:
+        raise FusionError(f"{family.title} is measured on all rows alike", "leave --task-column out")
+    if family and family.map:
+        need("plots", f"hf-fusion eval of a model of the family {family.name}")
     needed = columns_to_measure(config, args.label_column or "label")
     named = (args.label_column, args.expert_column, args.task_column)
     check_columns(args.data, args.split, needed, named)
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
 
     rows = load_rows(args.data, args.split)
     check_found(rows.column_names, args.data, needed, named)
-    if not is_foe(config) and args.label_column and args.label_column != "label":
+    if not pools_rows(config) and args.label_column and args.label_column != "label":
         rows = rows.remove_columns([name for name in ("label",) if name in rows.column_names])
         rows = rows.rename_column(args.label_column, "label")
     command = _command(args)
@@ -70,8 +70,9 @@ def run(args: argparse.Namespace, out: Out) -> None:
     from hf_fusion.merging.methods import MERGE_METHODS
 
     recipe = recipe_in(args.folder) if says_its_recipe(args.folder) else None
-    measure: Callable[..., tuple[Any, str]]
-    measure = _static if recipe is None or recipe.method in MERGE_METHODS else OF_METHOD.get(recipe.method, _fusion)
+    measure: Callable[..., tuple[Any, str]] = _static
+    if recipe is not None and recipe.method not in MERGE_METHODS:
+        measure = MEASURED_BY[family_of(recipe.method).name]
     results, title = measure(args, rows, recipe, command)
     path = Path(args.folder) / RESULTS_FILE
     results.save(path)
@@ -192,5 +193,5 @@ def _static(args: argparse.Namespace, rows: Dataset, recipe: Recipe | None, comm
     return results, f"right answers in % on {len(rows)} examples, with 95 % intervals"
 
 
-# method -> how its models are measured; others as a Fusion of Experts
-OF_METHOD: dict[str, Callable[..., tuple[Any, str]]] = {"phatgoose": _routing, "wemoe": _merging}
+MEASURED_BY: dict[str, Callable[..., tuple[Any, str]]] = {"foe": _fusion, "phatgoose": _routing, "wemoe": _merging}
+"""Name of a family, as in `families.FAMILIES` → how its models are measured."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hf_fusion.cli.checks import (
     check_columns,
@@ -15,41 +16,37 @@ from hf_fusion.cli.checks import (
     columns_of_adapter,
     columns_to_fit,
     columns_to_measure,
-    is_foe,
     model_in,
 )
 from hf_fusion.cli.output import Out
 from hf_fusion.cli.parser import COUNT, POSITIVE, SEED, add_consent, at_least
 from hf_fusion.cli.progress import start
 from hf_fusion.errors import FusionError
+from hf_fusion.families import FIT_PARTS, FITTED_BY
 
-PART_EXAMPLES = {
-    "fuser": (
-        ("hf-fusion fit fuser fused --data train.parquet --frugal", "fit the fuser, and learn to ask fewer experts"),
-        ("hf-fusion fit fuser fused --data me/rows --split train --by loss", "choose by least loss, on a Hub data set"),
+FUSER_EXAMPLES = (
+    ("hf-fusion fit fuser fused --data train.parquet --frugal", "fit the fuser, and learn to ask fewer experts"),
+    ("hf-fusion fit fuser fused --data me/rows --split train --by loss", "choose by least loss, on a Hub data set"),
+)
+GATES_EXAMPLES = (
+    ("hf-fusion fit gates my-adapter --data train.parquet", "train an adapter's PHATGOOSE gates, into its folder"),
+    (
+        "hf-fusion fit gates me/my-adapter --data me/rows --push",
+        "the same for one on the Hub, and add them to its repo",
     ),
-    "gates": (
-        ("hf-fusion fit gates my-adapter --data train.parquet", "train an adapter's PHATGOOSE gates, into its folder"),
-        (
-            "hf-fusion fit gates me/my-adapter --data me/rows --push",
-            "the same for one on the Hub, and add them to its repo",
-        ),
-        (
-            "hf-fusion fit gates you/adapter --data rows.parquet --kind average --output gates",
-            "stand-ins that need no training, for an adapter of somebody else",
-        ),
+    (
+        "hf-fusion fit gates you/adapter --data rows.parquet --kind average --output gates",
+        "stand-ins that need no training, for an adapter of somebody else",
     ),
-    "routers": (
-        (
-            "hf-fusion fit routers fused --data unlabelled.parquet",
-            "adapt a WEMoE's routers; column task names the expert",
-        ),
-        ("hf-fusion fit routers fused --data rows.parquet --loss labels", "teach them by labels instead"),
+)
+ROUTERS_EXAMPLES = (
+    (
+        "hf-fusion fit routers fused --data unlabelled.parquet",
+        "adapt a WEMoE's routers; column task names the expert",
     ),
-}
-EXAMPLES = tuple(example for own in PART_EXAMPLES.values() for example in own)
-# key of a config -> what is told of a model that has it
-FITTED = {"fitted": "fitted", "frugal": "fitted", "adaptation": "adapted"}
+    ("hf-fusion fit routers fused --data rows.parquet --loss labels", "teach them by labels instead"),
+)
+EXAMPLES = (*FUSER_EXAMPLES, *GATES_EXAMPLES, *ROUTERS_EXAMPLES)
 CHECKPOINTS = "gate_checkpoints"  # in the output folder while gates are trained
 ROUTER_CHECKPOINTS = "{}-router-checkpoints"  # beside the model's folder while its routers are trained
 
@@ -57,7 +54,13 @@ ROUTER_CHECKPOINTS = "{}-router-checkpoints"  # beside the model's folder while 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One command per thing that can be fitted."""
     parts = parser.add_subparsers(dest="part", required=True, metavar="PART", title="what to fit")
-    fuser = _part(parts, "fuser", "the fuser of a Fusion of Experts")
+    for name, part in PARTS.items():
+        title = FIT_PARTS[name].title
+        command = parts.add_parser(name, help=title, description=f"Fit {title}.", examples=part.examples)
+        part.add_arguments(command)
+
+
+def _add_fuser(fuser: argparse.ArgumentParser) -> None:
     fuser.add_argument("folder", metavar="MODEL_DIR", help="a folder that hf-fusion fuse wrote; it is updated")
     _add_data(fuser)
     fuser.add_argument("--frugal", action="store_true", help="also learn to answer from few of the experts")
@@ -66,7 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     fuser.add_argument("--label-column", metavar="NAME", help="column of the labels (default: label)")
     fuser.add_argument("--expert-column", metavar="NAME", help="column of the domains (default: expert)")
-    gates = _part(parts, "gates", "the PHATGOOSE gates of one LoRA adapter")
+
+
+def _add_gates(gates: argparse.ArgumentParser) -> None:
     gates.add_argument("adapter", metavar="ADAPTER", help="an adapter's folder, or owner/name on the Hub")
     _add_data(gates)
     gates.add_argument("--base", metavar="ID", help="the adapter's base, where it is not the one it records")
@@ -85,7 +90,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gates.add_argument("--output", metavar="DIR", help="where the gates go (default: the adapter's folder)")
     gates.add_argument("--push", action="store_true", help="add them to the adapter's repo, its tags and its card")
 
-    routers = _part(parts, "routers", "the routers of a WEMoE, on rows with or without labels")
+
+def _add_routers(routers: argparse.ArgumentParser) -> None:
     routers.add_argument("folder", metavar="MODEL_DIR", help="a folder that hf-fusion fuse wrote; it is updated")
     _add_data(routers)
     routers.add_argument("--task-column", metavar="NAME", help="column of the tasks, named as experts (default: task)")
@@ -116,10 +122,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _part(parts: Any, name: str, what: str) -> argparse.ArgumentParser:
-    return parts.add_parser(name, help=what, description=f"Fit {what}.", examples=PART_EXAMPLES[name])
-
-
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="a parquet, csv or json file, a folder, or a Hub data set's id")
     parser.add_argument("--split", default="train", help="of a folder or Hub data set (default: train)")
@@ -130,7 +132,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: Out) -> None:
     """Loads, fits and writes back, all of it or nothing."""
-    {"fuser": _fit_fuser, "gates": _fit_gates, "routers": _fit_routers}[args.part](args, out)
+    PARTS[args.part].run(args, out)
 
 
 def _refuse_again(args: argparse.Namespace) -> None:
@@ -141,9 +143,9 @@ def _refuse_again(args: argparse.Namespace) -> None:
     if args.overwrite or not (folder / "config.json").exists():
         return
     config = read_json(folder / "config.json", args.folder)
-    if config.get("model_type") != {"fuser": "foe", "routers": "wemoe"}[args.part]:
+    if config.get("model_type") != FITTED_BY[args.part].name:
         return  # there is nothing to fit, which loading it says
-    found = list(dict.fromkeys(what for key, what in FITTED.items() if config.get(key)))
+    found = list(dict.fromkeys(what for key, what in FIT_PARTS[args.part].recorded.items() if config.get(key)))
     found += ["measured (results.json)"] if (folder / "results.json").exists() else []
     if found:
         raise FusionError(
@@ -154,9 +156,12 @@ def _refuse_again(args: argparse.Namespace) -> None:
 
 def _fit_fuser(args: argparse.Namespace, out: Out) -> None:
     config = model_in(args.folder)
-    if not is_foe(config) or config.get("rule"):
+    family = FITTED_BY["fuser"]
+    if config.get("model_type") != family.name or config.get("rule"):
         made = config.get("rule") or config.get("model_type") or "another method"
-        raise FusionError(f"{args.folder} was made by {made}: it has no fuser", "hf-fusion fuse --method foe …")
+        raise FusionError(
+            f"{args.folder} was made by {made}: it has no fuser", f"hf-fusion fuse --method {family.name} …"
+        )
     if args.frugal and config.get("mode") == "selection":
         raise FusionError("in selection only the chosen expert answers", "leave --frugal out")
     label, expert = args.label_column or "label", args.expert_column or "expert"
@@ -266,8 +271,11 @@ def _fit_routers(args: argparse.Namespace, out: Out) -> None:
         spread["loss"] = args.loss
 
     config = model_in(args.folder)
-    if (made := config.get("model_type")) != "wemoe":
-        raise FusionError(f"{args.folder} was made by {made}: it has no routers", "hf-fusion fuse --method wemoe …")
+    family = FITTED_BY["routers"]
+    if (made := config.get("model_type")) != family.name:
+        raise FusionError(
+            f"{args.folder} was made by {made}: it has no routers", f"hf-fusion fuse --method {family.name} …"
+        )
     task, expert = args.task_column or "task", args.expert_column or "expert"
     needed: list[tuple[str, ...]] = [(task,), *columns_to_measure(config, "label")]
     if args.loss != "labels":
@@ -317,3 +325,19 @@ def _fit_routers(args: argparse.Namespace, out: Out) -> None:
         out.table(answers, title="The answers on rows that were not learned from, before → after", aside=True)
     out.result("Fitted" if args.loss == "labels" else "Adapted", folder=str(folder), **facts.for_config())
     out.hint(f"hf-fusion eval {args.folder} --data {args.data} --split test")
+
+
+class Part(NamedTuple):
+    """What ``hf-fusion fit NAME`` takes, does, and shows as examples."""
+
+    examples: tuple[tuple[str, str], ...]
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace, Out], None]
+
+
+PARTS = {
+    "fuser": Part(FUSER_EXAMPLES, _add_fuser, _fit_fuser),
+    "gates": Part(GATES_EXAMPLES, _add_gates, _fit_gates),
+    "routers": Part(ROUTERS_EXAMPLES, _add_routers, _fit_routers),
+}
+"""Name of a part, as in `families.FIT_PARTS` → its command."""

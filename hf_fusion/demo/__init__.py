@@ -1,19 +1,32 @@
-"""What `hf-fusion demo` is made of: real experts and real data from PyPI."""
+"""What `hf-fusion demo` runs: real experts and real data from PyPI, fused, measured, published and loaded."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_fusion.cli.output import Out
+    from hf_fusion.demo.place import Place
 
 
-class Demo(NamedTuple):
-    """A demo: its module, which has run(place, out), and what it shows."""
+def _foe(place: Place, out: Out, seed: int) -> dict[str, Any]:
+    from hf_fusion.demo.foe import run
 
-    module: str
-    shows: str
-    one_thread: bool = False  # models so small that a second thread only gets in the way of other programs
+    return run(place, out, seed)
 
 
-# one more family is one more row
-DEMOS = {
-    "foe": Demo("hf_fusion.demo.foe", "eight classifiers of digits that answer together", one_thread=True),
-    "phatgoose": Demo("hf_fusion.demo.phatgoose", "adapters of SmolLM2, every token routed among them"),
-    "wemoe": Demo("hf_fusion.demo.wemoe", "fine-tunes of a ViT, merged anew for every picture", one_thread=True),
-}
+def _phatgoose(place: Place, out: Out, seed: int) -> dict[str, Any]:
+    from hf_fusion.demo.phatgoose import run
+
+    return run(place, out, seed)
+
+
+def _wemoe(place: Place, out: Out, seed: int) -> dict[str, Any]:
+    from hf_fusion.demo.wemoe import run
+
+    return run(place, out, seed)
+
+
+DEMOS: dict[str, Callable[[Place, Out, int], dict[str, Any]]] = {"foe": _foe, "phatgoose": _phatgoose, "wemoe": _wemoe}
+"""Name of a family, as in `families.FAMILIES` → runs its demo with a seed and returns a summary for JSON."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import printable
+from hf_fusion.families import METHODS, family_of
 from hf_fusion.hub.client import hub_api, in_parallel
 from hf_fusion.hub.commits import SHA
 from hf_fusion.hub.compat import Compatibility, Rejected
@@ -73,7 +74,7 @@ def group_experts(
 
     Args:
         experts: as `check_compatibility` accepted them.
-        method: "foe", "phatgoose" or "wemoe".
+        method: how they are to be fused, a key of `families.METHODS`.
         base_model: the base that was asked for, where experts need not record it.
     """
     by_head: dict[str, list[ExpertInfo]] = {}
@@ -82,7 +83,10 @@ def group_experts(
         by_head.setdefault(head.auto if head else "unknown", []).append(info)
     groups: list[Group] = []
     for name, members in by_head.items():
-        groups += _by_base(name, members, method, base_model) if method != "foe" else _by_labels(name, members)
+        if family_of(method).needs.one_base:
+            groups += _by_base(name, members, method, base_model)
+        else:
+            groups += _by_labels(name, members)
     return tuple(sorted(groups, key=lambda group: (group.command is None, -len(group.experts))))
 
 
@@ -185,7 +189,7 @@ def _by_base(head: str, members: list[ExpertInfo], method: str, base_model: str 
     for whole, own in by_base.items():
         recorded = {_base(info) for info in own}
         options: tuple[str, ...] = ("--method", method)
-        if whole and (method == "wemoe" or recorded != {whole}):
+        if whole and (METHODS[method].takes_base or recorded != {whole}):
             options = (*options, "--base", whole)
         groups.append(_group(head, own, options if whole else None, "" if whole else "their base is not known"))
     return groups

@@ -27,12 +27,12 @@ SEEDS = (0, 1, 2)
 SHOWN = {"foe": {"results.json": "docs/results.json", "accuracy-cost.png": "docs/accuracy-cost.png"}}
 RUN = """
 import json, sys
-from importlib import import_module
 from pathlib import Path
 from hf_fusion.cli.output import Out
+from hf_fusion.demo import DEMOS
 from hf_fusion.demo.place import open_place
 with open_place(Path("demo")) as place:
-    print(json.dumps(import_module(sys.argv[1]).run(place, Out("json"), seed=int(sys.argv[2]))))
+    print(json.dumps(DEMOS[sys.argv[1]](place, Out("json"), int(sys.argv[2]))))
 """
 
 
@@ -42,7 +42,7 @@ def start(name: str, seed: int, folder: Path) -> subprocess.Popen[str]:
     env = {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "cache"), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     with (folder / "summary.json").open("w") as summary:
         return subprocess.Popen(
-            [sys.executable, "-c", RUN, DEMOS[name].module, str(seed)],
+            [sys.executable, "-c", RUN, name, str(seed)],
             cwd=folder,
             env={**os.environ, **env},
             stdout=summary,

@@ -15,7 +15,7 @@ from tiny_fused import base_expert, clip, clip_vision, experts_of
 
 from hf_fusion import ExpertInfo, WEMoEModel
 from hf_fusion.cards.card import CardExpert, CardFacts, read_facts, render_card, usage_code
-from hf_fusion.cards.families import STORAGE
+from hf_fusion.cards.contents import STORAGE
 from hf_fusion.evaluation.coefficient_map import COEFFICIENT_FILE, CoefficientMap
 from hf_fusion.fusion import save_fused
 from hf_fusion.models.configuration_wemoe import TASK_VECTORS

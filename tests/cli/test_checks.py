@@ -12,7 +12,6 @@ from datasets import Dataset, DatasetDict
 
 from hf_fusion import FusionError
 from hf_fusion.data import columns_of, load_rows
-from hf_fusion.families import METHODS
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.schema import parameters_of
 
@@ -143,14 +142,6 @@ def test_it_is_told_before_anything_heavy_is_imported(words, place):
 def test_a_methods_parameters_are_the_same_whether_its_file_is_imported(name):
     method = MERGE_METHODS[name]
     assert method.parameters == parameters_of(method.function)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_a_familys_options_are_the_same_whether_its_file_is_imported(name):
-    import inspect
-
-    known = inspect.signature(METHODS[name].bound()).parameters
-    assert [*METHODS[name].options] == [option for option in known if option not in ("experts", "base")]
 
 
 def test_columns_are_those_of_the_rows(place, tmp_path):

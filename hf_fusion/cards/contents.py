@@ -1,4 +1,4 @@
-"""What is particular to the card of each family: its settings, its measurements, and how it is called."""
+"""What the card of each family says that others do not: its settings, its measurements, and its usage block."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.cards.merge import MERGE, MERGE_FAMILY
 from hf_fusion.cards.parts import (
     CHAT,
     CLASSES,
@@ -18,7 +17,7 @@ from hf_fusion.cards.parts import (
     PICTURE,
     PLAIN_USAGE,
     TEXT,
-    Family,
+    CardContents,
     Measured,
     Usage,
     lacking_each,
@@ -253,26 +252,9 @@ def _merged_view(facts: CardFacts) -> dict[str, Any]:
     return view
 
 
-# model_type of a family → its row; and that of static merges, whose models are plain ones
-FAMILIES = {
-    MERGE: MERGE_FAMILY,
-    "foe": Family("foe.md.j2", _foe_options, _foe_lacking, _foe_measured, _foe_usage),
-    "phatgoose": Family(
-        "phatgoose.md.j2",
-        _routed_options,
-        suite_lacking,
-        suite_measured,
-        _routed_usage,
-        _routed_view,
-        "routing.json",
-    ),
-    "wemoe": Family(
-        "wemoe.md.j2",
-        _merged_options,
-        suite_lacking,
-        suite_measured,
-        _merged_usage,
-        _merged_view,
-        "coefficients.json",
-    ),
+CONTENTS = {
+    "foe": CardContents(_foe_options, _foe_lacking, _foe_measured, _foe_usage),
+    "phatgoose": CardContents(_routed_options, suite_lacking, suite_measured, _routed_usage, _routed_view),
+    "wemoe": CardContents(_merged_options, suite_lacking, suite_measured, _merged_usage, _merged_view),
 }
+"""Name of a family, as in `families.FAMILIES` → what its cards say."""

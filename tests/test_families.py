@@ -1,0 +1,95 @@
+"""The registry of families: what each layer adds is there for every family, and what the rows say is true."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+
+import hf_fusion
+from hf_fusion import models
+from hf_fusion.cards.card import TEMPLATES
+from hf_fusion.cards.contents import CONTENTS
+from hf_fusion.cli.eval import MEASURED_BY
+from hf_fusion.cli.fit import PARTS
+from hf_fusion.demo import DEMOS
+from hf_fusion.errors import FusionError
+from hf_fusion.evaluation.coefficient_map import COEFFICIENT_FILE, COEFFICIENT_PICTURE
+from hf_fusion.evaluation.routing_map import ROUTING_FILE, ROUTING_PICTURE
+from hf_fusion.families import FAMILIES, FIT_PARTS, MEASURED, METHODS, STALE, family_of, method_needing
+from hf_fusion.merging.methods import MERGE_METHODS
+from hf_fusion.merging.recipe_checks import family_method
+
+
+def test_each_layer_knows_exactly_the_families_of_the_registry():
+    assert set(CONTENTS) == set(FAMILIES)
+    assert set(MEASURED_BY) == set(FAMILIES)
+    assert set(DEMOS) == {name for name, family in FAMILIES.items() if family.demo}
+    assert set(PARTS) == set(FIT_PARTS)
+    assert {f"{name}.md.j2" for name in FAMILIES} <= {file.name for file in TEMPLATES.iterdir()}
+    assert not set(METHODS) & set(MERGE_METHODS)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_familys_classes_are_what_the_row_says(name):
+    family = FAMILIES[name]
+    classes = family.classes()
+    assert issubclass(classes.model, PreTrainedModel) and issubclass(classes.config, PreTrainedConfig)
+    assert issubclass(classes.generation, GenerationMixin) and issubclass(classes.generation, classes.model)
+    assert classes.model.config_class is classes.config
+    assert classes.config.model_type == family.name == name
+    files = Path(models.__file__).parent
+    assert {f"configuration_{name}.py", f"modeling_{name}.py"} <= {file.name for file in files.iterdir()}
+    for kind in filter(None, (getattr(classes, field.name) for field in fields(classes))):
+        assert getattr(hf_fusion, kind.__name__) is kind
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_one_of_its_family_and_takes_what_its_row_says(name):
+    method, family = METHODS[name], family_of(name)
+    assert family.name == method.family and family.methods[name] is method
+    known = inspect.signature(method.bound()).parameters
+    assert list(method.options) == [option for option in known if option not in ("experts", "base")]
+    assert ("weights" in known) == method.takes_weights
+    assert "base" in known or not method.takes_base
+
+
+def test_methods_and_options_that_are_not_there_are_named():
+    with pytest.raises(FusionError, match="There is no method 'phatgose'") as raised:
+        family_method("phatgose", {})
+    assert "phatgoose" in str(raised.value.hint)
+    with pytest.raises(FusionError, match="Method wemoe has no parameter 'scalling'") as raised:
+        family_method("wemoe", {"scalling": 1})
+    assert "scaling" in str(raised.value.hint)
+
+
+def test_the_files_that_measuring_writes_are_stale_in_another_model():
+    assert FAMILIES["phatgoose"].map == (ROUTING_FILE, ROUTING_PICTURE)
+    assert FAMILIES["wemoe"].map == (COEFFICIENT_FILE, COEFFICIENT_PICTURE)
+    assert {"results.json", ROUTING_FILE, ROUTING_PICTURE, COEFFICIENT_FILE, COEFFICIENT_PICTURE} <= set(STALE)
+    assert set(MEASURED) == {"results.json", ROUTING_FILE, COEFFICIENT_FILE}
+
+
+@pytest.mark.parametrize(
+    ("gates", "mergeable", "method"),
+    [(False, False, "foe"), (True, False, "phatgoose"), (False, True, "wemoe"), (True, True, "phatgoose")],
+)
+def test_what_was_checked_of_experts_decides_the_method(gates, mergeable, method):
+    assert method_needing(gates=gates, mergeable=mergeable) == method
+
+
+def test_the_registry_is_read_without_torch():
+    code = (
+        "import json, sys; from hf_fusion.families import METHODS; "
+        "print(json.dumps([{name: method.options for name, method in METHODS.items()}, "
+        "sorted({'torch', 'transformers'} & set(sys.modules))]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    options, heavy = json.loads(done.stdout)
+    assert "mode" in options["foe"] and "rule" in options["ensemble"] and heavy == []
