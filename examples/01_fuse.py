@@ -19,14 +19,14 @@ It writes the folder fused/ and the picture accuracy-cost.png, and prints system
     oracle expert            100.0%  99.8% – 100.0%  100%
 """
 
-from hf_fusion import evaluate_fusion, fit_fuser, fuse
+from hf_fusion import evaluate, fit_fuser, fuse
 from hf_fusion.demo.digits import DIGITS, EXPERTS, LABEL_MAPS, digit_expert, digits
 from hf_fusion.evaluation.plots import plot_accuracy_cost
 
 rows = digits()  # real handwritten digits, from PyPI
 model = fuse("foe", map(digit_expert, EXPERTS), labels=DIGITS, label_maps=LABEL_MAPS)  # ids on the Hub work as well
 fit_fuser(model, rows["fit"], frugal=True)  # learns whom to trust on what, and whom not even to ask
-results = evaluate_fusion(model, rows["test"])
+results = evaluate(model, rows["test"])
 plot_accuracy_cost(results, "accuracy-cost.png")
 model.save_pretrained("fused")  # AutoModel.from_pretrained("fused", trust_remote_code=True) loads it anywhere
 

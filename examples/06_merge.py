@@ -18,7 +18,7 @@ HF_TOKEN) it takes half a minute and prints, cut short on the right:
 
 import sys
 
-from hf_fusion import adapt_routers, check_compatibility, discover, evaluate_merging, fuse, publish
+from hf_fusion import adapt_routers, check_compatibility, discover, evaluate, fuse, publish
 from hf_fusion.data import load_rows, split_tasks
 
 base, author, data, repo = sys.argv[1:]
@@ -32,7 +32,7 @@ suite, owners = split_tasks(load_rows(data, "train"), model.experts)
 adapt_routers(model, {owners[task]: rows for task, rows in suite.items()}, steps=100, learning_rate=1e-3)
 
 suite, owners = split_tasks(load_rows(data, "test"), model.experts)
-results = evaluate_merging(model, suite, experts=verdict.accepted, base=base, owners=owners)
+results = evaluate(model, suite, experts=verdict.accepted, base=base, owners=owners)
 for system in results.systems:
     print(f"{system.name:20} {system.means['held-in']}")
 

@@ -22,7 +22,7 @@ Tasks so unlike lose much in one set of weights: 04_route.py keeps such experts 
 
 import sys
 
-from hf_fusion import check_compatibility, discover, evaluate_static, fuse, publish
+from hf_fusion import check_compatibility, discover, evaluate, fuse, publish
 from hf_fusion.data import load_rows, split_tasks
 
 base, author, data, repo = sys.argv[1:]
@@ -32,7 +32,7 @@ for expert in experts:
 model = fuse("ties", experts, base, density=0.5)  # `hf-fusion fuse` writes the same to a folder, whatever its size
 
 suite, owners = split_tasks(load_rows(data, "test"), [expert.id for expert in experts])
-results = evaluate_static(model, suite, experts=experts, base=base, owners=owners)
+results = evaluate(model, suite, experts=experts, base=base, owners=owners)
 single = max((s for s in results.systems if s.kind == "expert"), key=lambda s: s.means["held-in"].score)
 for name, system in {"merged": results["merged"], "best single": single, "base": results["base"]}.items():
     print(f"{name:20} {system.means['held-in']}")

@@ -32,7 +32,7 @@ from transformers import (
 
 from hf_fusion import FoEModel
 from hf_fusion.demo.digits import DIGITS, EXPERTS, LABEL_MAPS, SOURCES, digits
-from hf_fusion.evaluation.fusion import evaluate_fusion
+from hf_fusion.evaluation.evaluate import evaluate
 from hf_fusion.training.fuser import fit_fuser, replay
 from hf_fusion.training.outputs import collect_outputs
 
@@ -281,7 +281,7 @@ def card(recipe: Recipe, model: Any, n: int, accuracy: float, held_out: int) -> 
     )
 
 
-def evaluate(folder: Path) -> None:
+def compare(folder: Path) -> None:
     """Fuses and fits the experts in `folder`, and prints how they do on the test images alone and together."""
     rows = digits()
     test = rows["test"]
@@ -296,7 +296,7 @@ def evaluate(folder: Path) -> None:
         own = right[known(recipes[expert["name"]], test), k]
         shares = [part.float().mean().item() for part in (own, right[~scans, k], right[scans, k], right[:, k])]
         print("{:26} {:>10,.0f}  {:>11.1%}  {:.1%}  {:.1%}  {:.1%}".format(expert["name"], expert["cost"], *shares))
-    results = evaluate_fusion(foe, test)
+    results = evaluate(foe, test)
     print("\n" + "\n".join("  ".join(row.values()) for row in results.table() if row["system"] not in EXPERTS))
     frugal = foe.config.frugal
     _, order = replay(foe.policy, outputs, torch.tensor(foe.config.cost_shares), frugal["cost_weight"])
@@ -314,7 +314,7 @@ def main() -> None:
     torch.set_num_threads(1)  # so small that a second thread only waits; and the same result on every machine
     transformers.utils.logging.disable_progress_bar()
     if arguments.evaluate:
-        evaluate(arguments.folder)
+        compare(arguments.folder)
         return
     rows = digits()
     for recipe in RECIPES:

@@ -95,10 +95,10 @@ def _command(args: argparse.Namespace) -> str:
 
 def _fusion(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: str) -> tuple[Any, str]:
     """A Fusion of Experts."""
-    from hf_fusion.evaluation.fusion import evaluate_fusion
+    from hf_fusion.evaluation.evaluate import evaluate
     from hf_fusion.fusion import load_fused
 
-    results = evaluate_fusion(
+    results = evaluate(
         load_fused(args.folder, trust_remote_code=args.trust_remote_code)[0],
         rows,
         name=args.data,
@@ -114,8 +114,8 @@ def _fusion(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: st
 def _routing(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: str) -> tuple[Any, str]:
     """A PHATGOOSE router, task by task; where the tokens of each went is kept beside it, as data and as a picture."""
     from hf_fusion.data import split_tasks
+    from hf_fusion.evaluation.evaluate import evaluate
     from hf_fusion.evaluation.plots import plot_routing
-    from hf_fusion.evaluation.routing import evaluate_routing
     from hf_fusion.evaluation.routing_map import ROUTING_FILE, ROUTING_PICTURE, map_routing
     from hf_fusion.fusion import load_fused
     from hf_fusion.hub.load import load_experts
@@ -127,7 +127,7 @@ def _routing(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: s
     given = {
         key: recipe.parameters[key] for key in ("top_k", "temperature", "missing_gates") if key in recipe.parameters
     }
-    results = evaluate_routing(
+    results = evaluate(
         experts,
         suite,
         train_rows={},
@@ -147,13 +147,13 @@ def _merging(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: s
     """A WEMoE, task by task, beside its experts; the coefficients of each task are kept beside it, with a picture."""
     from hf_fusion.data import split_tasks
     from hf_fusion.evaluation.coefficient_map import COEFFICIENT_FILE, COEFFICIENT_PICTURE, map_coefficients
-    from hf_fusion.evaluation.merging import evaluate_merging
+    from hf_fusion.evaluation.evaluate import evaluate
     from hf_fusion.evaluation.plots import plot_coefficients
     from hf_fusion.fusion import load_fused
 
     model: Any = load_fused(args.folder, trust_remote_code=args.trust_remote_code)[0]
     suite, owners = split_tasks(rows, model.experts, args.task_column, args.expert_column)
-    results = evaluate_merging(
+    results = evaluate(
         model,
         suite,
         experts=[] if recipe.elsewhere else [expert.model for expert in recipe.experts],
@@ -172,14 +172,14 @@ def _merging(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: s
 def _static(args: argparse.Namespace, rows: Dataset, recipe: Recipe | None, command: str) -> tuple[Any, str]:
     """A static merge, task by task, beside its experts and their base, where these can be found; else alone."""
     from hf_fusion.data import split_tasks
-    from hf_fusion.evaluation.merging import evaluate_static
+    from hf_fusion.evaluation.evaluate import evaluate
     from hf_fusion.hub.references import parts_of
 
     experts = [expert.model for expert in recipe.experts] if recipe else []
     named = [parts_of(name)[1].partition("@")[0] for name in experts]
     named = [name if name.count("/") == 1 else Path(name).name for name in named]  # ids; folders by their last part
     suite, owners = split_tasks(rows, named, args.task_column, args.expert_column)
-    results = evaluate_static(
+    results = evaluate(
         args.folder,
         suite,
         experts=experts if recipe and not recipe.elsewhere else [],

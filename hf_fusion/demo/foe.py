@@ -109,7 +109,8 @@ def _show_verdict(verdict: Compatibility, out: Out) -> None:
 
 def _fuse_fit_measure(place: Place, verdict: Compatibility, out: Out, seed: int) -> tuple[Any, Results, Path]:
     """The fitted model, what was measured, and the folder that holds both."""
-    from hf_fusion.evaluation.fusion import RESULTS_FILE, evaluate_fusion
+    from hf_fusion.evaluation.evaluate import evaluate
+    from hf_fusion.evaluation.fusion import RESULTS_FILE
     from hf_fusion.evaluation.plots import plot_accuracy_cost
     from hf_fusion.fusion import fuse, save_fused
     from hf_fusion.training.fuser import fit_fuser
@@ -124,7 +125,7 @@ def _fuse_fit_measure(place: Place, verdict: Compatibility, out: Out, seed: int)
     out.log(
         f"      fitted on {fit.train_rows:,} images that no expert saw; {fit.held_out_rows:,} more told when to stop"
     )
-    results = evaluate_fusion(model, test, name=DATA, command="hf-fusion demo")
+    results = evaluate(model, test, name=DATA, command="hf-fusion demo")
     fused = save_fused(model, place.folder / NAME, overwrite=True)
     results.save(fused / RESULTS_FILE)
     plot_accuracy_cost(results, fused / PICTURE)

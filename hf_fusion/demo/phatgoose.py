@@ -181,9 +181,9 @@ def _fuse_and_measure(place: Place, out: Out) -> tuple[Any, SuiteResults, Routin
     """The router, what was measured, and the folder that holds all of it."""
     from datasets import concatenate_datasets
 
+    from hf_fusion.evaluation.evaluate import evaluate
     from hf_fusion.evaluation.fusion import RESULTS_FILE
     from hf_fusion.evaluation.plots import plot_routing
-    from hf_fusion.evaluation.routing import evaluate_routing
     from hf_fusion.evaluation.routing_map import ROUTING_FILE, ROUTING_PICTURE, map_routing
     from hf_fusion.fusion import fuse, save_fused
     from hf_fusion.hub.gates import GATES_TAG
@@ -196,7 +196,7 @@ def _fuse_and_measure(place: Place, out: Out) -> tuple[Any, SuiteResults, Routin
     tasks = (*WITH_GATES, WITHOUT_GATES)
     suite = {task: rows(task, "test", TESTED) for task in tasks}
     owners = {task: place.repo(task) for task in tasks}
-    results = evaluate_routing(
+    results = evaluate(
         experts,
         suite,
         train_rows={},

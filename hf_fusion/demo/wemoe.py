@@ -185,13 +185,13 @@ def _measure(
 ) -> tuple[SuiteResults, Path]:
     """What was measured, and the folder that holds it and the model."""
     from hf_fusion.evaluation.coefficient_map import COEFFICIENT_FILE, COEFFICIENT_PICTURE, map_coefficients
+    from hf_fusion.evaluation.evaluate import evaluate
     from hf_fusion.evaluation.fusion import RESULTS_FILE
-    from hf_fusion.evaluation.merging import evaluate_merging
     from hf_fusion.evaluation.plots import plot_coefficients
     from hf_fusion.fusion import save_fused
 
     suite, owners = _rows(place, "test"), {task: place.repo(name) for task, name in FINE_TUNES.items()}
-    results = evaluate_merging(
+    results = evaluate(
         model, suite, experts=experts, base=base, owners=owners, more=more, command="hf-fusion demo wemoe"
     )
     coefficients = map_coefficients(model, suite, owners=owners)

@@ -104,7 +104,7 @@ class Results:
         )
 
 
-def evaluate_fusion(
+def measure_foe(
     model: Any,
     dataset: datasets.Dataset,
     *,
@@ -132,7 +132,7 @@ def evaluate_fusion(
     if label_column not in dataset.column_names:
         raise FusionError(
             f"the data set has columns {dataset.column_names}, but no {label_column!r} to measure against",
-            "name it: evaluate_fusion(..., label_column=...)",
+            "name it: evaluate(..., label_column=...)",
         )
     collected = collect_outputs(
         model, dataset, label_column=label_column, expert_column=expert_column, batch_size=batch_size

@@ -80,7 +80,7 @@ MERGES: dict[str, tuple[str, Callable[[float, int], float]]] = {
 }
 
 
-def evaluate_merging(
+def measure_merged(
     model: Any,
     suite: Mapping[str, Dataset],
     *,
@@ -149,7 +149,7 @@ def evaluate_merging(
     return SuiteResults(tasks, compare(tasks, scores, kinds, WEMOE), {**known, **(settings or {})}, command, machine())
 
 
-def evaluate_static(
+def measure_static(
     merged: ExpertLike,
     suite: Mapping[str, Dataset],
     *,
@@ -282,4 +282,4 @@ class _Individual:
             return self.merge.dense(task)
 
 
-__all__ = ["INDIVIDUAL", "MERGED", "WEMOE", "TaskModel", "evaluate_merging", "evaluate_static"]
+__all__ = ["INDIVIDUAL", "MERGED", "WEMOE", "TaskModel", "measure_merged", "measure_static"]

@@ -37,7 +37,7 @@ PHATGOOSE, ORACLE, HINDSIGHT = "PHATGOOSE", "oracle", "best in hindsight"
 
 @dataclass(frozen=True)
 class RoutingStrategy:
-    """How a router is set up to be one of the systems: for `evaluate_routing` and for `bench.settings.routing`.
+    """How a router is set up to be one of the systems: for `measure_routing` and for `bench.settings.routing`.
 
     Attributes:
         kind: see `SuiteSystem`.
@@ -90,7 +90,7 @@ SYSTEMS = (*STRATEGIES, "experts", ORACLE)
 """What can be compared: "experts" are all single experts, with the best one in hindsight."""
 
 
-def evaluate_routing(
+def measure_routing(
     experts: Sequence[ExpertLike],
     suite: Mapping[str, Dataset],
     *,
@@ -163,7 +163,7 @@ def evaluate_routing(
 
 @dataclass
 class Evaluation:
-    """Experts, tasks and options, as `evaluate_routing` takes them, and what is made of them once."""
+    """Experts, tasks and options, as `measure_routing` takes them, and what is made of them once."""
 
     experts: list[Expert]
     suite: Mapping[str, Dataset]

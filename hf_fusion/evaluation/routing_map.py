@@ -89,7 +89,7 @@ def map_routing(
 
     Args:
         router: a `PhatgooseRouter`.
-        suite: task → rows, as `hf_fusion.evaluate_routing` takes them; the targets are read along with the prompts.
+        suite: task → rows, as `measure_routing` takes them; the targets are read along with the prompts.
         owners: task → the expert that was trained on it.
         batch_size: rows a step.
         max_length: the longest sequence, in tokens.

@@ -29,7 +29,7 @@ from hf_fusion.bench.rows import task_rows
 from hf_fusion.bench.setups.fusion import FusionSetup
 from hf_fusion.bench.suite import load_suite
 from hf_fusion.bench.systems import everything
-from hf_fusion.evaluation.routing import evaluate_routing
+from hf_fusion.evaluation.evaluate import evaluate
 from hf_fusion.merging.in_memory import merge_states
 from hf_fusion.training.batches import read_examples
 from hf_fusion.training.measure import parameters_of
@@ -97,11 +97,11 @@ def test_every_way_to_route_has_a_cell_for_each_task(routed):
     assert phatgoose.cost > base.cost == 1 and phatgoose.stored > phatgoose.active - 1 > base.stored
 
 
-def test_ways_to_route_score_what_evaluate_routing_says(adapters, routed):
+def test_ways_to_route_score_what_evaluate_says(adapters, routed):
     _, cells = routed
     suite = load_suite(adapters / "tiny.yaml")
     rows = {task: task_rows(suite, task, adapters / "data") for task in suite.tasks}
-    results = evaluate_routing(
+    results = evaluate(
         [adapters / "first", adapters / "second"], {task: own.test for task, own in rows.items()},
         train_rows={task: rows[task].train for task in ("first", "second")}, base=adapters / "base",
         owners={"first": "first", "second": "second"}, metrics=dict.fromkeys(rows, "tokens"), examples=256,

@@ -28,7 +28,8 @@ from transformers import AutoModel, AutoTokenizer
 from hf_fusion import FoEModel, fit_fuser, load_experts
 from hf_fusion.assets.minilm import minilm_folder
 from hf_fusion.demo.text_suites import SUITES, TextSuite, splits
-from hf_fusion.evaluation.fusion import System, evaluate_fusion
+from hf_fusion.evaluation.evaluate import evaluate
+from hf_fusion.evaluation.fusion import System
 from hf_fusion.evaluation.intervals import wilson
 from hf_fusion.io.cache import cache_folder
 from hf_fusion.training.outputs import collect_outputs
@@ -123,7 +124,7 @@ def measure_selection(suite: TextSuite, experts: Sequence[Any], fit: Dataset, te
     for seed in reversed(SEEDS):
         for name, foe in (("foe", model), (f"features from {source}", alone)):
             fit_fuser(foe, fit, seed=seed)
-            results = evaluate_fusion(foe, test)
+            results = evaluate(foe, test)
             extra["seeds"].setdefault(name, {})[seed] = [results.systems[0].score, results.selection_accuracy]
             if foe is model:
                 main = results
@@ -149,9 +150,9 @@ def measure_output(suite: TextSuite, experts: Sequence[Any], fit: Dataset, test:
     extra: dict[str, Any] = {"seeds": {"foe": {}, "frugal": {}}}
     for seed in reversed(SEEDS):
         fit_fuser(full, fit, seed=seed)
-        main = evaluate_fusion(full, test)
+        main = evaluate(full, test)
         fit_fuser(frugal, fit, seed=seed, frugal=True)
-        results = evaluate_fusion(frugal, test)
+        results = evaluate(frugal, test)
         point = results.best("frugal")
         extra["seeds"]["foe"][seed] = main.systems[0].score
         extra["seeds"]["frugal"][seed] = [results.systems[0].score, point.score, point.cost]

@@ -22,7 +22,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_fusion import SuiteResults, evaluate_routing, fit_whitening, load_experts, train_gates
+from hf_fusion import SuiteResults, evaluate, fit_whitening, load_experts, train_gates
 from hf_fusion.assets.minilm import minilm_folder
 from hf_fusion.demo.text_suites import splits
 from hf_fusion.evaluation.retrieval import TextEmbedder
@@ -103,8 +103,8 @@ def make_experts(train_rows: Mapping[str, Dataset], folder: Path, reference: Dat
 def measure(
     folder: Path, train_rows: Mapping[str, Dataset], test_rows: Mapping[str, Dataset], **options: Any
 ) -> SuiteResults:
-    """Measures the router of the experts in a folder; options are `evaluate_routing`'s."""
-    return evaluate_routing(
+    """Measures the router of the experts in a folder; options are `evaluate`'s."""
+    return evaluate(
         load_experts([folder / task for task in TASKS], base=minilm_folder()),
         test_rows,
         train_rows=train_rows,

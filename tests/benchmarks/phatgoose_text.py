@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from datasets import Dataset, disable_progress_bars
 
-from hf_fusion import Expert, PhatgooseRouter, average_activation, evaluate_routing, load_experts
+from hf_fusion import Expert, PhatgooseRouter, average_activation, evaluate, load_experts
 from hf_fusion.assets.language_tasks import CHAT, END_OF_TURN, HELD_IN, HELD_OUT, TASKS, conversations, rows
 from hf_fusion.assets.minilm import minilm_folder
 from hf_fusion.assets.smollm2 import smollm2_folder
@@ -203,7 +203,7 @@ def main() -> None:
     else:
         embedder = TextEmbedder(minilm_folder())
         embedder.model.to(args.device)
-        results = evaluate_routing(
+        results = evaluate(
             experts,
             suite,
             train_rows=train,

@@ -28,8 +28,9 @@ from hf_fusion import CoefficientMerge, WEMoEModel, adapt_routers
 from hf_fusion.bench.conditions import corrupted as under
 from hf_fusion.bench.setups.merging import MergingSetup
 from hf_fusion.demo.merging_suites import SUITES, trained_experts
+from hf_fusion.evaluation.evaluate import evaluate
 from hf_fusion.evaluation.image_corruptions import CORRUPTIONS
-from hf_fusion.evaluation.merging import INDIVIDUAL, WEMOE, TaskModel, evaluate_merging
+from hf_fusion.evaluation.merging import INDIVIDUAL, WEMOE, TaskModel
 from hf_fusion.evaluation.results import HELD_IN, SuiteResults
 from hf_fusion.hub.load import load_experts
 from hf_fusion.merging.in_memory import merge_states
@@ -79,7 +80,7 @@ class Suite:
         setup, scores = MergingSetup(self.declared, self.args.data, self.args.limit, TUNED), {}
         for scaling in SCALINGS:
             setup.show(merge_states(rule, setup.base, setup.states, scaling=scaling))
-            scores[scaling] = evaluate_merging(setup.merge, self.tune)[WEMOE].means[HELD_IN].score
+            scores[scaling] = evaluate(setup.merge, self.tune)[WEMOE].means[HELD_IN].score
         print(f"# {rule} on {TUNED} rows of each task kept apart: {scores}", flush=True)
         best = max(scores, key=lambda scaling: scores[scaling])
         setup.show(merge_states(rule, setup.base, setup.states, scaling=best))
@@ -92,7 +93,7 @@ class Suite:
             for name, model in models.items()
         }
         args = self.args
-        return evaluate_merging(
+        return evaluate(
             systems.pop(WEMOE).model,
             test,
             experts=self.experts if seed == 0 else (),

@@ -18,7 +18,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_fusion import FoEModel, FusionError, fit_fuser, load_experts
 from hf_fusion.demo.digits import DIGITS, EXPERTS, LABEL_MAPS, SOURCES, SPLIT, digit_expert, digits, misfits
-from hf_fusion.evaluation.fusion import evaluate_fusion
+from hf_fusion.evaluation.evaluate import evaluate
 
 TAGS = {"hf-fusion-expert", "digits", "image-classification"}
 # expert -> (digits, sources) it was trained on
@@ -191,7 +191,7 @@ def test_nan_is_in_one_weight(wrong):
 def test_fusion_is_worth_it(rows):
     foe = FoEModel.from_experts([digit_expert(name) for name in EXPERTS], label_maps=LABEL_MAPS, labels=DIGITS)
     fit_fuser(foe, rows["fit"], frugal=True)
-    results = evaluate_fusion(foe, rows["test"])
+    results = evaluate(foe, rows["test"])
     fused, frugal, oracle = results.best("foe"), results.best("frugal"), results.best("oracle")
     mean = next(system for system in results.systems if system.name == "mean ensemble")
     assert fused.score >= 0.965

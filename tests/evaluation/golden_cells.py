@@ -27,10 +27,7 @@ from hf_fusion import (
     Recipe,
     RecipeExpert,
     WEMoEModel,
-    evaluate_fusion,
-    evaluate_merging,
-    evaluate_routing,
-    evaluate_static,
+    evaluate,
     fit_fuser,
     fuse,
     merge,
@@ -81,34 +78,34 @@ def labelled(owned: bool = False) -> Dataset:
 def foe_output() -> Any:
     model: Any = FoEModel.from_experts(classifiers(), costs=[1.0, 3.0, 2.0])
     fit_fuser(model, labelled(), epochs=3, frugal=True)
-    return evaluate_fusion(model, labelled(), name="words", batch_size=5)
+    return evaluate(model, labelled(), name="words", batch_size=5)
 
 
 def foe_selection() -> Any:
     model: Any = FoEModel.from_experts(classifiers(), mode="selection", features_from=1, costs=[1.0, 3.0, 2.0])
     fit_fuser(model, labelled(owned=True), by="domain", epochs=3)
-    return evaluate_fusion(model, labelled(owned=True), name="words")
+    return evaluate(model, labelled(owned=True), name="words")
 
 
 def foe_regression() -> Any:
     model: Any = FoEModel.from_experts(classifiers(problem_type="regression"))
     rows = Dataset.from_dict({"text": MANY, "label": [number * 5 % 7 / 7 for number in range(len(MANY))]})
     fit_fuser(model, rows, epochs=3)
-    return evaluate_fusion(model, rows, name="words")
+    return evaluate(model, rows, name="words")
 
 
 def foe_language() -> Any:
     experts = [Expert(f"me/{seed}", llama(seed), processor=make_tokenizer()) for seed in range(2)]
     torch.manual_seed(0)
     model: Any = FoEModel.from_experts(experts, mode="selection")
-    return evaluate_fusion(model, generated(llama(1)), name="words", batch_size=3)
+    return evaluate(model, generated(llama(1)), name="words", batch_size=3)
 
 
 def foe_encoder_decoder() -> Any:
     experts = [Expert(f"me/{seed}", t5(seed), processor=make_tokenizer()) for seed in range(2)]
     torch.manual_seed(0)
     model: Any = FoEModel.from_experts(experts, mode="selection")
-    return evaluate_fusion(model, generated(t5(1), skipped=1), name="words")
+    return evaluate(model, generated(t5(1), skipped=1), name="words")
 
 
 def generated(model: Any, skipped: int | None = None) -> Dataset:
@@ -125,7 +122,7 @@ def generated(model: Any, skipped: int | None = None) -> Dataset:
 
 def ensemble(rule: str) -> Any:
     model = fuse("ensemble", classifiers(), rule=rule)
-    return evaluate_fusion(model, labelled(owned=True), name="words")
+    return evaluate(model, labelled(owned=True), name="words")
 
 
 # ---------------------------------------------------------------- PHATGOOSE
@@ -162,7 +159,7 @@ def phatgoose_causal() -> Any:
     router: Any = PhatgooseRouter.from_experts(experts)
     suite = {"zero": said(router, "expert-0", 3), "one": said(router, "expert-1", 4), "other": said(router, None, 2)}
     train = {expert.name: said(router, expert.name, 9) for expert in experts}
-    return evaluate_routing(
+    return evaluate(
         experts,
         suite,
         train_rows=train,
@@ -181,7 +178,7 @@ def phatgoose_encoder_decoder() -> Any:
         answers = make_tokenizer().batch_decode(router.generate(**inputs, max_new_tokens=3)[:, 1:])
     suite = {"t": Dataset.from_dict({"prompt": QUESTIONS, "target": answers})}
     systems = ["base", "PHATGOOSE", "merged", "uniform"]
-    return evaluate_routing(experts, suite, train_rows={}, owners={}, systems=systems, metrics={"t": "tokens"})
+    return evaluate(experts, suite, train_rows={}, owners={}, systems=systems, metrics={"t": "tokens"})
 
 
 def phatgoose_classifier() -> Any:
@@ -199,7 +196,7 @@ def phatgoose_classifier() -> Any:
         suite[f"task-{seed}"] = Dataset.from_dict({"text": MANY, "label": classes}, features=features)
     train = {expert.name: rows for expert, rows in zip(experts, suite.values(), strict=True)}
     owners = dict(zip(suite, train, strict=True))
-    return evaluate_routing(experts, suite, train_rows=train, owners=owners, embedder=letters, batch_size=5)
+    return evaluate(experts, suite, train_rows=train, owners=owners, embedder=letters, batch_size=5)
 
 
 # ---------------------------------------------------------------- merges
@@ -219,7 +216,7 @@ def wemoe_classifier() -> Any:
     experts = merging_experts(bert_base(), labels=["no", "yes"])
     model: Any = WEMoEModel.from_experts(experts, base=base_expert(bert_base()), scaling=0.4)
     suite = dict.fromkeys([expert.name for expert in experts[:2]], ROWS)
-    return evaluate_merging(model, suite, experts=experts, base=bert_base(), batch_size=3)
+    return evaluate(model, suite, experts=experts, base=bert_base(), batch_size=3)
 
 
 def wemoe_causal() -> Any:
@@ -227,7 +224,7 @@ def wemoe_causal() -> Any:
     model: Any = WEMoEModel.from_experts(experts, base=base_expert(gpt2()), scaling=0.4)
     owners = {"foxes": experts[1].name}
     suite = {"foxes": generated_words(experts[1].model)}
-    return evaluate_merging(model, suite, experts=experts, base=gpt2(), owners=owners, metrics={"foxes": "tokens"})
+    return evaluate(model, suite, experts=experts, base=gpt2(), owners=owners, metrics={"foxes": "tokens"})
 
 
 def generated_words(model: Any) -> Dataset:
@@ -243,7 +240,7 @@ def generated_words(model: Any) -> Dataset:
 def coefficients() -> Any:
     experts = merging_experts(bert_base(), labels=["no", "yes"])
     model = CoefficientMerge(experts, bert_base(), "task", 0.2)
-    return evaluate_merging(model, {experts[0].name: ROWS}, experts=experts, base=bert_base())
+    return evaluate(model, {experts[0].name: ROWS}, experts=experts, base=bert_base())
 
 
 def static(folder: Path) -> Any:
@@ -254,7 +251,7 @@ def static(folder: Path) -> Any:
     experts = [folder / "e0", folder / "e1"]
     model = fuse("task_arithmetic", experts, folder / "base", scaling=0.5)
     suite = {"e0": ROWS, "all": ROWS.select(range(6))}
-    return evaluate_static(model, suite, experts=experts, base=folder / "base", batch_size=3)
+    return evaluate(model, suite, experts=experts, base=folder / "base", batch_size=3)
 
 
 def static_adapters(folder: Path) -> Any:
@@ -266,7 +263,7 @@ def static_adapters(folder: Path) -> Any:
     merged_folder = merge(recipe, folder / "merged").folder
     suite = {"e0": generated_words(llama()), "other": generated_words(llama(3))}
     experts = [expert.model for expert in recipe.experts]
-    return evaluate_static(merged_folder, suite, experts=experts, metrics={"e0": "tokens"})
+    return evaluate(merged_folder, suite, experts=experts, metrics={"e0": "tokens"})
 
 
 CASES: dict[str, Callable[[Path], Any]] = {

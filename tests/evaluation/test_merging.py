@@ -8,7 +8,7 @@ import torch
 from tiny import TEXTS, gpt2, make_tokenizer
 from tiny_fused import base_expert, bert_base, experts_of
 
-from hf_fusion import FusionError, WEMoEModel, evaluate_merging
+from hf_fusion import FusionError, WEMoEModel, evaluate
 from hf_fusion.evaluation.results import SuiteResults
 
 ROWS = datasets.Dataset.from_dict({"text": [f"{text} {i}" for i in range(5) for text in TEXTS], "label": [0, 1] * 10})
@@ -25,7 +25,7 @@ def made(base, **options):
 def test_scores_are_those_of_the_plain_models(tmp_path):
     experts, model = made(bert_base, labels=["no", "yes"])
     names = [expert.name for expert in experts]
-    results = evaluate_merging(model, dict.fromkeys(names[:2], ROWS), experts=experts, base=bert_base(), batch_size=3)
+    results = evaluate(model, dict.fromkeys(names[:2], ROWS), experts=experts, base=bert_base(), batch_size=3)
     tokens = make_tokenizer()(list(ROWS["text"]), padding=True, return_tensors="pt")
     truth = torch.tensor(ROWS["label"])
     start, fine = bert_base().state_dict(), [expert.model.state_dict() for expert in experts]
@@ -61,7 +61,7 @@ def results_names(results) -> list[str]:
 def test_language_models_are_scored_by_their_targets():
     experts, model = made(gpt2)
     owners = {"foxes": experts[1].name}
-    results = evaluate_merging(model, {"foxes": WORDS}, experts=experts, base=gpt2(), owners=owners)
+    results = evaluate(model, {"foxes": WORDS}, experts=experts, base=gpt2(), owners=owners)
     assert {system.kind for system in results.systems} == {"router", "base", "baseline", "oracle"}
     with torch.no_grad():
         right = 0
@@ -76,8 +76,8 @@ def test_language_models_are_scored_by_their_targets():
 def test_misfits_are_named():
     experts, model = made(bert_base, labels=["no", "yes"])
     with pytest.raises(FusionError, match="no tasks"):
-        evaluate_merging(model, {})
+        evaluate(model, {})
     with pytest.raises(FusionError, match="sst2 is the task of none of the experts"):
-        evaluate_merging(model, {"sst2": ROWS})
+        evaluate(model, {"sst2": ROWS})
     with pytest.raises(FusionError, match="the model is made of"):
-        evaluate_merging(model, {experts[0].name: ROWS}, experts=experts[:2], base=bert_base())
+        evaluate(model, {experts[0].name: ROWS}, experts=experts[:2], base=bert_base())

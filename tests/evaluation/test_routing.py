@@ -18,7 +18,7 @@ from hf_fusion import (
     PhatgooseRouter,
     SuiteResults,
     average_activation,
-    evaluate_routing,
+    evaluate,
     train_gates,
 )
 from hf_fusion.evaluation.intervals import Score, mean_of, wilson
@@ -92,7 +92,7 @@ OWNERS = {task: task for task in TASKS}
 
 @pytest.fixture(scope="module")
 def results(experts) -> SuiteResults:
-    return evaluate_routing(
+    return evaluate(
         experts,
         SUITE,
         train_rows=TRAIN,
@@ -180,7 +180,7 @@ def test_merged_is_the_exported_adapter_in_peft(experts, tmp_path):
 
 
 def test_the_same_call_gives_the_same_numbers(results, experts):
-    again = evaluate_routing(
+    again = evaluate(
         experts,
         SUITE,
         train_rows=TRAIN,
@@ -291,7 +291,7 @@ def test_an_encoder_decoder_is_measured_as_it_answers():
         inputs = TOKENIZER(list(rows["prompt"]), padding=True, return_tensors="pt")
         said = TOKENIZER.batch_decode(router.generate(**inputs, max_new_tokens=3)[:, 1:])
     suite = {"t": rows.remove_columns("target").add_column("target", said)}
-    results = evaluate_routing(
+    results = evaluate(
         experts, suite, train_rows={}, owners={}, systems=["base", "PHATGOOSE", "merged"], metrics={"t": "tokens"}
     )
     _, share = target_scores(router, encode_prompts(suite["t"], TOKENIZER, is_encoder_decoder=True), TOKENIZER)
@@ -329,14 +329,14 @@ def test_classifiers_answer_among_the_labels_of_all(classifiers):
     experts, suite = classifiers
     train = {expert.name: rows for expert, rows in zip(experts, suite.values(), strict=True)}
     owners = dict(zip(suite, train, strict=True))
-    results = evaluate_routing(experts, suite, train_rows=train, owners=owners, embedder=letters, batch_size=3)
+    results = evaluate(experts, suite, train_rows=train, owners=owners, embedder=letters, batch_size=3)
     assert {task.metric for task in results.tasks} == {"accuracy"}
     assert "base" not in {system.name for system in results.systems}
     assert results["oracle"].means["held-in"].score == 1
     assert results["expert-0"].scores["task-1"].score == 0  # it does not know these labels
     assert results["expert-0"].scores["task-0"].score == 1
     with pytest.raises(FusionError, match="bring their own heads"):
-        evaluate_routing(experts, suite, train_rows=train, owners=owners, systems=["base"])
+        evaluate(experts, suite, train_rows=train, owners=owners, systems=["base"])
 
 
 # ---------------------------------------------------------------- errors
@@ -357,15 +357,15 @@ def test_classifiers_answer_among_the_labels_of_all(classifiers):
 def test_what_does_not_fit_is_refused(experts, change, said):
     given = {"suite": SUITE, "train_rows": TRAIN, "owners": OWNERS, **change}
     with pytest.raises(FusionError, match=said):
-        evaluate_routing(experts, embedder=letters, **given)
+        evaluate(experts, given.pop("suite"), embedder=letters, **given)
 
 
 def test_missing_gates_are_refused_or_replaced_by_prototypes(experts):
     bare = [experts[0], replace(experts[1], gates=None)]
     given = {"train_rows": TRAIN, "owners": OWNERS, "systems": ["PHATGOOSE"]}
     with pytest.raises(FusionError, match="nine has no gates"):
-        evaluate_routing(bare, SUITE, **given)
-    results = evaluate_routing(bare, SUITE, missing_gates="arrow", **given)
+        evaluate(bare, SUITE, **given)
+    results = evaluate(bare, SUITE, missing_gates="arrow", **given)
     assert results.settings["gates"] == ["none", "trained"]
     assert [system.name for system in results.systems] == ["PHATGOOSE"]
 

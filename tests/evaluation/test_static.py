@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import TEXTS, bert, gpt2, make_tokenizer
 from tiny_fused import bert_base, fine_tuned
 
-from hf_fusion import FusionError, Recipe, RecipeExpert, evaluate_static, fuse, merge
+from hf_fusion import FusionError, Recipe, RecipeExpert, evaluate, fuse, merge
 from hf_fusion.evaluation.results import SuiteResults
 
 ROWS = datasets.Dataset.from_dict({"text": [f"{text} {i}" for i in range(5) for text in TEXTS], "label": [0, 1] * 10})
@@ -40,7 +40,7 @@ def test_scores_are_those_of_the_plain_models(folders, tmp_path, caplog):
     experts = [folders["foxes"], folders["dogs"]]
     model = fuse("task_arithmetic", experts, folders["base"], scaling=0.5)
     suite = {"foxes": ROWS, "all": ROWS.select(range(6))}
-    results = evaluate_static(
+    results = evaluate(
         model, suite, experts=[*experts, folders["cats"]], base=folders["base"], batch_size=3, settings={"method": "x"}
     )
     loaded = {name: type(model).from_pretrained(folder) for name, folder in folders.items()}
@@ -76,7 +76,7 @@ def test_adapters_are_measured_in_their_base(tmp_path):
         whole[name] = adapted.merge_and_unload().eval()
     recipe = Recipe("linear", tuple(RecipeExpert(str(tmp_path / name)) for name in whole))
     folder = merge(recipe, tmp_path / "merged").folder
-    results = evaluate_static(
+    results = evaluate(
         folder, {"foxes": WORDS}, experts=[expert.model for expert in recipe.experts], metrics={"foxes": "tokens"}
     )
     assert [system.name for system in results.systems] == ["merged", "foxes", "dogs", "base"]
@@ -93,6 +93,6 @@ def test_adapters_are_measured_in_their_base(tmp_path):
 
 def test_misfits_are_named(folders):
     with pytest.raises(FusionError, match="no tasks"):
-        evaluate_static(folders["foxes"], {})
+        evaluate(folders["foxes"], {})
     with pytest.raises(FusionError, match=r"column 'label' holds \[2\], but the labels of foxes are"):
-        evaluate_static(folders["foxes"], {"foxes": datasets.Dataset.from_dict({"text": ["a"], "label": [2]})})
+        evaluate(folders["foxes"], {"foxes": datasets.Dataset.from_dict({"text": ["a"], "label": [2]})})

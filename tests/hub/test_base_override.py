@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 from hf_fusion.cli.app import build_parser, command
 from hf_fusion.cli.output import Out
 from hf_fusion.errors import FusionError
-from hf_fusion.evaluation.merging import evaluate_static
+from hf_fusion.evaluation.evaluate import evaluate
 from hf_fusion.fusion import fuse, load_fused, save_fused
 from hf_fusion.hub.load import load_experts
 from hf_fusion.io.json_files import read_json
@@ -274,7 +274,7 @@ def test_measured_on_the_base_that_was_used(place, tmp_path):
     ids = place.push("nobody/other")
     model = fuse("linear", ids, place.id, api=place.api)
     rows = Dataset.from_dict({"text": ["good film", "bad film"] * 4, "label": [0, 1] * 4})
-    results = evaluate_static(model, {"mood": rows}, experts=ids, base=place.id, owners={"mood": ids[0]}, api=place.api)
+    results = evaluate(model, {"mood": rows}, experts=ids, base=place.id, owners={"mood": ids[0]}, api=place.api)
     assert {system.kind for system in results.systems} == {"merged", "expert", "base"}
     assert not place.asked("other")
 

@@ -17,7 +17,7 @@ from PIL import Image as Pillow
 from threads import wrong_calls
 from tiny import image_processor, vit
 
-from hf_fusion import Expert, FoEModel, FusionError, evaluate_fusion
+from hf_fusion import Expert, FoEModel, FusionError, evaluate
 from hf_fusion.bench.rows import ours
 from hf_fusion.bench.suite import Task
 from hf_fusion.data import load_rows
@@ -177,7 +177,7 @@ def test_whoever_reads_rows_holds_them_to_the_limits(hostile_rows):
     rows = Dataset.from_parquet(str(hostile_rows))
     expert = Expert("me/vit", vit(["a", "b"]), processor=image_processor(16), labels=["a", "b"])
     with pytest.raises(FusionError, match="row 2 of the data set.*12,000 × 12,000"):
-        evaluate_fusion(FoEModel.from_experts([expert]), rows)
+        evaluate(FoEModel.from_experts([expert]), rows)
     examples = read_examples(expert, rows, 16)
     with pytest.raises(FusionError, match="row 2 of the data set.*12,000 × 12,000"):
         examples.collate([examples.rows[2]])

@@ -8,7 +8,7 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 from tiny import TEXTS, bert, distilbert, image_processor, images, llama, make_tokenizer, resnet, vit
 
-from hf_fusion import Expert, FoEModel, FusionError, evaluate_fusion, fit_fuser, fuse
+from hf_fusion import Expert, FoEModel, FusionError, evaluate, fit_fuser, fuse
 from hf_fusion.fusion import fuse_recipe, load_fused, save_fused
 from hf_fusion.recipe import Recipe
 
@@ -125,7 +125,7 @@ def test_recipe_evaluation_and_nothing_to_fit(experts, tmp_path):
     again, _ = load_fused(tmp_path / "fused")
     assert answer(again).equal(answer(model)) and answer(fuse_recipe(recipe)).equal(answer(model))
     rows = Dataset.from_dict({"text": TEXTS, "label": ["a", "b", "c", "a"]})
-    results = evaluate_fusion(model, rows)
+    results = evaluate(model, rows)
     right = (answer(model).argmax(-1) == torch.tensor([0, 1, 2, 0])).float().mean()
     assert results.systems[0].name == "ensemble, mean" and results.systems[0].score == pytest.approx(float(right))
     with pytest.raises(FusionError, match="no fuser to fit"):

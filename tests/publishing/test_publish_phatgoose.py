@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tiny import adapter, bert, make_tokenizer
 from tiny_routed import save_base, save_lora
 
-from hf_fusion import Expert, Gates, PhatgooseRouter, evaluate_routing
+from hf_fusion import Expert, Gates, PhatgooseRouter, evaluate
 from hf_fusion.cards.card import pinned_revision, usage_code
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.plots import plot_routing
@@ -61,7 +61,7 @@ def ids(owner, tmp_path):
 def measured(model, ids, folder, api):
     """Leaves results.json, routing.json and routing.png in a folder, as `hf-fusion eval` does."""
     owners = {"foxes": ids[0]}
-    results = evaluate_routing(
+    results = evaluate(
         load_experts(ids, api=api),
         SUITE,
         train_rows={},

@@ -25,7 +25,7 @@ from tiny import bert, grey_processor, make_tokenizer, names
 from transformers import ResNetConfig, ResNetForImageClassification, set_seed
 
 from hf_fusion import FoEModel, fit_fuser
-from hf_fusion.evaluation.fusion import evaluate_fusion
+from hf_fusion.evaluation.evaluate import evaluate
 from hf_fusion.types import Expert
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -95,7 +95,7 @@ def digits(hub, tmp_path_factory) -> Published:
     rest = Dataset.from_dict({"image": images[900:], "label": labels[900:].tolist()})
     fit_fuser(model, rest.select(range(400)), frugal=True, epochs=15, inference_batch_size=100)
     folder = tmp_path_factory.mktemp("digits")
-    evaluate_fusion(model, rest.select(range(400, 897)), name="digits", batch_size=100).save(folder / "results.json")
+    evaluate(model, rest.select(range(400, 897)), name="digits", batch_size=100).save(folder / "results.json")
     return publish(hub, model, "space-digits/foe", folder)
 
 

@@ -17,7 +17,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from hf_fusion import Expert, FoEModel, FusionError, fit_fuser
 from hf_fusion.evaluation.baselines import max_confidence, mean_ensemble, oracle_expert, single_experts
-from hf_fusion.evaluation.fusion import Results, evaluate_fusion
+from hf_fusion.evaluation.evaluate import evaluate
+from hf_fusion.evaluation.fusion import Results
 from hf_fusion.evaluation.intervals import wilson
 from hf_fusion.progress import Phase, reporting
 from hf_fusion.training.outputs import collect_outputs
@@ -71,7 +72,7 @@ def halves() -> Halves:
 def test_the_fuser_learns_what_no_expert_knows(halves):
     model = FoEModel.from_experts(halves.experts)
     fit = fit_fuser(model, halves.data.select(range(200, 400)), epochs=30)
-    results = evaluate_fusion(model, halves.data.select(range(400, 600)))
+    results = evaluate(model, halves.data.select(range(400, 600)))
     assert fit.accuracy > 0.9
     assert results.best("foe").score > results.best("expert").score + 0.3
     assert results.best("foe").score >= results.best("baseline").score
@@ -109,7 +110,7 @@ def test_expert_outputs_are_computed_once(halves, monkeypatch, tmp_path):
 def test_frugal_saves_and_a_budget_is_kept(halves):
     model = FoEModel.from_experts(halves.experts, costs=[1.0, 3.0])
     fit_fuser(model, halves.data.select(range(200, 400)), epochs=30, frugal=True)
-    results = evaluate_fusion(model, halves.data.select(range(400, 600)))
+    results = evaluate(model, halves.data.select(range(400, 600)))
     frugal = results.best("frugal")
     assert frugal.cost < 1.0
     assert frugal.score >= results.best("foe").score - 0.05
@@ -192,7 +193,7 @@ def test_selection_learns_the_domain_or_the_least_loss(halves):
     for by in ("domain", "loss"):
         model = FoEModel.from_experts(halves.experts, mode="selection", fuser_dropout=0.1)
         fit_fuser(model, data.select(range(200, 400)), by=by, epochs=30)
-        results = evaluate_fusion(model, data.select(range(400, 600)))
+        results = evaluate(model, data.select(range(400, 600)))
         assert results.selection_accuracy > 0.85
         assert results.best("foe").score > results.best("expert").score + 0.3
     with pytest.raises(FusionError, match="belongs to output fusion"):
@@ -224,7 +225,7 @@ def test_wilson_interval_against_the_published_example():
 
 def test_results_survive_a_file(halves, tmp_path):
     model = FoEModel.from_experts(halves.experts)
-    results = evaluate_fusion(model, halves.data.select(range(40)), name="words", command="pytest")
+    results = evaluate(model, halves.data.select(range(40)), name="words", command="pytest")
     results.save(tmp_path / "results.json")
     assert Results.load(tmp_path / "results.json") == results
 
@@ -359,5 +360,5 @@ def test_rows_that_cannot_teach_are_told_before_any_expert_runs(halves, label, c
     with reporting(heard), pytest.raises(FusionError, match=message):
         fit_fuser(model, rows, label_column=column)
     with reporting(heard), pytest.raises(FusionError, match=message.partition(" to")[0]):
-        evaluate_fusion(model, rows, label_column=column)
+        evaluate(model, rows, label_column=column)
     assert heard.ended_at == {}

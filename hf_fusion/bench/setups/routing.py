@@ -84,7 +84,7 @@ class RoutingSetup(TaskSetup, kind="routing"):
         return [self.names.index(owner) for owner in owners if owner]
 
     def evaluation(self, split: UnseenSplit, seed: int = 0, examples: int = 0) -> _Evaluation:
-        """The experts that a split fuses, as `evaluate_routing` would have them.
+        """The experts that a split fuses, as `evaluate` would have them.
 
         Args:
             examples: rows that each of them was trained on, for what looks at these.

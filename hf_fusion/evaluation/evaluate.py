@@ -1,0 +1,103 @@
+"""One call for models of every family: measured beside what their papers compare them with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from hf_fusion.errors import FusionError
+from hf_fusion.evaluation.fusion import Results, measure_foe
+from hf_fusion.evaluation.merging import measure_merged, measure_static
+from hf_fusion.evaluation.results import SuiteResults
+from hf_fusion.evaluation.routing import measure_routing
+from hf_fusion.families import FAMILIES
+from hf_fusion.training.adamerging import CoefficientMerge
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from hf_fusion.models.modeling_phatgoose import PhatgooseRouter
+
+
+def _of_router(router: PhatgooseRouter, suite: Mapping[str, Dataset], **options: Any) -> SuiteResults:
+    """A router is built again from its experts, beside those of the other strategies, with its own options."""
+    experts = options.pop("experts", ())
+    if not experts:
+        raise FusionError(
+            "a PHATGOOSE router is measured beside its experts, and none are given",
+            hint="evaluate(router, suite, experts=[…]), as load_experts takes them",
+        )
+    own = {"top_k": router.config.num_experts_per_tok, "temperature": router.config.router_temperature}
+    return measure_routing(experts, suite, **{**own, **options})
+
+
+# family, by the name in `hf_fusion.families.FAMILIES` -> how its models are measured
+MEASURES: dict[str, Callable[..., Results | SuiteResults]] = {
+    "foe": measure_foe,
+    "phatgoose": _of_router,
+    "wemoe": measure_merged,
+}
+
+
+def _measure_of(model: Any) -> tuple[str, Callable[..., Results | SuiteResults], bool]:
+    """What a model is in words, how it is measured, and whether task by task."""
+    if isinstance(model, (list, tuple)):
+        return "PHATGOOSE's experts", measure_routing, True
+    if isinstance(model, CoefficientMerge):
+        return "a merge with coefficients", measure_merged, True
+    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
+    if family is None:
+        return "a static merge", measure_static, True
+    return family.title, MEASURES[family.name], family.by_task
+
+
+def evaluate(model: Any, data: Dataset | Mapping[str, Dataset], **options: Any) -> Any:
+    """Measures a fused model beside its experts and simpler ways to use them.
+
+    What is measured beside the model depends on its family:
+
+    ============================  ==============================================================================
+    `FoEModel`                    each expert, the frugal variant at every cost, mean ensemble, max confidence, the
+                                  oracle; options of `hf_fusion.evaluation.fusion.measure_foe`
+    `PhatgooseRouter`             the base, each expert, other routing strategies, the oracle; ``experts=`` and the
+                                  options of `hf_fusion.evaluation.routing.measure_routing`
+    `WEMoEModel`,                 with ``experts=`` the base, simple merges, each task's own expert; options of
+    `CoefficientMerge`            `hf_fusion.evaluation.merging.measure_merged`
+    a static merge                with ``experts=`` each of them and their base; options of
+                                  `hf_fusion.evaluation.merging.measure_static`
+    ============================  ==============================================================================
+
+    Args:
+        model: a fused model; of a static merge also its folder or its id on the Hub; of PHATGOOSE also a list of its
+            experts, adapters with gates, as `load_experts` takes them.
+        data: labelled rows that nothing was fitted on. Of a FoE one data set with columns ``text``, ``prompt`` or
+            ``image`` and ``label`` or ``target``; of all others a data set for each task, by name.
+        options: of the family; ``batch_size``, rows a step, and ``command``, kept in the results, are known to all.
+
+    Returns:
+        `Results` of a FoE; `SuiteResults` of all others.
+
+    Raises:
+        FusionError: for options that the family does not know, data of another form, and what the family refuses.
+    """
+    title, measure, by_task = _measure_of(model)
+    known = {*_options_of(measure_routing), "experts"} if measure is _of_router else {*_options_of(measure)}
+    if unknown := [name for name in options if name not in known]:
+        raise FusionError(
+            f"{title} is not measured with {unknown[0]!r}", hint=f"its options are {', '.join(sorted(known))}"
+        )
+    if by_task != isinstance(data, Mapping):
+        raise FusionError(
+            f"{title} is measured on {'a data set for each task' if by_task else 'one data set'}",
+            hint="evaluate(model, {'task': rows})" if by_task else "evaluate(model, rows)",
+        )
+    return measure(model, data, **options)
+
+
+def _options_of(measure: Callable[..., Any]) -> list[str]:
+    """Parameters after the model and the data."""
+    return list(inspect.signature(measure).parameters)[2:]
+
+
+__all__ = ["evaluate"]

@@ -1,0 +1,55 @@
+"""One call for all families: it knows what each is measured with, and on what."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from golden_cells import classifiers, labelled, routed, said
+from tiny import llama
+
+from hf_fusion import FoEModel, FusionError, PhatgooseRouter, evaluate
+from hf_fusion.evaluation.loop import TaskRows, score_task
+from hf_fusion.evaluation.predictors import Batch, OutputPredictor
+
+
+def test_options_and_data_of_other_families_are_refused():
+    model = FoEModel.from_experts(classifiers())
+    with pytest.raises(FusionError, match="a Fusion of Experts is not measured with 'owners'"):
+        evaluate(model, labelled(), owners={})
+    with pytest.raises(FusionError, match="a Fusion of Experts is measured on one data set"):
+        evaluate(model, {"task": labelled()})
+    with pytest.raises(FusionError, match="a static merge is measured on a data set for each task"):
+        evaluate("me/merge", labelled())
+
+
+def test_a_router_is_measured_beside_its_experts():
+    experts = routed(llama(), 3, ["layers.1.self_attn.q_proj", "layers.1.mlp.up_proj"])
+    router = PhatgooseRouter.from_experts(experts, top_k=1)
+    suite = {"zero": said(router, "expert-0", 3)}
+    options = {"train_rows": {}, "owners": {"zero": "expert-0"}, "systems": ["PHATGOOSE", "experts"]}
+    with pytest.raises(FusionError, match="none are given"):
+        evaluate(router, suite, **options)
+    results = evaluate(router, suite, experts=experts, metrics={"zero": "tokens"}, **options)
+    assert results.settings["top_k"] == 1
+    same = evaluate(experts, suite, top_k=1, metrics={"zero": "tokens"}, **options)
+    assert results.systems == same.systems
+
+
+def test_every_row_is_scored_once_in_its_place():
+    """Rows are batched by length; their scores come back in the order of the data."""
+    lengths = [5, 1, 4, 2, 3]
+    rows = [{"input_ids": [0] * length, "index": index} for index, length in enumerate(lengths)]
+    seen = []
+
+    class Indices:
+        name, kind, cost = "indices", "expert", None
+
+        def score(self, batch: Batch) -> torch.Tensor:
+            seen.append(batch.indices)
+            return torch.tensor([float(row["index"]) for row in batch.inputs["rows"]])
+
+    data = TaskRows("task", "accuracy", rows, lambda batch: {"rows": batch})
+    found = score_task([Indices(), OutputPredictor("kept", "oracle", 1.0, torch.arange(5) == 2)], data, 2)
+    assert seen == [[1, 3], [4, 2], [0]]
+    assert found["indices"].tolist() == [0, 1, 2, 3, 4]
+    assert found["kept"].tolist() == [0, 0, 1, 0, 0]
