@@ -1,9 +1,9 @@
 # hf_fusion: everything a fresh machine needs is Python >= 3.10 with pip.
 #
 #   make demo      the whole way once: experts on a Hub -> one model, published and loaded anywhere
-#   make test      lint, types and the fast tests
+#   make test      lint, types and all tests but the slow
 #   make check     lint and types alone
-#   make fast      the fast tests alone
+#   make fast      the tests that start no browser, no demo and no process
 #   make test-cpus the numeric tests with other processors' vectors and with more threads
 #   make test-all  the slow, trained suites as well
 #   make bench     the performance measurements
@@ -25,17 +25,20 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraint
 # Two test processes on two cores: more threads would only get in each other's way. A file's tests share a process.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test fast check test-cpus test-all bench numbers numbers-render peers constraints
+.PHONY: demo test suite fast check test-cpus test-all bench numbers numbers-render peers constraints
 
 demo: $(VENV)/demo-installed
 	$(BIN)/hf-fusion demo
 	@echo '→ source $(BIN)/activate    # puts hf-fusion on the PATH'
 
 test: # types are checked beside the tests: alone, that would leave one of two cores idle
-	@$(MAKE) --no-print-directory -j2 check fast
+	@$(MAKE) --no-print-directory -j2 check suite
+
+suite: $(VENV)/test-installed
+	$(PYTEST) --durations=10
 
 fast: $(VENV)/test-installed
-	$(PYTEST) --durations=10
+	$(PYTEST) -m 'not slow and not browser and not demo and not process'
 
 check: $(VENV)/test-installed
 	$(BIN)/ruff check .

@@ -6,13 +6,13 @@ import itertools
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from quick_python import run_python
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -23,6 +23,22 @@ for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT"):
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 _home = tempfile.TemporaryDirectory(prefix="hf_home_")
 os.environ.update(HF_HOME=_home.name, HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+
+
+STARTERS = {"fresh_python", "hf_fusion", "alone", "run_space"}  # fixtures that start processes
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what `make fast` leaves out and a fixture or a folder tells; other tests are marked where they stand."""
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if fixtures & STARTERS:
+            item.add_marker("process")
+        if "browser" in fixtures:
+            item.add_marker("browser")
+        if item.path.parent == Path(__file__).parent / "demo":
+            item.add_marker("demo")
 
 
 @pytest.fixture(scope="session")
@@ -79,14 +95,7 @@ def fresh_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[st
         given = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", **env}
         if token:
             given["HF_TOKEN"] = token
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, **given},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        done = run_python("-c", code, env={**os.environ, **given}, cwd=tmp_path)
         if check:
             assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-5000:]}"
         return done

@@ -49,6 +49,7 @@ def test_the_readme_has_every_extra():
         assert f"`hf-fusion {words}`" in next(line for line in table.splitlines() if line.startswith(f"| `{extra}`"))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("words", "missing", "hint"),
     [
@@ -76,12 +77,14 @@ def test_a_command_says_first_and_once_what_it_lacks(bare, tmp_path, words, miss
     assert list(tmp_path.iterdir()) == []  # nothing was begun
 
 
+@pytest.mark.process
 def test_what_needs_no_extra_runs_without_them(bare, tmp_path):
     done = run_there(bare, "-m", "hf_fusion.cli", "bench", "suites", "--format", "quiet", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "minilm-8" in done.stdout.split()
 
 
+@pytest.mark.process
 def test_nothing_is_missing_here_and_too_old_counts_as_missing(tmp_path):
     for extra in EXTRAS - {"dev"}:
         need(extra, "this")
@@ -95,6 +98,7 @@ def test_nothing_is_missing_here_and_too_old_counts_as_missing(tmp_path):
     assert "needs fastapi>=0.115 (there is 0.1)" in done.stderr
 
 
+@pytest.mark.process
 def test_a_suite_says_that_the_demos_weights_are_missing(bare, tmp_path):
     script = "from hf_fusion.bench.sources import expert_path; expert_path('package:demo/smollm2_experts/chain-sum')"
     done = run_there(bare, "-c", script, cwd=tmp_path)
@@ -123,6 +127,7 @@ except FusionError as error:
 """
 
 
+@pytest.mark.process
 def test_loading_an_expert_names_the_library_that_is_missing(bare, tmp_path):
     vit(["a", "b"]).save_pretrained(tmp_path / "image")
     image_processor(16).save_pretrained(tmp_path / "image")

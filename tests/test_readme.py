@@ -6,13 +6,12 @@ import ast
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import HfApi
+from quick_python import run_python
 from tiny import make_tokenizer
 from tiny_fused import bert_base, fine_tuned
 from tiny_routed import save_base, save_lora
@@ -38,14 +37,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 def python(*words: str | Path, cwd: Path, **env: str) -> str:
     """Runs Python in a new process and returns what it prints."""
-    done = subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_python(*map(str, words), cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -149,6 +141,7 @@ def test_the_blocks_of_wemoe_make_a_model_of_fine_tunes_on_the_hub(hub, tmp_path
     assert re.search(r"^[xy]\ntorch.Size\(\[1, 2, 2\]\)$", answer, re.MULTILINE)
 
 
+@pytest.mark.process
 def test_the_first_example_prints_what_it_says(fused):
     said, shown = fused[1].splitlines(), expected("01_fuse.py")
     assert [line.split("  ")[0] for line in said] == [line.split("  ")[0] for line in shown]
@@ -233,6 +226,7 @@ def test_the_make_targets_exist():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("number", "printed"),
     [(0, "0 [0.25, 0.25, 0.25, 0.25]"), (3, "merging cache:merging/minilm-8/cola 0.15")],

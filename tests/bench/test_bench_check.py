@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 from huggingface_hub import HfApi
+from quick_python import run_python
 from standins import fill
 
 from hf_fusion.bench.check import check_suite
@@ -108,11 +107,11 @@ def test_what_is_not_made_yet_and_how_to_make_it(monkeypatch, tmp_path):
     assert "--data DIR" in rows["data:mnist"].hint
 
 
-def test_the_command(hub):
+@pytest.mark.process
+def test_the_command(hub, tmp_path):
     def run(*words: str):
         environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "hf_fusion.cli", "bench", "check", *words]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        return run_python("-m", "hf_fusion.cli", "bench", "check", *words, env=environment, cwd=tmp_path)
 
     done = run("gpt2-glue", "--format", "json")
     assert done.returncode == 1

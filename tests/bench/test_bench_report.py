@@ -288,6 +288,7 @@ def test_latex_escapes_what_means_something_to_it():
     assert text.count("{") - 2 * text.count(r"\{") == text.count("}") - 2 * text.count(r"\}")
 
 
+@pytest.mark.process
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX here")
 def test_latex_compiles(tmp_path):
     suite = summarise(made_cells(seeds=2, corruptions=("jpeg",), severities=1, unseen=True))["suites"][0]

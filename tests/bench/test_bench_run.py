@@ -167,6 +167,7 @@ run.run_suite(sys.argv[1], ["average", "task_arithmetic", "individual"], output=
 """.replace("{limit}", str(TEST))
 
 
+@pytest.mark.process
 def test_a_run_that_is_killed_goes_on_where_it_was(fine_tunes, merged, tmp_path):
     _, cells = merged
     arguments = [str(fine_tunes / "tiny.yaml"), str(tmp_path / "out"), str(fine_tunes / "data")]

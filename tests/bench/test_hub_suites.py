@@ -6,12 +6,11 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from quick_python import run_python
 from safetensors.torch import load_file
 from standin_data import DATA, ROWS
 from standins import fill, make_here, push, resnet_encoder
@@ -54,9 +53,7 @@ def python(hub, tmp_path):
     def run(*words: str) -> str:
         given = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
         given["HF_FUSION_CACHE"] = str(tmp_path / "cache")
-        done = subprocess.run(
-            [sys.executable, *words], env={**os.environ, **given}, capture_output=True, text=True, timeout=500
-        )
+        done = run_python(*words, env={**os.environ, **given}, cwd=tmp_path, timeout=500)
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
         return done.stdout
 

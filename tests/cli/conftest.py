@@ -6,11 +6,11 @@ import io
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from quick_python import run_python
 
 from hf_fusion.cli.app import build_parser, command
 from hf_fusion.cli.output import Out
@@ -28,14 +28,7 @@ def hf_fusion(tmp_path: Path) -> Run:
     """``hf_fusion("fuse", "x", cwd=…, HF_ENDPOINT=…)`` runs a command away from the repo, with that environment."""
 
     def run(*words: str, cwd: Path = tmp_path, **env: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "hf_fusion.cli", *words],
-            env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-            cwd=cwd,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        return run_python("-m", "hf_fusion.cli", *words, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, cwd=cwd)
 
     return run
 

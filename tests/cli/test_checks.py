@@ -122,6 +122,7 @@ ERRORS = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("words", ERRORS)
 def test_it_is_told_before_anything_heavy_is_imported(words, place):
     done = subprocess.run(

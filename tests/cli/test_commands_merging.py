@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import torch
 from cli.conftest import told
 from datasets import Dataset
 from huggingface_hub import HfApi
+from quick_python import run_python
 from safetensors.torch import load_file, save_file
 from tiny import TEXTS
 from tiny_fused import fine_tuned, save_fine_tunes
@@ -45,6 +44,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.process
 def test_a_recipe_of_folders_imports_neither_peft_nor_datasets(folders, tmp_path):
     """In a real process: what it takes and says, what lies there afterwards, and what was not imported for it."""
     code = (
@@ -53,7 +53,7 @@ def test_a_recipe_of_folders_imports_neither_peft_nor_datasets(folders, tmp_path
         f"    assert main(['fuse', {str(folders / 'recipe.yaml')!r}, '-o', 'merged', *words]) == 0\n"
         "print(sorted(m for m in sys.modules if m in ('peft', 'datasets')))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = run_python("-c", code, env=dict(os.environ), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     dry, report, merged = re.split(r"^(\{.*\})$", done.stdout, flags=re.MULTILINE)
     assert re.search(r"^Inputs\nmodel +as +tensors +MB\n", dry)
@@ -184,14 +184,8 @@ def test_the_example_leads_from_fine_tunes_on_the_hub_to_a_published_merge(hub, 
     rows = Dataset.from_parquet(str(folders / "test.parquet"))
     rows.add_column("expert", list(rows["task"])).to_parquet(tmp_path / "rows" / "test.parquet")
     home = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": hub.token("blender")}
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLE), "blender/base", "blender", "rows", "blender/ties"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **home},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    words = ("blender/base", "blender", "rows", "blender/ties")
+    done = run_python(str(EXAMPLE), *words, env={**os.environ, "OMP_NUM_THREADS": "1", **home}, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert set(re.findall(r"^merged +(blender/\w+)$", done.stdout, re.MULTILINE)) == {"blender/foxes", "blender/dogs"}
     scored = re.compile(r"^ *(\S.*?\S) +[\d.]+ \(\d+ to \d+\)$", re.MULTILINE)

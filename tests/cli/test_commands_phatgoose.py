@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from cli.conftest import told
 from datasets import Dataset
 from huggingface_hub import HfApi
+from quick_python import run_python
 from tiny_routed import save_base, save_lora
 
 from hf_fusion.errors import FusionError
@@ -116,8 +115,8 @@ def kennel(hub, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def run(hub, tmp_path: Path, *words: str) -> str:
     """What an example prints, run as the owner."""
-    done = subprocess.run(
-        [sys.executable, *words],
+    done = run_python(
+        *words,
         env={
             **os.environ,
             "HF_ENDPOINT": hub.endpoint,
@@ -126,9 +125,6 @@ def run(hub, tmp_path: Path, *words: str) -> str:
             "OMP_NUM_THREADS": "1",
         },
         cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
 from huggingface_hub import HfApi
+from quick_python import run_python
 from tiny import TEXTS, bert, make_tokenizer
 from tiny_fused import save_fine_tunes
 
@@ -109,8 +108,8 @@ def test_the_example_leads_from_fine_tunes_on_the_hub_to_a_published_model(hub, 
     rows = rows.add_column("expert", list(rows["task"]))
     for split in ("train", "test"):
         rows.to_parquet(tmp_path / "rows" / f"{split}.parquet")
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLE), "pack/base", pack, "rows", "pack/merged"],
+    done = run_python(
+        *(str(EXAMPLE), "pack/base", pack, "rows", "pack/merged"),
         env={
             **os.environ,
             "HF_ENDPOINT": hub.endpoint,
@@ -119,9 +118,6 @@ def test_the_example_leads_from_fine_tunes_on_the_hub_to_a_published_model(hub, 
             "OMP_NUM_THREADS": "1",
         },
         cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     said = done.stdout

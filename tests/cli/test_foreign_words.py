@@ -3,11 +3,10 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 
 import pytest
+from quick_python import run_python
 from tiny_experts import BERT, edit_json, save_adapter, save_bert
 
 from hf_fusion.errors import FusionError, printable
@@ -156,6 +155,7 @@ def hostile(owner, tmp_path):
     return folder, adapter
 
 
+@pytest.mark.process
 def test_no_verb_says_what_a_terminal_obeys(hub, owner, hostile, tmp_path):
     folder, adapter = map(str, hostile)
     ids = [f"{owner.name}/full", f"{owner.name}/adapter"]
@@ -173,13 +173,11 @@ def test_no_verb_says_what_a_terminal_obeys(hub, owner, hostile, tmp_path):
     words = [[*verb, "--format", how] for verb in verbs for how in ("human", "json", "quiet")]
     script = "import json, sys; from hf_fusion.cli.app import main; [main(words) for words in json.loads(sys.argv[1])]"
     env = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": owner.api.token}
-    done = subprocess.run(
-        [sys.executable, "-c", script, json.dumps(words)], env=os.environ | env, cwd=tmp_path, capture_output=True
-    )
-    for text in (done.stdout.decode(), done.stderr.decode()):
+    done = run_python("-c", script, json.dumps(words), env=os.environ | env, cwd=tmp_path)
+    for text in (done.stdout, done.stderr):
         assert not {character for character in text if not character.isprintable()} - {"\n"}, text
-    assert "\\x1b[31m" in done.stdout.decode()
-    assert b"Traceback" not in done.stderr
+    assert "\\x1b[31m" in done.stdout
+    assert "Traceback" not in done.stderr
 
 
 def test_rows_and_reasons(hostile, owner):

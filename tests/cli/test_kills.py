@@ -171,6 +171,7 @@ ROUNDS = [1, pytest.param(20, marks=pytest.mark.slow)]
 QUICK = ("merge", "fit gates", "bench run")  # of which one kill is always tried
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("name", "rounds"),
     [(name, 1) for name in QUICK] + [pytest.param(name, 20, marks=pytest.mark.slow) for name in VERBS],
@@ -211,6 +212,7 @@ def test_a_command_that_is_killed(name, rounds, processes, given, tmp_path):
     assert killed or rounds == 1
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("rounds", ROUNDS)
 @pytest.mark.parametrize("how", ["publish", "upload"])
 def test_a_push_whose_client_is_killed(how, rounds, processes, given, tmp_path):
@@ -248,6 +250,7 @@ def test_a_push_whose_client_is_killed(how, rounds, processes, given, tmp_path):
     assert check(tmp_path / "hub") > rounds
 
 
+@pytest.mark.process
 def test_a_folder_between_two_renames_is_found_again(processes, given, tmp_path):
     """The moment between moving the old folder away and the new one there, which no kill hits by chance."""
     work = fresh(given, tmp_path / "work")

@@ -158,6 +158,7 @@ raise SystemExit(app.main(["publish", "a", "me/b", *__import__("sys").argv[1:]])
 """
 
 
+@pytest.mark.process
 def test_a_command_keeps_stdout_clean_when_piped():
     run = [sys.executable, "-c", COMMAND]
     done = subprocess.run([*run, "--format", "json"], capture_output=True, text=True, timeout=60)
@@ -169,6 +170,7 @@ def test_a_command_keeps_stdout_clean_when_piped():
     assert (quiet.stdout, quiet.stderr) == ("x\n", "")
 
 
+@pytest.mark.process
 def test_a_command_shows_a_bar_on_a_terminal():
     here, there = pty.openpty()
     process = subprocess.Popen(

@@ -163,6 +163,7 @@ def run_anywhere(kind: str, count: int, folders, tmp_path) -> None:
     assert not planted.exists()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["phatgoose"])
 def test_a_few_without_the_package(kind, folders, tmp_path):
     run_anywhere(kind, FEW, folders, tmp_path)

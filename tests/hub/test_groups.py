@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 
 import pytest
 import torch
+from quick_python import run_python
 from safetensors.torch import load_file, save_file
 from tiny import gpt2, make_tokenizer
 from tiny_experts import BERT, save_bert
@@ -113,6 +115,7 @@ def test_what_has_nan_is_rejected_and_the_rest_grouped(shelf):
     assert str(rejected.reasons[0]) == "not finite: has NaN or Inf in classifier.weight"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
@@ -124,16 +127,10 @@ def test_what_has_nan_is_rejected_and_the_rest_grouped(shelf):
 )
 def test_the_command_that_is_proposed_runs(words, wanted, shelf, hub, tmp_path):
     """As printed, in a shell."""
-    import os
-    import subprocess
-    import sys
-
     home = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": hub.token("shelf")}
 
-    def run(*line: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "hf_fusion.cli", *line]
-        env = {**os.environ, **home, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    def run(*line: str):
+        return run_python("-m", "hf_fusion.cli", *line, env={**os.environ, **home}, cwd=tmp_path)
 
     done = run("discover", "--author", "shelf", *words, "--check")
     assert done.returncode == 0, done.stderr

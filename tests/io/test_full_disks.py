@@ -213,6 +213,7 @@ def test_a_command_says_it_in_a_line(disk, place, capsys):
         assert contents(disk.path) == before
 
 
+@pytest.mark.process
 def test_stdout_on_a_full_disk():
     import subprocess
     import sys

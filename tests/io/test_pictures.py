@@ -99,6 +99,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
             open_picture(source)
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process's memory is read from /proc")
 def test_no_picture_takes_much_memory(tmp_path):
     turned = Pillow.Exif()

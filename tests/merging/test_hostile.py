@@ -424,6 +424,7 @@ def test_an_output_that_nobody_may_write_to(folders, tmp_path):
     )
 
 
+@pytest.mark.process
 def test_an_output_on_a_disk_that_is_read_only(folders, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -112,6 +112,7 @@ print([row["text"] for row in stream.skip(990).take(2)])
     assert any(s == 206 and "/datasets/data/rows/resolve/" in p for _, p, s in hub.requests)
 
 
+@pytest.mark.process
 def test_git_clone(hub, tmp_path):
     token = hub.token("git")
     api = HfApi(endpoint=hub.endpoint, token=token)

@@ -96,6 +96,7 @@ def test_stopping_is_fast_even_with_open_connections(tmp_path):
         pass
 
 
+@pytest.mark.process
 def test_the_command_ends_on_a_signal(tmp_path, start):
     process, endpoint = start(tmp_path, 0)
     HfApi(endpoint=endpoint, token=add_user(tmp_path, "x")).create_repo("x/m")
@@ -141,6 +142,7 @@ def test_a_repo_deleted_during_a_push_does_not_come_back(alice, hub):
     assert api.list_repo_files(f"{name}/m") == [".gitattributes"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("rounds", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_kill_during_pushes(tmp_path, start, rounds):
     """Killed at a random moment of a push, the Hub comes back with the old commit or the new one, and a retry works."""

@@ -84,6 +84,7 @@ def begun(processes, recipe: Path, out: Path, finished: int, how: int) -> dict[s
     return shards_in(place)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("finished", "how"),
     [(0, signal.SIGKILL), (5, signal.SIGKILL), (12, signal.SIGKILL), (6, signal.SIGINT)]
@@ -111,6 +112,7 @@ def test_killed_again_and_again(processes, recipe, wanted, tmp_path):
     assert weights_of(out) == wanted
 
 
+@pytest.mark.process
 def test_whole_or_not_at_all_at_every_moment(processes, recipe, wanted, tmp_path):
     out = tmp_path / "out"
     process = processes.Process(target=merge_here, args=(str(recipe), str(out), OPTIONS))
@@ -122,6 +124,7 @@ def test_whole_or_not_at_all_at_every_moment(processes, recipe, wanted, tmp_path
     assert weights_of(out) == wanted
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "change", ["seed", "input", *(pytest.param(c, marks=pytest.mark.slow) for c in ("method", "shards"))]
 )
@@ -185,6 +188,7 @@ def fill(disk: Path, leave: int) -> None:
             other.flush()
 
 
+@pytest.mark.process
 def test_too_small_a_disk_is_seen_at_once(recipe, small_disk):
     fill(small_disk, 3_000_000)
     with pytest.raises(FusionError, match="out needs 8.4 MB, the disk has [0-9.]+ MB left") as caught:
@@ -193,6 +197,7 @@ def test_too_small_a_disk_is_seen_at_once(recipe, small_disk):
     assert [path.name for path in small_disk.iterdir()] == ["other"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.99], ids=["the first shard", "a later shard", "the small files"])
 def test_a_disk_that_fills_up(share, recipe, wanted, small_disk):
     """Something else fills the disk when so much of the merge is done."""
@@ -212,6 +217,7 @@ def test_a_disk_that_fills_up(share, recipe, wanted, small_disk):
     assert weights_of(small_disk / "out") == wanted
 
 
+@pytest.mark.process
 def test_files_that_may_not_grow(processes, recipe, tmp_path):
     """A quota for single files, as of some clusters: asked for as a whole, before anything is computed."""
     ours, theirs = multiprocessing.Pipe()
@@ -231,6 +237,7 @@ def test_files_that_may_not_grow(processes, recipe, tmp_path):
 # ---------------------------------------------------------------- the same bytes
 
 
+@pytest.mark.process
 def test_same_bytes_in_any_process(folders, tmp_path):
     """Whatever the number of threads, the hash seed of Python and the time of day."""
     methods = ("dare_ties", "della", "dare_linear")

@@ -78,6 +78,7 @@ def told(started):
     return [end and end[0] for end in ends]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("count", [2, 3])
 def test_the_bytes_of_one_process(count, folders, tmp_path):
     recipe_of(folders, "dare_ties", seed=5).save(tmp_path / "recipe.yaml")
@@ -87,6 +88,7 @@ def test_the_bytes_of_one_process(count, folders, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("failing", [0, 1])
 def test_what_fails_on_one_fails_on_all(failing, folders, tmp_path):
     """NaN in a tensor of a shard that one process writes; the other hears of it, and nothing is left."""
@@ -101,6 +103,7 @@ def test_what_fails_on_one_fails_on_all(failing, folders, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["inputs", "recipe.yaml"]
 
 
+@pytest.mark.process
 def test_an_input_that_one_machine_lacks(folders, tmp_path):
     recipe_of(folders).save(tmp_path / "recipe.yaml")
     recipe_of([*folders, tmp_path / "nowhere"]).save(tmp_path / "other.yaml")
@@ -109,6 +112,7 @@ def test_an_input_that_one_machine_lacks(folders, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["inputs", "other.yaml", "recipe.yaml"]
 
 
+@pytest.mark.process
 def test_an_output_that_only_the_main_process_looks_at(folders, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "work.py").write_text("mine")
@@ -117,6 +121,7 @@ def test_an_output_that_only_the_main_process_looks_at(folders, tmp_path):
     assert "holds work.py" in errors[0] and errors[1] == f"process 0 of 2 failed: {errors[0]}"
 
 
+@pytest.mark.process
 def test_a_process_that_is_killed_is_not_waited_for(tmp_path):
     folders = models(tmp_path / "inputs", shapes={f"layers.{i}.weight": (256, 256) for i in range(40)})
     recipe_of(folders, "dare_ties").save(tmp_path / "recipe.yaml")
