@@ -248,9 +248,11 @@ def fill_adapters(backbone: Backbone, plan: Mapping[str, Any], experts: Sequence
         for path in plan["saved"]:
             per_expert: Any = backbone.model.get_submodule(path)
             for expert, variant in zip(experts, per_expert.variants, strict=True):
-                own = {n.rpartition(".")[2]: t for n, t in expert.adapter.saved.items() if n.rpartition(".")[0] == path}
+                saved = {
+                    n.rpartition(".")[2]: t for n, t in expert.adapter.saved.items() if n.rpartition(".")[0] == path
+                }
                 try:
-                    variant.load_state_dict(own or base.get_submodule(path).state_dict())
+                    variant.load_state_dict(saved or base.get_submodule(path).state_dict())
                 except RuntimeError as error:
                     raise ValueError(f"{expert.name}: its copy of {path} does not fit the base: {error}") from error
 

@@ -181,7 +181,7 @@ def _saved_heads(
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Saved linears as (path, weight, bias); every other saved parameter goes into `replaced`.
 
-    What is as the base has it counts as not saved, if it is no head of its own: PEFT saves whole embeddings, and what
+    What is as the base has it counts as not saved, unless it is a head: PEFT saves whole embeddings, and what
     lies under their LoRA, to be on the safe side.
     """
     saved: dict[str, torch.Tensor] = adapter.saved
@@ -226,9 +226,9 @@ def complete(entries: Sequence[Entry], base: Any) -> None:
                 own_weight, own_bias = entry.heads[path]
                 updated = own_weight.float() + b.float().t() @ a.float()
                 entry.heads[path] = (updated.to(own_weight.dtype), own_bias)
-    own = dict(base.named_parameters(remove_duplicate=False))
+    parameters = dict(base.named_parameters(remove_duplicate=False))
     for name in dict.fromkeys(name for entry in entries for name in entry.replaced):
-        values = [entry.replaced[name] if name in entry.replaced else own[name] for entry in entries]
+        values = [entry.replaced[name] if name in entry.replaced else parameters[name] for entry in entries]
         if different := next((i for i, value in enumerate(values) if not torch.equal(value, values[0])), 0):
             raise ValueError(
                 f"{entries[0].row['name']} and {entries[different].row['name']} differ in {name}, "

@@ -81,10 +81,12 @@ class Source:
         """
         path, _, leaf = key.rpartition(".")
         if key in self.tensors:
-            own = self.tensors[key]
-            if own.shape != base.shape:
-                raise ValueError(f"{self.name}: {key} is {list(own.shape)}, in the base {list(base.shape)}{_hint(key)}")
-            vector = own.float() - base.float()
+            tensor = self.tensors[key]
+            if tensor.shape != base.shape:
+                raise ValueError(
+                    f"{self.name}: {key} is {list(tensor.shape)}, in the base {list(base.shape)}{_hint(key)}"
+                )
+            vector = tensor.float() - base.float()
         elif leaf == "weight" and path in self.lora:
             a, b = self.lora[path]
             vector = b.float() @ a.float()
@@ -101,8 +103,8 @@ class Source:
 
     def changes(self, path: str, base: torch.Tensor) -> bool:
         """Whether the expert's weight of a linear differs from the base's."""
-        own = self.tensors.get(f"{path}.weight")
-        return path in self.lora or (own is not None and not torch.equal(own, base))
+        weight = self.tensors.get(f"{path}.weight")
+        return path in self.lora or (weight is not None and not torch.equal(weight, base))
 
     def check_relation(self) -> None:
         """An expert that was fine-tuned lies near its base; an adapter names its own.
@@ -184,10 +186,10 @@ def renamed(tensors: Mapping[str, Any], model: Any, template: Any, part: str = "
     the template does not have stays as it is.
     """
     known = template if isinstance(template, dict) else template.state_dict()
-    own, other = model.base_model_prefix, "" if isinstance(template, dict) else template.base_model_prefix
+    inner, other = model.base_model_prefix, "" if isinstance(template, dict) else template.base_model_prefix
     result = {}
     for key, tensor in tensors.items():
-        bare = key.removeprefix(f"{own}.")
+        bare = key.removeprefix(f"{inner}.")
         options = (f"{part}.{key}", key) if part else (key, bare, f"{other}.{key}", f"{other}.{bare}")
         result[next((name for name in options if name in known), key)] = tensor
     return result
@@ -253,13 +255,13 @@ def check_experts(sources: Sequence[Source], base: Mapping[str, torch.Tensor], h
     Raises:
         ValueError: naming the expert and the tensor.
     """
-    own = tuple(f"{path}." for path in heads)
+    in_heads = tuple(f"{path}." for path in heads)
     for source in sources:
         if source.row["adapter"]:
             continue
-        trunk = {key for key in source.tensors if not key.startswith(own)} if own else set(source.tensors)
+        trunk = {key for key in source.tensors if not key.startswith(in_heads)} if in_heads else set(source.tensors)
         prefix = f"{source.row['part']}." if source.row["part"] else ""
-        wanted = {key for key in base if key.startswith(prefix) and not (own and key.startswith(own))}
+        wanted = {key for key in base if key.startswith(prefix) and not (in_heads and key.startswith(in_heads))}
         if missing := sorted(wanted - trunk):
             raise ValueError(f"{source.name} lacks {len(missing)} tensors of the base, first {missing[0]}")
         if extra := sorted(trunk - wanted):
@@ -299,17 +301,17 @@ def merge_rest(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors that are not up-scaled, merged one by one in fp32; what no expert changed is the base's own."""
     for name in names:
-        own = base[name]
-        if not own.is_floating_point():
-            yield name, own
+        tensor = base[name]
+        if not tensor.is_floating_point():
+            yield name, tensor
             continue
-        vectors = [source.vector(name, own, transposed(name)) for source in sources]
+        vectors = [source.vector(name, tensor, transposed(name)) for source in sources]
         if all(vector is None or not vector.any() for vector in vectors):
-            yield name, own
+            yield name, tensor
         else:
-            start = own.float()
+            start = tensor.float()
             full = [vector if vector is not None else torch.zeros_like(start) for vector in vectors]
-            yield name, rule(start, full, scaling).to(own.dtype)
+            yield name, rule(start, full, scaling).to(tensor.dtype)
 
 
 __all__ = ["MODULES", "Source"]

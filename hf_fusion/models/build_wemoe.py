@@ -55,10 +55,10 @@ class Plan:
 
     def vectors(self, path: str, conv1d: bool) -> Iterator[torch.Tensor]:
         """The experts' task vectors of a linear's weight, (d_out, d_in), one after the other."""
-        own = self.base[f"{path}.weight"]
+        weight = self.base[f"{path}.weight"]
         for source in self.sources:
-            vector = source.vector(f"{path}.weight", own, conv1d)
-            vector = torch.zeros_like(own, dtype=torch.float32) if vector is None else vector
+            vector = source.vector(f"{path}.weight", weight, conv1d)
+            vector = torch.zeros_like(weight, dtype=torch.float32) if vector is None else vector
             yield vector.t() if conv1d else vector
 
     def fill(self, path: str, linear: UpscaledLinear) -> None:
@@ -71,8 +71,8 @@ class Plan:
             vectors = (pruned(vector, self.config.density) for vector in vectors)
         linear.fill(weight.t() if linear.conv1d else weight, vectors)
         if linear.biases is not None:
-            own = self.base[f"{path}.bias"]
-            linear.fill_biases(own, [source.vector(f"{path}.bias", own) for source in self.sources])
+            bias = self.base[f"{path}.bias"]
+            linear.fill_biases(bias, [source.vector(f"{path}.bias", bias) for source in self.sources])
 
     def check(self) -> None:
         """What is known once everything was read."""
@@ -113,8 +113,8 @@ def check_options(experts: Sequence[Any], **options: Any) -> None:
 
 
 @dataclass
-class Parts:
-    """Experts of one base, known to fit together.
+class AlignedExperts:
+    """Experts of one base that fit together, their tensors named alike.
 
     Attributes:
         template: the model whose structure a fusion of them has.
@@ -133,12 +133,12 @@ class Parts:
     row: dict[str, Any]
 
 
-def take_apart(experts: Sequence[Any], base: Any) -> Parts:
+def align_experts(experts: Sequence[Any], base: Any) -> AlignedExperts:
     """Checks that loaded experts are of one base, and names their tensors alike.
 
     Args:
         experts: each with name, model, adapter, labels, revision, license, task and processor.
-        base: likewise, or None where all experts are adapters.
+        base: loaded too, or None where all experts are adapters.
 
     Raises:
         ValueError: naming the expert, the tensor and the reason.
@@ -153,8 +153,8 @@ def take_apart(experts: Sequence[Any], base: Any) -> Parts:
     names = [source.name for source in sources]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"there are two experts called {twice}")
-    own = tuple(f"{path}." for path in paths)
-    if missing := sorted(key for key in state if key not in known and not (own and key.startswith(own))):
+    in_heads = tuple(f"{path}." for path in paths)
+    if missing := sorted(key for key in state if key not in known and not (in_heads and key.startswith(in_heads))):
         raise ValueError(
             f"the base {type(base_model).__name__} lacks {len(missing)} tensors of the experts' "
             f"{type(template).__name__}, first {missing[0]}"
@@ -162,7 +162,7 @@ def take_apart(experts: Sequence[Any], base: Any) -> Parts:
     known = {key: tensor for key, tensor in known.items() if key in state}
     check_experts(sources, known, paths)
     check_ties(sources, tied_groups(state if template is base_model else known))
-    return Parts(template, head, paths, known, sources, config_base)
+    return AlignedExperts(template, head, paths, known, sources, config_base)
 
 
 def make_plan(experts: Sequence[Any], base: Any, options: Mapping[str, Any]) -> Plan:
@@ -170,14 +170,14 @@ def make_plan(experts: Sequence[Any], base: Any, options: Mapping[str, Any]) -> 
 
     Args:
         experts: each with name, model, adapter, labels, revision, license, task and processor.
-        base: likewise, or None where all experts are adapters.
+        base: loaded too, or None where all experts are adapters.
         options: of `WEMoEModel.from_experts`.
 
     Raises:
         ValueError: naming the expert, the tensor and the reason.
     """
-    parts = take_apart(experts, base)
-    template, head, paths, known, sources = parts.template, parts.head, parts.paths, parts.base, parts.sources
+    aligned = align_experts(experts, base)
+    template, head, paths, known, sources = aligned.template, aligned.head, aligned.paths, aligned.base, aligned.sources
     state = template.state_dict()
     units, modules = [], dict(template.named_modules())
     for name, linears in find_units(template, options["modules"]):
@@ -192,7 +192,7 @@ def make_plan(experts: Sequence[Any], base: Any, options: Mapping[str, Any]) -> 
         raise ValueError("experts have different labels: no single head can serve them; leave heads='task'")
     if heads == "base" and paths and not all(f"{key}" in known for key in state):
         raise ValueError("heads='base', but the base has no head")
-    config = _config(template, head, parts.row, sources, units, per_task, options)
+    config = _config(template, head, aligned.row, sources, units, per_task, options)
     if options["shared_router"] and len(widths := {_sizes(modules[unit["paths"][0]])[0] for unit in units}) > 1:
         raise ValueError(f"shared_router=True, but what routers read is {sorted(widths)} wide")
 
@@ -208,11 +208,13 @@ def _base_of(experts: Sequence[Any], base: Any) -> tuple[Any, dict[str, Any]]:
         return base.model, {"id": base.name, "revision": base.revision}
     adapters = [expert for expert in experts if expert.adapter is not None]
     for expert in adapters[1:]:
-        first, own = adapters[0].adapter, expert.adapter
-        if own.base and first.base and own.base != first.base:
-            raise ValueError(f"{expert.name} adapts {own.base}, the others {first.base}")
-        if own.base_revision and first.base_revision and own.base_revision != first.base_revision:
-            raise ValueError(f"{expert.name} adapts {own.base} at {own.base_revision}, not at {first.base_revision}")
+        first, adapter = adapters[0].adapter, expert.adapter
+        if adapter.base and first.base and adapter.base != first.base:
+            raise ValueError(f"{expert.name} adapts {adapter.base}, the others {first.base}")
+        if adapter.base_revision and first.base_revision and adapter.base_revision != first.base_revision:
+            raise ValueError(
+                f"{expert.name} adapts {adapter.base} at {adapter.base_revision}, not at {first.base_revision}"
+            )
     if len(adapters) < len(experts):
         full = next(expert.name for expert in experts if expert.adapter is None)
         raise ValueError(f"{full} is a full model: pass base=, the model that it was fine-tuned from")
@@ -267,8 +269,8 @@ def _source(expert: Any, template: Any, part: str, head: str) -> Source:
     if adapter is None:
         return Source(row, renamed(model.state_dict(), model, template, part))
     refuse_tied(expert)
-    own = tuple(f"{path}." for path in head_paths(model, head))
-    heads = {key: tensor for key, tensor in model.state_dict().items() if own and key.startswith(own)}
+    in_heads = tuple(f"{path}." for path in head_paths(model, head))
+    heads = {key: tensor for key, tensor in model.state_dict().items() if in_heads and key.startswith(in_heads)}
     heads |= adapter.saved
     lora = {f"{path}.weight": pair for path, pair in adapter.lora.items()}
     for key in [key for key in lora if key in heads]:  # its own copy of the module takes the update
@@ -355,11 +357,11 @@ def _merged(
 ) -> Any:
     """A copy of the template's structure with merged tensors; what stays as it is, is shared with it."""
     upscaled = {f"{path}.{leaf}" for unit in units for path in unit["paths"] for leaf in ("weight", "bias")}
-    own = tuple(f"{path}." for path in per_task)
+    in_heads = tuple(f"{path}." for path in per_task)
     tensors = {**dict(template.named_parameters()), **dict(template.named_buffers())}
     memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors.values()}
     saved = template.state_dict(keep_vars=True)
-    rest = [k for k in tensors if k in saved and k not in upscaled and not (own and k.startswith(own))]
+    rest = [k for k in tensors if k in saved and k not in upscaled and not (in_heads and k.startswith(in_heads))]
     sources = plan.sources if heads != "base" else [_without_heads(s, template, plan.config.head) for s in plan.sources]
     transposed = lambda key: isinstance(modules.get(key.rpartition(".")[0]), Conv1D)  # noqa: E731
     absent = {
@@ -375,9 +377,9 @@ def _merged(
 
 
 def _without_heads(source: Source, template: Any, head: str) -> Source:
-    own = tuple(f"{path}." for path in head_paths(template, head))
-    kept = {key: tensor for key, tensor in source.tensors.items() if not (own and key.startswith(own))}
+    in_heads = tuple(f"{path}." for path in head_paths(template, head))
+    kept = {key: tensor for key, tensor in source.tensors.items() if not (in_heads and key.startswith(in_heads))}
     return Source(source.row, kept, source.lora)
 
 
-__all__ = ["Parts", "Plan", "check_options", "make_plan", "take_apart"]
+__all__ = ["AlignedExperts", "Plan", "check_options", "make_plan", "align_experts"]

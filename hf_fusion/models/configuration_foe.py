@@ -132,8 +132,8 @@ class FoEConfig(FusedConfig):
                 yield f"{where}.label_map", label_map, fused < self.num_outputs, f"numbers below {self.num_outputs}"
         for index, plan in enumerate(self.backbones):
             where, count = f"backbones[{index}]", len(members[index])
-            own = [max(1, len(expert["labels"])) for expert in members[index]]
-            yield f"{where}.num_labels", plan["num_labels"], plan["num_labels"] == own, f"{own}, as the experts"
+            counts = [max(1, len(expert["labels"])) for expert in members[index]]
+            yield f"{where}.num_labels", plan["num_labels"], plan["num_labels"] == counts, f"{counts}, as the experts"
             is_kind = (plan["head"] == self.head) if generates else plan["head"] not in GENERATING
             yield f"{where}.head", plan["head"], is_kind, f"what goes with {self.head}"
             for path, ranks in plan["ranks"].items():

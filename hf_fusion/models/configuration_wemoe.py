@@ -88,7 +88,7 @@ class WEMoEConfig(BackboneConfig):
             of the term that spreads the answers), "steps", "rows" (task -> number of rows), "stopped" (why before the
             last step, or None), "learning_rate" and "batch_size" (rows of each task and step). None: not adapted; every
             router still gives λ, so the model answers as task arithmetic does.
-        samples: a number from every tensor as it was saved, see `samples_of`.
+        samples: a fingerprint of the weights as they were saved, see `fingerprint_of`.
         recipe, format_version: see `FusedConfig`.
     """
 

@@ -1,4 +1,4 @@
-"""Ensembles: the experts' outputs are fused by a rule that nobody has to fit."""
+"""Ensembles: the experts' outputs are fused by a rule, without fitting."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class FixedFuser(nn.Module):
         experts: K.
         rule: "mean" (simple and weighted ensemble) or "max_model" (fusion_bench's max-model predictor).
         over: what is given: "logits", -inf where an expert does not know a label or is not asked; or "probabilities",
-            0 likewise. Scores of regression are given as logits.
+            0 as well. Scores of regression are given as logits.
         weights: of the mean, for each expert; alike by default.
     """
 

@@ -87,7 +87,7 @@ def _truncated(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tenso
 def _adapter_config(config: PhatgooseConfig, ranks: dict[str, int], heads: list[str]) -> dict[str, Any]:
     """PEFT's config; alpha equals the rank everywhere, so the scaling is 1."""
     rank = Counter(ranks.values()).most_common(1)[0][0]
-    others = {path: own for path, own in ranks.items() if own != rank}
+    others = {path: other for path, other in ranks.items() if other != rank}
     return {
         "peft_type": "LORA",
         "task_type": TASK_TYPES.get(config.head),

@@ -48,7 +48,7 @@ def kind(accepts: Callable[[Any], bool], expected: str) -> Kind:
 def one_of(*allowed: Any) -> Kind:
     """One of a few texts or numbers."""
     return kind(
-        lambda value: any(value == own and type(value) is type(own) for own in allowed),
+        lambda value: any(value == known and type(value) is type(known) for known in allowed),
         f"one of {', '.join(map(str, allowed))}",
     )
 
@@ -68,12 +68,12 @@ def number(above: float = -math.inf, least: float = -math.inf, most: float = mat
     )
 
 
-def optional(own: Kind) -> Kind:
+def optional(inner: Kind) -> Kind:
     """A value that may be null or missing."""
-    return Kind(lambda value, where: iter([]) if value is None else own.find(value, where), required=False)
+    return Kind(lambda value, where: iter([]) if value is None else inner.find(value, where), required=False)
 
 
-def each(own: Kind, least: int = 0) -> Kind:
+def each(inner: Kind, least: int = 0) -> Kind:
     """A list."""
 
     def find(value: Any, where: str) -> Iterator[Row]:
@@ -81,12 +81,12 @@ def each(own: Kind, least: int = 0) -> Kind:
             yield where, value, False, f"a list of at least {least}" if least else "a list"
             return
         for index, entry in enumerate(value):
-            yield from own.find(entry, f"{where}[{index}]")
+            yield from inner.find(entry, f"{where}[{index}]")
 
     return Kind(find)
 
 
-def values(own: Kind) -> Kind:
+def values(inner: Kind) -> Kind:
     """A mapping of names to values."""
 
     def find(value: Any, where: str) -> Iterator[Row]:
@@ -94,7 +94,7 @@ def values(own: Kind) -> Kind:
             yield where, value, False, "names and values"
             return
         for key, entry in value.items():
-            yield from own.find(entry, f"{where}[{_short.repr(key)}]")
+            yield from inner.find(entry, f"{where}[{_short.repr(key)}]")
 
     return Kind(find)
 
@@ -106,10 +106,10 @@ def row(table: Table) -> Kind:
         if not isinstance(value, Mapping):
             yield where, value, False, "names and values"
             return
-        for key, own in table.items():
+        for key, inner in table.items():
             if key in value:
-                yield from own.find(value[key], f"{where}.{key}")
-            elif own.required:
+                yield from inner.find(value[key], f"{where}.{key}")
+            elif inner.required:
                 yield f"{where}.{key}", "missing", False, "there"
 
     return Kind(find)
@@ -199,8 +199,8 @@ def check_file(content: Any, table: Table, config_class: type) -> None:
 
 def check_values(config: Any, table: Table) -> None:
     """The same of a config that was made by hand, as far as its values are set."""
-    own = {name: getattr(config, name) for name in table if getattr(config, name, None) is not None}
-    refuse(row({name: table[name] for name in own}).find(own, ""), f"{type(config).__name__}.")
+    given = {name: getattr(config, name) for name in table if getattr(config, name, None) is not None}
+    refuse(row({name: table[name] for name in given}).find(given, ""), f"{type(config).__name__}.")
 
 
 def check_format(version: Any) -> None:

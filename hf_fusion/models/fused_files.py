@@ -153,7 +153,7 @@ def _leads_out(key: str, value: str, folder: Path, is_here: bool) -> bool:
     # a name alone is looked for in the model, but what a class is given, as its words, is opened as it is
     is_looked_up = not path.is_absolute() and (key in _WITHIN or not is_here and key not in ("vocab", "merges"))
     places = [*([folder / path] if is_here else []), *([] if is_looked_up else [path])]
-    found = next((own for own in places if os.path.lexists(own)), None)
+    found = next((place for place in places if os.path.lexists(place)), None)
     return found is not None and (is_path or not found.is_dir()) and not (is_here and _is_own(found, folder))
 
 
@@ -179,7 +179,9 @@ def _paths(content: Any) -> Iterator[tuple[str, str]]:
         key, value = pending.pop()
         is_path = _PATHS.fullmatch(key) is not None
         if isinstance(value, Mapping):
-            pending += [(key if is_path else own, inner) for own, inner in value.items() if not _TEXTS.fullmatch(own)]
+            pending += [
+                (key if is_path else name, inner) for name, inner in value.items() if not _TEXTS.fullmatch(name)
+            ]
         elif isinstance(value, list) and key not in ("vocab", "merges"):  # tokens, where it is not a file of them
             pending += [(key, inner) for inner in value]
         elif isinstance(value, str) and (is_path or "/" in value or "\\" in value):

@@ -85,8 +85,8 @@ def read_headers(files: list[Path]) -> Stored:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
-                    own = file.get_slice(name)
-                    stored.shapes[name] = (path, tuple(own.get_shape()), own.get_dtype() in DTYPES)
+                    entry = file.get_slice(name)
+                    stored.shapes[name] = (path, tuple(entry.get_shape()), entry.get_dtype() in DTYPES)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path.name} cannot be read: cut off or damaged ({_line(error)})") from None
     return stored
@@ -141,7 +141,9 @@ def load_checked(
     given = options.get("state_dict")
     with explained(name):
         if given is not None:
-            stored = Stored([], {key: (None, tuple(own.shape), own.is_floating_point()) for key, own in given.items()})
+            stored = Stored(
+                [], {key: (None, tuple(tensor.shape), tensor.is_floating_point()) for key, tensor in given.items()}
+            )
         elif options.get("variant") or options.get("gguf_file"):
             stored = None
         else:

@@ -73,7 +73,9 @@ def needed_code(auto: str, read: Read) -> list[tuple[str, str, str]]:
     maps = [(file, content)]
     if not is_tokenizer and not declared:  # transformers then asks the model's config
         maps.append(("config.json", read("config.json")))
-    found = [code for name, own in maps for code in code_in({"auto_map": own.get("auto_map")}, name) if code[1] in keys]
+    found = [
+        code for name, config in maps for code in code_in({"auto_map": config.get("auto_map")}, name) if code[1] in keys
+    ]
     if not found:
         return []
     if isinstance(declared, str):

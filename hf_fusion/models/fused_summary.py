@@ -35,7 +35,7 @@ def _lines(value: Any) -> list[str]:
         return []
     if isinstance(value, Mapping):
         width = max(len(str(name)) for name in value)
-        lines = [f"{name!s:{width}}  {_lines(own)[0] if _lines(own) else ''}" for name, own in value.items()]
+        lines = [f"{name!s:{width}}  {_lines(entry)[0] if _lines(entry) else ''}" for name, entry in value.items()]
     elif isinstance(value, (list, tuple)):
         lines = [str(entry) for entry in value]
     elif isinstance(value, bool):

@@ -51,19 +51,19 @@ class SelectionMixin:
             members = [m for m in self._members(backbone) if source in (None, m)]
             if not members:
                 continue
-            own = repeat_rows(self._inputs_of(backbone, inputs), len(members))
-            own = {name: own[name] for name in ("input_ids", "inputs_embeds", "attention_mask") if name in own}
-            if "inputs_embeds" in own:
+            batch = repeat_rows(self._inputs_of(backbone, inputs), len(members))
+            batch = {name: batch[name] for name in ("input_ids", "inputs_embeds", "attention_mask") if name in batch}
+            if "inputs_embeds" in batch:
                 if len(self.backbones) > 1:
                     raise ValueError("inputs_embeds are of one model: pass choice=, the experts that they are for")
-                own.pop("input_ids", None)
-            mask = own.get("attention_mask")
+                batch.pop("input_ids", None)
+            mask = batch.get("attention_mask")
             encoder_decoder = self.config.is_encoder_decoder
             body = module.model.get_encoder() if encoder_decoder else module.model.base_model
             if mask is not None and "position_ids" in inspect.signature(body.forward).parameters:
-                own["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)  # padding on the left must not shift a prompt
+                batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)  # padding on the left must not shift a prompt
             with module.groups.of([self._members(backbone).index(m) for m in members]):
-                states = body(**own).last_hidden_state
+                states = body(**batch).last_hidden_state
             pooled = pool_states(states, mask, last=not encoder_decoder)
             parts += zip(members, pooled.to(self.device).chunk(len(members)))
         return torch.cat([part for _, part in sorted(parts, key=lambda part: part[0])], 1)

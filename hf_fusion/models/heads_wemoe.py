@@ -41,8 +41,8 @@ class TaskHeads(nn.Module):
         Raises:
             ValueError: for tensors that do not fit.
         """
-        own = self.heads[index].state_dict()
-        for key, target in own.items():
+        state = self.heads[index].state_dict()
+        for key, target in state.items():
             if key not in tensors or tensors[key].shape != target.shape:
                 found = list(tensors[key].shape) if key in tensors else "missing"
                 raise ValueError(f"{name}: {key} of its head is {found}, not {list(target.shape)}")
@@ -70,8 +70,8 @@ def fill_heads(
 ) -> None:
     """Copies every expert's own modules, by the names that its tensors have in the dense model."""
     for path in paths:
-        for index, (own, name) in enumerate(zip(tensors, names, strict=True)):
-            inside = {k.removeprefix(f"{path}."): t for k, t in own.items() if k.startswith(f"{path}.")}
+        for index, (state, name) in enumerate(zip(tensors, names, strict=True)):
+            inside = {k.removeprefix(f"{path}."): t for k, t in state.items() if k.startswith(f"{path}.")}
             model.get_submodule(path).fill(index, inside, name)
 
 
@@ -126,23 +126,23 @@ def with_one_head(model: Any, paths: Sequence[str], index: int, labels: Sequence
 
 
 def _resized(head: nn.Module, classes: int) -> nn.Module:
-    """A copy of a head with so many outputs: those of its last linear, or of the convolution that is its classifier."""
-    own = copy.deepcopy(head)
-    if isinstance(conv := getattr(own, "classifier", None), nn.Conv2d):  # of pixels
+    """A copy of a head with this number of outputs, of its last linear or of the convolution that is its classifier."""
+    copied = copy.deepcopy(head)
+    if isinstance(conv := getattr(copied, "classifier", None), nn.Conv2d):  # of pixels
         like: dict[str, Any] = {"dtype": conv.weight.dtype, "device": conv.weight.device}
         like |= {"kernel_size": conv.kernel_size, "bias": conv.bias is not None}
-        own.classifier = nn.Conv2d(conv.in_channels, classes, **like)
-        return own
-    paths = [path for path, module in own.named_modules() if isinstance(module, nn.Linear)]
+        copied.classifier = nn.Conv2d(conv.in_channels, classes, **like)
+        return copied
+    paths = [path for path, module in copied.named_modules() if isinstance(module, nn.Linear)]
     if not paths:
         raise ValueError(f"a head of {type(head).__name__} has no linear layer: pass heads='shared'")
-    last: Any = own.get_submodule(paths[-1]) if paths[-1] else own
+    last: Any = copied.get_submodule(paths[-1]) if paths[-1] else copied
     like = {"dtype": last.weight.dtype, "device": last.weight.device}
     linear = nn.Linear(last.in_features, classes, bias=last.bias is not None, **like)
     if not paths[-1]:
         return linear
-    own.set_submodule(paths[-1], linear)
-    return own
+    copied.set_submodule(paths[-1], linear)
+    return copied
 
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Up-scaled linears: a base weight, K task vectors, and a product with weights merged anew for every sample.
+"""Up-scaled linears: a base weight, K task vectors, and a product with weights merged per sample.
 
 θ_b = θ0 + Σ_k w_bk τ_k is never held for all of a linear: a block of its rows is merged for several samples by one
 matrix product, used while it is in cache, and overwritten. Nothing loops over samples or experts. The backward pass,
@@ -74,19 +74,19 @@ class UpscaledLinear(nn.Module):
         self.unit: Any = None  # set by its `Unit`
         self.is_low_rank = kind in LOW_RANK
         numbers = {**like, "dtype": torch.int32}
-        own = {**like, "dtype": torch.int16} if kind.endswith("bfloat16") else like
+        stored = {**like, "dtype": torch.int16} if kind.endswith("bfloat16") else like
         if self.is_low_rank:
             self.ranks = list(size)
             self.base = _frozen(d_out, d_in, **like)
-            self.lora_A = _frozen(sum(self.ranks), d_in, **own)
-            self.lora_B = _frozen(sum(self.ranks) + has_bias * experts, d_out, **own)
+            self.lora_A = _frozen(sum(self.ranks), d_in, **stored)
+            self.lora_B = _frozen(sum(self.ranks) + has_bias * experts, d_out, **stored)
         else:
             self.base = _frozen(self.rows, self.columns, **like)
         if kind == "exact":
-            self.vectors = _frozen(experts, self.rows, self.columns, **own)
+            self.vectors = _frozen(experts, self.rows, self.columns, **stored)
         elif kind == "bfloat16":
             self.step = size  # rows that are stored together
-            self.vectors = _frozen(experts * self.rows * self.columns, **own)
+            self.vectors = _frozen(experts * self.rows * self.columns, **stored)
         elif kind == "sparse":
             self.step = _rows(self.rows, self.columns, BLOCK)
             self.index = _frozen(size, **numbers)
@@ -302,8 +302,8 @@ class UpscaledLinear(nn.Module):
     @torch.no_grad()
     def fill_biases(self, base: torch.Tensor, vectors: Sequence[torch.Tensor | None]) -> None:
         """Takes the bias of the base (d_out,) and its task vectors, None for no change."""
-        own, changes = self._bias_rows()
-        own.copy_(base)
+        base_row, changes = self._bias_rows()
+        base_row.copy_(base)
         for change, vector in zip(changes, vectors, strict=True):
             if vector is not None:
                 change.copy_(vector)
@@ -325,8 +325,8 @@ class UpscaledLinear(nn.Module):
         turn = self._turned
         self.base.copy_(base if self.is_low_rank else turn(base))
         if self.kind == "exact":
-            for own, vector in zip(self.vectors, vectors, strict=True):
-                own.copy_(turn(vector))
+            for stored, vector in zip(self.vectors, vectors, strict=True):
+                stored.copy_(turn(vector))
         elif self.kind == "bfloat16":
             parts = self.parts()
             for expert, vector in zip(range(self.experts), vectors, strict=True):
@@ -370,7 +370,7 @@ def rows_together(d_in: int, d_out: int) -> int:
 
 
 def _rows(rows: int, columns: int, elements: int) -> int:
-    """Rows of a block that covers about so many elements."""
+    """Rows of a block that covers about this number of elements."""
     return min(rows, max(16, elements // columns // 16 * 16))
 
 

@@ -161,8 +161,8 @@ class FoEModel(BackbonesMixin, FusedPreTrainedModel):
         Raises:
             ValueError: where experts do not fit together, naming the expert and the remedy.
         """
-        own = None if weights is None else [float(weight) for weight in weights]
-        fields = {"rule": rule, "over": over, "weights": own, "fuser_hidden": []}
+        shares = None if weights is None else [float(weight) for weight in weights]
+        fields = {"rule": rule, "over": over, "weights": shares, "fuser_hidden": []}
         return cls._built(experts, base, "output", label_maps, labels, costs, **fields)
 
     @classmethod
@@ -184,9 +184,9 @@ class FoEModel(BackbonesMixin, FusedPreTrainedModel):
         family = FoEForGeneration if config.vocabularies else FoEModel
         model: Any = family(config, models).to(dtype)  # type: ignore[arg-type]  # the stubs lose `self`
         for index, plan in enumerate(config.backbones):
-            own = [e for e, row in zip(experts, config.experts, strict=True) if row["backbone"] == index]
+            members = [e for e, row in zip(experts, config.experts, strict=True) if row["backbone"] == index]
             if plan["ranks"] or plan["saved"]:
-                fill_adapters(model.backbones[index], plan, own, own[0].model)
+                fill_adapters(model.backbones[index], plan, members, members[0].model)
         model._processor = processor
         return model.eval()
 
@@ -221,23 +221,23 @@ class FoEModel(BackbonesMixin, FusedPreTrainedModel):
         last = max(plan["inputs"] for plan in self.config.backbones)
         suffixes = {f"_{index}" for index in range(1, last + 1)}
         if group == 0:
-            own = {k: v for k, v in inputs.items() if not any(k.endswith(suffix) for suffix in suffixes)}
+            found = {k: v for k, v in inputs.items() if not any(k.endswith(suffix) for suffix in suffixes)}
         else:
-            own = {k.removesuffix(f"_{group}"): v for k, v in inputs.items() if k.endswith(f"_{group}")}
-        own = {name: value for name, value in own.items() if value is not None}
-        if not own:
+            found = {k.removesuffix(f"_{group}"): v for k, v in inputs.items() if k.endswith(f"_{group}")}
+        found = {name: value for name, value in found.items() if value is not None}
+        if not found:
             raise ValueError(
                 f"{self.config.experts[self._members(backbone)[0]]['name']} got no inputs: prepare them with "
                 "AutoProcessor.from_pretrained(id, trust_remote_code=True), which serves every expert"
             )
-        return own
+        return found
 
     def _label_map(self, backbone: int, device: torch.device) -> torch.Tensor:
         """One-hot maps from the experts' labels to the fused ones, (K_b, C_b, C); kept once made."""
         if (backbone, device) not in self._label_maps:
             maps = [self.config.experts[expert]["label_map"] for expert in self._members(backbone)]
-            own = max(len(label_map) for label_map in maps)
-            onehot = torch.zeros(len(maps), own, self.config.num_outputs)
+            width = max(len(label_map) for label_map in maps)
+            onehot = torch.zeros(len(maps), width, self.config.num_outputs)
             for index, label_map in enumerate(maps):
                 for label, fused in enumerate(label_map):
                     if fused >= 0:
@@ -263,8 +263,8 @@ class FoEModel(BackbonesMixin, FusedPreTrainedModel):
         if self.config.problem_type != "regression":
             widths = [len(self.config.experts[member]["label_map"]) for member in self._members(backbone)]
             if len(set(widths)) > 1:  # a padded head: its surplus columns are no labels
-                own = torch.tensor([widths[index] for index in local], device=logits.device)
-                surplus = torch.arange(logits.shape[-1], device=logits.device) >= own[:, None]
+                known = torch.tensor([widths[index] for index in local], device=logits.device)
+                surplus = torch.arange(logits.shape[-1], device=logits.device) >= known[:, None]
                 logits = logits.masked_fill(surplus[:, None], float("-inf"))
         if raw:
             outputs = fused_logits(logits, onehot, self.config.problem_type == "regression").flatten(0, 1)  # (N, C)
@@ -294,9 +294,9 @@ class FoEModel(BackbonesMixin, FusedPreTrainedModel):
             members = [index for index in self._members(backbone) if index in wanted]
             if not members:
                 continue
-            own = repeat_rows(self._inputs_of(backbone, inputs), len(members))
+            batch = repeat_rows(self._inputs_of(backbone, inputs), len(members))
             local = [self._members(backbone).index(index) for index in members]
-            answers, embedded = self._answer(backbone, own, local, embed, raw)
+            answers, embedded = self._answer(backbone, batch, local, embed, raw)
             outputs.update(zip(members, answers.to(self.device).chunk(len(members))))
             if embedded is not None:
                 embeddings.update(zip(members, embedded.to(self.device).chunk(len(members))))

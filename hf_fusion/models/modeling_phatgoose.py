@@ -177,8 +177,8 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
     def _rows_of(self, expert: int, path: str, width: int) -> list[int]:
         """The outputs of a fused head that are an expert's own, in the order of its own head."""
         labels, union = self.config.experts[expert]["labels"], label_union(self.config.experts)
-        own = self.config.profile(expert)["saved"][path]
-        return [union.index(label) for label in labels] if len(labels) == own <= width else list(range(own))
+        outputs = self.config.profile(expert)["saved"][path]
+        return [union.index(label) for label in labels] if len(labels) == outputs <= width else list(range(outputs))
 
     def _rebuild(self, entries: Sequence[Entry]) -> None:
         """Makes this the router of these experts."""
@@ -213,15 +213,15 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
         symmetric = [row["gates"] == "arrow" for row in config.experts]
         ranks_of = [config.profile(expert)["ranks"] for expert in range(config.num_experts)]
         for paths, reads_encoder in module_sets(config):
-            ranks = [[own.get(path, 0) for own in ranks_of] for path in paths]
-            members = [expert for expert, own in enumerate(zip(*ranks, strict=True)) if any(own)]
+            ranks = [[row.get(path, 0) for row in ranks_of] for path in paths]
+            members = [expert for expert, row in enumerate(zip(*ranks, strict=True)) if any(row)]
             linears = [backbone.get_submodule(path) for path in paths]
             sizes = [linear_sizes(linear) for linear in linears]
             group = RoutedLinears(
                 sizes[0][0],
                 [d_out for _, d_out in sizes],
                 members,
-                [[own[e] for e in members] for own in ranks],
+                [[row[e] for e in members] for row in ranks],
                 [symmetric[e] for e in members],
                 self.calls,
                 reads_encoder,
@@ -246,8 +246,8 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
         d_in = old.weight.shape[2] if isinstance(old, RoutedHead) else linear_sizes(old)[0]
         widths = {config.profile(e)["saved"].get(path) for e in range(config.num_experts)}
         labels = [row["labels"] for row in config.experts]
-        is_final = widths <= {len(own) for own in labels}
-        mixes = is_final and any(own != labels[0] for own in labels)
+        is_final = widths <= {len(names) for names in labels}
+        mixes = is_final and any(names != labels[0] for names in labels)
         width = len(label_union(config.experts)) if is_final else max(width for width in widths if width)
         where = {**like, "device": next(old.parameters()).device}
         return RoutedHead(d_in, width, config.num_experts, self.calls, mixes, where)

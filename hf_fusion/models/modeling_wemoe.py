@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .build_wemoe import Plan, check_options, make_plan
 from .configuration_wemoe import LOW_RANK, WEMoEConfig
+from .fingerprint_wemoe import fingerprint_of, first_mismatch
 from .fused import FusedPreTrainedModel
 from .fused_backbone import BackboneMixin, new_backbone, with_arguments_of
 from .fused_config import GENERATING
@@ -24,7 +25,6 @@ from .heads_wemoe import activate_heads, fill_heads, install_heads, name_classes
 from .linears_wemoe import UpscaledLinear
 from .recomputing_wemoe import Remembering, forget
 from .routing_wemoe import Coefficients, Router, Shared, Stack, Unit, WEMoETrace, by_unit, index_of
-from .samples_wemoe import first_unlike, samples_of
 
 
 class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
@@ -407,12 +407,12 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
             for unit in self.units:
                 for path, linear in zip(unit.paths, unit.linears, strict=True):
                     linear.check(path)
-        if self.config.samples and (tensor := first_unlike(self.state_dict(), self.config.samples)):
+        if self.config.samples and (tensor := first_mismatch(self.state_dict(), self.config.samples)):
             raise ValueError(f"{name} holds another model's weights: {tensor} is not as saved")
         self._freeze()
 
     def _before_saving(self, kwargs: dict[str, Any]) -> None:
-        self.config.samples = samples_of(kwargs.get("state_dict") or self.state_dict())
+        self.config.samples = fingerprint_of(kwargs.get("state_dict") or self.state_dict())
 
 
 class WEMoEForGeneration(GeneratingMixin, WEMoEModel, GenerationMixin):

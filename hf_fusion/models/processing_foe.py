@@ -108,8 +108,8 @@ class FoEProcessor(PushToHubMixin):
         ids = sequence.tolist() if hasattr(sequence, "tolist") else list(sequence)
         start, parts = 0, []
         for tokenizer, size in zip(self.processors, self.vocabularies or [max(ids, default=0) + 1]):
-            own = [token - start for token in ids if start <= token < start + size]
-            parts.append(tokenizer.decode(own, **kwargs))
+            tokens = [token - start for token in ids if start <= token < start + size]
+            parts.append(tokenizer.decode(tokens, **kwargs))
             start += size
         return "".join(parts)
 

@@ -19,7 +19,7 @@ from .state_phatgoose import Routing, RoutingCalls, score
 
 ABSENT = -1e4  # score of an expert that does not adapt a linear: its weight is exactly 0 in any dtype
 SPARSE_DTYPES = (torch.float32, torch.float64)  # what sampled_addmm computes on a CPU
-FEW = 64  # up to so many (token, expert) pairs are gathered; more are grouped by expert
+FEW = 64  # up to this number (token, expert) pairs are gathered; more are grouped by expert
 
 
 class Routed(NamedTuple):
@@ -74,9 +74,9 @@ class RoutedLinears(nn.Module):
         self.gate_bias = nn.Parameter(torch.zeros(len(ranks) * len(experts), **like))
         self.lora_A = nn.Parameter(torch.zeros(sum(map(sum, ranks)), d_in, **like))
         self.lora_B = nn.ParameterList(
-            torch.zeros(sum(own), width, **like) for own, width in zip(ranks, d_out, strict=True)
+            torch.zeros(sum(each), width, **like) for each, width in zip(ranks, d_out, strict=True)
         )
-        flat = [rank for own in ranks for rank in own]
+        flat = [rank for each in ranks for rank in each]
         self.widest = max(flat)
         self.even = min(flat) == self.widest  # every expert adapts every linear with the same rank
         self.starts = list(accumulate(flat, initial=0))[:-1]
@@ -86,15 +86,15 @@ class RoutedLinears(nn.Module):
         """Views of one expert (by its index here) at one linear: gate (d_in,), bias (), A (r, d_in), B (r, d_out)."""
         index, rank = member * len(self.experts) + expert, self.ranks[member][expert]
         start = self.starts[index]
-        own = start - self.starts[member * len(self.experts)]
-        lora = self.lora_A[start : start + rank], self.lora_B[member][own : own + rank]
+        start_b = start - self.starts[member * len(self.experts)]
+        lora = self.lora_A[start : start + rank], self.lora_B[member][start_b : start_b + rank]
         return self.gates[index], self.gate_bias[index], *lora
 
     def tables(self, like: torch.Tensor) -> dict[str, Any]:
         """Small constant tensors, made once per device and dtype."""
         key = (like.device, like.dtype)
         if key not in self._tables:  # two threads may both make them: they are the same
-            flat = [rank for own in self.ranks for rank in own]
+            flat = [rank for each in self.ranks for rank in each]
             where: dict[str, Any] = {"device": like.device}
             symmetric = self.symmetric * len(self.ranks)
             ranks, within = torch.tensor(flat, **where)[:, None], torch.arange(self.widest, **where)
@@ -208,7 +208,7 @@ class RoutedLinears(nn.Module):
         if len(self.ranks) == 1:
             return (self._rows_of_b(rows.view(-1), 0),), (hidden.view(-1),), each[:-1]
         rows_of, hidden_of = (part.transpose(0, 1).reshape(count, -1).unbind() for part in (rows, hidden))
-        rows_of = tuple(self._rows_of_b(own, members.start + index) for index, own in enumerate(rows_of))
+        rows_of = tuple(self._rows_of_b(part, members.start + index) for index, part in enumerate(rows_of))
         return rows_of, hidden_of, self.calls.steps(tokens, values.shape[0] // (tokens * count))[:-1]
 
     def _gathered(self, member: int, x: torch.Tensor, choice: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -284,7 +284,7 @@ class RoutedHead(nn.Module):
         state, experts = self.calls.routing(), len(self.experts)
         flat = x.reshape(-1, x.shape[-1]).to(self.weight.dtype)
         weights = state.given if state.given is not None and not state.off else state.tally
-        if weights is None:  # the base alone: nobody was chosen
+        if weights is None:  # the base alone: no expert was chosen
             weights = flat.new_ones(1, experts)
         weight, choice = weights.topk(min(state.top_k, experts) if weights is state.tally else experts, dim=-1)
         weight = weight / weight.sum(-1, keepdim=True)

@@ -78,7 +78,7 @@ class Router(nn.Module):
                 linear.bias.fill_(scaling if linear is linears[-1] else 0.0)
         self.layers = nn.ModuleList(linears)
         self.constant = None if layers else nn.Parameter(torch.full((experts,), scaling, **like))
-        for module in self.modules():  # or the model around it would begin anew with its own range
+        for module in self.modules():  # or the model around it would begin again with its own range
             module._is_hf_initialized = True  # type: ignore[assignment]
 
     def forward(self, x: torch.Tensor, share: torch.Tensor | None = None, rounded: bool = False) -> torch.Tensor:

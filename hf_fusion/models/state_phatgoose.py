@@ -76,10 +76,10 @@ class Routing:
     def weigh_given(self, experts: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The given weights of some experts (E_m,), for each of N tokens: (N, k) twice."""
         assert self.given is not None
-        own = self.given.to(experts.device)[:, experts]
-        most = max(1, int((own != 0).sum(1).max()))
-        weight, choice = own.topk(most, dim=-1)
-        each = tokens // len(own)  # examples come one after the other, beams of one example too
+        given = self.given.to(experts.device)[:, experts]
+        most = max(1, int((given != 0).sum(1).max()))
+        weight, choice = given.topk(most, dim=-1)
+        each = tokens // len(given)  # examples come one after the other, beams of one example too
         return choice.repeat_interleave(each, 0), weight.repeat_interleave(each, 0)
 
 

@@ -43,15 +43,15 @@ class PhatgooseTrace:
         """Keeps the choices (N, m, k) that a routed module made for real tokens of a batch of this shape."""
         numbers = torch.tensor(group.experts, device=choice.device)
         choice, weight = numbers[choice].to(torch.int16), weight.detach().to(torch.float32)
-        if real is not None:  # padding meets nobody
+        if real is not None:  # padding meets no expert
             everyone = (int(torch.tensor(shape).prod()), *choice.shape[1:])
             choice = choice.new_full(everyone, -1).index_copy_(0, real, choice)
             weight = weight.new_zeros(everyone).index_copy_(0, real, weight)
         rows = shape[0] if len(shape) > 1 else choice.shape[0]
         most = max(1, self.max_tokens // rows)
         for index, path in enumerate(self._paths[id(group)][members]):
-            own = choice[:, index].cpu().view(rows, -1, choice.shape[-1])
-            part, unseen = (own, weight[:, index].cpu().view_as(own)), max(0, own.shape[1] - most)
+            chosen = choice[:, index].cpu().view(rows, -1, choice.shape[-1])
+            part, unseen = (chosen, weight[:, index].cpu().view_as(chosen)), max(0, chosen.shape[1] - most)
             if unseen:  # copies: a view would keep what it was cut from
                 part = part[0][:, unseen:].clone(), part[1][:, unseen:].clone()
             parts = self._parts.setdefault(path, deque())

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.load import load_experts
 from hf_fusion.merging.engine.tensors import possible
-from hf_fusion.models.build_wemoe import Parts, take_apart
+from hf_fusion.models.build_wemoe import AlignedExperts, align_experts
 from hf_fusion.models.heads_wemoe import activate_heads, fill_heads, install_heads, with_one_head
 from hf_fusion.models.routing_wemoe import by_unit, index_of
 
@@ -67,7 +67,7 @@ class CoefficientMerge(nn.Module):
         loaded = load_experts(list(experts), base=start, gates=False)
         self.processor = loaded[0].processor or (start and start.processor)
         try:
-            self._take(take_apart(loaded, start))
+            self._take(align_experts(loaded, start))
         except ValueError as error:  # a family, which knows nothing of this package, raises these
             raise FusionError(str(error)) from error
         size = (len(self.tensors), len(self.experts)) if granularity == "layer" else (len(self.experts),)
@@ -77,33 +77,33 @@ class CoefficientMerge(nn.Module):
         self.eval()
 
     @torch.no_grad()
-    def _take(self, parts: Parts) -> None:
+    def _take(self, aligned: AlignedExperts) -> None:
         """The base in the structure of its experts, their heads, and the task vectors of everything else."""
-        rows = [source.row for source in parts.sources]
-        self.experts: list[str] = [source.name for source in parts.sources]
-        speaks_twice = bool(getattr(parts.template.config, "is_encoder_decoder", False))
-        self.config = SimpleNamespace(head=parts.head, experts=rows, adaptation=None, is_encoder_decoder=speaks_twice)
-        self.backbone: Any = copy.deepcopy(parts.template).requires_grad_(False)
-        install_heads(self.backbone, parts.paths, [len(row["labels"]) for row in rows])
-        fill_heads(self.backbone, parts.paths, [source.tensors for source in parts.sources], self.experts)
+        rows = [source.row for source in aligned.sources]
+        self.experts: list[str] = [source.name for source in aligned.sources]
+        speaks_twice = bool(getattr(aligned.template.config, "is_encoder_decoder", False))
+        self.config = SimpleNamespace(head=aligned.head, experts=rows, adaptation=None, is_encoder_decoder=speaks_twice)
+        self.backbone: Any = copy.deepcopy(aligned.template).requires_grad_(False)
+        install_heads(self.backbone, aligned.paths, [len(row["labels"]) for row in rows])
+        fill_heads(self.backbone, aligned.paths, [source.tensors for source in aligned.sources], self.experts)
         self.backbone.requires_grad_(False)
-        self.heads = parts.paths
+        self.heads = aligned.paths
         self.tensors: list[str] = []
         modules = dict(self.backbone.named_modules())
         for name, tensor in [*self.backbone.named_parameters(), *self.backbone.named_buffers()]:
-            if name not in parts.base:  # heads, and buffers that no checkpoint holds
+            if name not in aligned.base:  # heads, and buffers that no checkpoint holds
                 continue
-            base = parts.base[name]
+            base = aligned.base[name]
             tensor.copy_(base)
             if not base.is_floating_point():
                 continue
             conv = isinstance(modules.get(name.rpartition(".")[0]), Conv1D)
-            vectors = [source.vector(name, base, conv) for source in parts.sources]
+            vectors = [source.vector(name, base, conv) for source in aligned.sources]
             if any(vector is not None and vector.any() for vector in vectors):
                 full = [torch.zeros_like(base) if vector is None else vector.to(base.dtype) for vector in vectors]
                 self.register_buffer(f"vectors_{len(self.tensors)}", torch.stack(full), persistent=False)
                 self.tensors.append(name)
-        for source in parts.sources:
+        for source in aligned.sources:
             source.check_relation()
 
     def forward(self, task: str | None = None, **inputs: Any) -> Any:

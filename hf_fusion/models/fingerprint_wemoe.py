@@ -1,4 +1,4 @@
-"""A few numbers of every tensor, kept in the config: they tell this model's files from those of another one like it.
+"""A fingerprint of a model's weights, kept in the config: it tells these files from those of another model like it.
 
 Names and shapes do not: a shard of another fusion of the same base has the same. A digest of all bytes would, and takes
 as long as loading does.
@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-PLACES = 16
+ELEMENTS = 16
 
 
 @torch.no_grad()
-def samples_of(tensors: Mapping[str, torch.Tensor]) -> list[float | None]:
+def fingerprint_of(tensors: Mapping[str, torch.Tensor]) -> list[float | None]:
     """The mean magnitude of some elements spread over each tensor, in the order of the tensors' names.
 
     Args:
@@ -30,28 +30,28 @@ def samples_of(tensors: Mapping[str, torch.Tensor]) -> list[float | None]:
             found.append(None)
             continue
         flat = tensor.reshape(-1)
-        places = torch.linspace(0, len(flat) - 1, min(PLACES, len(flat)), dtype=torch.float64).long()
-        found.append(float(f"{float(flat[places.to(flat.device)].double().abs().mean()):.6g}"))
+        indices = torch.linspace(0, len(flat) - 1, min(ELEMENTS, len(flat)), dtype=torch.float64).long()
+        found.append(float(f"{float(flat[indices.to(flat.device)].double().abs().mean()):.6g}"))
     return found
 
 
-def first_unlike(
+def first_mismatch(
     tensors: Mapping[str, torch.Tensor], kept: Sequence[float | None], tolerance: float = 0.02
 ) -> str | None:
-    """The first tensor whose sample is not the one that was kept; None where all are, as far as they can be compared.
+    """The first tensor whose value is not the one that was kept; None where all are, as far as they can be compared.
 
     Args:
         tensors: a state dict, in any float dtype: rounding stays within the tolerance.
-        kept: what `samples_of` gave when it was saved.
-        tolerance: by how much a sample may differ, as a share.
+        kept: what `fingerprint_of` gave when it was saved.
+        tolerance: by how much a value may differ, as a share.
     """
-    own = samples_of(tensors)
-    if len(own) != len(kept):
-        return f"one of {len(own)} tensors, where {len(kept)} were saved"
-    for name, one, other in zip(sorted(tensors), own, kept, strict=True):
+    found = fingerprint_of(tensors)
+    if len(found) != len(kept):
+        return f"one of {len(found)} tensors, where {len(kept)} were saved"
+    for name, one, other in zip(sorted(tensors), found, kept, strict=True):
         if one is not None and other is not None and abs(one - other) > tolerance * max(one, other) + 1e-6:
             return name
     return None
 
 
-__all__ = ["first_unlike", "samples_of"]
+__all__ = ["first_mismatch", "fingerprint_of"]
