@@ -167,6 +167,9 @@ def save_fused(
         recipe: default is the one `fuse` left on the model.
         overwrite: whether a model that the folder holds may be replaced, with its results.
 
+    Returns:
+        The folder's absolute path.
+
     Raises:
         FusionError: if nothing says what the model was made of, or the folder holds a model.
     """

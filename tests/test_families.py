@@ -21,6 +21,7 @@ from hf_fusion.cli.fit import PARTS
 from hf_fusion.demo import DEMOS
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.coefficient_map import COEFFICIENT_FILE, COEFFICIENT_PICTURE
+from hf_fusion.evaluation.evaluate import MEASURES
 from hf_fusion.evaluation.routing_map import ROUTING_FILE, ROUTING_PICTURE
 from hf_fusion.families import FAMILIES, FIT_PARTS, MEASURED, METHODS, STALE, family_of, method_needing
 from hf_fusion.merging.methods import MERGE_METHODS
@@ -29,7 +30,7 @@ from hf_fusion.merging.recipe_checks import family_method
 
 def test_each_layer_knows_exactly_the_families_of_the_registry():
     assert set(CONTENTS) == set(FAMILIES)
-    assert set(MEASURED_BY) == set(FAMILIES)
+    assert set(MEASURES) == set(MEASURED_BY) == set(FAMILIES)
     assert set(DEMOS) == {name for name, family in FAMILIES.items() if family.demo}
     assert set(PARTS) == set(FIT_PARTS)
     assert {f"{name}.md.j2" for name in FAMILIES} <= {file.name for file in TEMPLATES.iterdir()}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from benchmarks.phatgoose_minilm import TASKS, make_experts, measure, suite_rows
 
-from hf_fusion import SuiteResults
+from hf_fusion.evaluation.results import SuiteResults
 
 DATA = Path(os.environ.get("HF_FUSION_DATA", Path(__file__).parents[2] / "shared" / "data"))
 ABSENT = [task for task in TASKS if not (DATA / task / "train.parquet").is_file()]

@@ -1,24 +1,31 @@
-"""The public names: every class of the families is among them."""
+"""The public names: every class of the families is among them, and all of them are documented."""
 
 from __future__ import annotations
 
+import ast
 import inspect
 import pkgutil
+import re
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import hf_fusion
 from hf_fusion import models
+from hf_fusion.families import FAMILIES
 
-FAMILIES = [module.name for module in pkgutil.iter_modules(models.__path__)]
+FUNCTIONS = [name for name in hf_fusion.__all__ if inspect.isfunction(getattr(hf_fusion, name))]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_class_of_a_family_is_public(family):
-    package = import_module(f"hf_fusion.models.{family}")
-    files = [import_module(f"{package.__name__}.{module.name}") for module in pkgutil.iter_modules(package.__path__)]
+    files = [
+        import_module(f"{models.__name__}.{module.name}")
+        for module in pkgutil.iter_modules(models.__path__)
+        if module.name.endswith(f"_{family}")
+    ]
     found = {
         name: value
         for module in files
@@ -34,6 +41,33 @@ def test_every_class_of_a_family_is_public(family):
         assert name in hf_fusion.__all__
 
 
-def test_every_public_name_is_there():
-    for name in hf_fusion.__all__:
-        assert getattr(hf_fusion, name) is not None, name
+def test_there_are_as_many_public_names_as_one_page_shows():
+    assert 25 <= len(hf_fusion.__all__) <= 40
+
+
+@pytest.mark.parametrize("name", hf_fusion.__all__)
+def test_every_public_name_is_documented(name):
+    value = getattr(hf_fusion, name)
+    assert value.__doc__ and (inspect.isfunction(value) or value.__doc__ != value.__base__.__doc__)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_public_function_says_what_it_takes_and_raises(name):
+    function = getattr(hf_fusion, name)
+    text = inspect.getdoc(function) or ""
+    assert "Args:" in text and "Raises:" in text
+    for parameter in inspect.signature(function).parameters:
+        assert re.search(rf"\b{parameter}\b", text.partition("Args:")[2]), parameter
+
+
+def test_the_page_of_help_names_every_function():
+    assert [name for name in FUNCTIONS if not re.search(rf"\b{name}\b", hf_fusion.__doc__)] == []
+
+
+def test_editors_and_type_checkers_find_the_same_names():
+    tree = ast.parse(Path(hf_fusion.__file__).read_text(encoding="utf-8"))
+    (typed,) = [node for node in tree.body if isinstance(node, ast.If)]
+    found = {
+        (alias.name, node.module) for node in typed.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert found == {(name, f"hf_fusion.{module}") for module, names in hf_fusion._PUBLIC.items() for name in names}

@@ -130,6 +130,13 @@ def check_compatibility(
         need_gates: require PHATGOOSE gates.
         merging: require weights that can be merged with those of `base_model`, tensor by tensor, and one class.
         api: the Hub's client; default honours ``HF_ENDPOINT`` and the stored token.
+
+    Returns:
+        The accepted experts, in their order, and the rejected ones with their reasons. An expert that cannot be read is
+        rejected.
+
+    Raises:
+        FusionError: `task` is not one that an expert could have.
     """
     api = hub_api(api)
     criteria = Criteria(

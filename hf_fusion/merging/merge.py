@@ -70,6 +70,9 @@ def merge(
         api: the Hub's client.
         progress: called with the bytes that are done, and of all.
 
+    Returns:
+        The folder, its recipe, the sizes and the time, and warnings about what was left out or may not be meant.
+
     Raises:
         FusionError: naming what cannot be merged, and what to do.
     """

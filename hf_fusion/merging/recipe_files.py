@@ -17,6 +17,9 @@ def load_recipe(path: str | Path) -> Recipe:
     Args:
         path: a file, or a folder that holds ``fusion.yaml``.
 
+    Returns:
+        The recipe, as `merge` and `fuse_recipe` take it.
+
     Raises:
         FusionError: naming the file, the key and the reason.
     """

@@ -93,6 +93,9 @@ def fit_fuser(
         label_column, expert_column: columns of `dataset`.
         inference_batch_size: examples per step while the experts run.
 
+    Returns:
+        What was fitted on how many rows, and how well it does on those that were held out.
+
     Raises:
         FusionError: for data that is empty, unlabelled or too small to hold rows out of, or a model without a fuser.
     """

@@ -189,6 +189,9 @@ def fit_routers(
             ``text`` (``text_pair``) or ``image`` with ``label`` for classifiers.
         steps, learning_rate, batch_size, max_length, seed, output_dir, more: see `adapt_routers`.
 
+    Returns:
+        See `adapt_routers`.
+
     Raises:
         FusionError: see `adapt_routers`.
     """

@@ -22,7 +22,7 @@ from tiny_suites import (
     write_suite,
 )
 
-from hf_fusion import PhatgooseRouter, WEMoEModel, load_experts, measure_fisher, measure_gram
+from hf_fusion import PhatgooseRouter, WEMoEModel, load_experts
 from hf_fusion.bench.methods import chosen
 from hf_fusion.bench.methods.merging import _readers
 from hf_fusion.bench.rows import task_rows
@@ -32,7 +32,7 @@ from hf_fusion.bench.systems import everything
 from hf_fusion.evaluation.evaluate import evaluate
 from hf_fusion.merging.in_memory import merge_states
 from hf_fusion.training.batches import read_examples
-from hf_fusion.training.measure import parameters_of
+from hf_fusion.training.measure import measure_fisher, measure_gram, parameters_of
 from hf_fusion.training.prompts import encode_prompts, target_scores
 
 

@@ -22,11 +22,13 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_fusion import SuiteResults, evaluate, fit_whitening, load_experts, train_gates
+from hf_fusion import evaluate, load_experts, train_gates
 from hf_fusion.assets.minilm import minilm_folder
 from hf_fusion.demo.text_suites import splits
+from hf_fusion.evaluation.results import SuiteResults
 from hf_fusion.evaluation.retrieval import TextEmbedder
 from hf_fusion.hub.gates import save_gates
+from hf_fusion.training.whitening import fit_whitening
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = ("snips", "trec", "sst2", "ag_news")

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from datasets import Dataset, disable_progress_bars
 
-from hf_fusion import Expert, PhatgooseRouter, average_activation, evaluate, load_experts
+from hf_fusion import Expert, PhatgooseRouter, evaluate, load_experts
 from hf_fusion.assets.language_tasks import CHAT, END_OF_TURN, HELD_IN, HELD_OUT, TASKS, conversations, rows
 from hf_fusion.assets.minilm import minilm_folder
 from hf_fusion.assets.smollm2 import smollm2_folder
@@ -35,6 +35,7 @@ from hf_fusion.evaluation.retrieval import TextEmbedder
 from hf_fusion.evaluation.routing import SYSTEMS
 from hf_fusion.hub.gates import GATES_FILE
 from hf_fusion.training.batches import read_examples
+from hf_fusion.training.gates import average_activation
 
 RESULTS = Path(__file__).parent / "results"
 SECOND = ", asked second"

@@ -24,7 +24,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from hf_fusion import CoefficientMerge, WEMoEModel, adapt_routers
+from hf_fusion import WEMoEModel, adapt_routers
 from hf_fusion.bench.conditions import corrupted as under
 from hf_fusion.bench.setups.merging import MergingSetup
 from hf_fusion.demo.merging_suites import SUITES, trained_experts
@@ -34,6 +34,7 @@ from hf_fusion.evaluation.merging import INDIVIDUAL, WEMOE, TaskModel
 from hf_fusion.evaluation.results import HELD_IN, SuiteResults
 from hf_fusion.hub.load import load_experts
 from hf_fusion.merging.in_memory import merge_states
+from hf_fusion.training.adamerging import CoefficientMerge
 
 UNADAPTED = "WEMoE, not adapted"
 

@@ -12,8 +12,9 @@ from huggingface_hub import HfApi
 from tiny import bert, make_tokenizer
 from tiny_routed import save_base, save_lora
 
-from hf_fusion import FusionError, Recipe, RecipeExpert, fit_fuser, fuse, merge, merge_adapters, save_fused
+from hf_fusion import FusionError, Recipe, RecipeExpert, fit_fuser, fuse, merge, save_fused
 from hf_fusion.demo.place import open_place
+from hf_fusion.merging.lora import merge_adapters
 from hf_fusion.server import HubServer, add_user
 
 

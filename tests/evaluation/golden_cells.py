@@ -19,7 +19,6 @@ from tiny_fused import base_expert, bert_base, experts_of, fine_tuned
 from tiny_routed import save_base, save_lora
 
 from hf_fusion import (
-    CoefficientMerge,
     Expert,
     FoEModel,
     Gates,
@@ -32,6 +31,7 @@ from hf_fusion import (
     fuse,
     merge,
 )
+from hf_fusion.training.adamerging import CoefficientMerge
 
 GOLDEN = Path(__file__).parent / "golden"
 ABC = ["a", "b", "c"]

@@ -12,20 +12,14 @@ from datasets import ClassLabel, Dataset, Features, Value
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import DataCollatorForSeq2Seq
 
-from hf_fusion import (
-    Expert,
-    FusionError,
-    PhatgooseRouter,
-    SuiteResults,
-    average_activation,
-    evaluate,
-    train_gates,
-)
+from hf_fusion import Expert, FusionError, PhatgooseRouter, evaluate, train_gates
 from hf_fusion.evaluation.intervals import Score, mean_of, wilson
+from hf_fusion.evaluation.results import SuiteResults
 from hf_fusion.evaluation.retrieval import Retrieval, TextEmbedder
 from hf_fusion.evaluation.routing import SYSTEMS, same_start, unchanged_blocks
 from hf_fusion.evaluation.scoring import lead_of, score_of
 from hf_fusion.hub.lora import read_adapter
+from hf_fusion.training.gates import average_activation
 from hf_fusion.training.prompts import encode_prompts, target_scores
 from hf_fusion.types import Gates
 

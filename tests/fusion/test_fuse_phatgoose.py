@@ -10,13 +10,13 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from tiny_routed import save_base, save_lora
 
-from hf_fusion import average_activation
 from hf_fusion.errors import FusionError
 from hf_fusion.fusion import fuse, fuse_recipe, load_fused, save_fused
 from hf_fusion.hub.compat import check_compatibility
 from hf_fusion.hub.discover import discover
 from hf_fusion.hub.gates import save_gates
 from hf_fusion.recipe import Recipe
+from hf_fusion.training.gates import average_activation
 from hf_fusion.types import Gates
 
 TEXTS = ["the quick fox", "a dog, said the router to the gate"]

@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 from tiny_experts import edit_json, save_adapter, save_bert
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from hf_fusion import FusionError, Gates, arrow_prototypes, load_experts, push_gates
+from hf_fusion import FusionError, Gates, load_experts, push_gates
 from hf_fusion.hub.gates import GATES_FILE, gate_sizes, read_gates, save_gates
 from hf_fusion.hub.lora import read_adapter
 from hf_fusion.hub.readme import add_tag, put_section
+from hf_fusion.training.gates import arrow_prototypes
 
 QUERIES = [f"bert.encoder.layer.{index}.attention.self.query" for index in (0, 1)]
 FACTS = {"steps": 100.0, "examples": 1600.0, "loss_before": 1.25, "loss_after": 0.1 + 0.2}

@@ -8,7 +8,8 @@ import torch
 from tiny import SUMS, TEXTS, make_tokenizer
 from tiny_fused import base_expert, bert_base, experts_of
 
-from hf_fusion import ConcreteMerge, adapt_routers
+from hf_fusion import adapt_routers
+from hf_fusion.training.concrete import ConcreteMerge
 from hf_fusion.training.routers import _information
 
 ROWS = datasets.Dataset.from_dict({"text": [f"{text} {i}" for i in range(6) for text in TEXTS], "label": [0, 1] * 12})

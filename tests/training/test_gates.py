@@ -18,10 +18,10 @@ from peft import LoraConfig, get_peft_model
 from tiny import SUMS, adapter, bert, gpt2, image_processor, images, llama, make_tokenizer, t5, vit
 from torch import nn
 
-from hf_fusion import Expert, FusionError, arrow_prototypes, average_activation, train_gates
+from hf_fusion import Expert, FusionError, train_gates
 from hf_fusion.hub.gates import gate_sizes
 from hf_fusion.hub.lora import read_adapter
-from hf_fusion.training.gates import gated
+from hf_fusion.training.gates import arrow_prototypes, average_activation, gated
 from hf_fusion.types import Adapter
 
 LABELS = ["no", "yes", "may be"]

@@ -13,7 +13,8 @@ from tiny_fused import base_expert, bert_base, clip, experts_of
 from tiny_routed import save_base, save_lora
 from transformers import CLIPImageProcessorPil, CLIPProcessor
 
-from hf_fusion import CoefficientMerge, Expert, FusionError, WEMoEModel, adapt_routers, fit_routers
+from hf_fusion import Expert, FusionError, WEMoEModel, adapt_routers, fit_routers
+from hf_fusion.training.adamerging import CoefficientMerge
 from hf_fusion.training.batches import zero_shot_examples
 from hf_fusion.training.routers import Adaptation, _information, _teaching, _Watch, health
 

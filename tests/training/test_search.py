@@ -13,8 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import TEXTS, bert, gpt2, llama, make_tokenizer
 
-from hf_fusion import Expert, FusionError, greedy_soup, lorahub, search_weights
+from hf_fusion import Expert, FusionError
 from hf_fusion.merging.merge import merge
+from hf_fusion.training.search import greedy_soup, lorahub, search_weights
 
 TOKENIZER = make_tokenizer()
 PROMPTS = Dataset.from_dict(

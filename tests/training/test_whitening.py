@@ -10,10 +10,11 @@ import torch
 from models.phatgoose_reference import normalise, reference
 from tiny import adapter, bert, llama, make_tokenizer
 
-from hf_fusion import Expert, FusionError, PhatgooseRouter, average_activation, base_samples, fit_whitening, train_gates
+from hf_fusion import Expert, FusionError, PhatgooseRouter, train_gates
 from hf_fusion.hub.gates import gate_sizes, read_gates, save_gates
+from hf_fusion.training.gates import average_activation
 from hf_fusion.training.prompts import encode_prompts
-from hf_fusion.training.whitening import inverse_root
+from hf_fusion.training.whitening import base_samples, fit_whitening, inverse_root
 
 WORDS = ["the quick brown fox", "experts are fused", "a stitch in time saves nine", "said the router to the gate"]
 NUMBERED = [f"{words} {i}" for i in range(12) for words in WORDS]

@@ -73,7 +73,7 @@ def regmean(
     """W = (Σ w_i G_i)⁻¹ Σ w_i G_i W_i: the closest to all experts on their own inputs (RegMean, arXiv 2212.09849).
 
     G_i = X_iᵀ X_i / N_i of the layer's inputs, W_i as (d_in, d_out). Biases and all else that is no linear layer's
-    weight is averaged by the weights. With Gram matrices of `hf_fusion.measure_gram_merged` this is RegMean++.
+    weight is averaged by the weights. With Gram matrices of `training.measure.measure_gram_merged` this is RegMean++.
 
     Directions of which no expert's examples say anything stay the average: each input's own energy is counted 1e-6
     times more, with the average as its target.

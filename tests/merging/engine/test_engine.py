@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from tiny import bert, resnet
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
-from hf_fusion import FusionError, merge_states
+from hf_fusion import FusionError
 from hf_fusion.merging.engine.checkpoint import Files, read_header
 from hf_fusion.merging.engine.tensors import WIDE, Combination, Stored, Tensors, merge_tensors
+from hf_fusion.merging.in_memory import merge_states
 from hf_fusion.merging.merge import merge
 from hf_fusion.recipe import Recipe, RecipeExpert
 

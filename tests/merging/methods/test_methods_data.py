@@ -14,12 +14,13 @@ from tiny import TEXTS, bert, gpt2, image_processor, images, llama, make_tokeniz
 from transformers import DataCollatorWithPadding, GPT2Config, GPT2ForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from hf_fusion import Expert, FusionError, measure_fisher, measure_gram, measure_gram_merged
+from hf_fusion import Expert, FusionError
 from hf_fusion.merging.engine.tensors import InMemory, Statistic, Tensors, merge_tensors
 from hf_fusion.merging.merge import merge
 from hf_fusion.merging.methods.measured import fisher, regmean
 from hf_fusion.recipe import Recipe, RecipeExpert
 from hf_fusion.training.batches import Examples
+from hf_fusion.training.measure import measure_fisher, measure_gram, measure_gram_merged
 
 ABC = ["a", "b", "c"]
 TOKENIZER = make_tokenizer()
