@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +17,12 @@ from hf_fusion.hub.load import processor_of
 from hf_fusion.hub.resolve import resolve
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.recipe import RECIPE_FILE, Recipe
+from hf_fusion.types import ModelRef
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _OTHER_RECIPE = f"put the {RECIPE_FILE} that it was made by into the folder"
-_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 def refuse_what_is_not_fused(folder: Path) -> None:
@@ -36,8 +35,9 @@ def refuse_what_is_not_fused(folder: Path) -> None:
     try:
         kind = folder.stat().st_mode
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL
-        repo = str(folder).partition("@")[0]
-        hint = f"fetch it: hf download {repo} --local-dir DIR" if _ID.fullmatch(str(folder)) else "check the path"
+        ref = ModelRef.parse_repo(str(folder))
+        is_id = ref.is_repo and "/" in ref.id
+        hint = f"fetch it: hf download {ref.repo} --local-dir DIR" if is_id else "check the path"
         raise FusionError(f"There is no folder {name} ({one_line(error)}).", hint) from None
     if not stat.S_ISDIR(kind):
         raise FusionError(f"{name} is a file, not the folder of a fused model.", f"give the folder: {folder.parent}")

@@ -243,7 +243,7 @@ def _named(given: ExpertLike, expert: Expert) -> str:
     """What finds an expert again: its id at the commit that was loaded, or its folder."""
     if isinstance(given, (str, Path)) and expert.revision is None:
         return str(Path(given).resolve())
-    return _at(expert.name, expert.revision)
+    return str(expert.ref)
 
 
 def _recipe(
@@ -256,7 +256,7 @@ def _recipe(
 ) -> Recipe:
     """What was fused, by names that find it again."""
     weights = parameters.get("weights") or [None] * len(experts)
-    bases = {_at(e.adapter.base, e.adapter.base_revision) for e in experts if e.adapter and e.adapter.base}
+    bases = {str(e.adapter.base_ref) for e in experts if e.adapter and e.adapter.base}
     return Recipe(
         method=method,
         experts=tuple(RecipeExpert(name, weight) for name, weight in zip(names, weights, strict=True)),
@@ -273,7 +273,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(inner) for inner in value]
     return str(value.resolve()) if isinstance(value, Path) else value
-
-
-def _at(name: str, revision: str | None) -> str:
-    return f"{name}@{revision}" if revision else name

@@ -15,7 +15,6 @@ of mergekit are read as they are.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -28,6 +27,7 @@ from hf_fusion.errors import FusionError, shown
 from hf_fusion.io.files import own_file
 from hf_fusion.io.saving import write_file
 from hf_fusion.io.yaml_files import read_yaml
+from hf_fusion.types import ModelRef
 
 RECIPE_FILE = "fusion.yaml"
 RECIPE_ATTRIBUTE = "fusion_recipe"
@@ -37,9 +37,6 @@ SMALLEST = "smallest"
 DTYPES = ("float32", "float16", "bfloat16")
 # keys that a recipe of mergekit has and ours has not
 MERGEKIT = {"merge_method", "models", "base_model", "modules"}
-CONTENT = "sha256:"
-"""What the content of a folder is named by: ``NAME@sha256:…``."""
-_PINNED = re.compile(rf"[\w.-]+(/[\w.-]+)?(#\d+)?@[0-9a-f]{{40}}|[^/@+\n]+@{CONTENT}[0-9a-f]{{64}}")
 
 
 @dataclass(frozen=True)
@@ -150,7 +147,7 @@ class Recipe:
     @property
     def elsewhere(self) -> bool:
         """Whether experts or the base were folders that only the machine that fused them has."""
-        return any(f"@{CONTENT}" in name for name in self.models)
+        return any(ref.is_content for name in self.models for ref in ModelRef.parse_pair(name) if ref)
 
     @property
     def models(self) -> list[str]:
@@ -244,7 +241,7 @@ def _sources(tokenizer: Any) -> list[str]:
 
 def is_pinned(name: str) -> bool:
     """Whether a model is named by a full commit sha, or by its content; of ``base+adapter``, both."""
-    return all(_PINNED.fullmatch(part) for part in name.split("+"))
+    return all(ref.pinned for ref in ModelRef.parse_pair(name) if ref)
 
 
 def _is_name(value: object) -> bool:

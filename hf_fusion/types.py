@@ -1,8 +1,10 @@
-"""What an expert is, before and after its weights are loaded: plain dataclasses every other part speaks in."""
+"""What a model is called, and what an expert is, before and after its weights are loaded: plain dataclasses."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -10,6 +12,113 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_fusion.hub.source import Source
+
+SHA = re.compile(r"[0-9a-f]{40}")
+CONTENT = "sha256:"
+"""What the content of a folder is named by: ``NAME@sha256:…``."""
+_REPO = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_NUMBERED = re.compile(rf"({_REPO.pattern})#(\d+)")  # an expert of one of PHATGOOSE's authors' checkpoints
+_DIGEST = re.compile(rf"{CONTENT}[0-9a-f]{{64}}")
+
+
+def as_commit(revision: str | None) -> str | None:
+    """The commit that a revision names, in lower case; None for branches, tags, short hashes and ``refs/pr/1``."""
+    lower = (revision or "").lower()
+    return lower if SHA.fullmatch(lower) else None
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A reference to a model, as users, recipes and adapters write it; `str` gives the text.
+
+    ==========================  =======================================================================
+    ``owner/name``, ``name``    a repo on the Hub, at its newest commit
+    ``owner/name@revision``     the same at a commit, a branch or a tag
+    ``owner/name#7[@revision]`` the eighth expert of a checkpoint of PHATGOOSE's authors
+    ``NAME@sha256:…``           a folder of another machine, by its content
+    anything else               the path of a folder
+    ==========================  =======================================================================
+
+    Attributes:
+        id: repo id, with the number of the expert where it has one, or a folder.
+        revision: a commit in lower case, a branch, a tag or a digest of the content; None where none is named.
+    """
+
+    id: str
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, text: str | Path) -> ModelRef:
+        """Read a reference; a folder that is here is taken by its whole name, whatever characters that has."""
+        return cls(str(text)) if _is_folder(text) else cls.parse_repo(str(text))
+
+    @classmethod
+    def parse_repo(cls, text: str) -> ModelRef:
+        """`parse` without a look at the disk: what reads as a repo is one, even if there is a folder of that name."""
+        name, at, content = text.rpartition("@")
+        if at and content.startswith(CONTENT):
+            return cls(name, content)
+        name, _, revision = text.partition("@")
+        if _REPO.fullmatch(name) or _NUMBERED.fullmatch(name):
+            return cls(name, as_commit(revision) or revision or None)
+        return cls(text)
+
+    @classmethod
+    def parse_pair(cls, text: str) -> tuple[ModelRef | None, ModelRef]:
+        """(base, adapter) of ``base+adapter``; (None, model) of any other reference."""
+        base, plus, adapter = text.partition("+")
+        if not plus or _is_folder(text):
+            return None, cls.parse(text)
+        return cls.parse(base) if base else None, cls.parse(adapter)
+
+    def __str__(self) -> str:
+        return f"{self.id}@{self.revision}" if self.revision else self.id
+
+    @property
+    def repo(self) -> str:
+        """The repo's id: of an expert of a checkpoint, the checkpoint's."""
+        return match[1] if (match := _NUMBERED.fullmatch(self.id)) else self.id
+
+    @property
+    def number(self) -> int | None:
+        """Which expert of a checkpoint it is; None for a model of its own."""
+        return int(match[3]) if (match := _NUMBERED.fullmatch(self.id)) else None
+
+    @property
+    def is_repo(self) -> bool:
+        """Whether the Hub could have it: its id is written like a repo's, and its content is not what names it."""
+        return bool(_REPO.fullmatch(self.repo)) and ".." not in self.id and not self.is_content
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether there is a folder of that name here."""
+        return _is_folder(str(self))
+
+    @property
+    def is_content(self) -> bool:
+        """Whether it is a folder of another machine, named by its content."""
+        return bool(self.revision and self.revision.startswith(CONTENT))
+
+    @property
+    def commit(self) -> str | None:
+        """The commit, if its revision is one."""
+        return as_commit(self.revision)
+
+    @property
+    def pinned(self) -> bool:
+        """Whether it will always be the same model: a repo at a commit, or content."""
+        return bool(_DIGEST.fullmatch(self.revision or "") if self.is_content else self.is_repo and self.commit)
+
+    def with_revision(self, revision: str | None) -> ModelRef:
+        """The same at another revision."""
+        return replace(self, revision=as_commit(revision) or revision or None)
+
+
+def _is_folder(name: str | Path) -> bool:
+    try:
+        return Path(name).expanduser().is_dir()
+    except (OSError, RuntimeError, ValueError):  # longer than any path, or in the home of nobody
+        return False
 
 
 @dataclass(frozen=True)
@@ -60,8 +169,18 @@ class ExpertInfo:
 
     @property
     def pinned(self) -> str:
-        """``owner/name@sha``, the form every recipe and every loader takes."""
+        """``owner/name@sha``, the form every recipe and every loader takes; ``name@`` of a folder."""
         return f"{self.id}@{self.sha}"
+
+    @property
+    def ref(self) -> ModelRef:
+        """What finds it again."""
+        return ModelRef(self.id, self.sha or None)
+
+    @property
+    def base_ref(self) -> ModelRef | None:
+        """The base that it records, if any."""
+        return ModelRef(self.base_model, self.base_revision) if self.base_model else None
 
 
 @dataclass
@@ -88,6 +207,11 @@ class Adapter:
     model_class: str = ""
     embeddings: frozenset[str] = frozenset()
     rows: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def base_ref(self) -> ModelRef | None:
+        """The base, if it is known."""
+        return ModelRef(self.base, self.base_revision) if self.base else None
 
 
 @dataclass
@@ -141,3 +265,8 @@ class Expert:
     task: str | None = None
     gates: Gates | None = None
     generation: dict[str, Any] | None = None
+
+    @property
+    def ref(self) -> ModelRef:
+        """What finds it again on the Hub; of a folder or of a model in memory, its name."""
+        return ModelRef(self.name, self.revision)

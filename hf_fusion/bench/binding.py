@@ -16,7 +16,7 @@ from hf_fusion.bench.suite import Suite, Task
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.client import hub_api
 from hf_fusion.hub.commits import found_commit
-from hf_fusion.hub.references import repo_of
+from hf_fusion.hub.resolve import repo_ref
 from hf_fusion.io.saving import in_folder, write_file
 
 logger = logging.getLogger(__name__)
@@ -91,8 +91,8 @@ def _sha(source: str, build: str | None) -> str:
     """The commit of a source, or of files the digest of its weights."""
     path = expert_path(source, build)
     if not isinstance(path, Path):
-        repo, revision = repo_of(path)
-        return found_commit(repo, revision, hub_api(None).model_info(repo, revision=revision).sha)
+        ref = repo_ref(path)
+        return found_commit(ref.repo, ref.revision, hub_api(None).model_info(ref.repo, revision=ref.revision).sha)
     digest = hashlib.sha256()
     for file in sorted(path.glob("*.safetensors")):
         digest.update(file.read_bytes())

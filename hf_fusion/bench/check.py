@@ -14,8 +14,9 @@ from hf_fusion.bench.sources import expert_path, is_hub_id
 from hf_fusion.bench.suite import Suite
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.client import explained, hub_api, in_parallel
-from hf_fusion.hub.commits import as_commit, found_commit
-from hf_fusion.hub.references import repo_of
+from hf_fusion.hub.commits import found_commit
+from hf_fusion.hub.resolve import repo_ref
+from hf_fusion.types import ModelRef
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -92,7 +93,8 @@ def _checked(key: tuple[str, str], suite: Suite, data_dir: str | Path | None, ap
 
 def _on_the_hub(what: str, source: str, api: HfApi) -> Checked:
     """The commit that an id stands for, and whether it names it; the files must be readable."""
-    repo, revision = repo_of(source)
+    ref = repo_ref(source)
+    repo, revision = ref.repo, ref.revision
     with explained(repo):
         info = _info(what, api)(repo, revision=revision)
         if info.gated:
@@ -102,13 +104,13 @@ def _on_the_hub(what: str, source: str, api: HfApi) -> Checked:
     is_pickled &= any(name.endswith(".bin") for name in files)
     told = ("has only pickle weights", "bench run --allow-pickle, if you trust its author") if is_pickled else ("", "")
     sha = found_commit(repo, revision, info.sha)
-    return Checked(what, source, "there", sha, as_commit(revision) is not None, *told)
+    return Checked(what, source, "there", sha, ref.commit is not None, *told)
 
 
 def _newest(what: str, source: str, api: HfApi) -> str:
-    repo, _ = repo_of(source)
+    repo = repo_ref(source).repo
     with explained(repo):
-        return f"{repo}@{_info(what, api)(repo).sha}"
+        return str(ModelRef(repo, _info(what, api)(repo).sha))
 
 
 def _info(what: str, api: HfApi) -> Callable[..., Any]:

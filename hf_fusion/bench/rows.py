@@ -16,8 +16,8 @@ from hf_fusion.bench.suite import OUR_COLUMNS, Suite, Task
 from hf_fusion.errors import FusionError, one_line, shown
 from hf_fusion.extras import refuse_missing
 from hf_fusion.hub.client import explained, hub_api
-from hf_fusion.hub.commits import as_commit, found_commit
-from hf_fusion.hub.references import split_revision
+from hf_fusion.hub.commits import found_commit
+from hf_fusion.hub.resolve import repo_ref
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -331,9 +331,10 @@ def _hub_split(task: Task, split: str) -> Dataset:
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    name, revision = split_revision(task.data)
+    ref = repo_ref(task.data)
+    name, revision = ref.id, ref.revision
     hint = f"hf-fusion bench check, or correct the task {task.name}"
-    if as_commit(revision) and not HF_HUB_OFFLINE:
+    if ref.commit and not HF_HUB_OFFLINE:
         with explained(name):
             found_commit(name, revision, hub_api(None).dataset_info(name, revision=revision).sha)
     try:

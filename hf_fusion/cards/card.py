@@ -22,21 +22,19 @@ from hf_fusion.cards.parts import CardContents, chats
 from hf_fusion.errors import FusionError
 from hf_fusion.families import FAMILIES
 from hf_fusion.hub.client import in_parallel
-from hf_fusion.hub.commits import SHA
 from hf_fusion.hub.discover import read_info
 from hf_fusion.hub.formats import ADAPTER_CONFIG
 from hf_fusion.hub.heads import HEADS, auto_class_of, head_of_adapter
 from hf_fusion.hub.licenses import combine
 from hf_fusion.hub.readme import escape_markdown
-from hf_fusion.hub.references import parts_of
 from hf_fusion.hub.resolve import resolve
 from hf_fusion.io.files import read_text
 from hf_fusion.io.json_files import read_json
 from hf_fusion.io.saving import write_file
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.publishing.local_experts import folder_info
-from hf_fusion.recipe import CONTENT, Recipe
-from hf_fusion.types import ExpertInfo
+from hf_fusion.recipe import Recipe
+from hf_fusion.types import CONTENT, ExpertInfo, ModelRef
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -163,8 +161,9 @@ def write_card(folder: str | Path, api: HfApi | None = None) -> Path:
     """
     folder = Path(folder)
     recipe = Recipe.load(folder)
-    names = [parts_of(expert.model)[1] for expert in recipe.experts]
-    infos = in_parallel(lambda name: _info(name, api), [*names, *([recipe.base] if recipe.base else [])])
+    names = [ModelRef.parse_pair(expert.model)[1] for expert in recipe.experts]
+    bases = [ModelRef.parse(recipe.base)] if recipe.base else []
+    infos = in_parallel(lambda ref: _info(ref, api), [*names, *bases])
     try:
         license_id = combine({info.id: info.license for info in infos})
     except FusionError:
@@ -175,14 +174,13 @@ def write_card(folder: str | Path, api: HfApi | None = None) -> Path:
     return write_file(file, card)
 
 
-def _info(name: str, api: HfApi | None) -> ExpertInfo:
+def _info(ref: ModelRef, api: HfApi | None) -> ExpertInfo:
     """What the Hub, or a folder's own files, tell about a model; of one that is out of reach, its name."""
     try:
-        source = resolve(name, api)
+        source = resolve(ref, api)
     except FusionError:
-        repo, _, revision = name.partition("@")
-        return ExpertInfo(repo, revision if SHA.fullmatch(revision) else "")
-    return folder_info(name) if source.is_local else read_info(source)
+        return ExpertInfo(ref.id, ref.commit or "")
+    return folder_info(str(ref)) if source.is_local else read_info(source)
 
 
 def render_card(facts: CardFacts, existing: str = "") -> str:
@@ -225,9 +223,10 @@ _LIBRARIES = {"adapter": "peft", "sentences": "sentence-transformers"}
 
 def _metadata(facts: CardFacts) -> dict[str, Any]:
     """The YAML head: what the Hub indexes."""
-    named = [(expert.id.partition("#")[0], expert.sha) for expert in facts.experts]  # not its number in a checkpoint
-    named += [(facts.base.partition("@")[0], facts.base.partition("@")[2])] if facts.base else []
-    pinned = [name for name, sha in named if sha and not sha.startswith(CONTENT)]
+    named = [ModelRef(expert.id, expert.sha or None) for expert in facts.experts] + (
+        [ModelRef.parse_repo(facts.base)] if facts.base else []
+    )
+    pinned = [ref.repo for ref in named if ref.revision and not ref.is_content]  # not its number in a checkpoint
     data: dict[str, Any] = {
         "base_model": list(dict.fromkeys(pinned)),
         "library_name": next((name for key, name in _LIBRARIES.items() if facts.options.get(key)), "transformers"),
@@ -389,7 +388,7 @@ def _count_parameters(folder: Path) -> int:
 
 
 def _repo_id(pinned: str) -> str:
-    return pinned.partition("@")[0]
+    return ModelRef.parse_repo(pinned).id
 
 
 def _chats(auto_class: str, folder: Path) -> dict[str, Any]:
@@ -398,18 +397,19 @@ def _chats(auto_class: str, folder: Path) -> dict[str, Any]:
 
 def _linked(pinned: str) -> str:
     """A model by its name, as a link where it is on the Hub."""
-    name, at, sha = pinned.partition("@")
-    if sha.startswith(CONTENT) or (not sha and (at or "/" not in name)):
-        return escape_markdown(name)
-    return f"[{escape_markdown(name)}](/{name})"
+    ref = ModelRef.parse_repo(pinned)
+    if ref.is_content or (not ref.revision and (pinned.endswith("@") or "/" not in ref.id)):
+        return escape_markdown(ref.id)
+    return f"[{escape_markdown(ref.id)}](/{ref.id})"
 
 
 def _commit(pinned: str) -> str:
     """The commit of a model on the Hub, or by what the content of a folder is known; empty where neither is."""
-    name, _, sha = pinned.partition("@")
-    if sha.startswith(CONTENT):
+    ref = ModelRef.parse_repo(pinned)
+    sha = ref.revision or ""
+    if ref.is_content:
         return f"a folder, sha256 {sha.removeprefix(CONTENT)[:12]}…"
-    return f"[{sha[:7]}](/{name}/tree/{sha})" if sha else ""
+    return f"[{sha[:7]}](/{ref.id}/tree/{sha})" if sha else ""
 
 
 def _as_list(value: object) -> list[Any]:

@@ -26,7 +26,7 @@ from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.engine.output import FACTS
 from hf_fusion.merging.methods import method_named
 from hf_fusion.recipe import Recipe
-from hf_fusion.types import ExpertInfo
+from hf_fusion.types import ExpertInfo, ModelRef
 
 if TYPE_CHECKING:
     from hf_fusion.cards.card import CardFacts
@@ -131,10 +131,10 @@ def merge_usage(facts: CardFacts) -> str:
     code = ", trust_remote_code=True" if options["code"] else ""
     load = f"{auto}.from_pretrained(repo, revision=revision{code})"
     if options["adapter"]:
-        base, _, sha = (facts.base or "owner/base").partition("@")
+        base = ModelRef.parse_repo(facts.base or "owner/base")
         labels = f", num_labels={len(facts.experts[0].labels)}" if facts.experts[0].labels else ""
-        pin = f', revision="{sha}"' if sha else ""
-        load = f'PeftModel.from_pretrained({auto}.from_pretrained("{base}"{pin}{labels}), repo, revision=revision)'
+        pin = f', revision="{base.revision}"' if base.revision else ""
+        load = f'PeftModel.from_pretrained({auto}.from_pretrained("{base.id}"{pin}{labels}), repo, revision=revision)'
     lines = [
         *(["from peft import PeftModel"] if options["adapter"] else []),
         f"from transformers import {', '.join(filter(None, (auto, usage.processor)))}",

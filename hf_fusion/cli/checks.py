@@ -15,10 +15,11 @@ from hf_fusion.data import columns_of
 from hf_fusion.errors import FusionError
 from hf_fusion.families import FAMILIES, Family
 from hf_fusion.hub.heads import Head, architectures, head_of_adapter, head_of_architecture
-from hf_fusion.hub.references import parts_of, repo_of
+from hf_fusion.hub.resolve import repo_ref
 from hf_fusion.io.files import read_text
 from hf_fusion.io.folders import recover_folder
 from hf_fusion.recipe import RECIPE_FILE
+from hf_fusion.types import ModelRef
 
 Columns = Sequence[tuple[str, ...]]
 """One column of each entry must be among a data set's columns."""
@@ -147,16 +148,12 @@ def check_local(names: Iterable[str | None]) -> None:
         FusionError: naming the first.
     """
     for name in filter(None, names):
-        for part in filter(None, parts_of(name)):
-            try:
-                is_here = Path(part).expanduser().is_dir()
-            except (OSError, RuntimeError):
-                is_here = False
-            if is_here:
+        for ref in filter(None, ModelRef.parse_pair(name)):
+            if ref.is_folder:
                 continue
-            if part.startswith((".", "/", "~")) or part.count("/") > 1:
-                raise FusionError(f"there is no folder {part}", "check the path, or write owner/name")
-            repo_of(part)
+            if ref.id.startswith((".", "/", "~")) or ref.id.count("/") > 1:
+                raise FusionError(f"there is no folder {ref}", "check the path, or write owner/name")
+            repo_ref(ref)
 
 
 def check_folder(name: str | None, option: str) -> None:
@@ -177,4 +174,4 @@ def check_repo(name: str) -> None:
     """
     if name.count("/") != 1 or "@" in name:
         raise FusionError(f"{name!r} is not the name of a repo", "write owner/name")
-    repo_of(name)
+    repo_ref(name)

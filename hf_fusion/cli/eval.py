@@ -173,10 +173,10 @@ def _static(args: argparse.Namespace, rows: Dataset, recipe: Recipe | None, comm
     """A static merge, task by task, beside its experts and their base, where these can be found; else alone."""
     from hf_fusion.data import split_tasks
     from hf_fusion.evaluation.evaluate import evaluate
-    from hf_fusion.hub.references import parts_of
+    from hf_fusion.types import ModelRef
 
     experts = [expert.model for expert in recipe.experts] if recipe else []
-    named = [parts_of(name)[1].partition("@")[0] for name in experts]
+    named = [ModelRef.parse_pair(name)[1].id for name in experts]
     named = [name if name.count("/") == 1 else Path(name).name for name in named]  # ids; folders by their last part
     suite, owners = split_tasks(rows, named, args.task_column, args.expert_column)
     results = evaluate(

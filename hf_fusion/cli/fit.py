@@ -23,6 +23,7 @@ from hf_fusion.cli.parser import COUNT, POSITIVE, SEED, add_consent, at_least
 from hf_fusion.cli.progress import start
 from hf_fusion.errors import FusionError
 from hf_fusion.families import FIT_PARTS, FITTED_BY
+from hf_fusion.types import ModelRef
 
 FUSER_EXAMPLES = (
     ("hf-fusion fit fuser fused --data train.parquet --frugal", "fit the fuser, and learn to ask fewer experts"),
@@ -194,7 +195,7 @@ def _fit_fuser(args: argparse.Namespace, out: Out) -> None:
 
 
 def _fit_gates(args: argparse.Namespace, out: Out) -> None:
-    is_folder = Path(args.adapter).is_dir()
+    is_folder, ref = Path(args.adapter).is_dir(), ModelRef.parse(args.adapter)
     folder = Path(args.output or args.adapter) if args.output or is_folder else None
     if args.push and is_folder:
         raise FusionError(f"{args.adapter} is a folder, not a repo", "hf-fusion fit gates owner/name --data … --push")
@@ -247,14 +248,13 @@ def _fit_gates(args: argparse.Namespace, out: Out) -> None:
         where["file"] = str(save_gates(gates, folder, overwrite=args.overwrite).resolve())
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     if args.push:
-        repo, _, revision = args.adapter.partition("@")
-        pushed = push_gates(gates, repo, revision=revision or None)
+        pushed = push_gates(gates, ref.id, revision=ref.revision)
         where |= {"repo": pushed.repo_id, "revision": pushed.sha, "url": pushed.url}
     out.result(
         {"trained": "Trained", "average": "Averaged"}[args.kind], **where, gates=len(gates.vectors), **gates.facts
     )
     use = f"hf-fusion fuse --method phatgoose --experts {args.adapter} OTHERS --output fused"
-    name = Path(args.adapter).resolve().name if is_folder else args.adapter.partition("@")[0]
+    name = Path(args.adapter).resolve().name if is_folder else ref.id
     elsewhere = args.output and not args.push
     out.hint(f"{use} --set 'missing_gates={{{name}: {args.output}}}'" if elsewhere else use)
 

@@ -22,11 +22,10 @@ from hf_fusion.evaluation.scoring import compare
 from hf_fusion.hub.heads import head_of_architecture, same_label
 from hf_fusion.hub.load import load_experts
 from hf_fusion.hub.lora import with_adapter
-from hf_fusion.hub.references import parts_of
 from hf_fusion.progress import track
 from hf_fusion.training.adamerging import CoefficientMerge, merged_once
 from hf_fusion.training.batches import read_examples
-from hf_fusion.types import Expert
+from hf_fusion.types import Expert, ModelRef
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -203,8 +202,7 @@ def measure_static(
         if kind == "expert":
             names.append(expert.name)
             if expert.adapter and expert.adapter.base and "base" not in dict(queue):
-                revision = expert.adapter.base_revision
-                queue.append(("base", f"{expert.adapter.base}@{revision}" if revision else expert.adapter.base))
+                queue.append(("base", str(expert.adapter.base_ref)))
         if answers != like:
             logger.warning("%s is not measured: it has %s, the merged model %s", expert.name, answers, like)
             continue
@@ -243,8 +241,9 @@ class _Answers:
 
 def _loaded(given: Any, options: Mapping[str, Any], start: Any = None) -> Expert:
     """A model as it answers: an adapter in the weights of its base, the one before a plus, or what all start from."""
-    base, name = parts_of(given) if isinstance(given, str) else ("", given)
-    [expert] = load_experts([name], base or start, gates=False, **options)
+    base, model = ModelRef.parse_pair(given) if isinstance(given, str) else (None, given)
+    name = str(model) if isinstance(model, ModelRef) else model
+    [expert] = load_experts([name], str(base) if base else start, gates=False, **options)
     if expert.adapter is None:
         return expert
     return replace(expert, model=with_adapter(expert.model, expert.adapter, expert.labels))

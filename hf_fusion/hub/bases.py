@@ -8,25 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_fusion.errors import printable
-from hf_fusion.hub.commits import SHA
 from hf_fusion.hub.resolve import resolve, resolve_repo
 from hf_fusion.hub.source import Source
+from hf_fusion.types import ModelRef, as_commit
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 logger = logging.getLogger(__name__)
 
-Base = tuple[str, str | None]
-"""Id or folder of a base, and its commit."""
+
+def base_ref(source: Source) -> ModelRef:
+    """What a resolved base is recorded as: id and commit, or a folder as it was named."""
+    return ModelRef(str(source.folder)) if source.is_local else source.ref
 
 
-def base_id(source: Source) -> Base:
-    """What a resolved base is recorded as: id and commit, or a folder."""
-    return (str(source.folder), None) if source.is_local else (source.name, source.revision)
-
-
-def resolve_base(name: str, adapter: Source, api: HfApi | None = None) -> Source:
+def resolve_base(name: ModelRef, adapter: Source, api: HfApi | None = None) -> Source:
     """`resolve` for the base that an adapter records: of an adapter on the Hub a repo, whatever folders there are here.
 
     Args:
@@ -37,22 +34,21 @@ def resolve_base(name: str, adapter: Source, api: HfApi | None = None) -> Source
     return resolve(name, api) if adapter.is_local else resolve_repo(name, api)
 
 
-def warn_of_other_bases(adapters: Iterable[tuple[Source, Base]]) -> None:
+def warn_of_other_bases(adapters: Iterable[tuple[Source, ModelRef]]) -> None:
     """Says once, for all adapters that it is true of, that their base is not the one that they record.
 
     Args:
         adapters: each with the base that it is put on.
     """
-    told: dict[tuple[str, str], list[str]] = {}
-    for adapter, (name, revision) in adapters:
+    told: dict[tuple[ModelRef, ModelRef], list[str]] = {}
+    for adapter, base in adapters:
         recorded, commit = adapter.adapter.get("base_model_name_or_path"), adapter.adapter.get("revision")
-        if not isinstance(recorded, str) or not recorded or not name:
+        if not isinstance(recorded, str) or not recorded or not base.id:
             continue
-        commit = commit if isinstance(commit, str) and SHA.fullmatch(commit) else None  # a branch moves
-        if _is_same(recorded, name) and (commit is None or revision is None or commit == revision):
+        has = ModelRef(recorded, as_commit(commit) if isinstance(commit, str) else None)  # a branch moves
+        if _is_same(recorded, base.id) and (not has.revision or not base.revision or has.revision == base.revision):
             continue
-        has = f"{recorded}@{commit}" if commit else recorded
-        told.setdefault((has, f"{name}@{revision}" if revision else name), []).append(adapter.name)
+        told.setdefault((has, base), []).append(adapter.name)
     for (has, used), names in told.items():
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         logger.warning("%s", printable(f"{shown}: recorded base {has}, used base {used}"))

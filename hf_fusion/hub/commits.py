@@ -6,22 +6,14 @@ pinned reference is compared with what was asked for, wherever a Hub is asked.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError, shown
+from hf_fusion.types import SHA, as_commit
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-
-SHA = re.compile(r"[0-9a-f]{40}")
-
-
-def as_commit(revision: str | None) -> str | None:
-    """The commit that a revision names, in lower case; None for branches, tags, short hashes and ``refs/pr/1``."""
-    lower = (revision or "").lower()
-    return lower if SHA.fullmatch(lower) else None
 
 
 def found_commit(name: str, revision: str | None, found: Any) -> str:

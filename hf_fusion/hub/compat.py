@@ -15,7 +15,6 @@ from hf_fusion.errors import FusionError, first_line
 from hf_fusion.extras import refuse_missing
 from hf_fusion.hub.client import hub_api, in_parallel
 from hf_fusion.hub.code import MANIFESTS_OF, model_code, processor_class, processor_code, refuse_code, refuse_kernels
-from hf_fusion.hub.commits import as_commit
 from hf_fusion.hub.discover import info_row
 from hf_fusion.hub.formats import has_processor
 from hf_fusion.hub.gates import GATES_FILE, gate_problem
@@ -39,7 +38,7 @@ from hf_fusion.hub.resolve import recorded_base, resolve_repo
 from hf_fusion.hub.selection import pick_weights
 from hf_fusion.hub.source import Source
 from hf_fusion.progress import track
-from hf_fusion.types import ExpertInfo
+from hf_fusion.types import ExpertInfo, ModelRef, as_commit
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -151,15 +150,13 @@ def check_compatibility(
     )
     if task is not None:
         head_of_task(task)  # a task nobody can have is the caller's mistake, not the experts'
-    gathered = in_parallel(
-        lambda info: _gather(info.pinned, api, need_gates, info.read), experts, name="Reading experts"
-    )
-    names = {name for evidence in gathered if (name := _base_name(evidence, criteria))}
-    bases = dict(zip(sorted(names), in_parallel(lambda name: _gather(name, api), sorted(names)), strict=True))
+    gathered = in_parallel(lambda info: _gather(info.ref, api, need_gates, info.read), experts, name="Reading experts")
+    names = sorted({ref for evidence in gathered if (ref := _base_of(evidence, criteria))}, key=str)
+    bases = dict(zip(names, in_parallel(lambda name: _gather(name, api), names), strict=True))
 
     verdict, accounts = Compatibility(), Accounts()
     for info, evidence in track(zip(experts, gathered, strict=True), "Judging experts", len(experts)):
-        reasons = _judge(info, evidence, bases.get(_base_name(evidence, criteria) or ""), criteria, accounts)
+        reasons = _judge(info, evidence, bases.get(_base_of(evidence, criteria) or ModelRef("")), criteria, accounts)
         if merging and not reasons:
             reasons = _another_class(info, verdict.accepted)
         if reasons:
@@ -169,7 +166,7 @@ def check_compatibility(
     return verdict
 
 
-def _gather(name: str, api: HfApi, gates: bool = False, known: Source | None = None) -> Evidence:
+def _gather(name: ModelRef, api: HfApi, gates: bool = False, known: Source | None = None) -> Evidence:
     """Read a repo's file list, configs and headers; what fails becomes a reason.
 
     Args:
@@ -178,7 +175,7 @@ def _gather(name: str, api: HfApi, gates: bool = False, known: Source | None = N
         gates: also read the header of the gates.
         known: what `discover` has read of that commit through a client of the same Hub.
     """
-    evidence = Evidence(name.partition("@")[0])
+    evidence = Evidence(name.id)
     try:
         same_hub = known and known.api and known.api.endpoint == api.endpoint
         evidence.source = source = replace(known, api=api) if known and same_hub else resolve_repo(name, api)
@@ -192,7 +189,7 @@ def _gather(name: str, api: HfApi, gates: bool = False, known: Source | None = N
         if gates and source.is_adapter and GATES_FILE in source.sizes:
             evidence.gates = hub_shapes(source, [GATES_FILE])
     except Exception as error:  # one broken repo must not stop the others
-        refuse_missing(error, name)
+        refuse_missing(error, str(name))
         logger.debug("reading %s", name, exc_info=True)
         evidence.unreadable = _unreadable(error)
     return evidence
@@ -215,18 +212,18 @@ def _another_class(info: ExpertInfo, accepted: Sequence[ExpertInfo]) -> tuple[Re
     return (Reason(ReasonKind.ARCHITECTURE, f"is a {info.architecture}, {first.id} a {first.architecture}"),)
 
 
-def _base_name(evidence: Evidence, criteria: Criteria) -> str | None:
+def _base_of(evidence: Evidence, criteria: Criteria) -> ModelRef | None:
     """``owner/base[@revision]`` that an adapter needs, if it names a repo; in merging, that of full models too."""
     if evidence.source is None or evidence.unreadable:
         return None
     recorded, wanted = _recorded(evidence.source), criteria.base_model
     if recorded:  # another one than is wanted is not looked for
-        return recorded if wanted in (None, recorded.partition("@")[0]) else None
-    is_needed = wanted and (criteria.merging or evidence.source.is_adapter)
-    return "@".join(filter(None, (wanted, criteria.base_revision))) if is_needed else None
+        return recorded if wanted in (None, recorded.id) else None
+    is_needed = criteria.merging or evidence.source.is_adapter
+    return ModelRef(wanted, criteria.base_revision) if wanted and is_needed else None
 
 
-def _recorded(source: Source) -> str | None:
+def _recorded(source: Source) -> ModelRef | None:
     """``owner/base[@revision]`` that an adapter records; None where it is a path, or nothing, and for full models."""
     try:
         return recorded_base(source) if source.is_adapter else None

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, overload
 
 from hf_fusion.errors import FusionError, printable
 from hf_fusion.hub.client import READERS, explained, hub_api, in_parallel
-from hf_fusion.hub.commits import as_commit
 from hf_fusion.hub.formats import ADAPTER_CONFIG, weight_files
 from hf_fusion.hub.gates import GATES_FILE
 from hf_fusion.hub.heads import architectures, default_task, head_of_adapter, label_names
@@ -18,7 +17,7 @@ from hf_fusion.hub.remote import CARD_ERRORS, DESCRIBED
 from hf_fusion.hub.resolve import resolve_repo
 from hf_fusion.hub.selection import safe_files
 from hf_fusion.hub.source import Source, source_of
-from hf_fusion.types import ExpertInfo
+from hf_fusion.types import ExpertInfo, ModelRef, as_commit
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -168,7 +167,7 @@ def _search(api: HfApi, holding: str | None = None, **filters: Any) -> Iterator[
             raise
         except CARD_ERRORS:  # at the card of one of them, which would hide all that come after
             for info in api.list_models(expand=list(DESCRIBED), **filters):
-                if _holds(info, holding) and (source := _described(f"{info.id}@{info.sha}", api)):
+                if _holds(info, holding) and (source := _described(ModelRef(info.id, info.sha), api)):
                     yield source
 
 
@@ -176,7 +175,7 @@ def _holds(info: ModelInfo, file: str | None) -> bool:
     return file is None or any(sibling.rfilename == file for sibling in info.siblings or ())
 
 
-def _described(name: str, api: HfApi) -> Source | None:
+def _described(name: ModelRef | str, api: HfApi) -> Source | None:
     """One repo by itself; None where it is gone or closed."""
     try:
         return resolve_repo(name, api)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from hf_fusion.errors import printable
 from hf_fusion.families import METHODS, family_of
 from hf_fusion.hub.client import hub_api, in_parallel
-from hf_fusion.hub.commits import SHA
 from hf_fusion.hub.compat import Compatibility, Rejected
 from hf_fusion.hub.download import download
 from hf_fusion.hub.heads import Head, head_of_architecture, head_of_task, same_label
@@ -20,7 +19,7 @@ from hf_fusion.hub.reasons import Reason, ReasonKind
 from hf_fusion.hub.resolve import resolve_repo
 from hf_fusion.hub.selection import safe_files
 from hf_fusion.hub.source import Source
-from hf_fusion.types import ExpertInfo
+from hf_fusion.types import ExpertInfo, ModelRef, as_commit
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -115,7 +114,7 @@ def not_finite(experts: Sequence[ExpertInfo], api: HfApi) -> list[tuple[ExpertIn
     import torch
     from safetensors import safe_open
 
-    sources = in_parallel(lambda info: resolve_repo(info.pinned, api), experts)
+    sources = in_parallel(lambda info: resolve_repo(info.ref, api), experts)
     wanted = [(source, safe_files(source)) for source in sources]
     download(wanted, api)
 
@@ -175,16 +174,17 @@ def _overlapping(members: Sequence[ExpertInfo]) -> list[list[ExpertInfo]]:
 
 def _by_base(head: str, members: list[ExpertInfo], method: str, base_model: str | None) -> list[Group]:
     """Groups of one base, at one commit where several are recorded."""
-    commits: dict[str | None, set[str]] = {}  # of each base
+    commits: dict[str, set[str | None]] = {}  # of each base
     for info in members:
-        base, _, sha = (_base(info) or base_model or "").partition("@")
-        commits.setdefault(base or None, set()).update({sha} - {""})
-    by_base: dict[str | None, list[ExpertInfo]] = {}
+        base = _base_of(info, base_model)
+        commits.setdefault(base.id, set()).update({base.revision} - {None})
+    by_base: dict[str, list[ExpertInfo]] = {}
     for info in members:
-        base, _, sha = (_base(info) or base_model or "").partition("@")
-        known = commits[base or None]
-        sha = sha or (next(iter(known)) if len(known) == 1 else "")
-        by_base.setdefault(f"{base}@{sha}" if sha else base or None, []).append(info)
+        base = _base_of(info, base_model)
+        known = commits[base.id]
+        if not base.revision and len(known) == 1:
+            base = base.with_revision(*known)
+        by_base.setdefault(str(base), []).append(info)
     groups = []
     for whole, own in by_base.items():
         recorded = {_base(info) for info in own}
@@ -195,12 +195,16 @@ def _by_base(head: str, members: list[ExpertInfo], method: str, base_model: str 
     return groups
 
 
+def _base_of(info: ExpertInfo, base_model: str | None) -> ModelRef:
+    """The base that an expert records, or the one that is known otherwise; without an id where neither is."""
+    return ModelRef.parse_repo(_base(info) or base_model or "")
+
+
 def _base(info: ExpertInfo) -> str | None:
     """The base that an expert records, if it names a repo."""
     if not info.base_model or info.base_model.count("/") != 1 or info.base_model.startswith((".", "/", "~")):
         return None
-    pinned = info.base_revision and SHA.fullmatch(info.base_revision)
-    return f"{info.base_model}@{info.base_revision}" if pinned else info.base_model
+    return str(ModelRef(info.base_model, as_commit(info.base_revision)))
 
 
 def _group(head: str, experts: Sequence[ExpertInfo], options: tuple[str, ...] | None, why_not: str = "") -> Group:

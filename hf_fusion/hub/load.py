@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from hf_fusion.errors import FusionError, first_line, is_fault
 from hf_fusion.extras import MissingLibraryError, missing_library, refuse_missing
-from hf_fusion.hub.bases import Base, base_id, warn_of_other_bases
+from hf_fusion.hub.bases import base_ref, warn_of_other_bases
 from hf_fusion.hub.client import hub_api, in_parallel
 from hf_fusion.hub.code import model_code, processor_class, processor_code, refuse_code, refuse_kernels
 from hf_fusion.hub.download import download
@@ -38,7 +38,7 @@ from hf_fusion.hub.snapshot import check_snapshot
 from hf_fusion.hub.source import Source
 from hf_fusion.io.files import own_file, read_file
 from hf_fusion.progress import phase
-from hf_fusion.types import Adapter, Expert, ExpertInfo
+from hf_fusion.types import Adapter, Expert, ExpertInfo, ModelRef
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +116,7 @@ class _Loader:
         sources = dict(zip(ids, in_parallel(lambda name: resolve(name, self.api), ids.values()), strict=True))
         bases = self._resolve_bases(sources)
         adapters = [(i, source) for i, source in sources.items() if source.is_adapter]
-        warn_of_other_bases((s, base_id(bases[i]) if i in bases else self.loaded_base) for i, s in adapters)
+        warn_of_other_bases((s, base_ref(bases[i]) if i in bases else self.loaded_base) for i, s in adapters)
 
         # A base is downloaded whole for its adapters, only its processor for full experts that lack one.
         wanted = [(source, self._files(source)) for source in sources.values()]
@@ -150,17 +150,17 @@ class _Loader:
 
     def _resolve_bases(self, sources: dict[int, Source]) -> dict[int, Source]:
         """The base of each adapter, and of each full expert that has to borrow its processor."""
-        names: dict[int, tuple[str, bool]] = {}  # and whether it is a repo, which a folder of that name is not
+        names: dict[int, tuple[ModelRef, bool]] = {}  # and whether it is a repo, which a folder of that name is not
         for i, source in sources.items():
             if source.is_adapter and not _is_model(self.base):
                 recorded = (recorded_base(source), not source.is_local) if self.base is None else None
-                names[i] = recorded or (str(self.base), False)
+                names[i] = recorded or (ModelRef.parse(str(self.base)), False)
             elif not source.is_adapter and not has_processor(source.sizes):
                 card_base = source.card.get("base_model")
                 card_base = card_base[0] if isinstance(card_base, list) and card_base else card_base
                 if isinstance(card_base, str):
-                    names[i] = (card_base, not source.is_local)
-        unique = sorted(set(names.values()))
+                    names[i] = (ModelRef.parse_repo(card_base), not source.is_local)
+        unique = sorted(set(names.values()), key=str)
         found = in_parallel(lambda own: (resolve_repo if own[1] else resolve)(own[0], self.api), unique)
         resolved = dict(zip(unique, found, strict=True))
         for (name, _), source in resolved.items():
@@ -306,8 +306,8 @@ class _Loader:
         if processor is None and base is not None:
             processor = processor_of(base, agreed=self.trust_remote_code)
         license_id = source.card.get("license")
-        if adapter is not None and (used := base_id(base) if base else self.loaded_base)[0]:
-            adapter.base, adapter.base_revision = used
+        if adapter is not None and (used := base_ref(base) if base else self.loaded_base).id:
+            adapter.base, adapter.base_revision = used.id, used.revision
         return Expert(
             name=source.name,
             model=model,
@@ -325,14 +325,14 @@ def _name_of(expert: str | Path | ExpertInfo) -> str | Path:
     return expert.pinned if isinstance(expert, ExpertInfo) else expert
 
 
-def _loaded_base(base: Any) -> Base:
+def _loaded_base(base: Any) -> ModelRef:
     """What a base in memory is recorded as: where it was loaded from; "" where that is unknown, and for any other."""
     if not _is_model(base):
-        return "", None
+        return ModelRef("")
     if isinstance(base, Expert) and base.revision:
-        return base.name, base.revision
+        return base.ref
     config = (base.model if isinstance(base, Expert) else base).config
-    return str(config.name_or_path or ""), getattr(config, "_commit_hash", None)
+    return ModelRef(str(config.name_or_path or ""), getattr(config, "_commit_hash", None))
 
 
 def _is_model(base: object) -> bool:

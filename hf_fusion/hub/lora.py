@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError, shown
-from hf_fusion.hub.commits import as_commit
 from hf_fusion.hub.formats import ADAPTER_CONFIG
 from hf_fusion.hub.linearized import STEM as LINEARIZED
 from hf_fusion.hub.linearized import as_lora
@@ -24,7 +23,7 @@ from hf_fusion.hub.patterns import Patterns
 from hf_fusion.hub.peft_names import EMBEDDING, LORA, PREFIX, ROWS, plain_keys
 from hf_fusion.io.files import own_file
 from hf_fusion.io.json_files import read_json
-from hf_fusion.types import Adapter
+from hf_fusion.types import Adapter, as_commit
 
 if TYPE_CHECKING:
     import torch

@@ -7,6 +7,7 @@ and the sha256 of its content instead: ``NAME@sha256:…``.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from hf_fusion.hub.client import in_parallel
 from hf_fusion.hub.manifests import local_named_files
 from hf_fusion.io.files import open_file, own_file
 from hf_fusion.io.json_files import read_json
-from hf_fusion.recipe import CONTENT, RECIPE_ATTRIBUTE, RECIPE_FILE, Recipe
+from hf_fusion.recipe import RECIPE_ATTRIBUTE, RECIPE_FILE, Recipe
+from hf_fusion.types import CONTENT, ModelRef
 
 # what belongs to a model; its card, results and training leftovers do not
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja", ".py")
@@ -92,14 +94,17 @@ def content_of(folder: str | Path) -> str:
 
 def folders_of(recipe: Recipe) -> list[str]:
     """The folders of this machine that a recipe names as models, each once."""
-    parts = [part for name in recipe.models for part in name.split("+")]
-    return list(dict.fromkeys(part for part in parts if Path(part).is_absolute()))
+    refs = [ref for name in recipe.models for ref in ModelRef.parse_pair(name) if ref]
+    return list(dict.fromkeys(ref.id for ref in refs if not ref.revision and Path(ref.id).is_absolute()))
 
 
 def contents_of(folders: Sequence[str]) -> dict[str, str]:
     """Each folder -> ``NAME@sha256:…``."""
-    names = in_parallel(lambda path: f"{Path(path).name}@{content_of(path)}", folders)
-    return dict(zip(folders, names, strict=True))
+
+    def named(path: str) -> str:
+        return str(ModelRef(re.sub(r"[@+]", "-", Path(path).name), content_of(path)))  # both have a meaning there
+
+    return dict(zip(folders, in_parallel(named, folders), strict=True))
 
 
 def told(recipe: Recipe, names: Mapping[str, str]) -> Recipe:
@@ -109,7 +114,7 @@ def told(recipe: Recipe, names: Mapping[str, str]) -> Recipe:
         recipe: with paths.
         names: path -> what others are told instead; other paths (of statistics, gates) become their last part.
     """
-    ids = {Path(path).name: name.partition("@")[0] for path, name in names.items()}  # as options call experts
+    ids = {Path(path).name: ModelRef.parse_repo(name).id for path, name in names.items()}  # as options call experts
     content = _told({**recipe.to_dict(), "parameters": _renamed(recipe.parameters, ids)}, names)
     return Recipe.from_dict({key: value for key, value in content.items() if value})
 
@@ -134,6 +139,8 @@ def _told(value: Any, names: Mapping[str, str]) -> Any:
         return [_told(inner, names) for inner in value]
     if not isinstance(value, str):
         return value
+    if value in names:
+        return names[value]
     parts = value.split("+")
     if any(part in names for part in parts):
         return "+".join(names.get(part, part) for part in parts)

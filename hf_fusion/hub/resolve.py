@@ -9,41 +9,39 @@ from typing import TYPE_CHECKING
 
 from hf_fusion.errors import FusionError, one_line, shown
 from hf_fusion.hub.client import explained, hub_api
-from hf_fusion.hub.commits import as_commit, found_commit
+from hf_fusion.hub.commits import found_commit
 from hf_fusion.hub.download import download
 from hf_fusion.hub.phatgoose_release import write_expert
-from hf_fusion.hub.references import _REPO_ID, parts_of_expert, split_revision
 from hf_fusion.hub.remote import described
 from hf_fusion.hub.source import Source, folder_source, source_of
+from hf_fusion.types import ModelRef
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 
-def resolve(name: str | Path, api: HfApi | None = None) -> Source:
+def resolve(name: ModelRef | str | Path, api: HfApi | None = None) -> Source:
     """Find a repo's commit and file list, or a folder's, for which no client is needed; reads no weights.
 
     A folder is checked as a whole: what it gives to read lies in it.
 
     Args:
-        name: ``owner/name``, ``owner/name@revision`` or a folder; ``owner/name#number`` is an expert of a checkpoint
-            of PHATGOOSE's authors, which is downloaded.
+        name: what `ModelRef` describes, but for content; an expert of a checkpoint of PHATGOOSE's authors is
+            downloaded.
         api: the Hub's client; default honours ``HF_ENDPOINT`` and the stored token.
 
     Raises:
         FusionError: it cannot be found, or a file of the folder leads out of it (`check_snapshot`).
     """
-    folder = _folder(name)
-    if folder is not None:
+    if (folder := _folder(str(name))) is not None:
         return folder_source(folder, api)
-    if parts := parts_of_expert(str(name)):
-        return _resolve_expert(*parts, api)
-    return resolve_repo(str(name), api)
+    ref = ModelRef.parse(str(name))
+    return resolve_repo(ref, api) if ref.number is None else _resolve_expert(ref, ref.number, api)
 
 
-def _resolve_expert(name: str, number: int, api: HfApi | None) -> Source:
+def _resolve_expert(ref: ModelRef, number: int, api: HfApi | None) -> Source:
     """One expert of a checkpoint of PHATGOOSE's authors: it has the repo's commit, and its files are here."""
-    source = resolve_repo(name, api)
+    source = resolve_repo(ModelRef(ref.repo, ref.revision), api)
     files = [file for file in source.sizes if file.endswith(".pt")]
     if len(files) != 1:
         what = f"{source.name} has {len(files)} checkpoints (*.pt), one is expected."
@@ -57,7 +55,7 @@ def _resolve_expert(name: str, number: int, api: HfApi | None) -> Source:
     return replace(source, name=numbered, sizes=sizes, folder=folder, info=info)
 
 
-def _folder(name: str | Path) -> Path | None:
+def _folder(name: str) -> Path | None:
     """The folder of that name, if there is one.
 
     Raises:
@@ -67,28 +65,50 @@ def _folder(name: str | Path) -> Path | None:
         folder = Path(name).expanduser()
         return folder if folder.is_dir() else None
     except (OSError, RuntimeError, ValueError) as error:
-        raise FusionError(f"{shown(str(name))} is no model ({one_line(error)}).", hint="check the name") from None
+        raise FusionError(f"{shown(name)} is no model ({one_line(error)}).", hint="check the name") from None
 
 
-def resolve_repo(name: str, api: HfApi | None = None) -> Source:
+def repo_ref(name: ModelRef | str) -> ModelRef:
+    """A reference to a repo on the Hub, whatever folders there are here.
+
+    Raises:
+        FusionError: it is not one.
+    """
+    ref = name if isinstance(name, ModelRef) else ModelRef.parse_repo(name)
+    if ref.is_content and ref.revision:
+        raise FusionError(
+            f"{ref.id} was a folder of the machine that fused it (content {ref.revision[:19]}…).",
+            hint="put the path of your copy of it into the recipe",
+        )
+    if not ref.is_repo:
+        raise FusionError(
+            f"{str(name)!r} is neither a folder nor a repo id.",
+            hint="write owner/name, owner/name@revision or a folder",
+        )
+    return ref
+
+
+def resolve_repo(name: ModelRef | str, api: HfApi | None = None) -> Source:
     """`resolve` for ``owner/name[@revision]`` on the Hub, even if there is a folder of that name."""
-    repo, revision = split_revision(name)
+    ref = repo_ref(name)
     api = hub_api(api)
-    with explained(repo):
-        info = described(repo, revision, api)
-    found_commit(repo, revision, info.sha)
-    return source_of(info, api, pinned=as_commit(revision) is not None)
+    with explained(ref.id):
+        info = described(ref.id, ref.revision, api)
+    found_commit(ref.id, ref.revision, info.sha)
+    return source_of(info, api, pinned=ref.commit is not None)
 
 
-def recorded_base(source: Source) -> str:
-    """``owner/base[@revision]`` as an adapter records it; a folder only if the adapter itself lies in one.
+def recorded_base(source: Source) -> ModelRef:
+    """The base that an adapter records, with its revision; a folder only if the adapter itself lies in one.
 
     Raises:
         FusionError: if it records nothing, or a path on its author's machine.
     """
     base, revision = source.adapter.get("base_model_name_or_path"), source.adapter.get("revision")
     if source.is_local and isinstance(base, str) and base and _folder(base):
-        return base
-    if not isinstance(base, str) or not _REPO_ID.fullmatch(base) or base.startswith("."):
-        raise FusionError(f"Adapter {source.name} records {shown(base)} as its base.", hint="pass base=owner/name")
-    return f"{base}@{revision}" if revision else base
+        return ModelRef(base)
+    if isinstance(base, str) and not base.startswith("."):
+        ref = ModelRef(base).with_revision(revision)
+        if ref.is_repo and ref.number is None:
+            return ref
+    raise FusionError(f"Adapter {source.name} records {shown(base)} as its base.", hint="pass base=owner/name")

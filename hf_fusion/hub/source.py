@@ -17,6 +17,7 @@ from hf_fusion.hub.remote import Header, card_of, read_header, read_json_file, r
 from hf_fusion.hub.snapshot import check_snapshot
 from hf_fusion.io.files import own_file, read_text
 from hf_fusion.io.json_files import parse_object, read_json
+from hf_fusion.types import ModelRef
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -50,6 +51,13 @@ class Source:
     info: ModelInfo | None = None
     _json: dict[str, dict[str, Any]] = field(default_factory=dict)
     _headers: dict[str, Header] = field(default_factory=dict)
+
+    @property
+    def ref(self) -> ModelRef:
+        """What finds it again: a repo at its commit, or the folder's whole path."""
+        if self.is_local and self.folder is not None:
+            return ModelRef(str(self.folder.resolve()))
+        return ModelRef(self.name, self.revision)
 
     @property
     def is_local(self) -> bool:

@@ -21,7 +21,6 @@ from hf_fusion.hub.lora import with_adapter
 from hf_fusion.hub.manifests import local_named_files
 from hf_fusion.hub.provenance import contents_of, folders_of, told
 from hf_fusion.hub.quiet import quiet_transformers
-from hf_fusion.hub.references import parts_of
 from hf_fusion.hub.resolve import recorded_base, resolve
 from hf_fusion.hub.snapshot import check_snapshot
 from hf_fusion.io.files import own_file, read_file
@@ -33,7 +32,7 @@ from hf_fusion.merging.merge import merge
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.merging.recipe_checks import check_recipe
 from hf_fusion.recipe import RECIPE_ATTRIBUTE, RECIPE_FILE, Recipe, RecipeExpert
-from hf_fusion.types import Expert, ExpertInfo
+from hf_fusion.types import Expert, ExpertInfo, ModelRef
 
 if TYPE_CHECKING:
     import torch
@@ -216,14 +215,14 @@ def _entry(given: ExpertLike | RecipeExpert, folder: Path, number: int, names: d
     for own in (model, expert.processor):
         if own is not None and is_main():
             own.save_pretrained(folder)
-    names[str(folder.resolve())] = f"{expert.name}@{expert.revision}" if expert.revision else expert.name
+    names[str(folder.resolve())] = str(expert.ref)
     return RecipeExpert(str(folder))
 
 
 def _may_run(recipe: Recipe, agreed: bool, api: HfApi | None) -> None:
     """Refuses, before anything is merged, a model whose code will be needed and may not run."""
-    base, name = parts_of(recipe.base or recipe.experts[0].model)
-    source = resolve(base or name, api)
+    base, model = ModelRef.parse_pair(recipe.base or recipe.experts[0].model)
+    source = resolve(base or model, api)
     if source.is_adapter:
         source = resolve_base(recorded_base(source), source, api)
     refuse_kernels(source.config, source.name)

@@ -19,7 +19,7 @@ import torch
 
 from hf_fusion.errors import FusionError
 from hf_fusion.families import STALE
-from hf_fusion.hub.bases import base_id, warn_of_other_bases
+from hf_fusion.hub.bases import base_ref, warn_of_other_bases
 from hf_fusion.hub.client import in_parallel
 from hf_fusion.hub.download import download
 from hf_fusion.hub.formats import ADAPTER_CONFIG
@@ -38,7 +38,7 @@ from hf_fusion.merging.methods.linear import shares
 from hf_fusion.merging.methods.lora import Factors, lora
 from hf_fusion.recipe import RECIPE_FILE, Recipe
 from hf_fusion.schema import arguments_at, check_setting, parameters_of
-from hf_fusion.types import Adapter
+from hf_fusion.types import Adapter, ModelRef
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -153,7 +153,7 @@ def _opened(recipe: Recipe, api: HfApi | None) -> list[_Opened]:
     found = []
     for source in sources:
         assert source.folder is not None
-        name = str(source.folder.resolve()) if source.is_local else f"{source.name}@{source.revision}"
+        name = str(source.ref)
         adapter = read_adapter(source.folder, source.name, embeddings=True)
         if adapter.rows:
             raise FusionError(
@@ -174,20 +174,20 @@ def _base(recipe: Recipe, opened: Sequence[_Opened], api: HfApi | None) -> str |
         base = resolve(recipe.base, api)
         if base.is_adapter:
             raise FusionError(f"{recipe.base} is an adapter: no adapter's base", "base: owner/name of the whole model")
-        name = str(base.folder.resolve()) if base.folder and base.is_local else f"{base.name}@{base.revision}"
+        name = str(base.ref)
         shapes = {} if base.config.get("quantization_config") else _shapes(base)  # packed: nothing to compare with
         for adapter in opened if shapes else ():
             settings = adapter.config
             placed = place_in_files(adapter.tensors, settings, base.config, shapes, called=adapter.name, base=name)
             refuse_sizes(placed, shapes, adapter.name, name)
-        warn_of_other_bases((adapter.source, base_id(base)) for adapter in opened)
+        warn_of_other_bases((adapter.source, base_ref(base)) for adapter in opened)
         return name
     recorded = {o.tensors.base: o.name for o in opened}
     if len(recorded) > 1:
         told = ", ".join(f"{name} of {base or 'nothing'}" for base, name in recorded.items())
         raise FusionError(f"the adapters record several bases: {told}", "say which one they share: base: owner/name")
-    first = opened[0].tensors
-    return f"{first.base}@{first.base_revision}" if first.base and first.base_revision else first.base or None
+    first = opened[0].tensors.base_ref
+    return str(first) if first else None
 
 
 def _in_one_layout(opened: list[_Opened], base: str | None, is_known: bool, api: HfApi | None) -> list[_Opened]:
@@ -316,14 +316,14 @@ def _config(recipe: Recipe, opened: Sequence[_Opened], ranks: Mapping[str, int])
     first = opened[0].config
     [(rank, _)] = Counter(ranks.values()).most_common(1)
     others = {f"^{re.escape(path)}$": own for path, own in ranks.items() if own != rank}
-    base, _, revision = (recipe.base or "").partition("@")
+    base = ModelRef.parse(recipe.base) if recipe.base else None
     modules = {module for o in opened for module in o.config.get("modules_to_save") or ()}
     if modules and any(o.config.get("ensure_weight_tying") for o in opened):  # both of two that are tied are stored
         modules |= {name.rpartition(".")[0] for o in opened for name in o.tensors.saved}
     return {
         "peft_type": "LORA",
-        "base_model_name_or_path": base or None,
-        "revision": revision or None,
+        "base_model_name_or_path": base.id if base else None,
+        "revision": base.revision if base else None,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,

@@ -15,7 +15,6 @@ import torch
 from hf_fusion.errors import FusionError
 from hf_fusion.families import STALE
 from hf_fusion.hub.lora import weights_of
-from hf_fusion.hub.references import parts_of
 from hf_fusion.io.folders import refuse_to_replace, replace_folder
 from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.engine.checkpoint import read_checkpoint
@@ -33,6 +32,7 @@ from hf_fusion.merging.small_files import merged_files
 from hf_fusion.merging.tied import untied_config, with_heads
 from hf_fusion.merging.tokenizers.requested import read_vocabulary
 from hf_fusion.recipe import RECIPE_FILE, Recipe, RecipeExpert, Slice
+from hf_fusion.types import ModelRef
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -212,7 +212,9 @@ def cores() -> int:
 
 def _base_of_all(recipe: Recipe, experts: Sequence[Model]) -> str | None:
     """The one base of all adapters that do not name their own, for a method that has no use for another; else None."""
-    given = [m for e, m in zip(recipe.experts, experts, strict=True) if m.adapter and not parts_of(e.model)[0]]
+    given = [
+        m for e, m in zip(recipe.experts, experts, strict=True) if m.adapter and not ModelRef.parse_pair(e.model)[0]
+    ]
     bases = {model.adapter.base for model in given if model.adapter}
     return bases.pop() if len(bases) == 1 and not method_named(recipe.method).base else None
 

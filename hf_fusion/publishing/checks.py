@@ -12,10 +12,9 @@ from hf_fusion.errors import FusionError
 from hf_fusion.hub.client import explained, in_parallel
 from hf_fusion.hub.discover import read_info
 from hf_fusion.hub.licenses import combine
-from hf_fusion.hub.references import parts_of
 from hf_fusion.hub.resolve import resolve
-from hf_fusion.recipe import CONTENT, RECIPE_FILE, Recipe
-from hf_fusion.types import ExpertInfo
+from hf_fusion.recipe import RECIPE_FILE, Recipe
+from hf_fusion.types import ExpertInfo, ModelRef
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -129,7 +128,7 @@ def _refuse_other(repo_id: str, recipe: Recipe, api: HfApi) -> None:
 
 def _made_of(recipe: Recipe) -> list[str]:
     """By what a later version of a model is known: method, and names of experts without owner and commit."""
-    names = (parts_of(expert.model)[1].partition("@")[0] for expert in recipe.experts)
+    names = (ModelRef.parse_pair(expert.model)[1].id for expert in recipe.experts)
     return [recipe.method, *sorted(Path(name).name for name in names)]
 
 
@@ -146,23 +145,26 @@ def _find_experts(
     recipe: Recipe, known: Mapping[str, ExpertInfo | None], config: Mapping[str, Any], api: HfApi
 ) -> tuple[list[ExpertInfo], list[ExpertInfo]]:
     """The experts of a recipe and the bases whose weights travel with them, as the Hub, or their folders, know them."""
-    named = [parts_of(expert.model) for expert in recipe.experts]
+    pairs = [ModelRef.parse_pair(expert.model) for expert in recipe.experts]
+    named = [(str(base) if base else "", str(model)) for base, model in pairs]
     rows = config.get("experts") or [{}] * len(named)
     known = {**{name: _told_info(name, row) for (_, name), row in zip(named, rows, strict=False)}, **known}
     experts = _find([name for _, name in named], known, api)
     bases = {base for base in (recipe.base, *(base for base, _ in named)) if base}
     for info, (base, _) in zip(experts, named, strict=True):
         if info.is_adapter and info.base_model and not (base or recipe.base):
-            bases.add(f"{info.base_model}@{info.base_revision}" if info.base_revision else info.base_model)
+            bases.add(str(info.base_ref))
     return experts, _find(sorted(bases), known, api)
 
 
 def _told_info(name: str, row: Mapping[str, Any]) -> ExpertInfo | None:
     """What a family's config tells of an expert that is a folder elsewhere; None of others."""
-    identity, _, sha = name.partition("@")
-    if not sha.startswith(CONTENT):
+    ref = ModelRef.parse_repo(name)
+    if not ref.is_content or ref.revision is None:
         return None
-    return ExpertInfo(identity, sha, row.get("task"), labels=tuple(row.get("labels") or ()), license=row.get("license"))
+    return ExpertInfo(
+        ref.id, ref.revision, row.get("task"), labels=tuple(row.get("labels") or ()), license=row.get("license")
+    )
 
 
 def _find(names: list[str], known: Mapping[str, ExpertInfo | None], api: HfApi) -> list[ExpertInfo]:

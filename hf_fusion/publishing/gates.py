@@ -9,7 +9,7 @@ from hf_fusion.cards.card import README
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.bases import resolve_base
 from hf_fusion.hub.client import explained, hub_api
-from hf_fusion.hub.commits import as_commit, download_file
+from hf_fusion.hub.commits import download_file
 from hf_fusion.hub.gates import GATES_FILE, GATES_TAG, gate_problem, parse_gates, save_gates, stored
 from hf_fusion.hub.headers import hub_shapes
 from hf_fusion.hub.peft_names import adapter_shapes
@@ -20,7 +20,7 @@ from hf_fusion.hub.selection import safe_files
 from hf_fusion.hub.source import Source
 from hf_fusion.progress import phase
 from hf_fusion.publishing.publish import PublishResult
-from hf_fusion.types import Gates
+from hf_fusion.types import Gates, ModelRef
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -67,10 +67,11 @@ def push_gates(gates: Gates, repo_id: str, *, revision: str | None = None, api: 
     """
     from huggingface_hub import CommitOperationAdd
 
-    if as_commit(revision):
-        raise FusionError(f"{repo_id}@{revision} is a commit: gates are pushed to a branch.", hint="leave @… out")
+    ref = ModelRef(repo_id, revision)
+    if ref.commit:
+        raise FusionError(f"{ref} is a commit: gates are pushed to a branch.", hint="leave @… out")
     api = hub_api(api)
-    source = resolve(f"{repo_id}@{revision}" if revision else repo_id, api)
+    source = resolve(ref, api)
     if source.is_local or not source.is_adapter:
         raise FusionError(f"{repo_id} is not an adapter's repo on the Hub.", hint="write owner/name of the adapter")
     _check(gates, source)
@@ -146,7 +147,7 @@ def _has_gates(source: Source, gates: Gates) -> bool:
 def _section(gates: Gates, source: Source) -> str:
     """The card's paragraph: what the gates are, where they come from, how to use them."""
     try:
-        base = f', base_model="{recorded_base(source).partition("@")[0]}"'
+        base = f', base_model="{recorded_base(source).id}"'
     except FusionError:  # trained from a folder; whoever uses it has to know the base
         base = ""
     facts, training = gates.facts, ""

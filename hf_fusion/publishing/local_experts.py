@@ -18,8 +18,8 @@ from hf_fusion.hub.resolve import resolve
 from hf_fusion.io.files import own_file, read_file, read_text
 from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.loaded import CONTENTS_ATTRIBUTE
-from hf_fusion.recipe import CONTENT, RECIPE_FILE, Recipe
-from hf_fusion.types import ExpertInfo
+from hf_fusion.recipe import RECIPE_FILE, Recipe
+from hf_fusion.types import ExpertInfo, ModelRef
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -36,14 +36,14 @@ def folder_info(name: str | Path, told: str = "") -> ExpertInfo:
         told: what others are told instead, ``NAME@sha256:…`` or ``owner/name``; default is the folder's name.
     """
     source = resolve(name)
-    identity, _, sha = (told or source.name).partition("@")
+    ref = ModelRef.parse_repo(told) if told else ModelRef(source.name)
     card, config = source.card, source.config
     license_id, head = card.get("license"), head_of_adapter(source.adapter) if source.is_adapter else None
     usual = head.tasks[0] if head else default_task(next(iter(architectures(config)), None))
     base = source.adapter.get("base_model_name_or_path")
     return ExpertInfo(
-        id=identity,
-        sha=sha,
+        id=ref.id,
+        sha=ref.revision or "",
         task=card.get("pipeline_tag") or usual,
         labels=label_names(config),
         license=license_id.lower() if isinstance(license_id, str) else None,
@@ -75,8 +75,8 @@ def told_names(recipe: Recipe, folder: Path, model: Any = None) -> dict[str, str
     if isinstance(own := config.get("recipe"), Mapping):
         published = Recipe.from_dict(own, f"{folder}/config.json")
         pairs = zip([*recipe.experts], [*published.experts], strict=False)
-        known |= {here.model: there.model for here, there in pairs if f"@{CONTENT}" in there.model}
-        if recipe.base and published.base and f"@{CONTENT}" in published.base:
+        known |= {here.model: there.model for here, there in pairs if ModelRef.parse_repo(there.model).is_content}
+        if recipe.base and published.base and ModelRef.parse_repo(published.base).is_content:
             known[recipe.base] = published.base
     unknown = [path for path in folders_of(recipe) if path not in known]
     made = (folder / RECIPE_FILE).stat().st_mtime_ns if (folder / RECIPE_FILE).exists() else 0
@@ -100,7 +100,7 @@ def refuse_changed(names: Mapping[str, str]) -> None:
     for path, name in names.items():
         if not Path(path).is_dir():
             raise FusionError(f"{path} is not there.", "put it back, or publish without --push-experts")
-        if content_of(path) != name.partition("@")[2]:
+        if content_of(path) != ModelRef.parse_repo(name).revision:
             raise FusionError(f"{path} was changed after the model was made of it.", "fuse it again")
 
 
@@ -132,7 +132,7 @@ def push_folders(repos: Mapping[str, str], private: bool, api: HfApi) -> dict[st
     """
     pinned: dict[str, str] = {}
     for path, repo in repos.items():
-        pinned[path] = f"{repo}@{_push_folder(Path(path), repo, private, pinned, api)}"
+        pinned[path] = str(ModelRef(repo, _push_folder(Path(path), repo, private, pinned, api)))
     return pinned
 
 
@@ -170,14 +170,15 @@ def _rewritten(file: Path, pinned: Mapping[str, str]) -> str | None:
     if file.name == README:
         text = written = read_text(file)
         for path, name in pinned.items():
-            written = written.replace(path, name.partition("@")[0])
+            written = written.replace(path, ModelRef.parse_repo(name).id)
         return written if written != text else None
     if not file.name.endswith(".json") or file.name.endswith((".index.json", "tokenizer.json", "vocab.json")):
         return None
     content = json.loads(read_text(file))
-    told = told_plain(content, {path: name.partition("@")[0] for path, name in pinned.items()})
+    told = told_plain(content, {path: ModelRef.parse_repo(name).id for path, name in pinned.items()})
     if file.name == ADAPTER_CONFIG and (base := recorded_folder(file.parent)) in pinned:
-        told["base_model_name_or_path"], _, told["revision"] = pinned[str(base)].partition("@")
+        ref = ModelRef.parse_repo(pinned[str(base)])
+        told["base_model_name_or_path"], told["revision"] = ref.id, ref.revision
     return None if told == content else json.dumps(told, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -220,16 +221,16 @@ def _with_recipe(config: dict[str, Any], recipe: Recipe, names: Mapping[str, str
     """A family's config with that recipe, and with experts that were pushed by their ids and commits."""
     rows, ids = [], {}
     for row, expert in zip(config["experts"], recipe.experts, strict=True):
-        identity, _, sha = expert.model.partition("@")
-        is_pushed = expert.model in names.values() and not sha.startswith(CONTENT)
-        ids[row["name"]] = identity if is_pushed else row["name"]
-        rows.append({**row, "name": identity, "revision": sha or None} if is_pushed else row)
+        ref = ModelRef.parse_repo(expert.model)
+        is_pushed = expert.model in names.values() and not ref.is_content
+        ids[row["name"]] = ref.id if is_pushed else row["name"]
+        rows.append({**row, "name": ref.id, "revision": ref.revision} if is_pushed else row)
     told = {**config, "experts": rows, "recipe": recipe.to_dict()}
     if config.get("default_task") in ids:
         told["default_task"] = ids[config["default_task"]]
-    base, _, sha = (recipe.base or "").partition("@")
-    if recipe.base in names.values() and isinstance(config.get("base"), Mapping):
-        told["base"] = {"id": base, "revision": sha if sha and not sha.startswith(CONTENT) else None}
+    if recipe.base and recipe.base in names.values() and isinstance(config.get("base"), Mapping):
+        base = ModelRef.parse_repo(recipe.base)
+        told["base"] = {"id": base.id, "revision": None if base.is_content else base.revision}
     return told
 
 

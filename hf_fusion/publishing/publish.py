@@ -22,7 +22,6 @@ from hf_fusion.hub.client import explained, hub_api, same_file
 from hf_fusion.hub.commits import download_file, found_commit
 from hf_fusion.hub.formats import ADAPTER_CONFIG, weight_files
 from hf_fusion.hub.provenance import recipe_in, told, told_plain
-from hf_fusion.hub.references import parts_of
 from hf_fusion.hub.snapshot import check_snapshot
 from hf_fusion.io.files import own_file, read_text
 from hf_fusion.io.json_files import read_json
@@ -38,7 +37,7 @@ from hf_fusion.publishing.local_experts import (
     without_paths,
 )
 from hf_fusion.recipe import Recipe
-from hf_fusion.types import ExpertInfo
+from hf_fusion.types import ExpertInfo, ModelRef
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -287,7 +286,7 @@ def check_publish(
     api = hub_api(api)
     check_id(repo_id)
     check_write(repo_id, api)
-    parts = [part for name in recipe.models for part in parts_of(name) if part]
+    parts = [str(ref) for name in recipe.models for ref in ModelRef.parse_pair(name) if ref]
     known = {part: folder_info(part) for part in parts if Path(part).expanduser().is_dir()}
     if push_experts:
         repos_of({str(Path(part).expanduser().resolve()): "" for part in known}, repo_id)

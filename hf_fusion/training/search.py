@@ -278,7 +278,7 @@ def _batches(read: Examples, batch_size: int) -> Iterator[tuple[Any, int]]:
 def _names(given: Sequence[ExpertLike], loaded: Sequence[Expert]) -> list[str]:
     """What finds experts again: ids at the commit that was loaded, or folders."""
     return [
-        f"{expert.name}@{expert.revision}"
+        str(expert.ref)
         if expert.revision
         else str(Path(one).resolve())
         if isinstance(one, (str, Path))

@@ -50,7 +50,7 @@ from transformers import (
 
 from hf_fusion.bench.sources import is_hub_id
 from hf_fusion.bench.suite import Suite, Task, load_suite, suite_names
-from hf_fusion.hub.references import repo_of
+from hf_fusion.hub.resolve import repo_ref
 
 disable_progress_bars()
 
@@ -276,7 +276,7 @@ def fill(hub: Any, suite: Suite | str, only: tuple[str, ...] = ()) -> None:
     owners = {task.expert: task for task in tasks if task.expert}
     sources = [source for source in suite.experts.values() if not only or source in owners or not owners]
     named = [*([suite.base] if suite.base else []), *sources]
-    models = [repo_of(source)[0] for source in named if is_hub_id(source)]
+    models = [repo_ref(source).repo for source in named if is_hub_id(source)]
     data: dict[str, list[str]] = {}
     others = [task for name in suite_names() for task in load_suite(name).tasks.values()]
     for task in (*suite.tasks.values(), *others):  # a data set has all the configurations that any suite names

@@ -11,16 +11,16 @@ from tiny_experts import save_adapter, save_bert
 
 from hf_fusion.errors import FusionError
 from hf_fusion.fusion import fuse
-from hf_fusion.hub.commits import as_commit, download_file, found_commit
+from hf_fusion.hub.commits import download_file, found_commit
 from hf_fusion.hub.compat import check_compatibility
 from hf_fusion.hub.discover import discover
 from hf_fusion.hub.load import load_experts
-from hf_fusion.hub.references import split_revision
 from hf_fusion.hub.remote import read_json_file, read_part
-from hf_fusion.hub.resolve import resolve_repo
+from hf_fusion.hub.resolve import repo_ref, resolve_repo
 from hf_fusion.merging.merge import merge
 from hf_fusion.publishing.gates import push_gates
 from hf_fusion.recipe import Recipe, RecipeExpert
+from hf_fusion.types import ModelRef, as_commit
 
 
 class Mistaken:
@@ -123,7 +123,7 @@ def test_what_an_earlier_download_left(shadowed, owner):
 def test_what_is_a_commit():
     sha = "0123456789abcdef" * 2 + "01234567"
     assert as_commit(sha) == as_commit(sha.upper()) == sha
-    assert split_revision(f"a/b@{sha.upper()}") == ("a/b", sha)
+    assert repo_ref(f"a/b@{sha.upper()}") == ModelRef("a/b", sha)
     for other in (None, "", "main", sha[:7], sha[:39], f"{sha}0", "refs/pr/1", f"refs/heads/{sha}", "g" * 40):
         assert as_commit(other) is None
         assert found_commit("a/b", other, sha) == sha

@@ -14,10 +14,10 @@ from hf_fusion import PhatgooseRouter
 from hf_fusion.errors import FusionError
 from hf_fusion.fusion import fuse, fuse_recipe, save_fused
 from hf_fusion.hub.load import load_experts
-from hf_fusion.hub.references import parts_of_expert
 from hf_fusion.hub.resolve import resolve
 from hf_fusion.publishing.publish import publish
 from hf_fusion.recipe import Recipe
+from hf_fusion.types import ModelRef
 
 EXPERTS, RANK = 5, 4
 INPUTS = {"input_ids": torch.arange(3, 27).reshape(2, 12), "decoder_input_ids": torch.arange(5, 15).reshape(2, 5)}
@@ -130,10 +130,12 @@ def test_what_is_no_such_expert_is_named(repo, owner, tmp_path):
     [
         ("owner/name#7", ("owner/name", 7)),
         ("owner/name#7@main", ("owner/name@main", 7)),
-        ("owner/name", None),
-        ("owner/name@main", None),
-        ("owner/name#last", None),
+        ("owner/name", ("owner/name", None)),
+        ("owner/name@main", ("owner/name@main", None)),
+        ("owner/name#last", ("owner/name#last", None)),
     ],
 )
 def test_numbers_in_names(name, parts):
-    assert parts_of_expert(name) == parts
+    ref = ModelRef.parse(name)
+    assert (str(ModelRef(ref.repo, ref.revision)), ref.number) == parts
+    assert str(ref) == name

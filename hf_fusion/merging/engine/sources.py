@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.bases import base_id, warn_of_other_bases
+from hf_fusion.hub.bases import base_ref, warn_of_other_bases
 from hf_fusion.hub.client import in_parallel
 from hf_fusion.hub.download import download
 from hf_fusion.hub.heads import label_names
 from hf_fusion.hub.lora import read_adapter, weights_of
 from hf_fusion.hub.placement import place_in_files, refuse_sizes
-from hf_fusion.hub.references import parts_of
 from hf_fusion.hub.resolve import recorded_base, resolve, resolve_repo
 from hf_fusion.hub.selection import pick_modules, pick_small, safe_files
 from hf_fusion.hub.source import Source
@@ -27,7 +26,7 @@ from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.engine.checkpoint import DTYPES, Entry, Files, read_checkpoint
 from hf_fusion.merging.engine.tensors import InMemory, Reader, Stored
 from hf_fusion.merging.tied import tied_entries, without_copies
-from hf_fusion.types import Adapter
+from hf_fusion.types import Adapter, ModelRef
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -150,7 +149,7 @@ def open_models(
     Raises:
         FusionError: naming a model that cannot be found or read.
     """
-    unique = {name: parts_of(name) for name in names}
+    unique = {name: ModelRef.parse_pair(name) for name in names}
     sources = dict(zip(unique, in_parallel(lambda parts: resolve(parts[1], api), unique.values()), strict=True))
     for name, source in sources.items():
         if unique[name][0] and not source.is_adapter:
@@ -164,13 +163,16 @@ def open_models(
     if base in adapters:  # what is merged with as it is, on its own base, is nothing to put others on
         base = None
     # each base by its name, and whether that is a repo's: what an adapter on the Hub records is, whatever lies here
-    wanted_bases = {name: _base_of(source, unique[name][0] or base) for name, source in adapters.items()}
-    resolved = {(name, False): source for name, source in sources.items() if not unique[name][0]}
-    others = sorted(set(wanted_bases.values()) - resolved.keys())
+    wanted_bases = {
+        name: _base_of(source, unique[name][0] or (ModelRef.parse(base) if base else None))
+        for name, source in adapters.items()
+    }
+    resolved = {(unique[name][1], False): source for name, source in sources.items() if not unique[name][0]}
+    others = sorted(set(wanted_bases.values()) - resolved.keys(), key=str)
     found = in_parallel(lambda own: (resolve_repo if own[1] else resolve)(own[0], api), others)
     resolved |= dict(zip(others, found, strict=True))
     bases = {name: resolved[own] for name, own in wanted_bases.items()}
-    warn_of_other_bases((sources[name], base_id(bases[name])) for name in bases if not unique[name][0])
+    warn_of_other_bases((sources[name], base_ref(bases[name])) for name in bases if not unique[name][0])
     for name, under in bases.items():
         if under.is_adapter:
             raise FusionError(f"{name} has {under.name} as its base, which is an adapter too", "merge that one first")
@@ -194,7 +196,7 @@ def open_models(
     return [opened[name] for name in names]
 
 
-def _base_of(adapter: Source, given: str | None) -> tuple[str, bool]:
+def _base_of(adapter: Source, given: ModelRef | None) -> tuple[ModelRef, bool]:
     return (given, False) if given else (recorded_base(adapter), not adapter.is_local)
 
 
@@ -221,7 +223,7 @@ def _folder(source: Source) -> Path:
 
 def _model(source: Source) -> Model:
     folder = _folder(source)
-    name = str(folder.resolve()) if source.is_local else f"{source.name}@{source.revision}"
+    name = str(source.ref)
     if not own_file(folder / "config.json"):
         raise FusionError(f"{source.name} has no config.json", "fetch it again, or save it again")
     config = read_json(folder / "config.json", source.name)
@@ -249,7 +251,7 @@ def _adapted(source: Source, base: Model) -> Model:
     folder = _folder(source)
     adapter = read_adapter(folder, source.name, embeddings=True)
     adapter.base = base.name
-    name = str(folder.resolve()) if source.is_local else f"{source.name}@{source.revision}"
+    name = str(source.ref)
     tied = tied_entries(base)
     known_entries = base.entries | tied
     placed = place_in_files(

@@ -18,6 +18,7 @@ from hf_fusion.errors import FusionError, shown
 from hf_fusion.merging.mergekit.parameters import Parameter
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.recipe import DTYPES, SMALLEST, Recipe, RecipeExpert, Slice, SliceSource, is_number
+from hf_fusion.types import ModelRef
 
 logger = logging.getLogger(__name__)
 
@@ -372,7 +373,7 @@ def model_name(value: Any, where: str) -> str:
             raise FusionError(f"{where}.{unknown[0]} is not supported", f"use {', '.join(known)}")
         first, second = (value.get(key) for key in known)
         if known[0] == "path" and isinstance(first, str) and isinstance(second, (str, type(None))):
-            return f"{first}@{second}" if second else first
+            return str(ModelRef(first, second or None))
         if known[0] == "model" and first is not None:
             parts = [model_name(part, f"{where}.{key}") for key, part in value.items() if part is not None]
             return "+".join(parts)

@@ -354,7 +354,7 @@ def _fetched(name: str, api: HfApi | None) -> tuple[Path, str]:
     download([(source, [file for file in pick_small(source, code=False) if is_tokenizer_file(file)])], api)
     if source.folder is None:
         raise FusionError(f"{name} has no {TOKENIZER}", "load its tokenizer with transformers and save it")
-    return source.folder, str(source.folder.resolve()) if source.is_local else f"{source.name}@{source.revision}"
+    return source.folder, str(source.ref)
 
 
 def tokenizer_files(
