@@ -12,6 +12,7 @@ import torch
 
 from hf_fusion.bench.cells import ALL, CLEAN
 from hf_fusion.bench.scoring import Answered
+from hf_fusion.evaluation.loop import run_batches
 
 if TYPE_CHECKING:
     from hf_fusion.bench.suite import Suite, UnseenSplit
@@ -60,15 +61,11 @@ def share_batches(batches: list[Any], run: Callable[[Any], tuple[list[Any], list
         batches: (row numbers, inputs) each.
         run: inputs → answers and what is right, of the rows of a batch.
     """
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-
-    state = PartialState()
-    found = []
-    for numbers, inputs in batches[state.process_index :: state.num_processes]:
-        found += list(zip(numbers, *run(inputs), strict=True))
-    if state.num_processes > 1:
-        found = gather_object(found)
+    found = [
+        row
+        for rows in run_batches(batches, lambda batch: list(zip(batch[0], *run(batch[1]), strict=True)))
+        for row in rows
+    ]
     found.sort(key=lambda row: row[0])
     return Answered([given for _, given, _ in found], [right for _, _, right in found])
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from hf_fusion.evaluation.predictors import Batch
 from hf_fusion.progress import track
@@ -14,6 +16,9 @@ from hf_fusion.training.batches import Examples, like_lengths
 
 if TYPE_CHECKING:
     from hf_fusion.evaluation.predictors import Predictor
+
+Given = TypeVar("Given")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ def score_task(
 ) -> dict[str, torch.Tensor]:
     """Scores every row of a task for every predictor; a batch is collated once for all of them.
 
+    Under `accelerate launch` every process must call it: they share the batches, and each gets all scores.
+
     Args:
         predictors: with names of their own.
         data: the task's rows.
@@ -65,14 +72,34 @@ def score_task(
     Returns:
         Name → scores of the rows, (N,), on the CPU.
     """
-    count = len(data.rows)
     names = predictors[0].name if len(predictors) == 1 else f"{len(predictors)} predictors"
-    found: dict[str, torch.Tensor] = {}
-    for indices in track(list(like_lengths(data.rows, batch_size)), f"Measuring {names} on {data.task}"):
+
+    def run(indices: list[int]) -> tuple[list[int], dict[str, torch.Tensor]]:
         inputs = data.collate([data.rows[index] for index in indices])
         before_batch()
-        for predictor in predictors:
-            scores = predictor.score(Batch(data.task, data.metric, indices, inputs)).cpu()
-            scores = scores if scores.dtype == torch.float64 else scores.float()
-            found.setdefault(predictor.name, torch.zeros(count, dtype=scores.dtype))[indices] = scores
+        batch = Batch(data.task, data.metric, indices, inputs)
+        return indices, {predictor.name: predictor.score(batch).cpu() for predictor in predictors}
+
+    found: dict[str, torch.Tensor] = {}
+    batches = list(like_lengths(data.rows, batch_size))
+    for indices, scores in run_batches(batches, run, f"Measuring {names} on {data.task}"):
+        for name, values in scores.items():
+            values = values if values.dtype == torch.float64 else values.float()
+            found.setdefault(name, torch.zeros(len(data.rows), dtype=values.dtype))[indices] = values
     return found
+
+
+def run_batches(batches: Sequence[Given], run: Callable[[Given], Found], title: str = "") -> list[Found]:
+    """What becomes of each batch, in order; under `accelerate launch` the processes share them, and each gets all.
+
+    Args:
+        batches: the same in every process.
+        run: a batch → what is kept of it, on the CPU.
+        title: of its progress; by default it is not shown.
+    """
+    state = PartialState()
+    places = range(state.process_index, len(batches), state.num_processes)
+    found = [(place, run(batches[place])) for place in (track(places, title) if title else places)]
+    if state.num_processes > 1:
+        found = sorted(gather_object(found), key=lambda pair: pair[0])
+    return [result for _, result in found]
