@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from importlib.util import find_spec
 from zipfile import ZIP_DEFLATED, ZipFile
 
@@ -213,3 +215,11 @@ def test_what_is_missing_is_found_wherever_it_was_raised(error, library):
         with pytest.raises(MissingLibraryError, match=f"me/expert needs {library}, which") as stopped:
             refuse_missing(handled, "me/expert")
         assert stopped.value.hint == f"pip install {library}"
+
+
+def test_the_embedded_hub_names_the_extra_that_it_needs():
+    code = "import sys; sys.modules['uvicorn'] = None\nfrom hf_fusion.server import HubServer"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "FusionError: the embedded Hub needs uvicorn, which is not installed" in done.stderr
+    assert "pip install 'hf_fusion[hub]'" in done.stderr

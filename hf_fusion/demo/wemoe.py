@@ -12,6 +12,7 @@ from hf_fusion.assets.weights import demo_weights
 from hf_fusion.demo.digit_tasks import BASE, TASKS, task_rows
 from hf_fusion.demo.digits import digit_expert
 from hf_fusion.demo.place import OWNER, Place, ask_a_stranger, hub_lines, near, publish_to, report_push, shell_lines
+from hf_fusion.types import ModelRef
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -62,7 +63,7 @@ def run(place: Place, out: Out, seed: int = 0) -> dict[str, Any]:
 
         experts = [info.pinned for info in verdict.accepted]
         model: Any = fuse("wemoe", experts, base=place.repo(BASE), api=place.api)
-        base = "{id}@{revision}".format(**model.config.base)
+        base = str(ModelRef(**model.config.base))
         facts = model.summary()
         out.log(f"      {facts['upscaled_linears']} linears with {facts['trainable']:,} parameters of routers to adapt")
 

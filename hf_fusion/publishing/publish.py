@@ -91,7 +91,7 @@ class PublishPlan:
             "files": len(self.files),
             "MB": round(self.megabytes, 1),
             "license": self.license,
-            "experts": [info.pinned if info.sha else info.id for info in self.experts],
+            "experts": [str(info.ref) for info in self.experts],
             **({"pushed first": [f"{path} → {repo}" for path, repo in self.pushes.items()]} if self.pushes else {}),
         }
 

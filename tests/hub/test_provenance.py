@@ -1,0 +1,29 @@
+"""What others are told of folders of this machine."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hf_fusion.hub.provenance import content_of, contents_of, folders_of, told
+from hf_fusion.recipe import Recipe, RecipeExpert, is_pinned
+from hf_fusion.types import ModelRef
+
+
+@pytest.mark.parametrize("name", ["expert", "ex@pert", "ex+pert", "a+b@c", "ex pert"])
+def test_a_folder_of_any_name_is_told_by_its_content(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    recipe = Recipe("linear", (RecipeExpert(str(folder)),))
+    assert folders_of(recipe) == [str(folder)]
+    names = contents_of([str(folder)])
+    public = told(recipe, names)
+    (expert,) = public.experts
+    base, ref = ModelRef.parse_pair(expert.model)
+    assert base is None
+    assert ref.revision == content_of(str(folder))
+    assert is_pinned(expert.model)
+    assert public.elsewhere
+    assert str(tmp_path) not in public.to_yaml()
