@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "hub_load.py"
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "hub_load.py"
 
 
 @pytest.mark.slow
