@@ -16,6 +16,7 @@ from hf_fusion.hub.heads import architectures
 from hf_fusion.hub.load import processor_of
 from hf_fusion.hub.resolve import resolve
 from hf_fusion.merging.methods import MERGE_METHODS
+from hf_fusion.models.fused_checks import NewerFormatError
 from hf_fusion.recipe import RECIPE_FILE, Recipe
 from hf_fusion.types import ModelRef
 
@@ -128,6 +129,6 @@ def explained(folder: Path) -> Iterator[None]:
             raise MissingLibraryError(f"{folder} needs a library: {one_line(error)}", "install it") from error
         text = one_line(error)
         reason = text if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"
-        is_newer = "newer hf_fusion" in reason
+        is_newer = isinstance(error, NewerFormatError)  # which says itself what to do
         hint = None if is_newer else f"fetch it again, or make it again: hf-fusion fuse {RECIPE_FILE} --output DIR"
         raise FusionError(reason if str(folder) in reason else f"{folder} cannot be loaded: {reason}", hint) from error

@@ -203,10 +203,14 @@ def check_values(config: Any, table: Table) -> None:
     refuse(row({name: table[name] for name in given}).find(given, ""), f"{type(config).__name__}.")
 
 
+class NewerFormatError(ValueError):
+    """A config was written in a format that this code does not know yet."""
+
+
 def check_format(version: Any) -> None:
-    """Raises ValueError for a format that is newer than this code; a file of before has none."""
+    """Raises NewerFormatError for a format that is newer than this code; files of before formats have none."""
     if type(version) is int and version > FORMAT:
-        raise ValueError(
+        raise NewerFormatError(
             f"this folder was saved by a newer hf_fusion (format {_short.repr(version)}, this one reads up to "
             f"{FORMAT}): pip install -U hf_fusion, or load it with its own code: trust_remote_code=True"
         )

@@ -24,6 +24,7 @@ from hf_fusion import (
     WEMoEModel,
     load_fused,
 )
+from hf_fusion.models.fused_checks import NewerFormatError
 
 LOADERS = {"foe": FoEModel, "phatgoose": PhatgooseRouter, "wemoe": WEMoEModel}
 
@@ -179,7 +180,10 @@ def test_a_newer_format_says_what_to_do(kind, folder_of):
     refused(
         folder, r"saved by a newer hf_fusion \(format 3, this one reads up to 1\): pip install -U hf_fusion, or load"
     )
-    with pytest.raises(ValueError, match="newer"):
+    with pytest.raises(FusionError) as raised:
+        load_fused(folder)
+    assert raised.value.hint is None  # making it again would not help
+    with pytest.raises(NewerFormatError, match="newer"):
         {"foe": FoEConfig, "phatgoose": PhatgooseConfig, "wemoe": WEMoEConfig}[kind](format_version=2)
 
 
