@@ -14,7 +14,7 @@ def mean_ensemble(outputs: torch.Tensor) -> torch.Tensor:
 
 
 def max_confidence(outputs: torch.Tensor) -> torch.Tensor:
-    """The softmax of the expert that is surest of its answer, (N, C)."""
+    """The softmax of the most confident expert, (N, C)."""
     surest = outputs.amax(2).argmax(1)
     return outputs[torch.arange(len(outputs)), surest]
 

@@ -56,8 +56,8 @@ def map_coefficients(
 ) -> CoefficientMap:
     """Runs a model over tasks and averages the coefficients of its layers.
 
-    Labels are not looked at. Of a language model the routers read the prompts; a sequence-to-sequence decoder's read
-    what stands before the target's first token.
+    Labels are not read. In a language model the routers read the prompts; those of a sequence-to-sequence decoder read
+    what precedes the target's first token.
 
     Args:
         model: a `WEMoEModel`.

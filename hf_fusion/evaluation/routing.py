@@ -1,4 +1,4 @@
-"""Measures PHATGOOSE beside every baseline of its paper on a suite of tasks, none of which it is told."""
+"""Measures PHATGOOSE beside every baseline of its paper on a suite of tasks, without the task's name."""
 
 from __future__ import annotations
 
@@ -262,12 +262,12 @@ class Evaluation:
         return self._retrieved[task]
 
     def _sampled(self) -> dict[str, Dataset]:
-        """So many training rows of each expert, in the experts' order."""
+        """Up to `examples` training rows of each expert, in the experts' order."""
         rows = {name: self.train_rows[name].shuffle(seed=self.seed) for name in self.names}
         return {name: own.select(range(min(self.examples, len(own)))) for name, own in rows.items()}
 
     def drawn(self, task: str, rows: Sequence[int]) -> AbstractContextManager[None]:
-        """Chance of its own for each batch, whatever else is measured."""
+        """A seed for each batch, whatever else is measured."""
         return _seeded(hash((self.seed, list(self.suite).index(task), min(rows))))
 
     def _checked(self, systems: Sequence[str] | None) -> list[str]:
@@ -308,7 +308,7 @@ def alone(
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Torch's chance starts from this seed, and goes on as before afterwards."""
+    """Torch's random numbers start from this seed, and go on as before afterwards."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield

@@ -82,10 +82,9 @@ def map_routing(
     batch_size: int = 16,
     max_length: int = 512,
 ) -> RoutingMap:
-    """Runs a router over tasks and adds up whom it asked.
+    """Runs a router over tasks and adds up the routing weights of each expert.
 
-    Of a causal language model's tokens those count that decide on the target's; of any other model's all, but for
-    padding.
+    In a causal language model the tokens that predict the target's count; in any other model all but padding.
 
     Args:
         router: a `PhatgooseRouter`.

@@ -48,7 +48,7 @@ def corrupt_text(text: str, name: str, severity: int, seed: int) -> str:
 
 
 def _typos(words: list[str], share: float, rng: random.Random) -> list[str]:
-    """So many words lose a letter, double one, swap two, or get the neighbour on the keyboard."""
+    """This share of the words lose a letter, double one, swap two, or get the neighbour on the keyboard."""
     return [_mistyped(word, rng) if rng.random() < share else word for word in words]
 
 
@@ -62,12 +62,12 @@ def _mistyped(word: str, rng: random.Random) -> str:
 
 
 def _casing(words: list[str], share: float, rng: random.Random) -> list[str]:
-    """So many words in capitals, or with the cases of their letters turned around."""
+    """This share of the words in capitals, or with the cases of their letters turned around."""
     return [rng.choice((word.upper(), word.swapcase())) if rng.random() < share else word for word in words]
 
 
 def _truncation(words: list[str], share: float, rng: random.Random) -> list[str]:
-    """So many of the words are missing at the end; the first one stays."""
+    """This share of the words is missing at the end; the first one stays."""
     return words[: max(1, round(len(words) * (1 - share)))]
 
 
