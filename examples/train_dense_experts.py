@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from hf_fusion.bench.rows import task_rows
-from hf_fusion.bench.scoring import Answered, answers, score
+from hf_fusion.bench.scoring import Predictions, predict_batch, score
 from hf_fusion.bench.setups.common import on_device
 from hf_fusion.bench.suite import load_suite
 from hf_fusion.io.cache import cache_folder
@@ -120,9 +120,9 @@ def train(task: str, epochs: int, limit: int | None, folder: Path) -> str:
             data_collator=learned.collate,
             compute_loss_func=lambda outputs, labels, **_: dense_loss(outputs.logits, labels),
         ).train()
-    found = Answered([], [])
+    found = Predictions([], [])
     for inputs in DataLoader(tested.rows, BATCH_SIZE, collate_fn=tested.collate):
-        given, right = answers(model.eval(), on_device(inputs, model.device), "maps")
+        given, right = predict_batch(model.eval(), on_device(inputs, model.device), "maps")
         found.predictions.extend(given)
         found.references.extend(right)
     measured = score(found, metric)

@@ -26,11 +26,11 @@ class Cell:
         suite, task: names.
         method: a key of `bench.methods.METHODS`, or `expert:NAME` for a single expert.
         family: what the method is: a key of `bench.methods.FAMILIES`.
-        variant: "default", or "tuned" where parameters were chosen on rows kept apart.
+        variant: "default", or "tuned" where parameters were chosen on the validation splits.
         condition: "clean", or corruption and severity: "gaussian_noise:3".
-        split: which experts are fused: "all", or the name of one of the suite's unseen splits.
+        split: which experts are fused: "all", or the name of one of the suite's holdouts.
         group: "held-in", or "held-out" where no fused expert was trained on the task.
-        seed: of everything random in it; of a method without chance the one of the run.
+        seed: of everything random in it; of a method that is not stochastic, that of the run.
         metric: what `score` is.
         status: "failed" and "left out" have a reason and no score.
         reason: why there is no score.
@@ -40,7 +40,7 @@ class Cell:
         parameters: of the method, as they were used.
         seconds, cpu_seconds, gpu_seconds: of the evaluation of this cell.
         fuse_seconds, fuse_cpu_seconds: of fusing (and fitting, adapting, tuning), once for all cells of the model.
-        peak_bytes: the most memory that the process, or its GPU, held while the model was fused and asked.
+        peak_bytes: the most memory that the process, or its GPU, held while the model was fused and measured.
         stored, active: parameters of the fused model, and those that one example meets.
         cost: multiplications of a forward as a multiple of the dense base's.
         command: what to type to measure it again.
@@ -80,7 +80,7 @@ class Cell:
     shas: dict[str, str] = field(default_factory=dict)
 
     @property
-    def place(self) -> Path:
+    def path(self) -> Path:
         """Its file, below the folder of the results."""
         parts = (
             self.suite,
@@ -112,13 +112,13 @@ class Cell:
 
 def write_cell(folder: str | Path, cell: Cell) -> Path:
     """Writes a cell's file, all of it or nothing."""
-    path = Path(folder) / cell.place
+    path = Path(folder) / cell.path
     with in_folder(path.parent):
         return write_file(path, json.dumps(asdict(cell), indent=1) + "\n")
 
 
 def read_cells(source: str | Path) -> list[Cell]:
-    """The cells of a run's folder (one file each), or of `.jsonl` files (one line each), in the order of their places.
+    """The cells of a run's folder (one file each), or of `.jsonl` files (one line each), in the order of their paths.
 
     Raises:
         FusionError: there is nothing, or it is no cell.
@@ -138,10 +138,10 @@ def read_cells(source: str | Path) -> list[Cell]:
                 cell = Cell.from_dict(values)
             except (ValueError, AttributeError, FusionError) as error:
                 raise FusionError(f"{file}:{number} is no cell: {error}", hint="delete it and run again") from None
-            cells[cell.place] = cell
+            cells[cell.path] = cell
     if not cells:
         raise FusionError(f"{source} holds no cells", hint=f"hf-fusion bench run --output {source}")
-    return [cells[place] for place in sorted(cells)]
+    return [cells[path] for path in sorted(cells)]
 
 
 def write_lines(path: str | Path, cells: Iterable[Cell], brief: bool = False) -> None:

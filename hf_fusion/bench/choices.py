@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hf_fusion.bench.scoring import Answered
+from hf_fusion.bench.scoring import Predictions
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,7 +19,7 @@ def right_choice(target: str, choices: Sequence[str]) -> int:
 
 
 def spread(rows: Dataset) -> Dataset:
-    """Every choice of every row as a row of its own: prompt, target."""
+    """A row for each choice of each row: prompt, target."""
     return rows.map(
         lambda batch: {
             "prompt": [prompt for prompt, own in zip(batch["prompt"], batch["choices"], strict=True) for _ in own],
@@ -37,16 +37,17 @@ def right_choices(target: str, choices: Sequence[str], worth: Sequence[float] | 
     return [right_choice(target, choices)]
 
 
-def likeliest(rows: Dataset, losses: Sequence[float]) -> Answered:
-    """For each row the number of the choice with the least loss, and that of a right one: the same where it is right.
+def likeliest(rows: Dataset, losses: Sequence[float]) -> Predictions:
+    """For each row the index of the choice with the least loss, and that of a right one: the same where it is right.
 
     Args:
-        rows: with choices, and the numbers of the right ones.
+        rows: with choices, and the indices of the right ones.
         losses: mean of each choice's tokens, in the order of `spread`.
     """
-    given, start = [], 0
+    predicted, start = [], 0
     for choices in rows["choices"]:
         own = losses[start : start + len(choices)]
-        given.append(min(range(len(own)), key=own.__getitem__))
+        predicted.append(min(range(len(own)), key=own.__getitem__))
         start += len(own)
-    return Answered(given, [own if own in right else right[0] for own, right in zip(given, rows["right"], strict=True)])
+    pairs = zip(predicted, rows["right"], strict=True)
+    return Predictions(predicted, [index if index in right else right[0] for index, right in pairs])

@@ -27,7 +27,7 @@ PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.4, "alpha": 0.85}  
 
 
 def shown_rows(suite: Row) -> list[Row]:
-    """One row for each method that has a mean: tuned on rows kept apart where it was, without single experts."""
+    """One row for each method that has a mean: the tuned variant where there is one, without single experts."""
     group = _group(suite)
     rows = [
         row for row in rows_of(suite) if group in row["means"].get(CLEAN, {}) and not row["method"].startswith(EXPERT)

@@ -181,7 +181,7 @@ def _refuse_loss(cells: Sequence[Cell], repo_id: str, names: Collection[str], sh
     if CELLS not in names:
         raise FusionError(f"{repo_id} is a data set of something else: it has no {CELLS}.", hint)
     theirs = read_cells(download_file(api, repo_id, CELLS, sha, repo_type="dataset"))
-    if lost := {cell.place for cell in theirs} - {cell.place for cell in cells}:
+    if lost := {cell.path for cell in theirs} - {cell.path for cell in cells}:
         raise FusionError(
             f"{repo_id} has {len(lost):,} cells that are not among these, such as {min(lost)}.",
             f"publish all of them together, {hint}",

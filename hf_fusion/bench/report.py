@@ -46,7 +46,7 @@ def summarise(cells: Iterable[Cell]) -> dict[str, Any]:
 
     """
     suites: dict[str, list[Cell]] = {}
-    for cell in {cell.place: cell for cell in cells}.values():
+    for cell in {cell.path: cell for cell in cells}.values():
         suites.setdefault(cell.suite, []).append(cell)
     return {"suites": [_Suite(name, own).summary() for name, own in sorted(suites.items())]}
 

@@ -17,7 +17,7 @@ import torch
 
 from hf_fusion.bench.binding import bind, check_bound, shas
 from hf_fusion.bench.cells import CLEAN, Cell, read_cells, write_cell
-from hf_fusion.bench.conditions import conditions
+from hf_fusion.bench.corruptions import parse_corruptions
 from hf_fusion.bench.memory import forget_peak, peak_bytes
 from hf_fusion.bench.methods import METHODS, chosen
 from hf_fusion.bench.scoring import Scored, same_scale, score
@@ -26,8 +26,8 @@ from hf_fusion.bench.setups.fusion import FusionSetup
 from hf_fusion.bench.setups.merging import MergingSetup
 from hf_fusion.bench.setups.regression import RegressionSetup
 from hf_fusion.bench.setups.routing import RoutingSetup
-from hf_fusion.bench.suite import LOWER, Suite, UnseenSplit, load_suite, splits_named
-from hf_fusion.bench.systems import FIT, TEST, NotApplicable, System, everything
+from hf_fusion.bench.suite import LOWER, Holdout, Suite, holdouts_named, load_suite
+from hf_fusion.bench.systems import FIT, TEST, Candidate, NotApplicable, everything
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.machine import machine
 from hf_fusion.extras import refuse_missing
@@ -43,10 +43,10 @@ SETUPS: tuple[type[TaskSetup], ...] = (MergingSetup, RoutingSetup, FusionSetup, 
 
 @dataclass(frozen=True)
 class Job:
-    """One fused model: all of its cells, in all conditions, for all tasks and variants."""
+    """One fused model: all of its cells, for all corruptions, tasks and variants."""
 
     method: str
-    split: UnseenSplit
+    holdout: Holdout
     seed: int
 
 
@@ -70,16 +70,16 @@ def run_suite(
     """Measures methods on the tasks of a suite. What the output folder holds already is not measured again.
 
     Each model is fused once (and once more with parameters tuned on rows that neither trained an expert nor are
-    tested), and asked everything. A method that fails leaves cells with the reason, and the others go on. Under
-    ``accelerate launch`` every process fuses, and answers a share of the batches.
+    tested), and predicts all of them. A method that fails leaves cells with the reason, and the others go on. Under
+    ``accelerate launch`` every process fuses, and predicts a share of the batches.
 
     Args:
         suite: a name, the path of a ``.yaml`` file, or a suite.
         methods: names, families, "static", or "all"; see `bench.methods.chosen`.
         output: folder of the cells, one file each.
         data_dir: folder below which the suite's ``data:`` sources lie.
-        seeds: of methods with chance in them; others are measured with the first.
-        corruptions: what is measured beside clean rows; see `bench.conditions.conditions`.
+        seeds: of stochastic methods; others are measured with the first.
+        corruptions: what is measured beside clean rows; see `bench.corruptions.parse_corruptions`.
         unseen: names of the suite's splits that are measured beside all experts on all tasks; "all" for each of them.
         limit: test rows of each task, at most.
         tuned_on: rows of each task that parameters are tuned on.
@@ -102,18 +102,18 @@ def run_suite(
     suite = suite if isinstance(suite, Suite) else load_suite(suite)
     if not seeds or limit < 1 or tuned_on < 1:
         raise FusionError("there must be a seed, a test row and a row to tune on", hint="--seeds 0 --limit 500")
-    splits = [everything(suite), *splits_named(suite, unseen)]
+    holdouts = [everything(suite), *holdouts_named(suite, unseen)]
     wanted = [
         CLEAN,
-        *conditions(corruptions, suite.is_of_images),
+        *parse_corruptions(corruptions, suite.is_of_images),
     ]
     folder = Path(output)
     settings = {"limit": limit, "tuned_on": tuned_on}
     check_bound(folder, suite, settings)
     names = chosen(methods, suite.kind)
     jobs = [
-        Job(method, split, seed)
-        for split in splits
+        Job(method, holdout, seed)
+        for holdout in holdouts
         for method in names
         for seed in (seeds if METHODS[method].stochastic else seeds[:1])
     ]
@@ -142,12 +142,12 @@ class _Runner:
     """One call of `run_suite`."""
 
     def __init__(self, suite: Suite, folder: Path, wanted: list[str], command: str, writes: bool) -> None:
-        self.suite, self.folder, self.conditions, self.writes = suite, folder, wanted, writes
+        self.suite, self.folder, self.corruptions, self.writes = suite, folder, wanted, writes
         self.setup: Any = None
-        self._asked: dict[tuple[int, str, str], Scored] = {}
+        self._scored: dict[tuple[int, str, str], Scored] = {}
         here = folder / suite.name
         cells = read_cells(here) if any(here.rglob("[!.]*.json")) else []
-        self.done = {cell.place: cell for cell in cells if cell.status != "failed"}
+        self.done = {cell.path: cell for cell in cells if cell.status != "failed"}
         self.common: dict[str, Any] = {
             "suite": suite.name,
             "command": command,
@@ -165,27 +165,27 @@ class _Runner:
     def cells(self, job: Job) -> Iterator[Cell]:
         """All cells of a job, without scores; of single experts those of the first one stand for all."""
         row = METHODS[job.method]
-        names = [f"expert:{name}" for name in job.split.fuse] if job.method == "experts" else [job.method]
+        names = [f"expert:{name}" for name in job.holdout.fuse] if job.method == "experts" else [job.method]
         for name in names:
             for variant in (DEFAULT, TUNED) if row.tune else (DEFAULT,):
-                for condition in self.conditions:
-                    for task in job.split.test:
+                for corruption in self.corruptions:
+                    for task in job.holdout.test:
                         yield Cell(
-                            method=name, task=task, family=row.family, variant=variant, condition=condition,
-                            split=job.split.name, seed=job.seed, metric=self.suite.tasks[task].metric,
-                            group="held-in" if self.suite.is_fused(task, job.split) else "held-out", **self.common,
+                            method=name, task=task, family=row.family, variant=variant, condition=corruption,
+                            split=job.holdout.name, seed=job.seed, metric=self.suite.tasks[task].metric,
+                            group="held-in" if self.suite.is_fused(task, job.holdout) else "held-out", **self.common,
                         )  # fmt: skip
 
     def missing(self, job: Job) -> bool:
-        """Whether a cell is not there, or says of itself that it failed."""
-        return any(cell.place not in self.done for cell in self.cells(job))
+        """Whether a cell is missing, or has failed."""
+        return any(cell.path not in self.done for cell in self.cells(job))
 
     def write(self, cell: Cell) -> None:
         """Keeps a cell."""
         if self.writes:
             write_cell(self.folder, cell)
         if cell.status != "failed":
-            self.done[cell.place] = cell
+            self.done[cell.path] = cell
 
     # ---------------------------------------------------------------- measuring
 
@@ -200,12 +200,12 @@ class _Runner:
                 refuse_missing(error, METHODS[job.method].title)
                 problem = _problem(error)
                 for cell in self.cells(job):
-                    if cell.place not in self.done:
+                    if cell.path not in self.done:
                         self.write(replace(cell, **problem))
                 told = f"{problem['status']}: {problem['reason']}"
             now = time.perf_counter()
             left = (now - began) / number * (len(jobs) - number)
-            where = "" if job.split.name == "all" else f", {job.split.name}"
+            where = "" if job.holdout.name == "all" else f", {job.holdout.name}"
             seed = f", seed {job.seed}" if METHODS[job.method].stochastic else ""
             tell(
                 f"{number:3}/{len(jobs)} {METHODS[job.method].title + where + seed:44} {told:36} "
@@ -213,7 +213,7 @@ class _Runner:
             )
 
     def measure(self, job: Job) -> str:
-        """Fuses, asks, writes; says what came out."""
+        """Fuses, predicts, writes; returns a line about the result."""
         row = METHODS[job.method]
         forget_peak(self.on_gpu)
         started, cpu = time.perf_counter(), time.process_time()
@@ -221,8 +221,8 @@ class _Runner:
         def spent() -> dict[str, float]:
             return {"fuse_seconds": time.perf_counter() - started, "fuse_cpu_seconds": time.process_time() - cpu}
 
-        made = row.entries[self.suite.kind](self.setup, job.split, job.seed)
-        systems: Mapping[str, System] = made if isinstance(made, Mapping) else {job.method: made}
+        made = row.entries[self.suite.kind](self.setup, job.holdout, job.seed)
+        systems: Mapping[str, Candidate] = made if isinstance(made, Mapping) else {job.method: made}
         models: dict[tuple[str, str], Any] = {(name, DEFAULT): (system, spent()) for name, system in systems.items()}
         tuned = ""
         if row.tune:
@@ -233,7 +233,7 @@ class _Runner:
             except Exception as error:  # the defaults are measured all the same
                 refuse_missing(error, METHODS[job.method].title)
                 models[job.method, TUNED] = error
-        self._asked.clear()
+        self._scored.clear()
         scores: dict[tuple[str, str], list[float]] = {}
         problems: list[str] = []
         for cell in self.cells(job):
@@ -241,7 +241,7 @@ class _Runner:
             try:
                 if isinstance(model, Exception):
                     raise model
-                measured = self.ask(cell, *model)
+                measured = self.predict(cell, *model)
             except Exception as error:  # the other cells go on
                 refuse_missing(error, METHODS[job.method].title)
                 measured = replace(cell, **_problem(error))
@@ -250,7 +250,7 @@ class _Runner:
             if cell.condition == CLEAN and measured.score is not None:
                 scores.setdefault((cell.method, cell.variant), []).append(measured.score)
         means = {key: sum(own) / len(own) for key, own in scores.items()}
-        if not same_scale(self.suite.tasks[task].metric for task in job.split.test):
+        if not same_scale(self.suite.tasks[task].metric for task in job.holdout.test):
             told = [f"{key[1]} {', '.join(f'{own:.3g}' for own in scores[key])}" for key in list(scores)[:2]]
         elif len(systems) > 1 and means:
             told = [f"best {max(means.values()):.1%}"]
@@ -258,15 +258,15 @@ class _Runner:
             told = [f"{variant} {mean:.1%}" for (_, variant), mean in means.items()]
         return ", ".join(told) + tuned + "".join(f", {problem}" for problem in problems[:1])
 
-    def ask(self, cell: Cell, system: System, times: Mapping[str, Any]) -> Cell:
+    def predict(self, cell: Cell, system: Candidate, times: Mapping[str, Any]) -> Cell:
         """A cell with its score; the one that was measured before, where there is one."""
-        if cell.place in self.done:
-            return self.done[cell.place]
+        if cell.path in self.done:
+            return self.done[cell.path]
         started, cpu = time.perf_counter(), time.process_time()
-        asked = (id(system), cell.task, cell.condition)
-        if asked not in self._asked:  # where the defaults are best, the tuned model is the same one
-            self._asked[asked] = score(system.answer(cell.task, cell.condition, TEST), cell.metric)
-        found, seconds = self._asked[asked], time.perf_counter() - started
+        key = (id(system), cell.task, cell.condition)
+        if key not in self._scored:  # where the defaults are best, the tuned model is the same one
+            self._scored[key] = score(system.predict(cell.task, cell.condition, TEST), cell.metric)
+        found, seconds = self._scored[key], time.perf_counter() - started
         cell = replace(
             cell, score=found.score, ci95=found.ci95, n=found.n, parameters=system.parameters,
             seconds=seconds, cpu_seconds=time.process_time() - cpu, gpu_seconds=seconds if self.on_gpu else 0.0,
@@ -276,56 +276,56 @@ class _Runner:
         self.write(cell)
         return cell
 
-    def tune(self, job: Job, how: tuple[str, tuple[Any, ...]], system: System) -> System:
-        """The best value of a parameter on rows kept apart, found by climbing from the default over a grid."""
+    def tune(self, job: Job, how: tuple[str, tuple[Any, ...]], system: Candidate) -> Candidate:
+        """The best value of a parameter on the validation splits, found by climbing from the default over a grid."""
         name, grid = how
         row = METHODS[job.method]
         fuse = row.entries[self.suite.kind]
-        models: dict[int, System] = {}
+        models: dict[int, Candidate] = {}
         heights: dict[int, float] = {}
 
-        def height(place: int) -> float:
-            if not 0 <= place < len(grid):
+        def height(index: int) -> float:
+            if not 0 <= index < len(grid):
                 return float("-inf")
-            if place not in models:
-                value = {name: grid[place]}
-                if grid[place] == system.parameters[name]:
-                    models[place] = system
+            if index not in models:
+                value = {name: grid[index]}
+                if grid[index] == system.parameters[name]:
+                    models[index] = system
                 elif system.retuned:
-                    models[place] = system.retuned(value)
+                    models[index] = system.retuned(value)
                 else:
-                    found = fuse(self.setup, job.split, job.seed, **value)
-                    assert isinstance(found, System)  # what is several systems has no parameter to tune
-                    models[place] = found
-                heights[place] = self.validation(job, models[place])
-            return heights[place]
+                    found = fuse(self.setup, job.holdout, job.seed, **value)
+                    assert isinstance(found, Candidate)  # what is several systems has no parameter to tune
+                    models[index] = found
+                heights[index] = self.validation(job, models[index])
+            return heights[index]
 
-        place = min(range(len(grid)), key=lambda own: abs(grid[own] - system.parameters[name]))
-        step = 1 if height(place + 1) > height(place) else -1
-        while height(place + step) > height(place):
-            place += step
-        return models[place]
+        index = min(range(len(grid)), key=lambda own: abs(grid[own] - system.parameters[name]))
+        step = 1 if height(index + 1) > height(index) else -1
+        while height(index + step) > height(index):
+            index += step
+        return models[index]
 
-    def validation(self, job: Job, system: System) -> float:
+    def validation(self, job: Job, system: Candidate) -> float:
         """The mean score over the fused tasks, on the rows to tune on; where less is better, less than nothing.
 
         Of metrics on scales of their own it is the mean of the logarithms, which no scale weighs in.
         """
         total = 0.0
-        tasks = [task for task in self.suite.tasks if self.suite.is_fused(task, job.split)]
+        tasks = [task for task in self.suite.tasks if self.suite.is_fused(task, job.holdout)]
         if not tasks:
             raise NotApplicable("none of the suite's tasks has an expert, so there are no rows to tune on")
         is_one_scale = same_scale(self.suite.tasks[task].metric for task in tasks)
         for task in tasks:
             metric = self.suite.tasks[task].metric
-            value = score(system.answer(task, CLEAN, FIT), metric).score
+            value = score(system.predict(task, CLEAN, FIT), metric).score
             value = value if is_one_scale else math.log(max(value, 1e-9))
             total += -value if metric in LOWER else value
         return total / len(tasks)
 
 
 def _problem(error: Exception) -> dict[str, Any]:
-    """What a cell says in the place of a score."""
+    """What a cell has instead of a score."""
     if isinstance(error, NotApplicable):
         return {"status": "left out", "reason": str(error)}
     logger.debug("failed", exc_info=error)

@@ -70,8 +70,8 @@ def same_scale(metrics: Iterable[str]) -> bool:
 
 
 @dataclass(frozen=True)
-class Answered:
-    """What a model answered to the rows of a task, and what was right: values as the metric wants them, (N,) each."""
+class Predictions:
+    """A model's predictions for the rows of a task, and the references: values as the metric takes them, (N,) each."""
 
     predictions: list[Any]
     references: list[Any]
@@ -86,17 +86,17 @@ class Scored:
     n: int
 
 
-def score(answered: Answered, name: str) -> Scored:
-    """What answers are worth.
+def score(found: Predictions, name: str) -> Scored:
+    """The score of predictions.
 
     Shares have Wilson's interval, means over rows the normal one; of other metrics it is the percentile bootstrap's
     (`RESAMPLES` draws, seed 0).
 
     Args:
-        answered: answers, and what is right.
+        found: predictions and references.
         name: a key of `METRICS`.
     """
-    metric, (given, right) = METRICS[name], (answered.predictions, answered.references)
+    metric, (given, right) = METRICS[name], (found.predictions, found.references)
     if name == "spearman_text":
         given, right = _numbers(given), _numbers(right)
     n = len(given)
@@ -142,8 +142,10 @@ def _numbers(texts: Sequence[str]) -> list[float]:
 
 
 @torch.no_grad()
-def answers(model: Any, inputs: Mapping[str, Any], reads: str, tokenizer: Any = None) -> tuple[list[Any], list[Any]]:
-    """What a model makes of a batch, and what is right, as a metric wants them.
+def predict_batch(
+    model: Any, inputs: Mapping[str, Any], reads: str, tokenizer: Any = None
+) -> tuple[list[Any], list[Any]]:
+    """Predictions and references of a batch, as a metric takes them.
 
     Args:
         model: called with the inputs.
@@ -168,7 +170,7 @@ def answers(model: Any, inputs: Mapping[str, Any], reads: str, tokenizer: Any = 
 
 
 def from_logits(logits: torch.Tensor, labels: torch.Tensor, reads: str) -> tuple[list[Any], list[Any]]:
-    """A classifier's answers from its logits (N, C): the likeliest class, or the first of its numbers."""
+    """A classifier's predictions from its logits (N, C): the likeliest class, or its first output."""
     values = logits.argmax(-1) if reads == "classes" else logits[:, 0]
     return values.tolist(), labels.tolist()
 

@@ -122,8 +122,8 @@ class Question:
 
 
 @dataclass(frozen=True)
-class UnseenSplit:
-    """Experts that are fused, and other tasks that the fusion is tested on, with the heads of their own experts.
+class Holdout:
+    """Which experts are fused, and which held-out tasks they are tested on, with the heads of these tasks' own experts.
 
     Attributes:
         name: its key in the file.
@@ -152,7 +152,7 @@ class Suite:
         base: source of what the experts were made from; None where they differ.
         multitask: source of one model that was trained on all tasks at once; None where there is none.
         build: the command that makes the experts here; None where they are downloaded.
-        unseen: splits into fused and tested tasks.
+        unseen: which experts are fused, and which held-out tasks are tested.
         ask: of the kind "regression": expert → how it is asked for a score.
         about: what else its reader should know.
         path: its file.
@@ -167,7 +167,7 @@ class Suite:
     base: str | None = None
     multitask: str | None = None
     build: str | None = None
-    unseen: tuple[UnseenSplit, ...] = ()
+    unseen: tuple[Holdout, ...] = ()
     ask: Mapping[str, Question] = field(default_factory=dict)
     about: str = ""
     path: Path = SUITES
@@ -183,9 +183,9 @@ class Suite:
         """Whether its rows are pictures."""
         return self.head.endswith(("image", "image-classification", "dense-prediction"))
 
-    def is_fused(self, task: str, split: UnseenSplit) -> bool:
-        """Whether a split fuses a task's own expert, which it names by the task or by the expert."""
-        return task in split.fuse and self.tasks[task].expert is not None or self.owner(task) in split.fuse
+    def is_fused(self, task: str, holdout: Holdout) -> bool:
+        """Whether a task's own expert is fused; a holdout names it by the task or by the expert."""
+        return task in holdout.fuse and self.tasks[task].expert is not None or self.owner(task) in holdout.fuse
 
     def owner(self, task: str) -> str | None:
         """The name of the expert that was trained on a task; None for a held-out one."""
@@ -217,13 +217,13 @@ def load_suite(name: str | Path) -> Suite:
 # ---------------------------------------------------------------- reading
 
 
-def splits_named(suite: Suite, words: Sequence[str]) -> list[UnseenSplit]:
-    """Splits of a suite by name; "all" are all of them.
+def holdouts_named(suite: Suite, words: Sequence[str]) -> list[Holdout]:
+    """A suite's holdouts by name; "all" are all of them.
 
     Raises:
         FusionError: it has none of that name.
     """
-    known = {split.name: split for split in suite.unseen}
+    known = {holdout.name: holdout for holdout in suite.unseen}
     for name in words:
         if name != "all" and name not in known:
             raise FusionError(f"{suite.name} has no unseen split {name!r}", hint=", ".join(known) or "leave it out")
@@ -470,10 +470,10 @@ def _filled(template: str, task: str, where: str) -> str:
     return template.replace("{task}", task)
 
 
-def _unseen(name: str, content: object, tasks: Mapping[str, Task], path: Path) -> UnseenSplit:
+def _unseen(name: str, content: object, tasks: Mapping[str, Task], path: Path) -> Holdout:
     where = f"{path}: unseen {one_line(name)}"
     given = _checked(content, _UNSEEN, ("fuse", "test"), where)
-    split = UnseenSplit(name, *(_texts(given[key], path, where, lines=False) for key in ("fuse", "test")))
+    split = Holdout(name, *(_texts(given[key], path, where, lines=False) for key in ("fuse", "test")))
     for task in (*split.fuse, *split.test):
         if task not in tasks:
             raise FusionError(f"{where}: no task {shown(task)}", hint=f"use {', '.join(tasks)}")

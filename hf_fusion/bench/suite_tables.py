@@ -219,7 +219,7 @@ def overview_table(summary: Row) -> Table:
         "where that is said."
     )
     if any(variant != "default" for row in rows.values() for _, variant in row["by_column"]):
-        caption += " Tuned: on rows kept apart; – without a note: nothing to tune."
+        caption += " Tuned: on the validation splits; – without a note: nothing to tune."
     return _table("overview", "Methods and suites", columns, ordered, caption)
 
 

@@ -41,17 +41,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: Out) -> None:
     """Measures, and says what came out."""
-    from hf_fusion.bench.conditions import conditions
+    from hf_fusion.bench.corruptions import parse_corruptions
     from hf_fusion.bench.methods import chosen
-    from hf_fusion.bench.suite import load_suite, splits_named
+    from hf_fusion.bench.suite import holdouts_named, load_suite
 
     check_folder(args.data, "--data")
     suite = load_suite(args.suite)
     chosen([word for word in args.methods if not word.endswith(".py")] or ["all"], suite.kind)
     if missing := [word for word in args.methods if word.endswith(".py") and not Path(word).is_file()]:
         raise FusionError(f"{missing[0]} is not there", "--methods FILE.py, or the name of a method")
-    conditions(args.corruptions, suite.is_of_images)
-    splits_named(suite, args.unseen)
+    parse_corruptions(args.corruptions, suite.is_of_images)
+    holdouts_named(suite, args.unseen)
 
     start("bench.run")
     from datasets import disable_progress_bars

@@ -37,7 +37,7 @@ PHATGOOSE, ORACLE, HINDSIGHT = "PHATGOOSE", "oracle", "best in hindsight"
 
 @dataclass(frozen=True)
 class RoutingStrategy:
-    """How a router is set up to be one of the systems: for `measure_routing` and for `bench.settings.routing`.
+    """How a router is set up to be one of the systems: for `measure_routing` and for `bench.setups.routing`.
 
     Attributes:
         kind: see `SuiteSystem`.

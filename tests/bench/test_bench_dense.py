@@ -116,7 +116,7 @@ def test_scores_are_those_of_encoders_averaged_with_their_statistics(suite, cell
 def test_weights_are_shares_of_the_best_whatever_the_scale(suite, cells):
     setup = MergingSetup(load_suite(suite), suite.parent / "data", limit=4, tuned_on=8)
     found = {
-        task: [score(setup.expert_answers(own, task, "clean", "fit"), METRIC[task]).score for own in range(3)]
+        task: [score(setup.expert_predictions(own, task, "clean", "fit"), METRIC[task]).score for own in range(3)]
         for task in TASKS
     }
     shares = [[value / max(found["segmentation"]) for value in found["segmentation"]]]
@@ -149,7 +149,7 @@ def test_a_variance_below_nothing_is_none(suite):
     state = {name: tensor - 9 if name.endswith("running_var") else tensor for name, tensor in setup.base.items()}
     assert any(name.endswith("running_var") for name in state)
     assert not any(name.endswith("num_batches_tracked") for name in state)
-    answered = setup.dense(state).answer("depth", "clean", "test")
+    answered = setup.dense(state).predict("depth", "clean", "test")
     assert np.isfinite(answered.predictions).all()
 
 

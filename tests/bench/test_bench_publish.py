@@ -81,7 +81,7 @@ def test_the_command_publishes_what_load_dataset_reads(hub, api, me, cells, fres
     ).stdout
     assert f"{me}/results (new)" in out
     read = rounded(out.rpartition("rows ")[2])
-    ordered = sorted(cells, key=lambda one: one.place)
+    ordered = sorted(cells, key=lambda one: one.path)
     assert read == [rounded(json.dumps(asdict(one))) for one in ordered]
     assert Cell.from_dict(read[0]) == ordered[0]
     local = Path(api.hf_hub_download(words[-1], "cells.jsonl", repo_type="dataset"))

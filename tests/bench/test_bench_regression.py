@@ -107,10 +107,10 @@ def test_a_text_is_scored_once(made):
     setup, asked = RegressionSetup(*made, 500, 100), []
     scored = setup._scored
     setup._scored = lambda number, rows: asked.append((number, len(rows))) or scored(number, rows)
-    rows = setup.some("own").select(range(20))
+    rows = setup.sample("own").select(range(20))
     few = setup.scores(rows.select(range(5, 15)))
     assert torch.allclose(setup.scores(rows)[5:15], few)
-    setup.scores(setup.some("both").select(range(20)))
+    setup.scores(setup.sample("both").select(range(20)))
     assert asked == [(number, 10) for _ in range(2) for number in range(3)]
 
 
@@ -125,7 +125,7 @@ def test_a_long_document_loses_its_end_and_the_question_stays(setup):
 
 @torch.no_grad()
 def test_scores_are_likelihoods(setup):
-    rows = setup.some("own").select(range(5))
+    rows = setup.sample("own").select(range(5))
     found = setup.scores(rows)
     tokenizer = make_tokenizer()
     for row, scores in zip(rows, found, strict=True):
@@ -146,7 +146,7 @@ def test_fusers_agree_with_people_better_than_a_mean(setup, made):
     split = everything(made[0])
 
     def agreement(system, task):
-        return score(system.answer(task, CLEAN, TEST), "spearman").score
+        return score(system.predict(task, CLEAN, TEST), "spearman").score
 
     mean, weighted, fused = (made(setup, split, 0) for made in (simple_ensemble, weighted_ensemble, foe))
     assert agreement(fused, "own") > 0.95 and agreement(fused, "both") > 0.9

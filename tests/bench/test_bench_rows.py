@@ -11,7 +11,7 @@ from hf_fusion.assets.language_tasks import rows
 from hf_fusion.assets.rxnfp import FAMILIES, MODELS, rxnfp_folder
 from hf_fusion.bench.choices import likeliest, spread
 from hf_fusion.bench.rows import divide, ours, task_rows
-from hf_fusion.bench.scoring import Answered
+from hf_fusion.bench.scoring import Predictions
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import Task, load_suite
 from hf_fusion.errors import FusionError
@@ -158,7 +158,7 @@ def test_choices_are_the_words_or_a_column_and_several_may_be_right():
     worth = ours(rows, replace(listed, worth="worth"))
     assert [row["right"] for row in worth] == [[1, 2], [0]]
     assert len(spread(worth)) == 5
-    assert likeliest(worth, [0.3, 0.2, 0.1, 0.5, 0.4]) == Answered([2, 1], [2, 0])
+    assert likeliest(worth, [0.3, 0.2, 0.1, 0.5, 0.4]) == Predictions([2, 1], [2, 0])
 
 
 FAULTS = {

@@ -158,7 +158,7 @@ from hf_fusion.bench.cells import Cell
 write = run.write_cell
 def slowly(folder, cell):
     path = write(folder, cell)
-    print(cell.place, flush=True)
+    print(cell.path, flush=True)
     time.sleep(0.05)
     return path
 run.write_cell = slowly
@@ -187,19 +187,19 @@ def test_a_run_that_is_killed_goes_on_where_it_was(fine_tunes, merged, tmp_path)
 
 
 def test_a_technique_that_fails_says_so_and_the_others_go_on(fine_tunes, tmp_path, monkeypatch):
-    def breaks(setup, split, seed):
+    def breaks(setup, holdout, seed):
         raise ValueError("no\nmemory")
 
-    def breaks_on_topic(setup, split, seed):
+    def breaks_on_topic(setup, holdout, seed):
         system = setup.dense(setup.base)
-        answer = system.answer
+        answer = system.predict
 
-        def picky(task, condition, part):
+        def picky(task, corruption, split):
             if task == "topic":
                 raise ZeroDivisionError("not this one")
-            return answer(task, condition, part)
+            return answer(task, corruption, split)
 
-        return replace(system, answer=picky)
+        return replace(system, predict=picky)
 
     monkeypatch.setitem(METHODS, "broken", made("broken", breaks))
     monkeypatch.setitem(METHODS, "picky", made("picky", breaks_on_topic))
@@ -234,9 +234,9 @@ def test_parameters_are_tuned_on_rows_that_are_not_tested(fine_tunes, merged, tm
     suite, asked = load_suite(fine_tunes / "tiny.yaml"), []
     original = merging.MergingSetup.batches
 
-    def spied(self, task, condition="clean", part="test"):
-        asked.append(part)
-        return original(self, task, condition, part)
+    def spied(self, task, corruption="clean", split="test"):
+        asked.append(split)
+        return original(self, task, corruption, split)
 
     monkeypatch.setattr(merging.MergingSetup, "batches", spied)
     tune = run._Runner.tune
@@ -263,7 +263,7 @@ def test_parameters_are_tuned_on_rows_that_are_not_tested(fine_tunes, merged, tm
     grid = row.tune[1]
     best = again["task_arithmetic", "tuned", "mood", "clean"].parameters["scaling"]
     heights = {
-        value: runner.validation(job, row.entries["merging"](setup, job.split, 0, scaling=value))
+        value: runner.validation(job, row.entries["merging"](setup, job.holdout, 0, scaling=value))
         for value in grid[max(0, grid.index(best) - 1) : grid.index(best) + 2]
     }
     assert heights[best] == max(heights.values())

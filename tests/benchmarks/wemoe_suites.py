@@ -25,7 +25,7 @@ from typing import Any
 from datasets import Dataset
 
 from hf_fusion import WEMoEModel, adapt_routers
-from hf_fusion.bench.conditions import corrupted as under
+from hf_fusion.bench.corruptions import corrupted as under
 from hf_fusion.bench.setups.merging import MergingSetup
 from hf_fusion.demo.merging_suites import SUITES, trained_experts
 from hf_fusion.evaluation.evaluate import evaluate

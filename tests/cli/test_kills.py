@@ -67,7 +67,7 @@ def loads(folder: Path) -> str:
 def cells(folder: Path) -> dict[str, Any]:
     written = [path for path in folder.glob("results/**/*.json") if not path.name.startswith(".")]
     found = read_cells(folder / "results") if written else []
-    return {cell.place.as_posix(): (cell.status, cell.score, cell.n, cell.parameters) for cell in found}
+    return {cell.path.as_posix(): (cell.status, cell.score, cell.n, cell.parameters) for cell in found}
 
 
 def learned(folder: Path) -> dict[str, Any]:

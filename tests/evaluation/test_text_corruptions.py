@@ -7,7 +7,7 @@ from statistics import mean
 import pytest
 from datasets import Dataset
 
-from hf_fusion.bench.conditions import SEVERITIES, conditions, corrupted
+from hf_fusion.bench.corruptions import SEVERITIES, corrupted, parse_corruptions
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.image_corruptions import CORRUPTIONS
 from hf_fusion.evaluation.text_corruptions import TEXT_CORRUPTIONS, corrupt_text
@@ -95,14 +95,14 @@ def test_what_there_is_not_is_said():
 
 
 def test_conditions_are_named_by_corruption_and_severity():
-    assert conditions([], False) == []
-    assert conditions(["typos:3"], False) == ["typos:3"]
-    assert conditions(["typos"], False) == [f"typos:{severity}" for severity in SEVERITIES]
-    assert conditions(["all:2"], False) == [f"{name}:2" for name in TEXT_CORRUPTIONS]
-    assert len(conditions(["all"], False)) == 5 * len(TEXT_CORRUPTIONS)
-    assert len(conditions(["all"], True)) == 5 * len(CORRUPTIONS) == 35
-    assert conditions(["typos:3", "typos:3", "all:3"], False)[0] == "typos:3"
-    assert len(conditions(["typos:3", "all:3"], False)) == len(TEXT_CORRUPTIONS)
+    assert parse_corruptions([], False) == []
+    assert parse_corruptions(["typos:3"], False) == ["typos:3"]
+    assert parse_corruptions(["typos"], False) == [f"typos:{severity}" for severity in SEVERITIES]
+    assert parse_corruptions(["all:2"], False) == [f"{name}:2" for name in TEXT_CORRUPTIONS]
+    assert len(parse_corruptions(["all"], False)) == 5 * len(TEXT_CORRUPTIONS)
+    assert len(parse_corruptions(["all"], True)) == 5 * len(CORRUPTIONS) == 35
+    assert parse_corruptions(["typos:3", "typos:3", "all:3"], False)[0] == "typos:3"
+    assert len(parse_corruptions(["typos:3", "all:3"], False)) == len(TEXT_CORRUPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_conditions_are_named_by_corruption_and_severity():
 )
 def test_conditions_that_there_are_not(word, is_image, said):
     with pytest.raises(FusionError, match=said) as told:
-        conditions([word], is_image)
+        parse_corruptions([word], is_image)
     assert "all or" in str(told.value)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import jaccard_score, log_loss
 
-from hf_fusion.bench.scoring import Answered, same_scale, score
+from hf_fusion.bench.scoring import Predictions, same_scale, score
 from hf_fusion.training.dense import VOID, dense_loss, dense_statistics
 
 ROWS, CLASSES, HEIGHT, WIDTH = 5, 4, 6, 7
@@ -51,23 +51,23 @@ def test_pixels_without_a_label_do_not_count(channels, metric):
     outputs, labels, known = made(channels)
     loss, value = as_plainly(outputs, labels, known)
     assert float(dense_loss(outputs, labels)) == pytest.approx(loss, rel=1e-5)
-    found = score(Answered(*dense_statistics(outputs, labels)), metric)
+    found = score(Predictions(*dense_statistics(outputs, labels)), metric)
     assert (found.score, found.n) == (pytest.approx(value, rel=1e-5), ROWS)
     assert found.ci95[0] < found.score < found.ci95[1]
     outputs += (~known)[:, None] * 5.0 * torch.arange(1, channels + 1)[:, None, None]
     assert float(dense_loss(outputs, labels)) == pytest.approx(loss, rel=1e-5)
-    assert score(Answered(*dense_statistics(outputs, labels)), metric) == found
+    assert score(Predictions(*dense_statistics(outputs, labels)), metric) == found
 
 
 @pytest.mark.parametrize("channels", METRICS)
 def test_rows_without_any_label_do_not_count(channels):
     outputs, labels, _ = made(channels)
     nothing = torch.full_like(labels[:1], 0 if labels.is_floating_point() else VOID)
-    found = score(Answered(*dense_statistics(outputs, labels)), METRICS[channels])
+    found = score(Predictions(*dense_statistics(outputs, labels)), METRICS[channels])
     both = torch.cat([outputs, outputs[:1]]), torch.cat([labels, nothing])
     # sums over more rows are added up in another order: each of n numbers is rounded by half an ε
     rounding = labels.numel() * torch.finfo(torch.float32).eps
-    assert score(Answered(*dense_statistics(*both)), METRICS[channels]).score == pytest.approx(
+    assert score(Predictions(*dense_statistics(*both)), METRICS[channels]).score == pytest.approx(
         found.score, rel=rounding
     )
     assert float(dense_loss(*both)) == pytest.approx(float(dense_loss(outputs, labels)), rel=rounding)
@@ -78,9 +78,9 @@ def test_rows_without_any_label_do_not_count(channels):
 
 
 def test_errors_have_intervals_on_their_own_scale():
-    found = score(Answered([10.0, 20.0, 30.0], [1, 1, 1]), "angle")
+    found = score(Predictions([10.0, 20.0, 30.0], [1, 1, 1]), "angle")
     assert found.ci95 == (pytest.approx(20 - 1.96 * (200 / 9) ** 0.5, abs=1e-2), pytest.approx(29.24, abs=1e-2))
-    assert score(Answered([0.0, 0.0, 0.0, 1.0], [1] * 4), "absolute_error").ci95[0] == 0  # no error is less
+    assert score(Predictions([0.0, 0.0, 0.0, 1.0], [1] * 4), "absolute_error").ci95[0] == 0  # no error is less
 
 
 @pytest.mark.parametrize("channels", METRICS)

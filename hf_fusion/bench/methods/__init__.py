@@ -1,4 +1,4 @@
-"""What the benchmark compares: one decorated function for each technique, and how it is asked for.
+"""What the benchmark compares: one decorated function for each technique, chosen by name or family.
 
 Static merging methods need none: each that merges any number of models has a row by its own declaration.
 """

@@ -13,8 +13,8 @@ from hf_fusion.schema import decorated
 
 if TYPE_CHECKING:
     from hf_fusion.bench.setups.common import TaskSetup
-    from hf_fusion.bench.suite import UnseenSplit
-    from hf_fusion.bench.systems import System
+    from hf_fusion.bench.suite import Holdout
+    from hf_fusion.bench.systems import Candidate
 
 # family -> what tables call it; in the order in which tables show them
 FAMILIES = {
@@ -44,7 +44,7 @@ class Entry:
     """How a method is run on suites of one kind.
 
     Attributes:
-        function: (setup, split, seed, parameters) → `System`, or several of them by name; or where it stands in
+        function: (setup, holdout, seed, parameters) → `Candidate`, or several of them by name; or where it stands in
             this folder, "kind.name".
         kind: of the setup that the function takes.
         given: parameters that differ from the function's defaults.
@@ -54,12 +54,14 @@ class Entry:
     kind: str
     given: Mapping[str, Any] = field(default_factory=dict)
 
-    def __call__(self, setup: TaskSetup, split: UnseenSplit, seed: int, **changed: Any) -> System | dict[str, System]:
-        """The method's systems.
+    def __call__(
+        self, setup: TaskSetup, holdout: Holdout, seed: int, **changed: Any
+    ) -> Candidate | dict[str, Candidate]:
+        """The method's candidates.
 
         Args:
             setup: of any kind that `TaskSetup.of_kind` makes this entry's from.
-            split: which experts are fused.
+            holdout: which experts are fused.
             seed: of everything random.
             changed: parameters that differ from `given`.
         """
@@ -67,7 +69,7 @@ class Entry:
         if isinstance(function, str):
             module, _, name = function.rpartition(".")
             function = getattr(import_module(f"{__package__}.{module}"), name)
-        return function(setup.of_kind(self.kind), split, seed, **{**self.given, **changed})
+        return function(setup.of_kind(self.kind), holdout, seed, **{**self.given, **changed})
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def bench_method(
     """Declares a function a method of the benchmark; it may be declared several times, with other names.
 
     The function takes the task setup of a suite, which experts are fused, a seed and its own parameters, and gives the
-    `System` that comes out, or several of them by name. In this package the decorator is read from the text of the
+    `Candidate` that comes out, or several of them by name. In this package the decorator is read from the text of the
     file: its arguments must be literals, or made of what this module defines.
 
     Args:

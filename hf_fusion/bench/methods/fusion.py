@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_fusion.bench.methods.declaration import bench_method
-from hf_fusion.bench.scoring import Answered, score
+from hf_fusion.bench.scoring import Predictions, score
 from hf_fusion.bench.setups.fusion import OUTPUT, SELECTION, FusionSetup
-from hf_fusion.bench.suite import UnseenSplit
-from hf_fusion.bench.systems import CLEAN, FIT, TEST, NotApplicable, System, everything
+from hf_fusion.bench.suite import Holdout
+from hf_fusion.bench.systems import CLEAN, FIT, TEST, Candidate, NotApplicable, everything
 from hf_fusion.evaluation.baselines import max_confidence, mean_ensemble
 from hf_fusion.models.assembly_foe import normalise
 from hf_fusion.training.fuser import fit_fuser, replay
@@ -26,141 +26,144 @@ if TYPE_CHECKING:
 
 
 @bench_method()
-def experts(setup: FusionSetup, split: UnseenSplit, seed: int) -> dict[str, System]:
+def experts(setup: FusionSetup, holdout: Holdout, seed: int) -> dict[str, Candidate]:
     """Every expert that is fused, for all rows."""
-    costs, sizes = setup.costs(split)[0], setup.sizes(split)
+    costs, sizes = setup.costs(holdout)[0], setup.sizes(holdout)
     return {
-        f"expert:{name}": System(partial(setup.said, number), stored=size, active=size, cost=cost)
-        for name, number, size, cost in zip(split.fuse, setup.fused(split), sizes, costs, strict=True)
+        f"expert:{name}": Candidate(partial(setup.expert_predictions, number), stored=size, active=size, cost=cost)
+        for name, number, size, cost in zip(holdout.fuse, setup.fused(holdout), sizes, costs, strict=True)
     }
 
 
 @bench_method()
-def individual(setup: FusionSetup, split: UnseenSplit, seed: int) -> System:
-    """Every row's own expert, the oracle of FoE's paper: it is told the task."""
+def individual(setup: FusionSetup, holdout: Holdout, seed: int) -> Candidate:
+    """Every row's own expert, the oracle of FoE's paper, which knows the task."""
 
-    def answer(task: str, condition: str, part: str) -> Answered:
+    def predict(task: str, corruption: str, split: str) -> Predictions:
         owner = setup.suite.owner(task)
         if owner is None:
             raise NotApplicable("no expert was trained on it")
-        return setup.said(setup.names.index(owner), task, condition, part)
+        return setup.expert_predictions(setup.names.index(owner), task, corruption, split)
 
     sizes = setup.sizes(everything(setup.suite))
-    return System(answer, stored=setup.everyone.num_parameters(), active=max(sizes))
+    return Candidate(predict, stored=setup.all_experts.num_parameters(), active=max(sizes))
 
 
 # ---------------------------------------------------------------- ensembles
 
 
 def _ensemble(
-    setup: FusionSetup, split: UnseenSplit, combine: Callable[[torch.Tensor], torch.Tensor], **parameters: Any
-) -> System:
+    setup: FusionSetup, holdout: Holdout, combine: Callable[[torch.Tensor], torch.Tensor], **parameters: Any
+) -> Candidate:
     """One answer from the probabilities (N, K, C) of all experts."""
-    if setup.speaks:
+    if setup.is_language:
         raise NotApplicable("an ensemble of language models would have to be asked token by token")
-    fused = setup.fused(split)
+    fused = setup.fused(holdout)
 
-    def answer(task: str, condition: str, part: str) -> Answered:
-        scores = combine(setup.outputs(task, condition, part)[:, fused])
-        return setup.answered(scores, task, condition, part)
+    def predict(task: str, corruption: str, split: str) -> Predictions:
+        scores = combine(setup.outputs(task, corruption, split)[:, fused])
+        return setup.predictions(scores, task, corruption, split)
 
-    size = setup.model(split, SELECTION).num_parameters()
-    return System(answer, dict(parameters), stored=size, active=size, cost=setup.costs(split)[1])
+    size = setup.model(holdout, SELECTION).num_parameters()
+    return Candidate(predict, dict(parameters), stored=size, active=size, cost=setup.costs(holdout)[1])
 
 
 @bench_method()
-def simple_ensemble(setup: FusionSetup, split: UnseenSplit, seed: int) -> System:
+def simple_ensemble(setup: FusionSetup, holdout: Holdout, seed: int) -> Candidate:
     """The mean of all experts' probabilities."""
-    return _ensemble(setup, split, mean_ensemble)
+    return _ensemble(setup, holdout, mean_ensemble)
 
 
 @bench_method()
-def weighted_ensemble(setup: FusionSetup, split: UnseenSplit, seed: int) -> System:
-    """Their mean, with weights by how well each does on all fused tasks, on rows kept apart."""
-    if setup.speaks:
-        return simple_ensemble(setup, split, seed)  # which says why not
-    fused = setup.fused(split)
-    owned = [task for task in setup.suite.tasks if setup.suite.owner(task) in split.fuse]
+def weighted_ensemble(setup: FusionSetup, holdout: Holdout, seed: int) -> Candidate:
+    """Their mean, with weights by how well each does on the fused tasks' validation splits."""
+    if setup.is_language:
+        return simple_ensemble(setup, holdout, seed)  # which says why not
+    fused = setup.fused(holdout)
+    owned = [task for task in setup.suite.tasks if setup.suite.owner(task) in holdout.fuse]
     weights = []
     for number in fused:
-        scores = [score(setup.said(number, task, CLEAN, FIT), setup.suite.tasks[task].metric).score for task in owned]
+        scores = [
+            score(setup.expert_predictions(number, task, CLEAN, FIT), setup.suite.tasks[task].metric).score
+            for task in owned
+        ]
         weights.append(max(0.0, sum(scores) / max(len(scores), 1)))
     shares = torch.tensor(weights)[:, None] / max(sum(weights), 1e-9)
-    named = dict(zip(split.fuse, weights, strict=True))
-    return _ensemble(setup, split, lambda outputs: (outputs * shares).sum(1), weights=named)
+    named = dict(zip(holdout.fuse, weights, strict=True))
+    return _ensemble(setup, holdout, lambda outputs: (outputs * shares).sum(1), weights=named)
 
 
 @bench_method()
-def max_ensemble(setup: FusionSetup, split: UnseenSplit, seed: int) -> System:
+def max_ensemble(setup: FusionSetup, holdout: Holdout, seed: int) -> Candidate:
     """The highest probability that any expert gives a class: the class of the expert that is surest."""
-    return _ensemble(setup, split, max_confidence)
+    return _ensemble(setup, holdout, max_confidence)
 
 
 # ---------------------------------------------------------------- FoE
 
 
 @bench_method("FoE, selection", "fusion", also=("routing",), stochastic=True)
-def foe_selection(setup: FusionSetup, split: UnseenSplit, seed: int) -> System:
+def foe_selection(setup: FusionSetup, holdout: Holdout, seed: int) -> Candidate:
     """FoE that chooses an expert for each row by the embeddings of all."""
-    model, fused = setup.model(split, SELECTION), setup.fused(split)
-    rows = setup.fitting(split)
+    model, fused = setup.model(holdout, SELECTION), setup.fused(holdout)
+    rows = setup.fitting(holdout)
     by = "domain" if "expert" in rows.column_names else "loss"
     fuser = _fitted(setup, model, rows, seed, by=by)
 
     @torch.no_grad()
-    def answer(task: str, condition: str, part: str) -> Answered:
-        choice = fuser(setup.features(split, task, condition, part)).argmax(1)
-        return setup.chosen([fused[place] for place in choice.tolist()], task, condition, part)
+    def predict(task: str, corruption: str, split: str) -> Predictions:
+        choice = fuser(setup.features(holdout, task, corruption, split)).argmax(1)
+        return setup.chosen([fused[place] for place in choice.tolist()], task, corruption, split)
 
-    alone, all_of_them = setup.costs(split)
+    alone, all_of_them = setup.costs(holdout)
     size = model.num_parameters()
     # a language model answers once more; classifiers have answered with their embeddings
-    cost = all_of_them + (sum(alone) / len(alone) if setup.speaks else 0.0)
-    return System(answer, {"fitted_on": len(rows)}, stored=size, active=size, cost=cost)
+    cost = all_of_them + (sum(alone) / len(alone) if setup.is_language else 0.0)
+    return Candidate(predict, {"fitted_on": len(rows)}, stored=size, active=size, cost=cost)
 
 
 @bench_method("FoE", "fusion", stochastic=True)
-def foe(setup: FusionSetup, split: UnseenSplit, seed: int) -> System:
+def foe(setup: FusionSetup, holdout: Holdout, seed: int) -> Candidate:
     """FoE that fuses the outputs of all experts."""
-    model, rows, fuser = _output(setup, split, seed)
+    model, rows, fuser = _output(setup, holdout, seed)
 
     @torch.no_grad()
-    def answer(task: str, condition: str, part: str) -> Answered:
-        scores = fuser(_own_outputs(setup, split, task, condition, part).flatten(1))
-        return _named(setup, split, scores, task, condition, part)
+    def predict(task: str, corruption: str, split: str) -> Predictions:
+        scores = fuser(_own_outputs(setup, holdout, task, corruption, split).flatten(1))
+        return _named(setup, holdout, scores, task, corruption, split)
 
     size = model.num_parameters()
-    return System(answer, {"fitted_on": len(rows)}, stored=size, active=size, cost=setup.costs(split)[1])
+    return Candidate(predict, {"fitted_on": len(rows)}, stored=size, active=size, cost=setup.costs(holdout)[1])
 
 
 @bench_method("FrugalFoE", "fusion", stochastic=True)
-def foe_frugal(setup: FusionSetup, split: UnseenSplit, seed: int) -> System:
+def foe_frugal(setup: FusionSetup, holdout: Holdout, seed: int) -> Candidate:
     """FoE that asks one expert after the other, and stops when another one is not worth its cost."""
-    model, rows, fuser = _output(setup, split, seed, frugal=True)
+    model, rows, fuser = _output(setup, holdout, seed, frugal=True)
     policy, weight = copy.deepcopy(model.policy).to("cpu"), model.config.frugal["cost_weight"]
     shares = torch.tensor(model.config.cost_shares)
 
     @torch.no_grad()
-    def ask(task: str, condition: str, part: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return replay(policy, _own_outputs(setup, split, task, condition, part), shares, weight)
+    def ask(task: str, corruption: str, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return replay(policy, _own_outputs(setup, holdout, task, corruption, split), shares, weight)
 
     @torch.no_grad()
-    def answer(task: str, condition: str, part: str) -> Answered:
-        scores = fuser(ask(task, condition, part)[0].flatten(1))
-        return _named(setup, split, scores, task, condition, part)
+    def predict(task: str, corruption: str, split: str) -> Predictions:
+        scores = fuser(ask(task, corruption, split)[0].flatten(1))
+        return _named(setup, holdout, scores, task, corruption, split)
 
-    asked = torch.cat([((ask(task, CLEAN, TEST)[1] > 0) * shares).sum(1) for task in split.test])
+    asked = torch.cat([((ask(task, CLEAN, TEST)[1] > 0) * shares).sum(1) for task in holdout.test])
     share, size = float(asked.mean()), model.num_parameters()
     parameters = {"fitted_on": len(rows), "cost_weight": weight, "asked": share}
-    cost = share * setup.costs(split)[1]
-    return System(answer, parameters, stored=size, active=round(share * size), cost=cost)
+    cost = share * setup.costs(holdout)[1]
+    return Candidate(predict, parameters, stored=size, active=round(share * size), cost=cost)
 
 
-def _output(setup: FusionSetup, split: UnseenSplit, seed: int, **options: Any) -> tuple[Any, Dataset, Any]:
+def _output(setup: FusionSetup, holdout: Holdout, seed: int, **options: Any) -> tuple[Any, Dataset, Any]:
     """A FoE of outputs, what it was fitted on, and its fuser."""
-    if setup.speaks:
+    if setup.is_language:
         raise NotApplicable("language models are fused by choosing among them")
-    model, rows = setup.model(split, OUTPUT), setup.fitting(split)
+    model, rows = setup.model(holdout, OUTPUT), setup.fitting(holdout)
     return model, rows, _fitted(setup, model, rows, seed, **options)
 
 
@@ -170,21 +173,21 @@ def _fitted(setup: FusionSetup, model: Any, rows: Dataset, seed: int, **options:
     return copy.deepcopy(model.fuser).to("cpu").eval()
 
 
-def _own_outputs(setup: FusionSetup, split: UnseenSplit, task: str, condition: str, part: str) -> torch.Tensor:
+def _own_outputs(setup: FusionSetup, holdout: Holdout, task: str, corruption: str, split: str) -> torch.Tensor:
     """The fused experts' probabilities of the labels that they know, (N, K, C)."""
-    outputs = setup.outputs(task, condition, part)[:, setup.fused(split)]
-    return outputs[:, :, _places(setup, split)]
+    outputs = setup.outputs(task, corruption, split)[:, setup.fused(holdout)]
+    return outputs[:, :, _places(setup, holdout)]
 
 
 def _named(
-    setup: FusionSetup, split: UnseenSplit, scores: torch.Tensor, task: str, condition: str, part: str
-) -> Answered:
+    setup: FusionSetup, holdout: Holdout, scores: torch.Tensor, task: str, corruption: str, split: str
+) -> Predictions:
     """Answers from scores of the labels that the fused experts know."""
-    places = _places(setup, split)
-    return Answered([places[own] for own in scores.argmax(1).tolist()], setup.right(task, condition, part))
+    places = _places(setup, holdout)
+    return Predictions([places[own] for own in scores.argmax(1).tolist()], setup.references(task, corruption, split))
 
 
-def _places(setup: FusionSetup, split: UnseenSplit) -> list[int]:
+def _places(setup: FusionSetup, holdout: Holdout) -> list[int]:
     """Where the labels that the fused experts know lie among all."""
     known = {normalise(label): place for place, label in enumerate(setup.labels)}
-    return [known[normalise(label)] for label in setup.model(split, OUTPUT).config.id2label.values()]
+    return [known[normalise(label)] for label in setup.model(holdout, OUTPUT).config.id2label.values()]

@@ -1,6 +1,6 @@
 """How suites of the kind "merging" are fused: a function for each row of `methods.METHODS`.
 
-Each takes the task setup, which experts are fused, a seed and its own parameters, and gives the system that came out.
+Each takes the task setup, which experts are fused, a seed and its own parameters, and gives the candidate.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from hf_fusion.bench.methods.declaration import ENTROPY, LEARNING, SCALING, bench_method
-from hf_fusion.bench.scoring import METRICS, Answered, from_logits, same_scale, score
+from hf_fusion.bench.scoring import METRICS, Predictions, from_logits, same_scale, score
 from hf_fusion.bench.setups.merging import MergingSetup, State
 from hf_fusion.bench.sources import expert_path
-from hf_fusion.bench.suite import LOWER, UnseenSplit
-from hf_fusion.bench.systems import CLEAN, FIT, NotApplicable, System
+from hf_fusion.bench.suite import LOWER, Holdout
+from hf_fusion.bench.systems import CLEAN, FIT, Candidate, NotApplicable
 from hf_fusion.hub.lora import linear_sizes
 from hf_fusion.merging.engine.tensors import InMemory, Statistic
 from hf_fusion.merging.in_memory import merge_states
@@ -37,28 +37,30 @@ STATISTICS_TEXTS = 32  # of texts to write, in which every token counts
 
 
 @bench_method("Pre-trained", "floor")
-def pretrained(setup: MergingSetup, split: UnseenSplit, seed: int) -> System:
+def pretrained(setup: MergingSetup, holdout: Holdout, seed: int) -> Candidate:
     """The base under every expert's head."""
     return setup.dense(setup.base)
 
 
 @bench_method("Single expert", "expert")
-def experts(setup: MergingSetup, split: UnseenSplit, seed: int) -> dict[str, System]:
+def experts(setup: MergingSetup, holdout: Holdout, seed: int) -> dict[str, Candidate]:
     """Every expert that is fused on all tasks, under their heads."""
     whole, one = setup.sizes
     return {
-        f"expert:{name}": System(partial(setup.expert_answers, setup.names.index(name)), stored=whole, active=one)
-        for name in split.fuse
+        f"expert:{name}": Candidate(
+            partial(setup.expert_predictions, setup.names.index(name)), stored=whole, active=one
+        )
+        for name in holdout.fuse
     }
 
 
 @bench_method("Multitask-trained", "ceiling")
-def multitask(setup: MergingSetup, split: UnseenSplit, seed: int) -> System:
+def multitask(setup: MergingSetup, holdout: Holdout, seed: int) -> Candidate:
     """One model that was trained on all tasks at once."""
     source = setup.suite.multitask
     if source is None:
         raise NotApplicable("the suite names no model that was trained on all its tasks")
-    if split.fuse != tuple(setup.names):
+    if holdout.fuse != tuple(setup.names):
         raise NotApplicable("the model was trained on the tasks that are unseen here")
     from safetensors.torch import load_file
 
@@ -71,15 +73,15 @@ def multitask(setup: MergingSetup, split: UnseenSplit, seed: int) -> System:
         return model(**inputs)
 
     whole, one = setup.sizes
-    return System(partial(setup.ask, called), stored=whole, active=one)
+    return Candidate(partial(setup.predict, called), stored=whole, active=one)
 
 
 @bench_method("Individual experts", "ceiling")
-def individual(setup: MergingSetup, split: UnseenSplit, seed: int) -> System:
+def individual(setup: MergingSetup, holdout: Holdout, seed: int) -> Candidate:
     """Every task's own expert."""
     one = setup.sizes[1]
-    return System(
-        lambda task, condition, part: setup.expert_answers(setup.names.index(task), task, condition, part),
+    return Candidate(
+        lambda task, corruption, split: setup.expert_predictions(setup.names.index(task), task, corruption, split),
         stored=one * len(setup.names),
         active=one,
     )
@@ -102,9 +104,9 @@ def individual(setup: MergingSetup, split: UnseenSplit, seed: int) -> System:
     tune=SCALING,
     given={"method": "ties", "trim": "model", "ties": "all"},
 )
-def static(setup: MergingSetup, split: UnseenSplit, seed: int, method: str, **parameters: Any) -> System:
+def static(setup: MergingSetup, holdout: Holdout, seed: int, method: str, **parameters: Any) -> Candidate:
     """A merging method of `hf_fusion.merging`."""
-    row, count = MERGE_METHODS[method], len(split.fuse)
+    row, count = MERGE_METHODS[method], len(holdout.fuse)
     least, most = row.experts
     if count < least or most is not None and count > most:
         raise NotApplicable(f"{row.title} merges {least} models, here are {count}")
@@ -112,16 +114,16 @@ def static(setup: MergingSetup, split: UnseenSplit, seed: int, method: str, **pa
         raise NotApplicable(
             f"{row.title} decomposes matrices and averages all other weights, and there are only others"
         )
-    fused = [setup.states[number] for number in setup.numbers(split)]
-    given = {"statistics": _statistics(setup, split, row.statistics, seed)} if row.statistics else {}
+    fused = [setup.states[number] for number in setup.indices(holdout)]
+    given = {"statistics": _statistics(setup, holdout, row.statistics, seed)} if row.statistics else {}
     state = merge_states(method, setup.base, fused, seed=seed, **given, **parameters)
     return _scalable(setup, state, {name: row.parameters[name].default for name in row.parameters} | parameters)
 
 
-def _scalable(setup: MergingSetup, state: State, parameters: dict[str, Any]) -> System:
-    """A merge that can be scaled anew: in every method `scaling` multiplies what is added to the base."""
+def _scalable(setup: MergingSetup, state: State, parameters: dict[str, Any]) -> Candidate:
+    """A merge that can be rescaled: in every method `scaling` multiplies what is added to the base."""
 
-    def retuned(changes: Mapping[str, Any]) -> System:
+    def retuned(changes: Mapping[str, Any]) -> Candidate:
         factor = changes["scaling"] / parameters["scaling"]
         other = {name: torch.lerp(setup.base[name].float(), tensor, factor) for name, tensor in state.items()}
         return _scalable(setup, other, {**parameters, **changes})
@@ -131,56 +133,56 @@ def _scalable(setup: MergingSetup, state: State, parameters: dict[str, Any]) -> 
 
 
 @bench_method("Weighted average", "merge")
-def weighted_average(setup: MergingSetup, split: UnseenSplit, seed: int) -> System:
-    """The average with weights by how well each expert does on all fused tasks, on rows kept apart."""
-    weights = _weights(setup, split)
+def weighted_average(setup: MergingSetup, holdout: Holdout, seed: int) -> Candidate:
+    """The average with weights by how well each expert does on all fused tasks, on their validation splits."""
+    weights = _weights(setup, holdout)
     if not any(weights):
-        raise NotApplicable("no expert is right about anything on the rows kept apart")
+        raise NotApplicable("no expert is right about anything on the validation split")
     own = [{"weight": weight} for weight in weights]
-    fused = [setup.states[number] for number in setup.numbers(split)]
+    fused = [setup.states[number] for number in setup.indices(holdout)]
     state = merge_states("linear", None, fused, own=own)
-    return setup.dense(state, parameters={"weights": dict(zip(split.fuse, weights, strict=True))})
+    return setup.dense(state, parameters={"weights": dict(zip(holdout.fuse, weights, strict=True))})
 
 
-def _weights(setup: MergingSetup, split: UnseenSplit) -> list[float]:
-    """Of every fused expert its mean score over the fused tasks, on rows kept apart; 1 / score where less is better.
+def _weights(setup: MergingSetup, holdout: Holdout) -> list[float]:
+    """The mean score of every fused expert on the fused tasks' validation splits; 1 / score where less is better.
 
     Of metrics on scales of their own, scores are taken as shares of the best expert's.
     """
     suite = setup.suite
-    tasks = [task for task in suite.tasks if suite.is_fused(task, split)]
+    tasks = [task for task in suite.tasks if suite.is_fused(task, holdout)]
     if not tasks:
         raise NotApplicable("none of the suite's tasks has an expert, so there are no rows that tell which does better")
 
     def worth(number: int, task: str) -> float:
         metric = suite.tasks[task].metric
-        value = score(setup.expert_answers(number, task, CLEAN, FIT), metric).score
+        value = score(setup.expert_predictions(number, task, CLEAN, FIT), metric).score
         return 1 / value if metric in LOWER else value
 
-    worths = [[worth(number, task) for number in setup.numbers(split)] for task in tasks]
+    worths = [[worth(number, task) for number in setup.indices(holdout)] for task in tasks]
     if not same_scale(suite.tasks[task].metric for task in tasks):
         worths = [[value / max(max(own), 1e-9) for value in own] for own in worths]
     return [max(0.0, sum(own) / len(tasks)) for own in zip(*worths, strict=True)]
 
 
 @bench_method("EMR, a mask for each task", "mixture")
-def emr(setup: MergingSetup, split: UnseenSplit, seed: int) -> System:
-    """EMR: the mask and the rescaler of the task that is told; a task without an expert gets the unified model."""
-    fused, unified = [setup.states[number] for number in setup.numbers(split)], setup.dense(setup.base)
-    merged: dict[int, System] = {}
+def emr(setup: MergingSetup, holdout: Holdout, seed: int) -> Candidate:
+    """EMR: the mask and the rescaler of a row's task; a task without an expert gets the unified model."""
+    fused, unified = [setup.states[number] for number in setup.indices(holdout)], setup.dense(setup.base)
+    merged: dict[int, Candidate] = {}
 
-    def answer(task: str, condition: str, part: str) -> Answered:
-        number = split.fuse.index(task) + 1 if task in split.fuse else 0
+    def predict(task: str, corruption: str, split: str) -> Predictions:
+        number = holdout.fuse.index(task) + 1 if task in holdout.fuse else 0
         if number not in merged:
             merged.clear()  # one at a time
             merged[number] = setup.dense(merge_states("emr", setup.base, fused, expert=number))
-        return merged[number].answer(task, condition, part)
+        return merged[number].predict(task, corruption, split)
 
     masks = sum(tensor.numel() for tensor in setup.base.values()) * len(fused) // 32  # a bit each
-    return System(answer, stored=unified.stored + masks, active=unified.active)
+    return Candidate(predict, stored=unified.stored + masks, active=unified.active)
 
 
-def _statistics(setup: MergingSetup, split: UnseenSplit, kind: str, seed: int) -> list[dict[str, Statistic]]:
+def _statistics(setup: MergingSetup, holdout: Holdout, kind: str, seed: int) -> list[dict[str, Statistic]]:
     """What Fisher merging and RegMean need of every fused expert, on rows that it was not trained on."""
     from hf_fusion.training.measure import measure_fisher, measure_gram
 
@@ -192,8 +194,8 @@ def _statistics(setup: MergingSetup, split: UnseenSplit, kind: str, seed: int) -
         _check_linear(setup)
     measure: Any = {"fisher": measure_fisher, "gram": measure_gram}[kind]
     found = []
-    for number in setup.numbers(split):
-        rows = setup.kept_apart(number)
+    for number in setup.indices(holdout):
+        rows = setup.validation_rows(number)
         found.append(_readers(measure(setup.experts[number], rows, examples=_examples(setup), seed=seed)))
     return found
 
@@ -213,14 +215,14 @@ def _readers(measured: Any) -> dict[str, Statistic]:
 
 
 @bench_method("RegMean++", "data", stochastic=True)
-def regmean_pp(setup: MergingSetup, split: UnseenSplit, seed: int) -> System:
+def regmean_pp(setup: MergingSetup, holdout: Holdout, seed: int) -> Candidate:
     """RegMean++: layer by layer, with what the merged layers before hand on."""
     from hf_fusion.training.measure import measure_gram_merged
 
     _check_linear(setup)
-    rows = [setup.kept_apart(number) for number in setup.numbers(split)]
-    measured = measure_gram_merged(_fused(setup, split), rows, examples=_examples(setup), seed=seed)
-    fused = [setup.states[number] for number in setup.numbers(split)]
+    rows = [setup.validation_rows(number) for number in setup.indices(holdout)]
+    measured = measure_gram_merged(_fused(setup, holdout), rows, examples=_examples(setup), seed=seed)
+    fused = [setup.states[number] for number in setup.indices(holdout)]
     return setup.dense(merge_states("regmean", None, fused, statistics=list(map(_readers, measured))))
 
 
@@ -245,32 +247,32 @@ def regmean_pp(setup: MergingSetup, split: UnseenSplit, seed: int) -> System:
     stochastic=True,
 )
 def adamerging(
-    setup: MergingSetup, split: UnseenSplit, seed: int, granularity: str, scaling: float = 0.3, **options: Any
-) -> System:
-    """AdaMerging: coefficients learned without labels, from rows kept apart."""
-    merge = CoefficientMerge(_fused(setup, split), _base(setup), granularity, scaling)
-    return _learned(setup, split, seed, merge, learning_rate=1e-2, **options)
+    setup: MergingSetup, holdout: Holdout, seed: int, granularity: str, scaling: float = 0.3, **options: Any
+) -> Candidate:
+    """AdaMerging: coefficients learned without labels, on the validation splits."""
+    merge = CoefficientMerge(_fused(setup, holdout), _base(setup), granularity, scaling)
+    return _learned(setup, holdout, seed, merge, learning_rate=1e-2, **options)
 
 
 @bench_method("Concrete task arithmetic", "learned", given={**LEARNING, "scaling": 0.3}, stochastic=True)
-def concrete(setup: MergingSetup, split: UnseenSplit, seed: int, scaling: float = 0.3, **options: Any) -> System:
+def concrete(setup: MergingSetup, holdout: Holdout, seed: int, scaling: float = 0.3, **options: Any) -> Candidate:
     """Concrete task arithmetic: one mask for all task vectors, learned without labels."""
     from hf_fusion.training.concrete import ConcreteMerge
 
-    merge = ConcreteMerge(_fused(setup, split), _base(setup), "task", scaling)
-    return _learned(setup, split, seed, merge, learning_rate=1e-2, **options)
+    merge = ConcreteMerge(_fused(setup, holdout), _base(setup), "task", scaling)
+    return _learned(setup, holdout, seed, merge, learning_rate=1e-2, **options)
 
 
-def _learned(setup: MergingSetup, split: UnseenSplit, seed: int, merge: Any, **options: Any) -> System:
-    facts = _adapt(setup, split, merge, seed, **options)
+def _learned(setup: MergingSetup, holdout: Holdout, seed: int, merge: Any, **options: Any) -> Candidate:
+    facts = _adapt(setup, holdout, merge, seed, **options)
     with torch.no_grad():
         tensors = merge._tensors()
     state = {name: tensors.get(name, own).detach().clone() for name, own in setup.base.items()}
     return setup.dense(state, parameters=facts)
 
 
-def _adapt(setup: MergingSetup, split: UnseenSplit, model: Any, seed: int, **options: Any) -> dict[str, Any]:
-    """Adapts a model on the unlabelled rows kept apart of the fused tasks; gives what the cell tells of it."""
+def _adapt(setup: MergingSetup, holdout: Holdout, model: Any, seed: int, **options: Any) -> dict[str, Any]:
+    """Adapts a model on the fused tasks' unlabelled validation splits; returns the parameters for the cell."""
     from hf_fusion.training.routers import adapt_routers
 
     if setup.suite.head == "dense-prediction":
@@ -278,7 +280,7 @@ def _adapt(setup: MergingSetup, split: UnseenSplit, model: Any, seed: int, **opt
     if setup.suite.head in ("feature-extraction", "causal-lm", "seq2seq-lm"):
         raise NotApplicable("what is learned without labels is learned from the classes of answers, and there are none")
     model.to(setup.backbone.device)
-    rows = {task: _unlabelled(setup, task) for task in split.fuse}
+    rows = {task: _unlabelled(setup, task) for task in holdout.fuse}
     options.setdefault("learning_rate", 5e-4)
     adapted = adapt_routers(model, rows, seed=seed, **options).for_config()
     return {
@@ -292,8 +294,8 @@ def _unlabelled(setup: MergingSetup, task: str) -> Any:
     return setup.read(task, rows) if setup.suite.head == "zero-shot-image" else rows
 
 
-def _fused(setup: MergingSetup, split: UnseenSplit) -> list[Expert]:
-    return [setup.experts[number] for number in setup.numbers(split)]
+def _fused(setup: MergingSetup, holdout: Holdout) -> list[Expert]:
+    return [setup.experts[number] for number in setup.indices(holdout)]
 
 
 def _base(setup: MergingSetup) -> Any:
@@ -313,20 +315,20 @@ def _base(setup: MergingSetup) -> Any:
     stochastic=True,
 )
 def wemoe(
-    setup: MergingSetup, split: UnseenSplit, seed: int, steps: int, scaling: float = 0.3, loss: str = "expert",
+    setup: MergingSetup, holdout: Holdout, seed: int, steps: int, scaling: float = 0.3, loss: str = "expert",
     diversity: float = 1.0, batch_size: int = 16, **options: Any,
-) -> System:  # fmt: skip
-    """WEMoE: MLPs merged anew for every input, routers adapted without labels on rows kept apart."""
-    model = upscaled(_fused(setup, split), setup.start, scaling=scaling, **options)
+) -> Candidate:  # fmt: skip
+    """WEMoE: MLPs merged per input, routers adapted without labels on the validation splits."""
+    model = upscaled(_fused(setup, holdout), setup.start, scaling=scaling, **options)
     how = {"steps": steps, "loss": loss, "diversity": diversity, "batch_size": batch_size}
-    facts = _adapt(setup, split, model, seed, **how)
+    facts = _adapt(setup, holdout, model, seed, **how)
     return _mixture(setup, model, {**options, **facts})
 
 
 @bench_method("SMILE", "mixture", given={"rank": 32})
-def smile(setup: MergingSetup, split: UnseenSplit, seed: int, rank: int) -> System:
+def smile(setup: MergingSetup, holdout: Holdout, seed: int, rank: int) -> Candidate:
     """SMILE: low-rank experts chosen token by token, without training."""
-    model = upscaled(_fused(setup, split), setup.start, routing="smile", task_vectors="low-rank", rank=rank)
+    model = upscaled(_fused(setup, holdout), setup.start, routing="smile", task_vectors="low-rank", rank=rank)
     return _mixture(setup, model, {"rank": rank})
 
 
@@ -344,8 +346,8 @@ def upscaled(experts: list[Expert], base: Expert | None, **options: Any) -> Any:
         raise NotApplicable("the models have no MLPs of a known manner, and these are what is up-scaled") from error
 
 
-def _mixture(setup: MergingSetup, model: Any, parameters: dict[str, Any]) -> System:
-    """A WEMoE that answers to the tasks of all experts: heads that it lacks are those of its siblings."""
+def _mixture(setup: MergingSetup, model: Any, parameters: dict[str, Any]) -> Candidate:
+    """A WEMoE with the heads of all tasks: those that it lacks are the experts'."""
     heads = setup.merge.heads
     for path in heads:
         model.backbone.set_submodule(path, setup.backbone.get_submodule(path))
@@ -359,10 +361,10 @@ def _mixture(setup: MergingSetup, model: Any, parameters: dict[str, Any]) -> Sys
     model.config.default_task = None
     stored = sum(p.numel() for p in model.parameters())
     active = stored - (setup.sizes[0] - setup.sizes[1])
-    told = _Called(called, model)
-    return System(
-        partial(setup.ask, told), parameters=parameters, stored=stored, active=active,
-        cost=setup.relative_cost(told),
+    with_task = _Called(called, model)
+    return Candidate(
+        partial(setup.predict, with_task), parameters=parameters, stored=stored, active=active,
+        cost=setup.relative_cost(with_task),
     )  # fmt: skip
 
 
@@ -382,7 +384,7 @@ class _Called:
 Combine = Callable[[torch.Tensor], torch.Tensor]  # logits (K, N, C) → scores (N, C)
 
 
-def _ensemble(setup: MergingSetup, split: UnseenSplit, combine: Combine, **parameters: Any) -> System:
+def _ensemble(setup: MergingSetup, holdout: Holdout, combine: Combine, **parameters: Any) -> Candidate:
     if setup.suite.head in ("causal-lm", "seq2seq-lm"):
         raise NotApplicable("an ensemble of language models would have to be asked token by token")
     if setup.suite.head == "dense-prediction":
@@ -390,31 +392,31 @@ def _ensemble(setup: MergingSetup, split: UnseenSplit, combine: Combine, **param
     if setup.suite.head == "feature-extraction":
         raise NotApplicable("embeddings of several models have no common space to be averaged in")
 
-    def answer(task: str, condition: str, part: str) -> Answered:
-        found = [setup.logits(number, task, condition, part) for number in setup.numbers(split)]
+    def predict(task: str, corruption: str, split: str) -> Predictions:
+        found = [setup.logits(number, task, corruption, split) for number in setup.indices(holdout)]
         logits = combine(torch.stack([own for own, _ in found]))
-        return Answered(*from_logits(logits, found[0][1], METRICS[setup.suite.tasks[task].metric].reads))
+        return Predictions(*from_logits(logits, found[0][1], METRICS[setup.suite.tasks[task].metric].reads))
 
-    one, count = setup.sizes[1], len(split.fuse)
-    return System(answer, dict(parameters), stored=one * count, active=one * count, cost=float(count))
+    one, count = setup.sizes[1], len(holdout.fuse)
+    return Candidate(predict, dict(parameters), stored=one * count, active=one * count, cost=float(count))
 
 
 @bench_method("Simple ensemble", "ensemble")
-def simple_ensemble(setup: MergingSetup, split: UnseenSplit, seed: int) -> System:
+def simple_ensemble(setup: MergingSetup, holdout: Holdout, seed: int) -> Candidate:
     """The mean of all experts' logits under the task's head."""
-    return _ensemble(setup, split, lambda logits: logits.mean(0))
+    return _ensemble(setup, holdout, lambda logits: logits.mean(0))
 
 
 @bench_method("Weighted ensemble", "ensemble")
-def weighted_ensemble(setup: MergingSetup, split: UnseenSplit, seed: int) -> System:
-    """Their mean, with weights by how well each does on all fused tasks, on rows kept apart."""
-    weights = _weights(setup, split)
+def weighted_ensemble(setup: MergingSetup, holdout: Holdout, seed: int) -> Candidate:
+    """Their mean, with weights by how well each does on all fused tasks, on their validation splits."""
+    weights = _weights(setup, holdout)
     shares = torch.tensor(weights)[:, None, None] / max(sum(weights), 1e-9)
-    named = dict(zip(split.fuse, weights, strict=True))
-    return _ensemble(setup, split, lambda logits: (logits * shares).sum(0), weights=named)
+    named = dict(zip(holdout.fuse, weights, strict=True))
+    return _ensemble(setup, holdout, lambda logits: (logits * shares).sum(0), weights=named)
 
 
 @bench_method("Max-model predictor", "ensemble")
-def max_ensemble(setup: MergingSetup, split: UnseenSplit, seed: int) -> System:
+def max_ensemble(setup: MergingSetup, holdout: Holdout, seed: int) -> Candidate:
     """The highest logit that any expert gives a class (FusionBench's max-model predictor)."""
-    return _ensemble(setup, split, lambda logits: logits.amax(0))
+    return _ensemble(setup, holdout, lambda logits: logits.amax(0))

@@ -8,10 +8,10 @@ import torch
 from transformers import set_seed
 
 from hf_fusion.bench.methods.declaration import bench_method
-from hf_fusion.bench.scoring import Answered, score
+from hf_fusion.bench.scoring import Predictions, score
 from hf_fusion.bench.setups.regression import HIDDEN, LEARNING_RATE, RegressionSetup
-from hf_fusion.bench.suite import UnseenSplit
-from hf_fusion.bench.systems import CLEAN, FIT, System
+from hf_fusion.bench.suite import Holdout
+from hf_fusion.bench.systems import CLEAN, FIT, Candidate
 from hf_fusion.models.fuser_foe import Fuser
 from hf_fusion.training.fuser import train_fuser
 
@@ -20,26 +20,26 @@ if TYPE_CHECKING:
 
 
 @bench_method()
-def experts(setup: RegressionSetup, split: UnseenSplit, seed: int) -> dict[str, System]:
+def experts(setup: RegressionSetup, holdout: Holdout, seed: int) -> dict[str, Candidate]:
     """Every expert's own scores."""
 
-    def alone(number: int) -> System:
+    def alone(number: int) -> Candidate:
         size = setup.experts[number].model.num_parameters()
         facts = {"stored": size, "active": size, "cost": setup.costs[number]}
-        return setup.system(lambda scores, task: scores[:, number], **facts)
+        return setup.candidate(lambda scores, task: scores[:, number], **facts)
 
     return {f"expert:{expert.name}": alone(number) for number, expert in enumerate(setup.experts)}
 
 
 @bench_method()
-def simple_ensemble(setup: RegressionSetup, split: UnseenSplit, seed: int) -> System:
-    """The mean of all scores, each with mean 0 and variance 1 over the rows kept apart."""
-    return setup.system(lambda scores, task: _standard(setup, scores, task).mean(1))
+def simple_ensemble(setup: RegressionSetup, holdout: Holdout, seed: int) -> Candidate:
+    """The mean of all scores, each with mean 0 and variance 1 over the validation split."""
+    return setup.candidate(lambda scores, task: _standard(setup, scores, task).mean(1))
 
 
 @bench_method()
-def weighted_ensemble(setup: RegressionSetup, split: UnseenSplit, seed: int) -> System:
-    """The same, with weights by how well each expert agrees with people on the rows kept apart."""
+def weighted_ensemble(setup: RegressionSetup, holdout: Holdout, seed: int) -> Candidate:
+    """The same, with weights by how well each expert agrees with people on the validation split."""
     weights = {
         task: [max(0.0, _agreement(setup, task, number)) for number in range(len(setup.experts))]
         for task in setup.suite.tasks
@@ -48,11 +48,11 @@ def weighted_ensemble(setup: RegressionSetup, split: UnseenSplit, seed: int) -> 
     def combine(scores: torch.Tensor, task: str) -> torch.Tensor:
         return _standard(setup, scores, task) @ torch.tensor(weights[task])
 
-    return setup.system(combine, parameters={f"weights, {task}": own for task, own in weights.items()})
+    return setup.candidate(combine, parameters={f"weights, {task}": own for task, own in weights.items()})
 
 
 @bench_method()
-def foe(setup: RegressionSetup, split: UnseenSplit, seed: int) -> System:
+def foe(setup: RegressionSetup, holdout: Holdout, seed: int) -> Candidate:
     """FoE for regression: for each task a fuser of all scores."""
     fusers, rows = {}, 0
     for task in setup.suite.tasks:
@@ -69,13 +69,13 @@ def foe(setup: RegressionSetup, split: UnseenSplit, seed: int) -> System:
     def combine(scores: torch.Tensor, task: str) -> torch.Tensor:
         return fusers[task](_standard(setup, scores, task)).squeeze(1)
 
-    return setup.system(combine, parameters={"fitted_on": rows})
+    return setup.candidate(combine, parameters={"fitted_on": rows})
 
 
 def _agreement(setup: RegressionSetup, task: str, number: int) -> float:
     """An expert's rank correlation with people on the rows that parameters are tuned on."""
-    rows = setup.some(task, CLEAN, FIT)
-    given = Answered(setup.scores(rows)[:, number].tolist(), list(rows["label"]))
+    rows = setup.sample(task, CLEAN, FIT)
+    given = Predictions(setup.scores(rows)[:, number].tolist(), list(rows["label"]))
     return score(given, setup.suite.tasks[task].metric).score
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fusion.bench.methods import merging
 from hf_fusion.bench.methods.declaration import bench_method
-from hf_fusion.bench.scoring import METRICS, Answered, answers
+from hf_fusion.bench.scoring import METRICS, Predictions, predict_batch
 from hf_fusion.bench.setups.routing import HEADS, TOP_K, RoutingSetup
-from hf_fusion.bench.suite import UnseenSplit
-from hf_fusion.bench.systems import NotApplicable, System, everything, share_batches
+from hf_fusion.bench.suite import Holdout
+from hf_fusion.bench.systems import Candidate, NotApplicable, everything, share_batches
 from hf_fusion.evaluation.routing import (
     PHATGOOSE,
     STRATEGIES,
@@ -27,39 +27,41 @@ if TYPE_CHECKING:
 
 
 @bench_method()
-def pretrained(setup: RoutingSetup, split: UnseenSplit, seed: int) -> System:
+def pretrained(setup: RoutingSetup, holdout: Holdout, seed: int) -> Candidate:
     """The base alone."""
     if setup.has_heads:
         raise NotApplicable(HEADS)
     way = STRATEGIES["base"]
-    return setup.system(setup.evaluation(everything(setup.suite)), way, stored=setup.size, active=setup.size)
+    return setup.candidate(setup.evaluation(everything(setup.suite)), way, stored=setup.size, active=setup.size)
 
 
 @bench_method()
-def experts(setup: RoutingSetup, split: UnseenSplit, seed: int) -> dict[str, System]:
+def experts(setup: RoutingSetup, holdout: Holdout, seed: int) -> dict[str, Candidate]:
     """Every expert that is fused, for everything: merged into the base it costs what the base does."""
-    evaluation, size = setup.evaluation(split), setup.size
+    evaluation, size = setup.evaluation(holdout), setup.size
     return {
-        f"expert:{name}": setup.system(
+        f"expert:{name}": setup.candidate(
             evaluation, RoutingStrategy("expert", within=partial(alone, setup.names[number])), stored=size, active=size
         )
-        for name, number in zip(split.fuse, setup.numbers(split), strict=True)
+        for name, number in zip(holdout.fuse, setup.indices(holdout), strict=True)
     }
 
 
 @bench_method()
-def individual(setup: RoutingSetup, split: UnseenSplit, seed: int) -> System:
-    """Every task's own expert, of which PHATGOOSE's paper speaks as the oracle: it is told the task."""
+def individual(setup: RoutingSetup, holdout: Holdout, seed: int) -> Candidate:
+    """Every task's own expert, of which PHATGOOSE's paper is_language as the oracle: it is told the task."""
     evaluation = setup.evaluation(everything(setup.suite))
 
-    def answer(task: str, condition: str, part: str) -> Answered:
+    def predict(task: str, corruption: str, split: str) -> Predictions:
         owner = setup.suite.owner(task)
         if owner is None:
             raise NotApplicable("no expert was trained on it")
-        return setup.ask(evaluation, RoutingStrategy("oracle", within=partial(alone, owner)), task, condition, part)
+        return setup.predict(
+            evaluation, RoutingStrategy("oracle", within=partial(alone, owner)), task, corruption, split
+        )
 
-    return System(
-        answer,
+    return Candidate(
+        predict,
         stored=setup.size + setup.adapter_size(range(len(setup.names))),
         active=setup.size + setup.adapter_size([0]),
         cost=setup.cost(evaluation, RoutingStrategy("oracle", within=partial(alone, setup.names[0]))),
@@ -85,18 +87,18 @@ def individual(setup: RoutingSetup, split: UnseenSplit, seed: int) -> System:
 )
 @bench_method("Arrow", "routing", name="arrow", also=("fusion",), given={"way": "Arrow"})
 @bench_method("Uniform routing", "routing", name="uniform", also=("fusion",), given={"way": "uniform"}, stochastic=True)
-def routed(setup: RoutingSetup, split: UnseenSplit, seed: int, way: str, examples: int = 0) -> System:
-    """A way to route.
+def routed(setup: RoutingSetup, holdout: Holdout, seed: int, way: str, examples: int = 0) -> Candidate:
+    """A routing strategy.
 
     Args:
         way: a key of `hf_fusion.evaluation.routing.STRATEGIES`.
         examples: rows that each expert was trained on, where it looks at them.
     """
-    numbers = setup.numbers(split)
+    numbers = setup.indices(holdout)
     without = [setup.names[number] for number in numbers if setup.experts[number].gates is None]
     if way == PHATGOOSE and without:
         raise NotApplicable(f"{without[0]} has no gates")
-    evaluation, own, retrieves = setup.evaluation(split, seed, examples), STRATEGIES[way], way == "retrieval"
+    evaluation, own, retrieves = setup.evaluation(holdout, seed, examples), STRATEGIES[way], way == "retrieval"
     router = evaluation.router(own.router)
     size, each = setup.size, setup.adapter_size(numbers) / len(numbers)
     gates = router.summary()["expert_parameters"] - setup.adapter_size(numbers)
@@ -106,7 +108,7 @@ def routed(setup: RoutingSetup, split: UnseenSplit, seed: int, way: str, example
     else:
         extra = 0 if way == "uniform" else gates
     asks = min(1 if retrieves else TOP_K, len(numbers))
-    return setup.system(
+    return setup.candidate(
         evaluation,
         own,
         parameters={"examples": examples} if examples else {"top_k": TOP_K, "temperature": 1.0},
@@ -116,34 +118,36 @@ def routed(setup: RoutingSetup, split: UnseenSplit, seed: int, way: str, example
     )
 
 
-def _merged(setup: RoutingSetup, by: Callable[..., System], split: UnseenSplit, seed: int, **parameters: Any) -> System:
+def _merged(
+    setup: RoutingSetup, by: Callable[..., Candidate], holdout: Holdout, seed: int, **parameters: Any
+) -> Candidate:
     """The experts as whole models, merged by a function of `methods.merging`; what no adapter changes stays."""
     if setup.has_heads:
         raise NotApplicable(HEADS)
-    return by(setup, split, seed, **parameters)
+    return by(setup, holdout, seed, **parameters)
 
 
 @bench_method(name="ties_sum", given={"method": "ties", "merge": "sum", "scaling": 0.3})
 @bench_method(name="ties_model", given={"method": "ties", "trim": "model", "ties": "all"})
-def static(setup: RoutingSetup, split: UnseenSplit, seed: int, **parameters: Any) -> System:
+def static(setup: RoutingSetup, holdout: Holdout, seed: int, **parameters: Any) -> Candidate:
     """A merging method of `hf_fusion.merging`."""
-    return _merged(setup, merging.static, split, seed, **parameters)
+    return _merged(setup, merging.static, holdout, seed, **parameters)
 
 
 @bench_method()
-def weighted_average(setup: RoutingSetup, split: UnseenSplit, seed: int) -> System:
+def weighted_average(setup: RoutingSetup, holdout: Holdout, seed: int) -> Candidate:
     """The average, weighted by each expert's score on the validation split."""
-    return _merged(setup, merging.weighted_average, split, seed)
+    return _merged(setup, merging.weighted_average, holdout, seed)
 
 
 @bench_method()
-def regmean_pp(setup: RoutingSetup, split: UnseenSplit, seed: int) -> System:
+def regmean_pp(setup: RoutingSetup, holdout: Holdout, seed: int) -> Candidate:
     """RegMean++ of the experts as whole models."""
-    return _merged(setup, merging.regmean_pp, split, seed)
+    return _merged(setup, merging.regmean_pp, holdout, seed)
 
 
 @bench_method()
-def emr(setup: RoutingSetup, split: UnseenSplit, seed: int) -> System:
+def emr(setup: RoutingSetup, holdout: Holdout, seed: int) -> Candidate:
     """EMR has a mask for each task.
 
     Raises:
@@ -153,7 +157,7 @@ def emr(setup: RoutingSetup, split: UnseenSplit, seed: int) -> System:
 
 
 @bench_method(given={"rank": 32})
-def smile(setup: RoutingSetup, split: UnseenSplit, seed: int, rank: int) -> System:
+def smile(setup: RoutingSetup, holdout: Holdout, seed: int, rank: int) -> Candidate:
     """SMILE: the MLPs' updates chosen token by token without training; all else is merged.
 
     Args:
@@ -161,16 +165,16 @@ def smile(setup: RoutingSetup, split: UnseenSplit, seed: int, rank: int) -> Syst
     """
     if setup.has_heads:
         raise NotApplicable(HEADS)
-    fused = [setup.experts[number] for number in setup.numbers(split)]
+    fused = [setup.experts[number] for number in setup.indices(holdout)]
     options = {"routing": "smile", "task_vectors": "low-rank", "rank": rank}
     model = merging.upscaled(fused, None, **options).to(setup.device)
     evaluation, tokenizer = setup.evaluation(everything(setup.suite)), setup.experts[0].processor
 
-    def answer(task: str, condition: str, part: str) -> Answered:
+    def predict(task: str, corruption: str, split: str) -> Predictions:
         reads = METRICS[setup.suite.tasks[task].metric].reads
-        batches = setup.batches(evaluation, task, condition, part)
-        found = share_batches(batches, lambda inputs: answers(model, inputs, reads, tokenizer))
-        return setup.settled(found, task, setup.some(task, condition, part))
+        batches = setup.batches(evaluation, task, corruption, split)
+        found = share_batches(batches, lambda inputs: predict_batch(model, inputs, reads, tokenizer))
+        return setup.reduced(found, task, setup.sample(task, corruption, split))
 
     size = sum(parameter.numel() for parameter in model.parameters())
-    return System(answer, {"rank": rank}, stored=size, active=size, cost=setup.relative_cost(model))
+    return Candidate(predict, {"rank": rank}, stored=size, active=size, cost=setup.relative_cost(model))

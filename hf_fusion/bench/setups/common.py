@@ -1,4 +1,4 @@
-"""What the suites of every kind have in common: rows of tasks, under conditions, for testing or for fitting."""
+"""What the suites of every kind have in common: rows of tasks, clean or corrupted, for testing or for fitting."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_fusion.bench.choices import likeliest, spread
-from hf_fusion.bench.conditions import corrupted
+from hf_fusion.bench.corruptions import corrupted
 from hf_fusion.bench.rows import Rows, task_rows
-from hf_fusion.bench.scoring import METRICS, Answered
+from hf_fusion.bench.scoring import METRICS, Predictions
 from hf_fusion.bench.suite import Suite
 from hf_fusion.bench.systems import CLEAN, FIT, TEST
 from hf_fusion.training.batches import Examples, like_lengths
@@ -75,28 +75,28 @@ class TaskSetup:
             self._others[kind] = TaskSetup.kinds[kind](*self.given)
         return self._others[kind]
 
-    def some(self, task: str, condition: str = CLEAN, part: str = TEST) -> Dataset:
-        """The rows of a task that are asked, in an order of chance that is always the same."""
-        rows = getattr(self.rows(task), part)
-        rows = rows.shuffle(seed=0).select(range(min(self._limits[part], len(rows))))
-        return corrupted(rows, condition)
+    def sample(self, task: str, corruption: str = CLEAN, split: str = TEST) -> Dataset:
+        """A random sample of a task's rows, at most as many as the run allows; always the same one."""
+        rows = getattr(self.rows(task), split)
+        rows = rows.shuffle(seed=0).select(range(min(self._limits[split], len(rows))))
+        return corrupted(rows, corruption)
 
-    def asked(self, task: str, rows: Dataset) -> Dataset:
-        """Rows as a model is asked them: where answers are ranked, once for each choice."""
+    def inputs_of(self, task: str, rows: Dataset) -> Dataset:
+        """The inputs that rows become: one for each choice where choices are ranked, else the rows themselves."""
         return spread(rows) if self._ranks(task) else rows
 
-    def settled(self, found: Answered, task: str, rows: Dataset) -> Answered:
-        """What was answered to rows as they were asked, row by row."""
-        return likeliest(rows, found.predictions) if self._ranks(task) else found
+    def reduced(self, predictions: Predictions, task: str, rows: Dataset) -> Predictions:
+        """Predictions for `inputs_of` rows, reduced to one for each row."""
+        return likeliest(rows, predictions.predictions) if self._ranks(task) else predictions
 
     def _ranks(self, task: str) -> bool:
         return METRICS[self.suite.tasks[task].metric].reads == "ranks"
 
     def collated(self, read: Examples) -> list[Batch]:
-        """(row numbers, inputs with labels) each, those of like length together, where models run."""
+        """(row indices, inputs with labels) each, rows of similar length together, on the device of the models."""
         return [
-            (numbers, on_device(read.collate([read.rows[number] for number in numbers]), self.device))
-            for numbers in like_lengths(read.rows, self.batch_size)
+            (indices, on_device(read.collate([read.rows[index] for index in indices]), self.device))
+            for indices in like_lengths(read.rows, self.batch_size)
         ]
 
 

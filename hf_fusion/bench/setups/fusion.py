@@ -1,7 +1,7 @@
-"""Suites of the kind "fusion": experts of several domains whose rows are pooled; which domain a row is of, nothing
-is told. A cell's score is that of its task's rows within the pool.
+"""Suites of the kind "fusion": experts of several domains whose rows are pooled; a row's domain is
+unknown. A cell's score is that of its task's rows within the pool.
 
-All experts are asked once, and what they say is kept: every method is a way to make one answer of it.
+All experts predict once, and their outputs are kept: every method combines them into one prediction.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_fusion.bench.scoring import METRICS, Answered, answers
+from hf_fusion.bench.scoring import METRICS, Predictions, predict_batch
 from hf_fusion.bench.setups.common import MAX_LENGTH, ROWS_COUNTED, TaskSetup, multiplications
 from hf_fusion.bench.sources import expert_path
-from hf_fusion.bench.suite import Suite, UnseenSplit
+from hf_fusion.bench.suite import Holdout, Suite
 from hf_fusion.bench.systems import CLEAN, TEST, NotApplicable, share_batches
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.load import load_experts
@@ -40,7 +40,7 @@ LANGUAGE = ("causal-lm", "seq2seq-lm")
 
 
 class FusionSetup(TaskSetup, kind="fusion"):
-    """Experts, and what they say to the rows of each task.
+    """Experts, and their outputs for the rows of each task.
 
     Args:
         suite: of the kind "fusion".
@@ -48,7 +48,7 @@ class FusionSetup(TaskSetup, kind="fusion"):
 
     Attributes:
         experts: all of the suite, under its names.
-        labels: of classifiers all labels, each once, in their order; and of each expert the places of its own.
+        labels: of classifiers all labels, each once, in their order; and for each expert the indices of its own.
     """
 
     def __init__(
@@ -61,15 +61,15 @@ class FusionSetup(TaskSetup, kind="fusion"):
         loaded = load_experts(sources, base=base, gates=False, allow_pickle=allow_pickle)
         self.experts = [replace(own, name=name) for name, own in zip(suite.experts, loaded, strict=True)]
         self.names = [expert.name for expert in self.experts]
-        self.speaks = suite.head in LANGUAGE
-        if not self.speaks:
+        self.is_language = suite.head in LANGUAGE
+        if not self.is_language:
             self.experts = [self._labelled(expert) for expert in self.experts]
             self.labels, self._places = fuse_labels(self.experts, OUTPUT)
         self._models: dict[tuple[tuple[str, ...], str], Any] = {}
         self._rows: dict[tuple[str, str, str], Dataset] = {}
         self._outputs: dict[tuple[str, str, str], torch.Tensor] = {}
         self._features: dict[Any, torch.Tensor] = {}
-        self._said: dict[Any, Answered] = {}
+        self._predictions: dict[Any, Predictions] = {}
         self._fitting: dict[tuple[str, ...], Dataset] = {}
 
     def _labelled(self, expert: Expert) -> Expert:
@@ -91,16 +91,16 @@ class FusionSetup(TaskSetup, kind="fusion"):
             raise NotApplicable("routes among adapters of one base, and these are models of their own")
         return super().of_kind(kind)
 
-    def fused(self, split: UnseenSplit) -> list[int]:
-        """Which experts a split fuses."""
-        owners = (name if name in self.names else self.suite.owner(name) for name in split.fuse)
+    def fused(self, holdout: Holdout) -> list[int]:
+        """Indices of the experts that are fused."""
+        owners = (name if name in self.names else self.suite.owner(name) for name in holdout.fuse)
         return [self.names.index(owner) for owner in owners if owner]
 
-    def model(self, split: UnseenSplit, mode: str) -> Any:
-        """A FoE of the experts that a split fuses; its fuser is still to be fitted."""
-        key = (split.fuse, mode)
+    def model(self, holdout: Holdout, mode: str) -> Any:
+        """A FoE of the fused experts, whose fuser is not fitted yet."""
+        key = (holdout.fuse, mode)
         if key not in self._models:
-            experts = [self.experts[number] for number in self.fused(split)]
+            experts = [self.experts[number] for number in self.fused(holdout)]
             try:
                 model: Any = FoEModel.from_experts(experts, mode=mode, fuser_hidden=HIDDEN[mode])
             except ValueError as error:  # a family, which knows nothing of this package, raises these
@@ -109,46 +109,46 @@ class FusionSetup(TaskSetup, kind="fusion"):
         return self._models[key]
 
     @property
-    def everyone(self) -> Any:
-        """A FoE of all experts: who is asked."""
-        return self.model(UnseenSplit("", tuple(self.names), ()), SELECTION)
+    def all_experts(self) -> Any:
+        """A FoE of all experts, whose outputs are collected."""
+        return self.model(Holdout("", tuple(self.names), ()), SELECTION)
 
     # ---------------------------------------------------------------- rows
 
-    def pool(self, task: str, condition: str = CLEAN, part: str = TEST) -> Dataset:
+    def pool(self, task: str, corruption: str = CLEAN, split: str = TEST) -> Dataset:
         """The rows of a task as they lie in the pool: labels by name, short ones first."""
-        key = (task, condition, part)
+        key = (task, corruption, split)
         if key not in self._rows:
-            self._rows[key] = by_length(self._plain(task, self.some(task, condition, part)))
+            self._rows[key] = by_length(self._plain(task, self.sample(task, corruption, split)))
         return self._rows[key]
 
-    def fitting(self, split: UnseenSplit) -> Dataset:
-        """Rows of all fused tasks that a fuser may learn from, with the expert of each where one is its own."""
+    def fitting(self, holdout: Holdout) -> Dataset:
+        """Validation rows of all fused tasks, for the fuser, with the expert of each row where its task has one."""
         from datasets import concatenate_datasets
 
-        if split.fuse in self._fitting:
-            return self._fitting[split.fuse]
-        fused = {self.names[number] for number in self.fused(split)}
+        if holdout.fuse in self._fitting:
+            return self._fitting[holdout.fuse]
+        fused = {self.names[number] for number in self.fused(holdout)}
         owned = [task for task in self.suite.tasks if self.suite.owner(task) in fused]
-        parts, most = [], FIT_TEXTS if self.speaks else FIT_ROWS
-        for task in owned or list(split.test):
+        parts, most = [], FIT_TEXTS if self.is_language else FIT_ROWS
+        for task in owned or list(holdout.test):
             rows = self.rows(task).fit.shuffle(seed=0)
             rows = self._plain(task, rows.select(range(min(most, len(rows)))))
             if owned:
                 rows = rows.add_column("expert", [self.suite.owner(task)] * len(rows))
-            elif self.speaks and METRICS[self.suite.tasks[task].metric].reads in ("targets", "ranks"):
-                rows = self._told_by_answers(task, rows, self.fused(split))
+            elif self.is_language and METRICS[self.suite.tasks[task].metric].reads in ("targets", "ranks"):
+                rows = self._with_best_expert(task, rows, self.fused(holdout))
             parts.append(rows.select_columns([name for name in rows.column_names if name not in ("choices", "right")]))
         if not sum(map(len, parts)):
             raise NotApplicable("no expert is right about any of the rows that a fuser would learn from")
-        self._fitting[split.fuse] = by_length(concatenate_datasets([own for own in parts if len(own)]))
-        return self._fitting[split.fuse]
+        self._fitting[holdout.fuse] = by_length(concatenate_datasets([own for own in parts if len(own)]))
+        return self._fitting[holdout.fuse]
 
     def _plain(self, task: str, rows: Dataset) -> Dataset:
         """Columns that the rows of all tasks have."""
         from datasets import Value
 
-        if self.speaks:
+        if self.is_language:
             return rows.select_columns(
                 [name for name in ("prompt", "target", "choices", "right") if name in rows.column_names]
             )
@@ -167,77 +167,77 @@ class FusionSetup(TaskSetup, kind="fusion"):
     def _has_pairs(self, task: str) -> bool:
         return "text_pair" in self.rows(task).test.column_names
 
-    # ---------------------------------------------------------------- what experts say
+    # ---------------------------------------------------------------- outputs of experts
 
-    def outputs(self, task: str, condition: str, part: str) -> torch.Tensor:
+    def outputs(self, task: str, corruption: str, split: str) -> torch.Tensor:
         """Probabilities of all labels by all experts, (N, K, C); what an expert does not know has 0."""
-        key = (task, condition, part)
+        key = (task, corruption, split)
         if key not in self._outputs:
-            self._listen(key)
+            self._collect(key)
         return self._outputs[key]
 
-    def features(self, split: UnseenSplit, task: str, condition: str, part: str) -> torch.Tensor:
+    def features(self, holdout: Holdout, task: str, corruption: str, split: str) -> torch.Tensor:
         """The fused experts' embeddings side by side, (N, Σd)."""
-        key = (task, condition, part)
+        key = (task, corruption, split)
         if key not in self._features:
-            self._listen(key)
-        sizes = [expert["feature_size"] for expert in self.everyone.config.experts]
+            self._collect(key)
+        sizes = [expert["feature_size"] for expert in self.all_experts.config.experts]
         parts = self._features[key].split(sizes, 1)
-        return torch.cat([parts[number] for number in self.fused(split)], 1)
+        return torch.cat([parts[number] for number in self.fused(holdout)], 1)
 
-    def _listen(self, key: tuple[str, str, str]) -> None:
+    def _collect(self, key: tuple[str, str, str]) -> None:
         rows = self.pool(*key)
-        asked = rows if self.speaks else rows.remove_columns("label")
-        heard = collect_outputs(self.everyone, asked, batch_size=self.batch_size)
-        self._features[key] = heard.features
-        if heard.outputs is None:
+        asked = rows if self.is_language else rows.remove_columns("label")
+        collected = collect_outputs(self.all_experts, asked, batch_size=self.batch_size)
+        self._features[key] = collected.features
+        if collected.outputs is None:
             return
         # labels of one name are one label here; among experts that are chosen from, each has its own
-        placed = torch.zeros(len(heard), len(self.names), len(self.labels))
-        for number, (row, places) in enumerate(zip(self.everyone.config.experts, self._places, strict=True)):
-            placed[:, number].index_add_(1, torch.tensor(places), heard.outputs[:, number, row["label_map"]])
+        placed = torch.zeros(len(collected), len(self.names), len(self.labels))
+        for number, (row, places) in enumerate(zip(self.all_experts.config.experts, self._places, strict=True)):
+            placed[:, number].index_add_(1, torch.tensor(places), collected.outputs[:, number, row["label_map"]])
         self._outputs[key] = placed
 
-    def right(self, task: str, condition: str, part: str) -> list[int]:
-        """Places of the right labels.
+    def references(self, task: str, corruption: str, split: str) -> list[int]:
+        """Indices of the right labels.
 
         Raises:
             NotApplicable: no expert knows one of them.
         """
-        known = {normalise(label): place for place, label in enumerate(self.labels)}
-        names = list(self.pool(task, condition, part)["label"])
+        known = {normalise(label): index for index, label in enumerate(self.labels)}
+        names = list(self.pool(task, corruption, split)["label"])
         if unknown := sorted({name for name in names if normalise(name) not in known}):
             raise NotApplicable(f"no expert knows the class {unknown[0]!r}")
         return [known[normalise(name)] for name in names]
 
-    def answered(self, scores: torch.Tensor, task: str, condition: str, part: str) -> Answered:
-        """Answers from scores of all labels, (N, C)."""
-        return Answered(scores.argmax(1).tolist(), self.right(task, condition, part))
+    def predictions(self, scores: torch.Tensor, task: str, corruption: str, split: str) -> Predictions:
+        """Predictions from scores of all labels, (N, C)."""
+        return Predictions(scores.argmax(1).tolist(), self.references(task, corruption, split))
 
-    def said(self, expert: int, task: str, condition: str, part: str) -> Answered:
-        """What one expert answers."""
-        if not self.speaks:
-            return self.answered(self.outputs(task, condition, part)[:, expert], task, condition, part)
-        key = (expert, task, condition, part)
-        if key not in self._said:
-            self._said[key] = self._spoken(expert, task, self.pool(task, condition, part))
-        return self._said[key]
+    def expert_predictions(self, expert: int, task: str, corruption: str, split: str) -> Predictions:
+        """Predictions of one expert."""
+        if not self.is_language:
+            return self.predictions(self.outputs(task, corruption, split)[:, expert], task, corruption, split)
+        key = (expert, task, corruption, split)
+        if key not in self._predictions:
+            self._predictions[key] = self._generated(expert, task, self.pool(task, corruption, split))
+        return self._predictions[key]
 
-    def _spoken(self, expert: int, task: str, rows: Dataset) -> Answered:
-        """What a language model answers to rows of a task."""
+    def _generated(self, expert: int, task: str, rows: Dataset) -> Predictions:
+        """Predictions of a language model for rows of a task."""
         reads, own = METRICS[self.suite.tasks[task].metric].reads, self.experts[expert]
-        speaker = _Speaker(self.everyone, expert)
-        reader = Expert(own.name, speaker.model, processor=own.processor)
-        batches = self.collated(read_examples(reader, self.asked(task, rows), MAX_LENGTH))
-        found = share_batches(batches, lambda inputs: answers(speaker, inputs, reads, own.processor))
-        return self.settled(found, task, rows)
+        model = _ExpertModel(self.all_experts, expert)
+        reader = Expert(own.name, model.model, processor=own.processor)
+        batches = self.collated(read_examples(reader, self.inputs_of(task, rows), MAX_LENGTH))
+        found = share_batches(batches, lambda inputs: predict_batch(model, inputs, reads, own.processor))
+        return self.reduced(found, task, rows)
 
-    def _told_by_answers(self, task: str, rows: Dataset, fused: list[int]) -> Dataset:
-        """Rows that some expert answers right, and which: of several the one that is right most often.
+    def _with_best_expert(self, task: str, rows: Dataset, fused: list[int]) -> Dataset:
+        """Rows that some expert answers right, and which expert: where several do, the one that is right most often.
 
         Losses of different vocabularies do not compare.
         """
-        found = {self.names[number]: self._spoken(number, task, rows) for number in fused}
+        found = {self.names[number]: self._generated(number, task, rows) for number in fused}
         right = {
             name: [given == wanted for given, wanted in zip(own.predictions, own.references, strict=True)]
             for name, own in found.items()
@@ -247,42 +247,42 @@ class FusionSetup(TaskSetup, kind="fusion"):
         kept = [row for row, owner in enumerate(owners) if owner]
         return rows.select(kept).add_column("expert", [owners[row] for row in kept])
 
-    def chosen(self, choice: Sequence[int], task: str, condition: str, part: str) -> Answered:
-        """For each row what the expert says that was chosen for it."""
-        by_expert = {number: self.said(number, task, condition, part) for number in set(choice)}
+    def chosen(self, choice: Sequence[int], task: str, corruption: str, split: str) -> Predictions:
+        """For each row the prediction of the expert that was chosen for it."""
+        by_expert = {number: self.expert_predictions(number, task, corruption, split) for number in set(choice)}
         given = [by_expert[number].predictions[row] for row, number in enumerate(choice)]
-        return Answered(given, next(iter(by_expert.values())).references)
+        return Predictions(given, next(iter(by_expert.values())).references)
 
     # ---------------------------------------------------------------- sizes
 
-    def sizes(self, split: UnseenSplit) -> list[int]:
-        """Parameters of each fused expert, as a model of its own."""
+    def sizes(self, holdout: Holdout) -> list[int]:
+        """Number of parameters of each fused expert as a separate model."""
         return [
             sum(parameter.numel() for parameter in self.experts[number].model.parameters())
-            for number in self.fused(split)
+            for number in self.fused(holdout)
         ]
 
     @torch.no_grad()
-    def costs(self, split: UnseenSplit) -> tuple[list[float], float]:
+    def costs(self, holdout: Holdout) -> tuple[list[float], float]:
         """Multiplications of each fused expert alone, and of all of them in one FoE, as multiples of the first one's.
 
         An adapter alone can be merged into its base, and costs nothing then.
         """
-        model, rows = self.model(split, SELECTION), self.pool(split.test[0])
+        model, rows = self.model(holdout, SELECTION), self.pool(holdout.test[0])
         rows = rows.select(range(min(ROWS_COUNTED, len(rows))))
         inputs = prepare(model, rows[:], input_columns(rows))
         alone = []
-        for number, expert in zip(self.fused(split), model.config.experts, strict=True):
+        for number, expert in zip(self.fused(holdout), model.config.experts, strict=True):
             own = model._inputs_of(expert["backbone"], inputs)
             if model.config.is_encoder_decoder:
                 own = {**own, "decoder_input_ids": own["input_ids"][:, :1]}
             alone.append(multiplications(partial(self.experts[number].model, **own)))
-        all_of_them = partial(model.prompt_embeddings if self.speaks else model.expert_outputs, inputs)
+        all_of_them = partial(model.prompt_embeddings if self.is_language else model.expert_outputs, inputs)
         return [own / alone[0] for own in alone], multiplications(all_of_them) / alone[0]
 
 
-class _Speaker:
-    """One expert of a FoE of language models, as a model of its own."""
+class _ExpertModel:
+    """One expert of a FoE of language models, as a separate model."""
 
     def __init__(self, foe: Any, expert: int) -> None:
         backbone = foe.config.experts[expert]["backbone"]

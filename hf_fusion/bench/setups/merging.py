@@ -1,4 +1,4 @@
-"""Suites of the kind "merging": full models of one base with a head for each task, which is told.
+"""Suites of the kind "merging": full models of one base with a head for each task; a row's task is known.
 
 What fuses them is in `bench.methods.merging`.
 """
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoProcessor, DataCollatorWithPadding
 
-from hf_fusion.bench.scoring import METRICS, Answered, answers, from_logits
+from hf_fusion.bench.scoring import METRICS, Predictions, from_logits, predict_batch
 from hf_fusion.bench.setups.common import MAX_LENGTH, ROWS_COUNTED, Batch, TaskSetup, multiplications, on_device
 from hf_fusion.bench.sources import expert_path
-from hf_fusion.bench.suite import Suite, UnseenSplit
-from hf_fusion.bench.systems import CLEAN, TEST, NotApplicable, System, share_batches
+from hf_fusion.bench.suite import Holdout, Suite
+from hf_fusion.bench.systems import CLEAN, TEST, Candidate, NotApplicable, share_batches
 from hf_fusion.bench.zero_shot import fix_classes
 from hf_fusion.hub.download import download
 from hf_fusion.hub.load import load_experts
@@ -80,7 +80,7 @@ class MergingSetup(TaskSetup, kind="merging"):
         known = {**dict(self.backbone.named_parameters()), **dict(self.backbone.named_buffers())}
         self._targets = {name: known[name] for name in self.merge.tensors}
         self.base = {name: tensor.detach().clone() for name, tensor in self._targets.items()}
-        self.states = [_Own(self, number) for number in range(len(self.names))]
+        self.states = [_ExpertState(self, number) for number in range(len(self.names))]
         self._shown: State | None = None
         self._batches: dict[tuple[str, str, str], list[Batch]] = {}
         self._embeddings: dict[tuple[str, str, str], torch.Tensor] = {}
@@ -88,11 +88,13 @@ class MergingSetup(TaskSetup, kind="merging"):
 
     # ---------------------------------------------------------------- rows
 
-    def batches(self, task: str, condition: str = CLEAN, part: str = TEST) -> list[Batch]:
-        """(row numbers, inputs with labels) each; encoded once."""
-        key = (task, condition, part)
+    def batches(self, task: str, corruption: str = CLEAN, split: str = TEST) -> list[Batch]:
+        """(row indices, inputs with labels) each; encoded once."""
+        key = (task, corruption, split)
         if key not in self._batches:
-            self._batches[key] = self.collated(self.read(task, self.asked(task, self.some(task, condition, part))))
+            self._batches[key] = self.collated(
+                self.read(task, self.inputs_of(task, self.sample(task, corruption, split)))
+            )
         return self._batches[key]
 
     def read(self, task: str, rows: Dataset) -> Examples:
@@ -107,46 +109,48 @@ class MergingSetup(TaskSetup, kind="merging"):
         labels = list(self.merge.config.experts[self.names.index(task)]["labels"])
         return read_examples(Expert(task, self.backbone, processor=processor, labels=labels), rows, MAX_LENGTH)
 
-    def kept_apart(self, expert: int) -> Examples:
-        """Rows of an expert's task that may be learned from, as it reads them."""
+    def validation_rows(self, expert: int) -> Examples:
+        """The validation rows of an expert's task, encoded."""
         name = self.names[expert]
         return self.read(name, self.rows(name).fit)
 
-    # ---------------------------------------------------------------- asking
+    # ---------------------------------------------------------------- predicting
 
-    def ask(self, model: Any, task: str, condition: str = CLEAN, part: str = TEST) -> Answered:
-        """What a model answers, called with the inputs and ``task=``."""
+    def predict(self, model: Any, task: str, corruption: str = CLEAN, split: str = TEST) -> Predictions:
+        """Predictions of a model that is called with the inputs and ``task=``."""
         reads = METRICS[self.suite.tasks[task].metric].reads
         tokenizer = self.merge.processor
         found = share_batches(
-            self.batches(task, condition, part),
-            lambda inputs: answers(model, {**inputs, "task": task}, reads, tokenizer),
+            self.batches(task, corruption, split),
+            lambda inputs: predict_batch(model, {**inputs, "task": task}, reads, tokenizer),
         )
         if reads != "embeddings":
-            return self.settled(found, task, self.some(task, condition, part))
-        given, right = torch.tensor(found.predictions), self.embeddings(task, condition, part)
-        return Answered(torch.cosine_similarity(given, right).tolist(), [1] * len(given))
+            return self.reduced(found, task, self.sample(task, corruption, split))
+        given, right = torch.tensor(found.predictions), self.embeddings(task, corruption, split)
+        return Predictions(torch.cosine_similarity(given, right).tolist(), [1] * len(given))
 
-    def embeddings(self, task: str, condition: str, part: str) -> torch.Tensor:
+    def embeddings(self, task: str, corruption: str, split: str) -> torch.Tensor:
         """What the task's own expert makes of its rows, (N, d); computed once, and the backbone is as before."""
-        key = (task, condition, part)
+        key = (task, corruption, split)
         if key not in self._embeddings:
             before = self._shown
             self.show(self.states[self.names.index(task)])
-            batches = self.batches(task, condition, part)
-            found = share_batches(batches, lambda inputs: answers(Dense(self), {**inputs, "task": task}, "embeddings"))
+            batches = self.batches(task, corruption, split)
+            found = share_batches(
+                batches, lambda inputs: predict_batch(Dense(self), {**inputs, "task": task}, "embeddings")
+            )
             self._embeddings[key] = torch.tensor(found.predictions)
             self.show(before or self.base)
         return self._embeddings[key]
 
-    def dense(self, state: State, **facts: Any) -> System:
-        """The system that a state of the backbone is; the tensors that it lacks are the base's."""
+    def dense(self, state: State, **facts: Any) -> Candidate:
+        """A state of the backbone as a candidate; the tensors that it lacks are the base's."""
 
-        def answer(task: str, condition: str, part: str) -> Answered:
+        def predict(task: str, corruption: str, split: str) -> Predictions:
             self.show(state)
-            return self.ask(Dense(self), task, condition, part)
+            return self.predict(Dense(self), task, corruption, split)
 
-        return System(answer, stored=self.sizes[0], active=self.sizes[1], **facts)
+        return Candidate(predict, stored=self.sizes[0], active=self.sizes[1], **facts)
 
     @torch.no_grad()
     def show(self, state: State) -> None:
@@ -166,8 +170,8 @@ class MergingSetup(TaskSetup, kind="merging"):
     def relative_cost(self, model: Any) -> float:
         """Multiplications of a model's forward as a multiple of the dense one's, on the first rows there are."""
         task = self.names[0]
-        rows = self.some(task)
-        read = self.read(task, self.asked(task, rows.select(range(min(ROWS_COUNTED, len(rows))))))
+        rows = self.sample(task)
+        read = self.read(task, self.inputs_of(task, rows.select(range(min(ROWS_COUNTED, len(rows))))))
         inputs = on_device(read.collate(list(read.rows)), self.device)
         if not getattr(self.backbone.config, "is_encoder_decoder", False):
             inputs = {name: own for name, own in inputs.items() if name != "labels"}
@@ -177,56 +181,56 @@ class MergingSetup(TaskSetup, kind="merging"):
         return own / dense
 
     @torch.no_grad()
-    def logits(self, expert: int, task: str, condition: str, part: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def logits(self, expert: int, task: str, corruption: str, split: str) -> tuple[torch.Tensor, torch.Tensor]:
         """An expert's logits (N, C) of the rows of a task, by this task's head, and the labels; computed once."""
-        key = (expert, task, condition, part)
+        key = (expert, task, corruption, split)
         if key not in self._logits:
             self.show(self.states[expert])
 
             def run(inputs: dict[str, Any]) -> tuple[list[Any], list[Any]]:
                 return class_logits(Dense(self), {**inputs, "task": task}).tolist(), inputs["labels"].tolist()
 
-            found = share_batches(self.batches(task, condition, part), run)
+            found = share_batches(self.batches(task, corruption, split), run)
             self._logits[key] = (torch.tensor(found.predictions), torch.tensor(found.references))
         return self._logits[key]
 
-    def expert_answers(self, expert: int, task: str, condition: str, part: str) -> Answered:
-        """What an expert answers under a task's head."""
+    def expert_predictions(self, expert: int, task: str, corruption: str, split: str) -> Predictions:
+        """Predictions of an expert under a task's head."""
         reads = METRICS[self.suite.tasks[task].metric].reads
         if reads in ("classes", "numbers"):
-            return Answered(*from_logits(*self.logits(expert, task, condition, part), reads))
+            return Predictions(*from_logits(*self.logits(expert, task, corruption, split), reads))
         self.show(self.states[expert])
-        return self.ask(Dense(self), task, condition, part)
+        return self.predict(Dense(self), task, corruption, split)
 
-    def numbers(self, split: UnseenSplit) -> list[int]:
-        """Which experts a split fuses."""
-        return [self.names.index(name) for name in split.fuse]
+    def indices(self, holdout: Holdout) -> list[int]:
+        """Indices of the experts that are fused."""
+        return [self.names.index(name) for name in holdout.fuse]
 
 
 def _no_loss(model: Any, inputs: Any) -> torch.Tensor:
     raise NotApplicable("embeddings have no labels, hence no loss")
 
 
-class _Own(Mapping[str, torch.Tensor]):
-    """An expert's tensors, made when they are asked for: θ0 + τ_k."""
+class _ExpertState(Mapping[str, torch.Tensor]):
+    """An expert's tensors, computed on access: θ0 + τ_k."""
 
-    def __init__(self, setup: MergingSetup, number: int) -> None:
-        self.setup, self.number = setup, number
-        self.places = {name: place for place, name in enumerate(setup.merge.tensors)}
+    def __init__(self, setup: MergingSetup, expert: int) -> None:
+        self.setup, self.expert = setup, expert
+        self.index = {name: index for index, name in enumerate(setup.merge.tensors)}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        vectors = getattr(self.setup.merge, f"vectors_{self.places[name]}")
-        return self.setup.base[name] + vectors[self.number]
+        vectors = getattr(self.setup.merge, f"vectors_{self.index[name]}")
+        return self.setup.base[name] + vectors[self.expert]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
+        return iter(self.index)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.index)
 
 
 class Dense:
-    """The backbone, told the task."""
+    """The backbone, called with the task."""
 
     def __init__(self, setup: MergingSetup) -> None:
         self.setup, backbone = setup, setup.backbone

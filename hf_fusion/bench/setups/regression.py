@@ -1,8 +1,8 @@
 """Suites of the kind "regression": language models that score texts, and a fuser that weighs their scores, so that
 they agree with people (the automatic evaluation of text in FoE's paper, arXiv 2310.01542).
 
-How a model is asked for a score says the suite's `Question`. Every expert scores a text once; what people said of it
-differs by task, and each task has a fuser of its own.
+The suite's `Question` says how a model scores a row. Every expert scores a text once; people's judgements differ by
+task, and each task has its own fuser.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DataCollatorForSeq2Seq
 
-from hf_fusion.bench.scoring import Answered, answers
+from hf_fusion.bench.scoring import Predictions, predict_batch
 from hf_fusion.bench.setups.common import ROWS_COUNTED, TaskSetup, multiplications, on_device
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import Suite
-from hf_fusion.bench.systems import System, share_batches
+from hf_fusion.bench.systems import Candidate, share_batches
 from hf_fusion.hub.load import load_experts
 from hf_fusion.training.batches import Examples
 
@@ -34,14 +34,14 @@ LEARNING_RATE = 1e-2  # of a fuser so small
 
 
 class RegressionSetup(TaskSetup, kind="regression"):
-    """Encoder-decoders that are asked for scores.
+    """Encoder-decoders that score rows.
 
     Args:
         suite: of the kind "regression".
         data_dir, limit, tuned_on, batch_size, device, allow_pickle: see `TaskSetup`.
 
     Attributes:
-        experts: one for each question; those that ask the same model share it.
+        experts: one for each question; questions to the same model share it.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class RegressionSetup(TaskSetup, kind="regression"):
         self._scores: dict[tuple[int, tuple[str, str]], float] = {}
 
     def fitting(self, task: str) -> Dataset:
-        """Rows of a task that a fuser may learn from."""
+        """Validation rows of a task, for its fuser."""
         rows = self.rows(task).fit.shuffle(seed=0)
         return rows.select(range(min(FIT_ROWS, len(rows))))
 
     def scores(self, rows: Dataset) -> torch.Tensor:
-        """What all experts say of rows, (N, K); each text is scored once, whatever the task."""
+        """Scores of rows by all experts, (N, K); each text is scored once, whatever the task."""
         texts = list(zip(rows["text"], rows["text_pair"], strict=True))
         for number in range(len(self.experts)):
             new = [row for row, own in enumerate(texts) if (number, own) not in self._scores]
@@ -77,7 +77,7 @@ class RegressionSetup(TaskSetup, kind="regression"):
         expert = self.experts[number]
         words = self.suite.ask[expert.name].words
         batches = self.collated(self._read(number, rows))
-        found = share_batches(batches, lambda inputs: answers(expert.model, inputs, "losses"))
+        found = share_batches(batches, lambda inputs: predict_batch(expert.model, inputs, "losses"))
         losses, tokens = torch.tensor(found.predictions), torch.tensor(found.references)
         if not words:
             return -losses  # mean log-likelihood of a token
@@ -99,21 +99,21 @@ class RegressionSetup(TaskSetup, kind="regression"):
                 read.append({**prompt, "labels": own["input_ids"]})
         return Examples(read, DataCollatorForSeq2Seq(tokenizer, model=expert.model), _own_loss)
 
-    def system(self, combine: Callable[[torch.Tensor, str], torch.Tensor], **facts: Any) -> System:
-        """A system of all experts from (their scores (N, K), the task) → one score of each row, (N,)."""
+    def candidate(self, combine: Callable[[torch.Tensor, str], torch.Tensor], **facts: Any) -> Candidate:
+        """All experts as a candidate; `combine` makes a score for each row, (N,), of scores (N, K) and the task."""
 
-        def answer(task: str, condition: str, part: str) -> Answered:
-            rows = self.some(task, condition, part)
-            return Answered(combine(self.scores(rows), task).tolist(), list(rows["label"]))
+        def predict(task: str, corruption: str, split: str) -> Predictions:
+            rows = self.sample(task, corruption, split)
+            return Predictions(combine(self.scores(rows), task).tolist(), list(rows["label"]))
 
         size = sum(model.num_parameters() for model in {id(own.model): own.model for own in self.experts}.values())
-        return System(answer, **{"stored": size, "active": size, "cost": sum(self.costs), **facts})
+        return Candidate(predict, **{"stored": size, "active": size, "cost": sum(self.costs), **facts})
 
     @cached_property
     @torch.no_grad()
     def costs(self) -> list[float]:
         """Multiplications of each expert for a few rows, as multiples of the first one's."""
-        rows = self.some(next(iter(self.suite.tasks)))
+        rows = self.sample(next(iter(self.suite.tasks)))
         rows = rows.select(range(min(ROWS_COUNTED, len(rows))))
         found = []
         for number, expert in enumerate(self.experts):

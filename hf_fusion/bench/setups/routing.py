@@ -1,4 +1,4 @@
-"""Suites of the kind "routing": LoRA adapters of one base, among which is chosen without being told the task."""
+"""Suites of the kind "routing": LoRA adapters of one base, among which a router chooses without knowing the task."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_fusion.bench.scoring import METRICS, Answered, answers
+from hf_fusion.bench.scoring import METRICS, Predictions, predict_batch
 from hf_fusion.bench.setups.common import MAX_LENGTH, ROWS_COUNTED, Batch, TaskSetup, multiplications
 from hf_fusion.bench.sources import expert_path
-from hf_fusion.bench.suite import Suite, UnseenSplit
-from hf_fusion.bench.systems import CLEAN, TEST, NotApplicable, System, everything, seeded, share_batches
+from hf_fusion.bench.suite import Holdout, Suite
+from hf_fusion.bench.systems import CLEAN, TEST, Candidate, NotApplicable, everything, seeded, share_batches
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.retrieval import MINILM, TextEmbedder, texts_of
 from hf_fusion.evaluation.routing import (
@@ -42,7 +42,7 @@ HEADS = "the experts bring heads of their own, without which their base has no a
 
 
 class RoutingSetup(TaskSetup, kind="routing"):
-    """Adapters of one base, which all systems share.
+    """Adapters of one base, which all candidates share.
 
     Args:
         suite: of the kind "routing".
@@ -51,7 +51,7 @@ class RoutingSetup(TaskSetup, kind="routing"):
     Attributes:
         experts: all of the suite, under its names.
         base: the tensors that an adapter changes, by name, as they are without it.
-        states: the same tensors of every expert, made when they are asked for.
+        states: the same tensors of every expert, computed on access.
     """
 
     def __init__(
@@ -78,13 +78,13 @@ class RoutingSetup(TaskSetup, kind="routing"):
         self._batches: dict[Any, list[Batch]] = {}
         self._started: dict[Any, dict[int, Any]] = {}
 
-    def numbers(self, split: UnseenSplit) -> list[int]:
-        """Which experts a split fuses."""
-        owners = (name if name in self.names else self.suite.owner(name) for name in split.fuse)
+    def indices(self, holdout: Holdout) -> list[int]:
+        """Indices of the experts that are fused."""
+        owners = (name if name in self.names else self.suite.owner(name) for name in holdout.fuse)
         return [self.names.index(owner) for owner in owners if owner]
 
-    def evaluation(self, split: UnseenSplit, seed: int = 0, examples: int = 0) -> _Evaluation:
-        """The experts that a split fuses, as `evaluate` would have them.
+    def evaluation(self, holdout: Holdout, seed: int = 0, examples: int = 0) -> _Evaluation:
+        """The fused experts, as `evaluate` takes them.
 
         Args:
             examples: rows that each of them was trained on, for what looks at these.
@@ -92,45 +92,47 @@ class RoutingSetup(TaskSetup, kind="routing"):
         Raises:
             NotApplicable: such rows are wanted, and there are none.
         """
-        key = (split.fuse, seed, examples)
+        key = (holdout.fuse, seed, examples)
         if key not in self._evaluations:
-            fused = [self.experts[number] for number in self.numbers(split)]
+            fused = [self.experts[number] for number in self.indices(holdout)]
             missing = "arrow" if any(expert.gates is None for expert in fused) else None
             options = {"top_k": TOP_K, "temperature": 1.0, "missing_gates": missing}
-            trained = {expert.name: self._own_rows(expert.name, "train") for expert in fused} if examples else {}
+            trained = {expert.name: self._split_of(expert.name, "train") for expert in fused} if examples else {}
             embedder = _Unframed(self.device) if examples else None
             self._evaluations[key] = _Evaluation(
                 fused, {}, trained, {}, {}, options, embedder, examples, self.batch_size, MAX_LENGTH, seed
             )
         return self._evaluations[key]
 
-    def _own_rows(self, expert: str, part: str) -> Dataset:
+    def _split_of(self, expert: str, split: str) -> Dataset:
         for task in self.suite.tasks:
-            if self.suite.owner(task) == expert and (rows := getattr(self.rows(task), part)) is not None:
+            if self.suite.owner(task) == expert and (rows := getattr(self.rows(task), split)) is not None:
                 return rows
-        raise NotApplicable(f"no rows that {expert} was trained on{'' if part == 'train' else ', nor like them'}")
+        raise NotApplicable(f"no rows that {expert} was trained on{'' if split == 'train' else ', nor like them'}")
 
-    def kept_apart(self, expert: int) -> Examples:
-        """Rows like those that an expert was trained on, as it reads them."""
+    def validation_rows(self, expert: int) -> Examples:
+        """The validation rows of an expert's task, encoded."""
         own = self.experts[expert]
-        return read_examples(own, self._own_rows(own.name, "fit"), MAX_LENGTH)
+        return read_examples(own, self._split_of(own.name, "fit"), MAX_LENGTH)
 
-    def batches(self, evaluation: Evaluation, task: str, condition: str = CLEAN, part: str = TEST) -> list[Batch]:
-        """(row numbers, inputs with labels) each; encoded once."""
-        key = (task, condition, part, tuple(evaluation.names) if self.has_heads else ())  # labels are those of all
+    def batches(self, evaluation: Evaluation, task: str, corruption: str = CLEAN, split: str = TEST) -> list[Batch]:
+        """(row indices, inputs with labels) each; encoded once."""
+        key = (task, corruption, split, tuple(evaluation.names) if self.has_heads else ())  # labels are those of all
         if key not in self._batches:
-            rows = self.asked(task, self.some(task, condition, part))
+            rows = self.inputs_of(task, self.sample(task, corruption, split))
             self._batches[key] = self.collated(evaluation.read(evaluation.router("own"), rows))
         return self._batches[key]
 
     @torch.no_grad()
-    def ask(self, evaluation: _Evaluation, way: RoutingStrategy, task: str, condition: str, part: str) -> Answered:
-        """What a router answers to rows, set up in a way."""
+    def predict(
+        self, evaluation: _Evaluation, way: RoutingStrategy, task: str, corruption: str, split: str
+    ) -> Predictions:
+        """Predictions of a router with a routing strategy."""
         router: Any = evaluation.router(way.router)
         reads = METRICS[self.suite.tasks[task].metric].reads
-        rows = evaluation.add(task, condition, part, self)
+        rows = evaluation.add(task, corruption, split, self)
         tokenizer, skipped = self.experts[0].processor, len(unchanged_blocks(router))
-        start: Any = nullcontext({}) if reads == "texts" else same_start([router])  # each step of writing starts anew
+        start: Any = nullcontext({}) if reads == "texts" else same_start([router])  # generation restarts at each step
         with start as remembered:
 
             def run(batch: Batch) -> tuple[list[Any], list[Any]]:
@@ -139,39 +141,39 @@ class RoutingSetup(TaskSetup, kind="routing"):
                 remembered.clear()
                 remembered.update(known)
                 with way.within(evaluation, router, rows, numbers):
-                    answered = answers(router.backbone, inputs, reads, tokenizer)
-                if condition == CLEAN:
+                    answered = predict_batch(router.backbone, inputs, reads, tokenizer)
+                if corruption == CLEAN:
                     self._started[skipped, rows, numbers[0]] = dict(remembered)
                 return answered
 
-            batches = self.batches(evaluation, task, condition, part)
+            batches = self.batches(evaluation, task, corruption, split)
             found = share_batches([(numbers, (numbers, inputs)) for numbers, inputs in batches], run)
-            return self.settled(found, task, self.some(task, condition, part))
+            return self.reduced(found, task, self.sample(task, corruption, split))
 
-    def expert_answers(self, expert: int, task: str, condition: str, part: str) -> Answered:
-        """What an expert answers to rows of any task."""
+    def expert_predictions(self, expert: int, task: str, corruption: str, split: str) -> Predictions:
+        """Predictions of an expert for rows of any task."""
         way = RoutingStrategy("expert", within=partial(alone, self.names[expert]))
-        return self.ask(self.evaluation(everything(self.suite)), way, task, condition, part)
+        return self.predict(self.evaluation(everything(self.suite)), way, task, corruption, split)
 
-    def system(self, evaluation: _Evaluation, way: RoutingStrategy, **facts: Any) -> System:
-        """A router that is set up in a way."""
-        return System(partial(self.ask, evaluation, way), **facts)
+    def candidate(self, evaluation: _Evaluation, way: RoutingStrategy, **facts: Any) -> Candidate:
+        """A router with a routing strategy, as a candidate."""
+        return Candidate(partial(self.predict, evaluation, way), **facts)
 
-    def dense(self, state: Mapping[str, torch.Tensor], **facts: Any) -> System:
+    def dense(self, state: Mapping[str, torch.Tensor], **facts: Any) -> Candidate:
         """The base with other weights.
 
         Raises:
-            NotApplicable: it has no answers of its own.
+            NotApplicable: the base has no head.
         """
         if self.has_heads:
             raise NotApplicable(HEADS)
         evaluation = self.evaluation(everything(self.suite))
 
-        def answer(task: str, condition: str, part: str) -> Answered:
+        def predict(task: str, corruption: str, split: str) -> Predictions:
             with self._showing(state):
-                return self.ask(evaluation, STRATEGIES["base"], task, condition, part)
+                return self.predict(evaluation, STRATEGIES["base"], task, corruption, split)
 
-        return System(answer, stored=self.size, active=self.size, **facts)
+        return Candidate(predict, stored=self.size, active=self.size, **facts)
 
     @contextmanager
     def _showing(self, state: Mapping[str, torch.Tensor]) -> Iterator[None]:
@@ -198,7 +200,7 @@ class RoutingSetup(TaskSetup, kind="routing"):
         return sum(tensor.numel() for tensor in (*halves, *saved))
 
     def _counted(self, evaluation: _Evaluation) -> tuple[str, list[int], dict[str, Any]]:
-        """The first rows there are, on which multiplications are counted: their name, numbers and inputs."""
+        """The first rows, on which multiplications are counted: their name, indices and inputs."""
         task = next(iter(self.suite.tasks))
         numbers, inputs = self.batches(evaluation, task)[0]
         given = {name: value[:ROWS_COUNTED] for name, value in inputs.items()}
@@ -231,17 +233,17 @@ class RoutingSetup(TaskSetup, kind="routing"):
 
 @dataclass
 class _Evaluation(Evaluation):
-    """Rows come as they are asked for, and chance does not depend on their order."""
+    """Rows are added on first use, and what is random does not depend on their order."""
 
-    def add(self, task: str, condition: str, part: str, setup: RoutingSetup) -> str:
+    def add(self, task: str, corruption: str, split: str, setup: RoutingSetup) -> str:
         """The name of rows here."""
-        name = f"{task}/{condition}/{part}"
+        name = f"{task}/{corruption}/{split}"
         if name not in self.suite:
-            self.suite = {**self.suite, name: setup.asked(task, setup.some(task, condition, part))}
+            self.suite = {**self.suite, name: setup.inputs_of(task, setup.sample(task, corruption, split))}
         return name
 
     def drawn(self, task: str, rows: Sequence[int]) -> AbstractContextManager[None]:
-        """Chance of its own for each batch."""
+        """A seed for each batch."""
         return seeded(self.seed, task, min(rows))
 
 

@@ -1,4 +1,4 @@
-"""Conditions under which tasks are measured: clean rows, and corrupted pictures and texts."""
+"""Corrupted rows: which corruptions of pictures or texts are measured beside clean rows, and how rows get them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SEVERITIES = (1, 2, 3, 4, 5)
 MARKUP = re.compile(r"(<\|\w+\|>(?:system|user|assistant)?\n?)")  # of chats: nobody types it
 
 
-def conditions(words: Sequence[str], is_image: bool) -> list[str]:
+def parse_corruptions(words: Sequence[str], is_image: bool) -> list[str]:
     """What is measured beside clean rows.
 
     Args:
@@ -46,11 +46,11 @@ def conditions(words: Sequence[str], is_image: bool) -> list[str]:
     return list(found)
 
 
-def corrupted(rows: Dataset, condition: str) -> Dataset:
-    """Rows under a condition; the seed of a row is its number."""
-    if condition == CLEAN:
+def corrupted(rows: Dataset, corruption: str) -> Dataset:
+    """Rows under a corruption; the seed of a row is its number."""
+    if corruption == CLEAN:
         return rows
-    name, _, level = condition.partition(":")
+    name, _, level = corruption.partition(":")
     severity = int(level)
     if "image" in rows.column_names:
 
