@@ -129,6 +129,13 @@ def explained(folder: Path) -> Iterator[None]:
             raise MissingLibraryError(f"{folder} needs a library: {one_line(error)}", "install it") from error
         text = one_line(error)
         reason = text if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"
-        is_newer = isinstance(error, NewerFormatError)  # which says itself what to do
+        is_newer = any(isinstance(each, NewerFormatError) for each in _causes(error))  # which says what to do
         hint = None if is_newer else f"fetch it again, or make it again: hf-fusion fuse {RECIPE_FILE} --output DIR"
         raise FusionError(reason if str(folder) in reason else f"{folder} cannot be loaded: {reason}", hint) from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it was raised from or while handling: loading a config wraps what its checks raise."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
