@@ -68,6 +68,8 @@ def evaluate(model: Any, data: Dataset | Mapping[str, Dataset], **options: Any) 
                                   `hf_fusion.evaluation.merging.measure_static`
     ============================  ==============================================================================
 
+    Batches are divided among the processes of ``accelerate launch``, all of which must call this.
+
     Args:
         model: a fused model; of a static merge also its folder or its id on the Hub; of PHATGOOSE also a list of its
             experts, adapters with gates, as `load_experts` takes them.
