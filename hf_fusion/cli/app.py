@@ -69,13 +69,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         out.log("Interrupted.")
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our output has gone, as in `hf-fusion discover | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         return BROKEN_PIPE
     except Exception as error:
         if args.debug:
             traceback.print_exc()
         problem = explain(error, args.command)
         out.error(problem.message, problem.hint)
+        try:
+            sys.stdout.flush()
+        except OSError:  # a full disk: Python would try again when it ends, and exit with 120
+            _forget_output()
         return 1
     finally:  # whoever called us from Python has its own way with our log, and closes our stream
         if shown is not None:
@@ -83,6 +87,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger = logging.getLogger("hf_fusion")
         logger.handlers, logger.propagate = [], True
     return 0
+
+
+def _forget_output() -> None:
+    """Sends what is still to be written on stdout nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def command(name: str) -> ModuleType:

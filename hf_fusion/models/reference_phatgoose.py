@@ -36,6 +36,8 @@ def load_by_reference(
         config.base["id"],
         revision=config.base["revision"],
         trust_remote_code=False,  # it is another repo: trust in this one does not extend to it
+        # where an adapter beside it is looked for, which is asked of the Hub otherwise
+        adapter_kwargs={key: where[key] for key in ("cache_dir", "local_files_only") if key in where},
         **inner,
         **where,
     )

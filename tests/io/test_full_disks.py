@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from bench.made_cells import made_cells
 from datasets import Dataset
 from disks import SmallDisk, contents, small_disk
 from models.test_shown import FUSED
-from test_plots import system
 from tiny import TEXTS
 from tiny_fused import save_fine_tunes
 from tiny_routed import save_base, save_lora
@@ -24,7 +24,7 @@ from hf_fusion.bench.suite import load_suite
 from hf_fusion.cards.card import write_card
 from hf_fusion.cli.app import main
 from hf_fusion.evaluation.coefficient_map import CoefficientMap
-from hf_fusion.evaluation.fusion import Results
+from hf_fusion.evaluation.fusion import Results, System
 from hf_fusion.evaluation.plots import plot_accuracy_cost, plot_coefficients, plot_routing
 from hf_fusion.evaluation.results import SuiteResults
 from hf_fusion.evaluation.routing_map import RoutingMap
@@ -66,7 +66,7 @@ def cells():
 
 
 def results() -> Results:
-    return Results({"name": "x", "split": "test"}, 9, "accuracy", [system("FoE", "foe", 0.9, 1.0)])
+    return Results({"name": "x", "split": "test"}, 9, "accuracy", [System("FoE", "foe", 0.9, (0.88, 0.92), 1.0)])
 
 
 def routing() -> RoutingMap:
@@ -220,7 +220,8 @@ def test_stdout_on_a_full_disk():
 
     with Path("/dev/full").open("w") as full:
         command = [sys.executable, "-m", "hf_fusion.cli", "bench", "suites"]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=env)
     assert done.returncode == 1
     assert "the disk is full (No space left on device)" in done.stderr and "Traceback" not in done.stderr
 
