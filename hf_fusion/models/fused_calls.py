@@ -61,6 +61,9 @@ class Calls:
       common to the tasks of its thread.
 
     A copy of the model (`copy.deepcopy`, pickle) has calls apart from the original's.
+
+    Whether code is being compiled is asked by `torch.compiler.is_dynamo_compiling`, here and in all families:
+    `is_compiling` is true for every thread while one of them compiles.
     """
 
     # torch.compile cannot call ContextVar.get, but what C code gives as an attribute it reads, and guards on: this is
@@ -109,7 +112,7 @@ class Calls:
     @contextmanager
     def scoped(self, value: Any) -> Iterator[Any]:
         """Within this context `scope()` gives this value, in this thread or task and in tasks that it starts."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             before = self._thread.scope
             self._thread.scope = Scope(self, value, before)
             try:
@@ -131,7 +134,7 @@ class Calls:
     def kept(self) -> Any:
         """What a call of this thread or task kept last; None where none did."""
         thread = self._thread
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return thread.kept
         if thread.kept_in_graph:  # where it could not reach the context
             self.keep(thread.kept)
@@ -139,8 +142,8 @@ class Calls:
 
     def keep(self, value: Any) -> None:
         """Keeps a value for `kept()`, in this thread or task, when the call has ended."""
-        self._thread.kept, self._thread.kept_in_graph = value, torch.compiler.is_compiling()
-        if not torch.compiler.is_compiling():
+        self._thread.kept, self._thread.kept_in_graph = value, torch.compiler.is_dynamo_compiling()
+        if not torch.compiler.is_dynamo_compiling():
             _KEPT.set({**_of_others(_KEPT.get(), self._key), self._key: value})
 
 

@@ -125,7 +125,7 @@ class UpscaledLinear(nn.Module):
         w = w.to(x.dtype)
         rows = x.reshape(w.shape[0], -1, self.in_features)  # (B, n, d_in)
         kept = self.unit.kept(self, w)
-        if kept is not None or torch.compiler.is_compiling():
+        if kept is not None or torch.compiler.is_dynamo_compiling():
             merged = kept if kept is not None else self.merge(w)  # (B, R, C)
             y = torch.bmm(rows, merged if self.by_input else merged.transpose(1, 2))
             bias = self._bias(w)
@@ -173,7 +173,7 @@ class UpscaledLinear(nn.Module):
             hidden = torch.cat([hidden, w.expand(*x.shape[:-1], -1)], -1)
         hidden = hidden.to(dtype)
         y = F.linear(x, self.base, None if self.biases is None else self.biases[0])
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
             return y + (hidden @ lora_b).to(y.dtype)
         if hidden.dtype is not y.dtype:
             return y.add_(hidden @ lora_b)
@@ -266,7 +266,7 @@ class UpscaledLinear(nn.Module):
             scale = w[0].index_select(0, self._owners(w.device))
             factor = _values(self.lora_B)[: len(scale)].t().to(w.dtype) * scale
             return torch.addmm(self.base.to(w.dtype), factor, _values(self.lora_A).to(w.dtype))[None]
-        if self.sums(w) and not (torch.compiler.is_compiling() or torch.is_grad_enabled() and w.requires_grad):
+        if self.sums(w) and not (torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled() and w.requires_grad):
             return torch.cat([block.clone() for *_, block in _blocks(self, w, read=False)], 1)
         if self.kind == "exact":
             change = w @ self.vectors.flatten(1).to(w.dtype)

@@ -117,14 +117,14 @@ class RoutedLinears(nn.Module):
             rows, hidden = routed.rows[index], routed.hidden[index]
             return torch.embedding_bag(self.lora_B[member], rows, routed.bags, False, 0, False, hidden)[0]
         choice, weight = routed.choice[:, index], routed.weight[:, index]
-        if torch.compiler.is_compiling() or choice.numel() <= FEW:  # a size that depends on data is no guard
+        if torch.compiler.is_dynamo_compiling() or choice.numel() <= FEW:  # a size that depends on data is no guard
             return self._gathered(member, routed.x, choice, weight)
         return self._grouped(member, routed.x, choice, weight)
 
     def route(self, member: int, x: torch.Tensor, state: Routing) -> Routed:
         """Scores and choices for an input, shared among the linears that read it."""
         # A graph is not kept beyond the linear it belongs to, and a compiled graph shares products by itself.
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or len(self.ranks) == 1:
+        if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling() or len(self.ranks) == 1:
             return self._route(slice(member, member + 1), x, state)
         shared = state.shared.get(self)
         if shared is not None and shared[0] is x:
@@ -154,7 +154,7 @@ class RoutedLinears(nn.Module):
             state.count(tables["experts"][choice], weight, real, x.shape[:-1])
         if state.records:
             state.trace.add(self, members, choice, weight, real, x.shape[:-1])
-        eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        eager = not (torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling())
         # sampled_addmm refuses a row that wants more entries than it has (experts of few rows that borrow many).
         each = count * choice.shape[-1] * self.widest
         fits = each * flat.shape[0] > 0 and each <= self.lora_A.shape[0]

@@ -356,7 +356,7 @@ class Unit:
                 w = w[:: w.shape[0] // call.prompts[0]]  # beams of one prompt are routed and merged once
             if call.batch_reduce:
                 w = w.mean(0, keepdim=True)
-        if len(w) > 1 and not (w.requires_grad or torch.compiler.is_compiling()) and w.device.type == "cpu":
+        if len(w) > 1 and not (w.requires_grad or torch.compiler.is_dynamo_compiling()) and w.device.type == "cpu":
             w = w[:1] if bool((w == w[:1]).all()) else w
         if call.trace is not None:
             call.trace.add(self.name, w.detach(), rows if call.prompts is None else call.prompts[0])

@@ -43,7 +43,7 @@ class RunningMixin:
         if state is None or not path:  # else the base has called what it reads with
             state = self.calls.new(path)
             state.outer = self.calls.enter(state)
-            if (records or not torch.compiler.is_compiling()) and (last := self.calls.last()) is not None:
+            if (records or not torch.compiler.is_dynamo_compiling()) and (last := self.calls.last()) is not None:
                 state.trace, state.records = last.trace, records and last.trace is not None
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         cache, mask, encoded = (given.get(name) for name in ("past_key_values", "attention_mask", "encoder_outputs"))
@@ -66,7 +66,12 @@ class RunningMixin:
         """Tells the linears which tokens of inputs (B, T, …) are real."""
         state.tokens = None
         is_padded_batch = isinstance(mask, torch.Tensor) and mask.dim() == 2 and inputs is not None
-        if is_padded_batch and not torch.compiler.is_compiling() and inputs.shape[:2] == mask.shape and not mask.all():
+        if (
+            is_padded_batch
+            and not torch.compiler.is_dynamo_compiling()
+            and inputs.shape[:2] == mask.shape
+            and not mask.all()
+        ):
             state.tokens, state.shape = mask.flatten().nonzero()[:, 0], tuple(mask.shape)
 
     def _end(self: Any, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -75,7 +80,7 @@ class RunningMixin:
         if state is None or state.entry != path:
             return
         self.calls.enter(state.outer)
-        if state.records or not torch.compiler.is_compiling():
+        if state.records or not torch.compiler.is_dynamo_compiling():
             state.outer, state.given = None, None
             state.shared.clear()
             self.calls.keep(state)

@@ -120,7 +120,7 @@ class RoutingCalls(Calls):
 
     def _by_itself(self) -> Routing:
         routing = self.new()
-        if torch.compiler.is_compiling() or (last := self.last()) is None:
+        if torch.compiler.is_dynamo_compiling() or (last := self.last()) is None:
             return routing
         if torch._C._current_graph_task_id() != -1:  # a layer that someone else's checkpoint computes again
             routing.tokens, routing.shape = last.tokens, last.shape

@@ -10,12 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from contextvars import copy_context
 from functools import partial
+from pathlib import Path
 from weakref import ref
 
 import pytest
 import torch
 from threads import run_tasks, wrong_calls
 
+from hf_fusion.models import fused_calls
 from hf_fusion.models.fused_calls import _SCOPE, Calls
 
 
@@ -172,3 +174,10 @@ def test_compiled_code_reads_the_scopes_of_its_task():
 
     assert run_tasks(all_tasks()) == [2, 3, 4]
     torch._dynamo.reset()
+
+
+def test_no_family_asks_what_is_true_while_any_thread_compiles():
+    """`torch.compiler.is_compiling` is one flag for all threads; a call would take another way for what others do."""
+    files = list(Path(fused_calls.__file__).parent.glob("*.py"))
+    assert [file.name for file in files if "compiler.is_compiling()" in file.read_text(encoding="utf-8")] == []
+    assert any("is_dynamo_compiling()" in file.read_text(encoding="utf-8") for file in files)
