@@ -145,9 +145,11 @@ FLAGS: Table = {
         "tie_word_embeddings",
     )
 }
+# What the modules of many models read of every config, whatever their config class lets through.
+INNER: Table = {**FLAGS, "chunk_size_feed_forward": optional(whole())}
 # What every config of transformers has.
 COMMON: Table = {
-    **FLAGS,
+    **INNER,
     "format_version": optional(whole()),
     "id2label": optional(CLASSES),
     "label2id": optional(values(whole())),
@@ -227,7 +229,7 @@ def check_sizes(content: Mapping[str, Any], where: str = "") -> None:
         ValueError: naming the field.
     """
     refuse(_sizes(content, where))
-    refuse(row(FLAGS).find(content, where))
+    refuse(row(INNER).find(content, where))
 
 
 def check_plain(content: Mapping[str, Any]) -> None:

@@ -215,7 +215,10 @@ def check_loaded(model: nn.Module, info: Mapping[str, Any], stored: Stored | Non
             raise ValueError(f"it {what} weights, {len(keys)}, first {min(keys)}")
     for name, in_file, wanted in sorted(info["mismatched_keys"]):
         raise ValueError(f"{name} is {list(in_file)} in the files, {list(wanted)} by config.json")
+    is_offloaded = "disk" in getattr(model, "hf_device_map", {}).values()
     for name, tensor in model.state_dict().items():
+        if stored and tensor.is_meta and name not in stored.shapes and not is_offloaded:
+            raise ValueError(f"it lacks weights, first {name}")  # transformers does not tell of all
         path, _, is_float = stored.shapes.get(name, (None, (), None)) if stored else (None, (), None)
         if is_float is not None and is_float != tensor.is_floating_point():
             raise ValueError(f"{name} is not of the type that config.json describes ({tensor.dtype})")

@@ -293,3 +293,15 @@ def test_a_broken_tokenizer_is_told_when_loading(kind, folder_of):
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(FusionError, match="wemoe|static|foe|phatgoose"):
         load_fused(folder)
+
+
+def test_a_missing_base_of_an_upscaled_linear_is_refused(tmp_path):
+    """transformers does not count it among the missing keys."""
+    folder = tmp_path / "model"
+    KINDS["wemoe"][0](folder)
+    file, name = folder / "model.safetensors", "backbone.bert.encoder.layer.1.intermediate.dense.base"
+    tensors = load_file(file)
+    del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(FusionError, match=f"lacks weights, first {name}"):
+        load_fused(folder)
