@@ -309,7 +309,7 @@ class _Runner:
     def validation(self, job: Job, system: Candidate) -> float:
         """The mean score over the fused tasks, on the rows to tune on; where less is better, less than nothing.
 
-        Of metrics on scales of their own it is the mean of the logarithms, which no scale weighs in.
+        Where metrics have different scales, it is the mean of the logarithms, so that no scale dominates.
         """
         total = 0.0
         tasks = [task for task in self.suite.tasks if self.suite.is_fused(task, job.holdout)]

@@ -16,7 +16,7 @@ from hf_fusion.evaluation.intervals import Score, mean_of
 
 Row = Mapping[str, Any]
 
-_NO_LABELS = "learns from the classes of answers, and there are none"
+_NO_LABELS = "learns from classes, and this suite has no classes"
 _MERGES = ("floor", "merge", "data", "learned", "mixture", "ceiling")
 NOT_FOR = {
     ("merging", "fusion"): "fuses answers over labels that all tasks share; here each task has its own, and is told",

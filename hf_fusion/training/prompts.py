@@ -133,8 +133,3 @@ def score_targets(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.
 def exact_matches(model: Any, encoded: Dataset, tokenizer: Any, batch_size: int = 32) -> torch.Tensor:
     """Whether greedy decoding gives exactly the target, (N,) bool; arguments as for `target_scores`."""
     return target_scores(model, encoded, tokenizer, batch_size)[0]
-
-
-def token_accuracies(model: Any, encoded: Dataset, tokenizer: Any, batch_size: int = 32) -> torch.Tensor:
-    """Share of target tokens right after those before them, (N,); arguments as for `target_scores`."""
-    return target_scores(model, encoded, tokenizer, batch_size)[1]

@@ -25,7 +25,7 @@ from hf_fusion.training.measure import measure_fisher
 
 METRIC = {"segmentation": "mean_iou", "depth": "absolute_error", "normal": "angle"}
 TASKS = tuple(METRIC)
-LEARNED = "what is learned without labels is learned from classes, and depths and normals are none"
+LEARNED = "learning without labels needs classes, and depths and normals have no classes"
 ENSEMBLE = "an ensemble is one of classes' logits, row by row; depths and normals are no classes"
 LEFT = {
     "simple_ensemble": ENSEMBLE,

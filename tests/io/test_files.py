@@ -279,7 +279,7 @@ def test_a_configuration_that_names_a_file_outside(file, key, value, folder):
 
 
 @pytest.mark.parametrize(
-    "value", ["{root}/gone.json", "/root/.cache/x/vocab.json", "vocab.txt", "C:\\x\\vocab.txt", "a\0b"]
+    "value", ["{root}/gone.json", "/home/me/.cache/x/vocab.json", "vocab.txt", "C:\\x\\vocab.txt", "a\0b"]
 )
 def test_paths_of_other_machines_are_often_recorded(value, folder):
     path = value.format(root=folder.parent)

@@ -91,7 +91,7 @@ def _read(path: Path) -> list[str]:
     """Adds the methods of a file to the table; their names.
 
     Raises:
-        FusionError: there is no such file, it has no methods, or one that is there already.
+        FusionError: the file is missing, declares no method, or declares one whose name is taken.
     """
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if not path.is_file() or spec is None or spec.loader is None:

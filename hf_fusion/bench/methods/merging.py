@@ -147,7 +147,7 @@ def weighted_average(setup: MergingSetup, holdout: Holdout, seed: int) -> Candid
 def _weights(setup: MergingSetup, holdout: Holdout) -> list[float]:
     """The mean score of every fused expert on the fused tasks' validation splits; 1 / score where less is better.
 
-    Of metrics on scales of their own, scores are taken as shares of the best expert's.
+    Where metrics have different scales, scores are divided by the best expert's.
     """
     suite = setup.suite
     tasks = [task for task in suite.tasks if suite.is_fused(task, holdout)]
@@ -187,7 +187,7 @@ def _statistics(setup: MergingSetup, holdout: Holdout, kind: str, seed: int) -> 
     from hf_fusion.training.measure import measure_fisher, measure_gram
 
     if kind == "fisher" and setup.suite.head == "feature-extraction":
-        raise NotApplicable("Fisher information is that of answers, and embeddings are none")
+        raise NotApplicable("Fisher information needs classified rows, and this suite has embeddings")
     if kind == "fisher" and setup.suite.head == "dense-prediction":
         raise NotApplicable("Fisher information is measured of one answer for a row, here each pixel has one")
     if kind == "gram":
@@ -276,9 +276,9 @@ def _adapt(setup: MergingSetup, holdout: Holdout, model: Any, seed: int, **optio
     from hf_fusion.training.routers import adapt_routers
 
     if setup.suite.head == "dense-prediction":
-        raise NotApplicable("what is learned without labels is learned from classes, and depths and normals are none")
+        raise NotApplicable("learning without labels needs classes, and depths and normals have no classes")
     if setup.suite.head in ("feature-extraction", "causal-lm", "seq2seq-lm"):
-        raise NotApplicable("what is learned without labels is learned from the classes of answers, and there are none")
+        raise NotApplicable("learning without labels needs classes, and this suite has no classes")
     model.to(setup.backbone.device)
     rows = {task: _unlabelled(setup, task) for task in holdout.fuse}
     options.setdefault("learning_rate", 5e-4)

@@ -48,7 +48,7 @@ class FusionSetup(TaskSetup, kind="fusion"):
 
     Attributes:
         experts: all of the suite, under its names.
-        labels: of classifiers all labels, each once, in their order; and for each expert the indices of its own.
+        labels: of classifiers, all labels once, in order; and each expert's label indices.
     """
 
     def __init__(

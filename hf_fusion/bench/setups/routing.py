@@ -90,7 +90,7 @@ class RoutingSetup(TaskSetup, kind="routing"):
             examples: rows that each of them was trained on, for what looks at these.
 
         Raises:
-            NotApplicable: such rows are wanted, and there are none.
+            NotApplicable: the method needs such rows, and the suite has none.
         """
         key = (holdout.fuse, seed, examples)
         if key not in self._evaluations:
