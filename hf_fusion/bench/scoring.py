@@ -14,7 +14,7 @@ import torch
 from hf_fusion.bench.suite import LOWER
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.intervals import Z95, wilson
-from hf_fusion.evaluation.metrics import SCORES, load_metric
+from hf_fusion.evaluation.metrics import METRIC_SPECS, load_metric
 from hf_fusion.training.batches import class_logits
 from hf_fusion.training.dense import dense_statistics, map_outputs
 from hf_fusion.training.prompts import IGNORED, score_targets
@@ -27,7 +27,7 @@ class BenchMetric:
     """How a task is scored.
 
     Attributes:
-        metric: a key of `hf_fusion.evaluation.metrics.SCORES`.
+        metric: a key of `hf_fusion.evaluation.metrics.METRIC_SPECS`.
         reads: what of the model's output it needs: "classes", their "numbers" (a regressor's), whether all of the
             target's tokens are the likeliest ("targets"), the share of them that are ("tokens"), their loss
             ("losses"), that of every choice ("ranks"), written "texts", what it makes of the whole row
@@ -108,9 +108,9 @@ def score(found: Predictions, name: str) -> Scored:
         most = math.inf if name in LOWER else 1.0  # of an error, and of a share
         return Scored(mean, (max(0.0, mean - half), min(most, mean + half)), n)
     computed = float(_metric(metric.metric).compute(predictions=given, references=right)[metric.metric])
-    if SCORES[metric.metric].is_mean:
+    if METRIC_SPECS[metric.metric].is_mean:
         return Scored(computed, wilson(computed, n), n)
-    return Scored(computed, _bootstrap(SCORES[metric.metric].of, given, right), n)
+    return Scored(computed, _bootstrap(METRIC_SPECS[metric.metric].of, given, right), n)
 
 
 def _bootstrap(

@@ -132,7 +132,7 @@ def _routing(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: s
         suite,
         train_rows={},
         owners=owners,
-        systems=["PHATGOOSE", "Arrow", "merged", "uniform", "experts", "oracle", *([] if heads else ["base"])],
+        predictors=["PHATGOOSE", "Arrow", "merged", "uniform", "experts", "oracle", *([] if heads else ["base"])],
         batch_size=args.batch_size,
         command=command,
         **given,

@@ -26,7 +26,7 @@ WITHOUT_GATES = "chain-sum"  # gets them on the way
 ELSEWHERE, OTHER_BASE = "word-sorting-360m", "HuggingFaceTB/SmolLM2-360M-Instruct"
 BASE_CARD = "---\nlicense: apache-2.0\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
 GATE_STEPS, GATE_BATCH = 50, 8  # as those of the other experts
-SYSTEMS = ("base", "PHATGOOSE", "merged", "experts", "oracle")
+PREDICTORS = ("base", "PHATGOOSE", "merged", "experts", "oracle")
 TESTED = 40  # rows of each task
 QUESTIONS = (
     "Write from last to first: red, green, blue",
@@ -201,7 +201,7 @@ def _fuse_and_measure(place: Place, out: Out) -> tuple[Any, SuiteResults, Routin
         suite,
         train_rows={},
         owners=owners,
-        systems=SYSTEMS,
+        predictors=PREDICTORS,
         metrics={task: TASKS[task].metric for task in tasks},
         command="hf-fusion demo phatgoose",
     )

@@ -28,8 +28,8 @@ def _of_router(router: PhatgooseRouter, suite: Mapping[str, Dataset], **options:
             "a PHATGOOSE router is measured beside its experts, and none are given",
             hint="evaluate(router, suite, experts=[…]), as load_experts takes them",
         )
-    own = {"top_k": router.config.num_experts_per_tok, "temperature": router.config.router_temperature}
-    return measure_routing(experts, suite, **{**own, **options})
+    config = {"top_k": router.config.num_experts_per_tok, "temperature": router.config.router_temperature}
+    return measure_routing(experts, suite, **{**config, **options})
 
 
 # family, by the name in `hf_fusion.families.FAMILIES` -> how its models are measured

@@ -141,7 +141,7 @@ def _distance(marked: NDArray[np.bool_], limit: int) -> Pixels:
     """Euclidean distance in px to the nearest marked pixel, at most `limit`; (H, W, 1) in and out."""
     squared = np.where(marked, 0.0, float(limit**2))
     for axis in (0, 1):
-        pad = [(limit, limit) if axis == own else (0, 0) for own in range(3)]
+        pad = [(limit, limit) if axis == moved else (0, 0) for moved in range(3)]
         padded = np.pad(squared, pad, constant_values=limit**2)
         shifts = [(step - limit) ** 2 + np.roll(padded, -step, axis) for step in range(2 * limit + 1)]
         squared = np.min(shifts, axis=0)[: marked.shape[0], : marked.shape[1]]
@@ -150,9 +150,9 @@ def _distance(marked: NDArray[np.bool_], limit: int) -> Pixels:
 
 def _equalized(x: Pixels) -> Pixels:
     """Whole levels spread over 0..255 so that each range of them holds as many pixels."""
-    levels, places, counts = np.unique(x.astype(int), return_inverse=True, return_counts=True)
+    levels, indices, counts = np.unique(x.astype(int), return_inverse=True, return_counts=True)
     above = counts.cumsum() - counts[0]  # of the levels over the lowest
-    return (255 * above / max(above[-1], 1))[places].reshape(x.shape)
+    return (255 * above / max(above[-1], 1))[indices].reshape(x.shape)
 
 
 CORRUPTIONS: dict[str, tuple[Callable[[Pixels, Any, np.random.Generator], Pixels], Sequence[Any]]] = {

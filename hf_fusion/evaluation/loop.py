@@ -64,7 +64,7 @@ def score_task(
     Under `accelerate launch` every process must call it: they share the batches, and each gets all scores.
 
     Args:
-        predictors: with names of their own.
+        predictors: with distinct names.
         data: the task's rows.
         batch_size: rows a step.
         before_batch: called before each batch, for what predictors share within one.
@@ -98,8 +98,8 @@ def run_batches(batches: Sequence[Given], run: Callable[[Given], Found], title: 
         title: of its progress; by default it is not shown.
     """
     state = PartialState()
-    places = range(state.process_index, len(batches), state.num_processes)
-    found = [(place, run(batches[place])) for place in (track(places, title) if title else places)]
+    indices = range(state.process_index, len(batches), state.num_processes)
+    found = [(index, run(batches[index])) for index in (track(indices, title) if title else indices)]
     if state.num_processes > 1:
         found = sorted(gather_object(found), key=lambda pair: pair[0])
     return [result for _, result in found]

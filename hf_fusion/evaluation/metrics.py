@@ -18,14 +18,14 @@ from hf_fusion.extras import refuse_missing
 
 
 @dataclass(frozen=True)
-class Score:
+class MetricSpec:
     """How predictions are scored against their references.
 
     Attributes:
         dtype: of both.
         description: of the metric.
         of: predictions, references → the metric.
-        is_mean: it is the mean over the pairs, so that shares and their intervals can be told from it.
+        is_mean: it is the mean over the pairs, so that it is a share, with a share's interval.
         is_list: each prediction and each reference is a list.
     """
 
@@ -82,27 +82,27 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 # A new metric is one more row.
-SCORES = {
-    "accuracy": Score("int64", "Share of predictions that equal their reference.", partial(_mean, _equal), True),
-    "mse": Score("float64", "Mean squared difference.", partial(_mean, lambda a, b: (a - b) ** 2)),
-    "exact_match": Score(
+METRIC_SPECS = {
+    "accuracy": MetricSpec("int64", "Share of predictions that equal their reference.", partial(_mean, _equal), True),
+    "mse": MetricSpec("float64", "Mean squared difference.", partial(_mean, lambda a, b: (a - b) ** 2)),
+    "exact_match": MetricSpec(
         "string",
         "Share of texts that equal their reference but for blanks at both ends.",
         partial(_mean, lambda a, b: a.strip() == b.strip()),
         True,
     ),
-    "f1": Score("int64", "F1 of the class 1; of more classes than two, the mean over the classes.", _f1),
-    "matthews_correlation": Score("int64", "Matthews' correlation of classes.", _matthews),
-    "spearmanr": Score("float64", "Spearman's rank correlation.", _spearman),
-    "rouge1": Score("string", "ROUGE-1, F-measure, stemmed.", partial(_rouge, "rouge1")),
-    "rouge2": Score("string", "ROUGE-2, F-measure, stemmed.", partial(_rouge, "rouge2")),
-    "rougeL": Score("string", "ROUGE-L, F-measure, stemmed.", partial(_rouge, "rougeL")),
-    "perplexity": Score(
+    "f1": MetricSpec("int64", "F1 of the class 1; of more classes than two, the mean over the classes.", _f1),
+    "matthews_correlation": MetricSpec("int64", "Matthews' correlation of classes.", _matthews),
+    "spearmanr": MetricSpec("float64", "Spearman's rank correlation.", _spearman),
+    "rouge1": MetricSpec("string", "ROUGE-1, F-measure, stemmed.", partial(_rouge, "rouge1")),
+    "rouge2": MetricSpec("string", "ROUGE-2, F-measure, stemmed.", partial(_rouge, "rouge2")),
+    "rougeL": MetricSpec("string", "ROUGE-L, F-measure, stemmed.", partial(_rouge, "rougeL")),
+    "perplexity": MetricSpec(
         "float64",
         "exp of the mean of predictions, which are losses in nats a token; references are their tokens.",
         lambda losses, tokens: math.exp(sum(a * n for a, n in zip(losses, tokens, strict=True)) / sum(tokens)),
     ),
-    "mean_iou": Score(
+    "mean_iou": MetricSpec(
         "int64",
         "Mean over the classes that occur of intersection / union; predictions are each row's intersections, a number "
         "of pixels for each class, references its unions.",
@@ -113,16 +113,16 @@ SCORES = {
 
 
 class PackagedMetric(evaluate.Metric):
-    """One of `SCORES`, chosen by the configuration's name."""
+    """One of `METRIC_SPECS`, chosen by the configuration's name."""
 
     def _info(self) -> evaluate.MetricInfo:
-        if self.config_name not in SCORES:
-            raise ValueError(f"unknown metric {self.config_name!r}; there are {', '.join(SCORES)}")
-        score = SCORES[self.config_name]
-        value = datasets.Value(score.dtype)
-        feature = datasets.Sequence(value) if score.is_list else value
+        if self.config_name not in METRIC_SPECS:
+            raise ValueError(f"unknown metric {self.config_name!r}; there are {', '.join(METRIC_SPECS)}")
+        spec = METRIC_SPECS[self.config_name]
+        value = datasets.Value(spec.dtype)
+        feature = datasets.Sequence(value) if spec.is_list else value
         return evaluate.MetricInfo(
-            description=score.description,
+            description=spec.description,
             citation="",
             inputs_description="predictions and references, one value or list each.",
             features=datasets.Features({"predictions": feature, "references": feature}),
@@ -130,12 +130,12 @@ class PackagedMetric(evaluate.Metric):
 
     def _compute(self, predictions: list[Any], references: list[Any]) -> dict[str, float]:
         try:
-            return {self.config_name: SCORES[self.config_name].of(predictions, references)}
+            return {self.config_name: METRIC_SPECS[self.config_name].of(predictions, references)}
         except ImportError as error:
             refuse_missing(error, f"the metric {self.config_name}", extra="bench")
             raise
 
 
 def load_metric(name: str) -> evaluate.Metric:
-    """One of `SCORES` through ``evaluate.load``."""
+    """One of `METRIC_SPECS` through ``evaluate.load``."""
     return evaluate.load(__file__, name)

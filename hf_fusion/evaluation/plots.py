@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hf_fusion.evaluation.fusion import Results, System
     from hf_fusion.evaluation.routing_map import RoutingMap
 
-# Okabe and Ito's colours, which colour-blind people tell apart; each kind also has its own marker.
+# Okabe and Ito's colours, which colour-blind people can distinguish; each kind also has its own marker.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#7A7A7A"
 KINDS = {  # kind of a system -> colour, marker, size
     "foe": (BLUE, "D", 9),
@@ -97,9 +97,9 @@ def plot_routing(routing: RoutingMap, path: str | Path) -> Path:
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.patches import Rectangle
 
-    places = {name: place for place, name in enumerate(routing.experts)}
+    indices = {name: index for index, name in enumerate(routing.experts)}
     order = sorted(  # each task in the row of its expert, then those of nobody
-        range(len(routing.tasks)), key=lambda row: places.get(routing.owners.get(routing.tasks[row], ""), len(places))
+        range(len(routing.tasks)), key=lambda row: indices.get(routing.owners.get(routing.tasks[row], ""), len(indices))
     )
     tasks, weights = [routing.tasks[row] for row in order], [routing.weights[row] for row in order]
     most = max(map(max, weights))
@@ -152,16 +152,16 @@ def plot_coefficients(found: CoefficientMap, path: str | Path) -> Path:
         {"color": EXPERTS[k % 8], "marker": MARKERS[(k + k // 8) % 8]} for k in range(len(found.experts))
     ]
     depth = range(1, len(found.layers) + 1)
-    starts = [place for place in depth[1:] if _stack(found.layers[place - 1]) != _stack(found.layers[place - 2])]
+    starts = [number for number in depth[1:] if _stack(found.layers[number - 1]) != _stack(found.layers[number - 2])]
     for axes, task, table in zip(panels.flat, found.tasks, found.coefficients, strict=False):
         for expert, look, line in zip(found.experts, looks, zip(*table, strict=True), strict=True):
-            own = found.owners.get(task) == expert
-            more = {"linewidth": 2.6, "markersize": 6.5, "zorder": 4} if own else {"linewidth": 1, "markersize": 4}
-            axes.plot(depth, line, **look, **more, markerfacecolor=look["color"] if own else "white")
+            is_owner = found.owners.get(task) == expert
+            more = {"linewidth": 2.6, "markersize": 6.5, "zorder": 4} if is_owner else {"linewidth": 1, "markersize": 4}
+            axes.plot(depth, line, **look, **more, markerfacecolor=look["color"] if is_owner else "white")
         if found.scaling is not None:
             axes.axhline(found.scaling, **CONSTANT, zorder=2)
-        for place in starts:  # a decoder's layers follow an encoder's
-            axes.axvline(place - 0.5, color=GREY, linewidth=1.3, linestyle=":", zorder=1)
+        for start in starts:  # a decoder's layers follow an encoder's
+            axes.axvline(start - 0.5, color=GREY, linewidth=1.3, linestyle=":", zorder=1)
         axes.set_title(task.rpartition("/")[2], loc="left", fontsize=9.5, fontweight="bold", pad=5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -195,7 +195,7 @@ def _stack(layer: str) -> str:
 
 
 def blank_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Any:
-    """An empty figure of so many inches.
+    """An empty figure, its size in inches.
 
     Raises:
         FusionError: matplotlib is not installed.
@@ -217,7 +217,7 @@ def plain_axes(axes: Any, grid: str = "y", **ticks: Any) -> None:
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
-    """An empty figure of so many inches and its axes."""
+    """An empty figure, its size in inches, and its axes."""
     figure = blank_figure(width, height)
     return figure, figure.add_subplot()
 

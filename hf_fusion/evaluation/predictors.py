@@ -19,7 +19,7 @@ class Batch:
     Attributes:
         task: its name.
         metric: how rows are scored, see `hf_fusion.evaluation.scoring`.
-        indices: the rows' places in the task's data, B of them.
+        indices: indices of the rows in the task's data, B of them.
         inputs: of the B rows, with ``labels``.
     """
 

@@ -70,8 +70,8 @@ class Retrieval:
         self.embed = embed
         texts = {name: texts_of(rows) for name, rows in train_rows.items()}
         # (ΣN, d), and whose each of them is
-        self.examples = _unit(embed([text for own in texts.values() for text in own]))
-        self.owners = torch.cat([torch.full((len(own),), index) for index, own in enumerate(texts.values())])
+        self.examples = _unit(embed([text for examples in texts.values() for text in examples]))
+        self.owners = torch.cat([torch.full((len(examples),), index) for index, examples in enumerate(texts.values())])
 
     def choose(self, rows: Dataset) -> torch.Tensor:
         """The expert of each row, as an index into `train_rows`, (N,)."""
@@ -94,5 +94,5 @@ def texts_of(rows: Dataset) -> list[str]:
             return [" ".join(filter(None, parts)) for parts in zip(*(rows[name] for name in names), strict=True)]
     raise FusionError(
         f"retrieval reads columns prompt or text, but the data set has {rows.column_names}",
-        hint="leave out the system 'retrieval'",
+        hint="leave out the predictor 'retrieval'",
     )

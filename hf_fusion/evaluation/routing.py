@@ -37,16 +37,16 @@ PHATGOOSE, ORACLE, HINDSIGHT = "PHATGOOSE", "oracle", "best in hindsight"
 
 @dataclass(frozen=True)
 class RoutingStrategy:
-    """How a router is set up to be one of the systems: for `measure_routing` and for `bench.setups.routing`.
+    """How a router is set up to be one of the predictors: for `measure_routing` and for `bench.setups.routing`.
 
     Attributes:
         kind: see `SuiteSystem`.
         router: whose gates and rule, a key of `ROUTERS`.
-        within: (evaluation, router, rows of a task, row numbers of a batch) → the context its forward runs in.
+        within: (evaluation, router, task, row indices of a batch) → the context its forward runs in.
     """
 
     kind: str
-    router: str = "own"
+    router: str = "phatgoose"
     within: Callable[[Evaluation, PhatgooseRouter, str, list[int]], AbstractContextManager[Any]] = (
         lambda evaluation, router, task, rows: nullcontext()
     )
@@ -64,7 +64,7 @@ class RoutingStrategy:
 
 # Gates and rule of a router -> how it is built of the experts.
 ROUTERS: dict[str, Callable[[Evaluation], PhatgooseRouter]] = {
-    "own": lambda evaluation: evaluation.build(evaluation.experts),
+    "phatgoose": lambda evaluation: evaluation.build(evaluation.experts),
     "average": lambda evaluation: evaluation.build(evaluation.with_average_gates()),
     "arrow": lambda evaluation: evaluation.build(evaluation.experts, routing="arrow"),
     "uniform": lambda evaluation: evaluation.build(evaluation.experts, routing="uniform"),
@@ -86,7 +86,7 @@ STRATEGIES: dict[str, RoutingStrategy] = {
         "baseline", "uniform", lambda evaluation, router, task, rows: evaluation.drawn(task, rows)
     ),
 }
-SYSTEMS = (*STRATEGIES, "experts", ORACLE)
+PREDICTORS = (*STRATEGIES, "experts", ORACLE)
 """What can be compared: "experts" are all single experts, with the best one in hindsight."""
 
 
@@ -96,7 +96,7 @@ def measure_routing(
     *,
     train_rows: Mapping[str, Dataset],
     owners: Mapping[str, str],
-    systems: Sequence[str] | None = None,
+    predictors: Sequence[str] | None = None,
     metrics: Mapping[str, Metric] | None = None,
     base: str | Path | PreTrainedModel | None = None,
     top_k: int = 2,
@@ -111,17 +111,16 @@ def measure_routing(
 ) -> SuiteResults:
     """Measures PHATGOOSE, its baselines, every expert and the oracle on each task of a suite.
 
-    One forward per batch and system (blocks below all adapters run once for all systems): a language model's greedy
+    One forward per batch and predictor; blocks below all adapters run once for all. A language model's greedy
     answer is its target if and only if each of the target's tokens is the likeliest after those before it; a
-    classifier's answer is the likeliest of all experts' labels.
-    Nothing but the oracle and the single experts is told which task it sees.
+    classifier's answer is the likeliest of all experts' labels. Only the oracle and the single experts know the task.
 
     Args:
         experts: adapters with gates, as `load_experts` takes them; where the base lies is where it runs.
         suite: task → test rows; columns ``prompt`` and ``target``, or ``text`` (or ``image``) and ``label``.
         train_rows: expert → rows it was trained on, for retrieval and average activation.
         owners: task → the expert that was trained on it; tasks without one are held out.
-        systems: some of `SYSTEMS`; by default all (but the base, where experts bring heads that it does not have).
+        predictors: some of `PREDICTORS`; default is all, without the base where experts bring heads.
         metrics: task → "exact" (default) or "tokens", for language models.
         base: the adapters' base, where it is not the one they record.
         top_k, temperature, missing_gates: see `PhatgooseRouter.from_experts`.
@@ -133,7 +132,7 @@ def measure_routing(
         command: recorded in the results.
 
     Raises:
-        FusionError: for unknown systems, tasks or experts, empty or missing rows, and experts that do not fit together.
+        FusionError: for unknown predictors, tasks or experts, missing rows, and experts that do not fit together.
     """
     loaded = load_experts(list(experts), base=base)
     evaluation = Evaluation(
@@ -149,7 +148,7 @@ def measure_routing(
         max_length,
         seed,
     )
-    tasks, scores = evaluation.run(systems)
+    tasks, scores = evaluation.run(predictors)
     settings = {
         **evaluation.options,
         "gates": sorted({expert.gates.description if expert.gates else "none" for expert in loaded}),
@@ -185,20 +184,22 @@ class Evaluation:
         """The experts' names."""
         return [expert.name for expert in self.experts]
 
-    def run(self, systems: Sequence[str] | None) -> tuple[list[SuiteTask], dict[str, dict[str, torch.Tensor]]]:
-        """The tasks, and the rows' scores: system → task → (N,)."""
-        wanted = self._checked(systems)
+    def run(self, predictors: Sequence[str] | None) -> tuple[list[SuiteTask], dict[str, dict[str, torch.Tensor]]]:
+        """The tasks, and the rows' scores: predictor → task → (N,)."""
+        wanted = self._checked(predictors)
         strategies = {name: strategy for name, strategy in STRATEGIES.items() if name in wanted}
         singles = {name: RoutingStrategy("expert", within=partial(alone, name)) for name in self.names}
-        routers = {kind: self.router(kind) for kind in ("own", *(strategy.router for strategy in strategies.values()))}
+        routers = {
+            kind: self.router(kind) for kind in ("phatgoose", *(strategy.router for strategy in strategies.values()))
+        }
         tasks = []
         scores: dict[str, dict[str, torch.Tensor]] = {}
         for task, rows in track(self.suite.items(), "Measuring tasks"):
             owner = self.owners.get(task)
-            own = singles if "experts" in wanted else {}
+            alone_too = singles if "experts" in wanted else {}
             if ORACLE in wanted and owner is not None:
-                own = own or {owner: singles[owner]}
-            values, metric = self._scores(task, rows, {**strategies, **own}, routers)
+                alone_too = alone_too or {owner: singles[owner]}
+            values, metric = self._scores(task, rows, {**strategies, **alone_too}, routers)
             tasks.append(SuiteTask(task, metric, len(rows), owner))
             for name, value in values.items():
                 if "experts" in wanted or name not in singles:
@@ -218,11 +219,11 @@ class Evaluation:
         routers: Mapping[str, PhatgooseRouter],
     ) -> tuple[dict[str, torch.Tensor], Metric]:
         """Every strategy's scores of one task's rows, (N,) each; a batch is prepared once for all of them."""
-        own = routers["own"]
-        metric = self.metrics.get(task, "exact") if own.config.head in ("causal-lm", "seq2seq-lm") else "accuracy"
+        router = routers["phatgoose"]
+        metric = self.metrics.get(task, "exact") if router.config.head in ("causal-lm", "seq2seq-lm") else "accuracy"
         predictors = [strategy.predictor(name, self, routers[strategy.router]) for name, strategy in strategies.items()]
         with same_start(routers.values()) as remembered:
-            data = TaskRows.of(task, metric, self.read(own, rows), own.device)
+            data = TaskRows.of(task, metric, self.read(router, rows), router.device)
             return score_task(predictors, data, self.batch_size, before_batch=remembered.clear), metric
 
     def read(self, router: PhatgooseRouter, rows: Dataset) -> Examples:
@@ -264,23 +265,25 @@ class Evaluation:
     def _sampled(self) -> dict[str, Dataset]:
         """Up to `examples` training rows of each expert, in the experts' order."""
         rows = {name: self.train_rows[name].shuffle(seed=self.seed) for name in self.names}
-        return {name: own.select(range(min(self.examples, len(own)))) for name, own in rows.items()}
+        return {name: drawn.select(range(min(self.examples, len(drawn)))) for name, drawn in rows.items()}
 
     def drawn(self, task: str, rows: Sequence[int]) -> AbstractContextManager[None]:
         """A seed for each batch, whatever else is measured."""
         return _seeded(hash((self.seed, list(self.suite).index(task), min(rows))))
 
-    def _checked(self, systems: Sequence[str] | None) -> list[str]:
-        """The systems to run, once everything that was given is known to fit."""
+    def _checked(self, predictors: Sequence[str] | None) -> list[str]:
+        """The predictors to run, once everything that was given is known to fit."""
         heads = has_heads(self.experts)
-        wanted = list(systems) if systems is not None else [name for name in SYSTEMS if name != "base" or not heads]
+        wanted = (
+            list(predictors) if predictors is not None else [name for name in PREDICTORS if name != "base" or not heads]
+        )
         known = f"there are {', '.join(self.names)}"
-        if unknown := [name for name in wanted if name not in SYSTEMS]:
-            raise FusionError(f"no system {unknown[0]!r}; there are {', '.join(SYSTEMS)}")
+        if unknown := [name for name in wanted if name not in PREDICTORS]:
+            raise FusionError(f"no predictor {unknown[0]!r}; there are {', '.join(PREDICTORS)}")
         if "base" in wanted and heads:
             raise FusionError("the experts bring their own heads, without which their base has no answers")
-        if taken := [name for name in self.names if name in (*SYSTEMS, HINDSIGHT)]:
-            raise FusionError(f"an expert cannot be called {taken[0]!r} here: a system bears this name")
+        if taken := [name for name in self.names if name in (*PREDICTORS, HINDSIGHT)]:
+            raise FusionError(f"an expert cannot be called {taken[0]!r} here: a predictor bears this name")
         if not self.suite:
             raise FusionError("the suite has no tasks")
         if empty := [task for task, rows in self.suite.items() if not len(rows)]:
@@ -294,7 +297,7 @@ class Evaluation:
         if needing and (missing := [name for name in self.names if not len(self.train_rows.get(name, ()))]):
             raise FusionError(
                 f"{needing[0]} needs rows that {missing[0]} was trained on",
-                hint=f"train_rows={{{missing[0]!r}: …}}, or leave {' and '.join(needing)} out of systems",
+                hint=f"train_rows={{{missing[0]!r}: …}}, or leave {' and '.join(needing)} out of predictors",
             )
         return wanted
 
@@ -316,7 +319,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def same_start(routers: Iterable[PhatgooseRouter]) -> Iterator[dict[int, Any]]:
-    """Blocks before the first that an expert adapts give every system the same: here they run once for all of them.
+    """Blocks before the first that an expert adapts give every predictor the same: here they run once for all of them.
 
     Yields:
         What the last of them gave, by block: where there is something, none of them runs. To be cleared before the
@@ -334,10 +337,10 @@ def same_start(routers: Iterable[PhatgooseRouter]) -> Iterator[dict[int, Any]]:
 
     blocks = []
     for router in routers:
-        own = unchanged_blocks(router)
-        blocks += own
-        for index, block in enumerate(own):
-            block.forward = partial(run, index, len(own), block.forward)
+        unchanged = unchanged_blocks(router)
+        blocks += unchanged
+        for index, block in enumerate(unchanged):
+            block.forward = partial(run, index, len(unchanged), block.forward)
     try:
         yield remembered
     finally:

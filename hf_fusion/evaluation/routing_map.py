@@ -65,12 +65,12 @@ class RoutingMap(JsonFile):
 
     def owner_weight(self) -> float | None:
         """Mean weight that a task's own expert gets, over the tasks that have one; 1/E by chance."""
-        own = [
+        weights = [
             row[self.experts.index(self.owners[task])]
             for task, row in zip(self.tasks, self.weights, strict=True)
             if task in self.owners
         ]
-        return sum(own) / len(own) if own else None
+        return sum(weights) / len(weights) if weights else None
 
 
 @torch.no_grad()

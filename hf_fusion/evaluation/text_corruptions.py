@@ -13,9 +13,9 @@ from hf_fusion.errors import FusionError
 # neighbours on a QWERTY keyboard
 _ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 _NEAR = {
-    key: "".join(row[max(0, place - 1) : place] + row[place + 1 : place + 2])
+    key: "".join(row[max(0, index - 1) : index] + row[index + 1 : index + 2])
     for row in _ROWS
-    for place, key in enumerate(row)
+    for index, key in enumerate(row)
 }
 # words that say nothing: the commonest English ones that are no negation, judgement or question
 _FILLERS = tuple(
@@ -55,8 +55,8 @@ def _typos(words: list[str], share: float, rng: random.Random) -> list[str]:
 def _mistyped(word: str, rng: random.Random) -> str:
     if len(word) < 2:
         return word
-    place = rng.randrange(len(word) - 1)
-    before, one, two, after = word[:place], word[place], word[place + 1], word[place + 2 :]
+    index = rng.randrange(len(word) - 1)
+    before, one, two, after = word[:index], word[index], word[index + 1], word[index + 2 :]
     near = rng.choice(_NEAR.get(one.lower(), one))
     return before + rng.choice((two, one + one + two, two + one, near + two)) + after
 

@@ -105,7 +105,7 @@ def test_ways_to_route_score_what_evaluate_says(adapters, routed):
         [adapters / "first", adapters / "second"], {task: own.test for task, own in rows.items()},
         train_rows={task: rows[task].train for task in ("first", "second")}, base=adapters / "base",
         owners={"first": "first", "second": "second"}, metrics=dict.fromkeys(rows, "tokens"), examples=256,
-        systems=["base", "PHATGOOSE", "average activation", "Arrow", "merged", "experts", "oracle"],
+        predictors=["base", "PHATGOOSE", "average activation", "Arrow", "merged", "experts", "oracle"],
     )  # fmt: skip
     same = {"pretrained": "base", "phatgoose": "PHATGOOSE", "arrow": "Arrow", "average": "merged",
             "average_activation": "average activation", "individual": "oracle", "expert:first": "first"}  # fmt: skip

@@ -32,7 +32,7 @@ from hf_fusion.assets.weights import demo_weights
 from hf_fusion.evaluation.intervals import mean_of
 from hf_fusion.evaluation.results import SuiteResults, aligned
 from hf_fusion.evaluation.retrieval import TextEmbedder
-from hf_fusion.evaluation.routing import SYSTEMS
+from hf_fusion.evaluation.routing import PREDICTORS
 from hf_fusion.hub.gates import GATES_FILE
 from hf_fusion.training.batches import read_examples
 from hf_fusion.training.gates import average_activation
@@ -172,7 +172,7 @@ def main() -> None:
     )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, help="only these tasks")
     parser.add_argument("--n", type=int, default=200, help="test rows of each task")
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="only these systems")
+    parser.add_argument("--systems", nargs="+", choices=PREDICTORS, help="only these systems")
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--examples", type=int, default=1000, help="train rows of each expert for the baselines")
@@ -209,7 +209,7 @@ def main() -> None:
             suite,
             train_rows=train,
             owners={name: name for name in owned} | seconds,
-            systems=args.systems,
+            predictors=args.systems,
             metrics={task: TASKS[seconds.get(task, task)].metric for task in suite},
             top_k=args.top_k,
             temperature=args.temperature,

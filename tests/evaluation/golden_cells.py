@@ -178,7 +178,7 @@ def phatgoose_encoder_decoder() -> Any:
         answers = make_tokenizer().batch_decode(router.generate(**inputs, max_new_tokens=3)[:, 1:])
     suite = {"t": Dataset.from_dict({"prompt": QUESTIONS, "target": answers})}
     systems = ["base", "PHATGOOSE", "merged", "uniform"]
-    return evaluate(experts, suite, train_rows={}, owners={}, systems=systems, metrics={"t": "tokens"})
+    return evaluate(experts, suite, train_rows={}, owners={}, predictors=systems, metrics={"t": "tokens"})
 
 
 def phatgoose_classifier() -> Any:

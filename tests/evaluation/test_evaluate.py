@@ -26,7 +26,7 @@ def test_a_router_is_measured_beside_its_experts():
     experts = routed(llama(), 3, ["layers.1.self_attn.q_proj", "layers.1.mlp.up_proj"])
     router = PhatgooseRouter.from_experts(experts, top_k=1)
     suite = {"zero": said(router, "expert-0", 3)}
-    options = {"train_rows": {}, "owners": {"zero": "expert-0"}, "systems": ["PHATGOOSE", "experts"]}
+    options = {"train_rows": {}, "owners": {"zero": "expert-0"}, "predictors": ["PHATGOOSE", "experts"]}
     with pytest.raises(FusionError, match="none are given"):
         evaluate(router, suite, **options)
     results = evaluate(router, suite, experts=experts, metrics={"zero": "tokens"}, **options)

@@ -16,7 +16,7 @@ from hf_fusion import Expert, FusionError, PhatgooseRouter, evaluate, train_gate
 from hf_fusion.evaluation.intervals import Score, mean_of, wilson
 from hf_fusion.evaluation.results import SuiteResults
 from hf_fusion.evaluation.retrieval import Retrieval, TextEmbedder
-from hf_fusion.evaluation.routing import SYSTEMS, same_start, unchanged_blocks
+from hf_fusion.evaluation.routing import PREDICTORS, same_start, unchanged_blocks
 from hf_fusion.evaluation.scoring import lead_of, score_of
 from hf_fusion.hub.lora import read_adapter
 from hf_fusion.training.gates import average_activation
@@ -180,7 +180,7 @@ def test_the_same_call_gives_the_same_numbers(results, experts):
         train_rows=TRAIN,
         owners=OWNERS,
         metrics={"both": "tokens"},
-        systems=["uniform", "PHATGOOSE", "oracle"],
+        predictors=["uniform", "PHATGOOSE", "oracle"],
         batch_size=3,
     )
     assert [system.name for system in again.systems] == ["PHATGOOSE", "uniform", "oracle"]
@@ -286,7 +286,7 @@ def test_an_encoder_decoder_is_measured_as_it_answers():
         said = TOKENIZER.batch_decode(router.generate(**inputs, max_new_tokens=3)[:, 1:])
     suite = {"t": rows.remove_columns("target").add_column("target", said)}
     results = evaluate(
-        experts, suite, train_rows={}, owners={}, systems=["base", "PHATGOOSE", "merged"], metrics={"t": "tokens"}
+        experts, suite, train_rows={}, owners={}, predictors=["base", "PHATGOOSE", "merged"], metrics={"t": "tokens"}
     )
     _, share = target_scores(router, encode_prompts(suite["t"], TOKENIZER, is_encoder_decoder=True), TOKENIZER)
     assert float(share.mean()) > 0
@@ -330,7 +330,7 @@ def test_classifiers_answer_among_the_labels_of_all(classifiers):
     assert results["expert-0"].scores["task-1"].score == 0  # it does not know these labels
     assert results["expert-0"].scores["task-0"].score == 1
     with pytest.raises(FusionError, match="bring their own heads"):
-        evaluate(experts, suite, train_rows=train, owners=owners, systems=["base"])
+        evaluate(experts, suite, train_rows=train, owners=owners, predictors=["base"])
 
 
 # ---------------------------------------------------------------- errors
@@ -343,7 +343,7 @@ def test_classifiers_answer_among_the_labels_of_all(classifiers):
         ({"owners": {"singing": "the"}}, "'singing', which is no task"),
         ({"suite": {}}, "no tasks"),
         ({"suite": {"the": SUITE["the"].select([])}}, "the task the has no rows"),
-        ({"systems": ["magic"]}, "no system 'magic'; there are " + ", ".join(SYSTEMS)),
+        ({"predictors": ["magic"]}, "no predictor 'magic'; there are " + ", ".join(PREDICTORS)),
         ({"train_rows": {"the": TRAIN["the"]}}, "retrieval needs rows that nine was trained on"),
         ({"top_k": 3}, "only 2 experts"),
     ],
@@ -356,7 +356,7 @@ def test_what_does_not_fit_is_refused(experts, change, said):
 
 def test_missing_gates_are_refused_or_replaced_by_prototypes(experts):
     bare = [experts[0], replace(experts[1], gates=None)]
-    given = {"train_rows": TRAIN, "owners": OWNERS, "systems": ["PHATGOOSE"]}
+    given = {"train_rows": TRAIN, "owners": OWNERS, "predictors": ["PHATGOOSE"]}
     with pytest.raises(FusionError, match="nine has no gates"):
         evaluate(bare, SUITE, **given)
     results = evaluate(bare, SUITE, missing_gates="arrow", **given)

@@ -66,7 +66,7 @@ def measured(model, ids, folder, api):
         SUITE,
         train_rows={},
         owners=owners,
-        systems=["base", "PHATGOOSE", "merged", "experts", "oracle"],
+        predictors=["base", "PHATGOOSE", "merged", "experts", "oracle"],
         command="a `command`",
     )
     results.save(folder / "results.json")

@@ -120,7 +120,7 @@ class RoutingSetup(TaskSetup, kind="routing"):
         key = (task, corruption, split, tuple(evaluation.names) if self.has_heads else ())  # labels are those of all
         if key not in self._batches:
             rows = self.inputs_of(task, self.sample(task, corruption, split))
-            self._batches[key] = self.collated(evaluation.read(evaluation.router("own"), rows))
+            self._batches[key] = self.collated(evaluation.read(evaluation.router("phatgoose"), rows))
         return self._batches[key]
 
     @torch.no_grad()
