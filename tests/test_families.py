@@ -16,6 +16,8 @@ import hf_fusion
 from hf_fusion import models
 from hf_fusion.cards.card import TEMPLATES
 from hf_fusion.cards.contents import CONTENTS
+from hf_fusion.cards.static_merge import MERGE
+from hf_fusion.cards.usage import SCRIPTS
 from hf_fusion.cli.eval import MEASURED_BY
 from hf_fusion.cli.fit import PARTS
 from hf_fusion.demo import DEMOS
@@ -30,6 +32,7 @@ from hf_fusion.merging.recipe_checks import family_method
 
 def test_each_layer_knows_exactly_the_families_of_the_registry():
     assert set(CONTENTS) == set(FAMILIES)
+    assert set(SCRIPTS) == {*FAMILIES, MERGE}
     assert set(MEASURES) == set(MEASURED_BY) == set(FAMILIES)
     assert set(DEMOS) == {name for name, family in FAMILIES.items() if family.demo}
     assert set(PARTS) == set(FIT_PARTS)

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from hf_fusion.cards.contents import CONTENTS
-from hf_fusion.cards.merge import MERGE, MERGE_CONTENTS, pipeline_tag
-from hf_fusion.cards.parts import CardContents, chats
+from hf_fusion.cards.parts import CardContents
+from hf_fusion.cards.static_merge import MERGE, MERGE_CONTENTS, pipeline_tag
+from hf_fusion.cards.usage import usage_block
 from hf_fusion.errors import FusionError
 from hf_fusion.families import FAMILIES
 from hf_fusion.hub.client import in_parallel
@@ -144,7 +145,7 @@ def read_facts(
         base=Path(recipe.base).name if recipe.base and Path(recipe.base).is_absolute() else recipe.base,
         results=_checked_results(results, folder, contents),
         parameters=_count_parameters(folder),
-        options=contents.options(config, folder) | _chats(auto_class, folder),
+        options=contents.options(config, folder) | _chat_option(auto_class, folder),
         routing=read_json(folder / routing.data, str(folder)) if routing and (folder / routing.data).exists() else None,
     )
 
@@ -201,20 +202,6 @@ def render_card(facts: CardFacts, existing: str = "") -> str:
     tags = [*ours["tags"], *(tag for tag in _as_list(head.get("tags")) if tag not in ours["tags"])]
     metadata = yaml.safe_dump({**head, **ours, "tags": tags}, sort_keys=False, allow_unicode=True, width=10_000)
     return f"---\n{metadata}---\n{_insert(body, _render_body(facts))}"
-
-
-def pinned_revision(card: str) -> str | None:
-    """The commit that a card's usage block pins, if it is one of ours."""
-    match = re.search(r'^repo, revision = "[^"]+", "([0-9a-f]{40})"', card, re.MULTILINE)
-    return match[1] if match else None
-
-
-def usage_code(card: str) -> str:
-    """The Python of a card's usage block."""
-    match = re.search(r"^```python\n(.*?)^```", card, re.MULTILINE | re.DOTALL)
-    if match is None:
-        raise FusionError("The card has no usage block.")
-    return match[1]
 
 
 # what an option of a static merge says of the library that reads it
@@ -292,7 +279,7 @@ def _render_body(facts: CardFacts) -> str:
     text = template.render(
         facts=facts,
         name=escape_markdown(facts.repo_id.rpartition("/")[2]),
-        usage=_fenced(contents.usage(facts), "python"),
+        usage=_fenced(usage_block(facts), "python"),
         recipe=_fenced(facts.recipe, "yaml"),
         folders=" and folders, once their paths stand in it" if f"@{CONTENT}" in facts.recipe else "",
         **contents.view(facts),
@@ -391,8 +378,13 @@ def _repo_id(pinned: str) -> str:
     return ModelRef.parse_repo(pinned).id
 
 
-def _chats(auto_class: str, folder: Path) -> dict[str, Any]:
-    return {"chats": True} if auto_class == "AutoModelForCausalLM" and chats(folder) else {}
+def _chat_option(auto_class: str, folder: Path) -> dict[str, Any]:
+    """The option ``chats`` of a causal language model whose tokenizer has a chat template."""
+    if auto_class != "AutoModelForCausalLM":
+        return {}
+    file = folder / "tokenizer_config.json"
+    in_config = file.exists() and bool(read_json(file, str(folder)).get("chat_template"))
+    return {"chats": True} if in_config or any(folder.glob("chat_template.*")) else {}
 
 
 def _linked(pinned: str) -> str:

@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.cards.parts import (
-    CHAT,
-    CLASSES,
-    FEATURES,
-    GENERATION,
-    IMAGE_IMPORT,
-    PICTURE,
-    PLAIN_USAGE,
-    TEXT,
-    CardContents,
-    Measured,
-    Usage,
-    lacking_each,
-    suite_lacking,
-    suite_measured,
-    suite_view,
-    usage_row,
-)
+from hf_fusion.cards.parts import CardContents, Measured, lacking_each, suite_lacking, suite_measured, suite_view
 from hf_fusion.hub.code import refuse_kernels
 
 if TYPE_CHECKING:
@@ -34,35 +15,6 @@ if TYPE_CHECKING:
 MOST_TOLD = 8  # tasks of a picture that are told in words
 
 # ---------------------------------------------------------------- Fusion of Experts
-
-_FOE_GENERATION = Usage(
-    "inputs = processor([{text}])",
-    "print(processor.batch_decode(model.generate(**inputs, max_new_tokens=20), skip_special_tokens=True))",
-    pipeline=False,
-)
-_FOE_USAGE = {
-    "AutoModelForSequenceClassification": Usage("example = {text}\ninputs = processor([example])", CLASSES),
-    "AutoModelForImageClassification": Usage(
-        f"{PICTURE}inputs = processor(images=[example])", CLASSES, imports=IMAGE_IMPORT
-    ),
-    "AutoModelForCausalLM": _FOE_GENERATION,
-    "AutoModelForSeq2SeqLM": _FOE_GENERATION,
-}
-
-
-def _foe_usage(facts: CardFacts) -> str:
-    usage, revision = usage_row(_FOE_USAGE, facts.auto_class), facts.revision or "main"
-    pipeline = f'pipe = pipeline("{facts.pipeline_tag}", model=repo, revision=revision, trust_remote_code=True)'
-    return (
-        f"{usage.imports}from transformers import {facts.auto_class}, AutoProcessor"
-        f"{', pipeline' if usage.pipeline else ''}\n\n"
-        f'repo, revision = "{facts.repo_id}", "{revision}"\n'
-        f"processor = AutoProcessor.from_pretrained(repo, revision=revision, trust_remote_code=True)\n"
-        f"model = {facts.auto_class}.from_pretrained(repo, revision=revision, trust_remote_code=True)\n\n"
-        + usage.inputs.format(text='"Some text to look at."')
-        + f"\n{usage.answer}\n"
-        + (f"\n{pipeline}\nprint(pipe(example))\n" if usage.pipeline else "")
-    )
 
 
 def _foe_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -85,25 +37,7 @@ def _foe_measured(results: Mapping[str, Any]) -> list[Measured]:
 # ---------------------------------------------------------------- PHATGOOSE
 
 
-def _routed_usage(facts: CardFacts) -> str:
-    features = FEATURES[facts.options.get("reads", "texts")]
-    usage, revision = usage_row({**PLAIN_USAGE, "AutoModel": features}, facts.auto_class), facts.revision or "main"
-    if facts.options.get("chats") and not facts.routing:  # rows that were measured have their markup
-        usage = CHAT
-    example = (facts.routing or {}).get("example") or "Some text to look at."
-    return (
-        f"{usage.imports}from transformers import {facts.auto_class}, {usage.processor}\n\n"
-        f'repo, revision = "{facts.repo_id}", "{revision}"\n'
-        f"processor = {usage.processor}.from_pretrained(repo, revision=revision, trust_remote_code=True)\n"
-        f"model = {facts.auto_class}.from_pretrained(repo, revision=revision, trust_remote_code=True)\n\n"
-        "model.record_routing = 4096  # tokens to keep; 0, the default, costs nothing\n"
-        + usage.inputs.format(text=json.dumps(str(example), ensure_ascii=False))
-        + f"\n{usage.answer}\n"
-        "print(model.routing_trace().usage())  # whom its tokens met\n"
-    )
-
-
-def _routed_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _phatgoose_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """From the config, and from the model it describes, built without memory."""
     from hf_fusion.hub.headers import on_meta
     from hf_fusion.models.assembly_phatgoose import readers_of
@@ -130,7 +64,7 @@ def _most_by_task(experts: Sequence[str], tasks: Sequence[str], rows: Sequence[S
     return "; ".join(shown[:MOST_TOLD]) + more
 
 
-def _routed_view(facts: CardFacts) -> dict[str, Any]:
+def _phatgoose_view(facts: CardFacts) -> dict[str, Any]:
     """What the suite's tables need, the kinds of gates, and the picture in words."""
     gates = {word for expert in facts.experts for word in (expert.gates or "").split()}
     view, routing = suite_view(facts) | {"gates": gates}, facts.routing
@@ -142,24 +76,6 @@ def _routed_view(facts: CardFacts) -> dict[str, Any]:
 
 # ---------------------------------------------------------------- WEMoE
 
-_OF_TASK = (
-    "task = {task}  # whose head answers: one of model.experts\n"
-    "answer = model(**inputs, task=task).logits[0].argmax(-1)\n"
-    'labels = model.config.experts[model.experts.index(task)]["labels"]\n'
-)
-_MERGED_TEXT = Usage(TEXT.inputs, _OF_TASK + "print(labels[int(answer)])")
-_MERGED_USAGE = {
-    "AutoModelForCausalLM": GENERATION,
-    "AutoModelForSeq2SeqLM": GENERATION,
-    "AutoModelForSequenceClassification": _MERGED_TEXT,
-    "AutoModelForTokenClassification": Usage(TEXT.inputs, _OF_TASK + "print([labels[i] for i in answer.tolist()])"),
-    "AutoModelForImageClassification": Usage(
-        PLAIN_USAGE["AutoModelForImageClassification"].inputs,
-        _MERGED_TEXT.answer,
-        imports=IMAGE_IMPORT,
-        processor="AutoImageProcessor",
-    ),
-}
 # whether and how task vectors are stored -> what the card says of it
 STORAGE = {
     "exact": "in the model's own precision",
@@ -170,41 +86,7 @@ STORAGE = {
 STORAGE["low-rank-bfloat16"] = f"{STORAGE['low-rank']}, in bfloat16"
 
 
-def _merged_usage(facts: CardFacts) -> str:
-    reads = facts.options.get("reads", "texts")
-    features = FEATURES[reads]
-    if reads == "texts and images":  # two towers, of which a call of one keeps no trace
-        image = FEATURES["images"]
-        features = replace(image, answer="print(model.backbone.get_image_features(**inputs).pooler_output.shape)")
-    usage, revision = usage_row({**_MERGED_USAGE, "AutoModel": features}, facts.auto_class), facts.revision or "main"
-    if facts.options.get("chats") and not facts.routing:
-        usage = CHAT
-    if facts.auto_class.endswith("Classification") and not facts.options.get("task_heads"):
-        usage = replace(usage, answer=PLAIN_USAGE[facts.auto_class].answer)  # one head for all
-    example = (facts.routing or {}).get("example") or "Some text to look at."
-    names = [expert.id for expert in facts.experts]
-    owned = next(iter((facts.routing or {}).get("owners", {}).values()), None)
-    task = owned if owned in names else facts.options.get("default_task") or names[0]
-    answer = usage.answer.replace("{task}", json.dumps(str(task), ensure_ascii=False))
-    traced = reads != "texts and images"
-    return (
-        f"{usage.imports}from transformers import {facts.auto_class}, {usage.processor}\n\n"
-        f'repo, revision = "{facts.repo_id}", "{revision}"\n'
-        f"processor = {usage.processor}.from_pretrained(repo, revision=revision, trust_remote_code=True)\n"
-        f"model = {facts.auto_class}.from_pretrained(repo, revision=revision, trust_remote_code=True)\n\n"
-        + ("model.record_routing = True  # keeps the coefficients of the last call\n" if traced else "")
-        + usage.inputs.format(text=json.dumps(str(example), ensure_ascii=False))
-        + f"\n{answer}\n"
-        + (
-            "means = model.routing_trace().coefficients().mean((0, 1))  # over samples and layers\n"
-            "print(dict(zip(model.experts, means.tolist())))\n"
-            if traced
-            else ""
-        )
-    )
-
-
-def _merged_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _wemoe_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """From the config, and from the model it describes, built without memory."""
     from hf_fusion.hub.headers import on_meta
     from hf_fusion.models.configuration_wemoe import WEMoEConfig
@@ -242,7 +124,7 @@ def _merged_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def _merged_view(facts: CardFacts) -> dict[str, Any]:
+def _wemoe_view(facts: CardFacts) -> dict[str, Any]:
     """What the suite's tables need, and the picture in words."""
     view, found = suite_view(facts), facts.routing
     if found:
@@ -253,8 +135,8 @@ def _merged_view(facts: CardFacts) -> dict[str, Any]:
 
 
 CONTENTS = {
-    "foe": CardContents(_foe_options, _foe_lacking, _foe_measured, _foe_usage),
-    "phatgoose": CardContents(_routed_options, suite_lacking, suite_measured, _routed_usage, _routed_view),
-    "wemoe": CardContents(_merged_options, suite_lacking, suite_measured, _merged_usage, _merged_view),
+    "foe": CardContents(_foe_options, _foe_lacking, _foe_measured),
+    "phatgoose": CardContents(_phatgoose_options, suite_lacking, suite_measured, _phatgoose_view),
+    "wemoe": CardContents(_wemoe_options, suite_lacking, suite_measured, _wemoe_view),
 }
 """Name of a family, as in `families.FAMILIES` → what its cards say."""

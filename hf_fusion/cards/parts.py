@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.errors import FusionError
-from hf_fusion.io.json_files import read_json
-
 if TYPE_CHECKING:
     from hf_fusion.cards.card import CardFacts
 
@@ -35,89 +32,14 @@ class CardContents:
         options: (config, folder) → the settings that the template shows.
         lacking: results → names of the fields without which they cannot be shown.
         measured: results → the model's own scores.
-        usage: facts → the usage block: what a reader copies, and what a test runs.
         view: facts → further variables of the template.
     """
 
     options: Callable[[Mapping[str, Any], Path], dict[str, Any]]
     lacking: Callable[[Mapping[str, Any]], list[str]]
     measured: Callable[[Mapping[str, Any]], list[Measured]]
-    usage: Callable[[CardFacts], str]
     view: Callable[[CardFacts], dict[str, Any]] = lambda facts: {}
 
-
-@dataclass(frozen=True)
-class Usage:
-    """How one kind of model is called: lines of Python. ``{text}`` is an example."""
-
-    inputs: str
-    answer: str
-    imports: str = ""
-    processor: str = "AutoTokenizer"
-    pipeline: bool = True
-
-
-def usage_row(table: Mapping[str, Usage], auto_class: str) -> Usage:
-    """How a model is called.
-
-    Raises:
-        FusionError: there is no row for its Auto class.
-    """
-    if auto_class not in table:
-        raise FusionError(f"There is no usage block for {auto_class}.")
-    return table[auto_class]
-
-
-def chats(folder: Path) -> bool:
-    """Whether a model's tokenizer has a chat template."""
-    if any(folder.glob("chat_template.*")):
-        return True
-    file = folder / "tokenizer_config.json"
-    return file.exists() and bool(read_json(file, str(folder)).get("chat_template"))
-
-
-PICTURE = 'example = Image.new("RGB", (64, 64))  # your picture\n'
-IMAGE_IMPORT = "from PIL import Image\n"
-CLASSES = "print([model.config.id2label[i] for i in model(**inputs).logits.argmax(-1).tolist()])"
-
-# how a model with one head is called, by its Auto class
-GENERATION = Usage(
-    'example = {text}\ninputs = processor(example, return_tensors="pt")',
-    "answer = model.generate(**inputs, max_new_tokens=20)\n"
-    "print(processor.decode(answer[0], skip_special_tokens=True))",
-)
-# a language model that was taught a chat's markup answers nonsense without it
-CHAT = Usage(
-    'example = [{{"role": "user", "content": {text}}}]\n'
-    "inputs = processor.apply_chat_template(\n"
-    '    example, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n)',
-    "answer = model.generate(**inputs, max_new_tokens=20)\n"
-    'print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
-)
-TEXT = Usage('example = {text}\ninputs = processor(example, return_tensors="pt")', CLASSES)
-PLAIN_USAGE = {
-    "AutoModelForCausalLM": GENERATION,
-    "AutoModelForSeq2SeqLM": GENERATION,
-    "AutoModelForSequenceClassification": TEXT,
-    "AutoModelForTokenClassification": Usage(TEXT.inputs, CLASSES.replace(".tolist()", "[0].tolist()")),
-    "AutoModelForImageClassification": Usage(
-        f'{PICTURE}inputs = processor(images=[example], return_tensors="pt")',
-        CLASSES,
-        imports=IMAGE_IMPORT,
-        processor="AutoImageProcessor",
-    ),
-}
-# what a router of features reads -> how it is called
-FEATURES = {
-    "texts": Usage(TEXT.inputs, "print(model(**inputs).last_hidden_state.shape)"),
-    "images": Usage(
-        PLAIN_USAGE["AutoModelForImageClassification"].inputs,
-        "print(model(**inputs).last_hidden_state.shape)",
-        imports=IMAGE_IMPORT,
-        processor="AutoImageProcessor",
-    ),
-    "texts and images": Usage(TEXT.inputs, "print(model.backbone.get_text_features(**inputs).pooler_output.shape)"),
-}
 
 # ---------------------------------------------------------------- results on suites of tasks
 

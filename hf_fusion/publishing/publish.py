@@ -14,7 +14,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.cards.card import README, CardFacts, pinned_revision, read_facts, render_card
+from hf_fusion.cards.card import README, CardFacts, read_facts, render_card
+from hf_fusion.cards.usage import pinned_revision
 from hf_fusion.errors import FusionError
 from hf_fusion.families import STALE
 from hf_fusion.fusion import save_fused

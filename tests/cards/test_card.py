@@ -10,17 +10,9 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from hf_fusion.cards.card import (
-    BEGIN,
-    END,
-    CardExpert,
-    CardFacts,
-    facts_from_json,
-    pinned_revision,
-    render_card,
-    usage_code,
-)
-from hf_fusion.cards.merge import MERGE
+from hf_fusion.cards.card import BEGIN, END, CardExpert, CardFacts, facts_from_json, render_card
+from hf_fusion.cards.static_merge import MERGE
+from hf_fusion.cards.usage import pinned_revision, usage_code
 from hf_fusion.errors import FusionError
 from hf_fusion.families import FAMILIES
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from test_card import NASTY, Tags, html_of
 
-from hf_fusion.cards.card import facts_from_json, read_facts, render_card, usage_code
-from hf_fusion.cards.merge import merge_options, pipeline_tag
+from hf_fusion.cards.card import facts_from_json, read_facts, render_card
+from hf_fusion.cards.static_merge import merge_options, pipeline_tag
+from hf_fusion.cards.usage import usage_code
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.recipe import Recipe, RecipeExpert
 from hf_fusion.types import ExpertInfo

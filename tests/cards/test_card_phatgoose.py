@@ -16,7 +16,8 @@ from test_card import NASTY, Tags, html_of
 from tiny import adapter, bert, image_processor, make_tokenizer, t5, vit
 
 from hf_fusion import Expert, ExpertInfo, Gates, PhatgooseRouter
-from hf_fusion.cards.card import facts_from_json, pinned_revision, read_facts, render_card, usage_code
+from hf_fusion.cards.card import facts_from_json, read_facts, render_card
+from hf_fusion.cards.usage import pinned_revision, usage_code
 from hf_fusion.fusion import save_fused
 from hf_fusion.recipe import Recipe, RecipeExpert
 

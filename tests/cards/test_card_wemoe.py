@@ -14,8 +14,9 @@ from tiny import bert, gpt2, image_processor, make_tokenizer, t5, vit
 from tiny_fused import base_expert, clip, clip_vision, experts_of
 
 from hf_fusion import ExpertInfo, WEMoEModel
-from hf_fusion.cards.card import CardExpert, CardFacts, read_facts, render_card, usage_code
+from hf_fusion.cards.card import CardExpert, CardFacts, read_facts, render_card
 from hf_fusion.cards.contents import STORAGE
+from hf_fusion.cards.usage import usage_code
 from hf_fusion.evaluation.coefficient_map import COEFFICIENT_FILE, CoefficientMap
 from hf_fusion.fusion import save_fused
 from hf_fusion.models.configuration_wemoe import TASK_VECTORS
@@ -144,7 +145,7 @@ def test_without_measurements_there_is_no_picture_and_no_number():
     card = render_card(replace(FACTS, results=None, routing=None))
     assert "Not measured." in card
     assert "coefficients.png" not in card
-    assert 'example = "Some text to look at."' in card
+    assert 'example = "An example sentence."' in card
 
 
 @pytest.mark.parametrize(
@@ -250,7 +251,7 @@ KINDS = {
     "smile": (
         lambda: merged(gpt2(), make_tokenizer(), task_vectors="low-rank", energy=0.5, routing="smile"),
         "AutoModelForCausalLM",
-        "Some text to look at.",
+        "An example sentence.",
     ),
     "t5": (lambda: merged(t5(), make_tokenizer(), task_vectors="sparse"), "AutoModelForSeq2SeqLM", ""),
     "clip's eye": (lambda: merged(clip_vision(), image_processor(16)), "AutoModel", r"torch.Size\(\[1, 5, 32\]\)"),

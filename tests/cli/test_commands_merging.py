@@ -18,7 +18,7 @@ from tiny import TEXTS
 from tiny_fused import fine_tuned, save_fine_tunes
 
 from hf_fusion import FusionError, Recipe
-from hf_fusion.cards.card import pinned_revision
+from hf_fusion.cards.usage import pinned_revision
 from hf_fusion.cli.app import main
 from hf_fusion.evaluation.results import SuiteResults
 

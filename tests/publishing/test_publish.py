@@ -16,7 +16,8 @@ from tiny_experts import SIZES, save_adapter, save_bert
 from transformers import AutoModel, AutoModelForImageClassification, ViTConfig, ViTImageProcessor
 
 import hf_fusion
-from hf_fusion.cards.card import BEGIN, END, facts_from_json, pinned_revision, usage_code
+from hf_fusion.cards.card import BEGIN, END, facts_from_json
+from hf_fusion.cards.usage import pinned_revision, usage_code
 from hf_fusion.errors import FusionError
 from hf_fusion.fusion import fuse, load_fused, save_fused
 from hf_fusion.publishing.publish import plan, publish, push
@@ -144,7 +145,7 @@ def test_plan_sends_nothing(owner, fused):
     assert {"model.safetensors", "config.json", "fusion.yaml", "modeling_foe.py"} <= set(planned.files)
     assert not {".env", "README.md"} & set(planned.files)
     assert planned.megabytes == pytest.approx(sum((fused / name).stat().st_size for name in planned.files) / 1e6)
-    assert "Some text to look at." in planned.card
+    assert "An example sentence." in planned.card
     assert publish(fused, f"{owner.name}/mood", confirm=lambda planned: False, api=owner.api) is None
     assert not owner.api.repo_exists(f"{owner.name}/mood")
     assert hf_fusion.publish is publish

@@ -16,7 +16,7 @@ from tiny_fused import bert_base, fine_tuned
 from tiny_routed import save_base, save_lora
 
 from hf_fusion import FusionError, Recipe, RecipeExpert, fuse, load_fused, merge, save_fused
-from hf_fusion.cards.card import usage_code
+from hf_fusion.cards.usage import usage_code
 from hf_fusion.hub.provenance import content_of
 from hf_fusion.publishing.publish import check_publish, plan, publish, push
 

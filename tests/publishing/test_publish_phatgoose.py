@@ -17,7 +17,7 @@ from tiny import adapter, bert, make_tokenizer
 from tiny_routed import save_base, save_lora
 
 from hf_fusion import Expert, Gates, PhatgooseRouter, evaluate
-from hf_fusion.cards.card import pinned_revision, usage_code
+from hf_fusion.cards.usage import pinned_revision, usage_code
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.plots import plot_routing
 from hf_fusion.evaluation.routing_map import ROUTING_FILE, ROUTING_PICTURE, RoutingMap, map_routing
@@ -165,7 +165,7 @@ def test_published_by_reference_it_loads_anywhere_and_its_card_says_what_was_mea
     with torch.no_grad():
         assert torch.equal(logits, model(**inputs).logits)
     assert torch.equal(ids_out, model.generate(**inputs, max_new_tokens=5, do_sample=False))
-    assert f"{{'{ids[0]}': " in said.splitlines()[-1]  # the usage block: whom its tokens met
+    assert f"{{'{ids[0]}': " in said.splitlines()[-1]  # the usage block: the experts' shares of the routing weight
 
 
 def test_whole_it_needs_nobody_else(hub, owner, ids, tmp_path):

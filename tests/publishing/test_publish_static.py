@@ -15,7 +15,8 @@ from tiny_experts import BERT, save_adapter, save_bert
 from transformers import AutoModel, AutoModelForMaskedLM, ViTImageProcessor
 
 import hf_fusion
-from hf_fusion.cards.card import BEGIN, pinned_revision, usage_code, write_card
+from hf_fusion.cards.card import BEGIN, write_card
+from hf_fusion.cards.usage import pinned_revision, usage_code
 from hf_fusion.errors import FusionError
 from hf_fusion.fusion import fuse, load_fused
 from hf_fusion.merging.merge import merge

@@ -18,7 +18,7 @@ from tiny import images, make_tokenizer, t5
 from tiny_fused import base_expert, clip, experts_of, fine_tuned
 
 from hf_fusion import Expert, WEMoEModel
-from hf_fusion.cards.card import pinned_revision, usage_code
+from hf_fusion.cards.usage import pinned_revision, usage_code
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.coefficient_map import COEFFICIENT_FILE, COEFFICIENT_PICTURE, CoefficientMap, map_coefficients
 from hf_fusion.evaluation.intervals import mean_of

@@ -8,17 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.cards.parts import (
-    CHAT,
-    FEATURES,
-    IMAGE_IMPORT,
-    PICTURE,
-    PLAIN_USAGE,
-    CardContents,
-    Usage,
-    suite_lacking,
-    suite_measured,
-)
+from hf_fusion.cards.parts import CardContents, suite_lacking, suite_measured
 from hf_fusion.hub.formats import ADAPTER_CONFIG, IMAGE_FILES, PROCESSOR_FILES
 from hf_fusion.hub.heads import architectures, head_of_adapter, head_of_architecture
 from hf_fusion.hub.manifests import MODULES
@@ -26,22 +16,13 @@ from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.engine.output import FACTS
 from hf_fusion.merging.methods import method_named
 from hf_fusion.recipe import Recipe
-from hf_fusion.types import ExpertInfo, ModelRef
+from hf_fusion.types import ExpertInfo
 
 if TYPE_CHECKING:
     from hf_fusion.cards.card import CardFacts
 
 MERGE = "merge"
 """What cards call the family of all static merges, whose models are plain ones."""
-
-_BOTH = Usage(
-    f'{PICTURE}inputs = processor(text=[{{text}}], images=[example], return_tensors="pt", padding=True)',
-    "print(model(**inputs).keys())",
-    imports=IMAGE_IMPORT,
-    processor="AutoProcessor",
-)
-# without a processor, or of a head that no row is for
-_LOADED = Usage("", "print(type(model).__name__, model.num_parameters())", processor="")
 
 
 def merge_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -111,57 +92,6 @@ def pipeline_tag(config: Mapping[str, Any], experts: Sequence[ExpertInfo]) -> st
     return head.tasks[0] if head else "feature-extraction"
 
 
-_SENTENCES = """from sentence_transformers import SentenceTransformer
-
-repo, revision = "{repo}", "{revision}"
-model = SentenceTransformer(repo, revision=revision{code})
-print(model.encode(["Some text to look at."]).shape)  # pooled, as its modules say
-"""
-
-
-def merge_usage(facts: CardFacts) -> str:
-    """Plain transformers: no code of the repo is asked for unless its experts have code of their own."""
-    options, revision = facts.options, facts.revision or "main"
-    if options.get("sentences"):
-        code = ", trust_remote_code=True" if options["code"] else ""
-        return _SENTENCES.format(repo=facts.repo_id, revision=revision, code=code)
-    auto, usage = facts.auto_class, CHAT if facts.options.get("chats") else _usage(facts)
-    if auto == "AutoModel" and options["class"] and not head_of_architecture(options["class"]) and not options["code"]:
-        auto = options["class"]  # a head that no Auto class of ours is for
-    code = ", trust_remote_code=True" if options["code"] else ""
-    load = f"{auto}.from_pretrained(repo, revision=revision{code})"
-    if options["adapter"]:
-        base = ModelRef.parse_repo(facts.base or "owner/base")
-        labels = f", num_labels={len(facts.experts[0].labels)}" if facts.experts[0].labels else ""
-        pin = f', revision="{base.revision}"' if base.revision else ""
-        load = f'PeftModel.from_pretrained({auto}.from_pretrained("{base.id}"{pin}{labels}), repo, revision=revision)'
-    lines = [
-        *(["from peft import PeftModel"] if options["adapter"] else []),
-        f"from transformers import {', '.join(filter(None, (auto, usage.processor)))}",
-        "",
-        f'repo, revision = "{facts.repo_id}", "{revision}"',
-        *([f"processor = {usage.processor}.from_pretrained(repo, revision=revision{code})"] if usage.processor else []),
-        f"model = {load}",
-        "",
-        usage.inputs.format(text='"Some text to look at."'),
-        usage.answer,
-    ]
-    return usage.imports + "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
-
-
-def _usage(facts: CardFacts) -> Usage:
-    options = facts.options
-    if options["texts"] and options["images"]:
-        return _BOTH
-    if not options["texts"] and not options["images"]:
-        return _LOADED
-    features = FEATURES["images" if options["images"] else "texts"]
-    if facts.auto_class == "AutoModel":
-        return features if head_of_architecture(options["class"]) else _LOADED
-    usage = PLAIN_USAGE.get(facts.auto_class, _LOADED)
-    return usage if (usage.processor == "AutoImageProcessor") == options["images"] else _LOADED
-
-
 def merge_view(facts: CardFacts) -> dict[str, Any]:
     """The table of results: a row for each task and mean, a cell for each system; and what experts have of their own.
 
@@ -198,4 +128,4 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-MERGE_CONTENTS = CardContents(merge_options, suite_lacking, suite_measured, merge_usage, merge_view)
+MERGE_CONTENTS = CardContents(merge_options, suite_lacking, suite_measured, merge_view)
