@@ -172,7 +172,8 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The text of ``fusion.yaml``."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=10_000)
+        text: str = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=10_000)
+        return text
 
     def save(self, path: str | Path) -> None:
         """Write the recipe to a file, all of it or nothing."""

@@ -151,7 +151,8 @@ def unseen_table(suite: Row) -> Table | None:
 
         def mean(row: Row) -> dict[str, Any] | None:
             if split in row["by_split"]:
-                return row["by_split"][split]["means"].get(CLEAN, {}).get(group)
+                means: Mapping[str, Any] = row["by_split"][split]["means"].get(CLEAN, {})
+                return means.get(group)
             if row["part"] != FUSED and ALL in row["by_split"]:
                 return mean_entry(row["by_split"][ALL]["scores"].get(CLEAN, {}), tasks)
             return None

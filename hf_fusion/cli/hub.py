@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hf_fusion.cli.output import Out
 from hf_fusion.cli.parser import Examples, at_least
+
+if TYPE_CHECKING:
+    _Actions = argparse._SubParsersAction[argparse.ArgumentParser]
 
 SERVE_EXAMPLES = (
     ("hf-fusion hub serve hub --port 8000", "serve the folder ./hub; people find its pages at http://127.0.0.1:8000"),
@@ -21,7 +24,7 @@ EXAMPLES = (SERVE_EXAMPLES[0], USER_EXAMPLES[0])
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Serving, and its users."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
+    actions: _Actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
     server = _action(actions, "serve", "answer requests until interrupted", SERVE_EXAMPLES)
     server.add_argument("folder", metavar="DIR", help="holds everything; created if missing")
     server.add_argument("--host", default="127.0.0.1", help="the only address it answers on (default: 127.0.0.1)")
@@ -31,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     user.add_argument("name", metavar="NAME", help="the user, created if new")
 
 
-def _action(actions: Any, name: str, what: str, examples: Examples) -> argparse.ArgumentParser:
+def _action(actions: _Actions, name: str, what: str, examples: Examples) -> argparse.ArgumentParser:
     return actions.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.", examples=examples)
 
 

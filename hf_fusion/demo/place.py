@@ -135,7 +135,8 @@ def ask_a_stranger(place: Place, repo: str, revision: str, inputs: Path) -> dict
         )
     if done.returncode:
         raise FusionError(f"a fresh process could not use {repo}: {done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    answers: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answers
 
 
 def report_push(new: bool, repo: str, out: Out) -> None:

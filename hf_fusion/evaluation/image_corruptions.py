@@ -18,7 +18,7 @@ from hf_fusion.errors import FusionError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Pixels = NDArray[np.floating[Any]]
+    Pixels = NDArray[np.float64]
 
 SIZE = 32
 """Side in px of the pictures that the parameters were made for."""
@@ -67,7 +67,7 @@ def _image(pixels: Pixels) -> Image.Image:
 
 
 def _contrast(x: Pixels, share: float, rng: np.random.Generator) -> Pixels:
-    mean = x.mean((0, 1), keepdims=True)
+    mean: Pixels = x.mean((0, 1), keepdims=True)
     return (x - mean) * share + mean
 
 
@@ -109,23 +109,23 @@ def _spatter(x: Pixels, how: tuple[float, float, float, float, float, bool], rng
     mean, scale, sigma, threshold, strength, mud = how
     liquid = _correlate(rng.normal(mean, scale, (*x.shape[:2], 1)), _gaussian(sigma))
     drops = liquid >= threshold
-    colour = np.array(_MUD if mud else _WATER) / 255
+    colour: Pixels = np.array(_MUD if mud else _WATER) / 255
     if x.shape[-1] == 1:
         colour = colour @ [[0.299], [0.587], [0.114]]  # luma (ITU-R 601)
     if mud:
-        cover = _correlate(drops.astype(float), _gaussian(strength))
+        cover: Pixels = _correlate(drops.astype(float), _gaussian(strength))
         cover[cover < 0.8] = 0
         return x * (1 - cover) + cover * colour
     rims = drops & (_correlate(drops.astype(float), _BOX) < 1 - 1e-9)
     depth = _equalized(_correlate(_distance(rims, limit=20), _BOX))
     shine = liquid * drops * _correlate(_correlate(depth, _EMBOSS).clip(0, 255), _BOX)
-    return x + strength * shine / max(shine.max(), 1e-9) * colour
+    return x + strength * shine / max(float(shine.max()), 1e-9) * colour
 
 
 def _gaussian(sigma: float) -> Pixels:
     steps = np.arange(-int(4 * sigma + 0.5), int(4 * sigma + 0.5) + 1)
-    line = np.exp(-(steps**2) / (2 * sigma**2))
-    return np.outer(line, line) / line.sum() ** 2
+    line: Pixels = np.exp(-(steps**2) / (2 * sigma**2))
+    return np.outer(line, line) / float(line.sum()) ** 2
 
 
 def _correlate(x: Pixels, kernel: Pixels) -> Pixels:
@@ -145,14 +145,16 @@ def _distance(marked: NDArray[np.bool_], limit: int) -> Pixels:
         padded = np.pad(squared, pad, constant_values=limit**2)
         shifts = [(step - limit) ** 2 + np.roll(padded, -step, axis) for step in range(2 * limit + 1)]
         squared = np.min(shifts, axis=0)[: marked.shape[0], : marked.shape[1]]
-    return np.sqrt(squared.clip(max=limit**2))
+    distance: Pixels = np.sqrt(squared.clip(max=limit**2))
+    return distance
 
 
 def _equalized(x: Pixels) -> Pixels:
     """Whole levels spread over 0..255 so that each range of them holds as many pixels."""
     levels, indices, counts = np.unique(x.astype(int), return_inverse=True, return_counts=True)
     above = counts.cumsum() - counts[0]  # of the levels over the lowest
-    return (255 * above / max(above[-1], 1))[indices].reshape(x.shape)
+    equalized: Pixels = 255 * above / max(above[-1], 1)
+    return equalized[indices].reshape(x.shape)
 
 
 CORRUPTIONS: dict[str, tuple[Callable[[Pixels, Any, np.random.Generator], Pixels], Sequence[Any]]] = {

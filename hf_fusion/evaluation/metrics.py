@@ -77,7 +77,7 @@ def _mean_iou(shared: Sequence[Sequence[int]], covered: Sequence[Sequence[int]])
     return float((both[occurs] / either[occurs]).mean())
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _equal(a: object, b: object) -> bool:
     return a == b
 
 

@@ -85,7 +85,8 @@ def same_file(path: Path, entry: Any) -> bool:
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-    return digest.hexdigest() == (entry.lfs.sha256 if entry.lfs else entry.blob_id)
+    held: str = entry.lfs.sha256 if entry.lfs else entry.blob_id
+    return digest.hexdigest() == held
 
 
 def silent_bar(more: Callable[[float], None] | None = None) -> type:

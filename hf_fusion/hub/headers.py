@@ -29,7 +29,7 @@ from hf_fusion.hub.source import Source
 from hf_fusion.io.files import open_file
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PreTrainedConfig
 
 T = TypeVar("T")
 Shapes = dict[str, tuple[int, ...]]
@@ -95,7 +95,8 @@ class Accounts:
         key = (what, json.dumps(sizes, sort_keys=True, default=str), classes, frozenset(shapes.items()))
         if key not in self._found:
             self._found[key] = find()
-        return self._found[key]
+        found: T = self._found[key]
+        return found
 
 
 def local_shapes(folder: Path, files: Iterable[str]) -> Shapes:
@@ -120,7 +121,7 @@ def hub_shapes(source: Source, files: Iterable[str]) -> Shapes:
     return plain_names(shapes)[0]
 
 
-def native_config(config: Mapping[str, Any], name: str, tensors: int) -> PretrainedConfig:
+def native_config(config: Mapping[str, Any], name: str, tensors: int) -> PreTrainedConfig:
     """The config object of a model that transformers knows, after a look at its numbers.
 
     Args:
@@ -138,7 +139,8 @@ def native_config(config: Mapping[str, Any], name: str, tensors: int) -> Pretrai
         raise FusionError(f"{name}: transformers does not know model_type {shown(model_type)}.")
     if config.get("quantization_config"):
         raise FusionError(f"{name}: its weights are quantized.", hint="use the unquantized checkpoint")
-    return checked_config(config, name, tensors)
+    known: PreTrainedConfig = checked_config(config, name, tensors)
+    return known
 
 
 def checked_config(config: Mapping[str, Any], name: str, tensors: int = _MOST_PARTS) -> Any:
@@ -213,7 +215,7 @@ def on_meta(build: Callable[[], T]) -> T:
         return within_bounds(built)
 
 
-def account(config: PretrainedConfig, head: Head, shapes: Shapes, name: str) -> Account:
+def account(config: PreTrainedConfig, head: Head, shapes: Shapes, name: str) -> Account:
     """Load tensors of these names and shapes into the model of a config, without their values.
 
     Raises:
@@ -226,7 +228,7 @@ def account(config: PretrainedConfig, head: Head, shapes: Shapes, name: str) -> 
         raise FusionError(f"{name}: no {head.auto} can be built from config.json ({first_line(error)}).") from error
 
 
-def _class_of(config: PretrainedConfig, head: Head) -> tuple[Any, PretrainedConfig]:
+def _class_of(config: PreTrainedConfig, head: Head) -> tuple[Any, PreTrainedConfig]:
     """The class that a head's Auto class builds, and the config that it takes: the whole, or that of its texts.
 
     Raises:
@@ -242,7 +244,7 @@ def _class_of(config: PretrainedConfig, head: Head) -> tuple[Any, PretrainedConf
     return own, config.get_text_config() if text is not None and own.config_class == text else config
 
 
-def account_as(model_class: Any, config: PretrainedConfig, shapes: Shapes) -> Account:
+def account_as(model_class: Any, config: PreTrainedConfig, shapes: Shapes) -> Account:
     """Load tensors of these names and shapes into a model of a class, without their values.
 
     Raises:

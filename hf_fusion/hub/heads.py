@@ -90,7 +90,7 @@ def architectures(config: dict[str, Any]) -> list[str]:
 
 def auto_class_of(config: dict[str, Any]) -> str:
     """Name of the most particular Auto class that loads a model: from ``auto_map``, else from its architecture."""
-    heads = [name for name in config.get("auto_map") or () if name not in ("AutoConfig", "AutoModel")]
+    heads: list[str] = [name for name in config.get("auto_map") or () if name not in ("AutoConfig", "AutoModel")]
     known = [name for name in heads if any(head.auto == name for head in HEADS)]
     if known:
         return known[0]

@@ -254,7 +254,7 @@ class _Loader:
             options["num_labels"] = num_labels
         check_snapshot(_folder(source), source.name)  # transformers opens what an index and a configuration name
         try:
-            return head.auto_class().from_pretrained(
+            loaded: tuple[Any, dict[str, Any]] = head.auto_class().from_pretrained(
                 _folder(source),
                 dtype=self.dtype,
                 use_safetensors=bool(safe),
@@ -263,6 +263,7 @@ class _Loader:
                 output_loading_info=True,
                 **options,
             )
+            return loaded
         except Exception as error:  # transformers raises every kind; each is about this one checkpoint
             refuse_missing(error, source.name)
             logger.debug("loading %s", source.name, exc_info=True)

@@ -367,4 +367,5 @@ def _tensors(folder: Path, name: str, allow_pickle: bool) -> dict[str, torch.Ten
         )
     import torch
 
-    return torch.load(pickled, map_location="cpu", weights_only=True)
+    tensors: dict[str, torch.Tensor] = torch.load(pickled, map_location="cpu", weights_only=True)
+    return tensors

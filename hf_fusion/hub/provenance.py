@@ -59,7 +59,8 @@ def recipe_of_model(model: Any) -> Recipe:
     Raises:
         FusionError: nothing says it.
     """
-    if (recipe := getattr(model, RECIPE_ATTRIBUTE, None)) is not None:
+    recipe: Recipe | None = getattr(model, RECIPE_ATTRIBUTE, None)
+    if recipe is not None:
         return recipe
     if model.config.model_type not in FAMILIES:
         raise FusionError("Nothing says what this model was made of.", hint="pass recipe=, or make it with fuse()")

@@ -20,7 +20,7 @@ from hf_fusion.hub.headers import native_config, on_meta
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PretrainedConfig
+    from transformers import PreTrainedConfig
 
     from hf_fusion.merging.engine.sources import Model
 
@@ -144,9 +144,9 @@ def _every(period: str, offset: str = "") -> Rule:
 
 
 def _ernie(config: Config, number: int, count: int) -> bool:
-    end = config["moe_layer_end_index"]
-    is_within = config["moe_layer_start_index"] <= number <= (count - 1 if end == -1 else end)
-    return is_within and (number + 1) % config["moe_layer_interval"] == 0
+    end: int = config["moe_layer_end_index"]
+    is_within: bool = config["moe_layer_start_index"] <= number <= (count - 1 if end == -1 else end)
+    return is_within and bool((number + 1) % config["moe_layer_interval"] == 0)
 
 
 def _ernie_ways(kinds: Sequence[Any], config: Config) -> Iterator[dict[str, Any]]:
@@ -240,7 +240,7 @@ def _meaning(model: Model) -> Config:
     return dict(model.config) if config is None else {**model.config, **config.to_dict()}
 
 
-def _native(config: Config) -> PretrainedConfig | None:
+def _native(config: Config) -> PreTrainedConfig | None:
     try:
         return native_config(copy.deepcopy(dict(config)), "the model", 1_000_000)  # classes change lists in place
     except FusionError:

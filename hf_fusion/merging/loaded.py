@@ -161,7 +161,7 @@ def load_merged(folder: str | Path, *, trust_remote_code: bool = False) -> PreTr
         refuse_keys(str(folder), "of other shapes", promised.mismatched)
     with quiet_transformers():
         how = {"dtype": "auto", "trust_remote_code": code, **HERE}
-        model, _ = load_checked(own.from_pretrained, folder, (), how, HERE, may_hold_more=True)
+        model: PreTrainedModel = load_checked(own.from_pretrained, folder, (), how, HERE, may_hold_more=True)[0]
     model.config.name_or_path = model.name_or_path = ""  # a folder that may soon be gone
     kept = [path.name for path in folder.iterdir() if own_file(path) and not path.name.endswith(".safetensors")]
     kept += local_named_files(folder, str(folder), code=True)
@@ -171,7 +171,8 @@ def load_merged(folder: str | Path, *, trust_remote_code: bool = False) -> PreTr
     setattr(model, FILES_ATTRIBUTE, {name: read_file(folder / name, folder) for name in kept if name not in apart})
     for method in (save_pretrained, push_to_hub):  # of this one instance: its class is transformers' own
         setattr(model, method.__name__, MethodType(method, model))
-    return model.eval()
+    model.eval()
+    return model
 
 
 def save_pretrained(model: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:

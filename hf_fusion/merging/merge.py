@@ -149,7 +149,7 @@ def plan_merge(recipe: Recipe, api: HfApi | None = None) -> Plan:
     heads = with_heads(recipe, base, opened)
     base, opened = heads.base, heads.experts
     if method.plans:
-        planned = method.module.plan(recipe, base, opened)
+        planned: Plan = method.module.plan(recipe, base, opened)
     else:
         vocabulary = read_vocabulary(recipe, base, opened, api)
         if vocabulary is None and recipe.tokenizer is not None:  # the smallest, and all are of one size

@@ -18,7 +18,8 @@ Kind = Literal["models", "datasets", "spaces"]
 
 def get_store(request: Request) -> Store:
     """The Hub's folder."""
-    return request.app.state.store
+    store: Store = request.app.state.store
+    return store
 
 
 def endpoint(request: Request) -> str:

@@ -62,7 +62,7 @@ def writable_slug(collection: Readable, user: SignedIn) -> str:
     """The slug of a collection the caller may change."""
     if not user.owns(collection["owner"]["name"]):
         raise HubError(403, f"{user.name} has no write access to {collection['slug']}")
-    return collection["slug"]
+    return str(collection["slug"])
 
 
 Writable = Annotated[str, Depends(writable_slug)]

@@ -80,7 +80,8 @@ def _parse(source: str) -> dict[str, Any] | str:
         data = {} if data is None else data
         if not isinstance(data, dict):
             return "the metadata must be a mapping of names to values"
-        return plain(json.loads(json.dumps(data, default=str)))
+        metadata: dict[str, Any] = plain(json.loads(json.dumps(data, default=str)))
+        return metadata
     except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
         return f"the metadata is not valid YAML: {error}"
 

@@ -117,7 +117,8 @@ class Collections:
             return self._save_items(collection, [item for item in collection["items"] if item is not entry])
 
     def _item(self, collection: Collection, item_id: str) -> dict[str, Any]:
-        for item in collection["items"]:
+        items: list[dict[str, Any]] = collection["items"]
+        for item in items:
             if item["_id"] == item_id:
                 return item
         raise HubError(404, f"there is no item {item_id} in {collection['slug']}")

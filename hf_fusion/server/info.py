@@ -104,7 +104,7 @@ def facts(repo: Repo, sha: str) -> dict[str, Any]:
         "lastModified": stamp(repo.commit_object(sha).commit_time),
     }
     known["tags"] = _tags(repo.kind, known, paths, readme)[:MAX_TAGS]
-    return plain(known) | {"readme": card.split(readme)[1][:SHOWN_CARD]}
+    return {**plain(known), "readme": card.split(readme)[1][:SHOWN_CARD]}
 
 
 def describe(repo: Repo, sha: str, blobs: bool = False) -> dict[str, Any]:

@@ -155,11 +155,14 @@ class CoefficientMerge(nn.Module):
     def dense(self, task: str | None = None) -> PreTrainedModel:
         """The plain merged model, with the head of a task (default: the first)."""
         index = index_of(task or self.experts[0], self.experts)
-        model = with_one_head(self.backbone, self.heads, index, self.config.experts[index]["labels"], {})
+        model: PreTrainedModel = with_one_head(
+            self.backbone, self.heads, index, self.config.experts[index]["labels"], {}
+        )
         targets = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         for name, tensor in self._tensors().items():
             targets[name].copy_(tensor)
-        return model.requires_grad_(True).eval()
+        model.requires_grad_(True).eval()
+        return model
 
     def table(self) -> Mapping[str, Mapping[str, float]]:
         """Tensor -> expert -> coefficient; "" stands for all tensors where there is one for each expert."""

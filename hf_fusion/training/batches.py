@@ -173,7 +173,8 @@ def class_logits(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
     """
     output = model(**{name: value for name, value in inputs.items() if name != "labels"})
     for name in ("logits", "logits_per_image"):
-        if (logits := getattr(output, name, None)) is not None and logits.dim() < 4:  # not of pixels
+        logits: torch.Tensor | None = getattr(output, name, None)
+        if logits is not None and logits.dim() < 4:  # not of pixels
             return logits.float()
     raise FusionError(f"{type(output).__name__} has no logits of rows: only classifiers choose among classes")
 
@@ -183,7 +184,8 @@ def score_rows(model: Any, batch: Mapping[str, Any], metric: str) -> torch.Tenso
     if metric != "accuracy":
         exact, share = score_targets(model, batch)
         return exact if metric == "exact" else share
-    return class_logits(model, batch).argmax(-1) == batch["labels"]
+    labels: torch.Tensor = batch["labels"]
+    return class_logits(model, batch).argmax(-1) == labels
 
 
 def _require(dataset: Dataset, *columns: str) -> None:

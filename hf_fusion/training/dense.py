@@ -17,8 +17,8 @@ VOID = -1
 
 def map_outputs(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
     """What a model makes of each pixel, fp32, (B, C, h, w); labels among the inputs are not passed on."""
-    output = model(**{name: value for name, value in inputs.items() if name != "labels"})
-    return output.logits.float()
+    logits: torch.Tensor = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+    return logits.float()
 
 
 def dense_loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -287,7 +287,7 @@ class _FuserTask(nn.Module):
         return ((rank < size) | full).to(like.dtype)
 
 
-class _Rows(torch.utils.data.Dataset):
+class _Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """Features and targets, row by row."""
 
     def __init__(self, features: torch.Tensor, targets: torch.Tensor) -> None:

@@ -202,8 +202,9 @@ def _top_direction(a: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tens
     basis, upper = torch.linalg.qr(a.double().T)  # (d_in, r), (r, r)
     core = upper.T if b is None else torch.linalg.qr(b.double()).R @ upper.T
     _, values, right = torch.linalg.svd(core, full_matrices=False)
-    vector = basis @ right[0]
-    return vector * vector[vector.abs().argmax()].sign() * (values[0] > 0)
+    vector: torch.Tensor = basis @ right[0]
+    is_nonzero: torch.Tensor = values[0] > 0
+    return vector * vector[vector.abs().argmax()].sign() * is_nonzero
 
 
 def _adapter_of(expert: ExpertLike, base: Any) -> Expert:

@@ -170,10 +170,10 @@ def _log_probabilities(
         is_encoder_decoder: of a language model; None for classifiers and regressors.
     """
     if is_encoder_decoder is None:
-        logits = class_logits(model, inputs)
-        return logits if logits.shape[1] == 1 else logits.log_softmax(-1)
+        scores = class_logits(model, inputs)
+        return scores if scores.shape[1] == 1 else scores.log_softmax(-1)
     given = {name: value for name, value in inputs.items() if name != "labels"}
-    logits = model(**given, use_cache=False).logits.float()
+    logits: torch.Tensor = model(**given, use_cache=False).logits.float()
     return (logits if is_encoder_decoder else logits[:, :-1]).log_softmax(-1)  # a causal model speaks of the next token
 
 

@@ -205,7 +205,7 @@ def _run_cached(runner: Any, dataset: datasets.Dataset, columns: Mapping[str, st
     with torch.no_grad(), phase(f"Running {model.config.num_experts} experts", len(own)) as told:
 
         def one(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
-            found = runner(batch, columns)
+            found: dict[str, Any] = runner(batch, columns)
             told.advance(len(batch[needed[0]]))
             return found
 
@@ -221,7 +221,8 @@ def _run_cached(runner: Any, dataset: datasets.Dataset, columns: Mapping[str, st
     model.train(training)
     state.wait_for_everyone()
     parts = [datasets.Dataset.from_file(str(file)) for file in files]
-    return datasets.concatenate_datasets(parts).with_format("numpy")[:]
+    together: dict[str, Any] = datasets.concatenate_datasets(parts).with_format("numpy")[:]
+    return together
 
 
 def _fingerprint(model: Any) -> str:

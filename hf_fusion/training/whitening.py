@@ -139,7 +139,8 @@ def inverse_root(second_moment: torch.Tensor, mean: torch.Tensor) -> torch.Tenso
         return torch.eye(len(mean), dtype=mean.dtype)
     covariance.diagonal().add_(SHRINKAGE * variance)
     values, vectors = torch.linalg.eigh(covariance)
-    return (vectors * values.clamp(min=SHRINKAGE / 2 * variance).rsqrt()) @ vectors.t()
+    whitening: torch.Tensor = (vectors * values.clamp(min=SHRINKAGE / 2 * variance).rsqrt()) @ vectors.t()
+    return whitening
 
 
 @torch.no_grad()

@@ -69,7 +69,10 @@ class Entry:
         if isinstance(function, str):
             module, _, name = function.rpartition(".")
             function = getattr(import_module(f"{__package__}.{module}"), name)
-        return function(setup.of_kind(self.kind), holdout, seed, **{**self.given, **changed})
+        made: Candidate | dict[str, Candidate] = function(
+            setup.of_kind(self.kind), holdout, seed, **{**self.given, **changed}
+        )
+        return made
 
 
 @dataclass(frozen=True)

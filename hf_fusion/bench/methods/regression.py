@@ -54,7 +54,8 @@ def weighted_ensemble(setup: RegressionSetup, holdout: Holdout, seed: int) -> Ca
 @bench_method()
 def foe(setup: RegressionSetup, holdout: Holdout, seed: int) -> Candidate:
     """FoE for regression: for each task a fuser of all scores."""
-    fusers, rows = {}, 0
+    fusers: dict[str, Fuser] = {}
+    rows = 0
     for task in setup.suite.tasks:
         fit = setup.fitting(task)
         rows = len(fit)
@@ -67,7 +68,8 @@ def foe(setup: RegressionSetup, holdout: Holdout, seed: int) -> Candidate:
 
     @torch.no_grad()
     def combine(scores: torch.Tensor, task: str) -> torch.Tensor:
-        return fusers[task](_standard(setup, scores, task)).squeeze(1)
+        fused: torch.Tensor = fusers[task](_standard(setup, scores, task))
+        return fused.squeeze(1)
 
     return setup.candidate(combine, parameters={"fitted_on": rows})
 

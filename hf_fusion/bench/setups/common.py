@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 MAX_LENGTH = 512  # of texts, in tokens
 ROWS_COUNTED = 8  # whose multiplications are counted
 Batch = tuple[list[int], dict[str, Any]]
+Shape = Sequence[int]
 
 
 class TaskSetup:
@@ -105,13 +106,13 @@ def on_device(inputs: Mapping[str, Any], device: Any) -> dict[str, Any]:
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
 
 
-def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+def _attention(query: Shape, key: Shape, value: Shape, /, *_: object, **__: object) -> int:
     """Of the shapes (B, H, T, d): QKᵀ and its product with V."""
     batch, heads, length, width = query
     return 2 * batch * heads * length * key[2] * (width + value[3])
 
 
-def _added(into: Any, left: Any, right: Any, *args: Any, **kwargs: Any) -> int:
+def _added(into: Shape, left: Shape, right: Shape, /, *_: object, **__: object) -> int:
     """Of the shapes (…, m, k) and (…, k, n)."""
     return 2 * math.prod(left) * right[-1]
 
@@ -129,4 +130,4 @@ def multiplications(call: Callable[[], Any]) -> int:
     """What a call multiplies, counted twice, as is the custom: once with the addition."""
     with FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counter:
         call()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())

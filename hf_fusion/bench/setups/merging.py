@@ -77,7 +77,10 @@ class MergingSetup(TaskSetup, kind="merging"):
         ]
         self.merge = CoefficientMerge(self.experts, base, "task", 0.0).to(device)
         self.backbone = self.merge.backbone
-        known = {**dict(self.backbone.named_parameters()), **dict(self.backbone.named_buffers())}
+        known: dict[str, torch.Tensor] = {
+            **dict(self.backbone.named_parameters()),
+            **dict(self.backbone.named_buffers()),
+        }
         self._targets = {name: known[name] for name in self.merge.tensors}
         self.base = {name: tensor.detach().clone() for name, tensor in self._targets.items()}
         self.states = [_ExpertState(self, number) for number in range(len(self.names))]
@@ -219,7 +222,7 @@ class _ExpertState(Mapping[str, torch.Tensor]):
         self.index = {name: index for index, name in enumerate(setup.merge.tensors)}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        vectors = getattr(self.setup.merge, f"vectors_{self.index[name]}")
+        vectors: torch.Tensor = getattr(self.setup.merge, f"vectors_{self.index[name]}")
         return self.setup.base[name] + vectors[self.expert]
 
     def __iter__(self) -> Iterator[str]:

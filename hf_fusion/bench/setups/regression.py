@@ -124,4 +124,5 @@ class RegressionSetup(TaskSetup, kind="regression"):
 
 
 def _own_loss(model: Any, inputs: Any) -> torch.Tensor:
-    return model(**inputs, use_cache=False).loss
+    loss: torch.Tensor = model(**inputs, use_cache=False).loss
+    return loss

@@ -89,7 +89,8 @@ class Processes:
         from accelerate.utils import gather_object
 
         try:
-            return gather_object(own)
+            gathered: list[Any] = gather_object(own)
+            return gathered
         except RuntimeError as error:  # torch's word for a connection that is gone
             reason = f"another of {self.count} processes is gone ({one_line(error)})"
             raise FusionError(reason, "see what it said; run it again") from None

@@ -95,7 +95,8 @@ class MergeMethod:
     @property
     def function(self) -> Callable[..., Any]:
         """The function itself."""
-        return getattr(self.module, self.name)
+        function: Callable[..., Any] = getattr(self.module, self.name)
+        return function
 
     @property
     def url(self) -> str:

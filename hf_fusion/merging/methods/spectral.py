@@ -275,7 +275,8 @@ def _eigenvectors(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues, ascending, and vectors; NaN for what is not finite, for the engine to name the expert."""
     if not bool(gram.isfinite().all()):
         return torch.full_like(gram[0], torch.nan), torch.full_like(gram, torch.nan)
-    return torch.linalg.eigh(gram)
+    values, vectors = torch.linalg.eigh(gram)
+    return values, vectors
 
 
 def _inverse(values: torch.Tensor) -> torch.Tensor:

@@ -125,7 +125,8 @@ class _Runs:
     def __call__(self, prompts: Prompts) -> torch.Tensor:
         rows = []
         for prompt in prompts:  # one by one: no padding, which mergekit's averages hold
-            states = self._loaded(torch.tensor([prompt]), output_hidden_states=True, use_cache=False).hidden_states
+            output = self._loaded(torch.tensor([prompt]), output_hidden_states=True, use_cache=False)
+            states: tuple[torch.Tensor, ...] = output.hidden_states
             layers = torch.cat(states[:-1]).double()  # (L, tokens, d)
             rows.append(layers.mean(1) if self._average else layers[:, -1])
         return torch.stack(rows).mean(0)
@@ -133,7 +134,8 @@ class _Runs:
 
 def _normal(rows: torch.Tensor) -> torch.Tensor:
     """Scaled to length 1; what is shorter than 1e-8 has no direction, and stays as it is."""
-    return rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-8)
+    lengths: torch.Tensor = rows.norm(dim=-1, keepdim=True)
+    return rows / lengths.clamp(min=1e-8)
 
 
 def _texts(expert: RecipeExpert, key: str) -> list[str]:
