@@ -34,7 +34,7 @@ MODEL_ID = os.environ.get("MODEL_ID", "hf-fusion/phatgoose-smollm2")
 REVISION = os.environ.get("MODEL_REVISION") or None
 TRUSTED = os.environ.get("TRUST_REMOTE_CODE", "").lower() in ("1", "true", "yes")
 TEMPLATE = os.environ.get("PROMPT_TEMPLATE") or None
-ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
+QUEUE: dict[str, Any] = {"concurrency_limit": 2, "concurrency_id": "model"}  # answers are written side by side
 HOUR = 3600  # seconds that a visitor's routing and its file are kept
 KEPT = 48  # answers; the same prompt always gets the same one
 # ZeroGPU's decorator; `spaces` can also be this project's folder of that name, which has none
@@ -68,8 +68,8 @@ def answers(prompt: str, writer: Writer = ROUTED) -> Iterator[Answer]:
         yield answer
     assert answer is not None
     _kept[prompt, writer] = answer
-    while len(_kept) > KEPT:
-        _kept.pop(next(iter(_kept)))
+    for oldest in list(_kept)[:-KEPT]:
+        _kept.pop(oldest, None)  # another visitor's answer may have made room for itself meanwhile
 
 
 def generate(prompt: str) -> dict[str, Any]:
@@ -229,10 +229,10 @@ def build() -> gr.Blocks:
         compared = []
         for trigger in (blocks.load, button.click, prompt.submit, picked.success):
             begun = trigger(begin, prompt, [tokens, comparison], queue=False, **hidden)
-            ran = begun.then(run, prompt, outputs, **ONE_AT_A_TIME, **hidden)
-            compared.append(ran.success(compare, inputs, comparison, **ONE_AT_A_TIME, **hidden))
+            ran = begun.then(run, prompt, outputs, **QUEUE, **hidden)
+            compared.append(ran.success(compare, inputs, comparison, **QUEUE, **hidden))
         gr.on([button.click, prompt.submit, examples.click], None, cancels=compared)
-        expert.input(compare, inputs, comparison, trigger_mode="always_last", **ONE_AT_A_TIME, **hidden)
+        expert.input(compare, inputs, comparison, trigger_mode="always_last", **QUEUE, **hidden)
         tokens.select(inspect, state, inspector, trigger_mode="always_last", concurrency_limit=None, **hidden)
         _api()
     return blocks
@@ -242,7 +242,7 @@ def _api() -> None:
     """The one verb for clients."""
     with gr.Row(visible=False):
         prompt = gr.Textbox(label="prompt")
-        gr.Button().click(generate, prompt, gr.JSON(label="routing"), api_name="generate", **ONE_AT_A_TIME)
+        gr.Button().click(generate, prompt, gr.JSON(label="routing"), api_name="generate", **QUEUE)
 
 
 THEME = gr.themes.Base(

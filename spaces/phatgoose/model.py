@@ -7,7 +7,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,6 @@ class Served:
     examples: list[str]
     best: int
     measured: bool
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
     def url(self) -> str:
@@ -162,8 +161,7 @@ class Served:
 
         def write() -> None:
             try:
-                with self._lock:  # whether routing is recorded belongs to the model
-                    done.update(self._write(ids, writer, streamer, stopped))
+                done.update(self._write(ids, writer, streamer, stopped))
             except BaseException as error:
                 done["error"] = error
             finally:
@@ -197,12 +195,8 @@ class Served:
             with model.using({BASE: None, MERGED: mean}[writer] if isinstance(writer, str) else model.experts[writer]):
                 model.generate(**inputs, **options)
             return {"routing": None}
-        model.record_routing = sum(self.limits)
-        try:
-            written = model.generate(**inputs, **options)[0].tolist()
-            trace = model.routing_trace()
-        finally:
-            model.record_routing = 0
+        written = model.generate(**inputs, **options)[0].tolist()
+        trace = model.routing_trace()  # of this thread
         tokenizer = self.tokenizer
         markup = set(tokenizer.all_special_ids)
         pieces = split_text(written, lambda part: tokenizer.decode(part, clean_up_tokenization_spaces=False))
@@ -266,7 +260,7 @@ def load(
     if template and "{}" not in template:
         raise LoadError(f"PROMPT_TEMPLATE is {template!r}; it needs a {{}} where the prompt goes.")
     best = best_expert(_read_json(folder / "results.json"), model.experts)
-    return Served(
+    served = Served(
         id=model_id,
         sha=sha,
         model=model.to("cuda") if torch.cuda.is_available() else model,
@@ -276,6 +270,8 @@ def load(
         best=best or 0,
         measured=best is not None,
     )
+    model.record_routing = sum(served.limits)  # once: visitors share the model, and each thread has its own trace
+    return served
 
 
 def _check(model_id: str, config: Any) -> None:
