@@ -66,8 +66,8 @@ if TYPE_CHECKING:  # where editors and type checkers find the names
     from hf_fusion.hub.load import load_experts as load_experts
     from hf_fusion.merging.merge import merge as merge
     from hf_fusion.merging.recipe_files import load_recipe as load_recipe
-    from hf_fusion.publishing.gates import push_gates as push_gates
     from hf_fusion.publishing.publish import publish as publish
+    from hf_fusion.publishing.push_gates import push_gates as push_gates
     from hf_fusion.recipe import Recipe as Recipe
     from hf_fusion.recipe import RecipeExpert as RecipeExpert
     from hf_fusion.training.fuser import fit_fuser as fit_fuser
@@ -105,7 +105,7 @@ _PUBLIC = {
     "training.fuser": ("fit_fuser",),
     "training.gates": ("train_gates",),
     "hub.gates": ("save_gates",),
-    "publishing.gates": ("push_gates",),
+    "publishing.push_gates": ("push_gates",),
     "training.routers": (
         "adapt_routers",
         "fit_routers",

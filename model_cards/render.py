@@ -19,7 +19,7 @@ from pathlib import Path
 from hf_fusion.cards.card import facts_from_json, read_facts, render_card
 from hf_fusion.families import FAMILIES
 from hf_fusion.hub.licenses import combine
-from hf_fusion.publishing.publish import plan
+from hf_fusion.publishing.plan import plan
 from hf_fusion.types import ExpertInfo
 
 HERE = Path(__file__).parent

@@ -222,7 +222,7 @@ def _fit_gates(args: argparse.Namespace, out: Out) -> None:
 
     start("training.gates")
     from hf_fusion.hub.load import load_experts
-    from hf_fusion.publishing.gates import push_gates
+    from hf_fusion.publishing.push_gates import push_gates
     from hf_fusion.training.gates import average_activation, train_gates
     from hf_fusion.training.whitening import fit_whitening
 

@@ -39,7 +39,8 @@ def run(args: argparse.Namespace, out: Out) -> None:
     check_repo(args.repo)
 
     start("publishing.publish")
-    from hf_fusion.publishing.publish import plan, push
+    from hf_fusion.publishing.plan import plan
+    from hf_fusion.publishing.push import push
 
     with phase("Planning the push"):
         planned = plan(

@@ -158,7 +158,7 @@ def _show_verdict(verdict: Compatibility, out: Out) -> None:
 def _add_gates(place: Place, verdict: Compatibility, out: Out, seed: int) -> None:
     """Trains and pushes the gates that are missing, unless an earlier run has done so."""
     from hf_fusion.hub.load import load_experts
-    from hf_fusion.publishing.gates import push_gates
+    from hf_fusion.publishing.push_gates import push_gates
     from hf_fusion.training.gates import train_gates
     from hf_fusion.training.whitening import fit_whitening
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
     from hf_fusion.cli.output import Out
-    from hf_fusion.publishing.publish import PublishResult
+    from hf_fusion.publishing.push import PublishResult
 
 OWNER = "demo"
 MARKER = ".hf-fusion-demo"

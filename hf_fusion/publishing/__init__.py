@@ -1,1 +1,1 @@
-"""From a fused model to a repository on the Hub: plan, checks, upload."""
+"""Publishing a fused model on the Hub: checks, plan, push."""

@@ -1,4 +1,4 @@
-"""Whether a fused model may be published: where to, made of what, under which licence."""
+"""Checks before a push: the target repo, write access, the experts' visibility and the licence."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".onnx", ".ms
 _LOGIN = "hf auth login with a token that may write there"
 
 
-def check_id(repo_id: str) -> None:
-    """Refuse what is not ``owner/name``."""
+def check_repo_id(repo_id: str) -> None:
+    """Raises FusionError unless the id has the form ``owner/name``."""
     from huggingface_hub.utils import validate_repo_id
 
     if repo_id.count("/") != 1:
@@ -33,11 +33,11 @@ def check_id(repo_id: str) -> None:
         validate_repo_id(repo_id)
 
 
-def check_write(repo_id: str, api: HfApi) -> None:
-    """Refuse a repo that the token may not write to, or create.
+def check_write_access(repo_id: str, api: HfApi) -> None:
+    """Check that the token can write to a repo, or create it.
 
     Raises:
-        FusionError: saying who asked.
+        FusionError: it cannot; the message names the token's user.
     """
     if api.token is False:
         raise FusionError(f"{repo_id} needs a token.", hint=_LOGIN)
@@ -46,9 +46,9 @@ def check_write(repo_id: str, api: HfApi) -> None:
         if api.repo_exists(repo_id):
             api.auth_check(repo_id, write=True)
             return
-    # of "fineGrained" tokens the push tells what they may
+    # what a "fineGrained" token may write is only known at the push
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise FusionError(f"{repo_id} cannot be created: the token of {user['name']} only reads.", hint=_LOGIN)
+        raise FusionError(f"{repo_id} cannot be created: the token of {user['name']} is read-only.", hint=_LOGIN)
     writes = [user["name"], *(org["name"] for org in user.get("orgs", []) if org.get("roleInOrg") != "read")]
     if repo_id.partition("/")[0].lower() not in map(str.lower, writes):
         raise FusionError(
@@ -57,8 +57,8 @@ def check_write(repo_id: str, api: HfApi) -> None:
 
 
 @dataclass(frozen=True)
-class Allowed:
-    """What the Hub says about a model that may be published."""
+class Publishable:
+    """A target that passed the checks: metadata of the experts, state and visibility of the repo, licence id."""
 
     experts: list[ExpertInfo]
     exists: bool
@@ -66,7 +66,7 @@ class Allowed:
     license: str
 
 
-def allowed_to(
+def check_publishable(
     recipe: Recipe,
     repo_id: str,
     private: bool,
@@ -77,63 +77,71 @@ def allowed_to(
     config: Mapping[str, Any],
     overwrite: bool,
     api: HfApi,
-) -> Allowed:
-    """Whether a model may be published: its weights may be shown there, and there is a licence for it.
+) -> Publishable:
+    """Check that a model can be published: no private weights become public, and its licence is known.
 
     Args:
-        recipe: what it is made of.
-        repo_id: where to.
+        recipe: experts, base and method of the model.
+        repo_id: ``owner/name`` of the target.
         private: visibility of a new repo.
-        license: the model's, or None.
-        with_bases: whether it holds its bases' weights; a base by reference stays behind its own gate.
-        known: what is known of models that are folders here, by their names in the recipe.
-        config: the model's; it tells of experts that are folders elsewhere.
+        license: licence id of the model; None to combine those of experts and bases.
+        with_bases: whether the model contains its bases' weights. A base by reference keeps its own access rules.
+        known: metadata of models that are local folders, by their names in the recipe.
+        config: ``config.json`` of the model, which records experts that are folders of another machine.
         overwrite: whether another model in the repo may be replaced.
-        api: the Hub's client.
+        api: client of the Hub.
+
+    Raises:
+        FusionError: a model is not found, the repo holds another model, weights of private or gated experts would
+            become public, or the licences cannot be combined.
     """
-    experts, bases = _find_experts(recipe, known, config, api)
+    experts, bases = _read_experts(recipe, known, config, api)
     with explained(repo_id):
         exists = api.repo_exists(repo_id)
         private = bool(api.model_info(repo_id).private) if exists else private
         if exists and not overwrite:
-            _refuse_other(repo_id, recipe, api)
-    held = [*experts, *bases] if with_bases else experts
-    closed = [info.id for info in held if info.private or info.gated]
-    if closed and not private:
+            _refuse_other_model(repo_id, recipe, api)
+    contained = [*experts, *bases] if with_bases else experts
+    restricted = [info.id for info in contained if info.private or info.gated]
+    if restricted and not private:
         raise FusionError(
-            f"{repo_id} is public, but it would hold the weights of private or gated experts: {', '.join(closed)}.",
+            f"{repo_id} is public, but would contain the weights of private or gated experts: {', '.join(restricted)}.",
             hint="publish it to a private repo",
         )
     license = license or combine({info.id: info.license for info in (*experts, *bases)})
-    return Allowed(experts, exists, private, license)
+    return Publishable(experts, exists, private, license)
 
 
-def _refuse_other(repo_id: str, recipe: Recipe, api: HfApi) -> None:
-    """Refuses a repo that holds another model than an earlier version of this one."""
+def _refuse_other_model(repo_id: str, recipe: Recipe, api: HfApi) -> None:
+    """Raises FusionError for a repo with weights that are not an earlier version of this model."""
     files = api.list_repo_files(repo_id)
     if not any(name.endswith(_WEIGHTS) for name in files):
         return
     found = None
     if RECIPE_FILE in files:
-        with suppress(FusionError):  # broken: it is not ours
+        with suppress(FusionError):  # a recipe that cannot be read is not one of ours
             found = Recipe.load(api.hf_hub_download(repo_id, RECIPE_FILE))
-    if found is not None and _made_of(found) == _made_of(recipe):
+    if found is not None and _identity(found) == _identity(recipe):
         return
-    what = "is not a fused model" if found is None else f"is made by {found.method} of {', '.join(_made_of(found)[1:])}"
+    reason = (
+        "is not a fused model"
+        if found is None
+        else f"was made by {found.method} from {', '.join(_identity(found)[1:])}"
+    )
     raise FusionError(
-        f"{repo_id} holds another model, which {what}.",
+        f"{repo_id} holds another model, which {reason}.",
         hint="publish under another name, or replace it: --overwrite (overwrite=True in Python)",
     )
 
 
-def _made_of(recipe: Recipe) -> list[str]:
-    """By what a later version of a model is known: method, and names of experts without owner and commit."""
+def _identity(recipe: Recipe) -> list[str]:
+    """What all versions of a model share: the method, then the experts' names without owner and commit."""
     names = (ModelRef.parse_pair(expert.model)[1].id for expert in recipe.experts)
     return [recipe.method, *sorted(Path(name).name for name in names)]
 
 
-def refuse_unnamed(names: list[str]) -> None:
-    """Refuse models that others could not find."""
+def refuse_unpinned(names: list[str]) -> None:
+    """Raises FusionError for models without a commit on the Hub, which no one else could load."""
     if names:
         raise FusionError(
             f"No commit on the Hub is named for: {', '.join(names)}.",
@@ -141,24 +149,24 @@ def refuse_unnamed(names: list[str]) -> None:
         )
 
 
-def _find_experts(
+def _read_experts(
     recipe: Recipe, known: Mapping[str, ExpertInfo | None], config: Mapping[str, Any], api: HfApi
 ) -> tuple[list[ExpertInfo], list[ExpertInfo]]:
-    """The experts of a recipe and the bases whose weights travel with them, as the Hub, or their folders, know them."""
+    """Metadata of a recipe's experts, and of the bases of its adapters."""
     pairs = [ModelRef.parse_pair(expert.model) for expert in recipe.experts]
     named = [(str(base) if base else "", str(model)) for base, model in pairs]
     rows = config.get("experts") or [{}] * len(named)
-    known = {**{name: _told_info(name, row) for (_, name), row in zip(named, rows, strict=False)}, **known}
-    experts = _find([name for _, name in named], known, api)
+    known = {**{name: _info_in_config(name, row) for (_, name), row in zip(named, rows, strict=False)}, **known}
+    experts = _read_infos([name for _, name in named], known, api)
     bases = {base for base in (recipe.base, *(base for base, _ in named)) if base}
     for info, (base, _) in zip(experts, named, strict=True):
         if info.is_adapter and info.base_model and not (base or recipe.base):
             bases.add(str(info.base_ref))
-    return experts, _find(sorted(bases), known, api)
+    return experts, _read_infos(sorted(bases), known, api)
 
 
-def _told_info(name: str, row: Mapping[str, Any]) -> ExpertInfo | None:
-    """What a family's config tells of an expert that is a folder elsewhere; None of others."""
+def _info_in_config(name: str, row: Mapping[str, Any]) -> ExpertInfo | None:
+    """Metadata of an expert that is a folder of another machine, from a family's config; None for other experts."""
     ref = ModelRef.parse_repo(name)
     if not ref.is_content or ref.revision is None:
         return None
@@ -167,8 +175,8 @@ def _told_info(name: str, row: Mapping[str, Any]) -> ExpertInfo | None:
     )
 
 
-def _find(names: list[str], known: Mapping[str, ExpertInfo | None], api: HfApi) -> list[ExpertInfo]:
-    """`ExpertInfo` of each, or one error that lists all that cannot be found."""
+def _read_infos(names: list[str], known: Mapping[str, ExpertInfo | None], api: HfApi) -> list[ExpertInfo]:
+    """Metadata of each model; one error for all that are not found."""
 
     def read(name: str) -> ExpertInfo | FusionError:
         if info := known.get(name):

@@ -18,7 +18,7 @@ from hf_fusion.hub.load import load_experts
 from hf_fusion.hub.remote import read_json_file, read_part
 from hf_fusion.hub.resolve import repo_ref, resolve_repo
 from hf_fusion.merging.merge import merge
-from hf_fusion.publishing.gates import push_gates
+from hf_fusion.publishing.push_gates import push_gates
 from hf_fusion.recipe import Recipe, RecipeExpert
 from hf_fusion.types import ModelRef, as_commit
 

@@ -28,7 +28,7 @@ from hf_fusion.hub.discover import discover
 from hf_fusion.hub.load import load_experts
 from hf_fusion.hub.lora import with_adapter
 from hf_fusion.merging.merge import merge
-from hf_fusion.publishing.gates import push_gates
+from hf_fusion.publishing.push_gates import push_gates
 from hf_fusion.recipe import Recipe, RecipeExpert
 from hf_fusion.training.gates import average_activation
 

@@ -328,9 +328,9 @@ OTHERWISE = {
     "cards/card.py": "facts of a golden card",
     "hub/client.py": "the bytes of a plan that was checked, to compare them with the Hub's",
     "merging/engine/output.py": "what it writes, and its lock",
-    "publishing/gates.py": "a README that the client has fetched",
+    "publishing/push_gates.py": "a README that the client has fetched",
     "publishing/local_experts.py": "copies that it has made",
-    "publishing/publish.py": "a README that the client has fetched",
+    "publishing/plan.py": "a README that the client has fetched",
 }
 
 

@@ -20,7 +20,9 @@ from hf_fusion.cards.card import BEGIN, END, facts_from_json
 from hf_fusion.cards.usage import pinned_revision, usage_code
 from hf_fusion.errors import FusionError
 from hf_fusion.fusion import fuse, load_fused, save_fused
-from hf_fusion.publishing.publish import plan, publish, push
+from hf_fusion.publishing.plan import plan
+from hf_fusion.publishing.publish import publish
+from hf_fusion.publishing.push import push
 from hf_fusion.recipe import Recipe, RecipeExpert
 
 TEXTS = ["good film", "bad bad film"]
@@ -242,7 +244,8 @@ def test_tokens_are_not_shown(owner, fused, caplog, capfd):
 def test_kill_minus_nine(hub, owner, fused, tmp_path):
     """Ten pushes killed at random moments: the repo holds a whole model or none, and the next push finishes."""
     code = (
-        "import sys\nfrom huggingface_hub import HfApi\nfrom hf_fusion.publishing.publish import plan, push\n"
+        "import sys\nfrom huggingface_hub import HfApi\n"
+        "from hf_fusion.publishing.plan import plan\nfrom hf_fusion.publishing.push import push\n"
         f"api = HfApi(endpoint={hub.endpoint!r}, token={owner.api.token!r})\n"
         "planned = plan(sys.argv[1], sys.argv[2], api=api)\nprint('ready', flush=True)\npush(planned, api)\n"
     )

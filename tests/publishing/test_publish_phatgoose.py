@@ -23,7 +23,8 @@ from hf_fusion.evaluation.plots import plot_routing
 from hf_fusion.evaluation.routing_map import ROUTING_FILE, ROUTING_PICTURE, RoutingMap, map_routing
 from hf_fusion.fusion import fuse, save_fused
 from hf_fusion.hub.load import load_experts
-from hf_fusion.publishing.publish import plan, publish
+from hf_fusion.publishing.plan import plan
+from hf_fusion.publishing.publish import publish
 
 SUITE = {
     "foxes": Dataset.from_list([{"prompt": f"the quick fox {i}", "target": " jumps"} for i in range(4)]),

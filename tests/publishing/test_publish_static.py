@@ -20,7 +20,8 @@ from hf_fusion.cards.usage import pinned_revision, usage_code
 from hf_fusion.errors import FusionError
 from hf_fusion.fusion import fuse, load_fused
 from hf_fusion.merging.merge import merge
-from hf_fusion.publishing.publish import check_publish, plan, publish
+from hf_fusion.publishing.plan import plan
+from hf_fusion.publishing.publish import check_publish, publish
 from hf_fusion.recipe import Recipe, RecipeExpert
 
 TEXTS = ["good film", "bad bad film"]

@@ -26,7 +26,8 @@ from hf_fusion.evaluation.plots import plot_coefficients
 from hf_fusion.evaluation.results import SuiteResults, SuiteSystem, SuiteTask
 from hf_fusion.evaluation.scoring import score_of
 from hf_fusion.fusion import fuse, save_fused
-from hf_fusion.publishing.publish import plan, publish
+from hf_fusion.publishing.plan import plan
+from hf_fusion.publishing.publish import publish
 from hf_fusion.training.batches import zero_shot_examples
 
 SUITE = {

@@ -1,4 +1,4 @@
-"""Gates pushed into their adapter's repo: the file, the tag and a paragraph of the card, in one commit."""
+"""Push PHATGOOSE gates to their adapter's repo: the file, the tag and a section of the card, in one commit."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from hf_fusion.hub.resolve import recorded_base, resolve
 from hf_fusion.hub.selection import safe_files
 from hf_fusion.hub.source import Source
 from hf_fusion.progress import phase
-from hf_fusion.publishing.publish import PublishResult
+from hf_fusion.publishing.push import PublishResult
 from hf_fusion.types import Gates, ModelRef
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-# kind of gates -> what the card says of them; {training} is what is known of it
+# kind of gates → sentence of the card; {training} describes their training as far as it is recorded
 _ORIGIN = {
     "trained": "They were trained after the adapter, with everything else frozen{training}.",
     "average": "They are the mean input of each linear, over examples of the adapter's data; nothing was trained.",
@@ -47,41 +47,41 @@ model = hf_fusion.fuse("phatgoose", experts)
 
 
 def push_gates(gates: Gates, repo_id: str, *, revision: str | None = None, api: HfApi | None = None) -> PublishResult:
-    """Add gates to an adapter's repo, so that others find it by the tag ``phatgoose-gates`` and route to it.
+    """Add gates to an adapter's repo, so that `discover` finds it by the tag ``phatgoose-gates``.
 
-    One commit adds or replaces the file, the tag and a paragraph of the card; every other byte of the repo stays.
+    One commit adds or replaces the file, the tag and a section of the card; all else in the repo stays as it is.
     Pushing the same gates again changes nothing. Gates of an earlier push are replaced.
 
     Args:
-        gates: of this adapter, as `train_gates` returns them.
+        gates: the adapter's gates, as `train_gates` returns them.
         repo_id: ``owner/name`` of the adapter.
-        revision: branch to push to; default is the repo's main one.
-        api: the Hub's client; default honours ``HF_ENDPOINT`` and the stored token.
+        revision: branch to push to; default is the main branch.
+        api: client of the Hub; default honours ``HF_ENDPOINT`` and the stored token.
 
     Returns:
-        Where the gates lie now.
+        The repo and the commit with the gates.
 
     Raises:
-        FusionError: if the repo is no adapter, the gates are not its own, its card cannot be edited, or the Hub
-            refuses, also because somebody else pushed in between.
+        FusionError: the repo is not an adapter, the gates are those of another adapter, the card cannot be edited, or
+            the Hub refuses the commit, for example because of a push in the meantime.
     """
     from huggingface_hub import CommitOperationAdd
 
     ref = ModelRef(repo_id, revision)
     if ref.commit:
-        raise FusionError(f"{ref} is a commit: gates are pushed to a branch.", hint="leave @… out")
+        raise FusionError(f"{ref} is a commit: gates are pushed to a branch.", hint="omit @…")
     api = hub_api(api)
     source = resolve(ref, api)
     if source.is_local or not source.is_adapter:
         raise FusionError(f"{repo_id} is not an adapter's repo on the Hub.", hint="write owner/name of the adapter")
-    _check(gates, source)
-    card = _card(source)
-    edited = put_section(add_tag(card, GATES_TAG), GATES_TAG, _section(gates, source))
+    _refuse_foreign(gates, source)
+    card = _read_card(source)
+    edited = put_section(add_tag(card, GATES_TAG), GATES_TAG, _card_section(gates, source))
     operations = [] if edited == card else [CommitOperationAdd(README, edited.encode())]
     sha = str(source.revision)
     with tempfile.TemporaryDirectory(prefix="hf-fusion-") as folder, explained(repo_id):
         file = save_gates(gates, folder)
-        if not _has_gates(source, gates):
+        if not _gates_are_there(source, gates):
             operations.append(CommitOperationAdd(GATES_FILE, file))
         if operations:
             with phase(f"Pushing gates to {repo_id}"):
@@ -96,13 +96,13 @@ def push_gates(gates: Gates, repo_id: str, *, revision: str | None = None, api: 
     return PublishResult(repo_id, sha, f"{api.endpoint}/{repo_id}", bool(source.info.private))
 
 
-def _check(gates: Gates, source: Source) -> None:
-    """Refuses gates of another adapter, by the shapes in the weights' header; pickled weights have none to look at."""
+def _refuse_foreign(gates: Gates, source: Source) -> None:
+    """Raises FusionError for gates of another adapter, by the shapes in its safetensors header if it has one."""
     files = safe_files(source)
     if not files:
         return
     lora, saved = adapter_shapes(hub_shapes(source, files), source.name)
-    names = todays_names(lora, saved, source.adapter, _config_of_base(source), source.name)
+    names = todays_names(lora, saved, source.adapter, _base_config(source), source.name)
     sizes = {names[f"{path}.weight"].removesuffix(".weight"): d_in for path, (d_in, _) in lora.items()}
     shapes = {path: tuple(vector.shape) for path, vector in gates.vectors.items()}
     heads = {names[name].removesuffix(".weight") for name in saved}
@@ -110,16 +110,16 @@ def _check(gates: Gates, source: Source) -> None:
         raise FusionError(f"These are not the gates of {source.name}: the set {problem}.", hint="train them for it")
 
 
-def _config_of_base(source: Source) -> dict[str, Any]:
-    """The configuration of the base that an adapter records; empty where it cannot be had."""
+def _base_config(source: Source) -> dict[str, Any]:
+    """The configuration of the base that an adapter records; empty if it cannot be loaded."""
     try:
         return resolve_base(recorded_base(source), source, source.api).config
-    except FusionError:  # then the adapter's own names must do
+    except FusionError:  # the names in the adapter's file are used as they are
         return {}
 
 
-def _card(source: Source) -> str:
-    """The README at the source's commit, byte for byte; empty where there is none."""
+def _read_card(source: Source) -> str:
+    """The README at the source's commit; empty where there is none."""
     if README not in source.sizes:
         return ""
     with explained(source.name):
@@ -130,25 +130,25 @@ def _card(source: Source) -> str:
         raise FusionError(f"README.md of {source.name} is not UTF-8 ({error}).", hint="save it as UTF-8") from None
 
 
-def _has_gates(source: Source, gates: Gates) -> bool:
-    """Whether the repo holds these very gates already."""
+def _gates_are_there(source: Source, gates: Gates) -> bool:
+    """Whether the repo holds exactly these gates already."""
     if GATES_FILE not in source.sizes:
         return False
     file = download_file(hub_api(source.api), source.name, GATES_FILE, source.revision)
     ours = stored(gates)
     try:
         there = parse_gates(file, source.name, {path: len(vector) for path, vector in ours.items()})
-    except FusionError:  # broken, or of other modules: to be replaced
+    except FusionError:  # broken, or for other modules: replaced by the push
         return False
     same = all(there.vectors[path].equal(vector.float()) for path, vector in ours.items())
     return same and (there.kind, there.facts) == (gates.kind, gates.facts)
 
 
-def _section(gates: Gates, source: Source) -> str:
-    """The card's paragraph: what the gates are, where they come from, how to use them."""
+def _card_section(gates: Gates, source: Source) -> str:
+    """The section of the card: what the gates are, how they were made, how to use them."""
     try:
         base = f', base_model="{recorded_base(source).id}"'
-    except FusionError:  # trained from a folder; whoever uses it has to know the base
+    except FusionError:  # trained on a base in a folder: only its user knows which
         base = ""
     facts, training = gates.facts, ""
     if {"steps", "examples"} <= facts.keys():
