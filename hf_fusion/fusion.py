@@ -266,7 +266,7 @@ def _recipe(
     )
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """An option as YAML has it: folders are text."""
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}

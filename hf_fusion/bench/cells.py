@@ -172,7 +172,7 @@ def write_lines(path: str | Path, cells: Iterable[Cell], brief: bool = False) ->
         write_file(path, "\n".join(lines()) + "\n")
 
 
-def _short(value: Any) -> Any:
+def _short(value: object) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}")
     return [_short(own) for own in value] if isinstance(value, (list, tuple)) else value

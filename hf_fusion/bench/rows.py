@@ -223,7 +223,7 @@ def _classed(rows: Dataset, task: Task, file: str) -> Dataset:
     return rows.cast_column("label", ClassLabel(names=list(task.classes)))
 
 
-def _place(label: Any, task: Task, file: str) -> int:
+def _place(label: object, task: Task, file: str) -> int:
     """The number of a class, of its number or its name."""
     if str(label) in task.classes:  # also where they are numbers that do not begin at 0
         return task.classes.index(str(label))

@@ -378,7 +378,7 @@ def _metrics(tasks: Sequence[Row]) -> str:
 def _words(parameters: Mapping[str, Any]) -> str:
     """Parameters on a line; of long lists the first values."""
 
-    def word(value: Any) -> str:
+    def word(value: object) -> str:
         if isinstance(value, float):
             return f"{value:.4g}"
         if isinstance(value, Mapping):

@@ -26,7 +26,7 @@ class ClassTexts(nn.Module):
         super().__init__()
         self.register_buffer("features", features)
 
-    def forward(self, input_ids: torch.Tensor, **_: Any) -> BaseModelOutputWithPooling:
+    def forward(self, input_ids: torch.Tensor, **_: object) -> BaseModelOutputWithPooling:
         """Of classes (C, 1), (C, d) as `pooler_output`."""
         features: Any = self.features
         return BaseModelOutputWithPooling(pooler_output=features[input_ids[:, 0]])

@@ -123,7 +123,7 @@ def merge_view(facts: CardFacts) -> dict[str, Any]:
     }
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """A parameter's value as a recipe has it; gradients and filters in one line."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 

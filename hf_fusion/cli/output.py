@@ -142,7 +142,7 @@ class Out:
 
     # ---------------------------------------------------------------- how
 
-    def _json(self, value: Any) -> None:
+    def _json(self, value: object) -> None:
         self._write(_INVISIBLE.sub(_escaped, json.dumps(value, default=str, ensure_ascii=False)))
 
     def _write(self, text: str) -> None:
@@ -172,12 +172,12 @@ def _escaped(match: re.Match[str]) -> str:
     return f"\\u{ord(match[0]):04x}"
 
 
-def _exact(value: Any) -> str:
+def _exact(value: object) -> str:
     """A value for scripts, on one line without control characters."""
     return _plain(value if not isinstance(value, float) else str(value))
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     """A value for people on one line, without control characters: what comes from the Hub must not steer the terminal.
 
     Numbers are rounded to four digits, from 1,000 on to one behind the point; what is empty is "".

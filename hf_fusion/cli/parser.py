@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
         Out().error(message, f"{self.prog} --help")
         sys.exit(2)
 
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
+    def _check_value(self, action: argparse.Action, value: object) -> None:
         if action.choices is None or value in action.choices:
             return
         what = "command" if isinstance(action, argparse._SubParsersAction) else argparse._get_action_name(action)

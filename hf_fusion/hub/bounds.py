@@ -98,7 +98,7 @@ def _counted() -> Iterator[None]:
 
     thread, count = threading.get_ident(), 0
 
-    def add(*_: Any) -> None:
+    def add(*_: object) -> None:
         nonlocal count
         count += threading.get_ident() == thread
         if count > MOST_PARTS:
@@ -120,7 +120,7 @@ def _measured() -> Any:
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves, tree_map
 
-    def promise(value: Any) -> Any:
+    def promise(value: object) -> Any:
         return torch.empty_like(value, device="meta") if isinstance(value, torch.Tensor) else value
 
     class Measured(TorchDispatchMode):

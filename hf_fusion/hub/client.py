@@ -14,6 +14,7 @@ from hf_fusion.progress import track
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -79,14 +80,13 @@ def in_parallel(function: Callable[[T], R], items: Iterable[T], workers: int = R
         return list(track(found, name, len(items)) if name else found)
 
 
-def same_file(path: Path, entry: Any) -> bool:
+def same_file(path: Path, entry: RepoFile) -> bool:
     """Whether a local file is the one a repo holds: by sha256 for large files, by git's hash for others."""
     digest = hashlib.sha256() if entry.lfs else hashlib.sha1(f"blob {path.stat().st_size}\0".encode())
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-    held: str = entry.lfs.sha256 if entry.lfs else entry.blob_id
-    return digest.hexdigest() == held
+    return digest.hexdigest() == (entry.lfs.sha256 if entry.lfs else entry.blob_id)
 
 
 def silent_bar(more: Callable[[float], None] | None = None) -> type:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 
-def found_commit(name: str, revision: str | None, found: Any) -> str:
+def found_commit(name: str, revision: str | None, found: object) -> str:
     """The commit that a Hub found for a revision.
 
     Args:

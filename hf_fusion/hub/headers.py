@@ -178,7 +178,7 @@ def checked_config(config: Mapping[str, Any], name: str, tensors: int = _MOST_PA
         raise FusionError(f"{name}: config.json is not valid ({first_line(error)}).") from error
 
 
-def _numbers(key: str, value: Any) -> Iterator[tuple[str, int]]:
+def _numbers(key: str, value: object) -> Iterator[tuple[str, int]]:
     """The whole numbers in a value of a config: those of nested configs by their own keys, of lists each."""
     if isinstance(value, Mapping):
         for inner, own in value.items():
@@ -283,7 +283,7 @@ def _refuse_buffers(model: Any, found: int) -> None:
 def _weightless(model_class: Any) -> Any:
     """The class, but what no tensor fills stays on the meta device, where it takes no memory and no time."""
 
-    def skip(*_: Any, **__: Any) -> None:
+    def skip(*_: object, **__: object) -> None:
         pass
 
     made = {"_move_missing_keys_from_meta_to_device": skip, "_initialize_missing_keys": skip}

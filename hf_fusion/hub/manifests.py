@@ -141,7 +141,7 @@ def _routed(name: str, folder: str, known: set[str], read: Read, depth: int) -> 
         return
 
 
-def _inside(name: str, manifest: str, path: Any) -> str:
+def _inside(name: str, manifest: str, path: object) -> str:
     """A path that a manifest names, in its shortest form; "" is the root.
 
     Raises:

@@ -120,7 +120,7 @@ def told(recipe: Recipe, names: Mapping[str, str]) -> Recipe:
     return Recipe.from_dict({key: value for key, value in content.items() if value})
 
 
-def told_plain(value: Any, names: Mapping[str, str]) -> Any:
+def told_plain(value: object, names: Mapping[str, str]) -> Any:
     """Plain values of a JSON file without a path of this machine, commands included; `names` as `told` takes them."""
     if isinstance(value, dict):
         command = value.get("command")
@@ -133,7 +133,7 @@ def told_plain(value: Any, names: Mapping[str, str]) -> Any:
     return _told(value, names)
 
 
-def _told(value: Any, names: Mapping[str, str]) -> Any:
+def _told(value: object, names: Mapping[str, str]) -> Any:
     if isinstance(value, Mapping):
         return {key: _told(inner, names) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -150,7 +150,7 @@ def _told(value: Any, names: Mapping[str, str]) -> Any:
     return path.name if is_path else value
 
 
-def _renamed(value: Any, ids: Mapping[str, str]) -> Any:
+def _renamed(value: object, ids: Mapping[str, str]) -> Any:
     """Options with experts by their new ids: as keys, and as ``default_task``."""
     if not isinstance(value, Mapping):
         return value

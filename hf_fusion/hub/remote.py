@@ -165,7 +165,7 @@ def refuse_long(length: int, size: int, what: str) -> None:
         raise FusionError(f"{what} has {size:,} bytes and a header of {length:,}: it names more tensors than it holds.")
 
 
-def _shapes(header: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(header: object) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape.
 
     Raises:

@@ -187,7 +187,7 @@ def _check_config(folder: Path, file: str, name: str) -> None:
             )
 
 
-def _texts(content: Any) -> Iterator[tuple[str, str]]:
+def _texts(content: object) -> Iterator[tuple[str, str]]:
     """The texts that may be paths, each with its key or that of the paths it is among; as deep as JSON may be."""
     pending: list[tuple[str, Any]] = [("", content)]
     while pending:

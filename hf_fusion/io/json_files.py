@@ -73,7 +73,7 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     return parse_object(read_file(path), path.name, name)
 
 
-def _whole(value: Any) -> Any:
+def _whole(value: object) -> Any:
     """A value without half characters."""
     if isinstance(value, str):
         return _HALF.sub("\ufffd", value)

@@ -12,6 +12,7 @@ from hf_fusion.errors import FusionError, one_line
 from hf_fusion.io.pictures import MOST_BYTES, PictureError, open_picture
 
 if TYPE_CHECKING:
+    import pyarrow
     from datasets import Dataset
     from PIL.Image import Image as Picture
 
@@ -25,7 +26,7 @@ class Pictures(Image):
         column: all pictures of the rows, as they are stored, to find the number of one that cannot be opened.
     """
 
-    column: Any = None
+    column: pyarrow.ChunkedArray | None = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Image) and (self.mode, self.decode) == (other.mode, other.decode)
@@ -53,7 +54,7 @@ class Pictures(Image):
             raise FusionError(f"{name} in {self._row(value)} cannot be read: {error.reason}", error.remedy) from None
         return picture if self.mode is None or picture.mode == self.mode else picture.convert(self.mode)
 
-    def _row(self, value: Any) -> str:
+    def _row(self, value: object) -> str:
         """The row of a picture, by its number where that is known."""
         if self.column is None:
             return "a row of the data set"

@@ -465,7 +465,7 @@ def _traits(layer: nn.Module, config: Config) -> dict[str, Any]:
     return traits
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str))

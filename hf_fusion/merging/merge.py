@@ -231,7 +231,7 @@ def _pinned(planned: Plan) -> Recipe:
     def slice_of(own: Slice) -> Slice:
         return Slice(tuple(replace(s, model=known[s.model]) for s in own.sources), own.parameters)
 
-    def named(value: Any) -> Any:
+    def named(value: object) -> Any:
         """The tokenizer's models, wherever it names them as a source."""
         if isinstance(value, dict):
             return {

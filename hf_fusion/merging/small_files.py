@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hf_fusion.errors import FusionError
 from hf_fusion.families import MEASURED
@@ -98,7 +98,7 @@ def _has_auto_map(file: Path, name: str) -> bool:
     return isinstance(content, Mapping) and bool(content.get("auto_map"))
 
 
-def _is_row(row: Any) -> bool:
+def _is_row(row: object) -> bool:
     return isinstance(row, Mapping) and "type" in row
 
 

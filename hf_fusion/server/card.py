@@ -102,7 +102,7 @@ def problems(text: str) -> tuple[list[str], list[str]]:
     return errors, []
 
 
-def strings(value: Any) -> list[str]:
+def strings(value: object) -> list[str]:
     """A field that may be one string or several, always as a list."""
     items = value if isinstance(value, list) else [value]
     return [str(item) for item in items if item is not None and not isinstance(item, (dict, list))]

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from hf_fusion.server.errors import HubError
 
@@ -104,7 +104,7 @@ def write_atomic(path: Path, data: bytes, scratch: Path, root: Path) -> None:
         publish(Path(file.name), path, root)
 
 
-def write_json(path: Path, value: Any, scratch: Path, root: Path) -> None:
+def write_json(path: Path, value: object, scratch: Path, root: Path) -> None:
     """`write_atomic` for JSON, durable at once."""
     write_atomic(path, json.dumps(value, indent=1).encode(), scratch, root)
     sync_folder(path.parent)

@@ -11,7 +11,7 @@ MAX_STRING = 20_000  # characters; longer ones are cut
 _MAX_INT = 1 << 63
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """The same value where it is such already; else what can be kept of it.
 
     Args:
@@ -27,7 +27,7 @@ def text(value: str) -> str:
     return value[:MAX_STRING].encode(errors="replace").decode()
 
 
-def _plain(value: Any, depth: int, left: list[int]) -> Any:
+def _plain(value: object, depth: int, left: list[int]) -> Any:
     left[0] -= 1
     if left[0] < 0 or depth < 0:
         return None

@@ -15,7 +15,7 @@ from hf_fusion.progress import Phase, is_reported, phase
 class _Bar(ProgressCallback):
     """The Trainer's bar without the figures it prints beside it."""
 
-    def on_log(self, *args: Any, **_: Any) -> None:
+    def on_log(self, *args: Any, **_: object) -> None:
         """Prints nothing."""
 
 
@@ -27,16 +27,16 @@ class _Steps(TrainerCallback):
         self._open = ExitStack()
         self._phase: Phase | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: object) -> None:
         """A phase with a known number of steps."""
         self._phase = self._open.enter_context(phase(self.name, state.max_steps))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: object) -> None:
         """One more is done."""
         if self._phase:
             self._phase.reach(state.global_step)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: object) -> None:
         """The phase is over; it may have ended early."""
         self._open.close()
 

@@ -309,7 +309,7 @@ class _KeepBest(TrainerCallback):
         self.weights: dict[str, torch.Tensor] = {}
 
     def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: Any = None, model: Any = None, **_: Any
+        self, args: Any, state: Any, control: Any, metrics: Any = None, model: Any = None, **_: object
     ) -> None:
         """After every epoch."""
         self.waited += 1

@@ -380,7 +380,7 @@ def _gram(
         sums[key] = sums[key].add_(product) if key in sums else product
         counts[key] = counts.get(key, 0) + len(x)
 
-    def stop(*_: Any) -> None:
+    def stop(*_: object) -> None:
         raise _Ran
 
     handles = [

@@ -401,14 +401,14 @@ class _Watch(TrainerCallback):
                     found[task] = torch.cat(logits)
         return found
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **_: object) -> None:
         """The best state goes along with a checkpoint."""
         if args.process_index == 0:
             kept = {"good": self.good, "step": self.good_step, "best": self.best, "history": self.facts.history}
             with replacing(Path(args.output_dir) / f"checkpoint-{state.global_step}" / WATCH_FILE) as partial:
                 torch.save(kept, partial)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: object) -> None:
         """A run that goes on takes it up again; killed before it was written, it starts from the checkpoint itself."""
         if not state.global_step:
             return
@@ -420,7 +420,7 @@ class _Watch(TrainerCallback):
         else:
             self.good, self.good_step = self._state(), state.global_step
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: object) -> None:
         """Looks, before a checkpoint is written."""
         step = state.global_step
         if not all(parameter.isfinite().all() for parameter in self.trained.values()):

@@ -11,7 +11,7 @@ import binascii
 import io
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -162,7 +162,7 @@ def _said(error: Exception) -> str:
     return _printable(str(error) or type(error).__name__)
 
 
-def _printable(text: Any) -> str:
+def _printable(text: object) -> str:
     """A stranger's words: on one line, short, and without characters that a terminal or a page obeys."""
     return "".join(character if character.isprintable() else "?" for character in str(text))[:200]
 

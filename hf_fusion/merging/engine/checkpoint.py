@@ -195,7 +195,7 @@ def _broken(file: Path, why: str) -> FusionError:
     return FusionError(f"{file} is not a valid safetensors file: {why}", "fetch it again, or save it again")
 
 
-def _span(file: Path, name: str, row: Any) -> tuple[int, int]:
+def _span(file: Path, name: str, row: object) -> tuple[int, int]:
     """A tensor's bytes in the data: first, and behind the last."""
     if not name or not name.isprintable() or len(name) > MAX_NAME:
         raise _broken(file, f"{shown(name)} is no name of a tensor")
@@ -221,5 +221,5 @@ def _entry(file: Path, root: Path | None, name: str, row: Mapping[str, Any], dat
     return entry
 
 
-def _counts(value: Any) -> TypeGuard[list[int]]:
+def _counts(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(n) is int and 0 <= n <= MAX_NUMEL for n in value)

@@ -77,6 +77,6 @@ def from_mergekit_moe(content: Mapping[str, Any], name: str) -> Recipe:
     return Recipe("moe", tuple(experts), base, parameters, dtype)
 
 
-def _begins(title: str, wanted: Any) -> bool:
+def _begins(title: str, wanted: object) -> bool:
     """mergekit takes any beginning of its name for an architecture."""
     return isinstance(wanted, str) and bool(wanted) and title.lower().startswith(wanted.lower())

@@ -122,7 +122,7 @@ class _Reader:
             experts.append(RecipeExpert(model_name(entry.get("model"), f"{self.name}: {key}.model"), None, parameters))
         return tuple(experts)
 
-    def _slices(self, entries: Any, where: str = "slices") -> tuple[Slice, ...]:
+    def _slices(self, entries: object, where: str = "slices") -> tuple[Slice, ...]:
         slices = []
         for key, entry in self._entries(entries, where, _SLICE):
             own = model_name(entry["base_model"], f"{self.name}: {key}.base_model") if entry.get("base_model") else None
@@ -205,7 +205,7 @@ class _Reader:
 
     # ------------------------------------------------------------ parameters
 
-    def _settings(self, settings: Any, where: str, per_model: bool) -> dict[str, Setting]:
+    def _settings(self, settings: object, where: str, per_model: bool) -> dict[str, Setting]:
         """Parameters of one place, by our names."""
         if settings is None:
             return {}
@@ -243,7 +243,7 @@ class _Reader:
             raise self._error(where, setting, "a value, a gradient or filters")
         return [self._setting(entry, parameter, where) for entry in setting]
 
-    def _value(self, value: Any, kind: type, where: str) -> Any:
+    def _value(self, value: object, kind: type, where: str) -> Any:
         """A plain value, as leniently as mergekit takes it: 1e-4, which YAML takes for a text, and 1.0 for true."""
         if kind is bool and value in (0, 1):
             return bool(value)
@@ -330,7 +330,7 @@ class _Reader:
             raise self._error(key, value, "a text")
         return value
 
-    def _entries(self, entries: Any, where: str, known: Sequence[str]) -> list[tuple[str, Mapping[str, Any]]]:
+    def _entries(self, entries: object, where: str, known: Sequence[str]) -> list[tuple[str, Mapping[str, Any]]]:
         """The mappings of a list, each with its place."""
         if not isinstance(entries, list) or not entries:
             raise self._error(where, entries, "a list")
@@ -348,7 +348,7 @@ class _Reader:
             key = unknown[0] if isinstance(unknown[0], str) else shown(unknown[0])
             raise FusionError(f"{self.name}: {where}{key} is not supported", f"use {', '.join(known)}")
 
-    def _error(self, key: str, value: Any, expected: str) -> FusionError:
+    def _error(self, key: str, value: object, expected: str) -> FusionError:
         return FusionError(f"{self.name}: {key} is {shown(value)}, expected {expected}")
 
 
@@ -356,7 +356,7 @@ _SLICE = ("sources", "parameters", "base_model", "residual_weight")
 _SOURCE = ("model", "layer_range", "parameters")
 
 
-def model_name(value: Any, where: str) -> str:
+def model_name(value: object, where: str) -> str:
     """A model as mergekit names it: ``path``, ``path@revision`` or ``model+lora``, or those as a mapping.
 
     Args:

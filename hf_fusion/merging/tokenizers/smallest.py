@@ -107,15 +107,15 @@ def cut(content: Content, rows: int, name: str) -> Content:
     return {**content, "model": model, "added_tokens": added}
 
 
-def _is_whole(merge: Any, vocabulary: Mapping[str, int]) -> bool:
+def _is_whole(merge: str | Sequence[str], vocabulary: Mapping[str, int]) -> bool:
     pair = merge.split(" ") if isinstance(merge, str) else merge
     return all(part in vocabulary for part in (*pair, "".join(pair)))
 
 
-def _without(value: Any, lost: set[str]) -> Any:
+def _without(value: object, lost: set[str]) -> Any:
     """A tokenizer's configuration that names none of these tokens."""
 
-    def is_lost(entry: Any) -> bool:
+    def is_lost(entry: object) -> bool:
         return (entry.get("content") if isinstance(entry, Mapping) else entry) in lost if _is_named(entry) else False
 
     if isinstance(value, dict):
@@ -125,7 +125,7 @@ def _without(value: Any, lost: set[str]) -> Any:
     return value
 
 
-def _is_named(entry: Any) -> bool:
+def _is_named(entry: object) -> bool:
     return isinstance(entry, str) or (isinstance(entry, Mapping) and isinstance(entry.get("content"), str))
 
 

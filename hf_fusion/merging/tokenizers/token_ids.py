@@ -90,7 +90,7 @@ class TokenNumbers:
         """
         return {key: self._entry(key, value, file) for key, value in content.items()}
 
-    def _entry(self, key: str, value: Any, file: str) -> Any:
+    def _entry(self, key: str, value: object, file: str) -> Any:
         if isinstance(value, Mapping) and not _SURE.fullmatch(key):
             is_other = _OTHER_PARTS.fullmatch(key) or value.get("vocab_size", self.rows) != self.rows
             return dict(value) if is_other else self.moved(value, f"{file}: {key}")
@@ -116,11 +116,11 @@ class TokenNumbers:
         logger.warning("%s: %s names %s, which the tokenizer %s does not have: %s", file, key, told, self.name, what)
         return moved if moved != [] else None
 
-    def token(self, number: Any) -> Any:
+    def token(self, number: object) -> Any:
         """What the merged model calls a number."""
         return next((token for token, own in self.new.items() if own == number), number)
 
-    def _is_token(self, key: str, value: Any) -> bool:
+    def _is_token(self, key: str, value: object) -> bool:
         if _OTHERS & set(key.split("_")):
             return False
         if _SURE.fullmatch(key):
@@ -136,7 +136,7 @@ class TokenNumbers:
         token = self.old.get(number)
         return None if token is None else self.new.get(token)
 
-    def _tokens(self, key: str, value: Any) -> Iterator[int]:
+    def _tokens(self, key: str, value: object) -> Iterator[int]:
         """All numbers of tokens in a value."""
         match value:
             case Mapping():
@@ -150,7 +150,7 @@ class TokenNumbers:
             case int() if _is_number(value):
                 yield value
 
-    def _renumbered(self, key: str, value: Any) -> Any:
+    def _renumbered(self, key: str, value: object) -> Any:
         """A value with other numbers; sequences of which one token is gone are left out as a whole."""
         match value:
             case Mapping():
@@ -174,12 +174,13 @@ class TokenNumbers:
                 return self._number(value)
         return value
 
-    def _nested(self, value: Any) -> Any:
+    def _nested(self, value: object) -> Any:
         """A sequence, or alternatives of some."""
-        is_deeper = isinstance(value, list) and any(isinstance(inner, list) for inner in value)
-        return [moved for moved in map(self._nested, value) if moved] if is_deeper else self._whole(value)
+        if isinstance(value, list) and any(isinstance(inner, list) for inner in value):
+            return [moved for moved in map(self._nested, value) if moved]
+        return self._whole(value)
 
-    def _whole(self, sequence: Any) -> list[Any] | None:
+    def _whole(self, sequence: object) -> list[Any] | None:
         moved = [self._renumbered("", number) for number in sequence] if isinstance(sequence, list) else [None]
         return None if None in moved else moved
 
@@ -200,7 +201,7 @@ def roles_of(config: Mapping[str, Any], numbers: Mapping[str, int]) -> dict[str,
     return found
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return type(value) is int and value >= 0
 
 

@@ -159,7 +159,7 @@ def _enter(merged: Content, pieces: dict[str, tuple[Content, float]]) -> None:
                     model["merges"].append(" ".join(pair) if written else list(pair))
 
 
-def _pair(merge: Any) -> list[str]:
+def _pair(merge: object) -> list[str]:
     """Both halves: one text with a space between in older files, a list in newer."""
     pair = merge.split(" ") if isinstance(merge, str) else merge
     if not isinstance(pair, list) or len(pair) != 2:
