@@ -38,7 +38,7 @@ _SEEDS: dict[Split, int] = {"train": 0, "test": 10_000_000}
 
 
 @dataclass(frozen=True)
-class Generated:
+class GeneratedRows:
     """Rows made by reasoning-gym.
 
     Attributes:
@@ -71,7 +71,7 @@ class Generated:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredRows:
     """Rows of a data set on disk, in an order of chance.
 
     Attributes:
@@ -121,7 +121,7 @@ class LanguageTask:
 
     name: str
     instructions: tuple[str, ...]
-    source: Generated | Stored
+    source: GeneratedRows | StoredRows
     held_in: bool = True
     license: str = "apache-2.0"
     metric: Literal["exact", "tokens"] = "exact"
@@ -220,7 +220,7 @@ def _joined(values: Iterable[object]) -> str:
 _NUMBERS = {"min_numbers": 3, "max_numbers": 4, "max_decimals": 0, "min_value": 0, "max_value": 99}
 
 
-def _words(answer: Callable[[list[str]], str]) -> Generated:
+def _words(answer: Callable[[list[str]], str]) -> GeneratedRows:
     """Three or four different words in small letters; the answer is a function of them."""
 
     def row(item: Mapping[str, Any]) -> Row | None:
@@ -228,17 +228,17 @@ def _words(answer: Callable[[list[str]], str]) -> Generated:
         usable = len(set(words)) == len(words) and min(map(len, words)) > 2
         return (_joined(words), answer(words)) if usable else None
 
-    return Generated("word_sequence_reversal", row, {"min_words": 3, "max_words": 4})
+    return GeneratedRows("word_sequence_reversal", row, {"min_words": 3, "max_words": 4})
 
 
-def _numbers(answer: Callable[[list[int]], str]) -> Generated:
+def _numbers(answer: Callable[[list[int]], str]) -> GeneratedRows:
     """Three or four different numbers below 100; the answer is a function of them."""
 
     def row(item: Mapping[str, Any]) -> Row | None:
         numbers = [int(float(number)) for number in item["metadata"]["original_numbers"]]
         return (_joined(numbers), answer(numbers)) if len(set(numbers)) == len(numbers) else None
 
-    return Generated("number_sorting", row, _NUMBERS)
+    return GeneratedRows("number_sorting", row, _NUMBERS)
 
 
 def _filtering(item: Mapping[str, Any]) -> Row:
@@ -256,14 +256,14 @@ def _attributes(item: Mapping[str, Any]) -> dict[str, str]:
     return dict(re.findall(r"(?:^|, )([a-zA-Z ]+)\[([^\]]*)\]", item["prompt"]))
 
 
-def _restaurant(attribute: str) -> Stored:
+def _restaurant(attribute: str) -> StoredRows:
     """A text about a restaurant, and one attribute that it tells."""
 
     def row(item: Mapping[str, Any]) -> Row | None:
         value = _attributes(item).get(attribute)
         return None if value is None or len(item["target"]) > 150 else (item["target"], value)
 
-    return Stored("e2e_nlg", row)
+    return StoredRows("e2e_nlg", row)
 
 
 def _describe(item: Mapping[str, Any]) -> Row | None:
@@ -299,7 +299,7 @@ _HELD_IN = (
     LanguageTask(
         "chain-sum",
         ("Calculate {}.", "What is {}?", "State the result of {}."),
-        Generated(
+        GeneratedRows(
             "chain_sum",
             lambda item: (item["metadata"]["expression"], item["answer"]),
             {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
@@ -308,7 +308,7 @@ _HELD_IN = (
     LanguageTask(
         "restaurant-description",
         ("Describe this restaurant: {}", "Write a sentence from this data: {}", "Put this data into words: {}"),
-        Stored("e2e_nlg", _describe),
+        StoredRows("e2e_nlg", _describe),
         license="cc-by-sa-4.0",
         metric="tokens",
     ),
@@ -322,14 +322,14 @@ _HELD_IN = (
     LanguageTask(
         "banking-intent",
         ("Name the intent of this customer: {}", "Classify this question to a bank: {}", "What is this about? {}"),
-        Stored("banking77", lambda item: (item["text"].strip(), item["label"].replace("_", " ").lower())),
+        StoredRows("banking77", lambda item: (item["text"].strip(), item["label"].replace("_", " ").lower())),
         license="cc-by-4.0",
     ),
 )
 
 _HELD_OUT = (
     *(
-        LanguageTask(name.replace("_", "-"), ("{}",), Stored(f"bbh/{name}", _bbh), held_in=False, license="mit")
+        LanguageTask(name.replace("_", "-"), ("{}",), StoredRows(f"bbh/{name}", _bbh), held_in=False, license="mit")
         for name in (
             "boolean_expressions",
             "navigate",
@@ -342,7 +342,7 @@ _HELD_OUT = (
     LanguageTask(
         "number-filtering",
         ("{}",),
-        Generated("number_filtering", _filtering, _NUMBERS),
+        GeneratedRows("number_filtering", _filtering, _NUMBERS),
         held_in=False,
     ),
     LanguageTask(
@@ -354,7 +354,7 @@ _HELD_OUT = (
     LanguageTask(
         "three-term-sum",
         ("Calculate {}.",),
-        Generated(
+        GeneratedRows(
             "chain_sum",
             lambda item: (item["metadata"]["expression"], item["answer"]),
             {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1},

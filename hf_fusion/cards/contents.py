@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.cards.parts import CardContents, Measured, lacking_each, suite_lacking, suite_measured, suite_view
+from hf_fusion.cards.parts import CardContents, CardScore, lacking_each, suite_lacking, suite_measured, suite_view
 from hf_fusion.hub.code import refuse_kernels
 
 if TYPE_CHECKING:
@@ -27,11 +27,11 @@ def _foe_lacking(results: Mapping[str, Any]) -> list[str]:
     return lacking + [f"dataset.{key}" for key in ("name", "split") if key not in results.get("dataset", ())]
 
 
-def _foe_measured(results: Mapping[str, Any]) -> list[Measured]:
+def _foe_measured(results: Mapping[str, Any]) -> list[CardScore]:
     data, own = results["dataset"], [s for s in results["systems"] if s["kind"] in ("foe", "frugal")]
     name, kind, split = (str(data[key]) for key in ("name", "type" if data.get("type") else "name", "split"))
     metric = str(results["metric"])
-    return [Measured(name, kind, split, results["n"], metric, system["name"], system["score"]) for system in own]
+    return [CardScore(name, kind, split, results["n"], metric, system["name"], system["score"]) for system in own]
 
 
 # ---------------------------------------------------------------- PHATGOOSE

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Measured:
+class CardScore:
     """One score of the model itself, as the Hub indexes it."""
 
     dataset: str
@@ -37,7 +37,7 @@ class CardContents:
 
     options: Callable[[Mapping[str, Any], Path], dict[str, Any]]
     lacking: Callable[[Mapping[str, Any]], list[str]]
-    measured: Callable[[Mapping[str, Any]], list[Measured]]
+    measured: Callable[[Mapping[str, Any]], list[CardScore]]
     view: Callable[[CardFacts], dict[str, Any]] = lambda facts: {}
 
 
@@ -55,14 +55,14 @@ def suite_lacking(results: Mapping[str, Any]) -> list[str]:
 _METRICS = {"exact": "exact_match", "tokens": "token_accuracy", "accuracy": "accuracy"}
 
 
-def suite_measured(results: Mapping[str, Any]) -> list[Measured]:
+def suite_measured(results: Mapping[str, Any]) -> list[CardScore]:
     """The model's own scores among a suite's, task by task."""
     found = []
     for system in (system for system in results["systems"] if system["kind"] in ("router", "merged")):
         for task in (task for task in results["tasks"] if task["name"] in system["scores"]):
             name, metric = str(task["name"]), _METRICS[task["metric"]]
             score = system["scores"][name]["score"]
-            found.append(Measured(name, name, "test", task["n"], metric, str(system["name"]), score))
+            found.append(CardScore(name, name, "test", task["n"], metric, str(system["name"]), score))
     return found
 
 

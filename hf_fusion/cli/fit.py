@@ -55,7 +55,7 @@ ROUTER_CHECKPOINTS = "{}-router-checkpoints"  # beside the model's folder while 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One command per thing that can be fitted."""
     parts = parser.add_subparsers(dest="part", required=True, metavar="PART", title="what to fit")
-    for name, part in PARTS.items():
+    for name, part in FIT_COMMANDS.items():
         title = FIT_PARTS[name].title
         command = parts.add_parser(name, help=title, description=f"Fit {title}.", examples=part.examples)
         part.add_arguments(command)
@@ -133,7 +133,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: Out) -> None:
     """Loads, fits and writes back, all of it or nothing."""
-    PARTS[args.part].run(args, out)
+    FIT_COMMANDS[args.part].run(args, out)
 
 
 def _refuse_again(args: argparse.Namespace) -> None:
@@ -327,7 +327,7 @@ def _fit_routers(args: argparse.Namespace, out: Out) -> None:
     out.hint(f"hf-fusion eval {args.folder} --data {args.data} --split test")
 
 
-class Part(NamedTuple):
+class FitCommand(NamedTuple):
     """What ``hf-fusion fit NAME`` takes, does, and shows as examples."""
 
     examples: tuple[tuple[str, str], ...]
@@ -335,9 +335,9 @@ class Part(NamedTuple):
     run: Callable[[argparse.Namespace, Out], None]
 
 
-PARTS = {
-    "fuser": Part(FUSER_EXAMPLES, _add_fuser, _fit_fuser),
-    "gates": Part(GATES_EXAMPLES, _add_gates, _fit_gates),
-    "routers": Part(ROUTERS_EXAMPLES, _add_routers, _fit_routers),
+FIT_COMMANDS = {
+    "fuser": FitCommand(FUSER_EXAMPLES, _add_fuser, _fit_fuser),
+    "gates": FitCommand(GATES_EXAMPLES, _add_gates, _fit_gates),
+    "routers": FitCommand(ROUTERS_EXAMPLES, _add_routers, _fit_routers),
 }
 """Name of a part, as in `families.FIT_PARTS` → its command."""

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 from hf_fusion.hub.headers import on_meta
-from hf_fusion.models.assembly_wemoe import Source, check_experts, head_paths, part_of, renamed
+from hf_fusion.models.assembly_wemoe import ExpertSource, check_experts, head_paths, part_of, renamed
 from hf_fusion.models.fused_heads import head_of
 
 
@@ -23,7 +23,7 @@ def merge_problems(model: Any, base: Any) -> list[str]:
         heads = head_paths(template, head)
         own, known = renamed(model.state_dict(), model, template, part), renamed(base.state_dict(), base, template)
         shared = {key: tensor for key, tensor in known.items() if key in template.state_dict()}
-        check_experts([Source({"name": "it", "adapter": False, "part": part}, own)], shared, heads)
+        check_experts([ExpertSource({"name": "it", "adapter": False, "part": part}, own)], shared, heads)
     except ValueError as error:
         return [str(error)]
     apart = tuple(f"{path}." for path in heads)

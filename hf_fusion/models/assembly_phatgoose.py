@@ -30,7 +30,7 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 @dataclass
-class Entry:
+class PreparedExpert:
     """An expert ready to be put in place.
 
     Attributes:
@@ -105,7 +105,9 @@ def module_sets(config: PhatgooseConfig) -> Iterator[tuple[list[str], bool]]:
         yield sorted(paths, key=lambda path: names.index(path.rpartition(".")[2])), reads_encoder
 
 
-def entries_of(experts: Sequence[Any], base: Any, config: PhatgooseConfig, taken: Sequence[str]) -> list[Entry]:
+def entries_of(
+    experts: Sequence[Any], base: Any, config: PhatgooseConfig, taken: Sequence[str]
+) -> list[PreparedExpert]:
     """Loaded experts as entries, once everything about them is known to fit.
 
     Raises:
@@ -130,7 +132,7 @@ def entries_of(experts: Sequence[Any], base: Any, config: PhatgooseConfig, taken
                 f"{name} has no gates: train them with hf_fusion.train_gates, or pass missing_gates='arrow' when fusing"
             )
         row = {"name": name, "revision": expert.revision, "license": expert.license, "task": expert.task}
-        entry = Entry({**row, "gates": gates.description, "labels": []})
+        entry = PreparedExpert({**row, "gates": gates.description, "labels": []})
         for path, (a, b) in adapter.lora.items():
             _check_linear(name, path, a, b, base)
             gate = _gate(name, path, a.shape[1], gates, config.routing)
@@ -204,7 +206,7 @@ def _saved_heads(
             replaced[key] = tensor
 
 
-def complete(entries: Sequence[Entry], base: Any) -> None:
+def complete(entries: Sequence[PreparedExpert], base: Any) -> None:
     """Gives experts without a head the base's where others brought theirs; refuses what cannot be shared.
 
     An update of a linear that is a head here is folded into the expert's own.
@@ -236,7 +238,7 @@ def complete(entries: Sequence[Entry], base: Any) -> None:
             )
 
 
-def plan_profiles(entries: Sequence[Entry]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def plan_profiles(entries: Sequence[PreparedExpert]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The config's rows and its distinct profiles."""
     rows, profiles = [], []
     for entry in entries:
@@ -255,7 +257,7 @@ def label_union(rows: Sequence[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(label for row in rows for label in row["labels"]))
 
 
-def fill_linears(group: RoutedLinears, paths: Sequence[str], entries: Sequence[Entry]) -> None:
+def fill_linears(group: RoutedLinears, paths: Sequence[str], entries: Sequence[PreparedExpert]) -> None:
     """Copies experts into the linears they adapt; elsewhere they are absent."""
     group.gate_bias.fill_(ABSENT)
     for index, entry in enumerate(entries):
@@ -266,7 +268,7 @@ def fill_linears(group: RoutedLinears, paths: Sequence[str], entries: Sequence[E
 
 
 def fill_head(
-    head: RoutedHead, path: str, entries: Sequence[Entry], rows_of: Callable[[int, str, int], list[int]]
+    head: RoutedHead, path: str, entries: Sequence[PreparedExpert], rows_of: Callable[[int, str, int], list[int]]
 ) -> None:
     """Copies experts' heads into the rows of the labels they know."""
     head.bias.fill_(ABSENT)
@@ -278,7 +280,7 @@ def fill_head(
 
 
 __all__ = [
-    "Entry",
+    "PreparedExpert",
     "check_options",
     "entries_of",
     "linear_sizes",

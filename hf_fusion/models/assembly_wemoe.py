@@ -52,7 +52,7 @@ UNRELATED = 1.0  # an expert as far from the base as this, relative to the base'
 
 
 @dataclass
-class Source:
+class ExpertSource:
     """An expert as differences from the base.
 
     Attributes:
@@ -249,7 +249,7 @@ def pruned(vector: torch.Tensor, density: float) -> tuple[torch.Tensor, torch.Te
     return places, flat[places]
 
 
-def check_experts(sources: Sequence[Source], base: Mapping[str, torch.Tensor], heads: Sequence[str]) -> None:
+def check_experts(sources: Sequence[ExpertSource], base: Mapping[str, torch.Tensor], heads: Sequence[str]) -> None:
     """Every full expert has every tensor of the base and no other; the base has all but heads.
 
     Raises:
@@ -268,7 +268,7 @@ def check_experts(sources: Sequence[Source], base: Mapping[str, torch.Tensor], h
             raise ValueError(f"{source.name} has {len(extra)} tensors that the base does not have, first {extra[0]}")
 
 
-def check_ties(sources: Sequence[Source], groups: Sequence[list[str]]) -> None:
+def check_ties(sources: Sequence[ExpertSource], groups: Sequence[list[str]]) -> None:
     """What the model ties must be one tensor in every expert too.
 
     Raises:
@@ -294,7 +294,7 @@ def tied_groups(state: Mapping[str, torch.Tensor]) -> list[list[str]]:
 def merge_rest(
     names: Sequence[str],
     base: Mapping[str, torch.Tensor],
-    sources: Sequence[Source],
+    sources: Sequence[ExpertSource],
     rule: Callable[[torch.Tensor, Sequence[torch.Tensor], float], torch.Tensor],
     scaling: float,
     transposed: Callable[[str], bool],
@@ -314,4 +314,4 @@ def merge_rest(
             yield name, rule(start, full, scaling).to(tensor.dtype)
 
 
-__all__ = ["MODULES", "Source"]
+__all__ = ["MODULES", "ExpertSource"]

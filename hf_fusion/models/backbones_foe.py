@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from .assembly_foe import pack_config
-from .experts_foe import AdaptedLinear, PerExpert
+from .experts_foe import AdaptedLinear, PerExpertModule
 
 
 class BackbonesMixin:
@@ -59,7 +59,7 @@ class BackbonesMixin:
             raise ValueError(f"{name}: its experts have different tokenizers; resize each of them before fusing")
         for backbone in self.backbones:
             ends = [backbone.model.get_input_embeddings(), backbone.model.get_output_embeddings()]
-            if any(isinstance(end, AdaptedLinear | PerExpert) for end in ends):
+            if any(isinstance(end, AdaptedLinear | PerExpertModule) for end in ends):
                 raise ValueError(f"{name}: its experts adapt embeddings; resize base and experts before fusing")
             if not isinstance(ends[0], nn.Embedding):
                 raise ValueError(f"{name}: its experts read {backbone.model.main_input_name}, not tokens")

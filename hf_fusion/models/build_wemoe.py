@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .assembly_wemoe import (
     OWN_HEADS,
-    Source,
+    ExpertSource,
     UnchangedLinearsError,
     check_experts,
     check_ties,
@@ -34,7 +34,7 @@ HEADS = ("task", "shared", "base")
 
 
 @dataclass
-class Plan:
+class BuildPlan:
     """All that a model is filled from.
 
     Attributes:
@@ -49,7 +49,7 @@ class Plan:
     config: WEMoEConfig
     backbone: Any
     base: Mapping[str, torch.Tensor]
-    sources: list[Source]
+    sources: list[ExpertSource]
     processor: Any
     factors: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
 
@@ -129,7 +129,7 @@ class AlignedExperts:
     head: str
     paths: list[str]
     base: dict[str, torch.Tensor]
-    sources: list[Source]
+    sources: list[ExpertSource]
     row: dict[str, Any]
 
 
@@ -165,7 +165,7 @@ def align_experts(experts: Sequence[Any], base: Any) -> AlignedExperts:
     return AlignedExperts(template, head, paths, known, sources, config_base)
 
 
-def make_plan(experts: Sequence[Any], base: Any, options: Mapping[str, Any]) -> Plan:
+def make_plan(experts: Sequence[Any], base: Any, options: Mapping[str, Any]) -> BuildPlan:
     """Checks that loaded experts fit, and merges all that is not up-scaled.
 
     Args:
@@ -196,7 +196,7 @@ def make_plan(experts: Sequence[Any], base: Any, options: Mapping[str, Any]) -> 
     if options["shared_router"] and len(widths := {_sizes(modules[unit["paths"][0]])[0] for unit in units}) > 1:
         raise ValueError(f"shared_router=True, but what routers read is {sorted(widths)} wide")
 
-    plan = Plan(config, None, known, sources, experts[0].processor or getattr(base, "processor", None))
+    plan = BuildPlan(config, None, known, sources, experts[0].processor or getattr(base, "processor", None))
     _measure(plan, units, modules, options)
     plan.backbone = _merged(plan, template, units, per_task, heads, options, modules)
     return plan
@@ -252,7 +252,7 @@ def refuse_tied(expert: Any) -> None:
             )
 
 
-def _source(expert: Any, template: Any, part: str, head: str) -> Source:
+def _source(expert: Any, template: Any, part: str, head: str) -> ExpertSource:
     model, adapter = expert.model, expert.adapter
     labels = list(expert.labels)
     if head.endswith(OWN_HEADS) and not labels:
@@ -267,7 +267,7 @@ def _source(expert: Any, template: Any, part: str, head: str) -> Source:
         "part": part,
     }
     if adapter is None:
-        return Source(row, renamed(model.state_dict(), model, template, part))
+        return ExpertSource(row, renamed(model.state_dict(), model, template, part))
     refuse_tied(expert)
     in_heads = tuple(f"{path}." for path in head_paths(model, head))
     heads = {key: tensor for key, tensor in model.state_dict().items() if in_heads and key.startswith(in_heads)}
@@ -277,7 +277,7 @@ def _source(expert: Any, template: Any, part: str, head: str) -> Source:
         a, b = lora.pop(key)
         heads[key] = (heads[key].float() + b.float() @ a.float()).to(heads[key].dtype)
     pairs = renamed(lora, model, template, part)
-    return Source(
+    return ExpertSource(
         row, renamed(heads, model, template, part), {key.removesuffix(".weight"): pair for key, pair in pairs.items()}
     )
 
@@ -291,7 +291,7 @@ def _config(
     template: Any,
     head: str,
     base: dict[str, Any],
-    sources: Sequence[Source],
+    sources: Sequence[ExpertSource],
     units: list[dict[str, Any]],
     per_task: list[str],
     options: Mapping[str, Any],
@@ -328,7 +328,9 @@ def _config(
     return config
 
 
-def _measure(plan: Plan, units: list[dict[str, Any]], modules: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+def _measure(
+    plan: BuildPlan, units: list[dict[str, Any]], modules: Mapping[str, Any], options: Mapping[str, Any]
+) -> None:
     """What a linear has to know before it is made: ranks, with the energy they keep, numbers of entries or rows."""
     kind = plan.config.task_vectors
     for unit in units:
@@ -347,7 +349,7 @@ def _measure(plan: Plan, units: list[dict[str, Any]], modules: Mapping[str, Any]
 
 
 def _merged(
-    plan: Plan,
+    plan: BuildPlan,
     template: Any,
     units: Sequence[Mapping[str, Any]],
     per_task: Sequence[str],
@@ -376,10 +378,10 @@ def _merged(
     return copy.deepcopy(template, memo)
 
 
-def _without_heads(source: Source, template: Any, head: str) -> Source:
+def _without_heads(source: ExpertSource, template: Any, head: str) -> ExpertSource:
     in_heads = tuple(f"{path}." for path in head_paths(template, head))
     kept = {key: tensor for key, tensor in source.tensors.items() if not (in_heads and key.startswith(in_heads))}
-    return Source(source.row, kept, source.lora)
+    return ExpertSource(source.row, kept, source.lora)
 
 
-__all__ = ["AlignedExperts", "Plan", "check_options", "make_plan", "align_experts"]
+__all__ = ["AlignedExperts", "BuildPlan", "check_options", "make_plan", "align_experts"]

@@ -87,7 +87,7 @@ class AdaptedLinear(nn.Module):
         return y + update.view_as(y)
 
 
-class PerExpert(nn.Module):
+class PerExpertModule(nn.Module):
     """A module of which every expert has its own copy: PEFT's `modules_to_save`, classification heads above all."""
 
     def __init__(self, variants: list[nn.Module], groups: Groups) -> None:
@@ -142,7 +142,7 @@ class Backbone:
             like = next(self.model.get_submodule(path).parameters())
             copies = [copy.deepcopy(templates[number].get_submodule(path)) for number in num_labels]
             copies = [module.to_empty(device=like.device).to(like.dtype) for module in copies]
-            self.model.set_submodule(path, PerExpert(copies, self.groups))
+            self.model.set_submodule(path, PerExpertModule(copies, self.groups))
 
     def __call__(self, inputs: dict[str, torch.Tensor], experts: list[int], **kwargs: Any) -> Any:
         """Runs the model on rows that lie in `len(experts)` equal groups, group i being expert `experts[i]`'s."""

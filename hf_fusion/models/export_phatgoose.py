@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
-from .assembly_phatgoose import Entry
+from .assembly_phatgoose import PreparedExpert
 from .configuration_phatgoose import PhatgooseConfig
 
 TASK_TYPES = {
@@ -27,7 +27,7 @@ TASK_TYPES = {
 
 def save_merged_adapter(
     folder: Path,
-    entries: Sequence[Entry],
+    entries: Sequence[PreparedExpert],
     weights: Sequence[float],
     config: PhatgooseConfig,
     rank: int | None,

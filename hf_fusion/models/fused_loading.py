@@ -28,7 +28,7 @@ DTYPES = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
 
 @dataclass
-class Stored:
+class CheckpointHeaders:
     """What the headers of a model's files say.
 
     Attributes:
@@ -47,7 +47,7 @@ class Stored:
         return sum(_product(shape) for _, shape, _ in self.shapes.values())
 
 
-_stored: ContextVar[Stored | None] = ContextVar("stored", default=None)
+_stored: ContextVar[CheckpointHeaders | None] = ContextVar("stored", default=None)
 
 
 def weight_files(name: Any, hub: Mapping[str, Any]) -> list[Path]:
@@ -74,13 +74,13 @@ def weight_files(name: Any, hub: Mapping[str, Any]) -> list[Path]:
     return [Path(str(cached_file(name, shard, **hub))) for shard in sorted(set(shards))]
 
 
-def read_headers(files: list[Path]) -> Stored:
+def read_headers(files: list[Path]) -> CheckpointHeaders:
     """What files hold, without reading their weights.
 
     Raises:
         ValueError: for one that is cut off or no safetensors.
     """
-    stored = Stored(files)
+    stored = CheckpointHeaders(files)
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
@@ -141,7 +141,7 @@ def load_checked(
     given = options.get("state_dict")
     with explained(name):
         if given is not None:
-            stored = Stored(
+            stored = CheckpointHeaders(
                 [], {key: (None, tuple(tensor.shape), tensor.is_floating_point()) for key, tensor in given.items()}
             )
         elif options.get("variant") or options.get("gguf_file"):
@@ -157,7 +157,7 @@ def load_checked(
 
 
 @contextmanager
-def bounded(stored: Stored | None) -> Iterator[None]:
+def bounded(stored: CheckpointHeaders | None) -> Iterator[None]:
     """Within this context a model is not built larger than what its files hold: see `check_size`."""
     if stored is None:
         yield
@@ -199,7 +199,7 @@ def check_size(model: nn.Module) -> None:
         raise ValueError(f"config.json describes computed buffers of {computed:,} bytes beside {there:,} weights")
 
 
-def check_loaded(model: nn.Module, info: Mapping[str, Any], stored: Stored | None) -> None:
+def check_loaded(model: nn.Module, info: Mapping[str, Any], stored: CheckpointHeaders | None) -> None:
     """Whether every weight of a loaded model came from its files, as they hold it, and is finite.
 
     Args:

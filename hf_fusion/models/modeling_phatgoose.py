@@ -14,7 +14,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from .assembly_phatgoose import (
-    Entry,
+    PreparedExpert,
     check_options,
     complete,
     entries_of,
@@ -157,9 +157,9 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
             raise ValueError("a router needs at least one expert")
         self._rebuild(entries)
 
-    def _entries(self) -> list[Entry]:
+    def _entries(self) -> list[PreparedExpert]:
         """The experts as they lie in this model: views of their tensors."""
-        entries = [Entry({**row}) for row in self.config.experts]
+        entries = [PreparedExpert({**row}) for row in self.config.experts]
         for paths, group in self._groups:
             for index, expert in enumerate(group.experts):
                 for member, path in enumerate(paths):
@@ -180,7 +180,7 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
         outputs = self.config.profile(expert)["saved"][path]
         return [union.index(label) for label in labels] if len(labels) == outputs <= width else list(range(outputs))
 
-    def _rebuild(self, entries: Sequence[Entry]) -> None:
+    def _rebuild(self, entries: Sequence[PreparedExpert]) -> None:
         """Makes this the router of these experts."""
         self.fusion_recipe = self.config.recipe = None  # they tell what it was
         with torch.no_grad():
@@ -200,7 +200,7 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
                 self.backbone.num_labels = len(union)
             self._install(entries)
 
-    def _install(self, entries: Sequence[Entry] | None) -> None:
+    def _install(self, entries: Sequence[PreparedExpert] | None) -> None:
         """Puts routed modules where the config wants them, filled from entries, or empty to be loaded."""
         self.calls.version += 1
         for handle in self._handles:

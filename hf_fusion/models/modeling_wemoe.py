@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .build_wemoe import Plan, check_options, make_plan
+from .build_wemoe import BuildPlan, check_options, make_plan
 from .configuration_wemoe import LOW_RANK, WEMoEConfig
 from .fingerprint_wemoe import fingerprint_of, first_mismatch
 from .fused import FusedPreTrainedModel
@@ -170,7 +170,7 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
         install_heads(backbone, config.task_heads, classes, self.shared.calls)
 
     @torch.no_grad()
-    def _fill(self, plan: Plan) -> None:
+    def _fill(self, plan: BuildPlan) -> None:
         for unit in self.units:
             for path, linear in zip(unit.paths, unit.linears, strict=True):
                 plan.fill(path, linear)

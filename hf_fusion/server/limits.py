@@ -17,7 +17,7 @@ MAX_XORB = 80 * MB  # clients keep to 64 MiB
 
 
 @dataclass(frozen=True)
-class Rule:
+class RouteLimit:
     """What a route takes.
 
     Attributes:
@@ -36,18 +36,18 @@ class Rule:
 _REPO = r"/api/[^/]+/[^/]+/[^/]+"
 # the first that matches counts
 RULES = (
-    Rule(re.compile(rf"POST {_REPO}/commit/.*"), MAX_COMMIT, streamed=True),
-    Rule(re.compile(r"PUT /lfs/[^/]+/[^/]+/[^/]+/[0-9a-f]{64}"), MAX_COMMIT, streamed=True),
-    Rule(re.compile(r"POST /xet/[^/]+/[^/]+/[^/]+/[0-9a-f]{32}/.*"), MAX_XORB, streamed=True),
-    Rule(re.compile(r"POST /api/validate-yaml"), 4 * MB, anonymous=4 * MB),
-    Rule(re.compile(rf"POST {_REPO}/paths-info/.*"), 4 * MB, anonymous=4 * MB),
-    Rule(re.compile(r"POST /.*\.git/info/lfs/objects/batch"), 16 * MB, anonymous=1 * MB),
-    Rule(re.compile(r"(GET|HEAD|OPTIONS) .*"), 64 * KB),
-    Rule(re.compile(r".*"), 32 * MB),
+    RouteLimit(re.compile(rf"POST {_REPO}/commit/.*"), MAX_COMMIT, streamed=True),
+    RouteLimit(re.compile(r"PUT /lfs/[^/]+/[^/]+/[^/]+/[0-9a-f]{64}"), MAX_COMMIT, streamed=True),
+    RouteLimit(re.compile(r"POST /xet/[^/]+/[^/]+/[^/]+/[0-9a-f]{32}/.*"), MAX_XORB, streamed=True),
+    RouteLimit(re.compile(r"POST /api/validate-yaml"), 4 * MB, anonymous=4 * MB),
+    RouteLimit(re.compile(rf"POST {_REPO}/paths-info/.*"), 4 * MB, anonymous=4 * MB),
+    RouteLimit(re.compile(r"POST /.*\.git/info/lfs/objects/batch"), 16 * MB, anonymous=1 * MB),
+    RouteLimit(re.compile(r"(GET|HEAD|OPTIONS) .*"), 64 * KB),
+    RouteLimit(re.compile(r".*"), 32 * MB),
 )
 
 
-def rule_of(method: str, path: str) -> Rule:
+def rule_of(method: str, path: str) -> RouteLimit:
     """The rule of a request."""
     return next(rule for rule in RULES if rule.route.fullmatch(f"{method} {path}"))
 

@@ -21,7 +21,7 @@ FORMAT = 1  # to be raised whenever `info.constant` derives something else from 
 
 
 @dataclass(frozen=True)
-class Summary:
+class RepoSummary:
     """A repo at its main branch.
 
     Attributes:
@@ -35,16 +35,16 @@ class Summary:
     tags: frozenset[str]
 
 
-def summary(repo: Repo) -> Summary:
+def summary(repo: Repo) -> RepoSummary:
     """The summary of a repo, from memory or disk where the main branch has not moved."""
     sha = repo.head
     known = repo.summary
-    if not isinstance(known, Summary) or known.sha != sha:
+    if not isinstance(known, RepoSummary) or known.sha != sha:
         properties = _read(repo, sha)
         if properties is None:
             properties = _derived(repo, sha)
             _write(repo, sha, properties)
-        known = repo.summary = Summary(sha, properties, frozenset(properties["tags"]))
+        known = repo.summary = RepoSummary(sha, properties, frozenset(properties["tags"]))
     return known
 
 

