@@ -42,7 +42,7 @@ def is_fault(error: BaseException) -> bool:
 def suggestion(word: object, known: Iterable[str]) -> str:
     """What to write instead of an unknown word: the closest that is known, or all that are."""
     known = list(known)
-    close = get_close_matches(str(word), known, n=1)
+    close = get_close_matches(str(word)[:100], known, n=1)
     return f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}"
 
 

@@ -14,19 +14,19 @@ of mergekit are read as they are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 
-from hf_fusion.errors import FusionError, shown
+from hf_fusion.errors import FusionError
 from hf_fusion.io.files import own_file
 from hf_fusion.io.saving import write_file
 from hf_fusion.io.yaml_files import read_yaml
+from hf_fusion.schema import Before, Expected, OneOf, Place, Settings, read_class
 from hf_fusion.types import ModelRef
 
 RECIPE_FILE = "fusion.yaml"
@@ -35,8 +35,19 @@ RECIPE_ATTRIBUTE = "fusion_recipe"
 SMALLEST = "smallest"
 """The tokenizer of recipes that are matched by number and cut to the smallest vocabulary."""
 DTYPES = ("float32", "float16", "bfloat16")
-# keys that a recipe of mergekit has and ours has not
-MERGEKIT = {"merge_method", "models", "base_model", "modules"}
+
+
+def _is_name(value: str) -> bool:
+    return bool(value.strip()) and "\n" not in value
+
+
+def is_span(layers: tuple[int, int]) -> bool:
+    """Whether these are a first layer and the one behind the last."""
+    return 0 <= layers[0] < layers[1]
+
+
+ModelName = Annotated[str, Expected("owner/name@sha, or a folder", _is_name)]
+Layers = Annotated[tuple[int, int], Expected("[first, behind the last]", is_span)]
 
 
 @dataclass(frozen=True)
@@ -49,9 +60,9 @@ class RecipeExpert:
         parameters: what a static method lets every expert have of its own.
     """
 
-    model: str
+    model: ModelName
     weight: float | None = None
-    parameters: dict[str, Any] = field(default_factory=dict)
+    parameters: Settings = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -65,21 +76,36 @@ class RecipeExpert:
         return own if len(own) > 1 else self.model
 
 
+_Expert = Annotated[
+    RecipeExpert,
+    Before(lambda value, place: {"model": value} if isinstance(value, str) else value),
+    Expected("owner/name@sha or {model: …, weight: …}"),
+]
+
+
 @dataclass(frozen=True)
 class SliceSource:
     """Layers of one model.
 
     Attributes:
         model: as the recipe's base or experts name it.
-        start: its first layer.
-        stop: the layer behind its last.
+        layers: its first, and the one behind its last.
         parameters: the method's, for this model in this slice.
     """
 
-    model: str
-    start: int
-    stop: int
-    parameters: dict[str, Any] = field(default_factory=dict)
+    model: ModelName
+    layers: Layers
+    parameters: Settings = field(default_factory=dict)
+
+    @property
+    def start(self) -> int:
+        """Its first layer."""
+        return self.layers[0]
+
+    @property
+    def stop(self) -> int:
+        """The layer behind its last."""
+        return self.layers[1]
 
 
 @dataclass(frozen=True)
@@ -91,8 +117,15 @@ class Slice:
         parameters: the method's, for this slice.
     """
 
-    sources: tuple[SliceSource, ...]
-    parameters: dict[str, Any] = field(default_factory=dict)
+    sources: Annotated[
+        tuple[SliceSource, ...], Expected("a list of {model: …, layers: [first, behind the last]}", bool)
+    ]
+    parameters: Settings = field(default_factory=dict)
+
+    def check(self, place: Place) -> None:
+        """Raises a `FusionError` where its sources give unlike numbers of layers."""
+        if len({source.stop - source.start for source in self.sources}) > 1:
+            raise FusionError(f"{place} takes unlike numbers of layers from its sources")
 
     @property
     def layers(self) -> int:
@@ -102,7 +135,7 @@ class Slice:
     def to_plain(self) -> dict[str, Any]:
         """As written to YAML."""
         sources = [
-            {"model": s.model, "layers": [s.start, s.stop]} | ({"parameters": s.parameters} if s.parameters else {})
+            {"model": s.model, "layers": [*s.layers]} | ({"parameters": s.parameters} if s.parameters else {})
             for s in self.sources
         ]
         return {"sources": sources} | ({"parameters": self.parameters} if self.parameters else {})
@@ -129,13 +162,13 @@ class Recipe:
             model whose template is taken.
     """
 
-    method: str
-    experts: tuple[RecipeExpert, ...]
-    base: str | None = None
-    parameters: dict[str, Any] = field(default_factory=dict)
-    dtype: str | None = None
-    slices: tuple[Slice, ...] = ()
-    tokenizer: str | dict[str, Any] | None = None
+    method: Annotated[str, Expected("the name of a method", _is_name)]
+    experts: Annotated[tuple[_Expert, ...], Expected("a list of at least one expert", bool)]
+    base: ModelName | None = None
+    parameters: Settings = field(default_factory=dict)
+    dtype: Annotated[str, OneOf(DTYPES)] | None = None
+    slices: Annotated[tuple[Slice, ...], Before(lambda value, place: () if value is None else value)] = ()
+    tokenizer: Annotated[str, Expected("union, base, smallest or a model", _is_name)] | dict[Any, Any] | None = None
     chat_template: str | None = None
 
     @property
@@ -200,23 +233,14 @@ class Recipe:
         Raises:
             FusionError: naming the file, the key and the reason.
         """
-        if not isinstance(content, Mapping):
-            raise FusionError(f"{name} holds no recipe: keys and values are expected.")
-        if MERGEKIT & content.keys():
+        if isinstance(content, Mapping) and "merge_method" in content:
             raise FusionError(f"{name} is a recipe of mergekit's.", hint=f"hf_fusion.load_recipe({name!r}) reads it")
-        known = [f.name for f in fields(cls)]
-        if unknown := [key for key in content if key not in known]:
-            raise FusionError(f"{name}: {shown(unknown[0])} is not a key of a recipe.", hint=f"use {', '.join(known)}")
-        for key, (is_valid, expected) in _VALUES.items():
-            if not is_valid(content.get(key)):
-                raise FusionError(f"{name}: {key} is {shown(content.get(key))}, expected {expected}.")
-        experts = tuple(_expert(entry, f"experts[{i}]", name) for i, entry in enumerate(content["experts"]))
-        weighed = [expert for expert in experts if expert.weight is not None]
-        if weighed and len(weighed) < len(experts):
-            raise FusionError(f"{name}: experts have weights only partly; give one to each or to none.")
-        slices = tuple(_slice(entry, f"slices[{i}]", name) for i, entry in enumerate(content.get("slices") or []))
-        parameters = dict(content.get("parameters") or {})
-        return cls(**{**content, "experts": experts, "slices": slices, "parameters": parameters})
+        recipe = read_class(cls, content, Place(name))
+        if 0 < sum(expert.weight is not None for expert in recipe.experts) < len(recipe.experts):
+            raise FusionError(f"{name}: experts have weights only partly", "give one to each or to none")
+        for number, slice_ in enumerate(recipe.slices):
+            slice_.check(Place(name, f"slices[{number}]"))
+        return recipe
 
 
 def recipe_file(path: str | Path) -> Path:
@@ -243,75 +267,3 @@ def _sources(tokenizer: Any) -> list[str]:
 def is_pinned(name: str) -> bool:
     """Whether a model is named by a full commit sha, or by its content; of ``base+adapter``, both."""
     return all(ref.pinned for ref in ModelRef.parse_pair(name) if ref)
-
-
-def _is_name(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip()) and "\n" not in value
-
-
-def is_number(value: object) -> bool:
-    """Whether a plain value is a number that a float holds: not NaN, Inf, true or false."""
-    # whole numbers of any length are exact in Python: one that no float reaches is as good as Inf
-    return type(value) is float and math.isfinite(value) or type(value) is int and abs(value) < 1 << 1023
-
-
-def _is_settings(value: object) -> bool:
-    return value is None or (isinstance(value, Mapping) and all(isinstance(key, str) for key in value))
-
-
-# key -> (whether a value will do, what is expected)
-_VALUES: dict[str, tuple[Any, str]] = {
-    "method": (_is_name, "the name of a method"),
-    "experts": (lambda v: isinstance(v, list) and len(v) > 0, "a list of at least one expert"),
-    "base": (lambda v: v is None or _is_name(v), "owner/name@sha"),
-    "parameters": (_is_settings, "names and values"),
-    "slices": (lambda v: v is None or isinstance(v, list), "a list of slices"),
-    "tokenizer": (lambda v: v is None or _is_name(v) or isinstance(v, Mapping), "union, base, smallest or a model"),
-    "chat_template": (lambda v: v is None or isinstance(v, str), "a template, or the model that has it"),
-    "dtype": (lambda v: v is None or v in DTYPES, f"one of {', '.join(DTYPES)}"),
-}
-
-
-def _expert(entry: object, key: str, name: str) -> RecipeExpert:
-    """One entry of ``experts``: a name, or a name with what is its own."""
-    if _is_name(entry):
-        return RecipeExpert(str(entry))
-    known = {"model", "weight", "parameters"}
-    if not isinstance(entry, Mapping) or not _is_name(entry.get("model")) or set(entry) - known:
-        raise FusionError(f"{name}: {key} is {shown(entry)}, expected owner/name@sha or {{model: …, weight: …}}.")
-    weight = entry.get("weight")
-    if weight is not None and not is_number(weight):
-        raise FusionError(f"{name}: {key}.weight is {shown(weight)}, expected a number.")
-    if not _is_settings(entry.get("parameters")):
-        raise FusionError(f"{name}: {key}.parameters is {shown(entry['parameters'])}, expected names and values.")
-    parameters = dict(entry.get("parameters") or {})
-    return RecipeExpert(str(entry["model"]), None if weight is None else float(weight), parameters)
-
-
-def _slice(entry: object, key: str, name: str) -> Slice:
-    """One entry of ``slices``: like many layers of one model or more."""
-    example = "expected {sources: [{model: …, layers: [first, behind the last]}]}"
-    if not isinstance(entry, Mapping) or set(entry) - {"sources", "parameters"}:
-        raise FusionError(f"{name}: {key} is {shown(entry)}, {example}.")
-    if not isinstance(entry.get("sources"), list) or not entry["sources"]:
-        raise FusionError(f"{name}: {key}.sources is {shown(entry.get('sources'))}, {example}.")
-    if not _is_settings(entry.get("parameters")):
-        raise FusionError(f"{name}: {key}.parameters is {shown(entry['parameters'])}, expected names and values.")
-    sources = []
-    for source in entry["sources"]:
-        if not _is_source(source):
-            raise FusionError(f"{name}: {key}.sources holds {shown(source)}, {example}.")
-        start, stop = source["layers"]
-        sources.append(SliceSource(source["model"], start, stop, dict(source.get("parameters") or {})))
-    if len({source.stop - source.start for source in sources}) > 1:
-        raise FusionError(f"{name}: {key} takes unlike numbers of layers from its sources.")
-    return Slice(tuple(sources), dict(entry.get("parameters") or {}))
-
-
-def _is_source(value: object) -> bool:
-    if not isinstance(value, Mapping) or set(value) - {"model", "layers", "parameters"}:
-        return False
-    match value.get("layers"):
-        case [start, stop] if type(start) is int and type(stop) is int and 0 <= start < stop:
-            return _is_name(value.get("model")) and _is_settings(value.get("parameters"))
-    return False

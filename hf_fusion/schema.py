@@ -1,37 +1,59 @@
-"""A merging method's parameters, read from its signature: names, types, defaults and ranges.
+"""The one validator: plain values, as YAML, JSON and the command line give them, checked by annotations.
 
-    def ties(tensors, *, weight: EachNumber = (1.0,), density: Annotated[EachNumber, Range(0, 1)] = (0.2,))
+    @dataclass(frozen=True)
+    class Fitting:
+        split: Text = "train"
+        share: Annotated[float, Range(0, 1)] = 0.15
 
-`EachNumber` is one number for every expert: given once it counts for all of them. A value may differ from tensor to
-tensor: a list of numbers runs over the layers, first to last (a gradient); a list of {filter, value} takes the first
-whose filter is in the tensor's name, and the last without a filter for what is left.
+    read(Fitting, {"share": 2}, Place("suite.yaml", "tasks.cola.fitting"))
+
+raises "suite.yaml: tasks.cola.fitting.share is 2, expected a number from 0 to 1". Understood are str, int, float, bool,
+None, Any, Literal, unions, lists, tuples, dictionaries and dataclasses, and `Annotated` with what this module defines.
+The parameters of a function are described likewise: `parameters_of`.
 """
 
 from __future__ import annotations
 
-import ast
+import dataclasses
 import inspect
 import math
+import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from hf_fusion.errors import FusionError, shown
+from hf_fusion.errors import FusionError, shown, suggestion
 
 MOST = 1 << 63  # of whole numbers; Python's have no end, a float's and torch's do
+REQUIRED = inspect.Parameter.empty
+"""The default of a field that must be given."""
+_WRONG = object()
+Class = TypeVar("Class")
 
 
-class PerExpert:
-    """Marks a parameter of which every expert has its own."""
+@dataclass(frozen=True)
+class Place:
+    """Where a value stands, for errors: in a file or a model, below these keys."""
+
+    file: str
+    path: str = ""
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, (self.file, self.path)))
+
+    def inner(self, *keys: object) -> Place:
+        """The place of a mapping's value, or of a list's element, which these keys lead to."""
+        path = self.path
+        for key in keys:
+            name = key if isinstance(key, str) and key.isprintable() and 0 < len(key) <= 200 else shown(key)
+            path += f"[{key}]" if type(key) is int else f".{name}" if path else str(name)
+        return Place(self.file, path)
 
 
-EachNumber = Annotated[Sequence[float], PerExpert]
-Per = Literal["tensor", "row", "column"]
-"""What is measured, and weighed, as one."""
+# ---------------------------------------------------------------- what annotations may say beside a type
 
 
 @dataclass(frozen=True)
@@ -43,220 +65,283 @@ class Range:
 
     def __str__(self) -> str:
         if self.high == math.inf:
-            return f"at least {self.low:g}"
-        return f"from {self.low:g} to {self.high:g}"
+            return f" at least {self.low:g}" if self.low > -math.inf else ""
+        return f" from {self.low:g} to {self.high:g}"
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """One parameter of a method.
+class Expected:
+    """What a value must be, in words for errors, and a check of the value beyond that of its type."""
+
+    words: str
+    holds: Callable[[Any], bool] = lambda value: True
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """The texts that a value may be, where `Literal` cannot list them."""
+
+    choices: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Before:
+    """What makes the value that is checked of the one that was written, at its place."""
+
+    convert: Callable[[Any, Place], Any]
+
+
+PER_EXPERT = "one for each expert"
+"""Marks a parameter of which every expert has its own."""
+EachNumber = Annotated[Sequence[float], PER_EXPERT]
+"""A number for every expert; given once, it counts for all of them."""
+Per = Literal["tensor", "row", "column"]
+"""What is measured, and weighed, as one."""
+
+
+def is_text(value: object) -> bool:
+    """Whether a value is a text that says something."""
+    return isinstance(value, str) and bool(value.strip())
+
+
+Text = Annotated[str, Expected("a text", is_text)]
+Settings = Annotated[
+    dict[str, Any], Before(lambda value, place: {} if value is None else value), Expected("names and values")
+]
+"""Parameters by name, whatever they are; null for none."""
+
+
+# ---------------------------------------------------------------- fields
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a class, or one parameter of a function.
 
     Attributes:
-        name: as recipes call it.
-        kind: float, int, bool or str.
-        default: `inspect.Parameter.empty` where it must be given.
+        name: in files.
+        hint: its annotation; of one number.
+        default: `REQUIRED` where it must be given.
         per_expert: whether every expert has its own.
-        limits: of a number, or None.
-        choices: of a text.
     """
 
     name: str
-    kind: type
-    default: Any
+    hint: Any
+    default: Any = REQUIRED
     per_expert: bool = False
-    limits: Range | None = None
-    choices: tuple[str, ...] = ()
 
     @property
     def required(self) -> bool:
         """Whether there is no default."""
-        return self.default is inspect.Parameter.empty
+        return self.default is REQUIRED
+
+    @property
+    def kind(self) -> Any:
+        """Its type: float, int, bool, or str also where a text is one of several."""
+        kind = _parts(self.hint)[0]
+        return str if get_origin(kind) is Literal else kind
 
     @property
     def expected(self) -> str:
         """What a value must be, in words."""
-        if self.choices:
-            return f"one of {', '.join(self.choices)}"
-        words = {float: "a number", int: "a whole number", bool: "true or false"}[self.kind]
-        return f"{words} {self.limits}" if self.limits else words
+        return expected(self.hint)
 
-    def checked(self, value: Any, where: str) -> Any:
-        """A plain value, if it is one that may be given.
 
-        Raises:
-            FusionError: naming where it stands and what is expected.
-        """
-        if self.kind is float and type(value) is int and abs(value) < MOST:
-            value = float(value)
-        good = type(value) is self.kind and (not self.choices or value in self.choices)
-        if good and self.kind is float:
-            good = math.isfinite(value)
-        if good and self.kind is int:
-            good = abs(value) < MOST
-        if good and self.limits:
-            good = self.limits.low <= value <= self.limits.high
-        if not good:
-            raise FusionError(f"{where}: {self.name} is {shown(value)}, expected {self.expected}")
-        return value
+def fields_of(cls: Any) -> dict[str, Field]:
+    """The fields of a dataclass, by name."""
+    return _fields_of(cls)
 
 
 @cache
-def parameters_of(function: Callable[..., Any]) -> dict[str, Parameter]:
-    """The keyword parameters of a method, by name."""
+def _fields_of(cls: Any) -> dict[str, Field]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    found = {}
+    for row in dataclasses.fields(cls):
+        has_default = row.default is not dataclasses.MISSING or row.default_factory is not dataclasses.MISSING
+        found[row.name] = Field(row.name, hints[row.name], None if has_default else REQUIRED)
+    return found
+
+
+@cache
+def parameters_of(function: Callable[..., Any]) -> dict[str, Field]:
+    """The parameters of a function that are given by name: those after the ``*``, and those that have a default."""
     hints = typing.get_type_hints(function, include_extras=True)
     found = {}
     for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-            found[name] = _parameter(name, hints[name], parameter.default)
-    return found
-
-
-@cache
-def declared(file: Path, name: str) -> dict[str, Parameter]:
-    """`parameters_of` a function in a file that is not imported, since its imports would take seconds.
-
-    Its annotations and defaults may use what this module and `typing` define, and the file's own plain constants.
-    """
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    known: dict[str, Any] = {**vars(typing), **globals()}
-    for node in tree.body:
-        if isinstance(node, (ast.Assign, ast.AnnAssign)):
-            with suppress(Exception):  # of torch, or of what else was not imported
-                exec(compile(ast.Module([node], []), str(file), "exec"), known)
-    [function] = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
-    own = function.args
-    kept = ast.arguments([], [], None, own.kwonlyargs, own.kw_defaults, None, [])
-    stub = ast.FunctionDef(name, kept, [ast.Pass()], [], None, None, lineno=1, col_offset=0)
-    exec(compile(ast.fix_missing_locations(ast.Module([stub], [])), str(file), "exec"), known)
-    return parameters_of(known[name])
-
-
-def decorated(file: Path, decorator: str, known: Mapping[str, Any]) -> list[tuple[str, list[Any], dict[str, Any]]]:
-    """The functions of a file that have a decorator, and its arguments each time, without importing the file.
-
-    Args:
-        file: Python source.
-        decorator: its name.
-        known: what its arguments may use beside literals.
-
-    Returns:
-        (name of the function, positional arguments, keyword arguments) of each decorator, from top to bottom.
-    """
-    found = []
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        if not isinstance(node, ast.FunctionDef):
+        hint, default = hints.get(name), parameter.default
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY and default is REQUIRED:
             continue
-        for call in node.decorator_list:
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == decorator:
-                words, facts = (
-                    ast.List(call.args, ast.Load()),
-                    ast.Dict([ast.Constant(own.arg) for own in call.keywords], [own.value for own in call.keywords]),
-                )
-                both = ast.fix_missing_locations(ast.Expression(ast.Tuple([words, facts], ast.Load())))
-                found.append((node.name, *eval(compile(both, str(file), "eval"), dict(known))))
+        if per_expert := PER_EXPERT in get_args(hint):
+            notes = [note for note in get_args(hint)[1:] if note != PER_EXPERT]
+            hint = Annotated[(float, *notes)] if notes else float
+            default = default if default is REQUIRED else default[0]  # one for all of them
+        found[name] = Field(name, hint, default, per_expert)
     return found
 
 
-def _parameter(name: str, hint: Any, default: Any) -> Parameter:
-    limits, per_expert = None, False
-    while get_origin(hint) is Annotated:
-        hint, *notes = get_args(hint)
-        limits = next((note for note in notes if isinstance(note, Range)), limits)
-        per_expert = per_expert or PerExpert in notes
-    if get_origin(hint) is Literal:
-        return Parameter(name, str, default, choices=get_args(hint))
-    if per_expert and default is not inspect.Parameter.empty:
-        [default] = default  # one for all of them
-    return Parameter(name, float if per_expert else hint, default, per_expert, limits)
+# ---------------------------------------------------------------- checking
 
 
-Setting = Any
-"""A value, a list of numbers over the layers, or a list of {filter, value}."""
-
-
-def value_at(setting: Setting, tensor: str, depth: float) -> Any:
-    """What a setting says for one tensor.
-
-    Args:
-        setting: a value; numbers that are reached one after the other from the first layer to the last; or
-            {filter, value} entries of which the first counts whose filter is part of the tensor's name.
-        tensor: its name.
-        depth: 0 for the first layer, 1 for the last.
-
-    Returns:
-        The value, or None where no filter fits.
-    """
-    if not isinstance(setting, list):
-        return setting
-    if setting and all(isinstance(entry, Mapping) for entry in setting):
-        for entry in setting:
-            pattern = entry.get("filter")
-            if pattern in (None, "*") or pattern in tensor:
-                return value_at(entry["value"], tensor, depth)
-        return None
-    place = depth * (len(setting) - 1)
-    low = min(math.floor(place), len(setting) - 1)
-    high = min(low + 1, len(setting) - 1)
-    return setting[low] + (place - low) * (setting[high] - setting[low])
-
-
-def check_setting(parameter: Parameter, setting: Setting, where: str) -> None:
-    """Refuses what `value_at` could not make a valid value of.
+def read(hint: Any, value: Any, place: Place) -> Any:
+    """A plain value as an annotation says.
 
     Raises:
-        FusionError: naming where it stands, the parameter and what is expected.
+        FusionError: it is something else; naming its place, what it is and what is expected.
     """
-    if not isinstance(setting, list):
-        parameter.checked(setting, where)
-        return
-    if not setting:
-        raise FusionError(f"{where}: {parameter.name} is an empty list, expected {parameter.expected}")
-    if any(isinstance(entry, Mapping) for entry in setting):
-        for entry in setting:
-            if not isinstance(entry, Mapping) or set(entry) - {"filter", "value"} or "value" not in entry:
-                raise FusionError(f"{where}: {parameter.name} holds {shown(entry)}, expected {{filter: …, value: …}}")
-            if not isinstance(entry.get("filter"), (str, type(None))):
-                raise FusionError(f"{where}: {parameter.name} has the filter {shown(entry['filter'])}, expected a text")
-            check_setting(parameter, entry["value"], where)
-        return
-    if parameter.kind not in (float, int):
-        raise FusionError(f"{where}: {parameter.name} is {shown(setting)}, expected {parameter.expected}")
-    for entry in setting:
-        parameter.checked(entry, where)
+    kind, notes = _parts(hint)
+    for note in notes:
+        if isinstance(note, Before):
+            value = note.convert(value, place)
+    found = _converted(kind, value, place)
+    if found is _WRONG or not all(_holds(note, found) for note in notes):
+        choices = [each for note in notes if isinstance(note, OneOf) for each in note.choices]
+        choices += get_args(kind) if get_origin(kind) is Literal else ()
+        close = get_close_matches(value[:100], choices, 1) if isinstance(value, str) else ()
+        raise _wrong(value, hint, place, f"did you mean {close[0]}?" if close else None)
+    return found
 
 
-def arguments_at(
-    known: Mapping[str, Parameter],
-    shared: Sequence[Mapping[str, Setting]],
-    own: Sequence[Sequence[Mapping[str, Setting]]],
-    tensor: str,
-    depth: float,
-) -> dict[str, Any]:
-    """A method's arguments for one tensor.
+def _wrong(value: Any, hint: Any, place: Place, what_next: str | None) -> FusionError:
+    verb = "is" if place.path else "holds"
+    return FusionError(f"{place} {verb} {shown(value)}, expected {expected(hint)}", what_next)
+
+
+def read_class(
+    cls: type[Class], content: Any, place: Place, defaults: Mapping[str, Any] | None = None, **given: Any
+) -> Class:
+    """A dataclass of the plain values that a mapping holds.
 
     Args:
-        known: the method's parameters.
-        shared: settings for all experts, the most particular first.
-        own: settings of each expert likewise; they count before the shared ones.
-        tensor: its name.
-        depth: 0 for the first layer, 1 for the last.
+        cls: its fields are the mapping's keys.
+        content: the mapping.
+        place: where it stands.
+        defaults: values of fields, read already, that count where the mapping has none.
+        given: fields that are not read.
 
     Raises:
-        FusionError: one that must be given is not.
+        FusionError: a key is unknown or missing, or a value is not what its field says.
     """
+    known = {name: field for name, field in fields_of(cls).items() if name not in given}
+    if not isinstance(content, Mapping):
+        raise _wrong(content, cls, place, f"use {', '.join(known)}")
+    values = {**(defaults or {}), **read_fields(known, content, place)}
+    for name, field in known.items():
+        if field.required and name not in values:
+            raise FusionError(f"{place.inner(name)} is missing", f"{name}: {field.expected}")
+    return cls(**given, **values)
 
-    def found(parameter: Parameter, settings: Sequence[Mapping[str, Setting]]) -> Any:
-        for each in settings:
-            value = value_at(each.get(parameter.name), tensor, depth)
-            if value is not None:
-                return parameter.kind(value)
-        if parameter.required:
-            raise FusionError(
-                f"{parameter.name} is not given for {tensor}", hint=f"give {parameter.name}: {parameter.expected}"
-            )
-        return parameter.default
 
-    return {
-        name: [found(parameter, [*each, *shared]) for each in own] if parameter.per_expert else found(parameter, shared)
-        for name, parameter in known.items()
-    }
+def read_fields(known: Mapping[str, Field], content: Any, place: Place) -> dict[str, Any]:
+    """The plain values of a mapping, each by its field; not all of them must be there.
+
+    Raises:
+        FusionError: a key is unknown, or a value is not what its field says.
+    """
+    if not isinstance(content, Mapping):
+        raise _wrong(content, dict, place, f"use {', '.join(known)}")
+    refuse_unknown(content, known, place)
+    return {key: read(known[key].hint, value, place.inner(key)) for key, value in content.items()}
+
+
+def refuse_unknown(content: Iterable[object], known: Iterable[str], place: Place) -> None:
+    """Raises a `FusionError` for the first key that is not known, with the closest one that is."""
+    known = list(known)
+    for key in content:
+        if key not in known:
+            raise FusionError(f"{place.inner(key)} is not a supported key", suggestion(key, known))
+
+
+def expected(hint: Any) -> str:
+    """What a value must be, in words."""
+    kind, notes = _parts(hint)
+    for note in notes:
+        if isinstance(note, Expected):
+            return note.words
+        if isinstance(note, OneOf):
+            return f"one of {', '.join(note.choices)}"
+    limits = "".join(str(note) for note in notes if isinstance(note, Range))
+    return _words(kind) + limits
+
+
+def _words(kind: Any) -> str:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return f"one of {', '.join(inner)}"
+    if origin in (Union, types.UnionType):
+        return " or ".join(expected(each) for each in inner if each is not types.NoneType)
+    if dataclasses.is_dataclass(kind):
+        known = fields_of(kind)
+        named = [name for name, field in known.items() if field.required or len(known) <= 3]
+        return f"{{{', '.join(f'{name}: …' for name in named)}}}"
+    if origin in (list, tuple, Sequence):
+        if dataclasses.is_dataclass(inner[0]):
+            return f"a list of {expected(inner[0])}"
+        return "a list of texts" if inner[0] in (str, Text) else "a list"
+    return _NAMES.get(origin or kind, "a value")
+
+
+_NAMES: dict[Any, str] = {
+    **{str: "a text", int: "a whole number", float: "a number", bool: "true or false"},
+    **{dict: "names and values", Mapping: "names and values"},
+}
+
+
+def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """An annotation's type, and what is noted beside it."""
+    return (get_args(hint)[0], get_args(hint)[1:]) if get_origin(hint) is Annotated else (hint, ())
+
+
+def _holds(note: Any, value: Any) -> bool:
+    if isinstance(note, Range):
+        return bool(note.low <= value <= note.high)
+    if isinstance(note, OneOf):
+        return value in note.choices
+    return note.holds(value) if isinstance(note, Expected) else True
+
+
+def _converted(kind: Any, value: Any, place: Place) -> Any:
+    """A value as its type has it, `_WRONG` where it is another; what is wrong inside of it is raised."""
+    cls, origin, inner = kind, get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if kind is float:
+        number = float(value) if type(value) is int and abs(value) < MOST else value
+        return number if type(number) is float and math.isfinite(number) else _WRONG
+    if kind is int:
+        return value if type(value) is int and abs(value) < MOST else _WRONG
+    if kind in (bool, types.NoneType):
+        return value if type(value) is kind else _WRONG
+    if origin is Literal:
+        return value if isinstance(value, str) and value in inner else _WRONG
+    if origin in (Union, types.UnionType):
+        fitting = [each for each in inner if _is_alike(each, value)]
+        return read(fitting[0], value, place) if fitting else _WRONG
+    if not _is_alike(kind, value):
+        return _WRONG
+    if dataclasses.is_dataclass(kind):
+        return read_class(cls, value, place)
+    if origin in (list, tuple, Sequence):
+        each = inner if origin is tuple and Ellipsis not in inner else inner[:1] * len(value)
+        if len(each) != len(value):
+            return _WRONG
+        read_all = [read(hint, own, place.inner(i)) for i, (hint, own) in enumerate(zip(each, value, strict=True))]
+        return tuple(read_all) if origin is tuple else read_all
+    if origin in (dict, Mapping):
+        keys = [read(inner[0], key, Place(place.file, f"a key of {place.path}")) for key in value]
+        return {key: read(inner[1], own, place.inner(key)) for key, own in zip(keys, value.values(), strict=True)}
+    return value
+
+
+def _is_alike(hint: Any, value: Any) -> bool:
+    """Whether a value is of the outermost type that an annotation names."""
+    kind = _parts(hint)[0]
+    origin = get_origin(kind) or kind
+    if origin in (list, tuple, Sequence):
+        return isinstance(value, (list, tuple))
+    if origin in (dict, Mapping) or dataclasses.is_dataclass(origin):
+        return isinstance(value, Mapping)
+    if origin in (float, int):
+        return type(value) in (float, int)
+    if origin in (bool, types.NoneType):
+        return type(value) is origin
+    return isinstance(value, str) if origin in (str, Literal) else origin is Any or isinstance(value, origin)

@@ -14,9 +14,9 @@ ROOT = Path(hf_fusion.__file__).parent
 # From the bottom to the top; names of one line are one layer. `server` stands beside them and needs errors alone.
 LAYERS = (
     ("errors",),
-    ("extras", "progress"),
+    ("extras", "progress", "schema"),
     ("io",),
-    ("schema", "types"),
+    ("types",),
     ("recipe",),
     ("models",),
     ("families",),

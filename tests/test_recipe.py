@@ -57,12 +57,12 @@ def test_unpinned_models_are_listed():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (("method: wemoe\n", ""), "method is None, expected the name of a method"),
+        (("method: wemoe\n", ""), "method is missing\n  → method: the name of a method"),
         (("method: wemoe", "method: [foe]"), "method is \\['foe'\\]"),
-        (("method: wemoe", "methode: wemoe"), "'methode' is not a key of a recipe"),
+        (("method: wemoe", "methode: wemoe"), "methode is not a supported key\n  → did you mean method"),
         (("experts:", "experts: []\nslices:"), "experts is \\[\\], expected a list of at least one expert"),
         ((f"- owner/expert-a@{SHA}", "- 7"), r"experts\[0\] is 7, expected owner/name@sha"),
-        (("weight: 0.5", "wait: 0.5"), r"experts\[1\] is .*'wait'"),
+        (("weight: 0.5", "wait: 0.5"), r"experts\[1\].wait is not a supported key\n  → did you mean weight"),
         (("weight: 0.5", "weight: half"), r"experts\[1\].weight is 'half', expected a number"),
         (("weight: 0.5", "weight: .nan"), r"experts\[1\].weight is nan"),
         (("weight: 0.5", "weight: 0.5"), "weights only partly"),
@@ -71,8 +71,8 @@ def test_unpinned_models_are_listed():
         ((f"base: owner/base@{SHA}", "base: 3"), "base is 3, expected owner/name@sha"),
         (("method: wemoe", "method: ["), "is not valid YAML"),
         (("dtype: bfloat16", "base: other"), "not valid YAML: 'base' is there twice, again in line 10"),
-        ((TEXT, "just a word"), "holds no recipe"),
-        ((TEXT, ""), "holds no recipe"),
+        ((TEXT, "just a word"), "holds 'just a word', expected {method: …, experts: …}\n  → use method, experts, base"),
+        ((TEXT, ""), "holds None, expected {method: …, experts: …}"),
     ],
 )
 def test_mistakes_are_named(change, reason, tmp_path):

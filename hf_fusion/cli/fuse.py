@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from hf_fusion.cli.checks import check_local, check_repo
 from hf_fusion.cli.output import Out
@@ -213,20 +213,21 @@ def _check_push(recipe: Recipe, args: argparse.Namespace) -> None:
 
 def _experts(names: list[str], weights: Any) -> tuple[RecipeExpert, ...]:
     """Experts of a static merge, with a weight each where ``--set weights=[…]`` gives them."""
-    from hf_fusion.recipe import RecipeExpert, is_number
+    from hf_fusion.recipe import RecipeExpert
+    from hf_fusion.schema import Expected, Place, read
 
     if weights is None:
         return tuple(map(RecipeExpert, names))
-    if not isinstance(weights, list) or len(weights) != len(names) or not all(map(is_number, weights)):
-        raise FusionError(f"--set weights={weights} for {len(names)} experts", "weights=[1.0, 0.5], one for each")
-    return tuple(RecipeExpert(name, float(weight)) for name, weight in zip(names, weights, strict=True))
+    each = Expected(f"a list of {len(names)} numbers, one for each expert", lambda value: len(value) == len(names))
+    given = read(Annotated[list[float], each], weights, Place("--set", "weights"))
+    return tuple(map(RecipeExpert, names, given))
 
 
 def _parameters(given: list[str]) -> dict[str, Any]:
     """``["mode=selection"]`` -> {"mode": "selection"}; values are YAML."""
-    import yaml
+    from hf_fusion.io.yaml_files import parse_yaml
 
     pairs = [text.partition("=") for text in given]
     if wrong := [name for name, equals, _ in pairs if not equals]:
         raise FusionError(f"--set {wrong[0]} has no value", f"--set {wrong[0]}=VALUE")
-    return {name: yaml.safe_load(value) for name, _, value in pairs}
+    return {name: parse_yaml(value, f"--set {name}") for name, _, value in pairs}

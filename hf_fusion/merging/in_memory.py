@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from hf_fusion.errors import FusionError
 from hf_fusion.merging.engine.sources import depths
 from hf_fusion.merging.engine.stream import not_finite
 from hf_fusion.merging.engine.tensors import InMemory, Statistic, Tensors, WholeModel, merge_tensors
 from hf_fusion.merging.methods import method_named
-from hf_fusion.schema import arguments_at, check_setting
+from hf_fusion.merging.settings import arguments_at, check_settings
+from hf_fusion.schema import Place
 
 
 @torch.no_grad()
@@ -48,10 +48,8 @@ def merge_states(
         ValueError: what the method says of a tensor.
     """
     row = method_named(method)
-    for key, value in [pair for given in (parameters, *own) for pair in given.items()]:
-        if key not in row.parameters:
-            raise FusionError(f"{method} has no parameter {key!r}", f"use {', '.join(row.parameters)}")
-        check_setting(row.parameters[key], value, method)
+    for given in (parameters, *own):
+        check_settings(method, row.parameters, given, Place(""))
     start = base if row.base and base is not None else None
     first = start if start is not None else experts[0]
     settings = [[each] for each in own] or [[] for _ in experts]

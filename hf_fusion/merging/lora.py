@@ -36,8 +36,9 @@ from hf_fusion.merging.engine.sources import depths
 from hf_fusion.merging.merge_report import MergeReport
 from hf_fusion.merging.methods.linear import shares
 from hf_fusion.merging.methods.lora import Factors, lora
+from hf_fusion.merging.settings import arguments_at, check_settings
 from hf_fusion.recipe import RECIPE_FILE, Recipe
-from hf_fusion.schema import arguments_at, check_setting, parameters_of
+from hf_fusion.schema import Place, parameters_of
 from hf_fusion.types import Adapter, ModelRef
 
 if TYPE_CHECKING:
@@ -100,13 +101,9 @@ def merge_adapters(
     began = time.perf_counter()
     folder = Path(folder).resolve()
     known = parameters_of(lora)
-    for where, settings in [("parameters", recipe.parameters), *((e.model, e.settings) for e in recipe.experts)]:
-        for key, value in settings.items():
-            if key not in known:
-                raise FusionError(f"{where}: lora has no parameter {key!r}", f"use {', '.join(known)}")
-            if where != "parameters" and not known[key].per_expert:
-                raise FusionError(f"{where}: {key} is one for all experts", "give it under parameters:")
-            check_setting(known[key], value, where)
+    check_settings("lora", known, recipe.parameters, Place("", "parameters"))
+    for expert in recipe.experts:
+        check_settings("lora", known, expert.settings, Place(expert.model), of_expert=True)
     if recipe.slices or recipe.tokenizer or recipe.chat_template:
         raise FusionError("adapters are merged without slices, tokenizer and chat_template", "leave them out")
     opened = _opened(recipe, api)

@@ -29,7 +29,7 @@ from hf_fusion.merging.origins import (
     origins_of,
     without_skipping,
 )
-from hf_fusion.schema import arguments_at
+from hf_fusion.merging.settings import arguments_at
 
 if TYPE_CHECKING:
     from hf_fusion.merging.tokenizers.vocabulary import Vocabulary

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from hf_fusion.errors import FusionError, suggestion
 from hf_fusion.families import METHODS, Method
 from hf_fusion.merging.methods import MERGE_METHODS, method_named
-from hf_fusion.schema import Parameter, Range, check_setting
+from hf_fusion.merging.settings import check_settings
+from hf_fusion.schema import Field, OneOf, Place, Range, read
 
 if TYPE_CHECKING:
     from hf_fusion.recipe import Recipe
@@ -20,9 +21,9 @@ MISMATCHES = ("base", "skip", "resize")
 
 # what every static method takes beside its own parameters
 COMMON = {
-    "seed": Parameter("seed", int, 0, limits=Range(0, 2**63 - 1)),
-    "mismatch": Parameter("mismatch", str, None, choices=MISMATCHES),
-    "untie": Parameter("untie", bool, False),
+    "seed": Field("seed", Annotated[int, Range(0, 2**63 - 1)], 0),
+    "mismatch": Field("mismatch", Annotated[str, OneOf(MISMATCHES)], None),
+    "untie": Field("untie", bool, False),
 }
 
 
@@ -66,23 +67,32 @@ def check_recipe(recipe: Recipe) -> None:
         raise FusionError(f"{name}: experts have weights only partly", "give one to each or to none")
     if method.base == "needed" and not recipe.base:
         raise FusionError(f"{name} needs the base of its experts", "base: owner/name")
-    known = method.parameters
-    groups = [("parameters", recipe.parameters)]
+    check_parameters(recipe)
+
+
+def check_parameters(recipe: Recipe, file: str = "") -> None:
+    """Refuses parameters that a static method does not have, or whose values are out of their ranges.
+
+    Args:
+        recipe: of a static method.
+        file: that it was read from, for errors.
+
+    Raises:
+        FusionError: naming the parameter, where it stands, and what is expected.
+    """
+    method, place = method_named(recipe.method), Place(file)
+    common = {key: value for key, value in recipe.parameters.items() if key in COMMON}
+    for key, value in common.items():  # one value for all tensors
+        read(COMMON[key].hint, value, place.inner("parameters", key))
+    groups = [("parameters", {key: value for key, value in recipe.parameters.items() if key not in common})]
+    for number, slice_ in enumerate(recipe.slices):
+        groups.append((f"slices[{number}].parameters", slice_.parameters))
+        groups += [(f"slices[{number}].sources[{i}].parameters", s.parameters) for i, s in enumerate(slice_.sources)]
+    for path, settings in groups:
+        known = method.parameters | (COMMON if path == "parameters" else {})
+        check_settings(method.name, known, settings, Place(file, path))
+    apart = {STATISTICS, *method.own} if method.statistics else set(method.own)
     for expert in recipe.experts:
-        apart = {STATISTICS, *method.own} if method.statistics else set(method.own)
-        groups.append((expert.model, {k: v for k, v in expert.settings.items() if k not in apart}))
-    for slice_ in recipe.slices:
-        groups += [("slices", slice_.parameters), *(("slices", s.parameters) for s in slice_.sources)]
-    for where, settings in groups:
-        allowed = known if where != "parameters" else {**known, **COMMON}
-        for key, value in settings.items():
-            if key not in allowed:
-                raise FusionError(f"{where}: {name} has no parameter {key!r}", suggestion(key, allowed))
-            if key in COMMON:  # one value for all tensors
-                allowed[key].checked(value, where)
-            else:
-                check_setting(allowed[key], value, where)
-        if where not in ("parameters", "slices"):
-            for key in settings:
-                if not known[key].per_expert:
-                    raise FusionError(f"{where}: {key} is one for all experts", "give it under parameters:")
+        own = {key: value for key, value in expert.settings.items() if key not in apart}
+        place = Place(": ".join(filter(None, (file, expert.model))))
+        check_settings(method.name, method.parameters, own, place, of_expert=True)

@@ -8,7 +8,12 @@ from pathlib import Path
 from hf_fusion.io.yaml_files import read_yaml
 from hf_fusion.merging.mergekit.moe import from_mergekit_moe
 from hf_fusion.merging.mergekit.recipes import from_mergekit
-from hf_fusion.recipe import MERGEKIT, Recipe, recipe_file
+from hf_fusion.merging.methods import MERGE_METHODS
+from hf_fusion.merging.recipe_checks import check_parameters
+from hf_fusion.recipe import Recipe, recipe_file
+
+# keys that a recipe of mergekit has and ours has not
+MERGEKIT = {"merge_method", "models", "base_model", "modules"}
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -26,9 +31,13 @@ def load_recipe(path: str | Path) -> Recipe:
     path = recipe_file(path)
     content = read_yaml(path)
     if not isinstance(content, Mapping) or not MERGEKIT & content.keys():
-        return Recipe.from_dict(content, str(path))
-    is_mixture = "experts" in content and "merge_method" not in content
-    return (from_mergekit_moe if is_mixture else from_mergekit)(content, str(path))
+        recipe = Recipe.from_dict(content, str(path))
+    else:
+        is_mixture = "experts" in content and "merge_method" not in content
+        recipe = (from_mergekit_moe if is_mixture else from_mergekit)(content, str(path))
+    if recipe.method in MERGE_METHODS:
+        check_parameters(recipe, str(path))
+    return recipe
 
 
 __all__ = ["load_recipe"]

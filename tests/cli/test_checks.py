@@ -94,7 +94,7 @@ ERRORS = {
     "fuse --method ties --experts me/a me/b -o out": "ties needs the base of its experts",
     "fuse --method slerp --experts me/a -o out": "slerp merges 2 experts, the recipe has 1",
     "fuse --method linear --experts me/a me/b --set wieght=1 -o out": "no parameter 'wieght'|did you mean weight?",
-    "fuse --method ties --base me/c --experts me/a --set density=2 -o out": "density is 2.0, expected a number from 0",
+    "fuse --method ties --base me/c --experts me/a --set density=2 -o out": "density is 2, expected a number from 0",
     "fuse --method foe --experts me/a me/b --set mod=output -o out": "no parameter 'mod'|did you mean mode?",
     "fuse --method wemoe --experts me/a me/b --set scalling=1 -o out": "'scalling'|did you mean scaling?",
     "fuse --method foe --experts ./gone me/b -o out": "there is no folder ./gone",

@@ -38,7 +38,10 @@ def weights(folder):
 
 def sliced(method, slices, folders, base=None, **parameters):
     """A recipe of slices written as [[(model, start, stop, settings), …], …]."""
-    made = tuple(Slice(tuple(SliceSource(folders[m], *rest) for m, *rest in sources)) for sources in slices)
+    made = tuple(
+        Slice(tuple(SliceSource(folders[m], (start, stop), *rest) for m, start, stop, *rest in sources))
+        for sources in slices
+    )
     names = dict.fromkeys(m for sources in slices for m, *_ in sources if m != base)
     experts = tuple(RecipeExpert(folders[name]) for name in names)
     return Recipe(method, experts, folders.get(base), parameters, slices=made)
@@ -157,7 +160,7 @@ def test_slices_that_cannot_be_taken(folders, tmp_path):
         sliced("task_arithmetic", [[("a", 0, 2), ("b", 0, 2)], [("b", 2, 4)]], folders, base="a"),
         r"slices\[1\] has no layers of the base .*a, which task_arithmetic needs",
     )
-    other = Slice((SliceSource(folders["b"], 0, 2),))
+    other = Slice((SliceSource(folders["b"], (0, 2)),))
     refused(Recipe("passthrough", (RecipeExpert(folders["a"]),), slices=(other,)), "neither the base nor one of the")
     t5().save_pretrained(tmp_path / "t5")
     both = sliced("passthrough", [[("t5", 0, 2)]], {"t5": str(tmp_path / "t5")})

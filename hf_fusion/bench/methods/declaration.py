@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_fusion.errors import FusionError, shown
-from hf_fusion.schema import decorated
+from hf_fusion.io.declarations import decorated
 
 if TYPE_CHECKING:
     from hf_fusion.bench.setups.common import TaskSetup

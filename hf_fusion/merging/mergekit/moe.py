@@ -8,12 +8,14 @@ of a prompt's own tokens, where mergekit's counts the padding of the shorter one
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from hf_fusion.errors import FusionError, shown
-from hf_fusion.merging.mergekit.recipes import model_name
+from hf_fusion.merging.mergekit.recipes import MaybeDtype, Model
 from hf_fusion.merging.moe.mixtures import MIXTURES, PROMPTED
-from hf_fusion.recipe import DTYPES, Recipe, RecipeExpert
+from hf_fusion.recipe import Recipe, RecipeExpert
+from hf_fusion.schema import Expected, OneOf, Place, read_class
 
 _GATES = {
     "hidden": "hidden",
@@ -23,8 +25,30 @@ _GATES = {
     "random": "random",
     "uniform_random": "uniform",
 }
-_KEYS = ("base_model", "experts", "gate_mode", "dtype", "experts_per_token", "shared_experts", "architecture")
-_EXPERT = ("source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale")
+
+
+@dataclass(frozen=True)
+class _Expert:
+    """One of ``experts``."""
+
+    source_model: Model
+    positive_prompts: Any = None
+    negative_prompts: Any = None
+    noise_scale: Any = None
+    residual_scale: Any = None
+
+
+@dataclass(frozen=True)
+class _File:
+    """A recipe of mergekit-moe's."""
+
+    base_model: Model
+    experts: Annotated[list[_Expert], Expected("a list of {source_model: …}", bool)]
+    gate_mode: Annotated[str, OneOf(tuple(_GATES))] = "hidden"
+    dtype: MaybeDtype = None
+    experts_per_token: Any = 2
+    shared_experts: Any = None
+    architecture: Any = None
 
 
 def from_mergekit_moe(content: Mapping[str, Any], name: str) -> Recipe:
@@ -38,43 +62,26 @@ def from_mergekit_moe(content: Mapping[str, Any], name: str) -> Recipe:
         FusionError: naming the file and the key that is wrong or not supported.
     """
 
-    def refuse(key: str, expected: str) -> FusionError:
-        return FusionError(f"{name}: {key} is not supported", expected)
-
-    if unknown := [key for key in content if key not in _KEYS]:
-        raise refuse(str(unknown[0]), f"use {', '.join(_KEYS)}")
-    if content.get("shared_experts"):
-        raise refuse("shared_experts", "leave it out: all experts are routed")
-    gate = content.get("gate_mode", "hidden")
-    if not isinstance(gate, str) or gate not in _GATES:
-        raise refuse(f"gate_mode: {shown(gate)}", f"use {', '.join(_GATES)}")
-    dtype = content.get("dtype")
-    dtype = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
-    if dtype not in (None, *DTYPES):
-        raise FusionError(f"{name}: dtype is {shown(dtype)}, expected one of {', '.join(DTYPES)}")
-    if not isinstance(content["experts"], list) or not content["experts"]:
-        raise FusionError(f"{name}: experts is {shown(content['experts'])}, expected a list")
+    file = read_class(_File, content, Place(name))
+    if file.shared_experts:
+        raise FusionError(f"{name}: shared_experts is not supported", "leave it out: all experts are routed")
     experts = []
-    for number, entry in enumerate(content["experts"]):
-        key = f"experts[{number}]"
-        if not isinstance(entry, Mapping):
-            raise FusionError(f"{name}: {key} is {shown(entry)}, expected {{source_model: …}}")
-        if unknown := [own for own in entry if own not in _EXPERT]:
-            raise refuse(f"{key}.{unknown[0]}", f"use {', '.join(_EXPERT)}")
-        own = {known: entry[known] for known in ("noise_scale", "residual_scale") if entry.get(known) is not None}
-        if _GATES[gate] in PROMPTED:  # mergekit does not look at them for random gates
-            prompts = {"prompts": entry.get("positive_prompts"), "negative_prompts": entry.get("negative_prompts")}
-            own |= {known: texts for known, texts in prompts.items() if texts}
-        experts.append(RecipeExpert(model_name(entry.get("source_model"), f"{name}: {key}.source_model"), None, own))
-    parameters = {"gate": _GATES[gate], "experts_per_token": content.get("experts_per_token", 2)}
-    if (wanted := content.get("architecture")) is not None:
-        found = [key for key, mixture in MIXTURES.items() if _begins(mixture.title, wanted)]
+    for row in file.experts:
+        given = {"noise_scale": row.noise_scale, "residual_scale": row.residual_scale}
+        if _GATES[file.gate_mode] in PROMPTED:  # mergekit does not look at them for random gates
+            given |= {"prompts": row.positive_prompts or None, "negative_prompts": row.negative_prompts or None}
+        own = {key: value for key, value in given.items() if value is not None}
+        experts.append(RecipeExpert(row.source_model, None, own))
+    parameters = {"gate": _GATES[file.gate_mode], "experts_per_token": file.experts_per_token}
+    if file.architecture is not None:
+        found = [key for key, mixture in MIXTURES.items() if _begins(mixture.title, file.architecture)]
         if not found:
             titles = ", ".join(mixture.title for mixture in MIXTURES.values())
-            raise refuse(f"architecture: {shown(wanted)}", f"use one of: {titles}")
+            raise FusionError(
+                f"{name}: architecture is {shown(file.architecture)}, which is not supported", f"use one of {titles}"
+            )
         parameters["architecture"] = found[0]
-    base = model_name(content.get("base_model"), f"{name}: base_model")
-    return Recipe("moe", tuple(experts), base, parameters, dtype)
+    return Recipe("moe", tuple(experts), file.base_model, parameters, file.dtype)
 
 
 def _begins(title: str, wanted: object) -> bool:

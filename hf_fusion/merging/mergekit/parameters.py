@@ -11,7 +11,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Parameter:
+class MergekitParameter:
     """What one of mergekit's parameters is called here.
 
     Attributes:
@@ -29,26 +29,26 @@ class Parameter:
     value: Callable[[Any], Any] = lambda value: value
 
 
-def flag(ours: str, default: bool, on: Any = True, off: Any = False) -> Parameter:
+def flag(ours: str, default: bool, on: Any = True, off: Any = False) -> MergekitParameter:
     """A boolean of mergekit's, and what its two values are here."""
-    return Parameter(ours, default, bool, value=lambda value: on if value else off)
+    return MergekitParameter(ours, default, bool, value=lambda value: on if value else off)
 
 
-WEIGHT = {"weight": Parameter("weight", per_model=True)}
-TASK = {**WEIGHT, "lambda": Parameter("scaling", 1.0)}
-DENSITY = {"density": Parameter("density", 1.0, per_model=True)}
-DROPPED = {"density": Parameter("drop_rate", 1.0, per_model=True, value=lambda kept: 1 - kept)}
-CRUMBS = {**TASK, **DENSITY, "gamma": Parameter("gamma", 0.01, per_model=True)}
-DELLA = {**TASK, **DENSITY, "epsilon": Parameter("epsilon", 0.15, per_model=True)}
+WEIGHT = {"weight": MergekitParameter("weight", per_model=True)}
+TASK = {**WEIGHT, "lambda": MergekitParameter("scaling", 1.0)}
+DENSITY = {"density": MergekitParameter("density", 1.0, per_model=True)}
+DROPPED = {"density": MergekitParameter("drop_rate", 1.0, per_model=True, value=lambda kept: 1 - kept)}
+CRUMBS = {**TASK, **DENSITY, "gamma": MergekitParameter("gamma", 0.01, per_model=True)}
+DELLA = {**TASK, **DENSITY, "epsilon": MergekitParameter("epsilon", 0.15, per_model=True)}
 RESCALED = {"rescale": flag("rescale", True, on="norm", off="none")}
 NOT_RESCALED = {"rescale": flag("rescale", False, on="norm", off="none")}
 
 
-def summed(divide: bool) -> dict[str, Parameter]:
+def summed(divide: bool) -> dict[str, MergekitParameter]:
     """``normalize`` of a weighted sum, with its default."""
     return {"normalize": flag("normalize", divide)}
 
 
-def elected(divide: bool) -> dict[str, Parameter]:
+def elected(divide: bool) -> dict[str, MergekitParameter]:
     """``normalize`` after signs were elected, with its default."""
     return {"normalize": flag("merge", divide, on="mean", off="sum")}

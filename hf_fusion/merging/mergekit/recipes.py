@@ -3,43 +3,158 @@
 What mergekit 0.1.4 reads without using it (``int8_mask``, ``density`` of a method that has none, …) is named in the
 log; what it uses and this cannot is an error that names the key. Two things differ on purpose: everything is computed
 in single precision whatever ``dtype`` says, and other tensors than embeddings whose sizes differ are refused by a table
-instead of being left out. Embeddings are cut to the smallest vocabulary where no tokenizer is asked for.
+instead of being left out. Embeddings are cut to the smallest vocabulary where no tokenizer is asked for. How their
+``parameters`` are read, with gradients and ``filter``, see `mergekit.filters`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
-from hf_fusion.errors import FusionError, shown
-from hf_fusion.merging.mergekit.parameters import Parameter
+from hf_fusion.errors import FusionError, shown, suggestion
+from hf_fusion.merging.mergekit.filters import by_filters, chained, read_parameters
 from hf_fusion.merging.methods import MERGE_METHODS
-from hf_fusion.recipe import DTYPES, SMALLEST, Recipe, RecipeExpert, Slice, SliceSource, is_number
+from hf_fusion.merging.settings import Setting
+from hf_fusion.recipe import DTYPES, SMALLEST, Layers, Recipe, RecipeExpert, Slice, SliceSource
+from hf_fusion.schema import Before, Expected, Place, Settings, read_class, refuse_unknown
 from hf_fusion.types import ModelRef
 
 logger = logging.getLogger(__name__)
 
-Setting = Any
-
-
-_KEYS = (
-    "merge_method",
-    "base_model",
-    "models",
-    "slices",
-    "modules",
-    "parameters",
-    "dtype",
-    "out_dtype",
-    "tokenizer",
-    "tokenizer_source",
-    "chat_template",
-)
 # mergekit's modules of architectures with two stacks -> what their tensors' names contain
 _MODULES = {"encoder": ("encoder.",), "decoder": ("decoder.",), "shared": ("shared.", "lm_head.")}
+
+
+# ---------------------------------------------------------------- what a file holds
+
+
+def model_name(value: Any, place: Place) -> str:
+    """A model as mergekit names it: ``path``, ``path@revision`` or ``model+lora``, or those as a mapping.
+
+    Args:
+        value: as YAML gives it.
+        place: where it stands.
+    """
+    wanted = "expected owner/name, owner/name@revision, model+lora or a folder"
+    if isinstance(value, str) and value.strip() and "\n" not in value:
+        if value.count("@") > 1 + ("+" in value) or value.count("+") > 1:
+            raise FusionError(f"{place} is {shown(value)}, {wanted}")
+        return value
+    if isinstance(value, Mapping):
+        known = ("path", "revision") if "path" in value else ("model", "lora")
+        refuse_unknown(value, known, place)
+        first, second = (value.get(key) for key in known)
+        if known[0] == "path" and isinstance(first, str) and isinstance(second, (str, type(None))):
+            return str(ModelRef(first, second or None))
+        if known[0] == "model" and first is not None:
+            return "+".join(model_name(part, place.inner(key)) for key, part in value.items() if part is not None)
+    raise FusionError(f"{place} is {shown(value)}, {wanted}")
+
+
+def _or_none(value: Any, place: Place) -> str | None:
+    return model_name(value, place) if value else None
+
+
+def _tokenizer_source(value: Any, place: Place) -> str | None:
+    """``model:PATH`` is how mergekit once wrote a model here."""
+    return (
+        None if value is None else model_name(value.removeprefix("model:") if isinstance(value, str) else value, place)
+    )
+
+
+def _token(value: Any, place: Place) -> Any:
+    """One of ``tokens``: where its embedding comes from, with the model's name as ours."""
+    source = value.get("source") if isinstance(value, Mapping) else None
+    if source is None:
+        return value
+    if isinstance(source, Mapping) and "kind" in source:
+        known = {"model": model_name(source["model"], place.inner("source", "model"))} if "model" in source else {}
+        return {**value, "source": {**source, **known}}
+    return {**value, "source": model_name(source, place.inner("source"))}
+
+
+Model = Annotated[str, Before(model_name), Expected("owner/name, owner/name@revision, model+lora or a folder")]
+MaybeModel = Annotated[str | None, Before(_or_none)]
+MaybeDtype = Annotated[
+    str | None,
+    Before(lambda value, place: value.removeprefix("torch.") if isinstance(value, str) else value),
+    Expected(f"one of {', '.join(DTYPES)}", lambda value: value in (None, *DTYPES)),
+]
+Token = Annotated[dict[Any, Any], Before(_token), Expected("{source: …, force: …}")]
+
+
+@dataclass(frozen=True)
+class _Model:
+    """One of ``models``."""
+
+    model: Model
+    parameters: Settings = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _LayerRange:
+    """One of the ``sources`` of a slice."""
+
+    model: Model
+    layer_range: Layers
+    parameters: Settings = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """One of ``slices``."""
+
+    sources: Annotated[list[_LayerRange], Expected("a list of {model: …, layer_range: …}", bool)]
+    parameters: Settings = field(default_factory=dict)
+    base_model: MaybeModel = None
+    residual_weight: Any = None
+
+
+Models = Annotated[list[_Model], Before(lambda value, place: value or [])]
+Slices = Annotated[list[_Slice], Before(lambda value, place: value or [])]
+
+
+@dataclass(frozen=True)
+class _Module:
+    """One of ``modules``, or all that a file without them holds."""
+
+    models: Models = field(default_factory=list)
+    slices: Slices = field(default_factory=list)
+    parameters: Settings = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Tokenizer:
+    """What ``tokenizer`` holds."""
+
+    source: Annotated[str, Before(_tokenizer_source)] = "union"
+    tokens: Annotated[dict[str, Token], Before(lambda value, place: value or {})] = field(default_factory=dict)
+    pad_to_multiple_of: Any = None
+
+
+@dataclass(frozen=True)
+class _File:
+    """A recipe of mergekit's."""
+
+    merge_method: Annotated[str, Expected("the name of a method")]
+    base_model: MaybeModel = None
+    models: Models = field(default_factory=list)
+    slices: Slices = field(default_factory=list)
+    modules: Annotated[dict[str, _Module], Before(lambda value, place: value or {}), Expected("modules by name")] = (
+        field(default_factory=dict)
+    )
+    parameters: Settings = field(default_factory=dict)
+    dtype: MaybeDtype = None
+    out_dtype: MaybeDtype = None
+    tokenizer: Annotated[_Tokenizer, Expected("{source: union, base or a model}")] | None = None
+    tokenizer_source: Annotated[str | None, Before(_tokenizer_source)] = None
+    chat_template: str | None = None
+
+
+# ---------------------------------------------------------------- as one of ours
 
 
 def from_mergekit(content: Mapping[str, Any], name: str) -> Recipe:
@@ -52,96 +167,81 @@ def from_mergekit(content: Mapping[str, Any], name: str) -> Recipe:
     Raises:
         FusionError: naming the file, the key and what is wrong with it or not supported.
     """
-    return _Reader(content, name).recipe()
-
-
-def _known_to_mergekit() -> set[str]:
-    """What mergekit reads for any method; where a method has no use for one, it is left out."""
-    names = {name for row in MERGE_METHODS.values() for name in row.mergekit or ()}
-    return names | {"int8_mask", "eps", "embed_slerp"}
+    return _Reader(read_class(_File, content, Place(name)), Place(name)).recipe()
 
 
 class _Reader:
-    """One of mergekit's recipes."""
+    """What a recipe of mergekit's says, put into the words of ours."""
 
-    def __init__(self, content: Mapping[str, Any], name: str) -> None:
-        self.name, self.content = name, content
+    def __init__(self, file: _File, place: Place) -> None:
+        self.file, self.place, self.method, self.base = file, place, file.merge_method, file.base_model
         self._ignored: dict[str, None] = {}
-        self._known(content, _KEYS, "")
-        method = content.get("merge_method")
-        if not isinstance(method, str):
-            raise self._error("merge_method", method, "the name of a method")
-        usable = {name: row.mergekit for name, row in MERGE_METHODS.items() if row.mergekit is not None}
-        if method not in usable:
-            raise FusionError(f"{name}: merge_method {shown(method)} is not supported", f"use {', '.join(usable)}")
-        self.method, self.parameters = method, usable[method]
-        self.base = model_name(content["base_model"], f"{name}: base_model") if content.get("base_model") else None
+        usable = [name for name, row in MERGE_METHODS.items() if row.mergekit is not None]
+        if self.method not in usable:
+            raise self._refused(f"merge_method {shown(self.method)} is not supported", suggestion(self.method, usable))
+        self.parameters = MERGE_METHODS[self.method].mergekit or {}
+
+    def _refused(self, what: str, hint: str | None = None) -> FusionError:
+        return FusionError(f"{self.place}: {what}", hint)
 
     def recipe(self) -> Recipe:
         """All of it."""
-        content = self.content
-        given = [key for key in ("models", "slices", "modules") if content.get(key)]
+        file = self.file
+        given = [key for key in ("models", "slices", "modules") if getattr(file, key)]
         if len(given) != 1:
-            raise FusionError(f"{self.name}: exactly one of models, slices and modules is expected, not {given}")
-        globals_ = self._settings(content.get("parameters"), "parameters", False)
-        modules = self._modules(content["modules"]) if "modules" in given else {"default": content}
-        if "default" in modules:
-            own = modules["default"]
-            if own is not content:
-                globals_ = _chained(
-                    self._settings(own.get("parameters"), "modules.default.parameters", False), globals_
-                )
-            experts = self._experts(own)
-            slices = self._slices(own["slices"]) if own.get("slices") else ()
+            raise self._refused(f"exactly one of models, slices and modules is expected, not {given}")
+        globals_ = self._settings(file.parameters, self.place.inner("parameters"))
+        slices: tuple[Slice, ...] = ()
+        if file.modules:
+            self._check_modules(file.modules)
+        if file.modules and "default" not in file.modules:
+            globals_, experts = self._stacks(file.modules, globals_)
         else:
-            globals_, experts, slices = *self._stacks(modules, globals_), ()
+            own, place = _Module(file.models, file.slices), self.place
+            if file.modules:
+                own, place = file.modules["default"], place.inner("modules", "default")
+            globals_ = chained(self._settings(own.parameters, place.inner("parameters")), globals_)
+            slices = self._slices(own, place)
+            experts = self._experts(own, place, slices)
+        if file.tokenizer is not None and file.tokenizer_source is not None:
+            raise self._refused("tokenizer_source and tokenizer are the same: give one")
         recipe = Recipe(
             self.method,
             experts,
             self.base,
             self._complete(globals_),
-            self._dtype(),
+            file.out_dtype or file.dtype,
             slices,
-            self._tokenizer(),
-            self._text("chat_template"),
+            self._tokenizer(file.tokenizer) if file.tokenizer else file.tokenizer_source or SMALLEST,
+            file.chat_template,
         )
         if self._ignored:
-            logger.warning("%s: %s has no use for %s: left out", self.name, self.method, ", ".join(self._ignored))
+            logger.warning("%s: %s has no use for %s: left out", self.place, self.method, ", ".join(self._ignored))
         return self._placed(_all_kept(recipe) if "epsilon" in self.parameters else recipe)
 
     # ------------------------------------------------------------ models
 
-    def _experts(self, holder: Mapping[str, Any], where: str = "models") -> tuple[RecipeExpert, ...]:
+    def _experts(self, holder: _Module, place: Place, slices: tuple[Slice, ...]) -> tuple[RecipeExpert, ...]:
         """The models of ``models``, or all of ``slices``, in order; the base among them, if it is."""
-        if holder.get("slices"):
-            sources = [source for entry in self._slices(holder["slices"]) for source in entry.sources]
-            return tuple(map(RecipeExpert, dict.fromkeys(source.model for source in sources)))
-        experts = []
-        for key, entry in self._entries(holder["models"], where, ("model", "parameters")):
-            parameters = self._settings(entry.get("parameters"), f"{key}.parameters", True)
-            experts.append(RecipeExpert(model_name(entry.get("model"), f"{self.name}: {key}.model"), None, parameters))
-        return tuple(experts)
+        if slices:
+            return tuple(map(RecipeExpert, dict.fromkeys(s.model for slice_ in slices for s in slice_.sources)))
+        rows = [(row, place.inner("models", i, "parameters")) for i, row in enumerate(holder.models)]
+        return tuple(RecipeExpert(row.model, None, self._settings(row.parameters, at, True)) for row, at in rows)
 
-    def _slices(self, entries: object, where: str = "slices") -> tuple[Slice, ...]:
+    def _slices(self, holder: _Module, place: Place) -> tuple[Slice, ...]:
         slices = []
-        for key, entry in self._entries(entries, where, _SLICE):
-            own = model_name(entry["base_model"], f"{self.name}: {key}.base_model") if entry.get("base_model") else None
-            if "residual_weight" in entry:
+        for number, row in enumerate(holder.slices):
+            at = place.inner("slices", number)
+            if row.residual_weight is not None:
                 self._ignored["residual_weight"] = None
-            if own not in (None, self.base):
-                raise FusionError(f"{self.name}: {key}.base_model is not supported", "one base_model is that of all")
+            if row.base_model not in (None, self.base):
+                raise FusionError(f"{at}.base_model is not supported", "one base_model is that of all")
             sources = []
-            for at, source in self._entries(entry.get("sources"), f"{key}.sources", _SOURCE):
-                model = model_name(source.get("model"), f"{self.name}: {at}.model")
-                match source.get("layer_range"):
-                    case [start, stop] if type(start) is int and type(stop) is int and 0 <= start < stop:
-                        settings = self._settings(source.get("parameters"), f"{at}.parameters", True)
-                        sources.append(SliceSource(model, start, stop, settings))
-                    case other:
-                        raise self._error(f"{at}.layer_range", other, "[first, behind the last]")
-            if len({source.stop - source.start for source in sources}) > 1:
-                raise FusionError(f"{self.name}: {key} takes unlike numbers of layers from its sources")
-            slices.append(Slice(tuple(sources), self._settings(entry.get("parameters"), f"{key}.parameters", False)))
+            for i, source in enumerate(row.sources):
+                settings = self._settings(source.parameters, at.inner("sources", i, "parameters"), True)
+                sources.append(SliceSource(source.model, source.layer_range, settings))
+            slices.append(Slice(tuple(sources), self._settings(row.parameters, at.inner("parameters"))))
+            slices[-1].check(at)
         return tuple(slices)
 
     def _placed(self, recipe: Recipe) -> Recipe:
@@ -154,116 +254,53 @@ class _Reader:
             return replace(recipe, experts=others)
         listed = next((expert for expert in recipe.experts if expert.model == base), None)
         if listed is None and not recipe.slices and "weight" in self.parameters and "weight" not in recipe.parameters:
-            raise FusionError(
-                f"{self.name}: base_model {base} would be merged with the others, and has no weight",
+            raise self._refused(
+                f"base_model {base} would be merged with the others, and has no weight",
                 "list it among the models, or leave it out",
             )
         return replace(recipe, base=None, experts=(listed or RecipeExpert(base), *others))
 
-    def _modules(self, modules: Any) -> dict[str, Mapping[str, Any]]:
-        if not isinstance(modules, Mapping):
-            raise self._error("modules", modules, "modules by name")
+    def _check_modules(self, modules: Mapping[str, _Module]) -> None:
+        """Refuses modules that one recipe of ours cannot say."""
+        refuse_unknown(modules, ("default", *_MODULES), self.place.inner("modules"))
         for key, module in modules.items():
-            if key != "default" and key not in _MODULES:
-                raise FusionError(
-                    f"{self.name}: modules.{key} is not supported", f"use default, or {', '.join(_MODULES)}"
-                )
-            if not isinstance(module, Mapping):
-                raise self._error(f"modules.{key}", module, "{models: …} or {slices: …}")
-            self._known(module, ("models", "slices", "parameters"), f"modules.{key}.")
-            if bool(module.get("models")) == bool(module.get("slices")):
-                raise FusionError(f"{self.name}: modules.{key} needs either models or slices")
-            if key != "default" and module.get("slices"):
-                raise FusionError(f"{self.name}: modules.{key}.slices is not supported", "slices need a single stack")
+            if bool(module.models) == bool(module.slices):
+                raise self._refused(f"modules.{key} needs either models or slices")
+            if key != "default" and module.slices:
+                raise self._refused(f"modules.{key}.slices is not supported", "slices need a single stack")
         if "default" in modules and len(modules) > 1:
-            raise FusionError(f"{self.name}: modules has default and others", "a model has one or the other")
+            raise self._refused("modules has default and others", "a model has one or the other")
         if "default" not in modules and (missing := {"encoder", "decoder"} - set(modules)):
-            raise FusionError(f"{self.name}: modules lacks {min(missing)}: it would not be merged at all")
-        return dict(modules)
+            raise self._refused(f"modules lacks {min(missing)}: it would not be merged at all")
 
     def _stacks(
-        self, modules: Mapping[str, Mapping[str, Any]], globals_: Mapping[str, Setting]
+        self, modules: Mapping[str, _Module], globals_: Mapping[str, Setting]
     ) -> tuple[dict[str, Setting], tuple[RecipeExpert, ...]]:
         """Several modules of the same models: what differs between them are settings by the tensors' names."""
-        experts = {key: self._experts(module, f"modules.{key}.models") for key, module in modules.items()}
+        places = {key: self.place.inner("modules", key) for key in modules}
+        experts = {key: self._experts(module, places[key], ()) for key, module in modules.items()}
         names = {key: sorted(expert.model for expert in found) for key, found in experts.items()}
         if other := next((key for key, found in names.items() if found != names["decoder"]), None):
-            raise FusionError(f"{self.name}: modules.{other} merges other models than modules.decoder: not supported")
+            raise self._refused(f"modules.{other} merges other models than modules.decoder: not supported")
         own = {
-            key: self._settings(module.get("parameters"), f"modules.{key}.parameters", False)
-            for key, module in modules.items()
+            key: self._settings(module.parameters, places[key].inner("parameters")) for key, module in modules.items()
         }
-        shared = _chained(_by_module(own), globals_)
-        return shared, tuple(
-            RecipeExpert(
-                model,
-                None,
-                _by_module({k: next(e.parameters for e in es if e.model == model) for k, es in experts.items()}),
-            )
-            for model in dict.fromkeys(expert.model for expert in experts["decoder"])
-        )
 
-    # ------------------------------------------------------------ parameters
+        def of_model(model: str) -> dict[str, Setting]:
+            found = {key: next(e.parameters for e in es if e.model == model) for key, es in experts.items()}
+            return by_filters(found, _MODULES)
 
-    def _settings(self, settings: object, where: str, per_model: bool) -> dict[str, Setting]:
-        """Parameters of one place, by our names."""
-        if settings is None:
-            return {}
-        if not isinstance(settings, Mapping):
-            raise self._error(where, settings, "names and values")
-        found = {}
-        for key, setting in settings.items():
-            parameter = self.parameters.get(key)
-            if parameter is None and key in _known_to_mergekit():
-                self._ignored[key] = None
-            elif parameter is None:
-                usable = ", ".join(self.parameters) or "none"
-                raise FusionError(f"{self.name}: {where}.{key} is no parameter of {self.method}", f"it has {usable}")
-            elif per_model and not parameter.per_model:
-                self._ignored[f"{key} of one model"] = None
-            elif key.startswith("nuslerp_"):
-                found[parameter.ours] = self._rows(settings, where)
-            else:
-                found[parameter.ours] = self._setting(setting, parameter, f"{where}.{key}")
-        return found
+        models = dict.fromkeys(expert.model for expert in experts["decoder"])
+        shared = chained(by_filters(own, _MODULES), globals_)
+        return shared, tuple(RecipeExpert(model, None, of_model(model)) for model in models)
 
-    def _setting(self, setting: Any, parameter: Parameter, where: str) -> Setting:
-        """One value, gradient or choice by name."""
-        if not isinstance(setting, list):
-            return parameter.value(self._value(setting, parameter.kind, where))
-        if any(isinstance(entry, Mapping) for entry in setting):
-            found = []
-            for key, entry in self._entries(setting, where, ("filter", "value")):
-                if "value" not in entry or not isinstance(entry.get("filter"), (str, type(None))):
-                    raise self._error(key, entry, "{filter: a part of the names, value: …}")
-                own = {} if entry.get("filter") in (None, "*") else {"filter": entry["filter"]}
-                found.append({**own, "value": self._setting(entry["value"], parameter, f"{key}.value")})
-            return found
-        if not setting:
-            raise self._error(where, setting, "a value, a gradient or filters")
-        return [self._setting(entry, parameter, where) for entry in setting]
+    # ------------------------------------------------------------ the rest
 
-    def _value(self, value: object, kind: type, where: str) -> Any:
-        """A plain value, as leniently as mergekit takes it: 1e-4, which YAML takes for a text, and 1.0 for true."""
-        if kind is bool and value in (0, 1):
-            return bool(value)
-        if isinstance(value, str):
-            with suppress(ValueError):
-                value = float(value)
-        if kind is int and type(value) is float and value.is_integer():
-            value = int(value)
-        if kind is not bool and is_number(value) and (kind is float or type(value) is int):
-            return kind(value)
-        words = {bool: "true or false", int: "a whole number", float: "a number"}
-        raise self._error(where, value, f"{words[kind]}, a gradient or filters")
+    def _settings(self, given: Mapping[str, Any], place: Place, of_model: bool = False) -> dict[str, Setting]:
+        def ignore(what: str) -> None:
+            self._ignored[what] = None
 
-    def _rows(self, settings: Mapping[str, Any], where: str) -> str:
-        """NuSLERP's two switches are one choice here."""
-        flat, wise = (
-            self._value(settings.get(f"nuslerp_{key}", default), bool, f"{where}.nuslerp_{key}")
-            for key, default in (("flatten", True), ("row_wise", False))
-        )
-        return "tensor" if flat else "column" if wise else "row"
+        return read_parameters(self.method, given, place, of_model=of_model, ignore=ignore)
 
     def _complete(self, globals_: Mapping[str, Setting]) -> dict[str, Setting]:
         """The recipe's parameters, with mergekit's defaults where they say nothing."""
@@ -271,126 +308,12 @@ class _Reader:
         for parameter in self.parameters.values():
             if parameter.default is not None and parameter.ours not in defaults:
                 defaults[parameter.ours] = parameter.value(parameter.default)
-        return _chained(globals_, defaults) | dict(MERGE_METHODS[self.method].mergekit_always)
+        return chained(globals_, defaults) | dict(MERGE_METHODS[self.method].mergekit_always)
 
-    # ------------------------------------------------------------ the rest
-
-    def _dtype(self) -> str | None:
-        """What is stored: ``out_dtype``, or ``dtype``."""
-        found = []
-        for key in ("out_dtype", "dtype"):
-            value = self._text(key)
-            if value is not None:
-                value = value.removeprefix("torch.")
-                if value not in DTYPES:
-                    raise self._error(key, value, f"one of {', '.join(DTYPES)}")
-                found.append(value)
-        return found[0] if found else None
-
-    def _tokenizer(self) -> str | dict[str, Any]:
-        """``tokenizer``, or its old spelling ``tokenizer_source``; without, vocabularies are cut to the smallest."""
-        source, tokenizer = self.content.get("tokenizer_source"), self.content.get("tokenizer")
-        if source is not None and tokenizer is not None:
-            raise FusionError(f"{self.name}: tokenizer_source and tokenizer are the same: give one")
-        if source is not None:
-            return self._source(source, "tokenizer_source")
-        if tokenizer is None:
-            return SMALLEST
-        if not isinstance(tokenizer, Mapping):
-            raise self._error("tokenizer", tokenizer, "{source: union, base or a model}")
-        self._known(tokenizer, ("source", "tokens", "pad_to_multiple_of"), "tokenizer.")
-        found: dict[str, Any] = {"source": self._source(tokenizer.get("source", "union"), "tokenizer.source")}
-        if tokens := tokenizer.get("tokens"):
-            if not isinstance(tokens, Mapping):
-                raise self._error("tokenizer.tokens", tokens, "tokens and where they come from")
-            found["tokens"] = {token: self._token(own, f"tokenizer.tokens.{token}") for token, own in tokens.items()}
-        if (multiple := tokenizer.get("pad_to_multiple_of")) is not None:
-            found["pad_to_multiple_of"] = multiple
-        return found if len(found) > 1 else str(found["source"])
-
-    def _token(self, own: Any, where: str) -> Any:
-        if not isinstance(own, Mapping):
-            raise self._error(where, own, "{source: …, force: …}")
-        source = own.get("source")
-        if isinstance(source, Mapping) and "model" in source and "kind" in source:
-            source = {**source, "model": model_name(source["model"], f"{self.name}: {where}.source.model")}
-        elif source is not None and not (isinstance(source, Mapping) and "kind" in source):
-            source = model_name(source, f"{self.name}: {where}.source")
-        return {**own, "source": source} if source is not None else dict(own)
-
-    def _source(self, source: Any, where: str) -> str:
-        """``model:PATH`` is how mergekit once wrote a model here."""
-        if source in ("union", "base"):
-            return str(source)
-        return model_name(source.removeprefix("model:") if isinstance(source, str) else source, f"{self.name}: {where}")
-
-    def _text(self, key: str) -> str | None:
-        value = self.content.get(key)
-        if value is not None and not isinstance(value, str):
-            raise self._error(key, value, "a text")
-        return value
-
-    def _entries(self, entries: object, where: str, known: Sequence[str]) -> list[tuple[str, Mapping[str, Any]]]:
-        """The mappings of a list, each with its place."""
-        if not isinstance(entries, list) or not entries:
-            raise self._error(where, entries, "a list")
-        found = []
-        for number, entry in enumerate(entries):
-            key = f"{where}[{number}]"
-            if not isinstance(entry, Mapping):
-                raise self._error(key, entry, f"{{{', '.join(known)}}}")
-            self._known(entry, known, f"{key}.")
-            found.append((key, entry))
-        return found
-
-    def _known(self, holder: Mapping[Any, Any], known: Iterable[str], where: str) -> None:
-        if unknown := [key for key in holder if key not in known]:
-            key = unknown[0] if isinstance(unknown[0], str) else shown(unknown[0])
-            raise FusionError(f"{self.name}: {where}{key} is not supported", f"use {', '.join(known)}")
-
-    def _error(self, key: str, value: object, expected: str) -> FusionError:
-        return FusionError(f"{self.name}: {key} is {shown(value)}, expected {expected}")
-
-
-_SLICE = ("sources", "parameters", "base_model", "residual_weight")
-_SOURCE = ("model", "layer_range", "parameters")
-
-
-def model_name(value: object, where: str) -> str:
-    """A model as mergekit names it: ``path``, ``path@revision`` or ``model+lora``, or those as a mapping.
-
-    Args:
-        value: as YAML gives it.
-        where: what errors call it.
-    """
-    if isinstance(value, str) and value.strip() and "\n" not in value:
-        if value.count("@") > 1 + ("+" in value) or value.count("+") > 1:
-            raise FusionError(f"{where} is {shown(value)}, expected owner/name, owner/name@revision or model+lora")
-        return value
-    if isinstance(value, Mapping):
-        known = ("path", "revision") if "path" in value else ("model", "lora")
-        if unknown := [key for key in value if key not in known]:
-            raise FusionError(f"{where}.{unknown[0]} is not supported", f"use {', '.join(known)}")
-        first, second = (value.get(key) for key in known)
-        if known[0] == "path" and isinstance(first, str) and isinstance(second, (str, type(None))):
-            return str(ModelRef(first, second or None))
-        if known[0] == "model" and first is not None:
-            parts = [model_name(part, f"{where}.{key}") for key, part in value.items() if part is not None]
-            return "+".join(parts)
-    raise FusionError(f"{where} is {shown(value)}, expected owner/name, owner/name@revision, model+lora or a folder")
-
-
-def _chained(first: Mapping[str, Setting], then: Mapping[str, Setting]) -> dict[str, Setting]:
-    """Settings of two places as those of one: what the first says nothing of for a tensor, the second decides."""
-    found = dict(then)
-    for key, setting in first.items():
-        rest = found.get(key)
-        is_open = _is_choice(setting) and all(entry.get("filter") for entry in setting)
-        if rest is None or not is_open:
-            found[key] = setting
-        else:
-            found[key] = [*setting, *(rest if _is_choice(rest) else [{"value": rest}])]
-    return found
+    def _tokenizer(self, given: _Tokenizer) -> str | dict[str, Any]:
+        """``tokenizer`` as ours; without one, vocabularies are cut to the smallest."""
+        found = {key: value for key, value in vars(given).items() if value not in (None, {})}
+        return found if len(found) > 1 else given.source
 
 
 def _all_kept(recipe: Recipe) -> Recipe:
@@ -411,21 +334,3 @@ def _all_kept(recipe: Recipe) -> Recipe:
         slices.append(Slice(tuple(sources), own))
     experts = tuple(replace(expert, parameters=settled(expert.parameters, shared)) for expert in recipe.experts)
     return replace(recipe, experts=experts, parameters=shared, slices=tuple(slices))
-
-
-def _is_choice(setting: Setting) -> bool:
-    return isinstance(setting, list) and isinstance(setting[0], Mapping)
-
-
-def _by_module(settings: Mapping[str, Mapping[str, Setting]]) -> dict[str, Setting]:
-    """Settings of several modules as those of one model: a choice by what their tensors' names contain."""
-    names = dict.fromkeys(key for own in settings.values() for key in own)
-    return {
-        key: [
-            {"filter": part, "value": own[key]}
-            for module, own in settings.items()
-            if key in own
-            for part in _MODULES[module]
-        ]
-        for key in names
-    }

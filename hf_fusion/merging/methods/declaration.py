@@ -9,9 +9,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from hf_fusion.io.declarations import declared, decorated
 from hf_fusion.merging.mergekit import parameters as mk
-from hf_fusion.merging.mergekit.parameters import Parameter as MergekitParameter
-from hf_fusion.schema import Parameter, declared, decorated, parameters_of
+from hf_fusion.merging.mergekit.parameters import MergekitParameter
+from hf_fusion.schema import Field, parameters_of
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -104,7 +105,7 @@ class MergeMethod:
         return f"https://arxiv.org/abs/{self.paper}" if self.paper[:1].isdigit() else self.paper
 
     @cached_property
-    def parameters(self) -> dict[str, Parameter]:
+    def parameters(self) -> dict[str, Field]:
         """Its parameters, by name: read from its file, which is not imported for it where that can be avoided."""
         try:
             return declared(self.file, self.name)

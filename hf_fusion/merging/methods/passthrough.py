@@ -16,7 +16,7 @@ __all__ = ["passthrough"]
     needs="chunks",
     experts=(1, 1),
     paper="2312.15166",
-    mergekit={"scale": mk.Parameter("scale", 1.0, per_model=True)},
+    mergekit={"scale": mk.MergekitParameter("scale", 1.0, per_model=True)},
 )
 def passthrough(tensors: Tensors, *, scale: EachNumber = (1.0,)) -> Combination:
     """s θ: a tensor of one model as it is, for recipes of slices (mergekit's passthrough, "frankenmerge").

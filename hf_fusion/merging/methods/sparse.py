@@ -319,7 +319,11 @@ def breadcrumbs_ties(
 
 
 @merge_method(
-    "SCE", base="needed", needs="thresholds", paper="2408.07990", mergekit={"select_topk": mk.Parameter("density", 1.0)}
+    "SCE",
+    base="needed",
+    needs="thresholds",
+    paper="2408.07990",
+    mergekit={"select_topk": mk.MergekitParameter("density", 1.0)},
 )
 def sce(tensors: Tensors, *, density: Annotated[float, Range(0, 1)] = 1.0) -> Merged:
     """Select, calculate, erase (Wan et al., 2024, arXiv 2408.07990).

@@ -25,7 +25,7 @@ __all__ = ["karcher", "multislerp", "nearswap", "nuslerp", "slerp"]
     needs="norms",
     experts=(2, 2),
     paper="https://doi.org/10.1145/325165.325242",
-    mergekit={"t": mk.Parameter("t")},
+    mergekit={"t": mk.MergekitParameter("t")},
 )
 def slerp(tensors: Tensors, *, t: Annotated[float, Range(0, 1)] = 0.5) -> Merged:
     """sin((1 - t) α) / sin α θ1 + sin(t α) / sin α θ2, α being the angle between the two (Shoemake, 1985).
@@ -126,7 +126,7 @@ def multislerp(tensors: Tensors, *, weight: EachNumber = (1.0,), normalize: bool
     needs="norms",
     experts=(2, None),
     paper="https://doi.org/10.1002/cpa.3160300502",
-    mergekit={"max_iter": mk.Parameter("max_iter", 10, int), "tol": mk.Parameter("tol", 1e-05)},
+    mergekit={"max_iter": mk.MergekitParameter("max_iter", 10, int), "tol": mk.MergekitParameter("tol", 1e-05)},
 )
 def karcher(
     tensors: Tensors, *, max_iter: Annotated[int, Range(0)] = 10, tol: Annotated[float, Range(0)] = 1e-5
@@ -178,7 +178,7 @@ def karcher(
     needs="chunks",
     experts=(1, 1),
     paper="https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
-    mergekit={"t": mk.Parameter("t")},
+    mergekit={"t": mk.MergekitParameter("t")},
 )
 def nearswap(tensors: Tensors, *, t: Annotated[float, Range(0)] = 1e-3) -> Merged:
     """θ0 + min(t, |τ|) sign τ: what is near goes over to the expert, what is far goes t towards it.

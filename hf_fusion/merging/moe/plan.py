@@ -21,8 +21,9 @@ from hf_fusion.merging.methods import method_named
 from hf_fusion.merging.moe.mixtures import MIXTURES, Mixture
 from hf_fusion.merging.moe.prompts import Directions
 from hf_fusion.merging.plan import Plan, stored_as
-from hf_fusion.recipe import Recipe, RecipeExpert, is_number
-from hf_fusion.schema import arguments_at
+from hf_fusion.merging.settings import arguments_at
+from hf_fusion.recipe import Recipe, RecipeExpert
+from hf_fusion.schema import Place, read
 
 _MLP = re.compile(r"(model\.layers\.(\d+))\.mlp\.(gate|up|down)_proj\.weight")
 # old checkpoints hold these; they follow from the configuration
@@ -84,10 +85,7 @@ def plan_moe(recipe: Recipe, base: Model | None, experts: Sequence[Model]) -> Pl
 
 
 def _number(expert: RecipeExpert, key: str, default: float) -> float:
-    value = expert.parameters.get(key, default)
-    if not is_number(value):
-        raise FusionError(f"{expert.model}: {key} is {shown(value)}, expected a number")
-    return float(value)
+    return float(read(float, expert.parameters.get(key, default), Place(expert.model, key)))
 
 
 def _as_it_is(

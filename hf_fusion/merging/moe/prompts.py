@@ -22,6 +22,7 @@ from hf_fusion.merging.engine.sources import Model
 from hf_fusion.merging.moe.mixtures import PROMPTED
 from hf_fusion.merging.tokenizers.unions import tokenizer_of
 from hf_fusion.recipe import Recipe, RecipeExpert
+from hf_fusion.schema import Place, read
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -139,9 +140,7 @@ def _normal(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _texts(expert: RecipeExpert, key: str) -> list[str]:
-    texts = expert.parameters.get(key) or []
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise FusionError(f"{expert.model}: {key} is {shown(texts)}, expected texts")
+    texts: list[str] = read(list[str], expert.parameters.get(key) or [], Place(expert.model, key))
     return texts
 
 

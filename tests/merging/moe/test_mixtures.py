@@ -164,12 +164,12 @@ def test_a_recipe_of_mergekit_moe(folders, tmp_path):
     merge(recipe, tmp_path / "out")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")(IDS).logits.isfinite().all()
     for change, message in {
-        ("cheap_embed", "first"): "gate_mode: 'first' is not supported",
+        ("cheap_embed", "first"): "gate_mode is 'first', expected one of hidden",
         ("gate_mode: cheap_embed", "shared_experts: [{source_model: x}]"): "shared_experts is not supported",
-        ("dtype: bfloat16", "architecture: deepseek"): "architecture: 'deepseek' is not supported",
+        ("dtype: bfloat16", "architecture: deepseek"): "architecture is 'deepseek', which is not supported",
         ("bfloat16", "int8"): "dtype is 'int8'",
-        ("positive_prompts", "prompts"): r"experts\[0\].prompts is not supported",
-        ("source_model:", "model:"): r"experts\[0\].model is not supported",
+        ("positive_prompts", "prompts"): r"experts\[0\].prompts is not a supported key",
+        ("source_model:", "model:"): r"experts\[0\].model is not a supported key",
     }.items():
         (tmp_path / "moe.yaml").write_text(text.replace(*change))
         with pytest.raises(FusionError, match=message):
@@ -267,7 +267,7 @@ def test_what_becomes_no_mixture(folders, tmp_path):
     refused(recipe_of([expert, folders["b"]]), "prompts are of no use to gate: zero")
     refused(recipe_of([expert, folders["b"]], gate="embedding"), "b has no prompts, which gate: embedding needs")
     wrong = RecipeExpert(folders["a"], None, {"prompts": 3})
-    refused(recipe_of([wrong, folders["b"]], gate="embedding"), "prompts is 3, expected texts")
+    refused(recipe_of([wrong, folders["b"]], gate="embedding"), "prompts is 3, expected a list of texts")
     alike = [replace(expert, model=folders[name]) for name in "bc"]
     refused(recipe_of(alike, gate="hidden"), "all experts have the same prompts")
     loud = RecipeExpert(folders["a"], None, {"noise_scale": "much"})

@@ -1,0 +1,145 @@
+"""A merging method's parameters where they differ from tensor to tensor: gradients over the layers, filters by name.
+
+A setting is a value; a list of numbers that are reached one after the other from the first layer to the last (a
+gradient); or a list of {filter, value}, of which the first counts whose filter is part of the tensor's name, and the
+last without a filter for what is left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_fusion.errors import FusionError, suggestion
+from hf_fusion.schema import Field, Place, expected, read, read_class
+
+Setting = Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filtered:
+    """One entry of a list of {filter, value}: the setting of the tensors whose names contain the filter."""
+
+    filter: str | None = None
+    value: Any
+
+
+def map_setting(setting: Setting, convert: Callable[[Any, Place], Any], place: Place, *, gradient: bool) -> Setting:
+    """A setting with each of its values converted.
+
+    Args:
+        setting: as YAML gives it.
+        convert: what becomes of a value, at its place; it raises for values that are not valid.
+        place: of the setting.
+        gradient: whether its values are numbers, and a list of them is a gradient.
+
+    Raises:
+        FusionError: naming the place and what is expected.
+    """
+    if not isinstance(setting, list):
+        return convert(setting, place)
+    if any(isinstance(entry, Mapping) for entry in setting):
+        found = []
+        for number, entry in enumerate(setting):
+            own = read_class(Filtered, entry, place.inner(number))
+            value = map_setting(own.value, convert, place.inner(number, "value"), gradient=gradient)
+            found.append({"value": value} if own.filter in (None, "*") else {"filter": own.filter, "value": value})
+        return found
+    if not setting and gradient:
+        raise FusionError(f"{place} is [], expected a value, a gradient or filters")
+    return [convert(entry, place.inner(i)) for i, entry in enumerate(setting)] if gradient else convert(setting, place)
+
+
+def check_settings(
+    method: str, known: Mapping[str, Field], given: Mapping[str, Setting], place: Place, *, of_expert: bool = False
+) -> None:
+    """Refuses settings that a method does not have, or that are out of their ranges.
+
+    Args:
+        method: its name.
+        known: its parameters.
+        given: settings by the parameters' names.
+        place: where they stand.
+        of_expert: whether they are one expert's own.
+
+    Raises:
+        FusionError: naming the place and what is expected.
+    """
+    for key, value in given.items():
+        if key not in known:
+            told = ": ".join(filter(None, (str(place), f"{method} has no parameter {key!r}")))
+            raise FusionError(told, suggestion(key, known))
+        check_setting(known[key], value, place.inner(key))
+        if of_expert and not known[key].per_expert:
+            raise FusionError(f"{place}: {key} is one for all experts", "give it under parameters:")
+
+
+def check_setting(field: Field, setting: Setting, place: Place) -> None:
+    """Refuses what `value_at` could not make a valid value of.
+
+    Raises:
+        FusionError: naming the place and what is expected.
+    """
+    map_setting(setting, lambda value, at: read(field.hint, value, at), place, gradient=field.kind in (float, int))
+
+
+def value_at(setting: Setting, tensor: str, depth: float) -> Any:
+    """What a setting says for one tensor.
+
+    Args:
+        setting: which `check_setting` has let through.
+        tensor: its name.
+        depth: 0 for the first layer, 1 for the last.
+
+    Returns:
+        The value, or None where no filter fits.
+    """
+    if not isinstance(setting, list):
+        return setting
+    if isinstance(setting[0], Mapping):
+        for entry in setting:
+            pattern = entry.get("filter")
+            if pattern in (None, "*") or pattern in tensor:
+                return value_at(entry["value"], tensor, depth)
+        return None
+    place = depth * (len(setting) - 1)
+    low = min(math.floor(place), len(setting) - 1)
+    high = min(low + 1, len(setting) - 1)
+    return setting[low] + (place - low) * (setting[high] - setting[low])
+
+
+def arguments_at(
+    known: Mapping[str, Field],
+    shared: Sequence[Mapping[str, Setting]],
+    own: Sequence[Sequence[Mapping[str, Setting]]],
+    tensor: str,
+    depth: float,
+) -> dict[str, Any]:
+    """A method's arguments for one tensor.
+
+    Args:
+        known: the method's parameters.
+        shared: settings for all experts, the most particular first.
+        own: settings of each expert in the same order; they count before the shared ones.
+        tensor: its name.
+        depth: 0 for the first layer, 1 for the last.
+
+    Raises:
+        FusionError: one that must be given is not.
+    """
+
+    def found(field: Field, settings: Sequence[Mapping[str, Setting]]) -> Any:
+        for each in settings:
+            value = value_at(each.get(field.name), tensor, depth)
+            if value is not None:
+                return field.kind(value)
+        if field.required:
+            raise FusionError(f"{field.name} is not given for {tensor}", f"give {field.name}: {expected(field.hint)}")
+        return field.default
+
+    return {
+        name: [found(field, [*each, *shared]) for each in own] if field.per_expert else found(field, shared)
+        for name, field in known.items()
+    }
