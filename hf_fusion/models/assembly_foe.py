@@ -14,7 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_foe import HEADS, FoEConfig
 from .experts_foe import Backbone
-from .fused_heads import AUTO_CLASSES
+from .fused_adapters import refuse_tied
+from .fused_heads import head_of
 from .options_foe import generation_values
 from .processing_foe import FoEProcessor
 
@@ -23,22 +24,6 @@ GENERIC_LABEL = re.compile(r"LABEL_\d+")
 WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "hidden_sizes", "embed_dim", "projection_dim")
 # kept out of packed configs: a single fp16 sub-config would turn everything fp16; paths must not leak
 UNPACKED = ("dtype", "torch_dtype", "_name_or_path", "transformers_version", "auto_map")
-
-
-def head_of(model: PreTrainedModel) -> str:
-    """The one of `HEADS` that an expert's class belongs to.
-
-    Raises:
-        ValueError: for a class that none of their Auto classes knows, custom code above all.
-    """
-    for head in HEADS:
-        known = AUTO_CLASSES[head]._model_mapping.get(type(model.config), None)
-        if known is not None and isinstance(model, known):
-            return head
-    raise ValueError(
-        f"{type(model).__name__} cannot be an expert of a FoE: it is none of {', '.join(HEADS)}, "
-        "or it is custom code, which cannot travel inside another model"
-    )
 
 
 def normalise(label: str) -> str:
@@ -188,7 +173,8 @@ def plan_backbones(experts: Sequence[Any]) -> tuple[list[dict[str, Any]], list[P
         if expert.adapter is None or id(expert.model) not in of_base:
             of_base[id(expert.model)] = len(models)
             models.append(expert.model if expert.adapter is None else copy.deepcopy(expert.model))
-            backbones.append({"config": pack_config(expert.model.config), "head": head_of(expert.model)})
+            head = head_of(expert.model, HEADS, "an expert of a FoE")
+            backbones.append({"config": pack_config(expert.model.config), "head": head})
         index = of_base[id(expert.model)]
         members.setdefault(index, []).append(expert)
         of_expert.append(index)
@@ -204,23 +190,6 @@ def plan_backbones(experts: Sequence[Any]) -> tuple[list[dict[str, Any]], list[P
 
 def _rank(adapter: Any, path: str) -> int:
     return adapter.lora[path][0].shape[0] if path in adapter.lora else 0
-
-
-def refuse_tied(expert: Any) -> None:
-    """An adapter that trains one of two tensors that its base ties is trained for both of them apart.
-
-    Raises:
-        ValueError: naming the adapter, both tensors and the way on.
-    """
-    pairs = getattr(expert.model, "all_tied_weights_keys", None) or {}
-    trained = {*expert.adapter.saved, *(f"{path}.weight" for path in expert.adapter.lora)}
-    for one, other in pairs.items():
-        if found := trained & {one, other}:
-            name = min(found)
-            raise ValueError(
-                f"{expert.name} trains {name}, which its base ties to {other if name == one else one}: untie the base"
-                " (hf-fusion fuse --method linear --experts BASE --set untie=true --output DIR), and give DIR as base"
-            )
 
 
 def fill_adapters(backbone: Backbone, plan: Mapping[str, Any], experts: Sequence[Any], base: nn.Module) -> None:

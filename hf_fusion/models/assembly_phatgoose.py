@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .configuration_phatgoose import PhatgooseConfig
+from .fused_heads import labels_of
 from .routing_phatgoose import ABSENT, RoutedHead, RoutedLinears
 
 # Linears of one block that read the same input. Where none of these names is known, every linear is by itself.
@@ -222,7 +223,7 @@ def complete(entries: Sequence[PreparedExpert], base: Any) -> None:
                     raise ValueError(f"{entry.row['name']} has no {path}, which the other experts bring along")
                 bias = head.bias if head.bias is not None else head.weight.new_zeros(len(head.weight))
                 entry.heads[path] = (head.weight.detach(), bias.detach())
-                entry.row["labels"] = [base.config.id2label[i] for i in sorted(base.config.id2label)]
+                entry.row["labels"] = labels_of(base)
             if path in entry.lora:
                 *_, a, b = entry.lora.pop(path)
                 own_weight, own_bias = entry.heads[path]

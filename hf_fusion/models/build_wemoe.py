@@ -26,7 +26,8 @@ from .assembly_wemoe import (
     tied_groups,
 )
 from .configuration_wemoe import LOW_RANK, WEMoEConfig
-from .fused_heads import head_of
+from .fused_adapters import refuse_tied
+from .fused_heads import head_of, labels_of
 from .linears_wemoe import UpscaledLinear, rows_together
 from .merging_wemoe import RULES
 
@@ -235,28 +236,11 @@ def _template(experts: Sequence[Any], base: Any) -> tuple[Any, str]:
     return (base if part or same else models[0]), part
 
 
-def refuse_tied(expert: Any) -> None:
-    """An adapter that trains one of two tensors that its base ties is trained for both of them apart.
-
-    Raises:
-        ValueError: naming the adapter, both tensors and the way on.
-    """
-    pairs = getattr(expert.model, "all_tied_weights_keys", None) or {}
-    trained = {*expert.adapter.saved, *(f"{path}.weight" for path in expert.adapter.lora)}
-    for one, other in pairs.items():
-        if found := trained & {one, other}:
-            name = min(found)
-            raise ValueError(
-                f"{expert.name} trains {name}, which its base ties to {other if name == one else one}: untie the base"
-                " (hf-fusion fuse --method linear --experts BASE --set untie=true --output DIR), and give DIR as base"
-            )
-
-
 def _source(expert: Any, template: Any, part: str, head: str) -> ExpertSource:
     model, adapter = expert.model, expert.adapter
     labels = list(expert.labels)
     if head.endswith(OWN_HEADS) and not labels:
-        labels = [model.config.id2label[i] for i in sorted(model.config.id2label)]
+        labels = labels_of(model)
     row = {
         "name": expert.name,
         "revision": expert.revision,

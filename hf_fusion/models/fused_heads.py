@@ -36,13 +36,21 @@ def head_of(model: Any, heads: Iterable[str] = tuple(AUTO_CLASSES), fused: str =
         fused: what the family does with models, for the error: "routed".
 
     Raises:
-        ValueError: for a class that no Auto class gives back.
+        ValueError: for a class that no Auto class gives back, custom code above all.
     """
     for head in heads:
         known = AUTO_CLASSES[head]._model_mapping.get(type(model.config), ())
         if type(model) in (known if isinstance(known, (tuple, list)) else (known,)):
             return head
-    raise ValueError(f"{type(model).__name__} cannot be {fused}: none of {', '.join(heads)} gives it back")
+    raise ValueError(
+        f"{type(model).__name__} cannot be {fused}: it is none of {', '.join(heads)}, "
+        "or it is custom code, which cannot travel inside another model"
+    )
 
 
-__all__ = ["AUTO_CLASSES", "head_of"]
+def labels_of(model: Any) -> list[str]:
+    """The names of a model's classes, in order."""
+    return [model.config.id2label[i] for i in sorted(model.config.id2label)]
+
+
+__all__ = ["AUTO_CLASSES", "head_of", "labels_of"]
