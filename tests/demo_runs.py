@@ -15,6 +15,8 @@ from huggingface_hub import HfApi
 
 from hf_fusion.server import HubServer
 
+CARDS = Path(__file__).parents[1] / "model_cards"
+
 
 def run_demo(folder: Path, *words: str) -> tuple[dict[str, Any], str]:
     """The demo's summary, and what it said on the way."""
@@ -27,6 +29,18 @@ def run_demo(folder: Path, *words: str) -> tuple[dict[str, Any], str]:
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr
+
+
+def assert_progress(said: str, steps: int) -> None:
+    """Every step is named, and nothing else chatters."""
+    assert re.findall(rf"^\[(\d)/{steps}\]", said, re.MULTILINE) == [str(step) for step in range(1, steps + 1)]
+    assert not [line for line in said.splitlines() if re.search(r"%\||WARNING|Warning|\[transformers\]", line)]
+
+
+def departures_from_card(model: Path, family: str) -> list[str]:
+    """Where the scores of a demo's model lie outside the intervals that its family's card states; see `departures`."""
+    measured = json.loads((model / "results.json").read_text(encoding="utf-8"))
+    return departures(measured, json.loads((CARDS / f"{family}.json").read_text(encoding="utf-8"))["results"])
 
 
 def departures(measured: Mapping[str, Any], published: Mapping[str, Any]) -> list[str]:

@@ -17,6 +17,14 @@ from hf_fusion.errors import FusionError
 from hf_fusion.families import FAMILIES
 
 CARDS = Path(__file__).parents[2] / "model_cards"
+AUTO_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForImageClassification",
+    "AutoModelForTokenClassification",
+    "AutoModel",
+)
 NASTY = "x|y`z` <script>alert(1)</script>\n\n# title\n---\n" + END + " [a](javascript:b) ${c} *d* &amp;"
 FACTS = CardFacts(
     repo_id="me/fused",
@@ -101,15 +109,7 @@ def test_says_how_it_works(options, said):
     assert re.search(said, render_card(replace(FACTS, options=options)))
 
 
-@pytest.mark.parametrize(
-    "auto_class",
-    [
-        "AutoModelForSequenceClassification",
-        "AutoModelForImageClassification",
-        "AutoModelForCausalLM",
-        "AutoModelForSeq2SeqLM",
-    ],
-)
+@pytest.mark.parametrize("auto_class", AUTO_CLASSES[:4])
 def test_usage_is_python(auto_class):
     code = usage_code(render_card(replace(FACTS, auto_class=auto_class)))
     compile(code, "usage", "exec")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from models.test_phatgoose_bases import clip, clip_vision
-from test_card import NASTY, Tags, html_of
+from test_card import AUTO_CLASSES, NASTY, Tags, html_of
 from tiny import adapter, bert, image_processor, make_tokenizer, t5, vit
 
 from hf_fusion import Expert, ExpertInfo, Gates, PhatgooseRouter
@@ -82,17 +82,7 @@ def test_says_where_gates_come_from_and_what_labels_there_are():
     assert "| labels |" not in render_card(FACTS)
 
 
-@pytest.mark.parametrize(
-    "auto_class",
-    [
-        "AutoModelForCausalLM",
-        "AutoModelForSeq2SeqLM",
-        "AutoModelForSequenceClassification",
-        "AutoModelForTokenClassification",
-        "AutoModelForImageClassification",
-        "AutoModel",
-    ],
-)
+@pytest.mark.parametrize("auto_class", AUTO_CLASSES)
 def test_usage_is_python(auto_class):
     code = usage_code(render_card(replace(FACTS, auto_class=auto_class)))
     compile(code, "usage", "exec")

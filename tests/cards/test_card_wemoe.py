@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from huggingface_hub import ModelCard
 from models.test_wemoe_experts import different_labels
-from test_card import NASTY, Tags, html_of
+from test_card import AUTO_CLASSES, NASTY, Tags, html_of
 from tiny import bert, gpt2, image_processor, make_tokenizer, t5, vit
 from tiny_fused import base_expert, clip, clip_vision, experts_of
 
@@ -183,17 +183,7 @@ def test_every_way_to_store_task_vectors_has_its_words():
     assert set(TASK_VECTORS) <= set(STORAGE)
 
 
-@pytest.mark.parametrize(
-    "auto_class",
-    [
-        "AutoModelForCausalLM",
-        "AutoModelForSeq2SeqLM",
-        "AutoModelForSequenceClassification",
-        "AutoModelForTokenClassification",
-        "AutoModelForImageClassification",
-        "AutoModel",
-    ],
-)
+@pytest.mark.parametrize("auto_class", AUTO_CLASSES)
 def test_usage_is_python(auto_class):
     code = usage_code(render_card(replace(FACTS, auto_class=auto_class)))
     compile(code, "usage", "exec")

