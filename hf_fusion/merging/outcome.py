@@ -5,9 +5,11 @@ No values are read: names and shapes are loaded into the promised model on the m
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any
 
 from hf_fusion.errors import FusionError, first_line
@@ -106,10 +108,16 @@ def _hint(first: Model) -> str:
 
 def _loaded(config: Mapping[str, Any], shapes: Shapes) -> Account | str:
     """What the loader says of these tensors, or why it cannot be asked."""
-    promise = promised(config, MERGED, len(shapes))
+    return _account(json.dumps(config, sort_keys=True, default=str), tuple(shapes.items()))
+
+
+@lru_cache(maxsize=16)
+def _account(text: str, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> Account | str:
+    """The loader is asked once about one configuration and one set of shapes: a merge has three reasons to ask."""
+    promise = promised(json.loads(text), MERGED, len(shapes))
     if promise.model is None:
         return promise.why.removeprefix(f"{MERGED}: ")
-    return account_as(type(promise.model), promise.config, shapes)
+    return replace(account_as(type(promise.model), promise.config, dict(shapes)), model=None)
 
 
 def _problems(found: Account) -> dict[tuple[str, str], str]:
