@@ -21,6 +21,8 @@ PEERS ?= .venv-peers
 BIN := $(VENV)/bin
 WORKERS ?= 2
 # Bytecode is compiled when a module is first imported: most of what is installed never is.
+# It is kept, whatever the environment says: the tests start a hundred interpreters, and each would compile torch again.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 # Two test processes on two cores: more threads would only get in each other's way. A file's tests share a process.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
