@@ -340,8 +340,8 @@ def _is_alike(hint: Any, value: Any) -> bool:
         return isinstance(value, (list, tuple))
     if origin in (dict, Mapping) or dataclasses.is_dataclass(origin):
         return isinstance(value, Mapping)
-    if origin in (float, int):
+    if origin is float:
         return type(value) in (float, int)
-    if origin in (bool, types.NoneType):
+    if origin in (int, bool, types.NoneType):
         return type(value) is origin
     return isinstance(value, str) if origin in (str, Literal) else origin is Any or isinstance(value, origin)

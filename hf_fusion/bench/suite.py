@@ -8,15 +8,16 @@ from __future__ import annotations
 import os
 import re
 import string
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from hf_fusion.bench.sources import is_hub_id
 from hf_fusion.errors import FusionError, one_line, shown, suggestion
 from hf_fusion.io.files import read_text
 from hf_fusion.io.yaml_files import read_yaml
+from hf_fusion.schema import Before, Expected, OneOf, Place, Text, fields_of, is_text, read, read_class, read_fields
 
 SUITES = Path(__file__).with_name("suites")
 
@@ -51,6 +52,35 @@ METRICS = {
 }
 LOWER = frozenset({"perplexity", "absolute_error", "angle"})
 """Metrics on a scale of their own, of which less is better; all others are shares, of which more is better."""
+OUR_COLUMNS = ("text", "text_pair", "image", "label")
+
+
+def _beside(path: Path, name: str) -> Path:
+    """A file beside a suite's, or among the package's suites."""
+    own = path.parent / name
+    return own if os.path.isfile(own) else SUITES / name  # noqa: PTH113 - pathlib raises for names that are too long
+
+
+def _class_names(value: Any, place: Place) -> Any:
+    """The lines of the file that a text names; a list as it is."""
+    if not isinstance(value, str):
+        return value
+    file = _beside(Path(place.file), value)
+    if not os.path.isfile(file):  # noqa: PTH113
+        raise FusionError(f"{place}: {one_line(file)} is missing", "a list of names, or a file beside the suite's")
+    return read_text(file).splitlines()
+
+
+Texts = Annotated[
+    tuple[Text, ...],
+    Before(lambda value, place: [value] if isinstance(value, str) else value),
+    Expected("a list of texts", bool),
+]
+Classes = Annotated[
+    tuple[Text, ...], Before(_class_names), Expected("a list of names, or the file that holds one a line", bool)
+]
+GivenText = Annotated[str | None, Expected("a text", is_text)]
+"""A text that may be left out, but not be null."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +92,8 @@ class Fitting:
         share: of the split's rows.
     """
 
-    split: str = "train"
-    share: float = 0.15
+    split: Text = "train"
+    share: Annotated[int | float, Expected("a number above 0, at most 1", lambda share: 0 < share <= 1)] = 0.15
 
 
 @dataclass(frozen=True)
@@ -89,20 +119,20 @@ class Task:
     """
 
     name: str
-    data: str
-    metric: str = "accuracy"
-    expert: str | None = None
-    config: str | None = None
-    train: str | None = "train"
-    test: str = "test"
-    columns: dict[str, str] = field(default_factory=dict)
-    classes: tuple[str, ...] = ()
-    templates: tuple[str, ...] = ()
-    prompt: tuple[str, ...] = ()
-    words: tuple[str, ...] = ()
-    target: str | None = None
-    choices: str | None = None
-    worth: str | None = None
+    data: Text
+    metric: Annotated[str, OneOf(tuple(METRICS))] = "accuracy"
+    expert: Text | None = None
+    config: Text | None = None
+    train: Text | None = "train"
+    test: Text = "test"
+    columns: dict[Annotated[str, OneOf(OUR_COLUMNS)], Text] = field(default_factory=dict)
+    classes: Classes = ()
+    templates: Texts = ()
+    prompt: Texts = ()
+    words: Texts = ()
+    target: Text | None = None
+    choices: Text | None = None
+    worth: Text | None = None
     fitting: Fitting = Fitting()
 
 
@@ -116,9 +146,9 @@ class Question:
         words: or two answers: the score is the probability of the first where only these are possible (UniEval).
     """
 
-    prompt: str
-    target: str | None = None
-    words: tuple[str, ...] = ()
+    prompt: Text
+    target: GivenText = None
+    words: Annotated[tuple[Text, ...], Expected("two texts", lambda words: len(words) == 2)] = ()
 
 
 @dataclass(frozen=True)
@@ -132,8 +162,8 @@ class Holdout:
     """
 
     name: str
-    fuse: tuple[str, ...]
-    test: tuple[str, ...]
+    fuse: Texts
+    test: Texts
 
 
 @dataclass(frozen=True)
@@ -214,9 +244,6 @@ def load_suite(name: str | Path) -> Suite:
     return _suite(path.stem, _content(path), path)
 
 
-# ---------------------------------------------------------------- reading
-
-
 def holdouts_named(suite: Suite, words: Sequence[str]) -> list[Holdout]:
     """A suite's holdouts by name; "all" are all of them.
 
@@ -230,142 +257,71 @@ def holdouts_named(suite: Suite, words: Sequence[str]) -> list[Holdout]:
     return list(suite.unseen) if "all" in words else [known[name] for name in words]
 
 
-def _content(path: Path) -> dict[str, Any]:
+# ---------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class _File:
+    """What a suite's file holds; see `Suite`."""
+
+    title: Text
+    kind: Annotated[str, OneOf(KINDS)]
+    head: Annotated[str, OneOf(HEADS)]
+    tasks: Annotated[dict[Text, Any], Expected("names of tasks, each with its keys", bool)]
+    base: Text | None = None
+    multitask: Text | None = None
+    build: Text | None = None
+    about: Text = ""
+    experts: Annotated[Text | dict[Text, Text], Expected("a source with {task} in it, or names and sources")] = field(
+        default_factory=dict
+    )
+    defaults: Annotated[dict[Any, Any], Expected("keys of a task and values")] = field(default_factory=dict)
+    unseen: Annotated[dict[Text, Any], Expected("names of splits, each with fuse and test", bool)] = field(
+        default_factory=dict
+    )
+    ask: Annotated[
+        dict[Text, Any], Expected("names of experts, each with a prompt, and a target or two words", bool)
+    ] = field(default_factory=dict)
+
+
+def _content(path: Path) -> dict[Any, Any]:
     """The file's keys; those of the suite that it extends, where it has none of its own."""
-    content = read_yaml(path)
-    if not isinstance(content, Mapping):
-        raise FusionError(f"{path} holds no suite: keys and values are expected", hint=_allowed(_SUITE))
-    content = dict(content)
+    keys = Annotated[dict[Any, Any], Expected("{title: …, kind: …, head: …, tasks: …}")]
+    content: dict[Any, Any] = read(keys, read_yaml(path), Place(str(path)))
     if (parent := content.pop("extends", None)) is None:
         return content
     other = _beside(path, f"{parent}.yaml")
     if not os.path.isfile(other):  # noqa: PTH113
-        raise FusionError(
-            f"{path}: extends {shown(parent)}, which is not there", hint=f"use one of {', '.join(suite_names())}"
-        )
-    inherited = read_yaml(other)
-    if not isinstance(inherited, Mapping):
-        raise FusionError(f"{other} holds no suite: keys and values are expected", hint=_allowed(_SUITE))
+        raise FusionError(f"{path}: extends is {shown(parent)}, which is not there", suggestion(parent, suite_names()))
+    inherited: dict[Any, Any] = read(keys, read_yaml(other), Place(str(other)))
     if "extends" in inherited:
         raise FusionError(f"{path}: extends {parent}, which extends another", hint=f"extends: {inherited['extends']}")
     return {**inherited, **content}
 
 
-def _beside(path: Path, name: str) -> Path:
-    """A file beside a suite's, or among the package's suites."""
-    own = path.parent / name
-    return own if os.path.isfile(own) else SUITES / name  # noqa: PTH113 - pathlib raises for names that are too long
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _is_texts(value: object) -> bool:
-    return _is_text(value) or isinstance(value, list) and bool(value) and all(map(_is_text, value))
-
-
-def _is_columns(value: object) -> bool:
-    return isinstance(value, Mapping) and all(map(_is_text, [*value, *value.values()]))
-
-
-def _is_mapping(value: object) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(map(_is_text, value))
-
-
-def _one_of(names: Any) -> tuple[Callable[[object], bool], str]:
-    return lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}"
-
-
-Check = tuple[Callable[[object], bool], str]
-_TEXT: Check = (_is_text, "a text")
-_MAYBE: Check = (lambda value: value is None or _is_text(value), "a text or null")
-_LIST: Check = (_is_texts, "a list of texts")
-# key -> (whether a value will do, what is expected)
-_SUITE: dict[str, Check] = {
-    "title": _TEXT,
-    "kind": _one_of(KINDS),
-    "head": _one_of(HEADS),
-    "base": _MAYBE,
-    "multitask": _MAYBE,
-    "build": _MAYBE,
-    "about": _TEXT,
-    "experts": (
-        lambda value: _is_text(value) or _is_columns(value),
-        "a source with {task} in it, or names and sources",
-    ),
-    "defaults": (lambda value: isinstance(value, Mapping), "keys of a task and values"),
-    "tasks": (_is_mapping, "names of tasks, each with its keys"),
-    "unseen": (_is_mapping, "names of splits, each with fuse and test"),
-    "ask": (_is_mapping, "names of experts, each with a prompt, and a target or two words"),
-}
-_ASK: dict[str, Check] = {
-    "prompt": _TEXT,
-    "target": _TEXT,
-    "words": (lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_text, value)), "two texts"),
-}
-_TASK: dict[str, Check] = {
-    "data": _TEXT,
-    "metric": _one_of(METRICS),
-    "expert": _MAYBE,
-    "config": _MAYBE,
-    "train": _MAYBE,
-    "test": _TEXT,
-    "columns": (_is_columns, "our columns and the data set's"),
-    "classes": (_is_texts, "a list of names, or the file that holds one a line"),
-    "templates": _LIST,
-    "prompt": _LIST,
-    "words": _LIST,
-    "target": _MAYBE,
-    "choices": _MAYBE,
-    "worth": _MAYBE,
-    "fitting": (lambda value: isinstance(value, Mapping), "split and share"),
-}
-_FITTING: dict[str, Check] = {
-    "split": _TEXT,
-    "share": (lambda value: isinstance(value, (int, float)) and 0 < value <= 1, "a number above 0, at most 1"),
-}
-_UNSEEN: dict[str, Check] = {"fuse": _LIST, "test": _LIST}
-OUR_COLUMNS = ("text", "text_pair", "image", "label")
-
-
-def _allowed(known: Mapping[str, Check]) -> str:
-    return f"use {', '.join(known)}"
-
-
-def _checked(content: object, known: Mapping[str, Check], needed: tuple[str, ...], where: str) -> dict[str, Any]:
-    """Plain values whose keys are known and whose values will do."""
-    if not isinstance(content, Mapping):
-        raise FusionError(f"{where} is {shown(content)}, keys and values are expected", hint=_allowed(known))
-    for key, value in content.items():
-        if key not in known:
-            raise FusionError(f"{where} has an unknown key {shown(key)}", hint=_allowed(known))
-        is_valid, expected = known[key]
-        if not is_valid(value):
-            raise FusionError(f"{where}: {key} is {shown(value)}, expected {expected}")
-    if missing := [key for key in needed if key not in content]:
-        raise FusionError(f"{where} lacks the key {missing[0]!r}", hint=f"{missing[0]}: {known[missing[0]][1]}")
-    return dict(content)
-
-
-def _suite(name: str, content: dict[str, Any], path: Path) -> Suite:
-    given = _checked(content, _SUITE, ("title", "kind", "head", "tasks"), str(path))
-    defaults = _checked(given.pop("defaults", {}), _TASK, (), f"{path}: defaults")
-    pool = _numbered(given.pop("experts", {}))
-    told = {
-        key: _checked({} if own is None else own, _TASK, (), f"{path}: task {one_line(key)}")
-        for key, own in given["tasks"].items()
-    }
-    tasks = {key: _task(key, {**defaults, **own}, pool, path) for key, own in told.items()}
+def _suite(name: str, content: dict[Any, Any], path: Path) -> Suite:
+    place = Place(str(path))
+    file = read_class(_File, content, place)
+    known = {key: own for key, own in fields_of(Task).items() if key != "name"}
+    defaults, pool = read_fields(known, file.defaults, place.inner("defaults")), _numbered(file.experts, place)
+    tasks = {}
+    for key, own in file.tasks.items():
+        at, given = place.inner("tasks", key), {} if own is None else own
+        task = read_class(Task, given, at, defaults, name=key)
+        if "expert" not in {**defaults, **given}:
+            task = replace(task, expert=pool if isinstance(pool, str) else pool.get(key))
+        elif isinstance(pool, Mapping) and task.expert in pool:
+            task = replace(task, expert=pool[task.expert])
+        tasks[key] = _checked(task, at)
     experts = {} if isinstance(pool, str) else dict(pool)
     named = set(experts.values())
     experts |= {task.name: task.expert for task in tasks.values() if task.expert and task.expert not in named}
     if not experts:
         raise FusionError(f"{path} names no expert", hint="experts: owner/name-{task}")
-    given["tasks"] = tasks
-    unseen = tuple(_unseen(key, own, tasks, path) for key, own in given.pop("unseen", {}).items())
-    ask = {key: _question(own, f"{path}: ask {key}") for key, own in given.pop("ask", {}).items()}
-    suite = Suite(name=name, experts=experts, unseen=unseen, ask=ask, path=path, **given)
+    unseen = tuple(_unseen(key, own, tasks, place.inner("unseen", key)) for key, own in file.unseen.items())
+    ask = {key: _question(own, place.inner("ask", key)) for key, own in file.ask.items()}
+    facts = {key: getattr(file, key) for key in ("title", "kind", "head", "base", "multitask", "build", "about")}
+    suite = Suite(name=name, tasks=tasks, experts=experts, unseen=unseen, ask=ask, path=path, **facts)
     _check_questions(suite)
     return suite
 
@@ -389,17 +345,17 @@ def _check_questions(suite: Suite) -> None:
             raise FusionError(f"{suite.path}: {what}", hint=hint)
 
 
-def _question(content: object, where: str) -> Question:
-    given = _checked(content, _ASK, ("prompt",), where)
-    if ("target" in given) == ("words" in given):
-        raise FusionError(f"{where}: a prompt has either a target or two words", hint="words: [Yes, No]")
-    names = _names(given["prompt"]) + _names(given.get("target", ""))
+def _question(content: object, place: Place) -> Question:
+    found = read_class(Question, content, place)
+    if (found.target is None) == (not found.words):
+        raise FusionError(f"{place}: a prompt has either a target or two words", hint="words: [Yes, No]")
+    names = _names(found.prompt, place) + _names(found.target or "", place)
     if unknown := set(names) - {"text", "text_pair"}:
-        raise FusionError(f"{where} has {{{sorted(unknown)[0]}}}", hint="use {text} and {text_pair}")
-    return Question(given["prompt"], given.get("target"), tuple(given.get("words", ())))
+        raise FusionError(f"{place} has {{{sorted(unknown)[0]}}}", hint="use {text} and {text_pair}")
+    return found
 
 
-def _numbered(pool: Any) -> Any:
+def _numbered(pool: str | dict[str, str], place: Place) -> str | dict[str, str]:
     """Experts by name and source, where ranges of numbers were written: each number by itself."""
     if not isinstance(pool, Mapping):
         return pool
@@ -407,7 +363,8 @@ def _numbered(pool: Any) -> Any:
     for name, source in pool.items():
         if match := re.fullmatch(r"(.+)\{(\d+)-(\d+)\}(.*)", source):
             if max(len(match[2]), len(match[3])) > 4:
-                raise FusionError(f"experts: {shown(source)} counts too far", hint="numbers of at most four digits")
+                at = place.inner("experts", name)
+                raise FusionError(f"{at}: {shown(source)} counts too far", hint="numbers of at most four digits")
             numbers = range(int(match[2]), int(match[3]) + 1)
             found |= {f"{name}-{number}": f"{match[1]}{number}{match[4]}" for number in numbers}
         else:
@@ -415,70 +372,46 @@ def _numbered(pool: Any) -> Any:
     return found
 
 
-def _task(name: str, content: object, pool: Any, path: Path) -> Task:
-    where = f"{path}: task {one_line(name)}"
-    given = _checked(content, _TASK, ("data",), where)
-    for key in ("templates", "prompt", "words", "classes"):
-        if key in given:
-            given[key] = _texts(given[key], path, f"{where}: {key}", lines=key == "classes")
-    if unknown := set(given.get("columns", {})) - set(OUR_COLUMNS):
-        raise FusionError(f"{where}: columns has {shown(sorted(unknown)[0])}", hint=f"use {', '.join(OUR_COLUMNS)}")
-    if "fitting" in given:
-        given["fitting"] = Fitting(**_checked(given["fitting"], _FITTING, (), f"{where}: fitting"))
-    answers = [key for key in ("words", "target") if given.get(key)]
-    if len(answers) != ("prompt" in given):
-        raise FusionError(f"{where}: a prompt has either words or a target", hint="words: one for each class")
-    if given.get("metric") == "ranked" and not (given.get("words") or given.get("choices")):
-        raise FusionError(f"{where}: nothing to rank", hint="words: one for each class, or choices: the column of them")
-    if given.get("train", "train") is None and given.get("fitting", Fitting()).split == "train":
+def _checked(task: Task, place: Place) -> Task:
+    """A task whose keys go together, with its name where ``{task}`` stands."""
+    if bool(task.words) + bool(task.target) != bool(task.prompt):
+        raise FusionError(f"{place}: a prompt has either words or a target", hint="words: one for each class")
+    if task.metric == "ranked" and not (task.words or task.choices):
+        raise FusionError(f"{place}: nothing to rank", hint="words: one for each class, or choices: the column of them")
+    if task.train is None and task.fitting.split == "train":
         raise FusionError(
-            f"{where}: without train rows something must be fitted on others", hint="fitting: {split: test}"
+            f"{place}: without train rows something must be fitted on others", hint="fitting: {split: test}"
         )
-    if "expert" not in given:
-        given["expert"] = pool if isinstance(pool, str) else pool.get(name)
-    elif isinstance(pool, Mapping) and given["expert"] in pool:
-        given["expert"] = pool[given["expert"]]
+    filled: dict[str, Any] = {}
     for key in ("expert", "data", "config"):
-        if given.get(key):
-            given[key] = _filled(given[key], name, f"{where}: {key}")
-    return Task(name=name, **given)
+        if template := getattr(task, key):
+            filled[key] = _filled(template, task.name, place.inner(key))
+    return replace(task, **filled)
 
 
-def _texts(value: Any, path: Path, where: str, lines: bool) -> tuple[str, ...]:
-    """A list as it is, a text as its only element; and where `lines` is set, the lines of the file of that name."""
-    if isinstance(value, list):
-        return tuple(value)
-    if not lines:
-        return (value,)
-    file = _beside(path, value)
-    if not os.path.isfile(file):  # noqa: PTH113
-        raise FusionError(f"{where}: {one_line(file)} is missing", hint="a list of names, or a file beside the suite's")
-    return tuple(read_text(file).splitlines())
-
-
-def _names(template: str) -> list[str]:
+def _names(template: str, place: Place) -> list[str]:
     """What stands in braces."""
     try:
         return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
-        raise FusionError(f"{shown(template)} cannot be filled in ({error})", hint="{task} stands for a name") from None
+        raise FusionError(
+            f"{place} is {shown(template)}, which cannot be filled in ({error})", "{task} stands for a name"
+        ) from None
 
 
-def _filled(template: str, task: str, where: str) -> str:
-    if set(_names(template)) - {"task"}:
-        raise FusionError(f"{where} is {shown(template)}: only {{task}} can stand in it")
+def _filled(template: str, task: str, place: Place) -> str:
+    if set(_names(template, place)) - {"task"}:
+        raise FusionError(f"{place} is {shown(template)}: only {{task}} can stand in it")
     return template.replace("{task}", task)
 
 
-def _unseen(name: str, content: object, tasks: Mapping[str, Task], path: Path) -> Holdout:
-    where = f"{path}: unseen {one_line(name)}"
-    given = _checked(content, _UNSEEN, ("fuse", "test"), where)
-    split = Holdout(name, *(_texts(given[key], path, where, lines=False) for key in ("fuse", "test")))
+def _unseen(name: str, content: object, tasks: Mapping[str, Task], place: Place) -> Holdout:
+    split = read_class(Holdout, content, place, name=name)
     for task in (*split.fuse, *split.test):
         if task not in tasks:
-            raise FusionError(f"{where}: no task {shown(task)}", hint=f"use {', '.join(tasks)}")
+            raise FusionError(f"{place}: no task {shown(task)}", suggestion(task, tasks))
     if both := set(split.fuse) & set(split.test):
-        raise FusionError(f"{where}: {sorted(both)[0]} is both fused and tested", hint="unseen tasks are not fused")
+        raise FusionError(f"{place}: {sorted(both)[0]} is both fused and tested", hint="unseen tasks are not fused")
     if without := [task for task in split.fuse if tasks[task].expert is None]:
-        raise FusionError(f"{where}: {without[0]} has no expert to fuse")
+        raise FusionError(f"{place}: {without[0]} has no expert to fuse")
     return split
