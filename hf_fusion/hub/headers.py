@@ -29,7 +29,7 @@ from hf_fusion.hub.source import Source
 from hf_fusion.io.files import open_file
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 T = TypeVar("T")
 Shapes = dict[str, tuple[int, ...]]
@@ -52,22 +52,31 @@ _NAMES = ("_name_or_path", "transformers_version", "id2label", "label2id")
 
 
 @dataclass(frozen=True)
-class Account:
+class TensorAccount:
     """What became of a checkpoint's tensors.
 
     Attributes:
-        model: the promised model on the meta device.
         missing: parameters that no tensor fills.
         unexpected: tensors that the model does not use.
         mismatched: one line per parameter whose tensor has another shape.
         sizes: of those parameters, by name: the tensor's shape, and the one that was promised.
     """
 
-    model: Any
     missing: frozenset[str]
     unexpected: frozenset[str]
     mismatched: tuple[str, ...]
     sizes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account(TensorAccount):
+    """The same, with the model.
+
+    Attributes:
+        model: the promised model on the meta device.
+    """
+
+    model: PreTrainedModel
 
 
 class Accounts:
@@ -139,11 +148,12 @@ def native_config(config: Mapping[str, Any], name: str, tensors: int) -> PreTrai
         raise FusionError(f"{name}: transformers does not know model_type {shown(model_type)}.")
     if config.get("quantization_config"):
         raise FusionError(f"{name}: its weights are quantized.", hint="use the unquantized checkpoint")
-    known: PreTrainedConfig = checked_config(config, name, tensors)
+    known = checked_config(config, name, tensors)
+    assert known is not None  # of a model that transformers knows
     return known
 
 
-def checked_config(config: Mapping[str, Any], name: str, tensors: int = _MOST_PARTS) -> Any:
+def checked_config(config: Mapping[str, Any], name: str, tensors: int = _MOST_PARTS) -> PreTrainedConfig | None:
     """The config object, built within bounds; None of a model that transformers does not know.
 
     Args:
@@ -160,7 +170,7 @@ def checked_config(config: Mapping[str, Any], name: str, tensors: int = _MOST_PA
 
     refuse_kernels(config, name)
     try:
-        config_class: Any = CONFIG_MAPPING[str(config.get("model_type"))]
+        config_class: type[PreTrainedConfig] | None = CONFIG_MAPPING[str(config.get("model_type"))]
     except KeyError:
         config_class = None
     known = {*signature(config_class).parameters, *config_class.attribute_map} if config_class else set()
@@ -228,7 +238,7 @@ def account(config: PreTrainedConfig, head: Head, shapes: Shapes, name: str) -> 
         raise FusionError(f"{name}: no {head.auto} can be built from config.json ({first_line(error)}).") from error
 
 
-def _class_of(config: PreTrainedConfig, head: Head) -> tuple[Any, PreTrainedConfig]:
+def _class_of(config: PreTrainedConfig, head: Head) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     """The class that a head's Auto class builds, and the config that it takes: the whole, or that of its texts.
 
     Raises:
@@ -244,7 +254,7 @@ def _class_of(config: PreTrainedConfig, head: Head) -> tuple[Any, PreTrainedConf
     return own, config.get_text_config() if text is not None and own.config_class == text else config
 
 
-def account_as(model_class: Any, config: PreTrainedConfig, shapes: Shapes) -> Account:
+def account_as(model_class: type[PreTrainedModel], config: PreTrainedConfig, shapes: Shapes) -> Account:
     """Load tensors of these names and shapes into a model of a class, without their values.
 
     Raises:
@@ -270,17 +280,18 @@ def account_as(model_class: Any, config: PreTrainedConfig, shapes: Shapes) -> Ac
     _refuse_buffers(model, sum(math.prod(shape) for shape in shapes.values()))
     sizes = {key: (tuple(found), tuple(expected)) for key, found, expected in sorted(info["mismatched_keys"])}
     mismatched = tuple(f"{key} is {[*found]}, not {[*expected]}" for key, (found, expected) in sizes.items())
-    return Account(model, frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]), mismatched, sizes)
+    missing, unexpected = frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"])
+    return Account(missing, unexpected, mismatched, sizes, model=model)
 
 
-def _refuse_buffers(model: Any, found: int) -> None:
+def _refuse_buffers(model: PreTrainedModel, found: int) -> None:
     """Raises for tables that loading computes, such as masks, where they are larger than all that is stored."""
     taken = sum(buffer.numel() * buffer.element_size() for _, buffer in model.named_non_persistent_buffers())
     if taken > max(_MOST_BUFFERS, found):
         raise TooMuchError(f"tables of {taken / 1e6:,.0f} MB beside {found:,} stored numbers")
 
 
-def _weightless(model_class: Any) -> Any:
+def _weightless(model_class: type[PreTrainedModel]) -> Any:
     """The class, but what no tensor fills stays on the meta device, where it takes no memory and no time."""
 
     def skip(*_: object, **__: object) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError, suggestion
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def head_of_adapter(config: dict[str, Any]) -> Head | None:
     return named or head_of_architecture(mapping.get("base_model_class") if isinstance(mapping, dict) else None)
 
 
-def model_class_of(name: str | None) -> Any:
+def model_class_of(name: str | None) -> type[PreTrainedModel] | None:
     """The model class of that name in transformers; None for other names, as of Auto classes."""
     import transformers
 

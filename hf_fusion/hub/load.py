@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 from safetensors import SafetensorError
 
@@ -196,7 +196,7 @@ class _Loader:
         refuse_keys(source.name, "missing", info["missing_keys"])
         refuse_keys(source.name, "unexpected", info["unexpected_keys"] if keeps_all else ())
         _refuse_not_finite(model, source.name)
-        labels = [model.config.id2label[k] for k in sorted(model.config.id2label)] if head.has_labels else []
+        labels = _labels(model) if head.has_labels else []
         return self._expert(source, base, model, head, labels)
 
     def _adapters(self, sources: dict[int, Source], base: Source | None) -> dict[int, Expert]:
@@ -207,7 +207,8 @@ class _Loader:
         head = self._head(first, base_config)
         unfilled: set[str] = set()
         if base is None:
-            model: Any = self.base
+            assert _is_model(self.base)
+            model = self.base
         else:
             model, info = self._model(
                 base,
@@ -242,7 +243,7 @@ class _Loader:
 
     def _model(
         self, source: Source, head: Head, num_labels: int | None = None, adapters: Mapping[str, Adapter] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
+    ) -> tuple[PreTrainedModel, dict[str, Any]]:
         """The model of a folder and transformers' account of its keys; adapters by name must fit it."""
         refuse_kernels(source.config, source.name)
         code = self._code_to_run(source)
@@ -254,7 +255,7 @@ class _Loader:
             options["num_labels"] = num_labels
         check_snapshot(_folder(source), source.name)  # transformers opens what an index and a configuration name
         try:
-            loaded: tuple[Any, dict[str, Any]] = head.auto_class().from_pretrained(
+            loaded: tuple[PreTrainedModel, dict[str, Any]] = head.auto_class().from_pretrained(
                 _folder(source),
                 dtype=self.dtype,
                 use_safetensors=bool(safe),
@@ -298,7 +299,7 @@ class _Loader:
         self,
         source: Source,
         base: Source | None,
-        model: Any,
+        model: PreTrainedModel,
         head: Head,
         labels: list[str],
         adapter: Adapter | None = None,
@@ -326,21 +327,24 @@ def _name_of(expert: str | Path | ExpertInfo) -> str | Path:
     return expert.pinned if isinstance(expert, ExpertInfo) else expert
 
 
-def _loaded_base(base: Any) -> ModelRef:
+def _loaded_base(base: ExpertLike | None) -> ModelRef:
     """What a base in memory is recorded as: where it was loaded from; "" where that is unknown, and for any other."""
-    if not _is_model(base):
-        return ModelRef("")
     if isinstance(base, Expert) and base.revision:
         return base.ref
-    config = (base.model if isinstance(base, Expert) else base).config
+    model = base.model if isinstance(base, Expert) else base
+    if not _is_model(model):
+        return ModelRef("")
+    config = model.config
     return ModelRef(str(config.name_or_path or ""), getattr(config, "_commit_hash", None))
 
 
-def _is_model(base: object) -> bool:
+def _is_model(base: str | Path | ExpertInfo | PreTrainedModel | None) -> TypeGuard[PreTrainedModel]:
     return base is not None and not isinstance(base, (str, Path, ExpertInfo))
 
 
-def _groups(sources: dict[int, Source], bases: dict[int, Source], head: Any) -> list[list[int]]:
+def _groups(
+    sources: dict[int, Source], bases: dict[int, Source], head: Callable[[Source, dict[str, Any]], Head]
+) -> list[list[int]]:
     """Indices of adapters that share a base at one commit and a head."""
     groups: dict[tuple[int, str], list[int]] = {}
     for i, source in sources.items():
@@ -418,7 +422,7 @@ def _refuse_many_tokens(source: Source) -> None:
         raise FusionError(f"{source.name}: its tokenizer has {max(special, added):,} tokens beside its vocabulary.")
 
 
-def in_memory(expert: Any, index: int) -> Expert:
+def in_memory(expert: object, index: int) -> Expert:
     """An `Expert` as it is, or one made of a loaded model; errors call it by its number."""
     from transformers import PreTrainedModel
 
@@ -432,17 +436,22 @@ def in_memory(expert: Any, index: int) -> Expert:
     name_or_id = str(name) if name.as_posix().count("/") == 1 and not name.is_dir() else name.name
     _refuse_not_finite(expert, name_or_id)
     head = head_of_architecture(type(expert).__name__)
-    id2label: dict[Any, str] = (expert.config.id2label or {}) if head and head.has_labels else {}
     return Expert(
         name=name_or_id,
         model=expert,
         processor=getattr(expert, "processor", None),
-        labels=[id2label[k] for k in sorted(id2label)],
+        labels=_labels(expert) if head and head.has_labels else [],
         task=head.tasks[0] if head else None,
     )
 
 
-def _refuse_misfits(adapters: Mapping[str, Adapter], base: Any) -> None:
+def _labels(model: PreTrainedModel) -> list[str]:
+    """The names of a model's classes by index."""
+    id2label: dict[Any, str] = model.config.id2label or {}
+    return [id2label[index] for index in sorted(id2label)]
+
+
+def _refuse_misfits(adapters: Mapping[str, Adapter], base: PreTrainedModel) -> None:
     for name, adapter in adapters.items():
         if problems := fit_problems(placed(adapter, base), base):
             raise FusionError(f"Adapter {name} does not fit its base: {'; '.join(problems[:5])}.")
@@ -457,14 +466,14 @@ def _refuse_unfilled(name: str, promised: Account, shapes: Shapes) -> None:
         raise FusionError(f"{name}: config.json promises {unfilled:,} parameters that no tensor fills.")
 
 
-def refuse_keys(name: str, what: str, keys: Any) -> None:
+def refuse_keys(name: str, what: str, keys: Collection[str]) -> None:
     """A parameter the checkpoint does not fill would stay random; a tensor it does not use would be lost."""
     if keys:
         shown = ", ".join(sorted(map(str, keys))[:5])
         raise FusionError(f"{name}: {len(keys)} weights are {what}: {shown}.", hint="check task=… and the checkpoint")
 
 
-def _refuse_not_finite(model: Any, name: str, skip: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+def _refuse_not_finite(model: PreTrainedModel, name: str, skip: Collection[str] = ()) -> None:
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and key not in skip and not tensor.isfinite().all():
             raise FusionError(f"{name} has NaN or Inf in {key}.", hint=f"fuse the others: leave {name} out")

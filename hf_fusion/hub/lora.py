@@ -321,7 +321,7 @@ def lifted(adapter: Adapter, base: torch.nn.Module) -> Adapter:
     return replace(adapter, lora=lora, saved=saved)
 
 
-def _update(module: Any, pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def _update(module: torch.nn.Module, pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """B A as a module stores its weight: (d_out, d_in), or transposed in a Conv1D; in single precision."""
     import torch
 

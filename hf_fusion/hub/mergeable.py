@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hf_fusion.hub.headers import on_meta
 from hf_fusion.models.assembly_wemoe import ExpertSource, check_experts, head_paths, part_of, renamed
 from hf_fusion.models.fused_heads import head_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def merge_problems(model: Any, base: Any) -> list[str]:
+
+def merge_problems(model: PreTrainedModel, base: PreTrainedModel) -> list[str]:
     """What `hf_fusion.fuse` would refuse to merge, one line each.
 
     Args:
@@ -34,10 +37,12 @@ def merge_problems(model: Any, base: Any) -> list[str]:
     ]
 
 
-def _under_the_head_of(model: Any, base: Any) -> Any:
+def _under_the_head_of(model: PreTrainedModel, base: PreTrainedModel) -> PreTrainedModel:
     """A model of an expert's class and the base's sizes: what of the base is not in it, such as a pooler, may lack."""
     if type(model.config) is not type(base.config):
         return model
     config = copy.deepcopy(base.config)
-    config.num_labels = model.config.num_labels  # a base without a head has none
-    return on_meta(lambda: type(model)._from_config(config))
+    if model.config.num_labels is not None:
+        config.num_labels = model.config.num_labels  # a base without a head has none
+    made: PreTrainedModel = on_meta(lambda: type(model)._from_config(config))
+    return made

@@ -10,11 +10,14 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError, first_line
 from hf_fusion.extras import MissingLibraryError, refuse_missing
 from hf_fusion.hub.heads import architectures, model_class_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,8 @@ class Promised:
         why: why there is no model; "" where there is one.
     """
 
-    model: Any = None
-    config: Any = None
+    model: PreTrainedModel | None = None
+    config: PreTrainedConfig | None = None
     why: str = ""
 
     @property
@@ -86,37 +89,40 @@ def _promised(text: str, tensors: int) -> Promised:
         raise _NotBuiltError(why, error) from error
 
 
-def model_class(content: Mapping[str, Any], config: Any) -> Any:
+def model_class(content: Mapping[str, Any], config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that loads a checkpoint: its own architecture, or the body's where it names none.
 
     Raises:
         FusionError: transformers has no such class.
     """
-    import transformers
+    from transformers import AutoModel
+    from transformers.models.auto.auto_factory import _get_model_class
 
     named = next(iter(architectures(dict(content))), None)
     if named is None:
-        return transformers.AutoModel._model_mapping[type(config)]
+        body: type[PreTrainedModel] = _get_model_class(config, AutoModel._model_mapping)
+        return body
     own = model_class_of(named)
     if own is None:
         raise FusionError(f"transformers has no class {named}")
     return own
 
 
-def _config_for(own: Any, config: Any) -> Any:
+def _config_for(own: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedConfig:
     """The configuration that a class takes: the whole, or that of a part (of a CLIP for its vision tower).
 
     Raises:
         FusionError: it takes neither.
     """
     parts = [getattr(config, key, None) for key in getattr(config, "sub_configs", {})]
-    found = next((part for part in (config, *parts) if isinstance(part, own.config_class)), None)
+    wanted = own.config_class or ()
+    found = next((part for part in (config, *parts) if isinstance(part, wanted)), None)
     if found is None:
         raise FusionError(f"{own.__name__} is not a class of {config.model_type}")
     return found
 
 
-def loaded_names(model: Any, names: Iterable[str]) -> dict[str, str]:
+def loaded_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     """Names in files -> names in the loaded model, as `from_pretrained` finds them.
 
     A tensor that the loader makes part of another one (an expert's matrix of a mixture that holds them stacked) keeps a
@@ -129,7 +135,7 @@ def loaded_names(model: Any, names: Iterable[str]) -> dict[str, str]:
     return {name: loaded for name, loaded, _ in _loaded(model, names)}
 
 
-def used_names(model: Any, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+def used_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Names in files -> the parameters and buffers that the loader fills from each, of those that it uses.
 
     Args:
@@ -142,7 +148,7 @@ def used_names(model: Any, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _loaded(model: Any, names: Iterable[str]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+def _loaded(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """Each name in the files, its name in the loaded model, and what the loader makes of it with others, if it does."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key

@@ -18,6 +18,7 @@ from hf_fusion.types import Adapter
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 Sizes = Mapping[str, tuple[int, int]]
 
@@ -54,7 +55,7 @@ def placement(
     return fitting[0][1] if len(fitting) == 1 else {name: name for name in wanted}
 
 
-def _named(wanted: Collection[str], model: Any, stored: Collection[str] = ()) -> dict[str, str]:
+def _named(wanted: Collection[str], model: torch.nn.Module, stored: Collection[str] = ()) -> dict[str, str]:
     """The names of a model's parameters that a loader would find for these; empty where it does not find them all."""
     from transformers import PreTrainedModel
 
@@ -244,7 +245,7 @@ def refuse_sizes(placed: Placed, shapes: Mapping[str, tuple[int, ...]], called: 
 def _under_its_head(
     adapter: Adapter,
     found: Mapping[str, str],
-    model: Any,
+    model: PreTrainedModel,
     loaded: Mapping[str, str],
     config: Mapping[str, Any],
     called: str,

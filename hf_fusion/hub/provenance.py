@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
 from hf_fusion.families import FAMILIES, MEASURED
@@ -20,6 +20,9 @@ from hf_fusion.io.files import open_file, own_file
 from hf_fusion.io.json_files import read_json
 from hf_fusion.recipe import RECIPE_ATTRIBUTE, RECIPE_FILE, Recipe
 from hf_fusion.types import CONTENT, ModelRef
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # what belongs to a model; its card, results and training leftovers do not
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja", ".py")
@@ -53,7 +56,7 @@ def recipe_in(folder: str | Path) -> Recipe:
     return _recorded(FAMILIES[content["model_type"]].classes().config.from_pretrained(folder))
 
 
-def recipe_of_model(model: Any) -> Recipe:
+def recipe_of_model(model: PreTrainedModel) -> Recipe:
     """What a model was made of, as `fuse` left it there or as its config says.
 
     Raises:
@@ -67,7 +70,7 @@ def recipe_of_model(model: Any) -> Recipe:
     return _recorded(model.config)
 
 
-def _recorded(config: Any) -> Recipe:
+def _recorded(config: PreTrainedConfig) -> Recipe:
     return Recipe.from_dict(config.to_recipe(), "config.json")
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
 from hf_fusion.errors import FusionError, first_line
-from hf_fusion.hub.headers import Account, Shapes, account_as
+from hf_fusion.hub.headers import Shapes, TensorAccount, account_as
 from hf_fusion.hub.heads import architectures, head_of_architecture, label_names
 from hf_fusion.hub.names import promised
 from hf_fusion.io.json_files import read_json
@@ -106,21 +105,22 @@ def _hint(first: Model) -> str:
     return "save the base as the adapters were trained on it (resize_token_embeddings), and merge base+adapter"
 
 
-def _loaded(config: Mapping[str, Any], shapes: Shapes) -> Account | str:
+def _loaded(config: Mapping[str, Any], shapes: Shapes) -> TensorAccount | str:
     """What the loader says of these tensors, or why it cannot be asked."""
     return _account(json.dumps(config, sort_keys=True, default=str), tuple(shapes.items()))
 
 
 @lru_cache(maxsize=16)
-def _account(text: str, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> Account | str:
+def _account(text: str, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> TensorAccount | str:
     """The loader is asked once about one configuration and one set of shapes: a merge has three reasons to ask."""
     promise = promised(json.loads(text), MERGED, len(shapes))
-    if promise.model is None:
+    if promise.model is None or promise.config is None:
         return promise.why.removeprefix(f"{MERGED}: ")
-    return replace(account_as(type(promise.model), promise.config, dict(shapes)), model=None)
+    found = account_as(type(promise.model), promise.config, dict(shapes))
+    return TensorAccount(found.missing, found.unexpected, found.mismatched, found.sizes)  # the model is not kept
 
 
-def _problems(found: Account) -> dict[tuple[str, str], str]:
+def _problems(found: TensorAccount) -> dict[tuple[str, str], str]:
     """What is wrong, by kind and name, alike layers as one."""
     star = partial(re.sub, r"\.\d+(?=\.)", ".*")
     lines = {("missing", star(name)): f"{name} is missing" for name in sorted(found.missing)}

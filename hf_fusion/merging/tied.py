@@ -39,7 +39,7 @@ def tied_pairs(config: Mapping[str, Any], name: str, entries: Mapping[str, Entry
         Nothing where it ties nothing, or transformers does not know it.
     """
     promise = promised(config, name, len(entries))
-    if not promise.tied:
+    if promise.model is None or not promise.tied:
         return {}
     stored = {loaded: own for own, loaded in loaded_names(promise.model, entries).items()}
     pairs = {}
