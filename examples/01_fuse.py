@@ -2,7 +2,7 @@
 
     python examples/01_fuse.py
 
-It writes the folder fused/ and the picture accuracy-cost.png, and prints system, accuracy, 95 % interval and cost:
+It writes the folder fused/ and the picture accuracy-cost.png, and prints predictor, accuracy, 95 % interval and cost:
 
     FoE                       98.0%   97.2% – 98.6%  100%
     FoE, frugal               98.1%   97.3% – 98.6%   29%
@@ -31,4 +31,4 @@ plot_accuracy_cost(results, "accuracy-cost.png")
 model.save_pretrained("fused")  # AutoModel.from_pretrained("fused", trust_remote_code=True) loads it anywhere
 
 for row in results.table():
-    print(f"{row['system']:24} {row['accuracy']:>6}  {row['95 % interval']:>14}  {row['cost']}")
+    print(f"{row['predictor']:24} {row['accuracy']:>6}  {row['95 % interval']:>14}  {row['cost']}")

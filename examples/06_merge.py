@@ -33,8 +33,8 @@ adapt_routers(model, {owners[task]: rows for task, rows in suite.items()}, steps
 
 suite, owners = split_tasks(load_rows(data, "test"), model.experts)
 results = evaluate(model, suite, experts=verdict.accepted, base=base, owners=owners)
-for system in results.systems:
-    print(f"{system.name:20} {system.means['held-in']}")
+for predictor in results.predictors:
+    print(f"{predictor.name:20} {predictor.means['held-in']}")
 
 published = publish(model, repo, results=results)  # private; its card pins the commit
 print(f"published {published.repo_id} at {published.sha[:10]}")

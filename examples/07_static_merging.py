@@ -33,9 +33,9 @@ model = fuse("ties", experts, base, density=0.5)  # `hf-fusion fuse` writes the 
 
 suite, owners = split_tasks(load_rows(data, "test"), [expert.id for expert in experts])
 results = evaluate(model, suite, experts=experts, base=base, owners=owners)
-single = max((s for s in results.systems if s.kind == "expert"), key=lambda s: s.means["held-in"].score)
-for name, system in {"merged": results["merged"], "best single": single, "base": results["base"]}.items():
-    print(f"{name:20} {system.means['held-in']}")
+single = results.best("expert")
+for name, scores in {"merged": results["merged"], "best single": single, "base": results["base"]}.items():
+    print(f"{name:20} {scores.means['held-in']}")
 
 published = publish(model, repo, results=results)  # private; loads with transformers, runs no code of its repo
 print(f"published {published.repo_id} at {published.sha[:10]}")

@@ -297,7 +297,7 @@ def compare(folder: Path) -> None:
         shares = [part.float().mean().item() for part in (own, right[~scans, k], right[scans, k], right[:, k])]
         print("{:26} {:>10,.0f}  {:>11.1%}  {:.1%}  {:.1%}  {:.1%}".format(expert["name"], expert["cost"], *shares))
     results = evaluate(foe, test)
-    print("\n" + "\n".join("  ".join(row.values()) for row in results.table() if row["system"] not in EXPERTS))
+    print("\n" + "\n".join("  ".join(row.values()) for row in results.table() if row["predictor"] not in EXPERTS))
     frugal = foe.config.frugal
     _, order = replay(foe.policy, outputs, torch.tensor(foe.config.cost_shares), frugal["cost_weight"])
     asked = torch.bincount((order > 0).sum(1), minlength=len(EXPERTS) + 1).tolist()

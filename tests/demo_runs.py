@@ -13,6 +13,8 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
+from hf_fusion.evaluation.intervals import Score
+from hf_fusion.evaluation.results import Results
 from hf_fusion.server import HubServer
 
 CARDS = Path(__file__).parents[1] / "model_cards"
@@ -44,7 +46,7 @@ def departures_from_card(model: Path, family: str) -> list[str]:
 
 
 def departures(measured: Mapping[str, Any], published: Mapping[str, Any]) -> list[str]:
-    """Where a run's scores lie outside the 95 % intervals that a card states: system, what, both figures.
+    """Where a run's scores lie outside the 95 % intervals that a card states: predictor, what, both figures.
 
     Args:
         measured: content of a ``results.json``.
@@ -54,22 +56,20 @@ def departures(measured: Mapping[str, Any], published: Mapping[str, Any]) -> lis
     stated = dict(_scores(published))
     assert stated, "the card states no scores"
     told = []
-    for key, own in stated.items():
-        low, high = own["ci95"]
+    for key, score in stated.items():
+        low, high = score.ci95
         if key not in found:
             told.append(f"{' '.join(key)}: not measured")
-        elif not low <= found[key]["score"] <= high:
-            told.append(f"{' '.join(key)}: {found[key]['score']:.3f}, stated {low:.3f} to {high:.3f}")
+        elif not low <= found[key].score <= high:
+            told.append(f"{' '.join(key)}: {found[key].score:.3f}, stated {low:.3f} to {high:.3f}")
     return told
 
 
-def _scores(results: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
-    """(System, task or group of tasks) -> score and interval; where there are no tasks, (system,)."""
-    for system in results["systems"]:
-        if "score" in system:
-            yield (system["name"],), system
-        for values in (system.get("scores", {}), system.get("means", {})):
-            yield from (((system["name"], name), score) for name, score in values.items())
+def _scores(content: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], Score]]:
+    """(Predictor, task or group of tasks) -> its score."""
+    for predictor in Results.from_dict(content).predictors:
+        for name, score in {**predictor.scores, **predictor.means}.items():
+            yield (predictor.name, name), score
 
 
 def commits(folder: Path, owner: str = "demo") -> dict[str, list[str]]:

@@ -11,6 +11,8 @@ from benchmarks.number_sources import ROOT, SOURCES
 from benchmarks.write_numbers import LIST, NUMBER, find, put_phrase, rendered, section_of
 from demo_runs import departures
 
+from hf_fusion.evaluation.results import Results
+
 README = "README.md"
 # What looks like a measured figure and is none: of papers, versions and settings.
 SETTINGS = (
@@ -86,23 +88,22 @@ def test_a_source_names_its_files_and_what_measures_them(name):
 
 def test_the_demos_table_and_card_are_of_one_run():
     shown, card, _ = SOURCES["demo-foe"].read()
-    assert shown["systems"] == card["results"]["systems"]
-    assert shown["curve"] == card["results"]["curve"]
+    assert Results.from_dict(shown) == Results.from_dict(card["results"])
 
 
-@pytest.mark.parametrize(("name", "system"), [("foe", "FoE"), ("phatgoose", "PHATGOOSE"), ("wemoe", "WEMoE")])
-def test_a_card_is_of_the_first_seed_and_its_interval_holds_the_others(name, system):
+@pytest.mark.parametrize(("name", "fused"), [("foe", "FoE"), ("phatgoose", "PHATGOOSE"), ("wemoe", "WEMoE")])
+def test_a_card_is_of_the_first_seed_and_its_interval_holds_the_others(name, fused):
     card, seeds = SOURCES[f"demo-{name}"].read()[-2:]
-    systems = card["results"]["systems"]
-    stated = {row["name"]: row["means"]["held-in"] if "means" in row else row for row in systems}
+    results = Results.from_dict(card["results"])
+    stated = {p.name: p.only_score if results.pooled else p.means["held-in"] for p in results.predictors}
     scores = [
         {one: found["accuracy"] if isinstance(found, dict) else found for one, found in own.items()}
         for own in seeds["scores"].values()
     ]
-    assert scores[0] == {one: row["score"] for one, row in stated.items()}
-    low, high = stated[system]["ci95"]
+    assert scores[0] == {one: score.score for one, score in stated.items()}
+    low, high = stated[fused].ci95
     assert len(scores) == 3
-    assert all(low <= own[system] <= high for own in scores), [own[system] for own in scores]
+    assert all(low <= run[fused] <= high for run in scores), [run[fused] for run in scores]
 
 
 def test_a_run_that_leaves_the_cards_intervals_is_named():

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from benchmarks.phatgoose_minilm import TASKS, make_experts, measure, suite_rows
 
-from hf_fusion.evaluation.results import SuiteResults
+from hf_fusion.evaluation.results import Results
 
 DATA = Path(os.environ.get("HF_FUSION_DATA", Path(__file__).parents[2] / "shared" / "data"))
 ABSENT = [task for task in TASKS if not (DATA / task / "train.parquet").is_file()]
@@ -25,7 +25,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> SuiteResults:
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("experts")
     train_rows, test_rows = suite_rows(DATA, n=100)
     make_experts(train_rows, folder)
@@ -36,7 +36,7 @@ def test_the_table(results, capsys):
     text = results.text()
     with capsys.disabled():
         sys.stdout.write(f"\n{text}\n")
-    assert all(system.name in text for system in results.systems)
+    assert all(predictor.name in text for predictor in results.predictors)
 
 
 def test_each_expert_knows_its_task_and_no_other(results):

@@ -21,6 +21,7 @@ from hf_fusion.cards.parts import CardContents
 from hf_fusion.cards.static_merge import MERGE, MERGE_CONTENTS, pipeline_tag
 from hf_fusion.cards.usage import usage_block
 from hf_fusion.errors import FusionError
+from hf_fusion.evaluation.results import FRUGAL, FUSED, RESULTS_FILE, Results
 from hf_fusion.families import FAMILIES
 from hf_fusion.hub.client import in_parallel
 from hf_fusion.hub.discover import read_info
@@ -40,8 +41,10 @@ from hf_fusion.types import CONTENT, ExpertInfo, ModelRef
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+    from hf_fusion.evaluation.intervals import Score
+
 BEGIN, END = "<!-- hf-fusion:begin -->", "<!-- hf-fusion:end -->"
-README, RESULTS = "README.md", "results.json"
+README = "README.md"
 TEMPLATES = Path(__file__).with_name("model_cards")
 UNBROKEN, DASH = "\u00a0", "–\u2060"  # a blank and a dash at which no line breaks
 
@@ -73,7 +76,7 @@ class CardFacts:
         recipe: text of ``fusion.yaml``.
         base: ``owner/name@sha`` of the experts' base, or its name where it is a folder.
         revision: commit that the usage block pins, None before there is one.
-        results: what was measured (the content of ``results.json``), or None.
+        results: what was measured (the content of ``results.json``, in any form that `Results.load` reads), or None.
         parameters: number of parameters.
         options: the family's own settings, from its config.
         routing: what it does with each task (the content of the family's map), or None.
@@ -92,6 +95,11 @@ class CardFacts:
     parameters: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     routing: dict[str, Any] | None = None
+
+    @property
+    def measured(self) -> Results | None:
+        """What was measured, or None."""
+        return Results.from_dict(self.results) if self.results else None
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> CardFacts:
@@ -143,7 +151,7 @@ def read_facts(
         ),
         recipe=recipe.to_yaml(),
         base=Path(recipe.base).name if recipe.base and Path(recipe.base).is_absolute() else recipe.base,
-        results=_checked_results(results, folder, contents),
+        results=_checked_results(results, folder, name),
         parameters=_count_parameters(folder),
         options=contents.options(config, folder) | _chat_option(auto_class, folder),
         routing=read_json(folder / routing.data, str(folder)) if routing and (folder / routing.data).exists() else None,
@@ -208,6 +216,10 @@ def render_card(facts: CardFacts, existing: str = "") -> str:
 _LIBRARIES = {"adapter": "peft", "sentences": "sentence-transformers"}
 
 
+# a task's metric in results → its name on the Hub, where it is another
+METRICS = {"exact": "exact_match", "tokens": "token_accuracy"}
+
+
 def _metadata(facts: CardFacts) -> dict[str, Any]:
     """The YAML head: what the Hub indexes."""
     named = [ModelRef(expert.id, expert.sha or None) for expert in facts.experts] + (
@@ -227,27 +239,29 @@ def _metadata(facts: CardFacts) -> dict[str, Any]:
 
 def _model_index(facts: CardFacts) -> dict[str, Any]:
     """What the model itself scored, in the Hub's form; nothing where nothing was measured."""
-    measured = _contents(facts.family).measured(facts.results) if facts.results else []
+    results = facts.measured
+    measured = [(p, task) for p in results.predictors for task in results.tasks] if results else []
+    measured = [(p, task) for p, task in measured if p.kind in (FUSED, FRUGAL) and task.name in p.scores]
     if not measured:
         return {}
 
     from huggingface_hub import EvalResult
     from huggingface_hub.repocard_data import eval_results_to_model_index
 
-    results = [
+    rows = [
         EvalResult(
             task_type=facts.pipeline_tag,
-            dataset_type=entry.kind,
-            dataset_name=entry.dataset,
-            dataset_split=entry.split,
-            dataset_args={"n": entry.n},
-            metric_type=entry.metric,
-            metric_name=f"{entry.metric} ({entry.system})",
-            metric_value=round(entry.score, 4),
+            dataset_type=task.name,
+            dataset_name=task.name,
+            dataset_split=task.split,
+            dataset_args={"n": task.n},
+            metric_type=(metric := METRICS.get(task.metric, task.metric)),
+            metric_name=f"{metric} ({predictor.name})",
+            metric_value=round(predictor.scores[task.name].score, 4),
         )
-        for entry in measured
+        for predictor, task in measured
     ]
-    return {"model-index": eval_results_to_model_index(facts.repo_id.rpartition("/")[2], results)}
+    return {"model-index": eval_results_to_model_index(facts.repo_id.rpartition("/")[2], rows)}
 
 
 def _render_body(facts: CardFacts) -> str:
@@ -279,6 +293,7 @@ def _render_body(facts: CardFacts) -> str:
     text = template.render(
         facts=facts,
         name=escape_markdown(facts.repo_id.rpartition("/")[2]),
+        results=facts.measured,
         usage=_fenced(usage_block(facts), "python"),
         recipe=_fenced(facts.recipe, "yaml"),
         folders=" and folders, once their paths stand in it" if f"@{CONTENT}" in facts.recipe else "",
@@ -325,16 +340,22 @@ def _insert(body: str, ours: str) -> str:
     return "\n\n".join(part for part in (before, block, after) if part) + "\n"
 
 
-def _checked_results(given: Any, folder: Path, contents: CardContents) -> dict[str, Any] | None:
+def _checked_results(given: Any, folder: Path, family: str) -> dict[str, Any] | None:
     """The measurements as plain data, from what was given or from ``results.json``; None where there are none."""
-    if given is None and not (folder / RESULTS).exists():
+    if given is None and not (folder / RESULTS_FILE).exists():
         return None
     if given is None:
-        given = read_json(folder / RESULTS, str(folder))
-    content = dict(given) if isinstance(given, Mapping) else asdict(given)
-    if lacking := contents.lacking(content):
-        raise FusionError(f"The results lack {', '.join(lacking)}.", hint="hf-fusion eval writes them")
-    return {"command": "", "machine": "", **content}
+        results = Results.load(folder / RESULTS_FILE)
+    else:
+        results = Results.from_dict(given) if isinstance(given, Mapping) else given
+    by_task = family not in FAMILIES or FAMILIES[family].by_task
+    if results.pooled == by_task:
+        raise FusionError(
+            f"The results are not of a model of the family {family}, which is measured "
+            f"{'task by task' if by_task else 'on one data set'}.",
+            hint="hf-fusion eval writes them",
+        )
+    return asdict(results)
 
 
 def _fenced(text: str, language: str) -> str:
@@ -350,19 +371,18 @@ def _some(names: Sequence[str], most: int = 6) -> str:
     return shown if len(names) <= most else f"{shown}, … ({len(names)})"
 
 
-def _score(system: Mapping[str, Any], metric: str) -> str:
+def _score(score: Score, metric: str) -> str:
     """A score with half of its interval: a share in percent, other metrics as they are."""
-    low, high = system["ci95"]
-    half = (high - low) / 2
+    half = (score.ci95[1] - score.ci95[0]) / 2
     if metric == "mse":
-        return f"{system['score']:.4g} ± {half:.2g}"
-    return f"{system['score']:.1%} ± {half * 100:.1f}".replace("%", " %")
+        return f"{score.score:.4g} ± {half:.2g}"
+    return f"{score.score:.1%} ± {half * 100:.1f}".replace("%", " %")
 
 
-def _interval(score: Mapping[str, Any], form: str = "{:.1f}") -> str:
+def _interval(score: Score, form: str = "{:.1f}") -> str:
     """A share with its interval, which need not lie evenly around it."""
-    low, high = (round(100 * end) for end in score["ci95"])
-    return f"{form.format(100 * score['score'])} % ({low}–{high})"
+    low, high = (round(100 * end) for end in score.ci95)
+    return f"{form.format(100 * score.score)} % ({low}–{high})"
 
 
 def _count_parameters(folder: Path) -> int:

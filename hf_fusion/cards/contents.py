@@ -1,4 +1,4 @@
-"""What the card of each family says that others do not: its settings, its measurements, and its usage block."""
+"""What the card of each family says that others do not: its settings, and its pictures in words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.cards.parts import CardContents, CardScore, lacking_each, suite_lacking, suite_measured, suite_view
+from hf_fusion.cards.parts import CardContents, suite_view
 from hf_fusion.hub.code import refuse_kernels
 
 if TYPE_CHECKING:
@@ -19,19 +19,6 @@ MOST_TOLD = 8  # tasks of a picture that are told in words
 
 def _foe_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return {key: config.get(key) for key in ("mode", "features_from", "frugal", "rule", "over", "weights")}
-
-
-def _foe_lacking(results: Mapping[str, Any]) -> list[str]:
-    lacking = [key for key in ("dataset", "n", "metric", "systems") if results.get(key) is None]
-    lacking += lacking_each(results, "systems", ("name", "kind", "score", "ci95", "cost"))
-    return lacking + [f"dataset.{key}" for key in ("name", "split") if key not in results.get("dataset", ())]
-
-
-def _foe_measured(results: Mapping[str, Any]) -> list[CardScore]:
-    data, own = results["dataset"], [s for s in results["systems"] if s["kind"] in ("foe", "frugal")]
-    name, kind, split = (str(data[key]) for key in ("name", "type" if data.get("type") else "name", "split"))
-    metric = str(results["metric"])
-    return [CardScore(name, kind, split, results["n"], metric, system["name"], system["score"]) for system in own]
 
 
 # ---------------------------------------------------------------- PHATGOOSE
@@ -135,8 +122,8 @@ def _wemoe_view(facts: CardFacts) -> dict[str, Any]:
 
 
 CONTENTS = {
-    "foe": CardContents(_foe_options, _foe_lacking, _foe_measured),
-    "phatgoose": CardContents(_phatgoose_options, suite_lacking, suite_measured, _phatgoose_view),
-    "wemoe": CardContents(_wemoe_options, suite_lacking, suite_measured, _wemoe_view),
+    "foe": CardContents(_foe_options),
+    "phatgoose": CardContents(_phatgoose_options, _phatgoose_view),
+    "wemoe": CardContents(_wemoe_options, _wemoe_view),
 }
 """Name of a family, as in `families.FAMILIES` → what its cards say."""

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.cards.parts import CardContents, suite_lacking, suite_measured
+from hf_fusion.cards.parts import CardContents
+from hf_fusion.evaluation.results import HELD_IN, HELD_OUT, Results
 from hf_fusion.hub.formats import ADAPTER_CONFIG, IMAGE_FILES, PROCESSOR_FILES
 from hf_fusion.hub.heads import architectures, head_of_adapter, head_of_architecture
 from hf_fusion.hub.manifests import MODULES
@@ -92,30 +93,21 @@ def pipeline_tag(config: Mapping[str, Any], experts: Sequence[ExpertInfo]) -> st
     return head.tasks[0] if head else "feature-extraction"
 
 
-def merge_view(facts: CardFacts) -> dict[str, Any]:
-    """The table of results: a row for each task and mean, a cell for each system; and what experts have of their own.
+MEANS = {HELD_IN: "mean of the experts' tasks", HELD_OUT: "mean of the other tasks"}
 
-    Cells of a task's own expert are told apart.
-    """
-    results = facts.results or {"tasks": [], "systems": []}
-    rows = [
-        {"name": task["name"], "n": task["n"], "metric": task["metric"], "owner": task["owner"]}
-        | {"scores": [system["scores"].get(task["name"]) for system in results["systems"]]}
-        for task in results["tasks"]
-    ]
-    for group, name in (("held-in", "mean of the experts' tasks"), ("held-out", "mean of the other tasks")):
-        tasks = [task for task in results["tasks"] if (task["owner"] is None) == (group == "held-out")]
+
+def merge_view(facts: CardFacts) -> dict[str, Any]:
+    """The table of results: a row for each task and mean, a cell for each predictor; and the experts' settings."""
+    rows: list[dict[str, Any]] = []
+    results = facts.measured or Results([], [])
+    for task in results.tasks:
+        scores = [predictor.scores.get(task.name) for predictor in results.predictors]
+        rows.append({"name": task.name, "n": task.n, "metric": task.metric, "owner": task.owner, "scores": scores})
+    for group, tasks in results.groups().items():
         if len(tasks) > 1:
-            scores = [system["means"].get(group) for system in results["systems"]]
-            rows.append(
-                {
-                    "name": name if len(tasks) < len(results["tasks"]) else "mean",
-                    "n": sum(task["n"] for task in tasks),
-                    "metric": "",
-                    "owner": None,
-                    "scores": scores,
-                }
-            )
+            mean = "mean" if len(tasks) == len(results.tasks) else MEANS[group]
+            scores = [predictor.means.get(group) for predictor in results.predictors]
+            rows.append({"name": mean, "n": sum(t.n for t in tasks), "metric": "", "owner": None, "scores": scores})
     return {
         "rows": rows,
         "settings": list(dict.fromkeys(key for own in facts.options["settings"] for key in own)),
@@ -128,4 +120,4 @@ def _shown(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-MERGE_CONTENTS = CardContents(merge_options, suite_lacking, suite_measured, merge_view)
+MERGE_CONTENTS = CardContents(merge_options, merge_view)

@@ -20,6 +20,7 @@ from hf_fusion.families import family_of
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from hf_fusion.evaluation.results import Results
     from hf_fusion.recipe import Recipe
 
 EXAMPLES = (
@@ -62,15 +63,15 @@ def run(args: argparse.Namespace, out: Out) -> None:
     command = _command(args)
     args.label_column, args.expert_column = args.label_column or "label", args.expert_column or "expert"
     args.task_column = args.task_column or "task"
-    start("evaluation.fusion", "fusion")
+    start("evaluation.evaluate", "fusion")
 
     from hf_fusion.cards.card import write_card
-    from hf_fusion.evaluation.fusion import RESULTS_FILE
+    from hf_fusion.evaluation.results import RESULTS_FILE
     from hf_fusion.hub.provenance import recipe_in, says_its_recipe
     from hf_fusion.merging.methods import MERGE_METHODS
 
     recipe = recipe_in(args.folder) if says_its_recipe(args.folder) else None
-    measure: Callable[..., tuple[Any, str]] = _static
+    measure: Callable[..., tuple[Results, str]] = _static
     if recipe is not None and recipe.method not in MERGE_METHODS:
         measure = MEASURED_BY[family_of(recipe.method).name]
     results, title = measure(args, rows, recipe, command)
@@ -78,7 +79,8 @@ def run(args: argparse.Namespace, out: Out) -> None:
     results.save(path)
     if measure is _static and recipe is not None:
         write_card(args.folder)  # with what was measured
-    out.table(results.table(), title=title, key=getattr(results, "metric", None), data=asdict(results))
+    metric = results.tasks[0].metric if results.pooled else None
+    out.table(results.table(), title=title, key=metric, data=asdict(results))
     out.log(f"Written to {path}")
     out.hint(f"hf-fusion publish {args.folder} OWNER/NAME --dry-run")
 
@@ -93,7 +95,7 @@ def _command(args: argparse.Namespace) -> str:
     )
 
 
-def _fusion(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: str) -> tuple[Any, str]:
+def _fusion(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: str) -> tuple[Results, str]:
     """A Fusion of Experts."""
     from hf_fusion.evaluation.evaluate import evaluate
     from hf_fusion.fusion import load_fused
@@ -108,10 +110,10 @@ def _fusion(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: st
         expert_column=args.expert_column,
         batch_size=args.batch_size,
     )
-    return results, f"{results.metric} on {results.n} examples"
+    return results, f"{results.tasks[0].metric} on {len(rows)} examples"
 
 
-def _routing(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: str) -> tuple[Any, str]:
+def _routing(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: str) -> tuple[Results, str]:
     """A PHATGOOSE router, task by task; where the tokens of each went is kept beside it, as data and as a picture."""
     from hf_fusion.data import split_tasks
     from hf_fusion.evaluation.evaluate import evaluate
@@ -143,7 +145,7 @@ def _routing(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: s
     return results, f"right answers in % on {len(rows)} examples, with 95 % intervals"
 
 
-def _merging(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: str) -> tuple[Any, str]:
+def _merging(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: str) -> tuple[Results, str]:
     """A WEMoE, task by task, beside its experts; the coefficients of each task are kept beside it, with a picture."""
     from hf_fusion.data import split_tasks
     from hf_fusion.evaluation.coefficient_map import COEFFICIENT_FILE, COEFFICIENT_PICTURE, map_coefficients
@@ -169,7 +171,7 @@ def _merging(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: s
     return results, f"right answers in % on {len(rows)} examples, with 95 % intervals"
 
 
-def _static(args: argparse.Namespace, rows: Dataset, recipe: Recipe | None, command: str) -> tuple[Any, str]:
+def _static(args: argparse.Namespace, rows: Dataset, recipe: Recipe | None, command: str) -> tuple[Results, str]:
     """A static merge, task by task, beside its experts and their base, where these can be found; else alone."""
     from hf_fusion.data import split_tasks
     from hf_fusion.evaluation.evaluate import evaluate
@@ -193,5 +195,5 @@ def _static(args: argparse.Namespace, rows: Dataset, recipe: Recipe | None, comm
     return results, f"right answers in % on {len(rows)} examples, with 95 % intervals"
 
 
-MEASURED_BY: dict[str, Callable[..., tuple[Any, str]]] = {"foe": _fusion, "phatgoose": _routing, "wemoe": _merging}
+MEASURED_BY: dict[str, Callable[..., tuple[Results, str]]] = {"foe": _fusion, "phatgoose": _routing, "wemoe": _merging}
 """Name of a family, as in `families.FAMILIES` → how its models are measured."""

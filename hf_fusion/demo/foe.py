@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from hf_fusion.cli.output import Out
-    from hf_fusion.evaluation.fusion import Results
+    from hf_fusion.evaluation.results import Results
     from hf_fusion.hub.compat import Compatibility
     from hf_fusion.types import Expert
 
@@ -55,7 +55,7 @@ def run(place: Place, out: Out, seed: int = 0) -> dict[str, Any]:
 
     with out.step(4, STEPS, "Fuse, fit and measure"):
         model, results, fused = _fuse_fit_measure(place, verdict, out, seed)
-        out.table(results.table(), title=f"Accuracy on {results.n:,} held-out images", aside=True)
+        out.table(results.table(), title=f"Accuracy on {results.tasks[0].n:,} held-out images", aside=True)
         for line in _said(results):
             out.log(f"      {line}")
 
@@ -76,7 +76,7 @@ def run(place: Place, out: Out, seed: int = 0) -> dict[str, Any]:
         _show_next(place, fused, out)
     return summary | {
         "rejected": {entry.info.id: "; ".join(map(str, entry.reasons)) for entry in verdict.rejected},
-        "measured": {system.name: {"accuracy": system.score, "cost": system.cost} for system in results.systems},
+        "measured": {p.name: {"accuracy": p.only_score.score, "cost": p.cost} for p in results.predictors},
     }
 
 
@@ -110,8 +110,8 @@ def _show_verdict(verdict: Compatibility, out: Out) -> None:
 def _fuse_fit_measure(place: Place, verdict: Compatibility, out: Out, seed: int) -> tuple[Any, Results, Path]:
     """The fitted model, what was measured, and the folder that holds both."""
     from hf_fusion.evaluation.evaluate import evaluate
-    from hf_fusion.evaluation.fusion import RESULTS_FILE
     from hf_fusion.evaluation.plots import plot_accuracy_cost
+    from hf_fusion.evaluation.results import RESULTS_FILE
     from hf_fusion.fusion import fuse, save_fused
     from hf_fusion.training.fuser import fit_fuser
 
@@ -161,13 +161,12 @@ def _rows(place: Place, split: str) -> Dataset:
 
 def _said(results: Results) -> list[str]:
     """The comparison in words."""
-    foe, frugal, best = results.best("foe"), results.best("frugal"), results.best("expert")
-    rivals = [system for system in results.systems if system.name in RIVALS]
-    against = [("the best expert", best), *((f"the {rival.name}", rival) for rival in rivals)]
-    gains = ", ".join(f"{100 * (foe.score - other.score):+.1f} points on {name}" for name, other in against)
+    against = {"the best expert": results.best("expert"), **{f"the {name}": results[name] for name in RIVALS}}
+    foe, frugal = results.best("fused").only_score.score, results.best("frugal")
+    gains = [f"{100 * (foe - other.only_score.score):+.1f} points on {name}" for name, other in against.items()]
     return [
-        f"FoE {foe.score:.1%}: {gains}",
-        f"frugal {frugal.score:.1%} at {frugal.cost:.0%} of the cost",
+        f"FoE {foe:.1%}: {', '.join(gains)}",
+        f"frugal {frugal.only_score.score:.1%} at {frugal.cost:.0%} of the cost",
     ]
 
 

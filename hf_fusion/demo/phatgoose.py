@@ -15,7 +15,7 @@ from hf_fusion.demo.place import Place, ask_a_stranger, hub_lines, near, publish
 
 if TYPE_CHECKING:
     from hf_fusion.cli.output import Out
-    from hf_fusion.evaluation.results import SuiteResults
+    from hf_fusion.evaluation.results import Results
     from hf_fusion.evaluation.routing_map import RoutingMap
     from hf_fusion.hub.compat import Compatibility
 
@@ -86,7 +86,7 @@ def run(place: Place, out: Out, seed: int = 0) -> dict[str, Any]:
         _show_next(place, fused, out)
     return summary | {
         "rejected": {entry.info.id: "; ".join(map(str, entry.reasons)) for entry in verdict.rejected},
-        "measured": {system.name: system.means["held-in"].score for system in results.systems},
+        "measured": {predictor.name: predictor.means["held-in"].score for predictor in results.predictors},
         "routed_to_owner": routing.owner_weight(),
     }
 
@@ -177,13 +177,13 @@ def _add_gates(place: Place, verdict: Compatibility, out: Out, seed: int) -> Non
     out.log(f"      {pushed.repo_id} at {pushed.sha[:12]}")
 
 
-def _fuse_and_measure(place: Place, out: Out) -> tuple[Any, SuiteResults, RoutingMap, Path]:
+def _fuse_and_measure(place: Place, out: Out) -> tuple[Any, Results, RoutingMap, Path]:
     """The router, what was measured, and the folder that holds all of it."""
     from datasets import concatenate_datasets
 
     from hf_fusion.evaluation.evaluate import evaluate
-    from hf_fusion.evaluation.fusion import RESULTS_FILE
     from hf_fusion.evaluation.plots import plot_routing
+    from hf_fusion.evaluation.results import RESULTS_FILE
     from hf_fusion.evaluation.routing_map import ROUTING_FILE, ROUTING_PICTURE, map_routing
     from hf_fusion.fusion import fuse, save_fused
     from hf_fusion.hub.gates import GATES_TAG
@@ -217,16 +217,16 @@ def _fuse_and_measure(place: Place, out: Out) -> tuple[Any, SuiteResults, Routin
     return model, results, routing, fused
 
 
-def _scores(results: SuiteResults) -> list[dict[str, str]]:
-    """One line per system: its mean over the tasks, and each task."""
+def _scores(results: Results) -> list[dict[str, str]]:
+    """One line per predictor: its mean over the tasks, and each task."""
     return [
-        {"system": system.name.rpartition("/")[2], "mean (95 %)": str(system.means["held-in"])}
-        | {task: f"{100 * score.score:.0f}" for task, score in system.scores.items()}
-        for system in results.systems
+        {"predictor": predictor.name.rpartition("/")[2], "mean (95 %)": str(predictor.means["held-in"])}
+        | {task: f"{100 * score.score:.0f}" for task, score in predictor.scores.items()}
+        for predictor in results.predictors
     ]
 
 
-def _said(results: SuiteResults, routing: RoutingMap) -> list[str]:
+def _said(results: Results, routing: RoutingMap) -> list[str]:
     """The comparison in words."""
     leads = [f"{results[name].lead['held-in']} points on {name}" for name in ("base", "merged")]
     lines = [f"PHATGOOSE's lead with its 95 % interval: {', '.join(leads)}"]

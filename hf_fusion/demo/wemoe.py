@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from hf_fusion.cli.output import Out
-    from hf_fusion.evaluation.results import SuiteResults
+    from hf_fusion.evaluation.merging import TaskModel
+    from hf_fusion.evaluation.results import Results
     from hf_fusion.hub.compat import Compatibility
     from hf_fusion.types import Expert
 
@@ -96,7 +97,7 @@ def run(place: Place, out: Out, seed: int = 0) -> dict[str, Any]:
         _show_next(place, merged, out)
     return summary | {
         "rejected": {entry.info.id: "; ".join(map(str, entry.reasons)) for entry in verdict.rejected},
-        "measured": {system.name: system.means["held-in"].score for system in results.systems},
+        "measured": {predictor.name: predictor.means["held-in"].score for predictor in results.predictors},
     }
 
 
@@ -140,8 +141,8 @@ def _show_verdict(verdict: Compatibility, out: Out) -> None:
     out.table(rejected, title=f"{len(rejected)} cannot", aside=True)
 
 
-def _adapt(place: Place, model: Any, experts: list[Expert], base: Any, out: Out, seed: int) -> dict[str, Any]:
-    """Adapts the routers; returns what they are compared with: themselves before, and one merge, adapted likewise."""
+def _adapt(place: Place, model: Any, experts: list[Expert], base: Any, out: Out, seed: int) -> list[TaskModel]:
+    """Adapts the routers; returns what they are compared with: themselves before, and one merge, adapted as well."""
     from hf_fusion.evaluation.merging import TaskModel
     from hf_fusion.training.adamerging import CoefficientMerge
     from hf_fusion.training.routers import adapt_routers
@@ -151,13 +152,13 @@ def _adapt(place: Place, model: Any, experts: list[Expert], base: Any, out: Out,
     }
     before = copy.deepcopy(model)
     static = CoefficientMerge(experts, base)
-    for name, own in (("WEMoE", model), (STATIC, static)):
+    for name, adapted in (("WEMoE", model), (STATIC, static)):
         facts = adapt_routers(
-            own, unlabelled, steps=ADAPT_STEPS, learning_rate=LEARNING_RATE, tolerance=TOLERANCE, seed=seed
+            adapted, unlabelled, steps=ADAPT_STEPS, learning_rate=LEARNING_RATE, tolerance=TOLERANCE, seed=seed
         )
         sure = [sum(health.confidence for health in own.values()) / len(own) for own in (facts.before, facts.after)]
         out.log(f"      {name}: {facts.steps} steps, mean confidence {sure[0]:.2f} → {sure[1]:.2f}")
-    return {UNADAPTED: TaskModel(before), STATIC: TaskModel(static)}
+    return [TaskModel(UNADAPTED, before), TaskModel(STATIC, static)]
 
 
 def _rows(place: Place, split: str) -> dict[str, Dataset]:
@@ -181,14 +182,12 @@ def _rows(place: Place, split: str) -> dict[str, Dataset]:
     return suite
 
 
-def _measure(
-    place: Place, model: Any, experts: list[Expert], base: Any, more: dict[str, Any]
-) -> tuple[SuiteResults, Path]:
+def _measure(place: Place, model: Any, experts: list[Expert], base: Any, more: list[TaskModel]) -> tuple[Results, Path]:
     """What was measured, and the folder that holds it and the model."""
     from hf_fusion.evaluation.coefficient_map import COEFFICIENT_FILE, COEFFICIENT_PICTURE, map_coefficients
     from hf_fusion.evaluation.evaluate import evaluate
-    from hf_fusion.evaluation.fusion import RESULTS_FILE
     from hf_fusion.evaluation.plots import plot_coefficients
+    from hf_fusion.evaluation.results import RESULTS_FILE
     from hf_fusion.fusion import save_fused
 
     suite, owners = _rows(place, "test"), {task: place.repo(name) for task, name in FINE_TUNES.items()}
@@ -203,12 +202,12 @@ def _measure(
     return results, merged
 
 
-def _scores(results: SuiteResults) -> list[dict[str, str]]:
-    """One line per system: its mean over the tasks, and each task."""
+def _scores(results: Results) -> list[dict[str, str]]:
+    """One line per predictor: its mean over the tasks, and each task."""
     return [
-        {"system": system.name, "mean (95 %)": str(system.means["held-in"])}
-        | {task: f"{100 * score.score:.0f}" for task, score in system.scores.items()}
-        for system in results.systems
+        {"predictor": predictor.name, "mean (95 %)": str(predictor.means["held-in"])}
+        | {task: f"{100 * score.score:.0f}" for task, score in predictor.scores.items()}
+        for predictor in results.predictors
     ]
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
-from hf_fusion.evaluation.fusion import Results, measure_foe
+from hf_fusion.evaluation.fusion import measure_foe
 from hf_fusion.evaluation.merging import measure_merged, measure_static
-from hf_fusion.evaluation.results import SuiteResults
+from hf_fusion.evaluation.results import Results
 from hf_fusion.evaluation.routing import measure_routing
 from hf_fusion.families import FAMILIES
 from hf_fusion.training.adamerging import CoefficientMerge
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hf_fusion.models.modeling_phatgoose import PhatgooseRouter
 
 
-def _of_router(router: PhatgooseRouter, suite: Mapping[str, Dataset], **options: Any) -> SuiteResults:
+def _of_router(router: PhatgooseRouter, suite: Mapping[str, Dataset], **options: Any) -> Results:
     """A router is built again from its experts, beside those of the other strategies, with its own options."""
     experts = options.pop("experts", ())
     if not experts:
@@ -33,14 +33,14 @@ def _of_router(router: PhatgooseRouter, suite: Mapping[str, Dataset], **options:
 
 
 # family, by the name in `hf_fusion.families.FAMILIES` -> how its models are measured
-MEASURES: dict[str, Callable[..., Results | SuiteResults]] = {
+MEASURES: dict[str, Callable[..., Results]] = {
     "foe": measure_foe,
     "phatgoose": _of_router,
     "wemoe": measure_merged,
 }
 
 
-def _measure_of(model: Any) -> tuple[str, Callable[..., Results | SuiteResults], bool]:
+def _measure_of(model: Any) -> tuple[str, Callable[..., Results], bool]:
     """What a model is in words, how it is measured, and whether task by task."""
     if isinstance(model, (list, tuple)):
         return "PHATGOOSE's experts", measure_routing, True
@@ -52,7 +52,7 @@ def _measure_of(model: Any) -> tuple[str, Callable[..., Results | SuiteResults],
     return family.title, MEASURES[family.name], family.by_task
 
 
-def evaluate(model: Any, data: Dataset | Mapping[str, Dataset], **options: Any) -> Any:
+def evaluate(model: Any, data: Dataset | Mapping[str, Dataset], **options: Any) -> Results:
     """Measures a fused model beside its experts and simpler ways to use them.
 
     What is measured beside the model depends on its family:
@@ -78,7 +78,7 @@ def evaluate(model: Any, data: Dataset | Mapping[str, Dataset], **options: Any) 
         options: of the family; ``batch_size``, rows a step, and ``command``, kept in the results, are known to all.
 
     Returns:
-        `Results` of a FoE; `SuiteResults` of all others.
+        What each predictor scored, with 95 % intervals; ``print(results.text())`` shows it.
 
     Raises:
         FusionError: for options that the family does not know, data of another form, and what the family refuses.

@@ -1,13 +1,11 @@
-"""Measures a fused model beside its experts and the baselines, on one data set, in one form: `Results`."""
+"""Measures a Fusion of Experts beside its experts, ensembles of them and the oracle, on one data set."""
 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -16,99 +14,22 @@ import torch
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.baselines import max_confidence, mean_ensemble, oracle_expert
 from hf_fusion.evaluation.loop import TaskRows, score_task
-from hf_fusion.evaluation.machine import machine
 from hf_fusion.evaluation.predictors import OutputPredictor, TextPredictor
-from hf_fusion.evaluation.scoring import score_of
-from hf_fusion.io.files import read_given
-from hf_fusion.io.saving import write_file
+from hf_fusion.evaluation.results import FRUGAL, FUSED, MeasuredTask, Results
+from hf_fusion.evaluation.scoring import compare, score_of
 from hf_fusion.progress import track
 from hf_fusion.training.fuser import COST_WEIGHTS, replay
 from hf_fusion.training.outputs import ExpertOutputs, collect_outputs
 
-RESULTS_FILE = "results.json"  # its name beside a model
 # What experts' generation configs must not change: answers are compared, one for each prompt.
 GREEDY = {"max_new_tokens": 64, "do_sample": False, "num_return_sequences": 1, "return_dict_in_generate": False}
-
-
-@dataclass
-class System:
-    """One line of a comparison.
-
-    Attributes:
-        name: what tables call it.
-        kind: "foe", "frugal", "expert", "baseline" or "oracle".
-        score: value of the metric.
-        ci95: 95 % interval (Wilson for shares, normal for means).
-        cost: mean share of the cost of querying every expert.
-    """
-
-    name: str
-    kind: str
-    score: float
-    ci95: tuple[float, float]
-    cost: float
-
-
-@dataclass
-class Results:
-    """What was measured, on what, by what; `results.json` beside a model, and the card's tables.
-
-    Attributes:
-        dataset: name, type and split.
-        n: examples.
-        metric: "accuracy", "mse" or "exact_match".
-        systems: the comparison.
-        selection_accuracy: share of examples whose domain's expert was chosen, where domains are known.
-        curve: points of the frugal variant's accuracy-cost curve: cost_weight, score, ci95, cost.
-        command: what to type to measure it again.
-        machine: what it ran on.
-    """
-
-    dataset: dict[str, str]
-    n: int
-    metric: str
-    systems: list[System]
-    selection_accuracy: float | None = None
-    curve: list[dict[str, Any]] = field(default_factory=list)
-    command: str = ""
-    machine: str = ""
-
-    def save(self, path: str | Path) -> None:
-        """Writes JSON, all of it or nothing."""
-        write_file(path, json.dumps(asdict(self), indent=2) + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> Results:
-        """Reads what `save` wrote."""
-        values = json.loads(read_given(Path(path)))
-        systems = [System(**{**row, "ci95": tuple(row["ci95"])}) for row in values.pop("systems")]
-        return cls(systems=systems, **values)
-
-    def table(self) -> list[dict[str, str]]:
-        """One row per system, for printing: score and interval as shares (or plain numbers), cost as a share."""
-        score = "{:.4g}" if self.metric == "mse" else "{:.1%}"
-        return [
-            {
-                "system": system.name,
-                self.metric: score.format(system.score).rjust(5),
-                "95 % interval": " – ".join(score.format(end) for end in system.ci95),
-                "cost": f"{system.cost:.0%}".rjust(4),
-            }
-            for system in self.systems
-        ]
-
-    def best(self, kind: str) -> System:
-        """The system of that kind with the best score."""
-        return max(
-            (s for s in self.systems if s.kind == kind), key=lambda s: -s.score if self.metric == "mse" else s.score
-        )
 
 
 def measure_foe(
     model: Any,
     dataset: datasets.Dataset,
     *,
-    name: str = "",
+    name: str = "data",
     split: str = "test",
     command: str = "",
     label_column: str = "label",
@@ -120,15 +41,17 @@ def measure_foe(
     Args:
         model: a fitted FoE of classifiers or regressors.
         dataset: labelled examples that nothing was fitted on, see `training.outputs.collect_outputs`.
-        name, split, command: recorded in the results.
+        name, split, command: of the data set, and what to type to measure it again; kept in the results.
         label_column, expert_column: columns of `dataset`.
-        batch_size: examples per step.
+        batch_size: rows a step.
 
     Raises:
         FusionError: for data without labels.
     """
+    measured = partial(MeasuredTask, name, n=len(dataset), split=split, pooled=True)
     if model.config.vocabularies:
-        return _evaluate_generation(model, dataset, name, split, command, batch_size)
+        task = measured("exact_match")
+        return _results(task, _generating(model), _prompts(task, dataset), batch_size, command=command)
     if label_column not in dataset.column_names:
         raise FusionError(
             f"the data set has columns {dataset.column_names}, but no {label_column!r} to measure against",
@@ -139,35 +62,34 @@ def measure_foe(
     )
     assert collected.labels is not None and collected.outputs is not None  # of classifiers and regressors
     predictors = _Predictors(model, collected, collected.outputs, collected.labels)
-    compared = predictors.compared()
-    curve: list[dict[str, Any]] = []
+    task = measured(predictors.metric)
+    compared, curve = predictors.compared(), []
     if model.config.frugal:
-        weights = list(track(COST_WEIGHTS, "Measuring the frugal variant"))
-        points = [predictors.frugal(f"frugal at {weight}", weight) for weight in weights]
-        for weight, point in zip(weights, _systems(points, len(dataset), predictors.metric), strict=True):
-            curve.append({"cost_weight": weight, "score": point.score, "ci95": point.ci95, "cost": point.cost})
-    return Results(
-        dataset={"name": name, "type": name, "split": split},
-        n=len(collected),
-        metric=predictors.metric,
-        systems=_systems(compared, len(dataset), predictors.metric),
+        for weight in track(COST_WEIGHTS, "Measuring the frugal variant"):
+            point = predictors.frugal(f"frugal at {weight}", weight)
+            curve.append({"cost_weight": weight, **asdict(score_of(point.scores, task.metric)), "cost": point.cost})
+    return _results(
+        task,
+        compared,
+        TaskRows(task, [{}] * len(dataset), lambda rows: {}),
+        len(dataset),
         selection_accuracy=predictors.selection_accuracy(),
         curve=curve,
         command=command,
-        machine=machine(),
     )
 
 
-def _systems(predictors: Sequence[OutputPredictor], count: int, metric: str) -> list[System]:
-    """Predictors of collected outputs with their scores."""
-    data = TaskRows("the data", metric, [{}] * count, lambda rows: {})
-    found = score_task(predictors, data, count)
-    return [_system(predictor, found[predictor.name], metric) for predictor in predictors]
-
-
-def _system(predictor: OutputPredictor | TextPredictor, scores: torch.Tensor, metric: str) -> System:
-    score = score_of(scores, metric)
-    return System(predictor.name, predictor.kind, score.score, score.ci95, predictor.cost)
+def _results(
+    task: MeasuredTask,
+    predictors: Sequence[OutputPredictor | TextPredictor],
+    data: TaskRows,
+    batch_size: int,
+    **about: Any,
+) -> Results:
+    """Predictors of one task with their scores."""
+    found = {name: {task.name: rows} for name, rows in score_task(predictors, data, batch_size).items()}
+    kinds, costs = ({p.name: getattr(p, key) for p in predictors} for key in ("kind", "cost"))
+    return compare([task], found, kinds, costs, **about)
 
 
 class _Predictors:
@@ -183,7 +105,7 @@ class _Predictors:
         """The fusion, its frugal variant, the experts, and baselines."""
         model, collected, shares = self.model, self.collected, self.model.config.cost_shares
         fused, cost = self._fused()
-        found = [self._of(f"ensemble, {model.config.rule}" if model.config.rule else "FoE", "foe", fused, cost)]
+        found = [self._of(f"ensemble, {model.config.rule}" if model.config.rule else "FoE", FUSED, fused, cost)]
         if model.config.frugal:
             found.append(self.frugal("FoE, frugal", model.config.frugal["cost_weight"]))
         for index, expert in enumerate(model.config.experts):
@@ -193,7 +115,7 @@ class _Predictors:
             found.append(self._of("max confidence", "baseline", max_confidence(self.outputs), 1.0))
             best = oracle_expert(self.outputs, self.labels, collected.experts)
             owners = collected.experts
-            cost = sum(shares[int(own)] for own in owners) / len(collected) if owners is not None else 1.0
+            cost = sum(shares[int(owner)] for owner in owners) / len(collected) if owners is not None else 1.0
             found.append(OutputPredictor("oracle expert", "oracle", cost, best))
         return found
 
@@ -225,7 +147,7 @@ class _Predictors:
         shares = torch.tensor(self.model.config.cost_shares)
         outputs, order = replay(copy.deepcopy(self.model.policy).to("cpu"), self.outputs, shares, cost_weight)
         fused = self.model.fuser(outputs.flatten(1).to(self.model.device)).cpu()
-        return self._of(name, "frugal", fused, float(((order > 0) * shares).sum(1).mean()))
+        return self._of(name, FRUGAL, fused, float(((order > 0) * shares).sum(1).mean()))
 
     def selection_accuracy(self) -> float | None:
         """How often the expert of the example's domain was chosen."""
@@ -234,11 +156,8 @@ class _Predictors:
         return float((self._choice == self.collected.experts).float().mean())
 
 
-def _evaluate_generation(
-    model: Any, dataset: datasets.Dataset, name: str, split: str, command: str, batch_size: int
-) -> Results:
-    """Exact match of the fusion's and every expert's generations with column ``target``."""
-    prompt = "prompt" if "prompt" in dataset.column_names else "text"
+def _generating(model: Any) -> list[TextPredictor]:
+    """The fusion and every expert, by what they generate."""
 
     def generate(expert: int | None, prompts: Sequence[str]) -> list[str]:
         inputs = model.processor(text=list(prompts)).to(model.device)
@@ -251,24 +170,20 @@ def _evaluate_generation(
             texts.append(model.processor.decode(answer, skip_special_tokens=True))
         return texts
 
-    predictors = [TextPredictor("FoE", "foe", 1.0, partial(generate, None))]
-    for index, (expert, share) in enumerate(zip(model.config.experts, model.config.cost_shares, strict=True)):
-        predictors.append(TextPredictor(expert["name"], "expert", share, partial(generate, index)))
-    rows = dataset.select_columns([prompt, "target"])
-    data = TaskRows(
-        "the data",
-        "exact_match",
-        rows,
+    experts = enumerate(zip(model.config.experts, model.config.cost_shares, strict=True))
+    return [
+        TextPredictor("FoE", FUSED, 1.0, partial(generate, None)),
+        *(TextPredictor(row["name"], "expert", share, partial(generate, index)) for index, (row, share) in experts),
+    ]
+
+
+def _prompts(task: MeasuredTask, dataset: datasets.Dataset) -> TaskRows:
+    """Prompts with the texts that should follow, column ``target``."""
+    prompt = "prompt" if "prompt" in dataset.column_names else "text"
+    return TaskRows(
+        task,
+        dataset.select_columns([prompt, "target"]),
         lambda batch: {"prompts": [row[prompt] for row in batch], "targets": [row["target"] for row in batch]},
-    )
-    found = score_task(predictors, data, batch_size)
-    return Results(
-        {"name": name, "type": name, "split": split},
-        len(dataset),
-        "exact_match",
-        [_system(predictor, found[predictor.name], "exact_match") for predictor in predictors],
-        command=command,
-        machine=machine(),
     )
 
 

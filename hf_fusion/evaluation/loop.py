@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,13 +10,18 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.predictors import Batch
 from hf_fusion.progress import track
 from hf_fusion.training.batches import Examples, like_lengths
 
 if TYPE_CHECKING:
-    from hf_fusion.evaluation.predictors import Predictor
+    from datasets import Dataset
 
+    from hf_fusion.evaluation.predictors import Predictor
+    from hf_fusion.evaluation.results import MeasuredTask, Metric
+
+LANGUAGE_HEADS = ("causal-lm", "seq2seq-lm")
 Given = TypeVar("Given")
 Found = TypeVar("Found")
 
@@ -26,19 +31,17 @@ class TaskRows:
     """The rows of a task as predictors read them.
 
     Attributes:
-        task: its name.
-        metric: how rows are scored, see `hf_fusion.evaluation.scoring`.
+        task: which, and how its rows are scored, see `hf_fusion.evaluation.scoring`.
         rows: N of them; rows with ``input_ids`` are batched with rows of like length.
         collate: rows → inputs with their labels.
     """
 
-    task: str
-    metric: str
+    task: MeasuredTask
     rows: Any
     collate: Callable[[list[Any]], Any]
 
     @classmethod
-    def of(cls, task: str, metric: str, examples: Examples, device: Any = None) -> TaskRows:
+    def of(cls, task: MeasuredTask, examples: Examples, device: Any = None) -> TaskRows:
         """Rows that were encoded for an expert.
 
         Args:
@@ -48,7 +51,24 @@ class TaskRows:
         def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
             return {name: value.to(device) for name, value in examples.collate(rows).items()}
 
-        return cls(task, metric, examples.rows, examples.collate if device is None else collate)
+        return cls(task, examples.rows, examples.collate if device is None else collate)
+
+
+def check_suite(suite: Mapping[str, Dataset]) -> None:
+    """Refuses what cannot be measured on.
+
+    Raises:
+        FusionError: the suite has no tasks, or a task has no rows.
+    """
+    if not suite:
+        raise FusionError("the suite has no tasks")
+    if empty := [task for task, rows in suite.items() if not len(rows)]:
+        raise FusionError(f"the task {empty[0]} has no rows")
+
+
+def metric_of(head: str, wanted: Metric | None) -> Metric:
+    """How the rows of a task are scored: what language models predict as wanted ("exact"), classes by accuracy."""
+    return wanted or "exact" if head in LANGUAGE_HEADS else "accuracy"
 
 
 @torch.no_grad()
@@ -77,12 +97,12 @@ def score_task(
     def run(indices: list[int]) -> tuple[list[int], dict[str, torch.Tensor]]:
         inputs = data.collate([data.rows[index] for index in indices])
         before_batch()
-        batch = Batch(data.task, data.metric, indices, inputs)
+        batch = Batch(data.task, indices, inputs)
         return indices, {predictor.name: predictor.score(batch).cpu() for predictor in predictors}
 
     found: dict[str, torch.Tensor] = {}
     batches = list(like_lengths(data.rows, batch_size))
-    for indices, scores in run_batches(batches, run, f"Measuring {names} on {data.task}"):
+    for indices, scores in run_batches(batches, run, f"Measuring {names} on {data.task.name}"):
         for name, values in scores.items():
             values = values if values.dtype == torch.float64 else values.float()
             found.setdefault(name, torch.zeros(len(data.rows), dtype=values.dtype))[indices] = values

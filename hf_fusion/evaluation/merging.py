@@ -14,17 +14,16 @@ import torch
 
 from hf_fusion.data import owners_by_name
 from hf_fusion.errors import FusionError
-from hf_fusion.evaluation.loop import TaskRows, score_task
-from hf_fusion.evaluation.machine import machine
+from hf_fusion.evaluation.loop import TaskRows, check_suite, metric_of, score_task
 from hf_fusion.evaluation.predictors import Batch, ModelPredictor
-from hf_fusion.evaluation.results import Metric, SuiteResults, SuiteTask
+from hf_fusion.evaluation.results import FUSED, MeasuredTask, Metric, Results
 from hf_fusion.evaluation.scoring import compare
 from hf_fusion.hub.heads import head_of_architecture, same_label
 from hf_fusion.hub.load import load_experts
 from hf_fusion.hub.lora import with_adapter
 from hf_fusion.progress import track
 from hf_fusion.training.adamerging import CoefficientMerge, merged_once
-from hf_fusion.training.batches import read_examples
+from hf_fusion.training.batches import read_examples, score_rows
 from hf_fusion.types import Expert, ModelRef
 
 if TYPE_CHECKING:
@@ -42,33 +41,27 @@ WEMOE, INDIVIDUAL, MERGED = "WEMoE", "individual experts", "merged"
 
 @dataclass(frozen=True)
 class TaskModel:
-    """A model that is told the task, and how it is measured.
+    """A predictor that needs the task: a model which is called with the expert whose task it is.
 
     Attributes:
+        name: what tables call it.
         model: called with ``task=`` and the inputs of a batch; gives what the task's dense model gives.
-        kind: see `hf_fusion.evaluation.predictors.Predictor`.
+        kind: see `hf_fusion.evaluation.results.PredictorScores`.
         within: the context that its forwards for one task run in, of the model.
     """
 
+    name: str
     model: Any
     kind: str = "baseline"
     within: Callable[[Any], AbstractContextManager[Any]] = merged_once
+    cost: None = None
 
-    def predictor(self, name: str, fused: Any, owner: str) -> ModelPredictor:
-        """It on the task of an expert.
-
-        Args:
-            name: what tables call it.
-            fused: the model that the comparison is about.
-            owner: the expert.
-        """
-
-        def prepare(batch: Batch) -> dict[str, Any]:
-            routes = self.kind == "router" and fused.config.head == "causal-lm"
-            prompts = {"prompt_mask": fused.prompt_tokens(batch.inputs)} if routes else {}
-            return {**batch.inputs, **prompts, "task": owner}
-
-        return ModelPredictor(name, self.kind, self.model, prepare)
+    def score(self, batch: Batch) -> torch.Tensor:
+        """See `Predictor`."""
+        inputs = {**batch.inputs, "task": batch.task.owner}
+        if hasattr(self.model, "prompt_tokens"):  # routers read the prompt alone, as when they generate
+            inputs["prompt_mask"] = self.model.prompt_tokens(batch.inputs)
+        return score_rows(self.model, inputs, batch.task.metric)
 
 
 # What a static merge of the experts is, from λ and K: the coefficient of every task vector.
@@ -86,18 +79,18 @@ def measure_merged(
     experts: Sequence[ExpertLike] = (),
     base: str | Path | PreTrainedModel | None = None,
     owners: Mapping[str, str] | None = None,
-    more: Mapping[str, TaskModel] | None = None,
+    more: Sequence[TaskModel] = (),
     metrics: Mapping[str, Metric] | None = None,
     batch_size: int = 64,
     max_length: int = 512,
     trust_remote_code: bool = False,
     settings: Mapping[str, Any] | None = None,
     command: str = "",
-) -> SuiteResults:
+) -> Results:
     """Measures a model on each task of a suite, with the task's own head.
 
-    A classifier's answer is the likeliest class; a language model's greedy answer is its target if and only if each of
-    the target's tokens is the likeliest after those before it.
+    A classifier's prediction is the likeliest class; a language model's greedy answer is its target if and only if each
+    of the target's tokens is the likeliest after those before it.
 
     Args:
         model: a `WEMoEModel` or a `CoefficientMerge`; "WEMoE" in the results.
@@ -107,7 +100,7 @@ def measure_merged(
             simple average, task arithmetic with the model's λ, and each expert on its own task are measured too.
         base: what the experts were fine-tuned from.
         owners: task → the expert whose task it is, where `owners_by_name` does not find it.
-        more: further systems by name.
+        more: further predictors, with distinct names.
         metrics: task → "exact" (default) or "tokens", for language models.
         batch_size: rows a step, taken in order of length.
         max_length: the longest sequence, in tokens.
@@ -118,34 +111,30 @@ def measure_merged(
     Raises:
         FusionError: for an empty suite, tasks without an expert, and rows that cannot be read.
     """
-    if not suite or any(not len(rows) for rows in suite.values()):
-        raise FusionError("the suite has no tasks, or a task without rows")
+    check_suite(suite)
     owners = owners_by_name(suite, model.experts) | dict(owners or {})
-    for task in suite:
-        if owners.get(task) not in model.experts:
+    for name in suite:
+        if owners.get(name) not in model.experts:
             raise FusionError(
-                f"{task} is the task of none of the experts", hint=f"owners={{{task!r}: one of {model.experts}}}"
+                f"{name} is the task of none of the experts", hint=f"owners={{{name!r}: one of {model.experts}}}"
             )
-    systems = {WEMOE: TaskModel(model, "router"), **(more or {})}
+    predictors = [TaskModel(WEMOE, model, FUSED), *more]
     if experts:
-        systems |= _beside(model, experts, base, trust_remote_code)
-    tasks: list[SuiteTask] = []
-    scores: dict[str, dict[str, torch.Tensor]] = {name: {} for name in systems}
-    speaks = model.config.head in ("causal-lm", "seq2seq-lm")
-    for task, rows in track(suite.items(), "Measuring tasks"):
-        owner = owners[task]
-        metric = (metrics or {}).get(task, "exact") if speaks else "accuracy"
-        tasks.append(SuiteTask(task, metric, len(rows), owner))
-        labels = list(model.config.experts[model.experts.index(owner)]["labels"])
-        read = read_examples(Expert(task, model.backbone, processor=model.processor, labels=labels), rows, max_length)
-        data = TaskRows.of(task, metric, read, model.backbone.device)
-        for name, system in systems.items():
-            with torch.no_grad(), system.within(system.model):
-                predictor = system.predictor(name, model, owner)
-                scores[name] |= {task: score_task([predictor], data, batch_size)[name]}
-    kinds = {name: system.kind for name, system in systems.items()}
+        predictors += _beside(model, experts, base, trust_remote_code)
+    tasks: list[MeasuredTask] = []
+    scores: dict[str, dict[str, torch.Tensor]] = {predictor.name: {} for predictor in predictors}
+    for name, rows in track(suite.items(), "Measuring tasks"):
+        task = MeasuredTask(name, metric_of(model.config.head, (metrics or {}).get(name)), len(rows), owners[name])
+        tasks.append(task)
+        labels = list(model.config.experts[model.experts.index(owners[name])]["labels"])
+        read = read_examples(Expert(name, model.backbone, processor=model.processor, labels=labels), rows, max_length)
+        data = TaskRows.of(task, read, model.backbone.device)
+        for predictor in predictors:
+            with torch.no_grad(), predictor.within(predictor.model):
+                scores[predictor.name] |= {name: score_task([predictor], data, batch_size)[predictor.name]}
+    kinds = {predictor.name: predictor.kind for predictor in predictors}
     known = {"scaling": model.config.scaling, "adaptation": model.config.adaptation}
-    return SuiteResults(tasks, compare(tasks, scores, kinds, WEMOE), {**known, **(settings or {})}, command, machine())
+    return compare(tasks, scores, kinds, settings={**known, **(settings or {})}, command=command)
 
 
 def measure_static(
@@ -162,7 +151,7 @@ def measure_static(
     settings: Mapping[str, Any] | None = None,
     command: str = "",
     api: HfApi | None = None,
-) -> SuiteResults:
+) -> Results:
     """Measures a static merge on each task of a suite, beside its experts and their base.
 
     Models are loaded one after the other: no more than one, with an adapter's base two, are in memory at a time. Those
@@ -186,53 +175,53 @@ def measure_static(
     Raises:
         FusionError: for an empty suite, rows that the merged model cannot read, and models that cannot be loaded.
     """
-    if not suite or any(not len(rows) for rows in suite.values()):
-        raise FusionError("the suite has no tasks, or a task without rows")
+    check_suite(suite)
     options, wanted = {"trust_remote_code": trust_remote_code, "api": api}, metrics or {}
-    queue: list[tuple[str, Any]] = [(MERGED, merged), *(("expert", expert) for expert in experts)]
+    queue: list[tuple[str, Any]] = [(FUSED, merged), *(("expert", expert) for expert in experts)]
     queue += [("base", base)] if base is not None else []
     kinds: dict[str, str] = {}
     scores: dict[str, dict[str, torch.Tensor]] = {}
     names: list[str] = []
-    like: _Answers | None = None
-    for kind, given in queue:  # which grows where an adapter tells its base
+    like: _Outputs | None = None
+    for kind, given in queue:  # which grows where an adapter records its base
         expert = _loaded(given, options, base if kind == "expert" else None)
-        answers = _Answers.of(expert)
-        like = like or answers
+        outputs = _Outputs.of(expert)
+        like = like or outputs
         if kind == "expert":
             names.append(expert.name)
             if expert.adapter and expert.adapter.base and "base" not in dict(queue):
                 queue.append(("base", str(expert.adapter.base_ref)))
-        if answers != like:
-            logger.warning("%s is not measured: it has %s, the merged model %s", expert.name, answers, like)
+        if outputs != like:
+            logger.warning("%s is not measured: it has %s, the merged model %s", expert.name, outputs, like)
             continue
-        name = expert.name if kind == "expert" else kind
+        name = {FUSED: MERGED, "base": "base"}.get(kind, expert.name)
         kinds[name], scores[name] = kind, {}
+        predictor = ModelPredictor(name, kind, expert.model)
         for task, rows in suite.items():
-            metric = like.metric(wanted.get(task))
-            data = TaskRows.of(task, metric, read_examples(expert, rows, max_length))
-            scores[name] |= {task: score_task([ModelPredictor(name, kind, expert.model)], data, batch_size)[name]}
-        del expert  # before the next is loaded
+            measured = MeasuredTask(task, like.metric(wanted.get(task)), len(rows))
+            data = TaskRows.of(measured, read_examples(expert, rows, max_length))
+            scores[name] |= {task: score_task([predictor], data, batch_size)[name]}
+        del expert, predictor  # before the next is loaded
     assert like is not None
     known = owners_by_name(suite, names) | dict(owners or {})
-    tasks = [SuiteTask(t, like.metric(wanted.get(t)), len(rows), known.get(t)) for t, rows in suite.items()]
-    return SuiteResults(tasks, compare(tasks, scores, kinds, MERGED), dict(settings or {}), command, machine())
+    tasks = [MeasuredTask(t, like.metric(wanted.get(t)), len(rows), known.get(t)) for t, rows in suite.items()]
+    return compare(tasks, scores, kinds, settings=dict(settings or {}), command=command)
 
 
 @dataclass(frozen=True)
-class _Answers:
-    """What a model's answers mean: those of two models can be compared if it is the same."""
+class _Outputs:
+    """What a model's outputs mean: two models are compared where it is the same."""
 
     head: str
     labels: tuple[str, ...]
 
     @classmethod
-    def of(cls, expert: Expert) -> _Answers:
+    def of(cls, expert: Expert) -> _Outputs:
         head = head_of_architecture(type(expert.model).__name__)
         return cls(head.auto if head else type(expert.model).__name__, tuple(map(same_label, expert.labels)))
 
     def metric(self, wanted: Metric | None) -> Metric:
-        """How they are scored: texts as wanted, classes by accuracy."""
+        """How they are scored: tokens as wanted, classes by accuracy."""
         return "accuracy" if self.labels else wanted or "exact"
 
     def __str__(self) -> str:
@@ -249,7 +238,7 @@ def _loaded(given: Any, options: Mapping[str, Any], start: Any = None) -> Expert
     return replace(expert, model=with_adapter(expert.model, expert.adapter, expert.labels))
 
 
-def _beside(model: Any, experts: Sequence[ExpertLike], base: Any, agreed: bool) -> dict[str, TaskModel]:
+def _beside(model: Any, experts: Sequence[ExpertLike], base: Any, agreed: bool) -> list[TaskModel]:
     """The experts, each on its own task, and static merges of them."""
     how: dict[str, Any] = {"gates": False, "trust_remote_code": agreed}
     start: Any = load_experts([base], **how)[0] if base is not None else None
@@ -257,11 +246,11 @@ def _beside(model: Any, experts: Sequence[ExpertLike], base: Any, agreed: bool) 
     merge = CoefficientMerge(loaded, start and start.model, "layer", model.config.scaling).to(model.backbone.device)
     if merge.experts != model.experts:
         raise FusionError(f"the model is made of {model.experts}, not of {merge.experts}")
-    systems = {}
+    predictors = []
     for name, (kind, coefficient) in MERGES.items():
         given = [coefficient(model.config.scaling, len(loaded))] * len(loaded)
-        systems[name] = TaskModel(merge, kind, partial(CoefficientMerge.using, coefficients=given))
-    return {**systems, INDIVIDUAL: TaskModel(_Individual(merge, loaded), "oracle")}
+        predictors.append(TaskModel(name, merge, kind, partial(CoefficientMerge.using, coefficients=given)))
+    return [*predictors, TaskModel(INDIVIDUAL, _Individual(merge, loaded), "oracle")]
 
 
 class _Individual:
@@ -269,7 +258,7 @@ class _Individual:
 
     def __init__(self, merge: CoefficientMerge, experts: Sequence[Expert]) -> None:
         self.merge, self.config, self.forward = merge, merge.backbone.config, merge.backbone.forward
-        self.models: dict[str, Any] = {own.name: own.model for own in experts if own.adapter is None}
+        self.models: dict[str, Any] = {e.name: e.model for e in experts if e.adapter is None}
 
     def __call__(self, task: str, **inputs: Any) -> Any:
         if task not in self.models:

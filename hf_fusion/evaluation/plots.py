@@ -12,13 +12,13 @@ from hf_fusion.io.saving import replacing
 
 if TYPE_CHECKING:
     from hf_fusion.evaluation.coefficient_map import CoefficientMap
-    from hf_fusion.evaluation.fusion import Results, System
+    from hf_fusion.evaluation.results import PredictorScores, Results
     from hf_fusion.evaluation.routing_map import RoutingMap
 
 # Okabe and Ito's colours, which colour-blind people can distinguish; each kind also has its own marker.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#7A7A7A"
-KINDS = {  # kind of a system -> colour, marker, size
-    "foe": (BLUE, "D", 9),
+KINDS = {  # kind of a predictor -> colour, marker, size
+    "fused": (BLUE, "D", 9),
     "frugal": (ORANGE, "o", 9),
     "expert": (GREY, "o", 6),
     "baseline": (GREEN, "s", 7),
@@ -30,34 +30,34 @@ EXPERTS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B
 MARKERS = "osD^vPX*"
 CONSTANT: dict[str, Any] = {"color": "#222222", "linewidth": 1.1, "linestyle": (0, (5, 3))}
 LEAST_SPAN = 0.2  # of the axis of coefficients
-SCORES = {"accuracy": "accuracy", "exact_match": "exact match", "mse": "mean squared error"}
+METRICS = {"accuracy": "accuracy", "exact_match": "exact match", "mse": "mean squared error"}
 TOKENS = {"answers": "tokens of the answers", "all": "all tokens"}
 LINE_HEIGHT = 0.042  # of a label, as a share of the plot's height: labels closer than that are moved apart
 
 
 def plot_accuracy_cost(results: Results, path: str | Path) -> Path:
-    """Draws the score of every system against what it costs, with 95 % intervals and the frugal curve.
+    """Draws the score of every predictor against what it costs, with 95 % intervals and the frugal curve.
 
     Args:
-        results: as measured.
+        results: of a Fusion of Experts.
         path: the picture; the ending decides the format.
 
     Raises:
         FusionError: matplotlib is not installed.
     """
-    share = results.metric != "mse"
+    share = results.tasks[0].metric != "mse"
     figure, axes = _figure(9, 5.2)
     if results.curve:
         points = sorted((point["cost"], point["score"]) for point in results.curve)
         axes.plot(*zip(*points, strict=True), color=ORANGE, linewidth=1.6, alpha=0.7, zorder=2)
         axes.plot(*zip(*points, strict=True), ".", color=ORANGE, markersize=5, alpha=0.7, zorder=2)
-    for system in results.systems:
-        colour, marker, size = KINDS[system.kind]
-        low, high = system.score - system.ci95[0], system.ci95[1] - system.score
+    for predictor in results.predictors:
+        colour, marker, size = KINDS[predictor.kind]
+        score, (low, high) = predictor.only_score.score, predictor.only_score.ci95
         axes.errorbar(
-            system.cost,
-            system.score,
-            yerr=[[max(0.0, low)], [max(0.0, high)]],
+            predictor.cost,
+            score,
+            yerr=[[max(0.0, score - low)], [max(0.0, high - score)]],
             fmt=marker,
             color=colour,
             markersize=size,
@@ -65,7 +65,7 @@ def plot_accuracy_cost(results: Results, path: str | Path) -> Path:
             markeredgewidth=0.8,
             elinewidth=1.2,
             capsize=2.5,
-            zorder=4 if system.kind in ("foe", "frugal") else 3,
+            zorder=4 if predictor.kind in ("fused", "frugal") else 3,
         )
     axes.set_xlim(-0.02, 1.42)  # room for the labels on the right
     axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
@@ -73,7 +73,7 @@ def plot_accuracy_cost(results: Results, path: str | Path) -> Path:
     if share:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.set_ylim(top=min(1.03, axes.get_ylim()[1] + 0.03))
-    _label(axes, results.systems, share)
+    _label(axes, results.predictors, share)
     axes.set_xlabel("cost of an example, as a share of asking every expert", loc="left")
     axes.set_title(_title(results), loc="left", fontsize=11, pad=12)
     plain_axes(axes)
@@ -223,29 +223,30 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _title(results: Results) -> str:
-    where = f" on {results.dataset['name']}" if results.dataset.get("name") else ""
-    return f"{SCORES[results.metric].capitalize()} against cost{where}, {results.n:,} examples, 95 % intervals"
+    task = results.tasks[0]
+    return f"{METRICS[task.metric].capitalize()} against cost on {task.name}, {task.n:,} examples, 95 % intervals"
 
 
-def _label(axes: Any, systems: list[System], share: bool) -> None:
+def _label(axes: Any, predictors: list[PredictorScores], share: bool) -> None:
     """Names beside the points; those that would cover each other are moved apart, with a line to their point."""
     bottom, top = axes.get_ylim()
     height = (top - bottom) * LINE_HEIGHT
-    for column in _columns(systems):
+    for column in _columns(predictors):
         # Right of the frugal point runs its curve: the name goes below.
-        wanted = [system.score - (1.2 * height if system.kind == "frugal" else 0) for system in column]
-        for system, y in zip(column, spread_labels(wanted, height, bottom + height / 2, top - height / 2), strict=True):
-            x = max(other.cost for other in column) + 0.025
-            colour = KINDS[system.kind][0]
-            score = f"{system.score:.1%}" if share else f"{system.score:.3g}"
-            if system.kind != "frugal" and (abs(y - system.score) > height / 4 or x - system.cost > 0.04):
-                axes.plot([system.cost, x - 0.004], [system.score, y], color=colour, linewidth=0.6, alpha=0.6, zorder=1)
-            weight = "bold" if system.kind in ("foe", "frugal") else "normal"
+        wanted = [p.only_score.score - (1.2 * height if p.kind == "frugal" else 0) for p in column]
+        x = max(map(_cost, column)) + 0.025
+        for predictor, y in zip(
+            column, spread_labels(wanted, height, bottom + height / 2, top - height / 2), strict=True
+        ):
+            cost, score, colour = _cost(predictor), predictor.only_score.score, KINDS[predictor.kind][0]
+            if predictor.kind != "frugal" and (abs(y - score) > height / 4 or x - cost > 0.04):
+                axes.plot([cost, x - 0.004], [score, y], color=colour, linewidth=0.6, alpha=0.6, zorder=1)
+            weight = "bold" if predictor.kind in ("fused", "frugal") else "normal"
             axes.text(
                 x,
                 y,
-                f"{system.name.rpartition('/')[2]}  {score}",
-                color=colour if system.kind != "expert" else "#555555",
+                f"{predictor.name.rpartition('/')[2]}  {f'{score:.1%}' if share else f'{score:.3g}'}",
+                color=colour if predictor.kind != "expert" else "#555555",
                 fontsize=8.5,
                 fontweight=weight,
                 verticalalignment="center",
@@ -254,15 +255,19 @@ def _label(axes: Any, systems: list[System], share: bool) -> None:
             )
 
 
-def _columns(systems: list[System]) -> list[list[System]]:
-    """Systems whose labels stand above each other, lowest first: those of similar cost."""
-    columns: list[list[System]] = []
-    for system in sorted(systems, key=lambda s: s.cost):
-        if columns and system.cost - columns[-1][0].cost < 0.2:
-            columns[-1].append(system)
+def _columns(predictors: list[PredictorScores]) -> list[list[PredictorScores]]:
+    """Predictors whose labels stand above each other, lowest first: those of similar cost."""
+    columns: list[list[PredictorScores]] = []
+    for predictor in sorted(predictors, key=_cost):
+        if columns and _cost(predictor) - _cost(columns[-1][0]) < 0.2:
+            columns[-1].append(predictor)
         else:
-            columns.append([system])
-    return [sorted(column, key=lambda s: s.score) for column in columns]
+            columns.append([predictor])
+    return [sorted(column, key=lambda p: p.only_score.score) for column in columns]
+
+
+def _cost(predictor: PredictorScores) -> float:
+    return predictor.cost or 0.0
 
 
 def spread_labels(wanted: list[float], height: float, bottom: float, top: float) -> list[float]:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from hf_fusion.evaluation.results import MeasuredTask
 from hf_fusion.training.batches import score_rows, to_model
 
 
@@ -17,24 +18,22 @@ class Batch:
     """Rows of one task.
 
     Attributes:
-        task: its name.
-        metric: how rows are scored, see `hf_fusion.evaluation.scoring`.
+        task: which, and how its rows are scored.
         indices: indices of the rows in the task's data, B of them.
         inputs: of the B rows, with ``labels``.
     """
 
-    task: str
-    metric: str
+    task: MeasuredTask
     indices: list[int]
     inputs: Mapping[str, Any]
 
 
 class Predictor(Protocol):
-    """One line of a comparison.
+    """What scores rows: one line of a comparison.
 
     Attributes:
         name: what tables call it; unique within a comparison.
-        kind: "foe", "frugal", "router", "merged", "expert", "base", "baseline" or "oracle".
+        kind: see `hf_fusion.evaluation.results.PredictorScores`.
         cost: mean share of the cost of querying every expert; None where it is not counted.
     """
 
@@ -45,7 +44,7 @@ class Predictor(Protocol):
 
     @property
     def kind(self) -> str:
-        """What it is, and how it is drawn."""
+        """What it is in the comparison."""
         ...
 
     @property
@@ -81,7 +80,7 @@ class ModelPredictor:
         """See `Predictor`."""
         inputs = self.prepare(batch) if self.prepare else to_model(batch.inputs, self.model)
         with self.within(batch):
-            return score_rows(self.model, inputs, batch.metric)
+            return score_rows(self.model, inputs, batch.task.metric)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a comparison on a suite of tasks found: per task and system, with intervals, as data and as a table."""
+"""What an evaluation found: the score of every predictor on every task, with intervals, as data and as tables."""
 
 from __future__ import annotations
 
@@ -8,47 +8,59 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.intervals import Score
-from hf_fusion.io.files import read_given
+from hf_fusion.io.json_files import read_json
 from hf_fusion.io.saving import write_file
 
 Metric = Literal["accuracy", "exact", "tokens"]
 HELD_IN, HELD_OUT = "held-in", "held-out"
+FUSED, FRUGAL = "fused", "frugal"  # kinds of predictors: the model that is measured, and it with fewer experts
+RESULTS_FILE = "results.json"  # its name beside a model
 
 
 @dataclass
-class SuiteTask:
-    """One task of a suite.
+class MeasuredTask:
+    """The test rows of one task, or of several experts' domains together.
 
     Attributes:
         name: what tables call it.
-        metric: "accuracy" of classes, "exact" match of the greedy answer, or share of right next "tokens".
+        metric: "accuracy" of classes, "mse" of numbers, "exact" match of the greedy prediction with the target's
+            tokens, "exact_match" of generated texts, or share of right next "tokens".
         n: rows.
         owner: the expert that was trained on it; None for a held-out task.
+        split: of the data set.
+        pooled: the rows are of several experts' domains, so that the task is neither held-in nor held-out.
     """
 
     name: str
-    metric: Metric
+    metric: str
     n: int
     owner: str | None = None
+    split: str = "test"
+    pooled: bool = False
 
     @property
-    def group(self) -> str:
-        """Whether an expert was trained on it."""
+    def group(self) -> str | None:
+        """Whether an expert was trained on it: "held-in" or "held-out"; None where rows are pooled."""
+        if self.pooled:
+            return None
         return HELD_OUT if self.owner is None else HELD_IN
 
 
 @dataclass
-class SuiteSystem:
-    """One system of a comparison.
+class PredictorScores:
+    """What one predictor scored.
 
     Attributes:
         name: what tables call it.
-        kind: "base", "router", "merged", "expert", "baseline" or "oracle".
+        kind: "fused" or "frugal" for the model that is measured, "expert", "base", "baseline" or "oracle" for what it
+            is compared with.
         scores: task → its score, for the tasks it was run on.
-        means: "held-in" and "held-out" → mean of the scores of these tasks, each task counting alike; only where it was
-            run on all of them.
-        lead: the same groups → by how much the router's mean is above this one's, from the same rows.
+        means: "held-in" and "held-out" → mean of the scores of these tasks, equally weighted; only where it was run on
+            all of them.
+        lead: the same groups → by how much the fused model's mean is above this one's, from the same rows.
+        cost: mean share of the cost of querying every expert; None where it is not counted.
     """
 
     name: str
@@ -56,91 +68,204 @@ class SuiteSystem:
     scores: dict[str, Score]
     means: dict[str, Score] = field(default_factory=dict)
     lead: dict[str, Score] = field(default_factory=dict)
+    cost: float | None = None
+
+    @property
+    def only_score(self) -> Score:
+        """The score where a single task was measured.
+
+        Raises:
+            ValueError: it was run on several tasks.
+        """
+        [score] = self.scores.values()
+        return score
 
 
 @dataclass
-class SuiteResults:
-    """A comparison of systems on a suite of tasks.
+class Results:
+    """A comparison of predictors; `results.json` beside a model, and its card's tables.
 
-    Intervals hold 95 %: Wilson's for a share, the normal one for a mean of shares (metric "tokens"). The interval of a
-    mean over tasks adds the tasks' own, squared (`intervals.mean_of`); a lead is the mean difference on the same rows
-    with the normal interval stratified by task (`scoring.lead_of`). Tasks are taken as given, rows as drawn from them.
+    Intervals hold 95 %: Wilson's for a share, the normal one for other means (metrics "tokens" and "mse"). The interval
+    of a mean over tasks adds the tasks' intervals, squared (`intervals.mean_of`); a lead is the mean difference on the
+    same rows with the normal interval stratified by task (`scoring.lead_of`). Tasks are taken as given, rows as drawn.
 
     Attributes:
-        tasks: the suite.
-        systems: what was compared.
-        settings: top_k, temperature, seed and what else decides the numbers.
+        tasks: what was measured on; a single one with pooled rows for a Fusion of Experts.
+        predictors: what was compared.
+        selection_accuracy: share of rows for which a Fusion of Experts chose the expert of their domain; None where it
+            does not choose, or the domains are not known.
+        curve: the frugal variant's accuracy-cost curve; points of cost_weight, score, ci95, and cost as in
+            `PredictorScores`.
+        settings: top_k, temperature, seed and what else decides the scores.
         command: what to type to measure it again.
         machine: what it ran on.
     """
 
-    tasks: list[SuiteTask]
-    systems: list[SuiteSystem]
+    tasks: list[MeasuredTask]
+    predictors: list[PredictorScores]
+    selection_accuracy: float | None = None
+    curve: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     command: str = ""
     machine: str = ""
 
-    def __getitem__(self, name: str) -> SuiteSystem:
-        """The system of that name."""
-        return next(system for system in self.systems if system.name == name)
+    def __getitem__(self, name: str) -> PredictorScores:
+        """The predictor of that name."""
+        return next(predictor for predictor in self.predictors if predictor.name == name)
+
+    @property
+    def pooled(self) -> bool:
+        """Whether it is one data set with rows of several experts' domains."""
+        return bool(self.tasks) and all(task.pooled for task in self.tasks)
+
+    def groups(self) -> dict[str, list[MeasuredTask]]:
+        """ "held-in" and "held-out" → the tasks of the group, where there are any."""
+        members = {group: [task for task in self.tasks if task.group == group] for group in (HELD_IN, HELD_OUT)}
+        return {group: tasks for group, tasks in members.items() if tasks}
+
+    def best(self, kind: str, group: str = HELD_IN) -> PredictorScores:
+        """The predictor of a kind with the best score on pooled rows, or with the best mean over a group of tasks.
+
+        Raises:
+            ValueError: none of this kind was measured.
+        """
+        if self.pooled:
+            sign = -1 if self.tasks[0].metric == "mse" else 1
+            return max((p for p in self.predictors if p.kind == kind), key=lambda p: sign * p.only_score.score)
+        return max(
+            (p for p in self.predictors if p.kind == kind and group in p.means), key=lambda p: p.means[group].score
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes JSON, all of it or nothing."""
         write_file(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> SuiteResults:
-        """Reads what `save` wrote."""
-        return cls.from_dict(json.loads(read_given(Path(path))))
+    def load(cls, path: str | Path) -> Results:
+        """Reads what `save` wrote, now or in an earlier form.
+
+        Raises:
+            FusionError: the file cannot be read, or a field is missing.
+        """
+        return cls.from_dict(read_json(Path(path), str(Path(path).parent)))
 
     @classmethod
-    def from_dict(cls, given: Mapping[str, Any]) -> SuiteResults:
-        """From the content of such a file."""
-        values = dict(given)
-        tasks = [SuiteTask(**row) for row in values.pop("tasks")]
-        systems = []
-        for row in (dict(own) for own in values.pop("systems")):
-            scores, means, lead = (_scores(row.pop(name)) for name in ("scores", "means", "lead"))
-            systems.append(SuiteSystem(**row, scores=scores, means=means, lead=lead))
-        return cls(tasks, systems, **values)
+    def from_dict(cls, content: Mapping[str, Any]) -> Results:
+        """From the content of such a file; fields that are not of `Results` are skipped.
+
+        Raises:
+            FusionError: a field is missing or of another type.
+        """
+        try:
+            content = _upgraded(content)
+            lacking = [key for key in _NEEDED if content.get(key) is None]
+            lacking += [
+                f"{key}[].{name}"
+                for key, names in _NEEDED.items()
+                for name in names
+                if any(row.get(name) is None for row in content.get(key) or ())
+            ]
+            if not lacking:
+                known = ("selection_accuracy", "curve", "settings", "command", "machine")
+                return cls(
+                    [MeasuredTask(**task) for task in content["tasks"]],
+                    [_predictor(row) for row in content["predictors"]],
+                    **{key: content[key] for key in known if key in content},
+                )
+        except KeyError as error:
+            lacking = [str(error.args[0])]
+        except (AttributeError, TypeError, ValueError) as error:
+            raise FusionError(f"The results cannot be read ({error}).", hint="hf-fusion eval writes them") from error
+        raise FusionError(f"The results lack {', '.join(lacking)}.", hint="hf-fusion eval writes them")
 
     def table(self, experts: bool = False) -> list[dict[str, str]]:
-        """One row per task and one per mean, one column per system; of the experts the best one on held-in tasks, or on
-        held-out ones where there are no others.
+        """For printing: one row per predictor where rows are pooled, else one per task and mean.
 
         Args:
-            experts: the single experts, without intervals, instead of the other systems.
+            experts: the single experts, without intervals, instead of the other predictors; of these experts the other
+                table shows the best one on held-in tasks, or on held-out ones where there are no others.
         """
-        shown = [system for system in self.systems if (system.kind == "expert") == experts]
-        singles = [system for system in self.systems if system.kind == "expert" and system.means]
+        return self._by_predictor() if self.pooled else self._by_task(experts)
+
+    def _by_predictor(self) -> list[dict[str, str]]:
+        """Score and interval as shares (or plain numbers), cost as a share."""
+        metric = self.tasks[0].metric
+        form = "{:.4g}" if metric == "mse" else "{:.1%}"
+        return [
+            {
+                "predictor": predictor.name,
+                metric: form.format(predictor.only_score.score).rjust(5),
+                "95 % interval": " – ".join(form.format(end) for end in predictor.only_score.ci95),
+                "cost": "" if predictor.cost is None else f"{predictor.cost:.0%}".rjust(4),
+            }
+            for predictor in self.predictors
+        ]
+
+    def _by_task(self, experts: bool) -> list[dict[str, str]]:
+        shown = [predictor for predictor in self.predictors if (predictor.kind == "expert") == experts]
+        singles = [predictor for predictor in self.predictors if predictor.kind == "expert" and predictor.means]
         if singles and not experts:
-            group = HELD_IN if any(HELD_IN in system.means for system in singles) else HELD_OUT  # no task is anyone's
-            best = max((system for system in singles if group in system.means), key=lambda s: s.means[group].score)
+            group = HELD_IN if any(HELD_IN in single.means for single in singles) else HELD_OUT
+            best = self.best("expert", group)
             shown.append(replace(best, name=f"best single: {best.name}"))
         rows: list[dict[str, str]] = []
-        for group in (HELD_IN, HELD_OUT):
-            tasks = [task for task in self.tasks if task.group == group]
+        for group, tasks in self.groups().items():
             for task in tasks:
                 first = {"task": task.name, "n": str(task.n)}
-                rows.append(first | {s.name: _cell(s.scores.get(task.name), experts) for s in shown})
-            if tasks:
-                first = {"task": f"mean, {group}", "n": str(sum(task.n for task in tasks))}
-                rows.append(first | {s.name: _cell(s.means.get(group), experts) for s in shown})
+                rows.append(first | {p.name: _cell(p.scores.get(task.name), experts) for p in shown})
+            first = {"task": f"mean, {group}", "n": str(sum(task.n for task in tasks))}
+            rows.append(first | {p.name: _cell(p.means.get(group), experts) for p in shown})
         return rows
 
     def text(self) -> str:
-        """All tables as text: the systems, the router's lead over each, the single experts."""
+        """All tables as text: the predictors, the fused model's lead over each, the single experts."""
         leads = [
-            {"lead over": system.name, **{group: str(score) for group, score in system.lead.items()}}
-            for system in self.systems
-            if system.lead
+            {"lead over": predictor.name, **{group: str(score) for group, score in predictor.lead.items()}}
+            for predictor in self.predictors
+            if predictor.lead
         ]
-        singles = self.table(experts=True) if any(system.kind == "expert" for system in self.systems) else []
+        has_singles = not self.pooled and any(predictor.kind == "expert" for predictor in self.predictors)
+        singles = self.table(experts=True) if has_singles else []
         return "\n\n".join(aligned(rows) for rows in (self.table(), leads, singles) if rows)
 
 
-def _scores(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Score]:
-    return {name: Score(value["score"], tuple(value["ci95"])) for name, value in values.items()}
+# ---------------------------------------------------------------- reading
+
+_NEEDED = {"tasks": ("name", "metric", "n"), "predictors": ("name", "kind", "scores")}
+_EARLIER_KINDS = {"foe": FUSED, "router": FUSED, "merged": FUSED}  # the model that is measured, in earlier forms
+
+
+def _upgraded(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The content of a file of any form in the form that `Results.save` writes."""
+    if "systems" not in content:
+        return content
+    return _from_suite(content) if "tasks" in content else _from_pooled(content)
+
+
+def _from_suite(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Until all results had one form: of models that are measured task by task."""
+    rows = [{**row, "kind": _EARLIER_KINDS.get(row.get("kind"), row.get("kind"))} for row in content["systems"]]
+    return {**content, "predictors": rows}
+
+
+def _from_pooled(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Until all results had one form: of a Fusion of Experts."""
+    data = content.get("dataset") or {}
+    task = {"name": data.get("name"), "split": data.get("split", "test"), "pooled": True}
+    task |= {key: content.get(key) for key in ("metric", "n")}
+    systems = [{**row, "scores": {task["name"]: row}} for row in content["systems"]]
+    return _from_suite({**content, "tasks": [task], "systems": systems})
+
+
+def _predictor(row: Mapping[str, Any]) -> PredictorScores:
+    scores, means, lead = (
+        {name: Score(found["score"], tuple(found["ci95"])) for name, found in row.get(key, {}).items()}
+        for key in ("scores", "means", "lead")
+    )
+    return PredictorScores(row["name"], row["kind"], scores, means, lead, row.get("cost"))
+
+
+# ---------------------------------------------------------------- tables
 
 
 def _cell(score: Score | None, short: bool) -> str:

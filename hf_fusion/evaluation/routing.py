@@ -13,10 +13,9 @@ import torch
 from torch import nn
 
 from hf_fusion.errors import FusionError
-from hf_fusion.evaluation.loop import TaskRows, score_task
-from hf_fusion.evaluation.machine import machine
+from hf_fusion.evaluation.loop import TaskRows, check_suite, metric_of, score_task
 from hf_fusion.evaluation.predictors import ModelPredictor
-from hf_fusion.evaluation.results import Metric, SuiteResults, SuiteTask
+from hf_fusion.evaluation.results import FUSED, MeasuredTask, Metric, Results
 from hf_fusion.evaluation.retrieval import Embedder, Retrieval, TextEmbedder
 from hf_fusion.evaluation.scoring import compare
 from hf_fusion.hub.load import load_experts
@@ -40,7 +39,7 @@ class RoutingStrategy:
     """How a router is set up to be one of the predictors: for `measure_routing` and for `bench.setups.routing`.
 
     Attributes:
-        kind: see `SuiteSystem`.
+        kind: see `hf_fusion.evaluation.results.PredictorScores`.
         router: whose gates and rule, a key of `ROUTERS`.
         within: (evaluation, router, task, row indices of a batch) → the context its forward runs in.
     """
@@ -58,7 +57,7 @@ class RoutingStrategy:
             self.kind,
             router.backbone,
             lambda batch: batch.inputs,
-            lambda batch: self.within(evaluation, router, batch.task, batch.indices),
+            lambda batch: self.within(evaluation, router, batch.task.name, batch.indices),
         )
 
 
@@ -71,7 +70,7 @@ ROUTERS: dict[str, Callable[[Evaluation], PhatgooseRouter]] = {
 }
 STRATEGIES: dict[str, RoutingStrategy] = {
     "base": RoutingStrategy("base", within=lambda evaluation, router, task, rows: router.using(None)),
-    PHATGOOSE: RoutingStrategy("router"),
+    PHATGOOSE: RoutingStrategy(FUSED),
     "retrieval": RoutingStrategy(
         "baseline",
         within=lambda evaluation, router, task, rows: router.using(evaluation.retrieved(task)[rows]),
@@ -108,7 +107,7 @@ def measure_routing(
     max_length: int = 512,
     seed: int = 0,
     command: str = "",
-) -> SuiteResults:
+) -> Results:
     """Measures PHATGOOSE, its baselines, every expert and the oracle on each task of a suite.
 
     One forward per batch and predictor; blocks below all adapters run once for all. A language model's greedy
@@ -157,7 +156,7 @@ def measure_routing(
         "dtype": str(loaded[0].model.dtype).removeprefix("torch."),
     }
     kinds = dict.fromkeys(evaluation.names, "expert") | {name: strategy.kind for name, strategy in STRATEGIES.items()}
-    return SuiteResults(tasks, compare(tasks, scores, kinds, PHATGOOSE), settings, command, machine())
+    return compare(tasks, scores, kinds, settings=settings, command=command)
 
 
 @dataclass
@@ -184,47 +183,37 @@ class Evaluation:
         """The experts' names."""
         return [expert.name for expert in self.experts]
 
-    def run(self, predictors: Sequence[str] | None) -> tuple[list[SuiteTask], dict[str, dict[str, torch.Tensor]]]:
+    def run(self, predictors: Sequence[str] | None) -> tuple[list[MeasuredTask], dict[str, dict[str, torch.Tensor]]]:
         """The tasks, and the rows' scores: predictor → task → (N,)."""
         wanted = self._checked(predictors)
         strategies = {name: strategy for name, strategy in STRATEGIES.items() if name in wanted}
         singles = {name: RoutingStrategy("expert", within=partial(alone, name)) for name in self.names}
-        routers = {
-            kind: self.router(kind) for kind in ("phatgoose", *(strategy.router for strategy in strategies.values()))
-        }
+        strategies |= singles if "experts" in wanted else {}
+        head = self.router("phatgoose").config.head
         tasks = []
         scores: dict[str, dict[str, torch.Tensor]] = {}
-        for task, rows in track(self.suite.items(), "Measuring tasks"):
-            owner = self.owners.get(task)
-            alone_too = singles if "experts" in wanted else {}
-            if ORACLE in wanted and owner is not None:
-                alone_too = alone_too or {owner: singles[owner]}
-            values, metric = self._scores(task, rows, {**strategies, **alone_too}, routers)
-            tasks.append(SuiteTask(task, metric, len(rows), owner))
-            for name, value in values.items():
-                if "experts" in wanted or name not in singles:
-                    scores.setdefault(name, {})[task] = value
-            if ORACLE in wanted and owner is not None:
-                scores.setdefault(ORACLE, {})[task] = values[owner]
+        for name, rows in track(self.suite.items(), "Measuring tasks"):
+            task = MeasuredTask(name, metric_of(head, self.metrics.get(name)), len(rows), self.owners.get(name))
+            tasks.append(task)
+            owner = task.owner if ORACLE in wanted else None
+            values = self._scores(task, rows, strategies if owner is None else {**strategies, owner: singles[owner]})
+            derived = {} if owner is None else {ORACLE: values[owner]}
             if "experts" in wanted:
-                best = max(self.names, key=lambda name: float(values[name].mean()))
-                scores.setdefault(HINDSIGHT, {})[task] = values[best]
+                derived[HINDSIGHT] = values[max(self.names, key=lambda single: float(values[single].mean()))]
+            for shown, found in {**{shown: values[shown] for shown in strategies}, **derived}.items():
+                scores.setdefault(shown, {})[name] = found
         return tasks, scores
 
     def _scores(
-        self,
-        task: str,
-        rows: Dataset,
-        strategies: Mapping[str, RoutingStrategy],
-        routers: Mapping[str, PhatgooseRouter],
-    ) -> tuple[dict[str, torch.Tensor], Metric]:
+        self, task: MeasuredTask, rows: Dataset, strategies: Mapping[str, RoutingStrategy]
+    ) -> dict[str, torch.Tensor]:
         """Every strategy's scores of one task's rows, (N,) each; a batch is prepared once for all of them."""
+        routers = {kind: self.router(kind) for kind in ("phatgoose", *(s.router for s in strategies.values()))}
         router = routers["phatgoose"]
-        metric = self.metrics.get(task, "exact") if router.config.head in ("causal-lm", "seq2seq-lm") else "accuracy"
         predictors = [strategy.predictor(name, self, routers[strategy.router]) for name, strategy in strategies.items()]
         with same_start(routers.values()) as remembered:
-            data = TaskRows.of(task, metric, self.read(router, rows), router.device)
-            return score_task(predictors, data, self.batch_size, before_batch=remembered.clear), metric
+            data = TaskRows.of(task, self.read(router, rows), router.device)
+            return score_task(predictors, data, self.batch_size, before_batch=remembered.clear)
 
     def read(self, router: PhatgooseRouter, rows: Dataset) -> Examples:
         """Rows as the router reads them: labels are those of all experts."""
@@ -284,10 +273,7 @@ class Evaluation:
             raise FusionError("the experts bring their own heads, without which their base has no answers")
         if taken := [name for name in self.names if name in (*PREDICTORS, HINDSIGHT)]:
             raise FusionError(f"an expert cannot be called {taken[0]!r} here: a predictor bears this name")
-        if not self.suite:
-            raise FusionError("the suite has no tasks")
-        if empty := [task for task, rows in self.suite.items() if not len(rows)]:
-            raise FusionError(f"the task {empty[0]} has no rows")
+        check_suite(self.suite)
         for task, owner in self.owners.items():
             if task not in self.suite:
                 raise FusionError(f"{owner} is said to own {task!r}, which is no task of the suite")

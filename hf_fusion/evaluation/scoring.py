@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from hf_fusion.evaluation.intervals import Z95, Score, mean_of, wilson
-from hf_fusion.evaluation.results import HELD_IN, HELD_OUT, SuiteSystem, SuiteTask
+from hf_fusion.evaluation.machine import machine
+from hf_fusion.evaluation.results import FUSED, MeasuredTask, PredictorScores, Results
 
 
 def score_of(values: torch.Tensor, metric: str) -> Score:
@@ -29,9 +31,9 @@ def score_of(values: torch.Tensor, metric: str) -> Score:
     return Score(mean, (max(0.0, mean - half), min(1.0, mean + half)))
 
 
-def lead_of(own: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Score:
-    """Mean over tasks of the mean difference of two systems on the same rows, each (N_task,), with its interval."""
-    differences = [(a - b).double() for a, b in zip(own, other, strict=True)]
+def lead_of(ahead: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Score:
+    """Mean over tasks of the mean difference of two predictors on the same rows, each (N_task,), with its interval."""
+    differences = [(a - b).double() for a, b in zip(ahead, other, strict=True)]
     mean = sum(float(d.mean()) for d in differences) / len(differences)
     variance = sum(float(d.var(correction=0)) / len(d) for d in differences) / len(differences) ** 2
     half = Z95 * math.sqrt(variance)
@@ -39,29 +41,32 @@ def lead_of(own: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Score
 
 
 def compare(
-    tasks: Sequence[SuiteTask],
+    tasks: Sequence[MeasuredTask],
     scores: Mapping[str, Mapping[str, torch.Tensor]],
     kinds: Mapping[str, str],
-    leader: str,
-) -> list[SuiteSystem]:
-    """Systems with their intervals, their means, and how far the leader is ahead of each.
+    costs: Mapping[str, float] | None = None,
+    **about: Any,
+) -> Results:
+    """Scores with their intervals, the predictors' means, and how far the fused model is ahead of each.
 
     Args:
-        tasks: the suite.
-        scores: system → task → scores of its rows (N,).
-        kinds: system → kind, see `SuiteSystem`; default is "oracle".
-        leader: the system that the comparison is about.
+        tasks: what was measured on.
+        scores: predictor → task → scores of its rows (N,).
+        kinds: predictor → kind, see `PredictorScores`; default is "oracle". The first "fused" one leads.
+        costs: predictor → its mean cost, where it is counted.
+        about: further fields of `Results`.
     """
-    systems = []
-    for name, own in scores.items():
-        kind = kinds.get(name, "oracle")
-        system = SuiteSystem(name, kind, {t.name: score_of(own[t.name], t.metric) for t in tasks if t.name in own})
-        for group in (HELD_IN, HELD_OUT):
-            members = [task.name for task in tasks if task.group == group]
-            if members and set(members) <= own.keys():
-                system.means[group] = mean_of([system.scores[task] for task in members])
-                if leader in scores and name != leader:
-                    ahead = [scores[leader][task] for task in members]
-                    system.lead[group] = lead_of(ahead, [own[task] for task in members])
-        systems.append(system)
-    return systems
+    leader = next((name for name in scores if kinds.get(name) == FUSED), None)
+    results = Results(list(tasks), [], machine=machine(), **about)
+    for name, rows in scores.items():
+        scored = {task.name: score_of(rows[task.name], task.metric) for task in tasks if task.name in rows}
+        predictor = PredictorScores(name, kinds.get(name, "oracle"), scored, cost=(costs or {}).get(name))
+        for group, members in results.groups().items():
+            names = [task.name for task in members]
+            if set(names) <= rows.keys():
+                predictor.means[group] = mean_of([scored[task] for task in names])
+                if leader is not None and name != leader:
+                    ahead = [scores[leader][task] for task in names]
+                    predictor.lead[group] = lead_of(ahead, [rows[task] for task in names])
+        results.predictors.append(predictor)
+    return results

@@ -193,9 +193,13 @@ def shown_labels(routing: Routing, most: int = 10) -> tuple[list[int], int]:
 
 
 def read_results(values: Any) -> dict[str, Any] | None:
-    """What `results.json` holds, as far as it is sound: systems and curve with finite scores and costs, or None."""
+    """What `results.json` holds, as far as it is sound: predictors and curve with finite scores and costs, or None.
+
+    Files from before all results had one form are read as well: they have `systems` with a score each and a `dataset`.
+    """
     if not isinstance(values, dict):
         return None
+    values = {**values, **_pooled(values)}
     systems = [
         {"name": str(row.get("name")), "kind": str(row.get("kind")), **numbers}
         for row in _rows(values.get("systems"))
@@ -212,6 +216,21 @@ def read_results(values: Any) -> dict[str, Any] | None:
         "systems": systems,
         "curve": curve,
     }
+
+
+def _pooled(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of predictors that were measured on one task: their scores, and the task as metric, n and data set."""
+    tasks = _rows(values.get("tasks"))
+    if len(tasks) != 1:
+        return {}
+    systems = []
+    for row in _rows(values.get("predictors")):
+        scores, kind = row.get("scores"), row.get("kind")
+        score = scores.get(tasks[0].get("name")) if isinstance(scores, dict) else None
+        score = score if isinstance(score, dict) else {}
+        systems.append({**row, **score, "kind": "foe" if kind == "fused" else kind})
+    known = {key: tasks[0][key] for key in ("metric", "n") if key in tasks[0]}
+    return {**known, "dataset": {"name": tasks[0].get("name")}, "systems": systems}
 
 
 def _rows(values: Any) -> list[dict[str, Any]]:

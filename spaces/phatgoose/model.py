@@ -293,9 +293,10 @@ def best_expert(results: Any, experts: list[str]) -> int | None:
     """Index of the expert with the best score alone, from the content of results.json; None where none was measured.
 
     Args:
-        results: holds `systems`, each with a name and either a score or the means over groups of tasks.
+        results: holds `predictors` (in earlier files `systems`), each with a name and either a score or the means over
+            groups of tasks.
     """
-    rows = results.get("systems") if isinstance(results, dict) else None
+    rows = results.get("predictors", results.get("systems")) if isinstance(results, dict) else None
     names = {**{name: i for i, name in enumerate(short_names(experts))}, **{n: i for i, n in enumerate(experts)}}
     scores = {}
     for row in rows if isinstance(rows, list) else []:

@@ -13,7 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,12 @@ from hf_fusion import FoEModel, fit_fuser, load_experts
 from hf_fusion.assets.minilm import minilm_folder
 from hf_fusion.demo.text_suites import SUITES, TextSuite, splits
 from hf_fusion.evaluation.evaluate import evaluate
-from hf_fusion.evaluation.fusion import System
 from hf_fusion.evaluation.intervals import wilson
+from hf_fusion.evaluation.results import Results
 from hf_fusion.io.cache import cache_folder
 from hf_fusion.training.outputs import collect_outputs
 
+COMMAND = "python tests/benchmarks/foe_text.py --data DIR --suite"
 RESULTS = Path(__file__).parent / "results"
 EXPERTS = cache_folder() / "text_experts"
 SEEDS = (0, 1, 2)  # of the fuser's fit; what is reported in full is the first
@@ -124,13 +125,14 @@ def measure_selection(suite: TextSuite, experts: Sequence[Any], fit: Dataset, te
     for seed in reversed(SEEDS):
         for name, foe in (("foe", model), (f"features from {source}", alone)):
             fit_fuser(foe, fit, seed=seed)
-            results = evaluate(foe, test)
-            extra["seeds"].setdefault(name, {})[seed] = [results.systems[0].score, results.selection_accuracy]
+            results = measure(suite, foe, test)
+            score = results.best("fused").only_score.score
+            extra["seeds"].setdefault(name, {})[seed] = [score, results.selection_accuracy]
             if foe is model:
                 main = results
             else:
                 lone = results
-    main.systems.insert(1, System(f"FoE, features from {source}", "foe", *_values(lone.systems[0])))
+    main.predictors.insert(1, replace(lone.predictors[0], name=f"FoE, features from {source}"))
     probe = linear_probe(fit, test)
     extra["names_the_task"] = {
         "foe": main.selection_accuracy,
@@ -140,7 +142,7 @@ def measure_selection(suite: TextSuite, experts: Sequence[Any], fit: Dataset, te
         "foe ci95": wilson(main.selection_accuracy, len(test)),
     }
     extra["per_task"] = per_task(model, test)
-    extra["share_of_oracle"] = main.systems[0].score / main.best("oracle").score
+    extra["share_of_oracle"] = main.predictors[0].only_score.score / main.best("oracle").only_score.score
     return asdict(main) | extra
 
 
@@ -150,26 +152,26 @@ def measure_output(suite: TextSuite, experts: Sequence[Any], fit: Dataset, test:
     extra: dict[str, Any] = {"seeds": {"foe": {}, "frugal": {}}}
     for seed in reversed(SEEDS):
         fit_fuser(full, fit, seed=seed)
-        main = evaluate(full, test)
+        main = measure(suite, full, test)
         fit_fuser(frugal, fit, seed=seed, frugal=True)
-        results = evaluate(frugal, test)
+        results = measure(suite, frugal, test)
         point = results.best("frugal")
-        extra["seeds"]["foe"][seed] = main.systems[0].score
-        extra["seeds"]["frugal"][seed] = [results.systems[0].score, point.score, point.cost]
+        extra["seeds"]["foe"][seed] = main.predictors[0].only_score.score
+        scores = [predictor.only_score.score for predictor in (results.predictors[0], point)]
+        extra["seeds"]["frugal"][seed] = [*scores, point.cost]
     main.curve = results.curve
-    main.systems[1:1] = [System("FoE, fitted frugally, all experts", "foe", *_values(results.systems[0])), point]
+    main.predictors[1:1] = [replace(results.predictors[0], name="FoE, fitted frugally, all experts"), point]
     return asdict(main) | extra
 
 
-def _values(system: System) -> tuple[float, tuple[float, float], float]:
-    return system.score, system.ci95, system.cost
+def measure(suite: TextSuite, model: FoEModel, test: Dataset) -> Results:
+    """The model beside its experts and baselines on the pooled test rows."""
+    return evaluate(model, test, name=suite.name, command=f"{COMMAND} {suite.name}")
 
 
 def show(values: dict) -> None:
-    print(f"{values['dataset']['name']}: n = {values['n']}, {values['metric']}")
-    for row in values["systems"]:
-        low, high = row["ci95"]
-        print(f"  {row['name']:36} {row['score']:.3f}  [{low:.3f}, {high:.3f}]  cost {row['cost']:.2f}")
+    results = Results.from_dict(values)
+    print(f"{results.tasks[0].name}: n = {results.tasks[0].n}, {results.tasks[0].metric}\n{results.text()}")
     for name in ("share_of_oracle", "names_the_task", "per_task", "seeds"):
         if name in values:
             print(f"  {name}: {json.dumps(values[name])}")
@@ -190,8 +192,6 @@ def main() -> None:
         values = measure_selection(suite, experts, fit, test, args.source)
     else:
         values = measure_output(suite, experts, fit, test)
-    values["dataset"] = {"name": suite.name, "type": " + ".join(suite.tasks), "split": "test"}
-    values["command"] = f"python tests/benchmarks/foe_text.py --data DIR --suite {suite.name}"
     values |= {"fit_rows": len(fit), "seed": SEEDS[0], "minutes": round((time.perf_counter() - start) / 60, 1)}
     show(values)
     RESULTS.mkdir(exist_ok=True)

@@ -7,9 +7,8 @@ from typing import Any
 
 from hf_fusion.bench.cells import read_cells
 from hf_fusion.bench.report import summarise
-from hf_fusion.evaluation.fusion import Results, System
 from hf_fusion.evaluation.intervals import Score, mean_of
-from hf_fusion.evaluation.results import HELD_IN, HELD_OUT, SuiteResults, SuiteTask
+from hf_fusion.evaluation.results import HELD_IN, HELD_OUT, MeasuredTask, Results
 
 Read = Sequence[Any]
 """The content of a source's files, in their order; of a folder, its path."""
@@ -31,39 +30,36 @@ def within(interval: Sequence[float], digits: int = 0) -> str:
     return f"({'–'.join(f'{100 * end:.{digits}f}' for end in interval)})"
 
 
-def scored(score: Score | Mapping[str, Any]) -> str:
+def scored(score: Score) -> str:
     """84.8 (84–86)."""
-    given = score if isinstance(score, Score) else Score(score["score"], tuple(score["ci95"]))
-    return f"{percent(given.score)} {within(given.ci95)}"
+    return f"{percent(score.score)} {within(score.ci95)}"
 
 
-def named(rows: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
-    """The row of that name."""
-    return next(row for row in rows if row["name"] == name)
+def pooled_share(results: Results, name: str) -> float:
+    """What a predictor scored on the only task."""
+    return results[name].only_score.score
 
 
 # ---------------------------------------------------------------- the demos and their cards
 
 
 def demo_table(read: Read) -> str:
-    """The systems of `hf-fusion demo`, as the command prints them."""
-    results = Results(**{**read[0], "systems": [System(**row) for row in read[0]["systems"]]})
-    rows = [[row["system"].rpartition("/")[2], *map(str.strip, list(row.values())[1:])] for row in results.table()]
+    """The predictors of `hf-fusion demo`, as the command prints them."""
+    results = Results.from_dict(read[0])
+    rows = [[row["predictor"].rpartition("/")[2], *map(str.strip, list(row.values())[1:])] for row in results.table()]
     return table(["system", "accuracy", "95 % interval", "cost"], rows)
 
 
 def demo_phrases(read: Read) -> list[str]:
     """What README says of `hf-fusion demo` in words."""
-    results, _, seeds = read
-    systems = results["systems"]
-    best = max(row["score"] for row in systems if row["kind"] == "expert")
-    frugal = named(systems, "FoE, frugal")
-    machine = results["machine"].replace("1 CPU threads", "1 CPU thread")
-    shares = [f"{share:.0%}".replace("%", " %") for share in (named(systems, "FoE")["score"], best, frugal["score"])]
+    results, seeds = Results.from_dict(read[0]), read[2]
+    frugal, best = results["FoE, frugal"], results.best("expert")
+    machine = results.machine.replace("1 CPU threads", "1 CPU thread")
+    shares = [f"{p.only_score.score:.0%}".replace("%", " %") for p in (results["FoE"], best, frugal)]
     return [
         f"is right on {shares[0]} of the digits, the best expert alone on {shares[1]}; the frugal fusion keeps the "
-        f"{shares[2]} at {100 * frugal['cost']:.0f} % of the cost",
-        f"by `{results['command']}` on {machine}; n = {results['n']:,} held-out images",
+        f"{shares[2]} at {100 * frugal.cost:.0f} % of the cost",
+        f"by `{results.command}` on {machine}; n = {results.tasks[0].n:,} held-out images",
         f"With three seeds FoE comes to {spread(seeds, 'FoE')} and its frugal variant to "
         f"{spread(seeds, 'FoE, frugal')}",
         f"takes about {seeds['cpu_seconds']} CPU seconds after installation",
@@ -89,18 +85,15 @@ FOE_TEXT = {
 def foe_text_table(read: Read) -> str:
     """FoE and its rivals on three suites of text."""
     rows = []
-    for (suite, said), results in zip(FOE_TEXT.items(), read, strict=True):
-        systems = results["systems"]
-        scores = {name: percent(named(systems, name)["score"]) + "%" for name in ("mean ensemble", "max confidence")}
-        best = max(row["score"] for row in systems if row["kind"] == "expert")
+    for (suite, said), content in zip(FOE_TEXT.items(), read, strict=True):
+        results = Results.from_dict(content)
         if not said:
-            frugal = named(systems, "FoE, frugal")
-            said = f"frugal {percent(frugal['score'])}% at {frugal['cost']:.0%} of the cost"
-        own = named(systems, "FoE")
-        cells = [f"{percent(own['score'])}% {within(own['ci95'], 1)}", *scores.values(), f"{percent(best)}%"]
-        rows.append(
-            [f"{suite}: {said}", f"{results['n']:,}", *cells, f"{percent(named(systems, 'oracle expert')['score'])}%"]
-        )
+            share = pooled_share(results, "FoE, frugal")
+            said = f"frugal {percent(share)}% at {results['FoE, frugal'].cost:.0%} of the cost"
+        others = ("mean ensemble", "max confidence", results.best("expert").name, "oracle expert")
+        cells = [f"{percent(pooled_share(results, name))}%" for name in ("FoE", *others)]
+        cells[0] += f" {within(results['FoE'].only_score.ci95, 1)}"
+        rows.append([f"{suite}: {said}", f"{results.tasks[0].n:,}", *cells])
     return table(["suite", "n", "FoE", "mean ensemble", "max confidence", "best expert", "oracle"], rows)
 
 
@@ -212,12 +205,12 @@ SECOND = ", asked second"
 
 
 def phatgoose_rows(*runs: Mapping[str, Any]) -> dict[str, tuple[int, dict[str, Score]]]:
-    """Group of tasks → rows, and the mean of every system of runs on the same tasks, and of the best expert."""
-    results = SuiteResults.from_dict(runs[0])
-    systems = [system for run in runs for system in SuiteResults.from_dict(run).systems]
-    singles = sorted((s for s in systems if s.kind == "expert"), key=lambda system: system.means[HELD_IN].score)
+    """Group of tasks → rows, and the mean of every predictor of runs on the same tasks, and of the best expert."""
+    results = Results.from_dict(runs[0])
+    results.predictors += [predictor for run in runs[1:] for predictor in Results.from_dict(run).predictors]
+    predictors = results.predictors
     held_in = [task for task in results.tasks if task.owner]
-    groups: dict[str, list[SuiteTask]] = {
+    groups: dict[str, list[MeasuredTask]] = {
         HELD_IN: held_in,
         "… asked alone": [task for task in held_in if not task.name.endswith(SECOND)],
         "… asked second": [task for task in held_in if task.name.endswith(SECOND)],
@@ -225,9 +218,11 @@ def phatgoose_rows(*runs: Mapping[str, Any]) -> dict[str, tuple[int, dict[str, S
     }
     found = {}
     for group, tasks in groups.items():
-        means = {s.name: mean_of([s.scores[task.name] for task in tasks]) for s in systems if tasks[0].name in s.scores}
-        if singles:
-            means["best expert"] = means[singles[-1].name]
+        means = {
+            p.name: mean_of([p.scores[task.name] for task in tasks]) for p in predictors if tasks[0].name in p.scores
+        }
+        if any(predictor.kind == "expert" for predictor in predictors):
+            means["best expert"] = means[results.best("expert").name]
         found[group] = (sum(task.n for task in tasks), means)
     return found
 
@@ -258,7 +253,7 @@ def phatgoose_phrases(read: Read) -> list[str]:
     _, _, paper = read
     means = phatgoose_rows(paper)
     own = {group: means[group][1]["PHATGOOSE"] for group in (HELD_IN, "… asked alone", "… asked second")}
-    hindsight = named(read[0]["systems"], "best in hindsight")["means"][HELD_OUT]["score"]
+    hindsight = Results.from_dict(read[0])["best in hindsight"].means[HELD_OUT].score
     return [
         f"chosen in hindsight for each task, comes to {percent(hindsight)}",
         f"come to [{scored(own[HELD_IN])} on held-in]",
@@ -268,7 +263,7 @@ def phatgoose_phrases(read: Read) -> list[str]:
 
 def phatgoose_minilm_phrases(read: Read) -> list[str]:
     """Both kinds of gates on MiniLM's classifiers."""
-    plain, whitened = (scored(named(file["systems"], "PHATGOOSE")["means"][HELD_IN]) for file in read)
+    plain, whitened = (scored(Results.from_dict(file)["PHATGOOSE"].means[HELD_IN]) for file in read)
     return [
         f"[{plain}](tests/benchmarks/results/phatgoose_minilm.json) with the paper's gates",
         f"[{whitened}](tests/benchmarks/results/phatgoose_minilm_whitened.json) with whitened ones, n = "
@@ -284,12 +279,13 @@ def phatgoose_demo_phrases(read: Read) -> list[str]:
         row[names.index(owners[task])]
         for task, row in zip(card["routing"]["tasks"], card["routing"]["weights"], strict=True)
     ]
-    means = {system["name"]: system["means"][HELD_IN] for system in card["results"]["systems"]}
-    n = sum(task["n"] for task in card["results"]["tasks"])
+    results = Results.from_dict(card["results"])
+    means = {predictor.name: predictor.means[HELD_IN] for predictor in results.predictors}
+    n = sum(task.n for task in results.tasks)
     return [
         f"on each of five tasks {100 * min(own):.0f} to {100 * max(own):.0f} % of the routing weight",
         f"right answers to {scored(means['PHATGOOSE'])} % of {n} questions, where the experts told whose task it is "
-        f"come to {percent(means['oracle']['score'])} and their mean to {percent(means['merged']['score'])}",
+        f"come to {percent(means['oracle'].score)} and their mean to {percent(means['merged'].score)}",
         f"with three seeds of the gates that it trains it comes to {spread(seeds, 'PHATGOOSE')}",
         f"in about {seeds['cpu_seconds'] / 60:.0f} CPU minutes",
     ]
@@ -333,40 +329,39 @@ WEMOE_NAMES = {
 
 def wemoe_table(read: Read) -> str:
     """WEMoE and what it is compared with on eight fine-tunes."""
-    first, means = read[0]["runs"][0], read[0]["conditions"]["clean"]
+    first, means = Results.from_dict(read[0]["runs"][0]), read[0]["conditions"]["clean"]
     best = max(row["mean"] for name, row in means.items() if name != "individual experts")
     rows = []
     for shown, name in WEMOE_NAMES.items():
-        if (tuned := first["settings"]["adaptations"].get(name, {}).get("scaling")) is not None:
+        if (tuned := first.settings["adaptations"].get(name, {}).get("scaling")) is not None:
             shown = f"{shown}, λ tuned: {tuned:g}".replace("0.", ".")
         mean = means[name]["mean"]
         number = f"**{percent(mean)}**" if mean == best else percent(mean)
-        ci95 = named(first["systems"], name)["means"][HELD_IN]["ci95"]
-        rows.append([shown, f"{number} {within(ci95)}", percent(means[name]["normalised"])])
+        rows.append([shown, f"{number} {within(first[name].means[HELD_IN].ci95)}", percent(means[name]["normalised"])])
     return table(["", "mean", "of the experts'"], rows)
 
 
 def wemoe_phrases(read: Read) -> list[str]:
     """What README says of the table in words."""
     found, transductive, results = read
-    first, clean = found["runs"][0], found["conditions"]["clean"]
-    lead = {name: named(first["systems"], name)["lead"][HELD_IN] for name in ("AdaMerging, by layer", "TIES, λ tuned")}
+    first, clean = Results.from_dict(found["runs"][0]), found["conditions"]["clean"]
+    lead = {name: first[name].lead[HELD_IN] for name in ("AdaMerging, by layer", "TIES, λ tuned")}
     spreads = max(clean[name]["spread"] for name in ("WEMoE", "AdaMerging, by layer"))
-    beside = named(transductive["runs"][0]["systems"], "WEMoE")["means"][HELD_IN]
+    beside = Results.from_dict(transductive["runs"][0])["WEMoE"].means[HELD_IN]
     (suite,) = summarise(cell for cell in read_cells(results) if cell.suite == "minilm-8")["suites"]
     overshot = next(
         row
         for row in suite["rows"]
         if (row["method"], row["variant"], row["split"]) == ("task_arithmetic", "default", "all")
     )
-    ahead = [f"{percent(own['score'])}" for own in lead.values()]
+    ahead = [percent(score.score) for score in lead.values()]
     return [
-        f"n = {sum(task['n'] for task in first['tasks']):,} test rows",
+        f"n = {sum(task.n for task in first.tasks):,} test rows",
         f"means of three seeds, which differ by up to {200 * spreads:.2f}",
-        f"it comes to [{percent(beside['score'])}](tests/benchmarks/results/wemoe_minilm8_transductive.json) "
-        f"{within(beside['ci95'])[:-1]}; one seed)",
-        f"WEMoE is {ahead[0]} points {within(lead['AdaMerging, by layer']['ci95'], 1)} above AdaMerging and {ahead[1]} "
-        f"{within(lead['TIES, λ tuned']['ci95'], 1)} above TIES",
+        f"it comes to [{percent(beside.score)}](tests/benchmarks/results/wemoe_minilm8_transductive.json) "
+        f"{within(beside.ci95)[:-1]}; one seed)",
+        f"WEMoE is {ahead[0]} points {within(lead['AdaMerging, by layer'].ci95, 1)} above AdaMerging and {ahead[1]} "
+        f"{within(lead['TIES, λ tuned'].ci95, 1)} above TIES",
         f"at the usual .3 task arithmetic has {percent(overshot['means']['clean'][HELD_IN]['score'])}",
     ]
 
@@ -384,8 +379,8 @@ NOISE_TASKS = ("cifar10", "pneumonia", "fashion_mnist")
 def noise_table(read: Read) -> str:
     """What two losses without labels come to under noise."""
     (found,) = read
-    runs = found["runs"]
-    facts = [run["settings"]["adaptations"] for run in runs]
+    runs = [Results.from_dict(run) for run in found["runs"]]
+    facts = [run.settings["adaptations"] for run in runs]
     stops = sorted({int(own[GUARDED]["stopped"].partition("stopped at step ")[2].split(":")[0]) for own in facts})
     said = {
         "steps": facts[0]["WEMoE, entropy"]["steps"],
@@ -395,16 +390,16 @@ def noise_table(read: Read) -> str:
     rows = []
     for shown, name in NOISE_NAMES.items():
         row = found["conditions"]["clean"][name]
-        own = [system["scores"] for run in runs for system in run["systems"] if system["name"] == name]
+        measured = [predictor.scores for run in runs for predictor in run.predictors if predictor.name == name]
         spread = f" ± {percent(row['spread'])}" if row["seeds"] > 1 else ""
-        tasks = [percent(sum(scores[task]["score"] for scores in own) / len(own)) for task in NOISE_TASKS]
+        tasks = [percent(sum(s[task].score for s in measured) / len(measured)) for task in NOISE_TASKS]
         rows.append([shown.format(**said), f"{percent(row['mean'])}{spread}", *tasks])
     return table(["", "mean", *NOISE_TASKS], rows)
 
 
 def noise_phrases(read: Read) -> list[str]:
     """On how many rows."""
-    return [f"n = {sum(task['n'] for task in read[0]['runs'][0]['tasks']):,}, three seeds"]
+    return [f"n = {sum(task.n for task in Results.from_dict(read[0]['runs'][0]).tasks):,}, three seeds"]
 
 
 def per_input_table(read: Read) -> str:

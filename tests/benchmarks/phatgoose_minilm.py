@@ -25,7 +25,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from hf_fusion import evaluate, load_experts, train_gates
 from hf_fusion.assets.minilm import minilm_folder
 from hf_fusion.demo.text_suites import splits
-from hf_fusion.evaluation.results import SuiteResults
+from hf_fusion.evaluation.results import Results
 from hf_fusion.evaluation.retrieval import TextEmbedder
 from hf_fusion.hub.gates import save_gates
 from hf_fusion.training.whitening import fit_whitening
@@ -104,7 +104,7 @@ def make_experts(train_rows: Mapping[str, Dataset], folder: Path, reference: Dat
 
 def measure(
     folder: Path, train_rows: Mapping[str, Dataset], test_rows: Mapping[str, Dataset], **options: Any
-) -> SuiteResults:
+) -> Results:
     """Measures the router of the experts in a folder; options are `evaluate`'s."""
     return evaluate(
         load_experts([folder / task for task in TASKS], base=minilm_folder()),

@@ -30,7 +30,7 @@ from hf_fusion.assets.minilm import minilm_folder
 from hf_fusion.assets.smollm2 import smollm2_folder
 from hf_fusion.assets.weights import demo_weights
 from hf_fusion.evaluation.intervals import mean_of
-from hf_fusion.evaluation.results import SuiteResults, aligned
+from hf_fusion.evaluation.results import Results, aligned
 from hf_fusion.evaluation.retrieval import TextEmbedder
 from hf_fusion.evaluation.routing import PREDICTORS
 from hf_fusion.hub.gates import GATES_FILE
@@ -141,15 +141,15 @@ def diagnose(
 # ---------------------------------------------------------------- the script
 
 
-def halves(results: SuiteResults) -> list[dict[str, str]]:
+def halves(results: Results) -> list[dict[str, str]]:
     """Every system's mean over the held-in tasks, asked alone and asked second."""
     table = []
-    for system in results.systems:
-        line = {"mean over held-in tasks": system.name}
+    for predictor in results.predictors:
+        line = {"mean over held-in tasks": predictor.name}
         for half in ("asked alone", "asked second"):
             tasks = [t.name for t in results.tasks if t.owner and t.name.endswith(SECOND) == (half == "asked second")]
-            if tasks and set(tasks) <= system.scores.keys():
-                line[half] = str(mean_of([system.scores[task] for task in tasks]))
+            if tasks and set(tasks) <= predictor.scores.keys():
+                line[half] = str(mean_of([predictor.scores[task] for task in tasks]))
         table.append(line)
     return table
 

@@ -31,7 +31,7 @@ from hf_fusion.demo.merging_suites import SUITES, trained_experts
 from hf_fusion.evaluation.evaluate import evaluate
 from hf_fusion.evaluation.image_corruptions import CORRUPTIONS
 from hf_fusion.evaluation.merging import INDIVIDUAL, WEMOE, TaskModel
-from hf_fusion.evaluation.results import HELD_IN, SuiteResults
+from hf_fusion.evaluation.results import HELD_IN, Results
 from hf_fusion.hub.load import load_experts
 from hf_fusion.merging.in_memory import merge_states
 from hf_fusion.training.adamerging import CoefficientMerge
@@ -89,17 +89,17 @@ class Suite:
 
     def measure(self, seed: int, models: Mapping[str, Any], test: Mapping[str, Dataset], **settings: Any) -> Any:
         """All models on some rows; with the first seed the experts and their simple merges as well."""
-        systems = {
-            name: TaskModel(model, "router" if isinstance(model, WEMoEModel) else "baseline")
-            for name, model in models.items()
-        }
         args = self.args
         return evaluate(
-            systems.pop(WEMOE).model,
+            models[WEMOE],
             test,
             experts=self.experts if seed == 0 else (),
             base=self.base.model,
-            more=systems,
+            more=[
+                TaskModel(name, model, "fused" if isinstance(model, WEMoEModel) else "baseline")
+                for name, model in models.items()
+                if name != WEMOE
+            ],
             settings={"suite": args.suite, "seed": seed, "modules": args.modules, **settings},
             command=args.command,
         )
@@ -144,7 +144,7 @@ def main() -> None:
     args = parser.parse_args()
     args.command = f"python tests/benchmarks/wemoe_suites.py {shlex.join(sys.argv[1:])}"
     suite = Suite(args)
-    runs = [SuiteResults.from_dict(run) for file in args.join for run in json.loads(file.read_text())["runs"]]
+    runs = [Results.from_dict(run) for file in args.join for run in json.loads(file.read_text())["runs"]]
     for seed in args.seeds:
         models, facts = {}, {}
         for name in args.learned:
@@ -168,8 +168,8 @@ def main() -> None:
                 write(args.output, runs)
     if args.output:
         write(args.output, runs)
-    for condition, systems in summary(runs)["conditions"].items():
-        for name, row in systems.items():
+    for condition, rows in summary(runs)["conditions"].items():
+        for name, row in rows.items():
             print(f"{condition:20} {name:36} {row['mean']:.1%} ± {row['spread']:.1%}  {row['normalised']:.1%}")
 
 
@@ -190,19 +190,19 @@ def some(rows: Dataset, limit: int) -> Dataset:
     return rows.shuffle(seed=0).select(range(min(limit, len(rows))))
 
 
-def write(file: Path, runs: list[SuiteResults]) -> None:
+def write(file: Path, runs: list[Results]) -> None:
     file.write_text(json.dumps(summary(runs), indent=1) + "\n", encoding="utf-8")
 
 
-def summary(runs: list[SuiteResults]) -> dict[str, Any]:
-    """By condition and system, over the seeds: mean, half of the range, and the share of the experts' mean."""
+def summary(runs: list[Results]) -> dict[str, Any]:
+    """By condition and predictor, over the seeds: mean, half of the range, and the share of the experts' mean."""
     found: dict[str, dict[str, Any]] = {}
     names = dict.fromkeys(run.settings["condition"] for run in runs)
     for condition in names:
         own = [run for run in runs if run.settings["condition"] == condition]
         experts = own[0][INDIVIDUAL].means[HELD_IN].score if own[0].settings["seed"] == 0 else float("nan")
-        for name in dict.fromkeys(system.name for run in own for system in run.systems):
-            means = [s.means[HELD_IN].score for run in own for s in run.systems if s.name == name]
+        for name in dict.fromkeys(p.name for run in own for p in run.predictors):
+            means = [s.means[HELD_IN].score for run in own for s in run.predictors if s.name == name]
             mean = sum(means) / len(means)
             row = {"mean": mean, "spread": (max(means) - min(means)) / 2, "seeds": len(means)}
             found.setdefault(condition, {})[name] = {**row, "normalised": mean / experts}

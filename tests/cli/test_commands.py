@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 from hf_fusion import FusionError, fuse
+from hf_fusion.evaluation.results import Results
 
 WORDS = ["good", "bad", "fine", "poor", "film", "book"]
 SIZES = {
@@ -141,8 +142,9 @@ def test_fit_writes_back_and_eval_leaves_results(hf_fusion, here, fused, rows):
     assert all(name.startswith("fuser.") for name in moved)
     results = json.loads(here("eval", "fused", "--data", str(rows), "--format", "json"))
     assert results == json.loads((fused / "results.json").read_text())
-    assert results["n"] == 40
-    scores = {system["name"].rpartition("/")[2]: system["score"] for system in results["systems"]}
+    measured = Results.load(fused / "results.json")
+    assert measured.tasks[0].n == 40
+    scores = {p.name.rpartition("/")[2]: p.only_score.score for p in measured.predictors}
     assert scores["FoE"] > max(scores["first"], scores["second"], 0.9)
     shown = here("eval", "fused", "--data", str(rows / "test.parquet"))
     assert "accuracy on 40 examples" in shown
@@ -174,15 +176,16 @@ def test_what_save_pretrained_left_is_measured(here, experts, rows, tmp_path):
     """Also an old folder, whose config alone says what it is, and a plain model that says nothing."""
     model = fuse("ensemble", experts)
     model.save_pretrained(tmp_path / "fused")
-    measured = here("eval", "fused", "--data", str(rows), "--format", "json")
+
+    def measured(folder: str) -> Results:
+        return Results.from_dict(json.loads(here("eval", folder, "--data", str(rows), "--format", "json")))
+
+    first = measured("fused")
     (tmp_path / "fused" / "fusion.yaml").unlink()
-    assert json.loads(here("eval", "fused", "--data", str(rows), "--format", "json"))["n"] == 40
-    assert json.loads(measured)["n"] == 40
+    assert first.predictors == measured("fused").predictors and first.tasks[0].n == 40
     static = fuse("linear", experts)
     static.save_pretrained(tmp_path / "merged")
-    systems = json.loads(here("eval", "merged", "--data", str(rows), "--format", "json"))["systems"]
-    assert [system["name"] for system in systems] == ["merged", "first", "second"]
+    assert [predictor.name for predictor in measured("merged").predictors] == ["merged", "first", "second"]
     (tmp_path / "merged" / "fusion.yaml").unlink()
-    systems = json.loads(here("eval", "merged", "--data", str(rows), "--format", "json"))["systems"]
-    assert systems[0]["name"] == "merged"
-    assert "first" not in [system["name"] for system in systems]
+    names = [predictor.name for predictor in measured("merged").predictors]
+    assert names[0] == "merged" and "first" not in names

@@ -20,7 +20,7 @@ from tiny_fused import fine_tuned, save_fine_tunes
 from hf_fusion import FusionError, Recipe
 from hf_fusion.cards.usage import pinned_revision
 from hf_fusion.cli.app import main
-from hf_fusion.evaluation.results import SuiteResults
+from hf_fusion.evaluation.results import Results
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "07_static_merging.py"
 
@@ -127,8 +127,8 @@ def test_measured_beside_its_experts_and_the_card_says_so(here, folders, tmp_pat
     here("fuse", str(folders / "recipe.yaml"), "-o", "merged")
     shown = here("eval", "merged", "--data", str(folders / "test.parquet"))
     assert "right answers in % on 32 examples" in shown
-    results = SuiteResults.load(tmp_path / "merged" / "results.json")
-    assert [system.name for system in results.systems] == ["merged", "foxes", "dogs", "base"]
+    results = Results.load(tmp_path / "merged" / "results.json")
+    assert [predictor.name for predictor in results.predictors] == ["merged", "foxes", "dogs", "base"]
     assert [(task.name, task.n, task.owner) for task in results.tasks] == [("foxes", 16, "foxes"), ("dogs", 16, "dogs")]
     assert results.settings == {"method": "ties", "density": 0.5}
     card = (tmp_path / "merged" / "README.md").read_text()
@@ -137,13 +137,13 @@ def test_measured_beside_its_experts_and_the_card_says_so(here, folders, tmp_pat
     renamed = Dataset.from_parquet(str(folders / "test.parquet")).rename_columns({"label": "kind", "task": "of"})
     renamed.to_parquet(tmp_path / "renamed.parquet")
     here("eval", "merged", "--data", "renamed.parquet", "--label-column", "kind", "--task-column", "of")
-    again = SuiteResults.load(tmp_path / "merged" / "results.json")
-    assert (again.tasks, again.systems) == (results.tasks, results.systems)
+    again = Results.load(tmp_path / "merged" / "results.json")
+    assert (again.tasks, again.predictors) == (results.tasks, results.predictors)
     assert again.command.endswith("--data renamed.parquet --split test --label-column kind --task-column of")
     results = again
     with pytest.raises(FusionError, match="merged holds a model already: .*results.json"):
         here("fuse", str(folders / "recipe.yaml"), "-o", "merged")
-    assert SuiteResults.load(tmp_path / "merged" / "results.json") == results
+    assert Results.load(tmp_path / "merged" / "results.json") == results
     here("fuse", str(folders / "recipe.yaml"), "-o", "merged", "--overwrite")
     assert not (tmp_path / "merged" / "results.json").exists()  # of another merge
     assert "Not measured." in (tmp_path / "merged" / "README.md").read_text()

@@ -15,7 +15,7 @@ from quick_python import run_python
 from tiny_routed import save_base, save_lora
 
 from hf_fusion.errors import FusionError
-from hf_fusion.evaluation.results import SuiteResults
+from hf_fusion.evaluation.results import Results
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -41,11 +41,11 @@ def test_fuse_and_eval_leave_all_that_a_card_shows(here, folders, tmp_path):
     fused = tmp_path / "fused"
     assert json.loads((fused / "config.json").read_text())["num_experts_per_tok"] == 1
     said = json.loads(here("eval", "fused", "--data", str(folders / "rows"), "--format", "json"))
-    results = SuiteResults.load(fused / "results.json")
+    results = Results.load(fused / "results.json")
     assert said == json.loads((fused / "results.json").read_text())
     assert [(task.name, task.n, task.owner) for task in results.tasks] == [("foxes", 3, "foxes"), ("cats", 2, None)]
     assert {"base", "PHATGOOSE", "merged", "uniform", "Arrow", "foxes", "dogs", "oracle"} <= {
-        system.name for system in results.systems
+        predictor.name for predictor in results.predictors
     }
     assert results.settings["top_k"] == 1
     routing = json.loads((fused / "routing.json").read_text())

@@ -15,7 +15,7 @@ from tiny import TEXTS, bert, make_tokenizer
 from tiny_fused import save_fine_tunes
 
 from hf_fusion.errors import FusionError
-from hf_fusion.evaluation.results import SuiteResults
+from hf_fusion.evaluation.results import Results
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "06_merge.py"
 
@@ -54,9 +54,9 @@ def test_fuse_fit_and_eval_leave_all_that_a_card_shows(here, folders, tmp_path):
     assert not list(tmp_path.glob("*checkpoints*"))
     assert not list(tmp_path.glob(".*checkpoints*"))
     here("eval", "fused", "--data", str(folders / "rows"))
-    results = SuiteResults.load(tmp_path / "fused" / "results.json")
+    results = Results.load(tmp_path / "fused" / "results.json")
     assert [(task.name, task.n, task.owner) for task in results.tasks] == [("foxes", 16, "foxes"), ("dogs", 16, "dogs")]
-    names = [system.name for system in results.systems]
+    names = [predictor.name for predictor in results.predictors]
     assert names == ["WEMoE", "base", "simple average", "task arithmetic", "individual experts"]
     assert results.settings["adaptation"]["steps"] == 4
     found = json.loads((tmp_path / "fused" / "coefficients.json").read_text())

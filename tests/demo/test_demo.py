@@ -10,7 +10,7 @@ from demo_runs import assert_progress, commits, departures_from_card, printed_li
 from huggingface_hub import HfApi
 from PIL import Image
 
-from hf_fusion.evaluation.fusion import Results
+from hf_fusion.evaluation.results import Results
 from hf_fusion.server import HubServer
 
 DEMO = ()  # words behind `hf-fusion demo`
@@ -24,13 +24,13 @@ def results(folder, ran) -> Results:
 
 
 def test_foe_beats_the_best_expert_by_ten_points_and_the_mean_ensemble_by_three(results):
-    assert results.n >= 1000
-    score = {system.name: system.score for system in results.systems}
-    assert results.best("foe").score >= results.best("expert").score + 0.10
+    assert results.tasks[0].n >= 1000
+    score = {p.name: p.only_score.score for p in results.predictors}
+    assert results.best("fused").only_score.score >= results.best("expert").only_score.score + 0.10
     assert score["FoE"] >= score["mean ensemble"] + 0.03
     assert score["FoE"] > score["max confidence"]
     assert score["oracle expert"] >= score["FoE"]
-    assert all(system.ci95[0] <= system.score <= system.ci95[1] for system in results.systems)
+    assert all(s.ci95[0] <= s.score <= s.ci95[1] for s in (p.only_score for p in results.predictors))
 
 
 def test_it_measures_what_its_card_says(folder, ran):
@@ -39,12 +39,12 @@ def test_it_measures_what_its_card_says(folder, ran):
 
 def test_frugal_foe_is_within_a_point_at_half_the_cost(results):
     frugal = results.best("frugal")
-    assert frugal.score >= results.best("foe").score - 0.01
+    assert frugal.only_score.score >= results.best("fused").only_score.score - 0.01
     assert frugal.cost <= 0.5
 
 
 def test_experts_are_accepted_and_rejected_each_for_its_reason(ran, results):
-    assert sum(system.kind == "expert" for system in results.systems) >= 6
+    assert sum(p.kind == "expert" for p in results.predictors) >= 6
     summary, said = ran
     kinds = {name.partition("/")[2]: reason.partition(":")[0] for name, reason in summary["rejected"].items()}
     assert kinds == {

@@ -15,7 +15,7 @@ from torch.nn.functional import cosine_similarity
 
 from hf_fusion.assets.weights import demo_weights
 from hf_fusion.demo.phatgoose import WITHOUT_GATES
-from hf_fusion.evaluation.results import SuiteResults
+from hf_fusion.evaluation.results import Results
 from hf_fusion.hub.gates import GATES_FILE
 from hf_fusion.server import HubServer
 
@@ -27,11 +27,11 @@ pytestmark = [
 
 
 def test_the_router_leads_the_base_the_mean_and_every_expert(folder, ran):
-    results = SuiteResults.load(folder / "demo" / "router" / "results.json")
+    results = Results.load(folder / "demo" / "router" / "results.json")
     assert sum(task.n for task in results.tasks) == 200
-    for system in results.systems:
-        if system.kind in ("base", "baseline", "expert"):
-            assert system.lead["held-in"].ci95[0] > 0, system.name
+    for predictor in results.predictors:
+        if predictor.kind in ("base", "baseline", "expert"):
+            assert predictor.lead["held-in"].ci95[0] > 0, predictor.name
     summary, said = ran
     assert summary["measured"]["PHATGOOSE"] == results["PHATGOOSE"].means["held-in"].score
     assert summary["routed_to_owner"] > 1.5 / 5

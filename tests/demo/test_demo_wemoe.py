@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from hf_fusion import FusionError
 from hf_fusion.assets.weights import demo_weights
 from hf_fusion.demo.digit_tasks import BASE, CELL, TASKS, task_rows
-from hf_fusion.evaluation.results import SuiteResults
+from hf_fusion.evaluation.results import Results
 from hf_fusion.server import HubServer
 
 DEMO = ("wemoe",)  # words behind `hf-fusion demo`
@@ -97,9 +97,9 @@ def test_all_of_it_is_small():
 
 @pytest.mark.slow
 def test_the_model_leads_every_static_merge(folder, ran):
-    results = SuiteResults.load(folder / "demo" / "merged" / "results.json")
+    results = Results.load(folder / "demo" / "merged" / "results.json")
     assert sum(task.n for task in results.tasks) == 1600
-    leads = {system.name: system.lead["held-in"].ci95 for system in results.systems if system.lead}
+    leads = {predictor.name: predictor.lead["held-in"].ci95 for predictor in results.predictors if predictor.lead}
     statics = ("base", "simple average", "task arithmetic", "AdaMerging by layer", "WEMoE, not adapted")
     assert all(leads[name][0] > 0 for name in statics), leads
     summary, said = ran

@@ -31,6 +31,7 @@ from hf_fusion import (
     fuse,
     merge,
 )
+from hf_fusion.evaluation.results import Results
 from hf_fusion.training.adamerging import CoefficientMerge
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -40,21 +41,22 @@ MANY = [f"{text} {word}" for word in WORDS for text in TEXTS]
 QUESTIONS = [f"name the {word}:" for word in WORDS]
 
 
-def plain(results: Any) -> dict[str, Any]:
+def plain(results: Results) -> dict[str, Any]:
     """Cells, means and leads, as JSON holds them."""
     found: dict[str, Any] = {"cells": {}, "means": {}, "lead": {}}
-    for system in results.systems:
-        if hasattr(system, "scores"):
-            rows = {task: (system.kind, score.score, *score.ci95) for task, score in system.scores.items()}
-            found["means"][system.name] = {group: (own.score, *own.ci95) for group, own in system.means.items()}
-            found["lead"][system.name] = {group: (own.score, *own.ci95) for group, own in system.lead.items()}
-        else:
-            rows = {"words": (system.kind, system.score, *system.ci95, system.cost)}
-        found["cells"][system.name] = rows
-    if getattr(results, "curve", None):
+    for predictor in results.predictors:
+        cost = () if predictor.cost is None else (predictor.cost,)
+        found["cells"][predictor.name] = {
+            task: (predictor.kind, score.score, *score.ci95, *cost) for task, score in predictor.scores.items()
+        }
+        if not results.pooled:
+            for name in ("means", "lead"):
+                groups = getattr(predictor, name).items()
+                found[name][predictor.name] = {group: (score.score, *score.ci95) for group, score in groups}
+    if results.curve:
         points = ((point["cost_weight"], point["score"], *point["ci95"], point["cost"]) for point in results.curve)
         found["curve"] = list(points)
-    if getattr(results, "selection_accuracy", None) is not None:
+    if results.selection_accuracy is not None:
         found["selection_accuracy"] = results.selection_accuracy
     return json.loads(json.dumps(found))
 

@@ -10,6 +10,7 @@ from tiny import llama
 from hf_fusion import FoEModel, FusionError, PhatgooseRouter, evaluate
 from hf_fusion.evaluation.loop import TaskRows, score_task
 from hf_fusion.evaluation.predictors import Batch, OutputPredictor
+from hf_fusion.evaluation.results import MeasuredTask
 
 
 def test_options_and_data_of_other_families_are_refused():
@@ -32,7 +33,7 @@ def test_a_router_is_measured_beside_its_experts():
     results = evaluate(router, suite, experts=experts, metrics={"zero": "tokens"}, **options)
     assert results.settings["top_k"] == 1
     same = evaluate(experts, suite, top_k=1, metrics={"zero": "tokens"}, **options)
-    assert results.systems == same.systems
+    assert results.predictors == same.predictors
 
 
 def test_every_row_is_scored_once_in_its_place():
@@ -48,7 +49,7 @@ def test_every_row_is_scored_once_in_its_place():
             seen.append(batch.indices)
             return torch.tensor([float(row["index"]) for row in batch.inputs["rows"]])
 
-    data = TaskRows("task", "accuracy", rows, lambda batch: {"rows": batch})
+    data = TaskRows(MeasuredTask("task", "accuracy", 5), rows, lambda batch: {"rows": batch})
     found = score_task([Indices(), OutputPredictor("kept", "oracle", 1.0, torch.arange(5) == 2)], data, 2)
     assert seen == [[1, 3], [4, 2], [0]]
     assert found["indices"].tolist() == [0, 1, 2, 3, 4]

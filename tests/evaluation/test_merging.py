@@ -9,7 +9,7 @@ from tiny import TEXTS, gpt2, make_tokenizer
 from tiny_fused import base_expert, bert_base, experts_of
 
 from hf_fusion import FusionError, WEMoEModel, evaluate
-from hf_fusion.evaluation.results import SuiteResults
+from hf_fusion.evaluation.results import Results
 
 ROWS = datasets.Dataset.from_dict({"text": [f"{text} {i}" for i in range(5) for text in TEXTS], "label": [0, 1] * 10})
 WORDS = datasets.Dataset.from_dict({"prompt": ["the quick brown", "experts are"], "target": [" fox", " fused"]})
@@ -51,18 +51,18 @@ def test_scores_are_those_of_the_plain_models(tmp_path):
         results["WEMoE"].means["held-in"].score - results["task arithmetic"].means["held-in"].score
     )
     results.save(tmp_path / "results.json")
-    assert SuiteResults.load(tmp_path / "results.json") == results
+    assert Results.load(tmp_path / "results.json") == results
 
 
 def results_names(results) -> list[str]:
-    return [system.name for system in results.systems]
+    return [predictor.name for predictor in results.predictors]
 
 
 def test_language_models_are_scored_by_their_targets():
     experts, model = made(gpt2)
     owners = {"foxes": experts[1].name}
     results = evaluate(model, {"foxes": WORDS}, experts=experts, base=gpt2(), owners=owners)
-    assert {system.kind for system in results.systems} == {"router", "base", "baseline", "oracle"}
+    assert {predictor.kind for predictor in results.predictors} == {"fused", "base", "baseline", "oracle"}
     with torch.no_grad():
         right = 0
         for prompt, target in zip(WORDS["prompt"], WORDS["target"], strict=True):

@@ -8,8 +8,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from hf_fusion.evaluation.coefficient_map import CoefficientMap
-from hf_fusion.evaluation.fusion import Results, System
-from hf_fusion.evaluation.intervals import wilson
+from hf_fusion.evaluation.intervals import Score, wilson
 from hf_fusion.evaluation.plots import (
     BLUE,
     EXPERTS,
@@ -22,27 +21,28 @@ from hf_fusion.evaluation.plots import (
     plot_routing,
     spread_labels,
 )
+from hf_fusion.evaluation.results import MeasuredTask, PredictorScores, Results
 from hf_fusion.evaluation.routing_map import RoutingMap
 
 
-def system(name: str, kind: str, score: float, cost: float) -> System:
-    return System(name, kind, score, wilson(score, 1000), cost)
+def predictor(name: str, kind: str, score: float, cost: float) -> PredictorScores:
+    return PredictorScores(name, kind, {"digits": Score(score, wilson(score, 1000))}, cost=cost)
 
 
 @pytest.fixture
 def results() -> Results:
-    systems = [
-        system("FoE", "foe", 0.97, 1.0),
-        system("FoE, frugal", "frugal", 0.96, 0.3),
-        *(system(f"me/expert-{i}", "expert", 0.4 + i / 100, 0.1 + i / 100) for i in range(6)),
-        system("mean ensemble", "baseline", 0.9, 1.0),
-        system("oracle expert", "oracle", 0.99, 1.0),
+    predictors = [
+        predictor("FoE", "fused", 0.97, 1.0),
+        predictor("FoE, frugal", "frugal", 0.96, 0.3),
+        *(predictor(f"me/expert-{i}", "expert", 0.4 + i / 100, 0.1 + i / 100) for i in range(6)),
+        predictor("mean ensemble", "baseline", 0.9, 1.0),
+        predictor("oracle expert", "oracle", 0.99, 1.0),
     ]
     curve = [{"cost_weight": 0.0, "score": 0.97, "cost": 0.6}, {"cost_weight": 1.0, "score": 0.8, "cost": 0.1}]
-    return Results({"name": "digits", "split": "test"}, 1000, "accuracy", systems, curve=curve)
+    return Results([MeasuredTask("digits", "accuracy", 1000, pooled=True)], predictors, curve=curve)
 
 
-def test_every_kind_of_system_is_drawn_in_its_colour(results, tmp_path):
+def test_every_kind_of_predictor_is_drawn_in_its_colour(results, tmp_path):
     path = plot_accuracy_cost(results, tmp_path / "plot.png")
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
     assert pixels.shape[1] > pixels.shape[0] > 500
@@ -52,7 +52,7 @@ def test_every_kind_of_system_is_drawn_in_its_colour(results, tmp_path):
 
 
 def test_a_metric_without_shares_and_without_a_curve_is_drawn_too(results, tmp_path):
-    results.metric, results.curve = "mse", []
+    results.tasks[0].metric, results.curve = "mse", []
     assert plot_accuracy_cost(results, tmp_path / "plot.svg").read_text().startswith("<?xml")
 
 

@@ -14,7 +14,7 @@ from transformers import DataCollatorForSeq2Seq
 
 from hf_fusion import Expert, FusionError, PhatgooseRouter, evaluate, train_gates
 from hf_fusion.evaluation.intervals import Score, mean_of, wilson
-from hf_fusion.evaluation.results import SuiteResults
+from hf_fusion.evaluation.results import Results
 from hf_fusion.evaluation.retrieval import Retrieval, TextEmbedder
 from hf_fusion.evaluation.routing import PREDICTORS, same_start, unchanged_blocks
 from hf_fusion.evaluation.scoring import lead_of, score_of
@@ -85,7 +85,7 @@ OWNERS = {task: task for task in TASKS}
 
 
 @pytest.fixture(scope="module")
-def results(experts) -> SuiteResults:
+def results(experts) -> Results:
     return evaluate(
         experts,
         SUITE,
@@ -98,20 +98,25 @@ def results(experts) -> SuiteResults:
     )
 
 
-def test_every_system_is_measured_on_every_task(results):
+def test_every_predictor_is_measured_on_every_task(results):
     names = {"base", "PHATGOOSE", "retrieval", "average activation", "Arrow", "merged", "uniform"}
-    assert {system.name for system in results.systems} == names | {"the", "nine", "oracle", "best in hindsight"}
+    assert {predictor.name for predictor in results.predictors} == names | {
+        "the",
+        "nine",
+        "oracle",
+        "best in hindsight",
+    }
     assert [(task.name, task.metric, task.n, task.owner) for task in results.tasks] == [
         ("the", "exact", 8, "the"),
         ("nine", "exact", 8, "nine"),
         ("both", "tokens", 2, None),
     ]
-    for system in results.systems:
-        assert set(system.scores) == set(OWNERS if system.name == "oracle" else SUITE)
+    for predictor in results.predictors:
+        assert set(predictor.scores) == set(OWNERS if predictor.name == "oracle" else SUITE)
 
 
 def test_no_single_expert_serves_both_tasks(results):
-    held_in = {system.name: system.means["held-in"].score for system in results.systems}
+    held_in = {predictor.name: predictor.means["held-in"].score for predictor in results.predictors}
     assert held_in["oracle"] >= 0.9
     assert held_in["base"] == 0
     assert max(held_in["the"], held_in["nine"]) <= 0.6
@@ -183,14 +188,14 @@ def test_the_same_call_gives_the_same_numbers(results, experts):
         predictors=["uniform", "PHATGOOSE", "oracle"],
         batch_size=3,
     )
-    assert [system.name for system in again.systems] == ["PHATGOOSE", "uniform", "oracle"]
-    for system in again.systems:
-        assert system.scores == results[system.name].scores
+    assert [predictor.name for predictor in again.predictors] == ["PHATGOOSE", "uniform", "oracle"]
+    for predictor in again.predictors:
+        assert predictor.scores == results[predictor.name].scores
 
 
 def test_results_survive_json_and_tell_everything_in_text(results, tmp_path):
     results.save(tmp_path / "suite.json")
-    assert SuiteResults.load(tmp_path / "suite.json") == results
+    assert Results.load(tmp_path / "suite.json") == results
     assert results.settings["top_k"] == 2 and results.settings["gates"] == ["trained"]
     table = results.table()
     assert [row["task"] for row in table] == ["the", "nine", "mean, held-in", "both", "mean, held-out"]
@@ -201,7 +206,7 @@ def test_results_survive_json_and_tell_everything_in_text(results, tmp_path):
     best = max(TASKS, key=lambda expert: results[expert].means["held-in"].score)
     assert table[2][f"best single: {best}"] == str(results[best].means["held-in"])
     text = results.text()
-    assert all(system.name in text for system in results.systems)
+    assert all(predictor.name in text for predictor in results.predictors)
     lead = results["merged"].lead["held-in"]
     assert lead.score == pytest.approx(
         results["PHATGOOSE"].means["held-in"].score - results["merged"].means["held-in"].score
@@ -325,7 +330,7 @@ def test_classifiers_answer_among_the_labels_of_all(classifiers):
     owners = dict(zip(suite, train, strict=True))
     results = evaluate(experts, suite, train_rows=train, owners=owners, embedder=letters, batch_size=3)
     assert {task.metric for task in results.tasks} == {"accuracy"}
-    assert "base" not in {system.name for system in results.systems}
+    assert "base" not in {predictor.name for predictor in results.predictors}
     assert results["oracle"].means["held-in"].score == 1
     assert results["expert-0"].scores["task-1"].score == 0  # it does not know these labels
     assert results["expert-0"].scores["task-0"].score == 1
@@ -361,7 +366,7 @@ def test_missing_gates_are_refused_or_replaced_by_prototypes(experts):
         evaluate(bare, SUITE, **given)
     results = evaluate(bare, SUITE, missing_gates="arrow", **given)
     assert results.settings["gates"] == ["none", "trained"]
-    assert [system.name for system in results.systems] == ["PHATGOOSE"]
+    assert [predictor.name for predictor in results.predictors] == ["PHATGOOSE"]
 
 
 def test_rows_without_text_cannot_be_retrieved():

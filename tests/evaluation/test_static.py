@@ -12,7 +12,7 @@ from tiny import TEXTS, bert, gpt2, make_tokenizer
 from tiny_fused import bert_base, fine_tuned
 
 from hf_fusion import FusionError, Recipe, RecipeExpert, evaluate, fuse, merge
-from hf_fusion.evaluation.results import SuiteResults
+from hf_fusion.evaluation.results import Results
 
 ROWS = datasets.Dataset.from_dict({"text": [f"{text} {i}" for i in range(5) for text in TEXTS], "label": [0, 1] * 10})
 WORDS = datasets.Dataset.from_dict({"prompt": ["the quick brown", "experts are"], "target": [" fox", " fused"]})
@@ -45,19 +45,19 @@ def test_scores_are_those_of_the_plain_models(folders, tmp_path, caplog):
     )
     loaded = {name: type(model).from_pretrained(folder) for name, folder in folders.items()}
     expected = {"merged": model} | {name: loaded[name] for name in ("foxes", "dogs", "base")}
-    assert [(system.name, system.kind) for system in results.systems] == [
-        ("merged", "merged"), ("foxes", "expert"), ("dogs", "expert"), ("base", "base"),
+    assert [(predictor.name, predictor.kind) for predictor in results.predictors] == [
+        ("merged", "fused"), ("foxes", "expert"), ("dogs", "expert"), ("base", "base"),
     ]  # fmt: skip
     for name, own in expected.items():
         assert results[name].scores["foxes"].score == pytest.approx(right(own)), name
         assert results[name].scores["all"].score == pytest.approx(right(own, ROWS.select(range(6)))), name
-    assert len({system.scores["foxes"].score for system in results.systems}) > 1
+    assert len({predictor.scores["foxes"].score for predictor in results.predictors}) > 1
     assert [(task.name, task.owner, task.metric) for task in results.tasks] == [
         ("foxes", "foxes", "accuracy"), ("all", None, "accuracy"),
     ]  # fmt: skip
     assert "cats is not measured: it has the classes cat, dog, the merged model" in caplog.text
     results.save(tmp_path / "results.json")
-    assert SuiteResults.load(tmp_path / "results.json") == results
+    assert Results.load(tmp_path / "results.json") == results
 
 
 def test_adapters_are_measured_in_their_base(tmp_path):
@@ -79,7 +79,7 @@ def test_adapters_are_measured_in_their_base(tmp_path):
     results = evaluate(
         folder, {"foxes": WORDS}, experts=[expert.model for expert in recipe.experts], metrics={"foxes": "tokens"}
     )
-    assert [system.name for system in results.systems] == ["merged", "foxes", "dogs", "base"]
+    assert [predictor.name for predictor in results.predictors] == ["merged", "foxes", "dogs", "base"]
     for name, model in {**whole, "base": gpt2()}.items():
         with torch.no_grad():
             shares = []

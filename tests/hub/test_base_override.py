@@ -275,7 +275,7 @@ def test_measured_on_the_base_that_was_used(place, tmp_path):
     model = fuse("linear", ids, place.id, api=place.api)
     rows = Dataset.from_dict({"text": ["good film", "bad film"] * 4, "label": [0, 1] * 4})
     results = evaluate(model, {"mood": rows}, experts=ids, base=place.id, owners={"mood": ids[0]}, api=place.api)
-    assert {system.kind for system in results.systems} == {"merged", "expert", "base"}
+    assert {predictor.kind for predictor in results.predictors} == {"fused", "expert", "base"}
     assert not place.asked("other")
 
 

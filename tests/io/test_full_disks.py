@@ -24,9 +24,9 @@ from hf_fusion.bench.suite import load_suite
 from hf_fusion.cards.card import write_card
 from hf_fusion.cli.app import main
 from hf_fusion.evaluation.coefficient_map import CoefficientMap
-from hf_fusion.evaluation.fusion import Results, System
+from hf_fusion.evaluation.intervals import Score
 from hf_fusion.evaluation.plots import plot_accuracy_cost, plot_coefficients, plot_routing
-from hf_fusion.evaluation.results import SuiteResults
+from hf_fusion.evaluation.results import MeasuredTask, PredictorScores, Results
 from hf_fusion.evaluation.routing_map import RoutingMap
 from hf_fusion.fusion import save_fused
 from hf_fusion.hub.gates import save_gates
@@ -66,7 +66,8 @@ def cells():
 
 
 def results() -> Results:
-    return Results({"name": "x", "split": "test"}, 9, "accuracy", [System("FoE", "foe", 0.9, (0.88, 0.92), 1.0)])
+    fused = PredictorScores("FoE", "fused", {"x": Score(0.9, (0.88, 0.92))}, cost=1.0)
+    return Results([MeasuredTask("x", "accuracy", 9, pooled=True)], [fused])
 
 
 def routing() -> RoutingMap:
@@ -114,7 +115,7 @@ WRITERS: dict[str, Callable[[Path, Path], object]] = {
     ),
     "recipe": lambda out, place: recipe(place).save(out),
     "results": lambda out, place: results().save(out),
-    "results of a suite": lambda out, place: SuiteResults([], []).save(out),
+    "results of a suite": lambda out, place: Results([], []).save(out),
     "routing": lambda out, place: routing().save(out),
     "coefficients": lambda out, place: coefficients().save(out),
     "plot of results": lambda out, place: plot_accuracy_cost(results(), out.with_suffix(".png")),

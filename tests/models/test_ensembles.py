@@ -127,7 +127,9 @@ def test_recipe_evaluation_and_nothing_to_fit(experts, tmp_path):
     rows = Dataset.from_dict({"text": TEXTS, "label": ["a", "b", "c", "a"]})
     results = evaluate(model, rows)
     right = (answer(model).argmax(-1) == torch.tensor([0, 1, 2, 0])).float().mean()
-    assert results.systems[0].name == "ensemble, mean" and results.systems[0].score == pytest.approx(float(right))
+    assert results.predictors[0].name == "ensemble, mean" and results.predictors[0].only_score.score == pytest.approx(
+        float(right)
+    )
     with pytest.raises(FusionError, match="no fuser to fit"):
         fit_fuser(model, rows)
 

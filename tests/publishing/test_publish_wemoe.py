@@ -23,7 +23,7 @@ from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.coefficient_map import COEFFICIENT_FILE, COEFFICIENT_PICTURE, CoefficientMap, map_coefficients
 from hf_fusion.evaluation.intervals import mean_of
 from hf_fusion.evaluation.plots import plot_coefficients
-from hf_fusion.evaluation.results import SuiteResults, SuiteSystem, SuiteTask
+from hf_fusion.evaluation.results import MeasuredTask, PredictorScores, Results
 from hf_fusion.evaluation.scoring import score_of
 from hf_fusion.fusion import fuse, save_fused
 from hf_fusion.publishing.plan import plan
@@ -64,8 +64,8 @@ def measured(model, folder):
         inputs = model.processor(row["text"], return_tensors="pt")
         right.append(labels[int(model(**inputs, task=owner).logits.argmax())] == row["label"])
     score = score_of(torch.tensor(right, dtype=torch.float64), "accuracy")
-    system = SuiteSystem("WEMoE", "router", {"task-1": score}, {"held-in": mean_of([score])})
-    results = SuiteResults([SuiteTask("task-1", "accuracy", len(rows), owner)], [system], command="a `command`")
+    scores = PredictorScores("WEMoE", "fused", {"task-1": score}, {"held-in": mean_of([score])})
+    results = Results([MeasuredTask("task-1", "accuracy", len(rows), owner)], [scores], command="a `command`")
     results.save(folder / "results.json")
     return found, results
 
@@ -185,5 +185,5 @@ def test_another_fuse_takes_the_old_measurements_away(owner, ids, tmp_path):
     save_fused(model, folder, overwrite=True)
     assert not {"results.json", COEFFICIENT_FILE, COEFFICIENT_PICTURE} & {path.name for path in folder.iterdir()}
     (folder / "results.json").write_text(json.dumps({"tasks": [{"name": "x"}], "systems": []}))
-    with pytest.raises(FusionError, match=r"results lack tasks\[\].metric, tasks\[\].n, tasks\[\].owner"):
+    with pytest.raises(FusionError, match=r"results lack tasks\[\].metric, tasks\[\].n"):
         plan(folder, f"{owner.name}/all", api=owner.api)

@@ -173,6 +173,16 @@ def test_results_keep_what_is_sound(processing):
     assert (results["n"], results["dataset"], results["metric"]) == (10, "digits", "accuracy")
 
 
+def test_results_of_today_and_of_before_show_the_same(processing):
+    score = {"score": 0.9, "ci95": [0.88, 0.92]}
+    before = {"systems": [{"name": "FoE", "kind": "foe", **score, "cost": 1.0}], "metric": "mse", "n": 10}
+    tasks = [{"name": "digits", "metric": "mse", "n": 10, "owner": None, "pooled": True}]
+    today = {"tasks": tasks, "predictors": [{"name": "FoE", "kind": "fused", "scores": {"digits": score}, "cost": 1.0}]}
+    assert processing.read_results(today) == processing.read_results({**before, "dataset": {"name": "digits"}})
+    today["predictors"][0]["scores"] = {"other": score}
+    assert processing.read_results(today) is None
+
+
 @pytest.mark.parametrize("values", [None, [], "results", {}, {"systems": {}}, {"systems": [{"score": None}]}])
 def test_results_that_hold_nothing_are_none(processing, values):
     assert processing.read_results(values) is None

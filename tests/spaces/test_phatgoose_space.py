@@ -43,10 +43,10 @@ def folder(tmp_path_factory) -> Path:
         experts.append(Expert(name, base, lora, processor=tokenizer, gates=Gates(gates)))
     folder = tmp_path_factory.mktemp("router")
     PhatgooseRouter.from_experts(experts).save_pretrained(folder)
-    systems = [
+    predictors = [
         {"name": name, "kind": "expert", "means": {"held-in": {"score": i / 9}}} for i, name in enumerate(EXPERTS)
     ]
-    (folder / "results.json").write_text(json.dumps({"systems": [*systems, {"name": "merged", "score": 0.9}]}))
+    (folder / "results.json").write_text(json.dumps({"predictors": [*predictors, {"name": "merged", "score": 0.9}]}))
     (folder / "examples.json").write_text(json.dumps(EXAMPLES))
     return folder
 

@@ -18,8 +18,8 @@ from transformers import BertConfig, BertForSequenceClassification
 from hf_fusion import Expert, FoEModel, FusionError, fit_fuser
 from hf_fusion.evaluation.baselines import max_confidence, mean_ensemble, oracle_expert, single_experts
 from hf_fusion.evaluation.evaluate import evaluate
-from hf_fusion.evaluation.fusion import Results
 from hf_fusion.evaluation.intervals import wilson
+from hf_fusion.evaluation.results import Results
 from hf_fusion.progress import Phase, reporting
 from hf_fusion.training.outputs import collect_outputs
 
@@ -74,14 +74,14 @@ def test_the_fuser_learns_what_no_expert_knows(halves):
     fit = fit_fuser(model, halves.data.select(range(200, 400)), epochs=30)
     results = evaluate(model, halves.data.select(range(400, 600)))
     assert fit.accuracy > 0.9
-    assert results.best("foe").score > results.best("expert").score + 0.3
-    assert results.best("foe").score >= results.best("baseline").score
-    assert results.best("oracle").score >= results.best("foe").score
+    assert results.best("fused").only_score.score > results.best("expert").only_score.score + 0.3
+    assert results.best("fused").only_score.score >= results.best("baseline").only_score.score
+    assert results.best("oracle").only_score.score >= results.best("fused").only_score.score
     inputs = model.processor(text=halves.data["text"][400:600])
     labels = torch.tensor([LABELS.index(label) for label in halves.data["label"][400:600]])
     with torch.no_grad():
         accuracy = (model(**inputs).logits.argmax(1) == labels).float().mean()
-    assert results.best("foe").score == pytest.approx(float(accuracy), abs=1e-6)
+    assert results.best("fused").only_score.score == pytest.approx(float(accuracy), abs=1e-6)
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_gives_others(halves):
@@ -113,7 +113,7 @@ def test_frugal_saves_and_a_budget_is_kept(halves):
     results = evaluate(model, halves.data.select(range(400, 600)))
     frugal = results.best("frugal")
     assert frugal.cost < 1.0
-    assert frugal.score >= results.best("foe").score - 0.05
+    assert frugal.only_score.score >= results.best("fused").only_score.score - 0.05
     inputs = model.processor(text=halves.data["text"][400:464])
     model.record_routing = True
     for budget in (0.1, 0.3, 1.0):
@@ -195,7 +195,7 @@ def test_selection_learns_the_domain_or_the_least_loss(halves):
         fit_fuser(model, data.select(range(200, 400)), by=by, epochs=30)
         results = evaluate(model, data.select(range(400, 600)))
         assert results.selection_accuracy > 0.85
-        assert results.best("foe").score > results.best("expert").score + 0.3
+        assert results.best("fused").only_score.score > results.best("expert").only_score.score + 0.3
     with pytest.raises(FusionError, match="belongs to output fusion"):
         fit_fuser(model, data, frugal=True)
 
