@@ -156,7 +156,7 @@ def _adapt(place: Place, model: Any, experts: list[Expert], base: Any, out: Out,
         facts = adapt_routers(
             adapted, unlabelled, steps=ADAPT_STEPS, learning_rate=LEARNING_RATE, tolerance=TOLERANCE, seed=seed
         )
-        sure = [sum(health.confidence for health in own.values()) / len(own) for own in (facts.before, facts.after)]
+        sure = [sum(task.confidence for task in own.values()) / len(own) for own in (facts.before, facts.after)]
         out.log(f"      {name}: {facts.steps} steps, mean confidence {sure[0]:.2f} → {sure[1]:.2f}")
     return [TaskModel(UNADAPTED, before), TaskModel(STATIC, static)]
 

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.predictors import Batch
 from hf_fusion.progress import track
-from hf_fusion.training.batches import Examples, like_lengths
+from hf_fusion.training.batches import Examples, batch_indices_by_length
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -101,7 +101,7 @@ def score_task(
         return indices, {predictor.name: predictor.score(batch).cpu() for predictor in predictors}
 
     found: dict[str, torch.Tensor] = {}
-    batches = list(like_lengths(data.rows, batch_size))
+    batches = list(batch_indices_by_length(data.rows, batch_size))
     for indices, scores in run_batches(batches, run, f"Measuring {names} on {data.task.name}"):
         for name, values in scores.items():
             values = values if values.dtype == torch.float64 else values.float()

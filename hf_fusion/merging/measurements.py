@@ -1,8 +1,8 @@
 """What was measured of an expert on its own data, in a folder: for methods that weigh its tensors by it.
 
 ``fisher.safetensors`` holds a tensor's diagonal Fisher information in the tensor's shape; ``gram.safetensors`` holds
-the Gram matrix of a linear layer's inputs, once for all layers that read the same. The JSON file beside each says
-how it was measured, and which matrix belongs to which weight. `hf_fusion.training.measure` measures.
+the Gram matrix of a linear layer's inputs, once for all layers that read the same. The JSON file beside each records
+the settings, and which matrix belongs to which weight. `training.fisher` and `training.gram` write them.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def statistics_of(recipe: Recipe, kind: str, experts: Sequence[Model]) -> list[M
 
 
 def open_statistics(folder: str | Path, kind: str) -> Measured:
-    """Opens what `hf_fusion.training.measure` saved; no values are read.
+    """Opens what `hf_fusion.training.expert_statistics` saved; no values are read.
 
     Raises:
         FusionError: there is nothing of that kind, or it is broken.

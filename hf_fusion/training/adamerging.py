@@ -1,4 +1,4 @@
-"""AdaMerging: how much of every task vector goes into a static merge, learned without labels (arXiv 2310.02575)."""
+"""AdaMerging: a static merge whose merging coefficients are learned without labels (arXiv 2310.02575)."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ GRANULARITIES = ("task", "layer")
 
 
 class CoefficientMerge(nn.Module):
-    """θ = θ0 + Σ_k λ_k τ_k with coefficients that are learned: `adapt_routers` and `fit_routers` do it.
+    """θ = θ0 + Σ_k λ_k τ_k with learnable coefficients λ; `adapt_routers` and `fit_routers` train them.
 
-    One merge serves all inputs; of classifiers every expert keeps its own head. All of it is held in memory, K + 1
-    times the base.
+    The merged weights are shared by all inputs; each expert of a classifier keeps its classification head. Needs the
+    memory of the base and of K full task vectors.
 
     Args:
         experts: full fine-tunes and LoRA adapters, as `load_experts` takes them.
         base: the model that they were fine-tuned from; adapters record theirs.
-        granularity: "task", one coefficient for each expert, or "layer", one for each expert and tensor.
-        scaling: every coefficient at first.
+        granularity: "task", one coefficient per expert, or "layer", one per expert and tensor.
+        scaling: initial value of every coefficient.
 
     Attributes:
-        experts: names, which are those of the tasks.
-        tensors: names of the L tensors that any expert changed.
-        coefficients: (K,) or (L, K), fp32; all that requires gradients.
+        experts: names of the experts, which are also those of the tasks.
+        tensors: names of the L tensors that at least one expert changed.
+        coefficients: (K,) or (L, K), fp32; the only parameter that requires gradients.
 
     Raises:
-        FusionError: where experts do not fit together, naming the expert, the tensor and the reason.
+        FusionError: if experts do not fit together, naming the expert, the tensor and the reason.
     """
 
     def __init__(
@@ -63,26 +63,26 @@ class CoefficientMerge(nn.Module):
             raise FusionError(f"granularity={granularity!r}", hint=f"one of {', '.join(GRANULARITIES)}")
         if not experts:
             raise FusionError("a fusion needs at least one expert; the list is empty")
-        start: Any = load_experts([base], gates=False)[0] if base is not None else None
-        loaded = load_experts(list(experts), base=start, gates=False)
-        self.processor = loaded[0].processor or (start and start.processor)
+        base_expert: Any = load_experts([base], gates=False)[0] if base is not None else None
+        loaded = load_experts(list(experts), base=base_expert, gates=False)
+        self.processor = loaded[0].processor or (base_expert and base_expert.processor)
         try:
-            self._take(align_experts(loaded, start))
-        except ValueError as error:  # a family, which knows nothing of this package, raises these
+            self._register(align_experts(loaded, base_expert))
+        except ValueError as error:  # models/ does not import hf_fusion, so it raises ValueError
             raise FusionError(str(error)) from error
         size = (len(self.tensors), len(self.experts)) if granularity == "layer" else (len(self.experts),)
         self.coefficients = nn.Parameter(torch.full(size, scaling))
         self.config.scaling = scaling
-        self._merge: dict[str, torch.Tensor] | None = None
+        self._cached: dict[str, torch.Tensor] | None = None
         self.eval()
 
     @torch.no_grad()
-    def _take(self, aligned: AlignedExperts) -> None:
-        """The base in the structure of its experts, their heads, and the task vectors of everything else."""
+    def _register(self, aligned: AlignedExperts) -> None:
+        """Builds the backbone from the base, with the experts' heads, and stores the task vectors of other tensors."""
         rows = [source.row for source in aligned.sources]
         self.experts: list[str] = [source.name for source in aligned.sources]
-        speaks_twice = bool(getattr(aligned.template.config, "is_encoder_decoder", False))
-        self.config = SimpleNamespace(head=aligned.head, experts=rows, adaptation=None, is_encoder_decoder=speaks_twice)
+        seq2seq = bool(getattr(aligned.template.config, "is_encoder_decoder", False))
+        self.config = SimpleNamespace(head=aligned.head, experts=rows, adaptation=None, is_encoder_decoder=seq2seq)
         self.backbone: Any = copy.deepcopy(aligned.template).requires_grad_(False)
         install_heads(self.backbone, aligned.paths, [len(row["labels"]) for row in rows])
         fill_heads(self.backbone, aligned.paths, [source.tensors for source in aligned.sources], self.experts)
@@ -91,7 +91,7 @@ class CoefficientMerge(nn.Module):
         self.tensors: list[str] = []
         modules = dict(self.backbone.named_modules())
         for name, tensor in [*self.backbone.named_parameters(), *self.backbone.named_buffers()]:
-            if name not in aligned.base:  # heads, and buffers that no checkpoint holds
+            if name not in aligned.base:  # heads, and non-persistent buffers
                 continue
             base = aligned.base[name]
             tensor.copy_(base)
@@ -107,48 +107,48 @@ class CoefficientMerge(nn.Module):
             source.check_relation()
 
     def forward(self, task: str | None = None, **inputs: Any) -> Any:
-        """As the dense model's, with the head of a task (default: the first)."""
+        """Runs the merged model with the head of a task (default: the first)."""
         activate_heads(self.backbone, self.heads, index_of(task or self.experts[0], self.experts))
         return functional_call(self.backbone, self._tensors(), kwargs=inputs)
 
     @contextmanager
     def merged(self) -> Iterator[None]:
-        """Within this context the coefficients stay as they are: one merge serves all forwards, and their gradients."""
-        before, self._merge = self._merge, self._merged(self.coefficients)
+        """Within this context the weights are merged once, for all forward passes and their gradients."""
+        before, self._cached = self._cached, self._merge(self.coefficients)
         try:
             yield
         finally:
-            self._merge = before
+            self._cached = before
 
     @contextmanager
     def using(self, coefficients: Sequence[float] | str) -> Iterator[None]:
-        """Within this context the learned coefficients are not used.
+        """Within this context other coefficients replace the learned ones.
 
         Args:
-            coefficients: one for each expert; or an expert's name: it alone, whole.
+            coefficients: one per expert; or an expert's name, which selects that expert with a coefficient of 1.
 
         Raises:
-            ValueError: for a name that no expert has, and another number of coefficients.
+            ValueError: for an unknown name, or the wrong number of coefficients.
         """
-        given = by_unit(coefficients, self.experts, [])[""][0]
+        fixed = by_unit(coefficients, self.experts, [])[""][0]
         with torch.no_grad():
-            before, self._merge = self._merge, self._merged(given.to(self.coefficients.device))
+            before, self._cached = self._cached, self._merge(fixed.to(self.coefficients.device))
         try:
             yield
         finally:
-            self._merge = before
+            self._cached = before
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return self._merge if self._merge is not None else self._merged(self.coefficients)
+        return self._cached if self._cached is not None else self._merge(self.coefficients)
 
-    def _merged(self, coefficients: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _merge(self, coefficients: torch.Tensor) -> dict[str, torch.Tensor]:
         """Tensor name -> θ0 + Σ_k λ_k τ_k, with coefficients (K,) or (L, K)."""
-        known = {**dict(self.backbone.named_parameters()), **dict(self.backbone.named_buffers())}
+        base = {**dict(self.backbone.named_parameters()), **dict(self.backbone.named_buffers())}
         rows = coefficients.expand(len(self.tensors), -1)
-        vectors = (getattr(self, f"vectors_{number}") for number in range(len(self.tensors)))  # (K, ...) each
+        vectors = (getattr(self, f"vectors_{index}") for index in range(len(self.tensors)))  # (K, ...) each
         return {
-            name: possible(name, known[name] + torch.tensordot(own.to(taus.dtype), taus, dims=1))
-            for name, own, taus in zip(self.tensors, rows, vectors, strict=True)
+            name: possible(name, base[name] + torch.tensordot(row.to(taus.dtype), taus, dims=1))
+            for name, row, taus in zip(self.tensors, rows, vectors, strict=True)
         }
 
     @torch.no_grad()
@@ -165,20 +165,20 @@ class CoefficientMerge(nn.Module):
         return model
 
     def table(self) -> Mapping[str, Mapping[str, float]]:
-        """Tensor -> expert -> coefficient; "" stands for all tensors where there is one for each expert."""
+        """Tensor -> expert -> coefficient; with granularity "task" the only key is "", for all tensors."""
         rows = self.coefficients.detach().cpu().view(-1, len(self.experts)).tolist()
         names = self.tensors if self.coefficients.dim() == 2 else [""]
         return {name: dict(zip(self.experts, row, strict=True)) for name, row in zip(names, rows, strict=True)}
 
 
-def objective_of(model: Any, loss: Callable[[Any], torch.Tensor]) -> Callable[[Any], torch.Tensor]:
-    """What is minimised for a model to have a small loss of batches: the loss itself, but for `ConcreteMerge`."""
+def training_objective(model: Any, loss: Callable[[Any], torch.Tensor]) -> Callable[[Any], torch.Tensor]:
+    """The function of a batch to minimise: the loss, or the meta-learning objective of a `ConcreteMerge`."""
     return model.objective(loss) if hasattr(model, "objective") else loss
 
 
 def merged_once(model: Any) -> AbstractContextManager[None]:
-    """A context in which a model whose weights serve all inputs merges them once; others do as ever."""
+    """A context in which a `CoefficientMerge` merges its weights once; does nothing for other models."""
     return model.merged() if isinstance(model, CoefficientMerge) else nullcontext()
 
 
-__all__ = ["CoefficientMerge", "merged_once", "objective_of"]
+__all__ = ["CoefficientMerge", "merged_once", "training_objective"]

@@ -1,4 +1,4 @@
-"""Examples as batches for one expert, whatever its head: tokens or pixels in, labels for its own loss."""
+"""Encodes data sets as training examples for one expert: model inputs with labels, and the loss of its head."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Examples:
-    """A data set as an expert reads it.
+    """A data set, encoded for an expert.
 
     Attributes:
-        rows: one example each; a list or a `datasets.Dataset`.
-        collate: rows → the model's inputs, with ``labels``.
-        loss: (model, inputs) → the expert's own loss.
+        rows: one encoded example each; a list or a `datasets.Dataset`.
+        collate: rows → a batch of model inputs, with ``labels``.
+        loss: (model, inputs) → mean loss of the batch, a scalar.
     """
 
     rows: Any
@@ -40,14 +40,14 @@ def read_examples(expert: Expert, dataset: Dataset, max_length: int) -> Examples
     """Encodes a data set for an expert.
 
     Args:
-        expert: with its processor.
+        expert: must have a processor.
         dataset: columns ``prompt`` and ``target`` for a language model, ``text`` (and ``text_pair``) or ``image`` with
-            ``label`` for a classifier, of pictures or of their pixels (see `training.dense`).
-        max_length: the longest sequence, in tokens.
+            ``label`` for a classifier, ``image`` with a label map for dense prediction (see `training.dense`).
+        max_length: longest sequence, in tokens.
 
     Raises:
-        FusionError: for empty data, missing columns, labels the expert does not have, an expert without a processor
-            or with a head that has no loss here.
+        FusionError: for empty data, missing columns, labels that the expert does not have, or an expert without a
+            processor or with an unsupported head.
     """
     if not len(dataset):
         raise FusionError(f"the data set for {expert.name} is empty")
@@ -61,25 +61,25 @@ def read_examples(expert: Expert, dataset: Dataset, max_length: int) -> Examples
     if read is None:
         raise FusionError(
             f"{expert.name} is a {type(expert.model).__name__}: only language models, classifiers of texts and "
-            "images and dense predictors can be taught here"
+            "images and dense predictors are supported here"
         )
     with phase(f"Encoding {len(dataset):,} rows"):
-        return read(expert, _pictured(dataset), max_length)
+        return read(expert, _decode_images(dataset), max_length)
 
 
 def zero_shot_examples(processor: Any, dataset: Dataset, prompts: Sequence[str]) -> Examples:
-    """Images for a model of images and texts (CLIP): a class is a text, its logits are ``logits_per_image``.
+    """Images for zero-shot classification by CLIP: each class is a text, and the logits are ``logits_per_image``.
 
     Args:
-        processor: of the model, `CLIPProcessor`.
-        dataset: column ``image``, and for fitting with labels ``label``, an index of `prompts`.
-        prompts: the text of each class, "a photo of a cat".
+        processor: the model's `CLIPProcessor`.
+        dataset: column ``image``; with labels also ``label``, an index into `prompts`.
+        prompts: one text per class, such as "a photo of a cat".
     """
     return image_text_examples(processor, dataset, processor(text=list(prompts), padding=True, return_tensors="pt"))
 
 
 def image_text_examples(processor: Any, dataset: Dataset, texts: Mapping[str, torch.Tensor]) -> Examples:
-    """The same, with the classes as the model takes them: inputs of C rows."""
+    """As `zero_shot_examples`, with the texts of the C classes already encoded as model inputs."""
     columns = [name for name in ("image", "label") if name in dataset.column_names]
 
     def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
@@ -87,17 +87,17 @@ def image_text_examples(processor: Any, dataset: Dataset, texts: Mapping[str, to
         labels = {"labels": torch.tensor([row["label"] for row in rows])} if "label" in columns else {}
         return {**texts, "pixel_values": pixels, **labels}
 
-    return Examples(_pictured(dataset.select_columns(columns)), collate, _class_loss)
+    return Examples(_decode_images(dataset.select_columns(columns)), collate, _class_loss)
 
 
-def _pictured(dataset: Dataset) -> Dataset:
+def _decode_images(dataset: Dataset) -> Dataset:
     from hf_fusion.io.picture_rows import with_pictures
 
     return with_pictures(dataset)
 
 
-def _generation(expert: Expert, dataset: Dataset, max_length: int) -> Examples:
-    """Language models: the loss is that of the target's tokens."""
+def _read_generation(expert: Expert, dataset: Dataset, max_length: int) -> Examples:
+    """Language models: the loss is the cross entropy of the target tokens."""
     from transformers import DataCollatorForSeq2Seq
 
     seq2seq = expert.model.config.is_encoder_decoder
@@ -109,8 +109,8 @@ def _generation(expert: Expert, dataset: Dataset, max_length: int) -> Examples:
     return Examples(rows, collate, lambda model, inputs: model(**inputs, use_cache=False).loss)
 
 
-def _text_classes(expert: Expert, dataset: Dataset, max_length: int) -> Examples:
-    """Text classifiers, on one text or a pair."""
+def _read_texts(expert: Expert, dataset: Dataset, max_length: int) -> Examples:
+    """Text classifiers and regressors, on single texts or pairs."""
     from transformers import DataCollatorWithPadding
 
     _require(dataset, "text", "label")
@@ -121,8 +121,8 @@ def _text_classes(expert: Expert, dataset: Dataset, max_length: int) -> Examples
     return Examples(rows, DataCollatorWithPadding(expert.processor), _class_loss)
 
 
-def _image_classes(expert: Expert, dataset: Dataset, max_length: int) -> Examples:
-    """Image classifiers; images become pixels batch by batch."""
+def _read_images(expert: Expert, dataset: Dataset, max_length: int) -> Examples:
+    """Image classifiers; images are preprocessed per batch."""
     _require(dataset, "image", "label")
     labels = _class_indices(expert, dataset)
     kept = dataset.select_columns("image").add_column("labels", labels)
@@ -134,8 +134,8 @@ def _image_classes(expert: Expert, dataset: Dataset, max_length: int) -> Example
     return Examples(kept, collate, _class_loss)
 
 
-def _maps(expert: Expert, dataset: Dataset, max_length: int) -> Examples:
-    """Dense predictors: a label is an array, with a value for each pixel."""
+def _read_maps(expert: Expert, dataset: Dataset, max_length: int) -> Examples:
+    """Dense predictors: a label is an array with one value, or vector, per pixel."""
     _require(dataset, "image", "label")
 
     def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
@@ -148,16 +148,16 @@ def _maps(expert: Expert, dataset: Dataset, max_length: int) -> Examples:
 
 
 _READERS: dict[str, Callable[[Expert, Dataset, int], Examples]] = {
-    "AutoModelForCausalLM": _generation,
-    "AutoModelForSeq2SeqLM": _generation,
-    "AutoModelForSequenceClassification": _text_classes,
-    "AutoModelForImageClassification": _image_classes,
-    "AutoModelForSemanticSegmentation": _maps,
+    "AutoModelForCausalLM": _read_generation,
+    "AutoModelForSeq2SeqLM": _read_generation,
+    "AutoModelForSequenceClassification": _read_texts,
+    "AutoModelForImageClassification": _read_images,
+    "AutoModelForSemanticSegmentation": _read_maps,
 }
 
 
 def _class_loss(model: Any, inputs: Any) -> torch.Tensor:
-    """Cross entropy, or the squared error of a regressor; the model's own would trust the base's class count."""
+    """Cross entropy, or a regressor's mean squared error; the model's loss would rely on the base's class count."""
     labels = inputs["labels"]
     logits = class_logits(model, inputs)
     if labels.is_floating_point():
@@ -166,21 +166,21 @@ def _class_loss(model: Any, inputs: Any) -> torch.Tensor:
 
 
 def class_logits(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """Logits of the classes, fp32, (B, C); labels among the inputs are not passed on.
+    """Class logits, fp32, (B, C); ``labels`` are not passed to the model.
 
     Raises:
-        FusionError: for outputs that have none.
+        FusionError: the output has no class logits.
     """
     output = model(**{name: value for name, value in inputs.items() if name != "labels"})
     for name in ("logits", "logits_per_image"):
         logits: torch.Tensor | None = getattr(output, name, None)
-        if logits is not None and logits.dim() < 4:  # not of pixels
+        if logits is not None and logits.dim() < 4:  # 4 dimensions: logits per pixel
             return logits.float()
-    raise FusionError(f"{type(output).__name__} has no logits of rows: only classifiers choose among classes")
+    raise FusionError(f"{type(output).__name__} has no class logits: only classifiers have them")
 
 
 def score_rows(model: Any, batch: Mapping[str, Any], metric: str) -> torch.Tensor:
-    """The score of each row of a batch, (B,): "accuracy" of classes, "exact" or share of right "tokens" of answers."""
+    """The score of each row of a batch, (B,): "accuracy" for classes; "exact" match or share of "tokens" for text."""
     if metric != "accuracy":
         exact, share = score_targets(model, batch)
         return exact if metric == "exact" else share
@@ -197,7 +197,7 @@ def _require(dataset: Dataset, *columns: str) -> None:
 
 
 def _class_indices(expert: Expert, dataset: Dataset) -> list[Any]:
-    """Column ``label`` as indices of the expert's classes; names are matched, a ClassLabel's by its names."""
+    """Column ``label`` as indices of the expert's classes, matched by name, also for ClassLabel columns."""
     values = list(dataset["label"])
     names = getattr(dataset.features["label"], "names", None)
     if names and expert.labels:
@@ -218,15 +218,15 @@ def _class_indices(expert: Expert, dataset: Dataset) -> list[Any]:
 
 
 def unlabelled(rows: Dataset) -> Dataset:
-    """Rows with labels that every model can read: what is made of the labels is not looked at."""
+    """Rows with placeholder labels and targets, for passes that ignore them."""
     if "label" in rows.column_names:
         rows = rows.remove_columns("label")
     rows = rows.add_column("label", [0] * len(rows))
     return rows if "target" in rows.column_names else rows.add_column("target", [""] * len(rows))
 
 
-def equal_lengths(rows: Any, batch_size: int, count: int | None = None) -> Iterator[list[Any]]:
-    """Batches of the first rows (all by default), each equally long in everything, so that nothing is padded."""
+def equal_length_batches(rows: Any, batch_size: int, count: int | None = None) -> Iterator[list[Any]]:
+    """Batches of the first `count` rows (default: all); rows of a batch have equal lengths, so nothing is padded."""
     groups: dict[tuple[int, ...], list[Any]] = {}
     for index in range(len(rows) if count is None else min(count, len(rows))):
         row = rows[index]
@@ -239,15 +239,15 @@ def equal_lengths(rows: Any, batch_size: int, count: int | None = None) -> Itera
 
 
 def to_model(inputs: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
-    """Inputs where a model is; pixels in its dtype, regression labels too."""
+    """Inputs on the model's device; floating-point inputs and labels in its dtype."""
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
     }
 
 
-def like_lengths(rows: Any, size: int) -> Iterator[list[int]]:
-    """Row numbers in batches; of sequences, those of like length together."""
+def batch_indices_by_length(rows: Any, size: int) -> Iterator[list[int]]:
+    """Batches of row indices; sequences are sorted by length, to pad little."""
     order = list(range(len(rows)))
     if "input_ids" in rows[0]:
         order.sort(key=lambda row: len(rows[row]["input_ids"]))

@@ -1,4 +1,4 @@
-"""The Trainer's progress: a phase for whoever is told of them, else its own bar on a terminal, else nothing."""
+"""Progress of transformers' Trainer: reported as a phase if a reporter is set, else as a bar on a terminal."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hf_fusion.progress import Phase, is_reported, phase
 
 
 class _Bar(ProgressCallback):
-    """The Trainer's bar without the figures it prints beside it."""
+    """The Trainer's progress bar without its log lines."""
 
     def on_log(self, *args: Any, **_: object) -> None:
         """Prints nothing."""
 
 
-class _Steps(TrainerCallback):
-    """Tells of the optimizer's steps."""
+class _StepReporter(TrainerCallback):
+    """Reports optimizer steps as the progress of a phase."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -28,28 +28,28 @@ class _Steps(TrainerCallback):
         self._phase: Phase | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: object) -> None:
-        """A phase with a known number of steps."""
+        """Opens the phase, with the number of steps as its total."""
         self._phase = self._open.enter_context(phase(self.name, state.max_steps))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: object) -> None:
-        """One more is done."""
+        """Reports a finished step."""
         if self._phase:
             self._phase.reach(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: object) -> None:
-        """The phase is over; it may have ended early."""
+        """Closes the phase, also after early stopping."""
         self._open.close()
 
 
 def set_progress(trainer: Trainer, name: str) -> None:
-    """Makes a Trainer built with ``disable_tqdm=True`` print nothing, and tell of its steps as a phase.
+    """Replaces the output of a Trainer built with ``disable_tqdm=True`` by a phase, or by a plain progress bar.
 
     Args:
-        trainer: not yet training.
-        name: of the phase, "Training gates".
+        trainer: before ``train()``.
+        name: of the phase, such as "Training gates".
     """
     trainer.remove_callback(PrinterCallback)
     if is_reported():
-        trainer.add_callback(_Steps(name))
+        trainer.add_callback(_StepReporter(name))
     elif sys.stderr.isatty() and is_progress_bar_enabled():
         trainer.add_callback(_Bar())

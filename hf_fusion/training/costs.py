@@ -1,4 +1,4 @@
-"""What asking an expert costs: its parameters by default, measured latency, or a price the user names."""
+"""Query costs of experts: parameter counts by default, measured latency, or costs that the user sets."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hf_fusion.training.outputs import input_columns, prepare
 
 
 def set_costs(model: Any, costs: Sequence[float] | str) -> None:
-    """Writes the experts' costs into the model's config, in any unit.
+    """Writes the experts' query costs into the model's config, in any unit.
 
     Raises:
-        FusionError: unless there is one positive number for each expert.
+        FusionError: unless there is one positive number per expert.
     """
     names = [expert["name"] for expert in model.config.experts]
     if isinstance(costs, str) or len(costs) != len(names) or min(costs) <= 0:
@@ -28,18 +28,18 @@ def set_costs(model: Any, costs: Sequence[float] | str) -> None:
 
 @torch.no_grad()
 def measure_latency(model: Any, dataset: datasets.Dataset, examples: int = 16, repeats: int = 3) -> list[float]:
-    """Seconds each expert of a FoE takes per example, the least of several runs on the model's device.
+    """Seconds per example of each expert of a FoE, the minimum of several runs on the model's device.
 
     Args:
         model: a FoE of classifiers or regressors.
-        dataset: with the columns the experts take.
-        examples: size of the batch that is timed.
-        repeats: runs per expert.
+        dataset: with the experts' input columns.
+        examples: size of the timed batch.
+        repeats: runs per expert, besides one for warm-up.
     """
     rows = dataset.select(range(min(examples, len(dataset))))
     inputs = prepare(model, rows[:], input_columns(rows))
     best = [float("inf")] * model.config.num_experts
-    for _ in range(repeats + 1):  # the first round warms up whatever needs it, and counts like the others
+    for _ in range(repeats + 1):  # the first round warms up; the minimum makes it harmless
         for expert in range(model.config.num_experts):
             start = time.perf_counter()
             model.expert_outputs(inputs, experts=[expert])

@@ -1,4 +1,4 @@
-"""Fits a FoE's fuser on labelled examples, and the frugal variant beside it."""
+"""Fits the fuser of a Fusion of Experts on labelled examples, optionally with the frugal variant."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ from hf_fusion.training.outputs import ExpertOutputs, collect_outputs
 
 logger = logging.getLogger(__name__)
 
-FULL_SHARE = 0.5  # share of training rows that show the fuser all experts when it also learns to do with fewer
-COST_WEIGHTS = (0.0, *(2.0 ** (power / 2) for power in range(-16, 11)))  # lambdas among which the default is chosen
-MOST_NEIGHBORS_FROM = 1500  # validation points kept in a frugal model
+FULL_SHARE = 0.5  # share of training rows without expert dropout, in training for the frugal variant
+COST_WEIGHTS = (0.0, *(2.0 ** (power / 2) for power in range(-16, 11)))  # candidate lambdas for the default
+MAX_VALIDATION_POINTS = 1500  # stored in a frugal model, for its nearest-neighbour search
 
 
 @dataclass
 class Fit:
-    """What a fit came to.
+    """The report of `fit_fuser`.
 
     Attributes:
-        train_rows, held_out_rows: examples the fuser learned from, and those that stopped it.
-        loss: held-out loss of the fuser that was kept.
-        accuracy: its held-out accuracy (of the choice of expert, in selection); None for regression.
-        cost_weight: lambda of the frugal variant, None without one.
-        missing_labels: fused labels that no training row had; the fuser cannot have learned them.
+        train_rows: size of the training split.
+        held_out_rows: size of the validation split.
+        loss: validation loss of the fuser that was kept.
+        accuracy: its validation accuracy (in selection mode, of choosing the expert); None for regression.
+        cost_weight: lambda of the frugal variant, or None.
+        missing_labels: fused labels without a training row, which the fuser cannot have learned.
     """
 
     train_rows: int
@@ -68,36 +69,40 @@ def fit_fuser(
     expert_column: str = "expert",
     inference_batch_size: int = 32,
 ) -> Fit:
-    """Fits `model`'s fuser in place; the experts stay as they are, and run once (their outputs are cached).
+    """Fits the fuser of `model` in place; the experts are frozen and run once (their outputs are cached).
 
-    AdamW with a cosine schedule, as in the paper (arXiv 2310.01542), stopped early on the held-out loss. Runs on
-    transformers' Trainer, so `accelerate launch` spreads it over processes. The same seed gives the same weights.
+    AdamW with a cosine schedule, as in the paper (arXiv 2310.01542), with early stopping on the validation loss. Runs
+    on transformers' Trainer, so `accelerate launch` distributes it. The same seed gives the same weights.
 
     Args:
         model: a FoE from `FoEModel.from_experts`.
         dataset: labelled examples, see `collect_outputs`.
-        by: in selection, which expert an example should choose: "domain" (column `expert_column`) or "loss" (the one
-            with the least loss on it).
-        frugal: also learn to answer from the outputs of few experts, and keep the validation points by which the
-            published model decides whom to ask.
-        neighbors: kappa of the frugal variant.
-        cost_weight: lambda of the frugal variant; by default the largest at which the mean probability of the true
-            label, on the held-out rows, stays within `tolerance` of asking everyone.
-        costs: what asking each expert costs, if not what the model says already (its parameters): one number each,
-            or "latency" for the seconds measured here.
+        by: in selection mode, the target expert of an example: "domain" (column `expert_column`) or "loss" (the
+            expert with the lowest loss on it).
+        frugal: also train the fuser on subsets of the experts, and store validation points in the model, from which
+            it decides at inference which experts to query.
+        neighbors: kappa of the frugal variant, the number of nearest neighbours.
+        cost_weight: lambda of the frugal variant; default: the largest for which the mean probability of the true
+            label on the validation split is at most `tolerance` below that of querying every expert.
+        costs: query costs, one per expert in any unit, or "latency" to measure seconds; default: those in the
+            model's config (parameter counts).
         tolerance: see `cost_weight`.
-        holdout: share of the rows that are held out.
-        epochs, patience: at most so many epochs; stop after so many without a better held-out loss.
-        learning_rate: 1e-3 by default, the paper's; 3e-4 in selection, where inputs are wide and rows few.
-        weight_decay, batch_size, seed: of the fuser's training.
-        label_column, expert_column: columns of `dataset`.
-        inference_batch_size: examples per step while the experts run.
+        holdout: share of the rows in the validation split.
+        epochs: maximum number of epochs.
+        patience: epochs without a lower validation loss after which training stops.
+        learning_rate: default 1e-3, as in the paper; 3e-4 in selection mode, where features are many and rows few.
+        weight_decay: of AdamW.
+        batch_size: training examples per step and process.
+        seed: for the split, the initial weights and the order of the examples.
+        label_column: column with the labels.
+        expert_column: column with the expert of each example's domain.
+        inference_batch_size: examples per forward pass of the experts.
 
     Returns:
-        What was fitted on how many rows, and how well it does on those that were held out.
+        Sizes of the splits and validation metrics.
 
     Raises:
-        FusionError: for data that is empty, unlabelled or too small to hold rows out of, or a model without a fuser.
+        FusionError: for data that is empty, unlabelled or too small to split, or a model without a fuser.
     """
     if not list(getattr(model, "fuser", nn.Module()).parameters()):
         raise FusionError(f"{type(model).__name__} has no fuser to fit", hint="it is ready as it is: hf-fusion eval")
@@ -125,7 +130,7 @@ def fit_fuser(
         batch_size=inference_batch_size,
     )
     targets = _selection_targets(collected, by) if selection else collected.labels
-    assert targets is not None  # the column is there
+    assert targets is not None  # the column was checked above
     regression = model.config.problem_type == "regression" and not selection
     set_seed(seed)
     fuser = type(model.fuser)(
@@ -149,7 +154,7 @@ def fit_fuser(
         use_cpu=model.device.type == "cpu",
     )
     with torch.no_grad():
-        right = fuser(collected.features[held_rows]).argmax(1) == targets[held_rows]
+        correct = fuser(collected.features[held_rows]).argmax(1) == targets[held_rows]
     model.fuser.load_state_dict(fuser.state_dict())
     model.config.fitted = True
     model.eval()
@@ -157,7 +162,7 @@ def fit_fuser(
     names = [e["name"] for e in model.config.experts] if selection else list((model.config.id2label or {}).values())
     missing = [] if regression else [name for index, name in enumerate(names) if index not in seen]
     if missing:
-        logger.warning("no training row is labelled %s: the fuser cannot learn to answer it", ", ".join(missing))
+        logger.warning("no training row is labelled %s: the fuser cannot learn to predict it", ", ".join(missing))
     if frugal:
         with phase("Fitting the frugal variant"):
             cost_weight = _fit_frugal(model, fuser, collected, held_rows, neighbors, cost_weight, tolerance)
@@ -165,7 +170,7 @@ def fit_fuser(
         train_rows=len(train_rows),
         held_out_rows=len(held_rows),
         loss=loss,
-        accuracy=None if regression else float(right.float().mean()),
+        accuracy=None if regression else float(correct.float().mean()),
         cost_weight=cost_weight if frugal else None,
         missing_labels=missing,
     )
@@ -186,18 +191,18 @@ def train_fuser(
     batch_size: int = 64,
     seed: int = 0,
 ) -> tuple[float, torch.Tensor, torch.Tensor]:
-    """Trains a fuser in place on what experts said, see `fit_fuser`.
+    """Trains a fuser in place on precomputed expert outputs, see `fit_fuser`.
 
     Args:
         fuser: features → logits (N, C), or values (N, 1).
-        features: (N, d), what it reads.
-        targets: (N,): classes, or values where they are floats.
-        use_cpu: not a GPU that is there. As the models of this process: it holds for all of accelerate.
-        experts: of the frugal variant, how many share the features; else 0.
+        features: (N, d).
+        targets: (N,), class indices, or float targets for regression.
+        use_cpu: run on the CPU even if there is a GPU. Must match the process's models: accelerate keeps one device.
+        experts: for the frugal variant, the number of experts whose outputs make up the features; otherwise 0.
         holdout, epochs, patience, learning_rate, weight_decay, batch_size, seed: see `fit_fuser`.
 
     Returns:
-        The held-out loss, and the numbers of the rows it learned from and of those held out.
+        The validation loss, the row indices of the training split, and those of the validation split.
 
     Raises:
         FusionError: for too few rows, or a loss that is not finite.
@@ -208,11 +213,11 @@ def train_fuser(
         raise FusionError(f"{len(features)} examples are too few to fit a fuser on and hold some out; give it more")
     held_rows, train_rows = order[:held], order[held:]
     task = _FuserTask(fuser, experts, targets.is_floating_point())
-    if task.regression:  # its values begin in the middle of what is wanted, wherever that lies
+    if task.regression:  # initial predictions are the mean target, whatever its scale
         nn.init.constant_(fuser.output.bias, float(targets[train_rows].mean()))
     train, test = (_Rows(features[rows], targets[rows]) for rows in (train_rows, held_rows))
-    best = _KeepBest(patience)
-    with tempfile.TemporaryDirectory(prefix="hf_fusion_fit_") as folder:  # the Trainer insists on one; nothing is saved
+    best = _EarlyStopping(patience)
+    with tempfile.TemporaryDirectory(prefix="hf_fusion_fit_") as folder:  # required by the Trainer; nothing is saved
         arguments = TrainingArguments(
             output_dir=folder,
             num_train_epochs=epochs,
@@ -237,7 +242,7 @@ def train_fuser(
         trainer.train()
     if not best.weights:
         raise FusionError(
-            "the fuser's held-out loss is not finite", "look for NaN or Inf in the labels and lower the rate"
+            "the fuser's validation loss is not finite", "look for NaN or Inf in the labels, and lower learning_rate"
         )
     task.load_state_dict(best.weights)
     fuser.to("cpu").eval()
@@ -245,7 +250,7 @@ def train_fuser(
 
 
 def _selection_targets(collected: ExpertOutputs, by: str) -> torch.Tensor | None:
-    """The expert each example should choose."""
+    """Index of the target expert of each example, (N,)."""
     if by == "domain":
         return collected.experts
     if collected.losses is not None:
@@ -253,14 +258,14 @@ def _selection_targets(collected: ExpertOutputs, by: str) -> torch.Tensor | None
     if collected.outputs is None or collected.labels is None:
         return None
     rows = torch.arange(len(collected))
-    return collected.outputs[rows, :, collected.labels].argmax(1)  # least loss = most probability on the true label
+    return collected.outputs[rows, :, collected.labels].argmax(1)  # lowest loss = highest probability of the true label
 
 
 class _FuserTask(nn.Module):
-    """The fuser with its loss, as the Trainer wants it.
+    """The fuser and its loss, with the interface of the Trainer.
 
-    With `experts` the fuser also sees random subsets of them, the others' outputs zeroed as if not queried, and so
-    becomes the f_S of every subset S at once.
+    With `experts`, training zeroes the outputs of random subsets of the experts, as if they were not queried, so that
+    one fuser stands for the f_S of every subset S.
     """
 
     def __init__(self, fuser: nn.Module, experts: int, regression: bool) -> None:
@@ -280,7 +285,7 @@ class _FuserTask(nn.Module):
         return {"loss": loss, "logits": logits}
 
     def _random_subsets(self, rows: int, like: torch.Tensor) -> torch.Tensor:
-        """(rows, K) of 0 and 1: all experts in half of the rows, else a random subset of random size."""
+        """Masks (rows, K) of 0 and 1: all experts for `FULL_SHARE` of the rows, else a subset of random size."""
         size = torch.randint(1, self.experts + 1, (rows, 1), device=like.device)
         rank = torch.rand(rows, self.experts, device=like.device).argsort(1).argsort(1)
         full = torch.rand(rows, 1, device=like.device) < FULL_SHARE
@@ -288,7 +293,7 @@ class _FuserTask(nn.Module):
 
 
 class _Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Features and targets, row by row."""
+    """Features and targets by row."""
 
     def __init__(self, features: torch.Tensor, targets: torch.Tensor) -> None:
         self.features, self.targets = features, targets
@@ -300,11 +305,11 @@ class _Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {"features": self.features[index], "labels": self.targets[index]}
 
 
-class _KeepBest(TrainerCallback):
-    """Keeps the weights of the epoch with the least held-out loss, in memory, and stops when none comes for long."""
+class _EarlyStopping(TrainerCallback):
+    """Keeps the weights of the epoch with the lowest validation loss in memory, and stops after `patience` epochs."""
 
     def __init__(self, patience: int) -> None:
-        self.patience, self.waited = patience, 0
+        self.patience, self.epochs_since_best = patience, 0
         self.loss = float("inf")
         self.weights: dict[str, torch.Tensor] = {}
 
@@ -312,11 +317,11 @@ class _KeepBest(TrainerCallback):
         self, args: Any, state: Any, control: Any, metrics: Any = None, model: Any = None, **_: object
     ) -> None:
         """After every epoch."""
-        self.waited += 1
+        self.epochs_since_best += 1
         if metrics["eval_loss"] < self.loss:
-            self.loss, self.waited = metrics["eval_loss"], 0
+            self.loss, self.epochs_since_best = metrics["eval_loss"], 0
             self.weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        control.should_training_stop = self.waited >= self.patience
+        control.should_training_stop = self.epochs_since_best >= self.patience
 
 
 @torch.no_grad()
@@ -329,9 +334,9 @@ def _fit_frugal(
     cost_weight: float | None,
     tolerance: float,
 ) -> float:
-    """Gives the model its validation points and the losses of every subset on them; returns lambda."""
-    rows = held_rows[:MOST_NEIGHBORS_FROM]
-    assert collected.outputs is not None and collected.labels is not None  # fit_fuser has seen to it
+    """Stores validation points in the model, with the loss of every subset of experts on them; returns lambda."""
+    rows = held_rows[:MAX_VALIDATION_POINTS]
+    assert collected.outputs is not None and collected.labels is not None  # checked by fit_fuser
     outputs, labels = collected.outputs[rows], collected.labels[rows]
     subsets = candidate_subsets(model.config.num_experts)
     policy = FrugalPolicy(len(rows), outputs.shape[1], outputs.shape[2], len(subsets), neighbors)
@@ -361,20 +366,20 @@ def _fit_frugal(
 def _largest_cost_weight(
     policy: FrugalPolicy, fuser: nn.Module, costs: torch.Tensor, labels: torch.Tensor, tolerance: float
 ) -> float:
-    """The lambda that saves most and costs the true label at most `tolerance` of its mean held-out probability.
+    """The largest candidate lambda that lowers the mean probability of the true label by at most `tolerance`.
 
-    Probability, not accuracy: on a few hundred rows accuracy moves in steps as large as the tolerance.
+    Probability, not accuracy: with a few hundred rows, accuracy changes in steps as large as the tolerance.
     """
 
-    def probability(outputs: torch.Tensor) -> float:
-        answers = fuser(outputs.flatten(1)).softmax(1)
-        return float(answers[torch.arange(len(labels)), labels].mean())
+    def mean_probability(outputs: torch.Tensor) -> float:
+        probabilities = fuser(outputs.flatten(1)).softmax(1)
+        return float(probabilities[torch.arange(len(labels)), labels].mean())
 
-    enough = probability(policy.outputs) - tolerance
+    least = mean_probability(policy.outputs) - tolerance
     best = 0.0
     for weight in COST_WEIGHTS:
-        outputs, _ = replay(policy, policy.outputs, costs, weight, own_points=True)
-        if probability(outputs) >= enough:
+        outputs, _ = replay(policy, policy.outputs, costs, weight, leave_one_out=True)
+        if mean_probability(outputs) >= least:
             best = weight
     return best
 
@@ -385,17 +390,21 @@ def replay(
     costs: torch.Tensor,
     cost_weight: float,
     budget: float = 1.0,
-    own_points: bool = False,
+    leave_one_out: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frugal querying where every expert's output is known already, to measure it without running a model.
+    """Simulates frugal querying on precomputed expert outputs, without running a model.
 
     Args:
+        policy: of the frugal variant.
         outputs: (N, K, C) of all experts.
-        costs: (K,) shares.
-        own_points: the examples are the policy's validation points; each is then left out of its own neighbours.
+        costs: (K,), shares of the total cost.
+        cost_weight: lambda.
+        budget: maximum share of the total cost per example.
+        leave_one_out: whether the examples are the policy's validation points: each is then excluded from its own
+            neighbours.
 
     Returns:
-        As `FrugalPolicy.run`: the outputs that were queried (N, K, C), and the order of the queries (N, K).
+        See `FrugalPolicy.run`: the queried outputs (N, K, C), and the order of the queries (N, K).
     """
     return policy.run(
         lambda rows, experts: outputs[rows, experts],
@@ -403,5 +412,5 @@ def replay(
         costs,
         cost_weight,
         budget,
-        torch.arange(len(outputs)) if own_points else None,
+        torch.arange(len(outputs)) if leave_one_out else None,
     )

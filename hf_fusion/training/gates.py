@@ -1,7 +1,7 @@
-"""PHATGOOSE's gates: trained for one adapter alone, and the two stand-ins that need no training.
+"""PHATGOOSE gates of one adapter: trained gates, and two substitutes that need no training.
 
-A gate is one vector per linear that an adapter updates (and per linear head that it saves). It is learned after the
-adapter and apart from all others, so that anyone may publish it beside the adapter (arXiv 2402.05859).
+A gate is a vector per linear layer that the adapter updates (and per linear head that it saves). Gates are trained
+after the adapter and independently of other adapters, so that anyone can publish them beside it (arXiv 2402.05859).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from hf_fusion.errors import FusionError
 from hf_fusion.hub.gates import gate_sizes
 from hf_fusion.hub.load import load_experts
 from hf_fusion.progress import phase
-from hf_fusion.training.batches import Examples, equal_lengths, read_examples, to_model
+from hf_fusion.training.batches import Examples, equal_length_batches, read_examples, to_model
 from hf_fusion.training.callbacks import set_progress
-from hf_fusion.training.runs import Trained, digest, on_device, resumable, training_arguments
+from hf_fusion.training.runs import TrainedParameters, digest, find_checkpoint, on_device, training_arguments
 from hf_fusion.training.whitening import Whitening, standardised
 from hf_fusion.types import Expert, Gates
 
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PROBE_BATCHES = 4  # batches on which the loss is taken before and after
-START_ROWS = 128  # of which the mean is taken that a whitened gate starts at
-START = 2.0  # logit of a whitened gate on its own tokens at first: they meet most of the update, and it can move
-RUN_FILE = "gate_training.json"  # says whose checkpoints lie in a folder
+PROBE_BATCHES = 4  # batches for the loss before and after training
+INIT_ROWS = 128  # rows whose mean input initialises a whitened gate
+INIT_LOGIT = 2.0  # of a whitened gate on the mean token: most of the update passes, and σ is not saturated
+RUN_FILE = "gate_training.json"  # identifies the run whose checkpoints a folder holds
 
-# (module, inputs, output, A of (r, d_in) or None for a saved head, B of (d_out, r) or None) -> the output instead
+# (path, input, output, A (r, d_in) or None for a saved head, B (d_out, r) or None) -> the new output
 Update = Callable[[str, torch.Tensor, torch.Tensor, Any, Any], torch.Tensor]
 
 
@@ -59,41 +59,41 @@ def train_gates(
     output_dir: str | Path | None = None,
     **more: Any,
 ) -> Gates:
-    """Trains the gates of one adapter; its weights and the base's stay as they are.
+    """Trains the gates of one adapter; its weights and the base's are frozen.
 
-    Every adapted linear becomes ``y = Wx + σ(vᵀx)·BAx``, every saved linear head ``y = σ(vᵀx)·(Wx + b)``, with v = 0
-    at first; only v is trained, on the adapter's own loss: AdamW without decay, clipped at 1, warm-up then constant
-    (arXiv 2402.05859). The base runs as it does in use, without dropout. On transformers' Trainer, so
-    `accelerate launch` spreads it over processes. The same seed gives the same gates.
+    Every adapted linear becomes ``y = Wx + σ(vᵀx)·BAx``, every saved linear head ``y = σ(vᵀx)·(Wx + b)``, with v
+    initialised to 0. Only v is trained, on the adapter's training loss, with AdamW without weight decay, gradient norm
+    clipped to 1, warm-up and then a constant rate (arXiv 2402.05859), and without dropout. Runs on transformers'
+    Trainer, so `accelerate launch` distributes it. The same seed gives the same gates.
 
     Args:
         expert: an adapter, as `load_experts` takes it.
-        dataset: what the adapter was trained on, or like it. Columns ``prompt`` and ``target`` for language models
-            (the loss is the target's), ``text`` (``text_pair``) or ``image`` with ``label`` for classifiers.
-        base: the adapter's base, where it is not the one it records.
+        dataset: the adapter's training data, or similar data. Columns ``prompt`` and ``target`` for language models
+            (the loss is on the target), ``text`` (``text_pair``) or ``image`` with ``label`` for classifiers.
+        base: the adapter's base, if not the one that it records.
         steps: optimizer steps.
-        learning_rate: after warm-up; default is 5e-3, with a whitening 1e-4.
+        learning_rate: after warm-up; default 5e-3, with `whitening` 1e-4.
         warmup: share of the steps in which the rate rises from 0.
-        batch_size: examples a step, per process.
-        max_length: the longest sequence, in tokens; long prompts lose their beginning.
-        seed: of the order of the examples.
-        whitening: how the base's activations lie in general (`fit_whitening`). The gates then read whitened inputs,
-            ``σ(uᵀ Σ^(-1/2) (LN(x) - μ))``, and start at their mean, which sets experts of like tasks apart; the
-            paper's gates read x and start at 0.
-        output_dir: checkpoints (of the gates alone) are kept there, and a run that was interrupted goes on from them.
-        more: of transformers' ``TrainingArguments``, such as ``bf16=True`` or ``use_cpu=True``.
+        batch_size: examples per step and process.
+        max_length: longest sequence, in tokens; long prompts are truncated on the left.
+        seed: for the choice and order of the examples.
+        whitening: mean and covariance of the base's activations on reference rows (`fit_whitening`). The gates then
+            read whitened inputs, ``σ(uᵀ Σ^(-1/2) (LN(x) - μ))``, and are initialised to the mean whitened input,
+            which separates experts of similar tasks better; the paper's gates read x and are initialised to 0.
+        output_dir: folder for checkpoints (of the gates alone); an interrupted run resumes from them.
+        more: passed to transformers' ``TrainingArguments``, such as ``bf16=True`` or ``use_cpu=True``.
 
     Returns:
-        The gates, fp32 on the CPU, with the loss before and after in ``facts``.
+        The gates, fp32 on the CPU, with the loss before and after training in ``facts``.
 
     Raises:
-        FusionError: for an expert that is no adapter, data it cannot learn from, or a loss that is not finite.
+        FusionError: the expert is not an adapter, the data does not fit it, or the loss is not finite.
     """
     if learning_rate is None:
         learning_rate = 5e-3 if whitening is None else 1e-4
     schedule = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": warmup, **more}
     with training_arguments(output_dir, steps, learning_rate, batch_size, seed, **schedule) as arguments:
-        loaded = _adapter_of(expert, base)
+        loaded = _load_adapter(expert, base)
         needed = steps * arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
         chosen = dataset.shuffle(seed).select(range(min(needed, len(dataset))))
         examples = read_examples(loaded, chosen, max_length)
@@ -107,7 +107,7 @@ def train_gates(
                 "whitening": whitening and digest(whitening.mean),
                 "seed": seed,
             }
-            checkpoint = resumable(Path(output_dir), RUN_FILE, {**_run_of(loaded), **settings}, steps)
+            checkpoint = find_checkpoint(Path(output_dir), RUN_FILE, {**_identify_run(loaded), **settings}, steps)
         with on_device(loaded.model, arguments.device):
             return _train(loaded, examples, arguments, checkpoint, whitening)
 
@@ -122,24 +122,24 @@ def average_activation(
     max_length: int = 512,
     whitening: Whitening | None = None,
 ) -> Gates:
-    """The mean input of every adapted linear, as gates: the paper's baseline that needs data but no training.
+    """Gates without training: the mean input of every adapted linear layer, the paper's "Average Activation" baseline.
 
-    The adapter is on. All tokens of prompt and target count alike; there is no padding, since only examples of equal
-    lengths share a batch.
+    The adapter is active. All tokens of prompt and target have equal weight; only examples of equal length share a
+    batch, so that there is no padding.
 
     Args:
         expert: an adapter, as `load_experts` takes it.
         dataset: see `train_gates`.
-        base: the adapter's base, where it is not the one it records.
-        examples: the first so many are read.
-        batch_size: at most so many at once.
-        max_length: the longest sequence, in tokens.
+        base: the adapter's base, if not the one that it records.
+        examples: how many rows to read, from the first.
+        batch_size: maximum examples per batch.
+        max_length: longest sequence, in tokens.
         whitening: see `train_gates`; the gates are then those of linear discriminant analysis.
 
     Raises:
         FusionError: see `train_gates`.
     """
-    loaded = _adapter_of(expert, base)
+    loaded = _load_adapter(expert, base)
     _check_whitening(whitening, loaded)
     read = read_examples(loaded, dataset.select(range(min(examples, len(dataset)))), max_length)
     means = _mean_inputs(loaded, read, len(read.rows), batch_size, whitening)
@@ -150,7 +150,7 @@ def average_activation(
 def _mean_inputs(
     expert: Expert, read: Examples, count: int, batch_size: int, whitening: Whitening | None
 ) -> dict[str, torch.Tensor]:
-    """Module path → mean of what its gate reads on the first rows, (d_in,), fp32 on the CPU; the adapter is on."""
+    """Module path → mean gate input on the first `count` rows, (d_in,), fp32 on the CPU; the adapter is active."""
     sums: dict[str, torch.Tensor] = {}
     counts: dict[str, int] = {}
 
@@ -160,10 +160,10 @@ def _mean_inputs(
         counts[path] = counts.get(path, 0) + len(tokens)
         return output if a is None else output + nn.functional.linear(nn.functional.linear(x, a), b)
 
-    with _adapted(expert, add_up), phase("Averaging inputs", min(count, len(read.rows))) as told:
-        for batch in equal_lengths(read.rows, batch_size, count):
+    with _adapter_applied(expert, add_up), phase("Averaging inputs", min(count, len(read.rows))) as progress:
+        for batch in equal_length_batches(read.rows, batch_size, count):
             read.loss(expert.model, to_model(read.collate(batch), expert.model))
-            told.advance(len(batch))
+            progress.advance(len(batch))
     means = {path: (sums[path] / counts[path]).float().cpu() for path in sums}
     if whitening is None:
         return means
@@ -171,28 +171,28 @@ def _mean_inputs(
 
 
 def arrow_prototypes(expert: ExpertLike, *, base: str | Path | PreTrainedModel | None = None) -> Gates:
-    """The direction that every adapted linear amplifies most, as gates: Arrow's prototypes (arXiv 2405.11157).
+    """Gates without data: Arrow's prototypes (arXiv 2405.11157), the input directions that the updates amplify most.
 
-    That is the top right-singular vector of ``ΔW = BA`` (of the weight, for a saved head), of unit length and with its
-    largest entry positive; zero where ΔW is. ΔW itself is never built.
+    The prototype is the top right-singular vector of ``ΔW = BA`` (of the weight, for a saved head), with unit norm and
+    its largest entry positive; zero if ΔW is zero. ΔW is never materialised.
 
     Args:
         expert: an adapter, as `load_experts` takes it.
-        base: the adapter's base, where it is not the one it records.
+        base: the adapter's base, if not the one that it records.
 
     Raises:
-        FusionError: for an expert that is no adapter.
+        FusionError: the expert is not an adapter.
     """
-    loaded = _adapter_of(expert, base)
+    loaded = _load_adapter(expert, base)
     adapter = loaded.adapter
-    assert adapter is not None  # _adapter_of has seen to it
+    assert adapter is not None  # checked by _load_adapter
     vectors = {}
     for path, size in gate_sizes(adapter, loaded.model).items():
         if path in adapter.lora:
             vector = _top_direction(*adapter.lora[path])
         else:
             weight = adapter.saved[f"{path}.weight"]
-            vector = _top_direction(weight if weight.shape[1] == size else weight.T)  # GPT-2's are transposed
+            vector = _top_direction(weight if weight.shape[1] == size else weight.T)  # transposed in GPT-2's Conv1D
         vectors[path] = vector.float().cpu()
     return Gates(vectors, kind="arrow")
 
@@ -207,8 +207,8 @@ def _top_direction(a: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tens
     return vector * vector[vector.abs().argmax()].sign() * is_nonzero
 
 
-def _adapter_of(expert: ExpertLike, base: Any) -> Expert:
-    loaded = load_experts([expert], base=base, gates=False)[0]  # broken ones must not stop those that replace them
+def _load_adapter(expert: ExpertLike, base: Any) -> Expert:
+    loaded = load_experts([expert], base=base, gates=False)[0]  # broken gates must not prevent their replacement
     if loaded.adapter is None:
         raise FusionError(
             f"{loaded.name} is a full model: only LoRA adapters have gates", hint="pass an adapter's id or folder"
@@ -220,17 +220,17 @@ def _adapter_of(expert: ExpertLike, base: Any) -> Expert:
 def gated(
     expert: Expert, device: torch.device | None = None, whitening: Whitening | None = None
 ) -> Iterator[dict[str, nn.Parameter]]:
-    """An adapter on its base with a gate in front of every update, all zero at first; afterwards the base is as before.
+    """Applies an adapter to its base with a gate on every update, initialised to 0; restores the base afterwards.
 
     Args:
-        expert: an adapter whose base is at hand.
-        device: of the gates; default is the base's.
-        whitening: of what the gates read; without, they read the inputs as they are.
+        expert: an adapter with its base.
+        device: of the gates; default: the base's.
+        whitening: of the gates' inputs; default: the gates read the layers' inputs.
 
     Yields:
-        Module path → gate (d_in,), fp32, the only parameters that want a gradient.
+        Module path → gate (d_in,), fp32; the only parameters that require gradients.
     """
-    assert expert.adapter is not None, f"{expert.name} is no adapter"
+    assert expert.adapter is not None, f"{expert.name} is not an adapter"
     sizes = gate_sizes(expert.adapter, expert.model)
     gates = {
         path: nn.Parameter(torch.zeros(size, device=device or expert.model.device)) for path, size in sizes.items()
@@ -244,30 +244,30 @@ def gated(
 
     def update(path: str, x: torch.Tensor, output: torch.Tensor, a: Any, b: Any) -> torch.Tensor:
         vector: torch.Tensor = gates[path]
-        bias, seen = None, x
-        if whitening:  # σ(uᵀ Σ^(-1/2) (LN(x) - μ)): one vector and one number take the place of the product with Σ
+        bias, gate_input = None, x
+        if whitening:  # σ(uᵀ Σ^(-1/2) (LN(x) - μ)) as one vector and one bias, instead of a product with Σ per token
             factor, mean = white[path]
-            with torch.autocast(vector.device.type, enabled=False):  # differences of large numbers
+            with torch.autocast(vector.device.type, enabled=False):  # cancellation: needs full precision
                 vector = factor @ vector
                 bias = -(vector @ mean).to(x.device, x.dtype)[None]
-            seen = standardised(x)
-        gate = torch.sigmoid(nn.functional.linear(seen, vector.to(x.device, x.dtype)[None], bias))  # (…, 1)
+            gate_input = standardised(x)
+        gate = torch.sigmoid(nn.functional.linear(gate_input, vector.to(x.device, x.dtype)[None], bias))  # (…, 1)
         if a is None:
             return output * gate
         return output + nn.functional.linear(nn.functional.linear(x, a) * gate, b)
 
-    with _adapted(expert, update):
+    with _adapter_applied(expert, update):
         yield gates
 
 
 @contextmanager
-def _adapted(expert: Expert, update: Update) -> Iterator[None]:
-    """The base with an adapter on it, `update` deciding what each adapted linear gives; afterwards as before.
+def _adapter_applied(expert: Expert, update: Update) -> Iterator[None]:
+    """Within this context `update` computes the output of each adapted linear layer; restores the base afterwards.
 
-    The base's own modules stay in place: forward hooks do the work, and saved tensors stand in for the base's.
+    The base's modules stay in place: forward hooks apply the updates, and saved tensors replace the base's.
     """
     model, adapter = expert.model, expert.adapter
-    assert adapter is not None  # _adapter_of has seen to it
+    assert adapter is not None  # checked by _load_adapter
     modules = dict(model.named_modules())
     training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
     replaced: list[tuple[nn.Module, str, nn.Parameter | None]] = []
@@ -299,7 +299,7 @@ def _hook(update: Update, path: str, a: Any, b: Any, module: nn.Module, inputs: 
 
 
 def _like(tensor: torch.Tensor, other: Any) -> torch.Tensor:
-    """A tensor on another's device and in its dtype."""
+    """A tensor on another's device and in its floating-point dtype."""
     return tensor.detach().to(other.device, other.dtype if other.is_floating_point() else tensor.dtype)
 
 
@@ -310,17 +310,17 @@ def _train(
     checkpoint: str | None,
     whitening: Whitening | None,
 ) -> Gates:
-    """Trains new gates on an expert whose base lies on the Trainer's device."""
+    """Trains gates for an expert whose base is on the Trainer's device."""
     rows = examples.rows
     probe = [rows[i] for i in range(min(len(rows), PROBE_BATCHES * arguments.per_device_train_batch_size))]
     means: dict[str, torch.Tensor] = {}
     if whitening:
-        means = _mean_inputs(expert, examples, START_ROWS, arguments.per_device_train_batch_size, whitening)
+        means = _mean_inputs(expert, examples, INIT_ROWS, arguments.per_device_train_batch_size, whitening)
     with gated(expert, arguments.device, whitening) as gates:
         with torch.no_grad():
-            for path, mean in means.items():  # the own tokens' mean product with the gate is START
-                gates[path].copy_(START * mean / mean.square().sum().clamp(min=1e-12))
-        task = Trained(gates, partial(examples.loss, expert.model))
+            for path, mean in means.items():  # the mean logit on the adapter's tokens is INIT_LOGIT
+                gates[path].copy_(INIT_LOGIT * mean / mean.square().sum().clamp(min=1e-12))
+        task = TrainedParameters(gates, partial(examples.loss, expert.model))
         trainer = Trainer(model=task, args=arguments, train_dataset=rows, data_collator=examples.collate)
         set_progress(trainer, f"Training the gates of {expert.name}")
         before = _mean_loss(trainer, examples, probe)
@@ -344,13 +344,13 @@ def _train(
 
 
 def _check_whitening(whitening: Whitening | None, expert: Expert) -> None:
-    assert expert.adapter is not None  # _adapter_of has seen to it
+    assert expert.adapter is not None  # checked by _load_adapter
     if whitening is None:
         return
     for path, size in gate_sizes(expert.adapter, expert.model).items():
         if path not in whitening.mean or len(whitening.mean[path]) != size:
             raise FusionError(
-                f"the whitening knows nothing of {path}, which {expert.name} adapts",
+                f"the whitening does not cover {path}, which {expert.name} adapts",
                 hint="fit_whitening(base, rows, modules=…) with all modules that the adapter adapts",
             )
 
@@ -358,15 +358,17 @@ def _check_whitening(whitening: Whitening | None, expert: Expert) -> None:
 def _calibrated(
     vectors: Mapping[str, torch.Tensor], means: Mapping[str, torch.Tensor], whitening: Whitening, kind: str
 ) -> Gates:
-    """Gates of whitened inputs z as gates of standardised ones, their scores made comparable between experts.
+    """Converts gates of whitened inputs z to gates of standardised inputs, with scores comparable between experts.
 
-    The length of a gate says how long it was trained, not how well it fits; as LN(v) does, this keeps its direction û
-    alone. Along it, reference tokens have mean 0 and variance 1, the expert's own a mean of a: the score is
-    ``a ûᵀz - a²/2``, the log-likelihood ratio of "one of mine" to "any" for normal distributions.
+    The norm of a gate reflects the length of its training, not its fit; as LN(v) does, this keeps only its direction
+    û. Along û, reference tokens have mean 0 and variance 1, and the expert's tokens have mean a: the score is
+    ``a ûᵀz - a²/2``, the log-likelihood ratio of "the expert's token" to "any token" for normal distributions.
 
     Args:
         vectors: gates u of whitened inputs, (d_in,).
-        means: mean whitened inputs of the expert's own tokens, (d_in,).
+        means: mean whitened input on the expert's data, (d_in,).
+        whitening: of the inputs.
+        kind: of the gates returned.
     """
     gates = Gates({}, kind)
     for path, vector in vectors.items():
@@ -379,7 +381,7 @@ def _calibrated(
 
 @torch.no_grad()
 def _mean_loss(trainer: Trainer, examples: Examples, rows: list[Any]) -> torch.Tensor:
-    """Mean loss over batches of some rows, with the gates as they are."""
+    """Mean loss over batches of some rows, with the current gates."""
     size = trainer.args.per_device_train_batch_size
     losses = []
     with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
@@ -389,8 +391,8 @@ def _mean_loss(trainer: Trainer, examples: Examples, rows: list[Any]) -> torch.T
     return torch.stack(losses).mean()
 
 
-def _run_of(expert: Expert) -> dict[str, str]:
-    """What says that a run trains this adapter's gates."""
-    assert expert.adapter is not None  # _adapter_of has seen to it
+def _identify_run(expert: Expert) -> dict[str, str]:
+    """The settings by which a run that trains this adapter's gates is recognised."""
+    assert expert.adapter is not None  # checked by _load_adapter
     halves = {f"{path}.{side}": half for path, pair in expert.adapter.lora.items() for side, half in zip("AB", pair)}
     return {"expert": expert.name, "adapter": digest({**halves, **expert.adapter.saved})}

@@ -1,4 +1,4 @@
-"""What the experts say about a data set: computed once, cached on disk, split over processes."""
+"""Computes the experts' outputs on a data set once, distributed over processes, and caches them on disk."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from hf_fusion.io.picture_rows import with_pictures
 from hf_fusion.models.assembly_foe import normalise
 from hf_fusion.progress import phase
 
-# data set column -> the processor's argument; the first ones found feed the model
+# data set column -> the processor's argument
 INPUT_COLUMNS = {"text": "text", "prompt": "text", "text_pair": "text_pair", "image": "images"}
 
 
 @dataclass
 class ExpertOutputs:
-    """Everything a fuser learns from, for N examples and K experts.
+    """The training data of a fuser, for N examples and K experts.
 
     Attributes:
-        features: what the fuser reads, (N, K * C) outputs or (N, Σd) embeddings.
+        features: inputs of the fuser, (N, K * C) outputs or (N, Σd) embeddings.
         outputs: the experts' outputs in the fused label space, (N, K, C); None for language models.
-        labels: fused class index (or regression target) of each example, (N,); None where the data has none.
-        experts: index of the expert whose domain an example is, (N,); None where the data does not say.
-        losses: loss of each expert on each example, (N, K); None where it was not asked for.
+        labels: fused class index (or regression target) of each example, (N,); None for unlabelled data.
+        experts: index of the expert whose domain each example belongs to, (N,); None if the data does not name it.
+        losses: loss of each expert on each example, (N, K); None unless requested.
     """
 
     features: torch.Tensor
@@ -53,18 +53,18 @@ def collect_outputs(
     losses: bool = False,
     batch_size: int = 32,
 ) -> ExpertOutputs:
-    """Runs all experts on a data set, once: the result is cached under the weights' and the data's fingerprints.
+    """Runs all experts on a data set; the result is cached by the fingerprints of the weights and of the data.
 
     Args:
         model: a FoE.
-        dataset: with the columns of `INPUT_COLUMNS` that the experts take, and labels or experts if they are known.
-        label_column: class names, or indices of the fused labels (or of the column's own ClassLabel names).
-        expert_column: name or index of the expert whose domain an example is.
-        losses: also the loss of each language model on column ``target``.
-        batch_size: examples a step.
+        dataset: with the columns of `INPUT_COLUMNS` that the experts read and, if known, labels or experts.
+        label_column: class names, or indices of the fused labels (or of the column's ClassLabel names).
+        expert_column: name or index of the expert whose domain an example belongs to.
+        losses: also compute the loss of each language model on column ``target``.
+        batch_size: examples per forward pass.
 
     Raises:
-        FusionError: for empty data, missing columns, or labels the model does not know.
+        FusionError: for empty data, missing columns, or unknown labels or experts.
     """
     if not len(dataset):
         raise FusionError("the data set is empty: there is nothing to run the experts on")
@@ -89,7 +89,7 @@ def collect_outputs(
 
 
 class _ClassifierRunner:
-    """Outputs of classifiers and regressors; embeddings too where the fuser selects."""
+    """Outputs of classifiers and regressors; in selection mode also embeddings."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -108,7 +108,7 @@ class _ClassifierRunner:
 
 
 class _GenerationRunner:
-    """Embeddings of prompts by language models and, if asked for, their losses on the targets."""
+    """Prompt embeddings of language models and, on request, their losses on the targets."""
 
     def __init__(self, model: Any, losses: bool) -> None:
         if losses and len(model.config.vocabularies) > 1:
@@ -127,7 +127,7 @@ class _GenerationRunner:
         return result
 
     def _losses(self, prompts: list[str], targets: list[str]) -> torch.Tensor:
-        """Mean loss per target token of each expert, (B, K)."""
+        """Each expert's mean loss per target token, (B, K)."""
         tokenizer = self.model.processor.processors[0]
         if self.model.config.is_encoder_decoder:
             inputs = tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")
@@ -148,11 +148,12 @@ class _GenerationRunner:
 
 
 def _prompts_with_targets(tokenizer: Any, prompts: list[str], targets: list[str]) -> tuple[Any, torch.Tensor]:
-    """Prompt and target as one right-padded sequence; the labels leave the prompt out."""
+    """Encodes prompt and target as one right-padded sequence, with labels on the target."""
     rows = []
     for prompt, target in zip(prompts, targets, strict=True):
-        own, answer = tokenizer(prompt)["input_ids"], tokenizer(target, add_special_tokens=False)["input_ids"]
-        rows.append((own + answer, [-100] * len(own) + answer))
+        prompt_ids = tokenizer(prompt)["input_ids"]
+        target_ids = tokenizer(target, add_special_tokens=False)["input_ids"]
+        rows.append((prompt_ids + target_ids, [-100] * len(prompt_ids) + target_ids))
     width = max(len(ids) for ids, _ in rows)
     pad = tokenizer.pad_token_id or 0
     inputs = {
@@ -165,10 +166,10 @@ def _prompts_with_targets(tokenizer: Any, prompts: list[str], targets: list[str]
 
 
 def input_columns(dataset: datasets.Dataset) -> dict[str, str]:
-    """The columns that feed the experts -> the processor's argument for each.
+    """The experts' input columns in a data set -> the processor's argument for each.
 
     Raises:
-        FusionError: where there is none.
+        FusionError: there is none.
     """
     columns = {column: name for column, name in INPUT_COLUMNS.items() if column in dataset.column_names}
     if not columns:
@@ -180,7 +181,7 @@ def input_columns(dataset: datasets.Dataset) -> dict[str, str]:
 
 
 def prepare(model: Any, batch: Mapping[str, list[Any]], columns: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """A batch of raw columns as the model's inputs."""
+    """A batch of columns -> model inputs on the model's device, by its processor."""
     inputs = model.processor(**{name: batch[column] for column, name in columns.items()})
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
@@ -189,7 +190,7 @@ def prepare(model: Any, batch: Mapping[str, list[Any]], columns: Mapping[str, st
 
 
 def _run_cached(runner: Any, dataset: datasets.Dataset, columns: Mapping[str, str], batch_size: int) -> dict[str, Any]:
-    """Maps the runner over the data set; each process takes a contiguous part and reads all of them back."""
+    """Maps the runner over the data set; each process computes a contiguous shard, then reads all shards."""
     model = runner.model
     state = PartialState(cpu=model.device.type == "cpu")
     needed = [*columns, *runner.columns]
@@ -198,19 +199,19 @@ def _run_cached(runner: Any, dataset: datasets.Dataset, columns: Mapping[str, st
     folder = cache_folder() / "outputs"
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{key}-{rank}-of-{state.num_processes}.arrow" for rank in range(state.num_processes)]
-    own = with_pictures(dataset.select_columns(needed))
-    own = own.shard(state.num_processes, state.process_index, contiguous=True)
+    shard = with_pictures(dataset.select_columns(needed))
+    shard = shard.shard(state.num_processes, state.process_index, contiguous=True)
     training = model.training
     model.eval()
-    with torch.no_grad(), phase(f"Running {model.config.num_experts} experts", len(own)) as told:
+    with torch.no_grad(), phase(f"Running {model.config.num_experts} experts", len(shard)) as progress:
 
-        def one(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
+        def run_batch(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
             found: dict[str, Any] = runner(batch, columns)
-            told.advance(len(batch[needed[0]]))
+            progress.advance(len(batch[needed[0]]))
             return found
 
-        own.map(
-            one,
+        shard.map(
+            run_batch,
             batched=True,
             batch_size=batch_size,
             remove_columns=needed,
@@ -220,15 +221,15 @@ def _run_cached(runner: Any, dataset: datasets.Dataset, columns: Mapping[str, st
         )
     model.train(training)
     state.wait_for_everyone()
-    parts = [datasets.Dataset.from_file(str(file)) for file in files]
-    together: dict[str, Any] = datasets.concatenate_datasets(parts).with_format("numpy")[:]
-    return together
+    shards = [datasets.Dataset.from_file(str(file)) for file in files]
+    rows: dict[str, Any] = datasets.concatenate_datasets(shards).with_format("numpy")[:]
+    return rows
 
 
 def _fingerprint(model: Any) -> str:
-    """Of the experts' weights and what becomes of their outputs."""
+    """Hash of the experts' weights and of the settings that affect their outputs."""
     config = model.config
-    source = config.features_from if config.vocabularies else None  # classifiers' embeddings are all kept
+    source = config.features_from if config.vocabularies else None  # classifiers: all embeddings are cached
     reads = "logits" if config.rule and model.reads_logits else ""
     digest = xxhash.xxh64(f"{config.experts}{config.backbones}{config.mode}{source}{reads}{model.dtype}".encode())
     for tensor in chain.from_iterable(backbone.model.state_dict().values() for backbone in model.backbones):
@@ -237,7 +238,7 @@ def _fingerprint(model: Any) -> str:
 
 
 def _expert_indices(model: Any, dataset: datasets.Dataset, column: str) -> torch.Tensor | None:
-    """The expert column as indices; names are matched exactly, or by the part behind the owner."""
+    """The expert column as indices; names match with or without their owner."""
     if column not in dataset.column_names:
         return None
     names = [expert["name"] for expert in model.config.experts]
@@ -252,7 +253,7 @@ def _expert_indices(model: Any, dataset: datasets.Dataset, column: str) -> torch
 def _label_indices(
     model: Any, dataset: datasets.Dataset, column: str, experts: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """The label column as fused class indices (or float targets for regression)."""
+    """The label column as fused class indices, or as float targets for regression."""
     if column not in dataset.column_names:
         return None
     values = list(dataset[column])
@@ -266,12 +267,12 @@ def _label_indices(
         if unknown := sorted({v for v in values if not 0 <= v < len(fused)}):
             raise FusionError(f"column {column!r} holds labels {unknown[:5]}, but the model has {len(fused)} labels")
         return torch.tensor(values)
-    own: list[dict[str, int]] = [
+    by_expert: list[dict[str, int]] = [
         {normalise(label): index for label, index in zip(e["labels"], e["label_map"], strict=True) if index >= 0}
         for e in model.config.experts
     ]
     indices = [
-        (own[int(experts[row])] if experts is not None else fused).get(
+        (by_expert[int(experts[row])] if experts is not None else fused).get(
             normalise(value), fused.get(normalise(value), -1)
         )
         for row, value in enumerate(values)

@@ -1,6 +1,6 @@
-"""Prompts with targets as a language model's batches: what LoRA training, gate training and evaluation share.
+"""Encodes prompts with targets for language models: shared by LoRA training, gate training and evaluation.
 
-Batches are padded by transformers' own ``DataCollatorForSeq2Seq(tokenizer)``, for causal models as well.
+Batches are padded by transformers' ``DataCollatorForSeq2Seq(tokenizer)``, for causal models too.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 IGNORED = -100
-"""The label of a position that the loss leaves out."""
+"""The label of positions that the loss ignores."""
 
 
 def encode_prompts(
     dataset: Dataset, tokenizer: Any, *, is_encoder_decoder: bool = False, max_length: int = 512
 ) -> Dataset:
-    """Rows of text as rows of token ids.
+    """Tokenizes rows of prompts and targets.
 
-    A causal model gets prompt, target and end-of-sequence as one sequence, and labels on the last two. An
-    encoder-decoder gets the prompt as its input and the target as its labels. A long prompt loses its beginning,
-    since the question stands at its end; a target is never cut.
+    A causal model gets prompt, target and end-of-sequence token as one sequence, with labels on the last two. An
+    encoder-decoder gets the prompt as its input and the target as its labels. Long prompts are truncated on the left,
+    since the question is usually at the end; targets are never truncated.
 
     Args:
-        dataset: columns ``prompt`` and ``target``, both literal text: a chat's markup is part of the prompt.
-        tokenizer: of the model.
+        dataset: columns ``prompt`` and ``target``, used literally: chat markup is part of the prompt.
+        tokenizer: the model's.
         is_encoder_decoder: whether the model has an encoder.
-        max_length: the longest sequence (causal) or prompt (encoder-decoder), in tokens.
+        max_length: longest sequence (causal) or prompt (encoder-decoder), in tokens.
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels`` (`IGNORED` on the prompt); other columns are dropped.
 
     Raises:
-        FusionError: a column is missing, the tokenizer has no end-of-sequence, or a target leaves no room for
+        FusionError: a column is missing, the tokenizer has no end-of-sequence token, or a target leaves no room for
             its prompt.
     """
     if missing := [name for name in ("prompt", "target") if name not in dataset.column_names]:
@@ -82,20 +82,20 @@ def encode_prompts(
 def target_scores(
     model: Any, encoded: Dataset, tokenizer: Any, batch_size: int = 32
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """How well a model's greedy decoding meets the targets, from one forward pass with the targets as input.
+    """Scores greedy decoding against the targets with one teacher-forced forward pass, without generating text.
 
-    Greedy decoding writes exactly the target if and only if, after each part of it, the likeliest next token is
-    the target's; so no text has to be generated.
+    Greedy decoding reproduces a target exactly if and only if each of its tokens is the most likely one after the
+    prompt and the target's earlier tokens.
 
     Args:
-        model: a causal or encoder-decoder language model; it is put in eval mode and back.
+        model: a causal or encoder-decoder language model; run in evaluation mode, which is restored afterwards.
         encoded: rows from `encode_prompts`.
-        tokenizer: of the model.
-        batch_size: rows a step, taken in order of length.
+        tokenizer: the model's.
+        batch_size: rows per forward pass, sorted by length.
 
     Returns:
-        For each row whether greedy decoding gives exactly its target, (N,) bool, and the share of the target's
-        tokens (the end-of-sequence included) that are the likeliest after those before them, (N,) float.
+        For each row, whether greedy decoding reproduces its target, (N,) bool; and the share of its target tokens,
+        end-of-sequence included, that are the most likely given the earlier ones, (N,) float.
     """
     from transformers import DataCollatorForSeq2Seq
 
@@ -115,21 +115,16 @@ def target_scores(
 
 @torch.no_grad()
 def score_targets(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`target_scores` of one padded batch (with ``labels``), as it comes from the collator: (B,) bool, (B,) float."""
+    """`target_scores` for one collated batch (with ``labels``): (B,) bool, (B,) float."""
     inputs: dict[str, Any] = {**batch, "use_cache": False}
     labels = inputs.pop("labels")
     if not model.config.is_encoder_decoder:
-        labels = labels[:, 1:]  # a causal model's logits speak of the next position
-        if "logits_to_keep" in inspect.signature(model.forward).parameters:  # none are wanted of the prompts
+        labels = labels[:, 1:]  # a causal model's logits predict the next position
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:  # skips the logits of the prompts
             first = int((labels != IGNORED).any(0).nonzero()[0])
             labels = labels[:, first:]
             inputs["logits_to_keep"] = labels.shape[1] + 1
     predicted = model(**inputs).logits.argmax(-1)[:, : labels.shape[1]]  # (B, T)
     counted = labels != IGNORED
-    right = (predicted == labels) & counted
-    return (right == counted).all(1), right.sum(1) / counted.sum(1)
-
-
-def exact_matches(model: Any, encoded: Dataset, tokenizer: Any, batch_size: int = 32) -> torch.Tensor:
-    """Whether greedy decoding gives exactly the target, (N,) bool; arguments as for `target_scores`."""
-    return target_scores(model, encoded, tokenizer, batch_size)[0]
+    correct = (predicted == labels) & counted
+    return (correct == counted).all(1), correct.sum(1) / counted.sum(1)

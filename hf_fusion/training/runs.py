@@ -1,4 +1,4 @@
-"""What every training run here has in common: the Trainer's arguments, where it runs, and where it goes on."""
+"""Shared by all training runs: the Trainer's arguments, device placement, and resuming from checkpoints."""
 
 from __future__ import annotations
 
@@ -19,30 +19,31 @@ from hf_fusion.errors import FusionError, disk_refusals
 from hf_fusion.io.json_files import read_json
 from hf_fusion.io.saving import in_folder, write_file
 
-CHECKPOINTS = 10  # about so many are written over a run
+CHECKPOINTS = 10  # per run, approximately
 
 
 @contextmanager
 def training_arguments(
     output_dir: str | Path | None, steps: int, learning_rate: float, batch_size: int, seed: int, **more: Any
 ) -> Iterator[TrainingArguments]:
-    """Arguments of a quiet run that keeps checkpoints only where somebody named a folder.
+    """Arguments of a run without logging, which saves checkpoints only if a folder is given.
 
     Args:
-        output_dir: folder of the checkpoints, or None.
+        output_dir: folder for checkpoints, or None.
         steps: optimizer steps.
-        learning_rate: the highest.
-        batch_size: examples a step, per process.
-        seed: of the order of the examples.
-        more: of transformers' `TrainingArguments`; they win.
+        learning_rate: peak learning rate.
+        batch_size: examples per step and process.
+        seed: for the order of the examples.
+        more: of transformers' `TrainingArguments`; they take precedence.
 
     Raises:
-        FusionError: for numbers that train nothing; or, in the block, where the folder cannot be written.
+        FusionError: `steps`, `learning_rate` or `batch_size` is not positive; or, within the context, the folder
+            cannot be written.
     """
     for name, value in {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}.items():
         if not value > 0:
-            raise FusionError(f"{name}={value} trains nothing", hint=f"a {name} above 0")
-    with tempfile.TemporaryDirectory(prefix="hf_fusion_run_") as scratch, _checkpointing(output_dir or scratch):
+            raise FusionError(f"{name}={value}: it must be greater than 0", hint=f"a positive {name}")
+    with tempfile.TemporaryDirectory(prefix="hf_fusion_run_") as scratch, _explain_full_disk(output_dir or scratch):
         arguments = TrainingArguments(
             **{
                 "output_dir": str(output_dir or scratch),
@@ -64,13 +65,15 @@ def training_arguments(
                 **more,
             }
         )
-        arguments._n_gpu = min(1, arguments.n_gpu)  # one GPU a process: DataParallel would not see the model
+        arguments._n_gpu = min(
+            1, arguments.n_gpu
+        )  # one GPU per process: DataParallel does not replicate the base model
         yield arguments
 
 
 @contextmanager
 def on_device(model: Any, device: torch.device) -> Iterator[None]:
-    """A model on a device for a while; one that is spread over several stays where it is."""
+    """Moves a model to a device for the context; a model that is dispatched to several devices stays there."""
     before = next(model.parameters()).device
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1 or before == device:
         yield
@@ -82,23 +85,23 @@ def on_device(model: Any, device: torch.device) -> Iterator[None]:
         model.to(before)
 
 
-def resumable(folder: Path, file: str, run: Mapping[str, Any], steps: int) -> str | None:
-    """The newest whole checkpoint of this very run in a folder from which there is something to train, or None.
+def find_checkpoint(folder: Path, file: str, run: Mapping[str, Any], steps: int) -> str | None:
+    """The newest complete checkpoint of this run with steps left to train, or None.
 
-    From one that has all steps the Trainer would take one more.
+    A checkpoint of the last step is skipped: from it the Trainer would take one more step.
 
     Args:
-        folder: of the checkpoints; created if missing.
-        file: name of the file in it that says whose they are.
-        run: what decides the run, as JSON has it.
-        steps: of the run.
+        folder: holds the checkpoints; created if missing.
+        file: name of the file in it that identifies the run.
+        run: the settings that identify the run, as JSON values.
+        steps: total steps of the run.
 
     Raises:
-        FusionError: where the folder holds the checkpoints of another run.
+        FusionError: the folder holds checkpoints of another run.
     """
-    # the last file of each: it may be half written
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
-    if not whole:
+    # trainer_state.json is written last: a checkpoint is complete if it can be read
+    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
+    if not complete:
         with in_folder(folder):
             write_file(folder / file, json.dumps(run))
         return None
@@ -108,8 +111,8 @@ def resumable(folder: Path, file: str, run: Mapping[str, Any], steps: int) -> st
         raise FusionError(
             f"{folder} holds checkpoints of another run ({differing})", hint="use another output_dir, or remove it"
         )
-    found = {int(path.name.rpartition("-")[2]): str(path) for path in whole}
-    return found[max(left)] if (left := [step for step in found if step < steps]) else None
+    found = {int(path.name.rpartition("-")[2]): str(path) for path in complete}
+    return found[max(unfinished)] if (unfinished := [step for step in found if step < steps]) else None
 
 
 def _is_json(path: Path) -> bool:
@@ -121,8 +124,8 @@ def _is_json(path: Path) -> bool:
 
 
 @contextmanager
-def _checkpointing(folder: str | Path) -> Iterator[None]:
-    """Names the folder of the checkpoints where it cannot be written; what was begun there last is removed.
+def _explain_full_disk(folder: str | Path) -> Iterator[None]:
+    """Names the checkpoint folder if it cannot be written, and removes incomplete checkpoints from it.
 
     Raises:
         FusionError: the disk is full, or read-only.
@@ -131,14 +134,14 @@ def _checkpointing(folder: str | Path) -> Iterator[None]:
         with disk_refusals(folder):
             yield
     except FusionError:
-        for begun in Path(folder).glob("checkpoint-*"):
-            if not (begun / "trainer_state.json").exists() or not _is_json(begun / "trainer_state.json"):
-                shutil.rmtree(begun, ignore_errors=True)
+        for checkpoint in Path(folder).glob("checkpoint-*"):
+            if not (checkpoint / "trainer_state.json").exists() or not _is_json(checkpoint / "trainer_state.json"):
+                shutil.rmtree(checkpoint, ignore_errors=True)
         raise
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Of names, shapes and bits."""
+    """SHA-256 of names, shapes and bits."""
     found = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -146,10 +149,10 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
     return found.hexdigest()
 
 
-class Trained(nn.Module):
-    """What the Trainer optimises, spreads and saves: some parameters, with the loss that they have.
+class TrainedParameters(nn.Module):
+    """The module that the Trainer optimises, distributes and saves: some parameters of a model, and their loss.
 
-    The model that they belong to is reached through `loss` and is no part of this module: it stays as it is.
+    The model itself is only reached through `loss`, so that the Trainer neither wraps nor saves it.
     """
 
     accepts_loss_kwargs = False  # the loss is a mean over the batch
@@ -161,8 +164,8 @@ class Trained(nn.Module):
         self.loss = loss
 
     def forward(self, **inputs: Any) -> dict[str, torch.Tensor]:
-        """The loss, by the name under which the Trainer looks for it."""
+        """The loss, under the key that the Trainer reads."""
         return {"loss": self.loss(inputs)}
 
 
-__all__ = ["Trained", "digest", "on_device", "resumable", "training_arguments"]
+__all__ = ["TrainedParameters", "digest", "find_checkpoint", "on_device", "training_arguments"]

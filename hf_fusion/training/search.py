@@ -1,4 +1,4 @@
-"""Weights and choices of a merge that are found by trying: LoraHub's search over adapters, and greedy soups."""
+"""Black-box search for merging weights: LoraHub's search over adapters, and greedy model soups."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hf_fusion.extras import refuse_missing
 from hf_fusion.hub.load import load_experts
 from hf_fusion.merging.methods.lora import lora
 from hf_fusion.recipe import Recipe, RecipeExpert
-from hf_fusion.training.batches import Examples, like_lengths, read_examples, score_rows, to_model
-from hf_fusion.training.measure import evaluating, parameters_of, run_with
+from hf_fusion.training.batches import Examples, batch_indices_by_length, read_examples, score_rows, to_model
+from hf_fusion.training.expert_statistics import evaluating, read_parameters, run_with
 from hf_fusion.types import Adapter, Expert
 
 if TYPE_CHECKING:
@@ -25,30 +25,30 @@ if TYPE_CHECKING:
 
     from hf_fusion.hub.load import ExpertLike
 
-FIRST_STEP = 0.5  # a sixth of LoraHub's range: how far COBYLA's first points lie from the start
+FIRST_STEP = 0.5  # a sixth of LoraHub's range: COBYLA's initial trust-region radius
 
 
 @dataclass(frozen=True)
 class Search:
-    """What a search over weights found.
+    """The result of `search_weights`.
 
     Attributes:
-        names: of what is weighed, as recipes call it.
-        weights: the best that were tried.
-        loss: with them, the penalty left out.
-        start: the loss where all weights are 0.
-        tried: how many weights were tried.
+        names: of the experts, as in recipes.
+        weights: the best evaluated weights, one per name.
+        loss: at these weights, without the penalty.
+        start: the loss with all weights 0.
+        evaluations: how many weight vectors were evaluated.
     """
 
     names: list[str]
     weights: list[float]
     loss: float
     start: float
-    tried: int
+    evaluations: int
 
     @property
     def recipe(self) -> Recipe:
-        """The adapters as one, with these weights."""
+        """Merges the adapters to one, with these weights."""
         pairs = zip(self.names, self.weights, strict=True)
         return Recipe("lora", tuple(RecipeExpert(name, weight) for name, weight in pairs))
 
@@ -61,19 +61,19 @@ def search_weights(
     limit: float = 1.5,
     l1: float = 0.05,
 ) -> Search:
-    """Weights in [-limit, limit] with a small loss, without gradients: min_w loss(w) + l1 · mean |w_i|, from w = 0.
+    """Minimises loss(w) + l1 · mean |w_i| over weights in [-limit, limit], without gradients, from w = 0.
 
-    By COBYLA (Powell, 1994), which is what nevergrad's NGOpt, the optimizer of LoraHub, chooses for so few steps.
+    Uses COBYLA (Powell, 1994), which nevergrad's NGOpt, LoraHub's optimizer, also selects for this few steps.
 
     Args:
-        loss: of the weights.
-        names: what is weighed.
-        steps: how many weights are tried at most; fewer than about 2 + their number only look around.
-        limit: of a weight's magnitude.
-        l1: how much large weights cost.
+        loss: of a weight vector.
+        names: one per weight.
+        steps: maximum number of evaluations; with fewer than about 2 + len(names), COBYLA only explores.
+        limit: maximum magnitude of a weight.
+        l1: weight of the L1 penalty.
 
     Raises:
-        FusionError: scipy is not installed, or the loss is not finite where all weights are 0.
+        FusionError: scipy is not installed, or the loss with all weights 0 is not finite.
     """
     try:
         from scipy.optimize import minimize
@@ -82,7 +82,7 @@ def search_weights(
         raise
     found: list[tuple[float, float, list[float]]] = []
 
-    def tried(point: Any) -> float:
+    def evaluate(point: Any) -> float:
         weights = [min(limit, max(-limit, float(w))) for w in point]
         value = loss(weights)
         total = value + l1 * sum(map(abs, weights)) / len(weights)
@@ -91,15 +91,15 @@ def search_weights(
         return min(total, 1e30)
 
     zeros = [0.0] * len(names)
-    first = tried(zeros)
+    first = evaluate(zeros)
     if first >= 1e30:
-        raise FusionError(f"the loss is {found[0][1]} where all weights are 0: nothing can be compared with it")
+        raise FusionError(f"the loss with all weights 0 is {found[0][1]}, not a finite number to improve on")
     if steps > 1:
-        known = {tuple(zeros): first}  # the start was tried already
+        known = {tuple(zeros): first}  # evaluated above
         bounds = [(-limit, limit)] * len(names)
         options = {"maxiter": steps, "rhobeg": min(FIRST_STEP, limit)}
-        minimize(lambda w: known.get(tuple(w)) or tried(w), zeros, method="COBYLA", bounds=bounds, options=options)
-    _, value, weights = min(found, key=lambda one: one[0])
+        minimize(lambda w: known.get(tuple(w)) or evaluate(w), zeros, method="COBYLA", bounds=bounds, options=options)
+    _, value, weights = min(found, key=lambda entry: entry[0])
     return Search(list(names), weights, value, found[0][1], len(found))
 
 
@@ -115,48 +115,49 @@ def lorahub(
     batch_size: int = 16,
     max_length: int = 512,
 ) -> Search:
-    """How much of every adapter a new task needs, from a few of its rows (LoraHub, arXiv 2307.13269).
+    """Weights of adapters for a new task, from a few of its rows (LoraHub, arXiv 2307.13269).
 
-    The loss of the rows is minimised over the weights of Σ w_i ΔW_i, without gradients. LoraHub sums the factors,
-    (Σ w_i B_i)(Σ w_i A_i), for which all must have one rank, and which has products of every two adapters besides; here
-    the updates are summed, as everywhere. Nothing larger than the base with its adapters is held.
+    Minimises the loss on the rows over the weights of Σ w_i ΔW_i, without gradients. LoraHub sums the factors,
+    (Σ w_i B_i)(Σ w_i A_i), which requires equal ranks and adds cross terms of every two adapters; here the updates are
+    summed, as in every LoRA merge of this package. Needs the memory of the base, its adapters and an fp32 copy.
 
     Args:
         adapters: of one base, as `load_experts` takes them.
-        rows: of the new task, a few are enough; columns as `read_examples` says.
-        base: the adapters' base, where it is not the one they record.
-        steps, limit, l1: see `search_weights`; by default as in LoraHub.
-        batch_size: rows at once.
-        max_length: the longest sequence, in tokens.
+        rows: of the new task, a few are enough; with the columns of `read_examples`.
+        base: the adapters' base, if not the one that they record.
+        steps, limit, l1: see `search_weights`; the defaults are LoraHub's.
+        batch_size: rows per batch.
+        max_length: longest sequence, in tokens.
 
     Returns:
-        Weights; ``recipe`` makes one adapter of them: ``merge(lorahub(…).recipe, folder)``.
+        The weights; ``recipe`` merges the adapters with them: ``merge(lorahub(…).recipe, folder)``.
 
     Raises:
-        FusionError: experts that are no adapters of one base, or that saved modules of their own; and rows that the
-            base cannot read.
+        FusionError: an expert is not an adapter of the common base, adapters saved different modules in full, or the
+            base cannot read the rows.
     """
     loaded = load_experts(list(adapters), base=base, gates=False)
     found: list[Adapter] = []
     for expert in loaded:
         if expert.adapter is None or expert.model is not loaded[0].model:
-            what = "is no adapter" if expert.adapter is None else "is an adapter of another base"
-            raise FusionError(f"{expert.name} {what}", "lorahub weighs LoRA adapters of one base")
+            what = "is not an adapter" if expert.adapter is None else "is an adapter of another base"
+            raise FusionError(f"{expert.name} {what}", "lorahub combines LoRA adapters of one base")
         found.append(expert.adapter)
     saved = found[0].saved
-    for expert, own in zip(loaded, found, strict=True):
-        if own.saved.keys() != saved.keys() or not all(own.saved[name].equal(saved[name]) for name in saved):
-            name = next(iter(own.saved | saved))
-            raise FusionError(f"{expert.name} saves {name} whole, of its own: such modules have no weighted sum")
+    for expert, adapter in zip(loaded, found, strict=True):
+        others = adapter.saved
+        if others.keys() != saved.keys() or not all(others[name].equal(saved[name]) for name in saved):
+            name = next(iter(others | saved))
+            raise FusionError(f"{expert.name} saves {name} in full, unlike {loaded[0].name}: it cannot be weighted")
     first = loaded[0]
     read = rows if isinstance(rows, Examples) else read_examples(first, rows, max_length)
     batches = list(_batches(read, batch_size))
-    paths = list(dict.fromkeys(path for own in found for path in own.lora))
+    paths = list(dict.fromkeys(path for adapter in found for path in adapter.lora))
 
     def loss(weights: list[float]) -> float:
-        merged = {path: lora([own.lora.get(path) for own in found], weight=weights) for path in paths}
-        adapter = Adapter({path: (own.a, own.b) for path, own in merged.items()}, saved)
-        tensors = parameters_of(Expert(first.name, first.model, adapter))
+        merged = {path: lora([adapter.lora.get(path) for adapter in found], weight=weights) for path in paths}
+        adapter = Adapter({path: (update.a, update.b) for path, update in merged.items()}, saved)
+        tensors = read_parameters(Expert(first.name, first.model, adapter))
         total = 0.0
         for inputs, count in batches:
             total += count * float(read.loss(partial(run_with, first.model, tensors), to_model(inputs, first.model)))
@@ -168,12 +169,12 @@ def lorahub(
 
 @dataclass(frozen=True)
 class Soup:
-    """What a greedy soup is made of.
+    """The result of `greedy_soup`.
 
     Attributes:
-        names: of all models, best first, as recipes call them.
-        scores: of each alone.
-        chosen: the models in the soup, in the order in which they came in.
+        names: of all models, best first, as in recipes.
+        scores: of each model alone, in the order of `names`.
+        chosen: the models in the soup, in the order of their selection.
         score: of the soup.
     """
 
@@ -184,7 +185,7 @@ class Soup:
 
     @property
     def recipe(self) -> Recipe:
-        """The average of what was chosen."""
+        """The average of the chosen models."""
         return Recipe("linear", tuple(map(RecipeExpert, self.chosen)))
 
 
@@ -198,69 +199,69 @@ def greedy_soup(
     batch_size: int = 64,
     max_length: int = 512,
 ) -> Soup:
-    """Which of several fine-tunes for one task make the best average (model soups, arXiv 2203.05482, recipe 1).
+    """Selects the fine-tunes of one task to average (greedy model soup, arXiv 2203.05482, recipe 1).
 
-    Models come in from the best to the worst, by their scores on rows kept apart; each stays if the average with it is
-    no worse than the one without. Two models are held at a time.
+    Models are added in order of their scores on a validation split; each is kept if the average with it scores no
+    worse than the average without it. Two models are in memory at a time.
 
     Args:
         experts: of one architecture and one label space, as `load_experts` takes them.
-        rows: that nothing was trained on; columns as `read_examples` says.
-        base: the adapters' base, where it is not the one they record.
-        metric: "accuracy" of classes (default), or of a language model's answers "exact" or the share of right
-            "tokens" (default).
-        batch_size: rows at once.
-        max_length: the longest sequence, in tokens.
+        rows: validation split, not used in training; with the columns of `read_examples`.
+        base: the adapters' base, if not the one that they record.
+        metric: "accuracy" for classes (default); for language models "exact" match, or the share of correct "tokens"
+            (default).
+        batch_size: rows per batch.
+        max_length: longest sequence, in tokens.
 
     Returns:
-        The choice; ``recipe`` makes the soup: ``merge(greedy_soup(…).recipe, folder)``.
+        The selection; ``recipe`` averages it: ``merge(greedy_soup(…).recipe, folder)``.
 
     Raises:
-        FusionError: experts of unlike tensors or labels, and rows that they cannot read.
+        FusionError: the list is empty, tensors or labels of the experts differ, or an expert cannot read the rows.
     """
     if not experts:
         raise FusionError("a soup needs at least one model; the list is empty")
     labels: list[str] | None = None
     scores: list[tuple[float, str, ExpertLike]] = []
 
-    def opened(given: ExpertLike) -> tuple[Expert, dict[str, torch.Tensor]]:
-        [expert] = load_experts([given], base=base, gates=False)
-        found, known = parameters_of(expert), dict(expert.model.named_parameters(remove_duplicate=False))
-        for name, own in expert.model.state_dict().items():  # buffers that are saved are averaged as well
-            if name not in known and own.is_floating_point():
-                found[name] = own.float()
+    def load(source: ExpertLike) -> tuple[Expert, dict[str, torch.Tensor]]:
+        [expert] = load_experts([source], base=base, gates=False)
+        found, known = read_parameters(expert), dict(expert.model.named_parameters(remove_duplicate=False))
+        for name, tensor in expert.model.state_dict().items():  # persistent buffers are averaged too
+            if name not in known and tensor.is_floating_point():
+                found[name] = tensor.float()
         return expert, found
 
     def score(expert: Expert, tensors: Mapping[str, torch.Tensor]) -> float:
         read = rows if isinstance(rows, Examples) else read_examples(expert, rows, max_length)
         kind = metric or ("accuracy" if expert.labels or isinstance(rows, Examples) else "tokens")
-        model, total = _With(expert.model, tensors), 0.0
+        model, total = _ReplacedParameters(expert.model, tensors), 0.0
         with evaluating(expert.model):
             for inputs, _ in _batches(read, batch_size):
                 total += float(score_rows(model, to_model(inputs, expert.model), kind).float().sum())
         return total / len(read.rows)
 
-    for given in experts:
-        expert, tensors = opened(given)
+    for source in experts:
+        expert, tensors = load(source)
         if labels is not None and list(expert.labels) != labels:
             raise FusionError(f"{expert.name} has the labels {expert.labels}, the first has {labels}")
         labels = list(expert.labels)
-        scores.append((score(expert, tensors), _names([given], [expert])[0], given))
-    scores.sort(key=lambda one: -one[0])  # equally good ones stay in order
+        scores.append((score(expert, tensors), _names([source], [expert])[0], source))
+    scores.sort(key=lambda entry: -entry[0])  # stable: ties keep their order
     chosen, best = [scores[0][1]], scores[0][0]
-    expert, soup = opened(scores[0][2])
-    for _, name, given in scores[1:]:
-        other, tensors = opened(given)
+    expert, soup = load(scores[0][2])
+    for _, name, source in scores[1:]:
+        other, tensors = load(source)
         if wrong := [n for n in soup if n not in tensors or tensors[n].shape != soup[n].shape]:
             raise FusionError(f"{other.name} has no {wrong[0]} of {list(soup[wrong[0]].shape)}, as {expert.name} has")
-        mixed = {n: own.lerp(tensors[n].to(own.device), 1 / (len(chosen) + 1)) for n, own in soup.items()}
+        mixed = {n: mean.lerp(tensors[n].to(mean.device), 1 / (len(chosen) + 1)) for n, mean in soup.items()}
         if (now := score(expert, mixed)) >= best:
             chosen, best, soup = [*chosen, name], now, mixed
     return Soup([name for _, name, _ in scores], [alone for alone, _, _ in scores], chosen, best)
 
 
-class _With:
-    """A model with other tensors in the place of its own."""
+class _ReplacedParameters:
+    """A model that runs with replaced parameters."""
 
     def __init__(self, model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
         self.model, self.tensors, self.config, self.forward = model, tensors, model.config, model.forward
@@ -270,20 +271,20 @@ class _With:
 
 
 def _batches(read: Examples, batch_size: int) -> Iterator[tuple[Any, int]]:
-    """Inputs, and of how many rows."""
-    for places in like_lengths(read.rows, batch_size):
-        yield read.collate([read.rows[place] for place in places]), len(places)
+    """Model inputs, and the number of their rows."""
+    for indices in batch_indices_by_length(read.rows, batch_size):
+        yield read.collate([read.rows[index] for index in indices]), len(indices)
 
 
-def _names(given: Sequence[ExpertLike], loaded: Sequence[Expert]) -> list[str]:
-    """What finds experts again: ids at the commit that was loaded, or folders."""
+def _names(sources: Sequence[ExpertLike], loaded: Sequence[Expert]) -> list[str]:
+    """Reproducible references: ids at the commit that was loaded, or absolute folders."""
     return [
         str(expert.ref)
         if expert.revision
-        else str(Path(one).resolve())
-        if isinstance(one, (str, Path))
+        else str(Path(source).resolve())
+        if isinstance(source, (str, Path))
         else expert.name
-        for one, expert in zip(given, loaded, strict=True)
+        for source, expert in zip(sources, loaded, strict=True)
     ]
 
 

@@ -1,9 +1,9 @@
-"""Whitening: how a base's activations lie where nothing in particular is asked, so that gates see what is particular.
+"""Whitening of a base's activations by their mean and covariance on reference rows, for PHATGOOSE gates.
 
-The activations of a language model share most of what they are: a common direction and a few wide ones, whatever is
-said. Standardised inputs keep these, so a gate's score is mostly about them, and gates that were trained apart from
-each other rank by chance what all their experts share. Relative to reference rows, with mean 0 and covariance 1, the
-score is about what sets an input apart (the metric of linear discriminant analysis).
+The activations of a language model have a large common mean and a few directions of high variance, for any input.
+Standardisation (LayerNorm) keeps both, so they dominate a gate's score, and independently trained gates rank experts
+by noise in what all inputs share. After whitening, reference rows have mean 0 and unit covariance, and the score
+depends on what distinguishes an input (the metric of linear discriminant analysis).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hf_fusion.hub.gates import gate_sizes
 from hf_fusion.hub.load import load_experts
 from hf_fusion.hub.lora import linear_sizes
 from hf_fusion.progress import phase
-from hf_fusion.training.batches import equal_lengths, read_examples, to_model, unlabelled
+from hf_fusion.training.batches import equal_length_batches, read_examples, to_model, unlabelled
 from hf_fusion.types import Expert
 
 if TYPE_CHECKING:
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 
     from hf_fusion.hub.load import ExpertLike
 
-SHRINKAGE = 0.01  # share of the mean variance that is added to every direction: few rows leave some without any
+SHRINKAGE = 0.01  # share of the mean variance that is added to every direction: few rows leave a singular covariance
 
 
 @dataclass(frozen=True)
 class Whitening:
-    """A base's standardised inputs on reference rows, by module path; linears that read the same input share tensors.
+    """Mean and covariance of standardised inputs by module path; layers that read the same input share tensors.
 
     Attributes:
         mean: (d_in,), fp32.
-        factor: Σ^(-1/2), (d_in, d_in), fp32: ``factor @ (LN(x) - mean)`` has mean 0 and covariance 1. Of inputs that
-            were the same in all rows, which say nothing about a covariance, it is the identity.
+        factor: Σ^(-1/2), (d_in, d_in), fp32: ``factor @ (LN(x) - mean)`` has mean 0 and unit covariance. It is the
+            identity for inputs that were the same in all rows, whose covariance is unknown.
     """
 
     mean: dict[str, torch.Tensor]
@@ -59,44 +59,44 @@ def fit_whitening(
     batch_size: int = 16,
     max_length: int = 512,
 ) -> Whitening:
-    """Reads reference rows with an adapter's base alone.
+    """Computes the whitening of a base on reference rows; an adapter is not applied.
 
     Args:
         expert: an adapter, or its base, as `load_experts` takes it.
-        rows: what the model may be asked in general: column ``prompt``, ``text`` (and ``text_pair``) or ``image``;
-            labels are not looked at. `base_samples` makes some where there are none. A few thousand tokens per
-            thousand features are enough.
-        base: the adapter's base, where it is not the one it records.
-        modules: paths of the linears; default is those that the adapter adapts.
-        batch_size: at most so many rows at once; only rows of equal lengths share a batch, so nothing is padded.
-        max_length: the longest sequence, in tokens.
+        rows: a broad sample of inputs: column ``prompt``, ``text`` (and ``text_pair``) or ``image``; labels are
+            ignored. `base_samples` generates rows if there are none. A few thousand tokens per thousand features are
+            enough.
+        base: the adapter's base, if not the one that it records.
+        modules: paths of the linear layers; default: those that the adapter adapts.
+        batch_size: maximum rows per batch; only rows of equal length share a batch, so that nothing is padded.
+        max_length: longest sequence, in tokens.
 
     Raises:
-        FusionError: for modules that are no linears, and rows that the base cannot read.
+        FusionError: a module is not a linear layer, or the base cannot read the rows.
     """
     (loaded,) = load_experts([expert], base=base, gates=False)
     if modules is None:
         if loaded.adapter is None:
-            raise FusionError(f"{loaded.name} is a full model", hint="say which linears: modules=…")
+            raise FusionError(f"{loaded.name} is a full model", hint="name the linear layers: modules=…")
         modules = gate_sizes(loaded.adapter, loaded.model)
     model: Any = loaded.model
     found = dict(model.named_modules())
     if unknown := sorted(path for path in modules if linear_sizes(found.get(path)) is None):
-        raise FusionError(f"{loaded.name} has no linear {unknown[0]}")
+        raise FusionError(f"{loaded.name} has no linear layer {unknown[0]}")
     sums: dict[str, torch.Tensor] = {}
     squares: dict[str, torch.Tensor] = {}
     counts: dict[str, int] = {}
     same: dict[str, str] = {}  # path -> the first path that read the same input
-    last: list[Any] = [None, ""]
+    previous: list[Any] = [None, ""]
 
     def read(path: str, module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        if inputs[0] is last[0]:
-            same[path] = last[1]
+        if inputs[0] is previous[0]:
+            same[path] = previous[1]
             return
-        last[:] = inputs[0], path
+        previous[:] = inputs[0], path
         same[path] = path
         x = standardised(inputs[0].reshape(-1, inputs[0].shape[-1]).float())  # (N, d_in)
-        x = x.double()  # moments cancel out where inputs vary little about a large mean
+        x = x.double()  # avoids cancellation for a small variance about a large mean
         sums[path] = sums.get(path, 0) + x.sum(0)
         squares[path] = squares.get(path, 0) + x.t() @ x
         counts[path] = counts.get(path, 0) + len(x)
@@ -104,11 +104,11 @@ def fit_whitening(
     examples = read_examples(loaded, unlabelled(rows), max_length)
     handles = [found[path].register_forward_pre_hook(partial(read, path)) for path in modules]
     try:
-        with phase("Reading reference rows", len(examples.rows)) as told:
-            for batch in equal_lengths(examples.rows, batch_size):
+        with phase("Reading reference rows", len(examples.rows)) as progress:
+            for batch in equal_length_batches(examples.rows, batch_size):
                 examples.loss(model, to_model(examples.collate(batch), model))
-                last[:] = None, ""
-                told.advance(len(batch))
+                previous[:] = None, ""
+                progress.advance(len(batch))
     finally:
         for handle in handles:
             handle.remove()
@@ -120,14 +120,14 @@ def fit_whitening(
 
 
 def standardised(x: torch.Tensor) -> torch.Tensor:
-    """LN(x), without affine: what the router's scores read."""
+    """LN(x) without affine parameters: the input of the router's scores."""
     return nn.functional.layer_norm(x, x.shape[-1:])
 
 
 def inverse_root(second_moment: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """Σ^(-1/2), symmetric, of the covariance with a little of its mean variance added to every direction.
+    """Σ^(-1/2), symmetric, of the covariance plus `SHRINKAGE` times its mean variance on the diagonal.
 
-    Where the mean variance is only what float64 rounds off of the second moment, it is the identity.
+    The identity, if the mean variance is within the float64 rounding error of the second moment.
 
     Args:
         second_moment: E[x xᵀ], (d, d) float64.
@@ -147,19 +147,19 @@ def inverse_root(second_moment: torch.Tensor, mean: torch.Tensor) -> torch.Tenso
 def base_samples(
     base: Expert, opening: str, turn: str, *, count: int = 128, tokens: int = 100, seed: int = 0
 ) -> Dataset:
-    """Reference rows that a language model makes up: what follows `opening`, where a user would speak (Magpie's way).
+    """Samples reference rows from a language model, as continuations of `opening` (Magpie, arXiv 2406.08464).
 
-    Nothing but the base is needed (Magpie, arXiv 2406.08464). A machine that rounds otherwise samples other rows, and
-    few rows whiten otherwise: gates that are to be compared should be whitened by the same rows, so keep these.
+    Machines with different floating-point rounding sample different rows, and a whitening by few rows depends on them:
+    whiten gates that are to be compared by the same rows, and save these.
 
     Args:
-        base: a causal language model with its tokenizer; of an adapter, its base is read.
-        opening: a chat's markup up to the user's first word.
-        turn: the markup between the user's words and the answer; what comes before it is the prompt. A sample
-            without it is a prompt that ends in the middle.
+        base: a causal language model with its tokenizer; an adapter is not applied.
+        opening: chat markup up to the user's first word.
+        turn: chat markup between the user's message and the reply; the text before it is the prompt. A sample
+            without it is an incomplete prompt.
         count: number of rows.
-        tokens: sampled of each, at temperature 1.
-        seed: of the samples.
+        tokens: new tokens per row, at temperature 1.
+        seed: for sampling.
 
     Returns:
         Columns ``prompt`` and ``target``.
@@ -170,7 +170,7 @@ def base_samples(
     tokenizer = base.processor
     start = tokenizer(opening, return_tensors="pt").input_ids.to(base.model.device)
     texts: list[str] = []
-    with torch.random.fork_rng(), phase("Sampling reference rows", count) as told:
+    with torch.random.fork_rng(), phase("Sampling reference rows", count) as progress:
         torch.manual_seed(seed)
         while len(texts) < count:
             batch = start.expand(min(32, count - len(texts)), -1)
@@ -182,12 +182,12 @@ def base_samples(
                 top_k=0,
                 top_p=1.0,
                 max_new_tokens=tokens,
-                min_new_tokens=tokens,  # goes on behind the end of a turn, so that answers are sampled as well
+                min_new_tokens=tokens,  # continues after the end of a turn, to sample replies too
             )
             texts += [tokenizer.decode(row[start.shape[1] :]) for row in sampled]
-            told.reach(len(texts))
-    parts = [text.partition(turn) for text in texts]
-    return Dataset.from_list([{"prompt": opening + ask + found, "target": answer} for ask, found, answer in parts])
+            progress.reach(len(texts))
+    turns = [text.partition(turn) for text in texts]
+    return Dataset.from_list([{"prompt": opening + ask + markup, "target": reply} for ask, markup, reply in turns])
 
 
 __all__ = ["Whitening", "base_samples", "fit_whitening", "standardised"]

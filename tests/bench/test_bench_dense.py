@@ -21,7 +21,7 @@ from hf_fusion.bench.setups.merging import MergingSetup
 from hf_fusion.bench.suite import load_suite
 from hf_fusion.errors import FusionError
 from hf_fusion.training.adamerging import CoefficientMerge
-from hf_fusion.training.measure import measure_fisher
+from hf_fusion.training.fisher import measure_fisher
 
 METRIC = {"segmentation": "mean_iou", "depth": "absolute_error", "normal": "angle"}
 TASKS = tuple(METRIC)
@@ -140,7 +140,7 @@ def test_every_expert_keeps_its_own_decoder(suite):
 
 def test_what_is_for_classes_of_rows_refuses_pixels(suite):
     found = task_rows(load_suite(suite), "segmentation", suite.parent / "data").fit
-    with pytest.raises(FusionError, match="SemanticSegmenterOutput has no logits of rows: only classifiers"):
+    with pytest.raises(FusionError, match="SemanticSegmenterOutput has no class logits: only classifiers"):
         measure_fisher(suite.parent / "segmentation", found)
 
 

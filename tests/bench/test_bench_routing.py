@@ -32,7 +32,9 @@ from hf_fusion.bench.systems import everything
 from hf_fusion.evaluation.evaluate import evaluate
 from hf_fusion.merging.in_memory import merge_states
 from hf_fusion.training.batches import read_examples
-from hf_fusion.training.measure import measure_fisher, measure_gram, parameters_of
+from hf_fusion.training.expert_statistics import read_parameters
+from hf_fusion.training.fisher import measure_fisher
+from hf_fusion.training.gram import measure_gram
 from hf_fusion.training.prompts import encode_prompts, target_scores
 
 
@@ -141,7 +143,7 @@ def test_merges_by_what_experts_do_on_rows_kept_apart(adapters, routed):
                 for own in tuned_on.values()
             ]
         assert weights[name] == pytest.approx(sum(scores) / 2, abs=1e-6)
-    whole = [parameters_of(expert) for expert in experts]
+    whole = [read_parameters(expert) for expert in experts]
     changed = [name for name, tensor in whole[0].items() if not tensor.equal(whole[1][name])]
     states = [{name: own[name] for name in changed} for own in whole]
     fit = [read_examples(own, rows[name].fit, 512) for own, name in zip(experts, names, strict=True)]

@@ -33,8 +33,8 @@ from hf_fusion.hub.gates import save_gates
 from hf_fusion.io.folders import made_once
 from hf_fusion.io.saving import write_file
 from hf_fusion.recipe import Recipe, RecipeExpert
+from hf_fusion.training.expert_statistics import Statistics
 from hf_fusion.training.gates import train_gates
-from hf_fusion.training.measure import Statistics
 from hf_fusion.training.routers import adapt_routers
 from hf_fusion.types import Gates
 

@@ -36,7 +36,7 @@ from hf_fusion.merging.merge import merge
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.merging.recipe_files import load_recipe
 from hf_fusion.recipe import Recipe, RecipeExpert, Slice, SliceSource
-from hf_fusion.training.measure import Statistics
+from hf_fusion.training.expert_statistics import Statistics
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

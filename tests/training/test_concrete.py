@@ -10,7 +10,7 @@ from tiny_fused import base_expert, bert_base, experts_of
 
 from hf_fusion import adapt_routers
 from hf_fusion.training.concrete import ConcreteMerge
-from hf_fusion.training.routers import _information
+from hf_fusion.training.routers import _entropy_loss
 
 ROWS = datasets.Dataset.from_dict({"text": [f"{text} {i}" for i in range(6) for text in TEXTS], "label": [0, 1] * 12})
 FEW = {"steps": 12, "batch_size": 4, "learning_rate": 0.2, "loss": "entropy", "diversity": 0, "tolerance": 1}
@@ -93,7 +93,7 @@ def test_an_inner_step_is_taken_before_the_mask_is_judged():
     batches = dict.fromkeys(model.experts, tokens())
 
     def loss(batches):
-        return _information(model, 0.0, batches)
+        return _entropy_loss(model, 0.0, batches)
 
     torch.manual_seed(3)
     model.objective(loss)(batches).backward()

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq
 
 from hf_fusion.errors import FusionError
-from hf_fusion.training.prompts import IGNORED, encode_prompts, exact_matches, target_scores
+from hf_fusion.training.prompts import IGNORED, encode_prompts, target_scores
 
 PROMPTS = ["the quick fox", "a dog", "experts are fused into one better model, said", "nine"]
 TARGETS = [" jumps over", " is lazy", " the gate", " routers"]
@@ -100,5 +100,5 @@ def test_exact_matches_are_what_generate_writes(build):
     exact, share = target_scores(model, Dataset.from_list(rows), TOKENIZER, batch_size=5)
     assert exact.tolist() == expected == [True, False, False] * len(PROMPTS)
     assert ((share == 1) == exact).all()
-    assert torch.equal(exact, exact_matches(model, Dataset.from_list(rows), TOKENIZER, batch_size=1))
+    assert torch.equal(exact, target_scores(model, Dataset.from_list(rows), TOKENIZER, batch_size=1)[0])
     assert model.training

@@ -1,4 +1,4 @@
-"""Routers that learn: what moves and what does not, the watch that stops a collapse, resuming; AdaMerging's merges."""
+"""Training routers: what is trained, the collapse guard, resuming; and AdaMerging's coefficients."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from transformers import CLIPImageProcessorPil, CLIPProcessor
 
 from hf_fusion import Expert, FusionError, WEMoEModel, adapt_routers, fit_routers
 from hf_fusion.training.adamerging import CoefficientMerge
+from hf_fusion.training.adaptation import Adaptation, diagnose
 from hf_fusion.training.batches import zero_shot_examples
-from hf_fusion.training.routers import Adaptation, _information, _teaching, _Watch, health
+from hf_fusion.training.collapse_guard import CollapseGuard
+from hf_fusion.training.routers import _distillation_loss, _entropy_loss
 
 REVIEWS = datasets.Dataset.from_dict(
     {"text": [f"{text} {i}" for i in range(6) for text in TEXTS], "label": [0, 1, 1, 0] * 6}
@@ -50,7 +52,7 @@ def state(model) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("options", [{}, {"router_layers": 0}, {"shared_router": True}], ids=str)
-def test_only_routers_move_and_answers_become_surer(options):
+def test_only_routers_change_and_entropy_falls(options):
     model = merged(**options)
     before = state(model)
     facts = adapt_routers(model, suite(model), loss="entropy", diversity=0, tolerance=1, **FEW)
@@ -59,7 +61,7 @@ def test_only_routers_move_and_answers_become_surer(options):
     assert all("router." in name for name in moved)
     assert facts.steps == 12
     assert sum(h.entropy for h in facts.after.values()) < sum(h.entropy for h in facts.before.values())
-    assert model.config.adaptation["rows"] == dict.fromkeys(model.experts, 18)  # of 24 a quarter is watched
+    assert model.config.adaptation["rows"] == dict.fromkeys(model.experts, 18)  # a quarter of 24 is held out
     again = merged(**options)
     adapt_routers(again, suite(again), loss="entropy", diversity=0, tolerance=1, **FEW)
     assert all(tensor.equal(again.state_dict()[name]) for name, tensor in model.state_dict().items())
@@ -67,7 +69,7 @@ def test_only_routers_move_and_answers_become_surer(options):
 
 @pytest.mark.parametrize("diversity", [0, 0.5])
 def test_the_loss_is_entropy_less_the_entropy_of_the_mean(diversity):
-    """Its gradient beside that of the formula in plain words, over both tasks, in rows of unlike lengths."""
+    """The gradient matches that of the written-out formula, for both tasks and rows of different lengths."""
     model, plain = merged(router_layers=1), merged(router_layers=1)
     tokens = make_tokenizer()(list(REVIEWS["text"][:4]), padding=True, return_tensors="pt")
     total = torch.zeros(())
@@ -75,7 +77,7 @@ def test_the_loss_is_entropy_less_the_entropy_of_the_mean(diversity):
         p = plain(**tokens, task=task).logits.softmax(-1)
         total = total - (p * p.log()).sum(-1).mean() + diversity * (p.mean(0) * p.mean(0).log()).sum()
     total.backward()
-    loss = _information(model, diversity, dict.fromkeys(model.experts, tokens))
+    loss = _entropy_loss(model, diversity, dict.fromkeys(model.experts, tokens))
     loss.backward()
     torch.testing.assert_close(loss, total)
     room = SUMS * max(float(own.grad.abs().max()) for own in plain.parameters() if own.requires_grad)
@@ -85,57 +87,60 @@ def test_the_loss_is_entropy_less_the_entropy_of_the_mean(diversity):
             torch.testing.assert_close(own.grad, wanted.grad, rtol=1e-4, atol=room, msg=name)
 
 
-def test_the_watch_stops_a_collapse_and_goes_back():
+def test_the_collapse_guard_stops_and_restores():
     model, plain = merged(), merged()
     start = state(model)
     options = {"loss": "entropy", "diversity": 0, "steps": 60, "learning_rate": 0.1}
-    watched = adapt_routers(model, suite(model), tolerance=0.05, **options)
+    guarded = adapt_routers(model, suite(model), tolerance=0.05, **options)
     without = adapt_routers(plain, suite(plain), tolerance=1, **options)
     narrowest = lambda facts: min(facts.after[t].classes / facts.before[t].classes for t in facts.after)  # noqa: E731
     assert narrowest(without) < 0.95  # the loss does collapse
     assert (without.stopped, without.steps) == (None, 60)
-    assert "raise diversity" in watched.stopped
-    assert watched.steps < 60
-    agreement = [sum(health.agreement for health in own.values()) for own in (watched.before, watched.after)]
+    assert "raise diversity" in guarded.stopped
+    assert guarded.steps < 60
+    agreement = [sum(task.agreement for task in found.values()) for found in (guarded.before, guarded.after)]
     assert agreement[1] >= agreement[0]
-    assert model.config.adaptation["stopped"] == watched.stopped
-    if watched.steps == 0:
+    assert model.config.adaptation["stopped"] == guarded.stopped
+    if guarded.steps == 0:
         assert all(tensor.equal(start[name]) for name, tensor in model.state_dict().items())
 
 
-def test_experts_teach_by_their_answers():
-    """The loss is 0 where the model answers as the experts do, and learning lowers it."""
+def test_experts_are_distilled():
+    """The loss is 0 if the model predicts as its experts do, and training lowers it."""
     model = merged()
     tokens = make_tokenizer()(list(REVIEWS["text"][:4]), padding=True, return_tensors="pt")
     batches = {model.experts[0]: tokens}
     with torch.no_grad(), model.using(model.experts[0]):
-        assert _teaching(model, 0.0, batches) == pytest.approx(0, abs=1e-6)
+        assert _distillation_loss(model, 0.0, batches) == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
         with model.using(model.experts[0]):
             p = model(**tokens, task=model.experts[0]).logits.softmax(-1)
         q = model(**tokens, task=model.experts[0]).logits.softmax(-1)
-        assert _teaching(model, 0.0, batches) == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-4)
+        assert _distillation_loss(model, 0.0, batches) == pytest.approx(
+            float((p * (p / q).log()).sum(-1).mean()), rel=1e-4
+        )
     both = dict.fromkeys(model.experts, make_tokenizer()(list(REVIEWS["text"]), padding=True, return_tensors="pt"))
     for student in (model, CoefficientMerge(classifiers(), bert_base())):
         with torch.no_grad():
-            before = float(_teaching(student, 0.0, both))
+            before = float(_distillation_loss(student, 0.0, both))
         adapt_routers(student, suite(student), steps=40, learning_rate=1e-2, batch_size=8, tolerance=1)
         with torch.no_grad():
-            assert float(_teaching(student, 0.0, both)) < before / 2
+            assert float(_distillation_loss(student, 0.0, both)) < before / 2
 
 
-def test_classes_that_change_places_are_noticed():
-    """As sure and as spread as before, only wrong: nothing but the expert can tell."""
+def test_permuted_classes_are_detected():
+    """Confidence and balance are as before, only agreement with the expert shows it."""
     model = merged()
     before = torch.tensor([[3.0, 0.0], [0.0, 3.0]] * 4)
-    facts = Adaptation("entropy", 1.0, 1e-3, 4, before={"a": health(before, before)})
-    watch = _Watch(model, {}, {}, facts, {}, 0.1, 1)
-    watch.own = {"a": before}
-    assert watch._wrong("a", health(before, before)) is None
-    assert "leave its expert, 0% agree instead of 100% at first" in watch._wrong("a", health(before.flip(1), before))
+    facts = Adaptation("entropy", 1.0, 1e-3, 4, before={"a": diagnose(before, before)})
+    guard = CollapseGuard(model, {}, {}, facts, {}, 0.1, 1)
+    guard.expert_logits = {"a": before}
+    assert guard.find_problem("a", diagnose(before, before)) is None
+    problem = guard.find_problem("a", diagnose(before.flip(1), before))
+    assert "drift from its expert, 0% agree, from 100% before training" in problem
 
 
-def test_diversity_keeps_the_answers_spread():
+def test_diversity_keeps_predictions_balanced():
     plain, spread = merged(), merged()
     options = {"loss": "entropy", "tolerance": 1, "steps": 60, "learning_rate": 0.1}
     without = adapt_routers(plain, suite(plain), diversity=0, **options)
@@ -144,7 +149,7 @@ def test_diversity_keeps_the_answers_spread():
         assert kept.after[task].classes >= without.after[task].classes - 1e-3
 
 
-def test_an_interrupted_run_goes_on(tmp_path):
+def test_an_interrupted_run_resumes(tmp_path):
     whole, killed = merged(), merged()
     facts = adapt_routers(whole, suite(whole), **FEW)
     folder = tmp_path / "run"
@@ -159,7 +164,7 @@ def test_an_interrupted_run_goes_on(tmp_path):
         adapt_routers(other, suite(other), output_dir=folder, **FEW | {"learning_rate": 0.5})
 
 
-def test_labels_teach_faster():
+def test_labels_train_routers():
     model = merged()
     own = model.experts[0]
     rows = REVIEWS.cast_column("label", datasets.ClassLabel(names=["no", "yes"]))
@@ -203,7 +208,7 @@ def test_clip_adapts_by_texts_for_classes():
     assert all(facts.after[task].entropy < facts.before[task].entropy for task in model.experts)
 
 
-def test_bf16_and_a_spread_of_tasks_with_few_rows():
+def test_bf16_and_tasks_of_unequal_size():
     model = merged()
     rows = {model.experts[0]: REVIEWS, model.experts[1]: REVIEWS.select(range(5))}
     facts = adapt_routers(model, rows, loss="entropy", diversity=0, tolerance=1, bf16=True, use_cpu=True, **FEW)
@@ -215,23 +220,23 @@ def test_fewer_rows_than_a_step_takes_are_repeated():
     model = merged()
     before = state(model)
     facts = adapt_routers(model, {model.experts[0]: REVIEWS.select(range(6))}, steps=3, tolerance=1)
-    assert (facts.steps, facts.rows) == (3, {model.experts[0]: 5})  # one is watched
+    assert (facts.steps, facts.rows) == (3, {model.experts[0]: 5})  # one is held out
     assert any(not tensor.equal(before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_health():
+def test_diagnostics():
     even = torch.zeros(5, 4)
-    assert health(even, even).classes == pytest.approx(4)
+    assert diagnose(even, even).classes == pytest.approx(4)
     sure = torch.tensor([[50.0, 0.0], [50.0, 0.0]])
     both = torch.tensor([[50.0, 0.0], [0.0, 50.0]])
-    one = health(sure, both)
+    one = diagnose(sure, both)
     assert (one.classes, one.confidence, one.agreement) == (pytest.approx(1), pytest.approx(1), 0.5)
-    two = health(both, both)
+    two = diagnose(both, both)
     assert (two.classes, two.entropy, two.agreement) == (pytest.approx(2), pytest.approx(0, abs=1e-6), 1)
-    assert health(torch.zeros(3, 2), torch.zeros(3, 2)).entropy == pytest.approx(math.log(2))
+    assert diagnose(torch.zeros(3, 2), torch.zeros(3, 2)).entropy == pytest.approx(math.log(2))
 
 
-def test_what_cannot_be_adapted_is_named():
+def test_errors_name_the_option():
     model = merged()
     with pytest.raises(FusionError, match="there is no expert 'sst2'") as error:
         adapt_routers(model, {"sst2": REVIEWS})
@@ -260,7 +265,7 @@ def test_what_cannot_be_adapted_is_named():
 
 
 @pytest.mark.parametrize("granularity", ["task", "layer"])
-def test_coefficients_at_first_are_task_arithmetic(granularity):
+def test_initial_coefficients_are_task_arithmetic(granularity):
     experts, base = classifiers(3), bert_base()
     model = CoefficientMerge(experts, base, granularity, scaling=0.4)
     start, fine = base.state_dict(), [expert.model.state_dict() for expert in experts]
@@ -277,7 +282,7 @@ def test_coefficients_at_first_are_task_arithmetic(granularity):
 
 
 @pytest.mark.parametrize("granularity", ["task", "layer"])
-def test_coefficients_are_learned_as_routers_are(granularity):
+def test_coefficients_are_trained_like_routers(granularity):
     experts, base = classifiers(), bert_base()
     model = CoefficientMerge(experts, base, granularity)
     before = state(model)
@@ -303,7 +308,7 @@ def test_the_coefficients_gradient_is_the_product_with_the_task_vector():
         torch.testing.assert_close(row, wanted, rtol=1e-4, atol=room)
 
 
-def test_given_coefficients_take_the_place_of_the_learned_ones_for_a_while():
+def test_using_replaces_the_learned_coefficients_temporarily():
     experts, base = classifiers(3), bert_base()
     model = CoefficientMerge(experts, base, "layer", scaling=0.4)
     tokens = make_tokenizer()(TEXTS, padding=True, return_tensors="pt")

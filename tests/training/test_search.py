@@ -35,7 +35,7 @@ def test_the_search_finds_a_minimum_it_can_reach():
 
     found = search_weights(loss, ["a", "b", "c"], l1=0.0, steps=80)
     assert found.weights == pytest.approx(wanted, abs=0.05) and found.loss < 0.01
-    assert found.start == pytest.approx(0.8) and found.tried == len(seen) <= 80
+    assert found.start == pytest.approx(0.8) and found.evaluations == len(seen) <= 80
     assert seen[0] == [0.0] * 3 and all(abs(w) <= 1.5 for weights in seen for w in weights)
     far = search_weights(lambda w: (w[0] - 9) ** 2, ["a"], l1=0.0)
     assert far.weights == [1.5]  # the limit
@@ -48,7 +48,7 @@ def test_the_search_finds_a_minimum_it_can_reach():
 def test_weights_that_break_the_model_are_not_chosen():
     found = search_weights(lambda w: float("nan") if w[0] > 0.3 else 1 - w[0], ["a"], l1=0.0)
     assert 0 <= found.weights[0] <= 0.3 and found.loss == found.loss
-    with pytest.raises(FusionError, match="loss is nan where all weights are 0"):
+    with pytest.raises(FusionError, match="loss with all weights 0 is nan"):
         search_weights(lambda w: float("nan"), ["a"])
 
 
@@ -96,7 +96,7 @@ def test_lorahub_finds_the_adapter_that_knows_the_task(tmp_path):
 
     found = lorahub([*noise, tmp_path / "taught"], PROMPTS)
     assert found.weights[2] > 0.5 > max(abs(w) for w in found.weights[:2])
-    assert found.loss < found.start - 0.3 and found.tried <= 40
+    assert found.loss < found.start - 0.3 and found.evaluations <= 40
     merge(found.recipe, tmp_path / "merged")
     merged = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "merged").eval()
     with torch.no_grad():  # the mean over the rows' own means, all of them in one batch of LoraHub's
@@ -114,7 +114,7 @@ def test_lorahub_refuses_what_has_no_weighted_sum(tmp_path):
     rows = Dataset.from_dict({"text": TEXTS, "label": [0, 1, 0, 1]})
     with pytest.raises(FusionError, match="headed1 saves classifier.* whole"):
         lorahub(headed, rows)
-    with pytest.raises(FusionError, match="base is no adapter"):
+    with pytest.raises(FusionError, match="base is not an adapter"):
         lorahub([tmp_path / "base", *headed], rows)
 
 

@@ -143,7 +143,7 @@ def test_uniform_routing_stays_uniform_whatever_the_gates(whitening):
 
 def test_what_does_not_fit_is_named(expert, whitening, tmp_path):
     partial = replace(whitening, mean={}, factor={})
-    with pytest.raises(FusionError, match="knows nothing of model.layers.0.mlp.down_proj"):
+    with pytest.raises(FusionError, match="does not cover model.layers.0.mlp.down_proj"):
         train_gates(expert, ROWS, whitening=partial)
     with pytest.raises(FusionError, match="no linear model.layers.7.nothing"):
         fit_whitening(expert, REFERENCE, modules=["model.layers.7.nothing"])

@@ -184,7 +184,8 @@ def emr(setup: MergingSetup, holdout: Holdout, seed: int) -> Candidate:
 
 def _statistics(setup: MergingSetup, holdout: Holdout, kind: str, seed: int) -> list[dict[str, Statistic]]:
     """What Fisher merging and RegMean need of every fused expert, on rows that it was not trained on."""
-    from hf_fusion.training.measure import measure_fisher, measure_gram
+    from hf_fusion.training.fisher import measure_fisher
+    from hf_fusion.training.gram import measure_gram
 
     if kind == "fisher" and setup.suite.head == "feature-extraction":
         raise NotApplicable("Fisher information needs classified rows, and this suite has embeddings")
@@ -217,7 +218,7 @@ def _readers(measured: Any) -> dict[str, Statistic]:
 @bench_method("RegMean++", "data", stochastic=True)
 def regmean_pp(setup: MergingSetup, holdout: Holdout, seed: int) -> Candidate:
     """RegMean++: layer by layer, with what the merged layers before hand on."""
-    from hf_fusion.training.measure import measure_gram_merged
+    from hf_fusion.training.gram import measure_gram_merged
 
     _check_linear(setup)
     rows = [setup.validation_rows(number) for number in setup.indices(holdout)]

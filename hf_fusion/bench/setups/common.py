@@ -17,7 +17,7 @@ from hf_fusion.bench.rows import Rows, task_rows
 from hf_fusion.bench.scoring import METRICS, Predictions
 from hf_fusion.bench.suite import Suite
 from hf_fusion.bench.systems import CLEAN, FIT, TEST
-from hf_fusion.training.batches import Examples, like_lengths
+from hf_fusion.training.batches import Examples, batch_indices_by_length
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -97,7 +97,7 @@ class TaskSetup:
         """(row indices, inputs with labels) each, rows of similar length together, on the device of the models."""
         return [
             (indices, on_device(read.collate([read.rows[index] for index in indices]), self.device))
-            for indices in like_lengths(read.rows, self.batch_size)
+            for indices in batch_indices_by_length(read.rows, self.batch_size)
         ]
 
 

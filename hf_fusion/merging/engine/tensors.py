@@ -96,7 +96,7 @@ class InMemory:
 
 @dataclass(frozen=True)
 class Statistic:
-    """What was measured of an expert on its own data, for one tensor; see `hf_fusion.training.measure`.
+    """What was measured of an expert on its own data, for one tensor; see `hf_fusion.training.expert_statistics`.
 
     Attributes:
         reader: its diagonal Fisher information, in the tensor's shape; or the Gram matrix of a linear layer's inputs.

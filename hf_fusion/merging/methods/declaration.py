@@ -48,7 +48,7 @@ def merge_method(
         experts: how many it merges: at least, at most (None: any number).
         paper: arXiv number or address.
         statistics: what must have been measured of every expert on its own data, if anything: a folder that its
-            ``parameters: {statistics: FOLDER}`` names (`hf_fusion.training.measure`).
+            ``parameters: {statistics: FOLDER}`` names (`hf_fusion.training.expert_statistics`).
         merges: whole models, or LoRA adapters into one adapter (`hf_fusion.merging.lora`): its function is then of
             a module's factors.
         own: settings that every expert may have beside the parameters.

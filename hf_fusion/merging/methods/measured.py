@@ -1,4 +1,7 @@
-"""Methods that weigh experts by what was measured of them on their own data; see `hf_fusion.training.measure`."""
+"""Data-dependent methods: Fisher-weighted averaging and RegMean, from statistics of each expert on its data.
+
+`hf_fusion.training.fisher` and `hf_fusion.training.gram` compute the statistics.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +76,7 @@ def regmean(
     """W = (Σ w_i G_i)⁻¹ Σ w_i G_i W_i: the closest to all experts on their own inputs (RegMean, arXiv 2212.09849).
 
     G_i = X_iᵀ X_i / N_i of the layer's inputs, W_i as (d_in, d_out). Biases and all else that is no linear layer's
-    weight is averaged by the weights. With Gram matrices of `training.measure.measure_gram_merged` this is RegMean++.
+    weight is averaged by the weights. With Gram matrices of `training.gram.measure_gram_merged` this is RegMean++.
 
     Directions of which no expert's examples say anything stay the average: each input's own energy is counted 1e-6
     times more, with the average as its target.

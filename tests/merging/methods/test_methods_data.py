@@ -20,7 +20,8 @@ from hf_fusion.merging.merge import merge
 from hf_fusion.merging.methods.measured import fisher, regmean
 from hf_fusion.recipe import Recipe, RecipeExpert
 from hf_fusion.training.batches import Examples
-from hf_fusion.training.measure import measure_fisher, measure_gram, measure_gram_merged
+from hf_fusion.training.fisher import measure_fisher
+from hf_fusion.training.gram import measure_gram, measure_gram_merged
 
 ABC = ["a", "b", "c"]
 TOKENIZER = make_tokenizer()
