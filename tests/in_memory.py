@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hf_fusion.merging.engine.tensors import STEEP, InMemory, Tensors, merge_tensors
+from hf_fusion.merging.engine.tensors import CANCELLATION_LIMIT, MemoryReader, Tensors, merge_tensors
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.merging.settings import arguments_at, check_setting
 from hf_fusion.schema import Place
@@ -42,7 +42,7 @@ def merged(
             check_setting(known[key], number, Place(method, key))
             settings[key] = number
     arguments = arguments_at(known, [shared], [[settings] for settings in own], name, 0.0)
-    tensors = Tensors(name, None if base is None else InMemory(base), list(map(InMemory, experts)), seed)
+    tensors = Tensors(name, None if base is None else MemoryReader(base), list(map(MemoryReader, experts)), seed)
     with torch.inference_mode():
         pieces = [
             (start, values.clone()) for start, values in merge_tensors(tensors, row.function(tensors, **arguments))
@@ -57,10 +57,10 @@ def close(got: torch.Tensor, wanted: torch.Tensor, inputs: Sequence[torch.Tensor
     """Equal but for what float32 rounds off in a sum of n inputs, each times a number.
 
     Every number, every product and every sum is rounded by half an ε of itself: n + 1 times of any input on its way,
-    and the numbers' magnitudes add up to STEEP at most where sums are made in float32.
+    and the numbers' magnitudes add up to CANCELLATION_LIMIT at most where sums are made in float32.
     """
     size = max(float(x.double().abs().max()) for x in [wanted, *inputs])
-    bound = (len(inputs) + 1) * HALF_EPS * STEEP * size
+    bound = (len(inputs) + 1) * HALF_EPS * CANCELLATION_LIMIT * size
     torch.testing.assert_close(got.double(), wanted.double(), rtol=0, atol=bound)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.merging.engine.sources import Model
+from hf_fusion.merging.engine.open_models import Model
 from hf_fusion.merging.layers import sliced_config
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from hf_fusion.merging.engine.sources import depths
-from hf_fusion.merging.engine.stream import not_finite
-from hf_fusion.merging.engine.tensors import InMemory, Statistic, Tensors, WholeModel, merge_tensors
+from hf_fusion.merging.engine.open_models import layer_depths
+from hf_fusion.merging.engine.stream import not_finite_error
+from hf_fusion.merging.engine.tensors import MemoryReader, Statistic, Tensors, WholeModel, merge_tensors
 from hf_fusion.merging.methods import method_named
 from hf_fusion.merging.settings import arguments_at, check_settings
 from hf_fusion.schema import Place
@@ -56,20 +56,20 @@ def merge_states(
     floats = [name for name, tensor in first.items() if tensor.is_floating_point()]
 
     def opened(name: str) -> Tensors:
-        readers = [InMemory(expert[name].cpu()) for expert in experts]
+        readers = [MemoryReader(expert[name].cpu()) for expert in experts]
         measured = [each.get(name) for each in statistics]
-        return Tensors(name, None if start is None else InMemory(start[name].cpu()), readers, seed, whole, measured)
+        return Tensors(name, None if start is None else MemoryReader(start[name].cpu()), readers, seed, whole, measured)
 
     whole = WholeModel(lambda: [opened(name) for name in floats])
     merged = {name: tensor.clone() for name, tensor in first.items() if not tensor.is_floating_point()}
-    for name, depth in depths(dict.fromkeys(floats)).items():
+    for name, depth in layer_depths(dict.fromkeys(floats)).items():
         tensors = opened(name)
         arguments = arguments_at(row.parameters, [parameters], settings, name, depth)
         values = torch.empty(tensors.numel)
         for begin, part in merge_tensors(tensors, row.function(tensors, **arguments)):
             values[begin : begin + len(part)] = part
         if not bool(values.isfinite().all()):
-            raise not_finite(tensors)
+            raise not_finite_error(tensors)
         merged[name] = values.view(tensors.shape)
     return merged
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
-    from hf_fusion.merging.engine.sources import Model
+    from hf_fusion.merging.engine.open_models import Model
 
 Config = Mapping[str, Any]
 

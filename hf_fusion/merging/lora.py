@@ -31,8 +31,8 @@ from hf_fusion.hub.selection import pick_modules, pick_small, safe_files
 from hf_fusion.hub.source import Source
 from hf_fusion.io.files import own_file, read_file
 from hf_fusion.io.folders import refuse_to_replace, replace_folder
-from hf_fusion.merging.engine.output import disk_full_named
-from hf_fusion.merging.engine.sources import depths
+from hf_fusion.merging.engine.open_models import layer_depths
+from hf_fusion.merging.engine.output import explain_disk_errors
 from hf_fusion.merging.merge_report import MergeReport
 from hf_fusion.merging.methods.linear import shares
 from hf_fusion.merging.methods.lora import Factors, lora
@@ -215,7 +215,7 @@ def _factors(recipe: Recipe, opened: Sequence[_Opened]) -> dict[str, Factors]:
     paths = list(dict.fromkeys(path for o in opened for path in o.tensors.lora))
     own = [[expert.settings] for expert in recipe.experts]
     merged = {}
-    for name, depth in depths({f"{path}.weight": None for path in paths}).items():
+    for name, depth in layer_depths({f"{path}.weight": None for path in paths}).items():
         path = name.removesuffix(".weight")
         pairs = [o.tensors.lora.get(path) for o in opened]
         sizes = {o.name: [p[1].shape[0], p[0].shape[1]] for o, p in zip(opened, pairs, strict=True) if p}
@@ -231,7 +231,7 @@ def _saved(recipe: Recipe, opened: Sequence[_Opened]) -> dict[str, torch.Tensor]
     names = dict.fromkeys(name for o in opened for name in o.tensors.saved)
     own = [[expert.settings] for expert in recipe.experts]
     found = {}
-    for name, depth in depths(names).items():
+    for name, depth in layer_depths(names).items():
         tensors = [o.tensors.saved.get(name) for o in opened]
         beneath = [name.removesuffix(".weight") in o.tensors.lora for o in opened]
         if None in tensors and all(under or own is None for under, own in zip(beneath, tensors, strict=True)):
@@ -283,11 +283,11 @@ def _write(
     if broken:
         raise FusionError(f"{broken} becomes NaN or Inf by this merge", "choose smaller weights, or dtype: float32")
     place = folder.with_name(f".{folder.name}-{uuid4().hex[:8]}")
-    with disk_full_named(folder):
+    with explain_disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         place.mkdir()
     try:
-        with disk_full_named(folder.parent):
+        with explain_disk_errors(folder.parent):
             first = opened[0].source
             for file in pick_small(first, code=False):
                 if (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.names import loaded_names, promised
-from hf_fusion.merging.engine.sources import Model, align
+from hf_fusion.merging.engine.open_models import Model, match_names
 
 
 def matched(first: Model, other: Model) -> dict[str, str]:
@@ -20,13 +20,13 @@ def matched(first: Model, other: Model) -> dict[str, str]:
     Returns:
         Name in the first -> name in the other, of those that agree.
     """
-    found = align(first.entries, other.entries)
+    found = match_names(first.entries, other.entries)
     if len(found) in (len(first.entries), len(other.entries)):
         return found
     sides = [_by_loaded_name(model) for model in (first, other)]
     if not all(sides):
         return found
-    more = {sides[0][name]: sides[1][own] for name, own in align(*sides).items()}
+    more = {sides[0][name]: sides[1][own] for name, own in match_names(*sides).items()}
     return more if len(more) > len(found) else found
 
 

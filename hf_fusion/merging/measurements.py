@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from hf_fusion.errors import FusionError
 from hf_fusion.io.json_files import read_json
-from hf_fusion.merging.engine.checkpoint import Entry, Files, read_header
-from hf_fusion.merging.engine.sources import Model, align
-from hf_fusion.merging.engine.tensors import Statistic, Stored
+from hf_fusion.merging.engine.checkpoint import OpenFiles, TensorEntry, read_header
+from hf_fusion.merging.engine.open_models import Model, match_names
+from hf_fusion.merging.engine.tensors import FileReader, Statistic
 from hf_fusion.merging.recipe_checks import STATISTICS
 
 if TYPE_CHECKING:
@@ -33,16 +33,16 @@ class Measured:
         digest: changes with the file.
     """
 
-    entries: Mapping[str, tuple[Entry, int]]
+    entries: Mapping[str, tuple[TensorEntry, int]]
     norm: float
     digest: str
 
-    def of(self, name: str, files: Files) -> Statistic | None:
+    def of(self, name: str, files: OpenFiles) -> Statistic | None:
         """What was measured of one tensor."""
         if name not in self.entries:
             return None
         entry, axis = self.entries[name]
-        return Statistic(Stored(entry, files), axis, self.norm)
+        return Statistic(FileReader(entry, files), axis, self.norm)
 
 
 def statistics_of(recipe: Recipe, kind: str, experts: Sequence[Model]) -> list[Measured]:
@@ -68,7 +68,7 @@ def statistics_of(recipe: Recipe, kind: str, experts: Sequence[Model]) -> list[M
                 f"hf_fusion.measure_{kind}(expert, rows).save(FOLDER), then parameters: {{statistics: FOLDER}}",
             )
         measured = open_statistics(folder, kind)
-        entries = {own: measured.entries[known] for own, known in align(model.entries, measured.entries).items()}
+        entries = {own: measured.entries[known] for own, known in match_names(model.entries, measured.entries).items()}
         if not entries:
             raise FusionError(f"{folder} was measured of another model than {expert.model}: no tensor is in both")
         found.append(Measured(entries, measured.norm, measured.digest))

@@ -18,10 +18,17 @@ from hf_fusion.hub.lora import weights_of
 from hf_fusion.io.folders import refuse_to_replace, replace_folder
 from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.engine.checkpoint import read_checkpoint
-from hf_fusion.merging.engine.output import SHARD_BYTES, disk_full_named, output_folder, place_of, staging, write_index
+from hf_fusion.merging.engine.open_models import Model, open_models
+from hf_fusion.merging.engine.output import (
+    SHARD_BYTES,
+    explain_disk_errors,
+    output_folder,
+    staging,
+    staging_path,
+    write_index,
+)
 from hf_fusion.merging.engine.processes import Processes
-from hf_fusion.merging.engine.sources import Model, open_models
-from hf_fusion.merging.engine.stream import device_of, digest_of, write_tensors
+from hf_fusion.merging.engine.stream import compute_digest, parse_device, write_tensors
 from hf_fusion.merging.lora import merge_adapters
 from hf_fusion.merging.merge_report import MergeReport
 from hf_fusion.merging.methods import method_named
@@ -77,9 +84,9 @@ def merge(
         FusionError: naming what cannot be merged, and what to do.
     """
     folder = output_folder(folder)
-    processes, device = Processes(), device_of(device)
+    processes, device = Processes(), parse_device(device)
     if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", processes.local % torch.cuda.device_count())
+        device = torch.device("cuda", processes.local_rank % torch.cuda.device_count())
     if method_named(recipe.method).merges == "adapters":
         if processes.count > 1:
             raise FusionError(f"{recipe.method} is the work of one process", "run it without accelerate launch")
@@ -99,11 +106,11 @@ def merge(
     began = time.perf_counter()
     try:
         with ExitStack() as staged:
-            place = place_of(folder)
+            place = staging_path(folder)
             with processes.step():
                 if processes.is_main:
-                    digest = digest_of(
-                        planned.targets, shard_bytes, planned.recipe.to_dict(), stamps(planned), device.type
+                    digest = compute_digest(
+                        planned.targets, shard_bytes, planned.recipe.to_dict(), file_stamps(planned), device.type
                     )
                     staged.enter_context(staging(folder, digest, total))
             with processes.step():
@@ -111,13 +118,13 @@ def merge(
                     planned.targets,
                     place,
                     planned.files,
-                    threads=threads or max(1, cores() // processes.here),
+                    threads=threads or max(1, cores() // processes.local_count),
                     shard_bytes=shard_bytes,
-                    process=(processes.number, processes.count),
+                    process=(processes.rank, processes.count),
                     device=device,
                     progress=told,
                 )
-            with processes.step(), disk_full_named(folder.parent):
+            with processes.step(), explain_disk_errors(folder.parent):
                 if processes.is_main:
                     write_index(place, shards)
                     write_small(planned, place)
@@ -168,7 +175,7 @@ def plan_merge(recipe: Recipe, api: HfApi | None = None) -> Plan:
 
 def refuse_inputs(planned: Plan, folder: Path) -> None:
     """The output, and what is written beside it, must not be one of the inputs, nor lie in one, nor hold one."""
-    written = (folder, place_of(folder))
+    written = (folder, staging_path(folder))
     for own in {file.parent.resolve() for file in input_files(planned)}:
         if any(own == place or place in own.parents for place in written) or own in folder.parents:
             raise FusionError(f"the output {folder} overlaps the input {own}", "choose another --output")
@@ -181,7 +188,7 @@ def input_files(planned: Plan) -> set[Path]:
     return {file for file in adapters if file} | {entry.file for model in models for entry in model.entries.values()}
 
 
-def stamps(planned: Plan) -> list[tuple[str, int, int]]:
+def file_stamps(planned: Plan) -> list[tuple[str, int, int]]:
     """By what is seen that inputs are not those of an earlier run: the sizes and times of their files."""
     stats = [(str(file), file.stat()) for file in sorted(input_files(planned))]
     return [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]

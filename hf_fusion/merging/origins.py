@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
-from hf_fusion.merging.engine.sources import LAYER, Model, depths, is_before_layers, layer_of
+from hf_fusion.merging.engine.open_models import LAYER, Model, is_before_layers, layer_depths, layer_index
 from hf_fusion.merging.recipe_checks import MISMATCHES
 
 if TYPE_CHECKING:
@@ -137,15 +137,15 @@ def mismatches_of(
             is_longer = has_rows(left, right)
             if left != right and not (aligned and is_longer):
                 # within layers, rows of one tensor are columns of another
-                options = MISMATCHES if is_longer and layer_of(own) is None else MISMATCHES[:2]
+                options = MISMATCHES if is_longer and layer_index(own) is None else MISMATCHES[:2]
                 note(origin.name, expert, f"{list(right)} against {list(left)}", options)
             elif expert.entries[part.name].is_float != model.entries[own].is_float:
                 types = f"{expert.entries[part.name].dtype} against {model.entries[own].dtype}"
                 note(origin.name, expert, types, MISMATCHES[:2])
     for expert, known in zip(experts, used, strict=True):
-        layers = {layer_of(name) for name in known} - {None}
+        layers = {layer_index(name) for name in known} - {None}
         for name in expert.entries:
-            if name not in known and (not sliced or layer_of(name) in layers):
+            if name not in known and (not sliced or layer_index(name) in layers):
                 note(name, expert, "extra", MISMATCHES[:2])
     return list(found.values())
 
@@ -181,7 +181,7 @@ def origins_of(
         yield from _sliced(recipe, base, experts, names)
         return
     first = base or experts[0]
-    for name, depth in depths(first.entries).items():
+    for name, depth in layer_depths(first.entries).items():
         parts = tuple(
             Part(i, known.get(name), (expert.settings,))
             for i, (known, expert) in enumerate(zip(names, recipe.experts, strict=True))

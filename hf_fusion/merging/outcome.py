@@ -16,16 +16,16 @@ from hf_fusion.hub.headers import Shapes, TensorAccount, account_as
 from hf_fusion.hub.heads import architectures, head_of_architecture, label_names
 from hf_fusion.hub.names import promised
 from hf_fusion.io.json_files import read_json
-from hf_fusion.merging.engine.checkpoint import Entry
-from hf_fusion.merging.engine.output import Spec
-from hf_fusion.merging.engine.sources import Model
+from hf_fusion.merging.engine.checkpoint import TensorEntry
+from hf_fusion.merging.engine.open_models import Model
+from hf_fusion.merging.engine.output import TensorSpec
 
 Config = dict[str, Any]
 MERGED = "the merged model"
 _TOLD = 5  # tensors that an error names
 
 
-def shapes_of(tensors: Iterable[Entry | Spec]) -> Shapes:
+def shapes_of(tensors: Iterable[TensorEntry | TensorSpec]) -> Shapes:
     """Sizes by name; modules of sentence-transformers, in folders beside the model, are not among them."""
     return {tensor.name: tensor.shape for tensor in tensors if "/" not in tensor.name}
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_fusion.merging.configs import merged_config
-from hf_fusion.merging.engine.checkpoint import DTYPES, FLOATS, Files
-from hf_fusion.merging.engine.output import Spec
-from hf_fusion.merging.engine.sources import Model, layer_of
+from hf_fusion.merging.engine.checkpoint import DTYPES, FLOATS, OpenFiles
+from hf_fusion.merging.engine.open_models import Model, layer_index
+from hf_fusion.merging.engine.output import TensorSpec
 from hf_fusion.merging.engine.stream import Target
 from hf_fusion.merging.engine.tensors import Combination, Reader, Tensors, WholeModel
 from hf_fusion.merging.matching import Share, matched, refuse_strangers, shares_of
@@ -60,7 +60,7 @@ class Plan:
     base: Model | None
     experts: list[Model]
     targets: list[Target]
-    files: Files
+    files: OpenFiles
     dropped: list[Mismatch]
     config: dict[str, Any]
     vocabulary: Vocabulary | None = None
@@ -86,7 +86,7 @@ class Plan:
         return [*map(str, self.partly), *self.notes, *([why] if self.unchecked else [])]
 
     @property
-    def specs(self) -> list[Spec]:
+    def specs(self) -> list[TensorSpec]:
         """Names, types and sizes of the merged tensors."""
         return [target.spec for target in self.targets]
 
@@ -115,7 +115,7 @@ def plan(recipe: Recipe, base: Model | None, experts: Sequence[Model], vocabular
         MismatchError: the models' tensors do not match, and the recipe does not say what to do about it.
     """
     method = method_named(recipe.method)
-    files = Files()
+    files = OpenFiles()
     first = base or experts[0]
     names = [matched(first, expert) for expert in experts]
     origins = list(origins_of(recipe, base, experts, names))
@@ -149,7 +149,7 @@ class _Context:
     base: Model | None
     experts: list[Model]
     names: Sequence[Mapping[str, str]]
-    files: Files
+    files: OpenFiles
     vocabulary: Vocabulary | None
     statistics: Sequence[Measured]
     whole: WholeModel
@@ -183,7 +183,7 @@ def _fitting(
             unfit = True
             continue
         theirs = experts[part.expert].shape(part.name)
-        resized = is_aligned(first, own) or (mismatch == "resize" and layer_of(own) is None)
+        resized = is_aligned(first, own) or (mismatch == "resize" and layer_index(own) is None)
         if theirs == shape or (resized and has_rows(theirs, shape)):
             parts.append(part)
         else:
@@ -216,7 +216,7 @@ def _target(origin: Origin, parts: tuple[Part, ...], context: _Context) -> Targe
     entry, shape = first.entries[own], first.shape(own)
     is_aligned, seed = vocabulary is not None and vocabulary.covers(first, own), recipe.parameters.get("seed", 0)
     size = (vocabulary.rows, *shape[1:]) if vocabulary is not None and is_aligned else shape
-    spec = Spec(origin.name, stored_as(recipe.dtype, entry.dtype), size, first.module_of(own))
+    spec = TensorSpec(origin.name, stored_as(recipe.dtype, entry.dtype), size, first.module_of(own))
     described = vocabulary.digest if vocabulary is not None and is_aligned else None
     if not parts:
         return _kept(spec, origin, context, described)
@@ -229,7 +229,7 @@ def _target(origin: Origin, parts: tuple[Part, ...], context: _Context) -> Targe
         readers: list[Reader] = []
         for part in parts:
             theirs = context.reader(origin, experts[part.expert], str(part.name))
-            readers.append(theirs if theirs.shape == size else Resized(theirs, reader))
+            readers.append(theirs if theirs.shape == size else ResizedReader(theirs, reader))
         measured = [context.statistics[p.expert].of(str(p.name), context.files) for p in parts if context.statistics]
         base = reader if context.base else None
         return Tensors(origin.name, base, readers, seed, context.whole, statistics=measured)
@@ -240,24 +240,24 @@ def _target(origin: Origin, parts: tuple[Part, ...], context: _Context) -> Targe
 
     inputs = [first.name, own, *((experts[part.expert].name, part.name) for part in parts)]
     inputs += [context.statistics[part.expert].digest for part in parts if context.statistics]
-    return Target(spec, make, inputs=opened, described=[recipe.method, arguments, seed, inputs, described])
+    return Target(spec, make, inputs=opened, identity=[recipe.method, arguments, seed, inputs, described])
 
 
-def _kept(spec: Spec, origin: Origin, context: _Context, described: str | None) -> Target:
+def _kept(spec: TensorSpec, origin: Origin, context: _Context, described: str | None) -> Target:
     """A tensor as its first model has it, in the merged model's type."""
     first, own = origin.first
     entry = first.entries[own]
     if not described and first.adapter is None and (not entry.is_float or entry.dtype == spec.dtype):
         spec = replace(spec, dtype=entry.dtype)
-        return Target(spec, copied=entry, described=[first.name, own])
+        return Target(spec, copied=entry, identity=[first.name, own])
 
     def make() -> tuple[Tensors, Any]:
         return Tensors(spec.name, None, [context.reader(origin, first, own)]), Combination(0.0, [1.0])
 
-    return Target(spec, make, described=[first.name, own, described])
+    return Target(spec, make, identity=[first.name, own, described])
 
 
-class Resized:
+class ResizedReader:
     """A tensor with the rows of another model: those it lacks are the other's, those beyond are left out."""
 
     def __init__(self, own: Reader, first: Reader) -> None:

@@ -18,7 +18,7 @@ from hf_fusion.merging.tokenizers.chat_templates import with_template
 from hf_fusion.merging.tokenizers.vocabulary import is_tokenizer_file
 
 if TYPE_CHECKING:
-    from hf_fusion.merging.engine.sources import Model
+    from hf_fusion.merging.engine.open_models import Model
     from hf_fusion.merging.plan import Plan
 
 logger = logging.getLogger(__name__)

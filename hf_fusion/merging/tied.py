@@ -17,17 +17,17 @@ import torch
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.heads import architectures
 from hf_fusion.hub.names import loaded_names, promised
-from hf_fusion.merging.engine.checkpoint import Entry, Files
+from hf_fusion.merging.engine.checkpoint import OpenFiles, TensorEntry
 
 if TYPE_CHECKING:
-    from hf_fusion.merging.engine.sources import Model
+    from hf_fusion.merging.engine.open_models import Model
     from hf_fusion.recipe import Recipe
     from hf_fusion.types import Adapter
 
 _COMPARED = 1 << 22  # bytes at a time
 
 
-def tied_pairs(config: Mapping[str, Any], name: str, entries: Mapping[str, Entry]) -> dict[str, str]:
+def tied_pairs(config: Mapping[str, Any], name: str, entries: Mapping[str, TensorEntry]) -> dict[str, str]:
     """What a model ties: name of a tensor -> the stored tensor that it is tied to, by their names in its files.
 
     Args:
@@ -51,7 +51,7 @@ def tied_pairs(config: Mapping[str, Any], name: str, entries: Mapping[str, Entry
     return pairs
 
 
-def tied_entries(model: Model) -> dict[str, Entry]:
+def tied_entries(model: Model) -> dict[str, TensorEntry]:
     """What a model ties and does not store, as further tensors at the place of those that it stores."""
     pairs = tied_pairs(model.config, model.name, model.entries)
     return {
@@ -61,7 +61,7 @@ def tied_entries(model: Model) -> dict[str, Entry]:
     }
 
 
-def without_copies(model: Model, added: Mapping[str, Entry]) -> Model:
+def without_copies(model: Model, added: Mapping[str, TensorEntry]) -> Model:
     """An adapter's model, without the tied tensors that were `added` to its base where it leaves them tied."""
     adapter, pairs = model.adapter, tied_pairs(model.config, model.name, model.entries)
     if adapter is None or not all(target in model.entries for target in added):
@@ -174,7 +174,7 @@ def _stores_copies(model: Model, pairs: Mapping[str, str]) -> bool:
     """Whether all that a model stores of what it ties is a copy of what it is tied to."""
     if not pairs or (model.adapter and any(not _is_same(model.adapter, *pair) for pair in pairs.items())):
         return False
-    files = Files()
+    files = OpenFiles()
     try:
         return all(
             _are_equal(model.entries[target], model.entries[source], files)
@@ -185,7 +185,7 @@ def _stores_copies(model: Model, pairs: Mapping[str, str]) -> bool:
         files.close()
 
 
-def _are_equal(one: Entry, other: Entry, files: Files) -> bool:
+def _are_equal(one: TensorEntry, other: TensorEntry, files: OpenFiles) -> bool:
     """Whether two stored tensors are the same, byte for byte."""
     if (one.file, one.start) == (other.file, other.start):
         return True

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.load import load_experts
-from hf_fusion.merging.engine.tensors import possible
+from hf_fusion.merging.engine.tensors import clamp_variance
 from hf_fusion.models.build_wemoe import AlignedExperts, align_experts
 from hf_fusion.models.heads_wemoe import activate_heads, fill_heads, install_heads, with_one_head
 from hf_fusion.models.routing_wemoe import by_unit, index_of
@@ -147,7 +147,7 @@ class CoefficientMerge(nn.Module):
         rows = coefficients.expand(len(self.tensors), -1)
         vectors = (getattr(self, f"vectors_{index}") for index in range(len(self.tensors)))  # (K, ...) each
         return {
-            name: possible(name, base[name] + torch.tensordot(row.to(taus.dtype), taus, dims=1))
+            name: clamp_variance(name, base[name] + torch.tensordot(row.to(taus.dtype), taus, dims=1))
             for name, row, taus in zip(self.tensors, rows, vectors, strict=True)
         }
 

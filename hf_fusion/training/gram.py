@@ -15,9 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.load import load_experts
 from hf_fusion.hub.lora import linear_sizes
-from hf_fusion.merging.engine.sources import LAYER
-from hf_fusion.merging.engine.tensors import InMemory, Statistic, Tensors, merge_tensors
-from hf_fusion.merging.methods.measured import regmean
+from hf_fusion.merging.engine.open_models import LAYER
+from hf_fusion.merging.engine.tensors import MemoryReader, Statistic, Tensors, merge_tensors
+from hf_fusion.merging.methods.fisher_regmean import regmean
 from hf_fusion.training.batches import Examples
 from hf_fusion.training.expert_statistics import Statistics, evaluating, make_batches, read_parameters, run_with
 from hf_fusion.types import Expert
@@ -130,10 +130,10 @@ def _merge_tensor(
     """Merges one tensor by ``regmean``, with the Gram matrices measured so far."""
     entries = [statistics.lookup.get(name) for statistics in found]
     matrices = [
-        Statistic(InMemory(statistics.tensors[entry[0]]), entry[1]) if entry else None
+        Statistic(MemoryReader(statistics.tensors[entry[0]]), entry[1]) if entry else None
         for statistics, entry in zip(found, entries, strict=True)
     ]
-    tensors = Tensors(name, None, [InMemory(value) for value in values], statistics=matrices)
+    tensors = Tensors(name, None, [MemoryReader(value) for value in values], statistics=matrices)
     with torch.inference_mode():  # as the engine does
         merged = regmean(tensors, weight=weight, off_diagonal=off_diagonal)
         flat = torch.cat([chunk.clone() for _, chunk in merge_tensors(tensors, merged)])

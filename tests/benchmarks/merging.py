@@ -32,8 +32,8 @@ import numpy as np
 import torch
 import yaml
 
-from hf_fusion.merging.engine.checkpoint import Files, read_checkpoint
-from hf_fusion.merging.engine.output import Shard, Spec
+from hf_fusion.merging.engine.checkpoint import OpenFiles, read_checkpoint
+from hf_fusion.merging.engine.output import Shard, TensorSpec
 from hf_fusion.merging.merge import merge
 from hf_fusion.recipe import Recipe, RecipeExpert
 
@@ -179,7 +179,7 @@ def measure(method: str, models: Path, repeat: int) -> dict[str, Any]:
 
 def read_and_write(recipe: Recipe, place: Path) -> float:
     """CPU seconds of reading all inputs and writing as much as the output holds."""
-    began, files = time.process_time(), Files()
+    began, files = time.process_time(), OpenFiles()
     buffer = np.empty(1 << 19, np.uint8)  # a core's cache holds it: 8 MB take seven times as long to write
     names = [*([recipe.base] if recipe.base else []), *(expert.model for expert in recipe.experts)]
     entries = [read_checkpoint(Path(name), name) for name in names]
@@ -188,7 +188,7 @@ def read_and_write(recipe: Recipe, place: Path) -> float:
             for start in range(0, entry.numel, len(buffer) // entry.itemsize):
                 size = min(len(buffer), (entry.numel - start) * entry.itemsize)
                 files.read(entry, start, buffer[:size])
-    specs = [Spec(entry.name, entry.dtype, entry.shape) for entry in entries[0].values()]
+    specs = [TensorSpec(entry.name, entry.dtype, entry.shape) for entry in entries[0].values()]
     with Shard(place / "floor.safetensors", specs) as shard:
         for spec in specs:
             for start in range(0, spec.nbytes, len(buffer)):

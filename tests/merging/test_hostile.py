@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_fusion import FusionError
 from hf_fusion.merging.engine.checkpoint import INDEX, SINGLE, read_header
-from hf_fusion.merging.engine.output import place_of
+from hf_fusion.merging.engine.output import staging_path
 from hf_fusion.merging.merge import merge
 from hf_fusion.merging.recipe_files import load_recipe
 from hf_fusion.recipe import Recipe, RecipeExpert
@@ -46,15 +46,15 @@ CASES = {
     "overlapping": ({"x": X, "y": row("F32", [2], 4)}, b"\0" * 12, None, "y begins at byte 4 .* ends at 8"),
     "the same bytes": ({"x": X, "y": X}, b"\0" * 8, None, "begins at byte 0 .* ends at 8"),
     "a gap": ({"x": X, "y": row("F32", [2], 12)}, b"\0" * 20, None, "y begins at byte 12 .* ends at 8"),
-    "backwards": ({"x": {**X, "data_offsets": [8, 0]}}, b"\0" * 8, None, "x takes -8 bytes"),
+    "backwards": ({"x": {**X, "data_offsets": [8, 0]}}, b"\0" * 8, None, "x has -8 bytes"),
     "below 0": ({"x": {**X, "data_offsets": [-8, 0]}}, b"", None, "x has no two data_offsets"),
     "offsets of floats": ({"x": {**X, "data_offsets": [0.0, 8.0]}}, b"\0" * 8, None, "x has no two data_offsets"),
     "three offsets": ({"x": {**X, "data_offsets": [0, 4, 8]}}, b"\0" * 8, None, "x has no two data_offsets"),
     "no offsets": ({"x": {"dtype": "F32", "shape": [2]}}, b"", None, "x has no two data_offsets"),
     "no row": ({"x": 3}, b"", None, "x has no two data_offsets"),
-    "an unknown type": ({"x": {**X, "dtype": "F31"}}, b"\0" * 8, None, "x is of type 'F31'; known are F64"),
-    "a type that is none": ({"x": {**X, "dtype": ["F32"]}}, b"\0" * 8, None, "x is of type"),
-    "another type": ({"x": {**X, "dtype": "F64"}}, b"\0" * 8, None, r"x takes 8 bytes, F64 \[2\] needs 16"),
+    "an unknown type": ({"x": {**X, "dtype": "F31"}}, b"\0" * 8, None, "x has the dtype 'F31'; supported are F64"),
+    "a type that is none": ({"x": {**X, "dtype": ["F32"]}}, b"\0" * 8, None, "x has the dtype"),
+    "another type": ({"x": {**X, "dtype": "F64"}}, b"\0" * 8, None, r"x has 8 bytes, but F64 \[2\] needs 16"),
     "a negative size": ({"x": {**X, "shape": [-2]}}, b"\0" * 8, None, r"x has the shape \[-2\]"),
     "a size of 2.0": ({"x": {**X, "shape": [2.0]}}, b"\0" * 8, None, r"x has the shape \[2.0\]"),
     "a size of true": ({"x": {**X, "shape": [True, 2]}}, b"\0" * 8, None, r"x has the shape \[True, 2\]"),
@@ -64,10 +64,10 @@ CASES = {
     "0 times 2^96": ({"x": row("F32", [0, 1 << 48, 1 << 48])}, b"", None, "x has the shape"),
     "a size of 5000 digits": ('{"x": {"shape": [%s]}}' % ("9" * 5000), b"", None, "header is not valid"),
     "70 dimensions": ({"x": row("F32", [1] * 70)}, b"\0" * 4, None, "x has the shape"),
-    "a name of control characters": ({"a\x1b[2J\nb": X}, b"\0" * 8, None, r"'a\\x1b\[2J\\nb' is no name"),
-    "half a character": (json.dumps({"\ud800": X}), b"\0" * 8, None, "is no name of a tensor"),
-    "a name without end": ({"n" * 100_000: X}, b"\0" * 8, None, "is no name of a tensor"),
-    "no name": ({"": X}, b"\0" * 8, None, "'' is no name of a tensor"),
+    "a name of control characters": ({"a\x1b[2J\nb": X}, b"\0" * 8, None, r"'a\\x1b\[2J\\nb' is not a valid"),
+    "half a character": (json.dumps({"\ud800": X}), b"\0" * 8, None, "is not a valid tensor name"),
+    "a name without end": ({"n" * 100_000: X}, b"\0" * 8, None, "is not a valid tensor name"),
+    "no name": ({"": X}, b"\0" * 8, None, "'' is not a valid tensor name"),
 }
 
 
@@ -123,7 +123,7 @@ def test_values_beyond_half_precision(folders, tmp_path):
     recipe = recipe_of(folders, scaling=1e6)
     merge(recipe, tmp_path / "wide")
     recipe = Recipe(recipe.method, recipe.experts, recipe.base, recipe.parameters, dtype="float16")
-    refused("embed.weight goes beyond 65504", recipe, tmp_path / "out", tmp_path)
+    refused("embed.weight exceeds 65504", recipe, tmp_path / "out", tmp_path)
 
 
 def test_a_methods_own_refusal(folders, tmp_path):
@@ -386,7 +386,7 @@ def test_an_output_that_overlaps_an_input(out, folders, tmp_path):
 
 def test_an_output_whose_hidden_folder_is_an_input(tmp_path):
     folders = models(tmp_path)
-    hidden = model(place_of(tmp_path / "out"), 5)
+    hidden = model(staging_path(tmp_path / "out"), 5)
     refused("overlaps the input", recipe_of([folders[0], hidden]), tmp_path / "out", tmp_path)
 
 
@@ -409,8 +409,8 @@ def test_outputs_that_no_folder_can_be_put_to(folders, tmp_path):
     for out, reason in (
         ("file", "is a file"),
         ("file/out", "cannot be written"),
-        ("dangling", "is a link to no folder"),
-        ("circle", "is a link to no folder"),
+        ("dangling", "is a broken link"),
+        ("circle", "is a broken link"),
         ("circle/out", "circle"),
         ("pipe", "is a file"),
         ("o" * 255, "cannot be written"),
@@ -475,7 +475,7 @@ def test_what_lies_where_the_lock_should_does_not_lose_its_content(folders, tmp_
     (tmp_path / ".out.lock").symlink_to(precious)
     refused("cannot be written", recipe_of(folders), tmp_path / "out", tmp_path)
     (tmp_path / ".out.lock").unlink()
-    place_of(tmp_path / "out").symlink_to(folders[0])
+    staging_path(tmp_path / "out").symlink_to(folders[0])
     with pytest.raises(FusionError, match="cannot be written"):
         merge(recipe_of(folders), tmp_path / "out")
     assert (folders[0] / SINGLE).exists()

@@ -9,7 +9,7 @@ from tiny import bert, gpt2, llama, t5
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from hf_fusion import FusionError
-from hf_fusion.merging.engine.sources import depths
+from hf_fusion.merging.engine.open_models import layer_depths
 from hf_fusion.merging.merge import merge
 from hf_fusion.merging.recipe_files import load_recipe
 from hf_fusion.recipe import Recipe, RecipeExpert, Slice, SliceSource
@@ -133,9 +133,11 @@ def test_gpt2_is_cut(tmp_path):
 
 
 def test_depths_begin_and_end_with_the_layers():
-    found = depths(["embed.weight", *(f"encoder.layer.{i}.w" for i in range(5)), "decoder.layer.0.w", "norm.weight"])
+    found = layer_depths(
+        ["embed.weight", *(f"encoder.layer.{i}.w" for i in range(5)), "decoder.layer.0.w", "norm.weight"]
+    )
     assert list(found.values()) == [0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 0.0]
-    assert depths(["a.conv_layers.0.w", "a.conv_layers.1.w", "branch.1.w"]) == {
+    assert layer_depths(["a.conv_layers.0.w", "a.conv_layers.1.w", "branch.1.w"]) == {
         "a.conv_layers.0.w": 0.0,
         "a.conv_layers.1.w": 1.0,
         "branch.1.w": 0.0,

@@ -19,7 +19,7 @@ from transformers import (
 
 from hf_fusion import FusionError, Recipe, fuse
 from hf_fusion.cli.app import main
-from hf_fusion.merging.engine.sources import open_models
+from hf_fusion.merging.engine.open_models import open_models
 from hf_fusion.merging.merge import merge, plan_merge
 
 # what an adapter may do to embeddings and head -> whether a tied base stays tied

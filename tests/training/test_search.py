@@ -112,7 +112,7 @@ def test_lorahub_refuses_what_has_no_weighted_sum(tmp_path):
     options = {"r": 2, "target_modules": ["query"], "modules_to_save": ["classifier"], "task_type": "SEQ_CLS"}
     headed = [save_adapter(tmp_path / f"headed{i}", tmp_path / "base", model, i, **options) for i in range(2)]
     rows = Dataset.from_dict({"text": TEXTS, "label": [0, 1, 0, 1]})
-    with pytest.raises(FusionError, match="headed1 saves classifier.* whole"):
+    with pytest.raises(FusionError, match="headed1 saves classifier.* in full"):
         lorahub(headed, rows)
     with pytest.raises(FusionError, match="base is not an adapter"):
         lorahub([tmp_path / "base", *headed], rows)

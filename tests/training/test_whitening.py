@@ -145,7 +145,7 @@ def test_what_does_not_fit_is_named(expert, whitening, tmp_path):
     partial = replace(whitening, mean={}, factor={})
     with pytest.raises(FusionError, match="does not cover model.layers.0.mlp.down_proj"):
         train_gates(expert, ROWS, whitening=partial)
-    with pytest.raises(FusionError, match="no linear model.layers.7.nothing"):
+    with pytest.raises(FusionError, match="no linear layer model.layers.7.nothing"):
         fit_whitening(expert, REFERENCE, modules=["model.layers.7.nothing"])
     gates = average_activation(expert, ROWS, whitening=whitening)
     gates.offsets.popitem()

@@ -20,7 +20,7 @@ from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import LOWER, Holdout
 from hf_fusion.bench.systems import CLEAN, FIT, Candidate, NotApplicable
 from hf_fusion.hub.lora import linear_sizes
-from hf_fusion.merging.engine.tensors import InMemory, Statistic
+from hf_fusion.merging.engine.tensors import MemoryReader, Statistic
 from hf_fusion.merging.in_memory import merge_states
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.models.assembly_wemoe import NoLinearsError, UnchangedLinearsError
@@ -211,8 +211,8 @@ def _examples(setup: MergingSetup) -> int:
 
 
 def _readers(measured: Any) -> dict[str, Statistic]:
-    tensors = {key: InMemory(tensor) for key, tensor in measured.tensors.items()}
-    return {name: Statistic(tensors[key], axis, measured.norm) for name, (key, axis) in measured.places.items()}
+    tensors = {key: MemoryReader(tensor) for key, tensor in measured.tensors.items()}
+    return {name: Statistic(tensors[key], axis, measured.norm) for name, (key, axis) in measured.lookup.items()}
 
 
 @bench_method("RegMean++", "data", stochastic=True)

@@ -24,7 +24,7 @@ from hf_fusion.hub.download import download
 from hf_fusion.hub.load import load_experts
 from hf_fusion.hub.resolve import resolve
 from hf_fusion.hub.selection import pick_small
-from hf_fusion.merging.engine.tensors import possible
+from hf_fusion.merging.engine.tensors import clamp_variance
 from hf_fusion.models.heads_wemoe import activate_heads
 from hf_fusion.training.adamerging import CoefficientMerge
 from hf_fusion.training.batches import Examples, class_logits, image_text_examples, read_examples
@@ -160,7 +160,7 @@ class MergingSetup(TaskSetup, kind="merging"):
         """Puts tensors into the backbone."""
         if self._shown is not state:
             for name, target in self._targets.items():
-                target.copy_(possible(name, state[name]))
+                target.copy_(clamp_variance(name, state[name]))
             self._shown = state
 
     @property

@@ -1,6 +1,6 @@
-"""A checkpoint as what its headers say: every tensor's name, type, shape and place; values are read piece by piece.
+"""Reads safetensors headers: name, dtype, shape and file offset of every tensor; values are read in pieces on demand.
 
-Safetensors come from strangers: everything a header says is checked before any of it is believed.
+Files are untrusted: every field of a header is validated before it is used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hf_fusion.io.files import open_file, own_file
 if TYPE_CHECKING:
     import numpy as np
 
-# safetensors' name of a type -> (torch's, bytes of an element); those of less than a byte are not merged
+# safetensors' name of a dtype -> (torch's name, bytes per element); dtypes of less than a byte are not supported
 DTYPES = {
     "F64": ("float64", 8),
     "F32": ("float32", 4),
@@ -39,23 +39,23 @@ DTYPES = {
 FLOATS = tuple(name for name in DTYPES if name[0] in "FB" and name != "BOOL")
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 MAX_NAME = 500  # characters of a tensor's name
-MAX_NUMEL = 1 << 62  # elements: what 64 bits can count
+MAX_NUMEL = 1 << 62  # elements: fits in a signed 64-bit integer
 MAX_DIMENSIONS = 64  # torch's own limit
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """Where one tensor lies.
+class TensorEntry:
+    """The location of a tensor in a safetensors file.
 
     Attributes:
-        name: as the file calls it.
-        dtype: safetensors' name of its type, a key of `DTYPES`.
-        shape: its sizes.
+        name: its name in the file.
+        dtype: safetensors' name of its dtype, a key of `DTYPES`.
+        shape: of the tensor.
         file: the file that holds it.
         start: offset of its first byte in the file.
-        root: its model's folder, where the file lies in one within it.
+        root: the model's folder, if the file is in a subfolder of it.
     """
 
     name: str
@@ -72,32 +72,32 @@ class Entry:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one element."""
+        """Bytes per element."""
         return DTYPES[self.dtype][1]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all elements."""
+        """Size in bytes."""
         return self.numel * self.itemsize
 
     @property
     def is_float(self) -> bool:
-        """Whether it holds weights, rather than positions or masks."""
+        """Whether its dtype is a floating-point type."""
         return self.dtype in FLOATS
 
 
-class Files:
-    """Open files, by path: each is opened once and read from any thread."""
+class OpenFiles:
+    """Keeps files open by path: each is opened once and can be read from any thread."""
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
         self._lock = threading.Lock()
 
-    def read(self, entry: Entry, start: int, buffer: np.ndarray) -> None:
-        """Elements of a tensor from `start` on, as many as fit in a buffer of bytes.
+    def read(self, entry: TensorEntry, start: int, buffer: np.ndarray) -> None:
+        """Fills a byte buffer with the elements of a tensor from `start` on.
 
         Raises:
-            FusionError: the file ends before, or cannot be read.
+            FusionError: the file is truncated or cannot be read.
         """
         with self._lock:
             if entry.file not in self._open:
@@ -106,12 +106,12 @@ class Files:
         file, offset, view = self._open[entry.file], entry.start + start * entry.itemsize, buffer.data
         while view:
             try:
-                got = os.preadv(file, [view], offset)
+                count = os.preadv(file, [view], offset)
             except OSError as error:
                 raise FusionError(f"{entry.file}: {entry.name} cannot be read ({error.strerror})") from None
-            if not got:
-                raise FusionError(f"{entry.file} ends within {entry.name}", "fetch it again: it is cut off")
-            offset, view = offset + got, view[got:]
+            if not count:
+                raise FusionError(f"{entry.file} ends within {entry.name}", "fetch it again: it is truncated")
+            offset, view = offset + count, view[count:]
 
     def close(self) -> None:
         """Closes all files."""
@@ -120,31 +120,30 @@ class Files:
         self._open.clear()
 
 
-def read_header(file: Path, root: Path | None = None) -> dict[str, Entry]:
-    """What a safetensors file holds, by name, in the order of the file.
+def read_header(file: Path, root: Path | None = None) -> dict[str, TensorEntry]:
+    """Reads the header of a safetensors file: name -> entry, in the order of the data.
 
     Args:
-        file: which.
-        root: its model's folder, where it lies in one within it.
+        file: path.
+        root: the model's folder, if the file is in a subfolder of it.
 
     Raises:
-        FusionError: naming the file and what is wrong with it: a header that is cut off, too long, no JSON or that
-            names a tensor twice; a name that cannot be shown; a type that is not known; sizes that are none; offsets
-            that overlap, leave gaps or do not fit the shape.
+        FusionError: the header is truncated, too long, not JSON, or names a tensor twice; a name is not printable; a
+            dtype is unknown; a shape is invalid; or offsets overlap, leave gaps or do not match the shape.
     """
     try:
         with open_file(file, root) as stream:
             size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > size - 8:
-                raise _broken(file, f"its header of {length} bytes does not fit into its {size} bytes: it is cut off")
+                raise _broken(file, f"its header of {length} bytes does not fit into its {size} bytes: it is truncated")
             if length > MAX_HEADER:
                 raise _broken(file, f"its header of {length} bytes is longer than {MAX_HEADER}")
             raw = stream.read(length)
     except OSError as error:
         raise FusionError(f"{file} cannot be read ({error.strerror})") from None
     try:
-        header = json.loads(raw.decode(), object_pairs_hook=unique_keys)  # UTF-8 alone, as safetensors reads it
+        header = json.loads(raw.decode(), object_pairs_hook=unique_keys)  # only UTF-8, as in safetensors
     except (ValueError, RecursionError) as error:
         raise _broken(file, f"its header is not valid ({why_not(error)})") from None
     if not isinstance(header, dict):
@@ -154,39 +153,40 @@ def read_header(file: Path, root: Path | None = None) -> dict[str, Entry]:
     end = 0
     for (start, stop), entry in sorted(found, key=lambda pair: pair[0]):
         if start != end:
-            raise _broken(file, f"{entry.name} begins at byte {start} of the data, and what is before ends at {end}")
+            raise _broken(file, f"{entry.name} begins at byte {start} of the data, the tensor before it ends at {end}")
         end = stop
     if 8 + length + end != size:
         raise _broken(file, f"its tensors end at byte {8 + length + end}, the file at {size}")
     return {entry.name: entry for _, entry in sorted(found, key=lambda pair: pair[0])}
 
 
-def read_checkpoint(folder: Path, name: str, root: Path | None = None) -> dict[str, Entry]:
-    """All tensors of a model's folder: of ``model.safetensors``, or of the shards that its index names.
+def read_checkpoint(folder: Path, name: str, root: Path | None = None) -> dict[str, TensorEntry]:
+    """Reads all headers of a model: of ``model.safetensors``, or of the shards in its index.
 
     Args:
-        folder: where the files lie.
-        name: what errors call the model.
-        root: the model's folder, where `folder` is one within it.
+        folder: holds the files.
+        name: of the model, for errors.
+        root: the model's folder, if `folder` is a subfolder of it.
 
     Raises:
-        FusionError: there is neither, one of the files is broken, or the index does not tell what the shards hold.
+        FusionError: there are no safetensors, a file is broken, or the index does not match the shards.
     """
     if own_file(folder / SINGLE, root):
         return read_header(folder / SINGLE, root)
     if not own_file(folder / INDEX, root):
         raise FusionError(f"{name} has no {SINGLE} and no {INDEX}", "only safetensors are merged")
-    places = read_index(folder / INDEX, name)
-    tensors: dict[str, Entry] = {}
-    for shard in sorted(set(places.values())):
+    shard_by_tensor = read_index(folder / INDEX, name)
+    tensors: dict[str, TensorEntry] = {}
+    for shard in sorted(set(shard_by_tensor.values())):
         if not own_file(folder / shard, root):
             raise FusionError(f"{name} lacks {shard}, which its {INDEX} names", "fetch it again")
         for key, entry in read_header(folder / shard, root).items():
-            if places.get(key) == shard:
+            if shard_by_tensor.get(key) == shard:
                 tensors[key] = entry
-    if missing := next((key for key in places if key not in tensors), None):
+    if missing := next((key for key in shard_by_tensor if key not in tensors), None):
         raise FusionError(
-            f"{name}: {shown(missing)} is not in {places[missing]}, where its {INDEX} has it", "fetch it again"
+            f"{name}: {shown(missing)} is not in {shard_by_tensor[missing]}, where its {INDEX} locates it",
+            "fetch it again",
         )
     return tensors
 
@@ -196,27 +196,27 @@ def _broken(file: Path, why: str) -> FusionError:
 
 
 def _span(file: Path, name: str, row: object) -> tuple[int, int]:
-    """A tensor's bytes in the data: first, and behind the last."""
+    """The byte range [start, stop) of a tensor in the data."""
     if not name or not name.isprintable() or len(name) > MAX_NAME:
-        raise _broken(file, f"{shown(name)} is no name of a tensor")
+        raise _broken(file, f"{shown(name)} is not a valid tensor name")
     if not isinstance(row, Mapping) or not _counts(row.get("data_offsets")) or len(row["data_offsets"]) != 2:
         raise _broken(file, f"{name} has no two data_offsets")
     start, stop = row["data_offsets"]
     return start, stop
 
 
-def _entry(file: Path, root: Path | None, name: str, row: Mapping[str, Any], data: int) -> Entry:
+def _entry(file: Path, root: Path | None, name: str, row: Mapping[str, Any], data: int) -> TensorEntry:
     dtype, shape = row.get("dtype"), row.get("shape")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _broken(file, f"{name} is of type {shown(dtype)}; known are {', '.join(DTYPES)}")
-    # sizes beside a 0 count too: such a tensor has no elements, but it has strides
+        raise _broken(file, f"{name} has the dtype {shown(dtype)}; supported are {', '.join(DTYPES)}")
+    # dimensions of 0 count as 1: an empty tensor still has strides
     if not _counts(shape) or len(shape) > MAX_DIMENSIONS or math.prod(max(1, n) for n in shape) > MAX_NUMEL:
         raise _broken(file, f"{name} has the shape {shown(shape)}")
     start, stop = row["data_offsets"]
-    entry = Entry(name, dtype, tuple(shape), file, data + start, root)
+    entry = TensorEntry(name, dtype, tuple(shape), file, data + start, root)
     if stop - start != entry.nbytes:
         raise _broken(
-            file, f"{name} takes {stop - start} bytes, {entry.dtype} {list(entry.shape)} needs {entry.nbytes}"
+            file, f"{name} has {stop - start} bytes, but {entry.dtype} {list(entry.shape)} needs {entry.nbytes}"
         )
     return entry
 

@@ -1,4 +1,4 @@
-"""What a merge will take, before it is made: bytes from the headers, seconds from one tensor merged for a trial."""
+"""Estimates the cost of a merge: bytes from the headers, time from a trial merge of one tensor."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from hf_fusion.merging.engine.stream import Target
 from hf_fusion.merging.engine.tensors import CHUNK, merge_tensors
 from hf_fusion.merging.plan import Plan
 
-_TRIAL = 1 << 22  # elements: enough to be timed, little to wait for
+_TRIAL = 1 << 22  # elements: long enough to time, short enough to wait for
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a merge will take.
+    """The estimated cost of a merge.
 
     Attributes:
         read: bytes of all inputs.
         written: bytes of the merged weights.
-        memory: bytes at its peak, of the whole process.
-        seconds: of the merge, if the disk is as fast as its cache.
+        memory: peak memory of the process, in bytes.
+        seconds: duration, if the inputs are in the page cache.
     """
 
     read: int
@@ -34,20 +34,24 @@ class Estimate:
 
 
 def estimate(plan: Plan, threads: int) -> Estimate:
-    """What a planned merge will take on this machine.
+    """Estimates the cost of a planned merge on this machine.
 
-    One tensor of a middling size is merged and thrown away; the others are taken to cost as much for each element.
+    One tensor of medium size is merged and discarded; other tensors are assumed to take the same time per element.
+
+    Args:
+        plan: of the merge.
+        threads: tensors that are merged in parallel.
     """
-    merged = [target for target in plan.targets if target.make is not None and not target.held]
+    merged = [target for target in plan.targets if target.make is not None and not target.memory]
     models = [*([plan.base] if plan.base else []), *plan.experts]
     read = sum(entry.nbytes for model in models for entry in model.entries.values())
     inputs = len(models)
-    if plan.method.needs == "whole":  # all inputs of one tensor at once, and about as much to work with
+    if plan.method.needs == "whole":  # all inputs of a tensor, and as much working memory
         widest = sorted((_numel(target) for target in merged), reverse=True)[:threads]
         working = 4 * (2 * inputs + 2) * sum(widest)
     else:
         working = 4 * CHUNK * (4 * inputs + 8) * threads
-    working += max((target.held for target in plan.targets), default=0)
+    working += max((target.memory for target in plan.targets), default=0)
     seconds = 0.0
     if merged:
         trial = min(merged, key=lambda target: abs(_numel(target) - _TRIAL))
@@ -72,6 +76,6 @@ def _numel(target: Target) -> int:
 
 
 def _resident() -> int:
-    """Bytes of memory that this process has had at its peak: what is imported, so far."""
+    """Peak resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,4 +1,4 @@
-"""Work divided over the processes that `accelerate launch` starts: what fails on one of them fails on all."""
+"""Distributes a merge over the processes of `accelerate launch`; an error in one is raised in all."""
 
 from __future__ import annotations
 
@@ -14,91 +14,91 @@ from typing import Any
 
 from hf_fusion.errors import FusionError, one_line
 
-PATIENCE = timedelta(days=7)
-"""How long one process waits for another; the launcher ends all of them when one dies."""
+TIMEOUT = timedelta(days=7)
+"""How long a process waits for another; the launcher ends all of them if one dies."""
 
 
 class Processes:
-    """This process among those that were launched together; alone where none were.
+    """The process group of a launch; a single process without a launcher.
 
     Attributes:
-        number: of this process, from 0.
-        count: how many there are.
-        here: how many of them this machine runs.
-        local: number of this process among those.
+        rank: of this process.
+        count: number of processes.
+        local_count: number of processes on this machine.
+        local_rank: rank of this process among those.
     """
 
     def __init__(self) -> None:
-        self.number, self.count, self.here, self.local = 0, 1, 1, 0
-        # torchrun's words, by which accelerate too knows that it was launched
+        self.rank, self.count, self.local_count, self.local_rank = 0, 1, 1, 0
+        # torchrun's variables, by which accelerate detects a launch
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ:
             from accelerate import PartialState
 
-            state = PartialState(cpu=True, timeout=PATIENCE)
-            self.number, self.count = state.process_index, state.num_processes
-            self.here, self.local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), state.local_process_index
+            state = PartialState(cpu=True, timeout=TIMEOUT)
+            self.rank, self.count = state.process_index, state.num_processes
+            self.local_count, self.local_rank = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), state.local_process_index
 
     @property
     def is_main(self) -> bool:
-        """Whether this process does what is done once."""
-        return self.number == 0
+        """Whether this process does the work that must be done once."""
+        return self.rank == 0
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """A step that no process leaves before all have done it.
+        """Within this context all processes do a step; none leaves it before all have finished.
 
         Raises:
-            FusionError: it failed in another process; in the one where it did, the error itself.
+            FusionError: the step failed in another process. In the process where it failed, its error is raised.
         """
         failed = None
         try:
             yield
         except Exception as error:
             failed = error
-        told = [None if failed is None else one_line(getattr(failed, "message", failed))]
+        reasons = [None if failed is None else one_line(getattr(failed, "message", failed))]
         if self.count > 1:
             try:
-                told = self._gather(told)
+                reasons = self._gather(reasons)
             except FusionError:
                 if failed is None:
                     raise
         if failed is not None:
             raise failed
-        for number, reason in enumerate(told):
+        for rank, reason in enumerate(reasons):
             if reason is not None:
-                raise FusionError(f"process {number} of {self.count} failed: {reason}")
+                raise FusionError(f"process {rank} of {self.count} failed: {reason}")
 
     @contextmanager
     def folder(self) -> Iterator[Path]:
-        """A temporary folder (``TMPDIR`` says where) that all processes see, until all are done with it.
+        """A temporary folder (in ``TMPDIR``) that all processes share, removed when all have left the context.
 
         Raises:
-            FusionError: another machine's process does not see it.
+            FusionError: the folder does not exist on another machine.
         """
-        with ExitStack() as held:
+        with ExitStack() as stack:
             with self.step():
-                own = held.enter_context(TemporaryDirectory(prefix="hf-fusion-")) if self.is_main else ""
-            shared = Path(self._gather([own])[0] if self.count > 1 else own)
+                created = stack.enter_context(TemporaryDirectory(prefix="hf-fusion-")) if self.is_main else ""
+            shared = Path(self._gather([created])[0] if self.count > 1 else created)
             with self.step():
                 if not shared.is_dir():
-                    raise FusionError(f"{shared} is not here", "set TMPDIR to a folder that all machines see")
+                    raise FusionError(f"{shared} does not exist here", "set TMPDIR to a folder that all machines share")
                 yield shared
 
-    def _gather(self, own: list[Any]) -> list[Any]:
-        """What every process has to tell, in all of them."""
+    def _gather(self, values: list[Any]) -> list[Any]:
+        """Concatenates the lists of all processes, in all of them."""
         from accelerate.utils import gather_object
 
         try:
-            gathered: list[Any] = gather_object(own)
+            gathered: list[Any] = gather_object(values)
             return gathered
-        except RuntimeError as error:  # torch's word for a connection that is gone
-            reason = f"another of {self.count} processes is gone ({one_line(error)})"
-            raise FusionError(reason, "see what it said; run it again") from None
+        except RuntimeError as error:  # raised by torch for a lost connection
+            reason = f"one of {self.count} processes has ended ({one_line(error)})"
+            raise FusionError(reason, "see its output, then run it again") from None
 
 
 @atexit.register
 def _leave() -> None:
-    """A process that ends while the threads of its group still talk would abort, though its work is done."""
+    """Closes the group: a process that exits while its communication threads run would abort."""
     distributed: Any = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()

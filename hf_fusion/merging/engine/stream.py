@@ -1,4 +1,4 @@
-"""From a plan to a folder: tensor by tensor in threads, a chunk of each in memory, shard by shard on the disk."""
+"""Executes a planned merge: tensors in parallel threads, each in chunks, shard by shard on disk."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from typing import Any
 import torch
 
 from hf_fusion.errors import FusionError, one_line, shown
-from hf_fusion.merging.engine.checkpoint import DTYPES, Entry, Files
-from hf_fusion.merging.engine.output import Shard, Spec, as_bytes, layout
+from hf_fusion.merging.engine.checkpoint import DTYPES, OpenFiles, TensorEntry
+from hf_fusion.merging.engine.output import Shard, TensorSpec, convert_to_bytes, plan_files
 from hf_fusion.merging.engine.tensors import CHUNK, CPU, Tensors, compute_on, merge_tensors, scratch
 
 logger = logging.getLogger(__name__)
 
-NARROW = ("F16", "F8_E4M3", "F8_E5M2")
-"""Types that do not reach as far as the float32 that is merged in."""
+NARROW_DTYPES = ("F16", "F8_E4M3", "F8_E5M2")
+"""Dtypes with a smaller range than float32, in which merges are computed."""
 
 
-def device_of(wanted: str | torch.device) -> torch.device:
-    """A device that is here.
+def parse_device(wanted: str | torch.device) -> torch.device:
+    """An available device.
 
     Raises:
-        FusionError: it is none, or none that computes in float64, or not here.
+        FusionError: it is not a device, does not support float64, or is not available.
     """
     try:
         device = torch.device(wanted)
     except RuntimeError:
-        raise FusionError(f"{shown(wanted)} is no device", "use cpu, cuda or cuda:N") from None
+        raise FusionError(f"{shown(wanted)} is not a device", "use cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
-        raise FusionError(f"{device}: methods need float64, which is only sure on cpu and cuda", "use one of these")
+        raise FusionError(f"{device}: methods need float64, which only cpu and cuda always support", "use one of these")
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     if (device.index or 0) >= count:
-        raise FusionError(f"there is no device {device} here: {count} of its kind are", "use cpu")
+        raise FusionError(f"device {device} is not available: {count} of its type are", "use cpu")
     return device
 
 
@@ -47,62 +47,62 @@ class Target:
     """One tensor of the merged model.
 
     Attributes:
-        spec: its name, type and sizes.
-        make: opens what it is merged from and says how; or None: it is copied.
-        inputs: opens what it is merged from alone.
-        copied: the stored tensor it is a copy of, byte for byte.
-        described: all that decides its values, as plain data, for the digest of the merge.
-        held: bytes of memory that making it takes beside its chunks, where a model is run for it.
+        spec: its name, dtype and shape.
+        make: opens its inputs and calls the method: () -> (inputs, what the method returned); None for a copy.
+        inputs: opens its inputs alone.
+        copied: the stored tensor that is copied byte for byte.
+        identity: everything that determines its values, as plain data, for the digest of the merge.
+        memory: bytes that computing it takes besides its chunks, if it runs a model.
     """
 
-    spec: Spec
+    spec: TensorSpec
     make: Callable[[], tuple[Tensors, Any]] | None = None
     inputs: Callable[[], Tensors] | None = None
-    copied: Entry | None = None
-    described: Any = field(default=None, compare=False)
-    held: int = 0
+    copied: TensorEntry | None = None
+    identity: Any = field(default=None, compare=False)
+    memory: int = 0
 
 
-def digest_of(targets: Iterable[Target], *more: Any) -> str:
-    """One word for everything that decides the bytes of a merge: its tensors, and more plain data."""
-    rows = [(t.spec.name, t.spec.dtype, t.spec.shape, t.described) for t in targets]
+def compute_digest(targets: Iterable[Target], *more: Any) -> str:
+    """SHA-256 of everything that determines the bytes of a merge: its tensors, and more plain data."""
+    rows = [(t.spec.name, t.spec.dtype, t.spec.shape, t.identity) for t in targets]
     return hashlib.sha256(json.dumps([*more, rows], default=str).encode()).hexdigest()
 
 
 def write_tensors(
     targets: Sequence[Target],
     folder: Path,
-    files: Files,
+    files: OpenFiles,
     *,
     threads: int,
     shard_bytes: int,
     process: tuple[int, int] = (0, 1),
     device: torch.device = CPU,
     progress: Callable[[int], None] = lambda done: None,
-) -> list[list[Spec]]:
-    """Writes all shards of a merged model that are not there yet.
+) -> list[list[TensorSpec]]:
+    """Writes the shards of a merged model that do not exist yet.
 
     Args:
         targets: its tensors, in the order of the files.
-        folder: where the shards go; those with their final names are whole and kept.
-        files: what the inputs are read with.
-        threads: tensors that are merged at a time.
-        shard_bytes: most bytes of a file.
-        process: (number, count) of the processes that share the work: each writes every count-th shard.
-        device: where whole matrices are multiplied and decomposed.
-        progress: called with the bytes of each tensor that is done.
+        folder: for the shards; those with their final names are complete and kept.
+        files: reads the inputs.
+        threads: tensors that are merged in parallel.
+        shard_bytes: maximum bytes of a file.
+        process: (rank, count) of the processes that share the work: each writes every count-th shard.
+        device: for products and decompositions of whole matrices.
+        progress: called with the bytes of each finished tensor.
 
     Returns:
-        What the model's shards hold; modules in folders below it have a file each.
+        The tensors of each of the model's shards, without modules in subfolders, which have one file each.
 
     Raises:
         FusionError: an input cannot be read, the disk is full, or a merged tensor is not finite.
     """
     by_name = {target.spec.name: target for target in targets}
-    planned = layout([target.spec for target in targets], shard_bytes)
-    own = planned[process[0] :: process[1]]
+    planned = plan_files([target.spec for target in targets], shard_bytes)
+    assigned = planned[process[0] :: process[1]]
     with ThreadPoolExecutor(threads, initializer=compute_on, initargs=(device,)) as pool:
-        for name, specs in own:
+        for name, specs in assigned:
             file = folder / name
             if file.exists():
                 progress(sum(spec.nbytes for spec in specs))
@@ -112,11 +112,11 @@ def write_tensors(
                 jobs = [pool.submit(_write, by_name[spec.name], shard, files, progress) for spec in largest_first]
                 try:
                     wait(jobs, return_when=FIRST_EXCEPTION)
-                finally:  # no thread may write any more when the file is closed
+                finally:  # no thread may write after the file is closed
                     for job in jobs:
                         job.cancel()
                     wait(jobs)
-                for job in jobs:  # of several that failed, always the first is told
+                for job in jobs:  # if several failed, the first error is raised
                     if not job.cancelled():
                         job.result()
                 shard.finish()
@@ -124,8 +124,8 @@ def write_tensors(
 
 
 @torch.inference_mode()
-def _write(target: Target, shard: Shard, files: Files, progress: Callable[[int], None]) -> None:
-    """Merges one tensor into its place."""
+def _write(target: Target, shard: Shard, files: OpenFiles, progress: Callable[[int], None]) -> None:
+    """Merges one tensor and writes it to its shard."""
     spec = target.spec
     if target.make is None:
         assert target.copied is not None
@@ -133,7 +133,7 @@ def _write(target: Target, shard: Shard, files: Files, progress: Callable[[int],
     else:
         try:
             _merge(target.make, spec, shard)
-        except (ValueError, torch.linalg.LinAlgError) as error:  # a method's word for what it cannot merge
+        except (ValueError, torch.linalg.LinAlgError) as error:  # raised by methods for what they cannot merge
             reason = one_line(error)
             raise FusionError(reason if spec.name in reason else f"{spec.name}: {reason}") from error
         except torch.OutOfMemoryError as error:
@@ -143,28 +143,28 @@ def _write(target: Target, shard: Shard, files: Files, progress: Callable[[int],
     progress(spec.nbytes)
 
 
-def _merge(make: Callable[[], tuple[Tensors, Any]], spec: Spec, shard: Shard) -> None:
+def _merge(make: Callable[[], tuple[Tensors, Any]], spec: TensorSpec, shard: Shard) -> None:
     tensors, merged = make()
-    most = torch.finfo(getattr(torch, DTYPES[spec.dtype][0])).max if spec.dtype in NARROW else None
+    most = torch.finfo(getattr(torch, DTYPES[spec.dtype][0])).max if spec.dtype in NARROW_DTYPES else None
     for start, values in merge_tensors(tensors, merged, spec.dtype):
         if not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):
-            raise not_finite(tensors)
+            raise not_finite_error(tensors)
         if most is not None and max(map(abs, values.aminmax())) > most:
-            raise FusionError(f"{spec.name} goes beyond {most:g}, the most that {spec.dtype} holds", "dtype: bfloat16")
-        shard.write(spec.name, start, as_bytes(values, spec.dtype, scratch("raw", torch.uint8)))
+            raise FusionError(f"{spec.name} exceeds {most:g}, the maximum of {spec.dtype}", "dtype: bfloat16")
+        shard.write(spec.name, start, convert_to_bytes(values, spec.dtype, scratch("raw", torch.uint8)))
 
 
-def _copy(entry: Entry, name: str, shard: Shard, files: Files) -> None:
+def _copy(entry: TensorEntry, name: str, shard: Shard, files: OpenFiles) -> None:
     for start in range(0, entry.numel, CHUNK):
         raw = scratch("raw", torch.uint8)[: min(CHUNK, entry.numel - start) * entry.itemsize].numpy()
         files.read(entry, start, raw)
         shard.write(name, start, raw)
 
 
-def not_finite(tensors: Tensors) -> FusionError:
-    """Which of the inputs holds NaN or Inf; or none of them does."""
-    for number, reader in enumerate([*([tensors.base] if tensors.base else []), *tensors.experts]):
+def not_finite_error(tensors: Tensors) -> FusionError:
+    """The error for a merged tensor with NaN or Inf: names the input that has them, if one does."""
+    for index, reader in enumerate([*([tensors.base] if tensors.base else []), *tensors.experts]):
         if not bool(tensors.whole(reader).isfinite().all()):
-            what = "the base" if tensors.base and not number else f"expert {number + (0 if tensors.base else 1)}"
+            what = "the base" if tensors.base and not index else f"expert {index + (0 if tensors.base else 1)}"
             return FusionError(f"{tensors.name} of {what} has NaN or Inf")
-    return FusionError(f"{tensors.name} becomes NaN or Inf by this merge", "choose smaller weights")
+    return FusionError(f"{tensors.name} becomes NaN or Inf in this merge", "choose smaller weights")

@@ -1,7 +1,8 @@
-"""One tensor of the base and of every expert, as a merging method sees it: in chunks, never whole unless asked for.
+"""The inputs of a merging method: one tensor of the base and of every expert, read in chunks.
 
-A method is a function of `Tensors` and of its own parameters. It may look at the values first (`gram`, `sums`,
-`largest`: each reads them in chunks); then it returns what makes the merged values of a chunk, or the merged tensor:
+A method is a function of `Tensors` and of its parameters. It may first compute statistics of the values (`gram`,
+`sums`, `find_thresholds`: each reads them in chunks); then it returns a function of a chunk that computes the merged
+values, or the merged tensor:
 
     def task_arithmetic(tensors, *, weight, scaling):
         return Combination(1 - scaling * sum(weight), [scaling * w for w in weight])
@@ -21,54 +22,54 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from hf_fusion.merging.engine.checkpoint import DTYPES, Entry, Files
+from hf_fusion.merging.engine.checkpoint import DTYPES, OpenFiles, TensorEntry
 
 CHUNK = 1 << 18
-"""Elements that are worked on at a time: a few chunks in single precision fit into a core's cache."""
+"""Elements per chunk: a few chunks in float32 fit into the cache of a core."""
 
-PIECE = 1 << 11
-"""Elements that a sample takes from one place."""
+SAMPLE_PIECE = 1 << 11
+"""Consecutive elements in each piece of a sample."""
 
-EXACT = 1 << 16
-"""Elements of each input that are in double precision at a time: few inputs of them fit into a core's cache."""
+FLOAT64_BLOCK = 1 << 16
+"""Elements of each input that are converted to float64 at once: those of a few inputs fit into the cache of a core."""
 
-STEEP = 8.0
-"""Numbers whose magnitudes have a larger sum multiply what float32 rounds off: such sums are made in float64."""
+CANCELLATION_LIMIT = 8.0
+"""Weighted sums whose weights have a larger L1 norm amplify float32 rounding errors: they are computed in float64."""
 
-WIDE, LINE, ROWS = 1 << 19, 1 << 12, 8
-"""Where inputs stay in bfloat16: elements that are worked on and that are summed at a time, and most of such inputs."""
+WIDE, LINE, MAX_ROWS = 1 << 19, 1 << 12, 8
+"""For sums of bfloat16 inputs: elements per chunk, elements per line of `embedding_bag`, and maximum inputs."""
 
 CPU = torch.device("cpu")
 
 Merged = Callable[["Chunk"], torch.Tensor]
-"""What makes the merged values (size,) of a chunk, in single precision; called for a tensor's chunks in order."""
+"""Computes the merged values (size,) of a chunk, fp32; called for a tensor's chunks in order."""
 
 
 class Reader(Protocol):
-    """A source of one tensor's values, seen flat."""
+    """Reads the values of one tensor, flattened."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Sizes of the tensor."""
+        """Shape of the tensor."""
 
     def read(self, start: int, out: torch.Tensor) -> None:
         """Fills a flat float32 tensor with the values from `start` on."""
 
 
-class Stored:
-    """A tensor in a file."""
+class FileReader:
+    """Reads a tensor from a safetensors file."""
 
-    def __init__(self, entry: Entry, files: Files) -> None:
+    def __init__(self, entry: TensorEntry, files: OpenFiles) -> None:
         self.entry, self.files, self.shape = entry, files, entry.shape
         self._dtype = getattr(torch, DTYPES[entry.dtype][0])
 
     @property
     def is_bfloat16(self) -> bool:
-        """Whether its values are stored in bfloat16."""
+        """Whether the stored dtype is bfloat16."""
         return self._dtype is torch.bfloat16
 
     def read_stored(self, start: int, out: torch.Tensor) -> None:
-        """Fills a flat tensor of the stored type with the values from `start` on."""
+        """Fills a flat tensor of the stored dtype with the values from `start` on."""
         self.files.read(self.entry, start, out.view(torch.uint8).numpy())
 
     def read(self, start: int, out: torch.Tensor) -> None:
@@ -83,8 +84,8 @@ class Stored:
             out[first : first + CHUNK].copy_(raw.view(self._dtype))
 
 
-class InMemory:
-    """A tensor of a loaded model."""
+class MemoryReader:
+    """Reads a tensor in memory."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.shape, self._flat = tuple(tensor.shape), tensor.detach().reshape(-1)
@@ -96,12 +97,12 @@ class InMemory:
 
 @dataclass(frozen=True)
 class Statistic:
-    """What was measured of an expert on its own data, for one tensor; see `hf_fusion.training.expert_statistics`.
+    """A statistic of an expert on its data, for one tensor; see `hf_fusion.training.expert_statistics`.
 
     Attributes:
         reader: its diagonal Fisher information, in the tensor's shape; or the Gram matrix of a linear layer's inputs.
-        axis: the tensor's dimension that meets a Gram matrix: 1, but for Conv1D.
-        norm: of the Fisher information of all the model's tensors.
+        axis: the tensor's input dimension, which a Gram matrix refers to: 1, or 0 for Conv1D.
+        norm: of the Fisher information of all tensors of the model.
     """
 
     reader: Reader
@@ -110,69 +111,69 @@ class Statistic:
 
 
 class Chunk:
-    """Some consecutive elements of all inputs, in float32; tensors are good until the next chunk.
+    """Consecutive elements of all inputs, in float32; its tensors are valid until the next chunk.
 
     Attributes:
-        start: number of its first element.
-        size: number of its elements.
-        number: 0 for a tensor's first chunk.
+        start: index of its first element.
+        size: number of elements.
+        index: 0 for the first chunk of a tensor; negative for pieces of a sample.
     """
 
-    def __init__(self, tensors: Tensors, number: int, start: int, size: int) -> None:
-        self.tensors, self.number, self.start, self.size = tensors, number, start, size
+    def __init__(self, tensors: Tensors, index: int, start: int, size: int) -> None:
+        self.tensors, self.index, self.start, self.size = tensors, index, start, size
         self._read: dict[int, torch.Tensor] = {}
 
     @property
     def base(self) -> torch.Tensor:
-        """Values of the base."""
-        return self._values(-1, self.tensors.the_base)
+        """Values of the base, (size,)."""
+        return self._values(-1, self.tensors.required_base)
 
     def expert(self, index: int) -> torch.Tensor:
-        """Values of an expert. Whoever writes into them writes into what `delta` starts from."""
+        """Values of an expert, (size,). Read-only: `delta` is computed from them."""
         return self._values(index, self.tensors.experts[index])
 
     def delta(self, index: int) -> torch.Tensor:
-        """The expert's values less the base's, in a tensor that the caller may write into."""
+        """Task vector of an expert, θ_i - θ0, (size,); may be overwritten."""
         return torch.sub(self.expert(index), self.base, out=scratch(f"delta {index}")[: self.size])
 
     def deltas(self) -> torch.Tensor:
-        """All experts' values less the base's, (K, size), made anew in a tensor that the caller may write into."""
+        """Task vectors of all experts, (K, size), computed at each call; may be overwritten."""
         out = stacked("deltas", len(self.tensors), self.size)
-        for own, reader in zip(out, self.tensors.experts, strict=True):
-            reader.read(self.start, own)
+        for row, reader in zip(out, self.tensors.experts, strict=True):
+            reader.read(self.start, row)
         return out.sub_(self.base)
 
-    def exact(self, deltas: bool) -> Iterator[torch.Tensor]:
-        """All experts' values in float64, some elements at a time, in order: for what decides something.
+    def float64_blocks(self, deltas: bool) -> Iterator[torch.Tensor]:
+        """Values of all experts in float64, in blocks of consecutive elements: for decisions that rounding may change.
 
         Args:
-            deltas: less the base's, a difference that float64 holds exactly where float32 would round it.
+            deltas: task vectors, whose differences are exact in float64 but not in float32; else the values.
 
         Yields:
-            (K, n), good until the next, which the caller may write into.
+            (K, n), valid until the next block; may be overwritten.
         """
         rows = [self.expert(index) for index in range(len(self.tensors))]
-        for first in range(0, self.size, EXACT):
-            part = slice(first, min(first + EXACT, self.size))
-            out = stacked("exact", len(rows), part.stop - first, EXACT, torch.float64)
-            for own, row in zip(out, rows, strict=True):
-                own.copy_(row[part])
-            yield out.sub_(self.base[part]) if deltas else out
+        for first in range(0, self.size, FLOAT64_BLOCK):
+            block = slice(first, min(first + FLOAT64_BLOCK, self.size))
+            out = stacked("float64", len(rows), block.stop - first, FLOAT64_BLOCK, torch.float64)
+            for target, row in zip(out, rows, strict=True):
+                target.copy_(row[block])
+            yield out.sub_(self.base[block]) if deltas else out
 
     def statistic(self, index: int) -> torch.Tensor:
-        """What was measured of an expert for these elements, in a tensor that the caller may write into."""
-        measured = self.tensors.statistics[index]
-        if measured is None:
-            raise ValueError(f"of {self.tensors.name} nothing was measured for expert {index + 1}")
-        return self._values(len(self.tensors) + index, measured.reader)
+        """The statistic of an expert for these elements, (size,); may be overwritten."""
+        statistic = self.tensors.statistics[index]
+        if statistic is None:
+            raise ValueError(f"expert {index + 1} has no statistics of {self.tensors.name}")
+        return self._values(len(self.tensors) + index, statistic.reader)
 
     def random(self, dtype: type[np.unsignedinteger[Any]] = np.uint16) -> np.ndarray:
-        """Whole numbers drawn uniformly from all of a type, (K, size); the same for the same seed, tensor and chunk."""
+        """Uniform random integers of `dtype`, (K, size); determined by the seed, the tensor's name and the chunk."""
         name = zlib.crc32(self.tensors.name.encode())
-        number = self.number % (1 << 32)  # a sample's pieces have numbers below 0
+        index = self.index % (1 << 32)  # pieces of a sample have negative indices
         count = len(self.tensors) * self.size
         words = -(-count * np.dtype(dtype).itemsize // 8)
-        drawn = np.random.SFC64([self.tensors.seed, name, number]).random_raw(words)
+        drawn = np.random.SFC64([self.tensors.seed, name, index]).random_raw(words)
         return drawn.view(dtype)[:count].reshape(len(self.tensors), self.size)
 
     def _values(self, index: int, reader: Reader) -> torch.Tensor:
@@ -184,7 +185,7 @@ class Chunk:
 
 
 Values = Callable[[Chunk], torch.Tensor]
-"""One number for every expert and element of a chunk, (K, size), in a tensor that the caller may write into."""
+"""Computes a value for every expert and element of a chunk, (K, size); the result may be overwritten."""
 
 
 class Tensors:
@@ -194,13 +195,13 @@ class Tensors:
         name: of the tensor.
         base: the base's values, or None for methods without a base.
         experts: the experts' values, all of one shape.
-        seed: of what is drawn at random.
-        model: all tensors of the models, for methods that look at more than one.
-        statistics: what was measured of each expert, for methods that need it; None where nothing was.
+        seed: for random draws.
+        model: all tensors of the models, for methods that need more than one.
+        statistics: of each expert, for data-dependent methods; None for an expert without.
 
     Attributes:
-        shape: of each of them.
-        numel: number of their elements.
+        shape: of each input.
+        numel: number of elements of each input.
     """
 
     def __init__(
@@ -219,65 +220,65 @@ class Tensors:
         self.numel = math.prod(self.shape)
 
     def __len__(self) -> int:
-        """How many experts there are."""
+        """Number of experts."""
         return len(self.experts)
 
     @property
-    def the_base(self) -> Reader:
-        """The base's values, where a method cannot do without."""
+    def required_base(self) -> Reader:
+        """The base's values, for methods that need a base."""
         if self.base is None:
             raise ValueError(f"{self.name} has no base")
         return self.base
 
     def chunks(self) -> Iterator[Chunk]:
         """All elements, in order."""
-        for number, start in enumerate(range(0, self.numel, CHUNK)):
-            yield Chunk(self, number, start, min(CHUNK, self.numel - start))
+        for index, start in enumerate(range(0, self.numel, CHUNK)):
+            yield Chunk(self, index, start, min(CHUNK, self.numel - start))
 
     def sample(self) -> Iterator[Chunk]:
-        """Some of them, from many places."""
-        return self.chunks() if self.numel <= CHUNK else _pieces([self])
+        """A sample of the elements, in equally spaced pieces."""
+        return self.chunks() if self.numel <= CHUNK else _sample_pieces([self])
 
     def whole(self, reader: Reader) -> torch.Tensor:
-        """All values of an input, in its shape: for methods that cannot work in pieces."""
+        """All values of an input, in its shape: for methods that cannot work in chunks."""
         values = torch.empty(math.prod(reader.shape))
         reader.read(0, values)
         return values.view(reader.shape)
 
     def whole_deltas(self) -> torch.Tensor:
-        """The experts' values less the base's, all at once: (K, *shape)."""
+        """The task vectors of all experts, (K, *shape)."""
         deltas = torch.empty(len(self), self.numel)
-        base = self.whole(self.the_base).view(-1)
-        for own, reader in zip(deltas, self.experts, strict=True):
-            reader.read(0, own)
-            own.sub_(base)
+        base = self.whole(self.required_base).view(-1)
+        for delta, reader in zip(deltas, self.experts, strict=True):
+            reader.read(0, delta)
+            delta.sub_(base)
         return deltas.view(len(self), *self.shape)
 
     def sums(self, of: Callable[[Chunk], torch.Tensor]) -> torch.Tensor:
-        """The sum over all chunks of what a function makes of each, in float64.
+        """Sums a function of a chunk over all chunks, in float64.
 
-        A function that itself sums many elements does so in float64: see `Chunk.exact` and `magnitudes`.
+        The function should also sum in float64 if it reduces many elements: see `Chunk.float64_blocks`, `magnitudes`.
         """
         return sum((of(chunk).double() for chunk in self.chunks()), start=torch.zeros((), dtype=torch.float64))
 
     def gram(self, deltas: bool = True) -> torch.Tensor:
-        """Products of the experts with each other, (K, K), multiplied and added up in float64.
+        """Inner products of the experts, (K, K), computed in float64.
 
         Args:
-            deltas: of their differences from the base; else of their values.
+            deltas: of their task vectors; else of their values.
         """
         total = torch.zeros(len(self), len(self), dtype=torch.float64)
         for chunk in self.chunks():
-            for part in chunk.exact(deltas):
-                total.addmm_(part, part.mT)
-        return (total + total.mT) / 2  # which of two equal products came first does not count
+            for block in chunk.float64_blocks(deltas):
+                total.addmm_(block, block.mT)
+        return (total + total.mT) / 2  # exactly symmetric
 
 
 class WholeModel:
-    """All tensors that are merged, one after the other, as if they were one.
+    """All merged tensors in sequence, as if they were one.
 
     Args:
-        opened: makes them.
+        opened: opens them.
     """
 
     def __init__(self, opened: Callable[[], Sequence[Tensors]]) -> None:
@@ -286,64 +287,64 @@ class WholeModel:
 
     @cached_property
     def tensors(self) -> list[Tensors]:
-        """One by one."""
+        """The tensors, in order."""
         return list(self._opened())
 
     @property
     def numel(self) -> int:
         """Elements of one expert."""
-        return sum(one.numel for one in self.tensors)
+        return sum(tensors.numel for tensors in self.tensors)
 
     def chunks(self) -> Iterator[Chunk]:
         """All elements, in order."""
-        for one in self.tensors:
-            yield from one.chunks()
+        for tensors in self.tensors:
+            yield from tensors.chunks()
 
     def sample(self) -> Iterator[Chunk]:
-        """Some of them, from many places."""
-        return _pieces(self.tensors)
+        """A sample of the elements, in equally spaced pieces."""
+        return _sample_pieces(self.tensors)
 
-    def once(self, key: Any, make: Callable[[WholeModel], Any]) -> Any:
-        """What a function makes of it, made by the first tensor that asks for it."""
+    def compute_once(self, key: Any, make: Callable[[WholeModel], Any]) -> Any:
+        """The result of `make`, computed at the first call with this key and cached."""
         with self._lock:
             if key not in self._known:
                 self._known[key] = make(self)
             return self._known[key]
 
 
-def _pieces(tensors: Sequence[Tensors]) -> Iterator[Chunk]:
-    """Pieces of tensors at equal distances, as if they were one: few enough to be cheap, enough to tell quantiles.
+def _sample_pieces(tensors: Sequence[Tensors]) -> Iterator[Chunk]:
+    """Equally spaced pieces of tensors, as if they were one: a sample to bracket quantiles with.
 
-    Of N elements whoever looks for one by its rank then keeps a share of about s^-1/2 for each s that were sampled: of
-    all that is read and kept, least at s ~ N^2/3.
+    With a sample of s of N elements, a search for a rank keeps about N s^-1/2 elements; the sum of sampled and kept
+    elements is minimal at s ~ N^2/3.
     """
-    total = sum(one.numel for one in tensors)
-    step = max(PIECE, total * PIECE // max(CHUNK // 4, int((3 * total) ** (2 / 3))))
-    begun = number = 0
-    for one in tensors:
-        for start in range(-begun % step, one.numel, step):
-            number -= 1
-            yield Chunk(one, number, start, min(PIECE, one.numel - start))
-        begun += one.numel
+    total = sum(each.numel for each in tensors)
+    step = max(SAMPLE_PIECE, total * SAMPLE_PIECE // max(CHUNK // 4, int((3 * total) ** (2 / 3))))
+    before = index = 0
+    for each in tensors:
+        for start in range(-before % step, each.numel, step):
+            index -= 1
+            yield Chunk(each, index, start, min(SAMPLE_PIECE, each.numel - start))
+        before += each.numel
 
 
 class Combination:
-    """Merged values that are a sum of the inputs, each times a number of its own."""
+    """A weighted sum of the inputs: base · θ0 + Σ experts_i · θ_i."""
 
     def __init__(self, base: float, experts: Sequence[float]) -> None:
         self.base, self.experts = base, experts
 
     def __call__(self, chunk: Chunk) -> torch.Tensor:
         """The merged values of a chunk, (size,)."""
-        if is_steep(self.base if chunk.tensors.base else 0.0, *self.experts):
-            exact = torch.zeros(chunk.size, dtype=torch.float64)
+        if loses_precision(self.base if chunk.tensors.base else 0.0, *self.experts):
+            wide = torch.zeros(chunk.size, dtype=torch.float64)
             for weight, reader in self._inputs(chunk.tensors):
-                values = scratch("one")[: chunk.size]
+                values = scratch("input")[: chunk.size]
                 reader.read(chunk.start, values)
-                exact.add_(values.double(), alpha=weight)
-            return exact.float()
-        # all inputs pass through one buffer: the core's cache holds it, and would not hold one of each
-        total, values = scratch("total")[: chunk.size], scratch("one")[: chunk.size]
+                wide.add_(values.double(), alpha=weight)
+            return wide.float()
+        # one buffer for all inputs stays in the cache of a core; one per input would not
+        total, values = scratch("total")[: chunk.size], scratch("input")[: chunk.size]
         is_first = True
         for weight, reader in self._inputs(chunk.tensors):
             reader.read(chunk.start, values)
@@ -356,37 +357,41 @@ class Combination:
         return [(weight, reader) for weight, reader in rows if reader is not None and weight]
 
     def in_bfloat16(self, tensors: Tensors) -> Iterator[tuple[int, torch.Tensor]] | None:
-        """(start, bfloat16 values) in order, where all inputs are stored in bfloat16; None where they are not.
+        """(start, bfloat16 values) in order, if all inputs are stored in bfloat16; else None.
 
-        A sum of rows of a table, each times a number, is what `embedding_bag` computes: it reads the rows as they are
-        stored, adds in float32 and rounds once, where `__call__` goes over float32 copies of each. Its numbers are
-        bfloat16, and a float32 number is the sum of three such.
+        `embedding_bag` computes weighted sums of rows of a table: it reads bfloat16 rows, adds in float32 and rounds
+        once, while `__call__` converts every input to float32. Its weights are bfloat16, too; a float32 weight is
+        the sum of three of them.
         """
         inputs = self._inputs(tensors)
-        stored = [(weight, reader) for weight, reader in inputs if isinstance(reader, Stored) and reader.is_bfloat16]
-        heard = any(torch.tensor(weight).bfloat16() for weight, _ in stored)  # or no number is left
-        heard = heard and not is_steep(*(weight for weight, _ in inputs))
-        return self._rows(tensors, stored) if heard and len(stored) == len(inputs) <= ROWS else None
+        stored = [
+            (weight, reader) for weight, reader in inputs if isinstance(reader, FileReader) and reader.is_bfloat16
+        ]
+        nonzero = any(torch.tensor(weight).bfloat16() for weight, _ in stored)  # after rounding
+        is_safe = nonzero and not loses_precision(*(weight for weight, _ in inputs))
+        return self._sum_rows(tensors, stored) if is_safe and len(stored) == len(inputs) <= MAX_ROWS else None
 
     @staticmethod
-    def _rows(tensors: Tensors, inputs: list[tuple[float, Stored]]) -> Iterator[tuple[int, torch.Tensor]]:
+    def _sum_rows(tensors: Tensors, inputs: list[tuple[float, FileReader]]) -> Iterator[tuple[int, torch.Tensor]]:
         count, lines = len(inputs), WIDE // LINE
         rest, parts = torch.tensor([weight for weight, _ in inputs]), []
         for _ in range(3):
             parts.append(rest.bfloat16())
             rest = rest - parts[-1].float()
-        numbers = torch.cat(parts)
-        used = numbers.nonzero()[:, 0]
-        numbers = numbers[used].expand(lines, -1).contiguous()
-        bags = used % count * lines + torch.arange(lines)[:, None]  # (lines, numbers): a line of all inputs is a bag
-        table = scratch("table", torch.bfloat16, ROWS * WIDE)[: count * WIDE]
+        weights = torch.cat(parts)
+        used = weights.nonzero()[:, 0]
+        weights = weights[used].expand(lines, -1).contiguous()
+        bags = used % count * lines + torch.arange(lines)[:, None]  # (lines, weights): the same line of all inputs
+        table = scratch("table", torch.bfloat16, MAX_ROWS * WIDE)[: count * WIDE]
         rows = list(table.view(count, WIDE))
         for start in range(0, tensors.numel, WIDE):
             size = min(WIDE, tensors.numel - start)
             for row, (_, reader) in zip(rows, inputs, strict=True):
                 reader.read_stored(start, row[:size])
-            own = -(-size // LINE)
-            merged = F.embedding_bag(bags[:own], table.view(-1, LINE), mode="sum", per_sample_weights=numbers[:own])
+            used_lines = -(-size // LINE)
+            merged = F.embedding_bag(
+                bags[:used_lines], table.view(-1, LINE), mode="sum", per_sample_weights=weights[:used_lines]
+            )
             yield start, merged.view(-1)[:size]
 
 
@@ -394,53 +399,53 @@ _local = threading.local()
 
 
 def compute_on(device: torch.device) -> None:
-    """From here on this thread's methods multiply and decompose matrices on a device: see `compute_device`."""
+    """Sets the device on which methods in this thread multiply and decompose matrices: see `compute_device`."""
     _local.device = device
 
 
 def compute_device() -> torch.device:
-    """Where a method that multiplies or decomposes whole matrices does it; what it returns is on the CPU.
+    """The device for products and decompositions of whole matrices; methods return CPU tensors.
 
-    Methods that go through chunks are bound by the disk, and stay on the CPU.
+    Methods that work in chunks are limited by the disk and stay on the CPU.
     """
     found: torch.device = _local.__dict__.get("device", CPU)
     return found
 
 
 def scratch(name: str, dtype: torch.dtype = torch.float32, size: int = CHUNK) -> torch.Tensor:
-    """This thread's buffer of that name: a chunk of a type or another size, or the bytes of the widest chunk."""
+    """This thread's buffer `name` of `size` elements; for uint8, room for a chunk of 8-byte elements."""
     buffers: dict[str, torch.Tensor] = _local.__dict__.setdefault("buffers", {})
     if name not in buffers:
-        with torch.inference_mode(False):  # of use in that mode and outside of it
+        with torch.inference_mode(False):  # usable within and outside of that mode
             buffers[name] = torch.empty(size * (8 if dtype is torch.uint8 else 1), dtype=dtype)
     return buffers[name]
 
 
 def stacked(name: str, count: int, size: int, most: int = CHUNK, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """This thread's buffer of that name for that many rows of at most a chunk's size, or of another, (count, size)."""
+    """This thread's buffer `name` for `count` rows of at most `most` elements, as (count, size)."""
     return scratch(f"{name} of {count}", dtype, count * most)[: count * size].view(count, size)
 
 
-def is_steep(*numbers: float) -> bool:
-    """Whether a sum of inputs, each times a number, cancels out more of them than float32 can lose: see `STEEP`."""
-    return sum(map(abs, numbers)) > STEEP
+def loses_precision(*weights: float) -> bool:
+    """Whether a weighted sum may amplify float32 rounding errors: see `CANCELLATION_LIMIT`."""
+    return sum(map(abs, weights)) > CANCELLATION_LIMIT
 
 
 def magnitudes(values: torch.Tensor) -> torch.Tensor:
-    """Sums of the magnitudes of rows, (K, n) float32 -> (K,) float64; what is given is overwritten."""
+    """L1 norms of rows, (K, n) float32 -> (K,) float64; overwrites its argument."""
     return values.abs_().sum(-1, dtype=torch.float64)
 
 
-def possible(name: str, values: torch.Tensor) -> torch.Tensor:
-    """Merged values as they can be: a running variance of batch norm is at least 0, whatever was taken from it."""
+def clamp_variance(name: str, values: torch.Tensor) -> torch.Tensor:
+    """Clamps the running variances of batch norms, which a merge can make negative, to at least 0."""
     return values.clamp(min=0) if name.endswith("running_var") else values
 
 
 def merge_tensors(
     tensors: Tensors, merged: Merged | torch.Tensor, dtype: str = "F32"
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """(start, values) of what a method returned, in order: in float32, or in the type that they go to, `dtype`."""
-    return ((start, possible(tensors.name, values)) for start, values in _merged(tensors, merged, dtype))
+    """(start, values) of what a method returned, in order; in float32, or in the output `dtype`."""
+    return ((start, clamp_variance(tensors.name, values)) for start, values in _merged(tensors, merged, dtype))
 
 
 def _merged(tensors: Tensors, merged: Merged | torch.Tensor, dtype: str) -> Iterator[tuple[int, torch.Tensor]]:

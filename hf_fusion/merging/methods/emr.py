@@ -39,7 +39,7 @@ def emr(
         raise ValueError(f"{tensors.name} has {len(tensors)} experts, and is to be made for number {expert}")
     if not expert:
         return lambda chunk: _elected(chunk).add_(chunk.base)
-    factor = float(tensors.model.once(("emr", rescale), lambda model: _rescalers(model, rescale))[expert - 1])
+    factor = float(tensors.model.compute_once(("emr", rescale), lambda model: _rescalers(model, rescale))[expert - 1])
 
     def merged(chunk: Chunk) -> torch.Tensor:
         elected = _elected(chunk)

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from hf_fusion.merging.engine.tensors import CHUNK, STEEP, Chunk, Combination, Merged, Tensors
+from hf_fusion.merging.engine.tensors import CANCELLATION_LIMIT, CHUNK, Chunk, Combination, Merged, Tensors
 from hf_fusion.merging.mergekit import parameters as mk
 from hf_fusion.merging.methods.declaration import merge_method
 from hf_fusion.schema import Per
@@ -73,7 +73,7 @@ def arcee_fusion(tensors: Tensors) -> torch.Tensor:
     Args:
         tensors: a base and one expert.
     """
-    base, own = tensors.whole(tensors.the_base), tensors.whole(tensors.experts[0])
+    base, own = tensors.whole(tensors.required_base), tensors.whole(tensors.experts[0])
     if not tensors.numel:
         return base
     width = (tensors.shape or (1,))[-1]
@@ -109,7 +109,7 @@ def grams(tensors: Tensors, deltas: bool, per: Per) -> torch.Tensor:
     total = torch.zeros(_groups(tensors, per), count, count, dtype=torch.float64)
     for chunk in tensors.chunks():
         group, first = _group(chunk, per), 0
-        for part in chunk.exact(deltas):
+        for part in chunk.float64_blocks(deltas):
             places = group[first : first + part.shape[1]]
             first += part.shape[1]
             for i in range(count):
@@ -130,7 +130,7 @@ def combination(per: Per, base: torch.Tensor, experts: torch.Tensor) -> Merged:
         return Combination(float(base), experts[:, 0].tolist())
 
     # as in `Combination`: where large numbers cancel out, float32 would show
-    dtype = torch.float64 if bool((experts.abs().sum(0) + base.abs() > STEEP).any()) else torch.float32
+    dtype = torch.float64 if bool((experts.abs().sum(0) + base.abs() > CANCELLATION_LIMIT).any()) else torch.float32
 
     def merged(chunk: Chunk) -> torch.Tensor:
         group = _group(chunk, per)

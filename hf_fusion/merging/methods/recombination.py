@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from hf_fusion.merging.engine.sources import LAYER
+from hf_fusion.merging.engine.open_models import LAYER
 from hf_fusion.merging.engine.tensors import Combination, Tensors
 from hf_fusion.merging.methods.declaration import merge_method
 from hf_fusion.schema import Range

@@ -1,6 +1,7 @@
-"""Methods that keep a part of every task vector: the largest, some at random, or those that agree.
+"""TIES, DARE, DELLA, Breadcrumbs, magnitude pruning and SCE: methods that sparsify task vectors.
 
-Each is a way to sparsify and a way to add up what is left.
+Each combines a sparsification (`merging.sparsification`) with a weighted sum, or with TIES' sign election
+(`merging.sign_election`).
 """
 
 from __future__ import annotations
@@ -10,10 +11,19 @@ from typing import Annotated, Literal
 import torch
 
 from hf_fusion.merging.engine.tensors import Chunk, Merged, Tensors, stacked
-from hf_fusion.merging.engine.thresholds import Trim, largest
+from hf_fusion.merging.engine.thresholds import Trim, find_thresholds
 from hf_fusion.merging.mergekit import parameters as mk
 from hf_fusion.merging.methods.declaration import merge_method
-from hf_fusion.merging.sparsity import Sparse, dropped, elected, middle, pruned, rescaled, summed, trimmed
+from hf_fusion.merging.sign_election import merge_elected_signs
+from hf_fusion.merging.sparsification import (
+    SparseVectors,
+    drop_by_magnitude,
+    drop_uniformly,
+    rescale_kept,
+    sum_task_vectors,
+    trim_both_tails,
+    trim_magnitudes,
+)
 from hf_fusion.schema import EachNumber, Range
 
 __all__ = [
@@ -53,10 +63,10 @@ def ties(
     ties: Ties = "exact",
     rescale: Norm = "none",
 ) -> Merged:
-    """θ0 + λ · what agrees of the trimmed task vectors (TIES; Yadav et al., 2023, arXiv 2306.01708).
+    """θ0 + λ · mean of the trimmed task vectors' entries of the elected sign (TIES; Yadav et al., 2023, 2306.01708).
 
-    Of every τ_i the largest entries are kept; for every element the sign of Σ w_i τ_i is elected; the entries of that
-    sign are averaged. A sum of exactly 0 elects +, as in mergekit.
+    Trim: the largest entries of every τ_i are kept. Elect: for every element, the sign of Σ w_i τ_i; a sum of exactly 0
+    elects +, as in mergekit. Merge: the entries of that sign are averaged.
 
     Args:
         tensors: a base and one expert or more.
@@ -66,12 +76,12 @@ def ties(
         merge: the agreeing entries' weighted "mean" (paper; mergekit with normalize) or their "sum" (fusion_bench;
             mergekit without).
         trim: the largest of each "tensor" (mergekit), or of the whole "model" (paper, fusion_bench).
-        ties: keeps "exact"ly the share, of equal magnitudes the first, or "all" that equal the threshold (paper,
-            fusion_bench).
-        rescale: what is kept grows to the tensor's former L1 "norm" (mergekit with rescale), or stays, "none".
+        ties: keep "exact"ly the share, the first ones among equal magnitudes; or "all" entries that equal the threshold
+            (paper, fusion_bench).
+        rescale: scale the kept entries to the tensor's former L1 "norm" (mergekit with rescale), or not ("none").
     """
-    kept = rescaled(tensors, trimmed(tensors, density, trim, ties), rescale)
-    return elected(tensors, kept, weight, scaling, merge)
+    kept = rescale_kept(tensors, trim_magnitudes(tensors, density, trim, ties), rescale)
+    return merge_elected_signs(tensors, kept, weight, scaling, merge)
 
 
 @merge_method("Magnitude pruning", base="needed", needs="thresholds", paper="2306.01708")
@@ -85,7 +95,7 @@ def magnitude(
     trim: Literal["tensor", "model"] = "tensor",
     ties: Ties = "exact",
 ) -> Merged:
-    """θ0 + λ Σ w_i times the largest entries of τ_i: magnitude pruning before task arithmetic.
+    """θ0 + λ Σ w_i τ_i with the largest entries of each τ_i: magnitude pruning, then task arithmetic.
 
     Args:
         tensors: a base and one expert or more.
@@ -96,8 +106,8 @@ def magnitude(
         trim: see `ties`.
         ties: see `ties`.
     """
-    kept = rescaled(tensors, trimmed(tensors, density, trim, ties), "none")
-    return summed(tensors, kept, weight, scaling, normalize)
+    kept = rescale_kept(tensors, trim_magnitudes(tensors, density, trim, ties), "none")
+    return sum_task_vectors(tensors, kept, weight, scaling, normalize)
 
 
 @merge_method(
@@ -117,18 +127,18 @@ def dare_linear(
     normalize: bool = False,
     rescale: Rescale = "rate",
 ) -> Merged:
-    """θ0 + λ Σ w_i times what is left of τ_i when entries are dropped at random (DARE; Yu et al., 2024, 2311.03099).
+    """θ0 + λ Σ w_i τ_i with entries of each τ_i dropped at random (DARE; Yu et al., 2024, arXiv 2311.03099).
 
     Args:
         tensors: a base and one expert or more.
         weight: w_i.
-        drop_rate: p, the chance of an entry to be dropped.
+        drop_rate: p, the probability of an entry to be dropped.
         scaling: λ.
         normalize: divides by the sum of the weights: with scaling 1, the average of the experts.
-        rescale: what is left grows by 1 / (1 - p), "rate" (paper, fusion_bench), or to the tensor's former L1 "norm"
-            (mergekit), or stays, "none".
+        rescale: scale the kept entries by 1 / (1 - p), "rate" (paper, fusion_bench), or to the tensor's former L1
+            "norm" (mergekit), or not ("none").
     """
-    return summed(tensors, dropped(tensors, drop_rate, rescale), weight, scaling, normalize)
+    return sum_task_vectors(tensors, drop_uniformly(tensors, drop_rate, rescale), weight, scaling, normalize)
 
 
 @merge_method(
@@ -151,14 +161,14 @@ def dare_ties(
     trim: Literal["tensor", "model"] = "tensor",
     ties: Ties = "exact",
 ) -> Merged:
-    """TIES of task vectors whose entries were dropped at random (DARE; Yu et al., 2024, arXiv 2311.03099).
+    """TIES of task vectors with entries dropped at random (DARE; Yu et al., 2024, arXiv 2311.03099).
 
     Args:
         tensors: a base and one expert or more.
         weight: w_i.
         drop_rate: see `dare_linear`.
-        density: share of the thinned task vectors that TIES keeps: 1 leaves out its trimming, as mergekit does; the
-            paper and fusion_bench trim to 0.2.
+        density: share of the sparsified task vectors that TIES keeps: 1 skips its trimming, as in mergekit; the paper
+            and fusion_bench trim to 0.2.
         scaling: λ.
         merge: see `ties`.
         rescale: see `dare_linear`.
@@ -166,15 +176,15 @@ def dare_ties(
         ties: see `ties`.
 
     Raises:
-        ValueError: trim: model with rescale: norm, which is another number for every tensor.
+        ValueError: trim: model with rescale: norm, whose factor differs between tensors.
     """
-    kept = dropped(tensors, drop_rate, rescale)
+    kept = drop_uniformly(tensors, drop_rate, rescale)
     if min(density) < 1:
         if trim == "model" and rescale == "norm":
-            raise ValueError("trim: model goes with rescale: rate or none, not with norm")
-        entries = trimmed(tensors, density, trim, ties, kept.entries, ("dropped", *drop_rate))
-        kept = Sparse(entries, kept.rates)
-    return elected(tensors, kept, weight, scaling, merge)
+            raise ValueError("trim: model works with rescale: rate or none, not with norm")
+        entries = trim_magnitudes(tensors, density, trim, ties, kept.entries, ("dropped", *drop_rate))
+        kept = SparseVectors(entries, kept.factors)
+    return merge_elected_signs(tensors, kept, weight, scaling, merge)
 
 
 @merge_method(
@@ -197,26 +207,28 @@ def della(
     rescale: Rescale = "rate",
     rank: Literal["tensor", "row"] = "tensor",
 ) -> Merged:
-    """TIES of task vectors thinned at random, small entries more than large ones (DELLA, arXiv 2406.11617).
+    """TIES of task vectors with entries dropped at random, small ones more often than large ones (DELLA, 2406.11617).
 
-    An entry is kept with probability density - ε + 2 ε r, r its rank by magnitude from 0 to 1.
+    An entry is kept with probability density - ε + 2 ε r, where r is its rank by magnitude, from 0 to 1.
 
     Args:
         tensors: a base and one expert or more.
         weight: w_i.
-        density: mean probability to be kept.
-        epsilon: ε: how far the probability is from its mean for the smallest and the largest.
+        density: mean probability of an entry to be kept.
+        epsilon: ε: how far the probabilities of the smallest and the largest entry differ from the mean.
         scaling: λ.
         merge: see `ties`.
-        rescale: a kept entry grows by 1 / its probability, "rate" (paper), or what is left to the tensor's former L1
-            "norm" (mergekit), or stays, "none".
-        rank: among a "tensor"'s entries, where magnitudes that agree in their first 8 bits share a rank; or exactly,
-            among those of its "row" (paper, mergekit), several times as slow.
+        rescale: scale a kept entry by 1 / its probability, "rate" (paper), or the kept entries to the tensor's former
+            L1 "norm" (mergekit), or not ("none").
+        rank: among the entries of the "tensor", where magnitudes with the same leading 16 bits share a rank; or exact,
+            among those of the "row" (paper, mergekit), which is several times slower.
 
     Raises:
-        ValueError: a probability would leave 0..1.
+        ValueError: a probability is outside of [0, 1].
     """
-    return elected(tensors, pruned(tensors, density, epsilon, rescale, rank), weight, scaling, merge)
+    return merge_elected_signs(
+        tensors, drop_by_magnitude(tensors, density, epsilon, rescale, rank), weight, scaling, merge
+    )
 
 
 @merge_method(
@@ -239,7 +251,7 @@ def della_linear(
     rescale: Rescale = "rate",
     rank: Literal["tensor", "row"] = "tensor",
 ) -> Merged:
-    """Task arithmetic of task vectors thinned as `della` does (arXiv 2406.11617).
+    """Task arithmetic of task vectors sparsified as in `della` (arXiv 2406.11617).
 
     Args:
         tensors: a base and one expert or more.
@@ -251,7 +263,9 @@ def della_linear(
         rescale: see `della`.
         rank: see `della`.
     """
-    return summed(tensors, pruned(tensors, density, epsilon, rescale, rank), weight, scaling, normalize)
+    return sum_task_vectors(
+        tensors, drop_by_magnitude(tensors, density, epsilon, rescale, rank), weight, scaling, normalize
+    )
 
 
 @merge_method(
@@ -271,19 +285,19 @@ def breadcrumbs(
     normalize: bool = False,
     rescale: Norm = "none",
 ) -> Merged:
-    """Task arithmetic without the smallest and the very largest entries (Davari & Belilovsky, 2023, arXiv 2312.06795).
+    """Task arithmetic without the smallest and the largest entries (Davari & Belilovsky, 2023, arXiv 2312.06795).
 
     Args:
         tensors: a base and one expert or more.
         weight: w_i.
         density: share of each task vector that is kept.
-        gamma: share of the largest entries that are dropped; less where density asks for more. As in mergekit.
+        gamma: share of the largest entries that are dropped; less if density + gamma > 1, as in mergekit.
         scaling: λ.
         normalize: divides by the sum of the weights.
         rescale: see `ties`.
     """
-    kept = rescaled(tensors, middle(tensors, density, gamma), rescale)
-    return summed(tensors, kept, weight, scaling, normalize)
+    kept = rescale_kept(tensors, trim_both_tails(tensors, density, gamma), rescale)
+    return sum_task_vectors(tensors, kept, weight, scaling, normalize)
 
 
 @merge_method(
@@ -303,7 +317,7 @@ def breadcrumbs_ties(
     merge: Literal["mean", "sum"] = "mean",
     rescale: Norm = "none",
 ) -> Merged:
-    """What `breadcrumbs` keeps, added up as TIES does.
+    """TIES' sign election on task vectors sparsified as in `breadcrumbs` (arXiv 2312.06795).
 
     Args:
         tensors: a base and one expert or more.
@@ -314,8 +328,8 @@ def breadcrumbs_ties(
         merge: see `ties`.
         rescale: see `ties`.
     """
-    kept = rescaled(tensors, middle(tensors, density, gamma), rescale)
-    return elected(tensors, kept, weight, scaling, merge)
+    kept = rescale_kept(tensors, trim_both_tails(tensors, density, gamma), rescale)
+    return merge_elected_signs(tensors, kept, weight, scaling, merge)
 
 
 @merge_method(
@@ -326,24 +340,24 @@ def breadcrumbs_ties(
     mergekit={"select_topk": mk.MergekitParameter("density", 1.0)},
 )
 def sce(tensors: Tensors, *, density: Annotated[float, Range(0, 1)] = 1.0) -> Merged:
-    """Select, calculate, erase (Wan et al., 2024, arXiv 2408.07990).
+    """SCE: select, calculate, erase (Wan et al., 2024, arXiv 2408.07990).
 
-    Kept are the elements in which the experts differ most; every task vector weighs by its mean square; entries against
-    the elected sign are erased. Where nothing is kept, all weigh alike; mergekit has them weigh alike already where the
-    mean squares add up to less than 1e-6, as those of many fine-tunes do.
+    Select: the elements in which the experts differ most. Calculate: each task vector is weighted by its mean square.
+    Erase: entries against the elected sign. If nothing is selected, weights are equal; mergekit uses equal weights
+    whenever the mean squares sum to less than 1e-6, as for many fine-tunes.
 
     Args:
         tensors: a base and one expert or more.
-        density: share of the elements with any variance that are kept (mergekit's select_topk).
+        density: share of the elements with nonzero variance that are kept (mergekit's select_topk).
     """
     count, ones = len(tensors), torch.ones(len(tensors), dtype=torch.float64)
 
     def deviation(chunk: Chunk) -> torch.Tensor:
-        """The root of the variance, whose order it has: exactly 0 where all experts are equal, in range for all."""
+        """Standard deviation over the experts: exactly 0 if all are equal, and without overflow."""
         found, first = stacked("deviation", 1, chunk.size), 0
-        for part in chunk.exact(deltas=True):
-            mean = torch.mv(part.mT, ones).div_(count)
-            squares = torch.mv(part.sub_(mean).square_().mT, ones)
+        for block in chunk.float64_blocks(deltas=True):
+            mean = torch.mv(block.mT, ones).div_(count)
+            squares = torch.mv(block.sub_(mean).square_().mT, ones)
             found[0, first : first + len(squares)].copy_(squares.div_(count).sqrt_())
             first += len(squares)
         return found
@@ -351,15 +365,15 @@ def sce(tensors: Tensors, *, density: Annotated[float, Range(0, 1)] = 1.0) -> Me
     select: Trim | None = None
     if density < 1:
         varied = int(tensors.sums(lambda chunk: torch.count_nonzero(deviation(chunk))))
-        select = Trim(largest(tensors, [int(varied * density)], deviation), "exact")
+        select = Trim(find_thresholds(tensors, [int(varied * density)], deviation), "exact")
 
     def kept(chunk: Chunk) -> torch.Tensor:
         if select is None:
             return chunk.deltas()
-        selected = select(deviation(chunk), chunk.number == 0).sign_()
+        selected = select(deviation(chunk), chunk.index == 0).sign_()
         return chunk.deltas().mul_(selected)
 
     energy = tensors.sums(lambda chunk: kept(chunk).double().square_().sum(1)).tolist() if tensors.numel else []
     total = sum(energy)
-    weight = [one / total for one in energy] if total > 0 else [1 / count] * count
-    return elected(tensors, rescaled(tensors, kept, "none"), weight, 1.0, "mean", plain_sign=True)
+    weight = [square / total for square in energy] if total > 0 else [1 / count] * count
+    return merge_elected_signs(tensors, rescale_kept(tensors, kept, "none"), weight, 1.0, "mean", plain_sign=True)

@@ -169,7 +169,7 @@ def wudi(
         return tau.mul_(scaling)
 
     if is_wide:  # all rows at once: each step would read the sum, which no cache holds, for every few of them
-        return tensors.whole(tensors.the_base).add_(optimized(whole).float().cpu())
+        return tensors.whole(tensors.required_base).add_(optimized(whole).float().cpu())
     return lambda chunk: deltas.moved(chunk, optimized)
 
 
@@ -205,7 +205,7 @@ class _Deltas:
         else:
             start, size = first * self.width, (last - first) * self.width
             values, base = torch.empty(len(self.tensors), size), torch.empty(size)
-            self.tensors.the_base.read(start, base)
+            self.tensors.required_base.read(start, base)
             for own, reader in zip(values, self.tensors.experts, strict=True):
                 reader.read(start, own)
             block = values.sub_(base).to(self.device).double().view(len(self.tensors), last - first, self.width)
@@ -230,7 +230,7 @@ class _Deltas:
         """θ0 and what is added to it."""
         if not self.is_turned:
             return lambda chunk: self.moved(chunk, moves)
-        merged = self.tensors.whole(self.tensors.the_base)
+        merged = self.tensors.whole(self.tensors.required_base)
         first = 0
         for block in self.blocks():
             merged[:, first : first + block.shape[1]] += moves(block).T.cpu()

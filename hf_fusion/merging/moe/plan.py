@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from hf_fusion.errors import FusionError, shown
-from hf_fusion.merging.engine.checkpoint import Files
-from hf_fusion.merging.engine.output import Spec
-from hf_fusion.merging.engine.sources import Model
+from hf_fusion.merging.engine.checkpoint import OpenFiles
+from hf_fusion.merging.engine.open_models import Model
+from hf_fusion.merging.engine.output import TensorSpec
 from hf_fusion.merging.engine.stream import Target
-from hf_fusion.merging.engine.tensors import Chunk, Combination, InMemory, Tensors
+from hf_fusion.merging.engine.tensors import Chunk, Combination, MemoryReader, Tensors
 from hf_fusion.merging.methods import method_named
 from hf_fusion.merging.moe.mixtures import MIXTURES, Mixture
 from hf_fusion.merging.moe.prompts import Directions
@@ -56,14 +56,14 @@ def plan_moe(recipe: Recipe, base: Model | None, experts: Sequence[Model]) -> Pl
             f"each token is answered by {arguments['experts_per_token']} experts, the recipe has {len(experts)}",
             "set experts_per_token, or list an expert more than once",
         )
-    files = Files()
+    files = OpenFiles()
     mixture = _mixture(first, arguments["architecture"])
     config = _config(mixture, first, len(experts), arguments["experts_per_token"], recipe.dtype)
     directions, seed = Directions(recipe, first, arguments["gate"], files), recipe.parameters.get("seed", 0)
     kept = mixture.kept
     targets: list[Target] = []
     for name, entry in first.entries.items():
-        spec = partial(Spec, dtype=stored_as(recipe.dtype, entry.dtype), shape=first.shape(name))
+        spec = partial(TensorSpec, dtype=stored_as(recipe.dtype, entry.dtype), shape=first.shape(name))
         if match := _MLP.fullmatch(name):
             place, kind = f"{match[1]}.{mixture.mlp}", mixture.names[match[3]]
             for number, (expert, given) in enumerate(zip(experts, recipe.experts, strict=True)):
@@ -75,7 +75,9 @@ def plan_moe(recipe: Recipe, base: Model | None, experts: Sequence[Model]) -> Pl
                 scale = _number(given, "residual_scale", 1.0) if match[3] == "down" else 1.0
                 targets.append(_as_it_is(own, expert, name, files, noise, scale, seed))
             if match[3] == "gate":
-                gate = Spec(f"{place}.gate.weight", spec.keywords["dtype"], (len(experts), first.config["hidden_size"]))
+                gate = TensorSpec(
+                    f"{place}.gate.weight", spec.keywords["dtype"], (len(experts), first.config["hidden_size"])
+                )
                 targets.append(_gate(gate, directions, int(match[2]), method.function, arguments, seed))
         elif kept.fullmatch(name):
             targets.append(_as_it_is(spec(name), first, name, files))
@@ -89,15 +91,15 @@ def _number(expert: RecipeExpert, key: str, default: float) -> float:
 
 
 def _as_it_is(
-    spec: Spec, model: Model, name: str, files: Files, noise: float = 0.0, scale: float = 1.0, seed: int = 0
+    spec: TensorSpec, model: Model, name: str, files: OpenFiles, noise: float = 0.0, scale: float = 1.0, seed: int = 0
 ) -> Target:
     """A model's tensor in the mixture's type, times `scale` and with as much noise."""
     entry = model.entries[name]
     if model.adapter is None and entry.dtype == spec.dtype and not noise and scale == 1:
-        return Target(spec, copied=entry, described=[model.name, name])
+        return Target(spec, copied=entry, identity=[model.name, name])
 
     def noisy(chunk: Chunk) -> torch.Tensor:
-        drawn = np.random.Generator(np.random.SFC64([seed, zlib.crc32(spec.name.encode()), chunk.number]))
+        drawn = np.random.Generator(np.random.SFC64([seed, zlib.crc32(spec.name.encode()), chunk.index]))
         values = torch.from_numpy(drawn.standard_normal(chunk.size, dtype=np.float32))
         return values.mul_(noise).add_(chunk.expert(0)).mul_(scale)
 
@@ -105,19 +107,19 @@ def _as_it_is(
         tensors = Tensors(spec.name, None, [model.reader(name, files)], seed)
         return tensors, noisy if noise else Combination(0.0, [scale])
 
-    return Target(spec, make, described=[model.name, name, noise, scale, seed])
+    return Target(spec, make, identity=[model.name, name, noise, scale, seed])
 
 
 def _gate(
-    spec: Spec, directions: Directions, layer: int, function: Any, arguments: dict[str, Any], seed: int
+    spec: TensorSpec, directions: Directions, layer: int, function: Any, arguments: dict[str, Any], seed: int
 ) -> Target:
     """A layer's router."""
 
     def make() -> tuple[Tensors, Any]:
-        tensors = Tensors(spec.name, None, [InMemory(row) for row in directions.of(layer)], seed)
+        tensors = Tensors(spec.name, None, [MemoryReader(row) for row in directions.of(layer)], seed)
         return tensors, function(tensors, **arguments)
 
-    return Target(spec, make, described=["moe", arguments, seed, directions.described], held=directions.held)
+    return Target(spec, make, identity=["moe", arguments, seed, directions.described], memory=directions.held)
 
 
 def _mixture(model: Model, wanted: str) -> Mixture:

@@ -17,8 +17,8 @@ from hf_fusion.hub.quiet import quiet_transformers
 from hf_fusion.hub.snapshot import check_snapshot
 from hf_fusion.io.files import own_file, read_text
 from hf_fusion.io.json_files import read_json
-from hf_fusion.merging.engine.checkpoint import Files
-from hf_fusion.merging.engine.sources import Model
+from hf_fusion.merging.engine.checkpoint import OpenFiles
+from hf_fusion.merging.engine.open_models import Model
 from hf_fusion.merging.moe.mixtures import PROMPTED
 from hf_fusion.merging.tokenizers.unions import tokenizer_of
 from hf_fusion.recipe import Recipe, RecipeExpert
@@ -49,7 +49,7 @@ class Directions:
         FusionError: prompts are given without a gate that needs them, or missing for it, or cannot be cut into tokens.
     """
 
-    def __init__(self, recipe: Recipe, model: Model, gate: str, files: Files) -> None:
+    def __init__(self, recipe: Recipe, model: Model, gate: str, files: OpenFiles) -> None:
         self._model, self._gate, self._files = model, gate, files
         self._size = model.config["hidden_size"]
         self._lock, self._made = threading.Lock(), torch.empty(0)

@@ -13,7 +13,7 @@ from hf_fusion.io.files import own_file, read_file, read_text
 from hf_fusion.io.json_files import read_json
 
 if TYPE_CHECKING:
-    from hf_fusion.merging.engine.sources import Model
+    from hf_fusion.merging.engine.open_models import Model
 
 FILE = "chat_template.jinja"
 # the formats that mergekit knows by name

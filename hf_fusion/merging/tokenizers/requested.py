@@ -12,7 +12,7 @@ from hf_fusion.recipe import SMALLEST
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-    from hf_fusion.merging.engine.sources import Model
+    from hf_fusion.merging.engine.open_models import Model
     from hf_fusion.merging.tokenizers.vocabulary import Vocabulary
     from hf_fusion.recipe import Recipe
 

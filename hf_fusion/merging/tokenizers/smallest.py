@@ -18,7 +18,7 @@ import numpy as np
 
 from hf_fusion.errors import FusionError, shown
 from hf_fusion.merging.configs import vocabulary_config
-from hf_fusion.merging.engine.sources import Model
+from hf_fusion.merging.engine.open_models import Model
 from hf_fusion.merging.tokenizers.token_ids import TokenNumbers, roles_of
 from hf_fusion.merging.tokenizers.vocabulary import Vocabulary, limit_of, read_tokenizer, tokenizer_files
 

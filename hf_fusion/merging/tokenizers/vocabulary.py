@@ -28,7 +28,7 @@ from hf_fusion.hub.selection import pick_small
 from hf_fusion.io.files import own_file, read_file, read_text
 from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.configs import vocabulary_config
-from hf_fusion.merging.engine.sources import LAYER, Model
+from hf_fusion.merging.engine.open_models import LAYER, Model
 from hf_fusion.merging.engine.tensors import Reader
 from hf_fusion.merging.tokenizers.aligned import AVERAGE, ZERO, Aligned, Table
 from hf_fusion.merging.tokenizers.token_ids import TokenNumbers, roles_of

@@ -39,10 +39,10 @@ def test_the_cpu_is_the_default(folders, tmp_path):
 @pytest.mark.parametrize(
     ("device", "message"),
     [
-        ("cuda:99", "there is no device cuda:99 here: [0-9] of its kind are"),
-        ("gpu", "'gpu' is no device"),
+        ("cuda:99", "device cuda:99 is not available: [0-9] of its type are"),
+        ("gpu", "'gpu' is not a device"),
         ("mps", "mps: methods need float64"),
-        ("cpu:1", "there is no device cpu:1 here"),
+        ("cpu:1", "device cpu:1 is not available"),
     ],
 )
 def test_a_device_that_is_not_here(device, message, folders, tmp_path):

@@ -12,8 +12,8 @@ from tiny import bert, resnet
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from hf_fusion import FusionError
-from hf_fusion.merging.engine.checkpoint import Files, read_header
-from hf_fusion.merging.engine.tensors import WIDE, Combination, Stored, Tensors, merge_tensors
+from hf_fusion.merging.engine.checkpoint import OpenFiles, read_header
+from hf_fusion.merging.engine.tensors import WIDE, Combination, FileReader, Tensors, merge_tensors
 from hf_fusion.merging.in_memory import merge_states
 from hf_fusion.merging.merge import merge
 from hf_fusion.recipe import Recipe, RecipeExpert
@@ -58,11 +58,11 @@ def test_task_arithmetic_of_files(folders, tmp_path):
 def test_inputs_in_bfloat16_are_summed_in_float32(count, tmp_path):
     """Of several chunks, the last of them short; from nine inputs on, each is read as float32."""
     weights = torch.randn(count, generator=torch.Generator().manual_seed(0)).tolist()
-    shape, files, readers, exact = (2 * WIDE // 1000 + 7, 1000), Files(), [], 0.0
+    shape, files, readers, exact = (2 * WIDE // 1000 + 7, 1000), OpenFiles(), [], 0.0
     for number, weight in enumerate(weights):
         values = torch.randn(shape, generator=torch.Generator().manual_seed(number)).bfloat16()
         save_file({"w": values}, tmp_path / f"{number}.safetensors")
-        readers.append(Stored(read_header(tmp_path / f"{number}.safetensors")["w"], files))
+        readers.append(FileReader(read_header(tmp_path / f"{number}.safetensors")["w"], files))
         exact = exact + torch.tensor(weight).double() * values.double()
     tensors = Tensors("w", None, readers)
     combination = Combination(0.0, weights)

@@ -16,7 +16,7 @@ from on_disk import is_clear, merge_here, model, models, recipe_of, started_quic
 
 from hf_fusion import FusionError
 from hf_fusion.merging.engine.checkpoint import INDEX
-from hf_fusion.merging.engine.output import place_of
+from hf_fusion.merging.engine.output import staging_path
 from hf_fusion.merging.merge import merge
 from hf_fusion.merging.recipe_files import load_recipe
 
@@ -72,7 +72,7 @@ def begun(processes, recipe: Path, out: Path, finished: int, how: int) -> dict[s
     """What a merge leaves that a signal ends when so many shards are finished, and another is begun."""
     process = processes.Process(target=merge_here, args=(str(recipe), str(out), OPTIONS))
     process.start()
-    place = place_of(out)
+    place = staging_path(out)
     while process.is_alive() and len(list(place.glob("*.safetensors"))) < finished:
         assert not is_absent_or_whole(out)
     while process.is_alive() and not list(place.glob("*.part")):
@@ -156,7 +156,7 @@ def test_killed_while_an_earlier_merge_is_replaced(recipe, wanted, tmp_path):
     out = tmp_path / "out"
     merge(load_recipe(recipe), out, **OPTIONS)
     (out / "notes.txt").write_text("mine")
-    old = place_of(out).with_name(f"{place_of(out).name}-old")
+    old = staging_path(out).with_name(f"{staging_path(out).name}-old")
     out.rename(old)
     merge(load_recipe(recipe), out, **OPTIONS)
     assert (out / "notes.txt").read_text() == "mine"

@@ -17,7 +17,7 @@ from tiny import llama
 
 import hf_fusion
 from hf_fusion.merging.engine.checkpoint import SINGLE
-from hf_fusion.merging.engine.output import place_of
+from hf_fusion.merging.engine.output import staging_path
 from hf_fusion.merging.merge import merge
 
 OPTIONS = {"shard_bytes": 20_000, "threads": 1}  # a shard for each tensor
@@ -127,11 +127,11 @@ def test_a_process_that_is_killed_is_not_waited_for(tmp_path):
     recipe_of(folders, "dare_ties").save(tmp_path / "recipe.yaml")
     started = together([tmp_path / "recipe.yaml"] * 2, tmp_path / "out")
     began = time.monotonic()
-    while not list(place_of(tmp_path / "out").glob("*.safetensors")):
+    while not list(staging_path(tmp_path / "out").glob("*.safetensors")):
         assert time.monotonic() - began < 30
     os.kill(started[1][0].pid, signal.SIGKILL)
     [error] = told(started[:1])
-    assert "another of 2 processes is gone" in error
+    assert "one of 2 processes has ended" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["inputs", "recipe.yaml"]
 
 

@@ -15,9 +15,9 @@ from transformers import DataCollatorWithPadding, GPT2Config, GPT2ForSequenceCla
 from transformers.pytorch_utils import Conv1D
 
 from hf_fusion import Expert, FusionError
-from hf_fusion.merging.engine.tensors import InMemory, Statistic, Tensors, merge_tensors
+from hf_fusion.merging.engine.tensors import MemoryReader, Statistic, Tensors, merge_tensors
 from hf_fusion.merging.merge import merge
-from hf_fusion.merging.methods.measured import fisher, regmean
+from hf_fusion.merging.methods.fisher_regmean import fisher, regmean
 from hf_fusion.recipe import Recipe, RecipeExpert
 from hf_fusion.training.batches import Examples
 from hf_fusion.training.fisher import measure_fisher
@@ -33,7 +33,7 @@ PROMPTS = Dataset.from_dict(
 
 def run(function, experts, statistics, **parameters):
     """What a method makes of one tensor."""
-    tensors = Tensors("layers.0.weight", None, [InMemory(e) for e in experts], statistics=statistics)
+    tensors = Tensors("layers.0.weight", None, [MemoryReader(e) for e in experts], statistics=statistics)
     with torch.inference_mode():
         pieces = [values.clone() for _, values in merge_tensors(tensors, function(tensors, **parameters))]
     return torch.cat(pieces).view(tensors.shape)
@@ -49,7 +49,7 @@ def test_fisher_is_the_weighted_mean(normalize):
     measured = [torch.rand(300, 1000) ** 8 * 10.0 ** (-2 * i) for i in range(3)]
     measured[0][:100], measured[1][50:150], measured[2][:120] = 0, 0, 0
     norms, weight = [3.0, 0.5, 1e-3], [1.0, 2.0, 0.5]
-    statistics = [Statistic(InMemory(f), norm=n) for f, n in zip(measured, norms, strict=True)]
+    statistics = [Statistic(MemoryReader(f), norm=n) for f, n in zip(measured, norms, strict=True)]
     got = run(fisher, experts, statistics, weight=weight, floor=1e-6, normalize=normalize)
     scale = [w / (n + 1e-6) if normalize else w for w, n in zip(weight, norms, strict=True)]
     shares = [s * (f.double() + 1e-6) for s, f in zip(scale, measured, strict=True)]
@@ -78,10 +78,10 @@ def test_regmean_solves_its_equation(off_diagonal):
     inputs = [torch.randn(40 + i, 16) @ torch.randn(16, 16) for i in range(3)]
     grams, weight = [x.T @ x / len(x) for x in inputs], [1.0, 0.25, 2.0]
     wanted = slow_regmean(experts, inputs, weight, off_diagonal)
-    statistics = [Statistic(InMemory(g)) for g in grams]
+    statistics = [Statistic(MemoryReader(g)) for g in grams]
     got = run(regmean, experts, statistics, weight=weight, off_diagonal=off_diagonal)
     torch.testing.assert_close(got.double(), wanted, rtol=1e-3, atol=1e-3)
-    conv = [Statistic(InMemory(g), axis=0) for g in grams]
+    conv = [Statistic(MemoryReader(g), axis=0) for g in grams]
     transposed = run(regmean, [e.T for e in experts], conv, weight=weight, off_diagonal=off_diagonal)
     torch.testing.assert_close(transposed.T, got)
 
@@ -93,7 +93,7 @@ def test_regmean_averages_where_examples_say_nothing():
     inputs = [torch.randn(3, 8) for _ in range(2)]
     for x in inputs:
         x[:, 5] = 0
-    statistics = [Statistic(InMemory(x.T @ x / 3)) for x in inputs]
+    statistics = [Statistic(MemoryReader(x.T @ x / 3)) for x in inputs]
     got = run(regmean, experts, statistics, off_diagonal=1.0, weight=[1.0, 1.0])
     torch.testing.assert_close(got[:, 5], (experts[0] + experts[1])[:, 5] / 2)
     for x, expert in zip(inputs, experts, strict=True):  # 6 examples, 7 inputs: all of them can be met
@@ -102,10 +102,10 @@ def test_regmean_averages_where_examples_say_nothing():
 
 
 def test_what_does_not_fit_is_refused():
-    experts, gram = [torch.randn(6, 8)] * 2, Statistic(InMemory(torch.eye(8)))
+    experts, gram = [torch.randn(6, 8)] * 2, Statistic(MemoryReader(torch.eye(8)))
     for function, statistics, weight, message in (
         (regmean, [gram, None], [1.0, 1.0], "statistics of expert 2 lack layers.0.weight"),
-        (regmean, [gram, Statistic(InMemory(torch.eye(6)))], [1.0, 1.0], "not those of a weight of"),
+        (regmean, [gram, Statistic(MemoryReader(torch.eye(6)))], [1.0, 1.0], "not those of a weight of"),
         (fisher, [gram, gram], [1.0, 1.0], "Fisher information of layers.0.weight is not of"),
         (fisher, [None, None], [0.0, 0.0], "weights of layers.0.weight are all 0"),
     ):
@@ -136,7 +136,7 @@ def of_classes(model, row, index):
 
 
 def check(got, wanted):
-    assert got.tensors.keys() == wanted.keys() == got.places.keys()
+    assert got.tensors.keys() == wanted.keys() == got.lookup.keys()
     for name, tensor in wanted.items():
         floor = 1e-6 * float(max(t.max() for t in wanted.values()))
         torch.testing.assert_close(got.tensors[name].double(), tensor, rtol=1e-3, atol=floor)
@@ -266,9 +266,9 @@ def slow_gram(model, inputs):
 
 def check_gram(got, model, inputs):
     wanted = slow_gram(model, inputs)
-    assert got.places.keys() == wanted.keys()
+    assert got.lookup.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        torch.testing.assert_close(got.tensors[got.places[name][0]].double(), tensor, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(got.tensors[got.lookup[name][0]].double(), tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_gram_of_texts_and_images():
@@ -277,7 +277,7 @@ def test_gram_of_texts_and_images():
     got = measure_gram(Expert("it", model, processor=TOKENIZER, labels=ABC), WORDS)
     check_gram(got, model, rows)
     names = [f"bert.encoder.layer.0.attention.self.{name}.weight" for name in ("query", "key", "value")]
-    assert {got.places[name] for name in names} == {(names[0], 1)}  # one matrix for the three
+    assert {got.lookup[name] for name in names} == {(names[0], 1)}  # one matrix for the three
     assert got.facts["tokens"][names[0]] == sum(row["input_ids"].numel() for row in rows)
     model, processor = vit(ABC), image_processor(16)
     got = measure_gram(
@@ -307,13 +307,13 @@ def test_gram_of_embeddings_needs_no_labels():
     want = measure_gram(Expert("it", model, processor=TOKENIZER, labels=ABC), WORDS)
     assert got.examples == want.examples == 6
     own = "encoder.layer.1.output.dense.weight"
-    torch.testing.assert_close(got.tensors[got.places[own][0]], want.tensors[want.places[f"bert.{own}"][0]])
+    torch.testing.assert_close(got.tensors[got.lookup[own][0]], want.tensors[want.lookup[f"bert.{own}"][0]])
 
 
 def test_gram_of_conv1d_has_its_axis():
     model = gpt2(vocabulary=len(TOKENIZER))
     got = measure_gram(Expert("it", model, processor=TOKENIZER), PROMPTS)
-    axes = {name: axis for name, (_, axis) in got.places.items()}
+    axes = {name: axis for name, (_, axis) in got.lookup.items()}
     assert axes.pop("lm_head.weight") == 1 and set(axes.values()) == {0}
     assert got.tensors["transformer.h.0.mlp.c_proj.weight"].shape == (192, 192)
 
@@ -372,8 +372,8 @@ def test_recipes_name_the_statistics(folders, tmp_path):
     found, linears = load_file(tmp_path / "regmean" / "model.safetensors"), 0
     for name, tensor in found.items():
         wanted = (experts[0][name] + experts[1][name]).double() / 2
-        if name in grams[0].places:
-            own = [g.tensors[g.places[name][0]].double() for g in grams]
+        if name in grams[0].lookup:
+            own = [g.tensors[g.lookup[name][0]].double() for g in grams]
             own = [torch.where(torch.eye(len(g)).bool(), g, 0.6 * g) for g in own]
             target = sum(g @ e[name].double().T for g, e in zip(own, experts, strict=True))
             wanted, linears = torch.linalg.solve(sum(own), target).T, linears + 1

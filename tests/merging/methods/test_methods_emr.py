@@ -8,7 +8,7 @@ from in_memory import adversarial, merged, product
 from on_disk import model, recipe_of
 from safetensors.torch import load_file
 
-from hf_fusion.merging.engine.tensors import InMemory, Tensors, WholeModel, merge_tensors
+from hf_fusion.merging.engine.tensors import MemoryReader, Tensors, WholeModel, merge_tensors
 from hf_fusion.merging.merge import merge
 from hf_fusion.merging.methods.emr import emr
 
@@ -51,7 +51,9 @@ def test_emr_rescales_over_the_whole_model(rescale):
     cases = [CASES["random"], CASES["vector"], CASES["chunks"]]
     parts = []
     model = WholeModel(lambda: parts)
-    parts += [Tensors(str(i), InMemory(b), list(map(InMemory, e)), model=model) for i, (b, e) in enumerate(cases)]
+    parts += [
+        Tensors(str(i), MemoryReader(b), list(map(MemoryReader, e)), model=model) for i, (b, e) in enumerate(cases)
+    ]
     taus, masks, factors = reference(cases, rescale)
     other = reference(cases, "elements" if rescale == "tensors" else "tensors")[2]
     assert (factors / other - 1).abs().max() > 1e-3
@@ -86,7 +88,7 @@ def test_emr_refuses_experts_that_are_not_there():
     parts = []
     model = WholeModel(lambda: parts)
     parts += [
-        Tensors(name, InMemory(base), list(map(InMemory, e)), model=model)
+        Tensors(name, MemoryReader(base), list(map(MemoryReader, e)), model=model)
         for name, e in (("whole", experts), ("lacking", experts[:2]))
     ]
     with pytest.raises(ValueError, match="lacking has 2 of 3 experts"):

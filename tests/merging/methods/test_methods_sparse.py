@@ -9,8 +9,8 @@ import pytest
 import torch
 from in_memory import adversarial, merged
 
-from hf_fusion.merging.engine.tensors import CHUNK, InMemory, Tensors
-from hf_fusion.merging.engine.thresholds import Trim, largest
+from hf_fusion.merging.engine.tensors import CHUNK, MemoryReader, Tensors
+from hf_fusion.merging.engine.thresholds import Trim, find_thresholds
 
 CASES = adversarial(3)
 WEIGHTS = [1.0, 0.5, -0.25]
@@ -205,15 +205,15 @@ def test_thresholds_are_exact(case):
         # the first chunk is a thousand times the rest: a sample sees little of what is between
         "heavy tail": torch.randn(size, generator=generator) * torch.where(torch.arange(size) < CHUNK, 1e3, 1.0),
     }[case].abs()
-    tensors = Tensors("t", InMemory(torch.zeros(size)), [InMemory(values)])
+    tensors = Tensors("t", MemoryReader(torch.zeros(size)), [MemoryReader(values)])
     ordered = values.sort(descending=True).values
     for k in (1, 2, size // 5, size // 2, size - 1, size):
-        [found] = largest(tensors, [k], lambda chunk: chunk.deltas().abs_())
+        [found] = find_thresholds(tensors, [k], lambda chunk: chunk.deltas().abs_())
         assert found.value == float(ordered[k - 1])
         assert found.equal == k - int((values > found.value).sum())
         assert found.ties == int((values == found.value).sum())
         trim = Trim([found], "exact")
-        kept = torch.cat([trim(chunk.deltas(), chunk.number == 0)[0].clone() for chunk in tensors.chunks()])
+        kept = torch.cat([trim(chunk.deltas(), chunk.index == 0)[0].clone() for chunk in tensors.chunks()])
         assert int((kept != 0).sum()) == min(k, int((values != 0).sum()))
 
 
@@ -221,8 +221,8 @@ def test_thresholds_of_what_is_no_number():
     """Fewer numbers than are wanted: all are kept, and the search ends."""
     values = torch.rand(CHUNK + 1000, generator=torch.Generator().manual_seed(0))
     values[::3] = torch.nan
-    tensors = Tensors("t", InMemory(torch.zeros(len(values))), [InMemory(values)])
-    [found] = largest(tensors, [len(values)], lambda chunk: chunk.deltas().abs_())
+    tensors = Tensors("t", MemoryReader(torch.zeros(len(values))), [MemoryReader(values)])
+    [found] = find_thresholds(tensors, [len(values)], lambda chunk: chunk.deltas().abs_())
     assert found.value == 0
 
 
@@ -232,10 +232,10 @@ def test_rows_of_unlike_sizes_take_one_pass(spread, monkeypatch):
     generator = torch.Generator().manual_seed(3)
     values = torch.randn(896, 1200, generator=generator)
     values *= (spread * torch.randn(896, 1, generator=generator)).exp()
-    tensors = Tensors("t", InMemory(torch.zeros(values.shape)), [InMemory(values)])
+    tensors = Tensors("t", MemoryReader(torch.zeros(values.shape)), [MemoryReader(values)])
     passes = []
     monkeypatch.setattr(tensors, "chunks", lambda: passes.append(1) or Tensors.chunks(tensors))
-    [found] = largest(tensors, [values.numel() // 5], lambda chunk: chunk.deltas().abs_())
+    [found] = find_thresholds(tensors, [values.numel() // 5], lambda chunk: chunk.deltas().abs_())
     assert found.value == float(values.flatten().abs().sort(descending=True).values[values.numel() // 5 - 1])
     assert len(passes) == 1
 
@@ -250,14 +250,14 @@ def test_trimmed_over_the_model():
     from hf_fusion.merging.methods.sparse import ties
 
     def opened():
-        return [Tensors(str(i), InMemory(b), [InMemory(b + m)]) for i, (b, m) in enumerate(zip(bases, moved))]
+        return [Tensors(str(i), MemoryReader(b), [MemoryReader(b + m)]) for i, (b, m) in enumerate(zip(bases, moved))]
 
     model = WholeModel(opened)
     taus = [(b + m) - b for b, m in zip(bases, moved)]
     flat = torch.cat([tau.flatten() for tau in taus])
     limit = flat.abs().sort(descending=True).values[int(0.2 * len(flat)) - 1]
     for number, (base, tau) in enumerate(zip(bases, taus)):
-        tensors = Tensors(str(number), InMemory(base), [InMemory(base + moved[number])], model=model)
+        tensors = Tensors(str(number), MemoryReader(base), [MemoryReader(base + moved[number])], model=model)
         merge = ties(tensors, weight=[1.0], density=[0.2], scaling=1.0, trim="model")
         got = torch.cat([values.clone() for _, values in merge_tensors(tensors, merge)]).view(base.shape)
         torch.testing.assert_close(got, base + torch.where(tau.abs() >= limit, tau, 0.0))
@@ -272,7 +272,7 @@ def test_dare_ties_trimmed_over_the_model():
     moved = {str(n): torch.randn(s, generator=generator) * (n + 1) for n, s in enumerate([(300, 301), (30,), (7, 11)])}
 
     def opened():
-        return [Tensors(name, InMemory(torch.zeros_like(m)), [InMemory(m)]) for name, m in moved.items()]
+        return [Tensors(name, MemoryReader(torch.zeros_like(m)), [MemoryReader(m)]) for name, m in moved.items()]
 
     def run(density, **options):
         model, found = WholeModel(opened), []

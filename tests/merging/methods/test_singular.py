@@ -10,9 +10,9 @@ import torch
 from in_memory import close, merged
 
 from hf_fusion import FusionError
-from hf_fusion.merging.engine.tensors import CHUNK, InMemory, Statistic, Tensors, merge_tensors
+from hf_fusion.merging.engine.tensors import CHUNK, MemoryReader, Statistic, Tensors, merge_tensors
 from hf_fusion.merging.in_memory import merge_states
-from hf_fusion.merging.methods.measured import fisher
+from hf_fusion.merging.methods.fisher_regmean import fisher
 
 V = torch.tensor([[3.0, -1.0, 0.5], [2.0, 0.25, -4.0]])
 ZERO = torch.zeros(2, 3)
@@ -27,8 +27,8 @@ def random(*shape, seed=0):
 def test_products_are_exact(deltas):
     """(1 + 2⁻¹²)² needs 25 bits, one more than float32 has; their sum fits into float64 to the last bit."""
     value, other, base = 1 + 2.0**-12, -3 - 2.0**-12, -1.0
-    readers = [InMemory(torch.full((SIZE,), number)) for number in (value, other)]
-    got = Tensors("t", InMemory(torch.full((SIZE,), base)), readers).gram(deltas)
+    readers = [MemoryReader(torch.full((SIZE,), number)) for number in (value, other)]
+    got = Tensors("t", MemoryReader(torch.full((SIZE,), base)), readers).gram(deltas)
     values = torch.tensor([value, other], dtype=torch.float64) - (base if deltas else 0)
     assert got.equal(SIZE * torch.outer(values, values))
 
@@ -36,7 +36,7 @@ def test_products_are_exact(deltas):
 def test_products_of_huge_and_tiny_values():
     for size in (1e30, 1e-30):
         values = torch.tensor([size] * 4)
-        got = Tensors("t", None, [InMemory(values), InMemory(-values)]).gram(deltas=False)
+        got = Tensors("t", None, [MemoryReader(values), MemoryReader(-values)]).gram(deltas=False)
         wanted = 4 * float(values[0]) ** 2
         assert got.tolist() == [[wanted, -wanted], [-wanted, wanted]]
 
@@ -174,9 +174,9 @@ def test_rare_entries_grow_by_as_much_as_they_are_rare():
 def test_fisher_information_beyond_float32s_squares():
     """Shares of 1e37 and 3e37 times values of 1e3 are beyond float32, those of 1e-30 times 1e-9 are below it."""
     for size, weight in ((1e37, [1.0, 1.0]), (0.0, [1.0, 1e-9])):
-        statistics = [Statistic(InMemory(torch.full((4,), size * (i * 2 + 1)))) for i in range(2)]
+        statistics = [Statistic(MemoryReader(torch.full((4,), size * (i * 2 + 1)))) for i in range(2)]
         experts = [torch.full((4,), 1e3), torch.full((4,), -1e3)]
-        tensors = Tensors("t", None, list(map(InMemory, experts)), statistics=statistics)
+        tensors = Tensors("t", None, list(map(MemoryReader, experts)), statistics=statistics)
         with torch.inference_mode():
             merge = fisher(tensors, weight=weight, floor=1e-30, normalize=False)
             [(_, got)] = merge_tensors(tensors, merge)

@@ -23,8 +23,8 @@ from hf_fusion.hub.selection import pick_modules, pick_small, safe_files
 from hf_fusion.hub.source import Source
 from hf_fusion.io.files import own_file
 from hf_fusion.io.json_files import read_json
-from hf_fusion.merging.engine.checkpoint import DTYPES, Entry, Files, read_checkpoint
-from hf_fusion.merging.engine.tensors import InMemory, Reader, Stored
+from hf_fusion.merging.engine.checkpoint import DTYPES, OpenFiles, TensorEntry, read_checkpoint
+from hf_fusion.merging.engine.tensors import FileReader, MemoryReader, Reader
 from hf_fusion.merging.tied import tied_entries, without_copies
 from hf_fusion.types import Adapter, ModelRef
 
@@ -50,7 +50,7 @@ class Model:
     name: str
     folder: Path
     config: dict[str, Any]
-    entries: dict[str, Entry]
+    entries: dict[str, TensorEntry]
     license: str | None = None
     adapter: Adapter | None = None
     under: Path | None = None
@@ -65,21 +65,21 @@ class Model:
         """The folder of the module that one of its tensors belongs to; "" for the model itself."""
         return next((folder for folder in self.modules if name.startswith(f"{folder}/")), "")
 
-    def reader(self, name: str, files: Files) -> Reader:
+    def reader(self, name: str, files: OpenFiles) -> Reader:
         """What reads one of its tensors."""
         if self.adapter is None:
-            return Stored(self.entries[name], files)
+            return FileReader(self.entries[name], files)
         saved = self.adapter.saved.get(name)
-        stored = Stored(self.entries[name], files) if saved is None else InMemory(saved)
+        stored = FileReader(self.entries[name], files) if saved is None else MemoryReader(saved)
         pair = self.adapter.lora.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         path = name.removesuffix(".weight")
         if path in self.adapter.rows:
-            return Replaced(stored, *self.adapter.rows[path])
+            return ReplacedRowsReader(stored, *self.adapter.rows[path])
         is_transposed = self.adapter.transposed and path not in self.adapter.embeddings
-        return Adapted(stored, *pair, is_transposed) if pair else stored
+        return LoraReader(stored, *pair, is_transposed) if pair else stored
 
 
-class Adapted:
+class LoraReader:
     """W + B A: a linear layer's weight with a LoRA's update, a few rows at a time.
 
     Args:
@@ -105,7 +105,7 @@ class Adapted:
         out.add_(update[start - first * width :][: len(out)])
 
 
-class Replaced:
+class ReplacedRowsReader:
     """An embedding of which some rows are others.
 
     Args:
@@ -236,14 +236,14 @@ def _model(source: Source) -> Model:
     return Model(name, folder, config, entries, known, modules=tuple(modules))
 
 
-def _modules(source: Source) -> dict[str, dict[str, Entry]]:
+def _modules(source: Source) -> dict[str, dict[str, TensorEntry]]:
     """The tensors of sentence-transformers' modules beside the model, by the module's folder."""
     folders = dict.fromkeys(file.rpartition("/")[0] for file in pick_modules(source))
     root = _folder(source)
     return {own: read_checkpoint(root / own, f"{source.name}/{own}", root) for own in folders}
 
 
-def _named(modules: Mapping[str, Mapping[str, Entry]]) -> dict[str, Entry]:
+def _named(modules: Mapping[str, Mapping[str, TensorEntry]]) -> dict[str, TensorEntry]:
     return {f"{folder}/{name}": entry for folder, own in modules.items() for name, entry in own.items()}
 
 
@@ -277,13 +277,15 @@ def _adapted(source: Source, base: Model) -> Model:
     return without_copies(made, {own: entries[own] for own in tied if own in entries})
 
 
-def _saved_alone(adapter: Adapter, known: Mapping[str, Entry], folder: Path) -> dict[str, Entry]:
+def _saved_alone(adapter: Adapter, known: Mapping[str, TensorEntry], folder: Path) -> dict[str, TensorEntry]:
     """What an adapter saves that its base does not have, as tensors of the adapter's own file."""
     file = weights_of(folder)
     assert file is not None  # `_files` has seen to it
     types = {f"torch.{name}": key for key, (name, _) in DTYPES.items()}
     return {
-        name: Entry(name, types[str(tensor.dtype)], tuple(tensor.shape), file, 0)  # read from memory, not from there
+        name: TensorEntry(
+            name, types[str(tensor.dtype)], tuple(tensor.shape), file, 0
+        )  # read from memory, not from there
         for name, tensor in adapter.saved.items()
         if name not in known
     }
@@ -292,7 +294,7 @@ def _saved_alone(adapter: Adapter, known: Mapping[str, Entry], folder: Path) -> 
 # ---------------------------------------------------------------- one name for one tensor
 
 
-def align(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, str]:
+def match_names(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, str]:
     """The other model's tensors by the names they have in the first.
 
     A model with a head calls its body's tensors by a prefix (``bert.``, ``model.``) that the body alone does without.
@@ -323,7 +325,7 @@ LAYER = re.compile(r"^(?P<stack>(?:.*?[._])?(?:layers|layer|h|blocks|block))\.(?
 """A tensor of one of many like layers: the stack it belongs to, its number there, and its name within."""
 
 
-def layer_of(name: str) -> int | None:
+def layer_index(name: str) -> int | None:
     """The number of the layer that a tensor belongs to, counted within its stack."""
     match = LAYER.match(name)
     return int(match["number"]) if match else None
@@ -334,7 +336,7 @@ def is_before_layers(name: str) -> bool:
     return "embed_out" not in name and ("embed" in name or re.search(r"\b(wte|wpe|shared)\b", name) is not None)
 
 
-def depths(names: Iterable[str]) -> dict[str, float]:
+def layer_depths(names: Iterable[str]) -> dict[str, float]:
     """How deep every tensor lies in its stack of layers: 0 in the first, 1 in the last; 0 outside, as in mergekit."""
     last: dict[str, int] = {}
     for name in names:
