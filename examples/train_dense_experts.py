@@ -15,7 +15,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from torch.utils.data import DataLoader
 from train_experts import save
 from transformers import (
     AutoImageProcessor,
@@ -29,9 +28,10 @@ from transformers import (
 )
 
 from hf_fusion.bench.rows import task_rows
-from hf_fusion.bench.scoring import Predictions, predict_batch, score
-from hf_fusion.bench.setups.common import on_device
 from hf_fusion.bench.suite import load_suite
+from hf_fusion.evaluation.loop import TaskRows, predict_task
+from hf_fusion.evaluation.predictors import ModelPredictor
+from hf_fusion.evaluation.task_metrics import score
 from hf_fusion.io.cache import cache_folder
 from hf_fusion.training.batches import read_examples
 from hf_fusion.training.dense import dense_loss
@@ -120,12 +120,8 @@ def train(task: str, epochs: int, limit: int | None, folder: Path) -> str:
             data_collator=learned.collate,
             compute_loss_func=lambda outputs, labels, **_: dense_loss(outputs.logits, labels),
         ).train()
-    found = Predictions([], [])
-    for inputs in DataLoader(tested.rows, BATCH_SIZE, collate_fn=tested.collate):
-        given, right = predict_batch(model.eval(), on_device(inputs, model.device), "maps")
-        found.predictions.extend(given)
-        found.references.extend(right)
-    measured = score(found, metric)
+    data = TaskRows.of(task, metric, tested, model.device)
+    measured = score(predict_task([ModelPredictor(task, "expert", model.eval())], data, BATCH_SIZE)[task], metric)
     card = CARD.format(
         base=SOURCE, task=task, epochs=epochs, rows=len(train_rows), loss=LOSSES[task], learning_rate=LEARNING_RATE,
         batch_size=BATCH_SIZE, tested=measured.n, metric=metric.replace("_", " "), score=measured.score,

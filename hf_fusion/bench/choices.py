@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hf_fusion.bench.scoring import Predictions
+from hf_fusion.evaluation.predictions import Predictions
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -20,16 +20,16 @@ from hf_fusion.bench.cells import CLEAN, Cell, read_cells, write_cell
 from hf_fusion.bench.corruptions import parse_corruptions
 from hf_fusion.bench.memory import forget_peak, peak_bytes
 from hf_fusion.bench.methods import METHODS, chosen
-from hf_fusion.bench.scoring import Scored, same_scale, score
 from hf_fusion.bench.setups.common import TaskSetup
 from hf_fusion.bench.setups.fusion import FusionSetup
 from hf_fusion.bench.setups.merging import MergingSetup
 from hf_fusion.bench.setups.regression import RegressionSetup
 from hf_fusion.bench.setups.routing import RoutingSetup
-from hf_fusion.bench.suite import LOWER, Holdout, Suite, holdouts_named, load_suite
+from hf_fusion.bench.suite import LOWER, Holdout, Suite, holdouts_named, load_suite, same_scale
 from hf_fusion.bench.systems import FIT, TEST, Candidate, NotApplicable, everything
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.machine import machine
+from hf_fusion.evaluation.task_metrics import RowsScore, score
 from hf_fusion.extras import refuse_missing
 from hf_fusion.progress import phase, track
 
@@ -144,7 +144,7 @@ class _Runner:
     def __init__(self, suite: Suite, folder: Path, wanted: list[str], command: str, writes: bool) -> None:
         self.suite, self.folder, self.corruptions, self.writes = suite, folder, wanted, writes
         self.setup: Any = None
-        self._scored: dict[tuple[int, str, str], Scored] = {}
+        self._scored: dict[tuple[int, str, str], RowsScore] = {}
         here = folder / suite.name
         cells = read_cells(here) if any(here.rglob("[!.]*.json")) else []
         self.done = {cell.path: cell for cell in cells if cell.status != "failed"}

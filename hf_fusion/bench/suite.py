@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -81,6 +81,12 @@ Classes = Annotated[
 ]
 GivenText = Annotated[str | None, Expected("a text", is_text)]
 """A text that may be left out, but not be null."""
+
+
+def same_scale(metrics: Iterable[str]) -> bool:
+    """Whether scores can be averaged: they are of one metric, or all of them shares, of which more is better."""
+    names = set(metrics)
+    return len(names) == 1 or not names & LOWER
 
 
 @dataclass(frozen=True)

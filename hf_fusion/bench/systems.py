@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_fusion.bench.cells import ALL, CLEAN
-from hf_fusion.bench.scoring import Predictions
 from hf_fusion.evaluation.loop import run_batches
+from hf_fusion.evaluation.predictions import Predictions
 
 if TYPE_CHECKING:
     from hf_fusion.bench.suite import Holdout, Suite
@@ -54,18 +54,19 @@ def everything(suite: Suite) -> Holdout:
     return Holdout(ALL, owned if suite.kind == "merging" else tuple(suite.experts), tuple(suite.tasks))
 
 
-def share_batches(batches: list[Any], run: Callable[[Any], tuple[list[Any], list[Any]]]) -> Predictions:
+def share_batches(batches: list[Any], run: Callable[[Any], Predictions]) -> Predictions:
     """Predictions for batches, divided over the processes of `accelerate launch`; each gets all of them, in order.
 
     Args:
         batches: (row indices, inputs) each.
         run: inputs → predictions and references of the rows of a batch.
     """
-    found = [
-        row
-        for rows in run_batches(batches, lambda batch: list(zip(batch[0], *run(batch[1]), strict=True)))
-        for row in rows
-    ]
+
+    def rows_of(batch: Any) -> list[tuple[int, Any, Any]]:
+        own = run(batch[1])
+        return list(zip(batch[0], own.predictions, own.references, strict=True))
+
+    found = [row for rows in run_batches(batches, rows_of) for row in rows]
     found.sort(key=lambda row: row[0])
     return Predictions([predicted for _, predicted, _ in found], [reference for _, _, reference in found])
 

@@ -14,9 +14,11 @@ import torch
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.baselines import max_confidence, mean_ensemble, oracle_expert
 from hf_fusion.evaluation.loop import TaskRows, score_task
+from hf_fusion.evaluation.predictions import Predictions
 from hf_fusion.evaluation.predictors import OutputPredictor, TextPredictor
 from hf_fusion.evaluation.results import FRUGAL, FUSED, MeasuredTask, Results
-from hf_fusion.evaluation.scoring import compare, score_of
+from hf_fusion.evaluation.scoring import compare
+from hf_fusion.evaluation.task_metrics import row_scores, score_of
 from hf_fusion.progress import track
 from hf_fusion.training.fuser import COST_WEIGHTS, replay
 from hf_fusion.training.outputs import ExpertOutputs, collect_outputs
@@ -67,7 +69,8 @@ def measure_foe(
     if model.config.frugal:
         for weight in track(COST_WEIGHTS, "Measuring the frugal variant"):
             point = predictors.frugal(f"frugal at {weight}", weight)
-            curve.append({"cost_weight": weight, **asdict(score_of(point.scores, task.metric)), "cost": point.cost})
+            found = score_of(row_scores(point.found, task.metric), task.metric)
+            curve.append({"cost_weight": weight, **asdict(found), "cost": point.cost})
     return _results(
         task,
         compared,
@@ -116,16 +119,14 @@ class _Predictors:
             best = oracle_expert(self.outputs, self.labels, collected.experts)
             owners = collected.experts
             cost = sum(shares[int(owner)] for owner in owners) / len(collected) if owners is not None else 1.0
-            found.append(OutputPredictor("oracle expert", "oracle", cost, best))
+            right = Predictions(best.tolist(), [True] * len(best))
+            found.append(OutputPredictor("oracle expert", "oracle", cost, right))
         return found
 
     def _of(self, name: str, kind: str, outputs: torch.Tensor, cost: float) -> OutputPredictor:
         """What predicts by outputs (N, C)."""
-        if self.regression:
-            scores = (outputs.squeeze(-1).double() - self.labels.double()).square()
-        else:
-            scores = outputs.argmax(1) == self.labels
-        return OutputPredictor(name, kind, cost, scores)
+        values = outputs.squeeze(-1).double() if self.regression else outputs.argmax(1)
+        return OutputPredictor(name, kind, cost, Predictions(values.tolist(), self.labels.tolist()))
 
     @torch.no_grad()
     def _fused(self) -> tuple[torch.Tensor, float]:

@@ -1,9 +1,9 @@
-"""The loop that every evaluation runs through: predictors × batches of a task → a score for each row."""
+"""The loop that every evaluation runs through: predictors × batches of a task → predictions for each row."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -11,7 +11,9 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from hf_fusion.errors import FusionError
+from hf_fusion.evaluation.predictions import Predictions
 from hf_fusion.evaluation.predictors import Batch
+from hf_fusion.evaluation.task_metrics import row_scores
 from hf_fusion.progress import track
 from hf_fusion.training.batches import Examples, batch_indices_by_length
 
@@ -31,14 +33,28 @@ class TaskRows:
     """The rows of a task as predictors read them.
 
     Attributes:
-        task: which, and how its rows are scored, see `hf_fusion.evaluation.scoring`.
+        task: which, and how its rows are scored.
         rows: N of them; rows with ``input_ids`` are batched with rows of like length.
         collate: rows → inputs with their labels.
+        reduced: predictions for the N rows → those that are scored, where these are others.
+        keeps: whether the inputs of batches are kept for predictors that are measured later.
     """
 
     task: MeasuredTask
     rows: Any
     collate: Callable[[list[Any]], Any]
+    reduced: Callable[[Predictions], Predictions] = lambda found: found
+    keeps: bool = False
+    _kept: dict[tuple[int, ...], Any] = field(default_factory=dict, repr=False)
+
+    def inputs(self, indices: list[int]) -> Any:
+        """The inputs of some rows, with their labels."""
+        key = tuple(indices)
+        if (inputs := self._kept.get(key)) is None:
+            inputs = self.collate([self.rows[index] for index in indices])
+            if self.keeps:
+                self._kept[key] = inputs
+        return inputs
 
     @classmethod
     def of(cls, task: MeasuredTask, examples: Examples, device: Any = None) -> TaskRows:
@@ -71,7 +87,6 @@ def metric_of(head: str, wanted: Metric | None) -> Metric:
     return wanted or "exact" if head in LANGUAGE_HEADS else "accuracy"
 
 
-@torch.no_grad()
 def score_task(
     predictors: Sequence[Predictor],
     data: TaskRows,
@@ -79,34 +94,57 @@ def score_task(
     *,
     before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, torch.Tensor]:
-    """Scores every row of a task for every predictor; a batch is collated once for all of them.
+    """Scores every row of a task for every predictor, by a metric that is a mean over rows; see `predict_task`.
 
-    Under `accelerate launch` every process must call it: they share the batches, and each gets all scores.
+    Returns:
+        Name → scores of the rows, (N,), on the CPU.
+    """
+    names = predictors[0].name if len(predictors) == 1 else f"{len(predictors)} predictors"
+    title = f"Measuring {names} on {data.task.name}"
+    found = predict_task(predictors, data, batch_size, before_batch=before_batch, title=title)
+    return {name: row_scores(own, data.task.metric) for name, own in found.items()}
+
+
+@torch.no_grad()
+def predict_task(
+    predictors: Sequence[Predictor],
+    data: TaskRows,
+    batch_size: int,
+    *,
+    before_batch: Callable[[], None] = lambda: None,
+    title: str = "",
+) -> dict[str, Predictions]:
+    """Predictions of every predictor for every row of a task; a batch is collated once for all of them.
+
+    Under `accelerate launch` every process must call it: they share the batches, and each gets all predictions.
 
     Args:
         predictors: with distinct names.
         data: the task's rows.
         batch_size: rows a step.
         before_batch: called before each batch, for what predictors share within one.
+        title: of the progress; by default it is not shown.
 
     Returns:
-        Name → scores of the rows, (N,), on the CPU.
+        Name → predictions for the rows, in their order.
     """
-    names = predictors[0].name if len(predictors) == 1 else f"{len(predictors)} predictors"
 
-    def run(indices: list[int]) -> tuple[list[int], dict[str, torch.Tensor]]:
-        inputs = data.collate([data.rows[index] for index in indices])
+    def run(indices: list[int]) -> tuple[list[int], dict[str, Predictions]]:
+        inputs = data.inputs(indices)
         before_batch()
         batch = Batch(data.task, indices, inputs)
-        return indices, {predictor.name: predictor.score(batch).cpu() for predictor in predictors}
+        return indices, {predictor.name: predictor.predict(batch) for predictor in predictors}
 
-    found: dict[str, torch.Tensor] = {}
-    batches = list(batch_indices_by_length(data.rows, batch_size))
-    for indices, scores in run_batches(batches, run, f"Measuring {names} on {data.task.name}"):
-        for name, values in scores.items():
-            values = values if values.dtype == torch.float64 else values.float()
-            found.setdefault(name, torch.zeros(len(data.rows), dtype=values.dtype))[indices] = values
-    return found
+    found: dict[str, list[tuple[int, Any, Any]]] = {predictor.name: [] for predictor in predictors}
+    for indices, predicted in run_batches(list(batch_indices_by_length(data.rows, batch_size)), run, title):
+        for name, own in predicted.items():
+            found[name] += zip(indices, own.predictions, own.references, strict=True)
+    return {name: data.reduced(_ordered(rows)) for name, rows in found.items()}
+
+
+def _ordered(rows: list[tuple[int, Any, Any]]) -> Predictions:
+    rows.sort(key=lambda row: row[0])
+    return Predictions([predicted for _, predicted, _ in rows], [reference for _, _, reference in rows])
 
 
 def run_batches(batches: Sequence[Given], run: Callable[[Given], Found], title: str = "") -> list[Found]:

@@ -15,15 +15,17 @@ import torch
 from hf_fusion.data import owners_by_name
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.loop import TaskRows, check_suite, metric_of, score_task
+from hf_fusion.evaluation.predictions import Predictions, predict_batch
 from hf_fusion.evaluation.predictors import Batch, ModelPredictor
 from hf_fusion.evaluation.results import FUSED, MeasuredTask, Metric, Results
 from hf_fusion.evaluation.scoring import compare
+from hf_fusion.evaluation.task_metrics import METRICS
 from hf_fusion.hub.heads import head_of_architecture, same_label
 from hf_fusion.hub.load import load_experts
 from hf_fusion.hub.lora import with_adapter
 from hf_fusion.progress import track
 from hf_fusion.training.adamerging import CoefficientMerge, merged_once
-from hf_fusion.training.batches import read_examples, score_rows
+from hf_fusion.training.batches import read_examples
 from hf_fusion.types import Expert, ModelRef
 
 if TYPE_CHECKING:
@@ -56,12 +58,12 @@ class TaskModel:
     within: Callable[[Any], AbstractContextManager[Any]] = merged_once
     cost: None = None
 
-    def score(self, batch: Batch) -> torch.Tensor:
+    def predict(self, batch: Batch) -> Predictions:
         """See `Predictor`."""
         inputs = {**batch.inputs, "task": batch.task.owner}
         if hasattr(self.model, "prompt_tokens"):  # routers read the prompt alone, as when they generate
             inputs["prompt_mask"] = self.model.prompt_tokens(batch.inputs)
-        return score_rows(self.model, inputs, batch.task.metric)
+        return predict_batch(self.model, inputs, METRICS[batch.task.metric].reads)
 
 
 # What a static merge of the experts is, from λ and K: the coefficient of every task vector.

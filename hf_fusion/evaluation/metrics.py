@@ -25,14 +25,12 @@ class MetricSpec:
         dtype: of both.
         description: of the metric.
         of: predictions, references → the metric.
-        is_mean: it is the mean over the pairs, so that it is a share, with a share's interval.
         is_list: each prediction and each reference is a list.
     """
 
     dtype: str
     description: str
     of: Callable[[Sequence[Any], Sequence[Any]], float]
-    is_mean: bool = False
     is_list: bool = False
 
 
@@ -83,13 +81,12 @@ def _equal(a: object, b: object) -> bool:
 
 # A new metric is one more row.
 METRIC_SPECS = {
-    "accuracy": MetricSpec("int64", "Share of predictions that equal their reference.", partial(_mean, _equal), True),
+    "accuracy": MetricSpec("int64", "Share of predictions that equal their reference.", partial(_mean, _equal)),
     "mse": MetricSpec("float64", "Mean squared difference.", partial(_mean, lambda a, b: (a - b) ** 2)),
     "exact_match": MetricSpec(
         "string",
         "Share of texts that equal their reference but for blanks at both ends.",
         partial(_mean, lambda a, b: a.strip() == b.strip()),
-        True,
     ),
     "f1": MetricSpec("int64", "F1 of the class 1; of more classes than two, the mean over the classes.", _f1),
     "matthews_correlation": MetricSpec("int64", "Matthews' correlation of classes.", _matthews),

@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-
+from hf_fusion.evaluation.predictions import Predictions, predict_batch
 from hf_fusion.evaluation.results import MeasuredTask
-from hf_fusion.training.batches import score_rows, to_model
+from hf_fusion.evaluation.task_metrics import METRICS, Reads
+from hf_fusion.training.batches import to_model
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Predictor(Protocol):
         """Its mean cost."""
         ...
 
-    def score(self, batch: Batch) -> torch.Tensor:
-        """The score of each row of a batch, (B,)."""
+    def predict(self, batch: Batch) -> Predictions:
+        """A prediction for each row of a batch, and what it is compared with."""
         ...
 
 
@@ -67,6 +67,8 @@ class ModelPredictor:
         prepare: batch → the model's inputs with labels; by default those of the batch where the model is.
         within: batch → the context that the forward runs in.
         cost: see `Predictor`.
+        reads: what is read of the outputs; by default what the task's metric needs.
+        tokenizer: of texts that the model writes.
     """
 
     name: str
@@ -75,37 +77,39 @@ class ModelPredictor:
     prepare: Callable[[Batch], Mapping[str, Any]] | None = None
     within: Callable[[Batch], AbstractContextManager[Any]] = lambda batch: nullcontext()
     cost: float | None = None
+    reads: Reads | None = None
+    tokenizer: Any = None
 
-    def score(self, batch: Batch) -> torch.Tensor:
+    def predict(self, batch: Batch) -> Predictions:
         """See `Predictor`."""
         inputs = self.prepare(batch) if self.prepare else to_model(batch.inputs, self.model)
         with self.within(batch):
-            return score_rows(self.model, inputs, batch.task.metric)
+            return predict_batch(self.model, inputs, self.reads or METRICS[batch.task.metric].reads, self.tokenizer)
 
 
 @dataclass(frozen=True)
 class OutputPredictor:
-    """Predictions from expert outputs that were collected before, see `training.outputs`.
+    """Predictions that were made before, such as from the outputs of experts (`training.outputs`).
 
     Attributes:
         name, kind: see `Predictor`.
         cost: mean share of the cost of querying every expert.
-        scores: of all N rows, (N,).
+        found: for all N rows.
     """
 
     name: str
     kind: str
     cost: float
-    scores: torch.Tensor
+    found: Predictions
 
-    def score(self, batch: Batch) -> torch.Tensor:
+    def predict(self, batch: Batch) -> Predictions:
         """See `Predictor`."""
-        return self.scores[batch.indices]
+        return self.found.of_rows(batch.indices)
 
 
 @dataclass(frozen=True)
 class TextPredictor:
-    """A model that writes texts, which are compared with their targets but for blanks at both ends.
+    """A model that writes texts.
 
     Attributes:
         name, kind: see `Predictor`.
@@ -118,8 +122,6 @@ class TextPredictor:
     cost: float
     generate: Callable[[Sequence[str]], list[str]]
 
-    def score(self, batch: Batch) -> torch.Tensor:
+    def predict(self, batch: Batch) -> Predictions:
         """See `Predictor`."""
-        texts = self.generate(batch.inputs["prompts"])
-        targets = batch.inputs["targets"]
-        return torch.tensor([text.strip() == target.strip() for text, target in zip(texts, targets, strict=True)])
+        return Predictions(self.generate(batch.inputs["prompts"]), batch.inputs["targets"])

@@ -1,4 +1,4 @@
-"""From the scores of rows to those of tasks, their means and leads, each with a 95 % interval."""
+"""Compares predictors by the scores of rows: their scores on tasks, means and leads, each with a 95 % interval."""
 
 from __future__ import annotations
 
@@ -8,27 +8,10 @@ from typing import Any
 
 import torch
 
-from hf_fusion.evaluation.intervals import Z95, Score, mean_of, wilson
+from hf_fusion.evaluation.intervals import Z95, Score, mean_of
 from hf_fusion.evaluation.machine import machine
 from hf_fusion.evaluation.results import FUSED, MeasuredTask, PredictorScores, Results
-
-
-def score_of(values: torch.Tensor, metric: str) -> Score:
-    """The mean of rows' scores (N,) with its interval.
-
-    Args:
-        values: of the rows.
-        metric: "accuracy", "exact" or "exact_match", shares, which have Wilson's interval; "tokens", a mean of shares,
-            or "mse", a mean of squared errors, which have the normal one.
-    """
-    if metric == "mse":
-        mean, half = sum(values.tolist()) / len(values), Z95 * float(values.std()) / math.sqrt(len(values))
-        return Score(mean, (mean - half, mean + half))
-    mean = float(values.double().mean())
-    if metric != "tokens":
-        return Score(mean, wilson(mean, len(values)))
-    half = Z95 * float(values.double().std(correction=0)) / math.sqrt(len(values))
-    return Score(mean, (max(0.0, mean - half), min(1.0, mean + half)))
+from hf_fusion.evaluation.task_metrics import score_of
 
 
 def lead_of(ahead: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Score:

@@ -16,10 +16,10 @@ from transformers import AutoImageProcessor, UperNetForSemanticSegmentation
 
 from hf_fusion.bench.rows import task_rows
 from hf_fusion.bench.run import run_suite
-from hf_fusion.bench.scoring import score
 from hf_fusion.bench.setups.merging import MergingSetup
 from hf_fusion.bench.suite import load_suite
 from hf_fusion.errors import FusionError
+from hf_fusion.evaluation.task_metrics import score
 from hf_fusion.training.adamerging import CoefficientMerge
 from hf_fusion.training.fisher import measure_fisher
 

@@ -14,11 +14,11 @@ from tiny_suites import as_recorded
 from hf_fusion.bench.methods.regression import foe, simple_ensemble, weighted_ensemble
 from hf_fusion.bench.rows import single, task_rows
 from hf_fusion.bench.run import run_suite
-from hf_fusion.bench.scoring import score
 from hf_fusion.bench.setups.regression import LONGEST, RegressionSetup
 from hf_fusion.bench.suite import load_suite
 from hf_fusion.bench.systems import CLEAN, TEST, everything
 from hf_fusion.errors import FusionError
+from hf_fusion.evaluation.task_metrics import score
 
 SUITE = """\
 title: scores

@@ -11,10 +11,10 @@ from hf_fusion.assets.language_tasks import rows
 from hf_fusion.assets.rxnfp import FAMILIES, MODELS, rxnfp_folder
 from hf_fusion.bench.choices import likeliest, spread
 from hf_fusion.bench.rows import divide, ours, task_rows
-from hf_fusion.bench.scoring import Predictions
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import Task, load_suite
 from hf_fusion.errors import FusionError
+from hf_fusion.evaluation.predictions import Predictions
 
 
 def texts(numbers) -> Dataset:

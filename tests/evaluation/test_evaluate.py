@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from golden_cells import classifiers, labelled, routed, said
 from tiny import llama
 
 from hf_fusion import FoEModel, FusionError, PhatgooseRouter, evaluate
-from hf_fusion.evaluation.loop import TaskRows, score_task
+from hf_fusion.evaluation.loop import TaskRows, predict_task, score_task
+from hf_fusion.evaluation.predictions import Predictions
 from hf_fusion.evaluation.predictors import Batch, OutputPredictor
 from hf_fusion.evaluation.results import MeasuredTask
 
@@ -45,12 +45,14 @@ def test_every_row_is_scored_once_in_its_place():
     class Indices:
         name, kind, cost = "indices", "expert", None
 
-        def score(self, batch: Batch) -> torch.Tensor:
+        def predict(self, batch: Batch) -> Predictions:
             seen.append(batch.indices)
-            return torch.tensor([float(row["index"]) for row in batch.inputs["rows"]])
+            return Predictions([row["index"] for row in batch.inputs["rows"]], batch.indices)
 
     data = TaskRows(MeasuredTask("task", "accuracy", 5), rows, lambda batch: {"rows": batch})
-    found = score_task([Indices(), OutputPredictor("kept", "oracle", 1.0, torch.arange(5) == 2)], data, 2)
+    kept = OutputPredictor("kept", "oracle", 1.0, Predictions([0, 1, 2, 3, 4], [4, 3, 2, 1, 0]))
+    found = predict_task([Indices(), kept], data, 2)
     assert seen == [[1, 3], [4, 2], [0]]
-    assert found["indices"].tolist() == [0, 1, 2, 3, 4]
-    assert found["kept"].tolist() == [0, 0, 1, 0, 0]
+    assert found["indices"] == Predictions([0, 1, 2, 3, 4], [0, 1, 2, 3, 4])
+    assert found["kept"] == kept.found
+    assert score_task([kept], data, 2)["kept"].tolist() == [0, 0, 1, 0, 0]

@@ -17,7 +17,8 @@ from hf_fusion.evaluation.intervals import Score, mean_of, wilson
 from hf_fusion.evaluation.results import Results
 from hf_fusion.evaluation.retrieval import Retrieval, TextEmbedder
 from hf_fusion.evaluation.routing import PREDICTORS, same_start, unchanged_blocks
-from hf_fusion.evaluation.scoring import lead_of, score_of
+from hf_fusion.evaluation.scoring import lead_of
+from hf_fusion.evaluation.task_metrics import score_of
 from hf_fusion.hub.lora import read_adapter
 from hf_fusion.training.gates import average_activation
 from hf_fusion.training.prompts import encode_prompts, target_scores

@@ -24,7 +24,7 @@ from hf_fusion.evaluation.coefficient_map import COEFFICIENT_FILE, COEFFICIENT_P
 from hf_fusion.evaluation.intervals import mean_of
 from hf_fusion.evaluation.plots import plot_coefficients
 from hf_fusion.evaluation.results import MeasuredTask, PredictorScores, Results
-from hf_fusion.evaluation.scoring import score_of
+from hf_fusion.evaluation.task_metrics import score_of
 from hf_fusion.fusion import fuse, save_fused
 from hf_fusion.publishing.plan import plan
 from hf_fusion.publishing.publish import publish

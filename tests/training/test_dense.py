@@ -7,7 +7,9 @@ import pytest
 import torch
 from sklearn.metrics import jaccard_score, log_loss
 
-from hf_fusion.bench.scoring import Predictions, same_scale, score
+from hf_fusion.bench.suite import same_scale
+from hf_fusion.evaluation.predictions import Predictions
+from hf_fusion.evaluation.task_metrics import score
 from hf_fusion.training.dense import VOID, dense_loss, dense_statistics
 
 ROWS, CLASSES, HEIGHT, WIDTH = 5, 4, 6, 7

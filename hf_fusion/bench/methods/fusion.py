@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_fusion.bench.methods.declaration import bench_method
-from hf_fusion.bench.scoring import Predictions, score
 from hf_fusion.bench.setups.fusion import OUTPUT, SELECTION, FusionSetup
 from hf_fusion.bench.suite import Holdout
 from hf_fusion.bench.systems import CLEAN, FIT, TEST, Candidate, NotApplicable, everything
 from hf_fusion.evaluation.baselines import max_confidence, mean_ensemble
+from hf_fusion.evaluation.predictions import Predictions
+from hf_fusion.evaluation.task_metrics import score
 from hf_fusion.models.assembly_foe import normalise
 from hf_fusion.training.fuser import fit_fuser, replay
 

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from hf_fusion.bench.methods.declaration import ENTROPY, LEARNING, SCALING, bench_method
-from hf_fusion.bench.scoring import METRICS, Predictions, from_logits, same_scale, score
 from hf_fusion.bench.setups.merging import MergingSetup, State
 from hf_fusion.bench.sources import expert_path
-from hf_fusion.bench.suite import LOWER, Holdout
+from hf_fusion.bench.suite import LOWER, Holdout, same_scale
 from hf_fusion.bench.systems import CLEAN, FIT, Candidate, NotApplicable
+from hf_fusion.evaluation.predictions import Predictions, from_logits
+from hf_fusion.evaluation.task_metrics import METRICS, score
 from hf_fusion.hub.lora import linear_sizes
 from hf_fusion.merging.engine.tensors import MemoryReader, Statistic
 from hf_fusion.merging.in_memory import merge_states
@@ -396,7 +397,7 @@ def _ensemble(setup: MergingSetup, holdout: Holdout, combine: Combine, **paramet
     def predict(task: str, corruption: str, split: str) -> Predictions:
         found = [setup.logits(number, task, corruption, split) for number in setup.indices(holdout)]
         logits = combine(torch.stack([own for own, _ in found]))
-        return Predictions(*from_logits(logits, found[0][1], METRICS[setup.suite.tasks[task].metric].reads))
+        return from_logits(logits, found[0][1], METRICS[setup.suite.tasks[task].metric].reads)
 
     one, count = setup.sizes[1], len(holdout.fuse)
     return Candidate(predict, dict(parameters), stored=one * count, active=one * count, cost=float(count))

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fusion.bench.methods import merging
 from hf_fusion.bench.methods.declaration import bench_method
-from hf_fusion.bench.scoring import METRICS, Predictions, predict_batch
 from hf_fusion.bench.setups.routing import HEADS, TOP_K, RoutingSetup
 from hf_fusion.bench.suite import Holdout
 from hf_fusion.bench.systems import Candidate, NotApplicable, everything, share_batches
+from hf_fusion.evaluation.predictions import Predictions, predict_batch
 from hf_fusion.evaluation.routing import (
     PHATGOOSE,
     STRATEGIES,
     RoutingStrategy,
     alone,
 )
+from hf_fusion.evaluation.task_metrics import METRICS
 
 if TYPE_CHECKING:
     pass

@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_fusion.bench.choices import likeliest, spread
 from hf_fusion.bench.corruptions import corrupted
 from hf_fusion.bench.rows import Rows, task_rows
-from hf_fusion.bench.scoring import METRICS, Predictions
 from hf_fusion.bench.suite import Suite
 from hf_fusion.bench.systems import CLEAN, FIT, TEST
+from hf_fusion.evaluation.predictions import Predictions
+from hf_fusion.evaluation.task_metrics import METRICS
 from hf_fusion.training.batches import Examples, batch_indices_by_length
 
 if TYPE_CHECKING:

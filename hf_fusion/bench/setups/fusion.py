@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_fusion.bench.scoring import METRICS, Predictions, predict_batch
 from hf_fusion.bench.setups.common import MAX_LENGTH, ROWS_COUNTED, TaskSetup, multiplications
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import Holdout, Suite
 from hf_fusion.bench.systems import CLEAN, TEST, NotApplicable, share_batches
 from hf_fusion.errors import FusionError
+from hf_fusion.evaluation.predictions import Predictions, predict_batch
+from hf_fusion.evaluation.task_metrics import METRICS
 from hf_fusion.hub.load import load_experts
 from hf_fusion.models.assembly_foe import GENERIC_LABEL, fuse_labels, normalise
 from hf_fusion.models.modeling_foe import FoEModel

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoProcessor, DataCollatorWithPadding
 
-from hf_fusion.bench.scoring import METRICS, Predictions, from_logits, predict_batch
 from hf_fusion.bench.setups.common import MAX_LENGTH, ROWS_COUNTED, Batch, TaskSetup, multiplications, on_device
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import Holdout, Suite
 from hf_fusion.bench.systems import CLEAN, TEST, Candidate, NotApplicable, share_batches
 from hf_fusion.bench.zero_shot import fix_classes
+from hf_fusion.evaluation.predictions import Predictions, from_logits, predict_batch
+from hf_fusion.evaluation.task_metrics import METRICS
 from hf_fusion.hub.download import download
 from hf_fusion.hub.load import load_experts
 from hf_fusion.hub.resolve import resolve
@@ -27,7 +28,7 @@ from hf_fusion.hub.selection import pick_small
 from hf_fusion.merging.engine.tensors import clamp_variance
 from hf_fusion.models.heads_wemoe import activate_heads
 from hf_fusion.training.adamerging import CoefficientMerge
-from hf_fusion.training.batches import Examples, class_logits, image_text_examples, read_examples
+from hf_fusion.training.batches import Examples, image_text_examples, read_examples
 from hf_fusion.types import Expert
 
 if TYPE_CHECKING:
@@ -190,10 +191,10 @@ class MergingSetup(TaskSetup, kind="merging"):
         if key not in self._logits:
             self.show(self.states[expert])
 
-            def run(inputs: dict[str, Any]) -> tuple[list[Any], list[Any]]:
-                return class_logits(Dense(self), {**inputs, "task": task}).tolist(), inputs["labels"].tolist()
-
-            found = share_batches(self.batches(task, corruption, split), run)
+            found = share_batches(
+                self.batches(task, corruption, split),
+                lambda inputs: predict_batch(Dense(self), {**inputs, "task": task}, "logits"),
+            )
             self._logits[key] = (torch.tensor(found.predictions), torch.tensor(found.references))
         return self._logits[key]
 
@@ -201,7 +202,7 @@ class MergingSetup(TaskSetup, kind="merging"):
         """Predictions of an expert under a task's head."""
         reads = METRICS[self.suite.tasks[task].metric].reads
         if reads in ("classes", "numbers"):
-            return Predictions(*from_logits(*self.logits(expert, task, corruption, split), reads))
+            return from_logits(*self.logits(expert, task, corruption, split), reads)
         self.show(self.states[expert])
         return self.predict(Dense(self), task, corruption, split)
 

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DataCollatorForSeq2Seq
 
-from hf_fusion.bench.scoring import Predictions, predict_batch
 from hf_fusion.bench.setups.common import ROWS_COUNTED, TaskSetup, multiplications, on_device
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import Suite
 from hf_fusion.bench.systems import Candidate, share_batches
+from hf_fusion.evaluation.predictions import Predictions, predict_batch
 from hf_fusion.hub.load import load_experts
 from hf_fusion.training.batches import Examples
 

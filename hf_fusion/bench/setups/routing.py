@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_fusion.bench.scoring import METRICS, Predictions, predict_batch
 from hf_fusion.bench.setups.common import MAX_LENGTH, ROWS_COUNTED, Batch, TaskSetup, multiplications
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import Holdout, Suite
 from hf_fusion.bench.systems import CLEAN, TEST, Candidate, NotApplicable, everything, seeded, share_batches
 from hf_fusion.errors import FusionError
+from hf_fusion.evaluation.predictions import Predictions, predict_batch
 from hf_fusion.evaluation.retrieval import MINILM, TextEmbedder, texts_of
 from hf_fusion.evaluation.routing import (
     STRATEGIES,
@@ -28,6 +28,7 @@ from hf_fusion.evaluation.routing import (
     same_start,
     unchanged_blocks,
 )
+from hf_fusion.evaluation.task_metrics import METRICS
 from hf_fusion.hub.load import load_experts
 from hf_fusion.training.batches import Examples, read_examples
 from hf_fusion.types import Adapter
@@ -135,7 +136,7 @@ class RoutingSetup(TaskSetup, kind="routing"):
         start: Any = nullcontext({}) if reads == "texts" else same_start([router])  # generation restarts at each step
         with start as remembered:
 
-            def run(batch: Batch) -> tuple[list[Any], list[Any]]:
+            def run(batch: Batch) -> Predictions:
                 numbers, inputs = batch
                 known = self._started.get((skipped, rows, numbers[0]), {})
                 remembered.clear()
