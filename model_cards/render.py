@@ -1,11 +1,11 @@
 """Render the golden cards.
 
-    python model_cards/render.py                                       # NAME.md from each NAME.json here
-    python model_cards/render.py demo/foe-digits demo/foe-digits@SHA   # foe.json anew, from what the demo published
-    python model_cards/render.py demo/router demo/phatgoose-smollm2@SHA  # likewise, with its picture
-    python model_cards/render.py merged demo/smollm2-ties@SHA  # merge.json, with HF_ENDPOINT where its experts are
+    python model_cards/render.py                                         # NAME.md from each NAME.json here
+    python model_cards/render.py demo/foe-digits demo/foe-digits@SHA     # first update foe.json from a demo's model
+    python model_cards/render.py demo/router demo/phatgoose-smollm2@SHA  # the same, with its figure
+    python model_cards/render.py merged demo/smollm2-ties@SHA            # merge.json; HF_ENDPOINT: its experts' Hub
 
-Run it after changing a template; a test compares.
+Run it after changing a template; a test compares the result.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ HERE = Path(__file__).parent
 
 
 def take_facts(folder: Path, pinned: str) -> None:
-    """Write a family's JSON from the folder of a published model."""
+    """Write a golden card's JSON from the folder of a published model."""
     repo_id, _, sha = pinned.partition("@")
     rows = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("experts")
-    if rows is None:  # a static merge: what it was made of, only the Hub tells
+    if rows is None:  # a static merge: metadata of its experts come from the Hub
         facts = plan(folder, repo_id).facts
     else:
         experts = [
@@ -39,7 +39,7 @@ def take_facts(folder: Path, pinned: str) -> None:
         facts = read_facts(folder, repo_id, experts, combine({info.id: info.license for info in experts}))
     content = json.dumps(asdict(replace(facts, revision=sha)), indent=2, ensure_ascii=False)
     (HERE / f"{facts.family}.json").write_text(f"{content}\n", encoding="utf-8")
-    if facts.routing and (routing := FAMILIES[facts.family].map):  # and so its picture
+    if facts.routing and (routing := FAMILIES[facts.family].map):  # and its figure
         shutil.copy(folder / routing.picture, HERE)
 
 

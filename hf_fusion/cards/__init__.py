@@ -1,1 +1,1 @@
-"""Model cards: facts about a fused model, and the templates that render them."""
+"""Model cards: facts about a fused model, rendered by templates."""

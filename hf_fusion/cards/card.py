@@ -1,7 +1,7 @@
 """Model cards: facts about a fused model, rendered by a template from ``model_cards/``.
 
-The text between the two markers is ours and is rewritten by every publish; everything around it belongs to whoever
-wrote it. All that comes from the Hub or from files is escaped before it gets into the card.
+Each publication rewrites the text between the two markers; text outside of them is kept. Whatever comes from the Hub or
+from files is escaped before it is put into the card.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from hf_fusion.cards.contents import CONTENTS
-from hf_fusion.cards.parts import CardContents
+from hf_fusion.cards.contents import CONTENTS, CardContents
 from hf_fusion.cards.static_merge import MERGE, MERGE_CONTENTS, pipeline_tag
 from hf_fusion.cards.usage import usage_block
 from hf_fusion.errors import FusionError
@@ -46,12 +45,12 @@ if TYPE_CHECKING:
 BEGIN, END = "<!-- hf-fusion:begin -->", "<!-- hf-fusion:end -->"
 README = "README.md"
 TEMPLATES = Path(__file__).with_name("model_cards")
-UNBROKEN, DASH = "\u00a0", "–\u2060"  # a blank and a dash at which no line breaks
+NO_BREAK_SPACE, NO_BREAK_DASH = "\u00a0", "–\u2060"
 
 
 @dataclass(frozen=True)
 class CardExpert:
-    """One expert as the card shows it: ``cost`` as a share of asking all, ``gates`` by where they come from."""
+    """One expert on the card: ``cost`` is its share of the cost of all experts, ``gates`` how its gates were made."""
 
     id: str
     sha: str
@@ -64,22 +63,22 @@ class CardExpert:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """All that a card says, as plain data.
+    """The content of a card, as plain data.
 
     Attributes:
-        repo_id: where the model is published.
-        family: "foe", or whatever else the config's model_type is; "merge" for static merges.
-        auto_class: name of the Auto class that loads it with its head.
-        pipeline_tag: its task.
-        license: licence id; empty where it could not be computed.
-        experts: what it is made of.
+        repo_id: ``owner/name`` of the published model.
+        family: the config's ``model_type`` for the families; "merge" for static merges.
+        auto_class: name of the Auto class that loads the model with its head.
+        pipeline_tag: its task on the Hub.
+        license: licence id; empty if it could not be computed.
+        experts: its experts, in the recipe's order.
         recipe: text of ``fusion.yaml``.
-        base: ``owner/name@sha`` of the experts' base, or its name where it is a folder.
-        revision: commit that the usage block pins, None before there is one.
-        results: what was measured (the content of ``results.json``, in any form that `Results.load` reads), or None.
+        base: ``owner/name@sha`` of the experts' base, or the folder's name.
+        revision: commit that the usage block pins; None before the first push.
+        results: content of ``results.json``, in any form that `Results.load` reads; None if not evaluated.
         parameters: number of parameters.
-        options: the family's own settings, from its config.
-        routing: what it does with each task (the content of the family's map), or None.
+        options: settings of the family or the merging method, see `CardContents.options`.
+        routing: content of the family's routing map; None without one.
     """
 
     repo_id: str
@@ -98,12 +97,12 @@ class CardFacts:
 
     @property
     def measured(self) -> Results | None:
-        """What was measured, or None."""
+        """The results; None if the model was not evaluated."""
         return Results.from_dict(self.results) if self.results else None
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> CardFacts:
-        """From JSON, as `dataclasses.asdict` wrote it."""
+        """The facts in a dict that `dataclasses.asdict` made, also by way of JSON."""
         experts = tuple(CardExpert(**{**expert, "labels": tuple(expert["labels"])}) for expert in content["experts"])
         return cls(**{**content, "experts": experts})
 
@@ -114,18 +113,21 @@ def read_facts(
     """Gather a card's facts from a saved model.
 
     Args:
-        folder: as `save_fused` wrote it.
-        repo_id: where it will be published.
-        experts: what the Hub says about the recipe's experts, in its order.
-        license_id: the model's licence.
-        results: a `Results`, its dict, or None for ``results.json`` in the folder, if there is one.
+        folder: written by `save_fused` or `merge`.
+        repo_id: ``owner/name`` of the published model.
+        experts: metadata of the recipe's experts, in its order.
+        license_id: licence of the model.
+        results: `Results` or its dict; None for ``results.json`` in the folder, if it exists.
+
+    Raises:
+        FusionError: the results lack fields, or no template is known for the model's type.
     """
     recipe, is_adapter = Recipe.load(folder), (folder / ADAPTER_CONFIG).exists()
     config = read_json(folder / (ADAPTER_CONFIG if is_adapter else "config.json"), str(folder))
     head = head_of_adapter(config) if is_adapter else None
     auto_class = head.auto if head else auto_class_of(config)
     name = MERGE if recipe.method in MERGE_METHODS else str(config.get("model_type"))
-    contents = _contents(name)
+    contents = _card_contents(name)
     routing = FAMILIES[name].map if name in FAMILIES else None
     rows = config.get("experts") or [{}] * len(experts)
     total = sum(row.get("cost", 0) for row in rows)
@@ -151,7 +153,7 @@ def read_facts(
         ),
         recipe=recipe.to_yaml(),
         base=Path(recipe.base).name if recipe.base and Path(recipe.base).is_absolute() else recipe.base,
-        results=_checked_results(results, folder, name),
+        results=_read_results(results, folder, name),
         parameters=_count_parameters(folder),
         options=contents.options(config, folder) | _chat_option(auto_class, folder),
         routing=read_json(folder / routing.data, str(folder)) if routing and (folder / routing.data).exists() else None,
@@ -159,20 +161,23 @@ def read_facts(
 
 
 def write_card(folder: str | Path, api: HfApi | None = None) -> Path:
-    """Writes the README beside a static merge: what publishing it will say, as far as it is known before.
+    """Write the README of a static merge before it is published.
 
-    Models that are folders are named, without links; a licence that cannot be computed is left open. Text of an
-    earlier README outside of our markers stays.
+    Local models are named without links, and a licence that cannot be computed is left open. Text outside the markers
+    of an existing README is kept.
 
     Args:
-        folder: as `hf_fusion.merge` left it.
-        api: the Hub's client, for experts that are ids.
+        folder: written by `hf_fusion.merge`.
+        api: client of the Hub, to read the experts' metadata; default honours ``HF_ENDPOINT`` and the stored token.
+
+    Returns:
+        Path of the README.
     """
     folder = Path(folder)
     recipe = Recipe.load(folder)
     names = [ModelRef.parse_pair(expert.model)[1] for expert in recipe.experts]
     bases = [ModelRef.parse(recipe.base)] if recipe.base else []
-    infos = in_parallel(lambda ref: _info(ref, api), [*names, *bases])
+    infos = in_parallel(lambda ref: _read_info(ref, api), [*names, *bases])
     try:
         license_id = combine({info.id: info.license for info in infos})
     except FusionError:
@@ -183,8 +188,8 @@ def write_card(folder: str | Path, api: HfApi | None = None) -> Path:
     return write_file(file, card)
 
 
-def _info(ref: ModelRef, api: HfApi | None) -> ExpertInfo:
-    """What the Hub, or a folder's own files, tell about a model; of one that is out of reach, its name."""
+def _read_info(ref: ModelRef, api: HfApi | None) -> ExpertInfo:
+    """Metadata of a model from the Hub or from its folder; only its name if it cannot be reached."""
     try:
         source = resolve(ref, api)
     except FusionError:
@@ -196,23 +201,23 @@ def render_card(facts: CardFacts, existing: str = "") -> str:
     """The README of a fused model.
 
     Args:
-        facts: what to say.
-        existing: the present README; its text outside our markers and the metadata we do not set survive.
+        facts: content of the card.
+        existing: the current README. Text outside the markers, and metadata that `facts` does not set, are kept.
 
     Raises:
-        FusionError: if the existing README's metadata or markers are broken.
+        FusionError: the existing README has broken metadata or markers.
     """
-    head, body = _split(existing)
-    was_ours = bool(body) and BEGIN in body
-    ours = _metadata(facts)
-    if was_ours:
+    head, body = _split_readme(existing)
+    was_rendered = bool(body) and BEGIN in body
+    rendered = _metadata(facts)
+    if was_rendered:
         head.pop("model-index", None)  # an earlier version's results
-    tags = [*ours["tags"], *(tag for tag in _as_list(head.get("tags")) if tag not in ours["tags"])]
-    metadata = yaml.safe_dump({**head, **ours, "tags": tags}, sort_keys=False, allow_unicode=True, width=10_000)
-    return f"---\n{metadata}---\n{_insert(body, _render_body(facts))}"
+    tags = [*rendered["tags"], *(tag for tag in _as_list(head.get("tags")) if tag not in rendered["tags"])]
+    metadata = yaml.safe_dump({**head, **rendered, "tags": tags}, sort_keys=False, allow_unicode=True, width=10_000)
+    return f"---\n{metadata}---\n{_insert_between_markers(body, _render_body(facts))}"
 
 
-# what an option of a static merge says of the library that reads it
+# option of a static merge → library that loads it
 _LIBRARIES = {"adapter": "peft", "sentences": "sentence-transformers"}
 
 
@@ -221,11 +226,12 @@ METRICS = {"exact": "exact_match", "tokens": "token_accuracy"}
 
 
 def _metadata(facts: CardFacts) -> dict[str, Any]:
-    """The YAML head: what the Hub indexes."""
+    """The YAML front matter, which the Hub indexes."""
     named = [ModelRef(expert.id, expert.sha or None) for expert in facts.experts] + (
         [ModelRef.parse_repo(facts.base)] if facts.base else []
     )
-    pinned = [ref.repo for ref in named if ref.revision and not ref.is_content]  # not its number in a checkpoint
+    # of an expert in a checkpoint, the checkpoint's repo
+    pinned = [ref.repo for ref in named if ref.revision and not ref.is_content]
     data: dict[str, Any] = {
         "base_model": list(dict.fromkeys(pinned)),
         "library_name": next((name for key, name in _LIBRARIES.items() if facts.options.get(key)), "transformers"),
@@ -238,7 +244,7 @@ def _metadata(facts: CardFacts) -> dict[str, Any]:
 
 
 def _model_index(facts: CardFacts) -> dict[str, Any]:
-    """What the model itself scored, in the Hub's form; nothing where nothing was measured."""
+    """The model's own scores as ``model-index`` metadata; empty if it was not evaluated."""
     results = facts.measured
     measured = [(p, task) for p in results.predictors for task in results.tasks] if results else []
     measured = [(p, task) for p, task in measured if p.kind in (FUSED, FRUGAL) and task.name in p.scores]
@@ -265,10 +271,10 @@ def _model_index(facts: CardFacts) -> dict[str, Any]:
 
 
 def _render_body(facts: CardFacts) -> str:
-    """The text between our markers."""
+    """The text between the markers."""
     import jinja2
 
-    contents = _contents(facts.family)
+    contents = _card_contents(facts.family)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
@@ -279,15 +285,15 @@ def _render_body(facts: CardFacts) -> str:
         "md": escape_markdown,
         "code": lambda text: str(text).replace("`", "'").replace("\n", " "),
         "id": _repo_id,
-        "linked": _linked,
+        "linked": _link,
         "commit": _commit,
-        "some": _some,
+        "some": _first_names,
         "percent": lambda share: "" if share is None else f"{share:.0%}".replace("%", " %"),
         "millions": lambda count: f"{count / 1e6:,.1f} million",
         "count": "{:,}".format,
         "score": _score,
         "interval": _interval,
-        "cell": lambda score: _interval(score, "{:.0f}").replace(" %", "").replace(" ", UNBROKEN).replace("–", DASH),
+        "cell": _table_cell,
     }
     template = environment.get_template(f"{facts.family}.md.j2")
     text = template.render(
@@ -296,13 +302,13 @@ def _render_body(facts: CardFacts) -> str:
         results=facts.measured,
         usage=_fenced(usage_block(facts), "python"),
         recipe=_fenced(facts.recipe, "yaml"),
-        folders=" and folders, once their paths stand in it" if f"@{CONTENT}" in facts.recipe else "",
+        folders=" and folders, once it names their paths" if f"@{CONTENT}" in facts.recipe else "",
         **contents.view(facts),
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
-def _contents(family: str) -> CardContents:
+def _card_contents(family: str) -> CardContents:
     if family == MERGE:
         return MERGE_CONTENTS
     if family not in CONTENTS:
@@ -310,7 +316,7 @@ def _contents(family: str) -> CardContents:
     return CONTENTS[family]
 
 
-def _split(text: str) -> tuple[dict[str, Any], str]:
+def _split_readme(text: str) -> tuple[dict[str, Any], str]:
     """Metadata and body of a README."""
     match = re.match(r"\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", text, re.MULTILINE | re.DOTALL)
     if match is None:
@@ -324,9 +330,9 @@ def _split(text: str) -> tuple[dict[str, Any], str]:
     return head, text[match.end() :].strip()
 
 
-def _insert(body: str, ours: str) -> str:
-    """Put our text between the markers of a body; in front of it where it has none."""
-    block = f"{BEGIN}\n{ours}\n{END}"
+def _insert_between_markers(body: str, rendered: str) -> str:
+    """The body with the text between its markers replaced; without markers, the text comes first."""
+    block = f"{BEGIN}\n{rendered}\n{END}"
     begins = [match.start() for match in re.finditer(rf"^{re.escape(BEGIN)}\s*$", body, re.MULTILINE)]
     ends = [match.end() for match in re.finditer(rf"^{re.escape(END)}\s*$", body, re.MULTILINE)]
     if not begins and not ends:
@@ -340,18 +346,22 @@ def _insert(body: str, ours: str) -> str:
     return "\n\n".join(part for part in (before, block, after) if part) + "\n"
 
 
-def _checked_results(given: Any, folder: Path, family: str) -> dict[str, Any] | None:
-    """The measurements as plain data, from what was given or from ``results.json``; None where there are none."""
-    if given is None and not (folder / RESULTS_FILE).exists():
+def _read_results(results: Any, folder: Path, family: str) -> dict[str, Any] | None:
+    """The results as plain data, from the argument or from ``results.json``; None if there are none.
+
+    Raises:
+        FusionError: they were measured on one data set, and those of the family are task by task, or the reverse.
+    """
+    if results is None and not (folder / RESULTS_FILE).exists():
         return None
-    if given is None:
+    if results is None:
         results = Results.load(folder / RESULTS_FILE)
-    else:
-        results = Results.from_dict(given) if isinstance(given, Mapping) else given
+    elif isinstance(results, Mapping):
+        results = Results.from_dict(results)
     by_task = family not in FAMILIES or FAMILIES[family].by_task
     if results.pooled == by_task:
         raise FusionError(
-            f"The results are not of a model of the family {family}, which is measured "
+            f"The results are not those of a model of the family {family}, which is evaluated "
             f"{'task by task' if by_task else 'on one data set'}.",
             hint="hf-fusion eval writes them",
         )
@@ -365,14 +375,14 @@ def _fenced(text: str, language: str) -> str:
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
-def _some(names: Sequence[str], most: int = 6) -> str:
-    """The first few names, and how many there are."""
+def _first_names(names: Sequence[str], most: int = 6) -> str:
+    """The first `most` names, and their count if there are more."""
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown}, … ({len(names)})"
 
 
 def _score(score: Score, metric: str) -> str:
-    """A score with half of its interval: a share in percent, other metrics as they are."""
+    """A score ± half of its interval: in percent, or as it is for the mean squared error."""
     half = (score.ci95[1] - score.ci95[0]) / 2
     if metric == "mse":
         return f"{score.score:.4g} ± {half:.2g}"
@@ -380,16 +390,21 @@ def _score(score: Score, metric: str) -> str:
 
 
 def _interval(score: Score, form: str = "{:.1f}") -> str:
-    """A share with its interval, which need not lie evenly around it."""
+    """A share in percent with its interval, which may be asymmetric."""
     low, high = (round(100 * end) for end in score.ci95)
     return f"{form.format(100 * score.score)} % ({low}–{high})"
 
 
+def _table_cell(score: Score) -> str:
+    """`_interval` without digits and percent sign, on one line."""
+    return _interval(score, "{:.0f}").replace(" %", "").replace(" ", NO_BREAK_SPACE).replace("–", NO_BREAK_DASH)
+
+
 def _count_parameters(folder: Path) -> int:
-    """Elements of all tensors, from the headers."""
+    """Number of elements in all tensors, from the files' headers."""
     from hf_fusion.hub.headers import local_shapes
 
-    files = [path.resolve() for path in folder.glob("*.safetensors")]  # of a plan, links to files that it has checked
+    files = [path.resolve() for path in folder.glob("*.safetensors")]  # a staged folder has links to checked files
     shapes = [shape for file in files for shape in local_shapes(file.parent, [file.name]).values()]
     return sum(map(math.prod, shapes))
 
@@ -407,8 +422,8 @@ def _chat_option(auto_class: str, folder: Path) -> dict[str, Any]:
     return {"chats": True} if in_config or any(folder.glob("chat_template.*")) else {}
 
 
-def _linked(pinned: str) -> str:
-    """A model by its name, as a link where it is on the Hub."""
+def _link(pinned: str) -> str:
+    """A model's name, with a link if it is on the Hub."""
     ref = ModelRef.parse_repo(pinned)
     if ref.is_content or (not ref.revision and (pinned.endswith("@") or "/" not in ref.id)):
         return escape_markdown(ref.id)
@@ -416,7 +431,7 @@ def _linked(pinned: str) -> str:
 
 
 def _commit(pinned: str) -> str:
-    """The commit of a model on the Hub, or by what the content of a folder is known; empty where neither is."""
+    """The commit of a model on the Hub with a link, or the digest of a folder; empty if neither is known."""
     ref = ModelRef.parse_repo(pinned)
     sha = ref.revision or ""
     if ref.is_content:
@@ -429,5 +444,5 @@ def _as_list(value: object) -> list[Any]:
 
 
 def facts_from_json(path: str | Path) -> CardFacts:
-    """Facts as committed beside a golden card."""
+    """The facts of a golden card, from its JSON file."""
     return CardFacts.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))

@@ -1,18 +1,44 @@
-"""What the card of each family says that others do not: its settings, and its pictures in words."""
+"""What the card of each family shows that others do not: its settings, and its figure's alternative text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.cards.parts import CardContents, suite_view
+from hf_fusion.evaluation.results import Results
 from hf_fusion.hub.code import refuse_kernels
 
 if TYPE_CHECKING:
     from hf_fusion.cards.card import CardFacts
 
-MOST_TOLD = 8  # tasks of a picture that are told in words
+MAX_TASKS_IN_ALT = 8  # tasks listed in the alternative text of a figure
+
+
+@dataclass(frozen=True)
+class CardContents:
+    """How the card of one family is filled in, beside its template ``model_cards/NAME.md.j2``.
+
+    Attributes:
+        options: (config, folder) → the settings that the template shows.
+        view: facts → further variables of the template.
+    """
+
+    options: Callable[[Mapping[str, Any], Path], dict[str, Any]]
+    view: Callable[[CardFacts], dict[str, Any]] = lambda facts: {}
+
+
+def suite_view(facts: CardFacts) -> dict[str, Any]:
+    """Template variables: groups of tasks, the predictors compared task by task, and whether experts have labels."""
+    results = facts.measured or Results([], [])
+    groups = results.groups().items()
+    return {
+        "groups": [{"name": name, "tasks": tasks, "n": sum(task.n for task in tasks)} for name, tasks in groups],
+        "compared": [p for p in results.predictors if p.kind in ("base", "fused", "baseline")],
+        "labelled": any(expert.labels for expert in facts.experts),
+    }
+
 
 # ---------------------------------------------------------------- Fusion of Experts
 
@@ -25,7 +51,7 @@ def _foe_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _phatgoose_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """From the config, and from the model it describes, built without memory."""
+    """From the config, and from its model built on the meta device."""
     from hf_fusion.hub.headers import on_meta
     from hf_fusion.models.assembly_phatgoose import readers_of
     from hf_fusion.models.configuration_phatgoose import PhatgooseConfig
@@ -41,29 +67,29 @@ def _phatgoose_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any
     return options | {"num_experts_per_tok": summary["top_k"], "reads": reads}
 
 
-def _most_by_task(experts: Sequence[str], tasks: Sequence[str], rows: Sequence[Sequence[float]], form: str) -> str:
-    """A map of tasks × experts in words: who gets most on each of the first tasks."""
+def _alt_text(experts: Sequence[str], tasks: Sequence[str], rows: Sequence[Sequence[float]], form: str) -> str:
+    """Alternative text of a heat map (tasks × experts): the largest expert of each of the first tasks."""
     shown = [
         f"{task}: {experts[row.index(max(row))].rpartition('/')[2]} {form.format(max(row))}".replace("%", " %")
         for task, row in zip(tasks, map(list, rows), strict=True)
     ]
-    more = "" if len(shown) <= MOST_TOLD else f"; and {len(shown) - MOST_TOLD} tasks more"
-    return "; ".join(shown[:MOST_TOLD]) + more
+    more = "" if len(shown) <= MAX_TASKS_IN_ALT else f"; and {len(shown) - MAX_TASKS_IN_ALT} tasks more"
+    return "; ".join(shown[:MAX_TASKS_IN_ALT]) + more
 
 
 def _phatgoose_view(facts: CardFacts) -> dict[str, Any]:
-    """What the suite's tables need, the kinds of gates, and the picture in words."""
+    """Template variables: those of a suite, the kinds of gates, and the figure's alternative text."""
     gates = {word for expert in facts.experts for word in (expert.gates or "").split()}
     view, routing = suite_view(facts) | {"gates": gates}, facts.routing
     if routing:
-        most = _most_by_task(routing["experts"], routing["tasks"], routing["weights"], "{:.0%}")
+        most = _alt_text(routing["experts"], routing["tasks"], routing["weights"], "{:.0%}")
         view["alt"] = f"Heat map of tasks and experts. The expert with the most weight on {most}"
     return view
 
 
 # ---------------------------------------------------------------- WEMoE
 
-# whether and how task vectors are stored -> what the card says of it
+# `task_vectors` of the config → words on the card
 STORAGE = {
     "exact": "in the model's own precision",
     "bfloat16": "in bfloat16, beside a base in the model's own precision",
@@ -74,7 +100,7 @@ STORAGE["low-rank-bfloat16"] = f"{STORAGE['low-rank']}, in bfloat16"
 
 
 def _wemoe_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """From the config, and from the model it describes, built without memory."""
+    """From the config, and from its model built on the meta device."""
     from hf_fusion.hub.headers import on_meta
     from hf_fusion.models.configuration_wemoe import WEMoEConfig
     from hf_fusion.models.modeling_wemoe import WEMoEModel
@@ -112,12 +138,12 @@ def _wemoe_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _wemoe_view(facts: CardFacts) -> dict[str, Any]:
-    """What the suite's tables need, and the picture in words."""
+    """Template variables: those of a suite, and the figure's alternative text."""
     view, found = suite_view(facts), facts.routing
     if found:
         means = [[sum(layer) / len(rows) for layer in zip(*rows, strict=True)] for rows in found["coefficients"]]
-        most = _most_by_task(found["experts"], found["tasks"], means, "{:.2f}")
-        view["alt"] = f"Coefficients by layer, one panel a task. The expert with the largest mean on {most}"
+        most = _alt_text(found["experts"], found["tasks"], means, "{:.2f}")
+        view["alt"] = f"Coefficients by layer, one panel per task. The expert with the largest mean on {most}"
     return view
 
 
@@ -126,4 +152,4 @@ CONTENTS = {
     "phatgoose": CardContents(_phatgoose_options, _phatgoose_view),
     "wemoe": CardContents(_wemoe_options, _wemoe_view),
 }
-"""Name of a family, as in `families.FAMILIES` → what its cards say."""
+"""Family, as in `families.FAMILIES` → the contents of its cards."""

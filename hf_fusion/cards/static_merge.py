@@ -1,4 +1,4 @@
-"""The card of a static merge: a plain model of its experts' own class, which runs no code of ours."""
+"""The contents of a static merge's card: a plain model of its experts' class, which needs no custom code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.cards.parts import CardContents
+from hf_fusion.cards.contents import CardContents
 from hf_fusion.evaluation.results import HELD_IN, HELD_OUT, Results
 from hf_fusion.hub.formats import ADAPTER_CONFIG, IMAGE_FILES, PROCESSOR_FILES
 from hf_fusion.hub.heads import architectures, head_of_adapter, head_of_architecture
@@ -23,29 +23,33 @@ if TYPE_CHECKING:
     from hf_fusion.cards.card import CardFacts
 
 MERGE = "merge"
-"""What cards call the family of all static merges, whose models are plain ones."""
+"""The family of all static merges on cards; their ``model_type`` is that of the experts."""
 
 
 def merge_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What was merged how, from the recipe; what came of it, from the folder.
+    """Method and parameters from the recipe; head, processors and format from the merged model's folder.
 
     Args:
-        config: ``config.json``, or ``adapter_config.json`` of adapters that became one.
-        folder: the merge's.
+        config: ``config.json``, or ``adapter_config.json`` of merged adapters.
+        folder: of the merge.
     """
     recipe = Recipe.load(folder)
     row = method_named(recipe.method)
     about = (inspect.getdoc(row.function) or "").partition("\n\n")[0].replace("`", "")
-    own = [expert.settings for expert in recipe.experts]
-    alike = {key for key in own[0] if all(each.get(key) == own[0][key] for each in own)} if len(own) > 1 else set()
-    values = recipe.parameters | {key: own[0][key] for key in alike}
+    settings = [expert.settings for expert in recipe.experts]
+    shared = (
+        {key for key in settings[0] if all(each.get(key) == settings[0][key] for each in settings)}
+        if len(settings) > 1
+        else set()
+    )
+    values = recipe.parameters | {key: settings[0][key] for key in shared}
     parameters = [
-        {"name": name, "value": _shown(values.get(name, parameter.default)), "given": name in values}
+        {"name": name, "value": _parameter_text(values.get(name, parameter.default)), "given": name in values}
         for name, parameter in row.parameters.items()
-        if name in values or not any(name in each for each in own)
+        if name in values or not any(name in each for each in settings)
     ]
     parameters += [
-        {"name": name, "value": _shown(value), "given": True}
+        {"name": name, "value": _parameter_text(value), "given": True}
         for name, value in values.items()
         if name not in row.parameters
     ]
@@ -56,7 +60,9 @@ def merge_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "paper": row.url,
         "about": " ".join(about.split()),
         "parameters": parameters,
-        "settings": [{key: _shown(value) for key, value in each.items() if key not in alike} for each in own],
+        "settings": [
+            {key: _parameter_text(value) for key, value in each.items() if key not in shared} for each in settings
+        ],
         "class": next(iter(architectures(dict(config))), ""),
         "texts": any(file in files for file in PROCESSOR_FILES),
         "images": any(file in files for file in IMAGE_FILES),
@@ -67,14 +73,14 @@ def merge_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "tokenizer": bool(recipe.tokenizer),
         "statistics": bool(row.statistics),
         "dtype": recipe.dtype,
-        **_told(folder, recipe),
+        **_merge_notes(folder, recipe),
     }
 
 
-def _told(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """What the merge itself has noted: experts of which less than all is merged, by their place in the recipe."""
+def _merge_notes(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """Notes that the merge wrote: experts that were merged in part, by index in the recipe, and remarks."""
     facts = read_json(folder / FACTS, str(folder)) if (folder / FACTS).is_file() else {}
-    by_name = {expert.model: number for number, expert in enumerate(recipe.experts)}
+    by_name = {expert.model: index for index, expert in enumerate(recipe.experts)}
     partly = [
         {"expert": by_name[row["model"]], "share": f"{100 * row['merged'] / row['parameters']:.3g} %"}
         for row in facts.get("partly_merged", [])
@@ -84,7 +90,7 @@ def _told(folder: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 def pipeline_tag(config: Mapping[str, Any], experts: Sequence[ExpertInfo]) -> str:
-    """The merged model's task: that of its experts where its head has it, else the usual one of the head."""
+    """The merged model's task: the experts' task if its head has it, else the default task of the head."""
     head = head_of_architecture(next(iter(architectures(dict(config))), None)) or head_of_adapter(dict(config))
     tasks = {info.task for info in experts}
     task = tasks.pop() if len(tasks) == 1 else None
@@ -97,7 +103,10 @@ MEANS = {HELD_IN: "mean of the experts' tasks", HELD_OUT: "mean of the other tas
 
 
 def merge_view(facts: CardFacts) -> dict[str, Any]:
-    """The table of results: a row for each task and mean, a cell for each predictor; and the experts' settings."""
+    """Template variables: the table of results, with a row for each task and mean and a cell for each predictor.
+
+    ``settings`` are the parameters that differ between experts; ``owner`` is the expert trained on the row's task.
+    """
     rows: list[dict[str, Any]] = []
     results = facts.measured or Results([], [])
     for task in results.tasks:
@@ -110,13 +119,13 @@ def merge_view(facts: CardFacts) -> dict[str, Any]:
             rows.append({"name": mean, "n": sum(t.n for t in tasks), "metric": "", "owner": None, "scores": scores})
     return {
         "rows": rows,
-        "settings": list(dict.fromkeys(key for own in facts.options["settings"] for key in own)),
+        "settings": list(dict.fromkeys(key for each in facts.options["settings"] for key in each)),
         "labelled": any(expert.labels for expert in facts.experts),
     }
 
 
-def _shown(value: object) -> str:
-    """A parameter's value as a recipe has it; gradients and filters in one line."""
+def _parameter_text(value: object) -> str:
+    """A parameter's value as in a recipe; gradients and filters on one line."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

@@ -100,7 +100,7 @@ def test_says_what_was_measured_and_from_what():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"mode": "output", "features_from": None, "frugal": {"neighbors": 10}}, "looks at the 10 validation examples"),
+        ({"mode": "output", "features_from": None, "frugal": {"neighbors": 10}}, "looks up the 10 validation examples"),
         ({"mode": "selection", "features_from": None, "frugal": None}, "experts' embeddings of an example are"),
         ({"mode": "selection", "features_from": 1, "frugal": None}, r"embedding of one expert \(a/two\) is taken"),
     ],

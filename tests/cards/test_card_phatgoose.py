@@ -58,11 +58,11 @@ def test_held_out_tasks_have_a_table_of_their_own():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"routing": "arrow"}, "absolute values of its products"),
+        ({"routing": "arrow"}, "absolute values of the input's dot products"),
         ({"routing": "uniform"}, "drawn at random"),
         ({"router_temperature": 0.5}, "softmax of these scores at temperature 0.5;"),
-        ({"num_experts_per_tok": 1}, "every token meets the 1 of them"),
-        ({"base_by_reference": False}, "of them experts and gates. At the linears"),
+        ({"num_experts_per_tok": 1}, "every token is routed to the 1 of them"),
+        ({"base_by_reference": False}, "of them in experts and gates. At the linears"),
     ],
 )
 def test_says_how_it_works(options, said):

@@ -121,18 +121,15 @@ def test_says_what_it_is_made_of_and_what_was_measured():
     card = render_card(FACTS)
     assert "| [me/topics](/me/topics) | [2222222](/me/topics/tree/" in card
     assert "| text-classification | apache-2.0 | art, law, sport |" in card
-    assert "All of them were made from [me/base](/me/base)." in card
-    assert (
-        "| 12 linears in 6 layers | 300,000 | the base's weights; merged with the task vectors for every input |"
-        in card
-    )
+    assert "All of them were fine-tuned from [me/base](/me/base)." in card
+    assert "| 12 linears in 6 layers | 300,000 | the base's weights; merged with the task vectors per input |" in card
     assert "| their task vectors | 700,000 | in the model's own precision |" in card
     assert "| everything else | 200,000 | merged once, by task arithmetic with λ = 0.3 |" in card
-    assert "| heads | 34,000 | each expert its own |\n| routers | 567 | two linear layers for each layer |" in card
+    assert "| heads | 34,000 | one per expert |\n| routers | 567 | two linear layers per layer |" in card
     assert "| **WEMoE** | 75.0 % (65–85) |" in card
     assert "| task | n | metric | base | WEMoE | task arithmetic | its own expert |" in card
     assert (
-        "![Coefficients by layer, one panel a task. The expert with the largest mean on "
+        "![Coefficients by layer, one panel per task. The expert with the largest mean on "
         "moods: moods 0.60; topics: topics 0.45](coefficients.png)" in card
     )
     assert "on 90 rows of 2 tasks, layer by layer; dashed is the constant 0.3 of task arithmetic" in card
@@ -151,20 +148,26 @@ def test_without_measurements_there_is_no_picture_and_no_number():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"adaptation": None}, "about 0.3, so that it answers as task arithmetic does until `hf-fusion fit routers`"),
+        ({"adaptation": None}, "about 0.3 for any input, which is task arithmetic, until `hf-fusion fit routers`"),
         ({"adaptation": {**ADAPTATION, "loss": "labels"}}, "Its routers were adapted to the labels of 1,500 rows"),
         ({"adaptation": {**ADAPTATION, "stopped": "moods narrowed"}}, "It was stopped early: moods narrowed."),
-        ({"adaptation": {**ADAPTATION, "diversity": 0}}, "(the mean entropy of their distributions) on 1,500 rows"),
-        ({"adaptation": {**ADAPTATION, "loss": "expert"}}, "(the mean divergence from its answers) on 1,500 rows"),
+        (
+            {"adaptation": {**ADAPTATION, "diversity": 0}},
+            "by minimising the mean entropy of the predictions, on 1,500 rows",
+        ),
+        (
+            {"adaptation": {**ADAPTATION, "loss": "expert"}},
+            "(mean Kullback-Leibler divergence from its predictions) on 1,500 rows",
+        ),
         ({"router_layers": 0}, "one coefficient for each expert, the same for every input"),
-        ({"shared_router": True}, "two linear layers, one for all layers together |"),
-        ({"batch_reduce": True}, "An input's answer depends on the batch it is in"),
-        ({"task_heads": False}, "each the task of one expert; no system but the oracle"),
+        ({"shared_router": True}, "two linear layers, one shared by all layers |"),
+        ({"batch_reduce": True}, "Predictions depend on the batch"),
+        ({"task_heads": False}, "each the task of one expert; only the oracle"),
         ({"merge": "simple_average"}, "merged once, by simple average |"),
         ({"adapters": 2}, "[me/base](/me/base), 2 as adapters."),
-        ({"routing": "smile", "top_k": 2}, "a token is sent to the 2 experts in whose leading directions"),
-        ({"merges": False}, "a token costs the products of low rank in addition"),
-        ({"head": "causal-lm"}, "a prompt's coefficients and merged weights are kept for its answer"),
+        ({"routing": "smile", "top_k": 2}, "a token is routed to the 2 experts whose leading directions"),
+        ({"merges": False}, "a token costs the low-rank products in addition"),
+        ({"head": "causal-lm"}, "the coefficients and weights merged for a prompt are kept for its continuation"),
     ],
 )
 def test_says_how_it_works(options, said):
@@ -174,8 +177,8 @@ def test_says_how_it_works(options, said):
 
 def test_says_how_routers_were_adapted():
     assert (
-        "less 1 times the entropy of their mean, which keeps them from all being the same) on 1,500 rows of 2 tasks: "
-        "1,000 steps of Adam at 0.001, 16 rows of each task a step." in render_card(FACTS)
+        "minus 1 times the entropy of the mean prediction, which prevents collapse to one class, on 1,500 rows "
+        "of 2 tasks: 1,000 steps of Adam at 0.001, 16 rows of each task per step." in render_card(FACTS)
     )
 
 
