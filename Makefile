@@ -9,6 +9,7 @@
 #   make bench     the performance measurements
 #   make numbers ONLY=NAME DATA=DIR   measure one source of README's figures again, and write them; without ONLY all: hours
 #   make numbers-render               write README, cards and docs/numbers.md from the measurements that are there
+#   make spaces    give each Space its copies of spaces/_shared
 #   make peers     our merging methods beside mergekit's, fusion_bench's and PEFT's; the first two in an environment
 #                  of their own (1.5 GB)
 #
@@ -27,7 +28,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraint
 # Two test processes on two cores: more threads would only get in each other's way. A file's tests share a process.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test suite fast check test-cpus test-all bench numbers numbers-render peers constraints
+.PHONY: demo test suite fast check test-cpus test-all bench numbers numbers-render spaces peers constraints
 
 demo: $(VENV)/demo-installed
 	$(BIN)/hf-fusion demo
@@ -49,6 +50,9 @@ check: $(VENV)/test-installed
 
 test-cpus: $(VENV)/test-installed
 	$(BIN)/python tests/cpus.py --workers $(WORKERS)
+
+spaces:
+	$(PYTHON) spaces/copy_shared.py
 
 test-all: check
 	$(PYTEST) -m "" --durations=20

@@ -7,8 +7,6 @@ It needs nothing but gradio, transformers and torch, and loads any published FoE
 
 from __future__ import annotations
 
-import logging
-import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,26 +15,21 @@ import curve
 import gradio as gr
 import page
 import widgets
-from model import LoadError, Served, load
+from model import Served, load
 from PIL import Image
-from processing import InputError, Routing, read_picture, to_data_url, to_mnist
-
-try:
-    import spaces
-except ImportError:
-    spaces = None
-
-logger = logging.getLogger(__name__)
+from processing import Routing, read_picture, to_mnist
+from shared.blocks import launch, refused, reported, show_load_error
+from shared.errors import InputError, LoadError
+from shared.page import message
+from shared.picture_input import picture
+from shared.settings import on_gpu, read_settings
+from shared.uploads import to_data_url
 
 FOLDER = Path(__file__).parent
-MODEL_ID = os.environ.get("MODEL_ID", "hf-fusion/foe-digits")
-REVISION = os.environ.get("MODEL_REVISION") or None
-TRUSTED = os.environ.get("TRUST_REMOTE_CODE", "").lower() in ("1", "true", "yes")
+SETTINGS = read_settings("hf-fusion/foe-digits")
 EXAMPLES = {path.stem.partition("-")[2]: path for path in sorted((FOLDER / "examples").glob("*.png"))}
 LONGEST_TEXT = 10_000
 FIRST = "seven"  # the example that the page opens with
-# ZeroGPU's decorator; `spaces` can also be this project's folder of that name, which has none
-on_gpu = spaces.GPU if hasattr(spaces, "GPU") else lambda function: function
 
 EMPTY = {
     "digits": "Draw a digit on the pad, upload a picture of one, or pick an example.",
@@ -48,7 +41,7 @@ EMPTY = {
 @cache
 def served() -> Served:
     """The model, loaded once."""
-    return load(MODEL_ID, REVISION, trust_remote_code=TRUSTED)
+    return load(SETTINGS)
 
 
 @on_gpu
@@ -106,28 +99,24 @@ def predict(value: Any, budget: float | None = None) -> Routing:
         experts, each with name, cost_share, order (0: not queried), score (in selection), labels (those it knows) and
         probabilities (null: not queried).
     """
-    try:
+    with refused():
         return ask(read_input(value), read_budget(budget))
-    except InputError as error:
-        raise gr.Error(str(error), title="That did not work") from error
 
 
 def show(value: Any, budget: float | str | None = widgets.ALL) -> tuple[str, str, str]:
     """The page's parts for one input: answer, experts, results."""
     results = served().results
     try:
-        example = read_input(value)
-        routing = ask(example, None if budget in (None, widgets.ALL) else read_budget(float(budget)))
+        with reported():
+            example = read_input(value)
+            routing = ask(example, None if budget in (None, widgets.ALL) else read_budget(float(budget)))
     except InputError as error:
         text = EMPTY[input_kind()] if not value else str(error)
         title = "Nothing to answer yet" if not value else "That did not work"
-        return page.message(title, text), "", curve.results_panel(results)
-    except Exception as error:
-        logger.exception("the model failed")
-        raise gr.Error(f"The model could not answer: {type(error).__name__}: {error}") from error
-    picture = to_data_url(example) if isinstance(example, Image.Image) and served().digits else None
+        return message(title, text), "", curve.results_panel(results)
+    seen = to_data_url(example) if isinstance(example, Image.Image) and served().digits else None
     urls = served().expert_urls
-    return page.answer_panel(routing, picture), page.experts_panel(routing, urls), curve.results_panel(results, routing)
+    return page.answer_panel(routing, seen), page.experts_panel(routing, urls), curve.results_panel(results, routing)
 
 
 def input_kind() -> str:
@@ -141,9 +130,7 @@ def build() -> gr.Blocks:
         try:
             served()
         except LoadError as error:
-            logger.error("%s", error)
-            hint = "Set MODEL_ID to a published Fusion of Experts in the Space's settings, then restart the Space."
-            gr.HTML(page.message("The model could not be loaded", str(error), hint), apply_default_css=False)
+            show_load_error(error, "a published Fusion of Experts")
             return blocks
         config = served().model.config
         gr.HTML(
@@ -161,7 +148,7 @@ def build() -> gr.Blocks:
         pictures = {name: to_data_url(read_picture(path)) for name, path in EXAMPLES.items()}
         first = pictures.get(FIRST, "") if input_kind() == "digits" else (served().examples or [""])[0]
         parts = show(first) if input_kind() != "image" else show(None)
-        with gr.Row(elem_classes="foe-top"):
+        with gr.Row(elem_classes="ui-top"):
             with gr.Column(scale=4, min_width=300, elem_classes="foe-input"):
                 given, triggers = _input(input_kind(), pictures, first)
             with gr.Column(scale=8, min_width=300, elem_classes="foe-output"):
@@ -192,7 +179,7 @@ def _input(kind: str, pictures: dict[str, str], first: str) -> tuple[gr.componen
         pad = widgets.pad(pictures, first)
         return pad, [pad.input]
     if kind == "image":
-        image = widgets.picture(label="Picture", sources=["upload", "clipboard", "webcam"], height=320)
+        image = picture(label="Picture", sources=["upload", "clipboard", "webcam"], height=320)
         return image, [image.change]
     text = gr.Textbox(first, label="Text", lines=7, max_length=LONGEST_TEXT, placeholder="Write something …")
     button = gr.Button("Ask the experts", variant="primary")
@@ -212,40 +199,12 @@ def _input(kind: str, pictures: dict[str, str], first: str) -> tuple[gr.componen
 def _api(kind: str) -> None:
     """The one verb, with inputs a client can fill: a file where the page has a pad, a number where it has a slider."""
     with gr.Row(visible=False):
-        value = widgets.picture(label="picture") if kind == "image" else gr.Textbox(label="text")
+        value = picture(label="picture") if kind == "image" else gr.Textbox(label="text")
         budget = gr.Number(None, label="budget")
         gr.Button().click(predict, [value, budget], gr.JSON(label="routing"), api_name="predict")
 
 
-THEME = gr.themes.Base(
-    primary_hue="blue",
-    neutral_hue="stone",
-    # Gradio carries both fonts, so no page of ours asks Google; its semi-bold files lack letters, the bold ones do not
-    font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"],
-    font_mono=[gr.themes.LocalFont("IBM Plex Mono", weights=(400, 700)), "ui-monospace", "monospace"],
-).set(
-    body_background_fill="#f8f7f5",
-    body_background_fill_dark="#100f0e",
-    body_text_color="#1c1917",
-    body_text_color_dark="#f3f1ef",
-    body_text_color_subdued="#625d58",
-    body_text_color_subdued_dark="#aaa39d",
-    border_color_primary="#e2dfdb",
-    border_color_primary_dark="#37332f",
-    block_background_fill="#ffffff",
-    block_background_fill_dark="#1b1917",
-    block_radius="10px",
-    input_background_fill="#ffffff",
-    input_background_fill_dark="#1b1917",
-    button_large_radius="8px",
-    button_primary_background_fill="#0072b2",
-    button_primary_background_fill_dark="#0072b2",
-    button_primary_background_fill_hover="#00659e",
-    button_primary_background_fill_hover_dark="#00659e",
-    button_primary_text_color="#ffffff",
-)
-
 demo = build()
 
 if __name__ == "__main__":
-    demo.launch(theme=THEME, css_paths=FOLDER / "style.css")
+    launch(demo, FOLDER / "style.css")

@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
-from page import join, message, percent, short
+from page import short
 from processing import Routing
+from shared.page import join, message, percent
+from shared.plots import spread
 
 Results = dict[str, Any]
 
@@ -21,8 +23,8 @@ SHARES = ("accuracy", "exact_match")  # metrics shown in percent
 GROUPS = (("foe", "frugal"), ("baseline", "oracle"), ("expert",))  # of the table, in order
 
 PANEL = Markup(
-    '<section class="foe-section"><div class="foe-split"><h2>{title}</h2><p class="foe-note">{data}</p></div>{verdict}'
-    '<div class="foe-results"><div class="foe-card">{plot}</div><div class="foe-card">{table}{points}</div></div>'
+    '<section class="ui-section"><div class="ui-split"><h2>{title}</h2><p class="ui-note">{data}</p></div>{verdict}'
+    '<div class="foe-results"><div class="ui-card">{plot}</div><div class="ui-card">{table}{points}</div></div>'
     "</section>"
 )
 
@@ -115,7 +117,7 @@ PLOT = Markup(
     '<div class="foe-plot" role="img" aria-label="Score against cost; the table has the numbers">'
     '<div class="scores">{ticks}</div><div class="area">{inside}</div>'
     '<div class="costs"><span>0</span><span>25</span><span>50</span><span>75</span><span>100 %</span></div></div>'
-    '<p class="foe-note">Share of the cost of asking every expert. {note}</p>'
+    '<p class="ui-note">Share of the cost of asking every expert. {note}</p>'
 )
 GRID = Markup('<i class="grid" style="top:{:.2f}%"></i>')
 TICK = Markup('<span class="tick" style="top:{:.2f}%">{}</span>')
@@ -200,18 +202,3 @@ def score_axis(results: Results) -> tuple[float, float, list[float]]:
     low = max(low, 0.0) if min(scores) >= 0 else low
     high = min(high, 1.0) if results["metric"] in SHARES and max(scores) <= 1 else high
     return low, high, [low + index * step for index in range(math.floor((high - low) / step + 1e-6) + 1)]
-
-
-def spread(places: Sequence[float], gap: float) -> list[float]:
-    """Moves ascending places in [0, 1] apart until neighbours are `gap` apart, each group about its own middle."""
-    groups: list[list[float]] = []  # of labels that touch: where each would like to be
-    for place in places:
-        groups.append([place])
-        while len(groups) > 1 and _start(groups[-1], gap) - _start(groups[-2], gap) < gap * len(groups[-2]):
-            groups[-2:] = [groups[-2] + groups[-1]]
-    apart = [_start(group, gap) + gap * index for group in groups for index in range(len(group))]
-    return [min(place, 1 - gap * (len(apart) - 1 - index)) for index, place in enumerate(apart)]
-
-
-def _start(group: Sequence[float], gap: float) -> float:
-    return sum(group) / len(group) - gap * (len(group) - 1) / 2

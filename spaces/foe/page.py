@@ -7,6 +7,8 @@ from typing import Any
 
 from markupsafe import Markup
 from processing import Routing, shown_labels
+from shared.page import count, join, link, percent
+from shared.page import header as page_header
 
 LABEL_WIDTHS = (4, 16)  # characters a column of names is wide, at least and at most
 LONG_ANSWER = 24  # characters; longer answers are set smaller
@@ -14,39 +16,12 @@ NUMBERED = 0.03  # pieces of the cost strip at least this wide have room for the
 TIGHT_LABEL = 6  # characters; with labels up to this length two experts fit side by side on a phone
 
 
-def percent(share: float, digits: int = 0) -> str:
-    """0.314 as "31 %"."""
-    return f"{100 * share:.{digits}f} %"
-
-
-def count(number: int, thing: str) -> str:
-    """3, "expert" as "3 experts"."""
-    return f"{number} {thing}{'' if number == 1 else 's'}"
-
-
 def short(name: str) -> str:
     """A repo id without its owner."""
     return name.rpartition("/")[2] or name
 
 
-def join(parts: Any) -> Markup:
-    """Pieces of HTML one after the other."""
-    return Markup("").join(parts)
-
-
-def link(url: str | None, text: str, title: str = "") -> Markup:
-    """A link that opens another page, or the mere text without a URL."""
-    if not url:
-        return Markup('<span title="{}">{}</span>').format(title, text)
-    return Markup('<a href="{}" title="{}" target="_blank" rel="noopener">{}</a>').format(url, title, text)
-
-
-# ---------------------------------------------------------------- head and messages
-
-HEADER = Markup(
-    '<header class="foe-head"><p class="foe-kicker">Fusion of Experts</p><h1>{}<code>{}</code></h1><p>{}</p></header>'
-)
-MESSAGE = Markup('<section class="foe-card foe-message" role="status"><h2>{}</h2><p>{}</p><p>{}</p></section>')
+# ---------------------------------------------------------------- head
 
 
 def header(model_id: str, url: str, sha: str, experts: int, labels: int, mode: str, frugal: bool) -> Markup:
@@ -57,12 +32,7 @@ def header(model_id: str, url: str, sha: str, experts: int, labels: int, mode: s
     else:
         does = f"{who}, {count(labels, 'label')}: a small network fuses what the experts say into one answer"
         does += "; with a budget, it asks only those worth their cost." if frugal else "."
-    return HEADER.format(link(url, model_id, "the model on the Hub"), sha[:7], does)
-
-
-def message(title: str, text: str, hint: str = "") -> Markup:
-    """Something to tell in place of a result."""
-    return MESSAGE.format(title, text, hint)
+    return page_header("Fusion of Experts", link(url, model_id, "the model on the Hub"), does, sha)
 
 
 # ---------------------------------------------------------------- bars
@@ -120,8 +90,8 @@ def chart(rows: Sequence[Markup], names: Sequence[str], ticks: Sequence[float]) 
 # ---------------------------------------------------------------- the answer
 
 ANSWER = Markup(
-    '<section class="foe-card foe-answer" aria-live="polite"><div class="foe-verdict">{seen}'
-    '<div><p class="foe-kicker">{kicker}</p><p class="foe-word{size}" data-answer>{answer}</p>{sure}</div></div>'
+    '<section class="ui-card foe-answer" aria-live="polite"><div class="foe-verdict">{seen}'
+    '<div><p class="ui-kicker">{kicker}</p><p class="foe-word{size}" data-answer>{answer}</p>{sure}</div></div>'
     "{chart}{cost}</section>"
 )
 SEEN = Markup(
@@ -129,7 +99,7 @@ SEEN = Markup(
     "<figcaption>as the experts<br>see it</figcaption></figure>"
 )
 COST = Markup(
-    '<div class="foe-cost"><div class="foe-split"><h3>{title}</h3>'
+    '<div class="foe-cost"><div class="ui-split"><h3>{title}</h3>'
     "<p data-cost><b>{cost}</b> of the cost of asking all</p></div>{body}</div>"
 )
 PIECE = Markup('<span class="{}" style="flex-grow:{:.4f}" title="{}: {}">{}</span>')
@@ -178,7 +148,7 @@ def cost_strip(routing: Routing) -> Markup:
     else:
         title, note, steps = f"All {count(len(experts), 'expert')} asked", "at once: no budget was set", Markup("")
     body = Markup(
-        '<div class="foe-strip" role="img" aria-label="{} of the cost">{}</div><p class="foe-note">{}</p>'
+        '<div class="foe-strip" role="img" aria-label="{} of the cost">{}</div><p class="ui-note">{}</p>'
         '<ol class="foe-chain" aria-label="Query order">{}</ol>'
     ).format(percent(routing["cost"]), join(pieces), note, steps)
     return COST.format(title=title, cost=percent(routing["cost"]), body=body)
@@ -188,7 +158,7 @@ def fit_bars(routing: Routing) -> Markup:
     """In selection: the expert that was chosen, and how well each fits the input, says the fuser."""
     ranked = sorted(routing["experts"], key=lambda expert: -expert["score"])
     rows = [bar(short(e["name"]), e["score"], e["score"], "same" if e["order"] else "", 3) for e in ranked]
-    body = Markup('<p class="foe-note">How well each expert fits this input, says the fuser</p>{}').format(
+    body = Markup('<p class="ui-note">How well each expert fits this input, says the fuser</p>{}').format(
         chart(rows, [short(expert["name"]) for expert in ranked], (0, 0.5, 1))
     )
     title = f"{short(next(e['name'] for e in ranked if e['order']))} was chosen"
@@ -198,11 +168,11 @@ def fit_bars(routing: Routing) -> Markup:
 # ---------------------------------------------------------------- the experts
 
 EXPERTS = Markup(
-    '<section class="foe-section"><div class="foe-split"><h2>{title}</h2><p class="foe-key">{key}</p></div>'
+    '<section class="ui-section"><div class="ui-split"><h2>{title}</h2><p class="foe-key">{key}</p></div>'
     '<div class="foe-experts{tight}">{cards}</div></section>'
 )
 EXPERT = Markup(
-    '<article class="foe-card foe-expert{idle}"><header>{badge}<h3>{name}</h3><p title="{about}">{about}</p></header>'
+    '<article class="ui-card foe-expert{idle}"><header>{badge}<h3>{name}</h3><p title="{about}">{about}</p></header>'
     "{body}</article>"
 )
 KEYS = {"same": "the answer", "differs": "a different first choice", "unknown": "not among its labels"}
@@ -240,7 +210,7 @@ def _expert(expert: Mapping[str, Any], routing: Routing, url: str | None) -> Mar
     if expert["probabilities"] is not None:
         body = bars(routing, expert["probabilities"])
     elif asked and not routing["labels"]:
-        body = Markup('<p class="foe-note">chosen</p>')
+        body = Markup('<p class="ui-note">chosen</p>')
     else:
         word = "no finite answer" if asked else "not chosen" if selection else "not queried"
         body = Markup('<p class="foe-idle">{}</p>').format(word)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pictures import PictureError, open_picture
 from PIL import Image, ImageOps
+from shared.errors import InputError
+from shared.uploads import read_picture as read_upload
 
 NUMERALS = dict(
     zip(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"), map(str, range(10)))
@@ -21,10 +20,6 @@ INK = 0.25  # pixels above this share of the strongest one are ink
 FAINT = 16  # grey levels; a picture with less contrast than this is blank
 
 Routing = dict[str, Any]
-
-
-class InputError(ValueError):
-    """Something is wrong with what the user gave; the message is for them."""
 
 
 # ---------------------------------------------------------------- pictures
@@ -37,24 +32,14 @@ def are_digits(labels: Sequence[str]) -> bool:
 
 
 def read_picture(given: str | Path) -> Image.Image:
-    """The picture in an uploaded file, or in a ``data:image/…;base64,…`` URL.
+    """The picture that a visitor gave: an uploaded file, or a data URL.
 
     Raises:
         InputError: for anything else, see `pictures.open_picture`.
     """
     if isinstance(given, str) and not given.startswith("data:"):  # a visitor's text names no file
         raise InputError("That is not a picture.")
-    try:
-        return open_picture(given)
-    except PictureError as error:
-        raise InputError(f"{error}.") from error
-
-
-def to_data_url(picture: Image.Image) -> str:
-    """A PNG as a data URL."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return read_upload(given)
 
 
 def to_mnist(picture: Image.Image) -> Image.Image:

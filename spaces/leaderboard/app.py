@@ -17,6 +17,7 @@ from typing import Any
 import gradio as gr
 import page
 from data import FILE, BrokenError, EmptyError, Suite, read
+from shared.blocks import launch
 from tables import table_of, to_csv
 from view import View
 
@@ -90,36 +91,8 @@ def build() -> gr.Blocks:
     return blocks
 
 
-THEME = gr.themes.Base(
-    primary_hue="blue",
-    neutral_hue="stone",
-    # Gradio carries both fonts, so no page of ours asks Google; its semi-bold files lack letters, the bold ones do not
-    font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"],
-    font_mono=[gr.themes.LocalFont("IBM Plex Mono", weights=(400, 700)), "ui-monospace", "monospace"],
-).set(
-    body_background_fill="#f8f7f5",
-    body_background_fill_dark="#100f0e",
-    body_text_color="#1c1917",
-    body_text_color_dark="#f3f1ef",
-    body_text_color_subdued="#625d58",
-    body_text_color_subdued_dark="#aaa39d",
-    border_color_primary="#e2dfdb",
-    border_color_primary_dark="#37332f",
-    block_background_fill="#ffffff",
-    block_background_fill_dark="#1b1917",
-    block_radius="10px",
-    input_background_fill="#ffffff",
-    input_background_fill_dark="#1b1917",
-    button_large_radius="8px",
-    button_primary_background_fill="#0072b2",
-    button_primary_background_fill_dark="#0072b2",
-    button_primary_background_fill_hover="#00659e",
-    button_primary_background_fill_hover_dark="#00659e",
-    button_primary_text_color="#ffffff",
-)
-
 demo = build()
 
 if __name__ == "__main__":
     # not rendered on a server of its own: that one would take the history, which is the page's
-    demo.launch(theme=THEME, css_paths=FOLDER / "style.css", ssr_mode=False)
+    launch(demo, FOLDER / "style.css", ssr_mode=False)

@@ -12,22 +12,15 @@ from typing import Any
 
 from data import ALL, HELD_IN, HELD_OUT, Row, Suite
 from markupsafe import Markup
-from plots import MOST_LINES, corruption_panels, cost_figure, join, points_of
+from plots import MOST_LINES, corruption_panels, cost_figure, points_of
+from shared.page import count, join, message
+from shared.page import header as page_header
 from tables import Cell, Column, Line, Table, main_split, table_of, to_csv
 from view import FILTERS, LABELS, SHOWS, View, choices
 
-
-def count(number: int, thing: str) -> str:
-    """3, "suite" as "3 suites"."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
-
-
 # ---------------------------------------------------------------- head and messages
 
-HEADER = Markup(
-    '<header class="lb-head"><p class="lb-kicker">FusionBench</p><h1>Leaderboard of model fusion</h1><p>{}</p></header>'
-)
-MESSAGE = Markup('<section class="lb-card lb-message" role="status"><h2>{}</h2><p>{}</p>{}</section>')
+TITLE_OF_PAGE = "Leaderboard of model fusion"
 COMMAND = Markup(
     '<div class="lb-code"><pre tabindex="0">{text}</pre>'
     '<button type="button" class="lb-button" data-copy>{label}</button></div>'
@@ -45,7 +38,7 @@ def header(suites: Sequence[Suite]) -> Markup:
         f"{count(len(methods), 'way')} to make one model of many, measured on {count(tasks, 'task')} of "
         f"{count(len(suites), 'suite')}. Every number has its interval, its recipe and the command that measures it."
     )
-    return HEADER.format(said)
+    return page_header("FusionBench", TITLE_OF_PAGE, said)
 
 
 def empty(why: str) -> Markup:
@@ -53,13 +46,13 @@ def empty(why: str) -> Markup:
     said = Markup(
         "<p>Measure; then put results-report/leaderboard.json beside app.py, or publish and set RESULTS_DATASET:</p>{}"
     )
-    return HEADER.format("") + MESSAGE.format("No results yet", why, said.format(command(HOW)))
+    return page_header("FusionBench", TITLE_OF_PAGE, "") + message("No results yet", why, said.format(command(HOW)))
 
 
 def broken(why: str) -> Markup:
     """Results that cannot be read."""
     hint = Markup("<p>Write it again: <code>hf-fusion bench report results</code></p>")
-    return HEADER.format("") + MESSAGE.format("The results cannot be read", why, hint)
+    return page_header("FusionBench", TITLE_OF_PAGE, "") + message("The results cannot be read", why, hint)
 
 
 def command(text: str, label: str = "Copy") -> Markup:
@@ -117,9 +110,9 @@ def filters(view: View, suites: Sequence[Suite], suite: Suite) -> Markup:
 # ---------------------------------------------------------------- the table
 
 SECTION = Markup(
-    '<section class="lb-section" data-said="{said}"><div class="lb-split"><h2>{title}</h2>'
+    '<section class="ui-section" data-said="{said}"><div class="ui-split"><h2>{title}</h2>'
     '<a class="lb-button" download="{file}" href="data:text/csv;charset=utf-8;base64,{csv}">'
-    'Download the table (CSV)</a></div><p class="lb-note">{note}</p>{figure}{table}{notes}</section>'
+    'Download the table (CSV)</a></div><p class="ui-note">{note}</p>{figure}{table}{notes}</section>'
 )
 TABLE = Markup(
     '<div class="lb-scroll lb-box" tabindex="0" role="region" aria-label="{label}"><table class="lb-table">'
@@ -151,7 +144,7 @@ NOTES = Markup('<section class="lb-notes"><h3>Notes</h3><ol>{}</ol></section>')
 NOTE_ITEM = Markup('<li id="lb-note-{}" tabindex="-1">{}</li>')
 TITLE = Markup(' title="{}"')
 RECIPE = Markup('<tr class="lb-open"><td colspan="{}">{}</td></tr>')
-NOTHING = Markup('<p class="lb-card lb-nothing" role="status">{} <a href="{}" data-key="all">Show all</a></p>')
+NOTHING = Markup('<p class="ui-card lb-nothing" role="status">{} <a href="{}" data-key="all">Show all</a></p>')
 PLAIN = ("none", "no mean")  # of these the reason is no news: it stands in the tooltip, and the CSV
 
 
@@ -292,7 +285,7 @@ def _scalar(value: Any) -> str:
 BOARD = Markup('<div class="lb-board" data-query="{}" data-address="{}">{}{}{}</div>')
 SPLITS = Markup('<div class="lb-splits">{}</div>')
 SPLIT = Markup(
-    '<article class="lb-card"><h3>{}</h3><p><b>Fused:</b> {}</p><p><b>Tested, never fused:</b> {}</p></article>'
+    '<article class="ui-card"><h3>{}</h3><p><b>Fused:</b> {}</p><p><b>Tested, never fused:</b> {}</p></article>'
 )
 NO_MEAN = ("No mean to compare", "The tasks of this suite have no common mean, or none of the rows shown has one.")
 LACKS = {  # what a suite was measured without: the title, and the option that measures it
@@ -316,7 +309,7 @@ def section(view: View, suite: Suite) -> Markup:
     if not is_there.get(view.show, True):
         title, option = LACKS[view.show]
         again = f"hf-fusion bench run --suite {shlex.quote(suite.name)} --data DIR --output results {option}"
-        return MESSAGE.format(title, "It can be measured:", command(again))
+        return message(title, "It can be measured:", command(again))
     shown, notes = table_of(suite, view), Notes()
     figure = Markup("")
     if view.show == "corruptions":
@@ -325,7 +318,7 @@ def section(view: View, suite: Suite) -> Markup:
     elif view.show == "unseen":
         figure = SPLITS.format(join(_split(suite, split) for split in suite.splits if split != ALL))
     elif view.show == "cost":
-        figure = cost_figure(shown, view) if points_of(shown) else MESSAGE.format(*NO_MEAN, "")
+        figure = cost_figure(shown, view) if points_of(shown) else message(*NO_MEAN)
     made = table(shown, view, suite, notes)
     if not shown.lines:
         figure, made = (

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from data import CEILING, CLEAN, FLOOR, FUSED, HELD_IN, Row, Suite
 from markupsafe import Markup
+from shared.page import join
+from shared.plots import spread
 from tables import Line, Table, corruptions_of, scale, score_cell
 from view import View, condition_title
 
@@ -32,11 +34,6 @@ OTHER = (3, "M-5-7H5L7 0 5 7H-5L-7 0Z")
 PARTS = {FLOOR: "M-6-2H6V2H-6Z", CEILING: "M-6-2H6V2H-6Z"}
 
 
-def join(parts: Iterable[Markup]) -> Markup:
-    """Pieces of markup one after the other."""
-    return Markup("").join(parts)
-
-
 def axis(low: float, high: float, most: int = 7) -> list[float]:
     """Round ticks of which the first and the last hold all values."""
     span = max(high - low, abs(high) * 1e-3, 1e-6)
@@ -51,22 +48,6 @@ def log_ticks(low: float, high: float) -> list[float]:
     base = 2 if high / low <= 200 else 10
     first, last = math.floor(math.log(low, base) + 1e-9), math.ceil(math.log(high, base) - 1e-9)
     return [float(base) ** power for power in range(first, max(last, first + 1) + 1)]
-
-
-def spread(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Moves ascending places apart until neighbours are `gap` apart, each group about its own middle, within bounds."""
-    groups: list[list[float]] = []  # of labels that touch: where each would like to be
-    for place in places:
-        groups.append([place])
-        while len(groups) > 1 and _start(groups[-1], gap) - _start(groups[-2], gap) < gap * len(groups[-2]):
-            groups[-2:] = [groups[-2] + groups[-1]]
-    apart = [_start(group, gap) + gap * index for group in groups for index in range(len(group))]
-    apart = [min(place, high - gap * (len(apart) - 1 - index)) for index, place in enumerate(apart)]
-    return [max(place, low + gap * index) for index, place in enumerate(apart)]
-
-
-def _start(group: Sequence[float], gap: float) -> float:
-    return sum(group) / len(group) - gap * (len(group) - 1) / 2
 
 
 # ---------------------------------------------------------------- accuracy and cost
@@ -183,7 +164,7 @@ def _labels_of(
 
 
 FIGURE = Markup(
-    '<figure class="lb-card lb-figure"><div class="lb-plot">{}<div class="lb-tip" hidden></div></div>{}</figure>'
+    '<figure class="ui-card lb-figure"><div class="lb-plot">{}<div class="lb-tip" hidden></div></div>{}</figure>'
 )
 SVG = Markup('<svg class="{size}" viewBox="0 0 {width} {height}" role="group" aria-label="{label}">{body}</svg>')
 GRID = Markup('<path class="grid" d="M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}"/>')
@@ -196,7 +177,7 @@ MARK_AT = Markup(
 LEADER = Markup('<path class="leader" d="M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}"/>')
 FRONT = Markup('<polyline class="front" points="{}"/>')
 WHISKER = Markup('<path class="whisker" d="M{x:.1f} {y1:.1f}V{y2:.1f}"/>')
-LEGEND = Markup('<figcaption class="lb-legend"><ul>{}</ul><p class="lb-note">{}</p></figcaption>')
+LEGEND = Markup('<figcaption class="lb-legend"><ul>{}</ul><p class="ui-note">{}</p></figcaption>')
 LEGEND_ITEM = Markup(
     '<li><svg viewBox="-9 -9 18 18" aria-hidden="true"><path class="mark {}" style="--c:var(--e{})" d="{}"/>'
     "</svg>{}</li>"
@@ -308,7 +289,7 @@ def cost_figure(table: Table, view: View) -> Markup:
 PANEL_WIDTH, PANEL_HEIGHT = 330, 230
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 2")
 PANELS = Markup('<div class="lb-panels">{}</div>')
-PANEL = Markup('<article class="lb-card lb-panel"><h3>{}</h3>{}{}</article>')
+PANEL = Markup('<article class="ui-card lb-panel"><h3>{}</h3>{}{}</article>')
 CURVE = Markup(
     '<polyline class="curve {kind}" style="--c:var(--e{colour});stroke-dasharray:{dash}" points="{points}"/>'
 )

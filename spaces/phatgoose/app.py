@@ -8,8 +8,6 @@ It needs nothing but gradio, transformers and torch, and loads any router of a c
 from __future__ import annotations
 
 import json
-import logging
-import os
 import tempfile
 from collections.abc import Iterator
 from functools import cache
@@ -19,33 +17,25 @@ from typing import Any
 import gradio as gr
 import page
 from gradio.utils import get_upload_folder
-from model import BASE, MERGED, MOST_CHARACTERS, ROUTED, Answer, InputError, LoadError, Served, Writer, load
+from model import BASE, MERGED, MOST_CHARACTERS, ROUTED, Answer, Served, Writer, load
 from routing import to_data
-
-try:
-    import spaces
-except ImportError:
-    spaces = None
-
-logger = logging.getLogger(__name__)
+from shared.blocks import launch, refused, reported, show_load_error
+from shared.errors import InputError, LoadError
+from shared.page import count, message
+from shared.settings import on_gpu, read_settings
 
 FOLDER = Path(__file__).parent
-MODEL_ID = os.environ.get("MODEL_ID", "hf-fusion/phatgoose-smollm2")
-REVISION = os.environ.get("MODEL_REVISION") or None
-TRUSTED = os.environ.get("TRUST_REMOTE_CODE", "").lower() in ("1", "true", "yes")
-TEMPLATE = os.environ.get("PROMPT_TEMPLATE") or None
+SETTINGS = read_settings("hf-fusion/phatgoose-smollm2")
 QUEUE: dict[str, Any] = {"concurrency_limit": 2, "concurrency_id": "model"}  # answers are written side by side
 HOUR = 3600  # seconds that a visitor's routing and its file are kept
 KEPT = 48  # answers; the same prompt always gets the same one
-# ZeroGPU's decorator; `spaces` can also be this project's folder of that name, which has none
-on_gpu = spaces.GPU if hasattr(spaces, "GPU") else lambda function: function
 _kept: dict[tuple[str, Writer], Answer] = {}
 
 
 @cache
 def served() -> Served:
     """The model, loaded once."""
-    return load(MODEL_ID, REVISION, TEMPLATE, trust_remote_code=TRUSTED)
+    return load(SETTINGS)
 
 
 @on_gpu
@@ -83,10 +73,8 @@ def generate(prompt: str) -> dict[str, Any]:
         dominant expert and that one's weight; usage, the share of all weight by expert; entropy by linear; and modules,
         for each linear the experts and weights of each token.
     """
-    try:
+    with refused():
         *_, last = answers(prompt)
-    except InputError as error:
-        raise gr.Error(str(error), title="That did not work") from error
     return data_of(last)
 
 
@@ -116,16 +104,14 @@ def run(prompt: str) -> Iterator[tuple[Any, ...]]:
     """Answer, its data, one token, overview and download, as the answer grows."""
     names = served().names
     try:
-        for answer in answers(prompt):
-            if not answer.done:
-                yield page.streaming(answer.prompt, answer.text), None, gr.skip(), gr.skip(), gr.skip()
+        with reported():
+            for answer in answers(prompt):
+                if not answer.done:
+                    yield page.streaming(answer.prompt, answer.text), None, gr.skip(), gr.skip(), gr.skip()
     except InputError as error:
         title = "That did not work" if prompt.strip() else "Nothing to answer yet"
-        yield page.message(title, str(error)), None, "", "", gr.DownloadButton(interactive=False)
+        yield message(title, str(error)), None, "", "", gr.DownloadButton(interactive=False)
         return
-    except Exception as error:
-        logger.exception("the model failed")
-        raise gr.Error(f"The model could not answer: {type(error).__name__}: {error}") from error
     routing = answer.routing
     assert routing is not None
     chosen = page.first_choice(routing)
@@ -142,7 +128,7 @@ def inspect(answer: Answer | None, event: gr.EventData) -> str:
     """The routing of the token that was clicked."""
     token = event._data.get("token") if isinstance(event._data, dict) else None
     if answer is None or answer.routing is None:
-        return page.message("This answer is gone", "Its routing was kept for an hour: run the prompt again.")
+        return message("This answer is gone", "Its routing was kept for an hour: run the prompt again.")
     if not isinstance(token, int) or not 0 <= token < len(answer.routing.pieces):
         raise gr.Error(f"There is no token {token}.")
     return page.inspector(answer.routing, served().names, token)
@@ -165,7 +151,7 @@ def _comparison(answer: Answer, others: list[Writer], texts: dict[Writer, Answer
     names = served().names
     heads: dict[Writer, tuple[str, str]] = {
         BASE: ("Base", "no expert at all"),
-        MERGED: ("Merged", f"the mean of all {page.count(len(names), 'expert')}, for every token"),
+        MERGED: ("Merged", f"the mean of all {count(len(names), 'expert')}, for every token"),
     }
     rows: list[tuple[str, str, str | None, bool]] = [("PHATGOOSE", "every token to its experts", answer.text, True)]
     for writer in others:
@@ -184,15 +170,13 @@ def build() -> gr.Blocks:
         try:
             model = served()
         except LoadError as error:
-            logger.error("%s", error)
-            hint = "Set MODEL_ID to a published router in the Space's settings, then restart the Space."
-            gr.HTML(page.message("The model could not be loaded", str(error), hint), apply_default_css=False)
+            show_load_error(error, "a published router")
             return blocks
         facts = model.model.summary()
         head = page.header(model.id, model.url, model.sha, len(model.names), facts["routed_linears"], facts["top_k"])
         gr.HTML(head, apply_default_css=False)
         state = gr.State(None, time_to_live=HOUR)
-        with gr.Row(elem_classes="pg-top"):
+        with gr.Row(elem_classes="ui-top"):
             with gr.Column(scale=4, min_width=300):
                 prompt = gr.Textbox(
                     model.examples[0],
@@ -245,35 +229,7 @@ def _api() -> None:
         gr.Button().click(generate, prompt, gr.JSON(label="routing"), api_name="generate", **QUEUE)
 
 
-THEME = gr.themes.Base(
-    primary_hue="blue",
-    neutral_hue="stone",
-    # Gradio carries both fonts, so no page of ours asks Google; its semi-bold files lack letters, the bold ones do not
-    font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"],
-    font_mono=[gr.themes.LocalFont("IBM Plex Mono", weights=(400, 700)), "ui-monospace", "monospace"],
-).set(
-    body_background_fill="#f8f7f5",
-    body_background_fill_dark="#100f0e",
-    body_text_color="#1c1917",
-    body_text_color_dark="#f3f1ef",
-    body_text_color_subdued="#625d58",
-    body_text_color_subdued_dark="#aaa39d",
-    border_color_primary="#e2dfdb",
-    border_color_primary_dark="#37332f",
-    block_background_fill="#ffffff",
-    block_background_fill_dark="#1b1917",
-    block_radius="10px",
-    input_background_fill="#ffffff",
-    input_background_fill_dark="#1b1917",
-    button_large_radius="8px",
-    button_primary_background_fill="#0072b2",
-    button_primary_background_fill_dark="#0072b2",
-    button_primary_background_fill_hover="#00659e",
-    button_primary_background_fill_hover_dark="#00659e",
-    button_primary_text_color="#ffffff",
-)
-
 demo = build()
 
 if __name__ == "__main__":
-    demo.launch(theme=THEME, css_paths=FOLDER / "style.css")
+    launch(demo, FOLDER / "style.css")

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import copy
-import json
-import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from routing import Routing, read_trace, short_names, split_text
+from routing import Routing, read_trace, split_text
+from shared.errors import InputError, LoadError
+from shared.experts import short_names
+from shared.loading import Loaded, on_device, published
+from shared.settings import Settings
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -41,29 +34,9 @@ EXAMPLES = [
 # How a question is put, by what a tokenizer's chat template contains; one without system message, as adapters are
 # trained: SmolLM2's own template would add one.
 DIALECTS = {"<|im_start|>": "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"}
-# the first that fits tells what went wrong: error, message
-REASONS: list[tuple[type[Exception], str]] = [
-    (GatedRepoError, "{id} is gated: accept its terms with the account behind this Space's HF_TOKEN."),
-    (
-        RepositoryNotFoundError,
-        "There is no model {id} that this Space can see. A private one needs the secret HF_TOKEN.",
-    ),
-    (RevisionNotFoundError, "{id} has no revision {revision}."),
-    (HFValidationError, "{id!r} is neither a folder nor a model id; an id looks like owner/name."),
-    (LocalEntryNotFoundError, "{endpoint} does not answer. Restart the Space once {id} can be fetched from there."),
-]
-
 # who writes: the router itself, the base alone, the mean of all experts, or the expert of that index
 Writer = str | int
 ROUTED, BASE, MERGED = "routed", "base", "merged"
-
-
-class LoadError(RuntimeError):
-    """The model cannot be served; the message says why."""
-
-
-class InputError(ValueError):
-    """A prompt that cannot be answered; the message is for the person who gave it."""
 
 
 @dataclass(frozen=True)
@@ -84,31 +57,22 @@ class Answer:
 
 
 @dataclass
-class Served:
+class Served(Loaded):
     """A loaded router and what its page needs.
 
     Attributes:
-        id, sha: what was loaded; a folder has no sha.
-        model, tokenizer: from `AutoModelForCausalLM` and `AutoTokenizer`.
+        tokenizer: from `AutoTokenizer`.
         template: the prompt's form, with {} for what is asked; None: the tokenizer's chat template.
         examples: prompts to click.
         best: index of the expert that was measured to be the best alone, 0 where none was.
         measured: whether one was.
     """
 
-    id: str
-    sha: str
-    model: Any
     tokenizer: Any
     template: str | None
     examples: list[str]
     best: int
     measured: bool
-
-    @property
-    def url(self) -> str:
-        """Its page on the Hub; none for a folder."""
-        return f"{constants.ENDPOINT}/{self.id}" if self.sha else ""
 
     @property
     def names(self) -> list[str]:
@@ -213,60 +177,23 @@ class _Stopped(StoppingCriteria):
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
-COMMIT = re.compile("[0-9a-f]{40}")
-
-
-def refuse_code(model_id: str, revision: str | None, sha: str, agreed: bool) -> None:
-    """Raises unless whoever runs the page agreed to a model's code, at a commit that they named; a folder needs none.
-
-    Args:
-        sha: the commit that was found; "" for a folder.
-    """
-    if agreed and (not sha or COMMIT.fullmatch(revision or "")):
-        return
-    pin = f" and MODEL_REVISION={sha}" if sha else ""
-    raise LoadError(f"{model_id} runs code of its own on this page: read it, then set TRUST_REMOTE_CODE=true{pin}.")
-
-
-def load(
-    model_id: str, revision: str | None = None, template: str | None = None, *, trust_remote_code: bool = False
-) -> Served:
+def load(settings: Settings) -> Served:
     """Loads a published router, or one in a folder; everything comes from one commit.
-
-    Args:
-        template: the prompt's form, with {} for what is asked.
-        trust_remote_code: whether the model's code may run; of a repo at a commit that `revision` names.
 
     Raises:
         LoadError: with a message for the page.
     """
-    try:
-        is_folder = Path(model_id).is_dir()
-        texts = ["*.json", "README.md"]
-        folder = Path(model_id if is_folder else snapshot_download(model_id, revision=revision, allow_patterns=texts))
-        sha = "" if is_folder else folder.name
-        _check(model_id, _read_json(folder / "config.json"))
-        refuse_code(model_id, revision, sha, trust_remote_code)
-        pinned = {"trust_remote_code": True} | ({} if is_folder else {"revision": sha})
-        tokenizer = AutoTokenizer.from_pretrained(model_id, **pinned)
-        model = AutoModelForCausalLM.from_pretrained(model_id, **pinned).eval()
-    except LoadError:
-        raise
-    except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
-        reason = next((text for kind, text in REASONS if isinstance(error, kind)), "{id} could not be loaded: {error}")
-        fields = {"id": model_id, "revision": revision or "main", "endpoint": constants.ENDPOINT}
-        raise LoadError(reason.format(error=f"{type(error).__name__}: {first}", **fields)) from error
-    if template and "{}" not in template:
-        raise LoadError(f"PROMPT_TEMPLATE is {template!r}; it needs a {{}} where the prompt goes.")
-    best = best_expert(_read_json(folder / "results.json"), model.experts)
+    with published(settings, _check) as source:
+        tokenizer = AutoTokenizer.from_pretrained(source.id, **source.options)
+        model = AutoModelForCausalLM.from_pretrained(source.id, **source.options).eval()
+    best = best_expert(source.read_json("results.json"), model.experts)
     served = Served(
-        id=model_id,
-        sha=sha,
-        model=model.to("cuda") if torch.cuda.is_available() else model,
+        id=source.id,
+        sha=source.sha,
+        model=on_device(model),
         tokenizer=tokenizer,
-        template=template or _template(tokenizer.chat_template),
-        examples=read_examples(_read_json(folder / "examples.json")) or _widget_texts(folder / "README.md") or EXAMPLES,
+        template=settings.template or _template(tokenizer.chat_template),
+        examples=read_examples(source.read_json("examples.json")) or read_examples(source.read_widget()) or EXAMPLES,
         best=best or 0,
         measured=best is not None,
     )
@@ -314,18 +241,3 @@ def read_examples(given: Any) -> list[str]:
     rows = given if isinstance(given, list) else []
     texts = [row.get("prompt", row.get("text")) if isinstance(row, dict) else row for row in rows]
     return [text for text in texts if isinstance(text, str) and text.strip()][:MOST_EXAMPLES]
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def _widget_texts(card: Path) -> list[str]:
-    """Prompts from the card's `widget`, the Hub's own place for them."""
-    if not card.is_file():
-        return []
-    head = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
-    return read_examples(head.get("widget"))

@@ -8,34 +8,14 @@ from typing import Any
 
 from markupsafe import Markup
 from routing import HEAD, Routing, kind_of
+from shared.experts import MOST_COLOURED, badge, head_cell, look
+from shared.page import count, join, link, percent
+from shared.page import header as page_header
+from shared.plots import FEW_LAYERS, axis_labels
 
-COLOURS = 8  # in style.css; experts beyond them have the same ones with dashed lines
-FEW_LAYERS = 12  # have room for all their names
-MOST_COLUMNS = 16  # experts that a heat map shows by themselves, and that have a look of their own
+MOST_COLUMNS = MOST_COLOURED  # experts that a heat map shows by themselves
 
-
-def percent(share: float, digits: int = 0) -> str:
-    """0.314 as "31 %"."""
-    return f"{100 * share:.{digits}f} %"
-
-
-def count(number: int, thing: str) -> str:
-    """3, "expert" as "3 experts"."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
-
-
-def join(parts: Iterable[Markup]) -> Markup:
-    """Pieces of HTML one after the other."""
-    return Markup("").join(parts)
-
-
-# ---------------------------------------------------------------- head and messages
-
-HEADER = Markup(
-    '<header class="pg-head"><p class="pg-kicker">PHATGOOSE</p><h1>{}<code>{}</code></h1><p>{}</p></header>'
-)
-LINK = Markup('<a href="{}" target="_blank" rel="noopener">{}</a>')
-MESSAGE = Markup('<section class="pg-card pg-message" role="status"><h2>{}</h2><p>{}</p><p>{}</p></section>')
+# ---------------------------------------------------------------- head
 
 
 def header(model_id: str, url: str, sha: str, experts: int, linears: int, top_k: int) -> Markup:
@@ -44,39 +24,14 @@ def header(model_id: str, url: str, sha: str, experts: int, linears: int, top_k:
         f"{count(experts, 'expert')} on one language model: every token is routed at each of {count(linears, 'linear')}"
         f" to the {count(top_k, 'expert')} whose gate it meets best."
     )
-    return HEADER.format(LINK.format(url, model_id) if url else model_id, sha[:7], does)
-
-
-def message(title: str, text: str, hint: str = "") -> Markup:
-    """Something to tell in place of a result."""
-    return MESSAGE.format(title, text, hint)
-
-
-# ---------------------------------------------------------------- experts' looks
-
-LOOK = Markup('class="pg-e{dashed}" style="--c:var(--e{colour});--a:{share:.2f}"')
-BADGE = Markup("<b {look}>{number}</b>")
-
-
-def look(expert: int | None, share: float = 1.0) -> Markup:
-    """The attributes that colour an element: an expert's own colour, the stronger the larger its share."""
-    if expert is None:
-        return Markup('class="pg-e none"')
-    has_own = expert < MOST_COLUMNS
-    colour = str(expert % COLOURS) if has_own else "-rest"
-    return LOOK.format(dashed=" dashed" if has_own and expert >= COLOURS else "", colour=colour, share=share)
-
-
-def badge(expert: int) -> Markup:
-    """An expert's number in its colour."""
-    return BADGE.format(look=look(expert), number=expert + 1)
+    return page_header("PHATGOOSE", link(url, model_id), does, sha)
 
 
 # ---------------------------------------------------------------- the answer
 
 ANSWER = Markup(
-    '<section class="pg-card pg-answer" aria-busy="{busy}"><p class="pg-kicker">Prompt, as the model reads it</p>'
-    '<p class="pg-text pg-prompt">{prompt}</p><p class="pg-kicker">Answer</p>'
+    '<section class="ui-card pg-answer" aria-busy="{busy}"><p class="ui-kicker">Prompt, as the model reads it</p>'
+    '<p class="pg-text pg-prompt">{prompt}</p><p class="ui-kicker">Answer</p>'
     '<p class="pg-text" data-answer>{answer}</p>{legend}</section>'
 )
 CURSOR = Markup('<i class="pg-cursor" aria-hidden="true"></i>')
@@ -87,7 +42,7 @@ TOKEN = Markup(
 SILENT = Markup('<span title="{title}" {look}>{piece}</span>{end}')
 BREAK = Markup('<i class="pg-break"></i>')
 LEGEND = Markup(
-    '<div class="pg-legend"><ul>{rows}</ul><p class="pg-note">A token has the colour of the expert with the most weight'
+    '<div class="pg-legend"><ul>{rows}</ul><p class="ui-note">A token has the colour of the expert with the most weight'
     " over all linears, the stronger the more"
     ' <label><input type="checkbox">Show the experts\' numbers</label></p></div>'
 )
@@ -111,7 +66,7 @@ def answer(routing: Routing, names: Sequence[str], chosen: int) -> Markup:
     seen = sorted({top[0] for top in tops if top})
     rows = [LEGEND_ROW.format(badge=badge(expert), name=names[expert]) for expert in seen]
     if None in tops:
-        rows.append(Markup('<li><b class="pg-e none">–</b>not read again, so not routed</li>'))
+        rows.append(Markup('<li><b class="ui-expert none">–</b>not read again, so not routed</li>'))
     return ANSWER.format(
         busy="false",
         prompt=join(tokens[: routing.prompt]),
@@ -151,9 +106,9 @@ def first_choice(routing: Routing) -> int:
 # ---------------------------------------------------------------- one token
 
 INSPECTOR = Markup(
-    '<section class="pg-section" aria-live="polite"><div class="pg-split"><h2>Token <q>{text}</q></h2>'
-    '<p class="pg-note">{where}</p></div><div class="pg-card"><h3>Who has the most weight, by layer</h3>{mosaic}'
-    '<h3>Weights, linear by linear</h3><div class="pg-scroll" tabindex="0" role="region" aria-label="Weights of this '
+    '<section class="ui-section" aria-live="polite"><div class="ui-split"><h2>Token <q>{text}</q></h2>'
+    '<p class="ui-note">{where}</p></div><div class="ui-card"><h3>Who has the most weight, by layer</h3>{mosaic}'
+    '<h3>Weights, linear by linear</h3><div class="ui-scroll" tabindex="0" role="region" aria-label="Weights of this '
     'token">{table}</div></div></section>'
 )
 MOSAIC = Markup(
@@ -163,8 +118,7 @@ MOSAIC = Markup(
 )
 CELL = Markup('<i title="{title}" {look}>{number}</i>')
 KIND = Markup('<span class="kind" title="{0}">{0}</span>')
-TABLE = Markup('<table class="pg-heat"><thead><tr><th scope="col">linear</th>{head}</tr></thead>{bodies}</table>')
-HEAD_CELL = Markup('<th scope="col" title="{name}">{badge}<span>{name}</span></th>')
+TABLE = Markup('<table class="ui-heat"><thead><tr><th scope="col">linear</th>{head}</tr></thead>{bodies}</table>')
 LAYER_ROW = Markup('<tr class="layer"><th scope="rowgroup">{name}</th>{cells}</tr>')
 ROW = Markup('<tr><th scope="row">{name}</th>{cells}</tr>')
 WEIGHT = Markup("<td {look}>{number}</td>")
@@ -218,7 +172,7 @@ def heat_map(routing: Routing, names: Sequence[str], token: int) -> Markup:
     ranked = [e for e in weights.sum(0).argsort(descending=True).tolist() if weights[:, e].any()]
     shown = sorted(ranked[:MOST_COLUMNS])
     has_rest = len(ranked) > len(shown)
-    head = [HEAD_CELL.format(name=names[expert], badge=badge(expert)) for expert in shown]
+    head = [head_cell(expert, names[expert]) for expert in shown]
     if has_rest:
         head.append(Markup('<th scope="col">{} others</th>').format(len(ranked) - len(shown)))
     short = kind_names(kind_of(module) for module in routing.modules)
@@ -241,12 +195,6 @@ def _weight(weight: float, expert: int | None) -> Markup:
     return WEIGHT.format(look=look(expert, weight), number=f"{weight:.2f}".removeprefix("0"))
 
 
-def axis_labels(layers: Sequence[str]) -> list[str]:
-    """What stands under each layer: its name, or every fifth where they would not fit."""
-    step = 1 if len(layers) <= FEW_LAYERS else 5
-    return [layer if number % step == 0 else "" for number, layer in enumerate(layers)]
-
-
 def _layer_name(layer: str) -> str:
     return layer if layer == HEAD else f"layer {layer}"
 
@@ -261,9 +209,9 @@ def kind_names(kinds: Iterable[str]) -> dict[str, str]:
 # ---------------------------------------------------------------- usage and entropy
 
 OVERVIEW = Markup(
-    '<section class="pg-section pg-pair"><div class="pg-card"><h2>Who was used</h2><p class="pg-note">Share of all'
+    '<section class="ui-section ui-pair"><div class="ui-card"><h2>Who was used</h2><p class="ui-note">Share of all'
     ' routing weight, over prompt and answer</p><ul class="pg-bars">{usage}</ul></div>'
-    '<div class="pg-card"><h2>Entropy by layer</h2><p class="pg-note">How evenly a layer spread these tokens over the'
+    '<div class="ui-card"><h2>Entropy by layer</h2><p class="ui-note">How evenly a layer spread these tokens over the'
     " experts, in nats: 0 is one expert for all, {most:.2f} is all {experts} alike</p>{plot}</div></section>"
 )
 BAR = Markup(
@@ -309,12 +257,12 @@ def _bar(mark: Markup, name: str, share: float, longest: float, expert: int | No
 # ---------------------------------------------------------------- the same prompt, other weights
 
 COMPARISON_HEAD = Markup(
-    '<section class="pg-section"><h2>The same prompt, side by side</h2><p class="pg-note">What the router answers, and'
+    '<section class="ui-section"><h2>The same prompt, side by side</h2><p class="ui-note">What the router answers, and'
     " what the base, all experts merged, and one expert alone do</p></section>"
 )
 COMPARISON = Markup('<div class="pg-compare">{}</div>')
 CARD = Markup(
-    '<article class="pg-card" aria-busy="{busy}"><h3>{title}</h3><p class="pg-note">{note}</p>'
+    '<article class="ui-card" aria-busy="{busy}"><h3>{title}</h3><p class="ui-note">{note}</p>'
     '<p class="pg-text">{text}</p></article>'
 )
 
@@ -335,9 +283,9 @@ def comparison(rows: Iterable[tuple[str, str, str | None, bool]]) -> Markup:
 
 def _card(title: str, note: str, text: str | None, done: bool) -> Markup:
     if text is None:
-        shown = Markup('<span class="pg-wait">…</span>')
+        shown = Markup('<span class="ui-wait">…</span>')
     elif done and not text.strip():
-        shown = Markup('<span class="pg-wait">(nothing)</span>')
+        shown = Markup('<span class="ui-wait">(nothing)</span>')
     else:
         shown = Markup("{}{}").format(text.strip(), "" if done else CURSOR)
     return CARD.format(busy="false" if done else "true", title=title, note=note, text=shown)

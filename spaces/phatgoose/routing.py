@@ -137,18 +137,6 @@ def kind_of(module: str) -> str:
     return module[found.end() :] if found else module
 
 
-def short_names(names: Sequence[str]) -> list[str]:
-    """Names without what they all begin with: owners, a project's prefix."""
-    start = ""
-    if len(names) > 1:
-        letters = zip(*names, strict=False)
-        same = next((i for i, column in enumerate(letters) if len(set(column)) > 1), min(map(len, names)))
-        start = re.match(r"(.*[/_-])?", names[0][:same]).group(0)  # type: ignore[union-attr]
-    shorter = [name[len(start) :].rpartition("/")[2] for name in names]
-    unique = all(shorter) and len(set(shorter)) == len(names)
-    return shorter if unique else list(names)
-
-
 def split_text(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
     """The text that each token adds; "" where a character ends in a later one.
 

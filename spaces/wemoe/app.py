@@ -7,10 +7,6 @@ It needs nothing but gradio, transformers and torch, and loads any classifier or
 
 from __future__ import annotations
 
-import base64
-import io
-import logging
-import os
 import tempfile
 from collections.abc import Iterator
 from functools import cache, partial
@@ -22,34 +18,17 @@ import gradio as gr
 import page
 import plots
 from gradio.utils import get_upload_folder
-from model import (
-    CONSTANT,
-    MOST_CHARACTERS,
-    ROUTED,
-    Answer,
-    Example,
-    InputError,
-    LoadError,
-    Served,
-    Weights,
-    load,
-    read_image,
-)
+from model import CONSTANT, MOST_CHARACTERS, ROUTED, Answer, Example, Served, Weights, load
 from PIL import Image
-from widgets import picture
-
-try:
-    import spaces
-except ImportError:
-    spaces = None
-
-logger = logging.getLogger(__name__)
+from shared.blocks import launch, refused, reported, show_load_error
+from shared.errors import InputError, LoadError
+from shared.page import message
+from shared.picture_input import picture
+from shared.settings import on_gpu, read_settings
+from shared.uploads import read_picture, to_data_url
 
 FOLDER = Path(__file__).parent
-MODEL_ID = os.environ.get("MODEL_ID", "hf-fusion/wemoe-minilm")
-REVISION = os.environ.get("MODEL_REVISION") or None
-TRUSTED = os.environ.get("TRUST_REMOTE_CODE", "").lower() in ("1", "true", "yes")
-TEMPLATE = os.environ.get("PROMPT_TEMPLATE") or None
+SETTINGS = read_settings("hf-fusion/wemoe-minilm")
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
 HOUR = 3600  # seconds that a visitor's files are kept
 MOST_ROWS = {"text": 256, "image": 64, "language": 16}  # of a batch
@@ -59,14 +38,12 @@ EMPTY = {
     "image": "Upload a picture, or pick an example.",
     "language": "Write a prompt, or pick an example.",
 }
-# ZeroGPU's decorator; `spaces` can also be this project's folder of that name, which has none
-on_gpu = spaces.GPU if hasattr(spaces, "GPU") else lambda function: function
 
 
 @cache
 def served() -> Served:
     """The model, loaded once."""
-    return load(MODEL_ID, REVISION, TEMPLATE, trust_remote_code=TRUSTED)
+    return load(SETTINGS)
 
 
 @on_gpu
@@ -97,7 +74,7 @@ def chosen(task: Any) -> int | None:
 def read_input(*given: Any) -> Example:
     """An example from what the page or the API was given: a text and maybe a second one, or a picture."""
     if served().kind == "image":
-        return Example(image=None if given[0] is None else read_image(given[0]))
+        return Example(image=None if given[0] is None else read_picture(given[0]))
     text, pair = (*given, None)[:2]
     return Example((text or "").strip(), (pair or "").strip())
 
@@ -114,12 +91,10 @@ def predict(*given: Any) -> dict[str, Any]:
         experts, the constant of task arithmetic, a coefficient for each expert by layer, and their means; and alone,
         what task arithmetic and each expert alone answer.
     """
-    try:
+    with refused():
         *inputs, task = given
         example, own = read_input(*inputs), chosen(task)
         served().check(example)
-    except InputError as error:
-        raise gr.Error(str(error), title="That did not work") from error
     [answer] = ask([example], own or 0, ROUTED)
     assert answer.coefficients is not None
     everyone: list[Weights] = [CONSTANT, *range(len(served().names))]
@@ -145,7 +120,7 @@ def run(*given: Any) -> tuple[str, str, tuple[Example, int | None] | None]:
         model.check(example)
     except InputError as error:
         empty = not any(inputs)
-        return page.message("Nothing to answer yet", EMPTY[model.kind]) if empty else _failed(error), "", None
+        return message("Nothing to answer yet", EMPTY[model.kind]) if empty else _failed(error), "", None
     [answer] = _asked([example], own or 0, ROUTED)
     assert answer.coefficients is not None
     head = "" if own is None else model.names[own]
@@ -177,16 +152,13 @@ def compare(asked: tuple[Example, int | None] | None) -> Iterator[str]:
 
 
 def _asked(examples: list[Example], task: int, weights: Weights) -> list[Answer]:
-    """As `ask`; what goes wrong inside is told and logged."""
-    try:
+    """As `ask`; what goes wrong inside is reported."""
+    with reported():
         return ask(examples, task, weights)
-    except Exception as error:
-        logger.exception("the model failed")
-        raise gr.Error(f"The model could not answer: {type(error).__name__}: {error}") from error
 
 
 def _failed(error: InputError) -> str:
-    return page.message("That did not work", str(error))
+    return message("That did not work", str(error))
 
 
 def run_batch(lines: Any, file: Any, task: Any) -> tuple[Any, Any]:
@@ -198,7 +170,7 @@ def run_batch(lines: Any, file: Any, task: Any) -> tuple[Any, Any]:
         else:
             examples = batch.read_csv(file) if file else batch.read_lines(lines)
         if not examples:
-            return page.message("Nothing to answer yet", "Give some inputs first, one a line or as files."), nothing
+            return message("Nothing to answer yet", "Give some inputs first, one a line or as files."), nothing
         if len(examples) > (most := MOST_ROWS[model.kind]):
             raise InputError(f"Those are {len(examples):,} inputs; {most:,} are the most.")
         own = chosen(task)
@@ -221,10 +193,9 @@ def thumbnail(image: Image.Image | None) -> str:
     """A small picture as a data URL, "" for none."""
     if image is None:
         return ""
-    small, buffer = image.convert("RGB"), io.BytesIO()
+    small = image.convert("RGB")
     small.thumbnail((THUMBNAIL, THUMBNAIL))
-    small.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return to_data_url(small)
 
 
 # ---------------------------------------------------------------- the page
@@ -236,9 +207,7 @@ def build() -> gr.Blocks:
         try:
             model = served()
         except LoadError as error:
-            logger.error("%s", error)
-            hint = "Set MODEL_ID to a published WEMoE in the Space's settings, then restart the Space."
-            gr.HTML(page.message("The model could not be loaded", str(error), hint), apply_default_css=False)
+            show_load_error(error, "a published WEMoE")
             return blocks
         facts = model.model.summary()
         head = page.header(model.id, model.url, model.sha, len(model.names), len(facts["units"]), model.smile)
@@ -271,7 +240,7 @@ def _one_input(blocks: gr.Blocks, model: Served) -> None:
     """One input, its answer, its coefficients, and what others say."""
     first = model.examples[0] if model.examples else Example()
     hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    with gr.Row(elem_classes="we-top"):
+    with gr.Row(elem_classes="ui-top"):
         with gr.Column(scale=4, min_width=300):
             task = _task(model)
             given = _inputs(model, first)
@@ -344,7 +313,7 @@ def _examples(model: Served) -> gr.Dataset | None:
 def _many_inputs(model: Served) -> None:
     """Many inputs, a table of answers, and the same as CSV."""
     lines: Any = gr.State("")
-    with gr.Row(elem_classes="we-top"):
+    with gr.Row(elem_classes="ui-top"):
         with gr.Column(scale=4, min_width=300):
             task = _task(model)
             if model.kind == "image":
@@ -359,7 +328,7 @@ def _many_inputs(model: Served) -> None:
             download = gr.DownloadButton("Download the table (CSV)", size="sm", interactive=False)
         with gr.Column(scale=8, min_width=300):
             most = f"{MOST_ROWS[model.kind]:,} are the most."
-            empty = page.message("Nothing to answer yet", "Give some inputs, then run.", most)
+            empty = message("Nothing to answer yet", "Give some inputs, then run.", most)
             table = gr.HTML(empty, apply_default_css=False)
     button.click(
         run_batch,
@@ -382,35 +351,7 @@ def _api(model: Served) -> None:
         gr.Button().click(predict, given, gr.JSON(label="answer"), api_name="predict", **ONE_AT_A_TIME)
 
 
-THEME = gr.themes.Base(
-    primary_hue="blue",
-    neutral_hue="stone",
-    # Gradio carries both fonts, so no page of ours asks Google; its semi-bold files lack letters, the bold ones do not
-    font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"],
-    font_mono=[gr.themes.LocalFont("IBM Plex Mono", weights=(400, 700)), "ui-monospace", "monospace"],
-).set(
-    body_background_fill="#f8f7f5",
-    body_background_fill_dark="#100f0e",
-    body_text_color="#1c1917",
-    body_text_color_dark="#f3f1ef",
-    body_text_color_subdued="#625d58",
-    body_text_color_subdued_dark="#aaa39d",
-    border_color_primary="#e2dfdb",
-    border_color_primary_dark="#37332f",
-    block_background_fill="#ffffff",
-    block_background_fill_dark="#1b1917",
-    block_radius="10px",
-    input_background_fill="#ffffff",
-    input_background_fill_dark="#1b1917",
-    button_large_radius="8px",
-    button_primary_background_fill="#0072b2",
-    button_primary_background_fill_dark="#0072b2",
-    button_primary_background_fill_hover="#00659e",
-    button_primary_background_fill_hover_dark="#00659e",
-    button_primary_text_color="#ffffff",
-)
-
 demo = build()
 
 if __name__ == "__main__":
-    demo.launch(theme=THEME, css_paths=FOLDER / "style.css")
+    launch(demo, FOLDER / "style.css")

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from model import Answer, Example, InputError, read_image
+from model import Answer, Example
+from shared.errors import InputError
+from shared.uploads import read_picture
 
 MOST_BYTES = 5_000_000  # of a CSV file
 SHOWN = 80  # characters of a text in the table
@@ -46,7 +48,7 @@ def read_pictures(paths: Sequence[str] | None) -> list[Example]:
     Raises:
         InputError: naming the file that is none.
     """
-    return [Example(image=read_image(path), name=Path(path).name) for path in paths or ()]
+    return [Example(image=read_picture(path), name=Path(path).name) for path in paths or ()]
 
 
 def shown(example: Example) -> str:

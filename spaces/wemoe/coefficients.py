@@ -63,15 +63,3 @@ def layer_names(paths: Sequence[str]) -> list[str]:
 def _number(path: str) -> str:
     found = NUMBER.search(path)
     return found.group(1) if found else ""
-
-
-def short_names(names: Sequence[str]) -> list[str]:
-    """Names without what they all begin with: owners, a project's prefix."""
-    start = ""
-    if len(names) > 1:
-        letters = zip(*names, strict=False)
-        same = next((i for i, column in enumerate(letters) if len(set(column)) > 1), min(map(len, names)))
-        start = re.match(r"(.*[/_-])?", names[0][:same]).group(0)  # type: ignore[union-attr]
-    shorter = [name[len(start) :].rpartition("/")[2] for name in names]
-    unique = all(shorter) and len(set(shorter)) == len(names)
-    return shorter if unique else list(names)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -14,17 +12,13 @@ from typing import Any
 
 import torch
 import transformers
-from coefficients import Coefficients, read_trace, short_names
-from huggingface_hub import ModelCard, constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from pictures import PictureError, open_picture
+from coefficients import Coefficients, read_trace
 from PIL import Image
+from shared.errors import InputError, LoadError
+from shared.experts import short_names
+from shared.loading import TEXTS, Loaded, on_device, published
+from shared.settings import Settings
+from shared.uploads import read_picture
 
 logger = logging.getLogger(__name__)
 
@@ -45,29 +39,9 @@ HEADS = {
     "causal-lm": ("language", "AutoModelForCausalLM"),
     "seq2seq-lm": ("language", "AutoModelForSeq2SeqLM"),
 }
-# the first that fits tells what went wrong: error, message
-REASONS: list[tuple[type[Exception], str]] = [
-    (GatedRepoError, "{id} is gated: accept its terms with the account behind this Space's HF_TOKEN."),
-    (
-        RepositoryNotFoundError,
-        "There is no model {id} that this Space can see. A private one needs the secret HF_TOKEN.",
-    ),
-    (RevisionNotFoundError, "{id} has no revision {revision}."),
-    (HFValidationError, "{id!r} is neither a folder nor a model id; an id looks like owner/name."),
-    (LocalEntryNotFoundError, "{endpoint} does not answer. Restart the Space once {id} can be fetched from there."),
-]
-
 # whose weights answer: what the routers say, one constant for all experts, or the expert of that index alone
 Weights = str | int
 ROUTED, CONSTANT = "routed", "constant"
-
-
-class LoadError(RuntimeError):
-    """The model cannot be served; the message says why."""
-
-
-class InputError(ValueError):
-    """An input that cannot be answered; the message is for the person who gave it."""
 
 
 @dataclass(frozen=True)
@@ -103,31 +77,22 @@ class Answer:
 
 
 @dataclass
-class Served:
+class Served(Loaded):
     """A loaded model and what its page needs.
 
     Attributes:
-        id, sha: what was loaded; a folder has no sha.
-        model, processor: from their Auto classes.
+        processor: from its Auto class.
         kind: "text", "image" or "language", what it is.
         template: a prompt's form, with {} for what is asked; None: the tokenizer's chat template.
         examples: inputs to click.
     """
 
-    id: str
-    sha: str
-    model: Any
     processor: Any
     kind: str
     template: str | None
     examples: list[Example]
     # A fast tokenizer is told on itself how a call pads and truncates.
     _tokenizing: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    @property
-    def url(self) -> str:
-        """Its page on the Hub; none for a folder."""
-        return f"{constants.ENDPOINT}/{self.id}" if self.sha else ""
 
     @property
     def names(self) -> list[str]:
@@ -244,12 +209,6 @@ class Served:
                 given = self.processor(*both, padding=len(examples) > 1, return_tensors="pt")
         return dict(given)
 
-    @property
-    def expert_urls(self) -> dict[str, str]:
-        """Pages of the experts that came from the Hub, at the commit that was fused."""
-        rows = self.model.config.experts
-        return {e["name"]: f"{constants.ENDPOINT}/{e['name']}/tree/{e['revision']}" for e in rows if e.get("revision")}
-
     def parts(self) -> dict[str, int]:
         """Numbers of parameters: what is routed, its task vectors, what is merged, heads and routers."""
         facts = self.model.summary()
@@ -266,92 +225,44 @@ def _on(inputs: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
     return {k: v.to(model.device, model.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
 
 
-def read_image(given: Any) -> Image.Image:
-    """A picture from a file or a data URL.
-
-    Raises:
-        InputError: naming the file that cannot be read, see `pictures.open_picture`.
-    """
-    try:
-        return open_picture(given)
-    except PictureError as error:
-        raise InputError(f"{error}.") from error
-
-
 # ---------------------------------------------------------------- loading
 
 
-COMMIT = re.compile("[0-9a-f]{40}")
-
-
-def refuse_code(model_id: str, revision: str | None, sha: str, agreed: bool) -> None:
-    """Raises unless whoever runs the page agreed to a model's code, at a commit that they named; a folder needs none.
-
-    Args:
-        sha: the commit that was found; "" for a folder.
-    """
-    if agreed and (not sha or COMMIT.fullmatch(revision or "")):
-        return
-    pin = f" and MODEL_REVISION={sha}" if sha else ""
-    raise LoadError(f"{model_id} runs code of its own on this page: read it, then set TRUST_REMOTE_CODE=true{pin}.")
-
-
-def load(
-    model_id: str, revision: str | None = None, template: str | None = None, *, trust_remote_code: bool = False
-) -> Served:
+def load(settings: Settings) -> Served:
     """Loads a published model, or one in a folder; everything comes from one commit.
-
-    Args:
-        template: a prompt's form, with {} for what is asked.
-        trust_remote_code: whether the model's code may run; of a repo at a commit that `revision` names.
 
     Raises:
         LoadError: with a message for the page.
     """
-    try:
-        is_folder = Path(model_id).is_dir()
-        texts = ["*.json", "README.md", "examples/*"]
-        folder = Path(model_id if is_folder else snapshot_download(model_id, revision=revision, allow_patterns=texts))
-        sha = "" if is_folder else folder.name
-        kind, auto = _check(model_id, _read_json(folder / "config.json"))
-        refuse_code(model_id, revision, sha, trust_remote_code)
-        pinned = {"trust_remote_code": True} | ({} if is_folder else {"revision": sha})
+    with published(settings, _check, (*TEXTS, "examples/*")) as source:
+        kind, auto = HEADS[source.read_json("config.json")["head"]]
         reader = transformers.AutoImageProcessor if kind == "image" else transformers.AutoTokenizer
-        processor = reader.from_pretrained(model_id, **pinned)
-        model = getattr(transformers, auto).from_pretrained(model_id, **pinned).eval()
-    except LoadError:
-        raise
-    except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
-        reason = next((text for kind, text in REASONS if isinstance(error, kind)), "{id} could not be loaded: {error}")
-        fields = {"id": model_id, "revision": revision or "main", "endpoint": constants.ENDPOINT}
-        raise LoadError(reason.format(error=f"{type(error).__name__}: {first}", **fields)) from error
-    if template and "{}" not in template:
-        raise LoadError(f"PROMPT_TEMPLATE is {template!r}; it needs a {{}} where the prompt goes.")
+        processor = reader.from_pretrained(source.id, **source.options)
+        model = getattr(transformers, auto).from_pretrained(source.id, **source.options).eval()
     model.record_routing = True
     has_chat = bool(getattr(processor, "chat_template", None))
-    examples = read_examples(_read_json(folder / "examples.json"), folder) or _widget(folder / "README.md")
+    rows = source.read_json("examples.json")
+    examples = read_examples(rows, source.folder) or read_examples(source.read_widget(), source.folder)
     if kind != "image":
         examples = examples or [Example(text) for text in EXAMPLES]
     return Served(
-        id=model_id,
-        sha=sha,
-        model=model.to("cuda") if torch.cuda.is_available() else model,
+        id=source.id,
+        sha=source.sha,
+        model=on_device(model),
         processor=processor,
         kind=kind,
-        template=template or (None if has_chat else "{}"),
+        template=settings.template or (None if has_chat else "{}"),
         examples=[example for example in examples if bool(example.image) == (kind == "image")],
     )
 
 
-def _check(model_id: str, config: Any) -> tuple[str, str]:
-    """What the page gives a model and how it is loaded; refuses others before their weights are fetched."""
+def _check(model_id: str, config: Any) -> None:
+    """Refuses what is not a WEMoE that the page can show, before its weights are fetched."""
     if not isinstance(config, dict) or config.get("model_type") != "wemoe":
         raise LoadError(f"{model_id} is not a WEMoE: its config.json does not say model_type wemoe.")
     head = config.get("head", "features")
     if head not in HEADS:
         raise LoadError(f"{model_id} is a model for {head}; this page shows {', '.join(HEADS)}.")
-    return HEADS[head]
 
 
 def read_examples(given: Any, folder: Path) -> list[Example]:
@@ -370,24 +281,9 @@ def read_examples(given: Any, folder: Path) -> list[Example]:
         path = folder / Path(str(row.get("image")))
         if "image" in row and ".." not in path.parts and path.is_relative_to(folder) and path.is_file():
             try:
-                found.append(Example(image=read_image(path), name=path.name, task=task))
+                found.append(Example(image=read_picture(path), name=path.name, task=task))
             except InputError as error:  # the others are shown all the same
                 logger.warning("an example is left out: %s", error)
         elif text.strip():
             found.append(Example(text, pair, task=task))
     return found[:MOST_EXAMPLES]
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def _widget(card: Path) -> list[Example]:
-    """Inputs from the card's `widget`, the Hub's own place for them."""
-    if not card.is_file():
-        return []
-    head = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
-    return read_examples(head.get("widget"), card.parent)

@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from batch import shown
 from markupsafe import Markup
 from model import Answer, Example
+from shared.experts import badge, head_cell
+from shared.page import count, join, link, percent
+from shared.page import header as page_header
 
-COLOURS = 8  # in style.css; experts beyond them have the same ones with dashed lines
-MOST_LOOKS = 16  # experts that have a look of their own
 MOST_BARS = 6  # classes of the answer
 FEW_BARS = 3  # classes of the others' answers
 LONG_ANSWER = 24  # characters; longer answers are set smaller
 
 
-def percent(share: float, digits: int = 0) -> str:
-    """0.314 as "31 %"."""
-    return f"{100 * share:.{digits}f} %"
-
-
-def count(number: int, thing: str) -> str:
-    """3, "expert" as "3 experts"."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
-
-
-def join(parts: Iterable[Markup]) -> Markup:
-    """Pieces of HTML one after the other."""
-    return Markup("").join(parts)
-
-
 # ---------------------------------------------------------------- head and messages
 
-HEADER = Markup('<header class="we-head"><p class="we-kicker">{}</p><h1>{}<code>{}</code></h1><p>{}</p></header>')
-LINK = Markup('<a href="{}" target="_blank" rel="noopener">{}</a>')
-MESSAGE = Markup('<section class="we-card we-message" role="status"><h2>{}</h2><p>{}</p><p>{}</p></section>')
-BUSY = Markup('<section class="we-card we-message" aria-busy="true"><p class="we-wait">…</p></section>')
-PLACE = Markup('<section class="we-section"><h2>{}</h2><p class="we-note">{}</p></section>')
+BUSY = Markup('<section class="ui-card ui-message" aria-busy="true"><p class="ui-wait">…</p></section>')
 
 
 def header(model_id: str, url: str, sha: str, experts: int, layers: int, smile: bool) -> Markup:
@@ -51,13 +33,7 @@ def header(model_id: str, url: str, sha: str, experts: int, layers: int, smile: 
             f"{count(experts, 'expert')} of one base in one model: {count(layers, 'layer')} are merged anew for every"
             " input, by coefficients that routers read from the input itself."
         )
-    name = LINK.format(url, model_id) if url else model_id
-    return HEADER.format("SMILE" if smile else "WEMoE", name, sha[:7], does)
-
-
-def message(title: str, text: str, hint: str = "") -> Markup:
-    """Something to tell in place of a result."""
-    return MESSAGE.format(title, text, hint)
+    return page_header("SMILE" if smile else "WEMoE", link(url, model_id), does, sha)
 
 
 def busy() -> Markup:
@@ -65,29 +41,10 @@ def busy() -> Markup:
     return BUSY
 
 
-# ---------------------------------------------------------------- experts' looks
-
-LOOK = Markup('class="we-e{dashed}" style="--c:var(--e{colour})"')
-BADGE = Markup("<b {look}>{number}</b>")
-
-
-def look(expert: int) -> Markup:
-    """The attributes that colour an element as an expert's."""
-    has_own = expert < MOST_LOOKS
-    return LOOK.format(
-        dashed=" dashed" if has_own and expert >= COLOURS else "", colour=expert % COLOURS if has_own else "-rest"
-    )
-
-
-def badge(expert: int) -> Markup:
-    """An expert's number in its colour."""
-    return BADGE.format(look=look(expert), number=expert + 1)
-
-
 # ---------------------------------------------------------------- answers
 
 ANSWER = Markup(
-    '<section class="we-card we-answer" aria-live="polite"><div class="we-verdict">{seen}<div><p class="we-kicker">'
+    '<section class="ui-card we-answer" aria-live="polite"><div class="we-verdict">{seen}<div><p class="ui-kicker">'
     '{kicker}</p><p class="we-word{size}" data-answer>{text}</p>{sure}</div></div>{bars}</section>'
 )
 SEEN = Markup('<figure class="we-seen"><img src="{}" alt="The input"></figure>')
@@ -98,12 +55,12 @@ BAR = Markup(
     '<i style="width:{width:.1f}%"></i></span><span class="number">{share}</span></li>'
 )
 OTHERS = Markup(
-    '<section class="we-others"><h2>The same input by other weights</h2><p class="we-note">{note}</p>'
+    '<section class="we-others"><h2>The same input by other weights</h2><p class="ui-note">{note}</p>'
     '<div class="we-compare">{cards}</div></section>'
 )
 CARD = Markup(
-    '<article class="we-card{own}" aria-busy="{busy}"><h3>{badge}<span title="{title}">{title}</span></h3>'
-    '<p class="we-note">{note}</p>{body}</article>'
+    '<article class="ui-card{own}" aria-busy="{busy}"><h3>{badge}<span title="{title}">{title}</span></h3>'
+    '<p class="ui-note">{note}</p>{body}</article>'
 )
 SAID = Markup('<p class="we-said">{}</p>{}')
 
@@ -174,7 +131,7 @@ def others(
 
 def _card(expert: int | None, title: str, note: str, answer: Answer | None, own: bool) -> Markup:
     if answer is None:
-        body = Markup('<p class="we-said we-wait">…</p>')
+        body = Markup('<p class="we-said ui-wait">…</p>')
     else:
         body = SAID.format(answer.text or "(nothing)", bars(answer, FEW_BARS))
     return CARD.format(
@@ -190,12 +147,11 @@ def _card(expert: int | None, title: str, note: str, answer: Answer | None, own:
 # ---------------------------------------------------------------- many inputs
 
 TABLE = Markup(
-    '<section class="we-section" aria-live="polite"><div class="we-split"><h2>{title}</h2><p class="we-note">{note}</p>'
-    '</div><div class="we-scroll" tabindex="0" role="region" aria-label="Answers"><table class="we-heat we-rows">'
+    '<section class="ui-section" aria-live="polite"><div class="ui-split"><h2>{title}</h2><p class="ui-note">{note}</p>'
+    '</div><div class="ui-scroll" tabindex="0" role="region" aria-label="Answers"><table class="ui-heat we-rows">'
     '<thead><tr><th scope="col">input</th><th scope="col">answer</th><th scope="col">sure</th>{head}</tr></thead>'
     "<tbody>{rows}</tbody><tfoot>{foot}</tfoot></table></div></section>"
 )
-HEAD_CELL = Markup('<th scope="col" title="{name}">{badge}<span>{name}</span></th>')
 ROW = Markup(
     '<tr><th scope="row" title="{full}">{text}</th><td class="said" title="{answer}">{answer}</td>'
     "<td>{sure}</td>{cells}</tr>"
@@ -228,7 +184,7 @@ def table(
     return TABLE.format(
         title=count(len(rows), "answer"),
         note="and the mean coefficient of each expert, over the layers" + (f"; by the head of {head}" if head else ""),
-        head=join(HEAD_CELL.format(name=name, badge=badge(expert)) for expert, name in enumerate(names)),
+        head=join(head_cell(expert, name) for expert, name in enumerate(names)),
         rows=join(rows),
         foot=FOOT.format(last),
     )
@@ -237,13 +193,13 @@ def table(
 # ---------------------------------------------------------------- what is routed, what is merged
 
 PARTS = Markup(
-    '<section class="we-section we-pair"><div class="we-card"><h2>What is routed, what is merged</h2>'
-    '<p class="we-note">{total} parameters, {megabytes:,.1f} MB of them in the layers that are {merged}</p>'
+    '<section class="ui-section ui-pair"><div class="ui-card"><h2>What is routed, what is merged</h2>'
+    '<p class="ui-note">{total} parameters, {megabytes:,.1f} MB of them in the layers that are {merged}</p>'
     '<div class="we-strip" role="img" aria-label="Shares of the parameters; the table has the numbers">{strip}</div>'
     '<table class="we-table"><thead><tr><th scope="col">part</th><th scope="col">parameters</th></tr></thead>'
-    '<tbody>{rows}</tbody></table></div><div class="we-card"><h2>Routers</h2><p class="we-text">{routers}</p><h3>Layers'
+    '<tbody>{rows}</tbody></table></div><div class="ui-card"><h2>Routers</h2><p class="we-text">{routers}</p><h3>Layers'
     '</h3><p class="we-text">{layers}</p></div></section>'
-    '<section class="we-section we-card"><h2>Experts</h2><ol class="we-experts">{experts}</ol><p class="we-note">{base}'
+    '<section class="ui-section ui-card"><h2>Experts</h2><ol class="we-experts">{experts}</ol><p class="ui-note">{base}'
     "</p></section>"
 )
 PART = Markup(
@@ -291,7 +247,7 @@ def facts_panel(config: Any, summary: Mapping[str, Any], parts: Mapping[str, int
     experts = [
         EXPERT.format(
             badge=badge(index),
-            name=LINK.format(urls[row["name"]], row["name"]) if row["name"] in urls else row["name"],
+            name=link(urls.get(row["name"]), row["name"]),
             about=" · ".join([row.get("license") or "no license named", *_labels(row)]),
         )
         for index, row in enumerate(config.experts)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 from coefficients import Coefficients
 from markupsafe import Markup
-from page import COLOURS, MOST_LOOKS, badge, join
+from shared.experts import COLOURS, MOST_COLOURED, badge, head_cell
+from shared.page import join
+from shared.plots import axis_labels, spread
 
 PLOT_HEIGHT = 320  # pixels, as in style.css
 LABEL_GAP = 24 / PLOT_HEIGHT  # share of the plot's height that a badge needs
-FEW_LAYERS = 12  # have room for all their names
 LEAST_SPAN = 0.2  # of the axis, or noise would look like a choice
 MOST_TICKS = 6
 STEPS = (0.05, 0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 25.0, 100.0)
@@ -19,12 +20,11 @@ STEPS = (0.05, 0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 25.0, 100.0)
 # ---------------------------------------------------------------- heat map
 
 MAP = Markup(
-    '<div class="we-card"><h3>Layer by layer</h3><p class="we-note"><i class="we-key more"></i>more than {constant:.3g}'
-    '<i class="we-key less"></i>less; {what}</p><div class="we-scroll" tabindex="0" role="region" '
-    'aria-label="Coefficients"><table class="we-heat"><thead><tr><th scope="col">layer</th>{head}</tr></thead>'
+    '<div class="ui-card"><h3>Layer by layer</h3><p class="ui-note"><i class="we-key more"></i>more than {constant:.3g}'
+    '<i class="we-key less"></i>less; {what}</p><div class="ui-scroll" tabindex="0" role="region" '
+    'aria-label="Coefficients"><table class="ui-heat"><thead><tr><th scope="col">layer</th>{head}</tr></thead>'
     "<tbody>{rows}</tbody><tfoot>{foot}</tfoot></table></div></div>"
 )
-HEAD_CELL = Markup('<th scope="col" title="{name}">{badge}<span>{name}</span></th>')
 ROW = Markup('<tr><th scope="row">{}</th>{}</tr>')
 FOOT = Markup('<tr class="mean"><th scope="row">mean</th>{}</tr>')
 CELL = Markup('<td class="{side}" style="--a:{strength:.2f}">{number}</td>')
@@ -36,7 +36,7 @@ def heat_map(found: Coefficients, smile: bool) -> Markup:
     return MAP.format(
         constant=found.constant,
         what="what all experts alike would have" if smile else "the constant of task arithmetic",
-        head=join(HEAD_CELL.format(name=name, badge=badge(expert)) for expert, name in enumerate(found.experts)),
+        head=join(head_cell(expert, name) for expert, name in enumerate(found.experts)),
         rows=join(ROW.format(name, row) for name, row in zip(found.layers, rows, strict=True)),
         foot=FOOT.format(mean),
     )
@@ -62,7 +62,7 @@ def heat_cells(rows: Sequence[Sequence[float]], constant: float) -> list[Markup]
 # ---------------------------------------------------------------- by depth
 
 DEPTH = Markup(
-    '<div class="we-card"><h3>By depth</h3><p class="we-note"><i class="we-key dash"></i>{constant:.3g}, {what}'
+    '<div class="ui-card"><h3>By depth</h3><p class="ui-note"><i class="we-key dash"></i>{constant:.3g}, {what}'
     '{thick}</p><div class="we-plot" role="img" aria-label="Coefficients by layer; the table has the numbers">'
     '<div class="scores">{ticks}</div><div class="area">{grid}<i class="constant" style="top:{where:.2f}%"></i>'
     '<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">{lines}</svg>{points}</div>'
@@ -93,8 +93,8 @@ def depth_plot(found: Coefficients, own: int | None, smile: bool) -> Markup:
     order = sorted(range(len(found.experts)), key=lambda expert: expert == own)  # the task's own lies on top
     for expert in order:
         ws = [row[expert] for row in found.values]
-        colour = str(expert % COLOURS) if expert < MOST_LOOKS else "-rest"
-        kind = " ".join(["own"] * (expert == own) + ["dashed"] * (COLOURS <= expert < MOST_LOOKS))
+        colour = str(expert % COLOURS) if expert < MOST_COLOURED else "-rest"
+        kind = " ".join(["own"] * (expert == own) + ["dashed"] * (COLOURS <= expert < MOST_COLOURED))
         path = [(0.0, ws[0]), *zip(xs, ws, strict=True), (100.0, ws[-1])] if depth == 1 else zip(xs, ws, strict=True)
         lines.append(LINE.format(kind=kind, colour=colour, points=" ".join(f"{x:.2f},{y(w):.2f}" for x, w in path)))
         points += [
@@ -140,31 +140,9 @@ def axis(values: Sequence[float]) -> tuple[float, float, list[float]]:
     return ticks[0], ticks[-1], ticks
 
 
-def axis_labels(layers: Sequence[str]) -> list[str]:
-    """What stands under each layer: its name, or every fifth where they would not fit."""
-    step = 1 if len(layers) <= FEW_LAYERS else 5
-    return [layer if number % step == 0 else "" for number, layer in enumerate(layers)]
-
-
-def spread(places: Sequence[float], gap: float) -> list[float]:
-    """Moves ascending places in [0, 1] apart until neighbours are `gap` apart, each group about its own middle."""
-    groups: list[list[float]] = []  # of labels that touch: where each would like to be
-    for place in places:
-        groups.append([place])
-        while len(groups) > 1 and _start(groups[-1], gap) - _start(groups[-2], gap) < gap * len(groups[-2]):
-            groups[-2:] = [groups[-2] + groups[-1]]
-    apart = [_start(group, gap) + gap * index for group in groups for index in range(len(group))]
-    apart = [min(place, 1 - gap * (len(apart) - 1 - index)) for index, place in enumerate(apart)]
-    return [max(place, gap * index) for index, place in enumerate(apart)]
-
-
-def _start(group: Sequence[float], gap: float) -> float:
-    return sum(group) / len(group) - gap * (len(group) - 1) / 2
-
-
 SECTION = Markup(
-    '<section class="we-section"><div class="we-split"><h2>What it was merged from</h2><p class="we-note">{}</p></div>'
-    '<div class="we-pair">{}{}</div></section>'
+    '<section class="ui-section"><div class="ui-split"><h2>What it was merged from</h2><p class="ui-note">{}</p></div>'
+    '<div class="ui-pair">{}{}</div></section>'
 )
 
 

@@ -184,15 +184,6 @@ def test_whoever_reads_rows_holds_them_to_the_limits(hostile_rows):
         examples.collate([examples.rows[2]])
 
 
-def test_the_spaces_hold_copies():
-    own = (ROOT / "hf_fusion" / "io" / "pictures.py").read_text(encoding="utf-8")
-    for space in ("foe", "wemoe"):
-        assert (ROOT / "spaces" / space / "pictures.py").read_text(encoding="utf-8") == own
-    inputs = [(ROOT / "spaces" / space / "widgets.py").read_text(encoding="utf-8") for space in ("foe", "wemoe")]
-    made = [text[text.index("def picture") :].split("\n\n\ndef pad")[0].strip() for text in inputs]
-    assert made[0] == made[1]
-
-
 def test_pictures_are_opened_in_one_place():
     """Pillow opens nothing else but what this package wrote itself."""
     own = {"image_corruptions.py", "stranger.py", "pictures.py"}

@@ -23,7 +23,7 @@ SPACES = Path(__file__).parents[2] / "spaces"
 ALONE = "import sys; sys.modules['hf_fusion'] = sys.modules['peft'] = None; sys.path.insert(0, '.')\n"
 RUN = ALONE + "import runpy; runpy.run_path('app.py', run_name='__main__')"
 START_SECONDS = 90
-SHOWN = ", ".join(f".{own}-section, .{own}-message" for own in ("foe", "pg", "we", "lb"))  # once a page is there
+SHOWN = ".ui-section, .ui-message"  # once a page is there
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,14 @@ def space_modules() -> Iterator[Callable[..., list[ModuleType]]]:
     yield load
     for folder in folders:
         sys.path.remove(str(folder))
-        for path in folder.glob("*.py"):
-            sys.modules.pop(path.stem, None)
+        forget(folder)
+
+
+def forget(space: Path) -> None:
+    """Other Spaces have modules of the same names."""
+    own = {path.stem for path in space.glob("*.py")}
+    for name in [name for name in sys.modules if name in own or name.partition(".")[0] == "shared"]:
+        del sys.modules[name]
 
 
 @pytest.fixture

@@ -134,7 +134,6 @@ def test_texts_of_a_model_never_become_markup(page, curve):
     html = "".join(
         (
             page.header(EVIL, EVIL, EVIL, 3, 3, "output", True),
-            page.message(EVIL, EVIL, EVIL),
             page.answer_panel(values, EVIL),
             page.experts_panel(values, {f"me/{EVIL}": EVIL}),
             curve.results_panel(results, values),

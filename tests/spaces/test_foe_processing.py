@@ -72,9 +72,10 @@ def test_what_is_no_picture_is_refused(processing, url):
         processing.read_picture(url)
 
 
-def test_data_urls_round_trip(processing):
+def test_data_urls_round_trip(space_modules):
+    processing, uploads = space_modules("foe", "processing", "shared.uploads")
     digit = processing.to_mnist(drawing(0, 255))
-    assert processing.read_picture(processing.to_data_url(digit)).tobytes() == digit.tobytes()
+    assert processing.read_picture(uploads.to_data_url(digit)).tobytes() == digit.tobytes()
 
 
 def test_digits_are_known_by_their_names(processing):

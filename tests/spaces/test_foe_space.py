@@ -141,7 +141,7 @@ def wait_for(page, selector: str, text: str) -> None:
 def assert_fits(page, width: int, scheme: str) -> None:
     """Nothing sticks out sideways, and the ground is as dark or light as asked."""
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    colour = page.locator(".foe-card").first.evaluate("e => getComputedStyle(e).backgroundColor")
+    colour = page.locator(".ui-card").first.evaluate("e => getComputedStyle(e).backgroundColor")
     assert (np.mean([int(part) for part in re.findall(r"\d+", colour)[:3]]) < 128) == (scheme == "dark"), colour
 
 
@@ -212,14 +212,14 @@ def test_a_digit_is_answered_in_the_browser(digits, digits_url, visit):
     assert HOSTILE in page.locator(".foe-experts").inner_text()
 
     page.locator(".foe-budget input").fill("4")  # 40 % of the cost
-    wait_for(page, ".foe-note", "within a budget of 40 %")
+    wait_for(page, ".ui-note", "within a budget of 40 %")
     order = digits.ask(0.4, images=[Image.open(example(other))]).order
     assert page.locator(".foe-idle", has_text="not queried").count() == order.count(0) > 0
     assert page.locator(".foe-chain li").count() == len(order) - order.count(0)
     wait_for(page, ".foe-plot .budget", "budget 40 %")
 
     page.get_by_role("button", name="Clear").click()
-    wait_for(page, ".foe-message", "Draw a digit")
+    wait_for(page, ".ui-message", "Draw a digit")
     box = page.locator("canvas").bounding_box()
     page.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 0.2 * box["height"])
     page.mouse.down()
@@ -238,7 +238,7 @@ def test_a_digit_is_answered_in_the_browser(digits, digits_url, visit):
     page.wait_for_function("before => document.querySelector('.foe-seen img').src !== before", arg=before)
     assert answer(page) == digits.ask(images=[seen_picture(page)]).label
     upload(page, "broken.png", b"no picture")
-    wait_for(page, ".foe-message", "cannot be read")
+    wait_for(page, ".ui-message", "cannot be read")
 
 
 @pytest.mark.browser
@@ -246,7 +246,7 @@ def test_a_text_is_answered_in_the_browser(run_space, texts, visit):
     page = visit(run_space("foe", MODEL_ID=texts.id, MODEL_REVISION=texts.sha))
     wait_for(page, "[data-answer]", texts.ask(text=["the quick fox"]).label)
     assert page.locator(".foe-budget").count() == 0  # a selection keeps to no budget
-    wait_for(page, ".foe-message", "no results.json")
+    wait_for(page, ".ui-message", "no results.json")
     page.locator("textarea").first.fill("nine lazy routers jump")
     page.get_by_role("button", name="Ask the experts").click()
     expected = texts.ask(text=["nine lazy routers jump"])
@@ -257,7 +257,7 @@ def test_a_text_is_answered_in_the_browser(run_space, texts, visit):
     wait_for(page, ".foe-sure", f"{100 * texts.ask(text=['a lazy dog']).confidence:.1f} %")
     page.locator("textarea").first.fill("  ")
     page.get_by_role("button", name="Ask the experts").click()
-    wait_for(page, ".foe-message", "no text yet")
+    wait_for(page, ".ui-message", "no text yet")
     assert_fits(page, 1280, "light")
 
 
@@ -272,7 +272,7 @@ import app, model
 print(app.demo.get_config_file()["components"])
 for id in ["no id at all/", "space-other/hidden", "{texts.id}@v9", "space-other/bert"]:
     try:
-        model.load(*id.split("@"))
+        model.load(model.Settings(*id.split("@")))
     except model.LoadError as error:
         print(error)
 """
@@ -281,7 +281,7 @@ for id in ["no id at all/", "space-other/hidden", "{texts.id}@v9", "space-other/
         "The model could not be loaded",
         "There is no model space-other/missing",
         "Set MODEL_ID",
-        "'no id at all/' is not a model id",
+        "'no id at all/' is neither a folder nor a model id",
         "There is no model space-other/hidden",
         f"{texts.id} has no revision v9",
         "space-other/bert is not a Fusion of Experts",
@@ -296,10 +296,10 @@ def test_the_code_of_a_model_runs_by_consent_and_at_a_named_commit(alone, texts)
 import sys, model
 for revision, agreed in [(None, False), ("{texts.sha}", False), (None, True), ("main", True)]:
     try:
-        model.load("{texts.id}", revision, trust_remote_code=agreed)
+        model.load(model.Settings("{texts.id}", revision, agreed))
     except model.LoadError as error:
         print(error, any("transformers_modules" in name for name in sys.modules))
-print(model.load("{texts.id}", "{texts.sha}", trust_remote_code=True).kind)
+print(model.load(model.Settings("{texts.id}", "{texts.sha}", True)).kind)
 """
     said = f"{texts.id} runs code of its own on this page: read it, then set TRUST_REMOTE_CODE=true"
     printed = alone("foe", code).splitlines()
@@ -312,7 +312,7 @@ def test_a_dead_hub_is_named(alone):
     code = """
 import model
 try:
-    model.load("me/foe")
+    model.load(model.Settings("me/foe"))
 except model.LoadError as error:
     print(error)
 """

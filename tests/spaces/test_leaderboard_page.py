@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import yaml
 from spaces.leaderboard_cells import FAILED, HOSTILE, LEFT_OUT, TASKS, cells
-from spaces.test_phatgoose_page import INK_AND_CARD, linear, rgb
 
 from hf_fusion.bench.report import summarise
 
@@ -332,20 +331,3 @@ def test_corruptions_are_drawn_and_told_in_numbers(space, suites, summary):
     assert [len(points.split()) for points in curve] == [2, 6, 6]  # its key, and a panel for each corruption
     heights = [float(point.split(",")[1]) for point in curve[2].split()]
     assert heights == sorted(heights)  # worse rows, lower scores
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_is_readable_on_its_ground(scheme):
-    css, app = (SPACE / "style.css").read_text(), (SPACE / "app.py").read_text()
-    colours = dict(re.findall(r"--(track|focus): (#\w+);", css.split("}")[0 if scheme == "light" else 1]))
-    ink, card = INK_AND_CARD[scheme]
-    suffix = "" if scheme == "light" else "_dark"
-    soft, page = (re.search(rf'{name}{suffix}="(#\w+)"', app)[1] for name in ("text_color_subdued", "background_fill"))
-    pairs = [(ink, card), (ink, colours["track"]), (soft, card), (soft, colours["track"]), (soft, page)]
-    for text, ground in [*pairs, (colours["focus"], card), (colours["focus"], page)]:
-        lights = [rgb_light(colour) for colour in (text, ground)]
-        assert (max(lights) + 0.05) / (min(lights) + 0.05) >= 4.5, (text, ground)  # WCAG 2, AA
-
-
-def rgb_light(colour: str) -> float:
-    return float(linear(rgb(colour)) @ [0.2126, 0.7152, 0.0722])

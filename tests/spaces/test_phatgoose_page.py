@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+from spaces.colours import INK_AND_CARD, SCHEMES, contrast, rgb, variables
 from tiny import make_tokenizer
 
 SPACE = Path(__file__).parents[2] / "spaces" / "phatgoose"
@@ -52,7 +51,7 @@ def made(routing):
 def tokens(html: str) -> list[tuple[str, str]]:
     """Colour and title of each token button."""
     return re.findall(
-        r'data-token="\d+" data-number="\d+" title="([^"]*)" class="pg-e" style="--c:var\(--e(\d+)\)', html
+        r'data-token="\d+" data-number="\d+" title="([^"]*)" class="ui-expert" style="--c:var\(--e(\d+)\)', html
     )
 
 
@@ -110,15 +109,6 @@ def test_bytes_that_are_no_text_come_to_an_end(routing):
     assert len(pieces) == 9 and set("".join(pieces)) == {"\ufffd"}
 
 
-def test_short_names(routing):
-    names = routing.short_names
-    assert names(["me/smol-sport", "me/smol-art"]) == ["sport", "art"]
-    assert names(["me/art", "you/law"]) == ["art", "law"]
-    assert names(["me/art", "you/art"]) == ["me/art", "you/art"]  # else they would be one
-    assert names(["me/art"]) == ["art"]
-    assert names(["me/art-", "me/art-x"]) == ["me/art-", "me/art-x"]
-
-
 def test_tokens_have_their_experts_colour_number_and_share(page, made):
     html = str(page.answer(made, NAMES, 1))
     assert tokens(html) == [
@@ -132,12 +122,6 @@ def test_tokens_have_their_experts_colour_number_and_share(page, made):
     assert re.findall(r'data-number="(\d)"', html) == ["1", "3", "3"]
     legend = html[html.index("pg-legend") :]
     assert "sport" in legend and "law" in legend and "art" not in legend  # nowhere dominant
-
-
-def test_colours_repeat_with_dashes_and_end_in_grey(page):
-    assert "var(--e7)" in page.look(7) and "dashed" not in page.look(7)
-    assert "var(--e0)" in page.look(8) and "dashed" in page.look(8)
-    assert "var(--e-rest)" in page.look(16) and "dashed" not in page.look(16)
 
 
 def test_one_token_as_a_heat_map_with_numbers(page, made):
@@ -206,7 +190,6 @@ def test_no_text_becomes_markup(page, routing, made):
     html = "".join(
         (
             page.header(EVIL, EVIL, EVIL, 3, 3, 2),
-            page.message(EVIL, EVIL, EVIL),
             page.streaming(EVIL, EVIL),
             page.answer(evil, names, 1),
             page.inspector(evil, names, 1),
@@ -218,45 +201,9 @@ def test_no_text_becomes_markup(page, routing, made):
     assert not re.search(r"[\w-]+=\"[^\"]*'", html)  # nor does a quote end an attribute
 
 
-# ---------------------------------------------------------------- colours, as the style sheet has them
-
-INK_AND_CARD = {"light": ("#1c1917", "#ffffff"), "dark": ("#f3f1ef", "#1b1917")}  # of the app's theme
-# What eyes without one kind of cone see, in linear RGB (Machado, Oliveira, Fernandes, 2009)
-EYES = {
-    "all cones": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
-    "no red": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
-    "no green": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
-    "no blue": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
-}
-
-
-def rgb(colour: str) -> np.ndarray:
-    return np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-
-
-def linear(colour: np.ndarray) -> np.ndarray:
-    return np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
-
-
-def lab(light: np.ndarray) -> np.ndarray:
-    """CIE Lab of linear RGB."""
-    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
-    x, y, z = np.cbrt(to_xyz @ light.clip(0.001, 1) / [0.9505, 1, 1.089])
-    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_colours_can_be_told_apart_and_text_on_them_read(scheme):
-    blocks = (SPACE / "style.css").read_text().split("}")
-    css = blocks[["light", "dark"].index(scheme)]
-    colours = [rgb(colour) for colour in re.findall(r"--e[\w-]+: (#\w{6});", css)]
-    assert len(colours) == 9
-    for eye in map(np.array, EYES.values()):
-        seen = [lab(eye @ linear(colour)) for colour in colours]
-        assert min(np.linalg.norm(a - b) for a, b in combinations(seen, 2)) > 12
-    most = int(re.search(r"--most: (\d+)%", css).group(1)) / 100
-    assert all(f'"{colour}"' in (SPACE / "app.py").read_text() for colour in INK_AND_CARD[scheme])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_text_on_an_experts_colour_is_read(scheme):
+    colours = [rgb(colour) for name, colour in variables("_shared", scheme).items() if name.startswith("e")]
+    most = int(variables("phatgoose", scheme)["most"].rstrip("%")) / 100
     ink, card = map(rgb, INK_AND_CARD[scheme])
-    for colour in colours:
-        text, ground = (linear(c) @ [0.2126, 0.7152, 0.0722] for c in (ink, most * colour + (1 - most) * card))
-        assert (max(text, ground) + 0.05) / (min(text, ground) + 0.05) >= 4.5  # WCAG 2, AA
+    assert all(contrast(ink, most * colour + (1 - most) * card) >= 4.5 for colour in colours)

@@ -64,7 +64,7 @@ def model(space_modules):
 
 @pytest.fixture(scope="module")
 def served(model, folder):
-    return model.load(str(folder), trust_remote_code=True)
+    return model.load(model.Settings(str(folder), trusted=True))
 
 
 @torch.no_grad()
@@ -183,19 +183,19 @@ def test_what_cannot_be_served_is_named(model, tmp_path, config, problem):
     if config:
         (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(model.LoadError, match=problem):
-        model.load(str(tmp_path))
+        model.load(model.Settings(str(tmp_path)))
 
 
 def test_code_runs_by_consent(model, folder):
     with pytest.raises(model.LoadError, match="runs code of its own on this page: read it, then set TRUST_REMOTE_CODE"):
-        model.load(str(folder))
+        model.load(model.Settings(str(folder)))
 
 
 def test_wrong_settings_are_named(model, folder):
     with pytest.raises(model.LoadError, match="neither a folder nor a model id"):
-        model.load("no id at all/")
+        model.load(model.Settings("no id at all/"))
     with pytest.raises(model.LoadError, match="PROMPT_TEMPLATE is 'Hi'; it needs a {}"):
-        model.load(str(folder), template="Hi", trust_remote_code=True)
+        model.load(model.Settings(str(folder), trusted=True, template="Hi"))
 
 
 def test_the_page_says_what_cannot_be_served(space_modules, tmp_path, monkeypatch):
@@ -233,7 +233,7 @@ def wait_until_done(page, prompt: str) -> None:
     wait_for_tokens(page, prompt)
     page.wait_for_function(
         """answer => {
-          const cards = [...document.querySelectorAll(".pg-compare .pg-card")];
+          const cards = [...document.querySelectorAll(".pg-compare .ui-card")];
           return cards.length === 4 && cards.every(card => card.getAttribute("aria-busy") === "false");
         }""",
         timeout=30_000,
@@ -275,7 +275,7 @@ def test_tokens_are_routed_in_the_browser(url, router, visit):
         page = visit(url, width, scheme)
         wait_until_done(page, EXAMPLES[0])  # the page opens with an answer
         assert page.evaluate("document.documentElement.scrollWidth") <= width
-        ground = page.locator(".pg-card").first.evaluate("e => getComputedStyle(e).backgroundColor")
+        ground = page.locator(".ui-card").first.evaluate("e => getComputedStyle(e).backgroundColor")
         assert ground == {"light": "rgb(255, 255, 255)", "dark": "rgb(27, 25, 23)"}[scheme]
 
     page = visit(url)
@@ -287,20 +287,20 @@ def test_tokens_are_routed_in_the_browser(url, router, visit):
     answer, trace = plain_answer(router, prompt, 64)[1], router.routing_trace()
     wanted = titles(trace)
     assert tokens.evaluate_all("all => all.map(token => token.title)") == wanted
-    assert text_of(page, ".pg-compare .pg-card .pg-text") == answer.strip()
+    assert text_of(page, ".pg-compare .ui-card .pg-text") == answer.strip()
     with router.using(EXPERTS[BEST]):
         alone = plain_answer(router, prompt, 64)[1].strip()
-    assert page.locator(".pg-compare .pg-card").last.locator(".pg-text").text_content() == (alone or "(nothing)")
+    assert page.locator(".pg-compare .ui-card").last.locator(".pg-text").text_content() == (alone or "(nothing)")
 
     tokens.nth(2).click()
-    page.locator(".pg-note", has_text=f"token 3 of {len(wanted) + 1}, in the prompt").wait_for()
-    shown = page.locator(".pg-heat tbody tr:not(.layer) td:nth-child(2)").all_text_contents()
+    page.locator(".ui-note", has_text=f"token 3 of {len(wanted) + 1}, in the prompt").wait_for()
+    shown = page.locator(".ui-heat tbody tr:not(.layer) td:nth-child(2)").all_text_contents()
     first = [float(trace.expert_weights(module)[0, 2, 0]) for module in trace.modules]
     assert [0 if cell == "·" else float(cell) for cell in shown] == pytest.approx(first, abs=0.0051)
     page.keyboard.press("ArrowRight")
-    page.locator(".pg-note", has_text="token 4 of").wait_for()
+    page.locator(".ui-note", has_text="token 4 of").wait_for()
     page.keyboard.press("End")
-    page.locator(".pg-note", has_text=f"token {len(wanted)} of {len(wanted) + 1}, in the answer").wait_for()
+    page.locator(".ui-note", has_text=f"token {len(wanted)} of {len(wanted) + 1}, in the answer").wait_for()
     assert page.evaluate("document.activeElement.dataset.token") == str(len(wanted) - 1)
     page.get_by_label("Show the experts' numbers").check()
     number = tokens.first.evaluate("token => getComputedStyle(token, '::after').content")
@@ -313,15 +313,15 @@ def test_tokens_are_routed_in_the_browser(url, router, visit):
 
     page.get_by_label("Expert alone").click()
     page.get_by_role("option", name="1 sport").click()
-    page.locator(".pg-compare .pg-card:last-child[aria-busy=false]", has_text="sport").wait_for()
+    page.locator(".pg-compare .ui-card:last-child[aria-busy=false]", has_text="sport").wait_for()
     with router.using(EXPERTS[0]):
         alone = plain_answer(router, prompt, 64)[1].strip()
-    assert page.locator(".pg-compare .pg-card").last.locator(".pg-text").text_content() == (alone or "(nothing)")
+    assert page.locator(".pg-compare .ui-card").last.locator(".pg-text").text_content() == (alone or "(nothing)")
 
     ask(page, "  ")
-    page.locator(".pg-message", has_text="no prompt yet").wait_for()
+    page.locator(".ui-message", has_text="no prompt yet").wait_for()
     ask(page, "fox " * 2000)
-    page.locator(".pg-message", has_text="too long").wait_for()
-    assert page.locator(".pg-heat").count() == 0  # nothing is left of the answer before
+    page.locator(".ui-message", has_text="too long").wait_for()
+    assert page.locator(".ui-heat").count() == 0  # nothing is left of the answer before
     page.get_by_text(EXAMPLES[1], exact=True).click()
     wait_for_tokens(page, EXAMPLES[1])

@@ -74,7 +74,7 @@ def model(space_modules):
 
 @pytest.fixture(scope="module")
 def served(model, folder):
-    return model.load(str(folder), trust_remote_code=True)
+    return model.load(model.Settings(str(folder), trusted=True))
 
 
 @pytest.fixture
@@ -166,19 +166,19 @@ def test_what_cannot_be_served_is_named(model, tmp_path, config, problem):
     if config:
         (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(model.LoadError, match=problem):
-        model.load(str(tmp_path))
+        model.load(model.Settings(str(tmp_path)))
 
 
 def test_code_runs_by_consent(model, folder):
     with pytest.raises(model.LoadError, match="runs code of its own on this page: read it, then set TRUST_REMOTE_CODE"):
-        model.load(str(folder))
+        model.load(model.Settings(str(folder)))
 
 
 def test_wrong_settings_are_named(model, folder):
     with pytest.raises(model.LoadError, match="neither a folder nor a model id"):
-        model.load("no id at all/")
+        model.load(model.Settings("no id at all/"))
     with pytest.raises(model.LoadError, match="PROMPT_TEMPLATE is 'Hi'; it needs a {}"):
-        model.load(str(folder), template="Hi", trust_remote_code=True)
+        model.load(model.Settings(str(folder), trusted=True, template="Hi"))
 
 
 def test_the_page_says_what_cannot_be_served(app_of, tmp_path):
@@ -302,11 +302,11 @@ def url(hub, folder, run_space) -> str:
 def wait_for_answer(page, head: str) -> None:
     """An answer by that head, those by other weights, and the coefficients."""
     page.locator(".we-answer", has_text=f"by the head of {head}").wait_for(timeout=30_000)
-    page.locator(".we-compare .we-card", has_text=f"0.3 for all, head of {head}").wait_for()
-    page.locator(".we-pair .we-note", has_text=f"thick: {head}, the expert").wait_for()
+    page.locator(".we-compare .ui-card", has_text=f"0.3 for all, head of {head}").wait_for()
+    page.locator(".ui-pair .ui-note", has_text=f"thick: {head}, the expert").wait_for()
 
 
-def heat(page, table: str = ".we-pair .we-heat tbody") -> list[float]:
+def heat(page, table: str = ".ui-pair .ui-heat tbody") -> list[float]:
     """The numbers of a heat map, row by row."""
     return [float(text) for text in page.locator(f"{table} :is(.more, .less)").all_text_contents()]
 
@@ -340,7 +340,7 @@ def test_answers_and_coefficients_in_the_browser(url, reference, visit, tmp_path
         page = visit(url, width, scheme)
         wait_for_answer(page, "moods")  # the page opens with an answer
         assert page.evaluate("document.documentElement.scrollWidth") <= width
-        ground = page.locator(".we-card").first.evaluate("e => getComputedStyle(e).backgroundColor")
+        ground = page.locator(".ui-card").first.evaluate("e => getComputedStyle(e).backgroundColor")
         assert ground == {"light": "rgb(255, 255, 255)", "dark": "rgb(27, 25, 23)"}[scheme]
 
     page = visit(url)
@@ -375,7 +375,7 @@ def test_answers_and_coefficients_in_the_browser(url, reference, visit, tmp_path
 
     page.get_by_label("Text", exact=True).fill("  ")
     page.get_by_role("button", name="Run", exact=True).click()
-    page.locator(".we-message", has_text="no text yet").wait_for()
+    page.locator(".ui-message", has_text="no text yet").wait_for()
     assert page.locator(".we-plot").count() == 0  # nothing is left of the answer before
 
     page.get_by_role("tab", name="Many inputs").click()
@@ -393,7 +393,7 @@ def test_answers_and_coefficients_in_the_browser(url, reference, visit, tmp_path
     (tmp_path / "rows.csv").write_text("sentence\nx\n")
     upload(page, tmp_path / "rows.csv")
     page.get_by_role("button", name="Run all").click()
-    page.locator(".we-message", has_text="it needs one called text").wait_for()
+    page.locator(".ui-message", has_text="it needs one called text").wait_for()
 
     page.get_by_role("tab", name="Parts").click()
     page.get_by_text("Merged once: everything else").wait_for()

@@ -1,4 +1,4 @@
-"""An input that Gradio does not have: a picture that is not opened unchecked."""
+"""An input that Gradio does not have: a picture that is opened by `pictures.open_picture` alone."""
 
 from __future__ import annotations
 

@@ -1,0 +1,82 @@
+"""How every page looks, starts, and says that there is no model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from shared.errors import InputError, LoadError
+from shared.page import message
+
+logger = logging.getLogger(__name__)
+
+FOLDER = Path(__file__).parent
+THEME = gr.themes.Base(
+    primary_hue="blue",
+    neutral_hue="stone",
+    # Gradio carries both fonts, so no page of ours asks Google; its semi-bold files lack letters, the bold ones do not
+    font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"],
+    font_mono=[gr.themes.LocalFont("IBM Plex Mono", weights=(400, 700)), "ui-monospace", "monospace"],
+).set(
+    body_background_fill="#f8f7f5",
+    body_background_fill_dark="#100f0e",
+    body_text_color="#1c1917",
+    body_text_color_dark="#f3f1ef",
+    body_text_color_subdued="#625d58",
+    body_text_color_subdued_dark="#aaa39d",
+    border_color_primary="#e2dfdb",
+    border_color_primary_dark="#37332f",
+    block_background_fill="#ffffff",
+    block_background_fill_dark="#1b1917",
+    block_radius="10px",
+    input_background_fill="#ffffff",
+    input_background_fill_dark="#1b1917",
+    button_large_radius="8px",
+    button_primary_background_fill="#0072b2",
+    button_primary_background_fill_dark="#0072b2",
+    button_primary_background_fill_hover="#00659e",
+    button_primary_background_fill_hover_dark="#00659e",
+    button_primary_text_color="#ffffff",
+)
+
+
+def launch(page: gr.Blocks, style: Path, **options: Any) -> None:
+    """Serves a page.
+
+    Args:
+        style: the Space's own style sheet, which comes behind the common one.
+        options: of `launch`.
+    """
+    page.launch(theme=THEME, css_paths=[FOLDER / "style.css", style], **options)
+
+
+def show_load_error(error: LoadError, wanted: str) -> None:
+    """The page where no model can be served; `wanted` is what MODEL_ID should name: "a published router"."""
+    logger.error("%s", error)
+    hint = f"Set MODEL_ID to {wanted} in the Space's settings, then restart the Space."
+    gr.HTML(message("The model could not be loaded", str(error), hint), apply_default_css=False)
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Logs what goes wrong inside a model, and says it on the page; wrong inputs are left to the caller."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        logger.exception("the model failed")
+        raise gr.Error(f"The model could not answer: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def refused() -> Iterator[None]:
+    """For the API: wrong inputs as an error of Gradio's."""
+    try:
+        yield
+    except InputError as error:
+        raise gr.Error(str(error), title="That did not work") from error

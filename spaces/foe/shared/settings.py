@@ -1,0 +1,42 @@
+"""What a Space is told by its variables."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+try:
+    import spaces
+except ImportError:
+    spaces = None
+
+# ZeroGPU's decorator; `spaces` can also be this project's folder of that name, which has none
+on_gpu: Any = spaces.GPU if hasattr(spaces, "GPU") else lambda function: function
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which model is served.
+
+    Attributes:
+        model_id: its id, or a folder.
+        revision: the commit whose code was read; None where none is named.
+        trusted: whether the model's code may run.
+        template: a prompt's form, with {} for the prompt; None where none is set.
+    """
+
+    model_id: str
+    revision: str | None = None
+    trusted: bool = False
+    template: str | None = None
+
+
+def read_settings(default: str) -> Settings:
+    """The settings in the environment; `default` is served where it names no model."""
+    return Settings(
+        os.environ.get("MODEL_ID", default),
+        os.environ.get("MODEL_REVISION") or None,
+        os.environ.get("TRUST_REMOTE_CODE", "").lower() in ("1", "true", "yes"),
+        os.environ.get("PROMPT_TEMPLATE") or None,
+    )

@@ -1,0 +1,11 @@
+"""What can go wrong, told in words for the page."""
+
+from __future__ import annotations
+
+
+class LoadError(RuntimeError):
+    """The model cannot be served; the message says why."""
+
+
+class InputError(ValueError):
+    """Something is wrong with what a visitor gave; the message is for them."""

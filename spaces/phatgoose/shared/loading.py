@@ -1,0 +1,148 @@
+"""Published models: from one commit, with the consent of whoever runs the page, and with reasons where it fails."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from shared.errors import LoadError
+from shared.settings import Settings
+
+COMMIT = re.compile("[0-9a-f]{40}")
+TEXTS = ("*.json", "README.md")  # files that are read before the weights
+# the first that fits says what went wrong: error, message
+REASONS: list[tuple[type[Exception], str]] = [
+    (GatedRepoError, "{id} is gated: accept its terms with the account behind this Space's HF_TOKEN."),
+    (
+        RepositoryNotFoundError,
+        "There is no model {id} that this Space can see. A private one needs the secret HF_TOKEN.",
+    ),
+    (RevisionNotFoundError, "{id} has no revision {revision}."),
+    (HFValidationError, "{id!r} is neither a folder nor a model id; an id looks like owner/name."),
+    (LocalEntryNotFoundError, "{endpoint} does not answer. Restart the Space once {id} can be fetched from there."),
+]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from.
+
+    Attributes:
+        id, sha: the model and its commit; a folder has no sha.
+        folder: holds its files of text.
+    """
+
+    id: str
+    sha: str
+    folder: Path
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For `from_pretrained`: the same commit, whose code may run."""
+        return {"trust_remote_code": True} | ({"revision": self.sha} if self.sha else {})
+
+    def read_json(self, name: str) -> Any:
+        """What a file beside the model holds; None for none, and for what is not JSON."""
+        try:
+            return json.loads((self.folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def read_widget(self) -> list[Any]:
+        """The examples under `widget` in the card, the Hub's own place for them."""
+        card = self.folder / "README.md"
+        if not card.is_file():
+            return []
+        head = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+        widget = head.get("widget")
+        return widget if isinstance(widget, list) else []
+
+
+@dataclass
+class Loaded:
+    """A loaded model.
+
+    Attributes:
+        id, sha: what was loaded; a folder has no sha.
+        model: from its Auto class.
+    """
+
+    id: str
+    sha: str
+    model: Any
+
+    @property
+    def url(self) -> str:
+        """Its page on the Hub; none for a folder."""
+        return f"{constants.ENDPOINT}/{self.id}" if self.sha else ""
+
+    @property
+    def expert_urls(self) -> dict[str, str]:
+        """Pages of the experts that came from the Hub, at the commit that was fused."""
+        rows = self.model.config.experts
+        return {e["name"]: f"{constants.ENDPOINT}/{e['name']}/tree/{e['revision']}" for e in rows if e.get("revision")}
+
+
+@contextmanager
+def published(settings: Settings, check: Callable[[str, Any], None], files: Sequence[str] = TEXTS) -> Iterator[Source]:
+    """Finds a published model, or one in a folder; its weights are loaded within this context.
+
+    Args:
+        settings: its code runs where they trust it, and of a repo only at a commit that they name.
+        check: raises `LoadError` for an id and the content of its config.json (None: it has none) that the page cannot
+            show.
+        files: patterns of what is fetched at once.
+
+    Raises:
+        LoadError: with a message for the page, also for what goes wrong within the context.
+    """
+    model_id, revision, template = settings.model_id, settings.revision, settings.template
+    try:
+        is_folder = Path(model_id).is_dir()
+        folder = Path(
+            model_id if is_folder else snapshot_download(model_id, revision=revision, allow_patterns=list(files))
+        )
+        source = Source(model_id, "" if is_folder else folder.name, folder)
+        check(model_id, source.read_json("config.json"))
+        refuse_code(model_id, revision, source.sha, settings.trusted)
+        if template and "{}" not in template:
+            raise LoadError(f"PROMPT_TEMPLATE is {template!r}; it needs a {{}} where the prompt goes.")
+        yield source
+    except LoadError:
+        raise
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        reason = next((text for kind, text in REASONS if isinstance(error, kind)), "{id} could not be loaded: {error}")
+        fields = {"id": model_id, "revision": revision or "main", "endpoint": constants.ENDPOINT}
+        raise LoadError(reason.format(error=f"{type(error).__name__}: {first}", **fields)) from error
+
+
+def refuse_code(model_id: str, revision: str | None, sha: str, agreed: bool) -> None:
+    """Raises unless whoever runs the page agreed to a model's code, at a commit that they named; a folder needs none.
+
+    Args:
+        sha: the commit that was found; "" for a folder.
+    """
+    if agreed and (not sha or COMMIT.fullmatch(revision or "")):
+        return
+    pin = f" and MODEL_REVISION={sha}" if sha else ""
+    raise LoadError(f"{model_id} runs code of its own on this page: read it, then set TRUST_REMOTE_CODE=true{pin}.")
+
+
+def on_device(model: Any) -> Any:
+    """The model on the GPU, where there is one."""
+    return model.to("cuda") if torch.cuda.is_available() else model

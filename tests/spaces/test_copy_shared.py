@@ -1,0 +1,23 @@
+"""Each Space is uploaded by itself: it holds what it imports of spaces/_shared, as it stands there."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+COPY = runpy.run_path(str(Path(__file__).parents[2] / "spaces" / "copy_shared.py"))
+SPACES = COPY["spaces"]()
+
+
+@pytest.mark.parametrize("space", SPACES, ids=[space.name for space in SPACES])
+def test_a_space_holds_what_it_imports(space):
+    held = {path.name: path.read_bytes() for path in (space / "shared").iterdir() if path.is_file()}
+    sources = COPY["sources"]()
+    assert held == {name: sources[name].read_bytes() for name in COPY["needed"](space)}, "run `make spaces`"
+
+
+def test_all_that_is_shared_is_used():
+    needed = {name for space in SPACES for name in COPY["needed"](space)}
+    assert needed == COPY["sources"]().keys() and len(SPACES) == 4
