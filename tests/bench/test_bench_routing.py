@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -195,6 +196,17 @@ tasks:
 """
 
 
+def likeliest(model, tokenizer, prompts, offered):
+    """The number of the choice with the least loss for each prompt, each choice read by itself."""
+    pairs = [{"prompt": prompt, "target": word} for prompt, words in zip(prompts, offered) for word in words]
+    losses = []
+    for given in encode_prompts(Dataset.from_list(pairs), tokenizer):
+        with torch.no_grad():
+            losses.append(float(model(**{name: torch.tensor([numbers]) for name, numbers in given.items()}).loss))
+    ends = list(itertools.accumulate(map(len, offered)))
+    return [own.index(min(own)) for own in (losses[end - len(words) : end] for end, words in zip(ends, offered))]
+
+
 def test_the_likeliest_choice_is_the_answer(adapters, tmp_path):
     """Against each choice read by itself, in both kinds of suites."""
     words = [" fox", " the quick dog", " experts", " said the router", " lazy"]
@@ -213,18 +225,14 @@ def test_the_likeliest_choice_is_the_answer(adapters, tmp_path):
         (tmp_path / "tiny.yaml").write_text(RANKED.format(kind=kind, folder=adapters))
         cells = measure(tmp_path, tmp_path / kind, "individual", "foe_selection")
         for task in ("first", "second"):
-            right = []
-            for row in Dataset.from_parquet(str(tmp_path / "data" / task / "test.parquet")):
-                is_first = task == "first"
-                choices = row["options"] if is_first else [f" the {row['noun']}", " dog", " a lazy fox"]
-                losses = []
-                for choice in choices:
-                    given = encode_prompts(Dataset.from_list([{"prompt": row["asked"], "target": choice}]), tokenizer)
-                    inputs = {name: torch.tensor(given[name][:]) for name in ("input_ids", "attention_mask", "labels")}
-                    with torch.no_grad(), router.using(task):
-                        losses.append(float(router.backbone(**inputs).loss))
+            rows = Dataset.from_parquet(str(tmp_path / "data" / task / "test.parquet")).to_list()
+            is_first, right = task == "first", []
+            offered = [row["options"] if is_first else [f" the {row['noun']}", " dog", " a lazy fox"] for row in rows]
+            with torch.no_grad(), router.using(task):
+                found = likeliest(router.backbone, tokenizer, [row["asked"] for row in rows], offered)
+            for row, choices, choice in zip(rows, offered, found, strict=True):
                 wanted = choices.index(row["targets"][0].rstrip("!")) if is_first else row["kind"]
-                right.append(losses.index(min(losses)) == wanted)
+                right.append(choice == wanted)
             cell = cells["individual", "default", task, "clean"]
             assert (cell.score, cell.n) == (pytest.approx(sum(right) / TEST), TEST)
             assert 0 < cell.score < 1
@@ -239,18 +247,12 @@ def test_who_answers_right_teaches_whom_to_ask(adapters, tmp_path):
     experts = load_experts([tmp_path / "one", tmp_path / "two"])
     words = [" fox", " the quick dog", " lazy"]
 
-    def liked(own, prompt):
-        losses = []
-        for word in words:
-            given = encode_prompts(Dataset.from_list([{"prompt": prompt, "target": word}]), own.processor)
-            with torch.no_grad():
-                losses.append(float(own.model(**{name: torch.tensor(given[name][:]) for name in given.features}).loss))
-        return losses.index(min(losses))
-
     for part, count, seed in (("train", 80, 5), ("test", TEST, 6)):
-        asked = [(prompt, experts[number % 2]) for number, prompt in enumerate(texts(count, seed))]
-        rows = [{"prompt": prompt, "label": liked(own, prompt)} for prompt, own in asked]
-        store(tmp_path, "asked", {part: Dataset.from_list(rows)})
+        prompts, labels = texts(count, seed), [0] * count
+        for number, expert in enumerate(experts):
+            mine = prompts[number::2]
+            labels[number::2] = likeliest(expert.model, expert.processor, mine, [words] * len(mine))
+        store(tmp_path, "asked", {part: Dataset.from_dict({"prompt": prompts, "label": labels})})
     (tmp_path / "tiny.yaml").write_text(
         f"title: t\nkind: fusion\nhead: causal-lm\nexperts: {{one: {tmp_path}/one, two: {tmp_path}/two}}\n"
         "tasks:\n  asked: {data: 'data:asked', metric: ranked, expert: null, prompt: '{prompt}', words: "
@@ -260,7 +262,8 @@ def test_who_answers_right_teaches_whom_to_ask(adapters, tmp_path):
     taught = setup.fitting(everything(setup.suite))
     assert set(taught["expert"]) == {"one", "two"}
     for row in taught.select(range(10)):
-        assert words[liked(experts[["one", "two"].index(row["expert"])], row["prompt"])] == row["target"]
+        expert = experts[["one", "two"].index(row["expert"])]
+        assert words[likeliest(expert.model, expert.processor, [row["prompt"]], [words])[0]] == row["target"]
     cells = measure(tmp_path, tmp_path / "out", "foe_selection")
     assert cells["foe_selection", "default", "asked", "clean"].status == "measured"
 
