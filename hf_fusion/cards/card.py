@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ from hf_fusion.recipe import Recipe
 from hf_fusion.types import CONTENT, ExpertInfo, ModelRef
 
 if TYPE_CHECKING:
+    import jinja2
     from huggingface_hub import HfApi
 
     from hf_fusion.evaluation.intervals import Score
@@ -270,11 +272,11 @@ def _model_index(facts: CardFacts) -> dict[str, Any]:
     return {"model-index": eval_results_to_model_index(facts.repo_id.rpartition("/")[2], rows)}
 
 
-def _render_body(facts: CardFacts) -> str:
-    """The text between the markers."""
+@cache
+def _environment() -> jinja2.Environment:
+    """The cards' templates, each compiled once."""
     import jinja2
 
-    contents = _card_contents(facts.family)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
@@ -295,7 +297,13 @@ def _render_body(facts: CardFacts) -> str:
         "interval": _interval,
         "cell": _table_cell,
     }
-    template = environment.get_template(f"{facts.family}.md.j2")
+    return environment
+
+
+def _render_body(facts: CardFacts) -> str:
+    """The text between the markers."""
+    contents = _card_contents(facts.family)
+    template = _environment().get_template(f"{facts.family}.md.j2")
     text = template.render(
         facts=facts,
         name=escape_markdown(facts.repo_id.rpartition("/")[2]),
