@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from transformers import PreTrainedModel
 
@@ -181,6 +183,24 @@ class ExpertInfo:
     def base_ref(self) -> ModelRef | None:
         """The base that it records, if any."""
         return ModelRef(self.base_model, self.base_revision) if self.base_model else None
+
+
+class ForwardModel(Protocol):
+    """A model by its forward: a `PreTrainedModel`, or what stands for one, such as an expert with other weights."""
+
+    @property
+    def config(self) -> Any:
+        """Its configuration: tells encoder-decoders from others."""
+        ...
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """Its parameters say what the model takes."""
+        ...
+
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
+        """The outputs for a batch, with ``logits``."""
+        ...
 
 
 @dataclass

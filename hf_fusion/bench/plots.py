@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_fusion.bench.cells import ALL, CLEAN
 from hf_fusion.bench.report import CEILING, EXPERT, FLOOR, FUSED, HELD_IN, HELD_OUT
@@ -18,6 +18,9 @@ from hf_fusion.bench.suite_tables import Row, group_of, mean_entry, rows_of, tit
 from hf_fusion.bench.tables import file_name
 from hf_fusion.evaluation.plots import EXPERTS, GREY, MARKERS, ORANGE, blank_figure, plain_axes, spread_labels
 from hf_fusion.io.saving import in_folder, replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MOST = 8
 """Methods in pictures that show each of them task by task or severity by severity."""
@@ -182,7 +185,9 @@ def draw_corruptions(suite: Row) -> Any:
     height = 0.62 + lines * (panel + 0.42) + foot
     figure = blank_figure(WIDTH, height, layout=None)
     width = (WIDTH - 0.5) / columns
-    looks = {row["method"]: {"color": EXPERTS[k % 8], "marker": MARKERS[k % 8]} for k, row in enumerate(rows)}
+    looks: dict[str, dict[str, Any]] = {
+        row["method"]: {"color": EXPERTS[k % 8], "marker": MARKERS[k % 8]} for k, row in enumerate(rows)
+    }
     panels = []
     for place, (name, severities) in enumerate(kinds.items()):
         line, column = divmod(place, columns)
@@ -378,13 +383,13 @@ def _sides(ranges: Sequence[tuple[float, float, float]]) -> tuple[list[float], l
     return [place for place, _, _ in ranges], [low for _, low, _ in ranges], [high for _, _, high in ranges]
 
 
-def _head(figure: Any, height: float, title: str, line: str) -> None:
+def _head(figure: Figure, height: float, title: str, line: str) -> None:
     figure.text(0.08 / WIDTH, 1 - 0.13 / height, title, fontsize=11, va="top")
     figure.text(0.08 / WIDTH, 1 - 0.36 / height, line, fontsize=8.5, va="top", color="#555555")
 
 
 def _legend(
-    figure: Any,
+    figure: Figure,
     height: float,
     looks: Mapping[str, Mapping[str, Any]],
     columns: int,

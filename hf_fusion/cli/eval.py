@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hf_fusion.cli.checks import check_columns, check_found, columns_to_measure, family_of_config, model_in, pools_rows
 from hf_fusion.cli.output import Out
@@ -121,6 +121,7 @@ def _routing(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: s
     from hf_fusion.evaluation.routing_map import ROUTING_FILE, ROUTING_PICTURE, map_routing
     from hf_fusion.fusion import load_fused
     from hf_fusion.hub.load import load_experts
+    from hf_fusion.models.modeling_phatgoose import PhatgooseRouter
 
     consent = {"trust_remote_code": args.trust_remote_code}
     experts = load_experts([e.model for e in recipe.experts], base=recipe.base, dtype=recipe.dtype, **consent)
@@ -139,7 +140,9 @@ def _routing(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: s
         command=command,
         **given,
     )
-    routing = map_routing(load_fused(args.folder, **consent)[0], suite, owners=owners, batch_size=args.batch_size)
+    router, _ = load_fused(args.folder, **consent)
+    assert isinstance(router, PhatgooseRouter)
+    routing = map_routing(router, suite, owners=owners, batch_size=args.batch_size)
     routing.save(Path(args.folder) / ROUTING_FILE)
     plot_routing(routing, Path(args.folder) / ROUTING_PICTURE)
     return results, f"right answers in % on {len(rows)} examples, with 95 % intervals"
@@ -152,8 +155,10 @@ def _merging(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: s
     from hf_fusion.evaluation.evaluate import evaluate
     from hf_fusion.evaluation.plots import plot_coefficients
     from hf_fusion.fusion import load_fused
+    from hf_fusion.models.modeling_wemoe import WEMoEModel
 
-    model: Any = load_fused(args.folder, trust_remote_code=args.trust_remote_code)[0]
+    model, _ = load_fused(args.folder, trust_remote_code=args.trust_remote_code)
+    assert isinstance(model, WEMoEModel)
     suite, owners = split_tasks(rows, model.experts, args.task_column, args.expert_column)
     results = evaluate(
         model,

@@ -290,10 +290,11 @@ def _fit_routers(args: argparse.Namespace, out: Out) -> None:
 
     start("fusion", "training.routers")
     from hf_fusion.fusion import load_fused, save_fused
+    from hf_fusion.models.modeling_wemoe import WEMoEModel
     from hf_fusion.training.routers import adapt_routers, fit_routers
 
-    model: Any
     model, recipe = load_fused(args.folder, trust_remote_code=args.trust_remote_code)
+    assert isinstance(model, WEMoEModel)
     suite, owners = split_tasks(rows, model.experts, task, expert)
     owners = owners_by_name(suite, model.experts) | owners
     folder = Path(args.folder).resolve()

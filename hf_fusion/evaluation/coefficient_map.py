@@ -16,6 +16,8 @@ from hf_fusion.training.batches import Examples, unlabelled
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from hf_fusion.models.modeling_wemoe import WEMoEModel
+
 COEFFICIENT_FILE, COEFFICIENT_PICTURE = "coefficients.json", "coefficients.png"  # their names beside a model
 
 
@@ -47,7 +49,7 @@ class CoefficientMap(JsonFile):
 
 @torch.no_grad()
 def map_coefficients(
-    model: Any,
+    model: WEMoEModel,
     suite: Mapping[str, Dataset | Examples],
     *,
     owners: Mapping[str, str] | None = None,

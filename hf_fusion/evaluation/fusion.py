@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
@@ -21,14 +21,22 @@ from hf_fusion.evaluation.scoring import compare
 from hf_fusion.evaluation.task_metrics import row_scores, score_of
 from hf_fusion.progress import track
 from hf_fusion.training.fuser import COST_WEIGHTS, replay
-from hf_fusion.training.outputs import ExpertOutputs, collect_outputs
+from hf_fusion.training.outputs import ExpertOutputs, collect_outputs, generates
+
+if TYPE_CHECKING:
+    from hf_fusion.models.modeling_foe import FoEForGeneration, FoEModel
 
 # What experts' generation configs must not change: answers are compared, one for each prompt.
-GREEDY = {"max_new_tokens": 64, "do_sample": False, "num_return_sequences": 1, "return_dict_in_generate": False}
+GREEDY: dict[str, Any] = {
+    "max_new_tokens": 64,
+    "do_sample": False,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+}
 
 
 def measure_foe(
-    model: Any,
+    model: FoEModel,
     dataset: datasets.Dataset,
     *,
     name: str = "data",
@@ -51,7 +59,7 @@ def measure_foe(
         FusionError: for data without labels.
     """
     measured = partial(MeasuredTask, name, n=len(dataset), split=split, pooled=True)
-    if model.config.vocabularies:
+    if generates(model):
         task = measured("exact_match")
         return _results(task, _generating(model), _prompts(task, dataset), batch_size, command=command)
     if label_column not in dataset.column_names:
@@ -98,7 +106,7 @@ def _results(
 class _Predictors:
     """What is compared, from one collection of outputs (N, K, C)."""
 
-    def __init__(self, model: Any, collected: ExpertOutputs, outputs: torch.Tensor, labels: torch.Tensor) -> None:
+    def __init__(self, model: FoEModel, collected: ExpertOutputs, outputs: torch.Tensor, labels: torch.Tensor) -> None:
         self.model, self.collected, self.outputs, self.labels = model, collected, outputs, labels
         self.regression = model.config.problem_type == "regression"
         self.metric = "mse" if self.regression else "accuracy"
@@ -157,7 +165,7 @@ class _Predictors:
         return float((self._choice == self.collected.experts).float().mean())
 
 
-def _generating(model: Any) -> list[TextPredictor]:
+def _generating(model: FoEForGeneration) -> list[TextPredictor]:
     """The fusion and every expert, by what they generate."""
 
     def generate(expert: int | None, prompts: Sequence[str]) -> list[str]:
@@ -188,7 +196,7 @@ def _prompts(task: MeasuredTask, dataset: datasets.Dataset) -> TaskRows:
     )
 
 
-def _prompt_length(model: Any, inputs: Any, expert: int) -> int:
+def _prompt_length(model: FoEModel, inputs: Mapping[str, torch.Tensor], expert: int) -> int:
     """Tokens that a decoder repeats before it answers."""
     if model.config.is_encoder_decoder:
         return 0

@@ -41,7 +41,7 @@ class TaskRows:
     """
 
     task: MeasuredTask
-    rows: Any
+    rows: Sequence[Any]
     collate: Callable[[list[Any]], Any]
     reduced: Callable[[Predictions], Predictions] = lambda found: found
     keeps: bool = False
@@ -57,7 +57,7 @@ class TaskRows:
         return inputs
 
     @classmethod
-    def of(cls, task: MeasuredTask, examples: Examples, device: Any = None) -> TaskRows:
+    def of(cls, task: MeasuredTask, examples: Examples, device: torch.device | None = None) -> TaskRows:
         """Rows that were encoded for an expert.
 
         Args:

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_fusion.hub.load import ExpertLike
-    from hf_fusion.types import ExpertInfo
+    from hf_fusion.training.adamerging import LearnedMerge
+    from hf_fusion.types import ExpertInfo, ForwardModel
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class TaskModel:
     """
 
     name: str
-    model: Any
+    model: ForwardModel
     kind: str = "baseline"
     within: Callable[[Any], AbstractContextManager[Any]] = merged_once
     cost: None = None
@@ -75,7 +76,7 @@ MERGES: dict[str, tuple[str, Callable[[float, int], float]]] = {
 
 
 def measure_merged(
-    model: Any,
+    model: LearnedMerge,
     suite: Mapping[str, Dataset],
     *,
     experts: Sequence[ExpertLike] = (),
@@ -230,7 +231,7 @@ class _Outputs:
         return f"the classes {', '.join(self.labels[:6])}" if self.labels else f"the head of {self.head}"
 
 
-def _loaded(given: Any, options: Mapping[str, Any], start: Any = None) -> Expert:
+def _loaded(given: ExpertLike | ModelRef, options: Mapping[str, Any], start: ExpertLike | None = None) -> Expert:
     """A model as it answers: an adapter in the weights of its base, the one before a plus, or what all start from."""
     base, model = ModelRef.parse_pair(given) if isinstance(given, str) else (None, given)
     name = str(model) if isinstance(model, ModelRef) else model
@@ -240,12 +241,16 @@ def _loaded(given: Any, options: Mapping[str, Any], start: Any = None) -> Expert
     return replace(expert, model=with_adapter(expert.model, expert.adapter, expert.labels))
 
 
-def _beside(model: Any, experts: Sequence[ExpertLike], base: Any, agreed: bool) -> list[TaskModel]:
+def _beside(
+    model: LearnedMerge, experts: Sequence[ExpertLike], base: ExpertLike | None, agreed: bool
+) -> list[TaskModel]:
     """The experts, each on its own task, and static merges of them."""
     how: dict[str, Any] = {"gates": False, "trust_remote_code": agreed}
-    start: Any = load_experts([base], **how)[0] if base is not None else None
+    start = load_experts([base], **how)[0] if base is not None else None
     loaded = load_experts(list(experts), base=start, **how)
-    merge = CoefficientMerge(loaded, start and start.model, "layer", model.config.scaling).to(model.backbone.device)
+    merge = CoefficientMerge(loaded, start.model if start else None, "layer", model.config.scaling).to(
+        model.backbone.device
+    )
     if merge.experts != model.experts:
         raise FusionError(f"the model is made of {model.experts}, not of {merge.experts}")
     predictors = []

@@ -11,6 +11,9 @@ from hf_fusion.extras import refuse_missing
 from hf_fusion.io.saving import replacing
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
     from hf_fusion.evaluation.coefficient_map import CoefficientMap
     from hf_fusion.evaluation.results import PredictorScores, Results
     from hf_fusion.evaluation.routing_map import RoutingMap
@@ -53,6 +56,7 @@ def plot_accuracy_cost(results: Results, path: str | Path) -> Path:
         axes.plot(*zip(*points, strict=True), ".", color=ORANGE, markersize=5, alpha=0.7, zorder=2)
     for predictor in results.predictors:
         colour, marker, size = KINDS[predictor.kind]
+        assert predictor.cost is not None  # a FoE's is counted
         score, (low, high) = predictor.only_score.score, predictor.only_score.ci95
         axes.errorbar(
             predictor.cost,
@@ -194,7 +198,7 @@ def _stack(layer: str) -> str:
     return re.split(r"\.\d+", layer)[0]
 
 
-def blank_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Any:
+def blank_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
     """An empty figure, its size in inches.
 
     Raises:
@@ -208,7 +212,7 @@ def blank_figure(width: float, height: float, layout: Literal["constrained"] | N
     return Figure(figsize=(width, height), dpi=160, layout=layout)
 
 
-def plain_axes(axes: Any, grid: str = "y", **ticks: Any) -> None:
+def plain_axes(axes: Axes, grid: Literal["both", "x", "y"] = "y", **ticks: Any) -> None:
     """Axes with a light grid behind what is drawn, and without frame and tick marks."""
     axes.grid(axis=grid, color="#E4E4E4", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -216,7 +220,7 @@ def plain_axes(axes: Any, grid: str = "y", **ticks: Any) -> None:
     axes.tick_params(length=0, **ticks)
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     """An empty figure, its size in inches, and its axes."""
     figure = blank_figure(width, height)
     return figure, figure.add_subplot()
@@ -227,7 +231,7 @@ def _title(results: Results) -> str:
     return f"{METRICS[task.metric].capitalize()} against cost on {task.name}, {task.n:,} examples, 95 % intervals"
 
 
-def _label(axes: Any, predictors: list[PredictorScores], share: bool) -> None:
+def _label(axes: Axes, predictors: list[PredictorScores], share: bool) -> None:
     """Names beside the points; those that would cover each other are moved apart, with a line to their point."""
     bottom, top = axes.get_ylim()
     height = (top - bottom) * LINE_HEIGHT

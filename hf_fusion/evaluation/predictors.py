@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hf_fusion.evaluation.predictions import Predictions, predict_batch
 from hf_fusion.evaluation.results import MeasuredTask
 from hf_fusion.evaluation.task_metrics import METRICS, Reads
 from hf_fusion.training.batches import to_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class ModelPredictor:
 
     name: str
     kind: str
-    model: Any
+    model: PreTrainedModel
     prepare: Callable[[Batch], Mapping[str, Any]] | None = None
     within: Callable[[Batch], AbstractContextManager[Any]] = lambda batch: nullcontext()
     cost: float | None = None

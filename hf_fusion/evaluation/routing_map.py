@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from typing_extensions import Self
 
+    from hf_fusion.models.modeling_phatgoose import PhatgooseRouter
+    from hf_fusion.models.modeling_wemoe import WEMoEModel
+
 ROUTING_FILE, ROUTING_PICTURE = "routing.json", "routing.png"  # their names beside a model
 
 
@@ -75,7 +78,7 @@ class RoutingMap(JsonFile):
 
 @torch.no_grad()
 def map_routing(
-    router: Any,
+    router: PhatgooseRouter,
     suite: Mapping[str, Dataset],
     *,
     owners: Mapping[str, str] | None = None,
@@ -129,7 +132,11 @@ def map_routing(
 
 
 def read_batches(
-    model: Any, rows: Dataset | Examples, labels: Sequence[str], batch_size: int, max_length: int
+    model: WEMoEModel | PhatgooseRouter,
+    rows: Dataset | Examples,
+    labels: Sequence[str],
+    batch_size: int,
+    max_length: int,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Rows of a task as inputs of a fused model, with ``labels``, on its device.
 

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_fusion.hub.load import ExpertLike
+    from hf_fusion.models.modeling_wemoe import WEMoEModel
 
 GRANULARITIES = ("task", "layer")
 
@@ -63,9 +64,9 @@ class CoefficientMerge(nn.Module):
             raise FusionError(f"granularity={granularity!r}", hint=f"one of {', '.join(GRANULARITIES)}")
         if not experts:
             raise FusionError("a fusion needs at least one expert; the list is empty")
-        base_expert: Any = load_experts([base], gates=False)[0] if base is not None else None
+        base_expert = load_experts([base], gates=False)[0] if base is not None else None
         loaded = load_experts(list(experts), base=base_expert, gates=False)
-        self.processor = loaded[0].processor or (base_expert and base_expert.processor)
+        self.processor: Any = loaded[0].processor or (base_expert.processor if base_expert else None)
         try:
             self._register(align_experts(loaded, base_expert))
         except ValueError as error:  # models/ does not import hf_fusion, so it raises ValueError
@@ -83,7 +84,7 @@ class CoefficientMerge(nn.Module):
         self.experts: list[str] = [source.name for source in aligned.sources]
         seq2seq = bool(getattr(aligned.template.config, "is_encoder_decoder", False))
         self.config = SimpleNamespace(head=aligned.head, experts=rows, adaptation=None, is_encoder_decoder=seq2seq)
-        self.backbone: Any = copy.deepcopy(aligned.template).requires_grad_(False)
+        self.backbone: PreTrainedModel = copy.deepcopy(aligned.template).requires_grad_(False)
         install_heads(self.backbone, aligned.paths, [len(row["labels"]) for row in rows])
         fill_heads(self.backbone, aligned.paths, [source.tensors for source in aligned.sources], self.experts)
         self.backbone.requires_grad_(False)
@@ -138,6 +139,10 @@ class CoefficientMerge(nn.Module):
         finally:
             self._cached = before
 
+    def objective(self, loss: Callable[[Any], torch.Tensor]) -> Callable[[Any], torch.Tensor]:
+        """What is minimised for a small loss of batches: the loss itself."""
+        return loss
+
     def _tensors(self) -> dict[str, torch.Tensor]:
         return self._cached if self._cached is not None else self._merge(self.coefficients)
 
@@ -171,12 +176,17 @@ class CoefficientMerge(nn.Module):
         return {name: dict(zip(self.experts, row, strict=True)) for name, row in zip(names, rows, strict=True)}
 
 
-def training_objective(model: Any, loss: Callable[[Any], torch.Tensor]) -> Callable[[Any], torch.Tensor]:
-    """The function of a batch to minimise: the loss, or the meta-learning objective of a `ConcreteMerge`."""
-    return model.objective(loss) if hasattr(model, "objective") else loss
+if TYPE_CHECKING:
+    LearnedMerge: TypeAlias = WEMoEModel | CoefficientMerge
+    """What `adapt_routers` and `fit_routers` change: routers, or coefficients."""
 
 
-def merged_once(model: Any) -> AbstractContextManager[None]:
+def training_objective(model: LearnedMerge, loss: Callable[[Any], torch.Tensor]) -> Callable[[Any], torch.Tensor]:
+    """The function of a batch to minimise: the loss, or the objective of a `CoefficientMerge`."""
+    return model.objective(loss) if isinstance(model, CoefficientMerge) else loss
+
+
+def merged_once(model: LearnedMerge) -> AbstractContextManager[None]:
     """A context in which a `CoefficientMerge` merges its weights once; does nothing for other models."""
     return model.merged() if isinstance(model, CoefficientMerge) else nullcontext()
 

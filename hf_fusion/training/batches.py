@@ -17,8 +17,9 @@ from hf_fusion.training.prompts import encode_prompts, score_targets
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel, ProcessorMixin
 
-    from hf_fusion.types import Expert
+    from hf_fusion.types import Expert, ForwardModel
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Examples:
         loss: (model, inputs) → mean loss of the batch, a scalar.
     """
 
-    rows: Any
+    rows: Sequence[Any]
     collate: Callable[[list[Any]], Any]
     loss: Callable[[Any, Any], torch.Tensor]
 
@@ -67,7 +68,7 @@ def read_examples(expert: Expert, dataset: Dataset, max_length: int) -> Examples
         return read(expert, _decode_images(dataset), max_length)
 
 
-def zero_shot_examples(processor: Any, dataset: Dataset, prompts: Sequence[str]) -> Examples:
+def zero_shot_examples(processor: ProcessorMixin, dataset: Dataset, prompts: Sequence[str]) -> Examples:
     """Images for zero-shot classification by CLIP: each class is a text, and the logits are ``logits_per_image``.
 
     Args:
@@ -78,7 +79,7 @@ def zero_shot_examples(processor: Any, dataset: Dataset, prompts: Sequence[str])
     return image_text_examples(processor, dataset, processor(text=list(prompts), padding=True, return_tensors="pt"))
 
 
-def image_text_examples(processor: Any, dataset: Dataset, texts: Mapping[str, torch.Tensor]) -> Examples:
+def image_text_examples(processor: ProcessorMixin, dataset: Dataset, texts: Mapping[str, torch.Tensor]) -> Examples:
     """As `zero_shot_examples`, with the texts of the C classes already encoded as model inputs."""
     columns = [name for name in ("image", "label") if name in dataset.column_names]
 
@@ -156,7 +157,7 @@ _READERS: dict[str, Callable[[Expert, Dataset, int], Examples]] = {
 }
 
 
-def _class_loss(model: Any, inputs: Any) -> torch.Tensor:
+def _class_loss(model: Callable[..., Any], inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Cross entropy, or a regressor's mean squared error; the model's loss would rely on the base's class count."""
     labels = inputs["labels"]
     logits = class_logits(model, inputs)
@@ -165,7 +166,7 @@ def _class_loss(model: Any, inputs: Any) -> torch.Tensor:
     return nn.functional.cross_entropy(logits, labels)
 
 
-def class_logits(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
+def class_logits(model: Callable[..., Any], inputs: Mapping[str, Any]) -> torch.Tensor:
     """Class logits, fp32, (B, C); ``labels`` are not passed to the model.
 
     Raises:
@@ -179,7 +180,7 @@ def class_logits(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
     raise FusionError(f"{type(output).__name__} has no class logits: only classifiers have them")
 
 
-def score_rows(model: Any, batch: Mapping[str, Any], metric: str) -> torch.Tensor:
+def score_rows(model: ForwardModel, batch: Mapping[str, Any], metric: str) -> torch.Tensor:
     """The score of each row of a batch, (B,): "accuracy" for classes; "exact" match or share of "tokens" for text."""
     if metric != "accuracy":
         exact, share = score_targets(model, batch)
@@ -225,7 +226,7 @@ def unlabelled(rows: Dataset) -> Dataset:
     return rows if "target" in rows.column_names else rows.add_column("target", [""] * len(rows))
 
 
-def equal_length_batches(rows: Any, batch_size: int, count: int | None = None) -> Iterator[list[Any]]:
+def equal_length_batches(rows: Sequence[Any], batch_size: int, count: int | None = None) -> Iterator[list[Any]]:
     """Batches of the first `count` rows (default: all); rows of a batch have equal lengths, so nothing is padded."""
     groups: dict[tuple[int, ...], list[Any]] = {}
     for index in range(len(rows) if count is None else min(count, len(rows))):
@@ -238,7 +239,7 @@ def equal_length_batches(rows: Any, batch_size: int, count: int | None = None) -
     yield from groups.values()
 
 
-def to_model(inputs: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+def to_model(inputs: Mapping[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Inputs on the model's device; floating-point inputs and labels in its dtype."""
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
@@ -246,7 +247,7 @@ def to_model(inputs: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.
     }
 
 
-def batch_indices_by_length(rows: Any, size: int) -> Iterator[list[int]]:
+def batch_indices_by_length(rows: Sequence[Any], size: int) -> Iterator[list[int]]:
     """Batches of row indices; sequences are sorted by length, to pad little."""
     order = list(range(len(rows)))
     if "input_ids" in rows[0]:

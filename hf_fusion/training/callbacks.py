@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING
 
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.utils.logging import is_progress_bar_enabled
 
 from hf_fusion.progress import Phase, is_reported, phase
 
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
 
 class _Bar(ProgressCallback):
     """The Trainer's progress bar without its log lines."""
 
-    def on_log(self, *args: Any, **_: object) -> None:
+    def on_log(self, *args: object, **_: object) -> None:
         """Prints nothing."""
 
 
@@ -27,16 +30,18 @@ class _StepReporter(TrainerCallback):
         self._open = ExitStack()
         self._phase: Phase | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: object) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         """Opens the phase, with the number of steps as its total."""
         self._phase = self._open.enter_context(phase(self.name, state.max_steps))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: object) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Reports a finished step."""
         if self._phase:
             self._phase.reach(state.global_step)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: object) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Closes the phase, also after early stopping."""
         self._open.close()
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,6 +17,11 @@ from hf_fusion.progress import track
 from hf_fusion.training.adamerging import merged_once
 from hf_fusion.training.adaptation import Adaptation, Diagnostics, diagnose
 from hf_fusion.training.batches import Examples, class_logits, to_model
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+    from hf_fusion.training.adamerging import LearnedMerge
 
 STATE_FILE = "watch.pt"  # in a checkpoint: the best routers so far, and the history
 
@@ -35,9 +40,11 @@ class CollapseGuard(TrainerCallback):
         every: steps between two checks.
     """
 
+    trainer: Trainer  # set once there is one: it is made with this
+
     def __init__(
         self,
-        model: Any,
+        model: LearnedMerge,
         examples: Mapping[str, Examples],
         rows: Mapping[str, list[int]],
         report: Adaptation,
@@ -47,7 +54,6 @@ class CollapseGuard(TrainerCallback):
     ) -> None:
         self.model, self.examples, self.rows, self.report = model, examples, rows, report
         self.trained, self.tolerance, self.every = trained, tolerance, every
-        self.trainer: Any = None
         self.best_state = self._copy_state()
         self.best_step = 0
         self.best_agreement = 0.0  # mean over the tasks
@@ -86,7 +92,7 @@ class CollapseGuard(TrainerCallback):
                     found[task] = torch.cat(logits)
         return found
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: object) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Saves the best routers beside a checkpoint."""
         if args.process_index == 0:
             content = {
@@ -95,14 +101,16 @@ class CollapseGuard(TrainerCallback):
                 "best": self.best_agreement,
                 "history": self.report.history,
             }
-            with replacing(Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE) as partial:
+            with replacing(_state_file(args, state)) as partial:
                 torch.save(content, partial)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: object) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         """Restores the best routers of a resumed run; without their file, those of the checkpoint count as the best."""
         if not state.global_step:
             return
-        file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
+        file = _state_file(args, state)
         if file.exists():
             device = next(iter(self.best_state.values())).device
             content = torch.load(file, map_location=device, weights_only=True)
@@ -111,7 +119,7 @@ class CollapseGuard(TrainerCallback):
         else:
             self.best_state, self.best_step = self._copy_state(), state.global_step
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: object) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Checks, before a checkpoint is written."""
         step = state.global_step
         if not all(parameter.isfinite().all() for parameter in self.trained.values()):
@@ -143,7 +151,7 @@ class CollapseGuard(TrainerCallback):
             )
         return None
 
-    def _stop(self, control: Any, why: str) -> None:
+    def _stop(self, control: TrainerControl, why: str) -> None:
         cure = "raise diversity or lower learning_rate" if self.report.loss == "entropy" else "lower learning_rate"
         self.report.stopped = f"{why}; the routers are those of step {self.best_step}. To train further, {cure}"
         control.should_training_stop, control.should_save = True, False
@@ -160,6 +168,10 @@ class CollapseGuard(TrainerCallback):
 
 def _mean_agreement(found: Mapping[str, Diagnostics]) -> float:
     return sum(values.agreement for values in found.values()) / max(1, len(found))
+
+
+def _state_file(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir), f"checkpoint-{state.global_step}", STATE_FILE)
 
 
 __all__ = ["CollapseGuard"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import datasets
 import torch
@@ -12,8 +12,11 @@ import torch
 from hf_fusion.errors import FusionError
 from hf_fusion.training.outputs import input_columns, prepare
 
+if TYPE_CHECKING:
+    from hf_fusion.models.modeling_foe import FoEModel
 
-def set_costs(model: Any, costs: Sequence[float] | str) -> None:
+
+def set_costs(model: FoEModel, costs: Sequence[float] | str) -> None:
     """Writes the experts' query costs into the model's config, in any unit.
 
     Raises:
@@ -27,7 +30,7 @@ def set_costs(model: Any, costs: Sequence[float] | str) -> None:
 
 
 @torch.no_grad()
-def measure_latency(model: Any, dataset: datasets.Dataset, examples: int = 16, repeats: int = 3) -> list[float]:
+def measure_latency(model: FoEModel, dataset: datasets.Dataset, examples: int = 16, repeats: int = 3) -> list[float]:
     """Seconds per example of each expert of a FoE, the minimum of several runs on the model's device.
 
     Args:

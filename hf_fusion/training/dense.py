@@ -6,7 +6,7 @@ all 0 at pixels without a measurement. Outputs are (B, C, h, w) and are resized 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional
 VOID = -1
 
 
-def map_outputs(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
+def map_outputs(model: Callable[..., Any], inputs: Mapping[str, Any]) -> torch.Tensor:
     """A model's prediction per pixel, fp32, (B, C, h, w); ``labels`` are not passed to the model."""
     logits: torch.Tensor = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
     return logits.float()

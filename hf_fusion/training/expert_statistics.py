@@ -25,6 +25,7 @@ from hf_fusion.types import Expert
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -107,7 +108,7 @@ def make_batches(
     return [make_inputs(read, batch, expert.model) for batch in batches]
 
 
-def make_inputs(read: Examples, rows: list[Any], model: Any) -> dict[str, torch.Tensor]:
+def make_inputs(read: Examples, rows: list[Any], model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Collates rows to model inputs, floating-point values as fp32."""
     inputs = to_model(read.collate(rows), model)
     return {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
@@ -133,14 +134,14 @@ def read_parameters(expert: Expert) -> dict[str, torch.Tensor]:
     return found | {name: tensor.to(model.device, torch.float32) for name, tensor in adapter.saved.items()}
 
 
-def run_with(model: Any, tensors: Mapping[str, torch.Tensor], **inputs: Any) -> Any:
+def run_with(model: nn.Module, tensors: Mapping[str, torch.Tensor], **inputs: Any) -> Any:
     """Runs a model with replaced parameters, and with its floating-point buffers as fp32."""
     buffers = {name: buffer.float() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
     return functional_call(model, {**buffers, **tensors}, kwargs=inputs)
 
 
 @contextmanager
-def evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Within this context a model is in evaluation mode, and its embeddings have sparse gradients."""
     was_training, dense = model.training, [m for m in model.modules() if isinstance(m, nn.Embedding) and not m.sparse]
     model.eval()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import datasets
 import torch
@@ -19,6 +19,12 @@ from hf_fusion.progress import phase
 from hf_fusion.training.callbacks import set_progress
 from hf_fusion.training.costs import measure_latency, set_costs
 from hf_fusion.training.outputs import ExpertOutputs, collect_outputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainerControl, TrainerState
+
+    from hf_fusion.models.fuser_foe import Fuser
+    from hf_fusion.models.modeling_foe import FoEModel
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +55,7 @@ class Fit:
 
 
 def fit_fuser(
-    model: Any,
+    model: PreTrainedModel,
     dataset: datasets.Dataset,
     *,
     by: str = "domain",
@@ -104,7 +110,7 @@ def fit_fuser(
     Raises:
         FusionError: for data that is empty, unlabelled or too small to split, or a model without a fuser.
     """
-    if not list(getattr(model, "fuser", nn.Module()).parameters()):
+    if not has_fuser(model):
         raise FusionError(f"{type(model).__name__} has no fuser to fit", hint="it is ready as it is: hf-fusion eval")
     selection = model.config.mode == "selection"
     if frugal and selection:
@@ -133,10 +139,11 @@ def fit_fuser(
     assert targets is not None  # the column was checked above
     regression = model.config.problem_type == "regression" and not selection
     set_seed(seed)
-    fuser = type(model.fuser)(
-        model.fuser.hidden[0].in_features,
+    own = cast("Fuser", model.fuser)  # a `FixedFuser` learns nothing
+    fuser = type(own)(
+        collected.features.shape[1],
         model.config.fuser_hidden,
-        model.fuser.output.out_features,
+        own.output.out_features,
         model.config.fuser_dropout,
     )
     loss, train_rows, held_rows = train_fuser(
@@ -176,8 +183,13 @@ def fit_fuser(
     )
 
 
+def has_fuser(model: PreTrainedModel) -> TypeGuard[FoEModel]:
+    """Whether a model is a Fusion of Experts with a fuser that learns: an ensemble has none."""
+    return bool(list(getattr(model, "fuser", nn.Module()).parameters()))
+
+
 def train_fuser(
-    fuser: Any,
+    fuser: Fuser,
     features: torch.Tensor,
     targets: torch.Tensor,
     *,
@@ -314,7 +326,14 @@ class _EarlyStopping(TrainerCallback):
         self.weights: dict[str, torch.Tensor] = {}
 
     def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: Any = None, model: Any = None, **_: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        metrics: Mapping[str, float],
+        model: nn.Module,
+        **_: object,
     ) -> None:
         """After every epoch."""
         self.epochs_since_best += 1
@@ -326,7 +345,7 @@ class _EarlyStopping(TrainerCallback):
 
 @torch.no_grad()
 def _fit_frugal(
-    model: Any,
+    model: FoEModel,
     fuser: nn.Module,
     collected: ExpertOutputs,
     held_rows: torch.Tensor,

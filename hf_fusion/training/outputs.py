@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import datasets
 import torch
@@ -17,6 +17,9 @@ from hf_fusion.io.cache import cache_folder
 from hf_fusion.io.picture_rows import with_pictures
 from hf_fusion.models.assembly_foe import normalise
 from hf_fusion.progress import phase
+
+if TYPE_CHECKING:
+    from hf_fusion.models.modeling_foe import FoEForGeneration, FoEModel
 
 # data set column -> the processor's argument
 INPUT_COLUMNS = {"text": "text", "prompt": "text", "text_pair": "text_pair", "image": "images"}
@@ -45,7 +48,7 @@ class ExpertOutputs:
 
 
 def collect_outputs(
-    model: Any,
+    model: FoEModel,
     dataset: datasets.Dataset,
     *,
     label_column: str = "label",
@@ -69,7 +72,7 @@ def collect_outputs(
     if not len(dataset):
         raise FusionError("the data set is empty: there is nothing to run the experts on")
     columns = input_columns(dataset)
-    runner = _GenerationRunner(model, losses) if model.config.vocabularies else _ClassifierRunner(model)
+    runner = _GenerationRunner(model, losses) if generates(model) else _ClassifierRunner(model)
     experts = _expert_indices(model, dataset, expert_column)
     labels = None if model.config.vocabularies else _label_indices(model, dataset, label_column, experts)
     rows = _run_cached(runner, dataset, columns, batch_size)
@@ -91,7 +94,7 @@ def collect_outputs(
 class _ClassifierRunner:
     """Outputs of classifiers and regressors; in selection mode also embeddings."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: FoEModel) -> None:
         self.model = model
         self.columns: tuple[str, ...] = ()
 
@@ -110,8 +113,8 @@ class _ClassifierRunner:
 class _GenerationRunner:
     """Prompt embeddings of language models and, on request, their losses on the targets."""
 
-    def __init__(self, model: Any, losses: bool) -> None:
-        if losses and len(model.config.vocabularies) > 1:
+    def __init__(self, model: FoEForGeneration, losses: bool) -> None:
+        if losses and len(model.config.vocabularies or ()) > 1:
             raise FusionError(
                 "the experts' tokenizers differ, so their losses cannot be compared",
                 "fit with the domain of each example: a column 'expert', and by='domain'",
@@ -180,9 +183,15 @@ def input_columns(dataset: datasets.Dataset) -> dict[str, str]:
     return columns
 
 
-def prepare(model: Any, batch: Mapping[str, list[Any]], columns: Mapping[str, str]) -> dict[str, torch.Tensor]:
+def generates(model: FoEModel) -> TypeGuard[FoEForGeneration]:
+    """Whether the experts are language models."""
+    return bool(model.config.vocabularies)
+
+
+def prepare(model: FoEModel, batch: Mapping[str, list[Any]], columns: Mapping[str, str]) -> dict[str, torch.Tensor]:
     """A batch of columns -> model inputs on the model's device, by its processor."""
-    inputs = model.processor(**{name: batch[column] for column, name in columns.items()})
+    given: dict[str, Any] = {name: batch[column] for column, name in columns.items()}
+    inputs = model.processor(**given)
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
@@ -226,7 +235,7 @@ def _run_cached(runner: Any, dataset: datasets.Dataset, columns: Mapping[str, st
     return rows
 
 
-def _fingerprint(model: Any) -> str:
+def _fingerprint(model: FoEModel) -> str:
     """Hash of the experts' weights and of the settings that affect their outputs."""
     config = model.config
     source = config.features_from if config.vocabularies else None  # classifiers: all embeddings are cached
@@ -237,7 +246,7 @@ def _fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _expert_indices(model: Any, dataset: datasets.Dataset, column: str) -> torch.Tensor | None:
+def _expert_indices(model: FoEModel, dataset: datasets.Dataset, column: str) -> torch.Tensor | None:
     """The expert column as indices; names match with or without their owner."""
     if column not in dataset.column_names:
         return None
@@ -251,7 +260,7 @@ def _expert_indices(model: Any, dataset: datasets.Dataset, column: str) -> torch
 
 
 def _label_indices(
-    model: Any, dataset: datasets.Dataset, column: str, experts: torch.Tensor | None
+    model: FoEModel, dataset: datasets.Dataset, column: str, experts: torch.Tensor | None
 ) -> torch.Tensor | None:
     """The label column as fused class indices, or as float targets for regression."""
     if column not in dataset.column_names:
@@ -262,7 +271,7 @@ def _label_indices(
     feature = dataset.features[column]
     if hasattr(feature, "names"):
         values = [feature.names[value] for value in values]
-    fused = {normalise(name): i for i, name in model.config.id2label.items()}
+    fused = {normalise(name): int(i) for i, name in (model.config.id2label or {}).items()}
     if not isinstance(values[0], str):
         if unknown := sorted({v for v in values if not 0 <= v < len(fused)}):
             raise FusionError(f"column {column!r} holds labels {unknown[:5]}, but the model has {len(fused)} labels")

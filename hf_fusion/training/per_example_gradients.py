@@ -32,7 +32,7 @@ Calls = dict[str, list[tuple[torch.Tensor, torch.Tensor]]]  # path of a module -
 class _Objective:
     """The function to differentiate: see `squared_gradients`."""
 
-    model: Any
+    model: nn.Module
     tensors: Mapping[str, torch.Tensor]
     outputs: Outputs
     terms: Terms
@@ -47,7 +47,7 @@ class _Objective:
 
 
 def squared_gradients(
-    model: Any,
+    model: nn.Module,
     tensors: Mapping[str, torch.Tensor],
     rows: list[Any],
     read: Callable[[list[Any]], Inputs],
@@ -174,7 +174,9 @@ def _add_linear(
             total.addcmul_(exact.copy_(gradient), exact)
 
 
-def _add_norm(module: Any, x: torch.Tensor, g: torch.Tensor, weight: torch.Tensor, **bias: torch.Tensor) -> None:
+def _add_norm(
+    module: nn.LayerNorm, x: torch.Tensor, g: torch.Tensor, weight: torch.Tensor, **bias: torch.Tensor
+) -> None:
     """x and g (B, T, d): adds Σ_b (Σ_t g_bt ⊙ LN(x_bt))², LN without affine parameters."""
     _add_bias(g, **bias)
     normed = nn.functional.layer_norm(x, module.normalized_shape, eps=module.eps)
@@ -186,7 +188,7 @@ def _add_bias(g: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         bias.add_(g.sum(1).double().square_().sum(0))
 
 
-def _add_embedding(module: Any, x: torch.Tensor, g: torch.Tensor, weight: torch.Tensor) -> None:
+def _add_embedding(module: nn.Embedding, x: torch.Tensor, g: torch.Tensor, weight: torch.Tensor) -> None:
     """Token ids x (B, T) and g (B, T, d): adds Σ_b (Σ g_bt over the t with the same token id)²."""
     examples = torch.arange(len(x), device=x.device)[:, None].expand_as(x)
     tokens, which = torch.stack([examples, x]).flatten(1).unique(dim=1, return_inverse=True)
@@ -208,7 +210,7 @@ ADD_SQUARES: dict[type, Callable[..., None]] = {
 # ---------------------------------------------------------------- whether batches work for a model
 
 
-def _find_modules(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, nn.Module]:
+def _find_modules(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, nn.Module]:
     """Path -> module with parameters; empty if one has an unsupported type, or if parameters are shared."""
     found = {path: own for path, own in model.named_modules() if list(own.named_parameters(recurse=False))}
     names = [f"{path}.{name}" for path, own in found.items() for name, _ in own.named_parameters(recurse=False)]

@@ -15,13 +15,16 @@ from hf_fusion.errors import FusionError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from hf_fusion.types import ForwardModel
 
 IGNORED = -100
 """The label of positions that the loss ignores."""
 
 
 def encode_prompts(
-    dataset: Dataset, tokenizer: Any, *, is_encoder_decoder: bool = False, max_length: int = 512
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, is_encoder_decoder: bool = False, max_length: int = 512
 ) -> Dataset:
     """Tokenizes rows of prompts and targets.
 
@@ -80,7 +83,7 @@ def encode_prompts(
 
 @torch.no_grad()
 def target_scores(
-    model: Any, encoded: Dataset, tokenizer: Any, batch_size: int = 32
+    model: PreTrainedModel, encoded: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores greedy decoding against the targets with one teacher-forced forward pass, without generating text.
 
@@ -114,7 +117,7 @@ def target_scores(
 
 
 @torch.no_grad()
-def score_targets(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def score_targets(model: ForwardModel, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """`target_scores` for one collated batch (with ``labels``): (B,) bool, (B,) float."""
     inputs: dict[str, Any] = {**batch, "use_cache": False}
     labels = inputs.pop("labels")

@@ -31,6 +31,8 @@ from hf_fusion.types import Expert
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from hf_fusion.training.adamerging import LearnedMerge
+
 logger = logging.getLogger(__name__)
 
 VALIDATION_ROWS = 64  # per task, for the collapse guard; not trained on, if the task has enough rows
@@ -39,7 +41,7 @@ RUN_FILE = "router_training.json"  # identifies the run whose checkpoints a fold
 
 
 def adapt_routers(
-    model: Any,
+    model: LearnedMerge,
     unlabelled_rows: Mapping[str, Dataset | Examples],
     *,
     loss: str = "expert",
@@ -119,7 +121,7 @@ def adapt_routers(
 
 
 def fit_routers(
-    model: Any,
+    model: LearnedMerge,
     labelled_rows: Mapping[str, Dataset | Examples],
     *,
     steps: int = 100,
@@ -150,7 +152,7 @@ def fit_routers(
     return _fit(model, examples, report, loss, steps, seed, output_dir, **more)
 
 
-def _read(model: Any, task: str, rows: Any, max_length: int, labelled: bool) -> Examples:
+def _read(model: LearnedMerge, task: str, rows: Dataset | Examples, max_length: int, labelled: bool) -> Examples:
     """Encodes a task's rows for its head."""
     if task not in model.experts:
         raise FusionError(f"there is no expert {task!r}", hint=f"its tasks are {', '.join(model.experts)}")
@@ -168,7 +170,7 @@ def _read(model: Any, task: str, rows: Any, max_length: int, labelled: bool) -> 
     return read_examples(expert, rows if labelled else unlabelled(rows), max_length)
 
 
-def _entropy_loss(model: Any, diversity: float, batches: Mapping[str, Any]) -> torch.Tensor:
+def _entropy_loss(model: LearnedMerge, diversity: float, batches: Mapping[str, Any]) -> torch.Tensor:
     """Σ over tasks: mean entropy - diversity · entropy of the mean prediction."""
     losses = []
     with merged_once(model):
@@ -182,7 +184,7 @@ def _entropy_loss(model: Any, diversity: float, batches: Mapping[str, Any]) -> t
     return torch.stack(losses).sum()
 
 
-def _distillation_loss(model: Any, diversity: float, batches: Mapping[str, Any]) -> torch.Tensor:
+def _distillation_loss(model: LearnedMerge, diversity: float, batches: Mapping[str, Any]) -> torch.Tensor:
     """Σ over tasks: mean KL divergence of the model's predictions from those of the task's expert."""
     teacher = {}
     with torch.no_grad():
@@ -198,13 +200,13 @@ def _distillation_loss(model: Any, diversity: float, batches: Mapping[str, Any])
 
 
 # losses without labels: (model, diversity, task -> inputs) -> loss
-LOSSES: dict[str, Callable[[Any, float, Mapping[str, Any]], torch.Tensor]] = {
+LOSSES: dict[str, Callable[[LearnedMerge, float, Mapping[str, Any]], torch.Tensor]] = {
     "expert": _distillation_loss,
     "entropy": _entropy_loss,
 }
 
 
-def _supervised(model: Any, examples: Mapping[str, Examples], batches: Mapping[str, Any]) -> torch.Tensor:
+def _supervised(model: LearnedMerge, examples: Mapping[str, Examples], batches: Mapping[str, Any]) -> torch.Tensor:
     """Σ over tasks: the loss of the task's head on its labels."""
     with merged_once(model):
         losses = [examples[task].loss(partial(model, task=task), inputs) for task, inputs in batches.items()]
@@ -212,7 +214,7 @@ def _supervised(model: Any, examples: Mapping[str, Examples], batches: Mapping[s
 
 
 def _fit(
-    model: Any,
+    model: LearnedMerge,
     examples: Mapping[str, Examples],
     report: Adaptation,
     loss: Callable[[Any], torch.Tensor],

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def training_arguments(
 
 
 @contextmanager
-def on_device(model: Any, device: torch.device) -> Iterator[None]:
+def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Moves a model to a device for the context; a model that is dispatched to several devices stays there."""
     before = next(model.parameters()).device
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1 or before == device:
@@ -157,7 +157,7 @@ class TrainedParameters(nn.Module):
 
     accepts_loss_kwargs = False  # the loss is a mean over the batch
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], loss: Any) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], loss: Callable[[Any], torch.Tensor]) -> None:
         super().__init__()
         self.names = list(parameters)
         self.trained = nn.ParameterList(parameters.values())  # a ParameterDict takes no dots in its keys

@@ -263,7 +263,7 @@ def greedy_soup(
 class _ReplacedParameters:
     """A model that runs with replaced parameters."""
 
-    def __init__(self, model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
         self.model, self.tensors, self.config, self.forward = model, tensors, model.config, model.forward
 
     def __call__(self, **inputs: Any) -> Any:

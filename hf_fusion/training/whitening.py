@@ -79,7 +79,7 @@ def fit_whitening(
         if loaded.adapter is None:
             raise FusionError(f"{loaded.name} is a full model", hint="name the linear layers: modules=…")
         modules = gate_sizes(loaded.adapter, loaded.model)
-    model: Any = loaded.model
+    model = loaded.model
     found = dict(model.named_modules())
     if unknown := sorted(path for path in modules if linear_sizes(found.get(path)) is None):
         raise FusionError(f"{loaded.name} has no linear layer {unknown[0]}")

@@ -10,6 +10,7 @@ from tiny_fused import base_expert, bert_base, experts_of
 
 from hf_fusion import FusionError, WEMoEModel, evaluate
 from hf_fusion.evaluation.results import Results
+from hf_fusion.training.adamerging import CoefficientMerge
 
 ROWS = datasets.Dataset.from_dict({"text": [f"{text} {i}" for i in range(5) for text in TEXTS], "label": [0, 1] * 10})
 WORDS = datasets.Dataset.from_dict({"prompt": ["the quick brown", "experts are"], "target": [" fox", " fused"]})
@@ -71,6 +72,14 @@ def test_language_models_are_scored_by_their_targets():
             answer = experts[1].model.generate(**tokens, max_new_tokens=len(wanted), do_sample=False)
             right += answer[0, tokens["input_ids"].shape[1] :].tolist() == wanted
     assert results["individual experts"].scores["foxes"].score == right / 2
+
+
+def test_learned_coefficients_of_language_models_are_measured():
+    experts, _ = made(gpt2)
+    merge = CoefficientMerge(experts, gpt2(), "task", scaling=0.4)
+    owners, metrics = {"foxes": experts[1].name}, {"foxes": "tokens"}
+    results = evaluate(merge, {"foxes": WORDS}, experts=experts, base=gpt2(), owners=owners, metrics=metrics)
+    assert results.predictors[0].scores == results["task arithmetic"].scores  # λ is the same for all
 
 
 def test_misfits_are_named():
