@@ -113,7 +113,7 @@ class FitPart:
     recorded: Mapping[str, str] = field(default_factory=dict)
 
 
-class RoutingMap(NamedTuple):
+class MapFiles(NamedTuple):
     """What measuring writes beside ``results.json``: what the model does with each task, as data and as a picture."""
 
     data: str
@@ -158,7 +158,7 @@ class Family:
     needs: Needs
     fit: tuple[FitPart, ...] = ()
     by_task: bool = True
-    map: RoutingMap | None = None
+    map: MapFiles | None = None
     processors: str = ""
     demo: Demo | None = None
 
@@ -213,7 +213,7 @@ PHATGOOSE = Family(
     methods={"phatgoose": Method("phatgoose", check=_check_phatgoose)},
     needs=Needs(one_base=True, gates=True),
     fit=(FitPart("gates", "the PHATGOOSE gates of one LoRA adapter", of_adapter=True),),
-    map=RoutingMap("routing.json", "routing.png"),
+    map=MapFiles("routing.json", "routing.png"),
     demo=Demo("adapters of SmolLM2, every token routed among them"),
 )
 
@@ -245,7 +245,7 @@ WEMOE = Family(
             "routers", "the routers of a WEMoE, on rows with or without labels", recorded={"adaptation": "adapted"}
         ),
     ),
-    map=RoutingMap("coefficients.json", "coefficients.png"),
+    map=MapFiles("coefficients.json", "coefficients.png"),
     demo=Demo("fine-tunes of a ViT, merged per input", one_thread=True),
 )
 

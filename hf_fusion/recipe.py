@@ -26,7 +26,7 @@ from hf_fusion.errors import FusionError
 from hf_fusion.io.files import own_file
 from hf_fusion.io.saving import write_file
 from hf_fusion.io.yaml_files import read_yaml
-from hf_fusion.schema import Before, Expected, OneOf, Place, Settings, read_class
+from hf_fusion.schema import Before, Expected, KeyPath, OneOf, Settings, read_class
 from hf_fusion.types import ModelRef
 
 RECIPE_FILE = "fusion.yaml"
@@ -78,7 +78,7 @@ class RecipeExpert:
 
 _Expert = Annotated[
     RecipeExpert,
-    Before(lambda value, place: {"model": value} if isinstance(value, str) else value),
+    Before(lambda value, where: {"model": value} if isinstance(value, str) else value),
     Expected("owner/name@sha or {model: …, weight: …}"),
 ]
 
@@ -122,10 +122,10 @@ class Slice:
     ]
     parameters: Settings = field(default_factory=dict)
 
-    def check(self, place: Place) -> None:
+    def check(self, where: KeyPath) -> None:
         """Raises a `FusionError` where its sources give unlike numbers of layers."""
         if len({source.stop - source.start for source in self.sources}) > 1:
-            raise FusionError(f"{place} takes unlike numbers of layers from its sources")
+            raise FusionError(f"{where} takes unlike numbers of layers from its sources")
 
     @property
     def layers(self) -> int:
@@ -167,7 +167,7 @@ class Recipe:
     base: ModelName | None = None
     parameters: Settings = field(default_factory=dict)
     dtype: Annotated[str, OneOf(DTYPES)] | None = None
-    slices: Annotated[tuple[Slice, ...], Before(lambda value, place: () if value is None else value)] = ()
+    slices: Annotated[tuple[Slice, ...], Before(lambda value, where: () if value is None else value)] = ()
     tokenizer: Annotated[str, Expected("union, base, smallest or a model", _is_name)] | dict[Any, Any] | None = None
     chat_template: str | None = None
 
@@ -235,11 +235,11 @@ class Recipe:
         """
         if isinstance(content, Mapping) and "merge_method" in content:
             raise FusionError(f"{name} is a recipe of mergekit's.", hint=f"hf_fusion.load_recipe({name!r}) reads it")
-        recipe = read_class(cls, content, Place(name))
+        recipe = read_class(cls, content, KeyPath(name))
         if 0 < sum(expert.weight is not None for expert in recipe.experts) < len(recipe.experts):
             raise FusionError(f"{name}: experts have weights only partly", "give one to each or to none")
         for number, slice_ in enumerate(recipe.slices):
-            slice_.check(Place(name, f"slices[{number}]"))
+            slice_.check(KeyPath(name, f"slices[{number}]"))
         return recipe
 
 

@@ -5,7 +5,7 @@
         split: Text = "train"
         share: Annotated[float, Range(0, 1)] = 0.15
 
-    read(Fitting, {"share": 2}, Place("suite.yaml", "tasks.cola.fitting"))
+    read(Fitting, {"share": 2}, KeyPath("suite.yaml", "tasks.cola.fitting"))
 
 raises "suite.yaml: tasks.cola.fitting.share is 2, expected a number from 0 to 1". Understood are str, int, float, bool,
 None, Any, Literal, unions, lists, tuples, dictionaries and dataclasses, and `Annotated` with what this module defines.
@@ -35,7 +35,7 @@ Class = TypeVar("Class")
 
 
 @dataclass(frozen=True)
-class Place:
+class KeyPath:
     """Where a value stands, for errors: in a file or a model, below these keys."""
 
     file: str
@@ -44,13 +44,13 @@ class Place:
     def __str__(self) -> str:
         return ": ".join(filter(None, (self.file, self.path)))
 
-    def inner(self, *keys: object) -> Place:
-        """The place of a mapping's value, or of a list's element, which these keys lead to."""
+    def inner(self, *keys: object) -> KeyPath:
+        """The key path of a mapping's value, or of a list's element, which these keys lead to."""
         path = self.path
         for key in keys:
             name = key if isinstance(key, str) and key.isprintable() and 0 < len(key) <= 200 else shown(key)
             path += f"[{key}]" if type(key) is int else f".{name}" if path else str(name)
-        return Place(self.file, path)
+        return KeyPath(self.file, path)
 
 
 # ---------------------------------------------------------------- what annotations may say beside a type
@@ -86,9 +86,9 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Before:
-    """What makes the value that is checked of the one that was written, at its place."""
+    """What makes the value that is checked of the one that was written, at its key path."""
 
-    convert: Callable[[Any, Place], Any]
+    convert: Callable[[Any, KeyPath], Any]
 
 
 PER_EXPERT = "one for each expert"
@@ -106,7 +106,7 @@ def is_text(value: object) -> bool:
 
 Text = Annotated[str, Expected("a text", is_text)]
 Settings = Annotated[
-    dict[str, Any], Before(lambda value, place: {} if value is None else value), Expected("names and values")
+    dict[str, Any], Before(lambda value, where: {} if value is None else value), Expected("names and values")
 ]
 """Parameters by name, whatever they are; null for none."""
 
@@ -182,39 +182,47 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, Field]:
 # ---------------------------------------------------------------- checking
 
 
-def read(hint: Any, value: Any, place: Place) -> Any:
+def read(hint: Any, value: Any, where: KeyPath, *keys: object) -> Any:
     """A plain value as an annotation says.
 
+    Args:
+        hint: the annotation.
+        value: as YAML or JSON give it.
+        where: the file, and the keys that lead to the value, or to what holds it;
+        keys: then those that lead on to the value.
+
     Raises:
-        FusionError: it is something else; naming its place, what it is and what is expected.
+        FusionError: it is something else; naming its key path, what it is and what is expected.
     """
-    kind, notes = _parts(hint)
+    if hint is str and isinstance(value, str) or hint is int and type(value) is int and abs(value) < MOST:
+        return value  # one of thousands: to write their paths down would take longer than to check them
+    where, (kind, notes) = where.inner(*keys), _parts(hint)
     for note in notes:
         if isinstance(note, Before):
-            value = note.convert(value, place)
-    found = _converted(kind, value, place)
+            value = note.convert(value, where)
+    found = _converted(kind, value, where)
     if found is _WRONG or not all(_holds(note, found) for note in notes):
         choices = [each for note in notes if isinstance(note, OneOf) for each in note.choices]
         choices += get_args(kind) if get_origin(kind) is Literal else ()
         close = get_close_matches(value[:100], choices, 1) if isinstance(value, str) else ()
-        raise _wrong(value, hint, place, f"did you mean {close[0]}?" if close else None)
+        raise _wrong(value, hint, where, f"did you mean {close[0]}?" if close else None)
     return found
 
 
-def _wrong(value: Any, hint: Any, place: Place, what_next: str | None) -> FusionError:
-    verb = "is" if place.path else "holds"
-    return FusionError(f"{place} {verb} {shown(value)}, expected {expected(hint)}", what_next)
+def _wrong(value: Any, hint: Any, where: KeyPath, what_next: str | None) -> FusionError:
+    verb = "is" if where.path else "holds"
+    return FusionError(f"{where} {verb} {shown(value)}, expected {expected(hint)}", what_next)
 
 
 def read_class(
-    cls: type[Class], content: Any, place: Place, defaults: Mapping[str, Any] | None = None, **given: Any
+    cls: type[Class], content: Any, where: KeyPath, defaults: Mapping[str, Any] | None = None, **given: Any
 ) -> Class:
     """A dataclass of the plain values that a mapping holds.
 
     Args:
         cls: its fields are the mapping's keys.
         content: the mapping.
-        place: where it stands.
+        where: the file, and the keys that lead to it.
         defaults: values of fields, read already, that count where the mapping has none.
         given: fields that are not read.
 
@@ -223,32 +231,32 @@ def read_class(
     """
     known = {name: field for name, field in fields_of(cls).items() if name not in given}
     if not isinstance(content, Mapping):
-        raise _wrong(content, cls, place, f"use {', '.join(known)}")
-    values = {**(defaults or {}), **read_fields(known, content, place)}
+        raise _wrong(content, cls, where, f"use {', '.join(known)}")
+    values = {**(defaults or {}), **read_fields(known, content, where)}
     for name, field in known.items():
         if field.required and name not in values:
-            raise FusionError(f"{place.inner(name)} is missing", f"{name}: {field.expected}")
+            raise FusionError(f"{where.inner(name)} is missing", f"{name}: {field.expected}")
     return cls(**given, **values)
 
 
-def read_fields(known: Mapping[str, Field], content: Any, place: Place) -> dict[str, Any]:
+def read_fields(known: Mapping[str, Field], content: Any, where: KeyPath) -> dict[str, Any]:
     """The plain values of a mapping, each by its field; not all of them must be there.
 
     Raises:
         FusionError: a key is unknown, or a value is not what its field says.
     """
     if not isinstance(content, Mapping):
-        raise _wrong(content, dict, place, f"use {', '.join(known)}")
-    refuse_unknown(content, known, place)
-    return {key: read(known[key].hint, value, place.inner(key)) for key, value in content.items()}
+        raise _wrong(content, dict, where, f"use {', '.join(known)}")
+    refuse_unknown(content, known, where)
+    return {key: read(known[key].hint, value, where, key) for key, value in content.items()}
 
 
-def refuse_unknown(content: Iterable[object], known: Iterable[str], place: Place) -> None:
+def refuse_unknown(content: Iterable[object], known: Iterable[str], where: KeyPath) -> None:
     """Raises a `FusionError` for the first key that is not known, with the closest one that is."""
     known = list(known)
     for key in content:
         if key not in known:
-            raise FusionError(f"{place.inner(key)} is not a supported key", suggestion(key, known))
+            raise FusionError(f"{where.inner(key)} is not a supported key", suggestion(key, known))
 
 
 def expected(hint: Any) -> str:
@@ -299,7 +307,7 @@ def _holds(note: Any, value: Any) -> bool:
     return note.holds(value) if isinstance(note, Expected) else True
 
 
-def _converted(kind: Any, value: Any, place: Place) -> Any:
+def _converted(kind: Any, value: Any, where: KeyPath) -> Any:
     """A value as its type has it, `_WRONG` where it is another; what is wrong inside of it is raised."""
     cls, origin, inner = kind, get_origin(kind), get_args(kind)
     if kind is Any:
@@ -315,20 +323,21 @@ def _converted(kind: Any, value: Any, place: Place) -> Any:
         return value if isinstance(value, str) and value in inner else _WRONG
     if origin in (Union, types.UnionType):
         fitting = [each for each in inner if _is_alike(each, value)]
-        return read(fitting[0], value, place) if fitting else _WRONG
+        return read(fitting[0], value, where) if fitting else _WRONG
     if not _is_alike(kind, value):
         return _WRONG
     if dataclasses.is_dataclass(kind):
-        return read_class(cls, value, place)
+        return read_class(cls, value, where)
     if origin in (list, tuple, Sequence):
         each = inner if origin is tuple and Ellipsis not in inner else inner[:1] * len(value)
         if len(each) != len(value):
             return _WRONG
-        read_all = [read(hint, own, place.inner(i)) for i, (hint, own) in enumerate(zip(each, value, strict=True))]
+        read_all = [read(hint, own, where, i) for i, (hint, own) in enumerate(zip(each, value, strict=True))]
         return tuple(read_all) if origin is tuple else read_all
     if origin in (dict, Mapping):
-        keys = [read(inner[0], key, Place(place.file, f"a key of {place.path}")) for key in value]
-        return {key: read(inner[1], own, place.inner(key)) for key, own in zip(keys, value.values(), strict=True)}
+        of = KeyPath(where.file, f"a key of {where.path}")
+        keys = [read(inner[0], key, of) for key in value]
+        return {key: read(inner[1], own, where, key) for key, own in zip(keys, value.values(), strict=True)}
     return value
 
 

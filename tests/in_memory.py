@@ -11,7 +11,7 @@ import torch
 from hf_fusion.merging.engine.tensors import CANCELLATION_LIMIT, MemoryReader, Tensors, merge_tensors
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.merging.settings import arguments_at, check_setting
-from hf_fusion.schema import Place
+from hf_fusion.schema import KeyPath
 
 HALF_EPS = torch.finfo(torch.float32).eps / 2
 
@@ -35,11 +35,11 @@ def merged(
     for key, value in parameters.items():
         each = value if known[key].per_expert and isinstance(value, (list, tuple)) else None
         if each is None:
-            check_setting(known[key], value, Place(method, key))
+            check_setting(known[key], value, KeyPath(method, key))
             shared[key] = value
             continue
         for settings, number in zip(own, each, strict=True):
-            check_setting(known[key], number, Place(method, key))
+            check_setting(known[key], number, KeyPath(method, key))
             settings[key] = number
     arguments = arguments_at(known, [shared], [[settings] for settings in own], name, 0.0)
     tensors = Tensors(name, None if base is None else MemoryReader(base), list(map(MemoryReader, experts)), seed)

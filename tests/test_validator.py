@@ -15,8 +15,8 @@ from hf_fusion.schema import (
     Before,
     EachNumber,
     Expected,
+    KeyPath,
     OneOf,
-    Place,
     Range,
     Settings,
     Text,
@@ -26,7 +26,7 @@ from hf_fusion.schema import (
     read_class,
 )
 
-PLACE = Place("file.yaml", "key")
+WHERE = KeyPath("file.yaml", "key")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ KINDS: list[tuple[Any, list[tuple[Any, Any]], list[tuple[Any, str]]]] = [
     (tuple[int, int], [([1, 2], (1, 2))], [([1], "a list"), ([1, 2, 3], "a list")]),
     (Mapping[str, Any], [({"a": []}, {"a": []})], [([], "names and values")]),
     (Settings, [(None, {}), ({"a": 1}, {"a": 1})], [("a", "names and values")]),
-    (Annotated[str, Before(lambda value, place: str(value))], [(1, "1")], []),
+    (Annotated[str, Before(lambda value, where: str(value))], [(1, "1")], []),
     (Any, [(None, None), ([1], [1])], []),
     (Inner, [({"share": 1}, Inner(1.0))], [(1, "{share: …, names: …}")]),
     (list[Inner], [([], [])], [(1, "a list of {share: …, names: …}")]),
@@ -79,11 +79,11 @@ KINDS: list[tuple[Any, list[tuple[Any, Any]], list[tuple[Any, str]]]] = [
 @pytest.mark.parametrize(("hint", "good", "wrong"), KINDS, ids=[str(row[0])[:60] for row in KINDS])
 def test_a_value_passes_or_is_told(hint, good, wrong):
     for value, made in good:
-        found = read(hint, value, PLACE)
+        found = read(hint, value, WHERE)
         assert found == made and type(found) is type(made)
     for value, expected in wrong:
         with pytest.raises(FusionError) as raised:
-            read(hint, value, PLACE)
+            read(hint, value, WHERE)
         assert raised.value.message.startswith("file.yaml: key is ")
         assert raised.value.message.endswith(f", expected {expected}")
 
@@ -114,24 +114,24 @@ def test_a_fault_is_told_by_file_and_keys(text, tmp_path):
 
     message, hint = FAULTS[text]
     with pytest.raises(FusionError) as raised:
-        read_class(Outer, parse_yaml(text, "f.yaml"), Place("f.yaml"))
+        read_class(Outer, parse_yaml(text, "f.yaml"), KeyPath("f.yaml"))
     assert raised.value.message.startswith(message)
     if "valid YAML" not in message:
         assert raised.value.hint == hint
 
 
 def test_defaults_count_where_nothing_is_written():
-    assert read_class(Outer, {"kind": "one"}, PLACE) == Outer("one")
-    assert read_class(Outer, {"steps": 2}, PLACE, {"kind": "one", "steps": 3}) == Outer("one", steps=2)
-    assert read_class(Inner, {}, PLACE, share=0.5) == Inner(0.5)
+    assert read_class(Outer, {"kind": "one"}, WHERE) == Outer("one")
+    assert read_class(Outer, {"steps": 2}, WHERE, {"kind": "one", "steps": 3}) == Outer("one", steps=2)
+    assert read_class(Inner, {}, WHERE, share=0.5) == Inner(0.5)
     with pytest.raises(FusionError, match="key.share is not a supported key"):
-        read_class(Inner, {"share": 1}, PLACE, share=0.5)
+        read_class(Inner, {"share": 1}, WHERE, share=0.5)
 
 
 def test_strange_keys_are_shown_on_one_short_line():
     for key in ("\x1b[2J", "a\nb", "x" * 10_000, ""):
         with pytest.raises(FusionError) as raised:
-            read_class(Inner, {"share": 1, key: 1}, PLACE)
+            read_class(Inner, {"share": 1, key: 1}, WHERE)
         assert len(raised.value.message) < 300 and raised.value.message.isprintable()
 
 

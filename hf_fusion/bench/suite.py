@@ -17,7 +17,7 @@ from hf_fusion.bench.sources import is_hub_id
 from hf_fusion.errors import FusionError, one_line, shown, suggestion
 from hf_fusion.io.files import read_text
 from hf_fusion.io.yaml_files import read_yaml
-from hf_fusion.schema import Before, Expected, OneOf, Place, Text, fields_of, is_text, read, read_class, read_fields
+from hf_fusion.schema import Before, Expected, KeyPath, OneOf, Text, fields_of, is_text, read, read_class, read_fields
 
 SUITES = Path(__file__).with_name("suites")
 
@@ -61,19 +61,19 @@ def _beside(path: Path, name: str) -> Path:
     return own if os.path.isfile(own) else SUITES / name  # noqa: PTH113 - pathlib raises for names that are too long
 
 
-def _class_names(value: Any, place: Place) -> Any:
+def _class_names(value: Any, where: KeyPath) -> Any:
     """The lines of the file that a text names; a list as it is."""
     if not isinstance(value, str):
         return value
-    file = _beside(Path(place.file), value)
+    file = _beside(Path(where.file), value)
     if not os.path.isfile(file):  # noqa: PTH113
-        raise FusionError(f"{place}: {one_line(file)} is missing", "a list of names, or a file beside the suite's")
+        raise FusionError(f"{where}: {one_line(file)} is missing", "a list of names, or a file beside the suite's")
     return read_text(file).splitlines()
 
 
 Texts = Annotated[
     tuple[Text, ...],
-    Before(lambda value, place: [value] if isinstance(value, str) else value),
+    Before(lambda value, where: [value] if isinstance(value, str) else value),
     Expected("a list of texts", bool),
 ]
 Classes = Annotated[
@@ -293,26 +293,26 @@ class _File:
 def _content(path: Path) -> dict[Any, Any]:
     """The file's keys; those of the suite that it extends, where it has none of its own."""
     keys = Annotated[dict[Any, Any], Expected("{title: …, kind: …, head: …, tasks: …}")]
-    content: dict[Any, Any] = read(keys, read_yaml(path), Place(str(path)))
+    content: dict[Any, Any] = read(keys, read_yaml(path), KeyPath(str(path)))
     if (parent := content.pop("extends", None)) is None:
         return content
     other = _beside(path, f"{parent}.yaml")
     if not os.path.isfile(other):  # noqa: PTH113
         raise FusionError(f"{path}: extends is {shown(parent)}, which is not there", suggestion(parent, suite_names()))
-    inherited: dict[Any, Any] = read(keys, read_yaml(other), Place(str(other)))
+    inherited: dict[Any, Any] = read(keys, read_yaml(other), KeyPath(str(other)))
     if "extends" in inherited:
         raise FusionError(f"{path}: extends {parent}, which extends another", hint=f"extends: {inherited['extends']}")
     return {**inherited, **content}
 
 
 def _suite(name: str, content: dict[Any, Any], path: Path) -> Suite:
-    place = Place(str(path))
-    file = read_class(_File, content, place)
+    where = KeyPath(str(path))
+    file = read_class(_File, content, where)
     known = {key: own for key, own in fields_of(Task).items() if key != "name"}
-    defaults, pool = read_fields(known, file.defaults, place.inner("defaults")), _numbered(file.experts, place)
+    defaults, pool = read_fields(known, file.defaults, where.inner("defaults")), _numbered(file.experts, where)
     tasks = {}
     for key, own in file.tasks.items():
-        at, given = place.inner("tasks", key), {} if own is None else own
+        at, given = where.inner("tasks", key), {} if own is None else own
         task = read_class(Task, given, at, defaults, name=key)
         if "expert" not in {**defaults, **given}:
             task = replace(task, expert=pool if isinstance(pool, str) else pool.get(key))
@@ -324,8 +324,8 @@ def _suite(name: str, content: dict[Any, Any], path: Path) -> Suite:
     experts |= {task.name: task.expert for task in tasks.values() if task.expert and task.expert not in named}
     if not experts:
         raise FusionError(f"{path} names no expert", hint="experts: owner/name-{task}")
-    unseen = tuple(_unseen(key, own, tasks, place.inner("unseen", key)) for key, own in file.unseen.items())
-    ask = {key: _question(own, place.inner("ask", key)) for key, own in file.ask.items()}
+    unseen = tuple(_unseen(key, own, tasks, where.inner("unseen", key)) for key, own in file.unseen.items())
+    ask = {key: _question(own, where.inner("ask", key)) for key, own in file.ask.items()}
     facts = {key: getattr(file, key) for key in ("title", "kind", "head", "base", "multitask", "build", "about")}
     suite = Suite(name=name, tasks=tasks, experts=experts, unseen=unseen, ask=ask, path=path, **facts)
     _check_questions(suite)
@@ -351,17 +351,17 @@ def _check_questions(suite: Suite) -> None:
             raise FusionError(f"{suite.path}: {what}", hint=hint)
 
 
-def _question(content: object, place: Place) -> Question:
-    found = read_class(Question, content, place)
+def _question(content: object, where: KeyPath) -> Question:
+    found = read_class(Question, content, where)
     if (found.target is None) == (not found.words):
-        raise FusionError(f"{place}: a prompt has either a target or two words", hint="words: [Yes, No]")
-    names = _names(found.prompt, place) + _names(found.target or "", place)
+        raise FusionError(f"{where}: a prompt has either a target or two words", hint="words: [Yes, No]")
+    names = _names(found.prompt, where) + _names(found.target or "", where)
     if unknown := set(names) - {"text", "text_pair"}:
-        raise FusionError(f"{place} has {{{sorted(unknown)[0]}}}", hint="use {text} and {text_pair}")
+        raise FusionError(f"{where} has {{{sorted(unknown)[0]}}}", hint="use {text} and {text_pair}")
     return found
 
 
-def _numbered(pool: str | dict[str, str], place: Place) -> str | dict[str, str]:
+def _numbered(pool: str | dict[str, str], where: KeyPath) -> str | dict[str, str]:
     """Experts by name and source, where ranges of numbers were written: each number by itself."""
     if not isinstance(pool, Mapping):
         return pool
@@ -369,7 +369,7 @@ def _numbered(pool: str | dict[str, str], place: Place) -> str | dict[str, str]:
     for name, source in pool.items():
         if match := re.fullmatch(r"(.+)\{(\d+)-(\d+)\}(.*)", source):
             if max(len(match[2]), len(match[3])) > 4:
-                at = place.inner("experts", name)
+                at = where.inner("experts", name)
                 raise FusionError(f"{at}: {shown(source)} counts too far", hint="numbers of at most four digits")
             numbers = range(int(match[2]), int(match[3]) + 1)
             found |= {f"{name}-{number}": f"{match[1]}{number}{match[4]}" for number in numbers}
@@ -378,46 +378,46 @@ def _numbered(pool: str | dict[str, str], place: Place) -> str | dict[str, str]:
     return found
 
 
-def _checked(task: Task, place: Place) -> Task:
+def _checked(task: Task, where: KeyPath) -> Task:
     """A task whose keys go together, with its name where ``{task}`` stands."""
     if bool(task.words) + bool(task.target) != bool(task.prompt):
-        raise FusionError(f"{place}: a prompt has either words or a target", hint="words: one for each class")
+        raise FusionError(f"{where}: a prompt has either words or a target", hint="words: one for each class")
     if task.metric == "ranked" and not (task.words or task.choices):
-        raise FusionError(f"{place}: nothing to rank", hint="words: one for each class, or choices: the column of them")
+        raise FusionError(f"{where}: nothing to rank", hint="words: one for each class, or choices: the column of them")
     if task.train is None and task.fitting.split == "train":
         raise FusionError(
-            f"{place}: without train rows something must be fitted on others", hint="fitting: {split: test}"
+            f"{where}: without train rows something must be fitted on others", hint="fitting: {split: test}"
         )
     filled: dict[str, Any] = {}
     for key in ("expert", "data", "config"):
         if template := getattr(task, key):
-            filled[key] = _filled(template, task.name, place.inner(key))
+            filled[key] = _filled(template, task.name, where.inner(key))
     return replace(task, **filled)
 
 
-def _names(template: str, place: Place) -> list[str]:
+def _names(template: str, where: KeyPath) -> list[str]:
     """What stands in braces."""
     try:
         return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
         raise FusionError(
-            f"{place} is {shown(template)}, which cannot be filled in ({error})", "{task} stands for a name"
+            f"{where} is {shown(template)}, which cannot be filled in ({error})", "{task} stands for a name"
         ) from None
 
 
-def _filled(template: str, task: str, place: Place) -> str:
-    if set(_names(template, place)) - {"task"}:
-        raise FusionError(f"{place} is {shown(template)}: only {{task}} can stand in it")
+def _filled(template: str, task: str, where: KeyPath) -> str:
+    if set(_names(template, where)) - {"task"}:
+        raise FusionError(f"{where} is {shown(template)}: only {{task}} can stand in it")
     return template.replace("{task}", task)
 
 
-def _unseen(name: str, content: object, tasks: Mapping[str, Task], place: Place) -> Holdout:
-    split = read_class(Holdout, content, place, name=name)
+def _unseen(name: str, content: object, tasks: Mapping[str, Task], where: KeyPath) -> Holdout:
+    split = read_class(Holdout, content, where, name=name)
     for task in (*split.fuse, *split.test):
         if task not in tasks:
-            raise FusionError(f"{place}: no task {shown(task)}", suggestion(task, tasks))
+            raise FusionError(f"{where}: no task {shown(task)}", suggestion(task, tasks))
     if both := set(split.fuse) & set(split.test):
-        raise FusionError(f"{place}: {sorted(both)[0]} is both fused and tested", hint="unseen tasks are not fused")
+        raise FusionError(f"{where}: {sorted(both)[0]} is both fused and tested", hint="unseen tasks are not fused")
     if without := [task for task in split.fuse if tasks[task].expert is None]:
-        raise FusionError(f"{place}: {without[0]} has no expert to fuse")
+        raise FusionError(f"{where}: {without[0]} has no expert to fuse")
     return split

@@ -214,12 +214,12 @@ def _check_push(recipe: Recipe, args: argparse.Namespace) -> None:
 def _experts(names: list[str], weights: Any) -> tuple[RecipeExpert, ...]:
     """Experts of a static merge, with a weight each where ``--set weights=[…]`` gives them."""
     from hf_fusion.recipe import RecipeExpert
-    from hf_fusion.schema import Expected, Place, read
+    from hf_fusion.schema import Expected, KeyPath, read
 
     if weights is None:
         return tuple(map(RecipeExpert, names))
     each = Expected(f"a list of {len(names)} numbers, one for each expert", lambda value: len(value) == len(names))
-    given = read(Annotated[list[float], each], weights, Place("--set", "weights"))
+    given = read(Annotated[list[float], each], weights, KeyPath("--set", "weights"))
     return tuple(map(RecipeExpert, names, given))
 
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from hf_fusion.errors import FusionError, one_line, shown
+from hf_fusion.errors import FusionError, one_line
 from hf_fusion.io.files import read_file
+from hf_fusion.schema import Expected, KeyPath, read
 
 MAX_BYTES = 32 << 20
 """The largest index.json that is known has about a third of this."""
@@ -56,11 +56,13 @@ def parse_object(text: bytes, file: str, name: str) -> dict[str, Any]:
     content = parse(text, file, name)
     if not isinstance(content, dict):
         raise FusionError(f"{name}: {file} is not a JSON object.", "fetch it again")
-    for key, (is_right, expected) in FIELDS.get(file.rpartition("/")[2], {}).items():
-        if content.get(key) is not None and not is_right(content[key]):
-            raise FusionError(
-                f"{name}: {file} has {key}={shown(content[key])}, expected {expected}.", f"correct it in {file}"
-            )
+    where = KeyPath(f"{name}: {file}")
+    for key, hint in FIELDS.get(file.rpartition("/")[2], {}).items():
+        if (value := content.get(key)) is not None:
+            try:
+                read(hint, value, where.inner(key))
+            except FusionError as error:
+                raise FusionError(error.message, error.hint or f"correct it in {file}") from None
     return content
 
 
@@ -85,86 +87,40 @@ def _whole(value: object) -> Any:
 # ---------------------------------------------------------------- fields
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
+def _are_by_class(labels: dict[str, str]) -> bool:
+    return all(re.fullmatch(r"\d{1,9}", key) for key in labels)
 
 
-def _is_flag(value: object) -> bool:
-    return isinstance(value, bool)
+Labels = Annotated[dict[str, str], Expected("texts by class index", _are_by_class)]
+Code = Annotated[list[str | None] | dict[str, str | list[str | None] | None], Expected("names of classes")]
+"""``auto_map``: of a tokenizer also a pair, of which one may be null."""
 
-
-def _is_whole_number(value: object) -> bool:
-    return type(value) is int and abs(value) < 1 << 63
-
-
-def _is_number(value: object) -> bool:
-    return _is_whole_number(value) or type(value) is float
-
-
-def _is_object(value: object) -> bool:
-    return isinstance(value, Mapping)
-
-
-def _is_texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(inner, str) for inner in value)
-
-
-def _are(is_right: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, Mapping) and all(map(is_right, value.values()))
-
-
-def _is_code(value: object) -> bool:
-    """``auto_map``: of a tokenizer also a pair, of which one may be null."""
-    pairs = value.values() if isinstance(value, Mapping) else [value]
-    parts = [part for pair in pairs for part in (pair if isinstance(pair, list) else [pair])]
-    return all(part is None or isinstance(part, str) for part in parts) and isinstance(value, (Mapping, list))
-
-
-def _is_labels(value: object) -> bool:
-    """``id2label``: by whole numbers, each as a text."""
-    return isinstance(value, Mapping) and all(
-        re.fullmatch(r"\d{1,9}", str(key)) and isinstance(label, str) for key, label in value.items()
-    )
-
-
-def _is_rows(value: object) -> bool:
-    """Rows of an embedding: one list, or one for each module."""
-    lists = value.values() if isinstance(value, Mapping) else [value]
-    return all(isinstance(rows, list) and all(map(_is_whole_number, rows)) for rows in lists)
-
-
-_TEXT = (_is_text, "a text")
-_TEXTS = (_is_texts, "a list of texts")
-_FLAG = (_is_flag, "true or false")
-_OBJECT = (_is_object, "an object")
-_CODE = (_is_code, "names of classes")
-
-FIELDS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
+FIELDS: dict[str, dict[str, Any]] = {
     "config.json": {
-        "architectures": _TEXTS,
-        "auto_map": _CODE,
-        "base_by_reference": _FLAG,
-        "id2label": (_is_labels, "texts by class index"),
-        "label2id": (_are(_is_whole_number), "class indices by label"),
-        "model_type": _TEXT,
-        "num_labels": (_is_whole_number, "a whole number"),
+        "architectures": list[str],
+        "auto_map": Code,
+        "base_by_reference": bool,
+        "id2label": Labels,
+        "label2id": Annotated[dict[str, int], Expected("class indices by label")],
+        "model_type": str,
+        "num_labels": int,
     },
     "adapter_config.json": {
-        "alpha_pattern": (_are(_is_number), "numbers by pattern"),
-        "auto_mapping": (_are(lambda value: value is None or isinstance(value, str)), "names of a class"),
-        "base_model_name_or_path": _TEXT,
-        "bias": (("none", "all", "lora_only").__contains__, "none, all or lora_only"),
-        "fan_in_fan_out": _FLAG,
-        "lora_alpha": (_is_number, "a number"),
-        "modules_to_save": _TEXTS,
-        "peft_type": _TEXT,
-        "r": (_is_whole_number, "a whole number"),
-        "rank_pattern": (_are(_is_whole_number), "whole numbers by pattern"),
-        "revision": _TEXT,
-        "task_type": _TEXT,
-        "trainable_token_indices": (_is_rows, "numbers of tokens"),
-        "use_rslora": _FLAG,
+        "alpha_pattern": Annotated[dict[str, float], Expected("numbers by pattern")],
+        "auto_mapping": Annotated[dict[str, str | None], Expected("names of a class")],
+        "base_model_name_or_path": str,
+        "bias": Literal["none", "all", "lora_only"],
+        "fan_in_fan_out": bool,
+        "lora_alpha": float,
+        "modules_to_save": list[str],
+        "peft_type": str,
+        "r": int,
+        "rank_pattern": Annotated[dict[str, int], Expected("whole numbers by pattern")],
+        "revision": str,
+        "task_type": str,
+        "trainable_token_indices": Annotated[list[int] | dict[str, list[int]], Expected("numbers of tokens")],
+        "use_rslora": bool,
     },
-    "tokenizer_config.json": {"added_tokens_decoder": _OBJECT, "auto_map": _CODE, "tokenizer_class": _TEXT},
+    "tokenizer_config.json": {"added_tokens_decoder": dict[str, Any], "auto_map": Code, "tokenizer_class": str},
 }
-"""File -> field -> (whether a value will do, what is expected); null will do everywhere."""
+"""File -> field -> what it may hold; null will do everywhere."""

@@ -15,7 +15,7 @@ from hf_fusion.merging.engine.stream import not_finite_error
 from hf_fusion.merging.engine.tensors import MemoryReader, Statistic, Tensors, WholeModel, merge_tensors
 from hf_fusion.merging.methods import method_named
 from hf_fusion.merging.settings import arguments_at, check_settings
-from hf_fusion.schema import Place
+from hf_fusion.schema import KeyPath
 
 
 @torch.no_grad()
@@ -49,7 +49,7 @@ def merge_states(
     """
     row = method_named(method)
     for given in (parameters, *own):
-        check_settings(method, row.parameters, given, Place(""))
+        check_settings(method, row.parameters, given, KeyPath(""))
     start = base if row.base and base is not None else None
     first = start if start is not None else experts[0]
     settings = [[each] for each in own] or [[] for _ in experts]

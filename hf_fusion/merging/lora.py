@@ -38,7 +38,7 @@ from hf_fusion.merging.methods.linear import shares
 from hf_fusion.merging.methods.lora import Factors, lora
 from hf_fusion.merging.settings import arguments_at, check_settings
 from hf_fusion.recipe import RECIPE_FILE, Recipe
-from hf_fusion.schema import Place, parameters_of
+from hf_fusion.schema import KeyPath, parameters_of
 from hf_fusion.types import Adapter, ModelRef
 
 if TYPE_CHECKING:
@@ -101,9 +101,9 @@ def merge_adapters(
     began = time.perf_counter()
     folder = Path(folder).resolve()
     known = parameters_of(lora)
-    check_settings("lora", known, recipe.parameters, Place("", "parameters"))
+    check_settings("lora", known, recipe.parameters, KeyPath("", "parameters"))
     for expert in recipe.experts:
-        check_settings("lora", known, expert.settings, Place(expert.model), of_expert=True)
+        check_settings("lora", known, expert.settings, KeyPath(expert.model), of_expert=True)
     if recipe.slices or recipe.tokenizer or recipe.chat_template:
         raise FusionError("adapters are merged without slices, tokenizer and chat_template", "leave them out")
     opened = _opened(recipe, api)

@@ -9,7 +9,8 @@ from hf_fusion.errors import FusionError, suggestion
 from hf_fusion.families import METHODS, Method
 from hf_fusion.merging.methods import MERGE_METHODS, method_named
 from hf_fusion.merging.settings import check_settings
-from hf_fusion.schema import Field, OneOf, Place, Range, read
+from hf_fusion.merging.tokenizers.token_sources import tokenizer_request
+from hf_fusion.schema import Field, KeyPath, OneOf, Range, read
 
 if TYPE_CHECKING:
     from hf_fusion.recipe import Recipe
@@ -71,7 +72,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def check_parameters(recipe: Recipe, file: str = "") -> None:
-    """Refuses parameters that a static method does not have, or whose values are out of their ranges.
+    """Refuses parameters that a static method does not have, values out of their ranges, and odd requests of tokens.
 
     Args:
         recipe: of a static method.
@@ -80,19 +81,21 @@ def check_parameters(recipe: Recipe, file: str = "") -> None:
     Raises:
         FusionError: naming the parameter, where it stands, and what is expected.
     """
-    method, place = method_named(recipe.method), Place(file)
+    method, where = method_named(recipe.method), KeyPath(file)
+    if recipe.tokenizer is not None:
+        tokenizer_request(recipe.tokenizer, file)
     common = {key: value for key, value in recipe.parameters.items() if key in COMMON}
     for key, value in common.items():  # one value for all tensors
-        read(COMMON[key].hint, value, place.inner("parameters", key))
+        read(COMMON[key].hint, value, where.inner("parameters", key))
     groups = [("parameters", {key: value for key, value in recipe.parameters.items() if key not in common})]
     for number, slice_ in enumerate(recipe.slices):
         groups.append((f"slices[{number}].parameters", slice_.parameters))
         groups += [(f"slices[{number}].sources[{i}].parameters", s.parameters) for i, s in enumerate(slice_.sources)]
     for path, settings in groups:
         known = method.parameters | (COMMON if path == "parameters" else {})
-        check_settings(method.name, known, settings, Place(file, path))
+        check_settings(method.name, known, settings, KeyPath(file, path))
     apart = {STATISTICS, *method.own} if method.statistics else set(method.own)
     for expert in recipe.experts:
         own = {key: value for key, value in expert.settings.items() if key not in apart}
-        place = Place(": ".join(filter(None, (file, expert.model))))
-        check_settings(method.name, method.parameters, own, place, of_expert=True)
+        where = KeyPath(": ".join(filter(None, (file, expert.model))))
+        check_settings(method.name, method.parameters, own, where, of_expert=True)

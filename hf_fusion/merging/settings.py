@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_fusion.errors import FusionError, suggestion
-from hf_fusion.schema import Field, Place, expected, read, read_class
+from hf_fusion.schema import Field, KeyPath, expected, read, read_class
 
 Setting = Any
 
@@ -26,34 +26,34 @@ class Filtered:
     value: Any
 
 
-def map_setting(setting: Setting, convert: Callable[[Any, Place], Any], place: Place, *, gradient: bool) -> Setting:
+def map_setting(setting: Setting, convert: Callable[[Any, KeyPath], Any], where: KeyPath, *, gradient: bool) -> Setting:
     """A setting with each of its values converted.
 
     Args:
         setting: as YAML gives it.
-        convert: what becomes of a value, at its place; it raises for values that are not valid.
-        place: of the setting.
+        convert: what becomes of a value, at its key path; it raises for values that are not valid.
+        where: the setting's key path.
         gradient: whether its values are numbers, and a list of them is a gradient.
 
     Raises:
-        FusionError: naming the place and what is expected.
+        FusionError: naming the key path and what is expected.
     """
     if not isinstance(setting, list):
-        return convert(setting, place)
+        return convert(setting, where)
     if any(isinstance(entry, Mapping) for entry in setting):
         found = []
         for number, entry in enumerate(setting):
-            own = read_class(Filtered, entry, place.inner(number))
-            value = map_setting(own.value, convert, place.inner(number, "value"), gradient=gradient)
+            own = read_class(Filtered, entry, where.inner(number))
+            value = map_setting(own.value, convert, where.inner(number, "value"), gradient=gradient)
             found.append({"value": value} if own.filter in (None, "*") else {"filter": own.filter, "value": value})
         return found
     if not setting and gradient:
-        raise FusionError(f"{place} is [], expected a value, a gradient or filters")
-    return [convert(entry, place.inner(i)) for i, entry in enumerate(setting)] if gradient else convert(setting, place)
+        raise FusionError(f"{where} is [], expected a value, a gradient or filters")
+    return [convert(entry, where.inner(i)) for i, entry in enumerate(setting)] if gradient else convert(setting, where)
 
 
 def check_settings(
-    method: str, known: Mapping[str, Field], given: Mapping[str, Setting], place: Place, *, of_expert: bool = False
+    method: str, known: Mapping[str, Field], given: Mapping[str, Setting], where: KeyPath, *, of_expert: bool = False
 ) -> None:
     """Refuses settings that a method does not have, or that are out of their ranges.
 
@@ -61,28 +61,28 @@ def check_settings(
         method: its name.
         known: its parameters.
         given: settings by the parameters' names.
-        place: where they stand.
+        where: their key path.
         of_expert: whether they are one expert's own.
 
     Raises:
-        FusionError: naming the place and what is expected.
+        FusionError: naming the key path and what is expected.
     """
     for key, value in given.items():
         if key not in known:
-            told = ": ".join(filter(None, (str(place), f"{method} has no parameter {key!r}")))
+            told = ": ".join(filter(None, (str(where), f"{method} has no parameter {key!r}")))
             raise FusionError(told, suggestion(key, known))
-        check_setting(known[key], value, place.inner(key))
+        check_setting(known[key], value, where.inner(key))
         if of_expert and not known[key].per_expert:
-            raise FusionError(f"{place}: {key} is one for all experts", "give it under parameters:")
+            raise FusionError(f"{where}: {key} is one for all experts", "give it under parameters:")
 
 
-def check_setting(field: Field, setting: Setting, place: Place) -> None:
+def check_setting(field: Field, setting: Setting, where: KeyPath) -> None:
     """Refuses what `value_at` could not make a valid value of.
 
     Raises:
-        FusionError: naming the place and what is expected.
+        FusionError: naming the key path and what is expected.
     """
-    map_setting(setting, lambda value, at: read(field.hint, value, at), place, gradient=field.kind in (float, int))
+    map_setting(setting, lambda value, at: read(field.hint, value, at), where, gradient=field.kind in (float, int))
 
 
 def value_at(setting: Setting, tensor: str, depth: float) -> Any:
@@ -104,10 +104,10 @@ def value_at(setting: Setting, tensor: str, depth: float) -> Any:
             if pattern in (None, "*") or pattern in tensor:
                 return value_at(entry["value"], tensor, depth)
         return None
-    place = depth * (len(setting) - 1)
-    low = min(math.floor(place), len(setting) - 1)
+    position = depth * (len(setting) - 1)
+    low = min(math.floor(position), len(setting) - 1)
     high = min(low + 1, len(setting) - 1)
-    return setting[low] + (place - low) * (setting[high] - setting[low])
+    return setting[low] + (position - low) * (setting[high] - setting[low])
 
 
 def arguments_at(

@@ -167,7 +167,7 @@ def runs(numbers):
 
 def stacked(folder, numbers, out, other=None):
     models = [str(folder), str(other or folder)]
-    slices = tuple(Slice((SliceSource(models[i % 2], *layers),)) for i, layers in enumerate(runs(numbers)))
+    slices = tuple(Slice((SliceSource(models[i % 2], tuple(layers)),)) for i, layers in enumerate(runs(numbers)))
     experts = tuple(map(RecipeExpert, dict.fromkeys(models)))
     return merge(Recipe("passthrough", experts, slices=slices), out).folder
 

@@ -166,7 +166,7 @@ def ours(case: Case, folder: Path, out: Path) -> None:
         )
         for name, settings in zip(case.experts, own, strict=True)
     )
-    slices = tuple(Slice((SliceSource(experts[0].model, *layers),)) for layers in case.slices)
+    slices = tuple(Slice((SliceSource(experts[0].model, tuple(layers)),)) for layers in case.slices)
     if case.method == "lora":  # adapters become one, which is then merged into its base
         merge(Recipe("lora", experts, None, dict(case.ours)), out.with_name(f"{out.name} adapter"))
         merge(Recipe("linear", (RecipeExpert(str(out.with_name(f"{out.name} adapter"))),)), out)

@@ -10,18 +10,18 @@ from hf_fusion.errors import FusionError, suggestion
 from hf_fusion.merging.mergekit.parameters import MergekitParameter
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.merging.settings import Setting, map_setting
-from hf_fusion.schema import Expected, Place, expected, read
+from hf_fusion.schema import Expected, KeyPath, expected, read
 
 
 def read_parameters(
-    method: str, given: Mapping[str, Any], place: Place, *, of_model: bool, ignore: Callable[[str], None]
+    method: str, given: Mapping[str, Any], where: KeyPath, *, of_model: bool, ignore: Callable[[str], None]
 ) -> dict[str, Setting]:
-    """The parameters that stand in one place of a recipe, by our names.
+    """The parameters that stand at one key of a recipe, by our names.
 
     Args:
         method: mergekit's, whose parameters are known.
         given: mergekit's names and values.
-        place: where they stand.
+        where: their key path.
         of_model: whether they are one model's own.
         ignore: is told what mergekit reads, and has no use for there.
 
@@ -36,13 +36,13 @@ def read_parameters(
             ignore(key)
         elif parameter is None:
             hint = suggestion(key, known) if known else "it has none"
-            raise FusionError(f"{place.inner(key)} is not a parameter of {method}", hint)
+            raise FusionError(f"{where.inner(key)} is not a parameter of {method}", hint)
         elif of_model and not parameter.per_model:
             ignore(f"{key} of one model")
         elif key.startswith("nuslerp_"):
-            found[parameter.ours] = _rows(given, place)
+            found[parameter.ours] = _rows(given, where)
         else:
-            found[parameter.ours] = _setting(setting, parameter, place.inner(key))
+            found[parameter.ours] = _setting(setting, parameter, where.inner(key))
     return found
 
 
@@ -52,16 +52,16 @@ def _known_to_mergekit() -> set[str]:
     return names | {"int8_mask", "eps", "embed_slerp"}
 
 
-def _setting(setting: Any, parameter: MergekitParameter, place: Place) -> Setting:
+def _setting(setting: Any, parameter: MergekitParameter, where: KeyPath) -> Setting:
     """One value, gradient or choice by filters."""
 
-    def convert(value: Any, at: Place) -> Any:
+    def convert(value: Any, at: KeyPath) -> Any:
         return parameter.value(_value(value, parameter.kind, at))
 
-    return map_setting(setting, convert, place, gradient=parameter.kind is not bool)
+    return map_setting(setting, convert, where, gradient=parameter.kind is not bool)
 
 
-def _value(value: Any, kind: type, place: Place) -> Any:
+def _value(value: Any, kind: type, where: KeyPath) -> Any:
     """A plain value, as leniently as mergekit takes it: 1e-4, which YAML takes for a text, and 1.0 for true."""
     if kind is bool and value in (0, 1):
         return bool(value)
@@ -71,20 +71,20 @@ def _value(value: Any, kind: type, place: Place) -> Any:
     if kind is int and type(value) is float and value.is_integer():
         value = int(value)
     words = f"{expected(kind)}, or filters" if kind is bool else f"{expected(kind)}, a gradient or filters"
-    return read(Annotated[kind, Expected(words)], value, place)
+    return read(Annotated[kind, Expected(words)], value, where)
 
 
-def _rows(given: Mapping[str, Any], place: Place) -> str:
+def _rows(given: Mapping[str, Any], where: KeyPath) -> str:
     """NuSLERP's two switches are one choice here."""
     flat, wise = (
-        _value(given.get(key, default), bool, place.inner(key))
+        _value(given.get(key, default), bool, where.inner(key))
         for key, default in (("nuslerp_flatten", True), ("nuslerp_row_wise", False))
     )
     return "tensor" if flat else "column" if wise else "row"
 
 
 def chained(first: Mapping[str, Setting], then: Mapping[str, Setting]) -> dict[str, Setting]:
-    """Settings of two places as those of one: what the first says nothing of for a tensor, the second decides."""
+    """Settings of two paths as those of one: what the first says nothing of for a tensor, the second decides."""
     found = dict(then)
     for key, setting in first.items():
         rest = found.get(key)

@@ -15,7 +15,7 @@ from hf_fusion.errors import FusionError, shown
 from hf_fusion.merging.mergekit.recipes import MaybeDtype, Model
 from hf_fusion.merging.moe.mixtures import MIXTURES, PROMPTED
 from hf_fusion.recipe import Recipe, RecipeExpert
-from hf_fusion.schema import Expected, OneOf, Place, read_class
+from hf_fusion.schema import Expected, KeyPath, OneOf, read_class
 
 _GATES = {
     "hidden": "hidden",
@@ -62,7 +62,7 @@ def from_mergekit_moe(content: Mapping[str, Any], name: str) -> Recipe:
         FusionError: naming the file and the key that is wrong or not supported.
     """
 
-    file = read_class(_File, content, Place(name))
+    file = read_class(_File, content, KeyPath(name))
     if file.shared_experts:
         raise FusionError(f"{name}: shared_experts is not supported", "leave it out: all experts are routed")
     experts = []

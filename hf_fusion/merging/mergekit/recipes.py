@@ -19,7 +19,7 @@ from hf_fusion.merging.mergekit.filters import by_filters, chained, read_paramet
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.merging.settings import Setting
 from hf_fusion.recipe import DTYPES, SMALLEST, Layers, Recipe, RecipeExpert, Slice, SliceSource
-from hf_fusion.schema import Before, Expected, Place, Settings, read_class, refuse_unknown
+from hf_fusion.schema import Before, Expected, KeyPath, Settings, read_class, refuse_unknown
 from hf_fusion.types import ModelRef
 
 logger = logging.getLogger(__name__)
@@ -31,56 +31,56 @@ _MODULES = {"encoder": ("encoder.",), "decoder": ("decoder.",), "shared": ("shar
 # ---------------------------------------------------------------- what a file holds
 
 
-def model_name(value: Any, place: Place) -> str:
+def model_name(value: Any, where: KeyPath) -> str:
     """A model as mergekit names it: ``path``, ``path@revision`` or ``model+lora``, or those as a mapping.
 
     Args:
         value: as YAML gives it.
-        place: where it stands.
+        where: its key path.
     """
     wanted = "expected owner/name, owner/name@revision, model+lora or a folder"
     if isinstance(value, str) and value.strip() and "\n" not in value:
         if value.count("@") > 1 + ("+" in value) or value.count("+") > 1:
-            raise FusionError(f"{place} is {shown(value)}, {wanted}")
+            raise FusionError(f"{where} is {shown(value)}, {wanted}")
         return value
     if isinstance(value, Mapping):
         known = ("path", "revision") if "path" in value else ("model", "lora")
-        refuse_unknown(value, known, place)
+        refuse_unknown(value, known, where)
         first, second = (value.get(key) for key in known)
         if known[0] == "path" and isinstance(first, str) and isinstance(second, (str, type(None))):
             return str(ModelRef(first, second or None))
         if known[0] == "model" and first is not None:
-            return "+".join(model_name(part, place.inner(key)) for key, part in value.items() if part is not None)
-    raise FusionError(f"{place} is {shown(value)}, {wanted}")
+            return "+".join(model_name(part, where.inner(key)) for key, part in value.items() if part is not None)
+    raise FusionError(f"{where} is {shown(value)}, {wanted}")
 
 
-def _or_none(value: Any, place: Place) -> str | None:
-    return model_name(value, place) if value else None
+def _or_none(value: Any, where: KeyPath) -> str | None:
+    return model_name(value, where) if value else None
 
 
-def _tokenizer_source(value: Any, place: Place) -> str | None:
+def _tokenizer_source(value: Any, where: KeyPath) -> str | None:
     """``model:PATH`` is how mergekit once wrote a model here."""
     return (
-        None if value is None else model_name(value.removeprefix("model:") if isinstance(value, str) else value, place)
+        None if value is None else model_name(value.removeprefix("model:") if isinstance(value, str) else value, where)
     )
 
 
-def _token(value: Any, place: Place) -> Any:
+def _token(value: Any, where: KeyPath) -> Any:
     """One of ``tokens``: where its embedding comes from, with the model's name as ours."""
     source = value.get("source") if isinstance(value, Mapping) else None
     if source is None:
         return value
     if isinstance(source, Mapping) and "kind" in source:
-        known = {"model": model_name(source["model"], place.inner("source", "model"))} if "model" in source else {}
+        known = {"model": model_name(source["model"], where.inner("source", "model"))} if "model" in source else {}
         return {**value, "source": {**source, **known}}
-    return {**value, "source": model_name(source, place.inner("source"))}
+    return {**value, "source": model_name(source, where.inner("source"))}
 
 
 Model = Annotated[str, Before(model_name), Expected("owner/name, owner/name@revision, model+lora or a folder")]
 MaybeModel = Annotated[str | None, Before(_or_none)]
 MaybeDtype = Annotated[
     str | None,
-    Before(lambda value, place: value.removeprefix("torch.") if isinstance(value, str) else value),
+    Before(lambda value, where: value.removeprefix("torch.") if isinstance(value, str) else value),
     Expected(f"one of {', '.join(DTYPES)}", lambda value: value in (None, *DTYPES)),
 ]
 Token = Annotated[dict[Any, Any], Before(_token), Expected("{source: …, force: …}")]
@@ -113,8 +113,8 @@ class _Slice:
     residual_weight: Any = None
 
 
-Models = Annotated[list[_Model], Before(lambda value, place: value or [])]
-Slices = Annotated[list[_Slice], Before(lambda value, place: value or [])]
+Models = Annotated[list[_Model], Before(lambda value, where: value or [])]
+Slices = Annotated[list[_Slice], Before(lambda value, where: value or [])]
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class _Tokenizer:
     """What ``tokenizer`` holds."""
 
     source: Annotated[str, Before(_tokenizer_source)] = "union"
-    tokens: Annotated[dict[str, Token], Before(lambda value, place: value or {})] = field(default_factory=dict)
+    tokens: Annotated[dict[str, Token], Before(lambda value, where: value or {})] = field(default_factory=dict)
     pad_to_multiple_of: Any = None
 
 
@@ -143,7 +143,7 @@ class _File:
     base_model: MaybeModel = None
     models: Models = field(default_factory=list)
     slices: Slices = field(default_factory=list)
-    modules: Annotated[dict[str, _Module], Before(lambda value, place: value or {}), Expected("modules by name")] = (
+    modules: Annotated[dict[str, _Module], Before(lambda value, where: value or {}), Expected("modules by name")] = (
         field(default_factory=dict)
     )
     parameters: Settings = field(default_factory=dict)
@@ -167,14 +167,14 @@ def from_mergekit(content: Mapping[str, Any], name: str) -> Recipe:
     Raises:
         FusionError: naming the file, the key and what is wrong with it or not supported.
     """
-    return _Reader(read_class(_File, content, Place(name)), Place(name)).recipe()
+    return _Reader(read_class(_File, content, KeyPath(name)), KeyPath(name)).recipe()
 
 
 class _Reader:
     """What a recipe of mergekit's says, put into the words of ours."""
 
-    def __init__(self, file: _File, place: Place) -> None:
-        self.file, self.place, self.method, self.base = file, place, file.merge_method, file.base_model
+    def __init__(self, file: _File, where: KeyPath) -> None:
+        self.file, self.where, self.method, self.base = file, where, file.merge_method, file.base_model
         self._ignored: dict[str, None] = {}
         usable = [name for name, row in MERGE_METHODS.items() if row.mergekit is not None]
         if self.method not in usable:
@@ -182,7 +182,7 @@ class _Reader:
         self.parameters = MERGE_METHODS[self.method].mergekit or {}
 
     def _refused(self, what: str, hint: str | None = None) -> FusionError:
-        return FusionError(f"{self.place}: {what}", hint)
+        return FusionError(f"{self.where}: {what}", hint)
 
     def recipe(self) -> Recipe:
         """All of it."""
@@ -190,19 +190,19 @@ class _Reader:
         given = [key for key in ("models", "slices", "modules") if getattr(file, key)]
         if len(given) != 1:
             raise self._refused(f"exactly one of models, slices and modules is expected, not {given}")
-        globals_ = self._settings(file.parameters, self.place.inner("parameters"))
+        globals_ = self._settings(file.parameters, self.where.inner("parameters"))
         slices: tuple[Slice, ...] = ()
         if file.modules:
             self._check_modules(file.modules)
         if file.modules and "default" not in file.modules:
             globals_, experts = self._stacks(file.modules, globals_)
         else:
-            own, place = _Module(file.models, file.slices), self.place
+            own, where = _Module(file.models, file.slices), self.where
             if file.modules:
-                own, place = file.modules["default"], place.inner("modules", "default")
-            globals_ = chained(self._settings(own.parameters, place.inner("parameters")), globals_)
-            slices = self._slices(own, place)
-            experts = self._experts(own, place, slices)
+                own, where = file.modules["default"], where.inner("modules", "default")
+            globals_ = chained(self._settings(own.parameters, where.inner("parameters")), globals_)
+            slices = self._slices(own, where)
+            experts = self._experts(own, where, slices)
         if file.tokenizer is not None and file.tokenizer_source is not None:
             raise self._refused("tokenizer_source and tokenizer are the same: give one")
         recipe = Recipe(
@@ -216,22 +216,22 @@ class _Reader:
             file.chat_template,
         )
         if self._ignored:
-            logger.warning("%s: %s has no use for %s: left out", self.place, self.method, ", ".join(self._ignored))
+            logger.warning("%s: %s has no use for %s: left out", self.where, self.method, ", ".join(self._ignored))
         return self._placed(_all_kept(recipe) if "epsilon" in self.parameters else recipe)
 
     # ------------------------------------------------------------ models
 
-    def _experts(self, holder: _Module, place: Place, slices: tuple[Slice, ...]) -> tuple[RecipeExpert, ...]:
+    def _experts(self, holder: _Module, where: KeyPath, slices: tuple[Slice, ...]) -> tuple[RecipeExpert, ...]:
         """The models of ``models``, or all of ``slices``, in order; the base among them, if it is."""
         if slices:
             return tuple(map(RecipeExpert, dict.fromkeys(s.model for slice_ in slices for s in slice_.sources)))
-        rows = [(row, place.inner("models", i, "parameters")) for i, row in enumerate(holder.models)]
+        rows = [(row, where.inner("models", i, "parameters")) for i, row in enumerate(holder.models)]
         return tuple(RecipeExpert(row.model, None, self._settings(row.parameters, at, True)) for row, at in rows)
 
-    def _slices(self, holder: _Module, place: Place) -> tuple[Slice, ...]:
+    def _slices(self, holder: _Module, where: KeyPath) -> tuple[Slice, ...]:
         slices = []
         for number, row in enumerate(holder.slices):
-            at = place.inner("slices", number)
+            at = where.inner("slices", number)
             if row.residual_weight is not None:
                 self._ignored["residual_weight"] = None
             if row.base_model not in (None, self.base):
@@ -262,7 +262,7 @@ class _Reader:
 
     def _check_modules(self, modules: Mapping[str, _Module]) -> None:
         """Refuses modules that one recipe of ours cannot say."""
-        refuse_unknown(modules, ("default", *_MODULES), self.place.inner("modules"))
+        refuse_unknown(modules, ("default", *_MODULES), self.where.inner("modules"))
         for key, module in modules.items():
             if bool(module.models) == bool(module.slices):
                 raise self._refused(f"modules.{key} needs either models or slices")
@@ -277,13 +277,13 @@ class _Reader:
         self, modules: Mapping[str, _Module], globals_: Mapping[str, Setting]
     ) -> tuple[dict[str, Setting], tuple[RecipeExpert, ...]]:
         """Several modules of the same models: what differs between them are settings by the tensors' names."""
-        places = {key: self.place.inner("modules", key) for key in modules}
-        experts = {key: self._experts(module, places[key], ()) for key, module in modules.items()}
+        paths = {key: self.where.inner("modules", key) for key in modules}
+        experts = {key: self._experts(module, paths[key], ()) for key, module in modules.items()}
         names = {key: sorted(expert.model for expert in found) for key, found in experts.items()}
         if other := next((key for key, found in names.items() if found != names["decoder"]), None):
             raise self._refused(f"modules.{other} merges other models than modules.decoder: not supported")
         own = {
-            key: self._settings(module.parameters, places[key].inner("parameters")) for key, module in modules.items()
+            key: self._settings(module.parameters, paths[key].inner("parameters")) for key, module in modules.items()
         }
 
         def of_model(model: str) -> dict[str, Setting]:
@@ -296,11 +296,11 @@ class _Reader:
 
     # ------------------------------------------------------------ the rest
 
-    def _settings(self, given: Mapping[str, Any], place: Place, of_model: bool = False) -> dict[str, Setting]:
+    def _settings(self, given: Mapping[str, Any], where: KeyPath, of_model: bool = False) -> dict[str, Setting]:
         def ignore(what: str) -> None:
             self._ignored[what] = None
 
-        return read_parameters(self.method, given, place, of_model=of_model, ignore=ignore)
+        return read_parameters(self.method, given, where, of_model=of_model, ignore=ignore)
 
     def _complete(self, globals_: Mapping[str, Setting]) -> dict[str, Setting]:
         """The recipe's parameters, with mergekit's defaults where they say nothing."""

@@ -23,7 +23,7 @@ from hf_fusion.merging.moe.prompts import Directions
 from hf_fusion.merging.plan import Plan, stored_as
 from hf_fusion.merging.settings import arguments_at
 from hf_fusion.recipe import Recipe, RecipeExpert
-from hf_fusion.schema import Place, read
+from hf_fusion.schema import KeyPath, read
 
 _MLP = re.compile(r"(model\.layers\.(\d+))\.mlp\.(gate|up|down)_proj\.weight")
 # old checkpoints hold these; they follow from the configuration
@@ -87,7 +87,7 @@ def plan_moe(recipe: Recipe, base: Model | None, experts: Sequence[Model]) -> Pl
 
 
 def _number(expert: RecipeExpert, key: str, default: float) -> float:
-    return float(read(float, expert.parameters.get(key, default), Place(expert.model, key)))
+    return float(read(float, expert.parameters.get(key, default), KeyPath(expert.model, key)))
 
 
 def _as_it_is(

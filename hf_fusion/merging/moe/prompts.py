@@ -22,7 +22,7 @@ from hf_fusion.merging.engine.open_models import Model
 from hf_fusion.merging.moe.mixtures import PROMPTED
 from hf_fusion.merging.tokenizers.unions import tokenizer_of
 from hf_fusion.recipe import Recipe, RecipeExpert
-from hf_fusion.schema import Place, read
+from hf_fusion.schema import KeyPath, read
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -140,7 +140,7 @@ def _normal(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _texts(expert: RecipeExpert, key: str) -> list[str]:
-    texts: list[str] = read(list[str], expert.parameters.get(key) or [], Place(expert.model, key))
+    texts: list[str] = read(list[str], expert.parameters.get(key) or [], KeyPath(expert.model, key))
     return texts
 
 

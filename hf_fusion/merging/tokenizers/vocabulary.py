@@ -32,7 +32,9 @@ from hf_fusion.merging.engine.open_models import LAYER, Model
 from hf_fusion.merging.engine.tensors import Reader
 from hf_fusion.merging.tokenizers.aligned import AVERAGE, ZERO, Aligned, Table
 from hf_fusion.merging.tokenizers.token_ids import TokenNumbers, roles_of
+from hf_fusion.merging.tokenizers.token_sources import TokenRequest, TokenSource, tokenizer_request
 from hf_fusion.merging.tokenizers.unions import add_tokens, tokenizer_of, union
+from hf_fusion.schema import KeyPath
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -159,7 +161,8 @@ def unite_vocabularies(
             has an unknown key, or a token that is nowhere.
     """
     assert recipe.tokenizer is not None
-    source, tokens, multiple = _asked(recipe.tokenizer)
+    request = tokenizer_request(recipe.tokenizer)
+    source, tokens, multiple = request.source, request.tokens, request.pad_to_multiple_of
     first = base or experts[0]
     models = list({id(model): model for model in ([base] if base else []) + list(experts)}.values())
     named = {expert.model: model for expert, model in zip(recipe.experts, experts, strict=True)}
@@ -203,7 +206,7 @@ def unite_vocabularies(
     size = max(size, kept)
     rows = -(-size // multiple) * multiple
     own = {key: _rows(merged, tokenizers[key].numbers, limits[key], size, kept) for key in tokenizers}
-    rules = [_rule(token, rule, merged, named, tokenizers, limits) for token, rule in tokens.items()]
+    rules = [_rule(token, asked, merged, named, tokenizers, limits) for token, asked in tokens.items()]
     files = tokenizer_files(folder, *((given.text, given.content) if is_new else ()))
     moved = None
     if folder != first.folder and merged != own_first.numbers:
@@ -228,63 +231,31 @@ def _plain(rules: Sequence[_Rule], models: Sequence[Model]) -> list[Any]:
     return [[rule.token, names.get(rule.model or 0), rule.row, rule.force] for rule in rules]
 
 
-def _asked(tokenizer: str | Mapping[str, Any]) -> tuple[str, dict[str, dict[str, Any]], int]:
-    """Source, tokens with where they come from, and what the number of rows is a multiple of."""
-    if isinstance(tokenizer, str):
-        return tokenizer, {}, 1
-    known = ("source", "tokens", "pad_to_multiple_of")
-    if unknown := [key for key in tokenizer if key not in known]:
-        raise FusionError(f"tokenizer: {shown(unknown[0])} is not supported", f"use {', '.join(known)}")
-    source: Any = tokenizer.get("source", "union")
-    tokens: Any = tokenizer.get("tokens") or {}
-    multiple = tokenizer.get("pad_to_multiple_of") or 1
-    if not isinstance(source, str) or not source:
-        raise FusionError(f"tokenizer: source is {shown(source)}, expected union, base or a model")
-    if type(multiple) is not int or not 1 <= multiple <= 1 << 16:
-        raise FusionError(f"tokenizer: pad_to_multiple_of is {shown(multiple)}, expected a whole number")
-    if not isinstance(tokens, Mapping):
-        raise FusionError(f"tokenizer: tokens is {shown(tokens)}, expected tokens and where they come from")
-    for token, rule in tokens.items():
-        if not isinstance(token, str) or not token:
-            raise FusionError(f"tokenizer: tokens has {shown(token)}, expected a text")
-        if not isinstance(rule, Mapping) or set(rule) - {"source", "force"} or "source" not in rule:
-            raise FusionError(f"tokenizer: tokens.{token} is {shown(rule)}, expected {{source: …, force: …}}")
-        if not isinstance(rule.get("force", False), bool):
-            raise FusionError(f"tokenizer: tokens.{token}.force is {shown(rule['force'])}, expected true or false")
-    return source, dict(tokens), multiple
-
-
 def _rule(
     token: str,
-    rule: Mapping[str, Any],
+    request: TokenRequest,
     merged: Mapping[str, int],
     named: Mapping[str, Model],
     tokenizers: Mapping[int, _Tokenizer],
     limits: Mapping[int, int],
 ) -> _Rule:
     """Where a token's row comes from: a model's name, its token of another name or number, or zeros."""
-    where, force = f"tokenizer: tokens.{token}.source", bool(rule.get("force", False))
-    source: Any = rule["source"]
-    wanted: Any = token
-    if isinstance(source, Mapping):
-        keys = {"zero": {"kind"}, "model_token": {"kind", "model", "token", "token_id"}}
-        kind = source.get("kind")
-        if not isinstance(kind, str) or kind not in keys or set(source) - keys[kind]:
-            raise FusionError(
-                f"{where} is {shown(source)}, expected a model, {{kind: model_token, …}} or {{kind: zero}}"
-            )
-        if kind == "zero":
-            return _Rule(merged[token], None, 0, force)
-        if ("token" in source) == ("token_id" in source):
-            raise FusionError(f"{where} needs either token or token_id")
-        source, wanted = source.get("model"), source.get("token", source.get("token_id"))
-    if not isinstance(source, str) or source not in named:
-        raise FusionError(f"{where} is {shown(source)}, which is not one of the merged models", "name it as they do")
-    key = id(named[source])
+    where, source = KeyPath("", "tokenizer").inner("tokens", token, "source"), request.source
+    model: str | None
+    model, wanted = (
+        (source, token)
+        if isinstance(source, str)
+        else (source.model, source.token_id if source.token is None else source.token)
+    )
+    if isinstance(source, TokenSource) and source.kind == "zero":
+        return _Rule(merged[token], None, 0, request.force)
+    if model is None or model not in named:
+        raise FusionError(f"{where} is {shown(model)}, which is not one of the merged models", "name it as they do")
+    key = id(named[model])
     row = wanted if type(wanted) is int else tokenizers[key].numbers.get(str(wanted), -1)
     if not 0 <= row < limits[key]:
-        raise FusionError(f"{where}: {source} has no token {shown(wanted)}")
-    return _Rule(merged[token], key, row, force)
+        raise FusionError(f"{where}: {model} has no token {shown(wanted)}")
+    return _Rule(merged[token], key, row, request.force)
 
 
 def _covers(model: Model, name: str) -> bool:

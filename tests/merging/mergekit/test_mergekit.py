@@ -14,7 +14,7 @@ from hf_fusion import FusionError
 from hf_fusion.merging.merge import merge
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.merging.recipe_files import load_recipe
-from hf_fusion.schema import Place
+from hf_fusion.schema import KeyPath
 from hf_fusion.schema import read as read_value
 
 LAYERS = 4
@@ -251,7 +251,7 @@ def test_every_method_is_one_of_ours_with_parameters_it_has():
             ours = known[parameter.ours]
             assert ours.per_expert == parameter.per_model, (method, name)
             if parameter.default is not None:
-                read_value(ours.hint, parameter.value(parameter.default), Place(method, name))
+                read_value(ours.hint, parameter.value(parameter.default), KeyPath(method, name))
     # fmt: off
     assert set(rows) == {
         "linear", "slerp", "nuslerp", "multislerp", "karcher", "nearswap", "arcee_fusion", "model_stock", "passthrough",
