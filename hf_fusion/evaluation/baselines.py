@@ -19,11 +19,6 @@ def max_confidence(outputs: torch.Tensor) -> torch.Tensor:
     return outputs[torch.arange(len(outputs)), surest]
 
 
-def single_experts(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Accuracy of each expert alone, (K,)."""
-    return (outputs.argmax(2) == labels[:, None]).float().mean(0)
-
-
 def oracle_expert(outputs: torch.Tensor, labels: torch.Tensor, experts: torch.Tensor | None = None) -> torch.Tensor:
     """Which examples are right if the best expert for each is known, (N,) bool.
 

@@ -15,10 +15,11 @@ from hf_fusion.evaluation.predictions import Predictions
 from hf_fusion.evaluation.predictors import Batch
 from hf_fusion.evaluation.task_metrics import row_scores
 from hf_fusion.progress import track
-from hf_fusion.training.batches import Examples, batch_indices_by_length
+from hf_fusion.training.batches import Examples, batch_indices_by_length, to_model
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel
 
     from hf_fusion.evaluation.predictors import Predictor
     from hf_fusion.evaluation.results import MeasuredTask, Metric
@@ -57,17 +58,9 @@ class TaskRows:
         return inputs
 
     @classmethod
-    def of(cls, task: MeasuredTask, examples: Examples, device: torch.device | None = None) -> TaskRows:
-        """Rows that were encoded for an expert.
-
-        Args:
-            device: where inputs go, once for all predictors; by default they stay on the CPU.
-        """
-
-        def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
-            return {name: value.to(device) for name, value in examples.collate(rows).items()}
-
-        return cls(task, examples.rows, examples.collate if device is None else collate)
+    def of(cls, task: MeasuredTask, examples: Examples, model: PreTrainedModel) -> TaskRows:
+        """Rows that were encoded for a model: inputs go to its device, in its dtype, once for all predictors."""
+        return cls(task, examples.rows, lambda rows: to_model(examples.collate(rows), model))
 
 
 def check_suite(suite: Mapping[str, Dataset]) -> None:

@@ -131,7 +131,7 @@ def measure_merged(
         tasks.append(task)
         labels = list(model.config.experts[model.experts.index(owners[name])]["labels"])
         read = read_examples(Expert(name, model.backbone, processor=model.processor, labels=labels), rows, max_length)
-        data = TaskRows.of(task, read, model.backbone.device)
+        data = TaskRows.of(task, read, model.backbone)
         for predictor in predictors:
             with torch.no_grad(), predictor.within(predictor.model):
                 scores[predictor.name] |= {name: score_task([predictor], data, batch_size)[predictor.name]}
@@ -202,7 +202,7 @@ def measure_static(
         predictor = ModelPredictor(name, kind, expert.model)
         for task, rows in suite.items():
             measured = MeasuredTask(task, like.metric(wanted.get(task)), len(rows))
-            data = TaskRows.of(measured, read_examples(expert, rows, max_length))
+            data = TaskRows.of(measured, read_examples(expert, rows, max_length), expert.model)
             scores[name] |= {task: score_task([predictor], data, batch_size)[name]}
         del expert, predictor  # before the next is loaded
     assert like is not None

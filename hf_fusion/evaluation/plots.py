@@ -81,9 +81,7 @@ def plot_accuracy_cost(results: Results, path: str | Path) -> Path:
     axes.set_xlabel("cost of an example, as a share of asking every expert", loc="left")
     axes.set_title(_title(results), loc="left", fontsize=11, pad=12)
     plain_axes(axes)
-    with replacing(path) as partial:
-        figure.savefig(partial, facecolor="white")
-    return Path(path)
+    return _saved(figure, path)
 
 
 def plot_routing(routing: RoutingMap, path: str | Path) -> Path:
@@ -129,9 +127,7 @@ def plot_routing(routing: RoutingMap, path: str | Path) -> Path:
     )
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    with replacing(path) as partial:
-        figure.savefig(partial, facecolor="white")
-    return Path(path)
+    return _saved(figure, path)
 
 
 def plot_coefficients(found: CoefficientMap, path: str | Path) -> Path:
@@ -188,6 +184,11 @@ def plot_coefficients(found: CoefficientMap, path: str | Path) -> Path:
         ha="left",
         fontsize=9.5,
     )
+    return _saved(figure, path)
+
+
+def _saved(figure: Any, path: str | Path) -> Path:
+    """Writes a picture, all of it or nothing."""
     with replacing(path) as partial:
         figure.savefig(partial, facecolor="white")
     return Path(path)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from hf_fusion.evaluation.predictions import Predictions, predict_batch
 from hf_fusion.evaluation.results import MeasuredTask
 from hf_fusion.evaluation.task_metrics import METRICS, Reads
-from hf_fusion.training.batches import to_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,7 +22,7 @@ class Batch:
     Attributes:
         task: which, and how its rows are scored.
         indices: indices of the rows in the task's data, B of them.
-        inputs: of the B rows, with ``labels``.
+        inputs: of the B rows, with ``labels``, on the models' device.
     """
 
     task: MeasuredTask
@@ -67,7 +66,7 @@ class ModelPredictor:
     Attributes:
         name, kind: see `Predictor`.
         model: gives ``logits``.
-        prepare: batch → the model's inputs with labels; by default those of the batch where the model is.
+        prepare: batch → the model's inputs with labels; by default those of the batch.
         within: batch → the context that the forward runs in.
         cost: see `Predictor`.
         reads: what is read of the outputs; by default what the task's metric needs.
@@ -77,7 +76,7 @@ class ModelPredictor:
     name: str
     kind: str
     model: PreTrainedModel
-    prepare: Callable[[Batch], Mapping[str, Any]] | None = None
+    prepare: Callable[[Batch], Mapping[str, Any]] = lambda batch: batch.inputs
     within: Callable[[Batch], AbstractContextManager[Any]] = lambda batch: nullcontext()
     cost: float | None = None
     reads: Reads | None = None
@@ -85,9 +84,9 @@ class ModelPredictor:
 
     def predict(self, batch: Batch) -> Predictions:
         """See `Predictor`."""
-        inputs = self.prepare(batch) if self.prepare else to_model(batch.inputs, self.model)
+        inputs, reads = self.prepare(batch), self.reads or METRICS[batch.task.metric].reads
         with self.within(batch):
-            return predict_batch(self.model, inputs, self.reads or METRICS[batch.task.metric].reads, self.tokenizer)
+            return predict_batch(self.model, inputs, reads, self.tokenizer)
 
 
 @dataclass(frozen=True)

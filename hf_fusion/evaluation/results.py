@@ -12,6 +12,7 @@ from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.intervals import Score
 from hf_fusion.io.json_files import read_json
 from hf_fusion.io.saving import write_file
+from hf_fusion.schema import KeyPath, fields_of, read_class
 
 Metric = Literal["accuracy", "exact", "tokens"]
 HELD_IN, HELD_OUT = "held-in", "held-out"
@@ -145,38 +146,19 @@ class Results:
         """Reads what `save` wrote, now or in an earlier form.
 
         Raises:
-            FusionError: the file cannot be read, or a field is missing.
+            FusionError: it is not such a file.
         """
-        return cls.from_dict(read_json(Path(path), str(Path(path).parent)))
+        return cls.from_dict(read_json(Path(path), str(Path(path).parent)), str(path))
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Results:
-        """From the content of such a file; fields that are not of `Results` are skipped.
+    def from_dict(cls, content: Mapping[str, Any], file: str = RESULTS_FILE) -> Results:
+        """From the content of such a file, which may have further keys.
 
         Raises:
-            FusionError: a field is missing or of another type.
+            FusionError: a key is missing, or a value is of another type.
         """
-        try:
-            content = _upgraded(content)
-            lacking = [key for key in _NEEDED if content.get(key) is None]
-            lacking += [
-                f"{key}[].{name}"
-                for key, names in _NEEDED.items()
-                for name in names
-                if any(row.get(name) is None for row in content.get(key) or ())
-            ]
-            if not lacking:
-                known = ("selection_accuracy", "curve", "settings", "command", "machine")
-                return cls(
-                    [MeasuredTask(**task) for task in content["tasks"]],
-                    [_predictor(row) for row in content["predictors"]],
-                    **{key: content[key] for key in known if key in content},
-                )
-        except KeyError as error:
-            lacking = [str(error.args[0])]
-        except (AttributeError, TypeError, ValueError) as error:
-            raise FusionError(f"The results cannot be read ({error}).", hint="hf-fusion eval writes them") from error
-        raise FusionError(f"The results lack {', '.join(lacking)}.", hint="hf-fusion eval writes them")
+        upgraded = _upgraded(content, file)
+        return read_class(cls, {key: upgraded[key] for key in fields_of(cls) if key in upgraded}, KeyPath(file))
 
     def table(self, experts: bool = False) -> list[dict[str, str]]:
         """For printing: one row per predictor where rows are pooled, else one per task and mean.
@@ -231,15 +213,17 @@ class Results:
 
 # ---------------------------------------------------------------- reading
 
-_NEEDED = {"tasks": ("name", "metric", "n"), "predictors": ("name", "kind", "scores")}
 _EARLIER_KINDS = {"foe": FUSED, "router": FUSED, "merged": FUSED}  # the model that is measured, in earlier forms
 
 
-def _upgraded(content: Mapping[str, Any]) -> Mapping[str, Any]:
+def _upgraded(content: Mapping[str, Any], file: str) -> Mapping[str, Any]:
     """The content of a file of any form in the form that `Results.save` writes."""
     if "systems" not in content:
         return content
-    return _from_suite(content) if "tasks" in content else _from_pooled(content)
+    try:
+        return _from_suite(content) if "tasks" in content else _from_pooled(content)
+    except (AttributeError, TypeError) as error:
+        raise FusionError(f"{file} cannot be read ({error})", hint="hf-fusion eval writes it") from error
 
 
 def _from_suite(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,18 +235,13 @@ def _from_suite(content: Mapping[str, Any]) -> dict[str, Any]:
 def _from_pooled(content: Mapping[str, Any]) -> dict[str, Any]:
     """Until all results had one form: of a Fusion of Experts."""
     data = content.get("dataset") or {}
-    task = {"name": data.get("name"), "split": data.get("split", "test"), "pooled": True}
+    task = {"name": data.get("name"), "split": data.get("split"), "pooled": True}
     task |= {key: content.get(key) for key in ("metric", "n")}
-    systems = [{**row, "scores": {task["name"]: row}} for row in content["systems"]]
+    systems = []
+    for row in content["systems"]:
+        score = {key: row.get(key) for key in ("score", "ci95")}
+        systems.append({key: row.get(key) for key in ("name", "kind", "cost")} | {"scores": {task["name"]: score}})
     return _from_suite({**content, "tasks": [task], "systems": systems})
-
-
-def _predictor(row: Mapping[str, Any]) -> PredictorScores:
-    scores, means, lead = (
-        {name: Score(found["score"], tuple(found["ci95"])) for name, found in row.get(key, {}).items()}
-        for key in ("scores", "means", "lead")
-    )
-    return PredictorScores(row["name"], row["kind"], scores, means, lead, row.get("cost"))
 
 
 # ---------------------------------------------------------------- tables

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from hf_fusion.data import owners_by_name
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.loop import TaskRows, check_suite, metric_of, score_task
 from hf_fusion.evaluation.predictors import ModelPredictor
@@ -56,8 +57,7 @@ class RoutingStrategy:
             name,
             self.kind,
             router.backbone,
-            lambda batch: batch.inputs,
-            lambda batch: self.within(evaluation, router, batch.task.name, batch.indices),
+            within=lambda batch: self.within(evaluation, router, batch.task.name, batch.indices),
         )
 
 
@@ -93,8 +93,8 @@ def measure_routing(
     experts: Sequence[ExpertLike],
     suite: Mapping[str, Dataset],
     *,
-    train_rows: Mapping[str, Dataset],
-    owners: Mapping[str, str],
+    train_rows: Mapping[str, Dataset] | None = None,
+    owners: Mapping[str, str] | None = None,
     predictors: Sequence[str] | None = None,
     metrics: Mapping[str, Metric] | None = None,
     base: str | Path | PreTrainedModel | None = None,
@@ -118,7 +118,7 @@ def measure_routing(
         experts: adapters with gates, as `load_experts` takes them; where the base lies is where it runs.
         suite: task → test rows; columns ``prompt`` and ``target``, or ``text`` (or ``image``) and ``label``.
         train_rows: expert → rows it was trained on, for retrieval and average activation.
-        owners: task → the expert that was trained on it; tasks without one are held out.
+        owners: task → the expert that was trained on it, tasks without one are held out; default is `owners_by_name`.
         predictors: some of `PREDICTORS`; default is all, without the base where experts bring heads.
         metrics: task → "exact" (default) or "tokens", for language models.
         base: the adapters' base, where it is not the one they record.
@@ -137,8 +137,8 @@ def measure_routing(
     evaluation = Evaluation(
         loaded,
         suite,
-        train_rows,
-        owners,
+        train_rows or {},
+        owners_by_name(suite, [expert.name for expert in loaded]) if owners is None else owners,
         metrics or {},
         {"top_k": top_k, "temperature": temperature, "missing_gates": missing_gates},
         embedder,
@@ -147,16 +147,7 @@ def measure_routing(
         max_length,
         seed,
     )
-    tasks, scores = evaluation.run(predictors)
-    settings = {
-        **evaluation.options,
-        "gates": sorted({expert.gates.description if expert.gates else "none" for expert in loaded}),
-        "examples": examples,
-        "seed": seed,
-        "dtype": str(loaded[0].model.dtype).removeprefix("torch."),
-    }
-    kinds = dict.fromkeys(evaluation.names, "expert") | {name: strategy.kind for name, strategy in STRATEGIES.items()}
-    return compare(tasks, scores, kinds, settings=settings, command=command)
+    return evaluation.run(predictors, command)
 
 
 @dataclass
@@ -183,8 +174,8 @@ class Evaluation:
         """The experts' names."""
         return [expert.name for expert in self.experts]
 
-    def run(self, predictors: Sequence[str] | None) -> tuple[list[MeasuredTask], dict[str, dict[str, torch.Tensor]]]:
-        """The tasks, and the rows' scores: predictor → task → (N,)."""
+    def run(self, predictors: Sequence[str] | None, command: str) -> Results:
+        """The comparison of some predictors, see `measure_routing`."""
         wanted = self._checked(predictors)
         strategies = {name: strategy for name, strategy in STRATEGIES.items() if name in wanted}
         singles = {name: RoutingStrategy("expert", within=partial(alone, name)) for name in self.names}
@@ -202,7 +193,15 @@ class Evaluation:
                 derived[HINDSIGHT] = values[max(self.names, key=lambda single: float(values[single].mean()))]
             for shown, found in {**{shown: values[shown] for shown in strategies}, **derived}.items():
                 scores.setdefault(shown, {})[name] = found
-        return tasks, scores
+        settings = {
+            **self.options,
+            "gates": sorted({expert.gates.description if expert.gates else "none" for expert in self.experts}),
+            "examples": self.examples,
+            "seed": self.seed,
+            "dtype": str(self.experts[0].model.dtype).removeprefix("torch."),
+        }
+        kinds = {name: strategy.kind for name, strategy in {**singles, **STRATEGIES}.items()}
+        return compare(tasks, scores, kinds, settings=settings, command=command)
 
     def _scores(
         self, task: MeasuredTask, rows: Dataset, strategies: Mapping[str, RoutingStrategy]
@@ -212,7 +211,7 @@ class Evaluation:
         router = routers["phatgoose"]
         predictors = [strategy.predictor(name, self, routers[strategy.router]) for name, strategy in strategies.items()]
         with same_start(routers.values()) as remembered:
-            data = TaskRows.of(task, self.read(router, rows), router.device)
+            data = TaskRows.of(task, self.read(router, rows), router.backbone)
             return score_task(predictors, data, self.batch_size, before_batch=remembered.clear)
 
     def read(self, router: PhatgooseRouter, rows: Dataset) -> Examples:

@@ -123,7 +123,7 @@ def score_of(values: torch.Tensor, metric: str) -> Score:
     mean = sum(numbers.tolist()) / count
     if row.is_share:
         return Score(mean, wilson(mean, count))
-    half = Z95 * float(numbers.std(ddof=row.correction)) / math.sqrt(count)
+    half = Z95 * float(numbers.std(ddof=min(row.correction, count - 1))) / math.sqrt(count)
     return Score(mean, (max(row.bounds[0], mean - half), min(row.bounds[1], mean + half)))
 
 

@@ -36,6 +36,17 @@ def test_a_router_is_measured_beside_its_experts():
     assert results.predictors == same.predictors
 
 
+def test_tasks_belong_to_the_experts_whose_names_they_bear():
+    experts = routed(llama(), 2, ["layers.1.mlp.up_proj"])
+    router = PhatgooseRouter.from_experts(experts)
+    suite = {"expert-1": said(router, "expert-1", 3), "other": said(router, None, 2)}
+    results = evaluate(router, suite, experts=experts, predictors=["PHATGOOSE", "oracle"])
+    assert [task.owner for task in results.tasks] == ["expert-1", None]
+    assert results["oracle"].scores.keys() == {"expert-1"}
+    with pytest.raises(FusionError, match="retrieval needs rows that expert-0 was trained on"):
+        evaluate(router, suite, experts=experts)
+
+
 def test_every_row_is_scored_once_in_its_place():
     """Rows are batched by length; their scores come back in the order of the data."""
     lengths = [5, 1, 4, 2, 3]

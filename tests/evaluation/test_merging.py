@@ -5,7 +5,7 @@ from __future__ import annotations
 import datasets
 import pytest
 import torch
-from tiny import TEXTS, gpt2, make_tokenizer
+from tiny import TEXTS, gpt2, image_processor, images, make_tokenizer, vit
 from tiny_fused import base_expert, bert_base, experts_of
 
 from hf_fusion import FusionError, WEMoEModel, evaluate
@@ -80,6 +80,20 @@ def test_learned_coefficients_of_language_models_are_measured():
     owners, metrics = {"foxes": experts[1].name}, {"foxes": "tokens"}
     results = evaluate(merge, {"foxes": WORDS}, experts=experts, base=gpt2(), owners=owners, metrics=metrics)
     assert results.predictors[0].scores == results["task arithmetic"].scores  # λ is the same for all
+
+
+def test_pictures_are_measured_in_the_models_precision():
+    labels = ["no", "yes"]
+    experts = experts_of(vit(labels), 2, labels=labels, scale=0.5)
+    for expert in experts:
+        expert.model, expert.processor = expert.model.to(torch.bfloat16), image_processor(16)
+    model = WEMoEModel.from_experts(experts, base=base_expert(vit(labels).to(torch.bfloat16)), scaling=0.4)
+    rows = datasets.Dataset.from_dict({"image": images(4), "label": [0, 1, 1, 0]})
+    results = evaluate(model, {experts[0].name: rows})
+    pixels = image_processor(16)(images=images(4), return_tensors="pt")["pixel_values"].to(torch.bfloat16)
+    with torch.no_grad():
+        right = model(pixel_values=pixels, task=experts[0].name).logits.argmax(-1) == torch.tensor(rows["label"])
+    assert results["WEMoE"].scores[experts[0].name].score == float(right.float().mean())
 
 
 def test_misfits_are_named():

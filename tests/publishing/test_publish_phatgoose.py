@@ -199,5 +199,5 @@ def test_another_fuse_takes_the_old_measurements_away(owner, ids, tmp_path):
     save_fused(model, folder, overwrite=True)
     assert not {"results.json", ROUTING_FILE, ROUTING_PICTURE} & {path.name for path in folder.iterdir()}
     (folder / "results.json").write_text(json.dumps({"tasks": [{"name": "x"}], "systems": []}))
-    with pytest.raises(FusionError, match=r"results lack tasks\[\].metric, tasks\[\].n"):
+    with pytest.raises(FusionError, match=r"tasks\[0\].metric is missing"):
         plan(folder, f"{owner.name}/both", api=owner.api)
