@@ -7,15 +7,15 @@ methods give plain models and have a table of their own, `hf_fusion.merging.meth
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_fusion import models
+from hf_fusion.io.declarations import declared
 from hf_fusion.io.folders import LEFTOVERS
+from hf_fusion.schema import Field
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -75,10 +75,10 @@ class Method:
         return found
 
     @property
-    def options(self) -> tuple[str, ...]:
-        """The names of its options: read from the source file, which is not imported for it."""
-        known = _arguments(self.family, self.constructor)
-        return tuple(name for name in known if name not in ("cls", "experts", "base"))
+    def options(self) -> dict[str, Field]:
+        """Its options by name: read from the source file, which is not imported for it."""
+        file = Path(models.__file__).with_name(f"modeling_{self.family}.py")
+        return {name: field for name, field in declared(file, self.constructor).items() if name != "base"}
 
 
 @dataclass(frozen=True)
@@ -279,13 +279,3 @@ def method_needing(*, gates: bool = False, mergeable: bool = False) -> str:
     wanted = (gates, mergeable and not gates)
     rows = ((name, family_of(name).needs) for name in METHODS)
     return next(name for name, needs in rows if (needs.gates, needs.mergeable) == wanted)
-
-
-@cache
-def _arguments(family: str, constructor: str) -> tuple[str, ...]:
-    """The arguments of a model's constructor, by the text of the family's file."""
-    file = Path(models.__file__).with_name(f"modeling_{family}.py")
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef) and node.name == constructor:
-            return tuple(argument.arg for argument in [*node.args.args, *node.args.kwonlyargs])
-    raise AssertionError(f"{file} defines no {constructor}")

@@ -104,6 +104,15 @@ def is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
+def is_plain(value: object) -> bool:
+    """Whether a value is one that YAML and JSON give."""
+    if isinstance(value, (list, tuple)):
+        return all(map(is_plain, value))
+    if isinstance(value, dict):
+        return all(is_plain(each) for pair in value.items() for each in pair)
+    return value is None or type(value) in (str, int, float, bool)
+
+
 Text = Annotated[str, Expected("a text", is_text)]
 Settings = Annotated[
     dict[str, Any], Before(lambda value, where: {} if value is None else value), Expected("names and values")

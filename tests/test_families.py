@@ -28,6 +28,7 @@ from hf_fusion.evaluation.routing_map import ROUTING_FILE, ROUTING_PICTURE
 from hf_fusion.families import FAMILIES, FIT_PARTS, MEASURED, METHODS, STALE, family_of, method_needing
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.merging.recipe_checks import family_method
+from hf_fusion.schema import KeyPath, read
 
 
 def test_each_layer_knows_exactly_the_families_of_the_registry():
@@ -59,6 +60,9 @@ def test_a_method_is_one_of_its_family_and_takes_what_its_row_says(name):
     method, family = METHODS[name], family_of(name)
     assert family.name == method.family and family.methods[name] is method
     known = inspect.signature(method.bound()).parameters
+    assert {name: read(each.hint, each.default, KeyPath("")) for name, each in method.options.items()} == {
+        name: option.default for name, option in known.items() if name not in ("experts", "base")
+    }
     assert list(method.options) == [option for option in known if option not in ("experts", "base")]
     assert ("weights" in known) == method.takes_weights
     assert "base" in known or not method.takes_base
@@ -91,7 +95,7 @@ def test_what_was_checked_of_experts_decides_the_method(gates, mergeable, method
 def test_the_registry_is_read_without_torch():
     code = (
         "import json, sys; from hf_fusion.families import METHODS; "
-        "print(json.dumps([{name: method.options for name, method in METHODS.items()}, "
+        "print(json.dumps([{name: list(method.options) for name, method in METHODS.items()}, "
         "sorted({'torch', 'transformers'} & set(sys.modules))]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

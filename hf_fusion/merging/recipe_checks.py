@@ -10,7 +10,7 @@ from hf_fusion.families import METHODS, Method
 from hf_fusion.merging.methods import MERGE_METHODS, method_named
 from hf_fusion.merging.settings import check_settings
 from hf_fusion.merging.tokenizers.token_sources import tokenizer_request
-from hf_fusion.schema import Field, KeyPath, OneOf, Range, read
+from hf_fusion.schema import Field, KeyPath, OneOf, Range, is_plain, read
 
 if TYPE_CHECKING:
     from hf_fusion.recipe import Recipe
@@ -36,13 +36,16 @@ def family_method(name: str, options: Mapping[str, Any]) -> Method:
         options: to be passed to it.
 
     Raises:
-        FusionError: there is no such method, or it has no such option.
+        FusionError: there is no such method, it has no such option, or a plain value of another type was given.
     """
     if name not in METHODS:
         raise FusionError(f"There is no method {name!r}.", hint=suggestion(name, [*METHODS, *MERGE_METHODS]))
     known = METHODS[name].options
-    if unknown := [option for option in options if option not in known]:
-        raise FusionError(f"Method {name} has no parameter {unknown[0]!r}.", hint=suggestion(unknown[0], known))
+    for option, value in options.items():
+        if option not in known:
+            raise FusionError(f"Method {name} has no parameter {option!r}.", hint=suggestion(option, known))
+        if is_plain(value):  # others, as numpy's, are the model's to judge
+            read(known[option].hint, value, KeyPath(name, option))
     return METHODS[name]
 
 

@@ -140,9 +140,9 @@ def test_an_adapter_that_does_not_fit_is_named_before_its_base_is_loaded(folders
     [
         ({"top_k": 3}, "top_k=3, but there are only 2 experts"),
         ({"top_k": 0}, "at least one expert"),
-        ({"top_k": "two"}, "top_k is 'two', not a whole number"),
-        ({"top_k": 1.5}, "top_k is 1.5, not a whole number"),
-        ({"temperature": "hot"}, "temperature is 'hot', not a number"),
+        ({"top_k": "two"}, "top_k is 'two', expected a whole number"),
+        ({"top_k": 1.5}, "top_k is 1.5, expected a whole number"),
+        ({"temperature": "hot"}, "temperature is 'hot', expected a number"),
         ({"temperature": 0}, "must be above 0"),
         ({"routing": "magic"}, "must be one of phatgoose, arrow, uniform"),
         ({"missing_gates": "magic"}, "neither 'arrow' nor {expert: folder of its gates}"),
