@@ -7,7 +7,7 @@ methods give plain models and have a table of their own, `hf_fusion.merging.meth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +19,9 @@ from hf_fusion.schema import Field
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from hf_fusion.models.fused import FusedPreTrainedModel
+    from hf_fusion.types import Expert
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,8 @@ class Classes:
         processor: what reads its inputs, where transformers' own classes do not.
     """
 
-    model: type[PreTrainedModel]
-    generation: type[PreTrainedModel]
+    model: type[FusedPreTrainedModel]
+    generation: type[FusedPreTrainedModel]
     config: type[PreTrainedConfig]
     trace: type | None = None
     processor: type | None = None
@@ -61,7 +64,7 @@ class Method:
     check: Callable[..., None] | None = None
     next_command: str = "hf-fusion eval {} --data DATA"
 
-    def build(self, experts: Any, **options: Any) -> PreTrainedModel:
+    def build(self, experts: Sequence[Expert], **options: Any) -> PreTrainedModel:
         """The model of loaded experts.
 
         Raises:
@@ -200,10 +203,10 @@ def _phatgoose_classes() -> Classes:
     return Classes(PhatgooseRouter, PhatgooseForGeneration, PhatgooseConfig, PhatgooseTrace)
 
 
-def _check_phatgoose(*args: Any, **options: Any) -> None:
+def _check_phatgoose(experts: Sequence[object], **options: Any) -> None:
     from hf_fusion.models.assembly_phatgoose import check_options
 
-    check_options(*args, **options)
+    check_options(experts, **options)
 
 
 PHATGOOSE = Family(
@@ -228,10 +231,10 @@ def _wemoe_classes() -> Classes:
     return Classes(WEMoEModel, WEMoEForGeneration, WEMoEConfig, WEMoETrace)
 
 
-def _check_wemoe(*args: Any, **options: Any) -> None:
+def _check_wemoe(experts: Sequence[object], **options: Any) -> None:
     from hf_fusion.models.build_wemoe import check_options
 
-    check_options(*args, **options)
+    check_options(experts, **options)
 
 
 WEMOE = Family(

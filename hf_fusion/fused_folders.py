@@ -23,6 +23,9 @@ from hf_fusion.types import ModelRef
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from hf_fusion.models.fused import FusedPreTrainedModel
+    from hf_fusion.models.fused_config import FusedConfig
+
 _OTHER_RECIPE = f"put the {RECIPE_FILE} that it was made by into the folder"
 
 
@@ -93,14 +96,14 @@ def family_class(folder: Path, config: dict[str, Any], recipe: Recipe) -> type[P
     raise FusionError(f"{folder}: config.json: architectures names no class of {family.name}: {shown(name)}.")
 
 
-def refuse_other_recipe(folder: Path, recipe: Recipe, config: Any) -> None:
+def refuse_other_recipe(folder: Path, recipe: Recipe, config: FusedConfig) -> None:
     """Raises for a recipe that names more or fewer experts than the config of the model beside it."""
     if len(recipe.experts) != config.num_experts:
         what = f"{RECIPE_FILE} names {len(recipe.experts)} experts, config.json {config.num_experts}"
         raise FusionError(f"{folder}: {what}: they are not of one model.", _OTHER_RECIPE)
 
 
-def read_processor(folder: Path, model: Any, agreed: bool) -> None:
+def read_processor(folder: Path, model: FusedPreTrainedModel, agreed: bool) -> None:
     """Reads a model's tokenizer or image processor now, rather than when the first text is to be read.
 
     Args:

@@ -5,8 +5,9 @@ What travels to the Hub knows nothing of hf_fusion, so how experts are loaded is
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hf_fusion.hub.gates import read_gates
 from hf_fusion.hub.load import load_experts
@@ -21,25 +22,34 @@ from hf_fusion.models.routing_wemoe import WEMoETrace
 from hf_fusion.models.trace_phatgoose import PhatgooseTrace
 from hf_fusion.training.gates import arrow_prototypes
 
+if TYPE_CHECKING:
+    from pathlib import Path
 
-def _load_for_foe(experts: Any, base: Any = None) -> Any:
+    from hf_fusion.hub.load import ExpertLike
+    from hf_fusion.types import Expert
+
+
+def _load_for_foe(experts: Sequence[ExpertLike], base: ExpertLike | None = None) -> list[Expert]:
     """Where hf_fusion is installed, `from_experts` takes ids and folders too."""
     return load_experts(experts, base=base)
 
 
 def _load_for_phatgoose(
-    experts: Any, base: Any = None, missing_gates: Any = None, all_arrow: bool = False
-) -> list[Any]:
+    experts: Sequence[ExpertLike],
+    base: ExpertLike | None = None,
+    missing_gates: str | Mapping[str, str | Path] | None = None,
+    all_arrow: bool = False,
+) -> list[Expert]:
     """Where hf_fusion is installed, `from_experts` takes ids and folders, and finds stand-ins for missing gates."""
     loaded = load_experts(experts, base=base)
     names = [expert.name for expert in loaded]
-    given = {} if missing_gates in (None, "arrow") else dict(missing_gates)
+    given = dict(missing_gates) if isinstance(missing_gates, Mapping) else {}
     if unknown := [name for name in given if name not in names]:
         raise ValueError(f"missing_gates names {unknown[0]}, but the experts are {', '.join(names)}")
     if superfluous := [expert.name for expert in loaded if expert.name in given and expert.gates is not None]:
         raise ValueError(f"missing_gates names {superfluous[0]}, which has gates")
 
-    def stand_in(expert: Any) -> Any:
+    def stand_in(expert: Expert) -> Expert:
         where = "arrow" if all_arrow or missing_gates == "arrow" else given.get(expert.name)
         if where is None or expert.adapter is None or (expert.gates is not None and not all_arrow):
             return expert
@@ -53,7 +63,9 @@ def _load_for_phatgoose(
     return [stand_in(expert) for expert in loaded]
 
 
-def _load_for_wemoe(experts: Any, base: Any = None) -> tuple[list[Any], Any]:
+def _load_for_wemoe(
+    experts: Sequence[ExpertLike], base: ExpertLike | None = None
+) -> tuple[list[Expert], Expert | None]:
     """Where hf_fusion is installed, `from_experts` takes ids, folders and bare models."""
     base = load_experts([base])[0] if base is not None else None
     return load_experts(experts, base=base), base

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 from uuid import uuid4
 
 from hf_fusion.errors import FusionError, disk_refusals, writing
@@ -39,12 +39,34 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_fusion.hub.load import ExpertLike
+    from hf_fusion.models.modeling_foe import FoEModel
+    from hf_fusion.models.modeling_phatgoose import PhatgooseRouter
+    from hf_fusion.models.modeling_wemoe import WEMoEModel
+
+    BaseLike: TypeAlias = str | Path | PreTrainedModel
 
 
+# what type checkers make of each family's methods
+@overload
+def fuse(
+    method: Literal["foe", "ensemble"], experts: Sequence[ExpertLike], base: BaseLike | None = None, **options: Any
+) -> FoEModel: ...
+@overload
+def fuse(
+    method: Literal["phatgoose"], experts: Sequence[ExpertLike], base: BaseLike | None = None, **options: Any
+) -> PhatgooseRouter: ...
+@overload
+def fuse(
+    method: Literal["wemoe"], experts: Sequence[ExpertLike], base: BaseLike | None = None, **options: Any
+) -> WEMoEModel: ...
+@overload
+def fuse(
+    method: str, experts: Sequence[ExpertLike | RecipeExpert], base: BaseLike | None = None, **options: Any
+) -> PreTrainedModel: ...
 def fuse(
     method: str,
     experts: Sequence[ExpertLike | RecipeExpert],
-    base: str | Path | PreTrainedModel | None = None,
+    base: BaseLike | None = None,
     *,
     task: str | None = None,
     dtype: torch.dtype | str | None = None,
@@ -219,11 +241,12 @@ def load_fused(folder: str | Path, *, trust_remote_code: bool = False) -> tuple[
         if recipe.method in MERGE_METHODS:
             return load_merged(folder, trust_remote_code=trust_remote_code), recipe
         config = read_json(folder / "config.json", str(folder))
-        model_class: Any = family_class(folder, config, recipe)
+        model_class = family_class(folder, config, recipe)
         refuse_own_code(folder, config, agreed=trust_remote_code)
         is_whole = not config.get("base_by_reference")  # else the base is fetched
         with phase(f"Reading {folder}"):
-            where = {"use_safetensors": True, **({"local_files_only": True} if is_whole else {})}  # pickles never
+            where: dict[str, Any] = {"local_files_only": True} if is_whole else {}
+            where["use_safetensors"] = True  # pickles never
             model = model_class.from_pretrained(folder, trust_remote_code=trust_remote_code, **where).eval()
         refuse_other_recipe(folder, recipe, model.config)
         read_processor(folder, model, trust_remote_code)
@@ -251,7 +274,7 @@ def _recipe(
     names: Sequence[str],
     experts: Sequence[Expert],
     parameters: dict[str, Any],
-    dtype: Any,
+    dtype: torch.dtype | str | None,
     base: str | None = None,
 ) -> Recipe:
     """What was fused, by names that find it again."""

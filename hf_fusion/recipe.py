@@ -253,7 +253,7 @@ def recipe_file(path: str | Path) -> Path:
     return path
 
 
-def _sources(tokenizer: Any) -> list[str]:
+def _sources(tokenizer: object) -> list[str]:
     """The models that a tokenizer is made of."""
     if isinstance(tokenizer, str):
         return [tokenizer]

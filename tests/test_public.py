@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import hf_fusion
 from hf_fusion import models
-from hf_fusion.families import FAMILIES
+from hf_fusion.families import FAMILIES, family_of
 
 FUNCTIONS = [name for name in hf_fusion.__all__ if inspect.isfunction(getattr(hf_fusion, name))]
 
@@ -71,3 +71,19 @@ def test_editors_and_type_checkers_find_the_same_names():
         (alias.name, node.module) for node in typed.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
     assert found == {(name, f"hf_fusion.{module}") for module, names in hf_fusion._PUBLIC.items() for name in names}
+
+
+def test_type_checkers_know_the_class_of_each_method():
+    tree = ast.parse(Path(inspect.getfile(hf_fusion.fuse)).read_text(encoding="utf-8"))
+    overloads = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "fuse"]
+    typed = {}
+    for node in overloads[:-2]:  # then come static merges, and the function itself
+        names = ast.literal_eval(node.args.args[0].annotation.slice)
+        typed |= dict.fromkeys([names] if isinstance(names, str) else names, ast.unparse(node.returns))
+    assert typed.keys() >= {"foe", "phatgoose", "wemoe"}  # another family's is a PreTrainedModel to them
+    assert typed == {name: family_of(name).classes().model.__name__ for name in typed}
+
+
+def test_the_types_of_all_public_names_are_checked():
+    text = (Path(__file__).parent / "typed_api.py").read_text(encoding="utf-8")
+    assert [name for name in hf_fusion.__all__ if not re.search(rf"\bhf\.{name}\b", text)] == []

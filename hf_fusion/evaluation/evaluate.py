@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
@@ -17,6 +17,7 @@ from hf_fusion.training.adamerging import CoefficientMerge
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from hf_fusion.hub.load import ExpertLike
     from hf_fusion.models.modeling_phatgoose import PhatgooseRouter
 
 
@@ -40,7 +41,7 @@ MEASURES: dict[str, Callable[..., Results]] = {
 }
 
 
-def _measure_of(model: Any) -> tuple[str, Callable[..., Results], bool]:
+def _measure_of(model: object) -> tuple[str, Callable[..., Results], bool]:
     """What a model is in words, how it is measured, and whether task by task."""
     if isinstance(model, (list, tuple)):
         return "PHATGOOSE's experts", measure_routing, True
@@ -52,7 +53,9 @@ def _measure_of(model: Any) -> tuple[str, Callable[..., Results], bool]:
     return family.title, MEASURES[family.name], family.by_task
 
 
-def evaluate(model: Any, data: Dataset | Mapping[str, Dataset], **options: Any) -> Results:
+def evaluate(
+    model: ExpertLike | CoefficientMerge | Sequence[ExpertLike], data: Dataset | Mapping[str, Dataset], **options: Any
+) -> Results:
     """Measures a fused model beside its experts and simpler ways to use them.
 
     What is measured beside the model depends on its family:

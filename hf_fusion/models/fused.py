@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from transformers import PreTrainedModel
@@ -17,6 +17,7 @@ from .fused_loading import check_size, load_checked
 from .fused_own_code import UntrustedCodeError, load_processor
 from .fused_saving import push_options, saved_whole
 
+Model = TypeVar("Model", bound="FusedPreTrainedModel")
 RECIPE_FILE = "fusion.yaml"
 # where to look for a model's files, as `from_pretrained` takes it
 HUB = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
@@ -69,7 +70,7 @@ class FusedPreTrainedModel(PreTrainedModel):
     # ---------------------------------------------------------------- loading
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls: type[Model], pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Model:
         """As any model's; remembers where it came from, so that its processor can follow.
 
         Raises:
@@ -86,7 +87,8 @@ class FusedPreTrainedModel(PreTrainedModel):
         model, info = load_checked(super().from_pretrained, name, args, kwargs, hub)
         model._after_loading(name, hub)
         model._source, model._trusted = (str(name), hub), trusted
-        return (model, info) if wants_info else model
+        loaded: Any = (model, info) if wants_info else model
+        return loaded
 
     @classmethod
     def _before_loading(cls, name: Any, hub: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
