@@ -1,8 +1,8 @@
-"""The registry of families: fusion methods whose models have classes of their own that travel to the Hub.
+"""The registry of families: fusion methods whose model classes travel to the Hub.
 
 One row says all that fusing, fitting, measuring, cards, publishing and the command line need to know of a family. What
-takes torch or transformers is imported when it is used, so that a mistyped option is told at once. Static merging
-methods give plain models and have a table of their own, `hf_fusion.merging.methods.MERGE_METHODS`.
+takes torch or transformers is imported when it is used, so that a mistyped option is an error at once. Static merging
+methods give plain models and are listed in `hf_fusion.merging.methods.MERGE_METHODS`.
 """
 
 from __future__ import annotations

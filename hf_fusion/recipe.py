@@ -57,7 +57,7 @@ class RecipeExpert:
     Attributes:
         model: ``owner/name@sha``, or a folder.
         weight: its share, for methods that weigh their experts.
-        parameters: what a static method lets every expert have of its own.
+        parameters: the method's parameters for this expert alone.
     """
 
     model: ModelName
@@ -66,14 +66,14 @@ class RecipeExpert:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that is its own, by the method's names."""
+        """Its parameters and its weight, by the method's names."""
         return self.parameters | ({} if self.weight is None else {"weight": self.weight})
 
     def to_plain(self) -> Any:
         """As written to YAML: the name alone where there is nothing else."""
-        own = {"model": self.model, "weight": self.weight, "parameters": self.parameters}
-        own = {key: value for key, value in own.items() if value not in (None, {})}
-        return own if len(own) > 1 else self.model
+        plain = {"model": self.model, "weight": self.weight, "parameters": self.parameters}
+        plain = {key: value for key, value in plain.items() if value not in (None, {})}
+        return plain if len(plain) > 1 else self.model
 
 
 _Expert = Annotated[
@@ -150,7 +150,7 @@ class Recipe:
         experts: what is fused.
         base: ``owner/name@sha`` of the base, where the method or the adapters need one.
         parameters: the method's own options. Every static method also takes ``seed``; ``mismatch`` (`MISMATCHES`), for
-            tensors that do not match; and ``untie: true``, which gives the merged model a head of its own where some of
+            tensors that do not match; and ``untie: true``, which gives the merged model a separate head where some of
             its models tie theirs to the embeddings.
         dtype: "float32", "float16" or "bfloat16"; None keeps the checkpoints' own.
         slices: of static merges: the merged model's layers, where they are not those of its models one by one.

@@ -9,7 +9,7 @@
 
 raises "suite.yaml: tasks.cola.fitting.share is 2, expected a number from 0 to 1". Understood are str, int, float, bool,
 None, Any, Literal, unions, lists, tuples, dictionaries and dataclasses, and `Annotated` with what this module defines.
-The parameters of a function are described likewise: `parameters_of`.
+`parameters_of` describes the parameters of a function in the same way.
 """
 
 from __future__ import annotations
@@ -341,12 +341,12 @@ def _converted(kind: Any, value: Any, where: KeyPath) -> Any:
         each = inner if origin is tuple and Ellipsis not in inner else inner[:1] * len(value)
         if len(each) != len(value):
             return _WRONG
-        read_all = [read(hint, own, where, i) for i, (hint, own) in enumerate(zip(each, value, strict=True))]
+        read_all = [read(hint, item, where, i) for i, (hint, item) in enumerate(zip(each, value, strict=True))]
         return tuple(read_all) if origin is tuple else read_all
     if origin in (dict, Mapping):
         of = KeyPath(where.file, f"a key of {where.path}")
         keys = [read(inner[0], key, of) for key in value]
-        return {key: read(inner[1], own, where, key) for key, own in zip(keys, value.values(), strict=True)}
+        return {key: read(inner[1], item, where, key) for key, item in zip(keys, value.values(), strict=True)}
     return value
 
 

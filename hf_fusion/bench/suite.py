@@ -51,14 +51,14 @@ METRICS = {
     "angle": "mean angle to the true normals, degrees",
 }
 LOWER = frozenset({"perplexity", "absolute_error", "angle"})
-"""Metrics on a scale of their own, of which less is better; all others are shares, of which more is better."""
+"""Metrics of which less is better; they are not shares from 0 to 1, as all others are."""
 OUR_COLUMNS = ("text", "text_pair", "image", "label")
 
 
 def _beside(path: Path, name: str) -> Path:
     """A file beside a suite's, or among the package's suites."""
-    own = path.parent / name
-    return own if os.path.isfile(own) else SUITES / name  # noqa: PTH113 - pathlib raises for names that are too long
+    beside = path.parent / name
+    return beside if os.path.isfile(beside) else SUITES / name  # noqa: PTH113 - pathlib raises for names that are too long
 
 
 def _class_names(value: Any, where: KeyPath) -> Any:
@@ -144,7 +144,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Question:
-    """How a language model is asked for a score of a row.
+    """How a language model scores a row.
 
     Attributes:
         prompt: with our columns in braces.
@@ -226,7 +226,7 @@ class Suite:
     def owner(self, task: str) -> str | None:
         """The name of the expert that was trained on a task; None for a held-out one."""
         source = self.tasks[task].expert
-        return next((name for name, own in self.experts.items() if own == source), None)
+        return next((name for name, other in self.experts.items() if other == source), None)
 
 
 def suite_names() -> list[str]:
@@ -291,7 +291,7 @@ class _File:
 
 
 def _content(path: Path) -> dict[Any, Any]:
-    """The file's keys; those of the suite that it extends, where it has none of its own."""
+    """The keys of a file, and of the suite that it extends."""
     keys = Annotated[dict[Any, Any], Expected("{title: …, kind: …, head: …, tasks: …}")]
     content: dict[Any, Any] = read(keys, read_yaml(path), KeyPath(str(path)))
     if (parent := content.pop("extends", None)) is None:
@@ -308,11 +308,11 @@ def _content(path: Path) -> dict[Any, Any]:
 def _suite(name: str, content: dict[Any, Any], path: Path) -> Suite:
     where = KeyPath(str(path))
     file = read_class(_File, content, where)
-    known = {key: own for key, own in fields_of(Task).items() if key != "name"}
+    known = {key: each for key, each in fields_of(Task).items() if key != "name"}
     defaults, pool = read_fields(known, file.defaults, where.inner("defaults")), _numbered(file.experts, where)
     tasks = {}
-    for key, own in file.tasks.items():
-        at, given = where.inner("tasks", key), {} if own is None else own
+    for key, keys in file.tasks.items():
+        at, given = where.inner("tasks", key), {} if keys is None else keys
         task = read_class(Task, given, at, defaults, name=key)
         if "expert" not in {**defaults, **given}:
             task = replace(task, expert=pool if isinstance(pool, str) else pool.get(key))
@@ -324,8 +324,8 @@ def _suite(name: str, content: dict[Any, Any], path: Path) -> Suite:
     experts |= {task.name: task.expert for task in tasks.values() if task.expert and task.expert not in named}
     if not experts:
         raise FusionError(f"{path} names no expert", hint="experts: owner/name-{task}")
-    unseen = tuple(_unseen(key, own, tasks, where.inner("unseen", key)) for key, own in file.unseen.items())
-    ask = {key: _question(own, where.inner("ask", key)) for key, own in file.ask.items()}
+    unseen = tuple(_unseen(key, split, tasks, where.inner("unseen", key)) for key, split in file.unseen.items())
+    ask = {key: _question(question, where.inner("ask", key)) for key, question in file.ask.items()}
     facts = {key: getattr(file, key) for key in ("title", "kind", "head", "base", "multitask", "build", "about")}
     suite = Suite(name=name, tasks=tasks, experts=experts, unseen=unseen, ask=ask, path=path, **facts)
     _check_questions(suite)

@@ -27,10 +27,10 @@ def declared(file: Path, name: str) -> dict[str, Field]:
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             with suppress(Exception):  # of torch, or of what else was not imported
                 exec(compile(ast.Module([node], []), str(file), "exec"), known)
-    [own] = [node.args for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name]
-    with_default = own.args[len(own.args) - len(own.defaults) :]
+    [given] = [node.args for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name]
+    with_default = given.args[len(given.args) - len(given.defaults) :]
     arguments = ast.arguments(
-        [], [], None, [*with_default, *own.kwonlyargs], [*own.defaults, *own.kw_defaults], None, []
+        [], [], None, [*with_default, *given.kwonlyargs], [*given.defaults, *given.kw_defaults], None, []
     )
     stub = ast.FunctionDef(name, arguments, [ast.Pass()], [], None, None, lineno=1, col_offset=0)
     exec(compile(ast.fix_missing_locations(ast.Module([stub], [])), str(file), "exec"), known)
@@ -55,7 +55,9 @@ def decorated(file: Path, decorator: str, known: Mapping[str, Any]) -> list[tupl
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == decorator:
                 words, facts = (
                     ast.List(call.args, ast.Load()),
-                    ast.Dict([ast.Constant(own.arg) for own in call.keywords], [own.value for own in call.keywords]),
+                    ast.Dict(
+                        [ast.Constant(given.arg) for given in call.keywords], [given.value for given in call.keywords]
+                    ),
                 )
                 both = ast.fix_missing_locations(ast.Expression(ast.Tuple([words, facts], ast.Load())))
                 found.append((node.name, *eval(compile(both, str(file), "eval"), dict(known))))

@@ -24,7 +24,7 @@ def merge_states(
     base: Mapping[str, torch.Tensor] | None,
     experts: Sequence[Mapping[str, torch.Tensor]],
     *,
-    own: Sequence[Mapping[str, Any]] = (),
+    by_expert: Sequence[Mapping[str, Any]] = (),
     statistics: Sequence[Mapping[str, Statistic]] = (),
     seed: int = 0,
     **parameters: Any,
@@ -35,24 +35,24 @@ def merge_states(
         method: a key of `hf_fusion.merging.methods.MERGE_METHODS`.
         base: tensors of the model that the experts were fine-tuned from; left aside by methods without a base.
         experts: tensors of each expert: at least those of the base, else of the first.
-        own: what each expert has of its own (``weight``), one mapping an expert.
+        by_expert: the parameters of each expert alone (``weight``), one mapping an expert.
         statistics: of each expert, tensor name → what was measured of it, for methods that need it.
         seed: of what is drawn at random.
         parameters: the method's own, for all experts: values, gradients over the layers or filters by name.
 
     Returns:
-        Name → merged tensor, float32, on the CPU. What is no float is the first model's.
+        Name → merged tensor, float32, on the CPU. What is not a float is the first model's.
 
     Raises:
         FusionError: for an unknown method or parameter, a value out of its range, and what merges to NaN or Inf.
         ValueError: what the method says of a tensor.
     """
     row = method_named(method)
-    for given in (parameters, *own):
+    for given in (parameters, *by_expert):
         check_settings(method, row.parameters, given, KeyPath(""))
     start = base if row.base and base is not None else None
     first = start if start is not None else experts[0]
-    settings = [[each] for each in own] or [[] for _ in experts]
+    settings = [[each] for each in by_expert] or [[] for _ in experts]
     floats = [name for name, tensor in first.items() if tensor.is_floating_point()]
 
     def opened(name: str) -> Tensors:

@@ -41,13 +41,13 @@ class Plan:
     """A merge that could begin.
 
     Attributes:
-        recipe: what was asked for, its models pinned.
+        recipe: the recipe, its models pinned.
         method: its row.
         base: the base, if there is one.
         experts: in the order of the recipe.
         targets: the merged model's tensors.
         files: what the inputs are read with.
-        dropped: tensors of experts that have no place in the merged model, as a table.
+        dropped: tensors of experts that the merged model does not have, as a table.
         config: content of the merged model's ``config.json``.
         vocabulary: the merged model's tokens, where the recipe asks for others than the first model's.
         notes: what is unlike what the models say, one sentence each.
@@ -70,7 +70,7 @@ class Plan:
 
     @property
     def partly(self) -> list[Share]:
-        """Experts of which less than all is merged, where slices have not asked for that."""
+        """Experts of which less than all is merged, where slices do not say so."""
         return [share for share in self.shares if share.value < 1 and not self.recipe.slices]
 
     @property
@@ -92,7 +92,7 @@ class Plan:
 
     @property
     def first(self) -> Model:
-        """The model whose names, configuration and, if not told otherwise, tokenizer the merged one has."""
+        """The model whose names, configuration and, unless the recipe names another, tokenizer the merged one has."""
         return self.base or self.experts[0]
 
     @property
@@ -128,7 +128,7 @@ def plan(recipe: Recipe, base: Model | None, experts: Sequence[Model], vocabular
     # of models that slices do not name, one may lend its configuration
     named = {part.expert for origin in origins for part in origin.parts}
     refuse_strangers([shares[number] for number in sorted(named)], first)
-    # an expert's tensors that have no place are only a problem while nobody said so
+    # tensors that the merged model lacks are a problem only where the recipe does not say what to do
     if mismatches and not recipe.parameters.get("mismatch"):
         raise MismatchError(mismatches)
     statistics = statistics_of(recipe, method.statistics, experts)
@@ -161,10 +161,10 @@ class _Context:
         holders = {id(origin.first[0]): origin.first, id(model): (model, name)}
         first = self.base or self.experts[0]
         for other, known in [(first, {origin.name: origin.name}), *zip(self.experts, self.names, strict=True)]:
-            own = known.get(origin.name)
-            if own in other.entries and other.shape(own)[1:] == model.shape(name)[1:]:
-                holders.setdefault(id(other), (other, own))
-        return self.vocabulary.reader(model, {key: m.reader(own, self.files) for key, (m, own) in holders.items()})
+            theirs = known.get(origin.name)
+            if theirs in other.entries and other.shape(theirs)[1:] == model.shape(name)[1:]:
+                holders.setdefault(id(other), (other, theirs))
+        return self.vocabulary.reader(model, {key: m.reader(n, self.files) for key, (m, n) in holders.items()})
 
 
 def _fitting(
@@ -175,22 +175,22 @@ def _fitting(
     is_aligned: Callable[[Model, str], bool],
 ) -> tuple[Part, ...]:
     """The experts' tensors that are merged into one of the merged model's; empty where that stays as it is."""
-    first, own = origin.first
-    mismatch, shape = recipe.parameters.get("mismatch"), first.shape(own)
+    first, first_name = origin.first
+    mismatch, shape = recipe.parameters.get("mismatch"), first.shape(first_name)
     parts, unfit = [], False
     for part in origin.parts:
         if part.name is None or not experts[part.expert].entries[part.name].is_float:
             unfit = True
             continue
         theirs = experts[part.expert].shape(part.name)
-        resized = is_aligned(first, own) or (mismatch == "resize" and layer_index(own) is None)
+        resized = is_aligned(first, first_name) or (mismatch == "resize" and layer_index(first_name) is None)
         if theirs == shape or (resized and has_rows(theirs, shape)):
             parts.append(part)
         else:
             unfit = True
     # fewer than the method merges: what is there is passed on as it is
     least = 1 if base else method_named(recipe.method).experts[0]
-    stays = len(parts) < least or not first.entries[own].is_float or (unfit and mismatch == "base")
+    stays = len(parts) < least or not first.entries[first_name].is_float or (unfit and mismatch == "base")
     return () if stays else tuple(parts)
 
 
@@ -212,11 +212,11 @@ def _merged_of(
 def _target(origin: Origin, parts: tuple[Part, ...], context: _Context) -> Target:
     """One tensor of the merged model."""
     recipe, method, experts, vocabulary = context.recipe, context.method, context.experts, context.vocabulary
-    first, own = origin.first
-    entry, shape = first.entries[own], first.shape(own)
-    is_aligned, seed = vocabulary is not None and vocabulary.covers(first, own), recipe.parameters.get("seed", 0)
+    first, first_name = origin.first
+    entry, shape = first.entries[first_name], first.shape(first_name)
+    is_aligned, seed = vocabulary is not None and vocabulary.covers(first, first_name), recipe.parameters.get("seed", 0)
     size = (vocabulary.rows, *shape[1:]) if vocabulary is not None and is_aligned else shape
-    spec = TensorSpec(origin.name, stored_as(recipe.dtype, entry.dtype), size, first.module_of(own))
+    spec = TensorSpec(origin.name, stored_as(recipe.dtype, entry.dtype), size, first.module_of(first_name))
     described = vocabulary.digest if vocabulary is not None and is_aligned else None
     if not parts:
         return _kept(spec, origin, context, described)
@@ -225,7 +225,7 @@ def _target(origin: Origin, parts: tuple[Part, ...], context: _Context) -> Targe
     )
 
     def opened() -> Tensors:
-        reader = context.reader(origin, first, own)
+        reader = context.reader(origin, first, first_name)
         readers: list[Reader] = []
         for part in parts:
             theirs = context.reader(origin, experts[part.expert], str(part.name))
@@ -238,37 +238,37 @@ def _target(origin: Origin, parts: tuple[Part, ...], context: _Context) -> Targe
         tensors = opened()
         return tensors, method.function(tensors, **arguments)
 
-    inputs = [first.name, own, *((experts[part.expert].name, part.name) for part in parts)]
+    inputs = [first.name, first_name, *((experts[part.expert].name, part.name) for part in parts)]
     inputs += [context.statistics[part.expert].digest for part in parts if context.statistics]
     return Target(spec, make, inputs=opened, identity=[recipe.method, arguments, seed, inputs, described])
 
 
 def _kept(spec: TensorSpec, origin: Origin, context: _Context, described: str | None) -> Target:
     """A tensor as its first model has it, in the merged model's type."""
-    first, own = origin.first
-    entry = first.entries[own]
+    first, first_name = origin.first
+    entry = first.entries[first_name]
     if not described and first.adapter is None and (not entry.is_float or entry.dtype == spec.dtype):
         spec = replace(spec, dtype=entry.dtype)
-        return Target(spec, copied=entry, identity=[first.name, own])
+        return Target(spec, copied=entry, identity=[first.name, first_name])
 
     def make() -> tuple[Tensors, Any]:
-        return Tensors(spec.name, None, [context.reader(origin, first, own)]), Combination(0.0, [1.0])
+        return Tensors(spec.name, None, [context.reader(origin, first, first_name)]), Combination(0.0, [1.0])
 
-    return Target(spec, make, identity=[first.name, own, described])
+    return Target(spec, make, identity=[first.name, first_name, described])
 
 
 class ResizedReader:
     """A tensor with the rows of another model: those it lacks are the other's, those beyond are left out."""
 
-    def __init__(self, own: Reader, first: Reader) -> None:
-        self.own, self.first, self.shape = own, first, first.shape
-        self._held = math.prod(own.shape)
+    def __init__(self, resized: Reader, first: Reader) -> None:
+        self.resized, self.first, self.shape = resized, first, first.shape
+        self._held = math.prod(resized.shape)
 
     def read(self, start: int, out: torch.Tensor) -> None:
         """Fills a flat float32 tensor with the values from `start` on."""
         held = max(0, min(len(out), self._held - start))
         if held:
-            self.own.read(start, out[:held])
+            self.resized.read(start, out[:held])
         if held < len(out):
             self.first.read(start + held, out[held:])
 
@@ -277,4 +277,4 @@ def stored_as(wanted: str | None, found: str) -> str:
     """safetensors' name of a merged tensor's type: what the recipe asks for where it is a float, else its own."""
     if wanted is None or found not in FLOATS:
         return found
-    return next(name for name, (own, _) in DTYPES.items() if own == wanted)
+    return next(name for name, (torch_name, _) in DTYPES.items() if torch_name == wanted)

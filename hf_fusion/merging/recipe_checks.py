@@ -63,10 +63,10 @@ def check_recipe(recipe: Recipe) -> None:
     if not recipe.slices and (count < least or (most is not None and count > most)):
         raise FusionError(f"{name} merges {wanted} experts, the recipe has {count}")
     for number, slice_ in enumerate(recipe.slices):
-        own = sum(source.model != recipe.base for source in slice_.sources)
+        in_slice = sum(source.model != recipe.base for source in slice_.sources)
         # one alone is passed on as it is, by any method
-        if own > 1 and (own < least or (most is not None and own > most)):
-            raise FusionError(f"{name} merges {wanted} experts, slices[{number}] has {own}")
+        if in_slice > 1 and (in_slice < least or (most is not None and in_slice > most)):
+            raise FusionError(f"{name} merges {wanted} experts, slices[{number}] has {in_slice}")
     if 0 < sum(expert.weight is not None for expert in recipe.experts) < count:
         raise FusionError(f"{name}: experts have weights only partly", "give one to each or to none")
     if method.base == "needed" and not recipe.base:
@@ -97,8 +97,8 @@ def check_parameters(recipe: Recipe, file: str = "") -> None:
     for path, settings in groups:
         known = method.parameters | (COMMON if path == "parameters" else {})
         check_settings(method.name, known, settings, KeyPath(file, path))
-    apart = {STATISTICS, *method.own} if method.statistics else set(method.own)
+    apart = {STATISTICS, *method.expert_settings} if method.statistics else set(method.expert_settings)
     for expert in recipe.experts:
-        own = {key: value for key, value in expert.settings.items() if key not in apart}
+        parameters = {key: value for key, value in expert.settings.items() if key not in apart}
         where = KeyPath(": ".join(filter(None, (file, expert.model))))
-        check_settings(method.name, method.parameters, own, where, of_expert=True)
+        check_settings(method.name, method.parameters, parameters, where, of_expert=True)

@@ -43,9 +43,11 @@ def map_setting(setting: Setting, convert: Callable[[Any, KeyPath], Any], where:
     if any(isinstance(entry, Mapping) for entry in setting):
         found = []
         for number, entry in enumerate(setting):
-            own = read_class(Filtered, entry, where.inner(number))
-            value = map_setting(own.value, convert, where.inner(number, "value"), gradient=gradient)
-            found.append({"value": value} if own.filter in (None, "*") else {"filter": own.filter, "value": value})
+            filtered = read_class(Filtered, entry, where.inner(number))
+            value = map_setting(filtered.value, convert, where.inner(number, "value"), gradient=gradient)
+            found.append(
+                {"value": value} if filtered.filter in (None, "*") else {"filter": filtered.filter, "value": value}
+            )
         return found
     if not setting and gradient:
         raise FusionError(f"{where} is [], expected a value, a gradient or filters")
@@ -69,8 +71,8 @@ def check_settings(
     """
     for key, value in given.items():
         if key not in known:
-            told = ": ".join(filter(None, (str(where), f"{method} has no parameter {key!r}")))
-            raise FusionError(told, suggestion(key, known))
+            message = ": ".join(filter(None, (str(where), f"{method} has no parameter {key!r}")))
+            raise FusionError(message, suggestion(key, known))
         check_setting(known[key], value, where.inner(key))
         if of_expert and not known[key].per_expert:
             raise FusionError(f"{where}: {key} is one for all experts", "give it under parameters:")
@@ -113,7 +115,7 @@ def value_at(setting: Setting, tensor: str, depth: float) -> Any:
 def arguments_at(
     known: Mapping[str, Field],
     shared: Sequence[Mapping[str, Setting]],
-    own: Sequence[Sequence[Mapping[str, Setting]]],
+    by_expert: Sequence[Sequence[Mapping[str, Setting]]],
     tensor: str,
     depth: float,
 ) -> dict[str, Any]:
@@ -122,7 +124,7 @@ def arguments_at(
     Args:
         known: the method's parameters.
         shared: settings for all experts, the most particular first.
-        own: settings of each expert in the same order; they count before the shared ones.
+        by_expert: settings of each expert in the same order; they count before the shared ones.
         tensor: its name.
         depth: 0 for the first layer, 1 for the last.
 
@@ -140,6 +142,6 @@ def arguments_at(
         return field.default
 
     return {
-        name: [found(field, [*each, *shared]) for each in own] if field.per_expert else found(field, shared)
+        name: [found(field, [*each, *shared]) for each in by_expert] if field.per_expert else found(field, shared)
         for name, field in known.items()
     }

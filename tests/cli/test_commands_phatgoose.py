@@ -81,7 +81,7 @@ def test_a_mistake_is_one_line_and_what_to_type_next(hf_fusion, folders):
     ("words", "message"),
     [
         (("--set", "top_k=3"), "top_k=3, but there are only 2 experts"),
-        (("--set", "top_k=many"), "top_k is 'many', not a whole number"),
+        (("--set", "top_k=many"), "top_k is 'many', expected a whole number"),
         (("--set", "weights=[1, 1]"), "has no parameter 'weights'"),
         (("--set", "base_by_reference=true"), "base_by_reference needs a base with a pinned revision"),
     ],

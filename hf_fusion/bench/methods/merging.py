@@ -141,7 +141,7 @@ def weighted_average(setup: MergingSetup, holdout: Holdout, seed: int) -> Candid
         raise NotApplicable("no expert is right about anything on the validation split")
     own = [{"weight": weight} for weight in weights]
     fused = [setup.states[number] for number in setup.indices(holdout)]
-    state = merge_states("linear", None, fused, own=own)
+    state = merge_states("linear", None, fused, by_expert=own)
     return setup.dense(state, parameters={"weights": dict(zip(holdout.fuse, weights, strict=True))})
 
 

@@ -105,12 +105,12 @@ def by_filters(
         settings: module → its settings.
         parts: module → what the names of its tensors contain.
     """
-    names = dict.fromkeys(key for own in settings.values() for key in own)
+    names = dict.fromkeys(key for given in settings.values() for key in given)
     return {
         key: [
-            {"filter": part, "value": own[key]}
-            for module, own in settings.items()
-            if key in own
+            {"filter": part, "value": given[key]}
+            for module, given in settings.items()
+            if key in given
             for part in parts[module]
         ]
         for key in names

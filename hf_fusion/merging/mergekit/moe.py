@@ -1,6 +1,6 @@
 """mergekit-moe's recipes, read as they are, as a `Recipe` of the method ``moe``.
 
-Of mergekit 0.1.4's outputs Mixtral and Qwen3 MoE are supported; those with shared experts are errors that name the key.
+Mixtral and Qwen3 MoE are supported, as mergekit 0.1.4 writes them; shared experts are an error that names the key.
 Hidden states are made in the base's stored type, where mergekit always takes bfloat16, and ``hidden_avg`` is the mean
 of a prompt's own tokens, where mergekit's counts the padding of the shorter ones.
 """
@@ -70,8 +70,8 @@ def from_mergekit_moe(content: Mapping[str, Any], name: str) -> Recipe:
         given = {"noise_scale": row.noise_scale, "residual_scale": row.residual_scale}
         if _GATES[file.gate_mode] in PROMPTED:  # mergekit does not look at them for random gates
             given |= {"prompts": row.positive_prompts or None, "negative_prompts": row.negative_prompts or None}
-        own = {key: value for key, value in given.items() if value is not None}
-        experts.append(RecipeExpert(row.source_model, None, own))
+        given = {key: value for key, value in given.items() if value is not None}
+        experts.append(RecipeExpert(row.source_model, None, given))
     parameters = {"gate": _GATES[file.gate_mode], "experts_per_token": file.experts_per_token}
     if file.architecture is not None:
         found = [key for key, mixture in MIXTURES.items() if _begins(mixture.title, file.architecture)]

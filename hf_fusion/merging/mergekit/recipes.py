@@ -197,12 +197,12 @@ class _Reader:
         if file.modules and "default" not in file.modules:
             globals_, experts = self._stacks(file.modules, globals_)
         else:
-            own, where = _Module(file.models, file.slices), self.where
+            stack, where = _Module(file.models, file.slices), self.where
             if file.modules:
-                own, where = file.modules["default"], where.inner("modules", "default")
-            globals_ = chained(self._settings(own.parameters, where.inner("parameters")), globals_)
-            slices = self._slices(own, where)
-            experts = self._experts(own, where, slices)
+                stack, where = file.modules["default"], where.inner("modules", "default")
+            globals_ = chained(self._settings(stack.parameters, where.inner("parameters")), globals_)
+            slices = self._slices(stack, where)
+            experts = self._experts(stack, where, slices)
         if file.tokenizer is not None and file.tokenizer_source is not None:
             raise self._refused("tokenizer_source and tokenizer are the same: give one")
         recipe = Recipe(
@@ -282,7 +282,7 @@ class _Reader:
         names = {key: sorted(expert.model for expert in found) for key, found in experts.items()}
         if other := next((key for key, found in names.items() if found != names["decoder"]), None):
             raise self._refused(f"modules.{other} merges other models than modules.decoder: not supported")
-        own = {
+        by_module = {
             key: self._settings(module.parameters, paths[key].inner("parameters")) for key, module in modules.items()
         }
 
@@ -291,7 +291,7 @@ class _Reader:
             return by_filters(found, _MODULES)
 
         models = dict.fromkeys(expert.model for expert in experts["decoder"])
-        shared = chained(by_filters(own, _MODULES), globals_)
+        shared = chained(by_filters(by_module, _MODULES), globals_)
         return shared, tuple(RecipeExpert(model, None, of_model(model)) for model in models)
 
     # ------------------------------------------------------------ the rest
@@ -319,18 +319,18 @@ class _Reader:
 def _all_kept(recipe: Recipe) -> Recipe:
     """DELLA with density 1 prunes nothing, whatever epsilon says: it is 0 wherever that density counts."""
 
-    def settled(own: dict[str, Setting], above: Mapping[str, Setting]) -> dict[str, Setting]:
-        if not own.keys() & {"density", "epsilon"}:
-            return own
-        every = {**above, **own}
-        given = recipe.parameters["epsilon"] if "density" in own and "epsilon" not in own else every["epsilon"]
-        return {**own, "epsilon": 0.0 if every["density"] == 1.0 else given}
+    def reduced(given: dict[str, Setting], above: Mapping[str, Setting]) -> dict[str, Setting]:
+        if not given.keys() & {"density", "epsilon"}:
+            return given
+        every = {**above, **given}
+        rest = recipe.parameters["epsilon"] if "density" in given and "epsilon" not in given else every["epsilon"]
+        return {**given, "epsilon": 0.0 if every["density"] == 1.0 else rest}
 
-    shared = settled(recipe.parameters, {})
+    shared = reduced(recipe.parameters, {})
     slices = []
     for slice_ in recipe.slices:
-        own = settled(slice_.parameters, shared)
-        sources = [replace(s, parameters=settled(s.parameters, {**shared, **own})) for s in slice_.sources]
-        slices.append(Slice(tuple(sources), own))
-    experts = tuple(replace(expert, parameters=settled(expert.parameters, shared)) for expert in recipe.experts)
+        given = reduced(slice_.parameters, shared)
+        sources = [replace(s, parameters=reduced(s.parameters, {**shared, **given})) for s in slice_.sources]
+        slices.append(Slice(tuple(sources), given))
+    experts = tuple(replace(expert, parameters=reduced(expert.parameters, shared)) for expert in recipe.experts)
     return replace(recipe, experts=experts, parameters=shared, slices=tuple(slices))

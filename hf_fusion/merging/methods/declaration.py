@@ -26,7 +26,7 @@ def merge_method(
     paper: str = "",
     statistics: Literal["", "fisher", "gram"] = "",
     merges: Literal["models", "adapters"] = "models",
-    own: tuple[str, ...] = (),
+    expert_settings: tuple[str, ...] = (),
     stochastic: bool = False,
     matrices_only: bool = False,
     plans: bool = False,
@@ -51,7 +51,7 @@ def merge_method(
             ``parameters: {statistics: FOLDER}`` names (`hf_fusion.training.expert_statistics`).
         merges: whole models, or LoRA adapters into one adapter (`hf_fusion.merging.lora`): its function is then of
             a module's factors.
-        own: settings that every expert may have beside the parameters.
+        expert_settings: settings that every expert may have beside the parameters.
         stochastic: whether another seed gives another model.
         matrices_only: it decomposes matrices, and averages all other tensors.
         plans: whether the function ``plan`` of its file plans the merged model, whose tensors are not those of its
@@ -81,7 +81,7 @@ class MergeMethod:
     paper: str = ""
     statistics: Literal["", "fisher", "gram"] = ""
     merges: Literal["models", "adapters"] = "models"
-    own: tuple[str, ...] = ()
+    expert_settings: tuple[str, ...] = ()
     stochastic: bool = False
     matrices_only: bool = False
     plans: bool = False
@@ -109,7 +109,7 @@ class MergeMethod:
         """Its parameters, by name: read from its file, which is not imported for it where that can be avoided."""
         try:
             return declared(self.file, self.name)
-        except NameError:  # they are told in words that another file defines
+        except NameError:  # its annotations use names that another file defines
             return parameters_of(self.function)
 
 

@@ -22,7 +22,7 @@ __all__ = ["moe", "plan"]
     base="optional",
     needs="chunks",
     paper="2212.05055",
-    own=("prompts", "negative_prompts", "noise_scale", "residual_scale"),
+    expert_settings=("prompts", "negative_prompts", "noise_scale", "residual_scale"),
     plans=True,
 )
 def moe(

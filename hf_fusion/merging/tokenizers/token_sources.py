@@ -64,19 +64,19 @@ class TokenizerRequest:
     pad_to_multiple_of: Annotated[int, Range(1, 1 << 16), Before(lambda value, where: value or 1)] = 1
 
 
-def tokenizer_request(asked: str | dict[Any, Any], file: str = "") -> TokenizerRequest:
+def tokenizer_request(wanted: str | dict[Any, Any], file: str = "") -> TokenizerRequest:
     """What a recipe's ``tokenizer`` says.
 
     Args:
-        asked: the recipe's.
+        wanted: the recipe's.
         file: that it was read from, for errors.
 
     Raises:
         FusionError: naming the key that is unknown, or whose value is not valid.
     """
     where = KeyPath(file, "tokenizer")
-    found = read_class(TokenizerRequest, {"source": asked} if isinstance(asked, str) else asked, where)
-    for token, own in found.tokens.items():
-        if isinstance(own.source, TokenSource):
-            own.source.check(where.inner("tokens", token, "source"))
+    found = read_class(TokenizerRequest, {"source": wanted} if isinstance(wanted, str) else wanted, where)
+    for token, request in found.tokens.items():
+        if isinstance(request.source, TokenSource):
+            request.source.check(where.inner("tokens", token, "source"))
     return found
