@@ -37,17 +37,17 @@ def right_choices(target: str, choices: Sequence[str], worth: Sequence[float] | 
     return [right_choice(target, choices)]
 
 
-def likeliest(rows: Dataset, losses: Sequence[float]) -> Predictions:
+def likeliest(rows: Dataset, found: Predictions) -> Predictions:
     """For each row the index of the choice with the least loss, and that of a right one: the same where it is right.
 
     Args:
         rows: with choices, and the indices of the right ones.
-        losses: mean of each choice's tokens, in the order of `spread`.
+        found: the mean loss of each choice's tokens, in the order of `spread`.
     """
     predicted, start = [], 0
     for choices in rows["choices"]:
-        own = losses[start : start + len(choices)]
-        predicted.append(min(range(len(own)), key=own.__getitem__))
-        start += len(own)
+        losses = found.predictions[start : start + len(choices)]
+        predicted.append(min(range(len(losses)), key=losses.__getitem__))
+        start += len(choices)
     pairs = zip(predicted, rows["right"], strict=True)
     return Predictions(predicted, [index if index in right else right[0] for index, right in pairs])

@@ -16,17 +16,18 @@ from typing import Any
 import torch
 
 from hf_fusion.bench.binding import bind, check_bound, shas
+from hf_fusion.bench.candidates import FIT, TEST, Candidate, everything
 from hf_fusion.bench.cells import CLEAN, Cell, read_cells, write_cell
 from hf_fusion.bench.corruptions import parse_corruptions
 from hf_fusion.bench.memory import forget_peak, peak_bytes
 from hf_fusion.bench.methods import METHODS, chosen
+from hf_fusion.bench.not_applicable import NotApplicable
 from hf_fusion.bench.setups.common import TaskSetup
 from hf_fusion.bench.setups.fusion import FusionSetup
 from hf_fusion.bench.setups.merging import MergingSetup
 from hf_fusion.bench.setups.regression import RegressionSetup
 from hf_fusion.bench.setups.routing import RoutingSetup
 from hf_fusion.bench.suite import LOWER, Holdout, Suite, holdouts_named, load_suite, same_scale
-from hf_fusion.bench.systems import FIT, TEST, Candidate, NotApplicable, everything
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.machine import machine
 from hf_fusion.evaluation.task_metrics import RowsScore, score
@@ -222,12 +223,14 @@ class _Runner:
             return {"fuse_seconds": time.perf_counter() - started, "fuse_cpu_seconds": time.process_time() - cpu}
 
         made = row.entries[self.suite.kind](self.setup, job.holdout, job.seed)
-        systems: Mapping[str, Candidate] = made if isinstance(made, Mapping) else {job.method: made}
-        models: dict[tuple[str, str], Any] = {(name, DEFAULT): (system, spent()) for name, system in systems.items()}
+        candidates: Mapping[str, Candidate] = made if isinstance(made, Mapping) else {job.method: made}
+        models: dict[tuple[str, str], Any] = {
+            (name, DEFAULT): (candidate, spent()) for name, candidate in candidates.items()
+        }
         tuned = ""
         if row.tune:
             try:
-                best = self.tune(job, row.tune, systems[job.method])
+                best = self.tune(job, row.tune, candidates[job.method])
                 models[job.method, TUNED] = (best, spent())
                 tuned = f" ({row.tune[0]} {best.parameters[row.tune[0]]:g})"
             except Exception as error:  # the defaults are measured all the same
@@ -252,31 +255,36 @@ class _Runner:
         means = {key: sum(own) / len(own) for key, own in scores.items()}
         if not same_scale(self.suite.tasks[task].metric for task in job.holdout.test):
             told = [f"{key[1]} {', '.join(f'{own:.3g}' for own in scores[key])}" for key in list(scores)[:2]]
-        elif len(systems) > 1 and means:
+        elif len(candidates) > 1 and means:
             told = [f"best {max(means.values()):.1%}"]
         else:
             told = [f"{variant} {mean:.1%}" for (_, variant), mean in means.items()]
         return ", ".join(told) + tuned + "".join(f", {problem}" for problem in problems[:1])
 
-    def predict(self, cell: Cell, system: Candidate, times: Mapping[str, Any]) -> Cell:
+    def predict(self, cell: Cell, candidate: Candidate, times: Mapping[str, Any]) -> Cell:
         """A cell with its score; the one that was measured before, where there is one."""
         if cell.path in self.done:
             return self.done[cell.path]
         started, cpu = time.perf_counter(), time.process_time()
-        key = (id(system), cell.task, cell.condition)
+        key = (id(candidate), cell.task, cell.condition)
         if key not in self._scored:  # where the defaults are best, the tuned model is the same one
-            self._scored[key] = score(system.predict(cell.task, cell.condition, TEST), cell.metric)
+            self._scored[key] = self.scored(candidate, cell.task, cell.condition, TEST)
         found, seconds = self._scored[key], time.perf_counter() - started
         cell = replace(
-            cell, score=found.score, ci95=found.ci95, n=found.n, parameters=system.parameters,
+            cell, score=found.score, ci95=found.ci95, n=found.n, parameters=candidate.parameters,
             seconds=seconds, cpu_seconds=time.process_time() - cpu, gpu_seconds=seconds if self.on_gpu else 0.0,
             peak_bytes=peak_bytes(self.on_gpu),
-            stored=system.stored, active=system.active, cost=system.cost, shas=shas(self.suite), **times,
+            stored=candidate.stored, active=candidate.active, cost=candidate.cost, shas=shas(self.suite), **times,
         )  # fmt: skip
         self.write(cell)
         return cell
 
-    def tune(self, job: Job, how: tuple[str, tuple[Any, ...]], system: Candidate) -> Candidate:
+    def scored(self, candidate: Candidate, task: str, corruption: str, split: str) -> RowsScore:
+        """The score of a candidate on rows of a task."""
+        found = self.setup.predict(candidate.prepare(task, corruption, split))
+        return score(found, self.suite.tasks[task].metric)
+
+    def tune(self, job: Job, how: tuple[str, tuple[Any, ...]], candidate: Candidate) -> Candidate:
         """The best value of a parameter on the validation splits, found by climbing from the default over a grid."""
         name, grid = how
         row = METHODS[job.method]
@@ -289,24 +297,24 @@ class _Runner:
                 return float("-inf")
             if index not in models:
                 value = {name: grid[index]}
-                if grid[index] == system.parameters[name]:
-                    models[index] = system
-                elif system.retuned:
-                    models[index] = system.retuned(value)
+                if grid[index] == candidate.parameters[name]:
+                    models[index] = candidate
+                elif candidate.retuned:
+                    models[index] = candidate.retuned(value)
                 else:
                     found = fuse(self.setup, job.holdout, job.seed, **value)
-                    assert isinstance(found, Candidate)  # what is several systems has no parameter to tune
+                    assert isinstance(found, Candidate)  # what is several candidates has no parameter to tune
                     models[index] = found
                 heights[index] = self.validation(job, models[index])
             return heights[index]
 
-        index = min(range(len(grid)), key=lambda own: abs(grid[own] - system.parameters[name]))
+        index = min(range(len(grid)), key=lambda own: abs(grid[own] - candidate.parameters[name]))
         step = 1 if height(index + 1) > height(index) else -1
         while height(index + step) > height(index):
             index += step
         return models[index]
 
-    def validation(self, job: Job, system: Candidate) -> float:
+    def validation(self, job: Job, candidate: Candidate) -> float:
         """The mean score over the fused tasks, on the rows to tune on; where less is better, less than nothing.
 
         Where metrics have different scales, it is the mean of the logarithms, so that no scale dominates.
@@ -318,7 +326,7 @@ class _Runner:
         is_one_scale = same_scale(self.suite.tasks[task].metric for task in tasks)
         for task in tasks:
             metric = self.suite.tasks[task].metric
-            value = score(system.predict(task, CLEAN, FIT), metric).score
+            value = self.scored(candidate, task, CLEAN, FIT).score
             value = value if is_one_scale else math.log(max(value, 1e-9))
             total += -value if metric in LOWER else value
         return total / len(tasks)

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from hf_fusion.evaluation.predictions import Predictions, predict_batch
 from hf_fusion.evaluation.results import MeasuredTask
 from hf_fusion.evaluation.task_metrics import METRICS, Reads
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ class ModelPredictor:
 
     Attributes:
         name, kind: see `Predictor`.
-        model: gives ``logits``.
+        model: called with the inputs; gives ``logits``.
         prepare: batch → the model's inputs with labels; by default those of the batch.
         within: batch → the context that the forward runs in.
         cost: see `Predictor`.
@@ -75,7 +72,7 @@ class ModelPredictor:
 
     name: str
     kind: str
-    model: PreTrainedModel
+    model: Callable[..., Any]
     prepare: Callable[[Batch], Mapping[str, Any]] = lambda batch: batch.inputs
     within: Callable[[Batch], AbstractContextManager[Any]] = lambda batch: nullcontext()
     cost: float | None = None

@@ -149,7 +149,7 @@ def test_a_variance_below_nothing_is_none(suite):
     state = {name: tensor - 9 if name.endswith("running_var") else tensor for name, tensor in setup.base.items()}
     assert any(name.endswith("running_var") for name in state)
     assert not any(name.endswith("num_batches_tracked") for name in state)
-    answered = setup.dense(state).predict("depth", "clean", "test")
+    answered = setup.predict(setup.dense(state).prepare("depth", "clean", "test"))
     assert np.isfinite(answered.predictions).all()
 
 

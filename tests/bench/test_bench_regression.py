@@ -11,12 +11,13 @@ from standins import moved
 from tiny import make_tokenizer, t5
 from tiny_suites import as_recorded
 
+from hf_fusion.bench.candidates import TEST, everything
+from hf_fusion.bench.cells import CLEAN
 from hf_fusion.bench.methods.regression import foe, simple_ensemble, weighted_ensemble
 from hf_fusion.bench.rows import single, task_rows
 from hf_fusion.bench.run import run_suite
 from hf_fusion.bench.setups.regression import LONGEST, RegressionSetup
 from hf_fusion.bench.suite import load_suite
-from hf_fusion.bench.systems import CLEAN, TEST, everything
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.task_metrics import score
 
@@ -146,7 +147,7 @@ def test_fusers_agree_with_people_better_than_a_mean(setup, made):
     split = everything(made[0])
 
     def agreement(system, task):
-        return score(system.predict(task, CLEAN, TEST), "spearman").score
+        return score(setup.predict(system.prepare(task, CLEAN, TEST)), "spearman").score
 
     mean, weighted, fused = (made(setup, split, 0) for made in (simple_ensemble, weighted_ensemble, foe))
     assert agreement(fused, "own") > 0.95 and agreement(fused, "both") > 0.9

@@ -24,12 +24,12 @@ from tiny_suites import (
 )
 
 from hf_fusion import PhatgooseRouter, WEMoEModel, load_experts
+from hf_fusion.bench.candidates import everything
 from hf_fusion.bench.methods import chosen
 from hf_fusion.bench.methods.merging import _readers
 from hf_fusion.bench.rows import task_rows
 from hf_fusion.bench.setups.fusion import FusionSetup
 from hf_fusion.bench.suite import load_suite
-from hf_fusion.bench.systems import everything
 from hf_fusion.evaluation.evaluate import evaluate
 from hf_fusion.merging.in_memory import merge_states
 from hf_fusion.training.batches import read_examples

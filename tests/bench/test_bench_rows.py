@@ -158,7 +158,7 @@ def test_choices_are_the_words_or_a_column_and_several_may_be_right():
     worth = ours(rows, replace(listed, worth="worth"))
     assert [row["right"] for row in worth] == [[1, 2], [0]]
     assert len(spread(worth)) == 5
-    assert likeliest(worth, [0.3, 0.2, 0.1, 0.5, 0.4]) == Predictions([2, 1], [2, 0])
+    assert likeliest(worth, Predictions([0.3, 0.2, 0.1, 0.5, 0.4], [])) == Predictions([2, 1], [2, 0])
 
 
 FAULTS = {

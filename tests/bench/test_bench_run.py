@@ -37,11 +37,11 @@ from hf_fusion.bench.memory import forget_peak, peak_bytes
 from hf_fusion.bench.methods import METHODS, Method, chosen
 from hf_fusion.bench.methods import merging as methods
 from hf_fusion.bench.methods.declaration import Entry
+from hf_fusion.bench.not_applicable import NotApplicable
 from hf_fusion.bench.rows import task_rows
 from hf_fusion.bench.run import run_suite
 from hf_fusion.bench.setups import merging
 from hf_fusion.bench.suite import load_suite
-from hf_fusion.bench.systems import NotApplicable
 from hf_fusion.cli.app import main
 from hf_fusion.errors import FusionError
 from hf_fusion.merging.in_memory import merge_states
@@ -191,15 +191,14 @@ def test_a_technique_that_fails_says_so_and_the_others_go_on(fine_tunes, tmp_pat
         raise ValueError("no\nmemory")
 
     def breaks_on_topic(setup, holdout, seed):
-        system = setup.dense(setup.base)
-        answer = system.predict
+        candidate = setup.dense(setup.base)
 
         def picky(task, corruption, split):
             if task == "topic":
                 raise ZeroDivisionError("not this one")
-            return answer(task, corruption, split)
+            return candidate.prepare(task, corruption, split)
 
-        return replace(system, predict=picky)
+        return replace(candidate, prepare=picky)
 
     monkeypatch.setitem(METHODS, "broken", made("broken", breaks))
     monkeypatch.setitem(METHODS, "picky", made("picky", breaks_on_topic))
@@ -232,13 +231,13 @@ def test_an_expert_with_nan_is_named(fine_tunes, tmp_path):
 def test_parameters_are_tuned_on_rows_that_are_not_tested(fine_tunes, merged, tmp_path, monkeypatch):
     _, cells = merged
     suite, asked = load_suite(fine_tunes / "tiny.yaml"), []
-    original = merging.MergingSetup.batches
+    original = merging.MergingSetup.task_rows
 
     def spied(self, task, corruption="clean", split="test"):
         asked.append(split)
         return original(self, task, corruption, split)
 
-    monkeypatch.setattr(merging.MergingSetup, "batches", spied)
+    monkeypatch.setattr(merging.MergingSetup, "task_rows", spied)
     tune = run._Runner.tune
 
     def tuned(*given):

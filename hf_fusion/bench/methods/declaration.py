@@ -12,9 +12,9 @@ from hf_fusion.errors import FusionError, shown
 from hf_fusion.io.declarations import decorated
 
 if TYPE_CHECKING:
+    from hf_fusion.bench.candidates import Candidate
     from hf_fusion.bench.setups.common import TaskSetup
     from hf_fusion.bench.suite import Holdout
-    from hf_fusion.bench.systems import Candidate
 
 # family -> what tables call it; in the order in which tables show them
 FAMILIES = {

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hf_fusion.bench.candidates import FIT, TEST, Candidate, Prepared, everything
+from hf_fusion.bench.cells import CLEAN
 from hf_fusion.bench.methods.declaration import bench_method
+from hf_fusion.bench.not_applicable import NotApplicable
 from hf_fusion.bench.setups.fusion import OUTPUT, SELECTION, FusionSetup
 from hf_fusion.bench.suite import Holdout
-from hf_fusion.bench.systems import CLEAN, FIT, TEST, Candidate, NotApplicable, everything
 from hf_fusion.evaluation.baselines import max_confidence, mean_ensemble
 from hf_fusion.evaluation.predictions import Predictions
 from hf_fusion.evaluation.task_metrics import score
@@ -31,7 +33,7 @@ def experts(setup: FusionSetup, holdout: Holdout, seed: int) -> dict[str, Candid
     """Every expert that is fused, for all rows."""
     costs, sizes = setup.costs(holdout)[0], setup.sizes(holdout)
     return {
-        f"expert:{name}": Candidate(partial(setup.expert_predictions, number), stored=size, active=size, cost=cost)
+        f"expert:{name}": Candidate(partial(setup.prepared_expert, number), stored=size, active=size, cost=cost)
         for name, number, size, cost in zip(holdout.fuse, setup.fused(holdout), sizes, costs, strict=True)
     }
 
@@ -40,14 +42,14 @@ def experts(setup: FusionSetup, holdout: Holdout, seed: int) -> dict[str, Candid
 def individual(setup: FusionSetup, holdout: Holdout, seed: int) -> Candidate:
     """Every row's own expert, the oracle of FoE's paper, which knows the task."""
 
-    def predict(task: str, corruption: str, split: str) -> Predictions:
+    def prepare(task: str, corruption: str, split: str) -> Prepared:
         owner = setup.suite.owner(task)
         if owner is None:
             raise NotApplicable("no expert was trained on it")
-        return setup.expert_predictions(setup.names.index(owner), task, corruption, split)
+        return setup.prepared_expert(setup.names.index(owner), task, corruption, split)
 
     sizes = setup.sizes(everything(setup.suite))
-    return Candidate(predict, stored=setup.all_experts.num_parameters(), active=max(sizes))
+    return Candidate(prepare, stored=setup.all_experts.num_parameters(), active=max(sizes))
 
 
 # ---------------------------------------------------------------- ensembles
@@ -61,12 +63,12 @@ def _ensemble(
         raise NotApplicable("an ensemble of language models would have to be asked token by token")
     fused = setup.fused(holdout)
 
-    def predict(task: str, corruption: str, split: str) -> Predictions:
+    def prepare(task: str, corruption: str, split: str) -> Prepared:
         scores = combine(setup.outputs(task, corruption, split)[:, fused])
-        return setup.predictions(scores, task, corruption, split)
+        return setup.known(task, setup.predictions(scores, task, corruption, split))
 
     size = setup.model(holdout, SELECTION).num_parameters()
-    return Candidate(predict, dict(parameters), stored=size, active=size, cost=setup.costs(holdout)[1])
+    return Candidate(prepare, dict(parameters), stored=size, active=size, cost=setup.costs(holdout)[1])
 
 
 @bench_method()
@@ -112,15 +114,16 @@ def foe_selection(setup: FusionSetup, holdout: Holdout, seed: int) -> Candidate:
     fuser = _fitted(setup, model, rows, seed, by=by)
 
     @torch.no_grad()
-    def predict(task: str, corruption: str, split: str) -> Predictions:
+    def prepare(task: str, corruption: str, split: str) -> Prepared:
         choice = fuser(setup.features(holdout, task, corruption, split)).argmax(1)
-        return setup.chosen([fused[place] for place in choice.tolist()], task, corruption, split)
+        chosen = [fused[index] for index in choice.tolist()]
+        return setup.known(task, setup.chosen(chosen, task, corruption, split))
 
     alone, all_of_them = setup.costs(holdout)
     size = model.num_parameters()
     # a language model answers once more; classifiers have answered with their embeddings
     cost = all_of_them + (sum(alone) / len(alone) if setup.is_language else 0.0)
-    return Candidate(predict, {"fitted_on": len(rows)}, stored=size, active=size, cost=cost)
+    return Candidate(prepare, {"fitted_on": len(rows)}, stored=size, active=size, cost=cost)
 
 
 @bench_method("FoE", "fusion", stochastic=True)
@@ -129,12 +132,12 @@ def foe(setup: FusionSetup, holdout: Holdout, seed: int) -> Candidate:
     model, rows, fuser = _output(setup, holdout, seed)
 
     @torch.no_grad()
-    def predict(task: str, corruption: str, split: str) -> Predictions:
+    def prepare(task: str, corruption: str, split: str) -> Prepared:
         scores = fuser(_own_outputs(setup, holdout, task, corruption, split).flatten(1))
         return _named(setup, holdout, scores, task, corruption, split)
 
     size = model.num_parameters()
-    return Candidate(predict, {"fitted_on": len(rows)}, stored=size, active=size, cost=setup.costs(holdout)[1])
+    return Candidate(prepare, {"fitted_on": len(rows)}, stored=size, active=size, cost=setup.costs(holdout)[1])
 
 
 @bench_method("FrugalFoE", "fusion", stochastic=True)
@@ -149,7 +152,7 @@ def foe_frugal(setup: FusionSetup, holdout: Holdout, seed: int) -> Candidate:
         return replay(policy, _own_outputs(setup, holdout, task, corruption, split), shares, weight)
 
     @torch.no_grad()
-    def predict(task: str, corruption: str, split: str) -> Predictions:
+    def prepare(task: str, corruption: str, split: str) -> Prepared:
         scores = fuser(ask(task, corruption, split)[0].flatten(1))
         return _named(setup, holdout, scores, task, corruption, split)
 
@@ -157,7 +160,7 @@ def foe_frugal(setup: FusionSetup, holdout: Holdout, seed: int) -> Candidate:
     share, size = float(asked.mean()), model.num_parameters()
     parameters = {"fitted_on": len(rows), "cost_weight": weight, "asked": share}
     cost = share * setup.costs(holdout)[1]
-    return Candidate(predict, parameters, stored=size, active=round(share * size), cost=cost)
+    return Candidate(prepare, parameters, stored=size, active=round(share * size), cost=cost)
 
 
 def _output(setup: FusionSetup, holdout: Holdout, seed: int, **options: Any) -> tuple[Any, Dataset, Any]:
@@ -177,18 +180,19 @@ def _fitted(setup: FusionSetup, model: Any, rows: Dataset, seed: int, **options:
 def _own_outputs(setup: FusionSetup, holdout: Holdout, task: str, corruption: str, split: str) -> torch.Tensor:
     """The fused experts' probabilities of the labels that they know, (N, K, C)."""
     outputs = setup.outputs(task, corruption, split)[:, setup.fused(holdout)]
-    return outputs[:, :, _places(setup, holdout)]
+    return outputs[:, :, _label_indices(setup, holdout)]
 
 
 def _named(
     setup: FusionSetup, holdout: Holdout, scores: torch.Tensor, task: str, corruption: str, split: str
-) -> Predictions:
-    """Answers from scores of the labels that the fused experts know."""
-    places = _places(setup, holdout)
-    return Predictions([places[own] for own in scores.argmax(1).tolist()], setup.references(task, corruption, split))
+) -> Prepared:
+    """Predictions from scores of the labels that the fused experts know."""
+    known = _label_indices(setup, holdout)
+    predicted = [known[label] for label in scores.argmax(1).tolist()]
+    return setup.known(task, Predictions(predicted, setup.references(task, corruption, split)))
 
 
-def _places(setup: FusionSetup, holdout: Holdout) -> list[int]:
-    """Where the labels that the fused experts know lie among all."""
-    known = {normalise(label): place for place, label in enumerate(setup.labels)}
+def _label_indices(setup: FusionSetup, holdout: Holdout) -> list[int]:
+    """Indices, among all labels, of those that the fused experts know."""
+    known = {normalise(label): index for index, label in enumerate(setup.labels)}
     return [known[normalise(label)] for label in setup.model(holdout, OUTPUT).config.id2label.values()]

@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 
+from hf_fusion.bench.candidates import FIT, Candidate, Prepared
+from hf_fusion.bench.cells import CLEAN
 from hf_fusion.bench.methods.declaration import ENTROPY, LEARNING, SCALING, bench_method
+from hf_fusion.bench.not_applicable import NotApplicable
 from hf_fusion.bench.setups.merging import MergingSetup, State
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import LOWER, Holdout, same_scale
-from hf_fusion.bench.systems import CLEAN, FIT, Candidate, NotApplicable
-from hf_fusion.evaluation.predictions import Predictions, from_logits
-from hf_fusion.evaluation.task_metrics import METRICS, score
+from hf_fusion.evaluation.predictions import from_logits
+from hf_fusion.evaluation.task_metrics import score
 from hf_fusion.hub.lora import linear_sizes
 from hf_fusion.merging.engine.tensors import MemoryReader, Statistic
 from hf_fusion.merging.in_memory import merge_states
@@ -48,9 +50,7 @@ def experts(setup: MergingSetup, holdout: Holdout, seed: int) -> dict[str, Candi
     """Every expert that is fused on all tasks, under their heads."""
     whole, one = setup.sizes
     return {
-        f"expert:{name}": Candidate(
-            partial(setup.expert_predictions, setup.names.index(name)), stored=whole, active=one
-        )
+        f"expert:{name}": Candidate(partial(setup.prepared_expert, setup.names.index(name)), stored=whole, active=one)
         for name in holdout.fuse
     }
 
@@ -74,7 +74,7 @@ def multitask(setup: MergingSetup, holdout: Holdout, seed: int) -> Candidate:
         return model(**inputs)
 
     whole, one = setup.sizes
-    return Candidate(partial(setup.predict, called), stored=whole, active=one)
+    return Candidate(partial(setup.prepared, called), stored=whole, active=one)
 
 
 @bench_method("Individual experts", "ceiling")
@@ -82,7 +82,7 @@ def individual(setup: MergingSetup, holdout: Holdout, seed: int) -> Candidate:
     """Every task's own expert."""
     one = setup.sizes[1]
     return Candidate(
-        lambda task, corruption, split: setup.expert_predictions(setup.names.index(task), task, corruption, split),
+        lambda task, corruption, split: setup.prepared_expert(setup.names.index(task), task, corruption, split),
         stored=one * len(setup.names),
         active=one,
     )
@@ -172,15 +172,15 @@ def emr(setup: MergingSetup, holdout: Holdout, seed: int) -> Candidate:
     fused, unified = [setup.states[number] for number in setup.indices(holdout)], setup.dense(setup.base)
     merged: dict[int, Candidate] = {}
 
-    def predict(task: str, corruption: str, split: str) -> Predictions:
+    def prepare(task: str, corruption: str, split: str) -> Prepared:
         number = holdout.fuse.index(task) + 1 if task in holdout.fuse else 0
         if number not in merged:
             merged.clear()  # one at a time
             merged[number] = setup.dense(merge_states("emr", setup.base, fused, expert=number))
-        return merged[number].predict(task, corruption, split)
+        return merged[number].prepare(task, corruption, split)
 
     masks = sum(tensor.numel() for tensor in setup.base.values()) * len(fused) // 32  # a bit each
-    return Candidate(predict, stored=unified.stored + masks, active=unified.active)
+    return Candidate(prepare, stored=unified.stored + masks, active=unified.active)
 
 
 def _statistics(setup: MergingSetup, holdout: Holdout, kind: str, seed: int) -> list[dict[str, Statistic]]:
@@ -365,7 +365,7 @@ def _mixture(setup: MergingSetup, model: Any, parameters: dict[str, Any]) -> Can
     active = stored - (setup.sizes[0] - setup.sizes[1])
     with_task = _Called(called, model)
     return Candidate(
-        partial(setup.predict, with_task), parameters=parameters, stored=stored, active=active,
+        partial(setup.prepared, with_task), parameters=parameters, stored=stored, active=active,
         cost=setup.relative_cost(with_task),
     )  # fmt: skip
 
@@ -394,13 +394,13 @@ def _ensemble(setup: MergingSetup, holdout: Holdout, combine: Combine, **paramet
     if setup.suite.head == "feature-extraction":
         raise NotApplicable("embeddings of several models have no common space to be averaged in")
 
-    def predict(task: str, corruption: str, split: str) -> Predictions:
+    def prepare(task: str, corruption: str, split: str) -> Prepared:
         found = [setup.logits(number, task, corruption, split) for number in setup.indices(holdout)]
         logits = combine(torch.stack([own for own, _ in found]))
-        return from_logits(logits, found[0][1], METRICS[setup.suite.tasks[task].metric].reads)
+        return setup.known(task, from_logits(logits, found[0][1], setup.reads(task)))
 
     one, count = setup.sizes[1], len(holdout.fuse)
-    return Candidate(predict, dict(parameters), stored=one * count, active=one * count, cost=float(count))
+    return Candidate(prepare, dict(parameters), stored=one * count, active=one * count, cost=float(count))
 
 
 @bench_method("Simple ensemble", "ensemble")

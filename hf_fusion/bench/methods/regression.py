@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from transformers import set_seed
 
+from hf_fusion.bench.candidates import FIT, Candidate
+from hf_fusion.bench.cells import CLEAN
 from hf_fusion.bench.methods.declaration import bench_method
 from hf_fusion.bench.setups.regression import HIDDEN, LEARNING_RATE, RegressionSetup
 from hf_fusion.bench.suite import Holdout
-from hf_fusion.bench.systems import CLEAN, FIT, Candidate
 from hf_fusion.evaluation.predictions import Predictions
 from hf_fusion.evaluation.task_metrics import score
 from hf_fusion.models.fuser_foe import Fuser
 from hf_fusion.training.fuser import train_fuser
-
-if TYPE_CHECKING:
-    pass
 
 
 @bench_method()

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from hf_fusion.bench.candidates import Candidate, Prepared, everything
 from hf_fusion.bench.methods import merging
 from hf_fusion.bench.methods.declaration import bench_method
+from hf_fusion.bench.not_applicable import NotApplicable
 from hf_fusion.bench.setups.routing import HEADS, TOP_K, RoutingSetup
 from hf_fusion.bench.suite import Holdout
-from hf_fusion.bench.systems import Candidate, NotApplicable, everything, share_batches
-from hf_fusion.evaluation.predictions import Predictions, predict_batch
-from hf_fusion.evaluation.routing import (
-    PHATGOOSE,
-    STRATEGIES,
-    RoutingStrategy,
-    alone,
-)
-from hf_fusion.evaluation.task_metrics import METRICS
-
-if TYPE_CHECKING:
-    pass
-
+from hf_fusion.evaluation.predictors import ModelPredictor
+from hf_fusion.evaluation.routing import PHATGOOSE, STRATEGIES, RoutingStrategy, alone
 
 # ---------------------------------------------------------------- the methods
 
@@ -50,19 +41,17 @@ def experts(setup: RoutingSetup, holdout: Holdout, seed: int) -> dict[str, Candi
 
 @bench_method()
 def individual(setup: RoutingSetup, holdout: Holdout, seed: int) -> Candidate:
-    """Every task's own expert, of which PHATGOOSE's paper is_language as the oracle: it is told the task."""
+    """Every task's own expert, which PHATGOOSE's paper calls the oracle: it knows the task."""
     evaluation = setup.evaluation(everything(setup.suite))
 
-    def predict(task: str, corruption: str, split: str) -> Predictions:
+    def prepare(task: str, corruption: str, split: str) -> Prepared:
         owner = setup.suite.owner(task)
         if owner is None:
             raise NotApplicable("no expert was trained on it")
-        return setup.predict(
-            evaluation, RoutingStrategy("oracle", within=partial(alone, owner)), task, corruption, split
-        )
+        return setup.prepared_expert(setup.names.index(owner), task, corruption, split)
 
     return Candidate(
-        predict,
+        prepare,
         stored=setup.size + setup.adapter_size(range(len(setup.names))),
         active=setup.size + setup.adapter_size([0]),
         cost=setup.cost(evaluation, RoutingStrategy("oracle", within=partial(alone, setup.names[0]))),
@@ -169,13 +158,11 @@ def smile(setup: RoutingSetup, holdout: Holdout, seed: int, rank: int) -> Candid
     fused = [setup.experts[number] for number in setup.indices(holdout)]
     options = {"routing": "smile", "task_vectors": "low-rank", "rank": rank}
     model = merging.upscaled(fused, None, **options).to(setup.device)
-    evaluation, tokenizer = setup.evaluation(everything(setup.suite)), setup.experts[0].processor
+    evaluation = setup.evaluation(everything(setup.suite))
+    predictor = ModelPredictor("SMILE", "baseline", model, tokenizer=setup.experts[0].processor)
 
-    def predict(task: str, corruption: str, split: str) -> Predictions:
-        reads = METRICS[setup.suite.tasks[task].metric].reads
-        batches = setup.batches(evaluation, task, corruption, split)
-        found = share_batches(batches, lambda inputs: predict_batch(model, inputs, reads, tokenizer))
-        return setup.reduced(found, task, setup.sample(task, corruption, split))
+    def prepare(task: str, corruption: str, split: str) -> Prepared:
+        return Prepared(predictor, setup.task_rows(evaluation, task, corruption, split))
 
     size = sum(parameter.numel() for parameter in model.parameters())
-    return Candidate(predict, {"rank": rank}, stored=size, active=size, cost=setup.relative_cost(model))
+    return Candidate(prepare, {"rank": rank}, stored=size, active=size, cost=setup.relative_cost(model))

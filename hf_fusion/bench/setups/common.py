@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,21 +11,25 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from hf_fusion.bench.candidates import FIT, TEST, Prepared
+from hf_fusion.bench.cells import CLEAN
 from hf_fusion.bench.choices import likeliest, spread
 from hf_fusion.bench.corruptions import corrupted
 from hf_fusion.bench.rows import Rows, task_rows
 from hf_fusion.bench.suite import Suite
-from hf_fusion.bench.systems import CLEAN, FIT, TEST
+from hf_fusion.evaluation.loop import TaskRows, predict_task
 from hf_fusion.evaluation.predictions import Predictions
-from hf_fusion.evaluation.task_metrics import METRICS
-from hf_fusion.training.batches import Examples, batch_indices_by_length
+from hf_fusion.evaluation.predictors import OutputPredictor
+from hf_fusion.evaluation.results import MeasuredTask
+from hf_fusion.evaluation.task_metrics import METRICS, Reads
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from hf_fusion.training.batches import Examples
+
 MAX_LENGTH = 512  # of texts, in tokens
 ROWS_COUNTED = 8  # whose multiplications are counted
-Batch = tuple[list[int], dict[str, Any]]
 Shape = Sequence[int]
 
 
@@ -87,24 +91,60 @@ class TaskSetup:
         """The inputs that rows become: one for each choice where choices are ranked, else the rows themselves."""
         return spread(rows) if self._ranks(task) else rows
 
-    def reduced(self, predictions: Predictions, task: str, rows: Dataset) -> Predictions:
-        """Predictions for `inputs_of` rows, reduced to one for each row."""
-        return likeliest(rows, predictions.predictions) if self._ranks(task) else predictions
+    def predict(self, prepared: Prepared) -> Predictions:
+        """Predictions for rows, through the loop of every evaluation."""
+        with prepared.within():
+            [found] = predict_task([prepared.predictor], prepared.rows, self.batch_size).values()
+        return found
+
+    def encoded(self, task: str, rows: Dataset, read: Examples) -> TaskRows:
+        """Rows of a task as a predictor reads them: batches where models are, kept for the next predictor.
+
+        Args:
+            task: one of the suite's.
+            rows: of the task.
+            read: what `inputs_of` makes of them, encoded.
+        """
+        reduced = partial(likeliest, rows) if self._ranks(task) else unchanged
+        return TaskRows(self._measured(task, rows), read.rows, self.collate(read), reduced, keeps=True)
+
+    def collate(self, read: Examples) -> Callable[[list[Any]], dict[str, Any]]:
+        """Encoded rows → inputs where the models are."""
+        return lambda rows: on_device(read.collate(rows), self.device)
+
+    def known(self, task: str, found: Predictions) -> Prepared:
+        """Predictions that are known already, as those of a predictor."""
+        count = len(found.predictions)
+        rows = TaskRows(self._measured(task, [None] * count), [{}] * count, lambda rows: {})
+        return Prepared(OutputPredictor("known", "baseline", 1.0, found), rows)
+
+    def _measured(self, task: str, rows: Sized) -> MeasuredTask:
+        return MeasuredTask(task, self.suite.tasks[task].metric, len(rows), self.suite.owner(task))
+
+    def prepared_expert(self, expert: int, task: str, corruption: str, split: str) -> Prepared:
+        """One expert, and the rows that it predicts, of any task."""
+        raise NotImplementedError
+
+    def expert_predictions(self, expert: int, task: str, corruption: str, split: str) -> Predictions:
+        """Predictions of an expert for rows of any task."""
+        return self.predict(self.prepared_expert(expert, task, corruption, split))
+
+    def reads(self, task: str) -> Reads:
+        """What a task's metric needs of a model's output."""
+        return METRICS[self.suite.tasks[task].metric].reads
 
     def _ranks(self, task: str) -> bool:
-        return METRICS[self.suite.tasks[task].metric].reads == "ranks"
-
-    def collated(self, read: Examples) -> list[Batch]:
-        """(row indices, inputs with labels) each, rows of similar length together, on the device of the models."""
-        return [
-            (indices, on_device(read.collate([read.rows[index] for index in indices]), self.device))
-            for indices in batch_indices_by_length(read.rows, self.batch_size)
-        ]
+        return self.reads(task) == "ranks"
 
 
 def on_device(inputs: Mapping[str, Any], device: Any) -> dict[str, Any]:
     """A batch where a model is."""
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+
+
+def unchanged(found: Predictions) -> Predictions:
+    """Predictions as they are: one for each row that is scored."""
+    return found
 
 
 def _attention(query: Shape, key: Shape, value: Shape, /, *_: object, **__: object) -> int:

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hf_fusion.bench.candidates import TEST, Prepared
+from hf_fusion.bench.cells import CLEAN
+from hf_fusion.bench.not_applicable import NotApplicable
 from hf_fusion.bench.setups.common import MAX_LENGTH, ROWS_COUNTED, TaskSetup, multiplications
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import Holdout, Suite
-from hf_fusion.bench.systems import CLEAN, TEST, NotApplicable, share_batches
 from hf_fusion.errors import FusionError
-from hf_fusion.evaluation.predictions import Predictions, predict_batch
-from hf_fusion.evaluation.task_metrics import METRICS
+from hf_fusion.evaluation.predictions import Predictions
+from hf_fusion.evaluation.predictors import ModelPredictor
 from hf_fusion.hub.load import load_experts
 from hf_fusion.models.assembly_foe import GENERIC_LABEL, fuse_labels, normalise
 from hf_fusion.models.modeling_foe import FoEModel
@@ -137,7 +139,7 @@ class FusionSetup(TaskSetup, kind="fusion"):
             rows = self._plain(task, rows.select(range(min(most, len(rows)))))
             if owned:
                 rows = rows.add_column("expert", [self.suite.owner(task)] * len(rows))
-            elif self.is_language and METRICS[self.suite.tasks[task].metric].reads in ("targets", "ranks"):
+            elif self.is_language and self.reads(task) in ("targets", "ranks"):
                 rows = self._with_best_expert(task, rows, self.fused(holdout))
             parts.append(rows.select_columns([name for name in rows.column_names if name not in ("choices", "right")]))
         if not sum(map(len, parts)):
@@ -215,6 +217,10 @@ class FusionSetup(TaskSetup, kind="fusion"):
         """Predictions from scores of all labels, (N, C)."""
         return Predictions(scores.argmax(1).tolist(), self.references(task, corruption, split))
 
+    def prepared_expert(self, expert: int, task: str, corruption: str, split: str) -> Prepared:
+        """One expert; what it predicts is known after the first time."""
+        return self.known(task, self.expert_predictions(expert, task, corruption, split))
+
     def expert_predictions(self, expert: int, task: str, corruption: str, split: str) -> Predictions:
         """Predictions of one expert."""
         if not self.is_language:
@@ -226,12 +232,11 @@ class FusionSetup(TaskSetup, kind="fusion"):
 
     def _generated(self, expert: int, task: str, rows: Dataset) -> Predictions:
         """Predictions of a language model for rows of a task."""
-        reads, own = METRICS[self.suite.tasks[task].metric].reads, self.experts[expert]
-        model = _ExpertModel(self.all_experts, expert)
-        reader = Expert(own.name, model.model, processor=own.processor)
-        batches = self.collated(read_examples(reader, self.inputs_of(task, rows), MAX_LENGTH))
-        found = share_batches(batches, lambda inputs: predict_batch(model, inputs, reads, own.processor))
-        return self.reduced(found, task, rows)
+        model, known = _ExpertModel(self.all_experts, expert), self.experts[expert]
+        reader = Expert(known.name, model.model, processor=known.processor)
+        predictor = ModelPredictor(known.name, "expert", model, tokenizer=known.processor)
+        read = read_examples(reader, self.inputs_of(task, rows), MAX_LENGTH)
+        return self.predict(Prepared(predictor, self.encoded(task, rows, read)))
 
     def _with_best_expert(self, task: str, rows: Dataset, fused: list[int]) -> Dataset:
         """Rows that some expert answers right, and which expert: where several do, the one that is right most often.

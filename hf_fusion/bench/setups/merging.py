@@ -14,13 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoProcessor, DataCollatorWithPadding
 
-from hf_fusion.bench.setups.common import MAX_LENGTH, ROWS_COUNTED, Batch, TaskSetup, multiplications, on_device
+from hf_fusion.bench.candidates import TEST, Candidate, Prepared
+from hf_fusion.bench.cells import CLEAN
+from hf_fusion.bench.not_applicable import NotApplicable
+from hf_fusion.bench.setups.common import MAX_LENGTH, ROWS_COUNTED, TaskSetup, multiplications, on_device, unchanged
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import Holdout, Suite
-from hf_fusion.bench.systems import CLEAN, TEST, Candidate, NotApplicable, share_batches
 from hf_fusion.bench.zero_shot import fix_classes
-from hf_fusion.evaluation.predictions import Predictions, from_logits, predict_batch
-from hf_fusion.evaluation.task_metrics import METRICS
+from hf_fusion.evaluation.loop import TaskRows
+from hf_fusion.evaluation.predictions import Predictions, from_logits
+from hf_fusion.evaluation.predictors import Batch, ModelPredictor
+from hf_fusion.evaluation.task_metrics import Reads
 from hf_fusion.hub.download import download
 from hf_fusion.hub.load import load_experts
 from hf_fusion.hub.resolve import resolve
@@ -86,20 +90,22 @@ class MergingSetup(TaskSetup, kind="merging"):
         self.base = {name: tensor.detach().clone() for name, tensor in self._targets.items()}
         self.states = [_ExpertState(self, number) for number in range(len(self.names))]
         self._shown: State | None = None
-        self._batches: dict[tuple[str, str, str], list[Batch]] = {}
+        self._encoded: dict[tuple[str, str, str], TaskRows] = {}
         self._embeddings: dict[tuple[str, str, str], torch.Tensor] = {}
         self._logits: dict[tuple[int, str, str, str], tuple[torch.Tensor, torch.Tensor]] = {}
 
     # ---------------------------------------------------------------- rows
 
-    def batches(self, task: str, corruption: str = CLEAN, split: str = TEST) -> list[Batch]:
-        """(row indices, inputs with labels) each; encoded once."""
+    def task_rows(self, task: str, corruption: str = CLEAN, split: str = TEST) -> TaskRows:
+        """Rows of a task as all models read them; encoded once."""
         key = (task, corruption, split)
-        if key not in self._batches:
-            self._batches[key] = self.collated(
-                self.read(task, self.inputs_of(task, self.sample(task, corruption, split)))
-            )
-        return self._batches[key]
+        if key not in self._encoded:
+            rows = self.sample(*key)
+            encoded = self.encoded(task, rows, self.read(task, self.inputs_of(task, rows)))
+            if self.reads(task) == "embeddings":
+                encoded = replace(encoded, reduced=partial(self._agreement, key))
+            self._encoded[key] = encoded
+        return self._encoded[key]
 
     def read(self, task: str, rows: Dataset) -> Examples:
         """Rows as the model reads them."""
@@ -120,41 +126,47 @@ class MergingSetup(TaskSetup, kind="merging"):
 
     # ---------------------------------------------------------------- predicting
 
-    def predict(self, model: Any, task: str, corruption: str = CLEAN, split: str = TEST) -> Predictions:
-        """Predictions of a model that is called with the inputs and ``task=``."""
-        reads = METRICS[self.suite.tasks[task].metric].reads
-        tokenizer = self.merge.processor
-        found = share_batches(
-            self.batches(task, corruption, split),
-            lambda inputs: predict_batch(model, {**inputs, "task": task}, reads, tokenizer),
-        )
-        if reads != "embeddings":
-            return self.reduced(found, task, self.sample(task, corruption, split))
-        given, right = torch.tensor(found.predictions), self.embeddings(task, corruption, split)
-        return Predictions(torch.cosine_similarity(given, right).tolist(), [1] * len(given))
+    def prepared(
+        self, model: Any, task: str, corruption: str = CLEAN, split: str = TEST, *, state: State | None = None,
+        reads: Reads | None = None,
+    ) -> Prepared:  # fmt: skip
+        """A model that is called with the inputs and ``task=``, and the rows that it predicts.
+
+        Args:
+            model: the backbone (`Dense`), or another.
+            task, corruption, split: which rows.
+            state: what the backbone shows meanwhile.
+            reads: what is read of the outputs instead of what the metric needs, as it is.
+        """
+
+        def inputs(batch: Batch) -> dict[str, Any]:
+            if state is not None:
+                self.show(state)
+            return {**batch.inputs, "task": task}
+
+        rows = self.task_rows(task, corruption, split)
+        predictor = ModelPredictor("model", "baseline", model, inputs, reads=reads, tokenizer=self.merge.processor)
+        return Prepared(predictor, replace(rows, reduced=unchanged) if reads else rows)
+
+    def _agreement(self, key: tuple[str, str, str], found: Predictions) -> Predictions:
+        """The cosine of each embedding with that by the task's own expert."""
+        given = torch.tensor(found.predictions)
+        return Predictions(torch.cosine_similarity(given, self.embeddings(*key)).tolist(), [1] * len(given))
 
     def embeddings(self, task: str, corruption: str, split: str) -> torch.Tensor:
         """What the task's own expert makes of its rows, (N, d); computed once, and the backbone is as before."""
         key = (task, corruption, split)
         if key not in self._embeddings:
-            before = self._shown
-            self.show(self.states[self.names.index(task)])
-            batches = self.batches(task, corruption, split)
-            found = share_batches(
-                batches, lambda inputs: predict_batch(Dense(self), {**inputs, "task": task}, "embeddings")
-            )
+            before, expert = self._shown, self.states[self.names.index(task)]
+            found = self.predict(self.prepared(Dense(self), *key, state=expert, reads="embeddings"))
             self._embeddings[key] = torch.tensor(found.predictions)
             self.show(before or self.base)
         return self._embeddings[key]
 
     def dense(self, state: State, **facts: Any) -> Candidate:
         """A state of the backbone as a candidate; the tensors that it lacks are the base's."""
-
-        def predict(task: str, corruption: str, split: str) -> Predictions:
-            self.show(state)
-            return self.predict(Dense(self), task, corruption, split)
-
-        return Candidate(predict, stored=self.sizes[0], active=self.sizes[1], **facts)
+        prepare = partial(self.prepared, Dense(self), state=state)
+        return Candidate(prepare, stored=self.sizes[0], active=self.sizes[1], **facts)
 
     @torch.no_grad()
     def show(self, state: State) -> None:
@@ -184,27 +196,21 @@ class MergingSetup(TaskSetup, kind="merging"):
             own, dense = (multiplications(partial(called, **inputs, task=task)) for called in (model, Dense(self)))
         return own / dense
 
-    @torch.no_grad()
     def logits(self, expert: int, task: str, corruption: str, split: str) -> tuple[torch.Tensor, torch.Tensor]:
         """An expert's logits (N, C) of the rows of a task, by this task's head, and the labels; computed once."""
         key = (expert, task, corruption, split)
         if key not in self._logits:
-            self.show(self.states[expert])
-
-            found = share_batches(
-                self.batches(task, corruption, split),
-                lambda inputs: predict_batch(Dense(self), {**inputs, "task": task}, "logits"),
-            )
+            prepared = self.prepared(Dense(self), task, corruption, split, state=self.states[expert], reads="logits")
+            found = self.predict(prepared)
             self._logits[key] = (torch.tensor(found.predictions), torch.tensor(found.references))
         return self._logits[key]
 
-    def expert_predictions(self, expert: int, task: str, corruption: str, split: str) -> Predictions:
-        """Predictions of an expert under a task's head."""
-        reads = METRICS[self.suite.tasks[task].metric].reads
+    def prepared_expert(self, expert: int, task: str, corruption: str, split: str) -> Prepared:
+        """An expert under a task's head."""
+        reads = self.reads(task)
         if reads in ("classes", "numbers"):
-            return from_logits(*self.logits(expert, task, corruption, split), reads)
-        self.show(self.states[expert])
-        return self.predict(Dense(self), task, corruption, split)
+            return self.known(task, from_logits(*self.logits(expert, task, corruption, split), reads))
+        return self.prepared(Dense(self), task, corruption, split, state=self.states[expert])
 
     def indices(self, holdout: Holdout) -> list[int]:
         """Indices of the experts that are fused."""

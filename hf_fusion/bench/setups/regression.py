@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DataCollatorForSeq2Seq
 
+from hf_fusion.bench.candidates import Candidate, Prepared
 from hf_fusion.bench.setups.common import ROWS_COUNTED, TaskSetup, multiplications, on_device
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import Suite
-from hf_fusion.bench.systems import Candidate, share_batches
-from hf_fusion.evaluation.predictions import Predictions, predict_batch
+from hf_fusion.evaluation.loop import TaskRows
+from hf_fusion.evaluation.predictions import Predictions
+from hf_fusion.evaluation.predictors import ModelPredictor
+from hf_fusion.evaluation.results import MeasuredTask
 from hf_fusion.hub.load import load_experts
 from hf_fusion.training.batches import Examples
 
@@ -76,8 +79,10 @@ class RegressionSetup(TaskSetup, kind="regression"):
     def _scored(self, number: int, rows: Dataset) -> torch.Tensor:
         expert = self.experts[number]
         words = self.suite.ask[expert.name].words
-        batches = self.collated(self._read(number, rows))
-        found = share_batches(batches, lambda inputs: predict_batch(expert.model, inputs, "losses"))
+        read = self._read(number, rows)
+        data = TaskRows(MeasuredTask(expert.name, "perplexity", len(read.rows)), read.rows, self.collate(read))
+        predictor = ModelPredictor(expert.name, "expert", expert.model)
+        found = self.predict(Prepared(predictor, data))
         losses, tokens = torch.tensor(found.predictions), torch.tensor(found.references)
         if not words:
             return -losses  # mean log-likelihood of a token
@@ -102,12 +107,12 @@ class RegressionSetup(TaskSetup, kind="regression"):
     def candidate(self, combine: Callable[[torch.Tensor, str], torch.Tensor], **facts: Any) -> Candidate:
         """All experts as a candidate; `combine` makes a score for each row, (N,), of scores (N, K) and the task."""
 
-        def predict(task: str, corruption: str, split: str) -> Predictions:
+        def prepare(task: str, corruption: str, split: str) -> Prepared:
             rows = self.sample(task, corruption, split)
-            return Predictions(combine(self.scores(rows), task).tolist(), list(rows["label"]))
+            return self.known(task, Predictions(combine(self.scores(rows), task).tolist(), list(rows["label"])))
 
         size = sum(model.num_parameters() for model in {id(own.model): own.model for own in self.experts}.values())
-        return Candidate(predict, **{"stored": size, "active": size, "cost": sum(self.costs), **facts})
+        return Candidate(prepare, **{"stored": size, "active": size, "cost": sum(self.costs), **facts})
 
     @cached_property
     @torch.no_grad()

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_fusion.bench.setups.common import MAX_LENGTH, ROWS_COUNTED, Batch, TaskSetup, multiplications
+from hf_fusion.bench.candidates import TEST, Candidate, Prepared, everything, seeded
+from hf_fusion.bench.cells import CLEAN
+from hf_fusion.bench.not_applicable import NotApplicable
+from hf_fusion.bench.setups.common import MAX_LENGTH, ROWS_COUNTED, TaskSetup, multiplications
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import Holdout, Suite
-from hf_fusion.bench.systems import CLEAN, TEST, Candidate, NotApplicable, everything, seeded, share_batches
 from hf_fusion.errors import FusionError
-from hf_fusion.evaluation.predictions import Predictions, predict_batch
+from hf_fusion.evaluation.loop import TaskRows
+from hf_fusion.evaluation.predictors import Batch, ModelPredictor
 from hf_fusion.evaluation.retrieval import MINILM, TextEmbedder, texts_of
 from hf_fusion.evaluation.routing import (
     STRATEGIES,
@@ -28,9 +31,8 @@ from hf_fusion.evaluation.routing import (
     same_start,
     unchanged_blocks,
 )
-from hf_fusion.evaluation.task_metrics import METRICS
 from hf_fusion.hub.load import load_experts
-from hf_fusion.training.batches import Examples, read_examples
+from hf_fusion.training.batches import Examples, batch_indices_by_length, read_examples
 from hf_fusion.types import Adapter
 
 if TYPE_CHECKING:
@@ -76,7 +78,7 @@ class RoutingSetup(TaskSetup, kind="routing"):
         self.states = [_Adapted(self.base, adapter) for adapter in self.adapters]
         self.has_heads = has_heads(self.experts)
         self._evaluations: dict[Any, _Evaluation] = {}
-        self._batches: dict[Any, list[Batch]] = {}
+        self._encoded: dict[Any, TaskRows] = {}
         self._started: dict[Any, dict[int, Any]] = {}
 
     def indices(self, holdout: Holdout) -> list[int]:
@@ -116,49 +118,53 @@ class RoutingSetup(TaskSetup, kind="routing"):
         own = self.experts[expert]
         return read_examples(own, self._split_of(own.name, "fit"), MAX_LENGTH)
 
-    def batches(self, evaluation: Evaluation, task: str, corruption: str = CLEAN, split: str = TEST) -> list[Batch]:
-        """(row indices, inputs with labels) each; encoded once."""
+    def task_rows(self, evaluation: Evaluation, task: str, corruption: str = CLEAN, split: str = TEST) -> TaskRows:
+        """Rows of a task as a router reads them; encoded once."""
         key = (task, corruption, split, tuple(evaluation.names) if self.has_heads else ())  # labels are those of all
-        if key not in self._batches:
-            rows = self.inputs_of(task, self.sample(task, corruption, split))
-            self._batches[key] = self.collated(evaluation.read(evaluation.router("phatgoose"), rows))
-        return self._batches[key]
+        if key not in self._encoded:
+            rows = self.sample(task, corruption, split)
+            read = evaluation.read(evaluation.router("phatgoose"), self.inputs_of(task, rows))
+            self._encoded[key] = self.encoded(task, rows, read)
+        return self._encoded[key]
 
-    @torch.no_grad()
-    def predict(
-        self, evaluation: _Evaluation, way: RoutingStrategy, task: str, corruption: str, split: str
-    ) -> Predictions:
-        """Predictions of a router with a routing strategy."""
-        router: Any = evaluation.router(way.router)
-        reads = METRICS[self.suite.tasks[task].metric].reads
-        rows = evaluation.add(task, corruption, split, self)
-        tokenizer, skipped = self.experts[0].processor, len(unchanged_blocks(router))
-        start: Any = nullcontext({}) if reads == "texts" else same_start([router])  # generation restarts at each step
-        with start as remembered:
+    def prepared(
+        self, evaluation: _Evaluation, strategy: RoutingStrategy, task: str, corruption: str, split: str
+    ) -> Prepared:
+        """A router with a routing strategy, and the rows that it predicts."""
+        router: Any = evaluation.router(strategy.router)
+        rows, skipped = evaluation.add(task, corruption, split, self), len(unchanged_blocks(router))
+        starts = nullcontext if self.reads(task) == "texts" else partial(self._started_once, router)
 
-            def run(batch: Batch) -> Predictions:
-                numbers, inputs = batch
-                known = self._started.get((skipped, rows, numbers[0]), {})
-                remembered.clear()
-                remembered.update(known)
-                with way.within(evaluation, router, rows, numbers):
-                    answered = predict_batch(router.backbone, inputs, reads, tokenizer)
-                if corruption == CLEAN:
-                    self._started[skipped, rows, numbers[0]] = dict(remembered)
-                return answered
+        @contextmanager
+        def within(batch: Batch) -> Iterator[None]:
+            # generation restarts at each step, and then nothing is remembered
+            key = (skipped, rows, batch.indices[0])
+            with starts(key), strategy.within(evaluation, router, rows, batch.indices):
+                yield
 
-            batches = self.batches(evaluation, task, corruption, split)
-            found = share_batches([(numbers, (numbers, inputs)) for numbers, inputs in batches], run)
-            return self.reduced(found, task, self.sample(task, corruption, split))
+        predictor = ModelPredictor(
+            "router", "baseline", router.backbone, within=within,
+            tokenizer=self.experts[0].processor,
+        )  # fmt: skip
+        return Prepared(predictor, self.task_rows(evaluation, task, corruption, split))
 
-    def expert_predictions(self, expert: int, task: str, corruption: str, split: str) -> Predictions:
-        """Predictions of an expert for rows of any task."""
-        way = RoutingStrategy("expert", within=partial(alone, self.names[expert]))
-        return self.predict(self.evaluation(everything(self.suite)), way, task, corruption, split)
+    @contextmanager
+    def _started_once(self, router: Any, key: tuple[int, str, int]) -> Iterator[None]:
+        """Blocks before the first that an expert adapts run once for a batch of clean rows, whatever routes after."""
+        with same_start([router]) as remembered:
+            remembered.update(self._started.get(key, {}))
+            yield
+            if f"/{CLEAN}/" in key[1]:
+                self._started[key] = dict(remembered)
 
-    def candidate(self, evaluation: _Evaluation, way: RoutingStrategy, **facts: Any) -> Candidate:
+    def prepared_expert(self, expert: int, task: str, corruption: str, split: str) -> Prepared:
+        """One expert, for rows of any task."""
+        strategy = RoutingStrategy("expert", within=partial(alone, self.names[expert]))
+        return self.prepared(self.evaluation(everything(self.suite)), strategy, task, corruption, split)
+
+    def candidate(self, evaluation: _Evaluation, strategy: RoutingStrategy, **facts: Any) -> Candidate:
         """A router with a routing strategy, as a candidate."""
-        return Candidate(partial(self.predict, evaluation, way), **facts)
+        return Candidate(partial(self.prepared, evaluation, strategy), **facts)
 
     def dense(self, state: Mapping[str, torch.Tensor], **facts: Any) -> Candidate:
         """The base with other weights.
@@ -170,11 +176,11 @@ class RoutingSetup(TaskSetup, kind="routing"):
             raise NotApplicable(HEADS)
         evaluation = self.evaluation(everything(self.suite))
 
-        def predict(task: str, corruption: str, split: str) -> Predictions:
-            with self._showing(state):
-                return self.predict(evaluation, STRATEGIES["base"], task, corruption, split)
+        def prepare(task: str, corruption: str, split: str) -> Prepared:
+            prepared = self.prepared(evaluation, STRATEGIES["base"], task, corruption, split)
+            return prepared._replace(within=partial(self._showing, state))
 
-        return Candidate(predict, stored=self.size, active=self.size, **facts)
+        return Candidate(prepare, stored=self.size, active=self.size, **facts)
 
     @contextmanager
     def _showing(self, state: Mapping[str, torch.Tensor]) -> Iterator[None]:
@@ -203,8 +209,9 @@ class RoutingSetup(TaskSetup, kind="routing"):
     def _counted(self, evaluation: _Evaluation) -> tuple[str, list[int], dict[str, Any]]:
         """The first rows, on which multiplications are counted: their name, indices and inputs."""
         task = next(iter(self.suite.tasks))
-        numbers, inputs = self.batches(evaluation, task)[0]
-        given = {name: value[:ROWS_COUNTED] for name, value in inputs.items()}
+        rows = self.task_rows(evaluation, task)
+        numbers = next(batch_indices_by_length(rows.rows, self.batch_size))
+        given = {name: value[:ROWS_COUNTED] for name, value in rows.inputs(numbers).items()}
         if not self.model.config.is_encoder_decoder:
             given.pop("labels")
         return evaluation.add(task, CLEAN, TEST, self), numbers[:ROWS_COUNTED], given
@@ -215,9 +222,9 @@ class RoutingSetup(TaskSetup, kind="routing"):
         _, _, given = self._counted(self.evaluation(everything(self.suite)))
         return multiplications(partial(model, **given)) / multiplications(partial(self.model, **given))
 
-    def cost(self, evaluation: _Evaluation, way: RoutingStrategy, embeds: bool = False) -> float:
+    def cost(self, evaluation: _Evaluation, strategy: RoutingStrategy, embeds: bool = False) -> float:
         """Multiplications of a forward as a multiple of the base's, on the first rows there are."""
-        router: Any = evaluation.router(way.router)
+        router: Any = evaluation.router(strategy.router)
         rows, numbers, given = self._counted(evaluation)
 
         def count(own: RoutingStrategy) -> int:
@@ -225,7 +232,7 @@ class RoutingSetup(TaskSetup, kind="routing"):
             with torch.enable_grad(), own.within(evaluation, router, rows, numbers):
                 return multiplications(lambda: router.backbone(**given))
 
-        base, own = count(STRATEGIES["base"]), count(way)
+        base, own = count(STRATEGIES["base"]), count(strategy)
         if embeds:
             assert evaluation.embedder is not None
             own += multiplications(partial(evaluation.embedder, texts_of(evaluation.suite[rows].select(numbers))))
