@@ -26,7 +26,7 @@ from hf_fusion.hub.snapshot import check_snapshot
 from hf_fusion.io.folders import recover_folder, refuse_to_replace, replace_folder
 from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.engine.processes import is_main
-from hf_fusion.merging.loaded import fuse_static, load_merged, merged_model
+from hf_fusion.merging.loaded_merges import fuse_static, load_merged, merged_model
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.merging.recipe_checks import family_method
 from hf_fusion.progress import phase

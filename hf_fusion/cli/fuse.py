@@ -133,7 +133,7 @@ def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
     from hf_fusion.cards.card import write_card
     from hf_fusion.merging.engine.processes import is_main
     from hf_fusion.merging.lora import AdapterReport
-    from hf_fusion.merging.merge import cores, merge, plan_merge
+    from hf_fusion.merging.merge import count_cores, merge, plan_merge
 
     if args.dry_run:
         from hf_fusion.merging.engine.estimate import estimate
@@ -149,7 +149,7 @@ def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
             }
             for model in models
         ]
-        taken = estimate(planned, args.threads or cores())
+        taken = estimate(planned, args.threads or count_cores())
         planned.files.close()
         if planned.dropped:
             out.table([mismatch.row() for mismatch in planned.dropped], "Tensors that do not match", aside=True)

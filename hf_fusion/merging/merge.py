@@ -29,14 +29,14 @@ from hf_fusion.merging.engine.output import (
 )
 from hf_fusion.merging.engine.processes import Processes
 from hf_fusion.merging.engine.stream import compute_digest, parse_device, write_tensors
+from hf_fusion.merging.load_checks import MERGED, check_loads, fit_config, shapes_of
 from hf_fusion.merging.lora import merge_adapters
 from hf_fusion.merging.merge_report import MergeReport
 from hf_fusion.merging.methods import method_named
-from hf_fusion.merging.outcome import MERGED, check_loads, fitted_config, shapes_of
 from hf_fusion.merging.plan import Plan, plan
 from hf_fusion.merging.recipe_checks import check_recipe
 from hf_fusion.merging.small_files import merged_files
-from hf_fusion.merging.tied import untied_config, with_heads
+from hf_fusion.merging.tied_weights import align_tied_heads, untie_config
 from hf_fusion.merging.tokenizers.requested import read_vocabulary
 from hf_fusion.recipe import RECIPE_FILE, Recipe, RecipeExpert, Slice
 from hf_fusion.types import ModelRef
@@ -118,7 +118,7 @@ def merge(
                     planned.targets,
                     place,
                     planned.files,
-                    threads=threads or max(1, cores() // processes.local_count),
+                    threads=threads or max(1, count_cores() // processes.local_count),
                     shard_bytes=shard_bytes,
                     process=(processes.rank, processes.count),
                     device=device,
@@ -153,7 +153,7 @@ def plan_merge(recipe: Recipe, api: HfApi | None = None) -> Plan:
     merged_base = [recipe.base] if recipe.base and method.base else []  # else it is that of the adapters alone
     opened = open_models([*merged_base, *names], api, recipe.base, merges_base=bool(merged_base))
     base = opened.pop(0) if merged_base else None
-    heads = with_heads(recipe, base, opened)
+    heads = align_tied_heads(recipe, base, opened)
     base, opened = heads.base, heads.experts
     if method.plans:
         planned: Plan = method.module.plan(recipe, base, opened)
@@ -164,11 +164,11 @@ def plan_merge(recipe: Recipe, api: HfApi | None = None) -> Plan:
         planned = plan(recipe, base, opened, vocabulary)
     planned.recipe = _pinned(planned)
     if heads.untied:
-        planned.config = untied_config(planned.config)
+        planned.config = untie_config(planned.config)
     if heads.note:
         planned.notes = [*planned.notes, heads.note]
     shapes = shapes_of(planned.specs)
-    planned.config = fitted_config(planned.config, shapes, [planned.first, *planned.experts])
+    planned.config = fit_config(planned.config, shapes, [planned.first, *planned.experts])
     planned.unchecked = check_loads(planned.config, shapes, planned.first)
     return planned
 
@@ -211,7 +211,7 @@ def _check_written(planned: Plan, place: Path) -> None:
     check_loads(read_json(place / "config.json", MERGED), shapes_of(written.values()), planned.first)
 
 
-def cores() -> int:
+def count_cores() -> int:
     """Cores this process may use."""
     known = getattr(os, "sched_getaffinity", None)  # macOS has none
     return len(known(0)) if known else os.cpu_count() or 1

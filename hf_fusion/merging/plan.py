@@ -9,27 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_fusion.merging.configs import merged_config
 from hf_fusion.merging.engine.checkpoint import DTYPES, FLOATS, OpenFiles
 from hf_fusion.merging.engine.open_models import Model, layer_index
 from hf_fusion.merging.engine.output import TensorSpec
 from hf_fusion.merging.engine.stream import Target
 from hf_fusion.merging.engine.tensors import Combination, Reader, Tensors, WholeModel
-from hf_fusion.merging.matching import Share, matched, refuse_strangers, shares_of
-from hf_fusion.merging.measurements import Measured, statistics_of
+from hf_fusion.merging.expert_matching import Share, compute_shares, match_tensors, refuse_unmatched
+from hf_fusion.merging.merged_configs import merge_config
 from hf_fusion.merging.methods import MergeMethod, method_named
-from hf_fusion.merging.origins import (
+from hf_fusion.merging.settings import arguments_at
+from hf_fusion.merging.statistics_files import ExpertStatistics, read_statistics
+from hf_fusion.merging.tensor_origins import (
+    ExpertTensor,
     Mismatch,
     MismatchError,
     Origin,
-    Part,
-    has_rows,
-    layers_of,
-    mismatches_of,
-    origins_of,
-    without_skipping,
+    find_mismatches,
+    forbid_skipping,
+    rows_match,
+    trace_layers,
+    trace_origins,
 )
-from hf_fusion.merging.settings import arguments_at
 
 if TYPE_CHECKING:
     from hf_fusion.merging.tokenizers.vocabulary import Vocabulary
@@ -117,26 +117,26 @@ def plan(recipe: Recipe, base: Model | None, experts: Sequence[Model], vocabular
     method = method_named(recipe.method)
     files = OpenFiles()
     first = base or experts[0]
-    names = [matched(first, expert) for expert in experts]
-    origins = list(origins_of(recipe, base, experts, names))
+    names = [match_tensors(first, expert) for expert in experts]
+    origins = list(trace_origins(recipe, base, experts, names))
     is_aligned = vocabulary.covers if vocabulary else lambda model, name: False
-    mismatches = mismatches_of(origins, experts, is_aligned, sliced=bool(recipe.slices))
+    mismatches = find_mismatches(origins, experts, is_aligned, sliced=bool(recipe.slices))
     if recipe.parameters.get("trim") == "model" or (method.name == "emr" and recipe.parameters.get("expert")):
-        without_skipping(mismatches)
+        forbid_skipping(mismatches)
     fitting = [_fitting(origin, recipe, base, experts, is_aligned) for origin in origins]
     shares = _merged_of(origins, fitting, experts, base)
     # of models that slices do not name, one may lend its configuration
     named = {part.expert for origin in origins for part in origin.parts}
-    refuse_strangers([shares[number] for number in sorted(named)], first)
+    refuse_unmatched([shares[number] for number in sorted(named)], first)
     # tensors that the merged model lacks are a problem only where the recipe does not say what to do
     if mismatches and not recipe.parameters.get("mismatch"):
         raise MismatchError(mismatches)
-    statistics = statistics_of(recipe, method.statistics, experts)
+    statistics = read_statistics(recipe, method.statistics, experts)
     targets: list[Target] = []
     whole = WholeModel(lambda: [target.inputs() for target in targets if target.inputs])
     context = _Context(recipe, method, base, list(experts), names, files, vocabulary, statistics, whole)
     targets += [_target(origin, parts, context) for origin, parts in zip(origins, fitting, strict=True)]
-    config = merged_config(first, recipe.dtype, layers_of(recipe, base, experts), vocabulary)
+    config = merge_config(first, recipe.dtype, trace_layers(recipe, base, experts), vocabulary)
     return Plan(recipe, method, base, list(experts), targets, files, mismatches, config, vocabulary, shares)
 
 
@@ -151,7 +151,7 @@ class _Context:
     names: Sequence[Mapping[str, str]]
     files: OpenFiles
     vocabulary: Vocabulary | None
-    statistics: Sequence[Measured]
+    statistics: Sequence[ExpertStatistics]
     whole: WholeModel
 
     def reader(self, origin: Origin, model: Model, name: str) -> Reader:
@@ -173,7 +173,7 @@ def _fitting(
     base: Model | None,
     experts: Sequence[Model],
     is_aligned: Callable[[Model, str], bool],
-) -> tuple[Part, ...]:
+) -> tuple[ExpertTensor, ...]:
     """The experts' tensors that are merged into one of the merged model's; empty where that stays as it is."""
     first, first_name = origin.first
     mismatch, shape = recipe.parameters.get("mismatch"), first.shape(first_name)
@@ -184,7 +184,7 @@ def _fitting(
             continue
         theirs = experts[part.expert].shape(part.name)
         resized = is_aligned(first, first_name) or (mismatch == "resize" and layer_index(first_name) is None)
-        if theirs == shape or (resized and has_rows(theirs, shape)):
+        if theirs == shape or (resized and rows_match(theirs, shape)):
             parts.append(part)
         else:
             unfit = True
@@ -195,7 +195,7 @@ def _fitting(
 
 
 def _merged_of(
-    origins: Sequence[Origin], fitting: Sequence[tuple[Part, ...]], experts: Sequence[Model], base: Model | None
+    origins: Sequence[Origin], fitting: Sequence[tuple[ExpertTensor, ...]], experts: Sequence[Model], base: Model | None
 ) -> list[Share]:
     """How much of each expert is in the merged model, also where a tensor of the first one is passed on as it is."""
     merged: list[set[str]] = [set() for _ in experts]
@@ -206,10 +206,10 @@ def _merged_of(
             for expert, names in zip(experts, merged, strict=True):
                 if expert is origin.first[0]:
                     names.add(origin.first[1])
-    return shares_of(experts, merged)
+    return compute_shares(experts, merged)
 
 
-def _target(origin: Origin, parts: tuple[Part, ...], context: _Context) -> Target:
+def _target(origin: Origin, parts: tuple[ExpertTensor, ...], context: _Context) -> Target:
     """One tensor of the merged model."""
     recipe, method, experts, vocabulary = context.recipe, context.method, context.experts, context.vocabulary
     first, first_name = origin.first

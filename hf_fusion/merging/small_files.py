@@ -14,7 +14,7 @@ from hf_fusion.hub.manifests import MODULES, local_named_files, module_folders, 
 from hf_fusion.io.files import own_file, read_file
 from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.engine.output import FACTS
-from hf_fusion.merging.tokenizers.chat_templates import with_template
+from hf_fusion.merging.tokenizers.chat_templates import set_template
 from hf_fusion.merging.tokenizers.vocabulary import is_tokenizer_file
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ _SENTENCES = (MODULES, "config_sentence_transformers.json", "sentence_bert_confi
 def merged_files(planned: Plan) -> dict[str, bytes]:
     """The files of a merged model beside its weights and its recipe, by their paths in its folder."""
     first = planned.first
-    files = small_files(first.folder, first.name)
+    files = read_small_files(first.folder, first.name)
     if first.under is not None:  # an adapter, which may bring a tokenizer of its own
-        under = small_files(first.under, first.name)
+        under = read_small_files(first.under, first.name)
         has_tokenizer = any(map(is_tokenizer_file, files))
         files = {name: raw for name, raw in under.items() if not (has_tokenizer and is_tokenizer_file(name))} | files
     files = _with_modules(files, planned)
@@ -54,14 +54,14 @@ def merged_files(planned: Plan) -> dict[str, bytes]:
             files[name] = (json.dumps(moved, indent=2, ensure_ascii=False) + "\n").encode()
     if planned.recipe.chat_template is not None:
         models = {model.name: model for model in [*([planned.base] if planned.base else []), *planned.experts]}
-        files = with_template(files, planned.recipe.chat_template, models)
+        files = set_template(files, planned.recipe.chat_template, models)
     if planned.facts:
         files[FACTS] = (json.dumps(planned.facts, indent=2) + "\n").encode()
     files["config.json"] = (json.dumps(planned.config, indent=2) + "\n").encode()
     return files
 
 
-def small_files(folder: Path, name: str) -> dict[str, bytes]:
+def read_small_files(folder: Path, name: str) -> dict[str, bytes]:
     """Configuration, tokenizer and code beside a model's weights, by path: at its root and in folders that it names.
 
     Python files are among them only where the model's configurations name code of its own. It never runs here, and
@@ -113,7 +113,7 @@ def _with_modules(files: dict[str, bytes], planned: Plan) -> dict[str, bytes]:
         found = next(givers, None)
         if found is None:
             return files
-        giver, theirs = found, small_files(found.folder, found.name)
+        giver, theirs = found, read_small_files(found.folder, found.name)
         own = {name: raw for name, raw in theirs.items() if name in _SENTENCES or _is_below(name, _folders(found))}
         logger.warning("%s has no %s: that of %s is taken", planned.first.name, MODULES, giver.name)
         files = files | own

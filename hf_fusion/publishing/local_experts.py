@@ -17,7 +17,7 @@ from hf_fusion.hub.provenance import content_of, contents_of, folders_of, model_
 from hf_fusion.hub.resolve import resolve
 from hf_fusion.io.files import own_file, read_file, read_text
 from hf_fusion.io.json_files import read_json
-from hf_fusion.merging.loaded import CONTENTS_ATTRIBUTE
+from hf_fusion.merging.loaded_merges import CONTENTS_ATTRIBUTE
 from hf_fusion.recipe import RECIPE_FILE, Recipe
 from hf_fusion.types import ExpertInfo, ModelRef
 

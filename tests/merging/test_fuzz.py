@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from hf_fusion import FusionError
 from hf_fusion.merging.engine.checkpoint import INDEX, SINGLE
 from hf_fusion.merging.merge import merge
-from hf_fusion.merging.origins import MismatchError
 from hf_fusion.merging.recipe_files import load_recipe
+from hf_fusion.merging.tensor_origins import MismatchError
 
 EACH = 75  # mutations of each of the seven files
 SECONDS = 10  # that one of them may take

@@ -128,7 +128,7 @@ def test_values_beyond_half_precision(folders, tmp_path):
 
 def test_a_methods_own_refusal(folders, tmp_path):
     experts = tuple(RecipeExpert(str(folder), weight) for folder, weight in zip(folders[:2], (1.0, -1.0), strict=True))
-    with pytest.raises(FusionError, match="weights of .* sum up to 0"):
+    with pytest.raises(FusionError, match="weights of .* sum to 0"):
         merge(Recipe("linear", experts), tmp_path / "out")
 
 

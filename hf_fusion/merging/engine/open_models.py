@@ -25,7 +25,7 @@ from hf_fusion.io.files import own_file
 from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.engine.checkpoint import DTYPES, OpenFiles, TensorEntry, read_checkpoint
 from hf_fusion.merging.engine.tensors import FileReader, MemoryReader, Reader
-from hf_fusion.merging.tied import tied_entries, without_copies
+from hf_fusion.merging.tied_weights import drop_tied_copies, missing_tied_entries
 from hf_fusion.types import Adapter, ModelRef
 
 if TYPE_CHECKING:
@@ -252,7 +252,7 @@ def _adapted(source: Source, base: Model) -> Model:
     adapter = read_adapter(folder, source.name, embeddings=True)
     adapter.base = base.name
     name = str(source.ref)
-    tied = tied_entries(base)
+    tied = missing_tied_entries(base)
     known_entries = base.entries | tied
     placed = place_in_files(
         adapter,
@@ -274,7 +274,7 @@ def _adapted(source: Source, base: Model) -> Model:
     entries |= {own: entry for own, entry in base.entries.items() if base.module_of(own)} | _named(modules)
     folders = tuple(dict.fromkeys((*base.modules, *modules)))
     made = Model(name, folder, placed.config, entries, known, placed.adapter, base.folder, folders)
-    return without_copies(made, {own: entries[own] for own in tied if own in entries})
+    return drop_tied_copies(made, {own: entries[own] for own in tied if own in entries})
 
 
 def _saved_alone(adapter: Adapter, known: Mapping[str, TensorEntry], folder: Path) -> dict[str, TensorEntry]:

@@ -1,4 +1,4 @@
-"""The static merging methods: one function and its decorator each, in the file that its kind is named by."""
+"""The static merging methods: each is one function with the decorator `merge_method`, in a module of this folder."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from hf_fusion.errors import FusionError, shown, suggestion
 from hf_fusion.merging.methods.declaration import MergeMethod, methods_in
 
 MERGE_METHODS = methods_in(Path(__file__).parent)
-"""Method → what is declared of it."""
+"""Name of a method → its declaration."""
 
 
 def method_named(name: str) -> MergeMethod:
-    """A row of `MERGE_METHODS`.
+    """The declaration of a method.
 
     Raises:
-        FusionError: there is none of that name.
+        FusionError: there is no such method.
     """
     if name not in MERGE_METHODS:
         raise FusionError(f"{shown(name)} is not a static method", suggestion(name, MERGE_METHODS))
@@ -23,7 +23,7 @@ def method_named(name: str) -> MergeMethod:
 
 
 def methods_table() -> str:
-    """All methods with their parameters as a table in Markdown, as the README has it."""
+    """The README's Markdown table of all methods with their parameters."""
     rows = ["| method | | base | parameters and their defaults |", "|---|---|---|---|"]
     for name, row in MERGE_METHODS.items():
         title = f"[{row.title}]({row.url})" if row.url else row.title

@@ -18,7 +18,7 @@ from hf_fusion.schema import EachNumber, Range
 __all__ = ["fisher", "regmean"]
 
 RIDGE = 1e-6
-"""How much of each input's own energy pulls towards the average; it decides where the examples say nothing."""
+"""Ridge towards the average, relative to each input's energy; determines directions without examples."""
 
 
 @merge_method("Fisher", base="", needs="chunks", paper="2111.09832", statistics="fisher")
@@ -31,25 +31,25 @@ def fisher(
 ) -> Merged | Combination:
     """Σ w_i (F_i + ε) θ_i / Σ w_i (F_i + ε), element by element (Matena and Raffel, 2022, arXiv 2111.09832, eq. 4).
 
-    Tensors of which no Fisher information was measured are averaged by their weights; so are elements of which all F_i
-    are far below ε. Sums are in float64, so that neither a large F_i nor a small ε leaves the range.
+    Tensors without Fisher information are averaged by the weights; so are, in effect, elements with all F_i far below
+    ε. Sums are in float64, so that neither a large F_i nor a small ε overflows or vanishes.
 
     Args:
         tensors: the experts, with the diagonal Fisher information of each.
         weight: w_i, the paper's λ_i.
         floor: ε.
-        normalize: multiplies w_i by 1 / (‖F_i‖ + ε), ‖F_i‖ over the whole model: an expert with larger gradients
-            throughout weighs no more for it. fusion_bench and MergeLM do, the paper does not.
+        normalize: multiply w_i by 1 / (‖F_i‖ + ε), ‖F_i‖ over the whole model, so that an expert with generally larger
+            gradients gets no larger weight; as in fusion_bench and MergeLM, but not in the paper.
 
     Raises:
-        ValueError: the information of some experts is missing, or all weights are 0.
+        ValueError: some experts have no Fisher information of the tensor, or all weights are 0.
     """
-    measured, average = _of_all(tensors), _average(tensors, weight)
-    if not measured:
+    statistics, average = _complete_statistics(tensors), _average(tensors, weight)
+    if not statistics:
         return Combination(0.0, average)
-    if any(m.reader.shape != tensors.shape for m in measured):
+    if any(m.reader.shape != tensors.shape for m in statistics):
         raise ValueError(f"the Fisher information of {tensors.name} is not of {list(tensors.shape)}")
-    norms = [m.norm + floor if normalize else 1.0 for m in measured]
+    norms = [m.norm + floor if normalize else 1.0 for m in statistics]
     factors = [w / norm for w, norm in zip(average, norms, strict=True)]
 
     def merged(chunk: Chunk) -> torch.Tensor:
@@ -73,46 +73,47 @@ def regmean(
     weight: Annotated[EachNumber, Range(0)] = (1.0,),
     off_diagonal: Annotated[float, Range(0, 1)] = 0.95,
 ) -> torch.Tensor | Combination:
-    """W = (Σ w_i G_i)⁻¹ Σ w_i G_i W_i: the closest to all experts on their own inputs (RegMean, arXiv 2212.09849).
+    """W = (Σ w_i G_i)⁻¹ Σ w_i G_i W_i: least squares to all experts' outputs on their inputs (RegMean, 2212.09849).
 
-    G_i = X_iᵀ X_i / N_i of the layer's inputs, W_i as (d_in, d_out). Biases and all else that is no linear layer's
-    weight is averaged by the weights. With Gram matrices of `training.gram.measure_gram_merged` this is RegMean++.
+    G_i = X_iᵀ X_i / N_i of the layer's inputs, W_i as (d_in, d_out). Biases and all other tensors that are not weights
+    of linear layers are averaged by the weights. With Gram matrices of `training.gram.measure_gram_merged` this is
+    RegMean++.
 
-    Directions of which no expert's examples say anything stay the average: each input's own energy is counted 1e-6
-    times more, with the average as its target.
+    Directions that no expert's examples determine are averaged: a ridge of 1e-6 times each input's energy pulls towards
+    the average.
 
     Args:
         tensors: the experts, with the Gram matrix of each.
         weight: w_i. N_i, the number of tokens, gives the paper's sums XᵀX; fusion_bench has means, as here.
-        off_diagonal: what entries off the diagonal of G_i are multiplied by: 0.9 in the paper (0.1 for T5), 0.95 for
+        off_diagonal: factor for the off-diagonal entries of G_i: 0.9 in the paper (0.1 for T5), 0.95 for
             CLIP and 0.6 for GPT-2 in fusion_bench.
 
     Raises:
         ValueError: the matrices of some experts are missing or do not fit, the sum cannot be inverted, or all weights
             are 0.
     """
-    measured, average = _of_all(tensors), _average(tensors, weight)
-    if not measured:
+    statistics, average = _complete_statistics(tensors), _average(tensors, weight)
+    if not statistics:
         return Combination(0.0, average)
-    axis = measured[0].axis
+    axis = statistics[0].axis
     size = tensors.shape[axis]
-    if len(tensors.shape) != 2 or any(m.axis != axis or m.reader.shape != (size, size) for m in measured):
+    if len(tensors.shape) != 2 or any(m.axis != axis or m.reader.shape != (size, size) for m in statistics):
         raise ValueError(f"the Gram matrices of {tensors.name} are not those of a weight of {list(tensors.shape)}")
     device = compute_device()
     gram = torch.zeros(size, size, dtype=torch.float64, device=device)
     target = torch.zeros(size, tensors.numel // size, dtype=torch.float64, device=device)
     mean = torch.zeros_like(target)
     for index, w in enumerate(average):
-        own = tensors.whole(measured[index].reader).to(device).double()
-        diagonal = own.diagonal() * w
-        own.mul_(w * off_diagonal).diagonal().copy_(diagonal)
+        scaled = tensors.whole(statistics[index].reader).to(device).double()
+        diagonal = scaled.diagonal() * w
+        scaled.mul_(w * off_diagonal).diagonal().copy_(diagonal)
         expert = tensors.whole(tensors.experts[index]).to(device).double()
         expert = expert if axis == 0 else expert.T  # (d_in, d_out)
-        gram += own
-        target.addmm_(own, expert)
+        gram += scaled
+        target.addmm_(scaled, expert)
         mean.add_(expert, alpha=w)
     energy = gram.diagonal() * RIDGE
-    energy[energy == 0] = 1.0  # an input that was never anything but 0: all of it is the average
+    energy[energy == 0] = 1.0  # an input that is always 0: averaged
     gram.diagonal().add_(energy)
     target.addcmul_(energy[:, None], mean)
     factor, failed = torch.linalg.cholesky_ex(gram)
@@ -122,17 +123,17 @@ def regmean(
     return solved if axis == 0 else solved.T.contiguous()
 
 
-def _of_all(tensors: Tensors) -> Sequence[Statistic]:
-    """What was measured of a tensor; nothing, if nothing was of any expert."""
+def _complete_statistics(tensors: Tensors) -> Sequence[Statistic]:
+    """The statistics of all experts for a tensor; empty if none has any."""
     found = [m for m in tensors.statistics if m is not None]
     if found and len(found) < len(tensors):
         missing = next(i for i, m in enumerate(tensors.statistics) if m is None)
-        raise ValueError(f"the statistics of expert {missing + 1} lack {tensors.name}, those of others have it")
+        raise ValueError(f"the statistics of expert {missing + 1} lack {tensors.name}, which those of others have")
     return found
 
 
 def _average(tensors: Tensors, weight: Sequence[float]) -> list[float]:
-    """Weights that sum up to 1."""
+    """Weights, normalized to a sum of 1."""
     if not any(weight):
         raise ValueError(f"the weights of {tensors.name} are all 0")
     return shares(weight, normalize=True)

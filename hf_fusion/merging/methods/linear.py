@@ -1,4 +1,4 @@
-"""Methods whose merged values are a sum of the inputs, each times a number: nothing else need be known of a tensor."""
+"""Averaging, task arithmetic and ExPO: weighted sums of the inputs with fixed weights."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def linear(tensors: Tensors, *, weight: EachNumber = (1.0,), normalize: bool = T
     Args:
         tensors: two experts or more; a base does not count.
         weight: w_i.
-        normalize: divides by the sum of the weights; without it, sums as they are. As in mergekit.
+        normalize: divide by the sum of the weights, as in mergekit.
 
     Raises:
-        ValueError: the weights' sum is 0 and should divide.
+        ValueError: the weights sum to 0 with normalize.
     """
     total = sum(weight) if normalize else 1.0
     if abs(total) < 1e-8:
-        raise ValueError(f"the weights of {tensors.name} sum up to 0 (normalize: false sums them as they are)")
+        raise ValueError(f"the weights of {tensors.name} sum to 0 (use normalize: false)")
     return Combination(0.0, [w / total for w in weight])
 
 
@@ -48,7 +48,7 @@ def task_arithmetic(
 
 @merge_method("ExPO", base="needed", needs="chunks", experts=(1, 1), paper="2404.16792")
 def expo(tensors: Tensors, *, scaling: Annotated[float, Range()] = 0.3) -> Combination:
-    """θ1 + α (θ1 - θ0): beyond the aligned model, away from the one it was aligned from (ExPO, arXiv 2404.16792).
+    """θ1 + α (θ1 - θ0): extrapolation from the model before alignment beyond the aligned one (ExPO, arXiv 2404.16792).
 
     Args:
         tensors: the model before alignment as the base, the aligned one as the only expert.
@@ -58,6 +58,6 @@ def expo(tensors: Tensors, *, scaling: Annotated[float, Range()] = 0.3) -> Combi
 
 
 def shares(weight: EachNumber, normalize: bool) -> list[float]:
-    """Weights, divided by their sum where that is wanted and is not 0."""
+    """Weights, with `normalize` divided by their sum unless it is 0."""
     total = sum(weight)
     return [w / total for w in weight] if normalize and abs(total) > 1e-8 else list(weight)

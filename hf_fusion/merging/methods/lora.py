@@ -1,4 +1,4 @@
-"""LoRA adapters of one base as one adapter: on the factors of each module, without ever forming an update."""
+"""Merges LoRA adapters to one adapter, on the factors of each module, without materialising an update."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Factors:
     Attributes:
         a: (r, d_in), fp32.
         b: (d_out, r), fp32.
-        lost: ‖Σ w_i B_i A_i - B A‖², Frobenius; 0 where nothing was cut off.
-        norm: ‖Σ w_i B_i A_i‖², likewise; 0 where nothing had to be measured.
+        lost: ‖Σ w_i B_i A_i - B A‖², squared Frobenius norm of the truncation error; 0 for an exact merge.
+        norm: ‖Σ w_i B_i A_i‖², squared Frobenius norm; 0 for an exact merge, where it is not needed.
     """
 
     a: torch.Tensor
@@ -42,16 +42,16 @@ def lora(
 ) -> Factors:
     """Σ w_i B_i A_i of one module, as one pair of factors.
 
-    Side by side they are that sum exactly: [w_1 B_1 … w_K B_K] [A_1; …; A_K], with a rank of Σ r_i. To a smaller rank
-    they are cut by the singular value decomposition of the sum, the best of that rank (Eckart and Young): of
-    Q_B (R_B R_Aᵀ) Q_Aᵀ, so that nothing larger than (Σ r_i, Σ r_i) is decomposed. As PEFT's ``add_weighted_adapter``
-    with "cat" and "svd".
+    Concatenation gives the exact sum, [w_1 B_1 … w_K B_K] [A_1; …; A_K], with rank Σ r_i. A smaller rank is reached by
+    the truncated singular value decomposition, the best approximation of that rank (Eckart and Young), of
+    Q_B (R_B R_Aᵀ) Q_Aᵀ, so that no matrix larger than (Σ r_i, Σ r_i) is decomposed. Equals PEFT's
+    ``add_weighted_adapter`` with "cat" and "svd".
 
     Args:
-        pairs: A (r_i, d_in) and B (d_out, r_i), scaling folded in, of each adapter; None where it leaves the module.
-        weight: w_i. An adapter that leaves the module adds 0.
-        normalize: divides the weights by their sum.
-        rank: of the merged factors; 0: as many as it takes to be exact.
+        pairs: A (r_i, d_in) and B (d_out, r_i) of each adapter, with its scaling; None if it does not adapt the module.
+        weight: w_i. An adapter that does not adapt the module adds 0.
+        normalize: divide the weights by their sum.
+        rank: of the merged factors; 0: exact, by concatenation.
     """
     given = [(a, b, w) for pair, w in zip(pairs, shares(weight, normalize), strict=True) if pair for a, b in [pair]]
     a = torch.cat([a.double() for a, _, _ in given])  # (R, d_in)
@@ -61,7 +61,7 @@ def lora(
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.T)
     u, sigma, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    root = sigma[:rank].sqrt()  # each factor gets half, as if it had been trained
+    root = sigma[:rank].sqrt()  # shared equally between the factors
     b, a = (q_b @ u[:, :rank]) * root, (q_a @ v[:rank].T * root).T
     energy = sigma.square()
     return Factors(a.float(), b.float(), float(energy[rank:].sum()), float(energy.sum()))

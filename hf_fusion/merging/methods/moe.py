@@ -1,4 +1,4 @@
-"""The routers of a mixture of experts that is made of dense models; its plan is `hf_fusion.merging.moe.plan`."""
+"""MoE up-scaling: the routers of a mixture of dense models; `merging.moe.mixture_plan` plans its other tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from hf_fusion.merging.engine.tensors import Tensors
 from hf_fusion.merging.methods.declaration import merge_method
-from hf_fusion.merging.moe.plan import plan_moe as plan
+from hf_fusion.merging.moe.mixture_plan import plan_moe as plan
 from hf_fusion.schema import Range
 
 __all__ = ["moe", "plan"]
@@ -32,25 +32,27 @@ def moe(
     experts_per_token: Annotated[int, Range(1)] = 2,
     architecture: Literal["auto", "mixtral", "qwen3_moe"] = "auto",
 ) -> torch.Tensor:
-    """MoE up-scaling: the experts' MLPs side by side, all else the base's (sparse upcycling, arXiv 2212.05055).
+    """MoE up-scaling: the experts' MLPs as a mixture, all other tensors from the base (sparse upcycling, 2212.05055).
 
-    Makes a Mixtral of Llamas or Mistrals of one size, and a Qwen3 MoE of Qwen3s, as mergekit-moe does. The base is the
-    recipe's, or the first expert; an expert may be listed more than once, to be trained apart. It may have a
-    ``noise_scale``, the deviation of noise on its MLPs, and a ``residual_scale``, a factor on their last matrices.
+    Builds a Mixtral from Llamas or Mistrals of one size, and a Qwen3 MoE from Qwen3s, as mergekit-moe does. The base is
+    the recipe's, or the first expert; an expert may be listed more than once, as the start of further training. Each
+    may set ``noise_scale``, the standard deviation of noise on its MLPs, and ``residual_scale``, a factor on their down
+    projections.
 
     Args:
-        tensors: of each expert the direction (d,) that it is chosen for in one layer.
-        gate: the routers. "zero" chooses any experts and weighs them alike: where all are copies, the model is the
-            dense one. "random" is N(0, 1) and "uniform" is U(±1 / √d), both to be trained (mergekit's random and
-            uniform_random). "embedding": the direction of the embeddings of an expert's ``prompts``, less that of its
-            ``negative_prompts``, in all layers alike (mergekit's cheap_embed); no model is run. "hidden": likewise of
-            what enters each layer of the base at the prompts' last tokens (mergekit's default), "hidden_avg" at all of
-            their tokens: the base is loaded once, whole, in its stored type (mergekit: bfloat16).
-        experts_per_token: how many experts answer each token.
-        architecture: the mixture's; there is one for each kind of models.
+        tensors: of each expert, the direction (d,) of the inputs of one layer that select it.
+        gate: initialisation of the routers. "zero" selects arbitrary experts with equal weights: with copies of one
+            model, the mixture equals the dense model. "random" is N(0, 1) and "uniform" is U(±1 / √d), both to be
+            trained (mergekit's random and uniform_random). "embedding": the direction of the embeddings of an expert's
+            ``prompts`` minus that of its ``negative_prompts``, the same for all layers (mergekit's cheap_embed);
+            without running a model. "hidden": the same with the inputs of each layer of the base at the prompts' last
+            tokens (mergekit's default), "hidden_avg" averaged over their tokens; the base is loaded once, in its stored
+            dtype (mergekit: bfloat16).
+        experts_per_token: number of experts per token.
+        architecture: the mixture's; "auto": the one for the experts' model type.
 
     Returns:
-        The router's weight, (K, d): one row for each expert.
+        The router's weight, (K, d), one row per expert.
     """
     size = (len(tensors), *tensors.shape)
     if gate not in ("random", "uniform"):

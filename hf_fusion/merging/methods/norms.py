@@ -1,7 +1,7 @@
-"""Methods that weigh the inputs by the angles between them, or by how much a tensor's values matter in it.
+"""Model Stock and Arcee Fusion: weights from angles between task vectors, or from the importance of values.
 
-The products of the experts with each other are all that such weights need: they are summed chunk by chunk, for the
-whole tensor, or for each of its rows (what runs along the last axis) or columns (along the first).
+Angles follow from the inner products of the experts, which are summed over chunks: for the whole tensor, for each row
+(along the last axis) or for each column (along the first).
 """
 
 from __future__ import annotations
@@ -28,21 +28,20 @@ __all__ = ["arcee_fusion", "combination", "grams", "model_stock"]
     mergekit={"filter_wise": mk.flag("per", False, on="row", off="tensor")},
 )
 def model_stock(tensors: Tensors, *, per: Per = "tensor", average: Literal["cosine", "angle"] = "cosine") -> Merged:
-    """r θ̄ + (1 - r) θ0 with r = K cos α / ((K - 1) cos α + 1): the average of the experts, drawn towards their base.
+    """r θ̄ + (1 - r) θ0 with r = K cos α / ((K - 1) cos α + 1): the average of the experts, interpolated to the base.
 
-    α is the angle between two task vectors. The farther apart they point, the less of them is kept: r falls from 1 at
-    cos α = 1 to 0 at a right angle. The paper interpolates between the average and the base, r in [0, 1], and has
-    cos α = ‖μ - θ0‖² / ‖θi - θ0‖², which is at least 0, μ being the centre that fine-tunes lie around: where task
-    vectors point away from each other that centre is the base, and so is what is merged. mergekit and fusion_bench go
-    on beyond the base there, without bound where the denominator is near 0. A task vector of 0 counts as being at
-    right angles to all others. (Model Stock, arXiv 2403.19522, equation 6.)
+    α is the angle between two task vectors; r falls from 1 at cos α = 1 to 0 at a right angle. In the paper r is in
+    [0, 1], and cos α = ‖μ - θ0‖² / ‖θi - θ0‖² >= 0, where μ is the centre around which fine-tunes lie. For obtuse
+    angles that centre, and therefore the merge, is the base; mergekit and fusion_bench extrapolate beyond the base
+    there, without bound if the denominator is near 0. A task vector of 0 counts as orthogonal to all others. (Model
+    Stock, arXiv 2403.19522, equation 6.)
 
     Args:
         tensors: a base and two experts or more.
-        per: one r for the whole tensor, for each of its rows, or for each of its columns. mergekit's
+        per: one r for the whole tensor, per row, or per column. mergekit's
             ``filter_wise: true`` is "row".
-        average: what is averaged over all pairs of more than two experts: "cosine" as in mergekit; "angle" as in
-            fusion_bench.
+        average: the mean over all pairs of more than two experts is that of the "cosine" (mergekit) or of the "angle"
+            (fusion_bench).
     """
     count = len(tensors)
     if count == 1:  # the others lack this tensor
@@ -63,45 +62,45 @@ def model_stock(tensors: Tensors, *, per: Per = "tensor", average: Literal["cosi
 
 @merge_method("Arcee Fusion", base="needed", needs="whole", experts=(1, 1), mergekit={})
 def arcee_fusion(tensors: Tensors) -> torch.Tensor:
-    """θ0 + m ∘ τ, where m keeps what matters most: importance |τ| · KL is at least its median + 1.5 · (Q3 - Q1).
+    """θ0 + m ∘ τ, where m selects elements whose importance |τ| · KL is at least its median + 1.5 · (Q3 - Q1).
 
     KL is the divergence KL(p + ε ‖ q + ε) of a row's softmax p from the base's q, with ε = 1e-8; a vector is one row.
-    Quantiles are the values at ⌊q (n - 1)⌋ in ascending order. As in mergekit's ``arcee_fusion``, whose quantiles of
-    more than a million values are those of a million drawn at random: these are exact, and importance is in float64,
-    since p and q of a fine-tune are nearly equal. An expert that is the base has no importance anywhere and stays.
+    Quantiles are the values at ⌊q (n - 1)⌋ in ascending order. As mergekit's ``arcee_fusion``, but with exact quantiles
+    (mergekit samples a million values of larger tensors) and importance in float64, since p and q of a fine-tune are
+    nearly equal. An expert equal to the base leaves it unchanged.
 
     Args:
         tensors: a base and one expert.
     """
-    base, own = tensors.whole(tensors.required_base), tensors.whole(tensors.experts[0])
+    base, expert = tensors.whole(tensors.required_base), tensors.whole(tensors.experts[0])
     if not tensors.numel:
         return base
     width = (tensors.shape or (1,))[-1]
     importance = torch.empty(tensors.numel // width, width, dtype=torch.float64)
     step = max(1, CHUNK // width)
-    for parts in zip(importance.split(step), own.view(-1, width).split(step), base.view(-1, width).split(step)):
+    for parts in zip(importance.split(step), expert.view(-1, width).split(step), base.view(-1, width).split(step)):
         out, one, other = parts[0], parts[1].double(), parts[2].double()
         p, q = (values.softmax(-1).add_(1e-8) for values in (one, other))
         divergence = p.mul(p.div(q).log_()).sum(-1, keepdim=True)
         torch.mul(one.sub_(other).abs_(), divergence, out=out)
     flat = importance.view(-1).numpy().copy()
-    places = [math.floor(share * (len(flat) - 1)) for share in (0.25, 0.5, 0.75)]
-    flat.partition(places)
-    lower, median, upper = (float(flat[place]) for place in places)
+    ranks = [math.floor(share * (len(flat) - 1)) for share in (0.25, 0.5, 0.75)]
+    flat.partition(ranks)
+    lower, median, upper = (float(flat[rank]) for rank in ranks)
     kept = importance.view(tensors.shape) >= median + 1.5 * (upper - lower)
-    return base.add_(own.sub_(base).mul_(kept))
+    return base.add_(expert.sub_(base).mul_(kept))
 
 
 def grams(tensors: Tensors, deltas: bool, per: Per) -> torch.Tensor:
-    """Products of the experts with each other.
+    """Inner products of the experts.
 
     Args:
         tensors: the experts.
-        deltas: of their differences from the base; else of their values.
-        per: summed over the whole tensor, over each row, or over each column.
+        deltas: of their task vectors; else of their values.
+        per: over the whole tensor, per row, or per column.
 
     Returns:
-        (G, K, K) in float64: one matrix for each row or column, or one for all.
+        (G, K, K) float64: one matrix per row or column, or one for the tensor.
     """
     if per == "tensor":
         return tensors.gram(deltas)[None]
@@ -109,27 +108,27 @@ def grams(tensors: Tensors, deltas: bool, per: Per) -> torch.Tensor:
     total = torch.zeros(_groups(tensors, per), count, count, dtype=torch.float64)
     for chunk in tensors.chunks():
         group, first = _group(chunk, per), 0
-        for part in chunk.float64_blocks(deltas):
-            places = group[first : first + part.shape[1]]
-            first += part.shape[1]
+        for block in chunk.float64_blocks(deltas):
+            groups = group[first : first + block.shape[1]]
+            first += block.shape[1]
             for i in range(count):
                 for j in range(i, count):
-                    total[:, i, j].index_add_(0, places, part[i] * part[j])
+                    total[:, i, j].index_add_(0, groups, block[i] * block[j])
     return total.triu() + total.triu(1).mT
 
 
 def combination(per: Per, base: torch.Tensor, experts: torch.Tensor) -> Merged:
-    """A sum of the inputs, each times a number of its own for the tensor or for each row or column.
+    """A weighted sum of the inputs, with weights for the tensor, per row or per column.
 
     Args:
-        per: what has a number.
-        base: the base's numbers, (G,) float64.
-        experts: the experts', (K, G) float64.
+        per: what the weights are for.
+        base: the base's weights, (G,) float64.
+        experts: the experts' weights, (K, G) float64.
     """
     if per == "tensor":
         return Combination(float(base), experts[:, 0].tolist())
 
-    # as in `Combination`: where large numbers cancel out, float32 would show
+    # as in `Combination`: large weights amplify float32 rounding errors
     dtype = torch.float64 if bool((experts.abs().sum(0) + base.abs() > CANCELLATION_LIMIT).any()) else torch.float32
 
     def merged(chunk: Chunk) -> torch.Tensor:
@@ -137,20 +136,20 @@ def combination(per: Per, base: torch.Tensor, experts: torch.Tensor) -> Merged:
         total = torch.zeros(chunk.size, dtype=dtype)
         if chunk.tensors.base is not None:
             total.addcmul_(chunk.base.to(dtype), base.to(dtype)[group])
-        for index, numbers in enumerate(experts.to(dtype)):
-            total.addcmul_(chunk.expert(index).to(dtype), numbers[group])
+        for index, weights in enumerate(experts.to(dtype)):
+            total.addcmul_(chunk.expert(index).to(dtype), weights[group])
         return total.float()
 
     return merged
 
 
 def _groups(tensors: Tensors, per: Per) -> int:
-    """How many rows or columns there are; a number is a vector of one element."""
+    """Number of rows or columns; a scalar counts as a vector of one element."""
     size = (tensors.shape or (1,))[-1 if per == "row" else 0]
     return tensors.numel // size if size else 0
 
 
 def _group(chunk: Chunk, per: Per) -> torch.Tensor:
-    """The number of each element's row or column, (size,)."""
-    place, groups = torch.arange(chunk.start, chunk.start + chunk.size), _groups(chunk.tensors, per)
-    return place // (chunk.tensors.numel // groups) if per == "row" else place % groups
+    """Index of each element's row or column, (size,)."""
+    index, groups = torch.arange(chunk.start, chunk.start + chunk.size), _groups(chunk.tensors, per)
+    return index // (chunk.tensors.numel // groups) if per == "row" else index % groups

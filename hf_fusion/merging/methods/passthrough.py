@@ -1,4 +1,4 @@
-"""Layers of models put together as they are: frankenmerges and depth up-scaling."""
+"""Passthrough: stacks unmerged layers of models, for frankenmerges and depth up-scaling."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["passthrough"]
     mergekit={"scale": mk.MergekitParameter("scale", 1.0, per_model=True)},
 )
 def passthrough(tensors: Tensors, *, scale: EachNumber = (1.0,)) -> Combination:
-    """s θ: a tensor of one model as it is, for recipes of slices (mergekit's passthrough, "frankenmerge").
+    """s θ: a tensor of one model, for recipes with slices (mergekit's passthrough, "frankenmerge").
 
-    Depth up-scaling (SOLAR, Kim et al., 2023, arXiv 2312.15166) is such a recipe: of a model with n layers, all but the
-    last m are followed by all but the first m. SOLAR makes 48 layers of Mistral's 32, with m = 8, and trains on:
+    Depth up-scaling (SOLAR, Kim et al., 2023, arXiv 2312.15166) is such a recipe: all but the last m layers of a model,
+    followed by all but its first m. SOLAR builds 48 layers from Mistral's 32, with m = 8, and continues training:
 
         method: passthrough
         experts: [mistralai/Mistral-7B-v0.1]

@@ -1,4 +1,4 @@
-"""Model recombination: layers of several models, shuffled among them."""
+"""Model recombination: shuffles layers among models at random."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ __all__ = ["recombination"]
 def recombination(
     tensors: Tensors, *, number: Annotated[int, Range(1)] = 1, unit: Literal["layer", "module", "tensor"] = "layer"
 ) -> Combination:
-    """Every layer is that of one expert, drawn at random: K models become K others, of which one is written.
+    """Permutes each layer among the K experts at random, which gives K models; one of them is written.
 
-    Of FusionBench (arXiv 2406.03280). The draw depends on the recipe's seed and on the layer alone, so the K models of
-    one seed hold every layer of every expert once.
+    From FusionBench (arXiv 2406.03280). The permutation depends only on the recipe's seed and on the layer, so the K
+    models of one seed contain every layer of every expert exactly once.
 
     Args:
         tensors: two experts or more.
-        number: which of the K models, from 1 on.
-        unit: what stays together: a "layer" (outside of the layers, a module), a "module" such as a linear layer with
-            its bias, or a single "tensor", as in fusion_bench for whole models.
+        number: which of the K models, counted from 1.
+        unit: what is permuted as a whole: a "layer" (outside of the layers, a module), a "module" such as a linear
+            layer with its bias, or a single "tensor", as in fusion_bench for whole models.
 
     Raises:
         ValueError: there is no such model.
     """
     count = len(tensors)
     if number > count:
-        raise ValueError(f"{tensors.name} has {count} experts, and is to be made for number {number}")
+        raise ValueError(f"{tensors.name} has {count} experts, but number is {number}")
     layer, module = LAYER.match(tensors.name), tensors.name.rpartition(".")[0]
     names = {"layer": f"{layer['stack']}.{layer['number']}" if layer else module, "module": module}
     name = names.get(unit, tensors.name)

@@ -1,7 +1,7 @@
-"""Methods that see tensors as directions and lengths: they go along arcs where a sum would cut through the sphere.
+"""SLERP, NuSLERP, Multi-SLERP, Karcher mean and NearSwap: interpolation along great circles instead of lines.
 
-Every point they come to is a sum of the inputs, each times a number that follows from the inputs' products with each
-other. So tensors are read twice, and are never whole.
+Each result is a weighted sum of the inputs, with weights that follow from their inner products: tensors are read in
+chunks, twice.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ __all__ = ["karcher", "multislerp", "nearswap", "nuslerp", "slerp"]
 def slerp(tensors: Tensors, *, t: Annotated[float, Range(0, 1)] = 0.5) -> Merged:
     """sin((1 - t) α) / sin α θ1 + sin(t α) / sin α θ2, α being the angle between the two (Shoemake, 1985).
 
-    On a line, |cos α| > 0.9995, it is (1 - t) θ1 + t θ2: fine-tunes of one base mostly are, and of opposites that point
-    in no direction but these two nothing else is left. A tensor shorter than 1e-8 counts as being at right angles to
+    For nearly collinear tensors, |cos α| > 0.9995, it is (1 - t) θ1 + t θ2: fine-tunes of one base mostly are, and
+    between opposite directions no great circle is distinguished. A tensor with norm below 1e-8 counts as orthogonal to
     any other: between 0 and θ2 lies sin(t π/2) θ2. As in mergekit, whose ``base_model`` is the first expert, and in
     fusion_bench.
 
     Args:
         tensors: two experts.
-        t: how far to go from the first to the second.
+        t: position between the first (0) and the second (1).
     """
     cosine = _cosines(grams(tensors, False, "tensor"))
-    return combination("tensor", torch.zeros(1), _arc(cosine, cosine.abs() > 0.9995, t))
+    return combination("tensor", torch.zeros(1), _arc_weights(cosine, cosine.abs() > 0.9995, t))
 
 
 @merge_method(
@@ -58,14 +58,14 @@ def slerp(tensors: Tensors, *, t: Annotated[float, Range(0, 1)] = 0.5) -> Merged
 def nuslerp(tensors: Tensors, *, weight: EachNumber = (1.0,), per: Per = "tensor") -> Merged:
     """SLERP of two experts, or of their task vectors if there is a base, with t = w_2 / (w_1 + w_2).
 
-    As mergekit's ``nuslerp``: it only goes straight where the angle cannot be told from 0 or a half turn, sin α < 1e-3
-    (mergekit: 1e-8, below the precision of float32, so that it divides rounding by rounding near a half turn). What is
-    shorter than 1e-8 is at right angles to the other, as in `slerp`.
+    As mergekit's ``nuslerp``: it is linear only if the angle is indistinguishable from 0 or 180°, sin α < 1e-3
+    (mergekit: 1e-8, below the precision of float32, which amplifies rounding errors near 180°). A norm below 1e-8
+    counts as orthogonal, as in `slerp`.
 
     Args:
         tensors: two experts, and a base or none.
-        weight: w_i; t is 0.5 where their sum is 0.
-        per: one angle for the whole tensor, for each row, or for each column. mergekit's ``nuslerp_flatten: false``
+        weight: w_i; t is 0.5 if they sum to 0.
+        per: one angle for the whole tensor, per row, or per column. mergekit's ``nuslerp_flatten: false``
             is "row", and "column" with ``nuslerp_row_wise: true``.
     """
     if len(tensors) == 1:  # the other lacks this tensor
@@ -73,8 +73,8 @@ def nuslerp(tensors: Tensors, *, weight: EachNumber = (1.0,), per: Per = "tensor
     has_base, total = tensors.base is not None, sum(weight)
     cosine = _cosines(grams(tensors, has_base, per))
     t = weight[1] / total if abs(total) > 1e-6 else 0.5
-    numbers = _arc(cosine, (1 - cosine * cosine).sqrt() < 1e-3, t)
-    return combination(per, 1 - numbers.sum(0) if has_base else torch.zeros_like(cosine), numbers)
+    weights = _arc_weights(cosine, (1 - cosine * cosine).sqrt() < 1e-3, t)
+    return combination(per, 1 - weights.sum(0) if has_base else torch.zeros_like(cosine), weights)
 
 
 @merge_method(
@@ -86,37 +86,37 @@ def nuslerp(tensors: Tensors, *, weight: EachNumber = (1.0,), per: Per = "tensor
     mergekit=mk.WEIGHT | {"normalize_weights": mk.flag("normalize", True)},
 )
 def multislerp(tensors: Tensors, *, weight: EachNumber = (1.0,), normalize: bool = True) -> Combination:
-    """(Σ w_i ‖v_i‖) m / ‖m‖ with m = Σ w_i v_i / ‖v_i‖: the experts' weighted mean direction, in their mean length.
+    """(Σ w_i ‖v_i‖) m / ‖m‖ with m = Σ w_i v_i / ‖v_i‖: the weighted mean direction, with the weighted mean norm.
 
-    v_i are the experts, or their task vectors if there is a base, to which the result is then added. This is all of
-    mergekit's ``multislerp``: it takes one step in the tangent space at m / ‖m‖ from there, and that step,
-    Σ w_i (u_i - ⟨u_i, m⟩ m / ‖m‖²) with u_i = v_i / ‖v_i‖, is m - m = 0. What is 0 has no direction; where all are,
-    nothing is added (mergekit refuses more than two).
+    v_i are the experts, or their task vectors if there is a base, to which the result is then added. Equivalent to
+    mergekit's ``multislerp``, which takes one more step in the tangent space at m / ‖m‖: that step,
+    Σ w_i (u_i - ⟨u_i, m⟩ m / ‖m‖²) with u_i = v_i / ‖v_i‖, is m - m = 0. A v_i of 0 has no direction; if all are 0,
+    nothing is added (mergekit raises an error for more than two).
     https://goddard.blog/posts/multislerp-wow-what-a-cool-idea
 
     Args:
         tensors: two experts or more, and a base or none.
         weight: w_i.
-        normalize: divides the weights by their sum; mergekit's ``normalize_weights``.
+        normalize: divide the weights by their sum; mergekit's ``normalize_weights``.
 
     Raises:
-        ValueError: the weights' sum is 0 and should divide, or more than two directions balance out (two: the result
-            is Σ w_i v_i, as in mergekit).
+        ValueError: the weights sum to 0 with normalize, or more than two directions cancel (with two, the result is
+            Σ w_i v_i, as in mergekit).
     """
     has_base, total = tensors.base is not None, sum(weight)
     if normalize and abs(total) < 1e-8:
-        raise ValueError(f"the weights of {tensors.name} sum up to 0 (normalize: false takes them as they are)")
+        raise ValueError(f"the weights of {tensors.name} sum to 0 (use normalize: false)")
     weights = torch.tensor(weight, dtype=torch.float64) / (total if normalize else 1.0)
     gram = tensors.gram(deltas=has_base)
     lengths = gram.diagonal().sqrt()
     shares = torch.where(lengths > 0, weights / lengths, 0.0)  # m = Σ shares_i v_i
     mean = _norm(shares, gram)
-    if mean > 1e-3 * weights.abs().sum() or mean.isnan():  # below, rounding would be the direction
+    if mean > 1e-3 * weights.abs().sum() or mean.isnan():  # below, the direction is a rounding error
         numbers = shares * (weights @ lengths) / mean
     elif len(tensors) == 2 or not bool(lengths.any()):
         numbers = weights
     else:
-        raise ValueError(f"the directions of {tensors.name} balance out under these weights: choose others")
+        raise ValueError(f"the directions of {tensors.name} cancel with these weights: choose others")
     return Combination(1.0 - float(numbers.sum()) if has_base else 0.0, numbers.tolist())
 
 
@@ -131,18 +131,18 @@ def multislerp(tensors: Tensors, *, weight: EachNumber = (1.0,), normalize: bool
 def karcher(
     tensors: Tensors, *, max_iter: Annotated[int, Range(0)] = 10, tol: Annotated[float, Range(0)] = 1e-5
 ) -> Combination:
-    """The point of the sphere whose squared angles to all experts' directions are least, in their mean length.
+    """The direction with the least squared angles to all experts' directions, with their mean norm (Karcher mean).
 
-    From the normalized mean of the directions u_i on: T = mean of α_i / sin α_i (u_i - cos α_i u), the experts as seen
-    from u, then u ← cos ‖T‖ u + sin ‖T‖ T / ‖T‖, until ‖T‖ < tol (Karcher, 1977). As in mergekit: experts shorter than
-    tol have no direction, but count for the mean length; where all are, the mean is 0. Where directions balance out,
-    their mean shorter than tol, it begins at the first expert's, and stays there if the others are its opposites: every
-    point between is as near.
+    Starting from the normalized mean u of the directions u_i: T = mean of α_i / sin α_i (u_i - cos α_i u), in the
+    tangent space at u, then u ← cos ‖T‖ u + sin ‖T‖ T / ‖T‖, until ‖T‖ < tol (Karcher, 1977). As in mergekit: experts
+    with a norm below tol have no direction, but count for the mean norm; if all are, the result is 0. If directions
+    cancel (their mean has a norm below tol), it starts at the first expert's direction, and stays there if the others
+    are opposite to it: all points between are equally near.
 
     Args:
         tensors: two experts or more.
-        max_iter: steps at most.
-        tol: the step, in radians, below which the mean is found.
+        max_iter: maximum number of steps.
+        tol: convergence threshold for the step, in radians.
     """
     gram = tensors.gram(deltas=False)
     lengths = gram.diagonal().sqrt()
@@ -150,7 +150,7 @@ def karcher(
     if not bool(seen.any()):
         return Combination(0.0, [0.0] * len(tensors))
     cosines = (gram[seen][:, seen] / (lengths[seen, None] * lengths[seen])).clamp(-1, 1)
-    # points and steps are numbers of the u_i, of which they are sums
+    # points and steps are stored as coefficients of the u_i
     u = torch.ones(len(cosines), dtype=torch.float64) / len(cosines)
     if _norm(u, cosines) < tol:
         u = torch.zeros_like(u)
@@ -159,7 +159,7 @@ def karcher(
         u = u / _norm(u, cosines)
         cosine = (cosines @ u).clamp(-1, 1)
         angle, sine = cosine.arccos(), (1 - cosine * cosine).sqrt()
-        # near the point's antipode every direction leads there: such an expert is passed over
+        # at the antipode the direction is undefined: such an expert is ignored
         pulls = (angle >= tol) & ((sine > 1e-3) | (cosine > 0))
         stretch = torch.where(pulls, angle / sine, 0.0) / len(cosines)
         step = stretch - (stretch @ cosine) * u
@@ -181,38 +181,38 @@ def karcher(
     mergekit={"t": mk.MergekitParameter("t")},
 )
 def nearswap(tensors: Tensors, *, t: Annotated[float, Range(0)] = 1e-3) -> Merged:
-    """θ0 + min(t, |τ|) sign τ: what is near goes over to the expert, what is far goes t towards it.
+    """θ0 + min(t, |τ|) sign τ: each value moves to the expert's, by at most t.
 
     The interpolation with weight min(1, t / |τ|) of mergekit's ``nearswap`` and of
     https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001.
 
     Args:
         tensors: a base and one expert.
-        t: how far a value moves at most.
+        t: maximum change of a value.
     """
 
     def merged(chunk: Chunk) -> torch.Tensor:
         delta = chunk.delta(0)
         near = delta.clamp(-t, t).add_(chunk.base)
-        return near.add_(delta.mul_(0))  # what is infinite must not look like a value
+        return near.add_(delta.mul_(0))  # propagates Inf and NaN
 
     return merged
 
 
 def _cosines(gram: torch.Tensor) -> torch.Tensor:
-    """Of the angles between the first two, (G, K, K) -> (G,); what has no length is taken to have length 1."""
+    """Cosines between the first two inputs, (G, K, K) -> (G,); norms below 1e-8 count as 1, which gives 0."""
     lengths = gram.diagonal(dim1=1, dim2=2).sqrt()
     lengths = torch.where(lengths > 1e-8, lengths, 1.0)
     return (gram[:, 0, 1] / (lengths[:, 0] * lengths[:, 1])).clamp(-1, 1)
 
 
-def _arc(cosine: torch.Tensor, is_line: torch.Tensor, t: float) -> torch.Tensor:
-    """What to multiply the two with, by the cosines between them: (G,) -> (2, G)."""
+def _arc_weights(cosine: torch.Tensor, is_line: torch.Tensor, t: float) -> torch.Tensor:
+    """The weights of two inputs at position t of the arc, from the cosines between them: (G,) -> (2, G)."""
     shares = torch.tensor([[1 - t], [t]], dtype=torch.float64)
     angle = cosine.arccos()
     return torch.where(is_line, shares, (shares * angle).sin() / angle.sin())
 
 
-def _norm(numbers: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
-    """The length of a sum of vectors, from the numbers they are multiplied with and their products with each other."""
-    return (numbers @ products @ numbers).clamp(min=0).sqrt()
+def _norm(weights: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """The norm of a weighted sum of vectors, from the weights and the Gram matrix of the vectors."""
+    return (weights @ gram @ weights).clamp(min=0).sqrt()

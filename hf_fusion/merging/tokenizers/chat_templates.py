@@ -56,7 +56,7 @@ TEMPLATES = {
 }
 
 
-def with_template(files: dict[str, bytes], wanted: str, models: Mapping[str, Model]) -> dict[str, bytes]:
+def set_template(files: dict[str, bytes], wanted: str, models: Mapping[str, Model]) -> dict[str, bytes]:
     """A tokenizer's files with another chat template, and with the further ones that lie beside it.
 
     Args:
@@ -69,15 +69,15 @@ def with_template(files: dict[str, bytes], wanted: str, models: Mapping[str, Mod
     """
     giver: Model | None = None
     if wanted == "auto":
-        found = Counter(own for model in models.values() if (own := template_of(model)))
+        found = Counter(own for model in models.values() if (own := read_template(model)))
         if not found:
             return files
         [(template, _)] = found.most_common(1)
-        giver = next(model for model in models.values() if template_of(model) == template)
+        giver = next(model for model in models.values() if read_template(model) == template)
     elif wanted in TEMPLATES:
         template = TEMPLATES[wanted]
     elif wanted in models:
-        own = template_of(models[wanted])
+        own = read_template(models[wanted])
         if own is None:
             raise FusionError(f"chat_template: {wanted} has none", f"use auto, {', '.join(TEMPLATES)}, or Jinja")
         template, giver = own, models[wanted]
@@ -102,7 +102,7 @@ def with_template(files: dict[str, bytes], wanted: str, models: Mapping[str, Mod
     }
 
 
-def template_of(model: Model) -> str | None:
+def read_template(model: Model) -> str | None:
     """A model's own chat template, stripped; None where it has none."""
     if own_file(model.folder / FILE):
         return read_text(model.folder / FILE).strip() or None

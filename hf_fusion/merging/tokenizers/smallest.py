@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from hf_fusion.errors import FusionError, shown
-from hf_fusion.merging.configs import vocabulary_config
 from hf_fusion.merging.engine.open_models import Model
-from hf_fusion.merging.tokenizers.token_ids import TokenNumbers, roles_of
-from hf_fusion.merging.tokenizers.vocabulary import Vocabulary, limit_of, read_tokenizer, tokenizer_files
+from hf_fusion.merging.merged_configs import find_vocabulary_config
+from hf_fusion.merging.tokenizers.token_ids import TokenIdMap, read_roles
+from hf_fusion.merging.tokenizers.vocabulary import Vocabulary, embedding_rows, read_tokenizer, tokenizer_files
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +40,9 @@ def smallest(base: Model | None, experts: Sequence[Model]) -> Vocabulary | None:
     """
     models = list({id(model): model for model in ([base] if base else []) + list(experts)}.values())
     first = models[0]
-    if any(vocabulary_config(model.config) is None for model in models):
+    if any(find_vocabulary_config(model.config) is None for model in models):
         return None
-    limits = {id(model): limit_of(model) for model in models}
+    limits = {id(model): embedding_rows(model) for model in models}
     rows = min(limits.values())
     if set(limits.values()) == {rows}:
         return None
@@ -60,13 +60,11 @@ def smallest(base: Model | None, experts: Sequence[Model]) -> Vocabulary | None:
             if name in files:
                 kept = _without(json.loads(files[name]), lost)
                 files[name] = json.dumps(kept, ensure_ascii=False, indent=2).encode()
-        roles = roles_of(json.loads(files.get("tokenizer_config.json", b"{}")), numbers)
+        roles = read_roles(json.loads(files.get("tokenizer_config.json", b"{}")), numbers)
         special = frozenset(token["id"] for token in found.content["added_tokens"])
         by_number = {number: token for token, number in found.numbers.items()}
-        holder = vocabulary_config(first.config) or {}
-        moved = TokenNumbers(
-            by_number, special, numbers, roles, holder.get("vocab_size", rows), f"cut to {rows} tokens"
-        )
+        holder = find_vocabulary_config(first.config) or {}
+        moved = TokenIdMap(by_number, special, numbers, roles, holder.get("vocab_size", rows), f"cut to {rows} tokens")
     own = {key: np.arange(rows) for key in limits}
     digest = hashlib.sha256(f"smallest {rows}".encode()).hexdigest()
     return Vocabulary(rows, rows, files, digest, own, id(base) if base else None, [], moved)

@@ -56,7 +56,7 @@ _OTHER_PARTS = re.compile(r".*(vision|audio|speech|image|vq|codec|depth|t2u).*|i
 
 
 @dataclass(frozen=True)
-class TokenNumbers:
+class TokenIdMap:
     """From the first model's tokens to those of the merged model.
 
     Attributes:
@@ -185,7 +185,7 @@ class TokenNumbers:
         return None if None in moved else moved
 
 
-def roles_of(config: Mapping[str, Any], numbers: Mapping[str, int]) -> dict[str, int]:
+def read_roles(config: Mapping[str, Any], numbers: Mapping[str, int]) -> dict[str, int]:
     """The numbers of a tokenizer's special tokens by their roles.
 
     Args:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Content = dict[str, Any]
 
 
-def tokenizer_of(text: str, added: Iterable[dict[str, Any]], name: str) -> Tokenizer:
+def load_tokenizer(text: str, added: Iterable[dict[str, Any]], name: str) -> Tokenizer:
     """A ``tokenizer.json`` as the `tokenizers` library reads it.
 
     Args:

@@ -27,13 +27,13 @@ from hf_fusion.hub.resolve import resolve
 from hf_fusion.hub.selection import pick_small
 from hf_fusion.io.files import own_file, read_file, read_text
 from hf_fusion.io.json_files import read_json
-from hf_fusion.merging.configs import vocabulary_config
 from hf_fusion.merging.engine.open_models import LAYER, Model
 from hf_fusion.merging.engine.tensors import Reader
-from hf_fusion.merging.tokenizers.aligned import AVERAGE, ZERO, Aligned, Table
-from hf_fusion.merging.tokenizers.token_ids import TokenNumbers, roles_of
+from hf_fusion.merging.merged_configs import find_vocabulary_config
+from hf_fusion.merging.tokenizers.aligned_embeddings import AVERAGE, ZERO, AlignedReader, RowSources
+from hf_fusion.merging.tokenizers.token_ids import TokenIdMap, read_roles
 from hf_fusion.merging.tokenizers.token_sources import TokenRequest, TokenSource, tokenizer_request
-from hf_fusion.merging.tokenizers.unions import add_tokens, tokenizer_of, union
+from hf_fusion.merging.tokenizers.unions import add_tokens, load_tokenizer, union
 from hf_fusion.schema import KeyPath
 
 if TYPE_CHECKING:
@@ -87,16 +87,16 @@ class Vocabulary:
     _own: dict[int, np.ndarray]  # id() of a model -> its row for each token, -1 where it lacks it
     _base: int | None
     _rules: list[_Rule]
-    _numbers: TokenNumbers | None  # from the first model's tokens to ours; None: they stay
+    _numbers: TokenIdMap | None  # from the first model's tokens to ours; None: they stay
     pinned: dict[str, str] = field(default_factory=dict)
-    _tables: dict[tuple[int, ...], dict[int, Table]] = field(default_factory=dict)
+    _tables: dict[tuple[int, ...], dict[int, RowSources]] = field(default_factory=dict)
 
     def covers(self, model: Model, name: str) -> bool:
         """Whether a tensor of a model has a row for each of its tokens."""
         return _covers(model, name)
 
     def moved(self, content: dict[str, Any], file: str) -> dict[str, Any]:
-        """A configuration of the first model with the numbers that its tokens have here; see `TokenNumbers.moved`."""
+        """A configuration of the first model with the numbers that its tokens have here; see `TokenIdMap.moved`."""
         return content if self._numbers is None else self._numbers.moved(content, file)
 
     def reader(self, model: Model, readers: Mapping[int, Reader]) -> Reader:
@@ -110,9 +110,9 @@ class Vocabulary:
         if known not in self._tables:
             self._tables[known] = self._made(known)
         table = self._tables[known][id(model)]
-        return Aligned([readers[key] for key in known], table, self.rows, self.size)
+        return AlignedReader([readers[key] for key in known], table, self.rows, self.size)
 
-    def _made(self, known: Sequence[int]) -> dict[int, Table]:
+    def _made(self, known: Sequence[int]) -> dict[int, RowSources]:
         """Of each model: where every row comes from."""
         own = np.stack([self._own[key] for key in known])  # (models, tokens)
         has = own >= 0
@@ -136,7 +136,7 @@ class Vocabulary:
                 int(row): [(int(i), int(own[i, row])) for i in has[:, row].nonzero()[0]]
                 for row in (models == AVERAGE).nonzero()[0]
             }
-            tables[key] = Table.of(models, np.where(stays, own[number], rows), averaged)
+            tables[key] = RowSources.of(models, np.where(stays, own[number], rows), averaged)
         return tables
 
 
@@ -172,7 +172,7 @@ def unite_vocabularies(
     own_first = read[id(first)]
     if own_first is None:
         raise FusionError(f"{first.name} has no {TOKENIZER}", "load its tokenizer with transformers and save it")
-    limits = {id(model): limit_of(model) for model in models}
+    limits = {id(model): embedding_rows(model) for model in models}
     for model in models:
         if read[id(model)] is None and limits[id(model)] != limits[id(first)]:
             raise FusionError(f"{model.name} has no {TOKENIZER}, and not as many tokens as {first.name}")
@@ -213,12 +213,12 @@ def unite_vocabularies(
         roles: dict[str, int] = {}
         for file in ("special_tokens_map.json", "tokenizer_config.json"):
             if file in files:
-                roles |= roles_of(json.loads(files[file]), merged)
+                roles |= read_roles(json.loads(files[file]), merged)
         special = frozenset(token["id"] for token in own_first.content["added_tokens"])
         tokens_of_first = {number: token for token, number in own_first.numbers.items()}
-        holder = vocabulary_config(first.config)
+        holder = find_vocabulary_config(first.config)
         rows_of_first = holder["vocab_size"] if holder else limits[id(first)]
-        moved = TokenNumbers(tokens_of_first, special, merged, roles, rows_of_first, source)
+        moved = TokenIdMap(tokens_of_first, special, merged, roles, rows_of_first, source)
     digest = hashlib.sha256(json.dumps([rows, _plain(rules, models)]).encode())
     for one in own.values():
         digest.update(one.tobytes())
@@ -259,14 +259,14 @@ def _rule(
 
 
 def _covers(model: Model, name: str) -> bool:
-    holder = vocabulary_config(model.config)
+    holder = find_vocabulary_config(model.config)
     shape = model.entries[name].shape
     if holder is None or not shape or shape[0] != holder["vocab_size"] or LAYER.match(name) or "position" in name:
         return False
     return len(shape) == 2 or (len(shape) == 1 and name.endswith("bias"))
 
 
-def limit_of(model: Model) -> int:
+def embedding_rows(model: Model) -> int:
     """Rows of a model's embedding: tokens from there on it does not have, whatever its tokenizer says."""
     rows = [model.shape(name)[0] for name in model.entries if _covers(model, name)]
     if not rows:
@@ -301,7 +301,7 @@ class _Tokenizer:
 
 
 def _tokenizer(text: str, content: dict[str, Any], name: str) -> _Tokenizer:
-    numbers = dict(tokenizer_of(text, content["added_tokens"], name).get_vocab(with_added_tokens=True))
+    numbers = dict(load_tokenizer(text, content["added_tokens"], name).get_vocab(with_added_tokens=True))
     if not numbers:
         raise FusionError(f"{name}: {TOKENIZER} has no tokens")
     return _Tokenizer(text, content, numbers)

@@ -83,7 +83,7 @@ def test_emr_of_one_expert_is_the_expert():
 @torch.inference_mode()
 def test_emr_refuses_experts_that_are_not_there():
     base, experts = CASES["random"]
-    with pytest.raises(ValueError, match="has 3 experts, and is to be made for number 4"):
+    with pytest.raises(ValueError, match="has 3 experts, but expert is 4"):
         merged("emr", base, experts, expert=4)
     parts = []
     model = WholeModel(lambda: parts)

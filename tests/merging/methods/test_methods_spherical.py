@@ -111,9 +111,9 @@ def test_multislerp_of_three_not_normalized(case):
 
 def test_multislerp_refuses_what_has_no_direction():
     one = torch.arange(50.0)
-    with pytest.raises(ValueError, match="weights of layers.0.weight sum up to 0"):
+    with pytest.raises(ValueError, match="weights of layers.0.weight sum to 0"):
         merged("multislerp", None, [one, one], weight=[1.0, -1.0])
-    with pytest.raises(ValueError, match="directions of layers.0.weight balance out"):
+    with pytest.raises(ValueError, match="directions of layers.0.weight cancel"):
         merged("multislerp", None, [one, -one, one, -one])
 
 

@@ -19,7 +19,7 @@ from hf_fusion.merging.engine.tensors import MemoryReader
 from hf_fusion.merging.merge import merge
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.merging.recipe_files import load_recipe
-from hf_fusion.merging.tokenizers.aligned import AVERAGE, ZERO, Aligned, Table
+from hf_fusion.merging.tokenizers.aligned_embeddings import AVERAGE, ZERO, AlignedReader, RowSources
 from hf_fusion.merging.tokenizers.chat_templates import TEMPLATES
 from hf_fusion.recipe import Recipe, RecipeExpert, Slice, SliceSource
 
@@ -288,7 +288,7 @@ def test_runs_of_rows_are_read_like_rows():
     models_ = np.array([0, 0, 0, 1, 1, AVERAGE, AVERAGE, ZERO, 0, 1])
     rows = np.array([4, 5, 7, 0, 1, 0, 0, 0, 19, 29])
     averaged = {5: [(0, 2), (1, 3)], 6: [(1, 9)]}
-    aligned = Aligned([MemoryReader(tensor) for tensor in stored], Table.of(models_, rows, averaged), 13, 10)
+    aligned = AlignedReader([MemoryReader(tensor) for tensor in stored], RowSources.of(models_, rows, averaged), 13, 10)
     wanted = torch.stack([stored[max(m, 0)][r] for m, r in zip(models_, rows, strict=True)])
     wanted[5], wanted[6], wanted[7] = (stored[0][2] + stored[1][3]) / 2, stored[1][9], 0
     wanted = torch.cat([wanted, wanted.mean(0).expand(3, 3)]).view(-1)

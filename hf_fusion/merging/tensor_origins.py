@@ -24,7 +24,7 @@ MOST_ROWS = 40  # of the table in an error
 
 
 @dataclass(frozen=True)
-class Part:
+class ExpertTensor:
     """An expert's share in a merged tensor.
 
     Attributes:
@@ -52,7 +52,7 @@ class Origin:
 
     name: str
     first: tuple[Model, str]
-    parts: tuple[Part, ...]
+    parts: tuple[ExpertTensor, ...]
     depth: float
     settings: tuple[Mapping[str, Any], ...]
 
@@ -102,7 +102,7 @@ class MismatchError(FusionError):
         )
 
 
-def mismatches_of(
+def find_mismatches(
     origins: Iterable[Origin],
     experts: Sequence[Model],
     is_aligned: Callable[[Model, str], bool],
@@ -134,7 +134,7 @@ def mismatches_of(
                 continue
             used[part.expert].add(part.name)
             right = expert.shape(part.name)
-            is_longer = has_rows(left, right)
+            is_longer = rows_match(left, right)
             if left != right and not (aligned and is_longer):
                 # within layers, rows of one tensor are columns of another
                 options = MISMATCHES if is_longer and layer_index(own) is None else MISMATCHES[:2]
@@ -150,7 +150,7 @@ def mismatches_of(
     return list(found.values())
 
 
-def without_skipping(mismatches: Sequence[Mismatch]) -> None:
+def forbid_skipping(mismatches: Sequence[Mismatch]) -> None:
     """Leaves out options that leave experts out of tensors: for methods that look at all tensors of all experts."""
     unfit = [mismatch for mismatch in mismatches if mismatch.what != "extra"]
     is_resized = all("resize" in mismatch.options for mismatch in unfit)
@@ -158,12 +158,12 @@ def without_skipping(mismatches: Sequence[Mismatch]) -> None:
         mismatch.options = ("base", "resize") if is_resized else ("base",)
 
 
-def has_rows(left: Sequence[int], right: Sequence[int]) -> bool:
+def rows_match(left: Sequence[int], right: Sequence[int]) -> bool:
     """Whether two tensors' rows are of one size, however many each has."""
     return len(left) == len(right) > 0 and left[1:] == right[1:]
 
 
-def origins_of(
+def trace_origins(
     recipe: Recipe, base: Model | None, experts: Sequence[Model], names: Sequence[Mapping[str, str]]
 ) -> Iterator[Origin]:
     """One for each tensor of the merged model, in the order of its files.
@@ -183,7 +183,7 @@ def origins_of(
     first = base or experts[0]
     for name, depth in layer_depths(first.entries).items():
         parts = tuple(
-            Part(i, known.get(name), (expert.settings,))
+            ExpertTensor(i, known.get(name), (expert.settings,))
             for i, (known, expert) in enumerate(zip(names, recipe.experts, strict=True))
         )
         yield Origin(name, (first, name), parts, depth, (recipe.parameters,))
@@ -213,7 +213,7 @@ def _sliced(
         if own is None:
             raise FusionError(f"{giver.model.name} has no {name}, which a slice takes from it")
         parts = tuple(
-            Part(source.expert, theirs, (source.source.parameters, recipe.experts[source.expert].settings))
+            ExpertTensor(source.expert, theirs, (source.source.parameters, recipe.experts[source.expert].settings))
             for source, theirs in found
             if source.expert is not None
         )
@@ -239,7 +239,7 @@ def _sliced(
     yield from outside(*slices[-1], [name for name in others if not is_before_layers(name)])
 
 
-def layers_of(recipe: Recipe, base: Model | None, experts: Sequence[Model]) -> list[tuple[Model, int]] | None:
+def trace_layers(recipe: Recipe, base: Model | None, experts: Sequence[Model]) -> list[tuple[Model, int]] | None:
     """Of each layer of the merged model: the model that gives its sizes, and its number there; None without slices."""
     by_name = {expert.model: model for expert, model in zip(recipe.experts, experts, strict=True)}
     found = []

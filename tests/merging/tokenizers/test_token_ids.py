@@ -22,7 +22,7 @@ from transformers import (
 
 from hf_fusion import FusionError
 from hf_fusion.merging.merge import merge
-from hf_fusion.merging.tokenizers.token_ids import TokenNumbers
+from hf_fusion.merging.tokenizers.token_ids import TokenIdMap
 from hf_fusion.recipe import Recipe, RecipeExpert
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>", "fox", "dog", "gate", "router", "lazy", "quick"]
@@ -145,7 +145,7 @@ def test_a_token_that_the_model_needs_and_the_tokenizer_lacks_is_refused(tmp_pat
 
 
 OLD = {number: f"t{number}" for number in range(20)}
-NUMBERS = TokenNumbers(OLD, frozenset({1, 2, 3, 4}), {token: 100 - n for n, token in OLD.items()}, {}, 20, "other")
+NUMBERS = TokenIdMap(OLD, frozenset({1, 2, 3, 4}), {token: 100 - n for n, token in OLD.items()}, {}, 20, "other")
 TABLE = {
     # by its key
     "image_token_id": (7, 93),

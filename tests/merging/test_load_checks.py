@@ -25,9 +25,9 @@ from transformers import (
 
 from hf_fusion import FusionError, Recipe, fuse
 from hf_fusion.cli.app import main
+from hf_fusion.merging.load_checks import check_loads, fit_config
 from hf_fusion.merging.merge import _check_written, merge, plan_merge
 from hf_fusion.merging.methods import MERGE_METHODS
-from hf_fusion.merging.outcome import check_loads, fitted_config
 from hf_fusion.recipe import RecipeExpert
 
 OF_MODELS = {name: row for name, row in MERGE_METHODS.items() if row.merges == "models" and not row.statistics}
@@ -157,7 +157,7 @@ def test_sizes_in_nested_parts():
         found = LlavaForConditionalGeneration(config)
         found.resize_token_embeddings(42, mean_resizing=False)
         found.model.vision_tower.embeddings.patch_embedding = torch.nn.Conv2d(1, 16, 4, 4, bias=False)
-    fitted = fitted_config(content, shapes_of(found), [])
+    fitted = fit_config(content, shapes_of(found), [])
     assert fitted["text_config"]["vocab_size"] == 42
     assert fitted["vision_config"] == {**content["vision_config"], "num_channels": 1}
     assert fitted["image_token_index"] == 5
@@ -168,7 +168,7 @@ def test_positions():
     content["architectures"] = ["GPT2LMHeadModel"]
     with torch.device("meta"):
         shapes = shapes_of(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=40, n_positions=12)))
-    assert fitted_config(content, shapes, []) == {**content, "n_positions": 12}
+    assert fit_config(content, shapes, []) == {**content, "n_positions": 12}
 
 
 def test_a_model_that_transformers_does_not_know(tmp_path, capsys):

@@ -19,7 +19,7 @@ from hf_fusion.merging.engine.stream import Target
 from hf_fusion.merging.engine.tensors import Chunk, Combination, MemoryReader, Tensors
 from hf_fusion.merging.methods import method_named
 from hf_fusion.merging.moe.mixtures import MIXTURES, Mixture
-from hf_fusion.merging.moe.prompts import Directions
+from hf_fusion.merging.moe.prompt_directions import PromptDirections
 from hf_fusion.merging.plan import Plan, stored_as
 from hf_fusion.merging.settings import arguments_at
 from hf_fusion.recipe import Recipe, RecipeExpert
@@ -59,7 +59,7 @@ def plan_moe(recipe: Recipe, base: Model | None, experts: Sequence[Model]) -> Pl
     files = OpenFiles()
     mixture = _mixture(first, arguments["architecture"])
     config = _config(mixture, first, len(experts), arguments["experts_per_token"], recipe.dtype)
-    directions, seed = Directions(recipe, first, arguments["gate"], files), recipe.parameters.get("seed", 0)
+    directions, seed = PromptDirections(recipe, first, arguments["gate"], files), recipe.parameters.get("seed", 0)
     kept = mixture.kept
     targets: list[Target] = []
     for name, entry in first.entries.items():
@@ -111,7 +111,7 @@ def _as_it_is(
 
 
 def _gate(
-    spec: TensorSpec, directions: Directions, layer: int, function: Any, arguments: dict[str, Any], seed: int
+    spec: TensorSpec, directions: PromptDirections, layer: int, function: Any, arguments: dict[str, Any], seed: int
 ) -> Target:
     """A layer's router."""
 

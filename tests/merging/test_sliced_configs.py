@@ -172,7 +172,7 @@ def stacked(folder, numbers, out, other=None):
     return merge(Recipe("passthrough", experts, slices=slices), out).folder
 
 
-def layers_of(model):
+def trace_layers(model):
     """Where a model keeps its layers."""
     count = model.config.num_hidden_layers
     return next(
@@ -186,7 +186,7 @@ def layers_of(model):
 def by_hand(model, numbers):
     """A model with these of its layers, each as it is; only their masks are chosen by the configuration's lists."""
     model = copy.deepcopy(model)
-    parent, name = layers_of(model)
+    parent, name = trace_layers(model)
     setattr(parent, name, torch.nn.ModuleList(getattr(parent, name)[number] for number in numbers))
     for key in MODEL_LISTS:
         values = getattr(model.config, key, None)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ExpertStatistics:
     """The statistics of one expert, opened.
 
     Attributes:
@@ -45,7 +45,7 @@ class Measured:
         return Statistic(FileReader(entry, files), axis, self.norm)
 
 
-def statistics_of(recipe: Recipe, kind: str, experts: Sequence[Model]) -> list[Measured]:
+def read_statistics(recipe: Recipe, kind: str, experts: Sequence[Model]) -> list[ExpertStatistics]:
     """The statistics of all experts, in their order; nothing for a method that needs none.
 
     Args:
@@ -71,11 +71,11 @@ def statistics_of(recipe: Recipe, kind: str, experts: Sequence[Model]) -> list[M
         entries = {own: measured.entries[known] for own, known in match_names(model.entries, measured.entries).items()}
         if not entries:
             raise FusionError(f"{folder} was measured of another model than {expert.model}: no tensor is in both")
-        found.append(Measured(entries, measured.norm, measured.digest))
+        found.append(ExpertStatistics(entries, measured.norm, measured.digest))
     return found
 
 
-def open_statistics(folder: str | Path, kind: str) -> Measured:
+def open_statistics(folder: str | Path, kind: str) -> ExpertStatistics:
     """Opens what `hf_fusion.training.expert_statistics` saved; no values are read.
 
     Raises:
@@ -98,4 +98,4 @@ def open_statistics(folder: str | Path, kind: str) -> Measured:
         raise FusionError(f"{facts}: {wrong[0]} is to be at {places[wrong[0]]}, which is not in {weights.name}")
     status = weights.stat()
     digest = f"{weights.resolve()} {status.st_size} {status.st_mtime_ns}"
-    return Measured({name: (entries[key], axis) for name, (key, axis) in places.items()}, norm, digest)
+    return ExpertStatistics({name: (entries[key], axis) for name, (key, axis) in places.items()}, norm, digest)

@@ -16,7 +16,7 @@ ZERO, AVERAGE = -1, -2
 
 
 @dataclass(frozen=True)
-class Table:
+class RowSources:
     """Where the rows of an embedding come from: runs of rows that lie one behind the other in one model."""
 
     starts: list[int]
@@ -25,7 +25,7 @@ class Table:
     averaged: dict[int, list[tuple[int, int]]]
 
     @classmethod
-    def of(cls, models: np.ndarray, rows: np.ndarray, averaged: dict[int, list[tuple[int, int]]]) -> Table:
+    def of(cls, models: np.ndarray, rows: np.ndarray, averaged: dict[int, list[tuple[int, int]]]) -> RowSources:
         """From the model and row of each token."""
         breaks = models[1:] != models[:-1]
         breaks |= (models[1:] >= 0) & (rows[1:] != rows[:-1] + 1)
@@ -34,7 +34,7 @@ class Table:
         return cls(starts, models[starts].tolist(), rows[starts].tolist(), averaged)
 
 
-class Aligned:
+class AlignedReader:
     """An embedding, or a head, with rows of several models.
 
     Args:
@@ -44,7 +44,7 @@ class Aligned:
         size: those that have a token; others are their mean.
     """
 
-    def __init__(self, readers: Sequence[Reader], table: Table, rows: int, size: int) -> None:
+    def __init__(self, readers: Sequence[Reader], table: RowSources, rows: int, size: int) -> None:
         self.readers, self.table, self.size = readers, table, size
         self.shape = (rows, *readers[0].shape[1:])
         self._width = int(np.prod(self.shape[1:], dtype=np.int64))

@@ -11,7 +11,7 @@ from hf_fusion.hub.names import loaded_names, promised
 from hf_fusion.merging.engine.open_models import Model, match_names
 
 
-def matched(first: Model, other: Model) -> dict[str, str]:
+def match_tensors(first: Model, other: Model) -> dict[str, str]:
     """The other model's tensors by the names they have in the first.
 
     Where names alone leave something out, both are named as transformers' loader names them: checkpoints of one class
@@ -71,7 +71,7 @@ def _percent(share: float) -> str:
     return "100 %" if share == 1 else "less than 0.001 %" if share < 0.5 else "nearly all"
 
 
-def shares_of(experts: Sequence[Model], merged: Sequence[set[str]]) -> list[Share]:
+def compute_shares(experts: Sequence[Model], merged: Sequence[set[str]]) -> list[Share]:
     """How much of every expert is merged.
 
     Args:
@@ -93,7 +93,7 @@ def _sizes(model: Model) -> dict[str, int]:
     return {name: math.prod(model.shape(name)) for name in names}
 
 
-def refuse_strangers(shares: Sequence[Share], first: Model) -> None:
+def refuse_unmatched(shares: Sequence[Share], first: Model) -> None:
     """Raises where nothing of an expert would be merged: no option makes a merge of that.
 
     Raises:

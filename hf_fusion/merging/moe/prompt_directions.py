@@ -20,7 +20,7 @@ from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.engine.checkpoint import OpenFiles
 from hf_fusion.merging.engine.open_models import Model
 from hf_fusion.merging.moe.mixtures import PROMPTED
-from hf_fusion.merging.tokenizers.unions import tokenizer_of
+from hf_fusion.merging.tokenizers.unions import load_tokenizer
 from hf_fusion.recipe import Recipe, RecipeExpert
 from hf_fusion.schema import KeyPath, read
 
@@ -32,7 +32,7 @@ Prompts = list[list[int]]
 """The tokens of some texts."""
 
 
-class Directions:
+class PromptDirections:
     """What each expert is chosen for in every layer; made, once, when the first layer's router is.
 
     Args:
@@ -159,7 +159,7 @@ def _tokenizer(model: Model) -> tuple[Tokenizer, str]:
     if not own_file(file):
         raise FusionError(f"{model.name} has no tokenizer.json", "load its tokenizer with transformers and save it")
     added = read_json(file, model.name).get("added_tokens") or []
-    found = tokenizer_of(read_text(file), added, model.name)
+    found = load_tokenizer(read_text(file), added, model.name)
     found.no_padding()
     found.no_truncation()
     settings = model.folder / "tokenizer_config.json"

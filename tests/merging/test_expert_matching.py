@@ -23,7 +23,7 @@ from transformers import (
 
 from hf_fusion import FusionError, Recipe, fuse
 from hf_fusion.cli.app import main
-from hf_fusion.merging.matching import Share
+from hf_fusion.merging.expert_matching import Share
 from hf_fusion.merging.merge import merge, plan_merge
 
 METHODS = [name for name in OF_MODELS if name != "moe"]  # which says by itself what it takes of dense models

@@ -25,7 +25,7 @@ from transformers import (
 
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.load import load_experts
-from hf_fusion.merging.loaded import load_merged
+from hf_fusion.merging.loaded_merges import load_merged
 from hf_fusion.merging.merge import merge
 from hf_fusion.recipe import Recipe, RecipeExpert
 

@@ -30,7 +30,7 @@ def shapes_of(tensors: Iterable[TensorEntry | TensorSpec]) -> Shapes:
     return {tensor.name: tensor.shape for tensor in tensors if "/" not in tensor.name}
 
 
-def fitted_config(config: Config, shapes: Shapes, models: Sequence[Model]) -> Config:
+def fit_config(config: Config, shapes: Shapes, models: Sequence[Model]) -> Config:
     """A merged model's configuration with the sizes and labels of its tensors.
 
     Adapters that save embeddings of more tokens, or a head of other classes, change tensors and say so nowhere: a size

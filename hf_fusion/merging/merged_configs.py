@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.merging.engine.open_models import Model
-from hf_fusion.merging.layers import sliced_config
+from hf_fusion.merging.sliced_configs import slice_config
 
 if TYPE_CHECKING:
     from hf_fusion.merging.tokenizers.vocabulary import Vocabulary
 
 
-def merged_config(
+def merge_config(
     model: Model,
     dtype: str | None,
     layers: Sequence[tuple[Model, int]] | None = None,
@@ -29,12 +29,12 @@ def merged_config(
     Raises:
         FusionError: the configuration cannot say what each of the layers is.
     """
-    config = dict(model.config) if layers is None else sliced_config(model, layers)
+    config = dict(model.config) if layers is None else slice_config(model, layers)
     if dtype:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
     if vocabulary is not None:
-        found = vocabulary_config(config)
+        found = find_vocabulary_config(config)
         config = vocabulary.moved(config, "config.json")
         if found is not None:
             config = _with_rows(config, found["vocab_size"], vocabulary.rows)
@@ -45,12 +45,12 @@ def merged_config(
 _TEXT_PARTS = ("text_config", "language_config", "llm_config", "thinker_config", "decoder", "generator")
 
 
-def vocabulary_config(config: dict[str, Any]) -> dict[str, Any] | None:
+def find_vocabulary_config(config: dict[str, Any]) -> dict[str, Any] | None:
     """The part of a configuration that tells ``vocab_size``: all of it, or that of its text model."""
     if type(config.get("vocab_size")) is int:
         return config
     parts = (config[key] for key in _TEXT_PARTS if isinstance(config.get(key), dict))
-    return next((found for part in parts if (found := vocabulary_config(part)) is not None), None)
+    return next((found for part in parts if (found := find_vocabulary_config(part)) is not None), None)
 
 
 def _with_rows(config: dict[str, Any], before: int, rows: int) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Rule:
+class LayerRule:
     """What a configuration says of a layer by its number.
 
     Attributes:
@@ -117,7 +117,7 @@ def _sparse_ways(kinds: Sequence[Any], config: Config) -> Iterator[dict[str, Any
     yield {"decoder_sparse_step": 1, "mlp_only_layers": [number for number, sparse in enumerate(kinds) if not sparse]}
 
 
-def _behind(key: str, often: str = "") -> Rule:
+def _behind(key: str, often: str = "") -> LayerRule:
     """Layers from a number on, all or every n-th of them, are sparse."""
 
     def kind(config: Config, number: int, count: int) -> bool:
@@ -127,10 +127,10 @@ def _behind(key: str, often: str = "") -> Rule:
     def ways(kinds: Sequence[Any], config: Config) -> Iterator[dict[str, Any]]:
         yield {key: next((number for number, sparse in enumerate(kinds) if sparse), len(kinds))}
 
-    return Rule((key,), kind, ways, unless="mlp_layer_types")
+    return LayerRule((key,), kind, ways, unless="mlp_layer_types")
 
 
-def _every(period: str, offset: str = "") -> Rule:
+def _every(period: str, offset: str = "") -> LayerRule:
     """Every n-th layer is of another kind."""
 
     def kind(config: Config, number: int, count: int) -> bool:
@@ -140,7 +140,7 @@ def _every(period: str, offset: str = "") -> Rule:
         for every in range(1, len(kinds) + 2):
             yield from ({period: every, **({offset: at} if offset else {})} for at in range(every if offset else 1))
 
-    return Rule((period, *([offset] if offset else [])), kind, ways, unless="layers_block_type")
+    return LayerRule((period, *([offset] if offset else [])), kind, ways, unless="layers_block_type")
 
 
 def _ernie(config: Config, number: int, count: int) -> bool:
@@ -162,20 +162,20 @@ def _expanded(config: Config, number: int, count: int) -> Any:
 
 
 RULES = (
-    Rule(("mlp_only_layers", "decoder_sparse_step"), _is_sparse, _sparse_ways),
+    LayerRule(("mlp_only_layers", "decoder_sparse_step"), _is_sparse, _sparse_ways),
     _behind("first_k_dense_replace", "moe_layer_freq"),
     _behind("num_dense_layers"),
     _every("attn_layer_period", "attn_layer_offset"),
     _every("expert_layer_period", "expert_layer_offset"),
     _every("cross_attention_frequency"),
-    Rule(("moe_layer_interval", "moe_layer_start_index", "moe_layer_end_index"), _ernie, _ernie_ways),
-    Rule(
+    LayerRule(("moe_layer_interval", "moe_layer_start_index", "moe_layer_end_index"), _ernie, _ernie_ways),
+    LayerRule(
         ("block_types",),
         lambda config, number, count: config["block_types"][number % len(config["block_types"])],
         lambda kinds, config: iter([{"block_types": list(kinds)}]),
     ),
-    Rule(("attention_types",), _expanded, lambda kinds, config: iter([{"attention_types": [[list(kinds), 1]]}])),
-    Rule(  # GPT-2 divides by the layer's number
+    LayerRule(("attention_types",), _expanded, lambda kinds, config: iter([{"attention_types": [[list(kinds), 1]]}])),
+    LayerRule(  # GPT-2 divides by the layer's number
         ("scale_attn_by_inverse_layer_idx",),
         lambda config, number, count: number if config["scale_attn_by_inverse_layer_idx"] else None,
         lambda kinds, config: iter(()),
@@ -183,7 +183,7 @@ RULES = (
 )
 
 
-def sliced_config(first: Model, taken: Sequence[tuple[Model, int]]) -> dict[str, Any]:
+def slice_config(first: Model, taken: Sequence[tuple[Model, int]]) -> dict[str, Any]:
     """A configuration for layers of several models, in which each of them stays what it was.
 
     Args:
@@ -344,7 +344,7 @@ def _shared_keys(own: Config, layers: Sequence[Layer]) -> dict[str, Any]:
     return {key: tail}
 
 
-def _ruled(rule: Rule, config: Config, layers: Sequence[Layer]) -> dict[str, Any]:
+def _ruled(rule: LayerRule, config: Config, layers: Sequence[Layer]) -> dict[str, Any]:
     """The values of a rule's keys by which every layer stays what it was."""
     for layer in layers:
         layer.value(rule.keys[0])

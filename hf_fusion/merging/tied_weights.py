@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _COMPARED = 1 << 22  # bytes at a time
 
 
-def tied_pairs(config: Mapping[str, Any], name: str, entries: Mapping[str, TensorEntry]) -> dict[str, str]:
+def find_tied_pairs(config: Mapping[str, Any], name: str, entries: Mapping[str, TensorEntry]) -> dict[str, str]:
     """What a model ties: name of a tensor -> the stored tensor that it is tied to, by their names in its files.
 
     Args:
@@ -51,9 +51,9 @@ def tied_pairs(config: Mapping[str, Any], name: str, entries: Mapping[str, Tenso
     return pairs
 
 
-def tied_entries(model: Model) -> dict[str, TensorEntry]:
+def missing_tied_entries(model: Model) -> dict[str, TensorEntry]:
     """What a model ties and does not store, as further tensors at the place of those that it stores."""
-    pairs = tied_pairs(model.config, model.name, model.entries)
+    pairs = find_tied_pairs(model.config, model.name, model.entries)
     return {
         target: replace(model.entries[source], name=target)
         for target, source in pairs.items()
@@ -61,9 +61,9 @@ def tied_entries(model: Model) -> dict[str, TensorEntry]:
     }
 
 
-def without_copies(model: Model, added: Mapping[str, TensorEntry]) -> Model:
+def drop_tied_copies(model: Model, added: Mapping[str, TensorEntry]) -> Model:
     """An adapter's model, without the tied tensors that were `added` to its base where it leaves them tied."""
-    adapter, pairs = model.adapter, tied_pairs(model.config, model.name, model.entries)
+    adapter, pairs = model.adapter, find_tied_pairs(model.config, model.name, model.entries)
     if adapter is None or not all(target in model.entries for target in added):
         return model
     if any(not _is_same(adapter, target, source) for target, source in pairs.items() if target in added):
@@ -87,7 +87,7 @@ def _is_same(adapter: Adapter, target: str, source: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Heads:
+class TiedHeads:
     """Models that are merged, all of them tied or all untied.
 
     Attributes:
@@ -103,7 +103,7 @@ class Heads:
     note: str = ""
 
 
-def with_heads(recipe: Recipe, base: Model | None, experts: Sequence[Model]) -> Heads:
+def align_tied_heads(recipe: Recipe, base: Model | None, experts: Sequence[Model]) -> TiedHeads:
     """Unties models where one of them has a head of its own, so that there is something to merge it with.
 
     An adapter that unties its base has that done unasked, since nothing else is what it was trained for. Where a full
@@ -113,10 +113,10 @@ def with_heads(recipe: Recipe, base: Model | None, experts: Sequence[Model]) -> 
         FusionError: tied models meet untied ones, and the recipe does not say what to do about it.
     """
     unique = list({id(model): model for model in [*([base] if base else []), *experts]}.values())
-    pairs = {id(model): tied_pairs(model.config, model.name, model.entries) for model in unique}
+    pairs = {id(model): find_tied_pairs(model.config, model.name, model.entries) for model in unique}
     targets = {target for own in pairs.values() for target in own}
     if not targets:
-        return Heads(base, list(experts))
+        return TiedHeads(base, list(experts))
     kinds = [architectures(model.config) for model in unique if pairs[id(model)]]
     unique = [model for model in unique if architectures(model.config) in kinds]  # others do not fit anyway
     stored = {id(model): {target for target in targets if target in model.entries} for model in unique}
@@ -130,7 +130,7 @@ def with_heads(recipe: Recipe, base: Model | None, experts: Sequence[Model]) -> 
     by_adapters = all(model.adapter is not None and pairs[id(model)] for model in untied)
     if untied and tied and not wanted and not by_adapters:
         if recipe.parameters.get("mismatch"):
-            return Heads(base, list(experts))
+            return TiedHeads(base, list(experts))
         target = min(stored[id(untied[0])])
         raise FusionError(
             f"{untied[0].name} has a {target} of its own, {tied[0].name} ties it to {pairs[id(tied[0])][target]}",
@@ -147,13 +147,13 @@ def with_heads(recipe: Recipe, base: Model | None, experts: Sequence[Model]) -> 
     return replace(_replaced(base, experts, changed), untied=bool(pairs[id(first)]), note=note)
 
 
-def _replaced(base: Model | None, experts: Sequence[Model], changed: Mapping[int, Model]) -> Heads:
-    return Heads(base and changed.get(id(base), base), [changed.get(id(expert), expert) for expert in experts])
+def _replaced(base: Model | None, experts: Sequence[Model], changed: Mapping[int, Model]) -> TiedHeads:
+    return TiedHeads(base and changed.get(id(base), base), [changed.get(id(expert), expert) for expert in experts])
 
 
 def _untied(model: Model, pairs: Mapping[str, str]) -> Model:
     """A tied model with all tensors that it ties."""
-    added = tied_entries(model)
+    added = missing_tied_entries(model)
     if (adapter := model.adapter) is None:
         return replace(model, entries=model.entries | added)
     saved, lora, rows = dict(adapter.saved), dict(adapter.lora), dict(adapter.rows)
@@ -202,7 +202,7 @@ def _are_equal(one: TensorEntry, other: TensorEntry, files: OpenFiles) -> bool:
     return True
 
 
-def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def untie_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration that ties no head, here and in its nested parts.
 
     That of an encoder and decoder stays as it is: some of them scale by it what the head gets, and the loader leaves
@@ -211,7 +211,7 @@ def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("is_encoder_decoder"):
         return dict(config)
     changed = {
-        key: untied_config(value) if isinstance(value, dict) and "tie_word_embeddings" in value else value
+        key: untie_config(value) if isinstance(value, dict) and "tie_word_embeddings" in value else value
         for key, value in config.items()
     }
     return changed | {"tie_word_embeddings": False}
