@@ -87,7 +87,7 @@ def _located(source: str | Path, split: str) -> Path | None:
     return None
 
 
-def columns_of(source: str | Path, split: str = "train") -> list[str] | None:
+def read_columns(source: str | Path, split: str = "train") -> list[str] | None:
     """The columns of what `load_rows` would read, from a file's beginning and without `datasets`, which takes seconds.
 
     Returns:
@@ -149,7 +149,7 @@ def _split(splits: DatasetDict, split: str, source: str) -> Dataset:
     return splits[split]
 
 
-def owners_by_name(tasks: Iterable[str], experts: Sequence[str]) -> dict[str, str]:
+def match_experts_by_name(tasks: Iterable[str], experts: Sequence[str]) -> dict[str, str]:
     """Task → expert, for the tasks that bear an expert's name: ``owner/name``, or ``name`` alone."""
     known = {name: expert for expert in experts for name in (expert.rpartition("/")[2], expert)}
     return {task: known[task] for task in tasks if task in known}
@@ -185,7 +185,7 @@ def split_tasks(
         named = sorted({name for name in own[expert_column] if name})
         if len(named) > 1:
             raise FusionError(f"rows of the task {task!r} name several experts: {', '.join(named)}")
-        found = owners_by_name(named, experts)
+        found = match_experts_by_name(named, experts)
         if named and not found:
             logger.warning(
                 "%s is the task of %s, which is not among the experts: it counts as held out", task, named[0]

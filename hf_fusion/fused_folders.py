@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _OTHER_RECIPE = f"put the {RECIPE_FILE} that it was made by into the folder"
 
 
-def refuse_what_is_not_fused(folder: Path) -> None:
+def check_is_fused(folder: Path) -> None:
     """Says of a path that holds no fused model what it is, and what to do with it.
 
     Raises:
@@ -119,7 +119,7 @@ def read_processor(folder: Path, model: FusedPreTrainedModel, agreed: bool) -> N
 
 
 @contextmanager
-def explained(folder: Path) -> Iterator[None]:
+def explain_load_errors(folder: Path) -> Iterator[None]:
     """Turns what goes wrong while a folder is read into a FusionError that names it and the next step."""
     try:
         yield

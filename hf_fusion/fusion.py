@@ -12,16 +12,22 @@ from uuid import uuid4
 from hf_fusion.errors import FusionError, disk_refusals, writing
 from hf_fusion.families import STALE
 from hf_fusion.fused_folders import (
-    explained,
+    check_is_fused,
+    explain_load_errors,
     family_class,
     read_processor,
     refuse_other_recipe,
-    refuse_what_is_not_fused,
 )
-from hf_fusion.hub.code import refuse_own_code
 from hf_fusion.hub.heads import head_of_task
 from hf_fusion.hub.load import load_experts
-from hf_fusion.hub.provenance import contents_of, folders_of, recipe_in, recipe_of_model, told
+from hf_fusion.hub.provenance import (
+    hash_folders,
+    list_local_folders,
+    read_recipe,
+    recipe_from_model,
+    strip_paths_from_recipe,
+)
+from hf_fusion.hub.remote_code import refuse_own_code
 from hf_fusion.hub.snapshot import check_snapshot
 from hf_fusion.io.folders import recover_folder, refuse_to_replace, replace_folder
 from hf_fusion.io.json_files import read_json
@@ -134,7 +140,9 @@ def fuse(
     names = [_named(*pair) for pair in zip(sources, loaded, strict=True)]
     recipe = _recipe(method, names, loaded, recorded, dtype, given)
     setattr(model, RECIPE_ATTRIBUTE, recipe)
-    model.config.recipe = told(recipe, contents_of(folders_of(recipe))).to_dict()  # goes wherever the model goes
+    model.config.recipe = strip_paths_from_recipe(
+        recipe, hash_folders(list_local_folders(recipe))
+    ).to_dict()  # saved with the model
     return model
 
 
@@ -195,7 +203,7 @@ def save_fused(
     Raises:
         FusionError: if nothing says what the model was made of, or the folder holds a model.
     """
-    recipe = recipe or recipe_of_model(model)
+    recipe = recipe or recipe_from_model(model)
     folder = Path(folder).resolve()
     if not is_main():
         return folder
@@ -232,12 +240,12 @@ def load_fused(folder: str | Path, *, trust_remote_code: bool = False) -> tuple[
             and the next step; or its code is needed and may not run.
     """
     folder = Path(folder)
-    with explained(folder):
+    with explain_load_errors(folder):
         recover_folder(folder)
-    refuse_what_is_not_fused(folder)
-    with explained(folder):
+    check_is_fused(folder)
+    with explain_load_errors(folder):
         check_snapshot(folder, str(folder))
-        recipe = recipe_in(folder)
+        recipe = read_recipe(folder)
         if recipe.method in MERGE_METHODS:
             return load_merged(folder, trust_remote_code=trust_remote_code), recipe
         config = read_json(folder / "config.json", str(folder))

@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from hf_fusion import FusionError
-from hf_fusion.data import columns_of, load_rows, split_tasks
+from hf_fusion.data import load_rows, read_columns, split_tasks
 
 TRAIN = {"text": ["good", "bad"], "label": [1, 0]}
 TEST = {"text": ["fine"], "label": [1]}
@@ -53,7 +53,7 @@ def test_a_data_set_on_the_hub(hub, fresh_python):
     token = hub.token("rows")
     code = f"""
 from datasets import Dataset
-from hf_fusion.data import columns_of, load_rows, split_tasks
+from hf_fusion.data import read_columns, load_rows, split_tasks
 Dataset.from_dict({TRAIN}).push_to_hub("rows/words", split="train")
 print(load_rows("rows/words").to_dict())
 from hf_fusion import FusionError
@@ -89,7 +89,7 @@ def test_tasks_come_apart_and_find_their_experts(caplog):
 
 
 @pytest.mark.parametrize("name", ["train.csv", "train.parquet", "rows.jsonl"])
-@pytest.mark.parametrize("read", [load_rows, columns_of])
+@pytest.mark.parametrize("read", [load_rows, read_columns])
 def test_a_pipe_is_refused_and_not_waited_for(read, name, tmp_path):
     os.mkfifo(tmp_path / name)
     for source in (tmp_path, tmp_path / name):

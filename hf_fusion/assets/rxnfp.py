@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from hf_fusion.errors import FusionError
 from hf_fusion.io.cache import cache_folder
-from hf_fusion.io.folders import made_once
+from hf_fusion.io.folders import make_once
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -89,7 +89,7 @@ def rxnfp_folder(name: str) -> Path:
     source = Path(spec.origin).parent / "models" / "transformers" / name if spec and spec.origin else None
     if source is None or not (source / "pytorch_model.bin").is_file():
         raise FusionError("the wheel rxnfp was not found", hint="pip install --no-deps rxnfp")
-    return made_once(folder, lambda partial: _convert(source, partial))
+    return make_once(folder, lambda partial: _convert(source, partial))
 
 
 def _convert(source: Path, folder: Path) -> None:

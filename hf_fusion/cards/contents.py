@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.evaluation.results import Results
-from hf_fusion.hub.code import refuse_kernels
+from hf_fusion.hub.remote_code import refuse_kernels
 
 if TYPE_CHECKING:
     from hf_fusion.cards.card import CardFacts
@@ -52,13 +52,13 @@ def _foe_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def _phatgoose_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """From the config, and from its model built on the meta device."""
-    from hf_fusion.hub.headers import on_meta
+    from hf_fusion.hub.headers import build_on_meta
     from hf_fusion.models.assembly_phatgoose import readers_of
     from hf_fusion.models.configuration_phatgoose import PhatgooseConfig
     from hf_fusion.models.modeling_phatgoose import PhatgooseRouter
 
     refuse_kernels(config, str(folder))
-    model = on_meta(lambda: PhatgooseRouter(PhatgooseConfig.from_pretrained(folder)))
+    model = build_on_meta(lambda: PhatgooseRouter(PhatgooseConfig.from_pretrained(folder)))
     summary, towers = model.summary(), len(readers_of(model.backbone, model.config.is_encoder_decoder))
     known = ("parameters", "expert_parameters", "routed_linears", "relative_cost")
     given = ("router_temperature", "routing", "base_by_reference", "head")
@@ -101,12 +101,12 @@ STORAGE["low-rank-bfloat16"] = f"{STORAGE['low-rank']}, in bfloat16"
 
 def _wemoe_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """From the config, and from its model built on the meta device."""
-    from hf_fusion.hub.headers import on_meta
+    from hf_fusion.hub.headers import build_on_meta
     from hf_fusion.models.configuration_wemoe import WEMoEConfig
     from hf_fusion.models.modeling_wemoe import WEMoEModel
 
     refuse_kernels(config, str(folder))
-    model = on_meta(lambda: WEMoEModel(WEMoEConfig.from_pretrained(folder)))
+    model = build_on_meta(lambda: WEMoEModel(WEMoEConfig.from_pretrained(folder)))
     own, summary = model.config, model.summary()
     known = ("parameters", "upscaled_linears", "upscaled_parameters", "merged_parameters", "head_parameters")
     given = ("head", "routing", "router_layers", "shared_router", "batch_reduce", "scaling", "merge", "adaptation")

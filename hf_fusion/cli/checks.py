@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_fusion.data import columns_of
+from hf_fusion.data import read_columns
 from hf_fusion.errors import FusionError
 from hf_fusion.families import FAMILIES, Family
 from hf_fusion.hub.heads import Head, architectures, head_of_adapter, head_of_architecture
@@ -126,7 +126,7 @@ def check_columns(source: str, split: str, needed: Columns, named: Iterable[str 
     Raises:
         FusionError: the data are not there, or lack a column.
     """
-    check_found(columns_of(source, split), source, needed, named)
+    check_found(read_columns(source, split), source, needed, named)
 
 
 def check_found(columns: Sequence[str] | None, source: str, needed: Columns, named: Iterable[str | None] = ()) -> None:

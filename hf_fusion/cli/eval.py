@@ -67,10 +67,10 @@ def run(args: argparse.Namespace, out: Out) -> None:
 
     from hf_fusion.cards.card import write_card
     from hf_fusion.evaluation.results import RESULTS_FILE
-    from hf_fusion.hub.provenance import recipe_in, says_its_recipe
+    from hf_fusion.hub.provenance import has_recipe, read_recipe
     from hf_fusion.merging.methods import MERGE_METHODS
 
-    recipe = recipe_in(args.folder) if says_its_recipe(args.folder) else None
+    recipe = read_recipe(args.folder) if has_recipe(args.folder) else None
     measure: Callable[..., tuple[Results, str]] = _static
     if recipe is not None and recipe.method not in MERGE_METHODS:
         measure = MEASURED_BY[family_of(recipe.method).name]

@@ -283,7 +283,7 @@ def _fit_routers(args: argparse.Namespace, out: Out) -> None:
     check_columns(args.data, args.split, needed, (args.task_column, args.expert_column))
     _refuse_again(args)
 
-    from hf_fusion.data import load_rows, owners_by_name, split_tasks
+    from hf_fusion.data import load_rows, match_experts_by_name, split_tasks
 
     rows = load_rows(args.data, args.split)
     check_found(rows.column_names, args.data, needed, (args.task_column, args.expert_column))
@@ -296,7 +296,7 @@ def _fit_routers(args: argparse.Namespace, out: Out) -> None:
     model, recipe = load_fused(args.folder, trust_remote_code=args.trust_remote_code)
     assert isinstance(model, WEMoEModel)
     suite, owners = split_tasks(rows, model.experts, task, expert)
-    owners = owners_by_name(suite, model.experts) | owners
+    owners = match_experts_by_name(suite, model.experts) | owners
     folder = Path(args.folder).resolve()
     checkpoints = folder.with_name(ROUTER_CHECKPOINTS.format(f".{folder.name}"))
     facts = (fit_routers if args.loss == "labels" else adapt_routers)(

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
     if args.push_experts and not args.push:
         raise FusionError("--push-experts belongs to --push", "--push OWNER/NAME --push-experts")
 
-    from hf_fusion.hub.provenance import recipe_in
+    from hf_fusion.hub.provenance import read_recipe
     from hf_fusion.io.folders import refuse_to_replace
     from hf_fusion.merging.methods import MERGE_METHODS
     from hf_fusion.merging.recipe_files import load_recipe
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
     if args.recipe:
         if args.set:
             raise FusionError("--set is an option of --method: a recipe has its own", "write it under parameters:")
-        recipe = recipe_in(args.recipe) if Path(args.recipe).is_dir() else load_recipe(args.recipe)
+        recipe = read_recipe(args.recipe) if Path(args.recipe).is_dir() else load_recipe(args.recipe)
         recipe = replace(recipe, base=args.base or recipe.base, dtype=args.dtype or recipe.dtype)
     else:
         parameters = _parameters(args.set)

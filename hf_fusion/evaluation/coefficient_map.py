@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_fusion.data import owners_by_name
+from hf_fusion.data import match_experts_by_name
 from hf_fusion.evaluation.routing_map import JsonFile, read_batches
 from hf_fusion.progress import track
 from hf_fusion.training.batches import Examples, unlabelled
@@ -64,14 +64,14 @@ def map_coefficients(
     Args:
         model: a `WEMoEModel`.
         suite: task → rows, as training takes them; of CLIP, `Examples` of `training.batches.zero_shot_examples`.
-        owners: task → the expert that was trained on it, where `owners_by_name` does not find it.
+        owners: task → the expert that was trained on it, where `match_experts_by_name` does not find it.
         batch_size: rows a step.
         max_length: the longest sequence, in tokens.
 
     Raises:
         FusionError: for rows that the model cannot read.
     """
-    owners = owners_by_name(suite, model.experts) | dict(owners or {})
+    owners = match_experts_by_name(suite, model.experts) | dict(owners or {})
     writes = model.config.head in ("causal-lm", "seq2seq-lm")
     coefficients, counts, layers = [], [], []
     for rows in track(suite.values(), "Tracing the coefficients of tasks"):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_fusion.data import owners_by_name
+from hf_fusion.data import match_experts_by_name
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.loop import TaskRows, check_suite, metric_of, score_task
 from hf_fusion.evaluation.predictions import Predictions, predict_batch
@@ -102,7 +102,7 @@ def measure_merged(
         experts: what it was made of, as `load_experts` takes them; with them the base under the experts' heads, the
             simple average, task arithmetic with the model's λ, and each expert on its own task are measured too.
         base: what the experts were fine-tuned from.
-        owners: task → the expert whose task it is, where `owners_by_name` does not find it.
+        owners: task → the expert whose task it is, where `match_experts_by_name` does not find it.
         more: further predictors, with distinct names.
         metrics: task → "exact" (default) or "tokens", for language models.
         batch_size: rows a step, taken in order of length.
@@ -115,7 +115,7 @@ def measure_merged(
         FusionError: for an empty suite, tasks without an expert, and rows that cannot be read.
     """
     check_suite(suite)
-    owners = owners_by_name(suite, model.experts) | dict(owners or {})
+    owners = match_experts_by_name(suite, model.experts) | dict(owners or {})
     for name in suite:
         if owners.get(name) not in model.experts:
             raise FusionError(
@@ -166,7 +166,7 @@ def measure_static(
             ``target``.
         experts: what it was made of; also ``base+adapter``.
         base: what they were fine-tuned from; default is the one that adapters among them record.
-        owners: task → the expert whose task it is, where `owners_by_name` does not find it.
+        owners: task → the expert whose task it is, where `match_experts_by_name` does not find it.
         metrics: task → "exact" (default) or "tokens", for language models.
         batch_size: rows a step, taken in order of length.
         max_length: the longest sequence, in tokens.
@@ -206,7 +206,7 @@ def measure_static(
             scores[name] |= {task: score_task([predictor], data, batch_size)[name]}
         del expert, predictor  # before the next is loaded
     assert like is not None
-    known = owners_by_name(suite, names) | dict(owners or {})
+    known = match_experts_by_name(suite, names) | dict(owners or {})
     tasks = [MeasuredTask(t, like.metric(wanted.get(t)), len(rows), known.get(t)) for t, rows in suite.items()]
     return compare(tasks, scores, kinds, settings=dict(settings or {}), command=command)
 
@@ -221,7 +221,7 @@ class _Outputs:
     @classmethod
     def of(cls, expert: Expert) -> _Outputs:
         head = head_of_architecture(type(expert.model).__name__)
-        return cls(head.auto if head else type(expert.model).__name__, tuple(map(same_label, expert.labels)))
+        return cls(head.auto if head else type(expert.model).__name__, tuple(map(normalise_label, expert.labels)))
 
     def metric(self, wanted: Metric | None) -> Metric:
         """How they are scored: tokens as wanted, classes by accuracy."""

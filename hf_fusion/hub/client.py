@@ -39,7 +39,7 @@ _HINTS = {
 
 
 @contextmanager
-def explained(name: str) -> Iterator[None]:
+def explain_hub_errors(name: str) -> Iterator[None]:
     """Turn what huggingface_hub raises about a repo into a FusionError that names it and the next step."""
     import httpx2
     from huggingface_hub import errors

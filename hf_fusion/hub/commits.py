@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 
-def found_commit(name: str, revision: str | None, found: object) -> str:
+def check_commit(name: str, revision: str | None, found: object) -> str:
     """The commit that a Hub found for a revision.
 
     Args:
@@ -53,5 +53,5 @@ def download_file(api: HfApi, repo: str, file: str, revision: str | None, **opti
     """
     path = Path(api.hf_hub_download(repo, file, revision=revision, **options))
     if as_commit(revision):
-        found_commit(repo, revision, path.parents[file.count("/")].name)  # …/snapshots/SHA/file
+        check_commit(repo, revision, path.parents[file.count("/")].name)  # …/snapshots/SHA/file
     return path

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError, first_line
 from hf_fusion.extras import refuse_missing
+from hf_fusion.hub.adapter_placement import match_parameters
 from hf_fusion.hub.client import hub_api, in_parallel
-from hf_fusion.hub.code import MANIFESTS_OF, model_code, processor_class, processor_code, refuse_code, refuse_kernels
 from hf_fusion.hub.discover import info_row
 from hf_fusion.hub.formats import has_processor
 from hf_fusion.hub.gates import GATES_FILE, gate_problem
-from hf_fusion.hub.headers import Account, Accounts, Shapes, account, hub_shapes, native_config
+from hf_fusion.hub.headers import LoadReport, LoadReportCache, Shapes, check_load, hub_shapes, native_config
 from hf_fusion.hub.heads import (
     HEADS,
     Head,
@@ -27,13 +27,20 @@ from hf_fusion.hub.heads import (
     head_of_architecture,
     head_of_task,
     label_names,
-    same_label,
+    normalise_label,
 )
 from hf_fusion.hub.licenses import forbids_derivatives
 from hf_fusion.hub.lora import config_problems, shape_problems, trained_class
 from hf_fusion.hub.peft_names import adapter_shapes, plain_keys
-from hf_fusion.hub.placement import placement
-from hf_fusion.hub.reasons import Reason, ReasonKind
+from hf_fusion.hub.rejection_reasons import Reason, ReasonKind
+from hf_fusion.hub.remote_code import (
+    MANIFESTS_OF,
+    model_code,
+    processor_class,
+    processor_code,
+    refuse_code,
+    refuse_kernels,
+)
 from hf_fusion.hub.resolve import recorded_base, resolve_repo
 from hf_fusion.hub.selection import pick_weights
 from hf_fusion.hub.source import Source
@@ -142,7 +149,7 @@ def check_compatibility(
         task=task,
         base_model=base_model,
         base_revision=as_commit(base_revision) or base_revision,
-        labels=frozenset(map(same_label, labels)) if labels is not None else None,
+        labels=frozenset(map(normalise_label, labels)) if labels is not None else None,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
         need_gates=need_gates,
@@ -154,7 +161,7 @@ def check_compatibility(
     names = sorted({ref for evidence in gathered if (ref := _base_of(evidence, criteria))}, key=str)
     bases = dict(zip(names, in_parallel(lambda name: _gather(name, api), names), strict=True))
 
-    verdict, accounts = Compatibility(), Accounts()
+    verdict, accounts = Compatibility(), LoadReportCache()
     for info, evidence in track(zip(experts, gathered, strict=True), "Judging experts", len(experts)):
         reasons = _judge(info, evidence, bases.get(_base_of(evidence, criteria) or ModelRef("")), criteria, accounts)
         if merging and not reasons:
@@ -241,7 +248,7 @@ class Case:
     gates: Shapes
     base: Evidence | None
     criteria: Criteria
-    accounts: Accounts
+    accounts: LoadReportCache
 
     @property
     def head(self) -> Head | None:
@@ -259,7 +266,7 @@ class Case:
 
 
 def _judge(
-    info: ExpertInfo, evidence: Evidence, base: Evidence | None, criteria: Criteria, accounts: Accounts
+    info: ExpertInfo, evidence: Evidence, base: Evidence | None, criteria: Criteria, accounts: LoadReportCache
 ) -> tuple[Reason, ...]:
     """All reasons against one expert."""
     if evidence.unreadable is not None or evidence.source is None:
@@ -360,7 +367,7 @@ def _check_labels(case: Case) -> Iterator[Reason]:
     names = label_names(case.source.config)
     if not names:
         yield Reason(ReasonKind.LABELS, "names no labels", "id2label in its config.json")
-    elif other := [name for name in names if same_label(name) not in case.criteria.labels]:
+    elif other := [name for name in names if normalise_label(name) not in case.criteria.labels]:
         shown = ", ".join(other[:5]) + (", …" if len(other) > 5 else "")
         yield Reason(ReasonKind.LABELS, f"has other labels: {shown}", "a label map, or leave it out")
 
@@ -394,7 +401,7 @@ def _full_shapes(case: Case, head: Head) -> list[str]:
     from hf_fusion.hub.mergeable import merge_problems  # torch
 
     config = native_config(case.source.config, case.info.id, len(case.shapes))
-    result = account(config, head, case.shapes, case.info.id)
+    result = check_load(config, head, case.shapes, case.info.id)
     unexpected = result.unexpected if head.auto != "AutoModel" else ()
     base = _base_account(case) if case.criteria.merging else None
     return [
@@ -405,7 +412,7 @@ def _full_shapes(case: Case, head: Head) -> list[str]:
     ]
 
 
-def _base_account(case: Case, head: Head | None = None) -> Account | None:
+def _base_account(case: Case, head: Head | None = None) -> LoadReport | None:
     """The base under a head, by default its own; None where its own reason says what is wrong."""
     base = case.base
     if base is None or base.source is None or base.unreadable is not None:
@@ -416,17 +423,17 @@ def _base_account(case: Case, head: Head | None = None) -> Account | None:
         (name, found.auto),
         config,
         shapes,
-        lambda: account(native_config(config, name, len(shapes)), found, shapes, name),
+        lambda: check_load(native_config(config, name, len(shapes)), found, shapes, name),
     )
 
 
-def _by_names_of_base(case: Case, head: Head | None) -> tuple[dict[str, tuple[int, int]], Shapes, Account | None]:
+def _by_names_of_base(case: Case, head: Head | None) -> tuple[dict[str, tuple[int, int]], Shapes, LoadReport | None]:
     """`adapter_shapes` by the names that the base has for them, and the base's account; as stored where it has none."""
     lora, saved = adapter_shapes(case.shapes, case.info.id)
     result = _base_account(case, head) if head else None
     if result is None:
         return lora, saved, None
-    names = placement(lora, saved, result.model, trained_class(case.source.adapter))
+    names = match_parameters(lora, saved, result.model, trained_class(case.source.adapter))
     lora = {names[f"{path}.weight"].removesuffix(".weight"): sizes for path, sizes in lora.items()}
     return lora, {names[key]: shape for key, shape in saved.items()}, result
 

@@ -9,11 +9,11 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, overload
 
 from hf_fusion.errors import FusionError, printable
-from hf_fusion.hub.client import READERS, explained, hub_api, in_parallel
+from hf_fusion.hub.client import READERS, explain_hub_errors, hub_api, in_parallel
 from hf_fusion.hub.formats import ADAPTER_CONFIG, weight_files
 from hf_fusion.hub.gates import GATES_FILE
 from hf_fusion.hub.heads import architectures, default_task, head_of_adapter, label_names
-from hf_fusion.hub.remote import CARD_ERRORS, DESCRIBED
+from hf_fusion.hub.remote_files import CARD_ERRORS, DESCRIBED
 from hf_fusion.hub.resolve import resolve_repo
 from hf_fusion.hub.selection import safe_files
 from hf_fusion.hub.source import Source, source_of
@@ -128,7 +128,7 @@ def discover(
 
 def _collected(slug: str, api: HfApi) -> list[str]:
     """Ids of the models in a collection."""
-    with explained(f"Collection {slug}"):
+    with explain_hub_errors(f"Collection {slug}"):
         return [item.item_id for item in api.get_collection(slug).items if item.item_type == "model"]
 
 
@@ -158,7 +158,7 @@ def _search(api: HfApi, holding: str | None = None, **filters: Any) -> Iterator[
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     filters["sort"] = "downloads"
-    with explained("The Hub"):
+    with explain_hub_errors("The Hub"):
         try:
             for info in api.list_models(expand=[*DESCRIBED, "cardData"], **filters):
                 if _holds(info, holding):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hf_fusion.hub.client import explained, hub_api, in_parallel, silent_bar
+from hf_fusion.hub.client import explain_hub_errors, hub_api, in_parallel, silent_bar
 from hf_fusion.hub.commits import download_file
 from hf_fusion.hub.snapshot import check_snapshot
 from hf_fusion.hub.source import Source
@@ -48,7 +48,7 @@ def download(wanted: Sequence[tuple[Source, list[str]]], api: HfApi | None = Non
 
         def fetch(job: tuple[Source, str]) -> None:
             source, file = job
-            with explained(source.name):
+            with explain_hub_errors(source.name):
                 path = download_file(client, source.name, file, source.revision, tqdm_class=silent_bar(more))
             source.folder = path.parents[file.count("/")]
 

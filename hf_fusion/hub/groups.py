@@ -14,8 +14,8 @@ from hf_fusion.families import METHODS, family_of
 from hf_fusion.hub.client import hub_api, in_parallel
 from hf_fusion.hub.compat import Compatibility, Rejected
 from hf_fusion.hub.download import download
-from hf_fusion.hub.heads import Head, head_of_architecture, head_of_task, same_label
-from hf_fusion.hub.reasons import Reason, ReasonKind
+from hf_fusion.hub.heads import Head, head_of_architecture, head_of_task, normalise_label
+from hf_fusion.hub.rejection_reasons import Reason, ReasonKind
 from hf_fusion.hub.resolve import resolve_repo
 from hf_fusion.hub.selection import safe_files
 from hf_fusion.hub.source import Source
@@ -163,7 +163,7 @@ def _overlapping(members: Sequence[ExpertInfo]) -> list[list[ExpertInfo]]:
     """Experts that share labels, directly or through others."""
     found: list[tuple[set[str], list[ExpertInfo]]] = []
     for info in members:
-        labels, own = set(map(same_label, info.labels)), [info]
+        labels, own = set(map(normalise_label, info.labels)), [info]
         for known, others in [entry for entry in found if entry[0] & labels]:
             found.remove((known, others))
             labels, own = labels | known, [*others, *own]
@@ -209,7 +209,7 @@ def _base(info: ExpertInfo) -> str | None:
 
 def _group(head: str, experts: Sequence[ExpertInfo], options: tuple[str, ...] | None, why_not: str = "") -> Group:
     bases = {_base(info) for info in experts}
-    labels = {same_label(label): label for info in experts for label in info.labels}
+    labels = {normalise_label(label): label for info in experts for label in info.labels}
     return Group(
         tuple(experts), head, bases.pop() if len(bases) == 1 else None, tuple(labels.values()), options, why_not
     )

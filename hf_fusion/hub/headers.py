@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_fusion.errors import FusionError, first_line, shown
 from hf_fusion.extras import refuse_missing
-from hf_fusion.hub.bounds import TooMuchError, within_bounds
+from hf_fusion.hub.build_limits import TooMuchError, build_within_limits
 from hf_fusion.hub.client import in_parallel
-from hf_fusion.hub.code import refuse_kernels
 from hf_fusion.hub.heads import Head
 from hf_fusion.hub.linearized import plain_names
 from hf_fusion.hub.quiet import quiet_transformers
-from hf_fusion.hub.remote import refuse_long
+from hf_fusion.hub.remote_code import refuse_kernels
+from hf_fusion.hub.remote_files import refuse_long
 from hf_fusion.hub.source import Source
 from hf_fusion.io.files import open_file
 
@@ -52,7 +52,7 @@ _NAMES = ("_name_or_path", "transformers_version", "id2label", "label2id")
 
 
 @dataclass(frozen=True)
-class TensorAccount:
+class KeyReport:
     """What became of a checkpoint's tensors.
 
     Attributes:
@@ -69,7 +69,7 @@ class TensorAccount:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Account(TensorAccount):
+class LoadReport(KeyReport):
     """The same, with the model.
 
     Attributes:
@@ -79,7 +79,7 @@ class Account(TensorAccount):
     model: PreTrainedModel
 
 
-class Accounts:
+class LoadReportCache:
     """What was found out about checkpoints during one call, each kind of checkpoint once.
 
     A thousand adapters of one base need one account of that base, and a thousand fine-tunes with the same configuration
@@ -182,7 +182,7 @@ def checked_config(config: Mapping[str, Any], name: str, tensors: int = _MOST_PA
     if config_class is None:
         return None
     try:
-        return within_bounds(lambda: config_class.from_dict(without_code(dict(config))))
+        return build_within_limits(lambda: config_class.from_dict(without_code(dict(config))))
     except Exception as error:  # a stranger's config may fail in any way
         refuse_missing(error, name)
         raise FusionError(f"{name}: config.json is not valid ({first_line(error)}).") from error
@@ -209,7 +209,7 @@ def _most(key: str, tensors: int, *, is_known: bool) -> float:
     return _MOST if is_known else math.inf
 
 
-def on_meta(build: Callable[[], T]) -> T:
+def build_on_meta(build: Callable[[], T]) -> T:
     """What `build` makes on the meta device, within bounds.
 
     Raises:
@@ -222,17 +222,17 @@ def on_meta(build: Callable[[], T]) -> T:
             return build()
 
     with quiet_transformers():
-        return within_bounds(built)
+        return build_within_limits(built)
 
 
-def account(config: PreTrainedConfig, head: Head, shapes: Shapes, name: str) -> Account:
+def check_load(config: PreTrainedConfig, head: Head, shapes: Shapes, name: str) -> LoadReport:
     """Load tensors of these names and shapes into the model of a config, without their values.
 
     Raises:
         FusionError: naming the expert, if no such model can be built.
     """
     try:
-        return account_as(*_class_of(config, head), shapes)
+        return check_load_as(*_class_of(config, head), shapes)
     except Exception as error:
         refuse_missing(error, name)
         raise FusionError(f"{name}: no {head.auto} can be built from config.json ({first_line(error)}).") from error
@@ -254,7 +254,7 @@ def _class_of(config: PreTrainedConfig, head: Head) -> tuple[type[PreTrainedMode
     return own, config.get_text_config() if text is not None and own.config_class == text else config
 
 
-def account_as(model_class: type[PreTrainedModel], config: PreTrainedConfig, shapes: Shapes) -> Account:
+def check_load_as(model_class: type[PreTrainedModel], config: PreTrainedConfig, shapes: Shapes) -> LoadReport:
     """Load tensors of these names and shapes into a model of a class, without their values.
 
     Raises:
@@ -275,13 +275,13 @@ def account_as(model_class: type[PreTrainedModel], config: PreTrainedConfig, sha
         )
 
     with quiet_transformers():
-        model, info = within_bounds(load)
+        model, info = build_within_limits(load)
     model.__class__ = model_class
     _refuse_buffers(model, sum(math.prod(shape) for shape in shapes.values()))
     sizes = {key: (tuple(found), tuple(expected)) for key, found, expected in sorted(info["mismatched_keys"])}
     mismatched = tuple(f"{key} is {[*found]}, not {[*expected]}" for key, (found, expected) in sizes.items())
     missing, unexpected = frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"])
-    return Account(missing, unexpected, mismatched, sizes, model=model)
+    return LoadReport(missing, unexpected, mismatched, sizes, model=model)
 
 
 def _refuse_buffers(model: PreTrainedModel, found: int) -> None:

@@ -135,6 +135,6 @@ def label_names(config: dict[str, Any]) -> tuple[str, ...]:
     return () if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
 
 
-def same_label(label: str) -> str:
+def normalise_label(label: str) -> str:
     """The form in which label names are compared: case, blanks, dashes and underscores do not count."""
     return re.sub(r"[\s_\-]+", "_", label.strip().lower())

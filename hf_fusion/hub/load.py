@@ -13,13 +13,13 @@ from safetensors import SafetensorError
 
 from hf_fusion.errors import FusionError, first_line, is_fault
 from hf_fusion.extras import MissingLibraryError, missing_library, refuse_missing
+from hf_fusion.hub.adapter_placement import rename_to_base
 from hf_fusion.hub.bases import base_ref, warn_of_other_bases
 from hf_fusion.hub.client import hub_api, in_parallel
-from hf_fusion.hub.code import model_code, processor_class, processor_code, refuse_code, refuse_kernels
 from hf_fusion.hub.download import download
 from hf_fusion.hub.formats import has_processor
 from hf_fusion.hub.gates import GATES_FILE, read_gates
-from hf_fusion.hub.headers import Account, Shapes, account, checked_config, local_shapes, native_config
+from hf_fusion.hub.headers import LoadReport, Shapes, check_load, checked_config, local_shapes, native_config
 from hf_fusion.hub.heads import (
     Head,
     architectures,
@@ -29,9 +29,9 @@ from hf_fusion.hub.heads import (
     head_of_task,
     label_names,
 )
-from hf_fusion.hub.lora import fit_problems, lifted, read_adapter
-from hf_fusion.hub.placement import placed
+from hf_fusion.hub.lora import fit_problems, merge_saved_bases, read_adapter
 from hf_fusion.hub.quiet import quiet_transformers
+from hf_fusion.hub.remote_code import model_code, processor_class, processor_code, refuse_code, refuse_kernels
 from hf_fusion.hub.resolve import recorded_base, resolve, resolve_repo
 from hf_fusion.hub.selection import pick_small, pick_weights
 from hf_fusion.hub.snapshot import check_snapshot
@@ -221,9 +221,9 @@ class _Loader:
 
         experts = {}
         for i, source in sources.items():
-            adapter = placed(self._cast(adapters[i]), model)
+            adapter = rename_to_base(self._cast(adapters[i]), model)
             _refuse_misfits({source.name: adapter}, model)
-            adapter = lifted(adapter, model)
+            adapter = merge_saved_bases(adapter, model)
             refuse_keys(source.name, "missing in the adapter and in its base", unfilled - set(adapter.saved))
             labels = _adapter_labels(source, adapter) if head.has_labels else []
             expert = self._expert(source, base, model, head, labels, adapter)
@@ -282,7 +282,7 @@ class _Loader:
         if num_labels is not None:  # the adapters' classes, not those the base was trained for
             content |= {"num_labels": num_labels, "id2label": None, "label2id": None}
         config = native_config(content, source.name, len(shapes))
-        promised = account(config, head, shapes, source.name)
+        promised = check_load(config, head, shapes, source.name)
         if promised.mismatched:
             raise FusionError(f"{source.name}: {'; '.join(promised.mismatched[:5])}.")
         _refuse_unfilled(source.name, promised, shapes)
@@ -453,11 +453,11 @@ def _labels(model: PreTrainedModel) -> list[str]:
 
 def _refuse_misfits(adapters: Mapping[str, Adapter], base: PreTrainedModel) -> None:
     for name, adapter in adapters.items():
-        if problems := fit_problems(placed(adapter, base), base):
+        if problems := fit_problems(rename_to_base(adapter, base), base):
             raise FusionError(f"Adapter {name} does not fit its base: {'; '.join(problems[:5])}.")
 
 
-def _refuse_unfilled(name: str, promised: Account, shapes: Shapes) -> None:
+def _refuse_unfilled(name: str, promised: LoadReport, shapes: Shapes) -> None:
     """A head may be missing (an adapter brings it), a model may not: memory for it would be taken before it is told."""
     state = promised.model.state_dict()
     unfilled = sum(state[key].numel() for key in promised.missing if key in state)

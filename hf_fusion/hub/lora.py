@@ -19,8 +19,8 @@ from hf_fusion.errors import FusionError, shown
 from hf_fusion.hub.formats import ADAPTER_CONFIG
 from hf_fusion.hub.linearized import STEM as LINEARIZED
 from hf_fusion.hub.linearized import as_lora
-from hf_fusion.hub.patterns import Patterns
 from hf_fusion.hub.peft_names import EMBEDDING, LORA, PREFIX, ROWS, plain_keys
+from hf_fusion.hub.rank_patterns import Patterns
 from hf_fusion.io.files import own_file
 from hf_fusion.io.json_files import read_json
 from hf_fusion.types import Adapter, as_commit
@@ -248,10 +248,10 @@ def _stacked(base: torch.nn.Module, paths: Sequence[str]) -> dict[str, str]:
     """The modules a base lacks because transformers stacks their weights in one parameter: path -> that parameter."""
     from transformers import PreTrainedModel
 
-    from hf_fusion.hub.names import used_names
+    from hf_fusion.hub.parameter_names import filled_parameters
 
     names = {f"{path}.weight": path for path in paths}
-    found = used_names(base, names) if names and isinstance(base, PreTrainedModel) else {}
+    found = filled_parameters(base, names) if names and isinstance(base, PreTrainedModel) else {}
     return {names[name]: made[0] for name, made in found.items() if not made[0].endswith(".weight")}
 
 
@@ -299,7 +299,7 @@ def _say_what_is_tied(model: PreTrainedModel) -> None:
             model.config.tie_word_embeddings = False
 
 
-def lifted(adapter: Adapter, base: torch.nn.Module) -> Adapter:
+def merge_saved_bases(adapter: Adapter, base: torch.nn.Module) -> Adapter:
     """An adapter of which no linear is both updated and saved whole.
 
     PEFT saves what lies beneath a LoRA on a head or on embeddings: where that is as the base has it, the LoRA alone is
@@ -341,7 +341,7 @@ def linear_sizes(module: torch.nn.Module | None) -> tuple[int, int] | None:
     return None
 
 
-def weights_of(folder: Path) -> Path | None:
+def adapter_weights_file(folder: Path) -> Path | None:
     """An adapter's safetensors, PEFT's or L-LoRA's; None where there are none."""
     names = ("adapter_model.safetensors", f"{LINEARIZED}.safetensors")
     return next((folder / name for name in names if own_file(folder / name)), None)
@@ -349,7 +349,7 @@ def weights_of(folder: Path) -> Path | None:
 
 def _tensors(folder: Path, name: str, allow_pickle: bool) -> dict[str, torch.Tensor]:
     """All tensors of the adapter's one weight file."""
-    safe, pickled = weights_of(folder), folder / "adapter_model.bin"
+    safe, pickled = adapter_weights_file(folder), folder / "adapter_model.bin"
     if safe is not None:
         from safetensors import SafetensorError
         from safetensors.torch import load_file

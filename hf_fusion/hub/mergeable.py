@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING
 
-from hf_fusion.hub.headers import on_meta
+from hf_fusion.hub.headers import build_on_meta
 from hf_fusion.models.assembly_wemoe import ExpertSource, check_experts, head_paths, part_of, renamed
 from hf_fusion.models.fused_heads import head_of
 
@@ -44,5 +44,5 @@ def _under_the_head_of(model: PreTrainedModel, base: PreTrainedModel) -> PreTrai
     config = copy.deepcopy(base.config)
     if model.config.num_labels is not None:
         config.num_labels = model.config.num_labels  # a base without a head has none
-    made: PreTrainedModel = on_meta(lambda: type(model)._from_config(config))
+    made: PreTrainedModel = build_on_meta(lambda: type(model)._from_config(config))
     return made

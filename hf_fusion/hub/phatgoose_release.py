@@ -19,7 +19,7 @@ from hf_fusion.errors import FusionError
 from hf_fusion.hub.formats import ADAPTER_CONFIG
 from hf_fusion.hub.gates import save_gates
 from hf_fusion.io.cache import cache_folder
-from hf_fusion.io.folders import made_once
+from hf_fusion.io.folders import make_once
 from hf_fusion.types import Gates
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def write_expert(source: Source, file: Path, number: int) -> Path:
         (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2))
 
     repo = source.name.replace("/", "--")
-    return made_once(cache_folder() / "phatgoose" / f"{repo}-{source.revision}" / str(number), make)
+    return make_once(cache_folder() / "phatgoose" / f"{repo}-{source.revision}" / str(number), make)
 
 
 def _is_low_rank(own: Mapping[str, torch.Tensor]) -> bool:

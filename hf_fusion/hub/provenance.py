@@ -29,15 +29,15 @@ _MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja", ".p
 _NOT_OF_IT = (*MEASURED, "trainer_state.json", "training_args.bin")
 
 
-def says_its_recipe(folder: str | Path) -> bool:
-    """Whether `recipe_in` finds one or has an error to raise; no for a plain model that nothing is known of."""
+def has_recipe(folder: str | Path) -> bool:
+    """Whether `read_recipe` finds one or has an error to raise; no for a plain model that nothing is known of."""
     folder = Path(folder)
     if (folder / RECIPE_FILE).exists() or not (folder / "config.json").exists():
         return True
     return read_json(folder / "config.json", str(folder)).get("model_type") in FAMILIES
 
 
-def recipe_in(folder: str | Path) -> Recipe:
+def read_recipe(folder: str | Path) -> Recipe:
     """What the model in a folder was made of: its ``fusion.yaml``, or what its config says where it has none.
 
     Raises:
@@ -56,7 +56,7 @@ def recipe_in(folder: str | Path) -> Recipe:
     return _recorded(FAMILIES[content["model_type"]].classes().config.from_pretrained(folder))
 
 
-def recipe_of_model(model: PreTrainedModel) -> Recipe:
+def recipe_from_model(model: PreTrainedModel) -> Recipe:
     """What a model was made of, as `fuse` left it there or as its config says.
 
     Raises:
@@ -84,7 +84,7 @@ def model_files(folder: Path) -> list[str]:
     return sorted([*root, *local_named_files(folder, str(folder), code=True)])
 
 
-def content_of(folder: str | Path) -> str:
+def hash_folder(folder: str | Path) -> str:
     """``sha256:…`` of a folder's model files: that of the lines that ``sha256sum`` prints for them, by name."""
     lines = hashlib.sha256()
     for name in model_files(Path(folder)):
@@ -96,22 +96,22 @@ def content_of(folder: str | Path) -> str:
     return f"{CONTENT}{lines.hexdigest()}"
 
 
-def folders_of(recipe: Recipe) -> list[str]:
+def list_local_folders(recipe: Recipe) -> list[str]:
     """The folders of this machine that a recipe names as models, each once."""
     refs = [ref for name in recipe.models for ref in ModelRef.parse_pair(name) if ref]
     return list(dict.fromkeys(ref.id for ref in refs if not ref.revision and Path(ref.id).is_absolute()))
 
 
-def contents_of(folders: Sequence[str]) -> dict[str, str]:
+def hash_folders(folders: Sequence[str]) -> dict[str, str]:
     """Each folder -> ``NAME@sha256:…``."""
 
     def named(path: str) -> str:
-        return str(ModelRef(re.sub(r"[@+]", "-", Path(path).name), content_of(path)))  # both have a meaning there
+        return str(ModelRef(re.sub(r"[@+]", "-", Path(path).name), hash_folder(path)))  # both have a meaning there
 
     return dict(zip(folders, in_parallel(named, folders), strict=True))
 
 
-def told(recipe: Recipe, names: Mapping[str, str]) -> Recipe:
+def strip_paths_from_recipe(recipe: Recipe, names: Mapping[str, str]) -> Recipe:
     """A recipe without a path of this machine.
 
     Args:
@@ -123,16 +123,16 @@ def told(recipe: Recipe, names: Mapping[str, str]) -> Recipe:
     return Recipe.from_dict({key: value for key, value in content.items() if value})
 
 
-def told_plain(value: object, names: Mapping[str, str]) -> Any:
-    """Plain values of a JSON file without a path of this machine, commands included; `names` as `told` takes them."""
+def strip_local_paths(value: object, names: Mapping[str, str]) -> Any:
+    """Replaces local paths in plain JSON values, commands included; `names` as for `strip_paths_from_recipe`."""
     if isinstance(value, dict):
         command = value.get("command")
-        own = {key: told_plain(inner, names) for key, inner in value.items()}
+        own = {key: strip_local_paths(inner, names) for key, inner in value.items()}
         if isinstance(command, str):
             own["command"] = " ".join(_told(word, names) for word in command.split(" "))
         return own
     if isinstance(value, list):
-        return [told_plain(inner, names) for inner in value]
+        return [strip_local_paths(inner, names) for inner in value]
     return _told(value, names)
 
 

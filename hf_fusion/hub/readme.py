@@ -60,7 +60,7 @@ def _with_tag(head: str, tag: str, newline: str) -> str:
     return f"{head[:start]}[{tag}{', ' if known else ''}{known}]{head[end:]}"
 
 
-def metadata_of(text: str) -> dict[str, Any]:
+def read_metadata(text: str) -> dict[str, Any]:
     """The metadata of a README, empty where it has none.
 
     Raises:
@@ -70,7 +70,7 @@ def metadata_of(text: str) -> dict[str, Any]:
     return _parse(match[2]) if match else {}
 
 
-def known_metadata(card: Any) -> dict[str, Any]:
+def filter_metadata(card: Any) -> dict[str, Any]:
     """What of a card's metadata is read elsewhere, where it has the type that it should have."""
     card = card if isinstance(card, dict) else {}
     kinds = {"base_model": _is_names, "license": _is_names, "pipeline_tag": _is_name}
@@ -97,7 +97,7 @@ def put_metadata(text: str, values: dict[str, Any]) -> str:
     Raises:
         FusionError: for metadata that is not valid YAML, or not a mapping.
     """
-    match, before = _HEAD.match(text), metadata_of(text)
+    match, before = _HEAD.match(text), read_metadata(text)
     if all(key in before and before[key] == value for key, value in values.items()):
         return text
     newline = "\r\n" if "\r\n" in text else "\n"

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_fusion.errors import FusionError, one_line, shown
-from hf_fusion.hub.client import explained, hub_api
-from hf_fusion.hub.commits import found_commit
+from hf_fusion.hub.client import explain_hub_errors, hub_api
+from hf_fusion.hub.commits import check_commit
 from hf_fusion.hub.download import download
 from hf_fusion.hub.phatgoose_release import write_expert
-from hf_fusion.hub.remote import described
+from hf_fusion.hub.remote_files import fetch_model_info
 from hf_fusion.hub.source import Source, folder_source, source_of
 from hf_fusion.types import ModelRef
 
@@ -92,9 +92,9 @@ def resolve_repo(name: ModelRef | str, api: HfApi | None = None) -> Source:
     """`resolve` for ``owner/name[@revision]`` on the Hub, even if there is a folder of that name."""
     ref = repo_ref(name)
     api = hub_api(api)
-    with explained(ref.id):
-        info = described(ref.id, ref.revision, api)
-    found_commit(ref.id, ref.revision, info.sha)
+    with explain_hub_errors(ref.id):
+        info = fetch_model_info(ref.id, ref.revision, api)
+    check_commit(ref.id, ref.revision, info.sha)
     return source_of(info, api, pinned=ref.commit is not None)
 
 

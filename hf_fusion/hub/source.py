@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError, one_line
-from hf_fusion.hub.client import explained, hub_api, silent_bar
+from hf_fusion.hub.client import explain_hub_errors, hub_api, silent_bar
 from hf_fusion.hub.commits import download_file
 from hf_fusion.hub.formats import ADAPTER_CONFIG
 from hf_fusion.hub.manifests import read_content
-from hf_fusion.hub.readme import known_metadata, metadata_of
-from hf_fusion.hub.remote import Header, card_of, read_header, read_json_file, read_part
+from hf_fusion.hub.readme import filter_metadata, read_metadata
+from hf_fusion.hub.remote_files import Header, card_of, read_header, read_json_file, read_range
 from hf_fusion.hub.snapshot import check_snapshot
 from hf_fusion.io.files import own_file, read_text
 from hf_fusion.io.json_files import parse_object, read_json
@@ -89,7 +89,7 @@ class Source:
         """Content of one small JSON file, whatever it is; fetched where it is not here."""
         if self.folder is not None and own_file(self.folder / file, self.folder):
             return read_content(self.folder / file, self.name)
-        with explained(self.name):
+        with explain_hub_errors(self.name):
             path = download_file(hub_api(self.api), self.name, file, self.revision, tqdm_class=silent_bar())
         return read_content(path, self.name)
 
@@ -97,14 +97,14 @@ class Source:
         if self.folder is not None:
             return read_json(self.folder / file, self.name)
         assert self.revision is not None
-        with explained(self.name):
+        with explain_hub_errors(self.name):
             content = read_json_file(hub_api(self.api), self.name, file, self.revision)
         return parse_object(content, file, self.name)
 
     def header(self, file: str) -> Header:
         """The header of one of a repo's safetensors files, fetched once."""
         if file not in self._headers:
-            with explained(self.name):
+            with explain_hub_errors(self.name):
                 self._headers[file] = read_header(hub_api(self.api), self.name, file, self.revision)
         return self._headers[file]
 
@@ -114,8 +114,8 @@ class Source:
             return self.sizes[file]
         if file.endswith(".safetensors"):
             return self.header(file).size
-        with explained(self.name):
-            return read_part(hub_api(self.api), self.name, file, self.revision, 0, 1).size
+        with explain_hub_errors(self.name):
+            return read_range(hub_api(self.api), self.name, file, self.revision, 0, 1).size
 
 
 def source_of(info: ModelInfo, api: HfApi, *, pinned: bool = False) -> Source:
@@ -161,7 +161,7 @@ def _is_inside(path: str) -> bool:
 def _local_card(folder: Path) -> dict[str, Any]:
     """Metadata of a folder's README; empty where it cannot be parsed, as on the Hub."""
     try:
-        return known_metadata(metadata_of(read_text(folder / "README.md")))
+        return filter_metadata(read_metadata(read_text(folder / "README.md")))
     except (FusionError, ValueError) as error:  # none of it may hide weights that work
         logger.warning("The metadata of %s/README.md cannot be read: %s", folder, one_line(error))
         return {}

@@ -88,7 +88,7 @@ def recover_folder(folder: str | Path) -> None:
             newest.rename(folder)
 
 
-def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """A folder of a cache: as it is where it is there, else what is made in one beside it and moved into place.
 
     Args:

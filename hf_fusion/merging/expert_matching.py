@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.names import loaded_names, promised
+from hf_fusion.hub.parameter_names import build_meta_model, loaded_names
 from hf_fusion.merging.engine.open_models import Model, match_names
 
 
@@ -32,7 +32,7 @@ def match_tensors(first: Model, other: Model) -> dict[str, str]:
 
 def _by_loaded_name(model: Model) -> dict[str, str]:
     """Names in the loaded model -> names in its files; empty where transformers does not know the model."""
-    known = promised(model.config, model.name, len(model.entries)).model
+    known = build_meta_model(model.config, model.name, len(model.entries)).model
     if known is None:
         return {}
     modules = [name for name in model.entries if "/" in name]  # sentence-transformers' own, beside the model

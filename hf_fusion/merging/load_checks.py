@@ -12,9 +12,9 @@ from functools import lru_cache, partial
 from typing import Any
 
 from hf_fusion.errors import FusionError, first_line
-from hf_fusion.hub.headers import Shapes, TensorAccount, account_as
+from hf_fusion.hub.headers import KeyReport, Shapes, check_load_as
 from hf_fusion.hub.heads import architectures, head_of_architecture, label_names
-from hf_fusion.hub.names import promised
+from hf_fusion.hub.parameter_names import build_meta_model
 from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.engine.checkpoint import TensorEntry
 from hf_fusion.merging.engine.open_models import Model
@@ -105,22 +105,22 @@ def _hint(first: Model) -> str:
     return "save the base as the adapters were trained on it (resize_token_embeddings), and merge base+adapter"
 
 
-def _loaded(config: Mapping[str, Any], shapes: Shapes) -> TensorAccount | str:
+def _loaded(config: Mapping[str, Any], shapes: Shapes) -> KeyReport | str:
     """What the loader says of these tensors, or why it cannot be asked."""
     return _account(json.dumps(config, sort_keys=True, default=str), tuple(shapes.items()))
 
 
 @lru_cache(maxsize=16)
-def _account(text: str, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> TensorAccount | str:
+def _account(text: str, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> KeyReport | str:
     """The loader is asked once about one configuration and one set of shapes: a merge has three reasons to ask."""
-    promise = promised(json.loads(text), MERGED, len(shapes))
+    promise = build_meta_model(json.loads(text), MERGED, len(shapes))
     if promise.model is None or promise.config is None:
         return promise.why.removeprefix(f"{MERGED}: ")
-    found = account_as(type(promise.model), promise.config, dict(shapes))
-    return TensorAccount(found.missing, found.unexpected, found.mismatched, found.sizes)  # the model is not kept
+    found = check_load_as(type(promise.model), promise.config, dict(shapes))
+    return KeyReport(found.missing, found.unexpected, found.mismatched, found.sizes)  # the model is not kept
 
 
-def _problems(found: TensorAccount) -> dict[tuple[str, str], str]:
+def _problems(found: KeyReport) -> dict[tuple[str, str], str]:
     """What is wrong, by kind and name, alike layers as one."""
     star = partial(re.sub, r"\.\d+(?=\.)", ".*")
     lines = {("missing", star(name)): f"{name} is missing" for name in sorted(found.missing)}
@@ -141,7 +141,7 @@ def _candidates(config: Config, old: int, new: int, tensors: int, models: Sequen
         if key != "labels":
             if (changed := _replaced(config, key, old, new)) != config:
                 yield changed
-        elif getattr(promised(config, MERGED, tensors).config, "num_labels", None) == old:
+        elif getattr(build_meta_model(config, MERGED, tensors).config, "num_labels", None) == old:
             yield _labelled(config, _names(models, new))
 
 

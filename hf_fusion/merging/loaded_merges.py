@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError, disk_refusals, shown
 from hf_fusion.hub.bases import resolve_base
-from hf_fusion.hub.code import Code, model_code, processor_class, processor_code, refuse_code, refuse_kernels
 from hf_fusion.hub.formats import ADAPTER_CONFIG
-from hf_fusion.hub.headers import account_as, native_config
+from hf_fusion.hub.headers import check_load_as, native_config
 from hf_fusion.hub.heads import architectures, auto_class_of, model_class_of
 from hf_fusion.hub.load import in_memory, processor_of, refuse_keys
 from hf_fusion.hub.lora import with_adapter
 from hf_fusion.hub.manifests import local_named_files
-from hf_fusion.hub.provenance import contents_of, folders_of, told
+from hf_fusion.hub.provenance import hash_folders, list_local_folders, strip_paths_from_recipe
 from hf_fusion.hub.quiet import quiet_transformers
+from hf_fusion.hub.remote_code import Code, model_code, processor_class, processor_code, refuse_code, refuse_kernels
 from hf_fusion.hub.resolve import recorded_base, resolve
 from hf_fusion.hub.snapshot import check_snapshot
 from hf_fusion.io.files import own_file, read_file
@@ -98,7 +98,7 @@ def fuse_static(
     known = tuple(replace(expert, model=names.get(expert.model, expert.model)) for expert in pinned.experts)
     recipe = replace(pinned, experts=known, base=names.get(pinned.base or "", pinned.base))
     setattr(model, RECIPE_ATTRIBUTE, recipe)
-    setattr(model, CONTENTS_ATTRIBUTE, contents_of(folders_of(recipe)))
+    setattr(model, CONTENTS_ATTRIBUTE, hash_folders(list_local_folders(recipe)))
     return model
 
 
@@ -156,7 +156,7 @@ def load_merged(folder: str | Path, *, trust_remote_code: bool = False) -> PreTr
         own, code = getattr(transformers, auto_class_of(config)), True
     else:  # what the config promises is compared with the files before memory is taken
         shapes = {key: shape for key, (_, shape, _) in read_headers(weight_files(folder, HERE)).shapes.items()}
-        promised = account_as(own, native_config(config, str(folder), len(shapes)), shapes)
+        promised = check_load_as(own, native_config(config, str(folder), len(shapes)), shapes)
         refuse_keys(str(folder), "missing", promised.missing)
         refuse_keys(str(folder), "of other shapes", promised.mismatched)
     with quiet_transformers():
@@ -192,7 +192,11 @@ def push_to_hub(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Instance method of a loaded merge: as any model's, with a recipe that holds no path of this machine."""
     sent, recipe = copy.copy(model), getattr(model, RECIPE_ATTRIBUTE)  # the weights are shared
     known = getattr(model, CONTENTS_ATTRIBUTE, None)
-    setattr(sent, RECIPE_ATTRIBUTE, told(recipe, contents_of(folders_of(recipe)) if known is None else known))
+    setattr(
+        sent,
+        RECIPE_ATTRIBUTE,
+        strip_paths_from_recipe(recipe, hash_folders(list_local_folders(recipe)) if known is None else known),
+    )
     sent.save_pretrained = MethodType(save_pretrained, sent)
     return type(model).push_to_hub(sent, *args, **kwargs)
 

@@ -19,13 +19,13 @@ import torch
 
 from hf_fusion.errors import FusionError
 from hf_fusion.families import STALE
+from hf_fusion.hub.adapter_placement import place_in_files, refuse_sizes, rename_to_current
 from hf_fusion.hub.bases import base_ref, warn_of_other_bases
 from hf_fusion.hub.client import in_parallel
 from hf_fusion.hub.download import download
 from hf_fusion.hub.formats import ADAPTER_CONFIG
 from hf_fusion.hub.headers import Shapes, hub_shapes, local_shapes
 from hf_fusion.hub.lora import read_adapter
-from hf_fusion.hub.placement import by_todays_names, place_in_files, refuse_sizes
 from hf_fusion.hub.resolve import resolve
 from hf_fusion.hub.selection import pick_modules, pick_small, safe_files
 from hf_fusion.hub.source import Source
@@ -201,7 +201,7 @@ def _in_one_layout(opened: list[_Opened], base: str | None, is_known: bool, api:
     except FusionError as error:
         logger.debug("%s", error)
         return opened
-    return [replace(o, tensors=by_todays_names(o.tensors, o.config, config, o.name)) for o in opened]
+    return [replace(o, tensors=rename_to_current(o.tensors, o.config, config, o.name)) for o in opened]
 
 
 def _shapes(base: Source) -> Shapes:

@@ -14,7 +14,7 @@ import torch
 
 from hf_fusion.errors import FusionError
 from hf_fusion.families import STALE
-from hf_fusion.hub.lora import weights_of
+from hf_fusion.hub.lora import adapter_weights_file
 from hf_fusion.io.folders import refuse_to_replace, replace_folder
 from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.engine.checkpoint import read_checkpoint
@@ -184,7 +184,7 @@ def refuse_inputs(planned: Plan, folder: Path) -> None:
 def input_files(planned: Plan) -> set[Path]:
     """All files whose weights are merged."""
     models = [*([planned.base] if planned.base else []), *planned.experts]
-    adapters = (weights_of(model.folder) for model in models if model.adapter)
+    adapters = (adapter_weights_file(model.folder) for model in models if model.adapter)
     return {file for file in adapters if file} | {entry.file for model in models for entry in model.entries.values()}
 
 

@@ -216,7 +216,7 @@ def _target(origin: Origin, parts: tuple[ExpertTensor, ...], context: _Context) 
     entry, shape = first.entries[first_name], first.shape(first_name)
     is_aligned, seed = vocabulary is not None and vocabulary.covers(first, first_name), recipe.parameters.get("seed", 0)
     size = (vocabulary.rows, *shape[1:]) if vocabulary is not None and is_aligned else shape
-    spec = TensorSpec(origin.name, stored_as(recipe.dtype, entry.dtype), size, first.module_of(first_name))
+    spec = TensorSpec(origin.name, output_dtype(recipe.dtype, entry.dtype), size, first.module_of(first_name))
     described = vocabulary.digest if vocabulary is not None and is_aligned else None
     if not parts:
         return _kept(spec, origin, context, described)
@@ -273,7 +273,7 @@ class ResizedReader:
             self.first.read(start + held, out[held:])
 
 
-def stored_as(wanted: str | None, found: str) -> str:
+def output_dtype(wanted: str | None, found: str) -> str:
     """safetensors' name of a merged tensor's type: what the recipe asks for where it is a float, else its own."""
     if wanted is None or found not in FLOATS:
         return found

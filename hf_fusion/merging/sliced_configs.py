@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError, shown
-from hf_fusion.hub.headers import native_config, on_meta
+from hf_fusion.hub.headers import build_on_meta, native_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -438,7 +438,7 @@ def _built(config: Config, count: int) -> _Built | None:
     if own is None or native is None:
         return None
     try:
-        model = on_meta(lambda: own._from_config(native))
+        model = build_on_meta(lambda: own._from_config(native))
     except Exception:  # whatever is wrong with it is said when the merged model is opened
         return None
     for path, module in model.named_modules():

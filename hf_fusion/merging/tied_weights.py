@@ -16,7 +16,7 @@ import torch
 
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.heads import architectures
-from hf_fusion.hub.names import loaded_names, promised
+from hf_fusion.hub.parameter_names import build_meta_model, loaded_names
 from hf_fusion.merging.engine.checkpoint import OpenFiles, TensorEntry
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def find_tied_pairs(config: Mapping[str, Any], name: str, entries: Mapping[str, 
     Returns:
         Nothing where it ties nothing, or transformers does not know it.
     """
-    promise = promised(config, name, len(entries))
+    promise = build_meta_model(config, name, len(entries))
     if promise.model is None or not promise.tied:
         return {}
     stored = {loaded: own for own, loaded in loaded_names(promise.model, entries).items()}

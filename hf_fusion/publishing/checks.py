@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.client import explained, in_parallel
+from hf_fusion.hub.client import explain_hub_errors, in_parallel
 from hf_fusion.hub.discover import read_info
 from hf_fusion.hub.licenses import combine
 from hf_fusion.hub.resolve import resolve
@@ -29,7 +29,7 @@ def check_repo_id(repo_id: str) -> None:
 
     if repo_id.count("/") != 1:
         raise FusionError(f"{repo_id!r} is not a repo id.", hint="write owner/name")
-    with explained(repo_id):
+    with explain_hub_errors(repo_id):
         validate_repo_id(repo_id)
 
 
@@ -41,7 +41,7 @@ def check_write_access(repo_id: str, api: HfApi) -> None:
     """
     if api.token is False:
         raise FusionError(f"{repo_id} needs a token.", hint=_LOGIN)
-    with explained(repo_id):
+    with explain_hub_errors(repo_id):
         user = api.whoami()
         if api.repo_exists(repo_id):
             api.auth_check(repo_id, write=True)
@@ -96,7 +96,7 @@ def check_publishable(
             become public, or the licences cannot be combined.
     """
     experts, bases = _read_experts(recipe, known, config, api)
-    with explained(repo_id):
+    with explain_hub_errors(repo_id):
         exists = api.repo_exists(repo_id)
         private = bool(api.model_info(repo_id).private) if exists else private
         if exists and not overwrite:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
 from hf_fusion.families import FAMILIES
-from hf_fusion.hub.client import explained, same_file
+from hf_fusion.hub.client import explain_hub_errors, same_file
 from hf_fusion.hub.formats import ADAPTER_CONFIG
 from hf_fusion.hub.heads import architectures, default_task, head_of_adapter, label_names
-from hf_fusion.hub.provenance import content_of, contents_of, folders_of, model_files, told_plain
+from hf_fusion.hub.provenance import hash_folder, hash_folders, list_local_folders, model_files, strip_local_paths
 from hf_fusion.hub.resolve import resolve
 from hf_fusion.io.files import own_file, read_file, read_text
 from hf_fusion.io.json_files import read_json
@@ -78,7 +78,7 @@ def public_names(recipe: Recipe, folder: Path, model: Any = None) -> dict[str, s
         known |= {here.model: there.model for here, there in pairs if ModelRef.parse_repo(there.model).is_content}
         if recipe.base and published.base and ModelRef.parse_repo(published.base).is_content:
             known[recipe.base] = published.base
-    unknown = [path for path in folders_of(recipe) if path not in known]
+    unknown = [path for path in list_local_folders(recipe) if path not in known]
     made = (folder / RECIPE_FILE).stat().st_mtime_ns if (folder / RECIPE_FILE).exists() else 0
     for path in unknown:
         if not Path(path).is_dir():
@@ -88,7 +88,7 @@ def public_names(recipe: Recipe, folder: Path, model: Any = None) -> dict[str, s
         changed = max(((Path(path) / name).stat().st_ctime_ns for name in model_files(Path(path))), default=0)
         if changed > made:
             raise FusionError(f"{path} was changed after {folder} was made of it.", "fuse it again")
-    return {path: known[path] for path in folders_of(recipe) if path in known} | contents_of(unknown)
+    return {path: known[path] for path in list_local_folders(recipe) if path in known} | hash_folders(unknown)
 
 
 def refuse_changed_folders(names: Mapping[str, str]) -> None:
@@ -100,7 +100,7 @@ def refuse_changed_folders(names: Mapping[str, str]) -> None:
     for path, name in names.items():
         if not Path(path).is_dir():
             raise FusionError(f"{path} does not exist.", "restore it, or publish without --push-experts")
-        if content_of(path) != ModelRef.parse_repo(name).revision:
+        if hash_folder(path) != ModelRef.parse_repo(name).revision:
             raise FusionError(f"{path} was changed after the model was made of it.", "fuse it again")
 
 
@@ -143,7 +143,7 @@ def _push_folder(folder: Path, repo: str, private: bool, pinned: Mapping[str, st
     from huggingface_hub import CommitOperationAdd
     from huggingface_hub.hf_api import RepoFile
 
-    with explained(repo), tempfile.TemporaryDirectory(prefix="hf-fusion-") as staging:
+    with explain_hub_errors(repo), tempfile.TemporaryDirectory(prefix="hf-fusion-") as staging:
         files = {name: folder / name for name in model_files(folder)}
         files |= {name: folder / name for name in (README,) if own_file(folder / name)}
         for name, path in files.items():
@@ -179,7 +179,7 @@ def _without_local_paths(file: Path, pinned: Mapping[str, str]) -> str | None:
     if not file.name.endswith(".json") or file.name.endswith((".index.json", "tokenizer.json", "vocab.json")):
         return None
     content = json.loads(read_text(file))
-    public = told_plain(content, {path: ModelRef.parse_repo(name).id for path, name in pinned.items()})
+    public = strip_local_paths(content, {path: ModelRef.parse_repo(name).id for path, name in pinned.items()})
     if file.name == ADAPTER_CONFIG and (base := local_base(file.parent)) in pinned:
         ref = ModelRef.parse_repo(pinned[str(base)])
         public["base_model_name_or_path"], public["revision"] = ref.id, ref.revision
@@ -212,7 +212,7 @@ def stage_folder(
         if not name.endswith(".json") or name.endswith((".index.json", "tokenizer.json", "vocab.json")):
             continue
         content = json.loads((staged / name).read_text(encoding="utf-8"))
-        public = told_plain(content, names)
+        public = strip_local_paths(content, names)
         if name == "config.json" and public.get("model_type") in FAMILIES:
             public = _with_recipe(public, recipe, names)
         if public != content:

@@ -18,7 +18,7 @@ from hf_fusion.fusion import save_fused
 from hf_fusion.hub.client import hub_api
 from hf_fusion.hub.commits import download_file
 from hf_fusion.hub.formats import ADAPTER_CONFIG, weight_files
-from hf_fusion.hub.provenance import recipe_in, told, told_plain
+from hf_fusion.hub.provenance import read_recipe, strip_local_paths, strip_paths_from_recipe
 from hf_fusion.hub.snapshot import check_snapshot
 from hf_fusion.io.files import own_file, read_text
 from hf_fusion.io.json_files import read_json
@@ -134,7 +134,7 @@ def plan(
     is_folder = isinstance(model, (str, Path))
     folder = Path(model) if is_folder else save_fused(model, Path(staging.name) / repo_id.rpartition("/")[2])  # type: ignore
     publishable_files(folder)
-    recipe = recipe_in(folder)
+    recipe = read_recipe(folder)
     names = public_names(recipe, folder, None if is_folder else model)
 
     def plan_with(names: Mapping[str, str]) -> PublishPlan:
@@ -160,7 +160,7 @@ def _plan_folder(
     api: HfApi,
 ) -> PublishPlan:
     """`plan` for a folder; ``names`` maps each local folder of the recipe to its public name."""
-    public, files = told(recipe, names), publishable_files(folder)
+    public, files = strip_paths_from_recipe(recipe, names), publishable_files(folder)
     refuse_unpinned([name for name in public.unpinned if name not in names.values()])
     parent = Path(tempfile.mkdtemp(dir=staging.name))
     staged = stage_folder(folder, files, public, names, parent)
@@ -176,7 +176,7 @@ def _plan_folder(
         api=api,
     )
     facts = read_facts(staged, repo_id, checked.experts, checked.license, results)
-    facts = replace(facts, results=told_plain(facts.results, names))
+    facts = replace(facts, results=strip_local_paths(facts.results, names))
     existing = remote_card(repo_id, api) if checked.exists else ""
     if not existing and (folder / README).exists():
         existing = read_text(folder / README)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from hf_fusion.cards.card import README, render_card
 from hf_fusion.cards.usage import pinned_revision
 from hf_fusion.families import STALE
-from hf_fusion.hub.client import explained, hub_api, same_file
-from hf_fusion.hub.commits import found_commit
+from hf_fusion.hub.client import explain_hub_errors, hub_api, same_file
+from hf_fusion.hub.commits import check_commit
 from hf_fusion.progress import phase
 from hf_fusion.publishing.local_experts import push_folders
 from hf_fusion.publishing.plan import PublishPlan, remote_card
@@ -58,7 +58,7 @@ def push(planned: PublishPlan, api: HfApi | None = None) -> PublishResult:
     if planned.pushes and planned._pushed is not None:
         planned = planned._pushed(push_folders(planned.pushes, planned.private, api))
     repo_id = planned.repo_id
-    with explained(repo_id):
+    with explain_hub_errors(repo_id):
         url = api.create_repo(repo_id, private=planned.private, exist_ok=True)
         info = api.model_info(repo_id)
         card = remote_card(repo_id, api)
@@ -83,7 +83,7 @@ def _matching_commit(planned: PublishPlan, candidates: list[str | None], api: Hf
         if sha is None:
             continue
         try:
-            found_commit(planned.repo_id, sha, api.model_info(planned.repo_id, revision=sha).sha)
+            check_commit(planned.repo_id, sha, api.model_info(planned.repo_id, revision=sha).sha)
             if not list(_differences(planned, sha, api)):
                 return sha
         except RevisionNotFoundError:  # the card was edited to pin a commit that does not exist

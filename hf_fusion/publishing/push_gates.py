@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fusion.cards.card import README
 from hf_fusion.errors import FusionError
+from hf_fusion.hub.adapter_placement import match_current_names
 from hf_fusion.hub.bases import resolve_base
-from hf_fusion.hub.client import explained, hub_api
+from hf_fusion.hub.client import explain_hub_errors, hub_api
 from hf_fusion.hub.commits import download_file
 from hf_fusion.hub.gates import GATES_FILE, GATES_TAG, gate_problem, parse_gates, save_gates, stored
 from hf_fusion.hub.headers import hub_shapes
 from hf_fusion.hub.peft_names import adapter_shapes
-from hf_fusion.hub.placement import todays_names
 from hf_fusion.hub.readme import add_tag, put_section
 from hf_fusion.hub.resolve import recorded_base, resolve
 from hf_fusion.hub.selection import safe_files
@@ -79,7 +79,7 @@ def push_gates(gates: Gates, repo_id: str, *, revision: str | None = None, api: 
     edited = put_section(add_tag(card, GATES_TAG), GATES_TAG, _card_section(gates, source))
     operations = [] if edited == card else [CommitOperationAdd(README, edited.encode())]
     sha = str(source.revision)
-    with tempfile.TemporaryDirectory(prefix="hf-fusion-") as folder, explained(repo_id):
+    with tempfile.TemporaryDirectory(prefix="hf-fusion-") as folder, explain_hub_errors(repo_id):
         file = save_gates(gates, folder)
         if not _gates_are_there(source, gates):
             operations.append(CommitOperationAdd(GATES_FILE, file))
@@ -102,7 +102,7 @@ def _refuse_foreign(gates: Gates, source: Source) -> None:
     if not files:
         return
     lora, saved = adapter_shapes(hub_shapes(source, files), source.name)
-    names = todays_names(lora, saved, source.adapter, _base_config(source), source.name)
+    names = match_current_names(lora, saved, source.adapter, _base_config(source), source.name)
     sizes = {names[f"{path}.weight"].removesuffix(".weight"): d_in for path, (d_in, _) in lora.items()}
     shapes = {path: tuple(vector.shape) for path, vector in gates.vectors.items()}
     heads = {names[name].removesuffix(".weight") for name in saved}
@@ -122,7 +122,7 @@ def _read_card(source: Source) -> str:
     """The README at the source's commit; empty where there is none."""
     if README not in source.sizes:
         return ""
-    with explained(source.name):
+    with explain_hub_errors(source.name):
         content = download_file(hub_api(source.api), source.name, README, source.revision).read_bytes()
     try:
         return content.decode()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.heads import head_of_architecture, same_label
+from hf_fusion.hub.heads import head_of_architecture, normalise_label
 from hf_fusion.progress import phase
 from hf_fusion.training.dense import dense_loss, map_outputs
 from hf_fusion.training.prompts import encode_prompts, score_targets
@@ -205,10 +205,10 @@ def _class_indices(expert: Expert, dataset: Dataset) -> list[Any]:
         values = [names[value] if value >= 0 else str(value) for value in values]
     if isinstance(values[0], float):
         return values
-    known: dict[Any, int] = {same_label(name): index for index, name in enumerate(expert.labels)}
+    known: dict[Any, int] = {normalise_label(name): index for index, name in enumerate(expert.labels)}
     if not isinstance(values[0], str):
         known = {index: index for index in range(len(expert.labels) or (expert.model.config.num_labels or 0))}
-    indices = [known.get(same_label(value) if isinstance(value, str) else value, -1) for value in values]
+    indices = [known.get(normalise_label(value) if isinstance(value, str) else value, -1) for value in values]
     if -1 in indices:
         unknown = sorted({value for value, index in zip(values, indices, strict=True) if index < 0})
         raise FusionError(

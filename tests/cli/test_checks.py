@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from hf_fusion import FusionError
-from hf_fusion.data import columns_of, load_rows
+from hf_fusion.data import load_rows, read_columns
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.schema import parameters_of
 
@@ -151,14 +151,14 @@ def test_a_methods_parameters_are_the_same_whether_its_file_is_imported(name):
 
 def test_columns_are_those_of_the_rows(place, tmp_path):
     for file in ("rows.parquet", "rows.csv", "rows.jsonl"):
-        assert columns_of(place / file) == load_rows(place / file).column_names
+        assert read_columns(place / file) == load_rows(place / file).column_names
     (tmp_path / "rows.json").write_text('[{"text": "a"}, {"text": "b", "label": 1}]')
-    assert columns_of(tmp_path / "rows.json") == ["text", "label"]
-    assert columns_of(place / "split") == ["text", "label"]
+    assert read_columns(tmp_path / "rows.json") == ["text", "label"]
+    assert read_columns(place / "split") == ["text", "label"]
     splits = DatasetDict({"train": Dataset.from_dict({"text": ["a"]}), "test": Dataset.from_dict({"image": ["b"]})})
     splits.save_to_disk(tmp_path / "both")
     splits["test"].save_to_disk(tmp_path / "one")
-    assert columns_of(tmp_path / "both", "test") == columns_of(tmp_path / "one") == ["image"]
+    assert read_columns(tmp_path / "both", "test") == read_columns(tmp_path / "one") == ["image"]
     with pytest.raises(FusionError, match="has no split 'dev'"):
-        columns_of(tmp_path / "both", "dev")
-    assert columns_of("me/rows") is None  # only the Hub can tell
+        read_columns(tmp_path / "both", "dev")
+    assert read_columns("me/rows") is None  # only the Hub can tell

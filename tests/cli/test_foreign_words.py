@@ -13,8 +13,8 @@ from hf_fusion.errors import FusionError, printable
 from hf_fusion.hub.compat import ReasonKind, check_compatibility
 from hf_fusion.hub.discover import discover, info_row
 from hf_fusion.hub.load import load_experts
-from hf_fusion.hub.readme import metadata_of
-from hf_fusion.hub.reasons import Reason
+from hf_fusion.hub.readme import read_metadata
+from hf_fusion.hub.rejection_reasons import Reason
 from hf_fusion.io.json_files import FIELDS
 
 ESCAPES = "\x1b[31m\x1b]0;title\x07\u202e\x9b2J\u2066\r\x00"
@@ -113,7 +113,7 @@ def test_a_card_hides_no_weights(folders, tmp_path, head):
     assert time.process_time() - began < 5
     if not head.startswith("license"):
         with pytest.raises(FusionError):
-            metadata_of((folder / "README.md").read_text())
+            read_metadata((folder / "README.md").read_text())
 
 
 def test_a_card_of_wrong_types_hides_no_repos(owner, tmp_path):

@@ -18,7 +18,7 @@ from tiny_routed import save_base, save_lora
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from hf_fusion import FoEModel, FusionError, Recipe, fuse, load_fused, save_fused
-from hf_fusion.hub.provenance import content_of, recipe_in
+from hf_fusion.hub.provenance import hash_folder, read_recipe
 
 KINDS = ("foe", "ensemble", "phatgoose", "wemoe", "linear")
 
@@ -92,7 +92,7 @@ def test_what_was_loaded_and_saved_again_keeps_it(kind, models, folders, tmp_pat
     recipe = Recipe.load(tmp_path / "alone")
     assert str(folders) not in (tmp_path / "alone" / "fusion.yaml").read_text()
     names = [Path(expert.model) for expert in models[kind].fusion_recipe.experts]
-    assert [expert.model for expert in recipe.experts] == [f"{path.name}@{content_of(path)}" for path in names]
+    assert [expert.model for expert in recipe.experts] == [f"{path.name}@{hash_folder(path)}" for path in names]
     assert recipe.parameters == models[kind].fusion_recipe.parameters
     assert not recipe.unpinned
 
@@ -139,9 +139,9 @@ def test_a_merge_is_pickled_and_a_plain_model_says_nothing(models, tmp_path):
     assert again.fusion_recipe == models["linear"].fusion_recipe
     AutoModel.from_config(models["linear"].config).save_pretrained(tmp_path / "plain")
     with pytest.raises(FusionError, match=r"plain has no fusion.yaml, and its config.json does not say"):
-        recipe_in(tmp_path / "plain")
+        read_recipe(tmp_path / "plain")
     with pytest.raises(FusionError, match="nowhere cannot be read"):
-        recipe_in(tmp_path / "nowhere")
+        read_recipe(tmp_path / "nowhere")
 
 
 PUSHES = """
@@ -193,5 +193,5 @@ def test_adapters_of_a_folder_are_told_with_it(folders, tmp_path):
     save_adapter(tmp_path / "adapter", folders / "bert-0", ("no", "yes", "maybe"))
     model = fuse("foe", [tmp_path / "adapter", folders / "bert-1"])
     assert model.fusion_recipe.base == str(folders / "bert-0")
-    assert model.config.recipe["base"] == f"bert-0@{content_of(folders / 'bert-0')}"
+    assert model.config.recipe["base"] == f"bert-0@{hash_folder(folders / 'bert-0')}"
     assert str(tmp_path) not in model.config.to_json_string()

@@ -16,7 +16,7 @@ from hf_fusion import FoEModel, PhatgooseRouter, WEMoEModel
 from hf_fusion.cards.card import write_card
 from hf_fusion.errors import FusionError
 from hf_fusion.fusion import fuse, load_fused, save_fused
-from hf_fusion.hub.provenance import content_of
+from hf_fusion.hub.provenance import hash_folder
 from hf_fusion.merging.merge import merge
 from hf_fusion.models.processing_foe import FoEProcessor
 from hf_fusion.publishing.publish import publish
@@ -208,7 +208,7 @@ def test_a_folders_content_is_not_that_of_a_link(folders):
     (folders / "one" / SINGLE).unlink()
     (folders / "one" / SINGLE).symlink_to("../secret/model.safetensors")
     with pytest.raises(FusionError, match="outside its model"):
-        content_of(folders / "one")
+        hash_folder(folders / "one")
 
 
 def test_a_card_is_not_written_over_what_a_link_leads_to(folders):

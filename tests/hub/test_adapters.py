@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from hf_fusion.errors import FusionError
+from hf_fusion.hub.adapter_placement import rename_to_base
 from hf_fusion.hub.lora import config_problems, fit_problems, read_adapter
 from hf_fusion.hub.peft_names import adapter_shapes
-from hf_fusion.hub.placement import placed
 
 CLIP = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 BERT = BertConfig(
@@ -236,12 +236,12 @@ def test_an_adapter_of_a_part_finds_its_place(tmp_path):
     adapter = read_adapter(tmp_path, "me/adapter")
     assert fit_problems(adapter, clip)
     [path] = [path for path in adapter.lora if ".0." in path]
-    assert placed(adapter, clip).lora[f"vision_model.{path}"][1] is adapter.lora[path][1]
-    assert fit_problems(placed(adapter, clip), clip) == []
+    assert rename_to_base(adapter, clip).lora[f"vision_model.{path}"][1] is adapter.lora[path][1]
+    assert fit_problems(rename_to_base(adapter, clip), clip) == []
     alike = CLIPModel(CLIPConfig(text_config=CLIP, vision_config=vision.to_dict()))
-    assert f"vision_model.{path}" in placed(adapter, alike).lora  # two towers alike: it records its class
-    assert placed(dataclasses.replace(adapter, model_class=""), alike).lora.keys() == adapter.lora.keys()
-    assert placed(adapter, clip.vision_model).lora.keys() == adapter.lora.keys()
+    assert f"vision_model.{path}" in rename_to_base(adapter, alike).lora  # two towers alike: it records its class
+    assert rename_to_base(dataclasses.replace(adapter, model_class=""), alike).lora.keys() == adapter.lora.keys()
+    assert rename_to_base(adapter, clip.vision_model).lora.keys() == adapter.lora.keys()
 
 
 def clip():
@@ -270,7 +270,7 @@ def test_a_linearized_lora_is_a_lora(tmp_path):
         plain = layer.base_layer(inputs) + inputs @ a.T @ b.T
         torch.testing.assert_close(plain, linearized(layer, inputs))
         assert not torch.allclose(plain, layer(inputs), atol=1e-3)  # as a LoRA of its trained A it would be another
-    assert set(placed(adapter, clip()).lora) == {f"vision_model.{path}" for path in layers}
+    assert set(rename_to_base(adapter, clip()).lora) == {f"vision_model.{path}" for path in layers}
 
 
 def test_a_linearized_lora_that_starts_elsewhere_is_refused(tmp_path):

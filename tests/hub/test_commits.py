@@ -11,11 +11,11 @@ from tiny_experts import save_adapter, save_bert
 
 from hf_fusion.errors import FusionError
 from hf_fusion.fusion import fuse
-from hf_fusion.hub.commits import download_file, found_commit
+from hf_fusion.hub.commits import check_commit, download_file
 from hf_fusion.hub.compat import check_compatibility
 from hf_fusion.hub.discover import discover
 from hf_fusion.hub.load import load_experts
-from hf_fusion.hub.remote import read_json_file, read_part
+from hf_fusion.hub.remote_files import read_json_file, read_part
 from hf_fusion.hub.resolve import repo_ref, resolve_repo
 from hf_fusion.merging.merge import merge
 from hf_fusion.publishing.push_gates import push_gates
@@ -126,10 +126,10 @@ def test_what_is_a_commit():
     assert repo_ref(f"a/b@{sha.upper()}") == ModelRef("a/b", sha)
     for other in (None, "", "main", sha[:7], sha[:39], f"{sha}0", "refs/pr/1", f"refs/heads/{sha}", "g" * 40):
         assert as_commit(other) is None
-        assert found_commit("a/b", other, sha) == sha
+        assert check_commit("a/b", other, sha) == sha
     for no_commit in (None, "main", sha[:39], "../../etc", 5, sha.upper()):
         with pytest.raises(FusionError, match="names no commit"):
-            found_commit("a/b", "main", no_commit)
+            check_commit("a/b", "main", no_commit)
 
 
 def test_a_commit_takes_no_gates(owner):

@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.compat import check_compatibility
 from hf_fusion.hub.discover import discover, info_row
-from hf_fusion.hub.remote import read_header, read_part
+from hf_fusion.hub.remote_files import read_header, read_part
 
 CARD = "license: MIT\ntags: [hf-fusion-expert, mood]\npipeline_tag: text-classification\nbase_model: some/base"
 

@@ -23,11 +23,11 @@ from tiny_experts import edit_json, save_adapter, save_bert
 from torch import nn
 
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.bounds import TooMuchError, within_bounds
+from hf_fusion.hub.build_limits import TooMuchError, build_within_limits
 from hf_fusion.hub.compat import check_compatibility
 from hf_fusion.hub.discover import discover
 from hf_fusion.hub.load import load_experts
-from hf_fusion.hub.patterns import Patterns
+from hf_fusion.hub.rank_patterns import Patterns
 from hf_fusion.io.json_files import parse_object
 
 MOST_MB, MOST_SECONDS = 500, 5
@@ -86,14 +86,14 @@ def hostile_configs(types, count, seed=0):
 
 def judged(config):
     """Memory in MB and seconds that judging a configuration takes, and what was said of it."""
-    from hf_fusion.hub.headers import account, native_config
+    from hf_fusion.hub.headers import check_load, native_config
     from hf_fusion.hub.heads import HEADS
-    from hf_fusion.hub.names import promised
+    from hf_fusion.hub.parameter_names import build_meta_model
 
     before, began = resident(), time.process_time()
     try:
-        account(native_config(config, "it", 300), HEADS[-1], {"a": (64, 64)}, "it")
-        said = promised(config, "it", 300).why
+        check_load(native_config(config, "it", 300), HEADS[-1], {"a": (64, 64)}, "it")
+        said = build_meta_model(config, "it", 300).why
     except FusionError as error:
         said = error.message
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - before, time.process_time() - began, said
@@ -174,7 +174,7 @@ def test_more_configurations_that_promise_too_much():
 def test_what_is_built_is_bounded(build, why):
     began = time.process_time()
     with pytest.raises(TooMuchError, match=why):
-        within_bounds(build)
+        build_within_limits(build)
     assert time.process_time() - began < MOST_SECONDS
 
 
@@ -183,11 +183,11 @@ def test_what_is_built_within_bounds():
         with torch.device("meta"):
             return nn.Linear(10**6, 10**6), torch.linspace(0, 1, 3, device="cpu").tolist(), threading.get_ident()
 
-    linear, rates, thread = within_bounds(build)
+    linear, rates, thread = build_within_limits(build)
     assert (linear.weight.numel(), rates) == (10**12, [0, 0.5, 1])
     assert thread != threading.get_ident()
     with pytest.raises(ZeroDivisionError):
-        within_bounds(lambda: 1 / 0)
+        build_within_limits(lambda: 1 / 0)
 
 
 def test_what_is_imported_meanwhile_does_not_count(tmp_path, monkeypatch):
@@ -195,7 +195,7 @@ def test_what_is_imported_meanwhile_does_not_count(tmp_path, monkeypatch):
         burn = "import time\nwhile time.thread_time() < began + 1.2: pass"
         (tmp_path / f"{name}.py").write_text(burn.replace("while", "began = time.thread_time()\nwhile"))
     monkeypatch.syspath_prepend(tmp_path)
-    assert within_bounds(lambda: [import_module("first_slow_library"), import_module("second_slow_library")])
+    assert build_within_limits(lambda: [import_module("first_slow_library"), import_module("second_slow_library")])
 
 
 @pytest.mark.parametrize(

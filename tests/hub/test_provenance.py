@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from hf_fusion.hub.provenance import content_of, contents_of, folders_of, told
+from hf_fusion.hub.provenance import hash_folder, hash_folders, list_local_folders, strip_paths_from_recipe
 from hf_fusion.recipe import Recipe, RecipeExpert, is_pinned
 from hf_fusion.types import ModelRef
 
@@ -17,13 +17,13 @@ def test_a_folder_of_any_name_is_told_by_its_content(tmp_path, name):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
     recipe = Recipe("linear", (RecipeExpert(str(folder)),))
-    assert folders_of(recipe) == [str(folder)]
-    names = contents_of([str(folder)])
-    public = told(recipe, names)
+    assert list_local_folders(recipe) == [str(folder)]
+    names = hash_folders([str(folder)])
+    public = strip_paths_from_recipe(recipe, names)
     (expert,) = public.experts
     base, ref = ModelRef.parse_pair(expert.model)
     assert base is None
-    assert ref.revision == content_of(str(folder))
+    assert ref.revision == hash_folder(str(folder))
     assert is_pinned(expert.model)
     assert public.elsewhere
     assert str(tmp_path) not in public.to_yaml()

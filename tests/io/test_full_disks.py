@@ -30,7 +30,7 @@ from hf_fusion.evaluation.results import MeasuredTask, PredictorScores, Results
 from hf_fusion.evaluation.routing_map import RoutingMap
 from hf_fusion.fusion import save_fused
 from hf_fusion.hub.gates import save_gates
-from hf_fusion.io.folders import made_once
+from hf_fusion.io.folders import make_once
 from hf_fusion.io.saving import write_file
 from hf_fusion.recipe import Recipe, RecipeExpert
 from hf_fusion.training.expert_statistics import Statistics
@@ -126,7 +126,7 @@ WRITERS: dict[str, Callable[[Path, Path], object]] = {
     "cells": lambda out, place: write_lines(out.with_suffix(".jsonl"), cells()),
     "settings of cells": lambda out, place: binding.bind(out, load_suite(place / "suite.yaml"), {"limit": 3}),
     "report": lambda out, place: write_report(cells(), out),
-    "cache": lambda out, place: made_once(out, lambda folder: (folder / "weights").write_bytes(b"1" * 10_000)),
+    "cache": lambda out, place: make_once(out, lambda folder: (folder / "weights").write_bytes(b"1" * 10_000)),
 }
 SMALL = {  # what they write has room in a few kilobytes
     *("recipe", "results", "results of a suite", "routing", "coefficients", "card", "cell", "cells", "cache"),

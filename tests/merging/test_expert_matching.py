@@ -7,7 +7,7 @@ import torch
 from on_disk import tree
 from peft_adapters import SIZES, loaded, logits, save_adapter, save_bert, save_llama
 from safetensors.torch import load_file, save_file
-from test_outcome import OF_MODELS, recipe_for
+from test_load_checks import OF_MODELS, recipe_for
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft_adapters import IDS, loaded, logits, save_adapter, save_llama
 from safetensors.torch import load_file, save_file
-from test_outcome import OF_MODELS, recipe_for
+from test_load_checks import OF_MODELS, recipe_for
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -72,7 +72,7 @@ def test_an_adapter_is_what_peft_makes_of_it(kind, made, tmp_path):
         assert json.loads((tmp_path / "out" / "merge.json").read_text())["notes"] == report.warnings
 
 
-def weights_of(model: PeftModel, tied: bool) -> dict[str, torch.Tensor]:
+def adapter_weights_file(model: PeftModel, tied: bool) -> dict[str, torch.Tensor]:
     """All weights with the adapter in them, by hand from PEFT's layers: its own merge ties what is not tied."""
     base, found = model.get_base_model(), {}
     for path, module in base.named_modules():
@@ -93,7 +93,7 @@ def test_two_adapters_are_the_mean_of_what_peft_makes_of_them(kind, made, tmp_pa
     """With one that leaves the embeddings as they are: the tied one counts in both places."""
     folder, models, tied = made
     merge(recipe_for("linear", [folder / "neither", folder / kind]), tmp_path / "out")
-    sides = [weights_of(models[name], tied) for name in ("neither", kind)]
+    sides = [adapter_weights_file(models[name], tied) for name in ("neither", kind)]
     expected = AutoModelForCausalLM.from_pretrained(folder / "base")
     expected.lm_head.weight = torch.nn.Parameter(expected.lm_head.weight.detach().clone())  # untied
     expected.load_state_dict({name: (sides[0][name] + sides[1][name]) / 2 for name in sides[0]})

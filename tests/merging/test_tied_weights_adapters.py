@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PeftModel
 from peft_adapters import loaded, logits, save_adapter, save_llama
-from test_tied import CLOSE, KINDS
+from test_tied_weights import CLOSE, KINDS
 from transformers import AutoModelForCausalLM
 
 from hf_fusion import FusionError, Recipe

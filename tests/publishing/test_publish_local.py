@@ -17,7 +17,7 @@ from tiny_routed import save_base, save_lora
 
 from hf_fusion import FusionError, Recipe, RecipeExpert, fuse, load_fused, merge, save_fused
 from hf_fusion.cards.usage import usage_code
-from hf_fusion.hub.provenance import content_of
+from hf_fusion.hub.provenance import hash_folder
 from hf_fusion.publishing.plan import plan
 from hf_fusion.publishing.publish import check_publish, publish
 from hf_fusion.publishing.push import push
@@ -72,10 +72,10 @@ def test_folders_are_told_by_name_and_content(kind, owner, place, tmp_path):
     assert not [name for name, text in texts.items() if str(tmp_path).encode() in text]
     recipe = Recipe.from_dict(yaml.safe_load(texts["fusion.yaml"]))
     names = [Path(expert.model) for expert in Recipe.load(folder).experts]
-    assert [expert.model for expert in recipe.experts] == [f"{path.name}@{content_of(path)}" for path in names]
+    assert [expert.model for expert in recipe.experts] == [f"{path.name}@{hash_folder(path)}" for path in names]
     card = texts["README.md"].decode()
     for path in names:
-        digest = content_of(path).removeprefix("sha256:")
+        digest = hash_folder(path).removeprefix("sha256:")
         assert f"| {path.name} | a folder, sha256 {digest[:12]}… |" in card
     assert f"/{names[0].name})" not in card
     assert "base_model" not in ModelCard(card).data.to_dict()
@@ -129,7 +129,7 @@ def test_folders_are_pushed_first_if_asked(kind, owner, place, tmp_path):
 def test_a_folder_that_changed_is_not_what_it_was_made_of(owner, place, tmp_path):
     repo = f"{owner.name}/mood"
     fused = fused_from("foe", place, tmp_path / "fused")
-    before = content_of(place / "bert-0")
+    before = hash_folder(place / "bert-0")
     save_bert(place / "bert-0", 7, card="license: mit")
     publish(fused, repo, api=owner.api)  # the content is that of then
     assert (
@@ -182,9 +182,9 @@ def test_the_content_of_a_folder_is_that_of_sha256sum(tmp_path):
     (folder / "README.md").write_text("my notes")
     files = sorted(path for path in folder.iterdir() if path.name != "README.md")
     lines = "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files)
-    assert content_of(folder) == f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
+    assert hash_folder(folder) == f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
     save_adapter(tmp_path / "adapter", folder, ("no", "yes", "maybe"))
-    assert content_of(tmp_path / "adapter") != content_of(folder)
+    assert hash_folder(tmp_path / "adapter") != hash_folder(folder)
 
 
 def test_commands_and_data_sets_lose_their_paths(owner, place, tmp_path):

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_fusion.errors import FusionError
+from hf_fusion.hub.adapter_placement import place_in_files, refuse_sizes
 from hf_fusion.hub.bases import base_ref, warn_of_other_bases
 from hf_fusion.hub.client import in_parallel
 from hf_fusion.hub.download import download
 from hf_fusion.hub.heads import label_names
-from hf_fusion.hub.lora import read_adapter, weights_of
-from hf_fusion.hub.placement import place_in_files, refuse_sizes
+from hf_fusion.hub.lora import adapter_weights_file, read_adapter
 from hf_fusion.hub.resolve import recorded_base, resolve, resolve_repo
 from hf_fusion.hub.selection import pick_modules, pick_small, safe_files
 from hf_fusion.hub.source import Source
@@ -279,7 +279,7 @@ def _adapted(source: Source, base: Model) -> Model:
 
 def _saved_alone(adapter: Adapter, known: Mapping[str, TensorEntry], folder: Path) -> dict[str, TensorEntry]:
     """What an adapter saves that its base does not have, as tensors of the adapter's own file."""
-    file = weights_of(folder)
+    file = adapter_weights_file(folder)
     assert file is not None  # `_files` has seen to it
     types = {f"torch.{name}": key for key, (name, _) in DTYPES.items()}
     return {

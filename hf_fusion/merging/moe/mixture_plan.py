@@ -20,7 +20,7 @@ from hf_fusion.merging.engine.tensors import Chunk, Combination, MemoryReader, T
 from hf_fusion.merging.methods import method_named
 from hf_fusion.merging.moe.mixtures import MIXTURES, Mixture
 from hf_fusion.merging.moe.prompt_directions import PromptDirections
-from hf_fusion.merging.plan import Plan, stored_as
+from hf_fusion.merging.plan import Plan, output_dtype
 from hf_fusion.merging.settings import arguments_at
 from hf_fusion.recipe import Recipe, RecipeExpert
 from hf_fusion.schema import KeyPath, read
@@ -63,7 +63,7 @@ def plan_moe(recipe: Recipe, base: Model | None, experts: Sequence[Model]) -> Pl
     kept = mixture.kept
     targets: list[Target] = []
     for name, entry in first.entries.items():
-        spec = partial(TensorSpec, dtype=stored_as(recipe.dtype, entry.dtype), shape=first.shape(name))
+        spec = partial(TensorSpec, dtype=output_dtype(recipe.dtype, entry.dtype), shape=first.shape(name))
         if match := _MLP.fullmatch(name):
             place, kind = f"{match[1]}.{mixture.mlp}", mixture.names[match[3]]
             for number, (expert, given) in enumerate(zip(experts, recipe.experts, strict=True)):

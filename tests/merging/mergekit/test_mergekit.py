@@ -298,17 +298,17 @@ def test_where_the_base_stands(folders, tmp_path):
 
     names = {folder: name for name, folder in folders.items()}
 
-    def placed(recipe):
+    def rename_to_base(recipe):
         return names.get(recipe.base), [names[expert.model] for expert in recipe.experts]
 
-    assert placed(read_as("ties", ["a", "base", "b"])) == ("base", ["a", "b"])
-    assert placed(read_as("nearswap", ["base", "a"])) == ("base", ["a"])
-    assert placed(read_as("nuslerp", ["a", "b"])) == ("base", ["a", "b"])
+    assert rename_to_base(read_as("ties", ["a", "base", "b"])) == ("base", ["a", "b"])
+    assert rename_to_base(read_as("nearswap", ["base", "a"])) == ("base", ["a"])
+    assert rename_to_base(read_as("nuslerp", ["a", "b"])) == ("base", ["a", "b"])
     # those of two models begin with it; where it only lends its configuration, it comes first as well
-    assert placed(read_as("slerp", ["a", "base"], "parameters: {t: 0.3}")) == (None, ["base", "a"])
-    assert placed(read_as("slerp", ["a"])) == (None, ["base", "a"])
-    assert placed(read_as("linear", ["a", "base", "b"])) == (None, ["base", "a", "b"])
-    assert placed(read_as("linear", ["a"], "parameters: {weight: 0.5}")) == (None, ["base", "a"])
+    assert rename_to_base(read_as("slerp", ["a", "base"], "parameters: {t: 0.3}")) == (None, ["base", "a"])
+    assert rename_to_base(read_as("slerp", ["a"])) == (None, ["base", "a"])
+    assert rename_to_base(read_as("linear", ["a", "base", "b"])) == (None, ["base", "a", "b"])
+    assert rename_to_base(read_as("linear", ["a"], "parameters: {weight: 0.5}")) == (None, ["base", "a"])
     with pytest.raises(FusionError, match="base_model .* would be merged with the others, and has no weight"):
         read_as("linear", ["a"])
     text = """
@@ -316,7 +316,7 @@ def test_where_the_base_stands(folders, tmp_path):
         base_model: $base
         slices: [{sources: [{model: $a, layer_range: [0, 2]}]}, {sources: [{model: $b, layer_range: [1, 4]}]}]
         """
-    assert placed(read(text, folders, tmp_path)) == (None, ["base", "a", "b"])
+    assert rename_to_base(read(text, folders, tmp_path)) == (None, ["base", "a", "b"])
     merge(read(text, folders, tmp_path), tmp_path / "out")
     assert weights(tmp_path / "out")["lm_head.weight"].equal(weights(folders["b"])["lm_head.weight"])
 

@@ -17,7 +17,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from hf_fusion.hub.names import loaded_names, promised
+from hf_fusion.hub.parameter_names import build_meta_model, loaded_names
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
 TEXT = LlamaConfig(**SIZES, vocab_size=64)
@@ -69,11 +69,11 @@ def test_what_the_loader_stacks_keeps_names_of_its_own(tmp_path):
 
 def test_what_a_config_promises():
     content = {**TEXT.to_dict(), "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
-    found = promised(content, "me/it", 99)
+    found = build_meta_model(content, "me/it", 99)
     assert found.tied == {"lm_head.weight": "model.embed_tokens.weight"}
     assert found.model.lm_head.weight.is_meta
-    assert found is promised(dict(content), "me/it", 99)
-    assert promised({**content, "architectures": None}, "me/it", 99).model.__class__.__name__ == "LlamaModel"
+    assert found is build_meta_model(dict(content), "me/it", 99)
+    assert build_meta_model({**content, "architectures": None}, "me/it", 99).model.__class__.__name__ == "LlamaModel"
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,6 @@ def test_what_a_config_promises():
     ],
 )
 def test_what_transformers_cannot_build(change, why):
-    found = promised({**TEXT.to_dict(), "architectures": ["LlamaForCausalLM"], **change}, "me/it", 99)
+    found = build_meta_model({**TEXT.to_dict(), "architectures": ["LlamaForCausalLM"], **change}, "me/it", 99)
     assert found.model is None
     assert re.search(why, found.why)

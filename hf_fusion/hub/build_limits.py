@@ -50,7 +50,7 @@ class _StopError(BaseException):
     """Raised in the thread that builds; not an Exception, which classes of models catch."""
 
 
-def within_bounds(build: Callable[[], T]) -> T:
+def build_within_limits(build: Callable[[], T]) -> T:
     """What `build` gives, unless it takes too much; whatever it raises is raised.
 
     Raises:

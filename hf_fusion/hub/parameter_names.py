@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Promised:
+class MetaModel:
     """The model that a ``config.json`` promises, on the meta device.
 
     Attributes:
@@ -40,7 +40,7 @@ class Promised:
         return dict(getattr(self.model, "all_tied_weights_keys", None) or {})
 
 
-def promised(config: Mapping[str, Any], name: str, tensors: int) -> Promised:
+def build_meta_model(config: Mapping[str, Any], name: str, tensors: int) -> MetaModel:
     """What a ``config.json`` promises; built once for each configuration, whatever the checkpoint is called.
 
     Args:
@@ -58,7 +58,7 @@ def promised(config: Mapping[str, Any], name: str, tensors: int) -> Promised:
         if isinstance(error.cause, MissingLibraryError):
             raise MissingLibraryError(str(error).replace(_NAME, name), error.cause.hint) from error
         refuse_missing(error.cause, name)
-        return Promised(why=str(error).replace(_NAME, name))
+        return MetaModel(why=str(error).replace(_NAME, name))
 
 
 _NAME = "‹name›"  # stands for the name in what is kept for all checkpoints of a configuration
@@ -73,15 +73,15 @@ class _NotBuiltError(Exception):
 
 
 @lru_cache(maxsize=16)
-def _promised(text: str, tensors: int) -> Promised:
-    from hf_fusion.hub.headers import native_config, on_meta
+def _promised(text: str, tensors: int) -> MetaModel:
+    from hf_fusion.hub.headers import build_on_meta, native_config
 
     content = json.loads(text)
     try:
         config = native_config(content, _NAME, tensors)
         own = model_class(content, config)
         config = _config_for(own, config)
-        return Promised(on_meta(lambda: own._from_config(config)), config)
+        return MetaModel(build_on_meta(lambda: own._from_config(config)), config)
     except FusionError as error:
         raise _NotBuiltError(error.message, error) from error
     except Exception as error:  # a stranger's config may fail in any way
@@ -135,7 +135,7 @@ def loaded_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]
     return {name: loaded for name, loaded, _ in _loaded(model, names)}
 
 
-def used_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+def filled_parameters(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Names in files -> the parameters and buffers that the loader fills from each, of those that it uses.
 
     Args:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.commits import found_commit
-from hf_fusion.hub.readme import known_metadata
+from hf_fusion.hub.commits import check_commit
+from hf_fusion.hub.readme import filter_metadata
 from hf_fusion.io.files import read_file
 from hf_fusion.io.json_files import MAX_BYTES, parse
 
@@ -28,7 +28,7 @@ _FIRST = 100_000  # bytes: most headers are shorter, so that one request is enou
 
 
 @dataclass(frozen=True)
-class Part:
+class FileRange:
     """Bytes of a file, and the size of the whole file."""
 
     data: bytes
@@ -39,7 +39,7 @@ class Part:
 CARD_ERRORS = (TypeError, AttributeError, ValueError, KeyError)
 
 
-def described(repo_id: str, revision: str | None, api: HfApi) -> ModelInfo:
+def fetch_model_info(repo_id: str, revision: str | None, api: HfApi) -> ModelInfo:
     """What the Hub says of a repo, without its card where the client cannot read that.
 
     Raises:
@@ -58,12 +58,12 @@ def described(repo_id: str, revision: str | None, api: HfApi) -> ModelInfo:
 def card_of(info: ModelInfo) -> dict[str, Any]:
     """The metadata of a repo's card, as far as it can be read."""
     try:
-        return known_metadata(info.card_data.to_dict() if info.card_data else {})
+        return filter_metadata(info.card_data.to_dict() if info.card_data else {})
     except CARD_ERRORS:
         return {}
 
 
-def read_part(api: HfApi, repo_id: str, file: str, revision: str | None, start: int, stop: int) -> Part:
+def read_range(api: HfApi, repo_id: str, file: str, revision: str | None, start: int, stop: int) -> FileRange:
     """The bytes from `start` to `stop` of a file in a model repo, fewer where the file ends before.
 
     Never holds more than ``stop - start`` bytes, whatever the server sends.
@@ -79,11 +79,11 @@ def read_part(api: HfApi, repo_id: str, file: str, revision: str | None, start: 
     headers |= {"range": f"bytes={start}-{stop - 1}", "accept-encoding": "identity"}  # sizes are those of the file
     with http_stream_backoff("GET", url, headers=headers) as response:
         if response.status_code == 416:  # the file is empty, or ends before `start`
-            return Part(b"", start)
+            return FileRange(b"", start)
         hf_raise_for_status(response)
         for answer in (*response.history, response):
             if commit := answer.headers.get("x-repo-commit"):
-                found_commit(repo_id, revision, commit)
+                check_commit(repo_id, revision, commit)
         begins = start if response.status_code == 206 else 0  # a server may send the whole file
         found = bytearray()
         for chunk in response.iter_bytes():
@@ -93,7 +93,7 @@ def read_part(api: HfApi, repo_id: str, file: str, revision: str | None, start: 
         length = response.headers.get("content-length")
         total = re.search(r"/(\d+)$", response.headers.get("content-range", ""))
     data = bytes(found[start - begins : stop - begins])
-    return Part(data, int(total[1]) if total else int(length or begins + len(found)))
+    return FileRange(data, int(total[1]) if total else int(length or begins + len(found)))
 
 
 def read_json_file(api: HfApi, repo_id: str, file: str, revision: str) -> bytes:
@@ -109,7 +109,7 @@ def read_json_file(api: HfApi, repo_id: str, file: str, revision: str) -> bytes:
     # the cache follows a branch that is called like the commit
     if isinstance(cached, str) and Path(cached).parents[file.count("/")].name == revision:
         return read_file(Path(cached), most=MAX_BYTES)
-    part = read_part(api, repo_id, file, revision, 0, MAX_BYTES)
+    part = read_range(api, repo_id, file, revision, 0, MAX_BYTES)
     if part.size > MAX_BYTES:
         raise FusionError(f"{repo_id}: {file} has {part.size:,} bytes: no such file is larger than {MAX_BYTES:,}.")
     return part.data
@@ -135,14 +135,14 @@ def read_header(api: HfApi, repo_id: str, file: str, revision: str | None) -> He
         FusionError: the file is not in safetensors' format.
         HfHubHTTPError, TransportError: as the client raises them.
     """
-    part = read_part(api, repo_id, file, revision, 0, _FIRST)
+    part = read_range(api, repo_id, file, revision, 0, _FIRST)
     length = int.from_bytes(part.data[:8], "little")
     if len(part.data) < 8 or length > part.size - 8:
         raise FusionError(f"{repo_id}: {file} is not a safetensors file: its header does not fit.")
     refuse_long(length, part.size, f"{repo_id}: {file}")
     text = part.data[8 : 8 + length]
     if len(text) < length:
-        text += read_part(api, repo_id, file, revision, 8 + len(text), 8 + length).data
+        text += read_range(api, repo_id, file, revision, 8 + len(text), 8 + length).data
     try:
         shapes = _shapes(parse(text, file, repo_id))
     except (ValueError, FusionError):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.heads import HEADS, architectures, head_of_adapter, head_of_architecture
 from hf_fusion.hub.lora import linear_sizes, trained_class
-from hf_fusion.hub.names import loaded_names, promised, used_names
+from hf_fusion.hub.parameter_names import build_meta_model, filled_parameters, loaded_names
 from hf_fusion.types import Adapter
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Sizes = Mapping[str, tuple[int, int]]
 
 
-def placement(
+def match_parameters(
     lora: Sizes, saved: Collection[str], base: torch.nn.Module, model_class: str = "", stored: Collection[str] = ()
 ) -> dict[str, str]:
     """Name of a parameter in an adapter -> its name in a base, which may be on the meta device.
@@ -81,13 +81,13 @@ def _in_parts(wanted: Collection[str], modules: Mapping[str, Any]) -> Iterator[t
             yield start, names
 
 
-def placed(adapter: Adapter, base: torch.nn.Module) -> Adapter:
+def rename_to_base(adapter: Adapter, base: torch.nn.Module) -> Adapter:
     """An adapter by the names that a base has for its modules; as it is where it does not fit."""
     sizes = {path: (a.shape[1], b.shape[0]) for path, (a, b) in adapter.lora.items()}
-    return renamed(adapter, placement(sizes, adapter.saved, base, adapter.model_class))
+    return rename_adapter(adapter, match_parameters(sizes, adapter.saved, base, adapter.model_class))
 
 
-def renamed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
+def rename_adapter(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
     """An adapter by other names: those of each ``PATH.weight`` and of each saved parameter."""
     paths = {path: names[f"{path}.weight"].removesuffix(".weight") for path in (*adapter.lora, *adapter.rows)}
     return replace(
@@ -99,7 +99,7 @@ def renamed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
     )
 
 
-def by_todays_names(adapter: Adapter, settings: Mapping[str, Any], config: Mapping[str, Any], called: str) -> Adapter:
+def rename_to_current(adapter: Adapter, settings: Mapping[str, Any], config: Mapping[str, Any], called: str) -> Adapter:
     """An adapter by the paths that its class has in this transformers; as it is where that is unknown, or it misfits.
 
     Args:
@@ -109,10 +109,10 @@ def by_todays_names(adapter: Adapter, settings: Mapping[str, Any], config: Mappi
         called: what messages call it.
     """
     sizes = {path: (a.shape[1], b.shape[0]) for path, (a, b) in adapter.lora.items()}
-    return renamed(adapter, todays_names(sizes, adapter.saved, settings, config, called))
+    return rename_adapter(adapter, match_current_names(sizes, adapter.saved, settings, config, called))
 
 
-def todays_names(
+def match_current_names(
     lora: Sizes, saved: Collection[str], settings: Mapping[str, Any], config: Mapping[str, Any], called: str
 ) -> dict[str, str]:
     """`placement` in the class that an adapter was trained on, as this transformers has it.
@@ -129,9 +129,9 @@ def todays_names(
     """
     trained = class_trained_on(settings, config)
     content = {**config, **({"architectures": [trained]} if trained else {})}
-    model = promised(content, called, len(lora)).model
+    model = build_meta_model(content, called, len(lora)).model
     if model is not None:
-        names = placement(lora, saved, model, trained_class(settings))
+        names = match_parameters(lora, saved, model, trained_class(settings))
         if set(parameters_of(model)).issuperset(names.values()):
             return names
     return {name: name for name in (*(f"{path}.weight" for path in lora), *saved)}
@@ -141,7 +141,7 @@ def todays_names(
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedAdapter:
     """An adapter by the names of a checkpoint.
 
     Attributes:
@@ -165,7 +165,7 @@ def place_in_files(
     called: str,
     base: str,
     labels: Sequence[str] = (),
-) -> Placed:
+) -> PlacedAdapter:
     """Matches an adapter with the files of its base, of which only the names are known.
 
     Args:
@@ -184,19 +184,19 @@ def place_in_files(
     wanted = [*(f"{path}.weight" for path in adapter.lora), *kept]
     same = {name: name for name in names}
     if same.keys() >= set(wanted):
-        return Placed(adapter, same, dict(config))
+        return PlacedAdapter(adapter, same, dict(config))
     own = next(iter(architectures(dict(config))), "")
     trained = class_trained_on(settings, config)
     absent = next(name for name in wanted if name not in same)
     for architecture in dict.fromkeys((own, trained or own)):
         content = {**config, "architectures": [architecture] if architecture else None}
-        model = promised(content, base, len(names)).model
+        model = build_meta_model(content, base, len(names)).model
         if model is None:
             continue
         loaded = loaded_names(model, names)
         files = {parameter: name for name, parameter in reversed(loaded.items())}  # of two, the first is loaded
         sizes = {path: (a.shape[1], b.shape[0]) for path, (a, b) in adapter.lora.items()}
-        found = placement(sizes, kept, model, adapter.model_class, files)
+        found = match_parameters(sizes, kept, model, adapter.model_class, files)
         known = {*parameters_of(model), *files}
         if not known >= set(found.values()):
             absent = next(name for name, told in loaded_names(model, wanted).items() if told not in known)
@@ -213,7 +213,7 @@ def place_in_files(
             continue
         if architecture == own:
             moved = {name: files.get(parameter, parameter) for name, parameter in found.items()}
-            return Placed(renamed(adapter, moved), same, dict(config))
+            return PlacedAdapter(rename_adapter(adapter, moved), same, dict(config))
         return _under_its_head(adapter, found, model, loaded, config, called, base, labels)
     does, path = ("saves", absent) if absent in adapter.saved else ("adapts", absent.removesuffix(".weight"))
     told = f": it was trained on a {trained}" if trained and trained != own else ""
@@ -223,7 +223,7 @@ def place_in_files(
     )
 
 
-def refuse_sizes(placed: Placed, shapes: Mapping[str, tuple[int, ...]], called: str, base: str) -> None:
+def refuse_sizes(placed: PlacedAdapter, shapes: Mapping[str, tuple[int, ...]], called: str, base: str) -> None:
     """Raises where an adapter's update is not of the size of the tensor that it is for.
 
     Args:
@@ -251,9 +251,9 @@ def _under_its_head(
     called: str,
     base: str,
     labels: Sequence[str],
-) -> Placed:
+) -> PlacedAdapter:
     """An adapter that brings a head, on a checkpoint of another class with the same body: what remains of its files."""
-    used = used_names(model, loaded)
+    used = filled_parameters(model, loaded)
     filled = {parameter for made in used.values() for parameter in made}
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     unfilled = [name for name in parameters_of(model) if name not in filled and name not in tied]
@@ -269,7 +269,7 @@ def _under_its_head(
             is_prefixed = loaded[name] in (prefix + name, name.removeprefix(prefix))
             names[loaded[name] if is_prefixed else name] = name
     called_now = {loaded[old]: new for new, old in names.items()}
-    moved = renamed(adapter, {name: called_now.get(parameter, parameter) for name, parameter in found.items()})
+    moved = rename_adapter(adapter, {name: called_now.get(parameter, parameter) for name, parameter in found.items()})
     content: dict[str, Any] = {**config, "architectures": [type(model).__name__]}
     matrices = [name for name in unfilled if name in moved.saved and moved.saved[name].dim() == 2]
     if matrices and (head_of_architecture(type(model).__name__) or HEADS[-1]).has_labels:
@@ -277,7 +277,7 @@ def _under_its_head(
         told = list(labels) if len(labels) == classes else [f"LABEL_{number}" for number in range(classes)]
         content |= {"id2label": dict(enumerate(told)), "label2id": {label: i for i, label in enumerate(told)}}
         content.pop("num_labels", None)
-    return Placed(moved, names, content)
+    return PlacedAdapter(moved, names, content)
 
 
 def class_trained_on(settings: Mapping[str, Any], config: Mapping[str, Any]) -> str:
