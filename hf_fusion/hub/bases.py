@@ -1,4 +1,4 @@
-"""What an adapter stands on: the base that it records, or another that the caller names instead."""
+"""The base of an adapter: the one that it records, or another that the caller names instead."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ logger = logging.getLogger(__name__)
 
 
 def base_ref(source: Source) -> ModelRef:
-    """What a resolved base is recorded as: id and commit, or a folder as it was named."""
+    """The reference to record for a resolved base: id and commit, or the folder."""
     return ModelRef(str(source.folder)) if source.is_local else source.ref
 
 
 def resolve_base(name: ModelRef, adapter: Source, api: HfApi | None = None) -> Source:
-    """`resolve` for the base that an adapter records: of an adapter on the Hub a repo, whatever folders there are here.
+    """Resolves the base that an adapter records; for an adapter on the Hub it is a repo, never a local folder.
 
     Args:
-        name: as `recorded_base` gives it.
-        adapter: it.
+        name: from `recorded_base`.
+        adapter: the adapter.
         api: the Hub's client.
     """
     return resolve(name, api) if adapter.is_local else resolve_repo(name, api)
 
 
 def warn_of_other_bases(adapters: Iterable[tuple[Source, ModelRef]]) -> None:
-    """Says once, for all adapters that it is true of, that their base is not the one that they record.
+    """Logs a warning for adapters that are applied to another base than the one that they record.
 
     Args:
-        adapters: each with the base that it is put on.
+        adapters: each with the base that is used.
     """
-    told: dict[tuple[ModelRef, ModelRef], list[str]] = {}
+    others: dict[tuple[ModelRef, ModelRef], list[str]] = {}
     for adapter, base in adapters:
         recorded, commit = adapter.adapter.get("base_model_name_or_path"), adapter.adapter.get("revision")
         if not isinstance(recorded, str) or not recorded or not base.id:
             continue
-        has = ModelRef(recorded, as_commit(commit) if isinstance(commit, str) else None)  # a branch moves
+        has = ModelRef(recorded, as_commit(commit) if isinstance(commit, str) else None)  # a branch may have moved
         if _is_same(recorded, base.id) and (not has.revision or not base.revision or has.revision == base.revision):
             continue
-        told.setdefault((has, base), []).append(adapter.name)
-    for (has, used), names in told.items():
+        others.setdefault((has, base), []).append(adapter.name)
+    for (has, used), names in others.items():
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         logger.warning("%s", printable(f"{shown}: recorded base {has}, used base {used}"))
 
@@ -59,5 +59,5 @@ def _is_same(recorded: str, used: str) -> bool:
         return True
     try:
         return Path(recorded).expanduser().resolve() == Path(used).expanduser().resolve() and Path(recorded).exists()
-    except (OSError, RuntimeError, ValueError):  # no path that this machine could have
+    except (OSError, RuntimeError, ValueError):  # not a valid path on this machine
         return False

@@ -1,11 +1,11 @@
-"""What a stranger's configuration describes is built within bounds of time and memory, or refused.
+"""Builds models from untrusted configurations within limits of time and memory.
 
-A number in a ``config.json`` costs its author nothing, and may mean a million layers, a table of a billion rows, or
-a loop over both. So the model that it describes is built on the meta device, in a thread of which
+A number in a ``config.json`` can stand for a million layers, a table of a billion rows, or a loop over both. Models are
+therefore built on the meta device, in a thread in which
 
 - modules, parameters and buffers are counted;
-- what is computed for real all the same (tables on the CPU) is measured on the meta device first;
-- the time and what Python holds are watched, so that loops that do neither are stopped.
+- the size of tensors that are computed anyway (tables on the CPU) is determined on the meta device first;
+- CPU time and Python's allocations are monitored, so that loops are stopped.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ T = TypeVar("T")
 MOST_PARTS = 100_000
 """Modules, parameters and buffers of one model: about 150 MB of Python objects."""
 MOST_BYTES = 200_000_000
-"""Of tensors that are computed for real while a model is built."""
+"""Bytes of tensors outside of the meta device that are computed while a model is built."""
 MOST_OBJECTS = 3_000_000
-"""What Python may allocate meanwhile, of 50 to 100 bytes each."""
+"""Blocks that Python may allocate meanwhile, of 50 to 100 bytes each."""
 MOST_SECONDS = 2.0
-"""Of the building thread's own time; a Llama of 405B parameters takes a third of it."""
-_LOOK = 0.02  # seconds between looks
+"""CPU time of the building thread; a Llama of 405B parameters takes a third of it."""
+_INTERVAL = 0.02  # seconds between checks
 
 
 class TooMuchError(FusionError):
-    """What is built takes more than any real model does.
+    """Building the model takes more than any real model does.
 
     Args:
-        what: there was too much of.
+        what: the limit that was exceeded.
     """
 
     def __init__(self, what: str) -> None:
@@ -47,16 +47,16 @@ class TooMuchError(FusionError):
 
 
 class _StopError(BaseException):
-    """Raised in the thread that builds; not an Exception, which classes of models catch."""
+    """Raised in the building thread; not an Exception, which model classes may catch."""
 
 
 def build_within_limits(build: Callable[[], T]) -> T:
-    """What `build` gives, unless it takes too much; whatever it raises is raised.
+    """Returns ``build()``, and passes on its exceptions.
 
     Raises:
-        TooMuchError: saying what there was too much of.
+        TooMuchError: a limit was exceeded.
     """
-    given: list[T] = []
+    built: list[T] = []
     failed: list[BaseException] = []
 
     clocks: Queue[Callable[[], float]] = Queue()
@@ -64,9 +64,9 @@ def build_within_limits(build: Callable[[], T]) -> T:
     def run() -> None:
         clocks.put(_clock())
         try:
-            with _counted(), _measured():
-                given.append(build())
-        except BaseException as error:  # the caller's thread raises it
+            with _limit_modules(), _limit_tensors():
+                built.append(build())
+        except BaseException as error:  # raised again in the caller's thread
             failed.append(error)
 
     worker = threading.Thread(target=contextvars.copy_context().run, args=(run,), daemon=True)
@@ -75,8 +75,8 @@ def build_within_limits(build: Callable[[], T]) -> T:
     clock, why = clocks.get(), ""
     began = clock()
     while worker.is_alive():
-        worker.join(_LOOK)
-        if len(sys.modules) != imported:  # a class's library, which takes its time once
+        worker.join(_INTERVAL)
+        if len(sys.modules) != imported:  # importing a library does not count
             objects, imported, began = sys.getallocatedblocks(), len(sys.modules), clock()
         if sys.getallocatedblocks() - objects > MOST_OBJECTS:
             why = "lists of more than a million entries"
@@ -84,16 +84,16 @@ def build_within_limits(build: Callable[[], T]) -> T:
             why = f"more than {MOST_SECONDS:g} s"
         if why and worker.is_alive():
             _stop(worker)
-            worker.join(1)  # in a call that does not end it is left: it stops at its next step
+            worker.join(1)  # a thread within a long call of C code stops at its next bytecode
             raise TooMuchError(why)
     if failed:
         raise TooMuchError(str(failed[0])) if isinstance(failed[0], _StopError) else failed[0]
-    return given[0]
+    return built[0]
 
 
 @contextmanager
-def _counted() -> Iterator[None]:
-    """Counts what this thread adds to modules."""
+def _limit_modules() -> Iterator[None]:
+    """Counts the modules, parameters and buffers that this thread registers."""
     from torch.nn.modules import module
 
     thread, count = threading.get_ident(), 0
@@ -114,16 +114,16 @@ def _counted() -> Iterator[None]:
         yield
 
 
-def _measured() -> Any:
-    """A mode in which tensors with values are only made up to a size."""
+def _limit_tensors() -> Any:
+    """A dispatch mode that limits the total size of tensors outside of the meta device."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves, tree_map
 
-    def promise(value: object) -> Any:
+    def to_meta(value: object) -> Any:
         return torch.empty_like(value, device="meta") if isinstance(value, torch.Tensor) else value
 
-    class Measured(TorchDispatchMode):
+    class SizeLimit(TorchDispatchMode):
         total = 0
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -132,9 +132,9 @@ def _measured() -> Any:
             device = kwargs.get("device")
             is_real = torch.device(device).type != "meta" if device is not None else not tensors
             if is_real or any(tensor.device.type != "meta" for tensor in tensors):
-                promised = {**tree_map(promise, kwargs), **({"device": "meta"} if is_real else {})}
-                with suppress(Exception):  # no size follows from sizes: then it is not larger than what it is made of
-                    made = func(*tree_map(promise, args), **promised)
+                options = {**tree_map(to_meta, kwargs), **({"device": "meta"} if is_real else {})}
+                with suppress(Exception):  # a size that depends on values is bounded by the inputs
+                    made = func(*tree_map(to_meta, args), **options)
                     self.total += sum(
                         value.numel() * value.element_size()
                         for value in tree_leaves(made)
@@ -144,13 +144,13 @@ def _measured() -> Any:
                     raise _StopError(f"tables of more than {MOST_BYTES // 1_000_000} MB")
             return func(*args, **kwargs)
 
-    return Measured()
+    return SizeLimit()
 
 
 def _clock() -> Callable[[], float]:
-    """The seconds that this thread has computed, whatever else runs; where they are unknown, those on the wall."""
+    """A function that returns this thread's CPU time in seconds; wall time where it is not available."""
     try:
-        clock = time.pthread_getcpuclockid(threading.get_ident())  # of a thread that has ended this may crash
+        clock = time.pthread_getcpuclockid(threading.get_ident())  # may crash for a thread that has ended
     except (AttributeError, OSError):
         return time.monotonic
 
@@ -164,5 +164,5 @@ def _clock() -> Callable[[], float]:
 
 
 def _stop(thread: threading.Thread) -> None:
-    """Has a thread raise an error at its next step."""
+    """Raises `_StopError` in a thread at its next bytecode."""
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_StopError))

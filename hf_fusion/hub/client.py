@@ -1,4 +1,4 @@
-"""The Hub's client: what it raises as a FusionError, and many requests at a time."""
+"""The Hub's client: errors as FusionError, and parallel requests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 
-READERS = 48  # small requests at a time: they mostly wait
+READERS = 48  # parallel small requests, which mostly wait
 
 
 def hub_api(api: HfApi | None) -> HfApi:
@@ -29,22 +29,22 @@ def hub_api(api: HfApi | None) -> HfApi:
     return api or HfApi()
 
 
-# what to do about an HTTP status that the client has no exception for
+# hints for HTTP statuses without an exception class in the client
 _HINTS = {
     401: "hf auth login, or set HF_TOKEN",
     403: "hf auth login with a token that may write there",
-    412: "it was changed meanwhile: run it again",
+    412: "it has changed since it was read: run it again",
     507: "free some room on the Hub's disk, and run it again",
 }
 
 
 @contextmanager
 def explain_hub_errors(name: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises about a repo into a FusionError that names it and the next step."""
+    """Turns exceptions of huggingface_hub into a FusionError that names the repo and the next step."""
     import httpx2
     from huggingface_hub import errors
 
-    # most particular first
+    # subclasses before their base classes
     rows: tuple[tuple[type[Exception], str, str | None], ...] = (
         (errors.GatedRepoError, "is gated", "accept its terms on its page, then `hf auth login`"),
         (errors.RepositoryNotFoundError, "was not found", "check the id; a private repo needs `hf auth login`"),
@@ -61,10 +61,10 @@ def explain_hub_errors(name: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, *kinds) as raised:
-        error = raised if isinstance(raised, kinds) else raised.__cause__  # of a large file: the client wraps it
+        error = raised if isinstance(raised, kinds) else raised.__cause__  # the client wraps errors of large files
         if not isinstance(error, kinds):
             raise
-        if refusal(error) is not None:  # a cache, or a temporary file
+        if refusal(error) is not None:  # the cache or a temporary file cannot be written
             raise unwritable(getattr(error, "filename", None) or name, error) from error
         what, hint = next((what, hint) for kind, what, hint in rows if isinstance(error, kind))
         if type(error) is errors.HfHubHTTPError:
@@ -73,7 +73,7 @@ def explain_hub_errors(name: str) -> Iterator[None]:
 
 
 def in_parallel(function: Callable[[T], R], items: Iterable[T], workers: int = READERS, name: str = "") -> list[R]:
-    """``[function(item) for item in items]`` in threads, for calls that wait for the network; a phase if named."""
+    """``[function(item) for item in items]`` in threads, for network requests; a phase if `name` is given."""
     items = list(items)
     with ThreadPoolExecutor(workers) as pool:
         found = pool.map(function, items)
@@ -81,7 +81,7 @@ def in_parallel(function: Callable[[T], R], items: Iterable[T], workers: int = R
 
 
 def same_file(path: Path, entry: RepoFile) -> bool:
-    """Whether a local file is the one a repo holds: by sha256 for large files, by git's hash for others."""
+    """Whether a local file equals one in a repo, by SHA-256 for large files and by git's hash for others."""
     digest = hashlib.sha256() if entry.lfs else hashlib.sha1(f"blob {path.stat().st_size}\0".encode())
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -90,13 +90,13 @@ def same_file(path: Path, entry: RepoFile) -> bool:
 
 
 def silent_bar(more: Callable[[float], None] | None = None) -> type:
-    """A tqdm class that draws nothing itself and tells ``more`` of its progress."""
+    """A tqdm class without output, which passes its increments to ``more``."""
     from tqdm.auto import tqdm
 
     class Forwarding(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "disable": True})
-            self.update(kwargs.get("initial", 0))  # what an interrupted download had already
+            self.update(kwargs.get("initial", 0))  # bytes of an interrupted download
 
         def update(self, n: float | None = 1) -> None:
             if more is not None and n:

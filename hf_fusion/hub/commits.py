@@ -1,7 +1,7 @@
-"""40 hex digits name a commit, and nothing else: what a Hub answers for one must be of that commit.
+"""Verifies that a Hub returns the commit that was requested.
 
-A branch or a tag may be called like a commit, and git, Hubs and caches may then prefer it. So what comes back for a
-pinned reference is compared with what was asked for, wherever a Hub is asked.
+A branch or tag can have 40 hex digits as its name, and git, Hubs and caches may prefer it to the commit. Every response
+for a pinned reference is therefore compared with the requested commit.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ if TYPE_CHECKING:
 
 
 def check_commit(name: str, revision: str | None, found: object) -> str:
-    """The commit that a Hub found for a revision.
+    """Checks the commit that a Hub returned for a revision, and returns it.
 
     Args:
         name: repo id, for errors.
-        revision: that was asked for; None for the newest of the main branch.
-        found: what the Hub says it is.
+        revision: that was requested; None for the newest commit of the main branch.
+        found: the Hub's response.
 
     Raises:
-        FusionError: it is not a commit, or not the one that was asked for.
+        FusionError: it is not a commit, or not the requested one.
     """
-    asked = as_commit(revision)
+    requested = as_commit(revision)
     if not isinstance(found, str) or not SHA.fullmatch(found):
-        raise FusionError(f"{name}: the Hub names no commit, but {shown(found)}.", hint="check HF_ENDPOINT")
-    if asked and found != asked:
+        raise FusionError(f"{name}: the Hub returned {shown(found)} instead of a commit.", hint="check HF_ENDPOINT")
+    if requested and found != requested:
         raise FusionError(
-            f"{name}: the Hub answers with commit {found} for {asked}.",
-            hint="a branch or tag may be called like that commit: check the repo and HF_ENDPOINT",
+            f"{name}: the Hub returned commit {found} for {requested}.",
+            hint="a branch or tag may have that commit as its name: check the repo and HF_ENDPOINT",
         )
     return found
 
 
 def download_file(api: HfApi, repo: str, file: str, revision: str | None, **options: Any) -> Path:
-    """`hf_hub_download` of a file of a model, which must come from the commit that was asked for.
+    """`hf_hub_download` of a model file, with a check of its commit.
 
     Args:
         api: the Hub's client.
@@ -49,7 +49,7 @@ def download_file(api: HfApi, repo: str, file: str, revision: str | None, **opti
         options: further arguments of `hf_hub_download`.
 
     Raises:
-        FusionError: it is of another commit.
+        FusionError: it belongs to another commit.
     """
     path = Path(api.hf_hub_download(repo, file, revision=revision, **options))
     if as_commit(revision):

@@ -1,7 +1,7 @@
-"""Which experts fit, judged from configs and safetensors headers: no weights are read, nothing is run.
+"""Checks which experts are compatible, from configs and safetensors headers, without reading weights.
 
-Everything is gathered first, in parallel; then a row of small checks looks at the evidence, each giving
-reasons. An expert that cannot even be read is rejected with a reason too, never with an exception.
+Everything is read first, in parallel; then a table of checks yields reasons against each expert. An expert that cannot
+be read is rejected with a reason as well, not with an exception.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Rejected:
-    """An expert that does not fit, and why."""
+    """An expert that is not compatible, with the reasons."""
 
     info: ExpertInfo
     reasons: tuple[Reason, ...]
@@ -63,13 +63,13 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Compatibility:
-    """The verdict on a set of experts, in their order."""
+    """The result of `check_compatibility`; both lists keep the order of the experts."""
 
     accepted: list[ExpertInfo] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
 
     def table(self) -> list[dict[str, Any]]:
-        """One row per expert, the accepted first, each with its reasons ("" for accepted ones)."""
+        """One row per expert, accepted ones first; column "rejected" has the reasons, "" for accepted ones."""
         rows = [(info, "") for info in self.accepted]
         rows += [(r.info, "; ".join(map(str, r.reasons))) for r in self.rejected]
         return [{**info_row(info), "rejected": reasons} for info, reasons in rows]
@@ -77,7 +77,7 @@ class Compatibility:
 
 @dataclass(frozen=True)
 class Criteria:
-    """What the experts have to satisfy; see `check_compatibility`."""
+    """The requirements; see the arguments of `check_compatibility`."""
 
     task: str | None
     base_model: str | None
@@ -91,14 +91,14 @@ class Criteria:
 
 @dataclass
 class Evidence:
-    """All that was read about one repo before judging it.
+    """What was read about one repo.
 
     Attributes:
         name: repo id.
-        source: its files, None if even they could not be listed.
+        source: its files; None if they could not be listed.
         shapes: tensor name → shape from the safetensors headers; empty for pickles.
-        gates: module path → shape of its gate, where gates are asked for and there.
-        unreadable: what could not be read, as a reason.
+        gates: module path → shape of its gate, if gates were requested and exist.
+        unreadable: why it could not be read, or None.
     """
 
     name: str
@@ -121,28 +121,26 @@ def check_compatibility(
     merging: bool = False,
     api: HfApi | None = None,
 ) -> Compatibility:
-    """Sort experts into those that fit and those that do not, each with its reasons.
+    """Checks which experts can be fused with each other, and why others cannot.
 
     Args:
-        experts: as `discover` gives them.
-        task: pipeline tag that all must have a head for.
-        base_model: the base that all must have been made from. Adapters that record none, or a path, are judged by its
-            shapes.
-        base_revision: its commit, where experts record one.
-        labels: names that every expert's labels must be among, ignoring case, blanks, dashes and underscores
-            (for output fusion).
-        trust_remote_code: accept experts that bring their own code.
+        experts: from `discover`.
+        task: pipeline tag that the head of every expert must have.
+        base_model: the base that every expert must be derived from. Adapters that record no base, or a local path, are
+            checked by its shapes instead.
+        base_revision: required commit of the base, for experts that record one.
+        labels: allowed label names, compared without case, spaces, dashes and underscores (for output fusion).
+        trust_remote_code: accept experts that need custom code.
         allow_pickle: accept experts without safetensors.
         need_gates: require PHATGOOSE gates.
-        merging: require weights that can be merged with those of `base_model`, tensor by tensor, and one class.
+        merging: require one model class, and weights that can be merged with those of `base_model` tensor by tensor.
         api: the Hub's client; default honours ``HF_ENDPOINT`` and the stored token.
 
     Returns:
-        The accepted experts, in their order, and the rejected ones with their reasons. An expert that cannot be read is
-        rejected.
+        The accepted experts, and the rejected ones with their reasons, including experts that cannot be read.
 
     Raises:
-        FusionError: `task` is not one that an expert could have.
+        FusionError: `task` is not supported.
     """
     api = hub_api(api)
     criteria = Criteria(
@@ -156,16 +154,18 @@ def check_compatibility(
         merging=merging,
     )
     if task is not None:
-        head_of_task(task)  # a task nobody can have is the caller's mistake, not the experts'
+        head_of_task(task)  # an unsupported task is an error of the caller
     gathered = in_parallel(lambda info: _gather(info.ref, api, need_gates, info.read), experts, name="Reading experts")
     names = sorted({ref for evidence in gathered if (ref := _base_of(evidence, criteria))}, key=str)
     bases = dict(zip(names, in_parallel(lambda name: _gather(name, api), names), strict=True))
 
-    verdict, accounts = Compatibility(), LoadReportCache()
-    for info, evidence in track(zip(experts, gathered, strict=True), "Judging experts", len(experts)):
-        reasons = _judge(info, evidence, bases.get(_base_of(evidence, criteria) or ModelRef("")), criteria, accounts)
+    verdict, reports = Compatibility(), LoadReportCache()
+    for info, evidence in track(zip(experts, gathered, strict=True), "Checking experts", len(experts)):
+        reasons = _find_reasons(
+            info, evidence, bases.get(_base_of(evidence, criteria) or ModelRef("")), criteria, reports
+        )
         if merging and not reasons:
-            reasons = _another_class(info, verdict.accepted)
+            reasons = _check_same_class(info, verdict.accepted)
         if reasons:
             verdict.rejected.append(Rejected(info, reasons))
         else:
@@ -174,13 +174,13 @@ def check_compatibility(
 
 
 def _gather(name: ModelRef, api: HfApi, gates: bool = False, known: Source | None = None) -> Evidence:
-    """Read a repo's file list, configs and headers; what fails becomes a reason.
+    """Reads a repo's file list, configs and headers; errors become a reason.
 
     Args:
         name: ``owner/name@sha``.
         api: the Hub's client.
         gates: also read the header of the gates.
-        known: what `discover` has read of that commit through a client of the same Hub.
+        known: what `discover` has read of that commit, used if it came from the same Hub.
     """
     evidence = Evidence(name.id)
     try:
@@ -188,14 +188,14 @@ def _gather(name: ModelRef, api: HfApi, gates: bool = False, known: Source | Non
         evidence.source = source = replace(known, api=api) if known and same_hub else resolve_repo(name, api)
         for file in ("config.json", "adapter_config.json"):
             source.json(file)
-        if not source.is_adapter or _brings_code(source):  # without files of code, an adapter's tokenizer runs none
+        if not source.is_adapter or _brings_code(source):  # an adapter without Python files has no code to run
             for file in MANIFESTS_OF.get(processor_class(source) or "", ()):
                 source.json(file)
         weights = pick_weights(source, allow_pickle=True)
         evidence.shapes = hub_shapes(source, [file for file in weights if file.endswith(".safetensors")])
         if gates and source.is_adapter and GATES_FILE in source.sizes:
             evidence.gates = hub_shapes(source, [GATES_FILE])
-    except Exception as error:  # one broken repo must not stop the others
+    except Exception as error:  # one broken repo must not affect the others
         refuse_missing(error, str(name))
         logger.debug("reading %s", name, exc_info=True)
         evidence.unreadable = _unreadable(error)
@@ -211,8 +211,8 @@ def _unreadable(error: Exception) -> Reason:
     return Reason(kind, message, hint)
 
 
-def _another_class(info: ExpertInfo, accepted: Sequence[ExpertInfo]) -> tuple[Reason, ...]:
-    """A full model has the class of those before it."""
+def _check_same_class(info: ExpertInfo, accepted: Sequence[ExpertInfo]) -> tuple[Reason, ...]:
+    """A full model must have the class of the full models before it."""
     first = next((other for other in accepted if not other.is_adapter), None)
     if info.is_adapter or first is None or info.architecture == first.architecture:
         return ()
@@ -220,18 +220,18 @@ def _another_class(info: ExpertInfo, accepted: Sequence[ExpertInfo]) -> tuple[Re
 
 
 def _base_of(evidence: Evidence, criteria: Criteria) -> ModelRef | None:
-    """``owner/base[@revision]`` that an adapter needs, if it names a repo; in merging, that of full models too."""
+    """The base that must be read for an expert: an adapter's, or in merging also a full model's; None otherwise."""
     if evidence.source is None or evidence.unreadable:
         return None
     recorded, wanted = _recorded(evidence.source), criteria.base_model
-    if recorded:  # another one than is wanted is not looked for
+    if recorded:  # a base other than the required one is not read
         return recorded if wanted in (None, recorded.id) else None
     is_needed = criteria.merging or evidence.source.is_adapter
     return ModelRef(wanted, criteria.base_revision) if wanted and is_needed else None
 
 
 def _recorded(source: Source) -> ModelRef | None:
-    """``owner/base[@revision]`` that an adapter records; None where it is a path, or nothing, and for full models."""
+    """The repo that an adapter records as its base; None for a path, no record, or a full model."""
     try:
         return recorded_base(source) if source.is_adapter else None
     except FusionError:
@@ -240,7 +240,7 @@ def _recorded(source: Source) -> ModelRef | None:
 
 @dataclass(frozen=True)
 class Case:
-    """One expert with everything the checks look at."""
+    """One expert with everything that the checks use."""
 
     info: ExpertInfo
     source: Source
@@ -248,11 +248,11 @@ class Case:
     gates: Shapes
     base: Evidence | None
     criteria: Criteria
-    accounts: LoadReportCache
+    reports: LoadReportCache
 
     @property
     def head(self) -> Head | None:
-        """The head it has: an adapter's as trained, else by architecture; for adapters the base's at last."""
+        """Its head: of an adapter as trained; else by architecture, at last by that of an adapter's base."""
         if self.info.is_adapter and (head := head_of_adapter(self.source.adapter)):
             return head
         base_config = self.base.source.config if self.base and self.base.source else {}
@@ -261,22 +261,22 @@ class Case:
 
     @property
     def needs_code(self) -> bool:
-        """Whether transformers alone cannot build it."""
+        """Whether it needs custom code."""
         return bool(model_code(self.source.config))
 
 
-def _judge(
-    info: ExpertInfo, evidence: Evidence, base: Evidence | None, criteria: Criteria, accounts: LoadReportCache
+def _find_reasons(
+    info: ExpertInfo, evidence: Evidence, base: Evidence | None, criteria: Criteria, reports: LoadReportCache
 ) -> tuple[Reason, ...]:
-    """All reasons against one expert."""
+    """All reasons against an expert."""
     if evidence.unreadable is not None or evidence.source is None:
         return (evidence.unreadable or Reason(ReasonKind.UNREADABLE, "its files could not be listed"),)
-    case = Case(info, evidence.source, evidence.shapes, evidence.gates, base, criteria, accounts)
+    case = Case(info, evidence.source, evidence.shapes, evidence.gates, base, criteria, reports)
     try:
         return tuple(reason for check in CHECKS for reason in check(case))
-    except Exception as error:  # a config no check foresaw
+    except Exception as error:  # an unforeseen config
         refuse_missing(error, info.id)
-        logger.debug("judging %s", info.id, exc_info=True)
+        logger.debug("checking %s", info.id, exc_info=True)
         return (Reason(ReasonKind.UNREADABLE, first_line(error)),)
 
 
@@ -305,11 +305,11 @@ def _check_gates(case: Case) -> Iterator[Reason]:
     if not case.criteria.need_gates:
         return
     if not case.info.is_adapter:
-        yield Reason(ReasonKind.GATES, "is a full model: only adapters have gates")
+        yield Reason(ReasonKind.GATES, "is a full model; only adapters have gates")
         return
     remedy = f"hf-fusion fit gates {case.info.id} --data … --push"
     lora, _ = adapter_shapes(case.shapes, case.info.id)
-    placed, saved, _ = _by_names_of_base(case, case.head)
+    placed, saved, _ = _rename_to_base(case, case.head)
     sizes = {path: d_in for path, (d_in, _) in placed.items()}
     if not case.info.has_gates:
         yield Reason(ReasonKind.GATES, f"has no {GATES_FILE}", remedy)
@@ -324,7 +324,7 @@ def _check_gates(case: Case) -> Iterator[Reason]:
 
 def _check_license(case: Case) -> Iterator[Reason]:
     if case.info.license and forbids_derivatives(case.info.license):
-        yield Reason(ReasonKind.LICENSE, f"{case.info.license} forbids sharing what is made from it")
+        yield Reason(ReasonKind.LICENSE, f"{case.info.license} forbids sharing derivatives")
 
 
 def _check_task(case: Case) -> Iterator[Reason]:
@@ -332,14 +332,14 @@ def _check_task(case: Case) -> Iterator[Reason]:
         yield Reason(ReasonKind.ARCHITECTURE, f"no model class for {case.info.architecture or 'it'} is known")
     elif case.criteria.task and case.head and case.head is not head_of_task(case.criteria.task):
         found = case.info.architecture or case.head.tasks[0]
-        yield Reason(ReasonKind.ARCHITECTURE, f"{found} does no {case.criteria.task}")
+        yield Reason(ReasonKind.ARCHITECTURE, f"{found} does not support {case.criteria.task}")
 
 
 def _check_base(case: Case) -> Iterator[Reason]:
     wanted, recorded = case.criteria.base_model, case.info.base_model
-    is_unknown = case.info.is_adapter and _recorded(case.source) is None  # then its shapes tell whether it fits
+    is_unknown = case.info.is_adapter and _recorded(case.source) is None  # then its shapes are checked
     if wanted and recorded != wanted and not is_unknown:
-        remedy = f"to put it on that one all the same: fuse with base={wanted}" if case.info.is_adapter else None
+        remedy = f"to use that base anyway: fuse with base={wanted}" if case.info.is_adapter else None
         yield Reason(ReasonKind.BASE, f"was made from {recorded or 'an unknown base'}, not {wanted}", remedy)
         return
     commit, found = case.criteria.base_revision, case.info.base_revision
@@ -375,7 +375,7 @@ def _check_labels(case: Case) -> Iterator[Reason]:
 def _check_tokenizer(case: Case) -> Iterator[Reason]:
     base = case.base.source if case.base else None
     if not has_processor(case.source.sizes) and not (base and has_processor(base.sizes)) and not case.info.base_model:
-        yield Reason(ReasonKind.TOKENIZER, "brings no tokenizer or image processor, and names no base that has one")
+        yield Reason(ReasonKind.TOKENIZER, "has no tokenizer or image processor, nor does its base")
 
 
 def _check_shapes(case: Case) -> Iterator[Reason]:
@@ -383,10 +383,10 @@ def _check_shapes(case: Case) -> Iterator[Reason]:
         return
     head, compare = case.head, _adapter_shapes if case.info.is_adapter else _full_shapes
     base = case.base.name if case.base else None
-    try:  # experts of one base mostly have the same shapes: those are compared once
+    try:  # most experts of one base have the same shapes: the result is cached
         config = {} if case.info.is_adapter else case.source.config
         trained = trained_class(case.source.adapter)
-        details = case.accounts.once((base, head.auto, trained), config, case.shapes, lambda: compare(case, head))
+        details = case.reports.get((base, head.auto, trained), config, case.shapes, lambda: compare(case, head))
     except FusionError as error:
         refuse_missing(error, case.info.id)
         yield Reason(ReasonKind.ARCHITECTURE, error.message, error.hint)
@@ -397,13 +397,13 @@ def _check_shapes(case: Case) -> Iterator[Reason]:
 
 
 def _full_shapes(case: Case, head: Head) -> list[str]:
-    """Every tensor must find its parameter, and every parameter its tensor; in merging, those of the base too."""
+    """Problems of a full model: missing, unexpected and mismatched tensors; in merging also against the base."""
     from hf_fusion.hub.mergeable import merge_problems  # torch
 
     config = native_config(case.source.config, case.info.id, len(case.shapes))
     result = check_load(config, head, case.shapes, case.info.id)
     unexpected = result.unexpected if head.auto != "AutoModel" else ()
-    base = _base_account(case) if case.criteria.merging else None
+    base = _base_report(case) if case.criteria.merging else None
     return [
         *(merge_problems(result.model, base.model) if base else ()),
         *result.mismatched,
@@ -412,14 +412,14 @@ def _full_shapes(case: Case, head: Head) -> list[str]:
     ]
 
 
-def _base_account(case: Case, head: Head | None = None) -> LoadReport | None:
-    """The base under a head, by default its own; None where its own reason says what is wrong."""
+def _base_report(case: Case, head: Head | None = None) -> LoadReport | None:
+    """The load report of the base with a head (default: the base's); None if it could not be read."""
     base = case.base
     if base is None or base.source is None or base.unreadable is not None:
         return None
     found = head or next(filter(None, map(head_of_architecture, architectures(base.source.config))), HEADS[-1])
     name, config, shapes = base.name, base.source.config, base.shapes
-    return case.accounts.once(
+    return case.reports.get(
         (name, found.auto),
         config,
         shapes,
@@ -427,10 +427,10 @@ def _base_account(case: Case, head: Head | None = None) -> LoadReport | None:
     )
 
 
-def _by_names_of_base(case: Case, head: Head | None) -> tuple[dict[str, tuple[int, int]], Shapes, LoadReport | None]:
-    """`adapter_shapes` by the names that the base has for them, and the base's account; as stored where it has none."""
+def _rename_to_base(case: Case, head: Head | None) -> tuple[dict[str, tuple[int, int]], Shapes, LoadReport | None]:
+    """`adapter_shapes` by the base's parameter names, and the base's load report; by stored names without a base."""
     lora, saved = adapter_shapes(case.shapes, case.info.id)
-    result = _base_account(case, head) if head else None
+    result = _base_report(case, head) if head else None
     if result is None:
         return lora, saved, None
     names = match_parameters(lora, saved, result.model, trained_class(case.source.adapter))
@@ -439,8 +439,8 @@ def _by_names_of_base(case: Case, head: Head | None) -> tuple[dict[str, tuple[in
 
 
 def _adapter_shapes(case: Case, head: Head) -> list[str]:
-    """Against the base's shapes; a head must come from the adapter or from the base."""
-    lora, saved, result = _by_names_of_base(case, head)
+    """Problems of an adapter against its base's shapes; the head must be in one of them."""
+    lora, saved, result = _rename_to_base(case, head)
     if result is None:
         return []
     unfilled = sorted(result.missing - set(saved))
@@ -451,7 +451,7 @@ def _adapter_shapes(case: Case, head: Head) -> list[str]:
     ]
 
 
-# The order in which reasons are listed.
+# reasons are listed in this order
 CHECKS: tuple[Callable[[Case], Iterator[Reason]], ...] = (
     _check_pickle,
     _check_code,

@@ -1,4 +1,4 @@
-"""Which experts the Hub holds: from tags, an author, a base model, a task, a collection or plain ids."""
+"""Finds experts on the Hub by tags, author, base model, task, collection or ids."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EXPERT_TAG = "hf-fusion-expert"
 
 @dataclass(frozen=True)
 class Experts(Sequence[ExpertInfo]):
-    """What `discover` found, in the Hub's order: a sequence that can be shown as a table."""
+    """The result of `discover`, in the Hub's order: a sequence that can be shown as a table."""
 
     infos: tuple[ExpertInfo, ...] = ()
 
@@ -45,12 +45,12 @@ class Experts(Sequence[ExpertInfo]):
         return len(self.infos)
 
     def table(self) -> list[dict[str, Any]]:
-        """One row per expert, for printing."""
+        """One row per expert."""
         return [info_row(info) for info in self.infos]
 
 
 def info_row(info: ExpertInfo) -> dict[str, Any]:
-    """An expert as a row of a table, `printable` whatever its files hold."""
+    """An expert as a table row of printable text."""
     row = {
         "id": info.id,
         "sha": info.sha[:7],
@@ -75,25 +75,25 @@ def discover(
     limit: int | None = None,
     api: HfApi | None = None,
 ) -> Experts:
-    """Find experts and pin each to its present commit. Reads configs only, no weights.
+    """Finds experts and pins each to its current commit. Reads configs, but no weights.
 
     Args:
-        tags: only repos with all of these tags. Repos named by ``ids`` or ``collection`` need none, nor do
-            adapters of ``base_model``: they are found by their ``adapter_config.json``.
-        author: only this user's or organisation's repos.
-        base_model: only experts of this base. Adapters that carry no tags are then looked for among the
-            repos that the Hub links to the base, and among all of ``author``'s.
-        task: only this pipeline tag, for example "text-classification".
-        collection: the models of this collection, by its slug ``owner/title-id``.
+        tags: only repos with all of these tags. They are not required of repos in ``ids`` or ``collection``, nor of
+            adapters of ``base_model``, which are found by their ``adapter_config.json``.
+        author: only repos of this user or organisation.
+        base_model: only experts of this base. Untagged adapters are then searched for among the repos that the Hub
+            links to the base, and among all repos of ``author``.
+        task: only experts with this pipeline tag, such as "text-classification".
+        collection: the models of a collection, by its slug ``owner/title-id``.
         ids: these repos, each ``owner/name`` or ``owner/name@revision``.
-        limit: at most so many.
+        limit: maximum number of experts.
         api: the Hub's client; default honours ``HF_ENDPOINT`` and the stored token.
 
     Returns:
-        The experts found. Whether they fit together, `check_compatibility` tells.
+        The experts, which `check_compatibility` can check.
 
     Raises:
-        FusionError: if nothing narrows the search, or an id or collection does not exist.
+        FusionError: no argument narrows the search, or an id or collection does not exist.
     """
     api = hub_api(api)
     if not (tags or author or base_model or collection or ids):
@@ -111,37 +111,37 @@ def discover(
             return read_info(candidate)
         if ids and candidate in ids:
             return read_info(resolve_repo(candidate, api))
-        source = _described(candidate, api)  # gone or closed since it was collected
+        source = _read_repo(candidate, api)  # None if it no longer exists or is not accessible
         return read_info(source) if source else None
 
-    named = [*(ids or ()), *(_collected(collection, api) if collection else ())]
-    candidates: Iterator[str | Source] = iter(named) if named or collection else _listed(tags, author, base_model, api)
+    named = [*(ids or ()), *(_list_collection(collection, api) if collection else ())]
+    candidates: Iterator[str | Source] = (
+        iter(named) if named or collection else _list_repos(tags, author, base_model, api)
+    )
     found: list[ExpertInfo] = []
-    while batch := list(islice(candidates, None if limit is None else READERS)):  # a limit need not read everything
-        found += [
-            info for info in in_parallel(read, batch, name="Looking at repos") if info is not None and wanted(info)
-        ]
+    while batch := list(islice(candidates, None if limit is None else READERS)):  # with a limit, stops early
+        found += [info for info in in_parallel(read, batch, name="Reading repos") if info is not None and wanted(info)]
         if limit is not None and len(found) >= limit:
             break
     return Experts(tuple(found[:limit]))
 
 
-def _collected(slug: str, api: HfApi) -> list[str]:
+def _list_collection(slug: str, api: HfApi) -> list[str]:
     """Ids of the models in a collection."""
     with explain_hub_errors(f"Collection {slug}"):
         return [item.item_id for item in api.get_collection(slug).items if item.item_type == "model"]
 
 
-def _listed(
+def _list_repos(
     tags: str | Sequence[str] | None, author: str | None, base_model: str | None, api: HfApi
 ) -> Iterator[Source]:
-    """Repos to look at, each once, the most downloaded first within each way of finding them."""
+    """Candidate repos without duplicates, the most downloaded first within each search."""
     tags = [tags] if isinstance(tags, str) else list(tags or ())
     searches: list[Iterable[Source]] = []
     if tags or not base_model:
         searches.append(_search(api, filter=tags, author=author))
     if base_model:
-        # What the Hub derived from a card, then adapters pushed without a card.
+        # repos whose card names the base, then adapters without a card
         searches.append(_search(api, filter=[f"base_model:{base_model}"], author=author))
         if author:
             searches.append(_search(api, author=author, holding=ADAPTER_CONFIG))
@@ -154,7 +154,7 @@ def _listed(
 
 
 def _search(api: HfApi, holding: str | None = None, **filters: Any) -> Iterator[Source]:
-    """`list_models`, only of repos that hold a file where one is named: a thousand repos with one request."""
+    """`list_models`, filtered by a file if one is given: a thousand repos per request."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     filters["sort"] = "downloads"
@@ -165,9 +165,9 @@ def _search(api: HfApi, holding: str | None = None, **filters: Any) -> Iterator[
                     yield source_of(info, api)
         except (HfHubHTTPError, HFValidationError):
             raise
-        except CARD_ERRORS:  # at the card of one of them, which would hide all that come after
+        except CARD_ERRORS:  # an invalid card of one repo, which would hide all later ones
             for info in api.list_models(expand=list(DESCRIBED), **filters):
-                if _holds(info, holding) and (source := _described(ModelRef(info.id, info.sha), api)):
+                if _holds(info, holding) and (source := _read_repo(ModelRef(info.id, info.sha), api)):
                     yield source
 
 
@@ -175,8 +175,8 @@ def _holds(info: ModelInfo, file: str | None) -> bool:
     return file is None or any(sibling.rfilename == file for sibling in info.siblings or ())
 
 
-def _described(name: ModelRef | str, api: HfApi) -> Source | None:
-    """One repo by itself; None where it is gone or closed."""
+def _read_repo(name: ModelRef | str, api: HfApi) -> Source | None:
+    """One repo; None, with a warning, if it does not exist or is not accessible."""
     try:
         return resolve_repo(name, api)
     except FusionError as error:
@@ -185,10 +185,10 @@ def _described(name: ModelRef | str, api: HfApi) -> Source | None:
 
 
 def read_info(source: Source) -> ExpertInfo:
-    """What the Hub tells about one repo. Files that cannot be read leave their fields empty: it never raises.
+    """The Hub's information about a repo. Fields from files that cannot be read are empty; it never raises.
 
-    Where the Hub listed the repo without the sizes of its files, the first bytes of the weights are read, which also
-    hold the shapes that `check_compatibility` will ask for.
+    If the Hub listed the repo without file sizes, the headers of the weights are read, whose shapes
+    `check_compatibility` needs as well.
     """
     info = source.info
     assert info is not None, "folders have no ExpertInfo"
@@ -215,7 +215,7 @@ def read_info(source: Source) -> ExpertInfo:
 
 
 def _readable(source: Source, file: str) -> dict[str, Any]:
-    """A JSON file's content, empty where it is missing, gated or broken (`check_compatibility` says which)."""
+    """A JSON file's content, empty if it is missing, gated or broken (`check_compatibility` reports which)."""
     try:
         return source.json(file)
     except FusionError:
@@ -223,13 +223,13 @@ def _readable(source: Source, file: str) -> dict[str, Any]:
 
 
 def _base_of(source: Source, adapter: dict[str, Any]) -> str | None:
-    """The base as the adapter's config, else the card names it."""
+    """The base named in the adapter's config, else in the card."""
     named = adapter.get("base_model_name_or_path") or source.card.get("base_model")
     return _text(named[0] if isinstance(named, list) and named else named)
 
 
 def _weight_bytes(source: Source) -> int:
-    """Bytes of the weight files; 0 where they cannot be read."""
+    """Bytes of the weight files; 0 if unknown."""
     pickled = "adapter_model" if source.is_adapter else "pytorch_model"
     files = safe_files(source) or weight_files(source.sizes, pickled, "bin")
     if known := sum(source.sizes[file] for file in files):
@@ -239,12 +239,12 @@ def _weight_bytes(source: Source) -> int:
             total = (source.json(files[0]).get("metadata") or {}).get("total_size")
             return total if isinstance(total, int) else 0
         return sum(source.size(file) for file in files)
-    except (FusionError, AttributeError):  # `check_compatibility` says what is wrong
+    except (FusionError, AttributeError):  # reported by `check_compatibility`
         return 0
 
 
 def _license(value: object) -> str | None:
-    """A card's licence; None for several, which say nothing definite."""
+    """A card's licence; None for several."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     text = _text(value)

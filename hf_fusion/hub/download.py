@@ -1,4 +1,4 @@
-"""Downloads of the files of many models: parallel, resumable, with one progress bar."""
+"""Downloads files of several models in parallel, resumably, with one progress bar."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from hf_fusion.progress import is_reported, phase
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-WORKERS = 8  # downloads of weights at a time
+WORKERS = 8  # parallel downloads
 
 
 def download(wanted: Sequence[tuple[Source, list[str]]], api: HfApi | None = None) -> None:
-    """Fetch all files of all sources at once and set each ``source.folder``.
+    """Downloads files of all sources and sets each ``source.folder``.
 
-    Run again after an interruption, it fetches what is not in the cache in full. A phase over all bytes; where nobody
-    is told of phases, a bar on a terminal's stderr.
+    After an interruption it only downloads files that are not complete in the cache. Reports a phase over all bytes;
+    without a reporter, shows a bar on a terminal's stderr.
+
+    Args:
+        wanted: sources, each with paths of files.
+        api: the Hub's client.
     """
     jobs = [
         (source, file)
@@ -38,13 +42,13 @@ def download(wanted: Sequence[tuple[Source, list[str]]], api: HfApi | None = Non
     total = sum(source.sizes[file] for source, file in jobs)
     quiet = True if is_reported() else None
     with (
-        phase("Downloading", total, "B") as told,
+        phase("Downloading", total, "B") as progress,
         tqdm(total=total, unit="B", unit_scale=True, desc="Downloading experts", disable=quiet) as bar,
     ):
 
         def more(size: float) -> None:
             bar.update(size)
-            told.advance(size)
+            progress.advance(size)
 
         def fetch(job: tuple[Source, str]) -> None:
             source, file = job
@@ -56,4 +60,4 @@ def download(wanted: Sequence[tuple[Source, list[str]]], api: HfApi | None = Non
         for source in {id(source): source for source, _ in jobs}.values():
             assert source.folder is not None
             check_snapshot(source.folder, source.name)
-        more(max(0, total - told.done))  # files that were in the cache
+        more(max(0, total - progress.done))  # files that were in the cache

@@ -1,4 +1,4 @@
-"""Names of the files that models, adapters and their processors consist of."""
+"""File names of models, adapters and their processors."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""PHATGOOSE's gates beside an adapter: the file ``phatgoose_gates.safetensors``, written and read with care.
+"""Reads and writes ``phatgoose_gates.safetensors``, the PHATGOOSE gates beside an adapter.
 
-One tensor (d_in,) per linear that the adapter updates or saves whole, keyed by the linear's path in the base. The
-metadata says where the gates come from; a file without any counts as trained.
+One tensor (d_in,) per linear layer that the adapter updates or saves in full, keyed by the layer's path in the base.
+The metadata records the kind of the gates; without metadata they count as trained.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 GATES_FILE, GATES_TAG = "phatgoose_gates.safetensors", "phatgoose-gates"
 KINDS = ("trained", "average", "arrow")
 FACTS = ("steps", "examples", "loss_before", "loss_after")
-HALF_ERROR = 1e-3  # relative; the most that half precision may cost a gate
+HALF_ERROR = 1e-3  # maximum relative error of a gate in half precision
 
 
 def gate_sizes(adapter: Adapter, base: torch.nn.Module) -> dict[str, int]:
-    """Module path → length of its gate (d_in), for each linear that an adapter updates or saves whole, sorted."""
+    """Module path → size of its gate (d_in), for each linear layer that an adapter updates or saves in full, sorted."""
     modules = dict(base.named_modules())
     saved = {name.removesuffix(".weight") for name in adapter.saved if name.endswith(".weight")}
     sizes = {path: linear_sizes(modules.get(path)) for path in {*adapter.lora, *saved}}
@@ -36,10 +36,10 @@ def gate_sizes(adapter: Adapter, base: torch.nn.Module) -> dict[str, int]:
 
 
 def refuse_gates(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds gates, unless they may be replaced.
+    """Raises if a folder contains gates that may not be replaced.
 
     Raises:
-        FusionError: naming it.
+        FusionError: naming the folder.
     """
     if not overwrite and (folder / GATES_FILE).exists():
         raise FusionError(
@@ -49,21 +49,21 @@ def refuse_gates(folder: Path, overwrite: bool) -> None:
 
 
 def save_gates(gates: Gates, folder: str | Path, *, overwrite: bool = False) -> Path:
-    """Write gates into an adapter's folder, all of the file or nothing.
+    """Writes gates into an adapter's folder, atomically.
 
-    They are kept in half precision where that changes no gate by more than a thousandth of its length (the router
-    reads their direction only), else in single.
+    They are stored as fp16 if that changes no gate by more than a thousandth of its norm (the router uses only their
+    directions), else as fp32.
 
     Args:
-        gates: vectors of (d_in,), by module path.
+        gates: vectors (d_in,) by module path.
         folder: created if missing.
-        overwrite: whether gates that the folder holds may be replaced.
+        overwrite: whether to replace gates in the folder.
 
     Returns:
-        The file's path.
+        The path of the file.
 
     Raises:
-        FusionError: for gates with NaN or Inf, or none at all; or the folder holds gates.
+        FusionError: there are no gates, a gate has NaN or Inf, or the folder contains gates already.
     """
     from safetensors.torch import save_file
 
@@ -71,7 +71,7 @@ def save_gates(gates: Gates, folder: str | Path, *, overwrite: bool = False) -> 
         raise FusionError("There are no gates to save.")
     for path, vector in gates.vectors.items():
         if vector.dim() != 1 or not vector.isfinite().all():
-            raise FusionError(f"The gate of {path} is no vector of finite numbers.", hint="train the gates again")
+            raise FusionError(f"The gate of {path} is not a vector of finite numbers.", hint="train the gates again")
     folder = Path(folder)
     refuse_gates(folder, overwrite)
     target = folder / GATES_FILE
@@ -84,7 +84,7 @@ def save_gates(gates: Gates, folder: str | Path, *, overwrite: bool = False) -> 
 
 
 def stored(gates: Gates) -> dict[str, torch.Tensor]:
-    """The gates as their file holds them: all in half precision, or all in single."""
+    """The gates as stored in their file: all fp16, or all fp32."""
     single = {path: vector.detach().float().cpu().contiguous() for path, vector in gates.vectors.items()}
     half = {path: vector.half() for path, vector in single.items()}
     lossless = all(
@@ -94,19 +94,19 @@ def stored(gates: Gates) -> dict[str, torch.Tensor]:
 
 
 def read_gates(folder: str | Path, name: str, adapter: Adapter, base: torch.nn.Module) -> Gates | None:
-    """Read the gates in an adapter's folder; shapes are checked before any tensor is read.
+    """Reads the gates in an adapter's folder; shapes are checked before any tensor is read.
 
     Args:
         folder: the adapter's.
-        name: what errors call the adapter.
-        adapter: whose gates they must be.
-        base: its base model, which tells linears from other modules.
+        name: of the adapter, for errors.
+        adapter: the gates must match its modules.
+        base: its base model.
 
     Returns:
-        The gates, fp32; None where the folder has no such file.
+        The gates, fp32; None if the folder has no gates.
 
     Raises:
-        FusionError: naming the adapter and the module whose gate is missing, unknown, misshapen or not finite.
+        FusionError: a gate is missing, unknown, of the wrong shape or not finite; names the adapter and the module.
     """
     file = Path(folder) / GATES_FILE
     return parse_gates(file, name, gate_sizes(adapter, base)) if own_file(file) else None
@@ -133,12 +133,12 @@ def parse_gates(file: Path, name: str, sizes: Mapping[str, int]) -> Gates:
 
 
 def gate_problem(shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int], also: Collection[str] = ()) -> str:
-    """What is wrong with gates of these shapes for modules of these sizes, as the rest of a sentence; "" if nothing.
+    """What is wrong with gates of these shapes, as the end of a sentence; "" if nothing is.
 
     Args:
         shapes: module path → shape of its gate.
-        sizes: module path → d_in, one for each gate there must be.
-        also: modules that may have a gate.
+        sizes: module path → d_in of the required gates.
+        also: modules whose gates are optional.
     """
     if missing := sorted(sizes.keys() - shapes.keys()):
         return f"lacks a gate for {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
@@ -151,7 +151,7 @@ def gate_problem(shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]
 
 
 def _offsets(metadata: Mapping[str, str], name: str, sizes: Mapping[str, int]) -> dict[str, float]:
-    """The offsets of whitened gates: one for each gate, or none at all."""
+    """The offsets of whitened gates: one per gate, or none."""
     if "offsets" not in metadata:
         return {}
     try:
@@ -164,7 +164,7 @@ def _offsets(metadata: Mapping[str, str], name: str, sizes: Mapping[str, int]) -
 
 
 def _facts(metadata: Mapping[str, str]) -> dict[str, float]:
-    """The facts in a file's metadata; what is no number is left out."""
+    """The numeric facts in a file's metadata."""
     facts = {}
     for name in FACTS:
         try:

@@ -1,7 +1,7 @@
-"""Do a checkpoint's tensors fill the model its config promises? Answered from headers alone, without any weights.
+"""Checks from safetensors headers whether a checkpoint loads into the model of its config, without reading weights.
 
-The tensors' names and shapes are given to transformers' own loader as tensors on the meta device, so every
-renaming it does (old layouts, prefixes, tied weights) counts as it would when loading.
+The names and shapes are passed to transformers' loader as tensors on the meta device, so that its renamings (old
+layouts, prefixes, tied weights) apply as in loading.
 """
 
 from __future__ import annotations
@@ -34,32 +34,32 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Shapes = dict[str, tuple[int, ...]]
 
-# What configs have built by number, each a module or more: a promise of many takes memory before any weight is read.
-# Other keys look alike and build nothing (max_window_layers, num_kv_shared_layers, num_beams), or are widths of
-# tensors, which are compared with the checkpoint's (n_positions, n_words).
+# Keys that are numbers of modules: large values take memory before any weight is read. Similar keys build nothing
+# (max_window_layers, num_kv_shared_layers, num_beams), or are sizes of tensors, which are compared with the
+# checkpoint's (n_positions, n_words).
 _LAYERS = re.compile(
     r"n_layers?|depths?|layers|[lrx]_layers|block_sizes|num_blocks"
     r"|(\w+_)?num_(hidden_|encoder_|decoder_)?layers|(\w+_)?(en|de)coder_layers"
 )
 _PARTS = re.compile(r"(\w+_)?(num|n)_(\w+_)?(experts|groups|heads|labels)")
-_FEW_LAYERS = 500  # built in seconds, whatever a checkpoint holds: layers may share tensors (ALBERT)
+_FEW_LAYERS = 500  # always allowed, since layers may share tensors (ALBERT); built in seconds
 _MOST_PARTS = 100_000  # no real model has more classes, heads or experts
-_MOST = 1 << 24  # nor a larger size, vocabulary or context; a list of so many entries takes about 500 MB
-_UNBOUNDED = re.compile(r"(\w+_)?(theta|seed|ids?)")  # numbers that nothing is built by
-_MOST_BUFFERS = 200_000_000  # bytes of tables that no tensor fills, in a model whose files are smaller
-# what of a configuration says nothing about shapes
+_MOST = 1 << 24  # nor a larger size, vocabulary or context; a list of that length takes about 500 MB
+_UNBOUNDED = re.compile(r"(\w+_)?(theta|seed|ids?)")  # numbers that do not affect sizes
+_MOST_BUFFERS = 200_000_000  # bytes of computed tables, unless the checkpoint is larger
+# keys of a configuration that do not affect shapes
 _NAMES = ("_name_or_path", "transformers_version", "id2label", "label2id")
 
 
 @dataclass(frozen=True)
 class KeyReport:
-    """What became of a checkpoint's tensors.
+    """How a checkpoint's tensors match the model's parameters.
 
     Attributes:
-        missing: parameters that no tensor fills.
+        missing: parameters without a tensor.
         unexpected: tensors that the model does not use.
         mismatched: one line per parameter whose tensor has another shape.
-        sizes: of those parameters, by name: the tensor's shape, and the one that was promised.
+        sizes: name of such a parameter -> (shape of the tensor, shape in the model).
     """
 
     missing: frozenset[str]
@@ -70,33 +70,33 @@ class KeyReport:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadReport(KeyReport):
-    """The same, with the model.
+    """A `KeyReport` with the model.
 
     Attributes:
-        model: the promised model on the meta device.
+        model: on the meta device.
     """
 
     model: PreTrainedModel
 
 
 class LoadReportCache:
-    """What was found out about checkpoints during one call, each kind of checkpoint once.
+    """Caches results for checkpoints with the same configuration and shapes, within one call.
 
-    A thousand adapters of one base need one account of that base, and a thousand fine-tunes with the same configuration
-    and the same shapes one between them. Failures are not kept: they name their expert.
+    A thousand adapters of one base need one load report of that base, and a thousand fine-tunes with the same
+    configuration and shapes share one. Errors are not cached, since they name their expert.
     """
 
     def __init__(self) -> None:
         self._found: dict[Hashable, Any] = {}
 
-    def once(self, what: Hashable, config: Mapping[str, Any], shapes: Shapes, find: Callable[[], T]) -> T:
-        """What `find` gives, from the first call with the same arguments.
+    def get(self, what: Hashable, config: Mapping[str, Any], shapes: Shapes, find: Callable[[], T]) -> T:
+        """The result of ``find()``, cached by the other arguments.
 
         Args:
-            what: what is found, beside the configuration and the shapes.
-            config: content of ``config.json``; names of classes and of the checkpoint do not count.
+            what: further key of the cache.
+            config: content of ``config.json``; label names and the checkpoint's name are not part of the key.
             shapes: tensor name -> shape.
-            find: finds it.
+            find: computes the result.
         """
         labels = config.get("id2label")
         classes = len(labels) if isinstance(labels, dict) else None
@@ -109,7 +109,7 @@ class LoadReportCache:
 
 
 def local_shapes(folder: Path, files: Iterable[str]) -> Shapes:
-    """Tensor name → shape of safetensors files in a folder, which must be the folder's own."""
+    """Tensor name → shape of safetensors files in a folder; links out of the folder are refused."""
     from safetensors import safe_open
 
     shapes: Shapes = {}
@@ -123,7 +123,7 @@ def local_shapes(folder: Path, files: Iterable[str]) -> Shapes:
 
 
 def hub_shapes(source: Source, files: Iterable[str]) -> Shapes:
-    """Tensor name → shape of a repo's safetensors files, by reading their first bytes; L-LoRA's under PEFT's names."""
+    """Tensor name → shape of a repo's safetensors files, from their headers; an L-LoRA's by PEFT's names."""
     shapes: Shapes = {}
     for header in in_parallel(source.header, files):
         shapes |= header.shapes
@@ -131,15 +131,15 @@ def hub_shapes(source: Source, files: Iterable[str]) -> Shapes:
 
 
 def native_config(config: Mapping[str, Any], name: str, tensors: int) -> PreTrainedConfig:
-    """The config object of a model that transformers knows, after a look at its numbers.
+    """The config object of a model class of transformers, with its numbers checked.
 
     Args:
         config: content of ``config.json``.
-        name: what errors call the expert.
-        tensors: how many tensors the checkpoint holds; a deep model cannot have more layers.
+        name: of the expert, for errors.
+        tensors: number of tensors in the checkpoint; a deep model cannot have more layers.
 
     Raises:
-        FusionError: for an unknown, quantized or absurdly large model, and for one that names kernels of another repo.
+        FusionError: the model is unknown, quantized or implausibly large, or uses kernels of another repo.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -149,20 +149,20 @@ def native_config(config: Mapping[str, Any], name: str, tensors: int) -> PreTrai
     if config.get("quantization_config"):
         raise FusionError(f"{name}: its weights are quantized.", hint="use the unquantized checkpoint")
     known = checked_config(config, name, tensors)
-    assert known is not None  # of a model that transformers knows
+    assert known is not None  # the model type was checked above
     return known
 
 
 def checked_config(config: Mapping[str, Any], name: str, tensors: int = _MOST_PARTS) -> PreTrainedConfig | None:
-    """The config object, built within bounds; None of a model that transformers does not know.
+    """The config object, built within limits; None for a model type that transformers does not know.
 
     Args:
-        config: content of ``config.json``, as tokenizers read it too.
-        name: what errors call the model.
-        tensors: how many tensors the checkpoint holds, if that is known.
+        config: content of ``config.json``, which tokenizers read as well.
+        name: of the model, for errors.
+        tensors: number of tensors in the checkpoint, if known.
 
     Raises:
-        FusionError: it is not valid, asks for code of others, or promises what no model has.
+        FusionError: it is not valid, selects kernels of another repo, or has implausible numbers.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -174,22 +174,22 @@ def checked_config(config: Mapping[str, Any], name: str, tensors: int = _MOST_PA
     except KeyError:
         config_class = None
     known = {*signature(config_class).parameters, *config_class.attribute_map} if config_class else set()
-    for top, own in config.items():
-        for key, value in _numbers(top, own):
+    for top, content in config.items():
+        for key, value in _numbers(top, content):
             if abs(value) > _most(key, tensors, is_known=top in known):
-                told = f"{key}={shown(value)}, the weights are {tensors} tensors"
-                raise FusionError(f"{name}: config.json promises {told}.")
+                reason = f"{key}={shown(value)}, the weights are {tensors} tensors"
+                raise FusionError(f"{name}: config.json promises {reason}.")
     if config_class is None:
         return None
     try:
         return build_within_limits(lambda: config_class.from_dict(without_code(dict(config))))
-    except Exception as error:  # a stranger's config may fail in any way
+    except Exception as error:  # an untrusted config may fail in any way
         refuse_missing(error, name)
         raise FusionError(f"{name}: config.json is not valid ({first_line(error)}).") from error
 
 
 def _numbers(key: str, value: object) -> Iterator[tuple[str, int]]:
-    """The whole numbers in a value of a config: those of nested configs by their own keys, of lists each."""
+    """The integers in a value of a config with their keys, including those of nested configs and lists."""
     if isinstance(value, Mapping):
         for inner, own in value.items():
             yield from _numbers(str(inner), own)
@@ -201,7 +201,7 @@ def _numbers(key: str, value: object) -> Iterator[tuple[str, int]]:
 
 
 def _most(key: str, tensors: int, *, is_known: bool) -> float:
-    """The largest number that a config may have under a key, which its class may know or not."""
+    """The largest plausible number for a key; unlimited for keys that the config class does not know."""
     if _LAYERS.fullmatch(key):
         return max(min(tensors, _MOST_PARTS), _FEW_LAYERS)
     if _PARTS.fullmatch(key):
@@ -210,10 +210,10 @@ def _most(key: str, tensors: int, *, is_known: bool) -> float:
 
 
 def build_on_meta(build: Callable[[], T]) -> T:
-    """What `build` makes on the meta device, within bounds.
+    """Returns ``build()``, called on the meta device and within limits.
 
     Raises:
-        TooMuchError: it takes more time or memory than any model does.
+        TooMuchError: it takes more time or memory than any real model.
     """
     import torch
 
@@ -226,10 +226,10 @@ def build_on_meta(build: Callable[[], T]) -> T:
 
 
 def check_load(config: PreTrainedConfig, head: Head, shapes: Shapes, name: str) -> LoadReport:
-    """Load tensors of these names and shapes into the model of a config, without their values.
+    """Checks how tensors of these names and shapes load into the model of a config with a head.
 
     Raises:
-        FusionError: naming the expert, if no such model can be built.
+        FusionError: no such model can be built; names the expert.
     """
     try:
         return check_load_as(*_class_of(config, head), shapes)
@@ -239,10 +239,10 @@ def check_load(config: PreTrainedConfig, head: Head, shapes: Shapes, name: str) 
 
 
 def _class_of(config: PreTrainedConfig, head: Head) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-    """The class that a head's Auto class builds, and the config that it takes: the whole, or that of its texts.
+    """The class that a head's Auto class builds, and its config: the whole config, or that of the text model.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such class.
     """
     from transformers.models.auto.auto_factory import _get_model_class
 
@@ -255,10 +255,10 @@ def _class_of(config: PreTrainedConfig, head: Head) -> tuple[type[PreTrainedMode
 
 
 def check_load_as(model_class: type[PreTrainedModel], config: PreTrainedConfig, shapes: Shapes) -> LoadReport:
-    """Load tensors of these names and shapes into a model of a class, without their values.
+    """Checks how tensors of these names and shapes load into a model of a class.
 
     Raises:
-        TooMuchError: it takes more time or memory than any model does.
+        TooMuchError: it takes more time or memory than any real model.
     """
     import torch
 
@@ -285,14 +285,14 @@ def check_load_as(model_class: type[PreTrainedModel], config: PreTrainedConfig, 
 
 
 def _refuse_buffers(model: PreTrainedModel, found: int) -> None:
-    """Raises for tables that loading computes, such as masks, where they are larger than all that is stored."""
+    """Raises if non-persistent buffers, such as masks, are larger than the checkpoint."""
     taken = sum(buffer.numel() * buffer.element_size() for _, buffer in model.named_non_persistent_buffers())
     if taken > max(_MOST_BUFFERS, found):
         raise TooMuchError(f"tables of {taken / 1e6:,.0f} MB beside {found:,} stored numbers")
 
 
 def _weightless(model_class: type[PreTrainedModel]) -> Any:
-    """The class, but what no tensor fills stays on the meta device, where it takes no memory and no time."""
+    """The class, with parameters without a tensor left on the meta device instead of initialised."""
 
     def skip(*_: object, **__: object) -> None:
         pass

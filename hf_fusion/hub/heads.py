@@ -1,4 +1,4 @@
-"""Which head a checkpoint has: one table of architectures, tasks, PEFT task types and Auto classes."""
+"""The heads of models: a table of architectures, tasks, PEFT task types and Auto classes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Head:
-    """One kind of head.
+    """A type of head.
 
     Attributes:
-        auto: name of the Auto class that builds it.
-        tasks: pipeline tags of such models, the usual one first.
-        suffixes: endings of the architecture names that have it.
-        peft: PEFT's ``task_type`` for it, None where PEFT has no word.
+        auto: name of its Auto class.
+        tasks: pipeline tags, the most common one first.
+        suffixes: of the names of architectures with this head.
+        peft: PEFT's ``task_type``, or None.
     """
 
     auto: str
@@ -30,7 +30,7 @@ class Head:
 
     @property
     def has_labels(self) -> bool:
-        """Whether its outputs are classes with names."""
+        """Whether its outputs are named classes."""
         return self.auto.endswith(("Classification", "Segmentation"))
 
     def auto_class(self) -> Any:
@@ -40,7 +40,7 @@ class Head:
         return getattr(transformers, self.auto)
 
 
-# Looked up from the top: "Model" last, since "LMHeadModel" ends with it too.
+# in order of lookup: "Model" last, since "LMHeadModel" ends with it
 HEADS = (
     Head(
         "AutoModelForSequenceClassification",
@@ -69,10 +69,10 @@ TASKS = tuple(task for head in HEADS for task in head.tasks)
 
 
 def head_of_task(task: str) -> Head:
-    """The head of a pipeline tag.
+    """The head for a pipeline tag.
 
     Raises:
-        FusionError: for a task that no expert can be loaded for.
+        FusionError: the task is not supported.
     """
     for head in HEADS:
         if task in head.tasks:
@@ -81,18 +81,18 @@ def head_of_task(task: str) -> Head:
 
 
 def head_of_architecture(architecture: str | None) -> Head | None:
-    """The head of a class name such as ``BertForSequenceClassification``; None where it has none we know."""
+    """The head of a class name such as ``BertForSequenceClassification``; None if it is unknown."""
     return next((head for head in HEADS if (architecture or "").endswith(head.suffixes)), None)
 
 
 def architectures(config: dict[str, Any]) -> list[str]:
-    """The class names in a ``config.json``; empty where there are none."""
+    """The class names in a ``config.json``; may be empty."""
     named = config.get("architectures")
     return [str(name) for name in named] if isinstance(named, list) else []
 
 
 def auto_class_of(config: dict[str, Any]) -> str:
-    """Name of the most particular Auto class that loads a model: from ``auto_map``, else from its architecture."""
+    """Name of the most specific Auto class for a model: from ``auto_map``, else from its architecture."""
     heads: list[str] = [name for name in config.get("auto_map") or () if name not in ("AutoConfig", "AutoModel")]
     known = [name for name in heads if any(head.auto == name for head in HEADS)]
     if known:
@@ -102,7 +102,7 @@ def auto_class_of(config: dict[str, Any]) -> str:
 
 
 def head_of_adapter(config: dict[str, Any]) -> Head | None:
-    """The head an ``adapter_config.json`` was trained for, from ``task_type`` or ``auto_mapping``."""
+    """The head that an adapter was trained with, from ``task_type`` or ``auto_mapping`` of its config."""
     task_type = config.get("task_type")
     named = next((head for head in HEADS if task_type and head.peft == task_type), None)
     mapping = config.get("auto_mapping") or {}
@@ -110,7 +110,7 @@ def head_of_adapter(config: dict[str, Any]) -> Head | None:
 
 
 def model_class_of(name: str | None) -> type[PreTrainedModel] | None:
-    """The model class of that name in transformers; None for other names, as of Auto classes."""
+    """The model class of that name in transformers; None for other names, including Auto classes."""
     import transformers
 
     found = getattr(transformers, name, None) if name else None
@@ -118,13 +118,13 @@ def model_class_of(name: str | None) -> type[PreTrainedModel] | None:
 
 
 def default_task(architecture: str | None) -> str | None:
-    """The usual pipeline tag of an architecture, or None."""
+    """The most common pipeline tag of an architecture, or None."""
     head = head_of_architecture(architecture)
     return head.tasks[0] if head else None
 
 
 def label_names(config: dict[str, Any]) -> tuple[str, ...]:
-    """Class names of a ``config.json`` by index; empty where it names none, or only ``LABEL_0``, …"""
+    """Class names in a ``config.json`` by index; empty if there are none, or only ``LABEL_0``, …"""
     id2label = config.get("id2label")
     if not isinstance(id2label, dict):
         return ()
@@ -136,5 +136,5 @@ def label_names(config: dict[str, Any]) -> tuple[str, ...]:
 
 
 def normalise_label(label: str) -> str:
-    """The form in which label names are compared: case, blanks, dashes and underscores do not count."""
+    """Normalises a label name for comparison: lower case, with spaces and dashes as underscores."""
     return re.sub(r"[\s_\-]+", "_", label.strip().lower())

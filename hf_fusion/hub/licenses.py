@@ -1,7 +1,6 @@
-"""The licence of a model made from others: the strictest of theirs, where one of them can hold the rest.
+"""The licence of a fused model: the strictest of its experts' licences, if it is compatible with the others.
 
-A rule of thumb from the licences' own texts, not legal advice; what the table does not know has to be decided by a
-person and given by hand.
+A rule of thumb from the licence texts, not legal advice; for licences outside of the table, the user has to decide.
 """
 
 from __future__ import annotations
@@ -10,21 +9,21 @@ from collections.abc import Mapping
 
 from hf_fusion.errors import FusionError
 
-# Each may be redistributed under the terms of any that stands to its right.
+# works under each may be redistributed under the terms of any later one
 _FREE = (
     *("cc0-1.0", "unlicense", "wtfpl", "pddl", "0bsd", "zlib", "isc", "mit", "bsd", "bsd-2-clause", "bsd-3-clause"),
     *("cc-by-3.0", "cc-by-4.0", "apache-2.0"),
 )
-# Model licences with terms of their own: free parts may come in, other terms may not.
+# model licences with specific terms: compatible with free licences only
 _OWN_TERMS = (
     *("openrail", "openrail++", "creativeml-openrail-m", "bigscience-openrail-m", "bigcode-openrail-m", "gemma"),
     *("llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4"),
 )
 _NO_DERIVATIVES = ("cc-by-nd-3.0", "cc-by-nd-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0")
 
-# licence -> the licences whose works it can hold
+# licence -> the licences of works that it can include
 _HOLDS: dict[str, frozenset[str]] = {
-    **{name: frozenset(_FREE[:place]) for place, name in enumerate(_FREE)},
+    **{name: frozenset(_FREE[:index]) for index, name in enumerate(_FREE)},
     **{name: frozenset(_FREE) for name in _OWN_TERMS},
     "mpl-2.0": frozenset(_FREE),
     "lgpl-3.0": frozenset({*_FREE, "mpl-2.0"}),
@@ -41,21 +40,21 @@ _HOLDS: dict[str, frozenset[str]] = {
 
 
 def forbids_derivatives(license_id: str) -> bool:
-    """Whether a licence forbids sharing anything made from the work."""
+    """Whether a licence forbids sharing derivatives."""
     return license_id.lower() in _NO_DERIVATIVES
 
 
 def combine(licenses: Mapping[str, str | None]) -> str:
-    """The licence for a model made of all these.
+    """The licence for a fused model.
 
     Args:
-        licenses: expert's name → its licence id, None where its card names none.
+        licenses: expert's name → licence id, or None if its card names none.
 
     Returns:
-        The strictest of them, if it can hold all the others.
+        The strictest licence, if it is compatible with all others.
 
     Raises:
-        FusionError: listing the experts whose licence is unknown, forbids derivatives, or clashes with another's.
+        FusionError: lists the experts whose licences are unknown, forbid derivatives, or are incompatible.
     """
     known = {name: (license_id or "none").lower() for name, license_id in licenses.items()}
     bad = {name: license_id for name, license_id in known.items() if license_id not in _HOLDS}

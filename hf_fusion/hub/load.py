@@ -1,4 +1,4 @@
-"""Experts from ids, folders or models, loaded safely: pinned commits, safetensors, no weight left random."""
+"""Loads experts from ids, folders or models: at pinned commits, from safetensors, with every weight accounted for."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GENERATION = "generation_config.json"
-_MOST_SPECIAL, _MOST_ADDED = 10_000, 100_000  # tokens of a tokenizer: a few seconds of work
-LARGEST_HEAD = 100_000_000  # parameters that a base may lack, where it holds fewer itself
+_MOST_SPECIAL, _MOST_ADDED = 10_000, 100_000  # tokens of a tokenizer, which take a few seconds to add
+LARGEST_HEAD = 100_000_000  # parameters that a small base may lack
 
 
 def load_experts(
@@ -65,20 +65,20 @@ def load_experts(
     gates: bool = True,
     api: HfApi | None = None,
 ) -> list[Expert]:
-    """Load experts, adapters of one base sharing one base model object.
+    """Loads experts; adapters of one base share one base model object.
 
     Args:
-        experts: each an ``owner/name@revision``, ``owner/name`` (its newest commit), a folder, an `ExpertInfo`,
-            a loaded model or an `Expert`.
-        base: the base of all adapters, instead of the one each adapter records, which is not looked for then; a
-            warning tells where it is another one.
-        task: pipeline tag that decides the model class; default is each checkpoint's own architecture.
-            "feature-extraction" drops a head on purpose.
-        allow_pickle: also read ``.bin`` weights where there are no safetensors.
-        trust_remote_code: run experts' own code where transformers has no class for them. Only for ids with a full
-            commit sha, and for folders; that of a base only where ``base`` names it so.
-        dtype: of all weights; default is each checkpoint's own.
-        gates: also read the adapters' PHATGOOSE gates, where there are any.
+        experts: each an ``owner/name@revision``, ``owner/name`` (the newest commit), a folder, an `ExpertInfo`, a
+            loaded model or an `Expert`.
+        base: the base of all adapters, instead of the recorded ones, which are not resolved then; a warning is logged
+            if it differs.
+        task: pipeline tag that selects the model class; default: each checkpoint's architecture. "feature-extraction"
+            drops the head.
+        allow_pickle: read ``.bin`` weights if there are no safetensors.
+        trust_remote_code: run custom code if transformers has no class for an expert. Only for ids with a full commit
+            sha and for folders; for a base only if ``base`` names it that way.
+        dtype: of all weights; default: each checkpoint's.
+        gates: also read the adapters' PHATGOOSE gates, if they have any.
         api: the Hub's client; default honours ``HF_ENDPOINT`` and the stored token.
 
     Returns:
@@ -92,7 +92,7 @@ def load_experts(
 
 
 class _Loader:
-    """One call of `load_experts`: resolve everything, download everything, then read it."""
+    """One call of `load_experts`: resolves all experts, downloads their files, then reads them."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class _Loader:
         adapters = [(i, source) for i, source in sources.items() if source.is_adapter]
         warn_of_other_bases((s, base_ref(bases[i]) if i in bases else self.loaded_base) for i, s in adapters)
 
-        # A base is downloaded whole for its adapters, only its processor for full experts that lack one.
+        # for adapters the whole base is downloaded; for full experts without a processor, only the base's
         wanted = [(source, self._files(source)) for source in sources.values()]
         with_adapters = {id(bases[i]) for i, source in sources.items() if source.is_adapter and i in bases}
         for source in {id(source): source for source in bases.values()}.values():
@@ -129,15 +129,15 @@ class _Loader:
         loaded: list[Expert | None] = [
             None if i in sources else in_memory(expert, i) for i, expert in enumerate(experts)
         ]
-        with quiet_transformers(), phase("Reading models", len(sources)) as told:
+        with quiet_transformers(), phase("Reading models", len(sources)) as progress:
             for i, source in sources.items():
                 if not source.is_adapter:
                     loaded[i] = self._full(source, bases.get(i))
-                    told.advance()
+                    progress.advance()
             for group in _groups(sources, bases, self._head):
                 for i, expert in self._adapters({i: sources[i] for i in group}, bases.get(group[0])).items():
                     loaded[i] = expert
-                    told.advance()
+                    progress.advance()
         return [expert for expert in loaded if expert is not None]
 
     def _files(self, source: Source) -> list[str]:
@@ -149,8 +149,8 @@ class _Loader:
         return self.trust_remote_code and source.pinned
 
     def _resolve_bases(self, sources: dict[int, Source]) -> dict[int, Source]:
-        """The base of each adapter, and of each full expert that has to borrow its processor."""
-        names: dict[int, tuple[ModelRef, bool]] = {}  # and whether it is a repo, which a folder of that name is not
+        """The base of each adapter, and of each full expert without a processor, whose base's is used."""
+        names: dict[int, tuple[ModelRef, bool]] = {}  # with whether it must be a repo, not a folder
         for i, source in sources.items():
             if source.is_adapter and not _is_model(self.base):
                 recorded = (recorded_base(source), not source.is_local) if self.base is None else None
@@ -166,14 +166,14 @@ class _Loader:
         for (name, _), source in resolved.items():
             if source.is_adapter:
                 raise FusionError(f"The base {name} is itself an adapter.", hint="pass base= with a full model")
-            source.pinned &= self.base is not None  # what an expert names, the caller has not agreed to
-        # Names with and without a commit may mean the same one: it is loaded once.
+            source.pinned &= self.base is not None  # consent does not extend to a base that an expert names
+        # references with and without a commit may denote the same base, which is loaded once
         distinct = {(source.name, source.revision, source.folder): source for source in resolved.values()}
         sources_of = {name: distinct[s.name, s.revision, s.folder] for name, s in resolved.items()}
         return {i: sources_of[name] for i, name in names.items()}
 
     def _head(self, source: Source, base_config: dict[str, Any]) -> Head:
-        """The head a source is loaded with: the caller's task, else what the files say."""
+        """The head to load a source with: that of the task, else the one its files name."""
         if self.task is not None:
             return head_of_task(self.task)
         config = source.config
@@ -191,7 +191,7 @@ class _Loader:
     def _full(self, source: Source, base: Source | None) -> Expert:
         head = self._head(source, {})
         model, info = self._model(source, head)
-        # Asking for features drops a head; everything else must use every tensor and fill every parameter.
+        # only AutoModel (features) may leave tensors, those of the head, unused
         keeps_all = head.auto != "AutoModel"
         refuse_keys(source.name, "missing", info["missing_keys"])
         refuse_keys(source.name, "unexpected", info["unexpected_keys"] if keeps_all else ())
@@ -200,7 +200,7 @@ class _Loader:
         return self._expert(source, base, model, head, labels)
 
     def _adapters(self, sources: dict[int, Source], base: Source | None) -> dict[int, Expert]:
-        """The adapters of one base and one head, all on one model object."""
+        """Loads the adapters of one base and one head onto one model object."""
         first = next(iter(sources.values()))
         adapters = {i: read_adapter(_folder(s), s.name, allow_pickle=self.allow_pickle) for i, s in sources.items()}
         base_config = base.config if base else {}
@@ -232,7 +232,7 @@ class _Loader:
         return experts
 
     def _cast(self, adapter: Adapter) -> Adapter:
-        """The adapter in the asked dtype, if one was asked for."""
+        """The adapter in the requested dtype, if any."""
         import torch
 
         dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
@@ -244,7 +244,7 @@ class _Loader:
     def _model(
         self, source: Source, head: Head, num_labels: int | None = None, adapters: Mapping[str, Adapter] | None = None
     ) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """The model of a folder and transformers' account of its keys; adapters by name must fit it."""
+        """Loads the model of a folder, and returns it with transformers' loading info; `adapters` must fit it."""
         refuse_kernels(source.config, source.name)
         code = self._code_to_run(source)
         options: dict[str, Any] = {}
@@ -253,7 +253,7 @@ class _Loader:
             options["config"] = self._checked_config(source, head, safe, num_labels, adapters or {})
         elif num_labels is not None:
             options["num_labels"] = num_labels
-        check_snapshot(_folder(source), source.name)  # transformers opens what an index and a configuration name
+        check_snapshot(_folder(source), source.name)  # transformers opens files that indexes and configurations name
         try:
             loaded: tuple[PreTrainedModel, dict[str, Any]] = head.auto_class().from_pretrained(
                 _folder(source),
@@ -265,7 +265,7 @@ class _Loader:
                 **options,
             )
             return loaded
-        except Exception as error:  # transformers raises every kind; each is about this one checkpoint
+        except Exception as error:  # transformers raises many types
             refuse_missing(error, source.name)
             logger.debug("loading %s", source.name, exc_info=True)
             raise FusionError(f"{source.name} cannot be loaded as {head.auto}: {first_line(error)}") from error
@@ -273,13 +273,13 @@ class _Loader:
     def _checked_config(
         self, source: Source, head: Head, files: list[str], num_labels: int | None, adapters: Mapping[str, Adapter]
     ) -> Any:
-        """The config, once headers hold the shapes it promises and adapters fit them: before any memory is taken."""
+        """The config, once the headers' shapes and the adapters match it, before memory is allocated."""
         try:
             shapes = local_shapes(_folder(source), files)
         except SafetensorError as error:
             raise FusionError(f"{source.name}: the weights cannot be read ({error}).") from error
         content = dict(source.config)
-        if num_labels is not None:  # the adapters' classes, not those the base was trained for
+        if num_labels is not None:  # the adapters' number of classes, not the base's
             content |= {"num_labels": num_labels, "id2label": None, "label2id": None}
         config = native_config(content, source.name, len(shapes))
         promised = check_load(config, head, shapes, source.name)
@@ -290,7 +290,7 @@ class _Loader:
         return config
 
     def _code_to_run(self, source: Source) -> bool:
-        """Whether this expert's own code is needed and may run."""
+        """Whether custom code is required; raises if it may not run."""
         needed = model_code(source.config)
         refuse_code(source, needed, agreed=self.trust_remote_code)
         return bool(needed)
@@ -328,7 +328,7 @@ def _name_of(expert: str | Path | ExpertInfo) -> str | Path:
 
 
 def _loaded_base(base: ExpertLike | None) -> ModelRef:
-    """What a base in memory is recorded as: where it was loaded from; "" where that is unknown, and for any other."""
+    """The reference of a base in memory, from where it was loaded; "" if unknown, and for other bases."""
     if isinstance(base, Expert) and base.revision:
         return base.ref
     model = base.model if isinstance(base, Expert) else base
@@ -361,7 +361,7 @@ def _folder(source: Source) -> Path:
 
 
 def _label_count(source: Source, adapter: Adapter) -> int | None:
-    """Classes of an adapter's head: its names, else the rows of a saved bias."""
+    """Number of classes of an adapter's head: of its label names, else the size of a saved bias."""
     if names := label_names(source.config):
         return len(names)
     biases = [tensor for key, tensor in adapter.saved.items() if key.endswith(".bias")]
@@ -375,17 +375,20 @@ def _adapter_labels(source: Source, adapter: Adapter) -> list[str]:
 
 
 def _common(values: Iterator[int | None]) -> int | None:
-    """The one value that all share, or None."""
+    """The common value, or None if values differ."""
     distinct = set(values)
     return distinct.pop() if len(distinct) == 1 else None
 
 
 def processor_of(source: Source, *, agreed: bool) -> Any:
-    """The tokenizer or image processor of a folder, or None where it has neither.
+    """Loads the tokenizer or image processor of a folder; None if it has neither.
 
     Args:
         source: the model's files, downloaded.
-        agreed: whether its own code may run, where transformers has no class for it.
+        agreed: whether custom code may run, if transformers has no class for it.
+
+    Raises:
+        FusionError: it cannot be loaded, or its code may not run.
     """
     import transformers
 
@@ -393,17 +396,17 @@ def processor_of(source: Source, *, agreed: bool) -> Any:
         return None
     needed = processor_code(source, auto)
     refuse_code(source, needed, agreed=agreed)
-    checked_config(source.config, source.name)  # which both read as well
+    checked_config(source.config, source.name)  # which tokenizers and processors read as well
     _refuse_many_tokens(source)
     check_snapshot(_folder(source), source.name)
     try:
         reader = getattr(transformers, auto)
         return reader.from_pretrained(_folder(source), trust_remote_code=bool(needed), local_files_only=True)
-    except BaseException as error:  # as for models: whatever it is, it is about this expert
+    except BaseException as error:  # as for models, any type
         if not is_fault(error):
             raise
         if missing_library(error) == "tiktoken" and "tiktoken.model" not in source.sizes:
-            # transformers tries tiktoken where sentencepiece, or protobuf, which that needs, is not there
+            # transformers falls back to tiktoken if sentencepiece, or protobuf, is not installed
             raise MissingLibraryError(
                 f"{source.name} needs sentencepiece and protobuf, of which one is not installed",
                 "pip install sentencepiece protobuf",
@@ -413,17 +416,17 @@ def processor_of(source: Source, *, agreed: bool) -> Any:
 
 
 def _refuse_many_tokens(source: Source) -> None:
-    """Raises for more tokens beside the vocabulary than any tokenizer has: they are added one by one."""
+    """Raises for an implausible number of tokens beside the vocabulary, which are added one by one."""
     settings, file = source.json("tokenizer_config.json"), _folder(source) / "tokenizer.json"
     lists = (settings.get("extra_special_tokens"), settings.get("additional_special_tokens"))
-    special = sum(len(own) for own in lists if isinstance(own, (list, dict)))
+    special = sum(len(tokens) for tokens in lists if isinstance(tokens, (list, dict)))
     added = read_file(file).count(b'"single_word"') if own_file(file) else 0
     if special > _MOST_SPECIAL or added > _MOST_ADDED:
         raise FusionError(f"{source.name}: its tokenizer has {max(special, added):,} tokens beside its vocabulary.")
 
 
 def in_memory(expert: object, index: int) -> Expert:
-    """An `Expert` as it is, or one made of a loaded model; errors call it by its number."""
+    """Converts a loaded model to an `Expert`, which is returned unchanged; `index` is its name in errors."""
     from transformers import PreTrainedModel
 
     if isinstance(expert, Expert):
@@ -458,7 +461,7 @@ def _refuse_misfits(adapters: Mapping[str, Adapter], base: PreTrainedModel) -> N
 
 
 def _refuse_unfilled(name: str, promised: LoadReport, shapes: Shapes) -> None:
-    """A head may be missing (an adapter brings it), a model may not: memory for it would be taken before it is told."""
+    """Raises if more than a head, which an adapter may have, is missing: it would be allocated in full."""
     state = promised.model.state_dict()
     unfilled = sum(state[key].numel() for key in promised.missing if key in state)
     found = sum(math.prod(shape) for shape in shapes.values())
@@ -467,7 +470,7 @@ def _refuse_unfilled(name: str, promised: LoadReport, shapes: Shapes) -> None:
 
 
 def refuse_keys(name: str, what: str, keys: Collection[str]) -> None:
-    """A parameter the checkpoint does not fill would stay random; a tensor it does not use would be lost."""
+    """Raises for missing keys, which would be initialised at random, and for unexpected ones, which would be lost."""
     if keys:
         shown = ", ".join(sorted(map(str, keys))[:5])
         raise FusionError(f"{name}: {len(keys)} weights are {what}: {shown}.", hint="check task=… and the checkpoint")

@@ -1,8 +1,7 @@
-"""PEFT LoRA adapters read as plain tensors, without importing peft.
+"""Reads PEFT's LoRA adapters as tensors, without importing peft.
 
-An adapter's update of a linear layer is ``scaling * B @ A``. The scaling (alpha, rank, rsLoRA and their
-patterns) is folded into B here, so that nothing downstream has to know how PEFT computes it.
-What cannot be written as ``W + B @ A`` is refused by the name of the adapter and of the field.
+An adapter's update of a linear layer is ``scaling * B @ A``. The scaling (alpha, rank, rsLoRA and their patterns) is
+folded into B here. Adapters that cannot be written as ``W + B @ A`` raise an error that names the field.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-# These initialisations leave the base's weights as they are; PiSSA, OLoRA, CorDA, LoftQ … rewrite them.
+# initialisations that keep the base's weights; PiSSA, OLoRA, CorDA, LoftQ … change them
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
-# field -> (whether its value cannot be expressed, why)
+# field -> (whether a value is unsupported, why)
 _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use_dora": (bool, "DoRA rescales the base's weights"),
-    "lora_bias": (bool, "a bias on B has no place in B @ A"),
+    "lora_bias": (bool, "a bias on B cannot be expressed by B @ A"),
     "init_lora_weights": (lambda v: v not in _PLAIN_INITS, "this initialisation changes the base's weights"),
-    "layer_replication": (bool, "replicated layers are another architecture"),
+    "layer_replication": (bool, "replicated layers change the architecture"),
     "target_parameters": (bool, "LoRA on bare parameters is not supported"),
     "trainable_token_indices": (bool, "trained token embeddings are not supported"),
     "use_qalora": (bool, "QALoRA pools its inputs"),
@@ -50,17 +49,17 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-# what stands for itself once it is in the base's weights
+# hints for adapters that can be fused once they are merged into the base
 _MERGE_FIRST = "make a model of it with PEFT: merge_and_unload(), save_pretrained(), and take that"
 _EMBEDS = "make a model of it, and take that: hf-fusion fuse --method linear --experts ADAPTER -o DIR"
 
 
 def config_problems(config: Mapping[str, Any], *, embeddings: bool = False) -> list[str]:
-    """What in an ``adapter_config.json`` cannot be written as ``W + B @ A``: one line per field, or none.
+    """Fields of an ``adapter_config.json`` that prevent the form ``W + B @ A``: one line per field.
 
     Args:
         config: content of the file.
-        embeddings: whether rows of embeddings may be replaced as well.
+        embeddings: whether trained rows of embeddings are supported.
     """
     if config.get("peft_type") != "LORA":
         return [f"peft_type={shown(config.get('peft_type'))}: only LoRA adapters can be fused"]
@@ -80,26 +79,26 @@ def config_problems(config: Mapping[str, Any], *, embeddings: bool = False) -> l
             problems.append(f"{key}={shown(value)}: not a valid value")
     rank = config.get("r")
     if isinstance(rank, int) and rank < 1:
-        problems.append(f"r={rank}: a rank below 1 adapts nothing")
+        problems.append(f"r={rank}: the rank must be at least 1")
     return problems
 
 
 def read_adapter(folder: str | Path, name: str, *, allow_pickle: bool = False, embeddings: bool = False) -> Adapter:
-    """Read a LoRA adapter from a folder.
+    """Reads a LoRA adapter from a folder.
 
     Args:
-        folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``, or the weights of an L-LoRA.
-        name: what errors call it.
-        allow_pickle: also read ``adapter_model.bin`` where there are no safetensors.
-        embeddings: also read LoRA on embeddings and trained rows of them, which static merges express and families
-            of models do not.
+        folder: contains ``adapter_config.json`` and ``adapter_model.safetensors``, or the weights of an L-LoRA.
+        name: of the adapter, for errors.
+        allow_pickle: read ``adapter_model.bin`` if there are no safetensors.
+        embeddings: also read LoRA on embeddings and trained rows of embeddings, which static merges support and the
+            families of fused models do not.
 
     Returns:
-        The adapter: per module path of the base ``A`` (r, d_in) and ``B`` (d_out, r) with the scaling folded
-        into B, the tensors of ``modules_to_save`` by their parameter names in the base, and the base's id.
+        The adapter: module path of the base -> ``A`` (r, d_in) and ``B`` (d_out, r), with the scaling folded into B;
+        the tensors of ``modules_to_save`` by their parameter names in the base; and the base's id.
 
     Raises:
-        FusionError: naming the adapter and the field or tensor that cannot be expressed.
+        FusionError: a field or tensor is unsupported; names it and the adapter.
     """
     folder = Path(folder)
     config = read_json(folder / ADAPTER_CONFIG, name)
@@ -120,7 +119,7 @@ def read_adapter(folder: str | Path, name: str, *, allow_pickle: bool = False, e
         if match := LORA.fullmatch(key):
             halves.setdefault(match["path"], {})[match["half"]] = tensor
         elif (match := EMBEDDING.fullmatch(key)) and embeddings:
-            # PEFT adds (B A)^T to an embedding: as A^T B^T it is an update like those of linear layers
+            # PEFT adds (B A)^T = A^T B^T to an embedding, which has the form of a linear layer's update
             halves.setdefault(match[1], {})["AB"[match[2] == "A"]] = tensor.t()
             embedded.add(match[1])
         elif (match := ROWS.fullmatch(key)) and embeddings:
@@ -134,7 +133,7 @@ def read_adapter(folder: str | Path, name: str, *, allow_pickle: bool = False, e
     if not halves and not rows:
         raise FusionError(f"Adapter {name} holds no LoRA weights.")
     if both := rows.keys() & embedded:
-        raise FusionError(f"Adapter {name} has LoRA on {min(both)} and trained rows of it.", hint=_MERGE_FIRST)
+        raise FusionError(f"Adapter {name} has both LoRA on {min(both)} and trained rows of it.", hint=_MERGE_FIRST)
     patterns = Patterns(config, name)
     return Adapter(
         lora={path: _pair(config, patterns, path, pair, name) for path, pair in halves.items()},
@@ -149,7 +148,7 @@ def read_adapter(folder: str | Path, name: str, *, allow_pickle: bool = False, e
 
 
 def _rows_of(config: Mapping[str, Any], path: str, count: int, name: str) -> torch.Tensor:
-    """Which rows of an embedding ``trainable_token_indices`` names, (n,): for all embeddings, or by module."""
+    """Indices of an embedding's trained rows, (n,), from ``trainable_token_indices``, which may be by module."""
     import torch
 
     given = config.get("trainable_token_indices")
@@ -161,7 +160,7 @@ def _rows_of(config: Mapping[str, Any], path: str, count: int, name: str) -> tor
 
 
 def trained_class(config: Mapping[str, Any]) -> str:
-    """Name of the class that an adapter was trained on, which PEFT records where no ``task_type`` was given."""
+    """Name of the model class that an adapter was trained on, which PEFT records if there is no ``task_type``."""
     mapping = config.get("auto_mapping")
     return str(mapping.get("base_model_class") or "") if isinstance(mapping, dict) else ""
 
@@ -169,7 +168,7 @@ def trained_class(config: Mapping[str, Any]) -> str:
 def _pair(
     config: Mapping[str, Any], patterns: Patterns, path: str, pair: Mapping[str, torch.Tensor], name: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and scaled B of one module; B in single precision where its own dtype would round the scaling."""
+    """A and scaled B of one module; B is fp32 if its dtype would round the scaled values."""
     import torch
 
     if set(pair) != {"A", "B"}:
@@ -187,28 +186,28 @@ def _pair(
     exact = b.float() * scaling
     if not math.isfinite(scaling) or not exact.isfinite().all():
         raise FusionError(f"Adapter {name}: B times lora_alpha={alpha} of {path} is not finite.")
-    rounded = exact.to(b.dtype)  # half precision holds powers of 2 alone: PEFT scales outputs, which loses nothing in B
+    rounded = exact.to(b.dtype)  # PEFT scales outputs, not B: in half precision only scaling by powers of 2 is exact
     return a, rounded if torch.equal(rounded.float(), exact) else exact
 
 
 def _refuse_trained_biases(config: Mapping[str, Any], saved: Mapping[str, Any], name: str) -> None:
-    """With ``bias`` other than "none" PEFT also saves biases of the base, which B @ A cannot carry."""
+    """Raises for biases of the base that PEFT trained with ``bias`` other than "none"."""
     modules = tuple(config.get("modules_to_save") or ())
     biases = [key for key in saved if key.endswith(".bias") and not _under(key, modules)]
     if config.get("bias", "none") != "none" and biases:
-        raise FusionError(f"Adapter {name}: bias={config['bias']!r} trained {biases[0]}, which B @ A cannot carry.")
+        raise FusionError(f"Adapter {name}: bias={config['bias']!r} trained {biases[0]}, which B @ A cannot express.")
 
 
 def _under(parameter: str, modules: tuple[str, ...]) -> bool:
-    """Whether a parameter lies in one of the modules, each named by the end of its path."""
+    """Whether a parameter belongs to one of the modules, which are named by path suffixes."""
     return any(f".{module}." in f".{parameter}" for module in modules)
 
 
 def fit_problems(adapter: Adapter, base: torch.nn.Module) -> list[str]:
-    """Why an adapter does not fit a base (which may be on the meta device); empty if it does.
+    """Why an adapter does not fit a base, which may be on the meta device; empty if it does.
 
-    Every adapted module must be a linear layer of the base with A's and B's sizes, and every saved tensor one
-    of its parameters in the same shape. Only the class dimension of a head may differ.
+    Every adapted module must be a linear layer of the base with the sizes of A and B, and every saved tensor must have
+    the shape of a parameter of the base, except for the class dimension of a head.
     """
     shapes = {path: (a.shape[1], b.shape[0]) for path, (a, b) in adapter.lora.items()}
     return shape_problems(shapes, {key: tuple(tensor.shape) for key, tensor in adapter.saved.items()}, base)
@@ -217,9 +216,9 @@ def fit_problems(adapter: Adapter, base: torch.nn.Module) -> list[str]:
 def shape_problems(
     lora: Mapping[str, tuple[int, int]], saved: Mapping[str, tuple[int, ...]], base: torch.nn.Module
 ) -> list[str]:
-    """`fit_problems` from sizes: ``lora`` maps a module path to (d_in, d_out), ``saved`` a name to its shape."""
+    """`fit_problems` from sizes: ``lora`` maps module paths to (d_in, d_out), ``saved`` maps names to shapes."""
     modules = dict(base.named_modules())
-    parameters = dict(base.named_parameters(remove_duplicate=False))  # tied ones by each of their names
+    parameters = dict(base.named_parameters(remove_duplicate=False))  # tied parameters under all their names
     classes = getattr(getattr(base, "config", None), "num_labels", None)
     stacked = _stacked(base, [path for path in lora if path not in modules])
     problems = []
@@ -245,7 +244,7 @@ def shape_problems(
 
 
 def _stacked(base: torch.nn.Module, paths: Sequence[str]) -> dict[str, str]:
-    """The modules a base lacks because transformers stacks their weights in one parameter: path -> that parameter."""
+    """Modules that the base lacks because transformers stacks their weights: path -> the stacked parameter."""
     from transformers import PreTrainedModel
 
     from hf_fusion.hub.parameter_names import filled_parameters
@@ -256,12 +255,12 @@ def _stacked(base: torch.nn.Module, paths: Sequence[str]) -> dict[str, str]:
 
 
 def with_adapter(base: PreTrainedModel, adapter: Adapter, labels: Sequence[str] = ()) -> PreTrainedModel:
-    """A copy of a base with an adapter in its weights, as PEFT's ``merge_and_unload`` makes it.
+    """A copy of a base with an adapter merged into it, as by PEFT's ``merge_and_unload``.
 
     Args:
-        base: of any head.
-        adapter: must fit it.
-        labels: names of the classes, where the adapter brings a head of its own.
+        base: with any head.
+        adapter: must fit the base.
+        labels: class names, if the adapter includes a head.
     """
     import torch
 
@@ -275,19 +274,19 @@ def with_adapter(base: PreTrainedModel, adapter: Adapter, labels: Sequence[str] 
         by_name = dict(model.named_parameters(remove_duplicate=False))
         used = Counter(map(id, by_name.values()))
         for path, pair in adapter.lora.items():
-            if used[id(modules[path].weight)] > 1:  # tied to another, which PEFT leaves as it is
+            if used[id(modules[path].weight)] > 1:  # tied: PEFT changes only this one
                 modules[path].weight = torch.nn.Parameter(modules[path].weight.clone())
             weight = modules[path].weight
             weight.copy_(weight.float() + _update(modules[path], pair).to(weight.device))
-    _say_what_is_tied(model)
+    _update_tying(model)
     if labels:
         model.config.id2label = dict(enumerate(labels))
         model.config.label2id = {label: index for index, label in enumerate(labels)}
     return model
 
 
-def _say_what_is_tied(model: PreTrainedModel) -> None:
-    """Ties again what is the same, and has the configuration say where something tied is not any more."""
+def _update_tying(model: PreTrainedModel) -> None:
+    """Ties equal weights again; if tied weights now differ, clears ``tie_word_embeddings`` in the configuration."""
     import torch
 
     by_name = dict(model.named_parameters(remove_duplicate=False))
@@ -295,15 +294,17 @@ def _say_what_is_tied(model: PreTrainedModel) -> None:
     if pairs and by_name.keys() >= {*pairs, *pairs.values()}:
         if all(torch.equal(by_name[one], by_name[other]) for one, other in pairs.items()):
             model.tie_weights()
-        elif not getattr(model.config, "is_encoder_decoder", False):  # of these, some scale by it what the head gets
+        elif not getattr(
+            model.config, "is_encoder_decoder", False
+        ):  # some of which scale the head's input by this setting
             model.config.tie_word_embeddings = False
 
 
 def merge_saved_bases(adapter: Adapter, base: torch.nn.Module) -> Adapter:
-    """An adapter of which no linear is both updated and saved whole.
+    """Resolves linear layers that an adapter both updates and saves.
 
-    PEFT saves what lies beneath a LoRA on a head or on embeddings: where that is as the base has it, the LoRA alone is
-    left; else the saved linear takes the update.
+    PEFT saves the weight under a LoRA on a head or on embeddings. If it equals the base's, only the LoRA is kept; else
+    the update is merged into the saved weight.
 
     Args:
         adapter: must fit the base.
@@ -322,7 +323,7 @@ def merge_saved_bases(adapter: Adapter, base: torch.nn.Module) -> Adapter:
 
 
 def _update(module: torch.nn.Module, pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """B A as a module stores its weight: (d_out, d_in), or transposed in a Conv1D; in single precision."""
+    """B A in the layout of a module's weight, (d_out, d_in), or transposed for a Conv1D; fp32."""
     import torch
 
     update = pair[1].float() @ pair[0].float()
@@ -330,7 +331,7 @@ def _update(module: torch.nn.Module, pair: tuple[torch.Tensor, torch.Tensor]) ->
 
 
 def linear_sizes(module: torch.nn.Module | None) -> tuple[int, int] | None:
-    """(d_in, d_out) of a Linear or of GPT-2's Conv1D, which stores its weight transposed; else None."""
+    """(d_in, d_out) of a Linear, or of GPT-2's Conv1D, whose weight is transposed; None for other modules."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -342,13 +343,13 @@ def linear_sizes(module: torch.nn.Module | None) -> tuple[int, int] | None:
 
 
 def adapter_weights_file(folder: Path) -> Path | None:
-    """An adapter's safetensors, PEFT's or L-LoRA's; None where there are none."""
+    """An adapter's safetensors file, PEFT's or L-LoRA's; None if there is none."""
     names = ("adapter_model.safetensors", f"{LINEARIZED}.safetensors")
     return next((folder / name for name in names if own_file(folder / name)), None)
 
 
 def _tensors(folder: Path, name: str, allow_pickle: bool) -> dict[str, torch.Tensor]:
-    """All tensors of the adapter's one weight file."""
+    """All tensors of an adapter's weight file."""
     safe, pickled = adapter_weights_file(folder), folder / "adapter_model.bin"
     if safe is not None:
         from safetensors import SafetensorError

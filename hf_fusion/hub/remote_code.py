@@ -1,8 +1,8 @@
-"""Code that a model brings: whether it is needed, and whether it may run.
+"""Custom code of models: whether it is needed, and whether it may run.
 
-Python files of a folder or repo run only where transformers has no class of its own for what is loaded, the caller
-passed ``trust_remote_code=True``, and the code cannot change: it lies in a folder, or at a commit that the caller
-named. Code of another repo (``owner/name--module.Class``, or a kernel called ``owner/name``) never runs.
+Python files of a folder or repo run only if transformers has no class for what is loaded, the caller passed
+``trust_remote_code=True``, and the code is pinned: in a local folder, or at a commit that the caller named. Code of
+another repo (``owner/name--module.Class``, or a kernel ``owner/name``) never runs.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ MANIFESTS_OF = {
     "AutoTokenizer": ("tokenizer_config.json",),
     "AutoImageProcessor": ("processor_config.json", "preprocessor_config.json"),
 }
-"""Auto class of a processor -> the files that say which class it has, and which code."""
+"""Auto class of a processor -> the files that name its class, and its code."""
 
 
 class Code(NamedTuple):
-    """One place where code is named.
+    """A reference to code in a configuration.
 
     Attributes:
-        file: a path from the model's root.
-        key: where in it, ``auto_map.AutoTokenizer``.
-        reference: ``module.Class``, or ``owner/name--module.Class`` of another repo.
+        file: path from the model's root.
+        key: in that file, such as ``auto_map.AutoTokenizer``.
+        reference: ``module.Class``, or ``owner/name--module.Class`` for another repo.
     """
 
     file: str
@@ -42,7 +42,7 @@ class Code(NamedTuple):
 
     @property
     def is_foreign(self) -> bool:
-        """Whether it is the code of another repo."""
+        """Whether it is code of another repo."""
         return "--" in self.reference
 
 
@@ -50,7 +50,7 @@ _QUOTES = "'\""
 
 
 def model_code(config: Mapping[str, Any]) -> list[Code]:
-    """The code without which a model cannot be built; nothing where transformers knows its ``model_type``."""
+    """The code that is required to build a model; empty if transformers knows its ``model_type``."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from hf_fusion.models.fused_own_code import code_in
@@ -59,17 +59,19 @@ def model_code(config: Mapping[str, Any]) -> list[Code]:
     if not config.get("auto_map") or (isinstance(model_type, str) and model_type in CONFIG_MAPPING):
         return []
     found = [Code(*named) for named in code_in(dict(config), "config.json")]
-    return found or [Code("config.json", "auto_map", str(config["auto_map"]))]  # it names none that could be loaded
+    return found or [
+        Code("config.json", "auto_map", str(config["auto_map"]))
+    ]  # auto_map names nothing that can be loaded
 
 
 def processor_class(source: Source) -> str | None:
-    """The Auto class of a model's tokenizer or image processor; None where it has neither."""
+    """The Auto class of a model's tokenizer or image processor; None if it has neither."""
     kinds = ((PROCESSOR_FILES, "AutoTokenizer"), (IMAGE_FILES, "AutoImageProcessor"))
     return next((auto for files, auto in kinds if any(file in source.sizes for file in files)), None)
 
 
 def processor_code(source: Source, auto: str) -> list[Code]:
-    """The code without which a model's tokenizer or image processor cannot be loaded; see `model_code`.
+    """The code that is required to load a model's tokenizer or image processor; see `model_code`.
 
     Args:
         source: the model's files.
@@ -81,13 +83,16 @@ def processor_code(source: Source, auto: str) -> list[Code]:
 
 
 def refuse_code(source: Source, needed: Sequence[Code], *, agreed: bool, pinned: bool | None = None) -> None:
-    """Raises unless a model's own code was agreed to and cannot change: in its own repo, at a named commit.
+    """Raises unless required code may run: with consent, from the model's repo, at a commit that the caller named.
 
     Args:
         source: the model's files.
-        needed: what `model_code` or `processor_code` found; nothing needs no consent.
+        needed: from `model_code` or `processor_code`; if empty, no consent is required.
         agreed: whether the caller passed ``trust_remote_code=True``.
-        pinned: whether the caller named the commit, or the folder; default is what the source says.
+        pinned: whether the caller named the commit or the folder; default: ``source.pinned``.
+
+    Raises:
+        FusionError: naming the code, and what the caller has to pass.
     """
     if not needed:
         return
@@ -112,10 +117,10 @@ def refuse_code(source: Source, needed: Sequence[Code], *, agreed: bool, pinned:
 
 
 def refuse_kernels(config: Mapping[str, Any], name: str) -> None:
-    """Raises for a configuration that has attention, or experts, computed by a kernel of another repo.
+    """Raises for a configuration that selects a kernel of another repo for attention or experts.
 
-    transformers fetches and runs such a kernel where the library `kernels` is installed. What a model computes does
-    not depend on it, so nothing is lost without.
+    transformers downloads and runs such kernels if the library `kernels` is installed. The model's results do not
+    depend on them.
     """
     from hf_fusion.models.fused_own_code import KERNELS
 
@@ -128,15 +133,15 @@ def refuse_kernels(config: Mapping[str, Any], name: str) -> None:
         elif isinstance(value, str) and "/" in value and not {*path.split(".")}.isdisjoint(KERNELS):
             code = Code("config.json", path, value)
             raise FusionError(
-                f"{name} has code of another repo run ({code}).",
+                f"{name} runs code of another repo ({code}).",
                 hint=f"remove that key from its config.json, or leave {name} out",
             )
 
 
 def refuse_own_code(folder: Path, config: Mapping[str, Any], *, agreed: bool) -> None:
-    """Raises for a fused model's folder whose processors need code that may not run, before weights are read.
+    """Raises, before weights are read, if a processor of a fused model needs custom code that may not run.
 
-    The family's own class for them lies beside the model as well; this package's is used instead.
+    The family's processor class, a copy of which is in the folder, is not custom code: this package's class is used.
 
     Args:
         folder: of the fused model.
@@ -152,7 +157,7 @@ def refuse_own_code(folder: Path, config: Mapping[str, Any], *, agreed: bool) ->
 
 
 def _processors(folder: Path, config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(sub-folder, Auto class) of each processor that a fused model's folder may be asked for."""
+    """(subfolder, Auto class) of each processor in a fused model's folder."""
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None or not family.processors:
         auto = processor_class(folder_source(folder))

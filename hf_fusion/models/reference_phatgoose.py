@@ -62,7 +62,7 @@ def refuse_other_commit(name: str, revision: str, where: Any) -> None:
     """
     found = Path(str(cached_file(name, "config.json", revision=revision, **where))).parent.name
     if re.fullmatch(r"[0-9a-fA-F]{40}", revision) and found != revision.lower():
-        raise ValueError(f"the Hub answers with commit {found} of {name} for {revision}")
+        raise ValueError(f"the Hub returned commit {found} of {name} for {revision}")
 
 
 def generation_of(name: Any, hub: dict[str, Any]) -> GenerationConfig | None:

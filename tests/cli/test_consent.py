@@ -242,7 +242,7 @@ def test_what_is_planted_would_run(place, made, planter, tmp_path):
 
 
 NEEDS = "needs its own code to run"
-FOREIGN = "has code of another repo run"
+FOREIGN = "runs code of another repo"
 
 
 @pytest.mark.parametrize(
@@ -428,7 +428,7 @@ def test_consent_does_not_extend_to_a_base_that_only_an_adapter_names(shouting, 
         ("tokenizer", "needs its own code to run", True),
         ("config_of_no_known_type", "needs its own code to run", True),
         ("another_repo_where_code_is_needed", "takes its code from another repo", False),
-        ("kernels", "has code of another repo run", False),
+        ("kernels", "runs code of another repo", False),
         ("tokenizer_of_a_known_class", "", True),
     ],
 )

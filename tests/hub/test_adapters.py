@@ -275,7 +275,7 @@ def test_a_linearized_lora_is_a_lora(tmp_path):
 
 def test_a_linearized_lora_that_starts_elsewhere_is_refused(tmp_path):
     save_linearized(tmp_path, clip().vision_model, OPTIONS, start_b=0.1)
-    with pytest.raises(FusionError, match=r"l-lora was linearised at a B that is not 0, in encoder\.layers\.0"):
+    with pytest.raises(FusionError, match=r"l-lora was linearised at a B other than 0, in encoder\.layers\.0"):
         read_adapter(tmp_path, "l-lora")
 
 

@@ -15,7 +15,7 @@ from hf_fusion.hub.commits import check_commit, download_file
 from hf_fusion.hub.compat import check_compatibility
 from hf_fusion.hub.discover import discover
 from hf_fusion.hub.load import load_experts
-from hf_fusion.hub.remote_files import read_json_file, read_part
+from hf_fusion.hub.remote_files import read_json_file, read_range
 from hf_fusion.hub.resolve import repo_ref, resolve_repo
 from hf_fusion.merging.merge import merge
 from hf_fusion.publishing.push_gates import push_gates
@@ -83,7 +83,7 @@ def shadowed(hub, owner, tmp_path, monkeypatch):
 )
 def test_a_branch_called_like_a_commit_is_refused(shadowed, ask, form):
     api, repo, asked, given = shadowed
-    with pytest.raises(FusionError, match=f"answers with commit {given} for {asked}"):
+    with pytest.raises(FusionError, match=f"returned commit {given} for {asked}"):
         ask(api, f"{repo}@{form(asked)}")
 
 
@@ -93,7 +93,7 @@ def test_the_base_that_an_adapter_records(shadowed, owner, tmp_path):
         tmp_path / "adapter", tmp_path / "mood", labels=("a", "b", "c"), base_name=repo, revision=asked.upper()
     )
     sha = owner.push("adapter", tmp_path / "adapter")
-    with pytest.raises(FusionError, match=f"answers with commit {given} for {asked}"):
+    with pytest.raises(FusionError, match=f"returned commit {given} for {asked}"):
         load_experts([f"{owner.name}/adapter@{sha}"], api=api)
     verdict = check_compatibility(discover(ids=[f"{owner.name}/adapter"], api=api), api=api)
     assert given in verdict.table()[0]["rejected"]
@@ -104,10 +104,10 @@ def test_files_of_another_commit(shadowed):
     api, repo, asked, given = shadowed
     for read in (
         lambda: download_file(api, repo, "config.json", asked),
-        lambda: read_part(api, repo, "config.json", asked, 0, 10),
+        lambda: read_range(api, repo, "config.json", asked, 0, 10),
         lambda: read_json_file(api, repo, "config.json", asked),
     ):
-        with pytest.raises(FusionError, match=f"answers with commit {given} for {asked}"):
+        with pytest.raises(FusionError, match=f"returned commit {given} for {asked}"):
             read()
 
 
@@ -115,7 +115,7 @@ def test_what_an_earlier_download_left(shadowed, owner):
     """The cache keeps a branch that is called like a commit as a ref: what that points to is another commit."""
     api, repo, asked, _ = shadowed
     hf_hub_download(repo, "config.json", revision=asked, endpoint=api.endpoint, token=api.token)
-    with pytest.raises(FusionError, match="answers with commit"):
+    with pytest.raises(FusionError, match="returned commit"):
         read_json_file(api, repo, "config.json", asked)
     assert read_json_file(owner.api, repo, "config.json", asked)  # asks the right Hub
 
@@ -128,7 +128,7 @@ def test_what_is_a_commit():
         assert as_commit(other) is None
         assert check_commit("a/b", other, sha) == sha
     for no_commit in (None, "main", sha[:39], "../../etc", 5, sha.upper()):
-        with pytest.raises(FusionError, match="names no commit"):
+        with pytest.raises(FusionError, match="instead of a commit"):
             check_commit("a/b", "main", no_commit)
 
 

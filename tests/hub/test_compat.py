@@ -63,7 +63,7 @@ def test_good_ones_are_accepted(judge, owner, tmp_path):
 def test_architecture(judge, tmp_path):
     save_bert(tmp_path / "full")
     assert judge(tmp_path / "full", task="text-generation") == {
-        ReasonKind.ARCHITECTURE: "BertForSequenceClassification does no text-generation"
+        ReasonKind.ARCHITECTURE: "BertForSequenceClassification does not support text-generation"
     }
     writer = GPT2Config(vocab_size=8, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     save_bert(tmp_path / "writer", auto=AutoModelForCausalLM, config=writer)
@@ -202,7 +202,7 @@ def test_tokenizer(judge, tmp_path):
 
 def test_license(judge, tmp_path):
     folder = save_bert(tmp_path / "full", card="license: cc-by-nd-4.0")
-    assert judge(folder) == {ReasonKind.LICENSE: "cc-by-nd-4.0 forbids sharing what is made from it"}
+    assert judge(folder) == {ReasonKind.LICENSE: "cc-by-nd-4.0 forbids sharing derivatives"}
 
 
 def test_pickle(judge, tmp_path):

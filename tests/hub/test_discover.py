@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.compat import check_compatibility
 from hf_fusion.hub.discover import discover, info_row
-from hf_fusion.hub.remote_files import read_header, read_part
+from hf_fusion.hub.remote_files import read_header, read_range
 
 CARD = "license: MIT\ntags: [hf-fusion-expert, mood]\npipeline_tag: text-classification\nbase_model: some/base"
 
@@ -108,7 +108,7 @@ def test_what_is_read_of_weights_is_a_bounded_part(owner, tmp_path):
     )  # a header of 0.1 MB, 8.4 MB in all
     owner.api.create_repo(f"{owner.name}/large")
     sha = owner.api.upload_file(repo_id=f"{owner.name}/large", path_in_repo="w.safetensors", path_or_fileobj=path).oid
-    part = read_part(owner.api, f"{owner.name}/large", "w.safetensors", sha, 10, 110)
+    part = read_range(owner.api, f"{owner.name}/large", "w.safetensors", sha, 10, 110)
     assert (part.data, part.size) == (path.read_bytes()[10:110], path.stat().st_size)
     header = read_header(owner.api, f"{owner.name}/large", "w.safetensors", sha)
     assert header.size == path.stat().st_size and len(header.shapes) == 1500
