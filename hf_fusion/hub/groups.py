@@ -1,4 +1,4 @@
-"""Which of the experts that fit can be fused with each other, and the command that does it."""
+"""Groups compatible experts into sets that can be fused together, with the command for each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 MOST_BYTES = 200_000_000
-"""Weights of the proposed experts are looked through for NaN and Inf up to this size; `fuse` finds them in any."""
+"""Weights of the proposed experts are checked for NaN and Inf up to this total size; `fuse` always checks."""
 _UNNAMED = re.compile(r"LABEL_\d+")
 _GENERATES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 _CLASSIFIES = ("AutoModelForSequenceClassification", "AutoModelForImageClassification")
@@ -36,12 +36,12 @@ class Group:
     """Experts that one command fuses.
 
     Attributes:
-        experts: in the order they were found.
-        head: name of the Auto class of their head, or what keeps it from being known.
-        base: ``owner/base[@revision]``, where they share one.
+        experts: in the order of discovery.
+        head: name of the Auto class of their head, or "unknown".
+        base: ``owner/base[@revision]``, if they share one.
         labels: names of all their classes.
-        options: of ``hf-fusion fuse`` for them; None where it cannot fuse them as they are.
-        why_not: what keeps it from that.
+        options: of ``hf-fusion fuse``; None if it cannot fuse them.
+        why_not: why it cannot.
     """
 
     experts: tuple[ExpertInfo, ...]
@@ -53,7 +53,7 @@ class Group:
 
     @property
     def command(self) -> str | None:
-        """What fuses them, into a folder that does not exist; None for a single expert, and where nothing does."""
+        """The command that fuses them into a new folder; None for a single expert, or if they cannot be fused."""
         if self.options is None or len(self.experts) < 2:
             return None
         ids = [info.pinned for info in self.experts]
@@ -65,16 +65,16 @@ class Group:
 def group_experts(
     experts: Iterable[ExpertInfo], method: str = "foe", base_model: str | None = None
 ) -> tuple[Group, ...]:
-    """Sorts experts that fit into groups that can be fused, the largest first.
+    """Groups compatible experts into sets that can be fused, the largest first.
 
-    FoE: classifiers of one kind whose labels overlap, directly or through others, by their outputs; language models of
-    one kind by selection; classifiers of one kind by selection where no two share a label. PHATGOOSE and WEMoE: experts
-    of one base and one kind of head.
+    FoE: classifiers with one type of head whose labels overlap, directly or through others, by output fusion; language
+    models with one type of head by selection; classifiers without common labels by selection. PHATGOOSE and WEMoE:
+    experts with one base and one type of head.
 
     Args:
-        experts: as `check_compatibility` accepted them.
-        method: how they are to be fused, a key of `families.METHODS`.
-        base_model: the base that was asked for, where experts need not record it.
+        experts: accepted by `check_compatibility`.
+        method: fusion method, a key of `families.METHODS`.
+        base_model: the requested base, for experts that do not record theirs.
     """
     by_head: dict[str, list[ExpertInfo]] = {}
     for info in experts:
@@ -92,9 +92,9 @@ def group_experts(
 def drop_broken(
     verdict: Compatibility, method: str = "foe", base_model: str | None = None, api: HfApi | None = None
 ) -> tuple[Group, ...]:
-    """The groups of a verdict, after experts of the proposed one with NaN or Inf in their weights were rejected.
+    """Rejects experts of the largest group that have NaN or Inf in their weights, and returns the remaining groups.
 
-    Weights are fetched for that, as fusing will need them, unless they are larger than `MOST_BYTES`.
+    Downloads their weights, which fusing needs anyway, unless they exceed `MOST_BYTES`.
     """
     while True:
         groups = group_experts(verdict.accepted, method, base_model)
@@ -148,19 +148,19 @@ def _by_labels(head: str, members: list[ExpertInfo]) -> list[Group]:
     unnamed = [i for i in members if i not in scores and (not i.labels or any(map(_UNNAMED.fullmatch, i.labels)))]
     named = [info for info in members if info not in scores and info not in unnamed]
     found = _overlapping(named)
-    if len(found) > 1 and max(map(len, found)) == 1:  # each has labels of its own: one is chosen for an input
+    if len(found) > 1 and max(map(len, found)) == 1:  # no common labels: one expert is chosen per input
         groups = [_group(head, named, selection)]
     else:
         groups = [_group(head, own, foe) for own in found]
     if scores:
         groups.append(_group(head, scores, foe))
     if unnamed:
-        groups.append(_group(head, unnamed, None, "labels have no names: --set label_maps={…}"))
+        groups.append(_group(head, unnamed, None, "labels without names: --set label_maps={…}"))
     return groups
 
 
 def _overlapping(members: Sequence[ExpertInfo]) -> list[list[ExpertInfo]]:
-    """Experts that share labels, directly or through others."""
+    """Connected components of experts by common labels."""
     found: list[tuple[set[str], list[ExpertInfo]]] = []
     for info in members:
         labels, own = set(map(normalise_label, info.labels)), [info]
@@ -173,7 +173,7 @@ def _overlapping(members: Sequence[ExpertInfo]) -> list[list[ExpertInfo]]:
 
 
 def _by_base(head: str, members: list[ExpertInfo], method: str, base_model: str | None) -> list[Group]:
-    """Groups of one base, at one commit where several are recorded."""
+    """Groups by base, and by its commit if several are recorded."""
     commits: dict[str, set[str | None]] = {}  # of each base
     for info in members:
         base = _base_of(info, base_model)
@@ -196,7 +196,7 @@ def _by_base(head: str, members: list[ExpertInfo], method: str, base_model: str 
 
 
 def _base_of(info: ExpertInfo, base_model: str | None) -> ModelRef:
-    """The base that an expert records, or the one that is known otherwise; without an id where neither is."""
+    """The base that an expert records, else `base_model`; without an id if neither is known."""
     return ModelRef.parse_repo(_base(info) or base_model or "")
 
 
@@ -216,7 +216,7 @@ def _group(head: str, experts: Sequence[ExpertInfo], options: tuple[str, ...] | 
 
 
 def group_rows(groups: Sequence[Group], most: int = 6) -> list[dict[str, Any]]:
-    """A table of groups, one row each."""
+    """A table with one row per group."""
     rows = [
         {
             "group": str(number),

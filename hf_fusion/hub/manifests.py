@@ -1,4 +1,4 @@
-"""Sub-folders that a model's own manifests name: without them a copy of the files at its root does not load.
+"""Finds the subfolders that a model's manifests name, without which a copy of its root does not load.
 
 - ``modules.json`` (sentence-transformers): the folder of each module (``1_Pooling``, ``2_Dense``), and what a router
   among them names in its ``router_config.json``;
@@ -20,25 +20,25 @@ from hf_fusion.io.json_files import parse
 MODULES = "modules.json"
 TEMPLATES = "additional_chat_templates"
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")
-_ROUTERS = ("router_config.json", "config.json")  # the second is what sentence-transformers called it before
+_ROUTERS = ("router_config.json", "config.json")  # the second is the former name in sentence-transformers
 _WANTED = (".json", ".txt", ".model", ".jinja", ".safetensors")
 _PICKLED = ("pytorch_model.bin", "model.safetensors")
-_DEEPEST = 4  # folders below folders
+_DEEPEST = 4  # maximum nesting of folders
 
 Read = Callable[[str], Any]
 
 
 def named_files(name: str, files: Iterable[str], read: Read, *, code: bool) -> list[str]:
-    """The files of all sub-folders that a model's manifests name, weights included.
+    """The files of all subfolders that a model's manifests name, including weights.
 
     Args:
-        name: what errors call the model.
-        files: all of the model's files, as paths from its root.
-        read: the content of one of its JSON files.
-        code: whether Python files are among what is wanted.
+        name: of the model, for errors.
+        files: all files of the model, as paths from its root.
+        read: returns the content of one of its JSON files.
+        code: include Python files.
 
     Raises:
-        FusionError: a manifest is not what sentence-transformers writes, or names a folder outside of the model.
+        FusionError: a manifest is not in the format of sentence-transformers, or names a folder outside of the model.
     """
     known = set(files)
     starts = tuple(f"{folder}/" for folder in named_folders(name, known, read))
@@ -49,7 +49,7 @@ def named_files(name: str, files: Iterable[str], read: Read, *, code: bool) -> l
 
 
 def named_folders(name: str, files: Iterable[str], read: Read) -> list[str]:
-    """The sub-folders that a model's manifests name; see `named_files`."""
+    """The subfolders that a model's manifests name; see `named_files`."""
     known = set(files)
     folders = [*module_folders(name, known, read), TEMPLATES]
     if any(file in known for file in PROCESSORS):
@@ -59,7 +59,7 @@ def named_folders(name: str, files: Iterable[str], read: Read) -> list[str]:
 
 
 def module_folders(name: str, files: Iterable[str], read: Read) -> list[str]:
-    """The folders of sentence-transformers' modules, in their order, without the model's root; see `named_files`."""
+    """The folders of sentence-transformers' modules, in order, without the model's root; see `named_files`."""
     known = set(files)
     if MODULES not in known:
         return []
@@ -74,10 +74,10 @@ def module_folders(name: str, files: Iterable[str], read: Read) -> list[str]:
 
 
 def refuse_pickled(name: str, files: Iterable[str], folders: Iterable[str]) -> None:
-    """Refuses modules whose weights are only there as a pickle.
+    """Raises for modules that have only pickle weights.
 
     Raises:
-        FusionError: naming one.
+        FusionError: naming the file.
     """
     known = set(files)
     for folder in folders:
@@ -90,8 +90,8 @@ def refuse_pickled(name: str, files: Iterable[str], folders: Iterable[str]) -> N
 
 
 def local_files(folder: Path) -> Iterator[str]:
-    """All files of a folder that manifests may name, as paths from it; links to folders are not followed."""
-    is_named = own_file(folder / MODULES)  # else only two kinds of sub-folders can be, whatever lies there
+    """All files of a folder that manifests can name, as relative paths; links to folders are not followed."""
+    is_named = own_file(folder / MODULES)  # without it, only two kinds of subfolders can be named
     for root, folders, files in os.walk(folder):
         place = Path(root).relative_to(folder)
         if not place.parts and not is_named:
@@ -113,7 +113,7 @@ def local_named_files(folder: Path, name: str, *, code: bool) -> list[str]:
 
     files = list(local_files(folder))
     for own in named_folders(name, files, read):
-        # what a link leads to is not part of the model, and would be read and published from wherever it lies
+        # the target of a link is not part of the model, and must not be read or published
         steps = [folder / own, *(folder / own).parents][: own.count("/") + 1]
         if any(step.is_symlink() for step in steps):
             raise FusionError(f"{name}: {own} is a link to another folder", "put the folder itself there")
@@ -121,12 +121,12 @@ def local_named_files(folder: Path, name: str, *, code: bool) -> list[str]:
 
 
 def read_content(file: Path, name: str) -> Any:
-    """What a JSON file holds, or a FusionError naming the model and the file."""
+    """The content of a JSON file; errors name the model and the file."""
     return parse(read_file(file), file.name, name)
 
 
 def _routed(name: str, folder: str, known: set[str], read: Read, depth: int) -> Iterator[str]:
-    """A module's folder and, where it is a router, those of the modules that it routes to."""
+    """A module's folder and, for a router, those of the modules that it routes to."""
     yield folder
     prefix = f"{folder}/" if folder else ""
     for file in _ROUTERS if folder else _ROUTERS[:1]:

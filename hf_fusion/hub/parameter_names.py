@@ -1,7 +1,7 @@
-"""Tensors by the names that transformers' loader gives them, whatever names their files have.
+"""Maps tensor names in checkpoints to the parameter names that transformers' loader gives them.
 
-Checkpoints of one class come in several layouts: with and without the body's prefix, from before and after a class was
-rearranged. transformers renames what it loads; so do we, by the same tables, on a model without values.
+Checkpoints of one class exist in several layouts: with and without the body's prefix, from before and after changes of
+the class. The names are mapped by transformers' own tables, on a model on the meta device.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MetaModel:
-    """The model that a ``config.json`` promises, on the meta device.
+    """The model of a ``config.json`` on the meta device.
 
     Attributes:
-        model: the model; it is shared, so it must not be changed. None where transformers cannot build it.
-        config: its configuration; None where there is no model.
-        why: why there is no model; "" where there is one.
+        model: shared between calls, must not be changed; None if transformers cannot build it.
+        config: its configuration; None without a model.
+        why: why there is no model, or "".
     """
 
     model: PreTrainedModel | None = None
@@ -36,24 +36,24 @@ class MetaModel:
 
     @property
     def tied(self) -> dict[str, str]:
-        """Parameters that the configuration ties to others: name -> the other's name."""
+        """Tied parameters: name -> name of the parameter that it is tied to."""
         return dict(getattr(self.model, "all_tied_weights_keys", None) or {})
 
 
 def build_meta_model(config: Mapping[str, Any], name: str, tensors: int) -> MetaModel:
-    """What a ``config.json`` promises; built once for each configuration, whatever the checkpoint is called.
+    """Builds the model of a ``config.json`` on the meta device; cached by configuration.
 
     Args:
         config: content of the file.
-        name: what errors call the model.
-        tensors: how many tensors the checkpoint holds, see `hf_fusion.hub.headers.native_config`.
+        name: of the model, for errors.
+        tensors: number of tensors in the checkpoint, see `hf_fusion.hub.headers.native_config`.
 
     Raises:
         MissingLibraryError: a library that its class needs is not installed.
     """
     content = {key: value for key, value in config.items() if key != "_name_or_path"}
     try:
-        return _promised(json.dumps(content, sort_keys=True, default=str), tensors)
+        return _build(json.dumps(content, sort_keys=True, default=str), tensors)
     except _NotBuiltError as error:
         if isinstance(error.cause, MissingLibraryError):
             raise MissingLibraryError(str(error).replace(_NAME, name), error.cause.hint) from error
@@ -61,11 +61,11 @@ def build_meta_model(config: Mapping[str, Any], name: str, tensors: int) -> Meta
         return MetaModel(why=str(error).replace(_NAME, name))
 
 
-_NAME = "‹name›"  # stands for the name in what is kept for all checkpoints of a configuration
+_NAME = "‹name›"  # placeholder for the name in cached errors
 
 
 class _NotBuiltError(Exception):
-    """No model can be built; the text says why."""
+    """No model can be built; the message says why."""
 
     def __init__(self, why: str, cause: Exception) -> None:
         super().__init__(why)
@@ -73,7 +73,7 @@ class _NotBuiltError(Exception):
 
 
 @lru_cache(maxsize=16)
-def _promised(text: str, tensors: int) -> MetaModel:
+def _build(text: str, tensors: int) -> MetaModel:
     from hf_fusion.hub.headers import build_on_meta, native_config
 
     content = json.loads(text)
@@ -84,13 +84,13 @@ def _promised(text: str, tensors: int) -> MetaModel:
         return MetaModel(build_on_meta(lambda: own._from_config(config)), config)
     except FusionError as error:
         raise _NotBuiltError(error.message, error) from error
-    except Exception as error:  # a stranger's config may fail in any way
+    except Exception as error:  # an untrusted config may fail in any way
         why = f"{_NAME}: its model cannot be built from config.json ({first_line(error)})"
         raise _NotBuiltError(why, error) from error
 
 
 def model_class(content: Mapping[str, Any], config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that loads a checkpoint: its own architecture, or the body's where it names none.
+    """The class that loads a checkpoint: its architecture, or the class of the body if it names none.
 
     Raises:
         FusionError: transformers has no such class.
@@ -109,10 +109,10 @@ def model_class(content: Mapping[str, Any], config: PreTrainedConfig) -> type[Pr
 
 
 def _config_for(own: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration that a class takes: the whole, or that of a part (of a CLIP for its vision tower).
+    """The configuration for a class: the whole, or a nested one (of CLIP, for its vision tower).
 
     Raises:
-        FusionError: it takes neither.
+        FusionError: none matches the class.
     """
     parts = [getattr(config, key, None) for key in getattr(config, "sub_configs", {})]
     wanted = own.config_class or ()
@@ -123,20 +123,20 @@ def _config_for(own: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrai
 
 
 def loaded_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """Names in files -> names in the loaded model, as `from_pretrained` finds them.
+    """Names in files -> names in the loaded model, as in `from_pretrained`.
 
-    A tensor that the loader makes part of another one (an expert's matrix of a mixture that holds them stacked) keeps a
-    name of its own: that of the file, with the renamings of its layout.
+    A tensor that the loader stacks into another (such as one expert's matrix of a mixture) keeps its name in the file,
+    with the renamings of its layout.
 
     Args:
         model: of the checkpoint's class, on any device.
-        names: of a checkpoint's tensors; those that the model does not have keep a name as well.
+        names: of a checkpoint's tensors; names that the model does not have are mapped, too.
     """
-    return {name: loaded for name, loaded, _ in _loaded(model, names)}
+    return {name: loaded for name, loaded, _ in _map_names(model, names)}
 
 
 def filled_parameters(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Names in files -> the parameters and buffers that the loader fills from each, of those that it uses.
+    """Names in files -> the parameters and buffers that the loader fills from each; unused names are left out.
 
     Args:
         model: of the class that loads the checkpoint, on any device.
@@ -144,12 +144,14 @@ def filled_parameters(model: PreTrainedModel, names: Iterable[str]) -> dict[str,
     """
     known = model.state_dict()
     return {
-        name: filled for name, loaded, made in _loaded(model, names) if known.keys() >= set(filled := made or (loaded,))
+        name: filled
+        for name, loaded, made in _map_names(model, names)
+        if known.keys() >= set(filled := made or (loaded,))
     }
 
 
-def _loaded(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """Each name in the files, its name in the loaded model, and what the loader makes of it with others, if it does."""
+def _map_names(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Yields (name in the files, name in the loaded model, names of the stacked parameters it becomes part of)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -158,7 +160,7 @@ def _loaded(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[str,
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     targets = {source: entry.target_patterns for entry in converters for source in entry.source_patterns}
     prefix, known = model.base_model_prefix, model.state_dict()
-    for name in sorted(names, key=dot_natural_key):  # as the loader does: some renamings look at what came before
+    for name in sorted(names, key=dot_natural_key):  # in the loader's order, on which some renamings depend
         loaded, converted = rename_source_key(name, renamings, converters, prefix, known)
         if loaded not in known and name in known:
             loaded, converted = rename_source_key(name, [], [], prefix, known)

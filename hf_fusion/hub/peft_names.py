@@ -1,7 +1,7 @@
-"""The names that tensors have in an adapter's file, as PEFT writes them and as it reads them.
+"""Parses the tensor names in an adapter's file, in all forms that PEFT reads.
 
-``save_pretrained`` leaves the adapter's name out (``query.lora_A.weight``). A state dict that was saved as it is has it
-(``query.lora_A.default.weight``, ``classifier.modules_to_save.default.bias``), and PEFT loads that too.
+``save_pretrained`` leaves the adapter's name out (``query.lora_A.weight``). A state dict that was saved directly
+contains it (``query.lora_A.default.weight``, ``classifier.modules_to_save.default.bias``), and PEFT loads that too.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from hf_fusion.errors import FusionError
 Shapes = dict[str, tuple[int, ...]]
 
 PREFIX = "base_model.model."
-DEFAULT = "default"  # what PEFT calls an adapter that nobody named
+DEFAULT = "default"  # PEFT's default name of an adapter
 LORA = re.compile(r"(?P<path>.+)\.lora_(?P<half>[AB])\.weight")
-"""A plain name of one half of a LoRA."""
+"""Name of one factor of a LoRA."""
 EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])")
-"""The same of a LoRA on an embedding, which PEFT stores the other way round."""
+"""Name of one factor of a LoRA on an embedding, which PEFT stores transposed."""
 ROWS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta(?:\..+)?")
-"""Rows of an embedding that were trained alone."""
+"""Name of the trained rows of an embedding."""
 
 _NAMED = re.compile(r"(.+\.lora_(?:[AB]|magnitude_vector|embedding_[AB]))(?:\.(.+?))??(\.weight|\.bias)?")
 _SAVED = re.compile(r"(?P<path>.+)\.modules_to_save\.(?P<rest>.+)")
@@ -29,12 +29,12 @@ _SAVED = re.compile(r"(?P<path>.+)\.modules_to_save\.(?P<rest>.+)")
 def plain_keys(keys: Iterable[str], name: str) -> dict[str, str]:
     """Name in an adapter's file -> the same without PEFT's wrappers and without the adapter's name.
 
-    Halves of a LoRA become ``PATH.lora_A.weight``, see `LORA`; what the adapter saved whole becomes the parameter that
-    it replaces. Copies of what was replaced (``original_module``) are left out.
+    Factors of a LoRA become ``PATH.lora_A.weight``, see `LORA`; tensors saved in full get the name of the
+    parameter that they replace. Copies of replaced parameters (``original_module``) are left out.
 
     Args:
-        keys: of the file, without `PREFIX` or with it.
-        name: what errors call the adapter.
+        keys: of the file, with or without `PREFIX`.
+        name: of the adapter, for errors.
 
     Raises:
         FusionError: the file holds several adapters.
@@ -43,14 +43,14 @@ def plain_keys(keys: Iterable[str], name: str) -> dict[str, str]:
     matches = {key: match for key, own in bare.items() if (match := _NAMED.fullmatch(own))}
     adapters = {match[2] for match in matches.values()}
     if len(adapters) > 1:
-        told = ", ".join(sorted(adapter or "one without a name" for adapter in adapters))
-        raise FusionError(f"Adapter {name} holds several adapters: {told}.", hint="save each in a folder of its own")
+        listed = ", ".join(sorted(adapter or "one without a name" for adapter in adapters))
+        raise FusionError(f"Adapter {name} holds several adapters: {listed}.", hint="save each in a separate folder")
     called = next(iter(adapters), None) or DEFAULT
     found = {}
     for key, own in bare.items():
         if match := matches.get(key):
             found[key] = match[1] + (match[3] or "")
-        elif ".original_module." not in own:  # what modules_to_save replaces: PEFT writes it beside grown embeddings
+        elif ".original_module." not in own:  # PEFT also saves the replaced module of resized embeddings
             if match := _SAVED.fullmatch(own):
                 own = f"{match['path']}.{match['rest'].removeprefix(f'{called}.')}"
             found[key] = own.replace(".base_layer.", ".")
@@ -58,7 +58,7 @@ def plain_keys(keys: Iterable[str], name: str) -> dict[str, str]:
 
 
 def adapter_shapes(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[dict[str, tuple[int, int]], Shapes]:
-    """From an adapter's tensor shapes: module path → (d_in, d_out), and the shapes of its saved tensors."""
+    """Module path → (d_in, d_out), and name → shape of the tensors saved in full, from an adapter's tensor shapes."""
     lora: dict[str, tuple[int, int]] = {}
     saved: Shapes = {}
     for stored, key in plain_keys(shapes, name).items():

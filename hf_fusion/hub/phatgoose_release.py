@@ -1,8 +1,8 @@
-"""The checkpoints of PHATGOOSE's authors (github.com/r-three/phatgoose): all experts and their gates in one file.
+"""Reads the checkpoints of PHATGOOSE's authors (github.com/r-three/phatgoose): all experts and gates in one file.
 
-``owner/name#7`` is the eighth expert of such a repo, ``owner/name#7@sha`` the same at a commit. It is written out once,
-as a PEFT adapter with gates, into the cache. In the file, an expert k of rank r changes a linear layer to
-W x + x L₁ L₂ / r: that is PEFT's α = 1. Its gate v reads the same x.
+``owner/name#7`` is the expert with index 7 of such a repo, ``owner/name#7@sha`` the same at a commit. It is converted
+once to a PEFT adapter with gates, in the cache. In the file, an expert of rank r changes a linear layer to
+W x + x L₁ L₂ / r, which is PEFT's α = 1. Its gate v reads the same x.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ Layers = dict[str, dict[str, "torch.Tensor"]]  # module path → layer1 (d_in, r
 
 
 def write_expert(source: Source, file: Path, number: int) -> Path:
-    """The folder of one expert, as a PEFT adapter with gates.
+    """Writes one expert as a PEFT adapter with gates, and returns its folder in the cache.
 
     Args:
         source: the repo.
-        file: its checkpoint, here.
-        number: of the expert.
+        file: its checkpoint, downloaded.
+        number: index of the expert.
 
     Raises:
-        FusionError: the file is no such checkpoint, or has no such expert.
+        FusionError: the file is not such a checkpoint, or has no such expert.
     """
 
     def make(folder: Path) -> None:
         from safetensors.torch import save_file
 
-        with _LOCK:  # experts are asked for in several threads; the file is indexed once
+        with _LOCK:  # several threads may read experts; the file is indexed once
             experts = _experts(file, source.name)
         if number not in experts:
             raise FusionError(f"{source.name} has the experts #{min(experts)} to #{max(experts)}, not #{number}.")
@@ -86,16 +86,16 @@ def _is_low_rank(own: Mapping[str, torch.Tensor]) -> bool:
 
 @cache
 def _experts(file: Path, name: str) -> dict[int, Layers]:
-    """All experts of a checkpoint; the tensors stay in the file until they are asked for."""
+    """All experts of a checkpoint; tensors are memory-mapped."""
     import torch
 
-    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}  # tensors alone: no code of a pickle runs
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}  # no code of a pickle runs
     try:
         try:
             stored = torch.load(file, mmap=True, **options)
         except RuntimeError:  # torch's older format cannot be mapped
             stored = torch.load(file, **options)
-    except Exception as error:  # whatever a stranger's file makes torch raise
+    except Exception as error:  # an untrusted file may raise anything
         reason = f"{name}: {file.name} cannot be read ({type(error).__name__})."
         raise FusionError(reason, hint="fetch it again") from error
     experts: dict[int, Layers] = {}
@@ -108,5 +108,5 @@ def _experts(file: Path, name: str) -> dict[int, Layers]:
         if (found := {path: own for path, own in layers.items() if _is_low_rank(own)})
     }
     if not experts:
-        raise FusionError(f"{name}: {file.name} is no checkpoint of PHATGOOSE's authors.")
+        raise FusionError(f"{name}: {file.name} is not a checkpoint of PHATGOOSE's authors.")
     return experts

@@ -1,7 +1,7 @@
-"""What a fused model says it was made of: where that is read, and how it is told to others.
+"""The provenance of fused models: reads recipes, and replaces local paths in them before they are published.
 
-A recipe names folders by their paths, so that they are found again on this machine. Others are told a folder's name
-and the sha256 of its content instead: ``NAME@sha256:…``.
+A recipe names folders by their paths, so that it can be run again on this machine. For others, a folder is named by its
+name and the SHA-256 of its content: ``NAME@sha256:…``.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from hf_fusion.types import CONTENT, ModelRef
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# what belongs to a model; its card, results and training leftovers do not
+# files that belong to a model, unlike its card, results and files of training
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja", ".py")
 _NOT_OF_IT = (*MEASURED, "trainer_state.json", "training_args.bin")
 
 
 def has_recipe(folder: str | Path) -> bool:
-    """Whether `read_recipe` finds one or has an error to raise; no for a plain model that nothing is known of."""
+    """Whether `read_recipe` finds a recipe or raises an error; False for a model that was not fused."""
     folder = Path(folder)
     if (folder / RECIPE_FILE).exists() or not (folder / "config.json").exists():
         return True
@@ -38,10 +38,10 @@ def has_recipe(folder: str | Path) -> bool:
 
 
 def read_recipe(folder: str | Path) -> Recipe:
-    """What the model in a folder was made of: its ``fusion.yaml``, or what its config says where it has none.
+    """The recipe of the model in a folder: from ``fusion.yaml``, or else from its config.
 
     Raises:
-        FusionError: neither says it.
+        FusionError: there is no recipe.
     """
     folder = Path(folder)
     config = folder / "config.json"
@@ -50,23 +50,23 @@ def read_recipe(folder: str | Path) -> Recipe:
     content = read_json(config, str(folder))
     if content.get("model_type") not in FAMILIES:
         raise FusionError(
-            f"{folder} has no {RECIPE_FILE}, and its config.json does not say what it was made of.",
+            f"{folder} has no {RECIPE_FILE}, and its config.json has no recipe.",
             f"put the {RECIPE_FILE} that it was made by into the folder",
         )
     return _recorded(FAMILIES[content["model_type"]].classes().config.from_pretrained(folder))
 
 
 def recipe_from_model(model: PreTrainedModel) -> Recipe:
-    """What a model was made of, as `fuse` left it there or as its config says.
+    """The recipe of a model, as set by `fuse` or stored in its config.
 
     Raises:
-        FusionError: nothing says it.
+        FusionError: there is no recipe.
     """
     recipe: Recipe | None = getattr(model, RECIPE_ATTRIBUTE, None)
     if recipe is not None:
         return recipe
     if model.config.model_type not in FAMILIES:
-        raise FusionError("Nothing says what this model was made of.", hint="pass recipe=, or make it with fuse()")
+        raise FusionError("This model has no recipe.", hint="pass recipe=, or create it with fuse()")
     return _recorded(model.config)
 
 
@@ -75,7 +75,7 @@ def _recorded(config: PreTrainedConfig) -> Recipe:
 
 
 def model_files(folder: Path) -> list[str]:
-    """The files of a folder that make its model, as paths from it: weights, configuration, tokenizer, code."""
+    """The files of the model in a folder, as relative paths: weights, configuration, tokenizer, code."""
     root = [
         path.name
         for path in folder.iterdir()
@@ -85,7 +85,7 @@ def model_files(folder: Path) -> list[str]:
 
 
 def hash_folder(folder: str | Path) -> str:
-    """``sha256:…`` of a folder's model files: that of the lines that ``sha256sum`` prints for them, by name."""
+    """``sha256:…`` of a folder's model files: the hash of ``sha256sum``'s lines for them, by name."""
     lines = hashlib.sha256()
     for name in model_files(Path(folder)):
         digest = hashlib.sha256()
@@ -97,29 +97,33 @@ def hash_folder(folder: str | Path) -> str:
 
 
 def list_local_folders(recipe: Recipe) -> list[str]:
-    """The folders of this machine that a recipe names as models, each once."""
+    """The local folders that a recipe names as models, without duplicates."""
     refs = [ref for name in recipe.models for ref in ModelRef.parse_pair(name) if ref]
     return list(dict.fromkeys(ref.id for ref in refs if not ref.revision and Path(ref.id).is_absolute()))
 
 
 def hash_folders(folders: Sequence[str]) -> dict[str, str]:
-    """Each folder -> ``NAME@sha256:…``."""
+    """Folder -> ``NAME@sha256:…``."""
 
     def named(path: str) -> str:
-        return str(ModelRef(re.sub(r"[@+]", "-", Path(path).name), hash_folder(path)))  # both have a meaning there
+        return str(
+            ModelRef(re.sub(r"[@+]", "-", Path(path).name), hash_folder(path))
+        )  # @ and + have a meaning in references
 
     return dict(zip(folders, in_parallel(named, folders), strict=True))
 
 
 def strip_paths_from_recipe(recipe: Recipe, names: Mapping[str, str]) -> Recipe:
-    """A recipe without a path of this machine.
+    """Replaces local paths in a recipe.
 
     Args:
         recipe: with paths.
-        names: path -> what others are told instead; other paths (of statistics, gates) become their last part.
+        names: path -> public name; other paths (of statistics, gates) are replaced by their last component.
     """
-    ids = {Path(path).name: ModelRef.parse_repo(name).id for path, name in names.items()}  # as options call experts
-    content = _told({**recipe.to_dict(), "parameters": _renamed(recipe.parameters, ids)}, names)
+    ids = {
+        Path(path).name: ModelRef.parse_repo(name).id for path, name in names.items()
+    }  # options name experts by these
+    content = _replace_paths({**recipe.to_dict(), "parameters": _rename_experts(recipe.parameters, ids)}, names)
     return Recipe.from_dict({key: value for key, value in content.items() if value})
 
 
@@ -129,18 +133,18 @@ def strip_local_paths(value: object, names: Mapping[str, str]) -> Any:
         command = value.get("command")
         own = {key: strip_local_paths(inner, names) for key, inner in value.items()}
         if isinstance(command, str):
-            own["command"] = " ".join(_told(word, names) for word in command.split(" "))
+            own["command"] = " ".join(_replace_paths(word, names) for word in command.split(" "))
         return own
     if isinstance(value, list):
         return [strip_local_paths(inner, names) for inner in value]
-    return _told(value, names)
+    return _replace_paths(value, names)
 
 
-def _told(value: object, names: Mapping[str, str]) -> Any:
+def _replace_paths(value: object, names: Mapping[str, str]) -> Any:
     if isinstance(value, Mapping):
-        return {key: _told(inner, names) for key, inner in value.items()}
+        return {key: _replace_paths(inner, names) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_told(inner, names) for inner in value]
+        return [_replace_paths(inner, names) for inner in value]
     if not isinstance(value, str):
         return value
     if value in names:
@@ -153,11 +157,11 @@ def _told(value: object, names: Mapping[str, str]) -> Any:
     return path.name if is_path else value
 
 
-def _renamed(value: object, ids: Mapping[str, str]) -> Any:
-    """Options with experts by their new ids: as keys, and as ``default_task``."""
+def _rename_experts(value: object, ids: Mapping[str, str]) -> Any:
+    """Options with experts renamed, in keys and in ``default_task``."""
     if not isinstance(value, Mapping):
         return value
-    own = {ids.get(key, key): _renamed(inner, ids) for key, inner in value.items()}
+    own = {ids.get(key, key): _rename_experts(inner, ids) for key, inner in value.items()}
     if isinstance(task := own.get("default_task"), str):
         own["default_task"] = ids.get(task, task)
     return own

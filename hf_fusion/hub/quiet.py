@@ -1,4 +1,4 @@
-"""transformers without its own bars and reports, where both are ours to show, or to raise."""
+"""Silences transformers' progress bars and reports where this package shows or raises them itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No bars and no report of missing keys from transformers: both are ours to show, or to raise."""
+    """Within this context transformers shows no progress bars and does not report missing keys."""
     from transformers.utils import logging as verbosity
 
     level, bars = verbosity.get_verbosity(), verbosity.is_progress_bar_enabled()
@@ -24,7 +24,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _show_bars(shown: bool) -> None:
-    """Turn transformers' bars on or off, without its warning where HF_HUB_DISABLE_PROGRESS_BARS decides."""
+    """Turns transformers' bars on or off, without its warning if HF_HUB_DISABLE_PROGRESS_BARS is set."""
     from transformers.utils import logging as verbosity
 
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""``rank_pattern`` and ``alpha_pattern`` of an adapter: looked up as PEFT does, within bounds of time and memory."""
+"""Looks up an adapter's ``rank_pattern`` and ``alpha_pattern`` as PEFT does, within limits of time and memory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hf_fusion.errors import FusionError, shown
 MOST_SECONDS = 2.0
 """For all patterns of an adapter on all of its modules."""
 MOST_CHARACTERS = 1_000
-# A repeated group may take time that grows with 2 to the length; recursion, lookarounds, back references and fuzzy
-# counts take memory that no time limit bounds. Patterns of modules need none of them.
+# Repeated groups can take exponential time; recursion, lookarounds, back references and fuzzy counts can take memory
+# without a limit. Patterns of modules do not need them.
 _COSTLY = re.compile(r"\)[*+?{]|\(\?(?!:)|\\[1-9gkKLNpPRX]|\{(?!\d{1,3}(,\d{0,3})?\})")
 _PLAIN = re.compile(r"[\w.-]+")
 
@@ -23,7 +23,7 @@ class Patterns:
 
     Args:
         config: content of its ``adapter_config.json``.
-        name: what errors call it.
+        name: of the adapter, for errors.
     """
 
     def __init__(self, config: Mapping[str, Any], name: str) -> None:
@@ -36,7 +36,7 @@ class Patterns:
         Args:
             key: "rank_pattern" or "alpha_pattern".
             path: of the module.
-            default: what modules have that no pattern names.
+            default: for modules that no pattern matches.
 
         Raises:
             FusionError: a pattern is not valid, or takes too long; or its value is not a number.
@@ -52,7 +52,7 @@ class Patterns:
         return default
 
     def _matches(self, key: str, pattern: str, path: str, left: float) -> bool:
-        import regex  # transformers brings it; unlike re, it can be told to give up
+        import regex  # a dependency of transformers; unlike re, it has a timeout
 
         if _PLAIN.fullmatch(pattern) and f".{path}".endswith(f".{pattern}"):
             return True

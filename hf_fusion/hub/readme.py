@@ -1,6 +1,6 @@
-"""Small changes to a README of somebody else's: a tag, a section. Every other byte stays as it is.
+"""Edits READMEs in place: adds a tag, sets metadata, replaces a section. All other bytes stay unchanged.
 
-And how text gets into one so that it shows as itself.
+Also escapes text for Markdown.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _HEAD = re.compile(r"(\s*---[ \t]*\r?\n)(.*?)^---[ \t]*(?:\r?\n|\Z)", re.MULTILI
 
 
 def add_tag(text: str, tag: str) -> str:
-    """A README with one more tag in its metadata, which it gets if it has none.
+    """Adds a tag to the metadata of a README, which are created if there are none.
 
     Args:
         text: the README.
-        tag: without characters that mean something in YAML.
+        tag: without special characters of YAML.
 
     Raises:
-        FusionError: for metadata that is not valid YAML, or written in a way that takes no tag.
+        FusionError: the metadata are not valid YAML, or the tags cannot be edited in place.
     """
     newline = "\r\n" if "\r\n" in text else "\n"
     match = _HEAD.match(text)
@@ -36,13 +36,13 @@ def add_tag(text: str, tag: str) -> str:
     if tag in present:
         return text
     head = _with_tag(match[2], tag, newline)
-    if _parse(head) != {**before, "tags": [tag, *present]}:  # an alias, say
+    if _parse(head) != {**before, "tags": [tag, *present]}:  # such as an alias
         raise FusionError("The tags of README.md are written in a way that cannot be added to.", hint=f"add {tag!r}")
     return text[: match.start(2)] + head + text[match.end(2) :]
 
 
 def _with_tag(head: str, tag: str, newline: str) -> str:
-    """YAML with the tag in front of the others, whichever way these are written."""
+    """Inserts the tag before the others, in block, flow or scalar notation."""
     root = yaml.compose(head, Loader=yaml.SafeLoader)
     pairs = root.value if isinstance(root, yaml.MappingNode) else ()
     node = next((value for key, value in pairs if key.value == "tags"), None)
@@ -54,24 +54,24 @@ def _with_tag(head: str, tag: str, newline: str) -> str:
         return f"{head[:start]}- {tag}{newline}{' ' * node.start_mark.column}{head[start:]}"
     if isinstance(node, yaml.SequenceNode):
         return f"{head[: start + 1]}{tag}{', ' if node.value else ''}{head[start + 1 :]}"
-    if start == end:  # nothing behind the colon
+    if start == end:  # no value after the colon
         return f"{head[:start]} [{tag}]{head[end:]}"
     known = head[start:end] if yaml.safe_load(head[start:end]) is not None else ""
     return f"{head[:start]}[{tag}{', ' if known else ''}{known}]{head[end:]}"
 
 
 def read_metadata(text: str) -> dict[str, Any]:
-    """The metadata of a README, empty where it has none.
+    """The metadata of a README; empty if there are none.
 
     Raises:
-        FusionError: for metadata that is not valid YAML, or not a mapping.
+        FusionError: the metadata are not valid YAML, or not a mapping.
     """
     match = _HEAD.match(text)
     return _parse(match[2]) if match else {}
 
 
 def filter_metadata(card: Any) -> dict[str, Any]:
-    """What of a card's metadata is read elsewhere, where it has the type that it should have."""
+    """The metadata of a card that this package uses, without values of the wrong type."""
     card = card if isinstance(card, dict) else {}
     kinds = {"base_model": _is_names, "license": _is_names, "pipeline_tag": _is_name}
     return {key: card[key] for key, is_right in kinds.items() if is_right(card.get(key))}
@@ -86,16 +86,16 @@ def _is_names(value: object) -> bool:
 
 
 def put_metadata(text: str, values: dict[str, Any]) -> str:
-    """A README with some keys of its metadata set, in front of which it gets metadata if it has none.
+    """Sets keys in the metadata of a README, which are created if there are none.
 
-    Other keys keep their values and their order. Where nothing changes, every byte stays.
+    Other keys keep their values and order. If all values are set already, the text is unchanged.
 
     Args:
         text: the README.
-        values: key → plain data.
+        values: key → YAML value.
 
     Raises:
-        FusionError: for metadata that is not valid YAML, or not a mapping.
+        FusionError: the metadata are not valid YAML, or not a mapping.
     """
     match, before = _HEAD.match(text), read_metadata(text)
     if all(key in before and before[key] == value for key, value in values.items()):
@@ -113,7 +113,7 @@ def _parse(head: str) -> dict[str, Any]:
 
 
 def put_section(text: str, name: str, section: str) -> str:
-    """A README with a section between markers of a name; at its end, or in place of the one that is there.
+    """Replaces a section between markers in a README, or appends it.
 
     Args:
         text: the README.
@@ -121,7 +121,7 @@ def put_section(text: str, name: str, section: str) -> str:
         section: Markdown, without the markers.
 
     Raises:
-        FusionError: for markers without their counterpart.
+        FusionError: a marker has no counterpart.
     """
     newline = "\r\n" if "\r\n" in text else "\n"
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -139,6 +139,6 @@ def put_section(text: str, name: str, section: str) -> str:
 
 
 def escape_markdown(value: object) -> str:
-    """Text that shows as itself in Markdown: no markup, no HTML, no new table cell, no new line."""
+    """Escapes text for Markdown: without markup, HTML, table separators or line breaks."""
     text = printable(" ".join(str("" if value is None else value).split()))
     return re.sub(r"[&<>|`*\[\]\\~#!$]", lambda match: f"&#{ord(match[0])};", text)

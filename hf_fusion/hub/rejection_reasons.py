@@ -1,4 +1,4 @@
-"""Why an expert does not fit: what is told of it, whoever wrote what it quotes."""
+"""The reasons for which an expert is rejected."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MOST_SHOWN = 1_000  # characters of a reason
 
 
 class ReasonKind(str, Enum):
-    """Why an expert does not fit."""
+    """Kinds of reasons against an expert."""
 
     ARCHITECTURE = "architecture"
     BASE = "base"
@@ -34,11 +34,9 @@ class Reason:
     """One reason against an expert.
 
     Attributes:
-        kind: what it is about.
-        detail: what was found.
-        remedy: what to do about it, if anything can be done.
-
-    Both are `printable`, whatever a stranger's files hold.
+        kind: of the problem.
+        detail: what was found; made printable, since it may quote untrusted files.
+        remedy: how to resolve it, or None; made printable as well.
     """
 
     kind: ReasonKind

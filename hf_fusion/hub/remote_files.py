@@ -1,7 +1,7 @@
-"""Small parts of files on the Hub, one request each: JSON files, and the headers of safetensors files.
+"""Reads JSON files and headers of safetensors files from the Hub, with one request each.
 
-`hf_hub_download` asks twice for a file, for its metadata and then for the file, and stores it. What is only looked at
-once, in hundreds of repos, is read directly from its address; what an earlier download stored is read from there.
+`hf_hub_download` makes two requests per file, and stores it. Files that are read once, from hundreds of repos, are
+requested directly instead; files in the cache of an earlier download are read from there.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import ModelInfo
 
-# what is asked of the Hub about a repo in a list, beside its card; sizes of files are not among what it tells there
+# fields requested for repos in a list, besides the card; lists have no file sizes
 DESCRIBED: tuple[Any, ...] = ("sha", "siblings", "tags", "pipeline_tag", "downloads", "gated", "private")
-MAX_HEADER = 25 << 20  # as huggingface_hub's own limit
-_FIRST = 100_000  # bytes: most headers are shorter, so that one request is enough
+MAX_HEADER = 25 << 20  # huggingface_hub's limit
+_FIRST = 100_000  # bytes of the first request, enough for most headers
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class FileRange:
     size: int
 
 
-# a card of wrong types makes the client fail on all that the Hub says of a repo, and on the list that it is in
+# raised by the client for a card with values of the wrong type, for the repo and for lists that contain it
 CARD_ERRORS = (TypeError, AttributeError, ValueError, KeyError)
 
 
 def fetch_model_info(repo_id: str, revision: str | None, api: HfApi) -> ModelInfo:
-    """What the Hub says of a repo, without its card where the client cannot read that.
+    """The Hub's information about a repo, without its card if the client cannot parse it.
 
     Raises:
         HfHubHTTPError, TransportError: as the client raises them.
@@ -56,7 +56,7 @@ def fetch_model_info(repo_id: str, revision: str | None, api: HfApi) -> ModelInf
 
 
 def card_of(info: ModelInfo) -> dict[str, Any]:
-    """The metadata of a repo's card, as far as it can be read."""
+    """The valid metadata of a repo's card."""
     try:
         return filter_metadata(info.card_data.to_dict() if info.card_data else {})
     except CARD_ERRORS:
@@ -64,9 +64,9 @@ def card_of(info: ModelInfo) -> dict[str, Any]:
 
 
 def read_range(api: HfApi, repo_id: str, file: str, revision: str | None, start: int, stop: int) -> FileRange:
-    """The bytes from `start` to `stop` of a file in a model repo, fewer where the file ends before.
+    """Reads bytes [start, stop) of a file in a model repo; fewer if the file is shorter.
 
-    Never holds more than ``stop - start`` bytes, whatever the server sends.
+    Buffers at most `stop` bytes, whatever the server sends.
 
     Raises:
         HfHubHTTPError, TransportError: as the client raises them.
@@ -76,7 +76,10 @@ def read_range(api: HfApi, repo_id: str, file: str, revision: str | None, start:
 
     url = hf_hub_url(repo_id, file, revision=revision, endpoint=api.endpoint)
     headers = build_hf_headers(token=api.token, library_name=api.library_name, headers=api.headers)
-    headers |= {"range": f"bytes={start}-{stop - 1}", "accept-encoding": "identity"}  # sizes are those of the file
+    headers |= {
+        "range": f"bytes={start}-{stop - 1}",
+        "accept-encoding": "identity",
+    }  # uncompressed, so that sizes are the file's
     with http_stream_backoff("GET", url, headers=headers) as response:
         if response.status_code == 416:  # the file is empty, or ends before `start`
             return FileRange(b"", start)
@@ -97,16 +100,16 @@ def read_range(api: HfApi, repo_id: str, file: str, revision: str | None, start:
 
 
 def read_json_file(api: HfApi, repo_id: str, file: str, revision: str) -> bytes:
-    """A JSON file at a commit: from the cache of an earlier download, else by one request.
+    """Reads a JSON file at a commit: from the cache of an earlier download, else with one request.
 
     Raises:
-        FusionError: it is larger than any such file.
+        FusionError: it is larger than the limit.
         HfHubHTTPError, TransportError: as the client raises them.
     """
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(repo_id, file, revision=revision)
-    # the cache follows a branch that is called like the commit
+    # the cache may resolve a branch that has the commit as its name
     if isinstance(cached, str) and Path(cached).parents[file.count("/")].name == revision:
         return read_file(Path(cached), most=MAX_BYTES)
     part = read_range(api, repo_id, file, revision, 0, MAX_BYTES)
@@ -129,10 +132,10 @@ class Header:
 
 
 def read_header(api: HfApi, repo_id: str, file: str, revision: str | None) -> Header:
-    """The header of a safetensors file, by one request, or two where it is longer than most.
+    """Reads the header of a safetensors file, with one request, or two if it is long.
 
     Raises:
-        FusionError: the file is not in safetensors' format.
+        FusionError: the file is not a valid safetensors file.
         HfHubHTTPError, TransportError: as the client raises them.
     """
     part = read_range(api, repo_id, file, revision, 0, _FIRST)
@@ -151,15 +154,15 @@ def read_header(api: HfApi, repo_id: str, file: str, revision: str | None) -> He
 
 
 def refuse_long(length: int, size: int, what: str) -> None:
-    """Refuses a header that is out of proportion to its file: reading it would take more memory than any does.
+    """Raises for a header that is implausibly long for its file, since reading it takes much memory.
 
     Args:
         length: of the header, in bytes.
-        size: of the whole file.
-        what: what the error calls the file.
+        size: of the whole file, in bytes.
+        what: name of the file in errors.
 
     Raises:
-        FusionError: for more than 4 MB and a byte for each 500 of the file, or 25 MB.
+        FusionError: the header is longer than 4 MB plus 1/500 of the file, or than 25 MB.
     """
     if length > min(MAX_HEADER, (4 << 20) + size // 500):
         raise FusionError(f"{what} has {size:,} bytes and a header of {length:,}: it names more tensors than it holds.")
@@ -169,7 +172,7 @@ def _shapes(header: object) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape.
 
     Raises:
-        ValueError: for an entry that describes no tensor.
+        ValueError: an entry has no valid shape.
     """
     if not isinstance(header, dict):
         raise ValueError("not an object")

@@ -1,4 +1,4 @@
-"""From a reference to the files of a model: a repo at its commit, a folder, or an expert of PHATGOOSE's checkpoints."""
+"""Resolves references to the files of models: repos at commits, folders, and experts of PHATGOOSE's checkpoints."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 
 def resolve(name: ModelRef | str | Path, api: HfApi | None = None) -> Source:
-    """Find a repo's commit and file list, or a folder's, for which no client is needed; reads no weights.
+    """Finds the commit and file list of a repo, or the file list of a folder; reads no weights.
 
-    A folder is checked as a whole: what it gives to read lies in it.
+    A folder is checked as a whole for links out of it (`check_snapshot`).
 
     Args:
-        name: what `ModelRef` describes, but for content; an expert of a checkpoint of PHATGOOSE's authors is
+        name: any reference of `ModelRef` except content hashes; an expert of a checkpoint of PHATGOOSE's authors is
             downloaded.
         api: the Hub's client; default honours ``HF_ENDPOINT`` and the stored token.
 
     Raises:
-        FusionError: it cannot be found, or a file of the folder leads out of it (`check_snapshot`).
+        FusionError: it does not exist, or a file of the folder leads out of it.
     """
     if (folder := _folder(str(name))) is not None:
         return folder_source(folder, api)
@@ -40,7 +40,7 @@ def resolve(name: ModelRef | str | Path, api: HfApi | None = None) -> Source:
 
 
 def _resolve_expert(ref: ModelRef, number: int, api: HfApi | None) -> Source:
-    """One expert of a checkpoint of PHATGOOSE's authors: it has the repo's commit, and its files are here."""
+    """One expert of a checkpoint of PHATGOOSE's authors, with the repo's commit and local files."""
     source = resolve_repo(ModelRef(ref.repo, ref.revision), api)
     files = [file for file in source.sizes if file.endswith(".pt")]
     if len(files) != 1:
@@ -56,28 +56,28 @@ def _resolve_expert(ref: ModelRef, number: int, api: HfApi | None) -> Source:
 
 
 def _folder(name: str) -> Path | None:
-    """The folder of that name, if there is one.
+    """The folder of that name, or None.
 
     Raises:
-        FusionError: there cannot be one: the name is longer than any path, or in the home of nobody.
+        FusionError: the name is not a valid path.
     """
     try:
         folder = Path(name).expanduser()
         return folder if folder.is_dir() else None
     except (OSError, RuntimeError, ValueError) as error:
-        raise FusionError(f"{shown(name)} is no model ({one_line(error)}).", hint="check the name") from None
+        raise FusionError(f"{shown(name)} is not a model ({one_line(error)}).", hint="check the name") from None
 
 
 def repo_ref(name: ModelRef | str) -> ModelRef:
-    """A reference to a repo on the Hub, whatever folders there are here.
+    """A reference to a repo on the Hub, even if there is a folder of that name.
 
     Raises:
-        FusionError: it is not one.
+        FusionError: it is not a valid reference to a repo.
     """
     ref = name if isinstance(name, ModelRef) else ModelRef.parse_repo(name)
     if ref.is_content and ref.revision:
         raise FusionError(
-            f"{ref.id} was a folder of the machine that fused it (content {ref.revision[:19]}…).",
+            f"{ref.id} was a local folder where the model was fused (content {ref.revision[:19]}…).",
             hint="put the path of your copy of it into the recipe",
         )
     if not ref.is_repo:
@@ -99,10 +99,10 @@ def resolve_repo(name: ModelRef | str, api: HfApi | None = None) -> Source:
 
 
 def recorded_base(source: Source) -> ModelRef:
-    """The base that an adapter records, with its revision; a folder only if the adapter itself lies in one.
+    """The base that an adapter records, with its revision; may be a folder if the adapter is local.
 
     Raises:
-        FusionError: if it records nothing, or a path on its author's machine.
+        FusionError: it records no base, or a path that does not exist here.
     """
     base, revision = source.adapter.get("base_model_name_or_path"), source.adapter.get("revision")
     if source.is_local and isinstance(base, str) and base and _folder(base):

@@ -1,4 +1,4 @@
-"""Which of a model's files are needed: weights, configurations, processors, and modules beside the model."""
+"""Selects the files of a model to read: weights, configurations, processors, and modules in subfolders."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from hf_fusion.hub.linearized import STEM as LINEARIZED
 from hf_fusion.hub.manifests import local_files, local_named_files, module_folders, named_files, refuse_pickled
 from hf_fusion.hub.source import Source
 
-# Training leftovers that no loader reads.
+# files of training that no loader reads
 _SKIPPED = ("trainer_state.json", "optimizer.safetensors", "results.json")
 
 
 def safe_files(source: Source) -> list[str]:
-    """The safetensors of a model or an adapter: `weight_files` of PEFT's name, else of L-LoRA's."""
+    """The safetensors files of a model or adapter, by PEFT's file name or else L-LoRA's."""
     stems = ("adapter_model", LINEARIZED) if source.is_adapter else ("model",)
     return next(filter(None, (weight_files(source.sizes, stem, "safetensors") for stem in stems)), [])
 
 
 def pick_weights(source: Source, *, allow_pickle: bool) -> list[str]:
-    """The weight files to read, safetensors first.
+    """The weight files to read; pickles only if there are no safetensors.
 
     Raises:
-        FusionError: if there are none, or only pickles and they were not asked for.
+        FusionError: there are no weights, or only pickles without `allow_pickle`.
     """
     if safe := safe_files(source):
         return safe
@@ -38,9 +38,9 @@ def pick_weights(source: Source, *, allow_pickle: bool) -> list[str]:
 
 
 def pick_small(source: Source, *, code: bool) -> list[str]:
-    """Configs and processor files, and Python files where the expert's own code was agreed to.
+    """Configs and processor files, with `code` also Python files, as paths from the root.
 
-    Those at the root and in the sub-folders that its manifests name, as paths from the root.
+    Includes files in the subfolders that the model's manifests name.
     """
     wanted = (".json", ".txt", ".model", ".jinja") + ((".py",) if code else ())
     at_root = [
@@ -55,7 +55,7 @@ def pick_modules(source: Source) -> list[str]:
     """The weights of sentence-transformers' modules beside the model (``2_Dense/model.safetensors``).
 
     Raises:
-        FusionError: they are only there as a pickle.
+        FusionError: there are only pickles.
     """
     is_here = source.is_local and source.folder is not None
     files = list(local_files(source.folder)) if is_here and source.folder else list(source.sizes)

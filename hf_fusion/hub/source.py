@@ -1,4 +1,4 @@
-"""One model's files, of a repo at a commit or of a folder, whose small ones are read on first use."""
+"""The files of one model, in a repo at a commit or in a folder; small files are read on first use."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Source:
         name: repo id, or the folder's name.
         sizes: bytes of each file; 0 where the Hub listed the file without its size.
         api: the Hub's client, for a repo.
-        folder: where the files are; for a repo, once they are downloaded.
+        folder: contains the files; for a repo None until they are downloaded.
         revision: commit sha of a repo, None for a folder.
-        pinned: whether the caller named that sha (a folder counts as pinned: it does not move by itself).
+        pinned: whether the caller named that sha; folders count as pinned.
         card: metadata of the README.
-        info: all that the Hub says about a repo, None for a folder.
+        info: the Hub's information about a repo; None for a folder.
     """
 
     name: str
@@ -54,14 +54,14 @@ class Source:
 
     @property
     def ref(self) -> ModelRef:
-        """What finds it again: a repo at its commit, or the folder's whole path."""
+        """A reproducible reference: the repo at its commit, or the folder's absolute path."""
         if self.is_local and self.folder is not None:
             return ModelRef(str(self.folder.resolve()))
         return ModelRef(self.name, self.revision)
 
     @property
     def is_local(self) -> bool:
-        """Whether it was given as a folder."""
+        """Whether it is a folder."""
         return self.revision is None
 
     @property
@@ -76,17 +76,17 @@ class Source:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Content of ``config.json``, empty where there is none."""
+        """Content of ``config.json``; empty if it does not exist."""
         return self.json("config.json")
 
     def json(self, file: str) -> dict[str, Any]:
-        """Content of one small JSON file, fetched once; empty where the file is not there."""
+        """Content of a JSON file, cached; empty if it does not exist."""
         if file not in self._json:
             self._json[file] = self._read_json(file) if file in self.sizes else {}
         return self._json[file]
 
     def read(self, file: str) -> Any:
-        """Content of one small JSON file, whatever it is; fetched where it is not here."""
+        """Content of a JSON file of any type; downloaded if necessary."""
         if self.folder is not None and own_file(self.folder / file, self.folder):
             return read_content(self.folder / file, self.name)
         with explain_hub_errors(self.name):
@@ -102,14 +102,14 @@ class Source:
         return parse_object(content, file, self.name)
 
     def header(self, file: str) -> Header:
-        """The header of one of a repo's safetensors files, fetched once."""
+        """The header of one of a repo's safetensors files, cached."""
         if file not in self._headers:
             with explain_hub_errors(self.name):
                 self._headers[file] = read_header(hub_api(self.api), self.name, file, self.revision)
         return self._headers[file]
 
     def size(self, file: str) -> int:
-        """Bytes of one of a repo's files, asked for where the Hub listed it without its size."""
+        """Bytes of one of a repo's files; requested if the Hub listed it without its size."""
         if self.sizes[file]:
             return self.sizes[file]
         if file.endswith(".safetensors"):
@@ -119,11 +119,11 @@ class Source:
 
 
 def source_of(info: ModelInfo, api: HfApi, *, pinned: bool = False) -> Source:
-    """The files of a repo as the Hub's own description names them.
+    """The files of a repo, from the Hub's information about it.
 
     Args:
         info: with its sha and siblings.
-        api: the client that it came from.
+        api: the client that returned it.
         pinned: whether the caller named that sha.
     """
     return Source(
@@ -138,11 +138,11 @@ def source_of(info: ModelInfo, api: HfApi, *, pinned: bool = False) -> Source:
 
 
 def folder_source(folder: Path, api: HfApi | None = None) -> Source:
-    """The files of a folder, which is checked as a whole: what it gives to read lies in it.
+    """The files of a folder, which is checked as a whole for links out of it.
 
     Args:
         folder: of a model or an adapter.
-        api: the Hub's client, where the model that it was made from is looked for.
+        api: the Hub's client, for its base.
 
     Raises:
         FusionError: a file of the folder leads out of it (`check_snapshot`).
@@ -154,14 +154,14 @@ def folder_source(folder: Path, api: HfApi | None = None) -> Source:
 
 
 def _is_inside(path: str) -> bool:
-    """Whether a file's path stays within its repo, on any system; a Hub has no other, but a client may be lied to."""
+    """Whether a file's path stays within its repo, on any operating system; the server is not trusted."""
     return not path.startswith(("/", "~")) and not {"..", ""} & set(path.split("/")) and not set("\\:\0") & set(path)
 
 
 def _local_card(folder: Path) -> dict[str, Any]:
-    """Metadata of a folder's README; empty where it cannot be parsed, as on the Hub."""
+    """Metadata of a folder's README; empty if it cannot be parsed, as on the Hub."""
     try:
         return filter_metadata(read_metadata(read_text(folder / "README.md")))
-    except (FusionError, ValueError) as error:  # none of it may hide weights that work
+    except (FusionError, ValueError) as error:  # an invalid card must not prevent loading
         logger.warning("The metadata of %s/README.md cannot be read: %s", folder, one_line(error))
         return {}

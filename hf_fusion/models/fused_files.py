@@ -63,10 +63,10 @@ def check_files(source: Any, hub: Mapping[str, Any], indexes: tuple[str, ...] = 
             raise ForeignFileError(f"{source}: {file} has no weight_map")
         for place in places.values():
             if not is_plain(place):
-                raise ForeignFileError(f"{source}: {file} names {place!r}, which is no file beside it")
+                raise ForeignFileError(f"{source}: {file} names {place!r}, which is not a file beside it")
     config = _read(source, "config.json", hub)
     if isinstance(config, dict) and (other := config.get("transformers_weights")) and not is_plain(other):
-        raise ForeignFileError(f"{source}: config.json names the weights {other!r}, which are no file beside it")
+        raise ForeignFileError(f"{source}: config.json names the weights {other!r}, which are not files beside it")
 
 
 def check_processor(source: Any, hub: Mapping[str, Any]) -> None:

@@ -276,7 +276,7 @@ def test_files_that_are_cut_off_missing_or_elsewhere(folder_of, tmp_path):
     for shard in ("../elsewhere.safetensors", str(tmp_path / "elsewhere.safetensors"), 5):
         index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(tmp_path / "elsewhere.safetensors"), shard)}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        refused(folder, "model.safetensors.index.json names .*, which is no file beside it")
+        refused(folder, "model.safetensors.index.json names .*, which is not a file beside it")
 
 
 def test_integers_are_not_taken_for_weights(folder_of):

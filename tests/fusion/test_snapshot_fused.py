@@ -56,7 +56,7 @@ def indexed(place: str):
         save_file(tensors, folder / SHARD, metadata={"format": "pt"})
         places = dict.fromkeys(tensors, SHARD) | {max(tensors): place.format(secret=folder.parent / "secret")}
         (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
-        return f"{INDEX} names .*, which is no file beside it"
+        return f"{INDEX} names .*, which is not a file beside it"
 
     return attack
 
@@ -244,7 +244,7 @@ def test_a_published_model_that_leads_out(family, hub, owner, folders, fresh_pyt
     sha = owner.api.model_info(f"{owner.name}/fused").sha
     code = LOADED.replace("sys.argv[1]", f'"{owner.name}/fused"').replace("sys.argv[2]", f'"{sha}"')
     done = fresh_python(code, hub)
-    assert done.stdout.count("REFUSED") == 2 and "which is no file beside it" in done.stdout, done.stdout
+    assert done.stdout.count("REFUSED") == 2 and "which is not a file beside it" in done.stdout, done.stdout
     assert not (tmp_path / "saved").exists()
 
 

@@ -121,7 +121,7 @@ def test_what_is_no_such_expert_is_named(repo, owner, tmp_path):
         resolve(f"{name}#0", owner.api)
     torch.save({"weight": torch.zeros(2)}, tmp_path / "own" / "best.pt")
     owner.push("experts", tmp_path / "own")
-    with pytest.raises(FusionError, match="best.pt is no checkpoint of PHATGOOSE's authors"):
+    with pytest.raises(FusionError, match="best.pt is not a checkpoint of PHATGOOSE's authors"):
         resolve(f"{name}#0", owner.api)
 
 

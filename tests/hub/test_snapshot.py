@@ -78,7 +78,7 @@ def indexed(place: str, pickled: bool = False):
     def attack(folder: Path) -> str:
         (folder / "sub").symlink_to("../secret")
         sharded(folder, place.format(secret=folder.parent / "secret"), pickled)
-        return f"{folder.name}: {BIN_INDEX if pickled else INDEX} names .*, which is no file beside it"
+        return f"{folder.name}: {BIN_INDEX if pickled else INDEX} names .*, which is not a file beside it"
 
     return attack
 

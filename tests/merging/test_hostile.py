@@ -165,7 +165,7 @@ def reindexed(folder, change):
 def test_an_index_that_names_no_file_beside_it(place, sharded, tmp_path):
     place = place.format(root=tmp_path) if isinstance(place, str) else place
     reindexed(sharded[1], lambda index: index["weight_map"].update({"head.weight": place}))
-    refused(f"one: {INDEX} names .*, which is no file beside it", recipe_of(sharded), tmp_path / "out", tmp_path)
+    refused(f"one: {INDEX} names .*, which is not a file beside it", recipe_of(sharded), tmp_path / "out", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from hf_fusion.errors import FusionError, shown
-from hf_fusion.hub.snapshot import read_index, unique_keys, why_not
+from hf_fusion.hub.snapshot import parser_message, read_index, unique_keys
 from hf_fusion.io.files import open_file, own_file
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def read_header(file: Path, root: Path | None = None) -> dict[str, TensorEntry]:
     try:
         header = json.loads(raw.decode(), object_pairs_hook=unique_keys)  # only UTF-8, as in safetensors
     except (ValueError, RecursionError) as error:
-        raise _broken(file, f"its header is not valid ({why_not(error)})") from None
+        raise _broken(file, f"its header is not valid ({parser_message(error)})") from None
     if not isinstance(header, dict):
         raise _broken(file, "its header is not a JSON object")
     header.pop("__metadata__", None)
