@@ -20,7 +20,7 @@ from hf_fusion.evaluation.predictors import Batch, ModelPredictor
 from hf_fusion.evaluation.results import FUSED, MeasuredTask, Metric, Results
 from hf_fusion.evaluation.scoring import compare
 from hf_fusion.evaluation.task_metrics import METRICS
-from hf_fusion.hub.heads import head_of_architecture, same_label
+from hf_fusion.hub.heads import head_of_architecture, normalise_label
 from hf_fusion.hub.load import load_experts
 from hf_fusion.hub.lora import with_adapter
 from hf_fusion.progress import track

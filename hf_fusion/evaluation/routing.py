@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hf_fusion.data import owners_by_name
+from hf_fusion.data import match_experts_by_name
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.loop import TaskRows, check_suite, metric_of, score_task
 from hf_fusion.evaluation.predictors import ModelPredictor
@@ -118,7 +118,7 @@ def measure_routing(
         experts: adapters with gates, as `load_experts` takes them; where the base lies is where it runs.
         suite: task → test rows; columns ``prompt`` and ``target``, or ``text`` (or ``image``) and ``label``.
         train_rows: expert → rows it was trained on, for retrieval and average activation.
-        owners: task → the expert that was trained on it, tasks without one are held out; default is `owners_by_name`.
+        owners: task → its expert, tasks without one are held out; default is `match_experts_by_name`.
         predictors: some of `PREDICTORS`; default is all, without the base where experts bring heads.
         metrics: task → "exact" (default) or "tokens", for language models.
         base: the adapters' base, where it is not the one they record.
@@ -138,7 +138,7 @@ def measure_routing(
         loaded,
         suite,
         train_rows or {},
-        owners_by_name(suite, [expert.name for expert in loaded]) if owners is None else owners,
+        match_experts_by_name(suite, [expert.name for expert in loaded]) if owners is None else owners,
         metrics or {},
         {"top_k": top_k, "temperature": temperature, "missing_gates": missing_gates},
         embedder,
