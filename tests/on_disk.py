@@ -113,7 +113,7 @@ def is_clear(error: FusionError) -> None:
     assert (error.hint or "").isprintable() and (error.hint or ", expected " in error.message), error.message
 
 
-def adapter_weights_file(folder: Path) -> dict[str, bytes]:
+def weights_of(folder: Path) -> dict[str, bytes]:
     """All files of a merged model, by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 

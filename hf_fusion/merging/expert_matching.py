@@ -1,4 +1,4 @@
-"""Which tensor of an expert belongs to which of the merged model, and how much of every expert is merged."""
+"""Matches experts' tensors with the merged model's, and computes the merged share of every expert."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hf_fusion.merging.engine.open_models import Model, match_names
 
 
 def match_tensors(first: Model, other: Model) -> dict[str, str]:
-    """The other model's tensors by the names they have in the first.
+    """Maps tensor names of a model to those of another.
 
-    Where names alone leave something out, both are named as transformers' loader names them: checkpoints of one class
-    come in several layouts.
+    If stored names leave tensors unmatched, the names of transformers' loader are used: checkpoints of one class exist
+    in several layouts.
 
     Returns:
-        Name in the first -> name in the other, of those that agree.
+        Name in the first -> name in the other, for tensors that match.
     """
     found = match_names(first.entries, other.entries)
     if len(found) in (len(first.entries), len(other.entries)):
@@ -31,23 +31,23 @@ def match_tensors(first: Model, other: Model) -> dict[str, str]:
 
 
 def _by_loaded_name(model: Model) -> dict[str, str]:
-    """Names in the loaded model -> names in its files; empty where transformers does not know the model."""
+    """Name in the loaded model -> name in its files; empty if transformers does not know the model."""
     known = build_meta_model(model.config, model.name, len(model.entries)).model
     if known is None:
         return {}
-    modules = [name for name in model.entries if "/" in name]  # sentence-transformers' own, beside the model
+    modules = [name for name in model.entries if "/" in name]  # of sentence-transformers' modules
     named = loaded_names(known, (name for name in model.entries if "/" not in name))
     return {loaded: name for name, loaded in named.items()} | dict(zip(modules, modules, strict=True))
 
 
 @dataclass(frozen=True)
 class Share:
-    """How much of an expert is merged.
+    """The share of an expert that is merged.
 
     Attributes:
-        model: the expert's name.
-        merged: parameters that the merged model takes from it; of an adapter, those that it changes.
-        parameters: all that it has, or changes.
+        model: name of the expert.
+        merged: number of its parameters that are merged; for an adapter, of those that it changes.
+        parameters: number of its parameters; for an adapter, of those that it changes.
     """
 
     model: str
@@ -64,7 +64,7 @@ class Share:
 
 
 def _percent(share: float) -> str:
-    """Neither 0 nor 100 where it is only near to them."""
+    """Percentage, rounded without reaching 0 or 100."""
     for digits in (1, 3):
         if 0 < round(100 * share, digits) < 100:
             return f"{round(100 * share, digits):g} %"
@@ -72,11 +72,11 @@ def _percent(share: float) -> str:
 
 
 def compute_shares(experts: Sequence[Model], merged: Sequence[set[str]]) -> list[Share]:
-    """How much of every expert is merged.
+    """The merged share of every expert.
 
     Args:
         experts: in the recipe's order.
-        merged: of each, the names of its tensors that are merged.
+        merged: names of the merged tensors of each.
     """
     return [
         Share(expert.name, sum(size for name, size in sizes.items() if name in own), sum(sizes.values()))
@@ -85,7 +85,7 @@ def compute_shares(experts: Sequence[Model], merged: Sequence[set[str]]) -> list
 
 
 def _sizes(model: Model) -> dict[str, int]:
-    """Parameters that are a model's own, by tensor."""
+    """Number of parameters by tensor; for an adapter, only of tensors that it changes."""
     names = [name for name, entry in model.entries.items() if entry.is_float]
     if model.adapter is not None:
         changed = {f"{path}.weight" for path in (*model.adapter.lora, *model.adapter.rows)} | model.adapter.saved.keys()
@@ -94,7 +94,7 @@ def _sizes(model: Model) -> dict[str, int]:
 
 
 def refuse_unmatched(shares: Sequence[Share], first: Model) -> None:
-    """Raises where nothing of an expert would be merged: no option makes a merge of that.
+    """Raises if no tensor of an expert would be merged.
 
     Raises:
         FusionError: naming the expert.
@@ -102,7 +102,7 @@ def refuse_unmatched(shares: Sequence[Share], first: Model) -> None:
     for share in shares:
         if share.parameters and not share.merged:
             raise FusionError(
-                f"nothing of {share.model} would be merged: no tensor of its {share.parameters:,} parameters fits"
+                f"{share.model} would not be merged: no tensor of its {share.parameters:,} parameters matches"
                 f" {first.name} by name and shape",
                 "merge models of one architecture and size, or leave it out",
             )

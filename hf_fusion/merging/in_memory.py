@@ -1,6 +1,6 @@
-"""Static merging of state dicts that are in memory: for notebooks, searches over parameters and benchmarks.
+"""Static merging of state dicts in memory, for notebooks, parameter searches and benchmarks.
 
-`hf_fusion.merging.merge` does the same from files, without ever holding a model.
+`hf_fusion.merging.merge` merges files, without loading a model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def merge_states(
 
     Args:
         method: a key of `hf_fusion.merging.methods.MERGE_METHODS`.
-        base: tensors of the model that the experts were fine-tuned from; left aside by methods without a base.
+        base: tensors of the model that the experts were fine-tuned from; ignored by methods without a base.
         experts: tensors of each expert: at least those of the base, else of the first.
         by_expert: the parameters of each expert alone (``weight``), one mapping an expert.
         statistics: of each expert, tensor name → what was measured of it, for methods that need it.

@@ -1,6 +1,6 @@
-"""Does the merged model load? Its ``config.json`` gets its tensors' sizes, and transformers' loader is asked.
+"""Adapts the merged ``config.json`` to the shapes of the merged tensors, and checks that transformers can load them.
 
-No values are read: names and shapes are loaded into the promised model on the meta device.
+No values are read: names and shapes are loaded into the configured model on the meta device.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from hf_fusion.merging.engine.output import TensorSpec
 
 Config = dict[str, Any]
 MERGED = "the merged model"
-_TOLD = 5  # tensors that an error names
+_MAX_LISTED = 5  # tensors that an error lists
 
 
 def shapes_of(tensors: Iterable[TensorEntry | TensorSpec]) -> Shapes:
-    """Sizes by name; modules of sentence-transformers, in folders beside the model, are not among them."""
+    """Tensor name -> shape, without sentence-transformers' modules in subfolders."""
     return {tensor.name: tensor.shape for tensor in tensors if "/" not in tensor.name}
 
 
 def fit_config(config: Config, shapes: Shapes, models: Sequence[Model]) -> Config:
-    """A merged model's configuration with the sizes and labels of its tensors.
+    """Adapts the sizes and labels of a configuration to the merged tensors.
 
-    Adapters that save embeddings of more tokens, or a head of other classes, change tensors and say so nowhere: a size
-    that the configuration promises and the tensors do not have is looked for in it, also in its nested parts, and is
-    replaced where transformers' loader then finds what it expects.
+    Adapters that save resized embeddings, or a head with other classes, change shapes without recording it. A size in
+    the configuration, also in nested ones, that differs from the tensors is replaced if transformers' loader then
+    reports fewer mismatches.
 
     Args:
-        config: content of ``config.json``, true but for sizes.
+        config: content of ``config.json``, correct except for sizes.
         shapes: of the merged tensors, by name.
-        models: the first model, then the experts: the first that names as many classes as there are gives the names.
+        models: the first model, then the experts; label names are those of the first with a matching number.
     """
     found = _loaded(config, shapes)
     if isinstance(found, str):
@@ -62,9 +62,9 @@ def fit_config(config: Config, shapes: Shapes, models: Sequence[Model]) -> Confi
 
 
 def check_loads(config: Mapping[str, Any], shapes: Shapes, first: Model) -> str:
-    """Asks transformers' loader for a model with these tensors.
+    """Checks with transformers' loader that the merged tensors load.
 
-    What is amiss with the first model's own files as well is not the merge's fault, and let pass.
+    Problems that the first model's files have as well are ignored.
 
     Args:
         config: content of the merged ``config.json``.
@@ -72,15 +72,15 @@ def check_loads(config: Mapping[str, Any], shapes: Shapes, first: Model) -> str:
         first: the model whose names and configuration the merged one has.
 
     Returns:
-        Why it could not be asked; "" where it was.
+        Why it could not be checked, or "".
 
     Raises:
-        FusionError: tensors are missing, not used, or of other sizes than the configuration promises.
+        FusionError: tensors are missing, unexpected, or of other shapes than configured.
     """
     before = shapes_of(first.entries.values())
     try:
         found = _loaded(config, shapes)
-    except Exception as error:  # the loader itself fails: on the first model too, or on what was merged
+    except Exception as error:  # the loader fails: check whether it does for the first model as well
         try:
             _loaded(first.config, before)
         except Exception:
@@ -95,8 +95,8 @@ def check_loads(config: Mapping[str, Any], shapes: Shapes, first: Model) -> str:
     if not (left := {key: told for key, told in problems.items() if key not in known}):
         return ""
     lines = list(dict.fromkeys(left.values()))
-    more = f"; and {len(lines) - _TOLD} more" if len(lines) > _TOLD else ""
-    raise FusionError(f"{MERGED} would not load: {'; '.join(lines[:_TOLD])}{more}", _hint(first))
+    more = f"; and {len(lines) - _MAX_LISTED} more" if len(lines) > _MAX_LISTED else ""
+    raise FusionError(f"{MERGED} would not load: {'; '.join(lines[:_MAX_LISTED])}{more}", _hint(first))
 
 
 def _hint(first: Model) -> str:
@@ -106,7 +106,7 @@ def _hint(first: Model) -> str:
 
 
 def _loaded(config: Mapping[str, Any], shapes: Shapes) -> KeyReport | str:
-    """What the loader says of these tensors, or why it cannot be asked."""
+    """The loader's report on these tensors, or why there is none."""
     return _account(json.dumps(config, sort_keys=True, default=str), tuple(shapes.items()))
 
 
@@ -121,10 +121,10 @@ def _account(text: str, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> KeyR
 
 
 def _problems(found: KeyReport) -> dict[tuple[str, str], str]:
-    """What is wrong, by kind and name, alike layers as one."""
+    """Problems by kind and name, with layer indices replaced by ``*``."""
     star = partial(re.sub, r"\.\d+(?=\.)", ".*")
     lines = {("missing", star(name)): f"{name} is missing" for name in sorted(found.missing)}
-    lines |= {("unexpected", star(name)): f"{name} has no place in it" for name in sorted(found.unexpected)}
+    lines |= {("unexpected", star(name)): f"{name} is unexpected" for name in sorted(found.unexpected)}
     return lines | {
         ("size", star(name)): f"{name} is {[*given]}, config.json promises {[*expected]}"
         for name, (given, expected) in found.sizes.items()
@@ -135,7 +135,7 @@ def _problems(found: KeyReport) -> dict[tuple[str, str], str]:
 
 
 def _candidates(config: Config, old: int, new: int, tensors: int, models: Sequence[Model]) -> Iterator[Config]:
-    """Configurations that say `new` where this one says `old`: the vocabulary first, the classes, then any size."""
+    """Configurations with `old` replaced by `new`: as vocabulary size, as number of classes, then under any key."""
     known = dict.fromkeys(["vocab_size", "labels", *_keys(config, old)])
     for key in known:
         if key != "labels":
@@ -146,7 +146,7 @@ def _candidates(config: Config, old: int, new: int, tensors: int, models: Sequen
 
 
 def _keys(config: Mapping[str, Any], value: int) -> Iterator[str]:
-    """Keys of a size, in a configuration and in its nested parts, without those of tokens."""
+    """Keys with a value, in a configuration and nested ones, without token ids."""
     for key, own in config.items():
         if isinstance(own, dict):
             yield from _keys(own, value)
@@ -166,7 +166,7 @@ def _replaced(config: Mapping[str, Any], key: str, old: int, new: int) -> Config
 
 
 def _of_changed_rows(config: Config, shapes: Shapes, models: Sequence[Model]) -> Config:
-    """Without a model to ask: what the first model's files have as many rows of as it has tokens, or classes."""
+    """Fallback without a model: adapts sizes whose tensors have more or fewer rows than in the first model."""
     first = models[0]
     rows = {
         (first.entries[name].shape[0], shape[0])
@@ -186,7 +186,7 @@ def _of_changed_rows(config: Config, shapes: Shapes, models: Sequence[Model]) ->
 
 
 def _named(config: Config, models: Sequence[Model]) -> Config:
-    """Names for the classes of a head that has none, where those experts that name theirs agree."""
+    """Adds label names to a head without any, if the experts with label names agree."""
     head = head_of_architecture(next(iter(architectures(config)), None))
     if head is None or not head.has_labels or label_names(config):
         return config
@@ -201,7 +201,7 @@ def _names(models: Iterable[Model], count: int) -> tuple[str, ...]:
 
 
 def _names_of(model: Model) -> tuple[str, ...]:
-    """A model's names of its classes; an adapter may have them in a ``config.json`` of its own."""
+    """A model's label names; an adapter may have them in its ``config.json``."""
     if model.adapter is not None and (model.folder / "config.json").is_file():
         return label_names(read_json(model.folder / "config.json", model.name))
     return label_names(model.config)

@@ -1,4 +1,4 @@
-"""The streaming verb: from a recipe of a static method to the folder of a merged model, without holding a model."""
+"""Merges checkpoints by a recipe of a static method, streaming tensors from folder to folder."""
 
 from __future__ import annotations
 
@@ -58,30 +58,30 @@ def merge(
 ) -> MergeReport:
     """Merges models into a folder that transformers loads: weights, configuration, tokenizer and ``fusion.yaml``.
 
-    Values pass through memory in chunks; no model is ever held. The same recipe with the same inputs gives the same
-    bytes, whatever the number of threads. Files appear in the folder when all of them are whole; a run that was killed
-    goes on with its unfinished shards when it is run again. Under `accelerate launch` the processes share the shards.
-    Before anything is written, and again before it appears, transformers' loader is asked whether the merged tensors
-    fill the model that their ``config.json`` promises.
+    Tensors are read, merged and written in chunks; no model is loaded. The same recipe with the same inputs gives the
+    same bytes, for any number of threads. The folder appears once all files are complete; a killed run resumes with its
+    unfinished shards when it is run again. Under `accelerate launch` the processes share the shards. Before writing,
+    and again before the folder appears, transformers' loader checks that the merged tensors load into the model of
+    their ``config.json``.
 
     Args:
-        recipe: of a static method, see `hf_fusion.merging.methods.MERGE_METHODS`. One that merges adapters into one
-            adapter is done by `hf_fusion.merging.lora.merge_adapters`.
-        folder: created if missing. One that holds a model is refused, even if the same recipe made it.
-        threads: tensors that a process merges at a time; default: one for each core.
-        shard_bytes: most bytes of a file of weights.
-        device: "cpu", "cuda" or "cuda:N": where methods that need whole matrices (TSV-Merge, Iso-C, Iso-CTS, WUDI,
-            RegMean) multiply and decompose them, to other bytes; the others are bound by the disk, and stay on the CPU.
-            Of several processes on a machine each takes its own GPU.
-        overwrite: whether a merge that the folder holds may be replaced; a merge that was killed goes on without.
+        recipe: of a static method, see `hf_fusion.merging.methods.MERGE_METHODS`. For methods that merge adapters into
+            one adapter, see `hf_fusion.merging.lora.merge_adapters`.
+        folder: created if missing; must not contain a model, unless `overwrite`.
+        threads: tensors that a process merges in parallel; default: one per core.
+        shard_bytes: maximum bytes of a weight file.
+        device: "cpu", "cuda" or "cuda:N", for methods that multiply and decompose whole matrices (TSV-Merge, Iso-C,
+            Iso-CTS, WUDI, RegMean); results differ between devices in rounding. Other methods are limited by the disk
+            and run on the CPU. With several processes on a machine, each uses a different GPU.
+        overwrite: whether to replace a model in the folder; not needed to resume a killed merge.
         api: the Hub's client.
-        progress: called with the bytes that are done, and of all.
+        progress: called with the bytes done and the total bytes.
 
     Returns:
-        The folder, its recipe, the sizes and the time, and warnings about what was left out or may not be meant.
+        The report: folder, recipe, sizes, duration, and warnings about tensors that were left out.
 
     Raises:
-        FusionError: naming what cannot be merged, and what to do.
+        FusionError: the models cannot be merged, or the folder cannot be written.
     """
     folder = output_folder(folder)
     processes, device = Processes(), parse_device(device)
@@ -89,24 +89,24 @@ def merge(
         device = torch.device("cuda", processes.local_rank % torch.cuda.device_count())
     if method_named(recipe.method).merges == "adapters":
         if processes.count > 1:
-            raise FusionError(f"{recipe.method} is the work of one process", "run it without accelerate launch")
+            raise FusionError(f"{recipe.method} runs in a single process", "run it without accelerate launch")
         return merge_adapters(recipe, folder, overwrite=overwrite, api=api)
     with processes.step():
         planned = plan_merge(recipe, api)
         refuse_inputs(planned, folder)
         refuse_to_replace(folder, overwrite)
     before, done, total = torch.get_num_threads(), 0, planned.nbytes
-    torch.set_num_threads(1)  # tensors are merged side by side
+    torch.set_num_threads(1)  # tensors are merged in parallel threads
 
-    def told(more: int) -> None:
+    def report(more: int) -> None:
         nonlocal done
-        done += more * processes.count  # the others are about as far
+        done += more * processes.count  # assumes that other processes are equally fast
         progress(min(done, total), total)
 
     began = time.perf_counter()
     try:
         with ExitStack() as staged:
-            place = staging_path(folder)
+            staging_folder = staging_path(folder)
             with processes.step():
                 if processes.is_main:
                     digest = compute_digest(
@@ -116,20 +116,20 @@ def merge(
             with processes.step():
                 shards = write_tensors(
                     planned.targets,
-                    place,
+                    staging_folder,
                     planned.files,
                     threads=threads or max(1, count_cores() // processes.local_count),
                     shard_bytes=shard_bytes,
                     process=(processes.rank, processes.count),
                     device=device,
-                    progress=told,
+                    progress=report,
                 )
             with processes.step(), explain_disk_errors(folder.parent):
                 if processes.is_main:
-                    write_index(place, shards)
-                    write_small(planned, place)
-                    _check_written(planned, place)
-                    replace_folder(place, folder, STALE)
+                    write_index(staging_folder, shards)
+                    write_small(planned, staging_folder)
+                    _check_written(planned, staging_folder)
+                    replace_folder(staging_folder, folder, STALE)
     finally:
         planned.files.close()
         torch.set_num_threads(before)
@@ -140,17 +140,17 @@ def merge(
 
 
 def plan_merge(recipe: Recipe, api: HfApi | None = None) -> Plan:
-    """Opens a recipe's models, fetching what is not here, and decides what becomes of every tensor.
+    """Opens a recipe's models, downloading missing files, and plans every tensor of the merge.
 
     Raises:
-        FusionError: naming what cannot be opened or merged, or why the merged model would not load.
+        FusionError: a model cannot be opened or merged, or the merged model would not load.
     """
     method = method_named(recipe.method)
     if method.merges == "adapters":
-        raise FusionError(f"{recipe.method} merges adapters, at once: there is no plan of it", "fuse without --dry-run")
+        raise FusionError(f"{recipe.method} merges adapters, which has no dry run", "fuse without --dry-run")
     check_recipe(recipe)
     names = [expert.model for expert in recipe.experts]
-    merged_base = [recipe.base] if recipe.base and method.base else []  # else it is that of the adapters alone
+    merged_base = [recipe.base] if recipe.base and method.base else []  # else it is only the base of adapters
     opened = open_models([*merged_base, *names], api, recipe.base, merges_base=bool(merged_base))
     base = opened.pop(0) if merged_base else None
     heads = align_tied_heads(recipe, base, opened)
@@ -159,7 +159,7 @@ def plan_merge(recipe: Recipe, api: HfApi | None = None) -> Plan:
         planned: Plan = method.module.plan(recipe, base, opened)
     else:
         vocabulary = read_vocabulary(recipe, base, opened, api)
-        if vocabulary is None and recipe.tokenizer is not None:  # the smallest, and all are of one size
+        if vocabulary is None and recipe.tokenizer is not None:  # smallest, with vocabularies of equal size
             recipe = replace(recipe, tokenizer=None)
         planned = plan(recipe, base, opened, vocabulary)
     planned.recipe = _pinned(planned)
@@ -174,51 +174,53 @@ def plan_merge(recipe: Recipe, api: HfApi | None = None) -> Plan:
 
 
 def refuse_inputs(planned: Plan, folder: Path) -> None:
-    """The output, and what is written beside it, must not be one of the inputs, nor lie in one, nor hold one."""
+    """Raises if the output or the staging folder overlaps an input."""
     written = (folder, staging_path(folder))
     for own in {file.parent.resolve() for file in input_files(planned)}:
-        if any(own == place or place in own.parents for place in written) or own in folder.parents:
+        if any(own == output or output in own.parents for output in written) or own in folder.parents:
             raise FusionError(f"the output {folder} overlaps the input {own}", "choose another --output")
 
 
 def input_files(planned: Plan) -> set[Path]:
-    """All files whose weights are merged."""
+    """All weight files of the inputs."""
     models = [*([planned.base] if planned.base else []), *planned.experts]
     adapters = (adapter_weights_file(model.folder) for model in models if model.adapter)
     return {file for file in adapters if file} | {entry.file for model in models for entry in model.entries.values()}
 
 
 def file_stamps(planned: Plan) -> list[tuple[str, int, int]]:
-    """By what is seen that inputs are not those of an earlier run: the sizes and times of their files."""
+    """Path, size and modification time of all input files, to detect changes between runs."""
     stats = [(str(file), file.stat()) for file in sorted(input_files(planned))]
     return [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
 
 
-def write_small(planned: Plan, place: Path) -> None:
-    """Configuration, tokenizer and recipe."""
+def write_small(planned: Plan, staging_folder: Path) -> None:
+    """Writes configuration, tokenizer and recipe."""
     for name, raw in merged_files(planned).items():
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
-        (place / name).write_bytes(raw)
-    planned.recipe.save(place / RECIPE_FILE)
+        (staging_folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (staging_folder / name).write_bytes(raw)
+    planned.recipe.save(staging_folder / RECIPE_FILE)
 
 
-def _check_written(planned: Plan, place: Path) -> None:
-    """Asks once more whether the model loads, now from what lies on the disk."""
-    written = read_checkpoint(place, MERGED)
+def _check_written(planned: Plan, staging_folder: Path) -> None:
+    """Checks again that the model loads, now from the written files."""
+    written = read_checkpoint(staging_folder, MERGED)
     wanted = {(spec.name, spec.dtype, spec.shape) for spec in planned.specs if not spec.folder}
     if {(entry.name, entry.dtype, entry.shape) for entry in written.values()} != wanted:
-        raise FusionError(f"{place} does not hold what was merged", "merge again: another process wrote there")
-    check_loads(read_json(place / "config.json", MERGED), shapes_of(written.values()), planned.first)
+        raise FusionError(
+            f"{staging_folder} does not contain the merged tensors", "merge again: another process wrote there"
+        )
+    check_loads(read_json(staging_folder / "config.json", MERGED), shapes_of(written.values()), planned.first)
 
 
 def count_cores() -> int:
-    """Cores this process may use."""
+    """Number of cores that this process may use."""
     known = getattr(os, "sched_getaffinity", None)  # macOS has none
     return len(known(0)) if known else os.cpu_count() or 1
 
 
 def _base_of_all(recipe: Recipe, experts: Sequence[Model]) -> str | None:
-    """The one base of all adapters that do not name their own, for a method that has no use for another; else None."""
+    """The common recorded base of adapters, for a method without a base; None otherwise."""
     given = [
         m for e, m in zip(recipe.experts, experts, strict=True) if m.adapter and not ModelRef.parse_pair(e.model)[0]
     ]
@@ -227,7 +229,7 @@ def _base_of_all(recipe: Recipe, experts: Sequence[Model]) -> str | None:
 
 
 def _pinned(planned: Plan) -> Recipe:
-    """The recipe with every model by the name that finds it again."""
+    """The recipe with reproducible references to all models."""
     recipe, base, experts = planned.recipe, planned.base, planned.experts
     known = {} if planned.vocabulary is None else dict(planned.vocabulary.pinned)
     known |= {expert.model: model.name for expert, model in zip(recipe.experts, experts, strict=True)}
@@ -239,7 +241,7 @@ def _pinned(planned: Plan) -> Recipe:
         return Slice(tuple(replace(s, model=known[s.model]) for s in own.sources), own.parameters)
 
     def named(value: object) -> Any:
-        """The tokenizer's models, wherever it names them as a source."""
+        """Pins the models that a tokenizer setting names as sources."""
         if isinstance(value, dict):
             return {
                 k: known.get(v, v) if k in ("source", "model") and isinstance(v, str) else named(v)

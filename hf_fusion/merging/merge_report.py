@@ -1,4 +1,4 @@
-"""What a merge tells when it is done."""
+"""The report of a merge."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from hf_fusion.recipe import Recipe
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did.
+    """The result of a merge.
 
     Attributes:
-        folder: where the merged model lies.
-        recipe: what it was made of, pinned.
-        tensors: how many it has.
-        nbytes: bytes of its weights.
-        seconds: of the merge itself, reading and writing included.
-        facts: of what less than all was merged, and what is unlike what the models say; see `Plan.facts`.
-        warnings: the same as sentences, and why it could not be checked whether the merged model loads.
+        folder: of the merged model.
+        recipe: with pinned commits.
+        tensors: number of merged tensors.
+        nbytes: bytes of the merged weights.
+        seconds: duration, including reading and writing.
+        facts: experts that were merged only in part, and notes; see `Plan.facts`.
+        warnings: the facts as sentences, and why loading could not be checked.
     """
 
     folder: Path

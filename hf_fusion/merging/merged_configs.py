@@ -1,4 +1,4 @@
-"""The merged model's ``config.json``: the first model's, where the merge changes nothing of what it says."""
+"""The merged model's ``config.json``: the first model's, with the merged dtype, layers and vocabulary."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def merge_config(
     layers: Sequence[tuple[Model, int]] | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> dict[str, Any]:
-    """A configuration with the merged model's type, layers and vocabulary.
+    """The configuration of a model, with the merged dtype, layers and vocabulary.
 
     Args:
-        model: whose configuration it is otherwise.
-        dtype: of the merged weights; None: as they are stored.
-        layers: of each merged layer, the model and number that it comes from; None: the model's own.
-        vocabulary: the merged one; None: the model's own.
+        model: provides the other values.
+        dtype: of the merged weights; None: unchanged.
+        layers: of each merged layer, the source model and index; None: the model's layers.
+        vocabulary: the merged one; None: the model's.
 
     Raises:
-        FusionError: the configuration cannot say what each of the layers is.
+        FusionError: the configuration cannot describe the layers.
     """
     config = dict(model.config) if layers is None else slice_config(model, layers)
     if dtype:
@@ -41,12 +41,12 @@ def merge_config(
     return config
 
 
-# where a configuration of several models keeps that of its text model
+# keys of nested configurations of text models
 _TEXT_PARTS = ("text_config", "language_config", "llm_config", "thinker_config", "decoder", "generator")
 
 
 def find_vocabulary_config(config: dict[str, Any]) -> dict[str, Any] | None:
-    """The part of a configuration that tells ``vocab_size``: all of it, or that of its text model."""
+    """The configuration with ``vocab_size``: the whole, or that of a nested text model; None if there is none."""
     if type(config.get("vocab_size")) is int:
         return config
     parts = (config[key] for key in _TEXT_PARTS if isinstance(config.get(key), dict))
@@ -54,7 +54,7 @@ def find_vocabulary_config(config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _with_rows(config: dict[str, Any], before: int, rows: int) -> dict[str, Any]:
-    """A configuration that says another number of tokens, wherever it says the present one."""
+    """Replaces the vocabulary size wherever the configuration has the previous one."""
     return {
         key: _with_rows(value, before, rows)
         if isinstance(value, dict) and key in _TEXT_PARTS

@@ -1,8 +1,8 @@
-"""What was measured of an expert on its own data, in a folder: for methods that weigh its tensors by it.
+"""Reads statistics of experts on their data from folders, for data-dependent methods.
 
 ``fisher.safetensors`` holds a tensor's diagonal Fisher information in the tensor's shape; ``gram.safetensors`` holds
-the Gram matrix of a linear layer's inputs, once for all layers that read the same. The JSON file beside each records
-the settings, and which matrix belongs to which weight. `training.fisher` and `training.gram` write them.
+the Gram matrices of linear layers' inputs, one for all layers that read the same input. The JSON file beside each
+records the settings, and which matrix belongs to which weight. `training.fisher` and `training.gram` write them.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExpertStatistics:
-    """The statistics of one expert, opened.
+    """The statistics of one expert.
 
     Attributes:
-        entries: the expert's tensor -> what was measured of it, and the dimension of the tensor that it belongs to.
-        norm: of Fisher information: its norm over all tensors.
-        digest: changes with the file.
+        entries: tensor of the expert -> its statistic, and the dimension of the tensor that it describes.
+        norm: of Fisher information, over all tensors.
+        digest: identifies the file's content, by path, size and time.
     """
 
     entries: Mapping[str, tuple[TensorEntry, int]]
@@ -38,7 +38,7 @@ class ExpertStatistics:
     digest: str
 
     def of(self, name: str, files: OpenFiles) -> Statistic | None:
-        """What was measured of one tensor."""
+        """The statistic of one tensor, or None."""
         if name not in self.entries:
             return None
         entry, axis = self.entries[name]
@@ -46,15 +46,15 @@ class ExpertStatistics:
 
 
 def read_statistics(recipe: Recipe, kind: str, experts: Sequence[Model]) -> list[ExpertStatistics]:
-    """The statistics of all experts, in their order; nothing for a method that needs none.
+    """Reads the statistics of all experts, in order; empty if the method needs none.
 
     Args:
-        recipe: whose experts name their folders.
+        recipe: its experts name their folders.
         kind: "fisher", "gram" or "".
-        experts: opened; statistics get the names that their tensors have in their files.
+        experts: the opened experts, whose tensor names the result has.
 
     Raises:
-        FusionError: an expert names no folder, or there is nothing of that kind in it.
+        FusionError: an expert names no folder, or the folder has no statistics of that kind.
     """
     if not kind:
         return []
@@ -63,23 +63,22 @@ def read_statistics(recipe: Recipe, kind: str, experts: Sequence[Model]) -> list
         folder = expert.parameters.get(STATISTICS)
         if not isinstance(folder, str):
             raise FusionError(
-                f"{recipe.method} weighs {expert.model} by what was measured of it, and its recipe does not say where"
-                " that is",
+                f"{recipe.method} needs statistics of {expert.model}, but the recipe does not name their folder",
                 f"hf_fusion.measure_{kind}(expert, rows).save(FOLDER), then parameters: {{statistics: FOLDER}}",
             )
         measured = open_statistics(folder, kind)
         entries = {own: measured.entries[known] for own, known in match_names(model.entries, measured.entries).items()}
         if not entries:
-            raise FusionError(f"{folder} was measured of another model than {expert.model}: no tensor is in both")
+            raise FusionError(f"{folder} has statistics of another model than {expert.model}: no common tensor")
         found.append(ExpertStatistics(entries, measured.norm, measured.digest))
     return found
 
 
 def open_statistics(folder: str | Path, kind: str) -> ExpertStatistics:
-    """Opens what `hf_fusion.training.expert_statistics` saved; no values are read.
+    """Opens statistics that `hf_fusion.training.expert_statistics` saved, without reading values.
 
     Raises:
-        FusionError: there is nothing of that kind, or it is broken.
+        FusionError: there are no statistics of that kind, or the files are invalid.
     """
     folder = Path(folder).expanduser()
     weights, facts = folder / f"{kind}.safetensors", folder / f"{kind}.json"
@@ -90,12 +89,12 @@ def open_statistics(folder: str | Path, kind: str) -> ExpertStatistics:
         )
     entries, content = read_header(weights), read_json(facts, str(folder))
     try:
-        places = {str(name): (str(key), int(axis)) for name, (key, axis) in content["tensors"].items()}
+        lookup = {str(name): (str(key), int(axis)) for name, (key, axis) in content["tensors"].items()}
         norm = float(content["norm"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise FusionError(f"{facts} is not valid ({error!r})", "measure it again") from None
-    if wrong := [name for name, (key, axis) in places.items() if key not in entries or axis not in (0, 1)]:
-        raise FusionError(f"{facts}: {wrong[0]} is to be at {places[wrong[0]]}, which is not in {weights.name}")
+    if wrong := [name for name, (key, axis) in lookup.items() if key not in entries or axis not in (0, 1)]:
+        raise FusionError(f"{facts}: {wrong[0]} refers to {lookup[wrong[0]]}, which is not in {weights.name}")
     status = weights.stat()
     digest = f"{weights.resolve()} {status.st_size} {status.st_mtime_ns}"
-    return ExpertStatistics({name: (entries[key], axis) for name, (key, axis) in places.items()}, norm, digest)
+    return ExpertStatistics({name: (entries[key], axis) for name, (key, axis) in lookup.items()}, norm, digest)

@@ -1,8 +1,8 @@
-"""Heads that are tied to embeddings: which models have one of their own, and what becomes of both kinds in one merge.
+"""Merges models with tied heads (shared with embeddings) and with separate heads.
 
-A tied model stores one tensor for two places. An adapter that trains one of the places alone unties them, since PEFT
-leaves the other as the base has it; so does a merge with a model that has a head of its own. The merged model then
-stores both, and its ``config.json`` says so.
+A tied model stores one tensor for two parameters. An adapter that trains only one of them unties them, since PEFT keeps
+the base's value for the other; so does a merge with a model that has a separate head. The merged model then stores both
+tensors, and its ``config.json`` sets ``tie_word_embeddings`` to false.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from hf_fusion.recipe import Recipe
     from hf_fusion.types import Adapter
 
-_COMPARED = 1 << 22  # bytes at a time
+_COMPARED = 1 << 22  # bytes compared at once
 
 
 def find_tied_pairs(config: Mapping[str, Any], name: str, entries: Mapping[str, TensorEntry]) -> dict[str, str]:
-    """What a model ties: name of a tensor -> the stored tensor that it is tied to, by their names in its files.
+    """Tied tensors of a model: name -> name of the stored tensor that it is tied to, as in its files.
 
     Args:
         config: content of its ``config.json``.
-        name: what errors call it.
+        name: of the model, for errors.
         entries: its tensors.
 
     Returns:
-        Nothing where it ties nothing, or transformers does not know it.
+        Empty if it has no tied tensors, or transformers does not know it.
     """
     promise = build_meta_model(config, name, len(entries))
     if promise.model is None or not promise.tied:
@@ -46,13 +46,13 @@ def find_tied_pairs(config: Mapping[str, Any], name: str, entries: Mapping[str, 
     for target, source in promise.tied.items():
         if source in stored:
             pairs[stored.get(target, target)] = stored[source]
-        elif target in stored:  # the loader takes what is there
+        elif target in stored:  # the loader uses the one that is stored
             pairs[source] = stored[target]
     return pairs
 
 
 def missing_tied_entries(model: Model) -> dict[str, TensorEntry]:
-    """What a model ties and does not store, as further tensors at the place of those that it stores."""
+    """Entries for tied tensors that a model does not store, at the location of those that it stores."""
     pairs = find_tied_pairs(model.config, model.name, model.entries)
     return {
         target: replace(model.entries[source], name=target)
@@ -62,7 +62,7 @@ def missing_tied_entries(model: Model) -> dict[str, TensorEntry]:
 
 
 def drop_tied_copies(model: Model, added: Mapping[str, TensorEntry]) -> Model:
-    """An adapter's model, without the tied tensors that were `added` to its base where it leaves them tied."""
+    """An adapter's model without the tied tensors that were `added` to its base, if the adapter keeps them tied."""
     adapter, pairs = model.adapter, find_tied_pairs(model.config, model.name, model.entries)
     if adapter is None or not all(target in model.entries for target in added):
         return model
@@ -76,7 +76,7 @@ def drop_tied_copies(model: Model, added: Mapping[str, TensorEntry]) -> Model:
 
 
 def _is_same(adapter: Adapter, target: str, source: str) -> bool:
-    """Whether an adapter does to one tensor what it does to the other."""
+    """Whether an adapter changes both tensors in the same way."""
     one, other = adapter.saved.get(target), adapter.saved.get(source)
     if (one is None) != (other is None) or (one is not None and other is not None and not torch.equal(one, other)):
         return False
@@ -88,13 +88,13 @@ def _is_same(adapter: Adapter, target: str, source: str) -> bool:
 
 @dataclass(frozen=True)
 class TiedHeads:
-    """Models that are merged, all of them tied or all untied.
+    """The models of a merge, all of them tied or all untied.
 
     Attributes:
-        base: the base, where there is one.
+        base: the base, or None.
         experts: in the recipe's order.
-        untied: whether the merged model is untied, though the first model's configuration ties.
-        note: what there is to tell of that; "" where there is nothing.
+        untied: whether the merged model is untied although the first model's configuration ties.
+        note: for the report, or "".
     """
 
     base: Model | None
@@ -104,13 +104,13 @@ class TiedHeads:
 
 
 def align_tied_heads(recipe: Recipe, base: Model | None, experts: Sequence[Model]) -> TiedHeads:
-    """Unties models where one of them has a head of its own, so that there is something to merge it with.
+    """Unties tied models if another model has a separate head, so that the heads can be merged.
 
-    An adapter that unties its base has that done unasked, since nothing else is what it was trained for. Where a full
-    model has a head of its own and another is tied, the parameter ``untie`` asks for it, and ``mismatch`` gives it up.
+    Adapters that untie their base cause this without a parameter. If a full model has a separate head and another is
+    tied, the recipe must set the parameter ``untie``, or ``mismatch`` to leave the head out.
 
     Raises:
-        FusionError: tied models meet untied ones, and the recipe does not say what to do about it.
+        FusionError: tied and untied models are combined, and the recipe has neither parameter.
     """
     unique = list({id(model): model for model in [*([base] if base else []), *experts]}.values())
     pairs = {id(model): find_tied_pairs(model.config, model.name, model.entries) for model in unique}
@@ -118,7 +118,7 @@ def align_tied_heads(recipe: Recipe, base: Model | None, experts: Sequence[Model
     if not targets:
         return TiedHeads(base, list(experts))
     kinds = [architectures(model.config) for model in unique if pairs[id(model)]]
-    unique = [model for model in unique if architectures(model.config) in kinds]  # others do not fit anyway
+    unique = [model for model in unique if architectures(model.config) in kinds]  # others cannot be merged anyway
     stored = {id(model): {target for target in targets if target in model.entries} for model in unique}
     untied = [model for model in unique if stored[id(model)] and not _stores_copies(model, pairs[id(model)])]
     tied = [model for model in unique if pairs[id(model)] and model not in untied]
@@ -133,9 +133,9 @@ def align_tied_heads(recipe: Recipe, base: Model | None, experts: Sequence[Model
             return TiedHeads(base, list(experts))
         target = min(stored[id(untied[0])])
         raise FusionError(
-            f"{untied[0].name} has a {target} of its own, {tied[0].name} ties it to {pairs[id(tied[0])][target]}",
-            "set the parameter untie to true: the merged model has a head of its own; or mismatch to skip: models"
-            " without a head leave it as the first has it, and a tied first model stays tied",
+            f"{untied[0].name} has a separate {target}, {tied[0].name} ties it to {pairs[id(tied[0])][target]}",
+            "set the parameter untie to true: the merged model gets a separate head; or mismatch to skip: models"
+            " without a head are left out of it, and a tied first model stays tied",
         )
     changed = {id(model): _untied(model, pairs[id(model)]) for model in tied}
     first = base or experts[0]
@@ -143,7 +143,7 @@ def align_tied_heads(recipe: Recipe, base: Model | None, experts: Sequence[Model
     if pairs[id(first)]:
         target, source = next(iter(pairs[id(first)].items()))
         reason = f": {untied[0].name} has both" if untied and not wanted else ""
-        note = f"the merged model has a {target} of its own, which {first.name} ties to {source}{reason}"
+        note = f"the merged model has a separate {target}, which {first.name} ties to {source}{reason}"
     return replace(_replaced(base, experts, changed), untied=bool(pairs[id(first)]), note=note)
 
 
@@ -152,7 +152,7 @@ def _replaced(base: Model | None, experts: Sequence[Model], changed: Mapping[int
 
 
 def _untied(model: Model, pairs: Mapping[str, str]) -> Model:
-    """A tied model with all tensors that it ties."""
+    """A tied model with separate entries for all tied tensors."""
     added = missing_tied_entries(model)
     if (adapter := model.adapter) is None:
         return replace(model, entries=model.entries | added)
@@ -171,7 +171,7 @@ def _without(model: Model, names: set[str]) -> Model:
 
 
 def _stores_copies(model: Model, pairs: Mapping[str, str]) -> bool:
-    """Whether all that a model stores of what it ties is a copy of what it is tied to."""
+    """Whether all tied tensors that a model stores are copies."""
     if not pairs or (model.adapter and any(not _is_same(model.adapter, *pair) for pair in pairs.items())):
         return False
     files = OpenFiles()
@@ -186,7 +186,7 @@ def _stores_copies(model: Model, pairs: Mapping[str, str]) -> bool:
 
 
 def _are_equal(one: TensorEntry, other: TensorEntry, files: OpenFiles) -> bool:
-    """Whether two stored tensors are the same, byte for byte."""
+    """Whether two stored tensors are equal, byte for byte."""
     if (one.file, one.start) == (other.file, other.start):
         return True
     if (one.dtype, one.shape) != (other.dtype, other.shape):
@@ -203,10 +203,10 @@ def _are_equal(one: TensorEntry, other: TensorEntry, files: OpenFiles) -> bool:
 
 
 def untie_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration that ties no head, here and in its nested parts.
+    """A configuration with ``tie_word_embeddings`` false, also in nested configurations.
 
-    That of an encoder and decoder stays as it is: some of them scale by it what the head gets, and the loader leaves
-    stored tensors apart that are not the same.
+    Unchanged for encoder-decoder models: some scale the head's input by this setting, and the loader does not tie
+    stored tensors that differ.
     """
     if config.get("is_encoder_decoder"):
         return dict(config)

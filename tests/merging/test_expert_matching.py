@@ -53,7 +53,7 @@ def test_a_model_that_has_nothing_in_common(method, strangers, tmp_path):
     if recipe.base is None and len(recipe.experts) == 1:
         return  # passed on as it is
     for parameters in ({}, *({"mismatch": option} for option in ("base", "skip", "resize"))):
-        with pytest.raises(FusionError, match="nothing of .* would be merged: no tensor of its") as caught:
+        with pytest.raises(FusionError, match=".* would not be merged: no tensor of its") as caught:
             merge(with_options(recipe, **parameters), tmp_path / "out")
         assert "mismatch" not in caught.value.hint
     assert not list(tmp_path.iterdir())
@@ -66,7 +66,7 @@ def test_an_adapter_whose_every_layer_has_another_size(strangers, tmp_path, caps
     words = ["fuse", "--method", "task_arithmetic", "--base", str(strangers / "base"), "--set", "mismatch=skip"]
     expert = f"{tmp_path / 'wide'}+{tmp_path / 'narrow'}"
     assert main([*words, "--experts", expert, "-o", str(tmp_path / "out")]) == 1
-    assert f"nothing of {expert} would be merged" in capsys.readouterr().err
+    assert f"{expert} would not be merged" in capsys.readouterr().err
     assert tree(tmp_path) == before
 
 

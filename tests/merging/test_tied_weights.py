@@ -67,12 +67,12 @@ def test_an_adapter_is_what_peft_makes_of_it(kind, made, tmp_path):
     assert ("lm_head.weight" in load_file(tmp_path / "out" / "model.safetensors")) == (not stays)
     assert bool(report.warnings) == (tied and not stays)
     if report.warnings:
-        told = f"the merged model has a lm_head.weight of its own, which {folder / kind} ties to model.embed_tokens"
+        told = f"the merged model has a separate lm_head.weight, which {folder / kind} ties to model.embed_tokens"
         assert report.warnings[0].startswith(told)
         assert json.loads((tmp_path / "out" / "merge.json").read_text())["notes"] == report.warnings
 
 
-def adapter_weights_file(model: PeftModel, tied: bool) -> dict[str, torch.Tensor]:
+def weights_of(model: PeftModel, tied: bool) -> dict[str, torch.Tensor]:
     """All weights with the adapter in them, by hand from PEFT's layers: its own merge ties what is not tied."""
     base, found = model.get_base_model(), {}
     for path, module in base.named_modules():
@@ -93,7 +93,7 @@ def test_two_adapters_are_the_mean_of_what_peft_makes_of_them(kind, made, tmp_pa
     """With one that leaves the embeddings as they are: the tied one counts in both places."""
     folder, models, tied = made
     merge(recipe_for("linear", [folder / "neither", folder / kind]), tmp_path / "out")
-    sides = [adapter_weights_file(models[name], tied) for name in ("neither", kind)]
+    sides = [weights_of(models[name], tied) for name in ("neither", kind)]
     expected = AutoModelForCausalLM.from_pretrained(folder / "base")
     expected.lm_head.weight = torch.nn.Parameter(expected.lm_head.weight.detach().clone())  # untied
     expected.load_state_dict({name: (sides[0][name] + sides[1][name]) / 2 for name in sides[0]})
@@ -142,9 +142,7 @@ def test_tied_and_untied_models(method, order, full, tmp_path, capsys):
         recipe = recipe_for(method, [full / name for name in order[:2]])
     if len(recipe.experts) == 1 and not recipe.base:
         return
-    with pytest.raises(
-        FusionError, match="has a lm_head.weight of its own, .* ties it to model.embed_tokens"
-    ) as caught:
+    with pytest.raises(FusionError, match="has a separate lm_head.weight, .* ties it to model.embed_tokens") as caught:
         plan_merge(recipe)
     assert "untie to true" in caught.value.hint and "mismatch to skip" in caught.value.hint
     report = merge(Recipe(method, recipe.experts, recipe.base, {**recipe.parameters, "untie": True}), tmp_path / "out")

@@ -1,4 +1,4 @@
-"""What is merged, opened: names, shapes and types of a model's tensors, and readers of their values."""
+"""Opens the models of a merge: names, shapes and dtypes of their tensors, and readers of their values."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Model:
     """A base or an expert.
 
     Attributes:
-        name: ``owner/name@sha`` or a folder: what finds it again.
-        folder: its files.
+        name: ``owner/name@sha`` or a folder.
+        folder: contains its files.
         config: content of its ``config.json``.
-        entries: its tensors, by their names in its files; an adapter has those of its base.
-        license: of its card, if it has one.
-        adapter: the LoRA adapter that it is, on the model of `entries`.
-        under: of an adapter: its base's folder.
-        modules: folders within its own whose weights are among `entries`, as ``2_Dense/linear.weight``.
+        entries: its tensors by name in its files; for an adapter, those of its base.
+        license: from its card, or None.
+        adapter: its LoRA adapter, which applies to the model of `entries`; None for a full model.
+        under: folder of an adapter's base.
+        modules: subfolders whose weights are among `entries`, such as ``2_Dense/linear.weight``.
     """
 
     name: str
@@ -57,16 +57,16 @@ class Model:
     modules: tuple[str, ...] = ()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Sizes of one of its tensors."""
+        """Shape of one of its tensors."""
         saved = self.adapter.saved.get(name) if self.adapter else None
         return tuple(saved.shape) if saved is not None else self.entries[name].shape
 
     def module_of(self, name: str) -> str:
-        """The folder of the module that one of its tensors belongs to; "" for the model itself."""
+        """The subfolder of the module that a tensor belongs to; "" for the model itself."""
         return next((folder for folder in self.modules if name.startswith(f"{folder}/")), "")
 
     def reader(self, name: str, files: OpenFiles) -> Reader:
-        """What reads one of its tensors."""
+        """A reader of one of its tensors."""
         if self.adapter is None:
             return FileReader(self.entries[name], files)
         saved = self.adapter.saved.get(name)
@@ -80,13 +80,13 @@ class Model:
 
 
 class LoraReader:
-    """W + B A: a linear layer's weight with a LoRA's update, a few rows at a time.
+    """Reads W + B A, a weight with a LoRA update, which is computed a few rows at a time.
 
     Args:
-        weight: W, (d_out, d_in); GPT-2's Conv1D stores (d_in, d_out), and gets the transposed update.
+        weight: W, (d_out, d_in), or (d_in, d_out) for GPT-2's Conv1D, to which the transposed update is added.
         a: A, (r, d_in).
         b: B, (d_out, r).
-        transposed: whether a square W is such a one.
+        transposed: whether a square W is (d_in, d_out).
     """
 
     def __init__(self, weight: Reader, a: torch.Tensor, b: torch.Tensor, transposed: bool = False) -> None:
@@ -106,22 +106,22 @@ class LoraReader:
 
 
 class ReplacedRowsReader:
-    """An embedding of which some rows are others.
+    """Reads an embedding with some rows replaced.
 
     Args:
         weight: (tokens, width).
-        rows: numbers of the rows, (n,).
-        values: what they are, (n, width).
+        rows: indices of the replaced rows, (n,).
+        values: their values, (n, width).
 
     Raises:
-        FusionError: there is no such row.
+        FusionError: a row does not exist.
     """
 
     def __init__(self, weight: Reader, rows: torch.Tensor, values: torch.Tensor) -> None:
         self.weight, self.shape = weight, weight.shape
         if values.shape[1:] != self.shape[1:] or (len(rows) and int(rows.max()) >= self.shape[0]):
             raise FusionError(f"an adapter replaces rows up to {int(rows.max())} of an embedding of {[*self.shape]}")
-        self.values = {int(row): own.float().flatten() for row, own in zip(rows, values, strict=True)}
+        self.values = {int(row): value.float().flatten() for row, value in zip(rows, values, strict=True)}
 
     def read(self, start: int, out: torch.Tensor) -> None:
         """Fills a flat float32 tensor with the values from `start` on."""
@@ -136,33 +136,33 @@ class ReplacedRowsReader:
 def open_models(
     names: Sequence[str], api: HfApi | None = None, base: str | None = None, *, merges_base: bool = True
 ) -> list[Model]:
-    """Models from ids or folders: what is not here is fetched, all at once; no weights are read.
+    """Opens models from ids or folders; downloads missing files in parallel, and reads no values.
 
     Args:
-        names: ``owner/name``, ``owner/name@revision`` or folders. LoRA adapters are opened on the base before a plus,
-            ``owner/base+owner/adapter``, else on `base`, else on the one that they record.
+        names: ``owner/name``, ``owner/name@revision`` or folders. LoRA adapters are opened on the base before a plus
+            sign, ``owner/base+owner/adapter``, else on `base`, else on the recorded one.
         api: the Hub's client.
-        base: of the adapters; the bases that they record are not looked for then. One of `names` that is an adapter
-            itself is none.
-        merges_base: whether `base` serves for more than the adapters; if not, one of them must need it.
+        base: of the adapters, instead of the recorded bases, which are not resolved then; ignored if it is one of
+            `names` and an adapter.
+        merges_base: whether the method uses `base` itself; if not, an adapter must need it.
 
     Raises:
-        FusionError: naming a model that cannot be found or read.
+        FusionError: a model cannot be found or read.
     """
     unique = {name: ModelRef.parse_pair(name) for name in names}
     sources = dict(zip(unique, in_parallel(lambda parts: resolve(parts[1], api), unique.values()), strict=True))
     for name, source in sources.items():
         if unique[name][0] and not source.is_adapter:
-            raise FusionError(f"{name}: {source.name} is no LoRA adapter", "write owner/base+owner/adapter")
+            raise FusionError(f"{name}: {source.name} is not a LoRA adapter", "write owner/base+owner/adapter")
     adapters = {name: source for name, source in sources.items() if source.is_adapter}
     if base and not merges_base and all(unique[name][0] for name in adapters):
         raise FusionError(
-            f"no expert is an adapter that {base} would be the base of, and the method has no use for a base",
+            f"{base} is not needed: no expert is an adapter without a base, and the method does not use one",
             "list it among the experts, or leave it out",
         )
-    if base in adapters:  # what is merged with as it is, on its own base, is nothing to put others on
+    if base in adapters:  # an adapter cannot be the base of others
         base = None
-    # each base by its name, and whether that is a repo's: what an adapter on the Hub records is, whatever lies here
+    # (base, whether it must be a repo): a base that an adapter on the Hub records is never a local folder
     wanted_bases = {
         name: _base_of(source, unique[name][0] or (ModelRef.parse(base) if base else None))
         for name, source in adapters.items()
@@ -237,7 +237,7 @@ def _model(source: Source) -> Model:
 
 
 def _modules(source: Source) -> dict[str, dict[str, TensorEntry]]:
-    """The tensors of sentence-transformers' modules beside the model, by the module's folder."""
+    """The tensors of sentence-transformers' modules in subfolders, by folder."""
     folders = dict.fromkeys(file.rpartition("/")[0] for file in pick_modules(source))
     root = _folder(source)
     return {own: read_checkpoint(root / own, f"{source.name}/{own}", root) for own in folders}
@@ -270,7 +270,7 @@ def _adapted(source: Source, base: Model) -> Model:
     refuse_sizes(placed, shapes | grown, source.name, base.name)
     license_id = source.card.get("license")
     known = str(license_id).lower() if license_id else None
-    modules = _modules(source)  # they were trained beside it, and replace the base's
+    modules = _modules(source)  # trained with the adapter: they replace the base's
     entries |= {own: entry for own, entry in base.entries.items() if base.module_of(own)} | _named(modules)
     folders = tuple(dict.fromkeys((*base.modules, *modules)))
     made = Model(name, folder, placed.config, entries, known, placed.adapter, base.folder, folders)
@@ -278,9 +278,9 @@ def _adapted(source: Source, base: Model) -> Model:
 
 
 def _saved_alone(adapter: Adapter, known: Mapping[str, TensorEntry], folder: Path) -> dict[str, TensorEntry]:
-    """What an adapter saves that its base does not have, as tensors of the adapter's own file."""
+    """Entries for tensors that an adapter saves and its base does not have."""
     file = adapter_weights_file(folder)
-    assert file is not None  # `_files` has seen to it
+    assert file is not None  # checked by `_files`
     types = {f"torch.{name}": key for key, (name, _) in DTYPES.items()}
     return {
         name: TensorEntry(
@@ -291,23 +291,23 @@ def _saved_alone(adapter: Adapter, known: Mapping[str, TensorEntry], folder: Pat
     }
 
 
-# ---------------------------------------------------------------- one name for one tensor
+# ---------------------------------------------------------------- names of tensors
 
 
 def match_names(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, str]:
-    """The other model's tensors by the names they have in the first.
+    """Maps tensor names of a model to those of another.
 
-    A model with a head calls its body's tensors by a prefix (``bert.``, ``model.``) that the body alone does without.
-    Of all prefixes that one of the two has before some of its names, the one by which most names agree is taken.
+    A model with a head has a prefix on the names of its body (``bert.``, ``model.``), which the body alone lacks. The
+    prefix with which most names agree is used.
 
     Args:
         first: a model's tensors by name.
         other: another's.
 
     Returns:
-        Name in the first -> name in the other, of those that agree.
+        Name in the first -> name in the other, for names that agree.
     """
-    # a body's prefix is before most names: a model whose every name begins on its own is not tried in all ways
+    # the prefix of a body is frequent; rare ones are not tried
     heads = (Counter(name.partition(".")[0] + "." for name in names).most_common(8) for names in (first, other))
     prefixes = ["", *(prefix for found in heads for prefix, _ in found)]
     best: dict[str, str] = {}
@@ -322,22 +322,22 @@ def match_names(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str,
 
 
 LAYER = re.compile(r"^(?P<stack>(?:.*?[._])?(?:layers|layer|h|blocks|block))\.(?P<number>\d+)\.(?P<rest>.+)$")
-"""A tensor of one of many like layers: the stack it belongs to, its number there, and its name within."""
+"""Matches a tensor of a layer: path of the stack of layers, index of the layer, and name within the layer."""
 
 
 def layer_index(name: str) -> int | None:
-    """The number of the layer that a tensor belongs to, counted within its stack."""
+    """The index of the layer that a tensor belongs to, within its stack; None outside of layers."""
     match = LAYER.match(name)
     return int(match["number"]) if match else None
 
 
 def is_before_layers(name: str) -> bool:
-    """Whether a tensor outside of the layers comes before them (embeddings) rather than behind (final norms, heads)."""
+    """Whether a tensor outside of the layers precedes them (embeddings) or follows them (final norms, heads)."""
     return "embed_out" not in name and ("embed" in name or re.search(r"\b(wte|wpe|shared)\b", name) is not None)
 
 
 def layer_depths(names: Iterable[str]) -> dict[str, float]:
-    """How deep every tensor lies in its stack of layers: 0 in the first, 1 in the last; 0 outside, as in mergekit."""
+    """Relative depth of every tensor: 0 in the first layer of its stack, 1 in the last; 0 outside, as in mergekit."""
     last: dict[str, int] = {}
     for name in names:
         if match := LAYER.match(name):

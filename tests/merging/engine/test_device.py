@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from in_memory import merged
-from on_disk import adapter_weights_file, models, recipe_of
+from on_disk import models, recipe_of, weights_of
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -33,7 +33,7 @@ def test_the_cpu_is_the_default(folders, tmp_path):
         "given": {"device": torch.device("cpu", 0)},
     }.items():
         merge(recipe_of(folders, "iso_cts"), tmp_path / name, **options)
-        assert adapter_weights_file(tmp_path / name) == adapter_weights_file(tmp_path / "default")
+        assert weights_of(tmp_path / name) == weights_of(tmp_path / "default")
 
 
 @pytest.mark.parametrize(

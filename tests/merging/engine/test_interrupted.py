@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from on_disk import adapter_weights_file, is_clear, merge_here, model, models, recipe_of, started_quickly
+from on_disk import is_clear, merge_here, model, models, recipe_of, started_quickly, weights_of
 
 from hf_fusion import FusionError
 from hf_fusion.merging.engine.checkpoint import INDEX
@@ -43,7 +43,7 @@ def wanted(recipe, tmp_path_factory):
     """What a merge that nothing disturbs writes."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     merge(load_recipe(recipe), out, **OPTIONS)
-    return adapter_weights_file(out)
+    return weights_of(out)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_killed_and_run_again(finished, how, processes, recipe, wanted, tmp_path
     assert finished <= len(kept) < LAYERS
     merge(load_recipe(recipe), out, **OPTIONS)
     assert kept.items() <= shards_in(out).items()  # the files themselves
-    assert adapter_weights_file(out) == wanted
+    assert weights_of(out) == wanted
     assert list(tmp_path.iterdir()) == [out]
 
 
@@ -109,7 +109,7 @@ def test_killed_again_and_again(processes, recipe, wanted, tmp_path):
         assert kept.items() <= found.items()
         kept = found
     merge(load_recipe(recipe), out, **OPTIONS)
-    assert adapter_weights_file(out) == wanted
+    assert weights_of(out) == wanted
 
 
 @pytest.mark.process
@@ -121,7 +121,7 @@ def test_whole_or_not_at_all_at_every_moment(processes, recipe, wanted, tmp_path
     while process.is_alive():
         looks[is_absent_or_whole(out)] += 1
     assert process.exitcode == 0 and looks[False] > 10 and is_absent_or_whole(out)
-    assert adapter_weights_file(out) == wanted
+    assert weights_of(out) == wanted
 
 
 @pytest.mark.process
@@ -148,7 +148,7 @@ def test_what_another_merge_left_is_not_taken(change, processes, folders, recipe
             model(own[1], 77, SHAPES)
     merge(after, out, **options)
     merge(after, tmp_path / "undisturbed", **options)
-    assert adapter_weights_file(out) == adapter_weights_file(tmp_path / "undisturbed")
+    assert weights_of(out) == weights_of(tmp_path / "undisturbed")
 
 
 def test_killed_while_an_earlier_merge_is_replaced(recipe, wanted, tmp_path):
@@ -163,7 +163,7 @@ def test_killed_while_an_earlier_merge_is_replaced(recipe, wanted, tmp_path):
     shutil.copytree(out, old)  # and after them: it had not yet been removed
     merge(load_recipe(recipe), out, overwrite=True, **OPTIONS)
     (out / "notes.txt").unlink()
-    assert adapter_weights_file(out) == wanted and list(tmp_path.iterdir()) == [out]
+    assert weights_of(out) == wanted and list(tmp_path.iterdir()) == [out]
 
 
 # ---------------------------------------------------------------- full disks
@@ -214,7 +214,7 @@ def test_a_disk_that_fills_up(share, recipe, wanted, small_disk):
     (small_disk / "other").unlink()
     assert shutil.disk_usage(small_disk).free == free  # no open file keeps what was removed
     merge(load_recipe(recipe), small_disk / "out", **OPTIONS)
-    assert adapter_weights_file(small_disk / "out") == wanted
+    assert weights_of(small_disk / "out") == wanted
 
 
 @pytest.mark.process
@@ -258,8 +258,8 @@ for method in ("dare_ties", "della", "dare_linear"):
     )
     for method in methods:
         merge(load_recipe(tmp_path / f"{method}.yaml"), tmp_path / f"b {method}", shard_bytes=3_000_000, threads=1)
-        assert adapter_weights_file(tmp_path / f"a {method}") == adapter_weights_file(tmp_path / f"b {method}")
+        assert weights_of(tmp_path / f"a {method}") == weights_of(tmp_path / f"b {method}")
         other = tmp_path / f"other {method}"
         merge(recipe_of(folders, method, seed=12), other, shard_bytes=3_000_000, threads=1)
         first = "model-00001-of-00003.safetensors"
-        assert adapter_weights_file(other)[first] != adapter_weights_file(tmp_path / f"b {method}")[first]
+        assert weights_of(other)[first] != weights_of(tmp_path / f"b {method}")[first]

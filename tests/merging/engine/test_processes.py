@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from on_disk import adapter_weights_file, merge_here, models, recipe_of, started_quickly
+from on_disk import merge_here, models, recipe_of, started_quickly, weights_of
 from safetensors.torch import load_file, save_file
 from tiny import llama
 
@@ -84,7 +84,7 @@ def test_the_bytes_of_one_process(count, folders, tmp_path):
     recipe_of(folders, "dare_ties", seed=5).save(tmp_path / "recipe.yaml")
     assert told(together([tmp_path / "recipe.yaml"] * count, tmp_path / "many")) == [None] * count
     merge(recipe_of(folders, "dare_ties", seed=5), tmp_path / "one", **OPTIONS)
-    assert adapter_weights_file(tmp_path / "many") == adapter_weights_file(tmp_path / "one")
+    assert weights_of(tmp_path / "many") == weights_of(tmp_path / "one")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
@@ -150,7 +150,7 @@ def test_accelerate_launch(folders, tmp_path):
     (tmp_path / "run.py").write_text(RUN)
     launched(tmp_path / "run.py", tmp_path / "recipe.yaml", tmp_path / "many", *filter(None, sys.path))
     merge(recipe_of(folders, "dare_ties", seed=5), tmp_path / "one", **OPTIONS)
-    assert adapter_weights_file(tmp_path / "many") == adapter_weights_file(tmp_path / "one")
+    assert weights_of(tmp_path / "many") == weights_of(tmp_path / "one")
 
 
 @pytest.mark.slow

@@ -380,7 +380,7 @@ def test_recipes_name_the_statistics(folders, tmp_path):
         torch.testing.assert_close(tensor.double(), wanted, rtol=1e-3, atol=1e-4)
     assert linears == 14
     bare = Recipe("regmean", tuple(RecipeExpert(str(folder)) for folder in folders))
-    with pytest.raises(FusionError, match="regmean weighs .*one by what was measured of it"):
+    with pytest.raises(FusionError, match="regmean needs statistics of .*one"):
         merge(bare, tmp_path / "out")
     with pytest.raises(FusionError, match="linear has no parameter 'statistics'"):
         merge(recipe_of("linear", folders), tmp_path / "out")
