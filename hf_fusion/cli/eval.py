@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_fusion.cli.checks import check_columns, check_found, columns_to_measure, family_of_config, model_in, pools_rows
 from hf_fusion.cli.output import Out
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
     if not pools_rows(config) and args.label_column and args.label_column != "label":
         rows = rows.remove_columns([name for name in ("label",) if name in rows.column_names])
         rows = rows.rename_column(args.label_column, "label")
-    command = _command(args)
+    options = {"batch_size": args.batch_size, "command": _command(args)}
     args.label_column, args.expert_column = args.label_column or "label", args.expert_column or "expert"
     args.task_column = args.task_column or "task"
     start("evaluation.evaluate", "fusion")
@@ -71,15 +71,16 @@ def run(args: argparse.Namespace, out: Out) -> None:
     from hf_fusion.merging.methods import MERGE_METHODS
 
     recipe = read_recipe(args.folder) if has_recipe(args.folder) else None
-    measure: Callable[..., tuple[Results, str]] = _static
+    measure: Callable[..., Results] = _static
     if recipe is not None and recipe.method not in MERGE_METHODS:
         measure = MEASURED_BY[family_of(recipe.method).name]
-    results, title = measure(args, rows, recipe, command)
+    results = measure(args, rows, recipe, options)
     path = Path(args.folder) / RESULTS_FILE
     results.save(path)
     if measure is _static and recipe is not None:
         write_card(args.folder)  # with what was measured
-    metric = results.tasks[0].metric if results.pooled else None
+    metric, shown = (results.tasks[0].metric, "") if results.pooled else (None, ", with 95 % intervals")
+    title = f"{metric or 'right answers in %'} on {len(rows)} examples{shown}"
     out.table(results.table(), title=title, key=metric, data=asdict(results))
     out.log(f"Written to {path}")
     out.hint(f"hf-fusion publish {args.folder} OWNER/NAME --dry-run")
@@ -95,25 +96,17 @@ def _command(args: argparse.Namespace) -> str:
     )
 
 
-def _fusion(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: str) -> tuple[Results, str]:
+def _fusion(args: argparse.Namespace, rows: Dataset, recipe: Recipe, options: dict[str, Any]) -> Results:
     """A Fusion of Experts."""
     from hf_fusion.evaluation.evaluate import evaluate
     from hf_fusion.fusion import load_fused
 
-    results = evaluate(
-        load_fused(args.folder, trust_remote_code=args.trust_remote_code)[0],
-        rows,
-        name=args.data,
-        split=args.split,
-        command=command,
-        label_column=args.label_column,
-        expert_column=args.expert_column,
-        batch_size=args.batch_size,
-    )
-    return results, f"{results.tasks[0].metric} on {len(rows)} examples"
+    columns = {"label_column": args.label_column, "expert_column": args.expert_column}
+    model, _ = load_fused(args.folder, trust_remote_code=args.trust_remote_code)
+    return evaluate(model, rows, name=args.data, split=args.split, **columns, **options)
 
 
-def _routing(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: str) -> tuple[Results, str]:
+def _routing(args: argparse.Namespace, rows: Dataset, recipe: Recipe, options: dict[str, Any]) -> Results:
     """A PHATGOOSE router, task by task; where the tokens of each went is kept beside it, as data and as a picture."""
     from hf_fusion.data import split_tasks
     from hf_fusion.evaluation.evaluate import evaluate
@@ -126,29 +119,19 @@ def _routing(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: s
     consent = {"trust_remote_code": args.trust_remote_code}
     experts = load_experts([e.model for e in recipe.experts], base=recipe.base, dtype=recipe.dtype, **consent)
     suite, owners = split_tasks(rows, [expert.name for expert in experts], args.task_column, args.expert_column)
-    heads = any(expert.adapter and expert.adapter.saved for expert in experts)
     given = {
         key: recipe.parameters[key] for key in ("top_k", "temperature", "missing_gates") if key in recipe.parameters
     }
-    results = evaluate(
-        experts,
-        suite,
-        train_rows={},
-        owners=owners,
-        predictors=["PHATGOOSE", "Arrow", "merged", "uniform", "experts", "oracle", *([] if heads else ["base"])],
-        batch_size=args.batch_size,
-        command=command,
-        **given,
-    )
+    results = evaluate(experts, suite, owners=owners, **given, **options)
     router, _ = load_fused(args.folder, **consent)
     assert isinstance(router, PhatgooseRouter)
     routing = map_routing(router, suite, owners=owners, batch_size=args.batch_size)
     routing.save(Path(args.folder) / ROUTING_FILE)
     plot_routing(routing, Path(args.folder) / ROUTING_PICTURE)
-    return results, f"right answers in % on {len(rows)} examples, with 95 % intervals"
+    return results
 
 
-def _merging(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: str) -> tuple[Results, str]:
+def _merging(args: argparse.Namespace, rows: Dataset, recipe: Recipe, options: dict[str, Any]) -> Results:
     """A WEMoE, task by task, beside its experts; the coefficients of each task are kept beside it, with a picture."""
     from hf_fusion.data import split_tasks
     from hf_fusion.evaluation.coefficient_map import COEFFICIENT_FILE, COEFFICIENT_PICTURE, map_coefficients
@@ -166,17 +149,16 @@ def _merging(args: argparse.Namespace, rows: Dataset, recipe: Recipe, command: s
         experts=[] if recipe.elsewhere else [expert.model for expert in recipe.experts],
         base=None if recipe.elsewhere else recipe.base,
         owners=owners,
-        batch_size=args.batch_size,
         trust_remote_code=args.trust_remote_code,
-        command=command,
+        **options,
     )
     coefficients = map_coefficients(model, suite, owners=owners, batch_size=args.batch_size)
     coefficients.save(Path(args.folder) / COEFFICIENT_FILE)
     plot_coefficients(coefficients, Path(args.folder) / COEFFICIENT_PICTURE)
-    return results, f"right answers in % on {len(rows)} examples, with 95 % intervals"
+    return results
 
 
-def _static(args: argparse.Namespace, rows: Dataset, recipe: Recipe | None, command: str) -> tuple[Results, str]:
+def _static(args: argparse.Namespace, rows: Dataset, recipe: Recipe | None, options: dict[str, Any]) -> Results:
     """A static merge, task by task, beside its experts and their base, where these can be found; else alone."""
     from hf_fusion.data import split_tasks
     from hf_fusion.evaluation.evaluate import evaluate
@@ -186,19 +168,17 @@ def _static(args: argparse.Namespace, rows: Dataset, recipe: Recipe | None, comm
     named = [ModelRef.parse_pair(name)[1].id for name in experts]
     named = [name if name.count("/") == 1 else Path(name).name for name in named]  # ids; folders by their last part
     suite, owners = split_tasks(rows, named, args.task_column, args.expert_column)
-    results = evaluate(
+    return evaluate(
         args.folder,
         suite,
         experts=experts if recipe and not recipe.elsewhere else [],
         base=recipe.base if recipe and not recipe.elsewhere else None,
         owners=owners,
-        batch_size=args.batch_size,
         trust_remote_code=args.trust_remote_code,
         settings={"method": recipe.method, **recipe.parameters} if recipe else {},
-        command=command,
+        **options,
     )
-    return results, f"right answers in % on {len(rows)} examples, with 95 % intervals"
 
 
-MEASURED_BY: dict[str, Callable[..., tuple[Results, str]]] = {"foe": _fusion, "phatgoose": _routing, "wemoe": _merging}
+MEASURED_BY: dict[str, Callable[..., Results]] = {"foe": _fusion, "phatgoose": _routing, "wemoe": _merging}
 """Name of a family, as in `families.FAMILIES` → how its models are measured."""

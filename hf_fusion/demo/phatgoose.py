@@ -199,7 +199,6 @@ def _fuse_and_measure(place: Place, out: Out) -> tuple[Any, Results, RoutingMap,
     results = evaluate(
         experts,
         suite,
-        train_rows={},
         owners=owners,
         predictors=PREDICTORS,
         metrics={task: TASKS[task].metric for task in tasks},

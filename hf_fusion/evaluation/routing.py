@@ -85,6 +85,7 @@ STRATEGIES: dict[str, RoutingStrategy] = {
         "baseline", "uniform", lambda evaluation, router, task, rows: evaluation.drawn(task, rows)
     ),
 }
+TRAINED_ON = ("retrieval", "average activation")  # need rows that the experts were trained on
 PREDICTORS = (*STRATEGIES, "experts", ORACLE)
 """What can be compared: "experts" are all single experts, with the best one in hindsight."""
 
@@ -119,7 +120,8 @@ def measure_routing(
         suite: task → test rows; columns ``prompt`` and ``target``, or ``text`` (or ``image``) and ``label``.
         train_rows: expert → rows it was trained on, for retrieval and average activation.
         owners: task → its expert, tasks without one are held out; default is `match_experts_by_name`.
-        predictors: some of `PREDICTORS`; default is all, without the base where experts bring heads.
+        predictors: some of `PREDICTORS`; default is all, without the base where experts bring heads, and without
+            retrieval and average activation where there are no `train_rows`.
         metrics: task → "exact" (default) or "tokens", for language models.
         base: the adapters' base, where it is not the one they record.
         top_k, temperature, missing_gates: see `PhatgooseRouter.from_experts`.
@@ -262,23 +264,21 @@ class Evaluation:
     def _checked(self, predictors: Sequence[str] | None) -> list[str]:
         """The predictors to run, once everything that was given is known to fit."""
         heads = has_heads(self.experts)
-        wanted = (
-            list(predictors) if predictors is not None else [name for name in PREDICTORS if name != "base" or not heads]
-        )
-        known = f"there are {', '.join(self.names)}"
+        left_out = ["base"] * heads + list(TRAINED_ON) * (not self.train_rows)
+        wanted = list(predictors) if predictors is not None else [name for name in PREDICTORS if name not in left_out]
         if unknown := [name for name in wanted if name not in PREDICTORS]:
             raise FusionError(f"no predictor {unknown[0]!r}; there are {', '.join(PREDICTORS)}")
         if "base" in wanted and heads:
             raise FusionError("the experts bring their own heads, without which their base has no answers")
         if taken := [name for name in self.names if name in (*PREDICTORS, HINDSIGHT)]:
-            raise FusionError(f"an expert cannot be called {taken[0]!r} here: a predictor bears this name")
+            raise FusionError(f"an expert cannot be called {taken[0]!r} here: a predictor has this name")
         check_suite(self.suite)
         for task, owner in self.owners.items():
             if task not in self.suite:
-                raise FusionError(f"{owner} is said to own {task!r}, which is no task of the suite")
+                raise FusionError(f"the task {task!r} of {owner} is not in the suite")
             if owner not in self.names:
-                raise FusionError(f"{task} is said to be owned by {owner!r}, which is no expert; {known}")
-        needing = [name for name in ("retrieval", "average activation") if name in wanted]
+                raise FusionError(f"{owner!r}, the owner of {task}, is not an expert", ", ".join(self.names))
+        needing = [name for name in TRAINED_ON if name in wanted]
         if needing and (missing := [name for name in self.names if not len(self.train_rows.get(name, ()))]):
             raise FusionError(
                 f"{needing[0]} needs rows that {missing[0]} was trained on",

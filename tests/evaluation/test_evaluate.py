@@ -11,6 +11,7 @@ from hf_fusion.evaluation.loop import TaskRows, predict_task, score_task
 from hf_fusion.evaluation.predictions import Predictions
 from hf_fusion.evaluation.predictors import Batch, OutputPredictor
 from hf_fusion.evaluation.results import MeasuredTask
+from hf_fusion.evaluation.routing import PREDICTORS
 
 
 def test_options_and_data_of_other_families_are_refused():
@@ -40,11 +41,14 @@ def test_tasks_belong_to_the_experts_whose_names_they_bear():
     experts = routed(llama(), 2, ["layers.1.mlp.up_proj"])
     router = PhatgooseRouter.from_experts(experts)
     suite = {"expert-1": said(router, "expert-1", 3), "other": said(router, None, 2)}
-    results = evaluate(router, suite, experts=experts, predictors=["PHATGOOSE", "oracle"])
+    results = evaluate(router, suite, experts=experts)
+    left_out = {"retrieval", "average activation"}  # nothing is known of what the experts were trained on
+    names = {*PREDICTORS, "best in hindsight", "expert-0", "expert-1"} - left_out - {"experts"}
+    assert {predictor.name for predictor in results.predictors} == names
     assert [task.owner for task in results.tasks] == ["expert-1", None]
     assert results["oracle"].scores.keys() == {"expert-1"}
     with pytest.raises(FusionError, match="retrieval needs rows that expert-0 was trained on"):
-        evaluate(router, suite, experts=experts)
+        evaluate(router, suite, experts=experts, predictors=["retrieval"])
 
 
 def test_every_row_is_scored_once_in_its_place():

@@ -345,8 +345,8 @@ def test_classifiers_answer_among_the_labels_of_all(classifiers):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"owners": {"the": "nobody"}}, "'nobody', which is no expert; there are the, nine"),
-        ({"owners": {"singing": "the"}}, "'singing', which is no task"),
+        ({"owners": {"the": "nobody"}}, "'nobody', the owner of the, is not an expert"),
+        ({"owners": {"singing": "the"}}, "the task 'singing' of the is not in the suite"),
         ({"suite": {}}, "no tasks"),
         ({"suite": {"the": SUITE["the"].select([])}}, "the task the has no rows"),
         ({"predictors": ["magic"]}, "no predictor 'magic'; there are " + ", ".join(PREDICTORS)),
