@@ -1,4 +1,4 @@
-"""What a Space is told by its variables."""
+"""Settings of a Space, from its environment variables."""
 
 from __future__ import annotations
 

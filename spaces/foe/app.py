@@ -1,4 +1,4 @@
-"""Fusion of Experts: give one input to a published model and see who was asked, who said what, and what it cost.
+"""Fusion of Experts: give one input to a published model and see each expert's prediction and cost.
 
     MODEL_ID=owner/name MODEL_REVISION=<commit> TRUST_REMOTE_CODE=true python app.py
 
@@ -33,8 +33,8 @@ FIRST = "seven"  # the example that the page opens with
 
 EMPTY = {
     "digits": "Draw a digit on the pad, upload a picture of one, or pick an example.",
-    "image": "Upload a picture to see who of the experts says what.",
-    "text": "Write something, then ask the experts.",
+    "image": "Upload a picture to see what each expert predicts.",
+    "text": "Write something, then query the experts.",
 }
 
 
@@ -79,7 +79,7 @@ def read_budget(budget: float | None) -> float | None:
         return None
     if served().model.config.frugal is None:
         raise InputError(
-            "This model always asks every expert: it was fitted without frugal=True. Leave the budget out."
+            "This model always queries every expert: it was fitted without frugal=True. Leave the budget out."
         )
     if not 0 < budget <= 1:
         raise InputError(f"The budget is {budget:g}; it is a share of the experts' cost, above 0 and at most 1.")
@@ -92,10 +92,10 @@ def predict(value: Any, budget: float | None = None) -> Routing:
     Args:
         value: a text, or a picture; what the model takes.
         budget: share of the experts' whole cost, above 0 and at most 1, that the answer may take. Without one every
-            expert is asked.
+            expert is queried.
 
     Returns:
-        answer, confidence, labels and probabilities of the fused answer; cost as a share of asking every expert; and
+        answer, confidence, labels and probabilities of the fused answer; cost as a share of querying every expert; and
         experts, each with name, cost_share, order (0: not queried), score (in selection), labels (those it knows) and
         probabilities (null: not queried).
     """
@@ -182,7 +182,7 @@ def _input(kind: str, pictures: dict[str, str], first: str) -> tuple[gr.componen
         image = picture(label="Picture", sources=["upload", "clipboard", "webcam"], height=320)
         return image, [image.change]
     text = gr.Textbox(first, label="Text", lines=7, max_length=LONGEST_TEXT, placeholder="Write something …")
-    button = gr.Button("Ask the experts", variant="primary")
+    button = gr.Button("Query the experts", variant="primary")
     triggers = [button.click, text.submit]
     if served().examples:
         examples = gr.Dataset(

@@ -60,9 +60,9 @@ def _verdict(results: Results) -> Markup:
     if not {"foe", "frugal"} <= named.keys() or results["metric"] != "accuracy":
         return Markup("")
     points = round(100 * (named["frugal"]["score"] - named["foe"]["score"]), 1)
-    gap = f"{abs(points):.1f} points {'below' if points < 0 else 'above'}" if points else "as well as"
+    gap = f"{abs(points):.1f} points {'below' if points < 0 else 'above'}" if points else "as accurate as"
     return Markup(
-        '<p class="foe-lead">Asking frugally costs <b>{}</b> and answers <b>{} asking everyone</b>.</p>'
+        '<p class="foe-lead">Frugal inference costs <b>{}</b> and is <b>{} querying every expert</b>.</p>'
     ).format(percent(named["frugal"]["cost"]), gap)
 
 
@@ -117,7 +117,7 @@ PLOT = Markup(
     '<div class="foe-plot" role="img" aria-label="Score against cost; the table has the numbers">'
     '<div class="scores">{ticks}</div><div class="area">{inside}</div>'
     '<div class="costs"><span>0</span><span>25</span><span>50</span><span>75</span><span>100 %</span></div></div>'
-    '<p class="ui-note">Share of the cost of asking every expert. {note}</p>'
+    '<p class="ui-note">Share of the cost of querying every expert. {note}</p>'
 )
 GRID = Markup('<i class="grid" style="top:{:.2f}%"></i>')
 TICK = Markup('<span class="tick" style="top:{:.2f}%">{}</span>')

@@ -1,4 +1,4 @@
-"""A published Fusion of Experts, loaded by its id and asked one example at a time."""
+"""A published Fusion of Experts, loaded by its id and run on one example at a time."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Served(Loaded):
         """Runs the model on one text or picture.
 
         Args:
-            budget: share of the experts' cost that may be spent; None asks every expert.
+            budget: share of the experts' cost that may be spent; None queries every expert.
 
         Returns:
             See `processing.read_routing`.

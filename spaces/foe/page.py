@@ -28,10 +28,10 @@ def header(model_id: str, url: str, sha: str, experts: int, labels: int, mode: s
     """Name of the model and one sentence on what it does."""
     who = count(experts, "expert")
     if mode == "selection":
-        does = f"A small network reads the input and picks one of {who}, which answers."
+        does = f"A small network reads the input and selects the one of {who} that answers."
     else:
-        does = f"{who}, {count(labels, 'label')}: a small network fuses what the experts say into one answer"
-        does += "; with a budget, it asks only those worth their cost." if frugal else "."
+        does = f"{who}, {count(labels, 'label')}: a small network fuses the experts' predictions into one"
+        does += "; with a budget, it queries only those worth their cost." if frugal else "."
     return page_header("Fusion of Experts", link(url, model_id, "the model on the Hub"), does, sha)
 
 
@@ -100,7 +100,7 @@ SEEN = Markup(
 )
 COST = Markup(
     '<div class="foe-cost"><div class="ui-split"><h3>{title}</h3>'
-    "<p data-cost><b>{cost}</b> of the cost of asking all</p></div>{body}</div>"
+    "<p data-cost><b>{cost}</b> of the cost of querying all</p></div>{body}</div>"
 )
 PIECE = Markup('<span class="{}" style="flex-grow:{:.4f}" title="{}: {}">{}</span>')
 STEP = Markup("<li><b>{}</b>{} <span>{}</span></li>")
@@ -127,26 +127,26 @@ def answer_panel(routing: Routing, picture: str | None = None) -> Markup:
 
 
 def cost_strip(routing: Routing) -> Markup:
-    """The cost of asking every expert as one strip, cut by expert: those asked filled, in the order of asking."""
+    """The cost of asking every expert as one strip, cut by expert: those queried are filled, in that order."""
     experts = routing["experts"]
     one_by_one = routing["budget"] is not None
-    asked = sorted((e for e in experts if e["order"]), key=lambda e: e["order"])
+    queried = sorted((e for e in experts if e["order"]), key=lambda e: e["order"])
     pieces = [
         PIECE.format(
-            "asked" if expert["order"] else "idle",
+            "queried" if expert["order"] else "idle",
             expert["cost_share"],
             expert["name"],
             percent(expert["cost_share"]),
             expert["order"] if one_by_one and expert["order"] and expert["cost_share"] >= NUMBERED else "",
         )
-        for expert in [*asked, *(e for e in experts if not e["order"])]
+        for expert in [*queried, *(e for e in experts if not e["order"])]
     ]
     if one_by_one:
-        title = f"{len(asked)} of {count(len(experts), 'expert')} asked"
+        title = f"{len(queried)} of {count(len(experts), 'expert')} queried"
         note = f"one after the other, within a budget of {percent(routing['budget'])}"
-        steps = join(STEP.format(e["order"], short(e["name"]), percent(e["cost_share"])) for e in asked)
+        steps = join(STEP.format(e["order"], short(e["name"]), percent(e["cost_share"])) for e in queried)
     else:
-        title, note, steps = f"All {count(len(experts), 'expert')} asked", "at once: no budget was set", Markup("")
+        title, note, steps = f"All {count(len(experts), 'expert')} queried", "at once: no budget was set", Markup("")
     body = Markup(
         '<div class="foe-strip" role="img" aria-label="{} of the cost">{}</div><p class="ui-note">{}</p>'
         '<ol class="foe-chain" aria-label="Query order">{}</ol>'
@@ -158,7 +158,7 @@ def fit_bars(routing: Routing) -> Markup:
     """In selection: the expert that was chosen, and how well each fits the input, says the fuser."""
     ranked = sorted(routing["experts"], key=lambda expert: -expert["score"])
     rows = [bar(short(e["name"]), e["score"], e["score"], "same" if e["order"] else "", 3) for e in ranked]
-    body = Markup('<p class="ui-note">How well each expert fits this input, says the fuser</p>{}').format(
+    body = Markup('<p class="ui-note">Score of each expert on this input, by the fuser</p>{}').format(
         chart(rows, [short(expert["name"]) for expert in ranked], (0, 0.5, 1))
     )
     title = f"{short(next(e['name'] for e in ranked if e['order']))} was chosen"
@@ -179,7 +179,7 @@ KEYS = {"same": "the answer", "differs": "a different first choice", "unknown": 
 
 
 def experts_panel(routing: Routing, urls: Mapping[str, str]) -> Markup:
-    """One card per expert on equal axes: those asked first, in order, then those not asked.
+    """One card per expert on equal axes: those queried first, in order, then those not queried.
 
     Args:
         urls: expert -> its page on the Hub.
@@ -188,7 +188,7 @@ def experts_panel(routing: Routing, urls: Mapping[str, str]) -> Markup:
     cards = sorted(routing["experts"], key=lambda expert: expert["order"] or len(routing["experts"]) + 1)
     longest = max((len(routing["labels"][index]) for index in shown_labels(routing)[0]), default=0)
     return EXPERTS.format(
-        title="Who could answer" if selection else "What each expert says",
+        title="Candidate experts" if selection else "Each expert's prediction",
         key=join(
             Markup('<span class="{}">{}</span>').format(kind, text)
             for kind, text in KEYS.items()
@@ -200,22 +200,22 @@ def experts_panel(routing: Routing, urls: Mapping[str, str]) -> Markup:
 
 
 def _expert(expert: Mapping[str, Any], routing: Routing, url: str | None) -> Markup:
-    selection, asked = routing["mode"] == "selection", bool(expert["order"])
+    selection, queried = routing["mode"] == "selection", bool(expert["order"])
     if selection:
         about = " · ".join([f"fits {percent(expert['score'], 1)}", ", ".join(expert["labels"])]).removesuffix(" · ")
     else:
         known = f"{len(expert['labels'])} of {count(len(routing['labels']), 'label')}"
         about = f"{percent(expert['cost_share'])} of the cost · knows {known}"
-    numbered = asked and not selection and routing["budget"] is not None
+    numbered = queried and not selection and routing["budget"] is not None
     if expert["probabilities"] is not None:
         body = bars(routing, expert["probabilities"])
-    elif asked and not routing["labels"]:
+    elif queried and not routing["labels"]:
         body = Markup('<p class="ui-note">chosen</p>')
     else:
-        word = "no finite answer" if asked else "not chosen" if selection else "not queried"
+        word = "no finite answer" if queried else "not chosen" if selection else "not queried"
         body = Markup('<p class="foe-idle">{}</p>').format(word)
     return EXPERT.format(
-        idle="" if asked else " idle",
+        idle="" if queried else " idle",
         badge=Markup('<b class="foe-badge">{}</b>').format(expert["order"]) if numbered else "",
         name=link(url, short(expert["name"]), expert["name"]),
         about=about,

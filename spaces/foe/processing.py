@@ -97,13 +97,13 @@ def read_routing(config: Any, trace: Mapping[str, Any], logits: Any, budget: flo
         config: the model's: experts, id2label, mode, problem_type, features_from.
         trace: ``model.routing_trace()`` after a forward of one example.
         logits: (C,) fused logits; None for a language model, whose trace holds no answers.
-        budget: the one asked for; None where every expert was.
+        budget: the share that was allowed; None where every expert was queried.
 
     Returns:
-        answer, confidence, labels, probabilities (one per label), cost (share of asking every expert), budget, mode,
-        axis (where bars begin and end), and experts: name, cost_share, order (1 for the first asked, 0 for one that
+        answer, confidence, labels, probabilities (one per label), cost (share of querying every expert), budget, mode,
+        axis (where bars begin and end), and experts: name, cost_share, order (1 for the first queried, 0 for one that
         was not), score (how well it fits, in selection), labels (those it knows), probabilities (one per label, None
-        for a label it does not know; None altogether if it was not asked or gave no finite answer).
+        for a label it does not know; None altogether if it was not queried or gave no finite answer).
     """
     regression, selection = config.problem_type == "regression", config.mode == "selection"
     labels = [] if logits is None else [str(config.id2label[index]) for index in range(len(logits))]

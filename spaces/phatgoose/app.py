@@ -1,4 +1,4 @@
-"""PHATGOOSE: give a prompt to a published router and see which expert each token met at every linear.
+"""PHATGOOSE: give a prompt to a published router and see where each linear layer routed each token.
 
     MODEL_ID=owner/name MODEL_REVISION=<commit> TRUST_REMOTE_CODE=true python app.py
 
@@ -66,12 +66,12 @@ def generate(prompt: str) -> dict[str, Any]:
     """Answers a prompt and tells how every token was routed.
 
     Args:
-        prompt: what is asked; the Space puts it into the form that the model knows.
+        prompt: the question; the Space puts it into the form that the model knows.
 
     Returns:
         model and revision; prompt and answer; experts; tokens, each with its text, its part (prompt or answer), its
-        dominant expert and that one's weight; usage, the share of all weight by expert; entropy by linear; and modules,
-        for each linear the experts and weights of each token.
+        dominant expert and that one's weight; usage, the share of all weight by expert; entropy by linear layer; and
+        modules, for each linear layer the experts and weights of each token.
     """
     with refused():
         *_, last = answers(prompt)

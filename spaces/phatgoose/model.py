@@ -62,7 +62,7 @@ class Served(Loaded):
 
     Attributes:
         tokenizer: from `AutoTokenizer`.
-        template: the prompt's form, with {} for what is asked; None: the tokenizer's chat template.
+        template: the prompt's form, with {} for the prompt; None: the tokenizer's chat template.
         examples: prompts to click.
         best: index of the expert that was measured to be the best alone, 0 where none was.
         measured: whether one was.

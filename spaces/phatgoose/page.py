@@ -21,8 +21,8 @@ MOST_COLUMNS = MOST_COLOURED  # experts that a heat map shows by themselves
 def header(model_id: str, url: str, sha: str, experts: int, linears: int, top_k: int) -> Markup:
     """Name of the model and one sentence on what it does."""
     does = (
-        f"{count(experts, 'expert')} on one language model: every token is routed at each of {count(linears, 'linear')}"
-        f" to the {count(top_k, 'expert')} whose gate it meets best."
+        f"{count(experts, 'expert')} on one language model: every token is routed at each of"
+        f" {count(linears, 'linear layer')} to the {count(top_k, 'expert')} whose gates match it best."
     )
     return page_header("PHATGOOSE", link(url, model_id), does, sha)
 
@@ -43,7 +43,7 @@ SILENT = Markup('<span title="{title}" {look}>{piece}</span>{end}')
 BREAK = Markup('<i class="pg-break"></i>')
 LEGEND = Markup(
     '<div class="pg-legend"><ul>{rows}</ul><p class="ui-note">A token has the colour of the expert with the most weight'
-    " over all linears, the stronger the more"
+    " over all linear layers, the stronger the more"
     ' <label><input type="checkbox">Show the experts\' numbers</label></p></div>'
 )
 LEGEND_ROW = Markup("<li>{badge}{name}</li>")
@@ -107,18 +107,18 @@ def first_choice(routing: Routing) -> int:
 
 INSPECTOR = Markup(
     '<section class="ui-section" aria-live="polite"><div class="ui-split"><h2>Token <q>{text}</q></h2>'
-    '<p class="ui-note">{where}</p></div><div class="ui-card"><h3>Who has the most weight, by layer</h3>{mosaic}'
-    '<h3>Weights, linear by linear</h3><div class="ui-scroll" tabindex="0" role="region" aria-label="Weights of this '
+    '<p class="ui-note">{where}</p></div><div class="ui-card"><h3>Dominant expert by layer</h3>{mosaic}'
+    '<h3>Weights by linear layer</h3><div class="ui-scroll" tabindex="0" role="region" aria-label="Weights of this '
     'token">{table}</div></div></section>'
 )
 MOSAIC = Markup(
     '<div class="pg-mosaic{many}" role="img"'
-    ' aria-label="Dominant expert at every linear; the table below has the numbers"'
+    ' aria-label="Dominant expert at every linear layer; the table below has the numbers"'
     ' style="--columns:{columns}">{rows}<span class="kind">layer</span>{axis}</div>'
 )
 CELL = Markup('<i title="{title}" {look}>{number}</i>')
 KIND = Markup('<span class="kind" title="{0}">{0}</span>')
-TABLE = Markup('<table class="ui-heat"><thead><tr><th scope="col">linear</th>{head}</tr></thead>{bodies}</table>')
+TABLE = Markup('<table class="ui-heat"><thead><tr><th scope="col">module</th>{head}</tr></thead>{bodies}</table>')
 LAYER_ROW = Markup('<tr class="layer"><th scope="rowgroup">{name}</th>{cells}</tr>')
 ROW = Markup('<tr><th scope="row">{name}</th>{cells}</tr>')
 WEIGHT = Markup("<td {look}>{number}</td>")
@@ -126,7 +126,7 @@ NOTHING = Markup("<td>·</td>")
 
 
 def inspector(routing: Routing, names: Sequence[str], token: int) -> Markup:
-    """The routing of one token: the dominant expert at every linear, and a heat map of linears × experts."""
+    """The routing of one token: the dominant expert of every linear layer, and a heat map of layers × experts."""
     part = "prompt" if token < routing.prompt else "answer"
     tops = routing.dominant()[token]
     where = f"token {token + 1} of {len(routing.pieces)}, in the {part}"
@@ -143,7 +143,7 @@ def inspector(routing: Routing, names: Sequence[str], token: int) -> Markup:
 
 
 def mosaic(routing: Routing, names: Sequence[str], token: int) -> Markup:
-    """Kinds of linears × layers: each cell is the dominant expert's."""
+    """Kinds of linear layers × layers: each cell is the dominant expert's."""
     weights, layers = routing.at(token), routing.layers()
     kinds = list(dict.fromkeys(kind_of(module) for module in routing.modules))
     short = kind_names(kinds)
@@ -164,7 +164,7 @@ def mosaic(routing: Routing, names: Sequence[str], token: int) -> Markup:
 
 
 def heat_map(routing: Routing, names: Sequence[str], token: int) -> Markup:
-    """Linears × experts with the weights as numbers; every layer's mean above its linears.
+    """Linear layers × experts with the weights as numbers; every layer's mean above them.
 
     Experts without any weight are left out, and those of least weight are summed where there are many.
     """
@@ -200,7 +200,7 @@ def _layer_name(layer: str) -> str:
 
 
 def kind_names(kinds: Iterable[str]) -> dict[str, str]:
-    """Kinds of linears by their last part, where that tells them apart: "self_attn.q_proj" as "q_proj"."""
+    """Kinds of linear layers by their last part, where that is unique: "self_attn.q_proj" as "q_proj"."""
     kinds = list(dict.fromkeys(kinds))
     last = [kind.rpartition(".")[2] for kind in kinds]
     return {kind: end if last.count(end) == 1 else kind for kind, end in zip(kinds, last, strict=True)}
@@ -209,10 +209,10 @@ def kind_names(kinds: Iterable[str]) -> dict[str, str]:
 # ---------------------------------------------------------------- usage and entropy
 
 OVERVIEW = Markup(
-    '<section class="ui-section ui-pair"><div class="ui-card"><h2>Who was used</h2><p class="ui-note">Share of all'
+    '<section class="ui-section ui-pair"><div class="ui-card"><h2>Expert usage</h2><p class="ui-note">Share of all'
     ' routing weight, over prompt and answer</p><ul class="pg-bars">{usage}</ul></div>'
     '<div class="ui-card"><h2>Entropy by layer</h2><p class="ui-note">How evenly a layer spread these tokens over the'
-    " experts, in nats: 0 is one expert for all, {most:.2f} is all {experts} alike</p>{plot}</div></section>"
+    " experts, in nats: 0 is one expert for all tokens, {most:.2f} all {experts} equally</p>{plot}</div></section>"
 )
 BAR = Markup(
     '<li>{badge}<span class="name" title="{name}">{name}</span>'

@@ -1,4 +1,4 @@
-"""What a router did with one prompt, as plain data: who was chosen for every token at every linear."""
+"""What a router did with one prompt, as plain data: the experts of every token at every linear layer."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ HEAD = "head"  # what a module outside the layers is counted to
 
 @dataclass(frozen=True)
 class Routing:
-    """The routing of one prompt and its answer: T tokens, M linears, at most k experts each.
+    """The routing of one prompt and its answer: T tokens, M linear layers, at most k experts each.
 
     Attributes:
         pieces: text of each token; empty where a character goes on in the next one.
         special: which tokens are markup.
         prompt: how many tokens are the prompt.
         experts, modules: names.
-        choice: (T, M, k) experts, -1 where nobody was asked: the last token is written and never read.
+        choice: (T, M, k) experts, -1 where nothing was routed: the last token is written and never read.
         weight: (T, M, k), their weights.
         usage: share of all weight that each expert got.
-        entropy: of each linear, in nats: how evenly it spread these tokens.
+        entropy: of each linear layer, in nats: how evenly it spread these tokens.
     """
 
     pieces: list[str]
@@ -46,7 +46,7 @@ class Routing:
         return dense.scatter_add_(1, choice.clamp(min=0), self.weight[token].masked_fill(choice < 0, 0.0))
 
     def means(self) -> torch.Tensor:
-        """Mean weights of the experts over the linears that read a token, (T, E); zeros where none did."""
+        """Mean weights of the experts over the linear layers that read a token, (T, E); zeros where none did."""
         tokens = len(self.pieces)
         choice, weight = self.choice.reshape(tokens, -1).long(), self.weight.reshape(tokens, -1)
         total = torch.zeros(tokens, len(self.experts))
@@ -54,19 +54,19 @@ class Routing:
         return total / (self.choice >= 0).any(-1).sum(1, keepdim=True).clamp(min=1)
 
     def dominant(self) -> list[tuple[int, float] | None]:
-        """For each token the expert of the largest mean weight and that weight; None where nobody was asked."""
+        """For each token the expert of the largest mean weight and that weight; None where it was not routed."""
         shares, experts = self.means().max(1)
         return [(e, s) if s > 0 else None for e, s in zip(experts.tolist(), shares.tolist(), strict=True)]
 
     def layers(self) -> dict[str, list[int]]:
-        """Layer -> its linears, as indices into `modules`, both in the order in which they run."""
+        """Layer -> its linear layers, as indices into `modules`, both in the order in which they run."""
         layers: dict[str, list[int]] = {}
         for index, module in enumerate(self.modules):
             layers.setdefault(layer_of(module), []).append(index)
         return layers
 
     def layer_entropy(self) -> dict[str, float]:
-        """Mean entropy of each layer's linears."""
+        """Mean entropy of each layer's linear layers."""
         return {
             layer: sum(self.entropy[index] for index in indices) / len(indices)
             for layer, indices in self.layers().items()
@@ -76,7 +76,7 @@ class Routing:
 def read_trace(trace: Any, pieces: Sequence[str], special: Sequence[bool], prompt: int) -> Routing:
     """A model's `PhatgooseTrace` beside the tokens it is about.
 
-    Linears that saw fewer tokens saw the later ones: a routed head reads only what it writes from.
+    Linear layers that saw fewer tokens saw the later ones: a routed head reads only what it writes from.
     """
     parts = [tuple(part[0] for part in trace.choices(module)) for module in trace.modules]
     read = max(len(choice) for choice, _ in parts)
@@ -101,7 +101,7 @@ def read_trace(trace: Any, pieces: Sequence[str], special: Sequence[bool], promp
 
 
 def to_data(routing: Routing) -> dict[str, Any]:
-    """Everything, for JSON: each token's text and dominant expert, each linear's choices and weights token by token."""
+    """Everything, for JSON: text and dominant expert of tokens, and choices and weights of linear layers by token."""
     experts = routing.experts
     tokens = [
         {

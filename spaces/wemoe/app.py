@@ -1,4 +1,4 @@
-"""WEMoE: give an input to a published model and see which experts its layers were merged from, and what each would say.
+"""WEMoE: give an input to a published model and see how its layers were merged for it, and what others predict.
 
     MODEL_ID=owner/name MODEL_REVISION=<commit> TRUST_REMOTE_CODE=true python app.py
 
@@ -53,7 +53,7 @@ def ask(examples: list[Example], task: int, weights: Weights) -> list[Answer]:
 
 
 def chosen(task: Any) -> int | None:
-    """The expert whose head answers, by number or name; None where there is one head for all.
+    """Index of the expert whose classification head is used, from its index or name; None where all share one.
 
     Raises:
         InputError: for an expert that is not there.
@@ -83,8 +83,8 @@ def predict(*given: Any) -> dict[str, Any]:
     """Answers one input.
 
     Args:
-        given: a text (and a second one, for pairs) or a picture; and the expert whose head answers, by its name, where
-            each has its own. Without one the model's default answers.
+        given: a text (and a second one, for pairs) or a picture; and the name of the expert whose classification head
+            is used, where each has one; by default the model's default task.
 
     Returns:
         model and revision; answer; probabilities by label (empty for scores and written answers); coefficients, with
@@ -93,12 +93,12 @@ def predict(*given: Any) -> dict[str, Any]:
     """
     with refused():
         *inputs, task = given
-        example, own = read_input(*inputs), chosen(task)
+        example, task_index = read_input(*inputs), chosen(task)
         served().check(example)
-    [answer] = ask([example], own or 0, ROUTED)
+    [answer] = ask([example], task_index or 0, ROUTED)
     assert answer.coefficients is not None
     everyone: list[Weights] = [CONSTANT, *range(len(served().names))]
-    said = [ask([example], own or 0, weights)[0].text for weights in everyone]
+    said = [ask([example], task_index or 0, weights)[0].text for weights in everyone]
     return {
         "model": served().id,
         "revision": served().sha,
@@ -113,45 +113,45 @@ def predict(*given: Any) -> dict[str, Any]:
 
 
 def run(*given: Any) -> tuple[str, str, tuple[Example, int | None] | None]:
-    """Answer and coefficients; and what was asked, the input and the expert whose head answers."""
+    """Answer and coefficients; and the input and the index of the expert whose classification head was used."""
     model, (*inputs, task) = served(), given
     try:
-        example, own = read_input(*inputs), chosen(task)
+        example, task_index = read_input(*inputs), chosen(task)
         model.check(example)
     except InputError as error:
         empty = not any(inputs)
         return message("Nothing to answer yet", EMPTY[model.kind]) if empty else _failed(error), "", None
-    [answer] = _asked([example], own or 0, ROUTED)
+    [answer] = _answers([example], task_index or 0, ROUTED)
     assert answer.coefficients is not None
-    head = "" if own is None else model.names[own]
+    head = "" if task_index is None else model.names[task_index]
     return (
         page.answer_panel(answer, head, thumbnail(example.image)),
-        plots.coefficients_panel(answer.coefficients, own, model.smile),
-        (example, own),
+        plots.coefficients_panel(answer.coefficients, task_index, model.smile),
+        (example, task_index),
     )
 
 
-def compare(asked: tuple[Example, int | None] | None) -> Iterator[str]:
+def compare(current: tuple[Example, int | None] | None) -> Iterator[str]:
     """The same input by one constant and by each expert alone; of language models one after the other."""
-    if asked is None:
+    if current is None:
         yield ""
         return
-    model, (example, own) = served(), asked
+    model, (example, task_index) = served(), current
     said: dict[Weights, Answer] = {}
     everyone: list[Weights] = [CONSTANT, *range(len(model.names))]
 
     def shown() -> str:
         alone = [said.get(expert) for expert in range(len(model.names))]
-        return page.others(model.names, said.get(CONSTANT), alone, own, model.constant, model.smile)
+        return page.others(model.names, said.get(CONSTANT), alone, task_index, model.constant, model.smile)
 
     for weights in everyone:
         if model.kind == "language":  # classes come at once
             yield shown()
-        [said[weights]] = _asked([example], own or 0, weights)
+        [said[weights]] = _answers([example], task_index or 0, weights)
     yield shown()
 
 
-def _asked(examples: list[Example], task: int, weights: Weights) -> list[Answer]:
+def _answers(examples: list[Example], task: int, weights: Weights) -> list[Answer]:
     """As `ask`; what goes wrong inside is reported."""
     with reported():
         return ask(examples, task, weights)
@@ -173,7 +173,7 @@ def run_batch(lines: Any, file: Any, task: Any) -> tuple[Any, Any]:
             return message("Nothing to answer yet", "Give some inputs first, one a line or as files."), nothing
         if len(examples) > (most := MOST_ROWS[model.kind]):
             raise InputError(f"Those are {len(examples):,} inputs; {most:,} are the most.")
-        own = chosen(task)
+        task_index = chosen(task)
         for number, example in enumerate(examples, 1):
             try:
                 model.check(example)
@@ -181,8 +181,8 @@ def run_batch(lines: Any, file: Any, task: Any) -> tuple[Any, Any]:
                 raise InputError(f"Input {number}: {error}") from error
     except InputError as error:
         return _failed(error), nothing
-    answers = _asked(examples, own or 0, ROUTED)
-    head = "" if own is None else model.names[own]
+    answers = _answers(examples, task_index or 0, ROUTED)
+    head = "" if task_index is None else model.names[task_index]
     cells = partial(plots.heat_cells, constant=model.constant)
     path = Path(tempfile.mkdtemp(dir=get_upload_folder())) / "answers.csv"
     path.write_text(batch.to_csv(examples, answers, head), encoding="utf-8")  # Gradio deletes it with its cache
@@ -225,14 +225,14 @@ def build() -> gr.Blocks:
 
 
 def _task(model: Served) -> gr.components.Component:
-    """Whose head answers; nothing to choose where there is one for all."""
+    """Whose classification head is used; nothing to choose where all share one."""
     if not model.has_heads:
         return gr.State(None)
     return gr.Dropdown(
         [(f"{number} {name}", number - 1) for number, name in enumerate(model.names, 1)],
         value=chosen(model.examples[0].task if model.examples else None),
         label="Task",
-        info="Whose head answers",
+        info="Its classification head is used",
     )
 
 
@@ -250,15 +250,15 @@ def _one_input(blocks: gr.Blocks, model: Served) -> None:
             answer = gr.HTML(page.busy(), apply_default_css=False)
             others = gr.HTML("", apply_default_css=False)
     merged_from = gr.HTML("", apply_default_css=False)
-    asked = gr.State(None, time_to_live=HOUR)
+    current = gr.State(None, time_to_live=HOUR)
 
     def pick(row: int) -> tuple[Any, ...]:
         example = model.examples[row]
         values = [example.image] if model.kind == "image" else [example.text, example.pair][: len(given)]
-        own = chosen(example.task) if example.task in [*model.names, *model.model.experts] else gr.skip()
-        return (*values, own)
+        task_index = chosen(example.task) if example.task in [*model.names, *model.model.experts] else gr.skip()
+        return (*values, task_index)
 
-    inputs, outputs = [*given, task], [answer, merged_from, asked]
+    inputs, outputs = [*given, task], [answer, merged_from, current]
     asking = [button.click, *([task.input] if model.has_heads else [])]
     triggers = [blocks.load, *asking, *(box.submit for box in given if isinstance(box, gr.Textbox))]
     if examples is not None:
@@ -268,7 +268,7 @@ def _one_input(blocks: gr.Blocks, model: Served) -> None:
     for trigger in triggers:
         begun = trigger(page.busy, None, answer, queue=False, **hidden)  # others may still be served
         ran = begun.then(run, inputs, outputs, **ONE_AT_A_TIME, **hidden)
-        compared.append(ran.success(compare, asked, others, **ONE_AT_A_TIME, **hidden))
+        compared.append(ran.success(compare, current, others, **ONE_AT_A_TIME, **hidden))
     gr.on(asking, None, cancels=compared)
 
 

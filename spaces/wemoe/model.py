@@ -83,7 +83,7 @@ class Served(Loaded):
     Attributes:
         processor: from its Auto class.
         kind: "text", "image" or "language", what it is.
-        template: a prompt's form, with {} for what is asked; None: the tokenizer's chat template.
+        template: a prompt's form, with {} for the prompt; None: the tokenizer's chat template.
         examples: inputs to click.
     """
 
@@ -91,7 +91,7 @@ class Served(Loaded):
     kind: str
     template: str | None
     examples: list[Example]
-    # A fast tokenizer is told on itself how a call pads and truncates.
+    # How a call pads and truncates is state of a fast tokenizer.
     _tokenizing: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
@@ -101,7 +101,7 @@ class Served(Loaded):
 
     @property
     def has_heads(self) -> bool:
-        """Whether every expert has a head of its own, so that one has to be chosen."""
+        """Whether every expert has a classification head, so that one has to be chosen."""
         return bool(self.model.config.task_heads)
 
     @property
@@ -145,7 +145,7 @@ class Served(Loaded):
         """Answers to inputs that were checked.
 
         Args:
-            task: the expert whose head answers, where each has one; an expert alone answers by its own.
+            task: index of the expert whose classification head is used, if each has one; an expert alone uses its own.
             weights: `ROUTED`, `CONSTANT` or the index of an expert.
         """
         if isinstance(weights, int):
@@ -269,7 +269,7 @@ def read_examples(given: Any, folder: Path) -> list[Example]:
     """Inputs from the content of examples.json.
 
     Args:
-        given: texts, or objects with ``text`` (and ``text_pair``) or ``image``, and maybe ``task``: whose head answers.
+        given: texts, or objects with ``text`` (and ``text_pair``) or ``image``, and maybe ``task``: whose head is used.
         folder: where pictures lie, ``examples/seven.png``.
     """
     found = []

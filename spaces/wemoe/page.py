@@ -25,13 +25,12 @@ BUSY = Markup('<section class="ui-card ui-message" aria-busy="true"><p class="ui
 def header(model_id: str, url: str, sha: str, experts: int, layers: int, smile: bool) -> Markup:
     """Name of the model and one sentence on what it does."""
     if smile:
-        does = (
-            f"{count(experts, 'expert')} of one base: in {count(layers, 'layer')} every token meets the nearest ones."
-        )
+        who = count(experts, "expert")
+        does = f"{who} of one base: in {count(layers, 'layer')} every token is routed to the nearest ones."
     else:
         does = (
-            f"{count(experts, 'expert')} of one base in one model: {count(layers, 'layer')} are merged anew for every"
-            " input, by coefficients that routers read from the input itself."
+            f"{count(experts, 'expert')} of one base in one model: {count(layers, 'layer')} are merged per input,"
+            " with coefficients that routers predict from it."
         )
     return page_header("SMILE" if smile else "WEMoE", link(url, model_id), does, sha)
 
@@ -48,14 +47,14 @@ ANSWER = Markup(
     '{kicker}</p><p class="we-word{size}" data-answer>{text}</p>{sure}</div></div>{bars}</section>'
 )
 SEEN = Markup('<figure class="we-seen"><img src="{}" alt="The input"></figure>')
-SURE = Markup('<p class="we-sure">{} sure</p>')
+SURE = Markup('<p class="we-sure">{} confident</p>')
 BARS = Markup('<ul class="we-bars">{}</ul>')
 BAR = Markup(
     '<li class="{kind}"><span class="name" title="{name}">{name}</span><span class="track">'
     '<i style="width:{width:.1f}%"></i></span><span class="number">{share}</span></li>'
 )
 OTHERS = Markup(
-    '<section class="we-others"><h2>The same input by other weights</h2><p class="ui-note">{note}</p>'
+    '<section class="we-others"><h2>The same input with other coefficients</h2><p class="ui-note">{note}</p>'
     '<div class="we-compare">{cards}</div></section>'
 )
 CARD = Markup(
@@ -69,7 +68,7 @@ def answer_panel(answer: Answer, head: str, picture: str = "") -> Markup:
     """The model's own answer, with its probabilities.
 
     Args:
-        head: whose head answers, "" where there is one for all.
+        head: whose classification head is used, "" where all share one.
         picture: data URL of the input.
     """
     kicker = "Answer" if not head else f"Answer, by the head of {head}"
@@ -112,19 +111,23 @@ def others(
         names: of the experts.
         constant: the answer with the same coefficient for all; None while it is on its way, and so for the others.
         alone: of each expert.
-        task: the expert whose head answers above, if one was chosen.
+        task: the expert whose classification head is used above, if one was chosen.
         value: the constant.
         smile: whether there are no routers.
     """
     of_task = f", head of {names[task]}" if task is not None else ""
-    cards = [_card(None, "All alike" if smile else "Task arithmetic", f"{value:.3g} for all{of_task}", constant, False)]
+    cards = [
+        _card(
+            None, "Equal coefficients" if smile else "Task arithmetic", f"{value:.3g} for all{of_task}", constant, False
+        )
+    ]
     for expert, answer in enumerate(alone):
         own = expert == task
         note = "the expert of this task" if own else "its own head" if task is not None else "alone"
         cards.append(_card(expert, names[expert], note, answer, own))
     note = (
         "An expert alone has coefficient 1 in every layer that is merged, all others 0"
-        f"{', and answers by its own head' if task is not None else ''}; all else of the model stays as it is."
+        f"{', and answers by its own head' if task is not None else ''}; the rest of the model is unchanged."
     )
     return OTHERS.format(note=note, cards=join(cards))
 
@@ -149,7 +152,7 @@ def _card(expert: int | None, title: str, note: str, answer: Answer | None, own:
 TABLE = Markup(
     '<section class="ui-section" aria-live="polite"><div class="ui-split"><h2>{title}</h2><p class="ui-note">{note}</p>'
     '</div><div class="ui-scroll" tabindex="0" role="region" aria-label="Answers"><table class="ui-heat we-rows">'
-    '<thead><tr><th scope="col">input</th><th scope="col">answer</th><th scope="col">sure</th>{head}</tr></thead>'
+    '<thead><tr><th scope="col">input</th><th scope="col">answer</th><th scope="col">confidence</th>{head}</tr></thead>'
     "<tbody>{rows}</tbody><tfoot>{foot}</tfoot></table></div></section>"
 )
 ROW = Markup(
@@ -166,7 +169,7 @@ def table(
 
     Args:
         cells: (rows of coefficients) → cells of a heat map for each, on one scale; `plots.heat_cells`.
-        head: whose head answered, "" where there is one for all.
+        head: whose classification head was used, "" where all share one.
     """
     means = [answer.coefficients.means() for answer in answers if answer.coefficients]
     overall = [sum(column) / len(column) for column in zip(*means, strict=True)]
@@ -232,7 +235,7 @@ def facts_panel(config: Any, summary: Mapping[str, Any], parts: Mapping[str, int
     stored += f", which keep {percent(sum(kept) / len(kept), 1)} of their energy" if kept else ""
     how = config.merge.replace("_", " ") + ("" if config.merge == "simple_average" else f" with λ = {config.scaling:g}")
     names = {
-        "upscaled_parameters": ("Routed: the base's weights", f"{count(summary['upscaled_linears'], 'linear')}"),
+        "upscaled_parameters": ("Routed: the base's weights", f"{count(summary['upscaled_linears'], 'linear layer')}"),
         "task_vectors": ("Routed: task vectors", stored),
         "merged_parameters": ("Merged once: everything else", how),
         "head_parameters": ("Heads", "one for each expert"),
@@ -255,7 +258,7 @@ def facts_panel(config: Any, summary: Mapping[str, Any], parts: Mapping[str, int
     return PARTS.format(
         total=f"{total:,}",
         megabytes=summary["stored_bytes"] / 1e6,
-        merged="routed" if smile else "merged anew for every input",
+        merged="routed" if smile else "merged per input",
         strip=join(strip),
         rows=join(rows),
         routers=adaptation(config),
@@ -287,6 +290,10 @@ def adaptation(config: Any) -> str:
             "so the model answers as task arithmetic does."
         )
     rows = sum(how["rows"].values())
-    said = "Adapted to labels" if how["loss"] == "labels" else "Adapted without labels, so that answers become surer"
+    said = (
+        "Adapted to labels"
+        if how["loss"] == "labels"
+        else "Adapted without labels, by minimising the entropy of predictions"
+    )
     said += f": {how['steps']:,} steps on {count(rows, 'row')} of {count(len(how['rows']), 'task')}."
     return f"{said} Stopped early: {how['stopped']}" if how.get("stopped") else said

@@ -35,7 +35,7 @@ def heat_map(found: Coefficients, smile: bool) -> Markup:
     *rows, mean = heat_cells([*found.values, found.means()], found.constant)
     return MAP.format(
         constant=found.constant,
-        what="what all experts alike would have" if smile else "the constant of task arithmetic",
+        what="equal coefficients" if smile else "the constant of task arithmetic",
         head=join(head_cell(expert, name) for expert, name in enumerate(found.experts)),
         rows=join(ROW.format(name, row) for name, row in zip(found.layers, rows, strict=True)),
         foot=FOOT.format(mean),
@@ -112,7 +112,7 @@ def depth_plot(found: Coefficients, own: int | None, smile: bool) -> Markup:
     places = spread([place for place, _ in last], min(LABEL_GAP, 1 / len(last)))
     return DEPTH.format(
         constant=found.constant,
-        what="what all alike would have" if smile else "task arithmetic",
+        what="equal coefficients" if smile else "task arithmetic",
         thick=f"; thick: {found.experts[own]}, the expert of this task" if own is not None else "",
         ticks=join(TICK.format(y(tick), f"{tick:.4g}") for tick in ticks),
         grid=join(GRID.format(y(tick)) for tick in ticks),
@@ -141,7 +141,7 @@ def axis(values: Sequence[float]) -> tuple[float, float, list[float]]:
 
 
 SECTION = Markup(
-    '<section class="ui-section"><div class="ui-split"><h2>What it was merged from</h2><p class="ui-note">{}</p></div>'
+    '<section class="ui-section"><div class="ui-split"><h2>Merging coefficients</h2><p class="ui-note">{}</p></div>'
     '<div class="ui-pair">{}{}</div></section>'
 )
 

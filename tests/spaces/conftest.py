@@ -32,6 +32,8 @@ def space_modules() -> Iterator[Callable[..., list[ModuleType]]]:
     folders: list[Path] = []
 
     def load(space: str, *modules: str) -> list[ModuleType]:
+        if folders and folders[-1] != SPACES / space:
+            forget(folders[-1])
         folders.append(SPACES / space)
         sys.path.insert(0, str(folders[-1]))
         return [importlib.import_module(module) for module in modules]

@@ -93,10 +93,10 @@ def test_every_expert_has_the_same_labels_on_the_same_axis(page):
 
 def test_answer_order_and_cost_are_told_in_words_and_numbers(page):
     html = str(page.answer_panel(routing()))
-    assert "78.7 % confident" in html and "2 of 3 experts asked" in html and "<b>75 %</b> of the cost" in html
+    assert "78.7 % confident" in html and "2 of 3 experts queried" in html and "<b>75 %</b> of the cost" in html
     assert re.findall(r"<li><b>(\d)</b>(\w+) <span>(\d+ %)", html) == [("1", "all", "25 %"), ("2", "pets", "50 %")]
     everyone = str(page.answer_panel(routing(budget=None)))
-    assert "All 3 experts asked" in everyone and "<li><b>" not in everyone
+    assert "All 3 experts queried" in everyone and "<li><b>" not in everyone
 
 
 def test_a_selection_shows_who_was_chosen_and_the_scores(page):
@@ -150,7 +150,7 @@ def test_the_plot_has_a_table_beside_it(curve):
     assert table[0] == ("FoE", "95.0", "1.0", "100 %") and len(table) == len(RESULTS["systems"])
     assert "costs <b>40 %</b>" in html and "0.7 points below" in html
     level = [{**system, "score": 0.95} for system in RESULTS["systems"][:2]]
-    assert "as well as asking everyone" in curve.results_panel({**RESULTS, "systems": level})
+    assert "as accurate as querying every expert" in curve.results_panel({**RESULTS, "systems": level})
     assert "budget 80 %" in html and "this input 75 %" in html
     assert "1 weaker system lies off this axis" in html  # me/birds, under the axis that begins at 0.6 or less
     assert "budget 80 %" not in curve.results_panel(RESULTS, routing(budget=None))

@@ -230,7 +230,7 @@ def test_a_digit_is_answered_in_the_browser(digits, digits_url, visit):
     assert np.ptp(rows) + 1 >= 18 and np.ptp(columns) + 1 <= 5  # a vertical line, in MNIST's size
 
     page.locator(".foe-budget input").fill("11")
-    wait_for(page, ".foe-cost h3", "All 3 experts asked")
+    wait_for(page, ".foe-cost h3", "All 3 experts queried")
     before, photo = page.locator(".foe-seen img").get_attribute("src"), io.BytesIO()
     paper = ImageOps.invert(Image.open(example(other)).resize((300, 300)))  # ink on paper
     ImageOps.expand(paper, 40, 255).save(photo, format="JPEG")
@@ -248,7 +248,7 @@ def test_a_text_is_answered_in_the_browser(run_space, texts, visit):
     assert page.locator(".foe-budget").count() == 0  # a selection keeps to no budget
     wait_for(page, ".ui-message", "no results.json")
     page.locator("textarea").first.fill("nine lazy routers jump")
-    page.get_by_role("button", name="Ask the experts").click()
+    page.get_by_role("button", name="Query the experts").click()
     expected = texts.ask(text=["nine lazy routers jump"])
     wait_for(page, ".foe-sure", f"{100 * expected.confidence:.1f} %")
     assert answer(page) == expected.label
@@ -256,7 +256,7 @@ def test_a_text_is_answered_in_the_browser(run_space, texts, visit):
     page.get_by_text("a lazy dog").click()
     wait_for(page, ".foe-sure", f"{100 * texts.ask(text=['a lazy dog']).confidence:.1f} %")
     page.locator("textarea").first.fill("  ")
-    page.get_by_role("button", name="Ask the experts").click()
+    page.get_by_role("button", name="Query the experts").click()
     wait_for(page, ".ui-message", "no text yet")
     assert_fits(page, 1280, "light")
 

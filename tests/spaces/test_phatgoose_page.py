@@ -169,7 +169,7 @@ def test_usage_is_sorted_and_entropy_has_a_table(page, made):
         ("layer 0", "0.60"),
         ("layer 1", "0.60"),
     ]
-    assert "1.10 is all 3 alike" in html
+    assert "1.10 all 3 equally" in html
 
 
 def test_answers_stand_side_by_side(page):

@@ -186,18 +186,6 @@ def test_what_cannot_be_served_is_named(model, tmp_path, config, problem):
         model.load(model.Settings(str(tmp_path)))
 
 
-def test_code_runs_by_consent(model, folder):
-    with pytest.raises(model.LoadError, match="runs code of its own on this page: read it, then set TRUST_REMOTE_CODE"):
-        model.load(model.Settings(str(folder)))
-
-
-def test_wrong_settings_are_named(model, folder):
-    with pytest.raises(model.LoadError, match="neither a folder nor a model id"):
-        model.load(model.Settings("no id at all/"))
-    with pytest.raises(model.LoadError, match="PROMPT_TEMPLATE is 'Hi'; it needs a {}"):
-        model.load(model.Settings(str(folder), trusted=True, template="Hi"))
-
-
 def test_the_page_says_what_cannot_be_served(space_modules, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"model_type": "phatgoose", "head": "seq2seq-lm"}')
     monkeypatch.setenv("MODEL_ID", str(tmp_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from itertools import combinations
 
@@ -9,6 +10,11 @@ import numpy as np
 import pytest
 from spaces.colours import EYES, INK_AND_CARD, SCHEMES, SPACES, contrast, lab, linear, rgb, variables
 
+SERVED = {  # Space -> the config of a model that it serves
+    "foe": {"model_type": "foe"},
+    "phatgoose": {"model_type": "phatgoose"},
+    "wemoe": {"model_type": "wemoe", "head": "causal-lm"},
+}
 EVIL = "<img src=x onerror=alert(1)>\"'{{evil}}${evil}"
 
 
@@ -25,6 +31,20 @@ def experts(space_modules):
 @pytest.fixture(scope="module")
 def plots(space_modules):
     return space_modules("wemoe", "shared.plots")[0]
+
+
+@pytest.mark.parametrize("space", SERVED)
+def test_code_runs_by_consent_and_wrong_settings_are_named(space_modules, space, tmp_path):
+    (model,) = space_modules(space, "model")
+    (tmp_path / "config.json").write_text(json.dumps(SERVED[space]))
+    folder = str(tmp_path)
+    for settings, said in (
+        (model.Settings(folder), "runs code of its own on this page: read it, then set TRUST_REMOTE_CODE=true"),
+        (model.Settings(folder, trusted=True, template="Hi"), "PROMPT_TEMPLATE is 'Hi'; it needs a {}"),
+        (model.Settings("no id at all/"), "neither a folder nor a model id"),
+    ):
+        with pytest.raises(model.LoadError, match=said):
+            model.load(settings)
 
 
 def test_no_text_becomes_markup(page, experts):

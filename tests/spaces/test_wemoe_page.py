@@ -128,7 +128,7 @@ def test_the_heat_map_has_numbers_and_how_far_they_are_from_the_constant(space, 
     assert [side for side, *_ in cells(html)[:3]] == ["more", "more", "less"]
     assert [strength for _, strength, _ in cells(html)[:3]] == [0, 1, 1]
     assert "more than 0.3" in html and "the constant of task arithmetic" in html
-    assert "what all experts alike would have" in str(space.plots.heat_map(found, True))
+    assert "equal coefficients" in str(space.plots.heat_map(found, True))
     flat = space.plots.heat_cells([[0.301, 0.3]], 0.3)
     assert cells(str(flat[0]))[0][1] < 0.05  # noise is no choice
 
@@ -174,7 +174,7 @@ def test_the_axis_holds_all_values_and_is_never_too_fine(space, values):
 
 def test_the_answer_and_its_likeliest_classes(space, answer):
     html = str(space.page.answer_panel(answer, "law", "data:image/png;base64,AA"))
-    assert "Answer, by the head of law" in html and ">yes</p>" in html and "65.0 % sure" in html
+    assert "Answer, by the head of law" in html and ">yes</p>" in html and "65.0 % confident" in html
     assert re.findall(r'title="(\w+)"', html) == ["yes", "maybe", "no", "never"]
     assert 'src="data:image/png;base64,AA"' in html
     short = str(space.page.bars(answer, 2))
@@ -190,7 +190,7 @@ def test_others_stand_beside_it_and_come_one_by_one(space, answer):
     assert "0.3 for all, head of art" in html and html.count("ui-card own") == 1
     assert "the expert of this task" in html and "its own head" in html
     smile = str(space.page.others(NAMES, None, [None] * 3, None, 1 / 3, True))
-    assert "All alike" in smile and "0.333 for all<" in smile and "head" not in smile
+    assert "Equal coefficients" in smile and "0.333 for all<" in smile and "head" not in smile
 
 
 def test_many_answers_as_a_table(space, answer, found):
@@ -260,7 +260,7 @@ def test_the_parts_have_numbers_and_shares(space):
     [
         (
             {"loss": "entropy"},
-            "Adapted without labels, so that answers become surer: 1,000 steps on 5 rows of 2 tasks.",
+            "Adapted without labels, by minimising the entropy of predictions: 1,000 steps on 5 rows of 2 tasks.",
         ),
         ({"loss": "labels"}, "Adapted to labels: 1,000 steps"),
         ({"loss": "entropy", "stopped": "a narrowed"}, "Stopped early: a narrowed"),

@@ -1,4 +1,4 @@
-"""What can go wrong, told in words for the page."""
+"""Errors whose messages are shown on the page."""
 
 from __future__ import annotations
 
