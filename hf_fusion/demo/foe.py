@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.demo.digits import DIGITS, EXPERTS, LABEL_MAPS, digit_expert, digits, misfits
-from hf_fusion.demo.place import Place, ask_a_stranger, hub_lines, near, publish_to, report_push, shell_lines
+from hf_fusion.demo.place import Place, ask_a_stranger, hub_lines, near, publish_to, report_push, show_hub, show_next
 from hf_fusion.errors import FusionError
 from hf_fusion.extras import refuse_missing
 
@@ -40,8 +40,7 @@ def run(place: Place, out: Out, seed: int = 0) -> dict[str, Any]:
         Where everything lies and what was measured.
     """
     with out.step(1, STEPS, f"A Hub at {place.endpoint}"):
-        where = f"kept in {place.folder / 'hub'}" if place.embedded else f"your repos go to {place.namespace}/…"
-        out.log(f"      {where}")
+        show_hub(place, out)
 
     with out.step(2, STEPS, "Push experts that fit, and some that do not"):
         for name in EXPERTS:
@@ -205,18 +204,15 @@ def _compare_with_stranger(place: Place, model: Any, repo: str, revision: str, o
 def _show_next(place: Place, fused: Path, out: Out) -> None:
     """Where things lie, and commands that work as they stand."""
     repo, data, asked = place.repo(NAME), near(place.folder / "data"), near(place.folder / "asked")
-    out.log(f"      {near(fused)}: the model, its recipe, results.json and {PICTURE}")
-    out.log(f"      {data}: the images it was fitted on (train) and measured on (test)")
-    if place.embedded:
-        out.log(f"      {near(place.folder / 'hub')}: the Hub, to look at in a browser and to load from")
-    lines = [
-        *shell_lines(),
+    files = {
+        near(fused): f"the model, its recipe, results.json and {PICTURE}",
+        data: "the images it was fitted on (train) and measured on (test)",
+    }
+    commands = [
         f"hf-fusion eval {near(fused)} --data {data}",
         *hub_lines(place),
         f"hf-fusion discover --author {place.namespace} --check",
         f'python -c \'from transformers import pipeline; classify = pipeline("{TASK}", model="{repo}", '
         f'trust_remote_code=True); print(classify("{asked}/00.png", top_k=2))\'',
     ]
-    out.log("")
-    for line in lines:
-        out.hint(line)
+    show_next(place, out, files, commands)

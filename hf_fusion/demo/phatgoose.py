@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hf_fusion.assets.language_tasks import CHAT, TASKS, rows
 from hf_fusion.assets.smollm2 import SMOLLM2, reference_rows, smollm2_folder
 from hf_fusion.assets.weights import demo_weights
-from hf_fusion.demo.place import Place, ask_a_stranger, hub_lines, near, publish_to, report_push, shell_lines
+from hf_fusion.demo.place import Place, ask_a_stranger, hub_lines, near, publish_to, report_push, show_hub, show_next
 
 if TYPE_CHECKING:
     from hf_fusion.cli.output import Out
@@ -48,8 +48,7 @@ def run(place: Place, out: Out, seed: int = 0) -> dict[str, Any]:
         Where everything lies and what was measured.
     """
     with out.step(1, STEPS, f"A Hub at {place.endpoint}"):
-        where = f"kept in {place.folder / 'hub'}" if place.embedded else f"your repos go to {place.namespace}/…"
-        out.log(f"      {where}")
+        show_hub(place, out)
 
     with out.step(2, STEPS, "Push SmolLM2, and adapters that each learned one task"):
         _push_all(place, out)
@@ -286,18 +285,15 @@ def _answer_table(model: Any) -> list[dict[str, Any]]:
 def _show_next(place: Place, fused: Path, out: Out) -> None:
     """Where things lie, and commands that work as they stand."""
     repo, questions = place.repo(NAME), near(place.folder / "questions")
-    out.log(f"      {near(fused)}: the experts with their gates, the recipe, results.json and routing.png")
-    out.log(f"      {questions}: what it was asked (test)")
-    if place.embedded:
-        out.log(f"      {near(place.folder / 'hub')}: the Hub, to look at in a browser and to load from")
-    lines = [
-        *shell_lines(),
+    files = {
+        near(fused): "the experts with their gates, the recipe, results.json and routing.png",
+        questions: "what it was asked (test)",
+    }
+    commands = [
         *hub_lines(place),
         f"hf-fusion discover --author {place.namespace} --tag phatgoose-gates --base-model {SMOLLM2} --check --gates",
         f"hf-fusion eval {near(fused)} --data {questions}",
         f'python -c \'from transformers import pipeline; ask = pipeline("text-generation", model="{repo}", '
         f'trust_remote_code=True); print(ask([{{"role": "user", "content": "{QUESTIONS[0]}"}}], max_new_tokens=16))\'',
     ]
-    out.log("")
-    for line in lines:
-        out.hint(line)
+    show_next(place, out, files, commands)

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,3 +173,25 @@ def hub_lines(place: Place) -> list[str]:
         f"hf-fusion hub serve {near(place.folder / 'hub')} --port {PORT} &",
         f"export HF_ENDPOINT=http://127.0.0.1:{PORT}",
     ]
+
+
+def show_hub(place: Place, out: Out) -> None:
+    """Where the Hub is kept, or where repos go."""
+    where = f"kept in {place.folder / 'hub'}" if place.embedded else f"your repos go to {place.namespace}/…"
+    out.log(f"      {where}")
+
+
+def show_next(place: Place, out: Out, files: Mapping[str, str], commands: Sequence[str]) -> None:
+    """Where things lie, and commands that work as they stand.
+
+    Args:
+        files: folders, and what is in each.
+        commands: what to type, after the environment is active.
+    """
+    for folder, content in files.items():
+        out.log(f"      {folder}: {content}")
+    if place.embedded:
+        out.log(f"      {near(place.folder / 'hub')}: the Hub, to look at in a browser and to load from")
+    out.log("")
+    for line in [*shell_lines(), *commands]:
+        out.hint(line)

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 from hf_fusion.assets.weights import demo_weights
 from hf_fusion.demo.digit_tasks import BASE, TASKS, task_rows
 from hf_fusion.demo.digits import digit_expert
-from hf_fusion.demo.place import OWNER, Place, ask_a_stranger, hub_lines, near, publish_to, report_push, shell_lines
+from hf_fusion.demo.place import (
+    OWNER,
+    Place,
+    ask_a_stranger,
+    hub_lines,
+    near,
+    publish_to,
+    report_push,
+    show_hub,
+    show_next,
+)
 from hf_fusion.types import ModelRef
 
 if TYPE_CHECKING:
@@ -48,8 +58,7 @@ def run(place: Place, out: Out, seed: int = 0) -> dict[str, Any]:
         Where everything lies and what was measured.
     """
     with out.step(1, STEPS, f"A Hub at {place.endpoint}"):
-        where = f"kept in {place.folder / 'hub'}" if place.embedded else f"your repos go to {place.namespace}/…"
-        out.log(f"      {where}")
+        show_hub(place, out)
 
     with out.step(2, STEPS, "Push a small ViT, its fine-tunes, and some that are none"):
         for name, folder in _folders(place).items():
@@ -250,14 +259,13 @@ def _compare_with_stranger(place: Place, model: Any, repo: str, revision: str, o
 def _show_next(place: Place, merged: Path, out: Out) -> None:
     """Where things lie, and commands that work as they stand."""
     repo, pictures = place.repo(NAME), near(place.folder / "pictures")
-    out.log(f"      {near(merged)}: base, task vectors and routers, the recipe, results.json and coefficients.png")
-    out.log(f"      {pictures}: pictures to adapt to (train, without labels) and to measure on (test)")
-    if place.embedded:
-        out.log(f"      {near(place.folder / 'hub')}: the Hub, to look at in a browser and to load from")
     picture = near(place.folder / "asked" / "turned-0.png")
     task = place.repo(FINE_TUNES["turned"])
-    lines = [
-        *shell_lines(),
+    files = {
+        near(merged): "base, task vectors and routers, the recipe, results.json and coefficients.png",
+        pictures: "pictures to adapt to (train, without labels) and to measure on (test)",
+    }
+    commands = [
         *hub_lines(place),
         f"hf-fusion discover --author {place.namespace} --base-model {place.repo(BASE)} --check --merging",
         f"hf-fusion fit routers {near(merged)} --data {pictures} --steps 20",
@@ -265,6 +273,4 @@ def _show_next(place: Place, merged: Path, out: Out) -> None:
         f'python -c \'from transformers import pipeline; ask = pipeline("image-classification", model="{repo}", '
         f'trust_remote_code=True); ask.model.task = "{task}"; print(ask("{picture}", top_k=1))\'',
     ]
-    out.log("")
-    for line in lines:
-        out.hint(line)
+    show_next(place, out, files, commands)
