@@ -42,8 +42,8 @@ TOKEN = Markup(
 SILENT = Markup('<span title="{title}" {look}>{piece}</span>{end}')
 BREAK = Markup('<i class="pg-break"></i>')
 LEGEND = Markup(
-    '<div class="pg-legend"><ul>{rows}</ul><p class="ui-note">A token has the colour of the expert with the most weight'
-    " over all linear layers, the stronger the more"
+    '<div class="pg-legend"><ul>{rows}</ul><p class="ui-note">Colour: the dominant expert over all linear layers,'
+    " the stronger the more weight"
     ' <label><input type="checkbox">Show the experts\' numbers</label></p></div>'
 )
 LEGEND_ROW = Markup("<li>{badge}{name}</li>")
@@ -212,7 +212,7 @@ OVERVIEW = Markup(
     '<section class="ui-section ui-pair"><div class="ui-card"><h2>Expert usage</h2><p class="ui-note">Share of all'
     ' routing weight, over prompt and answer</p><ul class="pg-bars">{usage}</ul></div>'
     '<div class="ui-card"><h2>Entropy by layer</h2><p class="ui-note">How evenly a layer spread these tokens over the'
-    " experts, in nats: 0 is one expert for all tokens, {most:.2f} all {experts} equally</p>{plot}</div></section>"
+    " experts, in nats: 0 is one expert for all, {most:.2f} all {experts} equally</p>{plot}</div></section>"
 )
 BAR = Markup(
     '<li>{badge}<span class="name" title="{name}">{name}</span>'

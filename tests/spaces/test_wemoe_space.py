@@ -335,7 +335,7 @@ def test_answers_and_coefficients_in_the_browser(url, reference, visit, tmp_path
     wait_for_answer(page, "moods")
     probabilities, coefficients = plain(reference, "the quick fox", EXPERTS[0])
     assert page.locator("[data-answer]").text_content() == LABELS[0][probabilities.index(max(probabilities))]
-    assert page.locator(".we-sure").text_content() == f"{100 * max(probabilities):.1f} % sure"
+    assert page.locator(".we-sure").text_content() == f"{100 * max(probabilities):.1f} % confident"
     assert heat(page) == pytest.approx(coefficients.flatten().tolist(), abs=0.0051)
     assert page.locator(".we-plot polyline").count() == 3 and page.locator(".we-plot .constant").count() == 1
 
