@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import save_peft
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -71,8 +72,7 @@ def save_adapter(
         for parameter in made.parameters():
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.3)
-        made.save_pretrained(folder)
-    (folder / "README.md").unlink()
+        save_peft(made, folder)
     if labels:
         (folder / "config.json").write_text(json.dumps({"id2label": dict(enumerate(labels))}))
     return made.eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ from transformers import (
 )
 
 from hf_fusion.types import Adapter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog",
@@ -178,6 +181,15 @@ def merged(base: torch.nn.Module, adapter: Adapter, labels: Sequence[str]) -> to
         state[f"{path}.weight"] = weight + (update if weight.shape == update.shape else update.T)
     model.load_state_dict(state)
     return model
+
+
+def save_peft(model: PeftModel, folder: Path) -> None:
+    """Saves a model's adapter as PEFT does, without a card, which would name the path of its base on this machine."""
+    folder.mkdir(parents=True, exist_ok=True)
+    card = folder / "README.md"
+    card.touch()  # a card that is there is changed; for a new one a template is compiled each time
+    model.save_pretrained(folder)
+    card.unlink()
 
 
 def save_linearized(

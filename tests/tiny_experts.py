@@ -4,6 +4,7 @@ import json
 
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny import save_peft
 from transformers import AutoModelForSequenceClassification, BertConfig, BertTokenizer
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -41,8 +42,7 @@ def save_adapter(folder, base, labels=("no", "yes"), seed=0, base_name=None, **o
     for name, parameter in peft_model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    peft_model.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's, with the path of this machine in it
+    save_peft(peft_model, folder)
     (folder / "config.json").write_text(json.dumps({"id2label": dict(enumerate(labels))}))
     if base_name:
         edit_json(folder / "adapter_config.json", base_model_name_or_path=base_name)

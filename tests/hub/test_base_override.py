@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -34,12 +35,10 @@ class Place:
 
     def __init__(self, hub, owner, folder):
         self.hub, self.owner, self.api, self.folder = hub, owner, owner.api, folder
-        self.base = save_bert(folder / "base")
+        self.base = folder / "base"
         self.sha = owner.push("base", self.base)
         self.id = f"{owner.name}/base"
         self.adapters = [folder / "one", folder / "two"]
-        for seed, own in enumerate(self.adapters):
-            save_adapter(own, self.base, labels=("no", "yes", "maybe"), seed=seed)
 
     def push(self, recorded, revision=None):
         """The adapters, recording this base; their ids."""
@@ -57,9 +56,19 @@ class Place:
         return PeftModel.from_pretrained(base, self.adapters[number]).merge_and_unload().eval()
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A base and two adapters of it."""
+    folder = tmp_path_factory.mktemp("saved")
+    save_bert(folder / "base")
+    for seed, name in enumerate(("one", "two")):
+        save_adapter(folder / name, folder / "base", labels=("no", "yes", "maybe"), seed=seed)
+    return folder
+
+
 @pytest.fixture
-def place(hub, owner, tmp_path):
-    return Place(hub, owner, tmp_path)
+def place(hub, owner, saved, tmp_path):
+    return Place(hub, owner, shutil.copytree(saved, tmp_path, dirs_exist_ok=True))
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny import save_peft
 from tiny_experts import BERT, LABELS, edit_json, save_adapter, save_bert
 from transformers import (
     AutoModel,
@@ -140,8 +141,7 @@ def test_adapters_by_the_names_of_other_layouts(judge, owner, tmp_path):
         ViTImageProcessorPil().save_pretrained(tmp_path / name)
         owner.push(name, tmp_path / name)
         folder = tmp_path / f"of-{name}"
-        get_peft_model(copy.deepcopy(trained), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
-        (folder / "README.md").unlink()
+        save_peft(get_peft_model(copy.deepcopy(trained), LoraConfig(r=2, target_modules=["q_proj"])), folder)
         edit_json(folder / "adapter_config.json", base_model_name_or_path=f"{owner.name}/{name}")
         if name == "vit":
             file = folder / "adapter_model.safetensors"
@@ -259,8 +259,7 @@ def test_lora_that_cannot_be_expressed(options, judge, owner, tmp_path):
 def test_other_peft_types(judge, owner, tmp_path):
     folder = based(owner, tmp_path)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=2)
-    get_peft_model(model, LoHaConfig(target_modules=["query"], task_type="SEQ_CLS")).save_pretrained(folder)
-    (folder / "README.md").unlink()
+    save_peft(get_peft_model(model, LoHaConfig(target_modules=["query"], task_type="SEQ_CLS")), folder)
     edit_json(folder / "adapter_config.json", base_model_name_or_path=f"{owner.name}/base")
     assert "only LoRA" in judge(folder)[ReasonKind.LORA]
 
