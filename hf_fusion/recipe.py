@@ -37,6 +37,10 @@ SMALLEST = "smallest"
 DTYPES = ("float32", "float16", "bfloat16")
 
 
+def _without_unset(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if value not in (None, {}, [])}
+
+
 def _is_name(value: str) -> bool:
     return bool(value.strip()) and "\n" not in value
 
@@ -71,8 +75,7 @@ class RecipeExpert:
 
     def to_plain(self) -> Any:
         """As written to YAML: the name alone where there is nothing else."""
-        plain = {"model": self.model, "weight": self.weight, "parameters": self.parameters}
-        plain = {key: value for key, value in plain.items() if value not in (None, {})}
+        plain = _without_unset(vars(self))
         return plain if len(plain) > 1 else self.model
 
 
@@ -134,11 +137,8 @@ class Slice:
 
     def to_plain(self) -> dict[str, Any]:
         """As written to YAML."""
-        sources = [
-            {"model": s.model, "layers": [*s.layers]} | ({"parameters": s.parameters} if s.parameters else {})
-            for s in self.sources
-        ]
-        return {"sources": sources} | ({"parameters": self.parameters} if self.parameters else {})
+        sources = [_without_unset({**vars(source), "layers": [*source.layers]}) for source in self.sources]
+        return _without_unset({"sources": sources, "parameters": self.parameters})
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """As written to YAML: plain values, without what is not set."""
-        content = {
+        content: dict[str, Any] = {
             "method": self.method,
             "base": self.base,
             "experts": [expert.to_plain() for expert in self.experts],
@@ -201,7 +201,7 @@ class Recipe:
             "tokenizer": self.tokenizer,
             "chat_template": self.chat_template,
         }
-        return {key: value for key, value in content.items() if value not in (None, {}, [])}
+        return _without_unset(content)
 
     def to_yaml(self) -> str:
         """The text of ``fusion.yaml``."""

@@ -172,8 +172,21 @@ class Holdout:
     test: Texts
 
 
-@dataclass(frozen=True)
-class Suite:
+@dataclass(frozen=True, kw_only=True)
+class _Facts:
+    """What a suite has from its file as it is; see `Suite`."""
+
+    title: Text
+    kind: Annotated[str, OneOf(KINDS)]
+    head: Annotated[str, OneOf(HEADS)]
+    base: Text | None = None
+    multitask: Text | None = None
+    build: Text | None = None
+    about: Text = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite(_Facts):
     """What is fused and measured.
 
     Attributes:
@@ -195,17 +208,10 @@ class Suite:
     """
 
     name: str
-    title: str
-    kind: str
-    head: str
     tasks: dict[str, Task]
     experts: dict[str, str]
-    base: str | None = None
-    multitask: str | None = None
-    build: str | None = None
     unseen: tuple[Holdout, ...] = ()
     ask: Mapping[str, Question] = field(default_factory=dict)
-    about: str = ""
     path: Path = SUITES
 
     @property
@@ -266,18 +272,11 @@ def holdouts_named(suite: Suite, words: Sequence[str]) -> list[Holdout]:
 # ---------------------------------------------------------------- reading
 
 
-@dataclass(frozen=True)
-class _File:
+@dataclass(frozen=True, kw_only=True)
+class _File(_Facts):
     """What a suite's file holds; see `Suite`."""
 
-    title: Text
-    kind: Annotated[str, OneOf(KINDS)]
-    head: Annotated[str, OneOf(HEADS)]
     tasks: Annotated[dict[Text, Any], Expected("names of tasks, each with its keys", bool)]
-    base: Text | None = None
-    multitask: Text | None = None
-    build: Text | None = None
-    about: Text = ""
     experts: Annotated[Text | dict[Text, Text], Expected("a source with {task} in it, or names and sources")] = field(
         default_factory=dict
     )
@@ -326,7 +325,7 @@ def _suite(name: str, content: dict[Any, Any], path: Path) -> Suite:
         raise FusionError(f"{path} names no expert", hint="experts: owner/name-{task}")
     unseen = tuple(_unseen(key, split, tasks, where.inner("unseen", key)) for key, split in file.unseen.items())
     ask = {key: _question(question, where.inner("ask", key)) for key, question in file.ask.items()}
-    facts = {key: getattr(file, key) for key in ("title", "kind", "head", "base", "multitask", "build", "about")}
+    facts = {key: getattr(file, key) for key in fields_of(_Facts)}
     suite = Suite(name=name, tasks=tasks, experts=experts, unseen=unseen, ask=ask, path=path, **facts)
     _check_questions(suite)
     return suite

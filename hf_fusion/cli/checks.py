@@ -6,7 +6,6 @@ checks all of it again, and more, once it has read what it needs.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from hf_fusion.errors import FusionError
 from hf_fusion.families import FAMILIES, Family
 from hf_fusion.hub.heads import Head, architectures, head_of_adapter, head_of_architecture
 from hf_fusion.hub.resolve import repo_ref
-from hf_fusion.io.files import read_text
 from hf_fusion.io.folders import recover_folder
+from hf_fusion.io.json_files import read_json
 from hf_fusion.recipe import RECIPE_FILE
 from hf_fusion.types import ModelRef
 
@@ -53,22 +52,7 @@ def model_in(folder: str) -> dict[str, Any]:
     config = path / "config.json"
     if not config.is_file() and not (path / RECIPE_FILE).is_file():
         raise FusionError(f"{folder} holds no model: it has no config.json", "hf-fusion fuse … --output DIR makes one")
-    return read_config(config) if config.is_file() else {}
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A JSON file of keys and values.
-
-    Raises:
-        FusionError: it cannot be read, or is not a JSON object.
-    """
-    try:
-        content = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise FusionError(f"{path} cannot be read ({error})", "make the model again") from None
-    if not isinstance(content, dict):
-        raise FusionError(f"{path} holds no keys and values", "make the model again")
-    return content
+    return read_json(config, folder) if config.is_file() else {}
 
 
 def family_of_config(config: dict[str, Any]) -> Family | None:
@@ -111,7 +95,7 @@ def columns_to_fit(config: dict[str, Any], by: str, label: str, expert: str) -> 
 def columns_of_adapter(folder: str) -> Columns:
     """What rows need for an adapter's gates to be trained on them; nothing where its config does not tell."""
     config = Path(folder) / "adapter_config.json"
-    head: Head | None = head_of_adapter(read_config(config)) if config.is_file() else None
+    head: Head | None = head_of_adapter(read_json(config, folder)) if config.is_file() else None
     return BY_HEAD.get(head.auto, ()) if head else ()
 
 

@@ -16,7 +16,7 @@ from hf_fusion.hub.heads import architectures, default_task, head_of_adapter, la
 from hf_fusion.hub.provenance import hash_folder, hash_folders, list_local_folders, model_files, strip_local_paths
 from hf_fusion.hub.resolve import resolve
 from hf_fusion.io.files import own_file, read_file, read_text
-from hf_fusion.io.json_files import read_json
+from hf_fusion.io.json_files import parse, read_json
 from hf_fusion.merging.loaded_merges import CONTENTS_ATTRIBUTE
 from hf_fusion.recipe import RECIPE_FILE, Recipe
 from hf_fusion.types import ExpertInfo, ModelRef
@@ -178,7 +178,7 @@ def _without_local_paths(file: Path, pinned: Mapping[str, str]) -> str | None:
         return replaced if replaced != text else None
     if not file.name.endswith(".json") or file.name.endswith((".index.json", "tokenizer.json", "vocab.json")):
         return None
-    content = json.loads(read_text(file))
+    content = parse(read_file(file), file.name, str(file.parent))
     public = strip_local_paths(content, {path: ModelRef.parse_repo(name).id for path, name in pinned.items()})
     if file.name == ADAPTER_CONFIG and (base := local_base(file.parent)) in pinned:
         ref = ModelRef.parse_repo(pinned[str(base)])
@@ -211,7 +211,7 @@ def stage_folder(
     for name in files:
         if not name.endswith(".json") or name.endswith((".index.json", "tokenizer.json", "vocab.json")):
             continue
-        content = json.loads((staged / name).read_text(encoding="utf-8"))
+        content = parse(read_file(staged / name), name, str(folder))
         public = strip_local_paths(content, names)
         if name == "config.json" and public.get("model_type") in FAMILIES:
             public = _with_recipe(public, recipe, names)
