@@ -341,16 +341,19 @@ def _hub_split(task: Task, split: str) -> Dataset:
         return load_dataset(name, task.config, split=split, revision=revision)
     except DatasetNotFoundError:
         raise FusionError(f"the Hub has no data set {task.data}, or it is private or gated", hint=hint) from None
-    except RuntimeError as error:
-        if "scripts are no longer supported" not in str(error):
-            raise
+    except RuntimeError:  # datasets' refusal of loading scripts, among others
+        with explain_hub_errors(name):
+            if not hub_api(None).file_exists(
+                name, f"{ref.repo.rpartition('/')[2]}.py", repo_type="dataset", revision=revision
+            ):
+                raise
     except ValueError as error:  # no such configuration or split
         raise FusionError(f"{task.data}: {one_line(error)}", hint=hint) from None
     # the Hub keeps what a loading script gives as parquet on a branch of its own
     files = f"hf://datasets/{name}@refs%2Fconvert%2Fparquet/{task.config or 'default'}/{split}/*.parquet"
     try:
         return load_dataset("parquet", data_files=files, split="train")
-    except OSError as error:  # of the Hub's client as well
+    except (OSError, ValueError) as error:  # the Hub's client fails, or there are no such files
         raise FusionError(f"{task.data} has only a script, and no parquet ({one_line(error)})", hint=hint) from None
 
 

@@ -9,31 +9,13 @@ from typing import Any
 
 from hf_fusion.bench.cells import ALL, CLEAN
 from hf_fusion.bench.methods import METHODS
+from hf_fusion.bench.not_applicable import reason_of
 from hf_fusion.bench.report import EXPERT, FUSED, HELD_IN, HELD_OUT, PARTS
 from hf_fusion.bench.suite import LOWER
 from hf_fusion.bench.tables import Entry, Section, Table, mark_best
 from hf_fusion.evaluation.intervals import Score, mean_of
 
 Row = Mapping[str, Any]
-
-_NO_LABELS = "learns from classes, and this suite has no classes"
-_MERGES = ("floor", "merge", "data", "learned", "mixture", "ceiling")
-NOT_FOR = {
-    ("merging", "fusion"): "fuses answers over labels that all tasks share; here each task has its own, and is told",
-    ("merging", "routing"): "routes among adapters where no row tells its task; here each row does",
-    **{("fusion", family): "answers with one task's head, and no row tells its task" for family in _MERGES},
-    ("routing", "ensemble"): "would have to ask language models together for every token",
-    ("routing", "learned"): _NO_LABELS,
-    ("routing", "mixture"): _NO_LABELS,
-    ("routing", "fusion"): "language models are fused by choosing one of them: FoE by selection",
-    **{("regression", family): "merges weights, and the experts are asked as they are" for family in _MERGES},
-    ("regression", "ensemble"): "the largest of scores on different scales means nothing",
-    ("regression", "routing"): "routes among adapters of one base, and these are models of their own",
-    ("regression", "fusion"): "chooses whom to ask, and here all scores are weighed",
-    ("routing", "ceiling"): "the suite names no model that was trained on all its tasks",
-}
-"""(kind of a suite, family) -> why methods of the family that are not for such suites are not."""
-HEARD = "the experts are heard as they are, and nothing is merged"  # of language models, which have no heads
 
 
 @dataclass(frozen=True)
@@ -292,11 +274,7 @@ def _overview_column(suite: Row, variant: str, group: str) -> Column:
         if variant != "default" and (method is None or method.tune is None):
             return ""
         if method is not None and suite["kind"] and suite["kind"] not in method.entries:
-            if suite["kind"] == "fusion" and method.family in _MERGES and suite["head"] in ("causal-lm", "seq2seq-lm"):
-                return HEARD
-            return NOT_FOR.get(
-                (suite["kind"], method.family), f"is for suites of the kind {next(iter(method.entries))}"
-            )
+            return reason_of(method, suite["kind"], suite["head"])
         return "not run"
 
     title = suite["name"] if variant == "default" else f"{suite['name']}, {variant}"

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 from datasets import ClassLabel, Dataset
+from huggingface_hub import HfApi
 
 from hf_fusion.assets.language_tasks import rows
 from hf_fusion.assets.rxnfp import FAMILIES, MODELS, rxnfp_folder
@@ -175,3 +176,17 @@ FAULTS = {
 def test_what_does_not_fit_is_named(said):
     with pytest.raises(FusionError, match=f"(?s)me/mine {said}.*the task mine in suite.yaml"):
         ours(table(text=["a"], label=[-1]), declared(**FAULTS[said]), "suite.yaml")
+
+
+@pytest.mark.slow  # datasets looks at several addresses, each several times
+def test_a_loading_script_without_parquet_is_refused(hub, fresh_python):
+    api = HfApi(endpoint=hub.endpoint, token=hub.token("scripted"))
+    repo = api.create_repo("scripted/rows", repo_type="dataset").repo_id
+    api.upload_file(path_or_fileobj=b"import datasets", path_in_repo="rows.py", repo_id=repo, repo_type="dataset")
+    code = (
+        "from hf_fusion.bench.rows import _hub_split\n"
+        "from hf_fusion.bench.suite import Task\n"
+        f"_hub_split(Task('t', {repo!r}), 'test')"
+    )
+    done = fresh_python(code, hub, check=False)
+    assert f"FusionError: {repo} has only a script, and no parquet" in done.stderr
