@@ -44,7 +44,7 @@ class Classes:
 
 
 @dataclass(frozen=True)
-class Method:
+class FamilyMethod:
     """A way to build a family's model, by the name that ``fuse(method, …)`` and recipes call it.
 
     Attributes:
@@ -157,7 +157,7 @@ class Family:
     name: str
     title: str
     classes: Callable[[], Classes]
-    methods: Mapping[str, Method]
+    methods: Mapping[str, FamilyMethod]
     needs: Needs
     fit: tuple[FitPart, ...] = ()
     by_task: bool = True
@@ -182,8 +182,8 @@ FOE = Family(
     "a Fusion of Experts",
     _foe_classes,
     methods={
-        "foe": Method("foe", next_command="hf-fusion fit fuser {} --data DATA"),
-        "ensemble": Method("foe", constructor="ensemble", takes_weights=True),
+        "foe": FamilyMethod("foe", next_command="hf-fusion fit fuser {} --data DATA"),
+        "ensemble": FamilyMethod("foe", constructor="ensemble", takes_weights=True),
     },
     needs=Needs(),
     fit=(FitPart("fuser", "the fuser of a Fusion of Experts", recorded={"fitted": "fitted", "frugal": "fitted"}),),
@@ -213,7 +213,7 @@ PHATGOOSE = Family(
     "phatgoose",
     "a PHATGOOSE router",
     _phatgoose_classes,
-    methods={"phatgoose": Method("phatgoose", check=_check_phatgoose)},
+    methods={"phatgoose": FamilyMethod("phatgoose", check=_check_phatgoose)},
     needs=Needs(one_base=True, gates=True),
     fit=(FitPart("gates", "the PHATGOOSE gates of one LoRA adapter", of_adapter=True),),
     map=MapFiles("routing.json", "routing.png"),
@@ -241,7 +241,7 @@ WEMOE = Family(
     "wemoe",
     "a WEMoE",
     _wemoe_classes,
-    methods={"wemoe": Method("wemoe", takes_base=True, check=_check_wemoe)},
+    methods={"wemoe": FamilyMethod("wemoe", takes_base=True, check=_check_wemoe)},
     needs=Needs(one_base=True, mergeable=True),
     fit=(
         FitPart(
@@ -254,7 +254,9 @@ WEMOE = Family(
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (FOE, PHATGOOSE, WEMOE)}
 """Each family by its name; a new one is one row."""
-METHODS: dict[str, Method] = {name: method for family in FAMILIES.values() for name, method in family.methods.items()}
+METHODS: dict[str, FamilyMethod] = {
+    name: method for family in FAMILIES.values() for name, method in family.methods.items()
+}
 """All ways to build a family's model, by the name that recipes call them."""
 FIT_PARTS: dict[str, FitPart] = {part.name: part for family in FAMILIES.values() for part in family.fit}
 """All that can be fitted, by its name on the command line."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 from hf_fusion.errors import FusionError, suggestion
-from hf_fusion.families import METHODS, Method
+from hf_fusion.families import METHODS, FamilyMethod
 from hf_fusion.merging.methods import MERGE_METHODS, method_named
 from hf_fusion.merging.settings import check_settings
 from hf_fusion.merging.tokenizers.token_sources import tokenizer_request
@@ -28,7 +28,7 @@ COMMON = {
 }
 
 
-def family_method(name: str, options: Mapping[str, Any]) -> Method:
+def family_method(name: str, options: Mapping[str, Any]) -> FamilyMethod:
     """The method of a family that a name calls, once its options are known to be its own.
 
     Args:
