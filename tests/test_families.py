@@ -18,7 +18,7 @@ from hf_fusion.cards.card import TEMPLATES
 from hf_fusion.cards.contents import CONTENTS
 from hf_fusion.cards.static_merge import MERGE
 from hf_fusion.cards.usage import SCRIPTS
-from hf_fusion.cli.eval import MEASURED_BY
+from hf_fusion.cli.eval import EVALUATORS
 from hf_fusion.cli.fit import FIT_COMMANDS
 from hf_fusion.demo import DEMOS
 from hf_fusion.errors import FusionError
@@ -34,7 +34,7 @@ from hf_fusion.schema import KeyPath, read
 def test_each_layer_knows_exactly_the_families_of_the_registry():
     assert set(CONTENTS) == set(FAMILIES)
     assert set(SCRIPTS) == {*FAMILIES, MERGE}
-    assert set(MEASURES) == set(MEASURED_BY) == set(FAMILIES)
+    assert set(MEASURES) == set(EVALUATORS) == set(FAMILIES)
     assert set(DEMOS) == {name for name, family in FAMILIES.items() if family.demo}
     assert set(FIT_COMMANDS) == set(FIT_PARTS)
     assert {f"{name}.md.j2" for name in FAMILIES} <= {file.name for file in TEMPLATES.iterdir()}

@@ -1,4 +1,4 @@
-"""The command line, ``hf-fusion``: it parses, calls the library and shows; it holds no logic of its own."""
+"""The command line, ``hf-fusion``: each command parses its arguments, calls the library and prints the result."""
 
 from hf_fusion.cli.app import main
 

@@ -1,4 +1,4 @@
-"""``python -m hf_fusion.cli``, where the script ``hf-fusion`` is not on the PATH."""
+"""``python -m hf_fusion.cli``: the same as the script ``hf-fusion``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""From words on a command line to one command's `run`, and from any exception to one line and an exit code."""
+"""The entry point of ``hf-fusion``: parses the command line, runs one command, turns exceptions into exit codes."""
 
 from __future__ import annotations
 
@@ -18,39 +18,40 @@ from hf_fusion.cli.parser import Parser, add_common
 from hf_fusion.extras import need_for
 from hf_fusion.progress import reporting
 
-# command -> what it does; the command's module in this folder has add_arguments(parser), run(args, out) and EXAMPLES
+# command → its help; its module in this folder has add_arguments(parser), run(args, out) and EXAMPLES
 COMMANDS = {
-    "discover": "find experts on the Hub and see which of them fit together",
-    "fuse": "make one model of several experts",
-    "fit": "teach a fused model on labelled examples",
-    "eval": "measure a fused model beside its experts",
-    "bench": "measure fusion techniques on suites of tasks",
-    "publish": "push a fused model with its card to the Hub",
-    "hub": "run a Hub of your own on this machine",
-    "demo": "see the whole way once, on real models and data",
+    "discover": "find experts on the Hub and check which are compatible",
+    "fuse": "fuse several experts into one model",
+    "fit": "train the router of a fused model, or an adapter's gates",
+    "eval": "evaluate a fused model next to its experts",
+    "bench": "benchmark fusion methods on suites of tasks",
+    "publish": "push a fused model and its card to the Hub",
+    "hub": "run a Hub on this machine",
+    "demo": "run the whole pipeline once, on real models and data",
 }
 INTERRUPTED, BROKEN_PIPE = 130, 141
-NAMES = ("action", "part", "demo")  # where the arguments say which of a command's own is meant
+SUBCOMMANDS = ("action", "target", "demo")  # attributes of the arguments that name a command's subcommand
 
-# How the libraries below are told to leave the terminal to us; they read it when they are imported.
+# Keeps the libraries' messages off the terminal; they read these variables when they are imported.
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "DATASETS_VERBOSITY": "error",
     "HF_HUB_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
-# Their bars as well: phases are ours to show, see `hf_fusion.progress`.
+# Their progress bars too: `hf_fusion.progress` reports phases instead.
 NO_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Run one command.
 
     Args:
-        argv: the words behind ``hf-fusion``; those of this process by default.
+        argv: the arguments after ``hf-fusion``; default is ``sys.argv[1:]``.
 
     Returns:
-        The exit code: 0, 1 for an error, 130 when interrupted. Words that cannot be parsed exit with 2.
+        The exit code: 0; 1 for an error; 130 when interrupted; 141 when stdout was closed. Arguments that cannot be
+        parsed exit the process with 2.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser(next((word for word in words if word in COMMANDS), None))
@@ -59,17 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     out = Out(args.format)
-    _hush(out, args.debug)
-    shown = out.reporter() if os.environ.get("RANK", "0") == "0" else None  # of several processes the first tells
+    _silence_libraries(out, args.debug)
+    reporter = out.reporter() if os.environ.get("RANK", "0") == "0" else None  # only the first of several processes
     try:
-        need_for(args.command, next((getattr(args, name) for name in NAMES if hasattr(args, name)), ""))
-        with reporting(shown):
+        need_for(args.command, next((getattr(args, name) for name in SUBCOMMANDS if hasattr(args, name)), ""))
+        with reporting(reporter):
             command(args.command).run(args, out)
     except KeyboardInterrupt:
         out.log("Interrupted.")
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has gone, as in `hf-fusion discover | head -1`
-        _forget_output()
+    except BrokenPipeError:  # the reader of our output has exited, as in `hf-fusion discover | head -1`
+        _discard_stdout()
         return BROKEN_PIPE
     except Exception as error:
         if args.debug:
@@ -78,19 +79,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         out.error(problem.message, problem.hint)
         try:
             sys.stdout.flush()
-        except OSError:  # a full disk: Python would try again when it ends, and exit with 120
-            _forget_output()
+        except OSError:  # a full disk: Python would flush again at exit, and exit with 120
+            _discard_stdout()
         return 1
-    finally:  # whoever called us from Python has its own way with our log, and closes our stream
-        if shown is not None:
-            shown.close()
+    finally:  # restore the logger for callers in the same process
+        if reporter is not None:
+            reporter.close()
         logger = logging.getLogger("hf_fusion")
         logger.handlers, logger.propagate = [], True
     return 0
 
 
-def _forget_output() -> None:
-    """Sends what is still to be written on stdout nowhere."""
+def _discard_stdout() -> None:
+    """Redirect buffered output to the null device, so that flushing it at exit cannot fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -100,10 +101,10 @@ def command(name: str) -> ModuleType:
 
 
 def build_parser(wanted: str | None = None) -> Parser:
-    """The parser: all commands with their one line, and the arguments of the one that is wanted."""
+    """The parser: all commands with their help line, and the arguments of the command `wanted`."""
     parser = Parser(
         prog="hf-fusion",
-        description="Turns experts from the Hugging Face Hub into single models better than any of their parts.",
+        description="Fuses fine-tuned models and LoRA adapters from the Hugging Face Hub into one better model.",
         epilog="Start here:  hf-fusion demo",
     )
     parser.add_argument("--version", action="version", version=f"hf_fusion {__version__}")
@@ -114,13 +115,13 @@ def build_parser(wanted: str | None = None) -> Parser:
             chosen = commands.add_parser(name, help=line, description=module.__doc__, examples=module.EXAMPLES)
             module.add_arguments(chosen)
             add_common(chosen)
-        else:  # its module is not even imported, so that every answer is instant
+        else:  # its module is not imported, so that the start is fast
             commands.add_parser(name, help=line)
     return parser
 
 
 class _Forward(logging.Handler):
-    """Shows the library's own log as warnings."""
+    """Shows the package's log records as warnings."""
 
     def __init__(self, out: Out) -> None:
         super().__init__(logging.WARNING)
@@ -130,8 +131,8 @@ class _Forward(logging.Handler):
         self.out.warning(record.getMessage())
 
 
-def _hush(out: Out, debug: bool) -> None:
-    """Leaves the terminal to `out`: other libraries' chatter and bars are off."""
+def _silence_libraries(out: Out, debug: bool) -> None:
+    """Turn off messages and progress bars of other libraries; with `debug`, log them all instead."""
     if debug:
         logging.basicConfig(level=logging.INFO)
         logging.getLogger("hf_fusion").setLevel(logging.DEBUG)

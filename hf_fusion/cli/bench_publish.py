@@ -1,4 +1,4 @@
-"""Push results to the Hub as a data set, and their numbers into the cards of fused models."""
+"""Push results to the Hub as a data set, and the scores into the cards of fused models."""
 
 from __future__ import annotations
 
@@ -9,28 +9,26 @@ from hf_fusion.errors import FusionError
 from hf_fusion.progress import phase
 
 EXAMPLES = (
-    ("hf-fusion bench publish results me/results --dry-run", "what would be pushed; nothing is sent"),
-    ("hf-fusion bench publish results me/results --models ties:tuned=me/ties", "and into the card of me/ties"),
+    ("hf-fusion bench publish results me/results --dry-run", "the plan; nothing is uploaded"),
+    ("hf-fusion bench publish results me/results --models ties:tuned=me/ties", "also into the card of me/ties"),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to push where."""
-    parser.add_argument(
-        "folder", metavar="DIR", help="cells: a run's folder, or one with .jsonl files, or one such file"
-    )
+    """Add the results, the data set and the fused models."""
+    parser.add_argument("folder", metavar="DIR", help="results: the folder of a run, or .jsonl files, or one such file")
     parser.add_argument("repo", metavar="REPO", help="owner/name of the data set; created if missing")
     parser.add_argument(
         "--models", nargs="+", default=(), metavar="METHOD=OWNER/NAME",
-        help="fused models whose cards get the numbers of a method (METHOD:tuned for those of the tuned one)",
+        help="fused models whose cards get the scores of a method (METHOD:tuned: of the tuned method)",
     )  # fmt: skip
     parser.add_argument("--public", action="store_true", help="a new data set is public (default: private)")
-    parser.add_argument("--overwrite", action="store_true", help="replace cells that REPO has and DIR has not")
-    parser.add_argument("--dry-run", action="store_true", help="show what would be pushed, and stop")
+    parser.add_argument("--overwrite", action="store_true", help="drop cells of REPO that DIR does not have")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan and stop")
 
 
 def run(args: argparse.Namespace, out: Out) -> None:
-    """Plans; pushes unless it is a dry run."""
+    """Plan, and push unless it is a dry run."""
     from hf_fusion.bench.cells import read_cells
     from hf_fusion.bench.publish import plan_results, push_results
 
@@ -52,5 +50,5 @@ def run(args: argparse.Namespace, out: Out) -> None:
 def _pair(word: str) -> tuple[str, str]:
     method, _, repo = word.partition("=")
     if not method or repo.count("/") != 1:
-        raise FusionError(f"--models {word} names no method and model", "--models METHOD=OWNER/NAME")
+        raise FusionError(f"--models {word} does not name a method and a model", "--models METHOD=OWNER/NAME")
     return method, repo

@@ -1,4 +1,4 @@
-"""Make tables and pictures of a benchmark's cells."""
+"""Write tables and figures of benchmark results."""
 
 from __future__ import annotations
 
@@ -11,20 +11,18 @@ from hf_fusion.progress import phase
 
 EXAMPLES = (
     ("hf-fusion bench report runs/minilm-8", "the report is written to runs/minilm-8-report"),
-    ("hf-fusion bench report results --output report --format json", "of committed cells; prints the summary"),
+    ("hf-fusion bench report results --output report --format json", "prints the summary as JSON"),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Cells of what, and where the report goes."""
-    parser.add_argument(
-        "folder", metavar="DIR", help="cells: a run's folder, or one with .jsonl files, or one such file"
-    )
-    parser.add_argument("--output", metavar="DIR", help="the report's folder (default: beside DIR, named DIR-report)")
+    """Add the results and the folder of the report."""
+    parser.add_argument("folder", metavar="DIR", help="results: the folder of a run, or .jsonl files, or one such file")
+    parser.add_argument("--output", metavar="DIR", help="folder of the report (default: DIR-report)")
 
 
 def run(args: argparse.Namespace, out: Out) -> None:
-    """Reads, writes and shows the main table of each suite."""
+    """Write the report, and print the main table of each suite."""
     from hf_fusion.bench.cells import read_cells
     from hf_fusion.bench.pages import REPORT, write_report
     from hf_fusion.bench.suite_tables import main_table
@@ -32,9 +30,9 @@ def run(args: argparse.Namespace, out: Out) -> None:
     source = Path(args.folder)
     folder = Path(args.output) if args.output else source.with_name(f"{source.resolve().stem}-report")
     if folder.resolve() == source.resolve() or source.resolve() in folder.resolve().parents:
-        raise FusionError(f"a report in {folder} would be read as cells of {source}", "--output another folder")
+        raise FusionError(f"a report in {folder} would be read as results of {source}", "--output another folder")
     cells = read_cells(source)
-    with phase("Writing tables and pictures"):
+    with phase("Writing tables and figures"):
         summary = write_report(cells, folder)
     for suite in summary["suites"] if out.mode == "human" else ():
         if table := main_table(suite):

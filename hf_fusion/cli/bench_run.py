@@ -1,4 +1,4 @@
-"""Measure methods on the tasks of a suite, cell by cell; what is measured already stays, and what fails says why."""
+"""Evaluate methods on the tasks of a suite. Existing cells are kept, and failed ones record the error."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from pathlib import Path
 from hf_fusion.cli.checks import check_folder
 from hf_fusion.cli.output import Out
 from hf_fusion.cli.parser import COUNT, SEED
-from hf_fusion.cli.progress import start
+from hf_fusion.cli.progress import loading_libraries
 from hf_fusion.errors import FusionError
 
 EXAMPLES = (
-    ("hf-fusion bench run --suite minilm-8 --data DIR --methods static --output results", "all static merges of one"),
+    ("hf-fusion bench run --suite minilm-8 --data DIR --methods static --output results", "all static merges"),
     (
         "hf-fusion bench run --suite clip-vit-base-patch32 --methods average ties --limit 100",
-        "two methods, from the Hub",
+        "two methods, on experts from the Hub",
     ),
 )
 BATCH_SIZE = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is measured, on what, how often."""
+    """Add suite, methods, data and sampling."""
     add = parser.add_argument
     add("--suite", required=True, metavar="NAME", help="a suite's name, or the path of its YAML file")
     add("--methods", nargs="+", default=["all"], metavar="NAME", help="methods, families, static, or all (default)")
-    add("--data", metavar="DIR", help="folder with a folder for each data set, for suites that are run here")
-    add("--output", default="results", metavar="DIR", help="where the cells go (default: results)")
-    add("--seeds", nargs="+", type=SEED, default=[0], metavar="N", help="of methods with chance in them (default: 0)")
+    add("--data", metavar="DIR", help="folder with one folder per data set, for local suites")
+    add("--output", default="results", metavar="DIR", help="folder of the results (default: results)")
+    add("--seeds", nargs="+", type=SEED, default=[0], metavar="N", help="seeds of stochastic methods (default: 0)")
     add("--corruptions", nargs="+", default=[], metavar="NAME", help="all, NAME, NAME:SEVERITY or all:SEVERITY")
-    add("--unseen", nargs="+", default=[], metavar="SPLIT", help="splits into fused and tested tasks, or all")
+    add("--unseen", nargs="+", default=[], metavar="SPLIT", help="splits into seen and unseen tasks, or all")
     add("--limit", type=COUNT, default=500, metavar="N", help="test rows of each task (default: 500)")
-    add("--tuned-on", type=COUNT, default=100, metavar="N", help="rows of each task to tune on (default: 100)")
-    add("--batch-size", type=COUNT, default=BATCH_SIZE, metavar="N", help="rows at once (default: 16)")
-    add("--device", metavar="NAME", help="default: what accelerate chooses")
-    add("--allow-pickle", action="store_true", help="also read experts that have no safetensors, if you trust them")
+    add("--tuned-on", type=COUNT, default=100, metavar="N", help="validation rows of each task (default: 100)")
+    add("--batch-size", type=COUNT, default=BATCH_SIZE, metavar="N", help="rows per batch (default: 16)")
+    add("--device", metavar="NAME", help="default: chosen by accelerate")
+    add("--allow-pickle", action="store_true", help="read .bin weights of trusted experts without safetensors")
 
 
 def run(args: argparse.Namespace, out: Out) -> None:
-    """Measures, and says what came out."""
+    """Evaluate, and print how many cells were measured, left out and failed."""
     from hf_fusion.bench.corruptions import parse_corruptions
     from hf_fusion.bench.methods import chosen
     from hf_fusion.bench.suite import holdouts_named, load_suite
@@ -49,17 +49,17 @@ def run(args: argparse.Namespace, out: Out) -> None:
     suite = load_suite(args.suite)
     chosen([word for word in args.methods if not word.endswith(".py")] or ["all"], suite.kind)
     if missing := [word for word in args.methods if word.endswith(".py") and not Path(word).is_file()]:
-        raise FusionError(f"{missing[0]} is not there", "--methods FILE.py, or the name of a method")
+        raise FusionError(f"there is no file {missing[0]}", "--methods FILE.py, or the name of a method")
     parse_corruptions(args.corruptions, suite.is_of_images)
     holdouts_named(suite, args.unseen)
 
-    start("bench.run")
-    from datasets import disable_progress_bars
+    with loading_libraries():
+        from datasets import disable_progress_bars
 
-    from hf_fusion.bench.run import run_suite
-    from hf_fusion.merging.engine.processes import is_main
+        from hf_fusion.bench.run import run_suite
+        from hf_fusion.merging.engine.processes import is_main
 
-    disable_progress_bars()  # each data set would draw three
+    disable_progress_bars()  # three for each data set
     cells = run_suite(
         args.suite,
         args.methods,
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
 
 
 def command(args: argparse.Namespace) -> str:
-    """What to type to measure it again: without this machine's folders."""
+    """The command that repeats the run, without local paths."""
     words = ["hf-fusion", "bench", "run", "--suite", Path(args.suite).name]
     words += ["--data", "DIR"] if args.data else []
     for name in ("methods", "seeds", "corruptions", "unseen"):

@@ -1,4 +1,4 @@
-"""Which suites there are."""
+"""List the suites."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import argparse
 from hf_fusion.cli.output import Out
 
 EXAMPLES = (
-    ("hf-fusion bench suites", "a table of all"),
-    ("hf-fusion bench suites --format quiet", "their names alone"),
+    ("hf-fusion bench suites", "a table of all suites"),
+    ("hf-fusion bench suites --format quiet", "only their names"),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None."""
+    """No arguments."""
 
 
 def run(args: argparse.Namespace, out: Out) -> None:
-    """One row for each."""
+    """Print one row for each suite."""
     from hf_fusion.bench.suite import load_suite, suite_names
 
     suites = [load_suite(name) for name in suite_names()]

@@ -1,7 +1,6 @@
-"""What is checked before anything heavy is imported: folders, data and their columns, names and ids.
+"""Checks before torch, transformers or datasets are imported: folders, data and their columns, names and ids.
 
-Nothing here imports torch, transformers or datasets, so that a mistyped word is told within a second. The library
-checks all of it again, and more, once it has read what it needs.
+A mistyped argument is therefore reported within a second. The library checks all of it again after reading the files.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from hf_fusion.recipe import RECIPE_FILE
 from hf_fusion.types import ModelRef
 
 Columns = Sequence[tuple[str, ...]]
-"""One column of each entry must be among a data set's columns."""
+"""A data set needs one column of each entry."""
 
 ANY_INPUT = ("text", "prompt", "image")
 GENERATION: Columns = (("prompt",), ("target",))
-# head, as an Auto class or as a family's config calls it -> what it is fitted and measured on
-BY_HEAD: dict[str, Columns] = {
+# head, as an Auto class or in a family's config → columns to fit and evaluate on
+COLUMNS_BY_HEAD: dict[str, Columns] = {
     "causal-lm": GENERATION,
     "seq2seq-lm": GENERATION,
     "sequence-classification": (("text",), ("label",)),
@@ -39,11 +38,11 @@ BY_HEAD: dict[str, Columns] = {
 }
 
 
-def model_in(folder: str) -> dict[str, Any]:
-    """The ``config.json`` of a model's folder, empty where only its recipe is there.
+def read_model_config(folder: str) -> dict[str, Any]:
+    """The ``config.json`` of a model's folder; empty if the folder only has a recipe.
 
     Raises:
-        FusionError: there is no such folder, or no model in it.
+        FusionError: the folder is missing, or has neither.
     """
     path = Path(folder)
     recover_folder(path)
@@ -51,17 +50,19 @@ def model_in(folder: str) -> dict[str, Any]:
         raise FusionError(f"there is no folder {folder}", "check the path, or make one: hf-fusion fuse … --output DIR")
     config = path / "config.json"
     if not config.is_file() and not (path / RECIPE_FILE).is_file():
-        raise FusionError(f"{folder} holds no model: it has no config.json", "hf-fusion fuse … --output DIR makes one")
+        raise FusionError(
+            f"{folder} is not a model's folder: no config.json", "hf-fusion fuse … --output DIR makes one"
+        )
     return read_json(config, folder) if config.is_file() else {}
 
 
 def family_of_config(config: dict[str, Any]) -> Family | None:
-    """The family of a model, by its config; None for a static merge or another plain model."""
+    """The family of a model, by its config; None for static merges and other plain models."""
     return FAMILIES.get(str(config.get("model_type")))
 
 
 def pools_rows(config: dict[str, Any]) -> bool:
-    """Whether a model is measured on the rows of all tasks together, which need not name their tasks."""
+    """Whether a model is evaluated on one data set, rather than task by task."""
     family = family_of_config(config)
     return family is not None and not family.by_task
 
@@ -70,20 +71,20 @@ def _inputs(config: dict[str, Any]) -> tuple[str, ...]:
     return ("image",) if str(config.get("head")).startswith("image") else ANY_INPUT
 
 
-def columns_to_measure(config: dict[str, Any], label: str) -> Columns:
-    """What rows need for a model to be measured on them; nothing where its config does not tell."""
+def columns_to_evaluate(config: dict[str, Any], label: str) -> Columns:
+    """Columns needed to evaluate a model; empty if its config does not determine them."""
     if pools_rows(config):
         return (_inputs(config), ("target",) if config.get("vocabularies") else (label,))
     if family_of_config(config):
-        needed = BY_HEAD.get(str(config.get("head")), ())
+        needed = COLUMNS_BY_HEAD.get(str(config.get("head")), ())
     else:
         head = head_of_architecture(next(iter(architectures(config)), None))
-        needed = BY_HEAD.get(head.auto, ()) if head else ()
+        needed = COLUMNS_BY_HEAD.get(head.auto, ()) if head else ()
     return [(label,) if column == ("label",) else column for column in needed]
 
 
 def columns_to_fit(config: dict[str, Any], by: str, label: str, expert: str) -> Columns:
-    """What rows need for a FoE's fuser to be fitted on them."""
+    """Columns needed to fit the fuser of a FoE."""
     inputs = _inputs(config)
     if config.get("mode", "output") != "selection":
         return (inputs, (label,))
@@ -93,43 +94,45 @@ def columns_to_fit(config: dict[str, Any], by: str, label: str, expert: str) -> 
 
 
 def columns_of_adapter(folder: str) -> Columns:
-    """What rows need for an adapter's gates to be trained on them; nothing where its config does not tell."""
+    """Columns needed to train an adapter's gates; empty if its config does not determine them."""
     config = Path(folder) / "adapter_config.json"
     head: Head | None = head_of_adapter(read_json(config, folder)) if config.is_file() else None
-    return BY_HEAD.get(head.auto, ()) if head else ()
+    return COLUMNS_BY_HEAD.get(head.auto, ()) if head else ()
 
 
 def check_columns(source: str, split: str, needed: Columns, named: Iterable[str | None] = ()) -> None:
-    """Refuses data that lack what is needed, where that can be seen without reading them.
+    """Check that data have the needed columns, if that is known without reading them.
 
     Args:
-        source, split: as `load_rows` takes them.
-        needed: what must be there.
-        named: columns that the user has named; None for what was left to its default.
+        source, split: as for `load_rows`.
+        needed: columns that must exist.
+        named: columns that the user named; None for defaults.
 
     Raises:
-        FusionError: the data are not there, or lack a column.
+        FusionError: the data do not exist, or lack a column.
     """
-    check_found(read_columns(source, split), source, needed, named)
+    check_known_columns(read_columns(source, split), source, needed, named)
 
 
-def check_found(columns: Sequence[str] | None, source: str, needed: Columns, named: Iterable[str | None] = ()) -> None:
-    """`check_columns` of known columns; None are not known."""
+def check_known_columns(
+    columns: Sequence[str] | None, source: str, needed: Columns, named: Iterable[str | None] = ()
+) -> None:
+    """`check_columns` for known columns; None if they are unknown."""
     wanted = [(name,) for name in named if name is not None] + list(needed)
-    if columns is None or not (lacking := [names for names in wanted if not {*names} & {*columns}]):
+    if columns is None or not (missing := [names for names in wanted if not {*names} & {*columns}]):
         return
-    told = " and no ".join(" or ".join(names) for names in dict.fromkeys(lacking))
+    names = " and no ".join(" or ".join(group) for group in dict.fromkeys(missing))
     raise FusionError(
-        f"{source} has the columns {', '.join(columns)}, but no {told}",
+        f"{source} has the columns {', '.join(columns)}, but no {names}",
         "name the right one, see --help, or rename it in the data",
     )
 
 
-def check_local(names: Iterable[str | None]) -> None:
-    """Refuses models that are neither a folder here nor an id that the Hub could have.
+def check_models(names: Iterable[str | None]) -> None:
+    """Check that each model is a local folder or a valid repo id.
 
     Raises:
-        FusionError: naming the first.
+        FusionError: for the first that is neither.
     """
     for name in filter(None, names):
         for ref in filter(None, ModelRef.parse_pair(name)):
@@ -141,20 +144,20 @@ def check_local(names: Iterable[str | None]) -> None:
 
 
 def check_folder(name: str | None, option: str) -> None:
-    """Refuses a folder that is not there.
+    """Check that a folder exists.
 
     Raises:
-        FusionError: naming it.
+        FusionError: it does not.
     """
     if name is not None and not Path(name).is_dir():
         raise FusionError(f"there is no folder {name}", f"{option} DIR")
 
 
 def check_repo(name: str) -> None:
-    """Refuses what cannot be the name of a repo to push to.
+    """Check that a repo id has the form owner/name.
 
     Raises:
-        FusionError: it is not owner/name.
+        FusionError: it does not.
     """
     if name.count("/") != 1 or "@" in name:
         raise FusionError(f"{name!r} is not the name of a repo", "write owner/name")

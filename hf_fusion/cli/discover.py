@@ -8,38 +8,42 @@ from hf_fusion.cli.output import Out
 from hf_fusion.cli.parser import COUNT
 
 EXAMPLES = (
-    ("hf-fusion discover --author me", "every repo of one author that is tagged hf-fusion-expert"),
+    ("hf-fusion discover --author me", "all repos of an author with the tag hf-fusion-expert"),
     (
         "hf-fusion discover --task image-classification --check --format quiet",
-        "pinned ids of the experts that fit together, ready for hf-fusion fuse --experts",
+        "pinned ids of compatible experts, for hf-fusion fuse --experts",
     ),
     (
         "hf-fusion discover --tag phatgoose-gates --base-model me/base --check --gates",
-        "adapters of one base that PHATGOOSE can route among, and why others are not among them",
+        "adapters of one base that PHATGOOSE can route among, and why others were rejected",
     ),
     ("hf-fusion discover --base-model me/base --check --merging", "experts that WEMoE can merge with their base"),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where to look, and whether to judge."""
+    """Add the filters and the compatibility check."""
     parser.add_argument("--tag", action="append", metavar="TAG", help="repos with this tag (default: hf-fusion-expert)")
     parser.add_argument("--author", help="repos of this user or organisation")
-    parser.add_argument("--base-model", metavar="ID", help="experts made from this model")
+    parser.add_argument("--base-model", metavar="ID", help="experts fine-tuned from this model")
     parser.add_argument("--task", help="pipeline tag, for example text-classification")
     parser.add_argument("--collection", metavar="SLUG", help="models of this collection")
     parser.add_argument("--id", action="append", metavar="ID", help="this repo; may be repeated")
-    parser.add_argument("--limit", type=COUNT, metavar="N", help="at most N of them")
-    parser.add_argument("--check", action="store_true", help="tell which fit together and why others do not")
-    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="with --check: the labels experts may have")
+    parser.add_argument("--limit", type=COUNT, metavar="N", help="at most N repos")
+    parser.add_argument(
+        "--check", action="store_true", help="check which experts are compatible, and why others are not"
+    )
+    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="with --check: the allowed labels of experts")
     parser.add_argument("--gates", action="store_true", help="with --check: only adapters with PHATGOOSE gates")
     parser.add_argument(
-        "--merging", action="store_true", help="with --check: only what can be merged with --base-model, as WEMoE does"
+        "--merging",
+        action="store_true",
+        help="with --check: only experts that can be merged with --base-model, as for WEMoE",
     )
 
 
 def run(args: argparse.Namespace, out: Out) -> None:
-    """Lists what was found; with --check the accepted ones, then the rejected ones with their reasons."""
+    """List the experts; with --check the accepted ones first, then the rejected ones with reasons."""
     from hf_fusion.families import method_needing
     from hf_fusion.hub.compat import check_compatibility
     from hf_fusion.hub.discover import EXPERT_TAG, discover
@@ -59,7 +63,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
     )
     if not args.check:
         out.table(experts.table() if out.mode != "quiet" else [{"id": info.pinned} for info in experts])
-        out.hint("hf-fusion discover --check …  tells which of them fit together")
+        out.hint("hf-fusion discover --check …  checks which of them are compatible")
         return
     verdict = check_compatibility(
         experts,
@@ -71,16 +75,16 @@ def run(args: argparse.Namespace, out: Out) -> None:
     )
     method = method_needing(gates=args.gates, mergeable=args.merging)
     groups = drop_broken(verdict, method, args.base_model)
-    numbers = {info.id: str(number) for number, group in enumerate(groups, 1) for info in group.experts}
-    rows = [{"group": numbers.get(row["id"], ""), **row} for row in verdict.table()]
+    group_of = {info.id: str(index) for index, group in enumerate(groups, 1) for info in group.experts}
+    rows = [{"group": group_of.get(row["id"], ""), **row} for row in verdict.table()]
     proposed = groups[0] if groups else None
     chosen = proposed.experts if proposed and proposed.command else verdict.accepted
     out.table(
         [{"id": info.pinned} for info in chosen] if out.mode == "quiet" else rows,
-        title=f"{len(verdict.accepted)} of {len(experts)} experts fit",
+        title=f"{len(verdict.accepted)} of {len(experts)} experts are compatible",
         key="id",
     )
     if len(verdict.accepted) > 1:
-        out.table(group_rows(groups), title="Groups by labels and base", aside=True)
+        out.table(group_rows(groups), title="Groups by labels and base", human_only=True)
     if proposed and proposed.command:
         out.hint(proposed.command)

@@ -1,4 +1,4 @@
-"""Any exception as what went wrong and what to type next."""
+"""Turns any exception into an error message with a hint: what went wrong, and the next command."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from hf_fusion.extras import missing_library
 
 
 def explain(error: Exception, command: str) -> FusionError:
-    """The error to show for an exception that stopped `command`."""
+    """The error to print for an exception in `command`."""
     if isinstance(error, FusionError):
         return error
     if refusal(error) is not None:
         return unwritable(getattr(error, "filename", None) or "a file", error)
     for kind in type(error).__mro__:  # the most specific first
-        if kind.__name__ in _KNOWN:
-            return _KNOWN[kind.__name__](error, command)
+        if kind.__name__ in _EXPLANATIONS:
+            return _EXPLANATIONS[kind.__name__](error, command)
     return FusionError(
         f"unexpected {type(error).__name__}: {_first_line(error)}", f"hf-fusion {command} … --debug shows where"
     )
@@ -40,7 +40,7 @@ def _gated(error: Exception, command: str) -> FusionError:
 
 
 def _no_revision(error: Exception, command: str) -> FusionError:
-    return FusionError(f"{_repo(error)} has no such revision", "leave @revision out for the newest")
+    return FusionError(f"{_repo(error)} has no such revision", "omit @revision for the newest commit")
 
 
 def _no_token(error: Exception, command: str) -> FusionError:
@@ -49,8 +49,8 @@ def _no_token(error: Exception, command: str) -> FusionError:
 
 def _hub_refused(error: Any, command: str) -> FusionError:
     if getattr(error.response, "status_code", None) in (401, 403):
-        return FusionError(f"the Hub refused: {_first_line(error)}", "hf auth login, or set HF_TOKEN")
-    return FusionError(f"the Hub answered with an error: {_first_line(error)}", "try again later")
+        return FusionError(f"the Hub refused the request: {_first_line(error)}", "hf auth login, or set HF_TOKEN")
+    return FusionError(f"the Hub returned an error: {_first_line(error)}", "try again later")
 
 
 def _unreachable(error: Exception, command: str) -> FusionError:
@@ -58,7 +58,7 @@ def _unreachable(error: Exception, command: str) -> FusionError:
 
     return FusionError(
         f"the Hub at {ENDPOINT} cannot be reached ({_first_line(error)})",
-        "check HF_ENDPOINT and the network, or run one here: hf-fusion hub serve hub",
+        "check HF_ENDPOINT and the network, or run a local Hub: hf-fusion hub serve hub",
     )
 
 
@@ -78,8 +78,8 @@ def _bad_value(error: Exception, command: str) -> FusionError:
     return FusionError(str(error).strip(), f"hf-fusion {command} --help")
 
 
-# exception class, by name so that nothing need be imported to compare -> how it is told
-_KNOWN: dict[str, Callable[[Any, str], FusionError]] = {
+# exception class, by name so that no library has to be imported → error to print
+_EXPLANATIONS: dict[str, Callable[[Any, str], FusionError]] = {
     "GatedRepoError": _gated,
     "RepositoryNotFoundError": _no_repo,
     "RevisionNotFoundError": _no_revision,

@@ -1,4 +1,4 @@
-"""Measure a fused model beside its experts and simpler ways to use them; writes results.json."""
+"""Evaluate a fused model next to its experts and simpler baselines; writes results.json."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.cli.checks import check_columns, check_found, columns_to_measure, family_of_config, model_in, pools_rows
+from hf_fusion.cli.checks import (
+    check_columns,
+    check_known_columns,
+    columns_to_evaluate,
+    family_of_config,
+    pools_rows,
+    read_model_config,
+)
 from hf_fusion.cli.output import Out
 from hf_fusion.cli.parser import COUNT, add_consent
-from hf_fusion.cli.progress import start
+from hf_fusion.cli.progress import loading_libraries
 from hf_fusion.errors import FusionError
 from hf_fusion.extras import need
 from hf_fusion.families import family_of
@@ -25,60 +32,61 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     ("hf-fusion eval fused --data test.parquet", "on a file"),
-    ("hf-fusion eval fused --data me/rows --split test --format json", "on a Hub data set, as JSON"),
+    ("hf-fusion eval fused --data me/rows --split test --format json", "on a Hub data set; prints JSON"),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to measure, on what."""
+    """Add the model, the data and their columns."""
     parser.add_argument("folder", metavar="MODEL_DIR", help="a fused model's folder; results.json is written into it")
     parser.add_argument("--data", required=True, help="a parquet, csv or json file, a folder, or a Hub data set's id")
     parser.add_argument("--split", default="test", help="of a folder or Hub data set (default: test)")
     parser.add_argument("--label-column", metavar="NAME", help="column of the labels (default: label)")
     parser.add_argument("--expert-column", metavar="NAME", help="column of the domains' experts (default: expert)")
-    parser.add_argument("--task-column", metavar="NAME", help="column of the tasks (default: task); not of a FoE")
+    parser.add_argument("--task-column", metavar="NAME", help="column of the tasks (default: task); not for a FoE")
     add_consent(parser, "the model's folder, and of experts that its fusion.yaml pins")
     parser.add_argument("--batch-size", type=COUNT, default=32, metavar="N", help="examples per step (default: 32)")
 
 
 def run(args: argparse.Namespace, out: Out) -> None:
-    """Measures, writes and shows."""
-    config = model_in(args.folder)
+    """Evaluate, save the results and print them."""
+    config = read_model_config(args.folder)
     family = family_of_config(config)
     if args.task_column and family and not family.by_task:
-        raise FusionError(f"{family.title} is measured on all rows alike", "leave --task-column out")
+        raise FusionError(f"{family.title} is evaluated on one data set", "omit --task-column")
     if family and family.map:
         need("plots", f"hf-fusion eval of a model of the family {family.name}")
-    needed = columns_to_measure(config, args.label_column or "label")
+    needed = columns_to_evaluate(config, args.label_column or "label")
     named = (args.label_column, args.expert_column, args.task_column)
     check_columns(args.data, args.split, needed, named)
 
     from hf_fusion.data import load_rows
 
     rows = load_rows(args.data, args.split)
-    check_found(rows.column_names, args.data, needed, named)
+    check_known_columns(rows.column_names, args.data, needed, named)
     if not pools_rows(config) and args.label_column and args.label_column != "label":
         rows = rows.remove_columns([name for name in ("label",) if name in rows.column_names])
         rows = rows.rename_column(args.label_column, "label")
     options = {"batch_size": args.batch_size, "command": _command(args)}
     args.label_column, args.expert_column = args.label_column or "label", args.expert_column or "expert"
     args.task_column = args.task_column or "task"
-    start("evaluation.evaluate", "fusion")
-
-    from hf_fusion.cards.card import write_card
-    from hf_fusion.evaluation.results import RESULTS_FILE
-    from hf_fusion.hub.provenance import has_recipe, read_recipe
-    from hf_fusion.merging.methods import MERGE_METHODS
+    with loading_libraries():
+        import hf_fusion.evaluation.evaluate
+        import hf_fusion.fusion  # noqa: F401
+        from hf_fusion.cards.card import write_card
+        from hf_fusion.evaluation.results import RESULTS_FILE
+        from hf_fusion.hub.provenance import has_recipe, read_recipe
+        from hf_fusion.merging.methods import MERGE_METHODS
 
     recipe = read_recipe(args.folder) if has_recipe(args.folder) else None
-    measure: Callable[..., Results] = _static
+    evaluate_model: Callable[..., Results] = _evaluate_static
     if recipe is not None and recipe.method not in MERGE_METHODS:
-        measure = MEASURED_BY[family_of(recipe.method).name]
-    results = measure(args, rows, recipe, options)
+        evaluate_model = EVALUATORS[family_of(recipe.method).name]
+    results = evaluate_model(args, rows, recipe, options)
     path = Path(args.folder) / RESULTS_FILE
     results.save(path)
-    if measure is _static and recipe is not None:
-        write_card(args.folder)  # with what was measured
+    if evaluate_model is _evaluate_static and recipe is not None:
+        write_card(args.folder)  # with the results
     metric, shown = (results.tasks[0].metric, "") if results.pooled else (None, ", with 95 % intervals")
     title = f"{metric or 'right answers in %'} on {len(rows)} examples{shown}"
     out.table(results.table(), title=title, key=metric, data=asdict(results))
@@ -87,7 +95,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
 
 
 def _command(args: argparse.Namespace) -> str:
-    """What to type to measure it again."""
+    """The command that repeats the evaluation."""
     given = {f"--{name}-column": getattr(args, f"{name}_column") for name in ("label", "expert", "task")}
     columns = [word for option, value in given.items() if value for word in (option, value)]
     consent = ["--trust-remote-code"] if args.trust_remote_code else []
@@ -96,8 +104,8 @@ def _command(args: argparse.Namespace) -> str:
     )
 
 
-def _fusion(args: argparse.Namespace, rows: Dataset, recipe: Recipe, options: dict[str, Any]) -> Results:
-    """A Fusion of Experts."""
+def _evaluate_foe(args: argparse.Namespace, rows: Dataset, recipe: Recipe, options: dict[str, Any]) -> Results:
+    """Evaluate a Fusion of Experts."""
     from hf_fusion.evaluation.evaluate import evaluate
     from hf_fusion.fusion import load_fused
 
@@ -106,8 +114,8 @@ def _fusion(args: argparse.Namespace, rows: Dataset, recipe: Recipe, options: di
     return evaluate(model, rows, name=args.data, split=args.split, **columns, **options)
 
 
-def _routing(args: argparse.Namespace, rows: Dataset, recipe: Recipe, options: dict[str, Any]) -> Results:
-    """A PHATGOOSE router, task by task; where the tokens of each went is kept beside it, as data and as a picture."""
+def _evaluate_phatgoose(args: argparse.Namespace, rows: Dataset, recipe: Recipe, options: dict[str, Any]) -> Results:
+    """Evaluate a PHATGOOSE router task by task; saves each task's routing weights, also as a figure."""
     from hf_fusion.data import split_tasks
     from hf_fusion.evaluation.evaluate import evaluate
     from hf_fusion.evaluation.plots import plot_routing
@@ -131,8 +139,8 @@ def _routing(args: argparse.Namespace, rows: Dataset, recipe: Recipe, options: d
     return results
 
 
-def _merging(args: argparse.Namespace, rows: Dataset, recipe: Recipe, options: dict[str, Any]) -> Results:
-    """A WEMoE, task by task, beside its experts; the coefficients of each task are kept beside it, with a picture."""
+def _evaluate_wemoe(args: argparse.Namespace, rows: Dataset, recipe: Recipe, options: dict[str, Any]) -> Results:
+    """Evaluate a WEMoE and its experts task by task; saves each task's coefficients, also as a figure."""
     from hf_fusion.data import split_tasks
     from hf_fusion.evaluation.coefficient_map import COEFFICIENT_FILE, COEFFICIENT_PICTURE, map_coefficients
     from hf_fusion.evaluation.evaluate import evaluate
@@ -158,15 +166,17 @@ def _merging(args: argparse.Namespace, rows: Dataset, recipe: Recipe, options: d
     return results
 
 
-def _static(args: argparse.Namespace, rows: Dataset, recipe: Recipe | None, options: dict[str, Any]) -> Results:
-    """A static merge, task by task, beside its experts and their base, where these can be found; else alone."""
+def _evaluate_static(
+    args: argparse.Namespace, rows: Dataset, recipe: Recipe | None, options: dict[str, Any]
+) -> Results:
+    """Evaluate a static merge task by task, with its experts and base if they can be loaded."""
     from hf_fusion.data import split_tasks
     from hf_fusion.evaluation.evaluate import evaluate
     from hf_fusion.types import ModelRef
 
     experts = [expert.model for expert in recipe.experts] if recipe else []
     named = [ModelRef.parse_pair(name)[1].id for name in experts]
-    named = [name if name.count("/") == 1 else Path(name).name for name in named]  # ids; folders by their last part
+    named = [name if name.count("/") == 1 else Path(name).name for name in named]  # ids, or names of folders
     suite, owners = split_tasks(rows, named, args.task_column, args.expert_column)
     return evaluate(
         args.folder,
@@ -180,5 +190,9 @@ def _static(args: argparse.Namespace, rows: Dataset, recipe: Recipe | None, opti
     )
 
 
-MEASURED_BY: dict[str, Callable[..., Results]] = {"foe": _fusion, "phatgoose": _routing, "wemoe": _merging}
-"""Name of a family, as in `families.FAMILIES` → how its models are measured."""
+EVALUATORS: dict[str, Callable[..., Results]] = {
+    "foe": _evaluate_foe,
+    "phatgoose": _evaluate_phatgoose,
+    "wemoe": _evaluate_wemoe,
+}
+"""Family, as in `families.FAMILIES` → the evaluation of its models."""

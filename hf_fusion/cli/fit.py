@@ -1,4 +1,4 @@
-"""Teach a fused model, or an adapter's gates, what it has to learn; the experts themselves stay as they are."""
+"""Train the fuser or the routers of a fused model, or the gates of an adapter; the experts stay frozen."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ from typing import Any, NamedTuple
 
 from hf_fusion.cli.checks import (
     check_columns,
-    check_found,
-    check_local,
+    check_known_columns,
+    check_models,
     columns_of_adapter,
+    columns_to_evaluate,
     columns_to_fit,
-    columns_to_measure,
-    model_in,
+    read_model_config,
 )
 from hf_fusion.cli.output import Out
 from hf_fusion.cli.parser import COUNT, POSITIVE, SEED, add_consent, at_least
-from hf_fusion.cli.progress import start
+from hf_fusion.cli.progress import loading_libraries
 from hf_fusion.errors import FusionError
 from hf_fusion.families import FIT_PARTS, FITTED_BY
 from hf_fusion.types import ModelRef
 
 FUSER_EXAMPLES = (
-    ("hf-fusion fit fuser fused --data train.parquet --frugal", "fit the fuser, and learn to ask fewer experts"),
-    ("hf-fusion fit fuser fused --data me/rows --split train --by loss", "choose by least loss, on a Hub data set"),
+    ("hf-fusion fit fuser fused --data train.parquet --frugal", "fit the fuser, and learn to run fewer experts"),
+    ("hf-fusion fit fuser fused --data me/rows --split train --by loss", "select by least loss, on a Hub data set"),
 )
 GATES_EXAMPLES = (
     ("hf-fusion fit gates my-adapter --data train.parquet", "train an adapter's PHATGOOSE gates, into its folder"),
     (
         "hf-fusion fit gates me/my-adapter --data me/rows --push",
-        "the same for one on the Hub, and add them to its repo",
+        "the same for an adapter on the Hub, added to its repo",
     ),
     (
         "hf-fusion fit gates you/adapter --data rows.parquet --kind average --output gates",
-        "stand-ins that need no training, for an adapter of somebody else",
+        "gates without training, for an adapter of another owner",
     ),
 )
 ROUTERS_EXAMPLES = (
     (
         "hf-fusion fit routers fused --data unlabelled.parquet",
-        "adapt a WEMoE's routers; column task names the expert",
+        "adapt a WEMoE's routers; the column task names the expert",
     ),
-    ("hf-fusion fit routers fused --data rows.parquet --loss labels", "teach them by labels instead"),
+    ("hf-fusion fit routers fused --data rows.parquet --loss labels", "train them on labels instead"),
 )
 EXAMPLES = (*FUSER_EXAMPLES, *GATES_EXAMPLES, *ROUTERS_EXAMPLES)
 CHECKPOINTS = "gate_checkpoints"  # in the output folder while gates are trained
@@ -53,20 +53,23 @@ ROUTER_CHECKPOINTS = "{}-router-checkpoints"  # beside the model's folder while 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One command per thing that can be fitted."""
-    parts = parser.add_subparsers(dest="part", required=True, metavar="PART", title="what to fit")
-    for name, part in FIT_COMMANDS.items():
+    """Add one subcommand for each target."""
+    targets = parser.add_subparsers(dest="target", required=True, metavar="TARGET", title="what to fit")
+    for name, fit in FIT_COMMANDS.items():
         title = FIT_PARTS[name].title
-        command = parts.add_parser(name, help=title, description=f"Fit {title}.", examples=part.examples)
-        part.add_arguments(command)
+        command = targets.add_parser(name, help=title, description=f"Fit {title}.", examples=fit.examples)
+        fit.add_arguments(command)
 
 
 def _add_fuser(fuser: argparse.ArgumentParser) -> None:
-    fuser.add_argument("folder", metavar="MODEL_DIR", help="a folder that hf-fusion fuse wrote; it is updated")
+    fuser.add_argument("folder", metavar="MODEL_DIR", help="a folder written by hf-fusion fuse, which is updated")
     _add_data(fuser)
-    fuser.add_argument("--frugal", action="store_true", help="also learn to answer from few of the experts")
+    fuser.add_argument("--frugal", action="store_true", help="also learn to predict with fewer experts")
     fuser.add_argument(
-        "--by", choices=("domain", "loss"), default="domain", help="in selection, the expert to choose is that of ..."
+        "--by",
+        choices=("domain", "loss"),
+        default="domain",
+        help="with selection: target is the domain's expert, or the one of least loss",
     )
     fuser.add_argument("--label-column", metavar="NAME", help="column of the labels (default: label)")
     fuser.add_argument("--expert-column", metavar="NAME", help="column of the domains (default: expert)")
@@ -75,25 +78,25 @@ def _add_fuser(fuser: argparse.ArgumentParser) -> None:
 def _add_gates(gates: argparse.ArgumentParser) -> None:
     gates.add_argument("adapter", metavar="ADAPTER", help="an adapter's folder, or owner/name on the Hub")
     _add_data(gates)
-    gates.add_argument("--base", metavar="ID", help="the adapter's base, where it is not the one it records")
+    gates.add_argument("--base", metavar="ID", help="base of the adapter, instead of the recorded one")
     gates.add_argument(
-        "--kind", choices=("trained", "average"), default="trained", help="average: the mean inputs, without training"
+        "--kind", choices=("trained", "average"), default="trained", help="average: mean inputs, without training"
     )
     gates.add_argument(
         "--reference",
         metavar="DATA",
-        help="rows of all that may be asked: gates then read whitened inputs",
+        help="rows of all domains: gates then read whitened inputs",
     )
     gates.add_argument("--steps", type=COUNT, default=100, metavar="N", help="optimizer steps (default: 100)")
     gates.add_argument("--learning-rate", type=POSITIVE, metavar="X", help="default: 0.005, with --reference 0.0001")
-    gates.add_argument("--batch-size", type=COUNT, default=16, metavar="N", help="examples a step (default: 16)")
-    gates.add_argument("--max-length", type=COUNT, default=512, metavar="N", help="tokens of an example (default: 512)")
-    gates.add_argument("--output", metavar="DIR", help="where the gates go (default: the adapter's folder)")
-    gates.add_argument("--push", action="store_true", help="add them to the adapter's repo, its tags and its card")
+    gates.add_argument("--batch-size", type=COUNT, default=16, metavar="N", help="examples per step (default: 16)")
+    gates.add_argument("--max-length", type=COUNT, default=512, metavar="N", help="tokens per example (default: 512)")
+    gates.add_argument("--output", metavar="DIR", help="folder for the gates (default: the adapter's folder)")
+    gates.add_argument("--push", action="store_true", help="add the gates to the adapter's repo, tags and card")
 
 
 def _add_routers(routers: argparse.ArgumentParser) -> None:
-    routers.add_argument("folder", metavar="MODEL_DIR", help="a folder that hf-fusion fuse wrote; it is updated")
+    routers.add_argument("folder", metavar="MODEL_DIR", help="a folder written by hf-fusion fuse, which is updated")
     _add_data(routers)
     routers.add_argument("--task-column", metavar="NAME", help="column of the tasks, named as experts (default: task)")
     routers.add_argument(
@@ -103,51 +106,53 @@ def _add_routers(routers: argparse.ArgumentParser) -> None:
         "--loss",
         choices=("expert", "entropy", "labels"),
         default="expert",
-        help="learn from the task's expert, from being sure (the paper), both without labels, or from labels",
+        help="imitate the task's expert, or minimise entropy (the paper), both without labels; or use labels",
     )
     routers.add_argument("--steps", type=COUNT, default=100, metavar="N", help="optimizer steps (default: 100)")
     routers.add_argument("--learning-rate", type=POSITIVE, default=5e-4, metavar="X", help="default: 0.0005")
-    routers.add_argument("--batch-size", type=COUNT, default=16, metavar="N", help="rows of each task a step (16)")
-    routers.add_argument("--max-length", type=COUNT, default=512, metavar="N", help="tokens of a row (default: 512)")
+    routers.add_argument(
+        "--batch-size", type=COUNT, default=16, metavar="N", help="rows of each task per step (default: 16)"
+    )
+    routers.add_argument("--max-length", type=COUNT, default=512, metavar="N", help="tokens per row (default: 512)")
     routers.add_argument(
         "--diversity",
         type=at_least(0, float),
         metavar="X",
-        help="weight of what keeps answers spread (default: 1; 0: the paper)",
+        help="weight of the entropy of the mean prediction (default: 1; 0: the paper)",
     )
     routers.add_argument(
         "--tolerance",
         type=at_least(0, float),
         metavar="X",
-        help="stop where answers narrow, or leave the expert's, by more (0.1)",
+        help="stop if effective classes, or agreement with the expert, drop by more (default: 0.1)",
     )
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="a parquet, csv or json file, a folder, or a Hub data set's id")
     parser.add_argument("--split", default="train", help="of a folder or Hub data set (default: train)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what was fitted, or measured, before")
-    add_consent(parser, "the folder, or of what is named with its commit")
-    parser.add_argument("--seed", type=SEED, default=0, help="the same seed gives the same weights (default: 0)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier fit, and its results")
+    add_consent(parser, "the folder, or a model pinned to a commit")
+    parser.add_argument("--seed", type=SEED, default=0, help="same seed, same weights (default: 0)")
 
 
 def run(args: argparse.Namespace, out: Out) -> None:
-    """Loads, fits and writes back, all of it or nothing."""
-    FIT_COMMANDS[args.part].run(args, out)
+    """Load, fit and save; the save is atomic."""
+    FIT_COMMANDS[args.target].run(args, out)
 
 
-def _refuse_again(args: argparse.Namespace) -> None:
-    """Refuses, before anything is loaded, to replace what an earlier fit learned, or what was measured of it."""
+def _refuse_refit(args: argparse.Namespace) -> None:
+    """Raises FusionError, before anything is loaded, if there is an earlier fit or a ``results.json`` to replace."""
     from hf_fusion.io.json_files import read_json
 
     folder = Path(args.folder)
     if args.overwrite or not (folder / "config.json").exists():
         return
     config = read_json(folder / "config.json", args.folder)
-    if config.get("model_type") != FITTED_BY[args.part].name:
-        return  # there is nothing to fit, which loading it says
-    found = list(dict.fromkeys(what for key, what in FIT_PARTS[args.part].recorded.items() if config.get(key)))
-    found += ["measured (results.json)"] if (folder / "results.json").exists() else []
+    if config.get("model_type") != FITTED_BY[args.target].name:
+        return  # not a model to fit: loading it raises the error
+    found = list(dict.fromkeys(word for key, word in FIT_PARTS[args.target].recorded.items() if config.get(key)))
+    found += ["evaluated (results.json)"] if (folder / "results.json").exists() else []
     if found:
         raise FusionError(
             f"{args.folder} was {' and '.join(found)} already, which fitting replaces",
@@ -156,7 +161,7 @@ def _refuse_again(args: argparse.Namespace) -> None:
 
 
 def _fit_fuser(args: argparse.Namespace, out: Out) -> None:
-    config = model_in(args.folder)
+    config = read_model_config(args.folder)
     family = FITTED_BY["fuser"]
     if config.get("model_type") != family.name or config.get("rule"):
         made = config.get("rule") or config.get("model_type") or "another method"
@@ -164,20 +169,20 @@ def _fit_fuser(args: argparse.Namespace, out: Out) -> None:
             f"{args.folder} was made by {made}: it has no fuser", f"hf-fusion fuse --method {family.name} …"
         )
     if args.frugal and config.get("mode") == "selection":
-        raise FusionError("in selection only the chosen expert answers", "leave --frugal out")
+        raise FusionError("--frugal does not apply to selection, which runs one expert", "omit --frugal")
     label, expert = args.label_column or "label", args.expert_column or "expert"
     needed = columns_to_fit(config, args.by, label, expert)
     named = (args.label_column, args.expert_column)
     check_columns(args.data, args.split, needed, named)
-    _refuse_again(args)
+    _refuse_refit(args)
 
     from hf_fusion.data import load_rows
 
     rows = load_rows(args.data, args.split)
-    check_found(rows.column_names, args.data, needed, named)
-    start("fusion", "training.fuser")
-    from hf_fusion.fusion import load_fused, save_fused
-    from hf_fusion.training.fuser import fit_fuser
+    check_known_columns(rows.column_names, args.data, needed, named)
+    with loading_libraries():
+        from hf_fusion.fusion import load_fused, save_fused
+        from hf_fusion.training.fuser import fit_fuser
 
     model, recipe = load_fused(args.folder, trust_remote_code=args.trust_remote_code)
     fit = fit_fuser(
@@ -201,9 +206,9 @@ def _fit_gates(args: argparse.Namespace, out: Out) -> None:
         raise FusionError(f"{args.adapter} is a folder, not a repo", "hf-fusion fit gates owner/name --data … --push")
     if folder is None and not args.push:
         again = f"hf-fusion fit gates {args.adapter} --data {args.data}"
-        raise FusionError("nothing says where the gates go", f"{again} --output DIR, or --push")
+        raise FusionError("the gates need a target", f"{again} --output DIR, or --push")
 
-    check_local([args.adapter, args.base])
+    check_models([args.adapter, args.base])
     needed = columns_of_adapter(args.adapter) if is_folder else ()
     check_columns(args.data, args.split, needed)
     if args.reference:
@@ -218,13 +223,13 @@ def _fit_gates(args: argparse.Namespace, out: Out) -> None:
     if args.push and not args.overwrite and GATES_FILE in resolve(args.adapter).sizes:
         raise FusionError(f"{args.adapter} has gates already: {GATES_FILE}", "--overwrite replaces them")
     rows = load_rows(args.data, args.split)
-    check_found(rows.column_names, args.data, needed)
+    check_known_columns(rows.column_names, args.data, needed)
 
-    start("training.gates")
-    from hf_fusion.hub.load import load_experts
-    from hf_fusion.publishing.push_gates import push_gates
-    from hf_fusion.training.gates import average_activation, train_gates
-    from hf_fusion.training.whitening import fit_whitening
+    with loading_libraries():
+        from hf_fusion.hub.load import load_experts
+        from hf_fusion.publishing.push_gates import push_gates
+        from hf_fusion.training.gates import average_activation, train_gates
+        from hf_fusion.training.whitening import fit_whitening
 
     given: dict[str, Any] = {"batch_size": args.batch_size, "max_length": args.max_length}
     consent = {"trust_remote_code": args.trust_remote_code}
@@ -243,55 +248,55 @@ def _fit_gates(args: argparse.Namespace, out: Out) -> None:
             output_dir=folder / CHECKPOINTS if folder else None,
             **given,
         )
-    where: dict[str, str] = {}
+    written: dict[str, str] = {}
     if folder:
-        where["file"] = str(save_gates(gates, folder, overwrite=args.overwrite).resolve())
+        written["file"] = str(save_gates(gates, folder, overwrite=args.overwrite).resolve())
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     if args.push:
         pushed = push_gates(gates, ref.id, revision=ref.revision)
-        where |= {"repo": pushed.repo_id, "revision": pushed.sha, "url": pushed.url}
+        written |= {"repo": pushed.repo_id, "revision": pushed.sha, "url": pushed.url}
     out.result(
-        {"trained": "Trained", "average": "Averaged"}[args.kind], **where, gates=len(gates.vectors), **gates.facts
+        {"trained": "Trained", "average": "Averaged"}[args.kind], **written, gates=len(gates.vectors), **gates.facts
     )
     use = f"hf-fusion fuse --method phatgoose --experts {args.adapter} OTHERS --output fused"
     name = Path(args.adapter).resolve().name if is_folder else ref.id
-    elsewhere = args.output and not args.push
-    out.hint(f"{use} --set 'missing_gates={{{name}: {args.output}}}'" if elsewhere else use)
+    needs_path = args.output and not args.push
+    out.hint(f"{use} --set 'missing_gates={{{name}: {args.output}}}'" if needs_path else use)
 
 
 def _fit_routers(args: argparse.Namespace, out: Out) -> None:
-    spread: dict[str, Any] = {
+    options: dict[str, Any] = {
         name: value
         for name, value in {"diversity": args.diversity, "tolerance": args.tolerance}.items()
         if value is not None
     }
-    if args.loss == "labels" and spread:
-        raise FusionError("--loss labels knows neither --diversity nor --tolerance", "leave them out")
+    if args.loss == "labels" and options:
+        raise FusionError("--diversity and --tolerance do not apply to --loss labels", "omit them")
     if args.loss != "labels":
-        spread["loss"] = args.loss
+        options["loss"] = args.loss
 
-    config = model_in(args.folder)
+    config = read_model_config(args.folder)
     family = FITTED_BY["routers"]
     if (made := config.get("model_type")) != family.name:
         raise FusionError(
             f"{args.folder} was made by {made}: it has no routers", f"hf-fusion fuse --method {family.name} …"
         )
     task, expert = args.task_column or "task", args.expert_column or "expert"
-    needed: list[tuple[str, ...]] = [(task,), *columns_to_measure(config, "label")]
+    needed: list[tuple[str, ...]] = [(task,), *columns_to_evaluate(config, "label")]
     if args.loss != "labels":
         needed = [column for column in needed if column not in (("label",), ("target",))]
     check_columns(args.data, args.split, needed, (args.task_column, args.expert_column))
-    _refuse_again(args)
+    _refuse_refit(args)
 
     from hf_fusion.data import load_rows, match_experts_by_name, split_tasks
 
     rows = load_rows(args.data, args.split)
-    check_found(rows.column_names, args.data, needed, (args.task_column, args.expert_column))
+    check_known_columns(rows.column_names, args.data, needed, (args.task_column, args.expert_column))
 
-    start("fusion", "training.routers")
-    from hf_fusion.fusion import load_fused, save_fused
-    from hf_fusion.models.modeling_wemoe import WEMoEModel
-    from hf_fusion.training.routers import adapt_routers, fit_routers
+    with loading_libraries():
+        from hf_fusion.fusion import load_fused, save_fused
+        from hf_fusion.models.modeling_wemoe import WEMoEModel
+        from hf_fusion.training.routers import adapt_routers, fit_routers
 
     model, recipe = load_fused(args.folder, trust_remote_code=args.trust_remote_code)
     assert isinstance(model, WEMoEModel)
@@ -301,35 +306,35 @@ def _fit_routers(args: argparse.Namespace, out: Out) -> None:
     checkpoints = folder.with_name(ROUTER_CHECKPOINTS.format(f".{folder.name}"))
     facts = (fit_routers if args.loss == "labels" else adapt_routers)(
         model,
-        {owners.get(task, task): own for task, own in suite.items()},
+        {owners.get(task, task): data for task, data in suite.items()},
         steps=args.steps,
         learning_rate=args.learning_rate,
         batch_size=args.batch_size,
         max_length=args.max_length,
         seed=args.seed,
         output_dir=checkpoints,
-        **spread,
+        **options,
     )
     save_fused(model, folder, recipe, overwrite=True)
     shutil.rmtree(checkpoints, ignore_errors=True)
-    answers = [
+    predictions = [
         {
             "task": task,
             "rows": str(facts.rows[task]),
             "confidence": f"{first.confidence:.2f} → {facts.after[task].confidence:.2f}",
             "effective classes": f"{first.classes:.1f} → {facts.after[task].classes:.1f}",
-            "as the expert answers": f"{first.agreement:.0%} → {facts.after[task].agreement:.0%}",
+            "agreement with the expert": f"{first.agreement:.0%} → {facts.after[task].agreement:.0%}",
         }
         for task, first in facts.before.items()
     ]
-    if answers:
-        out.table(answers, title="The answers on rows that were not learned from, before → after", aside=True)
+    if predictions:
+        out.table(predictions, title="Predictions on the validation split, before → after", human_only=True)
     out.result("Fitted" if args.loss == "labels" else "Adapted", folder=str(folder), **facts.for_config())
     out.hint(f"hf-fusion eval {args.folder} --data {args.data} --split test")
 
 
 class FitCommand(NamedTuple):
-    """What ``hf-fusion fit NAME`` takes, does, and shows as examples."""
+    """Examples, arguments and action of ``hf-fusion fit NAME``."""
 
     examples: tuple[tuple[str, str], ...]
     add_arguments: Callable[[argparse.ArgumentParser], None]
@@ -341,4 +346,4 @@ FIT_COMMANDS = {
     "gates": FitCommand(GATES_EXAMPLES, _add_gates, _fit_gates),
     "routers": FitCommand(ROUTERS_EXAMPLES, _add_routers, _fit_routers),
 }
-"""Name of a part, as in `families.FIT_PARTS` → its command."""
+"""Name, as in `families.FIT_PARTS` → its command."""

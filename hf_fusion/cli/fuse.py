@@ -1,4 +1,4 @@
-"""Make one model of several experts, and write it to a folder with the recipe that makes it again."""
+"""Fuse several experts into one model, and save it with the recipe that reproduces it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from hf_fusion.cli.checks import check_local, check_repo
+from hf_fusion.cli.checks import check_models, check_repo
 from hf_fusion.cli.output import Out
 from hf_fusion.cli.parser import COUNT, POSITIVE, add_consent
-from hf_fusion.cli.progress import start
+from hf_fusion.cli.progress import loading_libraries
 from hf_fusion.errors import FusionError
 from hf_fusion.progress import phase
 
@@ -18,48 +18,52 @@ if TYPE_CHECKING:
     from hf_fusion.recipe import Recipe, RecipeExpert
 
 EXAMPLES = (
-    ("hf-fusion fuse --method foe --experts me/low me/high --output fused", "a Fusion of Experts of two ids"),
+    ("hf-fusion fuse --method foe --experts me/low me/high --output fused", "a Fusion of Experts"),
     ("hf-fusion fuse --method phatgoose --experts me/sums me/sorting --output fused", "LoRA experts, routed by gates"),
     ("hf-fusion fuse --method ties --base me/base --experts me/a me/b --set density=0.3 --output merged", "a merge"),
-    ("hf-fusion fuse recipe.yaml --output merged --dry-run", "what a recipe (ours, or mergekit's) would take"),
-    ("hf-fusion fuse fusion.yaml --output fused --push me/fused", "what a recipe describes, published"),
+    ("hf-fusion fuse recipe.yaml --output merged --dry-run", "cost of a recipe (ours or mergekit's)"),
+    ("hf-fusion fuse fusion.yaml --output fused --push me/fused", "fuse by a recipe and publish"),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """A recipe, or a method and experts."""
+    """Add recipe, or method and experts; output and publishing."""
     parser.add_argument(
-        "recipe", nargs="?", metavar="RECIPE", help="a fusion.yaml, a folder that holds one, or mergekit's"
+        "recipe", nargs="?", metavar="RECIPE", help="a fusion.yaml, a folder with one, or a mergekit file"
     )
-    parser.add_argument("--method", help="how to fuse, where there is no recipe")
+    parser.add_argument("--method", help="fusion method, without a recipe")
     parser.add_argument("--experts", nargs="+", default=[], metavar="ID", help="owner/name[@revision], or folders")
-    parser.add_argument("--base", metavar="ID", help="base of the experts; of adapters, instead of the one they name")
+    parser.add_argument("--base", metavar="ID", help="base of the experts; for adapters, instead of the recorded one")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="an option of the method, as in YAML"
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="an option of the method, in YAML"
     )
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="dtype of the fused model")
-    parser.add_argument("--allow-pickle", action="store_true", help="read .bin weights where there is nothing else")
-    add_consent(parser, "experts and bases that are folders or named with their commit")
+    parser.add_argument("--allow-pickle", action="store_true", help="read .bin weights if there are no safetensors")
+    add_consent(parser, "experts and bases that are folders or pinned to a commit")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write the model to")
-    parser.add_argument("--overwrite", action="store_true", help="replace a model that DIR, or REPO, holds")
-    parser.add_argument("--push", metavar="REPO", help="then publish it, with its card, as owner/name; checked before")
-    parser.add_argument("--push-experts", action="store_true", help="with --push: first push experts that are folders")
+    parser.add_argument("--overwrite", action="store_true", help="replace another model in DIR or REPO")
+    parser.add_argument("--push", metavar="REPO", help="then publish it with its card as owner/name; checked first")
+    parser.add_argument(
+        "--push-experts", action="store_true", help="with --push: first push experts that are local folders"
+    )
     merging = parser.add_argument_group("static merges")
-    merging.add_argument("--dry-run", action="store_true", help="only tell what it would read, write and take")
-    merging.add_argument("--threads", type=COUNT, metavar="N", help="tensors merged at a time (default: one a core)")
-    merging.add_argument("--device", default="cpu", help="where methods of whole matrices compute: cuda, or cuda:N")
-    merging.add_argument("--shard-gb", type=POSITIVE, default=5.0, metavar="GB", help="most GB of a file (default: 5)")
+    merging.add_argument("--dry-run", action="store_true", help="only print what it would read and write, and its cost")
+    merging.add_argument("--threads", type=COUNT, metavar="N", help="tensors merged at a time (default: one per core)")
+    merging.add_argument("--device", default="cpu", help="device of methods on whole matrices: cpu, cuda or cuda:N")
+    merging.add_argument(
+        "--shard-gb", type=POSITIVE, default=5.0, metavar="GB", help="maximum size of a file in GB (default: 5)"
+    )
 
 
 def run(args: argparse.Namespace, out: Out) -> None:
-    """Fuses and saves."""
+    """Fuse, save and optionally publish."""
     if bool(args.recipe) == bool(args.method or args.experts):
         raise FusionError("name a recipe, or a method and its experts", "hf-fusion fuse --help")
     if not args.recipe and not (args.method and args.experts):
-        raise FusionError("--method and --experts belong together", "hf-fusion fuse --help")
+        raise FusionError("--method and --experts need each other", "hf-fusion fuse --help")
 
     if args.push_experts and not args.push:
-        raise FusionError("--push-experts belongs to --push", "--push OWNER/NAME --push-experts")
+        raise FusionError("--push-experts needs --push", "--push OWNER/NAME --push-experts")
 
     from hf_fusion.hub.provenance import read_recipe
     from hf_fusion.io.folders import refuse_to_replace
@@ -71,7 +75,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
         refuse_to_replace(args.output, args.overwrite)
     if args.recipe:
         if args.set:
-            raise FusionError("--set is an option of --method: a recipe has its own", "write it under parameters:")
+            raise FusionError("--set needs --method; options of a recipe are in its file", "write it under parameters:")
         recipe = read_recipe(args.recipe) if Path(args.recipe).is_dir() else load_recipe(args.recipe)
         recipe = replace(recipe, base=args.base or recipe.base, dtype=args.dtype or recipe.dtype)
     else:
@@ -80,8 +84,12 @@ def run(args: argparse.Namespace, out: Out) -> None:
         recipe = Recipe(args.method, _experts(args.experts, weights), args.base, parameters, args.dtype)
     _check(recipe, args)
 
-    start("merging.merge" if recipe.method in MERGE_METHODS else "fusion")
-    from hf_fusion.merging.engine.processes import is_main
+    with loading_libraries():
+        if recipe.method in MERGE_METHODS:
+            import hf_fusion.merging.merge
+        else:
+            import hf_fusion.fusion  # noqa: F401
+        from hf_fusion.merging.engine.processes import is_main
 
     if args.push:
         _check_push(recipe, args)
@@ -95,14 +103,16 @@ def run(args: argparse.Namespace, out: Out) -> None:
         try:
             pushed = publish(args.output, args.push, push_experts=args.push_experts, overwrite=args.overwrite)
         except FusionError as error:
-            again = f"hf-fusion publish {args.output} {args.push}"
-            raise FusionError(error.message, f"{error.hint or 'see above'}; {args.output} is whole: {again}") from error
+            retry = f"hf-fusion publish {args.output} {args.push}"
+            raise FusionError(
+                error.message, f"{error.hint or 'see above'}; {args.output} is complete: {retry}"
+            ) from error
         if pushed is not None:
             out.result("Published", url=pushed.url, revision=pushed.sha)
 
 
 def _check(recipe: Recipe, args: argparse.Namespace) -> None:
-    """Refuses what can be seen to be wrong before torch is imported and anything is read."""
+    """Check recipe and arguments before torch is imported and models are read."""
     from hf_fusion.merging.methods import MERGE_METHODS
     from hf_fusion.merging.recipe_checks import check_recipe, family_method
 
@@ -111,14 +121,14 @@ def _check(recipe: Recipe, args: argparse.Namespace) -> None:
     else:
         family_method(recipe.method, {name: value for name, value in recipe.parameters.items() if name != "task"})
         if args.dry_run:
-            raise FusionError(f"--dry-run is for static merges; {recipe.method} loads its experts", "leave it out")
-    check_local([recipe.base, *(expert.model for expert in recipe.experts)])
+            raise FusionError(f"--dry-run is for static merges; {recipe.method} loads its experts", "omit --dry-run")
+    check_models([recipe.base, *(expert.model for expert in recipe.experts)])
     if args.push:
         check_repo(args.push)
 
 
 def _fuse(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
-    """A model of its own kind, of loaded experts."""
+    """Fuse loaded experts into a model of a family."""
     from hf_fusion.families import METHODS
     from hf_fusion.fusion import fuse_recipe, save_fused
 
@@ -129,7 +139,7 @@ def _fuse(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
 
 
 def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
-    """A plain model of the experts' own kind, without loading them."""
+    """Merge checkpoints tensor by tensor into a plain model of the experts' class."""
     from hf_fusion.cards.card import write_card
     from hf_fusion.merging.engine.processes import is_main
     from hf_fusion.merging.lora import AdapterReport
@@ -149,24 +159,24 @@ def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
             }
             for model in models
         ]
-        taken = estimate(planned, args.threads or count_cores())
+        cost = estimate(planned, args.threads or count_cores())
         planned.files.close()
         if planned.dropped:
-            out.table([mismatch.row() for mismatch in planned.dropped], "Tensors that do not match", aside=True)
+            out.table([mismatch.row() for mismatch in planned.dropped], "Tensors that do not match", human_only=True)
         facts = {
             "method": planned.method.title,
             "tensors": len(planned.targets),
-            "read_mb": round(taken.read / 1e6, 1),
-            "written_mb": round(taken.written / 1e6, 1),
-            "peak_memory_mb": round(taken.memory / 1e6),
-            "seconds": round(taken.seconds, 1),
+            "read_mb": round(cost.read / 1e6, 1),
+            "written_mb": round(cost.written / 1e6, 1),
+            "peak_memory_mb": round(cost.memory / 1e6),
+            "seconds": round(cost.seconds, 1),
         }
-        out.table(rows, "Inputs", aside=True)
+        out.table(rows, "Inputs", human_only=True)
         for warning in planned.warnings:
             out.warning(warning)
         out.dict(facts if out.mode != "json" else {**facts, **planned.facts, "inputs": rows})
         return
-    with phase("Merging", unit="B") as told:
+    with phase("Merging", unit="B") as merging:
         shard_bytes = int(args.shard_gb * 1e9)
         report = merge(
             recipe,
@@ -175,7 +185,7 @@ def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
             shard_bytes=shard_bytes,
             device=args.device,
             overwrite=args.overwrite,
-            progress=told.reach,
+            progress=merging.reach,
         )
     if not is_main():
         return
@@ -197,7 +207,7 @@ def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
 
 
 def _check_push(recipe: Recipe, args: argparse.Namespace) -> None:
-    """Says now, not after the work, why its model could not be published."""
+    """Check before the fusion that its result can be published."""
     from hf_fusion.merging.engine.processes import Processes
     from hf_fusion.publishing.publish import check_publish
 
@@ -207,12 +217,14 @@ def _check_push(recipe: Recipe, args: argparse.Namespace) -> None:
             try:
                 check_publish(recipe, args.push, push_experts=args.push_experts, overwrite=args.overwrite)
             except FusionError as error:
-                apart = f"without --push, then: hf-fusion publish {args.output} {args.push}"
-                raise FusionError(error.message, f"{error.hint}; or fuse {apart}" if error.hint else apart) from error
+                separately = f"without --push, then: hf-fusion publish {args.output} {args.push}"
+                raise FusionError(
+                    error.message, f"{error.hint}; or fuse {separately}" if error.hint else separately
+                ) from error
 
 
 def _experts(names: list[str], weights: Any) -> tuple[RecipeExpert, ...]:
-    """Experts of a static merge, with a weight each where ``--set weights=[…]`` gives them."""
+    """Experts of a recipe, with the weights of ``--set weights=[…]`` in static merges."""
     from hf_fusion.recipe import RecipeExpert
     from hf_fusion.schema import Expected, KeyPath, read
 
@@ -223,11 +235,11 @@ def _experts(names: list[str], weights: Any) -> tuple[RecipeExpert, ...]:
     return tuple(map(RecipeExpert, names, given))
 
 
-def _parameters(given: list[str]) -> dict[str, Any]:
-    """``["mode=selection"]`` -> {"mode": "selection"}; values are YAML."""
+def _parameters(assignments: list[str]) -> dict[str, Any]:
+    """``["mode=selection"]`` → ``{"mode": "selection"}``; values are YAML."""
     from hf_fusion.io.yaml_files import parse_yaml
 
-    pairs = [text.partition("=") for text in given]
+    pairs = [text.partition("=") for text in assignments]
     if wrong := [name for name, equals, _ in pairs if not equals]:
         raise FusionError(f"--set {wrong[0]} has no value", f"--set {wrong[0]}=VALUE")
     return {name: parse_yaml(value, f"--set {name}") for name, _, value in pairs}

@@ -1,4 +1,4 @@
-"""Run a Hub of your own on this machine, for air-gapped work and for trying things; every client works with it."""
+"""Run a Hub on this machine, for offline work and tests; the usual clients work with it."""
 
 from __future__ import annotations
 
@@ -12,39 +12,44 @@ if TYPE_CHECKING:
     _Actions = argparse._SubParsersAction[argparse.ArgumentParser]
 
 SERVE_EXAMPLES = (
-    ("hf-fusion hub serve hub --port 8000", "serve the folder ./hub; people find its pages at http://127.0.0.1:8000"),
-    ("hf-fusion hub serve hub --format quiet", "on any free port; prints its address alone"),
+    ("hf-fusion hub serve hub --port 8000", "serve the folder ./hub; its web pages are at http://127.0.0.1:8000"),
+    ("hf-fusion hub serve hub --format quiet", "on any free port; prints only the address"),
 )
 USER_EXAMPLES = (
-    ("export HF_TOKEN=$(hf-fusion hub user hub me --format quiet)", "a token for the user me, created if new"),
+    (
+        "export HF_TOKEN=$(hf-fusion hub user hub me --format quiet)",
+        "a token for the user me, who is created if missing",
+    ),
     ("hf-fusion hub user hub me --format json", "the same, as JSON"),
 )
 EXAMPLES = (SERVE_EXAMPLES[0], USER_EXAMPLES[0])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Serving, and its users."""
+    """Add the actions serve and user."""
     actions: _Actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
-    server = _action(actions, "serve", "answer requests until interrupted", SERVE_EXAMPLES)
-    server.add_argument("folder", metavar="DIR", help="holds everything; created if missing")
-    server.add_argument("--host", default="127.0.0.1", help="the only address it answers on (default: 127.0.0.1)")
+    server = _action(actions, "serve", "serve until interrupted", SERVE_EXAMPLES)
+    server.add_argument("folder", metavar="DIR", help="folder of the Hub; created if missing")
+    server.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     server.add_argument("--port", type=at_least(0, most=65535), default=0, help="default: any free one")
-    user = _action(actions, "user", "print a new token for a user; works beside a running server", USER_EXAMPLES)
+    user = _action(actions, "user", "print a new token for a user; also while the server runs", USER_EXAMPLES)
     user.add_argument("folder", metavar="DIR", help="the Hub's folder")
-    user.add_argument("name", metavar="NAME", help="the user, created if new")
+    user.add_argument("name", metavar="NAME", help="the user; created if missing")
 
 
-def _action(actions: _Actions, name: str, what: str, examples: Examples) -> argparse.ArgumentParser:
-    return actions.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.", examples=examples)
+def _action(actions: _Actions, name: str, description: str, examples: Examples) -> argparse.ArgumentParser:
+    return actions.add_parser(
+        name, help=description, description=f"{description[0].upper()}{description[1:]}.", examples=examples
+    )
 
 
 def run(args: argparse.Namespace, out: Out) -> None:
-    """Serves, or makes a token."""
+    """Serve, or print a token."""
     from hf_fusion.server import add_user, serve
 
     if args.action == "user":
         out.dict({"token": add_user(args.folder, args.name), "user": args.name})
-        out.hint("keep it: it is shown this once.  export HF_TOKEN=…")
+        out.hint("store it: it is not shown again.  export HF_TOKEN=…")
         return
 
     def ready(endpoint: str) -> None:

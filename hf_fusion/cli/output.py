@@ -1,4 +1,4 @@
-"""What commands say, in one place: data on stdout, everything else on stderr."""
+"""The output of commands: data on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ FORMATS = ("human", "json", "quiet")
 GREY, RED, YELLOW, GREEN, BOLD = "90", "31", "33", "32", "1"
 
 
-# beyond what JSON escapes by itself: C1 controls, what turns text around or is not seen, half characters
+# not escaped by json.dumps: C1 controls, bidirectional and invisible characters, surrogates
 _INVISIBLE = re.compile("[\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]")
 
 
 class Out:
-    """The one object through which a command speaks.
+    """The output of one command.
 
     Args:
-        mode: "human" for people; "json" for one JSON document per call; "quiet" for bare ids, one per line.
-        stdout, stderr: where to; those of the process by default.
+        mode: "human" for text; "json" for one JSON document per call; "quiet" for bare ids, one per line.
+        stdout, stderr: streams; default are those of the process.
     """
 
     def __init__(self, mode: str = "human", stdout: TextIO | None = None, stderr: TextIO | None = None) -> None:
@@ -38,8 +38,8 @@ class Out:
         self._bars: Bars | None = None
 
     @property
-    def watched(self) -> bool:
-        """Somebody sees stderr: progress bars are welcome."""
+    def is_interactive(self) -> bool:
+        """Whether stderr is a terminal that shows progress bars."""
         return self.mode == "human" and self.stderr.isatty()
 
     # ---------------------------------------------------------------- data: stdout
@@ -50,18 +50,18 @@ class Out:
         title: str = "",
         key: str | None = None,
         data: Any = None,
-        aside: bool = False,
+        human_only: bool = False,
     ) -> None:
-        """Rows with the same keys, as a table.
+        """Print rows as a table.
 
         Args:
-            rows: the lines; the keys of the first are the columns, those empty in every row are left out.
-            title: above the table.
-            key: the column that is all of it in quiet mode; the first by default.
-            data: what json prints instead of the rows.
-            aside: shown to people only.
+            rows: with the same keys, which are the columns; columns that are empty in every row are left out.
+            title: printed above the table.
+            key: the column printed in quiet mode; default is the first.
+            data: printed in json mode instead of the rows.
+            human_only: print nothing in json and quiet mode.
         """
-        if aside and self.mode != "human":
+        if human_only and self.mode != "human":
             return
         if self.mode == "json":
             self._json(list(rows) if data is None else data)
@@ -76,14 +76,14 @@ class Out:
             self._write("\n".join([*([title] if title else []), *_padded(rows)]))
 
     def text(self, text: str) -> None:
-        """Words for people; nothing in json and quiet mode."""
+        """Print text in human mode only."""
         if self.mode == "human":
             self._write("\n".join(map(_plain, text.splitlines())))
 
     def dict(self, data: dict[str, Any], key: str | None = None) -> None:
-        """One thing with named values; quiet prints the value of `key`, the first by default.
+        """Print named values; in quiet mode only that of `key`, by default the first.
 
-        People see numbers rounded, and nothing of what is empty; json has all of it.
+        Human mode rounds numbers and leaves out empty values; json mode prints all of them.
         """
         if self.mode == "json":
             self._json(data)
@@ -96,51 +96,51 @@ class Out:
                 self._write("\n".join(f"  {name:{width}}  {text}" for name, text in shown.items()))
 
     def result(self, message: str, **data: Any) -> None:
-        """What a command achieved, and the values that say where; quiet prints the first value."""
+        """Print the success of a command and its values; in quiet mode only the first value."""
         if self.mode == "human":
             self._write(f"{self._colour('✓', GREEN, self.stdout)} {_plain(message)}")
         if data:
             self.dict(data)
 
-    # ---------------------------------------------------------------- everything else: stderr
+    # ---------------------------------------------------------------- messages: stderr
 
     @contextmanager
     def step(self, number: int, total: int, title: str) -> Iterator[None]:
-        """One step of a long command: its title now, its time when it is done."""
+        """Print a step's title before, and its duration after the context."""
         began = perf_counter()
         self.log(f"\n[{number}/{total}] {title}", BOLD)
         yield
         self.log(f"      {perf_counter() - began:.1f} s")
 
     def log(self, message: str, colour: str = GREY) -> None:
-        """Progress in words; nothing in quiet mode."""
+        """Print a progress message; nothing in quiet mode."""
         if self.mode != "quiet":
             self._say(message, colour)
 
     def hint(self, command: str) -> None:
-        """What to type next; nothing in quiet mode."""
+        """Print the next command; nothing in quiet mode."""
         self.log(f"→ {command}")
 
     def warning(self, message: str) -> None:
-        """Something that did not stop the command."""
+        """Print a warning, in every mode."""
         self._say(f"Warning: {message}", YELLOW)
 
     def error(self, message: str, hint: str | None = None) -> None:
-        """What stopped the command, and what to type next."""
+        """Print the error that stopped the command, and a hint."""
         self._say(f"Error: {message}", RED)
         if hint:
             self._say(f"  → {hint}", GREY)
 
     def reporter(self) -> Bars | Lines | None:
-        """What shows the phases of long work: bars where somebody watches, else lines; nothing in quiet mode."""
+        """The reporter of long phases: bars on a terminal, else lines; None in quiet mode."""
         if self.mode == "quiet":
             return None
-        if not self.watched:
+        if not self.is_interactive:
             return Lines(self.log)
         self._bars = Bars(self.stderr, self.log)
         return self._bars
 
-    # ---------------------------------------------------------------- how
+    # ---------------------------------------------------------------- writing
 
     def _json(self, value: object) -> None:
         self._write(_INVISIBLE.sub(_escaped, json.dumps(value, default=str, ensure_ascii=False)))
@@ -153,7 +153,7 @@ class Out:
         self._send(self._colour(text, colour, self.stderr), self.stderr)
 
     def _send(self, text: str, stream: TextIO) -> None:
-        encoding = stream.encoding or "utf-8"  # a pipe on Windows may not know "✓"
+        encoding = stream.encoding or "utf-8"  # a pipe on Windows may not encode "✓"
         with self._bars.paused() if self._bars else nullcontext():
             stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
             stream.flush()
@@ -168,19 +168,19 @@ class Out:
 
 
 def _escaped(match: re.Match[str]) -> str:
-    """A character as JSON writes those that a terminal could obey."""
+    """A character as a JSON escape."""
     return f"\\u{ord(match[0]):04x}"
 
 
 def _exact(value: object) -> str:
-    """A value for scripts, on one line without control characters."""
+    """A value at full precision, on one line without control characters."""
     return _plain(value if not isinstance(value, float) else str(value))
 
 
 def _plain(value: object) -> str:
-    """A value for people on one line, without control characters: what comes from the Hub must not steer the terminal.
+    """A value on one line without control characters, so that text from the Hub cannot control the terminal.
 
-    Numbers are rounded to four digits, from 1,000 on to one behind the point; what is empty is "".
+    Floats are rounded to four significant digits, from 1,000 on to one decimal; None is "".
     """
     if value is None:
         return ""
@@ -189,14 +189,14 @@ def _plain(value: object) -> str:
     if isinstance(value, float):
         return str(round(value, 1) if abs(value) >= 1000 else float(f"{value:.4g}"))
     if isinstance(value, Mapping):
-        return ", ".join(f"{_plain(name)} {_plain(own)}" for name, own in value.items())
+        return ", ".join(f"{_plain(name)} {_plain(inner)}" for name, inner in value.items())
     if isinstance(value, (list, tuple, set, frozenset)):
         return ", ".join(map(_plain, value))
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, bool]:
-    """The columns that hold something, and whether all they hold is numbers."""
+    """The columns that are not empty → whether all of their values are numbers."""
     filled = [name for name in rows[0] if any(row[name] not in (None, "", [], ()) for row in rows)]
     return {name: all(isinstance(row[name], (int, float)) for row in rows) for name in filled}
 
@@ -208,8 +208,8 @@ def _padded(rows: Sequence[dict[str, Any]]) -> list[str]:
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines = [
         "  ".join(
-            cell.rjust(width) if number else cell.ljust(width)
-            for cell, width, number in zip(line, widths, columns.values(), strict=True)
+            cell.rjust(width) if is_number else cell.ljust(width)
+            for cell, width, is_number in zip(line, widths, columns.values(), strict=True)
         ).rstrip()
         for line in cells
     ]
@@ -217,14 +217,14 @@ def _padded(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _rich_table(rows: Sequence[dict[str, Any]], title: str) -> Any:
-    """The same in colour, fitted to the width of the terminal."""
+    """A table in colour, fitted to the width of the terminal."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, number in _columns(rows).items():
-        table.add_column(Text(name), justify="right" if number else "left", overflow="fold")
+    for name, is_number in _columns(rows).items():
+        table.add_column(Text(name), justify="right" if is_number else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(_plain(row[name])) for name in _columns(rows)))
     return table

@@ -1,4 +1,4 @@
-"""What argparse lacks: unknown options told first, the closest word suggested, examples of every command's own."""
+"""An argparse parser that reports unknown options first, suggests the closest name and shows examples."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from hf_fusion.cli.output import FORMATS, Out
 from hf_fusion.errors import suggestion
 
 Examples = Sequence[tuple[str, str]]
-"""(command line, what it does) pairs."""
+"""(command line, its effect) pairs."""
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that answers words it cannot parse as every other error: what is wrong, and what to type next.
+    """A parser whose errors look like all others: what is wrong, and a hint.
 
     Args:
         examples: shown at the end of its ``--help``.
-        more: of argparse's parser.
+        more: arguments of `argparse.ArgumentParser`.
     """
 
     def __init__(self, *, examples: Examples = (), **more: Any) -> None:
@@ -36,30 +36,30 @@ class Parser(argparse.ArgumentParser):
         return {name: parser for action in groups for name, parser in action.choices.items()}
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """As argparse, but an option that is not known comes before anything that it leaves missing."""
+        """As in argparse, but an unknown option is reported before missing arguments."""
         words = list(sys.argv[1:] if args is None else args)
         self._refuse_unknown(words)
         return super().parse_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Says what is wrong, and ends with 2."""
+        """Print the error, and exit with 2."""
         Out().error(message, f"{self.prog} --help")
         sys.exit(2)
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
         if action.choices is None or value in action.choices:
             return
-        what = "command" if isinstance(action, argparse._SubParsersAction) else argparse._get_action_name(action)
-        self.error(f"{what} {value!r} is not known: {suggestion(str(value), map(str, action.choices))}")
+        kind = "command" if isinstance(action, argparse._SubParsersAction) else argparse._get_action_name(action)
+        self.error(f"{kind} {value!r} is not known: {suggestion(str(value), map(str, action.choices))}")
 
     def _refuse_unknown(self, words: Sequence[str]) -> None:
         nested = self.nested
-        for place, word in enumerate(words):
+        for index, word in enumerate(words):
             if word == "--":
                 return
             if not _is_option(word):
                 if word in nested:
-                    nested[word]._refuse_unknown(words[place + 1 :])
+                    nested[word]._refuse_unknown(words[index + 1 :])
                 if nested:
                     return
                 continue
@@ -67,13 +67,13 @@ class Parser(argparse.ArgumentParser):
             if self._knows(name):
                 continue
             if owner := next((parser for parser in nested.values() if parser._knows(name)), None):
-                self.error(f"{name} stands too early: it belongs behind the command, as in {owner.prog} {name}")
+                self.error(f"{name} is an option of the command: write it after {owner.prog}")
             known = [option for option in self._option_string_actions if option.startswith("--")]
             close = get_close_matches(name, known, n=1)
             self.error(f"unknown option {name}" + (f": did you mean {close[0]}?" if close else ""))
 
     def _knows(self, name: str) -> bool:
-        """Whether it has this option, also cut short (``--meth``) or with its value behind it (``-oDIR``)."""
+        """Whether it has this option, also abbreviated (``--meth``) or with its value attached (``-oDIR``)."""
         options = self._option_string_actions
         if name.startswith("--"):
             return any(option.startswith(name) for option in options)
@@ -81,9 +81,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(least: float, kind: type[int] | type[float] = int, above: bool = False, most: int | None = None) -> Any:
-    """The ``type=`` of an option that is a number from `least` on, or above it, up to `most`."""
+    """The ``type=`` of an option: a number of at least `least` (greater, if `above`) and at most `most`."""
 
-    def number(word: str) -> float:
+    def convert(word: str) -> float:
         value = kind(word)
         if not (value > least if above else value >= least) or value == float("inf"):
             raise argparse.ArgumentTypeError(f"{word} is not {'above' if above else 'at least'} {least:g}")
@@ -91,8 +91,8 @@ def at_least(least: float, kind: type[int] | type[float] = int, above: bool = Fa
             raise argparse.ArgumentTypeError(f"{word} is more than {most}")
         return value
 
-    number.__name__ = "whole number" if kind is int else "number"  # what argparse calls it where it is none
-    return number
+    convert.__name__ = "whole number" if kind is int else "number"  # argparse puts it into its error message
+    return convert
 
 
 COUNT = at_least(1)
@@ -100,19 +100,19 @@ SEED = at_least(0)
 POSITIVE = at_least(0, float, above=True)
 
 
-def add_consent(parser: argparse.ArgumentParser, whose: str) -> None:
-    """The option by which a caller agrees to code that is not this package's.
+def add_consent(parser: argparse.ArgumentParser, models: str) -> None:
+    """Add the option by which the caller consents to custom code.
 
     Args:
-        parser: of the command.
-        whose: whose code it is, behind "run the own code of".
+        parser: the command's.
+        models: whose code may run, for the help.
     """
-    told = f"run the own code of {whose}, where transformers has no class: read it before (default: never)"
-    parser.add_argument("--trust-remote-code", action="store_true", help=told)
+    text = f"run custom code of {models} if transformers lacks the class; read it first (default: never)"
+    parser.add_argument("--trust-remote-code", action="store_true", help=text)
 
 
 def _is_option(word: str) -> bool:
-    """Whether argparse would take a word for an option: numbers and words with blanks are values."""
+    """Whether argparse reads a word as an option: numbers and words with spaces are values."""
     if not word.startswith("-") or len(word) == 1 or " " in word.partition("=")[0]:
         return False
     try:
@@ -123,13 +123,13 @@ def _is_option(word: str) -> bool:
 
 
 def examples_text(examples: Examples) -> str:
-    """The end of a command's --help."""
-    return "examples:\n" + "\n".join(f"  # {what}\n  {line}" for line, what in examples)
+    """The examples at the end of a command's --help."""
+    return "examples:\n" + "\n".join(f"  # {description}\n  {line}" for line, description in examples)
 
 
 def add_common(parser: Parser) -> None:
-    """Adds what every command understands, to the command or to each of its subcommands."""
+    """Add the common options to the command, or to each of its subcommands."""
     for each in parser.nested.values() or [parser]:
         group = each.add_argument_group("output")
-        group.add_argument("--format", choices=FORMATS, default="human", help="what stdout holds (default: human)")
-        group.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
+        group.add_argument("--format", choices=FORMATS, default="human", help="format of stdout (default: human)")
+        group.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' messages")

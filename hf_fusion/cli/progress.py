@@ -1,10 +1,9 @@
-"""Phases as people see them: bars on a terminal; elsewhere a line about those that take long, every ten seconds."""
+"""Progress of phases: bars on a terminal; elsewhere a line about each long phase, every ten seconds."""
 
 from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
-from importlib import import_module
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -13,72 +12,72 @@ from hf_fusion.progress import Phase, phase
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-SOON, EVERY = 2.0, 10.0  # seconds: when a phase counts as long, and between two lines about it
+LONG, INTERVAL = 2.0, 10.0  # seconds: the least duration of a long phase, and between two lines about it
 
 
-def start(*modules: str) -> None:
-    """Imports modules of this package, as a phase: those that need torch and transformers take seconds."""
-    with phase("Starting torch and transformers"):
-        for name in modules:
-            import_module(f"hf_fusion.{name}")
+@contextmanager
+def loading_libraries() -> Iterator[None]:
+    """A phase around imports of modules that need torch and transformers, which takes seconds."""
+    with phase("Loading torch and transformers"):
+        yield
 
 
 class Lines:
-    """Tells of long phases in lines.
+    """Reports long phases in lines.
 
     Args:
-        say: shows a line.
-        soon: seconds after which a phase is told of.
-        every: seconds between two lines of a phase.
+        say: prints a line.
+        long: seconds after which a phase is reported.
+        interval: seconds between two lines about a phase.
     """
 
-    def __init__(self, say: Callable[[str], None], soon: float = SOON, every: float = EVERY) -> None:
-        self.say, self.soon, self.every = say, soon, every
-        self._next: dict[Phase, float] = {}  # when each phase is told of
+    def __init__(self, say: Callable[[str], None], long: float = LONG, interval: float = INTERVAL) -> None:
+        self.say, self.long, self.interval = say, long, interval
+        self._next: dict[Phase, float] = {}  # when each phase is reported next
         self._lock = threading.Lock()
-        self._over = threading.Event()
-        self._watch: threading.Thread | None = None
+        self._closed = threading.Event()
+        self._timer: threading.Thread | None = None
 
     def began(self, phase: Phase) -> None:
-        """From now on it is watched."""
+        """Start to report the phase."""
         with self._lock:
-            self._next[phase] = phase.began + self.soon
-            if self._watch is None:
-                self._watch = threading.Thread(target=self._tick, daemon=True)
-                self._watch.start()
+            self._next[phase] = phase.began + self.long
+            if self._timer is None:
+                self._timer = threading.Thread(target=self._tick, daemon=True)
+                self._timer.start()
 
     def moved(self, phase: Phase) -> None:
-        """Nothing: the clock tells."""
+        """Nothing: lines are printed by the timer."""
 
     def ended(self, phase: Phase) -> None:
-        """How long it took, where that was long."""
+        """Report the duration of a long phase."""
         with self._lock:
             self._next.pop(phase, None)
-        if phase.seconds >= self.soon:
-            self.say(finished(phase))
+        if phase.seconds >= self.long:
+            self.say(duration_line(phase))
 
     def close(self) -> None:
-        """No more lines."""
-        self._over.set()
-        if self._watch is not None:
-            self._watch.join()
+        """Stop the timer."""
+        self._closed.set()
+        if self._timer is not None:
+            self._timer.join()
 
     def _tick(self) -> None:
-        while not self._over.wait(min(self.soon, self.every) / 4):
+        while not self._closed.wait(min(self.long, self.interval) / 4):
             now = monotonic()
             with self._lock:
-                due = [own for own, when in self._next.items() if when <= now]
-                self._next |= dict.fromkeys(due, now + self.every)
-            for own in due:
-                self.say(described(own))
+                due = [each for each, when in self._next.items() if when <= now]
+                self._next |= dict.fromkeys(due, now + self.interval)
+            for each in due:
+                self.say(progress_line(each))
 
 
 class Bars:
-    """Shows phases as bars with the time left, and leaves a line of each long one.
+    """Shows phases as bars with the time left; a line about each long phase remains.
 
     Args:
         stream: the terminal.
-        say: shows a line, above the bars.
+        say: prints a line above the bars.
     """
 
     def __init__(self, stream: Any, say: Callable[[str], None]) -> None:
@@ -87,31 +86,31 @@ class Bars:
         self._tasks: dict[Phase, Any] = {}
 
     def began(self, phase: Phase) -> None:
-        """A bar more."""
+        """Add a bar."""
         bars = self._started()
-        self._tasks[phase] = bars.add_task(phase.name, total=phase.total, shown=amount(phase))
+        self._tasks[phase] = bars.add_task(phase.name, total=phase.total, shown=done_text(phase))
 
     def moved(self, phase: Phase) -> None:
-        """The bar grows."""
+        """Update the bar."""
         if phase in self._tasks:
-            self._bars.update(self._tasks[phase], completed=phase.done, total=phase.total, shown=amount(phase))
+            self._bars.update(self._tasks[phase], completed=phase.done, total=phase.total, shown=done_text(phase))
 
     def ended(self, phase: Phase) -> None:
-        """The bar goes; of a long phase a line stays."""
+        """Remove the bar, and report the duration of a long phase."""
         self._bars.remove_task(self._tasks.pop(phase))
         if not self._tasks:
             self._bars.stop()
-        if phase.seconds >= SOON:
-            self.say(finished(phase))
+        if phase.seconds >= LONG:
+            self.say(duration_line(phase))
 
     def close(self) -> None:
-        """No bars are left."""
+        """Remove all bars."""
         if self._bars is not None:
             self._bars.stop()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Without bars for a moment, so that something can be written."""
+        """Hide the bars while something else is written."""
         bars = self._bars
         if bars is None or not bars.live.is_started:
             yield
@@ -128,12 +127,12 @@ class Bars:
         from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
         from rich.text import Text
 
-        class Left(ProgressColumn):
-            """The time left, where it can be told."""
+        class TimeLeft(ProgressColumn):
+            """The time left, if it can be estimated."""
 
             def render(self, task: Task) -> Text:
                 left = task.time_remaining
-                return Text("" if left is None else f"{time(left)} left")
+                return Text("" if left is None else f"{duration(left)} left")
 
         if self._bars is None:
             columns = (
@@ -141,7 +140,7 @@ class Bars:
                 BarColumn(bar_width=24),
                 TextColumn("{task.fields[shown]}", markup=False),
                 TimeElapsedColumn(),
-                Left(),
+                TimeLeft(),
             )
             console = Console(file=self.stream, highlight=False)
             self._bars = Progress(
@@ -152,25 +151,25 @@ class Bars:
         return self._bars
 
 
-def described(phase: Phase) -> str:
-    """What a phase has come to: "Running the experts: 120 of 780, 15 %, 1 min left"."""
-    parts = [part for part in (amount(phase),) if part]
+def progress_line(phase: Phase) -> str:
+    """The state of a phase: "Running the experts: 120 of 780, 15 %, 1 min left"."""
+    parts = [part for part in (done_text(phase),) if part]
     if phase.total and phase.done:
         parts.append(f"{phase.done / phase.total:.0%}")
     left = phase.seconds_left
-    parts.append(f"{time(phase.seconds)} so far" if left is None else f"{time(left)} left")
+    parts.append(f"{duration(phase.seconds)} so far" if left is None else f"{duration(left)} left")
     return f"{phase.name}: {', '.join(parts)}"
 
 
-def finished(phase: Phase) -> str:
-    """How long a phase took."""
-    whole = phase.total is None or phase.done >= phase.total
-    how_much = "" if whole else f"{amount(phase)}, "
-    return f"{phase.name}: {how_much}{time(phase.seconds)}"
+def duration_line(phase: Phase) -> str:
+    """The duration of a phase, and what it has done if it did not complete."""
+    complete = phase.total is None or phase.done >= phase.total
+    done = "" if complete else f"{done_text(phase)}, "
+    return f"{phase.name}: {done}{duration(phase.seconds)}"
 
 
-def amount(phase: Phase) -> str:
-    """How much of it is done."""
+def done_text(phase: Phase) -> str:
+    """How much of a phase is done, "120 of 780" or "3 of 5 MB"; empty if nothing is known."""
     if phase.total is None and not phase.done:
         return ""
     shown = f"{phase.done / 1e6:,.0f}" if phase.unit == "B" else f"{phase.done:,.0f}"
@@ -179,8 +178,8 @@ def amount(phase: Phase) -> str:
     return shown + (" MB" if phase.unit == "B" else "")
 
 
-def time(seconds: float) -> str:
-    """Seconds as people say them."""
+def duration(seconds: float) -> str:
+    """A duration in seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

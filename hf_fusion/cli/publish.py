@@ -1,46 +1,46 @@
-"""Push a fused model with its card to the Hub: shows the plan, asks, pushes; private unless said otherwise."""
+"""Push a fused model and its card to the Hub: prints the plan, asks, then pushes. New repos are private by default."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from hf_fusion.cli.checks import check_repo, model_in
+from hf_fusion.cli.checks import check_repo, read_model_config
 from hf_fusion.cli.output import Out
-from hf_fusion.cli.progress import start
+from hf_fusion.cli.progress import loading_libraries
 from hf_fusion.errors import FusionError
 from hf_fusion.progress import phase
 
 EXAMPLES = (
-    ("hf-fusion publish fused me/fused --dry-run", "what would be pushed, and the card; nothing is sent"),
-    ("hf-fusion publish fused me/fused --public --yes", "to everybody, without asking"),
+    ("hf-fusion publish fused me/fused --dry-run", "the plan and the card; nothing is uploaded"),
+    ("hf-fusion publish fused me/fused --public --yes", "publicly, without asking"),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to push where, and how much to ask."""
+    """Add the model, the repo and the confirmation."""
     parser.add_argument("folder", metavar="DIR", help="a fused model's folder")
     parser.add_argument("repo", metavar="REPO", help="owner/name; created if missing")
     parser.add_argument("--public", action="store_true", help="a new repo is public (default: private)")
-    parser.add_argument("--license", metavar="ID", help="the model's licence, where the experts' cannot be combined")
+    parser.add_argument("--license", metavar="ID", help="licence of the model, if the experts' cannot be combined")
     parser.add_argument(
         "--push-experts",
         action="store_true",
-        help="first push experts and bases that are folders; default: they are named, with the sha256 of their content",
+        help="first push experts and bases that are folders (default: name them, with the sha256 of their content)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace another model that REPO holds")
-    parser.add_argument("--dry-run", action="store_true", help="show the plan and the card, and stop")
+    parser.add_argument("--overwrite", action="store_true", help="replace another model in REPO")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and the card, and stop")
     parser.add_argument("--yes", action="store_true", help="do not ask")
 
 
 def run(args: argparse.Namespace, out: Out) -> None:
-    """Plans; shows the plan; pushes once that is confirmed."""
-    model_in(args.folder)
+    """Plan, and push after the confirmation."""
+    read_model_config(args.folder)
     check_repo(args.repo)
 
-    start("publishing.publish")
-    from hf_fusion.publishing.plan import plan
-    from hf_fusion.publishing.push import push
+    with loading_libraries():
+        from hf_fusion.publishing.plan import plan
+        from hf_fusion.publishing.push import push
 
     with phase("Planning the push"):
         planned = plan(
@@ -54,14 +54,14 @@ def run(args: argparse.Namespace, out: Out) -> None:
     chosen = {"--public": args.public, "--push-experts": args.push_experts, "--overwrite": args.overwrite}
     options = [f"--license {args.license}"] if args.license else []
     options += [option for option, is_chosen in chosen.items() if is_chosen]
-    again = " ".join(["hf-fusion publish", args.folder, args.repo, *options, "--yes"])
+    command = " ".join(["hf-fusion publish", args.folder, args.repo, *options, "--yes"])
     if args.dry_run:
         out.text(f"{planned.card}\n")
         out.dict(planned.summary() if out.mode != "json" else {**planned.summary(), "card": planned.card})
-        out.hint(again)
+        out.hint(command)
         return
     if not args.yes:
-        _confirm(planned.summary(), again, out)
+        _confirm(planned.summary(), command, out)
     published = push(planned)
     out.result("Published", repo=published.repo_id, revision=published.sha, url=published.url)
     facts = planned.facts
@@ -69,9 +69,9 @@ def run(args: argparse.Namespace, out: Out) -> None:
     out.hint(f"{facts.auto_class}.from_pretrained({published.repo_id!r}, revision={published.sha!r}{code})")
 
 
-def _confirm(summary: dict[str, object], again: str, out: Out) -> None:
+def _confirm(summary: dict[str, object], command: str, out: Out) -> None:
     if out.mode != "human" or not sys.stdin.isatty():
-        raise FusionError(f"nobody is there to confirm the push to {summary['repo']}", again)
+        raise FusionError(f"the push to {summary['repo']} needs a confirmation, and stdin is not a terminal", command)
     out.dict(summary)
     if input("Push? [y/N] ").strip().lower() not in ("y", "yes"):
-        raise FusionError("not pushed", again)
+        raise FusionError("not pushed", command)

@@ -54,7 +54,7 @@ def run(place: Place, out: Out, seed: int = 0) -> dict[str, Any]:
 
     with out.step(4, STEPS, "Fuse, fit and measure"):
         model, results, fused = _fuse_fit_measure(place, verdict, out, seed)
-        out.table(results.table(), title=f"Accuracy on {results.tasks[0].n:,} held-out images", aside=True)
+        out.table(results.table(), title=f"Accuracy on {results.tasks[0].n:,} held-out images", human_only=True)
         for line in _said(results):
             out.log(f"      {line}")
 
@@ -102,8 +102,10 @@ def _show_verdict(verdict: Compatibility, out: Out) -> None:
         for info in verdict.accepted
     ]
     rejected = [{"rejected": entry.info.id, "reason": "; ".join(map(str, entry.reasons))} for entry in verdict.rejected]
-    out.table(accepted, title=f"{len(accepted)} fit, by their configs and the headers of their weights", aside=True)
-    out.table(rejected, title=f"{len(rejected)} do not", aside=True)
+    out.table(
+        accepted, title=f"{len(accepted)} fit, by their configs and the headers of their weights", human_only=True
+    )
+    out.table(rejected, title=f"{len(rejected)} do not", human_only=True)
 
 
 def _fuse_fit_measure(place: Place, verdict: Compatibility, out: Out, seed: int) -> tuple[Any, Results, Path]:

@@ -63,7 +63,7 @@ def run(place: Place, out: Out, seed: int = 0) -> dict[str, Any]:
     with out.step(5, STEPS, "Fuse and measure"):
         model, results, routing, fused = _fuse_and_measure(place, out)
         count = len(results.tasks)
-        out.table(_scores(results), title=f"Right answers on {count} tasks of {TESTED} questions each", aside=True)
+        out.table(_scores(results), title=f"Right answers on {count} tasks of {TESTED} questions each", human_only=True)
         for line in _said(results, routing):
             out.log(f"      {line}")
 
@@ -72,7 +72,7 @@ def run(place: Place, out: Out, seed: int = 0) -> dict[str, Any]:
 
     with out.step(7, STEPS, "Ask it in a fresh process without hf_fusion and peft"):
         identical = _compare_with_stranger(place, model, published.repo_id, published.sha, out)
-        out.table(_answer_table(model), title="Whom each token of the first answer met, in %", aside=True)
+        out.table(_answer_table(model), title="Whom each token of the first answer met, in %", human_only=True)
 
     summary = {
         "model": published.repo_id,
@@ -150,8 +150,8 @@ def _show_verdict(verdict: Compatibility, out: Out) -> None:
         for info in verdict.accepted
     ]
     rejected = [{"rejected": entry.info.id, "reason": "; ".join(map(str, entry.reasons))} for entry in verdict.rejected]
-    out.table(accepted, title=f"{len(accepted)} have gates and fit, by their configs and headers", aside=True)
-    out.table(rejected, title=f"{len(rejected)} do not", aside=True)
+    out.table(accepted, title=f"{len(accepted)} have gates and fit, by their configs and headers", human_only=True)
+    out.table(rejected, title=f"{len(rejected)} do not", human_only=True)
 
 
 def _add_gates(place: Place, verdict: Compatibility, out: Out, seed: int) -> None:

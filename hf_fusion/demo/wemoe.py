@@ -85,7 +85,7 @@ def run(place: Place, out: Out, seed: int = 0) -> dict[str, Any]:
 
     with out.step(6, STEPS, "Measure"):
         results, merged = _measure(place, model, loaded, start, more)
-        out.table(_scores(results), title=f"Right answers in % on {TESTED} pictures of each task", aside=True)
+        out.table(_scores(results), title=f"Right answers in % on {TESTED} pictures of each task", human_only=True)
         leads = [f"{results[name].lead['held-in']} points on {name}" for name in ("task arithmetic", STATIC)]
         out.log(f"      WEMoE's lead with its 95 % interval: {', '.join(leads)}")
 
@@ -146,8 +146,8 @@ def _show_verdict(verdict: Compatibility, out: Out) -> None:
         for info in verdict.accepted
     ]
     rejected = [{"rejected": entry.info.id, "reason": "; ".join(map(str, entry.reasons))} for entry in verdict.rejected]
-    out.table(accepted, title=f"{len(accepted)} can be merged, by their configs and headers", aside=True)
-    out.table(rejected, title=f"{len(rejected)} cannot", aside=True)
+    out.table(accepted, title=f"{len(accepted)} can be merged, by their configs and headers", human_only=True)
+    out.table(rejected, title=f"{len(rejected)} cannot", human_only=True)
 
 
 def _adapt(place: Place, model: Any, experts: list[Expert], base: Any, out: Out, seed: int) -> list[TaskModel]:

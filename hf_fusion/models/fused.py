@@ -1,4 +1,4 @@
-"""What the models of all families have in common: where they come from, how they are loaded, saved and pushed."""
+"""The base class of all families' models: checked loading, saving with processor and recipe, pushing."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ from .fused_saving import push_options, saved_whole
 
 Model = TypeVar("Model", bound="FusedPreTrainedModel")
 RECIPE_FILE = "fusion.yaml"
-# where to look for a model's files, as `from_pretrained` takes it
+# arguments of `from_pretrained` that say where a model's files are
 HUB = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
 
 class FusedPreTrainedModel(PreTrainedModel):
-    """Base of the families' models.
+    """Base class of the families' models.
 
-    A family has a `from_experts`, and says in `_before_loading`, `_after_loading` and `_before_saving` what it does
-    beside what every family does.
+    A family defines `from_experts`, and overrides the hooks `_before_loading`, `_after_loading` and `_before_saving`.
     """
 
     config: FusedConfig
@@ -36,28 +35,28 @@ class FusedPreTrainedModel(PreTrainedModel):
     # Turns ids and folders into loaded experts; set where hf_fusion is installed, absent in a published model's code.
     load_experts: ClassVar[Callable[..., Any] | None] = None
 
-    # None of these is state of a call: they say where the model came from.
+    # These describe where the model came from, not the state of a call.
     _processor: Any = None
     _source: tuple[str, dict[str, Any]] | None = None
-    _trusted: bool = False  # whether the repo's own code may run for the processor
+    _trusted: bool = False  # whether the repo's custom code may run for the processor
 
     def post_init(self) -> None:
-        """As any model's; the weights that were made are no more than the files of a model that is loaded hold."""
+        """As in transformers; then checks that the weights are not larger than the files that are being loaded."""
         super().post_init()
         check_size(self)
 
     @property
     def processor(self) -> Any:
-        """The tokenizer or image processor; a loaded model fetches it from where it came from.
+        """The tokenizer or image processor; a loaded model loads it from its own repo or folder. None without one.
 
         Raises:
-            UntrustedCodeError: it needs the repo's own code, and the model was loaded without ``trust_remote_code``.
+            UntrustedCodeError: it needs custom code, and the model was loaded without ``trust_remote_code``.
         """
         if self._processor is None and self._source is not None:
             from transformers import AutoImageProcessor, AutoTokenizer
 
             auto = AutoImageProcessor if self.main_input_name == "pixel_values" else AutoTokenizer
-            try:  # with a config: else another is read, and warned of
+            try:  # with our config: without one transformers reads another, and warns
                 source, hub = self._source
                 check_processor(source, hub)
                 self._processor = load_processor(auto, source, hub, trusted=self._trusted, config=self.config)
@@ -71,16 +70,16 @@ class FusedPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls: type[Model], pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Model:
-        """As any model's; remembers where it came from, so that its processor can follow.
+        """As in transformers, with checks of the files; the processor can be loaded from the same source later.
 
         Raises:
-            ValueError: naming what is wrong in the config, the weights or the files, see
-                `fused_loading.load_checked`; or that these are another model's.
+            ValueError: the config, the weights or the files are invalid, see
+                `fused_loading.load_checked`, or belong to another model.
         """
         name = pretrained_model_name_or_path
         hub = {key: kwargs[key] for key in HUB if kwargs.get(key) is not None}
         trusted = kwargs.get("trust_remote_code") is True
-        if name is not None:  # else all weights are given
+        if name is not None:  # without a name, all weights are passed as state_dict
             check_files(name, hub)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs = cls._before_loading(name, hub, kwargs)
@@ -92,16 +91,16 @@ class FusedPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _before_loading(cls, name: Any, hub: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The keyword arguments that transformers' `from_pretrained` is given."""
+        """The keyword arguments for `from_pretrained` of transformers."""
         return kwargs
 
     def _after_loading(self, name: Any, hub: dict[str, Any]) -> None:
-        """Checks and completes a model whose weights are in place."""
+        """Check and complete a model after its weights were loaded."""
 
     # ---------------------------------------------------------------- saving
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As any model's; writes the processor, the code and the recipe beside the weights."""
+        """As in transformers; also writes the processor, the modelling code and the recipe."""
         pushed = push_options(save_directory, kwargs)
         name = f"{_module(type(self))}.{type(self).__name__}"
         family, head = type(self.config), AUTO_CLASSES[self.config.head].__name__
@@ -117,21 +116,21 @@ class FusedPreTrainedModel(PreTrainedModel):
             self.push_to_hub(**pushed)
 
     def _before_saving(self, kwargs: dict[str, Any]) -> None:
-        """Completes the config, and the keyword arguments of transformers' `save_pretrained`."""
+        """Complete the config, and the keyword arguments for `save_pretrained` of transformers."""
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As any model's; what is sent says nothing of this machine's folders."""
+        """As in transformers; local paths are replaced in what is uploaded."""
         return super(FusedPreTrainedModel, self._without_paths()).push_to_hub(*args, **kwargs)
 
     def _write_recipe(self, folder: Path) -> None:
-        """Writes ``fusion.yaml``: with the paths of this machine where `hf_fusion.fuse` knows them."""
+        """Write ``fusion.yaml``, with local paths where `hf_fusion.fuse` recorded them."""
         known = getattr(self, "fusion_recipe", None)
         content = self.config.to_recipe() if known is None else known.to_dict()
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=10_000)
         (folder / RECIPE_FILE).write_text(text, encoding="utf-8")
 
     def _without_paths(self) -> Any:
-        """The same model, to be sent to the Hub: its recipe names folders, and not where on this machine they lie."""
+        """A copy for uploading, which shares the weights, with names of folders in its recipe instead of paths."""
         sent: Any = copy.copy(self)  # the weights are shared
         sent.fusion_recipe = None
         sent.config = self.config.without_paths()
@@ -139,7 +138,7 @@ class FusedPreTrainedModel(PreTrainedModel):
 
 
 def _module(family: type) -> str:
-    """The file that a class is in, as an ``auto_map`` names it."""
+    """The module of a class, as in ``auto_map``."""
     return family.__module__.rpartition(".")[2]
 
 

@@ -1,4 +1,4 @@
-"""What belongs to a call of a model: several threads and asyncio tasks may use one model at once."""
+"""The state of a call of a model: several threads and asyncio tasks may use one model at the same time."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import torch
 
 @dataclass(eq=False)
 class Scope:
-    """A value between the entry to a `with` block and its exit, wherever and in whatever order blocks are left.
+    """A value that is valid from the entry to the exit of a `with` block; blocks may be left in any order.
 
     Attributes:
-        calls: of the model that it is for.
-        value: what `Calls.scope` gives.
-        outer: the scope around it, of any model.
-        is_open: whether its block was not left yet.
+        calls: of the model it belongs to.
+        value: what `Calls.scope` returns.
+        outer: the enclosing scope, of any model.
+        is_open: whether its block is still running.
     """
 
     calls: Calls
@@ -31,15 +31,15 @@ class Scope:
     is_open: bool = True
 
 
-# Never changed but for `is_open`: who copies the context goes on from there without a word to others.
+# Scopes are immutable but for `is_open`, so that a copied context does not affect the original.
 _SCOPE: ContextVar[Scope | None] = ContextVar("scope", default=None)
 _KEPT: ContextVar[Mapping[ref[Any], Any]] = ContextVar("kept", default=MappingProxyType({}))
 
 
-class OfThread(threading.local):
-    """What each thread has for itself, there from the start: an attribute that comes later compiles a graph again."""
+class ThreadState(threading.local):
+    """The state of each thread. All attributes exist from the start: a later one would recompile graphs."""
 
-    __slots__ = ()  # else compiled code writes into the `__dict__` of the object, which no thread reads
+    __slots__ = ()  # otherwise compiled code writes into the object's `__dict__`, which no thread reads
 
     def __init__(self) -> None:
         self.state: Any = None
@@ -49,43 +49,43 @@ class OfThread(threading.local):
 
 
 class Calls:
-    """The calls of one model, held by the model and by the modules in it that read or write the state of a call.
+    """The calls of one model, shared by the model and its modules that read or write the state of a call.
 
-    Three things differ in how long they live:
+    Three kinds of values differ in their lifetime:
 
-    - The *state* of a call that is running, `current()`, belongs to the thread that runs it: a call never awaits.
-      Compiled code finds it too, since `torch.compile` guards what lies in a `threading.local` for each thread.
-    - A *scope* that a user opened (``with calls.scoped(value)``) and what the last call *kept* (a trace) belong to a
-      context: to the thread, or to the asyncio task, in which other tasks may run before it ends. Compiled code reads
-      a context, but cannot write into it: a scope within it belongs to its thread and ends in it, and what it keeps is
-      common to the tasks of its thread.
+    - The *state* of a running call, `current()`, belongs to the thread that runs it: a call never awaits. Compiled code
+      finds it too, since `torch.compile` guards values in a `threading.local` for each thread.
+    - A *scope* opened by a user (``with calls.scoped(value)``) and the value *kept* by the last call (a trace) belong
+      to a context: to the thread, or to the asyncio task, in which other tasks may run before it ends. Compiled code
+      reads a context, but cannot write into it: a scope within it belongs to its thread and ends in it, and what it
+      keeps is shared by the tasks of its thread.
 
-    A copy of the model (`copy.deepcopy`, pickle) has calls apart from the original's.
+    A copy of the model (`copy.deepcopy`, pickle) has calls separate from the original's.
 
-    Whether code is being compiled is asked by `torch.compiler.is_dynamo_compiling`, here and in all families:
-    `is_compiling` is true for every thread while one of them compiles.
+    All families use `torch.compiler.is_dynamo_compiling` to tell whether code is being compiled, since
+    `is_compiling` is true in every thread while one of them compiles.
     """
 
-    # torch.compile cannot call ContextVar.get, but what C code gives as an attribute it reads, and guards on: this is
-    # such an attribute. Where the variable was never set, it is the argument of `get`, these calls themselves.
+    # torch.compile cannot call ContextVar.get, but it reads and guards attributes implemented in C, such as this one.
+    # If the variable was never set, the value is the argument of `get`, which is this object.
     _scope_of_context = property(_SCOPE.get)
 
     def __init__(self) -> None:
-        self._thread = OfThread()
+        self._thread = ThreadState()
         self._key = ref(self)
 
     def __reduce__(self) -> tuple[type[Calls], tuple[()]]:
         return type(self), ()
 
     def current(self) -> Any:
-        """The state of the innermost call that this thread is running; None where it runs none."""
+        """The state of the innermost running call of this thread; None if there is none."""
         return self._thread.state
 
     def enter(self, state: Any) -> Any:
-        """Makes this the state of the running call, for hooks before and after a module; see `entered` for code.
+        """Set the state of the running call, for forward hooks; see `entered` for a context manager.
 
         Returns:
-            The state of before, to be entered when the call ends, whether it succeeds or fails.
+            The previous state, to be entered again when the call ends or fails.
         """
         before = self._thread.state
         self._thread.state = state
@@ -93,7 +93,7 @@ class Calls:
 
     @contextmanager
     def entered(self, state: Any) -> Iterator[Any]:
-        """Within this context this is the state of the running call."""
+        """Context manager that sets the state of the running call."""
         before = self.enter(state)
         try:
             yield state
@@ -101,7 +101,7 @@ class Calls:
             self.enter(before)
 
     def scope(self) -> Any:
-        """The value of the innermost open scope of this thread or task; None where there is none."""
+        """The value of the innermost open scope of this thread or task; None if there is none."""
         for scope in (self._thread.scope, self._scope_of_context):
             while isinstance(scope, Scope):
                 if scope.is_open and scope.calls is self:
@@ -111,7 +111,7 @@ class Calls:
 
     @contextmanager
     def scoped(self, value: Any) -> Iterator[Any]:
-        """Within this context `scope()` gives this value, in this thread or task and in tasks that it starts."""
+        """Context manager in which `scope()` returns the value, in this thread or task and in tasks that it starts."""
         if torch.compiler.is_dynamo_compiling():
             before = self._thread.scope
             self._thread.scope = Scope(self, value, before)
@@ -125,30 +125,30 @@ class Calls:
         try:
             yield value
         finally:
-            scope.is_open = False  # wherever it was copied to
+            scope.is_open = False  # also in copies of the context
             innermost = _SCOPE.get()
             while innermost is not None and not innermost.is_open:
                 innermost = innermost.outer
             _SCOPE.set(innermost)
 
     def kept(self) -> Any:
-        """What a call of this thread or task kept last; None where none did."""
+        """The value last kept by a call of this thread or task; None if there is none."""
         thread = self._thread
         if torch.compiler.is_dynamo_compiling():
             return thread.kept
-        if thread.kept_in_graph:  # where it could not reach the context
+        if thread.kept_in_graph:  # a compiled graph cannot write into the context
             self.keep(thread.kept)
         return _KEPT.get().get(self._key)
 
     def keep(self, value: Any) -> None:
-        """Keeps a value for `kept()`, in this thread or task, when the call has ended."""
+        """Keep a value for `kept()` in this thread or task, beyond the end of the call."""
         self._thread.kept, self._thread.kept_in_graph = value, torch.compiler.is_dynamo_compiling()
         if not torch.compiler.is_dynamo_compiling():
-            _KEPT.set({**_of_others(_KEPT.get(), self._key), self._key: value})
+            _KEPT.set({**_live_others(_KEPT.get(), self._key), self._key: value})
 
 
-def _of_others(values: Mapping[ref[Any], Any], key: ref[Any]) -> dict[ref[Any], Any]:
-    """The values of all other models that still exist."""
+def _live_others(values: Mapping[ref[Any], Any], key: ref[Any]) -> dict[ref[Any], Any]:
+    """The values of other models that still exist."""
     return {other: value for other, value in values.items() if other is not key and other() is not None}
 
 

@@ -1,4 +1,4 @@
-"""What a config.json may say: a table of fields and kinds, checked before anything is built of it."""
+"""Validation of config.json: a table of fields and kinds, checked before a model is built."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Any, NamedTuple
 
 FILE = "config.json"
 FORMAT = 1
-"""The format that this code writes, and the newest that it reads."""
-DEEPEST, LONGEST = 64, 1 << 20  # levels of lists and mappings; characters of a text
-# Lists are made of these numbers before there is a weight whose size could tell that they are wrong.
+"""The format version that this code writes, and the newest one that it reads."""
+MAX_DEPTH, MAX_TEXT = 64, 1 << 20  # levels of lists and mappings; characters of a string
+# transformers builds lists of these lengths before any weight could show that they are wrong
 LISTED = re.compile(r"layer|depth|stage|labels|num_blocks")
-MOST_LISTED = 1 << 16
-ROOTS = ("eps", "epsilon", "theta")  # of negative ones NaN becomes
-# Where a model takes them for sizes, it may be built with negative ones, and fail when it runs.
+MAX_LISTED = 1 << 16
+ROOTS = ("eps", "epsilon", "theta")  # negative values give NaN
+# some models can be built with negative sizes, and only fail when they run
 SIZE = re.compile(r"(?!.*window)((num|n|max)_.*|.*_(size|sizes|dim|heads|layers|channels|labels)|d_(model|ff|kv)|dim)")
 Row = tuple[str, Any, bool, str]
-"""Where, the value there, whether it is right, and what it must be."""
+"""(field, value, whether it is valid, what is expected)"""
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 100
 
 
 class Kind(NamedTuple):
-    """What a value may be.
+    """The allowed values of a field.
 
     Attributes:
-        find: (value, where) -> what is wrong in it, as rows.
-        required: whether a file has to have it.
+        find: (value, field) → rows with the faults in it.
+        required: whether the file must contain the field.
     """
 
     find: Callable[[Any, str], Iterator[Row]]
@@ -41,12 +41,12 @@ Table = Mapping[str, Kind]
 
 
 def kind(accepts: Callable[[Any], bool], expected: str) -> Kind:
-    """A plain value."""
+    """A value that `accepts` returns True for."""
     return Kind(lambda value, where: iter([] if accepts(value) else [(where, value, False, expected)]))
 
 
 def one_of(*allowed: Any) -> Kind:
-    """One of a few texts or numbers."""
+    """One of the given strings or numbers."""
     return kind(
         lambda value: any(value == known and type(value) is type(known) for known in allowed),
         f"one of {', '.join(map(str, allowed))}",
@@ -54,12 +54,12 @@ def one_of(*allowed: Any) -> Kind:
 
 
 def whole(least: int = 0) -> Kind:
-    """A whole number, at most what an index of a tensor can be."""
+    """An integer from `least` to 2³¹ - 1."""
     return kind(lambda value: type(value) is int and least <= value < 1 << 31, f"a whole number of at least {least}")
 
 
 def number(above: float = -math.inf, least: float = -math.inf, most: float = math.inf) -> Kind:
-    """A finite number within limits, of which `least` and `most` are included."""
+    """A finite number greater than `above`, at least `least` and at most `most`."""
     known = {"above": above, "at least": least, "at most": most}
     limits = " and".join(f" {name} {limit:g}" for name, limit in known.items() if math.isfinite(limit))
     return kind(
@@ -69,12 +69,12 @@ def number(above: float = -math.inf, least: float = -math.inf, most: float = mat
 
 
 def optional(inner: Kind) -> Kind:
-    """A value that may be null or missing."""
+    """A value that can be null or missing."""
     return Kind(lambda value, where: iter([]) if value is None else inner.find(value, where), required=False)
 
 
 def each(inner: Kind, least: int = 0) -> Kind:
-    """A list."""
+    """A list of at least `least` values of one kind."""
 
     def find(value: Any, where: str) -> Iterator[Row]:
         if not isinstance(value, (list, tuple)) or len(value) < least:
@@ -100,7 +100,7 @@ def values(inner: Kind) -> Kind:
 
 
 def row(table: Table) -> Kind:
-    """A mapping whose keys are known; others may be there."""
+    """A mapping with known keys; further keys are allowed."""
 
     def find(value: Any, where: str) -> Iterator[Row]:
         if not isinstance(value, Mapping):
@@ -145,9 +145,9 @@ FLAGS: Table = {
         "tie_word_embeddings",
     )
 }
-# What the modules of many models read of every config, whatever their config class lets through.
+# fields that modules of many models read from every config, and that config classes do not check
 INNER: Table = {**FLAGS, "chunk_size_feed_forward": optional(whole())}
-# What every config of transformers has.
+# fields of every config of transformers
 COMMON: Table = {
     **INNER,
     "format_version": optional(whole()),
@@ -169,24 +169,24 @@ COMMON: Table = {
 }
 
 
-def refuse(rows: Iterator[Row] | Sequence[Row], what: str = f"{FILE}: ") -> None:
-    """Raises ValueError for the first row that is not right, which begins with `what`."""
+def refuse(rows: Iterator[Row] | Sequence[Row], prefix: str = f"{FILE}: ") -> None:
+    """Raises ValueError for the first invalid row; the message begins with `prefix`."""
     for where, value, is_right, expected in rows:
         if not is_right:
             found = "missing" if value == "missing" else f"{_short.repr(value)}"
-            raise ValueError(f"{what}{where.lstrip('.')} is {found}; it must be {expected}")
+            raise ValueError(f"{prefix}{where.lstrip('.')} is {found}; it must be {expected}")
 
 
 def check_file(content: Any, table: Table, config_class: type) -> None:
-    """Whether the content of a config.json may become a config.
+    """Check the content of a config.json.
 
     Args:
-        content: as JSON gives it.
-        table: of the family's own fields.
-        config_class: what it is to become.
+        content: the parsed JSON.
+        table: the fields of the family.
+        config_class: the class to build from it.
 
     Raises:
-        ValueError: naming the field, what it is and what is expected; or a newer format.
+        ValueError: a field is invalid, or the format is newer; the message names the field and what is expected.
     """
     if not isinstance(content, Mapping):
         raise ValueError(f"{FILE} holds {_short.repr(content)}; it must hold names and values")
@@ -200,17 +200,17 @@ def check_file(content: Any, table: Table, config_class: type) -> None:
 
 
 def check_values(config: Any, table: Table) -> None:
-    """The same of a config that was made by hand, as far as its values are set."""
+    """Check a config that was built in Python, for those fields that are set."""
     given = {name: getattr(config, name) for name in table if getattr(config, name, None) is not None}
     refuse(row({name: table[name] for name in given}).find(given, ""), f"{type(config).__name__}.")
 
 
 class NewerFormatError(ValueError):
-    """A config was written in a format that this code does not know yet."""
+    """A config has a newer format than this code reads."""
 
 
 def check_format(version: Any) -> None:
-    """Raises NewerFormatError for a format that is newer than this code; files of before formats have none."""
+    """Raises NewerFormatError for a format that is newer than this code; the oldest files have no version."""
     if type(version) is int and version > FORMAT:
         raise NewerFormatError(
             f"this folder was saved by a newer hf_fusion (format {_short.repr(version)}, this one reads up to "
@@ -219,24 +219,24 @@ def check_format(version: Any) -> None:
 
 
 def check_sizes(content: Mapping[str, Any], where: str = "") -> None:
-    """Whether numbers of layers and the like, sizes and flags are such that a model may be built to look at it.
+    """Check numbers of layers, sizes and flags before a model is built on the meta device.
 
     Args:
         content: the config of a model.
-        where: it stands.
+        where: name of the config in error messages.
 
     Raises:
-        ValueError: naming the field.
+        ValueError: a field is invalid; the message names it.
     """
     refuse(_sizes(content, where))
     refuse(row(INNER).find(content, where))
 
 
 def check_plain(content: Mapping[str, Any]) -> None:
-    """Refuses values that no field of a config may have: NaN, numbers beyond 64 bits, endless texts, deep nesting.
+    """Check for values that no field can have: NaN, numbers of more than 64 bits, very long strings, deep nesting.
 
     Raises:
-        ValueError: naming the field.
+        ValueError: a field is invalid; the message names it.
     """
     refuse(found for key, value in content.items() for found in _plain(value, str(key), 1))
 
@@ -247,24 +247,24 @@ def inner_config(build: Callable[..., Any], content: Mapping[str, Any], where: s
     Args:
         build: `AutoConfig.for_model`.
         content: its arguments.
-        where: they come from.
+        where: name of the config in error messages.
 
     Raises:
-        ValueError: naming the place and the reason.
+        ValueError: they describe no valid config; the message says where and why.
     """
     check_sizes(content, where)
     try:
         return build(**content)
-    except Exception as error:  # whatever a configuration class of transformers does with such values
+    except Exception as error:  # config classes of transformers raise various errors for such values
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         printed = "".join(character if character.isprintable() else "?" for character in reason)
         raise ValueError(f"{FILE}: {where} describes no model ({printed})") from None
 
 
 def _plain(value: Any, where: str, depth: int) -> Iterator[Row]:
-    """What no field may hold."""
-    if depth > DEEPEST:
-        yield where[:100], "nested deeply", False, f"of at most {DEEPEST} levels"
+    """Rows for values that no field can have."""
+    if depth > MAX_DEPTH:
+        yield where[:100], "nested deeply", False, f"of at most {MAX_DEPTH} levels"
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             name = key if str(key).isidentifier() else f"[{_short.repr(key)}]"
@@ -273,10 +273,10 @@ def _plain(value: Any, where: str, depth: int) -> Iterator[Row]:
         for index, inner in enumerate(value):
             yield from _plain(inner, f"{where}[{index}]", depth + 1)
     elif isinstance(value, str):
-        is_text = len(value) <= LONGEST and not any("\ud800" <= character <= "\udfff" for character in value)
-        yield where, value, is_text, f"Unicode of at most {LONGEST} characters"
+        is_text = len(value) <= MAX_TEXT and not any("\ud800" <= character <= "\udfff" for character in value)
+        yield where, value, is_text, f"Unicode of at most {MAX_TEXT} characters"
     elif isinstance(value, float):
-        # some configs say by Infinity that something has no limit
+        # some configs use Infinity for "no limit"
         yield where, value, not math.isnan(value) and (math.isfinite(value) or "limit" in where), "a finite number"
     elif isinstance(value, int):
         yield where, value, abs(value) < 1 << 63, "a number of at most 64 bits"
@@ -284,17 +284,17 @@ def _plain(value: Any, where: str, depth: int) -> Iterator[Row]:
 
 def _sizes(value: Any, where: str) -> Iterator[Row]:
     for key, inner in value.items() if isinstance(value, Mapping) else ():
-        place, name = f"{where}.{key}".lstrip("."), str(key)
+        field, name = f"{where}.{key}".lstrip("."), str(key)
         if isinstance(inner, Mapping):
-            yield from _sizes(inner, place)
+            yield from _sizes(inner, field)
             continue
         counts = [count for count in (inner if isinstance(inner, list) else [inner]) if type(count) is int]
         if LISTED.search(name):
-            yield place, inner, max(counts, default=0) <= MOST_LISTED, f"at most {MOST_LISTED}"
+            yield field, inner, max(counts, default=0) <= MAX_LISTED, f"at most {MAX_LISTED}"
         if SIZE.fullmatch(name):
-            yield place, inner, min(counts, default=0) >= 0, "at least 0"
+            yield field, inner, min(counts, default=0) >= 0, "at least 0"
         if name.endswith(ROOTS) and type(inner) in (int, float):
-            yield place, inner, inner >= 0, "at least 0"
+            yield field, inner, inner >= 0, "at least 0"
 
 
 __all__ = [

@@ -1,6 +1,6 @@
-"""What the configs of all families have in common: checked fields, a format, a recipe, the config of an inner model.
+"""The base classes of all families' configs: checked fields, a format version, a recipe, the inner model's config.
 
-`FusedConfig` is the base of every family, `BackboneConfig` of those that put their experts into one model.
+`FusedConfig` is the base of every family, `BackboneConfig` of families whose experts share one backbone.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .fused_own_code import without_code
 
 GENERATING = ("causal-lm", "seq2seq-lm")
 """Heads of models that generate text."""
-# what every family says of an expert, and of the base where it has one
+# fields of an expert, and of the base, in every family
 EXPERT: Table = {
     "name": NAME,
     "revision": optional(TEXT),
@@ -44,18 +44,18 @@ BASE: Table = {"id": optional(TEXT), "revision": optional(TEXT)}
 
 
 class FusedConfig(PreTrainedConfig):
-    """Base of the families' configs. Each of them has `FIELDS`, `CHECKED`, `_relations` and `_recipe_parameters`.
+    """Base class of the families' configs, which define `FIELDS`, `CHECKED`, `_relations` and `_recipe_parameters`.
 
     Args:
-        head: what kind of model this is, a key of `fused_heads.AUTO_CLASSES`.
-        experts: one dict per expert, with what the family's table says of it.
-        recipe: what `hf_fusion.fuse` made it of, as ``fusion.yaml`` has it, without the paths of folders; None: see
+        head: kind of the model's head, a key of `fused_heads.AUTO_CLASSES`.
+        experts: one dict per expert, with the keys in the family's table.
+        recipe: the content of ``fusion.yaml`` from `hf_fusion.fuse`, without paths of folders; None: see
             `to_recipe`.
-        format_version: of this config; code refuses what is newer than itself.
+        format_version: of this config; older code refuses a newer one.
 
     Attributes:
-        FIELDS: the family's own fields and what they may hold.
-        CHECKED: those of them that are checked in a config made by hand, too.
+        FIELDS: the family's fields and their allowed values.
+        CHECKED: the fields that are also checked in a config built in Python.
     """
 
     FIELDS: ClassVar[Table] = {}
@@ -70,10 +70,10 @@ class FusedConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As any config's, once what it says is known to be right.
+        """As in transformers, after validation.
 
         Raises:
-            ValueError: naming the field, what it is and what is expected; or a newer format.
+            ValueError: a field is invalid, or the format is newer; the message names the field and what is expected.
         """
         check_file(config_dict, cls.FIELDS, cls)
         made = super().from_dict(config_dict, **kwargs)
@@ -89,7 +89,7 @@ class FusedConfig(PreTrainedConfig):
         check_values(self, {name: family.FIELDS[name] for name in family.CHECKED})
 
     def _relations(self) -> Iterator[Row]:
-        """What has to fit together, see `fused_checks.Row`."""
+        """Constraints between fields, see `fused_checks.Row`."""
         return iter(())
 
     @property
@@ -98,13 +98,13 @@ class FusedConfig(PreTrainedConfig):
         return len(self.experts)
 
     def without_paths(self) -> Any:
-        """This config as others are told it: without the path of a folder of this machine."""
+        """A copy for uploading, with local paths replaced by names."""
         return self
 
     def to_recipe(self) -> dict[str, Any]:
-        """The recipe in this config; where it holds none, what its experts and settings tell.
+        """The recipe in this config, or one made from its experts and settings.
 
-        The paths of folders are not in it: a folder is named, with the sha256 of its content where that is known.
+        It has no paths: a folder is given by its name, with the sha256 of its content if that is known.
         """
         if self.recipe:
             return self.recipe
@@ -126,16 +126,16 @@ class FusedConfig(PreTrainedConfig):
         return [pinned(expert["name"], expert.get("revision")) for expert in self.experts]
 
     def _recipe_parameters(self) -> dict[str, Any]:
-        """The arguments of the family's `from_experts`; those that are None are left out."""
+        """The arguments of the family's `from_experts`; None values are left out."""
         return {}
 
 
 class BackboneConfig(FusedConfig):
-    """Base of the configs of families whose experts are put into one model, the backbone.
+    """Base class of the configs of families whose experts share one backbone.
 
     Args:
-        backbone: the config of that model, as a plain dict.
-        base: id and revision of the base that the experts were made from, where they are known.
+        backbone: the config of the backbone, as a plain dict.
+        base: id and revision of the experts' base, if known.
     """
 
     backbone: dict[str, Any] = None  # type: ignore[assignment]
@@ -145,7 +145,7 @@ class BackboneConfig(FusedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.backbone = self.backbone or {}
         self.base = self.base or {}
-        if self.pad_token_id is None:  # the Trainer pads what was generated by it
+        if self.pad_token_id is None:  # the Trainer pads generated tokens with it
             self.pad_token_id = (self.backbone.get("text_config") or self.backbone).get("pad_token_id")
         super().__post_init__(**kwargs)
 
@@ -155,17 +155,17 @@ class BackboneConfig(FusedConfig):
             yield f"experts[{index}].name", name, names.count(name) == 1, "another name for each expert"
 
     def backbone_config(self) -> PreTrainedConfig:
-        """The backbone's config, rebuilt from the plain dict that is stored."""
+        """The backbone's config, rebuilt from the stored dict."""
         return inner_config(AutoConfig.for_model, without_code(self.backbone), "backbone")
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """The backbone's text config for language models, which `generate()` asks for; else this config."""
+        """For language models the backbone's text config, which `generate()` reads; else this config."""
         if self.head in GENERATING and self.backbone:
             return self.backbone_config().get_text_config(decoder=decoder, encoder=encoder)
         return self
 
     def without_paths(self) -> Any:
-        """This config, its base called by the name of its folder."""
+        """A copy for uploading, with local paths replaced by names."""
         folder = Path(str(self.base.get("id") or ""))
         if not folder.is_absolute():
             return self
@@ -185,7 +185,7 @@ BACKBONE: Table = {
 
 
 def pinned(name: str, revision: str | None) -> str:
-    """``name@revision``; the name alone where the revision is not known."""
+    """``name@revision``, or the name if the revision is not known."""
     return f"{name}@{revision}" if revision else str(name)
 
 

@@ -118,4 +118,4 @@ def test_the_command(hub, tmp_path):
     rows = json.loads(done.stdout)
     assert len(rows) == 9
     assert {row["status"] for row in rows} == {"there", "missing"}
-    assert "5 of the 9 things that gpt2-glue names cannot be had" in done.stderr
+    assert "5 of the 9 models and data sets of gpt2-glue are not available" in done.stderr

@@ -63,7 +63,7 @@ def test_fuse_fit_and_eval_leave_all_that_a_card_shows(here, folders, tmp_path):
     assert (found["tasks"], found["experts"]) == (["foxes", "dogs"], ["foxes", "dogs"])
     assert (tmp_path / "fused" / "coefficients.png").stat().st_size > 5_000
     assert "deviates" not in said
-    with pytest.raises(FusionError, match=r"fused was adapted and measured \(results.json\) already"):
+    with pytest.raises(FusionError, match=r"fused was adapted and evaluated \(results.json\) already"):
         here("fit", "routers", "fused", "--data", str(folders / "rows"))
     assert (tmp_path / "fused" / "results.json").exists()
     labelled = here(
@@ -78,7 +78,7 @@ def test_mistakes_are_named(here, folders, tmp_path):
     fused(here, folders)
     data = ("--data", str(folders / "rows" / "test.parquet"))
     for words, message in [
-        (("fused", *data, "--loss", "labels", "--diversity", "1"), "--loss labels knows neither"),
+        (("fused", *data, "--loss", "labels", "--diversity", "1"), "do not apply to --loss labels"),
         (("fused", *data, "--task-column", "domain"), "no domain"),
         (("fused", *data, "--task-column", "text"), "there is no expert"),
     ]:

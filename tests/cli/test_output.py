@@ -86,7 +86,7 @@ def test_warnings_and_errors_are_always_heard_on_stderr(mode):
 def test_what_is_aside_is_for_people_only():
     for mode, shown in {"human": True, "json": False, "quiet": False}.items():
         out = speak(mode)
-        out.table(ROWS, aside=True)
+        out.table(ROWS, human_only=True)
         assert bool(said(out)[0]) is shown
 
 

@@ -91,7 +91,7 @@ def test_a_fitted_fuser_is_fitted_again_only_if_asked(here, rows, tmp_path):
     with pytest.raises(FusionError, match="fused was fitted already, which fitting replaces"):
         here(*words)
     here("eval", "fused", "--data", str(rows), "--split", "train")
-    with pytest.raises(FusionError, match=r"fused was fitted and measured \(results.json\) already"):
+    with pytest.raises(FusionError, match=r"fused was fitted and evaluated \(results.json\) already"):
         here(*words)
     assert before.items() <= content(tmp_path / "fused").items()
     here(*words, "--overwrite")

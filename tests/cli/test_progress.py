@@ -16,7 +16,7 @@ import pytest
 from cli.test_output import Terminal
 
 from hf_fusion.cli.output import Out
-from hf_fusion.cli.progress import Lines, described, finished
+from hf_fusion.cli.progress import Lines, duration_line, progress_line
 from hf_fusion.progress import Phase, is_reported, phase, reporting, track
 
 
@@ -95,17 +95,17 @@ def at(done: float, total: float | None, seconds: float, unit: str = "") -> Phas
     ],
 )
 def test_a_line_says_how_far_a_phase_is_and_what_is_left(own, line):
-    assert described(at(*own)) == line
+    assert progress_line(at(*own)) == line
 
 
 def test_the_end_of_a_phase_says_how_long_it_took():
-    assert finished(at(120, 120, 20)) == "Working: 20 s"
-    assert finished(at(30, 120, 100)) == "Working: 30 of 120, 2 min"  # stopped early
+    assert duration_line(at(120, 120, 20)) == "Working: 20 s"
+    assert duration_line(at(30, 120, 100)) == "Working: 30 of 120, 2 min"  # stopped early
 
 
 def test_long_phases_are_told_in_lines_and_short_ones_are_not():
     said: list[str] = []
-    lines = Lines(said.append, soon=0.2, every=0.4)
+    lines = Lines(said.append, long=0.2, interval=0.4)
     with reporting(lines):
         with phase("short"):
             pass

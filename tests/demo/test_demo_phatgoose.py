@@ -110,6 +110,6 @@ def test_a_second_run_trains_and_commits_nothing_and_comes_to_the_same(folder, r
 def test_the_next_commands_work_as_they_stand(folder, ran):
     _, said = ran
     printed = run_lines(printed_lines(said), folder)
-    assert "5 of 5 experts fit" in printed  # discover
+    assert "5 of 5 experts are compatible" in printed  # discover
     assert "mean, held-in" in printed  # eval
     assert "'generated_text': " in printed  # the pipeline

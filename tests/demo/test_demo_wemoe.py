@@ -168,6 +168,6 @@ def test_a_second_run_commits_nothing_and_comes_to_the_same(folder, ran):
 def test_the_next_commands_work_as_they_stand(folder, ran):
     _, said = ran
     printed = run_lines(printed_lines(said), folder)
-    assert "4 of 5 experts fit" in printed  # discover; the copy that says it is of another base is not found
+    assert "4 of 5 experts are compatible" in printed  # discover; the copy that says it is of another base is not found
     assert "individual experts" in printed  # eval
     assert "'label': " in printed  # the pipeline

@@ -145,8 +145,8 @@ def test_published_by_reference_it_loads_anywhere_and_its_card_says_what_was_mea
     )
     assert "](routing.png)" in card.text
     assert "| trained |" in card.text
-    assert "The repo holds the experts alone; their base is fetched" in card.text
-    assert f"a token costs {model.summary()['relative_cost']:.2f} times the base's arithmetic" in card.text
+    assert "The repo contains only the experts; their base is downloaded" in card.text
+    assert f"a token costs {model.summary()['relative_cost']:.2f} times the base's operations" in card.text
     for system in ("base", "**PHATGOOSE**", "merged", "oracle", *ids):
         assert f"| {system} |" in card.text
 
@@ -174,7 +174,7 @@ def test_whole_it_needs_nobody_else(hub, owner, ids, tmp_path):
     planned = plan(folder, f"{owner.name}/both", api=owner.api)
     assert "Not measured." in planned.card
     assert "routing.png" not in planned.card
-    assert "The repo holds the experts alone" not in planned.card
+    assert "The repo contains only the experts" not in planned.card
     assert any(name.endswith("embed_tokens.weight") for name in load_file(folder / "model.safetensors"))
 
 
