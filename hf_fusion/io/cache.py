@@ -1,4 +1,4 @@
-"""Where what was made once is kept: trained experts, converted weights, experts' outputs."""
+"""The cache folder, for trained experts, converted weights and experts' outputs."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Files of folders that anybody may have written: opened only where they are regular files of their own folder.
+"""Opens files of untrusted folders, only if they are regular files within the folder.
 
-A model's folder from the Hub, or from a stranger, may hold links to whatever else lies on this machine, pipes that
-never end, devices and files that grow. All that this package reads of such a folder is opened here, and what another
-library will open by itself is looked at here before (`hf_fusion.hub.snapshot`).
+A model's folder may contain links to other files of this machine, pipes, devices, and files that grow. All files that
+this package reads from such folders are opened here; files that other libraries open are checked here first
+(`hf_fusion.hub.snapshot`).
 """
 
 from __future__ import annotations
@@ -17,51 +17,51 @@ from typing import BinaryIO
 from hf_fusion.errors import FusionError, one_line
 
 MOST_BYTES = 256 << 20
-"""Bytes of a file that is read whole; the largest tokenizers and index files that are known have a tenth of it."""
+"""Maximum bytes of a file that is read in full; ten times the largest known tokenizers and index files."""
 MOST_SECONDS = 60.0
-"""Time that reading such a file may take."""
+"""Maximum time for reading such a file."""
 _PIECE = 1 << 20
-# content that repos share, below ``blobs`` of huggingface_hub's cache
+# blobs shared by repos, below ``blobs`` of huggingface_hub's cache
 _SHARED = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
 _KINDS = ((stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISDIR, "a folder"))
 
 
 def own_file(file: Path, root: Path | None = None) -> bool:
-    """Whether a file is there, in its model's folder or in the blobs of the Hub's cache, which keeps links to them.
+    """Whether a file exists in its model's folder, or is a link of the Hub's cache to one of its blobs.
 
     Args:
-        file: where it should be.
-        root: the model's folder, where the file lies in one within it and may be a link to one outside of that.
+        file: path.
+        root: the model's folder, if the file is in a subfolder of it.
 
     Raises:
-        FusionError: it is a link to somewhere else: what lies there is not the model's to read, nor to publish.
+        FusionError: it is a link out of the model's folder: its target must not be read or published.
     """
     return _target(file, root) is not None
 
 
 def refuse_special(file: Path) -> None:
-    """Refuses what is there and is not a file: a pipe, a socket or a device, or a link to one; folders may be there.
+    """Raises for a pipe, a socket or a device, or a link to one; not for files, folders or missing paths.
 
     Raises:
-        FusionError: naming it.
+        FusionError: naming the path.
     """
     try:
         mode = file.stat().st_mode
-    except (OSError, ValueError, RuntimeError):  # nothing is there, or a link that leads nowhere
+    except (OSError, ValueError, RuntimeError):  # missing, or a broken link
         return
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise _no_file(file, mode)
+        raise _not_a_file(file, mode)
 
 
 def open_file(file: Path, root: Path | None = None) -> BinaryIO:
-    """Opens a file that is its model's own: what is checked is what is opened, even if it is replaced meanwhile.
+    """Opens a file of a model's folder; the check applies to the opened file, even if the path is replaced meanwhile.
 
     Args:
-        file: which.
-        root: as in `own_file`.
+        file: path.
+        root: see `own_file`.
 
     Raises:
-        FusionError: there is no such file, it is a link to somewhere else, or it cannot be read.
+        FusionError: the file does not exist, is a link out of the folder, or cannot be read.
     """
     target = _target(file, root)
     if target is None:
@@ -81,11 +81,11 @@ def open_file(file: Path, root: Path | None = None) -> BinaryIO:
 
 
 def open_given(file: Path, called: object = None) -> BinaryIO:
-    """Opens a file that the user has named, which may be a link; pipes and devices are not waited for.
+    """Opens a file that the user named, which may be a link; never blocks on pipes and devices.
 
     Args:
-        file: which.
-        called: what errors call it.
+        file: path.
+        called: its name in errors.
 
     Raises:
         FusionError: it cannot be read, or is not a regular file.
@@ -100,30 +100,30 @@ def open_given(file: Path, called: object = None) -> BinaryIO:
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise _no_file(called, mode)
+        raise _not_a_file(called, mode)
     return os.fdopen(descriptor, "rb")
 
 
 def read_file(file: Path, root: Path | None = None, most: int = MOST_BYTES) -> bytes:
-    """All of a small file that is its model's own.
+    """The content of a small file of a model's folder.
 
     Args:
-        file: which.
-        root: as in `own_file`.
-        most: bytes that it may have.
+        file: path.
+        root: see `own_file`.
+        most: maximum bytes.
 
     Raises:
-        FusionError: as `open_file`; it is larger, grows while it is read, or takes more than `MOST_SECONDS`.
+        FusionError: see `open_file`; or it is too large, grows while it is read, or takes more than `MOST_SECONDS`.
     """
-    return _all_of(open_file(file, root), file, most)
+    return _read_all(open_file(file, root), file, most)
 
 
 def read_given(file: Path, most: int = MOST_BYTES) -> bytes:
-    """All of a small file that the user has named, which may be a link; see `read_file`."""
-    return _all_of(open_given(file), file, most)
+    """The content of a small file that the user named, which may be a link; see `read_file`."""
+    return _read_all(open_given(file), file, most)
 
 
-def _all_of(opened: BinaryIO, file: Path, most: int) -> bytes:
+def _read_all(opened: BinaryIO, file: Path, most: int) -> bytes:
     until = time.monotonic() + MOST_SECONDS
     with opened as stream:
         size, parts, found = os.fstat(stream.fileno()).st_size, [], 0
@@ -152,7 +152,7 @@ def read_text(file: Path, root: Path | None = None) -> str:
     """`read_file` as text.
 
     Raises:
-        FusionError: as `read_file`, or it is not UTF-8.
+        FusionError: see `read_file`; or it is not UTF-8.
     """
     try:
         return read_file(file, root).decode()
@@ -163,15 +163,15 @@ def read_text(file: Path, root: Path | None = None) -> str:
 
 
 def is_within(target: Path, root: Path) -> bool:
-    """Whether a path without links is that of something in a model's folder, or of a blob that its cache links to."""
+    """Whether a resolved path is in a model's folder, or is a blob that the Hub's cache links to."""
     root = root.resolve()
     return target.is_relative_to(root) or _is_blob(target, root)
 
 
 def _target(file: Path, root: Path | None) -> Path | None:
-    """Where a file is, without links; None where none is. See `own_file`."""
+    """The resolved path of a file; None if it does not exist. See `own_file`."""
     try:
-        # a link in a circle is no file; a pipe or a device would be waited for
+        # False for circular links, pipes and devices
         if not file.is_file():
             return None
         home, target = (root or file.parent).resolve(), file.resolve()
@@ -184,9 +184,9 @@ def _target(file: Path, root: Path | None) -> Path | None:
 
 
 def _is_blob(target: Path, home: Path) -> bool:
-    """Whether a file is one that the Hub's cache links to from a snapshot: of its repo, or shared by repos.
+    """Whether a file is a blob of the Hub's cache for the repo of a snapshot, or one shared by repos.
 
-    They lie in ``models--OWNER--NAME/blobs/ETAG``, and in ``blobs/AB/AB…`` beside all ``models--…``; the snapshot is
+    Blobs are in ``models--OWNER--NAME/blobs/ETAG``, and in ``blobs/AB/AB…`` beside ``models--…``; snapshots are
     ``models--OWNER--NAME/snapshots/SHA``.
     """
     snapshot = next((path for path in (home, *home.parents) if path.parent.name == "snapshots"), None)
@@ -200,6 +200,6 @@ def _is_blob(target: Path, home: Path) -> bool:
     return is_cache and _SHARED.fullmatch(target.relative_to(shared).as_posix()) is not None
 
 
-def _no_file(file: object, mode: int) -> FusionError:
+def _not_a_file(file: object, mode: int) -> FusionError:
     kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "a device")
-    return FusionError(f"{one_line(file)} is {kind}, not a file", "put a file there, or take it away")
+    return FusionError(f"{one_line(file)} is {kind}, not a file", "replace it by a file, or remove it")

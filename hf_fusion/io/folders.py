@@ -1,4 +1,4 @@
-"""Folders that are written all of it or nothing: anew, or once."""
+"""Writes folders atomically: replaces them, or creates them once."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 from hf_fusion.errors import FusionError, disk_refusals, writing
 
-# By what a folder is known to hold a model, or what was measured of one.
+# files by which a folder is recognised as a model's, or as one with results
 MODEL = ("fusion.yaml", "config.json", "adapter_config.json", "*.safetensors", "results.json")
-# What any save may have left and a loader would take for part of this one; and what was measured of it.
+# files of an earlier save that a loader would read as part of the new model; and its results
 LEFTOVERS = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -24,12 +24,12 @@ LEFTOVERS = (
 
 
 def refuse_to_replace(folder: str | Path, overwrite: bool) -> None:
-    """Refuse a folder that holds a model, fitted perhaps and measured, unless it may be replaced.
+    """Raises if a folder contains a model, which may be fitted and evaluated, unless it may be replaced.
 
-    A merge that was killed left nothing in the folder, so it goes on without being asked to overwrite.
+    A killed merge leaves nothing in the folder, so it resumes without `overwrite`.
 
     Raises:
-        FusionError: naming what is there.
+        FusionError: naming the files.
     """
     folder = Path(folder)
     if overwrite or not folder.is_dir():
@@ -43,19 +43,19 @@ def refuse_to_replace(folder: str | Path, overwrite: bool) -> None:
 
 
 def replace_folder(staging: Path, folder: Path, stale: Iterable[str]) -> None:
-    """Move a finished save into place. A folder that exists is swapped as a whole: no moment shows a mixture.
+    """Moves a complete folder into place. An existing folder is swapped as a whole and never shows a mixture.
 
     Args:
-        staging: what was saved, beside the folder.
-        folder: where it belongs.
-        stale: patterns of what goes, of what the folder holds; the rest stays.
+        staging: the complete folder, beside `folder`.
+        folder: the destination.
+        stale: patterns of files in `folder` to remove; others are kept.
     """
     restore_folder(staging, folder)
     if folder.exists():
         new = {path.name for path in staging.iterdir()}
-        going = {path.name for pattern in stale for path in folder.glob(pattern)}
+        removed = {path.name for pattern in stale for path in folder.glob(pattern)}
         for path in folder.iterdir():
-            if path.name not in new | going:
+            if path.name not in new | removed:
                 if path.is_dir() and not path.is_symlink():
                     shutil.copytree(path, staging / path.name, symlinks=True)
                 else:
@@ -69,7 +69,7 @@ def replace_folder(staging: Path, folder: Path, stale: Iterable[str]) -> None:
 
 
 def restore_folder(staging: Path, folder: Path) -> None:
-    """Undo a `replace_folder` that was killed: the folder is what it was before, nothing is left beside it."""
+    """Undoes a killed `replace_folder`: restores the previous folder, and removes what it left beside it."""
     old = _old(staging)
     if not old.is_dir():
         return
@@ -80,7 +80,7 @@ def restore_folder(staging: Path, folder: Path) -> None:
 
 
 def recover_folder(folder: str | Path) -> None:
-    """Bring back a folder whose replacing was killed between the two renames: what was there before, with its name."""
+    """Restores the previous folder after `replace_folder` was killed between its two renames."""
     folder = Path(folder)
     if folder.name and not folder.exists():
         olds = folder.parent.glob(f".{glob.escape(folder.name)}-????????-old")
@@ -89,11 +89,14 @@ def recover_folder(folder: str | Path) -> None:
 
 
 def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """A folder of a cache: as it is where it is there, else what is made in one beside it and moved into place.
+    """Creates a folder of a cache atomically, unless it exists.
 
     Args:
-        folder: where it belongs.
+        folder: path.
         make: fills an empty folder.
+
+    Returns:
+        `folder`.
     """
     if folder.is_dir():
         return folder
@@ -106,7 +109,7 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
         partial.chmod(0o755)  # mkdtemp's folders are private
         partial.rename(folder)
     except OSError:
-        if not folder.is_dir():  # else another process was faster, and its folder is as good
+        if not folder.is_dir():  # else another process created it first
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

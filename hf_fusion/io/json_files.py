@@ -1,6 +1,6 @@
-"""JSON of strangers as plain data: bounded in size, nesting and values, encodable, and of the types it should have.
+"""Parses untrusted JSON files of models, with limits on size, nesting and values, and checks the types of fields.
 
-All of it that describes a model is read here: what comes out can be written, sent and shown without a second thought.
+All JSON files of models are read here; the result can be encoded, sent and shown safely.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from hf_fusion.io.files import read_file
 from hf_fusion.schema import Expected, KeyPath, read
 
 MAX_BYTES = 32 << 20
-"""The largest index.json that is known has about a third of this."""
+"""Three times the largest known index.json."""
 MAX_VALUES = 2_000_000
-"""In one file: at about 100 bytes each in memory. The largest index that is known has 200,000."""
-_HALF = re.compile("[\ud800-\udfff]")  # one half of a pair: no encoding has it
+"""Per file, at about 100 bytes each in memory; ten times the largest known index."""
+_HALF = re.compile("[\ud800-\udfff]")  # lone surrogates cannot be encoded
 
 
 def parse(text: bytes, file: str, name: str) -> Any:
-    """What a JSON file holds, with half characters as "�".
+    """The content of a JSON file, with lone surrogates replaced by "�".
 
     Args:
         text: content of the file.
         file: its name.
-        name: what errors call the model.
+        name: of the model, for errors.
 
     Raises:
-        FusionError: it is not JSON in UTF-8, or larger or more deeply nested than any such file.
+        FusionError: it is not JSON in UTF-8, too large, or too deeply nested.
     """
     if len(text) > MAX_BYTES:
         why = f"it has {len(text):,} bytes: no such file is larger than {MAX_BYTES:,}"
@@ -48,10 +48,10 @@ def parse(text: bytes, file: str, name: str) -> Any:
 
 
 def parse_object(text: bytes, file: str, name: str) -> dict[str, Any]:
-    """`parse` of a file that holds an object, whose fields have the types that loaders expect.
+    """`parse` for a file with an object, with a check of the types of its fields.
 
     Raises:
-        FusionError: as there; or it is not an object, or a field has another type.
+        FusionError: see `parse`; or it is not an object, or a field has the wrong type.
     """
     content = parse(text, file, name)
     if not isinstance(content, dict):
@@ -67,16 +67,16 @@ def parse_object(text: bytes, file: str, name: str) -> dict[str, Any]:
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:
-    """`parse_object` of a file.
+    """`parse_object` for a path.
 
     Raises:
-        FusionError: as there, naming the model and the file.
+        FusionError: see `parse_object`; names the model and the file.
     """
     return parse_object(read_file(path), path.name, name)
 
 
 def _whole(value: object) -> Any:
-    """A value without half characters."""
+    """Replaces lone surrogates in a value."""
     if isinstance(value, str):
         return _HALF.sub("\ufffd", value)
     if isinstance(value, dict):

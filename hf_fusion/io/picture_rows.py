@@ -1,4 +1,4 @@
-"""Pictures in rows of a data set, opened by `io.pictures`; one that cannot be is named by its file and row."""
+"""Decodes images in rows of a data set by `io.pictures`; errors name the file and the row."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from PIL.Image import Image as Picture
 
-_NO_PICTURES = ("label",)  # a map of classes may be stored as a picture; its levels are numbers
+_NO_PICTURES = ("label",)  # label maps may be stored as images, whose pixels are class indices
 
 
 class Pictures(Image):
-    """The feature `datasets.Image`, with the package's limits and errors.
+    """The feature `datasets.Image`, with this package's limits and errors.
 
     Attributes:
-        column: all pictures of the rows, as they are stored, to find the number of one that cannot be opened.
+        column: the stored images of all rows, to find the index of an invalid one.
     """
 
     column: pyarrow.ChunkedArray | None = None
@@ -38,10 +38,10 @@ class Pictures(Image):
         return {name: value for name, value in vars(self).items() if name != "column"}
 
     def decode_example(self, value: Any, token_per_repo_id: dict[str, Any] | None = None) -> Picture:
-        """A picture, see `pictures.open_picture`.
+        """Decodes an image, see `pictures.open_picture`.
 
         Raises:
-            FusionError: naming its file or row, for one that cannot be opened.
+            FusionError: it cannot be opened; names its file or row.
         """
         path, content = (value["path"], value["bytes"]) if isinstance(value, dict) else (None, value)
         try:
@@ -55,7 +55,7 @@ class Pictures(Image):
         return picture if self.mode is None or picture.mode == self.mode else picture.convert(self.mode)
 
     def _row(self, value: object) -> str:
-        """The row of a picture, by its number where that is known."""
+        """A description of an image's row, with its index if known."""
         if self.column is None:
             return "a row of the data set"
         stored = (row.as_py() for chunk in self.column.chunks for row in chunk)
@@ -64,7 +64,7 @@ class Pictures(Image):
 
 
 def with_pictures(rows: Dataset) -> Dataset:
-    """Rows whose pictures are opened by this package; others as they are."""
+    """Rows whose image columns are decoded by this package."""
     for name, feature in rows.features.items():
         if type(feature) is Image and feature.decode and name not in _NO_PICTURES:
             pictures = Pictures(mode=feature.mode)

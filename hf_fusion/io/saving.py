@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Writes files atomically."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from hf_fusion.errors import writing
 
 @contextmanager
 def in_folder(folder: str | Path) -> Iterator[None]:
-    """Makes a folder, with those above it that are missing; where the block fails, what is empty of them goes again.
+    """Creates a folder and its parents; if the block fails, removes those that are empty again.
 
     Raises:
-        FusionError: it cannot be made.
+        FusionError: the folder cannot be created.
     """
     folder = Path(folder)
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
-        for place in missing:
+        for path in missing:
             with suppress(OSError):
-                place.rmdir()
+                path.rmdir()
         raise
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A hidden file beside `path`, with its suffix: it takes the place of `path` once the block is done.
+    """Yields a hidden file beside `path`, with the same suffix, which replaces `path` after the block.
 
-    Whoever is killed leaves the old file as it was, and the hidden one; whoever fails leaves the old file alone.
+    After an error the old file is unchanged; after a kill the hidden file remains beside it.
 
     Raises:
         FusionError: the disk is full, or it cannot be written.
     """
     path = Path(path)
     if (path.exists() and not path.is_file()) or path.parent in (Path("/dev"), Path("/dev/fd")):
-        with writing(path):  # a device or a pipe: it has no other name
+        with writing(path):  # a device or a pipe is written directly
             yield path
         return
     partial = path.with_name(f".{path.stem[:100]}-{uuid4().hex[:8]}{path.suffix}")
     try:
         with writing(path):
             yield partial
-            with suppress(FileNotFoundError):  # the mode that the user gave the file stays
+            with suppress(FileNotFoundError):  # keeps the mode of the old file
                 partial.chmod(path.stat().st_mode & 0o777)
             partial.replace(path)
     finally:
@@ -57,7 +57,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_file(path: str | Path, content: str | bytes) -> Path:
-    """Writes a file, text as UTF-8, all of it or nothing.
+    """Writes a file atomically, text as UTF-8.
 
     Raises:
         FusionError: the disk is full, or it cannot be written.

@@ -1,4 +1,4 @@
-"""YAML as plain data, from whoever wrote it: small, finite, and with nothing in it twice."""
+"""Parses untrusted YAML, with limits on size, nesting and values, and without duplicate keys."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from hf_fusion.errors import FusionError, one_line, shown
 from hf_fusion.io.files import open_given
 
 MAX_BYTES = 200_000
-MAX_VALUES = 50_000  # aliases counted as often as they are used
+MAX_VALUES = 50_000  # aliases count at each use
 MAX_DEPTH = 50
-MAX_DIGITS = 100  # of what is not a text; PyYAML's time for 1:1:1… grows with its square
+MAX_DIGITS = 100  # of scalars other than strings; PyYAML's time for 1:1:1… is quadratic
 _TEXT = "tag:yaml.org,2002:str"
 
 
 def read_yaml(path: Path) -> Any:
-    """The only document of a YAML file.
+    """The single document of a YAML file.
 
     Raises:
-        FusionError: it cannot be read, is too large or not UTF-8, is not YAML, names a key twice (parsers disagree on
-            which counts), or holds itself or too much through aliases.
+        FusionError: it cannot be read, is too large or not UTF-8, is not YAML, has duplicate keys (on which parsers
+            disagree), contains itself, or expands too much by aliases.
     """
     try:
         with open_given(path, called=one_line(path)) as file:
@@ -30,7 +30,7 @@ def read_yaml(path: Path) -> Any:
     except OSError as error:
         raise FusionError(f"{one_line(path)} cannot be read ({error.strerror}).", "check the path") from None
     if len(raw) > MAX_BYTES:
-        raise FusionError(f"{path} is longer than {MAX_BYTES} bytes: no recipe is.", "check the path")
+        raise FusionError(f"{path} is longer than {MAX_BYTES} bytes, the limit for recipes.", "check the path")
     try:
         text = raw.decode()
     except ValueError as error:
@@ -39,18 +39,18 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(text: str, path: Path | str, *, repeated: bool = False) -> Any:
-    """The only document of a text in YAML.
+    """The single document of a YAML text.
 
     Args:
         text: the YAML.
-        path: what errors call it.
-        repeated: whether a key may be there twice: then the last counts.
+        path: its name in errors.
+        repeated: whether duplicate keys are allowed; then the last one counts.
 
     Raises:
-        FusionError: as `read_yaml`.
+        FusionError: see `read_yaml`.
     """
     if len(text) > MAX_BYTES:
-        raise FusionError(f"{path} has {len(text):,} characters of YAML: none is so long.", "shorten it")
+        raise FusionError(f"{path} has {len(text):,} characters of YAML, more than {MAX_BYTES:,}.", "shorten it")
     try:
         loader = yaml.SafeLoader(text)
         try:
@@ -63,35 +63,35 @@ def parse_yaml(text: str, path: Path | str, *, repeated: bool = False) -> Any:
             loader.dispose()
     except RecursionError:
         reason = f"it is nested more than {MAX_DEPTH} deep"
-    # scalars that do not fit their tag (2001-99-99, !!bool x) fail in PyYAML's constructors, each in its own way
+    # scalars that do not match their tag (2001-99-99, !!bool x) raise various errors in PyYAML's constructors
     except (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError) as error:
         reason = one_line(error)
     raise FusionError(f"{path} is not valid YAML: {reason}", "correct it there")
 
 
 def _several(path: Path | str, loader: yaml.SafeLoader, first: yaml.Node | None) -> FusionError:
-    """What a file of several documents is: mergekit-multi keeps merges that build on each other in one."""
+    """The error for a file with several documents; mergekit-multi uses them for merges that depend on each other."""
     nodes = [first]
     while loader.check_node():
         nodes.append(loader.get_node())
     mappings = [node.value for node in nodes if isinstance(node, yaml.MappingNode)]
     if any(key.value == "merge_method" for pairs in mappings for key, _ in pairs):
         return FusionError(
-            f"{path} holds {len(nodes)} merges, of which some are models of others, as mergekit-multi runs them: one is"
-            " fused at a time",
+            f"{path} holds {len(nodes)} merges that may depend on each other, as for mergekit-multi: one is fused at a"
+            " time",
             "save each as a file, fuse them in order, and write the --output folder of a merge where the next names it",
         )
-    return FusionError(f"{path} holds {len(nodes)} YAML documents, where one is read", "save each as a file of its own")
+    return FusionError(f"{path} holds {len(nodes)} YAML documents instead of one", "save each in a separate file")
 
 
 def _check(root: yaml.Node | None, repeated: bool) -> None:
-    """Refuses what would not end, or not say one thing, before any value is made of it."""
+    """Raises for recursion, duplicate keys and excessive size, before values are constructed."""
     pending = [] if root is None else [(root, 0)]
     seen = 0
     while pending:
         node, depth = pending.pop()
         if depth > MAX_DEPTH:
-            raise ValueError(f"it is nested more than {MAX_DEPTH} deep, or holds itself")
+            raise ValueError(f"it is nested more than {MAX_DEPTH} deep, or contains itself")
         if isinstance(node, yaml.ScalarNode) and node.tag != _TEXT and len(node.value) > MAX_DIGITS:
             raise ValueError(f"{shown(node.value)} is longer than any number, line {node.start_mark.line + 1}")
         children: list[yaml.Node] = []
@@ -101,7 +101,7 @@ def _check(root: yaml.Node | None, repeated: bool) -> None:
                 if (key.tag, key.value) in keys and not repeated:
                     raise ValueError(f"{shown(key.value)} is there twice, again in line {key.start_mark.line + 1}")
                 keys.add((key.tag, key.value))
-            children = [part for pair in node.value for part in pair]
+            children = [child for pair in node.value for child in pair]
         elif isinstance(node, yaml.SequenceNode):
             children = node.value
         seen += len(children)

@@ -156,7 +156,7 @@ def test_fit_writes_back_and_eval_leaves_results(hf_fusion, here, fused, rows):
     [
         ("nowhere.parquet", "nowhere.parquet does not exist"),
         ("notes.txt", "notes.txt ends in '.txt'"),
-        ("empty", "empty is no file, no folder with data"),
+        ("empty", "empty is not a file, a folder with data"),
     ],
 )
 def test_data_that_is_not_there_is_named(here, fused, tmp_path, data, message):

@@ -102,7 +102,7 @@ def test_mistakes(owner, ids, tmp_path):
     assert "foe" in caught.value.hint
     with pytest.raises(FusionError, match="Method foe has no parameter 'temperature'"):
         fuse("foe", ids, temperature=3, api=owner.api)
-    with pytest.raises(FusionError, match="does not weigh its experts"):
+    with pytest.raises(FusionError, match="does not take weights"):
         fuse_recipe(Recipe("foe", (RecipeExpert(ids[0], 1.0),)), api=owner.api)
     with pytest.raises(FusionError, match="labels"):
         fuse("foe", ids, labels=["no"], api=owner.api)

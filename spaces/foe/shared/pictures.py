@@ -1,7 +1,7 @@
-"""Pictures from outside, opened here alone: files, uploads, data URLs and rows of data sets.
+"""Opens untrusted images: files, uploads, data URLs and rows of data sets.
 
-What a picture's header says is checked before anything is decoded, and what it decodes to is one of four modes. This
-file needs Pillow and NumPy alone: the Spaces for pictures hold copies of it.
+The header is checked before the image is decoded, and the result has one of four modes. This file only needs Pillow and
+NumPy: the Spaces for images contain copies of it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 MOST_PIXELS = 25_000_000
 MOST_BYTES = 50_000_000
-# Formats whose header says what is decoded; of others (EPS, ICO, PDF …) it does not, or another program reads them.
+# formats whose header determines the decoded size; others (EPS, ICO, PDF …) do not, or need another program
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _UNNAMED = "that picture"
 _READABLE = "save it as PNG, JPEG or WebP"
 _AGAIN = "open it in an image editor and save it again"
-# Pillow's modes → the mode that shows the same; those with 32 bits for a level have no range that all agree on.
+# Pillow's mode → equivalent mode; modes with 32 bits per level have no common range and are not supported
 _MODES = {
     **{mode: mode for mode in ("L", "LA", "RGB", "RGBA")},
     **{"1": "L", "La": "LA", "P": "RGB", "PA": "RGBA", "RGBa": "RGBA"},
@@ -32,10 +32,10 @@ _MODES = {
 
 
 class PictureError(ValueError):
-    """A picture cannot be read.
+    """An image cannot be read.
 
     Args:
-        name: which.
+        name: of the image.
         reason: why.
         remedy: what to do.
     """
@@ -46,14 +46,15 @@ class PictureError(ValueError):
 
 
 def open_picture(source: str | Path | bytes | Image.Image, name: str = "") -> Image.Image:
-    """A picture, decoded, upright by its EXIF orientation, and the first frame of an animation.
+    """Decodes an image, rotated by its EXIF orientation; of an animation, the first frame.
 
     Args:
-        source: a file, a ``data:image/…;base64,…`` URL, a file's content, or a picture that Pillow opened.
-        name: what errors call it; by default a file's name.
+        source: a file, a ``data:image/…;base64,…`` URL, a file's content, or an image that Pillow opened.
+        name: in errors; default: the file's name.
 
     Returns:
-        Mode L, LA, RGB or RGBA, 8 bits a level: palettes and other colours converted, levels of 16 bits divided by 257.
+        Mode L, LA, RGB or RGBA with 8 bits per level: palettes and other colour spaces are converted, 16-bit levels
+        divided by 257.
 
     Raises:
         PictureError: above 25 megapixels or 50 MB, empty, truncated or broken, in a format that is not among `FORMATS`,
@@ -109,7 +110,7 @@ def _opened(file: BinaryIO, name: str) -> Image.Image:
         raise PictureError(name, "it is not a picture, or of a format that is not known", _READABLE) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(name) from error
-    except Exception as error:  # a plugin says what it likes of a broken file
+    except Exception as error:  # plugins raise many types for broken files
         raise _broken(name, error) from error
     return _decoded(picture, name)
 
@@ -163,7 +164,7 @@ def _said(error: Exception) -> str:
 
 
 def _printable(text: object) -> str:
-    """A stranger's words: on one line, short, and without characters that a terminal or a page obeys."""
+    """Untrusted text on one line, shortened and without control characters."""
     return "".join(character if character.isprintable() else "?" for character in str(text))[:200]
 
 

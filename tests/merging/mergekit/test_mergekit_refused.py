@@ -89,8 +89,8 @@ def test_slices_that_are_not_valid_are_named(change, tmp_path):
 
 def test_a_recipe_that_is_not_one_document(tmp_path):
     for text, message in {
-        f"{GOOD}---\n{GOOD}": "holds 2 merges, of which some are models of others, as mergekit-multi runs them",
-        "a: 1\n---\nb: 2\n---\n": "holds 3 YAML documents, where one is read",
+        f"{GOOD}---\n{GOOD}": "holds 2 merges that may depend on each other, as for mergekit-multi",
+        "a: 1\n---\nb: 2\n---\n": "holds 3 YAML documents instead of one",
         f"{GOOD}dtype: float32\n": "'dtype' is there twice",
         "merge_method: linear\nmodels: &all [*all]\n": "not valid YAML",
     }.items():
