@@ -3,7 +3,7 @@
 #   make demo      the whole way once: experts on a Hub -> one model, published and loaded anywhere
 #   make test      lint, types and all tests but the slow
 #   make check     lint and types alone
-#   make fast      the tests that start no browser, no demo and no process
+#   make fast      the tests that take a moment, and start no browser, no demo and no process
 #   make test-cpus the numeric tests with other processors' vectors and with more threads
 #   make test-all  the slow, trained suites as well
 #   make bench     the performance measurements
@@ -41,7 +41,7 @@ suite: $(VENV)/test-installed
 	$(PYTEST) --durations=10
 
 fast: $(VENV)/test-installed
-	$(PYTEST) -m 'not slow and not browser and not demo and not process'
+	$(PYTEST) -m 'not slow and not long and not browser and not demo and not process'
 
 check: $(VENV)/test-installed
 	$(BIN)/ruff check .

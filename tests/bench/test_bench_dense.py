@@ -67,6 +67,7 @@ def cells(suite, tmp_path_factory) -> dict:
     return {(cell.method, cell.variant, cell.task, cell.condition): cell for cell in found}
 
 
+@pytest.mark.long
 def test_what_applies_is_measured_and_the_rest_says_why(cells):
     assert {key[0]: cell.reason for key, cell in cells.items() if cell.status != "measured"} == LEFT
     measured = {(*key[:2],) for key, cell in cells.items() if cell.status == "measured"}

@@ -53,6 +53,7 @@ def fused(pooled, fine_tunes, tmp_path_factory) -> tuple[Path, dict]:
     return output, measure(pooled, output, *FUSED, data_dir=fine_tunes / "data")
 
 
+@pytest.mark.long
 def test_cells_are_as_recorded(fused):
     as_recorded(fused[1], "fusion")
 

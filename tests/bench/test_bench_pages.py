@@ -60,6 +60,7 @@ def test_the_command_writes_all_files_and_shows_the_main_table(run, tmp_path, ca
     assert float(line["task-1 low"]) == pytest.approx(wemoe.ci95[0])
 
 
+@pytest.mark.long
 def test_json_is_the_summary_and_quiet_the_path(run, tmp_path, capsys):
     assert main(["bench", "report", str(run), "--output", str(tmp_path / "out"), "--format", "json"]) == 0
     assert [suite["name"] for suite in json.loads(capsys.readouterr().out)["suites"]] == ["made", "other | suite"]

@@ -143,6 +143,7 @@ def test_scores_are_likelihoods(setup):
         assert scores[1] == pytest.approx(float((-yes).exp() / ((-yes).exp() + (-no).exp())), abs=1e-4)
 
 
+@pytest.mark.long
 def test_fusers_agree_with_people_better_than_a_mean(setup, made):
     split = everything(made[0])
 
@@ -156,6 +157,7 @@ def test_fusers_agree_with_people_better_than_a_mean(setup, made):
     assert fused.stored == sum(setup.experts[number].model.num_parameters() for number in (0, 1))  # two share one
 
 
+@pytest.mark.long
 def test_a_run(made, tmp_path):
     cells = run_suite(made[0], ["all"], output=tmp_path, data_dir=made[1], limit=30, tuned_on=20)
     assert {cell.status for cell in cells} == {"measured"}, [cell.reason for cell in cells]

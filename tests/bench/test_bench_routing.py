@@ -82,6 +82,7 @@ def routed(adapters, tmp_path_factory) -> tuple[Path, dict]:
     return output, measure(adapters, output, *ROUTED)
 
 
+@pytest.mark.long
 def test_cells_are_as_recorded(routed):
     as_recorded(routed[1], "routing")
 
@@ -207,6 +208,7 @@ def likeliest(model, tokenizer, prompts, offered):
     return [own.index(min(own)) for own in (losses[end - len(words) : end] for end, words in zip(ends, offered))]
 
 
+@pytest.mark.long
 def test_the_likeliest_choice_is_the_answer(adapters, tmp_path):
     """Against each choice read by itself, in both kinds of suites."""
     words = [" fox", " the quick dog", " experts", " said the router", " lazy"]
@@ -239,6 +241,7 @@ def test_the_likeliest_choice_is_the_answer(adapters, tmp_path):
             assert cells["foe_selection", "default", task, "clean"].n == TEST
 
 
+@pytest.mark.long
 def test_who_answers_right_teaches_whom_to_ask(adapters, tmp_path):
     """Where no task belongs to an expert, and losses of different vocabularies would not compare."""
     save_base(tmp_path / "one", seed=1)

@@ -56,6 +56,7 @@ def place(tmp_path, monkeypatch):
     METHODS.pop("halves", None)
 
 
+@pytest.mark.long
 def test_they_are_measured(place, capsys):
     for line in re.findall(r"^    (hf-fusion .*)$", SECTION[1], re.M):
         assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err

@@ -252,6 +252,7 @@ KINDS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_usage_of_every_kind_of_model_runs(kind, tmp_path, capsys):
     """As it stands, but for the place the model is loaded from; and the parts' parameters add up to all."""

@@ -41,6 +41,7 @@ def fused(here, folders) -> None:
     here("fuse", "--method", "wemoe", "--experts", *experts, "--base", str(folders / "base"), "--output", "fused")
 
 
+@pytest.mark.long
 def test_fuse_fit_and_eval_leave_all_that_a_card_shows(here, folders, tmp_path):
     fused(here, folders)
     words = ("--loss", "entropy", "--steps", "4", "--batch-size", "4", "--tolerance", "1", "--diversity", "0.5")

@@ -189,6 +189,7 @@ def attack(planter: Planter, source: Path, place: str, folder: Path, verb: Verb)
 KINDS = [*FUSED, *OTHERS]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_code_runs_unasked(kind, verbs, made, planter, tmp_path):
     """Every verb on every kind of folder, each with code in another place; the slow test has all places."""
@@ -396,6 +397,7 @@ def test_code_of_another_repo_never_runs(fused_with_code, planter):
     assert not ran(planter)
 
 
+@pytest.mark.long
 def test_verbs_pass_consent_on(fused_with_code, made, here, planter):
     data = ("--data", str(made / "tasks.parquet"))
     consent = "--trust-remote-code"

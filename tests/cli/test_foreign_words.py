@@ -37,6 +37,7 @@ def fields_of(folder):
         yield from ((name, key) for key in sorted({*there, *FIELDS.get(name, {})}))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["full", "adapter"])
 def test_fields_of_any_type(folders, tmp_path, kind):
     """Every field with a wrong type in turn: it loads, or a FusionError says why not. No other exception."""
@@ -100,6 +101,7 @@ def test_half_characters_become_whole(folders, tmp_path):
     assert load_experts([folder])[0].labels == ["\ufffdno", "yes", "maybe"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "head",
     ["[" * 1_000_000, "a: " + "[" * 100_000, "a: 1" + ":1" * 90_000, "license: [1]\ntags: 5\npipeline_tag: {}", "- 1"],

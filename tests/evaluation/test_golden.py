@@ -17,6 +17,7 @@ def equal(found, recorded) -> bool:
     return found == (pytest.approx(recorded, rel=1e-5, abs=1e-7) if isinstance(recorded, float) else recorded)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_cells_are_as_recorded(case, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_FUSION_CACHE", str(tmp_path / "cache"))

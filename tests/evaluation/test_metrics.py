@@ -11,6 +11,7 @@ import pytest
 import hf_fusion.evaluation.metrics
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "predictions", "references", "score"),
     [

@@ -97,6 +97,7 @@ def test_experts_of_every_kind_give_the_same_model(owner, folders):
         assert names[1] in (str(folders["two"]), "two")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", MERGE_METHODS)
 def test_every_method_gives_a_plain_model(method, folders, tmp_path):
     row = MERGE_METHODS[method]

@@ -35,6 +35,7 @@ def made(tmp_path_factory):
     return folder, models
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [*KINDS, "neither"])
 def test_phatgoose_and_models_in_memory(kind, made):
     folder, models = made

@@ -127,6 +127,7 @@ MISFITS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", MISFITS)
 def test_checkpoints_that_do_not_fit_are_named(name, folders):
     edit, message = MISFITS[name]

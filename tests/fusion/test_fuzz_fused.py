@@ -87,6 +87,7 @@ def run(kind: str, count: int, folders, tmp_path, monkeypatch) -> list[str]:
     return faults
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_few_mutations(kind, folders, tmp_path, monkeypatch):
     assert "\n".join(run(kind, FEW, folders, tmp_path, monkeypatch)) == ""

@@ -164,6 +164,7 @@ FIELDS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", FIELDS)
 def test_a_wrong_field_is_named(case, folder_of):
     kind, change, match = FIELDS[case]
@@ -238,6 +239,7 @@ def test_bits_of_bfloat16_are_read_as_numbers(tmp_path):
         WEMoEModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", LOADERS)
 def test_no_weight_is_left_to_chance(kind, folder_of):
     """Every tensor in turn: missing, or there twice under another name."""

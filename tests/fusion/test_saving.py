@@ -65,6 +65,7 @@ WAYS: dict[str, Callable] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_way_to_save_writes_the_recipe(kind, way, models, tmp_path):

@@ -126,6 +126,7 @@ ATTACKS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_fused_folder_that_leads_out(family, attack, folders):

@@ -260,6 +260,7 @@ def linearized(layer, inputs):
 OPTIONS = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"])
 
 
+@pytest.mark.long
 def test_a_linearized_lora_is_a_lora(tmp_path):
     layers = save_linearized(tmp_path, clip().vision_model, OPTIONS)
     adapter = read_adapter(tmp_path, "l-lora")

@@ -113,6 +113,7 @@ RECORDED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", RECORDED)
 def test_whatever_is_recorded(place, anyone, kind, tmp_path, caplog):
     name, make = RECORDED[kind]
@@ -141,6 +142,7 @@ def test_whatever_is_recorded(place, anyone, kind, tmp_path, caplog):
 PARAMETERS = {"slerp": {"t": 0.5}, "nuslerp": {"weight": 1.0}}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["linear", "slerp", "karcher", "nuslerp", "task_arithmetic", "ties"])
 def test_static_methods(place, method, tmp_path):
     """As if the adapters recorded it: the same bytes."""
@@ -217,6 +219,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("method", "given"),
     [*((method, "id") for method in FAMILIES), ("phatgoose", "folder"), ("wemoe", "folder"), ("foe", "model")],
@@ -259,6 +262,7 @@ def test_loaded_experts_tell_what_they_stand_on(place):
     assert expert.model is start.model
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["linear", "foe", "phatgoose"])
 def test_published_with_the_base_that_was_used(place, method, tmp_path):
     """Its card names that base, and nothing that was recorded."""

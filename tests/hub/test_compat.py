@@ -156,6 +156,7 @@ def test_adapters_by_the_names_of_other_layouts(judge, owner, tmp_path):
     assert "which the base does not have" in judge(folder)[ReasonKind.SHAPES]
 
 
+@pytest.mark.long
 def test_what_merging_needs(judge, owner, tmp_path):
     base = f"{owner.name}/base"
     owner.push("base", save_bert(tmp_path / "base", auto=AutoModel))

@@ -169,6 +169,7 @@ def wrong(case: Mutation, read: Callable[[], None]) -> str | None:
 COUNTS = [50, pytest.param(1000, marks=pytest.mark.slow)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_clear_errors_or_right_results(kind, count, place, tmp_path, monkeypatch):
@@ -186,6 +187,7 @@ def test_only_clear_errors_or_right_results(kind, count, place, tmp_path, monkey
     assert not (tmp_path / "planted").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.slow)])
 def test_discovery_judges_what_others_pushed(count, place, hub, tmp_path):
     """All repos at once, as `hf-fusion discover --check` finds them: those that fit, and reasons for the others."""

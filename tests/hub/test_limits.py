@@ -160,6 +160,7 @@ def test_more_configurations_that_promise_too_much():
     check(NAMED, 500)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "build, why",
     [
@@ -190,6 +191,7 @@ def test_what_is_built_within_bounds():
         build_within_limits(lambda: 1 / 0)
 
 
+@pytest.mark.long
 def test_what_is_imported_meanwhile_does_not_count(tmp_path, monkeypatch):
     for name in ("first_slow_library", "second_slow_library"):
         burn = "import time\nwhile time.thread_time() < began + 1.2: pass"

@@ -149,6 +149,7 @@ def refused(write: Callable[[], object], name: str, reason: str, place: Path) ->
         assert caught.value.hint
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_full_and_a_read_only_disk(name, disk, place, tmp_path):
     if name == "settings of cells":

@@ -90,6 +90,7 @@ def layouts(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 def test_old_and_new_names_are_one(method, layouts, tmp_path):
     mixed, alike = (
@@ -173,6 +174,7 @@ def test_shares_in_words():
 # ---------------------------------------------------------------- options that errors offer
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("name", "offered"),

@@ -116,6 +116,7 @@ def too_long(*_):
     raise TimeoutError(f"took more than {SECONDS} seconds")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["header", "shard", "index", "config", "adapter", "adapter header", "recipe"])
 def test_mutations(kind, inputs, tmp_path):
     file, out = inputs[kind], tmp_path / "out"

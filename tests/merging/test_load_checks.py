@@ -68,6 +68,7 @@ def test_embeddings_that_grew(method, grown, tmp_path):
         torch.testing.assert_close(found.model.embed_tokens.weight, (rows[0][key] + rows[1][key]) / 2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", [name for name, row in OF_MODELS.items() if row.base])
 @pytest.mark.parametrize("mismatch", ["base", "skip", "resize"])
 def test_embeddings_that_grew_beside_a_base_that_did_not(method, mismatch, grown, tmp_path):

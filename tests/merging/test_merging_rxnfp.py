@@ -50,6 +50,7 @@ def folders(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return {name: place / name for name in NAMES}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 def test_merged_without_being_loaded(method, folders, tmp_path):
     takes_base, parameters = METHODS[method]

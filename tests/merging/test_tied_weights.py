@@ -100,6 +100,7 @@ def test_two_adapters_are_the_mean_of_what_peft_makes_of_them(kind, made, tmp_pa
     torch.testing.assert_close(logits(loaded(tmp_path / "out")), logits(expected.eval()), **CLOSE)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", OF_MODELS)
 def test_every_method_merges_a_head_of_its_own(method, made, tmp_path):
     """As it merges the same model with its head stored, whose every tensor is known."""
@@ -134,6 +135,7 @@ def full(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", OF_MODELS)
 @pytest.mark.parametrize("order", [("tied", "untied", "also tied"), ("untied", "tied", "also untied")])
 def test_tied_and_untied_models(method, order, full, tmp_path, capsys):

@@ -187,6 +187,7 @@ def test_an_expert_that_answers_nan_counts_as_not_queried(adapters, tokenizer):
     assert model(**inputs).logits.isfinite().all()
 
 
+@pytest.mark.long
 def test_scores_are_fused_by_regression(tokenizer):
     experts = [
         Expert(f"me/{i}", bert(["score"], seed=i, problem_type="regression"), processor=tokenizer, labels=["score"])
@@ -241,6 +242,7 @@ def test_no_experts_and_missing_inputs(adapters):
         model(**model.processor(text=TEXTS), budget=0.5)
 
 
+@pytest.mark.long
 def test_bf16_and_compile(adapters):
     model = FoEModel.from_experts(adapters)
     inputs = model.processor(text=TEXTS)

@@ -232,11 +232,13 @@ def faults(model: FoEModel, make: Callable[[FoEModel], list[Call]], count: int) 
     return wrong_calls({name: calls[name] for name in some}, count)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_threads_get_what_each_call_gets_alone(name, tokenizer):
     assert faults(CLASSIFIERS[name](tokenizer), classifying, 40) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", WRITERS)
 def test_threads_write_what_each_call_writes_alone(name, tokenizer):
     assert faults(WRITERS[name](tokenizer), writing, 24) == []

@@ -185,6 +185,7 @@ KINDS: dict[str, Callable[[], Calls]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [30, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_call_on_four_threads_gives_what_it_gives_alone(kind, count):

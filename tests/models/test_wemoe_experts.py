@@ -58,6 +58,7 @@ def test_constant_routers_are_task_arithmetic(kind):
         assert torch.allclose(merged.state_dict()[name], tensor, atol=1e-6), name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", SHAPES)
 def test_one_hot_coefficients_are_that_experts_mlps(kind):
     model, base, experts, units, inputs = fused(kind)

@@ -312,6 +312,7 @@ def test_compiled_calls_on_threads_give_what_they_give_alone(kind):
     torch._dynamo.reset()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ALWAYS)
 def test_calls_on_threads_give_what_they_give_alone(kind):
     check(kind, 60)

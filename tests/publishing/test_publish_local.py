@@ -59,6 +59,7 @@ def texts_of(owner, repo: str) -> dict[str, bytes]:
     return {name: Path(owner.api.hf_hub_download(repo, name)).read_bytes() for name in files}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_folders_are_told_by_name_and_content(kind, owner, place, tmp_path):
     folder = fused_from(kind, place, tmp_path / "fused")
@@ -86,6 +87,7 @@ def test_folders_are_told_by_name_and_content(kind, owner, place, tmp_path):
         assert publish(load_fused(folder)[0], done.repo_id, api=owner.api).sha == done.sha
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_folders_are_pushed_first_if_asked(kind, owner, place, tmp_path):
     folder = fused_from(kind, place, tmp_path / "fused")

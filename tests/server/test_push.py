@@ -246,6 +246,7 @@ def raw(hub, alice):
     return api, f"{name}/raw", lambda *operations: commit(hub, token, f"{name}/raw", *operations)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "path", ["../x", "a/../../x", "/etc/passwd", "a//b", ".git/config", "a/.GIT/x", "a\\..\\b", "x\0y", "", "."]
 )

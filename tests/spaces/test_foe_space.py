@@ -149,6 +149,7 @@ def example(digit: int) -> Path:
     return EXAMPLES / f"{digit}-{DIGITS[digit]}.png"
 
 
+@pytest.mark.long
 def test_visitors_share_the_model_and_each_sees_its_own_routing(digits, space_modules):
     (space,) = space_modules("foe", "model")
     digits.model.record_routing = True

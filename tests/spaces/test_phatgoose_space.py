@@ -186,6 +186,7 @@ def test_what_cannot_be_served_is_named(model, tmp_path, config, problem):
         model.load(model.Settings(str(tmp_path)))
 
 
+@pytest.mark.long
 def test_the_page_says_what_cannot_be_served(space_modules, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"model_type": "phatgoose", "head": "seq2seq-lm"}')
     monkeypatch.setenv("MODEL_ID", str(tmp_path))

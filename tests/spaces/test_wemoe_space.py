@@ -169,6 +169,7 @@ def test_what_cannot_be_served_is_named(model, tmp_path, config, problem):
         model.load(model.Settings(str(tmp_path)))
 
 
+@pytest.mark.long
 def test_the_page_says_what_cannot_be_served(app_of, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "wemoe", "head": "token-classification"}')
     shown = str(app_of(tmp_path).demo.get_config_file()["components"])
@@ -248,6 +249,7 @@ def test_pictures_are_answered_alone_and_many_at_once(app_of, tmp_path):
     assert "bad.png cannot be read" in str(failed)
 
 
+@pytest.mark.long
 def test_uploads_are_opened_within_limits(app_of, tmp_path):
     folder = one_head(vit(["x", "y"]), image_processor(16), tmp_path / "model", ("x", "y"), heads="shared")
     hostile = refused()

@@ -201,6 +201,7 @@ def test_the_gates_open_on_what_the_adapter_has_learned():
     assert sum(opened) / len(opened) > 0.6  # 0.5 before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "data"),
     [("llama", WORDS), ("gpt2", WORDS), ("t5", WORDS), ("bert", REVIEWS), ("vit", PICTURES)],
@@ -242,6 +243,7 @@ def test_the_prompt_and_the_padding_have_no_part_in_the_loss():
     assert one.facts["loss_before"] == pytest.approx(nn.functional.cross_entropy(logits, torch.tensor(target)).item())
 
 
+@pytest.mark.long
 def test_bf16():
     """A base in bf16, and autocast over one in fp32: the gates themselves stay fp32 and come out alike."""
     expert = learned()

@@ -87,6 +87,7 @@ def test_the_loss_is_entropy_less_the_entropy_of_the_mean(diversity):
             torch.testing.assert_close(own.grad, wanted.grad, rtol=1e-4, atol=room, msg=name)
 
 
+@pytest.mark.long
 def test_the_collapse_guard_stops_and_restores():
     model, plain = merged(), merged()
     start = state(model)
@@ -105,6 +106,7 @@ def test_the_collapse_guard_stops_and_restores():
         assert all(tensor.equal(start[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.long
 def test_experts_are_distilled():
     """The loss is 0 if the model predicts as its experts do, and training lowers it."""
     model = merged()
@@ -140,6 +142,7 @@ def test_permuted_classes_are_detected():
     assert "drift from its expert, 0% agree, from 100% before training" in problem
 
 
+@pytest.mark.long
 def test_diversity_keeps_predictions_balanced():
     plain, spread = merged(), merged()
     options = {"loss": "entropy", "tolerance": 1, "steps": 60, "learning_rate": 0.1}
@@ -149,6 +152,7 @@ def test_diversity_keeps_predictions_balanced():
         assert kept.after[task].classes >= without.after[task].classes - 1e-3
 
 
+@pytest.mark.long
 def test_an_interrupted_run_resumes(tmp_path):
     whole, killed = merged(), merged()
     facts = adapt_routers(whole, suite(whole), **FEW)
@@ -164,6 +168,7 @@ def test_an_interrupted_run_resumes(tmp_path):
         adapt_routers(other, suite(other), output_dir=folder, **FEW | {"learning_rate": 0.5})
 
 
+@pytest.mark.long
 def test_labels_train_routers():
     model = merged()
     own = model.experts[0]
@@ -281,6 +286,7 @@ def test_initial_coefficients_are_task_arithmetic(granularity):
     assert len(model.table()) == (1 if granularity == "task" else len(model.tensors))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("granularity", ["task", "layer"])
 def test_coefficients_are_trained_like_routers(granularity):
     experts, base = classifiers(), bert_base()

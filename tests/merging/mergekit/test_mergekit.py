@@ -178,6 +178,7 @@ def read(text, folders, tmp_path):
     return load_recipe(file)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run_unchanged(name, folders, tmp_path):
     recipe = read(EXAMPLES[name], folders, tmp_path)
