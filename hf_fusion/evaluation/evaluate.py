@@ -76,8 +76,8 @@ def evaluate(
     Args:
         model: a fused model; of a static merge also its folder or its id on the Hub; of PHATGOOSE also a list of its
             experts, adapters with gates, as `load_experts` takes them.
-        data: labelled rows that nothing was fitted on. Of a FoE one data set with columns ``text``, ``prompt`` or
-            ``image`` and ``label`` or ``target``; of all others a data set for each task, by name.
+        data: labelled rows that nothing was fitted on: one data set with columns ``text``, ``prompt`` or ``image`` and
+            ``label`` or ``target`` for a FoE; task → data set for all others.
         options: of the family; ``batch_size``, rows a step, and ``command``, kept in the results, are known to all.
 
     Returns:

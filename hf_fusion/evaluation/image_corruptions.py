@@ -76,7 +76,7 @@ def _gaussian_noise(x: Pixels, scale: float, rng: np.random.Generator) -> Pixels
 
 
 def _impulse_noise(x: Pixels, share: float, rng: np.random.Generator) -> Pixels:
-    """Salt and pepper: so many values become 0 or 1."""
+    """Salt and pepper: a share of the values become 0 or 1."""
     return np.where(rng.random(x.shape) < share, rng.integers(0, 2, x.shape), x)
 
 

@@ -75,6 +75,16 @@ def check_suite(suite: Mapping[str, Dataset]) -> None:
         raise FusionError(f"the task {empty[0]} has no rows")
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Refuses two predictors of one name, of which one would take the other's scores.
+
+    Raises:
+        FusionError: naming them.
+    """
+    if twice := [name for index, name in enumerate(names) if name in names[:index]]:
+        raise FusionError(f"two of what is compared are called {twice[0]!r}", hint="rename one of them")
+
+
 def metric_of(head: str, wanted: Metric | None) -> Metric:
     """How the rows of a task are scored: what language models predict as wanted ("exact"), classes by accuracy."""
     return wanted or "exact" if head in LANGUAGE_HEADS else "accuracy"
@@ -95,7 +105,7 @@ def score_task(
     names = predictors[0].name if len(predictors) == 1 else f"{len(predictors)} predictors"
     title = f"Measuring {names} on {data.task.name}"
     found = predict_task(predictors, data, batch_size, before_batch=before_batch, title=title)
-    return {name: row_scores(own, data.task.metric) for name, own in found.items()}
+    return {name: row_scores(rows, data.task.metric) for name, rows in found.items()}
 
 
 @torch.no_grad()
@@ -112,7 +122,7 @@ def predict_task(
     Under `accelerate launch` every process must call it: they share the batches, and each gets all predictions.
 
     Args:
-        predictors: with distinct names.
+        predictors: what predicts.
         data: the task's rows.
         batch_size: rows a step.
         before_batch: called before each batch, for what predictors share within one.
@@ -120,7 +130,11 @@ def predict_task(
 
     Returns:
         Name → predictions for the rows, in their order.
+
+    Raises:
+        FusionError: two predictors have one name.
     """
+    check_names([predictor.name for predictor in predictors])
 
     def run(indices: list[int]) -> tuple[list[int], dict[str, Predictions]]:
         inputs = data.inputs(indices)
@@ -130,8 +144,8 @@ def predict_task(
 
     found: dict[str, list[tuple[int, Any, Any]]] = {predictor.name: [] for predictor in predictors}
     for indices, predicted in run_batches(list(batch_indices_by_length(data.rows, batch_size)), run, title):
-        for name, own in predicted.items():
-            found[name] += zip(indices, own.predictions, own.references, strict=True)
+        for name, batch in predicted.items():
+            found[name] += zip(indices, batch.predictions, batch.references, strict=True)
     return {name: data.reduced(_ordered(rows)) for name, rows in found.items()}
 
 

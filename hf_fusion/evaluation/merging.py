@@ -14,7 +14,7 @@ import torch
 
 from hf_fusion.data import match_experts_by_name
 from hf_fusion.errors import FusionError
-from hf_fusion.evaluation.loop import TaskRows, check_suite, metric_of, score_task
+from hf_fusion.evaluation.loop import TaskRows, check_names, check_suite, metric_of, score_task
 from hf_fusion.evaluation.predictions import Predictions, predict_batch
 from hf_fusion.evaluation.predictors import Batch, ModelPredictor
 from hf_fusion.evaluation.results import FUSED, MeasuredTask, Metric, Results
@@ -112,7 +112,7 @@ def measure_merged(
         command: kept in the results.
 
     Raises:
-        FusionError: for an empty suite, tasks without an expert, and rows that cannot be read.
+        FusionError: for an empty suite, tasks without an expert, predictors of one name, and rows that cannot be read.
     """
     check_suite(suite)
     owners = match_experts_by_name(suite, model.experts) | dict(owners or {})
@@ -124,6 +124,7 @@ def measure_merged(
     predictors = [TaskModel(WEMOE, model, FUSED), *more]
     if experts:
         predictors += _beside(model, experts, base, trust_remote_code)
+    check_names([predictor.name for predictor in predictors])
     tasks: list[MeasuredTask] = []
     scores: dict[str, dict[str, torch.Tensor]] = {predictor.name: {} for predictor in predictors}
     for name, rows in track(suite.items(), "Measuring tasks"):
@@ -176,7 +177,8 @@ def measure_static(
         api: the Hub's client.
 
     Raises:
-        FusionError: for an empty suite, rows that the merged model cannot read, and models that cannot be loaded.
+        FusionError: for an empty suite, models of one name or that cannot be loaded, and rows that the merged model
+            cannot read.
     """
     check_suite(suite)
     options, wanted = {"trust_remote_code": trust_remote_code, "api": api}, metrics or {}
@@ -190,14 +192,17 @@ def measure_static(
         expert = _loaded(given, options, base if kind == "expert" else None)
         outputs = _Outputs.of(expert)
         like = like or outputs
+        name = {FUSED: MERGED, "base": "base"}.get(kind, expert.name)
+        if name in scores and isinstance(given, (str, Path)):  # folders of one name in different places
+            name = str(given)
         if kind == "expert":
-            names.append(expert.name)
+            names.append(name)
             if expert.adapter and expert.adapter.base and "base" not in dict(queue):
                 queue.append(("base", str(expert.adapter.base_ref)))
         if outputs != like:
             logger.warning("%s is not measured: it has %s, the merged model %s", expert.name, outputs, like)
             continue
-        name = {FUSED: MERGED, "base": "base"}.get(kind, expert.name)
+        check_names([*scores, name])
         kinds[name], scores[name] = kind, {}
         predictor = ModelPredictor(name, kind, expert.model)
         for task, rows in suite.items():

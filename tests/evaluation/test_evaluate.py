@@ -51,6 +51,13 @@ def test_tasks_belong_to_the_experts_whose_names_they_bear():
         evaluate(router, suite, experts=experts, predictors=["retrieval"])
 
 
+def test_two_predictors_of_one_name_are_refused():
+    data = TaskRows(MeasuredTask("task", "accuracy", 1), [{}], lambda batch: {})
+    twins = [OutputPredictor("twin", kind, 1.0, Predictions([0], [0])) for kind in ("expert", "oracle")]
+    with pytest.raises(FusionError, match="two of what is compared are called 'twin'"):
+        score_task(twins, data, 1)
+
+
 def test_every_row_is_scored_once_in_its_place():
     """Rows are batched by length; their scores come back in the order of the data."""
     lengths = [5, 1, 4, 2, 3]

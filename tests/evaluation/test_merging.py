@@ -9,6 +9,7 @@ from tiny import TEXTS, gpt2, image_processor, images, make_tokenizer, vit
 from tiny_fused import base_expert, bert_base, experts_of
 
 from hf_fusion import FusionError, WEMoEModel, evaluate
+from hf_fusion.evaluation.merging import TaskModel
 from hf_fusion.evaluation.results import Results
 from hf_fusion.training.adamerging import CoefficientMerge
 
@@ -104,3 +105,5 @@ def test_misfits_are_named():
         evaluate(model, {"sst2": ROWS})
     with pytest.raises(FusionError, match="the model is made of"):
         evaluate(model, {experts[0].name: ROWS}, experts=experts[:2], base=bert_base())
+    with pytest.raises(FusionError, match="are called 'WEMoE'"):
+        evaluate(model, {experts[0].name: ROWS}, more=[TaskModel("WEMoE", model)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import datasets
@@ -89,6 +90,16 @@ def test_adapters_are_measured_in_their_base(tmp_path):
                 logits = model(torch.tensor([start + wanted])).logits[0, len(start) - 1 : -1]
                 shares.append(float((logits.argmax(-1) == torch.tensor(wanted)).float().mean()))
         assert results[name].scores["foxes"].score == pytest.approx(sum(shares) / 2), name
+
+
+def test_experts_in_folders_of_one_name_are_told_apart(folders, tmp_path):
+    twins = [tmp_path / place / "last" for place in ("first", "second")]
+    for folder, name in zip(twins, ("foxes", "dogs"), strict=True):
+        shutil.copytree(folders[name], folder)
+    results = evaluate(folders["foxes"], {"last": ROWS}, experts=twins)
+    assert [predictor.name for predictor in results.predictors] == ["merged", "last", str(twins[1])]
+    alone = evaluate(folders["dogs"], {"last": ROWS})
+    assert results[str(twins[1])].scores == alone["merged"].scores
 
 
 def test_misfits_are_named(folders):
