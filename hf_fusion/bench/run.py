@@ -142,9 +142,10 @@ def run_suite(
 class _Runner:
     """One call of `run_suite`."""
 
+    setup: TaskSetup  # made where a cell is to be measured
+
     def __init__(self, suite: Suite, folder: Path, wanted: list[str], command: str, writes: bool) -> None:
         self.suite, self.folder, self.corruptions, self.writes = suite, folder, wanted, writes
-        self.setup: Any = None
         self._scored: dict[tuple[int, str, str], RowsScore] = {}
         here = folder / suite.name
         cells = read_cells(here) if any(here.rglob("[!.]*.json")) else []
@@ -341,7 +342,7 @@ def _problem(error: Exception) -> dict[str, Any]:
     return {"status": "failed", "reason": kind + " ".join(str(error).split())[:400]}
 
 
-def _check_rows(setup: Any, suite: Suite) -> None:
+def _check_rows(setup: TaskSetup, suite: Suite) -> None:
     """Some rows are there: where all are missing, no cell need say so.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -11,6 +11,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hf_fusion.bench.suite import Suite, Task
 from hf_fusion.errors import FusionError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
 
 TEXTS_AT_ONCE = 256
 
@@ -22,18 +25,19 @@ class ClassTexts(nn.Module):
         features: (N, d) of all classes of all tasks.
     """
 
+    features: torch.Tensor
+
     def __init__(self, features: torch.Tensor) -> None:
         super().__init__()
         self.register_buffer("features", features)
 
     def forward(self, input_ids: torch.Tensor, **_: object) -> BaseModelOutputWithPooling:
         """Of classes (C, 1), (C, d) as `pooler_output`."""
-        features: Any = self.features
-        return BaseModelOutputWithPooling(pooler_output=features[input_ids[:, 0]])
+        return BaseModelOutputWithPooling(pooler_output=self.features[input_ids[:, 0]])
 
 
 @torch.no_grad()
-def fix_classes(model: Any, processor: Any, suite: Suite) -> Mapping[str, torch.Tensor]:
+def fix_classes(model: PreTrainedModel, processor: ProcessorMixin, suite: Suite) -> Mapping[str, torch.Tensor]:
     """Puts the classes of a suite's tasks in the place of a model's text tower, which no expert changes.
 
     A class is the mean of the features, each of length 1, of its name in all of the task's templates (Radford et al.,
@@ -60,7 +64,7 @@ def fix_classes(model: Any, processor: Any, suite: Suite) -> Mapping[str, torch.
     return numbers
 
 
-def _class_features(model: Any, processor: Any, task: Task, suite: Suite) -> torch.Tensor:
+def _class_features(model: Any, processor: ProcessorMixin, task: Task, suite: Suite) -> torch.Tensor:
     """(C, d), not of length 1: the model sees to that."""
     if not task.classes or not task.templates:
         raise FusionError(

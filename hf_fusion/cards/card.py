@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
     from hf_fusion.evaluation.intervals import Score
+    from hf_fusion.evaluation.results import Results
 
 BEGIN, END = "<!-- hf-fusion:begin -->", "<!-- hf-fusion:end -->"
 README = "README.md"
@@ -110,7 +111,11 @@ class CardFacts:
 
 
 def read_facts(
-    folder: Path, repo_id: str, experts: Sequence[ExpertInfo], license_id: str, results: Any = None
+    folder: Path,
+    repo_id: str,
+    experts: Sequence[ExpertInfo],
+    license_id: str,
+    results: Results | Mapping[str, Any] | None = None,
 ) -> CardFacts:
     """Gather a card's facts from a saved model.
 
@@ -354,7 +359,7 @@ def _insert_between_markers(body: str, rendered: str) -> str:
     return "\n\n".join(part for part in (before, block, after) if part) + "\n"
 
 
-def _read_results(results: Any, folder: Path, family: str) -> dict[str, Any] | None:
+def _read_results(results: Results | Mapping[str, Any] | None, folder: Path, family: str) -> dict[str, Any] | None:
     """The results as plain data, from the argument or from ``results.json``; None if there are none.
 
     Raises:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError, refusal, unwritable
 from hf_fusion.extras import missing_library
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 
 def explain(error: Exception, command: str) -> FusionError:
@@ -27,7 +30,7 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error)[:10_000].splitlines() if line.strip()), type(error).__name__)
 
 
-def _repo(error: Any) -> str:
+def _repo(error: Exception) -> str:
     return getattr(error, "repo_id", None) or "that repo"
 
 
@@ -47,7 +50,7 @@ def _no_token(error: Exception, command: str) -> FusionError:
     return FusionError("you are not logged in to the Hub", "hf auth login, or set HF_TOKEN")
 
 
-def _hub_refused(error: Any, command: str) -> FusionError:
+def _hub_refused(error: HfHubHTTPError, command: str) -> FusionError:
     if getattr(error.response, "status_code", None) in (401, 403):
         return FusionError(f"the Hub refused the request: {_first_line(error)}", "hf auth login, or set HF_TOKEN")
     return FusionError(f"the Hub returned an error: {_first_line(error)}", "try again later")
@@ -62,13 +65,13 @@ def _unreachable(error: Exception, command: str) -> FusionError:
     )
 
 
-def _missing_module(error: Any, command: str) -> FusionError:
+def _missing_module(error: ImportError, command: str) -> FusionError:
     if library := missing_library(error):
         return FusionError(f"{command} needs {library}, which is not installed", f"pip install {library}")
     return FusionError(f"an import failed: {_first_line(error)}", f"hf-fusion {command} … --debug shows where")
 
 
-def _system(error: Any, command: str) -> FusionError:
+def _system(error: OSError, command: str) -> FusionError:
     if error.filename and error.strerror:
         return FusionError(f"{error.filename}: {error.strerror}", f"hf-fusion {command} --help")
     return FusionError(_first_line(error), f"hf-fusion {command} --help")

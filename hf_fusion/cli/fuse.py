@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -223,7 +224,7 @@ def _check_push(recipe: Recipe, args: argparse.Namespace) -> None:
                 ) from error
 
 
-def _experts(names: list[str], weights: Any) -> tuple[RecipeExpert, ...]:
+def _experts(names: list[str], weights: Sequence[float] | None) -> tuple[RecipeExpert, ...]:
     """Experts of a recipe, with the weights of ``--set weights=[…]`` in static merges."""
     from hf_fusion.recipe import RecipeExpert
     from hf_fusion.schema import Expected, KeyPath, read

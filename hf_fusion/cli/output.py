@@ -49,7 +49,7 @@ class Out:
         rows: Sequence[dict[str, Any]],
         title: str = "",
         key: str | None = None,
-        data: Any = None,
+        data: object = None,
         human_only: bool = False,
     ) -> None:
         """Print rows as a table.
@@ -95,7 +95,7 @@ class Out:
             if shown:
                 self._write("\n".join(f"  {name:{width}}  {text}" for name, text in shown.items()))
 
-    def result(self, message: str, **data: Any) -> None:
+    def result(self, message: str, **data: object) -> None:
         """Print the success of a command and its values; in quiet mode only the first value."""
         if self.mode == "human":
             self._write(f"{self._colour('✓', GREEN, self.stdout)} {_plain(message)}")

@@ -11,6 +11,8 @@ from hf_fusion.progress import Phase, phase
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import TextIO
+
 
 LONG, INTERVAL = 2.0, 10.0  # seconds: the least duration of a long phase, and between two lines about it
 
@@ -80,7 +82,7 @@ class Bars:
         say: prints a line above the bars.
     """
 
-    def __init__(self, stream: Any, say: Callable[[str], None]) -> None:
+    def __init__(self, stream: TextIO, say: Callable[[str], None]) -> None:
         self.stream, self.say = stream, say
         self._bars: Any = None
         self._tasks: dict[Phase, Any] = {}

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hf_fusion.cli.output import Out
     from hf_fusion.evaluation.results import Results
     from hf_fusion.hub.compat import Compatibility
+    from hf_fusion.models.modeling_foe import FoEModel
     from hf_fusion.types import Expert
 
 STEPS = 7
@@ -108,7 +109,7 @@ def _show_verdict(verdict: Compatibility, out: Out) -> None:
     out.table(rejected, title=f"{len(rejected)} do not", human_only=True)
 
 
-def _fuse_fit_measure(place: Place, verdict: Compatibility, out: Out, seed: int) -> tuple[Any, Results, Path]:
+def _fuse_fit_measure(place: Place, verdict: Compatibility, out: Out, seed: int) -> tuple[FoEModel, Results, Path]:
     """The fitted model, what was measured, and the folder that holds both."""
     from hf_fusion.evaluation.evaluate import evaluate
     from hf_fusion.evaluation.plots import plot_accuracy_cost
@@ -118,7 +119,7 @@ def _fuse_fit_measure(place: Place, verdict: Compatibility, out: Out, seed: int)
 
     maps = {place.repo(name): mapping for name, mapping in LABEL_MAPS.items()}
     experts = _load(place, verdict, out)
-    model: Any = fuse("foe", experts, label_maps=maps, labels=list(DIGITS))
+    model = fuse("foe", experts, label_maps=maps, labels=list(DIGITS))
     out.log(f"      fused {len(experts)} experts, {model.num_parameters() / 1e6:.1f} million parameters")
     train, test = _rows(place, "train"), _rows(place, "test")
     out.log(f"      running them on {len(train):,} images to fit on and {len(test):,} to measure on …")
@@ -171,7 +172,7 @@ def _said(results: Results) -> list[str]:
     ]
 
 
-def _compare_with_stranger(place: Place, model: Any, repo: str, revision: str, out: Out) -> bool:
+def _compare_with_stranger(place: Place, model: FoEModel, repo: str, revision: str, out: Out) -> bool:
     """Whether a fresh process gets bit for bit the logits of the model in memory, and the same from a pipeline."""
     import torch
     from safetensors.torch import load_file
@@ -191,8 +192,9 @@ def _compare_with_stranger(place: Place, model: Any, repo: str, revision: str, o
         f"{name}.from_pretrained: logits": torch.equal(here, logits)
         for name, logits in load_file(folder / "logits.safetensors").items()
     }
+    names: dict[Any, str] = model.config.id2label or {}
     same["pipeline: labels"] = [answer["label"] for answer in answers] == [
-        model.config.id2label[index] for index in top.indices.tolist()
+        names[index] for index in top.indices.tolist()
     ]
     # One image at a time takes other paths through the processor than a batch: the last bits may differ.
     same["pipeline: scores to 1e-5"] = torch.allclose(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hf_fusion.evaluation.results import Results
     from hf_fusion.evaluation.routing_map import RoutingMap
     from hf_fusion.hub.compat import Compatibility
+    from hf_fusion.models.modeling_phatgoose import PhatgooseForGeneration
 
 STEPS = 8
 NAME, FOLDER = "phatgoose-smollm2", "router"
@@ -189,7 +190,7 @@ def _fuse_and_measure(place: Place, out: Out) -> tuple[Any, Results, RoutingMap,
     from hf_fusion.hub.load import load_experts
 
     experts = load_experts(_discover(place, GATES_TAG).accepted, api=place.api)
-    model: Any = fuse("phatgoose", experts, base_by_reference=True)
+    model = fuse("phatgoose", experts, base_by_reference=True)
     cost = model.summary()["relative_cost"]
     out.log(f"      {len(experts)} experts; a token costs {cost:.2f} × the base's arithmetic where experts are")
     tasks = (*WITH_GATES, WITHOUT_GATES)
@@ -235,11 +236,11 @@ def _said(results: Results, routing: RoutingMap) -> list[str]:
     return lines
 
 
-def _prompt(model: Any, question: str) -> Any:
+def _prompt(model: PhatgooseForGeneration, question: str) -> Any:
     return model.processor(CHAT.format(question), return_tensors="pt").to(model.device)
 
 
-def _compare_with_stranger(place: Place, model: Any, repo: str, revision: str, out: Out) -> bool:
+def _compare_with_stranger(place: Place, model: PhatgooseForGeneration, repo: str, revision: str, out: Out) -> bool:
     """Whether a fresh process gets bit for bit the logits of the model in memory, and the same answers."""
     import torch
     from safetensors.torch import load_file
@@ -267,7 +268,7 @@ def _compare_with_stranger(place: Place, model: Any, repo: str, revision: str, o
     return all(same.values())
 
 
-def _answer_table(model: Any) -> list[dict[str, Any]]:
+def _answer_table(model: PhatgooseForGeneration) -> list[dict[str, Any]]:
     """For each token of the first question's answer: the weights at the token before it, where it was made."""
     inputs = _prompt(model, QUESTIONS[0])
     length = inputs["input_ids"].shape[1]

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from hf_fusion.evaluation.merging import TaskModel
     from hf_fusion.evaluation.results import Results
     from hf_fusion.hub.compat import Compatibility
+    from hf_fusion.hub.load import ExpertLike
+    from hf_fusion.models.modeling_wemoe import WEMoEModel
     from hf_fusion.types import Expert
 
 STEPS = 9
@@ -72,7 +74,7 @@ def run(place: Place, out: Out, seed: int = 0) -> dict[str, Any]:
         from hf_fusion.fusion import fuse
 
         experts = [info.pinned for info in verdict.accepted]
-        model: Any = fuse("wemoe", experts, base=place.repo(BASE), api=place.api)
+        model = fuse("wemoe", experts, base=place.repo(BASE), api=place.api)
         base = str(ModelRef(**model.config.base))
         facts = model.summary()
         out.log(f"      {facts['upscaled_linears']} linears with {facts['trainable']:,} parameters of routers to adapt")
@@ -150,7 +152,9 @@ def _show_verdict(verdict: Compatibility, out: Out) -> None:
     out.table(rejected, title=f"{len(rejected)} cannot", human_only=True)
 
 
-def _adapt(place: Place, model: Any, experts: list[Expert], base: Any, out: Out, seed: int) -> list[TaskModel]:
+def _adapt(
+    place: Place, model: WEMoEModel, experts: list[Expert], base: ExpertLike, out: Out, seed: int
+) -> list[TaskModel]:
     """Adapts the routers; returns what they are compared with: themselves before, and one merge, adapted as well."""
     from hf_fusion.evaluation.merging import TaskModel
     from hf_fusion.training.adamerging import CoefficientMerge
@@ -191,7 +195,9 @@ def _rows(place: Place, split: str) -> dict[str, Dataset]:
     return suite
 
 
-def _measure(place: Place, model: Any, experts: list[Expert], base: Any, more: list[TaskModel]) -> tuple[Results, Path]:
+def _measure(
+    place: Place, model: WEMoEModel, experts: list[Expert], base: ExpertLike, more: list[TaskModel]
+) -> tuple[Results, Path]:
     """What was measured, and the folder that holds it and the model."""
     from hf_fusion.evaluation.coefficient_map import COEFFICIENT_FILE, COEFFICIENT_PICTURE, map_coefficients
     from hf_fusion.evaluation.evaluate import evaluate
@@ -220,7 +226,7 @@ def _scores(results: Results) -> list[dict[str, str]]:
     ]
 
 
-def _compare_with_stranger(place: Place, model: Any, repo: str, revision: str, out: Out) -> bool:
+def _compare_with_stranger(place: Place, model: WEMoEModel, repo: str, revision: str, out: Out) -> bool:
     """Whether a fresh process gets bit for bit the logits of the model in memory, and classifies as it does."""
     import torch
     from safetensors.torch import load_file

@@ -187,7 +187,7 @@ def plot_coefficients(found: CoefficientMap, path: str | Path) -> Path:
     return _saved(figure, path)
 
 
-def _saved(figure: Any, path: str | Path) -> Path:
+def _saved(figure: Figure, path: str | Path) -> Path:
     """Writes a picture, all of it or nothing."""
     with replacing(path) as partial:
         figure.savefig(partial, facecolor="white")

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hf_fusion.training.batches import class_logits
 from hf_fusion.training.dense import dense_statistics, map_outputs
 from hf_fusion.training.prompts import IGNORED, score_targets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from hf_fusion.types import ForwardModel
 
 WRITTEN_TOKENS = 128  # of an answer that does not end before
 
@@ -28,7 +33,9 @@ class Predictions:
 
 
 @torch.no_grad()
-def predict_batch(model: Any, inputs: Mapping[str, Any], reads: str, tokenizer: Any = None) -> Predictions:
+def predict_batch(
+    model: ForwardModel, inputs: Mapping[str, Any], reads: str, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Predictions:
     """A model's predictions for a batch, by one forward where no text is to be written.
 
     Args:
@@ -44,6 +51,7 @@ def predict_batch(model: Any, inputs: Mapping[str, Any], reads: str, tokenizer: 
     if reads in ("losses", "ranks"):  # rows whose answers are ranked come once for each choice
         return _losses(model, inputs)
     if reads == "texts":
+        assert tokenizer is not None
         return _texts(model, inputs, tokenizer)
     if reads == "embeddings":
         first = model(**{name: value for name, value in inputs.items() if name != "labels"}).last_hidden_state[:, 0]
@@ -59,7 +67,7 @@ def from_logits(logits: torch.Tensor, labels: torch.Tensor, reads: str) -> Predi
     return Predictions(values.tolist(), labels.tolist())
 
 
-def _losses(model: Any, inputs: Mapping[str, Any]) -> Predictions:
+def _losses(model: ForwardModel, inputs: Mapping[str, Any]) -> Predictions:
     """Mean loss of each row's target in nats a token, and how many tokens it has."""
     given = {name: value for name, value in inputs.items() if name != "labels"}
     labels, decodes = inputs["labels"], not model.config.is_encoder_decoder
@@ -73,7 +81,7 @@ def _losses(model: Any, inputs: Mapping[str, Any]) -> Predictions:
     return Predictions((losses.sum(1) / counts).tolist(), counts.double().tolist())
 
 
-def _texts(model: Any, inputs: Mapping[str, Any], tokenizer: Any) -> Predictions:
+def _texts(model: Any, inputs: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Predictions:
     """Greedy answers to prompts of `WRITTEN_TOKENS` at most, row by row so that none is padded, and the targets."""
     written, right = [], []
     for row in range(len(inputs["labels"])):

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hf_fusion.evaluation.predictions import Predictions, predict_batch
 from hf_fusion.evaluation.results import MeasuredTask
 from hf_fusion.evaluation.task_metrics import METRICS, Reads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from hf_fusion.types import ForwardModel
 
 
 @dataclass(frozen=True)
@@ -72,12 +77,12 @@ class ModelPredictor:
 
     name: str
     kind: str
-    model: Callable[..., Any]
+    model: ForwardModel
     prepare: Callable[[Batch], Mapping[str, Any]] = lambda batch: batch.inputs
     within: Callable[[Batch], AbstractContextManager[Any]] = lambda batch: nullcontext()
     cost: float | None = None
     reads: Reads | None = None
-    tokenizer: Any = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     def predict(self, batch: Batch) -> Predictions:
         """See `Predictor`."""

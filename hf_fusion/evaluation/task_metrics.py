@@ -46,7 +46,7 @@ class TaskMetric:
     read: Callable[[Any], Any] | None = None
 
 
-def _equal(prediction: Any, reference: Any) -> float:
+def _equal(prediction: object, reference: object) -> float:
     return float(prediction == reference)
 
 

@@ -175,7 +175,7 @@ def load_merged(folder: str | Path, *, trust_remote_code: bool = False) -> PreTr
     return model
 
 
-def save_pretrained(model: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+def save_pretrained(model: PreTrainedModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
     """Instance method of a loaded merge: as any model's, with the recipe, the tokenizer and the like beside it."""
     from hf_fusion.models.fused_saving import push_options, saved_whole
 
@@ -188,7 +188,7 @@ def save_pretrained(model: Any, save_directory: str | Path, *args: Any, **kwargs
         model.push_to_hub(**pushed)
 
 
-def push_to_hub(model: Any, *args: Any, **kwargs: Any) -> Any:
+def push_to_hub(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """Instance method of a loaded merge: as any model's, with a recipe that holds no path of this machine."""
     sent, recipe = copy.copy(model), getattr(model, RECIPE_ATTRIBUTE)  # the weights are shared
     known = getattr(model, CONTENTS_ATTRIBUTE, None)
@@ -197,7 +197,7 @@ def push_to_hub(model: Any, *args: Any, **kwargs: Any) -> Any:
         RECIPE_ATTRIBUTE,
         strip_paths_from_recipe(recipe, hash_folders(list_local_folders(recipe)) if known is None else known),
     )
-    sent.save_pretrained = MethodType(save_pretrained, sent)
+    setattr(sent, save_pretrained.__name__, MethodType(save_pretrained, sent))
     return type(model).push_to_hub(sent, *args, **kwargs)
 
 

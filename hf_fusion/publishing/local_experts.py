@@ -23,6 +23,7 @@ from hf_fusion.types import ExpertInfo, ModelRef
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+    from transformers import PreTrainedModel
 
 README = "README.md"
 _SMALL_FILES = (".json", ".yaml", ".txt", ".jinja", ".model", ".py", ".md")
@@ -59,7 +60,7 @@ def local_base(name: str | Path) -> str | None:
     return str(Path(base).expanduser().resolve()) if base and Path(base).expanduser().is_dir() else None
 
 
-def public_names(recipe: Recipe, folder: Path, model: Any = None) -> dict[str, str]:
+def public_names(recipe: Recipe, folder: Path, model: PreTrainedModel | None = None) -> dict[str, str]:
     """Path of every folder in a recipe → ``NAME@sha256:…``, by its content at the time of the fusion.
 
     Args:

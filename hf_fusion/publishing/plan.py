@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from transformers import PreTrainedModel
 
+    from hf_fusion.evaluation.results import Results
+
 # what a Trainer leaves in a folder for itself
 _TRAINING_STATE = (
     "training_args.bin",
@@ -75,7 +77,9 @@ class PublishPlan:
     card: str
     facts: CardFacts
     pushes: dict[str, str] = field(default_factory=dict)
-    _staging: Any = field(default=None, repr=False, compare=False)  # keeps the temporary folder alive
+    _staging: tempfile.TemporaryDirectory[str] | None = field(
+        default=None, repr=False, compare=False
+    )  # keeps the temporary folder alive
     # makes the plan again after `pushes`, from path → ``owner/name@sha``
     _pushed: Callable[[Mapping[str, str]], PublishPlan] | None = field(default=None, repr=False, compare=False)
 
@@ -103,7 +107,7 @@ def plan(
     *,
     private: bool = True,
     license: str | None = None,
-    results: Any = None,
+    results: Results | Mapping[str, Any] | None = None,
     push_experts: bool = False,
     overwrite: bool = False,
     api: HfApi | None = None,
@@ -131,11 +135,12 @@ def plan(
     api = hub_api(api)
     check_repo_id(repo_id)
     staging = tempfile.TemporaryDirectory(prefix="hf-fusion-")
-    is_folder = isinstance(model, (str, Path))
-    folder = Path(model) if is_folder else save_fused(model, Path(staging.name) / repo_id.rpartition("/")[2])  # type: ignore
+    in_memory = None if isinstance(model, (str, Path)) else model
+    name = repo_id.rpartition("/")[2]
+    folder = Path(model) if isinstance(model, (str, Path)) else save_fused(model, Path(staging.name) / name)
     publishable_files(folder)
     recipe = read_recipe(folder)
-    names = public_names(recipe, folder, None if is_folder else model)
+    names = public_names(recipe, folder, in_memory)
 
     def plan_with(names: Mapping[str, str]) -> PublishPlan:
         return _plan_folder(folder, repo_id, recipe, names, private, license, results, overwrite, staging, api)
@@ -154,9 +159,9 @@ def _plan_folder(
     names: Mapping[str, str],
     private: bool,
     license: str | None,
-    results: Any,
+    results: Results | Mapping[str, Any] | None,
     overwrite: bool,
-    staging: Any,
+    staging: tempfile.TemporaryDirectory[str],
     api: HfApi,
 ) -> PublishPlan:
     """`plan` for a folder; ``names`` maps each local folder of the recipe to its public name."""

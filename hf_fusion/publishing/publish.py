@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from transformers import PreTrainedModel
 
+    from hf_fusion.evaluation.results import Results
+
 
 def publish(
     model: PreTrainedModel | str | Path,
@@ -26,7 +28,7 @@ def publish(
     *,
     private: bool = True,
     license: str | None = None,
-    results: Any = None,
+    results: Results | Mapping[str, Any] | None = None,
     push_experts: bool = False,
     overwrite: bool = False,
     confirm: Callable[[PublishPlan], bool] | None = None,

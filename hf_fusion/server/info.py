@@ -7,12 +7,15 @@ import math
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_fusion.server import card
 from hf_fusion.server.dates import stamp
 from hf_fusion.server.plain import plain, text
 from hf_fusion.server.repo import Repo
+
+if TYPE_CHECKING:
+    from hf_fusion.server.repo import File
 
 MAX_TAGS, MAX_TAG = 1000, 300
 SHOWN_CARD = 300_000  # characters
@@ -145,7 +148,7 @@ def moving(repo: Repo) -> dict[str, Any]:
     }
 
 
-def _blob(file: Any) -> dict[str, Any]:
+def _blob(file: File) -> dict[str, Any]:
     found = {"size": file.size, "blobId": file.oid}
     if file.sha256:
         found["lfs"] = {"sha256": file.sha256, "size": file.size, "pointerSize": file.pointer_size}
@@ -189,7 +192,7 @@ def _parameters(repo: Repo, sha: str) -> dict[str, Any] | None:
     return {"parameters": counts, "total": sum(counts.values())} if counts else None
 
 
-def _shape(tensor: Any) -> list[int] | None:
+def _shape(tensor: object) -> list[int] | None:
     """A header entry's shape, or None where it does not describe a tensor."""
     if not isinstance(tensor, dict) or not isinstance(tensor.get("dtype"), str):
         return None

@@ -21,8 +21,6 @@ from hf_fusion.models.heads_wemoe import activate_heads, fill_heads, install_hea
 from hf_fusion.models.routing_wemoe import by_unit, index_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedModel
 
     from hf_fusion.hub.load import ExpertLike
@@ -55,7 +53,7 @@ class CoefficientMerge(nn.Module):
     def __init__(
         self,
         experts: Sequence[ExpertLike],
-        base: str | Path | PreTrainedModel | None = None,
+        base: ExpertLike | None = None,
         granularity: str = "layer",
         scaling: float = 0.3,
     ) -> None:

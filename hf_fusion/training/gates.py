@@ -41,7 +41,7 @@ INIT_LOGIT = 2.0  # of a whitened gate on the mean token: most of the update pas
 RUN_FILE = "gate_training.json"  # identifies the run whose checkpoints a folder holds
 
 # (path, input, output, A (r, d_in) or None for a saved head, B (d_out, r) or None) -> the new output
-Update = Callable[[str, torch.Tensor, torch.Tensor, Any, Any], torch.Tensor]
+Update = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor]
 
 
 def train_gates(
@@ -154,11 +154,13 @@ def _mean_inputs(
     sums: dict[str, torch.Tensor] = {}
     counts: dict[str, int] = {}
 
-    def add_up(path: str, x: torch.Tensor, output: torch.Tensor, a: Any, b: Any) -> torch.Tensor:
+    def add_up(
+        path: str, x: torch.Tensor, output: torch.Tensor, a: torch.Tensor | None, b: torch.Tensor | None
+    ) -> torch.Tensor:
         tokens = (x if whitening is None else standardised(x)).reshape(-1, x.shape[-1])  # (N, d_in)
         sums[path] = sums.get(path, 0) + tokens.sum(0, dtype=torch.float64)
         counts[path] = counts.get(path, 0) + len(tokens)
-        return output if a is None else output + nn.functional.linear(nn.functional.linear(x, a), b)
+        return output if a is None or b is None else output + nn.functional.linear(nn.functional.linear(x, a), b)
 
     with _adapter_applied(expert, add_up), phase("Averaging inputs", min(count, len(read.rows))) as progress:
         for batch in equal_length_batches(read.rows, batch_size, count):
@@ -207,7 +209,7 @@ def _top_direction(a: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tens
     return vector * vector[vector.abs().argmax()].sign() * is_nonzero
 
 
-def _load_adapter(expert: ExpertLike, base: Any) -> Expert:
+def _load_adapter(expert: ExpertLike, base: ExpertLike | None) -> Expert:
     loaded = load_experts([expert], base=base, gates=False)[0]  # broken gates must not prevent their replacement
     if loaded.adapter is None:
         raise FusionError(
@@ -242,7 +244,9 @@ def gated(
         if whitening
     }
 
-    def update(path: str, x: torch.Tensor, output: torch.Tensor, a: Any, b: Any) -> torch.Tensor:
+    def update(
+        path: str, x: torch.Tensor, output: torch.Tensor, a: torch.Tensor | None, b: torch.Tensor | None
+    ) -> torch.Tensor:
         vector: torch.Tensor = gates[path]
         bias, gate_input = None, x
         if whitening:  # σ(uᵀ Σ^(-1/2) (LN(x) - μ)) as one vector and one bias, instead of a product with Σ per token
@@ -252,7 +256,7 @@ def gated(
                 bias = -(vector @ mean).to(x.device, x.dtype)[None]
             gate_input = standardised(x)
         gate = torch.sigmoid(nn.functional.linear(gate_input, vector.to(x.device, x.dtype)[None], bias))  # (…, 1)
-        if a is None:
+        if a is None or b is None:
             return output * gate
         return output + nn.functional.linear(nn.functional.linear(x, a) * gate, b)
 
@@ -294,11 +298,19 @@ def _adapter_applied(expert: Expert, update: Update) -> Iterator[None]:
         model.train(training)
 
 
-def _hook(update: Update, path: str, a: Any, b: Any, module: nn.Module, inputs: Any, output: Any) -> torch.Tensor:
+def _hook(
+    update: Update,
+    path: str,
+    a: torch.Tensor | None,
+    b: torch.Tensor | None,
+    module: nn.Module,
+    inputs: tuple[torch.Tensor, ...],
+    output: torch.Tensor,
+) -> torch.Tensor:
     return update(path, inputs[0], output, a, b)
 
 
-def _like(tensor: torch.Tensor, other: Any) -> torch.Tensor:
+def _like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """A tensor on another's device and in its floating-point dtype."""
     return tensor.detach().to(other.device, other.dtype if other.is_floating_point() else tensor.dtype)
 

@@ -19,6 +19,8 @@ from hf_fusion.models.assembly_foe import normalise
 from hf_fusion.progress import phase
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from hf_fusion.models.modeling_foe import FoEForGeneration, FoEModel
 
 # data set column -> the processor's argument
@@ -150,7 +152,9 @@ class _GenerationRunner:
         return torch.stack(columns, 1)
 
 
-def _prompts_with_targets(tokenizer: Any, prompts: list[str], targets: list[str]) -> tuple[Any, torch.Tensor]:
+def _prompts_with_targets(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], targets: list[str]
+) -> tuple[Any, torch.Tensor]:
     """Encodes prompt and target as one right-padded sequence, with labels on the target."""
     rows = []
     for prompt, target in zip(prompts, targets, strict=True):
@@ -198,7 +202,12 @@ def prepare(model: FoEModel, batch: Mapping[str, list[Any]], columns: Mapping[st
     }
 
 
-def _run_cached(runner: Any, dataset: datasets.Dataset, columns: Mapping[str, str], batch_size: int) -> dict[str, Any]:
+def _run_cached(
+    runner: _ClassifierRunner | _GenerationRunner,
+    dataset: datasets.Dataset,
+    columns: Mapping[str, str],
+    batch_size: int,
+) -> dict[str, Any]:
     """Maps the runner over the data set; each process computes a contiguous shard, then reads all shards."""
     model = runner.model
     state = PartialState(cpu=model.device.type == "cpu")

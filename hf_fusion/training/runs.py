@@ -71,6 +71,11 @@ def training_arguments(
         yield arguments
 
 
+def move_to(model: nn.Module, device: str | torch.device) -> None:
+    """`model.to(device)`, which transformers wraps so that its type is lost."""
+    model.to(device)
+
+
 @contextmanager
 def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Moves a model to a device for the context; a model that is dispatched to several devices stays there."""

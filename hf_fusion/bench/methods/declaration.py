@@ -12,6 +12,8 @@ from hf_fusion.errors import FusionError, shown
 from hf_fusion.io.declarations import decorated
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from hf_fusion.bench.candidates import Candidate
     from hf_fusion.bench.setups.common import TaskSetup
     from hf_fusion.bench.suite import Holdout
@@ -154,7 +156,7 @@ def declared_in(folder: Path) -> dict[str, Method]:
     return rows
 
 
-def methods_of(module: Any) -> dict[str, Method]:
+def methods_of(module: ModuleType) -> dict[str, Method]:
     """All methods that an imported module declares, by name.
 
     Raises:

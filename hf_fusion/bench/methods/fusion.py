@@ -23,6 +23,9 @@ from hf_fusion.training.fuser import fit_fuser, replay
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch import nn
+
+    from hf_fusion.models.modeling_foe import FoEModel
 
 
 # ---------------------------------------------------------------- experts
@@ -144,7 +147,7 @@ def foe(setup: FusionSetup, holdout: Holdout, seed: int) -> Candidate:
 def foe_frugal(setup: FusionSetup, holdout: Holdout, seed: int) -> Candidate:
     """FoE that asks one expert after the other, and stops when another one is not worth its cost."""
     model, rows, fuser = _output(setup, holdout, seed, frugal=True)
-    policy, weight = copy.deepcopy(model.policy).to("cpu"), model.config.frugal["cost_weight"]
+    policy, weight = copy.deepcopy(model.policy).to("cpu"), (model.config.frugal or {})["cost_weight"]
     shares = torch.tensor(model.config.cost_shares)
 
     @torch.no_grad()
@@ -163,7 +166,7 @@ def foe_frugal(setup: FusionSetup, holdout: Holdout, seed: int) -> Candidate:
     return Candidate(prepare, parameters, stored=size, active=round(share * size), cost=cost)
 
 
-def _output(setup: FusionSetup, holdout: Holdout, seed: int, **options: Any) -> tuple[Any, Dataset, Any]:
+def _output(setup: FusionSetup, holdout: Holdout, seed: int, **options: Any) -> tuple[FoEModel, Dataset, nn.Module]:
     """A FoE of outputs, what it was fitted on, and its fuser."""
     if setup.is_language:
         raise NotApplicable("language models are fused by choosing among them")
@@ -171,7 +174,7 @@ def _output(setup: FusionSetup, holdout: Holdout, seed: int, **options: Any) -> 
     return model, rows, _fitted(setup, model, rows, seed, **options)
 
 
-def _fitted(setup: FusionSetup, model: Any, rows: Dataset, seed: int, **options: Any) -> Any:
+def _fitted(setup: FusionSetup, model: FoEModel, rows: Dataset, seed: int, **options: Any) -> nn.Module:
     """The fuser of a model, fitted on rows; the model serves other seeds too."""
     fit_fuser(model, rows, seed=seed, inference_batch_size=setup.batch_size, **options)
     return copy.deepcopy(model.fuser).to("cpu").eval()
@@ -195,4 +198,5 @@ def _named(
 def _label_indices(setup: FusionSetup, holdout: Holdout) -> list[int]:
     """Indices, among all labels, of those that the fused experts know."""
     known = {normalise(label): index for index, label in enumerate(setup.labels)}
-    return [known[normalise(label)] for label in setup.model(holdout, OUTPUT).config.id2label.values()]
+    labels = setup.model(holdout, OUTPUT).config.id2label or {}
+    return [known[normalise(label)] for label in labels.values()]

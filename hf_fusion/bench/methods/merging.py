@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,7 +30,13 @@ from hf_fusion.models.assembly_wemoe import NoLinearsError, UnchangedLinearsErro
 from hf_fusion.models.heads_wemoe import activate_heads
 from hf_fusion.models.modeling_wemoe import WEMoEModel
 from hf_fusion.training.adamerging import CoefficientMerge
+from hf_fusion.training.runs import move_to
 from hf_fusion.types import Expert
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hf_fusion.training.adamerging import CoefficientMerge, LearnedMerge
 
 STATISTICS_ROWS = 256  # of each task, that Fisher merging and RegMean look at
 STATISTICS_TEXTS = 32  # of texts to write, in which every token counts
@@ -74,7 +80,8 @@ def multitask(setup: MergingSetup, holdout: Holdout, seed: int) -> Candidate:
         return model(**inputs)
 
     whole, one = setup.sizes
-    return Candidate(partial(setup.prepared, called), stored=whole, active=one)
+    with_task = _Called(called, model, getattr(model, "generate", None))
+    return Candidate(partial(setup.prepared, with_task), stored=whole, active=one)
 
 
 @bench_method("Individual experts", "ceiling")
@@ -194,11 +201,11 @@ def _statistics(setup: MergingSetup, holdout: Holdout, kind: str, seed: int) -> 
         raise NotApplicable("Fisher information is measured of one answer for a row, here each pixel has one")
     if kind == "gram":
         _check_linear(setup)
-    measure: Any = {"fisher": measure_fisher, "gram": measure_gram}[kind]
+    measures: dict[str, Callable[..., Any]] = {"fisher": measure_fisher, "gram": measure_gram}
     found = []
     for number in setup.indices(holdout):
         rows = setup.validation_rows(number)
-        found.append(_readers(measure(setup.experts[number], rows, examples=_examples(setup), seed=seed)))
+        found.append(_readers(measures[kind](setup.experts[number], rows, examples=_examples(setup), seed=seed)))
     return found
 
 
@@ -265,7 +272,7 @@ def concrete(setup: MergingSetup, holdout: Holdout, seed: int, scaling: float = 
     return _learned(setup, holdout, seed, merge, learning_rate=1e-2, **options)
 
 
-def _learned(setup: MergingSetup, holdout: Holdout, seed: int, merge: Any, **options: Any) -> Candidate:
+def _learned(setup: MergingSetup, holdout: Holdout, seed: int, merge: CoefficientMerge, **options: Any) -> Candidate:
     facts = _adapt(setup, holdout, merge, seed, **options)
     with torch.no_grad():
         tensors = merge._tensors()
@@ -273,7 +280,7 @@ def _learned(setup: MergingSetup, holdout: Holdout, seed: int, merge: Any, **opt
     return setup.dense(state, parameters=facts)
 
 
-def _adapt(setup: MergingSetup, holdout: Holdout, model: Any, seed: int, **options: Any) -> dict[str, Any]:
+def _adapt(setup: MergingSetup, holdout: Holdout, model: LearnedMerge, seed: int, **options: Any) -> dict[str, Any]:
     """Adapts a model on the fused tasks' unlabelled validation splits; returns the parameters for the cell."""
     from hf_fusion.training.routers import adapt_routers
 
@@ -281,7 +288,7 @@ def _adapt(setup: MergingSetup, holdout: Holdout, model: Any, seed: int, **optio
         raise NotApplicable("learning without labels needs classes, and depths and normals have no classes")
     if setup.suite.head in ("feature-extraction", "causal-lm", "seq2seq-lm"):
         raise NotApplicable("learning without labels needs classes, and this suite has no classes")
-    model.to(setup.backbone.device)
+    move_to(model, setup.backbone.device)
     rows = {task: _unlabelled(setup, task) for task in holdout.fuse}
     options.setdefault("learning_rate", 5e-4)
     adapted = adapt_routers(model, rows, seed=seed, **options).for_config()
@@ -334,7 +341,7 @@ def smile(setup: MergingSetup, holdout: Holdout, seed: int, rank: int) -> Candid
     return _mixture(setup, model, {"rank": rank})
 
 
-def upscaled(experts: list[Expert], base: Expert | None, **options: Any) -> Any:
+def upscaled(experts: list[Expert], base: Expert | None, **options: Any) -> WEMoEModel:
     """A `WEMoEModel` of experts.
 
     Raises:
@@ -348,7 +355,7 @@ def upscaled(experts: list[Expert], base: Expert | None, **options: Any) -> Any:
         raise NotApplicable("the models have no MLPs of a known manner, and these are what is up-scaled") from error
 
 
-def _mixture(setup: MergingSetup, model: Any, parameters: dict[str, Any]) -> Candidate:
+def _mixture(setup: MergingSetup, model: WEMoEModel, parameters: dict[str, Any]) -> Candidate:
     """A WEMoE with the heads of all tasks: those that it lacks are the experts'."""
     heads = setup.merge.heads
     for path in heads:
@@ -363,7 +370,7 @@ def _mixture(setup: MergingSetup, model: Any, parameters: dict[str, Any]) -> Can
     model.config.default_task = None
     stored = sum(p.numel() for p in model.parameters())
     active = stored - (setup.sizes[0] - setup.sizes[1])
-    with_task = _Called(called, model)
+    with_task = _Called(called, model.backbone, getattr(model, "generate", None))
     return Candidate(
         partial(setup.prepared, with_task), parameters=parameters, stored=stored, active=active,
         cost=setup.relative_cost(with_task),
@@ -373,9 +380,11 @@ def _mixture(setup: MergingSetup, model: Any, parameters: dict[str, Any]) -> Can
 class _Called:
     """A function in the place of a model."""
 
-    def __init__(self, function: Callable[..., Any], model: Any) -> None:
-        self.function, self.config, self.forward = function, model.backbone.config, model.backbone.forward
-        self.generate = getattr(model, "generate", None)
+    def __init__(
+        self, function: Callable[..., Any], dense: PreTrainedModel, generate: Callable[..., Any] | None
+    ) -> None:
+        self.function, self.config, self.forward = function, dense.config, dense.forward
+        self.generate = generate
 
     def __call__(self, **inputs: Any) -> Any:
         return self.function(**inputs)

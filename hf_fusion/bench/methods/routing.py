@@ -14,6 +14,7 @@ from hf_fusion.bench.setups.routing import HEADS, TOP_K, RoutingSetup
 from hf_fusion.bench.suite import Holdout
 from hf_fusion.evaluation.predictors import ModelPredictor
 from hf_fusion.evaluation.routing import PHATGOOSE, STRATEGIES, RoutingStrategy, alone
+from hf_fusion.training.runs import move_to
 
 # ---------------------------------------------------------------- the methods
 
@@ -157,7 +158,8 @@ def smile(setup: RoutingSetup, holdout: Holdout, seed: int, rank: int) -> Candid
         raise NotApplicable(HEADS)
     fused = [setup.experts[number] for number in setup.indices(holdout)]
     options = {"routing": "smile", "task_vectors": "low-rank", "rank": rank}
-    model = merging.upscaled(fused, None, **options).to(setup.device)
+    model = merging.upscaled(fused, None, **options)
+    move_to(model, setup.device)
     evaluation = setup.evaluation(everything(setup.suite))
     predictor = ModelPredictor("SMILE", "baseline", model, tokenizer=setup.experts[0].processor)
 

@@ -137,7 +137,7 @@ class TaskSetup:
         return self.reads(task) == "ranks"
 
 
-def on_device(inputs: Mapping[str, Any], device: Any) -> dict[str, Any]:
+def on_device(inputs: Mapping[str, Any], device: str | torch.device) -> dict[str, Any]:
     """A batch where a model is."""
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
 

@@ -28,7 +28,8 @@ from hf_fusion.models.assembly_foe import GENERIC_LABEL, fuse_labels, normalise
 from hf_fusion.models.modeling_foe import FoEModel
 from hf_fusion.models.options_foe import settings_of
 from hf_fusion.training.batches import read_examples
-from hf_fusion.training.outputs import collect_outputs, input_columns, prepare
+from hf_fusion.training.outputs import collect_outputs, generates, input_columns, prepare
+from hf_fusion.training.runs import move_to
 from hf_fusion.types import Expert
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class FusionSetup(TaskSetup, kind="fusion"):
         if not self.is_language:
             self.experts = [self._labelled(expert) for expert in self.experts]
             self.labels, self._places = fuse_labels(self.experts, OUTPUT)
-        self._models: dict[tuple[tuple[str, ...], str], Any] = {}
+        self._models: dict[tuple[tuple[str, ...], str], FoEModel] = {}
         self._rows: dict[tuple[str, str, str], Dataset] = {}
         self._outputs: dict[tuple[str, str, str], torch.Tensor] = {}
         self._features: dict[Any, torch.Tensor] = {}
@@ -99,20 +100,21 @@ class FusionSetup(TaskSetup, kind="fusion"):
         owners = (name if name in self.names else self.suite.owner(name) for name in holdout.fuse)
         return [self.names.index(owner) for owner in owners if owner]
 
-    def model(self, holdout: Holdout, mode: str) -> Any:
+    def model(self, holdout: Holdout, mode: str) -> FoEModel:
         """A FoE of the fused experts, whose fuser is not fitted yet."""
         key = (holdout.fuse, mode)
         if key not in self._models:
             experts = [self.experts[number] for number in self.fused(holdout)]
             try:
-                model: Any = FoEModel.from_experts(experts, mode=mode, fuser_hidden=HIDDEN[mode])
+                model = FoEModel.from_experts(experts, mode=mode, fuser_hidden=HIDDEN[mode])
             except ValueError as error:  # a family, which knows nothing of this package, raises these
                 raise FusionError(str(error)) from error
-            self._models[key] = model.to(self.device)
+            move_to(model, self.device)
+            self._models[key] = model
         return self._models[key]
 
     @property
-    def all_experts(self) -> Any:
+    def all_experts(self) -> FoEModel:
         """A FoE of all experts, whose outputs are collected."""
         return self.model(Holdout("", tuple(self.names), ()), SELECTION)
 
@@ -283,14 +285,14 @@ class FusionSetup(TaskSetup, kind="fusion"):
             if model.config.is_encoder_decoder:
                 own = {**own, "decoder_input_ids": own["input_ids"][:, :1]}
             alone.append(multiplications(partial(self.experts[number].model, **own)))
-        all_of_them = partial(model.prompt_embeddings if self.is_language else model.expert_outputs, inputs)
+        all_of_them = partial(model.prompt_embeddings if generates(model) else model.expert_outputs, inputs)
         return [own / alone[0] for own in alone], multiplications(all_of_them) / alone[0]
 
 
 class _ExpertModel:
     """One expert of a FoE of language models, as a separate model."""
 
-    def __init__(self, foe: Any, expert: int) -> None:
+    def __init__(self, foe: FoEModel, expert: int) -> None:
         backbone = foe.config.experts[expert]["backbone"]
         self.backbone, self.local = foe.backbones[backbone], foe._members(backbone).index(expert)
         self.model, self.foe, self.expert = self.backbone.model, foe, expert

@@ -5,7 +5,7 @@ What fuses them is in `bench.methods.merging`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,8 @@ from hf_fusion.types import Expert
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from hf_fusion.types import ForwardModel
 
 State = Mapping[str, torch.Tensor]
 
@@ -71,10 +73,10 @@ class MergingSetup(TaskSetup, kind="merging"):
                 processor = AutoProcessor.from_pretrained(str(source.folder), trust_remote_code=False)
                 self.start = replace(self.start, processor=processor)
                 self._classes = fix_classes(self.start.model, processor, suite)
-        base: Any = self.start and self.start.model
+        base = self.start.model if self.start else None
         sources = [expert_path(own, suite.build) for own in owned.values()]
         loaded = load_experts(sources, base=base, gates=False, allow_pickle=allow_pickle)
-        shared = self.start and self.start.processor
+        shared = self.start.processor if self.start else None
         is_zero_shot = suite.head == "zero-shot-image"
         self.experts = [
             replace(own, name=name, processor=shared if is_zero_shot else own.processor or shared)
@@ -127,7 +129,7 @@ class MergingSetup(TaskSetup, kind="merging"):
     # ---------------------------------------------------------------- predicting
 
     def prepared(
-        self, model: Any, task: str, corruption: str = CLEAN, split: str = TEST, *, state: State | None = None,
+        self, model: ForwardModel, task: str, corruption: str = CLEAN, split: str = TEST, *, state: State | None = None,
         reads: Reads | None = None,
     ) -> Prepared:  # fmt: skip
         """A model that is called with the inputs and ``task=``, and the rows that it predicts.
@@ -183,7 +185,7 @@ class MergingSetup(TaskSetup, kind="merging"):
         whole = sum(p.numel() for p in self.backbone.parameters())
         return whole, whole - round(sum(heads) * (1 - 1 / len(self.names)))
 
-    def relative_cost(self, model: Any) -> float:
+    def relative_cost(self, model: Callable[..., Any]) -> float:
         """Multiplications of a model's forward as a multiple of the dense one's, on the first rows there are."""
         task = self.names[0]
         rows = self.sample(task)
@@ -217,7 +219,7 @@ class MergingSetup(TaskSetup, kind="merging"):
         return [self.names.index(name) for name in holdout.fuse]
 
 
-def _no_loss(model: Any, inputs: Any) -> torch.Tensor:
+def _no_loss(model: object, inputs: object) -> torch.Tensor:
     raise NotApplicable("embeddings have no labels, hence no loss")
 
 

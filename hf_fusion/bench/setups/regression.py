@@ -7,7 +7,7 @@ task, and each task has its own fuser.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from hf_fusion.evaluation.predictors import ModelPredictor
 from hf_fusion.evaluation.results import MeasuredTask
 from hf_fusion.hub.load import load_experts
 from hf_fusion.training.batches import Examples
+from hf_fusion.training.runs import move_to
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -56,8 +57,8 @@ class RegressionSetup(TaskSetup, kind="regression"):
         paths = [expert_path(source, suite.build) for source in sources]
         loaded = dict(zip(sources, load_experts(paths, gates=False, allow_pickle=allow_pickle), strict=True))
         for expert in loaded.values():
-            model: Any = expert.model
-            model.to(device).eval()
+            move_to(expert.model, device)
+            expert.model.eval()
         self.experts = [replace(loaded[source], name=name) for name, source in suite.experts.items()]
         self._scores: dict[tuple[int, tuple[str, str]], float] = {}
 
@@ -128,6 +129,6 @@ class RegressionSetup(TaskSetup, kind="regression"):
         return [own / found[0] for own in found]
 
 
-def _own_loss(model: Any, inputs: Any) -> torch.Tensor:
+def _own_loss(model: Callable[..., Any], inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     loss: torch.Tensor = model(**inputs, use_cache=False).loss
     return loss

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,6 +33,7 @@ from hf_fusion.evaluation.routing import (
 )
 from hf_fusion.hub.load import load_experts
 from hf_fusion.training.batches import Examples, batch_indices_by_length, read_examples
+from hf_fusion.training.runs import move_to
 from hf_fusion.types import Adapter
 
 if TYPE_CHECKING:
@@ -68,12 +69,12 @@ class RoutingSetup(TaskSetup, kind="routing"):
         if full := [name for name, own in zip(suite.experts, loaded, strict=True) if own.adapter is None]:
             raise FusionError(f"{full[0]} is a whole model, and only adapters are routed", hint="kind: merging")
         self.experts = [replace(own, name=name) for name, own in zip(suite.experts, loaded, strict=True)]
-        shared: Any = self.experts[0].model
-        self.model = shared.to(device)
+        self.model = self.experts[0].model
+        move_to(self.model, device)
         self.names = [expert.name for expert in self.experts]
         self.adapters: list[Adapter] = [expert.adapter for expert in self.experts if expert.adapter]
         paths = dict.fromkeys(path for adapter in self.adapters for path in adapter.lora)
-        self._targets = {f"{path}.weight": self.model.get_submodule(path).weight for path in paths}
+        self._targets = {f"{path}.weight": self.model.get_parameter(f"{path}.weight") for path in paths}
         self.base = {name: tensor.detach().clone() for name, tensor in self._targets.items()}
         self.states = [_Adapted(self.base, adapter) for adapter in self.adapters]
         self.has_heads = has_heads(self.experts)
@@ -131,7 +132,7 @@ class RoutingSetup(TaskSetup, kind="routing"):
         self, evaluation: _Evaluation, strategy: RoutingStrategy, task: str, corruption: str, split: str
     ) -> Prepared:
         """A router with a routing strategy, and the rows that it predicts."""
-        router: Any = evaluation.router(strategy.router)
+        router = evaluation.router(strategy.router)
         rows, skipped = evaluation.add(task, corruption, split, self), len(unchanged_blocks(router))
         starts = nullcontext if self.reads(task) == "texts" else partial(self._started_once, router)
 
@@ -217,14 +218,14 @@ class RoutingSetup(TaskSetup, kind="routing"):
         return evaluation.add(task, CLEAN, TEST, self), numbers[:ROWS_COUNTED], given
 
     @torch.no_grad()
-    def relative_cost(self, model: Any) -> float:
+    def relative_cost(self, model: Callable[..., Any]) -> float:
         """Multiplications of a model's forward as a multiple of the base's."""
         _, _, given = self._counted(self.evaluation(everything(self.suite)))
         return multiplications(partial(model, **given)) / multiplications(partial(self.model, **given))
 
     def cost(self, evaluation: _Evaluation, strategy: RoutingStrategy, embeds: bool = False) -> float:
         """Multiplications of a forward as a multiple of the base's, on the first rows there are."""
-        router: Any = evaluation.router(strategy.router)
+        router = evaluation.router(strategy.router)
         rows, numbers, given = self._counted(evaluation)
 
         def count(own: RoutingStrategy) -> int:

@@ -13,10 +13,10 @@ from __future__ import annotations
 import math
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -93,6 +93,9 @@ class MemoryReader:
     def read(self, start: int, out: torch.Tensor) -> None:
         """Fills a flat float32 tensor with the values from `start` on."""
         out.copy_(self._flat[start : start + len(out)])
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -304,12 +307,13 @@ class WholeModel:
         """A sample of the elements, in equally spaced pieces."""
         return _sample_pieces(self.tensors)
 
-    def compute_once(self, key: Any, make: Callable[[WholeModel], Any]) -> Any:
+    def compute_once(self, key: Hashable, make: Callable[[WholeModel], T]) -> T:
         """The result of `make`, computed at the first call with this key and cached."""
         with self._lock:
             if key not in self._known:
                 self._known[key] = make(self)
-            return self._known[key]
+            known: T = self._known[key]
+            return known
 
 
 def _sample_pieces(tensors: Sequence[Tensors]) -> Iterator[Chunk]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -111,7 +111,12 @@ def _as_it_is(
 
 
 def _gate(
-    spec: TensorSpec, directions: PromptDirections, layer: int, function: Any, arguments: dict[str, Any], seed: int
+    spec: TensorSpec,
+    directions: PromptDirections,
+    layer: int,
+    function: Callable[..., Any],
+    arguments: dict[str, Any],
+    seed: int,
 ) -> Target:
     """A layer's router."""
 
