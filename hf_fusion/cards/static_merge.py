@@ -15,8 +15,10 @@ from hf_fusion.hub.heads import architectures, head_of_adapter, head_of_architec
 from hf_fusion.hub.manifests import MODULES
 from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.engine.output import FACTS
+from hf_fusion.merging.expert_matching import Share
 from hf_fusion.merging.methods import method_named
 from hf_fusion.recipe import Recipe
+from hf_fusion.schema import KeyPath, read
 from hf_fusion.types import ExpertInfo
 
 if TYPE_CHECKING:
@@ -80,13 +82,15 @@ def merge_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def _merge_notes(folder: Path, recipe: Recipe) -> dict[str, Any]:
     """Notes that the merge wrote: experts that were merged in part, by index in the recipe, and remarks."""
     facts = read_json(folder / FACTS, str(folder)) if (folder / FACTS).is_file() else {}
+    where = KeyPath(str(folder / FACTS))
+    shares: list[Share] = read(list[Share], facts.get("partly_merged", []), where, "partly_merged")
     by_name = {expert.model: index for index, expert in enumerate(recipe.experts)}
     partly = [
-        {"expert": by_name[row["model"]], "share": f"{100 * row['merged'] / row['parameters']:.3g} %"}
-        for row in facts.get("partly_merged", [])
-        if row["model"] in by_name
+        {"expert": by_name[share.model], "share": f"{100 * share.value:.3g} %"}
+        for share in shares
+        if share.model in by_name
     ]
-    return {"partly": partly, "notes": facts.get("notes", [])}
+    return {"partly": partly, "notes": read(list[str], facts.get("notes", []), where, "notes")}
 
 
 def pipeline_tag(config: Mapping[str, Any], experts: Sequence[ExpertInfo]) -> str:

@@ -14,8 +14,10 @@ import torch
 from torch.nn import functional as F
 
 from hf_fusion.io.files import read_given
+from hf_fusion.io.json_files import parse
 from hf_fusion.io.saving import write_file
 from hf_fusion.progress import track
+from hf_fusion.schema import KeyPath, read_class
 from hf_fusion.training.batches import Examples, read_examples, to_model
 from hf_fusion.training.prompts import IGNORED
 from hf_fusion.types import Expert
@@ -40,8 +42,13 @@ class JsonFile:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Reads what `save` wrote."""
-        return cls(**json.loads(read_given(Path(path))))
+        """Reads what `save` wrote.
+
+        Raises:
+            FusionError: the file cannot be read, or holds something else.
+        """
+        path = Path(path)
+        return read_class(cls, parse(read_given(path), path.name, str(path.parent)), KeyPath(str(path)))
 
 
 @dataclass

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
+from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.coefficient_map import CoefficientMap
 from hf_fusion.evaluation.intervals import Score, wilson
 from hf_fusion.evaluation.plots import (
@@ -66,6 +69,16 @@ def test_labels_keep_their_order_their_distance_and_the_frame(wanted):
 
 def test_labels_that_are_far_apart_stay_where_they_are():
     assert spread_labels([0.2, 0.5, 0.8], height=0.1, bottom=0.0, top=1.0) == [0.2, 0.5, 0.8]
+
+
+def test_a_map_is_read_as_it_was_saved_and_faults_are_named(tmp_path):
+    saved = routing([[0.25, 0.75], [1, 0]])
+    saved.save(tmp_path / "routing.json")
+    assert RoutingMap.load(tmp_path / "routing.json") == saved
+    content = json.loads((tmp_path / "routing.json").read_text())
+    (tmp_path / "routing.json").write_text(json.dumps({**content, "n": ["ten"]}))
+    with pytest.raises(FusionError, match=r"routing\.json: n\[0\] is 'ten', expected a whole number"):
+        RoutingMap.load(tmp_path / "routing.json")
 
 
 def routing(weights: list[list[float]]) -> RoutingMap:

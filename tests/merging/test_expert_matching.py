@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from hf_fusion import FusionError, Recipe, fuse
+from hf_fusion.cards.card import write_card
 from hf_fusion.cli.app import main
 from hf_fusion.merging.expert_matching import Share
 from hf_fusion.merging.merge import merge, plan_merge
@@ -150,6 +151,13 @@ def test_less_than_all_of_an_expert(partly, tmp_path, capsys):
     assert f"- {share} of the parameters of more are merged" in (tmp_path / "out" / "README.md").read_text()
     facts = json.loads((tmp_path / "out" / "merge.json").read_text())
     assert facts == {"partly_merged": [row]}
+    damaged = {"partly_merged": [{**row, "merged": "most"}]}
+    (tmp_path / "out" / "merge.json").write_text(json.dumps(damaged))
+    with pytest.raises(
+        FusionError, match=r"merge\.json: partly_merged\[0\]\.merged is 'most', expected a whole number"
+    ):
+        write_card(tmp_path / "out")
+    (tmp_path / "out" / "merge.json").write_text(json.dumps(facts))
     report = merge(recipe_for("linear", [partly / "one", tmp_path / "out"]), tmp_path / "again")
     assert report.facts == {} and not (tmp_path / "again" / "merge.json").exists()  # it was the other's
 
