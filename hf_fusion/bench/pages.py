@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from hf_fusion.bench.cells import LEADERBOARD, Cell, write_lines
 from hf_fusion.bench.plots import PICTURES, save_pictures
 from hf_fusion.bench.report import summarise
 from hf_fusion.bench.suite_tables import overview_table, tables_of
+from hf_fusion.bench.summary import BenchSummary, SuiteSummary
 from hf_fusion.bench.tables import RENDERERS, file_name, to_markdown
 from hf_fusion.hub.readme import escape_markdown
 from hf_fusion.io.saving import in_folder, write_file
@@ -20,7 +20,7 @@ README_SECTION = "hf-fusion-bench"
 """Name of the markers around the README's block (`card_edit.put_section`)."""
 
 
-def report_markdown(summary: Mapping[str, Any], pictures: Mapping[str, Mapping[str, str]]) -> str:
+def report_markdown(summary: BenchSummary, pictures: Mapping[str, Mapping[str, str]]) -> str:
     """All suites as one page.
 
     Args:
@@ -43,7 +43,7 @@ def report_markdown(summary: Mapping[str, Any], pictures: Mapping[str, Mapping[s
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
-def write_report(cells: Sequence[Cell], folder: str | Path) -> dict[str, Any]:
+def write_report(cells: Sequence[Cell], folder: str | Path) -> BenchSummary:
     """Writes report.md with its pictures, tables as CSV and LaTeX, leaderboard.json and cells.jsonl.
 
     Args:
@@ -83,7 +83,7 @@ def readme_block(cells: Iterable[Cell]) -> str:
     return to_markdown(overview_table(summarise(cells))).strip()
 
 
-def _origin(suite: Mapping[str, Any]) -> str:
+def _origin(suite: SuiteSummary) -> str:
     """Where and with what a suite was measured, and how to do it again."""
     rows = suite["rows"]
     machines = list(dict.fromkeys(row["machine"] for row in rows if row["machine"]))

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from hf_fusion.bench.cells import ALL, CLEAN
 from hf_fusion.bench.report import CEILING, EXPERT, FLOOR, FUSED, HELD_IN, HELD_OUT
 from hf_fusion.bench.suite import LOWER
-from hf_fusion.bench.suite_tables import Row, group_of, mean_entry, rows_of, title_of
+from hf_fusion.bench.suite_tables import group_of, mean_entry, rows_of, title_of
+from hf_fusion.bench.summary import MethodSummary, SuiteSummary
 from hf_fusion.bench.tables import file_name
 from hf_fusion.evaluation.plots import EXPERTS, GREY, MARKERS, ORANGE, blank_figure, plain_axes, spread_labels
 from hf_fusion.io.saving import in_folder, replacing
@@ -29,7 +30,7 @@ DARK = "#222222"
 PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.4, "alpha": 0.85}  # behind text that lines cross
 
 
-def shown_rows(suite: Row) -> list[Row]:
+def shown_rows(suite: SuiteSummary) -> list[MethodSummary]:
     """One row for each method that has a mean: the tuned variant where there is one, without single experts."""
     group = _group(suite)
     rows = [
@@ -38,7 +39,7 @@ def shown_rows(suite: Row) -> list[Row]:
     return list({row["method"]: row for row in rows}.values())  # the default comes first, the tuned replaces it
 
 
-def chosen_rows(suite: Row, rows: Sequence[Row]) -> list[Row]:
+def chosen_rows(suite: SuiteSummary, rows: Sequence[MethodSummary]) -> list[MethodSummary]:
     """Few that stand for all: a floor, a ceiling, the best of each family, then the next best, `MOST`; best first."""
     ranked = sorted(rows, key=lambda row: _rank(suite, row))
     ends = [row for part in (FLOOR, CEILING) for row in [row for row in ranked if row["part"] == part][:1]]
@@ -49,7 +50,7 @@ def chosen_rows(suite: Row, rows: Sequence[Row]) -> list[Row]:
     return [row for row in ranked if row in wanted]
 
 
-def draw_accuracy_cost(suite: Row) -> Any:
+def draw_accuracy_cost(suite: SuiteSummary) -> Any:
     """Means against cost (logarithmic), with the Pareto front of what is fused; None without means."""
     rows, group = shown_rows(suite), _group(suite)
     if not rows:
@@ -115,7 +116,7 @@ def draw_accuracy_cost(suite: Row) -> Any:
     return figure
 
 
-def draw_tasks(suite: Row) -> Any:
+def draw_tasks(suite: SuiteSummary) -> Any:
     """Bars of a few methods, a panel for each task; None where there is nothing to show."""
     rows = chosen_rows(suite, shown_rows(suite))
     if not rows:
@@ -167,7 +168,7 @@ def draw_tasks(suite: Row) -> Any:
     return figure
 
 
-def draw_corruptions(suite: Row) -> Any:
+def draw_corruptions(suite: SuiteSummary) -> Any:
     """Means by severity, a panel for each corruption; None where no corruption has severities."""
     kinds: dict[str, list[int]] = {}
     for condition in suite["conditions"]:
@@ -228,7 +229,7 @@ def draw_corruptions(suite: Row) -> Any:
     return figure
 
 
-def draw_normalised(suite: Row) -> Any:
+def draw_normalised(suite: SuiteSummary) -> Any:
     """Bars of every method's mean as a share of the individual experts', with intervals, best first; None without."""
     group = _group(suite)
     rows = [row for row in shown_rows(suite) if group in row["normalised"].get(CLEAN, {})]
@@ -282,7 +283,9 @@ PICTURES = {
 }
 
 
-def save_pictures(suite: Row, folder: str | Path, formats: Sequence[str] = ("png", "svg")) -> dict[str, list[Path]]:
+def save_pictures(
+    suite: SuiteSummary, folder: str | Path, formats: Sequence[str] = ("png", "svg")
+) -> dict[str, list[Path]]:
     """Draws all pictures of a suite that it has numbers for.
 
     Args:
@@ -318,16 +321,16 @@ def save_pictures(suite: Row, folder: str | Path, formats: Sequence[str] = ("png
 # ---------------------------------------------------------------- parts
 
 
-def _group(suite: Row) -> str:
+def _group(suite: SuiteSummary) -> str:
     return HELD_IN if group_of(suite, ALL, HELD_IN) else HELD_OUT
 
 
-def _own_scale(suite: Row) -> bool:
+def _own_scale(suite: SuiteSummary) -> bool:
     """Whether the means are no shares; less is better then."""
     return any(task["metric"] in LOWER for task in group_of(suite, ALL, _group(suite)))
 
 
-def _rank(suite: Row, row: Row) -> float:
+def _rank(suite: SuiteSummary, row: MethodSummary) -> float:
     score = row["means"][CLEAN][_group(suite)]["score"]
     return float(score if _own_scale(suite) else -score)
 
@@ -340,13 +343,13 @@ def _metric(name: str) -> str:
     return name.replace("_", " ") + ("" if name in LOWER else " in %")
 
 
-def _what(suite: Row) -> str:
+def _what(suite: SuiteSummary) -> str:
     """What the means are of: "mean accuracy in %", or of several metrics "mean score"."""
     metrics = {task["metric"] for task in group_of(suite, ALL, _group(suite))}
     return f"mean {_metric(metrics.pop())}" if len(metrics) == 1 else "mean score in %"
 
 
-def _looks(suite: Row) -> dict[str, dict[str, Any]]:
+def _looks(suite: SuiteSummary) -> dict[str, dict[str, Any]]:
     """Colour and marker of each section; floors and ceilings are grey."""
     looks: dict[str, dict[str, Any]] = {}
     for row in shown_rows(suite):
@@ -378,7 +381,7 @@ def _front(points: list[tuple[float, float]], lower: bool) -> list[tuple[float, 
     return front
 
 
-def _sides(ranges: Sequence[tuple[float, float, float]]) -> tuple[list[float], list[float], list[float]]:
+def _sides(ranges: Sequence[tuple[float, ...]]) -> tuple[list[float], list[float], list[float]]:
     """Place, low end, high end of lines, one list each."""
     return [place for place, _, _ in ranges], [low for _, low, _ in ranges], [high for _, _, high in ranges]
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fusion.bench.cells import ALL, CLEAN, LEADERBOARD, Cell, read_cells
 from hf_fusion.bench.pages import CELLS, README_SECTION, REPORT, write_report
+from hf_fusion.bench.summary import BenchSummary
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.client import explain_hub_errors, hub_api, same_file
 from hf_fusion.hub.commits import download_file
@@ -238,7 +239,7 @@ def _data_card(written: str, repo_id: str, report: str) -> str:
     return card
 
 
-def _model_card(api: HfApi, summary: Mapping[str, Any], method: str, repo_id: str, source: str) -> CardChange:
+def _model_card(api: HfApi, summary: BenchSummary, method: str, repo_id: str, source: str) -> CardChange:
     """A model's README with the method's numbers in its ``model-index``; results from elsewhere stay."""
     with explain_hub_errors(repo_id):
         sha = str(api.model_info(repo_id).sha)
@@ -257,7 +258,7 @@ def _model_card(api: HfApi, summary: Mapping[str, Any], method: str, repo_id: st
     return CardChange(repo_id, sha, card, card != text)
 
 
-def _results(summary: Mapping[str, Any], method: str, name: str, task_type: str, source: str) -> list[dict[str, Any]]:
+def _results(summary: BenchSummary, method: str, name: str, task_type: str, source: str) -> list[dict[str, Any]]:
     """What a method scored on clean rows, task by task, in the Hub's form."""
     from huggingface_hub import EvalResult
     from huggingface_hub.repocard_data import eval_results_to_model_index

@@ -1,4 +1,4 @@
-"""From cells to what is read: one summary, plain JSON data, that tables, pictures and the leaderboard are made of."""
+"""From cells to what is read: one summary (see `bench.summary`) that tables, pictures and the leaderboard show."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from hf_fusion.bench.cells import ALL, CLEAN, Cell
 from hf_fusion.bench.suite import LOWER
+from hf_fusion.bench.summary import BenchSummary, MeanSummary, MethodSummary, SuiteSummary, TaskScore, TaskSummary
 from hf_fusion.evaluation.intervals import Score, mean_of
 
 HELD_IN, HELD_OUT = "held-in", "held-out"
@@ -22,8 +23,8 @@ FLOOR, FUSED, CEILING = PARTS = ("floor", "fused", "ceiling")
 HEADINGS = {FLOOR: "Floors", CEILING: "Ceilings"}
 
 
-def summarise(cells: Iterable[Cell]) -> dict[str, Any]:
-    """All that was measured, as plain JSON data.
+def summarise(cells: Iterable[Cell]) -> BenchSummary:
+    """All that was measured, as tables show it.
 
     A score is the mean over seeds, its interval has the mean of the seeds' ends (95 %, over rows), its spread is half
     the range over seeds. A mean over tasks is taken seed by seed (`mean_of`), of the seeds that have all its tasks;
@@ -34,25 +35,15 @@ def summarise(cells: Iterable[Cell]) -> dict[str, Any]:
 
     Args:
         cells: of any suites, in any order; of two for the same place the later counts.
-
-    Returns:
-        ``{"suites": [{"name", "title", "kind", "head", "tasks", "conditions", "splits", "groups", "rows"}]}``; groups
-        tell which tasks are held-in and which held-out in each split. A row is a method in a variant on a split:
-        method, variant, title, family, part ("floor", "fused" or "ceiling"), section (its heading in tables), split,
-        seeds, scores, means, normalised, drop, cost, stored, active, fuse_cpu_seconds, seconds (of the clean
-        evaluation), peak_bytes, parameters, command, versions, shas, machine. ``scores[condition][task]`` has score,
-        ci95 (None where there was none), spread, n and, where some seeds failed, note; or status and reason. Suites,
-        tasks, conditions, splits and rows are in the order in which tables show them.
-
     """
     suites: dict[str, list[Cell]] = {}
     for cell in {cell.path: cell for cell in cells}.values():
         suites.setdefault(cell.suite, []).append(cell)
-    return {"suites": [_Suite(name, own).summary() for name, own in sorted(suites.items())]}
+    return {"suites": [_SuiteCells(name, own).summary() for name, own in sorted(suites.items())]}
 
 
 @dataclass(frozen=True)
-class _Suite:
+class _SuiteCells:
     """The cells of one suite."""
 
     name: str
@@ -68,14 +59,13 @@ class _Suite:
         return load_suite(self.name) if self.name in suite_names() else None  # a stranger's name is no path
 
     @cached_property
-    def tasks(self) -> dict[str, dict[str, Any]]:
+    def tasks(self) -> dict[str, TaskSummary]:
         """Task -> what a table says of it; held-in tasks first, then as declared."""
         places = {name: place for place, name in enumerate(self.declared.tasks if self.declared else ())}
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, TaskSummary] = {}
         # A failed cell may not know its metric and rows; in a split, groups are others.
-        for cell in sorted(self.cells, key=lambda own: (own.split != ALL, not _is_good(own), own.condition)):
-            own = {"name": cell.task, "metric": cell.metric, "n": cell.n, "group": cell.group}
-            found.setdefault(cell.task, own)
+        for cell in sorted(self.cells, key=lambda cell: (cell.split != ALL, not _is_good(cell), cell.condition)):
+            found.setdefault(cell.task, {"name": cell.task, "metric": cell.metric, "n": cell.n, "group": cell.group})
         order = sorted(found, key=lambda name: (found[name]["group"] != HELD_IN, places.get(name, len(places)), name))
         return {name: found[name] for name in order}
 
@@ -116,7 +106,7 @@ class _Suite:
         metrics = {self.tasks[task]["metric"] for task in tasks}
         return metrics <= LOWER if len(metrics) == 1 or not metrics & LOWER else None
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> SuiteSummary:
         """The suite's part of the summary."""
         rows: dict[tuple[str, str, str], list[Cell]] = {}
         for cell in self.cells:
@@ -138,14 +128,14 @@ class _Suite:
             "rows": found,
         }
 
-    def row(self, known: _Known, cells: list[Cell]) -> dict[str, Any]:
+    def row(self, known: _Known, cells: list[Cell]) -> MethodSummary:
         """One method in one variant on one split; its cells sorted by condition and seed."""
         first = next((cell for cell in cells if cell.condition == CLEAN and _is_good(cell)), cells[0])
         by_task: dict[str, dict[str, list[Cell]]] = {}
         for cell in cells:
             by_task.setdefault(cell.condition, {}).setdefault(cell.task, []).append(cell)
-        scores: dict[str, dict[str, Any]] = {}
-        means: dict[str, dict[str, Any]] = {}
+        scores: dict[str, dict[str, TaskScore]] = {}
+        means: dict[str, dict[str, MeanSummary]] = {}
         normalised: dict[str, dict[str, float]] = {}
         drop: dict[str, float] = {}
         for condition in sorted(by_task, key=_condition_place):
@@ -196,7 +186,7 @@ class _Suite:
         }
 
     def normalised(
-        self, mean: Mapping[str, Any] | None, scores: Mapping[str, Any], tasks: Sequence[str], condition: str
+        self, mean: MeanSummary | None, scores: Mapping[str, TaskScore], tasks: Sequence[str], condition: str
     ) -> float | None:
         """A mean as a share of the individual experts'; where there can be none, the mean of the tasks' shares."""
         wanted = [self.individual.get((condition, task)) for task in tasks]
@@ -213,7 +203,7 @@ class _Suite:
         ratios = [(expert, score) if lower else (score, expert) for score, expert, lower in pairs]
         return _plain_mean([better / worse for better, worse in ratios]) if all(worse for _, worse in ratios) else None
 
-    def mean(self, own: Mapping[str, Sequence[Cell]], tasks: Collection[str]) -> dict[str, Any] | None:
+    def mean(self, own: Mapping[str, Sequence[Cell]], tasks: Collection[str]) -> MeanSummary | None:
         """The mean over some tasks; None where one is missing."""
         tasks = list(tasks)
         if not tasks or self.is_lower(tasks) is None:
@@ -242,17 +232,17 @@ class _Known:
         return str(getattr(self.methods.get(method), "title", method))
 
     @staticmethod
-    def part(method: str, family: str) -> str:
+    def part(method: str, family: str) -> Literal["floor", "fused", "ceiling"]:
         """Whether a method is a floor, a ceiling or fuses."""
         if method.startswith(EXPERT) or family in (FLOOR, SINGLE):
-            return FLOOR
-        return CEILING if family == CEILING else FUSED
+            return "floor"
+        return "ceiling" if family == CEILING else "fused"
 
     def section(self, method: str, family: str) -> str:
         """The heading that a method stands under."""
         return str(self.families.get(family) or HEADINGS.get(self.part(method, family)) or family)
 
-    def place(self, row: Mapping[str, Any], tasks: list[str]) -> tuple[Any, ...]:
+    def place(self, row: MethodSummary, tasks: list[str]) -> tuple[Any, ...]:
         """What rows are sorted by: floors with experts last, families and methods in the order of their tables."""
         method, expert = row["method"], row["method"].removeprefix(EXPERT)
         families, methods = list(self.families), list(self.methods)
@@ -281,7 +271,7 @@ def _ends(cell: Cell) -> tuple[float, float] | None:
     return cell.ci95 if cell.ci95 is not None and all(map(math.isfinite, cell.ci95)) else None
 
 
-def _entry(cells: Sequence[Cell]) -> dict[str, Any]:
+def _entry(cells: Sequence[Cell]) -> TaskScore:
     """A score over seeds, or why there is none."""
     if not cells:
         return {"status": "not run", "reason": "not run"}
@@ -290,7 +280,8 @@ def _entry(cells: Sequence[Cell]) -> dict[str, Any]:
     if not good:
         status = "failed" if cells[0].status == "measured" else cells[0].status
         return {"status": status, "reason": "; ".join(dict.fromkeys(bad.values()))}
-    entry = {**_over_seeds([(_score(cell), _ends(cell)) for cell in good]), "n": max(cell.n for cell in good)}
+    over_seeds = _over_seeds([(_score(cell), _ends(cell)) for cell in good])
+    entry: TaskScore = {**over_seeds, "n": max(cell.n for cell in good)}
     if bad:
         entry["note"] = "; ".join(f"without seed {seed}: {reason}" for seed, reason in bad.items())
     return entry
@@ -311,7 +302,7 @@ def _over_tasks(cells: Sequence[Cell]) -> tuple[float, tuple[float, float] | Non
     return mean.score, mean.ci95
 
 
-def _over_seeds(seeds: Sequence[tuple[float, tuple[float, float] | None]]) -> dict[str, Any]:
+def _over_seeds(seeds: Sequence[tuple[float, tuple[float, float] | None]]) -> MeanSummary:
     """The mean of seeds' scores and ends, and half of the scores' range."""
     scores, ends = [score for score, _ in seeds], [ci95 for _, ci95 in seeds if ci95 is not None]
     ci95 = [_plain_mean(side) for side in zip(*ends, strict=True)] if len(ends) == len(scores) else None

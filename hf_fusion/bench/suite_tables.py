@@ -12,10 +12,9 @@ from hf_fusion.bench.methods import METHODS
 from hf_fusion.bench.not_applicable import reason_of
 from hf_fusion.bench.report import EXPERT, FUSED, HELD_IN, HELD_OUT, PARTS
 from hf_fusion.bench.suite import LOWER
+from hf_fusion.bench.summary import BenchSummary, MeanSummary, MethodSummary, SuiteSummary, TaskScore, TaskSummary
 from hf_fusion.bench.tables import Entry, Section, Table, mark_best
 from hf_fusion.evaluation.intervals import Score, mean_of
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -23,32 +22,32 @@ class Column:
     """One column: its heading, what it shows of a row, and whether less is better (None: nothing is best)."""
 
     title: str
-    make: Callable[[Row], Entry]
+    make: Callable[[MethodSummary], Entry]
     lower: bool | None = None
 
 
-def title_of(row: Row) -> str:
+def title_of(row: MethodSummary) -> str:
     """What a table calls a row: its method and, beside the default, the variant."""
     return str(row["title"]) if row["variant"] == "default" else f"{row['title']}, {row['variant']}"
 
 
-def rows_of(suite: Row, split: str = ALL, condition: str = CLEAN) -> list[Row]:
+def rows_of(suite: SuiteSummary, split: str = ALL, condition: str = CLEAN) -> list[MethodSummary]:
     """The rows of a split that anything was run for under a condition, in the order of tables."""
     return [row for row in suite["rows"] if row["split"] == split and condition in row["scores"]]
 
 
-def group_of(suite: Row, split: str, group: str) -> list[Row]:
+def group_of(suite: SuiteSummary, split: str, group: str) -> list[TaskSummary]:
     """The tasks that are held-in, or held-out, in a split."""
     return [task for task in suite["tasks"] if task["name"] in suite["groups"].get(split, {}).get(group, ())]
 
 
-def tables_of(suite: Row) -> list[Table]:
+def tables_of(suite: SuiteSummary) -> list[Table]:
     """All tables of a suite that it has numbers for."""
     made = (make(suite) for make in (main_table, corruption_table, unseen_table, cost_table))
     return [table for table in made if table is not None]
 
 
-def main_table(suite: Row) -> Table | None:
+def main_table(suite: SuiteSummary) -> Table | None:
     """Methods by tasks with means, shares of the individual experts, spread over seeds and cost.
 
     None where no cell is of clean rows with all experts.
@@ -75,7 +74,7 @@ def main_table(suite: Row) -> Table | None:
     return _table(f"{suite['name']}-main", f"{suite['title']}: methods and tasks", columns, rows, " ".join(captions))
 
 
-def corruption_table(suite: Row) -> Table | None:
+def corruption_table(suite: SuiteSummary) -> Table | None:
     """The relative drop of each method by corruption, mean over severities; None where nothing was corrupted."""
     rows = [row for row in suite["rows"] if row["split"] == ALL and row["drop"]]
     if not rows:
@@ -91,9 +90,10 @@ def corruption_table(suite: Row) -> Table | None:
     def drop_column(title: str, own: Sequence[str]) -> Column:
         return Column(title, lambda row: _percent(_plain_mean([row["drop"].get(condition) for condition in own])), True)
 
-    def corrupted(row: Row) -> dict[str, Any] | None:
-        means = [row["means"].get(condition, {}).get(HELD_IN, {}).get("score") for condition in conditions]
-        return None if (mean := _plain_mean(means)) is None else {"score": mean, "ci95": None}
+    def corrupted(row: MethodSummary) -> MeanSummary | None:
+        found = [row["means"].get(condition, {}).get(HELD_IN) for condition in conditions]
+        means = [mean["score"] if mean else None for mean in found]
+        return None if (mean := _plain_mean(means)) is None else {"score": mean, "ci95": None, "spread": 0.0}
 
     columns = [
         _mean_column("clean", tasks, lambda row: mean_entry(row["scores"].get(CLEAN, {}), tasks)),
@@ -110,7 +110,7 @@ def corruption_table(suite: Row) -> Table | None:
     return _table(f"{suite['name']}-corruption", f"{suite['title']}: corrupted rows", columns, rows, caption)
 
 
-def unseen_table(suite: Row) -> Table | None:
+def unseen_table(suite: SuiteSummary) -> Table | None:
     """What is left on tasks whose experts were not fused, beside those that were; None without such splits.
 
     Floors and ceilings do not depend on what is fused: where a split lacks them, all experts' rows are taken.
@@ -118,28 +118,27 @@ def unseen_table(suite: Row) -> Table | None:
     splits = [split for split in suite["splits"] if split != ALL]
     if not splits:
         return None
-    found: dict[tuple[str, str], dict[str, Row]] = {}
+    found: dict[tuple[str, str], dict[str, MethodSummary]] = {}
     for row in suite["rows"]:
         if not row["method"].startswith(EXPERT):
             found.setdefault((row["method"], row["variant"]), {})[row["split"]] = row
-    rows: list[Row] = []
-    for own in found.values():
-        one = next(iter(own.values()))
-        if one["part"] != FUSED or own.keys() & set(splits):
-            rows.append({**one, "by_split": own})
+    first = [next(iter(by_split.values())) for by_split in found.values()]
+    rows = [row for row in first if row["part"] != FUSED or found[row["method"], row["variant"]].keys() & set(splits)]
+
+    def in_split(row: MethodSummary, split: str) -> MethodSummary | None:
+        return found[row["method"], row["variant"]].get(split)
 
     def column(split: str, group: str, title: str) -> Column:
         tasks = group_of(suite, split, group)
 
-        def mean(row: Row) -> dict[str, Any] | None:
-            if split in row["by_split"]:
-                means: Mapping[str, Any] = row["by_split"][split]["means"].get(CLEAN, {})
-                return means.get(group)
-            if row["part"] != FUSED and ALL in row["by_split"]:
-                return mean_entry(row["by_split"][ALL]["scores"].get(CLEAN, {}), tasks)
+        def mean(row: MethodSummary) -> MeanSummary | None:
+            if there := in_split(row, split):
+                return there["means"].get(CLEAN, {}).get(group)
+            if row["part"] != FUSED and (whole := in_split(row, ALL)):
+                return mean_entry(whole["scores"].get(CLEAN, {}), tasks)
             return None
 
-        return _mean_column(title, tasks, mean, lambda row: row["by_split"].get(split))
+        return _mean_column(title, tasks, mean, lambda row: in_split(row, split))
 
     columns = [
         column(split, group, f"{split}: {word}")
@@ -152,22 +151,22 @@ def unseen_table(suite: Row) -> Table | None:
     return _table(f"{suite['name']}-unseen", f"{suite['title']}: unseen tasks", columns, rows, caption)
 
 
-def cost_table(suite: Row) -> Table | None:
+def cost_table(suite: SuiteSummary) -> Table | None:
     """What each measured method takes: parameters as used, time and memory of fusing and running; None without any."""
     rows = [row for row in rows_of(suite) if not row["method"].startswith(EXPERT) and _is_measured(row)]
     if not rows:
         return None
 
-    def number(title: str, key: str, unit: float = 1) -> Column:
-        return Column(title, lambda row: Entry(f"{row[key] / unit:,.1f}", row[key]))
+    def number(title: str, value: Callable[[MethodSummary], float], unit: float = 1) -> Column:
+        return Column(title, lambda row: Entry(f"{value(row) / unit:,.1f}", value(row)))
 
     columns = [
         Column("parameters", lambda row: Entry(_words(row["parameters"]), json.dumps(row["parameters"]))),
-        number("fusing, CPU s", "fuse_cpu_seconds"),
-        number("evaluation, s", "seconds"),
-        number("stored, M", "stored", 1e6),
-        number("active, M", "active", 1e6),
-        number("peak, MB", "peak_bytes", 1e6),
+        number("fusing, CPU s", lambda row: row["fuse_cpu_seconds"]),
+        number("evaluation, s", lambda row: row["seconds"]),
+        number("stored, M", lambda row: row["stored"], 1e6),
+        number("active, M", lambda row: row["active"], 1e6),
+        number("peak, MB", lambda row: row["peak_bytes"], 1e6),
         Column("cost", _cost),
     ]
     caption = (
@@ -179,51 +178,53 @@ def cost_table(suite: Row) -> Table | None:
     return _table(f"{suite['name']}-cost", f"{suite['title']}: what it takes", columns, rows, caption)
 
 
-def overview_table(summary: Row) -> Table:
+def overview_table(summary: BenchSummary) -> Table:
     """Methods by suites: the mean of the held-in tasks on clean rows (of held-out ones where there are no others).
 
     Where a suite has tuned variants, these stand in a column beside the defaults.
     """
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, MethodSummary] = {}
+    by_column: dict[str, dict[tuple[str, str], MethodSummary]] = {}  # of each method: (suite, variant) → its row there
     columns = []
     for suite in sorted(summary["suites"], key=lambda suite: -len(suite["rows"])):  # the longest decides on the order
         for row in rows_of(suite):
             if not row["method"].startswith(EXPERT):
-                one = rows.setdefault(row["method"], {**row, "variant": "default", "by_column": {}})
-                one["by_column"][suite["name"], row["variant"]] = row
+                rows.setdefault(row["method"], {**row, "variant": "default"})
+                by_column.setdefault(row["method"], {})[suite["name"], row["variant"]] = row
     for suite in summary["suites"]:
         group = HELD_IN if group_of(suite, ALL, HELD_IN) else HELD_OUT
         for variant in dict.fromkeys(["default", *(row["variant"] for row in rows_of(suite))]):
-            columns.append(_overview_column(suite, variant, group))
+            columns.append(_overview_column(suite, variant, group, by_column))
     ordered = sorted(rows.values(), key=lambda row: PARTS.index(row["part"]))
     caption = (
         "Mean over the tasks of a suite, with its 95 % interval. Bold: the best fused model. AdaMerging, Concrete and "
         "WEMoE learn from the answers of their experts to unlabelled rows, and from the entropy of their own answers "
         "where that is said."
     )
-    if any(variant != "default" for row in rows.values() for _, variant in row["by_column"]):
+    if any(variant != "default" for there in by_column.values() for _, variant in there):
         caption += " Tuned: on the validation splits; – without a note: nothing to tune."
     return _table("overview", "Methods and suites", columns, ordered, caption)
 
 
-def mean_entry(scores: Mapping[str, Row], tasks: Sequence[Row]) -> dict[str, Any] | None:
+def mean_entry(scores: Mapping[str, TaskScore], tasks: Sequence[TaskSummary]) -> MeanSummary | None:
     """The mean of some tasks' scores of one row, each over its seeds; None where one is missing."""
     own = [scores.get(task["name"], {}) for task in tasks]
     if not own or any("score" not in score for score in own):
         return None
-    if any(score["ci95"] is None for score in own):
-        return {"score": sum(score["score"] for score in own) / len(own), "ci95": None}
-    mean = mean_of([Score(score["score"], tuple(score["ci95"])) for score in own])
-    return {"score": mean.score, "ci95": list(mean.ci95)}
+    known = [Score(score["score"], pair) for score in own if (pair := _pair(score["ci95"]))]
+    if len(known) < len(own):
+        return {"score": sum(score["score"] for score in own) / len(own), "ci95": None, "spread": 0.0}
+    mean = mean_of(known)
+    return {"score": mean.score, "ci95": list(mean.ci95), "spread": 0.0}
 
 
 # ---------------------------------------------------------------- columns and entries
 
 
-def _task_column(task: Row) -> Column:
+def _task_column(task: TaskSummary) -> Column:
     own_scale = task["metric"] in LOWER
 
-    def make(row: Row) -> Entry:
+    def make(row: MethodSummary) -> Entry:
         score = row["scores"][CLEAN].get(task["name"])
         if score is None or "score" not in score:
             return Entry(note=_reason(score))
@@ -237,15 +238,15 @@ def _task_column(task: Row) -> Column:
 
 def _mean_column(
     title: str,
-    tasks: Sequence[Row],
-    mean: Callable[[Row], Row | None],
-    source: Callable[[Row], Row | None] = lambda row: None,
-    absent: Callable[[Row], str] = lambda row: "",
+    tasks: Sequence[TaskSummary],
+    mean: Callable[[MethodSummary], MeanSummary | None],
+    source: Callable[[MethodSummary], MethodSummary | None] = lambda row: None,
+    absent: Callable[[MethodSummary], str] = lambda row: "",
 ) -> Column:
     """Means with their intervals; where there is none, why: as the `source` row has it, or what is `absent`."""
     own_scale = any(task["metric"] in LOWER for task in tasks)
 
-    def make(row: Row) -> Entry:
+    def make(row: MethodSummary) -> Entry:
         found = mean(row)
         if found is None:
             own = source(row)
@@ -262,13 +263,20 @@ def _mean_column(
     return Column(title, make, own_scale)
 
 
-def _overview_column(suite: Row, variant: str, group: str) -> Column:
-    key = (suite["name"], variant)
+def _overview_column(
+    suite: SuiteSummary,
+    variant: str,
+    group: str,
+    by_column: Mapping[str, Mapping[tuple[str, str], MethodSummary]],
+) -> Column:
+    def source(row: MethodSummary) -> MethodSummary | None:
+        return by_column[row["method"]].get((suite["name"], variant))
 
-    def mean(row: Row) -> Row | None:
-        return row["by_column"][key]["means"].get(CLEAN, {}).get(group) if key in row["by_column"] else None
+    def mean(row: MethodSummary) -> MeanSummary | None:
+        there = source(row)
+        return there["means"].get(CLEAN, {}).get(group) if there else None
 
-    def absent(row: Row) -> str:
+    def absent(row: MethodSummary) -> str:
         """Why a row has nothing in this column."""
         method = METHODS.get(row["method"])
         if variant != "default" and (method is None or method.tune is None):
@@ -278,10 +286,10 @@ def _overview_column(suite: Row, variant: str, group: str) -> Column:
         return "not run"
 
     title = suite["name"] if variant == "default" else f"{suite['name']}, {variant}"
-    return _mean_column(title, group_of(suite, ALL, group), mean, lambda row: row["by_column"].get(key), absent)
+    return _mean_column(title, group_of(suite, ALL, group), mean, source, absent)
 
 
-def _table(name: str, title: str, columns: Sequence[Column], rows: Iterable[Row], caption: str) -> Table:
+def _table(name: str, title: str, columns: Sequence[Column], rows: Iterable[MethodSummary], caption: str) -> Table:
     """Rows in their sections, the best fused model of each column marked."""
     rows = list(rows)
     lines = [(Entry(title_of(row)), *(column.make(row) for column in columns)) for row in rows]
@@ -297,15 +305,15 @@ def _table(name: str, title: str, columns: Sequence[Column], rows: Iterable[Row]
     return Table(name, title, ("method", *(column.title for column in columns)), made, caption)
 
 
-def _is_measured(row: Row) -> bool:
+def _is_measured(row: MethodSummary) -> bool:
     return any("score" in own for scores in row["scores"].values() for own in scores.values())
 
 
-def _cost(row: Row) -> Entry:
+def _cost(row: MethodSummary) -> Entry:
     return Entry(f"{row['cost']:.2f}", row["cost"]) if _is_measured(row) else Entry()
 
 
-def _spread(mean: Row | None, row: Row, tasks: Sequence[Row]) -> Entry:
+def _spread(mean: MeanSummary | None, row: MethodSummary, tasks: Sequence[TaskSummary]) -> Entry:
     """Half the range over seeds; nothing of one seed."""
     if mean is None or len(row["seeds"]) < 2:
         return Entry()
@@ -332,17 +340,17 @@ def _plain_mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
-def _reason(score: Row | None) -> str:
+def _reason(score: TaskScore | None) -> str:
     if score is None:
         return "not run"
     return score["reason"] if score["reason"].startswith(score["status"]) else f"{score['status']}: {score['reason']}"
 
 
-def _listed(tasks: Iterable[Row]) -> str:
+def _listed(tasks: Iterable[TaskSummary]) -> str:
     return ", ".join(task["name"] for task in tasks)
 
 
-def _metrics(tasks: Sequence[Row]) -> str:
+def _metrics(tasks: Sequence[TaskSummary]) -> str:
     """What the numbers are: "accuracy, matthews (cola) in %"."""
     by_metric: dict[str, list[str]] = {}
     for task in tasks:

@@ -80,7 +80,7 @@ class Out:
         if self.mode == "human":
             self._write("\n".join(map(_plain, text.splitlines())))
 
-    def dict(self, data: dict[str, Any], key: str | None = None) -> None:
+    def dict(self, data: Mapping[str, Any], key: str | None = None) -> None:
         """Print named values; in quiet mode only that of `key`, by default the first.
 
         Human mode rounds numbers and leaves out empty values; json mode prints all of them.
