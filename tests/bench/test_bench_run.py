@@ -36,7 +36,7 @@ from hf_fusion.bench.cells import read_cells
 from hf_fusion.bench.memory import forget_peak, peak_bytes
 from hf_fusion.bench.methods import METHODS, Method, chosen
 from hf_fusion.bench.methods import merging as methods
-from hf_fusion.bench.methods.declaration import Entry
+from hf_fusion.bench.methods.declaration import EntryPoint
 from hf_fusion.bench.not_applicable import NotApplicable
 from hf_fusion.bench.rows import task_rows
 from hf_fusion.bench.run import run_suite
@@ -50,7 +50,7 @@ from hf_fusion.training.batches import class_logits, read_examples
 
 def made(name: str, function) -> Method:
     """A method for suites of the kind "merging"."""
-    return Method(name, name, "merge", entries={"merging": Entry(function, "merging")})
+    return Method(name, name, "merge", entries={"merging": EntryPoint(function, "merging")})
 
 
 @pytest.fixture(scope="module")

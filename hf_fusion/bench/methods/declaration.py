@@ -42,7 +42,7 @@ _MARK = "bench_methods"  # attribute of a decorated function
 
 
 @dataclass(frozen=True)
-class Entry:
+class EntryPoint:
     """How a method is run on suites of one kind.
 
     Attributes:
@@ -95,7 +95,7 @@ class Method:
     family: str
     tune: tuple[str, tuple[Any, ...]] | None = None
     stochastic: bool = False
-    entries: Mapping[str, Entry] = field(default_factory=dict)
+    entries: Mapping[str, EntryPoint] = field(default_factory=dict)
 
 
 def bench_method(
@@ -139,8 +139,8 @@ def bench_method(
 
 def _entries(
     function: str | Callable[..., Any], kind: str, also: tuple[str, ...], given: Mapping[str, Any] | None
-) -> dict[str, Entry]:
-    return dict.fromkeys((kind, *also), Entry(function, kind, given or {}))
+) -> dict[str, EntryPoint]:
+    return dict.fromkeys((kind, *also), EntryPoint(function, kind, given or {}))
 
 
 def declared_in(folder: Path) -> dict[str, Method]:
@@ -169,4 +169,14 @@ def methods_of(module: ModuleType) -> dict[str, Method]:
     return found
 
 
-__all__ = ["ENTROPY", "FAMILIES", "LEARNING", "SCALING", "Entry", "Method", "bench_method", "declared_in", "methods_of"]
+__all__ = [
+    "ENTROPY",
+    "FAMILIES",
+    "LEARNING",
+    "SCALING",
+    "EntryPoint",
+    "Method",
+    "bench_method",
+    "declared_in",
+    "methods_of",
+]
