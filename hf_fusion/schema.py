@@ -191,7 +191,7 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, Field]:
 # ---------------------------------------------------------------- checking
 
 
-def read(hint: Any, value: Any, where: KeyPath, *keys: object) -> Any:
+def read(hint: Any, value: object, where: KeyPath, *keys: object) -> Any:
     """A plain value as an annotation says.
 
     Args:
@@ -218,13 +218,13 @@ def read(hint: Any, value: Any, where: KeyPath, *keys: object) -> Any:
     return found
 
 
-def _wrong(value: Any, hint: Any, where: KeyPath, what_next: str | None) -> FusionError:
+def _wrong(value: object, hint: Any, where: KeyPath, what_next: str | None) -> FusionError:
     verb = "is" if where.path else "holds"
     return FusionError(f"{where} {verb} {shown(value)}, expected {expected(hint)}", what_next)
 
 
 def read_class(
-    cls: type[Class], content: Any, where: KeyPath, defaults: Mapping[str, Any] | None = None, **given: Any
+    cls: type[Class], content: object, where: KeyPath, defaults: Mapping[str, Any] | None = None, **given: Any
 ) -> Class:
     """A dataclass of the plain values that a mapping holds.
 
@@ -248,7 +248,7 @@ def read_class(
     return cls(**given, **values)
 
 
-def read_fields(known: Mapping[str, Field], content: Any, where: KeyPath) -> dict[str, Any]:
+def read_fields(known: Mapping[str, Field], content: object, where: KeyPath) -> dict[str, Any]:
     """The plain values of a mapping, each by its field; not all of them must be there.
 
     Raises:
@@ -308,7 +308,7 @@ def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     return (get_args(hint)[0], get_args(hint)[1:]) if get_origin(hint) is Annotated else (hint, ())
 
 
-def _holds(note: Any, value: Any) -> bool:
+def _holds(note: object, value: Any) -> bool:
     if isinstance(note, Range):
         return bool(note.low <= value <= note.high)
     if isinstance(note, OneOf):
@@ -350,7 +350,7 @@ def _converted(kind: Any, value: Any, where: KeyPath) -> Any:
     return value
 
 
-def _is_alike(hint: Any, value: Any) -> bool:
+def _is_alike(hint: Any, value: object) -> bool:
     """Whether a value is of the outermost type that an annotation names."""
     kind = _parts(hint)[0]
     origin = get_origin(kind) or kind

@@ -61,7 +61,7 @@ def _beside(path: Path, name: str) -> Path:
     return beside if os.path.isfile(beside) else SUITES / name  # noqa: PTH113 - pathlib raises for names that are too long
 
 
-def _class_names(value: Any, where: KeyPath) -> Any:
+def _class_names(value: object, where: KeyPath) -> Any:
     """The lines of the file that a text names; a list as it is."""
     if not isinstance(value, str):
         return value

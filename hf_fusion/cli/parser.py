@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         groups = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
         return {name: parser for action in groups for name, parser in action.choices.items()}
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
         """As in argparse, but an unknown option is reported before missing arguments."""
         words = list(sys.argv[1:] if args is None else args)
         self._refuse_unknown(words)

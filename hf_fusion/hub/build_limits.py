@@ -126,7 +126,13 @@ def _limit_tensors() -> Any:
     class SizeLimit(TorchDispatchMode):
         total = 0
 
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self,
+            func: Callable[..., Any],
+            types: object,
+            args: tuple[Any, ...] = (),
+            kwargs: dict[str, Any] | None = None,
+        ) -> Any:
             kwargs = dict(kwargs or {})
             tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
             device = kwargs.get("device")

@@ -70,9 +70,9 @@ def read_metadata(text: str) -> dict[str, Any]:
     return _parse(match[2]) if match else {}
 
 
-def filter_metadata(card: Any) -> dict[str, Any]:
+def filter_metadata(metadata: object) -> dict[str, Any]:
     """The metadata of a card that this package uses, without values of the wrong type."""
-    card = card if isinstance(card, dict) else {}
+    card = metadata if isinstance(metadata, dict) else {}
     kinds = {"base_model": _is_names, "license": _is_names, "pipeline_tag": _is_name}
     return {key: card[key] for key, is_right in kinds.items() if is_right(card.get(key))}
 

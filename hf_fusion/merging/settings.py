@@ -23,7 +23,7 @@ class Filtered:
     """One entry of a list of {filter, value}: the setting of the tensors whose names contain the filter."""
 
     filter: str | None = None
-    value: Any
+    value: object
 
 
 def map_setting(setting: Setting, convert: Callable[[Any, KeyPath], Any], where: KeyPath, *, gradient: bool) -> Setting:

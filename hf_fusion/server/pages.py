@@ -7,7 +7,7 @@ import re
 from datetime import datetime, timezone
 from functools import lru_cache
 from html import escape
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import quote, unquote, urlencode, urlsplit
 
 import cmarkgfm
@@ -139,7 +139,7 @@ def _templates() -> Environment:
     return _environment()
 
 
-def _page(template: str, **values: Any) -> HTMLResponse:
+def _page(template: str, **values: object) -> HTMLResponse:
     return HTMLResponse(_templates().get_template(template).render(values), headers=HEADERS)
 
 

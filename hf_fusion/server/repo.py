@@ -133,7 +133,7 @@ class Repo:
         """The namespace before the slash."""
         return self.name.split("/")[0]
 
-    def change_settings(self, **values: Any) -> None:
+    def change_settings(self, **values: object) -> None:
         """Updates and saves settings such as ``private`` and ``gated``."""
         with self._lock:
             changed = {**self.settings, **values}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -94,7 +94,7 @@ class ConcreteMerge(CoefficientMerge):
         if not self.inner_rate or not self.mask_logits[0].requires_grad:
             return loss
 
-        def loss_after_step(batches: Any) -> torch.Tensor:
+        def loss_after_step(batches: Mapping[str, Any]) -> torch.Tensor:
             masks, start = self.masks(), self.coefficients.detach().requires_grad_()
             with self._fixed_merge(start, [mask.detach() for mask in masks]):
                 [gradient] = torch.autograd.grad(loss(batches), start)

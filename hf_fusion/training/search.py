@@ -82,7 +82,7 @@ def search_weights(
         raise
     found: list[tuple[float, float, list[float]]] = []
 
-    def evaluate(point: Any) -> float:
+    def evaluate(point: Sequence[float]) -> float:
         weights = [min(limit, max(-limit, float(w))) for w in point]
         value = loss(weights)
         total = value + l1 * sum(map(abs, weights)) / len(weights)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_fusion.training.adamerging import CoefficientMerge, LearnedMerge
+    from hf_fusion.training.expert_statistics import Statistics
 
 STATISTICS_ROWS = 256  # of each task, that Fisher merging and RegMean look at
 STATISTICS_TEXTS = 32  # of texts to write, in which every token counts
@@ -218,7 +219,7 @@ def _examples(setup: MergingSetup) -> int:
     return STATISTICS_TEXTS if setup.suite.head in ("causal-lm", "seq2seq-lm") else STATISTICS_ROWS
 
 
-def _readers(measured: Any) -> dict[str, Statistic]:
+def _readers(measured: Statistics) -> dict[str, Statistic]:
     tensors = {key: MemoryReader(tensor) for key, tensor in measured.tensors.items()}
     return {name: Statistic(tensors[key], axis, measured.norm) for name, (key, axis) in measured.lookup.items()}
 

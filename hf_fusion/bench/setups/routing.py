@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
     from datasets import Dataset
 
+    from hf_fusion.models.modeling_phatgoose import PhatgooseRouter
+
 TOP_K = 2
 HEADS = "the experts bring heads of their own, without which their base has no answers"
 
@@ -150,7 +152,7 @@ class RoutingSetup(TaskSetup, kind="routing"):
         return Prepared(predictor, self.task_rows(evaluation, task, corruption, split))
 
     @contextmanager
-    def _started_once(self, router: Any, key: tuple[int, str, int]) -> Iterator[None]:
+    def _started_once(self, router: PhatgooseRouter, key: tuple[int, str, int]) -> Iterator[None]:
         """Blocks before the first that an expert adapts run once for a batch of clean rows, whatever routes after."""
         with same_start([router]) as remembered:
             remembered.update(self._started.get(key, {}))

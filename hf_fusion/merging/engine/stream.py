@@ -59,11 +59,11 @@ class Target:
     make: Callable[[], tuple[Tensors, Any]] | None = None
     inputs: Callable[[], Tensors] | None = None
     copied: TensorEntry | None = None
-    identity: Any = field(default=None, compare=False)
+    identity: object = field(default=None, compare=False)
     memory: int = 0
 
 
-def compute_digest(targets: Iterable[Target], *more: Any) -> str:
+def compute_digest(targets: Iterable[Target], *more: object) -> str:
     """SHA-256 of everything that determines the bytes of a merge: its tensors, and more plain data."""
     rows = [(t.spec.name, t.spec.dtype, t.spec.shape, t.identity) for t in targets]
     return hashlib.sha256(json.dumps([*more, rows], default=str).encode()).hexdigest()

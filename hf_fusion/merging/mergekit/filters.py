@@ -52,16 +52,16 @@ def _known_to_mergekit() -> set[str]:
     return names | {"int8_mask", "eps", "embed_slerp"}
 
 
-def _setting(setting: Any, parameter: MergekitParameter, where: KeyPath) -> Setting:
+def _setting(setting: object, parameter: MergekitParameter, where: KeyPath) -> Setting:
     """One value, gradient or choice by filters."""
 
-    def convert(value: Any, at: KeyPath) -> Any:
+    def convert(value: object, at: KeyPath) -> Any:
         return parameter.value(_value(value, parameter.kind, at))
 
     return map_setting(setting, convert, where, gradient=parameter.kind is not bool)
 
 
-def _value(value: Any, kind: type, where: KeyPath) -> Any:
+def _value(value: object, kind: type, where: KeyPath) -> Any:
     """A plain value, as leniently as mergekit takes it: 1e-4, which YAML takes for a text, and 1.0 for true."""
     if kind is bool and value in (0, 1):
         return bool(value)

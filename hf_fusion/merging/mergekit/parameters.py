@@ -23,13 +23,13 @@ class MergekitParameter:
     """
 
     ours: str
-    default: Any = None
+    default: object = None
     kind: type = float
     per_model: bool = False
     value: Callable[[Any], Any] = lambda value: value
 
 
-def flag(ours: str, default: bool, on: Any = True, off: Any = False) -> MergekitParameter:
+def flag(ours: str, default: bool, on: object = True, off: object = False) -> MergekitParameter:
     """A boolean of mergekit's, and what its two values are here."""
     return MergekitParameter(ours, default, bool, value=lambda value: on if value else off)
 

@@ -31,7 +31,7 @@ _MODULES = {"encoder": ("encoder.",), "decoder": ("decoder.",), "shared": ("shar
 # ---------------------------------------------------------------- what a file holds
 
 
-def model_name(value: Any, where: KeyPath) -> str:
+def model_name(value: object, where: KeyPath) -> str:
     """A model as mergekit names it: ``path``, ``path@revision`` or ``model+lora``, or those as a mapping.
 
     Args:
@@ -54,11 +54,11 @@ def model_name(value: Any, where: KeyPath) -> str:
     raise FusionError(f"{where} is {shown(value)}, {wanted}")
 
 
-def _or_none(value: Any, where: KeyPath) -> str | None:
+def _or_none(value: object, where: KeyPath) -> str | None:
     return model_name(value, where) if value else None
 
 
-def _tokenizer_source(value: Any, where: KeyPath) -> str | None:
+def _tokenizer_source(value: object, where: KeyPath) -> str | None:
     """``model:PATH`` is how mergekit once wrote a model here."""
     return (
         None if value is None else model_name(value.removeprefix("model:") if isinstance(value, str) else value, where)

@@ -7,7 +7,7 @@ vector; an expert's direction is that of its prompts less that of its negative p
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -56,7 +56,7 @@ class PromptDirections:
         texts = [tuple(_texts(expert, key) for key in ("prompts", "negative_prompts")) for expert in recipe.experts]
         self._count, self.held = len(texts), 0
         self._tokens: list[tuple[Prompts, ...]] = []
-        self.described: Any = texts
+        self.described: list[object] = [*texts]
         if gate not in PROMPTED:
             if any(any(own) for own in texts):
                 raise FusionError(
