@@ -381,7 +381,7 @@ def test_an_adapter_on_the_model_before_the_plus(folders, tmp_path):
             update = 2 * adapted.get_submodule(f"base_model.model.{path}").lora_B["default"].weight @ parameter
             torch.testing.assert_close(out[f"{path}.weight"], a[f"{path}.weight"] + update, rtol=1e-5, atol=1e-6)
     assert out["lm_head.weight"].equal(a["lm_head.weight"])
-    with pytest.raises(FusionError, match="b is no LoRA adapter"):
+    with pytest.raises(FusionError, match="b is not a LoRA adapter"):
         merge(read(text.replace("LORA", folders["b"]), folders, tmp_path), tmp_path / "other")
 
 
