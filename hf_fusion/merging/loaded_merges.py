@@ -1,4 +1,4 @@
-"""A static merge as a loaded model: what `hf_fusion.fuse` does with the methods of `MERGE_METHODS`."""
+"""Static merges as loaded models: `hf_fusion.fuse` for the methods of `MERGE_METHODS`."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ logger = logging.getLogger(__name__)
 HERE = {"local_files_only": True}
 
 FILES_ATTRIBUTE = "fusion_files"
-"""What a loaded merge keeps of its folder beside itself: path -> bytes of its tokenizer and the like."""
+"""Attribute of a loaded merge with further files of its folder (tokenizer etc.): path -> content."""
 CONTENTS_ATTRIBUTE = "fusion_contents"
-"""What a merge was made of, where that are folders: path -> ``NAME@sha256:…``."""
+"""Attribute of a loaded merge with hashes of its local inputs: path -> ``NAME@sha256:…``."""
 
 
 def fuse_static(
@@ -62,27 +62,27 @@ def fuse_static(
     api: HfApi | None = None,
     **parameters: Any,
 ) -> PreTrainedModel:
-    """Merges models into one of their own class; see `hf_fusion.fuse`.
+    """Merges models into one of their class; see `hf_fusion.fuse`.
 
     Args:
         method: a key of `MERGE_METHODS` that merges models.
-        experts: ids, folders, `ExpertInfo`, loaded models, `Expert`, or `RecipeExpert` with what is its own.
-        base: what they were fine-tuned from, likewise.
+        experts: ids, folders, `ExpertInfo`, loaded models, `Expert`, or `RecipeExpert` with parameters per expert.
+        base: the model that they were fine-tuned from, in any of these forms.
         weights: each expert's ``weight``.
-        dtype: of the merged weights; default is the checkpoints' own.
-        device: where matrices are multiplied and decomposed; see `merge`. The model is on the CPU.
-        trust_remote_code: whether the models' own code may run; see `load_merged`.
+        dtype: of the merged weights; default: that of the checkpoints.
+        device: for products and decompositions of matrices; see `merge`. The model is on the CPU.
+        trust_remote_code: whether custom code of the models may run; see `load_merged`.
         api: the Hub's client.
-        parameters: the method's own, as a recipe has them.
+        parameters: of the method, as in recipes.
 
     Returns:
-        The model, with the recipe that makes it again as its ``fusion_recipe``.
+        The model, with its recipe as ``fusion_recipe``.
     """
     if weights is not None and len(weights) != len(experts):
-        raise FusionError(f"{len(weights)} weights for {len(experts)} experts", "one for each")
+        raise FusionError(f"{len(weights)} weights for {len(experts)} experts", "pass one per expert")
     processes = Processes()
     with processes.folder() as held:
-        names: dict[str, str] = {}  # folders of models from memory -> what recipes call them
+        names: dict[str, str] = {}  # temporary folder of a model in memory -> its name in recipes
         with processes.step():
             entries = [_entry(expert, held / f"expert-{i}", i, names) for i, expert in enumerate(experts)]
             start = None if base is None else _entry(base, held / "base", len(entries), names).model
@@ -92,7 +92,7 @@ def fuse_static(
         recipe = Recipe(method, tuple(entries), start, parameters, stored)
         model = merged_model(recipe, device=device, trust_remote_code=trust_remote_code, api=api)
     files = getattr(model, FILES_ATTRIBUTE)
-    for folder, name in names.items():  # what was noted of models from memory
+    for folder, name in names.items():  # replaces temporary folders by names
         files |= {FACTS: files[FACTS].replace(folder.encode(), name.encode())} if FACTS in files else {}
     pinned: Recipe = getattr(model, RECIPE_ATTRIBUTE)
     known = tuple(replace(expert, model=names.get(expert.model, expert.model)) for expert in pinned.experts)
@@ -109,12 +109,12 @@ def merged_model(
     trust_remote_code: bool = False,
     api: HfApi | None = None,
 ) -> PreTrainedModel:
-    """Merges into a temporary folder (``TMPDIR`` says where) and loads what is there, with its pinned recipe.
+    """Merges into a temporary folder (in ``TMPDIR``) and loads the result, with its pinned recipe.
 
     Under `accelerate launch` the processes share the work, and each loads the model.
     """
     if MERGE_METHODS[recipe.method].merges == "adapters":
-        raise FusionError(f"{recipe.method} makes an adapter, not a model", "hf_fusion.merge(recipe, folder)")
+        raise FusionError(f"{recipe.method} gives an adapter, not a model", "hf_fusion.merge(recipe, folder)")
     check_recipe(recipe)
     _may_run(recipe, trust_remote_code, api)
     with Processes().folder() as held:
@@ -125,11 +125,11 @@ def merged_model(
 
 
 def load_merged(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model in a static merge's folder, in its own class and evaluation mode, with its recipe.
+    """Loads a static merge with its recipe, in evaluation mode.
 
     Args:
-        folder: as `hf_fusion.merge` left it; an adapter's gives its base with the adapter in its weights.
-        trust_remote_code: whether code that lies in the folder may run, for models that transformers does not know.
+        folder: from `hf_fusion.merge`; an adapter is merged into its base.
+        trust_remote_code: whether custom code in the folder may run, for models that transformers does not know.
 
     Raises:
         FusionError: there is no class for it, its code may not run, or weights are missing.
@@ -141,7 +141,7 @@ def load_merged(folder: str | Path, *, trust_remote_code: bool = False) -> PreTr
 
     folder = Path(folder)
     check_snapshot(folder, str(folder))
-    if (folder / ADAPTER_CONFIG).exists():  # adapters that became one: with their base
+    if (folder / ADAPTER_CONFIG).exists():  # a merged adapter: load it with its base
         return fuse_static("linear", [folder], trust_remote_code=trust_remote_code)
     config = read_json(folder / "config.json", str(folder))
     name = next(iter(architectures(config)), "no class")
@@ -154,7 +154,7 @@ def load_merged(folder: str | Path, *, trust_remote_code: bool = False) -> PreTr
             raise FusionError(f"{folder}: transformers has no {shown(name)}", "pip install -U transformers")
         refuse_code(source, needed, agreed=trust_remote_code)
         own, code = getattr(transformers, auto_class_of(config)), True
-    else:  # what the config promises is compared with the files before memory is taken
+    else:  # compares the config with the files before memory is allocated
         shapes = {key: shape for key, (_, shape, _) in read_headers(weight_files(folder, HERE)).shapes.items()}
         promised = check_load_as(own, native_config(config, str(folder), len(shapes)), shapes)
         refuse_keys(str(folder), "missing", promised.missing)
@@ -162,21 +162,21 @@ def load_merged(folder: str | Path, *, trust_remote_code: bool = False) -> PreTr
     with quiet_transformers():
         how = {"dtype": "auto", "trust_remote_code": code, **HERE}
         model: PreTrainedModel = load_checked(own.from_pretrained, folder, (), how, HERE, may_hold_more=True)[0]
-    model.config.name_or_path = model.name_or_path = ""  # a folder that may soon be gone
+    model.config.name_or_path = model.name_or_path = ""  # the folder may be temporary
     kept = [path.name for path in folder.iterdir() if own_file(path) and not path.name.endswith(".safetensors")]
     kept += local_named_files(folder, str(folder), code=True)
     apart = ("config.json", INDEX, RECIPE_FILE, "README.md", "results.json")
     setattr(model, RECIPE_ATTRIBUTE, Recipe.load(folder))
     model.processor = processor_of(source, agreed=trust_remote_code)
     setattr(model, FILES_ATTRIBUTE, {name: read_file(folder / name, folder) for name in kept if name not in apart})
-    for method in (save_pretrained, push_to_hub):  # of this one instance: its class is transformers' own
+    for method in (save_pretrained, push_to_hub):  # on the instance, since the class is transformers'
         setattr(model, method.__name__, MethodType(method, model))
     model.eval()
     return model
 
 
 def save_pretrained(model: PreTrainedModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-    """Instance method of a loaded merge: as any model's, with the recipe, the tokenizer and the like beside it."""
+    """Instance method of a loaded merge: also saves the recipe, the tokenizer and other files."""
     from hf_fusion.models.fused_saving import push_options, saved_whole
 
     pushed = push_options(save_directory, kwargs)
@@ -189,7 +189,7 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | Path, *args: A
 
 
 def push_to_hub(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """Instance method of a loaded merge: as any model's, with a recipe that holds no path of this machine."""
+    """Instance method of a loaded merge: pushes it with a recipe without local paths."""
     sent, recipe = copy.copy(model), getattr(model, RECIPE_ATTRIBUTE)  # the weights are shared
     known = getattr(model, CONTENTS_ATTRIBUTE, None)
     setattr(
@@ -202,7 +202,7 @@ def push_to_hub(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
 
 
 def save_files(model: PreTrainedModel, folder: Path) -> None:
-    """Writes what `load_merged` kept, but for what the model has written itself."""
+    """Writes the further files of a loaded merge, except those that the model has saved."""
     for name, raw in getattr(model, FILES_ATTRIBUTE, {}).items():
         if not (folder / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -210,7 +210,7 @@ def save_files(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _entry(given: ExpertLike | RecipeExpert, folder: Path, number: int, names: dict[str, str]) -> RecipeExpert:
-    """One model as recipes have it; models from memory are saved first, and noted with the names that they have."""
+    """A model as an expert of a recipe; models in memory are saved to `folder`, and their names added to `names`."""
     if isinstance(given, RecipeExpert):
         return given
     if isinstance(given, (str, Path, ExpertInfo)):
@@ -225,7 +225,7 @@ def _entry(given: ExpertLike | RecipeExpert, folder: Path, number: int, names: d
 
 
 def _may_run(recipe: Recipe, agreed: bool, api: HfApi | None) -> None:
-    """Refuses, before anything is merged, a model whose code will be needed and may not run."""
+    """Raises, before merging, if a model needs custom code that may not run."""
     base, model = ModelRef.parse_pair(recipe.base or recipe.experts[0].model)
     source = resolve(base or model, api)
     if source.is_adapter:
@@ -238,5 +238,5 @@ def _may_run(recipe: Recipe, agreed: bool, api: HfApi | None) -> None:
 
 
 def _needed(config: Mapping[str, Any]) -> list[Code]:
-    """The code of a model whose class transformers does not have, though it may know its ``model_type``."""
+    """The custom code of a model class that transformers lacks, even if it knows the ``model_type``."""
     return model_code({**config, "model_type": None})

@@ -1,4 +1,4 @@
-"""Several LoRA adapters of one base as one adapter, which PEFT loads: of a base no weights are read."""
+"""Merges LoRA adapters of one base into one adapter that PEFT loads, without reading weights of the base."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WEIGHTS = "adapter_model.safetensors"
-# what of a first adapter's configuration is true of the merged one as well
+# keys of the first adapter's configuration that also hold for the merged one
 _KEPT = ("auto_mapping", "fan_in_fan_out", "task_type")
 
 
 @dataclass(frozen=True)
 class AdapterReport(MergeReport):
-    """What became of the adapters.
+    """The result of `merge_adapters`.
 
     Attributes:
         ranks: module path -> rank.
-        errors: module path -> ‖Σ w_i ΔW_i - ΔW‖ / ‖Σ w_i ΔW_i‖, of modules that were cut to a rank.
-        error: the same over all of those modules together; 0 for an exact merge.
+        errors: module path -> relative error ‖Σ w_i ΔW_i - ΔW‖ / ‖Σ w_i ΔW_i‖, for modules truncated to a rank.
+        error: the relative error over all those modules; 0 for an exact merge.
     """
 
     ranks: dict[str, int]
@@ -68,9 +68,9 @@ class AdapterReport(MergeReport):
 
 @dataclass(frozen=True)
 class _Opened:
-    """An adapter that is merged."""
+    """An input adapter."""
 
-    name: str  # finds it again
+    name: str  # reproducible reference
     source: Source
     tensors: Adapter
     config: Mapping[str, Any] = field(repr=False)
@@ -79,24 +79,23 @@ class _Opened:
 def merge_adapters(
     recipe: Recipe, folder: str | Path, *, overwrite: bool = False, api: HfApi | None = None
 ) -> AdapterReport:
-    """Merges LoRA adapters into one: Σ w_i ΔW_i, exactly by concatenation or cut to a rank; see `methods.lora.lora`.
+    """Merges LoRA adapters into one: Σ w_i ΔW_i, exact by concatenation or truncated; see `methods.lora.lora`.
 
-    The adapters may differ in rank, alpha, rsLoRA, patterns and modules. What they saved whole (PEFT's
-    ``modules_to_save``: heads) is kept where it is the same in all; else it becomes Σ w_i θ_i, for which every adapter
-    must have it and the weights must sum to 1: that is θ0 + Σ w_i (θ_i - θ0), whatever the base has there.
+    The adapters may differ in rank, alpha, rsLoRA, patterns and modules. Modules saved in full (PEFT's
+    ``modules_to_save``: heads) are kept if they are equal in all adapters; else they become Σ w_i θ_i, which requires
+    every adapter to have them and the weights to sum to 1: then it equals θ0 + Σ w_i (θ_i - θ0) for any base.
 
     Args:
-        recipe: ``method: lora`` with adapters as experts. ``base`` names the base where it is not the one they record:
-            its shapes are then read, from headers alone.
-            ``weight`` and ``rank`` may be given by module and layer like any static method's parameters. Weights
-            are stored in single precision unless ``dtype`` says otherwise.
+        recipe: ``method: lora`` with adapters as experts. ``base`` names their base, if not the recorded one; its
+            shapes are then read from headers. ``weight`` and ``rank`` may vary by module and layer, as other parameters
+            of static methods. Weights are stored as fp32 unless ``dtype`` is set.
         folder: created if missing.
-        overwrite: whether an adapter that the folder holds may be replaced.
+        overwrite: whether to replace an adapter in the folder.
         api: the Hub's client.
 
     Raises:
-        FusionError: an expert is no adapter that can be written as W + B A; the adapters' bases, sizes or saved modules
-            do not go together; a parameter is unknown or out of its range.
+        FusionError: an expert is not an adapter of the form W + B A; bases, shapes or saved modules of the adapters
+            differ; or a parameter is unknown or out of range.
     """
     began = time.perf_counter()
     folder = Path(folder).resolve()
@@ -135,12 +134,14 @@ def merge_adapters(
 
 
 def _opened(recipe: Recipe, api: HfApi | None) -> list[_Opened]:
-    """All adapters, fetched where they are not here."""
+    """Opens all adapters, downloading missing files."""
     names = [expert.model for expert in recipe.experts]
     sources = in_parallel(lambda name: resolve(name, api), names)
     for source in sources:
         if not source.is_adapter:
-            raise FusionError(f"{source.name} is no adapter", "method: linear merges it with an adapter's whole model")
+            raise FusionError(
+                f"{source.name} is not an adapter", "method: linear merges it with an adapter's whole model"
+            )
         if WEIGHTS not in source.sizes:
             raise FusionError(f"{source.name} has no {WEIGHTS}", "only safetensors are merged: load and save it")
     for source in sources:
@@ -154,7 +155,7 @@ def _opened(recipe: Recipe, api: HfApi | None) -> list[_Opened]:
         adapter = read_adapter(source.folder, source.name, embeddings=True)
         if adapter.rows:
             raise FusionError(
-                f"{source.name} replaces rows of {min(adapter.rows)}, which no update of a LoRA expresses",
+                f"{source.name} replaces rows of {min(adapter.rows)}, which a LoRA cannot express",
                 "method: linear merges it with an adapter's whole model",
             )
         found.append(_Opened(name, source, adapter, source.adapter))
@@ -162,17 +163,19 @@ def _opened(recipe: Recipe, api: HfApi | None) -> list[_Opened]:
 
 
 def _base(recipe: Recipe, opened: Sequence[_Opened], api: HfApi | None) -> str | None:
-    """The one base of all adapters, ``owner/name[@revision]``: the recipe's, once they are known to fit it.
+    """The common base of all adapters, ``owner/name[@revision]``: the recipe's, if it fits them, or the recorded one.
 
     Raises:
-        FusionError: they record several, or do not fit the one that the recipe names.
+        FusionError: they record several bases, or do not fit the recipe's.
     """
     if recipe.base:
         base = resolve(recipe.base, api)
         if base.is_adapter:
-            raise FusionError(f"{recipe.base} is an adapter: no adapter's base", "base: owner/name of the whole model")
+            raise FusionError(
+                f"{recipe.base} is an adapter, not the base of one", "base: owner/name of the whole model"
+            )
         name = str(base.ref)
-        shapes = {} if base.config.get("quantization_config") else _shapes(base)  # packed: nothing to compare with
+        shapes = {} if base.config.get("quantization_config") else _shapes(base)  # packed weights have other shapes
         for adapter in opened if shapes else ():
             settings = adapter.config
             placed = place_in_files(adapter.tensors, settings, base.config, shapes, called=adapter.name, base=name)
@@ -181,17 +184,17 @@ def _base(recipe: Recipe, opened: Sequence[_Opened], api: HfApi | None) -> str |
         return name
     recorded = {o.tensors.base: o.name for o in opened}
     if len(recorded) > 1:
-        told = ", ".join(f"{name} of {base or 'nothing'}" for base, name in recorded.items())
-        raise FusionError(f"the adapters record several bases: {told}", "say which one they share: base: owner/name")
+        listed = ", ".join(f"{name} of {base or 'nothing'}" for base, name in recorded.items())
+        raise FusionError(f"the adapters record several bases: {listed}", "name the common one: base: owner/name")
     first = opened[0].tensors.base_ref
     return str(first) if first else None
 
 
 def _in_one_layout(opened: list[_Opened], base: str | None, is_known: bool, api: HfApi | None) -> list[_Opened]:
-    """Adapters of older and newer transformers by the same module paths, those of today.
+    """Renames the modules of adapters from different transformers versions to those of the installed one.
 
-    The base's configuration tells them. It is looked for where the recipe names the base, or where adapters have not
-    one kind of module in common; where it cannot be read, paths stay as they are.
+    The base's configuration is only read if the recipe names the base, or if adapters have no module name in common;
+    without it, paths are unchanged.
     """
     kinds = [{re.sub(r"\.\d+(?=\.)", ".*", path) for path in o.tensors.lora} for o in opened]
     if not base or not (is_known or any(not kinds[0] & kind for kind in kinds)):
@@ -205,13 +208,13 @@ def _in_one_layout(opened: list[_Opened], base: str | None, is_known: bool, api:
 
 
 def _shapes(base: Source) -> Shapes:
-    """The shapes in the headers of a base's weights; its pickles have none to look at."""
+    """Tensor shapes of a base, from the headers of its safetensors."""
     files = [file for file in safe_files(base) if file.endswith(".safetensors")]
     return local_shapes(base.folder, files) if base.folder and base.is_local else hub_shapes(base, files)
 
 
 def _factors(recipe: Recipe, opened: Sequence[_Opened]) -> dict[str, Factors]:
-    """Module path -> its merged factors, of every module that any adapter adapts."""
+    """Module path -> merged factors, for every module that an adapter adapts."""
     paths = list(dict.fromkeys(path for o in opened for path in o.tensors.lora))
     own = [[expert.settings] for expert in recipe.experts]
     merged = {}
@@ -220,14 +223,14 @@ def _factors(recipe: Recipe, opened: Sequence[_Opened]) -> dict[str, Factors]:
         pairs = [o.tensors.lora.get(path) for o in opened]
         sizes = {o.name: [p[1].shape[0], p[0].shape[1]] for o, p in zip(opened, pairs, strict=True) if p}
         if len({tuple(size) for size in sizes.values()}) > 1:
-            told = ", ".join(f"{size} in {own}" for own, size in sizes.items())
-            raise FusionError(f"{path} is of several sizes, [out, in]: {told}: these adapters have no base in common")
+            listed = ", ".join(f"{size} in {adapter}" for adapter, size in sizes.items())
+            raise FusionError(f"{path} has different sizes [out, in]: {listed}: the adapters have different bases")
         merged[path] = lora(pairs, **arguments_at(parameters_of(lora), [recipe.parameters], own, name, depth))
     return merged
 
 
 def _saved(recipe: Recipe, opened: Sequence[_Opened]) -> dict[str, torch.Tensor]:
-    """What adapters saved whole, by its parameter names in the base."""
+    """Merged tensors that adapters saved in full, by parameter name in the base."""
     names = dict.fromkeys(name for o in opened for name in o.tensors.saved)
     own = [[expert.settings] for expert in recipe.experts]
     found = {}
@@ -235,13 +238,13 @@ def _saved(recipe: Recipe, opened: Sequence[_Opened]) -> dict[str, torch.Tensor]
         tensors = [o.tensors.saved.get(name) for o in opened]
         beneath = [name.removesuffix(".weight") in o.tensors.lora for o in opened]
         if None in tensors and all(under or own is None for under, own in zip(beneath, tensors, strict=True)):
-            continue  # what PEFT stores of the base beneath a LoRA on embeddings or a head
+            continue  # the base's weight, which PEFT saves with a LoRA on embeddings or a head
         if lacking := [o.name for o, tensor in zip(opened, tensors, strict=True) if tensor is None]:
             has = next(o.name for o, tensor in zip(opened, tensors, strict=True) if tensor is not None)
-            raise FusionError(f"{has} saves {name} whole, {lacking[0]} does not", "leave one of them out")
+            raise FusionError(f"{has} saves {name} in full, {lacking[0]} does not", "leave one of them out")
         given = [tensor for tensor in tensors if tensor is not None]
         if shapes := {str(list(tensor.shape)) for tensor in given} - {str(list(given[0].shape))}:
-            raise FusionError(f"{name}, which the adapters save whole, is {list(given[0].shape)} and {min(shapes)}")
+            raise FusionError(f"{name}, which the adapters save in full, is {list(given[0].shape)} and {min(shapes)}")
         if all(torch.equal(tensor, given[0]) for tensor in given):
             found[name] = given[0]
             continue
@@ -249,8 +252,8 @@ def _saved(recipe: Recipe, opened: Sequence[_Opened]) -> dict[str, torch.Tensor]
         weights = shares(arguments["weight"], arguments["normalize"])
         if abs(sum(weights) - 1) > 1e-6:
             raise FusionError(
-                f"the adapters save {name} whole, each its own, and their weights sum to {sum(weights):g}: what the"
-                " base has there would count, and it is not among them",
+                f"the adapters save different values of {name}, and their weights sum to {sum(weights):g}, not 1: the"
+                " value of the base would be needed, which is not read",
                 "set the parameter normalize: true, or weights that sum to 1",
             )
         found[name] = sum((t.double() * w for t, w in zip(given, weights, strict=True)), torch.zeros(())).float()
@@ -265,27 +268,27 @@ def _write(
     saved: Mapping[str, torch.Tensor],
     dtype: torch.dtype,
 ) -> int:
-    """Puts the adapter in its folder, all of it or nothing, and tells the bytes of its weights."""
+    """Writes the adapter atomically, and returns the bytes of its weights."""
     from safetensors.torch import save_file
 
     tensors = {}
     for path, found in factors.items():
         a, b, names = found.a, found.b, ("lora_A.weight", "lora_B.weight")
-        if any(path in o.tensors.embeddings for o in opened):  # which PEFT stores the other way round
+        if any(path in o.tensors.embeddings for o in opened):  # which PEFT stores transposed
             a, b, names = b.t(), a.t(), ("lora_embedding_A", "lora_embedding_B")
         for name_of_half, half in zip(names, (a, b), strict=True):
             tensors[f"base_model.model.{path}.{name_of_half}"] = half.to(dtype).contiguous()
     for name, tensor in saved.items():
         module, _, own = name.rpartition(".")
-        wrapped = ".base_layer" if module in factors else ""  # a head that PEFT stores beside the LoRA on it
+        wrapped = ".base_layer" if module in factors else ""  # a head with a LoRA on it
         tensors[f"base_model.model.{module}{wrapped}.{own}"] = tensor.to(dtype).contiguous()
     broken = next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)
     if broken:
-        raise FusionError(f"{broken} becomes NaN or Inf by this merge", "choose smaller weights, or dtype: float32")
-    place = folder.with_name(f".{folder.name}-{uuid4().hex[:8]}")
+        raise FusionError(f"{broken} becomes NaN or Inf in this merge", "choose smaller weights, or dtype: float32")
+    staging_folder = folder.with_name(f".{folder.name}-{uuid4().hex[:8]}")
     with explain_disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        place.mkdir()
+        staging_folder.mkdir()
     try:
         with explain_disk_errors(folder.parent):
             first = opened[0].source
@@ -295,27 +298,27 @@ def _write(
                     and first.folder is not None
                     and own_file(first.folder / file, first.folder)
                 ):
-                    (place / file).parent.mkdir(parents=True, exist_ok=True)
-                    (place / file).write_bytes(read_file(first.folder / file, first.folder))
+                    (staging_folder / file).parent.mkdir(parents=True, exist_ok=True)
+                    (staging_folder / file).write_bytes(read_file(first.folder / file, first.folder))
             config = _config(recipe, opened, {path: len(found.a) for path, found in factors.items()})
-            (place / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            save_file(tensors, place / WEIGHTS, metadata={"format": "pt"})
-            recipe.save(place / RECIPE_FILE)
-            read_adapter(place, str(folder), embeddings=True)  # what it says of itself is what it holds
-            replace_folder(place, folder, STALE)
+            (staging_folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            save_file(tensors, staging_folder / WEIGHTS, metadata={"format": "pt"})
+            recipe.save(staging_folder / RECIPE_FILE)
+            read_adapter(staging_folder, str(folder), embeddings=True)  # checks that config and weights agree
+            replace_folder(staging_folder, folder, STALE)
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(staging_folder, ignore_errors=True)
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _config(recipe: Recipe, opened: Sequence[_Opened], ranks: Mapping[str, int]) -> dict[str, Any]:
-    """``adapter_config.json``: every module by its whole path, with alpha = rank, since B holds the scaling."""
+    """``adapter_config.json``, with full module paths, and alpha = rank, since B includes the scaling."""
     first = opened[0].config
     [(rank, _)] = Counter(ranks.values()).most_common(1)
     others = {f"^{re.escape(path)}$": own for path, own in ranks.items() if own != rank}
     base = ModelRef.parse(recipe.base) if recipe.base else None
     modules = {module for o in opened for module in o.config.get("modules_to_save") or ()}
-    if modules and any(o.config.get("ensure_weight_tying") for o in opened):  # both of two that are tied are stored
+    if modules and any(o.config.get("ensure_weight_tying") for o in opened):  # both tied tensors are stored
         modules |= {name.rpartition(".")[0] for o in opened for name in o.tensors.saved}
     return {
         "peft_type": "LORA",

@@ -37,8 +37,9 @@ from hf_fusion.merging.plan import Plan, plan
 from hf_fusion.merging.recipe_checks import check_recipe
 from hf_fusion.merging.small_files import merged_files
 from hf_fusion.merging.tied_weights import align_tied_heads, untie_config
-from hf_fusion.merging.tokenizers.requested import read_vocabulary
-from hf_fusion.recipe import RECIPE_FILE, Recipe, RecipeExpert, Slice
+from hf_fusion.merging.tokenizers.smallest import smallest_vocabulary
+from hf_fusion.merging.tokenizers.vocabulary import unite_vocabularies
+from hf_fusion.recipe import RECIPE_FILE, SMALLEST, Recipe, RecipeExpert, Slice
 from hf_fusion.types import ModelRef
 
 if TYPE_CHECKING:
@@ -158,7 +159,11 @@ def plan_merge(recipe: Recipe, api: HfApi | None = None) -> Plan:
     if method.plans:
         planned: Plan = method.module.plan(recipe, base, opened)
     else:
-        vocabulary = read_vocabulary(recipe, base, opened, api)
+        vocabulary = None
+        if recipe.tokenizer == SMALLEST:
+            vocabulary = smallest_vocabulary(base, opened)
+        elif recipe.tokenizer is not None:
+            vocabulary = unite_vocabularies(recipe, base, opened, api)
         if vocabulary is None and recipe.tokenizer is not None:  # smallest, with vocabularies of equal size
             recipe = replace(recipe, tokenizer=None)
         planned = plan(recipe, base, opened, vocabulary)

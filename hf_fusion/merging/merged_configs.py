@@ -35,7 +35,7 @@ def merge_config(
         config["dtype"] = dtype
     if vocabulary is not None:
         found = find_vocabulary_config(config)
-        config = vocabulary.moved(config, "config.json")
+        config = vocabulary.update_ids(config, "config.json")
         if found is not None:
             config = _with_rows(config, found["vocab_size"], vocabulary.rows)
     return config

@@ -1,4 +1,4 @@
-"""What can be seen to be wrong with a recipe, or with a method's options, before any model is opened; without torch."""
+"""Checks recipes and options of methods before any model is opened, without importing torch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from hf_fusion.recipe import Recipe
 
 STATISTICS = "statistics"
-"""What a recipe's experts name the folder of what was measured of them by."""
+"""Key of an expert's folder of statistics in a recipe."""
 MISMATCHES = ("base", "skip", "resize")
-"""What may be done about tensors that do not match."""
+"""Values of the parameter ``mismatch``, for tensors that do not match."""
 
-# what every static method takes beside its own parameters
+# parameters of every static method
 COMMON = {
     "seed": Field("seed", Annotated[int, Range(0, 2**63 - 1)], 0),
     "mismatch": Field("mismatch", Annotated[str, OneOf(MISMATCHES)], None),
@@ -29,7 +29,7 @@ COMMON = {
 
 
 def family_method(name: str, options: Mapping[str, Any]) -> FamilyMethod:
-    """The method of a family that a name calls, once its options are known to be its own.
+    """The method of a family, with a check of its options.
 
     Args:
         name: a key of `families.METHODS`.
@@ -50,7 +50,7 @@ def family_method(name: str, options: Mapping[str, Any]) -> FamilyMethod:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Refuses what can be seen to be wrong with the recipe of a static merge before any model is opened, or fetched.
+    """Raises for an invalid recipe of a static merge, before any model is opened or downloaded.
 
     Raises:
         FusionError: the method does not take that many experts, or without a base; a parameter is unknown or out of
@@ -64,7 +64,7 @@ def check_recipe(recipe: Recipe) -> None:
         raise FusionError(f"{name} merges {wanted} experts, the recipe has {count}")
     for number, slice_ in enumerate(recipe.slices):
         in_slice = sum(source.model != recipe.base for source in slice_.sources)
-        # one alone is passed on as it is, by any method
+        # a single expert is copied by any method
         if in_slice > 1 and (in_slice < least or (most is not None and in_slice > most)):
             raise FusionError(f"{name} merges {wanted} experts, slices[{number}] has {in_slice}")
     if 0 < sum(expert.weight is not None for expert in recipe.experts) < count:
@@ -88,7 +88,7 @@ def check_parameters(recipe: Recipe, file: str = "") -> None:
     if recipe.tokenizer is not None:
         tokenizer_request(recipe.tokenizer, file)
     common = {key: value for key, value in recipe.parameters.items() if key in COMMON}
-    for key, value in common.items():  # one value for all tensors
+    for key, value in common.items():  # the same for all tensors
         read(COMMON[key].hint, value, where.inner("parameters", key))
     groups = [("parameters", {key: value for key, value in recipe.parameters.items() if key not in common})]
     for number, slice_ in enumerate(recipe.slices):

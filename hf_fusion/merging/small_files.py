@@ -1,4 +1,4 @@
-"""What lies beside the merged weights: the first model's tokenizer, processors, sub-folders and code, as they are."""
+"""The files beside the merged weights: the first model's tokenizer, processors, subfolders and code."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# what describes weights, or was measured of them, is not the merged model's
+# files about the weights of the input model, and its results
 _NOT_COPIED = (
     *("adapter_config.json", "trainer_state.json", *MEASURED),
     FACTS,
 )
-# files beside config.json that name tokens by their numbers
+# files with token ids, besides config.json
 _WITH_TOKENS = ("generation_config.json", "processor_config.json", "preprocessor_config.json")
-# what sentence-transformers reads beside modules.json
+# files of sentence-transformers
 _SENTENCES = (MODULES, "config_sentence_transformers.json", "sentence_bert_config.json")
 
 
 def merged_files(planned: Plan) -> dict[str, bytes]:
-    """The files of a merged model beside its weights and its recipe, by their paths in its folder."""
+    """The files of a merged model, except weights and recipe: path -> content."""
     first = planned.first
     files = read_small_files(first.folder, first.name)
-    if first.under is not None:  # an adapter, which may bring a tokenizer of its own
+    if first.under is not None:  # an adapter, which may include a tokenizer
         under = read_small_files(first.under, first.name)
         has_tokenizer = any(map(is_tokenizer_file, files))
         files = {name: raw for name, raw in under.items() if not (has_tokenizer and is_tokenizer_file(name))} | files
@@ -50,7 +50,7 @@ def merged_files(planned: Plan) -> dict[str, bytes]:
         files = {name: raw for name, raw in files.items() if not is_tokenizer_file(name)} | planned.vocabulary.files
         for name in [name for name in _WITH_TOKENS if name in files]:
             folder = first.folder if own_file(first.folder / name) else first.under or first.folder
-            moved = planned.vocabulary.moved(read_json(folder / name, first.name), name)
+            moved = planned.vocabulary.update_ids(read_json(folder / name, first.name), name)
             files[name] = (json.dumps(moved, indent=2, ensure_ascii=False) + "\n").encode()
     if planned.recipe.chat_template is not None:
         models = {model.name: model for model in [*([planned.base] if planned.base else []), *planned.experts]}
@@ -62,14 +62,13 @@ def merged_files(planned: Plan) -> dict[str, bytes]:
 
 
 def read_small_files(folder: Path, name: str) -> dict[str, bytes]:
-    """Configuration, tokenizer and code beside a model's weights, by path: at its root and in folders that it names.
+    """Configuration, tokenizer and code of a model, at its root and in named subfolders: path -> content.
 
-    Python files are among them only where the model's configurations name code of its own. It never runs here, and
-    where the merged model is loaded only by consent.
+    Includes Python files only if the model's configurations refer to custom code, which never runs here, and runs with
+    the merged model only with consent.
 
     Raises:
-        FusionError: one of them is a link to somewhere else: it would be published with the merged model; a manifest
-            names a folder outside of the model.
+        FusionError: a file is a link out of the model's folder, or a manifest names a folder outside of it.
     """
     code = _names_code(folder, name)
     wanted = (".json", ".txt", ".model", ".jinja") + ((".py",) if code else ())
@@ -81,7 +80,7 @@ def read_small_files(folder: Path, name: str) -> dict[str, bytes]:
 
 
 def _names_code(folder: Path, name: str) -> bool:
-    """Whether a configuration at a model's root names a class that lies beside it."""
+    """Whether a configuration at a model's root refers to custom code."""
     for file in sorted(folder.glob("*config.json")):
         if own_file(file) and _has_auto_map(file, name):
             return True
@@ -90,10 +89,10 @@ def _names_code(folder: Path, name: str) -> bool:
 
 
 def _has_auto_map(file: Path, name: str) -> bool:
-    """Whether a file names code; one that is not a configuration (all-MiniLM's data_config.json is a list) does not."""
+    """Whether a file refers to custom code; False for files in other formats (all-MiniLM's data_config.json)."""
     try:
         content = read_content(file, name)
-    except FusionError:  # what needs it will say so; what is only copied need not be readable
+    except FusionError:  # files that are only copied need not be readable
         return False
     return isinstance(content, Mapping) and bool(content.get("auto_map"))
 
@@ -103,9 +102,9 @@ def _is_row(row: object) -> bool:
 
 
 def _with_modules(files: dict[str, bytes], planned: Plan) -> dict[str, bytes]:
-    """Files with sentence-transformers' modules, where the base has none: those of the first expert that has them.
+    """Adds sentence-transformers' modules of the first expert that has them, if the base has none.
 
-    Modules with weights are merged like the rest, or left out by the recipe's ``mismatch``; these are never taken.
+    Modules with weights are not added: they are merged, or left out by ``mismatch``.
     """
     giver = planned.first
     if MODULES not in files:
@@ -115,7 +114,7 @@ def _with_modules(files: dict[str, bytes], planned: Plan) -> dict[str, bytes]:
             return files
         giver, theirs = found, read_small_files(found.folder, found.name)
         own = {name: raw for name, raw in theirs.items() if name in _SENTENCES or _is_below(name, _folders(found))}
-        logger.warning("%s has no %s: that of %s is taken", planned.first.name, MODULES, giver.name)
+        logger.warning("%s has no %s: that of %s is used", planned.first.name, MODULES, giver.name)
         files = files | own
     for expert in planned.experts:
         for folder in _folders(expert) if expert is not giver else []:
@@ -123,7 +122,7 @@ def _with_modules(files: dict[str, bytes], planned: Plan) -> dict[str, bytes]:
             place, root = expert.folder / name, expert.folder
             theirs_here = read_file(place, root) if own_file(place, root) else None
             if theirs_here is not None and name in files and _unlike(files[name], theirs_here):
-                logger.warning("%s of %s is not that of %s, which is taken", name, expert.name, giver.name)
+                logger.warning("%s of %s differs from that of %s, which is used", name, expert.name, giver.name)
     return files
 
 
@@ -139,7 +138,7 @@ def _is_below(name: str, folders: list[str]) -> bool:
 
 
 def _unlike(first: bytes, second: bytes) -> bool:
-    """Whether two configurations say different things."""
+    """Whether two configurations differ as JSON."""
     try:
         return bool(json.loads(first) != json.loads(second))
     except ValueError:

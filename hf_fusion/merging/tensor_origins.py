@@ -1,4 +1,4 @@
-"""Where every tensor of a merged model comes from: which one of which model, in whole models or in slices of them."""
+"""Determines the input tensors of every merged tensor, for whole models and for slices; and mismatches between them."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     from hf_fusion.recipe import Recipe, Slice, SliceSource
 
 _MEANING = {
-    "base": "base: such tensors stay as the base, or the first expert, has them",
-    "skip": "skip: experts that do not fit are left out of a tensor",
-    "resize": "resize: as skip, but embeddings and heads with another number of rows are merged as well: rows that an"
-    " expert lacks stay the base's",
+    "base": "base: such tensors are copied from the base, or from the first expert",
+    "skip": "skip: experts that do not match are left out of a tensor",
+    "resize": "resize: as skip, but embeddings and heads with another number of rows are merged as well, with the"
+    " base's values for rows that an expert lacks",
 }
-MOST_ROWS = 40  # of the table in an error
+MAX_TABLE_ROWS = 40  # of the table in an error
 
 
 @dataclass(frozen=True)
 class ExpertTensor:
-    """An expert's share in a merged tensor.
+    """An expert's input to a merged tensor.
 
     Attributes:
-        expert: its number in the recipe.
-        name: of its tensor, or None where it has none.
-        settings: its own, the most particular first.
+        expert: index of the expert in the recipe.
+        name: of its tensor, or None if it has none.
+        settings: parameters for this expert, the most specific first.
     """
 
     expert: int
@@ -40,14 +40,14 @@ class ExpertTensor:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the values of a merged tensor come from.
+    """The inputs of a merged tensor.
 
     Attributes:
         name: of the merged tensor.
-        first: the model that gives its sizes, the base or the first expert, and its tensor there.
-        parts: the experts.
-        depth: 0 outside of the layers and in the first, 1 in the last; of a slice, where there are slices.
-        settings: for all experts, the most particular first.
+        first: the model that determines its shape, the base or the first expert, and the name of its tensor.
+        parts: the experts' tensors.
+        depth: relative depth, 0 outside of layers and in the first layer, 1 in the last; with slices, within the slice.
+        settings: parameters for all experts, the most specific first.
     """
 
     name: str
@@ -59,13 +59,14 @@ class Origin:
 
 @dataclass
 class Mismatch:
-    """Tensors of an expert that do not fit.
+    """Tensors of an expert that do not match.
 
     Attributes:
-        tensor: their name, layers as ``*``.
-        model: whose.
+        tensor: their name, with ``*`` for layer indices.
+        model: name of the expert.
         what: "missing", "extra" or the two shapes.
-        count: how many tensors.
+        count: number of tensors.
+        options: values of ``mismatch`` that resolve it.
     """
 
     tensor: str
@@ -75,7 +76,7 @@ class Mismatch:
     options: tuple[str, ...] = field(default=MISMATCHES)
 
     def row(self) -> dict[str, Any]:
-        """As a line of a table."""
+        """As a table row."""
         return {
             "tensor": self.tensor,
             "count": self.count,
@@ -90,12 +91,12 @@ class MismatchError(FusionError):
 
     def __init__(self, mismatches: Sequence[Mismatch]) -> None:
         self.mismatches = list(mismatches)
-        rows = [m.row() for m in mismatches[:MOST_ROWS]]
+        rows = [m.row() for m in mismatches[:MAX_TABLE_ROWS]]
         widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
         lines = [{key: key for key in widths}, *rows]
         table = "\n".join("  ".join(str(line[key]).ljust(widths[key]) for key in widths).rstrip() for line in lines)
         usable = [option for option in MISMATCHES if any(option in m.options for m in mismatches)]
-        more = f"\n… and {len(mismatches) - MOST_ROWS} more" if len(mismatches) > MOST_ROWS else ""
+        more = f"\n… and {len(mismatches) - MAX_TABLE_ROWS} more" if len(mismatches) > MAX_TABLE_ROWS else ""
         super().__init__(
             f"the models' tensors do not match:\n{table}{more}",
             f"set the parameter mismatch to {' or '.join(usable)} ({'; '.join(map(_MEANING.__getitem__, usable))})",
@@ -109,12 +110,12 @@ def find_mismatches(
     *,
     sliced: bool,
 ) -> list[Mismatch]:
-    """What of the experts does not fit the tensors that it should be merged into; alike layers together.
+    """Finds tensors of experts that do not match the merged tensors, grouped over layers.
 
     Args:
         origins: of all merged tensors.
         experts: the opened experts.
-        is_aligned: whether a tensor has a row for every token, and tokens are aligned: the number of rows may differ.
+        is_aligned: whether a tensor's rows are aligned by token, so that their number may differ.
         sliced: whether only some layers of the experts are merged.
     """
     found: dict[tuple[str, str, str], Mismatch] = {}
@@ -136,7 +137,7 @@ def find_mismatches(
             right = expert.shape(part.name)
             is_longer = rows_match(left, right)
             if left != right and not (aligned and is_longer):
-                # within layers, rows of one tensor are columns of another
+                # within layers, dimensions of several tensors must agree
                 options = MISMATCHES if is_longer and layer_index(own) is None else MISMATCHES[:2]
                 note(origin.name, expert, f"{list(right)} against {list(left)}", options)
             elif expert.entries[part.name].is_float != model.entries[own].is_float:
@@ -151,7 +152,7 @@ def find_mismatches(
 
 
 def forbid_skipping(mismatches: Sequence[Mismatch]) -> None:
-    """Leaves out options that leave experts out of tensors: for methods that look at all tensors of all experts."""
+    """Removes options that skip experts, for methods that need all tensors of all experts."""
     unfit = [mismatch for mismatch in mismatches if mismatch.what != "extra"]
     is_resized = all("resize" in mismatch.options for mismatch in unfit)
     for mismatch in mismatches if unfit else ():
@@ -159,20 +160,20 @@ def forbid_skipping(mismatches: Sequence[Mismatch]) -> None:
 
 
 def rows_match(left: Sequence[int], right: Sequence[int]) -> bool:
-    """Whether two tensors' rows are of one size, however many each has."""
+    """Whether two shapes agree except for the number of rows."""
     return len(left) == len(right) > 0 and left[1:] == right[1:]
 
 
 def trace_origins(
     recipe: Recipe, base: Model | None, experts: Sequence[Model], names: Sequence[Mapping[str, str]]
 ) -> Iterator[Origin]:
-    """One for each tensor of the merged model, in the order of its files.
+    """Yields the origin of each merged tensor, in the order of the files.
 
     Args:
-        recipe: tells the slices, if there are any.
-        base: the opened base, where the recipe names one.
+        recipe: may have slices.
+        base: the opened base, or None.
         experts: the opened experts.
-        names: of each expert: name in the base, or in the first expert -> name in the expert.
+        names: for each expert, name in the base, or in the first expert -> name in the expert.
 
     Raises:
         FusionError: a slice cannot be taken from its models.
@@ -191,19 +192,18 @@ def trace_origins(
 
 @dataclass(frozen=True)
 class _Layers:
-    """A source of a slice, opened."""
+    """An opened source of a slice."""
 
     model: Model
     expert: int | None  # None: the base
     source: SliceSource
-    layers: Mapping[int, Mapping[str, str]]  # number -> name within the layer -> name
+    layers: Mapping[int, Mapping[str, str]]  # index -> name within the layer -> name
 
 
 def _sliced(
     recipe: Recipe, base: Model | None, experts: Sequence[Model], names: Sequence[Mapping[str, str]]
 ) -> Iterator[Origin]:
-    """The layers of each slice one after the other; what stands before them as the first slice has it, what stands
-    behind them as the last has it, as in mergekit."""
+    """Layers of all slices in order; tensors before the layers from the first slice, those after from the last."""
     first = base or experts[0]
     stack = _stack(first)[0]
     slices = [(slice_, _opened(recipe, number, base, experts)) for number, slice_ in enumerate(recipe.slices)]
@@ -240,7 +240,7 @@ def _sliced(
 
 
 def trace_layers(recipe: Recipe, base: Model | None, experts: Sequence[Model]) -> list[tuple[Model, int]] | None:
-    """Of each layer of the merged model: the model that gives its sizes, and its number there; None without slices."""
+    """For each merged layer, the model that determines its shapes, and the layer's index there; None without slices."""
     by_name = {expert.model: model for expert, model in zip(recipe.experts, experts, strict=True)}
     found = []
     for slice_ in recipe.slices:
@@ -251,10 +251,10 @@ def trace_layers(recipe: Recipe, base: Model | None, experts: Sequence[Model]) -
 
 
 def _opened(recipe: Recipe, number: int, base: Model | None, experts: Sequence[Model]) -> list[_Layers]:
-    """The sources of one slice.
+    """Opens the sources of one slice.
 
     Raises:
-        FusionError: naming a source that the recipe does not merge, or that has no such layers.
+        FusionError: a source is not a model of the recipe, or lacks such layers.
     """
     where = f"slices[{number}]"
     by_name = {expert.model: i for i, expert in enumerate(recipe.experts)}
@@ -282,7 +282,7 @@ def _opened(recipe: Recipe, number: int, base: Model | None, experts: Sequence[M
 
 
 def _stack(model: Model) -> tuple[str, dict[int, dict[str, str]]]:
-    """A model's one stack of layers: its name, and of each layer the names within -> the tensors' names.
+    """A model's stack of layers: its path, and for each layer name within the layer -> name of the tensor.
 
     Raises:
         FusionError: there are several stacks, or none.
@@ -292,9 +292,9 @@ def _stack(model: Model) -> tuple[str, dict[int, dict[str, str]]]:
         if match := LAYER.match(name):
             stacks.setdefault(match["stack"], {}).setdefault(int(match["number"]), {})[match["rest"]] = name
     if len(stacks) != 1:
-        told = f"has {' and '.join(sorted(stacks))}" if stacks else "has none"
+        found = f"has {' and '.join(sorted(stacks))}" if stacks else "has none"
         raise FusionError(
-            f"slices need models with one stack of layers; {model.name} {told}", "merge whole models instead"
+            f"slices need models with one stack of layers; {model.name} {found}", "merge whole models instead"
         )
     [(stack, layers)] = stacks.items()
     if sorted(layers) != list(range(len(layers))):

@@ -109,7 +109,7 @@ def test_every_method_gives_a_plain_model(method, folders, tmp_path):
     experts = [folders["one"], folders["two"]][: row.experts[1]]
     given = (method, experts, folders["base"] if row.base == "needed" else None)
     if row.merges == "adapters":
-        with pytest.raises(FusionError, match="makes an adapter, not a model"):
+        with pytest.raises(FusionError, match="gives an adapter, not a model"):
             fuse(*given)
     elif row.statistics:
         with pytest.raises(FusionError, match="statistics"):

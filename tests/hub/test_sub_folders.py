@@ -102,8 +102,8 @@ def test_a_plain_base_takes_the_modules_of_its_experts_and_says_so(tmp_path, cap
     base = save_bert(tmp_path / "base", 7, auto=AutoModel, config=BERT)
     with caplog.at_level(logging.WARNING):
         merge(task_arithmetic(made | {"base": base}), tmp_path / "out")
-    assert f"{base} has no modules.json: that of {made['one']} is taken" in caplog.text
-    assert f"1_Pooling/config.json of {made['two']} is not that of {made['one']}, which is taken" in caplog.text
+    assert f"{base} has no modules.json: that of {made['one']} is used" in caplog.text
+    assert f"1_Pooling/config.json of {made['two']} differs from that of {made['one']}, which is used" in caplog.text
     assert loaded(tmp_path / "out")[1].pooling_mode == "cls"
 
 

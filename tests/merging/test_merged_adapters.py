@@ -153,7 +153,7 @@ def test_heads_are_averaged_where_the_weights_sum_to_one(tmp_path):
     with pytest.raises(FusionError, match="classifier.bias whole.*weights sum to 2(.|\n)*normalize: true"):
         merge(recipe_of(folders), tmp_path / "other")
     bare = save(tmp_path / "bare", model, 2, r=2, target_modules=["query"])
-    with pytest.raises(FusionError, match=r"0 saves .*classifier.* whole, .*bare does not"):
+    with pytest.raises(FusionError, match=r"0 saves .*classifier.* in full, .*bare does not"):
         merge(recipe_of([folders[0], bare]), tmp_path / "other")
     assert not (tmp_path / "other").exists()
     # one head for all is kept, whatever the weights
@@ -181,10 +181,10 @@ def test_what_cannot_be_merged_is_named(tmp_path):
     model.save_pretrained(tmp_path / "model")
     out = tmp_path / "out"
     for folders, parameters, message in (
-        ([one, wide], {}, r"q_proj is of several sizes.*\[32, 32\] in .*one, \[64, 64\] in .*wide"),
+        ([one, wide], {}, r"q_proj has different sizes.*\[32, 32\] in .*one, \[64, 64\] in .*wide"),
         ([one, other], {}, "several bases: .*one of me/base, .*other of you/base"),
         ([one, dora], {}, "dora cannot be fused: use_dora"),
-        ([one, tmp_path / "model"], {}, "model is no adapter"),
+        ([one, tmp_path / "model"], {}, "model is not an adapter"),
         ([one, one], {"rank": -1}, "rank is -1, expected a whole number at least 0"),
         ([one, one], {"density": 0.5}, "lora has no parameter 'density'"),
     ):

@@ -1,4 +1,4 @@
-"""Dense models side by side as one mixture of experts: Llamas become a Mixtral (`methods.moe.moe`)."""
+"""Plans a mixture of experts from dense models, such as a Mixtral from Llamas (`methods.moe.moe`)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hf_fusion.recipe import Recipe, RecipeExpert
 from hf_fusion.schema import KeyPath, read
 
 _MLP = re.compile(r"(model\.layers\.(\d+))\.mlp\.(gate|up|down)_proj\.weight")
-# old checkpoints hold these; they follow from the configuration
+# stored in old checkpoints; derived from the configuration
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _DROPPED = {"attention_bias", "mlp_bias", "pretraining_tp", "auto_map", "torch_dtype", "_name_or_path"}
@@ -34,26 +34,26 @@ _DROPPED |= {"layer_types", "max_window_layers"}  # of Qwen3, whose layers are a
 
 
 def plan_moe(recipe: Recipe, base: Model | None, experts: Sequence[Model]) -> Plan:
-    """Decides what the mixture's tensors are made of.
+    """Plans the tensors of a mixture.
 
     Args:
-        recipe: of the method ``moe``, which `check_recipe` has let through.
-        base: the model whose attention, norms and embeddings are taken; None: the first expert's.
+        recipe: of the method ``moe``, checked by `check_recipe`.
+        base: provides attention, norms and embeddings; None: the first expert.
         experts: the models whose MLPs become experts.
 
     Raises:
-        FusionError: no mixture is made of such models, or they are not of one size; a token needs more experts than
-            there are; prompts are given without their gate, or missing for it.
+        FusionError: the models are unsupported or of different sizes, there are fewer experts than per token, or
+            prompts and gate do not match.
     """
     if recipe.slices or recipe.tokenizer:
         key = "slices" if recipe.slices else "tokenizer"
-        raise FusionError(f"moe makes its experts of whole models: {key} is not supported", "leave it out")
+        raise FusionError(f"moe merges whole models: {key} is not supported", "leave it out")
     method = method_named(recipe.method)
     first = base or experts[0]
     arguments = arguments_at(method.parameters, [recipe.parameters], [[] for _ in experts], "gate", 0.0)
     if arguments["experts_per_token"] > len(experts):
         raise FusionError(
-            f"each token is answered by {arguments['experts_per_token']} experts, the recipe has {len(experts)}",
+            f"each token needs {arguments['experts_per_token']} experts, the recipe has {len(experts)}",
             "set experts_per_token, or list an expert more than once",
         )
     files = OpenFiles()
@@ -82,7 +82,7 @@ def plan_moe(recipe: Recipe, base: Model | None, experts: Sequence[Model]) -> Pl
         elif kept.fullmatch(name):
             targets.append(_as_it_is(spec(name), first, name, files))
         elif not _DERIVED.fullmatch(name):
-            raise FusionError(f"{first.name} has {name}, which a {mixture.title} has no place for")
+            raise FusionError(f"{first.name} has {name}, which a {mixture.title} does not have")
     return Plan(recipe, method, base, list(experts), targets, files, [], config)
 
 
@@ -93,7 +93,7 @@ def _number(expert: RecipeExpert, key: str, default: float) -> float:
 def _as_it_is(
     spec: TensorSpec, model: Model, name: str, files: OpenFiles, noise: float = 0.0, scale: float = 1.0, seed: int = 0
 ) -> Target:
-    """A model's tensor in the mixture's type, times `scale` and with as much noise."""
+    """A model's tensor in the mixture's dtype, plus Gaussian noise with standard deviation `noise`, times `scale`."""
     entry = model.entries[name]
     if model.adapter is None and entry.dtype == spec.dtype and not noise and scale == 1:
         return Target(spec, copied=entry, identity=[model.name, name])
@@ -128,21 +128,23 @@ def _gate(
 
 
 def _mixture(model: Model, wanted: str) -> Mixture:
-    """What a model becomes."""
+    """The mixture that a model can become."""
     kind = model.config.get("model_type")
     found = {name: mixture for name, mixture in MIXTURES.items() if kind in mixture.sources}
     if not found:
         known = ", ".join(kind for mixture in MIXTURES.values() for kind in mixture.sources)
-        raise FusionError(f"{model.name} is a {shown(kind)}: there is no mixture of these", f"use one of: {known}")
+        raise FusionError(f"{model.name} is a {shown(kind)}, for which there is no mixture", f"use one of: {known}")
     if wanted != "auto" and wanted not in found:
-        raise FusionError(f"{model.name} is a {shown(kind)}: it becomes no {wanted}", f"architecture: {min(found)}")
+        raise FusionError(
+            f"{model.name} is a {shown(kind)}, which cannot become a {wanted}", f"architecture: {min(found)}"
+        )
     if model.config.get("use_sliding_window"):
-        raise FusionError(f"{model.name}: layers with and without a sliding window become no mixture")
+        raise FusionError(f"{model.name}: a mixture cannot have layers with and without a sliding window")
     return next(iter(found.values()))
 
 
 def _config(mixture: Mixture, model: Model, experts: int, per_token: int, dtype: str | None) -> dict[str, Any]:
-    """The base's configuration as a mixture's."""
+    """The mixture's configuration, from the base's."""
     if missing := [key for key in _SIZES if type(model.config.get(key)) is not int]:
         raise FusionError(f"{model.name}: config.json has no {missing[0]}")
     kind = model.config["model_type"]

@@ -1,4 +1,4 @@
-"""Which mixtures of experts dense models become: plain data, without torch."""
+"""Mixtures of experts that can be built from dense models, as data without torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PROMPTED = ("embedding", "hidden", "hidden_avg")
-"""Gates that are made of the experts' prompts."""
+"""Gates that are computed from the experts' prompts."""
 
 _KEPT = (
     r"model\.(embed_tokens|norm)\.weight|lm_head\.weight"
@@ -18,18 +18,18 @@ _KEPT = (
 
 @dataclass(frozen=True)
 class Mixture:
-    """What dense models of some kinds become.
+    """A mixture architecture, and the dense models that it can be built from.
 
     Attributes:
-        title: its name, as mergekit has it.
-        sources: model type -> what its configuration means by saying nothing, where the mixture means something else.
-        model_type: the mixture's.
+        title: its name in mergekit.
+        sources: dense model type -> defaults of its configuration that differ from the mixture's.
+        model_type: of the mixture.
         architecture: its class.
-        mlp: where it has its experts, behind the layer's name.
-        names: of an expert's matrices, by those of a dense MLP.
-        attention: the matrices and norms of its attention, as alternatives.
-        count: the configuration's key for the number of experts.
-        more: what else its configuration says, of the dense one.
+        mlp: path of the experts within a layer.
+        names: name of a matrix in a dense MLP -> its name in an expert.
+        attention: regular expression of the attention's matrices and norms.
+        count: key of the number of experts in its configuration.
+        more: computes further configuration values from the dense configuration.
     """
 
     title: str
@@ -44,11 +44,11 @@ class Mixture:
 
     @property
     def kept(self) -> re.Pattern[str]:
-        """What it has in common with the dense model, by name."""
+        """Pattern of the tensors that are copied from the dense model."""
         return re.compile(_KEPT.format(self.attention))
 
 
-# A new kind of mixture is one more row.
+# another mixture is one more entry
 MIXTURES = {
     "mixtral": Mixture(
         "Mixtral",

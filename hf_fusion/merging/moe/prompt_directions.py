@@ -1,7 +1,7 @@
-"""What each expert of a mixture is chosen for, from its prompts: directions that the routers' rows are made of.
+"""Computes the rows of a mixture's routers from the experts' prompts.
 
-As in mergekit-moe: of every prompt, begun with the beginning-of-text token and without other special tokens, comes a
-vector; an expert's direction is that of its prompts less that of its negative prompts, of length 1.
+As in mergekit-moe: every prompt, with a beginning-of-text token and no other special tokens, gives a vector; an
+expert's direction is that of its prompts minus that of its negative prompts, with unit norm.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ if TYPE_CHECKING:
 
 EMBEDDING = "model.embed_tokens.weight"
 Prompts = list[list[int]]
-"""The tokens of some texts."""
+"""Token ids of several texts."""
 
 
 class PromptDirections:
-    """What each expert is chosen for in every layer; made, once, when the first layer's router is.
+    """The directions of all experts in every layer, computed when the first router is merged.
 
     Args:
-        recipe: whose experts have ``prompts``.
-        model: the base, whose tokenizer and values count.
+        recipe: its experts have ``prompts``.
+        model: the base, which provides tokenizer and weights.
         gate: see `hf_fusion.merging.methods.moe`.
-        files: what the base is read with.
+        files: reads the base.
 
     Attributes:
-        described: all that decides them, beside the base.
-        held: bytes of memory that making them takes.
+        described: everything that determines them, besides the base.
+        held: bytes of memory that computing them takes.
 
     Raises:
-        FusionError: prompts are given without a gate that needs them, or missing for it, or cannot be cut into tokens.
+        FusionError: prompts and gate do not match, or a prompt cannot be tokenized.
     """
 
     def __init__(self, recipe: Recipe, model: Model, gate: str, files: OpenFiles) -> None:
@@ -60,7 +60,7 @@ class PromptDirections:
         if gate not in PROMPTED:
             if any(any(own) for own in texts):
                 raise FusionError(
-                    f"prompts are of no use to gate: {gate}", f"set gate: {' or '.join(PROMPTED)}, or leave them out"
+                    f"gate: {gate} does not use prompts", f"set gate: {' or '.join(PROMPTED)}, or leave them out"
                 )
             return
         for expert, (positive, _) in zip(recipe.experts, texts, strict=True):
@@ -69,7 +69,7 @@ class PromptDirections:
                     f"{expert.model} has no prompts, which gate: {gate} needs", "prompts: [a text like …]"
                 )
         if len(texts) > 1 and all(own == texts[0] for own in texts):
-            raise FusionError("all experts have the same prompts: none would be chosen before another")
+            raise FusionError("all experts have the same prompts, so the router could not distinguish them")
         if gate != "embedding":
             if model.adapter is not None:
                 raise FusionError(f"gate: {gate} runs the base, and {model.name} is an adapter", "merge it first")
@@ -78,7 +78,7 @@ class PromptDirections:
         self._tokens = [tuple([_cut(cut, begin + text, model) for text in prompts] for prompts in own) for own in texts]
 
     def of(self, layer: int) -> torch.Tensor:
-        """A layer's, one row for each expert: (K, d) float32."""
+        """The directions of one layer, (K, d) float32."""
         if self._gate not in PROMPTED:
             return torch.zeros(self._count, self._size)
         with self._lock:
@@ -87,7 +87,7 @@ class PromptDirections:
         return self._made[min(layer, len(self._made) - 1)]
 
     def _make(self) -> torch.Tensor:
-        """Of every layer, or one for all: (L, K, d)."""
+        """The directions of every layer, or one for all layers, (L, K, d)."""
         if self._gate == "embedding":
             table, row = self._model.reader(EMBEDDING, self._files), torch.empty(self._size)
 
@@ -105,11 +105,11 @@ class PromptDirections:
 
 
 class _Runs:
-    """The mean of what enters each of a model's layers at the last token of some texts: (L, d).
+    """Computes the mean input of each layer at the last token of several texts, (L, d).
 
     Args:
-        model: it is loaded whole, in the type it is stored in.
-        average: over each text's tokens, instead of the last one's.
+        model: loaded completely, in its stored dtype.
+        average: average over each text's tokens, instead of using the last one.
     """
 
     def __init__(self, model: Model, average: bool) -> None:
@@ -125,7 +125,7 @@ class _Runs:
 
     def __call__(self, prompts: Prompts) -> torch.Tensor:
         rows = []
-        for prompt in prompts:  # one by one: no padding, which mergekit's averages hold
+        for prompt in prompts:  # one at a time, without padding, which mergekit's averages include
             output = self._loaded(torch.tensor([prompt]), output_hidden_states=True, use_cache=False)
             states: tuple[torch.Tensor, ...] = output.hidden_states
             layers = torch.cat(states[:-1]).double()  # (L, tokens, d)
@@ -134,7 +134,7 @@ class _Runs:
 
 
 def _normal(rows: torch.Tensor) -> torch.Tensor:
-    """Scaled to length 1; what is shorter than 1e-8 has no direction, and stays as it is."""
+    """Normalises rows; those with a norm below 1e-8 are divided by 1e-8."""
     lengths: torch.Tensor = rows.norm(dim=-1, keepdim=True)
     return rows / lengths.clamp(min=1e-8)
 
@@ -149,12 +149,12 @@ def _cut(tokenizer: Tokenizer, text: str, model: Model) -> list[int]:
     if not tokens:
         raise FusionError(f"the prompt {shown(text)} has no tokens")
     if max(tokens) >= model.shape(EMBEDDING)[0]:
-        raise FusionError(f"{model.name} has no embedding of token {max(tokens)}, which its tokenizer makes")
+        raise FusionError(f"{model.name} has no embedding of token {max(tokens)}, which its tokenizer produces")
     return tokens
 
 
 def _tokenizer(model: Model) -> tuple[Tokenizer, str]:
-    """A model's tokenizer, and what texts begin with."""
+    """A model's tokenizer, and its beginning-of-text token."""
     file = model.folder / "tokenizer.json"
     if not own_file(file):
         raise FusionError(f"{model.name} has no tokenizer.json", "load its tokenizer with transformers and save it")

@@ -1,4 +1,4 @@
-"""Embeddings and heads whose rows come from here and there: from several models, token by token."""
+"""Reads embeddings and heads with rows from several models, aligned by token."""
 
 from __future__ import annotations
 
@@ -11,13 +11,20 @@ import torch
 
 from hf_fusion.merging.engine.tensors import CHUNK, Reader
 
-# where a row comes from, if not from a model
+# sources of rows other than a model
 ZERO, AVERAGE = -1, -2
 
 
 @dataclass(frozen=True)
 class RowSources:
-    """Where the rows of an embedding come from: runs of rows that lie one behind the other in one model."""
+    """The sources of an embedding's rows, as runs of consecutive rows of one model.
+
+    Attributes:
+        starts: first row of each run.
+        models: index of its model, or `ZERO` or `AVERAGE`.
+        rows: first row of the run in that model.
+        averaged: row with source `AVERAGE` -> (model, row) of each averaged row.
+    """
 
     starts: list[int]
     models: list[int]
@@ -26,7 +33,7 @@ class RowSources:
 
     @classmethod
     def of(cls, models: np.ndarray, rows: np.ndarray, averaged: dict[int, list[tuple[int, int]]]) -> RowSources:
-        """From the model and row of each token."""
+        """Builds runs from the model and row of each token."""
         breaks = models[1:] != models[:-1]
         breaks |= (models[1:] >= 0) & (rows[1:] != rows[:-1] + 1)
         breaks |= models[1:] == AVERAGE
@@ -35,13 +42,13 @@ class RowSources:
 
 
 class AlignedReader:
-    """An embedding, or a head, with rows of several models.
+    """Reads an embedding, or a head, with rows of several models.
 
     Args:
         readers: of the models.
-        table: where the rows come from.
-        rows: how many there shall be.
-        size: those that have a token; others are their mean.
+        table: sources of the rows.
+        rows: number of rows, including padding.
+        size: rows with a source; further ones are their mean.
     """
 
     def __init__(self, readers: Sequence[Reader], table: RowSources, rows: int, size: int) -> None:
@@ -54,37 +61,37 @@ class AlignedReader:
         """Fills a flat float32 tensor with the values from `start` on."""
         width, table, done = self._width, self.table, 0
         while done < len(out):
-            place = start + done
-            row = place // width
+            position = start + done
+            row = position // width
             if row >= self.size:
-                columns = torch.arange(place, start + len(out)) % width
+                columns = torch.arange(position, start + len(out)) % width
                 torch.index_select(self.mean, 0, columns, out=out[done:])
                 return
             run = bisect_right(table.starts, row) - 1
             end = table.starts[run + 1] if run + 1 < len(table.starts) else self.size
-            part = out[done : done + end * width - place]
-            offset = place - table.starts[run] * width
-            self._run(run, offset, part)
-            done += len(part)
+            block = out[done : done + end * width - position]
+            offset = position - table.starts[run] * width
+            self._read_run(run, offset, block)
+            done += len(block)
 
-    def _run(self, run: int, offset: int, out: torch.Tensor) -> None:
-        """Some values of a run, from `offset` on."""
+    def _read_run(self, run: int, offset: int, out: torch.Tensor) -> None:
+        """Reads values of a run from `offset` on."""
         model, row = self.table.models[run], self.table.rows[run]
         if model >= 0:
             self.readers[model].read(row * self._width + offset, out)
             return
         out.zero_()
         if model == AVERAGE:
-            having = self.table.averaged[self.table.starts[run]]
+            sources = self.table.averaged[self.table.starts[run]]
             values = torch.empty_like(out)
-            for index, own in having:
-                self.readers[index].read(own * self._width + offset, values)
+            for index, source_row in sources:
+                self.readers[index].read(source_row * self._width + offset, values)
                 out.add_(values)
-            out.div_(len(having))
+            out.div_(len(sources))
 
     @property
     def mean(self) -> torch.Tensor:
-        """Of all rows that have a token, (width,)."""
+        """Mean of all rows with a source, (width,)."""
         if self._mean is None:
             total = torch.zeros(self._width, dtype=torch.float64)
             step = max(1, CHUNK // self._width)

@@ -1,4 +1,4 @@
-"""The merged model's chat template: one by name, a model's own, the one that most models have, or Jinja as it is."""
+"""Sets the merged model's chat template: by name, from a model, the most common one, or literal Jinja."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ TEMPLATES = {
 
 
 def set_template(files: dict[str, bytes], wanted: str, models: Mapping[str, Model]) -> dict[str, bytes]:
-    """A tokenizer's files with another chat template, and with the further ones that lie beside it.
+    """Replaces the chat template in a tokenizer's files, with the additional templates of the same model.
 
     Args:
-        files: by name.
-        wanted: "auto", the one that most of the models have; one of `TEMPLATES`; one of the models; or Jinja.
-        models: the merged ones, as the recipe names them.
+        files: name -> content.
+        wanted: "auto", the most common one of the models; a key of `TEMPLATES`; one of the models; or Jinja.
+        models: the merged models, by their names in the recipe.
 
     Raises:
-        FusionError: it is none of these, or the models have none.
+        FusionError: it is none of these, or the model has no template.
     """
     giver: Model | None = None
     if wanted == "auto":
@@ -91,8 +91,8 @@ def set_template(files: dict[str, bytes], wanted: str, models: Mapping[str, Mode
     if "tokenizer_config.json" not in files:
         raise FusionError("chat_template: the merged model has no tokenizer_config.json", "leave it out")
     config = json.loads(files["tokenizer_config.json"])
-    config.pop("chat_template", None)  # one place is enough
-    # further templates, for tools say, speak the format of the one that they lie beside
+    config.pop("chat_template", None)  # stored in chat_template.jinja instead
+    # additional templates (for tools …) belong to the template of the same model
     others = {k: raw for k, raw in files.items() if k != "chat_template.json" and not k.startswith(f"{FOLDER}/")}
     further = sorted(giver.folder.glob(f"{FOLDER}/*.jinja")) if giver else []
     others |= {f"{FOLDER}/{file.name}": read_file(file, giver.folder) for file in further if giver}
@@ -103,7 +103,7 @@ def set_template(files: dict[str, bytes], wanted: str, models: Mapping[str, Mode
 
 
 def read_template(model: Model) -> str | None:
-    """A model's own chat template, stripped; None where it has none."""
+    """A model's chat template, stripped; None if it has none."""
     if own_file(model.folder / FILE):
         return read_text(model.folder / FILE).strip() or None
     if not own_file(model.folder / "tokenizer_config.json"):

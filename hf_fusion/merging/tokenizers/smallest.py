@@ -1,9 +1,9 @@
-"""The smallest vocabulary: what mergekit makes of models with unlike numbers of tokens where no tokenizer is asked for.
+"""The smallest vocabulary, as mergekit uses for models with different numbers of tokens without a tokenizer setting.
 
     tokenizer: smallest
 
-Embeddings are matched by number, not by token, and cut to as many rows as the smallest has; so is the tokenizer. Models
-that number the same tokens alike, and differ in those behind, lose nothing else; for others there is ``union``.
+Embeddings are matched by token id, not by token, and truncated to the smallest number of rows, as is the tokenizer.
+This suits models whose vocabularies differ only in the last tokens; for others use ``union``.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from hf_fusion.merging.tokenizers.vocabulary import Vocabulary, embedding_rows, 
 logger = logging.getLogger(__name__)
 
 Content = dict[str, Any]
-_TOLD = 12  # tokens that a warning names
+_MAX_LISTED = 12  # tokens that a warning lists
 
 
-def smallest(base: Model | None, experts: Sequence[Model]) -> Vocabulary | None:
-    """The vocabulary that all models have by number; None where they are of one size, or have none.
+def smallest_vocabulary(base: Model | None, experts: Sequence[Model]) -> Vocabulary | None:
+    """The vocabulary of the token ids that all models have; None if all have the same size, or no vocabulary.
 
     Args:
-        base: the opened base, where there is one.
+        base: the opened base, or None.
         experts: the opened experts.
 
     Raises:
-        FusionError: the first model's tokenizer cannot do without the tokens that are cut off.
+        FusionError: the first model's tokenizer needs a token that is cut off.
     """
     models = list({id(model): model for model in ([base] if base else []) + list(experts)}.values())
     first = models[0]
@@ -71,15 +71,15 @@ def smallest(base: Model | None, experts: Sequence[Model]) -> Vocabulary | None:
 
 
 def cut(content: Content, rows: int, name: str) -> Content:
-    """A ``tokenizer.json`` without its tokens from a number on.
+    """Removes tokens from a ``tokenizer.json``, from a token id on.
 
     Args:
         content: of the file.
-        rows: the first number that is left out.
-        name: whose, for errors.
+        rows: the first token id to remove.
+        name: of the model, for errors.
 
     Raises:
-        FusionError: it puts one of them around every text, or needs it for unknown words.
+        FusionError: the post-processor or the unknown token needs a removed token.
     """
     model = dict(content["model"])
     vocabulary = model["vocab"]
@@ -111,7 +111,7 @@ def _is_whole(merge: str | Sequence[str], vocabulary: Mapping[str, int]) -> bool
 
 
 def _without(value: object, lost: set[str]) -> Any:
-    """A tokenizer's configuration that names none of these tokens."""
+    """Removes tokens from a tokenizer's configuration."""
 
     def is_lost(entry: object) -> bool:
         return (entry.get("content") if isinstance(entry, Mapping) else entry) in lost if _is_named(entry) else False
@@ -131,7 +131,7 @@ def _warn(model: Model, limit: int, rows: int) -> None:
     found = read_tokenizer(model.folder, model.name, {})
     numbers = {} if found is None else {number: token for token, number in found.numbers.items()}
     lost = [shown(numbers[number]) for number in range(rows, limit) if number in numbers]
-    rest = f" and {len(lost) - _TOLD} more" if len(lost) > _TOLD else ""
-    named = ", ".join(lost[:_TOLD]) + rest if lost else "no token of its tokenizer"
+    rest = f" and {len(lost) - _MAX_LISTED} more" if len(lost) > _MAX_LISTED else ""
+    named = ", ".join(lost[:_MAX_LISTED]) + rest if lost else "no token of its tokenizer"
     text = "%s has %d rows of tokens, the smallest vocabulary %d: cut to that, it loses %s (tokenizer: union keeps all)"
     logger.warning(text, model.name, limit, rows, named)

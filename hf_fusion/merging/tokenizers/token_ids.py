@@ -1,8 +1,8 @@
-"""Token numbers in configurations, where the merged model has another tokenizer: each follows its token.
+"""Updates token ids in configurations for a merged model with another tokenizer.
 
-What is a token is told by its key (``image_token_id``, ``suppress_tokens``) where that leaves no doubt; else
-(``pad_index``, ``im_start_id``) by its value: the number of a special or added token of the model's own tokenizer.
-Parts of a configuration with a vocabulary of another size, of an audio codec say, stay as they are.
+Values are recognised as token ids by unambiguous keys (``image_token_id``, ``suppress_tokens``); for other keys
+(``pad_index``, ``im_start_id``) by their value, if it is the id of a special or added token of the model's tokenizer.
+Nested configurations with another vocabulary size, such as of an audio codec, are unchanged.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PERHAPS = re.compile(
     r"(.*_)?(bos|eos|pad|sep|cls|mask|unk|bo[aiv]|eo[aiv]|im|img|image|video|audio|vision|newline|patch|slice|frame|start|end)"
     r"_(id|ids|index|idx|token|tokens)"
 )
-# words of keys that count something else, or speak of another vocabulary
+# words in keys that denote counts, or another vocabulary
 _OTHERS = {
     *(
         "num",
@@ -45,10 +45,10 @@ _OTHERS = {
     ),
     *("ignore", "label", "labels", "window", "attn", "codec", "codebook", "stream", "t2u", "tag", "subs"),
 }
-# what a tokenizer has one of each, whatever it is called there
+# roles of special tokens
 ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
 _ROLE = re.compile(rf"({'|'.join(ROLES)})_(token_ids?|index)")
-# what generation prefers or avoids: without a token that is gone it is still right
+# preferences for generation, which may be dropped with their token
 _OPTIONAL = re.compile(
     r"(begin_)?suppress_tokens|bad_words_ids|force_words_ids|forced_.*|sequence_bias|.*_to_id|decoder_.*"
 )
@@ -57,14 +57,14 @@ _OTHER_PARTS = re.compile(r".*(vision|audio|speech|image|vq|codec|depth|t2u).*|i
 
 @dataclass(frozen=True)
 class TokenIdMap:
-    """From the first model's tokens to those of the merged model.
+    """Maps token ids of the first model to those of the merged model.
 
     Attributes:
-        old: number -> token, of the first model's tokenizer.
-        special: numbers of its special and added tokens.
-        new: token -> number, of the merged model's.
-        roles: "eos" and the like -> number, of the merged model's; those that it has.
-        rows: of the first model's vocabulary, as its configuration says.
+        old: id -> token, of the first model's tokenizer.
+        special: ids of its special and added tokens.
+        new: token -> id, of the merged model's tokenizer.
+        roles: role such as "eos" -> id in the merged model.
+        rows: vocabulary size in the first model's configuration.
         name: of the merged model's tokenizer, for errors.
     """
 
@@ -75,25 +75,25 @@ class TokenIdMap:
     rows: int
     name: str
 
-    def moved(self, content: Mapping[str, Any], file: str) -> dict[str, Any]:
-        """A configuration with the numbers that its tokens have in the merged model.
+    def update_ids(self, content: Mapping[str, Any], file: str) -> dict[str, Any]:
+        """Updates the token ids in a configuration.
 
-        What generation only prefers or avoids is left out, with a warning, where its token is gone; ``eos_token_id``
-        and the like become the tokenizer's own.
+        If a token no longer exists, preferences for generation are dropped with a warning, and ``eos_token_id`` and
+        similar keys get the merged tokenizer's token.
 
         Args:
             content: of a JSON file.
             file: its name, for errors.
 
         Raises:
-            FusionError: another token that it names is gone, or is none.
+            FusionError: another token that it names no longer exists.
         """
         return {key: self._entry(key, value, file) for key, value in content.items()}
 
     def _entry(self, key: str, value: object, file: str) -> Any:
         if isinstance(value, Mapping) and not _SURE.fullmatch(key):
             is_other = _OTHER_PARTS.fullmatch(key) or value.get("vocab_size", self.rows) != self.rows
-            return dict(value) if is_other else self.moved(value, f"{file}: {key}")
+            return dict(value) if is_other else self.update_ids(value, f"{file}: {key}")
         if not self._is_token(key, value):
             return value
         found = list(self._tokens(key, value))
@@ -117,7 +117,7 @@ class TokenIdMap:
         return moved if moved != [] else None
 
     def token(self, number: object) -> Any:
-        """What the merged model calls a number."""
+        """The merged model's token for an id."""
         return next((token for token, own in self.new.items() if own == number), number)
 
     def _is_token(self, key: str, value: object) -> bool:
@@ -137,7 +137,7 @@ class TokenIdMap:
         return None if token is None else self.new.get(token)
 
     def _tokens(self, key: str, value: object) -> Iterator[int]:
-        """All numbers of tokens in a value."""
+        """All token ids in a value."""
         match value:
             case Mapping():
                 yield from (number for number in value.values() if _is_number(number))
@@ -151,7 +151,7 @@ class TokenIdMap:
                 yield value
 
     def _renumbered(self, key: str, value: object) -> Any:
-        """A value with other numbers; sequences of which one token is gone are left out as a whole."""
+        """A value with updated ids; sequences with a missing token are dropped."""
         match value:
             case Mapping():
                 moved = {name: self._number(number) if _is_number(number) else number for name, number in value.items()}
@@ -175,7 +175,7 @@ class TokenIdMap:
         return value
 
     def _nested(self, value: object) -> Any:
-        """A sequence, or alternatives of some."""
+        """Updates a sequence, or nested lists of sequences."""
         if isinstance(value, list) and any(isinstance(inner, list) for inner in value):
             return [moved for moved in map(self._nested, value) if moved]
         return self._whole(value)
@@ -186,11 +186,11 @@ class TokenIdMap:
 
 
 def read_roles(config: Mapping[str, Any], numbers: Mapping[str, int]) -> dict[str, int]:
-    """The numbers of a tokenizer's special tokens by their roles.
+    """The ids of a tokenizer's special tokens by role.
 
     Args:
         config: content of ``tokenizer_config.json`` or ``special_tokens_map.json``.
-        numbers: of all its tokens.
+        numbers: token -> id.
     """
     found = {}
     for role in ROLES:

@@ -1,8 +1,8 @@
-"""``tokenizer.json`` with the tokens of several models: the base's keep their numbers, others come behind.
+"""Unites the tokens of several models in one ``tokenizer.json``: the base's keep their ids, others are appended.
 
-mergekit adds all of these as added tokens, which are cut out of a text before anything else: a piece of another model's
-words would then split the base's. Here pieces enter the model of the tokenizer, with their merges or scores; only what
-was an added token stays one.
+mergekit appends all of them as added tokens, which are matched before tokenization, so that subwords of other models
+split words of the base. Here subwords are added to the tokenizer's model, with their merges or scores; only added
+tokens stay added tokens.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ Content = dict[str, Any]
 
 
 def load_tokenizer(text: str, added: Iterable[dict[str, Any]], name: str) -> Tokenizer:
-    """A ``tokenizer.json`` as the `tokenizers` library reads it.
+    """Loads a ``tokenizer.json`` with the `tokenizers` library.
 
     Args:
         text: of the file.
         added: its ``added_tokens``.
-        name: what errors call it.
+        name: of the model, for errors.
 
     Raises:
-        FusionError: it does not, or gives an added token another number than is written.
+        FusionError: it is invalid, or an added token gets another id than stored.
     """
     from tokenizers import Tokenizer
 
@@ -36,7 +36,7 @@ def load_tokenizer(text: str, added: Iterable[dict[str, Any]], name: str) -> Tok
         found = Tokenizer.from_str(text)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library has no exception of its own, and panics at some files
+    except BaseException as error:  # the library raises plain exceptions, and panics for some files
         raise FusionError(f"{name}: tokenizer.json is not valid ({one_line(error)})", "fetch it again") from None
     for token in added:
         if (number := found.token_to_id(token["content"])) != token["id"]:
@@ -47,17 +47,17 @@ def load_tokenizer(text: str, added: Iterable[dict[str, Any]], name: str) -> Tok
 
 
 def union(first: tuple[str, Content], others: Sequence[tuple[str, Content, int]]) -> Content:
-    """The first's tokenizer with the others' tokens behind its own.
+    """Appends other tokenizers' tokens to the first.
 
     Args:
-        first: its name and ``tokenizer.json``.
-        others: likewise, and the number of each one's rows: tokens from there on are not the model's.
+        first: name and ``tokenizer.json`` of the first model.
+        others: the same for other models, and their number of embedding rows, which limits their token ids.
 
     Returns:
-        A new content; the first's own where nothing is to be added.
+        The united content; the first's, unchanged, if it has all tokens.
 
     Raises:
-        FusionError: they split texts in different ways.
+        FusionError: the tokenizers are of different types.
     """
     name, own = first
     for other, content, _ in others:
@@ -90,7 +90,7 @@ def union(first: tuple[str, Content], others: Sequence[tuple[str, Content, int]]
 
 
 def add_tokens(content: Content, tokens: Iterable[str]) -> Content:
-    """The tokenizer with tokens that it lacks as added ones; its own content where it has them all."""
+    """Adds missing tokens as added tokens; returns the same content if there are none."""
     known = _names(content) | {token["content"] for token in content["added_tokens"]}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
     more = [{"content": token, **flags} for token in tokens if token not in known]
@@ -102,7 +102,7 @@ def add_tokens(content: Content, tokens: Iterable[str]) -> Content:
 
 
 def _kind(content: Content, name: str) -> str:
-    """How a tokenizer makes tokens: those of unlike kinds have no token in common that means the same."""
+    """The type of a tokenizer; tokens of different types are not comparable."""
     model = content.get("model")
     if not isinstance(model, dict) or not isinstance(content.get("added_tokens"), list):
         raise FusionError(f"{name}: tokenizer.json has no model and added_tokens")
@@ -112,7 +112,7 @@ def _kind(content: Content, name: str) -> str:
 
 
 def _pieces(content: Content) -> Iterator[tuple[str, int, float]]:
-    """Tokens of the tokenizer's model: each with its number and, where it has one, its score."""
+    """Tokens of the tokenizer's model with id and score (0 if it has none)."""
     vocabulary = content["model"]["vocab"]
     if isinstance(vocabulary, dict):
         return ((piece, number, 0.0) for piece, number in vocabulary.items())
@@ -124,7 +124,7 @@ def _names(content: Content) -> set[str]:
 
 
 def _copy(content: Content) -> Content:
-    """What may be added to, without the first changing."""
+    """A copy whose vocabulary can be extended."""
     model = dict(content["model"])
     for key in ("vocab", "merges"):
         if key in model:
@@ -133,7 +133,7 @@ def _copy(content: Content) -> Content:
 
 
 def _enter(merged: Content, pieces: dict[str, tuple[Content, float]]) -> None:
-    """Puts pieces into the tokenizer's model, behind all tokens: added ones enter it too, to keep their numbers."""
+    """Appends subwords to the tokenizer's model; added tokens are included in it, to keep their ids."""
     model = merged["model"]
     taken = {token["content"]: token["id"] for token in merged["added_tokens"]}
     new = _next(merged)
@@ -160,7 +160,7 @@ def _enter(merged: Content, pieces: dict[str, tuple[Content, float]]) -> None:
 
 
 def _pair(merge: object) -> list[str]:
-    """Both halves: one text with a space between in older files, a list in newer."""
+    """The two parts of a merge: a string with a space in older files, a list in newer ones."""
     pair = merge.split(" ") if isinstance(merge, str) else merge
     if not isinstance(pair, list) or len(pair) != 2:
         raise FusionError(f"tokenizer.json has the merge {shown(merge)}")
@@ -168,7 +168,7 @@ def _pair(merge: object) -> list[str]:
 
 
 def _append(merged: Content, tokens: Iterable[dict[str, Any]]) -> None:
-    """Adds tokens; one that the tokenizer's model has as a piece keeps its number."""
+    """Appends added tokens; one that is a subword of the tokenizer's model keeps its id."""
     tokens = list(tokens)
     wanted = {token["content"] for token in tokens}
     new, pieces = _next(merged), {piece: number for piece, number, _ in _pieces(merged) if piece in wanted}
@@ -180,7 +180,7 @@ def _append(merged: Content, tokens: Iterable[dict[str, Any]]) -> None:
 
 
 def _next(content: Content) -> int:
-    """The first number that is free."""
+    """The first unused id."""
     vocabulary = content["model"]["vocab"]
     highest = max(vocabulary.values(), default=-1) if isinstance(vocabulary, dict) else len(vocabulary) - 1
     return max(highest, max((token["id"] for token in content["added_tokens"]), default=-1)) + 1

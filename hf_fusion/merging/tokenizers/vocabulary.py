@@ -1,12 +1,12 @@
-"""The merged model's tokens, where its models have different ones: embeddings are aligned by token, not by number.
+"""The vocabulary of a merge of models with different tokens: embeddings are aligned by token, not by token id.
 
     tokenizer: union | base | owner/name
     tokenizer: {source: union, tokens: {<|im_end|>: {source: owner/name, force: true}}, pad_to_multiple_of: 64}
-    tokenizer: smallest     (by number after all: see `smallest`)
+    tokenizer: smallest     (by token id: see `smallest`)
 
-As in mergekit: a token that a model lacks gets, for that model, the row of the only model that has it; of the base; or
-the mean of those that have it. Rows added for padding are the mean of all. Unlike there, the rows that the model whose
-tokenizer is taken has beyond its tokens stay (``base``, or a model that is merged), by number.
+As in mergekit, the row of a token that a model lacks is taken from the only model that has it, from the base, or else
+is the mean over the models that have it. Padding rows are the mean of all rows. Unlike in mergekit, rows without a
+token in the model whose tokenizer is used (``base``, or one of the merged models) are kept, by index.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from hf_fusion.recipe import Recipe
 
 TOKENIZER = "tokenizer.json"
-# what a tokenizer consists of beside it; the first row says again what it holds, and would be out of date
+# files that duplicate the content of tokenizer.json, and would be outdated
 REDUNDANT = (
     *("vocab.json", "merges.txt", "vocab.txt", "added_tokens.json"),
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
@@ -55,12 +55,12 @@ TOKENIZER_FILES = (
     "chat_template.json",
     *REDUNDANT,
 )
-MAX_HOLES = 1_000_000  # numbers without a token
+MAX_HOLES = 1_000_000  # ids without a token
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """Where a token's row comes from, as the recipe has it: a model's row, or zeros."""
+    """The source of a token's row that a recipe sets: a model's row, or zeros."""
 
     token: int  # in the merged vocabulary
     model: int | None  # id() of it; None: zeros
@@ -70,24 +70,24 @@ class _Rule:
 
 @dataclass
 class Vocabulary:
-    """The merged model's tokens.
+    """The vocabulary of a merged model.
 
     Attributes:
-        rows: of its embeddings, padding included.
-        size: rows that come from models: those of tokens, and those that the tokenizer's own model has beside them.
-        files: its tokenizer's files.
-        digest: one word for all that decides the embeddings.
-        pinned: the tokenizer's model as the recipe names it -> what finds it again, where it is none of the models.
+        rows: number of embedding rows, including padding.
+        size: number of rows with a source: those of tokens, and further rows of the tokenizer's model.
+        files: of the tokenizer.
+        digest: of everything that determines the embeddings.
+        pinned: the tokenizer's model in the recipe -> its pinned reference, if it is not one of the merged models.
     """
 
     rows: int
     size: int
     files: dict[str, bytes]
     digest: str
-    _own: dict[int, np.ndarray]  # id() of a model -> its row for each token, -1 where it lacks it
+    _own: dict[int, np.ndarray]  # id() of a model -> its row for each token, or -1
     _base: int | None
     _rules: list[_Rule]
-    _numbers: TokenIdMap | None  # from the first model's tokens to ours; None: they stay
+    _numbers: TokenIdMap | None  # from the first model's token ids to the merged ones; None: unchanged
     pinned: dict[str, str] = field(default_factory=dict)
     _tables: dict[tuple[int, ...], dict[int, RowSources]] = field(default_factory=dict)
 
@@ -95,25 +95,25 @@ class Vocabulary:
         """Whether a tensor of a model has a row for each of its tokens."""
         return _covers(model, name)
 
-    def moved(self, content: dict[str, Any], file: str) -> dict[str, Any]:
-        """A configuration of the first model with the numbers that its tokens have here; see `TokenIdMap.moved`."""
-        return content if self._numbers is None else self._numbers.moved(content, file)
+    def update_ids(self, content: dict[str, Any], file: str) -> dict[str, Any]:
+        """Updates token ids in a configuration of the first model; see `TokenIdMap.update_ids`."""
+        return content if self._numbers is None else self._numbers.update_ids(content, file)
 
     def reader(self, model: Model, readers: Mapping[int, Reader]) -> Reader:
-        """A model's tensor with a row for each of the merged model's tokens.
+        """A reader of a model's tensor, with one row per token of the merged model.
 
         Args:
-            model: whose.
-            readers: of that tensor, in every model that has it; by the model's `id`.
+            model: the model.
+            readers: of this tensor in every model that has it, by `id` of the model.
         """
         known = tuple(sorted(key for key in readers if key in self._own))
         if known not in self._tables:
-            self._tables[known] = self._made(known)
+            self._tables[known] = self._find_sources(known)
         table = self._tables[known][id(model)]
         return AlignedReader([readers[key] for key in known], table, self.rows, self.size)
 
-    def _made(self, known: Sequence[int]) -> dict[int, RowSources]:
-        """Of each model: where every row comes from."""
+    def _find_sources(self, known: Sequence[int]) -> dict[int, RowSources]:
+        """The sources of all rows, for each model."""
         own = np.stack([self._own[key] for key in known])  # (models, tokens)
         has = own >= 0
         count = has.sum(0)

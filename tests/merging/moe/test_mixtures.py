@@ -228,7 +228,7 @@ def test_qwen3(tmp_path):
     config = json.loads((tmp_path / "other" / "config.json").read_text())
     for change, message in {
         ("use_sliding_window", True): "layers with and without a sliding window",
-        ("architecture", "mixtral"): "is a 'qwen3': it becomes no mixtral",
+        ("architecture", "mixtral"): "is a 'qwen3', which cannot become a mixtral",
     }.items():
         own = {change[0]: change[1]}
         parameters = own if "architecture" in own else {}
@@ -257,14 +257,14 @@ def test_what_becomes_no_mixture(folders, tmp_path):
             merge(recipe, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
-    refused(recipe_of([folders["a"]]), "each token is answered by 2 experts, the recipe has 1")
+    refused(recipe_of([folders["a"]]), "each token needs 2 experts, the recipe has 1")
     refused(recipe_of([folders["a"]] * 2, gate="first"), "gate is 'first', expected one of zero, random")
     t5().save_pretrained(tmp_path / "t5")
-    refused(recipe_of([str(tmp_path / "t5")] * 2), "t5 is a 't5': there is no mixture of these")
+    refused(recipe_of([str(tmp_path / "t5")] * 2), "t5 is a 't5', for which there is no mixture")
     llama(5, hidden=48).save_pretrained(tmp_path / "wide")
     refused(recipe_of([folders["a"], str(tmp_path / "wide")]), r"wide: .*mlp.*weight is \[.*, in .*a \[")
     expert = RecipeExpert(folders["a"], None, {"prompts": ["a dog"]})
-    refused(recipe_of([expert, folders["b"]]), "prompts are of no use to gate: zero")
+    refused(recipe_of([expert, folders["b"]]), "gate: zero does not use prompts")
     refused(recipe_of([expert, folders["b"]], gate="embedding"), "b has no prompts, which gate: embedding needs")
     wrong = RecipeExpert(folders["a"], None, {"prompts": 3})
     refused(recipe_of([wrong, folders["b"]], gate="embedding"), "prompts is 3, expected a list of texts")
@@ -275,4 +275,4 @@ def test_what_becomes_no_mixture(folders, tmp_path):
     biased = llama(6)
     biased.config.attention_bias = True
     type(biased)(biased.config).save_pretrained(tmp_path / "biased")
-    refused(recipe_of([str(tmp_path / "biased")] * 2), "bias, which a Mixtral has no place for")
+    refused(recipe_of([str(tmp_path / "biased")] * 2), "bias, which a Mixtral does not have")

@@ -185,4 +185,4 @@ TABLE = {
 @pytest.mark.parametrize("key", TABLE)
 def test_what_is_a_token_and_what_is_none(key):
     before, after = TABLE[key]
-    assert NUMBERS.moved({key: before}, "config.json") == {key: after}
+    assert NUMBERS.update_ids({key: before}, "config.json") == {key: after}
