@@ -23,6 +23,28 @@ from transformers import (
 IDS = torch.tensor([[1, 5, 9, 38, 2, 7]])
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
 
+# what an adapter may do to embeddings and head -> whether a tied base stays tied
+KINDS = {
+    "neither": ({}, True),
+    "save embeddings": ({"modules_to_save": ["embed_tokens"]}, False),
+    "save embeddings, kept tied": ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, True),
+    "save the head": ({"modules_to_save": ["lm_head"]}, False),
+    "save both": ({"modules_to_save": ["embed_tokens", "lm_head"]}, False),
+    "LoRA on embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, False),
+    "LoRA on embeddings, kept tied": (
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+        True,
+    ),
+    "LoRA on the head": ({"target_modules": ["q_proj", "lm_head"]}, False),
+    "LoRA on both": ({"target_modules": ["q_proj", "embed_tokens", "lm_head"], "use_rslora": True}, False),
+    "rows of embeddings": ({"trainable_token_indices": [5, 38]}, True),
+    "rows, by module": ({"trainable_token_indices": {"embed_tokens": [9]}}, True),
+    "grown": ({"rows": 42}, True),
+    "grown, save embeddings": ({"rows": 42, "modules_to_save": ["embed_tokens"]}, False),
+    "grown, LoRA on embeddings": ({"rows": 42, "target_modules": ["q_proj", "embed_tokens", "lm_head"]}, False),
+}
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # float32, logits of about 10 from sums of 16 to 40 products
+
 
 def save_llama(folder: Path, seed: int = 0, vocabulary: int = 40, tied: bool = False, **options: Any) -> Path:
     torch.manual_seed(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections import Counter
 from pathlib import Path
 
@@ -28,6 +29,19 @@ def test_each_folder_of_tests_has_its_counterpart():
 def test_each_part_of_the_package_has_its_tests():
     parts = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
     assert parts - {file.relative_to(TESTS).parts[0] for file in FILES} == set()
+
+
+def test_no_test_imports_from_another():
+    """What several share lies in conftest.py or in a helper: a test file can be moved, split and run alone."""
+    imported = {
+        f"{file.name}: {module}"
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for module in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names])
+        if module.startswith("test_")
+    }
+    assert not imported
 
 
 def test_names_are_unique():

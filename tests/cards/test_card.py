@@ -2,13 +2,12 @@
 
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from markdown_it import MarkdownIt
+from rendered import AUTO_CLASSES, NASTY, Tags, html_of
 
 from hf_fusion.cards.card import BEGIN, END, CardExpert, CardFacts, facts_from_json, render_card
 from hf_fusion.cards.static_merge import MERGE
@@ -17,15 +16,6 @@ from hf_fusion.errors import FusionError
 from hf_fusion.families import FAMILIES
 
 CARDS = Path(__file__).parents[2] / "model_cards"
-AUTO_CLASSES = (
-    "AutoModelForCausalLM",
-    "AutoModelForSeq2SeqLM",
-    "AutoModelForSequenceClassification",
-    "AutoModelForImageClassification",
-    "AutoModelForTokenClassification",
-    "AutoModel",
-)
-NASTY = "x|y`z` <script>alert(1)</script>\n\n# title\n---\n" + END + " [a](javascript:b) ${c} *d* &amp;"
 FACTS = CardFacts(
     repo_id="me/fused",
     family="foe",
@@ -53,23 +43,6 @@ FACTS = CardFacts(
     parameters=22_700_000,
     options={"mode": "output", "features_from": None, "frugal": None},
 )
-
-
-class Tags(HTMLParser):
-    """All tags and links of some HTML."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.names, self.links = [], []
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.names.append(tag)
-        self.links += [value for key, value in attrs if key in ("href", "src")]
-
-
-def html_of(card):
-    return MarkdownIt("commonmark", {"html": True}).enable("table").render(ModelCard(card).text)
 
 
 def test_metadata_is_what_the_hub_indexes():

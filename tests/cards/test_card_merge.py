@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_card import NASTY, Tags, html_of
+from rendered import NASTY, Tags, html_of
 
 from hf_fusion.cards.card import facts_from_json, read_facts, render_card
 from hf_fusion.cards.static_merge import merge_options, pipeline_tag

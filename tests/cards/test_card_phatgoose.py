@@ -12,7 +12,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from models.test_phatgoose_bases import clip, clip_vision
-from test_card import AUTO_CLASSES, NASTY, Tags, html_of
+from rendered import AUTO_CLASSES, NASTY, Tags, html_of
 from tiny import adapter, bert, image_processor, make_tokenizer, t5, vit
 
 from hf_fusion import Expert, ExpertInfo, Gates, PhatgooseRouter

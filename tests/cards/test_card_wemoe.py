@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from huggingface_hub import ModelCard
 from models.test_wemoe_experts import different_labels
-from test_card import AUTO_CLASSES, NASTY, Tags, html_of
+from rendered import AUTO_CLASSES, NASTY, Tags, html_of
 from tiny import bert, gpt2, image_processor, make_tokenizer, t5, vit
 from tiny_fused import base_expert, clip, clip_vision, experts_of
 

@@ -4,10 +4,9 @@ import json
 
 import pytest
 import torch
-from on_disk import tree
+from on_disk import OF_MODELS, recipe_for, tree
 from peft_adapters import SIZES, loaded, logits, save_adapter, save_bert, save_llama
 from safetensors.torch import load_file, save_file
-from test_load_checks import OF_MODELS, recipe_for
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,

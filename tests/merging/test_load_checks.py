@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from on_disk import model, models, recipe_of, tree
+from on_disk import OF_MODELS, model, models, recipe_for, recipe_of, tree
 from peft_adapters import IDS, SIZES, loaded, logits, save_adapter, save_bert, save_llama
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -27,23 +27,6 @@ from hf_fusion import FusionError, Recipe, fuse
 from hf_fusion.cli.app import main
 from hf_fusion.merging.load_checks import check_loads, fit_config
 from hf_fusion.merging.merge import _check_written, merge, plan_merge
-from hf_fusion.merging.methods import MERGE_METHODS
-from hf_fusion.recipe import RecipeExpert
-
-OF_MODELS = {name: row for name, row in MERGE_METHODS.items() if row.merges == "models" and not row.statistics}
-
-
-def recipe_for(method, experts, base=None, **parameters):
-    """With as many of the experts as the method merges, and with the base where it needs one."""
-    row = MERGE_METHODS[method]
-    experts = tuple(RecipeExpert(str(folder)) for folder in experts[: row.experts[1]])
-    base = str(base) if base and row.base else None
-    return Recipe(method, experts, base, {**needed(row), **parameters})
-
-
-def needed(row):
-    """Values for what has no default."""
-    return {p.name: 0.5 for p in row.parameters.values() if p.required}
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+from on_disk import OF_MODELS, recipe_for
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft_adapters import IDS, loaded, logits, save_adapter, save_llama
+from peft_adapters import CLOSE, IDS, KINDS, loaded, logits, save_adapter, save_llama
 from safetensors.torch import load_file, save_file
-from test_load_checks import OF_MODELS, recipe_for
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -21,28 +21,6 @@ from hf_fusion import FusionError, Recipe, fuse
 from hf_fusion.cli.app import main
 from hf_fusion.merging.engine.open_models import open_models
 from hf_fusion.merging.merge import merge, plan_merge
-
-# what an adapter may do to embeddings and head -> whether a tied base stays tied
-KINDS = {
-    "neither": ({}, True),
-    "save embeddings": ({"modules_to_save": ["embed_tokens"]}, False),
-    "save embeddings, kept tied": ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, True),
-    "save the head": ({"modules_to_save": ["lm_head"]}, False),
-    "save both": ({"modules_to_save": ["embed_tokens", "lm_head"]}, False),
-    "LoRA on embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, False),
-    "LoRA on embeddings, kept tied": (
-        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
-        True,
-    ),
-    "LoRA on the head": ({"target_modules": ["q_proj", "lm_head"]}, False),
-    "LoRA on both": ({"target_modules": ["q_proj", "embed_tokens", "lm_head"], "use_rslora": True}, False),
-    "rows of embeddings": ({"trainable_token_indices": [5, 38]}, True),
-    "rows, by module": ({"trainable_token_indices": {"embed_tokens": [9]}}, True),
-    "grown": ({"rows": 42}, True),
-    "grown, save embeddings": ({"rows": 42, "modules_to_save": ["embed_tokens"]}, False),
-    "grown, LoRA on embeddings": ({"rows": 42, "target_modules": ["q_proj", "embed_tokens", "lm_head"]}, False),
-}
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # float32, logits of about 10 from sums of 16 to 40 products
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel
-from peft_adapters import loaded, logits, save_adapter, save_llama
-from test_tied_weights import CLOSE, KINDS
+from peft_adapters import CLOSE, KINDS, loaded, logits, save_adapter, save_llama
 from transformers import AutoModelForCausalLM
 
 from hf_fusion import FusionError, Recipe

@@ -11,6 +11,7 @@ import resource
 import signal
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from safetensors.torch import save_file
 from hf_fusion import FusionError
 from hf_fusion.merging.engine.checkpoint import DTYPES, INDEX, SINGLE
 from hf_fusion.merging.merge import merge
+from hf_fusion.merging.methods import MERGE_METHODS
+from hf_fusion.merging.methods.declaration import MergeMethod
 from hf_fusion.merging.recipe_files import load_recipe
 from hf_fusion.recipe import Recipe, RecipeExpert
 
@@ -34,6 +37,8 @@ SHAPES = {
     "layers.1.mlp.bias": (6,),
     "head.weight": (3, 4),
 }
+
+OF_MODELS = {name: row for name, row in MERGE_METHODS.items() if row.merges == "models" and not row.statistics}
 
 
 def model(folder: Path, seed: int, shapes=SHAPES, shards: int = 1, dtype=torch.float32) -> Path:
@@ -61,6 +66,18 @@ def models(folder: Path, **options) -> list[Path]:
 def recipe_of(folders: list[Path], method: str = "task_arithmetic", **parameters) -> Recipe:
     base, *experts = map(str, folders)
     return Recipe(method, tuple(map(RecipeExpert, experts)), base, parameters)
+
+
+def recipe_for(method: str, experts: list[Path], base: Path | None = None, **parameters: Any) -> Recipe:
+    """With as many of the experts as the method merges, and with the base where it needs one."""
+    row = MERGE_METHODS[method]
+    merged = tuple(RecipeExpert(str(folder)) for folder in experts[: row.experts[1]])
+    return Recipe(method, merged, str(base) if base and row.base else None, {**needed(row), **parameters})
+
+
+def needed(row: MergeMethod) -> dict[str, float]:
+    """Values for what has no default."""
+    return {p.name: 0.5 for p in row.parameters.values() if p.required}
 
 
 def header_of(file: Path) -> tuple[dict, bytes]:
