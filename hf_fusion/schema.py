@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from hf_fusion.errors import FusionError, shown, suggestion
 
-MOST = 1 << 63  # of whole numbers; Python's have no end, a float's and torch's do
+MOST = 1 << 63  # whole numbers must be smaller: torch's are, and Python's have no end
 REQUIRED = inspect.Parameter.empty
 """The default of a field that must be given."""
 _WRONG = object()
@@ -65,8 +65,8 @@ class Range:
 
     def __str__(self) -> str:
         if self.high == math.inf:
-            return f" at least {self.low:g}" if self.low > -math.inf else ""
-        return f" from {self.low:g} to {self.high:g}"
+            return f"at least {self.low:g}" if self.low > -math.inf else ""
+        return f"from {self.low:g} to {self.high:g}"
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Before:
-    """What makes the value that is checked of the one that was written, at its key path."""
+    """A conversion of the value as it was written, before it is checked; it takes the key path for its errors."""
 
     convert: Callable[[Any, KeyPath], Any]
 
@@ -248,14 +248,12 @@ def read_class(
     return cls(**given, **values)
 
 
-def read_fields(known: Mapping[str, Field], content: object, where: KeyPath) -> dict[str, Any]:
+def read_fields(known: Mapping[str, Field], content: Mapping[Any, Any], where: KeyPath) -> dict[str, Any]:
     """The plain values of a mapping, each by its field; not all of them must be there.
 
     Raises:
         FusionError: a key is unknown, or a value is not what its field says.
     """
-    if not isinstance(content, Mapping):
-        raise _wrong(content, dict, where, f"use {', '.join(known)}")
     refuse_unknown(content, known, where)
     return {key: read(known[key].hint, value, where, key) for key, value in content.items()}
 
@@ -276,8 +274,7 @@ def expected(hint: Any) -> str:
             return note.words
         if isinstance(note, OneOf):
             return f"one of {', '.join(note.choices)}"
-    limits = "".join(str(note) for note in notes if isinstance(note, Range))
-    return _words(kind) + limits
+    return " ".join(filter(None, [_words(kind), *(str(note) for note in notes if isinstance(note, Range))]))
 
 
 def _words(kind: Any) -> str:
