@@ -25,8 +25,10 @@ WORKERS ?= 2
 # It is kept, whatever the environment says: the tests start a hundred interpreters, and each would compile torch again.
 unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
-# Two test processes on two cores: more threads would only get in each other's way. A file's tests share a process.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# One thread for each test process: more would only get in each other's way. A file's tests share a process.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile -n
+# The whole suite waits for processes, pages and disks for a third of its time: one test process more uses it.
+MORE_WORKERS = $$(($(WORKERS) + 1))
 
 .PHONY: demo test suite fast check test-cpus test-all bench numbers numbers-render spaces peers constraints
 
@@ -38,10 +40,10 @@ test: # types are checked beside the tests: alone, that would leave one of two c
 	@$(MAKE) --no-print-directory -j2 check suite
 
 suite: $(VENV)/test-installed
-	$(PYTEST) --durations=10
+	$(PYTEST) $(MORE_WORKERS) --durations=10
 
 fast: $(VENV)/test-installed
-	$(PYTEST) -m 'not slow and not long and not browser and not demo and not process'
+	$(PYTEST) $(WORKERS) -m 'not slow and not long and not browser and not demo and not process'
 
 check: $(VENV)/test-installed
 	$(BIN)/ruff check .
@@ -55,7 +57,7 @@ spaces:
 	$(PYTHON) spaces/copy_shared.py
 
 test-all: check
-	$(PYTEST) -m "" --durations=20
+	$(PYTEST) $(MORE_WORKERS) -m "" --durations=20
 
 bench: $(VENV)/test-installed
 	$(BIN)/python tests/benchmarks/foe_forward.py

@@ -217,6 +217,7 @@ def test_what_is_missing_is_found_wherever_it_was_raised(error, library):
         assert stopped.value.hint == f"pip install {library}"
 
 
+@pytest.mark.process
 def test_the_embedded_hub_names_the_extra_that_it_needs():
     code = "import sys; sys.modules['uvicorn'] = None\nfrom hf_fusion.server import HubServer"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -92,6 +92,7 @@ def test_what_was_checked_of_experts_decides_the_method(gates, mergeable, method
     assert method_needing(gates=gates, mergeable=mergeable) == method
 
 
+@pytest.mark.process
 def test_the_registry_is_read_without_torch():
     code = (
         "import json, sys; from hf_fusion.families import METHODS; "

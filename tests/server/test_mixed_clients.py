@@ -14,7 +14,7 @@ from mixed_clients import run
 from hf_fusion.server import HubServer
 
 
-@pytest.mark.long
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("clients", "seconds", "processes"), [(8, 4, 2), pytest.param(32, 60, 4, marks=pytest.mark.slow)]
 )
