@@ -58,6 +58,11 @@ def evaluate(
 ) -> Results:
     """Measures a fused model beside its experts and simpler ways to use them.
 
+        results = evaluate(model, rows)
+        print(results.text())
+        results["FoE"].only_score  # Score(score=0.98, ci95=(0.972, 0.986))
+        results.save("fused/results.json")
+
     What is measured beside the model depends on its family:
 
     ============================  ==============================================================================

@@ -13,7 +13,7 @@ import torch
 
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.baselines import max_confidence, mean_ensemble, oracle_expert
-from hf_fusion.evaluation.loop import TaskRows, score_task
+from hf_fusion.evaluation.loop import TaskRows, check_suite, score_task
 from hf_fusion.evaluation.predictions import Predictions
 from hf_fusion.evaluation.predictors import OutputPredictor, TextPredictor
 from hf_fusion.evaluation.results import FRUGAL, FUSED, MeasuredTask, Results
@@ -21,7 +21,7 @@ from hf_fusion.evaluation.scoring import compare
 from hf_fusion.evaluation.task_metrics import row_scores, score_of
 from hf_fusion.progress import track
 from hf_fusion.training.fuser import COST_WEIGHTS, replay
-from hf_fusion.training.outputs import ExpertOutputs, collect_outputs, generates
+from hf_fusion.training.outputs import ExpertOutputs, collect_outputs, generates, input_columns
 
 if TYPE_CHECKING:
     from hf_fusion.models.modeling_foe import FoEForGeneration, FoEModel
@@ -46,27 +46,37 @@ def measure_foe(
     expert_column: str = "expert",
     batch_size: int = 32,
 ) -> Results:
-    """Measures the fusion, its frugal variant, every expert, mean ensemble, max confidence and the oracle expert.
+    """Measures a Fusion of Experts and what its paper compares it with (Wang et al. 2023, arXiv:2310.01542).
+
+    Beside the fusion: its frugal variant at the fitted cost weight and, as `Results.curve`, at every other; each expert
+    alone; the mean ensemble; the most confident expert; and the oracle expert, which is the one of the row's domain
+    where column `expert_column` says it, else whichever is right. Language models: the fusion and each expert, greedy,
+    up to 64 new tokens, by exact match with column ``target``. Costs are shares of what querying every expert costs.
 
     Args:
-        model: a fitted FoE of classifiers or regressors.
-        dataset: labelled examples that nothing was fitted on, see `training.outputs.collect_outputs`.
-        name, split, command: of the data set, and what to type to measure it again; kept in the results.
-        label_column, expert_column: columns of `dataset`.
+        model: a fitted `FoEModel`, whose experts are classifiers, regressors (metric "mse") or language models.
+        dataset: N labelled rows that nothing was fitted on, see `training.outputs.collect_outputs`.
+        name, split: of the data set; kept in the results.
+        command: what to type to measure it again; kept in the results.
+        label_column: the class's name or index, or the number.
+        expert_column: name or index of the expert whose domain the row is of.
         batch_size: rows a step.
 
     Raises:
-        FusionError: for data without labels.
+        FusionError: the data is empty, has no such labels, or rows that the experts cannot read.
     """
+    check_suite({name: dataset})
+    needed = "target" if generates(model) else label_column
+    if needed not in dataset.column_names:
+        rename = f"dataset.rename_column('answer', {needed!r})"
+        raise FusionError(
+            f"the data set has columns {dataset.column_names}, but no {needed!r} to measure against",
+            rename if generates(model) else "name it: evaluate(..., label_column=...)",
+        )
     measured = partial(MeasuredTask, name, n=len(dataset), split=split, pooled=True)
     if generates(model):
         task = measured("exact_match")
         return _results(task, _generating(model), _prompts(task, dataset), batch_size, command=command)
-    if label_column not in dataset.column_names:
-        raise FusionError(
-            f"the data set has columns {dataset.column_names}, but no {label_column!r} to measure against",
-            "name it: evaluate(..., label_column=...)",
-        )
     collected = collect_outputs(
         model, dataset, label_column=label_column, expert_column=expert_column, batch_size=batch_size
     )
@@ -188,7 +198,7 @@ def _generating(model: FoEForGeneration) -> list[TextPredictor]:
 
 def _prompts(task: MeasuredTask, dataset: datasets.Dataset) -> TaskRows:
     """Prompts with the texts that should follow, column ``target``."""
-    prompt = "prompt" if "prompt" in dataset.column_names else "text"
+    prompt = next(column for column in ("prompt", *input_columns(dataset)) if column in dataset.column_names)
     return TaskRows(
         task,
         dataset.select_columns([prompt, "target"]),

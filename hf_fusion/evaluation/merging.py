@@ -90,7 +90,10 @@ def measure_merged(
     settings: Mapping[str, Any] | None = None,
     command: str = "",
 ) -> Results:
-    """Measures a model on each task of a suite, with the task's own head.
+    """Measures a WEMoE or a merge with learned coefficients on each task of a suite, with the task's own head.
+
+    What it is compared with is what the papers of WEMoE (Tang et al. 2024, arXiv:2402.00433) and AdaMerging (Yang et
+    al. 2023, arXiv:2310.02575) compare it with.
 
     A classifier's prediction is the likeliest class; a language model's greedy answer is its target if and only if each
     of the target's tokens is the likeliest after those before it.

@@ -111,6 +111,9 @@ def measure_routing(
 ) -> Results:
     """Measures PHATGOOSE, its baselines, every expert and the oracle on each task of a suite.
 
+    The baselines are those of its paper (Muqeeth et al. 2024, arXiv:2402.05859) and Arrow (Ostapenko et al. 2024,
+    arXiv:2405.11157); "merged" is the mean of all updates, "uniform" picks experts at random for each token.
+
     One forward per batch and predictor; blocks below all adapters run once for all. A language model's greedy
     answer is its target if and only if each of the target's tokens is the likeliest after those before it; a
     classifier's answer is the likeliest of all experts' labels. Only the oracle and the single experts know the task.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from golden_cells import classifiers, labelled, routed, said
-from tiny import llama
+from golden_cells import classifiers, generated, labelled, routed, said
+from tiny import llama, make_tokenizer
 
-from hf_fusion import FoEModel, FusionError, PhatgooseRouter, evaluate
+from hf_fusion import Expert, FoEModel, FusionError, PhatgooseRouter, evaluate
 from hf_fusion.evaluation.loop import TaskRows, predict_task, score_task
 from hf_fusion.evaluation.predictions import Predictions
 from hf_fusion.evaluation.predictors import Batch, OutputPredictor
@@ -22,6 +22,23 @@ def test_options_and_data_of_other_families_are_refused():
         evaluate(model, {"task": labelled()})
     with pytest.raises(FusionError, match="a static merge is measured on a data set for each task"):
         evaluate("me/merge", labelled())
+
+
+def test_rows_that_a_fusion_of_experts_cannot_be_measured_on_are_named():
+    classes = FoEModel.from_experts(classifiers())
+    with pytest.raises(FusionError, match="the task data has no rows"):
+        evaluate(classes, labelled().select([]))
+    with pytest.raises(FusionError, match="but no 'label' to measure against"):
+        evaluate(classes, labelled().remove_columns("label"))
+    experts = [Expert(f"me/{seed}", llama(seed), processor=make_tokenizer()) for seed in range(2)]
+    language = FoEModel.from_experts(experts, mode="selection")
+    rows = generated(llama())
+    with pytest.raises(FusionError, match="the task words has no rows"):
+        evaluate(language, rows.select([]), name="words")
+    with pytest.raises(FusionError, match="but no 'target' to measure against"):
+        evaluate(language, rows.remove_columns("target"))
+    with pytest.raises(FusionError, match="none of .*'prompt'"):
+        evaluate(language, rows.remove_columns("prompt"))
 
 
 def test_a_router_is_measured_beside_its_experts():
