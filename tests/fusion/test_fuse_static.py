@@ -205,7 +205,7 @@ def test_mistakes(folders):
         ({"allow_pickle": True}, "safetensors files"),
         ({"weights": [1.0]}, "1 weights for 2 experts"),
         ({"colour": 1}, "linear has no parameter 'colour'"),
-        ({"base": folders["base"]}, "has no use for a base"),
+        ({"base": folders["base"]}, "is not needed: no expert is an adapter"),
         ({"experts": [RecipeExpert("a", 1.0), RecipeExpert("b")]}, "weights only partly"),
     ]:
         with pytest.raises(FusionError, match=message):

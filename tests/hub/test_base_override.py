@@ -161,7 +161,7 @@ def test_static_methods(place, method, tmp_path):
 
 def test_one_without_adapters_is_refused_before_anything_is_fetched(place):
     place.hub.requests.clear()
-    with pytest.raises(FusionError, match="no use for a base"):
+    with pytest.raises(FusionError, match="is not needed: no expert is an adapter"):
         plan_merge(Recipe("linear", (RecipeExpert(place.id),), "nobody/other"), place.api)
     assert not place.asked("other") and not [path for _, path, _ in place.hub.requests if "resolve" in path]
 

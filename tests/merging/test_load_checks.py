@@ -235,7 +235,7 @@ def test_what_is_written_is_what_was_planned(tmp_path):
     merge(recipe_of(folders), tmp_path / "out")
     _check_written(planned, tmp_path / "out")
     model(tmp_path / "other", 5, {"embed.weight": (7, 4)})
-    with pytest.raises(FusionError, match="does not hold what was merged"):
+    with pytest.raises(FusionError, match="does not contain the merged tensors"):
         _check_written(planned, tmp_path / "other")
 
 

@@ -122,5 +122,5 @@ def test_recombination_by_smaller_units():
 def test_recombined_models_share_the_experts_out():
     models = [chosen(LAYERS, number=number) for number in (1, 2, 3, 4)]
     assert all(sorted(experts) == [0, 1, 2, 3] for experts in zip(*models, strict=True))
-    with pytest.raises(ValueError, match="number 5"):
+    with pytest.raises(ValueError, match="number is 5"):
         chosen(LAYERS[:1], number=5)
