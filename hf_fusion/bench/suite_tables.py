@@ -13,7 +13,7 @@ from hf_fusion.bench.not_applicable import reason_of
 from hf_fusion.bench.report import EXPERT, FUSED, HELD_IN, HELD_OUT, PARTS
 from hf_fusion.bench.suite import LOWER
 from hf_fusion.bench.summary import BenchSummary, MeanSummary, MethodSummary, SuiteSummary, TaskScore, TaskSummary
-from hf_fusion.bench.tables import Entry, Section, Table, mark_best
+from hf_fusion.bench.tables import Section, Table, TableEntry, mark_best
 from hf_fusion.evaluation.intervals import Score, mean_of
 
 
@@ -22,7 +22,7 @@ class Column:
     """One column: its heading, what it shows of a row, and whether less is better (None: nothing is best)."""
 
     title: str
-    make: Callable[[MethodSummary], Entry]
+    make: Callable[[MethodSummary], TableEntry]
     lower: bool | None = None
 
 
@@ -158,10 +158,10 @@ def cost_table(suite: SuiteSummary) -> Table | None:
         return None
 
     def number(title: str, value: Callable[[MethodSummary], float], unit: float = 1) -> Column:
-        return Column(title, lambda row: Entry(f"{value(row) / unit:,.1f}", value(row)))
+        return Column(title, lambda row: TableEntry(f"{value(row) / unit:,.1f}", value(row)))
 
     columns = [
-        Column("parameters", lambda row: Entry(_words(row["parameters"]), json.dumps(row["parameters"]))),
+        Column("parameters", lambda row: TableEntry(_words(row["parameters"]), json.dumps(row["parameters"]))),
         number("fusing, CPU s", lambda row: row["fuse_cpu_seconds"]),
         number("evaluation, s", lambda row: row["seconds"]),
         number("stored, M", lambda row: row["stored"], 1e6),
@@ -224,14 +224,14 @@ def mean_entry(scores: Mapping[str, TaskScore], tasks: Sequence[TaskSummary]) ->
 def _task_column(task: TaskSummary) -> Column:
     own_scale = task["metric"] in LOWER
 
-    def make(row: MethodSummary) -> Entry:
+    def make(row: MethodSummary) -> TableEntry:
         score = row["scores"][CLEAN].get(task["name"])
         if score is None or "score" not in score:
-            return Entry(note=_reason(score))
+            return TableEntry(note=_reason(score))
         text = _number(score["score"], own_scale)
         if score["ci95"] is not None:
             text += f" ±{_number((score['ci95'][1] - score['ci95'][0]) / 2, own_scale)}"
-        return Entry(text, score["score"], _pair(score["ci95"]), note=score.get("note", ""))
+        return TableEntry(text, score["score"], _pair(score["ci95"]), note=score.get("note", ""))
 
     return Column(task["name"], make, own_scale)
 
@@ -246,19 +246,19 @@ def _mean_column(
     """Means with their intervals; where there is none, why: as the `source` row has it, or what is `absent`."""
     own_scale = any(task["metric"] in LOWER for task in tasks)
 
-    def make(row: MethodSummary) -> Entry:
+    def make(row: MethodSummary) -> TableEntry:
         found = mean(row)
         if found is None:
             own = source(row)
             scores = own["scores"].get(CLEAN, {}) if own else {}
             missing = [task["name"] for task in tasks if "score" not in scores.get(task["name"], {})]
             if not own:
-                return Entry(note=absent(row))
-            return Entry(note=f"{missing[0]}: {_reason(scores.get(missing[0]))}" if missing else "")
+                return TableEntry(note=absent(row))
+            return TableEntry(note=f"{missing[0]}: {_reason(scores.get(missing[0]))}" if missing else "")
         text, ci95 = _number(found["score"], own_scale), found["ci95"]
         if ci95 is not None:
             text += f" ({_number(ci95[0], own_scale)}–{_number(ci95[1], own_scale)})"
-        return Entry(text, found["score"], _pair(ci95))
+        return TableEntry(text, found["score"], _pair(ci95))
 
     return Column(title, make, own_scale)
 
@@ -292,13 +292,13 @@ def _overview_column(
 def _table(name: str, title: str, columns: Sequence[Column], rows: Iterable[MethodSummary], caption: str) -> Table:
     """Rows in their sections, the best fused model of each column marked."""
     rows = list(rows)
-    lines = [(Entry(title_of(row)), *(column.make(row) for column in columns)) for row in rows]
+    lines = [(TableEntry(title_of(row)), *(column.make(row) for column in columns)) for row in rows]
     for place, column in enumerate(columns, 1):
         if column.lower is not None:
             fused = [k for k, row in enumerate(rows) if row["part"] == FUSED]
             for k, line in zip(fused, mark_best([lines[k] for k in fused], place, column.lower), strict=True):
                 lines[k] = line
-    sections: dict[str, list[tuple[Entry, ...]]] = {}
+    sections: dict[str, list[tuple[TableEntry, ...]]] = {}
     for row, line in zip(rows, lines, strict=True):
         sections.setdefault(row["section"], []).append(line)
     made = tuple(Section(heading, tuple(own)) for heading, own in sections.items())
@@ -309,19 +309,19 @@ def _is_measured(row: MethodSummary) -> bool:
     return any("score" in own for scores in row["scores"].values() for own in scores.values())
 
 
-def _cost(row: MethodSummary) -> Entry:
-    return Entry(f"{row['cost']:.2f}", row["cost"]) if _is_measured(row) else Entry()
+def _cost(row: MethodSummary) -> TableEntry:
+    return TableEntry(f"{row['cost']:.2f}", row["cost"]) if _is_measured(row) else TableEntry()
 
 
-def _spread(mean: MeanSummary | None, row: MethodSummary, tasks: Sequence[TaskSummary]) -> Entry:
+def _spread(mean: MeanSummary | None, row: MethodSummary, tasks: Sequence[TaskSummary]) -> TableEntry:
     """Half the range over seeds; nothing of one seed."""
     if mean is None or len(row["seeds"]) < 2:
-        return Entry()
-    return Entry(_number(mean["spread"], any(task["metric"] in LOWER for task in tasks)), mean["spread"])
+        return TableEntry()
+    return TableEntry(_number(mean["spread"], any(task["metric"] in LOWER for task in tasks)), mean["spread"])
 
 
-def _percent(share: float | None, unit: str = "") -> Entry:
-    return Entry() if share is None else Entry(f"{100 * share:.1f}{unit}", share)
+def _percent(share: float | None, unit: str = "") -> TableEntry:
+    return TableEntry() if share is None else TableEntry(f"{100 * share:.1f}{unit}", share)
 
 
 def _number(value: float, own_scale: bool) -> str:

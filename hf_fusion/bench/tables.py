@@ -15,7 +15,7 @@ NONE = "–"
 
 
 @dataclass(frozen=True)
-class Entry:
+class TableEntry:
     """One cell of a table.
 
     Attributes:
@@ -38,7 +38,7 @@ class Section:
     """Rows that belong together, with a heading; the first entry of each row names it."""
 
     title: str
-    rows: tuple[tuple[Entry, ...], ...]
+    rows: tuple[tuple[TableEntry, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Table:
         """The footnotes, numbered from 1 in the order in which they are met; what is said twice is one."""
         return list(dict.fromkeys(entry.note for entry in self._entries() if entry.note))
 
-    def _entries(self) -> Iterator[Entry]:
+    def _entries(self) -> Iterator[TableEntry]:
         for section in self.sections:
             for row in section.rows:
                 yield from row
@@ -75,7 +75,7 @@ def file_name(name: str) -> str:
     return re.sub(r"[^\w.,+-]", "-", name)
 
 
-def mark_best(rows: Sequence[tuple[Entry, ...]], column: int, lower: bool = False) -> list[tuple[Entry, ...]]:
+def mark_best(rows: Sequence[tuple[TableEntry, ...]], column: int, lower: bool = False) -> list[tuple[TableEntry, ...]]:
     """Rows with the best entry of a column marked, and all that read the same."""
     numbers = [float(row[column].value) for row in rows if isinstance(row[column].value, (int, float))]  # type: ignore[arg-type]
     if not numbers:
@@ -83,7 +83,7 @@ def mark_best(rows: Sequence[tuple[Entry, ...]], column: int, lower: bool = Fals
     most = min(numbers) if lower else max(numbers)
     texts = {_first_word(row[column]) for row in rows if row[column].value == most}
 
-    def marked(row: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    def marked(row: tuple[TableEntry, ...]) -> tuple[TableEntry, ...]:
         if row[column].value is None or _first_word(row[column]) not in texts:
             return row
         return (*row[:column], replace(row[column], best=True), *row[column + 1 :])
@@ -91,7 +91,7 @@ def mark_best(rows: Sequence[tuple[Entry, ...]], column: int, lower: bool = Fals
     return [marked(row) for row in rows]
 
 
-def _first_word(entry: Entry) -> str:
+def _first_word(entry: TableEntry) -> str:
     """The number that is read, without its interval."""
     return entry.text.partition(" ")[0]
 
@@ -100,7 +100,7 @@ def to_markdown(table: Table) -> str:
     """A table as Markdown of GitHub's kind: headings of sections are rows, the best is bold, notes stand below."""
     notes = {note: number for number, note in enumerate(table.notes, 1)}
 
-    def shown(entry: Entry) -> str:
+    def shown(entry: TableEntry) -> str:
         text = escape_markdown(entry.text)
         text = f"**{text}**" if entry.best else text
         return f"{text}<sup>{notes[entry.note]}</sup>" if entry.note else text
@@ -150,7 +150,7 @@ def to_latex(table: Table) -> str:
     notes = {note: number for number, note in enumerate(table.notes, 1)}
     count = len(table.columns)
 
-    def shown(entry: Entry) -> str:
+    def shown(entry: TableEntry) -> str:
         text = escape_latex(entry.text)
         text = rf"\textbf{{{text}}}" if entry.best else text
         return rf"{text}\textsuperscript{{{notes[entry.note]}}}" if entry.note else text

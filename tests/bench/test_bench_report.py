@@ -21,7 +21,7 @@ from hf_fusion.bench.suite_tables import (
     tables_of,
     unseen_table,
 )
-from hf_fusion.bench.tables import Entry, Section, Table, mark_best, to_csv, to_latex, to_markdown
+from hf_fusion.bench.tables import Section, Table, TableEntry, mark_best, to_csv, to_latex, to_markdown
 
 
 def row_of(cells, method: str, variant: str = "default", split: str = "all") -> dict:
@@ -251,7 +251,10 @@ HOSTILE = "a|b\\c_{d}&50% $x$ #1 ~^ <i> [l](u) *s* `t` --set λ é 中"
 
 
 def hostile() -> Table:
-    rows = ((Entry(HOSTILE), Entry("1.5", 1.5, (1.0, 2.0), best=True)), (Entry("=SUM(A1)"), Entry(note=HOSTILE)))
+    rows = (
+        (TableEntry(HOSTILE), TableEntry("1.5", 1.5, (1.0, 2.0), best=True)),
+        (TableEntry("=SUM(A1)"), TableEntry(note=HOSTILE)),
+    )
     return Table("hostile_name", HOSTILE, ("method", HOSTILE), (Section("*", rows),), "100 % & more")
 
 
@@ -307,5 +310,5 @@ def test_latex_compiles(tmp_path):
 
 
 def test_the_best_of_a_column_without_numbers_is_nobody():
-    rows = [(Entry("a"), Entry()), (Entry("b"), Entry())]
+    rows = [(TableEntry("a"), TableEntry()), (TableEntry("b"), TableEntry())]
     assert mark_best(rows, 1) == rows

@@ -32,7 +32,7 @@ def _static_rows(declared: dict[str, Method]) -> dict[str, Method]:
         if method.merges != "models" or method.plans or method.experts[1] == 1 or name in declared:
             continue
         shown_as, title = _RENAMED.get(name, (name, method.title))
-        entries = {kind: EntryPoint(f"{kind}.static", kind, {"method": name}) for kind in ("merging", "routing")}
+        entries = {kind: EntryPoint("merging.static", kind, {"method": name}) for kind in ("merging", "routing")}
         rows[shown_as] = Method(
             shown_as,
             title,

@@ -48,7 +48,7 @@ class EntryPoint:
     Attributes:
         function: (setup, holdout, seed, parameters) → `Candidate`, or several of them by name; or where it stands in
             this folder, "kind.name".
-        kind: of the setup that the function takes.
+        kind: of the setup that the function gets.
         given: parameters that differ from the function's defaults.
     """
 
@@ -105,6 +105,7 @@ def bench_method(
     name: str = "",
     kind: str = "",
     also: tuple[str, ...] = (),
+    alike: tuple[str, ...] = (),
     given: Mapping[str, Any] | None = None,
     tune: tuple[str, tuple[Any, ...]] | None = None,
     stochastic: bool = False,
@@ -122,6 +123,7 @@ def bench_method(
         name: in cells and on the command line; default is the function's.
         kind: of the suites whose setup it takes; default is that of its file, "merging" in files of users.
         also: other kinds of suites, from whose setup that of `kind` can be made.
+        alike: other kinds of suites, whose setup it takes as it is.
         given: parameters that differ from the function's defaults.
         tune: the parameter whose best value is searched for on the validation split, and its values.
         stochastic: whether another seed gives another model.
@@ -129,7 +131,7 @@ def bench_method(
     facts = {"title": title, "family": family, "tune": tune, "stochastic": stochastic}
 
     def declare(function: Function) -> Function:
-        entries = _entries(function, kind or "merging", also, given)
+        entries = _entries(function, kind or "merging", also, alike, given)
         row = Method(name or function.__name__, **facts, entries=entries)  # type: ignore[arg-type]
         setattr(function, _MARK, [*getattr(function, _MARK, []), row])
         return function
@@ -138,9 +140,14 @@ def bench_method(
 
 
 def _entries(
-    function: str | Callable[..., Any], kind: str, also: tuple[str, ...], given: Mapping[str, Any] | None
+    function: str | Callable[..., Any],
+    kind: str,
+    also: tuple[str, ...],
+    alike: tuple[str, ...],
+    given: Mapping[str, Any] | None,
 ) -> dict[str, EntryPoint]:
-    return dict.fromkeys((kind, *also), EntryPoint(function, kind, given or {}))
+    found = dict.fromkeys((kind, *also), EntryPoint(function, kind, given or {}))
+    return found | {other: EntryPoint(function, other, given or {}) for other in alike}
 
 
 def declared_in(folder: Path) -> dict[str, Method]:
@@ -149,8 +156,9 @@ def declared_in(folder: Path) -> dict[str, Method]:
     for file in sorted(folder.glob("[!_]*.py"), key=lambda file: (file.stem != "merging", file.stem)):
         for function, words, facts in decorated(file, bench_method.__name__, globals()):
             facts = {**dict(zip(("title", "family"), words, strict=False)), **facts}
-            also, given, name = facts.pop("also", ()), facts.pop("given", None), facts.pop("name", function)
-            entries = _entries(f"{file.stem}.{function}", facts.pop("kind", file.stem), also, given)
+            kinds = (facts.pop("kind", file.stem), facts.pop("also", ()), facts.pop("alike", ()))
+            name, given = facts.pop("name", function), facts.pop("given", None)
+            entries = _entries(f"{file.stem}.{function}", *kinds, given)
             known = rows.get(name, Method(name, "", ""))
             rows[name] = replace(known, entries={**known.entries, **entries}, **facts)
     return rows
@@ -167,16 +175,3 @@ def methods_of(module: ModuleType) -> dict[str, Method]:
         if row.family not in FAMILIES:
             raise FusionError(f"{row.name} is of no family {shown(row.family)}", hint=", ".join(FAMILIES))
     return found
-
-
-__all__ = [
-    "ENTROPY",
-    "FAMILIES",
-    "LEARNING",
-    "SCALING",
-    "EntryPoint",
-    "Method",
-    "bench_method",
-    "declared_in",
-    "methods_of",
-]

@@ -18,6 +18,7 @@ from hf_fusion.bench.cells import CLEAN
 from hf_fusion.bench.methods.declaration import ENTROPY, LEARNING, SCALING, bench_method
 from hf_fusion.bench.not_applicable import NotApplicable
 from hf_fusion.bench.setups.merging import MergingSetup, State
+from hf_fusion.bench.setups.routing import RoutingSetup
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import LOWER, Holdout, same_scale
 from hf_fusion.evaluation.predictions import from_logits
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from hf_fusion.training.adamerging import CoefficientMerge, LearnedMerge
     from hf_fusion.training.expert_statistics import Statistics
 
+MergesAdapters = MergingSetup | RoutingSetup  # what has states, a base, and takes a merge of them: `dense`
 STATISTICS_ROWS = 256  # of each task, that Fisher merging and RegMean look at
 STATISTICS_TEXTS = 32  # of texts to write, in which every token counts
 
@@ -104,6 +106,7 @@ def individual(setup: MergingSetup, holdout: Holdout, seed: int) -> Candidate:
     "merge",
     name="ties_sum",
     tune=SCALING,
+    alike=("routing",),
     given={"method": "ties", "merge": "sum", "scaling": 0.3},
 )
 @bench_method(
@@ -111,10 +114,12 @@ def individual(setup: MergingSetup, holdout: Holdout, seed: int) -> Candidate:
     "merge",
     name="ties_model",
     tune=SCALING,
+    alike=("routing",),
     given={"method": "ties", "trim": "model", "ties": "all"},
 )
-def static(setup: MergingSetup, holdout: Holdout, seed: int, method: str, **parameters: Any) -> Candidate:
+def static(setup: MergesAdapters, holdout: Holdout, seed: int, method: str, **parameters: Any) -> Candidate:
     """A merging method of `hf_fusion.merging`."""
+    fused = _states(setup, holdout)
     row, count = MERGE_METHODS[method], len(holdout.fuse)
     least, most = row.experts
     if count < least or most is not None and count > most:
@@ -123,13 +128,22 @@ def static(setup: MergingSetup, holdout: Holdout, seed: int, method: str, **para
         raise NotApplicable(
             f"{row.title} decomposes matrices and averages all other weights, and there are only others"
         )
-    fused = [setup.states[number] for number in setup.indices(holdout)]
     given = {"statistics": _statistics(setup, holdout, row.statistics, seed)} if row.statistics else {}
     state = merge_states(method, setup.base, fused, seed=seed, **given, **parameters)
     return _scalable(setup, state, {name: row.parameters[name].default for name in row.parameters} | parameters)
 
 
-def _scalable(setup: MergingSetup, state: State, parameters: dict[str, Any]) -> Candidate:
+def _states(setup: MergesAdapters, holdout: Holdout) -> list[State]:
+    """The tensors of every fused expert.
+
+    Raises:
+        NotApplicable: merged they would have no head.
+    """
+    setup.check_heads()
+    return [setup.states[number] for number in setup.indices(holdout)]
+
+
+def _scalable(setup: MergesAdapters, state: State, parameters: dict[str, Any]) -> Candidate:
     """A merge that can be rescaled: in every method `scaling` multiplies what is added to the base."""
 
     def retuned(changes: Mapping[str, Any]) -> Candidate:
@@ -141,10 +155,10 @@ def _scalable(setup: MergingSetup, state: State, parameters: dict[str, Any]) -> 
     return setup.dense(state, parameters=shown, retuned=retuned if "scaling" in parameters else None)
 
 
-@bench_method("Weighted average", "merge")
-def weighted_average(setup: MergingSetup, holdout: Holdout, seed: int) -> Candidate:
+@bench_method("Weighted average", "merge", alike=("routing",))
+def weighted_average(setup: MergesAdapters, holdout: Holdout, seed: int) -> Candidate:
     """The average with weights by how well each expert does on all fused tasks, on their validation splits."""
-    weights = _weights(setup, holdout)
+    fused, weights = _states(setup, holdout), _weights(setup, holdout)
     if not any(weights):
         raise NotApplicable("no expert is right about anything on the validation split")
     own = [{"weight": weight} for weight in weights]
@@ -153,7 +167,7 @@ def weighted_average(setup: MergingSetup, holdout: Holdout, seed: int) -> Candid
     return setup.dense(state, parameters={"weights": dict(zip(holdout.fuse, weights, strict=True))})
 
 
-def _weights(setup: MergingSetup, holdout: Holdout) -> list[float]:
+def _weights(setup: MergesAdapters, holdout: Holdout) -> list[float]:
     """The mean score of every fused expert on the fused tasks' validation splits; 1 / score where less is better.
 
     Where metrics have different scales, scores are divided by the best expert's.
@@ -177,7 +191,7 @@ def _weights(setup: MergingSetup, holdout: Holdout) -> list[float]:
 @bench_method("EMR, a mask for each task", "mixture")
 def emr(setup: MergingSetup, holdout: Holdout, seed: int) -> Candidate:
     """EMR: the mask and the rescaler of a row's task; a task without an expert gets the unified model."""
-    fused, unified = [setup.states[number] for number in setup.indices(holdout)], setup.dense(setup.base)
+    fused, unified = _states(setup, holdout), setup.dense(setup.base)
     merged: dict[int, Candidate] = {}
 
     def prepare(task: str, corruption: str, split: str) -> Prepared:
@@ -191,7 +205,7 @@ def emr(setup: MergingSetup, holdout: Holdout, seed: int) -> Candidate:
     return Candidate(prepare, stored=unified.stored + masks, active=unified.active)
 
 
-def _statistics(setup: MergingSetup, holdout: Holdout, kind: str, seed: int) -> list[dict[str, Statistic]]:
+def _statistics(setup: MergesAdapters, holdout: Holdout, kind: str, seed: int) -> list[dict[str, Statistic]]:
     """What Fisher merging and RegMean need of every fused expert, on rows that it was not trained on."""
     from hf_fusion.training.fisher import measure_fisher
     from hf_fusion.training.gram import measure_gram
@@ -210,12 +224,12 @@ def _statistics(setup: MergingSetup, holdout: Holdout, kind: str, seed: int) -> 
     return found
 
 
-def _check_linear(setup: MergingSetup) -> None:
+def _check_linear(setup: MergesAdapters) -> None:
     if not any(map(linear_sizes, setup.experts[0].model.modules())):
         raise NotApplicable("RegMean solves for the weights of linear layers, and the models have none")
 
 
-def _examples(setup: MergingSetup) -> int:
+def _examples(setup: MergesAdapters) -> int:
     return STATISTICS_TEXTS if setup.suite.head in ("causal-lm", "seq2seq-lm") else STATISTICS_ROWS
 
 
@@ -224,15 +238,15 @@ def _readers(measured: Statistics) -> dict[str, Statistic]:
     return {name: Statistic(tensors[key], axis, measured.norm) for name, (key, axis) in measured.lookup.items()}
 
 
-@bench_method("RegMean++", "data", stochastic=True)
-def regmean_pp(setup: MergingSetup, holdout: Holdout, seed: int) -> Candidate:
+@bench_method("RegMean++", "data", alike=("routing",), stochastic=True)
+def regmean_pp(setup: MergesAdapters, holdout: Holdout, seed: int) -> Candidate:
     """RegMean++: layer by layer, with what the merged layers before hand on."""
     from hf_fusion.training.gram import measure_gram_merged
 
+    fused = _states(setup, holdout)
     _check_linear(setup)
     rows = [setup.validation_rows(number) for number in setup.indices(holdout)]
     measured = measure_gram_merged(_fused(setup, holdout), rows, examples=_examples(setup), seed=seed)
-    fused = [setup.states[number] for number in setup.indices(holdout)]
     return setup.dense(merge_states("regmean", None, fused, statistics=list(map(_readers, measured))))
 
 
@@ -304,7 +318,7 @@ def _unlabelled(setup: MergingSetup, task: str) -> Any:
     return setup.read(task, rows) if setup.suite.head == "zero-shot-image" else rows
 
 
-def _fused(setup: MergingSetup, holdout: Holdout) -> list[Expert]:
+def _fused(setup: MergesAdapters, holdout: Holdout) -> list[Expert]:
     return [setup.experts[number] for number in setup.indices(holdout)]
 
 

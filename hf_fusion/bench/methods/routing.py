@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,7 @@ from hf_fusion.bench.candidates import Candidate, Prepared, everything
 from hf_fusion.bench.methods import merging
 from hf_fusion.bench.methods.declaration import bench_method
 from hf_fusion.bench.not_applicable import NotApplicable
-from hf_fusion.bench.setups.routing import HEADS, TOP_K, RoutingSetup
+from hf_fusion.bench.setups.routing import TOP_K, RoutingSetup
 from hf_fusion.bench.suite import Holdout
 from hf_fusion.evaluation.predictors import ModelPredictor
 from hf_fusion.evaluation.routing import PHATGOOSE, STRATEGIES, RoutingStrategy, alone
@@ -22,8 +21,7 @@ from hf_fusion.training.runs import move_to
 @bench_method()
 def pretrained(setup: RoutingSetup, holdout: Holdout, seed: int) -> Candidate:
     """The base alone."""
-    if setup.has_heads:
-        raise NotApplicable(HEADS)
+    setup.check_heads()
     way = STRATEGIES["base"]
     return setup.candidate(setup.evaluation(everything(setup.suite)), way, stored=setup.size, active=setup.size)
 
@@ -109,34 +107,6 @@ def routed(setup: RoutingSetup, holdout: Holdout, seed: int, way: str, examples:
     )
 
 
-def _merged(
-    setup: RoutingSetup, by: Callable[..., Candidate], holdout: Holdout, seed: int, **parameters: Any
-) -> Candidate:
-    """The experts as whole models, merged by a function of `methods.merging`; what no adapter changes stays."""
-    if setup.has_heads:
-        raise NotApplicable(HEADS)
-    return by(setup, holdout, seed, **parameters)
-
-
-@bench_method(name="ties_sum", given={"method": "ties", "merge": "sum", "scaling": 0.3})
-@bench_method(name="ties_model", given={"method": "ties", "trim": "model", "ties": "all"})
-def static(setup: RoutingSetup, holdout: Holdout, seed: int, **parameters: Any) -> Candidate:
-    """A merging method of `hf_fusion.merging`."""
-    return _merged(setup, merging.static, holdout, seed, **parameters)
-
-
-@bench_method()
-def weighted_average(setup: RoutingSetup, holdout: Holdout, seed: int) -> Candidate:
-    """The average, weighted by each expert's score on the validation split."""
-    return _merged(setup, merging.weighted_average, holdout, seed)
-
-
-@bench_method()
-def regmean_pp(setup: RoutingSetup, holdout: Holdout, seed: int) -> Candidate:
-    """RegMean++ of the experts as whole models."""
-    return _merged(setup, merging.regmean_pp, holdout, seed)
-
-
 @bench_method()
 def emr(setup: RoutingSetup, holdout: Holdout, seed: int) -> Candidate:
     """EMR has a mask for each task.
@@ -154,8 +124,7 @@ def smile(setup: RoutingSetup, holdout: Holdout, seed: int, rank: int) -> Candid
     Args:
         rank: that is kept of an update at most.
     """
-    if setup.has_heads:
-        raise NotApplicable(HEADS)
+    setup.check_heads()
     fused = [setup.experts[number] for number in setup.indices(holdout)]
     options = {"routing": "smile", "task_vectors": "low-rank", "rank": rank}
     model = merging.upscaled(fused, None, **options)

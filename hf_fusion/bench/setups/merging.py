@@ -165,6 +165,9 @@ class MergingSetup(TaskSetup, kind="merging"):
             self.show(before or self.base)
         return self._embeddings[key]
 
+    def check_heads(self) -> None:
+        """Refuses nothing: a merge has the heads of all tasks."""
+
     def dense(self, state: State, **facts: Any) -> Candidate:
         """A state of the backbone as a candidate; the tensors that it lacks are the base's."""
         prepare = partial(self.prepared, Dense(self), state=state)

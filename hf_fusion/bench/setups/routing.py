@@ -165,6 +165,15 @@ class RoutingSetup(TaskSetup, kind="routing"):
         strategy = RoutingStrategy("expert", within=partial(alone, self.names[expert]))
         return self.prepared(self.evaluation(everything(self.suite)), strategy, task, corruption, split)
 
+    def check_heads(self) -> None:
+        """Refuses what has the base's head, where experts bring heads.
+
+        Raises:
+            NotApplicable: they do.
+        """
+        if self.has_heads:
+            raise NotApplicable(HEADS)
+
     def candidate(self, evaluation: _Evaluation, strategy: RoutingStrategy, **facts: Any) -> Candidate:
         """A router with a routing strategy, as a candidate."""
         return Candidate(partial(self.prepared, evaluation, strategy), **facts)
@@ -175,8 +184,7 @@ class RoutingSetup(TaskSetup, kind="routing"):
         Raises:
             NotApplicable: the base has no head.
         """
-        if self.has_heads:
-            raise NotApplicable(HEADS)
+        self.check_heads()
         evaluation = self.evaluation(everything(self.suite))
 
         def prepare(task: str, corruption: str, split: str) -> Prepared:
