@@ -79,7 +79,9 @@ def map_coefficients(
         given = rows if isinstance(rows, Examples) else unlabelled(rows)
         for batch in read_batches(model, given, (), batch_size, max_length):
             labels = batch.pop("labels", None)
-            trace = model._traced(**batch, **({"labels": labels} if writes else {}))  # they tell where a prompt ends
+            trace = model.trace_forward(
+                **batch, **({"labels": labels} if writes else {})
+            )  # they tell where a prompt ends
             size = len(batch.get("pixel_values", next(iter(batch.values()))))  # of CLIP texts are classes, not rows
             layers = trace.layers
             means = torch.stack([trace.coefficients(layer).mean(0) for layer in layers])  # (L, K)

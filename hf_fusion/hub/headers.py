@@ -166,7 +166,7 @@ def checked_config(config: Mapping[str, Any], name: str, tensors: int = _MOST_PA
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from hf_fusion.models.fused_own_code import without_code
+    from hf_fusion.models.fused_custom_code import without_code
 
     refuse_kernels(config, name)
     try:

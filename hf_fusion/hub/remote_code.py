@@ -53,7 +53,7 @@ def model_code(config: Mapping[str, Any]) -> list[Code]:
     """The code that is required to build a model; empty if transformers knows its ``model_type``."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from hf_fusion.models.fused_own_code import code_in
+    from hf_fusion.models.fused_custom_code import code_in
 
     model_type = config.get("model_type")
     if not config.get("auto_map") or (isinstance(model_type, str) and model_type in CONFIG_MAPPING):
@@ -77,7 +77,7 @@ def processor_code(source: Source, auto: str) -> list[Code]:
         source: the model's files.
         auto: "AutoTokenizer" or "AutoImageProcessor".
     """
-    from hf_fusion.models.fused_own_code import needed_code
+    from hf_fusion.models.fused_custom_code import needed_code
 
     return [Code(*named) for named in needed_code(auto, source.json)]
 
@@ -96,7 +96,7 @@ def refuse_code(source: Source, needed: Sequence[Code], *, agreed: bool, pinned:
     """
     if not needed:
         return
-    from hf_fusion.models.fused_own_code import MANIFESTS, code_in
+    from hf_fusion.models.fused_custom_code import MANIFESTS, code_in
 
     manifests = [Code(*named) for file in MANIFESTS for named in code_in(source.json(file), file)]
     if foreign := next((code for code in [*needed, *manifests] if code.is_foreign), None):
@@ -122,7 +122,7 @@ def refuse_kernels(config: Mapping[str, Any], name: str) -> None:
     transformers downloads and runs such kernels if the library `kernels` is installed. The model's results do not
     depend on them.
     """
-    from hf_fusion.models.fused_own_code import KERNELS
+    from hf_fusion.models.fused_custom_code import KERNELS
 
     stack: list[tuple[str, Any]] = [("", dict(config))]
     while stack:

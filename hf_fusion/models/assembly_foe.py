@@ -1,4 +1,4 @@
-"""From loaded experts to the config of their fusion: who shares a base, a processor, a label."""
+"""From loaded experts to the config of a Fusion of Experts: shared backbones, processors and labels."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .options_foe import generation_values
 from .processing_foe import FoEProcessor
 
 GENERIC_LABEL = re.compile(r"LABEL_\d+")
-# names under which architectures keep the width of their last hidden state
+# config attributes with the width of the last hidden state, by architecture
 WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "hidden_sizes", "embed_dim", "projection_dim")
-# kept out of packed configs: a single fp16 sub-config would turn everything fp16; paths must not leak
+# removed from packed configs: one fp16 sub-config would turn everything fp16; paths must not leak
 UNPACKED = ("dtype", "torch_dtype", "_name_or_path", "transformers_version", "auto_map")
 
 
 def normalise(label: str) -> str:
-    """The form in which label names are compared: case, blanks, dashes and underscores do not count."""
+    """A label name for comparison: without case, spaces, dashes and underscores."""
     return re.sub(r"[\s_\-]+", "_", label.strip().lower())
 
 
@@ -39,21 +39,21 @@ def fuse_labels(
 ) -> tuple[list[str], list[list[int]]]:
     """One label space for all experts.
 
-    In output mode labels of one name are one label. In selection they are too if every expert has the same set;
-    otherwise an expert's labels are its own, named ``expert/label`` where two experts share a name.
+    In output mode, labels of the same name are one label. In selection mode too, if every expert has the same set;
+    otherwise each expert keeps separate labels, named ``expert/label`` where two experts share a name.
 
     Args:
         experts: with `.name` and `.labels`.
         mode: "output" or "selection".
         label_maps: expert name -> {its label: fused label}; several of its labels may become one, None drops one.
             Labels not mentioned keep their name.
-        labels: the fused labels in the order wanted; by default the order in which the experts name them.
+        labels: the fused labels in the desired order; default is the order of the experts' labels.
 
     Returns:
         The fused labels, and for each expert the fused index of each of its labels (-1 where dropped).
 
     Raises:
-        ValueError: for experts without label names, unknown names in `label_maps`, or labels outside `labels`.
+        ValueError: an expert has no label names, `label_maps` has unknown names, or labels are not in `labels`.
     """
     label_maps = label_maps or {}
     if unknown := set(label_maps) - {expert.name for expert in experts}:
@@ -99,7 +99,7 @@ def _rename(expert: Any, mapping: dict[str, str | None]) -> list[str | None]:
 
 
 def distinct_processors(experts: Sequence[Any]) -> tuple[list[Any], list[str | None], list[int]]:
-    """The processors that really differ, the PIL mode each of their experts wants, and for each expert its own."""
+    """The distinct processors, the PIL mode that the experts of each need, and each expert's processor index."""
     distinct: dict[tuple[str, str | None], int] = {}
     kept: list[Any] = []
     of_expert = []
@@ -116,8 +116,8 @@ def distinct_processors(experts: Sequence[Any]) -> tuple[list[Any], list[str | N
 
 
 def _signature(processor: Any) -> str:
-    """Equal for processors that treat every input alike."""
-    if hasattr(processor, "backend_tokenizer"):  # padding and truncation belong to the call, not to the tokenizer
+    """A value that is equal for processors with the same output for every input."""
+    if hasattr(processor, "backend_tokenizer"):  # padding and truncation are set per call
         backend = json.loads(processor.backend_tokenizer.to_str())
         core = {key: value for key, value in backend.items() if key not in ("padding", "truncation")}
         core |= {
@@ -133,7 +133,7 @@ def _signature(processor: Any) -> str:
 
 
 def pack_config(config: PreTrainedConfig) -> dict[str, Any]:
-    """A config as the plain dict from which `AutoConfig.for_model` rebuilds it."""
+    """A config as a plain dict for `AutoConfig.for_model`."""
     packed = {**config.to_diff_dict(), "model_type": config.model_type}
     for name in UNPACKED:
         packed.pop(name, None)
@@ -144,7 +144,7 @@ def feature_size(config: PreTrainedConfig) -> int:
     """Width of the last hidden state.
 
     Raises:
-        ValueError: where the config does not tell it.
+        ValueError: the config has none of the known attributes.
     """
     text = config.get_text_config()
     for source in (text, config):
@@ -156,11 +156,11 @@ def feature_size(config: PreTrainedConfig) -> int:
 
 
 def plan_backbones(experts: Sequence[Any]) -> tuple[list[dict[str, Any]], list[PreTrainedModel], list[int]]:
-    """Which experts share a transformer.
+    """Assign the experts to backbones.
 
     Returns:
         The backbones as they are stored (all but ``inputs``), their models, and each expert's backbone. Adapters of one
-        base share a copy of it; a full model is its own backbone and is used as it is, not copied.
+        base share a copy of it; a full model is a separate backbone, which is not copied.
     """
     backbones: list[dict[str, Any]] = []
     models: list[PreTrainedModel] = []
@@ -182,7 +182,7 @@ def plan_backbones(experts: Sequence[Any]) -> tuple[list[dict[str, Any]], list[P
         adapters = [expert.adapter for expert in members[index] if expert.adapter is not None]
         targets = sorted({path for adapter in adapters for path in adapter.lora})
         backbone["ranks"] = {path: [_rank(adapter, path) for adapter in adapters] for path in targets}
-        # the modules that own a saved tensor: a linear of a head, mostly
+        # the modules with a saved tensor: mostly linears of a head
         backbone["saved"] = sorted({name.rpartition(".")[0] for adapter in adapters for name in adapter.saved})
         backbone["num_labels"] = [max(1, len(expert.labels)) for expert in members[index]]
     return backbones, models, of_expert
@@ -193,10 +193,10 @@ def _rank(adapter: Any, path: str) -> int:
 
 
 def fill_adapters(backbone: Backbone, plan: Mapping[str, Any], experts: Sequence[Any], base: nn.Module) -> None:
-    """Copies the adapters' tensors into a backbone built from `plan`, in place.
+    """Copy the adapters' tensors into a backbone built from `plan`, in place.
 
     Raises:
-        ValueError: naming adapter and module where a shape does not fit the base.
+        ValueError: a shape does not fit the base; the message names adapter and module.
     """
     with torch.no_grad():
         for path in plan["ranks"]:
@@ -234,7 +234,7 @@ def plan_config(
     costs: Sequence[float] | None,
     **fields: Any,
 ) -> tuple[FoEConfig, list[PreTrainedModel], FoEProcessor]:
-    """Everything about a fusion but its weights: config, the backbones' models, and the processor that feeds them."""
+    """Config, backbone models and processor of a fusion: everything but the fuser's weights."""
     backbones, models, of_expert = plan_backbones(experts)
     head = backbones[0]["head"]
     generates = [backbone["head"] in ("causal-lm", "seq2seq-lm") for backbone in backbones]
@@ -296,7 +296,7 @@ def plan_config(
 
 
 def _for_generation(tokenizer: Any, head: str) -> Any:
-    """A copy that can pad a batch of prompts: decoders continue from the right end, so padding goes to the left."""
+    """A copy that pads prompts: on the left for decoders, which continue from the right end."""
     tokenizer = copy.deepcopy(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -306,7 +306,7 @@ def _for_generation(tokenizer: Any, head: str) -> Any:
 
 
 def _parameters(expert: Any) -> int:
-    """Parameters that work on an example: the model's, plus the adapter's."""
+    """Number of parameters used for an example: those of the model and of the adapter."""
     adapter = expert.adapter
     extra = sum(a.numel() + b.numel() for a, b in adapter.lora.values()) if adapter else 0
     return sum(p.numel() for p in expert.model.parameters()) + extra

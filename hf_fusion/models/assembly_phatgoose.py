@@ -1,4 +1,4 @@
-"""What a router is put together from: experts as tensors, checked, and where their tensors go."""
+"""Builds a router: checks experts, and copies their tensors into the routed modules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .configuration_phatgoose import PhatgooseConfig
 from .fused_heads import labels_of
 from .routing_phatgoose import ABSENT, RoutedHead, RoutedLinears
 
-# Linears of one block that read the same input. Where none of these names is known, every linear is by itself.
+# linears of one block that read the same input; a linear with another name forms a group of one
 SHARED_INPUT = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
@@ -25,19 +25,19 @@ SHARED_INPUT = (
     ("gate_proj", "up_proj"),
     ("wi_0", "wi_1"),
 )
-CROSS_ATTENTION = re.compile(r"cross|EncDec|encoder_attn")  # its keys and values read the encoder's states
+CROSS_ATTENTION = re.compile(r"cross|EncDec|encoder_attn")  # cross-attention: keys and values read the encoder's states
 
 Tensors = tuple[torch.Tensor, ...]
 
 
 @dataclass
 class PreparedExpert:
-    """An expert ready to be put in place.
+    """A checked expert whose tensors can be copied into a router.
 
     Attributes:
-        row: what the config says of it, but for its profile.
-        lora: module path -> gate (d_in,), its bias (), A (r, d_in), B (r, d_out).
-        heads: module path -> weight (C, d_in), bias (C,).
+        row: its row in the config, without its profile.
+        lora: module path → gate (d_in,), its bias (), A (r, d_in), B (r, d_out).
+        heads: module path → weight (C, d_in), bias (C,).
         replaced: other saved parameters by name.
     """
 
@@ -55,10 +55,10 @@ def check_options(
     missing_gates: str | Mapping[str, str | Path] | None = None,
     **others: Any,
 ) -> None:
-    """What of the arguments of `PhatgooseRouter.from_experts` can be known to be wrong before anything is loaded.
+    """Check the arguments of `PhatgooseRouter.from_experts` before anything is loaded.
 
     Raises:
-        ValueError: naming it.
+        ValueError: an argument is invalid; the message names it.
     """
     if not experts:
         raise ValueError("a router needs at least one expert; the list is empty")
@@ -77,7 +77,7 @@ def check_options(
 
 
 def readers_of(model: Any, is_encoder_decoder: bool) -> list[str]:
-    """Paths of the modules that read an input each: two in a model of texts and images, else the encoder or all."""
+    """Paths of the modules that read an input: two towers for text and images, else the encoder or the whole model."""
     towers = ["vision_model", "text_model"]
     if all(hasattr(model, tower) for tower in towers):
         return towers
@@ -86,13 +86,13 @@ def readers_of(model: Any, is_encoder_decoder: bool) -> list[str]:
 
 
 def linear_sizes(linear: Any) -> tuple[int, int]:
-    """(d_in, d_out) of a linear, or of GPT-2's Conv1D, which stores its weight transposed."""
+    """(d_in, d_out) of a linear, or of a Conv1D of GPT-2, whose weight is transposed."""
     rows, columns = linear.weight.shape
     return (rows, columns) if isinstance(linear, Conv1D) else (columns, rows)
 
 
 def module_sets(config: PhatgooseConfig) -> Iterator[tuple[list[str], bool]]:
-    """Paths of routed linears that read the same input, and whether that input may be padded by the attention mask."""
+    """Groups of routed linears that read the same input, and whether the attention mask applies to that input."""
     sets: dict[tuple[str, Any], list[str]] = {}
     for path in dict.fromkeys(path for profile in config.profiles for path in profile["ranks"]):
         parent, _, name = path.rpartition(".")
@@ -106,13 +106,13 @@ def module_sets(config: PhatgooseConfig) -> Iterator[tuple[list[str], bool]]:
         yield sorted(paths, key=lambda path: names.index(path.rpartition(".")[2])), reads_encoder
 
 
-def entries_of(
+def prepare_experts(
     experts: Sequence[Any], base: Any, config: PhatgooseConfig, taken: Sequence[str]
 ) -> list[PreparedExpert]:
-    """Loaded experts as entries, once everything about them is known to fit.
+    """Check loaded experts and prepare their tensors.
 
     Raises:
-        ValueError: naming the expert and what does not fit.
+        ValueError: an expert does not fit; the message names it and the reason.
     """
     entries = []
     names = list(taken)
@@ -162,7 +162,7 @@ def _check_linear(name: str, path: str, a: torch.Tensor, b: torch.Tensor, base: 
 
 
 def _gate(name: str, path: str, width: int, gates: Any, routing: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gate of one linear as it is stored, and its bias.
+    """The stored gate of one linear, and its bias.
 
     It is standardised (mean and std over d_in) and divided by √d_in, if it is not calibrated already: then it comes
     with an offset. Rules that do not read these gates have no bias either.
@@ -182,7 +182,7 @@ def _gate(name: str, path: str, width: int, gates: Any, routing: str) -> tuple[t
 def _saved_heads(
     adapter: Any, base: Any, name: str, replaced: dict[str, torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Saved linears as (path, weight, bias); every other saved parameter goes into `replaced`.
+    """Saved linears as (path, weight, bias); other saved parameters are added to `replaced`.
 
     What is as the base has it counts as not saved, unless it is a head: PEFT saves whole embeddings, and what
     lies under their LoRA, to be on the safe side.
@@ -207,13 +207,13 @@ def _saved_heads(
             replaced[key] = tensor
 
 
-def complete(entries: Sequence[PreparedExpert], base: Any) -> None:
-    """Gives experts without a head the base's where others brought theirs; refuses what cannot be shared.
+def complete_heads(entries: Sequence[PreparedExpert], base: Any) -> None:
+    """Give experts without a head that of the base, if other experts have one; check that the rest can be shared.
 
     An update of a linear that is a head here is folded into the expert's own.
 
     Raises:
-        ValueError: where saved parameters differ that are not linears.
+        ValueError: saved parameters differ that are not linears.
     """
     for path in dict.fromkeys(path for entry in entries for path in entry.heads):
         for entry in entries:
@@ -240,7 +240,7 @@ def complete(entries: Sequence[PreparedExpert], base: Any) -> None:
 
 
 def plan_profiles(entries: Sequence[PreparedExpert]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The config's rows and its distinct profiles."""
+    """The config's rows of experts, and the distinct profiles."""
     rows, profiles = [], []
     for entry in entries:
         profile = {
@@ -254,12 +254,12 @@ def plan_profiles(entries: Sequence[PreparedExpert]) -> tuple[list[dict[str, Any
 
 
 def label_union(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Class names of all experts that brought a head, each once, in order."""
+    """Distinct class names of all experts with a head, in order."""
     return list(dict.fromkeys(label for row in rows for label in row["labels"]))
 
 
 def fill_linears(group: RoutedLinears, paths: Sequence[str], entries: Sequence[PreparedExpert]) -> None:
-    """Copies experts into the linears they adapt; elsewhere they are absent."""
+    """Copy experts into the linears that they adapt; elsewhere their gate bias stays `ABSENT`."""
     group.gate_bias.fill_(ABSENT)
     for index, entry in enumerate(entries):
         for member, path in enumerate(paths):
@@ -271,7 +271,7 @@ def fill_linears(group: RoutedLinears, paths: Sequence[str], entries: Sequence[P
 def fill_head(
     head: RoutedHead, path: str, entries: Sequence[PreparedExpert], rows_of: Callable[[int, str, int], list[int]]
 ) -> None:
-    """Copies experts' heads into the rows of the labels they know."""
+    """Copy experts' heads into the rows of their labels."""
     head.bias.fill_(ABSENT)
     for index, entry in enumerate(entries):
         rows = rows_of(index, path, head.bias.shape[1])
@@ -283,7 +283,7 @@ def fill_head(
 __all__ = [
     "PreparedExpert",
     "check_options",
-    "entries_of",
+    "prepare_experts",
     "linear_sizes",
     "module_sets",
     "readers_of",

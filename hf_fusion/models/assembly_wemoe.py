@@ -1,4 +1,4 @@
-"""What a model is put together from: the units that are up-scaled, and experts as differences from their base."""
+"""Finds the units to up-scale, and represents experts as differences from their base."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from transformers.pytorch_utils import Conv1D
 
 
 class NoLinearsError(ValueError):
-    """A model has none of the linears that would be up-scaled."""
+    """The model has no linears to up-scale."""
 
 
 class UnchangedLinearsError(ValueError):
-    """No expert changes a linear that would be up-scaled."""
+    """No expert changes a linear to up-scale."""
 
 
-OWN_HEADS = ("classification", "segmentation")  # ends of the heads that every expert has its own copy of
-# The linears of one unit, from the module that holds them, in the order in which they run; the first row that fits.
+OWN_HEADS = (
+    "classification",
+    "segmentation",
+)  # last parts of the paths of heads, of which the model has one copy per expert
+# linears of a unit by their names in one module, in the order in which they run; the first matching row applies
 MODULES: dict[str, tuple[tuple[str, ...], ...]] = {
     "mlp": (
         ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),  # Llama, Mistral, Qwen, Gemma
@@ -48,7 +51,7 @@ MODULES: dict[str, tuple[tuple[str, ...], ...]] = {
         ("q", "k", "v", "o"),  # T5
     ),
 }
-UNRELATED = 1.0  # an expert as far from the base as this, relative to the base's norm, was not made from it
+UNRELATED = 1.0  # an expert at this distance from the base, relative to the base's norm, was not fine-tuned from it
 
 
 @dataclass
@@ -56,10 +59,10 @@ class ExpertSource:
     """An expert as differences from the base.
 
     Attributes:
-        row: what the config says of it.
-        tensors: name in the model -> the expert's own tensor, for all that it has.
-        lora: path of a linear -> A (r, d_in), B (d_out, r); what an adapter changes besides `tensors`.
-        distance: ‖τ‖² of all that was asked for; size: ‖θ0‖² of the same.
+        row: its row in the config.
+        tensors: name in the model → the expert's tensor.
+        lora: path of a linear → A (r, d_in), B (d_out, r): an adapter's updates besides `tensors`.
+        distance: ‖τ‖² of all vectors computed so far; size: ‖θ0‖² of the same tensors.
     """
 
     row: dict[str, Any]
@@ -70,14 +73,14 @@ class ExpertSource:
 
     @property
     def name(self) -> str:
-        """What errors and traces call it."""
+        """The expert's name."""
         return str(self.row["name"])
 
     def vector(self, key: str, base: torch.Tensor, transposed: bool = False) -> torch.Tensor | None:
-        """The task vector of one tensor, fp32; None where the expert has the base's own.
+        """The task vector of one tensor in fp32; None if the tensor is the base's.
 
         Raises:
-            ValueError: for a tensor of another shape, NaN or Inf.
+            ValueError: the shape differs, or there are NaN or Inf.
         """
         path, _, leaf = key.rpartition(".")
         if key in self.tensors:
@@ -107,16 +110,16 @@ class ExpertSource:
         return path in self.lora or (weight is not None and not torch.equal(weight, base))
 
     def check_relation(self) -> None:
-        """An expert that was fine-tuned lies near its base; an adapter names its own.
+        """Check that a full expert is near the base, as after fine-tuning; an adapter records its base.
 
         Raises:
-            ValueError: for one that does not.
+            ValueError: it is not.
         """
         relative = (self.distance / max(self.size, 1e-300)) ** 0.5
         if relative >= UNRELATED and not self.row["adapter"]:
             raise ValueError(
-                f"{self.name} is as far from the base as a stranger ({relative:.2f} of the base's norm): "
-                "it was made from another one"
+                f"{self.name} is too far from the base to be a fine-tune of it ({relative:.2f} of the base's norm): "
+                "it has another base"
             )
 
 
@@ -130,7 +133,7 @@ def is_linear(module: Any) -> bool:
 
 
 def find_units(model: nn.Module, modules: str) -> list[tuple[str, list[str]]]:
-    """Names and linears of what shall share a router.
+    """Find the units, whose linears share a router.
 
     Args:
         model: the dense model.
@@ -138,7 +141,7 @@ def find_units(model: nn.Module, modules: str) -> list[tuple[str, list[str]]]:
             is a unit, in the order of definition, which has to be the order in which it runs.
 
     Raises:
-        NoLinearsError: where nothing is found.
+        NoLinearsError: nothing is found.
         ValueError: `modules` is not a valid pattern.
     """
     known = dict(model.named_modules())
@@ -172,7 +175,7 @@ def find_units(model: nn.Module, modules: str) -> list[tuple[str, list[str]]]:
 
 
 def part_of(base: Any, model: Any) -> str:
-    """The path at which a base holds a model of this class (CLIP's vision tower), "" where it holds none."""
+    """The path of a submodel of this class in a base (CLIP's vision tower); "" if there is none."""
     if type(base) is type(model):
         return ""
     paths = [path for path, module in base.named_modules() if path and type(module) is type(model)]
@@ -180,10 +183,10 @@ def part_of(base: Any, model: Any) -> str:
 
 
 def renamed(tensors: Mapping[str, Any], model: Any, template: Any, part: str = "") -> dict[str, Any]:
-    """Tensors of a model by the names that a template has for them.
+    """Rename the tensors of a model as in a template.
 
-    Models of one trunk may carry it by itself or under a prefix (BertModel, BertForSequenceClassification). A name that
-    the template does not have stays as it is.
+    Models may have the same trunk with or without a prefix (BertModel, BertForSequenceClassification). A name that
+    the template lacks stays unchanged.
     """
     known = template if isinstance(template, dict) else template.state_dict()
     inner, other = model.base_model_prefix, "" if isinstance(template, dict) else template.base_model_prefix
@@ -196,7 +199,7 @@ def renamed(tensors: Mapping[str, Any], model: Any, template: Any, part: str = "
 
 
 def head_paths(model: Any, head: str) -> list[str]:
-    """Modules of a classifier (of pixels too) that experts have their own copies of; the last one gives the logits.
+    """Paths of the head's modules of a classifier, of which there is one copy per expert; the last returns the logits.
 
     They are what lies outside of its trunk, and the trunk's pooler: what is the first layer of RoBERTa's head, BERT has
     there, and every fine-tune makes it its own.
@@ -213,7 +216,7 @@ def head_paths(model: Any, head: str) -> list[str]:
 
 
 def low_rank(vector: torch.Tensor, rank: int | None, energy: float | None) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """The best product of low rank: A (r, d_in) with orthonormal rows, B (r, d_out), and the share of ‖τ‖² it keeps.
+    """The best low-rank approximation: A (r, d_in) with orthonormal rows, B (r, d_out), and the share of ‖τ‖² kept.
 
     Args:
         vector: (d_out, d_in).
@@ -242,7 +245,7 @@ def low_rank(vector: torch.Tensor, rank: int | None, energy: float | None) -> tu
 
 
 def pruned(vector: torch.Tensor, density: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest entries of a task vector by magnitude: flat places, ascending, and entries."""
+    """The largest entries of a task vector by magnitude: flat indices in ascending order, and values."""
     flat = vector.flatten()
     count = max(1, round(density * flat.numel()))
     places = flat.abs().topk(count, sorted=False).indices.sort().values
@@ -250,10 +253,10 @@ def pruned(vector: torch.Tensor, density: float) -> tuple[torch.Tensor, torch.Te
 
 
 def check_experts(sources: Sequence[ExpertSource], base: Mapping[str, torch.Tensor], heads: Sequence[str]) -> None:
-    """Every full expert has every tensor of the base and no other; the base has all but heads.
+    """Check that each full expert has exactly the tensors of the base, apart from heads.
 
     Raises:
-        ValueError: naming the expert and the tensor.
+        ValueError: it does not; the message names the expert and the tensor.
     """
     in_heads = tuple(f"{path}." for path in heads)
     for source in sources:
@@ -269,10 +272,10 @@ def check_experts(sources: Sequence[ExpertSource], base: Mapping[str, torch.Tens
 
 
 def check_ties(sources: Sequence[ExpertSource], groups: Sequence[list[str]]) -> None:
-    """What the model ties must be one tensor in every expert too.
+    """Check that tensors tied in the model are tied in each expert too.
 
     Raises:
-        ValueError: naming the expert and both tensors.
+        ValueError: they are not; the message names the expert and both tensors.
     """
     for source in sources:
         for first, *others in groups:
@@ -283,7 +286,7 @@ def check_ties(sources: Sequence[ExpertSource], groups: Sequence[list[str]]) -> 
 
 
 def tied_groups(state: Mapping[str, torch.Tensor]) -> list[list[str]]:
-    """Names that share one tensor."""
+    """Groups of names that share one tensor."""
     groups: dict[tuple[int, Any], list[str]] = {}
     for name, tensor in state.items():
         if tensor.numel():
@@ -299,7 +302,7 @@ def merge_rest(
     scaling: float,
     transposed: Callable[[str], bool],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors that are not up-scaled, merged one by one in fp32; what no expert changed is the base's own."""
+    """Merge tensors that are not up-scaled one by one in fp32; unchanged tensors are those of the base."""
     for name in names:
         tensor = base[name]
         if not tensor.is_floating_point():

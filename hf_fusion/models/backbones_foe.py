@@ -1,4 +1,4 @@
-"""Embeddings of several inner models, by the names of transformers; and why no activations are checkpointed."""
+"""For FoEs with several backbones: embeddings under transformers' names, and no gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .experts_foe import AdaptedLinear, PerExpertModule
 
 
 class BackbonesMixin:
-    """Embeddings are those of the one inner model; of several each has its own."""
+    """Delegates embeddings to the inner model if there is only one."""
 
     def _only_model(self: Any, what: str) -> Any:
         if len(self.backbones) > 1:
@@ -74,7 +74,7 @@ class BackbonesMixin:
         return embeddings[0]
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
-        """Refused: the experts are frozen and keep no activations.
+        """Not supported: the experts are frozen and keep no activations.
 
         Raises:
             ValueError: always.

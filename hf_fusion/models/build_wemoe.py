@@ -1,4 +1,4 @@
-"""From loaded experts to a plan: the dense model with its rest merged, and task vectors on demand."""
+"""From loaded experts to a plan: the dense model with its other tensors merged, and task vectors on demand."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ HEADS = ("task", "shared", "base")
 
 @dataclass
 class BuildPlan:
-    """All that a model is filled from.
+    """Everything needed to fill a model.
 
     Attributes:
         config: of the model.
-        backbone: the dense model, the rest merged; its up-scaled linears are still the base's.
+        backbone: the dense model with its other tensors merged; linears to up-scale are still those of the base.
         base: tensors of the base by the dense model's names.
         sources: the experts.
         processor: tokenizer or image processor.
-        factors: path -> (A, B) of each expert, for low rank.
+        factors: path → (A, B) of each expert, for low rank.
     """
 
     config: WEMoEConfig
@@ -55,7 +55,7 @@ class BuildPlan:
     factors: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
 
     def vectors(self, path: str, conv1d: bool) -> Iterator[torch.Tensor]:
-        """The experts' task vectors of a linear's weight, (d_out, d_in), one after the other."""
+        """Yields the experts' task vectors of a linear's weight, (d_out, d_in)."""
         weight = self.base[f"{path}.weight"]
         for source in self.sources:
             vector = source.vector(f"{path}.weight", weight, conv1d)
@@ -63,7 +63,7 @@ class BuildPlan:
             yield vector.t() if conv1d else vector
 
     def fill(self, path: str, linear: UpscaledLinear) -> None:
-        """Fills one linear, tensor by tensor."""
+        """Fill one linear, tensor by tensor."""
         weight = self.base[f"{path}.weight"]
         vectors: Any = self.factors.pop(path, None)
         if vectors is None:
@@ -76,16 +76,16 @@ class BuildPlan:
             linear.fill_biases(bias, [source.vector(f"{path}.bias", bias) for source in self.sources])
 
     def check(self) -> None:
-        """What is known once everything was read."""
+        """The checks that need all tensors read."""
         for source in self.sources:
             source.check_relation()
 
 
 def check_options(experts: Sequence[Any], **options: Any) -> None:
-    """What of the arguments of `from_experts` can be known to be wrong before anything is loaded.
+    """Check the arguments of `from_experts` before anything is loaded.
 
     Raises:
-        ValueError: naming it.
+        ValueError: an argument is invalid; the message names it.
     """
     if not experts:
         raise ValueError("a fusion needs at least one expert; the list is empty")
@@ -115,12 +115,12 @@ def check_options(experts: Sequence[Any], **options: Any) -> None:
 
 @dataclass
 class AlignedExperts:
-    """Experts of one base that fit together, their tensors named alike.
+    """Compatible experts of one base, with the same names of tensors.
 
     Attributes:
         template: the model whose structure a fusion of them has.
         head: of it, one of `AUTO_CLASSES`.
-        paths: modules of a classifier that every expert has its own copy of.
+        paths: modules of a classifier's head, with one copy per expert.
         base: tensors of the base by the template's names.
         sources: the experts.
         row: id and revision of the base.
@@ -135,14 +135,14 @@ class AlignedExperts:
 
 
 def align_experts(experts: Sequence[Any], base: Any) -> AlignedExperts:
-    """Checks that loaded experts are of one base, and names their tensors alike.
+    """Check that loaded experts have one base, and give their tensors the same names.
 
     Args:
         experts: each with name, model, adapter, labels, revision, license, task and processor.
-        base: loaded too, or None where all experts are adapters.
+        base: the loaded base; None if all experts are adapters.
 
     Raises:
-        ValueError: naming the expert, the tensor and the reason.
+        ValueError: experts do not fit; the message names the expert, the tensor and the reason.
     """
     base_model, config_base = _base_of(experts, base)
     template, part = _template(experts, base_model)
@@ -167,15 +167,15 @@ def align_experts(experts: Sequence[Any], base: Any) -> AlignedExperts:
 
 
 def make_plan(experts: Sequence[Any], base: Any, options: Mapping[str, Any]) -> BuildPlan:
-    """Checks that loaded experts fit, and merges all that is not up-scaled.
+    """Check loaded experts, and merge all tensors that are not up-scaled.
 
     Args:
         experts: each with name, model, adapter, labels, revision, license, task and processor.
-        base: loaded too, or None where all experts are adapters.
+        base: the loaded base; None if all experts are adapters.
         options: of `WEMoEModel.from_experts`.
 
     Raises:
-        ValueError: naming the expert, the tensor and the reason.
+        ValueError: experts do not fit; the message names the expert, the tensor and the reason.
     """
     aligned = align_experts(experts, base)
     template, head, paths, known, sources = aligned.template, aligned.head, aligned.paths, aligned.base, aligned.sources
@@ -198,8 +198,8 @@ def make_plan(experts: Sequence[Any], base: Any, options: Mapping[str, Any]) -> 
         raise ValueError(f"shared_router=True, but what routers read is {sorted(widths)} wide")
 
     plan = BuildPlan(config, None, known, sources, experts[0].processor or getattr(base, "processor", None))
-    _measure(plan, units, modules, options)
-    plan.backbone = _merged(plan, template, units, per_task, heads, options, modules)
+    _measure_sizes(plan, units, modules, options)
+    plan.backbone = _merged_template(plan, template, units, per_task, heads, options, modules)
     return plan
 
 
@@ -312,10 +312,10 @@ def _config(
     return config
 
 
-def _measure(
+def _measure_sizes(
     plan: BuildPlan, units: list[dict[str, Any]], modules: Mapping[str, Any], options: Mapping[str, Any]
 ) -> None:
-    """What a linear has to know before it is made: ranks, with the energy they keep, numbers of entries or rows."""
+    """Sizes needed to create each linear: ranks (and the energy kept), numbers of entries or rows."""
     kind = plan.config.task_vectors
     for unit in units:
         for index, path in enumerate(unit["paths"]):
@@ -332,7 +332,7 @@ def _measure(
                 unit.setdefault("energy", []).append(sum(energy for _, _, energy in parts) / len(parts))
 
 
-def _merged(
+def _merged_template(
     plan: BuildPlan,
     template: Any,
     units: Sequence[Mapping[str, Any]],
@@ -341,7 +341,7 @@ def _merged(
     options: Mapping[str, Any],
     modules: Mapping[str, Any],
 ) -> Any:
-    """A copy of the template's structure with merged tensors; what stays as it is, is shared with it."""
+    """A copy of the template with merged tensors; unchanged tensors are shared with it."""
     upscaled = {f"{path}.{leaf}" for unit in units for path in unit["paths"] for leaf in ("weight", "bias")}
     in_heads = tuple(f"{path}." for path in per_task)
     tensors = {**dict(template.named_parameters()), **dict(template.named_buffers())}

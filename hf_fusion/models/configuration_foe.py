@@ -24,7 +24,7 @@ from .fused_checks import (
     whole,
 )
 from .fused_config import EXPERT, GENERATING, FusedConfig
-from .fused_own_code import without_code
+from .fused_custom_code import without_code
 
 MODES = ("output", "selection")
 HEADS = ("sequence-classification", "image-classification", "causal-lm", "seq2seq-lm")
@@ -64,12 +64,12 @@ FIELDS: Table = {
 
 
 class FoEConfig(FusedConfig):
-    """What a published FoE is made of; everything but the weights.
+    """Configuration of a Fusion of Experts.
 
     Args:
         mode: "output" fuses the experts' outputs over one label space; "selection" picks one expert per example
             from the experts' embeddings.
-        head: what the experts are, one of `HEADS`.
+        head: kind of the experts' head, one of `HEADS`.
         experts: one dict per expert: name, revision, license, task, labels (its own class names), label_map (fused
             class index of each of its classes, -1 for none), backbone (index into `backbones`), feature_size
             (width of its embedding; None in "output") and cost (any positive unit; parameters by default). Language
@@ -84,9 +84,9 @@ class FoEConfig(FusedConfig):
             points kept) and subsets (sets of experts whose loss is kept).
         budget: default budget of a forward, a share of the cost of all experts in (0, 1]; None queries all.
         vocabularies: in selection among language models, the vocabulary size of each processor.
-        rule: of an ensemble, "mean" or "max_model", instead of a fuser that is learned; None for a FoE.
-        over: what the rule is applied to, "logits" or "probabilities".
-        weights: of the rule "mean", one for each expert; None: alike.
+        rule: of an ensemble, "mean" or "max_model", instead of a trained fuser; None for a FoE.
+        over: input of the rule, "logits" or "probabilities".
+        weights: of the rule "mean", one for each expert; None: equal.
         fitted: whether the fuser was trained; an ensemble's rule needs no training.
         recipe, format_version: see `FusedConfig`.
     """
@@ -116,7 +116,7 @@ class FoEConfig(FusedConfig):
         super().__post_init__(**kwargs)
 
     def _relations(self) -> Iterator[Row]:
-        """What has to fit together, see `fused_checks.Row`."""
+        """Constraints between fields, see `fused_checks.Row`."""
         generates = self.head in GENERATING
         groups = 1 + max(plan["inputs"] for plan in self.backbones)
         members = [[e for e in self.experts if e["backbone"] == index] for index in range(len(self.backbones))]

@@ -32,12 +32,12 @@ FIELDS: Table = {
 
 
 class PhatgooseConfig(BackboneConfig):
-    """What a published router is made of; everything but the weights.
+    """Configuration of a PHATGOOSE router.
 
     Args:
-        head: what kind of model the base is, one of `HEADS`.
+        head: kind of the base's head, one of `HEADS`.
         backbone: the config of the base, as a plain dict.
-        base: id and revision of the base, where they are known.
+        base: id and revision of the base, if known.
         base_by_reference: the repo holds experts and gates only; the base is fetched at its pinned revision.
         experts: one dict per expert: name, revision, license, task, gates ("trained", "average" or "arrow", or
             "whitened" and one of these), labels (class names of its own head, if it has one) and profile (index
@@ -45,7 +45,7 @@ class PhatgooseConfig(BackboneConfig):
         profiles: what an expert adapts, each distinct profile once: "ranks" (module path -> LoRA rank) and "saved"
             (module path of a head -> its number of outputs).
         replaced: parameters of the base that an expert's saved ones stand in for.
-        num_experts_per_tok: top-k, the experts that each token meets at each linear.
+        num_experts_per_tok: top-k, the number of experts per token at each linear.
         router_temperature: divides the scores before the softmax; the paper has 1.
         routing: "phatgoose" scores by standardised gates and inputs, "arrow" by |x·v|, "uniform" draws experts at
             random; the latter two are baselines.
@@ -71,7 +71,7 @@ class PhatgooseConfig(BackboneConfig):
         super().__post_init__(**kwargs)
 
     def _relations(self) -> Iterator[Row]:
-        """What has to fit together, see `fused_checks.Row`."""
+        """Constraints between fields, see `fused_checks.Row`."""
         yield from super()._relations()
         for index, expert in enumerate(self.experts):
             where, profile = f"experts[{index}].profile", expert["profile"]

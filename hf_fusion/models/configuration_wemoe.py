@@ -46,7 +46,7 @@ FIELDS: Table = {
     "adaptation": optional(MAPPING),
     "samples": optional(each(optional(number(least=0)))),
 }
-# what a linear has to know of its task vectors: see `UpscaledLinear`
+# size of a linear's task vectors: see `UpscaledLinear`
 SIZES = {
     "exact": (lambda size, experts: size is None, "null"),
     "low-rank": (
@@ -60,17 +60,17 @@ SIZES = {
 
 
 class WEMoEConfig(BackboneConfig):
-    """What a published model is made of; everything but the weights.
+    """Configuration of a WEMoE.
 
     Args:
-        head: what kind of model this is, one of `HEADS`.
+        head: kind of the model's head, one of `HEADS`.
         backbone: the config of the dense model, as a plain dict.
-        base: id and revision of the base, where they are known.
+        base: id and revision of the base, if known.
         experts: one dict per expert: name, revision, license, task and labels (class names of its own head).
-        units: what shares a router, in order: "name", "paths" (module paths of its linears, the first one reads what
-            the router reads) and "sizes" (what `UpscaledLinear` has to know of each linear's task vectors).
-        task_heads: module paths that every expert has its own copy of.
-        default_task: the expert whose head answers where no ``task=`` is given.
+        units: groups of linears with one router, in order: "name", "paths" (of its linears; the first one reads what
+            the router reads) and "sizes" (the `size` of each `UpscaledLinear`).
+        task_heads: module paths with one copy per expert.
+        default_task: the expert whose head predicts without ``task=``.
         task_vectors: how they are stored, one of `TASK_VECTORS`: in the model's dtype, in bfloat16 beside a base of the
             model's dtype, pruned by magnitude to `density`, or as products of low rank, their factors in the model's
             dtype or in bfloat16.
@@ -79,16 +79,16 @@ class WEMoEConfig(BackboneConfig):
             token by token.
         router_layers: 0 (a vector), 1 or 2 linear layers.
         shared_router: one router for all units (E-WEMoE), rather than one each.
-        batch_reduce: one merge for a whole batch: an output then depends on its neighbours.
-        scaling: λ, by which the rest was merged, and every router's first coefficient.
-        merge: the rule by which the rest was merged.
+        batch_reduce: one merge per batch; outputs then depend on the other samples of the batch.
+        scaling: λ of the merge of all other tensors, and initial value of all coefficients.
+        merge: rule by which all other tensors were merged.
         num_experts_per_tok: top-k of SMILE.
         gate_rank: leading singular vectors that SMILE's gates read.
         adaptation: how routers were adapted: "loss" ("entropy" of unlabelled rows, or "labels"), "diversity" (weight
-            of the term that spreads the answers), "steps", "rows" (task -> number of rows), "stopped" (why before the
+            of the entropy of the mean prediction), "steps", "rows" (task -> number of rows), "stopped" (why before the
             last step, or None), "learning_rate" and "batch_size" (rows of each task and step). None: not adapted; every
-            router still gives λ, so the model answers as task arithmetic does.
-        samples: a fingerprint of the weights as they were saved, see `fingerprint_of`.
+            router still returns λ, which is task arithmetic.
+        samples: a fingerprint of the saved weights, see `fingerprint_of`.
         recipe, format_version: see `FusedConfig`.
     """
 
@@ -122,7 +122,7 @@ class WEMoEConfig(BackboneConfig):
             raise ValueError("routing='smile' reads singular vectors: it needs task_vectors='low-rank'")
 
     def _relations(self) -> Iterator[Row]:
-        """What has to fit together, see `fused_checks.Row`."""
+        """Constraints between fields, see `fused_checks.Row`."""
         yield from super()._relations()
         names = [expert["name"] for expert in self.experts]
         for index, expert in enumerate(self.experts if self.task_heads else []):

@@ -1,4 +1,4 @@
-"""Ensembles: the experts' outputs are fused by a rule, without fitting."""
+"""Ensembles: fusion of the experts' outputs by a fixed rule."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import nn
 
 RULES = ("mean", "max_model")
 OVER = ("logits", "probabilities")
-LEAST_PROBABILITY = 1e-8  # floor under probabilities of which a logarithm is taken: losses stay finite
+LEAST_PROBABILITY = 1e-8  # lower bound of probabilities before the logarithm, so that losses are finite
 
 
 class FixedFuser(nn.Module):
-    """Mean of the experts' outputs, or the largest of them for each label; in the place of the MLP, without weights.
+    """Mean of the experts' outputs, or their maximum for each label; replaces the MLP and has no parameters.
 
     Args:
-        experts: K.
+        experts: K, number of experts.
         rule: "mean" (simple and weighted ensemble) or "max_model" (fusion_bench's max-model predictor).
-        over: what is given: "logits", -inf where an expert does not know a label or is not asked; or "probabilities",
+        over: kind of the inputs: "logits", -inf for labels that an expert lacks or if it did not run; "probabilities",
             0 as well. Scores of regression are given as logits.
-        weights: of the mean, for each expert; alike by default.
+        weights: of the experts in the mean; default is equal weights.
     """
 
     def __init__(self, experts: int, rule: str, over: str, weights: Sequence[float] | None) -> None:
@@ -33,7 +33,9 @@ class FixedFuser(nn.Module):
         """(B, K C) -> (B, C): logits, or the logarithms of probabilities."""
         outputs = features.float().view(len(features), len(self.weights), -1)  # (B, K, C)
         absent = float("-inf") if self.over == "logits" else 0.0
-        asked = (outputs != absent).any(-1)  # (B, K): an expert that broke down on an example does not count for it
+        asked = (outputs != absent).any(
+            -1
+        )  # (B, K): an expert with non-finite outputs on an example does not count for it
         if self.rule == "max_model":
             fused = outputs.amax(1)
         else:
@@ -46,10 +48,10 @@ class FixedFuser(nn.Module):
 
 
 def fused_logits(logits: torch.Tensor, onehot: torch.Tensor, regression: bool) -> torch.Tensor:
-    """Experts' logits (G, n, C_b) in the fused label space, (G, n, C); -inf all along a row that is not finite.
+    """Map experts' logits (G, n, C_b) to the fused label space, (G, n, C); rows that are not finite become -inf.
 
     Args:
-        logits: -inf in columns that are no labels.
+        logits: -inf in columns without a label.
         onehot: (G, C_b, C), which fused label each of an expert's labels is; a fused label that none is gets -inf, one
             that several are log Σ exp of theirs.
         regression: scores: there is one label.
@@ -64,10 +66,10 @@ def fused_logits(logits: torch.Tensor, onehot: torch.Tensor, regression: bool) -
 
 
 def check_ensemble(config: Any) -> None:
-    """Whether experts can be fused by the rule of a config.
+    """Check that experts can be fused by the rule of a config.
 
     Raises:
-        ValueError: unknown rules, weights that are none, or a mean of logits that some expert does not have.
+        ValueError: the rule is unknown, weights are invalid, or an expert lacks logits for the mean.
     """
     for name, value, allowed in (("rule", config.rule, RULES), ("over", config.over, OVER)):
         if value not in allowed:

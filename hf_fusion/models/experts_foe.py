@@ -1,7 +1,7 @@
-"""One transformer and the experts that live on it: a full model, or a base shared by K LoRA adapters.
+"""One backbone and its experts: a full model, or a base shared by K LoRA adapters.
 
 The adapters of one base run in one pass: the batch holds one group of rows per expert, the base's products are
-shared by all rows, and each group meets its own A and B in one batched product.
+shared by all rows, and each group is multiplied by its expert's A and B in one batched product.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from .fused_heads import AUTO_CLASSES
 
 
 class Groups:
-    """Which expert each equally long group of rows in a batch belongs to; known to all modules of a backbone."""
+    """The expert of each equally long group of rows in a batch; shared by all modules of a backbone."""
 
     def __init__(self) -> None:
         self._calls = Calls()
 
     @property
     def experts(self) -> list[int]:
-        """Those of the forward that this thread is running; the first one where the inner model runs by itself."""
+        """The experts of this thread's running forward; the first expert if the inner model is called directly."""
         return self._calls.current() or [0]
 
     def of(self, experts: list[int]) -> AbstractContextManager[Any]:
-        """Within this context the rows are these experts'."""
+        """Context manager that sets the experts of the groups."""
         return self._calls.entered(experts)
 
 
@@ -40,7 +40,7 @@ class AdaptedLinear(nn.Module):
     """A frozen linear (or GPT-2's Conv1D) with one LoRA update per expert.
 
     The A's and B's are stored side by side without padding, so mixed ranks cost nothing on disk; `slots` finds an
-    expert's columns, and `real` masks what a shorter expert borrows.
+    expert's columns, and `real` masks columns that an expert of lower rank reads from others.
     """
 
     def __init__(self, linear: Any, ranks: list[int], groups: Groups) -> None:
@@ -62,11 +62,11 @@ class AdaptedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The base's: some models look at its dtype."""
+        """The base's weight: some models read its dtype."""
         return self.linear.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, ..., d_in) -> (N, ..., d_out), the N rows lying in equal groups, one expert each."""
+        """(N, ..., d_in) → (N, ..., d_out); the N rows are in equal groups, one expert each."""
         y = self.linear(x)
         experts = self.groups.experts
         grouped = x.reshape(len(experts), -1, x.shape[-1])  # (G, n, d_in)
@@ -88,7 +88,7 @@ class AdaptedLinear(nn.Module):
 
 
 class PerExpertModule(nn.Module):
-    """A module of which every expert has its own copy: PEFT's `modules_to_save`, classification heads above all."""
+    """A module with one copy per expert: PEFT's `modules_to_save`, mostly classification heads."""
 
     def __init__(self, variants: list[nn.Module], groups: Groups) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class PerExpertModule(nn.Module):
         self.groups = groups
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Each run of rows through its expert's copy; heads narrower than the widest are padded with zeros."""
+        """Apply each expert's copy to its rows; outputs of narrower heads are padded with zeros."""
         experts = self.groups.experts
         rows_per_group = x.shape[0] // len(experts)
         runs = [(expert, len(list(run)) * rows_per_group) for expert, run in groupby(experts)]
@@ -107,7 +107,7 @@ class PerExpertModule(nn.Module):
 
 
 class Backbone:
-    """A transformer with its experts: the model, and which rows of a batch are whose.
+    """A transformer with its experts, and the assignment of a batch's rows to experts.
 
     Not a module itself: transformers gathers tied weights and the like from direct children only, so the FoE registers
     `model` as its own child.
@@ -145,13 +145,13 @@ class Backbone:
             self.model.set_submodule(path, PerExpertModule(copies, self.groups))
 
     def __call__(self, inputs: dict[str, torch.Tensor], experts: list[int], **kwargs: Any) -> Any:
-        """Runs the model on rows that lie in `len(experts)` equal groups, group i being expert `experts[i]`'s."""
+        """Run the model on rows in `len(experts)` equal groups; group i is for expert `experts[i]`."""
         with self.groups.of(experts):
             return self.model(**inputs, **kwargs)
 
 
 def _on_meta(head: str, config: PreTrainedConfig, num_labels: int) -> PreTrainedModel:
-    """The model without weights, as it would be with `num_labels` classes: the template of an expert's head."""
+    """The model with `num_labels` classes on the meta device, as a template of an expert's head."""
     resized = copy.deepcopy(config)
     resized.num_labels = num_labels
     with torch.device("meta"):
@@ -159,7 +159,7 @@ def _on_meta(head: str, config: PreTrainedConfig, num_labels: int) -> PreTrained
 
 
 def repeat_rows(inputs: dict[str, Any], times: int) -> dict[str, Any]:
-    """The batch once per expert, (B, ...) -> (times * B, ...)."""
+    """Repeat a batch for each expert, (B, ...) → (times · B, ...)."""
     if times == 1:
         return inputs
     return {k: v.repeat(times, *[1] * (v.dim() - 1)) if torch.is_tensor(v) else v for k, v in inputs.items()}
@@ -171,7 +171,7 @@ def take_rows(inputs: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
 
 
 def pool_states(states: torch.Tensor, mask: torch.Tensor | None, last: bool = False) -> torch.Tensor:
-    """One vector per example: of its last real token, or the mean over real tokens (N, T, d) or pixels (N, d, H, W)."""
+    """One vector per example: the last real token, or the mean over real tokens (N, T, d) or pixels (N, d, H, W)."""
     if states.dim() == 4:
         return states.flatten(2).mean(-1)
     if mask is None:

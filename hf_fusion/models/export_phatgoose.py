@@ -1,4 +1,4 @@
-"""A router's experts as one PEFT adapter: a way into servers that know no routing."""
+"""Exports a router's experts as one PEFT adapter, for servers without routing."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def save_merged_adapter(
     rank: int | None,
     generation: GenerationConfig | None = None,
 ) -> Path:
-    """Writes the adapter ΔW = Σ_e weight_e · B_e A_e; see `PhatgooseRouter.to_adapter`.
+    """Write the adapter ΔW = Σ_e weight_e · B_e A_e; see `PhatgooseRouter.to_adapter`.
 
     Raises:
-        ValueError: if experts brought heads with different labels, or heads and weights that add up to 0.
+        ValueError: experts have heads with different labels, or have heads and weights that sum to 0.
     """
     used = [(entry, weight) for entry, weight in zip(entries, weights, strict=True) if weight]
     if not used:
@@ -69,14 +69,14 @@ def save_merged_adapter(
 
 
 def _saved_module(path: str) -> str:
-    """What PEFT has to save whole for a module: a head of several linears, which it would wrap by itself, as one."""
+    """The module that PEFT has to save for a head: for a head of several linears, the module that contains them."""
     parts = path.split(".")
     head = next((index for index, part in enumerate(parts) if part in ("classifier", "score")), len(parts) - 1)
     return ".".join(parts[: head + 1])
 
 
 def _truncated(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best B A of a smaller rank, by the SVD of its core: B A is never built."""
+    """The best approximation of B A of a smaller rank, by SVD of its core; B A itself is never built."""
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.t())
     u, s, vt = torch.linalg.svd(r_b @ r_a.t(), full_matrices=False)
@@ -108,7 +108,7 @@ def _adapter_config(config: PhatgooseConfig, ranks: dict[str, int], heads: list[
 def _write(
     folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any], generation: GenerationConfig | None
 ) -> None:
-    """All files at once: the folder appears when it is whole."""
+    """Write all files atomically."""
     if folder.exists():
         raise ValueError(f"{folder} exists already")
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""A fingerprint of a model's weights, kept in the config: it tells these files from those of another model like it.
+"""A fingerprint of a model's weights in its config, which detects weight files of another fusion of the same base.
 
-Names and shapes do not: a shard of another fusion of the same base has the same. A digest of all bytes would, and takes
-as long as loading does.
+Names and shapes cannot: they are equal in all fusions of one base. A digest of all bytes could, but would take
+as long as loading.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def fingerprint_of(tensors: Mapping[str, torch.Tensor]) -> list[float | None]:
         tensors: a state dict.
 
     Returns:
-        One number for each; None where there are no values to be had (offloaded, quantized or empty).
+        One number per tensor; None for a tensor without readable values (offloaded, quantized or empty).
     """
     found: list[float | None] = []
     for name in sorted(tensors):
@@ -38,12 +38,12 @@ def fingerprint_of(tensors: Mapping[str, torch.Tensor]) -> list[float | None]:
 def first_mismatch(
     tensors: Mapping[str, torch.Tensor], kept: Sequence[float | None], tolerance: float = 0.02
 ) -> str | None:
-    """The first tensor whose value is not the one that was kept; None where all are, as far as they can be compared.
+    """The first tensor whose fingerprint differs; None if all comparable ones agree.
 
     Args:
         tensors: a state dict, in any float dtype: rounding stays within the tolerance.
-        kept: what `fingerprint_of` gave when it was saved.
-        tolerance: by how much a value may differ, as a share.
+        kept: what `fingerprint_of` returned before saving.
+        tolerance: allowed relative difference.
     """
     found = fingerprint_of(tensors)
     if len(found) != len(kept):

@@ -11,10 +11,10 @@ import yaml
 from transformers import PreTrainedModel
 
 from .fused_config import FusedConfig
+from .fused_custom_code import UntrustedCodeError, load_processor
 from .fused_files import ForeignFileError, check_files, check_processor
 from .fused_heads import AUTO_CLASSES
 from .fused_loading import check_size, load_checked
-from .fused_own_code import UntrustedCodeError, load_processor
 from .fused_saving import push_options, saved_whole
 
 Model = TypeVar("Model", bound="FusedPreTrainedModel")

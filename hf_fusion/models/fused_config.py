@@ -28,7 +28,7 @@ from .fused_checks import (
     refuse,
     row,
 )
-from .fused_own_code import without_code
+from .fused_custom_code import without_code
 
 GENERATING = ("causal-lm", "seq2seq-lm")
 """Heads of models that generate text."""

@@ -1,6 +1,6 @@
-"""What a published model reads: files of its own repo or folder, wherever an index, a configuration or a link leads.
+"""Checks that a published model reads only files of its own repo or folder.
 
-transformers opens what they name, and what it has read is saved and pushed with the model.
+transformers opens files that an index, a configuration or a link names, and saves and pushes their content.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ _SHARED = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
 
 
 class ForeignFileError(ValueError):
-    """A model names, links to or holds what is not a file of its own."""
+    """A model names or links to a file outside of its repo or folder."""
 
 
 def check_files(source: Any, hub: Mapping[str, Any], indexes: tuple[str, ...] = INDEXES) -> None:
-    """Refuses a model whose index files or configuration name files elsewhere, or whose folder has links out of it.
+    """Check that index files and configuration name no files elsewhere, and that no link leads out of the folder.
 
     Args:
         source: a folder, or an id on the Hub.
-        hub: where on the Hub, as ``from_pretrained`` takes it.
+        hub: revision, subfolder and other Hub arguments of ``from_pretrained``.
         indexes: the index files that may be read.
 
     Raises:
-        ForeignFileError: naming the file, and what it names.
+        ForeignFileError: there is one; the message names both files.
     """
     folder = Path(source, hub.get("subfolder") or "")
     if Path(source).is_dir() and folder.is_dir():
@@ -70,14 +70,14 @@ def check_files(source: Any, hub: Mapping[str, Any], indexes: tuple[str, ...] = 
 
 
 def check_processor(source: Any, hub: Mapping[str, Any]) -> None:
-    """Refuses a tokenizer or image processor whose configuration names a file outside of its model.
+    """Check that the configuration of a tokenizer or image processor names no file outside of its model.
 
     Args:
         source: a folder, or an id on the Hub.
-        hub: where on the Hub, as ``from_pretrained`` takes it.
+        hub: revision, subfolder and other Hub arguments of ``from_pretrained``.
 
     Raises:
-        ForeignFileError: naming the file, and what it names.
+        ForeignFileError: there is one; the message names both files.
     """
     folder = Path(source, hub.get("subfolder") or "")
     if Path(source).is_dir() and folder.is_dir():
@@ -89,7 +89,7 @@ def check_processor(source: Any, hub: Mapping[str, Any]) -> None:
 
 
 def check_base(source: Any, base: Any) -> None:
-    """Refuses a base held by reference, at a commit of the Hub, that would be read from a folder of this machine.
+    """Check that a base that is referenced at a commit on the Hub is not read from a local folder instead.
 
     Args:
         source: the model.
@@ -105,7 +105,7 @@ def check_base(source: Any, base: Any) -> None:
 
 
 def is_plain(name: Any) -> bool:
-    """Whether something is the name of a file beside another, on any system."""
+    """Whether a name is that of a file in the same folder, on any operating system."""
     return isinstance(name, str) and _PLAIN.fullmatch(name) is not None
 
 

@@ -1,4 +1,4 @@
-"""How a fused model generates: as its backbone does, except for values that all experts share."""
+"""Generation of fused models: delegated to the backbone, with the options that all experts share."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from transformers import GenerationConfig
 
 
 class GeneratingMixin:
-    """Generation by the names of transformers: `self.backbone` does it."""
+    """Delegates the generation methods of transformers to `self.backbone`."""
 
     @property
     def generation_config(self: Any) -> Any:
-        """The backbone's, which `generate()` reads."""
+        """The backbone's generation config, which `generate()` reads."""
         return self.backbone.generation_config
 
     @generation_config.setter
     def generation_config(self: Any, value: Any) -> None:
-        if "backbone" in self._modules:  # PreTrainedModel sets one before there is a backbone
+        if "backbone" in self._modules:  # PreTrainedModel sets one before the backbone exists
             self.backbone.generation_config = value
 
     def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -42,7 +42,7 @@ class GeneratingMixin:
 
 
 def common_generation(experts: Sequence[Any]) -> dict[str, Any]:
-    """The generation options that all experts share; a file that an adapter brings overrides its base's config."""
+    """The generation options that all experts share; an adapter's generation config overrides that of its base."""
     values = []
     for expert in experts:
         if not expert.model.can_generate():
@@ -55,7 +55,7 @@ def common_generation(experts: Sequence[Any]) -> dict[str, Any]:
 
 
 def set_generation(model: Any, values: Mapping[str, Any]) -> None:
-    """Sets values of a model's generation config, as they were published."""
+    """Set values of a model's generation config without validation: they were valid when published."""
     for name, value in values.items():
         setattr(model.generation_config, name, value)
     if values:

@@ -1,4 +1,4 @@
-"""What kinds of models are fused, by their heads, and the Auto class of each."""
+"""The heads of models that can be fused, and the Auto class of each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-# head -> the Auto class of such models
+# head → Auto class
 AUTO_CLASSES: dict[str, Any] = {
     "causal-lm": AutoModelForCausalLM,
     "seq2seq-lm": AutoModelForSeq2SeqLM,
@@ -28,15 +28,15 @@ AUTO_CLASSES: dict[str, Any] = {
 
 
 def head_of(model: Any, heads: Iterable[str] = tuple(AUTO_CLASSES), fused: str = "fused") -> str:
-    """The head of a model, one of those that a family knows.
+    """The head of a model, among those that a family supports.
 
     Args:
         model: a class of transformers.
         heads: keys of `AUTO_CLASSES`.
-        fused: what the family does with models, for the error: "routed".
+        fused: participle for the error message: "routed".
 
     Raises:
-        ValueError: for a class that no Auto class gives back, custom code above all.
+        ValueError: no supported Auto class loads this class, for example because it is custom code.
     """
     for head in heads:
         known = AUTO_CLASSES[head]._model_mapping.get(type(model.config), ())

@@ -1,4 +1,4 @@
-"""Weights from a stranger: as many as the config describes, of its shapes, all finite; else one clear error."""
+"""Checked loading of untrusted weights: complete, of the shapes that the config describes, and finite."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers.utils.hub import cached_file
 
-from .fused_own_code import UntrustedCodeError
+from .fused_custom_code import UntrustedCodeError
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
-# Beyond what the files hold a model may have weights that are tied, and buffers that are computed.
+# a model may have tied weights and computed buffers beyond the tensors in its files
 SPARE_ELEMENTS, SPARE_BYTES, SPARE_PARAMETERS = 1 << 20, 1 << 27, 10_000
-# What the environment lacks is no fault of the folder; what has a name already keeps it.
+# errors of the environment, and errors that name the folder already, pass unchanged
 KEPT = (UntrustedCodeError, ImportError, MemoryError, torch.OutOfMemoryError)
 DTYPES = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
 
 @dataclass
 class CheckpointHeaders:
-    """What the headers of a model's files say.
+    """The headers of a model's safetensors files.
 
     Attributes:
         files: their paths.
         shapes: name of a tensor -> its file if it is in one, shape, and whether it is of floating point.
-        thread: that reads them.
+        thread: id of the thread that reads them.
     """
 
     files: list[Path]
@@ -43,7 +43,7 @@ class CheckpointHeaders:
 
     @property
     def elements(self) -> int:
-        """Numbers in all tensors."""
+        """Number of elements in all tensors."""
         return sum(_product(shape) for _, shape, _ in self.shapes.values())
 
 
@@ -58,8 +58,8 @@ def weight_files(name: Any, hub: Mapping[str, Any]) -> list[Path]:
         hub: where to look for it: revision, token, cache_dir, local_files_only, subfolder.
 
     Raises:
-        ValueError: for an index that names other files than its neighbours.
-        OSError: for a file that is not there.
+        ValueError: an index names files outside of its folder.
+        OSError: a file does not exist.
     """
     index = cached_file(name, INDEX, _raise_exceptions_for_missing_entries=False, **hub)
     single = cached_file(name, WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub)
@@ -75,10 +75,10 @@ def weight_files(name: Any, hub: Mapping[str, Any]) -> list[Path]:
 
 
 def read_headers(files: list[Path]) -> CheckpointHeaders:
-    """What files hold, without reading their weights.
+    """Read the headers of files, without their weights.
 
     Raises:
-        ValueError: for one that is cut off or no safetensors.
+        ValueError: a file is truncated, or not in the safetensors format.
     """
     stored = CheckpointHeaders(files)
     for path in files:
@@ -94,7 +94,7 @@ def read_headers(files: list[Path]) -> CheckpointHeaders:
 
 @contextmanager
 def explained(name: Any) -> Iterator[None]:
-    """Turns what goes wrong while a folder or repo is read into a ValueError that names it.
+    """Context manager that turns errors of reading a folder or repo into a ValueError that names it.
 
     What the environment lacks, and what a Hub answers (OSError for what it does not have), stays what it is.
     """
@@ -121,21 +121,21 @@ def load_checked(
     hub: Mapping[str, Any],
     may_hold_more: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
-    """A model of a folder or repo, whose every weight is in its safetensors files and finite.
+    """Load a model, and check that every weight is in its safetensors files and finite.
 
     Args:
         load: `from_pretrained` of `PreTrainedModel`.
         name: what is loaded, as `from_pretrained` takes it.
         args, kwargs: of `from_pretrained`; with a ``state_dict`` no file is read.
         hub: where to look for files, see `weight_files`.
-        may_hold_more: whether there may be weights that the model has no place for.
+        may_hold_more: whether the files may have weights that the model does not use.
 
     Returns:
-        The model, and what `from_pretrained` says of its loading.
+        The model and the loading info of `from_pretrained`.
 
     Raises:
-        ValueError: naming the folder, the file or tensor, and what is wrong with it.
-        OSError: for a repo, or a file of it, that is not there.
+        ValueError: a file or tensor is invalid; the message names it and the folder.
+        OSError: the repo or a file of it does not exist.
     """
     options = {"use_safetensors": True, **kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
     given = options.get("state_dict")
@@ -158,7 +158,7 @@ def load_checked(
 
 @contextmanager
 def bounded(stored: CheckpointHeaders | None) -> Iterator[None]:
-    """Within this context a model is not built larger than what its files hold: see `check_size`."""
+    """Context manager in which building a model larger than its files raises an error: see `check_size`."""
     if stored is None:
         yield
         return
@@ -182,10 +182,10 @@ def bounded(stored: CheckpointHeaders | None) -> Iterator[None]:
 
 
 def check_size(model: nn.Module) -> None:
-    """Whether the weights of a model that was just built, without memory yet, lie in the files it is loaded from.
+    """Check that a model just built on the meta device is not larger than the files it is loaded from.
 
     Raises:
-        ValueError: where all of its weights or its computed buffers are much more than they hold.
+        ValueError: its weights or its computed buffers are much larger.
     """
     stored = _stored.get()
     if stored is None:
@@ -200,15 +200,15 @@ def check_size(model: nn.Module) -> None:
 
 
 def check_loaded(model: nn.Module, info: Mapping[str, Any], stored: CheckpointHeaders | None) -> None:
-    """Whether every weight of a loaded model came from its files, as they hold it, and is finite.
+    """Check that every weight of a loaded model came from its files unchanged, and is finite.
 
     Args:
-        model: as loaded; weights that were left on disk are read from there.
-        info: what `from_pretrained` says of its loading.
-        stored: what the files hold; None: another source.
+        model: after loading; offloaded weights are read from disk.
+        info: the loading info of `from_pretrained`.
+        stored: headers of the files; None for another source.
 
     Raises:
-        ValueError: naming the tensor.
+        ValueError: a weight is missing, changed or not finite; the message names it.
     """
     for what, keys in (("lacks", info["missing_keys"]), ("has unknown", info["unexpected_keys"])):
         if keys:
@@ -231,14 +231,14 @@ def check_loaded(model: nn.Module, info: Mapping[str, Any], stored: CheckpointHe
 
 @torch.no_grad()
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all numbers are; a sum tells it in one pass. Bits of bfloat16 that are kept as int16 are read as such."""
+    """Whether all elements are finite, by one pass for their sum. An int16 tensor is read as the bits of bfloat16."""
     if tensor.is_meta or not tensor.numel():
         return True
     if tensor.dtype == torch.int16:
         tensor = tensor.view(torch.bfloat16)
     if not tensor.is_floating_point() or tensor.element_size() == 1:
         return True
-    # Large numbers may add up to Inf; their extremes tell then, which take longer, and which NaN goes through as well.
+    # Large finite numbers may add up to Inf: then the extremes decide, which take longer and propagate NaN too.
     return bool(tensor.sum().isfinite()) or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 

@@ -1,4 +1,4 @@
-"""A save that is whole or not there: files are written into a hidden folder, and moved to their places together."""
+"""Atomic saving: files are written into a hidden folder, and moved to their final names at the end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 CONFIG_FILE = "config.json"
-# what `save_pretrained(…, push_to_hub=True)` passes on to `push_to_hub`
+# arguments that `save_pretrained(…, push_to_hub=True)` passes to `push_to_hub`
 PUSHED = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
@@ -21,11 +21,11 @@ WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 def saved_whole(folder: str | Path) -> Iterator[Path]:
     """A hidden folder in `folder`, on the same disk, whose files are moved up at the end.
 
-    On a full disk, or by whatever else a save fails, an earlier save stays as it was. The config goes first and comes
-    last, so that who is killed in between leaves nothing that loads.
+    If a save fails, for example on a full disk, an earlier save stays unchanged. The old config is removed first and
+    the new one moved last, so that a killed process leaves nothing that loads.
 
     Raises:
-        OSError: of the kind that the system told, naming `folder`.
+        OSError: writing failed; the message names `folder`.
     """
     folder = Path(folder)
     staging, is_new = folder / f".saving-{uuid4().hex[:8]}", not folder.exists()
@@ -46,9 +46,9 @@ def saved_whole(folder: str | Path) -> Iterator[Path]:
 
 
 def push_options(folder: str | Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Takes from the options of `save_pretrained` those of the push it asks for; empty where it asks for none.
+    """Remove the push options from the options of `save_pretrained` and return them; empty without a push.
 
-    transformers' own push sends only what its own save wrote: no processor, no recipe.
+    The push of transformers uploads only files that its save wrote, without processor and recipe.
     """
     if not options.pop("push_to_hub", False):
         return {}
@@ -72,7 +72,7 @@ def _move(staging: Path, folder: Path) -> None:
 
 
 def _system_error(error: Exception) -> int | None:
-    """The system's number of an error; safetensors and tokenizers have it in their text."""
+    """The errno of an error; safetensors and tokenizers have it in their message."""
     if isinstance(error, OSError):
         return error.errno
     match = re.search(r"\(os error (\d+)\)", str(error))

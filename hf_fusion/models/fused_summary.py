@@ -1,4 +1,4 @@
-"""How a fused model shows itself: a summary that prints as a table, and a repr of a few lines."""
+"""The summary of a fused model, which prints as a table, and its repr of a few lines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MOST = 10  # entries of a list that are shown
 
 
 class Summary(dict[str, Any]):
-    """Named values; printed, they are a table."""
+    """A dict that prints as a table."""
 
     def __repr__(self) -> str:
         return table(self)
@@ -20,7 +20,7 @@ class Summary(dict[str, Any]):
 
 
 def table(values: Mapping[str, Any]) -> str:
-    """One line for each value that is not empty; of a list or mapping one for each of its first entries."""
+    """One line for each value that is not empty; for a list or mapping, one line for each of its first entries."""
     shown = {name.replace("_", " "): lines for name, value in values.items() if (lines := _lines(value))}
     width = max(map(len, shown), default=0)
     return "\n".join(
@@ -48,12 +48,12 @@ def _lines(value: Any) -> list[str]:
 
 
 def described(model: nn.Module, inner: str, **facts: Any) -> str:
-    """The repr of a fused model: what it is, instead of every module in it.
+    """The repr of a fused model: its facts instead of all modules.
 
     Args:
-        model: the whole.
-        inner: what to print to see the modules, "backbone".
-        facts: what its config says of it.
+        model: the fused model.
+        inner: attribute that holds the modules, "backbone".
+        facts: named values to show.
     """
     sizes = [parameter.numel() for parameter in model.parameters()]
     first = next(model.parameters(), None)

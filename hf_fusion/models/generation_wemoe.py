@@ -1,4 +1,4 @@
-"""Options of `generate()` with which a prompt cannot be routed as a whole."""
+"""Options of `generate()` that are incompatible with routing by the whole prompt."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ NO_PAGES = (
 
 
 def check_generation(prompts: torch.Tensor | None, options: Sequence[Mapping[str, Any]]) -> None:
-    """Refuses options of `generate()` with which prompts could not be read as wholes.
+    """Check that options of `generate()` let routers read whole prompts.
 
     Args:
         prompts: (B, T, ...).
-        options: arguments of the call, and what generation configs add.
+        options: arguments of the call, and values of the generation configs.
 
     Raises:
-        ValueError: naming the option.
+        ValueError: an option does not; the message names it.
     """
     if any(each.get("prefill_chunk_size") for each in options):
         raise ValueError("a prompt read in chunks cannot be routed as a whole: leave prefill_chunk_size out")

@@ -1,4 +1,4 @@
-"""Heads of several tasks in one model: every expert keeps its own, with its own classes."""
+"""Heads of several tasks in one model: one head with its classes per expert."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .fused_calls import Calls
 
 
 class TaskHeads(nn.Module):
-    """One module per expert in place of a classifier's head; the active one answers.
+    """One head per expert in place of a classifier's head; the active one is applied.
 
     Args:
         head: the dense model's head.
@@ -30,16 +30,16 @@ class TaskHeads(nn.Module):
         self.calls = calls
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the head's of the call's task, or as the active one's."""
+        """Apply the head of the call's task, or the active one."""
         call = None if self.calls is None else self.calls.current()
         return self.heads[self.active if call is None or call.task is None else call.task](*args, **kwargs)
 
     @torch.no_grad()
     def fill(self, index: int, tensors: dict[str, torch.Tensor], name: str) -> None:
-        """Copies an expert's head, by the names that its tensors have inside of it.
+        """Copy an expert's head, from tensors by their names within the head.
 
         Raises:
-            ValueError: for tensors that do not fit.
+            ValueError: tensors do not fit.
         """
         state = self.heads[index].state_dict()
         for key, target in state.items():
@@ -52,11 +52,11 @@ class TaskHeads(nn.Module):
 
 
 def install_heads(model: Any, paths: Sequence[str], classes: Sequence[int], calls: Calls | None = None) -> None:
-    """Puts `TaskHeads` where a model has its head.
+    """Replace a model's head by `TaskHeads`.
 
     Args:
         model: the dense model.
-        paths: of the modules that every expert has its own copy of; the last one gives the logits.
+        paths: modules with one copy per expert; the last one returns the logits.
         classes: number of classes of each expert.
         calls: see `TaskHeads`.
     """
@@ -68,7 +68,7 @@ def install_heads(model: Any, paths: Sequence[str], classes: Sequence[int], call
 def fill_heads(
     model: Any, paths: Sequence[str], tensors: Sequence[dict[str, torch.Tensor]], names: Sequence[str]
 ) -> None:
-    """Copies every expert's own modules, by the names that its tensors have in the dense model."""
+    """Copy every expert's heads, from tensors by their names in the dense model."""
     for path in paths:
         for index, (state, name) in enumerate(zip(tensors, names, strict=True)):
             inside = {k.removeprefix(f"{path}."): t for k, t in state.items() if k.startswith(f"{path}.")}
@@ -76,13 +76,13 @@ def fill_heads(
 
 
 def activate_heads(model: Any, paths: Sequence[str], index: int) -> None:
-    """Lets one expert's modules answer, in all calls that name no other."""
+    """Set the expert whose heads are applied in calls without a task."""
     for path in paths:
         model.get_submodule(path).active = index
 
 
 def with_classes(model: Any, labels: Sequence[str]) -> Any:
-    """A classifier as the loss of one call sees it: these are its classes, and every module in it is the model's own.
+    """A view of a classifier with other classes, for the loss of one call; all modules are shared.
 
     A loss also writes into the config which one it is (`problem_type`), and tasks differ in it.
     """
@@ -100,20 +100,20 @@ def with_classes(model: Any, labels: Sequence[str]) -> Any:
 
 
 def name_classes(config: Any, labels: Sequence[str]) -> None:
-    """Makes the classes of a config, and their number, those of an expert."""
+    """Set the classes of a config, and their number."""
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
 
 
 def with_one_head(model: Any, paths: Sequence[str], index: int, labels: Sequence[str], memo: dict[int, Any]) -> Any:
-    """A copy of a model that has one expert's modules, and its classes, in place of all.
+    """A copy of a model with the heads and classes of one expert only.
 
     Args:
         model: with `TaskHeads`.
         paths: of them.
         index: of the expert.
         labels: of the expert.
-        memo: what else takes the place of a part in the copy, by the part's id (`copy.deepcopy`).
+        memo: replacements of further objects in the copy, by their id (`copy.deepcopy`).
     """
     for path in paths:
         heads = model.get_submodule(path)
@@ -126,7 +126,7 @@ def with_one_head(model: Any, paths: Sequence[str], index: int, labels: Sequence
 
 
 def _resized(head: nn.Module, classes: int) -> nn.Module:
-    """A copy of a head with this number of outputs, of its last linear or of the convolution that is its classifier."""
+    """A copy of a head with another number of outputs, of its last linear or classifying convolution."""
     copied = copy.deepcopy(head)
     if isinstance(conv := getattr(copied, "classifier", None), nn.Conv2d):  # of pixels
         like: dict[str, Any] = {"dtype": conv.weight.dtype, "device": conv.weight.device}

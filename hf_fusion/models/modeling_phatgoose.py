@@ -1,4 +1,4 @@
-"""PHATGOOSE: route every token, at every linear, among LoRA experts by gates trained post hoc (arXiv 2402.05859)."""
+"""PHATGOOSE: routes each token, at each linear, among LoRA experts by gates trained post hoc (arXiv 2402.05859)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from transformers import GenerationMixin, PreTrainedModel
 from .assembly_phatgoose import (
     PreparedExpert,
     check_options,
-    complete,
-    entries_of,
+    complete_heads,
     fill_head,
     fill_linears,
     label_union,
     linear_sizes,
     module_sets,
     plan_profiles,
+    prepare_experts,
 )
 from .configuration_phatgoose import HEADS, PhatgooseConfig
 from .export_phatgoose import save_merged_adapter
@@ -41,10 +41,10 @@ from .state_phatgoose import RoutingCalls
 
 
 class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
-    """A base and LoRA experts, among which every token is routed at every linear.
+    """A base with LoRA experts, among which each token is routed at each linear.
 
     Build one with `from_experts`, or load a published one with ``AutoModel.from_pretrained(id,
-    trust_remote_code=True)`` or the base's own Auto class. It is used as its base is: same inputs, same outputs.
+    trust_remote_code=True)`` or the base's Auto class. Inputs and outputs are those of the base.
 
     `torch.compile` takes its forward as one graph, in training too, and `generate` with a static cache. A compiled
     graph computes padding as well and fetches the A and B of each token's experts: memory grows with tokens times
@@ -89,8 +89,8 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
         Args:
             experts: loaded adapters with gates, or ids ("owner/name@revision") and folders, which need hf_fusion
                 installed to be resolved.
-            base: the adapters' base, if it is not the one they name. Its weights are shared, not copied.
-            top_k: experts that each token meets at each linear.
+            base: the adapters' base, if not the recorded one. Its weights are shared, not copied.
+            top_k: number of experts per token at each linear.
             temperature: divides the scores before the softmax.
             routing: see `PhatgooseConfig`. "arrow" replaces all gates by Arrow prototypes.
             missing_gates: what experts that have no gates get; by default they are refused. "arrow": Arrow prototypes;
@@ -100,7 +100,7 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
             base_by_reference: save experts and gates only; the base is fetched at its pinned revision.
 
         Raises:
-            ValueError: where experts do not fit together, naming the expert and the reason.
+            ValueError: experts do not fit together; the message names the expert and the reason.
         """
         check_options(experts, top_k, temperature, routing, missing_gates)
         resolved = base is None and all(getattr(expert, "adapter", None) is not None for expert in experts)
@@ -122,12 +122,12 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
             routing=routing,
             is_encoder_decoder=bool(model.config.is_encoder_decoder),
         )
-        if head.endswith("classification"):  # the base's classes, where experts bring none of their own
+        if head.endswith("classification"):  # the base's classes, if experts have none
             config.id2label, config.label2id = model.config.id2label, model.config.label2id
         if base_by_reference and not (config.base["id"] and config.base["revision"]):
             raise ValueError("base_by_reference needs a base with a pinned revision: base='owner/name@<commit sha>'")
         family = PhatgooseForGeneration if head in GENERATING else PhatgooseRouter
-        # The structure is copied, the parameters are not: a base may be larger than what is free.
+        # The structure is copied, the parameters are shared: a base may be larger than the free memory.
         tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
         router: Any = family(config, copy.deepcopy(model, tensors))
         router.add_experts(experts)
@@ -139,16 +139,16 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
         """Adds loaded adapters with gates, as `hf_fusion.load_experts` gives them; the same as to build it from all.
 
         Raises:
-            ValueError: where one does not fit, or bears a taken name; the router is then as it was.
+            ValueError: an expert does not fit, or its name is taken; the router is then unchanged.
         """
-        entries = self._entries() + entries_of(experts, self.backbone, self.config, self.experts)
+        entries = self._entries() + prepare_experts(experts, self.backbone, self.config, self.experts)
         self._rebuild(entries)
 
     def remove_experts(self, names: Sequence[str]) -> None:
-        """Removes experts by name; the others and their order stay.
+        """Remove experts by name; the others keep their order.
 
         Raises:
-            ValueError: for an unknown name, or if none would be left.
+            ValueError: a name is unknown, or no expert would be left.
         """
         if unknown := [name for name in names if name not in self.experts]:
             raise ValueError(f"there is no expert {unknown[0]!r}; there are {', '.join(self.experts)}")
@@ -158,7 +158,7 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
         self._rebuild(entries)
 
     def _entries(self) -> list[PreparedExpert]:
-        """The experts as they lie in this model: views of their tensors."""
+        """The experts of this model, as views of their tensors."""
         entries = [PreparedExpert({**row}) for row in self.config.experts]
         for paths, group in self._groups:
             for index, expert in enumerate(group.experts):
@@ -175,16 +175,16 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
         return entries
 
     def _rows_of(self, expert: int, path: str, width: int) -> list[int]:
-        """The outputs of a fused head that are an expert's own, in the order of its own head."""
+        """The rows of a fused head with an expert's labels, in the order of the expert's head."""
         labels, union = self.config.experts[expert]["labels"], label_union(self.config.experts)
         outputs = self.config.profile(expert)["saved"][path]
         return [union.index(label) for label in labels] if len(labels) == outputs <= width else list(range(outputs))
 
     def _rebuild(self, entries: Sequence[PreparedExpert]) -> None:
-        """Makes this the router of these experts."""
+        """Replace the experts of this router."""
         self.fusion_recipe = self.config.recipe = None  # they tell what it was
         with torch.no_grad():
-            complete(entries, self.backbone)
+            complete_heads(entries, self.backbone)
             rows, profiles = plan_profiles(entries)
             self.config.experts, self.config.profiles = rows, profiles
             replaced = {name: tensor for entry in entries for name, tensor in entry.replaced.items()}
@@ -201,7 +201,7 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
             self._install(entries)
 
     def _install(self, entries: Sequence[PreparedExpert] | None) -> None:
-        """Puts routed modules where the config wants them, filled from entries, or empty to be loaded."""
+        """Insert routed modules as the config describes, filled from `entries`, or empty before loading."""
         self.calls.version += 1
         for handle in self._handles:
             handle.remove()
@@ -241,7 +241,7 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
             backbone.set_submodule(path, head)
 
     def _head(self, path: str, like: Mapping[str, Any]) -> RoutedHead:
-        """An empty routed head in place of a base's head."""
+        """An empty routed head that replaces a base's head."""
         config, old = self.config, self.backbone.get_submodule(path)
         d_in = old.weight.shape[2] if isinstance(old, RoutedHead) else linear_sizes(old)[0]
         widths = {config.profile(e)["saved"].get(path) for e in range(config.num_experts)}
@@ -255,11 +255,11 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
     # ---------------------------------------------------------------- running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base's forward: same arguments, same outputs."""
+        """The base's forward with routed updates: same arguments, same outputs."""
         return self.backbone(*args, **kwargs)
 
     def summary(self) -> Summary:
-        """Experts, parameters in all and of the experts, routed linears, and what a token costs beside the base."""
+        """Experts, parameters (all; of the experts), routed linears, and the cost per token relative to the base."""
         base = extra = 0
         top_k = min(self.config.num_experts_per_tok, len(self.experts))
         for paths, group in self._groups:
@@ -287,7 +287,7 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
 
     @classmethod
     def _before_loading(cls, name: Any, hub: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """With a base that is stored by reference, all weights: it is fetched at its pinned revision."""
+        """For a base by reference, add the weights of the base at its pinned revision."""
         config = kwargs.get("config")
         if not isinstance(config, PhatgooseConfig):
             config = PhatgooseConfig.from_pretrained(name, **hub)
@@ -305,19 +305,19 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
             kwargs["state_dict"] = {key: tensor for key, tensor in self.state_dict().items() if self._is_own(key)}
 
     def _is_own(self, key: str) -> bool:
-        """Whether a tensor belongs to the experts rather than to the base."""
+        """Whether a tensor belongs to the experts, and not to the base."""
         path = key.removeprefix("backbone.")
         return ".experts." in path or path in self.config.replaced or path.rpartition(".")[0] in self._heads
 
     def to_adapter(
         self, folder: str | Path, weights: Mapping[str, float] | None = None, rank: int | None = None
     ) -> Path:
-        """Writes one PEFT adapter that is a weighted mean of the experts, for servers that know no routing.
+        """Write one PEFT adapter, the weighted mean of the experts, for servers without routing.
 
         Args:
-            folder: written whole or not at all.
+            folder: written atomically.
             weights: weight of each expert by name; default is 1/E each. `PhatgooseTrace.usage()` fits.
-            rank: cut to this rank by SVD; default is exact, the sum of the experts' ranks.
+            rank: truncate to this rank by SVD; default is exact, the sum of the experts' ranks.
 
         Returns:
             The folder.
@@ -332,17 +332,17 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
 
 
 class PhatgooseForGeneration(GeneratingMixin, PhatgooseRouter, GenerationMixin):
-    """A router of language models: `generate()` is the base's own, every step of it routed."""
+    """A router of language models: `generate()` of the base, with each step routed."""
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base's `generate()`: caches, beams, sampling, streaming."""
+        """`generate()` of the base: with caches, beams, sampling and streaming."""
         return self.backbone.generate(*args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base's: tokens are routed one by one, whatever sequences they lie beside."""
+        """As in the base: tokens are routed independently of other sequences in the batch."""
         manager = self.backbone.init_continuous_batching(*args, **kwargs)
-        # It generates in a thread that it starts: within what `using` says here.
+        # generation runs in a new thread, in the context of `using` here
         manager._run_generation_loop = partial(copy_context().run, manager._run_generation_loop)
         return manager
 

@@ -1,4 +1,4 @@
-"""WEMoE: one multi-task model from fine-tunes of one base, its MLPs merged per input (arXiv 2402.00433)."""
+"""WEMoE: a multi-task model from fine-tunes of one base, whose MLPs are merged per input (arXiv 2402.00433)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
     """A dense model some of whose linears are merged per sample, from a base and K task vectors.
 
     Build one with `from_experts`, or load a published one with ``AutoModel.from_pretrained(id,
-    trust_remote_code=True)`` or the dense model's own Auto class. It is used as the dense model is: same inputs, same
+    trust_remote_code=True)`` or the dense model's Auto class. It is used like the dense model: same inputs, same
     outputs. Only the routers' parameters require gradients.
     """
 
@@ -50,7 +50,7 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
         self.main_input_name = backbone.main_input_name
         self._install()
         self.forward = with_arguments_of(backbone, self)  # type: ignore[method-assign]
-        self._answer_for(config.default_task)
+        self._activate_task(config.default_task)
         self.post_init()
         self._freeze()
 
@@ -77,31 +77,31 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
         default_task: str | None = None,
         merge: str = "task_arithmetic",
     ) -> WEMoEModel:
-        """Builds a model of experts of one base.
+        """Build a model from experts of one base.
 
         Args:
             experts: loaded full fine-tunes and LoRA adapters, or ids ("owner/name@revision") and folders, which need
                 hf_fusion installed to be resolved.
             base: the model they were fine-tuned from; adapters record theirs.
-            scaling: λ of the rest, and every router's first coefficient.
+            scaling: λ of the merge of all other tensors, and initial value of all coefficients.
             router_layers: 0, 1 or 2.
             modules: what is up-scaled: "mlp", "attention", or a regular expression for paths of linears.
             task_vectors: how they are stored: "exact", "bfloat16", "sparse" (E-WEMoE), "low-rank", or
                 "low-rank-bfloat16". Those in bfloat16 take half the memory. What they add to the merged model may be
                 computed in bfloat16 too where that is faster, off by 2^-9 of itself: low-rank products, the layer of
                 the routers that reads every token, and the merged change where a sample is alone.
-            rank: largest rank of low-rank ones; energy: or the least rank that keeps this share of each ‖τ‖².
+            rank: maximum rank for "low-rank"; energy: or the least rank that keeps this share of each ‖τ‖².
             density: share of the entries that "sparse" keeps.
             routing: "wemoe", or "smile": low-rank experts chosen token by token without any training.
-            top_k: experts that a token meets under "smile"; gate_rank: singular vectors that its gates read.
+            top_k: number of experts per token for "smile"; gate_rank: singular vectors that its gates read.
             shared_router: one router for all layers, rather than one each.
-            batch_reduce: one merge for a whole batch: an output then depends on its neighbours.
-            heads: of classifiers: "task", every expert keeps its own; "shared", they are merged; "base".
-            default_task: the expert whose head answers where no ``task=`` is given; default is the first.
+            batch_reduce: one merge per batch; outputs then depend on the other samples of the batch.
+            heads: of classifiers: "task", one per expert; "shared", merged; "base", that of the base.
+            default_task: the expert whose head predicts without ``task=``; default is the first.
             merge: rule for everything that is not up-scaled, one of `merging_wemoe.RULES`.
 
         Raises:
-            ValueError: where experts do not fit together, naming the expert, the tensor and the reason.
+            ValueError: experts do not fit together; the message names the expert, the tensor and the reason.
         """
         options = {
             name: value for name, value in locals().items() if name not in ("cls", "experts", "base", "__class__")
@@ -122,7 +122,7 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
     check_options = staticmethod(check_options)
 
     def _install(self) -> None:
-        """Puts up-scaled linears, routers and heads where the config wants them, to be filled or loaded."""
+        """Insert up-scaled linears, routers and heads as the config describes, to be filled or loaded."""
         config, backbone = self.config, self.backbone
         is_seq2seq = config.head == "seq2seq-lm"
         decoder = next(iter([backbone.get_decoder()] if is_seq2seq else []), None)
@@ -142,7 +142,7 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
                 linear = UpscaledLinear(d_in, d_out, config.num_experts, kind, has_bias, size, like, is_conv)
                 backbone.set_submodule(path, linear)
                 linears.append(linear)
-            # The innermost stack around a unit is what gets its mask and its cache.
+            # the innermost stack around a unit receives its mask and its cache
             stack = max(
                 (path for path in stacks if f"{row['paths'][0]}.".startswith(f"{path}." if path else "")), key=len
             )
@@ -179,7 +179,7 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
         plan.check()
 
     def _freeze(self) -> None:
-        """Only routers are trained."""
+        """Freeze everything but the routers."""
         for name, parameter in self.named_parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(".router." in f".{name}")
@@ -196,16 +196,16 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
 
     @property
     def task(self) -> str | None:
-        """The expert whose head answers where no ``task=`` is given; may be set. None where heads are shared."""
+        """The expert whose head predicts without ``task=``; can be set. None if heads are shared."""
         return self.config.default_task
 
     @task.setter
     def task(self, name: str | None) -> None:
-        self._answer_for(name)
+        self._activate_task(name)
         self.config.default_task = name
 
-    def _answer_for(self, task: str | None) -> None:
-        """Makes the heads, and the classes in the configs, those of an expert."""
+    def _activate_task(self, task: str | None) -> None:
+        """Activate an expert's heads, and set its classes in the configs."""
         if not self.config.task_heads or task is None:
             return
         index = index_of(task, self.experts)
@@ -223,18 +223,18 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
         labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the dense model's forward, same arguments and outputs.
+        """The dense model's forward, with the same arguments and outputs.
 
         Args:
             args: of the dense model.
-            task: the expert whose head answers; default is `task`.
+            task: the expert whose head predicts; default is `task`.
             prompt_mask: (B, T), causal language models: the tokens that the routers read. Default is everything before
                 the first label where labels are given with a masked start (-100), and all real tokens elsewhere. With
                 it, scoring a prompt and its answer equals generating the answer.
             labels: of the dense model.
             kwargs: of the dense model.
         """
-        trace = self._recorded() if self.record_routing else None
+        trace = self._new_trace() if self.record_routing else None
         return self._run(trace, *args, task=task, prompt_mask=prompt_mask, labels=labels, **kwargs)
 
     def _run(
@@ -262,14 +262,14 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
         finally:
             shared.calls.enter(before)
 
-    def _traced(self, **inputs: Any) -> WEMoETrace:
-        """The trace of one forward, whatever `record_routing` says."""
+    def trace_forward(self, **inputs: Any) -> WEMoETrace:
+        """Run one forward and return its trace, independent of `record_routing`."""
         trace = WEMoETrace(self.experts)
         self._run(trace, **inputs)
         return trace
 
-    def _recorded(self) -> WEMoETrace:
-        """A new trace, which `routing_trace()` gives from now on in this thread or task."""
+    def _new_trace(self) -> WEMoETrace:
+        """A new trace, which `routing_trace()` returns from now on in this thread or task."""
         trace = WEMoETrace(self.experts)
         self.shared.calls.keep(trace)
         return trace
@@ -286,7 +286,7 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
 
     @contextmanager
     def using(self, coefficients: Coefficients) -> Iterator[WEMoEModel]:
-        """Within this context the routers are not asked: in this thread or asyncio task, and in tasks that it starts.
+        """Context manager that replaces the routers by coefficients, in this thread or task and tasks that it starts.
 
         Args:
             coefficients: an expert's name: it alone; (K,) or (B, K) for every unit; or a dict of such by unit name (see
@@ -305,7 +305,7 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
         It is the last one of this thread or asyncio task: others that use the model have their own.
 
         Raises:
-            ValueError: where nothing was recorded.
+            ValueError: nothing was recorded.
         """
         trace: WEMoETrace | None = self.shared.calls.kept()
         if trace is None or not trace.layers:
@@ -321,22 +321,22 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
         coefficients: Coefficients | None = None,
         task: str | None = None,
     ) -> PreTrainedModel:
-        """The plain dense model that an input would meet: one that any server runs.
+        """The plain dense model merged for an input, which any server can run.
 
         Args:
             inputs: of one forward; of several rows the coefficients are averaged.
             coefficients: instead of inputs, as `using` takes them.
-            task: the expert whose head it gets; alone, its MLPs too.
+            task: the expert whose head it gets; without inputs and coefficients, whose MLPs too.
 
         Raises:
-            ValueError: where nothing says what to merge, and for SMILE, which merges nothing.
+            ValueError: no argument determines the merge, or the routing is SMILE, which merges nothing.
         """
         if self.config.routing == "smile":
             raise ValueError("SMILE chooses experts token by token: no dense model does the same")
         if inputs is not None and coefficients is not None:
             raise ValueError("pass inputs or coefficients, not both")
         if inputs is not None:
-            trace = self._traced(**inputs)
+            trace = self.trace_forward(**inputs)
             given = {name: trace.coefficients(name) for name in trace.layers}
             if unread := [unit.name for unit in self.units if unit.name not in given]:
                 raise ValueError(f"these inputs do not reach {unread[0]}, so nothing says how to merge it")
@@ -416,17 +416,17 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
 
 
 class WEMoEForGeneration(GeneratingMixin, WEMoEModel, GenerationMixin):
-    """A model of language models: every sequence keeps the coefficients and the merged weights of its prompt."""
+    """A WEMoE of language models: every sequence keeps the coefficients and merged weights of its prompt."""
 
     @torch.no_grad()
     def generate(
         self, inputs: torch.Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As the dense model's `generate()`: caches, beams, sampling, streaming; routed by the prompts."""
+        """`generate()` of the dense model, with caches, beams, sampling and streaming; routed by the prompts."""
         shared = self.shared
         given = next((v for v in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None), None)
         check_generation(given, [kwargs, *map(vars, filter(None, (generation_config, self.generation_config)))])
-        trace = self._recorded() if self.record_routing else None
+        trace = self._new_trace() if self.record_routing else None
         prompts = None if given is None else (given.shape[0], given.shape[1])
         before = shared.calls.enter(shared.call(trace=trace, prompts=prompts))
         try:
@@ -435,7 +435,7 @@ class WEMoEForGeneration(GeneratingMixin, WEMoEModel, GenerationMixin):
             shared.calls.enter(before)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused; raises ValueError."""
+        """Not supported; raises ValueError."""
         raise ValueError(f"{type(self).__name__} {NO_PAGES}")
 
 

@@ -11,8 +11,8 @@ from transformers import AutoImageProcessor, AutoTokenizer, BatchEncoding, Batch
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import PushToHubMixin, cached_file
 
+from .fused_custom_code import load_processor
 from .fused_files import ForeignFileError, check_processor, is_plain
-from .fused_own_code import load_processor
 
 PROCESSOR_FILE = "processor_config.json"
 # what a processor takes -> how to load it, and the file and auto class by which pipelines look for it

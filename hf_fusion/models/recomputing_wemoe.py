@@ -1,4 +1,4 @@
-"""Layers that are computed again for their gradients: they find the call that they were first computed in."""
+"""Gradient checkpointing: recomputed layers restore the state of the call that first computed them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .fused_calls import Calls
 
 
 class Remembering:
-    """A function as gradient checkpointing has it, whose layers remember their call.
+    """A checkpointing function whose layers remember their call.
 
     Args:
-        function: what it was: takes a layer's function and its arguments.
+        function: the original one: takes a layer's function and its arguments.
         calls: of the model; the state of a call has a method `again`.
     """
 
@@ -22,12 +22,12 @@ class Remembering:
         self.function, self.calls = function, calls
 
     def __call__(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """As the function does."""
+        """Checkpoint a layer."""
         return self.function(_Layer(layer, self.calls), *args, **kwargs)
 
 
 class _Layer:
-    """A layer's function in one call, in which it is computed again, by whichever thread runs the backward pass."""
+    """A layer's function with the state of its call, for recomputing it in the thread of the backward pass."""
 
     def __init__(self, function: Callable[..., Any], calls: Calls) -> None:
         self.function, self.calls = function, calls
@@ -47,7 +47,7 @@ class _Layer:
 
 
 def remember(layers: Iterable[nn.Module], calls: Calls) -> None:
-    """Makes layers that are checkpointed remember their calls, if they do not yet."""
+    """Make checkpointed layers remember their calls, if they do not yet."""
     for layer in layers:
         if getattr(layer, "gradient_checkpointing", False):
             function: Any = layer._gradient_checkpointing_func
@@ -56,7 +56,7 @@ def remember(layers: Iterable[nn.Module], calls: Calls) -> None:
 
 
 def forget(model: nn.Module) -> None:
-    """Undoes `remember` for all layers of a model."""
+    """Undo `remember` for all layers of a model."""
     for layer in model.modules():
         function = getattr(layer, "_gradient_checkpointing_func", None)
         if isinstance(function, Remembering):

@@ -1,4 +1,4 @@
-"""Routers that hold their base by reference: the repo has experts and gates, the base comes from its own."""
+"""Routers with a base by reference: the repo has experts and gates, and the base is loaded from its own repo."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .fused_loading import weight_files
 def load_by_reference(
     name: Any, config: PhatgooseConfig, hub: dict[str, Any], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """Arguments for `from_pretrained` with all weights in them: the base's at its pinned revision, the repo's own.
+    """Arguments for `from_pretrained` with all weights: those of the base at its pinned revision, and the repo's.
 
     Raises:
-        ValueError: a repo names a folder of this machine as its base, or the base's files lead out of it.
+        ValueError: the repo names a local folder as its base, or the base's files lead out of its repo.
     """
     dtype = kwargs.get("dtype") or kwargs.pop("torch_dtype", None) or "auto"
     if dtype == "auto":
@@ -35,7 +35,7 @@ def load_by_reference(
     base = AUTO_CLASSES[config.head].from_pretrained(
         config.base["id"],
         revision=config.base["revision"],
-        trust_remote_code=False,  # it is another repo: trust in this one does not extend to it
+        trust_remote_code=False,  # another repo: trust in this one does not extend to it
         # where an adapter beside it is looked for, which is asked of the Hub otherwise
         adapter_kwargs={key: where[key] for key in ("cache_dir", "local_files_only") if key in where},
         **inner,
@@ -50,15 +50,15 @@ def load_by_reference(
 
 
 def refuse_other_commit(name: str, revision: str, where: Any) -> None:
-    """A branch may be called like a commit: what comes must be the commit.
+    """Check that a Hub resolves a commit to itself, since a branch can have the name of a commit.
 
     Args:
         name: id of a repo.
-        revision: that is asked for.
+        revision: the requested revision.
         where: arguments of `cached_file`.
 
     Raises:
-        ValueError: a Hub answers with another commit.
+        ValueError: the Hub returns another commit.
     """
     found = Path(str(cached_file(name, "config.json", revision=revision, **where))).parent.name
     if re.fullmatch(r"[0-9a-fA-F]{40}", revision) and found != revision.lower():
@@ -66,7 +66,7 @@ def refuse_other_commit(name: str, revision: str, where: Any) -> None:
 
 
 def generation_of(name: Any, hub: dict[str, Any]) -> GenerationConfig | None:
-    """The generation config in the repo, which lies there whole; None where there is none."""
+    """The generation config in the repo; None if there is none."""
     try:
         return GenerationConfig.from_pretrained(name, **hub)
     except OSError:

@@ -1,4 +1,4 @@
-"""The routed linears of PHATGOOSE: who answers which token, and their updates, fast.
+"""The routed linears of PHATGOOSE: the choice of experts per token, and their updates.
 
 Linears that read the same input (query, key and value; gate and up) form one `RoutedLinears`: their scores are one
 product, and so are their first halves. Its experts lie side by side without padding, so mixed ranks cost nothing.
@@ -50,8 +50,8 @@ class RoutedLinears(nn.Module):
         experts: the experts that adapt at least one of these linears, as indices into the model's.
         ranks: (M, E) rank of each expert at each linear, 0 where it does not adapt it.
         symmetric: for each expert, whether its gate is an Arrow prototype.
-        calls: where all routed modules find the routing of the call that runs them.
-        reads_encoder: the input may be padded as `Routing.tokens` says.
+        calls: the router's calls, with the routing of the running call.
+        reads_encoder: whether `Routing.tokens` applies to the input.
         like: dtype and device.
     """
 
@@ -91,7 +91,7 @@ class RoutedLinears(nn.Module):
         return self.gates[index], self.gate_bias[index], *lora
 
     def tables(self, like: torch.Tensor) -> dict[str, Any]:
-        """Small constant tensors, made once per device and dtype."""
+        """Constant index tensors, built once per device and dtype."""
         key = (like.device, like.dtype)
         if key not in self._tables:  # two threads may both make them: they are the same
             flat = [rank for each in self.ranks for rank in each]
@@ -144,7 +144,9 @@ class RoutedLinears(nn.Module):
             flat = flat.index_select(0, real)
         tables = self.tables(flat)
         if state.given is not None:
-            choice, weight = (part[:, None].expand(-1, count, -1) for part in self._given(x, real, tables, state))
+            choice, weight = (
+                part[:, None].expand(-1, count, -1) for part in self._fixed_weights(x, real, tables, state)
+            )
         else:
             slots = slice(members.start * experts, members.stop * experts)
             symmetric = tables["symmetric"] if tables["symmetric"] is None else tables["symmetric"][slots]
@@ -162,7 +164,7 @@ class RoutedLinears(nn.Module):
             return Routed(members.start, flat, choice, weight, *self._hidden(members, flat, choice, weight))
         return Routed(members.start, flat, choice, weight)
 
-    def _given(
+    def _fixed_weights(
         self, x: torch.Tensor, real: torch.Tensor | None, tables: Mapping[str, Any], state: Routing
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The given weights of each real token: experts and weights, (N, k)."""
@@ -252,7 +254,7 @@ class RoutedLinears(nn.Module):
 
 
 class RoutedHead(nn.Module):
-    """Heads that came whole with the experts (PEFT's ``modules_to_save``).
+    """Complete heads of the experts (PEFT's ``modules_to_save``).
 
     A head serves an example as its expert served the example's tokens: its weight is the expert's share of all the
     weight that the linears gave, among the top-k. A gate of its own would decide by one vector where they decide by

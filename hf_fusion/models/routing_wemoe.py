@@ -1,4 +1,4 @@
-"""Who decides on the coefficients: routers, the tokens that they read, and what is kept of a prompt for decoding."""
+"""The merging coefficients: routers, the tokens that they read, and what is kept of a prompt for decoding."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .recomputing_wemoe import remember
 
 Coefficients = torch.Tensor | Sequence[float] | Mapping[str, torch.Tensor | Sequence[float]] | str
 
-PIN = "_wemoe_pin"  # attribute of a cache: the coefficients of the prompts that it holds
+PIN = "_wemoe_pin"  # attribute of a cache: the coefficients of its prompts
 
 
 def index_of(name: str, experts: Sequence[str]) -> int:
-    """The number of an expert.
+    """The index of an expert.
 
     Raises:
-        ValueError: for a name that no expert has.
+        ValueError: no expert has this name.
     """
     if name not in experts:
         raise ValueError(f"there is no expert {name!r}; there are {', '.join(experts)}")
@@ -31,15 +31,15 @@ def index_of(name: str, experts: Sequence[str]) -> int:
 
 
 def by_unit(coefficients: Coefficients, experts: Sequence[str], units: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Given coefficients as rows (B, K) or (1, K) by unit name, "" for all others.
+    """Coefficients of `using` as rows (B, K) or (1, K) by unit name, "" for all others.
 
     Args:
-        coefficients: an expert's name: it alone; (K,) or (B, K) for every unit; or a dict of such by unit name.
+        coefficients: an expert's name for it alone; (K,) or (B, K) for every unit; or a dict of these by unit name.
         experts: names.
         units: names.
 
     Raises:
-        ValueError: for an unknown name, a unit without coefficients, and another number than K.
+        ValueError: a name is unknown, a unit has no coefficients, or their number is not K.
     """
     if isinstance(coefficients, str):
         coefficients = torch.eye(len(experts))[index_of(coefficients, experts)]
@@ -58,9 +58,9 @@ def by_unit(coefficients: Coefficients, experts: Sequence[str], units: Sequence[
 
 
 class Router(nn.Module):
-    """Coefficients of K experts from the tokens of each sample (paper, section 3.2); nothing clamps them.
+    """Coefficients of K experts from the tokens of each sample (paper, section 3.2); they are not clamped.
 
-    0 layers: a vector, all λ. 1: Linear(d, K). 2: Linear(d, d), ReLU, Linear(d, K). Last biases begin at λ.
+    0 layers: a vector, all λ. 1: Linear(d, K). 2: Linear(d, d), ReLU, Linear(d, K). The last bias is initialised to λ.
 
     The router's output is averaged over a sample's tokens; what is linear after the last ReLU is applied to the mean.
     """
@@ -82,7 +82,7 @@ class Router(nn.Module):
             module._is_hf_initialized = True  # type: ignore[assignment]
 
     def forward(self, x: torch.Tensor, share: torch.Tensor | None = None, rounded: bool = False) -> torch.Tensor:
-        """(B, T, d) and each token's share (B, T), or None where all count alike -> (B, K); of 0 layers (1, K).
+        """(B, T, d) and each token's share (B, T), or None for equal shares → (B, K); (1, K) for 0 layers.
 
         `rounded`: the layer that reads every token, nearly all of a router's cost, may be computed in bfloat16.
         """
@@ -102,11 +102,11 @@ class Router(nn.Module):
 
 @dataclass
 class Pin:
-    """What a cache's sequences were routed to.
+    """The routing of the sequences in a cache.
 
     Attributes:
-        coefficients: number of a unit -> (B, K).
-        merged: path of a linear -> its merged weights (B, R, C).
+        coefficients: index of a unit → (B, K).
+        merged: path of a linear → its merged weights (B, R, C).
     """
 
     coefficients: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -118,10 +118,10 @@ class Reading:
     """What a transformer stack reads in one forward.
 
     Attributes:
-        share: (B, T), which sums to 1 over a sample's tokens; None where all count alike.
-        rows: B, where it is known.
-        pin: what the sequences of its cache were routed to; an encoder has none.
-        decodes: whether the cache already holds tokens, so that `pin` decides.
+        share: (B, T), which sums to 1 over a sample's tokens; None for equal shares.
+        rows: B, if known.
+        pin: the routing of the sequences in its cache; None for encoders.
+        decodes: whether the cache already has tokens, so that `pin` applies.
     """
 
     share: torch.Tensor | None = None
@@ -132,18 +132,18 @@ class Reading:
 
 @dataclass
 class Call:
-    """All that one forward or one `generate()` knows besides its inputs. It belongs to the thread that runs it.
+    """The state of one forward or one `generate()`; it belongs to the thread that runs it.
 
     Attributes:
-        given: unit name -> coefficients to use instead of the router's, "" for all others.
+        given: unit name → coefficients that replace the router's, "" for all others.
         batch_reduce: see the config; top_k and gate_rank too.
-        readings: of each stack, by its number.
-        w: of each unit, by its number: coefficients (B, K) while its linears run.
-        trace: receives coefficients, if set.
-        prompt_mask: (B, T) of the tokens that routers may read, or None for all.
+        readings: of each stack, by its index.
+        w: of each unit, by its index: coefficients (B, K) while its linears run.
+        trace: records the coefficients, if set.
+        prompt_mask: (B, T) of the tokens that routers read; None for all.
         prompts: (sequences, tokens) of the prompts of `generate()`.
-        task: index of the expert whose head answers; None for the default.
-        part: the stack or unit that was run by itself; None where the whole model was.
+        task: index of the expert whose head predicts; None for the default.
+        part: the stack or unit that was called directly; None for the whole model.
         before: the call that was running before that of a part.
     """
 
@@ -161,12 +161,12 @@ class Call:
     before: Call | None = None
 
     def again(self) -> Call:
-        """The same call as it is now, for a layer that is computed again for its gradients; it is not traced again."""
+        """A copy of the current call for a recomputed layer, which is not traced again."""
         return replace(self, readings=list(self.readings), w=[None] * len(self.w), trace=None, before=None)
 
 
 class Shared:
-    """What all units of one model share: its calls, and what they begin with.
+    """What all units of one model share: its calls and their initial state.
 
     Args:
         config: of the model.
@@ -178,7 +178,7 @@ class Shared:
         self.stacks = 0
 
     def call(self, **known: Any) -> Call:
-        """A new call, with what `using()` gives in this thread or task. `known`: its other attributes."""
+        """A new call with the coefficients of `using()` in this thread or task; `known` are its other attributes."""
         config = self.config
         options = config.batch_reduce, config.num_experts_per_tok, config.gate_rank
         readings = [Reading()] * self.stacks
@@ -186,11 +186,11 @@ class Shared:
 
 
 class Stack:
-    """One transformer stack (an encoder, a decoder): which tokens its routers read, and whether a cache decides.
+    """One transformer stack (encoder or decoder): the tokens that its routers read, and the routing in its cache.
 
     An encoder's routers read every real token. A causal language model's read the prompt: `Call.prompt_mask`, or in
     `generate()` its prompts, or else all that the first forward of a sequence reads. A sequence-to-sequence decoder's
-    read its first token, which knows the encoder's whole output and nothing of what is written later.
+    read its first token, which depends on the encoder's whole output and not on later tokens.
 
     Args:
         module: the stack.
@@ -208,7 +208,7 @@ class Stack:
         module.register_forward_hook(self.end, always_call=True)
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the stack, which may be run by itself."""
+        """Forward pre-hook of the stack, which may be called directly."""
         calls = self.shared.calls
         call: Call | None = calls.current()
         if call is None or call.part is not None:
@@ -220,7 +220,7 @@ class Stack:
             remember(self.layers, calls)
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the stack, after errors too: a cache that it made itself takes the coefficients along."""
+        """Forward hook of the stack, also after errors: stores the coefficients in a cache that the stack created."""
         calls = self.shared.calls
         call: Call | None = calls.current()
         if call is None:  # the arguments were refused
@@ -235,7 +235,7 @@ class Stack:
         """What the stack reads, from the arguments of its forward.
 
         Raises:
-            ValueError: for a cache that another model filled.
+            ValueError: another model filled the cache.
         """
         pin = None
         if self.kind != "encoder":
@@ -256,7 +256,7 @@ class Stack:
         return Reading(self._share(inputs, given.get("attention_mask"), call), inputs.shape[0], pin)
 
     def _share(self, inputs: torch.Tensor, mask: Any, call: Call) -> torch.Tensor | None:
-        """Which share of the mean each token has."""
+        """The share of each token in the mean."""
         rows, tokens = inputs.shape[:2]
         real = _real_tokens(mask, tokens)  # (B, T) or None
         if self.kind == "decoder":
@@ -279,7 +279,7 @@ class Stack:
 
 
 def _real_tokens(mask: Any, tokens: int) -> torch.Tensor | None:
-    """(B, T) of real tokens from a mask of 2 dimensions, or of 4, (B, 1, T, S), as its last query sees them."""
+    """(B, T) of tokens without padding, from a mask of 2 dimensions or the last query of one of 4, (B, 1, T, S)."""
     if isinstance(mask, dict):  # one per kind of attention
         mask = mask.get("full_attention")
     if not isinstance(mask, torch.Tensor):
@@ -291,28 +291,28 @@ def _real_tokens(mask: Any, tokens: int) -> torch.Tensor | None:
 
 
 class Unit:
-    """Linears that share a router: an MLP, or an attention.
+    """Linears that share a router: an MLP or an attention block.
 
     Args:
-        number: its place in the config.
+        number: its index in the config.
         name: module path.
         paths: of its linears, in the order in which they run; the first one reads what the router reads.
         linears: the `UpscaledLinear`s.
-        router: its router; SMILE has none.
-        stack: the one that it is a part of.
+        router: its router; None for SMILE.
+        stack: the stack that it is part of.
     """
 
     def __init__(
         self, number: int, name: str, paths: list[str], linears: list[Any], router: Router | None, stack: Stack
     ) -> None:
         self.number, self.name, self.paths, self.linears = number, name, paths, linears
-        self.routers = (router,)  # in a tuple: it is the first linear's or the model's child, not this one's
+        self.routers = (router,)  # in a tuple, so that it is not registered as a child here
         self.stack, self.shared = stack, stack.shared
         for linear in linears:
             linear.unit = self
 
     def coefficients(self, linear: Any, x: torch.Tensor) -> torch.Tensor | None:
-        """Coefficients (B, K) for one of the linears, B a divisor of the rows of `x`; None where SMILE decides."""
+        """Coefficients (B, K) for one of the linears, B a divisor of the rows of `x`; None for SMILE."""
         calls = self.shared.calls
         call: Call | None = calls.current()
         if self.routers[0] is None and (calls.scope() if call is None else call.given) is None:
@@ -365,7 +365,7 @@ class Unit:
         return w
 
     def kept(self, linear: Any, w: torch.Tensor) -> torch.Tensor | None:
-        """While a cache is decoded: merged weights (B, R, C), made once for each prompt."""
+        """Merged weights (B, R, C) while decoding with a cache, computed once per prompt."""
         call: Call | None = self.shared.calls.current()
         if call is None or call.given is not None:
             return None
@@ -378,7 +378,7 @@ class Unit:
         return merged[path]
 
     def gates(self, hidden: torch.Tensor, ranks: list[int]) -> torch.Tensor:
-        """SMILE's weights (..., K) of each token, from V_iᵀ x side by side, (..., ΣR)."""
+        """SMILE's weights (..., K) of each token, from the concatenated V_iᵀ x, (..., ΣR)."""
         call: Call = self.shared.calls.current() or self.shared.call()
         leading = [part[..., : call.gate_rank] for part in hidden.split(ranks, -1)]
         scores = torch.stack([part.float().norm(dim=-1) for part in leading], -1)
@@ -402,7 +402,7 @@ class WEMoETrace:
         self._parts: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, w: torch.Tensor, rows: int) -> None:
-        """Keeps the coefficients (B, K) or, the same for all rows, (1, K) of a unit."""
+        """Add the coefficients of a unit: (B, K), or (1, K) for all rows."""
         w = w.to("cpu", torch.float32)
         self._parts[name] = w.expand(rows, -1) if len(w) == 1 else w
 

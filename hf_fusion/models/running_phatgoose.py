@@ -1,4 +1,4 @@
-"""How a router runs: what each call of its base knows, what users say of calls to come, what the last one did."""
+"""Runs a router: the state of each call of its base, fixed weights set by users, and the trace of the last call."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .trace_phatgoose import PhatgooseTrace
 
 
 class RunningMixin:
-    """Hooks that give each call of `self.backbone`, and of what it reads with, a `Routing` in `self.calls`."""
+    """Hooks that set a `Routing` in `self.calls` for each call of `self.backbone` and of its encoder or towers."""
 
     def _find_calls(self: Any) -> None:
-        """Registers them."""
+        """Register the hooks."""
         readers = readers_of(self.backbone, self.config.is_encoder_decoder)
         for path in dict.fromkeys(["", *readers]):
             module = self.backbone.get_submodule(path)
@@ -38,7 +38,7 @@ class RunningMixin:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        """What has to be known before tokens are routed: options, padding, and whether this is a new sequence."""
+        """Set the state of a call: options, padding, and whether it starts a new sequence."""
         state, records = self.calls.current(), bool(self.record_routing)
         if state is None or not path:  # else the base has called what it reads with
             state = self.calls.new(path)
@@ -53,17 +53,17 @@ class RunningMixin:
             inputs = (given.get(name) for name in ("input_ids", "inputs_embeds", self.main_input_name))
             self._prepare(state, mask, next((value for value in inputs if value is not None), None))
             trace = state.trace
-            if records and (trace is None or not trace.modules or not _goes_on(cache) and trace.has_seen(path)):
+            if records and (trace is None or not trace.modules or not _continues(cache) and trace.has_seen(path)):
                 paths = {id(group): paths for paths, group in self._groups}
                 state.trace = PhatgooseTrace(self.experts, paths, int(self.record_routing))
             state.records = records
-        elif encoded is not None and not _goes_on(
+        elif encoded is not None and not _continues(
             cache
         ):  # read earlier: its padding, before cross-attention looks at it
             self._prepare(state, mask, encoded[0])
 
     def _prepare(self: Any, state: Routing, mask: Any, inputs: Any) -> None:
-        """Tells the linears which tokens of inputs (B, T, …) are real."""
+        """Set which tokens of inputs (B, T, …) are not padding."""
         state.tokens = None
         is_padded_batch = isinstance(mask, torch.Tensor) and mask.dim() == 2 and inputs is not None
         if (
@@ -75,7 +75,7 @@ class RunningMixin:
             state.tokens, state.shape = mask.flatten().nonzero()[:, 0], tuple(mask.shape)
 
     def _end(self: Any, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """The call of this module is over, with or without an error."""
+        """Restore the outer state after a call, also after an error."""
         state = self.calls.current()
         if state is None or state.entry != path:
             return
@@ -100,14 +100,14 @@ class RunningMixin:
 
     @contextmanager
     def using(self: Any, weights: torch.Tensor | Sequence[float] | str | None) -> Iterator[Any]:
-        """Within this context the gates are not asked by calls of this thread or asyncio task.
+        """Context manager that replaces the gates by fixed weights, for calls of this thread or asyncio task.
 
-        A thread that is started within it sees none of it, unless it runs in a copy of the context:
+        A thread started within it is not affected, unless it runs in a copy of the context:
         ``Thread(target=contextvars.copy_context().run, args=(router.generate, ids))``.
 
         Args:
-            weights: an expert's name: it alone; (E,) or (B, E): these weights for every linear and every token;
-                None: the base alone, whose heads, where experts brought their own, are routed still.
+            weights: an expert's name for this expert alone; (E,) or (B, E) weights for all linears and tokens;
+                None for the base alone (its heads are still routed if experts have heads).
         """
         if isinstance(weights, str):
             if weights not in self.experts:
@@ -123,10 +123,10 @@ class RunningMixin:
         """The routing of this thread's or task's last sequences; set ``model.record_routing = 4096`` (tokens) first.
 
         A forward without a cache starts a new trace, one that goes on with a cache continues it: after `generate()`
-        the trace holds the prompt and every token that was read again. With beams, rows are the beams of the moment.
+        the trace has the prompt and each generated token that was read. With beam search, rows are the current beams.
 
         Raises:
-            ValueError: where nothing was recorded.
+            ValueError: nothing was recorded.
         """
         state = self.calls.current() or self.calls.last()
         if state is None or state.trace is None or not state.trace.modules:
@@ -138,7 +138,7 @@ class RunningMixin:
 
 
 class _Layer:
-    """A layer's function, which finds the routing of its first call whenever, and in whatever thread, it is called."""
+    """A layer's function that restores the routing of its first call when it is recomputed, in any thread."""
 
     def __init__(self, calls: RoutingCalls, function: Callable[..., Any]) -> None:
         self.calls, self.function = calls, function
@@ -158,8 +158,8 @@ def _remembering(
     return func(_Layer(calls, function), *args, **kw)
 
 
-def _goes_on(cache: Any) -> bool:
-    """Whether a forward goes on with the sequences of a cache."""
+def _continues(cache: Any) -> bool:
+    """Whether a forward continues the sequences of a cache."""
     return cache is not None and bool(cache.get_seq_length())
 
 

@@ -1,4 +1,4 @@
-"""The state of one call of a router: its options, which tokens are real, and what was chosen."""
+"""The state of one call of a router: its options, its padding and the chosen experts."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .fused_calls import Calls
 
 @dataclass(eq=False)
 class Routing:
-    """What the routed modules of a model know of the call that runs them.
+    """The state that the routed modules share during a call.
 
     Attributes:
         top_k, temperature, rule: see `PhatgooseConfig`.
-        given: (B, E) weights that every linear shall use instead of its gates, or None.
+        given: (B, E) weights for all linears instead of their gates, or None.
         off: run the base alone.
-        tokens: flat positions of the tokens that are no padding, or None where all are real.
-        shape: (B, T) that `tokens` is about.
+        tokens: flat positions of the tokens that are not padding, or None without padding.
+        shape: (B, T) of the batch of `tokens`.
         trace: of the sequences that this call reads, or of those before.
         records: whether the trace receives every choice.
-        counts_for: number of experts, where heads follow what the linears chose; else 0.
+        counts_for: number of experts, if heads are weighted by the linears' choices; else 0.
         tally: (B, E) weight that the linears gave each expert in this call, for these heads.
         entry: path of the module whose call it is; "" is the base.
         outer: the state of the call within which this one runs.
@@ -49,11 +49,11 @@ class Routing:
     shared: dict[Any, tuple[torch.Tensor, Any]] = field(default_factory=dict)
 
     def again(self) -> Routing:
-        """What a layer finds that is computed again, for its gradients: neither counted nor traced again."""
+        """A copy for a layer that is recomputed for its gradients, and must not be counted or traced again."""
         return Routing(self.top_k, self.temperature, self.rule, self.given, self.off, self.tokens, self.shape)
 
     def real(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Positions of the real tokens of `x`, where it has the padded shape."""
+        """Positions of the tokens of `x` that are not padding, if it has the padded shape."""
         return self.tokens if self.tokens is not None and tuple(x.shape[:-1]) == self.shape else None
 
     def weigh(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,7 +66,7 @@ class Routing:
     def count(
         self, experts: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor | None, shape: torch.Size
     ) -> None:
-        """Adds the choices (N, m, k) of tokens, the real ones of a batch of this shape, to their examples' tally."""
+        """Add the choices (N, m, k) of a batch's tokens without padding to their examples' tally."""
         if self.tally is None:
             self.tally = weight.new_zeros(shape[0], self.counts_for)
         each = shape.numel() // shape[0]
@@ -74,7 +74,7 @@ class Routing:
         self.tally.index_put_(((tokens // each)[:, None, None], experts), weight.detach(), accumulate=True)
 
     def weigh_given(self, experts: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The given weights of some experts (E_m,), for each of N tokens: (N, k) twice."""
+        """The fixed weights of some experts (E_m,) for each of N tokens: experts and weights, (N, k) each."""
         assert self.given is not None
         given = self.given.to(experts.device)[:, experts]
         most = max(1, int((given != 0).sum(1).max()))
@@ -84,13 +84,13 @@ class Routing:
 
 
 class RoutingCalls(Calls):
-    """The calls of a router, each with a `Routing`; what users set with `using` is a scope: weights, off.
+    """The calls of a router, each with a `Routing`; `using` opens a scope with (weights, off).
 
     Args:
-        config: the router's, whose options are those of the moment.
+        config: the router's config, whose current options apply.
 
     Attributes:
-        version: rises whenever the routed modules are others; what calls kept before is about those of before.
+        version: incremented when the routed modules change, which invalidates kept values.
     """
 
     def __init__(self, config: PhatgooseConfig) -> None:
@@ -102,19 +102,19 @@ class RoutingCalls(Calls):
         return type(self), (self.config,)
 
     def routing(self) -> Routing:
-        """Of the call that runs; a module that is called by itself goes on from the last call of its thread or task."""
+        """The state of the running call; a module called directly continues the last call of its thread or task."""
         current: Routing | None = self.current()
         return self._by_itself() if current is None else current
 
     def new(self, entry: str | None = None) -> Routing:
-        """The state that a call begins with."""
+        """The initial state of a call."""
         config, scope = self.config, self.scope()
         given, off = (None, False) if scope is None else scope
         options = config.num_experts_per_tok, config.router_temperature, config.routing
         return Routing(*options, given, off, entry=entry, version=self.version)
 
     def last(self) -> Routing | None:
-        """The state that the last call of this thread or task left."""
+        """The final state of the last call of this thread or task."""
         last: Routing | None = self.kept()
         return last if last is not None and last.version == self.version else None
 

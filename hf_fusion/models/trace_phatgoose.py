@@ -1,4 +1,4 @@
-"""The routing of tokens as data: who was chosen at every linear, with which weight."""
+"""The routing of tokens as data: the chosen experts and their weights at each linear."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 
 class PhatgooseTrace:
-    """Choices of the last sequences that a router ran, forward by forward; `PhatgooseRouter.routing_trace` gives it.
+    """The routing of a router's last sequences; returned by `PhatgooseRouter.routing_trace`.
 
-    Tokens read by an encoder (and by the decoder's view of it) and tokens written by a decoder are counted apart:
+    Tokens of the encoder (also as read by cross-attention) and tokens of the decoder are counted separately:
     linears differ in how many tokens they saw.
 
     Args:
@@ -21,7 +21,7 @@ class PhatgooseTrace:
         max_tokens: tokens (rows times positions) kept per linear; the oldest positions are dropped first, all but one.
 
     Attributes:
-        dropped: tokens that were dropped for lack of room, per linear.
+        dropped: number of tokens dropped because of `max_tokens`, per linear.
     """
 
     def __init__(self, experts: Sequence[str], paths: dict[int, list[str]], max_tokens: int) -> None:
@@ -40,10 +40,10 @@ class PhatgooseTrace:
         real: torch.Tensor | None,
         shape: Sequence[int],
     ) -> None:
-        """Keeps the choices (N, m, k) that a routed module made for real tokens of a batch of this shape."""
+        """Add the choices (N, m, k) of a routed module for the tokens of a batch without padding."""
         numbers = torch.tensor(group.experts, device=choice.device)
         choice, weight = numbers[choice].to(torch.int16), weight.detach().to(torch.float32)
-        if real is not None:  # padding meets no expert
+        if real is not None:  # padding is not routed
             everyone = (int(torch.tensor(shape).prod()), *choice.shape[1:])
             choice = choice.new_full(everyone, -1).index_copy_(0, real, choice)
             weight = weight.new_zeros(everyone).index_copy_(0, real, weight)
@@ -70,12 +70,12 @@ class PhatgooseTrace:
                 surplus -= choice_before.shape[1]
 
     def has_seen(self, path: str) -> bool:
-        """Whether linears of this module ("": of the model) have routed something."""
+        """Whether linears of this module ("" is the whole model) have routed tokens."""
         return any(f".{module}".startswith(f".{path}." if path else ".") for module in self._parts)
 
     @property
     def modules(self) -> list[str]:
-        """Module paths of the linears that routed something."""
+        """Module paths of the linears that have routed tokens."""
         return list(self._parts)
 
     def choices(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,7 +98,7 @@ class PhatgooseTrace:
         """Mean weights of the experts for each token over linears, (B, T, E).
 
         Args:
-            modules: linears that saw the same tokens; by default all that saw as many as the last one did.
+            modules: linears that saw the same tokens; default is all with as many tokens as the last one.
         """
         if modules is None:
             last = self.choices(self.modules[-1])[0].shape[:2]
@@ -112,7 +112,7 @@ class PhatgooseTrace:
         return dict(zip(self.experts, (total / total.sum().clamp(min=1e-9)).tolist(), strict=True))
 
     def entropy(self) -> dict[str, float]:
-        """Per linear: entropy in nats of the experts' mean weights over tokens; 0 where one expert serves all."""
+        """Per linear: entropy in nats of the experts' mean weights over tokens; 0 if one expert gets all weight."""
         shares = {module: self.expert_weights(module).sum((0, 1)) for module in self.modules}
         return {module: float(torch.special.entr(share / share.sum()).sum()) for module, share in shares.items()}
 

@@ -57,7 +57,7 @@ MISFITS = {
     "NaN in a head": (lambda e: spoiled(e, "classifier.weight"), "me/expert-1 has NaN or Inf in weight of its head"),
     "another base": (
         lambda e: replace(e, model=bert(["x", "y"], seed=77)),
-        "me/expert-1 is as far from the base as a stranger .1.3",
+        "me/expert-1 is too far from the base to be a fine-tune of it .1.3",
     ),
     "more layers": (deeper, "me/expert-1 has 16 tensors that the base does not have, first bert.encoder.layer.2"),
     "fewer layers": (shallower, "me/expert-1 lacks 16 tensors of the base, first bert.encoder.layer.1"),

@@ -1,7 +1,7 @@
-"""Code that a repo's configurations name: left out of configs, and run only where it is needed and trusted.
+"""Custom code that a repo's configurations name: removed from configs, and run only if needed and trusted.
 
-transformers knows most tokenizers and image processors itself; code that a repo brings for those never runs. Other
-code runs where whoever loads the model passed ``trust_remote_code=True``, and only that of the repo itself.
+transformers has classes for most tokenizers and image processors; custom code for those never runs. Other custom
+code runs only with ``trust_remote_code=True``, and only if it is in the repo itself.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Read = Callable[[str], dict[str, Any]]
 
 
 class UntrustedCodeError(ValueError):
-    """A tokenizer or image processor needs code that may not run."""
+    """A tokenizer or image processor needs custom code that is not trusted."""
 
 
 def without_code(config: Any) -> Any:
-    """A plain config without the keys, at any depth, that make transformers run code that is not its own."""
+    """A plain config without the keys, at any depth, that make transformers run custom code."""
     if isinstance(config, dict):
         return {key: without_code(inner) for key, inner in config.items() if key not in ("auto_map", *KERNELS)}
     return [without_code(inner) for inner in config] if isinstance(config, list) else config
@@ -56,14 +56,14 @@ def code_in(content: Any, file: str) -> Iterator[tuple[str, str, str]]:
 
 
 def needed_code(auto: str, read: Read) -> list[tuple[str, str, str]]:
-    """The code without which a tokenizer or image processor cannot be loaded, as `code_in` gives it.
+    """The custom code that a tokenizer or image processor needs, as returned by `code_in`.
 
     Args:
         auto: "AutoTokenizer" or "AutoImageProcessor".
-        read: the content of one of the repo's JSON files by its name; empty where there is none.
+        read: returns the content of a JSON file of the repo by its name; empty if it does not exist.
 
     Returns:
-        Nothing where transformers has a class for it.
+        An empty list if transformers has a class for it.
     """
     is_tokenizer = auto == "AutoTokenizer"
     file, content = _processor_config(is_tokenizer, read)
@@ -89,7 +89,7 @@ def needed_code(auto: str, read: Read) -> list[tuple[str, str, str]]:
 
 
 def _processor_config(is_tokenizer: bool, read: Read) -> tuple[str, dict[str, Any]]:
-    """The file that says which class a tokenizer or image processor has, and what it says."""
+    """The file that names the class of a tokenizer or image processor, and its content."""
     if is_tokenizer:
         return "tokenizer_config.json", read("tokenizer_config.json")
     nested = read("processor_config.json").get("image_processor")  # it wins over a file of its own
@@ -99,17 +99,17 @@ def _processor_config(is_tokenizer: bool, read: Read) -> tuple[str, dict[str, An
 
 
 def load_processor(auto: Any, source: str, hub: dict[str, Any], *, trusted: bool, **more: Any) -> Any:
-    """A tokenizer or image processor in transformers' own class, else by the repo's code.
+    """Load a tokenizer or image processor, by a class of transformers or else by the repo's custom code.
 
     Args:
         auto: `AutoTokenizer` or `AutoImageProcessor`.
         source: id or folder.
-        hub: where it lies: revision, subfolder and the like.
-        trusted: whether whoever loads it passed ``trust_remote_code=True``.
+        hub: revision, subfolder and other Hub arguments.
+        trusted: whether the caller passed ``trust_remote_code=True``.
         more: further arguments of `from_pretrained`.
 
     Raises:
-        UntrustedCodeError: it needs code that is not trusted, or of another repo.
+        UntrustedCodeError: it needs custom code that is not trusted, or is in another repo.
     """
 
     def read(file: str) -> dict[str, Any]:
