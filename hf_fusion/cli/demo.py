@@ -45,10 +45,10 @@ def run(args: argparse.Namespace, out: Out) -> None:
         os.environ[bars] = "1"  # the demo prints one line per repo
 
     from hf_fusion.demo import DEMOS
-    from hf_fusion.demo.place import open_place
+    from hf_fusion.demo.workspace import open_workspace
 
-    with open_place(Path(args.folder), args.namespace, args.real_hub) as place:
-        summary = DEMOS[args.demo](place, out, 0)
+    with open_workspace(Path(args.folder), args.namespace, args.real_hub) as workspace:
+        summary = DEMOS[args.demo](workspace, out, 0)
     if out.mode == "json":
         out.dict(summary)
     else:

@@ -1,4 +1,4 @@
-"""The whole way once with a Fusion of Experts: handwritten digits, and experts that each know a part of them."""
+"""The demo of Fusion of Experts: handwritten digits, and experts that each know some of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.demo.digits import DIGITS, EXPERTS, LABEL_MAPS, digit_expert, digits, misfits
-from hf_fusion.demo.place import Place, ask_a_stranger, hub_lines, near, publish_to, report_push, show_hub, show_next
+from hf_fusion.demo.workspace import (
+    Workspace,
+    hub_commands,
+    publish_to,
+    relative_path,
+    report_push,
+    run_in_fresh_process,
+    show_hub,
+    show_next,
+)
 from hf_fusion.errors import FusionError
 from hf_fusion.extras import refuse_missing
 
@@ -25,45 +34,45 @@ TASK = "image-classification"
 NAME = "foe-digits"
 DATA = "MNIST and scanned digits"
 PICTURE = "accuracy-cost.png"
-ASKED = 16  # images a stranger is asked about
+FRESH_IMAGES = 16  # images for the fresh process
 RIVALS = ("mean ensemble", "max confidence")
 
 
-def run(place: Place, out: Out, seed: int = 0) -> dict[str, Any]:
-    """Seeds a Hub, discovers, fuses, fits, measures, publishes, and loads the result in a fresh process.
+def run(workspace: Workspace, out: Out, seed: int = 0) -> dict[str, Any]:
+    """Push experts, discover, fuse, fit, evaluate and publish; then load the model in a fresh process.
 
     Args:
-        place: where it happens.
-        out: what is said goes there.
-        seed: of what the fuser starts from.
+        workspace: folder and Hub.
+        out: output of the command.
+        seed: of the fuser's initialisation.
 
     Returns:
-        Where everything lies and what was measured.
+        A summary: repo, folder and results.
     """
-    with out.step(1, STEPS, f"A Hub at {place.endpoint}"):
-        show_hub(place, out)
+    with out.step(1, STEPS, f"A Hub at {workspace.endpoint}"):
+        show_hub(workspace, out)
 
-    with out.step(2, STEPS, "Push experts that fit, and some that do not"):
+    with out.step(2, STEPS, "Push compatible experts, and some incompatible ones"):
         for name in EXPERTS:
-            report_push(place.push(name, digit_expert(name)), place.repo(name), out)
-        for misfit in misfits(place.folder / "misfits"):
-            report_push(place.push(misfit.name, misfit.folder, misfit.settings), place.repo(misfit.name), out)
+            report_push(workspace.push(name, digit_expert(name)), workspace.repo(name), out)
+        for misfit in misfits(workspace.folder / "misfits"):
+            report_push(workspace.push(misfit.name, misfit.folder, misfit.settings), workspace.repo(misfit.name), out)
 
-    with out.step(3, STEPS, "Discover them by their tag, and see who fits"):
-        verdict = _discover(place)
+    with out.step(3, STEPS, "Discover them by their tag, and check compatibility"):
+        verdict = _discover(workspace)
         _show_verdict(verdict, out)
 
-    with out.step(4, STEPS, "Fuse, fit and measure"):
-        model, results, fused = _fuse_fit_measure(place, verdict, out, seed)
+    with out.step(4, STEPS, "Fuse, fit and evaluate"):
+        model, results, fused = _fuse_fit_measure(workspace, verdict, out, seed)
         out.table(results.table(), title=f"Accuracy on {results.tasks[0].n:,} held-out images", human_only=True)
-        for line in _said(results):
+        for line in _comparison(results):
             out.log(f"      {line}")
 
-    with out.step(5, STEPS, f"Publish as {place.repo(NAME)}"):
-        published = publish_to(place, fused, NAME, out)
+    with out.step(5, STEPS, f"Publish as {workspace.repo(NAME)}"):
+        published = publish_to(workspace, fused, NAME, out)
 
     with out.step(6, STEPS, "Load it in a fresh process without hf_fusion"):
-        identical = _compare_with_stranger(place, model, published.repo_id, published.sha, out)
+        identical = _compare_with_fresh_process(workspace, model, published.repo_id, published.sha, out)
 
     summary = {
         "model": published.repo_id,
@@ -72,26 +81,26 @@ def run(place: Place, out: Out, seed: int = 0) -> dict[str, Any]:
         "plot": str(fused / PICTURE),
         "identical": identical,
     }
-    with out.step(7, STEPS, "What you have now, and what to type next"):
-        _show_next(place, fused, out)
+    with out.step(7, STEPS, "Results, and commands to run next"):
+        _show_next(workspace, fused, out)
     return summary | {
         "rejected": {entry.info.id: "; ".join(map(str, entry.reasons)) for entry in verdict.rejected},
         "measured": {p.name: {"accuracy": p.only_score.score, "cost": p.cost} for p in results.predictors},
     }
 
 
-def _discover(place: Place) -> Compatibility:
-    """What anybody finds by the tag, judged for fusing their outputs over the ten digits."""
+def _discover(workspace: Workspace) -> Compatibility:
+    """Discover experts without a token, and check their compatibility over the ten digits."""
     from hf_fusion.hub.compat import check_compatibility
     from hf_fusion.hub.discover import discover
 
-    found = sorted(discover(author=place.namespace, api=place.anyone), key=lambda info: info.id)
+    found = sorted(discover(author=workspace.namespace, api=workspace.anyone), key=lambda info: info.id)
     labels = {*DIGITS, *(label for mapping in LABEL_MAPS.values() for label in mapping)}
-    return check_compatibility(found, task=TASK, labels=labels, api=place.anyone)
+    return check_compatibility(found, task=TASK, labels=labels, api=workspace.anyone)
 
 
 def _show_verdict(verdict: Compatibility, out: Out) -> None:
-    """Two tables: who fits, and who does not and why."""
+    """Print two tables: accepted experts, and rejected ones with reasons."""
     accepted = [
         {
             "expert": info.id,
@@ -109,50 +118,52 @@ def _show_verdict(verdict: Compatibility, out: Out) -> None:
     out.table(rejected, title=f"{len(rejected)} do not", human_only=True)
 
 
-def _fuse_fit_measure(place: Place, verdict: Compatibility, out: Out, seed: int) -> tuple[FoEModel, Results, Path]:
-    """The fitted model, what was measured, and the folder that holds both."""
+def _fuse_fit_measure(
+    workspace: Workspace, verdict: Compatibility, out: Out, seed: int
+) -> tuple[FoEModel, Results, Path]:
+    """The fitted model, its results, and the folder of both."""
     from hf_fusion.evaluation.evaluate import evaluate
     from hf_fusion.evaluation.plots import plot_accuracy_cost
     from hf_fusion.evaluation.results import RESULTS_FILE
     from hf_fusion.fusion import fuse, save_fused
     from hf_fusion.training.fuser import fit_fuser
 
-    maps = {place.repo(name): mapping for name, mapping in LABEL_MAPS.items()}
-    experts = _load(place, verdict, out)
+    maps = {workspace.repo(name): mapping for name, mapping in LABEL_MAPS.items()}
+    experts = _load(workspace, verdict, out)
     model = fuse("foe", experts, label_maps=maps, labels=list(DIGITS))
     out.log(f"      fused {len(experts)} experts, {model.num_parameters() / 1e6:.1f} million parameters")
-    train, test = _rows(place, "train"), _rows(place, "test")
+    train, test = _rows(workspace, "train"), _rows(workspace, "test")
     out.log(f"      running them on {len(train):,} images to fit on and {len(test):,} to measure on …")
     fit = fit_fuser(model, train, frugal=True, seed=seed)
     out.log(
         f"      fitted on {fit.train_rows:,} images that no expert saw; {fit.held_out_rows:,} more told when to stop"
     )
     results = evaluate(model, test, name=DATA, command="hf-fusion demo")
-    fused = save_fused(model, place.folder / NAME, overwrite=True)
+    fused = save_fused(model, workspace.folder / NAME, overwrite=True)
     results.save(fused / RESULTS_FILE)
     plot_accuracy_cost(results, fused / PICTURE)
     return model, results, fused
 
 
-def _load(place: Place, verdict: Compatibility, out: Out) -> list[Expert]:
+def _load(workspace: Workspace, verdict: Compatibility, out: Out) -> list[Expert]:
     """The accepted experts, but for those that turn out to be broken once their weights are read."""
     from hf_fusion.hub.load import load_experts
 
     experts = []
     for info in verdict.accepted:
         try:
-            experts += load_experts([info], api=place.api)
+            experts += load_experts([info], api=workspace.api)
         except FusionError as error:
             refuse_missing(error, "the demo", extra="demo")
             out.log(f"      left out: {error.message}")
     return experts
 
 
-def _rows(place: Place, split: str) -> Dataset:
+def _rows(workspace: Workspace, split: str) -> Dataset:
     """The images to fit on ("train") or to measure on ("test"), kept as parquet for the commands one may type next."""
     from hf_fusion.data import load_rows
 
-    folder = place.folder / "data"
+    folder = workspace.folder / "data"
     if not (folder / "test.parquet").is_file():
         folder.mkdir(exist_ok=True)
         rows = digits()
@@ -161,7 +172,7 @@ def _rows(place: Place, split: str) -> Dataset:
     return load_rows(folder, split)
 
 
-def _said(results: Results) -> list[str]:
+def _comparison(results: Results) -> list[str]:
     """The comparison in words."""
     against = {"the best expert": results.best("expert"), **{f"the {name}": results[name] for name in RIVALS}}
     foe, frugal = results.best("fused").only_score.score, results.best("frugal")
@@ -172,20 +183,20 @@ def _said(results: Results) -> list[str]:
     ]
 
 
-def _compare_with_stranger(place: Place, model: FoEModel, repo: str, revision: str, out: Out) -> bool:
+def _compare_with_fresh_process(workspace: Workspace, model: FoEModel, repo: str, revision: str, out: Out) -> bool:
     """Whether a fresh process gets bit for bit the logits of the model in memory, and the same from a pipeline."""
     import torch
     from safetensors.torch import load_file
 
-    folder = place.folder / "asked"
+    folder = workspace.folder / "asked"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    images = [row.convert("RGB") for row in _rows(place, "test").select(range(ASKED))["image"]]
+    images = [row.convert("RGB") for row in _rows(workspace, "test").select(range(FRESH_IMAGES))["image"]]
     for number, image in enumerate(images):
         image.save(folder / f"{number:02}.png")
     with torch.no_grad():
         here = model(**model.processor(images=images)).logits
-    answers = ask_a_stranger(place, repo, revision, folder)["answers"]
+    answers = run_in_fresh_process(workspace, repo, revision, folder)["answers"]
 
     top = here.softmax(-1).max(-1)
     same = {
@@ -205,18 +216,22 @@ def _compare_with_stranger(place: Place, model: FoEModel, repo: str, revision: s
     return all(same.values())
 
 
-def _show_next(place: Place, fused: Path, out: Out) -> None:
+def _show_next(workspace: Workspace, fused: Path, out: Out) -> None:
     """Where things lie, and commands that work as they stand."""
-    repo, data, asked = place.repo(NAME), near(place.folder / "data"), near(place.folder / "asked")
+    repo, data, asked = (
+        workspace.repo(NAME),
+        relative_path(workspace.folder / "data"),
+        relative_path(workspace.folder / "asked"),
+    )
     files = {
-        near(fused): f"the model, its recipe, results.json and {PICTURE}",
+        relative_path(fused): f"the model, its recipe, results.json and {PICTURE}",
         data: "the images it was fitted on (train) and measured on (test)",
     }
     commands = [
-        f"hf-fusion eval {near(fused)} --data {data}",
-        *hub_lines(place),
-        f"hf-fusion discover --author {place.namespace} --check",
+        f"hf-fusion eval {relative_path(fused)} --data {data}",
+        *hub_commands(workspace),
+        f"hf-fusion discover --author {workspace.namespace} --check",
         f'python -c \'from transformers import pipeline; classify = pipeline("{TASK}", model="{repo}", '
         f'trust_remote_code=True); print(classify("{asked}/00.png", top_k=2))\'',
     ]
-    show_next(place, out, files, commands)
+    show_next(workspace, out, files, commands)

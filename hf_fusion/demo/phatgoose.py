@@ -1,4 +1,4 @@
-"""The whole way once with PHATGOOSE: adapters of SmolLM2 that each learned one small task, and every token routed."""
+"""The demo of PHATGOOSE: adapters of SmolLM2 for small tasks, among which each token is routed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 from hf_fusion.assets.language_tasks import CHAT, TASKS, rows
 from hf_fusion.assets.smollm2 import SMOLLM2, reference_rows, smollm2_folder
 from hf_fusion.assets.weights import demo_weights
-from hf_fusion.demo.place import Place, ask_a_stranger, hub_lines, near, publish_to, report_push, show_hub, show_next
+from hf_fusion.demo.workspace import (
+    Workspace,
+    hub_commands,
+    publish_to,
+    relative_path,
+    report_push,
+    run_in_fresh_process,
+    show_hub,
+    show_next,
+)
 
 if TYPE_CHECKING:
     from hf_fusion.cli.output import Out
@@ -37,43 +46,43 @@ QUESTIONS = (
 ANSWER_TOKENS = 16
 
 
-def run(place: Place, out: Out, seed: int = 0) -> dict[str, Any]:
-    """Seeds a Hub, discovers, adds gates, fuses, measures, publishes, and asks the result in a fresh process.
+def run(workspace: Workspace, out: Out, seed: int = 0) -> dict[str, Any]:
+    """Push experts, discover, add gates, fuse, evaluate and publish; then run the model in a fresh process.
 
     Args:
-        place: where it happens.
-        out: what is said goes there.
-        seed: of the order in which gates see rows.
+        workspace: folder and Hub.
+        out: output of the command.
+        seed: of the order of training rows.
 
     Returns:
-        Where everything lies and what was measured.
+        A summary: repo, folder and results.
     """
-    with out.step(1, STEPS, f"A Hub at {place.endpoint}"):
-        show_hub(place, out)
+    with out.step(1, STEPS, f"A Hub at {workspace.endpoint}"):
+        show_hub(workspace, out)
 
     with out.step(2, STEPS, "Push SmolLM2, and adapters that each learned one task"):
-        _push_all(place, out)
+        _push_all(workspace, out)
 
-    with out.step(3, STEPS, "Discover them by their tags, and see who can be routed to"):
-        verdict = _discover(place)
+    with out.step(3, STEPS, "Discover them by their tags, and check compatibility"):
+        verdict = _discover(workspace)
         _show_verdict(verdict, out)
 
     with out.step(4, STEPS, f"Train gates for {WITHOUT_GATES}, and push them into its repo"):
-        _add_gates(place, verdict, out, seed)
+        _add_gates(workspace, verdict, out, seed)
 
     with out.step(5, STEPS, "Fuse and measure"):
-        model, results, routing, fused = _fuse_and_measure(place, out)
+        model, results, routing, fused = _fuse_and_measure(workspace, out)
         count = len(results.tasks)
         out.table(_scores(results), title=f"Right answers on {count} tasks of {TESTED} questions each", human_only=True)
-        for line in _said(results, routing):
+        for line in _comparison(results, routing):
             out.log(f"      {line}")
 
-    with out.step(6, STEPS, f"Publish as {place.repo(NAME)}"):
-        published = publish_to(place, fused, NAME, out)
+    with out.step(6, STEPS, f"Publish as {workspace.repo(NAME)}"):
+        published = publish_to(workspace, fused, NAME, out)
 
     with out.step(7, STEPS, "Ask it in a fresh process without hf_fusion and peft"):
-        identical = _compare_with_stranger(place, model, published.repo_id, published.sha, out)
-        out.table(_answer_table(model), title="Whom each token of the first answer met, in %", human_only=True)
+        identical = _compare_with_fresh_process(workspace, model, published.repo_id, published.sha, out)
+        out.table(_answer_table(model), title="Experts of each token of the first answer, in %", human_only=True)
 
     summary = {
         "model": published.repo_id,
@@ -82,8 +91,8 @@ def run(place: Place, out: Out, seed: int = 0) -> dict[str, Any]:
         "picture": str(fused / "routing.png"),
         "identical": identical,
     }
-    with out.step(8, STEPS, "What you have now, and what to type next"):
-        _show_next(place, fused, out)
+    with out.step(8, STEPS, "Results, and commands to run next"):
+        _show_next(workspace, fused, out)
     return summary | {
         "rejected": {entry.info.id: "; ".join(map(str, entry.reasons)) for entry in verdict.rejected},
         "measured": {predictor.name: predictor.means["held-in"].score for predictor in results.predictors},
@@ -91,27 +100,27 @@ def run(place: Place, out: Out, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def _push_all(place: Place, out: Out) -> None:
+def _push_all(workspace: Workspace, out: Out) -> None:
     """The base under its own id, adapters with gates, one without, and one that says it is of another base."""
-    if place.embedded:  # the real Hub has it
-        report_push(push_base(place), SMOLLM2, out)
+    if workspace.embedded:  # the real Hub has it
+        report_push(push_base(workspace), SMOLLM2, out)
     for name in WITH_GATES:
-        report_push(place.push(name, demo_weights(f"smollm2_experts/{name}")), place.repo(name), out)
-    for name, folder in _misfits(place.folder / "misfits").items():
+        report_push(workspace.push(name, demo_weights(f"smollm2_experts/{name}")), workspace.repo(name), out)
+    for name, folder in _misfits(workspace.folder / "misfits").items():
         # What an earlier run pushed has gates by now: it stays.
-        known = place.api.repo_exists(place.repo(name))
-        report_push(not known and place.push(name, folder), place.repo(name), out)
+        known = workspace.api.repo_exists(workspace.repo(name))
+        report_push(not known and workspace.push(name, folder), workspace.repo(name), out)
 
 
-def push_base(place: Place) -> bool:
+def push_base(workspace: Workspace) -> bool:
     """SmolLM2 as its owner would push it."""
     from huggingface_hub import HfApi
 
     from hf_fusion.server import add_user
 
     owner, _, name = SMOLLM2.partition("/")
-    theirs = HfApi(endpoint=place.endpoint, token=add_user(place.folder / "hub", owner))
-    new = replace(place, namespace=owner, api=theirs).push(name, smollm2_folder())
+    theirs = HfApi(endpoint=workspace.endpoint, token=add_user(workspace.folder / "hub", owner))
+    new = replace(workspace, namespace=owner, api=theirs).push(name, smollm2_folder())
     theirs.upload_file(repo_id=SMOLLM2, path_in_repo="README.md", path_or_fileobj=BASE_CARD.encode())
     return new
 
@@ -134,18 +143,18 @@ def _misfits(folder: Path) -> dict[str, Path]:
     return made
 
 
-def _discover(place: Place, *tags: str) -> Compatibility:
+def _discover(workspace: Workspace, *tags: str) -> Compatibility:
     """What anybody finds by tags, judged for routing among adapters of SmolLM2."""
     from hf_fusion.hub.compat import check_compatibility
     from hf_fusion.hub.discover import EXPERT_TAG, discover
 
-    found = discover(tags=(EXPERT_TAG, "lora", *tags), author=place.namespace, api=place.anyone)
+    found = discover(tags=(EXPERT_TAG, "lora", *tags), author=workspace.namespace, api=workspace.anyone)
     judged = sorted(found, key=lambda info: info.id)
-    return check_compatibility(judged, base_model=SMOLLM2, need_gates=True, api=place.anyone)
+    return check_compatibility(judged, base_model=SMOLLM2, need_gates=True, api=workspace.anyone)
 
 
 def _show_verdict(verdict: Compatibility, out: Out) -> None:
-    """Two tables: who fits, and who does not and why."""
+    """Print two tables: accepted experts, and rejected ones with reasons."""
     accepted = [
         {"adapter": info.id, "commit": info.sha[:7], "license": info.license, "MB": round(info.size / 1e6, 2)}
         for info in verdict.accepted
@@ -155,29 +164,29 @@ def _show_verdict(verdict: Compatibility, out: Out) -> None:
     out.table(rejected, title=f"{len(rejected)} do not", human_only=True)
 
 
-def _add_gates(place: Place, verdict: Compatibility, out: Out, seed: int) -> None:
+def _add_gates(workspace: Workspace, verdict: Compatibility, out: Out, seed: int) -> None:
     """Trains and pushes the gates that are missing, unless an earlier run has done so."""
     from hf_fusion.hub.load import load_experts
     from hf_fusion.publishing.push_gates import push_gates
     from hf_fusion.training.gates import train_gates
     from hf_fusion.training.whitening import fit_whitening
 
-    lacking = next((entry.info for entry in verdict.rejected if entry.info.id == place.repo(WITHOUT_GATES)), None)
+    lacking = next((entry.info for entry in verdict.rejected if entry.info.id == workspace.repo(WITHOUT_GATES)), None)
     if lacking is None:
         out.log("      there already")
         return
-    (expert,) = load_experts([lacking], api=place.api)
+    (expert,) = load_experts([lacking], api=workspace.api)
     # The other experts' gates read whitened inputs too: only scores of one measure can be compared.
     whitening = fit_whitening(expert, reference_rows())
     examples = rows(WITHOUT_GATES, "train", GATE_STEPS * GATE_BATCH)
     gates = train_gates(expert, examples, steps=GATE_STEPS, batch_size=GATE_BATCH, whitening=whitening, seed=seed)
-    pushed = push_gates(gates, lacking.id, api=place.api)
+    pushed = push_gates(gates, lacking.id, api=workspace.api)
     before, after = gates.facts["loss_before"], gates.facts["loss_after"]
     out.log(f"      {len(gates.vectors)} gates in {GATE_STEPS} steps, loss {before:.3f} → {after:.3f}")
     out.log(f"      {pushed.repo_id} at {pushed.sha[:12]}")
 
 
-def _fuse_and_measure(place: Place, out: Out) -> tuple[Any, Results, RoutingMap, Path]:
+def _fuse_and_measure(workspace: Workspace, out: Out) -> tuple[Any, Results, RoutingMap, Path]:
     """The router, what was measured, and the folder that holds all of it."""
     from datasets import concatenate_datasets
 
@@ -189,13 +198,13 @@ def _fuse_and_measure(place: Place, out: Out) -> tuple[Any, Results, RoutingMap,
     from hf_fusion.hub.gates import GATES_TAG
     from hf_fusion.hub.load import load_experts
 
-    experts = load_experts(_discover(place, GATES_TAG).accepted, api=place.api)
+    experts = load_experts(_discover(workspace, GATES_TAG).accepted, api=workspace.api)
     model = fuse("phatgoose", experts, base_by_reference=True)
     cost = model.summary()["relative_cost"]
     out.log(f"      {len(experts)} experts; a token costs {cost:.2f} × the base's arithmetic where experts are")
     tasks = (*WITH_GATES, WITHOUT_GATES)
     suite = {task: rows(task, "test", TESTED) for task in tasks}
-    owners = {task: place.repo(task) for task in tasks}
+    owners = {task: workspace.repo(task) for task in tasks}
     results = evaluate(
         experts,
         suite,
@@ -205,11 +214,11 @@ def _fuse_and_measure(place: Place, out: Out) -> tuple[Any, Results, RoutingMap,
         command="hf-fusion demo phatgoose",
     )
     routing = map_routing(model, suite, owners=owners)
-    fused = save_fused(model, place.folder / FOLDER, overwrite=True)
+    fused = save_fused(model, workspace.folder / FOLDER, overwrite=True)
     results.save(fused / RESULTS_FILE)
     routing.save(fused / ROUTING_FILE)
     plot_routing(routing, fused / ROUTING_PICTURE)
-    questions = place.folder / "questions"
+    questions = workspace.folder / "questions"
     questions.mkdir(exist_ok=True)
     owned = [own.add_column("expert", [owners[task]] * len(own)) for task, own in suite.items()]
     concatenate_datasets(owned).to_parquet(questions / "test.parquet")
@@ -225,7 +234,7 @@ def _scores(results: Results) -> list[dict[str, str]]:
     ]
 
 
-def _said(results: Results, routing: RoutingMap) -> list[str]:
+def _comparison(results: Results, routing: RoutingMap) -> list[str]:
     """The comparison in words."""
     leads = [f"{results[name].lead['held-in']} points on {name}" for name in ("base", "merged")]
     lines = [f"PHATGOOSE's lead with its 95 % interval: {', '.join(leads)}"]
@@ -240,17 +249,19 @@ def _prompt(model: PhatgooseForGeneration, question: str) -> Any:
     return model.processor(CHAT.format(question), return_tensors="pt").to(model.device)
 
 
-def _compare_with_stranger(place: Place, model: PhatgooseForGeneration, repo: str, revision: str, out: Out) -> bool:
+def _compare_with_fresh_process(
+    workspace: Workspace, model: PhatgooseForGeneration, repo: str, revision: str, out: Out
+) -> bool:
     """Whether a fresh process gets bit for bit the logits of the model in memory, and the same answers."""
     import torch
     from safetensors.torch import load_file
 
-    folder = place.folder / "asked"
+    folder = workspace.folder / "asked"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     prompts = [CHAT.format(question) for question in QUESTIONS]
     (folder / "prompts.json").write_text(json.dumps({"prompts": prompts, "max_new_tokens": ANSWER_TOKENS}))
-    answers = ask_a_stranger(place, repo, revision, folder)["answers"]
+    answers = run_in_fresh_process(workspace, repo, revision, folder)["answers"]
     logits = load_file(folder / "logits.safetensors")
     same = {"logits": True, "answers": True}
     for number, (question, answer) in enumerate(zip(QUESTIONS, answers, strict=True)):
@@ -283,18 +294,19 @@ def _answer_table(model: PhatgooseForGeneration) -> list[dict[str, Any]]:
     ]
 
 
-def _show_next(place: Place, fused: Path, out: Out) -> None:
+def _show_next(workspace: Workspace, fused: Path, out: Out) -> None:
     """Where things lie, and commands that work as they stand."""
-    repo, questions = place.repo(NAME), near(place.folder / "questions")
+    repo, questions = workspace.repo(NAME), relative_path(workspace.folder / "questions")
     files = {
-        near(fused): "the experts with their gates, the recipe, results.json and routing.png",
+        relative_path(fused): "the experts with their gates, the recipe, results.json and routing.png",
         questions: "what it was asked (test)",
     }
+    owner = workspace.namespace
     commands = [
-        *hub_lines(place),
-        f"hf-fusion discover --author {place.namespace} --tag phatgoose-gates --base-model {SMOLLM2} --check --gates",
-        f"hf-fusion eval {near(fused)} --data {questions}",
+        *hub_commands(workspace),
+        f"hf-fusion discover --author {owner} --tag phatgoose-gates --base-model {SMOLLM2} --check --gates",
+        f"hf-fusion eval {relative_path(fused)} --data {questions}",
         f'python -c \'from transformers import pipeline; ask = pipeline("text-generation", model="{repo}", '
         f'trust_remote_code=True); print(ask([{{"role": "user", "content": "{QUESTIONS[0]}"}}], max_new_tokens=16))\'',
     ]
-    show_next(place, out, files, commands)
+    show_next(workspace, out, files, commands)

@@ -1,4 +1,4 @@
-"""The whole way once with WEMoE: fine-tunes of one small ViT, and weights merged anew for every picture."""
+"""The demo of WEMoE: fine-tunes of one small ViT, whose weights are merged per image."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from hf_fusion.assets.weights import demo_weights
 from hf_fusion.demo.digit_tasks import BASE, TASKS, task_rows
 from hf_fusion.demo.digits import digit_expert
-from hf_fusion.demo.place import (
+from hf_fusion.demo.workspace import (
     OWNER,
-    Place,
-    ask_a_stranger,
-    hub_lines,
-    near,
+    Workspace,
+    hub_commands,
     publish_to,
+    relative_path,
     report_push,
+    run_in_fresh_process,
     show_hub,
     show_next,
 )
@@ -48,33 +48,33 @@ UNADAPTED, STATIC = "WEMoE, not adapted", "AdaMerging by layer"
 ASKED = 4  # pictures of each task that a stranger is asked about
 
 
-def run(place: Place, out: Out, seed: int = 0) -> dict[str, Any]:
-    """Seeds a Hub, discovers, fuses, adapts, measures, publishes, and asks the result in a fresh process.
+def run(workspace: Workspace, out: Out, seed: int = 0) -> dict[str, Any]:
+    """Push experts, discover, fuse, adapt, evaluate and publish; then run the model in a fresh process.
 
     Args:
-        place: where it happens.
-        out: what is said goes there.
-        seed: of the order in which routers see pictures.
+        workspace: folder and Hub.
+        out: output of the command.
+        seed: of the order of training images.
 
     Returns:
-        Where everything lies and what was measured.
+        A summary: repo, folder and results.
     """
-    with out.step(1, STEPS, f"A Hub at {place.endpoint}"):
-        show_hub(place, out)
+    with out.step(1, STEPS, f"A Hub at {workspace.endpoint}"):
+        show_hub(workspace, out)
 
     with out.step(2, STEPS, "Push a small ViT, its fine-tunes, and some that are none"):
-        for name, folder in _folders(place).items():
-            report_push(place.push(name, folder), place.repo(name), out)
+        for name, folder in _folders(workspace).items():
+            report_push(workspace.push(name, folder), workspace.repo(name), out)
 
-    with out.step(3, STEPS, "Discover them by their tags, and see whose weights can be merged"):
-        verdict = _discover(place)
+    with out.step(3, STEPS, "Discover them by their tags, and check which can be merged"):
+        verdict = _discover(workspace)
         _show_verdict(verdict, out)
 
     with out.step(4, STEPS, "Fuse: every MLP becomes the base's and four task vectors"):
         from hf_fusion.fusion import fuse
 
         experts = [info.pinned for info in verdict.accepted]
-        model = fuse("wemoe", experts, base=place.repo(BASE), api=place.api)
+        model = fuse("wemoe", experts, base=workspace.repo(BASE), api=workspace.api)
         base = str(ModelRef(**model.config.base))
         facts = model.summary()
         out.log(f"      {facts['upscaled_linears']} linears with {facts['trainable']:,} parameters of routers to adapt")
@@ -82,20 +82,20 @@ def run(place: Place, out: Out, seed: int = 0) -> dict[str, Any]:
     with out.step(5, STEPS, f"Adapt its routers on {ADAPTED} pictures of each task, without labels"):
         from hf_fusion.hub.load import load_experts
 
-        loaded, start = load_experts(experts, api=place.api), load_experts([base], api=place.api)[0].model
-        more = _adapt(place, model, loaded, start, out, seed)
+        loaded, start = load_experts(experts, api=workspace.api), load_experts([base], api=workspace.api)[0].model
+        more = _adapt(workspace, model, loaded, start, out, seed)
 
     with out.step(6, STEPS, "Measure"):
-        results, merged = _measure(place, model, loaded, start, more)
+        results, merged = _measure(workspace, model, loaded, start, more)
         out.table(_scores(results), title=f"Right answers in % on {TESTED} pictures of each task", human_only=True)
         leads = [f"{results[name].lead['held-in']} points on {name}" for name in ("task arithmetic", STATIC)]
         out.log(f"      WEMoE's lead with its 95 % interval: {', '.join(leads)}")
 
-    with out.step(7, STEPS, f"Publish as {place.repo(NAME)}"):
-        published = publish_to(place, merged, NAME, out)
+    with out.step(7, STEPS, f"Publish as {workspace.repo(NAME)}"):
+        published = publish_to(workspace, merged, NAME, out)
 
     with out.step(8, STEPS, "Ask it in a fresh process without hf_fusion and peft"):
-        identical = _compare_with_stranger(place, model, published.repo_id, published.sha, out)
+        identical = _compare_with_fresh_process(workspace, model, published.repo_id, published.sha, out)
 
     summary = {
         "model": published.repo_id,
@@ -104,17 +104,17 @@ def run(place: Place, out: Out, seed: int = 0) -> dict[str, Any]:
         "picture": str(merged / "coefficients.png"),
         "identical": identical,
     }
-    with out.step(9, STEPS, "What you have now, and what to type next"):
-        _show_next(place, merged, out)
+    with out.step(9, STEPS, "Results, and commands to run next"):
+        _show_next(workspace, merged, out)
     return summary | {
         "rejected": {entry.info.id: "; ".join(map(str, entry.reasons)) for entry in verdict.rejected},
         "measured": {predictor.name: predictor.means["held-in"].score for predictor in results.predictors},
     }
 
 
-def _folders(place: Place) -> dict[str, Path]:
+def _folders(workspace: Workspace) -> dict[str, Path]:
     """What is pushed: the base, its fine-tunes, a copy that says it is of another base, and one whose card is wrong."""
-    made = place.folder / "fine-tunes"
+    made = workspace.folder / "fine-tunes"
     shutil.rmtree(made, ignore_errors=True)
     experts = demo_weights("vit_experts")
     shutil.copytree(experts, made)
@@ -123,7 +123,7 @@ def _folders(place: Place) -> dict[str, Path]:
     names = [BASE, *FINE_TUNES.values(), ELSEWHERE, SMALLER]
     for name in names:
         card = made / name / "README.md"
-        base = place.repo(OTHER_BASE if name == ELSEWHERE else BASE)
+        base = workspace.repo(OTHER_BASE if name == ELSEWHERE else BASE)
         text = card.read_text(encoding="utf-8").replace(f"{OWNER}/{BASE}", base)
         if name == SMALLER:
             text = text.replace("---\n", f"---\nbase_model: {base}\n", 1).replace("- digits\n", f"- {TAG}\n")
@@ -131,18 +131,18 @@ def _folders(place: Place) -> dict[str, Path]:
     return {name: made / name for name in names}
 
 
-def _discover(place: Place) -> Compatibility:
+def _discover(workspace: Workspace) -> Compatibility:
     """What anybody finds by tags, judged for merging with the base."""
     from hf_fusion.hub.compat import check_compatibility
     from hf_fusion.hub.discover import EXPERT_TAG, discover
 
-    found = discover(tags=(EXPERT_TAG, TAG), author=place.namespace, api=place.anyone)
+    found = discover(tags=(EXPERT_TAG, TAG), author=workspace.namespace, api=workspace.anyone)
     judged = sorted(found, key=lambda info: info.id)
-    return check_compatibility(judged, base_model=place.repo(BASE), merging=True, api=place.anyone)
+    return check_compatibility(judged, base_model=workspace.repo(BASE), merging=True, api=workspace.anyone)
 
 
 def _show_verdict(verdict: Compatibility, out: Out) -> None:
-    """Two tables: who fits, and who does not and why."""
+    """Print two tables: accepted experts, and rejected ones with reasons."""
     accepted = [
         {"fine-tune": info.id, "commit": info.sha[:7], "classes": len(info.labels), "MB": round(info.size / 1e6, 2)}
         for info in verdict.accepted
@@ -153,7 +153,7 @@ def _show_verdict(verdict: Compatibility, out: Out) -> None:
 
 
 def _adapt(
-    place: Place, model: WEMoEModel, experts: list[Expert], base: ExpertLike, out: Out, seed: int
+    workspace: Workspace, model: WEMoEModel, experts: list[Expert], base: ExpertLike, out: Out, seed: int
 ) -> list[TaskModel]:
     """Adapts the routers; returns what they are compared with: themselves before, and one merge, adapted as well."""
     from hf_fusion.evaluation.merging import TaskModel
@@ -161,7 +161,7 @@ def _adapt(
     from hf_fusion.training.routers import adapt_routers
 
     unlabelled = {
-        place.repo(FINE_TUNES[task]): own.remove_columns("label") for task, own in _rows(place, "train").items()
+        workspace.repo(FINE_TUNES[task]): own.remove_columns("label") for task, own in _rows(workspace, "train").items()
     }
     before = copy.deepcopy(model)
     static = CoefficientMerge(experts, base)
@@ -174,7 +174,7 @@ def _adapt(
     return [TaskModel(UNADAPTED, before), TaskModel(STATIC, static)]
 
 
-def _rows(place: Place, split: str) -> dict[str, Dataset]:
+def _rows(workspace: Workspace, split: str) -> dict[str, Dataset]:
     """Task → its pictures; kept as parquet for the commands one may type next."""
     from datasets import concatenate_datasets
 
@@ -182,7 +182,7 @@ def _rows(place: Place, split: str) -> dict[str, Dataset]:
         task: task_rows(task, "test", TESTED) if split == "test" else task_rows(task, "adapt", ADAPTED)
         for task in TASKS
     }
-    file = place.folder / "pictures" / f"{split}.parquet"
+    file = workspace.folder / "pictures" / f"{split}.parquet"
     if not file.is_file():
         file.parent.mkdir(exist_ok=True)
         parts = []
@@ -196,7 +196,7 @@ def _rows(place: Place, split: str) -> dict[str, Dataset]:
 
 
 def _measure(
-    place: Place, model: WEMoEModel, experts: list[Expert], base: ExpertLike, more: list[TaskModel]
+    workspace: Workspace, model: WEMoEModel, experts: list[Expert], base: ExpertLike, more: list[TaskModel]
 ) -> tuple[Results, Path]:
     """What was measured, and the folder that holds it and the model."""
     from hf_fusion.evaluation.coefficient_map import COEFFICIENT_FILE, COEFFICIENT_PICTURE, map_coefficients
@@ -205,12 +205,12 @@ def _measure(
     from hf_fusion.evaluation.results import RESULTS_FILE
     from hf_fusion.fusion import save_fused
 
-    suite, owners = _rows(place, "test"), {task: place.repo(name) for task, name in FINE_TUNES.items()}
+    suite, owners = _rows(workspace, "test"), {task: workspace.repo(name) for task, name in FINE_TUNES.items()}
     results = evaluate(
         model, suite, experts=experts, base=base, owners=owners, more=more, command="hf-fusion demo wemoe"
     )
     coefficients = map_coefficients(model, suite, owners=owners)
-    merged = save_fused(model, place.folder / MERGED, overwrite=True)
+    merged = save_fused(model, workspace.folder / MERGED, overwrite=True)
     results.save(merged / RESULTS_FILE)
     coefficients.save(merged / COEFFICIENT_FILE)
     plot_coefficients(coefficients, merged / COEFFICIENT_PICTURE)
@@ -226,21 +226,21 @@ def _scores(results: Results) -> list[dict[str, str]]:
     ]
 
 
-def _compare_with_stranger(place: Place, model: WEMoEModel, repo: str, revision: str, out: Out) -> bool:
+def _compare_with_fresh_process(workspace: Workspace, model: WEMoEModel, repo: str, revision: str, out: Out) -> bool:
     """Whether a fresh process gets bit for bit the logits of the model in memory, and classifies as it does."""
     import torch
     from safetensors.torch import load_file
 
-    folder = place.folder / "asked"
+    folder = workspace.folder / "asked"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    suite = {task: rows.select(range(ASKED)) for task, rows in _rows(place, "test").items()}
-    names = {place.repo(FINE_TUNES[task]): [f"{task}-{i}.png" for i in range(ASKED)] for task in suite}
+    suite = {task: rows.select(range(ASKED)) for task, rows in _rows(workspace, "test").items()}
+    names = {workspace.repo(FINE_TUNES[task]): [f"{task}-{i}.png" for i in range(ASKED)] for task in suite}
     for task, rows in suite.items():
         for number, image in enumerate(rows["image"]):
             image.save(folder / f"{task}-{number}.png")
     (folder / "tasks.json").write_text(json.dumps(names))
-    answers = iter(ask_a_stranger(place, repo, revision, folder)["answers"])
+    answers = iter(run_in_fresh_process(workspace, repo, revision, folder)["answers"])
     logits = load_file(folder / "logits.safetensors")
     same = {"logits": True, "answers": True}
     for (task, rows), expert in zip(suite.items(), names, strict=True):
@@ -262,21 +262,21 @@ def _compare_with_stranger(place: Place, model: WEMoEModel, repo: str, revision:
     return all(same.values())
 
 
-def _show_next(place: Place, merged: Path, out: Out) -> None:
+def _show_next(workspace: Workspace, merged: Path, out: Out) -> None:
     """Where things lie, and commands that work as they stand."""
-    repo, pictures = place.repo(NAME), near(place.folder / "pictures")
-    picture = near(place.folder / "asked" / "turned-0.png")
-    task = place.repo(FINE_TUNES["turned"])
+    repo, pictures = workspace.repo(NAME), relative_path(workspace.folder / "pictures")
+    picture = relative_path(workspace.folder / "asked" / "turned-0.png")
+    task = workspace.repo(FINE_TUNES["turned"])
     files = {
-        near(merged): "base, task vectors and routers, the recipe, results.json and coefficients.png",
+        relative_path(merged): "base, task vectors and routers, the recipe, results.json and coefficients.png",
         pictures: "pictures to adapt to (train, without labels) and to measure on (test)",
     }
     commands = [
-        *hub_lines(place),
-        f"hf-fusion discover --author {place.namespace} --base-model {place.repo(BASE)} --check --merging",
-        f"hf-fusion fit routers {near(merged)} --data {pictures} --steps 20",
-        f"hf-fusion eval {near(merged)} --data {pictures}",
+        *hub_commands(workspace),
+        f"hf-fusion discover --author {workspace.namespace} --base-model {workspace.repo(BASE)} --check --merging",
+        f"hf-fusion fit routers {relative_path(merged)} --data {pictures} --steps 20",
+        f"hf-fusion eval {relative_path(merged)} --data {pictures}",
         f'python -c \'from transformers import pipeline; ask = pipeline("image-classification", model="{repo}", '
         f'trust_remote_code=True); ask.model.task = "{task}"; print(ask("{picture}", top_k=1))\'',
     ]
-    show_next(place, out, files, commands)
+    show_next(workspace, out, files, commands)

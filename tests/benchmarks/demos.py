@@ -30,9 +30,9 @@ import json, sys
 from pathlib import Path
 from hf_fusion.cli.output import Out
 from hf_fusion.demo import DEMOS
-from hf_fusion.demo.place import open_place
-with open_place(Path("demo")) as place:
-    print(json.dumps(DEMOS[sys.argv[1]](place, Out("json"), int(sys.argv[2]))))
+from hf_fusion.demo.workspace import open_workspace
+with open_workspace(Path("demo")) as workspace:
+    print(json.dumps(DEMOS[sys.argv[1]](workspace, Out("json"), int(sys.argv[2]))))
 """
 
 

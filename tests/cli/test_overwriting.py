@@ -13,7 +13,7 @@ from tiny import bert, make_tokenizer
 from tiny_routed import save_base, save_lora
 
 from hf_fusion import FusionError, Recipe, RecipeExpert, fit_fuser, fuse, merge, save_fused
-from hf_fusion.demo.place import open_place
+from hf_fusion.demo.workspace import open_workspace
 from hf_fusion.merging.lora import merge_adapters
 from hf_fusion.server import HubServer, add_user
 
@@ -127,15 +127,15 @@ def test_a_folder_of_something_else_becomes_no_hub_and_no_demo(tmp_path):
     for attempt in (
         lambda: HubServer(tmp_path / "work").__enter__(),
         lambda: add_user(tmp_path / "work", "me"),
-        lambda: open_place(tmp_path / "work").__enter__(),
+        lambda: open_workspace(tmp_path / "work").__enter__(),
     ):
         with pytest.raises(FusionError, match=r"work holds (other files, and no Hub|files that are not a demo's)"):
             attempt()
         assert content(tmp_path / "work") == before
-    with open_place(tmp_path / "demo"):
+    with open_workspace(tmp_path / "demo"):
         pass
     (tmp_path / "demo" / "foe").mkdir()
-    with open_place(tmp_path / "demo"):  # runs again freely
+    with open_workspace(tmp_path / "demo"):  # runs again freely
         pass
 
 

@@ -186,7 +186,7 @@ def test_whoever_reads_rows_holds_them_to_the_limits(hostile_rows):
 
 def test_pictures_are_opened_in_one_place():
     """Pillow opens nothing else but what this package wrote itself."""
-    own = {"image_corruptions.py", "stranger.py", "pictures.py"}
+    own = {"image_corruptions.py", "fresh_process.py", "pictures.py"}
     found = [path for folder in ("hf_fusion", "spaces") for path in (ROOT / folder).rglob("*.py")]
     opening = {path.name for path in found if "Image.open(" in path.read_text(encoding="utf-8")}
     assert opening == own

@@ -1,9 +1,9 @@
-"""What somebody who never heard of hf_fusion does with a published model. Run by the demo in a fresh process:
+"""Loads and runs a published model without hf_fusion. The demo runs this file in a fresh process:
 
-    python -I stranger.py REPO REVISION FOLDER
+    python -I fresh_process.py REPO REVISION FOLDER
 
-FOLDER holds PNG images, with tasks.json where each is of a task, or prompts.json. The logits go to
-FOLDER/logits.safetensors, the answers to stdout as JSON.
+FOLDER has PNG images, with tasks.json if they belong to tasks, or prompts.json. The logits are written to
+FOLDER/logits.safetensors, the predictions to stdout as JSON.
 """
 
 import json
@@ -16,7 +16,7 @@ PROMPTS, TASKS = "prompts.json", "tasks.json"
 
 
 def main(repo: str, revision: str, folder: Path) -> None:
-    """Loads by id, and answers."""
+    """Load the model by its id, and predict."""
     from safetensors.torch import save_file
 
     where = {"revision": revision, "trust_remote_code": True}
