@@ -71,7 +71,7 @@ SUITES = {
 
 
 def experts_folder(suite: MergingSuite) -> Path:
-    """Where the suite's experts lie when no other workspace is given: one folder for each task, and the base if trained."""
+    """Default folder of the suite's experts, with one folder per task, and the base if trained."""
     return cache_folder() / "merging" / suite.name
 
 
