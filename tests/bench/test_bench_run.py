@@ -14,7 +14,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from tiny import bert, image_processor, images, make_tokenizer, vit
+from tiny import bert, gpt2, image_processor, images, make_tokenizer, vit
 from tiny_fused import fine_tuned
 from tiny_suites import (
     CLASSES,
@@ -329,6 +329,23 @@ def test_a_multitask_trained_model_is_a_ceiling(fine_tunes, tmp_path):
         assert found["multitask", task].score == found["expert:mood", task].score
     [unseen] = [cell for cell in cells if cell.split == "last" and cell.method == "multitask"]
     assert unseen.status == "left out"
+
+
+def test_a_multitask_language_model_is_a_ceiling(tmp_path):
+    base = gpt2()
+    for name, model in (("base", base), ("one", fine_tuned(base, 1)), ("two", fine_tuned(base, 2))):
+        model.save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    for task in ("one", "two"):
+        rows = Dataset.from_dict({"prompt": ["the quick brown", "experts are"] * 4, "target": [" fox", " fused"] * 4})
+        store(tmp_path, task, {"train": rows, "test": rows})
+    tasks = "  one: {metric: tokens}\n  two: {metric: tokens}\n"
+    path = write_suite(tmp_path, "merging", "causal-lm", tasks, more=f"multitask: {tmp_path / 'one'}\n")
+    options = {"output": tmp_path / "out", "data_dir": tmp_path / "data", "limit": 8, "tuned_on": 4}
+    cells = run_suite(load_suite(path), ["multitask", "experts"], **options)
+    assert [cell.reason for cell in cells if cell.status != "measured"] == []
+    found = {(cell.method, cell.task): cell.score for cell in cells}
+    assert found["multitask", "one"] == found["expert:one", "one"]
 
 
 def test_pictures(tmp_path):

@@ -76,7 +76,8 @@ def multitask(setup: MergingSetup, holdout: Holdout, seed: int) -> Candidate:
 
     state = load_file(Path(expert_path(source, setup.suite.build)) / "model.safetensors")
     model = copy.deepcopy(setup.backbone)
-    model.load_state_dict(state)
+    pairs = model.all_tied_weights_keys.items()  # a checkpoint stores tied weights once
+    model.load_state_dict({tied: state[name] for tied, name in pairs if name in state} | state)
 
     def called(task: str, **inputs: Any) -> Any:
         activate_heads(model, setup.merge.heads, setup.names.index(task))
