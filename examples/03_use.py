@@ -2,11 +2,11 @@
 
     python examples/03_use.py fused        # the folder of 01_fuse.py, or owner/name on the Hub
 
-It prints what the model makes of one digit, and whom it asked, under three budgets:
+It prints what the model makes of one digit, and how many experts it queried, under three budgets:
 
-    all experts    three  asked 8
-    budget 0.5     three  asked 3
-    budget 0.1     three  asked 2
+    all experts    three  queried 8
+    budget 0.5     three  queried 3
+    budget 0.1     three  queried 2
 """
 
 import sys
@@ -28,5 +28,5 @@ inputs = processor(images=[image])
 for budget in (None, 0.5, 0.1):
     with torch.no_grad():
         label = model.config.id2label[int(model(**inputs, budget=budget).logits.argmax())]
-    asked = int((model.routing_trace()["order"] > 0).sum())
-    print(f"{'all experts' if budget is None else f'budget {budget}':14} {label:6} asked {asked}")
+    queried = int((model.routing_trace()["order"] > 0).sum())
+    print(f"{'all experts' if budget is None else f'budget {budget}':14} {label:6} queried {queried}")

@@ -1,4 +1,4 @@
-"""From fine-tunes on the Hub to one published model whose weights are merged anew for every input.
+"""From fine-tunes on the Hub to one published model whose weights are merged per input.
 
     python examples/06_merge.py demo/vit-digits demo demo/pictures demo/my-merge
 

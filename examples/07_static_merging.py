@@ -17,7 +17,7 @@ HF_TOKEN) it takes four minutes and prints, with other commits:
     base                 0.0 (0 to 4)
     published demo/my-ties at 81421e5626
 
-Tasks so unlike lose much in one set of weights: 04_route.py keeps such experts apart.
+Tasks so unlike lose much in one set of weights: 04_route.py routes among such experts instead.
 """
 
 import sys
