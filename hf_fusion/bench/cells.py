@@ -175,7 +175,7 @@ def write_lines(path: str | Path, cells: Iterable[Cell], brief: bool = False) ->
 def _short(value: object) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}")
-    return [_short(own) for own in value] if isinstance(value, (list, tuple)) else value
+    return [_short(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 LEADERBOARD = "leaderboard.json"  # what a report writes beside the cells

@@ -70,8 +70,8 @@ def check_suite(suite: Suite, data_dir: str | Path | None = None, api: HfApi | N
     there = dict.fromkeys(named)  # in order, each once
     # the experts of a checkpoint lie in one repo, which is asked once
     repos = {key: (key[0], re.sub(r"#\d+", "", key[1])) for key in there if is_hub_id(key[1])}
-    asked = {repo: key for key, repo in reversed(repos.items())}
-    found = dict(zip(asked, in_parallel(one, asked.values()), strict=True))
+    first = {repo: key for key, repo in reversed(repos.items())}
+    found = dict(zip(first, in_parallel(one, first.values()), strict=True))
     return [replace(found[repos[key]], source=key[1]) if key in repos else one(key) for key in there]
 
 
@@ -102,9 +102,11 @@ def _on_the_hub(what: str, source: str, api: HfApi) -> Checked:
     files = {file.rfilename for file in info.siblings or []}
     is_pickled = what != "data" and not any(name.endswith(".safetensors") for name in files)
     is_pickled &= any(name.endswith(".bin") for name in files)
-    told = ("has only pickle weights", "bench run --allow-pickle, if you trust its author") if is_pickled else ("", "")
+    pickled = (
+        ("has only pickle weights", "bench run --allow-pickle, if you trust its author") if is_pickled else ("", "")
+    )
     sha = check_commit(repo, revision, info.sha)
-    return Checked(what, source, "there", sha, ref.commit is not None, *told)
+    return Checked(what, source, "there", sha, ref.commit is not None, *pickled)
 
 
 def _newest(what: str, source: str, api: HfApi) -> str:

@@ -22,8 +22,10 @@ def spread(rows: Dataset) -> Dataset:
     """A row for each choice of each row: prompt, target."""
     return rows.map(
         lambda batch: {
-            "prompt": [prompt for prompt, own in zip(batch["prompt"], batch["choices"], strict=True) for _ in own],
-            "target": [choice for own in batch["choices"] for choice in own],
+            "prompt": [
+                prompt for prompt, choices in zip(batch["prompt"], batch["choices"], strict=True) for _ in choices
+            ],
+            "target": [choice for choices in batch["choices"] for choice in choices],
         },
         batched=True,
         remove_columns=rows.column_names,
@@ -33,7 +35,7 @@ def spread(rows: Dataset) -> Dataset:
 def right_choices(target: str, choices: Sequence[str], worth: Sequence[float] | None) -> list[int]:
     """Which choices are right: those that are worth most, or else the one that a target means."""
     if worth is not None and len(worth) == len(choices) and max(worth) > 0:
-        return [number for number, own in enumerate(worth) if own == max(worth)]
+        return [number for number, value in enumerate(worth) if value == max(worth)]
     return [right_choice(target, choices)]
 
 

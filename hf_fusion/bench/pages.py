@@ -32,11 +32,11 @@ def report_markdown(summary: BenchSummary, pictures: Mapping[str, Mapping[str, s
         parts += ["## All suites", to_markdown(overview_table(summary))]
     for suite in summary["suites"]:
         parts.append(f"## {escape_markdown(suite['title'])}")
-        own = pictures.get(suite["name"], {})
+        shown = pictures.get(suite["name"], {})
         tables = {table.name.removeprefix(f"{suite['name']}-"): table for table in tables_of(suite)}
         for name in dict.fromkeys(["main", *PICTURES, *tables]):  # a picture stands before the table of its name
-            if name in own:
-                parts.append(f"![{PICTURES[name][1]}]({own[name]})")
+            if name in shown:
+                parts.append(f"![{PICTURES[name][1]}]({shown[name]})")
             if name in tables:
                 parts += [f"### {escape_markdown(tables[name].title)}", to_markdown(tables[name])]
         parts.append(_origin(suite))

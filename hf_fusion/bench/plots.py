@@ -75,10 +75,10 @@ def draw_accuracy_cost(suite: SuiteSummary) -> Any:
     if len(front) > 1:
         axes.step(*zip(*front, strict=True), where="post", color=ORANGE, linewidth=1.6, alpha=0.8, zorder=2)
     for section, look in looks.items():
-        own = [(cost, mean) for row, cost, mean in points if row["section"] == section]
-        known = [(cost, *mean["ci95"]) for cost, mean in own if mean["ci95"] is not None]
+        points_of = [(cost, mean) for row, cost, mean in points if row["section"] == section]
+        known = [(cost, *mean["ci95"]) for cost, mean in points_of if mean["ci95"] is not None]
         axes.vlines(*_sides(known), color=look["color"], linewidth=0.9, alpha=0.45, zorder=2)
-        places = [cost for cost, _ in own], [mean["score"] for _, mean in own]
+        places = [cost for cost, _ in points_of], [mean["score"] for _, mean in points_of]
         axes.plot(*places, linestyle="", markersize=6.5, markeredgewidth=0.9, zorder=4, **look)
     bottom, top = axes.get_ylim()
     step = 0.148 / (height * axes.get_position().height) * (top - bottom)
@@ -130,8 +130,8 @@ def draw_tasks(suite: SuiteSummary) -> Any:
     height = 0.62 + lines * (panel + 0.34)
     figure = blank_figure(WIDTH, height, layout=None)
     width = (WIDTH - left - 0.1) / columns
-    for place, task in enumerate(tasks):
-        line, column = divmod(place, columns)
+    for index, task in enumerate(tasks):
+        line, column = divmod(index, columns)
         bottom = height - 0.62 - line * (panel + 0.34) - 0.24 - panel
         axes = figure.add_axes(
             ((left + column * width) / WIDTH, bottom / height, (width - 0.12) / WIDTH, panel / height)
@@ -190,8 +190,8 @@ def draw_corruptions(suite: SuiteSummary) -> Any:
         row["method"]: {"color": EXPERTS[k % 8], "marker": MARKERS[k % 8]} for k, row in enumerate(rows)
     }
     panels = []
-    for place, (name, severities) in enumerate(kinds.items()):
-        line, column = divmod(place, columns)
+    for index, (name, severities) in enumerate(kinds.items()):
+        line, column = divmod(index, columns)
         bottom = height - 0.62 - line * (panel + 0.42) - 0.26 - panel
         axes = figure.add_axes(
             ((0.42 + column * width) / WIDTH, bottom / height, (width - 0.14) / WIDTH, panel / height)
@@ -354,8 +354,8 @@ def _looks(suite: SuiteSummary) -> dict[str, dict[str, Any]]:
     looks: dict[str, dict[str, Any]] = {}
     for row in shown_rows(suite):
         if row["part"] == FUSED:
-            own = sum(look["marker"] in MARKERS for look in looks.values())
-            looks.setdefault(row["section"], {"color": EXPERTS[own % 8], "marker": MARKERS[(own + own // 8) % 8]})
+            used = sum(look["marker"] in MARKERS for look in looks.values())
+            looks.setdefault(row["section"], {"color": EXPERTS[used % 8], "marker": MARKERS[(used + used // 8) % 8]})
         else:
             looks.setdefault(row["section"], {"color": GREY, "marker": "<" if row["part"] == FLOOR else ">"})
     return {name: {**look, "markeredgecolor": "white"} for name, look in looks.items()}
@@ -383,7 +383,7 @@ def _front(points: list[tuple[float, float]], lower: bool) -> list[tuple[float, 
 
 def _sides(ranges: Sequence[tuple[float, ...]]) -> tuple[list[float], list[float], list[float]]:
     """Place, low end, high end of lines, one list each."""
-    return [place for place, _, _ in ranges], [low for _, low, _ in ranges], [high for _, _, high in ranges]
+    return [position for position, _, _ in ranges], [low for _, low, _ in ranges], [high for _, _, high in ranges]
 
 
 def _head(figure: Figure, height: float, title: str, line: str) -> None:

@@ -39,7 +39,7 @@ def summarise(cells: Iterable[Cell]) -> BenchSummary:
     suites: dict[str, list[Cell]] = {}
     for cell in {cell.path: cell for cell in cells}.values():
         suites.setdefault(cell.suite, []).append(cell)
-    return {"suites": [_SuiteCells(name, own).summary() for name, own in sorted(suites.items())]}
+    return {"suites": [_SuiteCells(name, cells).summary() for name, cells in sorted(suites.items())]}
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,14 @@ class _SuiteCells:
     @cached_property
     def tasks(self) -> dict[str, TaskSummary]:
         """Task -> what a table says of it; held-in tasks first, then as declared."""
-        places = {name: place for place, name in enumerate(self.declared.tasks if self.declared else ())}
+        declared = {name: index for index, name in enumerate(self.declared.tasks if self.declared else ())}
         found: dict[str, TaskSummary] = {}
         # A failed cell may not know its metric and rows; in a split, groups are others.
         for cell in sorted(self.cells, key=lambda cell: (cell.split != ALL, not _is_good(cell), cell.condition)):
             found.setdefault(cell.task, {"name": cell.task, "metric": cell.metric, "n": cell.n, "group": cell.group})
-        order = sorted(found, key=lambda name: (found[name]["group"] != HELD_IN, places.get(name, len(places)), name))
+        order = sorted(
+            found, key=lambda name: (found[name]["group"] != HELD_IN, declared.get(name, len(declared)), name)
+        )
         return {name: found[name] for name in order}
 
     @cached_property
@@ -90,11 +92,11 @@ class _SuiteCells:
             if cell.method == INDIVIDUAL and _is_good(cell):
                 scores.setdefault((cell.condition, cell.task, cell.split), []).append(_score(cell))
         ordered = sorted(scores.items(), key=lambda item: item[0][2] == ALL)  # that of "all" last: it counts
-        return {(condition, task): sum(own) / len(own) for (condition, task, _), own in ordered}
+        return {(condition, task): sum(scores) / len(scores) for (condition, task, _), scores in ordered}
 
     def tasks_of(self, split: str) -> dict[str, list[str]]:
         """Group -> its tasks in a split, whatever the condition."""
-        run = [groups for (own, _), groups in self.groups.items() if own == split]
+        run = [groups for (where, _), groups in self.groups.items() if where == split]
         return {
             group: [task for task in self.tasks if any(task in groups.get(group, ()) for groups in run)]
             for group in (HELD_IN, HELD_OUT)
@@ -113,7 +115,9 @@ class _SuiteCells:
             rows.setdefault((cell.method, cell.variant, cell.split), []).append(cell)
         splits = sorted({cell.split for cell in self.cells}, key=lambda split: (split != ALL, split))
         known = _Known()
-        found = [self.row(known, sorted(own, key=lambda cell: (cell.condition, cell.seed))) for own in rows.values()]
+        found = [
+            self.row(known, sorted(cells, key=lambda cell: (cell.condition, cell.seed))) for cells in rows.values()
+        ]
         tasks = list(self.tasks)
         found.sort(key=lambda row: (known.place(row, tasks), row["variant"] != "default", row["variant"], row["split"]))
         return {
@@ -175,7 +179,7 @@ class _SuiteCells:
             "cost": _plain_mean([c.cost for c in good if c.condition == CLEAN] or [c.cost for c in good]),
             "stored": max(cell.stored for cell in good),
             "active": max(cell.active for cell in good),
-            "fuse_cpu_seconds": _plain_mean([own for own in fused if own is not None]),
+            "fuse_cpu_seconds": _plain_mean([seconds for seconds in fused if seconds is not None]),
             "seconds": _plain_mean(list(clean_seconds.values())),
             "peak_bytes": max(cell.peak_bytes for cell in good),
             "parameters": first.parameters,
@@ -203,12 +207,12 @@ class _SuiteCells:
         ratios = [(expert, score) if lower else (score, expert) for score, expert, lower in pairs]
         return _plain_mean([better / worse for better, worse in ratios]) if all(worse for _, worse in ratios) else None
 
-    def mean(self, own: Mapping[str, Sequence[Cell]], tasks: Collection[str]) -> MeanSummary | None:
+    def mean(self, by_task: Mapping[str, Sequence[Cell]], tasks: Collection[str]) -> MeanSummary | None:
         """The mean over some tasks; None where one is missing."""
         tasks = list(tasks)
         if not tasks or self.is_lower(tasks) is None:
             return None
-        by_seed = {task: {cell.seed: cell for cell in own.get(task, ()) if _is_good(cell)} for task in tasks}
+        by_seed = {task: {cell.seed: cell for cell in by_task.get(task, ()) if _is_good(cell)} for task in tasks}
         seeds = sorted(set.intersection(*(set(cells) for cells in by_seed.values())))
         return _over_seeds([_over_tasks([by_seed[task][seed] for task in tasks]) for seed in seeds]) if seeds else None
 

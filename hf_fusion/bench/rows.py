@@ -1,4 +1,4 @@
-"""The rows of a suite's tasks, with our columns: the one place that says which rows are whose."""
+"""The rows of a suite's tasks, with our columns: which of them train, fit and test."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def task_rows(suite: Suite, task: str, data_dir: str | Path | None = None) -> Ro
     """
     if task not in suite.tasks:
         raise FusionError(f"{suite.name} has no task {task!r}", hint=f"use one of {', '.join(suite.tasks)}")
-    own = suite.tasks[task]
-    split, file = own.fitting.split, str(suite.path)
-    parts = {part: ours(rows, own, file) for part, rows in _parts(own, {split, "test"}, data_dir).items()}
-    train, fit, test = divide(parts, split, own.fitting.share)
+    declared = suite.tasks[task]
+    split, file = declared.fitting.split, str(suite.path)
+    parts = {part: ours(rows, declared, file) for part, rows in _parts(declared, {split, "test"}, data_dir).items()}
+    train, fit, test = divide(parts, split, declared.fitting.share)
 
     def load_train() -> Dataset | None:
-        found = [] if train is not None else [*_parts(own, {"train"}, data_dir).values()]
-        rows = _without(ours(found[0], own, file), test, fit) if found else train
+        found = [] if train is not None else [*_parts(declared, {"train"}, data_dir).values()]
+        rows = _without(ours(found[0], declared, file), test, fit) if found else train
         return rows and single(rows)
 
     return Rows(single(fit), single(test), load_train)
@@ -81,7 +81,7 @@ def _parts(task: Task, wanted: Collection[str], data_dir: str | Path | None) -> 
     scheme, _, name = task.data.partition(":")
     if is_hub_id(task.data):
         splits = {task.fitting.split: task.fitting.split, "train": task.train, "test": task.test}
-        return {part: _hub_split(task, own) for part, own in splits.items() if own is not None and part in wanted}
+        return {part: _hub_split(task, split) for part, split in splits.items() if split is not None and part in wanted}
     if scheme == "data":
         found = stored_parts(data_dir, name)
     else:
@@ -124,9 +124,9 @@ def single(rows: Dataset) -> Dataset:
         raise FusionError("rows have several second texts, and one label", hint="columns: {label: the list of labels}")
 
     def each(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        counts = [len(own) for own in batch["text_pair"]]
+        counts = [len(values) for values in batch["text_pair"]]
         return {
-            name: [value for own in column for value in own]
+            name: [value for values in column for value in values]
             if name in several
             else [value for value, count in zip(column, counts, strict=True) for _ in range(count)]
             for name, column in batch.items()
@@ -141,7 +141,7 @@ def _without(rows: Dataset, *others: Dataset) -> Dataset:
 
 
 def _cut(rows: Dataset, share: float) -> tuple[Dataset, Dataset]:
-    """The rows in an order of chance, and the last share of them apart."""
+    """The rows shuffled, and cut before their last share."""
     rows = rows.shuffle(seed=SEED)
     kept = round(len(rows) * (1 - share))
     return rows.select(range(kept)), rows.select(range(kept, len(rows)))
@@ -155,7 +155,9 @@ def _contents(rows: Dataset) -> list[Hashable]:
         return [image["bytes"] for image in rows.cast_column("image", Image(decode=False))["image"]]
     read = ("text", "text_pair", "prompt", "choices")  # some prompts ask for nothing but the choice
     columns = [rows[name] for name in read if name in rows.column_names]
-    return [tuple(tuple(own) if isinstance(own, list) else own for own in row) for row in zip(*columns, strict=True)]
+    return [
+        tuple(tuple(value) if isinstance(value, list) else value for value in row) for row in zip(*columns, strict=True)
+    ]
 
 
 # ---------------------------------------------------------------- our columns
@@ -178,7 +180,7 @@ def ours(rows: Dataset, task: Task, file: str = "") -> Dataset:
         FusionError: a declared column is missing, or a label is none of the classes.
     """
     written = ("prompt", "target") if {"prompt", "target"} <= set(rows.column_names) else ()
-    theirs = {own: own for own in (*OUR_COLUMNS, *written) if own in rows.column_names} | task.columns
+    theirs = {name: name for name in (*OUR_COLUMNS, *written) if name in rows.column_names} | task.columns
     for column in theirs.values():
         _need(column, rows, task, file)
     if task.prompt:
@@ -316,7 +318,7 @@ def _language(name: str, data_dir: str | Path | None) -> Parts:
     drawn = rows(name, "train", trained + LANGUAGE_FIT_ROWS, data_dir).select_columns(["prompt", "target"])
     numbers = range(len(drawn))
     parts = {"train": numbers[:trained], "validation": numbers[trained:]}
-    found = {part: drawn.select(list(own)) for part, own in parts.items() if own}
+    found = {part: drawn.select(list(indices)) for part, indices in parts.items() if indices}
     return {**found, "test": rows(name, "test", TEST_ROWS, data_dir).select_columns(["prompt", "target"])}
 
 

@@ -83,12 +83,14 @@ def corruption_table(suite: SuiteSummary) -> Table | None:
     for condition in suite["conditions"]:
         if any(condition in row["drop"] for row in rows):
             kinds.setdefault(condition.partition(":")[0], []).append(condition)
-    conditions = [condition for own in kinds.values() for condition in own]
+    conditions = [condition for found in kinds.values() for condition in found]
     run = {name for row in rows for condition in conditions for name in row["scores"].get(condition, {})}
     tasks = [task for task in group_of(suite, ALL, HELD_IN) if task["name"] in run]
 
-    def drop_column(title: str, own: Sequence[str]) -> Column:
-        return Column(title, lambda row: _percent(_plain_mean([row["drop"].get(condition) for condition in own])), True)
+    def drop_column(title: str, conditions: Sequence[str]) -> Column:
+        return Column(
+            title, lambda row: _percent(_plain_mean([row["drop"].get(condition) for condition in conditions])), True
+        )
 
     def corrupted(row: MethodSummary) -> MeanSummary | None:
         found = [row["means"].get(condition, {}).get(HELD_IN) for condition in conditions]
@@ -98,7 +100,7 @@ def corruption_table(suite: SuiteSummary) -> Table | None:
     columns = [
         _mean_column("clean", tasks, lambda row: mean_entry(row["scores"].get(CLEAN, {}), tasks)),
         _mean_column("corrupted", tasks, corrupted),
-        *(drop_column(name.replace("_", " "), own) for name, own in kinds.items()),
+        *(drop_column(name.replace("_", " "), found) for name, found in kinds.items()),
         drop_column("mean drop", conditions),
     ]
     severities = sorted({severity for condition in conditions if (severity := condition.partition(":")[2])})
@@ -208,12 +210,12 @@ def overview_table(summary: BenchSummary) -> Table:
 
 def mean_entry(scores: Mapping[str, TaskScore], tasks: Sequence[TaskSummary]) -> MeanSummary | None:
     """The mean of some tasks' scores of one row, each over its seeds; None where one is missing."""
-    own = [scores.get(task["name"], {}) for task in tasks]
-    if not own or any("score" not in score for score in own):
+    found = [scores.get(task["name"], {}) for task in tasks]
+    if not found or any("score" not in score for score in found):
         return None
-    known = [Score(score["score"], pair) for score in own if (pair := _pair(score["ci95"]))]
-    if len(known) < len(own):
-        return {"score": sum(score["score"] for score in own) / len(own), "ci95": None, "spread": 0.0}
+    known = [Score(score["score"], pair) for score in found if (pair := _pair(score["ci95"]))]
+    if len(known) < len(found):
+        return {"score": sum(score["score"] for score in found) / len(found), "ci95": None, "spread": 0.0}
     mean = mean_of(known)
     return {"score": mean.score, "ci95": list(mean.ci95), "spread": 0.0}
 
@@ -249,10 +251,10 @@ def _mean_column(
     def make(row: MethodSummary) -> TableEntry:
         found = mean(row)
         if found is None:
-            own = source(row)
-            scores = own["scores"].get(CLEAN, {}) if own else {}
+            there = source(row)
+            scores = there["scores"].get(CLEAN, {}) if there else {}
             missing = [task["name"] for task in tasks if "score" not in scores.get(task["name"], {})]
-            if not own:
+            if not there:
                 return TableEntry(note=absent(row))
             return TableEntry(note=f"{missing[0]}: {_reason(scores.get(missing[0]))}" if missing else "")
         text, ci95 = _number(found["score"], own_scale), found["ci95"]
@@ -293,20 +295,20 @@ def _table(name: str, title: str, columns: Sequence[Column], rows: Iterable[Meth
     """Rows in their sections, the best fused model of each column marked."""
     rows = list(rows)
     lines = [(TableEntry(title_of(row)), *(column.make(row) for column in columns)) for row in rows]
-    for place, column in enumerate(columns, 1):
+    for index, column in enumerate(columns, 1):
         if column.lower is not None:
             fused = [k for k, row in enumerate(rows) if row["part"] == FUSED]
-            for k, line in zip(fused, mark_best([lines[k] for k in fused], place, column.lower), strict=True):
+            for k, line in zip(fused, mark_best([lines[k] for k in fused], index, column.lower), strict=True):
                 lines[k] = line
     sections: dict[str, list[tuple[TableEntry, ...]]] = {}
     for row, line in zip(rows, lines, strict=True):
         sections.setdefault(row["section"], []).append(line)
-    made = tuple(Section(heading, tuple(own)) for heading, own in sections.items())
+    made = tuple(Section(heading, tuple(rows)) for heading, rows in sections.items())
     return Table(name, title, ("method", *(column.title for column in columns)), made, caption)
 
 
 def _is_measured(row: MethodSummary) -> bool:
-    return any("score" in own for scores in row["scores"].values() for own in scores.values())
+    return any("score" in score for scores in row["scores"].values() for score in scores.values())
 
 
 def _cost(row: MethodSummary) -> TableEntry:
@@ -357,8 +359,8 @@ def _metrics(tasks: Sequence[TaskSummary]) -> str:
         by_metric.setdefault(task["metric"], []).append(task["name"])
     common = max(by_metric, key=lambda metric: len(by_metric[metric]))
     names = [f"{metric.replace('_', ' ')}{'' if metric in LOWER else ' in %'}" for metric in by_metric]
-    own = [f" ({', '.join(by_metric[metric])})" if metric != common else "" for metric in by_metric]
-    return ", ".join(f"{name}{which}" for name, which in zip(names, own, strict=True))
+    listed = [f" ({', '.join(by_metric[metric])})" if metric != common else "" for metric in by_metric]
+    return ", ".join(f"{name}{which}" for name, which in zip(names, listed, strict=True))
 
 
 def _words(parameters: Mapping[str, Any]) -> str:

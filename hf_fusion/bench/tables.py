@@ -124,16 +124,16 @@ def to_markdown(table: Table) -> str:
 def to_csv(table: Table) -> str:
     """A table as CSV: values as they are, an interval in two columns behind its own, the notes in the last column."""
     rows = [(section.title, row) for section in table.sections for row in section.rows]
-    ranged = {place for _, row in rows for place, entry in enumerate(row) if entry.ci95}
+    ranged = {index for _, row in rows for index, entry in enumerate(row) if entry.ci95}
     written = io.StringIO()
     writer = csv.writer(written, lineterminator="\n")
     head = [[name, f"{name} low", f"{name} high"] if k in ranged else [name] for k, name in enumerate(table.columns)]
     writer.writerow(["section", *(name for names in head for name in names), "notes"])
     for title, row in rows:
         line: list[float | str | None] = [title]
-        for place, entry in enumerate(row):
-            line.append(entry.text if place == 0 and entry.value is None else entry.value)
-            if place in ranged:
+        for index, entry in enumerate(row):
+            line.append(entry.text if index == 0 and entry.value is None else entry.value)
+            if index in ranged:
                 line += entry.ci95 or (None, None)
         said = [f"{name}: {entry.note}" for name, entry in zip(table.columns, row, strict=True) if entry.note]
         writer.writerow([*map(_harmless, line), "; ".join(said)])

@@ -162,9 +162,9 @@ def weighted_average(setup: MergesAdapters, holdout: Holdout, seed: int) -> Cand
     fused, weights = _states(setup, holdout), _weights(setup, holdout)
     if not any(weights):
         raise NotApplicable("no expert is right about anything on the validation split")
-    own = [{"weight": weight} for weight in weights]
+    by_expert = [{"weight": weight} for weight in weights]
     fused = [setup.states[number] for number in setup.indices(holdout)]
-    state = merge_states("linear", None, fused, by_expert=own)
+    state = merge_states("linear", None, fused, by_expert=by_expert)
     return setup.dense(state, parameters={"weights": dict(zip(holdout.fuse, weights, strict=True))})
 
 
@@ -185,8 +185,8 @@ def _weights(setup: MergesAdapters, holdout: Holdout) -> list[float]:
 
     worths = [[worth(number, task) for number in setup.indices(holdout)] for task in tasks]
     if not same_scale(suite.tasks[task].metric for task in tasks):
-        worths = [[value / max(max(own), 1e-9) for value in own] for own in worths]
-    return [max(0.0, sum(own) / len(tasks)) for own in zip(*worths, strict=True)]
+        worths = [[value / max(max(task_worths), 1e-9) for value in task_worths] for task_worths in worths]
+    return [max(0.0, sum(task_worths) / len(tasks)) for task_worths in zip(*worths, strict=True)]
 
 
 @bench_method("EMR, a mask for each task", "mixture")

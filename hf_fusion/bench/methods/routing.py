@@ -22,8 +22,8 @@ from hf_fusion.training.runs import move_to
 def pretrained(setup: RoutingSetup, holdout: Holdout, seed: int) -> Candidate:
     """The base alone."""
     setup.check_heads()
-    way = STRATEGIES["base"]
-    return setup.candidate(setup.evaluation(everything(setup.suite)), way, stored=setup.size, active=setup.size)
+    evaluation = setup.evaluation(everything(setup.suite))
+    return setup.candidate(evaluation, STRATEGIES["base"], stored=setup.size, active=setup.size)
 
 
 @bench_method()
@@ -57,13 +57,13 @@ def individual(setup: RoutingSetup, holdout: Holdout, seed: int) -> Candidate:
     )
 
 
-@bench_method("PHATGOOSE", "routing", name="phatgoose", also=("fusion",), given={"way": "PHATGOOSE"})
+@bench_method("PHATGOOSE", "routing", name="phatgoose", also=("fusion",), given={"strategy": "PHATGOOSE"})
 @bench_method(
     "Retrieval of the expert",
     "routing",
     name="retrieval",
     also=("fusion",),
-    given={"way": "retrieval", "examples": 1000},
+    given={"strategy": "retrieval", "examples": 1000},
     stochastic=True,
 )
 @bench_method(
@@ -71,39 +71,42 @@ def individual(setup: RoutingSetup, holdout: Holdout, seed: int) -> Candidate:
     "routing",
     name="average_activation",
     also=("fusion",),
-    given={"way": "average activation", "examples": 256},
+    given={"strategy": "average activation", "examples": 256},
     stochastic=True,
 )
-@bench_method("Arrow", "routing", name="arrow", also=("fusion",), given={"way": "Arrow"})
-@bench_method("Uniform routing", "routing", name="uniform", also=("fusion",), given={"way": "uniform"}, stochastic=True)
-def routed(setup: RoutingSetup, holdout: Holdout, seed: int, way: str, examples: int = 0) -> Candidate:
+@bench_method("Arrow", "routing", name="arrow", also=("fusion",), given={"strategy": "Arrow"})
+@bench_method(
+    "Uniform routing", "routing", name="uniform", also=("fusion",), given={"strategy": "uniform"}, stochastic=True
+)
+def routed(setup: RoutingSetup, holdout: Holdout, seed: int, strategy: str, examples: int = 0) -> Candidate:
     """A routing strategy.
 
     Args:
-        way: a key of `hf_fusion.evaluation.routing.STRATEGIES`.
+        strategy: a key of `hf_fusion.evaluation.routing.STRATEGIES`.
         examples: rows that each expert was trained on, where it looks at them.
     """
     numbers = setup.indices(holdout)
     without = [setup.names[number] for number in numbers if setup.experts[number].gates is None]
-    if way == PHATGOOSE and without:
+    if strategy == PHATGOOSE and without:
         raise NotApplicable(f"{without[0]} has no gates")
-    evaluation, own, retrieves = setup.evaluation(holdout, seed, examples), STRATEGIES[way], way == "retrieval"
-    router = evaluation.router(own.router)
+    evaluation, routing = setup.evaluation(holdout, seed, examples), STRATEGIES[strategy]
+    retrieves = strategy == "retrieval"
+    router = evaluation.router(routing.router)
     size, each = setup.size, setup.adapter_size(numbers) / len(numbers)
     gates = router.summary()["expert_parameters"] - setup.adapter_size(numbers)
     if retrieves:
         encoder: Any = evaluation.embedder
         extra = sum(parameter.numel() for parameter in encoder.embed.model.parameters())
     else:
-        extra = 0 if way == "uniform" else gates
+        extra = 0 if strategy == "uniform" else gates
     asks = min(1 if retrieves else TOP_K, len(numbers))
     return setup.candidate(
         evaluation,
-        own,
+        routing,
         parameters={"examples": examples} if examples else {"top_k": TOP_K, "temperature": 1.0},
         stored=size + round(each * len(numbers)) + extra,
         active=size + round(each * asks) + extra,
-        cost=setup.cost(evaluation, own, embeds=retrieves),
+        cost=setup.cost(evaluation, routing, embeds=retrieves),
     )
 
 

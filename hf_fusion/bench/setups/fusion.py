@@ -61,9 +61,9 @@ class FusionSetup(TaskSetup, kind="fusion"):
     ) -> None:  # fmt: skip
         super().__init__(suite, data_dir, limit, tuned_on, batch_size, device, allow_pickle)
         base = None if suite.base is None else expert_path(suite.base, suite.build)
-        sources = [expert_path(own, suite.build) for own in suite.experts.values()]
+        sources = [expert_path(source, suite.build) for source in suite.experts.values()]
         loaded = load_experts(sources, base=base, gates=False, allow_pickle=allow_pickle)
-        self.experts = [replace(own, name=name) for name, own in zip(suite.experts, loaded, strict=True)]
+        self.experts = [replace(expert, name=name) for name, expert in zip(suite.experts, loaded, strict=True)]
         self.names = [expert.name for expert in self.experts]
         self.is_language = suite.head in LANGUAGE
         if not self.is_language:
@@ -78,10 +78,10 @@ class FusionSetup(TaskSetup, kind="fusion"):
 
     def _labelled(self, expert: Expert) -> Expert:
         """An expert whose classes have no names has those of its task."""
-        own = [task for task in self.suite.tasks if self.suite.owner(task) == expert.name]
-        if not own or not any(map(GENERIC_LABEL.fullmatch, expert.labels)):
+        tasks = [task for task in self.suite.tasks if self.suite.owner(task) == expert.name]
+        if not tasks or not any(map(GENERIC_LABEL.fullmatch, expert.labels)):
             return expert
-        names = self.rows(own[0]).test.features["label"].names
+        names = self.rows(tasks[0]).test.features["label"].names
         return replace(expert, labels=list(names)) if len(names) == len(expert.labels) else expert
 
     def of_kind(self, kind: str) -> TaskSetup:
@@ -146,7 +146,7 @@ class FusionSetup(TaskSetup, kind="fusion"):
             parts.append(rows.select_columns([name for name in rows.column_names if name not in ("choices", "right")]))
         if not sum(map(len, parts)):
             raise NotApplicable("no expert is right about any of the rows that a fuser would learn from")
-        self._fitting[holdout.fuse] = by_length(concatenate_datasets([own for own in parts if len(own)]))
+        self._fitting[holdout.fuse] = by_length(concatenate_datasets([part for part in parts if len(part)]))
         return self._fitting[holdout.fuse]
 
     def _plain(self, task: str, rows: Dataset) -> Dataset:
@@ -160,7 +160,7 @@ class FusionSetup(TaskSetup, kind="fusion"):
         if "image" in rows.column_names:
             kept = ["image"]
         else:
-            kept = ["text", "text_pair"] if any(self._has_pairs(own) for own in self.suite.tasks) else ["text"]
+            kept = ["text", "text_pair"] if any(self._has_pairs(task) for task in self.suite.tasks) else ["text"]
             if "text_pair" in kept and "text_pair" not in rows.column_names:
                 rows = rows.add_column("text_pair", [""] * len(rows))
             for name in kept:
@@ -192,15 +192,15 @@ class FusionSetup(TaskSetup, kind="fusion"):
 
     def _collect(self, key: tuple[str, str, str]) -> None:
         rows = self.pool(*key)
-        asked = rows if self.is_language else rows.remove_columns("label")
-        collected = collect_outputs(self.all_experts, asked, batch_size=self.batch_size)
+        unlabelled = rows if self.is_language else rows.remove_columns("label")
+        collected = collect_outputs(self.all_experts, unlabelled, batch_size=self.batch_size)
         self._features[key] = collected.features
         if collected.outputs is None:
             return
         # labels of one name are one label here; among experts that are chosen from, each has its own
         placed = torch.zeros(len(collected), len(self.names), len(self.labels))
-        for number, (row, places) in enumerate(zip(self.all_experts.config.experts, self._places, strict=True)):
-            placed[:, number].index_add_(1, torch.tensor(places), collected.outputs[:, number, row["label_map"]])
+        for number, (row, indices) in enumerate(zip(self.all_experts.config.experts, self._places, strict=True)):
+            placed[:, number].index_add_(1, torch.tensor(indices), collected.outputs[:, number, row["label_map"]])
         self._outputs[key] = placed
 
     def references(self, task: str, corruption: str, split: str) -> list[int]:
@@ -247,8 +247,8 @@ class FusionSetup(TaskSetup, kind="fusion"):
         """
         found = {self.names[number]: self._generated(number, task, rows) for number in fused}
         right = {
-            name: [given == wanted for given, wanted in zip(own.predictions, own.references, strict=True)]
-            for name, own in found.items()
+            name: [given == wanted for given, wanted in zip(predicted.predictions, predicted.references, strict=True)]
+            for name, predicted in found.items()
         }
         best_first = sorted(right, key=lambda name: -sum(right[name]))
         owners = [next((name for name in best_first if right[name][row]), None) for row in range(len(rows))]
@@ -281,12 +281,12 @@ class FusionSetup(TaskSetup, kind="fusion"):
         inputs = prepare(model, rows[:], input_columns(rows))
         alone = []
         for number, expert in zip(self.fused(holdout), model.config.experts, strict=True):
-            own = model._inputs_of(expert["backbone"], inputs)
+            inputs_alone = model._inputs_of(expert["backbone"], inputs)
             if model.config.is_encoder_decoder:
-                own = {**own, "decoder_input_ids": own["input_ids"][:, :1]}
-            alone.append(multiplications(partial(self.experts[number].model, **own)))
+                inputs_alone = {**inputs_alone, "decoder_input_ids": inputs_alone["input_ids"][:, :1]}
+            alone.append(multiplications(partial(self.experts[number].model, **inputs_alone)))
         all_of_them = partial(model.prompt_embeddings if generates(model) else model.expert_outputs, inputs)
-        return [own / alone[0] for own in alone], multiplications(all_of_them) / alone[0]
+        return [count / alone[0] for count in alone], multiplications(all_of_them) / alone[0]
 
 
 class _ExpertModel:

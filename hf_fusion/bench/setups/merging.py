@@ -74,13 +74,13 @@ class MergingSetup(TaskSetup, kind="merging"):
                 self.start = replace(self.start, processor=processor)
                 self._classes = fix_classes(self.start.model, processor, suite)
         base = self.start.model if self.start else None
-        sources = [expert_path(own, suite.build) for own in owned.values()]
+        sources = [expert_path(source, suite.build) for source in owned.values()]
         loaded = load_experts(sources, base=base, gates=False, allow_pickle=allow_pickle)
         shared = self.start.processor if self.start else None
         is_zero_shot = suite.head == "zero-shot-image"
         self.experts = [
-            replace(own, name=name, processor=shared if is_zero_shot else own.processor or shared)
-            for name, own in zip(owned, loaded, strict=True)
+            replace(expert, name=name, processor=shared if is_zero_shot else expert.processor or shared)
+            for name, expert in zip(owned, loaded, strict=True)
         ]
         self.merge = CoefficientMerge(self.experts, base, "task", 0.0).to(device)
         self.backbone = self.merge.backbone
@@ -195,11 +195,11 @@ class MergingSetup(TaskSetup, kind="merging"):
         read = self.read(task, self.inputs_of(task, rows.select(range(min(ROWS_COUNTED, len(rows))))))
         inputs = on_device(read.collate(list(read.rows)), self.device)
         if not getattr(self.backbone.config, "is_encoder_decoder", False):
-            inputs = {name: own for name, own in inputs.items() if name != "labels"}
+            inputs = {name: value for name, value in inputs.items() if name != "labels"}
 
         with torch.no_grad():
-            own, dense = (multiplications(partial(called, **inputs, task=task)) for called in (model, Dense(self)))
-        return own / dense
+            counted, dense = (multiplications(partial(called, **inputs, task=task)) for called in (model, Dense(self)))
+        return counted / dense
 
     def logits(self, expert: int, task: str, corruption: str, split: str) -> tuple[torch.Tensor, torch.Tensor]:
         """An expert's logits (N, C) of the rows of a task, by this task's head, and the labels; computed once."""

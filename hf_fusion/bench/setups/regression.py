@@ -71,11 +71,11 @@ class RegressionSetup(TaskSetup, kind="regression"):
         """Scores of rows by all experts, (N, K); each text is scored once, whatever the task."""
         texts = list(zip(rows["text"], rows["text_pair"], strict=True))
         for number in range(len(self.experts)):
-            new = [row for row, own in enumerate(texts) if (number, own) not in self._scores]
+            new = [row for row, pair in enumerate(texts) if (number, pair) not in self._scores]
             if new:
                 found = self._scored(number, rows.select(new)).tolist()
                 self._scores |= {(number, texts[row]): score for row, score in zip(new, found, strict=True)}
-        return torch.tensor([[self._scores[number, own] for number in range(len(self.experts))] for own in texts])
+        return torch.tensor([[self._scores[number, pair] for number in range(len(self.experts))] for pair in texts])
 
     def _scored(self, number: int, rows: Dataset) -> torch.Tensor:
         expert = self.experts[number]
@@ -101,8 +101,8 @@ class RegressionSetup(TaskSetup, kind="regression"):
         for row in rows:
             prompt = tokenizer(question.prompt.format(**row), truncation=True, max_length=longest)
             for text in question.words or (question.target or "",):
-                own = tokenizer(text_target=text.format(**row), truncation=True, max_length=longest)
-                read.append({**prompt, "labels": own["input_ids"]})
+                labels = tokenizer(text_target=text.format(**row), truncation=True, max_length=longest)
+                read.append({**prompt, "labels": labels["input_ids"]})
         return Examples(read, DataCollatorForSeq2Seq(tokenizer, model=expert.model), _own_loss)
 
     def candidate(self, combine: Callable[[torch.Tensor, str], torch.Tensor], **facts: Any) -> Candidate:
@@ -112,7 +112,9 @@ class RegressionSetup(TaskSetup, kind="regression"):
             rows = self.sample(task, corruption, split)
             return self.known(task, Predictions(combine(self.scores(rows), task).tolist(), list(rows["label"])))
 
-        size = sum(model.num_parameters() for model in {id(own.model): own.model for own in self.experts}.values())
+        size = sum(
+            model.num_parameters() for model in {id(expert.model): expert.model for expert in self.experts}.values()
+        )
         return Candidate(prepare, **{"stored": size, "active": size, "cost": sum(self.costs), **facts})
 
     @cached_property
@@ -126,7 +128,7 @@ class RegressionSetup(TaskSetup, kind="regression"):
             read = self._read(number, rows)
             inputs = on_device(read.collate(list(read.rows)), self.device)
             found.append(multiplications(partial(expert.model, **inputs)))
-        return [own / found[0] for own in found]
+        return [count / found[0] for count in found]
 
 
 def _own_loss(model: Callable[..., Any], inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -68,9 +68,9 @@ class RoutingSetup(TaskSetup, kind="routing"):
         start = None if suite.base is None else expert_path(suite.base, suite.build)
         sources = [expert_path(source, suite.build) for source in suite.experts.values()]
         loaded = load_experts(sources, base=start, allow_pickle=allow_pickle)
-        if full := [name for name, own in zip(suite.experts, loaded, strict=True) if own.adapter is None]:
+        if full := [name for name, expert in zip(suite.experts, loaded, strict=True) if expert.adapter is None]:
             raise FusionError(f"{full[0]} is a whole model, and only adapters are routed", hint="kind: merging")
-        self.experts = [replace(own, name=name) for name, own in zip(suite.experts, loaded, strict=True)]
+        self.experts = [replace(expert, name=name) for name, expert in zip(suite.experts, loaded, strict=True)]
         self.model = self.experts[0].model
         move_to(self.model, device)
         self.names = [expert.name for expert in self.experts]
@@ -118,8 +118,8 @@ class RoutingSetup(TaskSetup, kind="routing"):
 
     def validation_rows(self, expert: int) -> Examples:
         """The validation rows of an expert's task, encoded."""
-        own = self.experts[expert]
-        return read_examples(own, self._split_of(own.name, "fit"), MAX_LENGTH)
+        loaded = self.experts[expert]
+        return read_examples(loaded, self._split_of(loaded.name, "fit"), MAX_LENGTH)
 
     def task_rows(self, evaluation: Evaluation, task: str, corruption: str = CLEAN, split: str = TEST) -> TaskRows:
         """Rows of a task as a router reads them; encoded once."""
@@ -238,16 +238,16 @@ class RoutingSetup(TaskSetup, kind="routing"):
         router = evaluation.router(strategy.router)
         rows, numbers, given = self._counted(evaluation)
 
-        def count(own: RoutingStrategy) -> int:
+        def count(routing: RoutingStrategy) -> int:
             # with gradients, since without them what adapters multiply is not seen: sampled products of sparse matrices
-            with torch.enable_grad(), own.within(evaluation, router, rows, numbers):
+            with torch.enable_grad(), routing.within(evaluation, router, rows, numbers):
                 return multiplications(lambda: router.backbone(**given))
 
-        base, own = count(STRATEGIES["base"]), count(strategy)
+        base, total = count(STRATEGIES["base"]), count(strategy)
         if embeds:
             assert evaluation.embedder is not None
-            own += multiplications(partial(evaluation.embedder, texts_of(evaluation.suite[rows].select(numbers))))
-        return own / base
+            total += multiplications(partial(evaluation.embedder, texts_of(evaluation.suite[rows].select(numbers))))
+        return total / base
 
 
 @dataclass
