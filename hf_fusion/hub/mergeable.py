@@ -18,7 +18,7 @@ def merge_problems(model: PreTrainedModel, base: PreTrainedModel) -> list[str]:
 
     Args:
         model: a full fine-tune as its headers promise it, on the meta device.
-        base: what it was fine-tuned from, likewise; with another head or none.
+        base: the model that it was fine-tuned from, with another head or none.
     """
     try:
         part, head = part_of(base, model), head_of(model)

@@ -109,7 +109,7 @@ def refuse_code(source: Source, needed: Sequence[Code], *, agreed: bool, pinned:
             hint=f"read {file}, then pass trust_remote_code=True (hf-fusion: --trust-remote-code){named}",
         )
     if not (source.pinned if pinned is None else pinned):
-        what = "nobody named that folder" if source.is_local else "no commit is named"
+        what = "that folder was not named" if source.is_local else "no commit is named"
         raise FusionError(
             f"{source.name} needs its own code to run, and {what} ({first}).",
             hint=f"name it: {source.folder}" if source.is_local else f"write {source.name}@<40-digit commit sha>",

@@ -92,7 +92,7 @@ def check_loads(config: Mapping[str, Any], shapes: Shapes, first: Model) -> str:
         return ""
     own = _loaded(first.config, before)
     known = set() if isinstance(own, str) else set(_problems(own))
-    if not (left := {key: told for key, told in problems.items() if key not in known}):
+    if not (left := {key: line for key, line in problems.items() if key not in known}):
         return ""
     lines = list(dict.fromkeys(left.values()))
     more = f"; and {len(lines) - _MAX_LISTED} more" if len(lines) > _MAX_LISTED else ""
@@ -107,12 +107,12 @@ def _hint(first: Model) -> str:
 
 def _loaded(config: Mapping[str, Any], shapes: Shapes) -> KeyReport | str:
     """The loader's report on these tensors, or why there is none."""
-    return _account(json.dumps(config, sort_keys=True, default=str), tuple(shapes.items()))
+    return _load_cached(json.dumps(config, sort_keys=True, default=str), tuple(shapes.items()))
 
 
 @lru_cache(maxsize=16)
-def _account(text: str, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> KeyReport | str:
-    """The loader is asked once about one configuration and one set of shapes: a merge has three reasons to ask."""
+def _load_cached(text: str, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> KeyReport | str:
+    """The loader's report, cached by configuration and shapes, which a merge needs several times."""
     promise = build_meta_model(json.loads(text), MERGED, len(shapes))
     if promise.model is None or promise.config is None:
         return promise.why.removeprefix(f"{MERGED}: ")

@@ -1,10 +1,10 @@
-"""What a configuration says of layers by number, for a model made of slices: every layer stays what it was.
+"""Configurations of models made of slices, in which every layer keeps its type.
 
-Configurations tell layers apart in four ways, each of which is said again for the layers that are taken: lists with a
-value for each layer (``layer_types``), which transformers' config classes also derive from patterns; lists of layers'
-numbers (``cross_attention_layers``); rules by number (``first_k_dense_replace``), which are kept, counted again, or
-refused; and what all layers have in common (rotary embeddings), which must be the same in all models. At last
-transformers builds the models without weights, and each layer must come out as the one that it is made of.
+Configurations describe layers in four ways, each of which is rewritten for the selected layers: lists with a value per
+layer (``layer_types``), which transformers' config classes also derive from patterns; lists of layer indices
+(``cross_attention_layers``); rules by index (``first_k_dense_replace``), which are kept, adapted, or raise an error;
+and settings common to all layers (rotary embeddings), which must agree between the models. Finally the models are built
+without weights, and each layer is compared with the one that it is made of.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ if TYPE_CHECKING:
 Config = Mapping[str, Any]
 
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
-_STACK_KEYS = {"decoder_layers": "decoder.", "encoder_layers": "encoder."}  # of models of one of two stacks
-_COUNTED = ("layers_block_type", "layer_types")  # lists that alone tell how many layers there are
-# lists with a value for each layer whose names do not say "layer"; others of that length (eos_token_id) are not
+_STACK_KEYS = {"decoder_layers": "decoder.", "encoder_layers": "encoder."}  # for models with only one of these stacks
+_COUNTED = ("layers_block_type", "layer_types")  # lists whose length is the number of layers
+# lists with a value per layer; others may have that length by chance (eos_token_id)
 _LISTS = re.compile(
     r".*layer.*|layers_block_type|indexer_types|activation_sparsity_pattern|attn_type_list|attention_window|ffn_multipliers"
     r"|(moe_)?intermediate_size|num_(local_|routed_)?experts|moe_topk|num_experts_per_tok|swiglu_limits(_shared)?"
     r"|num_(attention|query|key_value|kv)_heads|sliding_windows?|head_dim"
 )
-# lists of layers' numbers
+# lists of layer indices
 _INDICES = (
     *("mlp_only_layers", "cross_attention_layers", "moe_layers", "attn_layer_indices", "rope_scaling_layers"),
     *("local_layer_ids", "ple_layer_ids", "full_attn_idxs", "global_attn_indexes", "fullatt_block_indexes"),
     *("window_block_indices", "residual_block_indices", "subsample_layers", "global_attention_blocks", "dense_layers"),
     "hybrid_layer_ids",
 )
-# behind which layers hidden states are taken: 0 is before the first
+# indices of layers whose outputs are returned; 0 is the input of the first
 _OUTPUTS = ("out_indices", "_out_indices")
 _OUTPUT_NAMES = ("out_features", "_out_features", "stage_names")
-# rules that a list of each layer's value replaces, where the config class has one: left in, they would contradict it
+# list with a value per layer -> rules that it replaces, and that would contradict it
 _DERIVED = {
     "layer_types": (
         *("sliding_window_pattern", "_sliding_window_pattern", "global_attn_every_n_layers", "full_attention_interval"),
@@ -57,26 +57,26 @@ _DERIVED = {
     "no_rope_layers": ("no_rope_layer_interval",),
     "moe_layers": ("interleave_moe_layer_step",),
 }
-# layers behind the last that predict further tokens: no slice takes them
+# layers after the last that predict further tokens; not part of slices
 _FURTHER = ("num_nextn_predict_layers", "num_mtp_layers")
-# what is the same for all layers, and decides what they compute
+# settings of all layers that affect their results
 _SHARED = re.compile(
     r"rope_.*|partial_rotary_factor|sliding_window(_size)?|attention_chunk_size|position_embedding_type"
 )
 _OF_ALL = {name for names in _DERIVED.values() for name in names}
-# a module's own number, which it may have
+# attributes with the index of a layer, which may change
 _NUMBERS = re.compile(r"_?(layer_(idx|id|index|number)|idx|index|training)")
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of the merged model: which one of which model it is.
+    """The source of a merged layer.
 
     Attributes:
-        model: the model that gives its sizes.
-        config: what the model's configuration means, with what its class derives.
-        number: of the layer there.
-        count: the model's number of layers.
+        model: the model that determines its shapes.
+        config: the model's configuration, with derived values.
+        number: index of the layer in that model.
+        count: number of layers of that model.
     """
 
     model: Model
@@ -85,7 +85,7 @@ class Layer:
     count: int
 
     def value(self, key: str) -> Any:
-        """What the model's configuration says, or an error that names the key."""
+        """A value of the model's configuration; raises if it is missing."""
         if self.config.get(key) is None:
             raise FusionError(f"{self.model.name}: its configuration has no {key}, which the first model's has")
         return self.config[key]
@@ -93,18 +93,18 @@ class Layer:
 
 @dataclass(frozen=True)
 class LayerRule:
-    """What a configuration says of a layer by its number.
+    """A rule of configurations that determines the type of a layer by its index.
 
     Attributes:
-        keys: what it reads: it applies where the first is in the configuration.
-        kind: of a layer: (configuration, number, number of layers) -> what the rule makes it.
-        ways: of the kinds of all layers -> the values of `keys` that may say them; the first that does is taken.
-        unless: a list of each layer's value that makes the rule void.
+        keys: of the configuration; the rule applies if the first one is set.
+        kind: (configuration, index, number of layers) -> type of the layer.
+        candidates: (types of all layers, configuration) -> candidate values of `keys`; the first that fits is used.
+        unless: key of a list with a value per layer, which overrides the rule.
     """
 
     keys: tuple[str, ...]
     kind: Callable[[Config, int, int], Any]
-    ways: Callable[[Sequence[Any], Config], Iterator[dict[str, Any]]]
+    candidates: Callable[[Sequence[Any], Config], Iterator[dict[str, Any]]]
     unless: str = ""
 
 
@@ -113,34 +113,34 @@ def _is_sparse(config: Config, number: int, count: int) -> bool:
     return number not in dense and bool(config.get("num_experts")) and (number + 1) % step == 0
 
 
-def _sparse_ways(kinds: Sequence[Any], config: Config) -> Iterator[dict[str, Any]]:
+def _sparse_candidates(kinds: Sequence[Any], config: Config) -> Iterator[dict[str, Any]]:
     yield {"decoder_sparse_step": 1, "mlp_only_layers": [number for number, sparse in enumerate(kinds) if not sparse]}
 
 
 def _behind(key: str, often: str = "") -> LayerRule:
-    """Layers from a number on, all or every n-th of them, are sparse."""
+    """Layers from an index on, or every n-th of them, are sparse."""
 
     def kind(config: Config, number: int, count: int) -> bool:
         every = config.get(often) if often else 1
         return number >= config[key] and number % (every if type(every) is int and every > 0 else 1) == 0
 
-    def ways(kinds: Sequence[Any], config: Config) -> Iterator[dict[str, Any]]:
+    def candidates(kinds: Sequence[Any], config: Config) -> Iterator[dict[str, Any]]:
         yield {key: next((number for number, sparse in enumerate(kinds) if sparse), len(kinds))}
 
-    return LayerRule((key,), kind, ways, unless="mlp_layer_types")
+    return LayerRule((key,), kind, candidates, unless="mlp_layer_types")
 
 
 def _every(period: str, offset: str = "") -> LayerRule:
-    """Every n-th layer is of another kind."""
+    """Every n-th layer has another type."""
 
     def kind(config: Config, number: int, count: int) -> bool:
         return bool(number % config[period] == (config.get(offset) or 0))
 
-    def ways(kinds: Sequence[Any], config: Config) -> Iterator[dict[str, Any]]:
+    def candidates(kinds: Sequence[Any], config: Config) -> Iterator[dict[str, Any]]:
         for every in range(1, len(kinds) + 2):
             yield from ({period: every, **({offset: at} if offset else {})} for at in range(every if offset else 1))
 
-    return LayerRule((period, *([offset] if offset else [])), kind, ways, unless="layers_block_type")
+    return LayerRule((period, *([offset] if offset else [])), kind, candidates, unless="layers_block_type")
 
 
 def _ernie(config: Config, number: int, count: int) -> bool:
@@ -149,7 +149,7 @@ def _ernie(config: Config, number: int, count: int) -> bool:
     return is_within and bool((number + 1) % config["moe_layer_interval"] == 0)
 
 
-def _ernie_ways(kinds: Sequence[Any], config: Config) -> Iterator[dict[str, Any]]:
+def _ernie_candidates(kinds: Sequence[Any], config: Config) -> Iterator[dict[str, Any]]:
     sparse = [number for number, kind in enumerate(kinds) if kind]
     start, end = (sparse[0], sparse[-1]) if sparse else (len(kinds), len(kinds))
     for every in range(1, len(kinds) + 2):
@@ -157,25 +157,25 @@ def _ernie_ways(kinds: Sequence[Any], config: Config) -> Iterator[dict[str, Any]
 
 
 def _expanded(config: Config, number: int, count: int) -> Any:
-    """GPT-Neo's attention: [[kinds, how often], …]."""
+    """GPT-Neo's attention: [[types, repetitions], …]."""
     return [kind for kinds, times in config["attention_types"] for _ in range(times) for kind in kinds][number]
 
 
 RULES = (
-    LayerRule(("mlp_only_layers", "decoder_sparse_step"), _is_sparse, _sparse_ways),
+    LayerRule(("mlp_only_layers", "decoder_sparse_step"), _is_sparse, _sparse_candidates),
     _behind("first_k_dense_replace", "moe_layer_freq"),
     _behind("num_dense_layers"),
     _every("attn_layer_period", "attn_layer_offset"),
     _every("expert_layer_period", "expert_layer_offset"),
     _every("cross_attention_frequency"),
-    LayerRule(("moe_layer_interval", "moe_layer_start_index", "moe_layer_end_index"), _ernie, _ernie_ways),
+    LayerRule(("moe_layer_interval", "moe_layer_start_index", "moe_layer_end_index"), _ernie, _ernie_candidates),
     LayerRule(
         ("block_types",),
         lambda config, number, count: config["block_types"][number % len(config["block_types"])],
         lambda kinds, config: iter([{"block_types": list(kinds)}]),
     ),
     LayerRule(("attention_types",), _expanded, lambda kinds, config: iter([{"attention_types": [[list(kinds), 1]]}])),
-    LayerRule(  # GPT-2 divides by the layer's number
+    LayerRule(  # GPT-2 divides by the layer's index
         ("scale_attn_by_inverse_layer_idx",),
         lambda config, number, count: number if config["scale_attn_by_inverse_layer_idx"] else None,
         lambda kinds, config: iter(()),
@@ -184,14 +184,14 @@ RULES = (
 
 
 def slice_config(first: Model, taken: Sequence[tuple[Model, int]]) -> dict[str, Any]:
-    """A configuration for layers of several models, in which each of them stays what it was.
+    """The configuration for layers of several models, in which each layer keeps its type.
 
     Args:
-        first: whose configuration it is otherwise.
-        taken: of each merged layer, the model and the number that it comes from.
+        first: provides the other values.
+        taken: of each merged layer, the source model and index.
 
     Raises:
-        FusionError: naming the key that cannot say it.
+        FusionError: a key cannot describe the layers.
     """
     key, count = layer_count(first)
     meant = {id(model): _meaning(model) for model in [first, *(model for model, _ in taken)]}
@@ -219,10 +219,10 @@ def slice_config(first: Model, taken: Sequence[tuple[Model, int]]) -> dict[str, 
 
 
 def layer_count(model: Model) -> tuple[str, int]:
-    """The key that tells a model's number of layers, "" where a list of them does; and that number.
+    """The key of a model's number of layers ("" if it is the length of a list), and the number.
 
     Raises:
-        FusionError: nothing tells it.
+        FusionError: the configuration does not have it.
     """
     own = [key for key, part in _STACK_KEYS.items() if any(part in name for name in model.entries)]
     for key in (*LAYER_KEYS, *own):
@@ -235,7 +235,7 @@ def layer_count(model: Model) -> tuple[str, int]:
 
 
 def _meaning(model: Model) -> Config:
-    """A configuration with what its class derives from it; as it is where transformers does not know it."""
+    """A configuration with the values that its class derives; unchanged if transformers does not know it."""
     config = _native(model.config)
     return dict(model.config) if config is None else {**model.config, **config.to_dict()}
 
@@ -248,7 +248,7 @@ def _native(config: Config) -> PreTrainedConfig | None:
 
 
 def _lists(own: Config, count: int, layers: Sequence[Layer]) -> dict[str, Any]:
-    """Lists with a value for each layer; and what is said of single layers by their numbers as keys."""
+    """Rewrites lists with a value per layer, and mappings by layer index."""
     found: dict[str, Any] = {}
     for key, value in own.items():
         if key in _INDICES or not isinstance(value, (list, tuple)) or len(value) != count or not _LISTS.fullmatch(key):
@@ -270,7 +270,7 @@ def _lists(own: Config, count: int, layers: Sequence[Layer]) -> dict[str, Any]:
 
 
 def _source(layers: Sequence[Layer], own: int, source: int) -> int:
-    """Where the layer that another takes its keys and values from has come to lie."""
+    """The new index of the layer whose keys and values another layer uses."""
     layer = layers[own]
     for number in range(own, -1, -1):
         if layers[number].model is layer.model and layers[number].number == source:
@@ -283,7 +283,7 @@ def _source(layers: Sequence[Layer], own: int, source: int) -> int:
 
 
 def _numbers(own: Config, layers: Sequence[Layer]) -> dict[str, Any]:
-    """Lists of layers' numbers."""
+    """Rewrites lists of layer indices."""
     return {
         key: [j for j, layer in enumerate(layers) if layer.number in _positive(layer.value(key), layer.count)]
         for key in _INDICES
@@ -296,7 +296,7 @@ def _positive(numbers: Sequence[Any], count: int) -> set[int]:
 
 
 def _outputs(own: Config, count: int, layers: Sequence[Layer]) -> dict[str, Any]:
-    """Behind which layers a backbone's outputs are; their names follow from that."""
+    """Rewrites the output indices of a backbone; output names are derived from them."""
     found: dict[str, Any] = {}
     for key in _OUTPUTS:
         if isinstance(own.get(key), (list, tuple)):
@@ -316,7 +316,7 @@ def _output(key: str, place: int, count: int, layers: Sequence[Layer]) -> int:
 
 
 def _shared_keys(own: Config, layers: Sequence[Layer]) -> dict[str, Any]:
-    """Gemma's last layers, which take the keys and values of the last layers of their types before them."""
+    """Rewrites Gemma's number of last layers that use keys and values of the last layers of their types before them."""
     key = "num_kv_shared_layers"
     if not own.get(key):
         return {}
@@ -345,15 +345,15 @@ def _shared_keys(own: Config, layers: Sequence[Layer]) -> dict[str, Any]:
 
 
 def _ruled(rule: LayerRule, config: Config, layers: Sequence[Layer]) -> dict[str, Any]:
-    """The values of a rule's keys by which every layer stays what it was."""
+    """Values of a rule's keys with which every layer keeps its type."""
     for layer in layers:
         layer.value(rule.keys[0])
     kinds = [rule.kind(layer.config, layer.number, layer.count) for layer in layers]
-    for way in (dict[str, Any](), *rule.ways(kinds, config)):
-        told = {**config, **way}
+    for candidate in (dict[str, Any](), *rule.candidates(kinds, config)):
+        settings = {**config, **candidate}
         try:
-            if [rule.kind(told, number, len(layers)) for number in range(len(layers))] == kinds:
-                return {key: told[key] for key in rule.keys if key in told}
+            if [rule.kind(settings, number, len(layers)) for number in range(len(layers))] == kinds:
+                return {key: settings[key] for key in rule.keys if key in settings}
         except (IndexError, ZeroDivisionError, TypeError):  # a list too short, say
             continue
     raise FusionError(
@@ -363,7 +363,7 @@ def _ruled(rule: LayerRule, config: Config, layers: Sequence[Layer]) -> dict[str
 
 
 def _refuse_unlike(first: Model, own: Config, layers: Sequence[Layer]) -> None:
-    """One configuration says what all layers have in common: models that differ there cannot lend layers."""
+    """Raises if models differ in settings that are common to all layers."""
     for layer in {id(layer.model): layer for layer in layers}.values():
         for key in sorted(own.keys() | layer.config.keys()):
             mine, theirs = own.get(key), layer.config.get(key)
@@ -375,20 +375,25 @@ def _refuse_unlike(first: Model, own: Config, layers: Sequence[Layer]) -> None:
                 )
 
 
-# ---------------------------------------------------------------- what transformers makes of it
+# ---------------------------------------------------------------- comparison of built models
 
 
 def _check(first: Model, config: Config, said: Config, layers: Sequence[Layer]) -> None:
-    """Builds the models without weights, and compares each layer with the one that it is made of."""
+    """Builds the models without weights, and compares each merged layer with its source."""
     merged = _native(config)
     if merged is None:
         if _native(first.config) is not None:
             native_config(config, "the slices", 1_000_000)  # says why not
         return
-    told = merged.to_dict()
+    derived = merged.to_dict()
     for key, value in said.items():
-        if key in told and isinstance(value, list) and isinstance(told[key], (list, tuple)) and [*told[key]] != value:
-            raise FusionError(f"{key} would be {shown(value)}, and transformers makes it {shown(told[key])}", _ORDER)
+        if (
+            key in derived
+            and isinstance(value, list)
+            and isinstance(derived[key], (list, tuple))
+            and [*derived[key]] != value
+        ):
+            raise FusionError(f"{key} would be {shown(value)}, and transformers makes it {shown(derived[key])}", _ORDER)
     built = _built(config, len(layers))
     if built is None:
         return
@@ -405,7 +410,7 @@ def _check(first: Model, config: Config, said: Config, layers: Sequence[Layer]) 
         giver = givers[id(layer.model)]
         if giver is None:
             continue
-        was, becomes = _traits(giver.layers[layer.number], layer.config), _traits(built.layers[number], told)
+        was, becomes = _traits(giver.layers[layer.number], layer.config), _traits(built.layers[number], derived)
         is_same = layer.model.config.get("model_type") == config.get("model_type")
         if found := _difference(was, becomes, is_same):
             path, old, new = found
@@ -421,14 +426,14 @@ _ORDER = "take slices by which each layer keeps its place among those of its kin
 
 @dataclass(frozen=True)
 class _Built:
-    """A model without weights: its layers, and the sizes of its other parameters."""
+    """A model without weights: its layers, and the shapes of its other parameters."""
 
     layers: nn.ModuleList
     others: Mapping[str, tuple[int, ...]]
 
 
 def _built(config: Config, count: int) -> _Built | None:
-    """What transformers makes of a configuration; None where it cannot build it."""
+    """Builds the model of a configuration; None if transformers cannot."""
     import torch
 
     from hf_fusion.hub.heads import architectures, model_class_of
@@ -439,7 +444,7 @@ def _built(config: Config, count: int) -> _Built | None:
         return None
     try:
         model = build_on_meta(lambda: own._from_config(native))
-    except Exception:  # whatever is wrong with it is said when the merged model is opened
+    except Exception:  # reported when the merged model is checked
         return None
     for path, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
@@ -449,9 +454,9 @@ def _built(config: Config, count: int) -> _Built | None:
 
 
 def _traits(layer: nn.Module, config: Config) -> dict[str, Any]:
-    """What makes a layer what it is: classes, sizes and plain attributes of its modules.
+    """Classes, shapes and plain attributes of a layer's modules.
 
-    But for its number, and for what the configuration says of all layers together, which some keep.
+    Without its index, and without values for all layers that some modules keep.
     """
     traits: dict[str, Any] = {}
     for path, module in layer.named_modules():
@@ -472,7 +477,7 @@ def _is_plain(value: object) -> bool:
 
 
 def _difference(was: Mapping[str, Any], becomes: Mapping[str, Any], is_same: bool) -> tuple[str, Any, Any] | None:
-    """The first trait in which two layers differ; of models of two types, only traits that both have by one name."""
+    """The first trait in which two layers differ; for different model types, only among common names."""
     names = {**was, **becomes} if is_same else [name for name in was if name in becomes and "." in name]
     for name in names:
         if was.get(name) != becomes.get(name) and (is_same or not isinstance(was[name], str)):

@@ -44,8 +44,8 @@ def merged_files(planned: Plan) -> dict[str, bytes]:
         files = {name: raw for name, raw in under.items() if not (has_tokenizer and is_tokenizer_file(name))} | files
     files = _with_modules(files, planned)
     if code := [name for name in files if name.endswith(".py")]:
-        told = ", ".join(sorted(code)[:5])
-        logger.warning("%s brings code (%s): it is copied, and runs only by trust_remote_code=True", first.name, told)
+        listed = ", ".join(sorted(code)[:5])
+        logger.warning("%s has custom code (%s): copied, runs only with trust_remote_code=True", first.name, listed)
     if planned.vocabulary is not None:
         files = {name: raw for name, raw in files.items() if not is_tokenizer_file(name)} | planned.vocabulary.files
         for name in [name for name in _WITH_TOKENS if name in files]:

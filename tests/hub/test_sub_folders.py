@@ -289,7 +289,7 @@ def test_code_travels_only_where_a_configuration_names_it_and_is_told(tmp_path, 
     edit_json(tmp_path / "one" / "config.json", auto_map={"AutoModel": "setup.Model"})
     merge(Recipe("linear", experts), tmp_path / "named")
     assert (tmp_path / "named" / "setup.py").exists()
-    assert "brings code (setup.py): it is copied, and runs only by trust_remote_code=True" in caplog.text
+    assert "has custom code (setup.py): copied, runs only with trust_remote_code=True" in caplog.text
 
 
 def test_all_minilm_itself_is_merged_beside_files_that_are_no_configurations(tmp_path):

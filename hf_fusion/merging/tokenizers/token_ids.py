@@ -100,12 +100,12 @@ class TokenIdMap:
         lost = sorted({number for number in found if self._number(number) is None})
         if not lost:
             return self._renumbered(key, value)
-        told = ", ".join(shown(self.old.get(number, number)) for number in lost[:8])
+        listed = ", ".join(shown(self.old.get(number, number)) for number in lost[:8])
         role = _ROLE.fullmatch(key)
         if not role and not _OPTIONAL.fullmatch(key) and not isinstance(value, list):
             raise FusionError(
-                f"{file}: {key} is {told}, which the tokenizer {self.name} does not have",
-                f"keep it: tokenizer: {{source: …, tokens: {{{told}: {{source: a model that has it}}}}}}",
+                f"{file}: {key} is {listed}, which the tokenizer {self.name} does not have",
+                f"keep it: tokenizer: {{source: …, tokens: {{{listed}: {{source: a model that has it}}}}}}",
             )
         moved = self._renumbered(key, value)
         if role and moved in (None, []):
@@ -113,7 +113,7 @@ class TokenIdMap:
         what = (
             "left out" if moved is None or isinstance(moved, (list, dict)) else f"it is now {shown(self.token(moved))}"
         )
-        logger.warning("%s: %s names %s, which the tokenizer %s does not have: %s", file, key, told, self.name, what)
+        logger.warning("%s: %s names %s, which the tokenizer %s does not have: %s", file, key, listed, self.name, what)
         return moved if moved != [] else None
 
     def token(self, number: object) -> Any:
