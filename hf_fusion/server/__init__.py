@@ -1,6 +1,6 @@
-"""The embedded Hub: a small Hugging Face Hub on one folder, spoken to by the unmodified clients.
+"""The embedded Hub: a small Hugging Face Hub that stores one folder and serves the unmodified clients.
 
-For air-gapped work, tests and the demo::
+For offline work, tests and the demo::
 
     with HubServer(Path("hub")) as hub:
         api = HfApi(endpoint=hub.endpoint, token=hub.token("alice"))

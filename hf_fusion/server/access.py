@@ -1,4 +1,4 @@
-"""Who asks, and what they may see: the FastAPI dependencies every route shares."""
+"""Authentication and access control: the FastAPI dependencies that all routes share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def get_store(request: Request) -> Store:
 
 
 def endpoint(request: Request) -> str:
-    """The address the client used, so that links in answers lead back the same way."""
+    """The address that the client used, for links in responses."""
     return str(request.base_url).rstrip("/")
 
 
@@ -35,7 +35,7 @@ def current_user(request: Request, store: StoreDep) -> User | None:
     """The user of the token in the request, or None without one.
 
     Raises:
-        HubError: 401 for a token nobody has.
+        HubError: 401 for an unknown token.
     """
     authorization = request.headers.get("authorization", "")
     user = token_user(authorization, store)
@@ -45,7 +45,7 @@ def current_user(request: Request, store: StoreDep) -> User | None:
 
 
 def token_user(authorization: str, store: Store) -> User | None:
-    """The user of an Authorization header; None for none, and for a token nobody has."""
+    """The user of an Authorization header; None without a header or for an unknown token."""
     token = _token(authorization)
     return store.users.by_token(token) if token else None
 
@@ -67,7 +67,7 @@ CurrentUser = Annotated[User | None, Depends(current_user)]
 
 
 def signed_in(user: CurrentUser) -> User:
-    """A user, or 401."""
+    """The authenticated user; 401 without one."""
     if user is None:
         raise HubError(401, "Invalid username or password.")
     return user
@@ -77,7 +77,7 @@ SignedIn = Annotated[User, Depends(signed_in)]
 
 
 def may_read(repo: Repo, user: User | None) -> bool:
-    """The repo is public or the user's own."""
+    """Whether the repo is public or belongs to the user."""
     return not repo.settings.get("private") or (user is not None and user.owns(repo.owner))
 
 
@@ -85,7 +85,7 @@ def find(store: Store, kind: str, name: str, user: User | None) -> Repo:
     """A repo the user may see.
 
     Raises:
-        HubError: 404, alike for missing and for hidden ones.
+        HubError: 404, the same for missing and for hidden repos.
     """
     repo = store.get(kind, name)
     if not may_read(repo, user):
@@ -94,7 +94,7 @@ def find(store: Store, kind: str, name: str, user: User | None) -> Repo:
 
 
 def check_write(repo: Repo, user: User) -> Repo:
-    """Lets the owner and members of the owning organisation pass.
+    """Check that the user is the owner or a member of the owning organisation.
 
     Raises:
         HubError: 403 for others.
@@ -105,7 +105,7 @@ def check_write(repo: Repo, user: User) -> Repo:
 
 
 def check_gate(repo: Repo, user: User | None) -> None:
-    """Files of a gated repo are for its owner and for those who were granted access.
+    """Check that a gated repo belongs to the user or that access was granted.
 
     Raises:
         HubError: 401 or 403 GatedRepo.

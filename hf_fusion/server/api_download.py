@@ -1,4 +1,4 @@
-"""Files on their way out, whole or in part."""
+"""Downloads of files and byte ranges."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_fusion.server.errors import HubError, repo_not_found
 from hf_fusion.server.repo import File
 
 router = APIRouter()
-# Fetching one of these counts as a download of the repo.
+# a request for one of these files counts as a download of the repo
 COUNTED = {
     "models": {"config.json", "adapter_config.json", "model_index.json"},
     "datasets": {"README.md"},
@@ -25,7 +25,7 @@ RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
 class LargeFile(FileResponse):
-    """A file from disk in steps that keep the event loop's overhead small."""
+    """A file from disk, in chunks that are large enough to keep the event loop's overhead small."""
 
     chunk_size = 1 << 20
 
@@ -45,7 +45,7 @@ def resolve(
     kind: Kind = "models",
     range_: Annotated[str | None, Header(alias="range")] = None,
 ) -> Response:
-    """A file at a revision. Large ones come from the same address: a redirect would cost X-Repo-Commit."""
+    """A file at a revision. Large files have the same address: clients lose X-Repo-Commit in a redirect."""
     repo = find(store, kind, f"{unquote(owner)}/{unquote(name)}", user)
     check_gate(repo, user)
     sha = repo.resolve(revision)
@@ -57,7 +57,7 @@ def resolve(
         "ETag": f'"{file.sha256 or file.oid}"',
         "Accept-Ranges": "bytes",
         "Access-Control-Expose-Headers": "X-Repo-Commit, X-Linked-Size, X-Linked-Etag",
-        # files come from strangers: no browser may run them
+        # files are untrusted: browsers must not run them
         "X-Content-Type-Options": "nosniff",
         "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; sandbox",
     }
@@ -68,19 +68,19 @@ def resolve(
         if not large.exists():
             raise repo_not_found(repo.name)  # deleted meanwhile
         return LargeFile(large, headers=headers, media_type=media_type)
-    return _part(repo.read(file), range_, headers, media_type)
+    return _range_response(repo.read(file), range_, headers, media_type)
 
 
 def _media_type(file: File) -> str:
-    """Images as such, anything textual as plain text, the rest as bytes."""
+    """The type of an image, plain text for small files, and bytes for other large files."""
     guess = mimetypes.guess_type(file.path)[0] or ""
     if guess.startswith("image/") and guess != "image/svg+xml":
         return guess
     return "application/octet-stream" if file.sha256 else "text/plain; charset=utf-8"
 
 
-def _part(data: bytes, wanted: str | None, headers: dict[str, str], media_type: str) -> Response:
-    """The range of ``data`` that was asked for, or all of it."""
+def _range_response(data: bytes, wanted: str | None, headers: dict[str, str], media_type: str) -> Response:
+    """The requested range of ``data``, or all of it."""
     match = RANGE.fullmatch(wanted or "")
     if not match or match.groups() == ("", ""):
         return Response(data, headers=headers, media_type=media_type)

@@ -17,7 +17,7 @@ router = APIRouter()
 OBJECT = re.compile(r"([0-9a-f]{2})/([0-9a-f]{38})")
 
 
-def cloned(owner: str, name: str, store: StoreDep, user: CurrentUser, kind: Kind = "models") -> Repo:
+def repo_to_clone(owner: str, name: str, store: StoreDep, user: CurrentUser, kind: Kind = "models") -> Repo:
     """The repo of a clone address, with or without ``.git``.
 
     Raises:
@@ -33,12 +33,12 @@ def cloned(owner: str, name: str, store: StoreDep, user: CurrentUser, kind: Kind
     return repo
 
 
-Cloned = Annotated[Repo, Depends(cloned)]
+RepoToClone = Annotated[Repo, Depends(repo_to_clone)]
 
 
 @router.get("/{owner}/{name}/info/refs")
 @router.get("/{kind}/{owner}/{name}/info/refs")
-def info_refs(repo: Cloned) -> Response:
+def info_refs(repo: RepoToClone) -> Response:
     """All branches and tags."""
     refs = [(sha, f"refs/{prefix}/{n}") for prefix in ("heads", "tags") for n, sha in repo.refs(prefix).items()]
     return PlainTextResponse("".join(f"{sha}\t{name}\n" for sha, name in refs))
@@ -46,14 +46,14 @@ def info_refs(repo: Cloned) -> Response:
 
 @router.get("/{owner}/{name}/HEAD")
 @router.get("/{kind}/{owner}/{name}/HEAD")
-def head(repo: Cloned) -> Response:
+def head(repo: RepoToClone) -> Response:
     """The default branch."""
     return PlainTextResponse("ref: refs/heads/main\n")
 
 
 @router.get("/{owner}/{name}/objects/{path:path}")
 @router.get("/{kind}/{owner}/{name}/objects/{path:path}")
-def git_object(repo: Cloned, path: str) -> Response:
+def git_object(repo: RepoToClone, path: str) -> Response:
     """One object; there are no packs."""
     match = OBJECT.fullmatch(path)
     if match:

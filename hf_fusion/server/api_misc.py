@@ -1,4 +1,4 @@
-"""Who am I, collections, and the small questions clients ask."""
+"""Routes for whoami, telemetry and collections."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def whoami(user: SignedIn) -> dict[str, Any]:
 @router.head("/api/telemetry/{topic:path}")
 @router.post("/v1/telemetry")
 def telemetry() -> Response:
-    """Clients announce themselves; nothing is kept."""
+    """Accept clients' telemetry; nothing is stored."""
     return Response()
 
 
@@ -86,7 +86,7 @@ def list_collections(
     limit: int = 100,
     p: int = 0,
 ) -> list[Collection]:
-    """Collections by owner or by what is in them, page by page; without `position`, which the client counts."""
+    """Collections by owner or by item, page by page; without `position`, which the client counts."""
     query = parse_qs(request.url.query)
     owners = set(query.get("owner", []))
     wanted = set(query.get("item", []))
@@ -134,17 +134,17 @@ def delete_collection(slug: Writable, collections: CollectionsDep) -> dict[str, 
 
 @router.post("/api/collections/{owner}/{slug}/items")
 def add_item(slug: Writable, body: ItemBody, collections: CollectionsDep) -> Collection:
-    """Puts a repo into a collection."""
+    """Add a repo to a collection."""
     return collections.add_item(slug, body.item.type, body.item.id, body.note)
 
 
 @router.patch("/api/collections/{owner}/{slug}/items/{item}")
 def edit_item(slug: Writable, item: str, body: ItemChange, collections: CollectionsDep) -> Collection:
-    """Changes an item's note or place."""
+    """Change an item's note or position."""
     return collections.edit_item(slug, item, body.note, body.position)
 
 
 @router.delete("/api/collections/{owner}/{slug}/items/{item}")
 def delete_item(slug: Writable, item: str, collections: CollectionsDep) -> Collection:
-    """Takes an item out of a collection."""
+    """Remove an item from a collection."""
     return collections.delete_item(slug, item)

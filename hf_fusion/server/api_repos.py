@@ -1,4 +1,4 @@
-"""Repos as such: create, delete, move, settings, information, listing, trees, references, history."""
+"""Routes for repos: create, delete, move, settings, information, listing, trees, references, history."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from hf_fusion.server.bodies import BranchBody, MoveBody, RepoBody, SettingsBody
 from hf_fusion.server.dates import stamp
 from hf_fusion.server.errors import HubError, entry_not_found
 from hf_fusion.server.info import describe
-from hf_fusion.server.listing import Page, matching, next_link, paginate, properties
+from hf_fusion.server.listing import Page, filter_repos, next_link, paginate, properties
 from hf_fusion.server.repo import File, Repo
-from hf_fusion.server.summaries import described
+from hf_fusion.server.summaries import repo_properties
 from hf_fusion.server.users import User
 
 router = APIRouter()
@@ -40,8 +40,8 @@ def _address(endpoint: str, kind: str, name: str) -> str:
     return f"{endpoint}/{prefix}{name}"
 
 
-def _named(body: RepoBody, default_owner: str) -> tuple[str, str]:
-    """Kind and full name of the repo a body speaks of."""
+def _kind_and_name(body: RepoBody, default_owner: str) -> tuple[str, str]:
+    """Kind and full name of the repo in a request body."""
     return f"{body.type}s", f"{body.organization or default_owner}/{body.name}"
 
 
@@ -53,7 +53,7 @@ def _check_namespace(user: User, name: str) -> None:
 @router.post("/api/repos/create")
 def create_repo(body: RepoBody, store: StoreDep, user: SignedIn, endpoint: Endpoint) -> dict[str, Any]:
     """Makes a repo in the caller's namespace or that of an organisation they belong to."""
-    kind, name = _named(body, user.name)
+    kind, name = _kind_and_name(body, user.name)
     _check_namespace(user, name)
     settings: dict[str, Any] = {"private": body.private or body.visibility == "private", "gated": False}
     if kind == "spaces":
@@ -69,7 +69,7 @@ def create_repo(body: RepoBody, store: StoreDep, user: SignedIn, endpoint: Endpo
 @router.delete("/api/repos/delete")
 def delete_repo(body: RepoBody, store: StoreDep, user: SignedIn) -> dict[str, Any]:
     """Removes a repo for good."""
-    store.delete(check_write(find(store, *_named(body, user.name), user), user))
+    store.delete(check_write(find(store, *_kind_and_name(body, user.name), user), user))
     return {}
 
 
@@ -105,14 +105,14 @@ def grant_access(body: UserBody, repo: WritableRepo, store: StoreDep) -> dict[st
 
 @router.get("/api/{kind}/{owner}/{name}/auth-check")
 def auth_check(repo: ReadableRepo, user: CurrentUser) -> dict[str, Any]:
-    """Answers 200 where the caller may read the files."""
+    """200 if the caller can read the files."""
     check_gate(repo, user)
     return {}
 
 
 @router.get("/api/{kind}/{owner}/{name}/auth-check/write")
 def auth_check_write(repo: WritableRepo) -> dict[str, Any]:
-    """Answers 200 where the caller may write."""
+    """200 if the caller can write."""
     return {}
 
 
@@ -123,9 +123,9 @@ def auth_check_write(repo: WritableRepo) -> dict[str, Any]:
 def list_repos(kind: Kind, request: Request, store: StoreDep, user: CurrentUser, endpoint: Endpoint) -> Response:
     """Repos the caller may see, filtered, sorted and page by page."""
     query = parse_qs(request.url.query)
-    page = paginate(matching((repo for repo in store.all(kind) if may_read(repo, user)), query), query)
+    page = paginate(filter_repos((repo for repo in store.all(kind) if may_read(repo, user)), query), query)
     link = {"Link": next_link(endpoint + request.url.path, query, page.cursor)} if page.cursor else {}
-    found = [properties(described(repo), kind, query) for repo in page.items]
+    found = [properties(repo_properties(repo), kind, query) for repo in page.items]
     return Response(json.dumps(found), media_type="application/json", headers=link)  # FastAPI would walk all of it
 
 

@@ -1,4 +1,4 @@
-"""Everything a push says: card check, preupload, large files, the commit itself."""
+"""Routes of a push: card check, preupload, large files, the commit."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def validate_yaml(body: CardBody) -> JSONResponse:
 
 @router.post("/api/{kind}/{owner}/{name}/preupload/{rev}")
 def preupload(body: PreuploadBody, repo: ReadableRepo, revision: Revision, user: SignedIn) -> dict[str, Any]:
-    """Says for each file how to send it, whether .gitignore excludes it, and which version is there already."""
+    """For each file: how to upload it, whether .gitignore excludes it, and the current version's id."""
     files = repo.files(repo.resolve(revision))
     _check_room(repo, body.files, files)
     ignored = _ignore_filter(repo, body.gitIgnore, files)
@@ -67,11 +67,11 @@ def preupload(body: PreuploadBody, repo: ReadableRepo, revision: Revision, user:
 
 
 def _check_room(repo: Repo, sent: list[PreuploadFile], files: dict[str, File]) -> None:
-    """Refuses a push that has no room before any of it is sent: clients with Xet try for minutes what a disk refuses.
+    """Check for disk space before a push: clients with Xet retry for minutes on a full disk.
 
     Raises:
         HubError: 507.
-        OSError: the disk is read-only, which is told as 507 too.
+        OSError: the disk is read-only, also reported as 507.
     """
     with temporary_file(repo.scratch):
         pass
@@ -116,7 +116,7 @@ def lfs_batch(
     endpoint: Endpoint,
     kind: Kind = "models",
 ) -> JSONResponse:
-    """Tells where to send each large file, or where to fetch it; those already there need no sending."""
+    """The upload or download address of each large file; existing files need no upload."""
     repo = find(store, kind, f"{unquote(owner)}/{unquote(name)}", user)
     if body.operation == "upload":
         signed_in(user)
@@ -151,7 +151,7 @@ def lfs_get(
 async def lfs_put(
     kind: Kind, owner: str, name: str, oid: str, size: int, signature: str, store: StoreDep, request: Request
 ) -> dict[str, Any]:
-    """Receives a large file; the signature in the address stands for the missing token."""
+    """Receive a large file; the signature in the address replaces the token."""
     repo = store.get(kind, f"{owner}/{name}")
     request.app.state.signer.check(f"upload:/lfs/{repo.kind}/{repo.name}/{oid}:{size}", signature)
     with IncomingFile(store.scratch) as incoming:
@@ -163,7 +163,7 @@ async def lfs_put(
 
 @router.post("/lfs-verify/{kind}/{owner}/{name}")
 def lfs_verify(body: LfsObject, repo: ReadableRepo, user: SignedIn) -> dict[str, Any]:
-    """Confirms that a large file arrived whole."""
+    """Confirm that a large file is complete."""
     if size_of(repo.large_path(body.oid)) != body.size:
         raise HubError(404, f"{body.oid} has not arrived")
     return {}
@@ -182,7 +182,7 @@ async def commit(
     endpoint: Endpoint,
     create_pr: bool = False,
 ) -> dict[str, Any]:
-    """Receives a commit as NDJSON; it goes to disk first, for one line can hold a file of gigabytes."""
+    """Receive a commit as NDJSON; it is written to disk first, since one line can contain gigabytes."""
     await run_in_threadpool(_check_may_commit, repo, revision, user, create_pr)
     with temporary_file(store.scratch) as body:
         async for chunk in stream(request, MAX_COMMIT):
@@ -196,7 +196,7 @@ async def commit(
 
 
 def _check_may_commit(repo: Repo, revision: str, user: User, create_pr: bool) -> None:
-    """The owner may always; anyone who reads may open a pull request and add to their own."""
+    """Check write access; users with read access may open pull requests and add to their own."""
     head = repo.commit_object(repo.resolve(revision))
     own_request = revision.startswith("refs/pr/") and head.author.startswith(f"{user.name} <".encode())
     if not create_pr and not own_request:

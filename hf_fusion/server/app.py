@@ -1,4 +1,4 @@
-"""The web application: routes in order, errors as the clients expect them, one line of record per request."""
+"""The web application: routes, errors in the clients' format, and a record of each request."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from hf_fusion.server import api_download, api_git, api_misc, api_repos, api_upload, pages, xet
 from hf_fusion.server.access import token_user
 from hf_fusion.server.errors import HubError, repo_not_found
-from hf_fusion.server.limits import read_body, replayed, rule_of
+from hf_fusion.server.limits import read_body, replay_body, route_limit
 from hf_fusion.server.store import Store
 
 logger = logging.getLogger(__name__)
@@ -29,13 +29,13 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errn
 
 
 class Signer:
-    """Signs addresses that are used without a token; its key lives as long as the process."""
+    """Signs addresses that are used without a token; the key is valid for one process."""
 
     def __init__(self) -> None:
         self._key = secrets.token_bytes(32)
 
     def sign(self, text: str) -> str:
-        """A signature that holds for a day."""
+        """A signature that is valid for a day."""
         expires = int(time.time()) + UPLOAD_SECONDS
         return f"{expires}-{self._digest(text, expires)}"
 
@@ -73,13 +73,13 @@ def build_app(store: Store, requests: deque[Record]) -> ASGIApp:
     app.add_exception_handler(RequestValidationError, _bad_request)
     app.add_exception_handler(HTTPException, _not_found)
     for missing in (FileNotFoundError, KeyError):
-        app.add_exception_handler(missing, _vanished)
-    app.add_exception_handler(OSError, _unwritable)
-    return _Outermost(app, requests)
+        app.add_exception_handler(missing, _deleted_repo)
+    app.add_exception_handler(OSError, _disk_error)
+    return _RawPathApp(app, requests)
 
 
-class _Outermost:
-    """Routes on the raw path, so that ``%2F`` stays apart from ``/``; records each answer; limits bodies."""
+class _RawPathApp:
+    """Routes on the raw path, which tells ``%2F`` from ``/``; records each response; limits bodies."""
 
     def __init__(self, app: FastAPI, requests: deque[Record]) -> None:
         self._app = app
@@ -104,12 +104,12 @@ class _Outermost:
             if message["type"] == "http.response.start":
                 self._requests.append((scope["method"], path, message["status"]))
                 logger.debug("%s %s %s", scope["method"], path, message["status"])
-                if unread:  # nobody waits for the rest of what was refused
+                if unread:  # the rest of a refused body is not read
                     message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
             await send(message)
 
-        rule = rule_of(scope["method"], path)
-        if not rule.streamed:  # what is read into memory is read here, and no more of it than this caller may send
+        rule = route_limit(scope["method"], path)
+        if not rule.streamed:  # bodies in memory are read here, up to this caller's limit
             known = token_user(Request(scope).headers.get("authorization", ""), self._app.state.store)
             try:
                 body = await read_body(counted, rule.most if known else rule.anonymous)
@@ -117,7 +117,7 @@ class _Outermost:
                 answer = error if known or rule.most == rule.anonymous else HubError(401, "Log in to send so much.")
                 await _refuse(Request(scope), answer)(scope, counted, record)
                 return
-        await self._app(scope, counted if rule.streamed else replayed(body, receive), record)
+        await self._app(scope, counted if rule.streamed else replay_body(body, receive), record)
 
 
 def _refuse(request: Request, error: Exception) -> Response:
@@ -142,16 +142,16 @@ def _not_found(request: Request, error: Exception) -> Response:
     return _refuse(request, HubError(error.status_code, str(error.detail)))
 
 
-def _vanished(request: Request, error: Exception) -> Response:
-    """A file or an object was missing: because the repo was deleted under the request, else by a mistake of ours."""
+def _deleted_repo(request: Request, error: Exception) -> Response:
+    """A missing file or object: 404 if the repo was deleted during the request, else an internal error."""
     repo = getattr(request.state, "repo", None)
     if repo is None or request.app.state.store.holds(repo):
         raise error
     return _refuse(request, repo_not_found(repo.name))
 
 
-def _unwritable(request: Request, error: Exception) -> Response:
-    """The disk is full, or cannot be written: nothing was changed."""
+def _disk_error(request: Request, error: Exception) -> Response:
+    """507 if the disk is full or not writable; nothing was changed."""
     assert isinstance(error, OSError)
     if error.errno not in FULL:
         raise error

@@ -1,4 +1,4 @@
-"""What the JSON bodies of requests hold; FastAPI refuses others with 400. Names are the protocol's."""
+"""The JSON bodies of requests, with the protocol's names; other bodies get 400."""
 
 from __future__ import annotations
 

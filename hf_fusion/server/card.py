@@ -1,4 +1,4 @@
-"""The YAML at the top of a README.md: parsed without trusting it, checked as the Hub checks it."""
+"""The YAML front matter of a README.md: safe parsing of untrusted text, and the Hub's checks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_fusion.server.plain import MAX_DEPTH, MAX_VALUES, plain
 FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)(?:\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 MAX_YAML = 1 << 20 if yaml.__with_libyaml__ else 1 << 16
 
-# field -> what the Hub wants it to be
+# field → types that the Hub accepts
 _SHAPES: dict[str, tuple[type, ...]] = {
     "license": (str, list),
     "library_name": (str,),
@@ -34,10 +34,10 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def _refuse_bombs(source: str) -> None:
-    """Looks at a card's YAML before anything is built of it.
+    """Check a card's YAML before it is loaded.
 
     Raises:
-        yaml.YAMLError: it has aliases, which make a few lines unfold into gigabytes, or more than any card has.
+        yaml.YAMLError: it has aliases, which can expand to gigabytes, or too many values or levels.
     """
     depth = 0
     for count, event in enumerate(yaml.parse(source, _LOADER)):
@@ -54,13 +54,13 @@ def _refuse_bombs(source: str) -> None:
 
 
 def split(text: str) -> tuple[str, str]:
-    """A card's YAML and its text; the YAML is empty where there is none."""
+    """A card's YAML and its text; the YAML is empty without front matter."""
     match = FRONT_MATTER.match(text[: MAX_YAML + 16])
     return (match[1], text[match.end() :]) if match else ("", text)
 
 
 def parse(text: str) -> dict[str, Any]:
-    """The metadata of a card, as plain JSON values; do not change what it gives back.
+    """The metadata of a card, as plain JSON values; the result is cached and must not be changed.
 
     Raises:
         ValueError: the YAML cannot be read, or is not a mapping.
@@ -73,7 +73,7 @@ def parse(text: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=16)
 def _parse(source: str) -> dict[str, Any] | str:
-    """The metadata, or why there is none; a client checks a card and then pushes it."""
+    """The metadata, or the error message; cached, since a client checks a card and then pushes it."""
     try:
         _refuse_bombs(source)
         data = yaml.load(source, _LOADER)  # noqa: S506 - a SafeLoader

@@ -1,4 +1,4 @@
-"""Collections: lists of repos that someone put together, one JSON file each."""
+"""Collections: users' lists of repos, in one JSON file each."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Collections:
         self._all: dict[str, Collection] = {collection["slug"]: collection for collection in found}
 
     def all(self) -> list[Collection]:
-        """Every collection, the one changed last first."""
+        """All collections, the most recently changed first."""
         return sorted(self._all.values(), key=lambda c: c["lastUpdated"], reverse=True)
 
     def get(self, slug: str) -> Collection:
@@ -96,13 +96,13 @@ class Collections:
             if any((other["type"], other["id"]) == (kind, name) for other in collection["items"]):
                 raise HubError(409, f"{name} is in {slug} already")
             entry = {"_id": secrets.token_hex(12), "id": name, "type": kind}
-            return self._save_items(collection, [*collection["items"], _noted(entry, note)])
+            return self._save_items(collection, [*collection["items"], _with_note(entry, note)])
 
     def edit_item(self, slug: str, item_id: str, note: str | None, position: int | None) -> Collection:
-        """Changes an item's note or place."""
+        """Change an item's note or position."""
         with self._lock:
             collection = self.get(slug)
-            entry = _noted(self._item(collection, item_id), note)
+            entry = _with_note(self._item(collection, item_id), note)
             items = [entry if item["_id"] == item_id else item for item in collection["items"]]
             if position is not None:
                 items.remove(entry)
@@ -110,7 +110,7 @@ class Collections:
             return self._save_items(collection, items)
 
     def delete_item(self, slug: str, item_id: str) -> Collection:
-        """Takes an item out."""
+        """Remove an item."""
         with self._lock:
             collection = self.get(slug)
             entry = self._item(collection, item_id)
@@ -138,5 +138,5 @@ class Collections:
         return self._root / owner / f"{name}.json"
 
 
-def _noted(item: dict[str, Any], note: str | None) -> dict[str, Any]:
+def _with_note(item: dict[str, Any], note: str | None) -> dict[str, Any]:
     return item if note is None else {**item, "note": {"text": note[:500], "html": ""}}

@@ -55,7 +55,7 @@ def read_commit(body: Path, repo: Repo, scratch: Path) -> CommitRequest:
     request = CommitRequest()
     try:
         for key, value, content in _lines(body):
-            _read_line(request, repo, scratch, key, value, content)
+            _apply_line(request, repo, scratch, key, value, content)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise HubError(400, f"the commit cannot be read: {error!r}") from error
     if not request.summary:
@@ -63,7 +63,7 @@ def read_commit(body: Path, repo: Repo, scratch: Path) -> CommitRequest:
     return request
 
 
-def _read_line(
+def _apply_line(
     request: CommitRequest,
     repo: Repo,
     scratch: Path,
@@ -103,10 +103,10 @@ def _lines(body: Path) -> Iterator[tuple[str, dict[str, Any], Iterator[bytes] | 
             if match:
                 first = start + match.end()
                 last = min(_find(file, b'"', first), end)
-                line = json.loads(beginning[: match.end()] + _short(file, last, end))
-                yield line["key"], line["value"], _decoded(file, first, last)
+                line = json.loads(beginning[: match.end()] + _read_json_part(file, last, end))
+                yield line["key"], line["value"], _decode_base64(file, first, last)
             elif end > start:
-                line = json.loads(_short(file, start, end))
+                line = json.loads(_read_json_part(file, start, end))
                 yield line["key"], line["value"], None
             start = end + 1
 
@@ -116,7 +116,7 @@ def _read(file: IO[bytes], start: int, end: int) -> bytes:
     return file.read(end - start)
 
 
-def _short(file: IO[bytes], start: int, end: int) -> bytes:
+def _read_json_part(file: IO[bytes], start: int, end: int) -> bytes:
     if end - start > MAX_LINE:
         raise HubError(413, f"a line of the commit has {end - start:,} bytes beside its content; {MAX_LINE:,} at most")
     return _read(file, start, end)
@@ -132,7 +132,7 @@ def _find(file: IO[bytes], byte: bytes, start: int) -> int:
     return start
 
 
-def _decoded(file: IO[bytes], start: int, end: int) -> Iterator[bytes]:
+def _decode_base64(file: IO[bytes], start: int, end: int) -> Iterator[bytes]:
     for position in range(start, end, STEP):
         try:
             yield base64.b64decode(_read(file, position, min(position + STEP, end)), validate=True)

@@ -1,4 +1,4 @@
-"""What the Hub answers when it says no: a status, a code the clients turn into their exceptions, a message."""
+"""HTTP errors of the Hub: a status, a code that the clients turn into their exceptions, and a message."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 
 class HubError(Exception):
-    """An HTTP error answer.
+    """An HTTP error response.
 
     Args:
         status: HTTP status.
-        message: for people; becomes ``X-Error-Message``.
+        message: for users; becomes ``X-Error-Message``.
         code: for clients; becomes ``X-Error-Code`` (RepoNotFound, RevisionNotFound, EntryNotFound, GatedRepo).
         headers: further headers.
         body: further members of the JSON body.
@@ -24,7 +24,7 @@ class HubError(Exception):
         headers: dict[str, str] | None = None,
         body: dict[str, Any] | None = None,
     ) -> None:
-        message = message.encode(errors="replace").decode()  # names from clients can hold half characters
+        message = message.encode(errors="replace").decode()  # names from clients can contain lone surrogates
         super().__init__(message)
         self.status = status
         self.message = message
@@ -35,12 +35,12 @@ class HubError(Exception):
 
 
 def _header_safe(text: str) -> str:
-    """Headers are latin-1 and one line, without blanks around; anything else in a client's name is shown as '?'."""
+    """Text for a header: one line of printable ASCII without surrounding spaces; other characters become '?'."""
     return "".join(c if " " <= c <= "~" else "?" for c in text)[:500].strip()
 
 
 def repo_not_found(name: str) -> HubError:
-    """The same answer for a repo that is missing and for one the caller may not see."""
+    """The same response for a missing repo and for one that the caller may not see."""
     return HubError(404, f"Repository {name} not found", "RepoNotFound")
 
 

@@ -1,4 +1,4 @@
-"""Writing to disk so that a crash at any point leaves the old state or the new one, never something between."""
+"""Atomic and durable writes: a crash at any point leaves the old state or the new one."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def files_below(folder: Path, depth: int) -> Iterator[str]:
     """Files below a folder, by their paths from it; not those deeper than `depth`, and without recursion."""
     todo = [(folder, "", 0)]
     while todo:
-        place, prefix, level = todo.pop()
-        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(place) as entries:
+        directory, prefix, level = todo.pop()
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(directory) as entries:
             for entry in entries:
                 if entry.is_file(follow_symlinks=False):
                     yield f"{prefix}{entry.name}"
@@ -59,18 +59,18 @@ def remove_tree(folder: Path) -> None:
     """Removes a folder with all that is in it, however deep; what cannot be removed stays."""
     todo, emptied = [str(folder)], []
     while todo:
-        place = todo.pop()
-        emptied.append(place)
-        with suppress(OSError), os.scandir(place) as entries:
+        directory = todo.pop()
+        emptied.append(directory)
+        with suppress(OSError), os.scandir(directory) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
                     todo.append(entry.path)
                 else:
                     with suppress(OSError):
                         Path(entry.path).unlink()
-    for place in reversed(emptied):
+    for directory in reversed(emptied):
         with suppress(OSError):
-            Path(place).rmdir()
+            Path(directory).rmdir()
 
 
 def sync_folder(folder: Path) -> None:
@@ -84,7 +84,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def temporary_file(scratch: Path) -> Iterator[IO[bytes]]:
-    """A file in ``scratch`` that is gone at the end, also where a full disk does not take the end of its buffer."""
+    """A file in ``scratch`` that is removed at the end, also if a full disk fails its last write."""
     file = tempfile.NamedTemporaryFile(dir=scratch, delete=False)  # noqa: SIM115 - closed below
     try:
         yield file
@@ -111,9 +111,9 @@ def write_json(path: Path, value: object, scratch: Path, root: Path) -> None:
 
 
 class IncomingFile:
-    """A large file on its way in: hashed while it is written, published under its sha256 only if that is right.
+    """An upload of a large file: hashed while it is written, and published only if the sha256 is right.
 
-    Use as a context manager; what was not published is gone at the end.
+    Use as a context manager; an unpublished file is removed at the end.
     """
 
     def __init__(self, scratch: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the Hub knows about a repo: tags and facts derived from its card, its config and its file names."""
+"""The properties of a repo: tags and facts derived from its card, its config and its file names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHOWN_CARD = 300_000  # characters
 MAX_METADATA = 1 << 22  # a README.md or config.json beyond this is not read for tags
 ARXIV = re.compile(r"arxiv\.org/(?:abs|pdf)/(\d{4}\.\d{4,5})|arXiv:(\d{4}\.\d{4,5})", re.IGNORECASE)
 
-# end of an architecture's class name -> task, where the card names none
+# suffix of an architecture's class name → task, if the card names none
 TASKS = {
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
@@ -37,7 +37,7 @@ TASKS = {
     "ForCTC": "automatic-speech-recognition",
     "ForAudioClassification": "audio-classification",
 }
-# end of a file name -> tag
+# suffix of a file name → tag
 FILE_TAGS = {
     ".safetensors": "safetensors",
     ".gguf": "gguf",
@@ -47,7 +47,7 @@ FILE_TAGS = {
     "flax_model.msgpack": "jax",
     "events.out.tfevents": "tensorboard",
 }
-# card field -> prefix of its tags, as the Hub writes them
+# card field → prefix of its tags on the Hub
 CARD_TAGS = {
     "models": {"language": "", "datasets": "dataset:", "license": "license:"},
     "datasets": {
@@ -65,8 +65,8 @@ CARD_TAGS = {
 }
 
 
-# properties of the real Hub that have no other value here
-NOTHING: dict[str, Any] = {
+# properties of the real Hub that are constant here
+DEFAULT_PROPERTIES: dict[str, Any] = {
     "disabled": False,
     "likes": 0,
     "trendingScore": 0,
@@ -83,7 +83,7 @@ NOTHING: dict[str, Any] = {
 
 @lru_cache(maxsize=256)
 def facts(repo: Repo, sha: str) -> dict[str, Any]:
-    """Everything that follows from one commit; do not change what it gives back."""
+    """Everything derived from one commit; the result is cached and must not be changed."""
     readme = _text(repo, sha, "README.md")
     try:
         metadata = card.parse(readme)
@@ -111,15 +111,15 @@ def facts(repo: Repo, sha: str) -> dict[str, Any]:
 
 
 def describe(repo: Repo, sha: str, blobs: bool = False) -> dict[str, Any]:
-    """All properties of a repo at a commit, under the names the clients know."""
-    known = {**constant(repo, sha), **moving(repo)}
+    """All properties of a repo at a commit, under the clients' names."""
+    known = {**commit_properties(repo, sha), **current_properties(repo)}
     if blobs:
         known["siblings"] = [{"rfilename": file.path, **_blob(file)} for file in repo.files(sha).values()]
     return known
 
 
-def constant(repo: Repo, sha: str) -> dict[str, Any]:
-    """The properties that follow from a commit."""
+def commit_properties(repo: Repo, sha: str) -> dict[str, Any]:
+    """The properties derived from a commit."""
     known = facts(repo, sha)
     return {
         "sha": sha,
@@ -130,11 +130,11 @@ def constant(repo: Repo, sha: str) -> dict[str, Any]:
     }
 
 
-def moving(repo: Repo) -> dict[str, Any]:
-    """The properties that change without a commit, and those that never have a value here."""
+def current_properties(repo: Repo) -> dict[str, Any]:
+    """The properties that change without a commit, and the constant ones."""
     downloads, settings = repo.downloads, repo.settings
     return {
-        **NOTHING,
+        **DEFAULT_PROPERTIES,
         "_id": settings["created"],
         "id": repo.name,
         "modelId": repo.name,
@@ -182,7 +182,7 @@ def _config(repo: Repo, sha: str) -> dict[str, Any]:
 
 
 def _parameters(repo: Repo, sha: str) -> dict[str, Any] | None:
-    """Parameters per dtype, from the headers of the safetensors files; None where there are none to read."""
+    """Parameters per dtype, from the headers of the safetensors files; None without such files."""
     counts: dict[str, int] = {}
     for file in repo.files(sha).values():
         if file.sha256 and file.path.endswith(".safetensors"):
@@ -193,7 +193,7 @@ def _parameters(repo: Repo, sha: str) -> dict[str, Any] | None:
 
 
 def _shape(tensor: object) -> list[int] | None:
-    """A header entry's shape, or None where it does not describe a tensor."""
+    """A header entry's shape; None if it does not describe a tensor."""
     if not isinstance(tensor, dict) or not isinstance(tensor.get("dtype"), str):
         return None
     shape = tensor.get("shape")
@@ -204,7 +204,7 @@ def _shape(tensor: object) -> list[int] | None:
 
 
 def _safetensors_header(path: Path) -> dict[str, Any]:
-    """Names, dtypes and shapes; empty for a file that is no safetensors file after all."""
+    """Names, dtypes and shapes; empty for a file in another format."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > MAX_METADATA:

@@ -1,4 +1,4 @@
-"""How large bodies may be, by route, and who may send them: decided before any of it is read."""
+"""Size limits of request bodies, by route and caller, which are checked before a body is read."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from starlette.types import Message, Receive
 from hf_fusion.server.errors import HubError
 
 KB, MB, GB = 1 << 10, 1 << 20, 1 << 30
-MAX_COMMIT = 16 * GB  # goes to disk as it comes
+MAX_COMMIT = 16 * GB  # streamed to disk
 MAX_XORB = 80 * MB  # clients keep to 64 MiB
 
 
 @dataclass(frozen=True)
 class RouteLimit:
-    """What a route takes.
+    """The limits of a route.
 
     Attributes:
         route: matches "METHOD /path".
-        most: bytes of a body.
-        anonymous: bytes of a body from someone without a valid token.
-        streamed: the route itself reads the body, step by step, once it has checked who sends it.
+        most: maximum size of a body in bytes.
+        anonymous: the same without a valid token.
+        streamed: whether the route itself reads the body in chunks, after it has checked access.
     """
 
     route: re.Pattern[str]
@@ -34,8 +34,8 @@ class RouteLimit:
 
 
 _REPO = r"/api/[^/]+/[^/]+/[^/]+"
-# the first that matches counts
-RULES = (
+# the first match applies
+ROUTE_LIMITS = (
     RouteLimit(re.compile(rf"POST {_REPO}/commit/.*"), MAX_COMMIT, streamed=True),
     RouteLimit(re.compile(r"PUT /lfs/[^/]+/[^/]+/[^/]+/[0-9a-f]{64}"), MAX_COMMIT, streamed=True),
     RouteLimit(re.compile(r"POST /xet/[^/]+/[^/]+/[^/]+/[0-9a-f]{32}/.*"), MAX_XORB, streamed=True),
@@ -47,9 +47,9 @@ RULES = (
 )
 
 
-def rule_of(method: str, path: str) -> RouteLimit:
-    """The rule of a request."""
-    return next(rule for rule in RULES if rule.route.fullmatch(f"{method} {path}"))
+def route_limit(method: str, path: str) -> RouteLimit:
+    """The limits for a request."""
+    return next(rule for rule in ROUTE_LIMITS if rule.route.fullmatch(f"{method} {path}"))
 
 
 async def read_body(receive: Receive, most: int) -> bytes:
@@ -68,8 +68,8 @@ async def read_body(receive: Receive, most: int) -> bytes:
             return bytes(body)
 
 
-def replayed(body: bytes, receive: Receive) -> Receive:
-    """A body that was read, as the application receives it."""
+def replay_body(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that returns a body that was read already."""
     sent = False
 
     async def again() -> Message:
@@ -83,7 +83,7 @@ def replayed(body: bytes, receive: Receive) -> Receive:
 
 
 async def stream(request: Request, most: int) -> AsyncIterator[bytes]:
-    """The body of a request, step by step.
+    """The body of a request, in chunks.
 
     Raises:
         HubError: 413, as soon as more has come.
@@ -97,5 +97,5 @@ async def stream(request: Request, most: int) -> AsyncIterator[bytes]:
 
 
 def too_large(most: int) -> HubError:
-    """The answer to a body that is larger than its route takes."""
+    """The error for a body above the limit."""
     return HubError(413, f"the body has more than {most:,} bytes")

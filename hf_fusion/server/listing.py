@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 from urllib.parse import urlencode
 
 from hf_fusion.server.errors import HubError
-from hf_fusion.server.info import NOTHING
+from hf_fusion.server.info import DEFAULT_PROPERTIES
 from hf_fusion.server.repo import Repo
 from hf_fusion.server.summaries import summary
 
@@ -23,10 +23,10 @@ MAX_CURSOR = 2000  # characters
 # client's sort key -> what is compared
 SORTS: dict[str, Callable[[Repo], Any]] = {
     "downloads": lambda repo: repo.downloads,
-    "likes": lambda repo: NOTHING["likes"],
+    "likes": lambda repo: DEFAULT_PROPERTIES["likes"],
     "lastModified": lambda repo: summary(repo).properties["lastModified"],
     "createdAt": lambda repo: repo.settings["created"],
-    "trendingScore": lambda repo: NOTHING["trendingScore"],
+    "trendingScore": lambda repo: DEFAULT_PROPERTIES["trendingScore"],
 }
 SHORT = [
     *("_id", "id", "modelId", "author", "private", "gated", "downloads", "likes", "tags", "pipeline_tag"),
@@ -52,7 +52,7 @@ class Page(Generic[T]):
         return cls(items[start : start + size], str(number + 1) if more else None)
 
 
-def matching(repos: Iterable[Repo], query: Query) -> list[Repo]:
+def filter_repos(repos: Iterable[Repo], query: Query) -> list[Repo]:
     """Those that pass every filter of the query; those deleted meanwhile are left out."""
     filters = {part for value in query.get("filter", []) for part in value.split(",") if part}
     authors = {author.lower() for author in query.get("author", [])}

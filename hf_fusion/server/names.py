@@ -1,4 +1,4 @@
-"""Which paths, branches and tags a repo may hold: names come from clients, and become names on disk."""
+"""Valid paths, branches and tags of a repo: names from clients become names on disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pages for people: an index of all repos, and one page per repo. They show what everyone may see."""
+"""Web pages: an index of all repos, and one page per repo. They show public content."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from hf_fusion.server.access import Endpoint, Kind, StoreDep, find, may_read
 from hf_fusion.server.errors import HubError
 from hf_fusion.server.info import describe, facts
-from hf_fusion.server.listing import SORTS, matching
+from hf_fusion.server.listing import SORTS, filter_repos
 from hf_fusion.server.repo import Repo
 from hf_fusion.server.store import KINDS
-from hf_fusion.server.summaries import described
+from hf_fusion.server.summaries import repo_properties
 
 router = APIRouter()
 SHOWN_REPOS, SHOWN_FILES, SHOWN_COMMITS = 200, 1000, 20
@@ -58,13 +58,13 @@ def index(request: Request, store: StoreDep, author: str = "", q: str = "", kind
     if author and not store.users.exists(author):
         raise HubError(404, f"there is no user {author}")
     query = {"search": [q], "author": [author] if author else []}
-    found = {k: matching((repo for repo in store.all(k) if may_read(repo, None)), query) for k in KINDS}
+    found = {k: filter_repos((repo for repo in store.all(k) if may_read(repo, None)), query) for k in KINDS}
     shown = sorted(found[kind], key=SORTS["lastModified"], reverse=True)[:SHOWN_REPOS]
     return _page(
         "index.html",
         kind=kind,
         counts={k: len(repos) for k, repos in found.items()},
-        repos=[(_path(kind, repo.name), described(repo)) for repo in shown],
+        repos=[(_path(kind, repo.name), repo_properties(repo)) for repo in shown],
         more=max(len(found[kind]) - SHOWN_REPOS, 0),
         q=q,
         author=author,

@@ -1,4 +1,4 @@
-"""What was read from a repo, as plain JSON that every answer can hold: bounded, encodable, without NaN."""
+"""Content of a repo as plain JSON for responses: bounded, encodable, without NaN."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class HubServer:
 
     Args:
         root: folder that holds everything; created if missing.
-        host: the only address it answers on.
+        host: address to listen on.
         port: 0 for any free one.
     """
 
@@ -57,7 +57,7 @@ class HubServer:
         self._users.new_org(name, members)
 
     def start(self) -> HubServer:
-        """Answers requests when it returns.
+        """Start the server; it accepts requests when this returns.
 
         Raises:
             FusionError: folder or port are taken.
@@ -139,7 +139,7 @@ def serve(
 
     Args:
         root: the folder; created if missing.
-        host: the only address it answers on.
+        host: address to listen on.
         port: 0 for any free one.
         on_ready: called with the endpoint once it listens.
 

@@ -12,12 +12,12 @@ from typing import Any
 from hf_fusion.server.dates import stamp
 from hf_fusion.server.errors import HubError
 from hf_fusion.server.files import temporary_file
-from hf_fusion.server.info import constant, moving
+from hf_fusion.server.info import commit_properties, current_properties
 from hf_fusion.server.repo import Repo
 
 logger = logging.getLogger(__name__)
 FILE = "summary.json"
-FORMAT = 1  # to be raised whenever `info.constant` derives something else from the same commit
+FORMAT = 1  # to be raised whenever `info.commit_properties` derives something else from the same commit
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class RepoSummary:
 
     Attributes:
         sha: the commit that it was derived from.
-        properties: all that follows from this commit, under the names that the clients know.
+        properties: everything derived from this commit, under the clients' names.
         tags: the same tags, for filters.
     """
 
@@ -48,24 +48,24 @@ def summary(repo: Repo) -> RepoSummary:
     return known
 
 
-def described(repo: Repo) -> dict[str, Any]:
+def repo_properties(repo: Repo) -> dict[str, Any]:
     """All properties of a repo at its main branch, as `info.describe` gives them."""
-    return {**summary(repo).properties, **moving(repo)}
+    return {**summary(repo).properties, **current_properties(repo)}
 
 
 def _derived(repo: Repo, sha: str) -> dict[str, Any]:
-    """What follows from a commit; little, where its files are such that deriving more fails."""
+    """The properties derived from a commit; only a few of them if its files are broken."""
     try:
-        return constant(repo, sha)
+        return commit_properties(repo, sha)
     except (HubError, FileNotFoundError):  # deleted meanwhile
         raise
     except Exception:  # one repo must not break the list for everybody
-        logger.warning("%s at %s cannot be described", repo.name, sha, exc_info=True)
+        logger.warning("the properties of %s at %s cannot be derived", repo.name, sha, exc_info=True)
         return {"sha": sha, "tags": [], "pipeline_tag": None, "lastModified": stamp(0), "siblings": []}
 
 
 def _read(repo: Repo, sha: str) -> dict[str, Any] | None:
-    """What an earlier process derived from this commit; None where there is nothing to be used."""
+    """The properties that an earlier process derived from this commit; None if there are none."""
     try:
         kept = json.loads((repo.path / FILE).read_bytes())
         return kept["properties"] if (kept["format"], kept["sha"]) == (FORMAT, sha) else None
@@ -74,7 +74,7 @@ def _read(repo: Repo, sha: str) -> dict[str, Any] | None:
 
 
 def _write(repo: Repo, sha: str, properties: dict[str, Any]) -> None:
-    """Keeps it. Not durable at once: what a crash damages is derived again."""
+    """Save the properties without fsync: what a crash damages is derived again."""
     content = json.dumps({"format": FORMAT, "sha": sha, "properties": properties}).encode(errors="replace")
     with suppress(OSError), temporary_file(repo.scratch) as file:  # a full disk, or a repo deleted meanwhile
         file.write(content)

@@ -87,7 +87,7 @@ def known_chunk(kind: Kind, owner: str, name: str, session: str) -> None:
 async def put_xorb(
     kind: Kind, owner: str, name: str, session: str, xorb: str, request: Request, store: StoreDep
 ) -> dict[str, bool]:
-    """Keeps a xorb until its shard comes."""
+    """Store a xorb until its shard arrives."""
     repo = _authorised(store, request, kind, f"{owner}/{name}")
     if not HASH.fullmatch(xorb):
         raise HubError(400, f"{xorb!r} is no hash")
@@ -112,7 +112,7 @@ async def put_xorb(
 async def put_shard(
     kind: Kind, owner: str, name: str, session: str, request: Request, store: StoreDep
 ) -> dict[str, int]:
-    """Puts the files of a shard together from its xorbs."""
+    """Assemble the files of a shard from its xorbs."""
     repo = _authorised(store, request, kind, f"{owner}/{name}")
     shard = b"".join([chunk async for chunk in stream(request, MAX_XORB)])
     folder = _folder(store, repo, session)
@@ -143,7 +143,7 @@ def _folder(store: Store, repo: Repo, session: str) -> Path:
 
 
 def _forget_idle(store: Store) -> None:
-    """Uploads that nothing was added to for an hour are over."""
+    """Remove uploads that were idle for an hour."""
     for folder in (store.scratch / "xet").glob("*"):
         if time.time() - folder.stat().st_mtime > IDLE_SECONDS:
             remove_tree(folder)
@@ -196,7 +196,7 @@ def _hex(digest: bytes) -> str:
 
 @dataclass(frozen=True)
 class XorbChunk:
-    """Where a chunk lies in a xorb, and how it is packed."""
+    """Position and compression of a chunk in a xorb."""
 
     start: int
     packed: int
@@ -229,7 +229,7 @@ def read_chunks(path: Path, chunks: list[XorbChunk]) -> Iterator[bytes]:
 
 
 def unpack(data: bytes, scheme: int, size: int) -> bytes:
-    """Undoes a chunk's compression."""
+    """Decompress a chunk."""
     if scheme != PLAIN:
         data = pyarrow.decompress(data, decompressed_size=size, codec="lz4", asbytes=True)
     if len(data) != size:

@@ -128,8 +128,8 @@ def test_git_clone(hub, tmp_path):
     address = f"{hub.endpoint}/git/m"
     assert git("clone", address, str(tmp_path / "no")).returncode != 0
     copy = tmp_path / "copy"
-    cloned = git("clone", address.replace("http://", f"http://git:{token}@"), str(copy))
-    assert cloned.returncode == 0, cloned.stderr
+    repo_to_clone = git("clone", address.replace("http://", f"http://git:{token}@"), str(copy))
+    assert repo_to_clone.returncode == 0, repo_to_clone.stderr
     assert (copy / "dir/a.txt").read_text() == "text\n"
     assert (copy / "w.bin").read_text().startswith("version https://git-lfs")
     assert git("-C", str(copy), "rev-parse", "HEAD", "v1").stdout.split() == [api.model_info("git/m").sha] * 2
