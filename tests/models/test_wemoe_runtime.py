@@ -149,6 +149,7 @@ def test_forward_shows_the_dense_models_arguments(kind):
     assert [shown[name].default for name in dense] == [parameter.default for parameter in dense.values()]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "storage"),
     [

@@ -84,6 +84,7 @@ def test_the_fuser_learns_what_no_expert_knows(halves):
     assert results.best("fused").only_score.score == pytest.approx(float(accuracy), abs=1e-6)
 
 
+@pytest.mark.long
 def test_the_same_seed_gives_the_same_weights_and_another_gives_others(halves):
     weights = []
     for seed in (1, 1, 2):
@@ -188,6 +189,7 @@ def test_more_than_ten_experts_choose_among_a_sample_of_subsets():
     assert {*range(1, 15)} == set(subsets.sum(1).tolist())
 
 
+@pytest.mark.long
 def test_selection_learns_the_domain_or_the_least_loss(halves):
     data = halves.data.add_column("expert", [int(LABELS.index(label) > 1) for label in halves.data["label"]])
     for by in ("domain", "loss"):

@@ -180,6 +180,7 @@ def learned() -> Expert:
         return Expert("me/learned", base, read_adapter(folder, "me/learned"), tokenizer)
 
 
+@pytest.mark.long
 def test_the_gates_open_on_what_the_adapter_has_learned():
     expert = learned()
     gates = train_gates(expert, WORDS, batch_size=8)
