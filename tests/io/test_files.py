@@ -329,7 +329,6 @@ OTHERWISE = {
     "hub/client.py": "the bytes of a plan that was checked, to compare them with the Hub's",
     "merging/engine/output.py": "what it writes, and its lock",
     "publishing/push_gates.py": "a README that the client has fetched",
-    "publishing/local_experts.py": "copies that it has made",
     "publishing/plan.py": "a README that the client has fetched",
 }
 
