@@ -78,7 +78,7 @@ def rxnfp_folder(name: str) -> Path:
     classification heads are left out. The wheel is found and never imported: its code needs RDKit, its files do not.
 
     Raises:
-        FusionError: there is no such model, or the wheel is not installed.
+        FusionError: the name is unknown, or the wheel is not installed.
     """
     if name not in MODELS:
         raise FusionError(f"rxnfp has no model {name!r}", hint=f"use one of {', '.join(MODELS)}")

@@ -93,7 +93,7 @@ def task_rows(task: str, split: str, limit: int | None = None, rounds: int = 1) 
     Args:
         task: one of `TASKS`.
         split: "train", "adapt" or "test", see `SPLITS`.
-        limit: of the first so many images.
+        limit: number of images, from the first on.
         rounds: pictures of each image.
 
     Returns:

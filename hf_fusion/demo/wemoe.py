@@ -62,7 +62,7 @@ def run(workspace: Workspace, out: Out, seed: int = 0) -> dict[str, Any]:
     with out.step(1, STEPS, f"A Hub at {workspace.endpoint}"):
         show_hub(workspace, out)
 
-    with out.step(2, STEPS, "Push a small ViT, its fine-tunes, and some that are none"):
+    with out.step(2, STEPS, "Push a small ViT, its fine-tunes, and two incompatible copies"):
         for name, folder in _folders(workspace).items():
             report_push(workspace.push(name, folder), workspace.repo(name), out)
 

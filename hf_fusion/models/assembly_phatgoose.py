@@ -235,7 +235,7 @@ def complete_heads(entries: Sequence[PreparedExpert], base: Any) -> None:
         if different := next((i for i, value in enumerate(values) if not torch.equal(value, values[0])), 0):
             raise ValueError(
                 f"{entries[0].row['name']} and {entries[different].row['name']} differ in {name}, "
-                "which is no linear and cannot be routed"
+                "which is not a linear and cannot be routed"
             )
 
 

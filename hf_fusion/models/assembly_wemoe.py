@@ -161,7 +161,7 @@ def find_units(model: nn.Module, modules: str) -> list[tuple[str, list[str]]]:
         try:
             pattern = re.compile(modules)
         except re.error as error:
-            raise ValueError(f"modules={modules!r} is no name and not a regular expression ({error})") from None
+            raise ValueError(f"modules={modules!r} is not a name and not a regular expression ({error})") from None
         for path in linears:
             if pattern.search(path):
                 units.setdefault(path.rpartition(".")[0], []).append(path)

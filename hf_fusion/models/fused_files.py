@@ -99,7 +99,7 @@ def check_base(source: Any, base: Any) -> None:
         ForeignFileError: naming the base.
     """
     if not isinstance(base, str) or not _REPO.fullmatch(base) or base.startswith(".") or ".." in base:
-        raise ForeignFileError(f"{source} names {base!r} as its base, which is no id on the Hub")
+        raise ForeignFileError(f"{source} names {base!r} as its base, which is not an id on the Hub")
     if Path(base).is_dir():
         raise ForeignFileError(f"{source} has the base {base}, and here is a folder of that name: load it elsewhere")
 

@@ -137,7 +137,7 @@ def _decode_base64(file: IO[bytes], start: int, end: int) -> Iterator[bytes]:
         try:
             yield base64.b64decode(_read(file, position, min(position + STEP, end)), validate=True)
         except binascii.Error as error:
-            raise HubError(400, f"the commit holds a file that is no base64: {error}") from error
+            raise HubError(400, f"the commit has a file that is not base64: {error}") from error
 
 
 def _store(repo: Repo, scratch: Path, path: str, content: Iterator[bytes]) -> str:

@@ -307,7 +307,7 @@ class Repo:
     def large_path(self, sha256: str) -> Path:
         """Where a large file lies, or will lie."""
         if not SHA256.fullmatch(sha256):
-            raise HubError(400, f"{sha256!r} is no sha256")
+            raise HubError(400, f"{sha256!r} is not a sha256")
         return self.path / "lfs" / sha256[:2] / sha256[2:4] / sha256
 
     # --- commits ---------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ class Store:
             or own.endswith((".git", "."))
             or owner.lower() in RESERVED
         ):
-            raise HubError(400, f"{name!r} is no repo name: owner/name with letters, digits, '-', '_', '.'")
+            raise HubError(400, f"{name!r} is not a repo name: owner/name with letters, digits, '-', '_', '.'")
         return self.root / "repos" / kind / owner / f"{own}.git"
 
     def all(self, kind: str) -> list[Repo]:

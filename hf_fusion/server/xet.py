@@ -90,7 +90,7 @@ async def put_xorb(
     """Store a xorb until its shard arrives."""
     repo = _authorised(store, request, kind, f"{owner}/{name}")
     if not HASH.fullmatch(xorb):
-        raise HubError(400, f"{xorb!r} is no hash")
+        raise HubError(400, f"{xorb!r} is not a hash")
     folder = _folder(store, repo, session)
     part = folder / f"{secrets.token_hex(8)}.part"
     try:
@@ -138,7 +138,7 @@ def _authorised(store: Store, request: Request, kind: str, name: str) -> Repo:
 
 def _folder(store: Store, repo: Repo, session: str) -> Path:
     if not SESSION.fullmatch(session):
-        raise HubError(400, f"{session!r} is no upload")
+        raise HubError(400, f"{session!r} is not an upload")
     return store.scratch / "xet" / f"{repo.kind}-{repo.name.replace('/', '-')}-{session}"
 
 
