@@ -75,7 +75,7 @@ def test_what_is_not_a_fused_model_is_called_by_its_name(tmp_path, saved):
         saved / "foe" / "config.json": "is a file, not the folder",
         tmp_path / "empty": "is empty",
         tmp_path / "notes": "config.json is missing",
-        tmp_path / "recipe": "a recipe without the model.*\n.*hf-fusion fuse",
+        tmp_path / "recipe": "a recipe without its model.*\n.*hf-fusion fuse",
         tmp_path / "lora": "a LoRA adapter, not a fused model.*\n.*hf-fusion fuse",
         "a\0b": "There is no folder",
     }
