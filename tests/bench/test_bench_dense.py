@@ -23,6 +23,8 @@ from hf_fusion.evaluation.task_metrics import score
 from hf_fusion.training.adamerging import CoefficientMerge
 from hf_fusion.training.fisher import measure_fisher
 
+pytestmark = pytest.mark.long  # each runs whole benchmarks
+
 METRIC = {"segmentation": "mean_iou", "depth": "absolute_error", "normal": "angle"}
 TASKS = tuple(METRIC)
 LEARNED = "learning without labels needs classes, and depths and normals have no classes"
@@ -67,7 +69,6 @@ def cells(suite, tmp_path_factory) -> dict:
     return {(cell.method, cell.variant, cell.task, cell.condition): cell for cell in found}
 
 
-@pytest.mark.long
 def test_what_applies_is_measured_and_the_rest_says_why(cells):
     assert {key[0]: cell.reason for key, cell in cells.items() if cell.status != "measured"} == LEFT
     measured = {(*key[:2],) for key, cell in cells.items() if cell.status == "measured"}

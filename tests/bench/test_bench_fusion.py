@@ -27,6 +27,8 @@ from hf_fusion.bench.suite import load_suite
 from hf_fusion.evaluation.baselines import max_confidence, mean_ensemble
 from hf_fusion.training.fuser import fit_fuser
 
+pytestmark = pytest.mark.long  # each runs whole benchmarks
+
 
 @pytest.fixture(scope="module")
 def fine_tunes(tmp_path_factory) -> Path:
@@ -53,7 +55,6 @@ def fused(pooled, fine_tunes, tmp_path_factory) -> tuple[Path, dict]:
     return output, measure(pooled, output, *FUSED, data_dir=fine_tunes / "data")
 
 
-@pytest.mark.long
 def test_cells_are_as_recorded(fused):
     as_recorded(fused[1], "fusion")
 

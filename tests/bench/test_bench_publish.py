@@ -18,6 +18,8 @@ from hf_fusion.bench.publish import plan_results, push_results
 from hf_fusion.cli.app import main
 from hf_fusion.errors import FusionError
 
+pytestmark = pytest.mark.long  # each runs whole benchmarks
+
 _numbers = itertools.count()
 MODEL_CARD = """---
 pipeline_tag: text-classification

@@ -21,6 +21,8 @@ from hf_fusion.bench.suite import load_suite
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.task_metrics import score
 
+pytestmark = pytest.mark.long  # each runs whole benchmarks
+
 SUITE = """\
 title: scores
 kind: regression
@@ -143,7 +145,6 @@ def test_scores_are_likelihoods(setup):
         assert scores[1] == pytest.approx(float((-yes).exp() / ((-yes).exp() + (-no).exp())), abs=1e-4)
 
 
-@pytest.mark.long
 def test_fusers_agree_with_people_better_than_a_mean(setup, made):
     split = everything(made[0])
 
@@ -157,7 +158,6 @@ def test_fusers_agree_with_people_better_than_a_mean(setup, made):
     assert fused.stored == sum(setup.experts[number].model.num_parameters() for number in (0, 1))  # two share one
 
 
-@pytest.mark.long
 def test_a_run(made, tmp_path):
     cells = run_suite(made[0], ["all"], output=tmp_path, data_dir=made[1], limit=30, tuned_on=20)
     assert {cell.status for cell in cells} == {"measured"}, [cell.reason for cell in cells]

@@ -38,6 +38,8 @@ from hf_fusion.training.fisher import measure_fisher
 from hf_fusion.training.gram import measure_gram
 from hf_fusion.training.prompts import encode_prompts, target_scores
 
+pytestmark = pytest.mark.long  # each runs whole benchmarks
+
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory) -> Path:
@@ -82,7 +84,6 @@ def routed(adapters, tmp_path_factory) -> tuple[Path, dict]:
     return output, measure(adapters, output, *ROUTED)
 
 
-@pytest.mark.long
 def test_cells_are_as_recorded(routed):
     as_recorded(routed[1], "routing")
 
@@ -208,7 +209,6 @@ def likeliest(model, tokenizer, prompts, offered):
     return [own.index(min(own)) for own in (losses[end - len(words) : end] for end, words in zip(ends, offered))]
 
 
-@pytest.mark.long
 def test_the_likeliest_choice_is_the_answer(adapters, tmp_path):
     """Against each choice read by itself, in both kinds of suites."""
     words = [" fox", " the quick dog", " experts", " said the router", " lazy"]
@@ -241,7 +241,6 @@ def test_the_likeliest_choice_is_the_answer(adapters, tmp_path):
             assert cells["foe_selection", "default", task, "clean"].n == TEST
 
 
-@pytest.mark.long
 def test_who_answers_right_teaches_whom_to_ask(adapters, tmp_path):
     """Where no task belongs to an expert, and losses of different vocabularies would not compare."""
     save_base(tmp_path / "one", seed=1)

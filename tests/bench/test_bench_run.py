@@ -47,6 +47,8 @@ from hf_fusion.errors import FusionError
 from hf_fusion.merging.in_memory import merge_states
 from hf_fusion.training.batches import class_logits, read_examples
 
+pytestmark = pytest.mark.long  # each runs whole benchmarks
+
 
 def made(name: str, function) -> Method:
     """A method for suites of the kind "merging"."""

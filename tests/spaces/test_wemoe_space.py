@@ -179,6 +179,7 @@ def test_the_page_says_what_cannot_be_served(app_of, tmp_path):
 # ---------------------------------------------------------------- pages of other kinds of models, without a browser
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_language_models_answer_prompts_one_writer_after_the_other(app_of, tmp_path):
     base = gpt2()

@@ -69,6 +69,7 @@ def test_masks_are_relaxed_bernoulli_over_their_mean():
     assert not any(mask.any() for mask in model.masks())  # nothing is kept: 0, not 0 / 0
 
 
+@pytest.mark.long
 def test_the_mask_learns_then_the_coefficients():
     model = concrete(granularity="layer")
     before = [logits.clone() for logits in model.mask_logits]

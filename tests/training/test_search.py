@@ -160,6 +160,7 @@ def slow_soup(models):
     return order, chosen, best
 
 
+@pytest.mark.long
 def test_a_greedy_soup_is_the_papers(tmp_path):
     models = [trained(seed, steps, ROWS) for seed, steps in ((0, 12), (1, 3), (2, 8), (3, 0))]
     models.append(bert(["no", "yes"], seed=9))  # from another start: no average with it is good
