@@ -71,7 +71,7 @@ def test_json_is_the_summary_and_quiet_the_path(run, tmp_path, capsys):
 @pytest.mark.parametrize("where", [".", "report"])
 def test_a_report_among_the_cells_is_refused(run, where, capsys):
     assert main(["bench", "report", str(run), "--output", str(run / where)]) == 1
-    assert "would be read as cells" in capsys.readouterr().err
+    assert "would be read as results" in capsys.readouterr().err
 
 
 def test_an_empty_folder_says_how_to_get_cells(tmp_path, capsys):
