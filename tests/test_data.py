@@ -30,7 +30,7 @@ def test_a_folder_with_a_file_per_split(tmp_path):
     assert load_rows(str(tmp_path), "test").to_dict() == TEST
 
 
-def test_what_datasets_saved(tmp_path):
+def test_folders_saved_by_datasets_are_loaded(tmp_path):
     splits = DatasetDict({"train": Dataset.from_dict(TRAIN), "test": Dataset.from_dict(TEST)})
     splits.save_to_disk(tmp_path / "both")
     splits["test"].save_to_disk(tmp_path / "one")
@@ -41,7 +41,7 @@ def test_what_datasets_saved(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gone.parquet", "folder", "notes.txt"])
-def test_what_is_not_there_or_not_data_is_named(tmp_path, name):
+def test_missing_or_invalid_data_is_named(tmp_path, name):
     (tmp_path / "folder").mkdir()
     (tmp_path / "notes.txt").write_text("words")
     with pytest.raises(FusionError, match=Path(name).stem) as error:
@@ -69,7 +69,7 @@ except FusionError as error:
     ]
 
 
-def test_tasks_come_apart_and_find_their_experts(caplog):
+def test_rows_are_split_by_task_and_expert(caplog):
     rows = Dataset.from_dict(
         {
             "task": ["sums", "words", "sums", "riddles"],

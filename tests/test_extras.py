@@ -80,14 +80,14 @@ def test_a_command_says_first_and_once_what_it_lacks(bare, tmp_path, words, miss
 
 
 @pytest.mark.process
-def test_what_needs_no_extra_runs_without_them(bare, tmp_path):
+def test_commands_without_extras_run_on_a_bare_install(bare, tmp_path):
     done = run_there(bare, "-m", "hf_fusion.cli", "bench", "suites", "--format", "quiet", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "minilm-8" in done.stdout.split()
 
 
 @pytest.mark.process
-def test_nothing_is_missing_here_and_too_old_counts_as_missing(tmp_path):
+def test_outdated_libraries_count_as_missing(tmp_path):
     for extra in EXTRAS - {"dev"}:
         need(extra, "this")
     folder = tmp_path / "site"
@@ -202,7 +202,7 @@ def backend_error(name: str) -> ImportError:
         (ValueError("something else"), None),
     ],
 )
-def test_what_is_missing_is_found_wherever_it_was_raised(error, library):
+def test_missing_library_is_found_in_chained_errors(error, library):
     wrapped = RuntimeError("the tokenizer cannot be made")
     wrapped.__cause__ = error
     handled = ValueError("and neither can the model")

@@ -88,7 +88,7 @@ def test_the_files_that_measuring_writes_are_stale_in_another_model():
     ("gates", "mergeable", "method"),
     [(False, False, "foe"), (True, False, "phatgoose"), (False, True, "wemoe"), (True, True, "phatgoose")],
 )
-def test_what_was_checked_of_experts_decides_the_method(gates, mergeable, method):
+def test_method_follows_from_the_checks_of_experts(gates, mergeable, method):
     assert method_needing(gates=gates, mergeable=mergeable) == method
 
 

@@ -91,7 +91,7 @@ def test_a_module_imports_nothing_from_above(module):
             assert LEVELS[its] <= LEVELS[folder], f"{module} imports {other}, which is a layer above"
 
 
-def test_there_is_no_circle():
+def test_no_import_circles():
     waiting = {module: set(others) for module, others in EDGES.items()}
     while free := {module for module, others in waiting.items() if not others & waiting.keys()}:
         waiting = {module: others for module, others in waiting.items() if module not in free}

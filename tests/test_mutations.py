@@ -26,7 +26,7 @@ def done(folder, name):
     return mutated(folder, found, folder.parent / "copy")
 
 
-def test_no_two_are_alike_and_each_leaves_the_original(folder):
+def test_mutations_are_distinct_and_keep_the_original(folder):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     found = mutations(folder)
     assert len({mutation.name for mutation in found}) == len(found) > 300

@@ -71,7 +71,7 @@ def test_the_readmes_eight_lines_make_the_model_and_the_picture(fused, folder):
 
 
 @pytest.mark.slow
-def test_whoever_loads_it_needs_transformers_alone(fused, folder):
+def test_published_model_loads_without_this_package(fused, folder):
     code = blocks(README, "python")[1]
     (folder / "use.py").write_text(
         f"import sys\nsys.modules['hf_fusion'] = None\n{code}\nprint(type(classify.model))\n"

@@ -28,7 +28,7 @@ def test_state_on_a_module_is_found():
     assert all("differs by" in line for line in wrong)
 
 
-def test_state_of_a_call_is_right_and_errors_are_told():
+def test_wrong_results_and_errors_of_threads_are_reported():
     model = nn.Linear(2, 2)
     calls = {"plain": partial(model, torch.ones(1, 2)), "once": iter([1]).__next__}
     wrong = wrong_calls(calls, 8)
@@ -48,5 +48,5 @@ def test_state_of_a_call_is_right_and_errors_are_told():
         ([0.5, None], [0.5, 1.0], "None for 1.0"),
     ],
 )
-def test_differences_are_told(got, want, said):
+def test_differences_are_reported(got, want, said):
     assert difference(got, want) == said

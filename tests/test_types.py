@@ -92,7 +92,7 @@ def test_an_expert_of_a_checkpoint_has_its_repo():
     assert not ModelRef.parse("../b#1").is_repo
 
 
-def test_names_that_no_system_takes_are_no_folders():
+def test_impossible_file_names_are_not_folders():
     for text in ("x" * 5000, "~nobody-of-that-name/x", "a\0b"):
         assert str(ModelRef.parse(text)) == text
         assert not ModelRef.parse(text).is_folder
@@ -104,7 +104,7 @@ def test_recipes_know_folders_of_other_machines():
     assert not Recipe("linear", (RecipeExpert(f"a/b@{SHA}"),), base="./x@sha256").elsewhere
 
 
-def test_what_an_adapter_records_as_its_base():
+def test_adapter_base_ref():
     assert Adapter({}).base_ref is None
     assert str(Adapter({}, base="a/b", base_revision=SHA).base_ref) == f"a/b@{SHA}"
     assert str(Adapter({}, base="/models/a@b").base_ref) == "/models/a@b"

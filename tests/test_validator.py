@@ -77,7 +77,7 @@ KINDS: list[tuple[Any, list[tuple[Any, Any]], list[tuple[Any, str]]]] = [
 
 
 @pytest.mark.parametrize(("hint", "good", "wrong"), KINDS, ids=[str(row[0])[:60] for row in KINDS])
-def test_a_value_passes_or_is_told(hint, good, wrong):
+def test_values_pass_or_are_reported(hint, good, wrong):
     for value, made in good:
         found = read(hint, value, WHERE)
         assert found == made and type(found) is type(made)
@@ -109,7 +109,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("text", FAULTS)
-def test_a_fault_is_told_by_file_and_keys(text, tmp_path):
+def test_faults_are_reported_by_file_and_keys(text, tmp_path):
     from hf_fusion.io.yaml_files import parse_yaml
 
     message, hint = FAULTS[text]
@@ -150,7 +150,7 @@ class Model:
 '''
 
 
-def test_what_a_file_declares_is_read_without_importing_it(tmp_path):
+def test_declarations_are_read_without_importing(tmp_path):
     file = Path(tmp_path / "declares.py")
     file.write_text(DECLARED, encoding="utf-8")
     found = declared(file, "between")

@@ -123,7 +123,7 @@ def test_restaurant_rows(tmp_path):
     assert sorted(described["target"]) == sorted(data["target"])
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_missing_data_is_named(tmp_path):
     with pytest.raises(FusionError, match="word-sorting"):
         rows("word-sorting-2", "train", 3)
     with pytest.raises(FusionError, match="banking77"):

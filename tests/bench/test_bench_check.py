@@ -48,7 +48,7 @@ def test_every_id_is_there_or_missing(hub):
     assert [row.status for row in found].count("missing") == 5
 
 
-def test_a_checkpoint_of_many_experts_is_asked_for_once(hub):
+def test_checkpoint_shared_by_experts_is_requested_once(hub):
     hub.requests.clear()
     found = check_suite(load_suite("phatgoose-t0"), api=api(hub))
     experts = [row for row in found if row.what == "expert"]
@@ -95,7 +95,7 @@ def test_a_hub_that_is_not_there(tmp_path):
     assert "HF_ENDPOINT" in found[0].hint
 
 
-def test_what_is_not_made_yet_and_how_to_make_it(monkeypatch, tmp_path):
+def test_missing_cache_entries_name_the_command_that_builds_them(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_FUSION_CACHE", str(tmp_path))
     (tmp_path / "merging" / "vision-6" / "mnist").mkdir(parents=True)
     rows = by_source(check_suite(load_suite("vision-6"), tmp_path))

@@ -69,7 +69,7 @@ def cells(suite, tmp_path_factory) -> dict:
     return {(cell.method, cell.variant, cell.task, cell.condition): cell for cell in found}
 
 
-def test_what_applies_is_measured_and_the_rest_says_why(cells):
+def test_applicable_methods_are_measured_and_others_give_a_reason(cells):
     assert {key[0]: cell.reason for key, cell in cells.items() if cell.status != "measured"} == LEFT
     measured = {(*key[:2],) for key, cell in cells.items() if cell.status == "measured"}
     names = [name for name in MEASURED if name != "experts"] + [f"expert:{task}" for task in TASKS]
@@ -80,7 +80,7 @@ def test_what_applies_is_measured_and_the_rest_says_why(cells):
         assert clean != corrupted
 
 
-def test_scores_are_those_of_encoders_averaged_with_their_statistics(suite, cells):
+def test_scores_equal_those_of_encoders_averaged_with_batchnorm_statistics(suite, cells):
     """BatchNorm's means and variances are averaged as weights are; what it counts is the base's."""
     folder, own = suite.parent, load_suite(suite)
     models = {name: UperNetForSemanticSegmentation.from_pretrained(folder / name) for name in ("base", *TASKS)}
@@ -115,7 +115,7 @@ def test_scores_are_those_of_encoders_averaged_with_their_statistics(suite, cell
         assert cells["average", "default", task, "clean"].score == pytest.approx(want, rel=1e-4)
 
 
-def test_weights_are_shares_of_the_best_whatever_the_scale(suite, cells):
+def test_ensemble_weights_are_relative_to_the_best_score(suite, cells):
     setup = MergingSetup(load_suite(suite), suite.parent / "data", limit=4, tuned_on=8)
     found = {
         task: [score(setup.expert_predictions(own, task, "clean", "fit"), METRIC[task]).score for own in range(3)]
@@ -127,7 +127,7 @@ def test_weights_are_shares_of_the_best_whatever_the_scale(suite, cells):
     assert list(weights.values()) == pytest.approx(np.mean(shares, axis=0).tolist())
 
 
-def test_every_expert_keeps_its_own_decoder(suite):
+def test_each_expert_keeps_its_decoder(suite):
     folder = suite.parent
     merge = CoefficientMerge([folder / task for task in TASKS], folder / "base", "task")
     pixels = torch.rand(2, 3, 32, 48)
@@ -140,7 +140,7 @@ def test_every_expert_keeps_its_own_decoder(suite):
         assert want.shape[1] == outputs == merge.dense(task).config.num_labels
 
 
-def test_what_is_for_classes_of_rows_refuses_pixels(suite):
+def test_fisher_refuses_models_of_pixels(suite):
     found = task_rows(load_suite(suite), "segmentation", suite.parent / "data").fit
     with pytest.raises(FusionError, match="SemanticSegmenterOutput has no class logits: only classifiers"):
         measure_fisher(suite.parent / "segmentation", found)

@@ -60,7 +60,7 @@ def test_the_front_is_what_none_is_cheaper_and_better_than(points, lower, front)
     assert _front(points, lower) == front
 
 
-def test_the_few_stand_for_all_and_the_tuned_for_its_method(suite):
+def test_chosen_rows_represent_every_family(suite):
     chosen = [row["method"] for row in chosen_rows(suite, shown_rows(suite))]
     assert len(chosen) == 8
     assert chosen[0] == "individual"
@@ -106,13 +106,13 @@ def test_a_method_that_is_always_wrong_is_drawn_too():
     assert [bar.get_width() for bar in axes.patches] == [1, 0]
 
 
-def test_without_means_there_is_no_picture():
+def test_no_plot_without_means():
     suite = summarise([cell("ties", "a", 0.7), cell("ties", "b", None)])["suites"][0]
     assert shown_rows(suite) == []
     assert [draw(suite) for draw, _ in PICTURES.values()] == [None] * 4
 
 
-def test_pictures_are_files_and_those_without_numbers_are_left_out(tmp_path):
+def test_plots_are_saved_and_empty_ones_left_out(tmp_path):
     cells = [cell("ties", "a", 12.0, metric="perplexity"), cell("wemoe", "a", 9.0, metric="perplexity", cost=2.0)]
     made = save_pictures(summarise(cells)["suites"][0], tmp_path)
     assert list(made) == ["cost", "tasks"]

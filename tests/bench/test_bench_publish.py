@@ -132,7 +132,7 @@ def test_again_changes_nothing_and_what_others_wrote_survives(api, me, cells):
     assert len(commits(api, repo)) == len(before) + 2  # the edit, and one commit of ours
 
 
-def test_a_push_onto_somebody_elses_is_refused_whole(api, me, cells):
+def test_conflicting_push_changes_nothing(api, me, cells):
     repo = f"{me}/results"
     push_results(plan_results(cells, repo, api=api), api)
     planned = plan_results(cells[:8], repo, overwrite=True, api=api)
@@ -182,7 +182,7 @@ def test_the_numbers_of_a_method_get_into_its_models_card_once(api, me, cells):
         ({"ties": "odd"}, "model-index"),
     ],
 )
-def test_what_cannot_be_done_stops_before_anything_is_sent(api, me, cells, models, message):
+def test_invalid_push_stops_before_any_upload(api, me, cells, models, message):
     api.create_repo(f"{me}/bare")
     api.create_repo(f"{me}/odd")
     odd = b"---\nmodel-index: [three]\n---\n"

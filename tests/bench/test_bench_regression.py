@@ -100,7 +100,7 @@ def test_a_row_of_several_summaries_is_a_row_for_each(made):
     assert rows.test["text_pair"][:EACH] == first["summaries"] and rows.test["label"][:EACH] == first["own"]
 
 
-def test_what_cannot_be_taken_apart():
+def test_rows_with_several_second_texts_are_refused():
     rows = Dataset.from_dict({"text": ["a"], "text_pair": [["b", "c"]], "label": [1.0]})
     with pytest.raises(FusionError, match="several second texts, and one label"):
         single(rows)
@@ -185,7 +185,7 @@ def test_a_run(made, tmp_path):
         ),
     ],
 )
-def test_what_is_wrong_with_questions(made, tmp_path, old, new, said):
+def test_invalid_questions_are_reported(made, tmp_path, old, new, said):
     content = made[0].path.read_text()
     assert old in content
     (tmp_path / "wrong.yaml").write_text(content.replace(old, new))

@@ -70,7 +70,7 @@ def test_one_seed_has_no_spread_and_no_column_for_it():
     assert line_of(to_markdown(table), "TIES").endswith("| **70.0 ±2.0** | **70.0 (68.0–72.0)** | 87.5 % | 1.00 |")
 
 
-def test_what_is_missing_has_its_reason_and_no_mean():
+def test_missing_cells_have_a_reason_and_no_mean():
     cells = [
         cell("ties", "a", 0.7),
         cell("ties", "b", None, reason="out | of <memory>"),
@@ -131,7 +131,7 @@ def test_perplexity_and_accuracy_have_no_mean_together():
     assert row_of(cells, "ties")["means"] == {}
 
 
-def test_where_there_is_no_mean_the_shares_of_the_experts_have_one():
+def test_relative_scores_have_a_mean_across_metrics():
     cells = [
         *(cell("individual", *own) for own in (("a", 0.8), ("b", 0.5))),
         *(cell("individual", task, score, metric="angle") for task, score in (("c", 20.0), ("d", 30.0))),
@@ -148,7 +148,7 @@ def test_where_there_is_no_mean_the_shares_of_the_experts_have_one():
     assert "82.5 %" in line_of(to_markdown(main_table(summarise(cells)["suites"][0])), "TIES")
 
 
-def test_an_unseen_split_has_groups_of_its_own_and_the_experts_of_all():
+def test_unseen_split_has_separate_groups_and_all_experts():
     cells = [
         *(cell("individual", task, score) for task, score in (("a", 0.9), ("b", 0.8))),
         *(cell("pretrained", task, score) for task, score in (("a", 0.3), ("b", 0.5))),
@@ -183,7 +183,7 @@ def test_corruptions_are_shown_as_drops_over_their_severities():
     )
 
 
-def test_floors_come_first_ceilings_last_variants_together_and_strangers_under_their_own_names():
+def test_rows_are_ordered_by_family_with_variants_adjacent():
     cells = [
         *made_cells(tasks=1, seeds=1),
         cell("expert:task-1", "task-1", 0.5, family="expert"),
@@ -258,7 +258,7 @@ def hostile() -> Table:
     return Table("hostile_name", HOSTILE, ("method", HOSTILE), (Section("*", rows),), "100 % & more")
 
 
-def test_markdown_shows_text_as_itself():
+def test_markdown_escapes_text():
     from markdown_it import MarkdownIt
 
     html = MarkdownIt("commonmark").enable("table").render(to_markdown(hostile()))
@@ -309,6 +309,6 @@ def test_latex_compiles(tmp_path):
     assert done.returncode == 0, done.stdout[-2000:]
 
 
-def test_the_best_of_a_column_without_numbers_is_nobody():
+def test_no_best_entry_in_a_column_without_numbers():
     rows = [(TableEntry("a"), TableEntry()), (TableEntry("b"), TableEntry())]
     assert mark_best(rows, 1) == rows

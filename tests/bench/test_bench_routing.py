@@ -130,7 +130,7 @@ def test_a_merge_of_adapters_is_that_of_the_models(adapters, routed):
     assert cells["task_arithmetic", "tuned", "first", "clean"].score == pytest.approx(float(share.mean()), abs=1e-6)
 
 
-def test_merges_by_what_experts_do_on_rows_kept_apart(adapters, routed):
+def test_merges_by_statistics_of_the_validation_split(adapters, routed):
     """Against the adapters merged into models of their own, by the engine's methods."""
     _, cells = routed
     suite, names = load_suite(adapters / "tiny.yaml"), ("first", "second")
@@ -241,7 +241,7 @@ def test_the_likeliest_choice_is_the_answer(adapters, tmp_path):
             assert cells["foe_selection", "default", task, "clean"].n == TEST
 
 
-def test_who_answers_right_teaches_whom_to_ask(adapters, tmp_path):
+def test_router_learns_from_which_experts_answer_correctly(adapters, tmp_path):
     """Where no task belongs to an expert, and losses of different vocabularies would not compare."""
     save_base(tmp_path / "one", seed=1)
     save_base(tmp_path / "two", seed=2)

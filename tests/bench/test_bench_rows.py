@@ -45,7 +45,7 @@ def test_without_train_rows():
     assert numbers(fit) | numbers(test) == set(range(10))
 
 
-def test_what_is_tested_is_not_learned_from_though_it_stands_twice():
+def test_duplicated_test_rows_are_not_trained_on():
     _, fit, test = divide({"test": texts([*range(20), *range(20)])}, "test", 0.5)
     assert fit and not numbers(fit) & numbers(test)
 
@@ -91,7 +91,7 @@ def test_the_wheels_pickles_become_plain_folders(monkeypatch, tmp_path):
     assert all(0 < value < 0.6 for value in near)  # fine-tuning moved them far
 
 
-def test_what_is_no_source():
+def test_unknown_source_of_rows_is_refused():
     suite = load_suite("rxnfp-2")
     task = replace(suite.tasks["classes"], data="package:nothing")
     with pytest.raises(FusionError, match="(?s)package:nothing is no source of rows.*digits, language"):
@@ -173,7 +173,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("said", FAULTS)
-def test_what_does_not_fit_is_named(said):
+def test_mismatched_rows_are_reported(said):
     with pytest.raises(FusionError, match=f"(?s)me/mine {said}.*the task mine in suite.yaml"):
         ours(table(text=["a"], label=[-1]), declared(**FAULTS[said]), "suite.yaml")
 

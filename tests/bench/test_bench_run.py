@@ -142,7 +142,7 @@ def test_the_same_call_measures_the_same(fine_tunes, merged, tmp_path):
     assert len(read_cells(tmp_path)) == 2 * len(again)
 
 
-def test_what_is_measured_stays(fine_tunes, merged, tmp_path):
+def test_measured_cells_are_not_measured_again(fine_tunes, merged, tmp_path):
     output, cells = merged
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*.json")}
     told = []
@@ -188,7 +188,7 @@ def test_a_run_that_is_killed_goes_on_where_it_was(fine_tunes, merged, tmp_path)
     assert stamps == {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in done}
 
 
-def test_a_technique_that_fails_says_so_and_the_others_go_on(fine_tunes, tmp_path, monkeypatch):
+def test_failing_method_is_reported_and_others_continue(fine_tunes, tmp_path, monkeypatch):
     def breaks(setup, holdout, seed):
         raise ValueError("no\nmemory")
 
@@ -381,7 +381,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("fault", BAD)
-def test_what_is_wrong_is_said_in_one_error(fault, fine_tunes, tmp_path, capsys):
+def test_invalid_arguments_are_reported_in_one_error(fault, fine_tunes, tmp_path, capsys):
     given, said = BAD[fault]
     words = ["bench", "run", "--suite", str(fine_tunes / "tiny.yaml"), "--data", str(fine_tunes / "data"),
              "--output", str(tmp_path), "--methods", "individual", *given]  # fmt: skip
@@ -421,13 +421,13 @@ def test_other_weights_and_tasks_do_not_either(fine_tunes, tmp_path):
         measure(work, output, "average")
 
 
-def test_what_did_not_begin_binds_nothing(fine_tunes, tmp_path):
+def test_refused_run_does_not_fix_the_settings(fine_tunes, tmp_path):
     with pytest.raises(FusionError, match="none was given"):
         measure(fine_tunes, tmp_path, "average", data_dir=None)
     assert measure(fine_tunes, tmp_path, "average", limit=5)["average", "default", "mood", "clean"].n == 5
 
 
-def test_experts_may_have_names_of_their_own_and_pickles_are_read_on_demand(fine_tunes, tmp_path, capsys):
+def test_named_experts_and_pickles_on_demand(fine_tunes, tmp_path, capsys):
     (tmp_path / "old").mkdir()
     for file in (fine_tunes / "mood").iterdir():
         if file.name != "model.safetensors":
@@ -461,7 +461,7 @@ def test_experts_may_have_names_of_their_own_and_pickles_are_read_on_demand(fine
     assert emr[0] == emr[1]
 
 
-def test_a_models_peak_is_its_own():
+def test_peak_memory_excludes_what_was_freed_before():
     """Of what was freed before, nothing counts; half a gigabyte is seen."""
     big = torch.ones(2**27)
     forget_peak(on_gpu=False)

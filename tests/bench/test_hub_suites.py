@@ -152,7 +152,7 @@ def test_rows_of_all_suites_come_with_our_columns(hub, python):
     assert found["gpt2-glue qnli"][2] == ["entailment", "not_entailment"]
 
 
-def test_stand_ins_have_data_for_every_suite_of_the_hub():
+def test_stand_ins_cover_every_hub_suite():
     named = {task.data for name in HUB_SUITES for task in load_suite(name).tasks.values()}
     assert named == set(DATA)
     assert all(map(is_hub_id, named))

@@ -155,7 +155,7 @@ def test_zero_shot_heads_have_the_classes_of_their_data_sets():
     assert (tasks["svhn"].config, tasks["mnist"].config) == ("cropped_digits", None)
 
 
-def test_where_sources_lie(monkeypatch, tmp_path):
+def test_sources_resolve_to_paths(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_FUSION_CACHE", str(tmp_path))
     assert expert_path("me/model@abc") == "me/model@abc"
     with pytest.raises(FusionError, match="(?s)a/b is not made yet.*make them"):

@@ -29,7 +29,7 @@ def saved(folder: Path, recipe: Recipe, config: dict | None = None) -> Path:
 
 
 @pytest.mark.parametrize("method", MERGE_METHODS)
-def test_every_method_is_told_with_its_parameters(method, tmp_path):
+def test_card_names_each_method_with_its_parameters(method, tmp_path):
     row = MERGE_METHODS[method]
     recipe = Recipe(method, (RecipeExpert(f"a/one@{SHA}"), RecipeExpert(f"a/two@{SHA}")))
     infos = [ExpertInfo(f"a/{name}", SHA, license="mit") for name in ("one", "two")]
@@ -42,7 +42,7 @@ def test_every_method_is_told_with_its_parameters(method, tmp_path):
     compile(usage_code(card), "usage", "exec")
 
 
-def test_what_experts_have_of_their_own_stands_beside_them(tmp_path):
+def test_per_expert_parameters_are_listed_beside_the_expert(tmp_path):
     experts = (
         RecipeExpert(f"a/one@{SHA}", 1.0, {"density": [0.2, 0.4]}),
         RecipeExpert(f"a/two@{SHA}", 1.0, {"density": [{"filter": "mlp", "value": 0.9}, {"value": 0.1}]}),

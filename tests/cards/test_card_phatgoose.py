@@ -41,7 +41,7 @@ def test_says_what_was_measured_with_intervals():
     assert "Not measured." in render_card(replace(FACTS, results=None))
 
 
-def test_held_out_tasks_have_a_table_of_their_own():
+def test_held_out_tasks_have_a_separate_table():
     results = json.loads(json.dumps(FACTS.results))
     task = results["tasks"][0]
     task["owner"], task["metric"] = None, "tokens"

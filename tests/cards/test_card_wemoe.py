@@ -138,7 +138,7 @@ def test_says_what_it_is_made_of_and_what_was_measured():
     assert {entry.dataset_name: entry.metric_value for entry in data.eval_results} == {"moods": 0.8, "topics": 0.7}
 
 
-def test_without_measurements_there_is_no_picture_and_no_number():
+def test_card_without_measurements_has_no_plot():
     card = render_card(replace(FACTS, results=None, routing=None))
     assert "Not measured." in card
     assert "coefficients.png" not in card
@@ -278,7 +278,7 @@ def test_the_usage_of_every_kind_of_model_runs(kind, tmp_path, capsys):
         assert list(ast.literal_eval(said[-1])) == model.experts
 
 
-def test_energy_and_ranks_are_told(tmp_path):
+def test_card_reports_energy_and_ranks(tmp_path):
     model = merged(bert(["x", "y"]), make_tokenizer(), ["x", "y"], task_vectors="low-rank", rank=4)
     recipe = Recipe("wemoe", tuple(RecipeExpert(f"{name}@{'1' * 40}") for name in model.experts))
     folder = save_fused(model, tmp_path / "fused", recipe)

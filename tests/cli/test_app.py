@@ -62,7 +62,7 @@ COMMAND_PARSERS = [leaf for name in COMMANDS for leaf in leaves(build_parser(nam
 
 
 @pytest.mark.parametrize("parser", COMMAND_PARSERS, ids=lambda parser: parser.prog)
-def test_each_command_shows_two_examples_of_its_own_that_parse(parser, capsys):
+def test_each_command_shows_two_examples_that_parse(parser, capsys):
     words = parser.prog.split()[1:]
     assert len(parser.examples) >= 2
     with pytest.raises(SystemExit) as stopped:
@@ -79,7 +79,7 @@ def test_each_command_shows_two_examples_of_its_own_that_parse(parser, capsys):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_with_commands_of_its_own_shows_examples_of_them(name, capsys):
+def test_command_group_shows_examples(name, capsys):
     with pytest.raises(SystemExit):
         main([name, "--help"])
     text = capsys.readouterr().out
@@ -107,7 +107,7 @@ def test_a_command_with_commands_of_its_own_shows_examples_of_them(name, capsys)
         ("fuse r.yaml -o x --dtype bf17", "--dtype 'bf17' is not known: use one of float32, float16, bfloat16"),
     ],
 )
-def test_a_mistyped_word_is_told_first_with_the_closest_that_is_known(words, message, capsys):
+def test_mistyped_word_suggests_the_closest_match(words, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(words.split())
     assert stopped.value.code == 2

@@ -128,7 +128,7 @@ ERRORS = {
 
 @pytest.mark.process
 @pytest.mark.parametrize("words", ERRORS)
-def test_it_is_told_before_anything_heavy_is_imported(words, place):
+def test_errors_are_reported_before_heavy_imports(words, place):
     done = subprocess.run(
         [sys.executable, "-c", RUN, *words.split()], cwd=place, capture_output=True, text=True, timeout=60
     )
@@ -149,7 +149,7 @@ def test_a_methods_parameters_are_the_same_whether_its_file_is_imported(name):
     assert method.parameters == parameters_of(method.function)
 
 
-def test_columns_are_those_of_the_rows(place, tmp_path):
+def test_columns_are_read_from_each_format(place, tmp_path):
     for file in ("rows.parquet", "rows.csv", "rows.jsonl"):
         assert read_columns(place / file) == load_rows(place / file).column_names
     (tmp_path / "rows.json").write_text('[{"text": "a"}, {"text": "b", "label": 1}]')

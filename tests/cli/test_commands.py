@@ -172,7 +172,7 @@ def test_a_folder_without_a_model_is_named(here, rows):
         here("eval", "nothing", "--data", str(rows))
 
 
-def test_what_save_pretrained_left_is_measured(here, experts, rows, tmp_path):
+def test_folder_written_by_save_pretrained_is_evaluated(here, experts, rows, tmp_path):
     """Also an old folder, whose config alone says what it is, and a plain model that says nothing."""
     model = fuse("ensemble", experts)
     model.save_pretrained(tmp_path / "fused")

@@ -75,7 +75,7 @@ def test_a_recipe_of_folders_imports_neither_peft_nor_datasets(folders, tmp_path
     assert "license: mit" in card
 
 
-def test_what_does_not_match_is_a_table_with_the_option_that_resolves_it(here, folders, tmp_path, capsys, monkeypatch):
+def test_mismatch_table_names_the_resolving_option(here, folders, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = "bert.embeddings.word_embeddings.weight"
     words = ("fuse", "--method", "ties", "--base", str(folders / "base"), "-o", "merged")
@@ -123,7 +123,7 @@ def test_weights_from_the_command_line(here, folders, tmp_path):
     assert all(torch.allclose(t, 0.25 * foxes[name] + 0.75 * dogs[name], atol=1e-6) for name, t in out.items())
 
 
-def test_measured_beside_its_experts_and_the_card_says_so(here, folders, tmp_path):
+def test_eval_compares_the_merge_to_its_experts(here, folders, tmp_path):
     here("fuse", str(folders / "recipe.yaml"), "-o", "merged")
     shown = here("eval", "merged", "--data", str(folders / "test.parquet"))
     assert "right answers in % on 32 examples" in shown

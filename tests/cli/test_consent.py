@@ -232,7 +232,7 @@ ALIVE: dict[str, tuple[str, Verb]] = {
 
 
 @pytest.mark.parametrize("place", ALIVE)
-def test_what_is_planted_would_run(place, made, planter, tmp_path):
+def test_planted_code_runs_without_the_checks(place, made, planter, tmp_path):
     """Else the tests above could not fail."""
     kind, load = ALIVE[place]
     shutil.copytree(made / kind, tmp_path / kind)

@@ -57,7 +57,7 @@ def test_gates_go_into_the_adapters_folder(here, place):
     assert [path.name for path in (place / "out").iterdir()] == [FILE]
 
 
-def test_average_activations_need_no_training_and_serve_an_adapter_that_is_not_ones_own(here, place):
+def test_average_gates_need_no_training_or_write_access(here, place):
     words = ("adapter", "--data", "rows.jsonl", "--kind", "average", "--output", "gates", "--format", "json")
     assert json.loads(here("fit", "gates", *words))["gates"] == 4
     whitened = ("--reference", "rows.jsonl", "--output", "whitened")
@@ -111,7 +111,7 @@ def test_gates_go_into_the_adapters_repo(hf_fusion, hub, place):
         (("adapter", "--data", "nowhere.jsonl"), "nowhere.jsonl does not exist"),
     ],
 )
-def test_what_stops_it_is_named(here, place, words, message):
+def test_invalid_arguments_are_reported(here, place, words, message):
     with pytest.raises(FusionError, match=message) as error:
         here("fit", "gates", *words)
     assert error.value.hint
@@ -119,7 +119,7 @@ def test_what_stops_it_is_named(here, place, words, message):
 
 
 @pytest.mark.slow
-def test_an_error_is_no_traceback(hf_fusion, place):
+def test_errors_print_no_traceback(hf_fusion, place):
     done = hf_fusion("fit", "gates", "base", "--data", "rows.jsonl", cwd=place)
     assert (done.returncode, done.stdout) == (1, "")
     assert told(done.stderr)[0] == "Error: base is a full model: only LoRA adapters have gates"

@@ -87,7 +87,7 @@ def test_fields_of_an_adapter(folders, tmp_path, change):
 @pytest.mark.parametrize(
     "labels", [{"0": 5, "1": "b", "2": "c"}, {"0": None}, {"0": ["a"]}, {"x": "a"}, [1], 3, {"-1": "a"}]
 )
-def test_labels_that_are_no_texts(folders, tmp_path, labels):
+def test_labels_that_are_not_strings_are_refused(folders, tmp_path, labels):
     folder = shutil.copytree(folders / "full", tmp_path / "full")
     edit_json(folder / "config.json", id2label=labels)
     with pytest.raises(FusionError, match="config.json has id2label=.*, expected texts by class index"):
@@ -128,7 +128,7 @@ def test_a_card_of_wrong_types_hides_no_repos(owner, tmp_path):
     assert load_experts([f"{owner.name}/odd"], api=owner.api)[0].license is None
 
 
-def test_what_is_quoted_is_escaped_where_it_is_made():
+def test_quoted_text_is_escaped_on_construction():
     for text in (ESCAPES, "\ud800", "a\u2028b", "\u200b"):
         for shown in (printable(text), FusionError(text, text).message, FusionError(text, text).hint):
             assert shown.isprintable(), repr(shown)

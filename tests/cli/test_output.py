@@ -83,21 +83,21 @@ def test_warnings_and_errors_are_always_heard_on_stderr(mode):
     assert rest.splitlines() == ["Warning: no label 'nine'", "Error: it is gone", "  → look elsewhere"]
 
 
-def test_what_is_aside_is_for_people_only():
+def test_human_only_tables_are_hidden_in_other_modes():
     for mode, shown in {"human": True, "json": False, "quiet": False}.items():
         out = speak(mode)
         out.table(ROWS, human_only=True)
         assert bool(said(out)[0]) is shown
 
 
-def test_colour_only_where_someone_sees_it():
+def test_colour_only_on_a_terminal():
     for stream, coloured in {io.StringIO: False, Terminal: True}.items():
         out = speak("human", stream)
         out.error("red")
         assert ("\x1b[31m" in said(out)[1]) is coloured
 
 
-def test_an_empty_table_says_so():
+def test_empty_table_prints_none():
     out = speak("human")
     out.table([], title="Experts")
     assert said(out)[0] == "Experts: none\n"
@@ -141,7 +141,7 @@ def test_people_see_rounded_numbers_and_nothing_empty_while_json_has_all():
     assert said(out)[0] == "0.8430769443511963\n"
 
 
-def test_the_numbers_of_a_table_are_rounded_as_those_of_a_result():
+def test_table_numbers_are_rounded_like_results():
     for stream in (io.StringIO, Terminal):
         out = speak("human", stream)
         out.table([{"id": "a", "score": 0.8430769443511963}])

@@ -44,7 +44,7 @@ def rows(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("method", ["phatgoose", "linear", "lora"])
-def test_fuse_replaces_a_model_only_if_asked(method, here, loras, tmp_path):
+def test_fuse_overwrites_only_with_the_option(method, here, loras, tmp_path):
     experts = list(map(str, loras[1:]))
     words = ["fuse", "--method", method, "--experts", *experts, "-o", "out"]
     here(*words)
@@ -59,7 +59,7 @@ def test_fuse_replaces_a_model_only_if_asked(method, here, loras, tmp_path):
     assert "results.json" not in content(tmp_path / "out")
 
 
-def test_the_api_replaces_a_model_only_if_asked(loras, tmp_path):
+def test_api_overwrites_only_with_the_argument(loras, tmp_path):
     model = fuse("phatgoose", loras[1:])
     recipe = Recipe("linear", tuple(RecipeExpert(str(path)) for path in loras[1:]))
     adapters = Recipe("lora", recipe.experts)
@@ -81,7 +81,7 @@ def test_the_api_replaces_a_model_only_if_asked(loras, tmp_path):
         model.to_adapter(tmp_path / "one")
 
 
-def test_a_fitted_fuser_is_fitted_again_only_if_asked(here, rows, tmp_path):
+def test_fitted_fuser_is_refitted_only_with_the_option(here, rows, tmp_path):
     folders = [save_classifier(tmp_path / f"bert-{seed}", seed) for seed in (0, 1)]
     here("fuse", "--method", "foe", "--experts", *map(str, folders), "-o", "fused")
     words = ("fit", "fuser", "fused", "--data", str(rows))
@@ -99,7 +99,7 @@ def test_a_fitted_fuser_is_fitted_again_only_if_asked(here, rows, tmp_path):
         here("fuse", "--method", "foe", "--experts", *map(str, folders), "-o", "fused")
 
 
-def test_gates_are_replaced_only_if_asked(hub, here, hf_fusion, loras, tmp_path):
+def test_gates_are_overwritten_only_with_the_option(hub, here, hf_fusion, loras, tmp_path):
     Dataset.from_dict({"prompt": ["Say a", "Say b"], "target": ["a", "b"]}).to_parquet(tmp_path / "rows.parquet")
     words = ("fit", "gates", str(loras[1]), "--data", "rows.parquet", "--kind", "average")
     before = content(loras[1])

@@ -36,7 +36,7 @@ class Heard:
         self.told.append(("ended", phase.name, phase.done))
 
 
-def test_a_reporter_is_told_of_nested_phases_and_of_those_that_fail():
+def test_reporter_receives_nested_and_failing_phases():
     heard = Heard()
     with reporting(heard):
         for _ in track([1, 2], "rows"):
@@ -55,7 +55,7 @@ def test_a_reporter_is_told_of_nested_phases_and_of_those_that_fail():
     assert len(heard.told) == 9
 
 
-def test_a_reporter_is_that_of_its_own_call():
+def test_reporter_belongs_to_its_call():
     mine, other = Heard(), Heard()
     seen: list[bool] = []
 
@@ -103,7 +103,7 @@ def test_the_end_of_a_phase_says_how_long_it_took():
     assert duration_line(at(30, 120, 100)) == "Working: 30 of 120, 2 min"  # stopped early
 
 
-def test_long_phases_are_told_in_lines_and_short_ones_are_not():
+def test_only_long_phases_are_printed():
     said: list[str] = []
     lines = Lines(said.append, long=0.2, interval=0.4)
     with reporting(lines):

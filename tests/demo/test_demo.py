@@ -67,12 +67,12 @@ def test_a_fresh_process_without_hf_fusion_says_the_same(ran):
     assert re.search(r"pipeline: labels +identical", said)
 
 
-def test_progress_names_every_step_and_nothing_else_chatters(ran):
+def test_only_the_steps_are_printed(ran):
     _, said = ran
     assert_progress(said, steps=7)
 
 
-def test_what_was_published_is_there_when_the_hub_comes_back(folder, ran):
+def test_published_repo_survives_a_hub_restart(folder, ran):
     summary, _ = ran
     with HubServer(folder / "demo" / "hub") as hub:
         api = HfApi(endpoint=hub.endpoint, token=False)
@@ -96,7 +96,7 @@ def test_a_second_run_commits_nothing_and_comes_to_the_same(folder, ran):
     assert said.count("there already") == len(before) - 1
 
 
-def test_the_next_commands_work_as_they_stand(folder, ran):
+def test_printed_next_commands_work(folder, ran):
     _, said = ran
     printed = run_lines(printed_lines(said), folder)
     assert "FoE, frugal" in printed  # eval

@@ -156,7 +156,7 @@ def test_pickle_holds_the_expert_and_no_safetensors(wrong):
     assert all(torch.equal(tensors[key], expert[key]) for key in expert)
 
 
-def test_voting_runs_only_with_its_own_code(rows, wrong):
+def test_voting_model_needs_trust_remote_code(rows, wrong):
     folder = wrong["vit-tiny-voting"].folder
     test = rows["test"].select(range(300))
     with pytest.raises(ValueError, match="trust_remote_code"):

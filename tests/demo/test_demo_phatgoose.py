@@ -54,7 +54,7 @@ def test_adapters_are_rejected_each_for_its_reason_and_one_gets_gates(folder, ra
         assert "phatgoose_gates.safetensors" in {file.rfilename for file in info.siblings}
 
 
-def test_the_gates_it_trains_are_of_one_measure_with_those_of_the_other_experts(folder, ran):
+def test_trained_gates_have_the_scale_of_the_shipped_ones(folder, ran):
     """As those that lie beside chain-sum's weights, made by the same recipe: fewer reference rows make them longer."""
     with HubServer(folder / "demo" / "hub") as hub:
         pushed = HfApi(endpoint=hub.endpoint, token=False).hf_hub_download("demo/chain-sum", GATES_FILE)
@@ -73,12 +73,12 @@ def test_a_fresh_process_without_hf_fusion_and_peft_says_the_same(ran):
     assert len(re.findall(r"  →  \w+", said)) == 3  # questions with answers
 
 
-def test_progress_names_every_step_and_nothing_else_chatters(ran):
+def test_only_the_steps_are_printed(ran):
     _, said = ran
     assert_progress(said, steps=8)
 
 
-def test_what_was_published_is_there_when_the_hub_comes_back(folder, ran):
+def test_published_repo_survives_a_hub_restart(folder, ran):
     summary, _ = ran
     with HubServer(folder / "demo" / "hub") as hub:
         api = HfApi(endpoint=hub.endpoint, token=False)
@@ -107,7 +107,7 @@ def test_a_second_run_trains_and_commits_nothing_and_comes_to_the_same(folder, r
     assert "gates in" not in said
 
 
-def test_the_next_commands_work_as_they_stand(folder, ran):
+def test_printed_next_commands_work(folder, ran):
     _, said = ran
     printed = run_lines(printed_lines(said), folder)
     assert "5 of 5 experts are compatible" in printed  # discover

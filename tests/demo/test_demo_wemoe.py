@@ -30,7 +30,7 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image)
 
 
-def test_pictures_are_always_alike_and_a_limit_changes_none():
+def test_images_are_deterministic_and_independent_of_the_limit():
     for task in TASKS:
         few, more = task_rows(task, "test", 5), task_rows(task, "test", 8)
         assert [pixels(image).tolist() for image in few["image"]] == [pixels(i).tolist() for i in more["image"][:5]]
@@ -111,7 +111,7 @@ def test_the_model_leads_every_static_merge(folder, ran):
 
 
 @pytest.mark.slow
-def test_what_cannot_be_merged_is_rejected_for_its_reason(ran):
+def test_incompatible_experts_are_rejected_with_a_reason(ran):
     reasons = {name.partition("/")[2]: reason for name, reason in ran[0]["rejected"].items()}
     assert reasons["vit-digits-elsewhere"] == "base: was made from demo/vit-letters, not demo/vit-digits"
     assert reasons["vit-digits-smaller"].startswith("shapes: vit.embeddings.cls_token is [1, 1, 64], in the base")
@@ -132,13 +132,13 @@ def test_it_measures_what_its_card_says(folder, ran):
 
 
 @pytest.mark.slow
-def test_progress_names_every_step_and_nothing_else_chatters(ran):
+def test_only_the_steps_are_printed(ran):
     _, said = ran
     assert_progress(said, steps=9)
 
 
 @pytest.mark.slow
-def test_what_was_published_is_there_when_the_hub_comes_back(folder, ran):
+def test_published_repo_survives_a_hub_restart(folder, ran):
     summary, _ = ran
     with HubServer(folder / "demo" / "hub") as hub:
         api = HfApi(endpoint=hub.endpoint, token=False)
@@ -165,7 +165,7 @@ def test_a_second_run_commits_nothing_and_comes_to_the_same(folder, ran):
 
 
 @pytest.mark.slow
-def test_the_next_commands_work_as_they_stand(folder, ran):
+def test_printed_next_commands_work(folder, ran):
     _, said = ran
     printed = run_lines(printed_lines(said), folder)
     assert "4 of 5 experts are compatible" in printed  # discover; the copy that says it is of another base is not found

@@ -65,7 +65,7 @@ def test_the_digits_come_with_scikit_learn(tmp_path):
 
 
 @pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
-def test_what_is_not_there(suite, tmp_path):
+def test_missing_tasks_and_data_are_reported(suite, tmp_path):
     with pytest.raises(FusionError, match=f"(?s){suite.name} has no task 'chess'.*{suite.tasks[0]}"):
         suite.rows(tmp_path, "chess")
     with pytest.raises(FusionError, match=f"(?s)no data set '{suite.tasks[0]}'.*train.parquet is missing.*--data DIR"):

@@ -43,7 +43,7 @@ def test_another_seed_gives_another_picture(name):
     assert distance(corrupt(picture("RGB"), name, 3, 0), corrupt(picture("RGB"), name, 3, 1)) > 0
 
 
-def test_parameters_are_those_of_cifar_10_c():
+def test_parameters_match_cifar_10_c():
     """What can be computed in another way."""
     clean = picture("RGB")
     mean = pixels(clean).mean((0, 1))
@@ -87,6 +87,6 @@ def test_other_modes_and_small_pictures():
     ("name", "severity", "said"),
     [("fog", 1, "no corruption 'fog'"), ("contrast", 6, "severity 6"), ("spatter", 0, "0")],
 )
-def test_what_is_not_there(name, severity, said):
+def test_unknown_corruptions_are_refused(name, severity, said):
     with pytest.raises(FusionError, match=said):
         corrupt(picture("L"), name, severity, 0)

@@ -24,7 +24,7 @@ def made(base, **options):
     return experts, WEMoEModel.from_experts(experts, base=base_expert(base()), scaling=0.4)
 
 
-def test_scores_are_those_of_the_plain_models(tmp_path):
+def test_scores_equal_those_of_the_plain_models(tmp_path):
     experts, model = made(bert_base, labels=["no", "yes"])
     names = [expert.name for expert in experts]
     results = evaluate(model, dict.fromkeys(names[:2], ROWS), experts=experts, base=bert_base(), batch_size=3)

@@ -67,7 +67,7 @@ def test_labels_keep_their_order_their_distance_and_the_frame(wanted):
     assert max(placed) <= 0.95 + 1e-9
 
 
-def test_labels_that_are_far_apart_stay_where_they_are():
+def test_distant_labels_are_not_moved():
     assert spread_labels([0.2, 0.5, 0.8], height=0.1, bottom=0.0, top=1.0) == [0.2, 0.5, 0.8]
 
 
@@ -126,7 +126,7 @@ def coefficients(tasks: int, experts: int, layers: int = 3, **more) -> Coefficie
     return CoefficientMap(names, layer_names, [f"task {t}" for t in range(tasks)], values, [10] * tasks, **given)
 
 
-def test_the_tasks_own_expert_has_the_thick_line_and_the_constant_is_drawn(tmp_path):
+def test_task_expert_has_a_thick_line_and_scaling_is_dashed(tmp_path):
     plain = colours(plot_coefficients(coefficients(1, 2), tmp_path / "plain.png"))
     owned = colours(plot_coefficients(coefficients(1, 2, owners={"task 0": "me/expert-1"}), tmp_path / "owned.png"))
     dashed = colours(plot_coefficients(coefficients(1, 2, scaling=0.3), tmp_path / "dashed.png"))
@@ -135,7 +135,7 @@ def test_the_tasks_own_expert_has_the_thick_line_and_the_constant_is_drawn(tmp_p
     assert amount(plain, "#222222") < amount(dashed, "#222222") - 500
 
 
-def test_eight_experts_have_eight_colours_and_a_decoder_a_line_of_its_own(tmp_path):
+def test_eight_experts_have_distinct_colours_and_decoders_a_line(tmp_path):
     path = plot_coefficients(coefficients(8, 8), tmp_path / "8.png")
     pixels = colours(path)
     assert all(amount(pixels, colour) > 500 for colour in EXPERTS)
@@ -146,7 +146,7 @@ def test_eight_experts_have_eight_colours_and_a_decoder_a_line_of_its_own(tmp_pa
     assert amount(colours(plot_coefficients(both, tmp_path / "two.png")), GREY) > before + 50
 
 
-def test_coefficients_that_hardly_differ_look_alike(tmp_path):
+def test_nearly_equal_coefficients_look_equal(tmp_path):
     """The axis is never so fine that noise looks like a choice."""
     found = coefficients(1, 2)
     found.coefficients = [[[0.3, 0.301], [0.301, 0.3], [0.3, 0.3]]]

@@ -69,7 +69,7 @@ def test_results_of_a_suite_in_their_earlier_form_are_read():
 
 
 @pytest.mark.parametrize("content", [POOLED, SUITE], ids=["pooled", "suite"])
-def test_what_is_saved_is_read_again(content, tmp_path):
+def test_results_round_trip_through_a_file(content, tmp_path):
     results = Results.from_dict(content)
     results.save(tmp_path / "results.json")
     assert "systems" not in json.loads((tmp_path / "results.json").read_text())
@@ -113,7 +113,7 @@ def test_every_committed_measurement_is_read():
         ({**SUITE, "systems": [{**SUITE["systems"][0], "means": {"held-in": {"score": "high"}}}]}, "score is 'high'"),
     ],
 )
-def test_what_is_missing_or_of_another_type_is_named(content, message):
+def test_missing_or_mistyped_fields_are_named(content, message):
     with pytest.raises(FusionError, match=message) as error:
         Results.from_dict(content, "x.json")
     assert error.value.hint or "expected" in str(error.value)

@@ -141,7 +141,7 @@ def test_routers_are_measured_as_they_answer(results, experts):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_single_experts_and_the_oracle_are_the_adapters_own_numbers(results, experts, task):
+def test_single_experts_and_oracle_equal_the_plain_adapters(results, experts, task):
     for expert in experts:
         alone = tiny.llama()
         for path, (a, b) in expert.adapter.lora.items():
@@ -194,7 +194,7 @@ def test_the_same_call_gives_the_same_numbers(results, experts):
         assert predictor.scores == results[predictor.name].scores
 
 
-def test_results_survive_json_and_tell_everything_in_text(results, tmp_path):
+def test_results_round_trip_through_json_and_print_all_tasks(results, tmp_path):
     results.save(tmp_path / "suite.json")
     assert Results.load(tmp_path / "suite.json") == results
     assert results.settings["top_k"] == 2 and results.settings["gates"] == ["trained"]
@@ -354,7 +354,7 @@ def test_classifiers_answer_among_the_labels_of_all(classifiers):
         ({"top_k": 3}, "only 2 experts"),
     ],
 )
-def test_what_does_not_fit_is_refused(experts, change, said):
+def test_inconsistent_arguments_are_refused(experts, change, said):
     given = {"suite": SUITE, "train_rows": TRAIN, "owners": OWNERS, **change}
     with pytest.raises(FusionError, match=said):
         evaluate(experts, given.pop("suite"), embedder=letters, **given)

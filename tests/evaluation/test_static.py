@@ -37,7 +37,7 @@ def right(model, rows=ROWS) -> float:
         return float((model(**tokens).logits.argmax(-1) == torch.tensor(rows["label"])).float().mean())
 
 
-def test_scores_are_those_of_the_plain_models(folders, tmp_path, caplog):
+def test_scores_equal_those_of_the_plain_models(folders, tmp_path, caplog):
     experts = [folders["foxes"], folders["dogs"]]
     model = fuse("task_arithmetic", experts, folders["base"], scaling=0.5)
     suite = {"foxes": ROWS, "all": ROWS.select(range(6))}
@@ -92,7 +92,7 @@ def test_adapters_are_measured_in_their_base(tmp_path):
         assert results[name].scores["foxes"].score == pytest.approx(sum(shares) / 2), name
 
 
-def test_experts_in_folders_of_one_name_are_told_apart(folders, tmp_path):
+def test_experts_in_folders_of_equal_names_are_distinguished(folders, tmp_path):
     twins = [tmp_path / place / "last" for place in ("first", "second")]
     for folder, name in zip(twins, ("foxes", "dogs"), strict=True):
         shutil.copytree(folders[name], folder)

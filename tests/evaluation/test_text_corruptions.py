@@ -37,7 +37,7 @@ def test_the_same_arguments_give_the_same_text(name, severity):
 
 
 @pytest.mark.parametrize(("name", "shares"), SHARES.items())
-def test_so_many_words_are_touched(name, shares):
+def test_share_of_changed_words_follows_the_severity(name, shares):
     for severity, share in zip(SEVERITIES, shares, strict=True):
         found = mean(changed(corrupt_text(TEXT, name, severity, seed)) for seed in range(200))
         # some words are too short to be mistyped, and a letter doubled or swapped for its like can stay what it was
@@ -83,7 +83,7 @@ def test_texts_of_nothing_stay_as_they_are(name):
         assert corrupt_text(text, name, 5, 0) == text
 
 
-def test_what_there_is_not_is_said():
+def test_unknown_corruptions_and_severities_are_refused():
     with pytest.raises(FusionError, match="no corruption 'fog' of texts"):
         corrupt_text(TEXT, "fog", 1, 0)
     for severity in (0, 6, 1.5):

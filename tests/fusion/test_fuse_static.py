@@ -155,7 +155,7 @@ def test_a_square_conv1d_gets_the_transposed_update(tmp_path):
         assert torch.allclose(tensor, expected[name], atol=1e-6), name
 
 
-def test_a_models_own_code_runs_by_consent_and_travels(tmp_path):
+def test_remote_code_runs_with_consent_and_is_copied(tmp_path):
     from hf_fusion.demo.modeling_voting_vit import VotingViTConfig, VotingViTForImageClassification
 
     source = Path(hf_fusion.__file__).parent / "demo" / "modeling_voting_vit.py"

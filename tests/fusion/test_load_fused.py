@@ -62,7 +62,7 @@ def refused(folder, match: str) -> None:
 # ---------------------------------------------------------------- what is no folder of a fused model
 
 
-def test_what_is_not_a_fused_model_is_called_by_its_name(tmp_path, saved):
+def test_error_says_what_the_folder_holds_instead(tmp_path, saved):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("x")
@@ -290,7 +290,7 @@ def test_integers_are_not_taken_for_weights(folder_of):
 
 
 @pytest.mark.parametrize("kind", [*LOADERS, "static"])
-def test_a_broken_tokenizer_is_told_when_loading(kind, folder_of):
+def test_broken_tokenizer_is_reported_on_loading(kind, folder_of):
     folder = folder_of(kind)
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(FusionError, match="wemoe|static|foe|phatgoose"):

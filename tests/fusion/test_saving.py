@@ -81,7 +81,7 @@ def test_every_way_to_save_writes_the_recipe(kind, way, models, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_was_loaded_and_saved_again_keeps_it(kind, models, folders, tmp_path):
+def test_recipe_survives_loading_and_saving(kind, models, folders, tmp_path):
     """Also where nobody knows of hf_fusion: the config has it, without the paths of the folders."""
     models[kind].save_pretrained(tmp_path / "fused")
     load_fused(tmp_path / "fused")[0].save_pretrained(tmp_path / "again")
@@ -99,7 +99,7 @@ def test_what_was_loaded_and_saved_again_keeps_it(kind, models, folders, tmp_pat
 
 
 @pytest.mark.parametrize("kind", KINDS[:4])
-def test_an_old_folder_without_a_recipe_tells_by_its_config(kind, models, tmp_path):
+def test_recipe_of_an_old_folder_is_read_from_its_config(kind, models, tmp_path):
     """As saves of before wrote it: no fusion.yaml, no recipe in the config."""
     models[kind].save_pretrained(tmp_path / "fused")
     (tmp_path / "fused" / "fusion.yaml").unlink()
@@ -127,7 +127,7 @@ def test_the_recipe_of_a_config_makes_the_same_model(folders, tmp_path):
     assert [row["label_map"] for row in again.config.experts] == [row["label_map"] for row in model.config.experts]
 
 
-def test_a_router_of_other_experts_tells_of_those(models, folders, tmp_path):
+def test_recipe_follows_removed_experts(models, folders, tmp_path):
     router = fused("phatgoose", folders)
     router.remove_experts(["lora-0"])
     save_fused(router, tmp_path / "fused")
@@ -167,7 +167,7 @@ for kind in KINDS:
 """
 
 
-def test_what_is_pushed_has_the_recipe_and_no_path(hub, folders, fresh_python, tmp_path):
+def test_pushed_config_has_the_recipe_without_local_paths(hub, folders, fresh_python, tmp_path):
     """By transformers' own ways, and saved again by somebody whose model runs the code of the repo."""
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     fresh_python(PUSHES.format(paths=paths, place=str(folders)), hub, hub.token("me"))
@@ -190,7 +190,7 @@ def test_what_is_pushed_has_the_recipe_and_no_path(hub, folders, fresh_python, t
             assert yaml.safe_load((tmp_path / f"stranger-{kind}" / "fusion.yaml").read_text()) == told[0]
 
 
-def test_adapters_of_a_folder_are_told_with_it(folders, tmp_path):
+def test_adapter_on_a_local_base_records_the_hash_of_the_base(folders, tmp_path):
     save_adapter(tmp_path / "adapter", folders / "bert-0", ("no", "yes", "maybe"))
     model = fuse("foe", [tmp_path / "adapter", folders / "bert-1"])
     assert model.fusion_recipe.base == str(folders / "bert-0")

@@ -139,7 +139,7 @@ def test_a_fused_folder_that_leads_out(family, attack, folders):
 
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("family", CLASSES)
-def test_a_familys_class_refuses_it_by_itself(family, attack, folders):
+def test_family_class_refuses_it_without_this_package(family, attack, folders):
     """As where it was published to, without this package's checks."""
     reason = ATTACKS[attack](folders / family)
     with pytest.raises(ValueError, match=reason):
@@ -147,7 +147,7 @@ def test_a_familys_class_refuses_it_by_itself(family, attack, folders):
 
 
 @pytest.mark.parametrize("name", ["../secret", "{place}/secret", "processor_0/../../secret", ".."])
-def test_a_processor_that_lies_elsewhere(name, folders):
+def test_processor_outside_the_folder_is_refused(name, folders):
     edit_json(folders / "foe" / "processor_config.json", folders=[name.format(place=folders)])
     with pytest.raises(FusionError, match="processor_config.json names .*, which is not a folder within"):
         load_fused(folders / "foe")

@@ -281,7 +281,7 @@ def test_a_linearized_lora_that_starts_elsewhere_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("called", ["default", "cola", "v1.2"])
-def test_names_that_carry_the_adapters_own(called, tmp_path):
+def test_parameter_names_with_an_adapter_name_are_read(called, tmp_path):
     """A state dict as it is: what `get_peft_model_state_dict` would have taken the adapter's name from."""
     theirs = save_adapter(tmp_path, bert(), r=2, target_modules=["query", "dense"], task_type="SEQ_CLS")
     whole = {

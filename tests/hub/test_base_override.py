@@ -115,7 +115,7 @@ RECORDED = {
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", RECORDED)
-def test_whatever_is_recorded(place, anyone, kind, tmp_path, caplog):
+def test_base_overrides_whatever_is_recorded(place, anyone, kind, tmp_path, caplog):
     name, make = RECORDED[kind]
     make(place, tmp_path / "other")
     revision = "0" * 40 if kind == "an older revision" else None
@@ -166,7 +166,7 @@ def test_one_without_adapters_is_refused_before_anything_is_fetched(place):
     assert not place.asked("other") and not [path for _, path, _ in place.hub.requests if "resolve" in path]
 
 
-def test_a_base_before_a_plus_is_that_adapters_own(place, tmp_path, caplog):
+def test_base_before_a_plus_applies_to_that_adapter_only(place, tmp_path, caplog):
     one, two = place.push("nobody/other")
     place.owner.push("third", save_bert(tmp_path / "third", seed=5))
     experts = (RecipeExpert(f"{place.owner.name}/third+{one}"), RecipeExpert(two))
@@ -252,7 +252,7 @@ def test_families(place, method, given, tmp_path, caplog):
         assert read.config.base["id"] in (used.partition("@")[0], place.base.name)  # WEMoE: no path of this machine
 
 
-def test_loaded_experts_tell_what_they_stand_on(place):
+def test_loaded_experts_record_their_base(place):
     ids = place.push("nobody/other", "1" * 40)
     [expert] = load_experts(ids[:1], base=place.id, api=place.api)
     assert (expert.adapter.base, expert.adapter.base_revision) == (place.id, place.sha)

@@ -111,7 +111,7 @@ def test_files_of_another_commit(shadowed):
             read()
 
 
-def test_what_an_earlier_download_left(shadowed, owner):
+def test_cached_branch_named_like_a_commit_is_not_trusted(shadowed, owner):
     """The cache keeps a branch that is called like a commit as a ref: what that points to is another commit."""
     api, repo, asked, _ = shadowed
     hf_hub_download(repo, "config.json", revision=asked, endpoint=api.endpoint, token=api.token)
@@ -120,7 +120,7 @@ def test_what_an_earlier_download_left(shadowed, owner):
     assert read_json_file(owner.api, repo, "config.json", asked)  # asks the right Hub
 
 
-def test_what_is_a_commit():
+def test_only_full_hashes_are_commits():
     sha = "0123456789abcdef" * 2 + "01234567"
     assert as_commit(sha) == as_commit(sha.upper()) == sha
     assert repo_ref(f"a/b@{sha.upper()}") == ModelRef("a/b", sha)

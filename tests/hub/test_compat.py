@@ -118,7 +118,7 @@ def test_shapes_of_an_adapter(judge, owner, tmp_path):
     assert "classifier.bias is neither in it nor in its base" in judge(adapter)[ReasonKind.SHAPES]
 
 
-def test_another_base_than_the_wanted_is_not_asked_for(judge, owner, hub, tmp_path):
+def test_mismatched_base_is_not_requested(judge, owner, hub, tmp_path):
     adapter = based(owner, tmp_path)
     edit_json(adapter / "adapter_config.json", base_model_name_or_path="nobody/other")
     hub.requests.clear()
@@ -157,7 +157,7 @@ def test_adapters_by_the_names_of_other_layouts(judge, owner, tmp_path):
 
 
 @pytest.mark.long
-def test_what_merging_needs(judge, owner, tmp_path):
+def test_merging_needs_a_recorded_base(judge, owner, tmp_path):
     base = f"{owner.name}/base"
     owner.push("base", save_bert(tmp_path / "base", auto=AutoModel))
     card = f"{CARD}\nbase_model: {base}"

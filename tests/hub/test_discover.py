@@ -101,7 +101,7 @@ def test_an_expert_takes_three_requests_over_discovery_and_check(hub, owner, she
     ]
 
 
-def test_what_is_read_of_weights_is_a_bounded_part(owner, tmp_path):
+def test_only_headers_of_weights_are_read(owner, tmp_path):
     path = tmp_path / "large.safetensors"
     save_file(
         {f"layer.{i}.weight": torch.zeros(2, 700) for i in range(1500)}, path
@@ -116,7 +116,7 @@ def test_what_is_read_of_weights_is_a_bounded_part(owner, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 100, (90).to_bytes(8, "little") + b"{" * 90])
-def test_what_is_no_safetensors_file_is_said_to_be_none(owner, content):
+def test_invalid_safetensors_file_is_reported(owner, content):
     owner.api.create_repo(f"{owner.name}/odd")
     where = {"repo_id": f"{owner.name}/odd", "path_in_repo": "w.safetensors"}
     sha = owner.api.upload_file(path_or_fileobj=content, **where).oid
@@ -125,7 +125,7 @@ def test_what_is_no_safetensors_file_is_said_to_be_none(owner, content):
 
 
 @pytest.mark.parametrize("shards", [False, True])
-def test_sizes_are_those_of_the_files(owner, tmp_path, shards):
+def test_sizes_equal_those_of_the_files(owner, tmp_path, shards):
     folder = save_bert(tmp_path / "full", card=CARD)
     if shards:
         AutoModelForSequenceClassification.from_pretrained(folder).save_pretrained(folder, max_shard_size="4KB")

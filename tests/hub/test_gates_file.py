@@ -42,7 +42,7 @@ def gates(seed=0, facts=None, paths=(*QUERIES, "classifier")):
     return Gates({path: torch.randn(16, generator=generator) for path in paths}, facts=facts or {})
 
 
-def test_what_is_saved_is_read(irony, loaded):
+def test_gates_round_trip_through_a_file(irony, loaded):
     given = gates(facts=FACTS)
     file = save_gates(given, irony)
     assert file == irony / "phatgoose_gates.safetensors"
@@ -111,7 +111,7 @@ def test_gates_that_do_not_fit_are_named(irony, loaded, vectors, message):
     assert "irony" in error.value.message
 
 
-def test_a_file_that_is_no_safetensors_is_named(irony, loaded):
+def test_invalid_safetensors_file_is_reported(irony, loaded):
     (irony / GATES_FILE).write_bytes(b"nothing of the kind")
     with pytest.raises(FusionError, match=f"irony: {GATES_FILE} cannot be read"):
         read_gates(irony, "irony", *loaded)
@@ -137,7 +137,7 @@ def remote(owner, name, file, revision=None):
     return open(api.hf_hub_download(f"{owner.name}/{name}", file, revision=revision), "rb").read()  # noqa: PTH123, SIM115
 
 
-def test_a_push_adds_the_file_the_tag_and_a_paragraph_and_touches_nothing_else(owner, anyone, irony):
+def test_push_adds_file_tag_and_paragraph_only(owner, anyone, irony):
     (irony / "README.md").write_bytes(CARD.encode())
     (irony / "notes.bin").write_bytes(bytes(range(256)))
     before = owner.push("irony", irony)
@@ -203,7 +203,7 @@ def test_a_push_to_a_branch(owner, irony):
     assert not owner.api.file_exists(repo, GATES_FILE)
 
 
-def test_what_must_not_be_pushed_is_not(owner, anyone, irony, tmp_path):
+def test_invalid_pushes_are_refused(owner, anyone, irony, tmp_path):
     owner.push("irony", irony)
     owner.push("full", save_bert(tmp_path / "full"))
     repo = f"{owner.name}/irony"

@@ -104,7 +104,7 @@ def shelf(hub, tmp_path_factory):
     return api
 
 
-def test_what_has_nan_is_rejected_and_the_rest_grouped(shelf):
+def test_experts_with_nan_are_rejected_and_others_grouped(shelf):
     found = discover(author="shelf", task="text-classification", api=shelf)
     verdict = check_compatibility(found, api=shelf)
     assert len(verdict.accepted) == 6

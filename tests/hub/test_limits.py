@@ -172,14 +172,14 @@ def test_more_configurations_that_promise_too_much():
     ],
     ids=["modules", "list", "loop", "table", "product"],
 )
-def test_what_is_built_is_bounded(build, why):
+def test_builds_beyond_the_limits_are_refused(build, why):
     began = time.process_time()
     with pytest.raises(TooMuchError, match=why):
         build_within_limits(build)
     assert time.process_time() - began < MOST_SECONDS
 
 
-def test_what_is_built_within_bounds():
+def test_builds_within_the_limits_return_their_result():
     def build():
         with torch.device("meta"):
             return nn.Linear(10**6, 10**6), torch.linspace(0, 1, 3, device="cpu").tolist(), threading.get_ident()
@@ -192,7 +192,7 @@ def test_what_is_built_within_bounds():
 
 
 @pytest.mark.long
-def test_what_is_imported_meanwhile_does_not_count(tmp_path, monkeypatch):
+def test_time_of_imports_does_not_count(tmp_path, monkeypatch):
     for name in ("first_slow_library", "second_slow_library"):
         burn = "import time\nwhile time.thread_time() < began + 1.2: pass"
         (tmp_path / f"{name}.py").write_text(burn.replace("while", "began = time.thread_time()\nwhile"))

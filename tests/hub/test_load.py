@@ -88,7 +88,7 @@ def test_a_model_without_tensors_takes_no_memory(tmp_path):
         load_experts([folder])
 
 
-def test_numbers_that_are_no_sizes_are_no_promises(tmp_path):
+def test_config_numbers_that_are_not_sizes_are_ignored(tmp_path):
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
     tokens = {"vocab_size": 40, "bos_token_id": 0, "eos_token_id": 0}
     model = AutoModelForCausalLM.from_config(Qwen2Config(**sizes, **tokens, num_hidden_layers=1, max_window_layers=80))
@@ -174,7 +174,7 @@ def test_pickle_only_by_name(tmp_path):
     assert type(expert.model).__name__ == "BertForSequenceClassification"
 
 
-def test_own_code_needs_consent(tmp_path):
+def test_remote_code_needs_consent(tmp_path):
     folder = save_bert(tmp_path / "mood")
     marker = tmp_path / "ran"
     (folder / "odd.py").write_text(

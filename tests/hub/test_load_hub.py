@@ -87,7 +87,7 @@ def test_reads_only_what_it_needs(hub, owner, tmp_path):
     assert read == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
-def test_own_code_needs_a_pinned_commit(owner, tmp_path):
+def test_remote_code_needs_a_pinned_commit(owner, tmp_path):
     folder = save_bert(tmp_path / "odd")
     (folder / "odd.py").write_text(
         "from transformers import BertConfig, BertForSequenceClassification\n"
@@ -134,7 +134,7 @@ def test_a_strangers_adapter_names_no_folder_here(owner, tmp_path):
     assert expert.labels == ["no", "yes"]
 
 
-def test_what_the_hub_refuses_is_explained(owner, anyone, tmp_path):
+def test_refusals_of_the_hub_are_explained(owner, anyone, tmp_path):
     owner.push("mood", save_bert(tmp_path / "mood"))
     repo = f"{owner.name}/mood"
     owner.api.update_repo_settings(repo, gated="manual")

@@ -51,7 +51,7 @@ def test_a_body_with_and_without_its_prefix():
     assert loaded_names(model, ["cls.bias"]) == {"cls.bias": "cls.bias"}  # what it does not have keeps its name
 
 
-def test_what_the_loader_stacks_keeps_names_of_its_own(tmp_path):
+def test_stacked_experts_keep_their_stored_names(tmp_path):
     config = MixtralConfig(**SIZES, vocab_size=64, num_local_experts=2, num_key_value_heads=2)
     MixtralForCausalLM(config).save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
@@ -67,7 +67,7 @@ def test_what_the_loader_stacks_keeps_names_of_its_own(tmp_path):
         } - {"lm_head.weight"}
 
 
-def test_what_a_config_promises():
+def test_meta_model_follows_the_config():
     content = {**TEXT.to_dict(), "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
     found = build_meta_model(content, "me/it", 99)
     assert found.tied == {"lm_head.weight": "model.embed_tokens.weight"}
@@ -86,7 +86,7 @@ def test_what_a_config_promises():
         ({"num_hidden_layers": 10**6}, "num_hidden_layers=1000000"),
     ],
 )
-def test_what_transformers_cannot_build(change, why):
+def test_configs_that_cannot_be_built_give_a_reason(change, why):
     found = build_meta_model({**TEXT.to_dict(), "architectures": ["LlamaForCausalLM"], **change}, "me/it", 99)
     assert found.model is None
     assert re.search(why, found.why)

@@ -109,7 +109,7 @@ def test_an_expert_is_written_out_once(repo, owner, hub, cache):
     assert not [path for _, path, _ in hub.requests if "best.pt" in path or "%23" in path]
 
 
-def test_what_is_no_such_expert_is_named(repo, owner, tmp_path):
+def test_unknown_experts_are_named(repo, owner, tmp_path):
     name, _ = repo
     with pytest.raises(FusionError, match=rf"{name} has the experts #0 to #4, not #9\."):
         resolve(f"{name}#9", owner.api)

@@ -12,7 +12,7 @@ from hf_fusion.types import ModelRef
 
 
 @pytest.mark.parametrize("name", ["expert", "ex@pert", "ex+pert", "a+b@c", "ex pert"])
-def test_a_folder_of_any_name_is_told_by_its_content(tmp_path, name):
+def test_local_folder_is_identified_by_its_content(tmp_path, name):
     folder = tmp_path / name
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))

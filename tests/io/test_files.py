@@ -81,7 +81,7 @@ def test_a_link_is_followed_within_its_folder_alone(folder):
     assert read_text(folder / "chain.json", folder) == "{}"
 
 
-def test_a_link_to_a_folder_leads_out_as_well(folder):
+def test_link_to_a_folder_outside_is_refused(folder):
     (folder.parent / "others").mkdir()
     (folder.parent / "others" / "x.json").write_text("{}")
     (folder / "inside").symlink_to("../others")
@@ -123,7 +123,7 @@ def test_the_hubs_cache_may_link_to_its_blobs(shared, linked, tmp_path):
 @pytest.mark.parametrize(
     "target", ["../../secret", "../secret", f"../../blobs/ab/{HASH[:-1]}", f"../../blobs/cd/{HASH}"]
 )
-def test_a_blob_of_the_cache_is_no_way_out(target, tmp_path):
+def test_cache_blob_that_links_outside_is_refused(target, tmp_path):
     place = tmp_path / "cache"
     snapshot = cache(place, shared=False)
     etag = snapshot.parent.parent / "blobs" / "etag"
@@ -135,7 +135,7 @@ def test_a_blob_of_the_cache_is_no_way_out(target, tmp_path):
         check_snapshot(snapshot, "me/one")
 
 
-def test_blobs_that_are_a_link_are_no_way_out(tmp_path):
+def test_blobs_folder_that_links_outside_is_refused(tmp_path):
     snapshot = cache(tmp_path / "cache", shared=False)
     blobs = snapshot.parent.parent / "blobs"
     blobs.rename(tmp_path / "elsewhere")
@@ -164,7 +164,7 @@ def special(request, folder):
     return file
 
 
-def test_what_never_ends_is_refused_and_not_waited_for(special, folder):
+def test_pipes_sockets_and_devices_are_refused_at_once(special, folder):
     for read in (read_file, open_file, open_given, Recipe.load):
         with soon(), pytest.raises(FusionError, match=r"vocab.json is a (pipe|socket|device), not a file"):
             read(special)
@@ -243,7 +243,7 @@ def test_odd_names_are_shown_and_do_not_write_to_the_terminal(folder):
     assert caught.value.message.isprintable()
 
 
-def test_what_no_loader_reads_may_lead_anywhere(folder):
+def test_links_that_no_loader_reads_are_allowed(folder):
     (folder / ".cache").symlink_to("/")
     (folder / "runs").symlink_to("/tmp")
     (folder / "data").mkdir()
@@ -290,7 +290,7 @@ def test_paths_of_other_machines_are_often_recorded(value, folder):
     check_snapshot(folder, "model")
 
 
-def test_texts_that_are_no_paths_may_be_called_like_one(folder):
+def test_config_texts_that_look_like_paths_are_allowed(folder):
     here = str(folder.parent / "secret.json")
     content = {"chat_template": here, "unk_token": here, "added_tokens_decoder": {"0": {"content": here}}}
     content |= {

@@ -42,7 +42,7 @@ print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused_is_named_with_its_reason_and_a_remedy(name, tmp_path):
+def test_refused_images_are_reported_with_reason_and_remedy(name, tmp_path):
     content, said = REFUSED[name]
     path = tmp_path / name
     path.write_bytes(content)
@@ -53,7 +53,7 @@ def test_what_is_refused_is_named_with_its_reason_and_a_remedy(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_what_is_a_picture_is_one_of_eight_bits(name, tmp_path):
+def test_accepted_images_become_eight_bit(name, tmp_path):
     content, mode, first = ACCEPTED[name]
     path = tmp_path / name
     path.write_bytes(content)
@@ -69,7 +69,7 @@ def test_levels_of_16_bits_are_scaled_and_turned_pictures_are_upright():
     assert turned.size == (4, 2) and turned.getpixel((3, 1)) == (0, 0, 255)
 
 
-def test_what_pillow_opened_already_is_held_to_the_same():
+def test_opened_pillow_images_are_checked_too():
     assert open_picture(Pillow.new("CMYK", (4, 4))).mode == "RGB"
     for picture, said in (
         (Pillow.new("1", (12_000, 12_000)), "12,000 × 12,000 pixels"),
@@ -79,7 +79,7 @@ def test_what_pillow_opened_already_is_held_to_the_same():
             open_picture(picture, "mine")
 
 
-def test_what_is_no_file_is_not_waited_for(tmp_path):
+def test_pipes_and_oversized_files_are_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     large = tmp_path / "large.png"
     with large.open("wb") as file:
@@ -173,7 +173,7 @@ def test_a_picture_with_a_name_is_called_by_it():
         rows[0]
 
 
-def test_whoever_reads_rows_holds_them_to_the_limits(hostile_rows):
+def test_all_readers_of_rows_check_image_limits(hostile_rows):
     """Also rows that did not come through `load_rows`."""
     rows = Dataset.from_parquet(str(hostile_rows))
     expert = Expert("me/vit", vit(["a", "b"]), processor=image_processor(16), labels=["a", "b"])

@@ -158,7 +158,7 @@ def merged(folder, *adapters, method="linear", base=None, **parameters):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_pefts_own_merge(case, tmp_path):
+def test_equals_merge_by_peft(case, tmp_path):
     (saved_as, config), (trained_on, settings), inputs = CASES[case]
     base = save_base(tmp_path / "base", saved_as, config)
     if case == "the whole on a tower":
@@ -269,7 +269,7 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("case", MISFITS)
-def test_what_does_not_fit_is_named(case, tmp_path):
+def test_mismatched_bases_are_reported(case, tmp_path):
     settings = {"r": 2, "target_modules": ["query"], "task_type": "SEQ_CLS"}
     own = save_base(tmp_path / "own", "BertModel", BERT)
     save_adapter(tmp_path / "1", own, "BertForSequenceClassification", **settings)
@@ -290,7 +290,7 @@ def test_a_layer_that_neither_has_is_refused(tmp_path):
         merged(tmp_path / "out", tmp_path / "1")
 
 
-def test_a_head_that_nobody_trained_is_refused(tmp_path):
+def test_untrained_head_is_refused(tmp_path):
     """A tagger of which the adapter left the head out: nothing would fill it."""
     base = save_base(tmp_path / "base", "BertModel", BERT)
     save_adapter(tmp_path / "1", base, "BertForSequenceClassification", r=2, target_modules=["query", "classifier"])

@@ -192,7 +192,7 @@ def test_shares_in_words():
         ("wide", {"base", "skip"}),  # sizes within the layers, of which some differ in rows alone
     ],
 )
-def test_what_an_error_offers_resolves_it(method, name, offered, partly, tmp_path):
+def test_options_offered_by_the_error_resolve_it(method, name, offered, partly, tmp_path):
     experts = [partly / "one", partly / name] if OF_MODELS[method].experts[1] != 1 else [partly / name]
     recipe = recipe_for(method, experts, partly / "base")
     if recipe.base is None and len(experts) == 1:
@@ -210,7 +210,7 @@ def test_what_an_error_offers_resolves_it(method, name, offered, partly, tmp_pat
 
 @pytest.mark.parametrize(("method", "more"), [("emr", {"expert": 1}), ("ties", {"trim": "model"})])
 @pytest.mark.parametrize(("name", "offered"), [("more", {"base", "resize"}), ("body", {"base"}), ("layers", {"base"})])
-def test_what_is_offered_for_methods_that_look_at_whole_models(method, more, name, offered, partly, tmp_path):
+def test_options_offered_for_methods_over_whole_models(method, more, name, offered, partly, tmp_path):
     recipe = with_options(recipe_for(method, [partly / "one", partly / name], partly / "base"), **more)
     with pytest.raises(FusionError, match="do not match") as caught:
         plan_merge(recipe)

@@ -81,7 +81,7 @@ def test_safetensors(case, folders, tmp_path):
     assert str(folders[1] / SINGLE) in error.message
 
 
-def test_what_safetensors_writes_is_read(tmp_path):
+def test_files_of_safetensors_are_read(tmp_path):
     tensors = {"none": torch.ones(0, 3), "scalar": torch.tensor(2.0), "größe": torch.ones(2, 1, dtype=torch.bfloat16)}
     save_file(tensors, tmp_path / SINGLE, metadata={"format": "pt", "x": "y"})
     found = read_header(tmp_path / SINGLE)
@@ -109,7 +109,7 @@ def test_many_names_twice_take_no_longer(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers(value, folders, tmp_path):
+def test_nan_and_inf_weights_are_refused(value, folders, tmp_path):
     file = folders[2] / SINGLE
     tensors = load_file(file)
     tensors["layers.1.mlp.bias"][3] = value
@@ -126,13 +126,13 @@ def test_values_beyond_half_precision(folders, tmp_path):
     refused("embed.weight exceeds 65504", recipe, tmp_path / "out", tmp_path)
 
 
-def test_a_methods_own_refusal(folders, tmp_path):
+def test_refusal_by_a_method_leaves_no_output(folders, tmp_path):
     experts = tuple(RecipeExpert(str(folder), weight) for folder, weight in zip(folders[:2], (1.0, -1.0), strict=True))
     with pytest.raises(FusionError, match="weights of .* sum to 0"):
         merge(Recipe("linear", experts), tmp_path / "out")
 
 
-def test_whole_numbers_in_the_place_of_weights(folders, tmp_path):
+def test_integer_tensors_are_a_mismatch(folders, tmp_path):
     file = folders[2] / SINGLE
     save_file(load_file(file) | {"head.weight": torch.ones(3, 4, dtype=torch.int32)}, file)
     with pytest.raises(FusionError, match="head.weight +1 .*I32 against F32 +base | skip"):
@@ -182,7 +182,7 @@ def test_an_index_that_names_no_file_beside_it(place, sharded, tmp_path):
         (lambda index: [index], "has no weight_map"),
     ],
 )
-def test_an_index_that_does_not_tell_what_is_there(change, reason, sharded, tmp_path):
+def test_index_that_contradicts_the_shards_is_refused(change, reason, sharded, tmp_path):
     reindexed(sharded[1], change)
     refused(reason, recipe_of(sharded), tmp_path / "out", tmp_path)
 
@@ -227,7 +227,7 @@ def test_links_within_a_model_and_into_the_cache_are_followed(tmp_path):
 
 @pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "config.json", INDEX])
 @pytest.mark.parametrize("kind", ["circle", "nowhere", "pipe", "folder"])
-def test_what_is_no_file(name, kind, sharded, tmp_path):
+def test_missing_and_special_files_are_refused(name, kind, sharded, tmp_path):
     file = sharded[1] / name
     file.unlink()
     match kind:
@@ -261,7 +261,7 @@ def test_a_model_of_many_heads_is_aligned_at_once(tmp_path):
     assert time.perf_counter() - began < 10
 
 
-def test_an_adapter_on_itself(tmp_path):
+def test_adapter_on_itself_is_refused(tmp_path):
     own = tmp_path / "adapter"
     own.mkdir()
     save_file({"base_model.model.head.lora_A.weight": torch.ones(1, 4)}, own / "adapter_model.safetensors")
@@ -349,7 +349,7 @@ def test_recipes(case, folders, tmp_path):
 
 
 @pytest.mark.parametrize("raw", [b"\xff\xfe", b"method: \xe4", "method: x".encode("utf-16"), b"\0", b""])
-def test_recipes_that_are_no_text(raw, tmp_path):
+def test_binary_recipes_are_refused(raw, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_bytes(raw)
     with pytest.raises(FusionError, match=f"{recipe} (is not valid YAML|holds None)"):
@@ -421,7 +421,7 @@ def test_outputs_that_no_folder_can_be_put_to(folders, tmp_path):
         refused(reason, recipe_of(folders), tmp_path / out, tmp_path)
 
 
-def test_an_output_that_nobody_may_write_to(folders, tmp_path):
+def test_unwritable_output_is_refused(folders, tmp_path):
     if os.geteuid() == 0:
         pytest.skip("root may write everywhere")
     (tmp_path / "theirs").mkdir(mode=0o500)
@@ -469,7 +469,7 @@ def test_a_link_to_a_folder_is_followed(folders, tmp_path):
     assert (tmp_path / "out").is_symlink() and (tmp_path / "big" / SINGLE).exists()
 
 
-def test_what_lies_where_the_lock_should_does_not_lose_its_content(folders, tmp_path):
+def test_file_linked_at_the_lock_keeps_its_content(folders, tmp_path):
     precious = tmp_path / "precious"
     precious.write_text("mine")
     (tmp_path / ".out.lock").symlink_to(precious)

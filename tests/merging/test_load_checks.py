@@ -217,7 +217,7 @@ def test_a_merge_that_would_not_load_leaves_nothing_behind(one_side, capsys):
     assert loaded(one_side / "out").config.vocab_size == 42
 
 
-def test_what_is_amiss_with_the_inputs_is_let_pass(tmp_path):
+def test_faults_of_the_inputs_are_tolerated(tmp_path):
     for seed, name in enumerate(("base", "one", "two")):
         file = save_llama(tmp_path / name, seed) / "model.safetensors"
         tensors = load_file(file) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
@@ -229,7 +229,7 @@ def test_what_is_amiss_with_the_inputs_is_let_pass(tmp_path):
     assert report.warnings == []
 
 
-def test_what_is_written_is_what_was_planned(tmp_path):
+def test_written_files_match_the_plan(tmp_path):
     folders = models(tmp_path)
     planned = plan_merge(recipe_of(folders))
     merge(recipe_of(folders), tmp_path / "out")

@@ -92,7 +92,7 @@ def test_other_architectures(build, tmp_path):
     torch.testing.assert_close(logits(loaded), logits(peft_sum(model, folders, [0.75, 0.5])), rtol=1e-5, atol=1e-5)
 
 
-def test_svd_is_the_best_of_its_rank_and_tells_its_error(tmp_path):
+def test_svd_is_optimal_for_its_rank_and_reports_its_error(tmp_path):
     model = llama()
     folders = [save(tmp_path / str(i), model, i, **options) for i, options in enumerate(LLAMA)]
     report = merge(recipe_of(folders, rank=5), tmp_path / "out")
@@ -172,7 +172,7 @@ def test_a_lora_on_the_head_that_is_saved_beside_it(tmp_path):
     torch.testing.assert_close(logits(loaded), logits(peft_sum(model, folders, [1, 1])), rtol=1e-5, atol=1e-5)
 
 
-def test_what_cannot_be_merged_is_named(tmp_path):
+def test_unmergeable_adapters_are_named(tmp_path):
     model = llama()
     one = save(tmp_path / "one", model, r=2, target_modules=["q_proj"])
     wide = save(tmp_path / "wide", llama(hidden=64), 1, r=2, target_modules=["q_proj"])
@@ -197,7 +197,7 @@ def test_what_cannot_be_merged_is_named(tmp_path):
     assert not out.exists() and not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_the_command_tells_what_a_rank_loses(tmp_path, capsys):
+def test_command_reports_the_error_of_a_rank(tmp_path, capsys):
     model = llama()
     folders = [str(save(tmp_path / str(i), model, i, r=4, target_modules=["q_proj"])) for i in range(2)]
     given = ["fuse", "--method", "lora", "--experts", *folders, "--set", "rank=4", "--set", "normalize=true"]

@@ -259,7 +259,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_no_configuration_can_say_is_refused_by_the_key(case, tmp_path):
+def test_inexpressible_slices_are_refused_naming_the_key(case, tmp_path):
     architecture, numbers, said = REFUSED[case]
     options, left_out, _ = CASES[architecture]
     saved(tmp_path / "model", architecture, options, left_out)
@@ -336,7 +336,7 @@ def test_outputs_of_a_backbone_are_renumbered(tmp_path):
         stacked(tmp_path / "dino", [0, 3], tmp_path / "refused")
 
 
-def test_layers_that_predict_further_tokens_are_none_of_the_slices(tmp_path):
+def test_multi_token_prediction_layers_are_not_sliced(tmp_path):
     options, left_out, _ = CASES["DeepseekV3ForCausalLM"]
     saved(tmp_path / "model", "DeepseekV3ForCausalLM", {**options, "num_nextn_predict_layers": 1}, left_out)
     config = config_of(stacked(tmp_path / "model", [0, 1, 2], tmp_path / "out"))

@@ -80,7 +80,7 @@ def test_two_adapters_are_the_mean_of_what_peft_makes_of_them(kind, made, tmp_pa
 
 @pytest.mark.long
 @pytest.mark.parametrize("method", OF_MODELS)
-def test_every_method_merges_a_head_of_its_own(method, made, tmp_path):
+def test_each_method_merges_an_untied_head(method, made, tmp_path):
     """As it merges the same model with its head stored, whose every tensor is known."""
     folder, _, tied = made
     names = ("save embeddings", "LoRA on the head")
@@ -143,7 +143,7 @@ def test_the_head_that_is_kept(full, tmp_path):
     assert torch.equal(loaded(tmp_path / "out").lm_head.weight, found.lm_head.weight)
 
 
-def test_tied_models_that_store_their_head_as_well(full, tmp_path):
+def test_tied_models_that_also_store_their_head(full, tmp_path):
     for number, name in enumerate(("tied", "also tied")):
         tensors = load_file(full / name / "model.safetensors")
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -169,7 +169,7 @@ def test_dora_is_refused_with_a_way_on(full, tmp_path):
 
 
 @pytest.mark.parametrize("target", [["c_attn", "wte"], ["c_attn", "lm_head"], ["c_attn"]])
-def test_gpt2_whose_matrices_lie_the_other_way_round(target, tmp_path):
+def test_gpt2_with_transposed_matrices(target, tmp_path):
     torch.manual_seed(0)
     config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=16)  # as many tokens as columns
     model = GPT2LMHeadModel(config)

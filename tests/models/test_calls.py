@@ -60,7 +60,7 @@ def test_a_scope_is_left_for_all_who_have_it_wherever_it_is_left():
     assert context.run(calls.scope) is None
 
 
-def test_tasks_have_scopes_and_kept_values_apart():
+def test_tasks_have_separate_scopes_and_kept_values():
     calls = Calls()
 
     async def task(value: int) -> list[object]:
@@ -80,7 +80,7 @@ def test_tasks_have_scopes_and_kept_values_apart():
     assert calls.kept() is None
 
 
-def test_copies_have_calls_apart_and_nothing_outlives_them():
+def test_copies_have_separate_calls_that_end_with_them():
     calls = Calls()
     holder = {"model": calls, "module": calls}
     with calls.scoped(1), calls.entered(1):
@@ -141,7 +141,7 @@ def test_compiled_code_finds_what_its_thread_has():
     assert model.calls.current() is None
 
 
-def test_what_compiled_code_kept_is_found_by_its_thread():
+def test_values_kept_by_compiled_code_are_per_thread():
     calls = Calls()
 
     @torch.compile(backend="eager", fullgraph=True)
@@ -176,7 +176,7 @@ def test_compiled_code_reads_the_scopes_of_its_task():
     torch._dynamo.reset()
 
 
-def test_no_family_asks_what_is_true_while_any_thread_compiles():
+def test_no_family_uses_the_global_is_compiling_flag():
     """`torch.compiler.is_compiling` is one flag for all threads; a call would take another way for what others do."""
     files = list(Path(fused_calls.__file__).parent.glob("*.py"))
     assert [file.name for file in files if "compiler.is_compiling()" in file.read_text(encoding="utf-8")] == []

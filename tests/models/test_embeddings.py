@@ -174,7 +174,7 @@ def test_two_towers_name_theirs():
             model.get_input_embeddings()
 
 
-def test_what_cannot_be_resized_says_why(tokenizer):
+def test_refusals_to_resize_give_a_reason(tokenizer):
     two = [
         Expert("me/one", llama(), processor=tokenizer),
         Expert("me/two", llama(1, vocabulary=330), processor=make_tokenizer(330, lower=True)),

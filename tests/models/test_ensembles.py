@@ -98,7 +98,7 @@ def test_regressors_are_averaged(tokenizer):
     torch.testing.assert_close(answer(model), logits_of(experts)[0] * 0.25 + logits_of(experts)[1] * 0.75)
 
 
-def test_what_does_not_fit_is_named(experts, tokenizer):
+def test_invalid_options_are_refused(experts, tokenizer):
     speakers = [Expert("me/llama", llama(), processor=tokenizer)] * 2
     for given, options, message in (
         (experts, {"rule": "median"}, "rule is 'median'; it must be one of mean, max_model"),

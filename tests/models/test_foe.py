@@ -80,7 +80,7 @@ def test_a_fusion_of_adapters_is_base_plus_adapters_plus_fuser(adapters, tmp_pat
     assert (tmp_path / "model.safetensors").stat().st_size <= 1.05 * 4 * numbers
 
 
-def test_experts_with_their_own_tokenizers_and_architectures(tmp_path):
+def test_experts_with_different_tokenizers_and_architectures(tmp_path):
     experts = [
         Expert("me/bert", bert(ABC), processor=make_tokenizer(), labels=ABC),
         Expert("me/lower", distilbert(["C", "A"]), processor=make_tokenizer(330, lower=True), labels=["C", "A"]),
@@ -145,7 +145,7 @@ def test_labels_are_mapped_renamed_merged_and_dropped(tokenizer):
         FoEModel.from_experts(experts, label_maps={"me/three": {}})
 
 
-def test_selection_keeps_label_spaces_apart(tokenizer):
+def test_selection_separates_label_spaces(tokenizer):
     experts = [
         Expert("me/mood", bert(["yes", "no"]), processor=tokenizer, labels=["yes", "no"]),
         Expert("me/topic", bert(["no", "sport", "art"], seed=1), processor=tokenizer, labels=["no", "sport", "art"]),

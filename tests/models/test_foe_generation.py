@@ -110,7 +110,7 @@ def test_a_row_is_what_its_expert_generates(kind, options, tokenizer):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_samples_of_one_expert_are_its_own(kind, tokenizer):
+def test_sampling_of_one_expert_equals_the_plain_expert(kind, tokenizer):
     experts = KINDS[kind](tokenizer)
     model = FoEModel.from_experts(experts, mode="selection")
     inputs, options = prompts(model), {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 5, "top_k": 20}
@@ -279,7 +279,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_divided_is_named(options, message, tokenizer):
+def test_invalid_choices_are_refused(options, message, tokenizer):
     model = FoEModel.from_experts(causal(tokenizer), mode="selection")
     with pytest.raises(ValueError, match=message):
         model.generate(**prompts(model), **{"choice": CHOICE, "max_new_tokens": 2} | options)
@@ -333,7 +333,7 @@ def test_stops_at_either_of_two_tokens(tokenizer, tmp_path):
     assert torch.equal(FoEForGeneration.from_pretrained(tmp_path).generate(**inputs, choice=[0]), wanted)
 
 
-def test_what_is_changed_holds_for_all_and_what_is_not_for_each(tokenizer, tmp_path):
+def test_changed_generation_settings_apply_to_every_expert(tokenizer, tmp_path):
     experts = causal(tokenizer, *OWN)
     model = FoEModel.from_experts(experts, mode="selection")
     inputs = prompts(model)
@@ -383,7 +383,7 @@ def test_a_pipeline_leaves_to_experts_what_is_theirs(tokenizer):
         assert fused(TEXTS[0]) == own(TEXTS[0])
 
 
-def test_experts_with_their_own_tokenizers(tokenizer, tmp_path):
+def test_experts_with_different_tokenizers(tokenizer, tmp_path):
     """The second model has 40 more rows than its tokenizer, and writes them too."""
     lower = make_tokenizer(330, lower=True)
     experts = [

@@ -263,7 +263,7 @@ def test_calls_of_several_models_at_once(tokenizer):
     assert wrong_calls({str(number): call for number, call in enumerate(calls)}, 80) == []
 
 
-def test_tasks_read_the_routing_of_their_own_calls(tokenizer):
+def test_tasks_read_the_routing_of_their_call(tokenizer):
     model = frugal(mixed(tokenizer))
     model.record_routing = True
     every = batches(model)

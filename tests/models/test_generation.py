@@ -118,7 +118,7 @@ def test_the_generation_config_of_the_base_travels(kind, tmp_path):
     assert {name: getattr(fused.merge_for(task="me/expert-0").generation_config, name) for name in BASE} == BASE
 
 
-def test_what_all_experts_say_goes_before_the_base(tmp_path):
+def test_settings_shared_by_experts_override_the_base(tmp_path):
     base = llama()
     base.generation_config.repetition_penalty = 1.2
     experts = fine_tunes_of(base)
@@ -137,7 +137,7 @@ def test_what_all_experts_say_goes_before_the_base(tmp_path):
     assert WEMoEForGeneration.from_pretrained(tmp_path / "saved").generation_config.temperature == 0.7
 
 
-def test_an_adapters_own_file_is_read(tmp_path):
+def test_generation_config_of_an_adapter_is_read(tmp_path):
     base = save_base(tmp_path / "base")
     folders = [save_lora(tmp_path / name, str(base), seed) for seed, name in enumerate(("one", "two"))]
     for folder, length in zip(folders, (5, 6), strict=True):

@@ -209,7 +209,7 @@ def test_gradients_reach_gates_experts_and_base(checkpointing):
         assert any(name.endswith(part) and float(g.abs().sum()) > 0 for name, g in gradients.items()), part
 
 
-def test_gradients_are_those_of_the_plain_loop():
+def test_gradients_equal_the_plain_loop():
     """Against autograd through dense sums over all experts, in double precision."""
     base = llama().double()
     experts = experts_of(base, SHAPES["llama"][1])
@@ -382,7 +382,7 @@ BAD: dict[str, tuple[Callable[[list[Expert]], object], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_does_not_fit_is_named(name):
+def test_mismatched_experts_are_refused(name):
     experts = experts_of(llama(), [(4, LLAMA), (4, LLAMA)])
     for expert in experts:
         expert.adapter.base = "me/base"
@@ -397,7 +397,7 @@ def test_more_experts_per_token_than_experts():
         PhatgooseRouter.from_experts(experts_of(llama(), [(4, LLAMA)] * 2), top_k=3)
 
 
-def test_missing_gates_become_prototypes_when_asked():
+def test_missing_gates_become_prototypes_with_the_option():
     experts = experts_of(llama(), [(4, LLAMA)] * 3)
     experts[1].gates = None
     router = PhatgooseRouter.from_experts(experts, missing_gates="arrow")

@@ -140,7 +140,7 @@ def test_one_expert_equals_peft_and_so_does_its_export(name, tmp_path):
     assert float((got - plain).norm() / plain.norm()) > 0.1
 
 
-def test_texts_and_images_are_routed_apart():
+def test_texts_and_images_are_routed_separately():
     """A batch of five tokens, some of them padding, beside five patches: CLIP against the plain loop."""
     base = clip()
     experts = experts_of(base, [(4, ("q_proj", "fc1")), (2, ("q_proj", "v_proj")), (3, ("fc1",))])
@@ -175,7 +175,7 @@ def test_a_mask_may_be_given_by_position():
 
 
 @pytest.mark.parametrize("kind", ["llama mixed", "t5", "heads"])
-def test_a_loaded_router_grows_and_shrinks_as_if_built_anew(kind, tmp_path):
+def test_loaded_router_with_changed_experts_equals_a_new_one(kind, tmp_path):
     experts = heads_of_different_labels()[1] if kind == "heads" else experts_of(SHAPES[kind][0](), SHAPES[kind][1])
     inputs = TEXT if kind == "heads" else SHAPES[kind][2]
     PhatgooseRouter.from_experts(experts[:2]).save_pretrained(tmp_path / "two")

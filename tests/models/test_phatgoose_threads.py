@@ -307,7 +307,7 @@ def test_a_thread_within_a_copy_of_the_context_sees_what_is_used():
     assert output.generated_tokens == want[0, IDS.shape[1] :].tolist()
 
 
-def test_a_head_called_by_itself_follows_the_last_call_of_its_thread():
+def test_head_called_alone_follows_the_last_call_of_its_thread():
     router = PhatgooseRouter.from_experts(heads_of_different_labels()[1])
     head, read = router.backbone.classifier, []
     head.register_forward_pre_hook(lambda module, args: read.append(args[0]))
@@ -339,7 +339,7 @@ def test_a_call_within_a_call_leaves_the_outer_one_as_it_was():
     assert router.calls.current() is None
 
 
-def test_layers_that_someone_else_computes_again():
+def test_layers_recomputed_by_a_wrapper():
     """Wrappers of layers, as FSDP and accelerate have them, know nothing of the router."""
     router = PhatgooseRouter.from_experts(experts_of(llama(), SHAPES["llama mixed"][1]))
     wanted = [p for name, p in router.named_parameters() if ".experts." in name]

@@ -30,7 +30,7 @@ def test_code_of_a_tokenizer_does_not_replace_the_models(name, tmp_path):
         FoEProcessor(processors).save_pretrained(tmp_path)
 
 
-def test_code_of_other_names_lies_at_the_root(tmp_path):
+def test_code_with_other_names_is_saved_at_the_root(tmp_path):
     FoEProcessor([Tokenizing("mine.py", "one = 1"), Tokenizing("yours.py", "two = 2")]).save_pretrained(tmp_path)
     assert (tmp_path / "mine.py").read_text() == "one = 1"
     assert (tmp_path / "yours.py").read_text() == "two = 2"

@@ -166,7 +166,7 @@ def test_routers_begin_at_task_arithmetic():
             assert torch.equal(parameter, torch.full_like(parameter, 0.25 if "layers.1.bias" in name else 0.0))
 
 
-def test_one_merge_for_a_batch_only_when_asked():
+def test_merge_per_batch_only_with_the_option():
     model, _, _, _, inputs = fused("bert")
     with torch.no_grad():
         apart = model(**inputs).logits
@@ -226,7 +226,7 @@ def test_every_task_keeps_its_head():
 
 
 @pytest.mark.parametrize("kind", ["bert", "distilbert"])
-def test_what_stands_before_the_classifier_is_the_experts_own(kind):
+def test_layer_before_the_classifier_comes_from_the_expert(kind):
     """BERT's pooler, DistilBERT's first linear: of one width for all, whatever the number of classes behind it."""
     build, path = {"bert": (bert, "bert.pooler.dense"), "distilbert": (distilbert, "pre_classifier")}[kind]
     base = build(["x", "y"])

@@ -42,7 +42,7 @@ def experts_of() -> tuple[nn.Module, list[Expert]]:
     return base, experts
 
 
-def test_heads_are_known_alike():
+def test_auto_classes_and_heads_agree():
     assert set(AUTO_CLASSES) == set(HEADS)
 
 

@@ -70,7 +70,7 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("name", MISFITS)
-def test_what_does_not_fit_is_named(name):
+def test_mismatched_experts_are_refused(name):
     base = bert_base()
     experts = experts_of(base)
     spoil, message = MISFITS[name]

@@ -220,7 +220,7 @@ def test_an_accelerator_gets_few_calls_and_is_never_waited_for(kind, storage):
         torch.autograd.grad(output.sum(), [p for p in model.parameters() if p.requires_grad])
 
 
-def test_rows_stored_apart_are_put_together(monkeypatch):
+def test_blocks_of_rows_are_concatenated(monkeypatch):
     monkeypatch.setattr(linears_wemoe, "BLOCK", 16 * 32)
     linear = fused("bert", task_vectors="sparse")[0].units[0].linears[0]
     assert (linear.step, linear.rows, linear.experts) == (16, 64, 3)

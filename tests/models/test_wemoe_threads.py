@@ -294,7 +294,7 @@ def trained(kind: str, enable: Callable[[Any], None]) -> Calls:
         pytest.param("t5", "model", marks=pytest.mark.slow),
     ],
 )
-def test_layers_that_are_computed_again_find_their_own_call(kind, where):
+def test_recomputed_layers_find_their_call(kind, where):
     again = trained(kind, CHECKPOINTING[where])
     for name, call in trained(kind, lambda model: None).items():
         for got, want in zip(again[name](), call(), strict=True):

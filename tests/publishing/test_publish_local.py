@@ -61,7 +61,7 @@ def texts_of(owner, repo: str) -> dict[str, bytes]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
-def test_folders_are_told_by_name_and_content(kind, owner, place, tmp_path):
+def test_folders_are_recorded_by_name_and_hash(kind, owner, place, tmp_path):
     folder = fused_from(kind, place, tmp_path / "fused")
     (folder / "training_args.bin").write_bytes(f"pickled {tmp_path}".encode())  # what a Trainer leaves for itself
     (folder / "checkpoint-10").mkdir()
@@ -89,7 +89,7 @@ def test_folders_are_told_by_name_and_content(kind, owner, place, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
-def test_folders_are_pushed_first_if_asked(kind, owner, place, tmp_path):
+def test_local_experts_are_pushed_first_with_the_option(kind, owner, place, tmp_path):
     folder = fused_from(kind, place, tmp_path / "fused")
     planned = plan(folder, f"{owner.name}/mood", push_experts=True, api=owner.api)
     names = [Path(expert.model).name for expert in Recipe.load(folder).experts]

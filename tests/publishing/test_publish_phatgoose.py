@@ -169,7 +169,7 @@ def test_published_by_reference_it_loads_anywhere_and_its_card_says_what_was_mea
     assert f"{{'{ids[0]}': " in said.splitlines()[-1]  # the usage block: the experts' shares of the routing weight
 
 
-def test_whole_it_needs_nobody_else(hub, owner, ids, tmp_path):
+def test_complete_repo_needs_no_other_repo(hub, owner, ids, tmp_path):
     folder = save_fused(fuse("phatgoose", ids, api=owner.api), tmp_path / "fused")
     planned = plan(folder, f"{owner.name}/both", api=owner.api)
     assert "Not measured." in planned.card

@@ -106,7 +106,7 @@ def test_the_card_says_what_was_merged_how_and_what_it_can(owner, ids, recipe, t
     assert {"hf-fusion", "merge", "ties", f"base_model:merge:{ids[1]}"} <= set(tags)
 
 
-def test_a_merge_from_memory_is_published_as_well(owner, ids, tmp_path):
+def test_merge_in_memory_is_published(owner, ids, tmp_path):
     model = fuse("linear", ids[1:], weights=[1, 3], api=owner.api)
     done = publish(model, f"{owner.name}/mood", api=owner.api)
     files = owner.api.list_repo_files(done.repo_id)
@@ -136,7 +136,7 @@ def test_a_base_with_an_adapter_counts_with_both(owner, ids, tmp_path):
         plan(merged.folder, f"{owner.name}/open", private=False, api=owner.api)
 
 
-def test_what_could_not_be_published_is_said_before_the_merge(hub, owner, anyone, ids, recipe, tmp_path):
+def test_unpublishable_recipe_is_refused_before_the_merge(hub, owner, anyone, ids, recipe, tmp_path):
     mine = f"{owner.name}/mood"
     check_publish(recipe, mine, api=owner.api)
     check_publish(recipe, ids[0], overwrite=True, api=owner.api)  # a repo that is there

@@ -149,7 +149,7 @@ def test_one_server_per_folder_and_per_port(tmp_path):
         HfApi(endpoint=hub.endpoint, token=hub.token("x")).whoami()
 
 
-def test_answers_only_where_it_was_told(tmp_path):
+def test_server_listens_on_the_given_host_only(tmp_path):
     with HubServer(tmp_path, host="127.0.0.2") as hub:
         assert hub.endpoint.startswith("http://127.0.0.2:")
         assert get_session().get(f"{hub.endpoint}/api/models").json() == []

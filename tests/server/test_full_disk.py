@@ -83,7 +83,7 @@ def state(api: HfApi, slug: str, cache: Path) -> object:
 
 
 @pytest.mark.long
-def test_nothing_is_changed_and_all_is_still_served(tmp_path):
+def test_full_disk_changes_nothing_and_reads_still_work(tmp_path):
     with small_disk(tmp_path / "disk", 16) as disk, HubServer(disk.path / "hub") as hub:
         api = HfApi(endpoint=hub.endpoint, token=hub.token("me"))
         api.create_repo("me/m")

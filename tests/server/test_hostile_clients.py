@@ -140,7 +140,7 @@ def test_one_repo_does_not_break_the_list_for_everybody(hub, alice, name):
 # --- bodies ------------------------------------------------------------------------------------------------------
 
 
-def test_nobody_sends_much_without_a_token(hub, alice):
+def test_uploads_without_a_token_are_cut_off(hub, alice):
     user, api = alice
     api.create_repo(f"{user}/m")
     sent = []
@@ -168,7 +168,7 @@ def test_nobody_sends_much_without_a_token(hub, alice):
         assert len(sent) < 100, path  # what sockets hold, not the body
 
 
-def test_too_much_is_answered_with_413(hub, alice):
+def test_oversized_requests_get_413(hub, alice):
     user, api = alice
     api.create_repo(f"{user}/m")
     for path, size in ((f"/api/models/{user}/m/preupload/main", 33 << 20), ("/api/validate-yaml", 5 << 20)):
@@ -267,7 +267,7 @@ def test_odd_cursors_ranges_revisions_and_credentials(hub, alice):
             assert answer.status_code in (200, 401)
 
 
-def test_what_is_asked_for_does_not_reach_a_header_as_it_is(hub, alice):
+def test_query_text_is_escaped_in_headers(hub, alice):
     user, api = alice
     for title in ("one", "two"):
         api.create_collection(title)

@@ -83,7 +83,7 @@ def test_delete_and_move(alice):
     assert api.list_repo_files(f"{name}/new") == [".gitattributes"]
 
 
-def test_missing_things_have_their_own_errors(repo, anyone):
+def test_missing_repos_revisions_and_files_have_distinct_errors(repo, anyone):
     with pytest.raises(RepositoryNotFoundError):
         anyone.model_info("nobody/nothing")
     with pytest.raises(RepositoryNotFoundError):

@@ -105,7 +105,7 @@ def directed(case: schemathesis.Case, chance: random.Random, slug: str, body: by
 
 @pytest.mark.long
 @pytest.mark.parametrize("examples", [2, pytest.param(100, marks=pytest.mark.slow)])
-def test_no_request_of_the_schema_is_answered_with_500(served, examples):
+def test_no_schema_request_gets_500(served, examples):
     """Seed 0; each request without a token and with one; 100 a route, valid and 100 invalid: about 20,000 in all."""
     hub, api = served
     schema = schemathesis.openapi.from_url(f"{hub.endpoint}/.well-known/openapi.json")

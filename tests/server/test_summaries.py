@@ -45,7 +45,7 @@ def test_a_restart_derives_nothing(folder):
         assert derivation.facts.cache_info().misses == before
 
 
-def test_it_equals_what_the_repo_itself_says(folder):
+def test_summary_equals_the_repo(folder):
     with HubServer(folder) as hub:
         row = listed(hub.endpoint)
         alone = HfApi(endpoint=hub.endpoint, token=False).model_info("me/one")
@@ -77,7 +77,7 @@ def test_a_commit_and_a_download_show_at_once(folder, tmp_path):
     "content",
     [b"", b"\xff\0", b"[1]", b"{}", b"[" * 100_000, b'{"format": 1, "sha": "x", "properties": {}}'],
 )
-def test_what_is_damaged_is_derived_again(folder, content):
+def test_damaged_summary_is_rebuilt(folder, content):
     good = kept(folder).read_bytes()
     kept(folder).write_bytes(content)
     with HubServer(folder) as hub:
@@ -85,14 +85,14 @@ def test_what_is_damaged_is_derived_again(folder, content):
     assert kept(folder).read_bytes() == good
 
 
-def test_what_another_version_derived_is_derived_again(folder):
+def test_summary_of_another_version_is_rebuilt(folder):
     old = json.loads(kept(folder).read_bytes())
     kept(folder).write_text(json.dumps({**old, "format": FORMAT - 1, "properties": {**old["properties"], "tags": []}}))
     with HubServer(folder) as hub:
         assert "first" in listed(hub.endpoint)["tags"]
 
 
-def test_a_folder_that_cannot_be_written_is_listed_all_the_same(folder):
+def test_unwritable_folder_is_listed(folder):
     kept(folder).unlink()
     kept(folder).mkdir()  # nothing can be renamed onto a folder
     with HubServer(folder) as hub:

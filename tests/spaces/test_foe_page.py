@@ -91,7 +91,7 @@ def test_every_expert_has_the_same_labels_on_the_same_axis(page):
     assert len(set(re.findall(r"--label:\d+ch", html))) == 1
 
 
-def test_answer_order_and_cost_are_told_in_words_and_numbers(page):
+def test_answer_order_and_cost_are_shown(page):
     html = str(page.answer_panel(routing()))
     assert "78.7 % confident" in html and "2 of 3 experts queried" in html and "<b>75 %</b> of the cost" in html
     assert re.findall(r"<li><b>(\d)</b>(\w+) <span>(\d+ %)", html) == [("1", "all", "25 %"), ("2", "pets", "50 %")]
@@ -156,7 +156,7 @@ def test_the_plot_has_a_table_beside_it(curve):
     assert "budget 80 %" not in curve.results_panel(RESULTS, routing(budget=None))
 
 
-def test_a_model_without_results_says_so(curve):
+def test_missing_results_are_reported(curve):
     assert "no results.json" in curve.results_panel(None)
 
 

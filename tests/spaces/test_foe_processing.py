@@ -67,7 +67,7 @@ def test_blank_pictures_are_refused(processing, level):
     "url",
     ["", "hello", __file__, "data:text/html;base64,aGk=", "data:image/png;base64,aGk=", "data:image/png;base64,?"],
 )
-def test_what_is_no_picture_is_refused(processing, url):
+def test_invalid_images_are_refused(processing, url):
     with pytest.raises(processing.InputError, match="picture"):
         processing.read_picture(url)
 
@@ -105,7 +105,7 @@ def trace(order, outputs=None, scores=None):
     return values | ({} if scores is None else {"scores": torch.tensor([scores])})
 
 
-def test_routing_tells_who_was_asked_and_what_they_know(processing):
+def test_routing_lists_queried_experts_and_their_labels(processing):
     outputs = [[0.2, 0.8, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
     routing = processing.read_routing(CONFIG, trace([2, 0, 1], outputs), torch.tensor([0.0, 2.0, 0.0]), 0.8)
     pets, birds, broken = routing["experts"]
@@ -147,7 +147,7 @@ def test_routing_among_language_models_has_no_labels(processing):
     assert routing["experts"][1]["score"] == pytest.approx(0.9526, abs=1e-4)
 
 
-def test_of_many_labels_the_most_probable_are_shown(processing):
+def test_only_the_most_probable_labels_are_shown(processing):
     labels = [f"label {index}" for index in range(40)]
     fused, expert = [0.0] * 40, [0.0] * 40
     fused[30], expert[3] = 0.9, 0.8

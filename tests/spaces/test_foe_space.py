@@ -150,7 +150,7 @@ def example(digit: int) -> Path:
 
 
 @pytest.mark.long
-def test_visitors_share_the_model_and_each_sees_its_own_routing(digits, space_modules):
+def test_concurrent_visitors_see_their_routing(digits, space_modules):
     (space,) = space_modules("foe", "model")
     digits.model.record_routing = True
     served = space.Served("", "", digits.model, digits.model.processor, "image", None, [])
@@ -196,7 +196,7 @@ def test_uploads_are_opened_within_limits(digits_url, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.browser
-def test_a_digit_is_answered_in_the_browser(digits, digits_url, visit):
+def test_digit_is_classified_in_the_browser(digits, digits_url, visit):
     for width, scheme in SCREENS:
         page = visit(digits_url, width, scheme)
         page.wait_for_selector("[data-answer]")
@@ -243,7 +243,7 @@ def test_a_digit_is_answered_in_the_browser(digits, digits_url, visit):
 
 
 @pytest.mark.browser
-def test_a_text_is_answered_in_the_browser(run_space, texts, visit):
+def test_text_is_classified_in_the_browser(run_space, texts, visit):
     page = visit(run_space("foe", MODEL_ID=texts.id, MODEL_REVISION=texts.sha))
     wait_for(page, "[data-answer]", texts.ask(text=["the quick fox"]).label)
     assert page.locator(".foe-budget").count() == 0  # a selection keeps to no budget
@@ -263,7 +263,7 @@ def test_a_text_is_answered_in_the_browser(run_space, texts, visit):
 
 
 @pytest.mark.slow
-def test_what_cannot_be_served_is_said_on_the_page(alone, hub, texts):
+def test_unservable_model_is_reported_on_the_page(alone, hub, texts):
     api = HfApi(endpoint=hub.endpoint, token=hub.token("space-other"))
     api.create_repo("space-other/bert")
     api.upload_file(repo_id="space-other/bert", path_in_repo="config.json", path_or_fileobj=b'{"model_type": "bert"}')

@@ -94,7 +94,7 @@ def test_a_broken_summary_says_what_is_wrong_and_where(space, summary, said, cha
         space.data.parse(broken)
 
 
-def test_what_is_no_summary_at_all_is_told(space, tmp_path):
+def test_invalid_summary_is_reported(space, tmp_path):
     path = tmp_path / "leaderboard.json"
     files = {"{": "is no JSON", "[]": "not an object", "{}": "has no 'suites'", "[" * 9999: "is no JSON"}
     for text, said in files.items():
@@ -121,7 +121,7 @@ def test_an_address_comes_back_from_its_view(space, suites):
     assert space.view.View("minilm-8").to_query() == "?suite=minilm-8"
 
 
-def test_what_a_suite_does_not_have_falls_back(space, suites):
+def test_unknown_query_values_fall_back_to_defaults(space, suites):
     names = ("suite", "show", "split", "tasks", "condition", "family", "variant", "sort", "row", "other")
     query = "&".join(f"{name}=x%ff" for name in names) + f"&find={'y' * 999}"
     view, suite = space.view.View.from_query(query, suites)
@@ -134,7 +134,7 @@ def test_what_a_suite_does_not_have_falls_back(space, suites):
 
 
 @pytest.mark.parametrize("condition", ["clean", "typos:3"])
-def test_scores_are_those_of_the_summary(space, suites, summary, condition):
+def test_scores_equal_the_summary(space, suites, summary, condition):
     shown = table(space, suites, f"?condition={condition}")
     for key, row in rows_of(summary).items():
         if condition not in row["scores"]:
@@ -158,7 +158,7 @@ def test_scores_are_those_of_the_summary(space, suites, summary, condition):
         )
 
 
-def test_drops_and_unseen_means_are_those_of_the_summary(space, suites, summary):
+def test_drops_and_unseen_means_equal_the_summary(space, suites, summary):
     shown = table(space, suites, "?show=corruptions")
     for key, row in rows_of(summary).items():
         if row["drop"]:
@@ -320,7 +320,7 @@ def test_the_front_holds_what_no_cheaper_model_beats(space, suites):
     assert [p.score for p in space.plots.front(space.plots.points_of(lower), True)] == [5.5, 4.25]
 
 
-def test_corruptions_are_drawn_and_told_in_numbers(space, suites, summary):
+def test_corruptions_are_plotted_and_tabulated(space, suites, summary):
     html = space.page.board(suites, "?show=corruptions&find=wemoe")
     means = rows_of(summary)["wemoe.default"]["means"]
     for name in ("typos", "truncation"):

@@ -42,7 +42,7 @@ def rows_of(summary, split: str = "all") -> dict[str, dict]:
     return {f"{row['method']}.{row['variant']}": row for row in summary["suites"][0]["rows"] if row["split"] == split}
 
 
-def test_which_metrics_are_errors_is_known_alike_everywhere(space_modules):
+def test_error_metrics_agree_with_the_package(space_modules):
     [data] = space_modules("leaderboard", "data")
     assert data.LOWER == LOWER <= METRICS.keys()
 

@@ -102,7 +102,7 @@ def test_pieces_of_text_are_whole_characters(routing, text):
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_bytes_that_are_no_text_come_to_an_end(routing):
+def test_invalid_utf8_is_split_into_pieces(routing):
     tokenizer = make_tokenizer()
     broken = tokenizer("é", add_special_tokens=False).input_ids[:1] * 9
     pieces = routing.split_text(broken, tokenizer.decode)
@@ -172,7 +172,7 @@ def test_usage_is_sorted_and_entropy_has_a_table(page, made):
     assert "1.10 all 3 equally" in html
 
 
-def test_answers_stand_side_by_side(page):
+def test_answers_are_shown_side_by_side(page):
     html = str(
         page.comparison(
             [("A", "a", " yes\n", True), ("B", "b", "ye", False), ("C", "c", None, False), ("D", "d", " ", True)]

@@ -103,7 +103,7 @@ def test_base_merged_and_one_expert_write_too(served, router, model):
         assert last.done and last.routing is None
 
 
-def test_an_answer_nobody_waits_for_is_stopped(served):
+def test_abandoned_answer_is_stopped(served):
     before = threading.active_count()
     stream = served.ask("the quick fox")
     next(stream)
@@ -113,7 +113,7 @@ def test_an_answer_nobody_waits_for_is_stopped(served):
     assert last.done
 
 
-def test_visitors_share_the_model_and_each_sees_its_own_routing(served, model, monkeypatch):
+def test_concurrent_visitors_see_their_routing(served, model, monkeypatch):
     monkeypatch.setattr(model, "NEW_TOKENS", 16)
 
     def answer(prompt: str, writer: Any) -> list[Any]:
@@ -139,7 +139,7 @@ def test_visitors_share_the_model_and_each_sees_its_own_routing(served, model, m
         ("x" * 20_001, "20,000 characters"),
     ],
 )
-def test_prompts_that_cannot_be_answered(served, model, prompt, problem):
+def test_invalid_prompts_are_refused(served, model, prompt, problem):
     with pytest.raises(model.InputError, match=problem):
         next(served.ask(prompt))
 
@@ -179,7 +179,7 @@ def test_examples_and_the_best_expert_come_from_beside_the_model(served, model):
         (None, "is not a PHATGOOSE router"),
     ],
 )
-def test_what_cannot_be_served_is_named(model, tmp_path, config, problem):
+def test_unservable_model_is_reported(model, tmp_path, config, problem):
     if config:
         (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(model.LoadError, match=problem):
@@ -241,7 +241,7 @@ def titles(trace) -> list[str]:
 
 
 @pytest.mark.slow
-def test_generate_tells_the_routing(url, router):
+def test_generate_returns_the_routing(url, router):
     client = Client(url, verbose=False)
     endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
     assert list(endpoints) == ["/generate"]

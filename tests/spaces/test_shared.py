@@ -86,7 +86,7 @@ def test_experts_beyond_the_colours_are_dashed_and_then_all_grey(experts):
     assert "var(--e-rest)" in experts.look(16) and "dashed" not in experts.look(16)
 
 
-def test_labels_are_moved_apart_within_bounds(plots):
+def test_labels_are_spread_within_bounds(plots):
     assert plots.spread([0.5, 0.5], 0.25) == [0.375, 0.625]
     assert plots.spread([0.0, 0.0, 1.0], 0.25) == [0.0, 0.25, 1.0]
     assert plots.spread([10, 90, 90], 20, 0, 100) == [10, 80, 100]
@@ -95,7 +95,7 @@ def test_labels_are_moved_apart_within_bounds(plots):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_colours_of_experts_can_be_told_apart(scheme):
+def test_expert_colours_are_distinguishable(scheme):
     colours = [rgb(colour) for name, colour in variables("_shared", scheme).items() if name.startswith("e")]
     assert len(colours) == 9
     for eye in map(np.array, EYES.values()):

@@ -133,7 +133,7 @@ def test_the_heat_map_has_numbers_and_how_far_they_are_from_the_constant(space, 
     assert cells(str(flat[0]))[0][1] < 0.05  # noise is no choice
 
 
-def test_lines_by_depth_lie_where_the_axis_says(space, found):
+def test_depth_lines_match_the_axis(space, found):
     html = str(space.plots.depth_plot(found, 1, False))
     ticks = {float(name): float(y) for y, name in re.findall(r'<span style="top:([\d.]+)%">([\d.]+)</span>', html)}
 
@@ -184,7 +184,7 @@ def test_the_answer_and_its_likeliest_classes(space, answer):
     assert "(nothing)" in str(space.page.answer_panel(space.model.Answer(""), ""))
 
 
-def test_others_stand_beside_it_and_come_one_by_one(space, answer):
+def test_comparisons_appear_one_by_one(space, answer):
     html = str(space.page.others(NAMES, answer, [None, answer, None], 1, 0.3, False))
     assert re.findall(r'aria-busy="(\w+)"', html) == ["false", "true", "false", "true"]
     assert "0.3 for all, head of art" in html and html.count("ui-card own") == 1
@@ -300,7 +300,7 @@ def test_no_text_becomes_markup(space):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_cells_can_be_told_apart_and_read(scheme):
+def test_cells_are_distinguishable_and_legible(scheme):
     style = variables("wemoe", scheme)
     more, less = rgb(style["more"]), rgb(style["less"])
     for eye in map(np.array, EYES.values()):

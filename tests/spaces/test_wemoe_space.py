@@ -104,7 +104,7 @@ def plain(reference: Any, text: str, task: str, pair: str = "", using: Any = Non
 # ---------------------------------------------------------------- the model, without a page
 
 
-def test_answers_are_the_models_own(served, model, reference):
+def test_answers_equal_the_model(served, model, reference):
     examples = [model.Example("the quick fox"), model.Example("a lazy dog", "said the gate"), model.Example("a")]
     answers = served.answer(examples, 2)  # padded and apart, as they come
     for example, answer in zip(examples, answers, strict=True):
@@ -115,7 +115,7 @@ def test_answers_are_the_models_own(served, model, reference):
         assert (answer.coefficients.experts, answer.coefficients.layers) == (SHOWN, ["0", "1"])
 
 
-def test_the_constant_answers_by_the_tasks_head_and_an_expert_by_its_own(served, model, reference):
+def test_constant_uses_the_head_of_the_task_and_experts_theirs(served, model, reference):
     [constant] = served.answer([model.Example("a lazy dog")], 2, model.CONSTANT)
     wanted, _ = plain(reference, "a lazy dog", EXPERTS[2], using=[0.3] * 3)
     assert constant.labels == LABELS[2] and constant.probabilities == pytest.approx(wanted, abs=1e-5)
@@ -129,7 +129,7 @@ def test_the_constant_answers_by_the_tasks_head_and_an_expert_by_its_own(served,
     ("text", "problem"),
     [("", "no text"), ("x " * 1500, "tokens, 64 are the most"), ("x" * 20_001, "20,000 characters")],
 )
-def test_texts_that_cannot_be_answered(served, model, text, problem):
+def test_invalid_texts_are_refused(served, model, text, problem):
     with pytest.raises(model.InputError, match=problem):
         served.check(model.Example(text))
 
@@ -162,7 +162,7 @@ def test_parts_add_up_to_the_whole(served, reference):
         (None, "is not a WEMoE"),
     ],
 )
-def test_what_cannot_be_served_is_named(model, tmp_path, config, problem):
+def test_unservable_model_is_reported(model, tmp_path, config, problem):
     if config:
         (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(model.LoadError, match=problem):
@@ -207,7 +207,7 @@ def test_encoder_decoders_have_layers_of_both(app_of, tmp_path):
     assert set(said["alone"]) == {"task arithmetic", "0", "1", "2"}
 
 
-def test_visitors_share_the_model_and_each_sees_its_own_coefficients(model, served):
+def test_concurrent_visitors_see_their_coefficients(model, served):
     texts = [model.Example("the quick fox"), model.Example("nine lazy routers jump, said the gate"), model.Example("a")]
     groups = [texts[:1], texts, texts[1:]]  # padded and not
 
@@ -226,7 +226,7 @@ def test_visitors_share_the_model_and_each_sees_its_own_coefficients(model, serv
     assert wrong_calls(calls, 60) == []
 
 
-def test_pictures_are_answered_alone_and_many_at_once(app_of, tmp_path):
+def test_images_are_answered_singly_and_in_batches(app_of, tmp_path):
     folder = one_head(vit(["x", "y"]), image_processor(16), tmp_path / "model", ("x", "y"), heads="shared")
     app = app_of(folder)
     pictures = images(3)
@@ -302,7 +302,7 @@ def heat(page, table: str = ".ui-pair .ui-heat tbody") -> list[float]:
     return [float(text) for text in page.locator(f"{table} :is(.more, .less)").all_text_contents()]
 
 
-def test_predict_tells_the_answer_and_its_coefficients(url, reference):
+def test_predict_returns_answer_and_coefficients(url, reference):
     client = Client(url, verbose=False)
     endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
     assert list(endpoints) == ["/predict"]

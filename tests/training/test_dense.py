@@ -79,7 +79,7 @@ def test_rows_without_any_label_do_not_count(channels):
     assert loss == 0 and not outputs.grad.any()
 
 
-def test_errors_have_intervals_on_their_own_scale():
+def test_error_metrics_have_intervals_on_their_scale():
     found = score(Predictions([10.0, 20.0, 30.0], [1, 1, 1]), "angle")
     assert found.ci95 == (pytest.approx(20 - 1.96 * (200 / 9) ** 0.5, abs=1e-2), pytest.approx(29.24, abs=1e-2))
     assert score(Predictions([0.0, 0.0, 0.0, 1.0], [1] * 4), "absolute_error").ci95[0] == 0  # no error is less

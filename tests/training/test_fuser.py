@@ -342,7 +342,7 @@ class Heard:
         self.ended_at[phase.name] = (phase.done, phase.total)
 
 
-def test_a_fit_tells_of_its_phases(halves):
+def test_fit_reports_its_phases(halves):
     model, heard = FoEModel.from_experts(halves.experts), Heard()
     with reporting(heard):
         fit_fuser(model, halves.data.select(range(203)), epochs=2, batch_size=32)
@@ -355,7 +355,7 @@ def test_a_fit_tells_of_its_phases(halves):
     ("label", "column", "message"),
     [("seven", "label", "holds labels .*'seven'"), ("one", "kind", "but no 'kind' to learn from")],
 )
-def test_rows_that_cannot_teach_are_told_before_any_expert_runs(halves, label, column, message):
+def test_unusable_rows_are_refused_before_any_expert_runs(halves, label, column, message):
     rows = halves.data.select(range(40)).remove_columns("label").add_column("label", [label] * 40)
     model, heard = FoEModel.from_experts(halves.experts), Heard()
     with reporting(heard), pytest.raises(FusionError, match=message):

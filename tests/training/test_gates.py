@@ -283,7 +283,7 @@ def test_an_interrupted_run_goes_on(tmp_path):
         train_gates(expert, WORDS, output_dir=folder, **options)
 
 
-def test_what_cannot_be_trained_is_named():
+def test_untrainable_experts_are_refused():
     expert = make("llama")
     full = Expert("me/full", expert.model, None, expert.processor)
     for call in (lambda: train_gates(full, WORDS), lambda: arrow_prototypes(full)):

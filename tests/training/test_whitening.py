@@ -128,7 +128,7 @@ def test_a_router_of_whitened_gates_equals_the_plain_loop(whitening, tmp_path):
     assert torch.equal(again, got)
 
 
-def test_uniform_routing_stays_uniform_whatever_the_gates(whitening):
+def test_uniform_routing_ignores_the_gates(whitening):
     experts = [
         replace(own, gates=average_activation(own, ROWS.select(range(1 + seed)), whitening=whitening))
         for seed, own in enumerate(map(make, range(4)))
@@ -141,7 +141,7 @@ def test_uniform_routing_stays_uniform_whatever_the_gates(whitening):
     assert all(0.15 < share < 0.35 for share in router.routing_trace().usage().values())
 
 
-def test_what_does_not_fit_is_named(expert, whitening, tmp_path):
+def test_mismatched_whitening_is_refused(expert, whitening, tmp_path):
     partial = replace(whitening, mean={}, factor={})
     with pytest.raises(FusionError, match="does not cover model.layers.0.mlp.down_proj"):
         train_gates(expert, ROWS, whitening=partial)

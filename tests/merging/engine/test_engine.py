@@ -82,7 +82,7 @@ def test_inputs_in_bfloat16_are_summed_in_float32(count, tmp_path):
     assert (off == 0).double().mean() > 0.999
 
 
-def test_same_bytes_whatever_the_threads_and_shards_hold_the_same(folders, tmp_path):
+def test_threads_and_shard_size_do_not_change_the_result(folders, tmp_path):
     recipe = recipe_of("task_arithmetic", folders)
     for name, options in {"a": {"threads": 1}, "b": {"threads": 4}, "c": {"shard_bytes": 20_000}}.items():
         merge(recipe, tmp_path / name, **options)

@@ -113,7 +113,7 @@ def test_killed_again_and_again(processes, recipe, wanted, tmp_path):
 
 
 @pytest.mark.process
-def test_whole_or_not_at_all_at_every_moment(processes, recipe, wanted, tmp_path):
+def test_output_is_absent_or_complete_at_every_moment(processes, recipe, wanted, tmp_path):
     out = tmp_path / "out"
     process = processes.Process(target=merge_here, args=(str(recipe), str(out), OPTIONS))
     process.start()
@@ -128,7 +128,7 @@ def test_whole_or_not_at_all_at_every_moment(processes, recipe, wanted, tmp_path
 @pytest.mark.parametrize(
     "change", ["seed", "input", *(pytest.param(c, marks=pytest.mark.slow) for c in ("method", "shards"))]
 )
-def test_what_another_merge_left_is_not_taken(change, processes, folders, recipe, tmp_path):
+def test_leftovers_of_another_merge_are_not_reused(change, processes, folders, recipe, tmp_path):
     out, options = tmp_path / "out", dict(OPTIONS)
     for folder in folders:
         shutil.copytree(folder, tmp_path / folder.name)

@@ -90,7 +90,7 @@ def test_the_bytes_of_one_process(count, folders, tmp_path):
 
 @pytest.mark.process
 @pytest.mark.parametrize("failing", [0, 1])
-def test_what_fails_on_one_fails_on_all(failing, folders, tmp_path):
+def test_failure_of_one_process_stops_all(failing, folders, tmp_path):
     """NaN in a tensor of a shard that one process writes; the other hears of it, and nothing is left."""
     file = folders[1] / SINGLE
     tensors = load_file(file)

@@ -262,7 +262,7 @@ def test_every_method_is_one_of_ours_with_parameters_it_has():
     # fmt: on
 
 
-def test_what_a_filter_leaves_out_is_the_next_place_to_say(folders, tmp_path):
+def test_unfiltered_tensors_fall_back_to_the_next_level(folders, tmp_path):
     """A model's filter, then the parameters of all, then mergekit's default."""
     text = """
         models:
@@ -292,7 +292,7 @@ def test_what_a_filter_leaves_out_is_the_next_place_to_say(folders, tmp_path):
         torch.testing.assert_close(out[name], wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_where_the_base_stands(folders, tmp_path):
+def test_position_of_the_base_does_not_matter(folders, tmp_path):
     def read_as(method, models, rest=""):
         listed = "".join(f"\n  - {{model: ${name}, parameters: {{weight: 1}}}}" for name in models)
         return read(f"merge_method: {method}\nbase_model: $base\nmodels:{listed}\n{rest}", folders, tmp_path)

@@ -68,7 +68,7 @@ SLICES = {
 
 
 @pytest.mark.parametrize("change", WRONG)
-def test_what_is_wrong_or_not_supported_is_named(change, tmp_path):
+def test_invalid_or_unsupported_keys_are_named(change, tmp_path):
     text = GOOD
     for line in change.splitlines():
         key = line.partition(":")[0]

@@ -101,7 +101,7 @@ def test_regmean_averages_where_examples_say_nothing():
     assert got.abs().max() < 20
 
 
-def test_what_does_not_fit_is_refused():
+def test_mismatched_statistics_are_refused():
     experts, gram = [torch.randn(6, 8)] * 2, Statistic(MemoryReader(torch.eye(8)))
     for function, statistics, weight, message in (
         (regmean, [gram, None], [1.0, 1.0], "statistics of expert 2 lack layers.0.weight"),
@@ -166,7 +166,7 @@ def test_examples_of_one_length_share_a_backward_pass():
     check(got, slow_fisher(model, inputs, of_classes))
 
 
-def test_what_modules_do_not_tell_is_left_to_autograd():
+def test_weights_used_outside_their_module_fall_back_to_autograd():
     """A weight that is used without calling its module: batches would miss a part of its gradient."""
     model = bert(ABC)
     forward = model.forward

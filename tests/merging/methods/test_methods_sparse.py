@@ -125,7 +125,7 @@ def test_dropping_at_random():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_kept_grows_to_the_former_norm(case):
+def test_kept_entries_are_rescaled_to_the_original_norm(case):
     """Over more than one chunk too, where equal magnitudes are counted twice: for the norm and for the merge."""
     base, experts = CASES[case]
     taus = deltas_of(base, experts)
@@ -146,7 +146,7 @@ def test_what_is_kept_grows_to_the_former_norm(case):
 
 
 @pytest.mark.parametrize(("rescale", "factor"), [("rate", 2.0), ("none", 1.0), ("norm", None)])
-def test_what_was_dropped_is_made_up_for(rescale, factor):
+def test_dropped_entries_are_compensated(rescale, factor):
     base, experts = CASES["random"]
     got = (merged("dare_linear", base, experts[:1], scaling=1.0, rescale=rescale) - base).double()
     [tau] = deltas_of(base, experts[:1])
@@ -217,7 +217,7 @@ def test_thresholds_are_exact(case):
         assert int((kept != 0).sum()) == min(k, int((values != 0).sum()))
 
 
-def test_thresholds_of_what_is_no_number():
+def test_threshold_search_ends_with_nan():
     """Fewer numbers than are wanted: all are kept, and the search ends."""
     values = torch.rand(CHUNK + 1000, generator=torch.Generator().manual_seed(0))
     values[::3] = torch.nan

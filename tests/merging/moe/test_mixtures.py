@@ -194,7 +194,7 @@ def as_mergekit(folder, positive, negative, average):
 
 
 @pytest.mark.parametrize("mode", ["hidden", "hidden_avg", None])
-def test_gates_of_hidden_states_are_those_of_mergekit_moe(folders, tmp_path, mode):
+def test_hidden_state_gates_equal_mergekit_moe(folders, tmp_path, mode):
     texts = [(["the quick fox", "a dog sat down"], None), (["nine lazy routers"], ["a dog", "experts are fused"])]
     if mode == "hidden_avg":  # mergekit's average counts the padding: texts of one length have none
         texts = [(["the quick fox"], None), (["nine lazy routers"], ["a dog"])]
@@ -251,7 +251,7 @@ def test_noise_and_scale_of_an_experts_mlp(folders, tmp_path):
     assert all(tensor.equal(out[name]) for name, tensor in weights(tmp_path / "again").items())
 
 
-def test_what_becomes_no_mixture(folders, tmp_path):
+def test_invalid_mixtures_are_refused(folders, tmp_path):
     def refused(recipe, message):
         with pytest.raises(FusionError, match=message):
             merge(recipe, tmp_path / "out")

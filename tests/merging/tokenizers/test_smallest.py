@@ -95,7 +95,7 @@ def test_models_of_one_size_are_not_touched(folders, tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "base" / "tokenizer.json").read_bytes()
 
 
-def test_without_tokenizers_rows_are_cut_all_the_same(tmp_path, caplog):
+def test_rows_are_cut_without_tokenizers(tmp_path, caplog):
     for seed, (name, rows) in enumerate(ROWS.items()):
         llama(seed, vocabulary=rows).save_pretrained(tmp_path / name)
     with caplog.at_level(logging.WARNING):
@@ -104,7 +104,7 @@ def test_without_tokenizers_rows_are_cut_all_the_same(tmp_path, caplog):
     assert "it loses no token of its tokenizer" in caplog.text
 
 
-def test_our_own_recipes_ask_for_it_by_name(folders, tmp_path):
+def test_native_recipes_request_it_by_name(folders, tmp_path):
     experts = tuple(map(RecipeExpert, folders.values()))
     with pytest.raises(FusionError, match="do not match"):
         merge(Recipe("linear", experts), tmp_path / "out")

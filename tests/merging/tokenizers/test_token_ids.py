@@ -123,7 +123,7 @@ def test_lists_pairs_and_sequences_of_a_generation_config(tmp_path):
     assert (found.forced_eos_token_id, found.max_new_tokens, found.num_beams) == (new[2], 4, 2)
 
 
-def test_a_role_that_is_gone_becomes_the_tokenizers_own_and_the_rest_is_named(tmp_path, caplog):
+def test_removed_special_token_falls_back_to_the_tokenizer(tmp_path, caplog):
     model, words = llama(), ["<end>" if word == "</s>" else word for word in WORDS if word not in ("dog", "<video>")]
     own = {"eos_token_id": 2, "suppress_tokens": [6, 7], "bad_words_ids": [[7, 6], [8]]}
     with caplog.at_level(logging.WARNING):
@@ -183,6 +183,6 @@ TABLE = {
 
 
 @pytest.mark.parametrize("key", TABLE)
-def test_what_is_a_token_and_what_is_none(key):
+def test_only_token_ids_are_updated(key):
     before, after = TABLE[key]
     assert NUMBERS.update_ids({key: before}, "config.json") == {key: after}

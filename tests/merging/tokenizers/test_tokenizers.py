@@ -144,7 +144,7 @@ def test_the_base_and_one_of_the_experts(folders, tmp_path):
         torch.testing.assert_close(out[number], base[known[token]] if token in known else theirs[number])
 
 
-def test_a_tokenizer_that_is_none_of_the_models(folders, tmp_path):
+def test_tokenizer_of_another_model(folders, tmp_path):
     (tmp_path / "alone").mkdir()
     AutoTokenizer.from_pretrained(folders["science"]).save_pretrained(tmp_path / "alone")
     recipe = recipe_of({name: folders[name] for name in ("base", "chat")}, str(tmp_path / "alone"))
@@ -196,7 +196,7 @@ def test_rows_of_tokens_by_rule_and_padding(folders, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == len(out)
 
 
-def test_without_a_base_what_some_lack_is_the_mean_of_those_that_have_it(folders, tmp_path):
+def test_missing_tokens_without_a_base_are_averaged(folders, tmp_path):
     names = ["chat", "science", "base"]
     others = {name: folders[name] for name in names}
     merge(recipe_of(others, "union", base=None, method="linear"), tmp_path / "out")
@@ -229,7 +229,7 @@ def test_slices_of_models_with_unlike_tokenizers(folders, tmp_path):
             assert out[tensor][number].equal(stored[name][own[name][token]]), (tensor, token)
 
 
-def test_an_adapter_with_tokens_of_its_own(folders, tmp_path):
+def test_adapter_with_added_tokens(folders, tmp_path):
     """PEFT saves embeddings that grew whole, beside the adapter; its tokenizer knows their tokens."""
     base, more = AutoModelForCausalLM.from_pretrained(folders["base"]), tokenizer(CORPUS, 290, ["<|tool|>"])
     base.resize_token_embeddings(len(more), mean_resizing=False)
