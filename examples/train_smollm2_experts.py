@@ -39,7 +39,7 @@ from hf_fusion import load_experts, train_gates
 from hf_fusion.assets.language_tasks import CHAT, HELD_IN, TASKS, LanguageTask, rows
 from hf_fusion.assets.smollm2 import SMOLLM2, reference_rows, smollm2_folder
 from hf_fusion.evaluation.intervals import wilson
-from hf_fusion.hub.gates import GATES_FILE, GATES_TAG, save_gates
+from hf_fusion.hub.gates_file import GATES_FILE, GATES_TAG, save_gates
 from hf_fusion.hub.readme import add_tag
 from hf_fusion.training.prompts import IGNORED, encode_prompts, target_scores
 from hf_fusion.training.whitening import Whitening, base_samples, fit_whitening

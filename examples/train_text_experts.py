@@ -34,7 +34,7 @@ from transformers import (
 from hf_fusion import train_gates
 from hf_fusion.assets.minilm import MINILM, minilm_folder
 from hf_fusion.demo.text_suites import SEED, SUITES, TextExpert, TextSuite, known_rows, splits
-from hf_fusion.hub.gates import GATES_FILE, save_gates
+from hf_fusion.hub.gates_file import GATES_FILE, save_gates
 from hf_fusion.io.cache import cache_folder
 
 DEFAULT_OUTPUT = cache_folder() / "text_experts"

@@ -62,7 +62,7 @@ if TYPE_CHECKING:  # where editors and type checkers find the names
     from hf_fusion.fusion import save_fused as save_fused
     from hf_fusion.hub.compat import check_compatibility as check_compatibility
     from hf_fusion.hub.discover import discover as discover
-    from hf_fusion.hub.gates import save_gates as save_gates
+    from hf_fusion.hub.gates_file import save_gates as save_gates
     from hf_fusion.hub.load import load_experts as load_experts
     from hf_fusion.merging.merge import merge as merge
     from hf_fusion.merging.recipe_files import load_recipe as load_recipe
@@ -104,7 +104,7 @@ _PUBLIC = {
     ),
     "training.fuser": ("fit_fuser",),
     "training.gates": ("train_gates",),
-    "hub.gates": ("save_gates",),
+    "hub.gates_file": ("save_gates",),
     "publishing.push_gates": ("push_gates",),
     "training.routers": (
         "adapt_routers",

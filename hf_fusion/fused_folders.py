@@ -12,9 +12,9 @@ from hf_fusion.errors import FusionError, is_fault, one_line, shown, suggestion
 from hf_fusion.extras import MissingLibraryError
 from hf_fusion.families import METHODS, family_of
 from hf_fusion.hub.formats import IMAGE_FILES, PROCESSOR_FILES
-from hf_fusion.hub.heads import architectures
 from hf_fusion.hub.load import processor_of
-from hf_fusion.hub.resolve import resolve
+from hf_fusion.hub.refs_to_files import resolve
+from hf_fusion.hub.task_heads import architectures
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.models.fused_checks import NewerFormatError
 from hf_fusion.recipe import RECIPE_FILE, Recipe

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from hf_fusion.hub.gates import read_gates
+from hf_fusion.hub.gates_file import read_gates
 from hf_fusion.hub.load import load_experts
 from hf_fusion.models.configuration_foe import FoEConfig
 from hf_fusion.models.configuration_phatgoose import PhatgooseConfig

@@ -18,7 +18,6 @@ from hf_fusion.fused_folders import (
     read_processor,
     refuse_other_recipe,
 )
-from hf_fusion.hub.heads import head_of_task
 from hf_fusion.hub.load import load_experts
 from hf_fusion.hub.provenance import (
     hash_folders,
@@ -28,7 +27,8 @@ from hf_fusion.hub.provenance import (
     strip_paths_from_recipe,
 )
 from hf_fusion.hub.remote_code import refuse_own_code
-from hf_fusion.hub.snapshot import check_snapshot
+from hf_fusion.hub.snapshot_checks import check_snapshot
+from hf_fusion.hub.task_heads import head_of_task
 from hf_fusion.io.folders import recover_folder, refuse_to_replace, replace_folder
 from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.engine.processes import is_main

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from hf_fusion.hub.source import Source
+    from hf_fusion.hub.model_files import Source
 
 SHA = re.compile(r"[0-9a-f]{40}")
 CONTENT = "sha256:"

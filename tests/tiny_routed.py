@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import adapter, llama, make_tokenizer
 
-from hf_fusion.hub.gates import save_gates
+from hf_fusion.hub.gates_file import save_gates
 from hf_fusion.types import Gates
 
 CARD = "---\nlicense: {license}\npipeline_tag: text-generation\ntags: [{tags}]\n---\n"

@@ -16,7 +16,7 @@ from hf_fusion.bench.suite import Suite, Task
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.client import hub_api
 from hf_fusion.hub.commits import check_commit
-from hf_fusion.hub.resolve import repo_ref
+from hf_fusion.hub.refs_to_files import repo_ref
 from hf_fusion.io.saving import in_folder, write_file
 
 logger = logging.getLogger(__name__)

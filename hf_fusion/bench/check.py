@@ -15,7 +15,7 @@ from hf_fusion.bench.suite import Suite
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.client import explain_hub_errors, hub_api, in_parallel
 from hf_fusion.hub.commits import check_commit
-from hf_fusion.hub.resolve import repo_ref
+from hf_fusion.hub.refs_to_files import repo_ref
 from hf_fusion.types import ModelRef
 
 if TYPE_CHECKING:

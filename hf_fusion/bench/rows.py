@@ -17,7 +17,7 @@ from hf_fusion.errors import FusionError, one_line, shown
 from hf_fusion.extras import refuse_missing
 from hf_fusion.hub.client import explain_hub_errors, hub_api
 from hf_fusion.hub.commits import check_commit
-from hf_fusion.hub.resolve import repo_ref
+from hf_fusion.hub.refs_to_files import repo_ref
 
 if TYPE_CHECKING:
     from datasets import Dataset

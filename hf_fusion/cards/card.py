@@ -26,10 +26,10 @@ from hf_fusion.families import FAMILIES
 from hf_fusion.hub.client import in_parallel
 from hf_fusion.hub.discover import read_info
 from hf_fusion.hub.formats import ADAPTER_CONFIG
-from hf_fusion.hub.heads import HEADS, auto_class_of, head_of_adapter
 from hf_fusion.hub.licenses import combine
 from hf_fusion.hub.readme import escape_markdown
-from hf_fusion.hub.resolve import resolve
+from hf_fusion.hub.refs_to_files import resolve
+from hf_fusion.hub.task_heads import HEADS, auto_class_of, head_of_adapter
 from hf_fusion.io.files import read_text
 from hf_fusion.io.json_files import read_json
 from hf_fusion.io.saving import write_file

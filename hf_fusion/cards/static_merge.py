@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from hf_fusion.cards.contents import CardContents
 from hf_fusion.evaluation.results import HELD_IN, HELD_OUT, Results
 from hf_fusion.hub.formats import ADAPTER_CONFIG, IMAGE_FILES, PROCESSOR_FILES
-from hf_fusion.hub.heads import architectures, head_of_adapter, head_of_architecture
 from hf_fusion.hub.manifests import MODULES
+from hf_fusion.hub.task_heads import architectures, head_of_adapter, head_of_architecture
 from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.engine.output import FACTS
 from hf_fusion.merging.expert_matching import Share

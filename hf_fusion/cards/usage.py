@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from hf_fusion.cards.static_merge import MERGE
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.heads import head_of_architecture
+from hf_fusion.hub.task_heads import head_of_architecture
 from hf_fusion.types import ModelRef
 
 if TYPE_CHECKING:

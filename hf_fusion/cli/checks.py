@@ -12,8 +12,8 @@ from typing import Any
 from hf_fusion.data import read_columns
 from hf_fusion.errors import FusionError
 from hf_fusion.families import FAMILIES, Family
-from hf_fusion.hub.heads import Head, architectures, head_of_adapter, head_of_architecture
-from hf_fusion.hub.resolve import repo_ref
+from hf_fusion.hub.refs_to_files import repo_ref
+from hf_fusion.hub.task_heads import Head, architectures, head_of_adapter, head_of_architecture
 from hf_fusion.io.folders import recover_folder
 from hf_fusion.io.json_files import read_json
 from hf_fusion.recipe import RECIPE_FILE

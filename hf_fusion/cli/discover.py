@@ -48,7 +48,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
     from hf_fusion.hub.compat import check_compatibility
     from hf_fusion.hub.discover import EXPERT_TAG, discover
     from hf_fusion.hub.groups import drop_broken, group_rows
-    from hf_fusion.hub.heads import head_of_task
+    from hf_fusion.hub.task_heads import head_of_task
 
     if args.task:
         head_of_task(args.task)

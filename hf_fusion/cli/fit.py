@@ -215,8 +215,8 @@ def _fit_gates(args: argparse.Namespace, out: Out) -> None:
         check_columns(args.reference, args.split, needed)
 
     from hf_fusion.data import load_rows
-    from hf_fusion.hub.gates import GATES_FILE, refuse_gates, save_gates
-    from hf_fusion.hub.resolve import resolve
+    from hf_fusion.hub.gates_file import GATES_FILE, refuse_gates, save_gates
+    from hf_fusion.hub.refs_to_files import resolve
 
     if folder:
         refuse_gates(folder, args.overwrite)

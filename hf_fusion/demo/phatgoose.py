@@ -127,7 +127,7 @@ def push_base(workspace: Workspace) -> bool:
 
 def _misfits(folder: Path) -> dict[str, Path]:
     """Two copies of adapters: one without its gates, one that says it is of another base."""
-    from hf_fusion.hub.gates import GATES_FILE, GATES_TAG
+    from hf_fusion.hub.gates_file import GATES_FILE, GATES_TAG
 
     experts = demo_weights("smollm2_experts")
     made = {WITHOUT_GATES: folder / WITHOUT_GATES, ELSEWHERE: folder / ELSEWHERE}
@@ -195,7 +195,7 @@ def _fuse_and_measure(workspace: Workspace, out: Out) -> tuple[Any, Results, Rou
     from hf_fusion.evaluation.results import RESULTS_FILE
     from hf_fusion.evaluation.routing_map import ROUTING_FILE, ROUTING_PICTURE, map_routing
     from hf_fusion.fusion import fuse, save_fused
-    from hf_fusion.hub.gates import GATES_TAG
+    from hf_fusion.hub.gates_file import GATES_TAG
     from hf_fusion.hub.load import load_experts
 
     experts = load_experts(_discover(workspace, GATES_TAG).accepted, api=workspace.api)

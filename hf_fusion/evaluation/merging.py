@@ -20,9 +20,9 @@ from hf_fusion.evaluation.predictors import Batch, ModelPredictor
 from hf_fusion.evaluation.results import FUSED, MeasuredTask, Metric, Results
 from hf_fusion.evaluation.scoring import compare
 from hf_fusion.evaluation.task_metrics import METRICS
-from hf_fusion.hub.heads import head_of_architecture, normalise_label
 from hf_fusion.hub.load import load_experts
 from hf_fusion.hub.lora import with_adapter
+from hf_fusion.hub.task_heads import head_of_architecture, normalise_label
 from hf_fusion.progress import track
 from hf_fusion.training.adamerging import CoefficientMerge, merged_once
 from hf_fusion.training.batches import read_examples

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.snapshot import check_snapshot
+from hf_fusion.hub.snapshot_checks import check_snapshot
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.heads import HEADS, architectures, head_of_adapter, head_of_architecture
 from hf_fusion.hub.lora import linear_sizes, trained_class
 from hf_fusion.hub.parameter_names import build_meta_model, filled_parameters, loaded_names
+from hf_fusion.hub.task_heads import HEADS, architectures, head_of_adapter, head_of_architecture
 from hf_fusion.types import Adapter
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_fusion.errors import printable
-from hf_fusion.hub.resolve import resolve, resolve_repo
-from hf_fusion.hub.source import Source
+from hf_fusion.hub.model_files import Source
+from hf_fusion.hub.refs_to_files import resolve, resolve_repo
 from hf_fusion.types import ModelRef, as_commit
 
 if TYPE_CHECKING:

@@ -17,21 +17,13 @@ from hf_fusion.hub.adapter_placement import match_parameters
 from hf_fusion.hub.client import hub_api, in_parallel
 from hf_fusion.hub.discover import info_row
 from hf_fusion.hub.formats import has_processor
-from hf_fusion.hub.gates import GATES_FILE, gate_problem
+from hf_fusion.hub.gates_file import GATES_FILE, gate_problem
 from hf_fusion.hub.headers import LoadReport, LoadReportCache, Shapes, check_load, hub_shapes, native_config
-from hf_fusion.hub.heads import (
-    HEADS,
-    Head,
-    architectures,
-    head_of_adapter,
-    head_of_architecture,
-    head_of_task,
-    label_names,
-    normalise_label,
-)
 from hf_fusion.hub.licenses import forbids_derivatives
 from hf_fusion.hub.lora import config_problems, shape_problems, trained_class
+from hf_fusion.hub.model_files import Source
 from hf_fusion.hub.peft_names import adapter_shapes, plain_keys
+from hf_fusion.hub.refs_to_files import recorded_base, resolve_repo
 from hf_fusion.hub.rejection_reasons import Reason, ReasonKind
 from hf_fusion.hub.remote_code import (
     MANIFESTS_OF,
@@ -41,9 +33,17 @@ from hf_fusion.hub.remote_code import (
     refuse_code,
     refuse_kernels,
 )
-from hf_fusion.hub.resolve import recorded_base, resolve_repo
 from hf_fusion.hub.selection import pick_weights
-from hf_fusion.hub.source import Source
+from hf_fusion.hub.task_heads import (
+    HEADS,
+    Head,
+    architectures,
+    head_of_adapter,
+    head_of_architecture,
+    head_of_task,
+    label_names,
+    normalise_label,
+)
 from hf_fusion.progress import track
 from hf_fusion.types import ExpertInfo, ModelRef, as_commit
 

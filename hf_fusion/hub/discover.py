@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, overload
 from hf_fusion.errors import FusionError, printable
 from hf_fusion.hub.client import READERS, explain_hub_errors, hub_api, in_parallel
 from hf_fusion.hub.formats import ADAPTER_CONFIG, weight_files
-from hf_fusion.hub.gates import GATES_FILE
-from hf_fusion.hub.heads import architectures, default_task, head_of_adapter, label_names
+from hf_fusion.hub.gates_file import GATES_FILE
+from hf_fusion.hub.model_files import Source, source_of
+from hf_fusion.hub.refs_to_files import resolve_repo
 from hf_fusion.hub.remote_files import CARD_ERRORS, DESCRIBED
-from hf_fusion.hub.resolve import resolve_repo
 from hf_fusion.hub.selection import safe_files
-from hf_fusion.hub.source import Source, source_of
+from hf_fusion.hub.task_heads import architectures, default_task, head_of_adapter, label_names
 from hf_fusion.types import ExpertInfo, ModelRef, as_commit
 
 if TYPE_CHECKING:

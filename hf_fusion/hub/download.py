@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from hf_fusion.hub.client import explain_hub_errors, hub_api, in_parallel, silent_bar
 from hf_fusion.hub.commits import download_file
-from hf_fusion.hub.snapshot import check_snapshot
-from hf_fusion.hub.source import Source
+from hf_fusion.hub.model_files import Source
+from hf_fusion.hub.snapshot_checks import check_snapshot
 from hf_fusion.progress import is_reported, phase
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from hf_fusion.families import METHODS, family_of
 from hf_fusion.hub.client import hub_api, in_parallel
 from hf_fusion.hub.compat import Compatibility, Rejected
 from hf_fusion.hub.download import download
-from hf_fusion.hub.heads import Head, head_of_architecture, head_of_task, normalise_label
+from hf_fusion.hub.model_files import Source
+from hf_fusion.hub.refs_to_files import resolve_repo
 from hf_fusion.hub.rejection_reasons import Reason, ReasonKind
-from hf_fusion.hub.resolve import resolve_repo
 from hf_fusion.hub.selection import safe_files
-from hf_fusion.hub.source import Source
+from hf_fusion.hub.task_heads import Head, head_of_architecture, head_of_task, normalise_label
 from hf_fusion.types import ExpertInfo, ModelRef, as_commit
 
 if TYPE_CHECKING:

@@ -20,12 +20,12 @@ from hf_fusion.errors import FusionError, first_line, shown
 from hf_fusion.extras import refuse_missing
 from hf_fusion.hub.build_limits import TooMuchError, build_within_limits
 from hf_fusion.hub.client import in_parallel
-from hf_fusion.hub.heads import Head
 from hf_fusion.hub.linearized import plain_names
-from hf_fusion.hub.quiet import quiet_transformers
+from hf_fusion.hub.model_files import Source
 from hf_fusion.hub.remote_code import refuse_kernels
 from hf_fusion.hub.remote_files import refuse_long
-from hf_fusion.hub.source import Source
+from hf_fusion.hub.silence import quiet_transformers
+from hf_fusion.hub.task_heads import Head
 from hf_fusion.io.files import open_file
 
 if TYPE_CHECKING:

@@ -18,9 +18,16 @@ from hf_fusion.hub.bases import base_ref, warn_of_other_bases
 from hf_fusion.hub.client import hub_api, in_parallel
 from hf_fusion.hub.download import download
 from hf_fusion.hub.formats import has_processor
-from hf_fusion.hub.gates import GATES_FILE, read_gates
+from hf_fusion.hub.gates_file import GATES_FILE, read_gates
 from hf_fusion.hub.headers import LoadReport, Shapes, check_load, checked_config, local_shapes, native_config
-from hf_fusion.hub.heads import (
+from hf_fusion.hub.lora import fit_problems, merge_saved_bases, read_adapter
+from hf_fusion.hub.model_files import Source
+from hf_fusion.hub.refs_to_files import recorded_base, resolve, resolve_repo
+from hf_fusion.hub.remote_code import model_code, processor_class, processor_code, refuse_code, refuse_kernels
+from hf_fusion.hub.selection import pick_small, pick_weights
+from hf_fusion.hub.silence import quiet_transformers
+from hf_fusion.hub.snapshot_checks import check_snapshot
+from hf_fusion.hub.task_heads import (
     Head,
     architectures,
     default_task,
@@ -29,13 +36,6 @@ from hf_fusion.hub.heads import (
     head_of_task,
     label_names,
 )
-from hf_fusion.hub.lora import fit_problems, merge_saved_bases, read_adapter
-from hf_fusion.hub.quiet import quiet_transformers
-from hf_fusion.hub.remote_code import model_code, processor_class, processor_code, refuse_code, refuse_kernels
-from hf_fusion.hub.resolve import recorded_base, resolve, resolve_repo
-from hf_fusion.hub.selection import pick_small, pick_weights
-from hf_fusion.hub.snapshot import check_snapshot
-from hf_fusion.hub.source import Source
 from hf_fusion.io.files import own_file, read_file
 from hf_fusion.progress import phase
 from hf_fusion.types import Adapter, Expert, ExpertInfo, ModelRef

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError, first_line
 from hf_fusion.extras import MissingLibraryError, refuse_missing
-from hf_fusion.hub.heads import architectures, model_class_of
+from hf_fusion.hub.task_heads import architectures, model_class_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

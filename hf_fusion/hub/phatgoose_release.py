@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.formats import ADAPTER_CONFIG
-from hf_fusion.hub.gates import save_gates
+from hf_fusion.hub.gates_file import save_gates
 from hf_fusion.io.cache import cache_folder
 from hf_fusion.io.folders import make_once
 from hf_fusion.types import Gates
@@ -25,7 +25,7 @@ from hf_fusion.types import Gates
 if TYPE_CHECKING:
     import torch
 
-    from hf_fusion.hub.source import Source
+    from hf_fusion.hub.model_files import Source
 
 _KEY = re.compile(r"(.+)\._addons\.(?:expert_lora|router)\.(layer1|layer2|expert_embeddings)__(\d+)")
 _LOCK = Lock()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from hf_fusion.errors import FusionError, shown
 from hf_fusion.families import FAMILIES
 from hf_fusion.hub.formats import IMAGE_FILES, PROCESSOR_FILES
-from hf_fusion.hub.source import Source, folder_source
+from hf_fusion.hub.model_files import Source, folder_source
 from hf_fusion.io.json_files import read_json
 
 MANIFESTS_OF = {

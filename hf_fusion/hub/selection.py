@@ -6,7 +6,7 @@ from hf_fusion.errors import FusionError
 from hf_fusion.hub.formats import weight_files
 from hf_fusion.hub.linearized import STEM as LINEARIZED
 from hf_fusion.hub.manifests import local_files, local_named_files, module_folders, named_files, refuse_pickled
-from hf_fusion.hub.source import Source
+from hf_fusion.hub.model_files import Source
 
 # files of training that no loader reads
 _SKIPPED = ("trainer_state.json", "optimizer.safetensors", "results.json")

@@ -2,7 +2,7 @@
 
 A model's folder may contain links to other files of this machine, pipes, devices, and files that grow. All files that
 this package reads from such folders are opened here; files that other libraries open are checked here first
-(`hf_fusion.hub.snapshot`).
+(`hf_fusion.hub.snapshot_checks`).
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from typing import Any
 
 from hf_fusion.errors import FusionError, first_line
 from hf_fusion.hub.headers import KeyReport, Shapes, check_load_as
-from hf_fusion.hub.heads import architectures, head_of_architecture, label_names
 from hf_fusion.hub.parameter_names import build_meta_model
+from hf_fusion.hub.task_heads import architectures, head_of_architecture, label_names
 from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.engine.checkpoint import TensorEntry
 from hf_fusion.merging.engine.open_models import Model

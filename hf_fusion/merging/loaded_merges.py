@@ -14,15 +14,15 @@ from hf_fusion.errors import FusionError, disk_refusals, shown
 from hf_fusion.hub.bases import resolve_base
 from hf_fusion.hub.formats import ADAPTER_CONFIG
 from hf_fusion.hub.headers import check_load_as, native_config
-from hf_fusion.hub.heads import architectures, auto_class_of, model_class_of
 from hf_fusion.hub.load import in_memory, processor_of, refuse_keys
 from hf_fusion.hub.lora import with_adapter
 from hf_fusion.hub.manifests import local_named_files
 from hf_fusion.hub.provenance import hash_folders, list_local_folders, strip_paths_from_recipe
-from hf_fusion.hub.quiet import quiet_transformers
+from hf_fusion.hub.refs_to_files import recorded_base, resolve
 from hf_fusion.hub.remote_code import Code, model_code, processor_class, processor_code, refuse_code, refuse_kernels
-from hf_fusion.hub.resolve import recorded_base, resolve
-from hf_fusion.hub.snapshot import check_snapshot
+from hf_fusion.hub.silence import quiet_transformers
+from hf_fusion.hub.snapshot_checks import check_snapshot
+from hf_fusion.hub.task_heads import architectures, auto_class_of, model_class_of
 from hf_fusion.io.files import own_file, read_file
 from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.engine.checkpoint import INDEX

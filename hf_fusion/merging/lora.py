@@ -26,9 +26,9 @@ from hf_fusion.hub.download import download
 from hf_fusion.hub.formats import ADAPTER_CONFIG
 from hf_fusion.hub.headers import Shapes, hub_shapes, local_shapes
 from hf_fusion.hub.lora import read_adapter
-from hf_fusion.hub.resolve import resolve
+from hf_fusion.hub.model_files import Source
+from hf_fusion.hub.refs_to_files import resolve
 from hf_fusion.hub.selection import pick_modules, pick_small, safe_files
-from hf_fusion.hub.source import Source
 from hf_fusion.io.files import own_file, read_file
 from hf_fusion.io.folders import refuse_to_replace, replace_folder
 from hf_fusion.merging.engine.open_models import layer_depths

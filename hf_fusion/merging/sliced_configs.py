@@ -436,7 +436,7 @@ def _built(config: Config, count: int) -> _Built | None:
     """Builds the model of a configuration; None if transformers cannot."""
     import torch
 
-    from hf_fusion.hub.heads import architectures, model_class_of
+    from hf_fusion.hub.task_heads import architectures, model_class_of
 
     own = model_class_of(next(iter(architectures(dict(config))), None))
     native = _native(config)

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.heads import architectures
 from hf_fusion.hub.parameter_names import build_meta_model, loaded_names
+from hf_fusion.hub.task_heads import architectures
 from hf_fusion.merging.engine.checkpoint import OpenFiles, TensorEntry
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from hf_fusion.errors import FusionError
 from hf_fusion.hub.client import explain_hub_errors, in_parallel
 from hf_fusion.hub.discover import read_info
 from hf_fusion.hub.licenses import combine
-from hf_fusion.hub.resolve import resolve
+from hf_fusion.hub.refs_to_files import resolve
 from hf_fusion.recipe import RECIPE_FILE, Recipe
 from hf_fusion.types import ExpertInfo, ModelRef
 

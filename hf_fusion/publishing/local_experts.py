@@ -12,9 +12,9 @@ from hf_fusion.errors import FusionError
 from hf_fusion.families import FAMILIES
 from hf_fusion.hub.client import explain_hub_errors, same_file
 from hf_fusion.hub.formats import ADAPTER_CONFIG
-from hf_fusion.hub.heads import architectures, default_task, head_of_adapter, label_names
 from hf_fusion.hub.provenance import hash_folder, hash_folders, list_local_folders, model_files, strip_local_paths
-from hf_fusion.hub.resolve import resolve
+from hf_fusion.hub.refs_to_files import resolve
+from hf_fusion.hub.task_heads import architectures, default_task, head_of_adapter, label_names
 from hf_fusion.io.files import own_file, read_file, read_text
 from hf_fusion.io.json_files import parse, read_json
 from hf_fusion.merging.loaded_merges import CONTENTS_ATTRIBUTE

@@ -19,7 +19,7 @@ from hf_fusion.hub.client import hub_api
 from hf_fusion.hub.commits import download_file
 from hf_fusion.hub.formats import ADAPTER_CONFIG, weight_files
 from hf_fusion.hub.provenance import read_recipe, strip_local_paths, strip_paths_from_recipe
-from hf_fusion.hub.snapshot import check_snapshot
+from hf_fusion.hub.snapshot_checks import check_snapshot
 from hf_fusion.io.files import own_file, read_text
 from hf_fusion.io.json_files import read_json
 from hf_fusion.publishing.checks import check_publishable, check_repo_id, refuse_unpinned

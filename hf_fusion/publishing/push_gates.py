@@ -11,13 +11,13 @@ from hf_fusion.hub.adapter_placement import match_current_names
 from hf_fusion.hub.bases import resolve_base
 from hf_fusion.hub.client import explain_hub_errors, hub_api
 from hf_fusion.hub.commits import download_file
-from hf_fusion.hub.gates import GATES_FILE, GATES_TAG, gate_problem, parse_gates, save_gates, stored
+from hf_fusion.hub.gates_file import GATES_FILE, GATES_TAG, gate_problem, parse_gates, save_gates, stored
 from hf_fusion.hub.headers import hub_shapes
+from hf_fusion.hub.model_files import Source
 from hf_fusion.hub.peft_names import adapter_shapes
 from hf_fusion.hub.readme import add_tag, put_section
-from hf_fusion.hub.resolve import recorded_base, resolve
+from hf_fusion.hub.refs_to_files import recorded_base, resolve
 from hf_fusion.hub.selection import safe_files
-from hf_fusion.hub.source import Source
 from hf_fusion.progress import phase
 from hf_fusion.publishing.push import PublishResult
 from hf_fusion.types import Gates, ModelRef

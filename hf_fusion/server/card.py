@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from hf_fusion.server.plain import MAX_DEPTH, MAX_VALUES, plain
+from hf_fusion.server.plain_json import MAX_DEPTH, MAX_VALUES, plain
 
 FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)(?:\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 MAX_YAML = 1 << 20 if yaml.__with_libyaml__ else 1 << 16

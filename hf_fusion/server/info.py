@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fusion.server import card
 from hf_fusion.server.dates import stamp
-from hf_fusion.server.plain import plain, text
+from hf_fusion.server.plain_json import plain, text
 from hf_fusion.server.repo import Repo
 
 if TYPE_CHECKING:

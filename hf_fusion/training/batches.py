@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.heads import head_of_architecture, normalise_label
+from hf_fusion.hub.task_heads import head_of_architecture, normalise_label
 from hf_fusion.progress import phase
 from hf_fusion.training.dense import dense_loss, map_outputs
 from hf_fusion.training.prompts import encode_prompts, score_targets

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.heads import head_of_architecture
 from hf_fusion.hub.load import load_experts
+from hf_fusion.hub.task_heads import head_of_architecture
 from hf_fusion.training.batches import Examples, class_logits
 from hf_fusion.training.expert_statistics import (
     Statistics,

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.gates import gate_sizes
+from hf_fusion.hub.gates_file import gate_sizes
 from hf_fusion.hub.load import load_experts
 from hf_fusion.progress import phase
 from hf_fusion.training.batches import Examples, equal_length_batches, read_examples, to_model

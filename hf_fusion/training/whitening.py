@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.gates import gate_sizes
+from hf_fusion.hub.gates_file import gate_sizes
 from hf_fusion.hub.load import load_experts
 from hf_fusion.hub.lora import linear_sizes
 from hf_fusion.progress import phase

@@ -50,7 +50,7 @@ from transformers import (
 
 from hf_fusion.bench.sources import is_hub_id
 from hf_fusion.bench.suite import Suite, Task, load_suite, suite_names
-from hf_fusion.hub.resolve import repo_ref
+from hf_fusion.hub.refs_to_files import repo_ref
 
 disable_progress_bars()
 

@@ -27,7 +27,7 @@ from hf_fusion.assets.minilm import minilm_folder
 from hf_fusion.demo.text_suites import splits
 from hf_fusion.evaluation.results import Results
 from hf_fusion.evaluation.retrieval import TextEmbedder
-from hf_fusion.hub.gates import save_gates
+from hf_fusion.hub.gates_file import save_gates
 from hf_fusion.training.whitening import fit_whitening
 
 RESULTS = Path(__file__).parent / "results"

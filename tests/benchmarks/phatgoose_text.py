@@ -33,7 +33,7 @@ from hf_fusion.evaluation.intervals import mean_of
 from hf_fusion.evaluation.results import Results, aligned
 from hf_fusion.evaluation.retrieval import TextEmbedder
 from hf_fusion.evaluation.routing import PREDICTORS
-from hf_fusion.hub.gates import GATES_FILE
+from hf_fusion.hub.gates_file import GATES_FILE
 from hf_fusion.training.batches import read_examples
 from hf_fusion.training.gates import average_activation
 

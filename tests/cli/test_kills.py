@@ -26,7 +26,7 @@ from tiny_routed import save_base, save_lora
 
 from hf_fusion.bench.cells import read_cells
 from hf_fusion.fusion import load_fused
-from hf_fusion.hub.gates import GATES_FILE
+from hf_fusion.hub.gates_file import GATES_FILE
 from hf_fusion.server import HubServer
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 from hf_fusion.assets.weights import demo_weights
 from hf_fusion.demo.phatgoose import WITHOUT_GATES
 from hf_fusion.evaluation.results import Results
-from hf_fusion.hub.gates import GATES_FILE
+from hf_fusion.hub.gates_file import GATES_FILE
 from hf_fusion.server import HubServer
 
 DEMO = ("phatgoose",)  # words behind `hf-fusion demo`

@@ -14,7 +14,7 @@ from hf_fusion.errors import FusionError
 from hf_fusion.fusion import fuse, fuse_recipe, load_fused, save_fused
 from hf_fusion.hub.compat import check_compatibility
 from hf_fusion.hub.discover import discover
-from hf_fusion.hub.gates import save_gates
+from hf_fusion.hub.gates_file import save_gates
 from hf_fusion.recipe import Recipe
 from hf_fusion.training.gates import average_activation
 from hf_fusion.types import Gates

@@ -15,8 +15,8 @@ from hf_fusion.hub.commits import check_commit, download_file
 from hf_fusion.hub.compat import check_compatibility
 from hf_fusion.hub.discover import discover
 from hf_fusion.hub.load import load_experts
+from hf_fusion.hub.refs_to_files import repo_ref, resolve_repo
 from hf_fusion.hub.remote_files import read_json_file, read_range
-from hf_fusion.hub.resolve import repo_ref, resolve_repo
 from hf_fusion.merging.merge import merge
 from hf_fusion.publishing.push_gates import push_gates
 from hf_fusion.recipe import Recipe, RecipeExpert

@@ -14,7 +14,7 @@ from tiny_experts import edit_json, save_adapter, save_bert
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from hf_fusion import FusionError, Gates, load_experts, push_gates
-from hf_fusion.hub.gates import GATES_FILE, gate_sizes, read_gates, save_gates
+from hf_fusion.hub.gates_file import GATES_FILE, gate_sizes, read_gates, save_gates
 from hf_fusion.hub.lora import read_adapter
 from hf_fusion.hub.readme import add_tag, put_section
 from hf_fusion.training.gates import arrow_prototypes

@@ -87,8 +87,8 @@ def hostile_configs(types, count, seed=0):
 def judged(config):
     """Memory in MB and seconds that judging a configuration takes, and what was said of it."""
     from hf_fusion.hub.headers import check_load, native_config
-    from hf_fusion.hub.heads import HEADS
     from hf_fusion.hub.parameter_names import build_meta_model
+    from hf_fusion.hub.task_heads import HEADS
 
     before, began = resident(), time.process_time()
     try:
@@ -107,7 +107,7 @@ def measure(types, count):
     """Judges configurations, each in a fork of this process: one line of JSON for each."""
     from transformers import AutoModel, BertConfig
 
-    from hf_fusion.hub.quiet import quiet_transformers
+    from hf_fusion.hub.silence import quiet_transformers
 
     with quiet_transformers():
         AutoModel.from_config(BertConfig(num_hidden_layers=1))  # imports

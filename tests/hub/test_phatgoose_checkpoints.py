@@ -14,7 +14,7 @@ from hf_fusion import PhatgooseRouter
 from hf_fusion.errors import FusionError
 from hf_fusion.fusion import fuse, fuse_recipe, save_fused
 from hf_fusion.hub.load import load_experts
-from hf_fusion.hub.resolve import resolve
+from hf_fusion.hub.refs_to_files import resolve
 from hf_fusion.publishing.publish import publish
 from hf_fusion.recipe import Recipe
 from hf_fusion.types import ModelRef

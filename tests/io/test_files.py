@@ -15,7 +15,7 @@ import pytest
 
 import hf_fusion
 from hf_fusion.errors import FusionError
-from hf_fusion.hub.snapshot import check_snapshot
+from hf_fusion.hub.snapshot_checks import check_snapshot
 from hf_fusion.io.files import open_file, open_given, own_file, read_file, read_text
 from hf_fusion.recipe import Recipe
 

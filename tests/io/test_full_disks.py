@@ -29,7 +29,7 @@ from hf_fusion.evaluation.plots import plot_accuracy_cost, plot_coefficients, pl
 from hf_fusion.evaluation.results import MeasuredTask, PredictorScores, Results
 from hf_fusion.evaluation.routing_map import RoutingMap
 from hf_fusion.fusion import save_fused
-from hf_fusion.hub.gates import save_gates
+from hf_fusion.hub.gates_file import save_gates
 from hf_fusion.io.folders import make_once
 from hf_fusion.io.saving import write_file
 from hf_fusion.recipe import Recipe, RecipeExpert

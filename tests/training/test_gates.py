@@ -19,7 +19,7 @@ from tiny import SUMS, adapter, bert, gpt2, image_processor, images, llama, make
 from torch import nn
 
 from hf_fusion import Expert, FusionError, train_gates
-from hf_fusion.hub.gates import gate_sizes
+from hf_fusion.hub.gates_file import gate_sizes
 from hf_fusion.hub.lora import read_adapter
 from hf_fusion.training.gates import arrow_prototypes, average_activation, gated
 from hf_fusion.types import Adapter

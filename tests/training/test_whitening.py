@@ -11,7 +11,7 @@ from models.phatgoose_reference import normalise, reference
 from tiny import adapter, bert, llama, make_tokenizer
 
 from hf_fusion import Expert, FusionError, PhatgooseRouter, train_gates
-from hf_fusion.hub.gates import gate_sizes, read_gates, save_gates
+from hf_fusion.hub.gates_file import gate_sizes, read_gates, save_gates
 from hf_fusion.training.gates import average_activation
 from hf_fusion.training.prompts import encode_prompts
 from hf_fusion.training.whitening import base_samples, fit_whitening, inverse_root

@@ -27,7 +27,7 @@ from hf_fusion.evaluation.predictors import Batch, ModelPredictor
 from hf_fusion.evaluation.task_metrics import Reads
 from hf_fusion.hub.download import download
 from hf_fusion.hub.load import load_experts
-from hf_fusion.hub.resolve import resolve
+from hf_fusion.hub.refs_to_files import resolve
 from hf_fusion.hub.selection import pick_small
 from hf_fusion.merging.engine.tensors import clamp_variance
 from hf_fusion.models.heads_wemoe import activate_heads

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from hf_fusion.errors import FusionError, shown
-from hf_fusion.hub.snapshot import parser_message, read_index, unique_keys
+from hf_fusion.hub.snapshot_checks import parser_message, read_index, unique_keys
 from hf_fusion.io.files import open_file, own_file
 
 if TYPE_CHECKING:

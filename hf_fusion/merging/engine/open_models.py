@@ -16,11 +16,11 @@ from hf_fusion.hub.adapter_placement import place_in_files, refuse_sizes
 from hf_fusion.hub.bases import base_ref, warn_of_other_bases
 from hf_fusion.hub.client import in_parallel
 from hf_fusion.hub.download import download
-from hf_fusion.hub.heads import label_names
 from hf_fusion.hub.lora import adapter_weights_file, read_adapter
-from hf_fusion.hub.resolve import recorded_base, resolve, resolve_repo
+from hf_fusion.hub.model_files import Source
+from hf_fusion.hub.refs_to_files import recorded_base, resolve, resolve_repo
 from hf_fusion.hub.selection import pick_modules, pick_small, safe_files
-from hf_fusion.hub.source import Source
+from hf_fusion.hub.task_heads import label_names
 from hf_fusion.io.files import own_file
 from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.engine.checkpoint import DTYPES, OpenFiles, TensorEntry, read_checkpoint

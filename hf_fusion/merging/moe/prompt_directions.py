@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_fusion.errors import FusionError, shown
-from hf_fusion.hub.quiet import quiet_transformers
 from hf_fusion.hub.remote_code import refuse_kernels
-from hf_fusion.hub.snapshot import check_snapshot
+from hf_fusion.hub.silence import quiet_transformers
+from hf_fusion.hub.snapshot_checks import check_snapshot
 from hf_fusion.io.files import own_file, read_text
 from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.engine.checkpoint import OpenFiles

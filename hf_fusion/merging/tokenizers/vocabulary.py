@@ -23,7 +23,7 @@ import numpy as np
 from hf_fusion.errors import FusionError, shown
 from hf_fusion.hub.download import download
 from hf_fusion.hub.manifests import TEMPLATES
-from hf_fusion.hub.resolve import resolve
+from hf_fusion.hub.refs_to_files import resolve
 from hf_fusion.hub.selection import pick_small
 from hf_fusion.io.files import own_file, read_file, read_text
 from hf_fusion.io.json_files import read_json

@@ -14,7 +14,7 @@ from hf_fusion.hub.formats import ADAPTER_CONFIG
 from hf_fusion.hub.manifests import read_content
 from hf_fusion.hub.readme import filter_metadata, read_metadata
 from hf_fusion.hub.remote_files import Header, card_of, read_header, read_json_file, read_range
-from hf_fusion.hub.snapshot import check_snapshot
+from hf_fusion.hub.snapshot_checks import check_snapshot
 from hf_fusion.io.files import own_file, read_text
 from hf_fusion.io.json_files import parse_object, read_json
 from hf_fusion.types import ModelRef

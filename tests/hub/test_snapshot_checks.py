@@ -17,7 +17,7 @@ from tiny_routed import save_base, save_lora
 from hf_fusion.errors import FusionError
 from hf_fusion.fusion import fuse
 from hf_fusion.hub.load import load_experts
-from hf_fusion.hub.resolve import resolve
+from hf_fusion.hub.refs_to_files import resolve
 from hf_fusion.merging.merge import merge
 from hf_fusion.recipe import Recipe, RecipeExpert
 

@@ -11,9 +11,9 @@ from hf_fusion.errors import FusionError, one_line, shown
 from hf_fusion.hub.client import explain_hub_errors, hub_api
 from hf_fusion.hub.commits import check_commit
 from hf_fusion.hub.download import download
+from hf_fusion.hub.model_files import Source, folder_source, source_of
 from hf_fusion.hub.phatgoose_release import write_expert
 from hf_fusion.hub.remote_files import fetch_model_info
-from hf_fusion.hub.source import Source, folder_source, source_of
 from hf_fusion.types import ModelRef
 
 if TYPE_CHECKING:
