@@ -64,6 +64,21 @@ def test_the_page_of_help_names_every_function():
     assert [name for name in FUNCTIONS if not re.search(rf"\b{name}\b", hf_fusion.__doc__)] == []
 
 
+def test_every_qualified_name_in_the_code_exists():
+    """In docstrings, comments, errors and hints: a reader types or imports what they name."""
+    root = Path(hf_fusion.__file__).parent
+    texts = [path.read_text(encoding="utf-8") for path in root.rglob("*.py")]
+    names = {name for text in texts for name in re.findall(r"\bhf_fusion(?:\.[A-Za-z_]\w*)+(?:\{\w+\})?", text)}
+    assert len(names) > 200
+    missing = []
+    for name in sorted(names):
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError, ValueError):
+            missing.append(name)
+    assert missing == []
+
+
 def test_editors_and_type_checkers_find_the_same_names():
     tree = ast.parse(Path(hf_fusion.__file__).read_text(encoding="utf-8"))
     (typed,) = [node for node in tree.body if isinstance(node, ast.If)]

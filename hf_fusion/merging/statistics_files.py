@@ -58,20 +58,21 @@ def read_statistics(recipe: Recipe, kind: str, experts: Sequence[Model]) -> list
     """
     if not kind:
         return []
-    found = []
+    statistics = []
     for expert, model in zip(recipe.experts, experts, strict=True):
         folder = expert.parameters.get(STATISTICS)
         if not isinstance(folder, str):
             raise FusionError(
                 f"{recipe.method} needs statistics of {expert.model}, but the recipe does not name their folder",
-                f"hf_fusion.measure_{kind}(expert, rows).save(FOLDER), then parameters: {{statistics: FOLDER}}",
+                f"{_command(kind, 'FOLDER')}; then in the recipe: parameters: {{statistics: FOLDER}}",
             )
         measured = open_statistics(folder, kind)
-        entries = {own: measured.entries[known] for own, known in match_names(model.entries, measured.entries).items()}
+        stored_names = match_names(model.entries, measured.entries)
+        entries = {name: measured.entries[stored] for name, stored in stored_names.items()}
         if not entries:
             raise FusionError(f"{folder} has statistics of another model than {expert.model}: no common tensor")
-        found.append(ExpertStatistics(entries, measured.norm, measured.digest))
-    return found
+        statistics.append(ExpertStatistics(entries, measured.norm, measured.digest))
+    return statistics
 
 
 def open_statistics(folder: str | Path, kind: str) -> ExpertStatistics:
@@ -85,7 +86,7 @@ def open_statistics(folder: str | Path, kind: str) -> ExpertStatistics:
     if not (weights.is_file() and facts.is_file()):
         raise FusionError(
             f"{folder} has no {weights.name} with its {facts.name}",
-            f"hf_fusion.measure_{kind}(expert, rows).save({str(folder)!r})",
+            _command(kind, str(folder)),
         )
     entries, content = read_header(weights), read_json(facts, str(folder))
     try:
@@ -98,3 +99,13 @@ def open_statistics(folder: str | Path, kind: str) -> ExpertStatistics:
     status = weights.stat()
     digest = f"{weights.resolve()} {status.st_size} {status.st_mtime_ns}"
     return ExpertStatistics({name: (entries[key], axis) for name, (key, axis) in lookup.items()}, norm, digest)
+
+
+def _command(kind: str, folder: str) -> str:
+    """The Python code that measures and saves statistics."""
+    function = {
+        "fisher": "hf_fusion.training.fisher.measure_fisher",
+        "gram": "hf_fusion.training.gram.measure_gram",
+    }[kind]
+    module, _, name = function.rpartition(".")
+    return f"from {module} import {name}; {name}(expert, rows).save({folder!r})"
