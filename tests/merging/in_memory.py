@@ -65,13 +65,13 @@ def close(got: torch.Tensor, wanted: torch.Tensor, inputs: Sequence[torch.Tensor
 
 
 def adversarial(experts: int) -> dict[str, tuple[torch.Tensor, list[torch.Tensor]]]:
-    """Tensors that methods stumble over, by what is odd about them: a base, and experts relative_path to it."""
+    """Tensors that methods stumble over, by what is odd about them: a base, and experts near it."""
     generator = torch.Generator().manual_seed(experts)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    def relative_path(base: torch.Tensor, distance: float = 0.3) -> list[torch.Tensor]:
+    def near(base: torch.Tensor, distance: float = 0.3) -> list[torch.Tensor]:
         return [base + distance * random(*base.shape) * base.abs().max() for _ in range(experts)]
 
     base, other = random(13, 9), random(13, 9)
@@ -79,23 +79,23 @@ def adversarial(experts: int) -> dict[str, tuple[torch.Tensor, list[torch.Tensor
     vector, wide, kernel = random(77), random(9, 40), random(4, 3, 5, 2)
     long = random(601, 877)  # two chunks and a rest, the edges of chunks within rows
     return {
-        "random": (base, relative_path(base)),
-        "close": (base, relative_path(base, 1e-3)),
+        "random": (base, near(base)),
+        "close": (base, near(base, 1e-3)),
         "zeros": (torch.zeros(6, 5), [torch.zeros(6, 5) for _ in range(experts)]),
-        "one is zero": (base, [torch.zeros(13, 9), *relative_path(base)[1:]]),
-        "one stayed": (base, [base.clone(), *relative_path(base)[1:]]),
+        "one is zero": (base, [torch.zeros(13, 9), *near(base)[1:]]),
+        "one stayed": (base, [base.clone(), *near(base)[1:]]),
         "equal": (base, [other.clone() for _ in range(experts)]),
         "opposite": (torch.zeros(13, 9), [other * (-1) ** i for i in range(experts)]),
         "opposite deltas": (base, [base + step * (-1) ** i for i in range(experts)]),
         "one element": (random(1), [random(1) for _ in range(experts)]),
         "a number": (random(), [random() for _ in range(experts)]),
-        "huge": (base * 1e30, [e * 1e30 for e in relative_path(base)]),
-        "tiny": (base * 1e-18, [e * 1e-18 for e in relative_path(base)]),
-        "bf16": (coarse.bfloat16(), [e.bfloat16() for e in relative_path(coarse, 0.02)]),
-        "vector": (vector, relative_path(vector)),
-        "wide": (wide, relative_path(wide)),
-        "4-D": (kernel, relative_path(kernel)),
-        "chunks": (long, relative_path(long, 0.01)),
+        "huge": (base * 1e30, [e * 1e30 for e in near(base)]),
+        "tiny": (base * 1e-18, [e * 1e-18 for e in near(base)]),
+        "bf16": (coarse.bfloat16(), [e.bfloat16() for e in near(coarse, 0.02)]),
+        "vector": (vector, near(vector)),
+        "wide": (wide, near(wide)),
+        "4-D": (kernel, near(kernel)),
+        "chunks": (long, near(long, 0.01)),
     }
 
 
@@ -103,3 +103,23 @@ def product(cases: Iterable[str], *options: Iterable[Any]) -> list[tuple[Any, ..
     """Every case with every choice of options; those of many chunks, which take long, with the last choice alone."""
     choices = list(itertools.product(*options))
     return [(case, *c) for case in cases for c in (choices[-1:] if "chunks" in case else choices)]
+
+
+def doubles(case: tuple[torch.Tensor, list[torch.Tensor]]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A case of `adversarial` in float64."""
+    base, experts = case
+    return base.double(), [expert.double() for expert in experts]
+
+
+def slices_of(tensor: torch.Tensor, per: str) -> torch.Tensor:
+    """The vectors that a parameter ``per`` treats separately, as (count, size)."""
+    if per == "tensor" or tensor.dim() < 2:
+        return tensor.reshape(1, -1)
+    return tensor.reshape(-1, tensor.shape[-1]) if per == "row" else tensor.reshape(len(tensor), -1).T
+
+
+def unsliced(rows: torch.Tensor, shape: Sequence[int], per: str) -> torch.Tensor:
+    """The tensor that `slices_of` was given."""
+    if per == "column" and len(shape) > 1:
+        rows = rows.T
+    return rows.reshape(tuple(shape))

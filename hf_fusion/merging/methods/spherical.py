@@ -10,10 +10,10 @@ from typing import Annotated
 
 import torch
 
+from hf_fusion.merging.engine.grouped_sums import combination, grams
 from hf_fusion.merging.engine.tensors import Chunk, Combination, Merged, Tensors
 from hf_fusion.merging.mergekit import parameters as mk
 from hf_fusion.merging.methods.declaration import merge_method
-from hf_fusion.merging.methods.norms import combination, grams
 from hf_fusion.schema import EachNumber, Per, Range
 
 __all__ = ["karcher", "multislerp", "nearswap", "nuslerp", "slerp"]

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from in_memory import adversarial, merged, product
+from in_memory import adversarial, doubles, merged, product
 from torch.linalg import svd, svdvals
 
 CASES = adversarial(3)
@@ -22,11 +22,6 @@ def close(got, wanted, inputs, tolerance=1e-5):
     """Equal up to float32's precision of the inputs."""
     size = max(float(x.double().abs().max()) for x in [wanted, *inputs])
     torch.testing.assert_close(got.double(), wanted, rtol=0, atol=tolerance * size)
-
-
-def doubles(case):
-    base, experts = case
-    return base.double(), [expert.double() for expert in experts]
 
 
 def triplets(matrix, count, largest=None):

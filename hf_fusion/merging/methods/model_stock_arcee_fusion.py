@@ -1,8 +1,4 @@
-"""Model Stock and Arcee Fusion: weights from angles between task vectors, or from the importance of values.
-
-Angles follow from the inner products of the experts, which are summed over chunks: for the whole tensor, for each row
-(along the last axis) or for each column (along the first).
-"""
+"""Model Stock and Arcee Fusion: weights from angles between task vectors, or from the importance of values."""
 
 from __future__ import annotations
 
@@ -11,12 +7,13 @@ from typing import Literal
 
 import torch
 
-from hf_fusion.merging.engine.tensors import CANCELLATION_LIMIT, CHUNK, Chunk, Combination, Merged, Tensors
+from hf_fusion.merging.engine.grouped_sums import combination, grams
+from hf_fusion.merging.engine.tensors import CHUNK, Combination, Merged, Tensors
 from hf_fusion.merging.mergekit import parameters as mk
 from hf_fusion.merging.methods.declaration import merge_method
 from hf_fusion.schema import Per
 
-__all__ = ["arcee_fusion", "combination", "grams", "model_stock"]
+__all__ = ["arcee_fusion", "model_stock"]
 
 
 @merge_method(
@@ -49,9 +46,8 @@ def model_stock(tensors: Tensors, *, per: Per = "tensor", average: Literal["cosi
     gram = grams(tensors, True, per)  # (G, K, K)
     norms = gram.diagonal(dim1=1, dim2=2).sqrt()
     lengths = norms[:, :, None] * norms[:, None, :]
-    cosines = torch.where(lengths == 0, 0.0, gram / lengths).clamp(
-        -1, 1
-    )  # a task vector of 0 is at right angles to all
+    # a task vector of 0 is at right angles to all
+    cosines = torch.where(lengths == 0, 0.0, gram / lengths).clamp(-1, 1)
     row, column = torch.triu_indices(count, count, offset=1)
     pairs = cosines[:, row, column]
     cosine = pairs.mean(1) if average == "cosine" else pairs.arccos().mean(1).cos()
@@ -89,67 +85,3 @@ def arcee_fusion(tensors: Tensors) -> torch.Tensor:
     lower, median, upper = (float(flat[rank]) for rank in ranks)
     kept = importance.view(tensors.shape) >= median + 1.5 * (upper - lower)
     return base.add_(expert.sub_(base).mul_(kept))
-
-
-def grams(tensors: Tensors, deltas: bool, per: Per) -> torch.Tensor:
-    """Inner products of the experts.
-
-    Args:
-        tensors: the experts.
-        deltas: of their task vectors; else of their values.
-        per: over the whole tensor, per row, or per column.
-
-    Returns:
-        (G, K, K) float64: one matrix per row or column, or one for the tensor.
-    """
-    if per == "tensor":
-        return tensors.gram(deltas)[None]
-    count = len(tensors)
-    total = torch.zeros(_groups(tensors, per), count, count, dtype=torch.float64)
-    for chunk in tensors.chunks():
-        group, first = _group(chunk, per), 0
-        for block in chunk.float64_blocks(deltas):
-            groups = group[first : first + block.shape[1]]
-            first += block.shape[1]
-            for i in range(count):
-                for j in range(i, count):
-                    total[:, i, j].index_add_(0, groups, block[i] * block[j])
-    return total.triu() + total.triu(1).mT
-
-
-def combination(per: Per, base: torch.Tensor, experts: torch.Tensor) -> Merged:
-    """A weighted sum of the inputs, with weights for the tensor, per row or per column.
-
-    Args:
-        per: what the weights are for.
-        base: the base's weights, (G,) float64.
-        experts: the experts' weights, (K, G) float64.
-    """
-    if per == "tensor":
-        return Combination(float(base), experts[:, 0].tolist())
-
-    # as in `Combination`: large weights amplify float32 rounding errors
-    dtype = torch.float64 if bool((experts.abs().sum(0) + base.abs() > CANCELLATION_LIMIT).any()) else torch.float32
-
-    def merged(chunk: Chunk) -> torch.Tensor:
-        group = _group(chunk, per)
-        total = torch.zeros(chunk.size, dtype=dtype)
-        if chunk.tensors.base is not None:
-            total.addcmul_(chunk.base.to(dtype), base.to(dtype)[group])
-        for index, weights in enumerate(experts.to(dtype)):
-            total.addcmul_(chunk.expert(index).to(dtype), weights[group])
-        return total.float()
-
-    return merged
-
-
-def _groups(tensors: Tensors, per: Per) -> int:
-    """Number of rows or columns; a scalar counts as a vector of one element."""
-    size = (tensors.shape or (1,))[-1 if per == "row" else 0]
-    return tensors.numel // size if size else 0
-
-
-def _group(chunk: Chunk, per: Per) -> torch.Tensor:
-    """Index of each element's row or column, (size,)."""
-    index, groups = torch.arange(chunk.start, chunk.start + chunk.size), _groups(chunk.tensors, per)
-    return index // (chunk.tensors.numel // groups) if per == "row" else index % groups
