@@ -212,7 +212,7 @@ def test_failing_method_is_reported_and_others_continue(fine_tunes, tmp_path, mo
     assert (picky["topic"].status, picky["topic"].reason) == ("failed", "ZeroDivisionError: not this one")
     assert picky["mood"].score is not None and picky["kind"].score is not None
     assert any("failed: ValueError: no memory" in line for line in told)
-    monkeypatch.setitem(METHODS, "broken", made("broken", "merging.pretrained"))
+    monkeypatch.setitem(METHODS, "broken", made("broken", methods.pretrained))
     mended = measure(fine_tunes, tmp_path, "broken", "average")  # what failed is tried again
     assert all(mended["broken", "default", task, "clean"].score is not None for task in CLASSES)
 

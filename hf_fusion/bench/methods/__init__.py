@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hf_fusion.bench.methods.declaration import (
     FAMILIES,
@@ -21,8 +22,19 @@ from hf_fusion.bench.methods.declaration import (
 from hf_fusion.errors import FusionError, shown, suggestion
 from hf_fusion.merging.methods import MERGE_METHODS
 
+if TYPE_CHECKING:
+    from hf_fusion.bench.candidates import Candidate
+    from hf_fusion.bench.methods.merging import MergesAdapters
+    from hf_fusion.bench.suite import Holdout
+
 # merging methods whose row has another name or title than they
 _RENAMED = {"linear": ("average", "Simple average"), "dare_linear": ("dare", "DARE task arithmetic")}
+
+
+def _static(setup: MergesAdapters, holdout: Holdout, seed: int, **parameters: Any) -> Candidate:
+    from hf_fusion.bench.methods import merging  # imports torch
+
+    return merging.static(setup, holdout, seed, **parameters)
 
 
 def _static_rows(declared: dict[str, Method]) -> dict[str, Method]:
@@ -32,7 +44,7 @@ def _static_rows(declared: dict[str, Method]) -> dict[str, Method]:
         if method.merges != "models" or method.plans or method.experts[1] == 1 or name in declared:
             continue
         shown_as, title = _RENAMED.get(name, (name, method.title))
-        entries = {kind: EntryPoint("merging.static", kind, {"method": name}) for kind in ("merging", "routing")}
+        entries = {kind: EntryPoint(_static, kind, {"method": name}) for kind in ("merging", "routing")}
         rows[shown_as] = Method(
             shown_as,
             title,

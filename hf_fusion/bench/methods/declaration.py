@@ -1,9 +1,10 @@
-"""What is declared of a benchmarked method beside its function: the decorator, and the row that follows from it."""
+"""The decorator of benchmarked methods, and the rows of the benchmark that it declares."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,7 +34,7 @@ FAMILIES = {
 }
 SCALING = ("scaling", (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0))
 """The grid over which a merge's scaling is tuned."""
-# what routers and coefficients learn with, where nothing else is said: chosen on minilm-8's validation splits
+# default training settings of routers and coefficients, chosen on minilm-8's validation splits
 LEARNING = {"steps": 80, "batch_size": 8, "scaling": 0.1}
 ENTROPY = {"loss": "entropy", "diversity": 0.0}
 
@@ -46,35 +47,31 @@ class EntryPoint:
     """How a method is run on suites of one kind.
 
     Attributes:
-        function: (setup, holdout, seed, parameters) → `Candidate`, or several of them by name; or where it stands in
-            this folder, "kind.name".
-        kind: of the setup that the function gets.
+        function: (setup, holdout, seed, parameters) → `Candidate`, or several of them by name.
+        kind: kind of the setup that the function takes.
         given: parameters that differ from the function's defaults.
     """
 
-    function: str | Callable[..., Any]
+    function: Callable[..., Any]
     kind: str
     given: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(
         self, setup: TaskSetup, holdout: Holdout, seed: int, **changed: Any
     ) -> Candidate | dict[str, Candidate]:
-        """The method's candidates.
+        """Runs the method and returns its candidates.
 
         Args:
-            setup: of any kind that `TaskSetup.of_kind` makes this entry's from.
+            setup: of this entry's kind, or of one that `TaskSetup.of_kind` converts to it.
             holdout: which experts are fused.
-            seed: of everything random.
+            seed: seed of all randomness.
             changed: parameters that differ from `given`.
         """
-        function = self.function
-        if isinstance(function, str):
-            module, _, name = function.rpartition(".")
-            function = getattr(import_module(f"{__package__}.{module}"), name)
-        made: Candidate | dict[str, Candidate] = function(
-            setup.of_kind(self.kind), holdout, seed, **{**self.given, **changed}
+        parameters = {**self.given, **changed}
+        candidates: Candidate | dict[str, Candidate] = self.function(
+            setup.of_kind(self.kind), holdout, seed, **parameters
         )
-        return made
+        return candidates
 
 
 @dataclass(frozen=True)
@@ -82,12 +79,12 @@ class Method:
     """A row of the benchmark.
 
     Attributes:
-        name: in cells and on the command line.
-        title: what tables call it.
+        name: its name in cells and on the command line.
+        title: its name in tables.
         family: a key of `FAMILIES`.
         tune: the parameter whose best value is searched for on the validation split, and its values.
         stochastic: whether another seed gives another model.
-        entries: kind of suite → how it is run there.
+        entries: kind of suite → its entry point there.
     """
 
     name: str
@@ -110,20 +107,20 @@ def bench_method(
     tune: tuple[str, tuple[Any, ...]] | None = None,
     stochastic: bool = False,
 ) -> Callable[[Function], Function]:
-    """Declares a function a method of the benchmark; it may be declared several times, with other names.
+    """Declares a function as a method of the benchmark; several decorators declare several methods.
 
-    The function takes the task setup of a suite, which experts are fused, a seed and its own parameters, and gives the
-    `Candidate` that comes out, or several of them by name. In this package the decorator is read from the text of the
-    file: its arguments must be literals, or made of what this module defines.
+    The function takes a suite's task setup, which experts are fused, a seed and parameters, and returns a `Candidate`,
+    or several by name. In this package the decorator is read from the source file without importing it: its arguments
+    must be literals or use names of this module.
 
     Args:
-        title: what tables call it; without one, the function is how the method of its name is run on suites of
-            another kind, whose title and family count.
+        title: its name in tables. Without a title, the function runs the method of that name on suites of another
+            kind, and the title and family declared there apply.
         family: a key of `FAMILIES`.
-        name: in cells and on the command line; default is the function's.
-        kind: of the suites whose setup it takes; default is that of its file, "merging" in files of users.
-        also: other kinds of suites, from whose setup that of `kind` can be made.
-        alike: other kinds of suites, whose setup it takes as it is.
+        name: its name in cells and on the command line; default: the function's name.
+        kind: kind of the suites whose setup it takes; default: the name of its file, or "merging" in files of users.
+        also: further kinds of suites, whose setup is converted to that of `kind`.
+        alike: further kinds of suites, whose setup it takes unchanged.
         given: parameters that differ from the function's defaults.
         tune: the parameter whose best value is searched for on the validation split, and its values.
         stochastic: whether another seed gives another model.
@@ -140,38 +137,52 @@ def bench_method(
 
 
 def _entries(
-    function: str | Callable[..., Any],
+    function: Callable[..., Any],
     kind: str,
     also: tuple[str, ...],
     alike: tuple[str, ...],
     given: Mapping[str, Any] | None,
 ) -> dict[str, EntryPoint]:
-    found = dict.fromkeys((kind, *also), EntryPoint(function, kind, given or {}))
-    return found | {other: EntryPoint(function, other, given or {}) for other in alike}
+    entries = dict.fromkeys((kind, *also), EntryPoint(function, kind, given or {}))
+    return entries | {other: EntryPoint(function, other, given or {}) for other in alike}
 
 
 def declared_in(folder: Path) -> dict[str, Method]:
-    """All methods that the files of a folder, named by the kind of their settings, declare; "merging" comes first."""
+    """All methods that the files of a package declare, those for the kind "merging" first.
+
+    The files are read, not imported: importing them takes seconds. A method's file is imported when it is called.
+
+    Args:
+        folder: of this package; each file is named after the kind of suites that its methods are for.
+    """
     rows: dict[str, Method] = {}
     for file in sorted(folder.glob("[!_]*.py"), key=lambda file: (file.stem != "merging", file.stem)):
         for function, words, facts in decorated(file, bench_method.__name__, globals()):
             facts = {**dict(zip(("title", "family"), words, strict=False)), **facts}
             kinds = (facts.pop("kind", file.stem), facts.pop("also", ()), facts.pop("alike", ()))
             name, given = facts.pop("name", function), facts.pop("given", None)
-            entries = _entries(f"{file.stem}.{function}", *kinds, given)
+            entries = _entries(partial(_call_imported, file, function), *kinds, given)
             known = rows.get(name, Method(name, "", ""))
             rows[name] = replace(known, entries={**known.entries, **entries}, **facts)
     return rows
+
+
+def _call_imported(file: Path, function: str, *args: Any, **parameters: Any) -> Candidate | dict[str, Candidate]:
+    """Imports a file of this package, and calls its function."""
+    candidates: Candidate | dict[str, Candidate] = getattr(import_module(f"{__package__}.{file.stem}"), function)(
+        *args, **parameters
+    )
+    return candidates
 
 
 def methods_of(module: ModuleType) -> dict[str, Method]:
     """All methods that an imported module declares, by name.
 
     Raises:
-        FusionError: a family that there is not.
+        FusionError: a method's family is unknown.
     """
-    found = {row.name: row for value in vars(module).values() for row in getattr(value, _MARK, ())}
-    for row in found.values():
+    methods = {row.name: row for value in vars(module).values() for row in getattr(value, _MARK, ())}
+    for row in methods.values():
         if row.family not in FAMILIES:
-            raise FusionError(f"{row.name} is of no family {shown(row.family)}", hint=", ".join(FAMILIES))
-    return found
+            raise FusionError(f"{row.name} has the unknown family {shown(row.family)}", hint=", ".join(FAMILIES))
+    return methods
