@@ -113,7 +113,7 @@ def is_plain(value: object) -> bool:
     return value is None or type(value) in (str, int, float, bool)
 
 
-Text = Annotated[str, Expected("a text", is_text)]
+Text = Annotated[str, Expected("a string", is_text)]
 Settings = Annotated[
     dict[str, Any], Before(lambda value, where: {} if value is None else value), Expected("names and values")
 ]
@@ -290,12 +290,12 @@ def _words(kind: Any) -> str:
     if origin in (list, tuple, Sequence):
         if dataclasses.is_dataclass(inner[0]):
             return f"a list of {expected(inner[0])}"
-        return "a list of texts" if inner[0] in (str, Text) else "a list"
+        return "a list of strings" if inner[0] in (str, Text) else "a list"
     return _NAMES.get(origin or kind, "a value")
 
 
 _NAMES: dict[Any, str] = {
-    **{str: "a text", int: "a whole number", float: "a number", bool: "true or false"},
+    **{str: "a string", int: "a whole number", float: "a number", bool: "true or false"},
     **{dict: "names and values", Mapping: "names and values"},
 }
 

@@ -74,12 +74,12 @@ def _class_names(value: object, where: KeyPath) -> Any:
 Texts = Annotated[
     tuple[Text, ...],
     Before(lambda value, where: [value] if isinstance(value, str) else value),
-    Expected("a list of texts", bool),
+    Expected("a list of strings", bool),
 ]
 Classes = Annotated[
     tuple[Text, ...], Before(_class_names), Expected("a list of names, or the file that holds one a line", bool)
 ]
-GivenText = Annotated[str | None, Expected("a text", is_text)]
+GivenText = Annotated[str | None, Expected("a string", is_text)]
 """A text that may be left out, but not be null."""
 
 

@@ -91,7 +91,7 @@ def _are_by_class(labels: dict[str, str]) -> bool:
     return all(re.fullmatch(r"\d{1,9}", key) for key in labels)
 
 
-Labels = Annotated[dict[str, str], Expected("texts by class index", _are_by_class)]
+Labels = Annotated[dict[str, str], Expected("strings by class index", _are_by_class)]
 Code = Annotated[list[str | None] | dict[str, str | list[str | None] | None], Expected("names of classes")]
 """``auto_map``: of a tokenizer also a pair, of which one may be null."""
 

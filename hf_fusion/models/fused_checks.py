@@ -116,7 +116,7 @@ def row(table: Table) -> Kind:
 
 
 FLAG = kind(lambda value: isinstance(value, bool), "true or false")
-TEXT = kind(lambda value: isinstance(value, str), "a text")
+TEXT = kind(lambda value: isinstance(value, str), "a string")
 NAME = kind(
     lambda value: isinstance(value, str) and 0 < len(value) <= 4096 and value.isprintable(), "a name, printable"
 )

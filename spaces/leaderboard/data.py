@@ -253,7 +253,7 @@ def _get(given: Mapping[str, Any], key: str, kind: Any, at: str) -> Any:
 
 def _kind(value: Any, kind: Any, at: str) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
-        wanted = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}.get(kind, "a number")
+        wanted = {dict: "an object", list: "a list", str: "a string", int: "a whole number"}.get(kind, "a number")
         raise BrokenError(f"{at} is {repr(value)[:60]}, not {wanted}")
     return value
 

@@ -53,12 +53,12 @@ def test_a_file_says_all_of_a_suite(written):
 
 FAULTS = {
     "an unknown key": (("title:", "titel:"), "mine.yaml: titel is not a supported key\n.*did you mean title"),
-    "a missing key": (("title: two\n", ""), "mine.yaml: title is missing\n.*title: a text"),
+    "a missing key": (("title: two\n", ""), "mine.yaml: title is missing\n.*title: a string"),
     "an unknown kind": (("merging", "melting"), "kind is 'melting', expected one of merging, routing, fusion"),
     "an unknown head": (("sequence-", "word-"), "head is 'word-classification', expected one of sequence"),
     "an unknown metric": (("f1", "f0"), "tasks.two.metric is 'f0', expected one of accuracy, f1"),
     "a task's unknown key": (("expert: null", "exprt: null"), "tasks.two.exprt is not a .*did you mean expert"),
-    "a task without data": (("data: me/one, ", ""), "tasks.one.data is missing\n.*data: a text"),
+    "a task without data": (("data: me/one, ", ""), "tasks.one.data is missing\n.*data: a string"),
     "a column that is not ours": (("text: sentence", "txt: sentence"), "key of tasks.one.columns is 'txt'.*mean text"),
     "a share above one": (("share: 0.5", "share: 1.5"), "tasks.three.fitting.share is 1.5, expected a number above 0"),
     "a name in braces": (("me/{task}", "me/{name}"), "tasks.one.expert is 'me/{name}': only {task}"),

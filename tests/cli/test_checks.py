@@ -98,7 +98,7 @@ ERRORS = {
     "fuse --method foe --experts me/a me/b --set mod=output -o out": "no parameter 'mod'|did you mean mode?",
     "fuse --method wemoe --experts me/a me/b --set scalling=1 -o out": "'scalling'|did you mean scaling?",
     "fuse --method phatgoose --experts me/a me/b --set top_k=two -o out": "phatgoose: top_k is 'two', expected a whole",
-    "fuse --method foe --experts me/a me/b --set labels=yes -o out": "foe: labels is True, expected a list of texts",
+    "fuse --method foe --experts me/a me/b --set labels=yes -o out": "foe: labels is True, expected a list of strings",
     "fuse --method ties --base me/c --experts me/a --set density=[ -o out": "--set density is not valid YAML",
     "fuse --method linear --experts me/a me/b --set weights=[1] -o out": "weights is [1], expected a list of 2 numbers",
     "fuse --method foe --experts ./gone me/b -o out": "there is no folder ./gone",

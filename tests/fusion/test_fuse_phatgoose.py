@@ -195,7 +195,7 @@ def with_other_gates(folder):
 MISFITS = {
     "nan": ({}, with_nan, f"Adapter bad has NaN or Inf in {Q0}.lora_A.weight"),
     "shapes": ({}, narrower, f"bad does not fit its base: {Q0} is 32→32 in the base, 20→32 in the adapter"),
-    "rank 0": ({}, without_rank, "bad cannot be fused: r=0: a rank below 1"),
+    "rank 0": ({}, without_rank, "bad cannot be fused: r=0: the rank must be at least 1"),
     "huge rank": ({"rank": 500}, None, f"bad: rank 500 of {Q0} is not within 1 and 32"),
     "a rank that is promised": ({"r": 10**9}, None, "bad: ranks of .* disagree: A .4, 32.*config 1000000000"),
     "targets": ({}, renamed, "bad does not fit its base: adapts .*queries, which the base does not"),

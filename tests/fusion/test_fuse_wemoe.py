@@ -102,7 +102,7 @@ def test_full_fine_tunes_need_their_base(folders):
         ({"task_vectors": "low-rank", "rank": "r"}, "rank is 'r', expected a whole number"),
         ({"task_vectors": "low-rank", "energy": "all"}, "energy is 'all', expected a number"),
         ({"scaling": "much"}, "scaling is 'much', expected a number"),
-        ({"modules": 3}, "modules is 3, expected a text"),
+        ({"modules": 3}, "modules is 3, expected a string"),
     ],
 )
 def test_wrong_options_are_named_before_anything_is_loaded(options, message):

@@ -139,7 +139,7 @@ def test_a_merge_is_pickled_and_a_plain_model_says_nothing(models, tmp_path):
     assert type(again) is type(models["linear"])
     assert again.fusion_recipe == models["linear"].fusion_recipe
     AutoModel.from_config(models["linear"].config).save_pretrained(tmp_path / "plain")
-    with pytest.raises(FusionError, match=r"plain has no fusion.yaml, and its config.json does not say"):
+    with pytest.raises(FusionError, match=r"plain has no fusion.yaml, and its config.json has no recipe"):
         read_recipe(tmp_path / "plain")
     with pytest.raises(FusionError, match="nowhere cannot be read"):
         read_recipe(tmp_path / "nowhere")

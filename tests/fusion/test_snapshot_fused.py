@@ -200,7 +200,7 @@ def test_a_folder_without_a_model_is_not_pushed(owner, folders):
     (private / "notes.txt").write_text("secret")
     recipe = Recipe.load(folders / "linear")
     Recipe("linear", (*recipe.experts[:1], RecipeExpert(str(private)))).save(folders / "linear" / "fusion.yaml")
-    with pytest.raises(FusionError, match="private holds no model"):
+    with pytest.raises(FusionError, match="private has no weights"):
         publish(folders / "linear", f"{owner.name}/fused", push_experts=True, license="mit", api=owner.api)
     assert not list(owner.api.list_models(author=owner.name))
 

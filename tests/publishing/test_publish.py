@@ -197,7 +197,7 @@ def test_results_beside_the_model(owner, fused):
     (fused / "results.json").write_text(json.dumps(RESULTS))
     assert "90.0 % ± 2.0" in plan(fused, f"{owner.name}/mood", api=owner.api).card
     (fused / "results.json").write_text(json.dumps({**RESULTS, "systems": [{"name": "FoE"}], "n": None, "dataset": {}}))
-    with pytest.raises(FusionError, match=r"results.json: tasks\[0\].name is None, expected a text"):
+    with pytest.raises(FusionError, match=r"results.json: tasks\[0\].name is None, expected a string"):
         plan(fused, f"{owner.name}/mood", api=owner.api)
 
 

@@ -135,7 +135,7 @@ def test_add_user_beside_a_running_server_and_without_one(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", "-x", ".x", "a..b", "x" * 97, "a b", "é"])
 def test_user_names(tmp_path, name):
-    with pytest.raises(FusionError, match="no user name"):
+    with pytest.raises(FusionError, match="is not a user name"):
         add_user(tmp_path, name)
     assert not list(tmp_path.glob("**/users.json"))
 

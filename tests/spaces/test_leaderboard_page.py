@@ -74,7 +74,7 @@ def test_a_summary_is_read_as_it_was_written(space, suites, summary):
 BROKEN = {
     "suites[0].rows[3].cost is 'x', not a number": ("cost", "x"),
     "suites[0].rows[3].cost is nan, not a number": ("cost", math.nan),
-    "suites[0].rows[3].title is None, not a text": ("title", None),
+    "suites[0].rows[3].title is None, not a string": ("title", None),
     "suites[0].rows[3].scores.clean is 3, not an object": ("scores", {"clean": 3}),
     "suites[0].rows[3].scores.clean.sst2 has no 'status'": ("scores", {"clean": {"sst2": {}}}),
     "suites[0].rows[3].scores.clean.sst2.ci95 has 3 ends": (
@@ -82,7 +82,7 @@ BROKEN = {
     ),
     "suites[0].rows[3].part is 'top'; it can be floor, fused or ceiling": ("part", "top"),
     "suites[0].rows[3].seeds is True, not a whole number": ("seeds", [True]),
-    "suites[0].rows[3].shas.a is 1, not a text": ("shas", {"a": 1}),
+    "suites[0].rows[3].shas.a is 1, not a string": ("shas", {"a": 1}),
 }  # fmt: skip
 
 

@@ -228,5 +228,5 @@ print(app.show('?show=unseen&row=wemoe.default'))
     html = alone("leaderboard", code)
     assert "No results yet" in html and "hf-fusion bench run" in html
     assert "leaderboard.json of nobody/nothing could not be fetched" in html
-    assert "suites[0].name is 3, not a text" in html and html.count("The results cannot be read") == 2
+    assert "suites[0].name is 3, not a string" in html and html.count("The results cannot be read") == 2
     assert "near: unseen" in html and "method: wemoe" in html

@@ -41,9 +41,6 @@ WIDE, LINE, MAX_ROWS = 1 << 19, 1 << 12, 8
 
 CPU = torch.device("cpu")
 
-Merged = Callable[["Chunk"], torch.Tensor]
-"""Computes the merged values (size,) of a chunk, fp32; called for a tensor's chunks in order."""
-
 
 class Reader(Protocol):
     """Reads the values of one tensor, flattened."""
@@ -187,6 +184,8 @@ class Chunk:
         return self._read[index]
 
 
+Merged = Callable[[Chunk], torch.Tensor]
+"""Computes the merged values (size,) of a chunk, fp32; called for a tensor's chunks in order."""
 Values = Callable[[Chunk], torch.Tensor]
 """Computes a value for every expert and element of a chunk, (K, size); the result may be overwritten."""
 

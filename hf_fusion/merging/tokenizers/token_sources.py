@@ -59,7 +59,7 @@ class TokenizerRequest:
 
     source: Annotated[str, Expected("union, base or a model", bool)] = "union"
     tokens: Annotated[
-        dict[Annotated[str, Expected("a text", bool)], TokenRequest], Before(lambda value, where: value or {})
+        dict[Annotated[str, Expected("a string", bool)], TokenRequest], Before(lambda value, where: value or {})
     ] = field(default_factory=dict)
     pad_to_multiple_of: Annotated[int, Range(1, 1 << 16), Before(lambda value, where: value or 1)] = 1
 

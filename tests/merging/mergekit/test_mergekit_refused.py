@@ -55,7 +55,7 @@ WRONG = {
     "tokenizer: union": "tokenizer is 'union', expected {source",
     "tokenizer: {source: union, vocab: 3}": "tokenizer.vocab is not a supported key",
     "tokenizer: {tokens: {x: union}}": "tokenizer.tokens.x is 'union', expected {source",
-    "chat_template: 3": "chat_template is 3, expected a text",
+    "chat_template: 3": "chat_template is 3, expected a string",
     "modules: {text_decoder: {models: [{model: a}]}}": "modules.text_decoder is not a supported key",
     "modules: {default: {}}": "modules.default needs either models or slices",
 }

@@ -267,7 +267,7 @@ def test_invalid_mixtures_are_refused(folders, tmp_path):
     refused(recipe_of([expert, folders["b"]]), "gate: zero does not use prompts")
     refused(recipe_of([expert, folders["b"]], gate="embedding"), "b has no prompts, which gate: embedding needs")
     wrong = RecipeExpert(folders["a"], None, {"prompts": 3})
-    refused(recipe_of([wrong, folders["b"]], gate="embedding"), "prompts is 3, expected a list of texts")
+    refused(recipe_of([wrong, folders["b"]], gate="embedding"), "prompts is 3, expected a list of strings")
     alike = [replace(expert, model=folders[name]) for name in "bc"]
     refused(recipe_of(alike, gate="hidden"), "all experts have the same prompts")
     loud = RecipeExpert(folders["a"], None, {"noise_scale": "much"})
