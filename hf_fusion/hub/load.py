@@ -161,7 +161,7 @@ class _Loader:
                 if isinstance(card_base, str):
                     names[i] = (ModelRef.parse_repo(card_base), not source.is_local)
         unique = sorted(set(names.values()), key=str)
-        found = in_parallel(lambda own: (resolve_repo if own[1] else resolve)(own[0], self.api), unique)
+        found = in_parallel(lambda name: (resolve_repo if name[1] else resolve)(name[0], self.api), unique)
         resolved = dict(zip(unique, found, strict=True))
         for (name, _), source in resolved.items():
             if source.is_adapter:

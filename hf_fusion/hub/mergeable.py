@@ -1,4 +1,4 @@
-"""Can a model's weights be merged with those of its base? Answered by WEMoE's own rules, from headers alone."""
+"""Checks from headers whether a model's weights can be merged with its base's, by the rules of WEMoE."""
 
 from __future__ import annotations
 
@@ -14,35 +14,36 @@ if TYPE_CHECKING:
 
 
 def merge_problems(model: PreTrainedModel, base: PreTrainedModel) -> list[str]:
-    """What `hf_fusion.fuse` would refuse to merge, one line each.
+    """The problems for which `hf_fusion.fuse` would refuse to merge a model, one line each.
 
     Args:
-        model: a full fine-tune as its headers promise it, on the meta device.
-        base: the model that it was fine-tuned from, with another head or none.
+        model: a full fine-tune, built from its headers on the meta device.
+        base: the model that it was fine-tuned from, with the same head, another one or none; on the meta device.
     """
     try:
         part, head = part_of(base, model), head_of(model)
-        template = base if part else _under_the_head_of(model, base)
+        template = base if part else _with_head_of(model, base)
         heads = head_paths(template, head)
-        own, known = renamed(model.state_dict(), model, template, part), renamed(base.state_dict(), base, template)
-        shared = {key: tensor for key, tensor in known.items() if key in template.state_dict()}
-        check_experts([ExpertSource({"name": "it", "adapter": False, "part": part}, own)], shared, heads)
+        tensors = renamed(model.state_dict(), model, template, part)
+        base_tensors = renamed(base.state_dict(), base, template)
+        shared = {key: tensor for key, tensor in base_tensors.items() if key in template.state_dict()}
+        check_experts([ExpertSource({"name": "it", "adapter": False, "part": part}, tensors)], shared, heads)
     except ValueError as error:
         return [str(error)]
-    apart = tuple(f"{path}." for path in heads)
+    head_prefixes = tuple(f"{path}." for path in heads)
     return [
         f"{key} is {list(tensor.shape)}, in the base {list(shared[key].shape)}"
-        for key, tensor in own.items()
-        if key in shared and not (apart and key.startswith(apart)) and tensor.shape != shared[key].shape
+        for key, tensor in tensors.items()
+        if key in shared and not key.startswith(head_prefixes) and tensor.shape != shared[key].shape
     ]
 
 
-def _under_the_head_of(model: PreTrainedModel, base: PreTrainedModel) -> PreTrainedModel:
-    """A model of an expert's class and the base's sizes: what of the base is not in it, such as a pooler, may lack."""
+def _with_head_of(model: PreTrainedModel, base: PreTrainedModel) -> PreTrainedModel:
+    """A model with the class of an expert and the sizes of the base; experts may lack tensors that it does not have."""
     if type(model.config) is not type(base.config):
         return model
     config = copy.deepcopy(base.config)
     if model.config.num_labels is not None:
         config.num_labels = model.config.num_labels  # a base without a head has none
-    made: PreTrainedModel = build_on_meta(lambda: type(model)._from_config(config))
-    return made
+    template: PreTrainedModel = build_on_meta(lambda: type(model)._from_config(config))
+    return template

@@ -42,21 +42,21 @@ def fit_config(config: Config, shapes: Shapes, models: Sequence[Model]) -> Confi
         shapes: of the merged tensors, by name.
         models: the first model, then the experts; label names are those of the first with a matching number.
     """
-    found = _loaded(config, shapes)
-    if isinstance(found, str):
+    report = _loaded(config, shapes)
+    if isinstance(report, str):
         return config if not models else _of_changed_rows(config, shapes, models)
     pairs = {
         (expected[i], given[i])
-        for given, expected in found.sizes.values()
+        for given, expected in report.sizes.values()
         if len(given) == len(expected)
         for i in range(len(given))
         if given[i] != expected[i]
     }
     for old, new in sorted(pairs):
         for candidate in _candidates(config, old, new, len(shapes), models):
-            tried = _loaded(candidate, shapes)
-            if not isinstance(tried, str) and len(tried.sizes) < len(found.sizes):
-                config, found = candidate, tried
+            new_report = _loaded(candidate, shapes)
+            if not isinstance(new_report, str) and len(new_report.sizes) < len(report.sizes):
+                config, report = candidate, new_report
                 break
     return _named(config, models)
 
@@ -79,19 +79,19 @@ def check_loads(config: Mapping[str, Any], shapes: Shapes, first: Model) -> str:
     """
     before = shapes_of(first.entries.values())
     try:
-        found = _loaded(config, shapes)
+        report = _loaded(config, shapes)
     except Exception as error:  # the loader fails: check whether it does for the first model as well
         try:
             _loaded(first.config, before)
         except Exception:
             return f"transformers cannot load {first.name} ({first_line(error)})"
         raise FusionError(f"{MERGED} would not load: {first_line(error)}", _hint(first)) from error
-    if isinstance(found, str):
-        return found
-    if not (problems := _problems(found)):
+    if isinstance(report, str):
+        return report
+    if not (problems := _problems(report)):
         return ""
-    own = _loaded(first.config, before)
-    known = set() if isinstance(own, str) else set(_problems(own))
+    first_report = _loaded(first.config, before)
+    known = set() if isinstance(first_report, str) else set(_problems(first_report))
     if not (left := {key: line for key, line in problems.items() if key not in known}):
         return ""
     lines = list(dict.fromkeys(left.values()))
@@ -116,18 +116,18 @@ def _load_cached(text: str, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> 
     promise = build_meta_model(json.loads(text), MERGED, len(shapes))
     if promise.model is None or promise.config is None:
         return promise.why.removeprefix(f"{MERGED}: ")
-    found = check_load_as(type(promise.model), promise.config, dict(shapes))
-    return KeyReport(found.missing, found.unexpected, found.mismatched, found.sizes)  # the model is not kept
+    report = check_load_as(type(promise.model), promise.config, dict(shapes))
+    return KeyReport(report.missing, report.unexpected, report.mismatched, report.sizes)  # the model is not kept
 
 
-def _problems(found: KeyReport) -> dict[tuple[str, str], str]:
+def _problems(report: KeyReport) -> dict[tuple[str, str], str]:
     """Problems by kind and name, with layer indices replaced by ``*``."""
     star = partial(re.sub, r"\.\d+(?=\.)", ".*")
-    lines = {("missing", star(name)): f"{name} is missing" for name in sorted(found.missing)}
-    lines |= {("unexpected", star(name)): f"{name} is unexpected" for name in sorted(found.unexpected)}
+    lines = {("missing", star(name)): f"{name} is missing" for name in sorted(report.missing)}
+    lines |= {("unexpected", star(name)): f"{name} is unexpected" for name in sorted(report.unexpected)}
     return lines | {
         ("size", star(name)): f"{name} is {[*given]}, config.json promises {[*expected]}"
-        for name, (given, expected) in found.sizes.items()
+        for name, (given, expected) in report.sizes.items()
     }
 
 
@@ -147,21 +147,21 @@ def _candidates(config: Config, old: int, new: int, tensors: int, models: Sequen
 
 def _keys(config: Mapping[str, Any], value: int) -> Iterator[str]:
     """Keys with a value, in a configuration and nested ones, without token ids."""
-    for key, own in config.items():
-        if isinstance(own, dict):
-            yield from _keys(own, value)
-        elif type(own) is int and own == value and not key.endswith(("_id", "_index")):
+    for key, current in config.items():
+        if isinstance(current, dict):
+            yield from _keys(current, value)
+        elif type(current) is int and current == value and not key.endswith(("_id", "_index")):
             yield key
 
 
 def _replaced(config: Mapping[str, Any], key: str, old: int, new: int) -> Config:
     return {
-        name: _replaced(own, key, old, new)
-        if isinstance(own, dict)
+        name: _replaced(value, key, old, new)
+        if isinstance(value, dict)
         else new
-        if name == key and type(own) is int and own == old
-        else own
-        for name, own in config.items()
+        if name == key and type(value) is int and value == old
+        else value
+        for name, value in config.items()
     }
 
 

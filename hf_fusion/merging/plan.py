@@ -1,4 +1,7 @@
-"""What becomes of which tensor: a recipe and the headers of its models, before any value is read."""
+"""Plans a static merge from a recipe and its models' headers: the sources of each merged tensor.
+
+No values are read; targets read theirs when they are merged.
+"""
 
 from __future__ import annotations
 
@@ -38,21 +41,21 @@ if TYPE_CHECKING:
 
 @dataclass
 class Plan:
-    """A merge that could begin.
+    """A merge that is ready to run.
 
     Attributes:
-        recipe: the recipe, its models pinned.
-        method: its row.
-        base: the base, if there is one.
-        experts: in the order of the recipe.
+        recipe: the recipe, with pinned models.
+        method: the recipe's method.
+        base: the base, or None.
+        experts: in the recipe's order.
         targets: the merged model's tensors.
-        files: what the inputs are read with.
-        dropped: tensors of experts that the merged model does not have, as a table.
+        files: open files from which the inputs are read.
+        dropped: tensors of experts that the merged model lacks.
         config: content of the merged model's ``config.json``.
-        vocabulary: the merged model's tokens, where the recipe asks for others than the first model's.
-        notes: what is unlike what the models say, one sentence each.
-        shares: how much of each expert is merged; empty for methods that say themselves what they take.
-        unchecked: why transformers' loader could not be asked whether it loads; "" where it was.
+        vocabulary: the merged model's tokens; None: those of the first model.
+        shares: the merged share of each expert; empty for methods with a ``plan`` function.
+        notes: differences between the merged model and its inputs, one sentence each.
+        unchecked: why it was not checked that the merged model loads, or "".
     """
 
     recipe: Recipe
@@ -70,18 +73,18 @@ class Plan:
 
     @property
     def partly(self) -> list[Share]:
-        """Experts of which less than all is merged, where slices do not say so."""
+        """Experts that are merged only in part, unless slices select the parts."""
         return [share for share in self.shares if share.value < 1 and not self.recipe.slices]
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a reader of the merged model should know, as plain data; empty where there is nothing to tell."""
-        found = {"partly_merged": [asdict(share) for share in self.partly], "notes": list(self.notes)}
-        return {key: value for key, value in found.items() if value}
+        """Partly merged experts and notes as plain data, for the model's card; without empty lists."""
+        facts = {"partly_merged": [asdict(share) for share in self.partly], "notes": list(self.notes)}
+        return {key: value for key, value in facts.items() if value}
 
     @property
     def warnings(self) -> list[str]:
-        """The same as sentences, and whether it was not checked that the model loads."""
+        """Partly merged experts, notes, and why loading was not checked, one sentence each."""
         why = f"whether the merged model loads was not checked: {self.unchecked}"
         return [*map(str, self.partly), *self.notes, *([why] if self.unchecked else [])]
 
@@ -92,27 +95,27 @@ class Plan:
 
     @property
     def first(self) -> Model:
-        """The model whose names, configuration and, unless the recipe names another, tokenizer the merged one has."""
+        """The model that provides tensor names, configuration and, by default, tokenizer: the base, or expert 1."""
         return self.base or self.experts[0]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the merged weights."""
+        """Size of the merged weights in bytes."""
         return sum(target.spec.nbytes for target in self.targets)
 
 
 def plan(recipe: Recipe, base: Model | None, experts: Sequence[Model], vocabulary: Vocabulary | None = None) -> Plan:
-    """Decides for every tensor of the merged model what it is made from, and how.
+    """Determines the sources of every merged tensor.
 
     Args:
-        recipe: of a static method, which `check_recipe` has let through.
-        base: the opened base, where the recipe names one.
+        recipe: of a static method, already checked by `check_recipe`.
+        base: the opened base, or None.
         experts: the opened experts, in the recipe's order.
-        vocabulary: that of the merged model, where the recipe asks for one.
+        vocabulary: of the merged model, or None if the recipe has no ``tokenizer``.
 
     Raises:
-        FusionError: slices cannot be taken, or nothing of an expert would be merged.
-        MismatchError: the models' tensors do not match, and the recipe does not say what to do about it.
+        FusionError: slices are not possible, or no tensor of an expert would be merged.
+        MismatchError: the models' tensors do not match, and the recipe has no ``mismatch``.
     """
     method = method_named(recipe.method)
     files = OpenFiles()
@@ -125,10 +128,9 @@ def plan(recipe: Recipe, base: Model | None, experts: Sequence[Model], vocabular
         forbid_skipping(mismatches)
     fitting = [_fitting(origin, recipe, base, experts, is_aligned) for origin in origins]
     shares = _merged_of(origins, fitting, experts, base)
-    # of models that slices do not name, one may lend its configuration
+    # a model that no slice names may still provide the configuration
     named = {part.expert for origin in origins for part in origin.parts}
-    refuse_unmatched([shares[number] for number in sorted(named)], first)
-    # tensors that the merged model lacks are a problem only where the recipe does not say what to do
+    refuse_unmatched([shares[index] for index in sorted(named)], first)
     if mismatches and not recipe.parameters.get("mismatch"):
         raise MismatchError(mismatches)
     statistics = read_statistics(recipe, method.statistics, experts)
@@ -142,7 +144,7 @@ def plan(recipe: Recipe, base: Model | None, experts: Sequence[Model], vocabular
 
 @dataclass(frozen=True)
 class _Context:
-    """What all targets of a plan are made with."""
+    """The arguments that all targets of a plan share."""
 
     recipe: Recipe
     method: MergeMethod
@@ -155,16 +157,16 @@ class _Context:
     whole: WholeModel
 
     def reader(self, origin: Origin, model: Model, name: str) -> Reader:
-        """What reads a model's tensor, with the merged model's tokens where it has a row for each."""
+        """A reader of a model's tensor; one with a row per token is aligned to the merged vocabulary."""
         if self.vocabulary is None or not self.vocabulary.covers(*origin.first):
             return model.reader(name, self.files)
-        holders = {id(origin.first[0]): origin.first, id(model): (model, name)}
+        sources = {id(origin.first[0]): origin.first, id(model): (model, name)}
         first = self.base or self.experts[0]
-        for other, known in [(first, {origin.name: origin.name}), *zip(self.experts, self.names, strict=True)]:
-            theirs = known.get(origin.name)
-            if theirs in other.entries and other.shape(theirs)[1:] == model.shape(name)[1:]:
-                holders.setdefault(id(other), (other, theirs))
-        return self.vocabulary.reader(model, {key: m.reader(n, self.files) for key, (m, n) in holders.items()})
+        for other, names in [(first, {origin.name: origin.name}), *zip(self.experts, self.names, strict=True)]:
+            other_name = names.get(origin.name)
+            if other_name in other.entries and other.shape(other_name)[1:] == model.shape(name)[1:]:
+                sources.setdefault(id(other), (other, other_name))
+        return self.vocabulary.reader(model, {key: m.reader(n, self.files) for key, (m, n) in sources.items()})
 
 
 def _fitting(
@@ -174,7 +176,7 @@ def _fitting(
     experts: Sequence[Model],
     is_aligned: Callable[[Model, str], bool],
 ) -> tuple[ExpertTensor, ...]:
-    """The experts' tensors that are merged into one of the merged model's; empty where that stays as it is."""
+    """The experts' tensors that can be merged into a tensor; empty if the first model's is kept unchanged."""
     first, first_name = origin.first
     mismatch, shape = recipe.parameters.get("mismatch"), first.shape(first_name)
     parts, unfit = [], False
@@ -182,22 +184,22 @@ def _fitting(
         if part.name is None or not experts[part.expert].entries[part.name].is_float:
             unfit = True
             continue
-        theirs = experts[part.expert].shape(part.name)
-        resized = is_aligned(first, first_name) or (mismatch == "resize" and layer_index(first_name) is None)
-        if theirs == shape or (resized and rows_match(theirs, shape)):
+        expert_shape = experts[part.expert].shape(part.name)
+        can_resize = is_aligned(first, first_name) or (mismatch == "resize" and layer_index(first_name) is None)
+        if expert_shape == shape or (can_resize and rows_match(expert_shape, shape)):
             parts.append(part)
         else:
             unfit = True
-    # fewer than the method merges: what is there is passed on as it is
+    # with fewer experts than the method needs, the first model's tensor is kept
     least = 1 if base else method_named(recipe.method).experts[0]
-    stays = len(parts) < least or not first.entries[first_name].is_float or (unfit and mismatch == "base")
-    return () if stays else tuple(parts)
+    is_kept = len(parts) < least or not first.entries[first_name].is_float or (unfit and mismatch == "base")
+    return () if is_kept else tuple(parts)
 
 
 def _merged_of(
     origins: Sequence[Origin], fitting: Sequence[tuple[ExpertTensor, ...]], experts: Sequence[Model], base: Model | None
 ) -> list[Share]:
-    """How much of each expert is in the merged model, also where a tensor of the first one is passed on as it is."""
+    """The merged share of each expert; tensors that are kept from an expert count as merged."""
     merged: list[set[str]] = [set() for _ in experts]
     for origin, parts in zip(origins, fitting, strict=True):
         for part in parts:
@@ -210,71 +212,76 @@ def _merged_of(
 
 
 def _target(origin: Origin, parts: tuple[ExpertTensor, ...], context: _Context) -> Target:
-    """One tensor of the merged model."""
+    """The target that merges one tensor."""
     recipe, method, experts, vocabulary = context.recipe, context.method, context.experts, context.vocabulary
     first, first_name = origin.first
     entry, shape = first.entries[first_name], first.shape(first_name)
     is_aligned, seed = vocabulary is not None and vocabulary.covers(first, first_name), recipe.parameters.get("seed", 0)
     size = (vocabulary.rows, *shape[1:]) if vocabulary is not None and is_aligned else shape
     spec = TensorSpec(origin.name, output_dtype(recipe.dtype, entry.dtype), size, first.module_of(first_name))
-    described = vocabulary.digest if vocabulary is not None and is_aligned else None
+    digest = vocabulary.digest if vocabulary is not None and is_aligned else None
     if not parts:
-        return _kept(spec, origin, context, described)
+        return _kept(spec, origin, context, digest)
     arguments = arguments_at(
         method.parameters, origin.settings, [part.settings for part in parts], origin.name, origin.depth
     )
 
-    def opened() -> Tensors:
-        reader = context.reader(origin, first, first_name)
+    def open_inputs() -> Tensors:
+        first_reader = context.reader(origin, first, first_name)
         readers: list[Reader] = []
         for part in parts:
-            theirs = context.reader(origin, experts[part.expert], str(part.name))
-            readers.append(theirs if theirs.shape == size else ResizedReader(theirs, reader))
+            reader = context.reader(origin, experts[part.expert], str(part.name))
+            readers.append(reader if reader.shape == size else ResizedReader(reader, first_reader))
         measured = [context.statistics[p.expert].of(str(p.name), context.files) for p in parts if context.statistics]
-        base = reader if context.base else None
+        base = first_reader if context.base else None
         return Tensors(origin.name, base, readers, seed, context.whole, statistics=measured)
 
     def make() -> tuple[Tensors, Any]:
-        tensors = opened()
+        tensors = open_inputs()
         return tensors, method.function(tensors, **arguments)
 
     inputs = [first.name, first_name, *((experts[part.expert].name, part.name) for part in parts)]
     inputs += [context.statistics[part.expert].digest for part in parts if context.statistics]
-    return Target(spec, make, inputs=opened, identity=[recipe.method, arguments, seed, inputs, described])
+    return Target(spec, make, inputs=open_inputs, identity=[recipe.method, arguments, seed, inputs, digest])
 
 
-def _kept(spec: TensorSpec, origin: Origin, context: _Context, described: str | None) -> Target:
-    """A tensor as its first model has it, in the merged model's type."""
+def _kept(spec: TensorSpec, origin: Origin, context: _Context, digest: str | None) -> Target:
+    """The target that keeps the first model's tensor, in the merged dtype; `digest` is of a merged vocabulary."""
     first, first_name = origin.first
     entry = first.entries[first_name]
-    if not described and first.adapter is None and (not entry.is_float or entry.dtype == spec.dtype):
+    if not digest and first.adapter is None and (not entry.is_float or entry.dtype == spec.dtype):
         spec = replace(spec, dtype=entry.dtype)
         return Target(spec, copied=entry, identity=[first.name, first_name])
 
     def make() -> tuple[Tensors, Any]:
         return Tensors(spec.name, None, [context.reader(origin, first, first_name)]), Combination(0.0, [1.0])
 
-    return Target(spec, make, identity=[first.name, first_name, described])
+    return Target(spec, make, identity=[first.name, first_name, digest])
 
 
 class ResizedReader:
-    """A tensor with the rows of another model: those it lacks are the other's, those beyond are left out."""
+    """A tensor cut or extended to the rows of the first model's; missing rows are the first model's."""
 
     def __init__(self, resized: Reader, first: Reader) -> None:
         self.resized, self.first, self.shape = resized, first, first.shape
-        self._held = math.prod(resized.shape)
+        self._available = math.prod(resized.shape)
 
     def read(self, start: int, out: torch.Tensor) -> None:
-        """Fills a flat float32 tensor with the values from `start` on."""
-        held = max(0, min(len(out), self._held - start))
-        if held:
-            self.resized.read(start, out[:held])
-        if held < len(out):
-            self.first.read(start + held, out[held:])
+        """Fills a flat float32 tensor with the values from index `start`."""
+        count = max(0, min(len(out), self._available - start))
+        if count:
+            self.resized.read(start, out[:count])
+        if count < len(out):
+            self.first.read(start + count, out[count:])
 
 
-def output_dtype(wanted: str | None, found: str) -> str:
-    """safetensors' name of a merged tensor's type: what the recipe asks for where it is a float, else its own."""
-    if wanted is None or found not in FLOATS:
-        return found
-    return next(name for name, (torch_name, _) in DTYPES.items() if torch_name == wanted)
+def output_dtype(requested: str | None, stored: str) -> str:
+    """The dtype of a merged tensor, as safetensors names it: the recipe's for floats, otherwise the stored one.
+
+    Args:
+        requested: the recipe's ``dtype``, as torch names it.
+        stored: of the first model's tensor, as safetensors names it.
+    """
+    if requested is None or stored not in FLOATS:
+        return stored
+    return next(name for name, (torch_name, _) in DTYPES.items() if torch_name == requested)

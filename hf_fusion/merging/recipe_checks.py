@@ -44,7 +44,7 @@ def family_method(name: str, options: Mapping[str, Any]) -> FamilyMethod:
     for option, value in options.items():
         if option not in known:
             raise FusionError(f"Method {name} has no parameter {option!r}.", hint=suggestion(option, known))
-        if is_plain(value):  # others, as numpy's, are the model's to judge
+        if is_plain(value):  # the model checks others, such as arrays
             read(known[option].hint, value, KeyPath(name, option))
     return METHODS[name]
 
@@ -53,8 +53,7 @@ def check_recipe(recipe: Recipe) -> None:
     """Raises for an invalid recipe of a static merge, before any model is opened or downloaded.
 
     Raises:
-        FusionError: the method does not take that many experts, or without a base; a parameter is unknown or out of
-            its range.
+        FusionError: the method needs a base, or another number of experts; a parameter is unknown or out of range.
     """
     name, method = recipe.method, method_named(recipe.method)
     least, most = method.experts
@@ -62,11 +61,11 @@ def check_recipe(recipe: Recipe) -> None:
     count = len(recipe.experts)
     if not recipe.slices and (count < least or (most is not None and count > most)):
         raise FusionError(f"{name} merges {wanted} experts, the recipe has {count}")
-    for number, slice_ in enumerate(recipe.slices):
+    for index, slice_ in enumerate(recipe.slices):
         in_slice = sum(source.model != recipe.base for source in slice_.sources)
         # a single expert is copied by any method
         if in_slice > 1 and (in_slice < least or (most is not None and in_slice > most)):
-            raise FusionError(f"{name} merges {wanted} experts, slices[{number}] has {in_slice}")
+            raise FusionError(f"{name} merges {wanted} experts, slices[{index}] has {in_slice}")
     if 0 < sum(expert.weight is not None for expert in recipe.experts) < count:
         raise FusionError(f"{name}: experts have weights only partly", "give one to each or to none")
     if method.base == "needed" and not recipe.base:
@@ -75,14 +74,14 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def check_parameters(recipe: Recipe, file: str = "") -> None:
-    """Refuses parameters that a static method does not have, values out of their ranges, and odd requests of tokens.
+    """Raises for unknown parameters, values out of range, and an invalid ``tokenizer``.
 
     Args:
         recipe: of a static method.
-        file: that it was read from, for errors.
+        file: the recipe's file, for errors.
 
     Raises:
-        FusionError: naming the parameter, where it stands, and what is expected.
+        FusionError: naming the parameter, its position in the recipe, and what is expected.
     """
     method, where = method_named(recipe.method), KeyPath(file)
     if recipe.tokenizer is not None:
@@ -91,14 +90,14 @@ def check_parameters(recipe: Recipe, file: str = "") -> None:
     for key, value in common.items():  # the same for all tensors
         read(COMMON[key].hint, value, where.inner("parameters", key))
     groups = [("parameters", {key: value for key, value in recipe.parameters.items() if key not in common})]
-    for number, slice_ in enumerate(recipe.slices):
-        groups.append((f"slices[{number}].parameters", slice_.parameters))
-        groups += [(f"slices[{number}].sources[{i}].parameters", s.parameters) for i, s in enumerate(slice_.sources)]
+    for index, slice_ in enumerate(recipe.slices):
+        groups.append((f"slices[{index}].parameters", slice_.parameters))
+        groups += [(f"slices[{index}].sources[{i}].parameters", s.parameters) for i, s in enumerate(slice_.sources)]
     for path, settings in groups:
         known = method.parameters | (COMMON if path == "parameters" else {})
         check_settings(method.name, known, settings, KeyPath(file, path))
-    apart = {STATISTICS, *method.expert_settings} if method.statistics else set(method.expert_settings)
+    checked_elsewhere = {STATISTICS, *method.expert_settings} if method.statistics else set(method.expert_settings)
     for expert in recipe.experts:
-        parameters = {key: value for key, value in expert.settings.items() if key not in apart}
+        parameters = {key: value for key, value in expert.settings.items() if key not in checked_elsewhere}
         where = KeyPath(": ".join(filter(None, (file, expert.model))))
         check_settings(method.name, method.parameters, parameters, where, of_expert=True)

@@ -41,7 +41,7 @@ def find_tied_pairs(config: Mapping[str, Any], name: str, entries: Mapping[str, 
     promise = build_meta_model(config, name, len(entries))
     if promise.model is None or not promise.tied:
         return {}
-    stored = {loaded: own for own, loaded in loaded_names(promise.model, entries).items()}
+    stored = {loaded: name for name, loaded in loaded_names(promise.model, entries).items()}
     pairs = {}
     for target, source in promise.tied.items():
         if source in stored:
@@ -83,7 +83,7 @@ def _is_same(adapter: Adapter, target: str, source: str) -> bool:
     first, second = (adapter.lora.get(name.removesuffix(".weight")) for name in (target, source))
     if first is None or second is None:
         return first is second
-    return all(torch.equal(half, their) for half, their in zip(first, second, strict=True))
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def align_tied_heads(recipe: Recipe, base: Model | None, experts: Sequence[Model
     """
     unique = list({id(model): model for model in [*([base] if base else []), *experts]}.values())
     pairs = {id(model): find_tied_pairs(model.config, model.name, model.entries) for model in unique}
-    targets = {target for own in pairs.values() for target in own}
+    targets = {target for tied_to in pairs.values() for target in tied_to}
     if not targets:
         return TiedHeads(base, list(experts))
     kinds = [architectures(model.config) for model in unique if pairs[id(model)]]
@@ -122,13 +122,13 @@ def align_tied_heads(recipe: Recipe, base: Model | None, experts: Sequence[Model
     stored = {id(model): {target for target in targets if target in model.entries} for model in unique}
     untied = [model for model in unique if stored[id(model)] and not _stores_copies(model, pairs[id(model)])]
     tied = [model for model in unique if pairs[id(model)] and model not in untied]
-    wanted = bool(recipe.parameters.get("untie"))
-    if not untied and not wanted:
+    is_requested = bool(recipe.parameters.get("untie"))
+    if not untied and not is_requested:
         has_copies = {bool(stored[id(model)]) for model in tied}
         changed = {id(m): _without(m, stored[id(m)]) for m in tied} if len(has_copies) > 1 else {}
         return _replaced(base, experts, changed)
     by_adapters = all(model.adapter is not None and pairs[id(model)] for model in untied)
-    if untied and tied and not wanted and not by_adapters:
+    if untied and tied and not is_requested and not by_adapters:
         if recipe.parameters.get("mismatch"):
             return TiedHeads(base, list(experts))
         target = min(stored[id(untied[0])])
@@ -142,7 +142,7 @@ def align_tied_heads(recipe: Recipe, base: Model | None, experts: Sequence[Model
     note = ""
     if pairs[id(first)]:
         target, source = next(iter(pairs[id(first)].items()))
-        reason = f": {untied[0].name} has both" if untied and not wanted else ""
+        reason = f": {untied[0].name} has both" if untied and not is_requested else ""
         note = f"the merged model has a separate {target}, which {first.name} ties to {source}{reason}"
     return replace(_replaced(base, experts, changed), untied=bool(pairs[id(first)]), note=note)
 

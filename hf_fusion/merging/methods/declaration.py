@@ -1,4 +1,4 @@
-"""What is declared of a merging method beside its signature: the decorator of its function."""
+"""The decorator of static merging methods, and the rows that it declares."""
 
 from __future__ import annotations
 
@@ -33,43 +33,41 @@ def merge_method(
     mergekit: Mapping[str, MergekitParameter] | None = None,
     mergekit_always: Mapping[str, Any] | None = None,
 ) -> Callable[[Function], Function]:
-    """Declares a function of this folder a static merging method, whose name is the function's.
+    """Declares a function of this folder as a static merging method, named like the function.
 
-    The command line, the benchmark, mergekit's recipes and the table of the docs follow from it. It is read from the
-    text of the file, so that listing all methods imports none of them: its arguments must be literals, or made of what
-    `hf_fusion.merging.mergekit.parameters`, as ``mk``, defines.
+    The method's rows in the command line, the benchmark, mergekit's recipes and the docs follow from it. The decorator
+    is read from the source file, so that listing all methods imports none of them: its arguments must be literals, or
+    use names that `hf_fusion.merging.mergekit.parameters`, as ``mk``, defines.
 
     Args:
-        title: what cards and tables call it.
-        base: whether it needs the model that the experts were fine-tuned from, or takes it if it is there; "" where it
-            has no use for it.
-        needs: what of a tensor is in memory at once: "chunks" of it, read once; chunks read twice or more for their
-            "norms" or their "thresholds"; or the "whole" of it, for all experts.
-        experts: how many it merges: at least, at most (None: any number).
-        paper: arXiv number or address.
-        statistics: what must have been measured of every expert on its own data, if anything: a folder that its
-            ``parameters: {statistics: FOLDER}`` names (`hf_fusion.training.expert_statistics`).
-        merges: whole models, or LoRA adapters into one adapter (`hf_fusion.merging.lora`): its function is then of
-            a module's factors.
-        expert_settings: settings that every expert may have beside the parameters.
-        stochastic: whether another seed gives another model.
-        matrices_only: it decomposes matrices, and averages all other tensors.
-        plans: whether the function ``plan`` of its file plans the merged model, whose tensors are not those of its
-            models.
-        mergekit: mergekit's parameters of its method of the same name; None where mergekit has none.
-        mergekit_always: our parameters whose values mergekit's method always has.
+        title: its name in cards and tables.
+        base: "needed", "optional", or "" if it does not use the model that the experts were fine-tuned from.
+        needs: how much of a tensor is in memory at once: "chunks", read once; chunks that are read several times for
+            "norms" or "thresholds"; or the "whole" tensor of all experts.
+        experts: minimum and maximum number of experts (None: no maximum).
+        paper: arXiv number or URL.
+        statistics: the statistics that it needs of every expert's data, or "". An expert's ``parameters: {statistics:
+            FOLDER}`` names their folder (`hf_fusion.training.expert_statistics`).
+        merges: "models", or "adapters": LoRA adapters into one adapter (`hf_fusion.merging.lora`), where the function
+            merges a module's factors.
+        expert_settings: settings that each expert may have in addition to the parameters.
+        stochastic: whether the result depends on the seed.
+        matrices_only: whether it decomposes matrices, and averages all other tensors.
+        plans: whether the file has a function ``plan``, for merged models whose tensors differ from the inputs'.
+        mergekit: parameters of mergekit's method of the same name; None if mergekit has no such method.
+        mergekit_always: parameters with the fixed values that they have in mergekit's method.
     """
     return lambda function: function
 
 
 @dataclass(frozen=True)
 class MergeMethod:
-    """A static merging method; see `merge_method` for what is declared of it.
+    """A static merging method; see `merge_method` for the other attributes.
 
     Attributes:
-        name: of its function, and in recipes.
-        file: where the function is: (`Tensors`, parameters) -> `Combination`, a function of a `Chunk`, or the merged
-            tensor.
+        name: the name of its function, and in recipes.
+        file: the file of the function: (`Tensors`, parameters) -> `Combination`, a function of a `Chunk`, or the
+            merged tensor.
     """
 
     name: str
@@ -101,12 +99,12 @@ class MergeMethod:
 
     @property
     def url(self) -> str:
-        """Where its paper is; empty where there is none."""
+        """URL of its paper, or ""."""
         return f"https://arxiv.org/abs/{self.paper}" if self.paper[:1].isdigit() else self.paper
 
     @cached_property
     def parameters(self) -> dict[str, Field]:
-        """Its parameters, by name: read from its file, which is not imported for it where that can be avoided."""
+        """Its parameters by name, read from its source file; the file is imported only if that fails."""
         try:
             return declared(self.file, self.name)
         except NameError:  # its annotations use names that another file defines
@@ -114,12 +112,12 @@ class MergeMethod:
 
 
 def methods_in(folder: Path) -> dict[str, MergeMethod]:
-    """All methods that the files of a folder declare, by name; those that just sum weights first."""
-    found = {}
+    """All methods that the files of a folder declare, by name; those of ``linear.py`` first."""
+    methods = {}
     for file in sorted(folder.glob("[!_]*.py"), key=lambda file: (file.stem != "linear", file.stem)):
         for name, words, facts in decorated(file, merge_method.__name__, {"mk": mk}):
-            found[name] = MergeMethod(name, file, *words, **facts)
-    return found
+            methods[name] = MergeMethod(name, file, *words, **facts)
+    return methods
 
 
 __all__ = ["MergeMethod", "merge_method", "methods_in"]

@@ -49,25 +49,25 @@ def smallest_vocabulary(base: Model | None, experts: Sequence[Model]) -> Vocabul
     for model in models:
         if limits[id(model)] > rows:
             _warn(model, limits[id(model)], rows)
-    files, moved = tokenizer_files(first.folder), None
-    found = read_tokenizer(first.folder, first.name, {})
-    if found is not None and max(found.numbers.values()) >= rows:
-        numbers = {token: number for token, number in found.numbers.items() if number < rows}
-        lost = found.numbers.keys() - numbers.keys()
-        content = cut(found.content, rows, first.name)
+    files, id_map = tokenizer_files(first.folder), None
+    tokenizer = read_tokenizer(first.folder, first.name, {})
+    if tokenizer is not None and max(tokenizer.ids.values()) >= rows:
+        ids = {token: token_id for token, token_id in tokenizer.ids.items() if token_id < rows}
+        lost = tokenizer.ids.keys() - ids.keys()
+        content = cut(tokenizer.content, rows, first.name)
         files = tokenizer_files(first.folder, json.dumps(content, ensure_ascii=False), content)
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             if name in files:
                 kept = _without(json.loads(files[name]), lost)
                 files[name] = json.dumps(kept, ensure_ascii=False, indent=2).encode()
-        roles = read_roles(json.loads(files.get("tokenizer_config.json", b"{}")), numbers)
-        special = frozenset(token["id"] for token in found.content["added_tokens"])
-        by_number = {number: token for token, number in found.numbers.items()}
-        holder = find_vocabulary_config(first.config) or {}
-        moved = TokenIdMap(by_number, special, numbers, roles, holder.get("vocab_size", rows), f"cut to {rows} tokens")
-    own = {key: np.arange(rows) for key in limits}
+        roles = read_roles(json.loads(files.get("tokenizer_config.json", b"{}")), ids)
+        special = frozenset(token["id"] for token in tokenizer.content["added_tokens"])
+        by_id = {token_id: token for token, token_id in tokenizer.ids.items()}
+        size = (find_vocabulary_config(first.config) or {}).get("vocab_size", rows)
+        id_map = TokenIdMap(by_id, special, ids, roles, size, f"cut to {rows} tokens")
+    model_rows = {key: np.arange(rows) for key in limits}
     digest = hashlib.sha256(f"smallest {rows}".encode()).hexdigest()
-    return Vocabulary(rows, rows, files, digest, own, id(base) if base else None, [], moved)
+    return Vocabulary(rows, rows, files, digest, model_rows, id(base) if base else None, [], id_map)
 
 
 def cut(content: Content, rows: int, name: str) -> Content:
@@ -85,7 +85,7 @@ def cut(content: Content, rows: int, name: str) -> Content:
     vocabulary = model["vocab"]
     unknown = model.get("unk_token", model.get("unk_id"))
     if isinstance(vocabulary, dict):
-        model["vocab"] = {piece: number for piece, number in vocabulary.items() if number < rows}
+        model["vocab"] = {piece: token_id for piece, token_id in vocabulary.items() if token_id < rows}
         needed = [unknown] if unknown in vocabulary and unknown not in model["vocab"] else []
     else:
         model["vocab"] = vocabulary[:rows]
@@ -93,9 +93,9 @@ def cut(content: Content, rows: int, name: str) -> Content:
     if "merges" in model and isinstance(model["vocab"], dict):
         model["merges"] = [merge for merge in model["merges"] if _is_whole(merge, model["vocab"])]
     added = [token for token in content["added_tokens"] if token["id"] < rows]
-    gone = {token["content"] for token in content["added_tokens"]} - {token["content"] for token in added}
-    around = json.dumps(content.get("post_processor"), ensure_ascii=False)
-    needed += sorted(token for token in gone if json.dumps(token, ensure_ascii=False) in around)
+    removed = {token["content"] for token in content["added_tokens"]} - {token["content"] for token in added}
+    post_processor = json.dumps(content.get("post_processor"), ensure_ascii=False)
+    needed += sorted(token for token in removed if json.dumps(token, ensure_ascii=False) in post_processor)
     if needed:
         raise FusionError(
             f"the tokenizer of {name} cannot do without {shown(needed[0])}, which the smallest vocabulary, of {rows},"
@@ -117,9 +117,9 @@ def _without(value: object, lost: set[str]) -> Any:
         return (entry.get("content") if isinstance(entry, Mapping) else entry) in lost if _is_named(entry) else False
 
     if isinstance(value, dict):
-        return {key: _without(own, lost) for key, own in value.items() if not is_lost(own)}
+        return {key: _without(inner, lost) for key, inner in value.items() if not is_lost(inner)}
     if isinstance(value, list):
-        return [_without(own, lost) for own in value if not is_lost(own)]
+        return [_without(inner, lost) for inner in value if not is_lost(inner)]
     return value
 
 
@@ -128,9 +128,9 @@ def _is_named(entry: object) -> bool:
 
 
 def _warn(model: Model, limit: int, rows: int) -> None:
-    found = read_tokenizer(model.folder, model.name, {})
-    numbers = {} if found is None else {number: token for token, number in found.numbers.items()}
-    lost = [shown(numbers[number]) for number in range(rows, limit) if number in numbers]
+    tokenizer = read_tokenizer(model.folder, model.name, {})
+    tokens = {} if tokenizer is None else {token_id: token for token, token_id in tokenizer.ids.items()}
+    lost = [shown(tokens[token_id]) for token_id in range(rows, limit) if token_id in tokens]
     rest = f" and {len(lost) - _MAX_LISTED} more" if len(lost) > _MAX_LISTED else ""
     named = ", ".join(lost[:_MAX_LISTED]) + rest if lost else "no token of its tokenizer"
     text = "%s has %d rows of tokens, the smallest vocabulary %d: cut to that, it loses %s (tokenizer: union keeps all)"

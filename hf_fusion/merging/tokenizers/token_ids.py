@@ -96,112 +96,113 @@ class TokenIdMap:
             return dict(value) if is_other else self.update_ids(value, f"{file}: {key}")
         if not self._is_token(key, value):
             return value
-        found = list(self._tokens(key, value))
-        lost = sorted({number for number in found if self._number(number) is None})
+        lost = sorted({token_id for token_id in self._tokens(key, value) if self._new_id(token_id) is None})
         if not lost:
-            return self._renumbered(key, value)
-        listed = ", ".join(shown(self.old.get(number, number)) for number in lost[:8])
+            return self._updated(key, value)
+        listed = ", ".join(shown(self.old.get(token_id, token_id)) for token_id in lost[:8])
         role = _ROLE.fullmatch(key)
         if not role and not _OPTIONAL.fullmatch(key) and not isinstance(value, list):
             raise FusionError(
                 f"{file}: {key} is {listed}, which the tokenizer {self.name} does not have",
                 f"keep it: tokenizer: {{source: …, tokens: {{{listed}: {{source: a model that has it}}}}}}",
             )
-        moved = self._renumbered(key, value)
-        if role and moved in (None, []):
-            moved = self.roles.get(role[1])
+        updated = self._updated(key, value)
+        if role and updated in (None, []):
+            updated = self.roles.get(role[1])
         what = (
-            "left out" if moved is None or isinstance(moved, (list, dict)) else f"it is now {shown(self.token(moved))}"
+            "left out"
+            if updated is None or isinstance(updated, (list, dict))
+            else f"it is now {shown(self.token(updated))}"
         )
         logger.warning("%s: %s names %s, which the tokenizer %s does not have: %s", file, key, listed, self.name, what)
-        return moved if moved != [] else None
+        return updated if updated != [] else None
 
-    def token(self, number: object) -> Any:
+    def token(self, token_id: object) -> Any:
         """The merged model's token for an id."""
-        return next((token for token, own in self.new.items() if own == number), number)
+        return next((token for token, new_id in self.new.items() if new_id == token_id), token_id)
 
     def _is_token(self, key: str, value: object) -> bool:
         if _OTHERS & set(key.split("_")):
             return False
         if _SURE.fullmatch(key):
             return True
-        numbers = value if isinstance(value, list) else [value]
-        return (
-            bool(_PERHAPS.fullmatch(key))
-            and bool(numbers)
-            and all(_is_number(n) and n in self.special for n in numbers)
-        )
+        ids = value if isinstance(value, list) else [value]
+        return bool(_PERHAPS.fullmatch(key)) and bool(ids) and all(_is_id(n) and n in self.special for n in ids)
 
-    def _number(self, number: int) -> int | None:
-        token = self.old.get(number)
+    def _new_id(self, token_id: int) -> int | None:
+        token = self.old.get(token_id)
         return None if token is None else self.new.get(token)
 
     def _tokens(self, key: str, value: object) -> Iterator[int]:
         """All token ids in a value."""
         match value:
             case Mapping():
-                yield from (number for number in value.values() if _is_number(number))
+                yield from (token_id for token_id in value.values() if _is_id(token_id))
             case list() if key == "forced_decoder_ids":  # positions and tokens
-                yield from (pair[1] for pair in _pairs(value) if _is_number(pair[1]))
+                yield from (pair[1] for pair in _pairs(value) if _is_id(pair[1]))
             case list() if key == "sequence_bias":  # sequences and biases
-                yield from (number for pair in _pairs(value) for number in self._tokens("", pair[0]))
+                yield from (token_id for pair in _pairs(value) for token_id in self._tokens("", pair[0]))
             case list():
-                yield from (number for inner in value for number in self._tokens("", inner))
-            case int() if _is_number(value):
+                yield from (token_id for inner in value for token_id in self._tokens("", inner))
+            case int() if _is_id(value):
                 yield value
 
-    def _renumbered(self, key: str, value: object) -> Any:
+    def _updated(self, key: str, value: object) -> Any:
         """A value with updated ids; sequences with a missing token are dropped."""
         match value:
             case Mapping():
-                moved = {name: self._number(number) if _is_number(number) else number for name, number in value.items()}
-                return {name: number for name, number in moved.items() if number is not None}
+                updated = {
+                    name: self._new_id(token_id) if _is_id(token_id) else token_id for name, token_id in value.items()
+                }
+                return {name: token_id for name, token_id in updated.items() if token_id is not None}
             case list() if key == "forced_decoder_ids":
-                pairs = [[at, self._number(number) if _is_number(number) else number] for at, number in _pairs(value)]
+                pairs = [
+                    [at, self._new_id(token_id) if _is_id(token_id) else token_id] for at, token_id in _pairs(value)
+                ]
                 return [
                     pair
                     for pair, (_, before) in zip(pairs, _pairs(value), strict=True)
                     if pair[1] is not None or before is None
                 ]
             case list() if key == "sequence_bias":
-                moved_pairs = ([self._whole(sequence), bias] for sequence, bias in _pairs(value))
-                return [pair for pair in moved_pairs if pair[0] is not None]
+                updated_pairs = ([self._whole(sequence), bias] for sequence, bias in _pairs(value))
+                return [pair for pair in updated_pairs if pair[0] is not None]
             case list() if any(isinstance(inner, list) for inner in value):
-                return [moved for moved in map(self._nested, value) if moved]
+                return [updated for updated in map(self._nested, value) if updated]
             case list():
-                return [moved for moved in (self._renumbered("", inner) for inner in value) if moved is not None]
-            case int() if _is_number(value):
-                return self._number(value)
+                return [updated for updated in (self._updated("", inner) for inner in value) if updated is not None]
+            case int() if _is_id(value):
+                return self._new_id(value)
         return value
 
     def _nested(self, value: object) -> Any:
         """Updates a sequence, or nested lists of sequences."""
         if isinstance(value, list) and any(isinstance(inner, list) for inner in value):
-            return [moved for moved in map(self._nested, value) if moved]
+            return [updated for updated in map(self._nested, value) if updated]
         return self._whole(value)
 
     def _whole(self, sequence: object) -> list[Any] | None:
-        moved = [self._renumbered("", number) for number in sequence] if isinstance(sequence, list) else [None]
-        return None if None in moved else moved
+        updated = [self._updated("", token_id) for token_id in sequence] if isinstance(sequence, list) else [None]
+        return None if None in updated else updated
 
 
-def read_roles(config: Mapping[str, Any], numbers: Mapping[str, int]) -> dict[str, int]:
+def read_roles(config: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, int]:
     """The ids of a tokenizer's special tokens by role.
 
     Args:
         config: content of ``tokenizer_config.json`` or ``special_tokens_map.json``.
-        numbers: token -> id.
+        ids: token -> id.
     """
-    found = {}
+    roles = {}
     for role in ROLES:
         token = config.get(f"{role}_token")
         token = token.get("content") if isinstance(token, Mapping) else token
-        if isinstance(token, str) and token in numbers:
-            found[role] = numbers[token]
-    return found
+        if isinstance(token, str) and token in ids:
+            roles[role] = ids[token]
+    return roles
 
 
-def _is_number(value: object) -> bool:
+def _is_id(value: object) -> bool:
     return type(value) is int and value >= 0
 
 

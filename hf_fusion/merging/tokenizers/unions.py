@@ -33,17 +33,18 @@ def load_tokenizer(text: str, added: Iterable[dict[str, Any]], name: str) -> Tok
     from tokenizers import Tokenizer
 
     try:
-        found = Tokenizer.from_str(text)
+        tokenizer = Tokenizer.from_str(text)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises plain exceptions, and panics for some files
         raise FusionError(f"{name}: tokenizer.json is not valid ({one_line(error)})", "fetch it again") from None
     for token in added:
-        if (number := found.token_to_id(token["content"])) != token["id"]:
+        if (token_id := tokenizer.token_to_id(token["content"])) != token["id"]:
             raise FusionError(
-                f"{name}: tokenizer.json numbers {shown(token['content'])} {token['id']}, and is read as {number}"
+                f"{name}: tokenizer.json gives {shown(token['content'])} the id {token['id']},"
+                f" but it is loaded as {token_id}"
             )
-    return found
+    return tokenizer
 
 
 def union(first: tuple[str, Content], others: Sequence[tuple[str, Content, int]]) -> Content:
@@ -59,33 +60,33 @@ def union(first: tuple[str, Content], others: Sequence[tuple[str, Content, int]]
     Raises:
         FusionError: the tokenizers are of different types.
     """
-    name, own = first
+    name, first_content = first
     for other, content, _ in others:
-        if (here := _kind(own, name)) != (there := _kind(content, other)):
+        if (first_kind := _kind(first_content, name)) != (kind := _kind(content, other)):
             raise FusionError(
-                f"the tokenizers of {name} ({here}) and {other} ({there}) cannot be united",
+                f"the tokenizers of {name} ({first_kind}) and {other} ({kind}) cannot be united",
                 "choose one of them: tokenizer: base, or a model",
             )
-    added = {token["content"] for token in own["added_tokens"]}
-    known = _names(own) | added
+    added = {token["content"] for token in first_content["added_tokens"]}
+    known = _names(first_content) | added
     pieces: dict[str, tuple[Content, float]] = {}
-    more: dict[str, dict[str, Any]] = {}
+    new_added: dict[str, dict[str, Any]] = {}
     for _, content, limit in others:
-        theirs = {token["content"]: token for token in content["added_tokens"] if token["id"] < limit}
-        new = ((number, piece, score) for piece, number, score in _pieces(content) if piece not in known)
-        for number, piece, score in sorted(new):
-            if piece not in theirs and number < limit:
+        other_added = {token["content"]: token for token in content["added_tokens"] if token["id"] < limit}
+        new = ((token_id, piece, score) for piece, token_id, score in _pieces(content) if piece not in known)
+        for token_id, piece, score in sorted(new):
+            if piece not in other_added and token_id < limit:
                 pieces.setdefault(piece, (content, score))
-        for token in sorted(theirs.values(), key=lambda token: token["id"]):
+        for token in sorted(other_added.values(), key=lambda token: token["id"]):
             if token["content"] not in added:
-                more.setdefault(token["content"], token)
-    pieces = {piece: found for piece, found in pieces.items() if piece not in more}
-    if not pieces and not more:
-        return own
-    merged = _copy(own)
+                new_added.setdefault(token["content"], token)
+    pieces = {piece: source for piece, source in pieces.items() if piece not in new_added}
+    if not pieces and not new_added:
+        return first_content
+    merged = _copy(first_content)
     if pieces:
-        _enter(merged, pieces)
-    _append(merged, more.values())
+        _append_pieces(merged, pieces)
+    _append_added(merged, new_added.values())
     return merged
 
 
@@ -93,11 +94,11 @@ def add_tokens(content: Content, tokens: Iterable[str]) -> Content:
     """Adds missing tokens as added tokens; returns the same content if there are none."""
     known = _names(content) | {token["content"] for token in content["added_tokens"]}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
-    more = [{"content": token, **flags} for token in tokens if token not in known]
-    if not more:
+    new_added = [{"content": token, **flags} for token in tokens if token not in known]
+    if not new_added:
         return content
     merged = _copy(content)
-    _append(merged, more)
+    _append_added(merged, new_added)
     return merged
 
 
@@ -106,17 +107,17 @@ def _kind(content: Content, name: str) -> str:
     model = content.get("model")
     if not isinstance(model, dict) or not isinstance(content.get("added_tokens"), list):
         raise FusionError(f"{name}: tokenizer.json has no model and added_tokens")
-    written = json.dumps([content.get("pre_tokenizer"), content.get("decoder")])
+    steps = json.dumps([content.get("pre_tokenizer"), content.get("decoder")])
     prefix = f" after {model['continuing_subword_prefix']}" if model.get("continuing_subword_prefix") else ""
-    return f"{'byte-level ' if 'ByteLevel' in written else ''}{model.get('type')}{prefix}"
+    return f"{'byte-level ' if 'ByteLevel' in steps else ''}{model.get('type')}{prefix}"
 
 
 def _pieces(content: Content) -> Iterator[tuple[str, int, float]]:
     """Tokens of the tokenizer's model with id and score (0 if it has none)."""
     vocabulary = content["model"]["vocab"]
     if isinstance(vocabulary, dict):
-        return ((piece, number, 0.0) for piece, number in vocabulary.items())
-    return ((piece, number, score) for number, (piece, score) in enumerate(vocabulary))
+        return ((piece, token_id, 0.0) for piece, token_id in vocabulary.items())
+    return ((piece, token_id, score) for token_id, (piece, score) in enumerate(vocabulary))
 
 
 def _names(content: Content) -> set[str]:
@@ -132,31 +133,31 @@ def _copy(content: Content) -> Content:
     return {**content, "model": model, "added_tokens": list(content["added_tokens"])}
 
 
-def _enter(merged: Content, pieces: dict[str, tuple[Content, float]]) -> None:
+def _append_pieces(merged: Content, pieces: dict[str, tuple[Content, float]]) -> None:
     """Appends subwords to the tokenizer's model; added tokens are included in it, to keep their ids."""
     model = merged["model"]
-    taken = {token["content"]: token["id"] for token in merged["added_tokens"]}
-    new = _next(merged)
+    added = {token["content"]: token["id"] for token in merged["added_tokens"]}
+    first_new = _next_id(merged)
     if isinstance(model["vocab"], dict):
-        model["vocab"] |= taken
-        model["vocab"] |= {piece: new + number for number, piece in enumerate(pieces)}
+        model["vocab"] |= added
+        model["vocab"] |= {piece: token_id for token_id, piece in enumerate(pieces, first_new)}
     else:
-        by_number = {number: content for content, number in taken.items()}
-        for number in range(len(model["vocab"]), new):
-            if number not in by_number:
-                raise FusionError(f"the first model's tokenizer.json has no token {number}: it cannot be united")
-            model["vocab"].append([by_number[number], 0.0])
+        by_id = {token_id: content for content, token_id in added.items()}
+        for token_id in range(len(model["vocab"]), first_new):
+            if token_id not in by_id:
+                raise FusionError(f"the first model's tokenizer.json has no token {token_id}: it cannot be united")
+            model["vocab"].append([by_id[token_id], 0.0])
         model["vocab"] += [[piece, score] for piece, (_, score) in pieces.items()]
     if "merges" in model:
         contents = {id(content): content for content, _ in pieces.values()}
         known = {tuple(_pair(merge)) for merge in model["merges"]}
-        written = isinstance(model["merges"][0], str) if model["merges"] else False
+        as_text = isinstance(model["merges"][0], str) if model["merges"] else False
         for content in contents.values():
             for merge in content["model"]["merges"]:
                 pair = tuple(_pair(merge))
                 if "".join(pair) in pieces and pair not in known and all(part in model["vocab"] for part in pair):
                     known.add(pair)
-                    model["merges"].append(" ".join(pair) if written else list(pair))
+                    model["merges"].append(" ".join(pair) if as_text else list(pair))
 
 
 def _pair(merge: object) -> list[str]:
@@ -167,19 +168,20 @@ def _pair(merge: object) -> list[str]:
     return pair
 
 
-def _append(merged: Content, tokens: Iterable[dict[str, Any]]) -> None:
+def _append_added(merged: Content, tokens: Iterable[dict[str, Any]]) -> None:
     """Appends added tokens; one that is a subword of the tokenizer's model keeps its id."""
     tokens = list(tokens)
-    wanted = {token["content"] for token in tokens}
-    new, pieces = _next(merged), {piece: number for piece, number, _ in _pieces(merged) if piece in wanted}
+    contents = {token["content"] for token in tokens}
+    pieces = {piece: token_id for piece, token_id, _ in _pieces(merged) if piece in contents}
+    next_id = _next_id(merged)
     for token in tokens:
-        number = pieces.get(token["content"], new)
-        new += number == new
-        merged["added_tokens"].append({**token, "id": number})
+        token_id = pieces.get(token["content"], next_id)
+        next_id += token_id == next_id
+        merged["added_tokens"].append({**token, "id": token_id})
     merged["added_tokens"].sort(key=lambda token: token["id"])
 
 
-def _next(content: Content) -> int:
+def _next_id(content: Content) -> int:
     """The first unused id."""
     vocabulary = content["model"]["vocab"]
     highest = max(vocabulary.values(), default=-1) if isinstance(vocabulary, dict) else len(vocabulary) - 1

@@ -84,10 +84,10 @@ class Vocabulary:
     size: int
     files: dict[str, bytes]
     digest: str
-    _own: dict[int, np.ndarray]  # id() of a model -> its row for each token, or -1
+    _rows: dict[int, np.ndarray]  # id() of a model -> its row for each token, or -1
     _base: int | None
     _rules: list[_Rule]
-    _numbers: TokenIdMap | None  # from the first model's token ids to the merged ones; None: unchanged
+    _id_map: TokenIdMap | None  # from the first model's token ids to the merged ones; None: unchanged
     pinned: dict[str, str] = field(default_factory=dict)
     _tables: dict[tuple[int, ...], dict[int, RowSources]] = field(default_factory=dict)
 
@@ -97,7 +97,7 @@ class Vocabulary:
 
     def update_ids(self, content: dict[str, Any], file: str) -> dict[str, Any]:
         """Updates token ids in a configuration of the first model; see `TokenIdMap.update_ids`."""
-        return content if self._numbers is None else self._numbers.update_ids(content, file)
+        return content if self._id_map is None else self._id_map.update_ids(content, file)
 
     def reader(self, model: Model, readers: Mapping[int, Reader]) -> Reader:
         """A reader of a model's tensor, with one row per token of the merged model.
@@ -106,7 +106,7 @@ class Vocabulary:
             model: the model.
             readers: of this tensor in every model that has it, by `id` of the model.
         """
-        known = tuple(sorted(key for key in readers if key in self._own))
+        known = tuple(sorted(key for key in readers if key in self._rows))
         if known not in self._tables:
             self._tables[known] = self._find_sources(known)
         table = self._tables[known][id(model)]
@@ -114,14 +114,14 @@ class Vocabulary:
 
     def _find_sources(self, known: Sequence[int]) -> dict[int, RowSources]:
         """The sources of all rows, for each model."""
-        own = np.stack([self._own[key] for key in known])  # (models, tokens)
-        has = own >= 0
+        model_rows = np.stack([self._rows[key] for key in known])  # (models, tokens)
+        has = model_rows >= 0
         count = has.sum(0)
         donor = np.where(count == 1, has.argmax(0), np.where(count, AVERAGE, ZERO))
         if self._base in known:
             base = known.index(self._base)
             donor[has[base] & (count > 1)] = base
-        rows = np.where(donor >= 0, own[np.maximum(donor, 0), np.arange(self.size)], 0)
+        rows = np.where(donor >= 0, model_rows[np.maximum(donor, 0), np.arange(self.size)], 0)
         forced = np.zeros(self.size, bool)
         for rule in self._rules:
             if rule.model is not None and rule.model not in known:
@@ -129,14 +129,14 @@ class Vocabulary:
             donor[rule.token] = ZERO if rule.model is None else known.index(rule.model)
             rows[rule.token], forced[rule.token] = rule.row, rule.force
         tables = {}
-        for number, key in enumerate(known):
-            stays = has[number] & ~forced
-            models = np.where(stays, number, donor)
+        for index, key in enumerate(known):
+            is_kept = has[index] & ~forced
+            models = np.where(is_kept, index, donor)
             averaged = {
-                int(row): [(int(i), int(own[i, row])) for i in has[:, row].nonzero()[0]]
+                int(row): [(int(i), int(model_rows[i, row])) for i in has[:, row].nonzero()[0]]
                 for row in (models == AVERAGE).nonzero()[0]
             }
-            tables[key] = RowSources.of(models, np.where(stays, own[number], rows), averaged)
+            tables[key] = RowSources.of(models, np.where(is_kept, model_rows[index], rows), averaged)
         return tables
 
 
@@ -148,17 +148,17 @@ def is_tokenizer_file(name: str) -> bool:
 def unite_vocabularies(
     recipe: Recipe, base: Model | None, experts: Sequence[Model], api: HfApi | None = None
 ) -> Vocabulary:
-    """The vocabulary of a recipe with a ``tokenizer``, its models' tokens matched by their text.
+    """The merged vocabulary of a recipe with a ``tokenizer``; tokens of different models are matched by their text.
 
     Args:
-        recipe: see its ``tokenizer``.
-        base: the opened base, where there is one.
+        recipe: with a ``tokenizer``.
+        base: the opened base, or None.
         experts: the opened experts.
-        api: the Hub's client, for a tokenizer that is none of the models'.
+        api: the Hub's client, to download the tokenizer of a model that is not merged.
 
     Raises:
-        FusionError: a model has no ``tokenizer.json``; their tokenizers cannot be united; the recipe's ``tokenizer``
-            has an unknown key, or a token that is nowhere.
+        FusionError: a model has no ``tokenizer.json``; the tokenizers cannot be united; the recipe's ``tokenizer`` has
+            an unknown key, or a token that no model has.
     """
     assert recipe.tokenizer is not None
     request = tokenizer_request(recipe.tokenizer)
@@ -167,62 +167,63 @@ def unite_vocabularies(
     models = list({id(model): model for model in ([base] if base else []) + list(experts)}.values())
     named = {expert.model: model for expert, model in zip(recipe.experts, experts, strict=True)}
     named |= {model.name: model for model in models} | ({recipe.base: base} if base and recipe.base else {})
-    texts: dict[str, _Tokenizer] = {}  # fine-tunes mostly share their base's
+    texts: dict[str, _Tokenizer] = {}  # most fine-tunes have the tokenizer of their base, which is parsed once
     read = {id(model): read_tokenizer(model.folder, model.name, texts) for model in models}
-    own_first = read[id(first)]
-    if own_first is None:
+    first_tokenizer = read[id(first)]
+    if first_tokenizer is None:
         raise FusionError(f"{first.name} has no {TOKENIZER}", "load its tokenizer with transformers and save it")
     limits = {id(model): embedding_rows(model) for model in models}
     for model in models:
         if read[id(model)] is None and limits[id(model)] != limits[id(first)]:
             raise FusionError(f"{model.name} has no {TOKENIZER}, and not as many tokens as {first.name}")
-    # as in mergekit, one without a tokenizer has that of the first
-    tokenizers = {key: found or own_first for key, found in read.items()}
-    folder, given, pinned = first.folder, own_first, {}
+    # as in mergekit, a model without a tokenizer has the first model's
+    tokenizers = {key: tokenizer or first_tokenizer for key, tokenizer in read.items()}
+    folder, merged_tokenizer, pinned = first.folder, first_tokenizer, {}
     if source not in ("union", "base"):
         if source in named:
             folder = named[source].folder
         else:
             folder, pinned[source] = _fetched(source, api)
-        found = read_tokenizer(folder, source, texts)
-        if found is None:
+        source_tokenizer = read_tokenizer(folder, source, texts)
+        if source_tokenizer is None:
             raise FusionError(f"{source} has no {TOKENIZER}", "load its tokenizer with transformers and save it")
-        given = found
-    content = given.content
+        merged_tokenizer = source_tokenizer
+    content = merged_tokenizer.content
     if source == "union":
         others = [(m.name, tokenizers[id(m)].content, limits[id(m)]) for m in models if m is not first]
         content = union((first.name, content), others)
     content = add_tokens(content, tokens)
-    is_new = content is not given.content
+    is_new = content is not merged_tokenizer.content
     if is_new:
-        given = _tokenizer(json.dumps(content, ensure_ascii=False), content, f"the merged {TOKENIZER}")
-    merged = given.numbers
+        merged_tokenizer = _tokenizer(json.dumps(content, ensure_ascii=False), content, f"the merged {TOKENIZER}")
+    merged = merged_tokenizer.ids
     size = max(merged.values()) + 1
     if size > len(merged) + MAX_HOLES:
-        raise FusionError(f"{source}: {TOKENIZER} numbers {len(merged)} tokens up to {size - 1}")
-    # the model whose tokenizer is taken keeps its rows that no token has: a size that its kernels like
-    giver = first if source == "base" else named.get(source)
-    kept = limits[id(giver)] if giver is not None else 0
+        raise FusionError(f"{source}: {TOKENIZER} has {len(merged)} tokens with ids up to {size - 1}")
+    # rows without a token are kept of the model whose tokenizer is used: its size may suit its kernels
+    owner = first if source == "base" else named.get(source)
+    kept = limits[id(owner)] if owner is not None else 0
     size = max(size, kept)
     rows = -(-size // multiple) * multiple
-    own = {key: _rows(merged, tokenizers[key].numbers, limits[key], size, kept) for key in tokenizers}
-    rules = [_rule(token, asked, merged, named, tokenizers, limits) for token, asked in tokens.items()]
-    files = tokenizer_files(folder, *((given.text, given.content) if is_new else ()))
-    moved = None
-    if folder != first.folder and merged != own_first.numbers:
+    model_rows = {key: _rows_of(merged, tokenizers[key].ids, limits[key], size, kept) for key in tokenizers}
+    rules = [_rule(token, token_request, merged, named, tokenizers, limits) for token, token_request in tokens.items()]
+    files = tokenizer_files(folder, *((merged_tokenizer.text, merged_tokenizer.content) if is_new else ()))
+    id_map = None
+    if folder != first.folder and merged != first_tokenizer.ids:
         roles: dict[str, int] = {}
         for file in ("special_tokens_map.json", "tokenizer_config.json"):
             if file in files:
                 roles |= read_roles(json.loads(files[file]), merged)
-        special = frozenset(token["id"] for token in own_first.content["added_tokens"])
-        tokens_of_first = {number: token for token, number in own_first.numbers.items()}
-        holder = find_vocabulary_config(first.config)
-        rows_of_first = holder["vocab_size"] if holder else limits[id(first)]
-        moved = TokenIdMap(tokens_of_first, special, merged, roles, rows_of_first, source)
+        special = frozenset(token["id"] for token in first_tokenizer.content["added_tokens"])
+        first_tokens = {token_id: token for token, token_id in first_tokenizer.ids.items()}
+        config = find_vocabulary_config(first.config)
+        first_rows = config["vocab_size"] if config else limits[id(first)]
+        id_map = TokenIdMap(first_tokens, special, merged, roles, first_rows, source)
     digest = hashlib.sha256(json.dumps([rows, _plain(rules, models)]).encode())
-    for one in own.values():
-        digest.update(one.tobytes())
-    return Vocabulary(rows, size, files, digest.hexdigest(), own, id(base) if base else None, rules, moved, pinned)
+    for token_rows in model_rows.values():
+        digest.update(token_rows.tobytes())
+    base_id = id(base) if base else None
+    return Vocabulary(rows, size, files, digest.hexdigest(), model_rows, base_id, rules, id_map, pinned)
 
 
 def _plain(rules: Sequence[_Rule], models: Sequence[Model]) -> list[Any]:
@@ -239,7 +240,7 @@ def _rule(
     tokenizers: Mapping[int, _Tokenizer],
     limits: Mapping[int, int],
 ) -> _Rule:
-    """Where a token's row comes from: a model's name, its token of another name or number, or zeros."""
+    """The source of a token's row: a model, optionally with another token or id of it, or zeros."""
     where, source = KeyPath("", "tokenizer").inner("tokens", token, "source"), request.source
     model: str | None
     model, wanted = (
@@ -252,40 +253,49 @@ def _rule(
     if model is None or model not in named:
         raise FusionError(f"{where} is {shown(model)}, which is not one of the merged models", "name it as they do")
     key = id(named[model])
-    row = wanted if type(wanted) is int else tokenizers[key].numbers.get(str(wanted), -1)
+    row = wanted if type(wanted) is int else tokenizers[key].ids.get(str(wanted), -1)
     if not 0 <= row < limits[key]:
         raise FusionError(f"{where}: {model} has no token {shown(wanted)}")
     return _Rule(merged[token], key, row, request.force)
 
 
 def _covers(model: Model, name: str) -> bool:
-    holder = find_vocabulary_config(model.config)
+    config = find_vocabulary_config(model.config)
     shape = model.entries[name].shape
-    if holder is None or not shape or shape[0] != holder["vocab_size"] or LAYER.match(name) or "position" in name:
+    if config is None or not shape or shape[0] != config["vocab_size"] or LAYER.match(name) or "position" in name:
         return False
     return len(shape) == 2 or (len(shape) == 1 and name.endswith("bias"))
 
 
 def embedding_rows(model: Model) -> int:
-    """Rows of a model's embedding: tokens from there on it does not have, whatever its tokenizer says."""
+    """Number of rows of a model's embeddings: it has no tokens with higher ids, even if its tokenizer has them."""
     rows = [model.shape(name)[0] for name in model.entries if _covers(model, name)]
     if not rows:
         raise FusionError(f"{model.name} has no embedding of its tokens: config.json and weights do not agree")
     return min(rows)
 
 
-def _rows(merged: Mapping[str, int], own: Mapping[str, int], limit: int, size: int, kept: int) -> np.ndarray:
-    """A model's row for each token, -1 where it has none.
+def _rows_of(merged: Mapping[str, int], ids: Mapping[str, int], limit: int, size: int, kept: int) -> np.ndarray:
+    """A model's row for each token of the merged model, or -1.
 
-    Below `kept`, rows that no token of the merged model has are those of the same number, where the model has such a
-    row and no token for it either.
+    Rows below `kept` for which neither the merged model nor this one has a token keep their index.
+
+    Args:
+        merged: token -> id in the merged model.
+        ids: token -> id in this model.
+        limit: number of this model's rows.
+        size: number of the merged model's rows, without padding.
+        kept: number of rows of the model whose tokenizer is used.
     """
     rows = np.full(size, -1, np.int64)
-    numbers = np.fromiter(merged.values(), np.int64, len(merged))
-    theirs = numbers if own is merged else np.fromiter((own.get(token, -1) for token in merged), np.int64, len(merged))
-    rows[numbers] = np.where(theirs < limit, theirs, -1)
+    merged_ids = np.fromiter(merged.values(), np.int64, len(merged))
+    if ids is merged:
+        model_ids = merged_ids
+    else:
+        model_ids = np.fromiter((ids.get(token, -1) for token in merged), np.int64, len(merged))
+    rows[merged_ids] = np.where(model_ids < limit, model_ids, -1)
     free = np.arange(size) < min(kept, limit)
-    for taken in (numbers, np.fromiter(own.values(), np.int64, len(own))):
+    for taken in (merged_ids, np.fromiter(ids.values(), np.int64, len(ids))):
         free[taken[taken < size]] = False
     rows[free] = np.flatnonzero(free)
     return rows
@@ -293,22 +303,22 @@ def _rows(merged: Mapping[str, int], own: Mapping[str, int], limit: int, size: i
 
 @dataclass(frozen=True)
 class _Tokenizer:
-    """A ``tokenizer.json``: as text, as what it says, and what number each token has."""
+    """A ``tokenizer.json``: its text, its parsed content, and token -> id."""
 
     text: str
     content: dict[str, Any]
-    numbers: dict[str, int]
+    ids: dict[str, int]
 
 
 def _tokenizer(text: str, content: dict[str, Any], name: str) -> _Tokenizer:
-    numbers = dict(load_tokenizer(text, content["added_tokens"], name).get_vocab(with_added_tokens=True))
-    if not numbers:
+    ids = dict(load_tokenizer(text, content["added_tokens"], name).get_vocab(with_added_tokens=True))
+    if not ids:
         raise FusionError(f"{name}: {TOKENIZER} has no tokens")
-    return _Tokenizer(text, content, numbers)
+    return _Tokenizer(text, content, ids)
 
 
 def read_tokenizer(folder: Path, name: str, known: dict[str, _Tokenizer]) -> _Tokenizer | None:
-    """What a folder has, if anything; a text that was read before is not read again."""
+    """Reads a folder's tokenizer; None if it has none. A text in `known` is not parsed again."""
     file = folder / TOKENIZER
     if not own_file(file):
         return None
@@ -320,7 +330,7 @@ def read_tokenizer(folder: Path, name: str, known: dict[str, _Tokenizer]) -> _To
 
 
 def _fetched(name: str, api: HfApi | None) -> tuple[Path, str]:
-    """The folder of a tokenizer that is none of the models', and what finds it again."""
+    """Downloads the tokenizer of a model that is not merged; returns its folder and its pinned reference."""
     source = resolve(name, api)
     download([(source, [file for file in pick_small(source, code=False) if is_tokenizer_file(file)])], api)
     if source.folder is None:
@@ -334,9 +344,9 @@ def tokenizer_files(
     """A tokenizer's files by name.
 
     Args:
-        folder: where they lie.
-        text: of another ``tokenizer.json``; then those that say again what it says are left out.
-        content: what that says.
+        folder: the folder that contains them.
+        text: text of a ``tokenizer.json`` that replaces the folder's; `REDUNDANT` files are then left out.
+        content: the parsed content of `text`.
     """
     names = [*TOKENIZER_FILES, *(f"{TEMPLATES}/{file.name}" for file in sorted(folder.glob(f"{TEMPLATES}/*.jinja")))]
     files = {name: read_file(folder / name, folder) for name in names if own_file(folder / name, folder)}
