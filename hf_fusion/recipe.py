@@ -74,7 +74,11 @@ class RecipeExpert:
         return self.parameters | ({} if self.weight is None else {"weight": self.weight})
 
     def to_plain(self) -> Any:
-        """As written to YAML: the name alone where there is nothing else."""
+        """The expert as plain values.
+
+        Returns:
+            The model's name if nothing else is set; otherwise a dict with what is set.
+        """
         plain = _without_unset(vars(self))
         return plain if len(plain) > 1 else self.model
 
@@ -190,7 +194,11 @@ class Recipe:
         return named + [name for name in (*_sources(self.tokenizer), self.chat_template) if name]
 
     def to_dict(self) -> dict[str, Any]:
-        """As written to YAML: plain values, without what is not set."""
+        """The recipe as plain values.
+
+        Returns:
+            The content of ``fusion.yaml``, without what is not set.
+        """
         content: dict[str, Any] = {
             "method": self.method,
             "base": self.base,
@@ -204,17 +212,31 @@ class Recipe:
         return _without_unset(content)
 
     def to_yaml(self) -> str:
-        """The text of ``fusion.yaml``."""
+        """The recipe as YAML.
+
+        Returns:
+            The text of ``fusion.yaml``.
+        """
         text: str = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=10_000)
         return text
 
     def save(self, path: str | Path) -> None:
-        """Write the recipe to a file, all of it or nothing."""
+        """Writes the recipe to a file, atomically.
+
+        Args:
+            path: of the file.
+        """
         write_file(path, self.to_yaml())
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """Read a recipe from a file, or from ``fusion.yaml`` in a folder.
+        """Reads a recipe.
+
+        Args:
+            path: a file, or a folder with ``fusion.yaml``.
+
+        Returns:
+            The recipe.
 
         Raises:
             FusionError: naming the file, the key and the reason.
@@ -224,11 +246,14 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, content: object, name: str = RECIPE_FILE) -> Recipe:
-        """Check plain values and make a recipe of them.
+        """Checks plain values and makes a recipe of them.
 
         Args:
-            content: as YAML gives them.
+            content: as read from YAML.
             name: what errors call the file.
+
+        Returns:
+            The recipe.
 
         Raises:
             FusionError: naming the file, the key and the reason.
@@ -238,8 +263,8 @@ class Recipe:
         recipe = read_class(cls, content, KeyPath(name))
         if 0 < sum(expert.weight is not None for expert in recipe.experts) < len(recipe.experts):
             raise FusionError(f"{name}: experts have weights only partly", "give one to each or to none")
-        for number, slice_ in enumerate(recipe.slices):
-            slice_.check(KeyPath(name, f"slices[{number}]"))
+        for index, slice_ in enumerate(recipe.slices):
+            slice_.check(KeyPath(name, f"slices[{index}]"))
         return recipe
 
 

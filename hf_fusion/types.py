@@ -161,11 +161,18 @@ class ExpertInfo:
     gated: bool = False
     private: bool = False
 
-    # What `discover` read of the repo, so that a check does not ask again; not a field, since it describes no expert.
+    # What `discover` read of the repo, so that a check need not read it again; not a field, as it is not metadata.
     read: ClassVar[Source | None] = None
 
     def having_read(self, source: Source) -> ExpertInfo:
-        """This, with what was read of the repo kept on it."""
+        """This expert, with the files that were read from its repo attached.
+
+        Args:
+            source: the repo and what was read of it.
+
+        Returns:
+            The same object.
+        """
         object.__setattr__(self, "read", source)
         return self
 

@@ -23,7 +23,8 @@ class Cell:
     """One technique on one task.
 
     Attributes:
-        suite, task: names.
+        suite: name.
+        task: name.
         method: a key of `bench.methods.METHODS`, or `expert:NAME` for a single expert.
         family: what the method is: a key of `bench.methods.FAMILIES`.
         variant: "default", or "tuned" where parameters were chosen on the validation splits.
@@ -38,10 +39,14 @@ class Cell:
         ci95: the interval that holds it with 95 %, over rows.
         n: test rows.
         parameters: of the method, as they were used.
-        seconds, cpu_seconds, gpu_seconds: of the evaluation of this cell.
-        fuse_seconds, fuse_cpu_seconds: of fusing (and fitting, adapting, tuning), once for all cells of the model.
+        seconds: wall-clock time of the evaluation of this cell.
+        cpu_seconds: CPU time of the evaluation of this cell.
+        gpu_seconds: GPU time of the evaluation of this cell.
+        fuse_seconds: wall-clock time of fusing (and fitting, adapting, tuning), once for all cells of the model.
+        fuse_cpu_seconds: CPU time of the same.
         peak_bytes: the most memory that the process, or its GPU, held while the model was fused and measured.
-        stored, active: parameters of the fused model, and those that one example meets.
+        stored: number of parameters of the fused model.
+        active: number of parameters that one example uses.
         cost: multiplications of a forward as a multiple of the dense base's.
         command: what to type to measure it again.
         machine: what it ran on.

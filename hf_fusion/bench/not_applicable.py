@@ -40,8 +40,9 @@ def reason_of(method: Method, kind: str, head: str) -> str:
     """Why a method has no entry for suites of a kind.
 
     Args:
-        method: has none.
-        kind, head: of the suite, see `Suite`.
+        method: one without such an entry.
+        kind: of the suite, see `Suite`.
+        head: of the suite, see `Suite`.
     """
     if kind == "fusion" and method.family in _MERGES and head in ("causal-lm", "seq2seq-lm"):
         return _UNMERGED

@@ -112,7 +112,8 @@ class Task:
         metric: a key of `METRICS`.
         expert: source of the expert that was trained on it; None for a held-out task.
         config: configuration of a data set on the Hub.
-        train, test: its splits; `train` None where it has none.
+        train: its training split, None where it has none.
+        test: its test split.
         columns: ours (text, text_pair, image, label) → the data set's, where they differ.
         classes: names of the classes in the order of the labels; () takes the data set's own.
         templates: of zero-shot heads: sentences with ``{}`` for the class.

@@ -59,7 +59,10 @@ class MethodSummary(TypedDict):
     """A row of tables: a method in a variant on a split.
 
     Attributes:
-        method, variant, family, split: as cells have them.
+        method: see `Cell`.
+        variant: see `Cell`.
+        family: see `Cell`.
+        split: see `Cell`.
         title: what tables call the method.
         part: where it stands in a table.
         section: its heading there.
@@ -69,11 +72,16 @@ class MethodSummary(TypedDict):
         normalised: corruption → group → the mean as a share of the individual experts'.
         drop: corruption → what is lost against the clean rows, as a share.
         cost: multiplications of a forward as a multiple of the dense base's.
-        stored, active: parameters.
-        fuse_cpu_seconds: of fusing.
-        seconds: of the evaluation of all clean rows.
-        peak_bytes: the most memory.
-        parameters, command, versions, shas, machine: see `Cell`.
+        stored: see `Cell`.
+        active: see `Cell`.
+        fuse_cpu_seconds: CPU time of fusing.
+        seconds: wall-clock time of the evaluation of all clean rows.
+        peak_bytes: see `Cell`.
+        parameters: see `Cell`.
+        command: see `Cell`.
+        versions: see `Cell`.
+        shas: see `Cell`.
+        machine: see `Cell`.
     """
 
     method: str
@@ -105,7 +113,10 @@ class SuiteSummary(TypedDict):
     """A suite.
 
     Attributes:
-        name, title, kind, head: see `Suite`; of one that is not in the package kind and head are empty.
+        name: see `Suite`.
+        title: see `Suite`.
+        kind: see `Suite`; empty for a suite that is not in the package.
+        head: see `Suite`; empty for a suite that is not in the package.
         tasks: held-in ones first.
         conditions: corruptions, "clean" first.
         splits: "all" first.

@@ -28,7 +28,8 @@ class Out:
 
     Args:
         mode: "human" for text; "json" for one JSON document per call; "quiet" for bare ids, one per line.
-        stdout, stderr: streams; default are those of the process.
+        stdout: stream; default is that of the process.
+        stderr: stream; default is that of the process.
     """
 
     def __init__(self, mode: str = "human", stdout: TextIO | None = None, stderr: TextIO | None = None) -> None:

@@ -36,7 +36,8 @@ class DigitTask:
 
     Attributes:
         question: what is asked of a picture.
-        paper, ink: colours of its pictures.
+        paper: background colour of its pictures.
+        ink: colour of the digits.
         labels: names of the classes.
         draw: (all images, index of one, random numbers) → a picture of it, and its class; None: itself and its digit.
     """

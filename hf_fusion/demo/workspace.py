@@ -112,7 +112,8 @@ def run_in_fresh_process(workspace: Workspace, repo: str, revision: str, inputs:
     """Load and run a published model in a fresh process: empty HF_HOME, another folder, no hf_fusion.
 
     Args:
-        repo, revision: the model.
+        repo: id of the model.
+        revision: its commit.
         inputs: folder with the inputs, see `fresh_process.py`.
 
     Returns:

@@ -56,7 +56,8 @@ def measure_foe(
     Args:
         model: a fitted `FoEModel`, whose experts are classifiers, regressors (metric "mse") or language models.
         dataset: N labelled rows that nothing was fitted on, see `training.outputs.collect_outputs`.
-        name, split: of the data set; kept in the results.
+        name: of the data set, for the results.
+        split: of the data set, for the results.
         command: what to type to measure it again; kept in the results.
         label_column: the class's name or index, or the number.
         expert_column: name or index of the expert whose domain the row is of.

@@ -66,7 +66,8 @@ class ModelPredictor:
     """A model that predicts by one forward.
 
     Attributes:
-        name, kind: see `Predictor`.
+        name: see `Predictor`.
+        kind: see `Predictor`.
         model: called with the inputs; gives ``logits``.
         prepare: batch → the model's inputs with labels; by default those of the batch.
         within: batch → the context that the forward runs in.
@@ -96,7 +97,8 @@ class OutputPredictor:
     """Predictions that were made before, such as from the outputs of experts (`training.outputs`).
 
     Attributes:
-        name, kind: see `Predictor`.
+        name: see `Predictor`.
+        kind: see `Predictor`.
         cost: mean share of the cost of querying every expert.
         found: for all N rows.
     """
@@ -116,7 +118,8 @@ class TextPredictor:
     """A model that writes texts.
 
     Attributes:
-        name, kind: see `Predictor`.
+        name: see `Predictor`.
+        kind: see `Predictor`.
         cost: mean share of the cost of querying every expert.
         generate: prompts → texts.
     """

@@ -127,7 +127,9 @@ def measure_routing(
             retrieval and average activation where there are no `train_rows`.
         metrics: task → "exact" (default) or "tokens", for language models.
         base: the adapters' base, where it is not the one they record.
-        top_k, temperature, missing_gates: see `PhatgooseRouter.from_experts`.
+        top_k: see `PhatgooseRouter.from_experts`.
+        temperature: see `PhatgooseRouter.from_experts`.
+        missing_gates: see `PhatgooseRouter.from_experts`.
         embedder: makes embeddings of texts for retrieval; by default all-MiniLM-L6-v2, from the Hub.
         examples: how many training rows of each expert retrieval and average activation see.
         batch_size: rows a step, taken in order of length.

@@ -1,7 +1,8 @@
-"""For FoEs with several backbones: embeddings under transformers' names, and no gradient checkpointing."""
+"""The backbones of a FoE: their experts and inputs, embeddings under transformers' names, no gradient checkpointing."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,28 @@ from .experts_foe import AdaptedLinear, PerExpertModule
 
 
 class BackbonesMixin:
-    """Delegates embeddings to the inner model if there is only one."""
+    """Finds a backbone's experts and inputs, and delegates embeddings to the inner model if there is only one."""
+
+    def _members(self: Any, backbone: int) -> list[int]:
+        """Indices of the experts on a backbone, in its order."""
+        return [index for index, expert in enumerate(self.config.experts) if expert["backbone"] == backbone]
+
+    def _inputs_of(self: Any, backbone: int, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """One backbone's inputs, without the suffix of its processor."""
+        group = self.config.backbones[backbone]["inputs"]
+        last = max(plan["inputs"] for plan in self.config.backbones)
+        suffixes = {f"_{index}" for index in range(1, last + 1)}
+        if group == 0:
+            selected = {k: v for k, v in inputs.items() if not any(k.endswith(suffix) for suffix in suffixes)}
+        else:
+            selected = {k.removesuffix(f"_{group}"): v for k, v in inputs.items() if k.endswith(f"_{group}")}
+        selected = {name: value for name, value in selected.items() if value is not None}
+        if not selected:
+            raise ValueError(
+                f"{self.config.experts[self._members(backbone)[0]]['name']} got no inputs: prepare them with "
+                "AutoProcessor.from_pretrained(id, trust_remote_code=True), which serves every expert"
+            )
+        return selected
 
     def _only_model(self: Any, what: str) -> Any:
         if len(self.backbones) > 1:
@@ -22,35 +44,31 @@ class BackbonesMixin:
         return self.backbones[0].model
 
     def get_input_embeddings(self) -> nn.Module:
-        """The inner model's.
-
-        Raises:
-            NotImplementedError: where there are several.
-        """
+        """The input embeddings of the inner model; raises NotImplementedError if there are several."""
         return self._only_model("get_input_embeddings").get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the inner model's; raises NotImplementedError where there are several."""
+        """Replaces those of the inner model; raises NotImplementedError if there are several."""
         self._only_model("set_input_embeddings").set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The inner model's, None where it has none; raises NotImplementedError where there are several."""
+        """The output embeddings of the inner model, if it has any; raises NotImplementedError if there are several."""
         return self._only_model("get_output_embeddings").get_output_embeddings()
 
     def set_output_embeddings(self, value: nn.Module) -> None:
-        """Replaces the inner model's; raises NotImplementedError where there are several."""
+        """Replaces those of the inner model; raises NotImplementedError if there are several."""
         self._only_model("set_output_embeddings").set_output_embeddings(value)
 
     def resize_token_embeddings(
         self: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Module:
-        """Resizes the embeddings of every inner model: they read one tokenizer.
+        """Resizes the embeddings of every inner model, if all use one tokenizer.
 
         Returns:
-            Those of the first.
+            The input embeddings of the first.
 
         Raises:
-            ValueError: where experts have different tokenizers, read no tokens, or bring embeddings of their own.
+            ValueError: experts have different tokenizers, do not read tokens, or adapt the embeddings.
         """
         if new_num_tokens is None and pad_to_multiple_of is None:
             return self.get_input_embeddings()

@@ -28,7 +28,7 @@ from .assembly_wemoe import (
 from .configuration_wemoe import LOW_RANK, WEMoEConfig
 from .fused_adapters import refuse_tied
 from .fused_heads import head_of, labels_of
-from .linears_wemoe import UpscaledLinear, rows_together
+from .linears_wemoe import UpscaledLinear, rows_of_block
 from .merging_wemoe import RULES
 
 HEADS = ("task", "shared", "base")
@@ -323,7 +323,7 @@ def _measure_sizes(
                 size = modules[path].weight.numel()
                 unit["sizes"][index] = len(plan.sources) * max(1, round(options["density"] * size))
             elif kind == "bfloat16":
-                unit["sizes"][index] = rows_together(*_sizes(modules[path]))
+                unit["sizes"][index] = rows_of_block(*_sizes(modules[path]))
             elif kind in LOW_RANK:
                 vectors = plan.vectors(path, isinstance(modules[path], Conv1D))
                 parts = [low_rank(vector, options["rank"], options["energy"]) for vector in vectors]

@@ -66,7 +66,7 @@ FIELDS: Table = {
 class FoEConfig(FusedConfig):
     """Configuration of a Fusion of Experts.
 
-    Args:
+    Attributes:
         mode: "output" fuses the experts' outputs over one label space; "selection" picks one expert per example
             from the experts' embeddings.
         head: kind of the experts' head, one of `HEADS`.
@@ -84,11 +84,12 @@ class FoEConfig(FusedConfig):
             points kept) and subsets (sets of experts whose loss is kept).
         budget: default budget of a forward, a share of the cost of all experts in (0, 1]; None queries all.
         vocabularies: in selection among language models, the vocabulary size of each processor.
-        rule: of an ensemble, "mean" or "max_model", instead of a trained fuser; None for a FoE.
+        rule: an ensemble's rule, "mean" or "max_model", in place of a trained fuser; None for a FoE.
         over: input of the rule, "logits" or "probabilities".
-        weights: of the rule "mean", one for each expert; None: equal.
+        weights: weight of each expert under the rule "mean"; None for equal weights.
         fitted: whether the fuser was trained; an ensemble's rule needs no training.
-        recipe, format_version: see `FusedConfig`.
+        recipe: the content of the ``fusion.yaml`` that this model was fused by, see `FusedConfig`.
+        format_version: of this config, see `FusedConfig`.
     """
 
     model_type = "foe"
@@ -141,7 +142,7 @@ class FoEConfig(FusedConfig):
         chosen = self.features_from
         if chosen is not None:
             is_one = self.mode == "selection" and chosen < self.num_experts
-            yield "features_from", chosen, is_one, "an expert's number, in mode 'selection'"
+            yield "features_from", chosen, is_one, "the index of an expert, in mode 'selection'"
         if generates:
             sizes = self.vocabularies
             yield "vocabularies", sizes, sizes is not None and len(sizes) == groups, f"the sizes of {groups}"
@@ -161,13 +162,32 @@ class FoEConfig(FusedConfig):
         return [cost / sum(costs) for cost in costs]
 
     def backbone_config(self, index: int) -> PreTrainedConfig:
-        """The inner model's config, rebuilt from the plain dict that is stored."""
+        """The config of a backbone's model, rebuilt from the stored dict.
+
+        Args:
+            index: of the backbone in `backbones`.
+
+        Returns:
+            The config, of the inner model's own class.
+
+        Raises:
+            ValueError: the stored dict is not a valid config; the message names the field.
+        """
         return inner_config(
             AutoConfig.for_model, without_code(self.backbones[index]["config"]), f"backbones[{index}].config"
         )
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """The first language model's, with the fused vocabulary: `generate()` reads it; else this config."""
+        """The config that `generate()` reads.
+
+        Args:
+            decoder: as in transformers.
+            encoder: as in transformers.
+
+        Returns:
+            For language models, the first backbone's text config with the size of the fused vocabulary; otherwise this
+            config.
+        """
         if self.head in GENERATING and self.backbones:
             config = self.backbone_config(0).get_text_config(decoder=decoder, encoder=encoder)
             config.vocab_size = sum(self.vocabularies or [config.vocab_size])

@@ -34,7 +34,7 @@ FIELDS: Table = {
 class PhatgooseConfig(BackboneConfig):
     """Configuration of a PHATGOOSE router.
 
-    Args:
+    Attributes:
         head: kind of the base's head, one of `HEADS`.
         backbone: the config of the base, as a plain dict.
         base: id and revision of the base, if known.
@@ -49,7 +49,8 @@ class PhatgooseConfig(BackboneConfig):
         router_temperature: divides the scores before the softmax; the paper has 1.
         routing: "phatgoose" scores by standardised gates and inputs, "arrow" by |x·v|, "uniform" draws experts at
             random; the latter two are baselines.
-        recipe, format_version: see `FusedConfig`.
+        recipe: the content of the ``fusion.yaml`` that this model was fused by, see `FusedConfig`.
+        format_version: of this config, see `FusedConfig`.
     """
 
     model_type = "phatgoose"
@@ -61,7 +62,7 @@ class PhatgooseConfig(BackboneConfig):
     # None stands for an empty container: a config's defaults may not be mutable.
     profiles: list[dict[str, Any]] = None  # type: ignore[assignment]
     replaced: list[str] = None  # type: ignore[assignment]
-    num_experts_per_tok: int = 2  # not top_k and temperature: generate() takes those for its own
+    num_experts_per_tok: int = 2  # not top_k and temperature: generate() would read those as sampling options
     router_temperature: float = 1.0
     routing: str = "phatgoose"
 
@@ -83,7 +84,14 @@ class PhatgooseConfig(BackboneConfig):
                 yield f"base.{name}", self.base.get(name), bool(self.base.get(name)), "where the base is fetched from"
 
     def profile(self, expert: int) -> dict[str, Any]:
-        """What an expert adapts: "ranks" and "saved", see `profiles`."""
+        """What an expert adapts.
+
+        Args:
+            expert: its index in `experts`.
+
+        Returns:
+            Its profile, with "ranks" and "saved", see `profiles`.
+        """
         return self.profiles[self.experts[expert]["profile"]]
 
     def _recipe_parameters(self) -> dict[str, Any]:

@@ -62,7 +62,7 @@ SIZES = {
 class WEMoEConfig(BackboneConfig):
     """Configuration of a WEMoE.
 
-    Args:
+    Attributes:
         head: kind of the model's head, one of `HEADS`.
         backbone: the config of the dense model, as a plain dict.
         base: id and revision of the base, if known.
@@ -89,7 +89,8 @@ class WEMoEConfig(BackboneConfig):
             last step, or None), "learning_rate" and "batch_size" (rows of each task and step). None: not adapted; every
             router still returns λ, which is task arithmetic.
         samples: a fingerprint of the saved weights, see `fingerprint_of`.
-        recipe, format_version: see `FusedConfig`.
+        recipe: the content of the ``fusion.yaml`` that this model was fused by, see `FusedConfig`.
+        format_version: of this config, see `FusedConfig`.
     """
 
     model_type = "wemoe"

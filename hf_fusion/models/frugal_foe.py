@@ -1,10 +1,10 @@
-"""Frugal Fusion of Experts: which expert to ask next, and when to stop (FrugalFoE in arXiv 2310.01542).
+"""Frugal Fusion of Experts: which expert to query next, and when to stop (FrugalFoE in arXiv 2310.01542).
 
 After querying the set S, the policy picks the superset that minimises the expected loss plus its cost,
 
     E[loss(f_S'(X), Y) | outputs of S] + lambda * cost(S'),
 
-the expectation being the mean loss over the kappa validation points nearest to x in the outputs of S.
+where the expectation is the mean loss over the kappa validation points nearest to x in the outputs of S.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ SAMPLED_SUBSETS = 1024
 
 
 def candidate_subsets(num_experts: int, seed: int = 0) -> torch.Tensor:
-    """The sets of experts the policy chooses among, (M, K) bool: all of them up to ten experts.
+    """The sets of experts that the policy chooses among, (M, K) bool: all subsets, for at most ten experts.
 
-    Above ten: the single experts, and the prefixes of random orders (so that sets of every size, and the full set,
-    are there), 1,024 in all.
+    For more than ten: the single experts, and prefixes of random orders (which include sets of every size, and the
+    full set), 1,024 in all.
     """
     if num_experts <= MOST_ENUMERATED:
         chosen = [c for size in range(1, num_experts + 1) for c in combinations(range(num_experts), size)]
     else:
         generator = torch.Generator().manual_seed(seed)
-        singles = {(k,): None for k in range(num_experts)}
-        while len(singles) < SAMPLED_SUBSETS:
+        distinct = {(k,): None for k in range(num_experts)}
+        while len(distinct) < SAMPLED_SUBSETS:
             order = torch.randperm(num_experts, generator=generator).tolist()
-            singles.update({tuple(sorted(order[:size])): None for size in range(2, num_experts + 1)})
-        chosen = list(singles)
+            distinct.update({tuple(sorted(order[:size])): None for size in range(2, num_experts + 1)})
+        chosen = list(distinct)
     subsets = torch.zeros(len(chosen), num_experts, dtype=torch.bool)
     for row, members in enumerate(chosen):
         subsets[row, list(members)] = True
@@ -41,10 +41,10 @@ def candidate_subsets(num_experts: int, seed: int = 0) -> torch.Tensor:
 
 
 class FrugalPolicy(nn.Module):
-    """Validation outputs, and the loss of every candidate set on them: all that querying frugally needs.
+    """Decides which experts to query, by their outputs on validation points and the loss of every candidate set there.
 
     Args:
-        rows: V, validation points kept.
+        rows: V, number of validation points.
         num_experts: K.
         num_outputs: C, width of an expert's output.
         subsets: M, number of candidate sets.
@@ -72,21 +72,21 @@ class FrugalPolicy(nn.Module):
         budget: float = 1.0,
         exclude: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries experts for `batch` examples until no further one pays.
+        """Queries experts for each example until another query would cost more than it gains.
 
         Args:
             query: (rows (n,), experts (n,)) -> outputs (n, C) of that expert for that row.
             batch: B, number of examples.
             costs: (K,) shares of the cost of all experts, summing to 1.
-            cost_weight: lambda, loss that the cost of all experts is worth.
-            budget: the cost no example may exceed; where even the cheapest expert costs more, it alone is queried.
-            exclude: (B,) index of the validation point each example is, so that it is not its own neighbour.
+            cost_weight: lambda, the loss that is worth the cost of all experts.
+            budget: maximum cost of an example; if even the cheapest expert costs more, it alone is queried.
+            exclude: (B,) for examples that are validation points: their indices, so that none is its own neighbour.
 
         Returns:
             outputs (B, K, C), zero where not queried, and order (B, K): 1 for the first expert queried, 2 for the
             second, 0 for those not queried.
         """
-        device, dtype = self.losses.device, torch.float32  # a model loaded in bf16 still measures in fp32
+        device, dtype = self.losses.device, torch.float32  # distances are computed in fp32 even if the model is in bf16
         points, losses = self.outputs.to(dtype), self.losses.to(dtype)
         num_experts = self.subsets.shape[1]
         outputs = torch.zeros(batch, *self.outputs.shape[1:], device=device, dtype=dtype)
@@ -96,7 +96,7 @@ class FrugalPolicy(nn.Module):
         affordable = subset_costs <= max(budget, float(subset_costs.min())) + 1e-6
         active = torch.arange(batch, device=device)
         for step in range(1, num_experts + 1):
-            if step == 1:  # nothing is known yet: every validation point is as near as any other
+            if step == 1:  # no outputs yet: all validation points are equally near
                 expected = losses.mean(1).expand(len(active), -1)  # (A, M)
             else:
                 expected = self._local_losses(losses, distance[active], None if exclude is None else exclude[active])
@@ -104,15 +104,15 @@ class FrugalPolicy(nn.Module):
             active, chosen = active[chosen >= 0], chosen[chosen >= 0]
             if not len(active):
                 break
-            by_expert = torch.argsort(chosen, stable=True)  # examples that ask for the same expert run together
+            by_expert = torch.argsort(chosen, stable=True)  # examples that query the same expert run together
             active, chosen = active[by_expert], chosen[by_expert]
-            answer = query(active, chosen).to(dtype)
-            outputs[active, chosen] = answer
+            results = query(active, chosen).to(dtype)
+            outputs[active, chosen] = results
             order[active, chosen] = step
             for expert in chosen.unique().tolist():
-                mine = chosen == expert
-                distance[active[mine]] += torch.cdist(
-                    answer[mine], points[:, expert], compute_mode="donot_use_mm_for_euclid_dist"
+                selected = chosen == expert
+                distance[active[selected]] += torch.cdist(
+                    results[selected], points[:, expert], compute_mode="donot_use_mm_for_euclid_dist"
                 ).square()
         return outputs, order
 
@@ -126,14 +126,16 @@ class FrugalPolicy(nn.Module):
     def _choose(
         self, expected: torch.Tensor, queried: torch.Tensor, affordable: torch.Tensor, penalty: torch.Tensor
     ) -> torch.Tensor:
-        """The next expert of each example, -1 to stop; of the best superset, the member with the best local loss."""
-        missing = queried.float() @ (~self.subsets).float().T  # (A, M): queried experts a candidate lacks
+        """The next expert of each example: the member of the best superset with the lowest local loss; -1 to stop."""
+        missing = (
+            queried.float() @ (~self.subsets).float().T
+        )  # (A, M): number of queried experts that a candidate does not contain
         objective = (expected + penalty).masked_fill((missing > 0) | ~affordable, float("inf"))
         best = objective.argmin(1)
-        wanted = self.subsets[best] & ~queried & objective.isfinite().any(1, keepdim=True)  # (A, K)
+        candidates = self.subsets[best] & ~queried & objective.isfinite().any(1, keepdim=True)  # (A, K)
         single = self.subsets.sum(1) == 1
-        members = self.subsets[single].float().argmax(1)  # single sets, in the order of their expert
-        alone = torch.empty_like(queried, dtype=expected.dtype)
-        alone[:, members] = (expected + penalty)[:, single]
-        chosen = alone.masked_fill(~wanted, float("inf")).argmin(1)
-        return torch.where(wanted.any(1), chosen, -1)
+        members = self.subsets[single].float().argmax(1)  # the expert of each singleton
+        singleton_objective = torch.empty_like(queried, dtype=expected.dtype)
+        singleton_objective[:, members] = (expected + penalty)[:, single]
+        chosen = singleton_objective.masked_fill(~candidates, float("inf")).argmin(1)
+        return torch.where(candidates.any(1), chosen, -1)

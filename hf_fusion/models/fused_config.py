@@ -46,14 +46,12 @@ BASE: Table = {"id": optional(TEXT), "revision": optional(TEXT)}
 class FusedConfig(PreTrainedConfig):
     """Base class of the families' configs, which define `FIELDS`, `CHECKED`, `_relations` and `_recipe_parameters`.
 
-    Args:
+    Attributes:
         head: kind of the model's head, a key of `fused_heads.AUTO_CLASSES`.
         experts: one dict per expert, with the keys in the family's table.
         recipe: the content of ``fusion.yaml`` from `hf_fusion.fuse`, without paths of folders; None: see
             `to_recipe`.
         format_version: of this config; older code refuses a newer one.
-
-    Attributes:
         FIELDS: the family's fields and their allowed values.
         CHECKED: the fields that are also checked in a config built in Python.
     """
@@ -133,7 +131,7 @@ class FusedConfig(PreTrainedConfig):
 class BackboneConfig(FusedConfig):
     """Base class of the configs of families whose experts share one backbone.
 
-    Args:
+    Attributes:
         backbone: the config of the backbone, as a plain dict.
         base: id and revision of the experts' base, if known.
     """
@@ -169,9 +167,9 @@ class BackboneConfig(FusedConfig):
         folder = Path(str(self.base.get("id") or ""))
         if not folder.is_absolute():
             return self
-        told = copy.deepcopy(self)
-        told.base = {"id": folder.name, "revision": None}
-        return told
+        config = copy.deepcopy(self)
+        config.base = {"id": folder.name, "revision": None}
+        return config
 
     def _recipe_base(self) -> dict[str, str]:
         return {"base": pinned(self.base["id"], self.base.get("revision"))} if self.base.get("id") else {}

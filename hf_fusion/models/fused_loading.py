@@ -126,7 +126,8 @@ def load_checked(
     Args:
         load: `from_pretrained` of `PreTrainedModel`.
         name: what is loaded, as `from_pretrained` takes it.
-        args, kwargs: of `from_pretrained`; with a ``state_dict`` no file is read.
+        args: positional arguments of `from_pretrained`.
+        kwargs: keyword arguments of `from_pretrained`; with a ``state_dict`` no file is read.
         hub: where to look for files, see `weight_files`.
         may_hold_more: whether the files may have weights that the model does not use.
 

@@ -1,11 +1,11 @@
-"""Fusion of Experts among language models: the fuser reads the prompt and chooses who generates."""
+"""Fusion of Experts among language models: the fuser reads the prompt and selects the expert that generates."""
 
 from __future__ import annotations
 
 import inspect
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -19,17 +19,17 @@ from .outputs_foe import ExpertOutput, combine
 
 
 class SelectionMixin:
-    """Language models, of which the fuser chooses one per prompt to generate.
+    """Language models among which the fuser selects one per prompt to generate.
 
     The features are the experts' embeddings of the prompt: of its last token for causal language models, the mean over
-    the encoder's states for sequence-to-sequence models (the paper's mean over decoding steps would have every expert
-    decode).
+    the encoder's states for sequence-to-sequence models (the paper's mean over decoding steps would need every expert
+    to decode).
     """
 
     def __init__(self: Any, config: FoEConfig, models: Sequence[PreTrainedModel] | None = None) -> None:
         super().__init__(config, models)  # type: ignore[call-arg]
         self.generation_config = shared_config(config)
-        for index, backbone in enumerate([] if models else self.backbones):  # they know no generation config yet
+        for index, backbone in enumerate([] if models else self.backbones):  # these have no generation config yet
             members = self._members(index)
             is_shared = len(members) > 1
             backbone.model.generation_config = GenerationConfig() if is_shared else settings_of(config, members[0])
@@ -39,7 +39,7 @@ class SelectionMixin:
         self.generation_config = shared_config(self.config, self.generation_config)
 
     def _before_saving(self: Any, kwargs: dict[str, Any]) -> None:
-        """What is saved shows the experts' generation configs as they are now."""
+        """Updates the shared generation config from the experts', which may have been edited."""
         super()._before_saving(kwargs)
         self.generation_config = shared_config(self.config, self.generation_config)
 
@@ -55,7 +55,7 @@ class SelectionMixin:
             batch = {name: batch[name] for name in ("input_ids", "inputs_embeds", "attention_mask") if name in batch}
             if "inputs_embeds" in batch:
                 if len(self.backbones) > 1:
-                    raise ValueError("inputs_embeds are of one model: pass choice=, the experts that they are for")
+                    raise ValueError("inputs_embeds belong to one model: pass choice=, the experts that they are for")
                 batch.pop("input_ids", None)
             mask = batch.get("attention_mask")
             encoder_decoder = self.config.is_encoder_decoder
@@ -83,36 +83,45 @@ class SelectionMixin:
         choice: torch.Tensor | Sequence[int] | None = None,
         **inputs: Any,
     ) -> CausalLMOutput:
-        """Logits (B, T, V) of the expert chosen for each row.
+        """Computes the logits of the expert selected for each row.
 
         Args:
+            input_ids: (B, T).
+            attention_mask: (B, T).
             labels: (B, T) token ids, -100 where no loss is wanted. A row's prompt ends before its first label.
-            choice: (B,) experts, to skip the choice.
+            choice: (B,) indices of experts, in place of the fuser's selection.
+            inputs: all else that the processor returned.
+
+        Returns:
+            The output, with logits (B, T, V) and the loss if there are labels.
 
         Raises:
-            ValueError: where the experts' tokenizers differ: there are then no common logits, only `generate()`.
+            ValueError: the experts' tokenizers differ, so there are no common logits; use `generate()`.
         """
         if len(self.config.vocabularies or []) > 1:
             raise ValueError("experts with different tokenizers have no common logits; use generate()")
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
+        all_inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
         if choice is None:
-            prompt = dict(given)
+            prompt = dict(all_inputs)
             if labels is not None and not self.config.is_encoder_decoder:
-                before_answer = (labels != -100).cumsum(1) == 0
-                prompt["attention_mask"] = before_answer if attention_mask is None else attention_mask * before_answer
+                unlabelled = (labels != -100).cumsum(1) == 0
+                prompt["attention_mask"] = unlabelled if attention_mask is None else attention_mask * unlabelled
             choice = self.select(prompt)
         choice = torch.as_tensor(choice, device=self.device)
         if labels is not None and self.config.is_encoder_decoder:
-            given["labels"] = labels
-        rows_of, answers = [], []
+            all_inputs["labels"] = labels
+        rows_of, outputs = [], []
         for expert in choice.unique().tolist():
             rows = (choice == expert).nonzero()[:, 0]
             backbone, local = self._place(expert)
             rows_of.append(rows)
-            answers.append(self.backbones[backbone](take_rows(self._inputs_of(backbone, given), rows), [local]).logits)
-        width = max(answer.shape[-1] for answer in answers)  # an expert may have more rows than the tokenizer
-        answers = [nn.functional.pad(each, (0, width - each.shape[-1]), value=float("-inf")) for each in answers]
-        logits = torch.cat(answers)[torch.cat(rows_of).argsort()]
+            batch = take_rows(self._inputs_of(backbone, all_inputs), rows)
+            outputs.append(self.backbones[backbone](batch, [local]).logits)
+        width = max(
+            output.shape[-1] for output in outputs
+        )  # an expert may have more logits than its tokenizer has tokens
+        outputs = [nn.functional.pad(each, (0, width - each.shape[-1]), value=float("-inf")) for each in outputs]
+        logits = torch.cat(outputs)[torch.cat(rows_of).argsort()]
         loss = None
         if labels is not None:
             shift = 0 if self.config.is_encoder_decoder else 1
@@ -134,30 +143,30 @@ class SelectionMixin:
         choice: torch.Tensor | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Lets the chosen expert generate for each prompt, by its own generation config, as its own `generate` does.
+        """Generates for each prompt with the expert selected for it, by that expert's generation config.
 
-        Takes what any model's `generate` takes, and each expert gets its rows of it. Options of a call, and
-        of ``model.generation_config`` where it was changed, override the experts'. Experts generate one after
-        the other: functions and objects (logits processors, stopping criteria) meet the rows and the token ids of one
-        expert at a time, samples are drawn in this order, and `max_time` is for all of them together.
+        The arguments are those of any model's `generate`; each expert gets its rows of them. Options of a call, and
+        values of ``model.generation_config`` that were changed, override the experts'. Experts generate one after the
+        other: functions and objects (logits processors, stopping criteria) see the rows and the token ids of one expert
+        at a time, samples are drawn in this order, and `max_time` is the limit for all of them together.
 
         Args:
             inputs: (B, T) prompts.
-            generation_config: in place of single options.
-            args: as other models take them, in their order.
-            choice: (B,) experts, to skip the choice.
-            kwargs: options, and inputs as the processor gives them. With several tokenizers what belongs to tokenizer
-                g ends in ``_g``, as in ``decoder_input_ids_1``.
+            generation_config: its values override the experts'.
+            args: other positional arguments of `generate`, in transformers' order.
+            choice: (B,) indices of experts, in place of the fuser's selection.
+            kwargs: options, and inputs as the processor returned them. With several tokenizers the inputs of tokenizer
+                g end in ``_g``, as in ``decoder_input_ids_1``.
 
         Returns:
-            Token ids (B R, T), R = `num_return_sequences`, those of a prompt one after the other, padded at the end by
-            the padding token of the expert that wrote them. With several tokenizers, ids live in the concatenated
-            vocabularies; `FoEProcessor.batch_decode` reads them. With `return_dict_in_generate` an output of the
-            experts' class: scores are -inf for tokens that an expert does not have; caches, attentions and hidden
-            states are there where one expert wrote everything.
+            Token ids (B R, T), R = `num_return_sequences`: those of a prompt are adjacent, and padded at the end with
+            the padding token of the expert that generated them. With several tokenizers, ids are those of the
+            concatenated vocabularies; `FoEProcessor.batch_decode` decodes them. With `return_dict_in_generate` an
+            output of the experts' class: scores are -inf for tokens that an expert does not have; caches, attentions
+            and hidden states are only present if one expert generated everything.
 
         Raises:
-            ValueError: for what cannot be divided among several experts, by name.
+            ValueError: an argument or option cannot be divided among several experts; the message names it.
         """
         kwargs |= dict(zip(POSITIONAL, args, strict=False))
         if inputs is not None:
@@ -170,7 +179,9 @@ class SelectionMixin:
         prompts = [value for name, value in kwargs.items() if name.startswith(("input_ids", "inputs_embeds"))]
         if choice is None:
             if not prompts:
-                raise ValueError("without input_ids or inputs_embeds nobody can be chosen: pass choice=, the experts")
+                raise ValueError(
+                    "without input_ids or inputs_embeds no expert can be selected: pass choice=, the experts"
+                )
             choice = self.select(kwargs)
         choice = torch.as_tensor(choice, device=self.device).view(-1)
         batch = len(prompts[0]) if prompts else len(choice)
@@ -179,7 +190,7 @@ class SelectionMixin:
         arguments = Arguments(batch, kwargs)
         experts = choice.unique().tolist()
         settings = {expert: settings_of(self.config, expert) for expert in experts}
-        given = {expert: config.update(**changes) for expert, config in settings.items()}
+        not_options = {expert: config.update(**changes) for expert, config in settings.items()}
         self._check_divisible(settings, arguments)
         outputs, begin = [], time.monotonic()
         for expert, config in settings.items():
@@ -188,68 +199,80 @@ class SelectionMixin:
             rows = (choice == expert).nonzero()[:, 0]
             backbone, local = self._place(expert)
             tokenizer = self.config.backbones[backbone]["inputs"]
-            mine = {**given[expert], **self._arguments_of(backbone, arguments, rows)}
+            call = {**not_options[expert], **self._arguments_of(backbone, arguments, rows)}
             module: Any = self.backbones[backbone]
             sizes = self.config.vocabularies or []
             start = sum(sizes[:tokenizer])
-            if start and mine.get("streamer") is not None:
-                mine["streamer"] = ShiftedStreamer(mine["streamer"], start)
-            inner = module.model.generation_config  # fills in what is None, unless None is an argument
-            mine |= {name: None for name in changes if changes[name] is None and getattr(inner, name, None) is not None}
+            if start and call.get("streamer") is not None:
+                call["streamer"] = ShiftedStreamer(call["streamer"], start)
+            inner = module.model.generation_config  # replaces values that are None, unless None is an argument
+            call |= {name: None for name in changes if changes[name] is None and getattr(inner, name, None) is not None}
             with module.groups.of([local]):
-                output = module.model.generate(**mine, generation_config=config)
+                output = module.model.generate(**call, generation_config=config)
             stop = start + sizes[tokenizer] if len(sizes) > 1 else None
             pad = self._pad_of(config, tokenizer)
             outputs.append(ExpertOutput(rows, output, config.num_beams or 1, pad, start, stop))
         return combine(outputs, sum(self.config.vocabularies or []))
 
-    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Refused; raises ValueError."""
+    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not supported: every expert has its own cache.
+
+        Args:
+            args: ignored.
+            kwargs: ignored.
+
+        Raises:
+            ValueError: always.
+        """
         raise ValueError(f"{type(self).__name__} has an expert for each prompt, not one cache: call generate()")
 
     def _check_divisible(self: Any, settings: Mapping[int, GenerationConfig], arguments: Arguments) -> None:
-        """Raises ValueError for what experts cannot do together; makes all of them return outputs if one does."""
+        """Raises ValueError for what several experts cannot share; makes all of them return outputs if one does."""
         names = [self.config.experts[expert]["name"] for expert in settings]
-        ways = "pass choice= with one expert for all prompts, or one prompt at a time"
+        remedy = "pass choice= with one expert for all prompts, or one prompt at a time"
         if any(config.cache_implementation == "paged" for config in settings.values()):
             raise ValueError("cache_implementation='paged' serves one model: call generate() of an expert")
         if len(settings) < 2:
             return
-        if arguments.alone:
-            raise ValueError(f"{arguments.alone[0]} cannot be divided between {' and '.join(names[:2])}: {ways}")
+        if arguments.indivisible:
+            raise ValueError(
+                f"{arguments.indivisible[0]} cannot be divided between {' and '.join(names[:2])}: {remedy}"
+            )
         tokenizers = {self.config.backbones[self.config.experts[expert]["backbone"]]["inputs"] for expert in settings}
         for name in ("tokenizer", "assistant_model") if len(tokenizers) > 1 else ():
-            if name in arguments.whole and not hasattr(arguments.whole[name], "processors"):
-                raise ValueError(f"{name} knows one tokenizer, {' and '.join(names[:2])} have their own: {ways}")
-        whole = any(config.return_dict_in_generate for config in settings.values())
+            if name in arguments.shared and not hasattr(arguments.shared[name], "processors"):
+                raise ValueError(
+                    f"{name} is for one tokenizer, but {' and '.join(names[:2])} have different ones: {remedy}"
+                )
+        as_dict = any(config.return_dict_in_generate for config in settings.values())
         for config in settings.values():
-            config.return_dict_in_generate = whole
-        for option in ("num_return_sequences", "num_beams") if whole else ("num_return_sequences",):
+            config.return_dict_in_generate = as_dict
+        for option in ("num_return_sequences", "num_beams") if as_dict else ("num_return_sequences",):
             if len({getattr(config, option) or 1 for config in settings.values()}) > 1:
                 raise ValueError(f"{' and '.join(names[:2])} differ in {option}: pass {option}=")
-        for option in ("output_attentions", "output_hidden_states") if whole else ():
+        for option in ("output_attentions", "output_hidden_states") if as_dict else ():
             if any(getattr(config, option) for config in settings.values()):
-                raise ValueError(f"{option}: {' and '.join(names[:2])} have states of their own: {ways}")
+                raise ValueError(f"{option}: {' and '.join(names[:2])} have different states: {remedy}")
 
     def _arguments_of(self: Any, backbone: int, arguments: Arguments, rows: torch.Tensor) -> dict[str, Any]:
-        """What one expert's `generate` is given besides options."""
+        """The arguments of one expert's `generate` besides options."""
         tokenizer = self.config.backbones[backbone]["inputs"]
-        mine = {**arguments.whole}
-        if (by_row := mine.get("prefix_allowed_tokens_fn")) is not None:
+        call = {**arguments.shared}
+        if (by_row := call.get("prefix_allowed_tokens_fn")) is not None:
             indices = rows.tolist()
-            mine["prefix_allowed_tokens_fn"] = lambda row, ids: by_row(indices[row], ids)
-        if hasattr(mine.get("tokenizer"), "processors"):
-            mine["tokenizer"] = mine["tokenizer"].processors[tokenizer]
+            call["prefix_allowed_tokens_fn"] = lambda row, ids: by_row(indices[row], ids)
+        if hasattr(call.get("tokenizer"), "processors"):
+            call["tokenizer"] = call["tokenizer"].processors[tokenizer]
         taken = arguments.take(rows)
         suffixes = tuple(f"_{index}" for index in range(1, len(self.config.vocabularies or [])))
         for name in taken if tokenizer else ():
-            unnamed = name not in PROMPT and not name.endswith(suffixes)
-            if unnamed and f"{name}_{tokenizer}" not in taken:
+            is_for_first = name not in PROMPT and not name.endswith(suffixes)
+            if is_for_first and f"{name}_{tokenizer}" not in taken:
                 raise ValueError(f"{name} is for the first tokenizer: pass {name}_{tokenizer} too")
-        return {**mine, **(self._inputs_of(backbone, taken) if taken else {})}
+        return {**call, **(self._inputs_of(backbone, taken) if taken else {})}
 
     def _pad_of(self: Any, settings: GenerationConfig, tokenizer: int) -> int:
-        """The token that fills up what an expert wrote, as its own `generate` fills it up."""
+        """The token that pads what an expert generated, as in its own `generate`."""
         if settings.pad_token_id is not None:
             return int(settings.pad_token_id)
         end = settings.eos_token_id
@@ -258,17 +281,17 @@ class SelectionMixin:
 
 
 class ShiftedStreamer:
-    """Hands a streamer the ids of the fused vocabulary."""
+    """Passes token ids to a streamer as ids of the fused vocabulary."""
 
     def __init__(self, streamer: Any, start: int) -> None:
         self.streamer, self.start = streamer, start
 
     def put(self, value: torch.Tensor) -> None:
-        """Token ids of the expert's own tokenizer."""
+        """Passes on token ids of the expert's tokenizer."""
         self.streamer.put(value + self.start)
 
     def end(self) -> None:
-        """The end of the text."""
+        """Marks the end of the text."""
         self.streamer.end()
 
 

@@ -1,7 +1,7 @@
 """Up-scaled linears: a base weight, K task vectors, and a product with weights merged per sample.
 
-θ_b = θ0 + Σ_k w_bk τ_k is never held for all of a linear: a block of its rows is merged for several samples by one
-matrix product, used while it is in cache, and overwritten. Nothing loops over samples or experts. The backward pass,
+θ_b = θ0 + Σ_k w_bk τ_k is never stored for a whole linear: a block of its rows is merged for several samples by one
+matrix product, used while it is in cache, and overwritten, without loops over samples or experts. The backward pass,
 which only the coefficients need, merges the blocks again.
 """
 
@@ -19,38 +19,40 @@ from transformers.utils.generic import maybe_autocast
 
 from .configuration_wemoe import LOW_RANK
 
-# Elements of θ0 that a block covers, and samples that are merged at a time. On a CPU a block has to stay in cache, and
-# its rows have to be enough to multiply well (tests/benchmarks/wemoe.py); an accelerator wants few large calls.
+# Elements of θ0 in a block, and samples merged at a time. On a CPU a block must fit into the cache and have enough rows
+# for a fast product (tests/benchmarks/wemoe.py); an accelerator needs few large calls.
 BLOCK, SAMPLES = 3 * 2**15, 8
 BLOCK_ELSEWHERE, SAMPLES_ELSEWHERE = 2**22, 32
-# Whether this CPU multiplies bfloat16 itself (AMX comes with it); where it does not, fp32 is faster.
+# Whether this CPU has instructions for bfloat16 products (AMX includes them); without them fp32 is faster.
 CPU_HAS_BFLOAT16 = bool(torch.cpu._is_avx512_bf16_supported())
 
 
 class UpscaledLinear(nn.Module):
     """A linear layer with K task vectors.
 
-    Weights lie as (R, C), the rows along the wider side: (d_out, d_in), or (d_in, d_out) where d_in is wider. A block
-    of rows is then long enough to multiply well, and either fills its own part of the output or adds to all of it.
+    Weights are stored as (R, C), the rows along the wider side: (d_out, d_in), or (d_in, d_out) if d_in is larger. A
+    block then has enough rows for a fast product, which either fills a slice of the output or adds to all of it.
 
     Parameters, all frozen (ΣR is the sum of the experts' ranks here, n the number of kept entries):
         base: (R, C), θ0; for low rank (d_out, d_in).
         vectors: (K, R, C), task vectors ("exact"); (K · R · C,), block after block, each (K, rows · C), as the bits of
             int16, which no loader casts ("bfloat16").
-        index, values, counts: (n,), (n,), (blocks,): places within a block, entries, entries of each block ("sparse").
-        lora_A: (ΣR, d_in), rows orthonormal within an expert ("low-rank"; "low-rank-bfloat16" as bits of int16 too).
-        lora_B: (ΣR, d_out), or (ΣR + K, d_out) where there is a bias: its task vectors come last, so that one product
-            adds both; rounded as lora_A is.
-        biases: (K+1, d_out), θ0 and the task vectors; (1, d_out) for low rank; or None.
+        index: (n,), positions of the kept entries within their block ("sparse").
+        values: (n,), the kept entries ("sparse").
+        counts: (blocks,), number of kept entries in each block ("sparse").
+        lora_A: (ΣR, d_in), rows orthonormal within an expert; as bits of int16 too for "low-rank-bfloat16".
+        lora_B: (ΣR, d_out), or (ΣR + K, d_out) with a bias, whose task vectors come last, so that one product adds
+            both; rounded like lora_A.
+        biases: (K+1, d_out), θ0 and the task vectors; (1, d_out) for low rank; None without a bias.
 
     Args:
         d_in: width of the input.
         d_out: width of the output.
         experts: K.
         kind: one of `configuration_wemoe.TASK_VECTORS`.
-        has_bias: whether there is one.
+        has_bias: whether the layer has a bias.
         size: low rank: rank of each expert; "sparse": number of kept entries; "bfloat16": rows of a block, from
-            `rows_together`; else not used.
+            `rows_of_block`; otherwise unused.
         like: dtype and device.
         conv1d: the dense layer is GPT-2's Conv1D, which stores its weight transposed.
     """
@@ -73,7 +75,7 @@ class UpscaledLinear(nn.Module):
         self.rows, self.columns = (d_in, d_out) if self.by_input else (d_out, d_in)
         self.unit: Any = None  # set by its `Unit`
         self.is_low_rank = kind in LOW_RANK
-        numbers = {**like, "dtype": torch.int32}
+        integers = {**like, "dtype": torch.int32}
         stored = {**like, "dtype": torch.int16} if kind.endswith("bfloat16") else like
         if self.is_low_rank:
             self.ranks = list(size)
@@ -85,20 +87,20 @@ class UpscaledLinear(nn.Module):
         if kind == "exact":
             self.vectors = _frozen(experts, self.rows, self.columns, **stored)
         elif kind == "bfloat16":
-            self.step = size  # rows that are stored together
+            self.step = size  # rows of a stored block
             self.vectors = _frozen(experts * self.rows * self.columns, **stored)
         elif kind == "sparse":
             self.step = _rows(self.rows, self.columns, BLOCK)
-            self.index = _frozen(size, **numbers)
+            self.index = _frozen(size, **integers)
             self.values = _frozen(size, **like)
-            self.counts = _frozen(math.ceil(self.rows / self.step), **numbers)
+            self.counts = _frozen(math.ceil(self.rows / self.step), **integers)
         self.biases = _frozen(1 if self.is_low_rank else experts + 1, d_out, **like) if has_bias else None
 
     def check(self, path: str) -> None:
-        """Whether what was loaded can be read: sizes from the config, and the places of sparse entries.
+        """Checks loaded weights: sizes from the config, and the positions of sparse entries; `path` is for errors.
 
         Raises:
-            ValueError: naming the linear.
+            ValueError: a size or position is out of range; the message names the linear.
         """
         if self.kind in ("bfloat16", "sparse") and not 1 <= self.step <= self.rows:
             raise ValueError(
@@ -108,13 +110,13 @@ class UpscaledLinear(nn.Module):
             most = self.experts * self.step * self.columns
             is_counted = int(self.counts.min()) >= 0 and int(self.counts.sum()) == self.index.numel()
             if not is_counted or not 0 <= int(self.index.min()) <= int(self.index.max()) < most:
-                raise ValueError(f"{path}: index or counts name no entries of its task vectors")
+                raise ValueError(f"{path}: index or counts are out of range for its task vectors")
 
     @property
     def weight(self) -> torch.Tensor:
-        """θ0 as nn.Linear has it, (d_out, d_in): some models look at its dtype."""
+        """θ0 as in nn.Linear, (d_out, d_in): some models read its dtype."""
         weight = self.base.t() if self.by_input and not self.is_low_rank else self.base
-        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # a model that fills its linears leaves it alone
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # keeps transformers from initialising it
         return weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -145,13 +147,15 @@ class UpscaledLinear(nn.Module):
         return product
 
     def _bias(self, w: torch.Tensor) -> torch.Tensor | None:
-        """Merged biases (B, d_out); under autocast w is the narrower one."""
+        """Merged biases (B, d_out), in the dtype of w, which is the narrower one under autocast."""
         biases = None if self.biases is None else self.biases.to(w.dtype)
         return None if biases is None else torch.addmm(biases[0], w, biases[1:])
 
     def _low_rank(self, x: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor:
         """x W0ᵀ + ((x Aᵀ) · w) B, the experts' A and B side by side."""
-        kept = self.unit.kept(self, w) if w is not None and len(w) == 1 else None  # of several, the factors are less
+        kept = (
+            self.unit.kept(self, w) if w is not None and len(w) == 1 else None
+        )  # for several samples the factors take less memory
         if w is not None and kept is not None:
             bias = None
             if self.biases is not None:
@@ -160,7 +164,7 @@ class UpscaledLinear(nn.Module):
             return F.linear(x, kept[0], bias)
         dtype = x.dtype
         if self.multiplies_bfloat16(x):
-            dtype = torch.bfloat16  # of the change alone, which it rounds by 2^-9 of itself
+            dtype = torch.bfloat16  # for the update alone: a relative rounding error of 2^-9
         lora_a, lora_b = _values(self.lora_A).to(dtype), _values(self.lora_B).to(dtype)
         hidden = F.linear(x.to(dtype), lora_a)  # (N, ..., ΣR)
         if w is None:
@@ -181,32 +185,32 @@ class UpscaledLinear(nn.Module):
         return y
 
     def multiplies_bfloat16(self, x: torch.Tensor) -> bool:
-        """Whether what is added to the dense model may be computed in bfloat16, and is faster so."""
+        """Whether the update of the dense output may be computed in bfloat16, and is faster that way."""
         fast = CPU_HAS_BFLOAT16 or x.device.type != "cpu"
         return self.kind.endswith("bfloat16") and x.dtype is not torch.float64 and fast
 
     def _owners(self, device: torch.device) -> torch.Tensor:
-        """The expert of each row of the factors (ΣR,); made once, for a copy to a device would be waited for."""
-        known: torch.Tensor | None = getattr(self, "_known_owners", None)
-        if known is None or known.device != device:
+        """The expert of each row of the factors (ΣR,); cached, since a copy to a device synchronises."""
+        cached: torch.Tensor | None = getattr(self, "_cached_owners", None)
+        if cached is None or cached.device != device:
             owners = [expert for expert, rank in enumerate(self.ranks) for _ in range(rank)]
-            known = self._known_owners = torch.tensor(owners, device=device)
-        return known
+            cached = self._cached_owners = torch.tensor(owners, device=device)
+        return cached
 
     # ---------------------------------------------------------------- merging
 
     def steps(self, samples: int, device: str) -> tuple[int, int]:
-        """Rows of a block, and samples merged at a time."""
+        """Number of rows of a block, and number of samples merged at a time."""
         elements = (BLOCK if samples > 1 else 2 * BLOCK) if device == "cpu" else BLOCK_ELSEWHERE
         rows = _rows(self.rows, self.columns, elements)
         if self.kind == "bfloat16" and device == "cpu" and samples == 1:
-            rows = self.step  # a table of its own
-        if self.kind == "sparse":  # what is stored together stays together
+            rows = self.step  # so that a block is one stored block
+        if self.kind == "sparse":  # only whole stored blocks
             rows = min(self.rows, (rows // self.step if device != "cpu" else 1) * self.step)
         return rows, min(samples, SAMPLES if device == "cpu" else SAMPLES_ELSEWHERE)
 
     def block(self, start: int, stop: int, scratch: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        """The task vectors of some rows, (K, rows · C). `scratch` is reused from call to call."""
+        """The task vectors of some rows, (K, rows · C). `scratch` is a buffer that several calls share."""
         if self.kind == "exact":
             return self.vectors[:, start:stop].flatten(1).to(dtype)
         size = (stop - start) * self.columns
@@ -217,56 +221,58 @@ class UpscaledLinear(nn.Module):
         if self.kind == "bfloat16":
             parts = self.parts(start, stop)
             return block.copy_(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
-        places, values = self._entries(start, stop)
-        flat.zero_().index_copy_(0, places, values.to(dtype))
+        positions, values = self._entries(start, stop)
+        flat.zero_().index_copy_(0, positions, values.to(dtype))
         return block
 
     def parts(self, start: int = 0, stop: int | None = None) -> list[torch.Tensor]:
-        """Task vectors of some rows as bfloat16, (K, rows · C) for every block that they are stored in."""
-        values, each = _values(self.vectors), self.experts * self.columns
+        """Task vectors of some rows as bfloat16, (K, rows · C) for each of the blocks that store them."""
+        values, row_size = _values(self.vectors), self.experts * self.columns
         stop = self.rows if stop is None else stop
-        found = []
+        parts = []
         for first in range(start // self.step * self.step, stop, self.step):
-            block = values[first * each : min(first + self.step, self.rows) * each].view(self.experts, -1)
-            found.append(block[:, max(start - first, 0) * self.columns : (stop - first) * self.columns])
-        return found
+            block = values[first * row_size : min(first + self.step, self.rows) * row_size].view(self.experts, -1)
+            parts.append(block[:, max(start - first, 0) * self.columns : (stop - first) * self.columns])
+        return parts
 
-    def sums(self, w: torch.Tensor) -> bool:
-        """Whether a block is merged as a sum of bfloat16 rows, each times a number: `embedding_bag` on a CPU.
+    def merges_by_embedding_bag(self, w: torch.Tensor) -> bool:
+        """Whether a block is merged as a weighted sum of bfloat16 rows by `embedding_bag`: one sample on a CPU.
 
-        For one sample nothing else reads an entry once and writes nothing down in float32 first. It adds in float32
-        and rounds the sum to bfloat16: the change is off by 2^-9 of itself, as task vectors and coefficients are.
+        It is the only operation that reads each entry once without a copy in float32. It adds in float32 and rounds the
+        sum to bfloat16, with a relative error of 2^-9, like that of task vectors and coefficients.
         """
         return self.kind == "bfloat16" and len(w) == 1 and w.device.type == "cpu" and w.dtype is not torch.float64
 
     def _entries(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Kept entries of some rows that were stored together, and their places in (K, rows · C)."""
+        """Positions in (K, rows · C) and values of the kept entries of some rows, which make up whole stored blocks."""
         first, last = start // self.step, math.ceil(stop / self.step)
-        known = [] if last - first == len(self.counts) else self._starts()
-        entries = slice(known[first], known[last]) if known else slice(None)
-        places, values = self.index[entries].long(), self.values[entries]
+        starts = [] if last - first == len(self.counts) else self._starts()
+        entries = slice(starts[first], starts[last]) if starts else slice(None)
+        positions, values = self.index[entries].long(), self.values[entries]
         if last - first > 1:
             counts = self.counts[first:last]
-            number = torch.arange(len(counts), device=counts.device)
-            number = number.repeat_interleave(counts, output_size=len(places))
-            size = (stop - start - number * self.step).clamp(max=self.step) * self.columns  # of an expert's rows
-            expert, place = places // size, places % size
-            places = expert * (stop - start) * self.columns + number * self.step * self.columns + place
-        return places, values
+            block = torch.arange(len(counts), device=counts.device)
+            block = block.repeat_interleave(counts, output_size=len(positions))
+            size = (stop - start - block * self.step).clamp(max=self.step) * self.columns  # of an expert's rows
+            expert, position = positions // size, positions % size
+            positions = expert * (stop - start) * self.columns + block * self.step * self.columns + position
+        return positions, values
 
     def _starts(self) -> list[int]:
-        """Where each block's entries begin; read once, for a call that asks the device would wait for it."""
-        if not hasattr(self, "_known_starts"):
-            self._known_starts = [0, *self.counts.cumsum(0).tolist()]
-        return self._known_starts
+        """Index of each block's first entry; cached, since reading it synchronises with the device."""
+        if not hasattr(self, "_cached_starts"):
+            self._cached_starts = [0, *self.counts.cumsum(0).tolist()]
+        return self._cached_starts
 
     def merge(self, w: torch.Tensor) -> torch.Tensor:
-        """Merged weights (B, R, C), whole, from coefficients (B, K); low rank: (1, d_out, d_in) from (1, K)."""
+        """Complete merged weights (B, R, C) from coefficients (B, K); low rank: (1, d_out, d_in) from (1, K)."""
         if self.is_low_rank:
             scale = w[0].index_select(0, self._owners(w.device))
             factor = _values(self.lora_B)[: len(scale)].t().to(w.dtype) * scale
             return torch.addmm(self.base.to(w.dtype), factor, _values(self.lora_A).to(w.dtype))[None]
-        if self.sums(w) and not (torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled() and w.requires_grad):
+        if self.merges_by_embedding_bag(w) and not (
+            torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled() and w.requires_grad
+        ):
             return torch.cat([block.clone() for *_, block in _blocks(self, w, read=False)], 1)
         if self.kind == "exact":
             change = w @ self.vectors.flatten(1).to(w.dtype)
@@ -282,7 +288,7 @@ class UpscaledLinear(nn.Module):
 
     @torch.no_grad()
     def dense(self, w: torch.Tensor) -> nn.Module:
-        """The plain linear that coefficients (K,) stand for."""
+        """A plain linear, merged by coefficients (K,)."""
         like = self.weight
         w = w.to(like.device, torch.float32)
         weight = self.merge(w[None])[0]
@@ -301,7 +307,7 @@ class UpscaledLinear(nn.Module):
 
     @torch.no_grad()
     def fill_biases(self, base: torch.Tensor, vectors: Sequence[torch.Tensor | None]) -> None:
-        """Takes the bias of the base (d_out,) and its task vectors, None for no change."""
+        """Stores the bias of the base (d_out,) and its task vectors (d_out,), None for zeros."""
         base_row, changes = self._bias_rows()
         base_row.copy_(base)
         for change, vector in zip(changes, vectors, strict=True):
@@ -309,28 +315,29 @@ class UpscaledLinear(nn.Module):
                 change.copy_(vector)
 
     def _bias_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the bias of the base (d_out,) and its task vectors (K, d_out) lie."""
+        """Views of the bias of the base (d_out,) and of its task vectors (K, d_out)."""
         assert self.biases is not None
-        rest = _values(self.lora_B)[-self.experts :] if self.is_low_rank else self.biases[1:]
-        return self.biases[0], rest
+        vectors = _values(self.lora_B)[-self.experts :] if self.is_low_rank else self.biases[1:]
+        return self.biases[0], vectors
 
     @torch.no_grad()
     def fill(self, base: torch.Tensor, vectors: Any) -> None:
-        """Takes θ0 (d_out, d_in) and K task vectors in turn, each made, kept in this linear's way and dropped.
+        """Stores θ0 and the K task vectors, which are read from an iterator one at a time to save memory.
 
         Args:
-            vectors: iterator over task vectors (d_out, d_in) as plain tensors; low rank: pairs A (r, d_in) and
-                B (r, d_out); sparse: flat places in (d_out, d_in) and entries.
+            base: θ0, (d_out, d_in).
+            vectors: iterator over task vectors (d_out, d_in); low rank: over pairs of A (r, d_in) and B (r, d_out);
+                sparse: over pairs of flat positions in (d_out, d_in) and entries.
         """
-        turn = self._turned
-        self.base.copy_(base if self.is_low_rank else turn(base))
+        orient = self._oriented
+        self.base.copy_(base if self.is_low_rank else orient(base))
         if self.kind == "exact":
             for stored, vector in zip(self.vectors, vectors, strict=True):
-                stored.copy_(turn(vector))
+                stored.copy_(orient(vector))
         elif self.kind == "bfloat16":
             parts = self.parts()
             for expert, vector in zip(range(self.experts), vectors, strict=True):
-                for part, rows in zip(parts, turn(vector).split(self.step), strict=True):
+                for part, rows in zip(parts, orient(vector).split(self.step), strict=True):
                     part[expert].copy_(rows.flatten())
         elif self.is_low_rank:
             pairs = list(vectors)
@@ -339,46 +346,47 @@ class UpscaledLinear(nn.Module):
         else:
             self._fill_sparse(list(vectors))
 
-    def _turned(self, weight: torch.Tensor) -> torch.Tensor:
+    def _oriented(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight (d_out, d_in) as (R, C)."""
         return weight.t() if self.by_input else weight
 
     def _fill_sparse(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Sorts entries by block, expert and place."""
-        places, entries, blocks = [], [], []
+        """Stores sparse task vectors, sorted by block, expert and position."""
+        positions, entries, blocks = [], [], []
         for expert, (flat, values) in enumerate(pairs):
             out, inner = flat // self.in_features, flat % self.in_features
             row, column = (inner, out) if self.by_input else (out, inner)
             block = row // self.step
             height = (self.rows - block * self.step).clamp(max=self.step)
-            places.append((expert * height + row % self.step) * self.columns + column)
+            positions.append((expert * height + row % self.step) * self.columns + column)
             entries.append(values)
             blocks.append(block)
-        place, block = torch.cat(places), torch.cat(blocks)
-        order = (block * (self.experts * self.step * self.columns) + place).argsort()
-        self.index.copy_(place[order])
+        position, block = torch.cat(positions), torch.cat(blocks)
+        order = (block * (self.experts * self.step * self.columns) + position).argsort()
+        self.index.copy_(position[order])
         self.values.copy_(torch.cat(entries)[order])
         self.counts.copy_(block.bincount(minlength=len(self.counts)))
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """Its sizes, for `print(model)`."""
         return f"{self.in_features} -> {self.out_features}, experts={self.experts}, task_vectors={self.kind}"
 
 
-def rows_together(d_in: int, d_out: int) -> int:
-    """Rows of a block of task vectors in bfloat16, as one sample is merged fastest."""
+def rows_of_block(d_in: int, d_out: int) -> int:
+    """Number of rows of a stored block of bfloat16 task vectors: the fastest for merging one sample."""
     return _rows(max(d_in, d_out), min(d_in, d_out), 2 * BLOCK)
 
 
 def _rows(rows: int, columns: int, elements: int) -> int:
-    """Rows of a block that covers about this number of elements."""
+    """Number of rows of a block of about this number of elements."""
     return min(rows, max(16, elements // columns // 16 * 16))
 
 
 def _repeated(w: torch.Tensor) -> list[torch.Tensor]:
-    """Samples with equal coefficients, (groups, size) for every size that groups have.
+    """Indices of samples with equal coefficients, (groups, size) for every size of group.
 
-    Empty where groups are more than half of the samples: they are then not worth a copy of the inputs; where gradients
-    are wanted, which differ; and on an accelerator, which would have to be waited for.
+    Empty if there are more groups than half the samples, which would not repay a copy of the inputs; if gradients are
+    required, which differ; and on an accelerator, where it would synchronise.
     """
     if len(w) == 1 or w.requires_grad or w.device.type != "cpu":
         return []
@@ -390,7 +398,7 @@ def _repeated(w: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _values(stored: torch.Tensor) -> torch.Tensor:
-    """What is stored as bits of int16, as bfloat16."""
+    """A stored tensor, with bits of int16 read as bfloat16."""
     return stored.view(torch.bfloat16) if stored.dtype is torch.int16 else stored
 
 
@@ -401,8 +409,8 @@ def _frozen(*size: int, **like: Any) -> nn.Parameter:
 class _MergedProduct(torch.autograd.Function):
     """y_b = x_b θ_bᵀ + bias_b with θ_b = θ0 + Σ_k w_bk τ_k.
 
-    With G_b = ∂L/∂θ_b = (∂L/∂y_b)ᵀ x_b, the coefficients' gradient is ∂L/∂w_bk = ⟨G_b, τ_k⟩; G is made block by block,
-    as θ is.
+    With G_b = ∂L/∂θ_b = (∂L/∂y_b)ᵀ x_b, the coefficients' gradient is ∂L/∂w_bk = ⟨G_b, τ_k⟩; G is computed block by
+    block, like θ.
     """
 
     @staticmethod
@@ -411,7 +419,9 @@ class _MergedProduct(torch.autograd.Function):
         ctx.linear = linear
         samples, tokens, _ = x.shape
         y = x.new_empty(samples, tokens, linear.out_features)
-        for start, stop, group, _, merged in _blocks(linear, w, read=ctx.needs_input_grad[1] or not linear.sums(w)):
+        for start, stop, group, _, merged in _blocks(
+            linear, w, read=ctx.needs_input_grad[1] or not linear.merges_by_embedding_bag(w)
+        ):
             if linear.by_input:
                 into = y[group]
                 if start == 0 and bias is not None:
@@ -450,16 +460,24 @@ class _MergedProduct(torch.autograd.Function):
 
 
 def _blocks(linear: UpscaledLinear, w: torch.Tensor, merge: bool = True, read: bool = True) -> Any:
-    """Row blocks for groups of samples: (start, stop, samples, τ (K, rows · C) if `read`, θ (b, rows, C) if `merge`).
+    """Yields blocks of rows for groups of samples.
 
-    θ is merged from τ, or where this is not read from sums of rows. What is yielded is overwritten by the next one.
+    Args:
+        linear: whose rows.
+        w: coefficients (B, K).
+        merge: whether to yield θ.
+        read: whether to yield τ; if not, `embedding_bag` merges θ.
+
+    Yields:
+        Start and stop of the rows, slice of the samples, τ (K, rows · C) or None, and θ (b, rows, C). Each step
+        overwrites τ and θ of the one before.
     """
     step, count = linear.steps(len(w), w.device.type)
     scratch: list[torch.Tensor] = []
     room = w.new_empty(count * step * linear.columns) if merge else w
     base = linear.base.to(w.dtype)
-    if not read:  # a sum of rows: which, where their bag begins, and their numbers
-        rows, begin, numbers = torch.arange(linear.experts), torch.zeros(1, dtype=torch.long), w[0].bfloat16()
+    if not read:  # arguments of embedding_bag: rows, start of their bag, and weights
+        rows, begin, weights = torch.arange(linear.experts), torch.zeros(1, dtype=torch.long), w[0].bfloat16()
     for start in range(0, linear.rows, step):
         stop = min(start + step, linear.rows)
         vectors = linear.block(start, stop, scratch, w.dtype) if read else None
@@ -474,9 +492,9 @@ def _blocks(linear: UpscaledLinear, w: torch.Tensor, merge: bool = True, read: b
                 torch.addmm(base[start:stop].flatten(), w[group], vectors, out=into)
             else:
                 (table,) = linear.parts(start, stop)
-                change = F.embedding_bag(rows, table, begin, mode="sum", per_sample_weights=numbers)
+                change = F.embedding_bag(rows, table, begin, mode="sum", per_sample_weights=weights)
                 into.copy_(change).add_(base[start:stop].flatten())
             yield start, stop, group, vectors, into.view(size[0], stop - start, linear.columns)
 
 
-__all__ = ["UpscaledLinear", "rows_together"]
+__all__ = ["UpscaledLinear", "rows_of_block"]

@@ -1,6 +1,7 @@
-"""Rules by which everything that is not up-scaled becomes one tensor.
+"""Rules that merge the tensors that are not up-scaled.
 
-A rule is a plain function of one tensor of the base, the experts' differences from it and λ; a new one is one more row.
+A rule is a function of one tensor of the base, the experts' task vectors (their differences from it) and λ; a new rule
+is a function here and its entry in `RULES`.
 """
 
 from __future__ import annotations
@@ -21,22 +22,22 @@ def task_arithmetic(base: torch.Tensor, vectors: Sequence[torch.Tensor], scaling
 
 
 def simple_average(base: torch.Tensor, vectors: Sequence[torch.Tensor], scaling: float) -> torch.Tensor:
-    """The mean of the experts; λ does not count."""
+    """The mean of the experts; λ is not used."""
     return task_arithmetic(base, vectors, 1 / len(vectors))
 
 
 def ties(base: torch.Tensor, vectors: Sequence[torch.Tensor], scaling: float) -> torch.Tensor:
-    """θ0 + λ times the mean of what agrees (Yadav et al., 2023, arXiv 2306.01708).
+    """θ0 + λ times the disjoint mean of trimmed task vectors (TIES; Yadav et al., 2023, arXiv 2306.01708).
 
-    The largest 20 % of every task vector are kept, one entry at least; the sign of their sum is elected, the kept
-    entries of that sign are averaged. Where the sum is 0, so is what is added.
+    Each task vector is trimmed to the 20 % of its entries with the largest magnitude, at least one. The sign of the
+    kept entries' sum is elected, and the kept entries of that sign are averaged. Where the sum is 0, nothing is added.
     """
     total = torch.zeros_like(base, dtype=torch.float64)
     trimmed = []
     for vector in vectors:
-        size, kept = vector.abs(), max(1, round(0.2 * vector.numel()))
-        least = size.flatten().kthvalue(vector.numel() - kept + 1).values
-        trimmed.append(torch.where(size >= least, vector, 0.0))
+        magnitude, kept = vector.abs(), max(1, round(0.2 * vector.numel()))
+        threshold = magnitude.flatten().kthvalue(vector.numel() - kept + 1).values
+        trimmed.append(torch.where(magnitude >= threshold, vector, 0.0))
         total += trimmed[-1]
     sign = total.sign()
     agreeing, count = torch.zeros_like(base), torch.zeros_like(base)

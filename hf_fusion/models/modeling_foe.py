@@ -31,10 +31,15 @@ from .processing_foe import FoEProcessor
 
 
 class FoEModel(BackbonesMixin, FusedPreTrainedModel):
-    """Experts and the fuser that makes one model of them.
+    """Experts, and the fuser that combines them into one model.
 
     Build one with `from_experts`, fit it with `hf_fusion.fit_fuser`, load a published one with
     ``AutoModel.from_pretrained(id, trust_remote_code=True)`` and feed it what its processor returns.
+
+    Args:
+        config: the experts, their backbones and the fuser's shape.
+        models: the transformer of each backbone, in the order of ``config.backbones``; None builds empty ones, which
+            `from_pretrained` fills.
     """
 
     config: FoEConfig
@@ -89,7 +94,14 @@ class FoEModel(BackbonesMixin, FusedPreTrainedModel):
             backbone.model.requires_grad_(False)
 
     def train(self, mode: bool = True) -> FoEModel:
-        """Training mode for the fuser alone: the experts are frozen, their dropout stays off."""
+        """Sets the training mode of the fuser alone: the experts are frozen, and their dropout stays off.
+
+        Args:
+            mode: True for training, False for evaluation.
+
+        Returns:
+            This model.
+        """
         super().train(mode)
         for backbone in self.backbones:
             backbone.model.eval()
@@ -118,14 +130,17 @@ class FoEModel(BackbonesMixin, FusedPreTrainedModel):
             base: base of the adapters, if it is not the one they name.
             mode: "output" fuses outputs over one label space; "selection" picks one expert per example.
             label_maps: expert name -> {its label: fused label, or None to drop it}.
-            labels: the fused labels in the order wanted.
+            labels: the fused labels, in the order of the model's outputs.
             costs: cost of querying each expert, any unit (parameters by default, measured latency, a price).
-            features_from: in selection, take the fuser's features from this expert alone.
+            features_from: in selection, the index of the one expert whose embedding feeds the fuser; all by default.
             fuser_hidden: hidden widths of the fuser; (512, 512) by default, the paper's selection has (8192, 8192).
             fuser_dropout: 0 by default in output mode, 0.5 in selection, as in the paper.
 
+        Returns:
+            The model, in evaluation mode.
+
         Raises:
-            ValueError: where experts do not fit together, naming the expert and the remedy.
+            ValueError: experts do not fit together; the message names the expert and the remedy.
         """
         if features_from is not None and not (mode == "selection" and 0 <= features_from < len(experts)):
             raise ValueError(f"features_from={features_from} must be the index of an expert, in mode='selection'")
@@ -145,21 +160,27 @@ class FoEModel(BackbonesMixin, FusedPreTrainedModel):
         labels: Sequence[str] | None = None,
         costs: Sequence[float] | None = None,
     ) -> FoEModel:
-        """Builds an ensemble of classifiers or regressors: ready as it is, nothing is fitted.
+        """Builds an ensemble of classifiers or regressors, which needs no fitting.
 
-        Over logits the rules are fusion_bench's simple and weighted ensembles and its max-model predictor. Labels of an
-        expert that become one label have the logarithm of the sum of their exponentials as its logit.
+        Over logits the rules are fusion_bench's simple and weighted ensembles and its max-model predictor. If several
+        labels of an expert map to one fused label, its logit is the log-sum-exp of theirs.
 
         Args:
-            experts, base: as `from_experts` takes them.
+            experts: see `from_experts`.
+            base: see `from_experts`.
             rule: "mean", or "max_model": for each label the largest output of all experts.
-            weights: of the mean, a share for each expert, normalised; alike by default.
-            over: "logits", or "probabilities": softmaxes, where no expert outshouts the others by large logits, and
-                labels that an expert does not know count as 0. Of regression, scores.
-            label_maps, labels, costs: as `from_experts` takes them.
+            weights: weight of each expert in the mean, normalised to sum to 1; equal by default.
+            over: what is combined: "logits"; or "probabilities", so that an expert with large logits does not dominate
+                and labels that an expert does not know count as 0. For regression, always the scores.
+            label_maps: see `from_experts`.
+            labels: see `from_experts`.
+            costs: see `from_experts`.
+
+        Returns:
+            The model, in evaluation mode.
 
         Raises:
-            ValueError: where experts do not fit together, naming the expert and the remedy.
+            ValueError: experts do not fit together; the message names the expert and the remedy.
         """
         shares = None if weights is None else [float(weight) for weight in weights]
         fields = {"rule": rule, "over": over, "weights": shares, "fuser_hidden": []}
@@ -167,7 +188,7 @@ class FoEModel(BackbonesMixin, FusedPreTrainedModel):
 
     @classmethod
     def _built(cls, experts: Sequence[Any], base: Any, mode: str, *arguments: Any, **fields: Any) -> FoEModel:
-        """A model of loaded experts, with a fuser as it begins."""
+        """A model of loaded experts, with an untrained fuser."""
         if not experts:
             raise ValueError("a fusion needs at least one expert; the list is empty")
         if base is not None or not all(hasattr(expert, "adapter") for expert in experts):
@@ -192,48 +213,27 @@ class FoEModel(BackbonesMixin, FusedPreTrainedModel):
 
     @property
     def processor(self) -> FoEProcessor:
-        """The processor that feeds this model; a loaded model fetches it from where it came from.
+        """The processor that prepares this model's inputs; a loaded model fetches it from its folder or repo.
 
         Raises:
-            ValueError: for a model that came from nowhere; or the repo's own code is needed, and the model was loaded
-                without ``trust_remote_code``.
+            ValueError: the model was neither built from experts nor loaded; or the processor needs the repo's code, and
+                the model was loaded without ``trust_remote_code``.
         """
         if self._processor is None:
             if self._source is None:
-                raise ValueError("this model was built without experts, so it has no processor")
+                raise ValueError("this model was built from a bare config, so it has no processor")
             source, hub = self._source
             with explained(source):
                 self._processor = FoEProcessor.from_pretrained(source, trust_remote_code=self._trusted, **hub)
         return self._processor
 
     def _after_loading(self, name: Any, hub: dict[str, Any]) -> None:
-        self._freeze_experts()  # loading makes fresh parameters, which all want gradients
+        self._freeze_experts()  # loading creates new parameters, all of which require gradients
 
     # ---------------------------------------------------------------- running experts
 
-    def _members(self, backbone: int) -> list[int]:
-        """Experts that live on a backbone, in its order."""
-        return [index for index, expert in enumerate(self.config.experts) if expert["backbone"] == backbone]
-
-    def _inputs_of(self, backbone: int, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs meant for one backbone, under the names its model knows."""
-        group = self.config.backbones[backbone]["inputs"]
-        last = max(plan["inputs"] for plan in self.config.backbones)
-        suffixes = {f"_{index}" for index in range(1, last + 1)}
-        if group == 0:
-            found = {k: v for k, v in inputs.items() if not any(k.endswith(suffix) for suffix in suffixes)}
-        else:
-            found = {k.removesuffix(f"_{group}"): v for k, v in inputs.items() if k.endswith(f"_{group}")}
-        found = {name: value for name, value in found.items() if value is not None}
-        if not found:
-            raise ValueError(
-                f"{self.config.experts[self._members(backbone)[0]]['name']} got no inputs: prepare them with "
-                "AutoProcessor.from_pretrained(id, trust_remote_code=True), which serves every expert"
-            )
-        return found
-
     def _label_map(self, backbone: int, device: torch.device) -> torch.Tensor:
-        """One-hot maps from the experts' labels to the fused ones, (K_b, C_b, C); kept once made."""
+        """One-hot maps from the experts' labels to the fused ones, (K_b, C_b, C); cached."""
         if (backbone, device) not in self._label_maps:
             maps = [self.config.experts[expert]["label_map"] for expert in self._members(backbone)]
             width = max(len(label_map) for label_map in maps)
@@ -245,24 +245,24 @@ class FoEModel(BackbonesMixin, FusedPreTrainedModel):
             self._label_maps[backbone, device] = onehot.to(device)
         return self._label_maps[backbone, device]
 
-    def _answer(
+    def _run_experts(
         self, backbone: int, inputs: dict[str, Any], local: list[int], embed: bool = False, raw: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What experts of one backbone say about rows in `len(local)` equal groups.
+        """Runs experts of one backbone, each on one of `len(local)` groups of rows of equal size.
 
         Returns:
             Their outputs in the fused label space (N, C): probabilities, or scores for regression; zeros for a row
-            whose logits are not finite, so that a broken expert counts as not queried. With `raw` logits, -inf for
-            such a row, and for labels that the expert does not know. And the embeddings (N, d).
+            whose logits are not finite, so that a broken expert counts as not queried. With `raw`, logits: -inf for
+            such a row, and for labels that the expert does not know. With `embed`, also the embeddings (N, d).
         """
         out = self.backbones[backbone](inputs, local, **({"output_hidden_states": True} if embed else {}))
         logits = out.logits.float().view(len(local), -1, out.logits.shape[-1])  # (G, n, C_b)
         onehot = self._label_map(backbone, logits.device)[local]  # (G, C_b, C)
-        width = min(logits.shape[-1], onehot.shape[1])  # heads are as wide as the widest expert that was asked
+        width = min(logits.shape[-1], onehot.shape[1])  # heads are as wide as the widest of these experts
         logits, onehot = logits[..., :width], onehot[:, :width]
         if self.config.problem_type != "regression":
             widths = [len(self.config.experts[member]["label_map"]) for member in self._members(backbone)]
-            if len(set(widths)) > 1:  # a padded head: its surplus columns are no labels
+            if len(set(widths)) > 1:  # a padded head: its surplus columns stand for no label
                 known = torch.tensor([widths[index] for index in local], device=logits.device)
                 surplus = torch.arange(logits.shape[-1], device=logits.device) >= known[:, None]
                 logits = logits.masked_fill(surplus[:, None], float("-inf"))
@@ -281,40 +281,51 @@ class FoEModel(BackbonesMixin, FusedPreTrainedModel):
         experts: Sequence[int] | None = None,
         raw: bool = False,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Runs all experts, or those named, on every example.
+        """Runs all experts, or some of them, on every example.
+
+        Args:
+            inputs: what the processor returned.
+            embed: whether to return embeddings as well.
+            experts: indices of the experts to run; None for all.
+            raw: whether to return logits rather than probabilities.
 
         Returns:
-            Their outputs in the fused label space (B, K, C), with `raw` as logits, see `_answer`; with `embed` also
-            their embeddings, K of (B, d_k).
+            Outputs in the fused label space (B, K, C): probabilities, or scores for regression, and zeros for a row
+            whose logits are not finite. With `raw`, logits: -inf for such a row, and for labels that the expert does
+            not know. Then the embeddings, K of (B, d_k); an empty list without `embed`.
+
+        Raises:
+            ValueError: the inputs of an expert are missing.
         """
-        wanted = range(self.config.num_experts) if experts is None else experts
+        selected = range(self.config.num_experts) if experts is None else experts
         outputs: dict[int, torch.Tensor] = {}
         embeddings: dict[int, torch.Tensor] = {}
         for backbone in range(len(self.backbones)):
-            members = [index for index in self._members(backbone) if index in wanted]
+            members = [index for index in self._members(backbone) if index in selected]
             if not members:
                 continue
             batch = repeat_rows(self._inputs_of(backbone, inputs), len(members))
             local = [self._members(backbone).index(index) for index in members]
-            answers, embedded = self._answer(backbone, batch, local, embed, raw)
-            outputs.update(zip(members, answers.to(self.device).chunk(len(members))))
+            results, embedded = self._run_experts(backbone, batch, local, embed, raw)
+            outputs.update(zip(members, results.to(self.device).chunk(len(members))))
             if embedded is not None:
                 embeddings.update(zip(members, embedded.to(self.device).chunk(len(members))))
-        return torch.stack([outputs[i] for i in wanted], 1), [embeddings[i] for i in wanted if embed]
+        return torch.stack([outputs[i] for i in selected], 1), [embeddings[i] for i in selected if embed]
 
     def _query(self, inputs: Mapping[str, Any], rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-        """Outputs (n, C) of one expert per row: `experts[i]` for example `rows[i]`, a backbone's rows in one pass."""
+        """Outputs (n, C) of expert `experts[i]` for example `rows[i]`; one pass per backbone."""
         outputs = torch.zeros(len(rows), self.config.num_outputs, device=self.device)
         for backbone in range(len(self.backbones)):
             members = self._members(backbone)
-            mine = torch.isin(experts, torch.tensor(members, device=experts.device)).nonzero()[:, 0]
-            if not len(mine):
+            indices = torch.isin(experts, torch.tensor(members, device=experts.device)).nonzero()[:, 0]
+            if not len(indices):
                 continue
-            mine = mine[torch.argsort(experts[mine], stable=True)]
-            chosen = [members.index(expert) for expert in experts[mine].tolist()]
+            indices = indices[torch.argsort(experts[indices], stable=True)]
+            chosen = [members.index(expert) for expert in experts[indices].tolist()]
             local = [chosen[0]] if len(set(chosen)) == 1 else chosen  # one group, or one per row
-            answers, _ = self._answer(backbone, take_rows(self._inputs_of(backbone, inputs), rows[mine]), local)
-            outputs[mine] = answers.to(outputs.device)
+            batch = take_rows(self._inputs_of(backbone, inputs), rows[indices])
+            results, _ = self._run_experts(backbone, batch, local)
+            outputs[indices] = results.to(outputs.device)
         return outputs
 
     # ---------------------------------------------------------------- forward
@@ -329,32 +340,37 @@ class FoEModel(BackbonesMixin, FusedPreTrainedModel):
         return_dict: bool | None = None,
         **inputs: Any,
     ) -> SequenceClassifierOutput | tuple[torch.Tensor, ...]:
-        """Fused logits.
+        """Runs the experts and fuses their outputs.
 
         Args:
-            input_ids, attention_mask, pixel_values, inputs: what the processor returned.
+            input_ids: (B, T), from the processor.
+            attention_mask: (B, T), from the processor.
+            pixel_values: (B, channels, height, width), from the processor.
             labels: (B,) class indices, or (B,) targets for regression; adds the loss.
-            budget: in (0, 1]: query experts frugally, none of them for an example beyond this share of the cost of
-                all; None (and no `config.budget`) queries all experts.
+            budget: share of the cost of all experts, in (0, 1], that querying experts for one example may cost; the
+                experts are then queried one after the other. None, without ``config.budget``, queries all of them.
+            return_dict: False returns a tuple, as in transformers.
+            inputs: all else that the processor returned, such as ``input_ids_1`` for its second tokenizer.
 
         Returns:
-            logits (B, C). In selection mode labels that the chosen expert does not know have probability 1e-8.
+            The output, with logits (B, C) and the loss if there are labels. In selection mode labels that the chosen
+            expert does not know have probability 1e-8.
 
         Raises:
-            ValueError: for a budget on a model that was not fitted frugally, or inputs an expert misses.
+            ValueError: a budget for a model that was not fitted frugally, or an expert's inputs are missing.
         """
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values, **inputs}
+        all_inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values, **inputs}
         budget = self.config.budget if budget is None else budget
         if self.config.mode == "selection":
             if budget is not None:
-                raise ValueError("a budget belongs to output fusion; in selection only the chosen expert answers")
-            logits = self._select_and_answer(given)
+                raise ValueError("a budget belongs to output fusion; in selection only the chosen expert predicts")
+            logits = self._select_and_predict(all_inputs)
         elif budget is None:
-            outputs, _ = self.expert_outputs(given, raw=self.reads_logits)
+            outputs, _ = self.expert_outputs(all_inputs, raw=self.reads_logits)
             order = torch.arange(1, outputs.shape[1] + 1, device=outputs.device).expand(outputs.shape[:2])
             logits = self._fuse(outputs, order)
         else:
-            outputs, order = self._run_frugally(given, budget)
+            outputs, order = self._run_frugally(all_inputs, budget)
             logits = self._fuse(outputs, order)
         loss = None if labels is None else self._loss(logits, labels)
         if return_dict is False:
@@ -386,7 +402,7 @@ class FoEModel(BackbonesMixin, FusedPreTrainedModel):
             budget,
         )
 
-    def _select_and_answer(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+    def _select_and_predict(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Logits of the expert that the fuser chooses for each example, (B, C)."""
         source = self.config.features_from
         outputs, embeddings = self.expert_outputs(inputs, embed=True, experts=None if source is None else [source])
@@ -394,24 +410,24 @@ class FoEModel(BackbonesMixin, FusedPreTrainedModel):
         choice = scores.argmax(1)
         rows = torch.arange(len(choice), device=choice.device)
         if source is None:
-            answers = outputs[rows, choice]
-        else:  # the source has answered already; the others answer for the examples that are theirs
-            answers = outputs[:, 0].clone()
+            predictions = outputs[rows, choice]
+        else:  # the source expert has run already; run the others on the examples that they were chosen for
+            predictions = outputs[:, 0].clone()
             others = rows[choice != source]
             if len(others):
-                answers[others] = self._query(inputs, others, choice[others])
+                predictions[others] = self._query(inputs, others, choice[others])
         order = nn.functional.one_hot(choice, self.config.num_experts)
-        self._record(answers, order=order, scores=scores)
+        self._record(predictions, order=order, scores=scores)
         if self.config.problem_type == "regression":
-            return answers
-        return answers.clamp(min=LEAST_PROBABILITY).log()
+            return predictions
+        return predictions.clamp(min=LEAST_PROBABILITY).log()
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if self.config.problem_type == "regression":
             return nn.functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
         return nn.functional.cross_entropy(logits, labels)
 
-    # ---------------------------------------------------------------- what happened, what it is
+    # ---------------------------------------------------------------- trace, summary
 
     def _record(self, answers: torch.Tensor, **routing: torch.Tensor) -> None:
         if self.record_routing:
@@ -421,9 +437,12 @@ class FoEModel(BackbonesMixin, FusedPreTrainedModel):
         """The routing of this thread's or task's last forward; set ``model.record_routing = True`` first.
 
         Returns:
-            experts (names), cost_shares, order (B, K): 1 for the expert queried first, 0 for one not queried (in
-            selection: 1 for the chosen one), and outputs (B, K, C), as the fuser reads them, in output mode or scores
-            (B, K) in selection.
+            "experts" (names), "cost_shares", "answers" (B, C), the model's outputs, "order" (B, K): 1 for the expert
+            queried first, 0 for one not queried (in selection: 1 for the chosen one), and "outputs" (B, K, C), as the
+            fuser reads them, in output mode or "scores" (B, K) in selection.
+
+        Raises:
+            ValueError: nothing was recorded in this thread or task.
         """
         if (trace := self._calls.kept()) is None:
             raise ValueError(
@@ -434,7 +453,12 @@ class FoEModel(BackbonesMixin, FusedPreTrainedModel):
         return {"experts": names, "cost_shares": self.config.cost_shares, **trace}
 
     def summary(self) -> Summary:
-        """Experts, parameters (all, and those the fuser trains) and the share of the cost each expert stands for."""
+        """Describes the model in numbers.
+
+        Returns:
+            mode, experts (names), parameters, trainable (those of the fuser) and cost_shares (expert -> its share of
+            the cost of querying all).
+        """
         names = [expert["name"] for expert in self.config.experts]
         return Summary(
             mode=self.config.rule or self.config.mode,
@@ -452,7 +476,12 @@ class FoEModel(BackbonesMixin, FusedPreTrainedModel):
 
 
 class FoEForGeneration(SelectionMixin, FoEModel, GenerationMixin):
-    """Language models, of which the fuser chooses one per prompt to generate."""
+    """Language models among which the fuser selects one per prompt to generate.
+
+    Args:
+        config: see `FoEModel`.
+        models: see `FoEModel`.
+    """
 
 
 __all__ = ["FoEForGeneration", "FoEModel"]

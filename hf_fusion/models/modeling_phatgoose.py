@@ -49,6 +49,10 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
     `torch.compile` takes its forward as one graph, in training too, and `generate` with a static cache. A compiled
     graph computes padding as well and fetches the A and B of each token's experts: memory grows with tokens times
     top_k times rank. Where experts bring heads, padding counts in their shares.
+
+    Args:
+        config: the base's config, the experts and the routing.
+        backbone: the base; None builds an empty one, which `from_pretrained` fills.
     """
 
     config: PhatgooseConfig
@@ -93,11 +97,14 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
             top_k: number of experts per token at each linear.
             temperature: divides the scores before the softmax.
             routing: see `PhatgooseConfig`. "arrow" replaces all gates by Arrow prototypes.
-            missing_gates: what experts that have no gates get; by default they are refused. "arrow": Arrow prototypes;
-                {name of an expert: a folder that `save_gates` wrote, or "arrow"}: for these alone, such as the
-                average activations that `average_activation` takes of an expert's data. The config and the card
-                record of each expert where its gates come from.
+            missing_gates: substitutes for experts without gates, which are refused by default. "arrow": Arrow
+                prototypes for all of them; {name of an expert: "arrow", or a folder that `save_gates` wrote}: for
+                these alone, for example the average activations that `average_activation` computes from an expert's
+                data. The config and the card record where each expert's gates come from.
             base_by_reference: save experts and gates only; the base is fetched at its pinned revision.
+
+        Returns:
+            The router, in evaluation mode.
 
         Raises:
             ValueError: experts do not fit together; the message names the expert and the reason.
@@ -136,7 +143,10 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
         return router.eval()
 
     def add_experts(self, experts: Sequence[Any]) -> None:
-        """Adds loaded adapters with gates, as `hf_fusion.load_experts` gives them; the same as to build it from all.
+        """Adds experts; the router is then the same as one built from all of them at once.
+
+        Args:
+            experts: adapters with gates, as `hf_fusion.load_experts` returns them.
 
         Raises:
             ValueError: an expert does not fit, or its name is taken; the router is then unchanged.
@@ -145,7 +155,10 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
         self._rebuild(entries)
 
     def remove_experts(self, names: Sequence[str]) -> None:
-        """Remove experts by name; the others keep their order.
+        """Removes experts; the others keep their order.
+
+        Args:
+            names: of the experts to remove.
 
         Raises:
             ValueError: a name is unknown, or no expert would be left.
@@ -175,14 +188,14 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
         return entries
 
     def _rows_of(self, expert: int, path: str, width: int) -> list[int]:
-        """The rows of a fused head with an expert's labels, in the order of the expert's head."""
+        """The rows of a fused head that belong to an expert's labels, in the order of the expert's head."""
         labels, union = self.config.experts[expert]["labels"], label_union(self.config.experts)
         outputs = self.config.profile(expert)["saved"][path]
         return [union.index(label) for label in labels] if len(labels) == outputs <= width else list(range(outputs))
 
     def _rebuild(self, entries: Sequence[PreparedExpert]) -> None:
         """Replace the experts of this router."""
-        self.fusion_recipe = self.config.recipe = None  # they tell what it was
+        self.fusion_recipe = self.config.recipe = None  # they describe the experts before
         with torch.no_grad():
             complete_heads(entries, self.backbone)
             rows, profiles = plan_profiles(entries)
@@ -255,11 +268,24 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
     # ---------------------------------------------------------------- running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's forward with routed updates: same arguments, same outputs."""
+        """The base's forward with routed updates.
+
+        Args:
+            args: positional arguments of the base's forward.
+            kwargs: keyword arguments of the base's forward.
+
+        Returns:
+            The output of the base's class.
+        """
         return self.backbone(*args, **kwargs)
 
     def summary(self) -> Summary:
-        """Experts, parameters (all; of the experts), routed linears, and the cost per token relative to the base."""
+        """Describes the router in numbers.
+
+        Returns:
+            experts, gates (where each expert's come from), top_k, parameters (all), expert_parameters, routed_linears
+            and relative_cost: of the routed linears, per token, as a multiple of the base's.
+        """
         base = extra = 0
         top_k = min(self.config.num_experts_per_tok, len(self.experts))
         for paths, group in self._groups:
@@ -302,9 +328,11 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
 
     def _before_saving(self, kwargs: dict[str, Any]) -> None:
         if self.config.base_by_reference and kwargs.get("state_dict") is None:
-            kwargs["state_dict"] = {key: tensor for key, tensor in self.state_dict().items() if self._is_own(key)}
+            kwargs["state_dict"] = {
+                key: tensor for key, tensor in self.state_dict().items() if self._is_of_experts(key)
+            }
 
-    def _is_own(self, key: str) -> bool:
+    def _is_of_experts(self, key: str) -> bool:
         """Whether a tensor belongs to the experts, and not to the base."""
         path = key.removeprefix("backbone.")
         return ".experts." in path or path in self.config.replaced or path.rpartition(".")[0] in self._heads
@@ -312,15 +340,19 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
     def to_adapter(
         self, folder: str | Path, weights: Mapping[str, float] | None = None, rank: int | None = None
     ) -> Path:
-        """Write one PEFT adapter, the weighted mean of the experts, for servers without routing.
+        """Writes one PEFT adapter, the weighted mean of the experts, for servers without routing.
 
         Args:
             folder: written atomically.
-            weights: weight of each expert by name; default is 1/E each. `PhatgooseTrace.usage()` fits.
-            rank: truncate to this rank by SVD; default is exact, the sum of the experts' ranks.
+            weights: expert name -> weight, such as `PhatgooseTrace.usage()`; default is 1/E each, and 0 for an expert
+                that is not named.
+            rank: truncates the mean to this rank by SVD; by default it is exact, with the sum of the experts' ranks.
 
         Returns:
             The folder.
+
+        Raises:
+            ValueError: a name in `weights` is unknown, or the experts cannot be written as one adapter.
         """
         weights = weights if weights is not None else dict.fromkeys(self.experts, 1 / len(self.experts))
         if unknown := [name for name in weights if name not in self.experts]:
@@ -332,15 +364,36 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
 
 
 class PhatgooseForGeneration(GeneratingMixin, PhatgooseRouter, GenerationMixin):
-    """A router of language models: `generate()` of the base, with each step routed."""
+    """A router of language models: `generate()` of the base, with each step routed.
+
+    Args:
+        config: see `PhatgooseRouter`.
+        backbone: see `PhatgooseRouter`.
+    """
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`generate()` of the base: with caches, beams, sampling and streaming."""
+        """Generates as the base does, with caches, beams, sampling and streaming.
+
+        Args:
+            args: positional arguments of the base's `generate()`.
+            kwargs: keyword arguments of the base's `generate()`.
+
+        Returns:
+            What the base's `generate()` returns.
+        """
         return self.backbone.generate(*args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the base: tokens are routed independently of other sequences in the batch."""
+        """Continuous batching as in the base: tokens are routed independently of other sequences in the batch.
+
+        Args:
+            args: positional arguments of the base's method.
+            kwargs: keyword arguments of the base's method.
+
+        Returns:
+            The base's manager of continuous batching.
+        """
         manager = self.backbone.init_continuous_batching(*args, **kwargs)
         # generation runs in a new thread, in the context of `using` here
         manager._run_generation_loop = partial(copy_context().run, manager._run_generation_loop)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from .generation_wemoe import NO_PAGES, check_generation
 from .heads_wemoe import activate_heads, fill_heads, install_heads, name_classes, with_classes, with_one_head
 from .linears_wemoe import UpscaledLinear
 from .recomputing_wemoe import Remembering, forget
-from .routing_wemoe import Coefficients, Router, Shared, Stack, Unit, WEMoETrace, by_unit, index_of
+from .routing_wemoe import Coefficients, Router, Shared, Stack, Unit, WEMoETrace, by_unit, index_of, remove_stack_hooks
 
 
 class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
@@ -33,6 +33,10 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
     Build one with `from_experts`, or load a published one with ``AutoModel.from_pretrained(id,
     trust_remote_code=True)`` or the dense model's Auto class. It is used like the dense model: same inputs, same
     outputs. Only the routers' parameters require gradients.
+
+    Args:
+        config: the dense model's config, the experts and the up-scaled linears.
+        backbone: the dense model; None builds an empty one, which `from_pretrained` fills.
     """
 
     config: WEMoEConfig
@@ -77,7 +81,7 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
         default_task: str | None = None,
         merge: str = "task_arithmetic",
     ) -> WEMoEModel:
-        """Build a model from experts of one base.
+        """Builds a model from experts of one base.
 
         Args:
             experts: loaded full fine-tunes and LoRA adapters, or ids ("owner/name@revision") and folders, which need
@@ -90,15 +94,20 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
                 "low-rank-bfloat16". Those in bfloat16 take half the memory. What they add to the merged model may be
                 computed in bfloat16 too where that is faster, off by 2^-9 of itself: low-rank products, the layer of
                 the routers that reads every token, and the merged change where a sample is alone.
-            rank: maximum rank for "low-rank"; energy: or the least rank that keeps this share of each ‖τ‖².
+            rank: maximum rank for "low-rank".
+            energy: for "low-rank", in place of `rank`: every rank is the smallest that keeps this share of ‖τ‖².
             density: share of the entries that "sparse" keeps.
             routing: "wemoe", or "smile": low-rank experts chosen token by token without any training.
-            top_k: number of experts per token for "smile"; gate_rank: singular vectors that its gates read.
+            top_k: number of experts per token for "smile".
+            gate_rank: number of leading singular vectors that the gates of "smile" read.
             shared_router: one router for all layers, rather than one each.
             batch_reduce: one merge per batch; outputs then depend on the other samples of the batch.
-            heads: of classifiers: "task", one per expert; "shared", merged; "base", that of the base.
+            heads: for classifiers: "task", one per expert; "shared", merged; "base", that of the base.
             default_task: the expert whose head predicts without ``task=``; default is the first.
             merge: rule for everything that is not up-scaled, one of `merging_wemoe.RULES`.
+
+        Returns:
+            The model, in evaluation mode; its routers return λ until they are trained.
 
         Raises:
             ValueError: experts do not fit together; the message names the expert, the tensor and the reason.
@@ -122,15 +131,15 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
     check_options = staticmethod(check_options)
 
     def _install(self) -> None:
-        """Insert up-scaled linears, routers and heads as the config describes, to be filled or loaded."""
+        """Inserts up-scaled linears, routers and heads as the config describes, to be filled or loaded."""
         config, backbone = self.config, self.backbone
         is_seq2seq = config.head == "seq2seq-lm"
         decoder = next(iter([backbone.get_decoder()] if is_seq2seq else []), None)
         in_decoder = {id(module) for module in decoder.modules()} if decoder is not None else set()
         stacks = {path: module for path, module in backbone.named_modules() if isinstance(module, PreTrainedModel)}
-        around: dict[str, Stack] = {}
-        one: Router | None = None
-        for number, row in enumerate(config.units):
+        stack_of: dict[str, Stack] = {}
+        shared_router: Router | None = None
+        for index, row in enumerate(config.units):
             linears = []
             for path, size in zip(row["paths"], row["sizes"], strict=True):
                 old = backbone.get_submodule(path)
@@ -146,26 +155,20 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
             stack = max(
                 (path for path in stacks if f"{row['paths'][0]}.".startswith(f"{path}." if path else "")), key=len
             )
-            if stack not in around:
-                kind = (
-                    "causal"
-                    if config.head == "causal-lm"
-                    else "decoder"
-                    if id(stacks[stack]) in in_decoder
-                    else "encoder"
-                )
-                around[stack] = Stack(stacks[stack], kind, self.shared)
+            if stack not in stack_of:
+                seq2seq_kind = "decoder" if id(stacks[stack]) in in_decoder else "encoder"
+                kind = "causal" if config.head == "causal-lm" else seq2seq_kind
+                stack_of[stack] = Stack(stacks[stack], kind, self.shared)
             router = None
-            if config.routing == "wemoe" and (one is None or not config.shared_router):
-                width, like = (
-                    linears[0].in_features,
-                    {"dtype": linears[0].weight.dtype, "device": linears[0].weight.device},
-                )
-                router = one = Router(width, config.num_experts, config.router_layers, config.scaling, like, number)
+            if config.routing == "wemoe" and (shared_router is None or not config.shared_router):
+                width, weight = linears[0].in_features, linears[0].weight
+                like = {"dtype": weight.dtype, "device": weight.device}
+                router = Router(width, config.num_experts, config.router_layers, config.scaling, like, index)
+                shared_router = router
                 (self if config.shared_router else linears[0]).add_module("router", router)
             elif config.routing == "wemoe":
-                router = one
-            self.units.append(Unit(number, row["name"], row["paths"], linears, router, around[stack]))
+                router = shared_router
+            self.units.append(Unit(index, row["name"], row["paths"], linears, router, stack_of[stack]))
         classes = [len(row["labels"]) for row in config.experts]
         install_heads(backbone, config.task_heads, classes, self.shared.calls)
 
@@ -179,7 +182,7 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
         plan.check()
 
     def _freeze(self) -> None:
-        """Freeze everything but the routers."""
+        """Freezes everything but the routers."""
         for name, parameter in self.named_parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(".router." in f".{name}")
@@ -187,7 +190,7 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
     def _check_resizable(self, head: nn.Module | None) -> None:
         if isinstance(head, UpscaledLinear):
             name = type(self).__name__
-            raise ValueError(f"{name}: the output of tokens is up-scaled; resize base and experts before fusing")
+            raise ValueError(f"{name}: the output embeddings are up-scaled; resize base and experts before fusing")
 
     def _checkpoint_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return Remembering(function, self.shared.calls)
@@ -205,7 +208,7 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
         self.config.default_task = name
 
     def _activate_task(self, task: str | None) -> None:
-        """Activate an expert's heads, and set its classes in the configs."""
+        """Activates an expert's heads, and sets its classes in the configs."""
         if not self.config.task_heads or task is None:
             return
         index = index_of(task, self.experts)
@@ -226,13 +229,19 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
         """The dense model's forward, with the same arguments and outputs.
 
         Args:
-            args: of the dense model.
-            task: the expert whose head predicts; default is `task`.
+            args: positional arguments of the dense model.
+            task: the expert whose head predicts; default is the property `task`.
             prompt_mask: (B, T), causal language models: the tokens that the routers read. Default is everything before
                 the first label where labels are given with a masked start (-100), and all real tokens elsewhere. With
                 it, scoring a prompt and its answer equals generating the answer.
-            labels: of the dense model.
-            kwargs: of the dense model.
+            labels: as the dense model takes them.
+            kwargs: keyword arguments of the dense model.
+
+        Returns:
+            The output of the dense model's class.
+
+        Raises:
+            ValueError: `task` is not an expert, or `prompt_mask` does not fit the inputs.
         """
         trace = self._new_trace() if self.record_routing else None
         return self._run(trace, *args, task=task, prompt_mask=prompt_mask, labels=labels, **kwargs)
@@ -246,15 +255,14 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
         labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """A forward that is recorded in a trace."""
+        """Runs a forward, recorded in `trace` if there is one."""
         shared, config, dense = self.shared, self.config, self.backbone
         if labels is not None:
             kwargs["labels"] = labels
-        index = (
-            None if task is None else index_of(task, self.experts)
-        )  # a shared head serves every task, but only those
-        if labels is not None and config.task_heads and (answers := task or self.task):
-            dense = with_classes(dense, config.experts[self.experts.index(answers)]["labels"])
+        # also checked where a shared head serves every task
+        index = None if task is None else index_of(task, self.experts)
+        if labels is not None and config.task_heads and (head_task := task or self.task):
+            dense = with_classes(dense, config.experts[self.experts.index(head_task)]["labels"])
         prompt = prompt_mask if prompt_mask is not None else self.prompt_tokens(kwargs)
         before = shared.calls.enter(shared.call(trace=trace, prompt_mask=prompt, task=index))
         try:
@@ -263,7 +271,14 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
             shared.calls.enter(before)
 
     def trace_forward(self, **inputs: Any) -> WEMoETrace:
-        """Run one forward and return its trace, independent of `record_routing`."""
+        """Runs one forward and returns its trace, whether or not `record_routing` is set.
+
+        Args:
+            inputs: see `forward`.
+
+        Returns:
+            The trace, which `routing_trace` does not return.
+        """
         trace = WEMoETrace(self.experts)
         self._run(trace, **inputs)
         return trace
@@ -275,7 +290,15 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
         return trace
 
     def prompt_tokens(self, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-        """Tokens before each row's first label; rows that are labelled from their first token on are read whole."""
+        """The tokens of labelled rows that the routers read: those before each row's first label.
+
+        Args:
+            kwargs: of `forward`; ``labels`` (B, T) and ``attention_mask`` are used.
+
+        Returns:
+            A mask (B, T), all True for a row that is labelled from its first token on; None without labels or for a
+            model that is not a causal language model.
+        """
         labels = kwargs.get("labels")
         if self.config.head != "causal-lm" or labels is None:
             return None
@@ -289,8 +312,14 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
         """Context manager that replaces the routers by coefficients, in this thread or task and tasks that it starts.
 
         Args:
-            coefficients: an expert's name: it alone; (K,) or (B, K) for every unit; or a dict of such by unit name (see
-                `routing_trace`), "" for all others.
+            coefficients: an expert's name, for this expert alone; (K,) or (B, K) for every unit; or a dict of these by
+                unit name (see `routing_trace`), with "" for all other units.
+
+        Yields:
+            This model.
+
+        Raises:
+            ValueError: an expert or unit is unknown, or the number of coefficients is not K.
         """
         with self.shared.calls.scoped(self._by_unit(coefficients)):
             yield self
@@ -300,9 +329,10 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
         return {name: w.to(self.device) for name, w in table.items()}  # once, not in every forward
 
     def routing_trace(self) -> WEMoETrace:
-        """Coefficients of the last forward, or of the prompts of the last `generate()`, by layer and sample.
+        """The coefficients of the last forward, or of the prompts of the last `generate()`.
 
-        It is the last one of this thread or asyncio task: others that use the model have their own.
+        Returns:
+            The trace of the last call in this thread or task with ``model.record_routing = True``.
 
         Raises:
             ValueError: nothing was recorded.
@@ -321,12 +351,15 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
         coefficients: Coefficients | None = None,
         task: str | None = None,
     ) -> PreTrainedModel:
-        """The plain dense model merged for an input, which any server can run.
+        """Merges a plain dense model, which any server can run.
 
         Args:
-            inputs: of one forward; of several rows the coefficients are averaged.
-            coefficients: instead of inputs, as `using` takes them.
-            task: the expert whose head it gets; without inputs and coefficients, whose MLPs too.
+            inputs: those of one forward, whose coefficients are merged with; they are averaged over its rows.
+            coefficients: in place of `inputs`, see `using`.
+            task: the expert whose head the model gets; without inputs and coefficients, its up-scaled linears too.
+
+        Returns:
+            A copy of the dense model, in evaluation mode; all its parameters require gradients.
 
         Raises:
             ValueError: no argument determines the merge, or the routing is SMILE, which merges nothing.
@@ -337,38 +370,36 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
             raise ValueError("pass inputs or coefficients, not both")
         if inputs is not None:
             trace = self.trace_forward(**inputs)
-            given = {name: trace.coefficients(name) for name in trace.layers}
-            if unread := [unit.name for unit in self.units if unit.name not in given]:
-                raise ValueError(f"these inputs do not reach {unread[0]}, so nothing says how to merge it")
+            table = {name: trace.coefficients(name) for name in trace.layers}
+            if unread := [unit.name for unit in self.units if unit.name not in table]:
+                raise ValueError(f"these inputs do not reach {unread[0]}, so its coefficients are unknown")
         elif coefficients is not None or task is not None:
-            given = self._by_unit(coefficients if coefficients is not None else str(task))
+            table = self._by_unit(coefficients if coefficients is not None else str(task))
         else:
-            raise ValueError("pass inputs, coefficients or task: nothing says what to merge")
+            raise ValueError("pass inputs, coefficients or task, which determine the merge")
         memo: dict[int, Any] = {}
         for unit in self.units:
-            w = given.get(unit.name, given.get(""))
+            w = table.get(unit.name, table.get(""))
             assert w is not None
             for linear in unit.linears:
                 memo[id(linear)] = linear.dense(w.mean(0))
         index = index_of(task or self.task or self.experts[0], self.experts)
         labels = self.config.experts[index]["labels"]
         model = with_one_head(self.backbone, self.config.task_heads, index, labels, memo)
-        for module in model.modules():
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Stack)]:
-                    del hooks[key]
-                    module._forward_pre_hooks_with_kwargs.pop(key, None)
-                    module._forward_hooks_always_called.pop(key, None)
+        remove_stack_hooks(model)
         forget(model)
         return model.requires_grad_(True).eval()
 
     def summary(self) -> Summary:
-        """Experts, numbers of parameters by part, storage, and energy kept.
+        """Describes the model in numbers.
 
-        Weights of the base that are merged per sample are "upscaled", what was merged once is "merged", the routers are
-        "trainable", the heads of all tasks are "head_parameters"; the other "parameters" are task vectors.
-        "relative_merge" is what merging adds to one token's products, in the up-scaled linears: divide by the tokens
-        of a sample. "energy" gives the share of ‖τ‖² that low rank keeps, by linear, averaged over the experts.
+        Returns:
+            experts and units (names), upscaled_linears (their number), the numbers of parameters: parameters (all),
+            upscaled_parameters (weights of the base that are merged per sample), merged_parameters (merged once),
+            head_parameters (of all tasks' heads), trainable (the routers; the rest are task vectors), task_vectors
+            (how they are stored), stored_bytes (of the up-scaled linears), relative_merge (cost of merging in the
+            up-scaled linears as a multiple of one token's products: divide by the tokens of a sample) and energy
+            (linear -> share of ‖τ‖² that low rank keeps, averaged over the experts).
         """
         linears = [linear for unit in self.units for linear in unit.linears]
         stored = sum(
@@ -378,13 +409,13 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
             if "router" not in n
         )
         heads = [p for path in self.config.task_heads for p in self.backbone.get_submodule(path).parameters()]
-        apart = {id(p) for p in [*heads, *(p for linear in linears for p in linear.parameters())]}
+        not_merged = {id(p) for p in [*heads, *(p for linear in linears for p in linear.parameters())]}
         return Summary(
             experts=self.experts,
             units=[unit.name for unit in self.units],
             upscaled_linears=len(linears),
             upscaled_parameters=sum(linear.weight.numel() for linear in linears),
-            merged_parameters=sum(p.numel() for p in self.backbone.parameters() if id(p) not in apart),
+            merged_parameters=sum(p.numel() for p in self.backbone.parameters() if id(p) not in not_merged),
             head_parameters=sum(p.numel() for p in heads),
             parameters=self.num_parameters(),
             trainable=sum(p.numel() for p in self.parameters() if p.requires_grad),
@@ -408,7 +439,7 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
                 for path, linear in zip(unit.paths, unit.linears, strict=True):
                     linear.check(path)
         if self.config.samples and (tensor := first_mismatch(self.state_dict(), self.config.samples)):
-            raise ValueError(f"{name} holds another model's weights: {tensor} is not as saved")
+            raise ValueError(f"{name} contains another model's weights: {tensor} is not as saved")
         self._freeze()
 
     def _before_saving(self, kwargs: dict[str, Any]) -> None:
@@ -416,26 +447,51 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
 
 
 class WEMoEForGeneration(GeneratingMixin, WEMoEModel, GenerationMixin):
-    """A WEMoE of language models: every sequence keeps the coefficients and merged weights of its prompt."""
+    """A WEMoE of language models: every sequence keeps the coefficients and merged weights of its prompt.
+
+    Args:
+        config: see `WEMoEModel`.
+        backbone: see `WEMoEModel`.
+    """
 
     @torch.no_grad()
     def generate(
         self, inputs: torch.Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """`generate()` of the dense model, with caches, beams, sampling and streaming; routed by the prompts."""
+        """Generates as the dense model does, with caches, beams, sampling and streaming; routed by the prompts.
+
+        Args:
+            inputs: (B, T) prompts.
+            generation_config: see the dense model's `generate()`.
+            args: other positional arguments of the dense model's `generate()`.
+            kwargs: keyword arguments of the dense model's `generate()`.
+
+        Returns:
+            What the dense model's `generate()` returns.
+
+        Raises:
+            ValueError: a way to generate that would mix prompts, such as paged caches.
+        """
         shared = self.shared
-        given = next((v for v in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None), None)
-        check_generation(given, [kwargs, *map(vars, filter(None, (generation_config, self.generation_config)))])
+        tokens = next(
+            (v for v in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None), None
+        )
+        check_generation(tokens, [kwargs, *map(vars, filter(None, (generation_config, self.generation_config)))])
         trace = self._new_trace() if self.record_routing else None
-        prompts = None if given is None else (given.shape[0], given.shape[1])
+        prompts = None if tokens is None else (tokens.shape[0], tokens.shape[1])
         before = shared.calls.enter(shared.call(trace=trace, prompts=prompts))
         try:
             return self.backbone.generate(inputs, generation_config, *args, **kwargs)
         finally:
             shared.calls.enter(before)
 
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Not supported; raises ValueError."""
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not supported, since a batch would mix prompts; always raises ValueError.
+
+        Args:
+            args: ignored.
+            kwargs: ignored.
+        """
         raise ValueError(f"{type(self).__name__} {NO_PAGES}")
 
 

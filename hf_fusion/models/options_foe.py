@@ -1,7 +1,7 @@
-"""Each expert's generation config, what a call of `generate` changes in it, whose rows are whose.
+"""The experts' generation configs, the changes that a call of `generate` makes to them, and each expert's arguments.
 
-A published FoE keeps the experts' generation configs in its config, ``experts[k]["generation"]``: there they can be
-edited, for one expert alone. What is changed in ``model.generation_config`` holds for every expert.
+A published FoE stores the experts' generation configs in its config, ``experts[k]["generation"]``, where they can be
+edited for one expert. Changes to ``model.generation_config`` apply to every expert.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .configuration_foe import FoEConfig
 from .experts_foe import take_rows
 
 METADATA = ("transformers_version", "_from_model_config", "_commit_hash", "_original_object_hash")
-# Options that name tokens, by the ids of one tokenizer.
+# Options that are token ids of one tokenizer.
 TOKENS = (
     "bos_token_id",
     "eos_token_id",
@@ -32,7 +32,7 @@ TOKENS = (
     "begin_suppress_tokens",
     "sequence_bias",
 )
-PROMPT = ("input_ids", "attention_mask", "token_type_ids")  # what a processor gives to every expert
+PROMPT = ("input_ids", "attention_mask", "token_type_ids")  # what a processor returns for every expert
 # Arguments of `generate` by position, after inputs and generation_config.
 POSITIONAL = tuple(inspect.signature(GenerationMixin.generate).parameters)[3:-1]
 OF_ONE_MODEL = ("past_key_values", "streamer", "mm_encoder_outputs")
@@ -42,33 +42,34 @@ NOT_BY_ROW = ("cache_position", "head_mask", "decoder_head_mask", "cross_attn_he
 class SharedGenerationConfig(GenerationConfig):
     """The values of the experts' generation configs, the first expert's where they differ.
 
-    A value that was not changed overrides nothing: each expert keeps its own.
+    Only values that are changed later override the experts'.
     """
 
-    _shown: dict[str, Any] = {}  # the values at first
+    _initial: dict[str, Any] = {}  # the values before any change
 
     def to_dict(self) -> dict[str, Any]:
-        """The values; not which ones they were at first."""
+        """The values, without the initial ones."""
         values = super().to_dict()
-        values.pop("_shown", None)
+        values.pop("_initial", None)
         return values
 
 
-def generation_values(model: Any, brought: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """How an expert generates, as its generation config would be stored.
+def generation_values(model: Any, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The values of an expert's generation config, for storing.
 
     Args:
-        model: the expert's, or its base.
-        brought: what an adapter brings along; it overrides the base's.
+        model: the expert's model, or its base.
+        overrides: an adapter's values, which override the base's.
     """
     text = model.generation_config.to_json_string(use_diff=True, keys_to_pop=["compile_config"])
-    values = {**json.loads(text), **(brought or {})}
-    unknown = {name for name in values if name in METADATA or hasattr(GenerationConfig, name)}  # a stranger's file
-    return {name: value for name, value in values.items() if name not in unknown and value is not None}
+    values = {**json.loads(text), **(overrides or {})}
+    # metadata, and names of methods, which an adapter's file may have
+    no_options = {name for name in values if name in METADATA or hasattr(GenerationConfig, name)}
+    return {name: value for name, value in values.items() if name not in no_options and value is not None}
 
 
 def settings_of(config: FoEConfig, expert: int) -> GenerationConfig:
-    """The generation config of an expert; of a FoE that was saved without them, what the inner model's config says."""
+    """The generation config of an expert; if the FoE stores none, the one in its inner model's config."""
     values = config.experts[expert].get("generation")
     if values is None:
         return GenerationConfig.from_model_config(config.backbone_config(config.experts[expert]["backbone"]))
@@ -78,27 +79,28 @@ def settings_of(config: FoEConfig, expert: int) -> GenerationConfig:
 
 
 def shared_config(config: FoEConfig, changed: GenerationConfig | None = None) -> SharedGenerationConfig:
-    """The generation config that a FoE shows, with what another one changes in it."""
-    shown, shared = _shown(config), SharedGenerationConfig()
+    """The generation config of a FoE, with the changes that another one makes."""
+    initial, shared = _initial(config), SharedGenerationConfig()
     changes = {name: value for name, value in changes_of(config, changed).items() if _is_common(config, name)}
-    for name, value in {**shown, **changes}.items():
+    for name, value in {**initial, **changes}.items():
         setattr(shared, name, value)
-    shared._shown = shown
-    shared._original_object_hash = hash(shared)  # published as the experts' are: what they say was valid for them
+    shared._initial = initial
+    shared._original_object_hash = hash(shared)  # saved without validation: these values were valid for the experts
     return shared
 
 
-def changes_of(config: FoEConfig, given: GenerationConfig | None) -> dict[str, Any]:
+def changes_of(config: FoEConfig, changed: GenerationConfig | None) -> dict[str, Any]:
     """The values of a generation config that override the experts'."""
-    if given is None:
+    if changed is None:
         return {}
-    if not isinstance(given, SharedGenerationConfig):
-        return _explicit(given)
-    values = {name: value for name, value in given.to_dict().items() if name not in METADATA}
-    return {name: value for name, value in values.items() if value != given._shown.get(name)}
+    if not isinstance(changed, SharedGenerationConfig):
+        return _explicit(changed)
+    values = {name: value for name, value in changed.to_dict().items() if name not in METADATA}
+    return {name: value for name, value in values.items() if value != changed._initial.get(name)}
 
 
-def _shown(config: FoEConfig) -> dict[str, Any]:
+def _initial(config: FoEConfig) -> dict[str, Any]:
+    """The values of the experts' generation configs that mean the same to all of them."""
     values: dict[str, Any] = {}
     for expert in reversed(range(config.num_experts)):
         row = config.experts[expert].get("generation")
@@ -106,20 +108,20 @@ def _shown(config: FoEConfig) -> dict[str, Any]:
     return {name: value for name, value in values.items() if _is_common(config, name)}
 
 
-def _explicit(given: GenerationConfig) -> dict[str, Any]:
-    """The values that a generation config sets."""
+def _explicit(settings: GenerationConfig) -> dict[str, Any]:
+    """The values of a generation config that differ from the defaults."""
     default = GenerationConfig().to_dict()
-    values = {name: value for name, value in given.to_dict().items() if name not in METADATA}
+    values = {name: value for name, value in settings.to_dict().items() if name not in METADATA}
     return {name: value for name, value in values.items() if value is not None and value != default.get(name)}
 
 
 def _is_common(config: FoEConfig, name: str) -> bool:
-    """Whether an option means the same to every expert: with several tokenizers, those that name tokens do not."""
+    """Whether an option means the same to every expert; with several tokenizers, token ids do not."""
     return len(config.vocabularies or []) < 2 or name not in TOKENS
 
 
 def check_tokens(config: FoEConfig, changes: Mapping[str, Any]) -> None:
-    """Refuses options that name tokens where experts have different tokenizers.
+    """Checks that no option consists of token ids if experts have different tokenizers.
 
     Raises:
         ValueError: naming the option.
@@ -127,34 +129,39 @@ def check_tokens(config: FoEConfig, changes: Mapping[str, Any]) -> None:
     for name in changes:
         if not _is_common(config, name):
             raise ValueError(
-                f"{name} names tokens, but the experts have different tokenizers: set it for each expert, in "
+                f"{name} consists of token ids, but the experts have different tokenizers: set it for each expert, in "
                 f"model.config.experts[k]['generation'][{name!r}]"
             )
 
 
 class Arguments:
-    """The arguments of one call that are no generation options: what is cut by rows, what every expert is given whole.
+    """The arguments of one call other than generation options.
 
     Args:
         batch: B.
-        given: by name.
+        values: the arguments by name.
+
+    Attributes:
+        by_row: arguments with one entry per row, of which each expert gets its rows.
+        shared: arguments that every expert gets unchanged.
+        indivisible: names of shared arguments that only one expert can take.
     """
 
-    def __init__(self, batch: int, given: Mapping[str, Any]) -> None:
+    def __init__(self, batch: int, values: Mapping[str, Any]) -> None:
         self.batch = batch
-        self.rows: dict[str, Any] = {}
-        self.whole: dict[str, Any] = {}
-        self.alone: list[str] = []  # what cannot be cut
-        for name, value in given.items():
+        self.by_row: dict[str, Any] = {}
+        self.shared: dict[str, Any] = {}
+        self.indivisible: list[str] = []
+        for name, value in values.items():
             if value is None:
                 continue
             if self._is_by_row(name, value):
-                self.rows[name] = value
+                self.by_row[name] = value
             else:
-                self.whole[name] = value
+                self.shared[name] = value
                 many = torch.is_tensor(value) and value.dim() and value.shape[0] != 1 and name not in NOT_BY_ROW
                 if many or name in OF_ONE_MODEL:
-                    self.alone.append(name)
+                    self.indivisible.append(name)
 
     def _is_by_row(self, name: str, value: Any) -> bool:
         if name == "encoder_outputs":
@@ -164,17 +171,17 @@ class Arguments:
         return value.shape[_row_axis(name, value)] == self.batch
 
     def take(self, rows: torch.Tensor) -> dict[str, Any]:
-        """What is cut, of some rows; all of it as it is where these are all rows."""
+        """The arguments with one entry per row, for some rows."""
         if len(rows) == self.batch:
-            return dict(self.rows)
-        return {name: _taken(name, value, rows) for name, value in self.rows.items()}
+            return dict(self.by_row)
+        return {name: _take(name, value, rows) for name, value in self.by_row.items()}
 
 
 def _row_axis(name: str, value: torch.Tensor) -> int:
     return int(name == "position_ids" and value.dim() == 3)  # (3, B, T): time, height and width
 
 
-def _taken(name: str, value: Any, rows: torch.Tensor) -> Any:
+def _take(name: str, value: Any, rows: torch.Tensor) -> Any:
     if torch.is_tensor(value):
         return value.index_select(_row_axis(name, value), rows.to(value.device))
     parts = {key: _part(part, rows) for key, part in value.items()} if hasattr(value, "items") else None

@@ -1,4 +1,4 @@
-"""What the chosen experts generated, put together row by row as if one model had generated it."""
+"""Combines the outputs of several experts' `generate` into one, as if one model had generated all rows."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ BY_STEP = ("scores", "logits")
 
 @dataclass
 class ExpertOutput:
-    """What one expert generated for its prompts.
+    """The output of one expert for its prompts.
 
     Attributes:
-        rows: (n,) its prompts.
+        rows: (n,) indices of its prompts in the batch.
         output: of its `generate()`.
-        beams: of each prompt; 1 without beam search.
+        beams: number of beams per prompt; 1 without beam search.
         pad: its padding token.
-        start: where its tokenizer's vocabulary begins in the fused one; stop: where it ends, None where it is alone.
+        start: index in the fused vocabulary of its tokenizer's first token.
+        stop: index after its tokenizer's last token; None if there is only one tokenizer.
     """
 
     rows: torch.Tensor
@@ -32,28 +33,28 @@ class ExpertOutput:
     stop: int | None
 
     def targets(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Where a tensor's rows belong in the whole: those of a prompt, its beams or sequences, lie together."""
+        """Indices of a tensor's rows in the combined output, where the beams or sequences of a prompt are adjacent."""
         each = tensor.shape[0] // len(self.rows)
         rows = self.rows.to(tensor.device)
         return (rows[:, None] * each + torch.arange(each, device=tensor.device)).flatten()
 
 
 def combine(parts: Sequence[ExpertOutput], vocabulary: int) -> Any:
-    """One output of all experts' outputs.
+    """Combines the experts' outputs into one.
 
     Args:
         parts: one for each expert.
-        vocabulary: size of the fused vocabulary, the least width of scores.
+        vocabulary: size of the fused vocabulary, the minimum width of scores.
 
     Returns:
         Token ids (B R, T), R the sequences returned for each prompt; or an output of the experts' own class.
     """
     if torch.is_tensor(parts[0].output):
         return _sequences([part.output for part in parts], parts)
-    found = {name: [part.output[name] for part in parts] for name in parts[0].output}
+    fields_of_parts = {name: [part.output[name] for part in parts] for name in parts[0].output}
     result: dict[str, Any] = {}
     for field in fields(parts[0].output):
-        values = found.get(field.name)
+        values = fields_of_parts.get(field.name)
         if values is None or any(value is None for value in values):
             continue
         if field.name == "sequences":
@@ -64,7 +65,7 @@ def combine(parts: Sequence[ExpertOutput], vocabulary: int) -> Any:
             result[field.name] = _rows([value[:, None] for value in values], parts, lambda _: 0)[:, 0]
         elif field.name in BY_STEP:
             result[field.name] = _steps(values, parts, vocabulary)
-        elif len(parts) == 1:  # caches and states have each model's own shapes
+        elif len(parts) == 1:  # caches and states have different shapes in each model
             result[field.name] = values[0]
     return type(parts[0].output)(**result)
 
@@ -77,7 +78,7 @@ def _sequences(values: Sequence[torch.Tensor], parts: Sequence[ExpertOutput]) ->
 def _rows(
     values: Sequence[torch.Tensor], parts: Sequence[ExpertOutput], fill: Callable[[ExpertOutput], int]
 ) -> torch.Tensor:
-    """Tensors (n, T) as one, each row where it belongs, its end filled up."""
+    """Concatenates tensors (n, T), each row at its index in the combined output and padded at its end."""
     width = max(value.shape[1] for value in values)
     result = values[0].new_zeros(sum(len(value) for value in values), width)
     for value, part in zip(values, parts, strict=True):
@@ -89,7 +90,7 @@ def _rows(
 
 
 def _beams(indices: torch.Tensor, part: ExpertOutput) -> torch.Tensor:
-    """Beam indices (n R, T), which count an expert's own beams, as those of the whole batch; -1 stays."""
+    """Converts beam indices (n R, T) within an expert's output to those within the whole batch; -1 stays."""
     rows = part.rows.to(indices.device)[indices.clamp(min=0) // part.beams]
     return torch.where(indices < 0, indices, rows * part.beams + indices % part.beams)
 
@@ -99,7 +100,7 @@ def _steps(
 ) -> tuple[torch.Tensor, ...]:
     """Scores of each step, (rows, fused vocabulary): -inf for tokens that an expert does not have.
 
-    At a step that an expert did not take any more its padding token has 0, as it has in the sequences.
+    After an expert's last step its padding token has score 0, since the sequences are padded with it.
     """
     widths = [value[0].shape[1] if value else 0 for value in values]
     ends = [part.stop or part.start + width for part, width in zip(parts, widths, strict=True)]

@@ -1,4 +1,4 @@
-"""One processor for experts that each want their own tokenizer or image processor."""
+"""One processor for experts that each need their own tokenizer or image processor."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .fused_custom_code import load_processor
 from .fused_files import ForeignFileError, check_processor, is_plain
 
 PROCESSOR_FILE = "processor_config.json"
-# what a processor takes -> how to load it, and the file and auto class by which pipelines look for it
+# kind of input -> how to load a processor of it, and the file and auto class by which pipelines find it
 LOADERS: dict[str, Any] = {"text": AutoTokenizer, "image": AutoImageProcessor}
 PIPELINE_FILES = {
     "text": ("tokenizer_config.json", {"AutoTokenizer": [None, "processing_foe.FoEProcessor"]}),
     "image": ("preprocessor_config.json", {"AutoImageProcessor": "processing_foe.FoEProcessor"}),
 }
-# A fast tokenizer is told on itself how a call pads and truncates: another call must not tell it otherwise meanwhile.
+# A fast tokenizer stores a call's padding and truncation in itself, so calls of other threads have to wait.
 _TOKENIZING = threading.RLock()
 
 
@@ -37,8 +37,8 @@ class FoEProcessor(PushToHubMixin):
         kinds: "text" or "image" for each.
         vocabularies: for language models, the vocabulary size of each processor. The fused vocabulary is their
             concatenation: token ids of processor g are offset by the sizes before it.
-        modes: for each processor the PIL mode its experts want, "L" or "RGB": pipelines hand over RGB alone. None
-            leaves images as they come.
+        modes: for each processor the PIL mode that its experts need, "L" or "RGB", since pipelines pass RGB only. None
+            leaves images unchanged.
     """
 
     _auto_class = "AutoProcessor"
@@ -69,10 +69,14 @@ class FoEProcessor(PushToHubMixin):
             text: a string or a list of strings.
             text_pair: second sentences; empty strings and None stand for "no second sentence".
             images: PIL images or arrays.
-            kwargs: handed to the tokenizers; padding and truncation are on unless said otherwise.
+            return_tensors: "pt" for PyTorch, as in transformers.
+            kwargs: passed to the tokenizers; ``padding`` and ``truncation`` are True by default.
+
+        Returns:
+            The inputs of `FoEModel.forward`.
 
         Raises:
-            ValueError: if an expert wants text or images and gets none.
+            ValueError: text or images that an expert needs are missing.
         """
         inputs: dict[str, Any] = {}
         for index, (processor, kind) in enumerate(zip(self.processors, self.kinds)):
@@ -84,7 +88,7 @@ class FoEProcessor(PushToHubMixin):
             else:
                 encoded = processor(images=_in_mode(images, self.modes[index]), return_tensors=return_tensors)
             inputs.update({name if index == 0 else f"{name}_{index}": value for name, value in encoded.items()})
-        # pipelines cast what they are given to the model's dtype, which pixels can follow and a BatchEncoding cannot
+        # pipelines cast inputs to the model's dtype, which a BatchFeature supports and a BatchEncoding does not
         return BatchFeature(inputs) if "image" in self.kinds else BatchEncoding(inputs)
 
     @staticmethod
@@ -100,11 +104,27 @@ class FoEProcessor(PushToHubMixin):
         )
 
     def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
-        """Text of generated sequences, each token decoded by the tokenizer its id belongs to."""
+        """Decodes generated sequences, each token by the tokenizer its id belongs to.
+
+        Args:
+            sequences: B sequences of token ids in the fused vocabulary.
+            kwargs: passed to each tokenizer's `decode`, such as ``skip_special_tokens=True``.
+
+        Returns:
+            B texts.
+        """
         return [self.decode(sequence, **kwargs) for sequence in sequences]
 
     def decode(self, sequence: Any, **kwargs: Any) -> str:
-        """Text of one generated sequence."""
+        """Decodes one generated sequence.
+
+        Args:
+            sequence: token ids in the fused vocabulary.
+            kwargs: see `batch_decode`.
+
+        Returns:
+            The text.
+        """
         ids = sequence.tolist() if hasattr(sequence, "tolist") else list(sequence)
         start, parts = 0, []
         for tokenizer, size in zip(self.processors, self.vocabularies or [max(ids, default=0) + 1]):
@@ -114,7 +134,13 @@ class FoEProcessor(PushToHubMixin):
         return "".join(parts)
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Writes every processor and the code that loads them; one processor lies at the root as it always does."""
+        """Saves all processors and the code that loads them; a single one is saved at the root of the folder.
+
+        Args:
+            save_directory: folder; created if missing.
+            push_to_hub: also uploads it.
+            kwargs: for the upload, as in transformers; ``repo_id`` defaults to the folder's name.
+        """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         alone = len(self.processors) == 1 and self.modes[0] != "L"
@@ -134,12 +160,20 @@ class FoEProcessor(PushToHubMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> FoEProcessor:
-        """Loads from a folder or a Hub id; the usual Hub arguments (revision, token, cache_dir …) apply.
+        """Loads a processor from a folder or the Hub.
 
-        An expert's processor that transformers does not know runs the repo's code only by ``trust_remote_code=True``.
+        A processor that transformers does not know needs the repo's code, which runs only with
+        ``trust_remote_code=True``.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a Hub id.
+            kwargs: Hub arguments as in transformers (revision, token, cache_dir …), and ``trust_remote_code``.
+
+        Returns:
+            The processor.
 
         Raises:
-            UntrustedCodeError: such code is needed, and not trusted or of another repo.
+            UntrustedCodeError: the repo's code is needed and not trusted, or it is another repo's.
             ForeignFileError: a folder, a file or a link leads out of the model.
         """
         hub = {
@@ -166,25 +200,29 @@ class FoEProcessor(PushToHubMixin):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoProcessor") -> None:
-        """Part of the auto classes' protocol; the class already knows its own."""
+        """Sets the auto class that saved processors name.
+
+        Args:
+            auto_class: its name; "AutoProcessor" is set already.
+        """
         cls._auto_class = auto_class
 
 
 def _in_mode(images: Any, mode: str | None) -> Any:
-    """PIL images in a mode; arrays and tensors as they are."""
+    """Converts PIL images to a mode; arrays and tensors are returned unchanged."""
     if isinstance(images, (list, tuple)):
         return [_in_mode(image, mode) for image in images]
     return images.convert(mode) if mode and hasattr(images, "convert") else images
 
 
 def _lift_code(folder: Path, inner: list[str]) -> None:
-    """Moves the code that processors brought to the root, where transformers looks for it whatever the sub-folder.
+    """Moves the processors' code files to the root, where transformers looks for them whatever the sub-folder.
 
     Raises:
         ValueError: two processors bring different files of one name, or one of them a name of this family's files.
     """
-    here = Path(__file__).parent
-    lifted = {path.name: path.read_bytes() for name in ("*_foe.py", "fused*.py") for path in here.glob(name)}
+    own_folder = Path(__file__).parent
+    lifted = {path.name: path.read_bytes() for name in ("*_foe.py", "fused*.py") for path in own_folder.glob(name)}
     for path in [path for name in inner for path in sorted((folder / name).glob("*.py"))]:
         if lifted.setdefault(path.name, path.read_bytes()) != path.read_bytes():
             raise ValueError(f"two experts bring different code called {path.name}: rename that of one of them")

@@ -11,11 +11,11 @@ from .fused_calls import Calls
 
 
 class Remembering:
-    """A checkpointing function whose layers remember their call.
+    """A checkpointing function that restores the state of the call when it recomputes a layer.
 
     Args:
         function: the original one: takes a layer's function and its arguments.
-        calls: of the model; the state of a call has a method `again`.
+        calls: of the model; the state of a call has a method `for_recomputing`.
     """
 
     def __init__(self, function: Callable[..., Any], calls: Calls) -> None:
@@ -32,14 +32,14 @@ class _Layer:
     def __init__(self, function: Callable[..., Any], calls: Calls) -> None:
         self.function, self.calls = function, calls
         call = calls.current()
-        self.then = None if call is None else call.again()
+        self.remembered = None if call is None else call.for_recomputing()
         self.was_computed = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.was_computed:
             self.was_computed = True
             return self.function(*args, **kwargs)
-        before = self.calls.enter(self.then)
+        before = self.calls.enter(self.remembered)
         try:
             return self.function(*args, **kwargs)
         finally:

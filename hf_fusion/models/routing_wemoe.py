@@ -1,4 +1,4 @@
-"""The merging coefficients: routers, the tokens that they read, and what is kept of a prompt for decoding."""
+"""Merging coefficients: the routers, the tokens that they read, and the state kept per prompt for decoding."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def by_unit(coefficients: Coefficients, experts: Sequence[str], units: Sequence[
         raise ValueError(f"there is no unit {unknown[0]!r}; there are {', '.join(units)}")
     if missing := [name for name in units if name not in table and "" not in table]:
         raise ValueError(f"no coefficients for {missing[0]}, and none for all others ('')")
-    given = {}
+    by_name = {}
     for name, value in table.items():
         w = torch.as_tensor(value, dtype=torch.float32)
         if w.shape[-1] != len(experts):
             raise ValueError(f"{w.shape[-1]} coefficients were given, but there are {len(experts)} experts")
-        given[name] = w.view(-1, w.shape[-1])
-    return given
+        by_name[name] = w.view(-1, w.shape[-1])
+    return by_name
 
 
 class Router(nn.Module):
@@ -62,7 +62,15 @@ class Router(nn.Module):
 
     0 layers: a vector, all λ. 1: Linear(d, K). 2: Linear(d, d), ReLU, Linear(d, K). The last bias is initialised to λ.
 
-    The router's output is averaged over a sample's tokens; what is linear after the last ReLU is applied to the mean.
+    The router's output is averaged over a sample's tokens. Its last layer is linear, so it is applied to the mean.
+
+    Args:
+        width: d, width of the tokens.
+        experts: K.
+        layers: 0, 1 or 2.
+        scaling: λ.
+        like: dtype and device.
+        seed: for the initial weights.
     """
 
     def __init__(
@@ -71,20 +79,20 @@ class Router(nn.Module):
         super().__init__()
         sizes = ((), (experts,), (width, experts))[layers]
         linears = [nn.Linear(width, size, **like) for size in sizes]
-        generator = torch.Generator().manual_seed(seed)  # its own: a recipe makes the same model again
+        generator = torch.Generator().manual_seed(seed)  # so that a recipe always makes the same model
         with torch.no_grad():
             for linear in linears if like["device"].type != "meta" else []:
                 linear.weight.copy_(0.01 * torch.randn(linear.weight.shape, generator=generator))
                 linear.bias.fill_(scaling if linear is linears[-1] else 0.0)
         self.layers = nn.ModuleList(linears)
         self.constant = None if layers else nn.Parameter(torch.full((experts,), scaling, **like))
-        for module in self.modules():  # or the model around it would begin again with its own range
+        for module in self.modules():  # otherwise transformers would initialise them again
             module._is_hf_initialized = True  # type: ignore[assignment]
 
     def forward(self, x: torch.Tensor, share: torch.Tensor | None = None, rounded: bool = False) -> torch.Tensor:
         """(B, T, d) and each token's share (B, T), or None for equal shares → (B, K); (1, K) for 0 layers.
 
-        `rounded`: the layer that reads every token, nearly all of a router's cost, may be computed in bfloat16.
+        With `rounded`, the layer that reads every token, nearly all of a router's cost, may be computed in bfloat16.
         """
         if self.constant is not None:
             return self.constant[None]
@@ -135,10 +143,12 @@ class Call:
     """The state of one forward or one `generate()`; it belongs to the thread that runs it.
 
     Attributes:
-        given: unit name → coefficients that replace the router's, "" for all others.
-        batch_reduce: see the config; top_k and gate_rank too.
-        readings: of each stack, by its index.
-        w: of each unit, by its index: coefficients (B, K) while its linears run.
+        replacements: unit name → coefficients that replace the router's, "" for all others; None for routers.
+        batch_reduce: see `WEMoEConfig`.
+        top_k: `num_experts_per_tok` of `WEMoEConfig`.
+        gate_rank: see `WEMoEConfig`.
+        readings: the reading of each stack, by its index.
+        w: the coefficients (B, K) of each unit, by its index, while its linears run; else None.
         trace: records the coefficients, if set.
         prompt_mask: (B, T) of the tokens that routers read; None for all.
         prompts: (sequences, tokens) of the prompts of `generate()`.
@@ -147,7 +157,7 @@ class Call:
         before: the call that was running before that of a part.
     """
 
-    given: Mapping[str, torch.Tensor] | None
+    replacements: Mapping[str, torch.Tensor] | None
     batch_reduce: bool
     top_k: int
     gate_rank: int
@@ -160,7 +170,7 @@ class Call:
     part: Stack | Unit | None = None
     before: Call | None = None
 
-    def again(self) -> Call:
+    def for_recomputing(self) -> Call:
         """A copy of the current call for a recomputed layer, which is not traced again."""
         return replace(self, readings=list(self.readings), w=[None] * len(self.w), trace=None, before=None)
 
@@ -177,20 +187,23 @@ class Shared:
         self.calls = Calls()
         self.stacks = 0
 
-    def call(self, **known: Any) -> Call:
-        """A new call with the coefficients of `using()` in this thread or task; `known` are its other attributes."""
+    def call(self, **attributes: Any) -> Call:
+        """A new call with the coefficients of `using()` in this thread or task; `attributes` are its others."""
         config = self.config
         options = config.batch_reduce, config.num_experts_per_tok, config.gate_rank
         readings = [Reading()] * self.stacks
-        return Call(self.calls.scope(), *options, readings, [None] * len(config.units), **known)
+        return Call(self.calls.scope(), *options, readings, [None] * len(config.units), **attributes)
 
 
 class Stack:
     """One transformer stack (encoder or decoder): the tokens that its routers read, and the routing in its cache.
 
-    An encoder's routers read every real token. A causal language model's read the prompt: `Call.prompt_mask`, or in
-    `generate()` its prompts, or else all that the first forward of a sequence reads. A sequence-to-sequence decoder's
-    read its first token, which depends on the encoder's whole output and not on later tokens.
+    Which tokens routers read depends on the kind of stack:
+
+    - encoder: every token that is not padding.
+    - causal language model: the prompt, that is `Call.prompt_mask`, or the prompts of `generate()`, or else all tokens
+      of a sequence's first forward.
+    - sequence-to-sequence decoder: the first token, which depends on the encoder's output and not on later tokens.
 
     Args:
         module: the stack.
@@ -200,9 +213,9 @@ class Stack:
 
     def __init__(self, module: nn.Module, kind: str, shared: Shared) -> None:
         self.kind, self.shared = kind, shared
-        self.number = shared.stacks
+        self.index = shared.stacks
         shared.stacks += 1
-        self.names = list(inspect.signature(module.forward).parameters)
+        self.argument_names = list(inspect.signature(module.forward).parameters)
         self.layers = [layer for layer in module.modules() if hasattr(layer, "gradient_checkpointing")]
         module.register_forward_pre_hook(self.begin, with_kwargs=True)
         module.register_forward_hook(self.end, always_call=True)
@@ -213,25 +226,25 @@ class Stack:
         call: Call | None = calls.current()
         if call is None or call.part is not None:
             call = self.shared.call(part=self, before=call)
-        call.readings[self.number] = self._read({**dict(zip(self.names, args)), **kwargs}, call)
+        call.readings[self.index] = self._read({**dict(zip(self.argument_names, args)), **kwargs}, call)
         if call.part is self:
             calls.enter(call)
         if module.training:
             remember(self.layers, calls)
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the stack, also after errors: stores the coefficients in a cache that the stack created."""
+        """Forward hook of the stack, also after errors: attaches the routing to a cache that the stack created."""
         calls = self.shared.calls
         call: Call | None = calls.current()
-        if call is None:  # the arguments were refused
+        if call is None:  # the pre-hook raised an error
             return
-        cache, pin = getattr(output, "past_key_values", None), call.readings[self.number].pin
+        cache, pin = getattr(output, "past_key_values", None), call.readings[self.index].pin
         if cache is not None and pin is not None:
             setattr(cache, PIN, pin)
         if call.part is self:
             calls.enter(call.before)
 
-    def _read(self, given: Mapping[str, Any], call: Call) -> Reading:
+    def _read(self, arguments: Mapping[str, Any], call: Call) -> Reading:
         """What the stack reads, from the arguments of its forward.
 
         Raises:
@@ -239,24 +252,22 @@ class Stack:
         """
         pin = None
         if self.kind != "encoder":
-            cache: Any = given.get("past_key_values")
+            cache: Any = arguments.get("past_key_values")
             if cache is not None and int(cache.get_seq_length()) > 0:
                 pin = getattr(cache, PIN, None)
                 if pin is None:
-                    raise ValueError(
-                        "past_key_values were not filled by this model: nothing says what they were routed to"
-                    )
+                    raise ValueError("past_key_values were not filled by this model, so their routing is unknown")
                 return Reading(pin=pin, decodes=True)
             pin = Pin()
             if cache is not None:
                 setattr(cache, PIN, pin)
-        inputs = next((given[k] for k in ("inputs_embeds", "input_ids") if given.get(k) is not None), None)
+        inputs = next((arguments[k] for k in ("inputs_embeds", "input_ids") if arguments.get(k) is not None), None)
         if inputs is None:
             return Reading(pin=pin)
-        return Reading(self._share(inputs, given.get("attention_mask"), call), inputs.shape[0], pin)
+        return Reading(self._share(inputs, arguments.get("attention_mask"), call), inputs.shape[0], pin)
 
     def _share(self, inputs: torch.Tensor, mask: Any, call: Call) -> torch.Tensor | None:
-        """The share of each token in the mean."""
+        """The weight of each token in the mean, (B, T); None for equal weights."""
         rows, tokens = inputs.shape[:2]
         real = _real_tokens(mask, tokens)  # (B, T) or None
         if self.kind == "decoder":
@@ -279,7 +290,7 @@ class Stack:
 
 
 def _real_tokens(mask: Any, tokens: int) -> torch.Tensor | None:
-    """(B, T) of tokens without padding, from a mask of 2 dimensions or the last query of one of 4, (B, 1, T, S)."""
+    """Mask (B, T) of tokens without padding, from a mask (B, S) or the last query of a mask (B, 1, T, S)."""
     if isinstance(mask, dict):  # one per kind of attention
         mask = mask.get("full_attention")
     if not isinstance(mask, torch.Tensor):
@@ -290,22 +301,32 @@ def _real_tokens(mask: Any, tokens: int) -> torch.Tensor | None:
     return mask[:, :tokens].bool() if mask.dim() == 2 and mask.shape[1] >= tokens else None
 
 
+def remove_stack_hooks(model: nn.Module) -> None:
+    """Removes the hooks of all stacks from a copy of their model."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Stack)]:
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+                module._forward_hooks_always_called.pop(key, None)
+
+
 class Unit:
     """Linears that share a router: an MLP or an attention block.
 
     Args:
-        number: its index in the config.
+        index: in the config.
         name: module path.
-        paths: of its linears, in the order in which they run; the first one reads what the router reads.
+        paths: module paths of its linears, in the order in which they run; the first one reads what the router reads.
         linears: the `UpscaledLinear`s.
         router: its router; None for SMILE.
         stack: the stack that it is part of.
     """
 
     def __init__(
-        self, number: int, name: str, paths: list[str], linears: list[Any], router: Router | None, stack: Stack
+        self, index: int, name: str, paths: list[str], linears: list[Any], router: Router | None, stack: Stack
     ) -> None:
-        self.number, self.name, self.paths, self.linears = number, name, paths, linears
+        self.index, self.name, self.paths, self.linears = index, name, paths, linears
         self.routers = (router,)  # in a tuple, so that it is not registered as a child here
         self.stack, self.shared = stack, stack.shared
         for linear in linears:
@@ -315,36 +336,36 @@ class Unit:
         """Coefficients (B, K) for one of the linears, B a divisor of the rows of `x`; None for SMILE."""
         calls = self.shared.calls
         call: Call | None = calls.current()
-        if self.routers[0] is None and (calls.scope() if call is None else call.given) is None:
+        if self.routers[0] is None and (calls.scope() if call is None else call.replacements) is None:
             return None
         if linear is self.linears[0]:
-            if call is None or isinstance(call.part, Unit):  # a layer is run by itself
+            if call is None or isinstance(call.part, Unit):  # a layer was called directly
                 call = self.shared.call(part=self, before=call)
-                call.w[self.number] = self._route(x, linear, call)
+                call.w[self.index] = self._route(x, linear, call)
                 calls.enter(call)
             else:
-                call.w[self.number] = self._route(x, linear, call)
-        w = None if call is None else call.w[self.number]
+                call.w[self.index] = self._route(x, linear, call)
+        w = None if call is None else call.w[self.index]
         if call is None or w is None:
             raise ValueError(
                 f"{self.paths[self.linears.index(linear)]} ran before {self.paths[0]}, whose input the router reads"
             )
         if linear is self.linears[-1]:
-            call.w[self.number] = None
+            call.w[self.index] = None
             if call.part is self:
                 calls.enter(call.before)
         return w
 
     def _route(self, x: torch.Tensor, linear: Any, call: Call) -> torch.Tensor:
-        reading = call.readings[self.stack.number]
-        if reading.decodes and call.given is None:
+        """Coefficients (B, K) for the unit's input, recorded in the trace and in the cache's pin."""
+        reading = call.readings[self.stack.index]
+        if reading.decodes and call.replacements is None:
             assert reading.pin is not None
-            w = reading.pin.coefficients[self.number]
+            w = reading.pin.coefficients[self.index]
             return w if x.shape[0] % w.shape[0] == 0 else w.repeat_interleave(x.shape[0] // w.shape[0], 0)
         rows = reading.rows if x.dim() == 2 and reading.rows else x.shape[0]  # OPT flattens batch and tokens
-        if call.given is not None:
-            given = call.given[self.name if self.name in call.given else ""]
-            w = given.to(x.device)
+        if call.replacements is not None:
+            w = call.replacements[self.name if self.name in call.replacements else ""].to(x.device)
         else:
             router = self.routers[0]
             assert router is not None
@@ -361,15 +382,15 @@ class Unit:
         if call.trace is not None:
             call.trace.add(self.name, w.detach(), rows if call.prompts is None else call.prompts[0])
         if reading.pin is not None:
-            reading.pin.coefficients[self.number] = w.detach()
+            reading.pin.coefficients[self.index] = w.detach()
         return w
 
     def kept(self, linear: Any, w: torch.Tensor) -> torch.Tensor | None:
         """Merged weights (B, R, C) while decoding with a cache, computed once per prompt."""
         call: Call | None = self.shared.calls.current()
-        if call is None or call.given is not None:
+        if call is None or call.replacements is not None:
             return None
-        reading = call.readings[self.stack.number]
+        reading = call.readings[self.stack.index]
         if not reading.decodes or reading.pin is None:
             return None
         path, merged = self.paths[self.linears.index(linear)], reading.pin.merged
@@ -391,7 +412,7 @@ class Unit:
 
 
 class WEMoETrace:
-    """Coefficients by layer and sample, of the last forward or of the prompts of the last `generate()`.
+    """Coefficients by layer and sample; returned by `WEMoEModel.routing_trace` and `WEMoEModel.trace_forward`.
 
     Args:
         experts: names.
@@ -402,7 +423,13 @@ class WEMoETrace:
         self._parts: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, w: torch.Tensor, rows: int) -> None:
-        """Add the coefficients of a unit: (B, K), or (1, K) for all rows."""
+        """Adds the coefficients of a unit; called by the unit.
+
+        Args:
+            name: of the unit.
+            w: (B, K), or (1, K) for all rows.
+            rows: B.
+        """
         w = w.to("cpu", torch.float32)
         self._parts[name] = w.expand(rows, -1) if len(w) == 1 else w
 
@@ -412,15 +439,40 @@ class WEMoETrace:
         return list(self._parts)
 
     def coefficients(self, layer: str | None = None) -> torch.Tensor:
-        """(B, K) of one layer, or (B, L, K) of all. SMILE's are means over the tokens of its last linear."""
+        """Coefficients of one layer or of all; for SMILE, means over the tokens of a unit's last linear.
+
+        Args:
+            layer: one of `layers`; None for all.
+
+        Returns:
+            (B, K) for one layer, (B, L, K) for all.
+
+        Raises:
+            KeyError: there is no such layer.
+        """
         return self._parts[layer] if layer is not None else torch.stack(list(self._parts.values()), 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain lists, for JSON."""
+        """The trace as plain lists, for JSON.
+
+        Returns:
+            "experts" (names) and "layers" (name -> (B, K), rounded to 4 decimals).
+        """
         return {
             "experts": self.experts,
             "layers": {name: w.round(decimals=4).tolist() for name, w in self._parts.items()},
         }
 
 
-__all__ = ["Coefficients", "Pin", "Router", "WEMoETrace", "Shared", "Stack", "Unit", "by_unit", "index_of"]
+__all__ = [
+    "Coefficients",
+    "Pin",
+    "Router",
+    "Shared",
+    "Stack",
+    "Unit",
+    "WEMoETrace",
+    "by_unit",
+    "index_of",
+    "remove_stack_hooks",
+]

@@ -120,10 +120,13 @@ class RunningMixin:
             yield self
 
     def routing_trace(self: Any) -> PhatgooseTrace:
-        """The routing of this thread's or task's last sequences; set ``model.record_routing = 4096`` (tokens) first.
+        """The routing of the last sequences of this thread or task; set ``model.record_routing = 4096`` (tokens) first.
 
-        A forward without a cache starts a new trace, one that goes on with a cache continues it: after `generate()`
-        the trace has the prompt and each generated token that was read. With beam search, rows are the current beams.
+        A forward without a cache starts a new trace, and one with a cache continues it: after `generate()` the trace
+        has the prompt and each generated token that was read. With beam search, rows are the current beams.
+
+        Returns:
+            The trace.
 
         Raises:
             ValueError: nothing was recorded.
@@ -142,13 +145,13 @@ class _Layer:
 
     def __init__(self, calls: RoutingCalls, function: Callable[..., Any]) -> None:
         self.calls, self.function = calls, function
-        self.then: Routing | None = None
+        self.remembered: Routing | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.then is None:
-            self.then = self.calls.routing().again()
+        if self.remembered is None:
+            self.remembered = self.calls.routing().for_recomputing()
             return self.function(*args, **kwargs)
-        with self.calls.entered(self.then):
+        with self.calls.entered(self.remembered):
             return self.function(*args, **kwargs)
 
 

@@ -17,7 +17,9 @@ class Routing:
     """The state that the routed modules share during a call.
 
     Attributes:
-        top_k, temperature, rule: see `PhatgooseConfig`.
+        top_k: `num_experts_per_tok` of `PhatgooseConfig`.
+        temperature: `router_temperature` of `PhatgooseConfig`.
+        rule: `routing` of `PhatgooseConfig`.
         given: (B, E) weights for all linears instead of their gates, or None.
         off: run the base alone.
         tokens: flat positions of the tokens that are not padding, or None without padding.
@@ -48,7 +50,7 @@ class Routing:
     version: int = 0
     shared: dict[Any, tuple[torch.Tensor, Any]] = field(default_factory=dict)
 
-    def again(self) -> Routing:
+    def for_recomputing(self) -> Routing:
         """A copy for a layer that is recomputed for its gradients, and must not be counted or traced again."""
         return Routing(self.top_k, self.temperature, self.rule, self.given, self.off, self.tokens, self.shape)
 
@@ -122,7 +124,7 @@ class RoutingCalls(Calls):
         routing = self.new()
         if torch.compiler.is_dynamo_compiling() or (last := self.last()) is None:
             return routing
-        if torch._C._current_graph_task_id() != -1:  # a layer that someone else's checkpoint computes again
+        if torch._C._current_graph_task_id() != -1:  # a layer that a checkpoint outside this model recomputes
             routing.tokens, routing.shape = last.tokens, last.shape
         else:
             routing.trace, routing.records, routing.tally = last.trace, last.records, last.tally

@@ -40,19 +40,28 @@ class PhatgooseTrace:
         real: torch.Tensor | None,
         shape: Sequence[int],
     ) -> None:
-        """Add the choices (N, m, k) of a routed module for the tokens of a batch without padding."""
-        numbers = torch.tensor(group.experts, device=choice.device)
-        choice, weight = numbers[choice].to(torch.int16), weight.detach().to(torch.float32)
+        """Adds the routing of a batch by some linears of a routed module; called by the module.
+
+        Args:
+            group: the `RoutedLinears`.
+            members: which of its m linears.
+            choice: (N, m, k), positions in ``group.experts``, for the N tokens that are not padding.
+            weight: (N, m, k).
+            real: (N,) flat positions of these tokens in the batch; None without padding.
+            shape: (B, T) of the batch.
+        """
+        indices = torch.tensor(group.experts, device=choice.device)
+        choice, weight = indices[choice].to(torch.int16), weight.detach().to(torch.float32)
         if real is not None:  # padding is not routed
-            everyone = (int(torch.tensor(shape).prod()), *choice.shape[1:])
-            choice = choice.new_full(everyone, -1).index_copy_(0, real, choice)
-            weight = weight.new_zeros(everyone).index_copy_(0, real, weight)
+            full_shape = (int(torch.tensor(shape).prod()), *choice.shape[1:])
+            choice = choice.new_full(full_shape, -1).index_copy_(0, real, choice)
+            weight = weight.new_zeros(full_shape).index_copy_(0, real, weight)
         rows = shape[0] if len(shape) > 1 else choice.shape[0]
         most = max(1, self.max_tokens // rows)
         for index, path in enumerate(self._paths[id(group)][members]):
             chosen = choice[:, index].cpu().view(rows, -1, choice.shape[-1])
             part, unseen = (chosen, weight[:, index].cpu().view_as(chosen)), max(0, chosen.shape[1] - most)
-            if unseen:  # copies: a view would keep what it was cut from
+            if unseen:  # copies: a view would keep the whole tensor alive
                 part = part[0][:, unseen:].clone(), part[1][:, unseen:].clone()
             parts = self._parts.setdefault(path, deque())
             if parts and parts[-1][0].shape[0] != rows:
@@ -70,7 +79,14 @@ class PhatgooseTrace:
                 surplus -= choice_before.shape[1]
 
     def has_seen(self, path: str) -> bool:
-        """Whether linears of this module ("" is the whole model) have routed tokens."""
+        """Whether linears of a module have routed tokens.
+
+        Args:
+            path: module path in the base; "" is the whole model.
+
+        Returns:
+            True if at least one of them has.
+        """
         return any(f".{module}".startswith(f".{path}." if path else ".") for module in self._parts)
 
     @property
@@ -79,7 +95,17 @@ class PhatgooseTrace:
         return list(self._parts)
 
     def choices(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Experts (B, T, k), -1 on padding, and their weights (B, T, k), at one linear."""
+        """The experts that one linear chose.
+
+        Args:
+            module: path of the linear, one of `modules`.
+
+        Returns:
+            Indices of the experts (B, T, k), -1 on padding, and their weights (B, T, k), 0 on padding.
+
+        Raises:
+            KeyError: the linear has routed no tokens.
+        """
         choice, weight = zip(*self._parts[module], strict=True)
         width = max(part.shape[-1] for part in choice)
         pad = [(0, width - part.shape[-1]) for part in choice]
@@ -89,16 +115,29 @@ class PhatgooseTrace:
         )
 
     def expert_weights(self, module: str) -> torch.Tensor:
-        """Weights of all experts at one linear, (B, T, E); zeros on padding."""
+        """Weights of all experts at one linear.
+
+        Args:
+            module: path of the linear, one of `modules`.
+
+        Returns:
+            (B, T, E), zeros on padding and for experts that were not chosen.
+
+        Raises:
+            KeyError: the linear has routed no tokens.
+        """
         choice, weight = self.choices(module)
         dense = torch.zeros(*choice.shape[:2], len(self.experts))
         return dense.scatter_add_(2, choice.long().clamp(min=0), weight.masked_fill(choice < 0, 0))
 
     def mean_weights(self, modules: Sequence[str] | None = None) -> torch.Tensor:
-        """Mean weights of the experts for each token over linears, (B, T, E).
+        """Mean weights of the experts over linears, for each token.
 
         Args:
             modules: linears that saw the same tokens; default is all with as many tokens as the last one.
+
+        Returns:
+            (B, T, E), zeros on padding.
         """
         if modules is None:
             last = self.choices(self.modules[-1])[0].shape[:2]
@@ -106,18 +145,30 @@ class PhatgooseTrace:
         return torch.stack([self.expert_weights(module) for module in modules]).mean(0)
 
     def usage(self) -> dict[str, float]:
-        """Share of all routing weight that each expert got; sums to 1."""
+        """How much each expert was used.
+
+        Returns:
+            Expert name -> its share of all routing weight; sums to 1.
+        """
         total = sum(self.expert_weights(module).sum((0, 1)) for module in self.modules)
         assert isinstance(total, torch.Tensor)
         return dict(zip(self.experts, (total / total.sum().clamp(min=1e-9)).tolist(), strict=True))
 
     def entropy(self) -> dict[str, float]:
-        """Per linear: entropy in nats of the experts' mean weights over tokens; 0 if one expert gets all weight."""
+        """How evenly each linear uses the experts.
+
+        Returns:
+            Module path -> entropy in nats of the experts' mean weights over tokens; 0 if one expert gets all weight.
+        """
         shares = {module: self.expert_weights(module).sum((0, 1)) for module in self.modules}
         return {module: float(torch.special.entr(share / share.sum()).sum()) for module, share in shares.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain lists, for JSON."""
+        """The trace as plain lists, for JSON.
+
+        Returns:
+            "experts" (names), "modules" (module path -> "experts" and "weights", see `choices`) and "dropped".
+        """
         choices = {module: self.choices(module) for module in self.modules}
         return {
             "experts": self.experts,

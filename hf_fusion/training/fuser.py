@@ -211,7 +211,13 @@ def train_fuser(
         targets: (N,), class indices, or float targets for regression.
         use_cpu: run on the CPU even if there is a GPU. Must match the process's models: accelerate keeps one device.
         experts: for the frugal variant, the number of experts whose outputs make up the features; otherwise 0.
-        holdout, epochs, patience, learning_rate, weight_decay, batch_size, seed: see `fit_fuser`.
+        holdout: see `fit_fuser`.
+        epochs: see `fit_fuser`.
+        patience: see `fit_fuser`.
+        learning_rate: see `fit_fuser`.
+        weight_decay: see `fit_fuser`.
+        batch_size: see `fit_fuser`.
+        seed: see `fit_fuser`.
 
     Returns:
         The validation loss, the row indices of the training split, and those of the validation split.

@@ -138,10 +138,16 @@ def fit_routers(
         model: a `WEMoEModel` or `CoefficientMerge`; changed in place.
         labelled_rows: task (the name of its expert) -> rows, with columns ``prompt`` and ``target`` for language
             models, ``text`` (``text_pair``) or ``image`` with ``label`` for classifiers.
-        steps, learning_rate, batch_size, max_length, seed, output_dir, more: see `adapt_routers`.
+        steps: see `adapt_routers`.
+        learning_rate: see `adapt_routers`.
+        batch_size: see `adapt_routers`.
+        max_length: see `adapt_routers`.
+        seed: see `adapt_routers`.
+        output_dir: see `adapt_routers`.
+        more: see `adapt_routers`.
 
     Returns:
-        See `adapt_routers`.
+        The report, see `adapt_routers`.
 
     Raises:
         FusionError: see `adapt_routers`.

@@ -32,7 +32,7 @@ from hf_fusion import WEMoEConfig, WEMoEForGeneration, WEMoEModel
 from hf_fusion.evaluation.machine import machine
 from hf_fusion.models.assembly_wemoe import find_units
 from hf_fusion.models.configuration_wemoe import LOW_RANK, TASK_VECTORS
-from hf_fusion.models.linears_wemoe import rows_together
+from hf_fusion.models.linears_wemoe import rows_of_block
 
 RANK, CLASSES, PROMPT, ANSWER = 32, 100, 64, 16
 # what the project asks for, (storage or step, batch) -> most of the dense model's time
@@ -76,7 +76,7 @@ def fused(base: PreTrainedModel, head: str, experts: int, storage: str) -> Any:
         sizes: list[Any] = {
             **dict.fromkeys(LOW_RANK, low_rank),
             "sparse": [experts * (number // 10) for number in numbers],
-            "bfloat16": [rows_together(*base.get_submodule(path).weight.shape) for path in paths],
+            "bfloat16": [rows_of_block(*base.get_submodule(path).weight.shape) for path in paths],
         }.get(storage, [None] * len(paths))
         units.append({"name": name, "paths": paths, "sizes": sizes})
     config = WEMoEConfig(

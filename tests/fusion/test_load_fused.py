@@ -260,7 +260,7 @@ def test_places_of_sparse_entries_are_checked(folder_of):
     name = next(key for key in tensors if key.endswith(".index"))
     tensors[name][0] = 2**30
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    refused(folder, "index or counts name no entries")
+    refused(folder, "index or counts are out of range")
 
 
 def test_files_that_are_cut_off_missing_or_elsewhere(folder_of, tmp_path):

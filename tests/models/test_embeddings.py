@@ -190,7 +190,7 @@ def test_refusals_to_resize_give_a_reason(tokenizer):
     with pytest.raises(ValueError, match="PhatgooseForGeneration: its experts adapt the output of tokens"):
         routed.resize_token_embeddings(400)
     upscaled = WEMoEModel.from_experts(fine_tunes_of(base), base_expert(base), modules=r"lm_head$")
-    with pytest.raises(ValueError, match="WEMoEForGeneration: the output of tokens is up-scaled"):
+    with pytest.raises(ValueError, match="WEMoEForGeneration: the output embeddings are up-scaled"):
         upscaled.resize_token_embeddings(400)
 
 

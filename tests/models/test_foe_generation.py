@@ -295,7 +295,7 @@ def test_experts_that_differ_in_the_shape_of_their_answers_are_named(tokenizer):
         model.generate(**inputs, choice=CHOICE, num_return_sequences=1, return_dict_in_generate=True)
     with pytest.raises(ValueError, match="FoEForGeneration has an expert for each prompt, .* call generate"):
         model.generate_batch([[5, 9]])
-    with pytest.raises(ValueError, match="nobody can be chosen: pass choice="):
+    with pytest.raises(ValueError, match="no expert can be selected: pass choice="):
         model.generate(max_new_tokens=2)
 
 
@@ -415,9 +415,11 @@ def test_experts_with_different_tokenizers(tokenizer, tmp_path):
         # a softmax over 300 more columns of probability 0 adds up in another order
         assert torch.allclose(fused, lone, rtol=0, atol=1e-5)
     for name in ("eos_token_id", "bad_words_ids"):
-        with pytest.raises(ValueError, match=rf"{name} names tokens, .* model.config.experts\[k\]\['generation'\]"):
+        with pytest.raises(
+            ValueError, match=rf"{name} consists of token ids, .* model.config.experts\[k\]\['generation'\]"
+        ):
             model.generate(**inputs, choice=choice, **{name: [[5]]})
-    with pytest.raises(ValueError, match="tokenizer knows one tokenizer, me/one and me/two have their own"):
+    with pytest.raises(ValueError, match="tokenizer is for one tokenizer, but me/one and me/two have different ones"):
         model.generate(**inputs, choice=choice, stop_strings="a", tokenizer=tokenizer)
     with pytest.raises(ValueError, match="position_ids is for the first tokenizer: pass position_ids_1 too"):
         model.generate(**inputs, choice=choice, position_ids=inputs["attention_mask"].cumsum(1))

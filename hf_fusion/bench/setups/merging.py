@@ -48,7 +48,12 @@ class MergingSetup(TaskSetup, kind="merging"):
 
     Args:
         suite: of the kind "merging".
-        data_dir, limit, tuned_on, batch_size, device, allow_pickle: see `TaskSetup`.
+        data_dir: see `TaskSetup`.
+        limit: see `TaskSetup`.
+        tuned_on: see `TaskSetup`.
+        batch_size: see `TaskSetup`.
+        device: see `TaskSetup`.
+        allow_pickle: see `TaskSetup`.
 
     Attributes:
         merge: all experts' task vectors and heads; its backbone is what runs.
@@ -136,7 +141,9 @@ class MergingSetup(TaskSetup, kind="merging"):
 
         Args:
             model: the backbone (`Dense`), or another.
-            task, corruption, split: which rows.
+            task: whose rows.
+            corruption: of the rows.
+            split: of the rows.
             state: what the backbone shows meanwhile.
             reads: what is read of the outputs instead of what the metric needs, as it is.
         """

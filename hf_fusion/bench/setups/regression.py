@@ -42,7 +42,12 @@ class RegressionSetup(TaskSetup, kind="regression"):
 
     Args:
         suite: of the kind "regression".
-        data_dir, limit, tuned_on, batch_size, device, allow_pickle: see `TaskSetup`.
+        data_dir: see `TaskSetup`.
+        limit: see `TaskSetup`.
+        tuned_on: see `TaskSetup`.
+        batch_size: see `TaskSetup`.
+        device: see `TaskSetup`.
+        allow_pickle: see `TaskSetup`.
 
     Attributes:
         experts: one for each question; questions to the same model share it.

@@ -52,7 +52,12 @@ class RoutingSetup(TaskSetup, kind="routing"):
 
     Args:
         suite: of the kind "routing".
-        data_dir, limit, tuned_on, batch_size, device, allow_pickle: see `TaskSetup`.
+        data_dir: see `TaskSetup`.
+        limit: see `TaskSetup`.
+        tuned_on: see `TaskSetup`.
+        batch_size: see `TaskSetup`.
+        device: see `TaskSetup`.
+        allow_pickle: see `TaskSetup`.
 
     Attributes:
         experts: all of the suite, under its names.
