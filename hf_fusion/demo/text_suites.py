@@ -1,4 +1,4 @@
-"""Suites of text experts: which expert knows which classes of which data set, and which rows are whose.
+"""Suites of text experts: the classes and rows on which each expert is trained.
 
 A data set is a folder with `train.parquet` and `test.parquet` (columns text, label and, for pairs,
 text_pair). Its train rows are divided once: most train the experts, the rest is kept to fit the fuser.
@@ -26,8 +26,8 @@ class TextExpert:
     Attributes:
         name: folder name of its adapter.
         task: folder name of its data set.
-        classes: the class indices it knows, in the order of its head; None for all of them.
-        shots: with shots its head has every class, and it saw this many rows of each class not in `classes`.
+        classes: the class indices it is trained on, in the order of its head; None for all classes.
+        shots: number of training rows of each class not in `classes`; if above 0, its head has all classes.
     """
 
     name: str
@@ -38,14 +38,14 @@ class TextExpert:
 
 @dataclass(frozen=True)
 class TextSuite:
-    """Experts that are fused with each other.
+    """Experts that are fused into one model.
 
     Attributes:
-        name: what `--suite` calls it.
-        mode: the FoE mode that fuses them.
+        name: for the option `--suite`.
+        mode: of the Fusion of Experts.
         experts: its experts.
-        fit_share: share of the train rows that no expert sees: they fit the fuser.
-        fuser_hidden: widths of the fuser's hidden layers; few rows want a small fuser.
+        fit_share: share of the training rows that are held out from the experts, for fitting the fuser.
+        fuser_hidden: widths of the fuser's hidden layers; few rows need a small fuser.
     """
 
     name: str
@@ -56,12 +56,12 @@ class TextSuite:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Its data sets, each once, in order."""
+        """Its data sets, without duplicates, in order."""
         return tuple(dict.fromkeys(expert.task for expert in self.experts))
 
 
 def _partition(task: str, classes: int, groups: int) -> tuple[TextExpert, ...]:
-    """Shuffled classes dealt into equal groups: one expert per group, every class known by one expert."""
+    """One expert per group of a random partition of the classes into equal groups."""
     order = random.Random(SEED).sample(range(classes), classes)
     return tuple(
         TextExpert(f"{task}-group-{group}", task, tuple(sorted(order[group::groups]))) for group in range(groups)
@@ -69,7 +69,7 @@ def _partition(task: str, classes: int, groups: int) -> tuple[TextExpert, ...]:
 
 
 def _specialists(task: str, classes: int, shots: int) -> tuple[TextExpert, ...]:
-    """As many experts as classes: each knows two classes well, each class is known well by two experts."""
+    """One expert per class, each trained fully on two classes, so that two experts are trained on each class."""
     return tuple(
         TextExpert(f"{task}-specialist-{first}", task, (first, (first + 1) % classes), shots)
         for first in range(classes)
@@ -92,36 +92,36 @@ SUITES = {
 
 
 def splits(data_dir: str | Path, task: str, fit_share: float) -> tuple[Dataset, Dataset, Dataset]:
-    """The rows of a task: those that train experts, those that fit the fuser, and the test rows.
+    """Splits a task's rows for training experts, fitting the fuser, and testing.
 
     Args:
         data_dir: folder that holds the data sets.
         task: folder name of the data set.
-        fit_share: share of its train rows kept for the fuser, see `TextSuite`.
+        fit_share: share of its training rows for the fuser, see `TextSuite`.
 
     Returns:
         (train, fit, test), each with columns text, label and, for pairs, text_pair.
 
     Raises:
-        FusionError: the data set is not there.
+        FusionError: the data set does not exist.
     """
     return divide(stored_parts(data_dir, task), "train", fit_share)
 
 
-def known_rows(rows: Dataset, expert: TextExpert) -> Dataset:
-    """The rows an expert is trained on, labelled with the class indices of its own head."""
+def training_rows(rows: Dataset, expert: TextExpert) -> Dataset:
+    """The rows on which an expert is trained, labelled with the class indices of its head."""
     from datasets import ClassLabel
 
     if expert.classes is None:
         return rows
     if expert.shots:
-        seen: Counter[int] = Counter()
-        kept = []
+        counts: Counter[int] = Counter()
+        selected = []
         for row, label in enumerate(rows["label"]):
-            seen[label] += 1
-            if label in expert.classes or seen[label] <= expert.shots:
-                kept.append(row)
-        return rows.select(kept)
+            counts[label] += 1
+            if label in expert.classes or counts[label] <= expert.shots:
+                selected.append(row)
+        return rows.select(selected)
     index = {label: row for row, label in enumerate(expert.classes)}
     names = [rows.features["label"].names[label] for label in expert.classes]
     rows = rows.select([row for row, label in enumerate(rows["label"]) if label in index])

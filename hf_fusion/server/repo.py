@@ -63,7 +63,7 @@ class File:
 
 @dataclass
 class Change:
-    """What a commit asks for: paths to blob ids (None deletes), folders to delete."""
+    """The changes of a commit: path → id of the blob with its new content (None deletes), and folders to delete."""
 
     files: dict[str, str | None] = field(default_factory=dict)
     deleted_folders: list[str] = field(default_factory=list)
@@ -89,21 +89,21 @@ class Repo:
         self.name = name
         self.path = path
         self.scratch = scratch
-        self.summary: object = None  # what `summaries` derived last
+        self.summary: object = None  # cache of `summaries`
         self._lock = threading.Lock()
         self._counting = threading.Lock()
         self._head: str | None = None
         self._downloads: int | None = None
         self.settings: dict[str, Any] = json.loads((path / "hub.json").read_bytes())
         if not isinstance(self.settings, dict) or not isinstance(self.settings.get("created"), str):
-            raise ValueError("hub.json does not hold a repo's settings")
+            raise ValueError("hub.json does not contain a repo's settings")
 
     @staticmethod
     def create(kind: str, name: str, path: Path, scratch: Path, settings: dict[str, Any], author: str) -> Repo:
-        """Makes a repo with one commit on main, complete before it appears under ``path``.
+        """Creates a repo with one commit on main; it appears at ``path`` only when it is complete.
 
         Raises:
-            FileExistsError: there is one already.
+            FileExistsError: the repo exists already.
         """
         draft = scratch / f"new-{time.time_ns()}-{threading.get_ident()}"
         try:
@@ -139,18 +139,18 @@ class Repo:
             changed = {**self.settings, **values}
             self._write("hub.json", json.dumps(changed).encode())
             sync_folder(self.path)
-            self.settings = changed  # only now: a write that failed has changed nothing
+            self.settings = changed  # last, so that a failed write changes nothing
 
     def count_download(self) -> None:
-        """Adds one; the counter is the length of a file, which is never rewritten."""
-        with self._counting, suppress(OSError):  # on a full disk files are still to be had
+        """Adds one to the counter, which is the length of a file that is only appended to."""
+        with self._counting, suppress(OSError):  # downloads still work on a full disk
             with (self.path / "downloads").open("ab") as file:
                 file.write(b".")
             self._downloads = None if self._downloads is None else self._downloads + 1
 
     @property
     def downloads(self) -> int:
-        """Downloads since the repo exists."""
+        """Number of downloads since the repo was created."""
         with self._counting:
             if self._downloads is None:
                 self._downloads = size_of(self.path / "downloads") or 0
@@ -171,13 +171,13 @@ class Repo:
             return self._head
 
     def refs(self, prefix: str) -> dict[str, str]:
-        """Names under ``refs/<prefix>/`` and the commits they lead to, sorted."""
+        """Names under ``refs/<prefix>/``, sorted, and the commits they point to."""
         names = sorted(files_below(self.path / "refs" / prefix, MAX_DEPTH))
-        found = {name: self._read_ref(f"refs/{prefix}/{name}") for name in names}
-        return {name: sha for name, sha in found.items() if sha}
+        shas = {name: self._read_ref(f"refs/{prefix}/{name}") for name in names}
+        return {name: sha for name, sha in shas.items() if sha}
 
     def _read_ref(self, ref: str) -> str | None:
-        """The commit a full ref name leads to, through an annotated tag if need be."""
+        """The commit that a full ref name points to, also through an annotated tag; None if there is no such ref."""
         try:
             sha = (self.path / ref).read_text().strip()
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
@@ -195,7 +195,7 @@ class Repo:
             check_ref(revision)
         except HubError:
             raise revision_not_found(revision) from None
-        if SHA.fullmatch(revision):  # always a commit: no branch of that name can stand before it
+        if SHA.fullmatch(revision):  # always a commit: refs cannot have such names
             candidates, shas = [], [revision]
         else:
             branch, tag = f"refs/heads/{revision}", f"refs/tags/{revision}"
@@ -203,24 +203,24 @@ class Repo:
         for ref in candidates:
             if sha := self._read_ref(ref):
                 return sha
-        shas = shas or self._starting_with(revision)
+        shas = shas or self._ids_starting_with(revision)
         commits = [sha for sha in shas if isinstance(self.object(sha), Commit)]
         if len(commits) == 1:
             return commits[0]
         raise revision_not_found(revision)
 
-    def _starting_with(self, start: str) -> list[str]:
-        """Ids of all objects that start so; none for less than seven characters, which say too little."""
+    def _ids_starting_with(self, start: str) -> list[str]:
+        """Ids of all objects that begin with `start`; none if it is shorter than seven characters."""
         if not SHORT_SHA.fullmatch(start):
             return []
-        found = (self.path / "objects" / start[:2]).glob(f"{start[2:]}*")
-        return [start[:2] + path.name for path in found]
+        paths = (self.path / "objects" / start[:2]).glob(f"{start[2:]}*")
+        return [start[:2] + path.name for path in paths]
 
     def create_ref(self, prefix: str, name: str, sha: str, message: str | None = None, author: str = "") -> None:
-        """Makes a branch (prefix "heads") or a tag ("tags", annotated where a message is given).
+        """Creates a branch (prefix "heads") or a tag (prefix "tags", annotated if there is a message).
 
         Raises:
-            HubError: 409 if it exists.
+            HubError: 409 if the name exists or conflicts with another.
         """
         check_new_ref(name)
         with self._lock:
@@ -242,7 +242,7 @@ class Repo:
         """Removes a branch or a tag.
 
         Raises:
-            HubError: 404 if there is none; 403 for main.
+            HubError: 404 if it does not exist; 403 for main.
         """
         check_ref(name)
         if (prefix, name) == ("heads", "main"):
@@ -272,18 +272,18 @@ class Repo:
         return DiskObjectStore(self.path / "objects")
 
     def object(self, sha: str) -> ShaFile | None:
-        """Any git object, or None."""
+        """A git object of any type, or None if there is no such object."""
         try:
             return self._objects[ObjectID(sha.encode())]
         except KeyError:
             return None
 
     def add_blob(self, data: bytes) -> str:
-        """Stores a file's content and gives back its id."""
+        """Stores a file's content and returns its id."""
         return self._add(Blob.from_string(data))
 
     def add_object(self, obj: ShaFile) -> None:
-        """What dulwich's `commit_tree` calls for each tree."""
+        """Stores a tree; dulwich's `commit_tree` calls this."""
         self._add(obj)
 
     def _add(self, obj: ShaFile) -> str:
@@ -294,10 +294,10 @@ class Repo:
         return sha
 
     def add_large(self, incoming: IncomingFile, sha256: str, size: int | None = None) -> None:
-        """Keeps a large file that has arrived.
+        """Stores an uploaded large file.
 
         Raises:
-            HubError: 400 if it is not what was announced.
+            HubError: 400 if its sha256 or size differs from what was announced.
         """
         try:
             incoming.publish(self.large_path(sha256), self.path, sha256, size)
@@ -305,7 +305,7 @@ class Repo:
             raise repo_not_found(self.name) from None
 
     def large_path(self, sha256: str) -> Path:
-        """Where a large file lies, or will lie."""
+        """The path of a large file, which need not exist yet; 400 for what is not a sha256."""
         if not SHA256.fullmatch(sha256):
             raise HubError(400, f"{sha256!r} is not a sha256")
         return self.path / "lfs" / sha256[:2] / sha256[2:4] / sha256
@@ -313,7 +313,7 @@ class Repo:
     # --- commits ---------------------------------------------------------------------------------------------
 
     def commit_object(self, sha: str) -> Commit:
-        """The commit of that sha, which `resolve` gave."""
+        """The commit of a sha that `resolve` returned."""
         commit = self.object(sha)
         if not isinstance(commit, Commit):
             raise revision_not_found(sha)
@@ -344,14 +344,14 @@ class Repo:
             raise entry_not_found(path, sha) from None
 
     def read(self, file: File) -> bytes:
-        """The content of a file that is not large; the pointer of one that is."""
+        """The content of a file; for a large file, its pointer."""
         return self.blob(file.oid)
 
     def blob(self, oid: str) -> bytes:
         """The content of a blob."""
         blob = self.object(oid)
         if not isinstance(blob, Blob):
-            raise repo_not_found(self.name)  # deleted meanwhile: a commit never names what is not there
+            raise repo_not_found(self.name)  # deleted meanwhile: commits only name existing blobs
         return blob.as_raw_string()
 
     def tree_id(self, sha: str, folder: str) -> str:
@@ -364,17 +364,17 @@ class Repo:
         return tree.id.decode()
 
     def last_commits(self, sha: str) -> dict[str, Commit]:
-        """For each path, and each folder, of a commit: the commit that last changed it."""
+        """The commit that last changed each file and folder of a commit, by path."""
         last: dict[str, Commit] = {}
-        wanted = self.files(sha)
+        files = self.files(sha)
         for commit in self.log(sha):
-            parent = self.files(commit.parents[0].decode()) if commit.parents else {}
-            here = self.files(commit.id.decode())
-            for path in wanted:
-                if path in here and here[path] != parent.get(path):
+            before = self.files(commit.parents[0].decode()) if commit.parents else {}
+            after = self.files(commit.id.decode())
+            for path in files:
+                if path in after and after[path] != before.get(path):
                     for name in (path, *_parents(path)):
                         last.setdefault(name, commit)
-            if len(last) == len(wanted) + len({p for w in wanted for p in _parents(w)}):
+            if len(last) == len(files) + len({parent for path in files for parent in _parents(path)}):
                 break
         return last
 
@@ -394,11 +394,11 @@ class Repo:
 
         Args:
             branch: branch name or ``refs/pr/N``.
-            change: what to do; its blobs are stored already.
+            change: the changes; their blobs are stored already.
             summary: first line of the message.
-            description: the rest of it.
+            description: the rest of the message.
             author: user name.
-            parent: the commit the client built on; None means "whatever is there".
+            parent: the commit that the client started from; None for the branch's newest.
             first: the branch does not exist yet.
             pull_request: leave the branch alone and open a pull request.
 
@@ -406,7 +406,7 @@ class Repo:
             The new commit's sha and the number of the pull request, if one was opened.
 
         Raises:
-            HubError: 412 if the branch moved on from ``parent``; 400 for a change that cannot be applied.
+            HubError: 412 if the branch is no longer at ``parent``; 400 for a change that cannot be applied.
         """
         ref = branch if branch.startswith("refs/") else f"refs/heads/{branch}"
         with self._lock:
@@ -442,7 +442,7 @@ def _apply(files: dict[str, str], change: Change) -> dict[str, str]:
     """The files after a change.
 
     Raises:
-        HubError: 400 where a file would have to be a folder too, or a deleted path is missing.
+        HubError: 400 if a path would be a file and a folder at once, or a deleted path does not exist.
     """
     result = dict(files)
     for folder in change.deleted_folders:
@@ -474,19 +474,20 @@ def _parents(path: str) -> list[str]:
 
 @lru_cache(maxsize=1024)
 def _files(repo: Repo, sha: str) -> dict[str, File]:
-    """A commit never changes, so its listing is kept."""
+    """The files of a commit, cached since a commit never changes."""
     entries = iter_tree_contents(repo._objects, repo.commit_object(sha).tree)
-    found = (_describe(repo, entry.path.decode(), entry.sha.decode()) for entry in entries)
-    return {file.path: file for file in sorted(found, key=lambda f: f.path)}
+    files = (_read_file(repo, entry.path.decode(), entry.sha.decode()) for entry in entries)
+    return {file.path: file for file in sorted(files, key=lambda file: file.path)}
 
 
-def _describe(repo: Repo, path: str, oid: str) -> File:
+def _read_file(repo: Repo, path: str, oid: str) -> File:
     size, sha256, pointer_size = _blob_facts(repo, oid)
     return File(path, oid, size, sha256, pointer_size)
 
 
 @lru_cache(maxsize=1 << 16)
 def _blob_facts(repo: Repo, oid: str) -> tuple[int, str | None, int]:
+    """Size of a file, and for a large one its sha256 and the size of its pointer."""
     data = repo.blob(oid)
     if match := POINTER.fullmatch(data):
         return int(match[2]), match[1].decode(), len(data)

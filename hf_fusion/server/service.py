@@ -1,4 +1,4 @@
-"""Starting and stopping the Hub: in a thread for tests and the demo, blocking for the command line."""
+"""Starts and stops the Hub: in a thread for tests and the demo, blocking for the command line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class HubServer:
     """The embedded Hub in a thread of this process.
 
     Args:
-        root: folder that holds everything; created if missing.
+        root: the Hub's folder; created if missing.
         host: address to listen on.
         port: 0 for any free one.
     """
@@ -44,12 +44,12 @@ class HubServer:
 
     @property
     def endpoint(self) -> str:
-        """Where clients find it, as `HfApi(endpoint=…)` and HF_ENDPOINT take it."""
+        """The server's URL, for `HfApi(endpoint=…)` and HF_ENDPOINT."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"
 
     def token(self, user: str) -> str:
-        """A fresh token for ``user``, who is created if new."""
+        """Creates a token for a user, who is created if new."""
         return self._users.new_token(user)
 
     def org(self, name: str, members: list[str]) -> None:
@@ -57,10 +57,13 @@ class HubServer:
         self._users.new_org(name, members)
 
     def start(self) -> HubServer:
-        """Start the server; it accepts requests when this returns.
+        """Starts the server; it accepts requests when this returns.
+
+        Returns:
+            This server.
 
         Raises:
-            FusionError: folder or port are taken.
+            FusionError: the folder or the port is in use.
         """
         listener = self._open()
         assert self._server is not None
@@ -73,7 +76,7 @@ class HubServer:
         return self
 
     def stop(self) -> None:
-        """Finishes the requests under way and stops; does nothing when it does not run."""
+        """Finishes running requests and stops; does nothing if the server is not running."""
         if self._server is not None:
             self._server.should_exit = True
         if self._thread is not None:
@@ -81,7 +84,7 @@ class HubServer:
         self._close()
 
     def run(self, on_ready: Callable[[str], None] | None = None) -> None:
-        """Answers requests in this thread until interrupted; ``on_ready`` gets the endpoint once it listens."""
+        """Serves in this thread until interrupted; ``on_ready`` is called with the endpoint once the server listens."""
         listener = self._open()
         assert self._server is not None
         try:
@@ -102,7 +105,7 @@ class HubServer:
             raise FusionError(
                 f"cannot listen on {self.host} port {self.port}: {error.strerror}", hint="choose another: --port 0"
             ) from error
-        # Accepted connections inherit it; asyncio does not see that this is TCP, and each answer would wait 40 ms.
+        # Accepted connections inherit it. asyncio does not set it here, and each response would take 40 ms longer.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.port = listener.getsockname()[1]
         config = uvicorn.Config(
@@ -144,18 +147,23 @@ def serve(
         on_ready: called with the endpoint once it listens.
 
     Raises:
-        FusionError: folder or port are taken.
+        FusionError: the folder or the port is in use.
     """
     HubServer(root, host, port).run(on_ready)
 
 
 def add_user(root: Path | str, name: str) -> str:
-    """A fresh token for user ``name`` of the Hub in ``root``, created if new; works beside a running server.
+    """Creates a token for a user of a Hub folder, also while a server uses the folder.
 
-    The token is shown this once: the folder only holds its hash.
+    Args:
+        root: the Hub's folder.
+        name: of the user, who is created if new.
+
+    Returns:
+        The token. Only its hash is stored, so it cannot be shown again.
 
     Raises:
-        FusionError: the folder holds something else than a Hub.
+        FusionError: the folder is not a Hub's.
     """
     refuse_foreign(Path(root))
     return Users(Path(root)).new_token(name)

@@ -1,4 +1,4 @@
-"""The Hub's folder: all repos, found by kind and name; nothing in here trusts a name from a client.
+"""The Hub's folder with all repos, found by kind and name. Names from clients are checked before they become paths.
 
 ::
 
@@ -29,33 +29,34 @@ from hf_fusion.server.repo import Repo
 from hf_fusion.server.users import NAME, Users
 
 logger = logging.getLogger(__name__)
-_OURS = ("users.json", "repos", "server.lock")  # by what a folder is known to be a Hub's
+_HUB_ENTRIES = ("users.json", "repos", "server.lock")  # a folder with one of these is a Hub's
 KINDS = ("models", "datasets", "spaces")
-# First parts of the Hub's own addresses; an account of that name could not be reached.
+# First parts of the Hub's routes; an account with such a name could not be reached.
 RESERVED = frozenset({"api", "models", "datasets", "spaces", "collections", "static", "xet", "lfs", "favicon.ico"})
 REPO_NAME = re.compile(rf"{NAME.pattern}/{NAME.pattern}", re.ASCII)
 
 
 def refuse_foreign(root: Path) -> None:
-    """Refuse a folder that holds other files than a Hub's: some of theirs would be emptied, or served.
+    """Refuses a folder with files that are not a Hub's, since the Hub empties and serves its folder.
 
     Raises:
-        FusionError: naming it.
+        FusionError: the folder is not empty and not a Hub's; the message names it.
     """
-    if root.is_dir() and any(root.iterdir()) and not any((root / name).exists() for name in _OURS):
+    if root.is_dir() and any(root.iterdir()) and not any((root / name).exists() for name in _HUB_ENTRIES):
         raise FusionError(
-            f"{root} holds other files, and no Hub", hint="name an empty folder, or one that does not exist yet"
+            f"{root} contains files, but is not a Hub's folder",
+            hint="name an empty folder, or one that does not exist yet",
         )
 
 
 class Store:
-    """All repos of one Hub folder. One process at a time may hold it.
+    """All repos of one Hub folder, which only one process at a time can open.
 
     Args:
         root: the folder; created if missing.
 
     Raises:
-        FusionError: another server holds the folder, or it holds something else.
+        FusionError: another server uses the folder, or it is not a Hub's.
     """
 
     def __init__(self, root: Path) -> None:
@@ -64,11 +65,11 @@ class Store:
         with writing(root):
             self.root.mkdir(parents=True, exist_ok=True)
             refuse_foreign(self.root)
-            self._hold = (self.root / "server.lock").open("w")
+            self._lock_file = (self.root / "server.lock").open("w")
         try:
-            fcntl.flock(self._hold, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            self._hold.close()
+            self._lock_file.close()
             raise FusionError(
                 f"another Hub serves {root}", hint="stop it, or serve another folder: hf-fusion hub serve DIR"
             ) from None
@@ -77,7 +78,7 @@ class Store:
             with writing(root):
                 self.scratch.mkdir(exist_ok=True)
         except FusionError:
-            self._hold.close()
+            self._lock_file.close()
             raise
         self.users = Users(self.root)
         self.collections = Collections(self.root, self.scratch)
@@ -85,42 +86,42 @@ class Store:
         self._repos = {kind: dict(self._scan(kind)) for kind in KINDS}
 
     def close(self) -> None:
-        """Lets the folder go."""
-        self._hold.close()
+        """Releases the folder for other processes."""
+        self._lock_file.close()
 
     def _scan(self, kind: str) -> Iterator[tuple[str, Repo]]:
         for path in sorted((self.root / "repos" / kind).glob("*/*.git")):
             name = f"{path.parent.name}/{path.stem}"
             try:
                 repo = Repo(kind, name, path, self.scratch)
-            except (OSError, ValueError) as error:  # one damaged repo must not keep the others from being served
+            except (OSError, ValueError) as error:  # the other repos must still be served
                 self._quarantine(kind, name, path, error)
             else:
                 yield name.lower(), repo
 
     def _quarantine(self, kind: str, name: str, path: Path, error: Exception) -> None:
-        """Sets a repo aside whose settings cannot be read; nothing of it is deleted."""
-        aside = self.root / "quarantine" / f"{kind}-{name.replace('/', '-')}-{time.time_ns()}.git"
-        aside.parent.mkdir(exist_ok=True)
-        path.rename(aside)
-        logger.warning("%s %s cannot be read (%s) and was set aside as %s", kind, name, error, aside)
+        """Moves a repo whose settings cannot be read out of the way; nothing is deleted."""
+        target = self.root / "quarantine" / f"{kind}-{name.replace('/', '-')}-{time.time_ns()}.git"
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
+        logger.warning("%s %s cannot be read (%s) and was moved to %s", kind, name, error, target)
 
     def _path(self, kind: str, name: str) -> Path:
-        """Where a repo lies. Every name that becomes a path passes here.
+        """The folder of a repo; checks the name, and is the only way in which a name becomes a path.
 
         Raises:
-            HubError: 400 for a name that is none.
+            HubError: 400 for an invalid name.
         """
-        owner, _, own = name.partition("/")
+        owner, _, repo_name = name.partition("/")
         if (
             kind not in KINDS
             or not REPO_NAME.fullmatch(name)
-            or max(len(owner), len(own)) > 96
-            or own.endswith((".git", "."))
+            or max(len(owner), len(repo_name)) > 96
+            or repo_name.endswith((".git", "."))
             or owner.lower() in RESERVED
         ):
             raise HubError(400, f"{name!r} is not a repo name: owner/name with letters, digits, '-', '_', '.'")
-        return self.root / "repos" / kind / owner / f"{own}.git"
+        return self.root / "repos" / kind / owner / f"{repo_name}.git"
 
     def all(self, kind: str) -> list[Repo]:
         """Every repo of a kind."""
@@ -138,14 +139,14 @@ class Store:
             raise repo_not_found(name) from None
 
     def holds(self, repo: Repo) -> bool:
-        """The repo is still there: neither deleted nor moved, nor replaced by another of its name."""
+        """Whether a repo still exists: not deleted, moved, or replaced by another of its name."""
         return self._repos[repo.kind].get(repo.name.lower()) is repo
 
     def create(self, kind: str, name: str, author: str, settings: dict[str, Any]) -> Repo:
-        """Makes a repo.
+        """Creates a repo.
 
         Raises:
-            FileExistsError: there is one of that name.
+            FileExistsError: the name is taken.
         """
         path = self._path(kind, name)
         with self._lock:
@@ -156,18 +157,18 @@ class Store:
         return repo
 
     def delete(self, repo: Repo) -> None:
-        """Removes a repo: first from sight in one step, then from disk."""
+        """Deletes a repo: it disappears in one step, then its files are removed."""
         with self._lock:
             doomed = self.scratch / f"deleted-{time.time_ns()}"
             repo.path.rename(doomed)
-            self._repos[repo.kind].pop(repo.name.lower(), None)  # only now: what cannot be renamed stays in sight
+            self._repos[repo.kind].pop(repo.name.lower(), None)  # last, so that the repo stays if renaming fails
         remove_tree(doomed)
 
     def move(self, repo: Repo, name: str) -> Repo:
-        """Gives a repo another name.
+        """Renames a repo.
 
         Raises:
-            HubError: 409 if that is taken.
+            HubError: 409 if the new name is taken.
         """
         path = self._path(repo.kind, name)
         with self._lock:

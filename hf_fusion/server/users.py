@@ -22,13 +22,13 @@ NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.))*", re.ASCII)
 
 @dataclass(frozen=True)
 class User:
-    """Who asks: a name and the organisations it belongs to."""
+    """The user of a request: a name and the organisations it belongs to."""
 
     name: str
     orgs: tuple[str, ...] = ()
 
     def owns(self, namespace: str) -> bool:
-        """May write to repos of this namespace."""
+        """Whether the user may write to repos of a namespace."""
         return namespace == self.name or namespace in self.orgs
 
 
@@ -57,14 +57,15 @@ class Users:
 
     @contextmanager
     def _change(self) -> Iterator[dict[str, dict[str, Any]]]:
-        draft = self._path.with_suffix(".new")  # one writer at a time holds the lock
-        with writing(self._path), ExitStack() as held:
+        """Yields the accounts for changes, under a lock, and saves them atomically."""
+        draft = self._path.with_suffix(".new")
+        with writing(self._path), ExitStack() as stack:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            lock = held.enter_context(self._path.with_suffix(".lock").open("w"))
+            lock = stack.enter_context(self._path.with_suffix(".lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
             accounts = json.loads(self._path.read_bytes()) if self._path.exists() else {}
             yield accounts
-            held.callback(draft.unlink, missing_ok=True)
+            stack.callback(draft.unlink, missing_ok=True)
             with draft.open("w") as file:
                 draft.chmod(0o600)
                 json.dump(accounts, file, indent=1)
@@ -74,7 +75,7 @@ class Users:
             sync_folder(self._path.parent)
 
     def new_token(self, name: str) -> str:
-        """A fresh token for ``name``, which is created if new. The token is shown this once only."""
+        """Creates a token for a user, who is created if new. Only its hash is stored, so it cannot be shown again."""
         _check_name(name)
         token = "hf_" + secrets.token_urlsafe(30).replace("_", "x").replace("-", "y")
         with self._change() as accounts:
@@ -86,8 +87,8 @@ class Users:
 
     def new_org(self, name: str, members: list[str]) -> None:
         """Creates an organisation, or adds members to it; unknown members are created."""
-        for each in (name, *members):
-            _check_name(each)
+        for account_name in (name, *members):
+            _check_name(account_name)
         with self._change() as accounts:
             if accounts.setdefault(name, {"type": "org"})["type"] != "org":
                 raise FusionError(f"{name} is a user, not an organisation", hint="choose another name")
@@ -97,7 +98,7 @@ class Users:
                     account["orgs"].append(name)
 
     def by_token(self, token: str) -> User | None:
-        """The user a token belongs to."""
+        """The user that a token belongs to, or None."""
         digest = _digest(token)
         for name, account in self._load().items():
             if digest in account.get("tokens", ()):
@@ -105,16 +106,16 @@ class Users:
         return None
 
     def exists(self, name: str) -> bool:
-        """A user or organisation of that name is there."""
+        """Whether there is a user or organisation of that name."""
         return name in self._load()
 
     def members(self, org: str) -> list[str]:
-        """Users that belong to an organisation."""
+        """Names of the users that belong to an organisation."""
         return [name for name, account in self._load().items() if org in account.get("orgs", ())]
 
 
 def _digest(token: str) -> str:
-    return hashlib.sha256(token.encode(errors="surrogatepass")).hexdigest()  # a header may hold anything
+    return hashlib.sha256(token.encode(errors="surrogatepass")).hexdigest()  # a header may contain any bytes
 
 
 def _check_name(name: str) -> None:
