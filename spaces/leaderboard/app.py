@@ -1,4 +1,4 @@
-"""A leaderboard of FusionBench: every way to fuse on every suite, with intervals, costs, recipes and commands.
+"""A leaderboard of FusionBench: all fusion methods on all suites, with intervals, costs, recipes and commands.
 
     RESULTS_DATASET=owner/name python app.py
 
@@ -27,7 +27,7 @@ FOLDER = Path(__file__).parent
 RESULTS_FILE = os.environ.get("RESULTS_FILE") or str(FOLDER / FILE)
 RESULTS_DATASET = os.environ.get("RESULTS_DATASET", "")
 RESULTS_REVISION = os.environ.get("RESULTS_REVISION") or None
-REFRESH = 300  # seconds after which results are looked for again
+REFRESH = 300  # seconds after which the results are read again
 
 
 @lru_cache(maxsize=1)
@@ -36,29 +36,29 @@ def _read(_: int) -> list[Suite]:
 
 
 def suites() -> list[Suite]:
-    """What was measured."""
+    """The measured suites."""
     return _read(int(time.time() // REFRESH))
 
 
 def show(query: str) -> str:
-    """The page of an address, or why there is none."""
+    """The page of an address, or a message if there are no results."""
     try:
-        found = suites()
+        measured = suites()
     except EmptyError as error:
         return page.empty(str(error))
     except BrokenError as error:
         logger.error("%s", error)
         return page.broken(str(error))
-    return page.header(found) + page.board(found, query)
+    return page.header(measured) + page.board(measured, query)
 
 
 def opened(request: gr.Request) -> str:
-    """The page of the address that a visitor came by."""
+    """The page of the address that a visitor opened."""
     return show(f"?{request.query_params}")
 
 
 def chosen(event: gr.EventData) -> str:
-    """The page of the address that was gone to."""
+    """The page of the address that a visitor went to."""
     query = event._data.get("query") if isinstance(event._data, dict) else None
     return show(query if isinstance(query, str) else "")
 
@@ -67,10 +67,10 @@ def table(query: str = "") -> str:
     """A table of the leaderboard as CSV.
 
     Args:
-        query: of the page's address, "?suite=minilm-8&show=cost": everything behind the question mark.
+        query: of the page's address, such as "?suite=minilm-8&show=cost".
 
     Returns:
-        The table that the page shows there: all digits, intervals in columns of their own, reasons last.
+        The table at that address, with all digits, intervals in separate columns, and reasons in the last one.
     """
     try:
         view, suite = View.from_query(query, suites())
@@ -94,5 +94,5 @@ def build() -> gr.Blocks:
 demo = build()
 
 if __name__ == "__main__":
-    # not rendered on a server of its own: that one would take the history, which is the page's
+    # without server-side rendering, which would take over the browser's history that board.js uses
     launch(demo, FOLDER / "style.css", ssr_mode=False)

@@ -1,4 +1,4 @@
-"""`leaderboard.json`, as `hf-fusion bench report` writes it: from where it comes, and what is in it, checked."""
+"""Reads and checks `leaderboard.json`, which `hf-fusion bench report` writes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILE = "leaderboard.json"
 ALL, CLEAN = "all", "clean"
 HELD_IN, HELD_OUT = "held-in", "held-out"
 FLOOR, FUSED, CEILING = "floor", "fused", "ceiling"
-LOWER = frozenset({"perplexity", "absolute_error", "angle"})  # less is better, on a scale of their own
+LOWER = frozenset({"perplexity", "absolute_error", "angle"})  # less is better; not a share
 
 
 class EmptyError(Exception):
@@ -24,12 +24,12 @@ class EmptyError(Exception):
 
 
 class BrokenError(Exception):
-    """There are results that cannot be read; the message says what and where."""
+    """The results cannot be read; the message says what is wrong and where."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """A mean with its 95 % interval; or, with `score` None, why there is none."""
+    """A mean with its 95 % interval; with `score` None, the reason why there is no score."""
 
     score: float | None
     ci95: tuple[float, float] | None = None
@@ -42,7 +42,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Task:
-    """A task of a suite; `group` as when all experts are fused."""
+    """A task of a suite; `group` is its group when all experts are fused."""
 
     name: str
     metric: str
@@ -57,7 +57,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Row:
-    """One method in one variant on one split, as `hf_fusion.bench.report.summarise` has it."""
+    """One method in one variant on one split, see `MethodSummary` in hf_fusion/bench/summary.py."""
 
     method: str
     variant: str
@@ -85,13 +85,13 @@ class Row:
 
     @property
     def key(self) -> str:
-        """What it is called in links."""
+        """Its name in links."""
         return f"{self.method}.{self.variant}"
 
     @property
     def is_measured(self) -> bool:
-        """Whether it has any score; what was left out or failed has none."""
-        return any(own.score is not None for scores in self.scores.values() for own in scores.values())
+        """Whether it has any score, rather than only reasons why there is none."""
+        return any(score.score is not None for scores in self.scores.values() for score in scores.values())
 
     @property
     def full_title(self) -> str:
@@ -101,7 +101,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Suite:
-    """What was measured of one suite, in the order in which tables show it."""
+    """The results of one suite, in the order of its tables."""
 
     name: str
     title: str
@@ -114,11 +114,11 @@ class Suite:
 
     def tasks_of(self, split: str, group: str) -> list[Task]:
         """The tasks of a group in a split."""
-        own = self.groups.get(split, {}).get(group, ())
-        return [task for task in self.tasks if task.name in own]
+        names = self.groups.get(split, {}).get(group, ())
+        return [task for task in self.tasks if task.name in names]
 
     def main_group(self, split: str) -> str:
-        """The group that a split is judged by: what was fused, where that was measured."""
+        """The group whose mean ranks the methods of a split: held-in tasks, if any were measured."""
         return HELD_IN if self.tasks_of(split, HELD_IN) else HELD_OUT
 
     def is_lower(self, tasks: list[Task]) -> bool:
@@ -126,14 +126,14 @@ class Suite:
         return any(task.is_lower for task in tasks)
 
 
-# ---------------------------------------------------------------- where it comes from
+# ---------------------------------------------------------------- reading
 
 
 def read(path: str, dataset: str, revision: str | None) -> list[Suite]:
     """The suites of a file, or of a data set of the Hub.
 
     Args:
-        path: of the file; a file that is there goes first.
+        path: of the file; if it exists, it is read rather than the data set.
         dataset: id of a data set with a `leaderboard.json`, or "".
         revision: of the data set; None for the newest commit.
 
@@ -144,117 +144,117 @@ def read(path: str, dataset: str, revision: str | None) -> list[Suite]:
     where = path
     if not Path(path).is_file():
         if not dataset:
-            raise EmptyError(f"There is no file {Path(path).name}, and RESULTS_DATASET names no data set.")
+            raise EmptyError(f"There is no file {Path(path).name}, and RESULTS_DATASET is not set.")
         where = f"{FILE} of {dataset}"
         try:
             path = hf_hub_download(dataset, FILE, repo_type="dataset", revision=revision)
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise BrokenError(f"{where} could not be fetched: {str(error).strip().splitlines()[0]}") from error
     try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise BrokenError(f"{Path(where).name if where == path else where} is no JSON: {error}") from error
-    suites = parse(given)
+        raise BrokenError(f"{Path(where).name if where == path else where} is not JSON: {error}") from error
+    suites = parse(content)
     if not any(suite.rows for suite in suites):
         raise EmptyError(f"{Path(where).name if where == path else where} is there, but nothing was measured.")
     return suites
 
 
-# ---------------------------------------------------------------- what is in it
+# ---------------------------------------------------------------- checking
 
 NUMBER = (int, float)
 
 
-def parse(given: Any) -> list[Suite]:
-    """A summary as dataclasses.
+def parse(content: Any) -> list[Suite]:
+    """The suites with results in the content of a file.
 
     Raises:
-        BrokenError: something is missing or is of another kind than it should be; with its place.
+        BrokenError: a value is missing or of the wrong type; the message says where.
     """
-    suites = _get(_kind(given, dict, "the file"), "suites", list, "the file")
-    found = [_suite(_kind(suite, dict, f"suites[{i}]"), f"suites[{i}]") for i, suite in enumerate(suites)]
-    return [suite for suite in found if suite.rows]
+    plain = _get(_kind(content, dict, "the file"), "suites", list, "the file")
+    suites = [_suite(_kind(suite, dict, f"suites[{i}]"), f"suites[{i}]") for i, suite in enumerate(plain)]
+    return [suite for suite in suites if suite.rows]
 
 
-def _suite(given: dict[str, Any], at: str) -> Suite:
-    words = {key: _get(given, key, str, at) for key in ("name", "title", "kind")}
+def _suite(content: dict[str, Any], at: str) -> Suite:
+    texts = {key: _get(content, key, str, at) for key in ("name", "title", "kind")}
     tasks, rows = (
-        [_kind(own, dict, f"{at}.{key}[{i}]") for i, own in enumerate(_get(given, key, list, at))]
+        [_kind(item, dict, f"{at}.{key}[{i}]") for i, item in enumerate(_get(content, key, list, at))]
         for key in ("tasks", "rows")
     )
     return Suite(
-        **words,
+        **texts,
         tasks=tuple(_task(task, f"{at}.tasks[{i}]") for i, task in enumerate(tasks)),
-        conditions=_texts(given, "conditions", at),
-        splits=_texts(given, "splits", at),
+        conditions=_texts(content, "conditions", at),
+        splits=_texts(content, "splits", at),
         rows=tuple(_row(row, f"{at}.rows[{i}]") for i, row in enumerate(rows)),
         groups={
-            split: {group: _texts(own, group, f"{at}.groups.{split}") for group in own}
-            for split, own in _each(_get(given, "groups", dict, at), dict, f"{at}.groups").items()
+            split: {group: _texts(groups, group, f"{at}.groups.{split}") for group in groups}
+            for split, groups in _each(_get(content, "groups", dict, at), dict, f"{at}.groups").items()
         },
     )
 
 
-def _task(given: dict[str, Any], at: str) -> Task:
-    name, metric, group = (_get(given, key, str, at) for key in ("name", "metric", "group"))
-    return Task(name, metric, _get(given, "n", int, at), group)
+def _task(content: dict[str, Any], at: str) -> Task:
+    name, metric, group = (_get(content, key, str, at) for key in ("name", "metric", "group"))
+    return Task(name, metric, _get(content, "n", int, at), group)
 
 
-def _row(given: dict[str, Any], at: str) -> Row:
-    words = ("method", "variant", "title", "family", "part", "section", "split", "command", "machine")
+def _row(content: dict[str, Any], at: str) -> Row:
+    texts = ("method", "variant", "title", "family", "part", "section", "split", "command", "machine")
     numbers = ("cost", "stored", "active", "fuse_cpu_seconds", "seconds", "peak_bytes")
-    if (part := _get(given, "part", str, at)) not in (FLOOR, FUSED, CEILING):
-        raise BrokenError(f"{at}.part is {part!r}; it can be floor, fused or ceiling")
+    if (part := _get(content, "part", str, at)) not in (FLOOR, FUSED, CEILING):
+        raise BrokenError(f"{at}.part is {part!r}; it must be floor, fused or ceiling")
 
     def table(key: str) -> dict[str, dict[str, Any]]:
-        return _each(_get(given, key, dict, at), dict, f"{at}.{key}")
+        return _each(_get(content, key, dict, at), dict, f"{at}.{key}")
 
     return Row(
-        **{key: _get(given, key, str, at) for key in words},
-        **{key: _number(_get(given, key, NUMBER, at), f"{at}.{key}") for key in numbers},
-        seeds=tuple(_kind(seed, int, f"{at}.seeds") for seed in _get(given, "seeds", list, at)),
+        **{key: _get(content, key, str, at) for key in texts},
+        **{key: _number(_get(content, key, NUMBER, at), f"{at}.{key}") for key in numbers},
+        seeds=tuple(_kind(seed, int, f"{at}.seeds") for seed in _get(content, "seeds", list, at)),
         scores=_scores(table("scores"), f"{at}.scores"),
         means=_scores(table("means"), f"{at}.means"),
         normalised={
-            condition: {group: _number(share, f"{at}.normalised.{condition}") for group, share in own.items()}
-            for condition, own in table("normalised").items()
+            condition: {group: _number(share, f"{at}.normalised.{condition}") for group, share in shares.items()}
+            for condition, shares in table("normalised").items()
         },
-        drop={condition: _number(own, f"{at}.drop") for condition, own in _get(given, "drop", dict, at).items()},
-        parameters=_get(given, "parameters", dict, at),
-        versions=_each(_get(given, "versions", dict, at), str, f"{at}.versions"),
-        shas=_each(_get(given, "shas", dict, at), str, f"{at}.shas"),
+        drop={condition: _number(share, f"{at}.drop") for condition, share in _get(content, "drop", dict, at).items()},
+        parameters=_get(content, "parameters", dict, at),
+        versions=_each(_get(content, "versions", dict, at), str, f"{at}.versions"),
+        shas=_each(_get(content, "shas", dict, at), str, f"{at}.shas"),
     )
 
 
-def _scores(given: Mapping[str, Mapping[str, Any]], at: str) -> dict[str, dict[str, Score]]:
+def _scores(content: Mapping[str, Mapping[str, Any]], at: str) -> dict[str, dict[str, Score]]:
     return {
-        condition: {name: _score(_kind(score, dict, at), f"{at}.{condition}.{name}") for name, score in own.items()}
-        for condition, own in given.items()
+        condition: {name: _score(_kind(score, dict, at), f"{at}.{condition}.{name}") for name, score in scores.items()}
+        for condition, scores in content.items()
     }
 
 
-def _score(given: dict[str, Any], at: str) -> Score:
-    if given.get("score") is None:
-        return Score(None, status=_get(given, "status", str, at), reason=_get(given, "reason", str, at))
-    ends = given.get("ci95")
+def _score(content: dict[str, Any], at: str) -> Score:
+    if content.get("score") is None:
+        return Score(None, status=_get(content, "status", str, at), reason=_get(content, "reason", str, at))
+    ends = content.get("ci95")
     if ends is not None:
         if len(_kind(ends, list, f"{at}.ci95")) != 2:
-            raise BrokenError(f"{at}.ci95 has {len(ends)} ends; an interval has 2")
+            raise BrokenError(f"{at}.ci95 has {len(ends)} values; an interval has 2")
         ends = (_number(ends[0], f"{at}.ci95"), _number(ends[1], f"{at}.ci95"))
-    n, note = _kind(given.get("n", 0), int, f"{at}.n"), _kind(given.get("note", ""), str, f"{at}.note")
-    return Score(_number(given["score"], at), ends, _number(given.get("spread", 0.0), f"{at}.spread"), n, note)
+    n, note = _kind(content.get("n", 0), int, f"{at}.n"), _kind(content.get("note", ""), str, f"{at}.note")
+    return Score(_number(content["score"], at), ends, _number(content.get("spread", 0.0), f"{at}.spread"), n, note)
 
 
-def _get(given: Mapping[str, Any], key: str, kind: Any, at: str) -> Any:
-    if key not in given:
+def _get(content: Mapping[str, Any], key: str, kind: Any, at: str) -> Any:
+    if key not in content:
         raise BrokenError(f"{at} has no {key!r}")
-    return _kind(given[key], kind, f"{at}.{key}")
+    return _kind(content[key], kind, f"{at}.{key}")
 
 
 def _kind(value: Any, kind: Any, at: str) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
-        wanted = {dict: "an object", list: "a list", str: "a string", int: "a whole number"}.get(kind, "a number")
-        raise BrokenError(f"{at} is {repr(value)[:60]}, not {wanted}")
+        expected = {dict: "an object", list: "a list", str: "a string", int: "a whole number"}.get(kind, "a number")
+        raise BrokenError(f"{at} is {repr(value)[:60]}, not {expected}")
     return value
 
 
@@ -264,9 +264,9 @@ def _number(value: Any, at: str) -> float:
     return float(value)
 
 
-def _each(given: Any, kind: Any, at: str) -> dict[str, Any]:
-    return {key: _kind(value, kind, f"{at}.{key}") for key, value in _kind(given, dict, at).items()}
+def _each(content: Any, kind: Any, at: str) -> dict[str, Any]:
+    return {key: _kind(value, kind, f"{at}.{key}") for key, value in _kind(content, dict, at).items()}
 
 
-def _texts(given: Mapping[str, Any], key: str, at: str) -> tuple[str, ...]:
-    return tuple(_kind(value, str, f"{at}.{key}") for value in _get(given, key, list, at))
+def _texts(content: Mapping[str, Any], key: str, at: str) -> tuple[str, ...]:
+    return tuple(_kind(value, str, f"{at}.{key}") for value in _get(content, key, list, at))

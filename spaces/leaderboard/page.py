@@ -31,32 +31,32 @@ hf-fusion bench publish results OWNER/NAME"""
 
 
 def header(suites: Sequence[Suite]) -> Markup:
-    """What this is, in numbers."""
+    """The head of the page, with the numbers of methods, tasks and suites."""
     methods = {row.method for suite in suites for row in suite.rows if row.part == "fused"}
     tasks = sum(len(suite.tasks) for suite in suites)
-    said = (
+    summary = (
         f"{count(len(methods), 'way')} to make one model of many, measured on {count(tasks, 'task')} of "
         f"{count(len(suites), 'suite')}. Every number has its interval, its recipe and the command that measures it."
     )
-    return page_header("FusionBench", TITLE_OF_PAGE, said)
+    return page_header("FusionBench", TITLE_OF_PAGE, summary)
 
 
 def empty(why: str) -> Markup:
-    """No results yet, and how to make them."""
-    said = Markup(
+    """A message that there are no results yet, with the commands that make them."""
+    hint = Markup(
         "<p>Measure; then put results-report/leaderboard.json beside app.py, or publish and set RESULTS_DATASET:</p>{}"
     )
-    return page_header("FusionBench", TITLE_OF_PAGE, "") + message("No results yet", why, said.format(command(HOW)))
+    return page_header("FusionBench", TITLE_OF_PAGE, "") + message("No results yet", why, hint.format(command(HOW)))
 
 
 def broken(why: str) -> Markup:
-    """Results that cannot be read."""
+    """A message that the results cannot be read."""
     hint = Markup("<p>Write it again: <code>hf-fusion bench report results</code></p>")
     return page_header("FusionBench", TITLE_OF_PAGE, "") + message("The results cannot be read", why, hint)
 
 
 def command(text: str, label: str = "Copy") -> Markup:
-    """Text to copy."""
+    """Text with a button that copies it."""
     return COMMAND.format(text=text, label=label)
 
 
@@ -76,9 +76,9 @@ OPTION = Markup('<option value="{}"{}>{}</option>')
 
 
 def tabs(view: View) -> Markup:
-    """The ways to see a suite."""
+    """Links to the views of a suite."""
     current = Markup(' aria-current="page"')
-    made = [
+    links = [
         TAB.format(
             href=view.to_query(show=key, sort="", row=""),
             key=key,
@@ -87,12 +87,12 @@ def tabs(view: View) -> Markup:
         )
         for key, title in SHOWS.items()
     ]
-    return NAV.format(join(made))
+    return NAV.format(join(links))
 
 
 def filters(view: View, suites: Sequence[Suite], suite: Suite) -> Markup:
-    """What can be chosen in this way to see a suite."""
-    values = {"suite": [(own.name, own.title) for own in suites], **choices(suite)}
+    """The filters of a view."""
+    values = {"suite": [(each.name, each.title) for each in suites], **choices(suite)}
     selected = Markup(" selected")
     selects = []
     for name in FILTERS[view.show]:
@@ -145,21 +145,21 @@ NOTE_ITEM = Markup('<li id="lb-note-{}" tabindex="-1">{}</li>')
 TITLE = Markup(' title="{}"')
 RECIPE = Markup('<tr class="lb-open"><td colspan="{}">{}</td></tr>')
 NOTHING = Markup('<p class="ui-card lb-nothing" role="status">{} <a href="{}" data-key="all">Show all</a></p>')
-PLAIN = ("none", "no mean")  # of these the reason is no news: it stands in the tooltip, and the CSV
+PLAIN = ("none", "no mean")  # their reasons are only in the tooltip and the CSV
 
 
 class Notes:
-    """Reasons and remarks, numbered as they come; the same text has one number."""
+    """Reasons and remarks, numbered in their order; equal texts share a number."""
 
     def __init__(self) -> None:
         self.texts: dict[str, int] = {}
 
     def mark(self, text: str) -> Markup:
-        """The number to print beside a cell; nothing for no text."""
+        """The number to print beside a cell; empty for an empty text."""
         return NOTE.format(self.texts.setdefault(text, len(self.texts) + 1)) if text else Markup("")
 
     def listed(self) -> Markup:
-        """All of them."""
+        """The list of all notes."""
         return (
             NOTES.format(join(NOTE_ITEM.format(n, text) for text, n in self.texts.items()))
             if self.texts
@@ -184,7 +184,7 @@ def table(shown: Table, view: View, suite: Suite, notes: Notes) -> Markup:
 
 
 def _head(column: Column, sort: str, view: View) -> Markup:
-    """A column's title, which sorts: best first, and worst first when it is chosen again."""
+    """A column's title, a link that sorts: best first, and worst first when chosen again."""
     is_sorted = sort.removeprefix("-") == column.key
     rises = (column.lower or column.key == "method") != sort.startswith("-")
     return HEAD.format(
@@ -240,13 +240,13 @@ _YAML_WORDS = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}
 
 
 def recipe(row: Row) -> Markup:
-    """What a model was made of, and what else there is to know of its numbers."""
+    """A row's recipe, its command, and facts about its measurement."""
     facts = {
         "Seeds": ", ".join(map(str, row.seeds)),
         "Fusing": f"{row.fuse_cpu_seconds:,.1f} s of CPU time, with fitting, adapting and tuning",
         "Testing": f"{row.seconds:,.1f} s on clean rows",
-        "Parameters": f"{row.stored / 1e6:,.1f} M stored, {row.active / 1e6:,.1f} M met by an example",
-        "Peak": f"{row.peak_bytes / 1e6:,.0f} MB of memory, so far in the process",
+        "Parameters": f"{row.stored / 1e6:,.1f} M stored, {row.active / 1e6:,.1f} M active per example",
+        "Peak": f"{row.peak_bytes / 1e6:,.0f} MB of memory of the process so far",
         "Machine": row.machine,
         "Versions": ", ".join(f"{name} {version}" for name, version in row.versions.items()),
     }
@@ -258,7 +258,7 @@ def recipe(row: Row) -> Markup:
 
 
 def recipe_text(row: Row) -> str:
-    """A row in the manner of fusion.yaml."""
+    """A row in the form of fusion.yaml."""
     lines = [f"method: {_scalar(row.method)}", f"variant: {_scalar(row.variant)}", f"fused: {_scalar(row.split)}"]
     lines += _block("parameters", row.parameters)
     if row.shas:
@@ -274,13 +274,13 @@ def _block(name: str, values: Mapping[str, Any]) -> list[str]:
 
 
 def _scalar(value: Any) -> str:
-    """A value as YAML: JSON is YAML, and plain words need no quotes."""
+    """A value as YAML: as JSON, or a plain word without quotes."""
     if isinstance(value, str) and (_PLAIN_WORD.match(value) and value.casefold() not in _YAML_WORDS):
         return value
     return json.dumps(value, ensure_ascii=False)
 
 
-# ---------------------------------------------------------------- all of it
+# ---------------------------------------------------------------- the page
 
 BOARD = Markup('<div class="lb-board" data-query="{}" data-address="{}">{}{}{}</div>')
 SPLITS = Markup('<div class="lb-splits">{}</div>')
@@ -288,28 +288,28 @@ SPLIT = Markup(
     '<article class="ui-card"><h3>{}</h3><p><b>Fused:</b> {}</p><p><b>Tested, never fused:</b> {}</p></article>'
 )
 NO_MEAN = ("No mean to compare", "The tasks of this suite have no common mean, or none of the rows shown has one.")
-LACKS = {  # what a suite was measured without: the title, and the option that measures it
-    "corruptions": ("Nothing was corrupted here", "--corruptions all"),
-    "unseen": ("All experts were fused here", "--unseen all"),
+NOT_MEASURED = {  # view → title where a suite was not measured for it, and the option that measures it
+    "corruptions": ("Corruptions were not measured", "--corruptions all"),
+    "unseen": ("Unseen tasks were not measured", "--unseen all"),
 }
 
 
 def board(suites: Sequence[Suite], query: str) -> Markup:
-    """The page of an address; it tells which one it answers, and how that is written shortest."""
+    """The page of an address, with this address and its shortest form as attributes for board.js."""
     view, suite = View.from_query(query, suites)
     return BOARD.format(query, view.to_query(), tabs(view), filters(view, suites, suite), section(view, suite))
 
 
 def section(view: View, suite: Suite) -> Markup:
-    """What a view shows of a suite."""
-    is_there = {
+    """The section of a view: its figure, table and notes."""
+    is_measured = {
         "corruptions": any(row.drop for row in suite.rows),
         "unseen": any(split != ALL for split in suite.splits),
     }
-    if not is_there.get(view.show, True):
-        title, option = LACKS[view.show]
-        again = f"hf-fusion bench run --suite {shlex.quote(suite.name)} --data DIR --output results {option}"
-        return message(title, "It can be measured:", command(again))
+    if not is_measured.get(view.show, True):
+        title, option = NOT_MEASURED[view.show]
+        command_line = f"hf-fusion bench run --suite {shlex.quote(suite.name)} --data DIR --output results {option}"
+        return message(title, "This command measures them:", command(command_line))
     shown, notes = table_of(suite, view), Notes()
     figure = Markup("")
     if view.show == "corruptions":
@@ -319,9 +319,9 @@ def section(view: View, suite: Suite) -> Markup:
         figure = SPLITS.format(join(_split(suite, split) for split in suite.splits if split != ALL))
     elif view.show == "cost":
         figure = cost_figure(shown, view) if points_of(shown) else message(*NO_MEAN)
-    made = table(shown, view, suite, notes)
+    table_html = table(shown, view, suite, notes)
     if not shown.lines:
-        figure, made = (
+        figure, table_html = (
             Markup(""),
             NOTHING.format("No method passes these filters.", View(view.suite, view.show).to_query()),
         )
@@ -331,15 +331,15 @@ def section(view: View, suite: Suite) -> Markup:
         file=f"{suite.name}-{view.show}.csv",
         csv=base64.b64encode(to_csv(shown).encode()).decode(),
         note=f"{shown.caption} ★ marks the best fused model; "
-        "variants of a method stand together, in the place of the better one. Choose a method for its recipe.",
+        "variants of a method are adjacent and ranked by the better one. Choose a method for its recipe.",
         figure=figure,
-        table=made,
+        table=table_html,
         notes=notes.listed(),
     )
 
 
 def numbered(shown: Table) -> Table:
-    """The table with numbers for the first fused models, which are drawn."""
+    """The table with numbers for the first fused models, which the figure shows."""
     numbers = iter(range(1, MOST_LINES + 1))
     sections = tuple(
         (

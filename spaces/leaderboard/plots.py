@@ -1,4 +1,4 @@
-"""Accuracy against cost, and what is left under corruptions, as SVG: pure functions of a table and its suite."""
+"""Accuracy against cost, and scores under corruptions, as SVG: pure functions of a table and its suite."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shared.plots import spread
 from tables import Line, Table, corruptions_of, scale, score_cell
 from view import View, condition_title
 
-# (class, width, height, labels at most): a picture for wide and one for narrow pages, so that letters keep their size
+# (class, width, height, most labels): one picture for wide and one for narrow pages, so that letters keep their size
 SIZES = (("wide", 960, 480, 18), ("narrow", 350, 400, 8))
 LETTER, LINE = 6.6, 15  # pixels that a letter and a line of a label take
 MARK = 7  # half a mark's size
@@ -35,7 +35,7 @@ PARTS = {FLOOR: "M-6-2H6V2H-6Z", CEILING: "M-6-2H6V2H-6Z"}
 
 
 def axis(low: float, high: float, most: int = 7) -> list[float]:
-    """Round ticks of which the first and the last hold all values."""
+    """Round ticks that cover all values."""
     span = max(high - low, abs(high) * 1e-3, 1e-6)
     power = 10 ** math.floor(math.log10(span / most))
     step = next(power * step for step in (1, 2, 5, 10) if span / (power * step) <= most)
@@ -44,7 +44,7 @@ def axis(low: float, high: float, most: int = 7) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of 2, or of 10 over a wide range, that hold all values."""
+    """Powers of 2, or of 10 for a wide range, that cover all values."""
     base = 2 if high / low <= 200 else 10
     first, last = math.floor(math.log(low, base) + 1e-9), math.ceil(math.log(high, base) - 1e-9)
     return [float(base) ** power for power in range(first, max(last, first + 1) + 1)]
@@ -76,13 +76,13 @@ def points_of(table: Table) -> list[Point]:
 
 
 def front(points: Sequence[Point], lower: bool) -> list[Point]:
-    """The fused models that no other one beats in score without costing more (Pareto), by cost."""
+    """The Pareto front, by cost: fused models that no other one at the same or lower cost beats in score."""
     sign = 1 if lower else -1
-    found: list[Point] = []
+    best: list[Point] = []
     for point in sorted((p for p in points if p.is_fused), key=lambda p: (p.cost, sign * p.score)):
-        if not found or sign * point.score < sign * found[-1].score:
-            found.append(point)
-    return found
+        if not best or sign * point.score < sign * best[-1].score:
+            best.append(point)
+    return best
 
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -92,44 +92,45 @@ def _touch(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-SHIFTS = (0, 1, -1, 2, -2, 3, -3, 4, 5, 6)  # lines that the labels of a column are moved by, if more then find a place
+SHIFTS = (0, 1, -1, 2, -2, 3, -3, 4, 5, 6)  # in lines: a column of labels is moved by the one that places most labels
 ANCHORS = {"start": 0.0, "middle": 0.5, "end": 1.0}
-Label = tuple[float, float, str, Box]  # x, y of its middle line, its anchor, and what it fills
+Label = tuple[float, float, str, Box]  # x, y of its middle line, its anchor, and its box
 
 
 def place_labels(
     names: Sequence[str], places: Sequence[tuple[float, float]], order: Sequence[int], area: Box, most: int
 ) -> dict[int, Label]:
-    """Labels that touch neither each other nor a mark; one that finds no place is left out.
+    """Places labels that overlap neither each other nor a mark; a label without room is left out.
 
-    Marks that stand above each other have their labels beside them in the same order, moved apart, so that the lines
-    which lead to them do not cross.
+    Marks above each other have their labels beside them in the same order, moved apart, so that their leader lines do
+    not cross.
 
     Args:
-        names, places: of all marks.
-        order: numbers of the marks in the order in which they may choose.
-        area: where labels may stand.
-        most: labels.
+        names: texts of the labels of all marks.
+        places: positions (x, y) of all marks.
+        order: indices of the marks, by priority.
+        area: where labels may be.
+        most: maximum number of labels.
 
     Returns:
-        Number of a mark → its label.
+        Index of a mark → its label.
     """
-    found: dict[int, Label] = {}
+    labels: dict[int, Label] = {}
     columns: list[list[int]] = []
     for k in sorted(order[:most], key=lambda k: places[k][1]):
-        near = [own for own in columns if abs(places[own[-1]][0] - places[k][0]) < 4 * MARK]
+        near = [column for column in columns if abs(places[column[-1]][0] - places[k][0]) < 4 * MARK]
         if near and places[k][1] - places[near[-1][-1]][1] < 2.5 * LINE:
             near[-1].append(k)
         else:
             columns.append([k])
-    columns.sort(key=lambda own: min(map(order.index, own)))
+    columns.sort(key=lambda column: min(map(order.index, column)))
     taken = [(x - MARK, y - MARK, x + MARK, y + MARK) for x, y in places]
     for column in columns:
         tries = [_labels_of(column, names, places, order, area, taken, shift * LINE) for shift in SHIFTS]
-        most_placed = max(tries, key=lambda own: sum(len(order) - order.index(k) for k in own))
-        found |= most_placed
+        most_placed = max(tries, key=lambda placed: sum(len(order) - order.index(k) for k in placed))
+        labels |= most_placed
         taken += [label[3] for label in most_placed.values()]
-    return found
+    return labels
 
 
 def _labels_of(
@@ -141,13 +142,13 @@ def _labels_of(
     taken: Sequence[Box],
     shift: float,
 ) -> dict[int, Label]:
-    """Labels of marks, from top to bottom: to the right of all, moved apart and by `shift`, else to other sides."""
+    """Labels of a column of marks: to its right, moved apart and by `shift`, or else to the left, above or below."""
     edge = max(places[k][0] for k in column)
-    wanted = [places[k][1] for k in column]
-    moved = spread([y + shift for y in wanted], LINE, area[1] + LINE / 2, area[3] - LINE / 2)
-    gap = 11 if all(abs(a - b) < 6 for a, b in zip(moved, wanted, strict=True)) else 30
-    found: dict[int, Label] = {}
-    for k, right in sorted(zip(column, moved, strict=True), key=lambda own: order.index(own[0])):
+    heights = [places[k][1] for k in column]
+    moved = spread([y + shift for y in heights], LINE, area[1] + LINE / 2, area[3] - LINE / 2)
+    gap = 11 if all(abs(a - b) < 6 for a, b in zip(moved, heights, strict=True)) else 30
+    labels: dict[int, Label] = {}
+    for k, right in sorted(zip(column, moved, strict=True), key=lambda pair: order.index(pair[0])):
         width, (x, y) = LETTER * len(names[k]), places[k]
         for left, middle, anchor in (
             (edge + gap, right, "start"),
@@ -157,10 +158,10 @@ def _labels_of(
         ):
             box = (left, middle - LINE / 2, left + width, middle + LINE / 2)
             inside = area[0] <= box[0] and box[2] <= area[2] and area[1] <= box[1] and box[3] <= area[3]
-            if inside and not any(_touch(box, other) for other in [*taken, *(own[3] for own in found.values())]):
-                found[k] = (left + width * ANCHORS[anchor], middle, anchor, box)
+            if inside and not any(_touch(box, other) for other in [*taken, *(label[3] for label in labels.values())]):
+                labels[k] = (left + width * ANCHORS[anchor], middle, anchor, box)
                 break
-    return found
+    return labels
 
 
 FIGURE = Markup(
@@ -191,7 +192,7 @@ def mark_of(row: Row) -> tuple[int, str]:
 
 
 def cost_plot(table: Table, view: View, size: tuple[str, int, int, int]) -> Markup:
-    """One picture of accuracy against cost."""
+    """The plot of accuracy against cost in one size."""
     name, width, height, most = size
     points = points_of(table)
     mean = next(column for column in table.columns if column.key.startswith("mean"))
@@ -278,8 +279,8 @@ def cost_figure(table: Table, view: View) -> Markup:
     rows = {(p.line.row.family if p.is_fused else p.line.row.part): p.line.row for p in points}
     items = [LEGEND_ITEM.format(row.part, *mark_of(row), row.section) for row in rows.values()]
     note = (
-        "The line is the front: no other fused model scores better for as little. Vertical bars: 95 % interval of its "
-        "models. Point at a mark for its numbers; choose it for its recipe."
+        "The line is the Pareto front: no other fused model scores better at the same or a lower cost. Vertical bars: "
+        "95 % intervals of its models. Point at a mark for its numbers; choose it for its recipe."
     )
     return FIGURE.format(join(cost_plot(table, view, size) for size in SIZES), LEGEND.format(join(items), note))
 
@@ -304,7 +305,7 @@ KEYS = Markup('<ul class="lb-keys">{}</ul>')
 
 
 def drawn(table: Table) -> list[Line]:
-    """The lines that the pictures show: numbered ones, and base and experts to compare with."""
+    """The lines that the panels show: numbered ones, and base and individual experts for comparison."""
     return [line for line in table.lines if line.number is not None or line.row.method in ("pretrained", "individual")]
 
 
@@ -320,20 +321,20 @@ def look(line: Line) -> dict[str, object]:
 
 
 def _curve(row: Row, conditions: Sequence[str], metric: str) -> list[tuple[int, float]]:
-    """Place on the axis (clean is 0) and mean score, where it was measured."""
+    """Pairs of severity (0 is clean) and mean score, if measured."""
     means = [row.means.get(condition, {}).get(HELD_IN) for condition in (CLEAN, *conditions)]
     cells = [score_cell(mean, metric).value for mean in means]
     return [(k, value) for k, value in enumerate(cells) if value is not None]
 
 
 def corruption_panels(table: Table, suite: Suite, split: str) -> Markup:
-    """For each corruption the mean score over severities, on one scale for all."""
+    """A panel per corruption with the mean score by severity, on a common scale."""
     metric, lines = scale(suite.tasks_of(split, HELD_IN)), drawn(table)
     kinds = corruptions_of(suite)
     curves = {
         name: [(line, _curve(line.row, conditions, metric)) for line in lines] for name, conditions in kinds.items()
     }
-    values = [value for own in curves.values() for _, curve in own for _, value in curve]
+    values = [value for pairs in curves.values() for _, curve in pairs for _, value in curve]
     if not values:
         return Markup("")
     ticks = axis(min(values), max(values), 5)
@@ -380,7 +381,7 @@ def _panel(
         points = " ".join(f"{x_of(k):.1f},{y_of(value):.1f}" for k, value in curve)
         parts.append(CURVE.format(points=points, **look(line)))
     ended = [(line, curve[-1]) for line, curve in curves if curve and line.number is not None]
-    ended.sort(key=lambda own: y_of(own[1][1]))
+    ended.sort(key=lambda pair: y_of(pair[1][1]))
     heights = spread([y_of(value) for _, (_, value) in ended], 13, top, bottom)
     for (line, (k, value)), y in zip(ended, heights, strict=True):
         parts.append(LEADER.format(x1=x_of(k), y1=y_of(value), x2=right + 14, y2=y))
@@ -390,12 +391,12 @@ def _panel(
 
 
 def _numbers(lines: Sequence[Line], conditions: Sequence[str], metric: str) -> Markup:
-    """The same as a table."""
-    own = (CLEAN, *conditions)
-    words = [condition_title(condition).rpartition(" ")[2] for condition in own]
+    """A panel's numbers as a table."""
+    columns = (CLEAN, *conditions)
+    words = [condition_title(condition).rpartition(" ")[2] for condition in columns]
 
     def read(row: Row, condition: str) -> str:
         return score_cell(row.means.get(condition, {}).get(HELD_IN), metric).text or "–"
 
-    rows = [BODY_ROW.format(_name(line), join(BODY_CELL.format(read(line.row, c)) for c in own)) for line in lines]
+    rows = [BODY_ROW.format(_name(line), join(BODY_CELL.format(read(line.row, c)) for c in columns)) for line in lines]
     return NUMBERS.format(join(map(HEAD_CELL.format, words)), join(rows))

@@ -1,4 +1,4 @@
-"""The table of a view, as plain data, and the same as CSV: pure functions of what was measured."""
+"""The table of a view as plain data and as CSV: pure functions of the results."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ GROUPS = {HELD_IN: "seen", HELD_OUT: "unseen"}
 
 @dataclass(frozen=True)
 class Cell:
-    """A number with its interval, or why there is none.
+    """A number with its interval, or the reason why there is none.
 
     Attributes:
-        text: the number as it is read.
-        value: the number; None where there is none.
+        text: the number, formatted.
+        value: the number; None if there is none.
         ci95: ends of its interval, in the unit of `value`.
-        best: whether no fused model reads better.
-        status, reason: why there is no number.
-        note: what else is to be known.
+        best: whether no fused model has a better number as formatted.
+        status: why there is no number, in one or two words.
+        reason: why there is no number.
+        note: a remark.
     """
 
     text: str = ""
@@ -38,7 +39,7 @@ class Cell:
 
     @property
     def interval(self) -> str:
-        """Its 95 % interval as it is read."""
+        """Its 95 % interval, formatted."""
         if self.ci95 is None:
             return ""
         digits = max(0, len(self.text.partition(".")[2]))
@@ -52,10 +53,11 @@ class Column:
 
     Attributes:
         key: in addresses.
-        title, hint: what stands above it.
+        title: in the table's head.
+        hint: tooltip of the title.
         lower: whether less is better.
-        marks: whether its best is marked.
-        of: what it has of a row.
+        marks: whether its best number is marked.
+        of: row → its cell.
     """
 
     key: str
@@ -68,7 +70,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Line:
-    """A row of results and its cells; `number` of those that a plot beside the table draws."""
+    """A row of results and its cells; `number` is set if the figure shows it."""
 
     row: Row
     cells: tuple[Cell, ...]
@@ -77,7 +79,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: floors, fused models and ceilings apart, each in the order that was asked for."""
+    """A table with sections for ceilings, fused models and floors, each sorted."""
 
     columns: tuple[Column, ...]
     sections: tuple[tuple[str, tuple[Line, ...]], ...]
@@ -86,7 +88,7 @@ class Table:
 
     @property
     def lines(self) -> list[Line]:
-        """All of them."""
+        """The lines of all sections."""
         return [line for _, lines in self.sections for line in lines]
 
 
@@ -94,12 +96,12 @@ class Table:
 
 
 def scale(tasks: Iterable[Task]) -> str:
-    """The metric whose own scale the mean of some tasks is on; "" for shares, which are read in percent."""
+    """The metric of some tasks if their mean is not a share; "" for shares, which are shown in percent."""
     return next((task.metric for task in tasks if task.metric in LOWER), "")
 
 
 def score_cell(score: Score | None, metric: str) -> Cell:
-    """A score as it is read: shares in percent, other metrics on their own scale."""
+    """A score, formatted: shares in percent, other metrics unchanged."""
     if score is None:
         return Cell(status="not run", reason="not run")
     if score.score is None:
@@ -110,27 +112,27 @@ def score_cell(score: Score | None, metric: str) -> Cell:
 
 
 def mean_cell(row: Row, suite: Suite, group: str, condition: str) -> Cell:
-    """The mean of a group's tasks; without one, which tasks it lacks."""
+    """The mean of a group's tasks, or which tasks have no score."""
     tasks = suite.tasks_of(row.split, group)
     mean = row.means.get(condition, {}).get(group)
     if mean is not None:
         return score_cell(mean, scale(tasks))
-    own = row.scores.get(condition, {})
-    missing = [task.name for task in tasks if own.get(task.name, Score(None)).score is None]
+    scores = row.scores.get(condition, {})
+    missing = [task.name for task in tasks if scores.get(task.name, Score(None)).score is None]
     reason = f"no score on {', '.join(missing)}" if missing else "these metrics have no common mean, or seeds differ"
     return Cell(status="no mean", reason=reason)
 
 
 def plain_mean(scores: Sequence[Score | None], metric: str) -> Cell:
-    """The mean of independent scores; ends of its interval as far as theirs are together, squared and added."""
+    """The mean of independent scores; their distances to the ends of the intervals are added in quadrature."""
     known = [score for score in scores if score is not None and score.score is not None]
     if not known or len(known) < len(scores):
         return Cell(status="not run", reason="not run on all of these tasks")
-    mean, ends = sum(own.score for own in known) / len(known), [own.ci95 for own in known if own.ci95]  # type: ignore[misc]
+    mean, ends = sum(s.score for s in known) / len(known), [s.ci95 for s in known if s.ci95]  # type: ignore[misc]
     if len(ends) < len(known):
         return score_cell(Score(mean), metric)
     below, above = (
-        math.sqrt(sum((own.ci95[side] - own.score) ** 2 for own in known)) / len(known)  # type: ignore[index,operator]
+        math.sqrt(sum((s.ci95[side] - s.score) ** 2 for s in known)) / len(known)  # type: ignore[index,operator]
         for side in (0, 1)
     )
     return score_cell(Score(mean, (mean - below, mean + above)), metric)
@@ -142,11 +144,11 @@ def share_cell(share: float | None, why: str) -> Cell:
 
 
 def plain_cell(row: Row, number: float, digits: int = 2) -> Cell:
-    """What a measured row takes, as it is."""
+    """A number of a measured row."""
     return Cell(f"{number:,.{digits}f}", number) if row.is_measured else Cell(status="none", reason="not measured")
 
 
-# ---------------------------------------------------------------- columns of each way to see a suite
+# ---------------------------------------------------------------- columns of each view
 
 METHOD = Column("method", "Method", "in the order of families", marks=False)
 COST = Column(
@@ -160,15 +162,15 @@ COST = Column(
 
 
 def main_split(suite: Suite) -> str:
-    """The split that views without a choice of one show."""
+    """The split of views without a filter for it."""
     return ALL if ALL in suite.splits else suite.splits[0]
 
 
-def _groups(suite: Suite, split: str, wanted: str = "") -> dict[str, list[Task]]:
-    """Group → its tasks in a split, where there are any."""
-    found = {group: suite.tasks_of(split, group) for group in GROUPS if wanted in ("", group)}
-    found = {group: tasks for group, tasks in found.items() if tasks}
-    return found or {group: tasks for group in GROUPS if (tasks := suite.tasks_of(split, group))}
+def _groups(suite: Suite, split: str, selected: str = "") -> dict[str, list[Task]]:
+    """Group → its tasks in a split; all groups if the selected one has no tasks."""
+    groups = {group: suite.tasks_of(split, group) for group in GROUPS if selected in ("", group)}
+    groups = {group: tasks for group, tasks in groups.items() if tasks}
+    return groups or {group: tasks for group in GROUPS if (tasks := suite.tasks_of(split, group))}
 
 
 def _mean_column(suite: Suite, split: str, group: str, condition: str, title: str) -> Column:
@@ -209,7 +211,7 @@ def _scores(suite: Suite, view: View) -> tuple[list[Row], list[Column], str]:
         columns.append(
             Column("seeds", "± seeds", "half the range of the mean over seeds", True, False, _spread(suite, view))
         )
-    scores = "Scores in %" if not scale(suite.tasks) else "Shares in %, other metrics on their own scale"
+    scores = "Scores in %" if not scale(suite.tasks) else "Shares in %, other metrics unscaled"
     caption = f"{scores}, with their 95 % interval over the test rows; {condition_title(view.condition).lower()} rows."
     return rows, [*columns, COST], caption
 
@@ -220,7 +222,7 @@ def _spread(suite: Suite, view: View) -> Callable[[Row], Cell]:
     def spread(row: Row) -> Cell:
         mean = row.means.get(view.condition, {}).get(group)
         if mean is None or len(row.seeds) < 2:
-            why = "no mean" if mean is None else "one seed, or nothing random in it"
+            why = "no mean" if mean is None else "one seed, or not stochastic"
             return Cell(status="none", reason=why)
         metric = scale(suite.tasks_of(view.split, group))
         value = mean.spread if metric else 100 * mean.spread
@@ -239,7 +241,7 @@ def _cost(suite: Suite, view: View) -> tuple[list[Row], list[Column], str]:
         METHOD,
         _mean_column(suite, split, group, view.condition, "Mean"),
         COST,
-        Column("active", "Active, M", f"{millions} that one example meets", True, False,
+        Column("active", "Active, M", f"{millions} active per example", True, False,
                lambda r: plain_cell(r, r.active / 1e6, 1)),
         Column("stored", "Stored, M", f"{millions} of the model", True, False,
                lambda r: plain_cell(r, r.stored / 1e6, 1)),
@@ -247,7 +249,7 @@ def _cost(suite: Suite, view: View) -> tuple[list[Row], list[Column], str]:
                lambda r: plain_cell(r, r.fuse_cpu_seconds, 1)),
         Column("running", "Testing, s", "time of the evaluation on clean rows of all tasks", True, False,
                lambda r: plain_cell(r, r.seconds, 1)),
-        Column("peak", "Peak, MB", "the most memory that the process held", True, False,
+        Column("peak", "Peak, MB", "peak memory of the process", True, False,
                lambda r: plain_cell(r, r.peak_bytes / 1e6, 0)),
     ]  # fmt: skip
     caption = (
@@ -296,22 +298,22 @@ def _unseen(suite: Suite, view: View) -> tuple[list[Row], list[Column], str]:
     for row in suite.rows:
         by_key.setdefault(row.key, {})[row.split] = row
     rows = []
-    for own in by_key.values():
-        first = next((own[split] for split in splits if split in own), None)
-        if first is None and (own[ALL].part == FUSED or own[ALL].method.startswith("expert:")):
+    for by_split in by_key.values():
+        first = next((by_split[split] for split in splits if split in by_split), None)
+        if first is None and (by_split[ALL].part == FUSED or by_split[ALL].method.startswith("expert:")):
             continue
-        rows.append(first or own[ALL])
+        rows.append(first or by_split[ALL])
     columns = [METHOD]
 
     def mean(split: str, group: str) -> Callable[[Row], Cell]:
         tasks = suite.tasks_of(split, group)
 
         def cell(row: Row) -> Cell:
-            own = by_key[row.key]
-            if split in own:
-                return mean_cell(own[split], suite, group, CLEAN)
-            if ALL in own and row.part != FUSED:  # it does not depend on what is fused
-                scores = own[ALL].scores.get(CLEAN, {})
+            by_split = by_key[row.key]
+            if split in by_split:
+                return mean_cell(by_split[split], suite, group, CLEAN)
+            if ALL in by_split and row.part != FUSED:  # it does not depend on what is fused
+                scores = by_split[ALL].scores.get(CLEAN, {})
                 return plain_mean([scores.get(task.name) for task in tasks], scale(tasks))
             return Cell(status="not run", reason="not run on this split")
 
@@ -337,98 +339,98 @@ MAKERS = {"scores": _scores, "cost": _cost, "corruptions": _corruptions, "unseen
 
 
 def table_of(suite: Suite, view: View) -> Table:
-    """The rows that pass the view's filters, in its order; the best fused model of all is marked, shown or not."""
+    """The rows that pass the view's filters, sorted; best numbers are those among all fused models, filtered or not."""
     rows, columns, caption = MAKERS[view.show](suite, view)
     lines = [Line(row, tuple(column.of(row) for column in columns)) for row in rows]
-    for place, column in enumerate(columns):
+    for index, column in enumerate(columns):
         if column.marks:
-            lines = _mark_best(lines, place, column.lower)
+            lines = _mark_best(lines, index, column.lower)
     shown = [line for line in lines if view.has(line.row)]
     keys = [column.key for column in columns]
     sort = view.sort if view.sort.removeprefix("-") in keys else _main_sort(columns, view.show)
     sections = []
     for part, title in SECTIONS.items():
-        own = _sorted(
+        ranked = _sorted(
             [line for line in shown if line.row.part == part], keys.index(sort.removeprefix("-")), columns, sort
         )
-        if own:
-            sections.append((title, tuple(own)))
+        if ranked:
+            sections.append((title, tuple(ranked)))
     return Table(tuple(columns), tuple(sections), caption, sort)
 
 
 def _main_sort(columns: Sequence[Column], show: str) -> str:
-    """What a table is about: the first column behind the method; of the unseen view the first of unseen tasks."""
+    """The main column: the first after the method; in the view of unseen tasks the first mean over these."""
     keys = [column.key for column in columns[1:]]
     unseen = [key for key in keys if show == "unseen" and key.endswith(f".{GROUPS[HELD_OUT]}")]
     return (unseen or keys or ["method"])[0]
 
 
-def _mark_best(lines: list[Line], place: int, lower: bool) -> list[Line]:
-    """The best fused model of a column, and all that read the same."""
-    fused = [line for line in lines if line.row.part == FUSED and line.cells[place].value is not None]
+def _mark_best(lines: list[Line], index: int, lower: bool) -> list[Line]:
+    """Marks the best fused model of a column, and all whose number looks the same."""
+    fused = [line for line in lines if line.row.part == FUSED and line.cells[index].value is not None]
     if len(fused) < 2:
         return lines
-    values = [line.cells[place].value for line in fused]
-    most = min(values) if lower else max(values)  # type: ignore[type-var]
-    text = next(line.cells[place].text for line in fused if line.cells[place].value == most)
+    values = [line.cells[index].value for line in fused]
+    best = min(values) if lower else max(values)  # type: ignore[type-var]
+    text = next(line.cells[index].text for line in fused if line.cells[index].value == best)
 
     def marked(line: Line) -> Line:
-        cell = line.cells[place]
+        cell = line.cells[index]
         if line.row.part != FUSED or cell.text != text:
             return line
-        return replace(line, cells=(*line.cells[:place], replace(cell, best=True), *line.cells[place + 1 :]))
+        return replace(line, cells=(*line.cells[:index], replace(cell, best=True), *line.cells[index + 1 :]))
 
-    # where all read the same there is no best
-    return [marked(line) for line in lines] if any(line.cells[place].text != text for line in fused) else lines
+    # no mark if all look the same
+    return [marked(line) for line in lines] if any(line.cells[index].text != text for line in fused) else lines
 
 
-def _sorted(lines: Sequence[Line], place: int, columns: Sequence[Column], sort: str) -> list[Line]:
-    """Best first, or worst first with a minus; missing numbers last; the variants of a method stay side by side."""
+def _sorted(lines: Sequence[Line], index: int, columns: Sequence[Column], sort: str) -> list[Line]:
+    """Best first, or worst first with a minus; missing numbers last; the variants of a method stay adjacent."""
     worst_first = sort.startswith("-")
     methods: dict[str, list[Line]] = {}
     for line in lines:
         methods.setdefault(line.row.method, []).append(line)
-    own = list(methods.values())
-    if place == 0:
-        return [line for pair in (reversed(own) if worst_first else own) for line in pair]
-    downwards = not columns[place].lower
+    variants = list(methods.values())
+    if index == 0:
+        return [line for group in (reversed(variants) if worst_first else variants) for line in group]
+    descending = not columns[index].lower
 
-    def best(pair: list[Line]) -> float | None:
-        values = [value for line in pair if (value := line.cells[place].value) is not None]
-        return (max(values) if downwards else min(values)) if values else None
+    def best(group: list[Line]) -> float | None:
+        values = [value for line in group if (value := line.cells[index].value) is not None]
+        return (max(values) if descending else min(values)) if values else None
 
-    known = [pair for pair in own if best(pair) is not None]
-    known.sort(key=lambda pair: best(pair) or 0.0, reverse=downwards != worst_first)
-    return [line for pair in [*known, *(pair for pair in own if best(pair) is None)] for line in pair]
+    known = [group for group in variants if best(group) is not None]
+    known.sort(key=lambda group: best(group) or 0.0, reverse=descending != worst_first)
+    return [line for group in [*known, *(group for group in variants if best(group) is None)] for line in group]
 
 
 # ---------------------------------------------------------------- CSV
 
 
 def to_csv(table: Table) -> str:
-    """The table as it is shown: all digits of its numbers, an interval in two columns behind its own, reasons last."""
+    """A table as CSV, with all digits, the ends of intervals in two further columns, and notes in the last one."""
     columns = table.columns[1:]
-    ranged = [any(line.cells[k].ci95 for line in table.lines) for k in range(1, len(table.columns))]
-    written = io.StringIO()
-    writer = csv.writer(written, lineterminator="\n")
+    has_interval = [any(line.cells[k].ci95 for line in table.lines) for k in range(1, len(table.columns))]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
     head = [
         name
-        for column, two in zip(columns, ranged, strict=True)
-        for name in ([column.title, f"{column.title} low", f"{column.title} high"] if two else [column.title])
+        for column, ranged in zip(columns, has_interval, strict=True)
+        for name in ([column.title, f"{column.title} low", f"{column.title} high"] if ranged else [column.title])
     ]
     writer.writerow(map(_harmless, ["section", "method", "variant", "family", "split", *head, "notes"]))
     for title, lines in table.sections:
         for line in lines:
             values: list[float | str | None] = []
             notes = []
-            for column, cell, two in zip(columns, line.cells[1:], ranged, strict=True):
-                values += [cell.value, *((cell.ci95 or (None, None)) if two else ())]
-                if said := cell.note or cell.reason:
-                    notes.append(f"{column.title}: {said}")
+            for column, cell, ranged in zip(columns, line.cells[1:], has_interval, strict=True):
+                values += [cell.value, *((cell.ci95 or (None, None)) if ranged else ())]
+                if remark := cell.note or cell.reason:
+                    notes.append(f"{column.title}: {remark}")
             row = line.row
-            own = [title, row.title, row.variant, row.family, row.split, *values, "; ".join(notes)]
-            writer.writerow(map(_harmless, own))
-    return written.getvalue()
+            record = [title, row.title, row.variant, row.family, row.split, *values, "; ".join(notes)]
+            writer.writerow(map(_harmless, record))
+    return buffer.getvalue()
 
 
 def _harmless(value: float | str | None) -> float | str | None:

@@ -1,4 +1,4 @@
-"""What a visitor looks at: a suite, a way to see it, filters, an order. It is the page's address, nothing else."""
+"""The state of the page, all of it in its address: a suite, a view of it, filters and an order."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GROUPS = {HELD_IN: "Seen", HELD_OUT: "Unseen"}
 
 @dataclass(frozen=True)
 class View:
-    """What is shown.
+    """The state of the page.
 
     Attributes:
         suite: its name.
@@ -29,9 +29,10 @@ class View:
         split: which experts are fused.
         tasks: "held-in" or "held-out" tasks alone; "" for both.
         condition: of the rows: clean, or a corruption and its severity.
-        family, variant: of the methods; "" for all.
-        find: what the names of methods contain.
-        sort: the key of a column, best first, or with a minus worst first; "" for what the table is about.
+        family: of the methods; "" for all.
+        variant: of the methods; "" for all.
+        find: text that the names of methods contain.
+        sort: the key of a column, best first, or with a minus worst first; "" for the table's main column.
         row: the key of the row whose recipe is open.
     """
 
@@ -48,28 +49,30 @@ class View:
 
     @classmethod
     def from_query(cls, query: str, suites: Sequence[Suite]) -> tuple[View, Suite]:
-        """The view of an address, and its suite; what the suite does not have falls back to the default."""
-        given = dict(parse_qsl(query.removeprefix("?"), errors="replace"))
-        suite = next((suite for suite in suites if suite.name == given.get("suite")), suites[0])
-        known: dict[str, Any] = {key: {value for value, _ in own} for key, own in choices(suite).items()}
-        known["show"] = SHOWS
-        kept = {
-            key: given[key]
-            for key in (own.name for own in fields(cls))
-            if key in given and (key not in known or given[key] in known[key])
+        """The view of an address, and its suite; values that the suite does not have become the default."""
+        query_values = dict(parse_qsl(query.removeprefix("?"), errors="replace"))
+        suite = next((suite for suite in suites if suite.name == query_values.get("suite")), suites[0])
+        allowed: dict[str, Any] = {key: {value for value, _ in pairs} for key, pairs in choices(suite).items()}
+        allowed["show"] = SHOWS
+        valid = {
+            key: query_values[key]
+            for key in (field.name for field in fields(cls))
+            if key in query_values and (key not in allowed or query_values[key] in allowed[key])
         }
-        find = kept.pop("find", "")[:MOST_CHARACTERS]
-        own = cls(**{**kept, "suite": suite.name, "find": find})
-        return replace(own, split=own.split if own.split in suite.splits else suite.splits[0]), suite
+        find = valid.pop("find", "")[:MOST_CHARACTERS]
+        view = cls(**{**valid, "suite": suite.name, "find": find})
+        return replace(view, split=view.split if view.split in suite.splits else suite.splits[0]), suite
 
     def to_query(self, **changes: str) -> str:
-        """The address of this view, or of one that differs from it; without what is the default."""
+        """The address of this view with some changes; values equal to their default are left out."""
         new = replace(self, **changes)
-        said = {own.name: getattr(new, own.name) for own in fields(self)}
-        return "?" + urlencode({key: value for key, value in said.items() if key == "suite" or value != _DEFAULTS[key]})
+        values = {field.name: getattr(new, field.name) for field in fields(self)}
+        return "?" + urlencode(
+            {key: value for key, value in values.items() if key == "suite" or value != _DEFAULTS[key]}
+        )
 
     def has(self, row: Row) -> bool:
-        """Whether a row passes the filters; floors and ceilings stay whatever family is asked for."""
+        """Whether a row passes the filters; those for family and variant keep all floors and ceilings."""
         return (
             (not self.family or row.part != "fused" or row.family == self.family)
             and (not self.variant or row.part != "fused" or row.variant == self.variant)
@@ -77,9 +80,9 @@ class View:
         )
 
 
-_DEFAULTS = {own.name: own.default for own in fields(View)}
+_DEFAULTS = {field.name: field.default for field in fields(View)}
 
-# which filters each way to see a suite has; the others are kept for when they apply again
+# the filters of each view; the values of others stay in the address
 FILTERS = {
     "scores": ("suite", "split", "tasks", "condition", "family", "variant"),
     "cost": ("suite", "condition", "family", "variant"),
@@ -97,10 +100,10 @@ LABELS = {
 
 
 def choices(suite: Suite) -> dict[str, list[tuple[str, str]]]:
-    """Filter → its values and what they are called; one value where there is nothing to choose."""
+    """Filter → pairs of a value and its title; a single pair if there is nothing to choose."""
     families = {row.family: row.section for row in suite.rows if row.part == "fused"}
     variants = dict.fromkeys(row.variant for row in suite.rows if row.part == "fused")
-    groups = [group for group in GROUPS if any(own.get(group) for own in suite.groups.values())]
+    groups = [group for group in GROUPS if any(groups.get(group) for groups in suite.groups.values())]
     return {
         "split": [(split, split_title(split)) for split in suite.splits],
         "tasks": _any("All", {group: GROUPS[group] for group in groups}),
@@ -111,7 +114,7 @@ def choices(suite: Suite) -> dict[str, list[tuple[str, str]]]:
 
 
 def _any(title: str, values: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Any of several values, or one of them; with one alone there is nothing to choose."""
+    """A pair for all values, then one pair each if there are several."""
     return [("", title), *(values.items() if len(values) > 1 else ())]
 
 

@@ -77,10 +77,10 @@ BROKEN = {
     "suites[0].rows[3].title is None, not a string": ("title", None),
     "suites[0].rows[3].scores.clean is 3, not an object": ("scores", {"clean": 3}),
     "suites[0].rows[3].scores.clean.sst2 has no 'status'": ("scores", {"clean": {"sst2": {}}}),
-    "suites[0].rows[3].scores.clean.sst2.ci95 has 3 ends": (
+    "suites[0].rows[3].scores.clean.sst2.ci95 has 3 values": (
         "scores", {"clean": {"sst2": {"score": 0.5, "ci95": [0.1, 0.2, 0.3]}}},
     ),
-    "suites[0].rows[3].part is 'top'; it can be floor, fused or ceiling": ("part", "top"),
+    "suites[0].rows[3].part is 'top'; it must be floor, fused or ceiling": ("part", "top"),
     "suites[0].rows[3].seeds is True, not a whole number": ("seeds", [True]),
     "suites[0].rows[3].shas.a is 1, not a string": ("shas", {"a": 1}),
 }  # fmt: skip
@@ -96,7 +96,7 @@ def test_a_broken_summary_says_what_is_wrong_and_where(space, summary, said, cha
 
 def test_invalid_summary_is_reported(space, tmp_path):
     path = tmp_path / "leaderboard.json"
-    files = {"{": "is no JSON", "[]": "not an object", "{}": "has no 'suites'", "[" * 9999: "is no JSON"}
+    files = {"{": "is not JSON", "[]": "not an object", "{}": "has no 'suites'", "[" * 9999: "is not JSON"}
     for text, said in files.items():
         path.write_text(text)
         with pytest.raises(space.data.BrokenError, match=re.escape(said)):

@@ -201,7 +201,7 @@ def test_recipes_plots_and_a_strangers_texts_in_the_browser(url, summary, visit)
     assert page.get_by_label("Method").input_value() == HOSTILE
     page.get_by_role("link", name="Reset").click()
     wait_for(page, "?" + urlencode({"suite": STRANGE}))
-    for show, title in (("cost", STRANGE), ("corruptions", STRANGE), ("unseen", "All experts were fused here")):
+    for show, title in (("cost", STRANGE), ("corruptions", STRANGE), ("unseen", "Unseen tasks were not measured")):
         page.locator(f"[data-key='show {show}']").click()
         wait_for(page, "?" + urlencode({"suite": STRANGE, "show": show}))
         assert page.locator(".lb-board h2").text_content() == title and page.locator(".lb-board img").count() == 0
