@@ -65,7 +65,7 @@ _SHARED = re.compile(
 )
 _OF_ALL = {name for names in _DERIVED.values() for name in names}
 # attributes with the index of a layer, which may change
-_NUMBERS = re.compile(r"_?(layer_(idx|id|index|number)|idx|index|training)")
+_INDEX_ATTRIBUTES = re.compile(r"_?(layer_(idx|id|index|number)|idx|index|training)")
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,13 @@ class Layer:
     Attributes:
         model: the model that determines its shapes.
         config: the model's configuration, with derived values.
-        number: index of the layer in that model.
+        index: index of the layer in that model.
         count: number of layers of that model.
     """
 
     model: Model
     config: Config
-    number: int
+    index: int
     count: int
 
     def value(self, key: str) -> Any:
@@ -108,24 +108,24 @@ class LayerRule:
     unless: str = ""
 
 
-def _is_sparse(config: Config, number: int, count: int) -> bool:
+def _is_sparse(config: Config, index: int, count: int) -> bool:
     step, dense = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or []
-    return number not in dense and bool(config.get("num_experts")) and (number + 1) % step == 0
+    return index not in dense and bool(config.get("num_experts")) and (index + 1) % step == 0
 
 
 def _sparse_candidates(kinds: Sequence[Any], config: Config) -> Iterator[dict[str, Any]]:
-    yield {"decoder_sparse_step": 1, "mlp_only_layers": [number for number, sparse in enumerate(kinds) if not sparse]}
+    yield {"decoder_sparse_step": 1, "mlp_only_layers": [index for index, sparse in enumerate(kinds) if not sparse]}
 
 
 def _behind(key: str, often: str = "") -> LayerRule:
     """Layers from an index on, or every n-th of them, are sparse."""
 
-    def kind(config: Config, number: int, count: int) -> bool:
+    def kind(config: Config, index: int, count: int) -> bool:
         every = config.get(often) if often else 1
-        return number >= config[key] and number % (every if type(every) is int and every > 0 else 1) == 0
+        return index >= config[key] and index % (every if type(every) is int and every > 0 else 1) == 0
 
     def candidates(kinds: Sequence[Any], config: Config) -> Iterator[dict[str, Any]]:
-        yield {key: next((number for number, sparse in enumerate(kinds) if sparse), len(kinds))}
+        yield {key: next((index for index, sparse in enumerate(kinds) if sparse), len(kinds))}
 
     return LayerRule((key,), kind, candidates, unless="mlp_layer_types")
 
@@ -133,8 +133,8 @@ def _behind(key: str, often: str = "") -> LayerRule:
 def _every(period: str, offset: str = "") -> LayerRule:
     """Every n-th layer has another type."""
 
-    def kind(config: Config, number: int, count: int) -> bool:
-        return bool(number % config[period] == (config.get(offset) or 0))
+    def kind(config: Config, index: int, count: int) -> bool:
+        return bool(index % config[period] == (config.get(offset) or 0))
 
     def candidates(kinds: Sequence[Any], config: Config) -> Iterator[dict[str, Any]]:
         for every in range(1, len(kinds) + 2):
@@ -143,22 +143,22 @@ def _every(period: str, offset: str = "") -> LayerRule:
     return LayerRule((period, *([offset] if offset else [])), kind, candidates, unless="layers_block_type")
 
 
-def _ernie(config: Config, number: int, count: int) -> bool:
+def _ernie(config: Config, index: int, count: int) -> bool:
     end: int = config["moe_layer_end_index"]
-    is_within: bool = config["moe_layer_start_index"] <= number <= (count - 1 if end == -1 else end)
-    return is_within and bool((number + 1) % config["moe_layer_interval"] == 0)
+    is_within: bool = config["moe_layer_start_index"] <= index <= (count - 1 if end == -1 else end)
+    return is_within and bool((index + 1) % config["moe_layer_interval"] == 0)
 
 
 def _ernie_candidates(kinds: Sequence[Any], config: Config) -> Iterator[dict[str, Any]]:
-    sparse = [number for number, kind in enumerate(kinds) if kind]
+    sparse = [index for index, kind in enumerate(kinds) if kind]
     start, end = (sparse[0], sparse[-1]) if sparse else (len(kinds), len(kinds))
     for every in range(1, len(kinds) + 2):
         yield {"moe_layer_interval": every, "moe_layer_start_index": start, "moe_layer_end_index": end}
 
 
-def _expanded(config: Config, number: int, count: int) -> Any:
+def _expanded(config: Config, index: int, count: int) -> Any:
     """GPT-Neo's attention: [[types, repetitions], …]."""
-    return [kind for kinds, times in config["attention_types"] for _ in range(times) for kind in kinds][number]
+    return [kind for kinds, times in config["attention_types"] for _ in range(times) for kind in kinds][index]
 
 
 RULES = (
@@ -171,13 +171,13 @@ RULES = (
     LayerRule(("moe_layer_interval", "moe_layer_start_index", "moe_layer_end_index"), _ernie, _ernie_candidates),
     LayerRule(
         ("block_types",),
-        lambda config, number, count: config["block_types"][number % len(config["block_types"])],
+        lambda config, index, count: config["block_types"][index % len(config["block_types"])],
         lambda kinds, config: iter([{"block_types": list(kinds)}]),
     ),
     LayerRule(("attention_types",), _expanded, lambda kinds, config: iter([{"attention_types": [[list(kinds), 1]]}])),
     LayerRule(  # GPT-2 divides by the layer's index
         ("scale_attn_by_inverse_layer_idx",),
-        lambda config, number, count: number if config["scale_attn_by_inverse_layer_idx"] else None,
+        lambda config, index, count: index if config["scale_attn_by_inverse_layer_idx"] else None,
         lambda kinds, config: iter(()),
     ),
 )
@@ -194,27 +194,27 @@ def slice_config(first: Model, taken: Sequence[tuple[Model, int]]) -> dict[str, 
         FusionError: a key cannot describe the layers.
     """
     key, count = layer_count(first)
-    meant = {id(model): _meaning(model) for model in [first, *(model for model, _ in taken)]}
-    layers = [Layer(model, meant[id(model)], number, layer_count(model)[1]) for model, number in taken]
+    configs = {id(model): _derived_config(model) for model in [first, *(model for model, _ in taken)]}
+    layers = [Layer(model, configs[id(model)], index, layer_count(model)[1]) for model, index in taken]
     for layer in layers:
-        if layer.number >= layer.count:
-            raise FusionError(f"{layer.model.name}: layer {layer.number} is not one of its {layer.count} layers")
-    own = meant[id(first)]
-    _refuse_unlike(first, own, layers)
-    said: dict[str, Any] = {known: len(layers) for known in LAYER_KEYS if first.config.get(known) == count}
-    said |= (
+        if layer.index >= layer.count:
+            raise FusionError(f"{layer.model.name}: layer {layer.index} is not one of its {layer.count} layers")
+    first_config = configs[id(first)]
+    _refuse_unlike(first, first_config, layers)
+    changes: dict[str, Any] = {known: len(layers) for known in LAYER_KEYS if first.config.get(known) == count}
+    changes |= (
         ({key: len(layers)} if key else {})
-        | _lists(own, count, layers)
-        | _numbers(own, layers)
-        | _outputs(own, count, layers)
+        | _lists(first_config, count, layers)
+        | _index_lists(first_config, layers)
+        | _outputs(first_config, count, layers)
     )
-    said |= _shared_keys(own, layers) | {key: 0 for key in _FURTHER if own.get(key)}
+    changes |= _shared_keys(first_config, layers) | {key: 0 for key in _FURTHER if first_config.get(key)}
     for rule in RULES:
-        if own.get(rule.keys[0]) is not None and not isinstance(said.get(rule.unless), list):
-            said |= _ruled(rule, {**own, **said}, layers)
-    config = {k: v for k, v in first.config.items() if not any(k in _DERIVED.get(new, ()) for new in said)}
-    config |= said
-    _check(first, config, said, layers)
+        if first_config.get(rule.keys[0]) is not None and not isinstance(changes.get(rule.unless), list):
+            changes |= _ruled(rule, {**first_config, **changes}, layers)
+    config = {k: v for k, v in first.config.items() if not any(k in _DERIVED.get(new, ()) for new in changes)}
+    config |= changes
+    _check(first, config, changes, layers)
     return config
 
 
@@ -224,17 +224,17 @@ def layer_count(model: Model) -> tuple[str, int]:
     Raises:
         FusionError: the configuration does not have it.
     """
-    own = [key for key, part in _STACK_KEYS.items() if any(part in name for name in model.entries)]
-    for key in (*LAYER_KEYS, *own):
+    stack_keys = [key for key, part in _STACK_KEYS.items() if any(part in name for name in model.entries)]
+    for key in (*LAYER_KEYS, *stack_keys):
         if type(model.config.get(key)) is int:
             return key, model.config[key]
     for key in _COUNTED:
         if isinstance(model.config.get(key), list):
             return "", len(model.config[key])
-    raise FusionError(f"{model.name}: config.json does not tell its number of layers")
+    raise FusionError(f"{model.name}: config.json has no number of layers")
 
 
-def _meaning(model: Model) -> Config:
+def _derived_config(model: Model) -> Config:
     """A configuration with the values that its class derives; unchanged if transformers does not know it."""
     config = _native(model.config)
     return dict(model.config) if config is None else {**model.config, **config.to_dict()}
@@ -247,98 +247,100 @@ def _native(config: Config) -> PreTrainedConfig | None:
         return None
 
 
-def _lists(own: Config, count: int, layers: Sequence[Layer]) -> dict[str, Any]:
+def _lists(first_config: Config, count: int, layers: Sequence[Layer]) -> dict[str, Any]:
     """Rewrites lists with a value per layer, and mappings by layer index."""
-    found: dict[str, Any] = {}
-    for key, value in own.items():
+    changes: dict[str, Any] = {}
+    for key, value in first_config.items():
         if key in _INDICES or not isinstance(value, (list, tuple)) or len(value) != count or not _LISTS.fullmatch(key):
             continue
-        theirs = [layer.value(key) for layer in layers]
-        for layer, values in zip(layers, theirs, strict=True):
+        lists = [layer.value(key) for layer in layers]
+        for layer, values in zip(layers, lists, strict=True):
             if not isinstance(values, (list, tuple)) or len(values) != layer.count:
                 raise FusionError(
-                    f"{layer.model.name}: its configuration has no {key} of each of its layers, the first model's has"
+                    f"{layer.model.name}: its configuration has no {key} with a value per layer, as the first model's"
                 )
-        found[key] = [values[layer.number] for layer, values in zip(layers, theirs, strict=True)]
-    if "kv_source_layers" in found:  # whose keys and values a layer takes
-        found["kv_source_layers"] = [_source(layers, j, source) for j, source in enumerate(found["kv_source_layers"])]
-    if isinstance(own.get("per_layer_config"), Mapping):
+        changes[key] = [values[layer.index] for layer, values in zip(layers, lists, strict=True)]
+    if "kv_source_layers" in changes:  # layers whose keys and values a layer uses
+        sources = enumerate(changes["kv_source_layers"])
+        changes["kv_source_layers"] = [_source(layers, j, source) for j, source in sources]
+    if isinstance(first_config.get("per_layer_config"), Mapping):
         rows = [{str(k): v for k, v in layer.value("per_layer_config").items()} for layer in layers]
-        numbered = enumerate(zip(layers, rows, strict=True))
-        found["per_layer_config"] = {str(j): r[str(x.number)] for j, (x, r) in numbered if str(x.number) in r}
-    return found
+        pairs = enumerate(zip(layers, rows, strict=True))
+        changes["per_layer_config"] = {str(j): r[str(x.index)] for j, (x, r) in pairs if str(x.index) in r}
+    return changes
 
 
-def _source(layers: Sequence[Layer], own: int, source: int) -> int:
+def _source(layers: Sequence[Layer], user: int, source: int) -> int:
     """The new index of the layer whose keys and values another layer uses."""
-    layer = layers[own]
-    for number in range(own, -1, -1):
-        if layers[number].model is layer.model and layers[number].number == source:
-            return number
+    layer = layers[user]
+    for index in range(user, -1, -1):
+        if layers[index].model is layer.model and layers[index].index == source:
+            return index
     raise FusionError(
-        f"layer {layer.number} of {layer.model.name} takes keys and values of its layer {source}, which no slice has"
+        f"layer {layer.index} of {layer.model.name} uses keys and values of its layer {source}, which no slice has"
         " before it (kv_source_layers)",
-        "take both",
+        "add both layers to the slices",
     )
 
 
-def _numbers(own: Config, layers: Sequence[Layer]) -> dict[str, Any]:
+def _index_lists(first_config: Config, layers: Sequence[Layer]) -> dict[str, Any]:
     """Rewrites lists of layer indices."""
     return {
-        key: [j for j, layer in enumerate(layers) if layer.number in _positive(layer.value(key), layer.count)]
+        key: [j for j, layer in enumerate(layers) if layer.index in _positive(layer.value(key), layer.count)]
         for key in _INDICES
-        if isinstance(own.get(key), (list, tuple))
+        if isinstance(first_config.get(key), (list, tuple))
     }
 
 
-def _positive(numbers: Sequence[Any], count: int) -> set[int]:
-    return {number % count if number < 0 else number for number in numbers if type(number) is int}
+def _positive(indices: Sequence[Any], count: int) -> set[int]:
+    return {index % count if index < 0 else index for index in indices if type(index) is int}
 
 
-def _outputs(own: Config, count: int, layers: Sequence[Layer]) -> dict[str, Any]:
+def _outputs(first_config: Config, count: int, layers: Sequence[Layer]) -> dict[str, Any]:
     """Rewrites the output indices of a backbone; output names are derived from them."""
-    found: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     for key in _OUTPUTS:
-        if isinstance(own.get(key), (list, tuple)):
-            found[key] = [_output(key, place % (count + 1), count, layers) for place in own[key]]
-    if found:
-        found |= {key: None for key in _OUTPUT_NAMES[:2] if own.get(key) is not None}
-    return found
+        if isinstance(first_config.get(key), (list, tuple)):
+            changes[key] = [_output(key, output % (count + 1), count, layers) for output in first_config[key]]
+    if changes:
+        changes |= {key: None for key in _OUTPUT_NAMES[:2] if first_config.get(key) is not None}
+    return changes
 
 
-def _output(key: str, place: int, count: int, layers: Sequence[Layer]) -> int:
-    if place in (0, count):
-        return 0 if not place else len(layers)
-    for number in range(len(layers) - 1, -1, -1):
-        if layers[number].number == place - 1:
-            return number + 1
-    raise FusionError(f"{key} takes what comes behind layer {place - 1}, which no slice has", "take it too")
+def _output(key: str, output: int, count: int, layers: Sequence[Layer]) -> int:
+    """The new index of an output: 0 is the input of the first layer, i + 1 the output of layer i."""
+    if output in (0, count):
+        return 0 if not output else len(layers)
+    for index in range(len(layers) - 1, -1, -1):
+        if layers[index].index == output - 1:
+            return index + 1
+    raise FusionError(f"{key} needs the output of layer {output - 1}, which no slice has", "add the layer to a slice")
 
 
-def _shared_keys(own: Config, layers: Sequence[Layer]) -> dict[str, Any]:
+def _shared_keys(first_config: Config, layers: Sequence[Layer]) -> dict[str, Any]:
     """Rewrites Gemma's number of last layers that use keys and values of the last layers of their types before them."""
     key = "num_kv_shared_layers"
-    if not own.get(key):
+    if not first_config.get(key):
         return {}
-    shared = [layer.number >= layer.count - layer.value(key) for layer in layers]
-    tail = next((tail for tail, is_own in enumerate(reversed(shared)) if not is_own), len(layers))
+    shared = [layer.index >= layer.count - layer.value(key) for layer in layers]
+    tail = next((tail for tail, is_shared in enumerate(reversed(shared)) if not is_shared), len(layers))
     first = len(layers) - tail
-    for number, layer in enumerate(layers):
-        if shared[number] != (number >= first):
+    for index, layer in enumerate(layers):
+        if shared[index] != (index >= first):
             raise FusionError(
-                f"layer {layer.number} of {layer.model.name} takes keys and values of one before it, which {key} can"
-                " only say of the last layers",
-                "take all such layers together, at the end",
+                f"layer {layer.index} of {layer.model.name} uses keys and values of a layer before it, which {key}"
+                " allows only for the last layers",
+                "put all such layers together, at the end",
             )
-        if shared[number]:
+        if shared[index]:
             types = layer.value("layer_types")
-            theirs = layer.count - layer.value(key)
-            source = max((n for n in range(theirs) if types[n] == types[layer.number]), default=None)
-            mine = [x for x in layers[:first] if x.value("layer_types")[x.number] == types[layer.number]]
-            if source is None or not mine or (mine[-1].model, mine[-1].number) != (layer.model, source):
+            unshared = layer.count - layer.value(key)
+            source = max((n for n in range(unshared) if types[n] == types[layer.index]), default=None)
+            same_type = [x for x in layers[:first] if x.value("layer_types")[x.index] == types[layer.index]]
+            if source is None or not same_type or (same_type[-1].model, same_type[-1].index) != (layer.model, source):
                 raise FusionError(
-                    f"layer {layer.number} of {layer.model.name} takes keys and values of its layer {source}, which"
-                    f" would not be the last {types[layer.number]} before the shared ones ({key})",
+                    f"layer {layer.index} of {layer.model.name} uses keys and values of its layer {source}, which"
+                    f" would not be the last {types[layer.index]} before the shared ones ({key})",
                     f"let the layers before them end with layer {source}",
                 )
     return {key: tail}
@@ -348,80 +350,80 @@ def _ruled(rule: LayerRule, config: Config, layers: Sequence[Layer]) -> dict[str
     """Values of a rule's keys with which every layer keeps its type."""
     for layer in layers:
         layer.value(rule.keys[0])
-    kinds = [rule.kind(layer.config, layer.number, layer.count) for layer in layers]
+    kinds = [rule.kind(layer.config, layer.index, layer.count) for layer in layers]
     for candidate in (dict[str, Any](), *rule.candidates(kinds, config)):
         settings = {**config, **candidate}
         try:
-            if [rule.kind(settings, number, len(layers)) for number in range(len(layers))] == kinds:
+            if [rule.kind(settings, index, len(layers)) for index in range(len(layers))] == kinds:
                 return {key: settings[key] for key in rule.keys if key in settings}
-        except (IndexError, ZeroDivisionError, TypeError):  # a list too short, say
+        except (IndexError, ZeroDivisionError, TypeError):  # such as a list that is too short
             continue
     raise FusionError(
-        f"the layers' kinds by number, {shown(kinds)}, cannot be said by {' and '.join(rule.keys)}",
-        "take the layers of each kind in the order and the steps that they have in the model",
+        f"{' and '.join(rule.keys)} cannot describe layers of these types: {shown(kinds)}",
+        "keep the layers of each type in the model's order and at its intervals",
     )
 
 
-def _refuse_unlike(first: Model, own: Config, layers: Sequence[Layer]) -> None:
+def _refuse_unlike(first: Model, first_config: Config, layers: Sequence[Layer]) -> None:
     """Raises if models differ in settings that are common to all layers."""
     for layer in {id(layer.model): layer for layer in layers}.values():
-        for key in sorted(own.keys() | layer.config.keys()):
-            mine, theirs = own.get(key), layer.config.get(key)
-            if _SHARED.fullmatch(key) and mine != theirs and not isinstance(theirs, (list, tuple)):
+        for key in sorted(first_config.keys() | layer.config.keys()):
+            value, other = first_config.get(key), layer.config.get(key)
+            if _SHARED.fullmatch(key) and value != other and not isinstance(other, (list, tuple)):
                 raise FusionError(
-                    f"{key} is {shown(mine)} in {first.name} and {shown(theirs)} in {layer.model.name}: one"
-                    " configuration cannot say both",
-                    "take slices of models that have it in common",
+                    f"{key} is {shown(value)} in {first.name} and {shown(other)} in {layer.model.name}, but applies to"
+                    " all layers",
+                    f"use slices of models with the same {key}",
                 )
 
 
 # ---------------------------------------------------------------- comparison of built models
 
 
-def _check(first: Model, config: Config, said: Config, layers: Sequence[Layer]) -> None:
+def _check(first: Model, config: Config, changes: Config, layers: Sequence[Layer]) -> None:
     """Builds the models without weights, and compares each merged layer with its source."""
     merged = _native(config)
     if merged is None:
         if _native(first.config) is not None:
-            native_config(config, "the slices", 1_000_000)  # says why not
+            native_config(config, "the slices", 1_000_000)  # raises with the reason
         return
     derived = merged.to_dict()
-    for key, value in said.items():
+    for key, value in changes.items():
         if (
             key in derived
             and isinstance(value, list)
             and isinstance(derived[key], (list, tuple))
             and [*derived[key]] != value
         ):
-            raise FusionError(f"{key} would be {shown(value)}, and transformers makes it {shown(derived[key])}", _ORDER)
+            raise FusionError(f"{key} would be {shown(value)}, but transformers makes it {shown(derived[key])}", _ORDER)
     built = _built(config, len(layers))
     if built is None:
         return
-    givers = {id(layer.model): _built(layer.model.config, layer.count) for layer in layers}
-    if id(first) in givers and (own := givers[id(first)]) is not None:
-        for name, shape in own.others.items():
+    sources = {id(layer.model): _built(layer.model.config, layer.count) for layer in layers}
+    if id(first) in sources and (source := sources[id(first)]) is not None:
+        for name, shape in source.others.items():
             if built.others.get(name, shape) != shape:
                 raise FusionError(
                     f"{name} is {list(shape)} in {first.name}, and {list(built.others[name])} with {len(layers)}"
-                    " layers: it has a part for each layer, which no slice takes",
+                    " layers: it has a part per layer, which slices do not include",
                     "merge whole models instead",
                 )
-    for number, layer in enumerate(layers):
-        giver = givers[id(layer.model)]
-        if giver is None:
+    for index, layer in enumerate(layers):
+        source = sources[id(layer.model)]
+        if source is None:
             continue
-        was, becomes = _traits(giver.layers[layer.number], layer.config), _traits(built.layers[number], derived)
+        before, after = _traits(source.layers[layer.index], layer.config), _traits(built.layers[index], derived)
         is_same = layer.model.config.get("model_type") == config.get("model_type")
-        if found := _difference(was, becomes, is_same):
-            path, old, new = found
+        if difference := _difference(before, after, is_same):
+            path, old, new = difference
             raise FusionError(
-                f"layer {number} of the merged model would not be layer {layer.number} of {layer.model.name}: {path} is"
+                f"layer {index} of the merged model would not be layer {layer.index} of {layer.model.name}: {path} is"
                 f" {shown(old)} there, and would be {shown(new)}",
                 _ORDER,
             )
 
 
-_ORDER = "take slices by which each layer keeps its place among those of its kind"
+_ORDER = "choose slices in which the layers of each type keep their order and intervals"
 
 
 @dataclass(frozen=True)
@@ -438,12 +440,12 @@ def _built(config: Config, count: int) -> _Built | None:
 
     from hf_fusion.hub.task_heads import architectures, model_class_of
 
-    own = model_class_of(next(iter(architectures(dict(config))), None))
+    model_class = model_class_of(next(iter(architectures(dict(config))), None))
     native = _native(config)
-    if own is None or native is None:
+    if model_class is None or native is None:
         return None
     try:
-        model = build_on_meta(lambda: own._from_config(native))
+        model = build_on_meta(lambda: model_class._from_config(native))
     except Exception:  # reported when the merged model is checked
         return None
     for path, module in model.named_modules():
@@ -464,8 +466,8 @@ def _traits(layer: nn.Module, config: Config) -> dict[str, Any]:
         for name, parameter in module.named_parameters(prefix=path, recurse=False):
             traits[f"the shape of {name}"] = list(parameter.shape)
         for name, value in vars(module).items():
-            is_own = not name.startswith("_") and not _NUMBERS.fullmatch(name) and name not in _OF_ALL
-            if is_own and _is_plain(value) and not (isinstance(value, list) and value == config.get(name)):
+            is_trait = not name.startswith("_") and not _INDEX_ATTRIBUTES.fullmatch(name) and name not in _OF_ALL
+            if is_trait and _is_plain(value) and not (isinstance(value, list) and value == config.get(name)):
                 traits[f"{path}.{name}".lstrip(".")] = value
     return traits
 
@@ -476,10 +478,10 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def _difference(was: Mapping[str, Any], becomes: Mapping[str, Any], is_same: bool) -> tuple[str, Any, Any] | None:
+def _difference(before: Mapping[str, Any], after: Mapping[str, Any], is_same: bool) -> tuple[str, Any, Any] | None:
     """The first trait in which two layers differ; for different model types, only among common names."""
-    names = {**was, **becomes} if is_same else [name for name in was if name in becomes and "." in name]
+    names = {**before, **after} if is_same else [name for name in before if name in after and "." in name]
     for name in names:
-        if was.get(name) != becomes.get(name) and (is_same or not isinstance(was[name], str)):
-            return name, was.get(name), becomes.get(name)
+        if before.get(name) != after.get(name) and (is_same or not isinstance(before[name], str)):
+            return name, before.get(name), after.get(name)
     return None

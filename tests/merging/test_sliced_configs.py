@@ -299,8 +299,8 @@ def test_shared_keys_and_values_and_embeddings_of_each_layer(tmp_path):
     config = config_of(stacked(tmp_path / "gemma", [0, 2, 3, 4, 5, 5], tmp_path / "out"))
     assert (config["num_kv_shared_layers"], config["num_hidden_layers"]) == (3, 6)
     for numbers, said in (
-        ([0, 1, 4, 5], "takes keys and values of its layer 3"),
-        ([0, 4, 2, 3, 5], "takes keys and values of one before it"),
+        ([0, 1, 4, 5], "uses keys and values of its layer 3"),
+        ([0, 4, 2, 3, 5], "uses keys and values of a layer before it"),
     ):
         with pytest.raises(FusionError, match=said):
             stacked(tmp_path / "gemma", numbers, tmp_path / "refused")
@@ -314,7 +314,7 @@ def test_shared_keys_and_values_and_embeddings_of_each_layer(tmp_path):
         stacked(tmp_path / "gemma", [0, 1], tmp_path / "refused")
     options = {**options, "hidden_size_per_layer_input": 4}
     saved(tmp_path / "embeddings", "Gemma4ForCausalLM", options)
-    with pytest.raises(FusionError, match="it has a part for each layer, which no slice takes"):
+    with pytest.raises(FusionError, match="it has a part per layer, which slices do not include"):
         stacked(tmp_path / "embeddings", [0, 2, 3, 5], tmp_path / "refused")
 
 
@@ -332,7 +332,7 @@ def test_outputs_of_a_backbone_are_renumbered(tmp_path):
     stacked(tmp_path / "dino", [1, 0, 3], tmp_path / "out")
     merged = transformers.Dinov2Backbone.from_pretrained(tmp_path / "out")
     assert list(merged.out_indices) == [0, 1, 3] and merged.out_features == ["stem", "stage1", "stage3"]
-    with pytest.raises(FusionError, match="out_indices takes what comes behind layer 1"):
+    with pytest.raises(FusionError, match="out_indices needs the output of layer 1"):
         stacked(tmp_path / "dino", [0, 3], tmp_path / "refused")
 
 
