@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import subprocess
@@ -102,3 +103,17 @@ def test_the_registry_is_read_without_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     options, heavy = json.loads(done.stdout)
     assert "mode" in options["foe"] and "rule" in options["ensemble"] and heavy == []
+
+
+def test_models_are_built_by_classes_that_load_experts():
+    """`from_experts` of the class in hf_fusion.models loads no ids until hf_fusion.fused_models is imported."""
+    for path in Path(hf_fusion.__file__).parent.rglob("*.py"):
+        if path.parent.name == "models":
+            continue
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+        from_models = [node for node in imports if (node.module or "").startswith("hf_fusion.models")]
+        bare = {alias.name for node in from_models for alias in node.names}
+        calls = [node for node in nodes if isinstance(node, ast.Attribute) and node.attr == "from_experts"]
+        used = {node.value.id for node in calls if isinstance(node.value, ast.Name)}
+        assert not bare & used, f"{path}: import {bare & used} from hf_fusion.fused_models"

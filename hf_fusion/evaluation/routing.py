@@ -19,8 +19,8 @@ from hf_fusion.evaluation.predictors import ModelPredictor
 from hf_fusion.evaluation.results import FUSED, MeasuredTask, Metric, Results
 from hf_fusion.evaluation.retrieval import Embedder, Retrieval, TextEmbedder
 from hf_fusion.evaluation.scoring import compare
+from hf_fusion.fused_models import PhatgooseRouter
 from hf_fusion.hub.load import load_experts
-from hf_fusion.models.modeling_phatgoose import PhatgooseRouter
 from hf_fusion.progress import track
 from hf_fusion.training.batches import Examples, read_examples
 from hf_fusion.training.gates import average_activation

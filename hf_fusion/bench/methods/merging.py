@@ -23,13 +23,13 @@ from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import LOWER, Holdout, same_scale
 from hf_fusion.evaluation.predictions import from_logits
 from hf_fusion.evaluation.task_metrics import score
+from hf_fusion.fused_models import WEMoEModel
 from hf_fusion.hub.lora import linear_sizes
 from hf_fusion.merging.engine.tensors import MemoryReader, Statistic
 from hf_fusion.merging.in_memory import merge_states
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.models.assembly_wemoe import NoLinearsError, UnchangedLinearsError
 from hf_fusion.models.heads_wemoe import activate_heads
-from hf_fusion.models.modeling_wemoe import WEMoEModel
 from hf_fusion.training.adamerging import CoefficientMerge
 from hf_fusion.training.runs import move_to
 from hf_fusion.types import Expert

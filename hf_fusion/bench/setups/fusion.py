@@ -23,9 +23,9 @@ from hf_fusion.bench.suite import Holdout, Suite
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.predictions import Predictions
 from hf_fusion.evaluation.predictors import ModelPredictor
+from hf_fusion.fused_models import FoEModel
 from hf_fusion.hub.load import load_experts
 from hf_fusion.models.assembly_foe import GENERIC_LABEL, fuse_labels, normalise
-from hf_fusion.models.modeling_foe import FoEModel
 from hf_fusion.models.options_foe import settings_of
 from hf_fusion.training.batches import read_examples
 from hf_fusion.training.outputs import collect_outputs, generates, input_columns, prepare
